@@ -41,8 +41,9 @@ def compare(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="Task, as name or name:option=value,option=value: text, recall, copying, listops, in_context_functions, images, "
-            "segmentation, documents, matching, paraphrase, summarize, forecast. Repeatable. Default: text and recall; for your data text, or "
+            help="Task, as name or name:option=value,option=value: text, recall, copying, listops, algorithmic, "
+            "in_context_functions, events, images, segmentation, documents, matching, paraphrase, summarize, time_series, "
+            "forecast. Repeatable. Default: text and recall; for your data text, or "
             "what the columns of a table or the files of a folder are for."
         ),
     ] = None,
@@ -139,6 +140,9 @@ def compare(
         regard compare --task images:size=64 photos/ --models van_b0,deit_t
         regard compare --task images photos/ --models van_nano,vit_nano,vim_nano --match flops
         regard compare --task forecast:target=load,covariates=holiday demand.csv --mechanisms softmax,linear
+        regard compare --task algorithmic:function=sum --model AlgorithmicNetwork --frame own
+        regard compare --task events --mechanisms softmax,aaren,gated_linear
+        regard compare --task time_series:data=BasicMotions --mechanisms softmax,aaren
         regard compare --task recall:pairs=16 --mechanisms all --budget "2M tokens" --output runs/recall
         regard compare --mechanisms all --budget "2M tokens" --output runs/all --shard 1/2
         regard compare my_corpus.txt --mechanisms "softmax,local:window=32,gated_linear+softmax" --frame own
@@ -154,7 +158,7 @@ def compare(
     from regard.workbench.compare import train_share
     from regard.workbench.report import SCHEMA
     from regard.workbench.settings import CompareSettings
-    from regard.workbench.summary_table import terminal_table
+    from regard.workbench.summary_table import figures_table, terminal_table
     from regard.workbench.work import default_mechanisms, fitting
 
     def recognised(described: str) -> None:
@@ -241,6 +245,9 @@ def compare(
     console.print()
     console.print(terminal_table(outcome.summary, outcome.baselines, width=console.width))
     console.print()
+    if (figures := figures_table(outcome.summary)) is not None:
+        console.print(figures)
+        console.print()
     console.print(Text("★ no other is better and faster; equal ranks: not told apart by this comparison", style="dim"))
     console.print()
     console.print(Text(outcome.recommendation.text, style="bold"))

@@ -198,7 +198,7 @@ def _prefixes(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Carr
             v,
             state=state,
             log_decay=_log_decay(call, k),
-            chunk_size=call.chunk_size or 64,
+            chunk_size=call.chunk_size,
             backend=call.backend,
         )
     return output.transpose(2, 3).flatten(1, 2), carry  # (b, g, m, r, v) -> (b, h, m, v)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from regard.models.algorithmic_network import AlgorithmicNetwork, AlgorithmicNetworkConfig
 from regard.models.aspect import aspects, with_aspect
 from regard.models.conversion import change_plan, extend_positions
 from regard.models.encoder import Encoder, EncoderConfig
@@ -26,6 +27,8 @@ from regard.models.stack import Stack, StackConfig, set_exit_threshold
 from regard.models.stages import PyramidEncoder, PyramidEncoderConfig, StageConfig
 
 __all__ = [
+    "AlgorithmicNetwork",
+    "AlgorithmicNetworkConfig",
     "Encoder",
     "EncoderConfig",
     "EncoderDecoder",

@@ -143,7 +143,7 @@ def layer_positions(card: Mechanism, asked: str) -> str:
 def check_plan(plan: Plan, pattern: Pattern, where: str) -> None:
     """Raise Unsupported for a mechanism of the plan that lacks the pattern or inserts tokens; `where` names the place."""
     for name, options in plan:
-        for card in (get_mechanism(name), _mixing_card(name, options)):
+        for card in (get_mechanism(name), mixing_card(name, options)):
             card.require_pattern(pattern)
             if card.prepare is not None:
                 raise Unsupported(f"{card.name}, which inserts tokens, in {where}", supported="language models")
@@ -191,7 +191,7 @@ def _sequence_entry(block: Any) -> tuple[str, dict[str, Any]]:
     return block.entry[0], {**block.entry[1], **block.mixer.for_sequences}
 
 
-def _mixing_card(name: str, options: Mapping[str, Any]) -> Mechanism:
+def mixing_card(name: str, options: Mapping[str, Any]) -> Mechanism:
     """The card that decides about positions: that of the wrapped mechanism, where a wrapper's options name one."""
     card = get_mechanism(name)
     return resolve(options["mechanism"])[0] if card.kind is Kind.WRAPPER and "mechanism" in options else card
@@ -214,7 +214,7 @@ def input_positions(plan: Plan, asked: str) -> str:
     if asked not in ("auto", *list_positions()):
         supported = ("auto", *list_positions())
         raise Unsupported(f"positions {asked!r}", supported=", ".join(supported), nearest=closest(asked, supported))
-    cards = [(_mixing_card(name, options), options.get("positions", asked)) for name, options in plan]
+    cards = [(mixing_card(name, options), options.get("positions", asked)) for name, options in plan]
     for card, own in cards:
         if own in EMBEDDED_POSITIONS and own != asked:
             raise Unsupported(
@@ -338,7 +338,7 @@ class Block(nn.Module):
         positions = options.pop("positions", None)
         if positions is not None or layer_accepts(card, "positions"):
             default = "none" if pattern.cross else config.positions
-            scheme = options["positions"] = layer_positions(_mixing_card(name, options), positions or default)
+            scheme = options["positions"] = layer_positions(mixing_card(name, options), positions or default)
             shared = getattr(config, "position_options", {})
             if shared and config.positions == "auto":
                 raise Unsupported(
@@ -356,7 +356,7 @@ class Block(nn.Module):
         self.entry = entry
         self.cross = pattern.cross
         #: whether a sequence can go on from a state
-        self.continues = _mixing_card(name, entry[1]).state is not None
+        self.continues = mixing_card(name, entry[1]).state is not None
         self.takes_roles = "roles" in card.honours
         self.dropout = config.dropout
         self.mixer_norm: nn.Module

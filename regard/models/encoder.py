@@ -96,6 +96,7 @@ class EncoderConfig:
     serves: ClassVar = (
         *((Pattern.NONCAUSAL_SELF, name) for name in ("classification", "regression", "segmentation", "masked-token")),
         (Pattern.CAUSAL_SELF, "regression"),
+        (Pattern.CAUSAL_SELF, "events"),
     )
 
     def __post_init__(self) -> None:
@@ -115,7 +116,7 @@ class EncoderConfig:
         """As :func:`regard.models.registry.config_for` asks for it; numbers, and classes of pixels, at each position."""
         if task.objective == "masked-token":
             return cls(task.vocab_size or 0, task.vocab_size, plan=plan, pool="none", **sizes)
-        if task.objective == "regression":
+        if task.objective in ("regression", "events"):
             causal = task.pattern.causal
             return cls(
                 task.num_targets or 0, task.vocab_size, task.features, plan=plan, pool="none", causal=causal, **sizes
@@ -139,14 +140,17 @@ class EncoderBase(nn.Module):
         self.config = config
         self.pattern = Pattern.CAUSAL_SELF if getattr(config, "causal", False) else Pattern.NONCAUSAL_SELF
         check_plan(plan, self.pattern, "an encoder")
-        self.embedding: nn.Module
-        if config.vocab_size is not None:
-            self.embedding = nn.Embedding(config.vocab_size, config.dim)
-            nn.init.normal_(self.embedding.weight)
-        else:
-            self.embedding = FeatureEmbedding(config.features or 0, config.dim)
+        self.embedding = self.make_embedding(config)
         self.positions = make_input_positions(input_positions(plan, config.positions), config)
         self.embedding_norm = make_norm(getattr(config, "embedding_norm", "none"), config.dim)
+
+    def make_embedding(self, config: Any) -> nn.Module:
+        """What makes vectors (B, N, dim) of the inputs."""
+        if config.vocab_size is None:
+            return FeatureEmbedding(config.features or 0, config.dim)
+        table = nn.Embedding(config.vocab_size, config.dim)
+        nn.init.normal_(table.weight)
+        return table
 
     def embed(self, inputs: Tensor, context: Context) -> tuple[Tensor, Context, Gathering, dict[str, Loss]]:
         """The right-padded input of the first layer (B, N, dim), the context of all layers, and the losses of positions.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from regard.contract import Pattern, Unsupported, closest
+from regard.models.algorithmic_network import AlgorithmicNetwork, AlgorithmicNetworkConfig
 from regard.models.encoder import Encoder, EncoderConfig
 from regard.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from regard.models.forecaster import Forecaster, ForecasterConfig
@@ -31,6 +32,7 @@ Config = (
     | ForecasterConfig
     | FunnelEncoderConfig
     | PyramidEncoderConfig
+    | AlgorithmicNetworkConfig
 )
 
 MODELS: dict[str, tuple[type[nn.Module], type[Any]]] = {
@@ -40,6 +42,7 @@ MODELS: dict[str, tuple[type[nn.Module], type[Any]]] = {
     "Forecaster": (Forecaster, ForecasterConfig),
     "FunnelEncoder": (FunnelEncoder, FunnelEncoderConfig),
     "PyramidEncoder": (PyramidEncoder, PyramidEncoderConfig),
+    "AlgorithmicNetwork": (AlgorithmicNetwork, AlgorithmicNetworkConfig),
     "ImageModel": (ImageModel, ImageModelConfig),
     "SegmentationModel": (SegmentationModel, SegmentationModelConfig),
 }

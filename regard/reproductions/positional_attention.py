@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.create import create_layer
+from regard.models import AlgorithmicNetwork, AlgorithmicNetworkConfig
+from regard.models.blocks import Block
 from regard.reproductions.framework.judging import Check, Seed, number, over
 from regard.reproductions.framework.protocol import Reproduction, Setting
 
@@ -38,48 +39,40 @@ TASKS: dict[str, Callable[[Tensor], Tensor]] = {
 TRAINING = {"steps": 1500, "batch_size": 256, "learning_rate": 1e-3, "items": 1000, "samples": 30_000, "numbers": 8}
 
 
-class AlgorithmicNetwork(nn.Module):
-    """(B, n) numbers to (B, n) numbers, by layers x = MLP([x ; attention(x)]) over n nodes after a further one, whose
-    input is 0.
+def network(
+    numbers: int, *, positional: bool, dim: int = 64, heads: int = 2, layers: int = 4, bias: bool = True
+) -> AlgorithmicNetwork:
+    """The authors' network for n numbers, at most, after a further node, whose input is 0.
 
     Args:
-        numbers: n, at most; fewer take the first rows of the encodings.
+        numbers: n; fewer take the first rows of the encodings.
         positional: whether attention is positional; otherwise softmax attention with one-hot positions beside the input.
         bias: whether projections and MLPs have biases; without any the positional network is positively homogeneous.
     """
+    nodes = numbers + 1
+    name, options = "positional_attention", {"encoding": "one_hot", "max_length": nodes, "bias": bias}
+    if not positional:
+        name, options = "softmax", {"head_dim": dim, "value_dim": dim // heads, "bias": bias}
+    config = AlgorithmicNetworkConfig(
+        num_classes=1,
+        features=1,
+        encoding="none" if positional else "one_hot",
+        places=nodes,
+        dim=dim,
+        plan=[(name, options)] * layers,
+        num_heads=heads,
+        bias=bias,
+    )
+    model = AlgorithmicNetwork(config)
+    for block in model.blocks:
+        for parameter in cast(Block, block).mixer.parameters():
+            nn.init.xavier_uniform_(parameter) if parameter.ndim > 1 else nn.init.zeros_(parameter)
+    return model
 
-    def __init__(
-        self, numbers: int, *, positional: bool, dim: int = 64, heads: int = 2, layers: int = 4, bias: bool = True
-    ) -> None:
-        super().__init__()
-        nodes = numbers + 1
-        self.positional, self.nodes = positional, nodes
-        options: dict[str, Any]
-        name, options = "positional_attention", {"encoding": "one_hot", "max_length": nodes}
-        if not positional:
-            name, options = "softmax", {"head_dim": dim, "value_dim": dim // heads}
-        self.embedding = nn.Linear(1 if positional else 1 + nodes, dim, bias=bias)
-        self.mixers = nn.ModuleList(
-            create_layer(name, dim, heads, pattern="noncausal-self", bias=bias, **options) for _ in range(layers)
-        )
-        for mixer in self.mixers:
-            for parameter in mixer.parameters():
-                nn.init.xavier_uniform_(parameter) if parameter.ndim > 1 else nn.init.zeros_(parameter)
-        self.forwards = nn.ModuleList(
-            nn.Sequential(nn.Linear(2 * dim, dim, bias=bias), nn.ReLU(), nn.Linear(dim, dim, bias=bias))
-            for _ in range(layers)
-        )
-        self.head = nn.Linear(dim, 1, bias=bias)
 
-    def forward(self, numbers: Tensor) -> Tensor:
-        x = F.pad(numbers, (1, 0))[..., None]
-        if not self.positional:
-            positions = torch.eye(self.nodes, dtype=x.dtype)[: x.shape[1]]
-            x = torch.cat([x, positions.expand(len(x), -1, -1)], -1)
-        x = self.embedding(x)
-        for mixer, feed_forward in zip(self.mixers, self.forwards, strict=True):
-            x = feed_forward(torch.cat([x, mixer(x).output], -1))
-        return self.head(x)[:, 1:, 0]
+def answers(model: nn.Module, numbers: Tensor) -> Tensor:
+    """(B, n) of (B, n) numbers."""
+    return model(F.pad(numbers, (1, 0))[..., None]).output[:, 1:, 0]
 
 
 def draw(items: int, numbers: int, factor: float, rng: torch.Generator) -> Tensor:
@@ -98,13 +91,13 @@ def run_cell(setting: Setting, seed: int) -> dict[str, float]:
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(1000 + seed)
     target, numbers, steps = TASKS[setting["task"]], setting["numbers"], setting["steps"]
-    model = AlgorithmicNetwork(numbers, positional=setting["positional"])
+    model = network(numbers, positional=setting["positional"])
     data = draw(setting["samples"], numbers, TRAINED_RANGE, rng)
     optimizer = torch.optim.Adam(model.parameters(), lr=setting["learning_rate"])
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [int(0.6 * steps), int(0.85 * steps)], gamma=0.3)
     for _ in range(steps):
         x = data[torch.randint(len(data), (setting["batch_size"],), generator=rng)]
-        loss = F.mse_loss(model(x), target(x))
+        loss = F.mse_loss(answers(model, x), target(x))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -113,7 +106,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, float]:
     with torch.no_grad():
         for factor in (2, 6, 10, 20):
             x = draw(setting["items"], numbers, float(factor), rng)
-            errors[f"c = {factor}"] = float(F.mse_loss(model(x), target(x)))
+            errors[f"c = {factor}"] = float(F.mse_loss(answers(model, x), target(x)))
     return errors
 
 

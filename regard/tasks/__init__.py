@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from regard.contract import Unsupported, closest
+from regard.tasks.algorithmic import AlgorithmicTask
 from regard.tasks.completion import CompletionTask
 from regard.tasks.copying import CopyingTask
 from regard.tasks.dataset import DatasetTask
 from regard.tasks.document_classes import DocumentsTask
 from regard.tasks.documents import Paths
+from regard.tasks.events import EventsTask
 from regard.tasks.forecast import ForecastTask
 from regard.tasks.images import ImagesTask
 from regard.tasks.in_context_functions import InContextFunctionsTask
@@ -44,6 +46,7 @@ from regard.tasks.segmentation import SegmentationTask
 from regard.tasks.speech import SpeechTask
 from regard.tasks.summarize import SummarizeTask
 from regard.tasks.text import TextTask
+from regard.tasks.time_series import TimeSeriesTask
 from regard.tasks.upscale import UpscaleTask
 
 _TASKS = (
@@ -54,7 +57,9 @@ _TASKS = (
     ListOpsTask,
     PathfinderTask,
     LongRangeTask,
+    AlgorithmicTask,
     InContextFunctionsTask,
+    EventsTask,
     ImagesTask,
     PixelsTask,
     SegmentationTask,
@@ -63,6 +68,7 @@ _TASKS = (
     MatchingTask,
     ParaphraseTask,
     SummarizeTask,
+    TimeSeriesTask,
     ForecastTask,
     CompletionTask,
     SpeechTask,

@@ -13,6 +13,7 @@ from regard.tasks.documents import JSON_LINES, TEXT_SUFFIXES, Paths, json_object
 from regard.tasks.idx import has_idx
 from regard.tasks.image_files import IMAGE_SUFFIXES
 from regard.tasks.tables import SHEETS, TABLE_SUFFIXES, Table, read_table
+from regard.tasks.ts_files import is_series_file
 
 Chosen = tuple[str, dict[str, Any]]
 
@@ -56,8 +57,8 @@ class _Columns:
 def recognise(data: Paths) -> Chosen:
     """The task that fits the files, and the options that it needs.
 
-    Files are text unless they are tables (see :mod:`regard.tasks.tables`), whose columns tell, or folders of images; one with the
-    folders images and masks is for segmentation.
+    Files are text unless they are tables (see :mod:`regard.tasks.tables`), whose columns tell, series (``.ts``), or folders of
+    images; one with the folders images and masks is for segmentation.
 
     Raises:
         Unsupported: for a table whose columns fit no task, or several, with what to add.
@@ -71,6 +72,8 @@ def recognise(data: Paths) -> Chosen:
         return ("images" if images > texts or has_idx(paths[0]) else "text"), {}
     if all(path.suffix.lower() in IMAGE_SUFFIXES for path in paths):
         return "images", {}
+    if all(is_series_file(path) for path in paths):
+        return "time_series", {}
     if not all(path.suffix.lower() in (*TABLE_SUFFIXES, *SHEETS) for path in paths) or not _is_list(paths[0]):
         return "text", {}
     if all(path.suffix.lower() in JSON_LINES for path in paths) and (field := _field_of_text(paths[0])):

@@ -226,6 +226,12 @@ class _View:
         """As :meth:`ranked`, with the rule, which has no mechanism, in its place."""
         return with_rule(self.ranked(task), self.rule(task))
 
+    def figures(self, task: str) -> dict[str, Any] | None:
+        """What a task tells beside the score: the figures' names, and the entries that have some; None for nothing."""
+        entries = [e for e in self.ranked(task) if e.get("figures")]
+        names = list(dict.fromkeys(name for e in entries for name in e["figures"]))
+        return {"names": names, "entries": entries} if names else None
+
     def standing(self, task: str, entry: Payload) -> str:
         """How a mechanism compares with the best one of the task."""
         if not is_number(entry["mean"]):

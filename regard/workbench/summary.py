@@ -83,6 +83,7 @@ def summarise(
                 "separable_from_best": None,
                 "beside_baseline": None,
                 "over_baseline": None,
+                "figures": _figures(own),
             }
         )
     scored = [e for e in entries if e["mean"] is not None and math.isfinite(e["mean"])]
@@ -103,6 +104,16 @@ def summarise(
     if comparison.degrees > 0:
         rank(entries, comparison)
     return entries
+
+
+def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """What the task tells beside the score, by name: means over the runs; None where a run has none."""
+    found: dict[str, float | None] = {}
+    for name in dict.fromkeys(name for row in rows for name in row.get("figures") or {}):
+        values = [((row.get("figures") or {}).get(name) or [None])[0] for row in rows]
+        known = [value for value in values if is_number(value)]
+        found[name] = sum(known) / len(known) if len(known) == len(rows) else None
+    return found
 
 
 def rank(entries: list[dict[str, Any]], comparison: Comparison) -> None:

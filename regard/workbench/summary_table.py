@@ -65,6 +65,26 @@ def terminal_table(
     return table
 
 
+def figures_table(summary: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table | None:
+    """What tasks tell beside their scores, a row for each mechanism and a column for each figure; None where none does."""
+    told = {task: [e for e in entries if e.get("figures")] for task, entries in summary.items()}
+    names = list(dict.fromkeys(name for entries in told.values() for e in entries for name in e["figures"]))
+    if not names:
+        return None
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("", no_wrap=True)
+    for name in names:
+        table.add_column(Text(name), justify="right")
+    for task, entries in told.items():
+        if entries:
+            table.add_row(Text(task, style="bold"))
+        for entry in entries:
+            values = (entry["figures"].get(name) for name in names)
+            shown = (units.number(value) if is_number(value) else "—" for value in values)
+            table.add_row(Text(f"  {entry['mechanism']}"), *shown)
+    return table
+
+
 def _rule(rule: Mapping[str, Any]) -> tuple[Text, Text, Text]:
     name = Text(f"  {charts.short(rule['rule'], LONGEST_RULE)}", style="italic")
     return name, Text(units.number(rule["mean"])), Text("rule", style="dim")

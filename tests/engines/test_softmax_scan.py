@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from regard.contract import Unsupported
-from regard.engines.softmax_scan import absorb, running_normalizer, softmax_scan
+from regard.engines.softmax_scan import Problem, absorb, empty_carry, pairs_form, running_normalizer, softmax_scan
 
 
 def near(found, expected, relative=0.0):
@@ -71,6 +71,60 @@ def test_gradients_reach_scores_values_and_carry():
     assert torch.autograd.gradcheck(whole, [x.requires_grad_() for x in (s, v, decay, mix)])
 
 
+def one_by_one(p):
+    """The recurrence of arXiv 2405.13956, section 3.1, for each token in turn."""
+    m, u, w = p.carry
+    outputs = []
+    for t in range(p.s.shape[2]):
+        faded = m if p.log_decay is None else m + p.log_decay[:, :, t, None]
+        largest = torch.maximum(faded, p.s[:, :, t]).detach()
+        shift = largest.masked_fill(largest == -torch.inf, 0.0)
+        old, new = (faded - shift).exp(), (p.s[:, :, t] - shift).exp()
+        m, u, w = largest, old * u + new, old[..., None] * w + new[..., None] * p.v[:, :, t, None]
+        outputs.append(torch.where((u == 0)[..., None], 0, w / torch.where(u == 0, 1, u)[..., None]))
+    return torch.stack(outputs, 2), m, u, w
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 21])
+@pytest.mark.parametrize(("decayed", "scale", "continued"), [(False, 300.0, False), (True, 1.0, True)])
+def test_the_scan_in_pairs_equals_the_recurrence_with_gradients(n, decayed, scale, continued):
+    s, v = sample(n=n, scale=scale)
+    s[:, 1, 0] = -torch.inf  # a token that is skipped, and at the beginning nothing to see
+    carry = absorb(*sample()) if continued else empty_carry(s, v)
+    leaves = [x.clone().requires_grad_() for x in (s, v, carry.u, carry.w, *([gates(n=n)] if decayed else []))]
+    s, v, u, w, *decay = leaves
+    problem = Problem(s, v, decay[0] if decay else None, None, carry.m, u, w)
+    expected = one_by_one(problem)
+    output, found = pairs_form.run(problem)
+    near((output, *found), expected, 1e-12)
+    up = torch.randn_like(output), torch.randn_like(found.u), torch.randn_like(found.w)
+    one, other = (
+        torch.autograd.grad([x for x, _ in pairs], leaves, [y for _, y in pairs])
+        for pairs in (list(zip((x[0], x[-2], x[-1]), up, strict=True)) for x in (expected, (output, *found)))
+    )
+    near(other, one, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("scores", "options", "in_pairs"),
+    [
+        ((2, 4, 600, 1), {}, True),
+        ((2, 4, 60, 1), {}, False),
+        ((2, 4, 600, 1), {"chunk_size": 64}, False),
+        ((2, 4, 600, 1), {"mix": torch.ones(2, 4, 600, 1, dtype=torch.float64)}, False),
+    ],
+)
+def test_torch_merges_in_pairs_where_that_is_faster(monkeypatch, scores, options, in_pairs):
+    ran = []
+    run = pairs_form.run
+    monkeypatch.setattr(pairs_form, "run", lambda problem: ran.append(problem) or run(problem))
+    s, v = torch.randn(scores, dtype=torch.float64), torch.randn(2, 4, scores[2], 3, dtype=torch.float64)
+    found, carry = softmax_scan(s, v, backend="torch", **options)
+    assert bool(ran) is in_pairs
+    chunked, after = softmax_scan(s, v, backend="torch", **{"chunk_size": 64, **options})
+    near((found, *carry), (chunked, *after), 1e-12)
+
+
 class Operations(TorchDispatchMode):
     """How many operations of torch run inside the block."""
 
@@ -81,15 +135,17 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_chunks_are_merged_in_few_steps():
-    """Thirty-two times as many chunks take less than twice as many operations."""
+@pytest.mark.parametrize(("chunk_size", "times"), [(4, 2), (None, 3)])
+def test_chunks_and_pairs_are_merged_in_few_steps(monkeypatch, chunk_size, times):
+    """Of thirty-two times as many tokens."""
+    monkeypatch.setattr("regard.engines.softmax_scan.PAIRS_FROM", 1)
 
     def operations(n):
         with Operations() as seen:
-            softmax_scan(*sample(n=n), chunk_size=4, backend="torch")
+            softmax_scan(*sample(n=n), chunk_size=chunk_size, backend="torch")
         return seen.count
 
-    assert operations(256 * 4) < 2 * operations(8 * 4)
+    assert operations(256 * 4) < times * operations(8 * 4)
 
 
 def test_running_normalizer_is_the_running_log_sum_exp_in_parts():

@@ -19,7 +19,7 @@ from regard.functional import softmax_attention
 from regard.mechanisms.positional_attention import MECHANISM, Config, cost
 from regard.mechanisms.positional_attention import forms as module
 from regard.positions import Sinusoidal
-from regard.reproductions.positional_attention import TASKS, AlgorithmicNetwork, draw
+from regard.reproductions.positional_attention import TASKS, answers, draw, network
 
 run = calls(MECHANISM, "noncausal-self")
 
@@ -212,7 +212,7 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_the_network_has_the_parameters_of_the_papers():
-    counts = [sum(p.numel() for p in AlgorithmicNetwork(8, positional=p).parameters()) for p in (True, False)]
+    counts = [sum(p.numel() for p in network(8, positional=p).parameters()) for p in (True, False)]
     assert counts == [84_577, 150_273]
 
 
@@ -236,21 +236,22 @@ def residual_with_norm(_: nn.Module, given: tuple[Tensor], __: Tensor) -> Tensor
     [
         (True, {}, True),
         (False, {}, False),
-        (True, {"mixers": with_positions}, False),
-        (True, {"forwards": residual_with_norm}, False),
-        (True, {"forwards": residual}, True),  # so that it is the norm
+        (True, {"mixer": with_positions}, False),
+        (True, {"network": residual_with_norm}, False),
+        (True, {"network": residual}, True),  # so that it is the norm
     ],
 )
 @torch.no_grad()
 def test_a_network_without_biases_scales_with_its_input_unless_values_hold_positions_or_a_norm_follows(
     positional, changes, scales
 ):
-    model = AlgorithmicNetwork(8, positional=positional, bias=False)
+    model = network(8, positional=positional, bias=False)
     for part, changed in changes.items():
-        for child in getattr(model, part):
-            (child.register_forward_pre_hook if part == "mixers" else child.register_forward_hook)(changed)
+        for child in (getattr(block, part) for block in model.blocks):
+            (child.register_forward_pre_hook if part == "mixer" else child.register_forward_hook)(changed)
     x = torch.randn(4, 8)
-    error = float((model(10 * x) - 10 * model(x)).abs().max() / model(x).abs().max())
+    found = answers(model, x)
+    error = float((answers(model, 10 * x) - 10 * found).abs().max() / found.abs().max())
     assert error < 1e-4 if scales else error > 1e-2
 
 
@@ -283,29 +284,29 @@ def test_a_layer_equals_the_authors_with_gradients():
     check_recorded(fixture, output, {"x": x} | {theirs[own]: p for own, p in made.named_parameters()})
 
 
-def network_of(fixture: dict[str, Tensor], positional: bool) -> AlgorithmicNetwork:
+def network_of(fixture: dict[str, Tensor], positional: bool) -> nn.Module:
     """The network with the authors' weights: their additional node is the last one, here it is the first."""
     weights = {name.removeprefix("weight_"): x for name, x in fixture.items() if name.startswith("weight_")}
-    model = AlgorithmicNetwork(5, positional=positional, dim=8, heads=2, layers=2).double()
-    parts = {"embedding": "encoding", "head": "decoding", "value": "attn_v_proj", "output": "attn_o_proj"}
+    model = network(5, positional=positional, dim=8, heads=2, layers=2).double()
+    parts = {"embedding.projection": "encoding", "head": "decoding", "value": "attn_v_proj", "output": "attn_o_proj"}
     found = {}
     for own in model.state_dict():
         *path, kind = own.split(".")
-        if len(path) == 1:
-            found[own] = weights[f"{parts[path[0]]}_{kind}"]
+        if path[0] != "blocks":
+            found[own] = weights[f"{parts['.'.join(path)]}_{kind}"]
             continue
         layer = f"transformer_layers_{path[1]}_"
-        if path[0] == "forwards":
-            found[own] = weights[f"{layer}mlp_mlp_{path[2]}_{kind}"]
-        elif path[2] in parts:
-            found[own] = weights[f"{layer}{parts[path[2]]}_{kind}"]
+        if path[2] == "network":
+            found[own] = weights[f"{layer}mlp_mlp_{path[3]}_{kind}"]
+        elif path[3] in parts:
+            found[own] = weights[f"{layer}{parts[path[3]]}_{kind}"]
         else:
             both = weights[f"{layer}attn_qk_proj_{kind}"]  # of each head, first for queries and then for keys
             apart = both.unflatten(0, (2, 2, -1))
-            found[own] = both if positional else apart[:, int(path[2] == "key")].flatten(0, 1)
-    read_positions = (
-        [name for name in found if name.endswith("projection.weight")] if positional else ["embedding.weight"]
-    )
+            found[own] = both if positional else apart[:, int(path[3] == "key")].flatten(0, 1)
+    read_positions = [
+        n for n in found if n.startswith("blocks" if positional else "embedding") and n.endswith("projection.weight")
+    ]
     for own in read_positions:
         rest, columns = found[own][:, :-6], found[own][:, -6:]
         found[own] = torch.cat([rest, columns.roll(1, -1)], -1)
@@ -318,6 +319,6 @@ def test_the_networks_equal_the_authors_at_full_and_shorter_lengths(name):
     fixture = load(f"positional_attention_network_{name}")
     model = network_of(fixture, name == "positional")
     x = fixture["x"].requires_grad_()
-    output = model(x)
+    output = answers(model, x)
     check_recorded(fixture, output, {"x": x})
-    close(model(fixture["x_short"]), fixture["out_short"])
+    close(answers(model, fixture["x_short"]), fixture["out_short"])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from regard.contract import Context
 from regard.models import (
+    AlgorithmicNetworkConfig,
     EncoderConfig,
     EncoderDecoderConfig,
     ForecasterConfig,
@@ -31,6 +32,7 @@ KINDS: dict[str, tuple[type, dict[str, Any]]] = {
     "forecaster": (ForecasterConfig, {"features": 2, "memory_features": 3, "target_features": (2, 0)}),
     "funnel encoder": (FunnelEncoderConfig, {"num_classes": 3, "features": 2, "num_layers": 1}),
     "pyramid encoder": (PyramidEncoderConfig, {"num_classes": 3, "features": 2}),
+    "algorithmic network": (AlgorithmicNetworkConfig, {"num_classes": 3, "features": 2, "num_layers": 2}),
 }
 FUNNELS = [
     {},

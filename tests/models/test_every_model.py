@@ -32,6 +32,10 @@ PADDED = [
         for normalize in ("mean", "last", "none")
     ),
     *(
+        ("algorithmic network", {"plan": plan, "encoding": "one_hot", "places": 11})
+        for plan in (MIXED, "positional_attention")
+    ),
+    *(
         ("funnel encoder", {"funnel": funnel, "norm": "layer", **options})
         for funnel in FUNNELS[:3]
         for options in (
@@ -69,6 +73,7 @@ PACKED = [
     *(("encoder", {"pool": pool, "features": None, "vocab_size": 5, "plan": MIXED}) for pool in POOLS),
     ("encoder-decoder", {"cross_plan": "linear", "num_layers": 2}),
     ("forecaster", {"patch": 3, "num_layers": 2}),
+    ("algorithmic network", {"plan": MIXED}),
     ("funnel encoder", {"funnel": {"truncate": True}, "features": None, "vocab_size": 5}),
 ]
 
@@ -92,6 +97,7 @@ LEARNING = [
     *(("encoder", {"pool": pool, "plan": MIXED}) for pool in POOLS),
     ("encoder-decoder", {"positions": "learned", "max_length": 9, "num_layers": 2}),
     ("forecaster", {"patch": 3, "quantiles": (0.1, 0.9), "num_layers": 2}),
+    ("algorithmic network", {"plan": MIXED}),
     *(("funnel encoder", {"funnel": funnel}) for funnel in FUNNELS),
 ]
 
@@ -187,6 +193,13 @@ REFUSED = [
     ("forecaster", {"patch": 0}, "patch"),
     ("forecaster", {"positions": "learned"}, "learned positions"),
     ("forecaster", {"positions": "rotry"}, "try rotary"),
+    ("algorithmic network", {"plan": "sofmax"}, "try softmax"),
+    ("algorithmic network", {"encoding": "onehot"}, "try one_hot"),
+    ("algorithmic network", {"places": 0}, "places"),
+    ("algorithmic network", {"features": 0}, "features"),
+    ("algorithmic network", {"feed_forward": 0}, "feed_forward"),
+    ("algorithmic network", {"positions": "learned"}, "try encoding='sinusoidal'"),
+    ("algorithmic network", {"plan": "large_kernel"}, "no grids"),
     ("funnel encoder", {"vocab_size": 4}, "None for the other"),
     ("funnel encoder", {"funnel": {"block": 2}}, "try blocks"),
     ("funnel encoder", {"funnel": {"blocks": 0}}, "blocks"),

@@ -88,12 +88,26 @@ def masked(
     return folder
 
 
+def save_series(path: Path, count: int, *, seed: int = 0, equal: bool = False) -> Path:
+    """Series of two channels and 5 to 9 steps whose three classes have other means, in the format of the UEA archive."""
+    generator = np.random.default_rng(seed)
+    lines = ["@problemName Made", "@timeStamps false", "@classLabel true a b c", "@data"]
+    for i in range(count):
+        steps = 7 if equal else generator.integers(5, 10)
+        channels = generator.normal(size=(2, steps)) + np.array([i % 3, 0])[:, None]
+        lines.append(":".join([*(",".join(f"{x:.6f}" for x in channel) for channel in channels), "abc"[i % 3]]))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
 SMALL = {
     "recall": {"length": 24, "pairs": 4, "queries": 4, "vocab_size": 17, "evaluation_items": 64},
     "copying": {"length": 24, "tokens": 4, "alphabet": 5, "evaluation_items": 64},
     "listops": {"length": 24, "evaluation_items": 64},
     "pathfinder": {"size": 16, "distractors": 1, "evaluation_items": 64},
     "long_range": {"which": "listops", "length": 64, "evaluation_items": 64},
+    "algorithmic": {"length": 6, "samples": 100, "evaluation_items": 64},
+    "events": {"length": 16, "evaluation_items": 64},
     "upscale": {"size": 12, "factor": 2, "evaluation_items": 64},
     "completion": {"length": 16, "seen": 8, "evaluation_items": 64},
     "in_context_functions": {"length": 16, "dimensions": 6, "evaluation_items": 64},
@@ -111,6 +125,8 @@ def made(name: str, folder: Path, **options: Any) -> Any:
         (folder / "digits").mkdir(exist_ok=True)
         write_recordings(folder / "digits")
         given = {"data": folder / "digits", "length": 32, "digits": 2, "evaluation_items": 8}
+    elif name == "time_series":
+        given = {"data": save_series(folder / "series.ts", 60)}
     elif name == "forecast":
         path = save(folder / "load.csv", hours(400), HOURS, ",")
         given = {"data": path, "target": "load", "covariates": "open", "past_covariates": "wind"}

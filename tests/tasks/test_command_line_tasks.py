@@ -9,7 +9,7 @@ import os
 import numpy as np
 import pytest
 from command_line import SMALL_COMPARISON, answer, run
-from task_data import HOURS, hours, masked, photo, refused, save, save_json
+from task_data import HOURS, hours, masked, photo, refused, save, save_json, save_series
 
 from regard.cli.arguments import read_tasks
 from regard.contract import Pattern
@@ -54,6 +54,7 @@ def test_files_for_tasks_that_read_none_are_refused(tmp_path):
         "long_range",
         "segmentation",
         "upscale",
+        "time_series",
         "forecast",
         "completion",
         "speech",
@@ -167,11 +168,12 @@ def test_default_mechanisms_fit_every_task(tmp_path):
         "recall",
         "listops:length=64",
         "in_context_functions:length=16",
+        "events:length=16",
         "masked:field=a,length=32",
         "documents:text=a",
         "paraphrase:source=a,target=b",
     ]
-    tasks = [read_tasks([one], None if one[0] in "rli" else [texts], None, None, "bytes", [])[0] for one in described]
+    tasks = [read_tasks([one], None if one[0] in "rlie" else [texts], None, None, "bytes", [])[0] for one in described]
     tasks += read_tasks(["segmentation:size=16,evaluation_items=4"], None, None, None, "bytes", [])
     tasks += read_tasks(["forecast:target=load,history=48"], [table(tmp_path / "a.csv")], None, 12, "bytes", [])
     assert {(task.pattern, task.objective) for task in tasks} == set(served()) - {
@@ -208,3 +210,12 @@ def test_documents_are_compared_from_the_command_line(tmp_path, capsys):
     warned = "10 items of the held-out data (b.jsonl) are also in the training data: not trained on"
     assert warned in found["tasks"]["documents"]
     assert warned in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_file_of_series_is_one_of_time_series_and_typescript_is_text(tmp_path):
+    said = []
+    (task,) = read_tasks(None, [str(save_series(tmp_path / "a.ts", 60))], None, None, "bytes", [], said.append)
+    assert (task.name, said) == ("time_series", ["time_series"])
+    (tmp_path / "b.ts").write_text("@Component({})\nexport class Thing {}\n" * 99)
+    (task,) = read_tasks(None, [str(tmp_path / "b.ts")], None, 16, "bytes", [])
+    assert task.name == "text"

@@ -24,6 +24,7 @@ READERS = [
     "summarize",
     "forecast",
     "speech",
+    "time_series",
 ]
 NAMES = [*SMALL, *READERS]
 

@@ -19,7 +19,7 @@ from regard.measurement import units
 from regard.workbench import charts, report
 from regard.workbench.charts import Axis, Series
 from regard.workbench.report import render, write_report
-from regard.workbench.summary_table import terminal_table
+from regard.workbench.summary_table import figures_table, terminal_table
 
 VOID = {"meta", "link", "line", "circle", "polygon", "polyline", "path", "br"}
 NO_RECOMMENDATION = {"text": "", "reason": "", "winner": None, "notes": []}
@@ -335,6 +335,21 @@ def test_terminal_table_has_every_cell(rows):
     text = printed(terminal_table(spoiled))
     assert "[red]odd[/red]" in text and "no score" in text and "nan" not in text
     assert len(text.strip().splitlines()) >= 1 + 2 * 5
+
+
+def test_what_a_task_tells_beside_its_score_is_shown_for_each_mechanism(rows):
+    assert figures_table(rows["summary"]) is None and "Beside the score" not in render(**rows)
+    told = copy.deepcopy(rows)
+    first, second, *_ = told["summary"]["recall"]
+    first["figures"], second["figures"] = {"error <far> out": 0.125}, {"error <far> out": None}
+    text = printed(figures_table(told["summary"]), width=100)
+    assert "error <far> out" in text and "0.125" in text and "—" in text
+    page = render(**told)
+    assert (
+        "Beside the score of recall" in page
+        and "error &lt;far&gt; out" in page
+        and page.count("Beside the score of") == 1
+    )
 
 
 def test_a_rule_with_a_long_name_leaves_room_for_the_costs(rows):

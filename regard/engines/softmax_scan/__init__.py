@@ -5,8 +5,9 @@ the output is w_t / u_t. Pairs merge associatively (Attention as an RNN, arXiv 2
 
     (m, u, w) + (m', u', w') = (M, u e^(m - M) + u' e^(m' - M), w e^(m - M) + w' e^(m' - M)),   M = max(m, m'),
 
-so prefixes are found in chunks with a carried (m, u, w). Scores keep their gradients; a merged maximum only rescales, so
-it is held constant.
+so prefixes are found in chunks with a carried (m, u, w), or by merging neighbours, then neighbours of those (the parallel
+prefix scan, :mod:`regard.engines.softmax_scan.pairs_form`). Scores keep their gradients; a merged maximum only rescales, so it
+is held constant.
 """
 
 from __future__ import annotations
@@ -21,12 +22,18 @@ from regard.backends import Engine, add_engine, execute
 from regard.contract import State, Unsupported, state_field
 from regard.core.precision import wide_dtype, without_autocast
 from regard.engines.gated_recurrence.torch_form import suffix_sum
-from regard.engines.softmax_scan import native_form, torch_form
+from regard.engines.softmax_scan import native_form, pairs_form, torch_form
 from regard.engines.softmax_scan.problem import Carry, Problem
-from regard.engines.softmax_scan.torch_form import exponentials, running_normalizer
+from regard.engines.softmax_scan.torch_form import exponentials, normalized, running_normalizer
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+
+CHUNK = 64
+"""Tokens of a chunk where none is asked for."""
+PAIRS_FROM = 1 << 12
+"""Scores of a call from which merging in pairs takes less time than chunks, and no more memory, on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ def softmax_scan(
     state: Carry | None = None,
     log_decay: Float[Tensor, "#b #h n"] | None = None,
     mix: Float[Tensor, "b h n q"] | None = None,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "b h n q v"] | Float[Tensor, "b h n v"], Carry]:
     """Prefix outputs of q fixed queries and the carry after the last token. Autocast does not reach in.
@@ -73,12 +80,13 @@ def softmax_scan(
             Zero at tokens that are skipped.
         mix: weights of the q prefix outputs at each token. The outputs are then their weighted sums (B, H, N, V), and
             the q outputs of a token are never stored.
-        chunk_size: tokens computed together. Changes rounding only.
+        chunk_size: tokens computed together; None for 64, or for merging in pairs (:mod:`.pairs_form`) where torch computes
+            and that is faster. Changes rounding only.
 
     Returns:
         Outputs in the dtype of v (0 where no token was seen yet); the carry in at least float32.
     """
-    if chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise Unsupported(f"chunk_size={chunk_size}", supported="a positive integer")
     problem = Problem(s, v, log_decay, mix, *(empty_carry(s, v) if state is None else state))
     with without_autocast(v.device):
@@ -133,13 +141,16 @@ def merge(first: Carry, second: Carry) -> Carry:
     return Carry(m, a * first.u + b * second.u, a[..., None] * first.w + b[..., None] * second.w)
 
 
-def normalized(u: Float[Tensor, "..."], w: Float[Tensor, "... v"]) -> Float[Tensor, "... v"]:
-    """w / u, and 0 where no token was seen."""
-    seen = u != 0  # NaN is seen
-    return torch.where(seen[..., None], w / torch.where(seen, u, 1)[..., None], 0)
+def _run_in_torch(problem: Problem, chunk_size: int | None) -> tuple[Tensor, Carry]:
+    s = problem.s
+    # measured on CPUs alone; a compiled program must not depend on how often the tokens can be halved
+    unrolled = s.device.type != "cpu" or torch.compiler.is_compiling() or torch.compiler.is_exporting()
+    if chunk_size is not None or problem.mix is not None or unrolled or s.numel() < PAIRS_FROM:
+        return torch_form.run(problem, chunk_size or CHUNK)
+    return pairs_form.run(problem)
 
 
-add_engine("softmax_scan", torch=Engine(torch_form.run), native=Engine(native_form.run, native_form.refuses))
+add_engine("softmax_scan", torch=Engine(_run_in_torch), native=Engine(native_form.run, native_form.refuses))
 
 __all__ = [
     "Carry",
@@ -150,6 +161,7 @@ __all__ = [
     "exponentials",
     "merge",
     "normalized",
+    "pairs_form",
     "running_normalizer",
     "softmax_scan",
     "softmax_scan_shifted",

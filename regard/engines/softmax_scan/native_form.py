@@ -65,14 +65,14 @@ class ScanBackward(library.Arguments):
     )
 
 
-def run(problem: Problem, chunk_size: int) -> tuple[Tensor, Carry]:
+def run(problem: Problem, chunk_size: int | None) -> tuple[Tensor, Carry]:
     """See :func:`regard.engines.softmax_scan.softmax_scan`; `chunk_size` is the kernel's own."""
     log_decay, mix = (None if x is None else x.float() for x in (problem.log_decay, problem.mix))
     out, m, u, w = _scan(replace(problem, s=problem.s.float(), log_decay=log_decay, mix=mix))
     return (out if mix is not None else out.transpose(2, 3)), Carry(m.detach(), u, w)
 
 
-def refuses(problem: Problem, chunk_size: int) -> str | None:
+def refuses(problem: Problem, chunk_size: int | None) -> str | None:
     """Why a call is left to another backend."""
     p = problem
     if p.v.dtype not in library.DTYPES:

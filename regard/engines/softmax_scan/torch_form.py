@@ -26,6 +26,12 @@ def exponentials(x: Tensor, maximum: Tensor) -> Tensor:
     return (x - maximum.masked_fill(maximum == -torch.inf, 0.0)).exp()
 
 
+def normalized(u: Float[Tensor, "..."], w: Float[Tensor, "... v"]) -> Float[Tensor, "... v"]:
+    """w / u, and 0 where no token was seen."""
+    seen = u != 0  # NaN is seen
+    return torch.where(seen[..., None], w / torch.where(seen, u, 1)[..., None], 0)
+
+
 def prefix_weights(
     scores: Float[Tensor, "*b q c"], log_decay: Float[Tensor, "*#b c"] | None, m: Float[Tensor, "*b q"]
 ) -> tuple[Float[Tensor, "*b q c"], Float[Tensor, "*b q c c"], Float[Tensor, "*b q c"]]:

@@ -29,8 +29,7 @@ last of V's heads; `content_heads` in a layer.
 
 The paper's layer concatenates, MLP([x ; W_O O]), in place of a residual and a norm, and with no bias anywhere it is
 positively homogeneous: f(a x) = a f(x). That is what carries over to larger values, and what a norm, or P in the values,
-destroys. The network is in `regard/reproductions/positional_attention.py` alone, since it replaces the block around a
-mechanism, which models here share among all mechanisms.
+destroys. `regard.models.AlgorithmicNetwork` is the network of such layers.
 
 Deviations: each layer has encodings of its own, where they are learned. Maps start as in the paper, the other projections
 as those of all layers here.

@@ -1,0 +1,225 @@
+"""The network of positional attention for algorithms on numbers: no residual sums and no norms, so that it can scale.
+
+A layer is x = MLP([x ; attention(x)]) (Back de Luca et al., arXiv 2410.01686). With ``positional_attention`` and no biases
+the network is positively homogeneous, f(a x) = a f(x) for a > 0, which is what carries over to larger numbers::
+
+    entry = ("positional_attention", {"encoding": "one_hot", "max_length": 9, "bias": False})
+    config = AlgorithmicNetworkConfig(num_classes=1, features=1, plan=[entry] * 4, bias=False)
+    outputs = AlgorithmicNetwork(config)(numbers).output        # (B, N, 1) -> (B, N, 1)
+
+Any mechanism may be in its place. Those that read content are told the place of each token beside its numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract import Context, Pattern, Result, Unsupported, at_least, one_of
+from regard.layers.checks import given_context
+from regard.layers.linear import make_linear
+from regard.models.blocks import (
+    EMBEDDED_POSITIONS,
+    SHARED_POSITIONS,
+    Block,
+    add_losses,
+    check_sequences,
+    mixing_card,
+    read_plan,
+    run_blocks,
+)
+from regard.models.encoder import EncoderBase
+from regard.models.stack import StackConfig
+from regard.positions.sinusoidal import Sinusoidal
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    from regard.tasks.protocol import Task
+
+ENCODINGS = ("auto", "one_hot", "sinusoidal", "none")
+
+
+@dataclass(frozen=True)
+class AlgorithmicNetworkConfig:
+    """The configuration of an :class:`AlgorithmicNetwork`.
+
+    Attributes:
+        num_classes: numbers that each token has as its output.
+        features: numbers of a token.
+        encoding: what stands beside a token's numbers: ``one_hot`` (its place, of `places`), ``sinusoidal`` (`places`
+            features, any place), ``none``; ``auto``: sinusoidal, but none where a mechanism of the plan refuses positions in
+            its input, as ``positional_attention`` does.
+        places: width of the encoding, >= 1; with ``one_hot`` the longest sequence.
+        plan, num_layers, dim, num_heads, head_dim, num_kv_heads: as in :class:`regard.models.LanguageModelConfig`.
+        feed_forward: width between the two projections of a layer's MLP; `dim` when None.
+        bias: whether embedding, MLPs and head have biases; those of mechanisms are their own options.
+        positions, position_options: inside the layers, none by default; not those of a model's input.
+        max_length: of positions that have a table.
+        dropout: of what is mixed.
+        loss_weights: as in :class:`regard.models.LanguageModelConfig`.
+    """
+
+    num_classes: int
+    features: int
+    encoding: str = "auto"
+    places: int = 64
+    dim: int = 64
+    plan: Any = "positional_attention"
+    num_layers: int | None = None
+    num_heads: int = 2
+    head_dim: int | None = None
+    num_kv_heads: int | None = None
+    feed_forward: int | None = None
+    bias: bool = True
+    positions: str = "none"
+    position_options: Mapping[str, Any] = field(default_factory=dict)
+    max_length: int = 2048
+    dropout: float = 0.0
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
+    stack: ClassVar = StackConfig()
+    norm: ClassVar = "none"
+    vocab_size: ClassVar = None
+    serves: ClassVar = ((Pattern.NONCAUSAL_SELF, "regression"),)
+
+    def __post_init__(self) -> None:
+        one_of("encoding", self.encoding, ENCODINGS)
+        at_least("features", self.features, 1)
+        at_least("places", self.places, 1)
+        if self.positions in ("auto", *EMBEDDED_POSITIONS, *SHARED_POSITIONS):
+            raise Unsupported(
+                f"positions={self.positions!r} of an AlgorithmicNetwork, where nothing is added to the input",
+                supported="none and schemes inside the layers, such as rotary; encoding says what stands beside the input",
+                nearest="encoding='sinusoidal'",
+            )
+        object.__setattr__(self, "plan", read_plan(self.plan, self.num_layers))
+        object.__setattr__(self, "num_layers", len(self.plan))
+
+    @classmethod
+    def for_task(cls, task: Task, plan: Any, **sizes: Any) -> AlgorithmicNetworkConfig:
+        """As :func:`regard.models.registry.config_for` asks for it, for tasks of numbers."""
+        if task.features is None or task.grid is not None:
+            raise Unsupported(
+                f"an AlgorithmicNetwork for the task {task.name}",
+                supported="tasks of sequences of numbers, as algorithmic",
+                nearest="the model Encoder",
+            )
+        if StackConfig.read(sizes.pop("stack", StackConfig())) != StackConfig():
+            raise Unsupported(
+                "an AlgorithmicNetwork with --stack", supported="the layers that it has, which add nothing to a stream"
+            )
+        sizes.pop("positions", None)  # of a model's input; those of layers are in the plan
+        return cls(task.num_targets or 0, task.features, plan=plan, **sizes)
+
+
+class PlacedFeatures(nn.Module):
+    """(B, N, features) -> (B, N, dim): a projection of each token's numbers with an encoding of its place beside them.
+
+    Args:
+        config: of the network.
+        encoding: one of `ENCODINGS` but ``auto``.
+    """
+
+    def __init__(self, config: AlgorithmicNetworkConfig, encoding: str) -> None:
+        super().__init__()
+        self.encoding, self.features, self.places = encoding, config.features, config.places
+        width = config.features + (0 if encoding == "none" else config.places)
+        self.projection = make_linear(width, config.dim, bias=config.bias)
+
+    def forward(self, x: Float[Tensor, "b n f"]) -> Float[Tensor, "b n c"]:
+        if x.shape[-1] != self.features:
+            raise Unsupported(f"an input of {x.shape[-1]} features", supported=f"{self.features} features")
+        if self.encoding == "none":
+            return self.projection(x)
+        return self.projection(torch.cat([x, self._places(x).expand(x.shape[0], -1, -1)], -1))
+
+    def _places(self, x: Tensor) -> Float[Tensor, "1 n p"]:
+        n = x.shape[1]
+        if self.encoding == "sinusoidal":
+            where = torch.arange(n, device=x.device)[None]
+            return Sinusoidal(dim=self.places).embed(x.new_zeros(1, n, self.places), where)
+        if n > self.places:
+            raise Unsupported(
+                f"{n} tokens with one-hot places of {self.places}",
+                supported=f"up to {self.places} tokens",
+                nearest=f"places={n}, or encoding='sinusoidal'",
+            )
+        return torch.eye(n, self.places, dtype=x.dtype, device=x.device)[None]
+
+
+class ConcatenatingBlock(Block):
+    """MLP([x ; mix(x)]): what is mixed stands beside x instead of being added to it."""
+
+    def __init__(self, entry: tuple[str, Mapping[str, Any]], config: AlgorithmicNetworkConfig) -> None:
+        options = dict(entry[1])
+        width = options.pop("feed_forward", config.feed_forward)
+        super().__init__((entry[0], options), config, Pattern.NONCAUSAL_SELF, feed_forward=0)
+        self.entry = entry
+        hidden = config.dim if width is None else width
+        at_least("feed_forward", hidden, 1)
+        self.network = nn.Sequential(
+            make_linear(2 * config.dim, hidden, bias=config.bias),
+            nn.ReLU(),
+            make_linear(hidden, config.dim, bias=config.bias),
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        memory: Tensor | None = None,
+        *,
+        context: Context,
+        state: Any = None,
+    ) -> Result:
+        """Right-padded `x`; the output is (B, N, C), without a state."""
+        mixed = self.mix(x, context=context)
+        return Result(self.network(torch.cat([x, mixed.output], -1)), None, mixed.losses, mixed.extras)
+
+
+class AlgorithmicNetwork(EncoderBase):
+    """Embedding, layers, head; see :class:`AlgorithmicNetworkConfig`."""
+
+    config: AlgorithmicNetworkConfig
+
+    def __init__(self, config: AlgorithmicNetworkConfig) -> None:
+        super().__init__(config, config.plan)
+        self.blocks = nn.ModuleList(ConcatenatingBlock(entry, config) for entry in config.plan)
+        check_sequences(self.blocks, "an AlgorithmicNetwork, which has no grids", supported="layers for sequences")
+        self.head = make_linear(config.dim, config.num_classes, bias=config.bias)
+
+    def make_embedding(self, config: AlgorithmicNetworkConfig) -> nn.Module:
+        encoding = config.encoding
+        if encoding == "auto":
+            cards = [mixing_card(name, options) for name, options in config.plan]
+            encoding = "sinusoidal" if all("sinusoidal" in card.accepts_positions for card in cards) else "none"
+        return PlacedFeatures(config, encoding)
+
+    def forward(self, inputs: Float[Tensor, "b n f"], *, context: Context | None = None) -> Result:
+        """Numbers of each token.
+
+        Args:
+            inputs: numbers, padded anywhere or packed, as `context.mask` says.
+            context: its mask, generator, progress, and what is wanted of the layers.
+
+        Returns:
+            output (B, N, num_classes), zero at padding. Auxiliary losses summed over the layers; extras as lists with one
+            entry for each layer that has them.
+
+        Raises:
+            Unsupported: for a grid, roles or explicit positions.
+        """
+        context = given_context(context)
+        for what in ("grid", "roles", "positions"):
+            if getattr(context, what) is not None:
+                raise Unsupported(
+                    f"{what} in an AlgorithmicNetwork", supported="padding and packing", nearest="Encoder"
+                )
+        x, inner, layout, losses = self.embed(inputs, context)
+        result = run_blocks(self.blocks, x, inner, [None] * len(self.blocks))
+        add_losses(losses, result.losses)
+        output = layout.scatter(self.head(result.output), axis=1)
+        return Result(output, None, losses, result.extras)
