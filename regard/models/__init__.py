@@ -5,6 +5,7 @@ from __future__ import annotations
 from regard.models.conversion import change_plan, extend_positions
 from regard.models.encoder import Encoder, EncoderConfig
 from regard.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from regard.models.exits import exit_layers, set_exit_rule
 from regard.models.forecaster import Forecaster, ForecasterConfig
 from regard.models.from_transformers import from_transformers
 from regard.models.funnel import FunnelEncoder, FunnelEncoderConfig
@@ -20,7 +21,7 @@ from regard.models.plans import (
 )
 from regard.models.pretrained import from_pretrained, save_pretrained
 from regard.models.registry import build_model, config_for, models_for, register_model
-from regard.models.stack import Stack, StackConfig, set_exit_threshold
+from regard.models.stack import Stack, StackConfig
 from regard.models.stages import PyramidEncoder, PyramidEncoderConfig, StageConfig
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "config_for",
     "count_parameters",
     "differential_plan",
+    "exit_layers",
     "extend_positions",
     "from_pretrained",
     "from_transformers",
@@ -55,7 +57,7 @@ __all__ = [
     "models_for",
     "register_model",
     "save_pretrained",
-    "set_exit_threshold",
+    "set_exit_rule",
     "tokenformer_plan",
     "transnormer_plan",
 ]
