@@ -21,6 +21,7 @@ from regard.models.plans import (
 )
 from regard.models.pretrained import from_pretrained, save_pretrained
 from regard.models.registry import build_model, config_for, models_for, register_model
+from regard.models.replaced import ReplacedTokenConfig, ReplacedTokenModel
 from regard.models.stack import Stack, StackConfig
 from regard.models.stages import PyramidEncoder, PyramidEncoderConfig, StageConfig
 
@@ -38,6 +39,8 @@ __all__ = [
     "ModelState",
     "PyramidEncoder",
     "PyramidEncoderConfig",
+    "ReplacedTokenConfig",
+    "ReplacedTokenModel",
     "Stack",
     "StackConfig",
     "StageConfig",

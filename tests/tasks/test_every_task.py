@@ -13,7 +13,19 @@ from task_data import SMALL, for_any_task, items, made, refused, save_json, word
 from regard.contract import Unsupported
 from regard.tasks import TASKS, check_task, create_task, list_tasks
 
-NAMES = [*SMALL, "text", "masked", "images", "documents", "matching", "paraphrase", "summarize", "forecast", "speech"]
+NAMES = [
+    *SMALL,
+    "text",
+    "masked",
+    "replaced",
+    "images",
+    "documents",
+    "matching",
+    "paraphrase",
+    "summarize",
+    "forecast",
+    "speech",
+]
 
 
 @pytest.fixture(params=NAMES)
@@ -34,7 +46,7 @@ def same(one, other):
 def test_list_tasks_names_what_create_task_makes():
     assert sorted(list_tasks()) == sorted(NAMES)
     refused(lambda: create_task("recal"), "try recall")
-    refused(lambda: create_task(None), "supported: text, masked, recall")
+    refused(lambda: create_task(None), "supported: text, masked, replaced, recall")
 
 
 def test_a_training_batch_is_a_function_of_step_seed_and_size(name, tmp_path):
