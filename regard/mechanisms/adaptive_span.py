@@ -54,6 +54,7 @@ from regard.contract import (
     Unsupported,
     at_least,
 )
+from regard.core.precision import wide
 from regard.core.ragged import values_known
 from regard.core.sampling import attention_shapes, normals
 from regard.core.visibility import DistanceBias, PositionBias
@@ -141,7 +142,7 @@ def chunked(
 
 
 def _with_loss(call: Call, span: Float[Tensor, " h"], result: Result) -> Result:
-    share = span.clamp(0, call.config.longest) / call.config.longest
+    share = wide(span).clamp(0, call.config.longest) / call.config.longest
     result.losses["span"] = (share.sum(), torch.tensor(share.numel(), device=span.device))
     return result
 
@@ -149,7 +150,7 @@ def _with_loss(call: Call, span: Float[Tensor, " h"], result: Result) -> Result:
 def _within(call: Call, span: Float[Tensor, " h"]) -> dict[str, Any]:
     """What of attention differs: how far queries see, and log m beside the position bias of the call."""
     config: Config = call.config
-    z = span.clamp(0, config.longest)
+    z = wide(span).clamp(0, config.longest)
     reach = config.cached
     if values_known(span) and span.numel():
         reach = math.ceil(float(z.detach().max()) + config.ramp) - 1
