@@ -39,7 +39,7 @@ def techniques(layers: int) -> dict[str, dict[str, Any]]:
         "reversible": {"reversible": True},
         "reversible, share all": {"reversible": True, "share": "all"},
         "stochastic depth 0.5": {"stochastic_depth": 0.5},
-        "exits": {"exits": (layers // 4, layers // 2), "exit_threshold": 0.0},
+        "exits": {"exits": (layers // 4, layers // 2), "exit_rule": "confidence:0"},
         "bfloat16": {},
     }
 

@@ -114,6 +114,38 @@ def activator(
 ) -> Any:
     """A gated feed-forward network with norms inside; as published it mixes no tokens, with an option neighbours."""
 
+def adaptive_span_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    span: Tensor,
+    *,
+    pattern: str | Pattern = ...,
+    mask: Mask | None = ...,
+    memory_mask: Mask | None = ...,
+    state: State | None = ...,
+    return_state: bool = ...,
+    scale: float | None = ...,
+    chunk_size: int | None = ...,
+    backend: str | None = ...,
+    form: str | None = ...,
+    bias: Tensor | None = ...,
+    dropout: float | None = ...,
+    generator: torch.Generator | None = ...,
+    grid: tuple[int, ...] | None = ...,
+    roles: Tensor | None = ...,
+    training: bool | None = ...,
+    progress: float | None = ...,
+    teacher: Any = ...,
+    want: frozenset[str] | None = ...,
+    rotate: Any = ...,
+    position_bias: Any = ...,
+    longest: int = ...,
+    ramp: int = ...,
+    initial: float = ...,
+) -> Any:
+    """Softmax over the keys within a span that each head learns."""
+
 def agent_attention(
     q: Tensor,
     k: Tensor,
@@ -1706,6 +1738,40 @@ def probsparse_attention(
     jitter: bool = ...,
 ) -> Any:
     """Only the queries whose scores stand out attend; the others get the mean of the values."""
+
+def random_feature_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    log_gate: Tensor | None = ...,
+    *,
+    pattern: str | Pattern = ...,
+    mask: Mask | None = ...,
+    memory_mask: Mask | None = ...,
+    state: State | None = ...,
+    return_state: bool = ...,
+    scale: float | None = ...,
+    chunk_size: int | None = ...,
+    backend: str | None = ...,
+    form: str | None = ...,
+    bias: Tensor | None = ...,
+    dropout: float | None = ...,
+    generator: torch.Generator | None = ...,
+    grid: tuple[int, ...] | None = ...,
+    roles: Tensor | None = ...,
+    training: bool | None = ...,
+    progress: float | None = ...,
+    teacher: Any = ...,
+    want: frozenset[str] | None = ...,
+    rotate: Any = ...,
+    position_bias: Any = ...,
+    num_features: int | None = ...,
+    gate: bool = ...,
+    learn_sigma: bool = ...,
+    eps: float = ...,
+) -> Any:
+    """Sines and cosines of random projections estimate softmax between unit vectors; a gate may let the past fade."""
 
 def reformer_attention(
     q: Tensor,

@@ -83,6 +83,33 @@ def read_stack(text: str) -> Any:
     return StackConfig.read(options)
 
 
+def read_exits(text: str, layers: int, objective: str, stack: Any) -> Any:
+    """A stack with places to leave: ``all`` or ``1+2``, perhaps followed by ``:own`` or ``:halting``.
+
+    Args:
+        layers: of the model.
+        objective: of its task.
+        stack: the other options.
+    """
+    from dataclasses import replace
+
+    from regard.contract import one_of
+
+    places, _, kind = text.partition(":")
+    one_of(f"--exits {places}:", kind, ("", "own", "halting"))
+    exits = tuple(range(1, layers)) if places == "all" else read_integers("--exits", places.replace("+", ","))
+    if not exits or not 1 <= exits[0] <= exits[-1] < layers:
+        raise Unsupported(f"--exits {text} of {layers} layers", supported=f"layers from 1 to {layers - 1}, or all")
+    if kind == "own" and objective != "classification":
+        raise Unsupported(
+            f"--exits {text} on a task of {objective}",
+            supported=":own where whole sequences are classified",
+            nearest=f"--exits {places}",
+        )
+    changes = {"own": {"exit_heads": "own"}, "halting": {"exit_rule": "halting:0.01"}}.get(kind, {})
+    return replace(stack, exits=exits, **changes)
+
+
 def read_tasks(
     chosen: list[str] | None,
     data: list[str] | None,

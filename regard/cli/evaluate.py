@@ -21,6 +21,14 @@ def evaluate(
         list[str] | None,
         typer.Argument(help="Other data to score it on, in the form of its own; its held-out items when not given."),
     ] = None,
+    exit_rules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--exit",
+            metavar="RULE",
+            help="Leave early: entropy:0.3, confidence:0.9, patience:2, layer:1 or halting:0.01. Repeatable.",
+        ),
+    ] = None,
     reduce: REDUCE = None,
     device: DEVICE = "cpu",
     plugin: PLUGINS = None,
@@ -28,7 +36,8 @@ def evaluate(
 ) -> None:
     """Score a trained model on what was held out, or on your data.
 
-    With --reduce it is also scored on fewer tokens, and both are timed in turn.
+    With --reduce it is also scored on fewer tokens, and with --exit left early as regard train --exits has taught it; both are
+    timed in turn beside all tokens and layers.
 
     Examples:
 
@@ -37,16 +46,20 @@ def evaluate(
         regard evaluate my_model other_corpus.txt
         regard evaluate reviews new_reviews.csv --json
         regard evaluate photos --reduce tome:remove=4
+        regard evaluate reviews --exit entropy:0.1 --exit entropy:0.5 --exit layer:2
     """
     from regard.compression.folders import is_compressed, read_record
     from regard.measurement.statistics import score_of_items
+    from regard.workbench.early_exits import exited, leaving
     from regard.workbench.reduced import AT_ONCE, reduced, told
     from regard.workbench.trained import figures_of, open_trained
 
+    rules = exit_rules or []
     if is_compressed(folder) and read_record(folder)["library"] == "transformers":
-        if reduce is not None:
+        if reduce is not None or rules:
             raise Unsupported(
-                f"--reduce of {folder}, which reads text", supported="vision transformers of regard train"
+                f"{'--exit' if rules else '--reduce'} of {folder}, a language model of transformers",
+                supported="models of regard train",
             )
         _of_transformers(folder, data, as_json)
         return
@@ -54,10 +67,12 @@ def evaluate(
     trained = open_trained(folder)
     model = trained.model(device)
     fewer = None if reduce is None else reduced(model, reduce)
+    for rule in rules:
+        leaving(model, rule)  # refuses what does not fit before anything is scored
     task = own[0] if own else trained.task(data[0] if data and len(data) == 1 else data)
     chosen = task if own or data else None
     found = trained.score(chosen, device=device, model=model)
-    rule, figures = task.baseline, figures_of(found)
+    baseline, figures = task.baseline, figures_of(found)
     result = {
         "folder": str(folder),
         "task": task.name,
@@ -67,22 +82,27 @@ def evaluate(
         "figures": figures,
         "loss": found.loss,
         "items": len(found.items),
-        "baseline": None if rule is None else {"name": rule.name, "score": rule.score},
+        "baseline": None if baseline is None else {"name": baseline.name, "score": baseline.score},
     }
     if fewer is not None:
         again = trained.score(chosen, device=device, model=fewer.model)
         batch = next(iter(task.evaluation_batches(AT_ONCE)))
         speeds = fewer.speeds(batch.inputs.to(device), batch.grid)
         result["reduced"] = {"by": reduce, "score": again.score, "loss": again.loss, **speeds}
+    early = [exited(trained, model, rule, task, own=chosen is None, device=device) for rule in rules]
+    if early:
+        result["exits"] = [one.as_dict() for one in early]
     if as_json:
         emit(result)
         return
-    beside = "" if rule is None else f"; without training, {rule.name} has {rule.score:.4g}"
+    beside = "" if baseline is None else f"; without training, {baseline.name} has {baseline.score:.4g}"
     console.print(Text(f"{found.score:.4g} {task.metric} on {len(found.items)} items{beside}."))
     for name, (mean, error) in figures.items():
         console.print(Text(f"{name}: {' ± '.join(units.with_error(mean, error))} over the items"))
     if fewer is not None:
         console.print(Text(f"{again.score:.4g} {task.metric} with {reduce}: {told(speeds)}."))
+    for one in early:
+        console.print(Text(one.told(task.metric)))
 
 
 def _of_transformers(folder: Path, data: list[str] | None, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import sys
@@ -39,6 +40,15 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Draw among so many of the likeliest.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest of this probability in all.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    exit_rule: Annotated[
+        str | None,
+        typer.Option(
+            "--exit",
+            metavar="RULE",
+            help="Leave early, in a model of regard train --exits: confidence:0.9, entropy:0.3, patience:2, layer:1; or "
+            "halting:0.01 in one that halts.",
+        ),
+    ] = None,
     draft: Annotated[
         str | None,
         typer.Option(
@@ -68,6 +78,9 @@ def generate(
 ) -> None:
     """Go on from a text, token by token through the model's state.
 
+    With --exit tokens that are sure leave before the last layer; the keys and values that the layers above keep of such a token
+    are those of the hidden state with which it left, so that the text is the same as if it were read whole each time.
+
     Examples:
 
     \b
@@ -77,10 +90,13 @@ def generate(
         regard generate my_model "def main(" --draft lookup
         regard generate smollm2/ "Once" --cache int8
         regard generate large/ "$(cat notes.txt)" --shorten 0.5 --shorten-by smollm2/
+        regard generate my_model "def main(" --exit confidence:0.9
         regard generate smollm2/ "Once" --draft smollm2-int4/ --proposals 6
         head -c 2000 story.txt | regard generate my_model - --json
     """
     import torch
+
+    from regard.models import exit_layers
 
     prompt = sys.stdin.read() if text == "-" else text
     if not prompt:
@@ -100,6 +116,8 @@ def generate(
         from regard.compression.sparse import sparsify
 
         sparsify(model, cache)
+    if exit_rule is not None:
+        _leave_early(model, exit_rule)
     ids = _read(model, tokenizer, prompt, device)
     counts = None
     if draft is None:
@@ -110,10 +128,15 @@ def generate(
         drawn = speculation.stream(ids, tokens, stop_tokens=stops, **sampling)
         stream = itertools.takewhile(lambda token: int(token) not in stops, drawn)
         counts = speculation.counts
-    written = write(tokenizer, stream, lambda part: None if as_json else print(part, end="", flush=True), prompt)
+    watched: Any = contextlib.nullcontext([]) if exit_rule is None else exit_layers(model)
+    with watched as seen:
+        written = write(tokenizer, stream, lambda part: None if as_json else print(part, end="", flush=True), prompt)
     told: dict[str, Any] = {} if counts is None else {"speculation": dataclasses.asdict(counts)}
     if shortened:
         told["shortened"] = shortened
+    if exit_rule is not None:
+        depth = _depth(seen)
+        told["exits"] = {"rule": exit_rule, "depth": depth, "layers": model.blocks.layers}
     if as_json:
         emit({"folder": str(folder), "prompt": prompt, "text": written, **told})
         return
@@ -123,6 +146,23 @@ def generate(
     if counts is not None:
         said = f"{counts.tokens} tokens in {counts.passes} passes of the model; {counts.kept} of {counts.proposed} proposed ones kept"
         errors.print(Text(said, style="dim"))
+    if exit_rule is not None:
+        errors.print(Text(f"{depth:.2f} of {model.blocks.layers} layers on average", style="dim"))
+
+
+def _leave_early(model: Any, rule: str) -> None:
+    from regard.models import LanguageModel, set_exit_rule
+
+    if not isinstance(model, LanguageModel):
+        raise Unsupported(f"--exit {rule} of a {type(model).__name__}", supported="models of regard train --exits")
+    set_exit_rule(model, rule)
+
+
+def _depth(seen: list[Tensor]) -> float:
+    """Layers that a token has passed on average, of those that a new one followed from; `seen` has those of each call."""
+    import torch
+
+    return float(torch.cat([seen[0][-1:], *seen[1:]]).double().mean()) if seen else 0.0
 
 
 def _is_of_transformers(folder: Path) -> bool:

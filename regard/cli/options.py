@@ -29,7 +29,7 @@ STACK = Annotated[
     str,
     typer.Option(
         help="How the backbone's layers are stacked, as option=value,option=value: share, share_groups, reversible, "
-        "checkpoint_layers, stochastic_depth, exits (as 1+2), exit_threshold, layer_scale, branch_norm."
+        "checkpoint_layers, stochastic_depth, exits (as 1+2), exit_rule, exit_heads, layer_scale, branch_norm."
     ),
 ]
 PRECISION = Annotated[

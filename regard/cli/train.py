@@ -8,7 +8,14 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from regard.cli.arguments import describe_tasks, named_backbones, plugged_tasks, read_mechanisms, read_stack
+from regard.cli.arguments import (
+    describe_tasks,
+    named_backbones,
+    plugged_tasks,
+    read_exits,
+    read_mechanisms,
+    read_stack,
+)
 from regard.cli.console import console, emit, load_plugins, plain
 from regard.cli.options import (
     DATA,
@@ -29,9 +36,31 @@ from regard.measurement import units
 
 MONITOR = "attention"
 """What a run can be watched for, and the name of its files."""
+OF_THE_RUN = (
+    "data",
+    "task",
+    "mechanism",
+    "validation",
+    "length",
+    "tokenizer",
+    "model",
+    "dim",
+    "layers",
+    "heads",
+    "frame",
+    "stack",
+    "ema",
+    "best_of",
+    "teacher",
+    "distil",
+    "monitor",
+    "plugin",
+)
+"""What the folder of --frozen decides, or what has no part in training exits alone."""
 
 
 def train(
+    context: typer.Context,
     data: DATA = None,
     task: Annotated[
         str | None,
@@ -63,6 +92,21 @@ def train(
     frame: Annotated[
         str, typer.Option(help="What surrounds the mechanism in its layer: bare, convolution or own.")
     ] = "convolution",
+    exits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYERS",
+            help="Layers that the model may be left after: 1+2, or all; with :own each has a head of its own (of models that "
+            "classify whole sequences), with :halting each token learns when to stop.",
+        ),
+    ] = None,
+    frozen: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of an earlier regard train: its layers are taken over and stay as they are, and the exits alone "
+            "learn, on the same data."
+        ),
+    ] = None,
     stack: STACK = "",
     seed: Annotated[int, typer.Option(help="Of weights, batches and draws.")] = 0,
     precision: PRECISION = "float32",
@@ -108,6 +152,9 @@ def train(
     With --teacher the folder holds the student alone, which is like any other model. It is for tasks that classify or segment
     images.
 
+    With --exits the model learns to answer after fewer layers too; regard evaluate FOLDER --exit entropy:0.3 then tells what
+    leaving early costs and saves, and regard generate --exit writes so.
+
     With --monitor attention the folder has attention.html, with pictures, and its figures in attention.json.
 
     Examples:
@@ -121,6 +168,8 @@ def train(
         regard train --task segmentation scans/ --model segformer_b0 --teacher big_b2 --distil transkd --output small
         regard train --task recall --mechanism "gated_linear*3+softmax" --budget "2M tokens"
         regard train my_corpus.txt --tokenizer bpe:1024 --monitor attention --budget 5m
+        regard train reviews.csv --exits all:own --output reviews
+        regard train --exits all:own --frozen reviews --budget 2m --output reviews_exits
     """
     from regard.measurement.budget import Budget
     from regard.tasks import create_task
@@ -134,8 +183,11 @@ def train(
         if not as_json:
             console.print(plain(f"By its contents: --task {described}"))
 
+    kept = None if frozen is None else _frozen(context, frozen, exits, device)
     own = plugged_tasks(load_plugins(plugin), () if task else (data, validation))
-    if own and task is None:
+    if kept is not None:
+        asked = kept.trained.task()
+    elif own and task is None:
         asked = own[0]
     else:
         chosen = None if task is None else [task]
@@ -149,26 +201,34 @@ def train(
         )
     if variants:
         model = None
-    else:
+    elif kept is None:
         variants = read_mechanisms(mechanism or "softmax", [asked])
-    if len(variants) != 1:
+    sizes: dict[str, Any] = {
+        "mechanisms": tuple(variants),
+        "frames": (frame,),
+        "dim": dim,
+        "layers": layers,
+        "heads": heads,
+    }
+    if kept is not None:
+        sizes = kept.sizes
+    if len(sizes["mechanisms"]) != 1:
         raise Unsupported(f"mechanism {mechanism!r}", supported="one mechanism", nearest="regard compare")
+    stacked = read_stack(stack)
+    if exits is not None:
+        stacked = read_exits(exits, sizes["layers"], asked.objective, stacked)
     settings = CompareSettings(
-        tuple(variants),
-        Budget.parse(budget),
+        budget=Budget.parse(budget),
         seeds=1,
         first_seed=seed,
-        frames=(frame,),
-        dim=dim,
-        layers=layers,
-        heads=heads,
         batch_tokens=batch_tokens,
         rates=(learning_rate,),
         lengths=(asked.length,),
-        stack=read_stack(stack),
+        stack=stacked,
         precision=precision,
         device=device,
         model=model,
+        **sizes,
     )
     master = None
     if teacher is not None:
@@ -200,7 +260,16 @@ def train(
                 bar.console.print(Text(sentence, style="dim"))
 
         trained = train_model(
-            asked, settings, output, ema=ema, best_of=best_of, monitor=watcher, teacher=master, on_step=on_step, say=say
+            asked,
+            settings,
+            output,
+            ema=ema,
+            best_of=best_of,
+            monitor=watcher,
+            teacher=master,
+            frozen=kept,
+            on_step=on_step,
+            say=say,
         )
     record = trained.record
     page = (
@@ -229,3 +298,16 @@ def train(
             f"a learning rate of {learning_rate:g}, at which the training diverged",
             supported="a smaller --learning-rate, with another --output",
         )
+
+
+def _frozen(context: typer.Context, folder: Path, exits: str | None, device: str) -> Any:
+    """The model whose exits are to be trained, without anything beside it that it decides itself."""
+    from regard.workbench.frozen import Frozen
+
+    if exits is None:
+        raise Unsupported("--frozen without exits to train", supported="--exits LAYERS", nearest="--exits all")
+    given = [name for name in OF_THE_RUN if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    if given:
+        said = ", ".join("data" if name == "data" else "--" + name.replace("_", "-") for name in given)
+        raise Unsupported(f"{said} with --frozen {folder}", supported="what was trained there, on its own data")
+    return Frozen.read(folder, device)

@@ -3,11 +3,15 @@
 ``gelu``: ``W2 gelu(W1 x)`` (Hendrycks & Gimpel, arXiv 1606.08415, exact erf form).
 ``swiglu``: ``W2 (silu(Wg x) * Wu x)`` (Shazeer, arXiv 2002.05202, equation 6).
 ``bilinear``: ``W2 (Wg x * Wu x)`` (the same equation), which TransNormer's code computes (arXiv 2210.10340).
+``mixture_of_experts``: several of these networks, of which each token has a few (Shazeer et al., arXiv 1701.06538; Switch,
+arXiv 2101.03961).
 A kind of projection is one too, from the width to itself: ``token_parameter`` is that of TokenFormer (arXiv 2410.23168).
 """
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.contract import Unsupported, at_least, closest
+from regard.contract import Loss, Unsupported, at_least, closest, one_of
+from regard.core.precision import wide, without_autocast
 from regard.engines.layers import gated_product
 from regard.layers.linear import is_linear, list_linears, make_linear
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
 
 def check_dropout(probability: float) -> None:
@@ -116,7 +121,107 @@ class Bilinear(SwiGLU):
         return self.up(x) * self.gate(x)
 
 
-FEED_FORWARDS: dict[str, type[MLP] | type[SwiGLU]] = {"swiglu": SwiGLU, "gelu": MLP, "bilinear": Bilinear}
+SIMPLE: dict[str, type[MLP] | type[SwiGLU]] = {"swiglu": SwiGLU, "gelu": MLP, "bilinear": Bilinear}
+"""Networks that compute every token alike."""
+
+
+class MixtureOfExperts(nn.Module):
+    """Several feed-forward networks, of which each token has the few that its router gives the largest probabilities::
+
+        p = softmax(W_r x)                                  in at least float32
+        y = sum over the `active` largest e of g_e FFN_e(x)  g_e = p_e with one active expert, else p_e over their sum
+
+    The tokens of an expert are gathered, so that the others are not computed for it.
+
+    In training an expert may have a capacity: ceil(capacity * active * tokens / experts) tokens of a call. Those beyond it, by
+    position and then by row, get nothing from it; so no token is left out for the sake of a later one. In evaluation none is
+    left out, since what a token gets must not depend on what it is read with.
+
+    Args:
+        dim, hidden, dropout, bias, linear: of each expert, as in :class:`SwiGLU`.
+        experts: how many there are.
+        active: how many of them a token has, from 1 to `experts`.
+        capacity: factor of an expert's capacity in training, above 0; None for none.
+        network: ``swiglu``, ``gelu`` or ``bilinear``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int | None = None,
+        *,
+        experts: int = 4,
+        active: int = 1,
+        capacity: float | None = None,
+        network: str = "swiglu",
+        dropout: float = 0.0,
+        bias: bool = False,
+        linear: Callable[..., nn.Module] = make_linear,
+    ) -> None:
+        super().__init__()
+        at_least("experts", experts, 1)
+        one_of("network", network, SIMPLE)
+        if not 1 <= active <= experts:
+            raise Unsupported(f"active={active} of {experts} experts", supported=f"active from 1 to {experts}")
+        if capacity is not None and not 0 < capacity < math.inf:
+            raise Unsupported(f"capacity={capacity}", supported="a factor above 0, or None", nearest="capacity=1.25")
+        self.active, self.capacity = active, capacity
+        self.router = nn.Linear(dim, experts, bias=False)
+        self.experts = nn.ModuleList(
+            SIMPLE[network](dim, hidden, dropout=dropout, bias=bias, linear=linear) for _ in range(experts)
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        *,
+        valid: Bool[Tensor, "b n"] | None = None,
+        losses: dict[str, Loss] | None = None,
+    ) -> Float[Tensor, "b n c"]:
+        """The experts' outputs for each token.
+
+        Args:
+            valid: tokens that count; the others have no expert and get 0. All when None.
+            losses: gets ``load_balance``: experts * sum_e (share of the tokens that have e) * (mean of p_e), which is `active`
+                when tokens are spread evenly, counted as one layer.
+        """
+        tokens = x.transpose(0, 1).flatten(0, 1)  # by position, then by row
+        counted = None if valid is None else valid.T.flatten()
+        with without_autocast(x.device):
+            p = F.linear(wide(tokens), wide(self.router.weight)).softmax(-1)  # (T, E)
+        chosen = p.detach().argsort(dim=-1, descending=True, stable=True)[:, : self.active]
+        has = torch.zeros_like(p, dtype=torch.bool).scatter(1, chosen, True)
+        if counted is not None:
+            has = has & counted[:, None]
+        gates = p.where(has, 0)
+        if self.active > 1:
+            gates = gates / gates.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).eps)
+        count = torch.tensor(len(tokens), device=x.device) if counted is None else counted.sum()
+        if losses is not None:
+            losses["load_balance"] = self._balance(p, has, counted, count)
+        if self.training and self.capacity is not None:
+            most = math.ceil(round(self.capacity * self.active * int(count) / len(self.experts), 6))
+            has = has & (has.cumsum(0) <= most)
+        output = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            (own,) = has[:, number].nonzero(as_tuple=True)
+            if len(own):
+                given = gates[own, number, None] * expert(tokens[own])
+                output = output.index_add(0, own, given.to(output.dtype))
+        return output.unflatten(0, (x.shape[1], x.shape[0])).transpose(0, 1)
+
+    def _balance(self, p: Tensor, has: Tensor, counted: Tensor | None, count: Tensor) -> Loss:
+        p = p if counted is None else p.where(counted[:, None], 0)
+        share = has.sum(0) / count.clamp(min=1)
+        return len(self.experts) * (share * p.sum(0) / count.clamp(min=1)).sum(), (count > 0).long()
+
+
+FEED_FORWARDS: dict[str, type[nn.Module]] = {**SIMPLE, "mixture_of_experts": MixtureOfExperts}
+
+
+def feed_forward_options(name: str) -> list[str]:
+    """Options of a network of `FEED_FORWARDS`."""
+    return [p.name for p in inspect.signature(FEED_FORWARDS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
 
 def make_feed_forward(
@@ -129,23 +234,26 @@ def make_feed_forward(
     linear: Callable[..., nn.Module] = make_linear,
     **options: Any,
 ) -> nn.Module:
-    """A feed-forward network by name: ``swiglu``, ``gelu``, ``bilinear``, or a kind of :func:`regard.layers.linear.make_linear`.
+    """A feed-forward network by name: one of `FEED_FORWARDS`, or a kind of :func:`regard.layers.linear.make_linear`.
 
     Args:
         name: a kind of projection maps `dim` to itself, once; it has no hidden width and no dropout.
         dim, hidden, dropout, bias, linear: as of :class:`SwiGLU`.
-        options: of the kind of projection.
+        options: of the mixture of experts, or of the kind of projection.
 
     Raises:
         Unsupported: for another name, or what it does not take.
     """
     if name in FEED_FORWARDS:
+        own = feed_forward_options(name)
         for option in options:
-            own = ("dropout", "bias", "linear")
-            raise Unsupported(
-                f"option {option!r} of feed-forward {name!r}", supported=", ".join(own), nearest=closest(option, own)
-            )
-        return FEED_FORWARDS[name](dim, hidden, dropout=dropout, bias=bias, linear=linear)
+            if option not in own:
+                raise Unsupported(
+                    f"option {option!r} of feed-forward {name!r}",
+                    supported=", ".join(own),
+                    nearest=closest(option, own),
+                )
+        return FEED_FORWARDS[name](dim, hidden, dropout=dropout, bias=bias, linear=linear, **options)
     names = (*FEED_FORWARDS, *list_linears())
     if not is_linear(name):
         raise Unsupported(

@@ -7,6 +7,7 @@ from regard.models.aspect import aspects, with_aspect
 from regard.models.conversion import change_plan, extend_positions
 from regard.models.encoder import Encoder, EncoderConfig
 from regard.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from regard.models.exits import exit_layers, set_exit_rule
 from regard.models.forecaster import Forecaster, ForecasterConfig
 from regard.models.from_transformers import from_transformers
 from regard.models.funnel import FunnelEncoder, FunnelEncoderConfig
@@ -23,7 +24,8 @@ from regard.models.plans import (
 )
 from regard.models.pretrained import from_pretrained, save_pretrained
 from regard.models.registry import build_model, config_for, models_for, register_model
-from regard.models.stack import Stack, StackConfig, set_exit_threshold
+from regard.models.replaced import ReplacedTokenConfig, ReplacedTokenModel
+from regard.models.stack import Stack, StackConfig
 from regard.models.stages import PyramidEncoder, PyramidEncoderConfig, StageConfig
 
 __all__ = [
@@ -43,6 +45,8 @@ __all__ = [
     "ModelState",
     "PyramidEncoder",
     "PyramidEncoderConfig",
+    "ReplacedTokenConfig",
+    "ReplacedTokenModel",
     "Stack",
     "StackConfig",
     "StageConfig",
@@ -53,6 +57,7 @@ __all__ = [
     "config_for",
     "count_parameters",
     "differential_plan",
+    "exit_layers",
     "extend_positions",
     "from_pretrained",
     "from_transformers",
@@ -63,7 +68,7 @@ __all__ = [
     "read_heads",
     "register_model",
     "save_pretrained",
-    "set_exit_threshold",
+    "set_exit_rule",
     "tokenformer_plan",
     "transnormer_plan",
     "with_aspect",

@@ -12,18 +12,37 @@ import torch
 from torch import Tensor, nn
 
 from regard.catalogue import get_mechanism, resolve
-from regard.contract import Context, Kind, Loss, Mask, Mechanism, Pattern, Result, Unsupported, closest
+from regard.contract import (
+    Context,
+    Kind,
+    Loss,
+    Mask,
+    Mechanism,
+    Pattern,
+    Result,
+    Unsupported,
+    closest,
+    valid_from_lengths,
+)
 from regard.core.ragged import Gathering, inner_mask
 from regard.create import create_layer
 from regard.layers.attention import why_refused
-from regard.layers.feed_forward import FEED_FORWARDS, check_dropout, dropout, make_feed_forward
+from regard.layers.embedding import FactorisedEmbedding
+from regard.layers.feed_forward import (
+    FEED_FORWARDS,
+    MixtureOfExperts,
+    check_dropout,
+    dropout,
+    feed_forward_options,
+    make_feed_forward,
+)
 from regard.layers.norms import LayerScale, make_norm
 from regard.layers.options import shell_options
 from regard.models.variants import read_variant
 from regard.positions import Positions, create_positions, list_positions
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 Plan = tuple[tuple[str, Mapping[str, Any]], ...]
 """Mechanism and options of each layer."""
@@ -38,8 +57,10 @@ LOSS_WEIGHT = 0.01
 """Weight of an auxiliary loss that a config does not name, as is usual for the balance of routers (arXiv 2101.03961)."""
 
 LOSS_WEIGHTS = {"position_contrast": 0.1, "position_transfer": 0.1, "commitment": 1e-4, "reconstruction": 1.0}
+LOSS_WEIGHTS |= {"generator": 0.02}
 """Other weights of losses that a config does not name: of sequential position encoding (arXiv 2506.13277), of routing (public
-code), and of compressive memory (arXiv 1911.05507), whose loss reaches the compression alone."""
+code), of compressive memory (arXiv 1911.05507), whose loss reaches the compression alone, and of the generator beside a
+discriminator, which weighs 50 times as much (arXiv 2003.10555)."""
 
 FEED_FORWARD_OPTIONS = ("feed_forward_kind", "feed_forward_options")
 """Options of a plan's entry for its feed-forward network beside the hidden width."""
@@ -118,7 +139,7 @@ def embed_tokens(table: nn.Module, tokens: Tensor) -> Float[Tensor, "b n c"]:
         raise Unsupported(
             f"token ids from {int(tokens.min())} to {int(tokens.max())}",
             supported=f"0 to {table.num_embeddings - 1}"
-            if isinstance(table, nn.Embedding)
+            if isinstance(table, nn.Embedding | FactorisedEmbedding)
             else "ids of the vocabulary",
         ) from error
 
@@ -299,9 +320,14 @@ def _take_feed_forward(options: dict[str, Any], width: int | None) -> Callable[[
             )
         return None
     if kind in FEED_FORWARDS:
+        taken = [option for option in feed_forward_options(kind) if option not in ("dropout", "linear")]
         for option in own:
-            if option != "bias":  # hidden dropout would not follow the context's generator
-                raise Unsupported(f"option {option!r} of feed-forward {kind!r} in a model", supported="bias")
+            if option not in taken:  # hidden dropout would not follow the context's generator
+                raise Unsupported(
+                    f"option {option!r} of feed-forward {kind!r} in a model",
+                    supported=", ".join(taken),
+                    nearest=closest(option, taken),
+                )
     elif not named:
         width = None
     return lambda dim: make_feed_forward(kind, dim, width, **own)
@@ -383,7 +409,7 @@ class Block(nn.Module):
         mixed = self.mix(x, memory, context=context, state=state)
         x = x + mixed.output
         if self.feed_forward is not None:
-            x = x + self.feed(x, context=context)
+            x = x + self.feed(x, context=context, losses=mixed.losses)
         return Result(x, mixed.state, mixed.losses, mixed.extras)
 
     def mix(
@@ -402,12 +428,36 @@ class Block(nn.Module):
         mixed.output = dropout(update, self.dropout, training=self.training, generator=context.generator)
         return mixed
 
-    def feed(self, x: Float[Tensor, "b n c"], *, context: Context) -> Float[Tensor, "b n c"]:
-        """The addition to `x` of the feed-forward network, in a block that has one; each token alone."""
+    def feed(
+        self,
+        x: Float[Tensor, "b n c"],
+        *,
+        context: Context,
+        valid: Bool[Tensor, "b n"] | None = None,
+        losses: dict[str, Loss] | None = None,
+    ) -> Float[Tensor, "b n c"]:
+        """The addition to `x` of the feed-forward network, in a block that has one; each token alone, but for a capacity.
+
+        Args:
+            valid: tokens that are no padding; those that the context's mask says when None.
+            losses: gets those of a network that has some.
+        """
         norm, network, end = self.feed_forward_norm, self.feed_forward, self.feed_forward_end
         assert norm is not None and network is not None and end is not None
-        update = end(network(norm(x)))
+        if isinstance(network, MixtureOfExperts):
+            valid = valid_tokens(context, x.shape[1]) if valid is None else valid
+            own: dict[str, Loss] = {}
+            update = end(network(norm(x), valid=valid, losses=own))
+            add_losses({} if losses is None else losses, own)
+        else:
+            update = end(network(norm(x)))
         return dropout(update, self.dropout, training=self.training, generator=context.generator)
+
+
+def valid_tokens(context: Context, n: int) -> Bool[Tensor, "b n"] | None:
+    """Which of `n` right-padded tokens a row has; None where it has all."""
+    lengths = None if context.mask is None else context.mask.lengths
+    return None if lengths is None else valid_from_lengths(lengths, n)
 
 
 class NoMixer(nn.Module):

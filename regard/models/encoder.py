@@ -20,6 +20,7 @@ from regard.contract import Context, Kind, Loss, Mask, Pattern, Result, Unsuppor
 from regard.core.ragged import Gathering, gathering
 from regard.create import create_layer
 from regard.layers.checks import given_context
+from regard.layers.embedding import make_embedding
 from regard.layers.feed_forward import dropout
 from regard.layers.linear import make_linear
 from regard.layers.norms import make_norm
@@ -40,7 +41,9 @@ from regard.models.blocks import (
     read_plan,
     right_padded_mask,
 )
-from regard.models.stack import Pass, Stack, StackConfig, apply_head, is_sure, run_with_exits
+from regard.models.exit_rules import ExitRule, Leaving
+from regard.models.exits import apply_head, make_exits, run_with_exits
+from regard.models.stack import Pass, Stack, StackConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -69,7 +72,8 @@ class EncoderConfig:
             ``axes=1``) need the `grid` of every call, so all of them must take the same number of axes.
         dim, num_layers, num_heads, head_dim, num_kv_heads, feed_forward, positions, position_options: as in
             :class:`regard.models.LanguageModelConfig`.
-        max_length, dropout, norm, embedding_norm, loss_weights, stack: as in :class:`regard.models.LanguageModelConfig`.
+        max_length, dropout, norm, embedding_norm, embedding_dim, loss_weights, stack: as in
+            :class:`regard.models.LanguageModelConfig`.
     """
 
     num_classes: int
@@ -88,6 +92,7 @@ class EncoderConfig:
     dropout: float = 0.0
     norm: str = "rms"
     embedding_norm: str = "none"
+    embedding_dim: int | None = None
     pool: str = "mean"
     pool_options: Mapping[str, Any] = field(default_factory=dict)
     loss_weights: Mapping[str, float] = field(default_factory=dict)
@@ -102,6 +107,11 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stack", StackConfig.read(self.stack))
         check_input_kind(self.vocab_size, self.features)
+        if self.embedding_dim is not None and self.vocab_size is None:
+            raise Unsupported(
+                f"embedding_dim={self.embedding_dim} of an encoder of measured features",
+                supported="embedding_dim of tokens",
+            )
         check_pool(self.pool)
         if self.pool in (*SIMPLE, "none") and self.pool_options:
             raise Unsupported(
@@ -140,7 +150,7 @@ class EncoderBase(nn.Module):
         self.config = config
         self.pattern = Pattern.CAUSAL_SELF if getattr(config, "causal", False) else Pattern.NONCAUSAL_SELF
         check_plan(plan, self.pattern, "an encoder")
-        self.embedding = self.make_embedding(config)
+        self.embedding: nn.Module = self.make_embedding(config)
         self.positions = make_input_positions(input_positions(plan, config.positions), config)
         self.embedding_norm = make_norm(getattr(config, "embedding_norm", "none"), config.dim)
 
@@ -148,9 +158,7 @@ class EncoderBase(nn.Module):
         """What makes vectors (B, N, dim) of the inputs."""
         if config.vocab_size is None:
             return FeatureEmbedding(config.features or 0, config.dim)
-        table = nn.Embedding(config.vocab_size, config.dim)
-        nn.init.normal_(table.weight)
-        return table
+        return make_embedding(config.vocab_size, config.dim, getattr(config, "embedding_dim", None))
 
     def embed(self, inputs: Tensor, context: Context) -> tuple[Tensor, Context, Gathering, dict[str, Loss]]:
         """The right-padded input of the first layer (B, N, dim), the context of all layers, and the losses of positions.
@@ -188,11 +196,15 @@ class Encoder(EncoderBase):
         self.blocks = Stack([Block(entry, config, self.pattern) for entry in config.plan], config.stack)
         grid_axes(self.blocks)
         self.norm = make_norm(config.norm, config.dim)
-        self.exit_norms = nn.ModuleList(make_norm(config.norm, config.dim) for _ in config.stack.exits)
         self.pooling, slots = make_pool(config), 1
         if self.pooling is not None:
             slots = count_slots(self.pooling, config.dim)
-        self.head = make_linear(slots * config.dim, config.num_classes, bias=True)
+
+        def head() -> nn.Module:
+            return make_linear(slots * config.dim, config.num_classes, bias=True)
+
+        self.head = head()
+        self.exits = make_exits(config, None if self.pooling is None else head)
 
     def forward(self, inputs: Int[Tensor, "b n"] | Float[Tensor, "b n f"], *, context: Context | None = None) -> Result:
         """Logits of the classes.
@@ -205,7 +217,8 @@ class Encoder(EncoderBase):
             output (B, num_classes), a row a document when packed; (B, N, num_classes) without a pool, zero at padding.
             Auxiliary losses summed over the layers; extras as lists with one entry for each layer that has them. In
             training with exits ``extras["exits"]`` has the share of the layers and the logits of each; where sequences
-            (without a pool, tokens) leave early, ``extras["exit_layer"]`` the number of layers that each has passed.
+            (without a pool or with halting units, tokens) leave early, ``extras["exit_layer"]`` the number of layers that each
+            has passed, 0 at padding.
         """
         context = given_context(context)
         if context.grid is None:
@@ -214,13 +227,12 @@ class Encoder(EncoderBase):
             )
         x, inner, layout, losses = self.embed(inputs, context)
         states = [None] * len(self.blocks)
-        threshold = self.config.stack.exit_threshold
-        if self.config.pool != "none" and threshold is not None and not self.training:
-            return self._leave_early(Pass(self.blocks, x, inner, states), threshold)
-        pooled = self.config.pool != "none"
+        rule, pooled = self.config.stack.rule, self.config.pool != "none"
+        if pooled and rule is not None and not rule.halts and not self.training:
+            return self._leave_early(Pass(self.blocks, x, inner, states), rule)
         result = run_with_exits(
             self.blocks,
-            self.exit_norms,
+            self.exits,
             self.norm,
             self.head,
             x,
@@ -231,37 +243,40 @@ class Encoder(EncoderBase):
         add_losses(result.losses, losses)
         result.state = None
 
-        def read(x: Tensor) -> Tensor:
+        def read(x: Tensor, head: nn.Module = self.head) -> Tensor:
             if pooled:
-                return self.head(pool_tokens(self.pooling, x, inner, result.losses))
-            logits = self.head(x)  # at padding its bias
+                return head(pool_tokens(self.pooling, x, inner, result.losses))
+            logits = head(x)  # at padding its bias
             return logits if layout.valid is None else logits.where(layout.valid[..., None], 0)
 
-        return apply_head(result, read)
+        return apply_head(result, read, self.exits)
 
-    def _leave_early(self, work: Pass, threshold: float) -> Result:
-        """Each sequence leaves at the exit where its class is sure; the others go on without it."""
+    def _leave_early(self, work: Pass, rule: ExitRule) -> Result:
+        """Each sequence leaves at the exit where the rule says so; the others go on without it."""
         if work.context.want:
             raise Unsupported(
                 f"want={set(work.context.want)} of sequences that leave early",
-                supported="exit_threshold=None",
-                nearest="regard.models.set_exit_threshold(model, None)",
+                supported="exit_rule=None",
+                nearest="regard.models.set_exit_rule(model, None)",
             )
-        x = work.hidden
+        x, leaving = work.hidden, Leaving(rule)
         rows = torch.arange(x.shape[0], device=x.device)  # those that go on
         output = x.new_zeros(x.shape[0], self.config.num_classes)
         passed = torch.full_like(rows, self.blocks.layers)
-        norms = (*self.exit_norms, self.norm)
-        for layer, norm in zip((*self.config.stack.exits, self.blocks.layers), norms, strict=True):
+        places: list[tuple[Any, Any]] = [(one.norm, self.head if one.head is None else one.head) for one in self.exits]
+        layers = (*self.config.stack.exits, self.blocks.layers)
+        for layer, (norm, head) in zip(layers, [*places, (self.norm, self.head)], strict=True):
             work.advance(layer)
-            logits = self.head(pool_tokens(self.pooling, norm(work.hidden), work.context, work.losses))
-            done = is_sure(logits, threshold) if layer < self.blocks.layers else torch.ones_like(rows, dtype=torch.bool)
+            logits = head(pool_tokens(self.pooling, norm(work.hidden), work.context, work.losses))
+            last = layer == self.blocks.layers
+            done = torch.ones_like(rows, dtype=torch.bool) if last else leaving.decide(logits, layer)
             output[rows[done]] = logits[done].to(output.dtype)
             passed[rows[done]] = layer
             rows = rows[~done]
             if not rows.numel():
                 break
             work.keep_rows(~done)
+        self.blocks.tell(passed)
         return Result(output, None, work.losses, {"exit_layer": passed})
 
 

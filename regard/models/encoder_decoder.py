@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from regard.contract import Context, Loss, Mask, Pattern, Result, State, Unsupported, at_least, valid_from_lengths
 from regard.core.ragged import Gathering, gathering, inner_mask
-from regard.engines.linear import FrozenWeights, linear
+from regard.engines.linear import FrozenWeights
 from regard.layers.checks import check_memory_mask, given_context
+from regard.layers.embedding import make_embedding, tied_logits
 from regard.layers.feed_forward import dropout
 from regard.layers.linear import make_linear
 from regard.layers.norms import make_norm
@@ -41,9 +42,10 @@ from regard.models.blocks import (
     place_input,
     read_plan,
 )
+from regard.models.exits import apply_head, joint_loss, make_exits, run_with_exits
 from regard.models.generation import generate, generate_stream
 from regard.models.language_model import ModelState, mean_nats, next_tokens
-from regard.models.stack import Stack, StackConfig, apply_head, joint_loss, run_with_exits
+from regard.models.stack import Stack, StackConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -69,8 +71,8 @@ class EncoderDecoderConfig:
             at both inputs, by which the decoder finds its place in the memory, and in the self layers as in
             :class:`regard.models.LanguageModelConfig`. Cross layers have none unless their plan names one.
         position_options, max_length: as in :class:`regard.models.LanguageModelConfig`; each side encodes its own positions.
-        num_heads, head_dim, num_kv_heads, feed_forward, dropout, tie_embeddings, norm, loss_weights, stack: as in
-            :class:`regard.models.LanguageModelConfig`; the tied embedding is that of the decoder, `stack` is of both
+        num_heads, head_dim, num_kv_heads, feed_forward, dropout, tie_embeddings, norm, embedding_dim, loss_weights, stack:
+            as in :class:`regard.models.LanguageModelConfig`; the tied embedding is that of the decoder, `stack` is of both
             stacks, its exits of the decoder alone.
     """
 
@@ -93,6 +95,7 @@ class EncoderDecoderConfig:
     dropout: float = 0.0
     tie_embeddings: bool = False
     norm: str = "rms"
+    embedding_dim: int | None = None
     loss_weights: Mapping[str, float] = field(default_factory=dict)
     stack: Any = StackConfig()
     serves: ClassVar = ((Pattern.CAUSAL_CROSS, "next-token"),)
@@ -156,16 +159,16 @@ class EncoderDecoder(nn.Module):
         self.config = config
         self.memory_embedding: nn.Module
         if config.memory_vocab_size is not None:
-            self.memory_embedding = nn.Embedding(config.memory_vocab_size, config.dim)
-            nn.init.normal_(self.memory_embedding.weight)
+            self.memory_embedding = make_embedding(config.memory_vocab_size, config.dim, config.embedding_dim)
         else:
             self.memory_embedding = FeatureEmbedding(config.memory_features or 0, config.dim)
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        nn.init.normal_(self.embedding.weight)
+        self.embedding = make_embedding(config.vocab_size, config.dim, config.embedding_dim)
         self.memory_positions = self._input_positions(config.encoder_plan)
         self.positions = self._input_positions(config.decoder_plan)
         encoder_blocks = [Block(entry, config, Pattern.NONCAUSAL_SELF) for entry in config.encoder_plan]
-        self.encoder_blocks = Stack(encoder_blocks, replace(config.stack, exits=(), exit_threshold=None))
+        self.encoder_blocks = Stack(
+            encoder_blocks, replace(config.stack, exits=(), exit_rule=None, exit_heads="shared")
+        )
         check_sequences(encoder_blocks, "an encoder-decoder, which has no grids", supported="layers for sequences")
         self.encoder_norm = make_norm(config.norm, config.dim)
         blocks: list[Block] = []
@@ -174,7 +177,7 @@ class EncoderDecoder(nn.Module):
             blocks.append(Block(cross, config, Pattern.CAUSAL_CROSS))
         self.blocks = Stack(blocks, config.stack, blocks_in_layer=2)
         self.norm = make_norm(config.norm, config.dim)
-        self.exit_norms = nn.ModuleList(make_norm(config.norm, config.dim) for _ in config.stack.exits)
+        self.exits = make_exits(config)
         self.head = None if config.tie_embeddings else make_linear(config.dim, config.vocab_size)
 
     def _input_positions(self, plan: Plan) -> Any:
@@ -204,13 +207,13 @@ class EncoderDecoder(nn.Module):
             decoder; extras of the decoder as lists with one entry for each layer that has them, those of exits as in
             :meth:`regard.models.LanguageModel.forward`.
         """
-        return apply_head(self.features(ids, memory, context=context, state=state), self.logits)
+        return apply_head(self.features(ids, memory, context=context, state=state), self.logits, self.exits)
 
     def logits(self, features: Float[Tensor, "*b c"]) -> Float[Tensor, "*b vocab"]:
         """The output projection."""
         if self.head is not None:
             return self.head(features)
-        return linear(features, self.embedding.weight) * self.config.dim**-0.5
+        return tied_logits(features, self.embedding, self.config.vocab_size)
 
     def features(
         self,
@@ -305,7 +308,7 @@ class EncoderDecoder(nn.Module):
         tokens = None if encoded is None else encoded.tokens
         result = run_with_exits(
             self.blocks,
-            self.exit_norms,
+            self.exits,
             self.norm,
             self.logits,
             x,

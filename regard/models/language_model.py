@@ -21,8 +21,9 @@ from torch.nn import functional as F
 from regard.contract import Context, Loss, Mask, Pattern, Result, State, Unsupported, at_least, state_field
 from regard.core.precision import wide
 from regard.core.ragged import gathering
-from regard.engines.linear import FrozenWeights, linear
+from regard.engines.linear import FrozenWeights
 from regard.layers.checks import given_context
+from regard.layers.embedding import make_embedding, tied_logits
 from regard.layers.feed_forward import dropout
 from regard.layers.linear import make_linear
 from regard.layers.norms import make_norm
@@ -39,9 +40,10 @@ from regard.models.blocks import (
     read_plan,
     right_padded_mask,
 )
+from regard.models.exits import apply_head, joint_loss, make_exits, run_with_exits
 from regard.models.generation import Read, generate, generate_stream
 from regard.models.insertion import Insertion
-from regard.models.stack import Stack, StackConfig, apply_head, joint_loss, run_with_exits
+from regard.models.stack import Stack, StackConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -62,8 +64,9 @@ class LanguageModelConfig:
         plan: a mechanism for all layers, or a list with a name or (name, options) for each layer. The options
             ``positions``, ``feed_forward``, ``num_heads``, ``head_dim`` and ``num_kv_heads`` override those below;
             ``feed_forward_kind`` is ``swiglu`` (as where there is none), ``gelu``, ``bilinear`` (a gate without an
-            activation) or a projection such as ``token_parameter``, ``feed_forward_options`` are its options (``bias`` of
-            the first three). :mod:`regard.models.plans` has the plans of some papers.
+            activation), ``mixture_of_experts`` (`feed_forward` is then the width of each expert) or a projection such as
+            ``token_parameter``, ``feed_forward_options`` are its options (``bias`` of the first three; see
+            :class:`regard.layers.feed_forward.MixtureOfExperts`). :mod:`regard.models.plans` has the plans of some papers.
         num_layers: how often to repeat a single name (4 when None); the length of a list.
         num_heads, head_dim, num_kv_heads: heads of every layer; as in :func:`regard.create_layer`.
         feed_forward: hidden width of feed-forward networks that have one; 8/3 of `dim` (4 of it for ``gelu``) when None, 0
@@ -76,6 +79,8 @@ class LanguageModelConfig:
         tie_embeddings: whether the output projection is the embedding's table (its logits then scaled by dim^-0.5).
         norm: of :func:`regard.layers.norms.make_norm`, as ``rms`` or ``rms:1e-5``.
         embedding_norm: the same, of the embedding with its positions; ``none`` as a rule.
+        embedding_dim: width of the table of tokens, which a projection then takes to `dim` (factorised embeddings, ALBERT,
+            arXiv 1909.11942); `dim` itself, without a projection, when None. A tied output goes the same way back.
         loss_weights: weight of each auxiliary loss by name; when not given, that of its paper or public code for sequential
             positions (0.1), ``commitment`` (1e-4) and ``reconstruction`` (1), and 0.01 for all others.
         stack: how the blocks are stacked: a :class:`regard.models.stack.StackConfig`, or a mapping of its options.
@@ -96,6 +101,7 @@ class LanguageModelConfig:
     tie_embeddings: bool = False
     norm: str = "rms"
     embedding_norm: str = "none"
+    embedding_dim: int | None = None
     loss_weights: Mapping[str, float] = field(default_factory=dict)
     stack: Any = StackConfig()
     serves: ClassVar = ((Pattern.CAUSAL_SELF, "next-token"),)
@@ -130,16 +136,16 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.insertion = Insertion.of_plan(config.plan, config.vocab_size)
-        self.embedding = nn.Embedding(config.vocab_size + self.insertion.extra_tokens, config.dim)
         # Entries of size 1, as large as what the branches add: with 0.02 the first layers drown the tokens, and a small
         # model does not learn to copy or recall in thousands of steps.
-        nn.init.normal_(self.embedding.weight)
+        tokens = config.vocab_size + self.insertion.extra_tokens
+        self.embedding = make_embedding(tokens, config.dim, config.embedding_dim)
         scheme = input_positions(config.plan, config.positions)
         self.positions = make_input_positions(scheme, config)
         self.embedding_norm = make_norm(config.embedding_norm, config.dim)
         self.blocks = Stack([Block(entry, config, Pattern.CAUSAL_SELF) for entry in config.plan], config.stack)
         self.norm = make_norm(config.norm, config.dim)
-        self.exit_norms = nn.ModuleList(make_norm(config.norm, config.dim) for _ in config.stack.exits)
+        self.exits = make_exits(config)
         self.head = None if config.tie_embeddings else make_linear(config.dim, config.vocab_size)
 
     def forward(
@@ -155,15 +161,15 @@ class LanguageModel(nn.Module):
         Returns:
             output (B, N, vocab_size), zero at padding; state; auxiliary losses summed over the layers; extras as lists
             with one entry for each layer that has them, in the layers' right-padded layout; those of exits, in the
-            layout of `ids`, as :func:`regard.models.stack.run_with_exits` says (in training logits).
+            layout of `ids`, as :func:`regard.models.exits.run_with_exits` says (in training logits).
         """
-        return apply_head(self.features(ids, context=context, state=state), self.logits)
+        return apply_head(self.features(ids, context=context, state=state), self.logits, self.exits)
 
     def logits(self, features: Float[Tensor, "*b c"]) -> Float[Tensor, "*b vocab"]:
         """The output projection."""
         if self.head is not None:
             return self.head(features)
-        return linear(features, self.embedding.weight[: self.config.vocab_size]) * self.config.dim**-0.5
+        return tied_logits(features, self.embedding, self.config.vocab_size)
 
     def features(
         self, ids: Int[Tensor, "b n"], *, context: Context | None = None, state: ModelState | None = None
@@ -188,7 +194,7 @@ class LanguageModel(nn.Module):
         states = [None] * len(self.blocks) if state is None else state.layers
         result = run_with_exits(
             self.blocks,
-            self.exit_norms,
+            self.exits,
             self.norm,
             self.logits,
             x,

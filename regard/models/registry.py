@@ -18,6 +18,7 @@ from regard.models.forecaster import Forecaster, ForecasterConfig
 from regard.models.funnel import FunnelEncoder, FunnelEncoderConfig
 from regard.models.image_model import ImageModel, ImageModelConfig
 from regard.models.language_model import LanguageModel, LanguageModelConfig
+from regard.models.replaced import ReplacedTokenConfig, ReplacedTokenModel
 from regard.models.segmentation_model import SegmentationModel, SegmentationModelConfig
 from regard.models.stages import PyramidEncoder, PyramidEncoderConfig
 from regard.models.vision import list_networks
@@ -44,6 +45,7 @@ MODELS: dict[str, tuple[type[nn.Module], type[Any]]] = {
     "PyramidEncoder": (PyramidEncoder, PyramidEncoderConfig),
     "AlgorithmicNetwork": (AlgorithmicNetwork, AlgorithmicNetworkConfig),
     "ImageModel": (ImageModel, ImageModelConfig),
+    "ReplacedTokenModel": (ReplacedTokenModel, ReplacedTokenConfig),
     "SegmentationModel": (SegmentationModel, SegmentationModelConfig),
 }
 

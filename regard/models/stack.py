@@ -23,9 +23,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from regard.contract import Context, Loss, Mask, Result, Unsupported, at_least, check_options, one_of
-from regard.core.precision import wide
 from regard.layers.attention import AttentionLayer
-from regard.models.blocks import FEED_FORWARD_OPTIONS, Block, add_losses, check_roles, run_blocks
+from regard.models.blocks import FEED_FORWARD_OPTIONS, Block, add_losses, check_roles, run_blocks, valid_tokens
+from regard.models.exit_rules import ExitRule
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -39,7 +39,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "checkpoint_layers": (int,),
     "stochastic_depth": (float, int),
     "exits": (tuple, list),
-    "exit_threshold": (float, int, type(None)),
+    "exit_rule": (str, type(None)),
     "layer_scale": (float, int, type(None)),
 }
 """Types of options that may come from a file or a command line."""
@@ -65,11 +65,13 @@ class StackConfig:
         stochastic_depth: probability with which a step of training leaves out the last layer, for all of the batch;
             layer l of L is left out with l / L of it, and its branches are scaled by the inverse of their chance to stay
             (Huang et al., arXiv 1603.09382, scaled in training instead of afterwards).
-        exits: numbers of layers, from 1 to L - 1, after which the output may be read, through a norm of the exit's own
-            and the model's head. Training weighs the loss of each exit by its number of layers, as PABEE does (Zhou et
-            al., arXiv 2006.04152).
-        exit_threshold: in evaluation, a token (in a pooled encoder a sequence) whose likeliest class has this
-            probability at an exit is done there; see :func:`run_with_exits`. None evaluates all layers.
+        exits: numbers of layers, from 1 to L - 1, after which tokens (in a pooled encoder sequences) may leave, as
+            :mod:`regard.models.exits` says: where the output may be read through a norm of the exit's own, or where a halting
+            unit decides. Training weighs the loss of each exit by its number of layers, as PABEE does (Zhou et al., arXiv
+            2006.04152).
+        exit_rule: when they leave in evaluation, as ``confidence:0.9``; see :mod:`regard.models.exit_rules`. None evaluates
+            all layers. With ``halting:0.01`` the model has halting units, which decide in training too.
+        exit_heads: ``shared``, the head of the model, or ``own``, one for each exit, in an encoder of whole sequences.
         layer_scale: what each feature that a branch adds is multiplied by at the start, >= 0; learned, and 1e-4 in deep
             networks (LayerScale, Touvron et al., arXiv 2103.17239). None for no factors.
         branch_norm: branches whose output has a norm of the model's kind before it is added: ``none``, ``all``, the
@@ -83,7 +85,8 @@ class StackConfig:
     checkpoint_layers: int = 0
     stochastic_depth: float = 0.0
     exits: tuple[int, ...] = ()
-    exit_threshold: float | None = None
+    exit_rule: str | None = None
+    exit_heads: str = "shared"
     layer_scale: float | None = None
     branch_norm: str = "none"
 
@@ -105,10 +108,30 @@ class StackConfig:
             )
         if list(self.exits) != sorted(set(self.exits)):
             raise Unsupported(f"exits={self.exits}", supported="rising numbers of layers", nearest="exits=(1, 2)")
-        if self.exit_threshold is not None and not self.exits:
-            raise Unsupported(f"exit_threshold={self.exit_threshold} without exits", supported="exits=(1, ...)")
-        if self.exit_threshold is not None and not 0 <= self.exit_threshold <= 1:
-            raise Unsupported(f"exit_threshold={self.exit_threshold}", supported="a probability, or None")
+        one_of("exit_heads", self.exit_heads, ("shared", "own"))
+        for name, value, default in (("exit_rule", self.exit_rule, None), ("exit_heads", self.exit_heads, "shared")):
+            if value != default and not self.exits:
+                raise Unsupported(f"{name}={value!r} without exits", supported="exits=(1, ...)")
+        if self.halts and self.exit_heads == "own":
+            raise Unsupported(
+                "exit_heads='own' with halting units, which read no classes", supported="exit_heads='shared'"
+            )
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The options that are not the defaults."""
+        found = {option.name: (getattr(self, option.name), option.default) for option in dataclasses.fields(self)}
+        return {name: value for name, (value, default) in found.items() if value != default}
+
+    @property
+    def rule(self) -> ExitRule | None:
+        """When tokens or sequences leave; None for never."""
+        return None if self.exit_rule is None else ExitRule.read(self.exit_rule)
+
+    @property
+    def halts(self) -> bool:
+        """Whether the model has halting units at its exits."""
+        return self.rule is not None and self.rule.halts
 
     @classmethod
     def read(cls, given: StackConfig | Mapping[str, Any]) -> StackConfig:
@@ -151,6 +174,8 @@ class Stack(nn.ModuleList):
         self.blocks_in_layer = blocks_in_layer
         self.layers = len(self) // blocks_in_layer
         self.before = (0, self.layers) if before is None else before
+        self.told: Callable[[Tensor], None] | None = None
+        """Is given the layers that tokens, or sequences, have passed: (B, N) or (B), 0 at padding."""
         if self.config.exits and not 1 <= self.config.exits[0] <= self.config.exits[-1] < self.layers:
             raise Unsupported(
                 f"exits={self.config.exits} of {self.layers} layers", supported=f"from 1 to {self.layers - 1}"
@@ -159,6 +184,11 @@ class Stack(nn.ModuleList):
             self._share()
         if self.config.reversible or self.config.checkpoint_layers:
             self._check_repeatable()
+
+    def tell(self, passed: Tensor) -> None:
+        """Hand the numbers of layers that have been passed to whoever asked."""
+        if self.told is not None:
+            self.told(passed)
 
     def _share(self) -> None:
         groups = self.config.share_groups
@@ -391,12 +421,15 @@ class Branch:
         if self.scale == 0 and not continues:
             return Result(torch.zeros_like(x))
         if not self.mixes:
+            result = Result(torch.zeros_like(x))
             if active is None:
-                result = Result(self.block.feed(x, context=context))
-            else:
-                result = Result(torch.zeros_like(x))
-                if bool(active.any()):
-                    result.output[active] = self.block.feed(x[active][None], context=context)[0].to(x.dtype)
+                result.output = self.block.feed(x, context=context, losses=result.losses)
+            elif bool(active.any()):
+                valid = valid_tokens(context, x.shape[1])
+                counted = active if valid is None else valid
+                result.output[active] = self.block.feed(
+                    x[active][None], context=context, valid=counted[active][None], losses=result.losses
+                )[0].to(x.dtype)
         else:
             own = self.block.cross
             if memory is not None and not own:
@@ -538,102 +571,3 @@ class _Invertible(torch.autograd.Function):
             to_first, to_second = to_second, to_first if to_read is None else to_first + to_read
         rest = [found.get(id(leaf)) for leaf in (leaf_memory, *ctx.parameters)]
         return (None, to_first, to_second, *rest)
-
-
-def run_with_exits(
-    stack: Stack,
-    exit_norms: nn.ModuleList,
-    norm: nn.Module,
-    logits: Callable[[Tensor], Tensor],
-    x: Float[Tensor, "b n c"],
-    context: Context,
-    states: Sequence[Any],
-    memory: Float[Tensor, "b m c"] | None = None,
-    *,
-    place: Callable[[Tensor], Tensor],
-) -> Result:
-    """A stack and the norm behind it, each token leaving at the exit where it is sure.
-
-    A token that has left keeps its hidden state: the mixers of the layers above go on to see it, and their states go on
-    (Confident Adaptive Language Modeling, Schuster et al., arXiv 2207.07061), but their feed-forward networks and the
-    output do not. So decoding with states equals reading the sequence whole. Without a state the layers end when all
-    tokens have left.
-
-    Args:
-        stack: with its exits; in training none is taken.
-        exit_norms: the norm of each exit.
-        norm: that of the last layer.
-        logits: from normed hidden states (..., C) to those of the classes.
-        x, context, states, memory: as of :meth:`Stack.run`.
-        place: from the layers' layout (B, N, ...) to the one that is returned.
-
-    Returns:
-        As :meth:`Stack.run`, with the output normed: by the norm of the place where each token left. In training
-        ``extras["exits"]`` has the share of the layers and the normed hidden states (B, N, C) of each exit; where tokens
-        leave, ``extras["exit_layer"]`` the number of layers (B, N) that each has passed.
-    """
-    config = stack.config
-    leaves = bool(config.exits) and config.exit_threshold is not None and not stack.training
-    if not (leaves or (config.exits and stack.training)):
-        result = stack.run(x, context, states, memory)
-        result.output = place(norm(result.output))
-        return result
-    work = Pass(stack, x, context, states, memory)
-    exits: list[tuple[float, Tensor]] = []
-    output, active = torch.zeros_like(x), x.new_ones(x.shape[:2], dtype=torch.bool)
-    passed = torch.full(x.shape[:2], stack.layers, device=x.device)
-    goes_on = "state" in context.want or any(state is not None for state in states)
-    for layer, exit_norm in zip(config.exits, exit_norms, strict=True):
-        work.advance(layer)
-        normed = exit_norm(work.hidden)
-        if not leaves:
-            exits.append((layer / stack.layers, place(normed)))
-            continue
-        done = active.clone()
-        done[active] = is_sure(logits(normed[active]), config.exit_threshold)
-        output, passed = normed.where(done[..., None], output), torch.where(done, layer, passed)
-        active = active & ~done
-        work.active = active
-        if not goes_on and not bool(active.any()):
-            break
-    else:
-        work.advance(stack.layers)
-        output = norm(work.hidden) if not leaves else norm(work.hidden).where(active[..., None], output)
-    result = work.result()
-    result.output = place(output)
-    result.extras |= {"exit_layer": place(passed[..., None])[..., 0]} if leaves else {"exits": exits}
-    return result
-
-
-def apply_head(result: Result, head: Callable[[Tensor], Tensor]) -> Result:
-    """`result` of :func:`run_with_exits` with its hidden states, and those of its exits, turned into outputs."""
-    result.output = head(result.output)
-    if "exits" in result.extras:
-        result.extras["exits"] = [(share, head(x)) for share, x in result.extras["exits"]]
-    return result
-
-
-def is_sure(logits: Float[Tensor, "*b classes"], threshold: float | None) -> Bool[Tensor, "*b"]:
-    """Whether the likeliest class has at least the probability `threshold`."""
-    assert threshold is not None
-    precise = wide(logits)
-    return precise.softmax(-1).amax(-1) >= threshold
-
-
-def joint_loss(result: Result, loss: Callable[[Tensor], Tensor]) -> Float[Tensor, ""]:
-    """Mean of the `loss` of a model's output and of its exits' outputs, weighted by how many layers each has passed."""
-    total, weights = loss(result.output), 1.0
-    for share, output in result.extras.get("exits", ()):
-        total, weights = total + share * loss(output), weights + share
-    return total / weights
-
-
-def set_exit_threshold(model: nn.Module, threshold: float | None) -> None:
-    """Let a trained model leave at its exits with another confidence; None evaluates all layers.
-
-    Raises:
-        Unsupported: for a model without exits, or a threshold that is no probability.
-    """
-    config: Any = model.config
-    stack = dataclasses.replace(config.stack, exit_threshold=threshold)
-    model.config, model.blocks.config = dataclasses.replace(config, stack=stack), stack  # type: ignore[union-attr]

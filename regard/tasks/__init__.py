@@ -42,6 +42,7 @@ from regard.tasks.protocol import (
     squared_error_by_item,
 )
 from regard.tasks.recall import RecallTask
+from regard.tasks.replaced import ReplacedTask
 from regard.tasks.segmentation import SegmentationTask
 from regard.tasks.speech import SpeechTask
 from regard.tasks.summarize import SummarizeTask
@@ -52,6 +53,7 @@ from regard.tasks.upscale import UpscaleTask
 _TASKS = (
     TextTask,
     MaskedTask,
+    ReplacedTask,
     RecallTask,
     CopyingTask,
     ListOpsTask,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from regard.tasks.protocol import IGNORED, Baseline, Batch, check_fraction, coun
 from regard.tasks.text import TextTask
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 MASKING = 17
 """Stream of the places that are masked."""
@@ -98,17 +98,32 @@ class MaskedTask(TextTask):
 
     def _rule(self) -> Baseline:
         """The commonest tokens between those neighbours, or, of many tokens, the commonest at all."""
-        size = self.vocab_size
-        tokens = torch.from_numpy(self._training.astype(np.int64))
-        alone = (torch.bincount(tokens, minlength=size) + 1.0).log()
-        if size > FROM_NEIGHBOURS:
-            return Baseline.of("token frequencies", self, lambda batch: alone.expand(*batch.inputs.shape, size))
-        pairs = torch.bincount(tokens[:-1] * size + tokens[1:], minlength=size * size).view(size, size) + 0.1
-        after, before = pairs.log(), pairs.mT.log()  # after a token, and before it
-        after[self.mask_token] = before[self.mask_token] = alone  # a hidden neighbour tells nothing
+        predict = token_between_neighbours(self._training, self.vocab_size, hidden=self.mask_token)
+        told = "token frequencies" if self.vocab_size > FROM_NEIGHBOURS else "token between its two neighbours"
+        return Baseline.of(told, self, lambda batch: predict(batch.inputs))
 
-        def predict(batch: Batch) -> Float[Tensor, "b n v"]:
-            left, right = (F.pad(batch.inputs, pad, value=self.mask_token) for pad in ((1, 0), (0, 1)))
-            return after[left[:, :-1]] + before[right[:, 1:]] - alone
 
-        return Baseline.of("token between its two neighbours", self, predict)
+def token_between_neighbours(
+    training: Int[np.ndarray, " n"], size: int, hidden: int | None = None
+) -> Callable[[Int[Tensor, "b n"]], Float[Tensor, "b n v"]]:
+    """What gives for tokens (B, N) the scores (B, N, `size`) of each token between the two neighbours of each place, as logs of
+    counts in the training tokens; of more tokens than `FROM_NEIGHBOURS` the logs of how common each is.
+
+    Args:
+        hidden: a token that tells nothing as a neighbour, as there is none beyond either end.
+    """
+    tokens = torch.from_numpy(training.astype(np.int64))
+    alone = (torch.bincount(tokens, minlength=size) + 1.0).log()
+    if size > FROM_NEIGHBOURS:
+        return lambda tokens: alone.expand(*tokens.shape, size)
+    pairs = torch.bincount(tokens[:-1] * size + tokens[1:], minlength=size * size).view(size, size) + 0.1
+    nothing = size
+    after, before = (torch.cat([each.log(), alone[None]]) for each in (pairs, pairs.mT))  # a token, and before it
+    if hidden is not None:
+        after[hidden] = before[hidden] = alone
+
+    def predict(tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n v"]:
+        left, right = (F.pad(tokens, pad, value=nothing) for pad in ((1, 0), (0, 1)))
+        return after[left[:, :-1]] + before[right[:, 1:]] - alone
+
+    return predict

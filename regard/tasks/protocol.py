@@ -126,6 +126,7 @@ class Task(Protocol):
         name: of the task, as shown.
         pattern: the attention pattern that its model needs.
         objective: ``next-token`` (a prediction at each position), ``masked-token`` (a token at each hidden position),
+            ``replaced-token`` (whether each token stands in the place of another),
             ``classification`` (one for each item), ``regression`` (numbers at each position), ``segmentation`` (a class for each of the `num_targets` pixels of
             a token), or one by :func:`register_objective`.
         length: tokens of an item, padding included.

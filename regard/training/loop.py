@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from regard.contract import Context, Mask, Result, Unsupported, at_least, one_of
 from regard.models.blocks import auxiliary_loss, evaluation_mode
-from regard.models.stack import joint_loss
+from regard.models.exits import joint_loss
 from regard.tasks.protocol import Batch, Task, mean_loss
 from regard.training.average import WeightAverage
 from regard.training.checkpoint import damaged, load_checkpoint, restore, save_checkpoint

@@ -23,6 +23,7 @@ from regard.contract import Unsupported, at_least
 from regard.measurement import provenance
 from regard.measurement.statistics import score_of_items
 from regard.models import count_parameters, from_pretrained, save_pretrained
+from regard.models.exit_rules import HALTING
 from regard.models.weights import write_atomically
 from regard.tasks import Task, create_task
 from regard.tasks.images import ImageReader
@@ -36,6 +37,7 @@ from regard.workbench.summary import by_tokens, thin
 from regard.workbench.work import FEWEST_STEPS, SAFETY, Work, best_threads, build, calibration_seconds
 
 if TYPE_CHECKING:
+    from regard.workbench.frozen import Frozen
     from regard.workbench.teacher import Teacher
 
 RECORD, CHECKPOINT, TOKENIZER, CARD = "training.json", "checkpoint.safetensors", "tokenizer.json", "README.md"
@@ -152,6 +154,7 @@ def train_model(
     best_of: int | None = None,
     monitor: Monitor | None = None,
     teacher: Teacher | None = None,
+    frozen: Frozen | None = None,
     on_step: Callable[[Point, int, float], None] = lambda point, steps, left: None,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> TrainedModel:
@@ -168,6 +171,8 @@ def train_model(
             `ema`.
         monitor: looks at the model during the run, which it does not change.
         teacher: which the model learns from beside the task; nothing of it is in the folder.
+        frozen: a model of the same settings whose layers are taken over and stay as they are: the exits alone learn, and the
+            last weights are kept.
         on_step: called after each step with it, the number of steps, and the seconds that are left at the pace so far.
         say: told in sentences what is decided.
 
@@ -186,14 +191,22 @@ def train_model(
     own_way = getattr(task, "runner", None) is not None
     if ema is not None and check_decay(ema) and own_way:
         raise Unsupported(f"ema={ema} on {task.name}, which trains in a way of its own", supported="no ema")
+    if frozen is not None and (ema is not None or best_of):
+        raise Unsupported(
+            "weights that held-out items choose by an output that does not change", supported="ema=None and best_of=0"
+        )
     if best_of is None:
-        best_of = int(ema is not None) if own_way or task.generates else MOMENTS
+        best_of = int(ema is not None) if own_way or task.generates or frozen is not None else MOMENTS
     at_least("best_of", best_of, int(ema is not None))
 
     def taught(student: nn.Module) -> nn.Module:
+        if frozen is not None:
+            return frozen.take_over(student)
         return student if teacher is None else teacher.teach(student, settings.first_seed)
 
     work = Work(task, settings, choosing=best_of > 0, prepare=taught)
+    if frozen is not None:
+        work.configs[name] = frozen.config(settings.stack)
     if monitor is not None or teacher is not None:
         some = build(work.configs[name], settings.first_seed, settings.device)
         taught(some)
@@ -204,6 +217,7 @@ def train_model(
     record["settings"] |= (
         {"teacher": None, "teacher_weights": None, "distil": None} if teacher is None else teacher.settings
     )
+    record["settings"]["frozen"] = None if frozen is None else str(frozen.trained.folder.resolve())
     if teacher is not None:
         record["teacher"] = teacher.described
     before = _read(place)
@@ -281,6 +295,7 @@ def described(work: Work, name: str, rate: float, seed: int) -> dict[str, Any]:
         "batch_size": work.batch_size,
         "precision": work.settings.precision,
         "device": work.settings.device,
+        "stack": work.settings.stack.changed or None,
         "first_item": work.search_items,
     }
     return {
@@ -444,6 +459,9 @@ def card(trained: TrainedModel) -> str:
         commands.append(f"regard predict {trained.folder} picture.jpg --output mask.png")
     elif reader is not None:
         commands += [f"regard {verb} {trained.folder} picture.jpg" for verb in ("predict", "explain")]
+    if (own.get("stack") or {}).get("exits"):
+        halts = str(own["stack"].get("exit_rule")).startswith(HALTING)
+        commands.append(f"regard evaluate {trained.folder} --exit {f'{HALTING}:0.1' if halts else 'entropy:0.3'}")
     if record["tokenizer"] is not None and record["task"]["name"] == "text":
         commands.append(f'regard generate {trained.folder} "..."')
     return "\n\n".join([*lines, "```\n" + "\n".join(commands) + "\n```"]) + "\n"

@@ -28,7 +28,7 @@ from regard.models import (
     LanguageModelConfig,
     from_pretrained,
     save_pretrained,
-    set_exit_threshold,
+    set_exit_rule,
     tokenformer_plan,
 )
 from regard.training import grow, shrink, token_usage
@@ -285,7 +285,7 @@ def sizes(model) -> list[tuple[int, int, int]]:
 def test_a_tokenformer_grows_goes_on_and_is_saved(given, expected, tmp_path):
     model, ids = tokenformer(), torch.randint(11, (2, 7))
     before = model(ids).output
-    set_exit_threshold(model, None)  # makes a new config
+    set_exit_rule(model, None)  # makes a new config
     grow(model, **given)
     check_goes_on_from(before, model, (ids,), tmp_path)
     assert sizes(model) == sizes(from_pretrained(tmp_path)) == expected

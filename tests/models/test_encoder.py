@@ -9,7 +9,7 @@ from support import close, refused
 
 from regard.contract import Context, Mask, Result, Unsupported
 from regard.layers.pooling import make_pooling
-from regard.models import Encoder, config_for, models_for, set_exit_threshold
+from regard.models import Encoder, config_for, models_for, set_exit_rule
 from regard.models.blocks import auxiliary_loss
 from regard.tasks import create_task
 
@@ -70,8 +70,8 @@ def test_the_head_reads_the_pool_of_the_last_layer(pool, options):
         assert auxiliary_loss(found.losses, {"diversity": 1.0}) == found.losses["diversity"][0] / 2
 
 
-@pytest.mark.parametrize("threshold", [None, 1.0])
-def test_the_pool_draws_from_the_generator_of_the_call_and_knows_the_progress(threshold):
+@pytest.mark.parametrize("rule", [None, "confidence:1"])
+def test_the_pool_draws_from_the_generator_of_the_call_and_knows_the_progress(rule):
     class Noise(torch.nn.Module):
         def forward(self, x, *, context):
             assert context.progress == 0.3
@@ -79,7 +79,7 @@ def test_the_pool_draws_from_the_generator_of_the_call_and_knows_the_progress(th
 
     model, x = make_encoder(stack={"exits": (1,)}), torch.randn(2, 5, 2, dtype=torch.float64)
     model.pooling = Noise()
-    set_exit_threshold(model, threshold)
+    set_exit_rule(model, rule)
     before = torch.random.get_rng_state()
     one, same, other = (
         model(x, context=Context(generator=torch.Generator().manual_seed(seed), progress=0.3)).output

@@ -8,8 +8,9 @@ from model_checks import check_comes_back_from_disk, made, randomize_ends, read_
 from torch import nn
 
 from regard.contract import Context, Mask, Unsupported
-from regard.models import Encoder, LanguageModel, count_parameters, set_exit_threshold
-from regard.models.stack import Stack, joint_loss
+from regard.models import Encoder, LanguageModel, count_parameters, set_exit_rule
+from regard.models.exits import joint_loss
+from regard.models.stack import Stack
 from regard.training import peak_memory
 
 PLANS = {
@@ -24,7 +25,7 @@ PLANS = {
     ],
     "hybrid": ["linear", ("softmax", {"dropout": 0.2}), ("mixture_of_heads", {"active_heads": 1}), "delta_rule"],
 }
-LEAVING = {"exits": (1, 3), "exit_threshold": 0.5}
+LEAVING = {"exits": (1, 3), "exit_rule": "confidence:0.5"}
 ENDS = {"layer_scale": 0.3, "branch_norm": "all"}
 
 
@@ -68,7 +69,7 @@ def let_half_leave(model: nn.Module, ids: torch.Tensor, **context) -> nn.Module:
     _, logits = model.train()(ids, context=Context(**context)).extras["exits"][0]
     ordered = logits.detach().softmax(-1).amax(-1).flatten().unique()
     middle = len(ordered) // 2
-    set_exit_threshold(model, float(ordered[middle - 1 : middle + 1].mean()))
+    set_exit_rule(model, f"confidence:{float(ordered[middle - 1 : middle + 1].mean())}")
     return model.eval()
 
 
@@ -142,7 +143,7 @@ def test_exits_of_an_encoder_decoder_learn_with_every_stack(options):
     model = made("encoder-decoder", num_layers=2, stack=stack).train()
     assert len(model.encoder_blocks[0].mixer_end) == len(model.blocks[1].mixer_end) == 2 * (options == ENDS)
     model.loss(*read_by(model.config)).backward()
-    assert all(p.grad is not None for p in model.exit_norms.parameters())
+    assert all(p.grad is not None for p in model.exits.parameters())
 
 
 def training_memory(layers: int, **stack) -> int:
@@ -291,8 +292,8 @@ def test_a_token_that_leaves_is_read_at_its_exit_and_is_seen_unchanged_above():
     x = model.embedding(ids)
     for block in model.blocks[:2]:
         x = block(x, context=Context()).output
-    at_exit = model.logits(model.exit_norms[0](x))
-    assert torch.equal(left, at_exit.softmax(-1).amax(-1) >= model.config.stack.exit_threshold)
+    at_exit = model.logits(model.exits[0].norm(x))
+    assert torch.equal(left, at_exit.softmax(-1).amax(-1) >= model.config.stack.rule.value)
     for block in model.blocks[2:]:
         x = torch.where(left[..., None], x, block(x, context=Context()).output)
     expected = torch.where(left[..., None], at_exit, model.logits(model.norm(x)))
@@ -310,13 +311,13 @@ def test_feed_forward_networks_compute_only_tokens_that_have_not_left():
     assert seen == [n for n in expected if n]
 
 
-def test_all_leave_at_a_threshold_of_zero_and_layers_above_are_not_run():
+def test_all_leave_at_a_confidence_of_zero_and_layers_above_are_not_run():
     model = language_model("mamba", stack=LEAVING).eval()
     ids = random_ids(2, 6)
     whole = like(model).eval()(ids).output
     for block in model.blocks[1:]:
         block.mixer.forward = None
-    set_exit_threshold(model, 0.0)
+    set_exit_rule(model, "confidence:0")
     assert (model(ids).extras["exit_layer"] == 1).all()
     twin = like(model, exits=(1, 3)).eval()
     torch.testing.assert_close(twin(ids).output, whole)
@@ -353,7 +354,7 @@ def test_the_loss_weighs_exits_by_their_layers_and_trains_them():
     torch.testing.assert_close(model.loss(ids), expected)
     torch.testing.assert_close(joint_loss(result, nats), expected)
     model.loss(ids).backward()
-    assert all(float(norm.weight.grad.abs().sum()) > 0 for norm in model.exit_norms)
+    assert all(float(one.norm.weight.grad.abs().sum()) > 0 for one in model.exits)
 
 
 @pytest.mark.parametrize("stack", [{"reversible": True}, {"checkpoint_layers": 2}])
@@ -378,7 +379,8 @@ def test_under_autocast_weights_and_gradients_stay_float32_and_agree(stack):
         *(("checkpoint_layers", layers) for layers in (-1, 1.5)),
         *(("exits", exits) for exits in ((0,), (4,), (2, 1), 1)),
         *(("layer_scale", scale) for scale in (-0.1, float("nan"), True)),
-        ("exit_threshold", 0.5),
+        ("exit_rule", "confidence:0.5"),
+        ("exit_heads", "own"),
         ("branch_norm", "attention"),
         ("depth", 3),
     ],
@@ -397,7 +399,7 @@ def test_layers_that_cannot_share_or_be_repeated_are_refused():
         (lambda: language_model("performer", stack={"reversible": True}), "redraw"),
         (lambda: language_model(stack={"share": "all", "share_groups": 3}), "share_groups"),
         (lambda: language_model(stack={"reversible": True, "checkpoint_layers": 2}), "reversible"),
-        (lambda: language_model(stack={"exits": (1,), "exit_threshold": 1.5}), "exit_threshold"),
+        (lambda: language_model(stack={"exits": (1,), "exit_rule": "confidence:1.5"}), "confidence:1.5"),
         (lambda: small("forecaster", stack={"exits": (1,)}), "forecaster"),
         (lambda: language_model(norm="none", stack={"branch_norm": "mixer"}), "branch_norm='mixer' .* norm='none'"),
         (lambda: leaving(random_ids(2, 5), context=Context(want=frozenset({"weights"}))), "leave early"),

@@ -47,7 +47,7 @@ def test_a_described_task_reads_the_given_files(tmp_path):
 def test_files_for_tasks_that_read_none_are_refused(tmp_path):
     path = table(tmp_path / "a.csv")
     readers = [name for name, kind in TASKS.items() if "data" in inspect.signature(kind).parameters]
-    texts = {"text", "masked", "documents", "matching", "paraphrase", "summarize"}
+    texts = {"text", "masked", "replaced", "documents", "matching", "paraphrase", "summarize"}
     assert texts | {
         "images",
         "pixels",
@@ -170,6 +170,7 @@ def test_default_mechanisms_fit_every_task(tmp_path):
         "in_context_functions:length=16",
         "events:length=16",
         "masked:field=a,length=32",
+        "replaced:field=a,length=32",
         "documents:text=a",
         "paraphrase:source=a,target=b",
     ]

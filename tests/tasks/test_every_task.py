@@ -16,6 +16,7 @@ from regard.tasks import TASKS, check_task, create_task, list_tasks
 READERS = [
     "text",
     "masked",
+    "replaced",
     "images",
     "pixels",
     "documents",
@@ -47,7 +48,7 @@ def same(one, other):
 def test_list_tasks_names_what_create_task_makes():
     assert sorted(list_tasks()) == sorted(NAMES)
     refused(lambda: create_task("recal"), "try recall")
-    refused(lambda: create_task(None), "supported: text, masked, recall")
+    refused(lambda: create_task(None), "supported: text, masked, replaced, recall")
 
 
 def test_a_training_batch_is_a_function_of_step_seed_and_size(name, tmp_path):

@@ -183,11 +183,11 @@ def test_exits_learn_and_what_they_add_to_the_loss_is_told_apart(task, build):
     batch = task.training_batch(0, CONFIG.seed, CONFIG.batch_size)
     result = model(batch.inputs, context=batch_context(batch))
     final, early = (mean_loss(task, x, batch).item() for x in (result.output, result.extras["exits"][0][1]))
-    before = model.exit_norms[0].weight.detach().clone()
+    before = model.exits[0].norm.weight.detach().clone()
     first = train(model, task, CONFIG).curve[0]
     assert first.loss == pytest.approx(final, rel=1e-5)
     assert first.loss + first.auxiliary == pytest.approx((2 * final + early) / 3, rel=1e-5)
-    assert not torch.equal(before, model.exit_norms[0].weight)
+    assert not torch.equal(before, model.exits[0].norm.weight)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])

@@ -68,7 +68,7 @@ def offloadable(model: LanguageModel) -> tuple[list[int], bool]:
         Unsupported: where there is none, and for a layer that keeps something of every token in another way.
     """
     stack = model.config.stack
-    if model.insertion.prepare is not None or stack.reversible or stack.exit_threshold is not None:
+    if model.insertion.prepare is not None or stack.reversible or stack.exit_rule is not None:
         raise Unsupported(
             "offloaded attention of a model that inserts tokens, is reversible or leaves early", supported=SUPPORTED
         )

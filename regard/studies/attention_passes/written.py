@@ -143,6 +143,13 @@ WRITTEN: dict[str, Written] = {
     "local": Written(
         _masked("abs(p - m) <= 3"), options={"window": 3}, remark="all pairs are counted, the hidden ones too"
     ),
+    "adaptive_span": Written(
+        f"{TILES}inputs: q[p, e], k[m, e], v[m, f], span[], scale[]\nqs[p, e] = q[p, e] * scale[]\n"
+        "D[p, m] = qs[p, e] * k[m, e]\nG[p, m] = (3 + span[] - abs(p - m)) / 3\n"
+        f"S[p, m] = where(G[p, m] > 0, D[p, m] + log(min(max(G[p, m], 1e-30), 1)), -inf){online()}",
+        options={"longest": 4, "ramp": 3},
+        remark="all pairs are counted, the hidden ones too",
+    ),
     "diagonal": Written(
         _masked("floor(p / 4) == floor(m / 4)"),
         options={"block": 4},
@@ -364,6 +371,29 @@ WRITTEN: dict[str, Written] = {
         "o[p, f] = N[p, f] / (D[p] + 1e-6)",
         options={"kernel": "relu", "feature_eps": 1e-3},
         remark="with the relu kernel; the softmax kernel's stabiliser is the largest exponent of all keys, known a pass later",
+    ),
+    "random_feature": Written(
+        "inputs: q[p, e], k[m, e], v[m, f], w[r, e], scale[]\noutput: o\n"
+        "ws[r, e] = w[r, e] * sqrt(scale[])\n"
+        "q2[p] = q[p, e] * q[p, e]\n"
+        "k2[m] = k[m, e] * k[m, e]\n"
+        "qn[p, e] = q[p, e] / max(sqrt(q2[p]), 1e-6)\n"
+        "kn[m, e] = k[m, e] / max(sqrt(k2[m]), 1e-6)\n"
+        "aq[p, r] = qn[p, e] * ws[r, e]\n"
+        "ak[m, r] = kn[m, e] * ws[r, e]\n"
+        "sq[p, r] = sin(aq[p, r])\n"
+        "cq[p, r] = cos(aq[p, r])\n"
+        "sk[m, r] = sin(ak[m, r])\n"
+        "ck[m, r] = cos(ak[m, r])\n"
+        "SV[r, f] = sk[m, r] * v[m, f]\n"
+        "CV[r, f] = ck[m, r] * v[m, f]\n"
+        "SZ[r] = sk[m, r]\n"
+        "CZ[r] = ck[m, r]\n"
+        "SN[p, f] = sq[p, r] * SV[r, f]\n"
+        "CN[p, f] = cq[p, r] * CV[r, f]\n"
+        "SD[p] = sq[p, r] * SZ[r]\n"
+        "CD[p] = cq[p, r] * CZ[r]\n"
+        "o[p, f] = (SN[p, f] + CN[p, f]) / R / max((SD[p] + CD[p]) / R, 1e-2)"
     ),
     "flow_attention": Written(
         f"{QKV}\noutput: o\n"

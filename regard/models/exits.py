@@ -1,0 +1,299 @@
+"""Leaving a stack early: after some layers the output may be read, or a token stops to be computed.
+
+A model's ``stack`` names the layers (`exits`), and the rule by which they are left in evaluation (`exit_rule`, see
+:mod:`regard.models.exit_rules`). There are two kinds of places to leave:
+
+- an :class:`Exit` reads classes from the hidden state. Training adds its loss (:func:`joint_loss`), and any rule about classes
+  may be set afterwards (:func:`set_exit_rule`).
+- a :class:`HaltingUnit` gives each token a probability to halt. They act in training as in evaluation, and the output is the
+  mean of the hidden states after the layers passed, weighted by these probabilities.
+
+What a token leaves behind is the same for both: its hidden state stays, and the mixers of the layers above go on to see it. So
+the keys and values of a layer that a token did not pass are that layer's own projections of the hidden state with which it left
+(Confident Adaptive Language Modeling, Schuster et al., arXiv 2207.07061, propagates states likewise), a recurrence takes it up
+as any other token, and decoding with states equals reading the sequence whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract import Context, Result, Unsupported
+from regard.core.precision import wide
+from regard.layers.norms import make_norm
+from regard.models.blocks import valid_tokens
+from regard.models.exit_rules import HALTING, ExitRule, Leaving
+from regard.models.stack import Pass, Stack
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+PONDER = "ponder"
+"""The loss of halting units: how many of its places a token has passed, and what was left of its probability."""
+
+
+class Exit(nn.Module):
+    """A place where the output may be read.
+
+    Args:
+        norm: of the hidden state.
+        head: from there to classes; None for the model's.
+    """
+
+    def __init__(self, norm: nn.Module, head: nn.Module | None) -> None:
+        super().__init__()
+        self.norm, self.head = norm, head
+
+
+class HaltingUnit(nn.Module):
+    """The probability of each token to halt at a place: sigmoid(w . h + b).
+
+    Args:
+        dim: width of the hidden state h.
+        places: where a token may end, the last layer included. In the beginning each has the same share of the output.
+    """
+
+    def __init__(self, dim: int, places: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.constant_(self.linear.bias, -math.log(places - 1))
+
+    def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n"]:
+        return wide(self.linear(x)).sigmoid().squeeze(-1)
+
+
+def make_exits(config: Any, head: Callable[[], nn.Module] | None = None) -> nn.ModuleList:
+    """The places to leave of a model.
+
+    Args:
+        config: of the model, with dim, norm and stack.
+        head: makes the head of an exit; None for models whose exits all read with the model's.
+
+    Raises:
+        Unsupported: for heads of their own in such a model.
+    """
+    stack = config.stack
+    if stack.halts:
+        return nn.ModuleList(HaltingUnit(config.dim, len(stack.exits) + 1) for _ in stack.exits)
+    own = stack.exit_heads == "own"
+    if own and head is None:
+        raise Unsupported(
+            "exit_heads='own' of a model that reads every token, or that has no pool",
+            supported="encoders that classify whole sequences",
+            nearest="exit_heads='shared'",
+        )
+    return nn.ModuleList(
+        Exit(make_norm(config.norm, config.dim), head() if own and head else None) for _ in stack.exits
+    )
+
+
+def run_with_exits(
+    stack: Stack,
+    exits: nn.ModuleList,
+    norm: nn.Module,
+    logits: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "b n c"],
+    context: Context,
+    states: Sequence[Any],
+    memory: Float[Tensor, "b m c"] | None = None,
+    *,
+    place: Callable[[Tensor], Tensor],
+) -> Result:
+    """A stack and the norm behind it, each token leaving where the rule of the stack says so.
+
+    Without a state the layers end when all tokens have left.
+
+    Args:
+        stack: with its exits. In training all layers are run, unless halting units decide.
+        exits: of :func:`make_exits`.
+        norm: that of the last layer.
+        logits: from normed hidden states (..., C) to those of the classes.
+        x, context, states, memory: as of :meth:`Stack.run`.
+        place: from the layers' layout (B, N, ...) to the one that is returned.
+
+    Returns:
+        As :meth:`Stack.run`, with the output normed: by the norm of the place where each token left, or with halting units
+        the weighted mean by that of the last layer. In training ``extras["exits"]`` has the share of the layers and the
+        normed hidden states (B, N, C) of each exit; where tokens leave, ``extras["exit_layer"]`` the number of layers (B, N)
+        that each has passed, 0 at padding. Halting units add the loss ``ponder``, a mean over tokens.
+    """
+    config, rule = stack.config, stack.config.rule
+    leaves = rule is not None and (rule.halts or not stack.training)
+    if not (leaves or (config.exits and stack.training)):
+        result = stack.run(x, context, states, memory)
+        result.output = place(norm(result.output))
+        return result
+    work = Pass(stack, x, context, states, memory)
+    if not leaves:
+        read = []
+        for layer, one in zip(config.exits, exits, strict=True):
+            work.advance(layer)
+            read.append((layer / stack.layers, place(one.norm(work.hidden))))  # type: ignore[operator]
+        work.advance(stack.layers)
+        result = work.result()
+        result.output = place(norm(result.output))
+        result.extras["exits"] = read
+        return result
+    assert rule is not None
+    way = _Halting(work, rule) if rule.halts else _Leaving(work, rule, logits)
+    goes_on = "state" in context.want or any(state is not None for state in states)
+    for layer, one in zip(config.exits, exits, strict=True):
+        work.advance(layer)
+        way.leave(one)
+        if not goes_on and not bool(way.active.any()):
+            break
+    else:
+        work.advance(stack.layers)
+        way.end(norm)
+    output = way.output(norm)
+    result = work.result()
+    result.output = place(output)
+    valid = valid_tokens(context, x.shape[1])
+    passed = way.passed if valid is None else way.passed.where(valid, 0)
+    result.extras["exit_layer"] = place(passed[..., None])[..., 0]
+    stack.tell(result.extras["exit_layer"])
+    return result
+
+
+class _Way:
+    """What has become of the tokens of a pass.
+
+    Attributes:
+        active: (B, N) those that have not left.
+        passed: (B, N) layers that each has passed.
+    """
+
+    def __init__(self, work: Pass) -> None:
+        self.work = work
+        self.active: Bool[Tensor, "b n"] = work.hidden.new_ones(work.hidden.shape[:2], dtype=torch.bool)
+        self.passed = torch.full(work.hidden.shape[:2], work.stack.layers, device=work.hidden.device)
+
+    def _let(self, done: Bool[Tensor, "b n"]) -> None:
+        """Let the marked ones leave."""
+        self.passed = torch.where(done, self.work.layer, self.passed)
+        self.active = self.active & ~done
+        self.work.active = None if bool(self.active.all()) else self.active
+
+
+class _Leaving(_Way):
+    """Tokens leave by their classes, and are read where they left."""
+
+    def __init__(self, work: Pass, rule: ExitRule, logits: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(work)
+        self.rule, self.logits = Leaving(rule), logits
+        self.read = torch.zeros_like(work.hidden)
+
+    def leave(self, one: Any) -> None:
+        normed, done = one.norm(self.work.hidden), self.active.clone()
+        done[self.active] = self.rule.decide(self.logits(normed[self.active]), self.work.layer)
+        self.read = normed.where(done[..., None], self.read)
+        self._let(done)
+
+    def end(self, norm: nn.Module) -> None:
+        self.read = norm(self.work.hidden).where(self.active[..., None], self.read)
+
+    def output(self, norm: nn.Module) -> Float[Tensor, "b n c"]:
+        return self.read
+
+
+class _Halting(_Way):
+    """Tokens leave when their probabilities to halt have added up to 1 but for a little."""
+
+    def __init__(self, work: Pass, rule: ExitRule) -> None:
+        super().__init__(work)
+        self.enough = 1 - rule.value
+        self.mean = torch.zeros_like(wide(work.hidden))
+        self.spent = self.mean.new_zeros(self.active.shape)
+        self.ponder = torch.zeros_like(self.spent)
+
+    def leave(self, one: Any) -> None:
+        chance = one(self.work.hidden)
+        done = self.active & (self.spent + chance >= self.enough)
+        self._weigh(torch.where(done, 1 - self.spent, chance), done)
+        self._let(done)
+
+    def end(self, norm: nn.Module) -> None:
+        self._weigh(1 - self.spent, self.active)
+
+    def _weigh(self, share: Float[Tensor, "b n"], last: Bool[Tensor, "b n"]) -> None:
+        """Add the hidden states of those that are still there; `last` are those that end here, with all that is left."""
+        share = share.where(self.active, 0)
+        self.mean = self.mean + share[..., None] * self.work.hidden
+        self.ponder = self.ponder + self.active + share.where(last, 0)
+        self.spent = self.spent + share
+
+    def output(self, norm: nn.Module) -> Float[Tensor, "b n c"]:
+        valid = valid_tokens(self.work.context, self.ponder.shape[1])
+        ponder = self.ponder if valid is None else self.ponder.where(valid, 0)
+        count = torch.tensor(ponder.numel(), device=ponder.device) if valid is None else valid.sum()
+        self.work.losses[PONDER] = (ponder.sum(), count)
+        return norm(self.mean.to(self.work.hidden.dtype))
+
+
+def apply_head(result: Result, head: Callable[..., Tensor], exits: nn.ModuleList) -> Result:
+    """`result` of :func:`run_with_exits` with its hidden states, and those of its exits, turned into outputs.
+
+    Args:
+        head: of hidden states, and of an exit's own head where it has one.
+    """
+    result.output = head(result.output)
+    if "exits" in result.extras:
+        own = [() if one.head is None else (one.head,) for one in exits]
+        read = result.extras["exits"]
+        result.extras["exits"] = [(share, head(x, *given)) for (share, x), given in zip(read, own, strict=True)]
+    return result
+
+
+def joint_loss(result: Result, loss: Callable[[Tensor], Tensor]) -> Float[Tensor, ""]:
+    """Mean of the `loss` of a model's output and of its exits' outputs, weighted by how many layers each has passed."""
+    total, weights = loss(result.output), 1.0
+    for share, output in result.extras.get("exits", ()):
+        total, weights = total + share * loss(output), weights + share
+    return total / weights
+
+
+def set_exit_rule(model: nn.Module, rule: str | None) -> None:
+    """Let a trained model be left by another rule, as ``entropy:0.3``; None evaluates all layers.
+
+    Raises:
+        Unsupported: for a model without exits, an unknown rule, and a rule about classes where halting units decide, or the
+            other way round.
+    """
+    asked = None if rule is None else ExitRule.read(rule)
+    if asked is not None and not len(getattr(model, "exits", ())):
+        raise Unsupported(
+            f"the exit rule {rule} of a {type(model).__name__} without exits",
+            supported="models with exits in their stack",
+            nearest="regard train --exits all",
+        )
+    config: Any = model.config
+    units = config.stack.halts
+    if units != (asked is not None and asked.halts):
+        raise Unsupported(
+            f"the exit rule {rule} of a model {'that halts by units which it has learned' if units else 'without halting units'}",
+            supported=f"{HALTING}:VALUE" if units else "rules about classes, or a model trained to halt",
+            nearest=f"{HALTING}:0" if units else "confidence:0.9",
+        )
+    stack = dataclasses.replace(config.stack, exit_rule=rule)
+    model.config, model.blocks.config = dataclasses.replace(config, stack=stack), stack  # type: ignore[union-attr]
+
+
+@contextmanager
+def exit_layers(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside the block, each call of a model that may be left early adds to the list how many layers its tokens, or sequences
+    that leave whole, have passed: (...) in order, without padding."""
+    stack: Any = model.blocks
+    found: list[Tensor] = []
+    before, stack.told = stack.told, lambda passed: found.append(passed[passed > 0])
+    try:
+        yield found
+    finally:
+        stack.told = before
