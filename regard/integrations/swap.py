@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatch
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from regard.catalogue import get_mechanism
 from regard.contract import Mechanism, Pattern, Unsupported
-from regard.integrations.heads import Chosen
+from regard.integrations.heads import Chosen, HeadAttention
 from regard.integrations.torch_modules import MultiheadAttention, Swapped, VisionAttention
 from regard.models.variants import read_variant
 
@@ -229,6 +229,60 @@ def unswap(model: nn.Module, only: str | None = None) -> SwapReport:
         bridge.record_unswap(model)
     _choose_paths_of_encoders(model)
     return report
+
+
+def change_options(model: nn.Module, only: str | None = None, **options: Any) -> SwapReport:
+    """Give mechanisms that :func:`swap` put into a model other options, in place, with all that they have learned: options that
+    change no parameter, as the number of keys that `sea` reads for a query::
+
+        change_options(model, top_k=16)
+
+    Args:
+        only: a pattern of paths to change.
+
+    Raises:
+        Unsupported: where nothing is swapped, or a mechanism has no such option or would learn other parameters with it; then
+            nothing is changed.
+    """
+    report, plan = SwapReport(""), {}
+    for path, module in model.named_modules():
+        attend = getattr(module, "attend" if isinstance(module, Swapped) else "regard", None)
+        if not isinstance(attend, HeadAttention) or (only is not None and not fnmatch(path, only)):
+            continue
+        if attend.chosen.wrapper is not None:
+            raise Unsupported(f"other options of {attend.chosen.name}", supported="mechanisms that wrap no other")
+        own = {f.name: getattr(attend.config, f.name) for f in fields(attend.config)}
+        own = {name: value for name, value in own.items() if value != getattr(attend.card.options(), name)}
+        attend.card.options(**{**own, **options})
+        plan[path] = attend, own
+    if not plan:
+        raise Unsupported(
+            f"other options of a {type(model).__name__} without swapped modules",
+            supported="models that regard.swap has changed",
+        )
+    for path, (attend, own) in plan.items():
+        made = swap(model, {path: (attend.card.name, {**own, **options})}, pattern=attend.pattern)
+        module = model.get_submodule(path)
+        fresh: HeadAttention = module.attend if isinstance(module, Swapped) else module.regard  # type: ignore[assignment]
+        shapes = [{name: tensor.shape for name, tensor in one.state_dict().items()} for one in (attend, fresh)]
+        if shapes[0] != shapes[1]:
+            _restore(model, {place: plan[place] for place in [*report.changed, path]})
+            raise Unsupported(
+                f"{', '.join(options)} of {attend.card.name}, which learns other parameters then",
+                supported="options of the same parameters",
+            )
+        fresh.load_state_dict(attend.state_dict())
+        report.changed.update(made.changed)
+    names = ", ".join(dict.fromkeys(attend.card.name for attend, _ in plan.values()))
+    return SwapReport(names, report.changed)
+
+
+def _restore(model: nn.Module, plan: Mapping[str, tuple[HeadAttention, dict[str, Any]]]) -> None:
+    """Modules as they were before :func:`change_options`."""
+    for path, (attend, own) in plan.items():
+        swap(model, {path: (attend.card.name, own)}, pattern=attend.pattern)
+        module = model.get_submodule(path)
+        setattr(module, "attend" if isinstance(module, Swapped) else "regard", attend)
 
 
 def _choices(
