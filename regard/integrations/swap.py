@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
 
@@ -244,45 +244,29 @@ def change_options(model: nn.Module, only: str | None = None, **options: Any) ->
         Unsupported: where nothing is swapped, or a mechanism has no such option or would learn other parameters with it; then
             nothing is changed.
     """
-    report, plan = SwapReport(""), {}
+    fresh: dict[str, HeadAttention] = {}
     for path, module in model.named_modules():
-        attend = getattr(module, "attend" if isinstance(module, Swapped) else "regard", None)
-        if not isinstance(attend, HeadAttention) or (only is not None and not fnmatch(path, only)):
-            continue
-        if attend.chosen.wrapper is not None:
-            raise Unsupported(f"other options of {attend.chosen.name}", supported="mechanisms that wrap no other")
-        own = {f.name: getattr(attend.config, f.name) for f in fields(attend.config)}
-        own = {name: value for name, value in own.items() if value != getattr(attend.card.options(), name)}
-        attend.card.options(**{**own, **options})
-        plan[path] = attend, own
-    if not plan:
+        attend = getattr(module, _place_in(module), None)
+        if isinstance(attend, HeadAttention) and (only is None or fnmatch(path, only)):
+            fresh[path] = attend.with_options(**options)
+    if not fresh:
         raise Unsupported(
             f"other options of a {type(model).__name__} without swapped modules",
             supported="models that regard.swap has changed",
         )
-    for path, (attend, own) in plan.items():
-        made = swap(model, {path: (attend.card.name, {**own, **options})}, pattern=attend.pattern)
+    for path, attend in fresh.items():
         module = model.get_submodule(path)
-        fresh: HeadAttention = module.attend if isinstance(module, Swapped) else module.regard  # type: ignore[assignment]
-        shapes = [{name: tensor.shape for name, tensor in one.state_dict().items()} for one in (attend, fresh)]
-        if shapes[0] != shapes[1]:
-            _restore(model, {place: plan[place] for place in [*report.changed, path]})
-            raise Unsupported(
-                f"{', '.join(options)} of {attend.card.name}, which learns other parameters then",
-                supported="options of the same parameters",
-            )
-        fresh.load_state_dict(attend.state_dict())
-        report.changed.update(made.changed)
-    names = ", ".join(dict.fromkeys(attend.card.name for attend, _ in plan.values()))
-    return SwapReport(names, report.changed)
+        setattr(module, _place_in(module), attend)
+    bridge = _bridge(model)
+    if bridge is not None:
+        bridge.record_options(model, fresh, options)
+    changed = {path: f"{attend.card.name} with {attend.config}" for path, attend in fresh.items()}
+    return SwapReport(", ".join(dict.fromkeys(attend.card.name for attend in fresh.values())), changed)
 
 
-def _restore(model: nn.Module, plan: Mapping[str, tuple[HeadAttention, dict[str, Any]]]) -> None:
-    """Modules as they were before :func:`change_options`."""
-    for path, (attend, own) in plan.items():
-        swap(model, {path: (attend.card.name, own)}, pattern=attend.pattern)
-        module = model.get_submodule(path)
-        setattr(module, "attend" if isinstance(module, Swapped) else "regard", attend)
+def _place_in(module: nn.Module) -> str:
+    """The name of the attribute of a changed module that holds its mechanism."""
+    return "attend" if isinstance(module, Swapped) else "regard"
 
 
 def _choices(

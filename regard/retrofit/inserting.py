@@ -45,7 +45,7 @@ def rebuilt(host: Host, numbers: Sequence[int], mechanism: str) -> tuple[Any, li
         config.to_dict(), host.model.state_dict(), dtype=dtype, layers=layers, source=f"a {type(host.model).__name__}"
     )
     settings = {f.name: getattr(model.config, f.name) for f in fields(model.config) if f.name != "vocab_size"}
-    told = {name: getattr(config, name, None) for name in KEPT_IDS}
+    told: dict[str, Any] = {name: getattr(config, name, None) for name in KEPT_IDS}
     clothed = RegardForCausalLM(RegardConfig(model.config.vocab_size, settings=settings, **told)).to(dtype)
     clothed.model = model
     clothed.generation_config = copy.deepcopy(host.model.generation_config)
@@ -57,7 +57,7 @@ def placed_in(model: Any, path: str, number: int) -> tuple[Mechanism, Any] | Non
     from regard.integrations.transformers import RegardForCausalLM
 
     if isinstance(model, RegardForCausalLM):
-        mixer = model.model.blocks[number].mixer
+        mixer: Any = model.model.blocks[number].mixer
         return mixer.card, mixer.config
     attend = getattr(model.get_submodule(path), "regard", None)
     return None if attend is None else (attend.card, attend.config)

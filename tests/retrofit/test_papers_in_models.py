@@ -11,6 +11,7 @@ from regard import Unsupported
 from regard.integrations.transformers import AutoModelForCausalLM, RegardForCausalLM
 from regard.retrofit.hosts import open_host
 from regard.retrofit.inserting import rebuilt
+from regard.workbench.retrofit_report import write_retrofit_report
 
 SHORT = {**WORK, "lengths": (64,), "evaluation_blocks": 1}
 LANDMARK = "landmark:block=7,top_k=2,chunk=24"
@@ -18,7 +19,7 @@ LANDMARK = "landmark:block=7,top_k=2,chunk=24"
 
 @pytest.mark.parametrize(
     ("mechanism", "keep", "budget"),
-    [("core_context:group=4,window=8", "none", "20 steps"), ("masformer:block=8", "0", "20 steps")],
+    [("core_context:group=4,window=8", "none", "28 steps"), ("local:form=block,block=8", "0", "28 steps")],
 )
 def test_cores_and_blocks_are_what_generation_goes_on_from(tmp_path, mechanism, keep, budget):
     made = regard.retrofit(
@@ -67,7 +68,7 @@ def test_landmarks_are_inserted_trained_and_retrieved(tmp_path):
         torch.testing.assert_close(chosen, made.model(ids, use_cache=True).logits)
     assert torch.allclose(chosen[:, :20], whole[:, :20], atol=1e-4) and not torch.allclose(chosen, whole, atol=1e-4)
     assert loaded.generate(ids, max_new_tokens=9, do_sample=False).shape == (1, 69)
-    assert "learns at once" in regard.workbench.retrofit_report.write_retrofit_report(output).read_text()
+    assert "learns at once" in write_retrofit_report(output).read_text()
 
 
 @pytest.mark.parametrize(
