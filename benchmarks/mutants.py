@@ -99,7 +99,10 @@ GROUPS: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
         ["regard/mechanisms/delta_rule.py"],
         [["tests/mechanisms/test_delta_rule.py"], cells("delta_rule")],
     ),
-    "sea": (["regard/mechanisms/sea.py"], [["tests/mechanisms/test_sea.py"], cells("sea")]),
+    "sea": (
+        ["regard/mechanisms/sea/forms.py", "regard/engines/pixel_attention/torch_form.py"],
+        [["tests/mechanisms/test_sea.py"], cells("sea")],
+    ),
 }
 """Of each group: the modules that are changed, and the tests that may notice, in runs one after another."""
 

@@ -954,6 +954,7 @@ def landmark_attention(
     position_jump: int = ...,
     selection: str = ...,
     offload: str | None = ...,
+    chunk: int | None = ...,
     miss_share: float = ...,
     miss_cutoff: float = ...,
 ) -> Any:

@@ -6,7 +6,11 @@ more than to attend to it, so without gradients a cache grows inside memory that
 
 from __future__ import annotations
 
+import math
+import os
+import tempfile
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -129,16 +133,22 @@ class _Memory:
     used: int
 
 
+Empty = Callable[[Tensor, Sequence[int]], Tensor]
+"""Makes memory of a shape, of the dtype and on the device of a tensor."""
+
 _MEMORIES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _LOCK = threading.Lock()
 
 
-def append(past: Shaped[Tensor, "..."], new: Shaped[Tensor, "..."], axis: int) -> Shaped[Tensor, "..."]:
+def append(
+    past: Shaped[Tensor, "..."], new: Shaped[Tensor, "..."], axis: int, empty: Empty = Tensor.new_empty
+) -> Shaped[Tensor, "..."]:
     """`past` followed by `new` along an axis, as `torch.cat`, in time that does not grow with `past` most times.
 
     A result that this function returned lies in memory with room behind it. The first to continue it writes there and
     gets a longer view of the same memory; whoever continues it after that, or a tensor from elsewhere, gets a copy with
     new room. So what was returned never changes. Gradients and compiled graphs take `torch.cat`. `axis` is not negative.
+    `empty` makes the memory: :func:`mapped` in a file.
     """
     if not _grows_in_place(past, new, axis):
         return torch.cat([past, new], axis)
@@ -148,13 +158,26 @@ def append(past: Shaped[Tensor, "..."], new: Shaped[Tensor, "..."], axis: int) -
     if memory is None:
         shape = list(past.shape)
         shape[axis] = end + end // ROOM
-        memory = _Memory(past.new_empty(shape), end)
+        memory = _Memory(empty(past, shape), end)
         memory.slots.narrow(axis, 0, length).copy_(past)
     # `data`: what others saved for a backward pass lies in other slots, and does not count as changed
     memory.slots.data.narrow(axis, length, count).copy_(new)
     grown = memory.slots.narrow(axis, 0, end)
     _MEMORIES[grown] = memory
     return grown
+
+
+def mapped(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Memory on the CPU that lies in a file of its own, which has no name any more and goes with the tensor: what is not read
+    need not be in memory."""
+    count = math.prod(shape)
+    handle, path = tempfile.mkstemp(prefix="regard-cache-")
+    os.close(handle)
+    try:
+        found = torch.from_file(path, shared=True, size=max(count, 1), dtype=like.dtype, device="cpu")
+    finally:
+        os.unlink(path)
+    return found[:count].view(*shape)
 
 
 def _grows_in_place(past: Tensor, new: Tensor, axis: int) -> bool:

@@ -6,6 +6,6 @@
 from __future__ import annotations
 
 from regard.integrations.collecting import Collected, collect_losses
-from regard.integrations.swap import SwapReport, swap, unswap
+from regard.integrations.swap import SwapReport, change_options, swap, unswap
 
-__all__ = ["Collected", "SwapReport", "collect_losses", "swap", "unswap"]
+__all__ = ["Collected", "SwapReport", "change_options", "collect_losses", "swap", "unswap"]

@@ -237,7 +237,7 @@ class HeadAttention(nn.Module):
         super().__init__()
         self.chosen, self.card, self.config = chosen, chosen.card, chosen.config
         self.pattern = chosen.require_pattern(pattern)
-        spec = LayerSpec(
+        self.spec = spec = LayerSpec(
             dim,
             dim if memory_dim is None else memory_dim,
             heads,
@@ -259,6 +259,36 @@ class HeadAttention(nn.Module):
         self.places_keys = "rotate" in self.card.honours and (
             self.pattern is Pattern.CAUSAL_SELF or (self.card.maps_before_rotation and not self.pattern.cross)
         )
+
+    def with_options(self, **options: Any) -> HeadAttention:
+        """Another one with these options and the parameters of this.
+
+        Raises:
+            Unsupported: for options that the mechanism does not have, or with which it learns other parameters.
+        """
+        if self.chosen.wrapper is not None:
+            raise Unsupported(f"other options of {self.chosen.name}", supported="mechanisms that wrap no other")
+        own = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
+        spec = self.spec
+        made = HeadAttention(
+            Chosen(self.card, self.card.options(**{**own, **options})),
+            dim=spec.dim,
+            memory_dim=spec.memory_dim,
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            value_dim=spec.value_dim,
+            pattern=self.pattern,
+        )
+        shapes, needed = ({name: x.shape for name, x in one.state_dict().items()} for one in (self, made))
+        if shapes != needed:
+            raise Unsupported(
+                f"{', '.join(options)} of {self.card.name}, which learns other parameters then",
+                supported="options of the same parameters",
+            )
+        made.load_state_dict(self.state_dict(), assign=True)
+        made.placement = self.placement
+        return made.train(self.training)
 
     @property
     def adds(self) -> bool:

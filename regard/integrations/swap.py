@@ -13,7 +13,7 @@ from torch import nn
 
 from regard.catalogue import get_mechanism
 from regard.contract import Mechanism, Pattern, Unsupported
-from regard.integrations.heads import Chosen
+from regard.integrations.heads import Chosen, HeadAttention
 from regard.integrations.torch_modules import MultiheadAttention, Swapped, VisionAttention
 from regard.models.variants import read_variant
 
@@ -229,6 +229,44 @@ def unswap(model: nn.Module, only: str | None = None) -> SwapReport:
         bridge.record_unswap(model)
     _choose_paths_of_encoders(model)
     return report
+
+
+def change_options(model: nn.Module, only: str | None = None, **options: Any) -> SwapReport:
+    """Give mechanisms that :func:`swap` put into a model other options, in place, with all that they have learned: options that
+    change no parameter, as the number of keys that `sea` reads for a query::
+
+        change_options(model, top_k=16)
+
+    Args:
+        only: a pattern of paths to change.
+
+    Raises:
+        Unsupported: where nothing is swapped, or a mechanism has no such option or would learn other parameters with it; then
+            nothing is changed.
+    """
+    fresh: dict[str, HeadAttention] = {}
+    for path, module in model.named_modules():
+        attend = getattr(module, _place_in(module), None)
+        if isinstance(attend, HeadAttention) and (only is None or fnmatch(path, only)):
+            fresh[path] = attend.with_options(**options)
+    if not fresh:
+        raise Unsupported(
+            f"other options of a {type(model).__name__} without swapped modules",
+            supported="models that regard.swap has changed",
+        )
+    for path, attend in fresh.items():
+        module = model.get_submodule(path)
+        setattr(module, _place_in(module), attend)
+    bridge = _bridge(model)
+    if bridge is not None:
+        bridge.record_options(model, fresh, options)
+    changed = {path: f"{attend.card.name} with {attend.config}" for path, attend in fresh.items()}
+    return SwapReport(", ".join(dict.fromkeys(attend.card.name for attend in fresh.values())), changed)
+
+
+def _place_in(module: nn.Module) -> str:
+    """The name of the attribute of a changed module that holds its mechanism."""
+    return "attend" if isinstance(module, Swapped) else "regard"
 
 
 def _choices(

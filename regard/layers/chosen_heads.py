@@ -1,7 +1,8 @@
 """Softmax attention of which each token is a query only in the heads that it chose.
 
-Of a head's work what belongs to a query (its projection, scores and weights, the head's share of the output projection) is
-done for the tokens that chose it. Keys and values are of all tokens, since any query may read them.
+Of a head's work the scores and weights, which grow with the square of the tokens, are computed for the tokens that chose it.
+Queries are projected for all heads at once and outputs back at once: one large product takes less time than a small one for
+each head, of tokens that have to be gathered first. Keys and values are of all tokens, since any query may read them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 
 from regard.contract import Context, Pattern, Result, Unsupported
 from regard.engines.attention import Ranks, Visibility, attention
-from regard.engines.linear import linear
 from regard.layers.attention import AttentionLayer
 from regard.layers.checks import check_memory, check_tokens
 
@@ -63,46 +63,32 @@ def attend_in_chosen_heads(
     side = layer.side(x, mask, context.positions, context)
     x, layout, where, losses = side
     source, source_layout, source_where, _ = side if memory is None else layer.memory_side(memory, context)
-    heads: dict[str, Tensor] = {}
+    assert layer.query is not None
+    queries = layer._norm(layer.query_norm, layer._heads(layer.query, x, 0, layer.num_heads, None, []))
+    heads = {"q": queries}
     layer._memory_heads(heads, source, source_layout.lengths, [])
     heads = layer._rotate(heads, where, source_where)
-    queries = None
-    if needs_queries:
-        assert layer.query is not None
-        queries = layer._norm(layer.query_norm, layer._heads(layer.query, x, 0, layer.num_heads, None, []))
     result = Result(x, losses=dict(losses))
-    gates = gates_of(queries, x, layout.lengths, result)  # (B, N, H)
+    gates = gates_of(queries if needs_queries else None, x, layout.lengths, result)  # (B, N, H)
     chosen = gates != 0
     if layout.lengths is not None:
         chosen = chosen & (torch.arange(x.shape[1], device=x.device) < layout.lengths[:, None])[..., None]
-    query, output = layer.query, layer.output
-    assert isinstance(query, nn.Linear) and isinstance(output, nn.Linear)
     slots = torch.arange(source.shape[1], device=x.device)[None]
     keys = slots if source_layout.lengths is None else torch.where(slots < source_layout.lengths[:, None], slots, -1)
-    batch, n, width = x.shape
-    flat, shares = x.flatten(0, 1), gates.flatten(0, 1)  # all tokens of the batch in one row
-    y = torch.zeros_like(flat) if output.bias is None else output.bias.expand_as(flat).clone()
+    batch, n, _ = x.shape
+    shares, parts = gates.flatten(0, 1), []  # all tokens of the batch in one row
     counts = chosen.sum(1)  # (B, H)
     places = chosen.flatten(0, 1).mT.nonzero()[:, 1].split(counts.sum(0).tolist())
     for head, place in enumerate(places):
+        nothing = shares.new_zeros(batch * n, layer.value_dim, dtype=x.dtype)
         if not len(place):
+            parts.append(nothing)
             continue
-        everyone = len(place) == batch * n
-        rows = slice(head * layer.head_dim, (head + 1) * layer.head_dim)
-        if queries is None:
-            own = flat if everyone else flat[place]
-            q = layer._norm(
-                layer.query_norm, linear(own, query.weight[rows], None if query.bias is None else query.bias[rows])
-            )
-        else:
-            q = queries[:, head].flatten(0, 1)[place]
-        q, tokens, slot = _in_rows(q, place, counts[:, head], n)
-        q = q[:, None]
-        if where is not None and layer.positions.rotate is not None:
-            q = layer.positions.rotate(q, where.expand(batch, -1).gather(1, tokens))
+        own = heads["q"][:, head].flatten(0, 1)
+        q, tokens, slot = _in_rows(own.index_select(0, place), place, counts[:, head], n)
         group = head // (layer.num_heads // layer.kv_heads)
         found, _, _ = attention(
-            q,
+            q[:, None],
             heads["k"][:, group, None],
             heads["v"][:, group, None],
             Ranks(tokens, keys, None, None, plain=False),
@@ -110,12 +96,10 @@ def attend_in_chosen_heads(
             scale=layer.head_dim**-0.5,
         )
         found = found[:, 0].flatten(0, 1)
-        found = found if slot is None else found[slot]
-        found = found * shares[place, head, None].to(found.dtype)
-        columns = slice(head * layer.value_dim, (head + 1) * layer.value_dim)
-        part = linear(found, output.weight[:, columns]).to(y.dtype)
-        y = y.add_(part) if everyone else y.index_add_(0, place, part)
-    result.output = layout.scatter(y.view(batch, n, width), axis=1)
+        found = found if slot is None else found.index_select(0, slot)
+        found = found * shares[:, head].index_select(0, place)[:, None].to(found.dtype)
+        parts.append(nothing.index_copy(0, place, found.to(x.dtype)))
+    result.output = layout.scatter(layer.output(torch.cat(parts, -1).view(batch, n, -1)), axis=1)
     return result
 
 

@@ -1,8 +1,8 @@
-"""Pretrained Mamba and Mamba-2 models of Hugging Face transformers as language models of regard.
+"""Pretrained Mamba, Mamba-2 and Llama models of Hugging Face transformers as language models of regard.
 
 Reads a folder that ``save_pretrained`` of transformers wrote (``config.json`` and safetensors), without transformers::
 
-    model = from_transformers("mamba-130m-hf")
+    model = from_transformers("mamba-130m-hf")  # or a Llama, such as SmolLM2
     model.generate(ids, 100)
 
 Every tensor of the checkpoint has its place, and every parameter comes from it. Where a checkpoint ties its output
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 NAMES = {
     "backbone.embeddings.weight": "embedding.weight",
     "backbone.norm_f.weight": "norm.weight",
+    "model.embed_tokens.weight": "embedding.weight",
+    "model.norm.weight": "norm.weight",
     "lm_head.weight": "head.weight",
 }
 BLOCK_NAMES = {
@@ -39,8 +41,16 @@ BLOCK_NAMES = {
     "mixer.conv1d.weight": "mixer.conv.weight",
     "mixer.conv1d.bias": "mixer.conv.bias",
     "mixer.dt_proj.bias": "mixer.dt_bias",
+    "input_layernorm.weight": "mixer_norm.weight",
+    "post_attention_layernorm.weight": "feed_forward_norm.weight",
+    **{
+        f"self_attn.{theirs}_proj.weight": f"mixer.{own}.weight"
+        for theirs, own in {"q": "query", "k": "key", "v": "value", "o": "output"}.items()
+    },
+    **{f"mlp.{name}_proj.weight": f"feed_forward.{name}.weight" for name in ("gate", "up", "down")},
 }
 """Names in a block that differ, from transformers to regard."""
+BLOCKS = ("backbone.layers.", "model.layers.")
 
 
 def _mamba(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,8 +79,50 @@ def _mamba2(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-OPTIONS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {"mamba": _mamba, "mamba2": _mamba2}
-"""By ``model_type``, which is the mechanism's name: its options, from the checkpoint's settings."""
+def _of_states(config: Mapping[str, Any], layers: Sequence[Any] | None) -> LanguageModelConfig:
+    kind = config["model_type"]
+    if layers is not None:
+        raise Unsupported(f"other layers in a {kind}", supported="those of a llama")
+    options = {"mamba": _mamba, "mamba2": _mamba2}[kind](config)
+    return LanguageModelConfig(
+        config["vocab_size"],
+        dim=config["hidden_size"],
+        plan=[(kind, options)] * config["num_hidden_layers"],
+        feed_forward=0,
+        positions="none",
+        tie_embeddings=config.get("tie_word_embeddings", kind == "mamba"),
+        norm=f"rms:{config['layer_norm_epsilon']}",
+    )
+
+
+def _llama(config: Mapping[str, Any], layers: Sequence[Any] | None) -> LanguageModelConfig:
+    told = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    scaling = told.get("rope_type", told.get("type", "default"))
+    if scaling != "default":
+        raise Unsupported(f"a llama with rotary positions of type {scaling!r}", supported='"default"')
+    heads = config["num_attention_heads"]
+    return LanguageModelConfig(
+        config["vocab_size"],
+        dim=config["hidden_size"],
+        plan=["softmax"] * config["num_hidden_layers"] if layers is None else list(layers),
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim"),
+        feed_forward=config["intermediate_size"],
+        positions="rotary",
+        position_options={"base": float(told.get("rope_theta", config.get("rope_theta", 10_000.0)))},
+        max_length=config.get("max_position_embeddings", 2048),
+        tie_embeddings=config.get("tie_word_embeddings", False),
+        norm=f"rms:{config['rms_norm_eps']}",
+    )
+
+
+CONFIGS: dict[str, Callable[[Mapping[str, Any], Sequence[Any] | None], LanguageModelConfig]] = {
+    "mamba": _of_states,
+    "mamba2": _of_states,
+    "llama": _llama,
+}
+"""By ``model_type``: the config, from the checkpoint's settings and other layers than its own."""
 
 REASONS = {
     "falcon_mamba": "it normalises B, C and the steps, which mamba does not",
@@ -79,7 +131,7 @@ REASONS = {
     "zamba2": "its layers share attention blocks",
     "bamba": "its attention layers have rotary positions on a part of each head",
 }
-FIXED = {"hidden_act": "silu", "use_bias": False}
+FIXED = {"hidden_act": "silu", "use_bias": False, "attention_bias": False, "mlp_bias": False}
 """Settings that a layer here has in one way."""
 
 
@@ -87,7 +139,7 @@ def from_transformers(folder: str | os.PathLike[str], *, dtype: torch.dtype = to
     """The language model of a checkpoint, on the CPU and in evaluation mode.
 
     Args:
-        folder: with ``config.json`` of a ``mamba`` or ``mamba2`` and its safetensors, in one file or several.
+        folder: with ``config.json`` of a ``mamba``, ``mamba2`` or ``llama`` and its safetensors, in one file or several.
         dtype: of the parameters; those that mamba keeps in float32 stay so.
 
     Raises:
@@ -96,57 +148,81 @@ def from_transformers(folder: str | os.PathLike[str], *, dtype: torch.dtype = to
     """
     place = Path(folder)
     config = _read_json(place / CONFIG)
+    check_convertible(config)
+    return converted(config, _read_weights(place), dtype=dtype, source=str(place))[0].eval()
+
+
+def check_convertible(config: Mapping[str, Any]) -> None:
+    """Raise Unsupported, with the reason, for settings of a model that the layers here do not have."""
     kind = config.get("model_type")
-    if kind not in OPTIONS:
+    if kind not in CONFIGS:
         reason = REASONS.get(str(kind))
         raise Unsupported(
             f"a checkpoint of {kind}" + (f" ({reason})" if reason else ""),
-            supported=", ".join(OPTIONS),
+            supported=", ".join(CONFIGS),
             nearest="" if reason else 'regard.swap(model, "softmax"), for models of attention',
         )
     for name, value in FIXED.items():
         if config.get(name, value) != value:
             raise Unsupported(f"{name}={config[name]!r} of a {kind}", supported=f"{name}={value!r}")
-    tensors = {name: tensor.to(dtype) for name, tensor in _read_weights(place).items()}
+
+
+def converted(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+    layers: Sequence[Any] | None = None,
+    source: str = "the checkpoint",
+) -> tuple[LanguageModel, list[str]]:
+    """The language model of a checkpoint's settings and tensors, and the names of parameters that are none of its.
+
+    Args:
+        layers: mechanisms instead of its own, as in a plan, of a llama. What they learn beside the projections is new;
+            tokens that they insert begin with the mean of the embeddings, as in Mohtashami and Jaggi (arXiv 2305.16300).
+        source: what an error calls the checkpoint.
+
+    Raises:
+        Unsupported: as :func:`from_transformers`.
+    """
+    check_convertible(config)
     try:
-        options = OPTIONS[kind](config)
-        dim, tied = config["hidden_size"], config.get("tie_word_embeddings", kind == "mamba")
-        made = LanguageModelConfig(
-            config["vocab_size"],
-            dim=dim,
-            plan=[(kind, options)] * config["num_hidden_layers"],
-            feed_forward=0,
-            positions="none",
-            tie_embeddings=tied,
-            norm=f"rms:{config['layer_norm_epsilon']}",
-        )
+        made = CONFIGS[config["model_type"]](config, layers)
     except KeyError as error:
-        raise Unsupported(f"{place / CONFIG} without {error}", supported=f"the settings of a {kind}") from None
+        raise Unsupported(f"{source} without {error}", supported=f"the settings of a {config['model_type']}") from None
     with torch.random.fork_rng(devices=[]):
         model = LanguageModel(made).to(dtype)
-    found = {_renamed(name): tensor for name, tensor in tensors.items()}
-    if tied:
+    found = {_renamed(name): tensor.to(dtype) for name, tensor in tensors.items()}
+    if made.tie_embeddings:
         found.pop("head.weight", None)
         if "norm.weight" in found:
-            found["norm.weight"] = found["norm.weight"] * dim**0.5
-    wanted = model.state_dict()
-    for name, parameter in wanted.items():
+            found["norm.weight"] = found["norm.weight"] * made.dim**0.5
+    if model.insertion.extra_tokens and "embedding.weight" in found:
+        mean = found["embedding.weight"].mean(0, keepdim=True)
+        found["embedding.weight"] = torch.cat(
+            [found["embedding.weight"], mean.expand(model.insertion.extra_tokens, -1)]
+        )
+    new = []
+    for name, parameter in model.state_dict().items():
         if name.endswith("conv.weight") and name in found:
             found[name] = found[name].squeeze(1)
         elif name.endswith("conv.bias") and not config.get("use_conv_bias", True):
             found.setdefault(name, torch.zeros_like(parameter))
         if name in found:
             found[name] = found[name].to(parameter.dtype)
-    load_tensors(model, found, source=str(place))
-    return model.eval()
+        elif layers is not None and ".mixer." in name:
+            found[name] = parameter
+            new.append(name)
+    load_tensors(model, found, source=source)
+    return model, new
 
 
 def _renamed(name: str) -> str:
-    block = name.removeprefix("backbone.layers.")
-    if block == name:
-        return NAMES.get(name, name)
-    number, _, inside = block.partition(".")
-    return f"blocks.{number}.{BLOCK_NAMES.get(inside, inside)}"
+    for prefix in BLOCKS:
+        if name.startswith(prefix):
+            number, _, inside = name.removeprefix(prefix).partition(".")
+            return f"blocks.{number}.{BLOCK_NAMES.get(inside, inside)}"
+    return NAMES.get(name, name)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from regard.measurement.timing import Timing, interleaved
 from regard.retrofit.corpus import Corpus, even_blocks
 from regard.retrofit.folder import Folder
 from regard.retrofit.hosts import Host, log_likelihoods
+from regard.retrofit.inserting import placed_in, reads_by_state
 from regard.retrofit.settings import RetrofitSettings
 from regard.retrofit.stage import Progress, Watch
 
@@ -98,7 +99,9 @@ def perplexity(models: Models, blocks: Int[Tensor, "w n"]) -> dict[str, Any]:
     The standard error of the change is that of the mean difference over blocks.
     """
     losses = {
-        name: torch.cat([-log_likelihoods(model(row, use_cache=False).logits, row) for row in blocks.split(1)]).double()
+        name: torch.cat(
+            [-log_likelihoods(model(row, use_cache=reads_by_state(model)).logits, row) for row in blocks.split(1)]
+        ).double()
         for name, model in models.items()
     }
     mean = {name: float(loss.mean()) for name, loss in losses.items()}
@@ -138,7 +141,7 @@ def recall(models: Models, ids: Int[Tensor, " n"], length: int, seed: int) -> di
         needle = kinds[torch.randint(len(kinds), (CUE + ANSWER,), generator=generator)]
         asked = torch.cat([text[:place], needle, text[place:], needle[:CUE], needle[CUE:]])[None]
         for name, model in models.items():
-            said = model(asked[:, :-1], use_cache=False).logits[0, -ANSWER:].argmax(-1)
+            said = model(asked[:, :-1], use_cache=reads_by_state(model)).logits[0, -ANSWER:].argmax(-1)
             found[name].append(float((said == needle[CUE:]).double().mean()))
     return {"depths": list(DEPTHS), **found}
 
@@ -188,7 +191,7 @@ def held_bytes(cache: Any) -> int:
 
 
 def _read(model: Any, prompt: Int[Tensor, "1 n"]) -> Float[Tensor, "1 1 v"]:
-    return model(prompt, use_cache=False, logits_to_keep=1).logits
+    return model(prompt, use_cache=reads_by_state(model), logits_to_keep=1).logits
 
 
 def _prompt(ids: Int[Tensor, " n"], length: int) -> Int[Tensor, "1 n"]:
@@ -200,16 +203,15 @@ def state_bytes(host: Host, model: Any, length: int) -> int:
     """What a sequence of so many tokens goes on from: the keys and values of softmax layers, in the weights' dtype, and the
     state of others as their mechanism defines it, whose accumulators have at least four bytes a number."""
     total = 0.0
+    width = next(model.parameters()).element_size()
     for layer in host.layers:
-        module = model.get_submodule(layer.path)
-        width = next(module.parameters()).element_size()
         own = host.attention(layer.number)
         heads, groups, dim_key, dim_value = _sizes(own, host.model.config)
-        attend = getattr(module, "regard", None)
-        if attend is None:
+        placed = placed_in(model, layer.path, layer.number)
+        if placed is None:
             total += groups * length * (dim_key + dim_value) * width
             continue
-        card, config = attend.card, attend.config
+        card, config = placed
         shared = "g" in card.inputs["k"]
         cost = card.cost(Shape(1, groups if shared else heads, length, length, dim_key, dim_value), config)
         growing = not card.is_recurrent(config)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from regard.contract import Unsupported
 from regard.integrations.swap import reader_of, swap
 from regard.models.blocks import evaluation_mode
+from regard.retrofit.inserting import inserts_tokens, rebuilt
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -71,6 +72,11 @@ class Host:
 
     def copy_with(self, numbers: Sequence[int], mechanism: str, seed: int) -> tuple[Any, list[str]]:
         """A copy with another mechanism in some layers, and the names of its new parameters; the seed is of their values."""
+        if inserts_tokens(mechanism):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                made, new = rebuilt(self, numbers, mechanism)
+            return made.eval(), new
         made = copy.deepcopy(self.model).requires_grad_(True)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -208,6 +214,14 @@ def check_attention(host: Host, ids: Int[Tensor, "b n"], mechanism: str) -> None
                 f"differ by {difference:.2g} of the largest)",
                 supported="models that regard.swap(model, 'softmax') leaves as they are",
             )
+        if inserts_tokens(mechanism):
+            made, _ = rebuilt(host, (), mechanism)
+            difference = float((made(ids, use_cache=False).logits - expected).abs().max() / expected.abs().max())
+            if not difference <= SAME:
+                raise Unsupported(
+                    f"a {type(host.model).__name__} as a language model of regard, whose logits differ by {difference:.2g} of the largest",
+                    supported="models of the kind of Llama",
+                )
         made, _ = host.copy_with(range(len(host.layers)), mechanism, 0)
         made(ids, use_cache=False)  # refuses masks that the mechanism cannot honour
 

@@ -73,18 +73,18 @@ def plan(host: Host, corpus: Corpus, settings: RetrofitSettings, spent: float = 
     if budget.unit != "seconds":
         return _of_work(settings)
     pace = measure_pace(host, corpus, settings)
-    shares = {k: v for k, v in SHARES.items() if settings.chosen or k not in ("warm", "sensitivity")}
+    left_out = {"warm", "transfer", "tune"} - set(settings.stages) | (set() if settings.chosen else {"sensitivity"})
+    shares = {k: v for k, v in SHARES.items() if k not in left_out}
     whole = sum(shares.values())
     read = sum(n for n in settings.lengths if host.longest is None or n <= host.longest)
     spent += pace["probe"] + READS * read / settings.length * pace["block"]
     left = budget.amount - spent
     seconds = {name: max(left, 0.0) * share / whole for name, share in shares.items()}
-    steps = {name: math.floor(seconds.get(name, 0.0) / pace[name]) for name in ("warm", "transfer", "tune")}
+    steps = {name: math.floor(seconds[name] / pace[name]) for name in settings.stages}
     layers, texts = len(host.layers), len(corpus.sources)
     tried = math.floor(seconds.get("sensitivity", 0.0) / (pace["block"] * (layers + 1)))
     windows = math.floor(0.5 * seconds["evaluation"] / (pace["block"] * 4 * texts))  # two models, blocks twice as long
-    trained = [name for name in ("warm", "transfer", "tune") if name in shares]
-    needed: dict[str, float] = {name: LEAST * pace[name] for name in trained}
+    needed: dict[str, float] = {name: LEAST * pace[name] for name in settings.stages}
     needed["evaluation"] = 2 * min(BLOCKS[0], settings.evaluation_blocks or BLOCKS[0]) * pace["block"] * 4 * texts
     if settings.chosen:
         needed["sensitivity"] = pace["block"] * (layers + 1)
@@ -99,9 +99,9 @@ def plan(host: Host, corpus: Corpus, settings: RetrofitSettings, spent: float = 
             nearest=f"{math.ceil(1.2 * least / 60)}m",
         )
     return Plan(
-        steps["warm"] if settings.chosen else 0,
+        steps.get("warm", 0),
         min(tried, TRIED),
-        steps["transfer"],
+        steps.get("transfer", 0),
         steps["tune"],
         min(windows, settings.evaluation_blocks or BLOCKS[1]),
         seconds,
@@ -120,7 +120,7 @@ WORDS = {
 def _of_work(settings: RetrofitSettings) -> Plan:
     budget, tokens = settings.budget, settings.batch_size * settings.length
     steps = math.floor(budget.amount / tokens) if budget.unit == "tokens" else round(budget.amount)
-    shares = {k: v for k, v in WORK.items() if settings.chosen or k != "warm"}
+    shares = {name: WORK[name] for name in settings.stages}
     whole = sum(shares.values())
     counts = {name: math.floor(steps * share / whole) for name, share in shares.items()}
     name = min(counts, key=lambda n: counts[n])
@@ -134,7 +134,7 @@ def _of_work(settings: RetrofitSettings) -> Plan:
         )
     windows = settings.evaluation_blocks or BLOCKS[1]
     tried = min(TRIED, windows) if settings.chosen else 0
-    return Plan(counts.get("warm", 0), tried, counts["transfer"], counts["tune"], windows, {})
+    return Plan(counts.get("warm", 0), tried, counts.get("transfer", 0), counts["tune"], windows, {})
 
 
 def measure_pace(host: Host, corpus: Corpus, settings: RetrofitSettings) -> dict[str, float]:
@@ -148,11 +148,12 @@ def measure_pace(host: Host, corpus: Corpus, settings: RetrofitSettings) -> dict
     with torch.no_grad():
         found["block"] = _seconds(lambda: host.model(row, use_cache=False))
     student, _ = host.copy_with(range(layers), settings.mechanism, settings.seed)
-    everywhere = {n: student.get_submodule(host.layers[n].path) for n in range(layers)}
-    if settings.chosen:
-        found["warm"] = _seconds(lambda: transfer_losses(host, everywhere, row)) * settings.batch_size
-    some = {n: everywhere[n] for n in numbers}
-    found["transfer"] = _seconds(lambda: transfer_losses(host, some, row)) * settings.batch_size
+    modules = {} if settings.inserts else {n: student.get_submodule(host.layers[n].path) for n in range(layers)}
+    if "warm" in settings.stages:
+        found["warm"] = _seconds(lambda: transfer_losses(host, modules, row)) * settings.batch_size
+    if "transfer" in settings.stages:
+        some = {n: modules[n] for n in numbers}
+        found["transfer"] = _seconds(lambda: transfer_losses(host, some, row)) * settings.batch_size
     unload = prepare(host, student, list(range(layers)), settings)
     found["tune"] = _seconds(lambda: tune_losses(host, student, row, settings.distil)) * settings.batch_size
     found["tune"] += _seconds(lambda: _update(student))

@@ -224,14 +224,7 @@ class _Run:
 
     def _trained(self, student: Any, learned: list[str], swapped: list[int], plan: Plan) -> dict[str, Any]:
         """The losses of the stages, once the student is trained."""
-        modules = self._modules(student, swapped)
-        if self.settings.chosen and not self.folder.checkpoint("transfer").exists():
-            self._begin_warm(modules, plan)
-        moved = self._transfer("transfer", modules, learned, plan)
-        first, last = (sum(losses) / len(losses) for losses in (moved[0], moved[-1]))
-        self.say(
-            f"attention transfer: {first:.3g} to {last:.3g} of the outputs' square, {len(swapped)} layers, {_counted(moved, plan.transfer)}"
-        )
+        moved = self._moved(student, learned, swapped, plan)
         stage = self._stage(
             "tune",
             "training on the teacher's logits" if self.settings.distil else "training",
@@ -246,6 +239,20 @@ class _Run:
             "transfer": [dict(zip(map(str, swapped), row, strict=True)) for row in moved],
             "tune": [row[0] for row in tuned],
         }
+
+    def _moved(self, student: Any, learned: list[str], swapped: list[int], plan: Plan) -> list[list[float]]:
+        """The losses of the attention transfer; none where that is no stage."""
+        if "transfer" not in self.settings.stages:
+            return []
+        modules = self._modules(student, swapped)
+        if self.settings.chosen and not self.folder.checkpoint("transfer").exists():
+            self._begin_warm(modules, plan)
+        moved = self._transfer("transfer", modules, learned, plan)
+        first, last = (sum(losses) / len(losses) for losses in (moved[0], moved[-1]))
+        self.say(
+            f"attention transfer: {first:.3g} to {last:.3g} of the outputs' square, {len(swapped)} layers, {_counted(moved, plan.transfer)}"
+        )
+        return moved
 
     def _begin_warm(self, modules: dict[int, nn.Module], plan: Plan) -> None:
         """Begin with what the first steps of all layers came to."""

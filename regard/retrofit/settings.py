@@ -11,6 +11,7 @@ from regard.contract import Kind, Unsupported, at_least
 from regard.integrations.swap import Choice
 from regard.measurement.budget import Budget
 from regard.models.variants import read_variant
+from regard.retrofit.inserting import check_settings, inserts_tokens
 
 KEEP = "auto, auto:SHARE (0 to 1), auto:NUMBER, none, or layers by number from 0 (0,5,29)"
 TRAIN = "all, new (the swapped layers alone), or lora:RANK"
@@ -70,6 +71,8 @@ class RetrofitSettings:
             )
         self.lora  # noqa: B018 read for its check
         read_keep(self.keep_layers)
+        if self.inserts:
+            check_settings(self.mechanism, self.keep_layers, self.chosen, self.train)
 
     @property
     def lora(self) -> int | None:
@@ -80,6 +83,18 @@ class RetrofitSettings:
         if found is None:
             raise Unsupported(f"train={self.train!r}", supported=TRAIN, nearest="lora:16")
         return int(found[1])
+
+    @property
+    def inserts(self) -> bool:
+        """Whether the mechanism inserts tokens."""
+        return inserts_tokens(self.mechanism)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that train."""
+        if self.inserts:
+            return ("tune",)  # no layer has an old output to learn: the old one saw other tokens
+        return ("warm", "transfer", "tune") if self.chosen else ("transfer", "tune")
 
     @property
     def chosen(self) -> bool:
@@ -151,6 +166,8 @@ def read_keep(keep: str | tuple[int, ...] | list[int]) -> float | int | tuple[in
 
 def check_mechanism(written: str) -> None:
     """Raise Unsupported, with the nearest kin, for a mechanism that cannot take a model's queries, keys and values."""
+    if inserts_tokens(written):
+        return  # the model is built anew around it
     try:
         Choice.of(written, "causal-self")
     except Unsupported as error:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from regard.integrations.collecting import collect_losses
 from regard.retrofit.corpus import Corpus
 from regard.retrofit.folder import Folder
 from regard.retrofit.hosts import Host
@@ -22,6 +23,8 @@ from regard.retrofit.stage import Stage, Watch, train_stage
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+LOSS_WEIGHTS = {"distillation": 1.0}
+"""Of the losses that mechanisms have of their own, as of the map of sea; that of regard's models for others."""
 SMALLEST_SHARE = 0.1
 """Of the size that an output should have, the least that it is begun with."""
 
@@ -59,7 +62,11 @@ def transfer(
         return transfer_losses(host, modules, ids)
 
     parts = list(modules.values())
-    return train_stage(stage, folder, together, names, step, watch, clipped=parts)
+    together.train()  # what mechanisms learn of themselves, they learn in training
+    try:
+        return train_stage(stage, folder, together, names, step, watch, clipped=parts)
+    finally:
+        together.eval()
 
 
 def transfer_losses(host: Host, modules: Mapping[int, nn.Module], ids: Int[Tensor, "b n"]) -> list[float]:
@@ -67,10 +74,10 @@ def transfer_losses(host: Host, modules: Mapping[int, nn.Module], ids: Int[Tenso
     losses: dict[int, float] = {}
 
     def learn(number: int, expected: Tensor, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-        with torch.enable_grad():
+        with torch.enable_grad(), collect_losses(modules[number]) as collected:
             found = modules[number](*args, **given)[0]
             loss = (found - expected).square().sum() / expected.square().sum().clamp(min=1e-30)
-            loss.backward()
+            (loss + collected.total(LOSS_WEIGHTS)).backward()
         losses[number] = loss.item()
 
     with _listening(host, modules, learn):

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.contract import Unsupported
+from regard.integrations.collecting import collect_losses
 from regard.retrofit.corpus import Corpus
 from regard.retrofit.folder import Folder
 from regard.retrofit.hosts import Host
 from regard.retrofit.settings import RetrofitSettings
 from regard.retrofit.stage import Stage, Watch, train_stage
+from regard.retrofit.transfer import LOSS_WEIGHTS
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -95,15 +97,18 @@ def _peft() -> Any:
 
 
 def tune_losses(host: Host, student: Any, ids: Int[Tensor, "b n"], distil: float) -> list[float]:
-    """KL(teacher, student) of the next tokens times `distil`, plus their cross entropy times the rest, in nats a token.
+    """KL(teacher, student) of the next tokens times `distil`, plus their cross entropy times the rest, in nats a token; the losses
+    that mechanisms have of their own are learned from too, and not told.
 
     The parameters of the student have its gradients afterwards. Rows are taken one by one, so that the logits of one alone
     are in memory.
     """
     total = 0.0
     for row in ids.split(1):
-        logits = student(row, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-        loss = logits.new_zeros(())
+        with collect_losses(student) as collected:
+            logits = student(row, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        loss = collected.total(LOSS_WEIGHTS).to(logits)
+        own = loss.item()
         if distil < 1:
             loss = loss + (1 - distil) * F.nll_loss(logits, row[0, 1:])
         if distil > 0:
@@ -111,5 +116,5 @@ def tune_losses(host: Host, student: Any, ids: Int[Tensor, "b n"], distil: float
                 expected = host.model(row, use_cache=False).logits[0, :-1].float().log_softmax(-1)
             loss = loss + distil * F.kl_div(logits, expected, reduction="sum", log_target=True) / len(expected)
         (loss / len(ids)).backward()
-        total += loss.item() / len(ids)
+        total += (loss.item() - own) / len(ids)
     return [total]

@@ -119,7 +119,7 @@ class _View:
         """Losses of the stages, and what each layer loses alone."""
         losses, found = self.record["losses"], []
         step = Axis("step", units.tick)
-        layers = list(losses["transfer"][0])
+        layers = list(losses["transfer"][0]) if losses["transfer"] else []
         curves = [
             Series(
                 at,
@@ -130,7 +130,9 @@ class _View:
             for at, layer in enumerate(layers)
         ]
         share = Axis("share of the output's square", units.tick, log=True)
-        found.append(Figure("attention transfer", self._lines("transfer", "attention transfer", curves, step, share)))
+        if curves:
+            chart = self._lines("transfer", "attention transfer", curves, step, share)
+            found.append(Figure("attention transfer", chart))
         tuned = [Series(1, "loss", list(enumerate(losses["tune"], 1)))]
         nats = Axis("nats a token", units.tick, log=True)
         found.append(Figure("whole model", self._lines("tune", "whole model", tuned, step, nats)))

@@ -15,6 +15,7 @@ from models import GREEDY, KEPT, LEFT, SIZES, bart, bert, disturb, ids, llama, m
 import regard
 from regard import Unsupported
 from regard.contract import Mask
+from regard.integrations import change_options
 
 transformers = pytest.importorskip("transformers")
 bridge = pytest.importorskip("regard.integrations.transformers")
@@ -346,3 +347,20 @@ def test_stacks_that_transformers_cannot_hold_are_refused_and_others_are_saved(t
     again, tokens = bridge.RegardForCausalLM.from_pretrained(tmp_path), torch.randint(20, (2, 6))
     assert again.config.language_model().stack.reversible
     torch.testing.assert_close(again(tokens).logits, model(tokens).logits)
+
+
+def test_options_change_and_what_was_learned_stays():
+    model, other = llama(), llama()
+    for one, top_k in ((model, 2), (other, 3)):
+        regard.swap(one, "sea", top_k=top_k, estimate_length=16)
+    disturb(model)
+    other.load_state_dict(model.state_dict())
+    tokens = ids(2, 12)
+    with torch.no_grad():
+        before, expected = model(tokens).logits, other(tokens).logits
+        with pytest.raises(Unsupported, match="learns other parameters"):
+            change_options(model, estimate_length=32)
+        assert torch.equal(model(tokens).logits, before) and not torch.equal(before, expected)
+        change_options(model, top_k=3)
+        assert torch.equal(model(tokens).logits, expected)
+    assert {entry["options"]["top_k"] for entry in model.config.regard["modules"].values()} == {3}

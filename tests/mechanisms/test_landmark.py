@@ -313,7 +313,8 @@ def test_retrieval_equals_its_definition_token_by_token(options, phase, chunk, s
 
 @pytest.mark.parametrize("cache_blocks", [None, 3])
 @pytest.mark.parametrize(
-    ("selection", "offload"), [("per_token_and_head", None), ("max_over_tokens", None), ("max_over_tokens", "cpu")]
+    ("selection", "offload"),
+    [("per_token_and_head", None), ("max_over_tokens", None), ("max_over_tokens", "cpu"), ("max_over_tokens", "disk")],
 )
 def test_rows_that_advance_unequally_retrieve_what_they_retrieve_alone(selection, offload, cache_blocks):
     """With rows that wait, and empty blocks in a bounded cache, wherever blocks are kept."""
@@ -426,6 +427,13 @@ def test_retrieval_compiles_whole():
     close(output, expected)
     for name, tensor in wanted.tensors().items():
         assert torch.equal(after.tensors()[name], tensor)
+
+
+def test_the_option_chunk_reads_as_chunks_of_a_call_do():
+    inputs, call = sample(34), {"roles": regular(34, 3), "form": "chunked"}
+    found = run(inputs, {"block": 3, "top_k": 2, "chunk": 6}, **call).output
+    close(found, run(inputs, {"block": 3, "top_k": 2}, chunk_size=6, **call).output)
+    assert (found - run(inputs, {"block": 3, "top_k": 2}, **call).output).abs().max() > 1e-3
 
 
 def test_cost_of_a_step_is_bounded_by_retrieval():
@@ -667,3 +675,20 @@ def test_a_decoded_token_does_not_copy_the_cache(positions):
             assert state.mechanism.k.data_ptr() == before.mechanism.k.data_ptr()
             assert state.mechanism.v.data_ptr() == before.mechanism.v.data_ptr()
     assert copies.bytes / 4 < 0.1 * state.nbytes
+
+
+def test_what_a_retrieving_step_makes_grows_with_the_blocks_alone():
+    layer = create_layer("landmark", 64, 2, positions="rotary", top_k=2).eval()
+    made, held = [], []
+    for n in (4000, 12000):
+        tokens, context = torch.randn(1, n, 64), Context(want=frozenset({"state"}), roles=regular(n, 50, batch=1))
+        with torch.no_grad():
+            state, copies = layer(tokens[:, :1], context=context.replace(roles=context.roles[:, :1])).state, _Copies()
+            for part, roles in zip(tokens[:, 1:].split(500, 1), context.roles[:, 1:].split(500, 1), strict=True):
+                state = layer(part, context=context.replace(roles=roles), state=state).state
+            _, state = layer.step(tokens[:, 0], state)
+            with copies:
+                _, state = layer.step(tokens[:, 0], state)
+        made.append(copies.bytes)
+        held.append(state.nbytes)
+    assert made[1] - made[0] < 0.05 * (held[1] - held[0])

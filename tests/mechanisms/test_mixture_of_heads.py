@@ -351,7 +351,7 @@ def test_all_tokens_on_one_head_and_heads_of_no_token_are_gathered():
 
 
 def test_gathered_heads_do_the_work_of_the_chosen_ones_alone(monkeypatch):
-    """A query does nothing in a head that it has not chosen; keys, values and routers are as before."""
+    """A query has no scores in a head that it has not chosen; projections and routers are as before."""
     heads, width, n, dim, pairs = 8, 4, 64, 32, []
 
     def counted(q: Tensor, k: Tensor, *rest: Any, **options: Any) -> Any:
@@ -369,7 +369,7 @@ def test_gathered_heads_do_the_work_of_the_chosen_ones_alone(monkeypatch):
         with torch.no_grad(), backends.only("torch"), FlopCounterMode(display=False) as counter:
             layer(torch.randn(1, n, dim))
         queries[compute] = sum(pairs) / n**2, (counter.get_total_flops() - other) / (2 * n * dim * width)
-    assert queries == {"dense": (heads, 2 * heads), "gather": (3, 6)}
+    assert queries == {"dense": (heads, 2 * heads), "gather": (3, 2 * heads)}
 
 
 OF_THE_SHELL = [{"softcap": 5.0}, {"output_gate": "swish"}, {"linear": "token_parameter"}, {"short_convolution": 3}]

@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from support import check_recorded, close, close_gradients, load, refused
 
-import regard.mechanisms.sea as sea
 from regard.contract import ALL_PATTERNS, Context, Mask, Pattern
+from regard.core.visibility import CountedRanks
 from regard.create import create_layer
+from regard.engines.linear_attention import linear_attention
+from regard.engines.pixel_attention import Problem, torch_form
 from regard.functional import sea_attention, softmax_attention
 from regard.layers.attention_map import CausalMap, NoncausalMap, softmax_features
 from regard.layers.parts import LayerCall
-from regard.mechanisms.sea import MECHANISM, Config
+from regard.mechanisms.sea import MECHANISM, Estimator
 from regard.training import peak_memory
 from regard.workbench.layer_properties import LAYER_PROPERTIES
 from regard.workbench.properties import split_and_resume
@@ -36,7 +38,7 @@ def sample(n=24, m=None, *, batch=2, heads=3, groups=None, d=4, v=5, pixels=8):
 @pytest.fixture(params=["dense", "gathered"])
 def route(request, monkeypatch):
     """One way to compute it, whatever it costs."""
-    monkeypatch.setattr(sea, "DENSE_ADVANTAGE", math.inf if request.param == "dense" else 0)
+    monkeypatch.setattr(torch_form, "DENSE_ADVANTAGE", math.inf if request.param == "dense" else 0)
 
 
 # budgets
@@ -77,12 +79,14 @@ def test_oversampling_keeps_the_number_of_keys():
 @pytest.mark.parametrize(("top_k", "pixels", "oversample"), [(7, 128, 1.0), (64, 16, 1.0), (1, 5, 1.7), (3, 64, 2.0)])
 @pytest.mark.parametrize("grouping", ["row", "query"])
 def test_no_query_reads_more_than_the_bound(heads, top_k, pixels, oversample, grouping):
-    config = Config(top_k=top_k, oversample=oversample, grouping=grouping)
-    totals = torch.arange(1, 400)[None]
-    kept = sea._kept(config, 3 * torch.randn(1, heads, 399, pixels), totals, None)
-    read = (sea._first_tokens(totals, pixels).diff(dim=-1)[:, None] * kept).sum((1, 3))[0]
+    totals, where = torch.arange(1, 400)[None], CountedRanks(399, 399, 0, True, torch.device("cpu"))
+    estimate = 3 * torch.randn(1, heads, 399, pixels)
+    kept = torch_form.kept_pixels(Problem(estimate, totals, where, top_k, oversample, grouping, 1.0))
+    read = (torch_form.first_keys(totals, pixels).diff(dim=-1)[:, None] * kept).sum((1, 3))[0]
     for fewest, most in ((1, 399), (1, 40), (100, 399), (399, 399)):
-        assert int(read[fewest - 1 : most].max()) <= sea._most_read(config, heads, pixels, fewest, most)
+        assert int(read[fewest - 1 : most].max()) <= torch_form.most_read(
+            grouping, top_k * oversample, heads, pixels, fewest, most
+        )
 
 
 # pixels
@@ -91,8 +95,8 @@ def test_no_query_reads_more_than_the_bound(heads, top_k, pixels, oversample, gr
 @pytest.mark.parametrize("pixels", [1, 4, 7, 32])
 def test_first_tokens_of_pixels_invert_the_pixels_of_tokens(pixels):
     totals = torch.arange(0, 70)[None]
-    first = sea._first_tokens(totals, pixels)[0]
-    pixel, visible = sea._pixels(torch.arange(70)[None], totals, pixels)
+    first = torch_form.first_keys(totals, pixels)[0]
+    pixel, visible = torch_form.pixels_of_keys(torch.arange(70)[None], totals, pixels)
     for n in range(70):
         counted = torch.bincount(pixel[0, n][visible[0, n]], minlength=pixels)
         assert first[n].diff().tolist() == counted.tolist()
@@ -132,8 +136,8 @@ def test_the_gathered_form_equals_masked_products_with_gradients(pattern, option
     inputs = [x.requires_grad_() for x in sample(n, 37, heads=4, groups=2, pixels=pixels)]
     found = []
     for advantage, size in ((math.inf, 1 << 22), (0, numbers)):
-        monkeypatch.setattr(sea, "DENSE_ADVANTAGE", advantage)
-        monkeypatch.setattr(sea, "NUMBERS_AT_ONCE", size)
+        monkeypatch.setattr(torch_form, "DENSE_ADVANTAGE", advantage)
+        monkeypatch.setattr(torch_form, "NUMBERS_AT_ONCE", size)
         output = sea_attention(*inputs, pattern=pattern, **{"top_k": 3, **options})
         found.append((output, *torch.autograd.grad(output.square().sum(), inputs, materialize_grads=True)))
     for dense, gathered in zip(*found, strict=True):
@@ -150,7 +154,7 @@ def test_memory_grows_with_the_length_not_its_square(monkeypatch):
         inputs = [x.float() for x in sample(n, batch=1, heads=2, d=4, v=4, pixels=16)]
         return peak_memory(lambda: sea_attention(*inputs, top_k=2)).bytes
 
-    monkeypatch.setattr(sea, "NUMBERS_AT_ONCE", 1 << 18)
+    monkeypatch.setattr(torch_form, "NUMBERS_AT_ONCE", 1 << 18)
     assert peak(3000) < 2.5 * peak(1500)
 
 
@@ -195,7 +199,7 @@ def causal(scores):
 @pytest.mark.parametrize("pattern", ["causal-self", "noncausal-self", "noncausal-cross"])
 @pytest.mark.parametrize("numbers", [1 << 22, 100])
 def test_the_loss_is_that_of_the_paper(pattern, numbers, monkeypatch):
-    monkeypatch.setattr(sea, "NUMBERS_AT_ONCE", numbers)
+    monkeypatch.setattr(torch_form, "NUMBERS_AT_ONCE", numbers)
     q, k, v, e, a, b = (x.requires_grad_() for x in sample(13, batch=1))
     scores = torch.randn(1, 3, 13, 13, dtype=torch.float64)
     weights = (causal(scores) if pattern == "causal-self" else scores).softmax(-1)
@@ -241,7 +245,7 @@ def test_without_a_teacher_the_map_learns_from_the_exact_scores():
 @pytest.mark.parametrize("numbers", [1, 1 << 30])
 @pytest.mark.parametrize("pattern", ["noncausal-self", "causal-self"])
 def test_it_trains_under_autocast(pattern, numbers, monkeypatch):
-    monkeypatch.setattr(sea, "NUMBERS_AT_ONCE", numbers)
+    monkeypatch.setattr(torch_form, "NUMBERS_AT_ONCE", numbers)
     torch.manual_seed(0)
     layer, x = create_layer("sea", 32, 2, pattern=pattern), torch.randn(2, 20, 32)
 
@@ -351,7 +355,7 @@ def test_the_context_equals_the_recorded_performer(kind):
     leaves = [a[name].clone().requires_grad_() for name in "qkv"]
     if kind == "causal":
         phi = [(x * 8**-0.25 @ a["projection"].mT).relu() + 1e-3 for x in leaves[:2]]
-        found = sea.linear_attention(*phi, leaves[2], sea.Estimator.RULE)[0]
+        found = linear_attention(*phi, leaves[2], Estimator.RULE)[0]
     else:
         everything = torch.ones(1, 1, 13, 1, dtype=torch.bool)
         phi = softmax_features(leaves[0], leaves[1], a["projection"], everything)

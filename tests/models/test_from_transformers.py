@@ -68,7 +68,7 @@ def test_checkpoints_in_several_files_are_read_and_saved_as_ours(tmp_path):
     ("changes", "told"),
     [
         ({"model_type": "falcon_mamba"}, "falcon_mamba .it normalises B, C and the steps"),
-        ({"model_type": "llama"}, "a checkpoint of llama; supported: mamba, mamba2"),
+        ({"model_type": "gpt2"}, "a checkpoint of gpt2; supported: mamba, mamba2, llama"),
         ({"use_bias": True}, "use_bias=True of a mamba"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"num_hidden_layers": 3}, "without blocks.2"),
@@ -96,3 +96,28 @@ def test_folders_without_weights_or_settings_are_refused(tmp_path):
             (tmp_path / "config.json").write_text(settings)
         with pytest.raises(Unsupported, match=told):
             from_transformers(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True, "head_dim": 12, "rope_theta": 500.0}], ids=str)
+def test_a_llama_gives_the_logits_and_the_tokens_of_transformers(options, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(**sizes, vocab_size=41, num_hidden_layers=2, eos_token_id=None, **options)
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    theirs.save_pretrained(tmp_path)
+    ours, ids = from_transformers(tmp_path, dtype=torch.float64), torch.randint(41, (2, 11))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).output, theirs.double()(ids).logits, atol=1e-6, rtol=1e-6)
+    expected = theirs.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert torch.equal(ours.generate(ids, 3), expected[:, 11:])
+
+
+def test_a_llama_with_stretched_positions_is_refused(tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=41, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1,
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(Unsupported, match="rotary positions of type 'linear'"):
+        from_transformers(tmp_path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -165,6 +165,15 @@ def record_swap(model: Any, chosen: Mapping[str, Choice]) -> list[str]:
     config.attn_implementation = SWAPPED  # a name that a config is saved and loaded with
     _turn_cache(model, off=bool(needing_whole_sequences(model)))
     return _notes(model)
+
+
+def record_options(model: Any, changed: Iterable[str], options: Mapping[str, Any]) -> None:
+    """Let a config say which options modules have now, by their paths."""
+    modules = dict(getattr(model.config, RECORD)["modules"])
+    for path in changed:
+        entry = modules[_inside_base(model, path)]
+        modules[_inside_base(model, path)] = {**entry, "options": {**entry["options"], **options}}
+    setattr(model.config, RECORD, {**getattr(model.config, RECORD), "modules": modules})
 
 
 def _notes(model: Any) -> list[str]:

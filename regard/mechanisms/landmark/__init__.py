@@ -26,7 +26,7 @@ C_ij = S_{i,landmark(c)} - LSE_ic for j in another block c and 0 in the query's 
   landmark is hidden loses its tokens.
 
 Retrieval (section 3.3; causal-self with a state, `top_k` = k): the state keeps keys before rotation, values, and which
-tokens are landmarks. A call is one chunk, or is read in chunks of `chunk_size`. For each token and head the k blocks of
+tokens are landmarks. A call is one chunk, or is read in chunks of `chunk_size` (of a call, or the option `chunk`). For each token and head the k blocks of
 highest landmark score, among the complete blocks cached before the chunk, are attended to together with the incomplete
 block and the chunk. `selection` shares the choice: with the softmax of a token's and head's scores over the landmarks,
 the k blocks of the largest maximum over the heads, or over the tokens of the chunk. The latter lets later tokens of a
@@ -214,7 +214,13 @@ MECHANISM = Mechanism(
     variants={
         "small blocks": {"block": 3},
         "retrieved": {"block": 100, "cache_blocks": 50, "top_k": 2},
-        "one set for all heads": {"block": 100, "cache_blocks": 50, "top_k": 2, "selection": "max_over_heads"},
+        "one set for all heads": {
+            "block": 100,
+            "cache_blocks": 50,
+            "top_k": 2,
+            "selection": "max_over_heads",
+            "chunk": 64,
+        },
         "one set for all tokens": {
             "block": 100,
             "cache_blocks": 50,

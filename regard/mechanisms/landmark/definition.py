@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 
+DISK = "disk"
 SELECTIONS = ("per_token_and_head", "max_over_heads", "max_over_tokens")
 
 
@@ -44,8 +45,11 @@ class Config:
         selection: how the retrieved blocks are chosen: ``per_token_and_head``, ``max_over_heads`` (one set for all heads
             of a token) or ``max_over_tokens`` (one set for all tokens of a chunk, for each head), by the largest share
             that a block's landmark has among the landmarks.
-        offload: device that holds the cached keys and values, as ``"cpu"``, with ``selection="max_over_tokens"``; only
-            landmark keys, the incomplete block and the retrieved blocks are on the call's device. None for that device.
+        offload: device that holds the cached keys and values, as ``"cpu"``, or ``"disk"`` for a memory-mapped file, with
+            ``selection="max_over_tokens"``; only landmark keys, the incomplete block and the retrieved blocks are read. None
+            for the call's device.
+        chunk: tokens (landmarks among them) that are read at once where a state is kept, >= 1, with `top_k` or
+            `cache_blocks`; None for as many as a call has.
         miss: whether the layer learns a miss key, in causal-self.
         miss_share: share of the landmarks that a miss key controls in training, from 0 to 1.
         miss_cutoff: see Miss token; 0 for none.
@@ -59,13 +63,14 @@ class Config:
     position_jump: int = 0
     selection: str = "per_token_and_head"
     offload: str | None = None
+    chunk: int | None = None
     miss: bool = False
     miss_share: float = 0.5
     miss_cutoff: float = 0.0
 
     def __post_init__(self) -> None:
         at_least("block", self.block, 1)
-        for name in ("top_k", "cache_blocks"):
+        for name in ("top_k", "cache_blocks", "chunk"):
             if getattr(self, name) is not None:
                 at_least(name, getattr(self, name), 1)
         if not 0.0 <= self.group_dropout < 1.0:

@@ -19,7 +19,7 @@ from regard.contract import (
 )
 from regard.core.precision import wide
 from regard.core.visibility import Ranks, ranks
-from regard.engines.cache import append, take
+from regard.engines.cache import append, mapped, take
 from regard.engines.grouped_attention import (
     PAIRS_AT_ONCE,
     Problem,
@@ -30,6 +30,7 @@ from regard.engines.grouped_attention import (
     product,
 )
 from regard.mechanisms.landmark.definition import (
+    DISK,
     Config,
     _controlled,
     _dropout,
@@ -65,7 +66,9 @@ class LandmarkState(State):
     cached: Int[Tensor, " b"] = state_field()
     length: Int[Tensor, " b"] = state_field()
     marks: Float[Tensor, "b g blocks d"] | None = state_field(newest_last=True, default=None)
-    """With `offload` the landmarks' keys of the complete blocks that hold a token, the newest last; k and v are there."""
+    """With `top_k` the landmarks' keys of the complete blocks that hold a token, the newest last; k and v have them too."""
+    closed: Int[Tensor, "b blocks"] | None = state_field(fill=-1, newest_last=True, default=None)
+    """The ranks of these landmarks; -1 where a row has fewer."""
 
     def select(self, indices: Int[Tensor, " rows"]) -> LandmarkState:
         return self._map(lambda t, _: t.index_select(0, indices.to(t.device)))
@@ -112,7 +115,8 @@ def chunked(
     v: Float[Tensor, "b g m v"],
     miss: Float[Tensor, "g d"] | None = None,
 ) -> Result:
-    """Continue a cached sequence by any number of tokens, in chunks of `call.chunk_size`; also the step.
+    """Continue a cached sequence by any number of tokens, in chunks of `call.chunk_size`, or of the option
+    `chunk`; also the step.
 
     The chunk size matters only where the past is not seen whole (`top_k`, `cache_blocks`).
     """
@@ -131,7 +135,7 @@ def chunked(
             "landmark with top_k or cache_blocks and other queries than keys", supported="one query for each key"
         )
     _check_plain(call)
-    size = call.chunk_size or max(n, 1)
+    size = call.chunk_size or call.config.chunk or max(n, 1)
     outputs, state = [], call.state
     for start in range(0, max(n, 1), size):
         rows = slice(start, start + size)
@@ -281,13 +285,16 @@ def _past(call: Call, k: Tensor, v: Tensor) -> LandmarkState:
         return call.state
     none = torch.zeros(k.shape[0], dtype=torch.long, device=k.device)
     landmark = torch.zeros(k.shape[0], 0, dtype=torch.bool, device=k.device)
-    marks = None if call.config.offload is None else k[:, :, :0]
-    return LandmarkState(_moved(k[:, :, :0], call), _moved(v[:, :, :0], call), landmark, none, none, marks)
+    found = LandmarkState(_moved(k[:, :, :0], call), _moved(v[:, :, :0], call), landmark, none, none)
+    if call.config.top_k is None:
+        return found
+    return dataclasses.replace(found, marks=k[:, :, :0], closed=torch.zeros_like(landmark, dtype=torch.long))
 
 
 def _moved(x: Tensor, call: Call) -> Tensor:
     """Where the cache is."""
-    return x if call.config.offload is None else x.to(call.config.offload)
+    offload = call.config.offload
+    return x if offload is None else x.to("cpu" if offload == DISK else offload)
 
 
 def _continue(call: Call, q: Tensor, k: Tensor, v: Tensor, miss: Tensor | None) -> Result:
@@ -316,7 +323,8 @@ def _append(
     """The cache with new tokens, and without the oldest blocks when it is full."""
     batch, m = k.shape[0], k.shape[2]
     new = torch.full((batch,), m, device=k.device) if lengths is None else lengths
-    keys, values = append(past.k, k.to(past.k), 2), append(past.v, v.to(past.v), 2)
+    empty = mapped if config.offload == DISK else Tensor.new_empty
+    keys, values = append(past.k, k.to(past.k), 2, empty), append(past.v, v.to(past.v), 2, empty)
     flags = append(past.landmark, landmark, 1)
     if lengths is not None and flags.shape[1]:
         # Move each row to the right over its padding, so that tokens stay next to each other.
@@ -328,9 +336,9 @@ def _append(
     state = LandmarkState(keys, values, flags, past.cached + new, past.length + new)
     if not config.bounded:
         return state
-    if past.marks is not None:
-        state = dataclasses.replace(state, marks=_marked(past, k, state, new, config))
-    _check_blocks(state, config)
+    _check_blocks(state, m, config)
+    if config.top_k is not None:
+        state = _closed(past, k, state, new, config)
     if config.cache_blocks is None:
         return state
     kept = from_end(state.landmark) <= config.cache_blocks
@@ -342,36 +350,41 @@ def _append(
         (state.present() & kept).sum(-1),
         state.length,
         state.marks,
+        state.closed,
     )
 
 
-def _closes(state: LandmarkState) -> Bool[Tensor, "b past"]:
-    """Landmarks that close a block with a token; one right after another, or before any token, closes nothing."""
-    token = state.present() & ~state.landmark
-    return state.landmark & F.pad(token[:, :-1], (1, 0))
+def _closed(past: LandmarkState, k: Tensor, state: LandmarkState, new: Tensor, config: Config) -> LandmarkState:
+    """The state with the marks of the blocks that its `new` last tokens close, which are the last ones of `k`.
 
-
-def _marked(
-    past: LandmarkState, k: Tensor, state: LandmarkState, new: Tensor, config: Config
-) -> Float[Tensor, "b g blocks d"]:
-    """Keys of the landmarks that close a block, with those of the `new` tokens, which are the last ones of `state`."""
-    assert past.marks is not None
-    m, slots = k.shape[2], state.k.shape[2]
+    What it takes does not grow with the cache. A landmark right after another, or before any token, closes nothing.
+    """
+    assert past.marks is not None and past.closed is not None
+    m, slots, old = k.shape[2], state.k.shape[2], past.closed.shape[1]
     if m == 0:
-        return past.marks
-    blocks = min(past.marks.shape[2] + (m + 1) // 2, _most_blocks(slots, config))
-    closes = _closes(state)
-    fresh = closes & (torch.arange(slots, device=k.device) >= slots - new[:, None])
+        return dataclasses.replace(state, marks=past.marks, closed=past.closed)
+    width = min(slots, m + 1)
+    place = torch.arange(slots - width, slots, device=k.device)
+    landmark = state.landmark[:, slots - width :]
+    token = (place >= slots - state.cached[:, None]) & ~landmark
+    fresh = landmark & F.pad(token[:, :-1], (1, 0)) & (place >= slots - new[:, None])
     added = fresh.sum(-1)  # of each row
-    column = torch.arange(blocks, device=k.device) - (
-        blocks - added[:, None]
-    )  # among the new ones; negative: an old one
-    order = fresh.int().argsort(dim=-1, descending=True, stable=True)  # slots of the new ones first
-    slot = order.gather(1, column.clamp(min=0).clamp(max=slots - 1)) - (slots - new[:, None])  # place in k
-    old = past.marks.shape[2] + column  # place among the old ones
-    both = torch.cat([past.marks, k.to(past.marks.dtype)], 2)
-    index = torch.where(column >= 0, past.marks.shape[2] + slot.clamp(min=0, max=m - 1), old.clamp(min=0))
-    return both.gather(2, index[:, None, :, None].expand(-1, both.shape[1], -1, both.shape[3]))
+    most = (m + 1) // 2 if torch.compiler.is_compiling() or not k.shape[0] else int(added.max())
+    if most == 0:
+        return dataclasses.replace(state, marks=past.marks, closed=past.closed)
+    order = fresh.int().argsort(dim=-1, descending=True, stable=True)[:, :most]  # places of the fresh ones first
+    ranks = (place + (state.length - slots)[:, None]).gather(1, order)
+    keys = take(k, (order - width + new[:, None]).clamp(0, m - 1)).to(past.marks.dtype)
+    if not torch.compiler.is_compiling() and bool((added == most).all()):
+        marks, closed = append(past.marks, keys, 2), append(past.closed, ranks, 1)
+    else:
+        blocks = min(old + most, _most_blocks(slots, config))
+        column = torch.arange(blocks, device=k.device) + (old - blocks) + added[:, None]
+        index = column.clamp(min=0)
+        closed = torch.where(column < 0, -1, torch.cat([past.closed, ranks], 1).gather(1, index))
+        marks = take(torch.cat([past.marks, keys], 2), index)
+    kept = slice(None if config.cache_blocks is None else -config.cache_blocks, None)
+    return dataclasses.replace(state, marks=marks[:, :, kept], closed=closed[:, kept])
 
 
 def _most_blocks(past: int, config: Config) -> int:
@@ -379,14 +392,17 @@ def _most_blocks(past: int, config: Config) -> int:
     return past // (config.block + 1) + 1 if config.cache_blocks is None else min(config.cache_blocks, past)
 
 
-def _check_blocks(state: LandmarkState, config: Config) -> None:
+def _check_blocks(state: LandmarkState, m: int, config: Config) -> None:
+    """Refuse blocks, of which some have tokens among the `m` last slots, that are not as long as the options say."""
     past = state.k.shape[2]
     if torch.compiler.is_compiling() or state.landmark.numel() == 0:
         return
-    slots = torch.arange(past, device=state.landmark.device)
-    ends = torch.where(state.landmark, slots, -1).cummax(-1).values
-    ends = torch.maximum(F.pad(ends[:, :-1], (1, 0), value=-1), (past - 1) - state.cached[:, None])
-    tokens = torch.where(state.present() & ~state.landmark, slots - ends, 0)
+    width = min(past, m + config.block + 1)
+    slots, landmark = torch.arange(past - width, past, device=state.landmark.device), state.landmark[:, past - width :]
+    ends = torch.where(landmark, slots, -1).cummax(-1).values
+    first = (past - state.cached[:, None]).clamp(min=past - width) - 1
+    ends = torch.maximum(F.pad(ends[:, :-1], (1, 0), value=-1), first)
+    tokens = torch.where((slots > first) & ~landmark, slots - ends, 0)
     longest = int(tokens.max())
     if longest > config.block:
         raise Unsupported(
@@ -410,18 +426,18 @@ def _retrieve(
     size, slots, top_k = config.block + 1, past.k.shape[2], config.top_k
     assert top_k is not None
     blocks = _cached_blocks(call, past)
-    unfinished = past.present() & (from_end(past.landmark) == 0)
-    chunk_start = blocks.count.clamp(max=top_k + 1) * size + unfinished.sum(-1)
-
     width = min(slots, config.block)
+    recent = torch.arange(slots - width, slots, device=q.device) >= slots - past.cached[:, None]
+    unfinished = recent & (from_end(past.landmark[:, slots - width :]) == 0)
+    chunk_start = blocks.count.clamp(max=top_k + 1) * size + unfinished.sum(-1)
     near = torch.arange(width + t, device=q.device)
     exists = torch.ones(batch, t, dtype=torch.bool, device=q.device)
     if call.memory_lengths is not None:
         exists = near[:t] < call.memory_lengths[:, None]
-    exists = torch.cat([unfinished[:, slots - width :], exists], -1)
+    exists = torch.cat([unfinished, exists], -1)
     near_keys = torch.cat([past.k[:, :, slots - width :].to(q.device), k.to(past.k.dtype)], 2)
     near_values = torch.cat([past.v[:, :, slots - width :].to(q.device), v.to(past.v.dtype)], 2)
-    near_landmark = torch.cat([torch.zeros_like(unfinished[:, slots - width :]), landmark], -1)
+    near_landmark = torch.cat([torch.zeros_like(unfinished), landmark], -1)
     key_ranks = torch.where(exists, near, -1)
     q = wide(q)
     if call.rotate is not None:
@@ -481,42 +497,31 @@ class _CachedBlocks:
 
     Attributes:
         count: how many there are.
-        ends: slot of each one's landmark.
+        begins, ends: slot before each one's tokens, and of its landmark.
         exists: whether a column is a block; there may be fewer blocks than columns.
         keys: landmark keys, rotated for scoring.
-        column: column of each slot's block.
-        member: whether a slot holds a token of its block, or its landmark.
     """
 
     count: Int[Tensor, " b"]
+    begins: Int[Tensor, "b blocks"]
     ends: Int[Tensor, "b blocks"]
     exists: Bool[Tensor, "b blocks"]
     keys: Float[Tensor, "b g blocks d"]
-    column: Int[Tensor, "b past"]
-    member: Bool[Tensor, "b past"]
 
 
 def _cached_blocks(call: Call, past: LandmarkState) -> _CachedBlocks:
     config: Config = call.config
-    assert config.top_k is not None
-    slots, size = past.k.shape[2], config.block + 1
-    blocks = _most_blocks(slots, config)
-    closes = _closes(past)
-    count, column = closes.sum(-1), blocks - from_end(closes)
-    named = torch.where(closes & (column >= 0), column, blocks)  # slots that end no block go to an extra column
-    where = torch.arange(slots, device=named.device).expand_as(named)
-    ends = named.new_zeros(named.shape[0], blocks + 1).scatter(1, named, where)[:, :blocks]
-    number = torch.arange(blocks, device=named.device)
-    if past.marks is None:
-        keys = wide(past.k.gather(2, ends[:, None, :, None].expand(-1, past.k.shape[1], -1, past.k.shape[3])))
-    else:
-        keys = wide(F.pad(past.marks, (0, 0, blocks - past.marks.shape[2], 0)))  # a negative pad cuts the oldest
+    assert config.top_k is not None and past.marks is not None and past.closed is not None
+    slots, blocks, size = past.k.shape[2], past.closed.shape[1], config.block + 1
+    exists = past.closed >= (past.length - past.cached)[:, None]
+    count, ends = exists.sum(-1), past.closed + (slots - past.length)[:, None]
+    begins = F.pad(torch.where(exists, ends, -1)[:, :-1], (1, 0), value=-1)[:, :blocks]
+    keys = wide(past.marks)
     if call.rotate is not None:
+        number = torch.arange(blocks, device=count.device)
         place = (number - blocks + count.clamp(max=config.top_k + 1)[:, None]).clamp(min=0)
         keys = call.rotate(keys, place * size + config.block)
-    return _CachedBlocks(
-        count, ends, number >= blocks - count[:, None], keys, column, (past.present() & ~past.landmark) | closes
-    )
+    return _CachedBlocks(count, begins, ends.clamp(min=0), exists, keys)
 
 
 def _chosen(call: Call, q: Float[Tensor, "b h t d"], cached: _CachedBlocks) -> Int[Tensor, "b h #t k"]:
@@ -576,7 +581,8 @@ def _gathered(call: Call, block: Int[Tensor, "b h #t k"], past: LandmarkState, c
     inside = (slot >= 0) & found[..., None]
     slot = slot.clamp(min=0)
     row = row[..., None]
-    inside = inside & cached.member[row, slot] & (cached.column[row, slot] == block[..., None])
+    token = ~past.landmark[row, slot] & (slot >= past.k.shape[2] - past.cached[:, None, None, None, None])
+    inside = inside & (token | (within == config.block)) & (slot > cached.begins[row[..., 0], block][..., None])
     head = torch.arange(block.shape[1], device=block.device) // (block.shape[1] // past.k.shape[1])
     place = [index.to(past.k.device) for index in (row, head[None, :, None, None, None], slot)]
     keys, values = (x[tuple(place)].to(block.device) for x in (past.k, past.v))  # (b, h, t, k, size, d)

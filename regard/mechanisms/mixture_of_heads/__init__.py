@@ -24,11 +24,11 @@ no W_s; without shared heads, or without routed ones, there is no W_0. Ties in a
 `router="query_norm"` (continued training of a dense model) has no parameters: the score of a routed head is the norm of its
 query over the (unbiased) standard deviation of the routed heads' norms, and the gates are 0 or 1, so the head outputs keep
 their scale; p gets its gradient as if the gates were p (straight-through).
-`compute="gather"`, of a layer of softmax attention, takes for each routed head the tokens that chose it as queries: their
-projection, scores, weights and share of the output projection are all that is computed. Keys and values are of all tokens,
-since any may be read. It is the same function; with a state, for wanted weights, and for straight-through gates in training
+`compute="gather"`, of a layer of softmax attention, takes for each routed head the tokens that chose it as queries: scores and
+weights of no others are computed. Keys and values are of all tokens, since any may be read, and the projections of all heads
+are one product each, which takes less time than one for each head. It is the same function; with a state, for wanted weights, and for straight-through gates in training
 (whose gradient asks for the heads that were not chosen) all heads are computed as usual. Saved are 1 - (h_s + k) / H of the
-work of queries, scores and outputs; within a batch a head's scores are padded to the row of most tokens.
+scores; within a batch a head's scores are padded to the row of most tokens.
 It pays from about 2000 tokens on: with 2 shared and 4 of 14 routed heads of 32, forward on one thread takes 1.3 to 1.45 times
 as long as all heads at 512 tokens, 0.8 to 0.95 at 2048, 0.5 to 0.65 at 8192 (`benchmarks/mixture_of_heads.py`).
 `want={"gates"}` gives (B, N, H) on right-padded tokens in `extras["gates"]`; see `head_usage`.

@@ -159,7 +159,10 @@ def _of_head(call: Call, head: int) -> Call:
 
 def _member(queries: Int[Tensor, "#b n"], keys: Int[Tensor, "#b m"]) -> Bool[Tensor, "#b n"]:
     """Whether the key of a query's own rank is among `keys`."""
-    return (queries[..., :, None] == keys[..., None, :]).any(-1)
+    rows = torch.broadcast_shapes(queries.shape[:-1], keys.shape[:-1])
+    queries, keys = queries.expand(*rows, -1).contiguous(), keys.sort(-1).values.expand(*rows, -1).contiguous()
+    place = torch.searchsorted(keys, queries).clamp(max=keys.shape[-1] - 1)
+    return keys.gather(-1, place) == queries
 
 
 def _windowed(

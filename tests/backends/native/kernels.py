@@ -22,6 +22,7 @@ from regard.engines import (
     grouped_attention,
     layers,
     linear_attention,
+    pixel_attention,
     selective_scan,
     softmax_scan,
 )
@@ -378,6 +379,45 @@ GROUPED = Kernel(
 )
 
 
+def _pixel_attention(
+    form, q, k, v, estimate, totals, row_logit, mix_logit, first=None, before=None, *, ranks, top_k=4, grouping="row"
+) -> Tensors:
+    problem = pixel_attention.Problem(estimate, totals, ranks, top_k, 1.0, grouping, 0.5)
+    mean = pixel_attention.Mean(first, before, 0 if before is None else k.shape[2] - 5)
+    return {"o": form.run(q, k, v, problem, pixel_attention.Mix(row_logit, mix_logit, mean))[0]}
+
+
+PIXELS = Kernel(
+    _pixel_attention,
+    pixel_attention.native_form,
+    pixel_attention.torch_form,
+    float32=4e-6,
+    bfloat16=8e-3,
+    least={"*": 1.0},
+)
+
+
+def pixels_of(
+    n: int,
+    m: int | None = None,
+    *,
+    pixels: int = 12,
+    running: bool = True,
+    dtype: torch.dtype = torch.float32,
+    **sizes: Any,
+) -> Tensors:
+    """`running`: the mean of the values that a query sees, after five others; otherwise one mean for each head."""
+    m = n if m is None else m
+    found = heads_of(n, m, dtype=dtype, **sizes)
+    batch, heads = found["q"].shape[:2]
+    totals = (torch.arange(m - n, m)[None] + 1).clamp(min=0)
+    found |= {"estimate": 2 * torch.randn(batch, heads, n, pixels), "totals": totals}
+    found |= {name: torch.randn(batch, heads, n) for name in ("row_logit", "mix_logit")}
+    groups = found["v"].shape[1] if running else heads
+    found["first"] = torch.randn(batch, groups, found["v"].shape[3])
+    return found | ({"before": torch.full((batch,), 5)} if running else {})
+
+
 def heads_of(
     n: int, m: int | None = None, *, batch: int = 2, heads: int = 4, groups: int = 2, width: int = 8, values: int = 6,
     dtype: torch.dtype = torch.float32,
@@ -447,6 +487,8 @@ CASES = {
             "ranks": last_of(n, n, True), "landmark": torch.arange(n)[None] % 9 == 8, "own": torch.arange(n)[None] // 9
         },
     ),
+    "pixel attention": Case(PIXELS, pixels_of, lambda n: {"ranks": last_of(n, n, True)}),
+    "mixed pixel attention": Case(PIXELS, pixels_of, lambda n: {"ranks": last_of(n, n, True)}),
     "gated recurrence": Case(GATED, recurrent),
     "gated recurrence without decay": Case(GATED, partial(recurrent, decay="none")),
     "delta rule": Case(DELTA, partial(recurrent, delta=True)),

@@ -17,7 +17,8 @@ from regard.contract import Unsupported
 from .kernels import CASES, Tensors, differentiated
 
 N = 300  # several states are kept for the backward pass
-FUNCTIONS = [name for name in CASES if name != "attention to pages"]  # which has no gradient
+WITHOUT_GRADIENT = ("attention to pages", "mixed pixel attention")
+FUNCTIONS = [name for name in CASES if name not in WITHOUT_GRADIENT]
 DIVIDED = ("attention of few queries", "attention to pages")
 """Cases whose keys are divided among threads."""
 SEQUENCES = [name for name in FUNCTIONS if CASES[name].kernel.sequences]
@@ -64,11 +65,24 @@ def equal(found: list[Tensor], expected: list[Tensor], what: str, tolerance: flo
 
 # Operators called directly, as a graph or a debugger may: what does not fit is refused before a pointer is passed.
 
-BROADCAST = {"query_ranks", "key_ranks", "blocks", "bias", "distance", "landmark", "own", "positions", "log_decay", "g"}
+BROADCAST = {
+    "totals",
+    "query_ranks",
+    "key_ranks",
+    "blocks",
+    "bias",
+    "distance",
+    "landmark",
+    "own",
+    "positions",
+    "log_decay",
+    "g",
+}
 """Inputs that rows, heads or features may share, with 1 instead of their number."""
 
 ANY_NUMBER = {
-    *(("attention", "blocks", axis) for axis in (2, 3)), ("attention", "distance", 1), ("selective_scan", "b", 2)
+    *(("attention", "blocks", axis) for axis in (2, 3)), ("attention", "distance", 1), ("selective_scan", "b", 2),
+    ("pixel_attention", "estimate", 3), ("pixel_attention_mixed", "estimate", 3),
 }  # fmt: skip
 """Axes whose size the operator takes as it is."""
 

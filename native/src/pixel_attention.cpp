@@ -1,0 +1,596 @@
+// Softmax over the keys of chosen pixels, forward and backward.
+//
+// A task is a block of queries of a row. Their pixels are chosen first: log-probabilities in double, so that every form of
+// the engine keeps the same ones, and the smallest that is kept by bisection, which counts whole vectors and takes as long
+// for few pixels as for many. Then, head by head, the keys of a query's pixels are listed and read where they lie: those of
+// a pixel are neighbours, so lines come from memory in runs. Nothing is as long as the keys but one list for each thread.
+
+#include "regard_pixel_attention.h"
+
+#include "vector.h"
+
+#include "parallel.h"
+#include "token_blocks.h"
+#include "token_pairs.h"
+#include "workspace.h"
+
+namespace REGARD_ISA {
+namespace {
+
+using regard::Workspace;
+
+constexpr int QUERIES = 32;   // of a block
+constexpr int STRETCH = 128;  // values between two running sums that are kept
+constexpr int WIDE = 8;       // vectors of a line that are summed at once
+
+REGARD_INLINE float infinity() { return __builtin_inff(); }
+
+typedef double Double __attribute__((vector_size(LANES * 4)));
+typedef int64_t Long __attribute__((vector_size(LANES * 4)));
+typedef int32_t Half __attribute__((vector_size(LANES * 2)));
+constexpr int DOUBLES = LANES / 2;
+
+REGARD_INLINE Double load(const double* p) {
+  Double v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+REGARD_INLINE void store(double* p, Double v) { __builtin_memcpy(p, &v, sizeof v); }
+REGARD_INLINE Double select(Long mask, Double yes, Double no) {
+  return reinterpret_cast<Double>((reinterpret_cast<Long>(yes) & mask) | (reinterpret_cast<Long>(no) & ~mask));
+}
+
+// e^x for x <= 0 to the last bits; next to nothing below -700 and for NaN.
+REGARD_INLINE Double exp_down(Double x) {
+  x = select(reinterpret_cast<Long>(x >= -700.0), x, Double{} - 700.0);
+  const Half n = __builtin_convertvector(x * 1.4426950408889634 - 0.5, Half);  // towards zero: the nearest
+  const Double whole = __builtin_convertvector(n, Double);
+  const Double r = (x - whole * 0.693147180369123816490) - whole * 1.90821492927058770002e-10;
+  // 1 / k!, to an error of 4e-18
+  constexpr double C[] = {1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0,
+                   1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0};
+  Double p = Double{} + C[0];
+#pragma GCC unroll 13
+  for (int i = 1; i < 14; ++i) p = p * r + C[i];
+  return p * reinterpret_cast<Double>((__builtin_convertvector(n, Long) + 1023) << 52);
+}
+
+struct Problem {
+  const regard_pixel_attention_args* args;
+  int64_t line, value_line, words, pixel_line;
+  float* running;  // (B, kv_heads, stretches, value_line): sums of the values before each stretch; nullptr without
+
+  explicit Problem(const regard_pixel_attention_args& a)
+      : args(&a),
+        line(round_up(a.width, LANES)),
+        value_line(round_up(a.value_width, LANES)),
+        words(ceil_div(a.pixels, 32)),
+        pixel_line(round_up(a.pixels, LANES)),
+        running(nullptr) {}
+
+  int64_t stretches() const { return args->count / STRETCH + 1; }
+  int64_t blocks() const { return ceil_div(args->n, QUERIES); }
+  int64_t total(int64_t b, int64_t t) const { return args->totals[b * args->totals_stride + t]; }
+  const int64_t* slots(int64_t b) const { return args->slots == nullptr ? nullptr : args->slots + b * args->slots_stride; }
+  template <class T>
+  const T* keys(int64_t b, int64_t h) const {
+    return static_cast<const T*>(args->k) + b * args->k_strides[0] + kv_head(h) * args->k_strides[1];
+  }
+  template <class T>
+  const T* values(int64_t b, int64_t h) const {
+    return static_cast<const T*>(args->v) + b * args->v_strides[0] + kv_head(h) * args->v_strides[1];
+  }
+  int64_t kv_head(int64_t h) const { return h / (args->heads / args->kv_heads); }
+};
+
+// One thread's memory.
+struct Worker {
+  double* logs;      // (heads, pixel_line) log-probabilities of a query's pixels
+  uint32_t* kept;    // (QUERIES, heads, words)
+  int32_t* slots;    // (m + LANES,) of the keys that a query reads
+  float *scores, *slopes;  // (m + LANES,)
+  float* query;      // (line,) scaled
+  float* row;        // (value_line,)
+  float* sums;       // (value_line,)
+  float* grad_q;     // (line,)
+
+  static size_t bytes(const Problem& p, bool backward) {
+    const size_t heads = static_cast<size_t>(p.args->heads), keys = static_cast<size_t>(p.args->m + LANES);
+    return Workspace::bytes_of<double>(backward ? 0 : heads * static_cast<size_t>(p.pixel_line)) +
+           Workspace::bytes_of<uint32_t>(backward ? 0 : QUERIES * heads * static_cast<size_t>(p.words)) +
+           Workspace::bytes_of<int32_t>(keys) + (backward ? 2 : 1) * Workspace::bytes_of<float>(keys) +
+           2 * Workspace::bytes_of<float>(static_cast<size_t>(p.line)) +
+           2 * Workspace::bytes_of<float>(static_cast<size_t>(p.value_line));
+  }
+  Worker(Workspace& space, const Problem& p, bool backward) {
+    const size_t heads = static_cast<size_t>(p.args->heads), keys = static_cast<size_t>(p.args->m + LANES);
+    logs = space.take<double>(backward ? 0 : heads * static_cast<size_t>(p.pixel_line));
+    kept = space.take<uint32_t>(backward ? 0 : QUERIES * heads * static_cast<size_t>(p.words));
+    slots = space.take<int32_t>(keys);
+    scores = space.take<float>(keys);
+    slopes = backward ? space.take<float>(keys) : nullptr;
+    query = space.take<float>(static_cast<size_t>(p.line));
+    grad_q = space.take<float>(static_cast<size_t>(p.line));
+    row = space.take<float>(static_cast<size_t>(p.value_line));
+    sums = space.take<float>(static_cast<size_t>(p.value_line));
+  }
+};
+
+// --- which pixels, and which keys
+
+struct Bounds {
+  double low, high;  // of the numbers above -inf; (1, -inf) of none
+};
+
+// Of whole vectors of numbers that are below 1.
+Bounds bounds(const double* x, int64_t size) {
+  Double low = Double{} + 1, high = Double{} - __builtin_inf();
+  for (int64_t i = 0; i < size; i += DOUBLES) {
+    const Double here = load(x + i);
+    low = select(reinterpret_cast<Long>(here > -__builtin_inf()) & reinterpret_cast<Long>(here < low), here, low);
+    high = select(reinterpret_cast<Long>(here > high), here, high);
+  }
+  Bounds found{low[0], high[0]};
+  for (int i = 1; i < DOUBLES; ++i) found = {least(found.low, low[i]), most(found.high, high[i])};
+  return found;
+}
+
+// Logarithms of the softmax of a query's map in one head; -inf beyond its pixels.
+void log_probabilities(const float* estimate, int64_t pixels, int64_t line, double* to) {
+  for (int64_t c = 0; c < pixels; ++c) to[c] = estimate[c];
+  for (int64_t c = pixels; c < line; ++c) to[c] = -__builtin_inf();
+  const double top = bounds(to, line).high;
+  Double sums{};
+  for (int64_t c = 0; c < line; c += DOUBLES) {
+    const Double x = load(to + c);
+    const Double here = exp_down(x - top);
+    sums += select(reinterpret_cast<Long>(x > -__builtin_inf()), here, Double{});
+  }
+  double sum = 0;
+  for (int i = 0; i < DOUBLES; ++i) sum += sums[i];
+  const double log_sum = top + __builtin_log(sum);
+  for (int64_t c = 0; c < line; c += DOUBLES) store(to + c, load(to + c) - log_sum);
+}
+
+int64_t count_from(const double* x, int64_t size, double least_one) {
+  Long counts{};
+  for (int64_t i = 0; i < size; i += DOUBLES) counts -= reinterpret_cast<Long>(load(x + i) >= least_one);
+  int64_t count = 0;
+  for (int i = 0; i < DOUBLES; ++i) count += counts[i];
+  return count;
+}
+
+// Marks the `wanted` largest numbers of heads x pixels, of equal ones the first.
+void mark_largest(const double* x, int64_t heads, int64_t pixels, int64_t line, int64_t wanted, uint32_t* kept,
+                  int64_t words) {
+  auto [low, high] = bounds(x, heads * line);
+  // those from `high` on are fewer than wanted, or all that are not -inf; those from `low` on are enough
+  int64_t above = 0, enough = count_from(x, heads * line, low);
+  if (enough < wanted) {
+    above = enough;
+    high = low;
+    low = -__builtin_inf();
+  } else {
+    high += 1;
+    while (enough != wanted) {
+      const double middle = low + (high - low) / 2;
+      if (!(middle > low && middle < high)) break;  // equal numbers on the border
+      const int64_t count = count_from(x, heads * line, middle);
+      if (count >= wanted) {
+        low = middle;
+        enough = count;
+      } else {
+        high = middle;
+        above = count;
+      }
+    }
+  }
+  int64_t left = wanted - above;
+  for (int64_t h = 0; h < heads; ++h)
+    for (int64_t word = 0; word < words; ++word) {
+      uint32_t bits = 0;
+      for (int64_t c = 32 * word; c < least(32 * word + 32, pixels); ++c) {
+        const double number = x[h * line + c];
+        bool take = number >= low;
+        if (take && !(number >= high)) take = left-- > 0;
+        bits |= static_cast<uint32_t>(take) << (c % 32);
+      }
+      kept[h * words + word] = bits;
+    }
+}
+
+// Chooses the pixels of query t in all heads: kept (heads, words).
+void choose(const Problem& p, const Worker& worker, int64_t b, int64_t t, uint32_t* kept) {
+  const regard_pixel_attention_args& a = *p.args;
+  const int64_t total = p.total(b, t);
+  if (total <= 0) {
+    for (int64_t i = 0; i < a.heads * p.words; ++i) kept[i] = 0;
+    return;
+  }
+  for (int64_t h = 0; h < a.heads; ++h)
+    log_probabilities(a.estimate + b * a.estimate_strides[0] + h * a.estimate_strides[1] + t * a.estimate_strides[2],
+                      a.pixels, p.pixel_line, worker.logs + h * p.pixel_line);
+  const double each = a.top_k * a.oversample * static_cast<double>(a.pixels) / static_cast<double>(total);
+  const int64_t heads = a.together ? a.heads : 1;
+  const double budget = __builtin_rint(static_cast<double>(heads) * each);
+  const int64_t all = heads * a.pixels;
+  const int64_t wanted = budget >= static_cast<double>(all) ? all : most<int64_t>(1, static_cast<int64_t>(budget));
+  for (int64_t h = 0; h < a.heads; h += heads)
+    mark_largest(worker.logs + h * p.pixel_line, heads, a.pixels, p.pixel_line, wanted, kept + h * p.words, p.words);
+}
+
+// The first key of a pixel among `total`; of the pixel after the last one, their number.
+int64_t first_of_pixel(int64_t pixel, int64_t total, int64_t pixels) {
+  if (pixel == 0) return 0;
+  if (pixel == pixels) return total;
+  const int64_t above = total * (10000 * pixel + 1) - 5000 * pixels, below = 10000 * pixels;
+  return above <= 0 ? 0 : least(ceil_div(above, below), total);
+}
+
+// With oversampling, whether a key of a kept pixel is read.
+bool reads(const regard_pixel_attention_args& a, int64_t key, int64_t total) {
+  const double all = static_cast<double>(total), parts = most(1.0, __builtin_rint(all / a.oversample));
+  const double scaled = static_cast<double>(key + 1) / all * parts;
+  const double step = least(most(all, a.top_k), a.top_k * a.oversample) / a.top_k;
+  return __builtin_fabs(scaled - __builtin_rint(scaled)) <= 0.5 / step + 1e-4;
+}
+
+// Lists the slots of the keys of kept pixels; how many there are.
+int64_t collect(const Problem& p, int64_t b, int64_t total, const uint32_t* kept, int32_t* found) {
+  const regard_pixel_attention_args& a = *p.args;
+  const int64_t* slots = p.slots(b);
+  int64_t count = 0;
+  for (int64_t word = 0; word < p.words; ++word)
+    for (uint32_t bits = kept[word]; bits != 0; bits &= bits - 1) {
+      const int64_t pixel = 32 * word + __builtin_ctz(bits);
+      const int64_t end = least(first_of_pixel(pixel + 1, total, a.pixels), a.m);
+      for (int64_t j = first_of_pixel(pixel, total, a.pixels); j < end; ++j)
+        if (a.oversample <= 1 || reads(a, j, total))
+          found[count++] = static_cast<int32_t>(slots == nullptr ? j : slots[j]);
+    }
+  return count;
+}
+
+// --- products with listed lines
+
+// to_j = line j . x, for x with zeros up to a whole vector; whole vectors of `to` are written.
+template <class T>
+void dots(const T* lines, int64_t stride, const int32_t* slots, int64_t count, const float* x, int64_t width, float* to) {
+  const int64_t whole = width / LANES * LANES;
+  const int rest = static_cast<int>(width - whole);
+  for (int64_t j = 0; j < count; j += LANES) {
+    const int here = static_cast<int>(least<int64_t>(LANES, count - j));
+    Vec sums[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) {
+      const T* from = lines + slots[j + least(i, here - 1)] * stride;
+      Vec sum = zero();
+      for (int64_t c = 0; c < whole; c += LANES) sum = fma(load(from + c), load(x + c), sum);
+      if (rest > 0) sum = fma(load(from + whole, rest), load(x + whole), sum);
+      sums[i] = sum;
+    }
+    store(to + j, sums_of_lanes(sums));
+  }
+}
+
+template <int VECTORS, class T>
+REGARD_INLINE void sum_columns(const T* lines, int64_t stride, const int32_t* slots, int64_t count,
+                               const float* weights, int tail, float* to) {
+  Vec sums[VECTORS];
+#pragma GCC unroll 8
+  for (int c = 0; c < VECTORS; ++c) sums[c] = zero();
+  for (int64_t j = 0; j < count; ++j) {
+    const T* from = lines + slots[j] * stride;
+    const Vec weight = broadcast(weights[j]);
+#pragma GCC unroll 8
+    for (int c = 0; c < VECTORS; ++c) {
+      const Vec x = c + 1 < VECTORS || tail == LANES ? load(from + c * LANES) : load(from + c * LANES, tail);
+      sums[c] = fma(weight, x, sums[c]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int c = 0; c < VECTORS; ++c) store(to + c * LANES, sums[c]);
+}
+
+// to (whole vectors) = sum of weight_j times line j.
+template <class T>
+void weighted_sum(const T* lines, int64_t stride, const int32_t* slots, int64_t count, const float* weights,
+                  int64_t width, float* to) {
+  int64_t c = 0;
+  for (; c + WIDE * LANES <= width; c += WIDE * LANES)
+    sum_columns<WIDE>(lines + c, stride, slots, count, weights, LANES, to + c);
+  for (; c + 4 * LANES <= width; c += 4 * LANES)
+    sum_columns<4>(lines + c, stride, slots, count, weights, LANES, to + c);
+  for (; c < width; c += LANES)
+    sum_columns<1>(lines + c, stride, slots, count, weights, static_cast<int>(least<int64_t>(LANES, width - c)), to + c);
+}
+
+// line j += weight_j x, for lines of whole vectors.
+void add_outer(float* lines, int64_t line, const int32_t* slots, int64_t count, const float* weights, const float* x) {
+  for (int64_t j = 0; j < count; ++j) {
+    float* to = lines + slots[j] * line;
+    const Vec weight = broadcast(weights[j]);
+    for (int64_t c = 0; c < line; c += LANES) store(to + c, fma(weight, load(x + c), load(to + c)));
+  }
+}
+
+template <class T>
+void load_query(const Problem& p, const Worker& worker, int64_t b, int64_t h, int64_t t) {
+  const regard_pixel_attention_args& a = *p.args;
+  const T* from = static_cast<const T*>(a.q) + b * a.q_strides[0] + h * a.q_strides[1] + t * a.q_strides[2];
+  load_rows(from, 0, 1, static_cast<int>(a.width), worker.query, p.line);
+  for (int64_t c = 0; c < p.line; c += LANES) store(worker.query + c, load(worker.query + c) * a.scale);
+}
+
+// --- forward
+
+// Weights, times their sum, of the scores that a worker has; the sum. `lse` is theirs, where it is wanted.
+float weigh(const Worker& worker, int64_t count, float* lse) {
+  for (int64_t j = count; j < round_up(count, LANES); ++j) worker.scores[j] = -infinity();
+  Vec tops = broadcast(-infinity());
+  for (int64_t j = 0; j < count; j += LANES) tops = maximum(tops, load(worker.scores + j));
+  const float top = largest(tops), base = top == -infinity() ? 0.f : top;
+  Vec sums = zero();
+  for (int64_t j = 0; j < count; j += LANES) {
+    const Vec weights = exp(load(worker.scores + j) - base);
+    store(worker.scores + j, weights);
+    sums += weights;
+  }
+  const float total = sum(sums);
+  if (lse != nullptr) *lse = total == 0.f ? -infinity() : base + __builtin_logf(total);
+  return total;
+}
+
+REGARD_INLINE float logistic(float x) { return 1.f / (1.f + exp(-x)); }
+
+// The mean of what a query sees of one (row, kv head): the running sum as far as it has come.
+template <class T>
+struct Running {
+  const T* values;
+  int64_t stride, at = -1;
+  const float* kept;
+  float* sums;
+  int64_t line;
+  int width;
+
+  // The sum of the first `to` values.
+  void seek(int64_t to) {
+    if (at < 0 || to < at || to - at > STRETCH) {
+      at = to / STRETCH * STRETCH;
+      for (int64_t c = 0; c < line; c += LANES) store(sums + c, load(kept + at / STRETCH * line + c));
+    }
+    for (; at < to; ++at) add(values + at * stride, width, sums);
+  }
+  static void add(const T* from, int width, float* sums) {
+    int c = 0;
+    for (; c + LANES <= width; c += LANES) store(sums + c, load(sums + c) + load(from + c));
+    if (c < width) store(sums + c, load(sums + c) + load(from + c, width - c));
+  }
+};
+
+template <class T>
+const T* new_values(const Problem& p, int64_t b, int64_t h) {
+  return p.values<T>(b, h) + (p.args->m - p.args->count) * p.args->v_strides[2];
+}
+
+// Sums of the values before each stretch of a (row, kv head), on top of the first.
+template <class T>
+void run_sums(const Problem& p, int64_t b, int64_t g) {
+  const regard_pixel_attention_args& a = *p.args;
+  float* to = p.running + (b * a.kv_heads + g) * p.stretches() * p.value_line;
+  for (int64_t c = 0; c < p.value_line; ++c)
+    to[c] = c < a.value_width ? a.first[(b * a.kv_heads + g) * a.value_width + c] : 0.f;
+  const T* values = new_values<T>(p, b, g * (a.heads / a.kv_heads));
+  for (int64_t stretch = 1; stretch < p.stretches(); ++stretch, to += p.value_line) {
+    for (int64_t c = 0; c < p.value_line; c += LANES) store(to + p.value_line + c, load(to + c));
+    for (int64_t i = (stretch - 1) * STRETCH; i < stretch * STRETCH; ++i)
+      Running<T>::add(values + i * a.v_strides[2], static_cast<int>(a.value_width), to + p.value_line);
+  }
+}
+
+template <class T>
+void attend(const Problem& p, const Worker& worker, int64_t b, int64_t block) {
+  const regard_pixel_attention_args& a = *p.args;
+  const int64_t begin = block * QUERIES, end = least(begin + QUERIES, a.n);
+  const int64_t of_query = a.heads * p.words;
+  for (int64_t t = begin; t < end; ++t) choose(p, worker, b, t, worker.kept + (t - begin) * of_query);
+  for (int64_t h = 0; h < a.heads; ++h) {
+    const T *keys = p.keys<T>(b, h), *values = p.values<T>(b, h);
+    Running<T> running{};
+    if (p.running != nullptr)
+      running = {new_values<T>(p, b, h), a.v_strides[2], -1,
+                 p.running + (b * a.kv_heads + p.kv_head(h)) * p.stretches() * p.value_line, worker.sums,
+                 p.value_line, static_cast<int>(a.value_width)};
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t total = p.total(b, t), place = (b * a.heads + h) * a.n + t;
+      const uint32_t* kept = worker.kept + (t - begin) * of_query + h * p.words;
+      if (a.kept != nullptr)
+        for (int64_t word = 0; word < p.words; ++word) a.kept[place * p.words + word] = kept[word];
+      const int64_t count = collect(p, b, total, kept, worker.slots);
+      float share = 0.f, *lse = a.lse == nullptr ? nullptr : a.lse + place;
+      if (count > 0) {
+        load_query<T>(p, worker, b, h, t);
+        dots(keys, a.k_strides[2], worker.slots, count, worker.query, a.width, worker.scores);
+        const float sum = weigh(worker, count, lse);
+        weighted_sum(values, a.v_strides[2], worker.slots, count, worker.scores, a.value_width, worker.row);
+        share = sum == 0.f ? 0.f : 1.f / sum;
+      } else {
+        for (int64_t c = 0; c < p.value_line; c += LANES) store(worker.row + c, zero());
+        if (lse != nullptr) *lse = -infinity();
+      }
+      if (a.row_logit != nullptr) share *= logistic(a.row_logit[place]);
+      float rest = 0.f;
+      const float* mean = worker.row;
+      if (a.mix_logit != nullptr && total > 0) {
+        const float mix = logistic(a.mix_logit[place]);
+        share *= mix;
+        rest = logistic(-a.mix_logit[place]);
+        if (p.running != nullptr) {
+          running.seek(most<int64_t>(0, least(total - a.before[b], a.count)));
+          mean = worker.sums;
+          rest /= static_cast<float>(total);
+        } else {
+          mean = a.first + (b * a.first_heads + h / (a.heads / a.first_heads)) * a.value_width;
+        }
+      }
+      T* to = static_cast<T*>(a.out) + b * a.out_strides[0] + h * a.out_strides[1] + t * a.out_strides[2];
+      int64_t c = 0;
+      for (; c + LANES <= a.value_width; c += LANES) {
+        const Vec x = load(worker.row + c) * share;
+        store(to + c, rest == 0.f ? x : fma(broadcast(rest), load(mean + c), x));
+      }
+      if (c < a.value_width) {
+        const int tail = static_cast<int>(a.value_width - c);
+        const Vec x = load(worker.row + c) * share;
+        store(to + c, rest == 0.f ? x : fma(broadcast(rest), load(mean + c, tail), x), tail);
+      }
+    }
+  }
+}
+
+template <class T>
+int run(const regard_pixel_attention_args& a) {
+  Problem p(a);
+  const int64_t tasks = a.batch * p.blocks(), parts = most<int64_t>(1, least(a.threads, tasks));
+  const bool runs = a.mix_logit != nullptr && a.before != nullptr;
+  const size_t sums = runs ? static_cast<size_t>(a.batch * a.kv_heads * p.stretches() * p.value_line) : 0;
+  Workspace space(Workspace::bytes_of<float>(sums) + static_cast<size_t>(parts) * Worker::bytes(p, false) +
+                  Workspace::bytes_of<Worker>(static_cast<size_t>(parts)));
+  if (!space) return REGARD_OUT_OF_MEMORY;
+  if (runs) {
+    p.running = space.take<float>(sums);
+    parallel_tasks(static_cast<int>(a.threads), a.batch * a.kv_heads,
+                   [&](long task) { run_sums<T>(p, task / a.kv_heads, task % a.kv_heads); });
+  }
+  Worker* workers = space.take<Worker>(static_cast<size_t>(parts));
+  for (int64_t part = 0; part < parts; ++part) workers[part] = Worker(space, p, false);
+  long next = 0;
+  parallel(static_cast<int>(parts), [&](int part) {
+    for (;;) {
+      const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (task >= tasks) return;
+      attend<T>(p, workers[part], task / p.blocks(), task % p.blocks());
+    }
+  });
+  return REGARD_OK;
+}
+
+// --- backward
+
+// What block `block` of the queries of a head adds to the gradients of its keys and values, and those of the queries. With
+// weights p and slopes d_j = dO . v_j: ds = p (d - sum of p d).
+template <class T>
+void attend_backward(const Problem& p, const Worker& worker, const regard_pixel_attention_backward_args& args, int64_t b,
+                     int64_t h, int64_t block, float* grad_k, float* grad_v) {
+  const regard_pixel_attention_args& a = *p.args;
+  const T *keys = p.keys<T>(b, h), *values = p.values<T>(b, h);
+  for (int64_t t = block * QUERIES; t < least((block + 1) * QUERIES, a.n); ++t) {
+    const int64_t place = (b * a.heads + h) * a.n + t;
+    const int64_t count = collect(p, b, p.total(b, t), a.kept + place * p.words, worker.slots);
+    const T* grad = static_cast<const T*>(args.grad_out) + b * args.grad_out_strides[0] + h * args.grad_out_strides[1] +
+                    t * args.grad_out_strides[2];
+    if (count > 0) {
+      load_query<T>(p, worker, b, h, t);
+      load_rows(grad, 0, 1, static_cast<int>(a.value_width), worker.row, p.value_line);
+      dots(keys, a.k_strides[2], worker.slots, count, worker.query, a.width, worker.scores);
+      dots(values, a.v_strides[2], worker.slots, count, worker.row, a.value_width, worker.slopes);
+      const float lse = a.lse[place], base = lse == -infinity() ? 0.f : lse;
+      for (int64_t j = count; j < round_up(count, LANES); ++j) worker.scores[j] = -infinity(), worker.slopes[j] = 0.f;
+      Vec products = zero();
+      for (int64_t j = 0; j < count; j += LANES) {
+        const Vec weights = exp(load(worker.scores + j) - base);
+        store(worker.scores + j, weights);
+        products = fma(weights, load(worker.slopes + j), products);
+      }
+      const float delta = sum(products);
+      for (int64_t j = 0; j < count; j += LANES)
+        store(worker.slopes + j, load(worker.scores + j) * (load(worker.slopes + j) - delta));
+      if (grad_v != nullptr) add_outer(grad_v, p.value_line, worker.slots, count, worker.scores, worker.row);
+      if (grad_k != nullptr) add_outer(grad_k, p.line, worker.slots, count, worker.slopes, worker.query);
+    }
+    if (args.grad_q == nullptr) continue;
+    weighted_sum(keys, a.k_strides[2], worker.slots, count, worker.slopes, a.width, worker.grad_q);
+    for (int64_t c = 0; c < p.line; c += LANES) store(worker.grad_q + c, load(worker.grad_q + c) * a.scale);
+    store_rows(static_cast<T*>(args.grad_q) + b * args.grad_q_strides[0] + h * args.grad_q_strides[1] +
+                   t * args.grad_q_strides[2],
+               0, 1, static_cast<int>(a.width), worker.grad_q, p.line);
+  }
+}
+
+// A task has the gradients of one (row, kv head) to itself; with fewer of these than threads, a share of its queries, and
+// the shares are added at the end.
+template <class T>
+int run_backward(const regard_pixel_attention_backward_args& args) {
+  const regard_pixel_attention_args& a = *args.forward;
+  const Problem p(a);
+  const int64_t pairs = a.batch * a.kv_heads, shared = a.heads / a.kv_heads, threads = most<int64_t>(1, a.threads);
+  const int64_t shares = pairs >= threads ? 1 : ceil_div(threads, pairs), tasks = pairs * shares;
+  const int64_t parts = least(threads, tasks);
+  const int64_t key_floats = args.grad_k == nullptr ? 0 : a.m * p.line;
+  const int64_t value_floats = args.grad_v == nullptr ? 0 : a.m * p.value_line;
+  const int64_t floats = key_floats + value_floats, buffers = shares == 1 ? parts : tasks;
+  Workspace space(Workspace::bytes_of<float>(static_cast<size_t>(floats * buffers)) +
+                  static_cast<size_t>(parts) * Worker::bytes(p, true) +
+                  Workspace::bytes_of<Worker>(static_cast<size_t>(parts)));
+  if (!space) return REGARD_OUT_OF_MEMORY;
+  float* sums = space.take<float>(static_cast<size_t>(floats * buffers));
+  Worker* workers = space.take<Worker>(static_cast<size_t>(parts));
+  for (int64_t part = 0; part < parts; ++part) workers[part] = Worker(space, p, true);
+  const auto put = [&](int64_t pair, const float* from, int64_t first, int64_t rows) {
+    const int64_t b = pair / a.kv_heads, g = pair % a.kv_heads;
+    const auto store_part = [&](void* data, const int64_t* strides, int64_t width, const float* lines, int64_t line) {
+      if (data != nullptr)
+        store_rows(static_cast<T*>(data) + b * strides[0] + g * strides[1] + first * strides[2], strides[2],
+                   static_cast<int>(rows), static_cast<int>(width), lines + first * line, line);
+    };
+    store_part(args.grad_k, args.grad_k_strides, a.width, from, p.line);
+    store_part(args.grad_v, args.grad_v_strides, a.value_width, from + key_floats, p.value_line);
+  };
+  long next = 0;
+  parallel(static_cast<int>(parts), [&](int part) {
+    for (;;) {
+      const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (task >= tasks) return;
+      const int64_t pair = task / shares, share = task % shares, b = pair / a.kv_heads, g = pair % a.kv_heads;
+      float* mine = sums + (shares == 1 ? part : task) * floats;
+      for (int64_t i = 0; i < floats; i += LANES) store(mine + i, zero());
+      for (int64_t h = g * shared; h < (g + 1) * shared; ++h)
+        for (int64_t block = share; block < p.blocks(); block += shares)
+          attend_backward<T>(p, workers[part], args, b, h, block, key_floats == 0 ? nullptr : mine,
+                             value_floats == 0 ? nullptr : mine + key_floats);
+      if (shares == 1) put(pair, mine, 0, a.m);
+    }
+  });
+  if (shares == 1 || floats == 0) return REGARD_OK;
+  parallel_tasks(static_cast<int>(threads), pairs, [&](long pair) {
+    float* total = sums + pair * shares * floats;
+    for (int64_t share = 1; share < shares; ++share)
+      for (int64_t i = 0; i < floats; i += LANES)
+        store(total + i, load(total + i) + load(total + share * floats + i));
+    put(pair, total, 0, a.m);
+  });
+  return REGARD_OK;
+}
+
+bool valid(const regard_pixel_attention_args& a) {
+  return a.kv_heads >= 1 && a.heads % a.kv_heads == 0 && a.width >= 1 && a.value_width >= 1 && a.pixels >= 1 &&
+         a.top_k > 0 && a.oversample >= 1 &&
+         (a.mix_logit == nullptr || (a.first != nullptr && a.first_heads >= 1 && a.heads % a.first_heads == 0));
+}
+
+}  // namespace
+
+int pixel_attention(const regard_pixel_attention_args* args) {
+  if (!valid(*args)) return REGARD_BAD_ARGUMENT;
+  if (args->batch * args->heads * args->n == 0) return REGARD_OK;
+  return args->dtype == REGARD_BFLOAT16 ? run<bfloat16>(*args) : run<float>(*args);
+}
+
+int pixel_attention_backward(const regard_pixel_attention_backward_args* args) {
+  if (!valid(*args->forward)) return REGARD_BAD_ARGUMENT;
+  if (args->forward->batch * args->forward->heads * most<int64_t>(args->forward->n, args->forward->m) == 0)
+    return REGARD_OK;
+  return args->forward->dtype == REGARD_BFLOAT16 ? run_backward<bfloat16>(*args) : run_backward<float>(*args);
+}
+
+}  // namespace REGARD_ISA

@@ -1,0 +1,165 @@
+r"""SEA: a linear-cost estimate of the attention map says which few keys each query reads exactly.
+
+When to pick it: to turn a pretrained transformer into one of linear cost by distillation, keeping attention weights that
+can be looked at; the number of keys a query reads may be changed later without training.
+When not: without a teacher and at training time, where the map is learned from dense scores at quadratic cost; for a state
+of constant size (exact attention needs every key).
+
+Definition (Lee et al., arXiv 2310.01777, section 3; what the paper leaves open is as in its code). For each head and
+query t with n_t visible keys, an estimated map of K scores e_t, and k keys to read on average:
+
+    p_t = softmax(e_t),   m_t = round(H k K / n_t), from 1 to H K
+    kept_t = the m_t largest of the H K numbers p_t of all heads together
+    pixel(t, j) = floor((j + 1/2) K / n_t - 10^-4), at least 0, for the key of rank j
+    P_t = softmax over { j : pixel(t, j) in kept_t } of tau q_t . k_j,   0 if there are none
+    o_t = sigmoid(b_t) sigmoid(a_t) P_t V + (1 - sigmoid(b_t)) mean_t
+    mean_t = (sum_{j<=t} v_j) / (t + 1),   in noncausal-self sum_j v_j (mean over queries s of p_s)_{pixel(j)}
+
+A layer makes e, a and b of the tokens (`Estimator`). With [pos, v] the values beside codes of their positions and c linear
+attention over them by random features (FAVOR+, arXiv 2009.14794),
+
+    z = gelu(norm(W_e [c, v])),   e = CNN(W_r z) over (query, pixel) with heads as channels,   (a, b) = W_s z
+
+Causal: positions are a learned table; phi(x) = relu(W x d^-1/4) + 10^-3; two dilated convolutions that see queries up to t, on
+K / 4 pixels, a 1 x 1 convolution, and norms before and after. Noncausal-self: positions are the identity matrix, stretched
+over the row; phi is the softmax kernel; three convolutions of which the first halves the queries, on K / 2 pixels.
+
+Distillation (`losses["distillation"]`, the mean over layers), A the teacher's weights, o^A its head outputs, R(e) the map of
+scores e_{pixel(t, j)}, KL the mean over heads and queries (in noncausal-self the sum over heads) and MSE the mean over pairs or
+features:
+
+    loss = 0.1 KL(A, softmax R(e)) + MSE + 0.1 KL(A, softmax of all exact scores) + MSE + MSE(o^A, o)
+
+The teacher is `teacher={"weights": (B, H, N, M), "output": (B, H, N, V)}`, right-padded, "output" optional. In training without
+one, the layer's own exact weights, without gradient, stand for A, and only the first two terms remain (`self_teacher`).
+:func:`regard.training.distillation_loss` distils a whole model.
+
+| paper | here |
+|---|---|
+| T_M, predictor length K | `estimate_length` of a layer; the last axis of `estimate` |
+| k | `top_k`; the code's default 7, its language models use 64 |
+| a, b (scaler) | `row_logit`, `mix_logit` (B, H, N); left out: o_t = P_t V |
+| nb_factor f | `feature_divisor`: d ln d / f random features |
+| k_oversample | `oversample`: more pixels, of whose tokens a regular part is read |
+| causal_batch, k_flatten_dim | `grouping="row"` as above; `query`, `head`, `batch` rank other sets together |
+
+Layout: (B, H, N, D), `estimate` (B, H, N, K); keys and values may have fewer heads. n_t is the query's own number of keys,
+never N. Nothing of the selection is differentiated: e learns from the distillation and, in noncausal-self, from the mean.
+Cost: only the keys of kept pixels are read, where there is a native kernel at k + n_t / (H K) keys a query and without storage
+beside the output. In PyTorch they are gathered once that is less work than masked products over all keys, both block by block of
+queries. In training with a loss all exact scores are computed. If n_t is beyond H k K, the one pixel that is kept grows with n_t.
+State: every key and value and the sum of the values; of a layer also the sums of the linear attention and the last four
+rows of each convolution.
+Deviations: cross patterns are not in the paper: their estimator is the causal one over the whole memory, with q in place of v
+beside c, and their mean is that of the memory. Keys of padding take no part in the linear attention, nor padded queries in the
+CNN; in the code they do. Equal probabilities, frequent in the causal map, go to the first pixel. A layer estimates for every
+query, since its convolutions and their state go over consecutive queries; functions read one estimate for several queries where
+`estimate` repeats its rows. LoRA, with which the code may train the projections, is not of this mechanism but of any
+layer's projections.
+"""
+
+from __future__ import annotations
+
+import math
+
+from regard.contract import ALL_PATTERNS, Cost, Kind, Mechanism, Paper, Pattern, Shape, Waiver
+from regard.mechanisms.sea.definition import Config, reference
+from regard.mechanisms.sea.forms import SeaState, absorb, chunked, parallel, read
+from regard.mechanisms.sea.layer import Estimator, EstimatorState
+
+
+def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    return {"c": config.estimate_length}
+
+
+def cost(shape: Shape, config: Config) -> Cost:
+    """With the estimator of a causal layer."""
+    d, v, pixels = shape.dim_key, shape.dim_value, config.estimate_length
+    heads, rows = shape.batch * shape.heads, shape.batch * shape.heads * shape.n
+    features = max(1.0, d * math.log(d) / config.feature_divisor)
+    ranked = shape.heads * pixels
+    read = min(float(shape.m), max(config.top_k, shape.m / ranked))
+    encoder = 4 * d * (d + 2 * v) + 4 * d * pixels / 2
+    convolutions = 2 * 2 * 9 * pixels / 4 * 4 * shape.heads + 4 * pixels * shape.heads
+    query = encoder + convolutions + 2 * features * (d + 2 * (d + v)) + pixels * math.log2(ranked) + 2 * read * (d + v)
+    return Cost(
+        flops=rows * query,
+        memory=rows * 6.0 * pixels,
+        state=shape.heads * (shape.m * (d + v) + v + features * (d + v + 1) + 4.0 * pixels),
+        step_flops=heads * query,
+    )
+
+
+MECHANISM = Mechanism(
+    name="sea",
+    aliases=("sea_attention", "perlin", "estimated_attention_mask"),
+    kind=Kind.ATTENTION,
+    summary="A linear-cost estimate of the attention map says which few keys each query reads exactly.",
+    paper=Paper("SEA: Sparse Linear Attention with Estimated Attention Mask", "2310.01777", 2023, 21),
+    inputs={
+        "q": "bhnd",
+        "k": "bgmd",
+        "v": "bgmv",
+        "estimate": "bhnc",
+        "row_logit?": "bhn",
+        "mix_logit?": "bhn",
+    },
+    patterns=ALL_PATTERNS,
+    forms={
+        "reference": reference,
+        "parallel": parallel,
+        "chunked": chunked,
+        "step": chunked,
+        "absorb": absorb,
+        "read": read,
+    },
+    config=Config,
+    engine="pixel_attention",
+    variants={
+        "few keys": {"top_k": 3, "estimate_length": 16, "oversample": 2.0, "row_scale": False},
+        "codebook": {"estimator": "codebook", "estimate_length": 32, "jitter": 0.5},
+        "joint encoder": {
+            "joint_encoder": True,
+            "estimate_length": 16,
+            "length": 300,
+            "feature_divisor": 2.0,
+            "redraw_every": 0,
+        },
+        "cosines": {"kernel": "cosformer", "top_k": 3, "self_teacher": False},
+        "by queries": {"grouping": "query", "top_k": 3, "estimate_length": 16},
+        "by heads": {"grouping": "head", "top_k": 3, "estimate_length": 16},
+        "by maps": {"grouping": "batch", "top_k": 3, "estimate_length": 16},
+    },
+    variant_patterns={
+        "cosines": (Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
+        "by heads": (Pattern.NONCAUSAL_SELF,),
+        "by maps": (Pattern.NONCAUSAL_SELF,),
+    },
+    state=SeaState,
+    cost=cost,
+    axis_sizes=axis_sizes,
+    honours=frozenset({"weights", "teacher"}),
+    length="max",
+    weights="exact",
+    projection=Estimator,
+    waivers=(
+        Waiver("layer_lengths", "the size of its estimated map is a constant of the program"),
+        Waiver("layer_onnx", "ONNX has no stable sort"),
+        Waiver("layer_gradient", "without a teacher of its own the map learns from none", variants=("cosines",)),
+    ),
+)
+
+__all__ = [
+    "MECHANISM",
+    "Config",
+    "Estimator",
+    "EstimatorState",
+    "SeaState",
+    "absorb",
+    "axis_sizes",
+    "chunked",
+    "cost",
+    "parallel",
+    "read",
+    "reference",
+]

@@ -1,0 +1,90 @@
+"""Retrofits with a mechanism that inserts tokens, as landmark does: the sequence of every layer is then another one.
+
+transformers knows of no inserted tokens, so the model becomes a language model of regard, which inserts them, reads on from a
+state with them, and leaves them out of its logits; inside transformers it is a `RegardForCausalLM`. Its layers have the weights
+of the original's, and an inserted token begins with the mean of the embeddings.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from regard.catalogue import get_mechanism
+from regard.contract import Mechanism, Unsupported
+from regard.models.variants import read_variant
+
+if TYPE_CHECKING:
+    from regard.retrofit.hosts import Host
+
+KEPT_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def inserts_tokens(mechanism: str) -> bool:
+    """Whether a mechanism of one kind for all layers inserts tokens into the sequence."""
+    layers = read_variant(mechanism).layers
+    return len(layers) == 1 and get_mechanism(layers[0][0]).prepare is not None
+
+
+def rebuilt(host: Host, numbers: Sequence[int], mechanism: str) -> tuple[Any, list[str]]:
+    """The host's model as one of regard with a mechanism in some layers, in transformers' clothes, and the names of its new
+    parameters.
+
+    Raises:
+        Unsupported: for a model that regard's layers cannot stand for.
+    """
+    from regard.integrations.transformers import RegardConfig, RegardForCausalLM
+    from regard.models.from_transformers import converted
+
+    ((name, options),), config = read_variant(mechanism).layers, host.model.config
+    layers = [(name, options) if layer.number in numbers else ("softmax", {}) for layer in host.layers]
+    dtype = next(host.model.parameters()).dtype
+    model, new = converted(
+        config.to_dict(), host.model.state_dict(), dtype=dtype, layers=layers, source=f"a {type(host.model).__name__}"
+    )
+    settings = {f.name: getattr(model.config, f.name) for f in fields(model.config) if f.name != "vocab_size"}
+    told: dict[str, Any] = {name: getattr(config, name, None) for name in KEPT_IDS}
+    clothed = RegardForCausalLM(RegardConfig(model.config.vocab_size, settings=settings, **told)).to(dtype)
+    clothed.model = model
+    clothed.generation_config = copy.deepcopy(host.model.generation_config)
+    return clothed, [f"model.{name}" for name in new]
+
+
+def placed_in(model: Any, path: str, number: int) -> tuple[Mechanism, Any] | None:
+    """The mechanism of a layer and its options; None for a layer with the attention of a transformers model."""
+    from regard.integrations.transformers import RegardForCausalLM
+
+    if isinstance(model, RegardForCausalLM):
+        mixer: Any = model.model.blocks[number].mixer
+        return mixer.card, mixer.config
+    attend = getattr(model.get_submodule(path), "regard", None)
+    return None if attend is None else (attend.card, attend.config)
+
+
+def reads_by_state(model: Any) -> bool:
+    """Whether a whole text is read as `generate` reads it: with a state, so that what is chosen of the past is chosen."""
+    from regard.integrations.transformers import RegardForCausalLM
+
+    return isinstance(model, RegardForCausalLM)
+
+
+def check_settings(mechanism: str, keep_layers: object, chosen: bool, train: str) -> None:
+    """Raise Unsupported for options that the mechanism does not have, and settings that a model does not whose every layer reads
+    inserted tokens."""
+    ((name, options),) = read_variant(mechanism).layers
+    get_mechanism(name).options(**options)
+    if chosen:
+        raise Unsupported(
+            f"keep_layers={keep_layers!r} with {mechanism}, whose inserted tokens every layer reads, so that none can be "
+            "changed alone",
+            supported="none, or layers by number (they read inserted tokens as any others)",
+            nearest="none",
+        )
+    if train != "all":
+        raise Unsupported(
+            f"train={train!r} with {mechanism}, whose inserted tokens all layers have to learn to read",
+            supported="train='all'",
+            nearest="train='all'",
+        )

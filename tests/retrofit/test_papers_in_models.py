@@ -1,0 +1,92 @@
+"""Retrofits as their papers have them: mixed layers, cores as a cache, and landmarks that are inserted, read and chosen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_llama import WORK, llama, tokens
+
+import regard
+from regard import Unsupported
+from regard.integrations.transformers import AutoModelForCausalLM, RegardForCausalLM
+from regard.retrofit.hosts import open_host
+from regard.retrofit.inserting import rebuilt
+from regard.workbench.retrofit_report import write_retrofit_report
+
+SHORT = {**WORK, "lengths": (64,), "evaluation_blocks": 1}
+LANDMARK = "landmark:block=7,top_k=2,chunk=24"
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "keep", "budget"),
+    [("core_context:group=4,window=8", "none", "28 steps"), ("local:form=block,block=8", "0", "28 steps")],
+)
+def test_cores_and_blocks_are_what_generation_goes_on_from(tmp_path, mechanism, keep, budget):
+    made = regard.retrofit(
+        llama(2),
+        mechanism,
+        keep_layers=keep,
+        data=tokens(),
+        budget=budget,
+        distil=0.0,
+        output=tmp_path / "out",
+        **SHORT,
+    )
+    model = AutoModelForCausalLM.from_pretrained(made.folder)
+    ids, settings = tokens(50)[None], {"max_new_tokens": 12, "do_sample": False}
+    found = model.generate(ids, **settings)
+    assert torch.equal(found, model.generate(ids, **settings, use_cache=False))
+    decoding = made.results["decoding"]["64"]
+    assert decoding["retrofit"]["from"] == "cache" and decoding["retrofit"]["held"] < decoding["original"]["held"]
+
+
+def test_a_llama_of_regard_gives_the_same_logits_and_begins_a_landmark_at_the_mean():
+    host, ids = open_host(llama(2)), tokens(40).view(2, 20)
+    same, new = rebuilt(host, (), LANDMARK)
+    torch.testing.assert_close(same(ids).logits, host.model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert new == [] and same.model.insertion.extra_tokens == 0
+    table = rebuilt(host, (0, 1), LANDMARK)[0].get_input_embeddings().weight
+    torch.testing.assert_close(table[48], table[:48].mean(0))
+    assert torch.equal(table[:48], host.model.get_input_embeddings().weight)
+
+
+def test_landmarks_are_inserted_trained_and_retrieved(tmp_path):
+    settings = {**SHORT, "lengths": (64, 256)}
+    model, output = llama(2), tmp_path / "out"
+    made = regard.retrofit(
+        model, LANDMARK, keep_layers="none", data=tokens(), budget="12 steps", output=output, **settings
+    )
+    losses = made.record["losses"]
+    assert losses["transfer"] == [] and len(losses["tune"]) == 12
+    assert set(made.results["recall"]) == {"64", "256"}  # twice and eight times the trained length
+    loaded = AutoModelForCausalLM.from_pretrained(made.folder)
+    assert isinstance(loaded, RegardForCausalLM)
+    assert {layer[0] for layer in loaded.model.config.plan} == {"landmark"}
+    ids = tokens(60)[None]
+    with torch.no_grad():
+        chosen, whole = (loaded(ids, use_cache=keeps).logits for keeps in (True, False))
+        torch.testing.assert_close(chosen, made.model(ids, use_cache=True).logits)
+    assert torch.allclose(chosen[:, :20], whole[:, :20], atol=1e-4) and not torch.allclose(chosen, whole, atol=1e-4)
+    assert loaded.generate(ids, max_new_tokens=9, do_sample=False).shape == (1, 69)
+    assert "learns at once" in write_retrofit_report(output).read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, r"keep_layers='auto:0.5' with landmark.*try none"),
+        ({"keep_layers": "none", "train": "lora:2"}, "train='lora:2' with landmark"),
+    ],
+)
+def test_what_inserted_tokens_do_not_allow_is_refused_at_once(tmp_path, options, told):
+    with pytest.raises(Unsupported, match=told):
+        regard.retrofit(llama(2), LANDMARK, data=tokens(), budget="12 steps", output=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_regard_cannot_stand_for_is_refused(tmp_path):
+    model = llama(2, attention_bias=True)
+    with pytest.raises(Unsupported, match="attention_bias=True"):
+        regard.retrofit(
+            model, LANDMARK, keep_layers="none", data=tokens(), budget="12 steps", output=tmp_path / "out", **SHORT
+        )
