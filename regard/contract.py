@@ -52,6 +52,14 @@ class Unsupported(ValueError):
             parts.append(f"try {nearest}")
         super().__init__("; ".join(parts))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Its parts, of which it is made again in another process."""
+        return _unsupported, (type(self), self.asked, self.supported, self.nearest)
+
+
+def _unsupported(kind: type[Unsupported], asked: str, supported: str, nearest: str) -> Unsupported:
+    return kind(asked, supported=supported, nearest=nearest)
+
 
 def closest(word: str, choices: Iterable[str]) -> str:
     """The choice spelled most like `word`, or ``""`` when none is close.

@@ -11,8 +11,10 @@ from rich.text import Text
 from regard.cli.arguments import read_backbones, read_integers, read_mechanisms, read_numbers, read_stack, read_tasks
 from regard.cli.console import console, emit, load_plugins, plain
 from regard.cli.options import (
+    ADDRESS,
     DATA,
     DEVICE,
+    ENGINE,
     JSON,
     LENGTH,
     MODEL,
@@ -24,6 +26,8 @@ from regard.cli.options import (
     VALIDATION,
 )
 from regard.cli.progress import progress
+from regard.cli.sweeps import sweep_of
+from regard.contract import Unsupported
 from regard.measurement import units
 
 
@@ -125,6 +129,8 @@ def compare(
             "output folder; the same command without it then measures costs and writes the report.",
         ),
     ] = None,
+    engine: ENGINE = "local",
+    address: ADDRESS = None,
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
@@ -145,6 +151,7 @@ def compare(
         regard compare --task time_series:data=BasicMotions --mechanisms softmax,aaren
         regard compare --task recall:pairs=16 --mechanisms all --budget "2M tokens" --output runs/recall
         regard compare --mechanisms all --budget "2M tokens" --output runs/all --shard 1/2
+        regard compare --mechanisms all --budget "2M tokens" --output runs/all --engine ray --address auto
         regard compare my_corpus.txt --mechanisms "softmax,local:window=32,gated_linear+softmax" --frame own
         regard compare my_corpus.txt --from smollm2/ --mechanisms lolcats,gated_linear,local:window=256 --budget 4h
     """
@@ -165,6 +172,8 @@ def compare(
         if not as_json:
             console.print(plain(f"By its contents: --task {described}"))
 
+    if only is not None and engine != "local":
+        raise Unsupported(f"--shard {only} beside --engine {engine}", supported="one of them: both divide the runs")
     modules = load_plugins(plugin)
     tasks = read_tasks(task, data, validation, length, tokenizer, modules, recognised, skip_unreadable)
     compared = [*read_backbones(models or ""), *read_mechanisms(mechanisms or "", tasks)]
@@ -201,7 +210,7 @@ def compare(
             console.print()
         for name, reason in left_out.items():
             console.print(Text(f"Left out: {name} with {reason}", style="dim"))
-    with progress(quiet=as_json) as (bar, line):
+    with sweep_of(engine, address, plugin) as sweep, progress(quiet=as_json) as (bar, line):
         shown = bar.add_task("starting", total=None)
 
         def watch(progress: Any) -> None:
@@ -218,7 +227,7 @@ def compare(
         if only is not None:
             trained = train_share(tasks, settings, output, only, watch=watch, say=say)
         else:
-            outcome = run(tasks, settings, output, watch=watch, say=say)
+            outcome = run(tasks, settings, output, watch=watch, say=say, sweep=sweep)
     if only is not None:
         if as_json:
             emit({"shard": only, "trained": trained, "store": str(output / "results.db")})

@@ -56,3 +56,13 @@ TIMINGS = Annotated[
     bool | None,
     typer.Option("--timings/--no-timings", help="Only what is timed (on an idle machine), or only the rest."),
 ]
+ENGINE = Annotated[
+    str,
+    typer.Option(
+        help="Where cells run: local, one after the other in this process; or ray, on a cluster of Ray, or without an "
+        "--address and a cluster of this machine on all its processors (pip install 'regard[cluster]')."
+    ),
+]
+ADDRESS = Annotated[
+    str | None, typer.Option(help="Of the cluster: auto for that of this machine, HOST:PORT or ray://HOST:PORT.")
+]

@@ -12,12 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from regard.cli.console import console, emit
-from regard.cli.options import JSON, SHARD, TIMINGS
+from regard.cli.options import ADDRESS, ENGINE, JSON, SHARD, TIMINGS
 from regard.cli.progress import progress
+from regard.cli.sweeps import sweep_of
 from regard.measurement import units
 
 if TYPE_CHECKING:
     from regard.measurement.store import Store
+    from regard.measurement.sweeps import Sweep
 
 
 def reproduce(
@@ -29,6 +31,8 @@ def reproduce(
     ] = None,
     only: SHARD = None,
     timings: TIMINGS = None,
+    engine: ENGINE = "local",
+    address: ADDRESS = None,
     output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on from it.")] = Path(
         "runs/reproduce"
     ),
@@ -54,43 +58,31 @@ def reproduce(
         regard reproduce --list
         regard reproduce delta_rule
         regard reproduce all --no-timings --shard 1/2
+        regard reproduce all --no-timings --engine ray --address auto
         regard reproduce all --table --json
         regard reproduce delta_rule --pilot 3
     """
-    from regard.reproductions import get_reproduction, list_reproductions
+    from regard.measurement.sharding import shard
+    from regard.reproductions import collect, get_reproduction, list_reproductions, plan
+    from regard.reproductions import pilot as piloted
 
     wanted = list_reproductions() if not names or "all" in names else [get_reproduction(n).name for n in names]
-    if pilot is not None:
-        shown = _piloted(wanted, pilot, only, output, quiet=as_json, run=not (listing or table))
-        emit({"pilots": shown}) if as_json else _pilots_told(shown)
-        return
-    found = reproduced(wanted, seeds, timings, only, output, quiet=as_json, run=not (listing or table))
+    if not (listing or table):
+        cells = plan(wanted, pilot=pilot) if pilot is not None else plan(wanted, seeds, timings=timings)
+        with sweep_of(engine, address) as sweep:
+            run_cells(shard(cells, only), output, quiet=as_json, sweep=sweep)
+    with cells_in(output) as store:
+        if pilot is not None:
+            shown = [piloted(name, store) for name in wanted]
+            emit({"pilots": shown}) if as_json else _pilots_told(shown)
+            return
+        found = collect(wanted, store, seeds)
     if as_json:
         emit({"reproductions": found})
     elif listing:
         tell_listed(found)
     else:
         tell_judged(found)
-
-
-def reproduced(
-    wanted: Sequence[str],
-    seeds: int | None,
-    timings: bool | None,
-    only: str | None,
-    output: Path,
-    *,
-    quiet: bool,
-    run: bool,
-) -> list[dict[str, Any]]:
-    """The reproductions in a folder, once the cells that it lacks have been run if they are to be."""
-    from regard.measurement.sharding import shard
-    from regard.reproductions import collect, plan
-
-    if run:
-        run_cells(shard(plan(wanted, seeds, timings=timings), only), output, quiet=quiet)
-    with cells_in(output) as store:
-        return collect(wanted, store, seeds)
 
 
 def cells_in(output: Path) -> AbstractContextManager[Store | None]:
@@ -101,7 +93,9 @@ def cells_in(output: Path) -> AbstractContextManager[Store | None]:
     return Store(file, read_only=True) if file.is_file() else nullcontext()
 
 
-def run_cells(cells: Sequence[Any], output: Path, *, quiet: bool, within: float | None = None) -> None:
+def run_cells(
+    cells: Sequence[Any], output: Path, *, quiet: bool, within: float | None = None, sweep: Sweep | None = None
+) -> None:
     """Run the cells that a folder lacks, showing how far it is; see :func:`regard.reproductions.run`."""
     from regard.measurement.store import Store
     from regard.reproductions import run
@@ -114,20 +108,7 @@ def run_cells(cells: Sequence[Any], output: Path, *, quiet: bool, within: float 
             bar.update(shown, description=said, completed=len(cells) - left, total=len(cells))
             line(said)
 
-        run(cells, store, on_cell=on_cell, within=within)
-
-
-def _piloted(
-    wanted: Sequence[str], seeds: int, only: str | None, output: Path, *, quiet: bool, run: bool
-) -> list[dict[str, Any]]:
-    """The pilots of reproductions in a folder, once the cells that it lacks have been run if they are to be."""
-    from regard.measurement.sharding import shard
-    from regard.reproductions import pilot, plan
-
-    if run:
-        run_cells(shard(plan(wanted, pilot=seeds), only), output, quiet=quiet)
-    with cells_in(output) as store:
-        return [pilot(name, store) for name in wanted]
+        run(cells, store, on_cell=on_cell, within=within, sweep=sweep)
 
 
 def tell_listed(found: list[dict[str, Any]]) -> None:

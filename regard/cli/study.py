@@ -9,9 +9,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from regard.cli.console import console, emit, load_plugins
-from regard.cli.options import JSON, PLUGINS, SHARD, TIMINGS
+from regard.cli.console import console, emit
+from regard.cli.options import ADDRESS, ENGINE, JSON, PLUGINS, SHARD, TIMINGS
 from regard.cli.reproduce import cells_in, run_cells, tell_judged
+from regard.cli.sweeps import enter_plugins, sweep_of
 from regard.contract import Unsupported
 
 
@@ -31,6 +32,8 @@ def study(
     ] = None,
     only: SHARD = None,
     timings: TIMINGS = None,
+    engine: ENGINE = "local",
+    address: ADDRESS = None,
     plugin: PLUGINS = None,
     output: Annotated[
         Path | None,
@@ -50,6 +53,7 @@ def study(
     \b
         regard study
         regard study wide-attention --no-timings --shard 1/2
+        regard study wide-attention --no-timings --engine ray --address 192.168.0.10:6379
         regard study token-reduction --budget 30m
         regard study wide-attention --table --json
         regard study attention-passes my_cascade.txt
@@ -58,15 +62,8 @@ def study(
     from regard.measurement.sharding import shard
     from regard.reproductions import plan
     from regard.studies import get_study, list_studies, opened
-    from regard.workbench.adopted import adopt
-    from regard.workbench.suspects import FILE
 
-    for file in plugin or []:
-        module = FILE.fullmatch(str(file))
-        if module is not None and module["name"]:
-            adopt(module["path"], module["name"])
-        else:
-            load_plugins([file])
+    enter_plugins(plugin or [])
     if name is None:
         found = [get_study(one) for one in list_studies()]
         told = [
@@ -81,7 +78,8 @@ def study(
     folder = Path(asked.folder) if output is None else output
     if not table:
         cells = shard(plan([asked.make(chosen)], seeds, timings=timings), only)
-        run_cells(cells, folder, quiet=as_json, within=seconds)
+        with sweep_of(engine, address, plugin) as sweep:
+            run_cells(cells, folder, quiet=as_json, within=seconds, sweep=sweep)
     with cells_in(folder) as store:
         record = opened(asked, chosen, store, seeds)
     report = None if table else _write(record, folder / f"{asked.name}.html")

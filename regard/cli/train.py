@@ -31,7 +31,7 @@ from regard.cli.options import (
     VALIDATION,
 )
 from regard.cli.progress import progress
-from regard.contract import Unsupported
+from regard.contract import Unsupported, one_of
 from regard.measurement import units
 
 MONITOR = "attention"
@@ -138,6 +138,13 @@ def train(
             "with options, as transkd:variant=gl or response:temperature=2; response when not given."
         ),
     ] = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            help="Train it in all processes that torchrun has started: ddp (copies, each with some items of a batch), fsdp (the "
+            "same with weights and the optimizer in shards) or context (each with a piece of the sequences, in language models)."
+        ),
+    ] = None,
     device: DEVICE = "cpu",
     plugin: PLUGINS = None,
     as_json: JSON = False,
@@ -155,6 +162,9 @@ def train(
     With --exits the model learns to answer after fewer layers too; regard evaluate FOLDER --exit entropy:0.3 then tells what
     leaving early costs and saves, and regard generate --exit writes so.
 
+    With --parallel the losses are those of one process, and a run may go on in another number of processes; the first one
+    writes and prints. The folder must be one that all processes see.
+
     With --monitor attention the folder has attention.html, with pictures, and its figures in attention.json.
 
     Examples:
@@ -170,7 +180,9 @@ def train(
         regard train my_corpus.txt --tokenizer bpe:1024 --monitor attention --budget 5m
         regard train reviews.csv --exits all:own --output reviews
         regard train --exits all:own --frozen reviews --budget 2m --output reviews_exits
+        torchrun --nproc-per-node 2 -m regard train my_corpus.txt --budget "2M tokens" --parallel ddp
     """
+    from regard.distributed.together import TORCHRUN, WAYS, joined, started_ranks
     from regard.measurement.budget import Budget
     from regard.tasks import create_task
     from regard.workbench.settings import CompareSettings
@@ -178,9 +190,19 @@ def train(
 
     if monitor not in (None, MONITOR):
         raise Unsupported(f"--monitor {monitor}", supported=MONITOR, nearest=MONITOR)
+    if parallel is None and started_ranks() > 1:
+        raise Unsupported(
+            f"{started_ranks()} processes that would each train the same model",
+            supported="--parallel ddp, fsdp or context",
+            nearest=f"{TORCHRUN} --parallel ddp",
+        )
+    if parallel is not None:
+        one_of("parallel", parallel, WAYS)
+    first = parallel is None or context.with_resource(joined(device))
+    quiet = as_json or not first
 
     def recognised(described: str) -> None:
-        if not as_json:
+        if not quiet:
             console.print(plain(f"By its contents: --task {described}"))
 
     kept = None if frozen is None else _frozen(context, frozen, exits, device)
@@ -242,10 +264,10 @@ def train(
         from regard.workbench.attention_monitor import AttentionMonitor
 
         watcher = AttentionMonitor(asked, path=output / f"{MONITOR}.json")
-    if not as_json:
+    if not quiet:
         console.print(plain(asked.describe()))
         console.print()
-    with progress(quiet=as_json) as (bar, line):
+    with progress(quiet=quiet) as (bar, line):
         shown = bar.add_task("starting", total=None)
 
         def on_step(point: Any, steps: int, left: float) -> None:
@@ -256,7 +278,7 @@ def train(
             )
 
         def say(sentence: str) -> None:
-            if not as_json:
+            if not quiet:
                 bar.console.print(Text(sentence, style="dim"))
 
         trained = train_model(
@@ -268,6 +290,7 @@ def train(
             monitor=watcher,
             teacher=master,
             frozen=kept,
+            parallel=parallel,
             on_step=on_step,
             say=say,
         )
@@ -277,10 +300,10 @@ def train(
         if watcher is None
         else watcher.write_page(output / f"{MONITOR}.html", f"{record['mechanism']} on {asked.name}")
     )
-    if as_json:
+    if as_json and first:
         seen = {} if watcher is None else {MONITOR: {"page": str(page), "heads": watcher.heads()}}
         emit({"folder": str(trained.folder), **record, **seen})
-    elif record["state"] != DIVERGED:
+    elif first and record["state"] != DIVERGED:
         rule = record["baseline"]
         beside = f"; without training, {rule['name']} has {rule['score']:.4g}" if rule else ""
         console.print(Text(f"{record['score']:.4g} {record['metric']} on what was held out{beside}.", style="bold"))

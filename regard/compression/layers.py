@@ -16,7 +16,7 @@ from regard.layers.quantized import QuantizedLinear
 from regard.mechanisms.gated_softmax import GatePredictor
 from regard.models.registry import MODELS
 from regard.tasks.protocol import Batch
-from regard.training.loop import batch_context, run_model
+from regard.training.step import batch_context, run_model
 
 HEAD = re.compile(r"(^|\.)(lm_head|head|classifier|score)(\.|$)")
 """Names of what gives a model's outputs."""

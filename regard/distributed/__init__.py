@@ -3,6 +3,7 @@
 - :mod:`regard.distributed.attention`: softmax attention by four schedules, which are in :mod:`regard.distributed.schemes`;
 - :mod:`regard.distributed.recurrence`: recurrent mechanisms, whose states combine as :mod:`regard.distributed.states` says;
 - :mod:`regard.distributed.context_parallel`: language models on sequences that ranks share;
+- :mod:`regard.distributed.together`: processes that train one model, by copies, shards or pieces of its sequences;
 - :mod:`regard.distributed.streaming`: keys and values in files;
 - :mod:`regard.distributed.plans`: what they cost, by closed forms;
 - :mod:`regard.distributed.layouts`: which rank has which tokens;
@@ -20,6 +21,7 @@ from regard.distributed.layouts import Layout
 from regard.distributed.plans import Plan, plan
 from regard.distributed.recurrence import DistributedRecurrence
 from regard.distributed.streaming import attend_million
+from regard.distributed.together import train_together
 
 __all__ = [
     "ContextParallel",
@@ -30,4 +32,5 @@ __all__ = [
     "Traffic",
     "attend_million",
     "plan",
+    "train_together",
 ]

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,13 +16,20 @@ from regard.contract import Unsupported
 
 
 def distinct_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict with each storage once (the first name of tied weights), contiguous and detached."""
+    """The state dict with each storage once (the first name of tied weights), contiguous and detached.
+
+    Weights of which several ranks have shards are whole, on the CPU; all ranks have to call then.
+    """
+    return {name: whole(tensor.detach()).contiguous() for name, tensor in _distinct(module).items()}
+
+
+def _distinct(module: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in module.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            found[name] = tensor.detach().contiguous()
+            found[name] = tensor
     return found
 
 
@@ -39,9 +47,30 @@ def weights_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in distinct_tensors(module).values())
 
 
+def sharded(tensor: Tensor) -> bool:
+    """Whether it is a `DTensor`, of which this rank has a part."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with the parts of all ranks, on the CPU; one that is not shared is given back."""
+    shared: Any = tensor
+    return shared.full_tensor().cpu() if sharded(tensor) else tensor
+
+
+def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """Of a whole tensor, which every rank has, what this rank has of `like`."""
+    if not sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    placed: Any = like
+    return distribute_tensor(tensor.to(placed.device), placed.device_mesh, placed.placements, src_data_rank=None)
+
+
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
     """Copy `tensors` (as made by :func:`distinct_tensors`) into `module`; raises Unsupported unless they fit exactly."""
-    wanted = distinct_tensors(module)
+    wanted = _distinct(module)
     missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or unknown:
         parts = [f"without {_some(missing)}"] * bool(missing) + [f"with unknown {_some(unknown)}"] * bool(unknown)
@@ -55,7 +84,7 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, source: st
     with torch.no_grad():
         for name, tensor in module.state_dict(keep_vars=True).items():
             if name in tensors:
-                tensor.copy_(tensors[name])
+                tensor.copy_(part_of(tensors[name], tensor))
 
 
 def _some(names: list[str]) -> str:

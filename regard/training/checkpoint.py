@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from regard.contract import Unsupported
-from regard.models.weights import distinct_tensors, load_tensors, read_tensors, write_atomically
+from regard.models.weights import distinct_tensors, load_tensors, part_of, read_tensors, whole, write_atomically
 
 FORMAT = "regard-checkpoint-1"
 
@@ -46,16 +46,22 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     record: dict[str, Any],
     average: Mapping[str, Tensor] | None = None,
+    *,
+    write: bool = True,
 ) -> None:
-    """Write model, optimizer, a mean of the weights and a JSON-serialisable `record` to `path`, replacing it atomically."""
+    """Write model, optimizer, a mean of the weights and a JSON-serialisable `record` to `path`, replacing it atomically.
+
+    Weights of which several ranks have shards are written whole: all ranks call, and one has `write`.
+    """
     tensors = {f"model.{name}": tensor for name, tensor in distinct_tensors(model).items()}
     tensors |= {f"average.{name}": tensor for name, tensor in (average or {}).items()}
     names = named_parameters_of(model, optimizer)
     for index, entries in optimizer.state_dict()["state"].items():
         for key, value in entries.items():
-            tensors[f"optimizer.{names[index]}.{key}"] = torch.as_tensor(value).detach().contiguous()
+            tensors[f"optimizer.{names[index]}.{key}"] = whole(torch.as_tensor(value).detach()).contiguous()
     metadata = {"format": FORMAT, "record": json.dumps(record)}
-    write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    if write:
+        write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -88,15 +94,16 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     load_tensors(model, checkpoint.model, source="a checkpoint")
     state: dict[int, dict[str, Tensor]] = {}
     places = {name: index for index, name in enumerate(named_parameters_of(model, optimizer))}
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters())
     for name, tensor in checkpoint.optimizer.items():
         parameter, _, key = name.rpartition(".")
         if parameter not in places:
             raise Unsupported(f"a checkpoint with optimizer state of {parameter!r}", supported="the same parameters")
-        if tensor.shape not in (torch.Size(), shapes[parameter]):
+        like = parameters[parameter]
+        if tensor.shape not in (torch.Size(), like.shape):
             raise Unsupported(
                 f"a checkpoint whose {key} of {parameter} is {tuple(tensor.shape)}",
-                supported=f"{tuple(shapes[parameter])}, as the parameter",
+                supported=f"{tuple(like.shape)}, as the parameter",
             )
-        state.setdefault(places[parameter], {})[key] = tensor
+        state.setdefault(places[parameter], {})[key] = part_of(tensor, like) if tensor.shape == like.shape else tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -15,21 +15,20 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from regard.contract import Context, Mask, Result, Unsupported, at_least, one_of
-from regard.models.blocks import auxiliary_loss, evaluation_mode
-from regard.models.exits import joint_loss
-from regard.tasks.protocol import Batch, Task, mean_loss
+from regard.contract import Unsupported, at_least, one_of
+from regard.models.blocks import evaluation_mode
+from regard.tasks.protocol import Batch, Task
 from regard.training.average import WeightAverage
 from regard.training.checkpoint import damaged, load_checkpoint, restore, save_checkpoint
 from regard.training.memory import peak_memory
 from regard.training.optimizer import SCHEDULES, make_optimizer, scheduled_rate
+from regard.training.step import Alone, batch_context, run_model
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 
@@ -166,20 +165,6 @@ class History:
         return cls(**{**record, "curve": [Point(**point) for point in record["curve"]]})
 
 
-def batch_context(batch: Batch, **more: Any) -> Context:
-    """The context of a task's batch."""
-    mask = None if batch.valid is None else Mask(valid=batch.valid)
-    memory_mask = None if batch.memory_valid is None else Mask(valid=batch.memory_valid)
-    return Context(mask=mask, memory_mask=memory_mask, grid=batch.grid, **more)
-
-
-def run_model(model: nn.Module, batch: Batch, context: Context) -> Result:
-    """`model` on a batch, with its memory where it has one."""
-    if batch.memory is None:
-        return model(batch.inputs, context=context)
-    return model(batch.inputs, batch.memory, context=context)
-
-
 def count_tokens(batch: Batch) -> int:
     """Valid tokens of a batch: of its inputs, and of its memory where it has one."""
     counted = [(batch.inputs, batch.valid)]
@@ -203,6 +188,7 @@ def train(
     resume: bool = True,
     deadline: float | None = None,
     average: WeightAverage | None = None,
+    together: Alone | None = None,
 ) -> History:
     """Train `model` in place on `task`.
 
@@ -217,18 +203,25 @@ def train(
         resume: False starts anew even so, and replaces the file.
         deadline: a time of `time.monotonic` after which no new step is started.
         average: of the weights, updated after each step and kept in the checkpoint.
+        together: with which other processes the steps are taken, all of which call this function with a checkpoint that
+            all can read and one of them writes; see :func:`regard.distributed.train_together`. Alone when None.
 
     Raises:
         Unsupported: for a checkpoint of another model, task or config, and for parameters in float16, whose updates would
-            be lost, with ``precision="float16"``.
+            be lost, with ``precision="float16"``; for that precision and for a deadline of several processes.
     """
-    history = History()
+    history, together = History(), together or Alone(model)
+    if together.count > 1 and (deadline is not None or config.precision == "float16"):
+        raise Unsupported(
+            f"a deadline or precision='float16' in {together.count} processes",
+            supported="a number of steps, in float32 or bfloat16",
+        )
     device = next(model.parameters()).device
     scaler = _loss_scaler(model, config, device)
     optimizer = make_optimizer(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     path = None if checkpoint is None else Path(checkpoint)
     identity = _identity(task, config, average)
-    if path is not None and resume and path.exists():
+    if path is not None and resume and together.agreed(path.exists()):
         history = _resume(path, identity, model, optimizer, scaler, average)
         if history.finished or history.diverged:
             return history
@@ -238,11 +231,11 @@ def train(
     def save() -> None:
         if path is not None:
             nonlocal saved
-            record = {"run": identity, "history": asdict(history), "scaler": scaler.state_dict()}
-            if average is None:
-                save_checkpoint(path, model, optimizer, record)
-            else:
-                save_checkpoint(path, model, optimizer, {**record, "updates": average.updates}, average.tensors)
+            record: dict[str, Any] = {"run": identity, "history": asdict(history), "scaler": scaler.state_dict()}
+            mean = None if average is None else average.tensors
+            if average is not None:
+                record["updates"] = average.updates
+            save_checkpoint(path, model, optimizer, record, mean, write=together.writes)
             saved = time.monotonic()
 
     was_training, updating = model.training, False
@@ -258,7 +251,7 @@ def train(
                 measured = config.measure_memory and step == min(1, config.steps - 1)
                 start = time.perf_counter()
                 loss, auxiliary, norm = _gradients(
-                    model, task, optimizer, scaler, batch, config, step, history if measured else None
+                    together, task, optimizer, scaler, batch, config, step, history if measured else None
                 )
                 overflown = scaler.is_enabled() and not math.isfinite(norm) and scaler.get_scale() > LEAST_SCALE
                 if not (math.isfinite(loss) and math.isfinite(auxiliary) and (math.isfinite(norm) or overflown)):
@@ -278,13 +271,14 @@ def train(
                 updating = False
                 if on_step is not None:
                     on_step(point)
-                due = len(history.curve) % config.checkpoint_every == 0 or time.monotonic() - saved > LONGEST_UNSAVED
+                late = together.count == 1 and time.monotonic() - saved > LONGEST_UNSAVED  # clocks differ
+                due = len(history.curve) % config.checkpoint_every == 0 or late
                 if due and len(history.curve) < config.steps:
                     save()
         history.finished = len(history.curve) == config.steps
         save()
     except KeyboardInterrupt:
-        if not updating:
+        if not updating and together.count == 1:  # others may be elsewhere
             save()
         raise
     finally:
@@ -306,7 +300,7 @@ def _loss_scaler(model: nn.Module, config: TrainConfig, device: torch.device) ->
 
 
 def _gradients(
-    model: nn.Module,
+    together: Alone,
     task: Task,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -317,24 +311,22 @@ def _gradients(
 ) -> tuple[float, float, float]:
     """Clipped gradients of a step; the task's loss, the auxiliary loss and the gradient's norm."""
     device = batch.inputs.device
-    torch.manual_seed(step_seed(config.seed, step))
-    generator = torch.Generator(device).manual_seed(step_seed(config.seed, step))
+    seed = step_seed(config.seed, step) + together.draws
+    torch.manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
+    batch = together.part(batch)
     context = batch_context(batch, generator=generator, progress=float(step))
     optimizer.zero_grad(set_to_none=True)
 
     def run() -> tuple[Tensor, Tensor | float, Tensor]:
         narrow = torch.float16 if config.precision == "float16" else torch.bfloat16
-        with torch.autocast(device.type, narrow, enabled=config.precision != "float32"):
-            result = run_model(model, batch, context)
-        loss = mean_loss(task, result.output, batch)
-        auxiliary = auxiliary_loss(result.losses, getattr(getattr(model, "config", None), "loss_weights", {}))
-        if "exits" in result.extras:
-            auxiliary = auxiliary + joint_loss(result, partial(mean_loss, task, batch=batch)) - loss
+        within = torch.autocast(device.type, narrow, enabled=config.precision != "float32")
+        loss, auxiliary = together.losses(task, batch, context, within)
         scaler.scale(loss + auxiliary).backward()
+        together.add_gradients()
         if scaler.is_enabled():
             scaler.unscale_(optimizer)
-        limit = math.inf if config.clip is None else config.clip
-        return loss, auxiliary, nn.utils.clip_grad_norm_(model.parameters(), limit)
+        return loss, auxiliary, together.clip(math.inf if config.clip is None else config.clip)
 
     if measure is None:
         loss, auxiliary, norm = run()
@@ -342,7 +334,7 @@ def _gradients(
         peak = peak_memory(run, device=device)
         measure.peak_memory, measure.memory_counted = peak.bytes, peak.counted
         loss, auxiliary, norm = peak.value
-    return loss.item(), float(torch.as_tensor(auxiliary).detach()), norm.item()
+    return *together.told(loss, auxiliary), norm.item()
 
 
 def _synchronise(device: torch.device) -> None:

@@ -30,7 +30,7 @@ from regard.layers.attention import AttentionLayer
 from regard.models.blocks import evaluation_mode
 from regard.models.weights import write_atomically
 from regard.tasks import Task
-from regard.training.loop import batch_context, run_model
+from regard.training.step import batch_context, run_model
 from regard.workbench.report import pages
 from regard.workbench.section_pages import parts_of_page
 from regard.workbench.sections import Curves, Heat, Section

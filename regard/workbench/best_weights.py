@@ -15,6 +15,7 @@ from torch import nn
 from regard.models.weights import distinct_tensors, load_tensors, read_tensors, write_atomically
 from regard.tasks import Task
 from regard.training import WeightAverage, runner_of
+from regard.training.step import Alone
 
 MOMENTS = 8
 """Steps at which a run looks for its best weights where nobody says how many."""
@@ -47,10 +48,20 @@ class BestWeights:
         path: of the file.
         task: its first `items` held-out items choose, `at_once` at a time: by score, and where that is equal by loss.
         average: of the run, looked at beside the weights themselves; None for none.
+        together: the processes that look, of which one writes; one when None.
     """
 
-    def __init__(self, path: Path, task: Task, items: int, at_once: int, average: WeightAverage | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        task: Task,
+        items: int,
+        at_once: int,
+        average: WeightAverage | None,
+        together: Alone | None = None,
+    ) -> None:
         self.path, self.task, self.items, self.at_once, self.average = path, task, items, at_once, average
+        self.together = Alone(nn.Module()) if together is None else together
         self.found: Found | None = None
         if path.is_file():
             self.found = Found(**json.loads(read_tensors(path)[1]["found"]))
@@ -70,12 +81,13 @@ class BestWeights:
         for averaged in (False, True)[: 1 + (self.average is not None)]:
             with self.average.in_place_of(model) if averaged and self.average else contextlib.nullcontext():
                 evaluated = runner_of(self.task).evaluate(model, self.task, self.at_once, last=self.items)
-                found = Found(step, averaged, evaluated.score, evaluated.loss, self.items)
+                found = self.together.agreed(Found(step, averaged, evaluated.score, evaluated.loss, self.items))
                 if self.found is None or self._order(found) > self._order(self.found):
                     self._keep(model, found)
 
     def take(self, model: nn.Module) -> None:
         """Put the best weights into `model`."""
+        self.together.wait()  # for the one that writes
         load_tensors(model, read_tensors(self.path)[0], source=str(self.path))
 
     def _order(self, found: Found) -> tuple[float, float]:
@@ -85,7 +97,8 @@ class BestWeights:
 
     def _keep(self, model: nn.Module, found: Found) -> None:
         tensors, told = distinct_tensors(model), {"format": "pt", "found": json.dumps(asdict(found))}
-        write_atomically(self.path, lambda path: save_file(tensors, path, metadata=told))
+        if self.together.writes:
+            write_atomically(self.path, lambda path: save_file(tensors, path, metadata=told))
         self.found = found
 
     def as_record(self) -> dict[str, Any] | None:

@@ -25,9 +25,11 @@ from regard.contract import Context, Unsupported
 from regard.measurement import provenance
 from regard.measurement.sharding import shard
 from regard.measurement.store import Store
+from regard.measurement.sweeps import Sweep
 from regard.models import StackConfig
 from regard.models.frames import MEANINGS
 from regard.tasks import Task
+from regard.workbench.ahead import make_ahead
 from regard.workbench.cost import model_costs
 from regard.workbench.mask_pictures import shown
 from regard.workbench.matching import match, sentence, with_options
@@ -81,6 +83,7 @@ def compare(
     watch: Watch | None = None,
     say: Callable[[str], None] | None = None,
     command: str | None = None,
+    sweep: Sweep | None = None,
 ) -> Outcome:
     """Run a comparison, or go on with one.
 
@@ -91,12 +94,20 @@ def compare(
         watch: called with the progress several times a second.
         say: called with sentences about what happens.
         command: command line to record and to print beside each row; that of the process when None.
+        sweep: where training runs are made; costs are measured here, and so are runs when None.
 
     Raises:
         Unsupported: before any training, for a mechanism that a task's pattern or size rules out, a budget that is too
-            small, or an output folder that cannot be written.
+            small, or an output folder that cannot be written; for a budget of time beside `sweep`.
     """
+    if sweep is not None and settings.budget.unit == "seconds":
+        raise Unsupported(
+            f"a budget of {settings.budget} for runs on other machines, which differ in speed",
+            supported="work of each run: tokens, steps or flops",
+            nearest='--budget "2M tokens"',
+        )
     with _begun(tasks, settings, output, watch, say, command) as runner:
+        runner.sweep = sweep
         return runner.run()
 
 
@@ -199,6 +210,7 @@ class _Runner:
         self.store, self.works, self.settings, self.output = store, works, settings, output
         self.trainer, self.beginning, self.matched = trainer, beginning, matched
         self.costed: list[dict[str, Any]] = []
+        self.sweep: Sweep | None = None
 
     def run(self) -> Outcome:
         after = cost_seconds(self.works, self.settings)
@@ -229,8 +241,13 @@ class _Runner:
             trainer.reserved = after + trainer.beside + following
             own = sum(work.runs * work.run_seconds(name) for name in names)
             trainer.progress.total = trainer.progress.done + own + trainer.reserved
-            runs[work.task.name] = trainer.train(work, names)
+            runs[work.task.name] = self._train(work, names)
         return runs
+
+    def _train(self, work: Work, names: Sequence[str]) -> Runs:
+        if self.sweep is not None:
+            make_ahead(self.sweep, self.trainer, work, names)
+        return self.trainer.train(work, names)
 
     def _beside_seconds(self, work: Work) -> float:
         """Planned seconds of a task's runs in the frames after the first."""
@@ -252,7 +269,7 @@ class _Runner:
                     )
                     continue
                 for other in works:
-                    rows[other.task.name] += self.trainer.train(other).rows
+                    rows[other.task.name] += self._train(other, [name]).rows
         return rows
 
     def _costs(self) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from regard.measurement.statistics import score_of_items
 from regard.measurement.timing import calm_clock, interleaved
 from regard.models import exit_layers, set_exit_rule
 from regard.models.exit_rules import HALTING, ExitRule
-from regard.training.loop import batch_context, run_model
+from regard.training.step import batch_context, run_model
 
 if TYPE_CHECKING:
     from regard.tasks import Task

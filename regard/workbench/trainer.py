@@ -116,6 +116,8 @@ class Trainer:
         self.beside = 0.0
         """Those of them for further frames, which further seeds in the first come before."""
         self._planned = self._taken = 0.0
+        self.elsewhere: set[tuple[str, str, str, float, int]] = set()
+        """Runs that other processes have made, whose time is behind already."""
 
     def replan(self, works: Sequence[Work]) -> None:
         """Give the tasks that are left the steps that fit in the time that is left, if they no longer fit."""
@@ -164,16 +166,16 @@ class Trainer:
         for rate, without in untried.items():
             self._leave_out(runs, f"{work.task.name}: no time was left to try {listed(without)} at a rate of {rate:g}.")
         for seed in range(first + 1, first + self.settings.seeds):
-            missing = [n for n in names if self._stored(work, n, runs.rates[n], seed) is None]
+            missing = [n for n in names if self.stored(work, n, runs.rates[n], seed) is None]
             if not self._affords(sum(work.run_seconds(name) for name in missing) - self.beside, OVERTIME):
                 self._leave_out(runs, f"{work.task.name}: no time was left for seeds from {seed} on.")
                 break
-            runs.rows += [self._run(work, name, runs.rates[name], seed) for name in names]
+            runs.rows += [self.run(work, name, runs.rates[name], seed) for name in names]
         self.cells["quality"] += [self._key(work, r["mechanism"], r["lr"], r["seed"]) for r in runs.rows]
         return runs
 
     def _try(self, work: Work, name: str, rate: float, runs: Runs) -> Row:
-        row = self._run(work, name, rate, self.settings.first_seed)
+        row = self.run(work, name, rate, self.settings.first_seed)
         trial = {k: row[k] for k in ("task", "mechanism", "frame", "lr", "seed")} | row["search"]
         key = {**self._key(work, name, rate, row["seed"]), "items": work.search_items}
         self.store.put("search", key, trial)
@@ -186,16 +188,15 @@ class Trainer:
         rate that there was no time for."""
         tried = list(tried)
         for _ in range(MORE_RATES if len(tried) > 1 else 0):
-            best, rates = _best(tried), [row["lr"] for row in tried]
-            if best["lr"] not in (min(rates), max(rates)):
+            rate = further_rate(tried)
+            if rate is None:
                 break
-            rate = beyond(best["lr"], up=best["lr"] == max(rates))
             needed = work.run_seconds(name) + after * work.run_seconds(name)
-            stored = self._stored(work, name, rate, self.settings.first_seed) is not None
+            stored = self.stored(work, name, rate, self.settings.first_seed) is not None
             if not stored and not self._affords(needed):
-                return best, rate
+                return best_of(tried), rate
             tried.append(self._try(work, name, rate, runs))
-        return _best(tried), None
+        return best_of(tried), None
 
     def affords(self, works: Sequence[Work], name: str) -> bool:
         """Whether time is left for all runs of a mechanism on these tasks."""
@@ -224,15 +225,16 @@ class Trainer:
             "items": items,
         }
 
-    def _stored(self, work: Work, name: str, rate: float, seed: int) -> Row | None:
+    def stored(self, work: Work, name: str, rate: float, seed: int) -> Row | None:
         row = self.store.get("quality", self._key(work, name, rate, seed))
         return None if row is None else row.payload
 
-    def _run(self, work: Work, name: str, rate: float, seed: int) -> Row:
+    def run(self, work: Work, name: str, rate: float, seed: int) -> Row:
         """One full run, from its row where there is one."""
-        row = self._stored(work, name, rate, seed)
+        row = self.stored(work, name, rate, seed)
         if row is not None:
-            self.advance(work.run_seconds(name))
+            if (work.task.name, work.frame, name, rate, seed) not in self.elsewhere:
+                self.advance(work.run_seconds(name))
             return row
         within = "" if work.frame == self.settings.frames[0] else f" in the frame {work.frame}"
         self.doing(f"{work.task.name}: {name}{within}, learning rate {rate:g}, seed {seed}")
@@ -243,7 +245,7 @@ class Trainer:
         self.progress.pace = self.pace
         self.store.put("quality", self._key(work, name, rate, seed), measured)
         self.advance(work.evaluation_seconds[name])  # its steps have advanced the progress one by one
-        row = self._stored(work, name, rate, seed)
+        row = self.stored(work, name, rate, seed)
         assert row is not None
         return row
 
@@ -339,7 +341,14 @@ def beyond(rate: float, *, up: bool) -> float:
     return float(f"{10 ** (step / 2):.1g}")
 
 
-def _best(rows: Sequence[Row]) -> Row:
+def further_rate(tried: Sequence[Row]) -> float | None:
+    """The rate to try next, where the best of those tried is at an end of them; else None."""
+    best, rates = best_of(tried)["lr"], [row["lr"] for row in tried]
+    return beyond(best, up=best == max(rates)) if best in (min(rates), max(rates)) else None
+
+
+def best_of(rows: Sequence[Row]) -> Row:
+    """The run with the lowest loss on the items that choose the learning rate."""
     return min(rows, key=lambda row: math.inf if row["search"]["loss"] is None else row["search"]["loss"])
 
 

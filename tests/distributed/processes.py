@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from support import close, refused
@@ -11,9 +16,16 @@ from support import close, refused
 from regard.apply import apply
 from regard.catalogue import get_mechanism
 from regard.contract import Pattern
-from regard.distributed import ContextParallel, DistributedAttention, DistributedRecurrence
+from regard.distributed import ContextParallel, DistributedAttention, DistributedRecurrence, train_together
+from regard.distributed.together import WAYS
+from regard.measurement.budget import Budget
 from regard.models import LanguageModel, LanguageModelConfig
+from regard.models.weights import distinct_tensors
+from regard.tasks.protocol import IGNORED, Batch, Task, counter_generator
+from regard.training import TrainConfig, train
+from regard.workbench.settings import CompareSettings
 from regard.workbench.subjects import Subject
+from regard.workbench.trained import train_model
 
 
 def join(rank: int, ranks: int, store: str) -> None:
@@ -88,11 +100,119 @@ def compare_training() -> None:
     refused("2 tokens on a rank whose convolutions look 3 back", parallel.loss, ids[:, :4])
 
 
-def both(rank: int, ranks: int, store: str) -> None:
-    join(rank, ranks, store)
+class Repeating(Task):
+    """A sequence that repeats its beginning; some targets do not count, and not equally many in each item."""
+
+    name, pattern, objective, length, vocab_size = "repeating", Pattern.CAUSAL_SELF, "next-token", 12, 7
+
+    def describe(self):
+        return "sequences that repeat"
+
+    def training_batch(self, step, seed, batch_size):
+        draws = counter_generator(seed, step)
+        ids = torch.from_numpy(draws.integers(7, size=(batch_size, 4))).repeat(1, 4)[:, :13]
+        targets = ids[:, 1:].clone()
+        targets[0, 2:] = IGNORED
+        return Batch(ids[:, :-1].contiguous(), targets)
+
+    def evaluation_batches(self, batch_size):
+        return [self.training_batch(0, 99, 6)]
+
+
+class Stopped(Exception):
+    """What ends a run in its middle."""
+
+
+def stop(point):
+    if point.step == 3:
+        raise Stopped
+
+
+def run_together(way, folder, model, config, *, stopped=False):
+    together = train_together(way, model) if way else None
+    path = folder / "run.safetensors"
+    if not stopped:
+        return train(model, Repeating(), config, checkpoint=path, together=together)
+    with contextlib.suppress(Stopped):
+        train(model, Repeating(), config, checkpoint=path, together=together, on_step=stop)
+    return None
+
+
+def train_in_every_way(rank: int, folder: Path) -> None:
+    """Losses are those of one process, also where a run begins in two processes and goes on in one, and the other way."""
+    plan = ["softmax", "gated_linear"]
+    config = TrainConfig(steps=6, batch_size=3, learning_rate=1e-2, checkpoint_every=2, measure_memory=False)
+
+    def fresh(**options):
+        torch.manual_seed(0)
+        return LanguageModel(LanguageModelConfig(7, dim=16, plan=plan, num_heads=2, **options)).double()
+
+    def losses(history):
+        assert history.finished
+        return torch.tensor([(point.loss, point.gradient_norm) for point in history.curve], dtype=torch.float64)
+
+    alone = fresh()
+    expected = losses(train(alone, Repeating(), config))
+    for way in WAYS:
+        own = folder / f"{way}-{rank}"  # of what one process does by itself
+        shared = folder / way
+        whole = fresh()
+        close(losses(run_together(way, folder / f"{way}-whole", whole, config)), expected, 1e-10)
+        for name, tensor in distinct_tensors(whole).items():
+            close(tensor, alone.state_dict()[name], 1e-9)
+        run_together(way, shared, fresh(), config, stopped=True)
+        dist.barrier()
+        own.mkdir()
+        shutil.copy(shared / "run.safetensors", own)
+        close(losses(run_together("", own, fresh(), config)), expected, 1e-10)
+        begun = folder / f"{way}-begun-alone"
+        if rank == 0:
+            run_together("", begun, fresh(), config, stopped=True)
+        dist.barrier()
+        close(losses(run_together(way, begun, fresh(), config)), expected, 1e-10)
+    normed = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+    refused("batch norms", train_together, "ddp", normed)
+    refused(
+        "an item or more for each",
+        train,
+        fresh(),
+        Repeating(),
+        replace(config, batch_size=1),
+        together=train_together("ddp", fresh()),
+    )
+    refused("without exits", train_together, "context", fresh(stack={"exits": (1,)}))
+    refused("left out by chance", train_together, "fsdp", fresh(stack={"stochastic_depth": 0.1}))
+    refused("try ddp", train_together, "ddpp", fresh())
+
+
+def train_a_folder(rank: int, folder: Path) -> None:
+    """A folder of `regard train` in shards, written by the first rank alone; the last weights are not the best."""
+    settings = CompareSettings(
+        ("softmax",), Budget.parse("24 steps"), seeds=1, frames=("bare",), dim=16, layers=1, heads=2, rates=(3e-2,)
+    )
+    settings = replace(settings, batch_tokens=64, lengths=(12,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("regard.workbench.work.CALIBRATION_SECONDS", 0.4)
+        found = train_model(Repeating(), settings, folder / "sharded", best_of=4, parallel="fsdp")
+        expected = train_model(Repeating(), settings, folder / f"alone-{rank}", best_of=4)
+    assert found.record["score"] == pytest.approx(expected.record["score"], abs=1e-5)
+    assert found.record["loss"] == pytest.approx(expected.record["loss"], rel=1e-5)
+    assert (
+        not list((folder / "sharded").glob("*.safetensors.*"))
+        and not (folder / "sharded" / "best.safetensors").exists()
+    )
+    one, other = (made.model().state_dict() for made in (found, expected))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-4, atol=1e-5)
+
+
+def both(rank: int, ranks: int, folder: Path) -> None:
+    join(rank, ranks, str(folder / "store"))
     try:
         compare_attention(rank, ranks)
         compare_recurrence(rank, ranks)
         compare_training()
+        train_in_every_way(rank, folder)
+        train_a_folder(rank, folder)
     finally:
         dist.destroy_process_group()

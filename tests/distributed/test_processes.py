@@ -6,5 +6,5 @@ import torch.multiprocessing as multiprocessing
 from processes import both
 
 
-def test_two_processes_compute_the_parts_of_the_whole(tmp_path):
-    multiprocessing.spawn(both, (2, str(tmp_path / "store")), nprocs=2)
+def test_two_processes_compute_the_parts_of_the_whole_and_train_as_one(tmp_path):
+    multiprocessing.spawn(both, (2, tmp_path), nprocs=2)

@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
+from elsewhere import Elsewhere
 
 from regard import Unsupported, list_mechanisms
 from regard.measurement.sharding import shard
@@ -301,3 +302,19 @@ def test_a_measurement_may_not_be_called_as_a_fact_of_cells(example, store):
     object.__setattr__(made, "run_cell", lambda setting, seed: {"seconds": 1.0})
     with pytest.raises(ValueError, match="seconds"):
         run(plan(["example"], 1), store)
+
+
+def test_cells_made_elsewhere_are_judged_as_those_made_here(example, store, tmp_path):
+    cells, told, sweep = plan(["example"], 2), [], Elsewhere()
+    with Store(tmp_path / "here.db") as here:
+        run(cells, here)
+        (expected,) = collect(["example"], here, 2)
+    done = run(cells, store, sweep=sweep, on_cell=lambda cell, left, seconds: told.append((cell, left)))
+    (found,) = collect(["example"], store, 2)
+    untimed = [{**record, "cells": [c | {"seconds": 0} for c in record["cells"]]} for record in (expected, found)]
+    assert untimed[0] == untimed[1] and set(done) == set(cells)
+    assert len(sweep.cells) == 4 and not any(setting == "time" for _, setting, _ in sweep.cells)
+    assert [left for _, left in told] == [3, 2, 1, 0, 2, 1]  # the timings, here, come last
+    assert run(cells, store, sweep=sweep) == {} and len(sweep.cells) == 4
+    with pytest.raises(Unsupported, match="budget of time"):
+        run(cells, store, sweep=sweep, within=1.0)

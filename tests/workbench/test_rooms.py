@@ -19,7 +19,7 @@ from regard.models.registry import MODELS, models_for
 from regard.tasks import Batch, Objective, Task, check_task, counter_generator, register_objective
 from regard.tasks.protocol import OBJECTIVES
 from regard.training import History, Point, evaluate
-from regard.training.loop import batch_context, run_model
+from regard.training.step import batch_context, run_model
 from regard.workbench.compare import compare
 from regard.workbench.settings import CompareSettings
 from regard.workbench.trained import train_model

@@ -110,3 +110,8 @@ class Cell:
     reproduction: Reproduction
     setting: str
     seed: int
+
+    @property
+    def timed(self) -> bool:
+        """Whether its measurements are times."""
+        return self.setting in self.reproduction.timings

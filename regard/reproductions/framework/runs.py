@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from regard.contract import Unsupported
 from regard.measurement.statistics import t_quantile
 from regard.measurement.store import Store
+from regard.measurement.sweeps import Sweep
 from regard.reproductions.framework.catalogue import get_reproduction
 from regard.reproductions.framework.judging import Finding, Measurements, Outcome, Verdict
 from regard.reproductions.framework.protocol import PILOT, Cell, Reproduction, Setting
@@ -89,6 +91,7 @@ def run(
     *,
     on_cell: Callable[[Cell, int, float], None] | None = None,
     within: float | None = None,
+    sweep: Sweep | None = None,
 ) -> dict[Cell, Measurements]:
     """Run the cells that the store lacks.
 
@@ -96,14 +99,24 @@ def run(
         cells: what to run, in this order.
         store: rows of earlier runs are not made again; each new one is committed at once.
         on_cell: called before each cell with it, the number of cells still to run, and the seconds that they will take
-            by the pace of the cells before (by the reproductions' own estimates at the start).
+            by the pace of the cells before (by the reproductions' own estimates at the start); of a cell of a sweep, when
+            it has come back.
         within: seconds; the first cell that would not end in them by that pace is not begun, nor are those behind it.
+        sweep: runs the cells that are no timings; these follow here, one after the other.
 
     Returns:
         Measurements of the cells that were run now.
+
+    Raises:
+        Unsupported: for `within` beside `sweep`.
     """
     waiting = [cell for cell in cells if store.get(KIND, key(cell)) is None]
     done: dict[Cell, Measurements] = {}
+    if sweep is not None:
+        if within is not None:
+            raise Unsupported("a budget of time beside a sweep, whose machines may differ", supported="no budget")
+        done = _swept([cell for cell in waiting if not cell.timed], store, sweep, on_cell)
+        waiting = [cell for cell in waiting if cell not in done]
     spent, expected, began = 0.0, 0.0, time.perf_counter()
     for i, cell in enumerate(waiting):
         reproduction = cell.reproduction
@@ -118,6 +131,31 @@ def run(
         store.put(KIND, key(cell), {"measured": done[cell], "seconds": seconds})
         spent, expected = spent + seconds, expected + reproduction.seconds
     return done
+
+
+def _swept(
+    cells: Sequence[Cell], store: Store, sweep: Sweep, on_cell: Callable[[Cell, int, float], None] | None
+) -> dict[Cell, Measurements]:
+    """Run cells somewhere else."""
+    began, sent = time.perf_counter(), {(cell.reproduction.name, cell.setting, cell.seed): cell for cell in cells}
+
+    def on_done(name: tuple[str, str, int], left: int) -> None:
+        if on_cell is not None:
+            on_cell(sent[name], left, (time.perf_counter() - began) / (len(sent) - left) * left)
+
+    # judging is done here: workers need what makes the measurements alone
+    bare = {
+        cell.reproduction.name: dataclasses.replace(cell.reproduction, checks=(), needs=(), table=None, picture=None)
+        for cell in cells
+    }
+    sweep.run(_make_cell, bare, list(sent), store, on_done=on_done)
+    rows = {cell: store.get(KIND, key(cell)) for cell in cells}
+    return {cell: row.payload["measured"] for cell, row in rows.items() if row is not None}
+
+
+def _make_cell(shared: Mapping[str, Reproduction], cell: tuple[str, str, int], store: Store, folder: Path) -> None:
+    name, setting, seed = cell
+    run([Cell(shared[name], setting, seed)], store)
 
 
 def collect(names: Sequence[str | Reproduction], store: Store | None, seeds: int | None = None) -> list[dict[str, Any]]:

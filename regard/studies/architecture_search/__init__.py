@@ -27,7 +27,7 @@ from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.studies.architecture_search.task import RecallAndMajority
 from regard.studies.framework.protocol import Cells, Chosen, Study
 from regard.tasks import Task
-from regard.training.loop import run_model
+from regard.training.step import run_model
 from regard.workbench.search.costs import NetworkBudget, count_flops
 from regard.workbench.search.run import FOUND, REFERENCE, Search
 from regard.workbench.search.settings import SearchSettings

@@ -23,7 +23,8 @@ from regard.tasks import Batch, Task
 from regard.tasks.summarize import rouge_n
 from regard.tasks.voices import INSTALL
 from regard.training import runner_of
-from regard.training.loop import Evaluation, batch_context
+from regard.training.loop import Evaluation
+from regard.training.step import batch_context
 
 NS, CS, NC, CC = Pattern
 Sizes = Mapping[str, Any]

@@ -19,7 +19,7 @@ from regard.models import LanguageModel
 from regard.models.generation import sample
 from regard.tasks.documents import Paths, names_of, read_documents
 from regard.training import runner_of
-from regard.training.loop import batch_context, run_model
+from regard.training.step import batch_context, run_model
 from regard.workbench.trained import RECORD as TRAINING
 from regard.workbench.trained import open_trained
 

@@ -25,7 +25,7 @@ from regard.measurement.flops import flop_counter
 from regard.measurement.timing import Timing, calm_clock, interleaved
 from regard.models import count_parameters
 from regard.tasks import Task
-from regard.training.loop import batch_context, run_model
+from regard.training.step import batch_context, run_model
 from regard.workbench.search.space import Genes, Space
 from regard.workbench.work import build
 

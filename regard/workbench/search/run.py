@@ -30,7 +30,7 @@ from regard.models import count_parameters
 from regard.models.weights import write_atomically
 from regard.tasks import Task
 from regard.training import TrainConfig, runner_of
-from regard.training.loop import batch_context
+from regard.training.step import batch_context
 from regard.workbench.search.costs import MEASURES, CostTable, count_flops, time_models, worded
 from regard.workbench.search.predictor import KINDS, Judged, Predictor, judge, prune
 from regard.workbench.search.searchers import SEARCHERS

@@ -1,0 +1,53 @@
+"""Where the cells of a command run, and the files that they need there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regard.cli.console import load_plugins
+from regard.contract import Unsupported, one_of
+
+if TYPE_CHECKING:
+    from regard.measurement.sweeps import Sweep
+
+ENGINES = ("local", "ray")
+
+
+def enter_plugins(plugins: Sequence[Path]) -> list[Any]:
+    """Load plugins, and of ``file.py:Class`` somebody's module; the modules of the plugins."""
+    from regard.workbench.adopted import adopt
+    from regard.workbench.suspects import FILE
+
+    modules = []
+    for file in plugins:
+        module = FILE.fullmatch(str(file))
+        if module is not None and module["name"]:
+            adopt(module["path"], module["name"])
+        else:
+            modules += load_plugins([file])
+    return modules
+
+
+@contextmanager
+def sweep_of(engine: str, address: str | None, plugins: Sequence[Path] | None = None) -> Iterator[Sweep | None]:
+    """Where cells run, by the name that a command is given; None for this process.
+
+    Args:
+        plugins: which this process has entered, and the workers will have to.
+
+    Raises:
+        Unsupported: for another name, an address of no cluster, and where the cluster cannot be joined.
+    """
+    one_of("engine", engine, ENGINES)
+    if engine == "local":
+        if address is not None:
+            raise Unsupported(f"--address {address} of this process", supported="--engine ray", nearest="--engine ray")
+        yield None
+        return
+    from regard.measurement.sweeps import Plugins, RaySweep
+
+    with RaySweep(address, Plugins.read(enter_plugins, plugins or ())) as sweep:
+        yield sweep

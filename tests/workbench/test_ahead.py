@@ -1,0 +1,79 @@
+"""Training runs made elsewhere are those that the comparison asks for, all of them and no others."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+from elsewhere import Elsewhere
+
+from regard import Unsupported
+from regard.measurement.budget import Budget
+from regard.measurement.store import Store
+from regard.tasks import create_task
+from regard.workbench.ahead import make_ahead
+from regard.workbench.compare import compare
+from regard.workbench.settings import CompareSettings
+from regard.workbench.trainer import Trainer
+from regard.workbench.work import Work
+
+SETTINGS = CompareSettings(
+    ("softmax", "linear"), Budget.parse("20 steps"), seeds=3, dim=16, layers=1, heads=2, batch_tokens=256, lengths=(16,)
+)
+BEST = {"softmax": 3e-3, "linear": 1.0}
+"""Of one the rate lies within those that are tried first, of the other beyond all that are tried."""
+
+
+def recall():
+    return create_task("recall", length=16, pairs=2, queries=4, vocab_size=16, evaluation_items=8)
+
+
+def test_the_runs_are_those_that_a_comparison_asks_for(tmp_path, monkeypatch):
+    asked = []
+
+    def measured(self, work, name, rate, seed):
+        asked.append((name, rate, seed))
+        loss = abs(math.log(rate / BEST[name]))
+        choice = {"score": 0.0, "loss": loss, "diverged": False}
+        return {"task": "recall", "mechanism": name, "frame": "convolution", "lr": rate, "seed": seed, "search": choice}
+
+    monkeypatch.setattr(Trainer, "_measure", measured)
+    work = Work(recall(), SETTINGS)
+    work.steps = work.step_seconds = work.evaluation_seconds = dict.fromkeys(work.configs, 1)
+    seen, sweep, found = [], Elsewhere(), []
+    for place in ("here", "there"):
+        with Store(tmp_path / f"{place}.db") as store:
+            trainer = Trainer(
+                store, SETTINGS, tmp_path, "", lambda progress: seen.append(dataclasses.replace(progress)), print, None
+            )
+            if place == "there":
+                make_ahead(sweep, trainer, work, work.settings.names)
+                assert sorted(sweep.cells) == sorted(asked)
+                before = trainer.progress.done
+            found.append(trainer.train(work, work.settings.names))
+            if place == "here":
+                alone, asked = sorted(asked), []
+    assert sorted(asked) == sorted(sweep.cells) == alone, "each once, and none that is not asked for"
+    assert found[0] == found[1] and len({rate for name, rate, _ in alone if name == "linear"}) == 6
+    assert trainer.progress.done == before == 2 * len(alone)  # not counted again
+    assert any("of 6 runs came back" in one.doing for one in seen)
+
+
+def test_a_comparison_elsewhere_concludes_as_one_here_and_keeps_the_model(tmp_path):
+    chosen = dataclasses.replace(
+        SETTINGS, seeds=1, rates=(3e-3,), frames=("bare",), keep_models=True, mechanisms=("linear",)
+    )
+    here, there = (
+        compare([recall()], chosen, tmp_path / place, sweep=sweep)
+        for place, sweep in (("here", None), ("there", Elsewhere()))
+    )
+    for outcome in (here, there):
+        (entry,) = outcome.summary["recall"]
+        assert entry["mean"] == here.summary["recall"][0]["mean"]
+        weights = outcome.models["recall"] / "model.safetensors"
+        assert weights.read_bytes() == (here.models["recall"] / "model.safetensors").read_bytes()
+    timed = dataclasses.replace(chosen, budget=Budget.parse("1m"))
+    with pytest.raises(Unsupported, match="differ in speed"):
+        compare([recall()], timed, tmp_path / "refused", sweep=Elsewhere())
+    assert not (tmp_path / "refused").exists()
