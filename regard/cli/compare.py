@@ -41,7 +41,7 @@ def compare(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="Task, as name or name:option=value,option=value: text, recall, copying, listops, in_context_functions, images, "
+            help="Task, as name or name:option=value,option=value: text, recall, copying, listops, pathfinder, long_range, in_context_functions, images, pixels, "
             "segmentation, documents, matching, paraphrase, summarize, forecast. Repeatable. Default: text and recall; for your data text, or "
             "what the columns of a table or the files of a folder are for."
         ),
@@ -140,6 +140,7 @@ def compare(
         regard compare --task images photos/ --models van_nano,vit_nano,vim_nano --match flops
         regard compare --task forecast:target=load,covariates=holiday demand.csv --mechanisms softmax,linear
         regard compare --task recall:pairs=16 --mechanisms all --budget "2M tokens" --output runs/recall
+        regard compare --task long_range:which=listops --task long_range:which=pathfinder --mechanisms softmax,linear,s4d
         regard compare --mechanisms all --budget "2M tokens" --output runs/all --shard 1/2
         regard compare my_corpus.txt --mechanisms "softmax,local:window=32,gated_linear+softmax" --frame own
         regard compare my_corpus.txt --from smollm2/ --mechanisms lolcats,gated_linear,local:window=256 --budget 4h
