@@ -45,9 +45,9 @@ def compare(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="Task, as name or name:option=value,option=value: text, recall, copying, listops, algorithmic, "
-            "in_context_functions, events, images, segmentation, documents, matching, paraphrase, summarize, time_series, "
-            "forecast. Repeatable. Default: text and recall; for your data text, or "
+            help="Task, as name or name:option=value,option=value: text, masked, replaced, recall, copying, listops, pathfinder, "
+            "long_range, algorithmic, in_context_functions, events, images, pixels, segmentation, upscale, documents, matching, "
+            "paraphrase, summarize, time_series, forecast, completion, speech. Repeatable. Default: text and recall; for your data text, or "
             "what the columns of a table or the files of a folder are for."
         ),
     ] = None,
@@ -150,6 +150,7 @@ def compare(
         regard compare --task events --mechanisms softmax,aaren,gated_linear
         regard compare --task time_series:data=BasicMotions --mechanisms softmax,aaren
         regard compare --task recall:pairs=16 --mechanisms all --budget "2M tokens" --output runs/recall
+        regard compare --task long_range:which=listops --task long_range:which=pathfinder --mechanisms softmax,linear,s4d
         regard compare --mechanisms all --budget "2M tokens" --output runs/all --shard 1/2
         regard compare --mechanisms all --budget "2M tokens" --output runs/all --engine ray --address auto
         regard compare my_corpus.txt --mechanisms "softmax,local:window=32,gated_linear+softmax" --frame own

@@ -24,8 +24,8 @@ TRIES, ROUNDS = 8, 32
 """Curves that are drawn at once for each picture, of which the first that fits is taken, and how often."""
 BEND, STEADY = 3.0, 1 / 3
 """How much a curve turns over the side of a picture, in radians, and the part of a side over which it keeps turning so."""
-AT_ONCE = 1 << 19
-"""Pixels of the pictures that are drawn together."""
+AT_ONCE, MOST_AT_ONCE = 1 << 19, 256
+"""Pixels of the pictures that are drawn together, and most pictures."""
 LARGEST, MANY = 256, 64
 """Pixels of a side, and pictures that are drawn at once of which one should hold all curves."""
 FITTED, TRACED = 256, 64
@@ -73,7 +73,7 @@ class PathfinderTask(GeneratedTask):
         self.dashes = check_integer("dashes", size // 5 if dashes is None else dashes, 2, 64)
         self.distractors = check_integer("distractors", size // 10 if distractors is None else distractors, 0, 64)
         self.length = size**2
-        self.block: int | None = max(16, AT_ONCE // self.length)
+        self.block: int | None = min(MOST_AT_ONCE, max(16, AT_ONCE // self.length))
         self._shapes = [_points(self.dashes)] * 2 + [_points(max(2, self.dashes // 3))] * self.distractors
         _, labels = self._held_out
         self.chance = float(np.bincount(labels).max() / len(labels))

@@ -153,6 +153,13 @@ def _begun(
     """A comparison whose work is planned and whose store is open."""
     if not tasks:
         raise Unsupported("a comparison on no tasks", supported="one task or more")
+    names = [task.name for task in tasks]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise Unsupported(
+            f"two tasks named {twice[0]} in one comparison",
+            supported="tasks of different names",
+            nearest="a comparison for each, with an --output of its own",
+        )
     say = say or (lambda _: None)
     started = time.monotonic()
     works = [Work(task, settings) for task in tasks]

@@ -17,7 +17,7 @@ def made(which, folder):
     if which in ("text", "retrieval"):
         records = [for_any_task(f"{i} {words(20, i)}", i) for i in range(40)]
         return create_task("long_range", which=which, data=save_json(folder / "a.jsonl", records), length=100)
-    return create_task("long_range", which=which, evaluation_items=16, length=64 if which == "listops" else 256)
+    return create_task("long_range", which=which, evaluation_items=16, length=64 if which == "listops" else 576)
 
 
 @pytest.mark.parametrize("which", TASKS)
@@ -33,7 +33,7 @@ def test_each_is_a_sequence_to_classify_that_is_told_apart_and_made_again(which,
 
 
 def test_the_tasks_behind_it_have_the_same_items(tmp_path):
-    inner = create_task("pathfinder", size=16, evaluation_items=8)
-    outer = create_task("long_range", which="pathfinder", length=256, evaluation_items=8)
+    inner = create_task("pathfinder", size=24, evaluation_items=8)
+    outer = create_task("long_range", which="pathfinder", length=576, evaluation_items=8)
     for one, other in zip(inner.evaluation_batches(8), outer.evaluation_batches(8), strict=True):
         assert torch.equal(one.inputs, other.inputs) and torch.equal(one.targets, other.targets)

@@ -40,6 +40,12 @@ def rows(outcome, kind="quality"):
         return [row.payload for row in store.rows(kind)]
 
 
+def test_tasks_of_one_name_are_refused_where_one_would_hide_the_other(tmp_path):
+    with pytest.raises(Unsupported, match="two tasks named recall in one comparison"):
+        compare([recall(), recall(8)], settings(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_stack_and_a_precision_reach_models_training_and_rows(tmp_path):
     stack = StackConfig(reversible=True, share="all")
     chosen = settings(mechanisms=("softmax", "linear"), stack=stack, precision="bfloat16", layers=2, seeds=1)
