@@ -1,6 +1,6 @@
 """Writes the pages that follow from the catalogue: one a mechanism, the verified matrix, mechanisms in models of other
 libraries, growth with length, the ranking, backbones on Fashion-MNIST, parity with other code, findings of the
-studies, and the verdicts of the reproductions.
+studies, mixing matrices, and the verdicts of the reproductions.
 
     python docs/generate.py                          # into docs/
     python docs/generate.py --plugin mine.py --output pages
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from lightened import lighter_page
+from mixed import mixing_page
 from studied import studies_page
 from tables import table
 
@@ -1090,6 +1091,7 @@ def write(output: Path, names: Sequence[str]) -> list[Path]:
         "fashion.md": fashion_page(_read(DATA / "fashion_mnist.json"), _read(DATA / "resolution.json")),
         "lighter.md": _page(lighter_page(_read(DATA / "lighter.json"))),
         "findings.md": _page(studies_page(_read(DATA / "studies.json"))),
+        "mixing.md": _page(mixing_page(names)),
         "verdicts.md": verdicts_page(reproduced, judged["measured"] if judged else None),
         "parity.md": parity_page(_read(SOURCES), _read(DATA / "parity.json"), list_mechanisms()),
     }

@@ -37,6 +37,13 @@ def test_show_tells_equations_and_deviations(capsys, name):
     assert "Deviations" in out and "| paper | here |" in out
 
 
+def test_show_draws_a_mixing_matrix(capsys):
+    found = answer(capsys, "show local --matrix --pattern noncausal-self")
+    assert found["structure"] == "chosen pairs" and len(found["weights"]) == 24
+    code, out, _ = run(capsys, "show local --matrix")
+    assert (code, out.count("██")) >= (0, 24) and "rank" in out
+
+
 def test_verify_measures_errors_in_every_dtype(capsys):
     cells = answer(capsys, "verify linear --pattern causal-self --property step")["cells"]
     assert {c["dtype"] for c in cells} == {"float64", "float32", "bfloat16", "float16"}
@@ -179,6 +186,12 @@ BAD_INPUT = {
     "reproduce nonsense --output out": ("supported",),
     "reproduce mamba --shard 3/2 --output out": ("supported",),
     "reproduce mamba --seeds 0 --output out": ("supported",),
+    "reproduce mamba --engine rey --output out": ("engine", "try ray"),
+    "reproduce mamba --address auto --output out": ("--address auto", "--engine ray"),
+    "compare good.txt --engine ray --shard 1/2": ("--shard", "both divide"),
+    "train good.txt --parallel ddp --output out": ("torchrun",),
+    "train good.txt --parallel dpp --output out": ("dpp", "try ddp"),
+    "show softmax --pattern causal-self": ("--matrix",),
 }
 
 

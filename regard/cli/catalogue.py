@@ -14,7 +14,7 @@ from rich.text import Text
 from regard.catalogue import get_mechanism, get_module, list_mechanisms
 from regard.cli.console import console, emit, load_plugins
 from regard.cli.options import JSON, PLUGINS
-from regard.contract import Pattern
+from regard.contract import Pattern, Unsupported
 from regard.functional import function_name
 
 
@@ -140,16 +140,33 @@ def _default(field: Any) -> Any:
     return field.default if field.default is not dataclasses.MISSING else None
 
 
-def show(name: str, plugin: PLUGINS = None, as_json: JSON = False) -> None:
-    """Show a mechanism: equations, symbols, options, patterns and how to call it.
+def show(
+    name: str,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Instead its mixing matrix on an example, and what is measured on it.")
+    ] = False,
+    pattern: Annotated[
+        str | None,
+        typer.Option(help="Of the matrix: causal-self or noncausal-self; the first that there is when not given."),
+    ] = None,
+    plugin: PLUGINS = None,
+    as_json: JSON = False,
+) -> None:
+    """Show a mechanism: equations, symbols, options, patterns and how to call it; or how it mixes tokens.
 
     Examples:
 
     \b
         regard show gated_linear
         regard show gla --json
+        regard show local --matrix --pattern noncausal-self
     """
     load_plugins(plugin)
+    if matrix:
+        _show_matrix(name, pattern, as_json)
+        return
+    if pattern is not None:
+        raise Unsupported(f"--pattern {pattern} without --matrix", supported="--matrix --pattern", nearest="--matrix")
     card = get_mechanism(name)
     if as_json:
         emit(_card(name) | {"documentation": inspect.cleandoc(get_module(card.name).__doc__ or "")})
@@ -175,3 +192,22 @@ def show(name: str, plugin: PLUGINS = None, as_json: JSON = False) -> None:
     table.add_row("layer", Text(f'regard.create_layer("{card.name}", dim, num_heads)'))
     console.print()
     console.print(table)
+
+
+def _show_matrix(name: str, pattern: str | None, as_json: bool) -> None:
+    from regard.workbench.mixing import STRUCTURES, as_text, mixing_of
+
+    found = mixing_of(name, pattern)
+    if as_json:
+        told = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+        emit({**told, "weights": found.weights.tolist()})
+        return
+    console.print(f"[bold]{found.mechanism}[/bold]  {found.pattern.value}: {found.structure}")
+    console.print(Text(STRUCTURES[found.structure], style="dim"))
+    console.print()
+    for line in as_text(found.weights):
+        console.print(Text(line), no_wrap=True, overflow="crop")
+    console.print()
+    console.print(
+        Text(f"{', '.join(found.facts())}. A row is an output, a column a token; shades are of the row's largest.")
+    )

@@ -34,6 +34,7 @@ GENERATED = {
     "scaling.md",
     "verdicts.md",
     "findings.md",
+    "mixing.md",
 }
 DOCUMENTS = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.name not in GENERATED)]
 MORE = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]

@@ -1,0 +1,341 @@
+"""Mixing matrices: how much of each token's value each output takes, of every mechanism on one input (arXiv 2302.06218).
+
+Where outputs are linear in the values, row i and column j is the output i for values that are a unit vector at token j alone:
+outputs are the matrix times the values. Elsewhere it is the derivative of output i by the value j at the given values, and
+said to be one. What is told of a matrix is measured on it, not claimed by a card.
+
+Tokens are the same for all mechanisms: a phrase that comes again and again, slightly varied each time, so that a mechanism
+that looks for what is alike shows stripes. Inputs that are not queries and keys are drawn as the card says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.catalogue import get_mechanism, list_mechanisms
+from regard.contract import Context, Kind, Mechanism, Pattern, Unsupported
+from regard.create import create_layer
+from regard.workbench.subjects import Subject
+
+TOKENS, PHRASE = 24, 8
+"""Tokens of the input, and of the phrase that it repeats."""
+SAMENESS = 0.3
+"""Size of what varies between repetitions, beside what they have in common."""
+SHARPNESS = 4.0
+"""Length of queries and keys."""
+EXACT = 1e-9
+"""Relative size below which a number counts as rounding."""
+SHORT = {
+    **dict.fromkeys(("window", "segment", "memory", "projected"), 6),
+    **dict.fromkeys(("block", "block_size", "group"), 3),
+    **dict.fromkeys(("chunk", "stride", "landmarks", "slots", "keys", "top_k"), 4),
+    **dict.fromkeys(("clusters", "buckets", "num_agents"), 4),
+    **dict.fromkeys(("top", "compressed"), 2),
+    **dict.fromkeys(("factor", "random_blocks", "columns"), 1),
+    "estimate_length": 16,
+}
+"""Options of sizes, where the default is greater: what so few tokens can show."""
+
+FIXED, SPARSE, SEMISEPARABLE, LOW_RANK, DENSE, NONLINEAR = (
+    "the same for every input",
+    "chosen pairs",
+    "semiseparable: a state of fixed size",
+    "low rank",
+    "dense",
+    "not linear in the values",
+)
+STRUCTURES = {
+    DENSE: "Every visible pair has a weight of its own, and no few vectors stand for the matrix.",
+    SPARSE: "Pairs that could be seen have no weight.",
+    LOW_RANK: "The matrix is a product of two thin ones.",
+    SEMISEPARABLE: "What a later piece takes of an earlier one goes through few numbers: every block below the diagonal has a low "
+    "rank, which a recurrence computes with a state of that size.",
+    FIXED: "Tokens do not change the weights, which are learned or given: convolutions, transforms, positions.",
+    NONLINEAR: "Values decide about weights too, so that no matrix is the mechanism. Drawn is the derivative of each output by "
+    "each value, at one input.",
+}
+"""What a matrix can be, in the order in which they are shown."""
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """A mixing matrix and what is measured on it.
+
+    Attributes:
+        mechanism, pattern: whose it is.
+        weights: (outputs, tokens), of the first head and feature; norms over features where it is a derivative.
+        structure: one of `STRUCTURES`.
+        linear: whether outputs are the matrix times the values.
+        normalised: whether no weight is negative and rows add up to 1.
+        per_feature: whether features have matrices of their own, or are mixed too.
+        rank: of the matrix; in causal patterns the greatest of a block below its diagonal.
+        seen: share of the visible pairs that have a weight.
+        options: that are not the default ones.
+    """
+
+    mechanism: str
+    pattern: Pattern
+    weights: Tensor
+    structure: str
+    linear: bool
+    normalised: bool
+    per_feature: bool
+    rank: int
+    seen: float
+    options: Mapping[str, Any]
+
+    def facts(self) -> list[str]:
+        """What is measured, in words."""
+        causal = "blocks below the diagonal have rank" if self.pattern.causal else "rank"
+        told = [f"{causal} {self.rank}", f"{self.seen:.0%} of the pairs"]
+        told += [", ".join(f"{name} {value}" for name, value in self.options.items())] * bool(self.options)
+        told += ["rows add up to 1"] * self.normalised + ["each feature its own"] * self.per_feature
+        return told if self.linear else [*told, "derivative"]
+
+
+def mixed_mechanisms() -> list[str]:
+    """Mechanisms of the catalogue that mix tokens by themselves: none that goes around another one or is a linear layer."""
+    return list_mechanisms(where=lambda card: card.kind not in (Kind.WRAPPER, Kind.PROJECTION))
+
+
+def mixing_of(name: str, pattern: str | Pattern | None = None, *, seed: int = 0) -> Mixing:
+    """The mixing matrix of a mechanism in float64.
+
+    Args:
+        pattern: a self pattern; causal-self when None, where the mechanism has it.
+        seed: of the input.
+
+    Raises:
+        Unsupported: for a mechanism that does not mix tokens by itself, and a pattern that it lacks or that reads a memory.
+    """
+    card = get_mechanism(name)
+    if card.kind in (Kind.WRAPPER, Kind.PROJECTION):
+        raise Unsupported(
+            f"a mixing matrix of {card.name}, a {card.kind.value}",
+            supported="attention, mixers and poolings, which mix tokens themselves",
+        )
+    causal = Pattern.CAUSAL_SELF if Pattern.CAUSAL_SELF in card.patterns else Pattern.NONCAUSAL_SELF
+    wanted = card.require_pattern(causal if pattern is None else pattern)
+    if wanted.cross:
+        raise Unsupported(f"a mixing matrix in {wanted}", supported="causal-self, noncausal-self")
+    subject = Subject(card, wanted, _short_options(card), seed=seed)
+    values = _values(card)
+    inputs, others = (_inputs(subject, phrase) for phrase in (0, 1))
+    if values is None or not _is_linear(subject, inputs, values):
+        return _derivative(subject, inputs, values)
+    weights, features = _by_units(subject, inputs, values)
+    elsewhere, _ = _by_units(subject, others, values)
+    size = max(float(weights.abs().max()), 1e-300)
+    fixed = float((weights - elsewhere).abs().max()) <= EXACT * size
+    return _measured(subject, weights, linear=True, fixed=fixed, per_feature=features)
+
+
+def _short_options(card: Mechanism) -> dict[str, Any]:
+    """`SHORT`, as far as the mechanism has these options and takes them together."""
+    defaults, found = card.config(), dict[str, Any]()
+    for name, value in SHORT.items():
+        default = getattr(defaults, name, None)
+        if isinstance(default, int) and default > value:
+            with suppress(Unsupported):
+                card.options(**found, **{name: value})
+                found[name] = value
+    return found
+
+
+def _values(card: Mechanism) -> str | None:
+    """The input that is mixed; None where it is not laid out as tokens by features."""
+    for name in ("v", "x"):
+        axes = card.axes.get(name, "")
+        if len(axes) in (3, 4) and axes[0] == "b" and axes[-2] in "nm" and all(axis in "hg" for axis in axes[1:-2]):
+            return name
+    return None
+
+
+def _content(phrase: int, width: int) -> Tensor:
+    """Vectors (tokens, width) of a phrase that is repeated with variations."""
+    generator = torch.Generator().manual_seed(phrase)
+    words = torch.randn(PHRASE, width, dtype=torch.float64, generator=generator)
+    varied = torch.randn(TOKENS, width, dtype=torch.float64, generator=generator)
+    tokens = (words[torch.arange(TOKENS) % PHRASE] + SAMENESS * varied).abs()  # rectified features keep all
+    return SHARPNESS * tokens / tokens.norm(dim=-1, keepdim=True)
+
+
+def _inputs(subject: Subject, phrase: int) -> dict[str, Tensor]:
+    """One row of inputs of one head, or of two where two make one map; parameters are the same for every phrase."""
+    inputs = _inputs_of(subject, phrase, 1)
+    try:
+        subject.run(inputs)
+    except Unsupported:
+        return _inputs_of(subject, phrase, 2)
+    return inputs
+
+
+def _inputs_of(subject: Subject, phrase: int, heads: int) -> dict[str, Tensor]:
+    found = subject.inputs(TOKENS, batch=1, h=heads, g=heads)
+    drawn = subject.inputs(TOKENS, batch=1, seed=1 + phrase, h=heads, g=heads)
+    for name in found:
+        axes = subject.card.axes.get(name, "")
+        if axes.startswith("b"):
+            found[name] = drawn[name]
+        if name.split("_")[0] in ("q", "k") and axes[-2:-1] in ("n", "m") and found[name].shape[-2] == TOKENS:
+            found[name] = _content(phrase, found[name].shape[-1]).expand(found[name].shape).clone()
+    # a segment before this one would be other tokens, a null key is none, and an option that is off has no input
+    return {
+        name: x
+        for name, x in found.items()
+        if not (name.endswith("_past") or name.startswith("null_") or getattr(subject.config, name, x) is None)
+    }
+
+
+def _with_values(subject: Subject, inputs: dict[str, Tensor], name: str, values: Tensor) -> dict[str, Tensor]:
+    """Inputs for rows of values (rows, tokens, features); other projections of the values are theirs too."""
+    given = {}
+    for other, x in inputs.items():
+        axes = subject.card.axes.get(other, "b")
+        if other == name or (other.startswith(f"{name}_") and axes == subject.card.axes[name]):
+            heads = x.shape[1:-2]
+            given[other] = values.view(len(values), *(1,) * len(heads), *values.shape[1:]).expand(-1, *heads, -1, -1)
+            if x.shape[-2] != values.shape[-2]:  # of an earlier segment, whose tokens are others
+                given[other] = x.new_zeros(len(values), *x.shape[1:])
+        elif axes.startswith("b"):
+            given[other] = x.expand(len(values), *x.shape[1:])
+        else:
+            given[other] = x
+    return given
+
+
+def _outputs(subject: Subject, inputs: dict[str, Tensor], name: str, values: Tensor) -> Tensor:
+    """(rows, outputs, features) of the first head."""
+    output = subject.run(_with_values(subject, inputs, name, values)).output
+    return output[:, 0] if output.ndim == 4 else output
+
+
+def _is_linear(subject: Subject, inputs: dict[str, Tensor], name: str) -> bool:
+    a, b = torch.randn(2, *inputs[name].shape[-2:], dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    first, second, both = _outputs(subject, inputs, name, torch.stack([a, b, 2 * a - 3 * b]))
+    error = float((2 * first - 3 * second - both).abs().max())
+    return error <= EXACT * max(float(both.abs().max()), float(first.abs().max()), 1e-300)
+
+
+def _by_units(subject: Subject, inputs: dict[str, Tensor], name: str) -> tuple[Tensor, bool]:
+    """The matrix of the first feature, and whether other features have others or are mixed with it."""
+    count, width = inputs[name].shape[-2:]
+    units = torch.zeros(2 * count, count, width, dtype=torch.float64)
+    tokens = torch.arange(count)
+    units[tokens, tokens, 0] = units[count + tokens, tokens, -1] = 1.0
+    outputs = _outputs(subject, inputs, name, units)
+    first, last = (half.movedim(0, 1) for half in outputs.split(count))  # (outputs, tokens, features)
+    weights = first[..., 0]
+    size = EXACT * max(float(weights.abs().max()), 1e-300)
+    other = width > 1 and (
+        float(first[..., 1:].abs().max()) > size or float((last[..., -1] - weights).abs().max()) > size
+    )
+    return weights.clone(), other
+
+
+def _derivative(subject: Subject, inputs: dict[str, Tensor], name: str | None) -> Mixing:
+    """Norms of the derivatives of outputs by values, or of a layer by its input where that is not laid out as values."""
+    if name is None or subject.card.kind is not Kind.ATTENTION:
+        return _of_layer(subject)
+    values = inputs[name].flatten(0, -3)[0]
+    slopes = _slopes(lambda rows: _outputs(subject, inputs, name, rows), values)
+    return _measured(subject, slopes, linear=False, fixed=False, per_feature=False)
+
+
+def _of_layer(subject: Subject) -> Mixing:
+    card, width = subject.card, 8
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layer = create_layer(card.name, width, 1, pattern=subject.pattern, **subject.options).double().eval()
+    context = Context(grid=subject.grid(TOKENS))
+    slopes = _slopes(lambda rows: layer(rows, context=context).output, _content(0, width))
+    return _measured(subject, slopes, linear=False, fixed=False, per_feature=False)
+
+
+def _slopes(run: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """(outputs, tokens) norms over features of the derivative, one row of a batch for each number that comes out."""
+    with torch.no_grad():
+        outputs, features = run(values[None]).shape[1:]
+    rows = outputs * features
+    x = values.expand(rows, *values.shape).clone().requires_grad_()
+    each = run(x).flatten(1).diagonal()
+    (slopes,) = torch.autograd.grad(each.sum(), x)
+    return slopes.view(outputs, features, *values.shape).norm(dim=(1, 3))
+
+
+def _measured(subject: Subject, weights: Tensor, *, linear: bool, fixed: bool, per_feature: bool) -> Mixing:
+    size = max(float(weights.abs().max()), 1e-300)
+    rows, columns = weights.shape
+    causal = subject.pattern.causal and rows == columns
+    visible = torch.ones_like(weights, dtype=torch.bool)
+    blocks = [weights]
+    if causal:
+        visible = visible.tril()
+        blocks = [weights[i:, :i] for i in range(1, rows)]
+    rank = max(int(torch.linalg.matrix_rank(block, atol=EXACT * size, rtol=0.0)) for block in blocks)
+    floor = EXACT * size if fixed or not linear else 0.0  # transforms and derivatives round what is 0
+    seen = float((weights[visible].abs() > floor).double().mean())
+    sums = weights.sum(1)
+    normalised = bool((weights >= -EXACT * size).all()) and float((sums - 1).abs().max()) < 1e-6
+    structure = NONLINEAR
+    if linear:
+        full = min(rows, columns) // 2 if causal else min(rows, columns)
+        low = rank <= 0.75 * full
+        structure = FIXED if fixed else SPARSE if seen < 1 else DENSE
+        if structure is DENSE and low:
+            structure = SEMISEPARABLE if causal else LOW_RANK
+    return Mixing(
+        subject.card.name,
+        subject.pattern,
+        weights.detach(),
+        structure,
+        linear,
+        normalised and linear,
+        per_feature,
+        rank,
+        seen,
+        subject.options,
+    )
+
+
+SHADES = " ░▒▓█"
+
+
+def as_text(weights: Tensor) -> list[str]:
+    """A line for each output, two letters for each token: the larger the weight, in its row, the darker."""
+    sizes = weights.abs()
+    shares = sizes / sizes.amax(1, keepdim=True).clamp(min=1e-300)
+    levels = (shares * (len(SHADES) - 1)).ceil().long()
+    return ["".join(SHADES[level] * 2 for level in row) for row in levels.tolist()]
+
+
+LEVELS: Sequence[float] = (0.02, 0.15, 0.35, 0.6, 0.85)
+"""Shares of a row's largest weight from which on a shade is darker."""
+
+
+def as_svg(mixing: Mixing, side: int = 6) -> str:
+    """The matrix as a picture: rows are outputs, columns are tokens, shades are shares of the largest weight of the row;
+    negative weights have the class ``negative``."""
+    weights = mixing.weights
+    shares = weights / weights.abs().amax(1, keepdim=True).clamp(min=1e-300)
+    rows, columns = shares.shape
+    paths = []
+    for sign, name in ((1.0, "positive"), (-1.0, "negative")):
+        for level, low in enumerate(LEVELS):
+            high = LEVELS[level + 1] if level + 1 < len(LEVELS) else 2.0
+            at = ((sign * shares >= low) & (sign * shares < high)).nonzero().tolist()
+            if at:
+                squares = "".join(f"M{j * side} {i * side}h{side}v{side}h-{side}z" for i, j in at)
+                opacity = (level + 1) / len(LEVELS)
+                paths.append(f'<path class="{name}" fill-opacity="{opacity:.1f}" d="{squares}"/>')
+    title = f"{mixing.mechanism}, {mixing.pattern.value}: {', '.join(mixing.facts())}"
+    return (
+        f'<svg viewBox="0 0 {columns * side} {rows * side}" role="img"><title>{title}</title>'
+        f'<rect class="frame" width="{columns * side}" height="{rows * side}"/>{"".join(paths)}</svg>'
+    )
