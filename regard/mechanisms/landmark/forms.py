@@ -136,8 +136,10 @@ def chunked(
         )
     _check_plain(call)
     size = call.chunk_size or call.config.chunk or max(n, 1)
+    if n <= size:
+        return _continue(call, q, k, v, miss)
     outputs, state = [], call.state
-    for start in range(0, max(n, 1), size):
+    for start in range(0, n, size):
         rows = slice(start, start + size)
         lengths = None if call.lengths is None else (call.lengths - start).clamp(0, min(size, n - start))
         part = call.replace(
@@ -301,7 +303,12 @@ def _continue(call: Call, q: Tensor, k: Tensor, v: Tensor, miss: Tensor | None) 
     """One chunk: attend to the cache and the chunk, then cache the chunk."""
     config, past, landmark = call.config, _past(call, k, v), _landmarks(call, k)
     if config.top_k is not None and past.k.shape[2] > 0 and q.shape[2] > 0:
-        state = _append(past, k, v, landmark, call.memory_lengths, config)
+        few = q.shape[2] == 1 and call.memory_lengths is None and miss is None and not _dropout(call).random
+        plain = config.softmax == "grouped" and config.selection != "max_over_heads" and config.cache_blocks is None
+        begun = _unfinished(past) if few and plain else None
+        state = _append(past, k, v, landmark, call.memory_lengths, config, begun)
+        if begun is not None:
+            return Result(_retrieve_one(call, q, k, v, landmark, past, begun), state)
         return Result(_retrieve(call, q, k, v, landmark, past, miss), state)
     where = ranks(call, q.shape[2], k.shape[2], q.device, past.ranks(), past.length)
     new = _ranks(where.queries, where.keys[:, past.k.shape[2] :])
@@ -318,9 +325,19 @@ def _continue(call: Call, q: Tensor, k: Tensor, v: Tensor, miss: Tensor | None) 
 
 
 def _append(
-    past: LandmarkState, k: Tensor, v: Tensor, landmark: Tensor, lengths: Tensor | None, config: Config
+    past: LandmarkState,
+    k: Tensor,
+    v: Tensor,
+    landmark: Tensor,
+    lengths: Tensor | None,
+    config: Config,
+    begun: int | None = None,
 ) -> LandmarkState:
-    """The cache with new tokens, and without the oldest blocks when it is full."""
+    """The cache with new tokens, and without the oldest blocks when it is full.
+
+    Args:
+        begun: tokens of the incomplete block, where that is known of one row.
+    """
     batch, m = k.shape[0], k.shape[2]
     new = torch.full((batch,), m, device=k.device) if lengths is None else lengths
     empty = mapped if config.offload == DISK else Tensor.new_empty
@@ -336,6 +353,8 @@ def _append(
     state = LandmarkState(keys, values, flags, past.cached + new, past.length + new)
     if not config.bounded:
         return state
+    if begun is not None and begun < config.block and not bool(landmark[0, 0]):  # a token that fits its block
+        return dataclasses.replace(state, marks=past.marks, closed=past.closed)
     _check_blocks(state, m, config)
     if config.top_k is not None:
         state = _closed(past, k, state, new, config)
@@ -469,6 +488,67 @@ def _retrieve(
         output = taken.read(distant) + product(close, wide(near_values))
         outputs.append(output.to(v.dtype))
     return torch.cat(outputs, 2)
+
+
+def _unfinished(past: LandmarkState) -> int | None:
+    """Tokens of the incomplete block of a single row whose cache has lost nothing; None for other caches, and where a block
+    without a token follows the last one."""
+    if (
+        torch.compiler.is_compiling()
+        or past.closed is None
+        or past.closed.shape[0] != 1
+        or past.k.device != past.closed.device
+    ):
+        return None
+    slots, blocks = past.k.shape[2], past.closed.shape[1]
+    if not blocks or not slots == int(past.length) == int(past.cached) or int(past.closed[0, 0]) < 0:
+        return None
+    last = int(past.closed[0, -1])
+    return None if bool(past.landmark[0, last + 1 :].any()) else slots - 1 - last
+
+
+def _retrieve_one(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, landmark: Tensor, past: LandmarkState, open_tokens: int
+) -> Float[Tensor, "1 h 1 v"]:
+    """As :func:`_retrieve` of one token of one row, in as few operations as it takes: each costs more than its arithmetic."""
+    config: Config = call.config
+    assert config.top_k is not None and past.marks is not None and past.closed is not None
+    size, slots, blocks, heads = config.block + 1, past.k.shape[2], past.closed.shape[1], q.shape[1]
+    begin = min(blocks, config.top_k + 1) * size
+    near_keys = torch.cat([past.k[:, :, slots - open_tokens :], k.to(past.k.dtype)], 2)
+    near_values = torch.cat([past.v[:, :, slots - open_tokens :], v.to(past.v.dtype)], 2)
+    q, near_keys, marks = wide(q), wide(near_keys), wide(past.marks)
+    if call.rotate is not None:
+        near = torch.arange(begin, begin + open_tokens + 1, device=q.device)[None]
+        q, near_keys = call.rotate(q, near[:, -1:]), call.rotate(near_keys, near)
+        place = (torch.arange(begin // size - blocks, begin // size, device=q.device)).clamp(min=0)
+        marks = call.rotate(marks, (place * size + config.block)[None])
+    q = call.scale * q
+    number = min(config.top_k, blocks)
+    chosen = product(q, marks.mT)[0, :, 0].detach().topk(number, -1).indices.sort(-1).values  # (h, k)
+    within = torch.arange(size, device=q.device)
+    ends = past.closed[0]
+    slot = ends[chosen][..., None] + (within - config.block)  # (h, k, size)
+    inside = slot > F.pad(ends[:-1], (1, 0), value=-1)[chosen][..., None]
+    slot = slot.clamp(min=0)
+    inside = inside & ~past.landmark[0][slot]
+    head = (torch.arange(heads, device=q.device) // (heads // past.k.shape[1]))[:, None, None]
+    keys, values = wide(past.k[0][head, slot]).flatten(1, 2), wide(past.v[0][head, slot]).flatten(1, 2)
+    if call.rotate is not None:
+        at = chosen
+        if blocks > config.top_k:
+            at = torch.arange(number, device=q.device) + (chosen >= blocks - config.top_k)
+        keys = call.rotate(keys[:, None], (at[..., None] * size + within).flatten(1))[:, 0]
+    scores = (keys @ q[0].mT)[..., 0].unflatten(1, (number, size))  # (h, k, size)
+    tokens = scores.masked_fill(~inside, -torch.inf)
+    far = (tokens - tokens.logsumexp(-1, keepdim=True) + scores[..., -1:]).flatten(1)
+    close = product(q, near_keys.mT)[0, :, 0]
+    if bool(landmark[0, 0]):
+        close = close[:, :-1]
+        near_values = near_values[:, :, :-1]
+    weights = torch.cat([far, close], -1).softmax(-1)[:, None]
+    distant, close = weights.split([far.shape[-1], close.shape[-1]], -1)
+    return ((distant @ values)[None] + product(close[None], wide(near_values))).to(v.dtype)
 
 
 def _read_blocks(call: Call, q: Tensor, memory: LandmarkState) -> Float[Tensor, "b h n v"]:

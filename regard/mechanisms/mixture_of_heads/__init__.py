@@ -29,8 +29,7 @@ weights of no others are computed. Keys and values are of all tokens, since any 
 are one product each, which takes less time than one for each head. It is the same function; with a state, for wanted weights, and for straight-through gates in training
 (whose gradient asks for the heads that were not chosen) all heads are computed as usual. Saved are 1 - (h_s + k) / H of the
 scores; within a batch a head's scores are padded to the row of most tokens.
-It pays from about 2000 tokens on: with 2 shared and 4 of 14 routed heads of 32, forward on one thread takes 1.3 to 1.45 times
-as long as all heads at 512 tokens, 0.8 to 0.95 at 2048, 0.5 to 0.65 at 8192 (`benchmarks/mixture_of_heads.py`).
+It pays from about 1000 tokens on with 2 shared and 4 of 14 routed heads of 32; `benchmarks/mixture_of_heads.py` measures it.
 `want={"gates"}` gives (B, N, H) on right-padded tokens in `extras["gates"]`; see `head_usage`.
 Deviations: L_b is returned in evaluation too, and is of the local batch when training is distributed. The standard deviation
 is at least eps. `rescale_gates=False` leaves out the factors 2, h_s, k and the division by the sum over T: plain softmax
