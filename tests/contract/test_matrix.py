@@ -112,6 +112,7 @@ def test_card_is_complete(name):
     card = get_mechanism(name)
     assert "reference" in card.forms
     assert set(card.patterns) | set(card.refused) >= set(type(card.patterns[0]))
+    assert not set(card.patterns) & set(card.refused)
     assert all(waiver.reason for waiver in card.waivers)
     assert all(w.property in {p.name for p in PROPERTIES} for w in card.waivers)
     assert card.kind is Kind.ATTENTION or card.module is not None
