@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pytest
 import torch
 from torch.utils._device import _device_constructors
 
 from regard import catalogue
+from regard.measurement import timing
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers would look for kernels of its models in the network
 
@@ -18,6 +21,25 @@ _device_constructors()  # remembers the constructors that a device context steer
 
 with torch.device("meta"):
     torch.empty(0)  # at the first use torch lists what follows a device, which must not be the replacements below
+
+
+def _at_most(seconds: float, rounds: Callable[..., dict[str, list[float]]]) -> Callable[..., dict[str, list[float]]]:
+    @functools.wraps(rounds)
+    def few(actions: Mapping[str, Callable[[], Any]], **options: Any) -> dict[str, list[float]]:
+        return rounds(actions, **{**options, "seconds": min(seconds, options.get("seconds", seconds))})
+
+    return few
+
+
+timing.rounds = _at_most(0.05, timing.rounds)  # no test asks how long anything takes; before other modules import it
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _short_calibrations() -> Iterator[None]:
+    """Of a comparison, which then tells another remaining time and nothing else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("regard.workbench.work.CALIBRATION_SECONDS", 0.4)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from regard.apply import apply
-from regard.contract import Mechanism, Result, Unsupported
+from regard.contract import Context, Mechanism, Result, Unsupported
 
 FIXTURES = Path(__file__).parent / "parity" / "fixtures"
+WANT_STATE = Context(want=frozenset({"state"}))
 
 
 def load(name: str) -> dict[str, Tensor]:
@@ -125,6 +128,68 @@ def calls(mechanism: Mechanism, pattern: str = "causal-self") -> Callable[..., R
         return apply(mechanism, inputs, **call)
 
     return run
+
+
+def in_pieces(
+    read: Callable[[Any, Any], Result], pieces: Iterable[Any], state: Any = None, axis: int = 2
+) -> tuple[Tensor, Any]:
+    """Outputs of `read(piece, state)`, where each piece goes on from the state before it, in one, and the last state."""
+    outputs = []
+    for piece in pieces:
+        result = read(piece, state)
+        outputs.append(result.output)
+        state = result.state
+    return torch.cat(outputs, axis), state
+
+
+def read_in_pieces(module: nn.Module, x: Tensor, sizes: int | list[int], state: Any = None) -> tuple[Tensor, Any]:
+    """The same of a layer or a model that reads pieces of these sizes."""
+    return in_pieces(lambda piece, s: module(piece, state=s, context=WANT_STATE), x.split(sizes, 1), state, 1)
+
+
+def in_steps(layer: Any, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+    """Outputs of a layer that takes x (B, N, D) token by token, and the last state."""
+    outputs = []
+    for token in x.unbind(1):
+        output, state = layer.step(token, state)
+        outputs.append(output)
+    return torch.stack(outputs, 1), state
+
+
+def saved_for_backward(run: Callable[[], Any]) -> list[int]:
+    """Bytes of each storage that the backward pass of `run()` needs."""
+    storages: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        run()
+    return list(storages.values())
+
+
+def watched(patch: pytest.MonkeyPatch, module: Any, name: str, note: Callable[..., Any]) -> list[Any]:
+    """What `note` says of the arguments of each call of a module's function, which does what it did."""
+    seen, original = [], getattr(module, name)
+
+    def run(*given: Any, **options: Any) -> Any:
+        seen.append(note(*given, **options))
+        return original(*given, **options)
+
+    patch.setattr(module, name, run)
+    return seen
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers of a tensor that an operation inside the block makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        self.numbers = max([self.numbers, *(x.numel() for x in tree_leaves(found) if isinstance(x, Tensor))])
+        return found
 
 
 def shaken(module: nn.Module, size: float = 0.1) -> nn.Module:

@@ -197,7 +197,6 @@ BAD_INPUT = {
 
 @pytest.mark.parametrize("line", BAD_INPUT)
 def test_bad_input_ends_with_two_and_one_clear_line(capsys, tmp_path, monkeypatch, line):
-    monkeypatch.setattr("regard.workbench.work.CALIBRATION_SECONDS", 1.0)
     monkeypatch.chdir(tmp_path)
     for name, content in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,6 @@ PLUGINS = {
 @pytest.fixture(params=PLUGINS)
 def name(request, tmp_path, monkeypatch):
     """Name of a mechanism whose file lies alone in the working folder."""
-    monkeypatch.setattr("regard.workbench.work.CALIBRATION_SECONDS", 1.0)
     monkeypatch.chdir(tmp_path)
     shutil.copy(EXAMPLES / f"{request.param}.py", tmp_path)
     return request.param

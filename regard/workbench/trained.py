@@ -365,7 +365,7 @@ def _planned(work: Work, name: str, looks: int, say: Callable[[str], None]) -> d
     """Steps, and how long one takes, where the items that choose are scored `looks` times."""
     started, budget = time.monotonic(), work.settings.budget
     # where the budget is not a time, the time of a step only says how often to save and what is left
-    seconds = calibration_seconds(budget) if budget.unit == "seconds" else 1.0
+    seconds = calibration_seconds(budget) / (1 if budget.unit == "seconds" else 5)
     say(f"calibrating for about {seconds:.0f} s")
     threads = best_threads(work)
     torch.set_num_threads(threads)

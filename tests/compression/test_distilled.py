@@ -446,9 +446,8 @@ TRAIN = f"train {TASK} --batch-tokens 64 --budget 20steps --learning-rate 0.01"
 
 
 def test_a_student_is_trained_from_a_folder_and_is_like_any_other(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("regard.workbench.work.CALIBRATION_SECONDS", 0.4)
     teacher, student = tmp_path / "teacher", tmp_path / "student"
     big = SMALL.replace("[4,6,8]", "[6,8,10]")
     told = answer(capsys, f"{TRAIN} --model {big} --best-of 0 --output {teacher}")

@@ -14,6 +14,8 @@ from regard.workbench.subjects import Subject
 
 CELLS = [(name, pattern) for name in list_mechanisms() for pattern in get_mechanism(name).patterns]
 SUMS = (
+    "abc",
+    "bidirectional_mamba",
     "cosformer",
     "delta_rule",
     "gated_linear",

@@ -32,6 +32,13 @@ def pairs(subject: Subject, n: int) -> torch.Tensor:
     return subject.run(inputs).output[0] != 0
 
 
+@pytest.mark.parametrize("name", ["activator", "mlp_mixer", "ninformer"])
+def test_the_cost_of_maps_that_know_no_pairs_is_linear_in_the_tokens(name):
+    card = get_mechanism(name)
+    one, two = (card.cost(Shape(1, 4, n, n, 16, 16), card.options()).flops for n in (512, 1024))
+    assert two == 2 * one
+
+
 @pytest.mark.parametrize(("name", "variant"), CASES, ids=[f"{n}-{v}" for n, v in CASES])
 def test_the_cost_counts_visible_pairs(name, variant):
     card = get_mechanism(name)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_problems import CAUSAL, Problem, counted, plain, random_problem
-from support import calls, close, qkv
+from support import calls, close, qkv, saved_for_backward, watched
 from torch import Tensor
 
 import regard.engines.attention.torch_form as backend
@@ -116,21 +116,15 @@ def test_the_kernel_s_gradients_are_kept_by_nothing_that_saves_tensors_anew():
 
 def test_no_kernel_is_given_a_row_that_sees_nothing(monkeypatch):
     """Some kernels answer such rows with NaN, which no selection afterwards removes from the gradients."""
-    masks = []
-    original = torch.nn.functional.scaled_dot_product_attention
-
-    def watched(*tensors: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
-        if attn_mask is not None:
-            masks.append(attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf)
-        return original(*tensors, attn_mask=attn_mask, **options)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    note = lambda *tensors, **options: options.get("attn_mask")  # noqa: E731
+    given = watched(monkeypatch, torch.nn.functional, "scaled_dot_product_attention", note)
     bias = torch.zeros(1, 1, 9, 9)
     bias[..., 4, :] = -torch.inf
     tensors, lengths = qkv(9, heads=1, dtype=torch.float32), Mask(lengths=torch.tensor([0, 9]))
     apply(get_mechanism("softmax"), tensors, mask=Mask(bias=bias), backend="torch")
     for name in ("softmax", "local"):
         apply(get_mechanism(name), tensors, pattern="noncausal-self", mask=lengths, backend="torch")
+    masks = [mask if mask.dtype == torch.bool else mask > -torch.inf for mask in given if mask is not None]
     assert len(masks) == 3 and all(mask.any(-1).all() for mask in masks)
 
 
@@ -147,16 +141,8 @@ def test_large_hidden_scores_leave_gradients_finite():
 
 
 def stored(run: Any) -> int:
-    """Bytes of distinct storages that the backward pass of `run()` will need."""
-    storages: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        run()
-    return sum(storages.values())
+    """Bytes that the backward pass of `run()` will need."""
+    return sum(saved_for_backward(run))
 
 
 def leaves(n: int, heads: int = 1, dim: int = 4, **more: Any) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ OPTIONS = [
     {"positions": "relative"},
     {"positions": "toeplitz", "position_options": {"max_distance": 3}},
     {"positions": "sinusoidal", "bias": True},
-    {"positions": "learned", "max_length": 13},
+    {"positions": "learned", "max_length": 15},
     {"positions": "seqpe", "position_options": {"encoder_dim": 8}},
     {"positions": "seqpe_mul", "num_kv_heads": 2, "position_options": {"encoder_dim": 8}},
     {"positions": "seqpe_scalar", "position_options": {"encoder_dim": 8, "per_head": False}},
@@ -41,32 +41,21 @@ OPTIONS = [
     {"output_gate": "sigmoid", "query_key_norm": "layer"},
     {"linear": "token_parameter", "linear_options": {"theta": "gelu_l2_norm", "num_tokens": 7}},
 ]
-KEPT = [
-    p for p in LAYER_PROPERTIES if p.name in ("layer_causality", "layer_decoding", "layer_padding", "layer_packing")
-]
+KEPT = ("layer_causality", "layer_decoding", "layer_padding", "layer_packing", "layer_ragged")
 
 
-@pytest.mark.parametrize("pattern", [Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [(o, p) for o in OPTIONS for p in Pattern if not p.cross or "max_length" not in o],
+    ids=str,
+)
 def test_a_layer_is_causal_resumes_and_ignores_padding_under_every_option(options, pattern):
+    """In self patterns after a padded prompt, and in cross patterns on padded memory that is absorbed once."""
     card = get_mechanism("softmax")
     card = dataclasses.replace(card, variants={**card.variants, "these": {"num_heads": 4, **options}})
-    cells = [check(Place(card, pattern, prop, torch.float64, variant="these")) for prop in KEPT]
+    properties = (p for p in LAYER_PROPERTIES if p.name in KEPT)
+    cells = [check(Place(card, pattern, prop, torch.float64, variant="these")) for prop in properties]
     assert [cell for cell in cells if cell is not None and cell.status != "pass"] == []
-
-
-@pytest.mark.parametrize("pattern", ["noncausal-cross", "causal-cross"])
-@pytest.mark.parametrize("options", [o for o in OPTIONS if "max_length" not in o], ids=str)
-def test_padded_memory_absorbed_once_then_steps_equals_whole(pattern, options):
-    layer = double("softmax", pattern, memory_dim=10, **options)
-    sequence, memory = x(), x(7, dim=10)
-    context = Context(memory_mask=Mask(valid=torch.tensor([[1] * 7, [0, 1, 1, 0, 1, 1, 0]]).bool()))
-    state = layer.encode_memory(memory, context=context)
-    outputs = []
-    for t in range(11):
-        output, state = layer.step(sequence[:, t], state)
-        outputs.append(output)
-    close(torch.stack(outputs, 1), layer(sequence, memory, context=context).output)
 
 
 @pytest.mark.parametrize("name", ["softmax", "gated_linear"])

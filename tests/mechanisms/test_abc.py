@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support import calls, check_recorded, close, cut, load, qkv, refused
+from support import calls, check_recorded, close, cut, in_pieces, load, qkv, refused
 from torch import Tensor
 
 from regard.create import create_layer
@@ -63,12 +63,9 @@ def test_blocks_of_tokens_equal_the_definition_and_leave_the_state_of_the_whole(
     tensors = inputs(13, groups=1)
     whole = run(tensors, return_state=True)
     close(whole.output, definition(tensors, True))
-    state, outputs = None, []
-    for part in torch.arange(13).split([4, 0, 8, 1]):
-        result = run(cut(tensors, part), state=state, return_state=True)
-        state = result.state
-        outputs.append(result.output)
-    close(torch.cat(outputs, 2), whole.output)
+    parts = torch.arange(13).split([4, 0, 8, 1])
+    found, state = in_pieces(lambda part, s: run(cut(tensors, part), state=s, return_state=True), parts)
+    close(found, whole.output)
     for name, x in whole.state.tensors().items():
         close(state.tensors()[name], x)
 

@@ -112,8 +112,3 @@ def test_what_cannot_be_is_refused():
     layer = create_layer("activator", 6, pattern="noncausal-self", mixing="convolution")
     refused("filter of 1 axes.*axes=2", layer, torch.zeros(1, 9, 6), context=Context(grid=(3, 3)))
     refused("axes=2", create_layer, "activator", 6, pattern="causal-self", axes=2)
-
-
-def test_the_cost_is_linear_in_the_tokens():
-    one, two = (MECHANISM.cost(Shape(1, 4, n, n, 16, 16), MECHANISM.options()).flops for n in (512, 1024))
-    assert two == 2 * one

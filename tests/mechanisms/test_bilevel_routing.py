@@ -6,9 +6,8 @@ import math
 
 import pytest
 import torch
-from support import calls, check_recorded, close, close_gradients, load, qkv, recorded_state, refused, shaken
+from support import Largest, calls, check_recorded, close, close_gradients, load, qkv, recorded_state, refused, shaken
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from regard import create_layer
 from regard.contract import Context, Mask
@@ -103,18 +102,6 @@ def test_regions_moved_about_move_the_outputs():
     options = {"region_size": (2, 4), "top": 2}
     expected = run(inputs, options, grid=(6, 8)).output[:, :, moved]
     close(run({name: x[:, :, moved] for name, x in inputs.items()}, options, grid=(6, 8)).output, expected)
-
-
-class Largest(TorchDispatchMode):
-    """The most numbers of a tensor that an operator makes."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        if isinstance(made, torch.Tensor):
-            self.numbers = max(self.numbers, made.numel())
-        return made
 
 
 def test_nothing_of_the_size_of_all_pairs_is_made():

@@ -10,13 +10,26 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import calls, check_recorded, close, close_gradients, cut, load, qkv, refused, shaken
+from support import (
+    calls,
+    check_recorded,
+    close,
+    close_gradients,
+    cut,
+    in_pieces,
+    load,
+    qkv,
+    read_in_pieces,
+    refused,
+    shaken,
+    watched,
+)
 from torch import Tensor
 
 import regard.engines.attention.torch_form as backend
 from regard import get_mechanism
 from regard.apply import absorb
-from regard.contract import ALL_PATTERNS, BlockMask, Context, Mask, Pattern
+from regard.contract import ALL_PATTERNS, BlockMask, Mask, Pattern
 from regard.create import create_layer
 from regard.engines import attention_forms
 from regard.mechanisms.block_sparse import MECHANISM, Config, visible_blocks, visible_pairs
@@ -189,12 +202,9 @@ def test_a_user_layout_may_come_with_the_call_alone(pattern):
 
 def test_blocks_of_the_mask_hold_in_every_step():
     call = {"options": {"block_size": 4}, "mask": Mask(blocks=BlockMask(torch.rand(2, HEADS, 4, 4) < 0.5, 6))}
-    tensors, state, outputs = qkv(21), None, []
-    for part in torch.arange(21).split([5, 1, 1, 7, 1, 6]):
-        result = run(cut(tensors, part), state=state, return_state=True, **call)
-        state = result.state
-        outputs.append(result.output)
-    close(torch.cat(outputs, 2), run(tensors, **call).output)
+    tensors, parts = qkv(21), torch.arange(21).split([5, 1, 1, 7, 1, 6])
+    found, _ = in_pieces(lambda part, s: run(cut(tensors, part), state=s, return_state=True, **call), parts)
+    close(found, run(tensors, **call).output)
 
 
 @pytest.mark.parametrize("positions", ["alibi", "relative", "rotary"])
@@ -202,25 +212,16 @@ def test_blocks_of_the_mask_hold_in_every_step():
 def test_positions_and_blocks_agree_in_every_step(pattern, positions):
     layer = shaken(create_layer("block_sparse", 8, 2, pattern=pattern, positions=positions, block_size=2), 0.3).eval()
     x, memory = torch.randn(2, 15, 8, dtype=torch.float64), torch.randn(2, 11, 8, dtype=torch.float64)
-    cross, state, outputs = pattern == "noncausal-cross", None, []
-    whole = layer(x, memory if cross else None).output
+    cross = pattern == "noncausal-cross"
     state = layer.encode_memory(memory) if cross else None
-    for part in torch.arange(15).split([4, 1, 1, 6, 1, 1, 1]):
-        result = layer(x[:, part], state=state, context=Context(want=frozenset({"state"})))
-        state = result.state
-        outputs.append(result.output)
-    close(torch.cat(outputs, 1), whole)
+    found, _ = read_in_pieces(layer, x, [4, 1, 1, 6, 1, 1, 1], state)
+    close(found, layer(x, memory if cross else None).output)
 
 
 def test_one_row_of_blocks_is_made_for_a_step(monkeypatch):
     """Not the square of all blocks, which at long caches would cost more than the attention."""
-    shapes, original = [], attention_forms.attention
-
-    def watched(*args: Any, blocks: BlockMask, **options: Any) -> Any:
-        shapes.append(tuple(blocks.visible.shape))
-        return original(*args, blocks=blocks, **options)
-
-    monkeypatch.setattr(attention_forms, "attention", watched)
+    shape = lambda *given, blocks, **options: tuple(blocks.visible.shape)  # noqa: E731
+    shapes = watched(monkeypatch, attention_forms, "attention", shape)
     state = run(qkv(40), {"block_size": 2}, return_state=True).state
     run(qkv(1), {"block_size": 2}, state=state)
     assert shapes == [(1, 1, 20, 20), (2, 1, 1, 21)]

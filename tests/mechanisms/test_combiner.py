@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from support import calls, check_recorded, close, load, refused
+from support import calls, check_recorded, close, cut, in_pieces, load, refused
 from torch import Tensor
 
 from regard.contract import Pattern, Shape
@@ -147,13 +147,9 @@ def test_dropout_spares_the_far_weights():
 def test_steps_in_float32_stay_equal_over_many_rows(factorization):
     config = Config(factorization, 8, row_keys="none")
     inputs = {name: x.float() for name, x in sample(300, config).items()}
-    state, outputs = None, []
-    for t in range(300):
-        token = {name: x[:, :, t : t + 1] for name, x in inputs.items()}
-        result = calls(MECHANISM)(token, config=config, state=state, return_state=True)
-        outputs.append(result.output)
-        state = result.state
-    close(torch.cat(outputs, 2), run(inputs, config), 3e-6)
+    tokens = (cut(inputs, slice(t, t + 1)) for t in range(300))
+    found, _ = in_pieces(lambda x, s: calls(MECHANISM)(x, config=config, state=s, return_state=True), tokens)
+    close(found, run(inputs, config), 3e-6)
 
 
 @pytest.mark.parametrize("factorization", ["fixed", "axial_vertical", "axial_mixture", "logn"])

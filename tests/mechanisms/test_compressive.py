@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import calls, close, cut, load, refused
+from support import WANT_STATE, calls, close, cut, load, read_in_pieces, refused
 from torch import Tensor
 
 from regard.catalogue import get_mechanism
@@ -21,7 +21,6 @@ OPTIONS = [
     {"segment": 6, "memory": 9, "compressed": 2, "ratio": 3},
 ]
 SELF = ["causal-self", "noncausal-self"]
-STATE = Context(want=frozenset({"state"}))
 TOKENS = ("q", "k", "v", "k_compressed", "v_compressed")
 
 run = calls(MECHANISM)
@@ -112,12 +111,9 @@ def test_a_layer_equals_queues_of_inputs_and_learns_as_they_do(options, compress
 @pytest.mark.parametrize("sizes", [[1] * 37, [1, 7, 1, 0, 28], [12, 24, 1]])
 def test_a_layer_decodes_however_a_sequence_is_cut(options, sizes):
     """At the borders of segments or not: its state holds the inputs of open groups."""
-    module, x, state, outputs = layer(options).eval(), sequence(37), None, []
-    for part in x.split(sizes, 1):
-        result = module(part, context=STATE, state=state)
-        outputs.append(result.output)
-        state = result.state
-    close(torch.cat(outputs, 1), module(x).output)
+    module, x = layer(options).eval(), sequence(37)
+    found, state = read_in_pieces(module, x, sizes)
+    close(found, module(x).output)
     kept = sum(t[0].numel() for name, t in state.mechanism.tensors().items() if name != "length")
     assert kept == cost(Shape(1, 2, 1, 1000, 4, 4), Config(**options)).state
 
@@ -170,7 +166,7 @@ def test_training_some_segments_at_a_time_is_training_on_the_whole(options, segm
     state, outputs, losses, start = None, [], [], 0
     for count in segments:
         part = slice(start, start + count * options["segment"])
-        piece = module(x[:, part], context=STATE, state=state)
+        piece = module(x[:, part], context=WANT_STATE, state=state)
         losses.append(learn(piece, part))
         outputs.append(piece.output)
         state, start = piece.state, part.stop
@@ -186,7 +182,7 @@ def test_calls_in_training_that_begin_inside_a_segment_go_on_without_the_loss(si
     module, x, state = layer(OPTIONS[0]), sequence(24), None
     whole, start = module(x).output, 0
     for size in sizes:
-        result = module(x[:, start : start + size], context=STATE, state=state)
+        result = module(x[:, start : start + size], context=WANT_STATE, state=state)
         close(result.output, whole[:, start : start + size])
         assert ("reconstruction" in result.losses) == (start % 4 == 0)
         state, start = result.state, start + size
@@ -194,7 +190,7 @@ def test_calls_in_training_that_begin_inside_a_segment_go_on_without_the_loss(si
 
 def test_in_training_what_the_state_holds_is_projected_by_the_weights_of_now():
     module, x = layer(OPTIONS[0]), sequence(24)
-    state = module(x[:, :20], context=STATE).state
+    state = module(x[:, :20], context=WANT_STATE).state
     with torch.no_grad():
         module.key.weight.mul_(-1)
         module.value.weight.add_(0.1)
@@ -213,7 +209,7 @@ def test_the_loss_counts_valid_queries_whose_segment_pushes_something_out():
 
 def test_a_state_from_evaluation_is_refused_in_training_but_not_the_other_way_round():
     module, x = layer(OPTIONS[0]), sequence(9)
-    inside = module(x[:, :3], context=STATE).state
+    inside = module(x[:, :3], context=WANT_STATE).state
     whole = module.eval()(x)
     result = module(x[:, 3:], state=inside)
     close(result.output, whole.output[:, 3:])

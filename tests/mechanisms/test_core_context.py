@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from support import calls, check_recorded, close, cut, load, qkv, refused
+from support import calls, check_recorded, close, cut, in_pieces, load, qkv, refused
 from torch import Tensor
 
 from regard.create import create_layer
@@ -30,13 +30,9 @@ def softmax(inputs: dict[str, Tensor], pattern: str = "causal-self") -> Tensor:
 
 
 def steps(inputs: dict[str, Tensor], config: Config, state=None, **call) -> Tensor:
-    outputs = []
-    for t in range(inputs["q"].shape[2]):
-        token = cut(inputs, slice(t, t + 1))
-        result = calls(MECHANISM)(token, config=config, state=state, return_state=True, **call)
-        outputs.append(result.output)
-        state = result.state
-    return torch.cat(outputs, 2)
+    tokens = (cut(inputs, slice(t, t + 1)) for t in range(inputs["q"].shape[2]))
+    call |= {"config": config, "return_state": True}
+    return in_pieces(lambda token, s: calls(MECHANISM)(token, state=s, **call), tokens, state)[0]
 
 
 def rotary():

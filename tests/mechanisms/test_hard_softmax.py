@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from support import close
 
-import regard
 from regard.functional import hard_softmax_attention, softmax_attention
 
 
@@ -23,13 +22,6 @@ def test_hard_attention_keeps_the_mass_of_the_largest_weights_and_soft_attention
     best, where = weights.max(-1)
     expected = best[..., None] * v.gather(2, where[..., None].expand(-1, -1, -1, 4))
     close(hard_softmax_attention(q, k, v, pattern="noncausal-self", keys=1), expected)
-
-
-def test_padded_keys_are_not_read_where_fewer_real_ones_exist_than_may_be():
-    q, k, v = (torch.randn(1, 2, 6, 4, dtype=torch.float64) for _ in range(3))
-    mask = regard.Mask(lengths=torch.tensor([4]))
-    found = hard_softmax_attention(q, k, v, pattern="noncausal-self", mask=mask, keys=5)[:, :, :4]
-    close(found, softmax_attention(q[:, :, :4], k[:, :, :4], v[:, :, :4], pattern="noncausal-self"))
 
 
 def test_in_training_a_weight_that_was_dropped_makes_room_for_another():

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import calls, check_recorded, close_gradients, cut, load, qkv, refused
+from support import calls, check_recorded, close_gradients, cut, in_pieces, load, qkv, refused
 from support import close as close_within
 from torch import Tensor
 
@@ -354,12 +354,8 @@ def test_a_causal_layer_on_a_grid_decodes_it():
     x, context = torch.randn(2, 12, 16, dtype=torch.float64), Context(grid=(3, 4), want=frozenset({"state"}))
     made = layer(max_offset=(2, 3)).eval()
     torch.nn.init.normal_(made.projection.grid_bias)
-    state, outputs = None, []
-    for token in x.split(1, 1):
-        result = made(token, context=context, state=state)
-        state = result.state
-        outputs.append(result.output)
-    close(torch.cat(outputs, 1), made(x, context=context).output)
+    found, _ = in_pieces(lambda token, s: made(token, context=context, state=s), x.split(1, 1), axis=1)
+    close(found, made(x, context=context).output)
 
 
 def test_a_layer_learns_the_weight_of_a_class_token():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import calls, close, cut, load, qkv, refused
+from support import calls, close, cut, in_pieces, load, qkv, refused
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -460,13 +460,10 @@ def test_retrieval_equals_the_official_code(name, options):
     """Rotated at the places that retrieved blocks take, so with the same blocks in the same places."""
     fixture, options = load(f"landmark_{name}"), {"block": 3, "top_k": 2, "cache_blocks": 4, **options}
     inputs = {n: fixture[n] for n in ("q", "k", "v", "miss") if n in fixture}
-    state, outputs = None, []
-    for part in torch.arange(inputs["q"].shape[2]).split(fixture["chunks"].tolist()):
-        call = {"roles": fixture["is_landmark"].long()[:, part], "rotate": pairs(rotary()), "state": state}
-        result = run(cut(inputs, part), options, return_state=True, **call)
-        outputs.append(result.output)
-        state = result.state
-    close(torch.cat(outputs, 2).transpose(1, 2).flatten(2), fixture["core_out"])
+    roles, call = fixture["is_landmark"].long(), {"rotate": pairs(rotary()), "return_state": True}
+    parts = torch.arange(inputs["q"].shape[2]).split(fixture["chunks"].tolist())
+    found, _ = in_pieces(lambda p, s: run(cut(inputs, p), options, roles=roles[:, p], state=s, **call), parts)
+    close(found.transpose(1, 2).flatten(2), fixture["core_out"])
 
 
 # The miss token

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import calls, check_recorded, close, close_gradients, load, refused
+from support import WANT_STATE, calls, check_recorded, close, close_gradients, in_steps, load, refused
 
-from regard.contract import ALL_PATTERNS, Context, Pattern
+from regard.contract import ALL_PATTERNS, Pattern
 from regard.create import create_layer
 from regard.mechanisms import latent
 from regard.mechanisms.latent import MECHANISM
@@ -35,8 +35,7 @@ def test_one_query_takes_the_form_without_keys_and_a_whole_sequence_that_with():
 @pytest.mark.parametrize("heads", [2, 8])
 def test_the_cache_of_a_token_does_not_depend_on_the_heads(heads):
     layer = create_layer("latent", 32, heads, latent_dim=12, head_dim=4, positions="rotary").double()
-    want = Context(want=frozenset({"state"}))
-    few, many = (layer(torch.randn(1, n, 32).double(), context=want).state.mechanism.nbytes for n in (5, 25))
+    few, many = (layer(torch.randn(1, n, 32).double(), context=WANT_STATE).state.mechanism.nbytes for n in (5, 25))
     assert many - few == 20 * (12 + 4 + 1) * 8  # and its rank
 
 
@@ -77,12 +76,8 @@ def test_parity_with_deepseek_in_transformers(name):
     x = arrays["x"].requires_grad_()
     output = layer(x).output
     check_recorded(arrays, output, {"x": x})
-    state, steps = None, []
     with torch.no_grad():
-        for t in range(x.shape[1]):
-            y, state = layer.step(x[:, t], state)
-            steps.append(y)
-    close(torch.stack(steps, 1), arrays["out"])
+        close(in_steps(layer, x)[0], arrays["out"])
 
 
 @pytest.mark.parametrize(

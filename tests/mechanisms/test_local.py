@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import calls, check_recorded, close, cut, load, qkv
+from support import calls, check_recorded, close, cut, in_steps, load, qkv
 from torch import Tensor
 
 from regard.catalogue import get_mechanism
-from regard.contract import Context, Mask
+from regard.contract import Mask
 from regard.create import create_layer
 from regard.mechanisms.local import MECHANISM, Config
 
@@ -126,11 +126,7 @@ def test_parity_with_the_benchmarks_layer(name, pattern):
     core = run({name: arrays[name] for name in "qkv"}, options, pattern=pattern).output
     close(core.transpose(1, 2).flatten(2), arrays["core_out"], 1e-10)
     if pattern == "causal-self":
-        state, steps = layer(x[:, :0], context=Context(want=frozenset({"state"}))).state, []
-        for t in range(x.shape[1]):
-            y, state = layer.step(x[:, t], state)
-            steps.append(y)
-        close(torch.stack(steps, 1), arrays["step_out"], 1e-10)
+        close(in_steps(layer, x)[0], arrays["step_out"], 1e-10)
 
 
 @pytest.mark.parametrize(("pattern", "name"), [("causal-self", "causal_mask"), ("noncausal-self", "noncausal_mask")])

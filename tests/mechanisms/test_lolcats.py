@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 import regard
-from regard import Unsupported
 from regard.functional import lolcats_attention, softmax_attention
 
 
@@ -55,9 +53,3 @@ def test_a_layer_learns_its_maps_from_the_identity_and_its_state_stays_small():
     assert short.nbytes == long.nbytes
     layer(x).output.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.projection.parameters())
-
-
-@pytest.mark.parametrize("pattern", ["noncausal-self", "noncausal-cross"])
-def test_other_patterns_are_refused_with_the_reason(pattern):
-    with pytest.raises(Unsupported, match="leaves the window"):
-        lolcats_attention(*heads(), pattern=pattern)

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from support import calls, check_recorded, close, load, refused
+from support import calls, check_recorded, close, load, refused, watched
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from regard import Context, Mask, Unsupported, backends, create_layer
 from regard.contract import ALL_PATTERNS, Pattern
 from regard.engines import attention_forms
-from regard.engines.attention import attention
 from regard.layers import chosen_heads
 from regard.mechanisms.mixture_of_heads import MECHANISM, head_usage, usage_entropy
 from regard.models import LanguageModel, LanguageModelConfig, count_parameters, from_pretrained, save_pretrained
@@ -352,23 +351,19 @@ def test_all_tokens_on_one_head_and_heads_of_no_token_are_gathered():
 
 def test_gathered_heads_do_the_work_of_the_chosen_ones_alone(monkeypatch):
     """A query has no scores in a head that it has not chosen; projections and routers are as before."""
-    heads, width, n, dim, pairs = 8, 4, 64, 32, []
-
-    def counted(q: Tensor, k: Tensor, *rest: Any, **options: Any) -> Any:
-        pairs.append(q.shape[1] * q.shape[2] * k.shape[2])
-        return attention(q, k, *rest, **options)
-
-    monkeypatch.setattr(attention_forms, "attention", counted)
-    monkeypatch.setattr(chosen_heads, "attention", counted)
+    heads, width, n, dim = 8, 4, 64, 32
+    count = lambda q, k, *rest, **options: q.shape[1] * q.shape[2] * k.shape[2]  # noqa: E731
+    pairs = [watched(monkeypatch, module, "attention", count) for module in (attention_forms, chosen_heads)]
     other = 2 * n * dim * (7 + 2 + 2 * heads * width)  # routers, keys and values
     queries = {}
     for compute in ("dense", "gather"):
         options = {"shared_heads": 1, "active_heads": 2, "head_dim": width, "compute": compute}
         layer = create_layer("moh", dim, heads, pattern="noncausal-self", **options)
-        pairs.clear()
+        for seen in pairs:
+            seen.clear()
         with torch.no_grad(), backends.only("torch"), FlopCounterMode(display=False) as counter:
             layer(torch.randn(1, n, dim))
-        queries[compute] = sum(pairs) / n**2, (counter.get_total_flops() - other) / (2 * n * dim * width)
+        queries[compute] = sum(map(sum, pairs)) / n**2, (counter.get_total_flops() - other) / (2 * n * dim * width)
     assert queries == {"dense": (heads, 2 * heads), "gather": (3, 2 * heads)}
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from support import calls, close, refused
 from torch import Tensor
 
-from regard.contract import Mask, Pattern, Shape
+from regard.contract import Mask, Pattern
 from regard.create import create_layer
 from regard.mechanisms import mlp_mixer
 from regard.mechanisms.ninformer import MECHANISM, sample_inputs
@@ -105,12 +105,6 @@ def test_what_cannot_be_is_refused():
     )
     refused("without channel_down_bias", run, {n: t for n, t in x.items() if n != "channel_down_bias"})
     refused("without a gate", run, {n: x[n] for n in ("x", "value")})
-    refused("later ones too", create_layer, "ninformer", 6, pattern="causal-self")
-
-
-def test_the_cost_is_linear_in_the_tokens():
-    one, two = (MECHANISM.cost(Shape(1, 4, n, n, 16, 16), MECHANISM.options()).flops for n in (512, 1024))
-    assert two == 2 * one
 
 
 def test_initial_values_are_those_of_torch():

@@ -1,6 +1,8 @@
-"""What is computed a part at a time, and what is summed over thousands of tokens, comes out as it should."""
+"""What is computed a part at a time, is summed over thousands of tokens or vanishes, comes out as it should."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -69,6 +71,34 @@ def test_the_native_kernel_runs_the_blocks(name, options, pattern):
     with only("native"):
         found = subject.run(inputs).output
     close(found.double(), subject.reference(inputs), 5e-6)
+
+
+@pytest.mark.parametrize("pattern", [Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF])
+@pytest.mark.parametrize(("name", "options"), [("cosformer", {}), ("linear", {"feature_map": "relu"})])
+def test_features_that_are_all_zero_give_zero_with_finite_gradients(name, options, pattern):
+    subject = Subject(get_mechanism(name), pattern, options)
+    inputs = {key: (-x.abs() if key in "qk" else x).requires_grad_() for key, x in subject.inputs(6).items()}
+    output = subject.run(inputs).output
+    assert (output == 0).all()
+    output.sum().backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in inputs.values())
+
+
+@pytest.mark.parametrize("width", [1, 8])
+@pytest.mark.parametrize("gate", [-50.0, -1e4, -math.inf])
+@pytest.mark.parametrize("name", ["delta_rule", "gated_linear"])
+def test_strong_gates_leave_the_current_token_only(name, gate, width):
+    plain = {"normalize_queries": False, "normalize_keys": False} if name == "delta_rule" else {}
+    subject = Subject(get_mechanism(name), Pattern.CAUSAL_SELF, plain)
+    inputs = subject.inputs(70)
+    q, k, v = (inputs[key] for key in "qkv")
+    k = torch.nn.functional.normalize(k, dim=-1)
+    log_decay = torch.full((2, 2, 70, width), gate, dtype=torch.float64, requires_grad=True)
+    output = subject.run({**inputs, "k": k, "log_decay": log_decay}, chunk_size=16).output
+    written = inputs["beta"][..., None] * v if "beta" in inputs else v
+    close(output, 8**-0.5 * (q * k).sum(-1, keepdim=True) * written)
+    output.sum().backward()
+    assert torch.isfinite(log_decay.grad).all()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])

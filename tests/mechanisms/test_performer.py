@@ -115,9 +115,6 @@ def test_weights_of_a_softmax_layer_give_nearly_its_outputs():
     close(performer(x).output, softmax(x).output, 0.05)
 
 
-# refusals
-
-
 # parity
 
 

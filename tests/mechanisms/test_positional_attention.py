@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import calls, check_recorded, close, close_gradients, load, refused
+from support import calls, check_recorded, close, close_gradients, load, refused, watched
 from torch import Tensor, nn
 
 from regard.contract import ALL_PATTERNS, BlockMask, Context, Mask, Shape
@@ -76,11 +76,7 @@ def test_tokens_move_with_their_rows_and_not_without():
 
 def test_one_weight_matrix_serves_all_rows(monkeypatch):
     """Only what differs between rows goes to the engine, which computes a matrix for each."""
-    counted = []
-    engine = attention_forms.attention
-    monkeypatch.setattr(
-        attention_forms, "attention", lambda *args, **options: counted.append(1) or engine(*args, **options)
-    )
+    counted = watched(monkeypatch, attention_forms, "attention", lambda *given, **options: 1)
     tensors, lengths = inputs(8), torch.tensor([8, 3, 0])
     for pattern in ("noncausal-self", "causal-self"):
         run(tensors, pattern=pattern)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import calls, check_recorded, close, cut, load, refused
+from support import calls, check_recorded, close, cut, load, refused, watched
 from torch import Tensor
 
 from regard.contract import Shape
@@ -93,16 +93,9 @@ def test_more_buckets_and_chunks_than_a_short_integer_counts(options, pattern):
 
 
 def test_a_step_attends_to_few_keys(monkeypatch):
-    widths = []
-    attention = reformer.attention
-
-    def watched(q: Tensor, k: Tensor, *rest, **options):
-        widths.append(k.shape[2])
-        return attention(q, k, *rest, **options)
-
     tensors, options = inputs(60, rounds=2), {"chunk": 3}
     state = run(cut(tensors, slice(59), "qv"), options, return_state=True).state
-    monkeypatch.setattr(reformer, "attention", watched)
+    widths = watched(monkeypatch, reformer, "attention", lambda q, k, *rest, **options: k.shape[2])
     run(cut(tensors, slice(59, 60), "qv"), options, state=state)
     assert widths and max(widths) <= 2 * 2 * 3
 

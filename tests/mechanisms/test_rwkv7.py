@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from support import calls, close, load, refused
+from support import calls, close, in_steps, load, refused
 from torch import Tensor, nn
 
 from regard.contract import ALL_PATTERNS, Context
@@ -92,11 +92,7 @@ def test_parity_with_the_recorded_official_time_mixing():
     recorded = load("rwkv7_time_mixing")
     layer = official_layer(recorded)
     whole = layer(recorded["x"], context=Context(want=frozenset({"state"})))
-    outputs, state = [], None
-    for token in recorded["x"].unbind(1):
-        output, state = layer.step(token, state)
-        outputs.append(output)
-    for found, after in ((whole.output, whole.state), (torch.stack(outputs, 1), state)):
+    for found, after in ((whole.output, whole.state), in_steps(layer, recorded["x"])):
         close(found, recorded["out"])  # observed 2e-15
         close(after.mechanism.memory, recorded["state"].mT)
 

@@ -6,17 +6,14 @@ import math
 
 import pytest
 import torch
-from support import calls, close, load, refused
+from support import WANT_STATE, Largest, calls, close, in_steps, load, refused
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from regard.contract import Context, Pattern, Unsupported
+from regard.contract import Pattern, Unsupported
 from regard.create import create_layer
 from regard.mechanisms.s4d import MECHANISM, Config, S4DLayer, initial_rates, sample_inputs
 
 SELF = ["causal-self", "noncausal-self"]
-WANT_STATE = Context(want=frozenset({"state"}))
 run = calls(MECHANISM)
 
 
@@ -107,18 +104,6 @@ def test_small_steps_keep_their_digits():
     close(run({**x, "x": x["x"][:, :1]}).output, step * x["x"][:, :1], 1e-14)
 
 
-class Largest(TorchDispatchMode):
-    """Numbers of the largest tensor that any operation returns."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        sizes = [t.numel() for t in tree_leaves(found) if isinstance(t, Tensor)]
-        self.numbers = max([self.numbers, *sizes])
-        return found
-
-
 @pytest.mark.parametrize("pattern", SELF)
 def test_no_tensor_has_a_number_for_each_state_and_token(pattern):
     n, states = 2048, 64
@@ -156,11 +141,7 @@ def test_parity_of_the_layer(name, pattern):
 def test_parity_of_decoding():
     f = load("s4d_causal_cab")
     layer = recorded_layer(f, "causal-self")
-    outputs, state = [], layer(f["x"][:, :0], context=WANT_STATE).state
-    for token in f["x"].unbind(1):
-        output, state = layer.step(token, state)
-        outputs.append(output)
-    torch.testing.assert_close(torch.stack(outputs, 1), f["step_out"], rtol=0, atol=1e-12)  # observed 7e-16
+    torch.testing.assert_close(in_steps(layer, f["x"])[0], f["step_out"], rtol=0, atol=1e-12)  # observed 7e-16
 
 
 # the layer at the start

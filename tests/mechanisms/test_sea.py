@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support import check_recorded, close, close_gradients, load, refused
+from support import WANT_STATE, check_recorded, close, close_gradients, load, refused
 
 from regard.contract import ALL_PATTERNS, Context, Mask, Pattern
 from regard.core.visibility import CountedRanks
@@ -24,7 +24,6 @@ from regard.workbench.properties import split_and_resume
 from regard.workbench.subjects import Subject
 from regard.workbench.verify import Place, check
 
-WANT_STATE = Context(want=frozenset({"state"}))
 WEIGHTS = frozenset({"weights"})
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import calls, check_recorded, close, close_gradients, load, qkv, refused
+from support import calls, check_recorded, close, close_gradients, load, qkv, refused, saved_for_backward, watched
 from torch import Tensor
 
 import regard.engines.attention.torch_form as backend
@@ -283,34 +283,20 @@ def test_a_scale_of_zero_with_a_sink_gives_the_mean():
 @pytest.mark.parametrize("with_sink", [False, True])
 @pytest.mark.parametrize("pattern", SELF)
 def test_defaults_and_sinks_go_to_one_call_of_pytorchs_kernel_without_a_mask(monkeypatch, with_sink, pattern):
-    seen = []
-    original = torch.nn.functional.scaled_dot_product_attention
-
-    def watched(*tensors: Tensor, **options: Any) -> Tensor:
-        seen.append(options)
-        return original(*tensors, **options)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    functions = torch.nn.functional
+    seen = watched(monkeypatch, functions, "scaled_dot_product_attention", lambda *tensors, **options: options)
     sink = {"sink": torch.zeros(4, dtype=torch.float64)} if with_sink else {}
     run(qkv(300, heads=4, groups=2) | sink, pattern=pattern)
     assert len(seen) == 1 and seen[0].get("attn_mask") is None and seen[0]["is_causal"] == (pattern == "causal-self")
 
 
-def saved(n: int, pattern: str, options: dict) -> tuple[int, int]:
-    """Elements of all storages saved by forward and backward, and of the largest."""
-    storages: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
-        return tensor
-
+def saved(n: int, pattern: str, options: dict) -> tuple[float, float]:
+    """Numbers in float32 of all storages saved by forward and backward, and of the largest."""
     tensors = {x: torch.randn(1, 1, n, 8, requires_grad=True) for x in "qkv"}
     if options.get("learn_sink"):
         tensors["sink"] = torch.zeros(1, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        run(tensors, options, pattern=pattern).output.sum().backward()
-    return sum(storages.values()), max(storages.values())
+    sizes = saved_for_backward(lambda: run(tensors, options, pattern=pattern).output.sum().backward())
+    return sum(sizes) / 4, max(sizes) / 4
 
 
 @pytest.mark.parametrize("pattern", SELF)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import calls, close, qkv
+from support import calls, close, qkv, watched
 from torch import Tensor
 
 from regard.create import create_layer
@@ -73,11 +73,7 @@ def test_equals_masked_dense_attention(options, pattern):
 def test_a_step_reads_the_keys_that_it_sees(options, monkeypatch):
     """After 400 tokens: a window or block of 20, and 20 others or 20 times 3."""
     state = run(qkv(400, batch=1), options, return_state=True).state
-    read = []
-    attend = attention_forms.attention
-    monkeypatch.setattr(
-        attention_forms, "attention", lambda q, k, *rest, **kw: read.append(k.shape[2]) or attend(q, k, *rest, **kw)
-    )
+    read = watched(monkeypatch, attention_forms, "attention", lambda q, k, *rest, **options: k.shape[2])
     run(qkv(1, batch=1), options, state=state)
     assert isinstance(state, KeyValueState)
     assert len(read) == 1 and read[0] <= 20 + 21 * options.get("columns", 1)

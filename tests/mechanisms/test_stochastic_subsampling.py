@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support import check_recorded, close, close_gradients, load, qkv, refused
+from support import check_recorded, close, close_gradients, load, qkv, refused, watched
 
 import regard.mechanisms.stochastic_subsampling.definition as definition
 import regard.mechanisms.stochastic_subsampling.forms as ssa
@@ -187,13 +187,8 @@ def test_positions_are_those_of_the_original_places(positions, options):
 
 
 def test_only_the_drawn_keys_are_computed(monkeypatch):
-    given, original = [], attention_forms.attention
-
-    def attention(q, k, *rest, **options):
-        given.append((q.shape[0], q.shape[2], k.shape[2]))
-        return original(q, k, *rest, **options)
-
-    monkeypatch.setattr(attention_forms, "attention", attention)
+    sizes = lambda q, k, *rest, **options: (q.shape[0], q.shape[2], k.shape[2])  # noqa: E731
+    given = watched(monkeypatch, attention_forms, "attention", sizes)
     for options in ({}, {"mode": "local"}, {"host_window": 16}):
         train(*sample(64), **options)
     assert given == [(2, 64, 16), (8, 16, 16), (8, 16, 4)]

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import calls, close, cut, load, refused
+from support import WANT_STATE, calls, close, cut, load, read_in_pieces, refused
 from torch import Tensor
 
-from regard.contract import Context, Pattern
+from regard.contract import Pattern
 from regard.create import create_layer
 from regard.mechanisms.transformer_xl import MECHANISM, share_biases
 from regard.models import LanguageModel, LanguageModelConfig
@@ -24,7 +24,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"segment": 8, "memory": 3, "clamp": 0},
 ]
 SELF = ["causal-self", "noncausal-self"]
-STATE = Context(want=frozenset({"state"}))
 run = calls(MECHANISM)
 inputs = Subject(MECHANISM, Pattern.CAUSAL_SELF).inputs
 
@@ -125,7 +124,7 @@ def test_training_a_segment_at_a_time_is_training_on_the_whole(sizes):
     expected = torch.autograd.grad((whole * weight).sum(), list(layer.parameters()))
     state, outputs = None, []
     for part in torch.arange(20).split(sizes):
-        result = layer(x[:, part], context=STATE, state=state)
+        result = layer(x[:, part], context=WANT_STATE, state=state)
         (result.output * weight[:, part]).sum().backward()
         outputs.append(result.output.detach())
         state = result.state
@@ -137,8 +136,8 @@ def test_training_a_segment_at_a_time_is_training_on_the_whole(sizes):
 
 def test_in_training_the_memory_is_projected_by_the_weights_of_now():
     layer, x = make(memory=4), torch.randn(1, 8, 8, dtype=torch.float64)
-    state = layer(x[:, :4], context=STATE).state
-    evaluated = layer.eval()(x[:, :4], context=STATE).state
+    state = layer(x[:, :4], context=WANT_STATE).state
+    evaluated = layer.eval()(x[:, :4], context=WANT_STATE).state
     with torch.no_grad():
         layer.key.weight.mul_(-1)
         layer.value.weight.add_(0.1)
@@ -149,10 +148,10 @@ def test_in_training_the_memory_is_projected_by_the_weights_of_now():
 
 def test_a_state_without_inputs_is_refused_in_training():
     layer, x = make(), torch.randn(1, 3, 8, dtype=torch.float64)
-    state = layer.eval()(x, context=STATE).state
+    state = layer.eval()(x, context=WANT_STATE).state
     refused("begun in evaluation mode", lambda: layer.train()(x, state=state))
     convolved = make(short_convolution=3)
-    refused("short convolutions", convolved, x, state=convolved(x, context=STATE).state)
+    refused("short convolutions", convolved, x, state=convolved(x, context=WANT_STATE).state)
 
 
 def model_of(*plan: dict) -> LanguageModel:
@@ -187,12 +186,8 @@ def test_parity_with_the_authors_code(name, options, in_segments):
     weights |= {"output.weight": arrays["weight_o"], "projection.u": arrays["u"], "projection.w": arrays["w"]}
     weights["projection.relative"] = arrays["weight_r"].view(2, 6, 12).mT
     layer.load_state_dict(weights)
-    x, state, outputs = arrays["x"].requires_grad_(), None, []
-    for part in x.split(options["segment"] if in_segments else x.shape[1], 1):
-        result = layer(part, context=STATE, state=state)
-        outputs.append(result.output)
-        state = result.state
-    output = torch.cat(outputs, 1)
+    x = arrays["x"].requires_grad_()
+    output, _ = read_in_pieces(layer, x, options["segment"] if in_segments else x.shape[1])
     close(output, arrays["out"], 1e-11)
     (output * arrays["grad_out"]).sum().backward()
     found = {

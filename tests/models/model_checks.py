@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support import read_in_pieces
 from torch import Tensor, nn
 
-from regard.contract import Context
 from regard.models import (
     AlgorithmicNetworkConfig,
     EncoderConfig,
@@ -17,14 +17,12 @@ from regard.models import (
     ForecasterConfig,
     FunnelEncoderConfig,
     LanguageModelConfig,
-    ModelState,
     PyramidEncoderConfig,
     build_model,
     from_pretrained,
     save_pretrained,
 )
 
-WANT_STATE = Context(want=frozenset({"state"}))
 KINDS: dict[str, tuple[type, dict[str, Any]]] = {
     "language model": (LanguageModelConfig, {"vocab_size": 11}),
     "encoder": (EncoderConfig, {"num_classes": 3, "features": 2}),
@@ -79,18 +77,6 @@ def randomize_ends(model: nn.Module) -> nn.Module:
         if "_end." in name:
             nn.init.normal_(parameter)
     return model
-
-
-def read_in_pieces(
-    model: nn.Module, ids: Tensor, sizes: int | list[int], state: ModelState | None = None
-) -> tuple[Tensor, ModelState]:
-    """The output of pieces of these sizes, each read after the state of those before it, and the last state."""
-    outputs = []
-    for piece in ids.split(sizes, 1):
-        result = model(piece, state=state, context=WANT_STATE)
-        outputs.append(result.output)
-        state = result.state
-    return torch.cat(outputs, 1), state
 
 
 def without_gradient(model: nn.Module) -> list[str]:

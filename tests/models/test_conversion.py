@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_checks import check_comes_back_from_disk, made, read_in_pieces
+from model_checks import check_comes_back_from_disk, made
+from support import read_in_pieces
 
 from regard.contract import Unsupported
 from regard.models import LanguageModel, change_plan, extend_positions, masformer_plan, masformer_schedule

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from model_checks import WANT_STATE, made, ragged, read_by, read_in_pieces, small
+from model_checks import made, ragged, read_by, small
+from support import WANT_STATE, read_in_pieces
 from torch.nn import functional as F
 
 from regard.catalogue import get_mechanism, list_mechanisms

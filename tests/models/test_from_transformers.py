@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from model_checks import read_in_pieces
+from support import read_in_pieces
 from torch import nn
 
 from regard import Context, Mask, Unsupported

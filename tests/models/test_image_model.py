@@ -110,7 +110,7 @@ def test_backbones_are_compared_beside_a_mechanism(tmp_path: Path, capsys: pytes
     told = answer(
         capsys,
         f"compare --task images --models van_nano:widths=[8,8,8] --mechanisms softmax --seeds 1 --rates 0.003 "
-        f"--lengths 16 --budget 20steps --output {tmp_path / 'run'}",
+        f"--dim 16 --layers 1 --heads 2 --lengths 16 --at-length 16 --budget 20steps --output {tmp_path / 'run'}",
     )
     (entries,) = told["summary"].values()
     assert sorted(entry["mechanism"] for entry in entries) == ["softmax", "van_nano:widths=[8,8,8]"]

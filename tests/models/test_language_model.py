@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_checks import WANT_STATE, made, ragged, read_in_pieces
+from model_checks import made, ragged
+from support import WANT_STATE, read_in_pieces
 from torch import nn
 
 from regard.catalogue import get_mechanism, list_mechanisms

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from model_checks import check_comes_back_from_disk, made, randomize_ends, read_by, read_in_pieces, small
+from model_checks import check_comes_back_from_disk, made, randomize_ends, read_by, small
+from support import read_in_pieces
 from torch import nn
 
 from regard.contract import Context, Mask, Unsupported

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
+from support import watched
 
 from regard import Pattern, Unsupported, get_mechanism, list_mechanisms
 from regard.measurement.store import Store
@@ -363,10 +364,7 @@ def test_the_check_measures_goes_on_and_forgets_when_asked(monkeypatch):
     import regard.workbench.advise_check as module
 
     settings = AdviseSettings(mechanisms=("linear", "mamba2"), **SMALL, what=("forward",), seconds=0.2)
-    calls = []
-    original = module.profile
-    monkeypatch.setattr(module, "profile", lambda s: calls.append(s) or original(s))
-    monkeypatch.setattr(module, "SECONDS", 0.01)
+    calls = watched(monkeypatch, module, "profile", lambda settings: settings)
     first = check(settings, lengths=(40, 80))
     assert len(first) == 2 and {e.count for e in first} == {4} and len(calls) == 2
     assert first[1].median < 0.2  # memory does not depend on the load of the machine

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from command_line import answer
 
 from regard import Unsupported
 from regard.measurement.budget import Budget
@@ -236,9 +238,13 @@ def test_a_size_that_a_mechanism_refuses_is_refused_with_sizes_it_takes(mechanis
         Work(recall(), settings(mechanisms=mechanisms, **{**sizes, name: int(value)}))
 
 
-COMMAND = f"""{sys.executable} -m regard compare --task recall:pairs=2,queries=4,vocab_size=16,evaluation_items=32 --json
---length 16 --mechanisms softmax,linear --budget '60k tokens' --seeds 2 --dim 16 --layers 1 --heads 2 --lengths 16,32
---at-length 32 --frame convolution --rates 0.003,0.01 --output"""
+LINE = """compare --task recall:pairs=2,queries=4,vocab_size=16,evaluation_items=32 --length 16 --mechanisms softmax,linear
+--budget '60k tokens' --seeds 2 --dim 16 --layers 1 --heads 2 --lengths 16,32 --at-length 32 --frame convolution
+--rates 0.003,0.01 --output"""
+PROGRAM = """from regard.cli import main
+from regard.workbench import work
+work.CALIBRATION_SECONDS = 0.4
+main()"""
 SCHEMA = Path(__file__).parents[2] / "docs" / "schema" / "compare.json"
 TYPES = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool}
 TYPES |= {"null": type(None)}
@@ -270,14 +276,19 @@ def quality(folder):
     return {(r.payload["mechanism"], r.payload["lr"], r.payload["seed"]): {k: r.payload[k] for k in kept} for r in rows}
 
 
-def test_killed_and_resumed_equals_undisturbed(tmp_path):
-    killed, whole, environment = tmp_path / "killed", tmp_path / "whole", {**os.environ, "OMP_NUM_THREADS": "1"}
+@pytest.fixture
+def one_thread():
+    """As the environment of the other process says: sums are split over threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield {**os.environ, "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(before)
 
-    def finished(folder):
-        done = subprocess.run([*shlex.split(COMMAND), str(folder)], env=environment, check=True, stdout=subprocess.PIPE)
-        return json.loads(done.stdout)
 
-    process = subprocess.Popen([*shlex.split(COMMAND), str(killed)], env=environment, stdout=subprocess.DEVNULL)
+def test_killed_and_resumed_equals_undisturbed(tmp_path, capsys, one_thread):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    command = [sys.executable, "-c", PROGRAM, *shlex.split(LINE), str(killed)]
+    process = subprocess.Popen(command, env=one_thread, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if (killed / "results.db").exists() and len(quality(killed)) >= 2:
@@ -286,8 +297,8 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = quality(killed)
-    finished(killed)
-    assert differences(finished(whole), json.loads(SCHEMA.read_text())) == []
+    answer(capsys, LINE, killed)
+    assert differences(answer(capsys, LINE, whole), json.loads(SCHEMA.read_text())) == []
     assert 1 <= len(before) < len(quality(whole))
     assert quality(killed) == quality(whole)
     assert all(quality(killed)[cell] == row for cell, row in before.items())

@@ -20,7 +20,6 @@ TEXT = "the quick brown fox jumps over the lazy dog and runs\n" * 400
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
-    monkeypatch.setattr(studies, "TIMING_SECONDS", 0.02)
     monkeypatch.setattr(studies, "MOST_ITEMS", 3)
     monkeypatch.setattr(studies, "MOST_CALIBRATION", 4)
 
@@ -31,7 +30,6 @@ def trained(tmp_path_factory):
     place = tmp_path_factory.mktemp("trained")
     (place / "text.txt").write_text(TEXT)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regard.workbench.work.CALIBRATION_SECONDS", 1.0)
         patch.setattr("sys.argv", ["regard"])
         from regard.tasks import create_task
         from regard.workbench.settings import CompareSettings

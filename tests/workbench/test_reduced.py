@@ -15,7 +15,6 @@ from torch import nn
 from regard.models.image_model import ImageModel, ImageModelConfig
 from regard.models.pretrained import save_pretrained
 from regard.tasks import create_task
-from regard.workbench import reduced as module
 from regard.workbench.explain import draw_tokens
 from regard.workbench.reduced import reduced
 from regard.workbench.trained import RECORD
@@ -27,7 +26,6 @@ OPTIONS = {"dim": 12, "num_layers": 2, "num_heads": 2}
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as `regard train` leaves it, of a model that tells nothing apart, and its pictures in it."""
-    monkeypatch.setattr(module, "SECONDS", 0.01)
     draws = np.random.default_rng(0)
     for name in ("dark", "light"):
         (tmp_path / "photos" / name).mkdir(parents=True)

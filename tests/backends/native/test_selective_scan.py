@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from support import saved_for_backward
 
 from regard.engines.selective_scan import native_form as native
 from regard.engines.selective_scan.problem import Problem
@@ -79,15 +80,8 @@ def test_inputs_of_several_dtypes_are_computed_in_float32():
 
 def test_backward_keeps_the_inputs_and_few_states():
     leaves = {name: t.requires_grad_() for name, t in selective(256, 1, 64, 1, 16).items()}
-    kept: dict[int, int] = {}
-
-    def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        SELECTIVE.run(leaves)
-    assert sum(kept.values()) == sum(4 * t.numel() for t in leaves.values()) + 4 * 256 // native.EVERY * 64 * 16
+    kept = sum(saved_for_backward(lambda: SELECTIVE.run(leaves)))
+    assert kept == sum(4 * t.numel() for t in leaves.values()) + 4 * 256 // native.EVERY * 64 * 16
     assert native._scan(Problem(*(t.detach() for t in leaves.values()), None, True), False)[2].numel() == 0
 
 

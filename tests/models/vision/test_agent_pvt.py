@@ -10,8 +10,6 @@ from support import close, load, recorded_state, refused, shaken
 from torch import Tensor
 
 from regard.contract import Context
-from regard.models.parameters import count_parameters
-from regard.models.vision import create_backbone
 from regard.models.vision.agent_pvt import PVT, Block, PVTConfig
 
 TINY = {
@@ -47,24 +45,6 @@ def test_outputs_of_the_official_code(name: str, options: dict[str, object]) -> 
     features, (first,) = model.forward_intermediates(recording["images"].double(), indices=[0])
     close(first.flatten(2).mT.contiguous(), recording["first_stage"])
     close(model.forward_head(features), recording["output"])
-
-
-@pytest.mark.parametrize(
-    ("name", "millions"),
-    [
-        ("pvt_t", 13.2),
-        ("pvt_s", 24.5),
-        ("pvt_m", 44.2),
-        ("pvt_l", 61.4),
-        ("agent_pvt_t", 11.6),
-        ("agent_pvt_s", 20.6),
-        ("agent_pvt_m", 35.9),
-        ("agent_pvt_l", 48.7),
-    ],
-)
-def test_parameters_are_those_of_the_papers(name: str, millions: float) -> None:
-    with torch.device("meta"):
-        assert count_parameters(create_backbone(name)) / 1e6 == pytest.approx(millions, rel=5e-3)
 
 
 @pytest.mark.parametrize("line", ["rows", "columns"])

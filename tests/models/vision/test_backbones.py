@@ -10,6 +10,7 @@ import torch
 from support import close, refused
 
 from regard.catalogue import find_mechanism
+from regard.models.parameters import count_parameters
 from regard.models.vision import create_backbone, list_backbones, read_backbone
 
 FAMILIES = dict.fromkeys(read_backbone(name)[0] for name in list_backbones())
@@ -115,6 +116,66 @@ def test_a_compiled_backbone_is_the_eager_one(name: str) -> None:
     compiled = torch.compile(model, backend="aot_eager")
     with torch.no_grad():
         close(compiled(images), model(images), 1e-5)
+
+
+MILLIONS = {
+    **{f"van_b{i}": m for i, m in enumerate((4.11, 13.86, 26.58, 44.77, 60.28, 89.97, 199.83))},
+    "pvt_t": 13.2,
+    "pvt_s": 24.5,
+    "pvt_m": 44.2,
+    "pvt_l": 61.4,
+    "agent_pvt_t": 11.6,
+    "agent_pvt_s": 20.6,
+    "agent_pvt_m": 35.9,
+    "agent_pvt_l": 48.7,
+    "vit_t": 5.717,
+    "vit_s": 22.05,
+    "vit_b": 86.57,
+    "vit_l": 304.33,
+    "vit_h": 632.05,
+    "deit_t": 5.7,
+    "deit_s": 22.0,
+    "deit_b": 86.6,
+    "agent_deit_t": 6.0,
+    "agent_deit_s": 22.7,
+    "agent_deit_b": 87.2,
+    "biformer_t": 13.1,
+    "biformer_s": 25.5,
+    "biformer_b": 56.8,
+    "biformer_stl": 28.4,
+    "tnt_ti": 6.1,
+    "tnt_s": 23.8,
+    "tnt_b": 65.6,
+    "pyramid_tnt_ti": 10.6,
+    "pyramid_tnt_s": 32.0,
+    "pyramid_tnt_m": 85.0,
+    "pyramid_tnt_b": 157.0,
+}
+WITHOUT_HEAD = {"s32": 19, "s16": 18, "b32": 60, "b16": 59, "l32": 206, "l16": 207}
+EXACT = {"vim_t": 7_148_008, "vim_s": 25_796_584, "vim_b": 97_598_440}
+EXACT |= {"vmamba_t": 30_249_064, "vmamba_t_v0": 22_893_448}
+PUBLISHED = [  # and by how much a count may differ
+    *((name, {}, 1e6 * millions, 5e-3 * 1e6 * millions) for name, millions in MILLIONS.items()),
+    ("agent_deit_s", {"image_size": 448}, 23.1e6, 5e-3 * 23.1e6),
+    *((f"mixer_{size}", {"num_classes": 0}, 1e6 * millions, 0.5e6) for size, millions in WITHOUT_HEAD.items()),
+    *((f"vmamba_{size}", {}, 1e6 * millions, 0.5e6) for size, millions in {"s": 50, "b": 89}.items()),
+    *((name, {}, count, 0) for name, count in EXACT.items()),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "published", "apart"), PUBLISHED)
+def test_a_backbone_has_as_many_parameters_as_are_published(
+    name: str, options: dict[str, int], published: float, apart: float
+) -> None:
+    with torch.device("meta"):
+        assert abs(count_parameters(create_backbone(name, **options)) - published) <= apart
+
+
+def test_routers_of_published_head_counts_add_their_weights_alone() -> None:
+    for name, routers in (("moh_deit_s", 384 * (2 + 4 + 2)), ("moh_deit_b", 768 * (3 + 9 + 2))):
+        with torch.device("meta"):
+            counts = [count_parameters(create_backbone(each)) for each in (name, name.removeprefix("moh_"))]
+        assert counts[0] - counts[1] == 12 * routers
 
 
 def test_no_backbone_has_the_name_of_a_mechanism() -> None:

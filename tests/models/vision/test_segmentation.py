@@ -72,9 +72,13 @@ def test_weights_by_two_names_load_once_and_those_here_by_their_own() -> None:
     refused("without decoder", other.load_released, {})
 
 
-def test_parameters_of_vm_unet_are_those_of_its_code() -> None:
+@pytest.mark.parametrize(
+    ("name", "classes", "count"),
+    [("segformer_b0", 150, 3_752_694), ("segformer_b2", 19, 27_361_235), ("vm_unet", 9, 27_427_761)],
+)
+def test_a_network_has_as_many_parameters_as_its_code(name: str, classes: int, count: int) -> None:
     with torch.device("meta"):
-        assert count_parameters(create_segmenter("vm_unet", num_classes=9)) == 27_427_761
+        assert count_parameters(create_segmenter(name, num_classes=classes)) == count
 
 
 @pytest.mark.parametrize("name", SEGMENTERS)

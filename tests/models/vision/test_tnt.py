@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from regard.contract import Context
-from regard.models.parameters import count_parameters
 from regard.models.vision import create_backbone
 from regard.models.vision.backbone import tokens_of
 from regard.models.vision.tnt import TNT, TNTConfig, TransformerBlock, cut, resize_positions
@@ -76,12 +75,6 @@ def test_names_of_the_official_code_and_of_timm_mean_the_same_weights() -> None:
     found, expected = (TNT.translate(each, model.config) for each in (official, state))
     assert found.keys() == expected.keys() == model.state_dict().keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
-
-
-@pytest.mark.parametrize(("name", "parameters"), [("ti", 6.1e6), ("s", 23.8e6), ("b", 65.6e6)])
-def test_published_sizes(name: str, parameters: float) -> None:
-    with torch.device("meta"):
-        assert count_parameters(create_backbone(f"tnt_{name}")) == pytest.approx(parameters, rel=5e-3)
 
 
 def test_operations_are_those_of_the_paper_s_formula() -> None:

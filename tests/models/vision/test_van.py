@@ -6,7 +6,6 @@ import pytest
 import torch
 from support import close, load, recorded_state
 
-from regard.models.parameters import count_parameters
 from regard.models.vision import create_backbone
 from regard.models.vision.van import VAN, Block, VANConfig
 
@@ -25,16 +24,6 @@ def test_outputs_of_the_official_code(mode: str) -> None:
         close(found.mean((2, 3)), recording[f"{mode}_level_{level}"])
     model.load_released(recorded_state("vision_van"))
     close(model(images), recording[f"{mode}_output"])
-
-
-@pytest.mark.parametrize(
-    ("name", "millions"),
-    [("b0", 4.11), ("b1", 13.86), ("b2", 26.58), ("b3", 44.77), ("b4", 60.28), ("b5", 89.97), ("b6", 199.83)],
-)
-def test_parameters_are_those_of_the_paper(name: str, millions: float) -> None:
-    with torch.device("meta"):
-        model = create_backbone(f"van_{name}")
-    assert count_parameters(model) / 1e6 == pytest.approx(millions, rel=5e-3)
 
 
 def block(**changed: float) -> tuple[Block, torch.Tensor]:
