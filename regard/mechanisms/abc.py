@@ -192,9 +192,10 @@ def read(
     values = scan.normalized(state.value_u, state.value_w)
     cross = call.replace(pattern=Pattern.NONCAUSAL_CROSS, state=None, memory_lengths=None)
     where = ranks(cross, q.shape[2], keys.shape[2], q.device)
-    output, _, _ = attention(
-        q.to(keys.dtype), keys, values, where, visibility=Visibility(), scale=call.scale, backend=call.backend
-    )
+    with without_autocast(q.device):
+        output, _, _ = attention(
+            q.to(keys.dtype), keys, values, where, visibility=Visibility(), scale=call.scale, backend=call.backend
+        )
     return Result(output.to(q.dtype), state)
 
 

@@ -413,11 +413,11 @@ def sdpa(
     dropout: float = 0.0,
     causal: bool = False,
 ) -> Tensor:
-    """`scaled_dot_product_attention` for grouped heads and values of any width, with second derivatives.
+    """`scaled_dot_product_attention` for grouped heads and values of any width, in their dtype, with second derivatives.
 
     Its CPU kernel needs values as wide as keys; otherwise the whole score matrix would be stored.
     """
-    width, wanted = q.shape[-1], v.shape[-1]
+    width, wanted, dtype = q.shape[-1], v.shape[-1], v.dtype
     if q.device.type == "cpu" and width != wanted:
         q, k, v = (F.pad(x, (0, max(width, wanted) - x.shape[-1])) for x in (q, k, v))
     groups = False
@@ -431,7 +431,7 @@ def sdpa(
         output = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=groups
         )
-    return output[..., :wanted]
+    return output[..., :wanted].to(dtype)  # autocast computes in another
 
 
 def _runs_cpu_kernel(
