@@ -206,3 +206,18 @@ def test_patience_counts_those_that_are_left_alone():
     assert leaving.decide(said[[0, 1, 2]], 1).tolist() == [False, False, False]
     assert leaving.decide(said[[0, 2, 2]], 2).tolist() == [True, False, True]
     assert leaving.decide(said[[2]], 3).tolist() == [True]
+
+
+def test_patience_begins_anew_when_another_class_is_said():
+    leaving, said = Leaving(ExitRule.read("patience:2")), torch.eye(2)
+    assert [bool(leaving.decide(said[[one]], 1)) for one in (0, 0, 1, 1, 1)] == [False, False, False, False, True]
+
+
+def test_tokens_of_a_pooled_encoder_halt_alone_and_padding_has_passed_nothing():
+    model, ids = let_them_differ(classifier(HALTING)), torch.randint(11, (2, 6))
+    with exit_layers(model) as seen:
+        found = model(ids, context=Context(mask=Mask(lengths=torch.tensor([6, 2]))))
+    passed = found.extras["exit_layer"]
+    assert not passed[1, 2:].any() and (passed[0] > 0).all()
+    assert len(seen[0]) == 8
+    torch.testing.assert_close(model(ids[1:, :2]).output, found.output[1:])

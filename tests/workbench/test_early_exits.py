@@ -8,7 +8,7 @@ import pytest
 import torch
 from command_line import answer, run
 
-from regard.models import from_pretrained, set_exit_rule
+from regard.models import exit_layers, from_pretrained, set_exit_rule
 from regard.workbench.trained import open_trained
 
 SIZES = "--budget '24 steps' --dim 16 --heads 2 --frame bare --batch-tokens 128"
@@ -55,8 +55,11 @@ def test_text_is_decoded_by_a_rule_as_it_would_be_read_whole(tmp_path, capsys):
         model, tokenizer = from_pretrained(folder), open_trained(folder).tokenizer
         set_exit_rule(model, rule)
         ids = torch.from_numpy(tokenizer.encode(["Zwölf".encode()]).astype("int64"))[None]
-        expected = tokenizer.decode(model.generate(ids, 12, use_state=False)[0].tolist())
-        assert found["text"] == expected
+        new = model.generate(ids, 12, use_state=False)
+        assert found["text"] == tokenizer.decode(new[0].tolist())
+        with exit_layers(model) as passed:
+            model(torch.cat([ids, new[:, :-1]], 1))
+        assert found["exits"]["depth"] == pytest.approx(passed[0][-12:].double().mean().item())
     assert answer(capsys, generate)["text"] == answer(capsys, f"{generate} --exit confidence:1 --draft lookup")["text"]
     assert "layers on average" in run(capsys, f"{generate} --exit layer:1")[2]
 
