@@ -219,7 +219,7 @@ MECHANISM = Mechanism(
             "cache_blocks": 50,
             "top_k": 2,
             "selection": "max_over_heads",
-            "chunk": 64,
+            "chunk": 1000,
         },
         "one set for all tokens": {
             "block": 100,
