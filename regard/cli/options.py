@@ -64,5 +64,6 @@ ENGINE = Annotated[
     ),
 ]
 ADDRESS = Annotated[
-    str | None, typer.Option(help="Of the cluster: auto for that of this machine, HOST:PORT or ray://HOST:PORT.")
+    str | None,
+    typer.Option(help="Of the cluster: auto for that of this machine, local for one of its own, or HOST:PORT."),
 ]

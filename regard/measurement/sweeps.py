@@ -166,7 +166,7 @@ class RaySweep:
     already, that is used, and stays.
 
     Args:
-        address: ``auto`` for the cluster of this machine, ``HOST:PORT`` or ``ray://HOST:PORT``. None for the one in
+        address: ``auto`` for the cluster of this machine, ``local`` for one of its own, ``HOST:PORT``. None for the one in
             ``RAY_ADDRESS`` or on this machine, and where there is none for all processors of this machine.
         plugins: known to the workers before they are given cells.
 
@@ -256,11 +256,11 @@ class RaySweep:
 
 def _reach(address: str) -> None:
     """Raise Unsupported where nothing answers, which Ray itself would try to find out for a long time."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         if address in ("auto", "local"):
             return
-        raise Unsupported(f"address {address!r}", supported="auto, HOST:PORT or ray://HOST:PORT", nearest="auto")
+        raise Unsupported(f"address {address!r}", supported="auto, local, HOST:PORT", nearest="auto")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_TO_REACH).close()
     except (OSError, OverflowError) as error:
@@ -272,6 +272,7 @@ def _unreachable(address: str | None, error: Exception) -> Unsupported:
     why = (str(error).strip() or type(error).__name__).splitlines()[0]
     return Unsupported(
         f"{where}, which cannot be reached ({why})",
-        supported="one that runs: ray start --head on one machine, ray start --address HOST:PORT on the others",
-        nearest="no --address, for the processors of this machine",
+        supported="one that runs: ray start --head on one machine, ray start --address HOST:PORT on the others, "
+        "and a token where Ray asks for one",
+        nearest="--address local, for the processors of this machine",
     )

@@ -55,7 +55,7 @@ def test_a_refusal_is_the_same_after_a_journey():
 
 def test_addresses_where_no_cluster_is_are_refused_at_once():
     pytest.importorskip("ray")
-    for address in ("nowhere", "127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"):
+    for address in ("nowhere", "127.0.0.1:1", "127.0.0.1:99999"):
         refused("address|cannot be reached", RaySweep(address, NO_PLUGINS).__enter__)
 
 
@@ -81,7 +81,7 @@ def test_a_cell_whose_worker_is_lost_runs_again(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
         store.put("quality", {"cell": cell}, {"sent": float(os.environ["SENT"]), "process": os.getpid()})
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         plugins = Plugins.read(load, [tmp_path / "mine.py"])
         left = []
