@@ -341,6 +341,14 @@ def test_rows_that_advance_unequally_retrieve_what_they_retrieve_alone(selection
         close(torch.cat(outputs[r], 2), expected)
 
 
+def test_a_retrieving_state_keeps_as_many_numbers_as_the_card_says():
+    inputs, roles = sample(30, batch=1), regular(30, 3, batch=1)  # seven whole blocks of four
+    state = run(inputs, {"block": 3, "top_k": 2}, pattern="causal-self", roles=roles, return_state=True).state
+    b, g, n, d = inputs["k"].shape
+    numbers = sum(x.numel() for x in state.tensors().values() if x.is_floating_point())
+    assert cost(Shape(b, g, n, n, d, inputs["v"].shape[-1]), Config(block=3, top_k=2)).state == numbers
+
+
 @pytest.mark.parametrize(
     ("kind", "rotated"), [("grouped", False), ("grouped", True), ("ignore", False), ("plain", False)]
 )

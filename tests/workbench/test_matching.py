@@ -124,7 +124,7 @@ def test_a_matched_comparison_trains_these_models_says_so_and_goes_on_with_them(
     again = answer(capsys, line)
     assert len(asked) == count and again["summary"] == found["summary"]
     code, _, said = run(capsys, line + " --task images:patch=2,size=16")
-    assert code == 2 and "2 tasks" in said
+    assert code == 2 and "two tasks named images" in said
 
 
 def test_rows_of_matched_and_of_published_backbones_are_kept_apart(task):

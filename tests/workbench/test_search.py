@@ -13,7 +13,7 @@ from torch import nn
 from regard.contract import Context, Unsupported
 from regard.measurement.store import Store
 from regard.models import count_parameters
-from regard.models.stack import joint_loss
+from regard.models.exits import joint_loss
 from regard.models.variants import read_variant, read_variants
 from regard.tasks import create_task, mean_loss
 from regard.training.loop import run_model

@@ -64,7 +64,7 @@ def kept_pixels(p: Problem) -> Bool[Tensor, "b h n c"]:
     elif p.grouping == "query":
         budget = wanted[:, None]
     else:
-        rows = torch.tensor(n, device=scores.device) if p.valid is None else p.valid.sum(-1)
+        rows = torch.tensor(n, device=scores.device, dtype=torch.int64) if p.valid is None else p.valid.sum(-1)
         if p.valid is not None:
             scores = scores.masked_fill(~p.valid[:, None, :, None], -torch.inf)
         budget = wanted[:, 0] * rows  # (b,)

@@ -170,7 +170,7 @@ def cost(shape: Shape, config: Config) -> Cost:
     return Cost(
         flops=2.0 * pairs * width,
         memory=3.0 * shape.batch * shape.heads * (shape.n + shape.m),
-        state=float(shape.heads * past * width),
+        state=float(shape.heads * (past * width + scored * shape.dim_key)),  # with the landmarks of complete blocks
         step_flops=2.0 * step,
     )
 
