@@ -344,12 +344,15 @@ def nearest(x, axis):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_a_cache_of_integers_attends_to_the_nearest_codes_and_rounds_what_grows_old(dtype, tolerance):
     method, place = read_method("int8:block=16,window=5"), Place(scale=SCALE)
-    q, k, v = heads(90, dtype)
+    q, k, v = (
+        x.transpose(1, 2).contiguous().transpose(1, 2) for x in heads(90, dtype, batch=1)
+    )  # as projections lay them out
     _, cache = call(method, *(x[:, :, :50] for x in (q, k, v)), None, place, keeps=True)
     first = cache
     k[:, :, 0::16] *= 9  # what the steps of a block follow is inside of it
     _, cache = call(method, *(x[:, :, :50] for x in (q, k, v)), None, place, keeps=True)
     assert place.meter.cache[0] < 0.5 and not torch.equal(first.blocks[0].k_step, cache.blocks[0].k_step)
+    assert all(x.is_contiguous() for block in cache.blocks for x in (block.k, block.v)), "products read rows"
     blocks, seen = [(0, 16), (16, 32), (32, 45)], 50
     for t in range(50, 90):
         output, cache = call(method, *(x[:, :, t : t + 1] for x in (q, k, v)), cache, place, keeps=True)

@@ -51,7 +51,7 @@ class Block(State):
         k_step = (k.abs().amax(2) / MOST).clamp(min=TINY)
         v_step = (v.abs().amax(3) / MOST).clamp(min=TINY)
         keys, values = (k / k_step[:, :, None]).round(), (v / v_step[..., None]).round()
-        return cls(keys.to(torch.int8), k_step, values.to(torch.int8).mT.contiguous(), v_step)
+        return cls(keys.to(torch.int8).contiguous(), k_step, values.to(torch.int8).mT.contiguous(), v_step)
 
     @property
     def bytes(self) -> int:
