@@ -93,7 +93,8 @@ def rows() -> list[Row]:
             command = (
                 "regard generate MODEL TEXT --cache int8" if name == "int8" else f"regard sparse MODEL --methods {name}"
             )
-            found.append(Row(family, f"{name} at 4x", command, _method(name)))
+            called = "cache int8" if name == "int8" else f"{name} at 4x"
+            found.append(Row(family, called, command, _method(name)))
     return found
 
 

@@ -41,12 +41,14 @@ def lighter_page(data: Mapping[str, Any] | None) -> list[str]:
         f"weights come from a 4-bit file, so that 4 bits lose less here than elsewhere."
     )
     rows = [_row("original", "", original, original)]
-    rows += [_row(row["name"], row["family"], row, original) for row in data["rows"]]
+    families = list(dict.fromkeys(row["family"] for row in data["rows"]))
+    ordered = sorted(data["rows"], key=lambda row: families.index(row["family"]))
+    rows += [_row(row["name"], row["family"], row, original) for row in ordered]
     headings = ("what", "family", "perplexity", "lost", "weights", "cache", "prefill, faster", "decode, faster")
     parts += [_picture(data), table(headings, rows)]
     commands = dict.fromkeys(row["command"] for row in data["rows"])
     parts += [
-        "Weights and cache are bytes in memory, the cache that of the prompt. Zeros in weights (`wanda`, `sparsegpt`) save "
+        "Weights and cache are bytes in memory, the cache that of the prompt. Zeros in weights save "
         "nothing here, sparse methods keep the cache unless they say so, and a method that costs more time to choose than it saves "
         "is slower: the table says which.",
         "## What is not in it",
