@@ -643,6 +643,7 @@ SLOWER_THAN_SOFTMAX = {
     "differential": "two softmax maps for each two heads, on values of both",
     "funnel": "it is a whole pool: projections, feed-forward networks, and scores that know distances, three times as wide",
     "gated_softmax": "softmax attention and a gate",
+    "hard_softmax": "all scores are computed, and choosing among them takes longer than the products that it saves",
     "landmark": "whole sequences read all pairs, by a softmax of two levels; it saves in decoding, where few blocks are read",
     "latent": "softmax attention, after keys and values are made of latents; it saves in decoding, which makes none",
     "positional_attention": "the attention of softmax, on encodings instead of content",
