@@ -113,6 +113,58 @@ def heads_arguments(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -
     }
 
 
+HEAD_GRADIENTS = (
+    ("grad_out", ctypes.c_void_p),
+    ("grad_out_strides", Strides),
+    ("grad_q", ctypes.c_void_p),
+    ("grad_k", ctypes.c_void_p),
+    ("grad_v", ctypes.c_void_p),
+    ("grad_q_strides", Strides),
+    ("grad_k_strides", Strides),
+    ("grad_v_strides", Strides),
+)
+"""What follows the forward struct where queries, keys and values alone have gradients."""
+
+
+@dataclass(frozen=True)
+class PackedHeads(Packed):
+    """The base of problems of which queries, keys and values alone have gradients."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    @property
+    def learned(self) -> list[Tensor | None]:
+        return [self.q, self.k, self.v]
+
+    def empty_gradients(self, needed: Sequence[bool]) -> list[Tensor]:
+        """With the heads of a token side by side where they are in the input."""
+        inputs = (self.q, self.k, self.v)
+        return [empty_gradient(x) if need else x.new_empty(0) for x, need in zip(inputs, needed, strict=True)]
+
+    def heads_misfit(self) -> str | None:
+        """The mismatch among queries, keys and values of four axes, in words; None when they belong together."""
+        batch, heads, n, width = self.q.shape
+        kv_heads, m, value_width = self.v.shape[1:]
+        same = self.k.shape == (batch, kv_heads, m, width) and self.v.shape[0] == batch
+        if not same or min(kv_heads, width, value_width) < 1:
+            return "q, k and v of shapes that do not belong together"
+        if heads % kv_heads or max(n, m, width, value_width) > library.MOST:
+            return f"{heads} heads on {kv_heads}, or more than {library.MOST} tokens or features"
+        return None
+
+    def run_backward(
+        self, kernel: type[library.Arguments], forward: ctypes.Structure, grad_out: Tensor, needed: Sequence[bool]
+    ) -> list[Tensor]:
+        """Gradients of q, k and v by a kernel whose struct ends with :data:`HEAD_GRADIENTS`; empty where not needed."""
+        grads = self.empty_gradients(needed)
+        grad_q, grad_k, grad_v = (x if need else None for x, need in zip(grads, needed, strict=True))
+        outer = library.strided(grad_out=grad_out, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
+        library.call(kernel(forward=ctypes.pointer(forward), **outer))
+        return grads
+
+
 class Attention(library.Arguments):
     kernel = "attention"
     _fields_ = (

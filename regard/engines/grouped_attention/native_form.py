@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +10,16 @@ import torch
 from torch import Tensor
 
 from regard.backends.native import library
-from regard.backends.operators import Packed, operator
+from regard.backends.operators import operator
 from regard.contract import Unsupported
-from regard.engines.attention.native_form import HEADS, Strides, by_row, empty_gradient, empty_output, heads_arguments
+from regard.engines.attention.native_form import (
+    HEAD_GRADIENTS,
+    HEADS,
+    PackedHeads,
+    by_row,
+    empty_output,
+    heads_arguments,
+)
 from regard.engines.grouped_attention.problem import Problem
 
 
@@ -38,25 +44,15 @@ class GroupedAttentionBackward(library.Arguments):
     kernel = "grouped_attention_backward"
     _fields_ = (
         ("forward", ctypes.POINTER(GroupedAttention)),
-        ("grad_out", ctypes.c_void_p),
-        ("grad_out_strides", Strides),
-        ("grad_q", ctypes.c_void_p),
-        ("grad_k", ctypes.c_void_p),
-        ("grad_v", ctypes.c_void_p),
-        ("grad_q_strides", Strides),
-        ("grad_k_strides", Strides),
-        ("grad_v_strides", Strides),
+        *HEAD_GRADIENTS,
     )
 
 
 @dataclass(frozen=True)
-class PackedProblem(Packed):
+class PackedProblem(PackedHeads):
     """A :class:`regard.engines.grouped_attention.problem.Problem` as the operator has it, with its queries, keys and
     values."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
     query_ranks: Tensor
     key_ranks: Tensor
     landmark: Tensor
@@ -67,15 +63,6 @@ class PackedProblem(Packed):
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, p: Problem) -> PackedProblem:
         return cls(q, k, v, p.ranks.queries, p.ranks.keys, p.landmark, p.own, p.causal, float(p.scale))
-
-    @property
-    def learned(self) -> list[Tensor | None]:
-        return [self.q, self.k, self.v]
-
-    def empty_gradients(self, needed: Sequence[bool]) -> list[Tensor]:
-        """With the heads of a token side by side where they are in the input."""
-        inputs = (self.q, self.k, self.v)
-        return [empty_gradient(x) if need else x.new_empty(0) for x, need in zip(inputs, needed, strict=True)]
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> str | None:
@@ -99,12 +86,9 @@ def _misfit(p: PackedProblem) -> str | None:
     q, k, v = p.q, p.k, p.v
     if not q.ndim == k.ndim == v.ndim == 4:
         return "q, k and v that do not have four axes"
-    batch, heads, n, width = q.shape
-    kv_heads, m, value_width = v.shape[1:]
-    if k.shape != (batch, kv_heads, m, width) or v.shape[0] != batch or min(kv_heads, width, value_width) < 1:
-        return "q, k and v of shapes that do not belong together"
-    if heads % kv_heads or max(n, m, width, value_width) > library.MOST:
-        return f"{heads} heads on {kv_heads}, or more than {library.MOST} tokens or features"
+    batch, n, m = q.shape[0], q.shape[2], k.shape[2]
+    if (reason := p.heads_misfit()) is not None:
+        return reason
     rows = [(p.query_ranks, n, torch.int64), (p.key_ranks, m, torch.int64), (p.landmark, m, torch.bool)]
     rows += [] if p.own is None else [(p.own, n, torch.int64)]
     for x, slots, dtype in rows:
@@ -180,10 +164,7 @@ def _grouped_attention_backward(
     library.same("lse", lse, tokens, torch.float32)
     out, grad_out, lse = library.rows_contiguous(out), library.rows_contiguous(grad_out), lse.contiguous()
     forward, kept = _arguments(problem, out, lse)
-    grads = problem.empty_gradients(needed)
-    grad_q, grad_k, grad_v = (x if need else None for x, need in zip(grads, needed, strict=True))
-    outer = library.strided(grad_out=grad_out, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
-    library.call(GroupedAttentionBackward(forward=ctypes.pointer(forward), **outer))
+    grads = problem.run_backward(GroupedAttentionBackward, forward, grad_out, needed)
     del kept
     return grads
 

@@ -4,7 +4,6 @@ the result. Where no gradient is wanted, the choice, attention, the gates and th
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +11,17 @@ import torch
 from torch import Tensor
 
 from regard.backends.native import library
-from regard.backends.operators import Packed, operator
+from regard.backends.operators import operator
 from regard.contract import Unsupported
-from regard.engines.attention.native_form import HEADS, Strides, by_row, empty_gradient, empty_output, heads_arguments
+from regard.engines.attention.native_form import (
+    HEAD_GRADIENTS,
+    HEADS,
+    PackedHeads,
+    Strides,
+    by_row,
+    empty_output,
+    heads_arguments,
+)
 from regard.engines.pixel_attention import torch_form
 from regard.engines.pixel_attention.problem import Mix, Problem
 
@@ -48,25 +55,15 @@ class PixelAttentionBackward(library.Arguments):
     kernel = "pixel_attention_backward"
     _fields_ = (
         ("forward", ctypes.POINTER(PixelAttention)),
-        ("grad_out", ctypes.c_void_p),
-        ("grad_out_strides", Strides),
-        ("grad_q", ctypes.c_void_p),
-        ("grad_k", ctypes.c_void_p),
-        ("grad_v", ctypes.c_void_p),
-        ("grad_q_strides", Strides),
-        ("grad_k_strides", Strides),
-        ("grad_v_strides", Strides),
+        *HEAD_GRADIENTS,
     )
 
 
 @dataclass(frozen=True)
-class PackedProblem(Packed):
+class PackedProblem(PackedHeads):
     """A :class:`regard.engines.pixel_attention.problem.Problem` as the operators have it, with its queries, keys and
     values."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
     estimate: Tensor
     totals: Tensor
     slots: Tensor | None
@@ -90,15 +87,6 @@ class PackedProblem(Packed):
             together=p.grouping == "row",
             scale=float(p.scale),
         )
-
-    @property
-    def learned(self) -> list[Tensor | None]:
-        return [self.q, self.k, self.v]
-
-    def empty_gradients(self, needed: Sequence[bool]) -> list[Tensor]:
-        """With the heads of a token side by side where they are in the input."""
-        inputs = (self.q, self.k, self.v)
-        return [empty_gradient(x) if need else x.new_empty(0) for x, need in zip(inputs, needed, strict=True)]
 
     @property
     def kept_shape(self) -> tuple[int, ...]:
@@ -128,12 +116,9 @@ def _misfit(p: PackedProblem) -> str | None:
     q, k, v = p.q, p.k, p.v
     if not q.ndim == k.ndim == v.ndim == p.estimate.ndim == 4:
         return "q, k, v and an estimate that do not have four axes"
-    batch, heads, n, width = q.shape
-    kv_heads, m, value_width = v.shape[1:]
-    if k.shape != (batch, kv_heads, m, width) or v.shape[0] != batch or min(kv_heads, width, value_width) < 1:
-        return "q, k and v of shapes that do not belong together"
-    if heads % kv_heads or max(n, m, width, value_width) > library.MOST:
-        return f"{heads} heads on {kv_heads}, or more than {library.MOST} tokens or features"
+    batch, n, m = q.shape[0], q.shape[2], k.shape[2]
+    if (reason := p.heads_misfit()) is not None:
+        return reason
     pixels = p.estimate.shape[3]
     if p.estimate.shape[:3] != q.shape[:3] or not 1 <= pixels <= library.MOST or p.estimate.dtype != torch.float32:
         return "an estimate that does not belong to the queries"
@@ -234,10 +219,7 @@ def _pixel_attention_backward(
     grad_out, lse, kept = library.rows_contiguous(grad_out), lse.contiguous(), kept.contiguous()
     forward, inputs = _arguments(problem, grad_out, lse)  # which has the shape of the output, and is not written
     forward.kept = library.pointer(kept)
-    grads = problem.empty_gradients(needed)
-    grad_q, grad_k, grad_v = (x if need else None for x, need in zip(grads, needed, strict=True))
-    outer = library.strided(grad_out=grad_out, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
-    library.call(PixelAttentionBackward(forward=ctypes.pointer(forward), **outer))
+    grads = problem.run_backward(PixelAttentionBackward, forward, grad_out, needed)
     del inputs
     return grads
 
