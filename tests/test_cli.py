@@ -10,6 +10,7 @@ from command_line import answer, run
 
 from regard import get_mechanism, list_mechanisms
 from regard.cli.app import COMMANDS
+from regard.tasks import list_tasks
 from regard.workbench.packages import OPTIONAL
 from regard.workbench.verify import verified_backends
 
@@ -22,6 +23,8 @@ def test_every_command_has_help_with_examples(capsys):
         code, text, _ = run(capsys, f"{command} --help")
         assert code == 0
         assert f"regard {command}" in text.split("Examples:")[1]
+        if command == "compare":
+            assert set(list_tasks()) <= set(re.findall(r"\w+", text))
 
 
 def test_list_filters(capsys):

@@ -170,13 +170,20 @@ class Ring:
             slopes = [dk, dv] if step == 0 else _zeros(*held)
             rank.gradients(of, held[0], held[1], rank.layout.spans(_owner(rank, step)), dq, *slopes)
             if carried is not None:
-                slopes = [a + b for a, b in zip(slopes, carried.wait()[behind], strict=True)]
+                _add(slopes, carried.wait()[behind])
+            if last:
+                held = []  # nobody needs them any more
             if step > 0:  # to the next rank that has these keys, and after the last one home
                 carried = yield _hop(rank, slopes, step + 1)
             held = held if pending is None else list(pending.wait()[behind])
         if carried is not None:
-            dk, dv = (a + b for a, b in zip((dk, dv), carried.wait()[behind], strict=True))
+            _add([dk, dv], carried.wait()[behind])
         return dq, dk, dv
+
+
+def _add(totals: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+    for total, part in zip(totals, parts, strict=True):
+        total += part
 
 
 def _owner(rank: Rank, step: int) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from regard.contract import Unsupported
 from regard.integrations.swap import reader_of, swap
 from regard.models.blocks import evaluation_mode
+from regard.models.weights import weights_digest
 from regard.retrofit.inserting import inserts_tokens, rebuilt
 
 if TYPE_CHECKING:
@@ -96,13 +97,10 @@ class Host:
                 self.model.set_submodule(self.layers[number].path, module)
 
     def fingerprint(self) -> str:
-        """Twelve hexadecimal digits of its settings and of some of each of its weights."""
+        """Twelve hexadecimal digits of its settings and weights."""
         config = {k: v for k, v in self.model.config.to_dict().items() if not k.startswith(("_", "transformers"))}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            some = tensor.detach().flatten()[:: max(1, tensor.numel() // 997)].double().cpu()
-            digest.update(name.encode() + some.numpy().tobytes())
-        return digest.hexdigest()[:12]
+        described = json.dumps(config, sort_keys=True, default=str) + weights_digest(self.model)
+        return hashlib.sha256(described.encode()).hexdigest()[:12]
 
 
 def open_host(model: Any, tokenizer: Any = None) -> Host:

@@ -21,7 +21,7 @@ from regard.measurement.store import Store
 from regard.models.variants import known_name
 from regard.workbench.cost import REFERENCE
 from regard.workbench.layer_work import MIXING, WHAT, LayerSettings
-from regard.workbench.needs import NEEDS, Finding, find, parse_needs
+from regard.workbench.needs import NEEDS, Finding, find, parse_needs, reach
 from regard.workbench.pasted import code_for
 from regard.workbench.probe import LENGTHS, probe
 from regard.workbench.samples import DOUBTFUL, LayerMeasure, Measure, Probe
@@ -240,6 +240,10 @@ def read_quality(folder: str | Path) -> Quality:
     return Quality({n: "; ".join(parts) for n, parts in said.items()}, behind, solved, str(folder))
 
 
+FEW = 64
+"""Tokens at which it is measured whether a mechanism mixes them."""
+
+
 def candidates_of(settings: AdviseSettings) -> tuple[list[str], dict[str, str]]:
     """The mechanisms in question, and why others that were named or have the pattern are not."""
     excluded = {known_name(name) for name in settings.exclude}
@@ -261,6 +265,8 @@ def candidates_of(settings: AdviseSettings) -> tuple[list[str], dict[str, str]]:
             )
         elif settings.pattern not in card.patterns:
             rejected[name] = f"lacks {settings.pattern.value}: {card.refused.get(settings.pattern, 'not defined')}"
+        elif card.kind is Kind.MIXER and reach(name, settings.pattern, FEW)[0] < 2:
+            rejected[name] = "mixes no tokens: an output depends on its own token alone (measured)"
         else:
             chosen.append(name)
     if not chosen:

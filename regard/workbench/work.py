@@ -140,15 +140,18 @@ def _parameters(variant: Variant, task: Task, settings: CompareSettings, frame: 
     try:
         return count_parameters(config)
     except Unsupported as error:
+        sizes = _other_sizes(variant, task, settings, frame)
+        if not sizes:  # another width would not help
+            raise
         raise Unsupported(
             f"{variant.name} with --dim {settings.dim} and --heads {settings.heads} ({error.asked})",
             supported=error.supported,
-            nearest=_nearest_size(variant, task, settings, frame),
+            nearest=", or ".join([*sizes, f"--mechanisms without {variant.name}"][:2]),
         ) from None
 
 
-def _nearest_size(variant: Variant, task: Task, settings: CompareSettings, frame: str) -> str:
-    """A size to ask for instead of one that a mechanism refuses: heads for its width, or a width for its heads."""
+def _other_sizes(variant: Variant, task: Task, settings: CompareSettings, frame: str) -> list[str]:
+    """What to ask for instead of sizes that a mechanism refuses: heads for its width, and a width for its heads."""
     found = []
     for name, asked, reach in (("heads", settings.heads, settings.heads), ("dim", settings.dim, 2 * settings.heads)):
         for value in sorted(range(max(1, asked - reach), asked + reach + 1), key=lambda value: abs(value - asked)):
@@ -159,7 +162,7 @@ def _nearest_size(variant: Variant, task: Task, settings: CompareSettings, frame
                 continue
             found.append(f"--{name} {value}")
             break
-    return ", or ".join([*found, f"--mechanisms without {variant.name}"][:2])
+    return found
 
 
 def _target(task: Task, settings: CompareSettings) -> int:

@@ -17,6 +17,7 @@ from regard.apply import apply
 from regard.catalogue import get_mechanism
 from regard.contract import Pattern
 from regard.distributed import ContextParallel, DistributedAttention, DistributedRecurrence, train_together
+from regard.distributed.measure import Attention, Training, compare_ranks
 from regard.distributed.together import WAYS
 from regard.measurement.budget import Budget
 from regard.models import LanguageModel, LanguageModelConfig
@@ -206,12 +207,20 @@ def train_a_folder(rank: int, folder: Path) -> None:
         torch.testing.assert_close(tensor, other[name], rtol=1e-4, atol=1e-5)
 
 
+def measure(rank: int) -> None:
+    for work in (Attention(37, heads=2, head_dim=8), Training(length=32, dim=16, layers=1, heads=2)):
+        found = compare_ranks(work, seconds=0.0)
+        assert found["memory"] > 0 and found["together"]["repeats"] >= 3
+        assert found["error"] < 1e-5 and (found["speedup"] is not None) == (rank == 0)
+
+
 def both(rank: int, ranks: int, folder: Path) -> None:
     join(rank, ranks, str(folder / "store"))
     try:
         compare_attention(rank, ranks)
         compare_recurrence(rank, ranks)
         compare_training()
+        measure(rank)
         train_in_every_way(rank, folder)
         train_a_folder(rank, folder)
     finally:

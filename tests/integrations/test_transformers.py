@@ -364,3 +364,14 @@ def test_options_change_and_what_was_learned_stays():
         change_options(model, top_k=3)
         assert torch.equal(model(tokens).logits, expected)
     assert {entry["options"]["top_k"] for entry in model.config.regard["modules"].values()} == {3}
+
+
+def test_another_model_of_the_same_config_does_not_see_a_swap():
+    changed = llama()
+    other = type(changed)(changed.config).eval()
+    x = ids()
+    expected = other(x).logits
+    regard.swap(changed, "linear")
+    near(other(x).logits, expected)
+    regard.unswap(changed)
+    assert changed.config.to_dict() == other.config.to_dict()

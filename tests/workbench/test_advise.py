@@ -204,6 +204,17 @@ def test_a_mechanism_that_lacks_the_pattern_or_the_size_is_listed_with_the_reaso
         ask(64, head_dim=7, mechanisms=("mamba2",))
 
 
+@pytest.mark.parametrize("pattern", ["causal-self", "noncausal-self"])
+def test_what_mixes_no_tokens_is_not_advised(pattern):
+    found = ask(pattern=pattern, mechanisms=(*NAMES, "activator", "large_kernel"), measure=everything_alike)
+    assert "mixes no tokens" in found.rejected["activator"] and "activator" not in order(found)
+    assert "large_kernel" in order(found)
+
+
+def everything_alike(what, length, names):
+    return {name: Sample(1e-3, 1000 * length, 10 * length, "native") for name in names}
+
+
 def test_what_does_not_decode_is_not_advised_for_serving(monkeypatch):
     monkeypatch.setattr(LayerWork, "decodes", property(lambda work: work.card.name != "local"))
     assert "no state" in ask(use="serve").rejected["local"]

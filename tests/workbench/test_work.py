@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from regard.contract import Unsupported
 from regard.measurement.budget import Budget
+from regard.models import StackConfig
 from regard.tasks import create_task
 from regard.training import Supervised, TrainConfig
 from regard.training.loop import History, Point
@@ -28,3 +30,12 @@ def test_threads_are_chosen_though_a_busy_machine_does_no_step_in_time(monkeypat
         assert module.best_threads(one) == chosen
     finally:
         torch.set_num_threads(before)
+
+
+def test_what_no_other_size_would_help_is_not_told_as_a_question_of_sizes():
+    settings = CompareSettings(
+        ("softmax",), Budget.parse("10k tokens"), dim=16, layers=2, stack=StackConfig(exits=(1, 9))
+    )
+    with pytest.raises(Unsupported) as found:
+        module.Work(create_task("copying", length=32), settings)
+    assert "exits" in str(found.value) and "--dim" not in str(found.value)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -28,7 +27,7 @@ from regard.compression.pruning.losses import Losses
 from regard.compression.weights.grids import TINY, Grids, as_codes, in_groups
 from regard.contract import Unsupported
 from regard.layers.quantized import Codes, Format
-from regard.models.weights import read_tensors, write_atomically
+from regard.training.checkpoint import load_checkpoint, restore, save_checkpoint
 
 KEPT = "learned.safetensors"
 SECONDS = 60.0
@@ -100,10 +99,21 @@ def learn_codes(
         Unsupported: where the loss is not finite.
     """
     with _trained_alone(model, layers, format) as learned:
-        flat = {f"{name}/{key}": one for name, own in learned.items() for key, one in own.items()}
+        trained = nn.ParameterDict(
+            {f"{name}/{key}".replace(".", "/"): one for name, own in learned.items() for key, one in own.items()}
+        )
         optimizer = torch.optim.Adam(_groups(learned))
         file = None if folder is None else folder / KEPT
-        done = _restore(file, flat, optimizer)
+        done = 0
+        if file is not None and file.is_file():
+            checkpoint = load_checkpoint(file)
+            restore(checkpoint, trained, optimizer)
+            done = int(checkpoint.record["steps"])
+
+        def keep() -> None:
+            if file is not None and done:
+                save_checkpoint(file, trained, optimizer, {"steps": done})
+
         kept = time.monotonic()
         try:
             while done < steps:
@@ -123,10 +133,10 @@ def learn_codes(
                 done += 1
                 on_step(done)
                 if time.monotonic() - kept > SECONDS:
-                    _keep(file, flat, optimizer, done)
+                    keep()
                     kept = time.monotonic()
         except KeyboardInterrupt:
-            _keep(file, flat, optimizer, done)
+            keep()
             raise
         found = {}
         for name, linear in layers.items():
@@ -171,29 +181,3 @@ def _trained_alone(
             layers[name].weight.data = before[name]
         for parameter, needed in required.items():
             parameter.requires_grad_(needed)
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def _keep(file: Path | None, flat: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, done: int) -> None:
-    if file is None or not done:
-        return
-    tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in flat.items()}
-    for name, parameter in flat.items():
-        tensors |= {f"{name}/{moment}": optimizer.state[parameter][moment] for moment in MOMENTS}
-    write_atomically(file, lambda path: save_file(tensors, path, metadata={"steps": str(done)}))
-
-
-def _restore(file: Path | None, flat: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Go on from what was kept; how many steps are done."""
-    if file is None or not file.is_file():
-        return 0
-    tensors, metadata = read_tensors(file)
-    done = int(metadata["steps"])
-    with torch.no_grad():
-        for name, parameter in flat.items():
-            parameter.copy_(tensors[name])
-            moments = {moment: tensors[f"{name}/{moment}"].clone() for moment in MOMENTS}
-            optimizer.state[parameter] = {"step": torch.tensor(float(done)), **moments}
-    return done

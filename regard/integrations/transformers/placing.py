@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import Kind, Pattern, Unsupported
@@ -142,6 +143,8 @@ def record_swap(model: Any, chosen: Mapping[str, Choice]) -> list[str]:
     Args:
         chosen: mechanism, options and pattern of each changed module by its path.
     """
+    if getattr(model.config, RECORD, None) is None:
+        _own_config(model)
     config = model.config
     known = getattr(config, RECORD, None) or {"attention": config._attn_implementation, "modules": {}}
     modules = dict(known["modules"])
@@ -165,6 +168,16 @@ def record_swap(model: Any, chosen: Mapping[str, Choice]) -> list[str]:
     config.attn_implementation = SWAPPED  # a name that a config is saved and loaded with
     _turn_cache(model, off=bool(needing_whole_sequences(model)))
     return _notes(model)
+
+
+def _own_config(model: nn.Module) -> None:
+    """Give a model a copy of its config, which other models of the same config do not see."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, PretrainedConfig) and id(value) in copies:
+                setattr(module, name, copies[id(value)])
 
 
 def record_options(model: Any, changed: Iterable[str], options: Mapping[str, Any]) -> None:
