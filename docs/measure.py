@@ -1,9 +1,9 @@
 """Measures what the documentation's tables show, into docs/data: `make matrix`, `make reproductions`, `make scaling`.
 
 python docs/measure.py                # parity, matrix, variants, random and integrations
-python docs/measure.py matrix         # regard verify --json             -> verify.json, cells
+python docs/measure.py matrix         # regard verify                    -> verify.json, cells; goes on where it stopped
 python docs/measure.py variants       # the same with other options      -> verify.json, variants; goes on where it stopped
-python docs/measure.py random         # regard verify --random --json    -> verify.json, random
+python docs/measure.py random         # regard verify --random           -> verify.json, random; goes on where it stopped
 python docs/measure.py parity         # the parity tests                 -> parity.json
 python docs/measure.py restore        # what the next and `keep` left    -> runs, so that its cells are not run again
 python docs/measure.py reproductions  # what runs/reproduce holds        -> reproductions.json
@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -68,7 +69,7 @@ COMPARED = Path("runs/all/results.db")
 KEPT = DATA / "ranking-cells.db.gz"
 """Runs of a ranking that is not finished."""
 
-VARIANTS = Path("runs/variants/results.db")
+VERIFIED = Path("runs/verify/results.db")
 SWAPPED = Path("runs/integrations/results.db")
 RANDOM_CASES = 100
 """Random cases of each mechanism on each backend."""
@@ -138,17 +139,32 @@ def measure_parity() -> None:
 
 
 def measure_matrix() -> None:
-    found = subprocess.run([sys.executable, "-m", "regard", "verify", "--json"], stdout=subprocess.PIPE, text=True)
-    if not found.stdout:
-        raise SystemExit("regard verify printed nothing: verify.json is left as it was")
-    result = json.loads(found.stdout)
-    cells = [
-        {name: value for name, value in cell.items() if name not in ("seconds", "variant")} for cell in result["cells"]
-    ]
+    def verified(name: str) -> dict[str, Any]:
+        cells = [dataclasses.asdict(cell) for cell in verify([name])]
+        return {"cells": [{n: v for n, v in cell.items() if n not in ("seconds", "variant")} for cell in cells]}
+
+    with Store(VERIFIED) as store:
+        cells = [
+            cell
+            for name in list_mechanisms()
+            for cell in _kept(store, "matrix", {"mechanism": name}, partial(verified, name))["cells"]
+        ]
+    failures = sum(cell["status"] == "fail" for cell in cells)
     more = {name: value for name, value in _verified().items() if name in ("variants", "random")}
-    _write("verify.json", {"measured": MEASURED, "failures": result["failures"], "cells": cells, **more}, "cells")
-    if result["failures"]:
-        raise SystemExit(f"{result['failures']} cells fail")
+    _write("verify.json", {"measured": MEASURED, "failures": failures, "cells": cells, **more}, "cells")
+    if failures:
+        raise SystemExit(f"{failures} cells fail")
+
+
+def _kept(store: Store, kind: str, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was measured at this revision, or is now."""
+    key = {**key, "revision": git_revision()}
+    row = store.get(kind, key)
+    if row is None:
+        store.put(kind, key, measure())
+        row = store.get(kind, key)
+        print(kind, *list(key.values())[:-1], flush=True)
+    return row.payload
 
 
 def _verified() -> dict[str, Any]:
@@ -159,18 +175,22 @@ def _verified() -> dict[str, Any]:
 def measure_variants() -> None:
     """One row for each variant. Programs, which take seconds each, are left to `regard verify --variant all`."""
     properties = [p.name for p in PROPERTIES if p.name not in PROGRAMS]
-    with Store(VARIANTS) as store:
-        found: list[dict[str, Any]] = []
-        for name in list_mechanisms():
-            for variant, options in get_mechanism(name).variants.items():
-                key = {"mechanism": name, "variant": variant, "options": repr(options), "revision": git_revision()}
-                row = store.get("verify", key)
-                if row is None:
-                    cells = verify([name], variants=[variant], properties=properties)
-                    store.put("verify", key, {"mechanism": name, "variant": variant, **_counted(cells)})
-                    row = store.get("verify", key)
-                    print(name, variant, row.payload["failed"] or "", flush=True)
-                found.append(row.payload)
+
+    def verified(name: str, variant: str) -> dict[str, Any]:
+        cells = verify([name], variants=[variant], properties=properties)
+        return {"mechanism": name, "variant": variant, **_counted(cells)}
+
+    with Store(VERIFIED) as store:
+        found = [
+            _kept(
+                store,
+                "verify",
+                {"mechanism": name, "variant": variant, "options": repr(options)},
+                partial(verified, name, variant),
+            )
+            for name in list_mechanisms()
+            for variant, options in get_mechanism(name).variants.items()
+        ]
     _write("verify.json", {**_verified(), "variants": found}, "variants")
 
 
@@ -189,9 +209,18 @@ def _counted(cells: list[Cell]) -> dict[str, Any]:
 
 
 def measure_random() -> None:
-    command = [sys.executable, "-m", "regard", "verify", "--random", str(RANDOM_CASES), "--json"]
-    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout
-    found = [{n: v for n, v in one.items() if n != "unreached"} for one in json.loads(printed)["searches"]]
+    def drawn(name: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "regard", "verify", name, "--random", str(RANDOM_CASES), "--json"]
+        printed = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout
+        found = json.loads(printed)["searches"]
+        return {"searches": [{n: v for n, v in one.items() if n != "unreached"} for one in found]}
+
+    with Store(VERIFIED) as store:
+        found = [
+            one
+            for name in list_mechanisms()
+            for one in _kept(store, "random", {"mechanism": name}, partial(drawn, name))["searches"]
+        ]
     _write("verify.json", {**_verified(), "random": found}, "random")
 
 
