@@ -242,13 +242,14 @@ class _Runner:
         for index, work in enumerate(self.works):
             done, left = self.works[:index], self.works[index:]
             trainer.reserved = after + sum(map(self._beside_seconds, done))
-            trainer.replan(left)
+            fewer = trainer.replan(left)
             following = sum(w.runs * w.run_seconds(name) for w in left[1:] for name in names)
             trainer.beside = sum(map(self._beside_seconds, self.works))
             trainer.reserved = after + trainer.beside + following
             own = sum(work.runs * work.run_seconds(name) for name in names)
             trainer.progress.total = trainer.progress.done + own + trainer.reserved
-            runs[work.task.name] = self._train(work, names)
+            runs[work.task.name] = made = self._train(work, names)
+            made.left_out += [fewer] if fewer else []
         return runs
 
     def _train(self, work: Work, names: Sequence[str]) -> Runs:

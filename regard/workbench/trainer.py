@@ -119,8 +119,9 @@ class Trainer:
         self.elsewhere: set[tuple[str, str, str, float, int]] = set()
         """Runs that other processes have made, whose time is behind already."""
 
-    def replan(self, works: Sequence[Work]) -> None:
-        """Give the tasks that are left the steps that fit in the time that is left, if they no longer fit."""
+    def replan(self, works: Sequence[Work]) -> str:
+        """Give the tasks that are left the steps that fit in the time that is left, if they no longer fit; what to know of it,
+        where the first of them gets fewer."""
         first, key = (
             works[0],
             {**works[0].identity, "replanned": str(self.settings.budget), "mechanisms": [*works[0].configs]},
@@ -128,22 +129,25 @@ class Trainer:
         row = self.store.get("plan", key)
         if row is not None:
             first.steps = row.payload["steps"]
-            return
+            return str(row.payload.get("fewer", ""))
         if self.deadline is None or not self._taken:
-            return
+            return ""
         left = MARGIN * (self.deadline - time.monotonic()) / self.pace - self.reserved
         before = dict(first.steps)
         share_steps(works, left)
         first.steps = {name: max(FEWEST_STEPS, steps) for name, steps in first.steps.items()}
-        name = next(iter(before))
+        name, fewer = next(iter(before)), ""
         if abs(first.steps[name] - before[name]) < REPLANNED * before[name]:
             first.steps = before
         else:
-            self.say(
+            told = (
                 f"{first.task.name}: {first.steps[name]} steps a run instead of {before[name]}, which is what fits: training "
                 f"has taken {self.pace:.2g} times what the calibration said"
             )
-        self.store.put("plan", key, {"steps": first.steps})
+            self.say(told)
+            fewer = f"{told}." if first.steps[name] < before[name] else ""
+        self.store.put("plan", key, {"steps": first.steps, "fewer": fewer})
+        return fewer
 
     @property
     def pace(self) -> float:
