@@ -135,8 +135,12 @@ def read_mask(
     dtype: torch.dtype,
     own_queries: bool,
     prefer_causal: bool = False,
+    as_bias: bool = True,
 ) -> Visible:
     """Understand a mask of pairs: causality and missing keys where that is all it says, a bias otherwise.
+
+    While a model is compiled nothing can look into the mask: it is a bias, or, for mechanisms that take none, compilation is
+    interrupted to look.
 
     Args:
         mask: True = may attend, or scores to add; broadcasts to (B, H, N, M).
@@ -144,9 +148,14 @@ def read_mask(
         own_queries: whether queries and keys are the same tokens, so that a query whose key is missing is padding and
             may see anything.
         prefer_causal: whether a mask that is both (a single query that sees all) counts as causal.
+        as_bias: whether a bias is of use.
     """
     if mask is None:
         return Visible(causal)
+    if not as_bias and torch.compiler.is_dynamo_compiling():
+        return _look_into(
+            mask, causal, batch=batch, n=n, m=m, dtype=dtype, own_queries=own_queries, prefer_causal=prefer_causal
+        )
     visible = mask if mask.dtype == torch.bool else _hides_only(mask)
     if visible is not None and not torch.compiler.is_compiling():
         shared = visible[:, :1]
@@ -166,6 +175,12 @@ def read_mask(
     else:
         bias = mask.to(dtype)
     return Visible(causal, None, bias)
+
+
+_look_into = torch.compiler.disable(
+    read_mask,
+    reason="a mechanism that takes no bias has to know what a mask says: without a mask nothing is in the way",
+)
 
 
 def _hides_only(scores: Tensor) -> Tensor | None:

@@ -160,7 +160,8 @@ class MultiheadAttention(Swapped):
             mask = keys if mask is None else _both(mask, keys)
         if mask is not None:
             mask = mask.expand(*mask.shape[:2], n, m)
-        return read_mask(mask, False, batch=batch, n=n, m=m, dtype=dtype, own_queries=own_queries)
+        as_bias = "bias" in self.attend.card.honours
+        return read_mask(mask, False, batch=batch, n=n, m=m, dtype=dtype, own_queries=own_queries, as_bias=as_bias)
 
 
 def _both(a: Tensor, b: Tensor) -> Tensor:
@@ -223,7 +224,8 @@ class VisionAttention(Swapped):
         if attn_mask is not None:
             attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
             attn_mask = attn_mask.expand(*attn_mask.shape[:2], n, n)
-        visible = read_mask(attn_mask, is_causal, batch=batch, n=n, m=n, dtype=q.dtype, own_queries=True)
+        sees: dict[str, Any] = {"batch": batch, "n": n, "m": n, "dtype": q.dtype, "own_queries": True}
+        visible = read_mask(attn_mask, is_causal, as_bias="bias" in self.attend.card.honours, **sees)
         result = self.attend(
             q,
             k,

@@ -375,3 +375,13 @@ def test_another_model_of_the_same_config_does_not_see_a_swap():
     near(other(x).logits, expected)
     regard.unswap(changed)
     assert changed.config.to_dict() == other.config.to_dict()
+
+
+def test_a_swapped_model_is_compiled_whole_and_in_parts_where_it_has_to_look_at_a_mask():
+    model, x = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 1})), ids()
+    disturb(model)
+    regard.swap(model, "linear")
+    whole, parts = (torch.compile(model, fullgraph=full, backend="aot_eager") for full in (True, False))
+    with torch.no_grad():
+        near(whole(x).logits, model(x).logits)
+        near(parts(x, attention_mask=KEPT).logits[KEPT == 1], model(x, attention_mask=KEPT).logits[KEPT == 1])

@@ -22,6 +22,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from typing import Any
+
+import torch
 
 from regard.contract import Unsupported
 
@@ -62,15 +65,28 @@ from regard.integrations.transformers.placing import (
 )
 
 
+def causal_or_mask(*sizes: Any, allow_is_causal_skip: bool = True, **given: Any) -> torch.Tensor | None:
+    """transformers' mask for the attention of PyTorch; none where plain causality is meant, while a model is compiled too.
+
+    There a mask is made of what no mask is needed for (transformers with PyTorch before 2.14), and mechanisms cannot look into
+    it to see that it is nothing but causality. Theirs is right for more keys than queries, so that nothing is lost.
+    """
+    whole = allow_is_causal_skip and given.get("attention_mask") is None and given.get("local_size") is None
+    if whole and torch.compiler.is_compiling() and not sizes and given["q_length"] == given["kv_length"]:
+        return None
+    mask: torch.Tensor | None = sdpa_mask(*sizes, allow_is_causal_skip=allow_is_causal_skip, **given)
+    return mask
+
+
 def register() -> None:
     """Register everything; importing the module has done so. Plugins loaded later need another call."""
     for name in attention_names():
         AttentionInterface.register(PREFIX + name, functools.partial(attention_forward, mechanism=name))
-        AttentionMaskInterface.register(PREFIX + name, sdpa_mask)
+        AttentionMaskInterface.register(PREFIX + name, causal_or_mask)
         with contextlib.suppress(Unsupported):
             _without_weights(name, ())
     AttentionInterface.register(SWAPPED, swapped_forward)
-    AttentionMaskInterface.register(SWAPPED, sdpa_mask)
+    AttentionMaskInterface.register(SWAPPED, causal_or_mask)
     AutoConfig.register(RegardConfig.model_type, RegardConfig, exist_ok=True)
     AutoModelForCausalLM.register(RegardConfig, RegardForCausalLM, exist_ok=True)
 

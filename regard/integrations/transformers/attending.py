@@ -196,6 +196,7 @@ def _forward(
     if position_bias is not None:
         mask = _biased(position_bias, mask)
     sees: dict[str, Any] = {"batch": batch, "n": n, "dtype": query.dtype, "prefer_causal": causal}
+    sees["as_bias"] = "bias" in attend.card.honours
     causal_beside = causal and attention_mask is None  # a mask, where there is one, has causality in it
     if cache is not None and cache.tokens and mask is not None:
         visible = _read_after(mask, causal_beside, cache, **sees)
