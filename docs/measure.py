@@ -156,14 +156,14 @@ def measure_matrix() -> None:
         raise SystemExit(f"{failures} cells fail")
 
 
-def _kept(store: Store, kind: str, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _kept(store: Store, table: str, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What was measured at this revision, or is now."""
-    key = {**key, "revision": git_revision()}
-    row = store.get(kind, key)
+    key = {"table": table, **key, "revision": git_revision()}
+    row = store.get("verify", key)
     if row is None:
-        store.put(kind, key, measure())
-        row = store.get(kind, key)
-        print(kind, *list(key.values())[:-1], flush=True)
+        store.put("verify", key, measure())
+        row = store.get("verify", key)
+        print(*list(key.values())[:-1], flush=True)
     return row.payload
 
 
@@ -184,7 +184,7 @@ def measure_variants() -> None:
         found = [
             _kept(
                 store,
-                "verify",
+                "variants",
                 {"mechanism": name, "variant": variant, "options": repr(options)},
                 partial(verified, name, variant),
             )
