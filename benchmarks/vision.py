@@ -39,10 +39,15 @@ NAMES = (
     "vmamba_t",
     "pvt_t",
     "agent_pvt_t",
+    "swin_t",
+    "agent_swin_t",
+    "agent_cswin_t",
+    "moh_transnext_s_75",
     "mixer_s16",
 )
 TIMM = {
     "tnt_s": "tnt_s_patch16_224",
+    "swin_t": "swin_tiny_patch4_window7_224",
     "deit_t": "deit_tiny_patch16_224",
     "mixer_s16": "mixer_s16_224",
 }

@@ -42,7 +42,15 @@ from regard.layers.parts import LayerCall, Merge, Projection
 from regard.mechanisms.agent import BiasTables
 from regard.models.blocks import add_losses, read_plan
 from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of, tokens_of
-from regard.models.vision.patch_tokens import agent_table, context_of, fit_tables, options_on, resize_positions
+from regard.models.vision.patch_tokens import (
+    agent_table,
+    check_divisible,
+    context_of,
+    fit_tables,
+    initialise_linear,
+    options_on,
+    resize_positions,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -149,7 +157,7 @@ class PVT(Backbone):
         self.class_token = nn.Parameter(torch.empty(1, channels)) if config.class_token else None
         self.norm = LayerNorm(channels, eps=1e-6) if config.class_token else None
         self.levels = [Level(*level) for level in zip(config.widths, config.strides, strict=True)]
-        self.apply(_initialise)
+        self.apply(initialise_linear)
         if self.class_token is not None:
             nn.init.trunc_normal_(self.class_token, std=0.02)
         self.make_head(channels)
@@ -192,11 +200,7 @@ class PVT(Backbone):
     def check_size(self, height: int, width: int) -> None:
         config = self.config
         step = math.lcm(*(r * stride for r, stride in zip(config.reductions, config.strides, strict=True)))
-        if height % step or width % step:
-            nearest = tuple(max(step, round(side / step) * step) for side in (height, width))
-            raise Unsupported(
-                f"images of {height} x {width}", supported=f"sides that {step} divides", nearest=f"{nearest}"
-            )
+        check_divisible(height, width, step)
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: PVTConfig) -> dict[str, Tensor]:
@@ -411,11 +415,3 @@ def _everywhere(
     index = torch.arange(rows * columns, device=device)[None]
     extents = [torch.full((1, 1), side, device=device) for side in grid]
     return [index // columns, index % columns], extents, torch.zeros_like(index, dtype=torch.bool)
-
-
-def _initialise(module: nn.Module) -> None:
-    """As the official code: normal weights and no biases in linear maps; convolutions as torch begins them."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -25,6 +25,7 @@ from regard.layers.feed_forward import MLP
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
 from regard.models.vision.backbone import BackboneConfig, Level, Pyramid, map_of, tokens_of
+from regard.models.vision.patch_tokens import initialise_linear
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -109,7 +110,7 @@ class BiFormer(Pyramid):
             channels = width
         self.levels = levels
         self.norm = nn.BatchNorm2d(channels)
-        self.apply(_initialise)
+        self.apply(initialise_linear)
         self.make_head(channels)
 
     def pool(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c"]:
@@ -210,10 +211,3 @@ class Block(nn.Module):
         mixed = self.attention(self.norm1(tokens), context=Context(grid=grid)).output
         tokens = tokens + self.drop_path(mixed)
         return map_of(tokens + self.drop_path(self.mlp(self.norm2(tokens))), grid)
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

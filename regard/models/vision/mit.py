@@ -11,7 +11,6 @@ and no class token: where a token is, the convolutions tell. The head reads the 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from regard.layers.norms import LayerNorm
 from regard.models.blocks import add_losses
 from regard.models.vision import agent_pvt
 from regard.models.vision.backbone import tokens_of
+from regard.models.vision.patch_tokens import initialise_convolution
 from regard.models.vision.van import ConvolutionalMLP
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class MiT(agent_pvt.PVT):
 
     def __init__(self, config: MiTConfig) -> None:
         super().__init__(config)
-        self.apply(_initialise)
+        self.apply(initialise_convolution)
 
     def make_stage(self, config: agent_pvt.PVTConfig, number: int, channels: int, rates: list[float]) -> nn.Module:
         return Stage(config, number, channels, rates)
@@ -141,11 +141,3 @@ class Block(agent_pvt.Block):
 
     def feed_forward(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tensor, "b n c"]:
         return self.mlp(x, grid)
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -1,4 +1,4 @@
-"""What transformers over patches share: where their tokens lie, and how released tables of numbers fit a model.
+"""What transformers over patches share: where their tokens lie, windows, first weights, and released tables of numbers.
 
 Patches fill a grid row by row; class tokens come before them and lie nowhere on it.
 """
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from regard.catalogue import get_mechanism
-from regard.contract import Context, Role
+from regard.contract import Context, Role, Unsupported
 from regard.models.blocks import layer_accepts
 
 if TYPE_CHECKING:
@@ -104,3 +104,43 @@ def fit_tables(
         if name.endswith("_bias.other") and name not in found:
             found[name] = torch.zeros(value.shape)  # of tokens off the grid, which the official model does not have
     return found
+
+
+def check_divisible(height: int, width: int, step: int) -> None:
+    """Raise Unsupported for images of a side that `step` does not divide."""
+    if height % step or width % step:
+        nearest = tuple(max(step, round(side / step) * step) for side in (height, width))
+        raise Unsupported(f"images of {height} x {width}", supported=f"sides that {step} divides", nearest=f"{nearest}")
+
+
+def initialise_linear(module: nn.Module) -> None:
+    """A linear map's weights from a truncated normal distribution, and its biases 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def initialise_convolution(module: nn.Module) -> None:
+    """A convolution's weights from a normal distribution of variance 2 over the numbers that an input reaches, biases 0."""
+    if isinstance(module, nn.Conv2d):
+        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def to_windows(x: Float[Tensor, "b h w c"], sides: tuple[int, int]) -> Float[Tensor, "windows n c"]:
+    """Tokens of each window of each map, row by row; windows of `sides` fill the map."""
+    (height, width), (rows, columns) = x.shape[1:3], sides
+    x = x.unflatten(2, (width // columns, columns)).unflatten(1, (height // rows, rows))
+    return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)  # (B, windows down, windows across, rows * columns, C) before
+
+
+def from_windows(
+    x: Float[Tensor, "windows n c"], sides: tuple[int, int], grid: tuple[int, int]
+) -> Float[Tensor, "b h w c"]:
+    """Maps of rows and columns `grid` from their windows, the reverse of :func:`to_windows`."""
+    down, across = grid[0] // sides[0], grid[1] // sides[1]
+    x = x.unflatten(0, (x.shape[0] // (down * across), down, across)).unflatten(3, sides)
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)

@@ -26,6 +26,7 @@ from regard.layers.drop_path import DropPath, drop_path_rates
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm, LayerScale
 from regard.models.vision.backbone import BackboneConfig, Level, Pyramid, map_of, tokens_of
+from regard.models.vision.patch_tokens import initialise_convolution
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -194,12 +195,8 @@ class ConvolutionalMLP(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, ConvolutionalMLP):
+    initialise_convolution(module)
+    if isinstance(module, ConvolutionalMLP):
         for linear in (module.up, module.down):
             assert isinstance(linear, nn.Linear)
             nn.init.normal_(linear.weight, std=math.sqrt(2 / linear.out_features))

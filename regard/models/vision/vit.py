@@ -13,7 +13,8 @@ Agent-DeiT (Han et al., arXiv 2312.08874) has agent attention with all its biase
 the first 4 of B with 81.
 
 ``moh_deit_s`` and ``moh_deit_b`` are DeiT with mixture-of-head attention (Jin et al., arXiv 2410.11842). They are not published
-models: the paper's MoH-ViT is a TransNeXt, a pyramid with cosine attention and positions of its own. Its routers, gates and
+models: the paper's MoH-ViT is a TransNeXt, a pyramid with cosine attention and positions of its own
+(:mod:`regard.models.vision.transnext`). Its routers, gates and
 balance loss are those of the catalogue's ``mixture_of_heads``; of 12 heads 3 are shared and 6 of the other 9 active, as in the
 stage of 12 heads of its S model, and of 6 heads 2 are shared and 2 of the other 4 active.
 :meth:`VisionTransformer.forward_with_losses` gives the balance loss, which training adds with a weight of 0.01.

@@ -205,12 +205,14 @@ class ConvNorm(nn.Module):
 
     Args:
         channels, width: before and after.
-        side, stride: of its filters; those of 3 have a border of one zero.
+        side, stride: of its filters.
+        border: zeros around the map; one for filters of 3, and none for others, when None.
     """
 
-    def __init__(self, channels: int, width: int, side: int, stride: int) -> None:
+    def __init__(self, channels: int, width: int, side: int, stride: int, border: int | None = None) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, width, side, stride, padding=1 if side == 3 else 0)
+        border = int(side == 3) if border is None else border
+        self.conv = nn.Conv2d(channels, width, side, stride, border)
         self.norm = LayerNorm(width)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:

@@ -1,0 +1,289 @@
+"""The CSWin Transformer, and Agent-CSwin.
+
+Dong et al., arXiv 2107.00652; Han et al., arXiv 2312.08874. Four stages of maps, each with half the rows and columns of the one
+before. A stage is a convolution whose windows overlap (7 x 7 with stride 4, then 3 x 3 with stride 2) with a norm, and pre-norm
+blocks
+
+    x <- x + DropPath(attend(LN(x))),   x <- x + DropPath(W_2 gelu(W_1 LN(x)))
+
+``attend`` is given by the `plan`, which has an entry for each block. ``softmax`` is CSWin's attention: half of the heads read
+stripes that run down the map, half of them stripes that run across, and a 3 x 3 depthwise convolution of the values inside each
+stripe is added (LePE); in the last stage all heads read the whole map. Other mechanisms read the whole map: Agent-CSwin has
+agent attention with 9 and 16 agents in the first two stages, and stripes in the others. The head reads the mean of the last map,
+normed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract import Context, Pattern, Result, Unsupported, at_least
+from regard.create import create_layer
+from regard.functional import softmax_attention
+from regard.layers.drop_path import DropPath, drop_path_rates
+from regard.layers.feed_forward import MLP
+from regard.layers.linear import make_linear
+from regard.layers.norms import LayerNorm
+from regard.models.blocks import check_plan, read_plan
+from regard.models.vision.backbone import BackboneConfig, Level, map_of, tokens_of
+from regard.models.vision.patch_tokens import (
+    agent_table,
+    check_divisible,
+    fit_tables,
+    from_windows,
+    initialise_linear,
+    options_on,
+    to_windows,
+)
+from regard.models.vision.pyramid import PyramidWithLosses, Stage
+from regard.models.vision.vmamba import ConvNorm
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CSWinConfig(BackboneConfig):
+    """The configuration of a :class:`CSWin`.
+
+    Attributes:
+        widths, depths, heads: channels, blocks and heads of each stage; heads are even where there are stripes.
+        patch: stride of the first convolution, whose windows are 2 patch - 1 pixels wide.
+        stripes: width of the stripes of each stage but the last; 0 for the sides of the last map, 7 of images of 224 pixels.
+        plan: a mechanism (with options) for each block, or one for all.
+        expansion: width of the feed-forward networks over the channels.
+        branch_dropout: in the feed-forward networks, and at the end of each branch.
+    """
+
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    depths: tuple[int, ...] = (1, 2, 21, 1)
+    heads: tuple[int, ...] = (2, 4, 8, 16)
+    patch: int = 4
+    stripes: tuple[int, ...] = (1, 2, 0)
+    plan: Any = "softmax"
+    expansion: int = 4
+    branch_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("patch", self.patch, 1)
+        stages = len(self.widths)
+        for name, count in (("depths", stages), ("heads", stages), ("stripes", stages - 1)):
+            numbers = getattr(self, name)
+            if len(numbers) != count:
+                raise Unsupported(f"{name}={numbers} of {stages} stages", supported=f"{count} numbers")
+            at_least(f"the least of {name}", min(numbers, default=1), int(name != "stripes"))
+        object.__setattr__(self, "plan", read_plan(self.plan, sum(self.depths)))
+        check_plan(self.plan, Pattern.NONCAUSAL_SELF, "a CSWin Transformer")
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels from place to place of each stage's map."""
+        return tuple(self.patch * 2**stage for stage in range(len(self.widths)))
+
+    def entries(self, number: int) -> list[tuple[str, dict[str, Any]]]:
+        """The plan of a stage."""
+        start = sum(self.depths[:number])
+        return list(self.plan[start : start + self.depths[number]])
+
+    def stripes_of(self, number: int) -> tuple[int, int] | None:
+        """Rows of the stripes across a stage's map, and columns of those down it; None where heads read the whole map."""
+        if number == len(self.widths) - 1:
+            return None
+        grid = tuple(side // self.strides[number] for side in self.size)
+        wanted = self.stripes[number]
+        rows, columns = (wanted or max(1, side // self.strides[-1]) for side in self.size)
+        return None if (rows, columns) == grid else (rows, columns)
+
+
+def _agents(depths: tuple[int, ...], numbers: tuple[int, ...]) -> dict[str, Any]:
+    """Agent attention in the first stages, and stripes in the others."""
+    agents = [
+        ("agent", {"num_agents": n, "agent_bias": "all"})
+        for n, depth in zip(numbers, depths, strict=False)
+        for _ in range(depth)
+    ]
+    return {"depths": depths, "plan": [*agents, *["softmax"] * (sum(depths) - len(agents))]}
+
+
+WIDE: dict[str, Any] = {"widths": (96, 192, 384, 768), "heads": (4, 8, 16, 32), "drop_path": 0.5}
+NANO: dict[str, Any] = {
+    "image_size": 32,
+    "widths": (32, 64, 128),
+    "depths": (1, 2, 1),
+    "heads": (2, 4, 8),
+    "patch": 2,
+    "stripes": (1, 2),
+}
+"""Of images of about 32 pixels."""
+
+
+class CSWin(PyramidWithLosses):
+    """See the module; sizes ``cswin_t`` to ``cswin_b`` and ``agent_cswin_t`` to ``agent_cswin_b``."""
+
+    Config = CSWinConfig
+    scales: ClassVar = {"widths": "heads"}
+    config: CSWinConfig
+    sizes: ClassVar = {
+        "cswin_nano": NANO,
+        "agent_cswin_nano": {**NANO, **_agents((1, 2, 1), (4, 4))},
+        "cswin_t": {"drop_path": 0.2},
+        "cswin_s": {"depths": (2, 4, 32, 2), "drop_path": 0.4},
+        "cswin_b": {**WIDE, "depths": (2, 4, 32, 2)},
+        "agent_cswin_t": {**_agents((2, 4, 18, 1), (9, 16)), "drop_path": 0.2},
+        "agent_cswin_s": {**_agents((3, 6, 29, 2), (9, 16)), "drop_path": 0.4},
+        "agent_cswin_b": {**WIDE, **_agents((3, 6, 29, 2), (9, 16))},
+    }
+
+    def __init__(self, config: CSWinConfig) -> None:
+        super().__init__(config)
+        self.check_size(*config.size)
+        rates = drop_path_rates(config.drop_path, config.depths)
+        self.stages = nn.ModuleList()
+        channels = config.channels
+        for number, width in enumerate(config.widths):
+            patch = config.patch
+            first = (2 * patch - 1, patch, patch // 2)
+            embedding = ConvNorm(channels, width, *((3, 2, 1) if number else first))
+            each = zip(config.entries(number), rates[number], strict=True)
+            self.stages.append(Stage(embedding, [Block(entry, config, number, rate) for entry, rate in each]))
+            channels = width
+        self.levels = [Level(*level) for level in zip(config.widths, config.strides, strict=True)]
+        self.norm = LayerNorm(channels)
+        self.apply(initialise_linear)
+        self.make_head(channels)
+
+    def pool(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c"]:
+        return self.norm(tokens_of(features)).mean(1)
+
+    def check_size(self, height: int, width: int) -> None:
+        config = self.config
+        step = config.strides[-1]
+        check_divisible(height, width, step)
+        for number, stride in enumerate(config.strides):
+            stripes, grid = config.stripes_of(number), (height // stride, width // stride)
+            if stripes is None or not any(name == "softmax" for name, _ in config.entries(number)):
+                continue
+            if grid[0] % stripes[0] or grid[1] % stripes[1]:
+                raise Unsupported(
+                    f"images of {height} x {width}, of which a map of {grid[0]} x {grid[1]} is cut by stripes",
+                    supported=f"maps that stripes of {stripes[0]} rows and of {stripes[1]} columns fill",
+                    nearest=f"image_size=({height}, {width}) and another stripes=",
+                )
+
+    @classmethod
+    def translate(cls, state: Mapping[str, Tensor], config: CSWinConfig) -> dict[str, Tensor]:
+        """From `cswin.py` of microsoft/CSWin-Transformer, and `agent_cswin.py` of LeapLabTHU/Agent-Attention.
+
+        Tables of agent biases are interpolated where the images had another size.
+        """
+        names = (
+            (r"^stage1_conv_embed\.0\.", "stages.0.embedding.conv."),
+            (r"^stage1_conv_embed\.2\.", "stages.0.embedding.norm."),
+            (r"^merge(\d+)\.", r"stages.\1.embedding."),
+            (r"^stage(\d+)\.(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.{m[2]}."),
+            (r"\.attns\.(\d+)\.get_v\.", r".attention.convolutions.\1."),
+            (r"\.attns\.0\.(\w\w_bias)$", r".attention.\1"),
+            (r"\.proj\.", ".attention.output."),
+            (r"\.mlp\.fc1\.", ".mlp.up."),
+            (r"\.mlp\.fc2\.", ".mlp.down."),
+        )
+        with torch.device("meta"):
+            own = cls(config).state_dict()
+        found: dict[str, Tensor] = {}
+        for name, value in state.items():
+            for pattern, replacement in names:
+                name = re.sub(pattern, replacement, name)
+            if ".qkv." in name:
+                for part, target in zip(value.chunk(3), ("query", "key", "value"), strict=True):
+                    found[name.replace(".qkv.", f".attention.{target}.")] = part
+                continue
+            whole = name.replace(".attention.convolutions.0.", ".attention.merge.convolution.")
+            name, value = agent_table(whole if whole in own else name, value)
+            found[name] = value
+        return fit_tables(found, own, {}, "bicubic")
+
+
+class Block(nn.Module):
+    """Attention in stripes or of the whole map, and a feed-forward network.
+
+    Args:
+        entry: mechanism and options.
+        config: of the backbone.
+        number: of the stage.
+        drop_path: of both branches.
+    """
+
+    def __init__(
+        self, entry: tuple[str, Mapping[str, Any]], config: CSWinConfig, number: int, drop_path: float
+    ) -> None:
+        super().__init__()
+        width, heads, stride = config.widths[number], config.heads[number], config.strides[number]
+        self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
+        self.attention: nn.Module
+        if entry[0] == "softmax":
+            if entry[1]:
+                raise Unsupported(f"softmax with {dict(entry[1])} in stripes", supported="no options")
+            self.attention = StripeAttention(width, heads, config.stripes_of(number))
+        else:
+            options = options_on(entry, (config.size[0] // stride, config.size[1] // stride), bias=True)
+            self.attention = create_layer(entry[0], width, heads, pattern=Pattern.NONCAUSAL_SELF, **options)
+        self.mlp = MLP(width, config.expansion * width, bias=True, dropout=config.branch_dropout)
+        self.dropout, self.drop_path = nn.Dropout(config.branch_dropout), DropPath(drop_path)
+
+    def forward(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Result:
+        """Tokens as the output, with the losses of the layer."""
+        mixed = self.attention(self.norm1(x), context=Context(grid=grid))
+        x = x + self.drop_path(self.dropout(mixed.output))
+        return Result(x + self.drop_path(self.dropout(self.mlp(self.norm2(x)))), None, mixed.losses)
+
+
+class StripeAttention(nn.Module):
+    """Softmax attention in stripes, those down the map for the first half of the heads and those across it for the other, or
+    of the whole map; a 3 x 3 depthwise convolution of the values inside each is added.
+
+    Args:
+        width: C of the tokens (B, N, C).
+        heads: of all stripes together.
+        stripes: rows of the stripes across, and columns of those down; None for the whole map.
+
+    Raises:
+        Unsupported: for an odd number of heads in stripes.
+    """
+
+    def __init__(self, width: int, heads: int, stripes: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.stripes, parts = stripes, 1 if stripes is None else 2
+        if heads % parts or width % heads:
+            raise Unsupported(
+                f"{heads} heads of {width} channels, half of them in stripes down and half in stripes across",
+                supported="an even number that divides the channels",
+            )
+        self.head_dim, part = width // heads, width // parts
+        self.query, self.key, self.value, self.output = (make_linear(width, width, bias=True) for _ in range(4))
+        self.convolutions = nn.ModuleList(nn.Conv2d(part, part, 3, padding=1, groups=part) for _ in range(parts))
+
+    def forward(self, x: Float[Tensor, "b n c"], *, context: Context) -> Result:
+        """Tokens as the output; the context has the grid."""
+        assert context.grid is not None
+        grid = context.grid[0], context.grid[1]
+        shapes = [grid] if self.stripes is None else [(grid[0], self.stripes[1]), (self.stripes[0], grid[1])]
+        maps = (project(x).unflatten(1, grid).chunk(len(shapes), -1) for project in (self.query, self.key, self.value))
+        mixed = [
+            from_windows(self._mix([to_windows(each, sides) for each in part], convolution, sides), sides, grid)
+            for part, convolution, sides in zip(zip(*maps, strict=True), self.convolutions, shapes, strict=True)
+        ]
+        return Result(self.output(torch.cat(mixed, -1).flatten(1, 2)))
+
+    def _mix(
+        self, tensors: list[Float[Tensor, "windows n c"]], convolution: nn.Module, sides: tuple[int, int]
+    ) -> Float[Tensor, "windows n c"]:
+        q, k, v = (each.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for each in tensors)
+        o = softmax_attention(q, k, v, pattern=Pattern.NONCAUSAL_SELF)
+        return o.transpose(1, 2).flatten(2) + tokens_of(convolution(map_of(tensors[2], sides)))

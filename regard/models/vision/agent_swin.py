@@ -1,0 +1,344 @@
+"""The Swin Transformer, and Agent-Swin.
+
+Liu et al., arXiv 2103.14030; Han et al., arXiv 2312.08874. Four stages of maps, each with half the rows and columns of the one
+before (2 x 2 neighbours become one token), of pre-norm blocks
+
+    x <- x + DropPath(attend(LN(x))),   x <- x + DropPath(W_2 gelu(W_1 LN(x)))
+
+``attend`` is a layer of the `plan`, which has an entry for each block. A mechanism that takes biases of pairs, as softmax
+attention does, reads windows of the map, with a learned number for each head and each way that a key of the window can lie from
+a query. Every other block of a stage has its windows half a window further down and to the right; what they lose at one border
+of the map they read at the other, where tokens of both borders do not see each other. Other mechanisms read the whole map:
+Agent-Swin has agent attention with 9, 16 and 49 agents in the first stages, in all of the first three of T, the first two of S,
+and those and two blocks of the third of B, and Swin's windows in the rest. The head reads the mean of the last map, normed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regard.contract import Context, Mask, Pattern, Result, Unsupported, at_least
+from regard.create import create_layer
+from regard.layers.drop_path import DropPath, drop_path_rates
+from regard.layers.feed_forward import MLP
+from regard.layers.norms import LayerNorm
+from regard.models.blocks import check_plan, mixing_card, read_plan
+from regard.models.vision.backbone import BackboneConfig, Level, tokens_of
+from regard.models.vision.patch_tokens import (
+    agent_table,
+    check_divisible,
+    fit_tables,
+    from_windows,
+    initialise_linear,
+    options_on,
+    to_windows,
+)
+from regard.models.vision.pyramid import PyramidWithLosses, Stage
+from regard.models.vision.vmamba import ConvNorm, PatchMerging
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwinConfig(BackboneConfig):
+    """The configuration of a :class:`Swin`.
+
+    Attributes:
+        widths, depths, heads: channels, blocks and heads of each stage.
+        patch: side of a patch of the first stage in pixels.
+        window: side of the windows, whole maps where these are smaller; when None the sides of the last map, which are 7 of
+            images of 224 pixels, doubled until both are at least 4: so they divide every map.
+        plan: a mechanism (with options) for each block, or one for all.
+        expansion: width of the feed-forward networks over the channels.
+        branch_dropout: in the feed-forward networks, and at the end of each branch.
+    """
+
+    widths: tuple[int, ...] = (96, 192, 384, 768)
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    heads: tuple[int, ...] = (3, 6, 12, 24)
+    patch: int = 4
+    window: int | None = None
+    plan: Any = "softmax"
+    expansion: int = 4
+    branch_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("patch", self.patch, 1)
+        if self.window is not None:
+            at_least("window", self.window, 1)
+        for name in ("depths", "heads"):
+            numbers = getattr(self, name)
+            if len(numbers) != len(self.widths):
+                raise Unsupported(f"{name}={numbers} of {len(self.widths)} stages", supported="a number for each stage")
+            at_least(f"the least of {name}", min(numbers), 1)
+        object.__setattr__(self, "plan", read_plan(self.plan, sum(self.depths)))
+        check_plan(self.plan, Pattern.NONCAUSAL_SELF, "a Swin Transformer")
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels from place to place of each stage's map."""
+        return tuple(self.patch * 2**stage for stage in range(len(self.widths)))
+
+    @property
+    def windows(self) -> tuple[int, int]:
+        """Rows and columns of the windows."""
+        if self.window is not None:
+            return self.window, self.window
+        rows, columns = (max(1, side // self.strides[-1]) for side in self.size)
+        while min(rows, columns) < 4:
+            rows, columns = 2 * rows, 2 * columns
+        return rows, columns
+
+    def stages(self) -> list[list[tuple[str, dict[str, Any]]]]:
+        """The plan, stage by stage."""
+        starts = [sum(self.depths[:stage]) for stage in range(len(self.depths))]
+        return [list(self.plan[start : start + depth]) for start, depth in zip(starts, self.depths, strict=True)]
+
+
+def reads_windows(entry: tuple[str, Mapping[str, Any]]) -> bool:
+    """Whether the mechanism of a plan's entry takes biases of pairs."""
+    return "bias" in mixing_card(*entry).honours
+
+
+def _agents(blocks: Sequence[int], of: int, numbers: Sequence[int] = (9, 16, 49)) -> list[Any]:
+    """Agent attention in the first blocks of the first stages, and softmax in the rest of `of`."""
+    agents = [
+        ("agent", {"num_agents": n, "agent_bias": "all"})
+        for n, count in zip(numbers, blocks, strict=False)
+        for _ in range(count)
+    ]
+    return [*agents, *["softmax"] * (of - len(agents))]
+
+
+T: dict[str, Any] = {"drop_path": 0.2}
+S: dict[str, Any] = {"depths": (2, 2, 18, 2), "drop_path": 0.3}
+B: dict[str, Any] = {**S, "widths": (128, 256, 512, 1024), "heads": (4, 8, 16, 32), "drop_path": 0.5}
+NANO: dict[str, Any] = {
+    "image_size": 32,
+    "widths": (32, 64, 128),
+    "depths": (2, 2, 2),
+    "heads": (2, 4, 8),
+    "patch": 2,
+}
+"""Of images of about 32 pixels."""
+
+
+class Swin(PyramidWithLosses):
+    """See the module; sizes ``swin_t`` to ``swin_b`` and ``agent_swin_t`` to ``agent_swin_b``."""
+
+    Config = SwinConfig
+    scales: ClassVar = {"widths": "heads"}
+    config: SwinConfig
+    sizes: ClassVar = {
+        "swin_nano": NANO,
+        "agent_swin_nano": {**NANO, "plan": _agents((2, 2), 6, (4, 4))},
+        "swin_t": T,
+        "swin_s": S,
+        "swin_b": B,
+        "agent_swin_t": {**T, "plan": _agents((2, 2, 6), 12)},
+        "agent_swin_s": {**S, "plan": _agents((2, 2), 24)},
+        "agent_swin_b": {**B, "plan": _agents((2, 2, 2), 24)},
+    }
+
+    def __init__(self, config: SwinConfig) -> None:
+        super().__init__(config)
+        self.check_size(*config.size)
+        rates = drop_path_rates(config.drop_path, config.depths)
+        self.stages = nn.ModuleList()
+        channels = config.channels
+        for number, entries in enumerate(config.stages()):
+            width = config.widths[number]
+            first = number == 0
+            embedding = (
+                ConvNorm(channels, width, config.patch, config.patch) if first else PatchMerging(channels, width)
+            )
+            each = enumerate(zip(entries, rates[number], strict=True))
+            blocks = [Block(entry, config, number, place % 2 == 1, rate) for place, (entry, rate) in each]
+            self.stages.append(Stage(embedding, blocks))
+            channels = width
+        self.levels = [Level(*level) for level in zip(config.widths, config.strides, strict=True)]
+        self.norm = LayerNorm(channels)
+        self.apply(initialise_linear)
+        self.make_head(channels)
+
+    def pool(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c"]:
+        return self.norm(tokens_of(features)).mean(1)
+
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith(".windows.table")}
+
+    def check_size(self, height: int, width: int) -> None:
+        config = self.config
+        step = config.strides[-1]
+        check_divisible(height, width, step)
+        windows = config.windows
+        for stride, entries in zip(config.strides, config.stages(), strict=True):
+            grid = height // stride, width // stride
+            cut = any(side % window and side > window for side, window in zip(grid, windows, strict=True))
+            if cut and any(map(reads_windows, entries)):
+                raise Unsupported(
+                    f"images of {height} x {width}, of which a map of {grid[0]} x {grid[1]} is cut by windows",
+                    supported=f"maps that windows of {windows[0]} x {windows[1]} fill",
+                    nearest=f"image_size=({height}, {width}) and window=None",
+                )
+
+    @classmethod
+    def translate(cls, state: Mapping[str, Tensor], config: SwinConfig) -> dict[str, Tensor]:
+        """From `swin_transformer.py` of microsoft/Swin-Transformer and of timm, and `agent_swin.py` of Agent-Attention.
+
+        Tables of windows and of agent biases are interpolated where the images had another size.
+        """
+        late = int(any(name.startswith("layers.0.downsample.") for name in state))  # timm begins a stage with it
+        names = (
+            (r"^patch_embed\.proj\.", "stages.0.embedding.conv."),
+            (r"^patch_embed\.norm\.", "stages.0.embedding.norm."),
+            (r"^layers\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + late}.embedding."),
+            (r"^layers\.", "stages."),
+            (r"\.attn\.proj\.", ".attention.output."),
+            (r"\.attn\.dwc\.", ".attention.merge.convolution."),
+            (r"\.attn\.relative_position_bias_table$", ".windows.table"),
+            (r"\.attn\.(\w\w_bias)$", r".attention.\1"),
+            (r"\.mlp\.fc1\.", ".mlp.up."),
+            (r"\.mlp\.fc2\.", ".mlp.down."),
+            (r"^head\.fc\.", "head."),
+        )
+        with torch.device("meta"):
+            own = cls(config).state_dict()
+        found: dict[str, Tensor] = {}
+        for name, value in state.items():
+            if name.endswith((".attn_mask", ".relative_position_index")):
+                continue
+            for pattern, replacement in names:
+                name = re.sub(pattern, replacement, name)
+            if ".attn.qkv." in name:
+                for part, target in zip(value.chunk(3), ("query", "key", "value"), strict=True):
+                    found[name.replace(".attn.qkv.", f".attention.{target}.")] = part
+                continue
+            if name.endswith(".windows.table") and name in own:
+                value = _table(value, own[name].shape)
+            name, value = agent_table(name, value)
+            found[name] = value
+        return fit_tables(found, own, {}, "bicubic")
+
+
+def _table(value: Tensor, shape: Sequence[int]) -> Float[Tensor, "heads rows columns"]:
+    """A table of windows from its official layout (places, heads), resized where the windows are others."""
+    if value.ndim == 2:
+        places = len(value)
+        sides = shape[1:] if places == math.prod(shape[1:]) else (math.isqrt(places),) * 2
+        value = value.mT.unflatten(-1, tuple(sides))
+    if value.shape == shape:
+        return value
+    return F.interpolate(value[None], tuple(shape[1:]), mode="bicubic", align_corners=False)[0]
+
+
+class Block(nn.Module):
+    """Attention in windows or of the whole map, and a feed-forward network.
+
+    Args:
+        entry: mechanism and options.
+        config: of the backbone.
+        number: of the stage.
+        shifted: whether windows lie half a window further.
+        drop_path: of both branches.
+    """
+
+    def __init__(
+        self, entry: tuple[str, Mapping[str, Any]], config: SwinConfig, number: int, shifted: bool, drop_path: float
+    ) -> None:
+        super().__init__()
+        width, heads, stride = config.widths[number], config.heads[number], config.strides[number]
+        grid = config.size[0] // stride, config.size[1] // stride
+        self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
+        options = options_on(entry, grid, bias=True)
+        self.attention = create_layer(entry[0], width, heads, pattern=Pattern.NONCAUSAL_SELF, **options)
+        rows, columns = (min(each) for each in zip(config.windows, grid, strict=True))
+        self.windows = Windows(heads, (rows, columns), shifted) if reads_windows(entry) else None
+        self.mlp = MLP(width, config.expansion * width, bias=True, dropout=config.branch_dropout)
+        self.dropout, self.drop_path = nn.Dropout(config.branch_dropout), DropPath(drop_path)
+
+    def forward(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Result:
+        """Tokens as the output, with the losses of the layer."""
+        mixed = self.attend(self.norm1(x), grid)
+        x = x + self.drop_path(self.dropout(mixed.output))
+        return Result(x + self.drop_path(self.dropout(self.mlp(self.norm2(x)))), None, mixed.losses)
+
+    def attend(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Result:
+        windows = self.windows
+        if windows is None:
+            return self.attention(x, context=Context(grid=grid))
+        context = Context(grid=windows.sides_on(grid), mask=Mask(bias=windows.bias(grid, len(x))))
+        mixed = self.attention(windows.split(x, grid), context=context)
+        return Result(windows.join(mixed.output, grid), None, mixed.losses)
+
+
+class Windows(nn.Module):
+    """Tokens of a map in windows, and what is added to the scores of their pairs.
+
+    Args:
+        heads: of the attention inside.
+        sides: rows and columns of a window.
+        shifted: whether they lie half a window further down and to the right, on sides with more than one of them.
+    """
+
+    def __init__(self, heads: int, sides: tuple[int, int], shifted: bool) -> None:
+        super().__init__()
+        self.sides, self.shifted = sides, shifted
+        self.table = nn.Parameter(torch.empty(heads, *(2 * side - 1 for side in sides)))
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def sides_on(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of a window on a map, which may be smaller."""
+        return min(self.sides[0], grid[0]), min(self.sides[1], grid[1])
+
+    def shifts_on(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """How far down and to the right the windows of a map lie."""
+        down, across = (
+            side // 2 if self.shifted and side < extent else 0
+            for side, extent in zip(self.sides_on(grid), grid, strict=True)
+        )
+        return down, across
+
+    def split(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tensor, "windows m c"]:
+        """Tokens of each window of each map, row by row."""
+        down, across = self.shifts_on(grid)
+        x = x.unflatten(1, grid)
+        return to_windows(x.roll((-down, -across), (1, 2)) if down or across else x, self.sides_on(grid))
+
+    def join(self, x: Float[Tensor, "windows m c"], grid: tuple[int, int]) -> Float[Tensor, "b n c"]:
+        """The reverse of :meth:`split`."""
+        down, across = self.shifts_on(grid)
+        x = from_windows(x, self.sides_on(grid), grid)
+        return (x.roll((down, across), (1, 2)) if down or across else x).flatten(1, 2)
+
+    def bias(self, grid: tuple[int, int], batch: int) -> Float[Tensor, "#windows heads m m"]:
+        """Numbers of where a key lies from its query, and -inf where one of them came from the map's other border."""
+        device = self.table.device
+        rows, columns = (
+            torch.arange(side, device=device)[:, None] - torch.arange(side, device=device) + own - 1
+            for side, own in zip(self.sides_on(grid), self.sides, strict=True)
+        )
+        bias = self.table[:, rows[:, None, :, None], columns[:, None, :]].flatten(3).flatten(1, 2)[None]
+        if not any(self.shifts_on(grid)):
+            return bias
+        return bias.masked_fill(self._apart(grid)[:, None], -torch.inf).repeat(batch, 1, 1, 1)
+
+    def _apart(self, grid: tuple[int, int]) -> Bool[Tensor, "windows m m"]:
+        """Pairs of each window of a map of which the shift brought one token, and not the other, from another border."""
+        down, across = (
+            (torch.arange(extent, device=self.table.device) >= extent - shift).view(extent // side, side)
+            for extent, shift, side in zip(grid, self.shifts_on(grid), self.sides_on(grid), strict=True)
+        )
+        moved = 2 * down[:, None, :, None].long() + across[None, :, None, :].long()
+        moved = moved.flatten(2).flatten(0, 1)
+        return moved[:, :, None] != moved[:, None, :]

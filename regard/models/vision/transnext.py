@@ -1,0 +1,440 @@
+r"""TransNeXt, and MoH-ViT, which is TransNeXt with routed heads.
+
+Shi, arXiv 2311.17132; Jin et al. (MoH), arXiv 2410.11842. Four stages of maps, each with half the rows and columns of the one
+before. A stage is a convolution whose windows overlap (7 x 7 with stride 4, then 3 x 3 with stride 2) with a norm, blocks
+
+    x <- x + DropPath(attend(LN(x))),   x <- x + DropPath(W_2 (gelu(DW3x3(W_g LN(x))) * W_v LN(x)))
+
+and a norm. The head reads the mean of the last map. Heads compare directions of queries and keys, of unit length: with E and
+tau learned, L the number of keys that query i sees, and B from a small network of how far apart two places are along each side,
+
+    s_ij = softplus(tau) log(L_i) (q_i / |q_i| + E) . k_j / |k_j| + B_ij,   o_i = sum_j softmax(s_i)_j v_j
+
+| stage | keys of a query |
+|---|---|
+| without a reduction (the last one) | all |
+| with a reduction r | the `window` x `window` places around it, and the map pooled r x r to one, under one softmax |
+
+Aggregated attention, that with a reduction, has a learned number for each head and place of the window in the place of B, and
+adds to the weights of the window (q_i / |q_i|) . t_p + b_p with learned t and b. Pooled places are those of
+LN(mean over r x r of gelu(W x)).
+
+MoH-ViT multiplies the outputs of the heads by the gates of the catalogue's ``mixture_of_heads``, by stage with other numbers of
+shared and active heads; :meth:`TransNeXt.forward_with_losses` gives its balance loss, which training adds with a weight of 0.01.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regard.contract import Context, LayerSpec, Pattern, Result, Unsupported, at_least
+from regard.core.precision import wide_dtype
+from regard.functional import softmax_attention
+from regard.layers.drop_path import DropPath, drop_path_rates
+from regard.layers.linear import make_linear
+from regard.layers.norms import LayerNorm
+from regard.layers.parts import LayerCall
+from regard.mechanisms.mixture_of_heads import Config as HeadConfig
+from regard.mechanisms.mixture_of_heads import HeadRouter
+from regard.models.vision.backbone import BackboneConfig, Level, map_of, tokens_of
+from regard.models.vision.patch_tokens import check_divisible, initialise_convolution, initialise_linear
+from regard.models.vision.pyramid import PyramidWithLosses, Stage
+from regard.models.vision.vmamba import ConvNorm
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransNeXtConfig(BackboneConfig):
+    """The configuration of a :class:`TransNeXt`.
+
+    Attributes:
+        widths, depths, heads, expansions: channels, blocks, heads, and the feed-forward networks' width over the channels (of
+            which their gate leaves two thirds), of each stage.
+        patch: stride of the first convolution, whose windows are 2 patch - 1 pixels wide.
+        reductions: r of each stage; 1 for attention to all places.
+        window: side of the window of aggregated attention, odd.
+        shared_heads, active_heads: of each stage, as of ``mixture_of_heads``, both or neither; None for heads without gates.
+        trained_size: height and width, or one number for both, of the images that the small networks of places learned from;
+            `image_size` when None.
+        branch_dropout: in the feed-forward networks, and at the end of each branch.
+    """
+
+    widths: tuple[int, ...] = (72, 144, 288, 576)
+    depths: tuple[int, ...] = (2, 2, 15, 2)
+    heads: tuple[int, ...] = (3, 6, 12, 24)
+    expansions: tuple[int, ...] = (8, 8, 4, 4)
+    patch: int = 4
+    reductions: tuple[int, ...] = (8, 4, 2, 1)
+    window: int = 3
+    shared_heads: tuple[int, ...] | None = None
+    active_heads: tuple[int, ...] | None = None
+    trained_size: int | tuple[int, int] | None = None
+    branch_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("patch", self.patch, 1)
+        at_least("window", self.window, 1)
+        if self.window % 2 == 0:
+            raise Unsupported(f"window={self.window}", supported="odd sides", nearest=f"window={self.window + 1}")
+        if (self.shared_heads is None) != (self.active_heads is None):
+            raise Unsupported("one of shared_heads and active_heads", supported="both, or neither")
+        for name in ("depths", "heads", "expansions", "reductions", "shared_heads", "active_heads"):
+            numbers = getattr(self, name)
+            if numbers is not None and len(numbers) != len(self.widths):
+                raise Unsupported(f"{name}={numbers} of {len(self.widths)} stages", supported="a number for each stage")
+        for name in ("depths", "heads", "expansions", "reductions"):
+            at_least(f"the least of {name}", min(getattr(self, name)), 1)
+        for width, heads in zip(self.widths, self.heads, strict=True):
+            if width % heads:
+                raise Unsupported(f"a width of {width} with {heads} heads", supported=f"multiples of {heads}")
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels from place to place of each stage's map."""
+        return tuple(self.patch * 2**stage for stage in range(len(self.widths)))
+
+    @property
+    def trained(self) -> tuple[int, int]:
+        """Height and width of the images that places were learned from."""
+        if self.trained_size is None:
+            return self.size
+        return BackboneConfig(image_size=self.trained_size).size
+
+    def routing(self, number: int) -> HeadConfig | None:
+        """Options of the routers of a stage."""
+        if self.shared_heads is None or self.active_heads is None:
+            return None
+        return HeadConfig(shared_heads=self.shared_heads[number], active_heads=self.active_heads[number])
+
+
+def _routed(shared: tuple[int, ...], active: tuple[int, ...]) -> dict[str, Any]:
+    return {"shared_heads": shared, "active_heads": active}
+
+
+MICRO: dict[str, Any] = {"widths": (48, 96, 192, 384), "heads": (2, 4, 8, 16), "drop_path": 0.15}
+S: dict[str, Any] = {"depths": (5, 5, 22, 5), "drop_path": 0.45}
+B: dict[str, Any] = {
+    "widths": (96, 192, 384, 768),
+    "depths": (5, 5, 23, 5),
+    "heads": (4, 8, 16, 32),
+    "drop_path": 0.6,
+}
+NANO: dict[str, Any] = {
+    "image_size": 32,
+    "widths": (32, 64, 128),
+    "depths": (1, 2, 1),
+    "heads": (2, 4, 8),
+    "expansions": (4, 4, 4),
+    "patch": 2,
+    "reductions": (4, 2, 1),
+}
+"""Of images of about 32 pixels."""
+
+
+class TransNeXt(PyramidWithLosses):
+    """See the module; sizes ``transnext_micro`` and ``transnext_t`` to ``transnext_b``, and MoH-ViT as ``moh_transnext_s_80``,
+    ``moh_transnext_s_75``, ``moh_transnext_b_75`` and ``moh_transnext_b_50``, which say how many of 100 heads are active."""
+
+    Config = TransNeXtConfig
+    scales: ClassVar = {"widths": "heads"}
+    config: TransNeXtConfig
+    sizes: ClassVar = {
+        "transnext_nano": NANO,
+        "moh_transnext_nano": {**NANO, **_routed((2, 1, 2), (0, 2, 4))},
+        "transnext_micro": MICRO,
+        "transnext_t": {"drop_path": 0.25},
+        "transnext_s": S,
+        "transnext_b": B,
+        "moh_transnext_s_80": {**S, **_routed((3, 6, 3, 8), (0, 0, 6, 12))},
+        "moh_transnext_s_75": {**S, **_routed((3, 6, 3, 4), (0, 0, 6, 12))},
+        "moh_transnext_b_75": {**B, **_routed((4, 8, 4, 5), (0, 0, 8, 16))},
+        "moh_transnext_b_50": {**B, **_routed((2, 2, 2, 4), (2, 4, 6, 8))},
+    }
+
+    def __init__(self, config: TransNeXtConfig) -> None:
+        super().__init__(config)
+        self.check_size(*config.size)
+        rates = drop_path_rates(config.drop_path, config.depths)
+        self.stages = nn.ModuleList()
+        channels = config.channels
+        for number, width in enumerate(config.widths):
+            stride = 2 if number else config.patch
+            side = 3 if number else 2 * stride - 1
+            embedding = ConvNorm(channels, width, side, stride, side // 2)
+            blocks = [Block(config, number, rate) for rate in rates[number]]
+            self.stages.append(Stage(embedding, blocks, LayerNorm(width, eps=1e-6)))
+            channels = width
+        self.levels = [Level(*level) for level in zip(config.widths, config.strides, strict=True)]
+        self.apply(_initialise)
+        self.make_head(channels)
+
+    def pool(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c"]:
+        return features.mean((2, 3))
+
+    def no_weight_decay(self) -> set[str]:
+        kept = (".query_embedding", ".temperature", ".window_bias")
+        return {name for name, _ in self.named_parameters() if name.endswith(kept) or ".places." in name}
+
+    def check_size(self, height: int, width: int) -> None:
+        config = self.config
+        step = math.lcm(*(r * stride for r, stride in zip(config.reductions, config.strides, strict=True)))
+        check_divisible(height, width, step)
+
+    @classmethod
+    def translate(cls, state: Mapping[str, Tensor], config: TransNeXtConfig) -> dict[str, Tensor]:
+        """From `transnext.py` of DaiShiResearch/TransNeXt, and of SkyworkAI/MoH."""
+        names = (
+            (r"^patch_embed(\d+)\.proj\.", lambda m: f"stages.{int(m[1]) - 1}.embedding.conv."),
+            (r"^patch_embed(\d+)\.norm\.", lambda m: f"stages.{int(m[1]) - 1}.embedding.norm."),
+            (r"^block(\d+)\.(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.{m[2]}."),
+            (r"^norm(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.norm."),
+            (r"\.attn\.q\.", ".attention.query."),
+            (r"\.attn\.proj\.", ".attention.output."),
+            (r"\.attn\.sr\.", ".attention.reduction."),
+            (r"\.attn\.norm\.", ".attention.reduction_norm."),
+            (r"\.attn\.cpb_fc1\.", ".attention.places.up."),
+            (r"\.attn\.cpb_fc2\.", ".attention.places.down."),
+            (r"\.attn\.relative_pos_bias_local$", ".attention.window_bias"),
+            (r"\.attn\.learnable_tokens$", ".attention.window_tokens"),
+            (r"\.attn\.learnable_bias$", ".attention.window_weights"),
+            (r"\.attn\.wg\.", ".attention.router.logits.routed."),
+            (r"\.attn\.wg_0\.", ".attention.router.logits.balance."),
+            (r"\.attn\.wg_1\.", ".attention.router.logits.shared."),
+            (r"\.attn\.(temperature|query_embedding)$", r".attention.\1"),
+            (r"\.mlp\.fc1\.", ".mlp.up."),
+            (r"\.mlp\.fc2\.", ".mlp.down."),
+            (r"\.mlp\.dwconv\.dwconv\.", ".mlp.depthwise."),
+        )
+        joined = {".attn.qkv.": ("query", "key", "value"), ".attn.kv.": ("key", "value")}
+        found: dict[str, Tensor] = {}
+        for name, value in state.items():
+            if re.match(r"relative_(pos_index|coords_table)\d+$|.*\.(seq_length_scale|padding_mask)$", name):
+                continue
+            for pattern, replacement in names:
+                name = re.sub(pattern, replacement, name)
+            if name.endswith(".reduction.weight"):
+                value = value.flatten(1)  # of a 1 x 1 convolution
+            parts = next((word for word in joined if word in name), None)
+            if parts is None:
+                found[name] = value
+                continue
+            for part, own in zip(value.chunk(len(joined[parts])), joined[parts], strict=True):
+                found[name.replace(parts, f".attention.{own}.")] = part
+        return found
+
+
+class Block(nn.Module):
+    """Attention and a gated convolutional feed-forward network.
+
+    Args:
+        config: of the backbone.
+        number: of the stage.
+        drop_path: of both branches.
+    """
+
+    def __init__(self, config: TransNeXtConfig, number: int, drop_path: float) -> None:
+        super().__init__()
+        width = config.widths[number]
+        self.norm1, self.norm2 = LayerNorm(width, eps=1e-6), LayerNorm(width, eps=1e-6)
+        self.attention = (CosineAttention if config.reductions[number] == 1 else AggregatedAttention)(config, number)
+        hidden = 2 * config.expansions[number] * width // 3
+        self.mlp = GatedConvolution(width, hidden, config.branch_dropout)
+        self.dropout, self.drop_path = nn.Dropout(config.branch_dropout), DropPath(drop_path)
+
+    def forward(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Result:
+        """Tokens as the output, with the losses of the routers."""
+        mixed = self.attention(self.norm1(x), grid)
+        x = x + self.drop_path(self.dropout(mixed.output))
+        return Result(x + self.drop_path(self.mlp(self.norm2(x), grid)), None, mixed.losses)
+
+
+class GatedConvolution(nn.Module):
+    """W_2 (gelu(DW3x3(W_g x)) * W_v x) of tokens on a grid.
+
+    Args:
+        width, hidden: of the tokens, and of the gate.
+        dropout: after the gate and at the end.
+    """
+
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.up, self.down = make_linear(width, 2 * hidden, bias=True), make_linear(hidden, width, bias=True)
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tensor, "b n c"]:
+        gate, value = self.up(x).chunk(2, -1)
+        hidden = F.gelu(tokens_of(self.depthwise(map_of(gate, grid)))) * value
+        return self.dropout(self.down(self.dropout(hidden)))
+
+
+class CosineAttention(nn.Module):
+    """Attention of all places to all by directions, (B, N, C) on a grid -> a Result of (B, N, C).
+
+    Args:
+        config: of the backbone.
+        number: of the stage.
+    """
+
+    def __init__(self, config: TransNeXtConfig, number: int) -> None:
+        super().__init__()
+        width, self.heads = config.widths[number], config.heads[number]
+        stride, head_dim = config.strides[number], width // self.heads
+        self.trained = (config.trained[0] // stride, config.trained[1] // stride)
+        self.query, self.key, self.value, self.output = (make_linear(width, width, bias=True) for _ in range(4))
+        self.query_embedding = nn.Parameter(torch.empty(self.heads, 1, head_dim))
+        self.temperature = nn.Parameter(torch.full((self.heads, 1, 1), math.log(math.exp(1 / 0.24) - 1)))
+        nn.init.trunc_normal_(self.query_embedding, std=0.02)
+        self.places = PlaceBias(self.heads)
+        routing, sizes = config.routing(number), (width, width, self.heads, self.heads, head_dim, head_dim)
+        self.router: HeadRouter | None = None
+        if routing is not None:
+            self.router = HeadRouter(LayerSpec(*sizes, Pattern.NONCAUSAL_SELF, routing, make_linear))
+
+    def forward(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Result:
+        q, k = self._directions(self.query(x)), self._directions(self.key(x))
+        scaled = self._scaled(q, torch.full((1, 1), float(k.shape[2]), dtype=wide_dtype(q), device=q.device))
+        bias = self.places(grid, 1, self.trained)[None]
+        o = softmax_attention(
+            scaled, k, self._split(self.value(x)), pattern=Pattern.NONCAUSAL_SELF, scale=1.0, bias=bias
+        )
+        return self._finish(o, x)
+
+    def _split(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b h n d"]:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def _directions(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b h n d"]:
+        return F.normalize(self._split(x), dim=-1).to(x.dtype)
+
+    def _scaled(self, q: Float[Tensor, "b h n d"], seen: Float[Tensor, "#n 1"]) -> Float[Tensor, "b h n d"]:
+        """Queries of unit length, moved, and scaled by temperature and the number of keys that they see."""
+        factors = F.softplus(self.temperature) * seen.log()
+        return ((q + self.query_embedding) * factors).to(q.dtype)
+
+    def _finish(self, o: Float[Tensor, "b h n d"], x: Float[Tensor, "b n c"]) -> Result:
+        """Gates of the heads where there are routers, and the last projection."""
+        result = Result(o)
+        if self.router is not None:
+            o = self.router(o, {}, LayerCall(x, x, Context()), result)
+        result.output = self.output(o.transpose(1, 2).flatten(2))
+        return result
+
+
+class AggregatedAttention(CosineAttention):
+    """Attention of each place to a window around it and to the pooled map, under one softmax.
+
+    Args:
+        config: of the backbone.
+        number: of the stage.
+    """
+
+    def __init__(self, config: TransNeXtConfig, number: int) -> None:
+        super().__init__(config, number)
+        width, places = config.widths[number], config.window**2
+        self.window, self.factor = config.window, config.reductions[number]
+        self.reduction, self.reduction_norm = make_linear(width, width, bias=True), LayerNorm(width)
+        self.window_bias = nn.Parameter(torch.empty(self.heads, places))
+        self.window_tokens = nn.Parameter(torch.empty(self.heads, width // self.heads, places))
+        self.window_weights = nn.Parameter(torch.zeros(self.heads, 1, places))
+        nn.init.trunc_normal_(self.window_bias, std=0.0004)
+        nn.init.trunc_normal_(self.window_tokens, std=0.02)
+
+    def forward(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Result:
+        q = self._directions(self.query(x))
+        inside, pooled = self._inside(grid, x.device), self._pooled(x, grid)
+        seen = inside.sum(-1, keepdim=True) + pooled.shape[1]
+        scaled = self._scaled(q, seen.to(wide_dtype(q)))
+
+        keys = self._around(self._directions(self.key(x)), grid)
+        near = torch.stack([(scaled.unflatten(2, grid) * k).sum(-1) for k in keys], -1).flatten(2, 3)
+        near = (near + self.window_bias[:, None]).masked_fill(~inside, -torch.inf)
+        far = scaled @ self._directions(self.key(pooled)).mT
+        far = far + self.places(grid, self.factor, self.trained)
+        weights = torch.cat([near, far], -1).softmax(-1)
+
+        near, far = weights.split([near.shape[-1], far.shape[-1]], -1)
+        near = (near + (q @ self.window_tokens + self.window_weights)).unflatten(2, grid)
+        o = (far @ self._split(self.value(pooled))).unflatten(2, grid)
+        for place, v in enumerate(self._around(self._split(self.value(x)), grid)):
+            o = o + near[..., place, None] * v
+        return self._finish(o.flatten(2, 3), x)
+
+    def _pooled(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tensor, "b m c"]:
+        factor = self.factor
+        places = F.gelu(self.reduction(x)).unflatten(1, (grid[0] // factor, factor, grid[1] // factor, factor))
+        return self.reduction_norm(places.mean((2, 4)).flatten(1, 2))
+
+    def _around(self, x: Float[Tensor, "b h n d"], grid: tuple[int, int]) -> list[Float[Tensor, "b h rows columns d"]]:
+        """What lies at each place of the window around each place of the map, zeros beyond its borders."""
+        border, (rows, columns) = self.window // 2, grid
+        padded = F.pad(x.unflatten(2, grid), (0, 0, border, border, border, border))
+        sides = range(self.window)
+        return [padded[:, :, i : i + rows, j : j + columns] for i in sides for j in sides]
+
+    def _inside(self, grid: tuple[int, int], device: torch.device) -> Bool[Tensor, "n places"]:
+        """Which places of the window around each place are on the map."""
+        near = torch.arange(self.window, device=device) - self.window // 2
+        rows, columns = (torch.arange(side, device=device)[:, None] + near for side in grid)
+        rows, columns = ((at >= 0) & (at < side) for at, side in zip((rows, columns), grid, strict=True))
+        return (rows[:, None, :, None] & columns[:, None, :]).flatten(2).flatten(0, 1)
+
+
+class PlaceBias(nn.Module):
+    """Numbers of each head for where a key lies from a query, of a small network that reads how far along each side.
+
+    Distances are counted in places, of a map whose last place is 8 from the first, and read as sign(x) log_8(|x| + 1).
+
+    Args:
+        heads: how many.
+        hidden: width of the network.
+    """
+
+    def __init__(self, heads: int, hidden: int = 512) -> None:
+        super().__init__()
+        self.up, self.down = make_linear(2, hidden, bias=True), make_linear(hidden, heads, bias=True)
+
+    def forward(self, grid: tuple[int, int], factor: int, trained: tuple[int, int]) -> Float[Tensor, "h n m"]:
+        """For queries at all places of a map, and keys at those of the map pooled `factor` x `factor` to one.
+
+        Args:
+            trained: rows and columns of the map that distances are relative to.
+        """
+        like = next(self.parameters())
+        (down, row), (across, column) = (
+            _distances(side, factor, whole, like) for side, whole in zip(grid, trained, strict=True)
+        )
+        places = torch.stack(torch.meshgrid(down, across, indexing="ij"), -1)
+        table = self.down(F.relu(self.up(places)))  # (rows apart, columns apart, heads)
+        return table[row[:, None, :, None], column[:, None, :]].permute(4, 0, 1, 2, 3).flatten(3).flatten(1, 2)
+
+
+def _distances(
+    side: int, factor: int, whole: int, like: Tensor
+) -> tuple[Float[Tensor, " distances"], Int[Tensor, "n m"]]:
+    """How far the centres of keys, each of `factor` places, are from places, and which of these each pair has."""
+    keys = side // factor
+    furthest = (keys - 1) * factor
+    apart = torch.arange(-furthest, side, device=like.device, dtype=wide_dtype(like)) - (factor - 1) / 2
+    scaled = 8 / max(whole - 1, 1) * apart
+    which = torch.arange(side, device=like.device)[:, None] - factor * torch.arange(keys, device=like.device)
+    return (scaled.sign() * (scaled.abs() + 1).log2() / 3).to(like.dtype), which + furthest
+
+
+def _initialise(module: nn.Module) -> None:
+    """As the official code."""
+    initialise_linear(module)
+    initialise_convolution(module)
+    if isinstance(module, AggregatedAttention):  # a convolution there
+        weight: Any = module.reduction.weight
+        nn.init.normal_(weight, std=math.sqrt(2 / len(weight)))
