@@ -92,7 +92,7 @@ def largest_classes(
 
 def letters(labels: Int[np.ndarray, "h w"], background: int | None) -> list[str]:
     """A mask as a few lines of letters."""
-    stride = max(1, -(-len(labels) // 28))
+    stride = max(1, -(-max(labels.shape) // 28))
     signs = "abcdefghijklmnopqrstuvwxyz"
 
     def sign(value: int) -> str:

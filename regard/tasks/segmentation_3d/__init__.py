@@ -36,7 +36,7 @@ from regard.tasks.segmentation_3d.scenes import SCENES
 from regard.tasks.segmentation_3d.windows import in_windows
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int, UInt8
+    from jaxtyping import Bool, Float, Int, UInt8
 
     Labelled = tuple[Float[np.ndarray, "x y z"], Int[np.ndarray, "x y z"]]
 
@@ -164,7 +164,8 @@ class Segmentation3DTask(MaskTask):
         self._places = [self._around(labels) for _, labels in self._seen]
         counts = np.stack([np.bincount(x[x != IGNORED], minlength=len(names)) for _, x in seen])
         self._shares, self._having = counts.sum(0) / max(1, counts.sum()), (counts > 0).sum(0)
-        self._measured, self._example = len(seen), seen[len(seen) // 2][1]
+        fullest = np.array([self._scored_voxels(x).sum() for _, x in seen]).argmax()
+        self._measured, self._example = len(seen), seen[fullest][1]
         self._ignored = float(np.mean([(labels == IGNORED).mean() for _, labels in seen]))
         self.baseline: Baseline | None = self._of_shades(seen)
 
@@ -237,8 +238,8 @@ class Segmentation3DTask(MaskTask):
         if self._ignored:
             lines.append(f"ignored: {self._ignored:.1%} of the voxels")
         lines += [f"note: {note}" for note in self._notes]
-        middle = np.rot90(self._example[:, :, self._example.shape[2] // 2])
-        return "\n".join([*lines, "slice of a mask:", *letters(middle, self.reader.background)])
+        example = self._example[:, :, self._fullest(self._example)]
+        return "\n".join([*lines, "slice of a mask:", *letters(np.rot90(example), self.reader.background)])
 
     def _around(self, labels: Int[np.ndarray, "x y z"]) -> list[Int[np.ndarray, " n"]]:
         """Voxels of each class beside the background that crops are drawn around; of classes that are there."""
@@ -265,11 +266,16 @@ class Segmentation3DTask(MaskTask):
 
     def _slice(self, tokens: Tensor, batch: Batch) -> np.ndarray:
         assert batch.grid is not None  # as evaluation_batches gives it
-        truth, volume = (joined(x.cpu(), batch.grid, self.patch)[0, 0] for x in (batch.targets, tokens))
-        counted = truth != IGNORED
-        if self.reader.background is not None:
-            counted &= truth != self.reader.background
-        return np.rot90(volume[:, :, int(counted.sum((0, 1)).argmax())].numpy())
+        truth, volume = (joined(x.cpu(), batch.grid, self.patch)[0, 0].numpy() for x in (batch.targets, tokens))
+        return np.rot90(volume[:, :, self._fullest(truth)])
+
+    def _fullest(self, labels: Int[np.ndarray, "x y z"]) -> int:
+        """The slice with most voxels of classes beside the background."""
+        return int(self._scored_voxels(labels).sum((0, 1)).argmax())
+
+    def _scored_voxels(self, labels: Int[np.ndarray, "x y z"]) -> Bool[np.ndarray, "x y z"]:
+        counted = labels != IGNORED
+        return counted if self.reader.background is None else counted & (labels != self.reader.background)
 
     def _of_shades(self, seen: Sequence[Labelled]) -> Baseline:
         """Of each shade the class that most voxels of training have there."""
