@@ -20,7 +20,7 @@ from regard.workbench.settings import CompareSettings
 from regard.workbench.work import Work, build, square_grid
 
 nibabel = pytest.importorskip("nibabel", reason="writes and reads volumes")
-AFFINE = np.array([[-2.0, 0, 0, 30], [0, 0, 3, -8], [0, 2, 0, 5], [0, 0, 0, 1]])
+AFFINE = np.array([[0, 2.0, 0, 30], [0, 0, 3, -8], [-2, 0, 0, 5], [0, 0, 0, 1]])
 """Of a scanner whose axes are neither in the order nor in the direction that models read."""
 
 
