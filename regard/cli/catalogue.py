@@ -70,7 +70,7 @@ def _list_backbones(as_json: bool) -> None:
 
     from regard.models.parameters import count_parameters
     from regard.models.vision import list_backbones, read_backbone
-    from regard.models.vision.segmentation import list_segmenters, read_segmenter
+    from regard.models.vision.segmentation import Segmenter, list_segmenters, read_segmenter
 
     rows: list[dict[str, Any]] = []
     for serves, names, read in (
@@ -84,8 +84,10 @@ def _list_backbones(as_json: bool) -> None:
             summary = (inspect.getdoc(sys.modules[network.__module__]) or "").partition("\n")[0]
             side = getattr(config, "image_size", None)
             side = [side, side] if isinstance(side, int) else None if side is None else list(side)
+            of_volumes = issubclass(network, Segmenter) and len(network.multiples(config)) == 3
+            task = serves + "_3d" * of_volumes
             rows.append(
-                {"name": name, "serves": serves, "parameters": parameters, "image_size": side, "summary": summary}
+                {"name": name, "serves": task, "parameters": parameters, "image_size": side, "summary": summary}
             )
     if as_json:
         emit(rows)

@@ -46,9 +46,9 @@ def compare(
         list[str] | None,
         typer.Option(
             help="Task, as name or name:option=value,option=value: text, masked, replaced, recall, copying, listops, pathfinder, "
-            "long_range, algorithmic, in_context_functions, events, images, pixels, segmentation, upscale, documents, matching, "
-            "paraphrase, summarize, time_series, forecast, completion, speech. Repeatable. Default: text and recall; for your data text, or "
-            "what the columns of a table or the files of a folder are for."
+            "long_range, algorithmic, in_context_functions, events, images, pixels, segmentation, segmentation_3d, upscale, "
+            "documents, matching, paraphrase, summarize, time_series, forecast, completion, speech. Repeatable. Default: text and "
+            "recall; for your data text, or what the columns of a table or the files of a folder are for."
         ),
     ] = None,
     mechanisms: Annotated[

@@ -11,7 +11,6 @@ from rich.text import Text
 
 from regard.cli.console import console, emit
 from regard.cli.options import DEVICE, JSON, REDUCE
-from regard.cli.predict import image_files
 from regard.contract import Unsupported, closest
 
 
@@ -50,13 +49,15 @@ def explain(
     from regard.models.weights import write_atomically
     from regard.tasks.image_files import unused_name
     from regard.tasks.segmentation import MaskReader
+    from regard.tasks.segmentation.folders import PICTURES, files_of
+    from regard.tasks.segmentation_3d import VolumeReader
     from regard.workbench import explain as maps
     from regard.workbench.reduced import reduced
     from regard.workbench.trained import open_trained
 
     trained = open_trained(folder)
     reader, model = trained.reader, trained.model(device)
-    if isinstance(reader, MaskReader):
+    if isinstance(reader, MaskReader | VolumeReader):
         raise Unsupported(
             f"explain of {folder}, a model that segments",
             supported="models that classify images",
@@ -71,7 +72,7 @@ def explain(
             f"class {of!r}", supported=", ".join(reader.classes[:20]), nearest=closest(of, reader.classes)
         )
     told, taken = [], set[str]()
-    for path in [path for given in images for path in image_files(given)]:
+    for path in [path for given in images for path in files_of(given, PICTURES)]:
         inputs = reader.read([path])[0].to(device)
         with torch.inference_mode():
             logits = model(inputs[None], context=Context(grid=reader.grid)).output[0]

@@ -1,9 +1,7 @@
-"""`regard predict`: the classes of images, or of their pixels, by a trained model."""
+"""`regard predict`: the classes of images, or of their pixels or voxels, by a trained model."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +18,7 @@ if TYPE_CHECKING:
 
     from regard.tasks.images import ImageReader
     from regard.tasks.segmentation import MaskReader
+    from regard.tasks.segmentation_3d import VolumeReader
 
 AT_ONCE = 32
 """Images of a batch."""
@@ -27,24 +26,25 @@ AT_ONCE = 32
 
 def predict(
     folder: Annotated[Path, typer.Argument(help="Folder of regard train.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files or NIfTI volumes, or folders of them.")],
     top: Annotated[int, typer.Option(help="Classes to name for each image, the likeliest first.")] = 3,
     skip_unreadable: SKIP_UNREADABLE = False,
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Of a model that segments: a PNG for the mask of one image, or a folder for those of several."
+            help="Of a model that segments: a PNG (of a volume .nii.gz) for the mask of one, or a folder for those of several."
         ),
     ] = None,
     reduce: REDUCE = None,
     device: DEVICE = "cpu",
     as_json: JSON = False,
 ) -> None:
-    """Classify images, or their pixels, with a trained model.
+    """Classify images, or their pixels or voxels, with a trained model.
 
     The images are turned, resized and normalised as those it was trained on. A model of the task segmentation tells the share
     of each class, and writes the mask in the image's size with --output: its values and colours are those of the masks that
-    the model was trained on. With --reduce the classes are those on fewer tokens; how many differ from those on all tokens is
+    the model was trained on. One of segmentation_3d reads NIfTI volumes, in windows of the size of its crops, and writes masks
+    of their shape and affine. With --reduce the classes are those on fewer tokens; how many differ from those on all tokens is
     told, and how fast both are.
 
     Examples:
@@ -53,19 +53,23 @@ def predict(
         regard predict my_model holiday.jpg
         regard predict my_model photos/ --skip-unreadable --json
         regard predict scans scan.png --output mask.png
+        regard predict heads scan.nii.gz --output mask.nii.gz
         regard predict my_model photos/ --reduce evit:keep=0.7
     """
     from regard.tasks.segmentation import MaskReader
+    from regard.tasks.segmentation.folders import PICTURES, VOLUMES, files_of
+    from regard.tasks.segmentation_3d import VolumeReader
     from regard.workbench.reduced import reduced, told
     from regard.workbench.trained import open_trained
 
     at_least("top", top, 1)
     trained = open_trained(folder)
     reader, model = trained.reader, trained.model(device)
-    paths = [path for given in images for path in image_files(given)]
+    kind = VOLUMES if isinstance(reader, VolumeReader) else PICTURES
+    paths = [path for given in images for path in files_of(given, kind)]
     fewer = None if reduce is None else reduced(model, reduce)
     found, skipped, differ, speeds = [], list[str](), 0, None
-    if isinstance(reader, MaskReader):
+    if isinstance(reader, MaskReader | VolumeReader):
         _segment(folder, model, reader, paths, output, device, skipped if skip_unreadable else None, as_json)
         return
     if output is not None:
@@ -106,7 +110,7 @@ def predict(
 def _segment(
     folder: Path,
     model: nn.Module,
-    reader: MaskReader,
+    reader: MaskReader | VolumeReader,
     paths: list[Path],
     output: Path | None,
     device: str,
@@ -114,9 +118,10 @@ def _segment(
     as_json: bool,
 ) -> None:
     """Tell the shares of the classes of each file, and write its mask; files that cannot be read are added to `skipped`."""
-    from regard.models.weights import write_atomically
-    from regard.workbench import segment as masks
+    from regard.tasks.segmentation import MaskReader
+    from regard.workbench import segment, segment_3d
 
+    masks: Any = segment if isinstance(reader, MaskReader) else segment_3d
     if output is not None:
         masks.check_output(output, len(paths))
     found, taken = list[dict[str, Any]](), set[str]()
@@ -131,35 +136,19 @@ def _segment(
         row: dict[str, Any] = {"image": str(path), "shares": shares}
         if output is not None:
             place = masks.place_of(output, path, taken)
-            drawn = masks.mask_image(classes, reader)
-            write_atomically(place, functools.partial(drawn.save, format="PNG"))
+            masks.write(place, classes, reader)
             row["mask"] = str(place)
         found.append(row)
     if not found:
-        raise Unsupported("images of which none can be read", supported="one image or more")
+        raise Unsupported("files of which none can be read", supported="one file or more")
     if as_json:
         emit({"folder": str(folder), "images": found, "skipped": skipped or []})
         return
     for row in found:
         written = f": {row['mask']}" if "mask" in row else ""
-        console.print(Text(f"{row['image']}: {masks.described(row['shares'])}{written}"))
+        console.print(Text(f"{row['image']}: {segment.described(row['shares'])}{written}"))
     for name in skipped or ():
         console.print(Text(f"not read: {name}", style="dim"))
-
-
-def image_files(given: Path) -> Iterator[Path]:
-    """A file itself, or the images of a folder in sorted order."""
-    from regard.tasks.documents import nearest_path, walk
-    from regard.tasks.image_files import images_among
-
-    if given.is_dir():
-        yield from images_among(walk(given)[0], given)
-    elif given.is_file():
-        yield given
-    else:
-        raise Unsupported(
-            f"{given}, which does not exist", supported="image files, or folders of them", nearest=nearest_path(given)
-        )
 
 
 def _read(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from regard.contract import Context, Result, Unsupported, at_least
+from regard.core.patches import joined
 from regard.layers.checks import given_context
 from regard.models.vision import Backbone, read_backbone
 
@@ -32,7 +33,7 @@ class ImageModelConfig:
     Attributes:
         backbone: a name of :func:`regard.models.vision.list_backbones`.
         num_classes: width of the output.
-        grid: rows and columns of patches.
+        grid: rows and columns of patches; three numbers of volumes, whose patches are cubes.
         patch: side of a patch in pixels; its features are its pixels row by row, the channels of a pixel together.
         channels: of the images.
         options: of the backbone.
@@ -41,7 +42,7 @@ class ImageModelConfig:
 
     backbone: str
     num_classes: int
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     patch: int = 1
     channels: int = 3
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -54,10 +55,14 @@ class ImageModelConfig:
         object.__setattr__(self, "grid", tuple(self.grid))
         self.read()
 
+    @property
+    def image_size(self) -> tuple[int, ...]:
+        """Sides of the images in pixels."""
+        return tuple(side * self.patch for side in self.grid)
+
     def read(self) -> tuple[type[Backbone], Any]:
         """Class and config of the backbone; raises Unsupported for unknown options and sizes that it cannot take."""
-        rows, columns = self.grid
-        given: dict[str, Any] = {"image_size": (rows * self.patch, columns * self.patch), "channels": self.channels}
+        given: dict[str, Any] = {"image_size": self.image_size, "channels": self.channels}
         for name in (*given, "num_classes"):
             if name in self.options:
                 raise Unsupported(f"{name} of {self.backbone}, which the task says", supported=f"no {name}")
@@ -82,14 +87,16 @@ class ImageModelConfig:
 
 def patches_of(task: Task, name: str) -> tuple[int, int]:
     """Side of a task's patches in pixels, and channels; raises Unsupported, for the model `name`, for other features."""
-    assert task.features is not None
-    channels = 1 if math.isqrt(task.features) ** 2 == task.features else 3
-    patch = math.isqrt(task.features // channels)
-    if channels * patch**2 != task.features:
-        raise Unsupported(
-            f"{name} on patches of {task.features} numbers", supported="square patches of 1 or 3 channels"
-        )
-    return patch, channels
+    assert task.features is not None and task.grid is not None
+    axes = len(task.grid)
+    for channels in (1, 3):
+        patch = round((task.features / channels) ** (1 / axes))
+        if channels * patch**axes == task.features:
+            return patch, channels
+    raise Unsupported(
+        f"{name} on patches of {task.features} numbers",
+        supported=f"{'square patches' if axes == 2 else 'cubes'} of 1 or 3 channels",
+    )
 
 
 class ImageModel(nn.Module):
@@ -126,12 +133,11 @@ class ImageModel(nn.Module):
 
     def images(self, inputs: Float[Tensor, "b n f"], grid: tuple[int, ...] | None = None) -> Float[Tensor, "b c h w"]:
         """The images that patches were cut from, on the config's grid or another; raises Unsupported for another shape."""
-        rows, columns = grid or self.config.grid
-        patch, channels = self.config.patch, self.config.channels
-        if inputs.ndim != 3 or inputs.shape[1:] != (rows * columns, patch * patch * channels):
+        grid, patch, channels = grid or self.config.grid, self.config.patch, self.config.channels
+        tokens, width = math.prod(grid), patch ** len(grid) * channels
+        if inputs.ndim != 3 or inputs.shape[1:] != (tokens, width):
             raise Unsupported(
                 f"inputs of shape {tuple(inputs.shape)}",
-                supported=f"(B, {rows * columns}, {patch * patch * channels}), the patches of a grid of {rows} x {columns}",
+                supported=f"(B, {tokens}, {width}), the patches of a grid of {' x '.join(map(str, grid))}",
             )
-        pixels = inputs.reshape(-1, rows, columns, patch, patch, channels)
-        return pixels.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, rows * patch, columns * patch)
+        return joined(inputs, grid, patch)

@@ -97,7 +97,7 @@ def config_for(task: Task, plan: Any, model: str | None = None, **sizes: Any) ->
             supported="; ".join(f"{pattern} with {objective}" for pattern, objective in served()),
         )
     if model is not None and model not in names:
-        backbones = list_networks() if len(task.grid or ()) == 2 else []
+        backbones = list_networks() if len(task.grid or ()) >= 2 else []
         raise Unsupported(
             f"model {model!r} for the task {task.name}",
             supported=", ".join(names) + (", or an image backbone of its own" if backbones else ""),

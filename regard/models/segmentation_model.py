@@ -1,4 +1,4 @@
-"""A network that segments as a model of tasks, which give images as patches and want a class for each pixel of a patch.
+"""A network that segments as a model of tasks, which give images or volumes as patches and want a class for each of their points.
 
 ::
 
@@ -8,18 +8,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from regard.contract import Context, Result, Unsupported
+from regard.contract import Context, Result, Unsupported, closest
+from regard.core.patches import cut, joined
 from regard.models.image_model import ImageModel, ImageModelConfig, patches_of
-from regard.models.vision.segmentation import read_segmenter
+from regard.models.levels import Level, level_weights
+from regard.models.vision.segmentation import list_segmenters, read_segmenter
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
     from regard.tasks.protocol import Task
 
@@ -30,13 +33,14 @@ class SegmentationModelConfig(ImageModelConfig):
 
     Attributes:
         backbone: a name of :func:`regard.models.vision.segmentation.list_segmenters`.
-        num_classes: of a pixel.
+        num_classes: of a point.
+        grid: patches along each of the two or three axes that the network has.
         options: of the network.
     """
 
     def read(self) -> tuple[type[Any], Any]:
         """Class and config of the network; raises Unsupported for unknown options and sizes that it cannot take."""
-        size = (self.grid[0] * self.patch, self.grid[1] * self.patch)
+        size = self.image_size
         given: dict[str, Any] = {"channels": self.channels, "num_classes": self.num_classes, "image_size": size}
         for name in given:
             if name in self.options:
@@ -54,26 +58,36 @@ class SegmentationModelConfig(ImageModelConfig):
 
     @classmethod
     def for_task(cls, task: Task, backbone: str, options: Mapping[str, Any]) -> SegmentationModelConfig:
-        """Of a task that wants a class for each pixel; what depends on the size of images is chosen for the task's.
+        """Of a task that wants a class for each point; what depends on the size of images is chosen for the task's.
 
         Raises:
-            Unsupported: for another task.
+            Unsupported: for another task, or one whose images have other axes than the network's.
         """
-        if task.objective != "segmentation" or task.features is None or task.grid is None or len(task.grid) != 2:
+        grid = task.grid or ()
+        if task.objective != "segmentation" or task.features is None or len(grid) not in (2, 3):
             raise Unsupported(
                 f"{backbone} on the task {task.name}",
-                supported="tasks that segment images of two axes, such as segmentation",
+                supported="tasks that segment images of two axes, such as segmentation, or of three, such as segmentation_3d",
                 nearest="--task segmentation",
             )
+        axes = _axes(backbone, options)
+        if axes != len(grid):
+            others = [name for name in list_segmenters() if _axes(name, {}) == len(grid)]
+            raise Unsupported(
+                f"{backbone} on images of {len(grid)} axes", supported=f"{axes} axes", nearest=closest(backbone, others)
+            )
         patch, channels = patches_of(task, backbone)
-        size = (task.grid[0] * patch, task.grid[1] * patch)
         network, _ = read_segmenter(backbone)
         published = network.sizes[backbone]
-        fitted = network.fitted(published, size)
+        fitted = network.fitted(published, tuple(side * patch for side in grid))
         chosen = {name: value for name, value in fitted.items() if value != published.get(name)}
-        return cls(
-            backbone, task.num_classes or 0, (task.grid[0], task.grid[1]), patch, channels, chosen | dict(options)
-        )
+        return cls(backbone, task.num_classes or 0, tuple(grid), patch, channels, chosen | dict(options))
+
+
+def _axes(backbone: str, options: Mapping[str, Any]) -> int:
+    """Axes of the images that a network takes."""
+    network, config = read_segmenter(backbone, **{name: options[name] for name in ("axes",) if name in options})
+    return len(network.multiples(config))
 
 
 class SegmentationModel(ImageModel):
@@ -82,19 +96,39 @@ class SegmentationModel(ImageModel):
     config: SegmentationModelConfig
 
     def forward(self, inputs: Float[Tensor, "b n f"], *, context: Context | None = None) -> Result:
-        """Logits of the classes of all pixels.
+        """Logits of the classes of all points.
 
         Args:
             inputs: patches, row by row.
-            context: its grid, whose rows and columns may be others than the config's where the network takes any size.
+            context: its grid, which may be another than the config's where the network takes any size.
 
         Returns:
-            output (B, N, patch * patch * num_classes): the pixels of a patch row by row, the classes of a pixel together.
+            output (B, N, points of a patch * num_classes): the points of a patch row by row, the classes of a point together.
+            In training with deep supervision ``extras["levels"]`` has what the coarser stages give, of which
+            :func:`regard.models.levels.level_loss` makes a loss.
 
         Raises:
             Unsupported: for padding, and inputs of another shape.
         """
         grid, patch = self.grid_of(context) or self.config.grid, self.config.patch
-        logits = self.backbone(self.images(inputs, grid))
-        parts = logits.unflatten(3, (grid[1], patch)).unflatten(2, (grid[0], patch))  # (B, K, rows, p, columns, p)
-        return Result(parts.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2))
+        images = self.images(inputs, grid)
+        if not (self.training and getattr(self.backbone.config, "deep_supervision", False)):
+            return Result(cut(self.backbone(images), patch))
+        finest, *coarser = self.backbone.forward_levels(images)  # type: ignore[operator]  # networks with the option have it
+        _, *weights = level_weights(1 + len(coarser))
+        levels = [
+            Level(logits.flatten(2).mT, _targets_of(logits.shape[2:], grid, patch, logits.device), weight)
+            for logits, weight in zip(coarser, weights, strict=True)
+            if weight
+        ]
+        return Result(cut(finest, patch), extras={"levels": levels})
+
+
+def _targets_of(sides: Sequence[int], grid: Sequence[int], patch: int, device: torch.device) -> Int[Tensor, " places"]:
+    """Which of an item's targets, patch by patch, are nearest to the places of a coarser map."""
+    count = torch.arange(torch.Size(grid).numel() * patch ** len(grid), device=device)
+    numbers = joined(count.view(1, torch.Size(grid).numel(), -1), grid, patch)[0, 0]
+    for axis, (side, whole) in enumerate(zip(sides, numbers.shape, strict=True)):
+        middle = (2 * torch.arange(side, device=device) + 1) * whole // (2 * side)
+        numbers = numbers.index_select(axis, middle)
+    return numbers.flatten()

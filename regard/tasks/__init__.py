@@ -44,6 +44,7 @@ from regard.tasks.protocol import (
 from regard.tasks.recall import RecallTask
 from regard.tasks.replaced import ReplacedTask
 from regard.tasks.segmentation import SegmentationTask
+from regard.tasks.segmentation_3d import Segmentation3DTask
 from regard.tasks.speech import SpeechTask
 from regard.tasks.summarize import SummarizeTask
 from regard.tasks.text import TextTask
@@ -65,6 +66,7 @@ _TASKS = (
     ImagesTask,
     PixelsTask,
     SegmentationTask,
+    Segmentation3DTask,
     UpscaleTask,
     DocumentsTask,
     MatchingTask,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections import Counter
@@ -189,13 +190,17 @@ def _list_folders(folder: Path) -> tuple[list[str], list[Path], list[int], list[
     return classes, paths, labels, notes
 
 
-def _check_memory(folder: Path, count: int, size: tuple[int, int], channels: int) -> None:
+def machine_memory() -> float:
+    """Bytes that this machine has; infinity where it does not say."""
     try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
-        return
-    needed = count * size[0] * size[1] * channels
-    if needed > memory // 2:
+        return math.inf
+
+
+def _check_memory(folder: Path, count: int, size: tuple[int, int], channels: int) -> None:
+    memory, needed = machine_memory(), count * size[0] * size[1] * channels
+    if needed > memory / 2:
         side = int((memory / 2 / count / channels) ** 0.5)
         raise Unsupported(
             f"{count:,} images of {folder} at {size[0]}x{size[1]} pixels, {needed / 1e9:.0f} GB, which are held in memory",

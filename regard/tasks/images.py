@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -184,7 +185,7 @@ class ImagesTask(Task):
             share = check_fraction("mix", (0.5 if augment == "standard" else 0.0) if mix is None else mix, 0, 1)
             mirrored = images.classes != DIGITS if flip is None else flip
             self.augmentation = Augmentation(augment, (height, width), self.num_classes, flip=mirrored, mix=share)
-        self.patch = choose_patch(height, width, length, patch)
+        self.patch = choose_patch((height, width), length, patch)
         self.grid: tuple[int, ...] = (height // self.patch, width // self.patch)
         self.length = self.grid[0] * self.grid[1]
         self.features: int = self.patch**2 * depth
@@ -264,32 +265,35 @@ def _statistics(
     return mean, np.sqrt(squares / count)
 
 
-def choose_patch(height: int, width: int, length: int | None, patch: int | None) -> int:
-    """The side of the patches that cut images of a height and width into `length` tokens; close to 4 where neither is given.
+def choose_patch(size: tuple[int, ...], length: int | None, patch: int | None) -> int:
+    """The side of the patches that cut images of a size into `length` tokens; close to 4 where neither is given.
+
+    Args:
+        size: height and width, or the sides of volumes, whose patches are cubes.
 
     Raises:
         Unsupported: for a side or a number of tokens that there is not.
     """
-    sides = [side for side in range(1, min(height, width) + 1) if height % side == 0 and width % side == 0]
-    lengths = {side: height * width // side**2 for side in sides}
+    places, told = math.prod(size), "x".join(map(str, size))
+    sides = [side for side in range(1, min(size) + 1) if all(each % side == 0 for each in size)]
+    lengths = {side: places // side ** len(size) for side in sides}
     if patch is not None and patch not in sides:
         near = min(sides, key=lambda side: abs(side - patch)) if isinstance(patch, int) else sides[0]
         raise Unsupported(
-            f"patch={patch} for images of {height}x{width}",
+            f"patch={patch} for images of {told}",
             supported=", ".join(map(str, sides)),
             nearest=f"patch={near}",
         )
     if length is None:
-        return patch or (1 if height * width <= 64 else min(sides, key=lambda side: abs(side - 4)))
+        return patch or (1 if places <= 64 else min(sides, key=lambda side: abs(side - 4)))
     fitting = sides if patch is None else [patch]
     for side in fitting:
         if lengths[side] == length:
             return side
     accepted = [lengths[side] for side in fitting]
     near = min(accepted, key=lambda n: abs(n - length)) if isinstance(length, int) else accepted[0]
-    told = f" with patch={patch}" if patch is not None else ""
     raise Unsupported(
-        f"length={length} for images of {height}x{width}{told}",
+        f"length={length} for images of {told}" + (f" with patch={patch}" if patch is not None else ""),
         supported="lengths " + ", ".join(map(str, accepted)),
         nearest=f"length={near}",
     )

@@ -195,6 +195,11 @@ class Task(Protocol):
         """Sum and weight of each item, in float64: the score of many items is total sum / total weight."""
         return accuracy(logits, batch)
 
+    def answer(self, run: Callable[[Batch], Tensor], batch: Batch) -> Float[Tensor, "b *n c"]:
+        """The output for a held-out batch, of a model that `run` calls: in one call, or in several where held-out items are larger
+        than those that are trained on. The targets of what is given to `run` mean nothing."""
+        return run(batch)
+
     def figures(
         self, output: Float[Tensor, "b *n c"], batch: Batch
     ) -> Mapping[str, tuple[Float[Tensor, " b"], Float[Tensor, " b"]]]:

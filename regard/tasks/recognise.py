@@ -12,6 +12,7 @@ from regard.contract import Unsupported
 from regard.tasks.documents import JSON_LINES, TEXT_SUFFIXES, Paths, json_objects, text_of, walk
 from regard.tasks.idx import has_idx
 from regard.tasks.image_files import IMAGE_SUFFIXES
+from regard.tasks.segmentation.folders import holds_volumes
 from regard.tasks.tables import SHEETS, TABLE_SUFFIXES, Table, read_table
 from regard.tasks.ts_files import is_series_file
 
@@ -58,14 +59,14 @@ def recognise(data: Paths) -> Chosen:
     """The task that fits the files, and the options that it needs.
 
     Files are text unless they are tables (see :mod:`regard.tasks.tables`), whose columns tell, series (``.ts``), or folders of
-    images; one with the folders images and masks is for segmentation.
+    images; one with the folders images and masks is for segmentation, of volumes where there are NIfTI files.
 
     Raises:
         Unsupported: for a table whose columns fit no task, or several, with what to add.
     """
     paths = [Path(path) for path in ([data] if isinstance(data, str | Path) else data)]
     if len(paths) == 1 and all((paths[0] / part).is_dir() for part in ("images", "masks")):
-        return "segmentation", {}
+        return "segmentation_3d" if holds_volumes(paths[0]) else "segmentation", {}
     if len(paths) == 1 and paths[0].is_dir():
         suffixes = [path.suffix.lower() for path in walk(paths[0])[0]]
         images, texts = (sum(suffix in kind for suffix in suffixes) for kind in (IMAGE_SUFFIXES, TEXT_SUFFIXES))

@@ -99,7 +99,7 @@ class Point:
         step: counted from 0.
         loss: of the task, a target: nats, or squared error.
         auxiliary: what is added to it: weighted auxiliary losses of the layers, and how much more the mean over a model's
-            exits is than the loss of its output.
+            exits, or over its stages in deep supervision, is than the loss of its output.
         gradient_norm: before clipping.
         learning_rate: of the step.
         seconds: forward, backward and update, without making the batch.
@@ -405,6 +405,10 @@ def evaluate(model: nn.Module, task: Task, batch_size: int, *, first: int = 0, l
     items: list[tuple[float, float]] = []
     figures: dict[str, list[tuple[float, float]]] = {}
     loss, targets, seen = 0.0, 0.0, 0
+
+    def run(part: Batch) -> Tensor:
+        return run_model(model, part, batch_context(part)).output
+
     with evaluation_mode(model):
         for batch in task.evaluation_batches(batch_size):
             if last is not None and seen >= last:
@@ -415,7 +419,7 @@ def evaluate(model: nn.Module, task: Task, batch_size: int, *, first: int = 0, l
                 continue
             chosen = batch.items(begin, end).to(device)
             context = batch_context(chosen)
-            output = run_model(model, chosen, context).output
+            output = task.answer(run, chosen) if hasattr(task, "answer") else run(chosen)
             if task.generates is None:
                 sums, weights = task.score(output, chosen)
             else:

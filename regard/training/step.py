@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from regard.contract import Context, Mask, Result
 from regard.models.blocks import auxiliary_loss
 from regard.models.exits import joint_loss
+from regard.models.levels import level_loss
 from regard.tasks.protocol import Batch, Task, mean_loss
 
 
@@ -50,6 +51,9 @@ def losses_of(
         result = run_model(model if called is None else called, batch, context)
     loss = mean(task, result.output, batch)
     auxiliary = auxiliary_loss(result.losses, getattr(getattr(model, "config", None), "loss_weights", {}))
+    if "levels" in result.extras:
+        whole = level_loss(result.extras["levels"], batch, loss, lambda output, part: mean(task, output, part))
+        auxiliary = auxiliary + whole - loss
     if "exits" in result.extras:
         auxiliary = auxiliary + joint_loss(result, lambda output: mean(task, output, batch)) - loss
     return loss, auxiliary

@@ -46,7 +46,7 @@ from regard.workbench.summary import (
     summarise,
 )
 from regard.workbench.trainer import Progress, Runs, Trainer
-from regard.workbench.work import Work, build, cost_seconds, plan
+from regard.workbench.work import Work, build, cost_seconds, plan, square_grid
 
 
 @dataclass
@@ -520,8 +520,8 @@ def _input(task: Task, length: int, device: str = "cpu") -> tuple[tuple[Tensor, 
         return (tokens(task.length, task.vocab_size, task.features), memory), Context()
     if task.grid is None or task.vocab_size is not None:
         return (tokens(length, task.vocab_size, task.features),), Context()
-    width = math.isqrt(length)
-    return (tokens(width * width, None, task.features),), Context(grid=(width, width))
+    grid = square_grid(length, len(task.grid))
+    return (tokens(math.prod(grid), None, task.features),), Context(grid=grid)
 
 
 def _described(works: Sequence[Work], settings: CompareSettings) -> dict[str, Any]:

@@ -8,19 +8,17 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from regard.contract import Context
 from regard.models.blocks import evaluation_mode
-from regard.tasks import Task
+from regard.tasks import Batch, Task
 from regard.tasks.sampling import spread
-from regard.tasks.segmentation import SegmentationTask
-from regard.workbench.segment import logits_of, mask_image
+from regard.tasks.segmentation import MaskTask
+from regard.workbench.segment import mask_image
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
     from PIL import Image
 
 SHOWN = 4
@@ -30,36 +28,41 @@ SIDE = 160
 
 
 def shown(task: Task) -> dict[str, Any] | None:
-    """The images that a report shows, their masks, and names and colours of the classes in them; None for other tasks."""
-    if not isinstance(task, SegmentationTask) or importlib.util.find_spec("PIL") is None:
+    """The images that a report shows, slices of volumes, with their masks, and names and colours of the classes in them; None
+    for other tasks."""
+    if not isinstance(task, MaskTask) or importlib.util.find_spec("PIL") is None:
         return None
     from PIL import Image
 
-    inputs, labels = _chosen(task)
-    pixels, reader = task.reader.pixels(inputs), task.reader
-    images = [Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one) for one in pixels]
-    there = [i for i in range(len(reader.classes)) if (labels == i).any()]
+    chosen, reader = _chosen(task), task.reader
+    images = [Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one) for one in map(task.picture, chosen)]
+    there = [i for i in range(len(reader.classes)) if any((batch.targets == i).any() for batch in chosen)]
+    truths = [mask_image(task.mask(batch.targets, batch), reader) for batch in chosen]
     return {
         "images": [_address(image, Image.Resampling.BICUBIC) for image in images],
-        "truths": [_address(mask_image(each, reader), Image.Resampling.NEAREST) for each in labels],
+        "truths": [_address(truth, Image.Resampling.NEAREST) for truth in truths],
         "classes": [[reader.classes[i], "#{:02x}{:02x}{:02x}".format(*reader.colours[i])] for i in there],
     }
 
 
 def predicted(model: nn.Module, task: Task) -> dict[str, Any] | None:
     """The masks that a model gives for the images of :func:`shown`, and their scores; None for other tasks."""
-    if not isinstance(task, SegmentationTask) or importlib.util.find_spec("PIL") is None:
+    if not isinstance(task, MaskTask) or importlib.util.find_spec("PIL") is None:
         return None
     from PIL import Image
 
-    inputs, labels = _chosen(task)
-    device = next(model.parameters()).device
+    device, masks, scores = next(model.parameters()).device, list[str](), list[float]()
+
+    def run(batch: Batch) -> Tensor:
+        return model(batch.inputs.to(device), context=Context(grid=batch.grid)).output.float().cpu()
+
     with evaluation_mode(model), torch.inference_mode():
-        output = model(inputs.to(device), context=Context(grid=task.reader.grid)).output.float().cpu()
-    found = logits_of(output, task.reader).argmax(1)
-    scores = task.of_images(found.flatten(1), torch.from_numpy(labels).flatten(1))
-    masks = [_address(mask_image(each.numpy(), task.reader), Image.Resampling.NEAREST) for each in found]
-    return {"masks": masks, "scores": scores.tolist()}
+        for batch in _chosen(task):
+            output = task.answer(run, batch)
+            found = output.unflatten(2, (batch.targets.shape[2], -1)).argmax(-1)
+            masks.append(_address(mask_image(task.mask(found, batch), task.reader), Image.Resampling.NEAREST))
+            scores += task.of_images(found.flatten(1), batch.targets.flatten(1)).tolist()
+    return {"masks": masks, "scores": scores}
 
 
 def table(pictures: Mapping[str, Any] | None, found: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any] | None:
@@ -83,13 +86,11 @@ def table(pictures: Mapping[str, Any] | None, found: Sequence[tuple[str, Mapping
     return {"rows": rows, "models": drawn, "classes": pictures["classes"]}
 
 
-def _chosen(task: SegmentationTask) -> tuple[Float[Tensor, "b n f"], Int[np.ndarray, "b h w"]]:
+def _chosen(task: MaskTask) -> list[Batch]:
     """Some held-out items, evenly spread over those after the first quarter, which may have chosen a learning rate."""
-    batches = list(task.evaluation_batches(64))
-    inputs, targets = torch.cat([b.inputs for b in batches]), torch.cat([b.targets for b in batches])
-    first = len(inputs) // 4
-    chosen = torch.from_numpy(first + spread(len(inputs) - first, SHOWN))
-    return inputs[chosen], task.whole(targets[chosen])
+    count = sum(batch.size for batch in task.evaluation_batches(1))
+    chosen = set((count // 4 + spread(count - count // 4, SHOWN)).tolist())
+    return [batch for i, batch in enumerate(task.evaluation_batches(1)) if i in chosen]
 
 
 def _address(picture: Image.Image, how: Any) -> str:

@@ -150,7 +150,7 @@ def flops(config: ImageModelConfig) -> float:
     """FLOPs of the products and convolutions of one image, as torch counts them."""
     with torch.device("meta"):
         model = build_model(config).eval()
-        inputs = torch.empty(1, math.prod(config.grid), config.patch**2 * config.channels)
+        inputs = torch.empty(1, math.prod(config.grid), config.patch ** len(config.grid) * config.channels)
     # of tensors without values, which no fused kernel takes that the counter does not know
     with torch.no_grad(), backends.only("torch"), FlopCounterMode(display=False) as counter:
         model(inputs, context=Context(grid=config.grid))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.contract import Context, Unsupported
+from regard.core.patches import joined
+from regard.models.weights import write_atomically
 from regard.tasks.image_files import unused_name
 from regard.tasks.protocol import IGNORED
 from regard.tasks.segmentation import MaskReader
@@ -18,6 +22,8 @@ from regard.tasks.segmentation import MaskReader
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from PIL import Image
+
+    from regard.tasks.segmentation_3d import VolumeReader
 
 VOID = (224, 224, 224)
 """Colour of ignored pixels."""
@@ -40,31 +46,37 @@ def segment(
     output = model(inputs, context=Context(grid=reader.grid)).output
     with Image.open(path) as opened:
         width, height = ImageOps.exif_transpose(opened).size
-    classes = likeliest(logits_of(output, reader)[0], (height, width)).cpu().numpy()
-    shares = np.bincount(classes.ravel(), minlength=len(reader.classes)) / classes.size
-    order = np.argsort(-shares, kind="stable")
-    return classes, {reader.classes[i]: float(shares[i]) for i in order if shares[i]}
+    classes = likeliest(joined(output, reader.grid, reader.patch)[0], (height, width)).cpu().numpy()
+    return classes, shares_of(classes, reader.classes)
 
 
-def logits_of(output: Float[Tensor, "b n pk"], reader: MaskReader) -> Float[Tensor, "b k h w"]:
-    """The logits of patches as maps of the size that the model reads."""
-    (rows, columns), patch = reader.grid, reader.patch
-    pixels = output.unflatten(2, (patch, patch, -1)).unflatten(1, (rows, columns))  # (B, rows, columns, p, p, K)
-    return pixels.permute(0, 5, 1, 3, 2, 4).reshape(len(output), -1, rows * patch, columns * patch)
+def shares_of(classes: Int[np.ndarray, "..."], names: Sequence[str]) -> dict[str, float]:
+    """The share of each class by its name, the largest first."""
+    shares = np.bincount(classes.ravel(), minlength=len(names)) / classes.size
+    return {names[i]: float(shares[i]) for i in np.argsort(-shares, kind="stable") if shares[i]}
 
 
-def likeliest(logits: Float[Tensor, "k h w"], size: tuple[int, int]) -> Int[Tensor, "h2 w2"]:
+def likeliest(logits: Float[Tensor, "k *sides"], size: tuple[int, ...]) -> Int[Tensor, "*sides2"]:
     """The class with the largest logit at each place of another size, class by class, since all at once may be large."""
+    if tuple(logits.shape[1:]) == tuple(size):
+        return logits.argmax(0)
+    how = "bilinear" if len(size) == 2 else "trilinear"
     best = torch.full(size, -torch.inf, device=logits.device)
     found = torch.zeros(size, dtype=torch.long, device=logits.device)
     for number, each in enumerate(logits.float()):
-        larger = F.interpolate(each[None, None], size, mode="bilinear", align_corners=False)[0, 0]
+        larger = F.interpolate(each[None, None], size, mode=how, align_corners=False)[0, 0]
         found = torch.where(larger > best, number, found)
         best = torch.maximum(best, larger)
     return found
 
 
-def mask_image(classes: Int[np.ndarray, "h w"], reader: MaskReader) -> Image.Image:
+def write(place: Path, classes: Int[np.ndarray, "h w"], reader: MaskReader) -> None:
+    """A mask as a PNG, see :func:`mask_image`."""
+    drawn = mask_image(classes, reader)
+    write_atomically(place, functools.partial(drawn.save, format="PNG"))
+
+
+def mask_image(classes: Int[np.ndarray, "h w"], reader: MaskReader | VolumeReader) -> Image.Image:
     """A mask as a picture with a palette, whose values and colours are those of the masks that the model was trained on."""
     from PIL import Image
 

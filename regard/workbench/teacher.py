@@ -15,6 +15,7 @@ from regard.compression.distillation import Method, Taught, read_method
 from regard.contract import Unsupported
 from regard.models.weights import weights_digest
 from regard.tasks import Task
+from regard.tasks.images import ImageReader
 from regard.workbench.trained import TrainedModel, open_trained
 
 
@@ -45,13 +46,17 @@ class Teacher:
                 own, and a teacher that reads other images or has other classes than the task.
         """
         method, own = read_method(written), getattr(task, "reader", None)
-        if own is None or getattr(task, "runner", None) is not None or not hasattr(own, "classes"):
+        if getattr(task, "runner", None) is not None or not isinstance(own, ImageReader):
             raise Unsupported(
                 f"a teacher on the task {task.name}",
                 supported="tasks that classify or segment images, such as images and segmentation",
             )
         trained = open_trained(folder)
         told = trained.reader
+        if not isinstance(told, ImageReader):
+            raise Unsupported(
+                f"the teacher {folder}, which reads volumes", supported="a teacher trained on the same task"
+            )
         for name in ("classes", "height", "width", "channels", "patch"):
             if getattr(own, name) != getattr(told, name):
                 raise Unsupported(

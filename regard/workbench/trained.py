@@ -29,6 +29,7 @@ from regard.models.weights import distinct_tensors, load_tensors, sharded, write
 from regard.tasks import Task, create_task
 from regard.tasks.images import ImageReader
 from regard.tasks.segmentation import MaskReader
+from regard.tasks.segmentation_3d import VolumeReader
 from regard.tasks.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
 from regard.training import Evaluation, History, Point, WeightAverage, runner_of
 from regard.training.average import check_decay
@@ -79,14 +80,16 @@ class TrainedModel:
         return ByteTokenizer() if name == ByteTokenizer.name else BpeTokenizer.load(self.folder / TOKENIZER)
 
     @property
-    def reader(self) -> ImageReader:
-        """What turns image files into inputs; raises Unsupported where the task reads no images."""
+    def reader(self) -> ImageReader | VolumeReader:
+        """What turns files of images or volumes into inputs; raises Unsupported where the task reads no images."""
         record = self.record.get("reader")
         if record is None:
             raise Unsupported(
                 f"images for the model in {self.folder}, which was trained on {self.record['task']['name']}",
-                supported="models trained on the tasks images and segmentation",
+                supported="models trained on the tasks images, segmentation and segmentation_3d",
             )
+        if "overlap" in record:
+            return VolumeReader.of_record(record)
         return (MaskReader if "colours" in record else ImageReader).of_record(record)
 
     def task(self, data: str | list[str] | None = None) -> Task:
@@ -502,7 +505,8 @@ def card(trained: TrainedModel) -> str:
     commands = [f"regard evaluate {trained.folder}"]
     reader = record.get("reader")
     if reader is not None and "colours" in reader:
-        commands.append(f"regard predict {trained.folder} picture.jpg --output mask.png")
+        files = "scan.nii.gz --output mask.nii.gz" if "overlap" in reader else "picture.jpg --output mask.png"
+        commands.append(f"regard predict {trained.folder} {files}")
     elif reader is not None:
         commands += [f"regard {verb} {trained.folder} picture.jpg" for verb in ("predict", "explain")]
     if (own.get("stack") or {}).get("exits"):

@@ -115,13 +115,18 @@ def _plan(
 
 
 def backbone_config(variant: Variant, task: Task, settings: CompareSettings, longest: int | None) -> ImageModelConfig:
-    """An image backbone or segmenter of its published size for a task, or for square images of about `longest` patches."""
+    """An image backbone or segmenter of its published size for a task, or for squares or cubes of about `longest` patches."""
     name, options = variant.backbone or ("", {})
     if settings.model is not None or settings.stack != StackConfig():
         raise Unsupported(f"{name} with --model or --stack", supported="the layers that it has")
     config = (SegmentationModelConfig if name in SEGMENTERS else ImageModelConfig).for_task(task, name, options)
-    side = math.isqrt(longest or 0)
-    return config if longest is None else replace(config, grid=(side, side))
+    return config if longest is None else replace(config, grid=square_grid(longest, len(config.grid)))
+
+
+def square_grid(length: int, axes: int) -> tuple[int, ...]:
+    """The sides of the largest square or cube of at most `length` tokens."""
+    side = round(length ** (1 / axes))
+    return (side - (side**axes > length),) * axes
 
 
 def matched(variant: Variant, task: Task, settings: CompareSettings, frame: str, target: int) -> Any:
@@ -354,9 +359,10 @@ class Work:
         history = runner.train(model, self.task, timed, deadline=max(began + 0.2, started + 0.7 * seconds))
         # with the making of its batch, which takes a while where images are varied
         step = (time.monotonic() - began) / len(history.curve) * 1.15 if history.curve else seconds
+        some = next((batch.size for batch in self.task.evaluation_batches(self.scored_at_once)), 0)
         started = time.monotonic()
-        runner.evaluate(model, self.task, self.scored_at_once, last=min(self.items, self.scored_at_once))
-        return step, (time.monotonic() - started) * max(1.0, self.items / self.scored_at_once)
+        runner.evaluate(model, self.task, self.scored_at_once, last=some)
+        return step, (time.monotonic() - started) * max(1.0, self.items / max(1, some))
 
     def _baseline(self) -> Baseline | None:
         """The task's rule, on the held-out items that are the result."""

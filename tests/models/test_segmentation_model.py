@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,14 @@ from command_line import answer, run
 from support import close, refused
 
 from regard.contract import Context, Mask
+from regard.core.patches import joined
 from regard.models import build_model, config_for, from_pretrained, save_pretrained
+from regard.models.levels import level_weights
 from regard.models.segmentation_model import SegmentationModel, SegmentationModelConfig
 from regard.models.vision import list_networks
-from regard.tasks import create_task
+from regard.tasks import Batch, create_task, mean_loss
 from regard.tasks.segmentation import MaskReader
+from regard.training.step import batch_context, losses_of
 
 UNET = SegmentationModelConfig("unet_nano", 3, grid=(4, 8), patch=4, channels=1, options={"widths": [4, 8]})
 
@@ -34,6 +39,51 @@ def test_logits_of_a_patch_are_those_of_its_pixels() -> None:
     larger = torch.randn(1, 64, 16, dtype=torch.float64)
     assert model(larger, context=Context(grid=(8, 8))).output.shape == (1, 64, 48)
     refused("mask", model, patches, context=Context(mask=Mask(lengths=torch.tensor([1, 2]))))
+
+
+CUBES = SegmentationModelConfig("unet_nano_3d", 3, grid=(2, 3, 4), patch=4, channels=1, options={"widths": [4, 8, 8]})
+
+
+def test_logits_of_a_cube_are_those_of_its_voxels() -> None:
+    model = SegmentationModel(CUBES).double().eval()
+    volumes = torch.randn(2, 1, 8, 12, 16, dtype=torch.float64)
+    cubes = volumes.view(2, 2, 4, 3, 4, 4, 4).permute(0, 1, 3, 5, 2, 4, 6).reshape(2, 24, 64)
+    logits, output = model.backbone(volumes), model(cubes).output
+    assert output.shape == (2, 24, 64 * 3)
+    for x, y, z in ((0, 0, 0), (5, 9, 2), (7, 11, 15)):
+        place, voxel = (x // 4 * 3 + y // 4) * 4 + z // 4, (x % 4 * 4 + y % 4) * 4 + z % 4
+        close(output.unflatten(2, (64, 3))[:, place, voxel], logits[:, :, x, y, z])
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_deep_supervision_adds_coarser_losses_of_halved_weights(axes: int) -> None:
+    """Against the targets nearest to each place, the coarsest left out; in inference no coarser stage has an output."""
+    widths = [4, 4, 8, 8]
+    options = {"widths": widths, "deep_supervision": True}
+    task = create_task("segmentation" + "_3d" * (axes == 3), size=16, patch=4, data="near-cue", evaluation_items=2)
+    config = SegmentationModelConfig.for_task(task, "unet_nano" + "_3d" * (axes == 3), options)
+    model = SegmentationModel(config).double().train()
+    batch = dataclasses.replace(task.training_batch(0, 0, 2), inputs=task.training_batch(0, 0, 2).inputs.double())
+    loss, more = losses_of(model, task, batch, batch_context(batch), nullcontext())
+    levels = model.backbone.forward_levels(joined(batch.inputs, task.grid or (), 4))
+    labels = joined(batch.targets, task.grid or (), 4)
+    expected = []
+    for level in levels:
+        coarse = torch.nn.functional.interpolate(labels.double(), level.shape[2:], mode="nearest-exact").long()
+        each = Batch(batch.inputs, coarse.flatten(1)[..., None])
+        expected.append(mean_loss(task, level.flatten(2).mT, each))
+    close(loss, expected[0])
+    close(loss + more, 2 / 3 * expected[0] + 1 / 3 * expected[1])
+    (loss + more).backward()
+    gradients = [head.weight.grad is not None for head in model.backbone.heads]
+    assert gradients == [False, True, True], "from the coarsest"
+    called = []
+    for number, head in enumerate(model.backbone.heads):
+        head.register_forward_hook(lambda *_, number=number: called.append(number))
+    with torch.no_grad():
+        result = model.eval()(batch.inputs)
+    assert called == [2] and not result.extras
+    assert [level_weights(count) for count in (1, 2, 4)] == [(1.0,), (1.0, 0.0), (4 / 7, 2 / 7, 1 / 7, 0.0)]
 
 
 def test_a_saved_model_is_the_same_and_keeps_what_was_chosen_for_the_size(tmp_path: Path) -> None:
@@ -146,10 +196,11 @@ def test_networks_are_compared_and_the_report_shows_their_masks(
 def test_networks_are_listed_with_what_they_serve(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    some = ["umamba_enc_2d", "unet_2d", "segformer_b0"]
+    some = ["umamba_enc_2d", "unet_2d", "unet_3d", "segformer_b0"]
     monkeypatch.setattr("regard.models.vision.list_backbones", lambda: ["van_b0"])
     monkeypatch.setattr("regard.models.vision.segmentation.list_segmenters", lambda: some)
     rows = {row["name"]: row for row in answer(capsys, "list --backbones")}
     assert rows["unet_2d"]["serves"] == "segmentation" and rows["unet_2d"]["image_size"] is None
     assert rows["van_b0"]["serves"] == "images" and rows["umamba_enc_2d"]["image_size"] == [256, 256]
+    assert rows["unet_3d"]["serves"] == "segmentation_3d"
     assert rows["segformer_b0"]["summary"].startswith("SegFormer")

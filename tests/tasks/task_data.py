@@ -88,6 +88,33 @@ def masked(
     return folder
 
 
+def save_scan(path: Path, voxels: Any, affine: Any = None) -> Path:
+    """A NIfTI file, with voxels of 1 mm unless an affine says otherwise."""
+    nibabel = pytest.importorskip("nibabel", reason="writes and reads volumes")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    voxels = voxels.astype(np.float32) if voxels.dtype == np.float64 else voxels
+    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4) if affine is None else affine), path)
+    return path
+
+
+def scans(
+    folder: Path,
+    *,
+    count: int = 4,
+    seed: int = 0,
+    sides: Sequence[tuple[int, ...]] = ((10, 10, 10),),
+    values: Sequence[int] = (0, 1),
+) -> Path:
+    """Volumes of these sides in turn with masks of these values; voxels of the last one are bright."""
+    for i in range(count):
+        rng = np.random.default_rng(seed + i)
+        mask = rng.choice(values, sides[i % len(sides)]).astype(np.uint8)
+        voxels = np.where(mask == values[-1], 10, -10) + rng.normal(size=mask.shape)
+        save_scan(folder / "images" / f"{i}.nii.gz", voxels)
+        save_scan(folder / "masks" / f"{i}.nii.gz", mask)
+    return folder
+
+
 def save_series(path: Path, count: int, *, seed: int = 0, equal: bool = False) -> Path:
     """Series of two channels and 5 to 9 steps whose three classes have other means, in the format of the UEA archive."""
     generator = np.random.default_rng(seed)
@@ -112,6 +139,7 @@ SMALL = {
     "completion": {"length": 16, "seen": 8, "evaluation_items": 64},
     "in_context_functions": {"length": 16, "dimensions": 6, "evaluation_items": 64},
     "segmentation": {"size": 16, "evaluation_items": 64, "data": "near-cue"},
+    "segmentation_3d": {"size": 16, "evaluation_items": 8, "data": "near-cue"},
 }
 
 

@@ -9,7 +9,7 @@ import os
 import numpy as np
 import pytest
 from command_line import SMALL_COMPARISON, answer, run
-from task_data import HOURS, hours, masked, photo, refused, save, save_json, save_series
+from task_data import HOURS, hours, masked, photo, refused, save, save_json, save_series, scans
 
 from regard.cli.arguments import read_tasks
 from regard.contract import Pattern
@@ -53,6 +53,7 @@ def test_files_for_tasks_that_read_none_are_refused(tmp_path):
         "pixels",
         "long_range",
         "segmentation",
+        "segmentation_3d",
         "upscale",
         "time_series",
         "forecast",
@@ -159,6 +160,13 @@ def test_a_folder_of_images_and_masks_is_one_of_segmentation(tmp_path):
     said = []
     (task,) = read_tasks(None, [str(masked(tmp_path))], None, None, "bytes", [], said.append)
     assert (task.name, said) == ("segmentation", ["segmentation"])
+
+
+def test_a_folder_of_volumes_and_masks_is_one_of_segmentation_3d(tmp_path):
+    said = []
+    scans(tmp_path, sides=[(32, 33, 32)])
+    (task,) = read_tasks(None, [str(tmp_path)], None, None, "bytes", [], said.append)
+    assert (task.name, said) == ("segmentation_3d", ["segmentation_3d"])
 
 
 def test_default_mechanisms_fit_every_task(tmp_path):

@@ -9,7 +9,7 @@ from task_data import items, masked, refused
 
 from regard.tasks import check_task, create_task
 from regard.tasks.protocol import IGNORED, Batch
-from regard.tasks.segmentation import volumes
+from regard.tasks.segmentation import heads
 from regard.tasks.segmentation.scenes import SCENES
 from regard.tasks.segmentation.scores import dice_and_cross_entropy, overlap_by_image
 
@@ -258,9 +258,9 @@ def test_options_that_mean_nothing_and_unknown_data_are_refused(tmp_path):
 
 def test_slabs_of_held_out_slices_touch_no_training_slice():
     for count, seed in ((145, 0), (60, 1), (37, 2)):
-        training, held = volumes.split_by_slabs(count, 0.2, seed)
+        training, held = heads.split_by_slabs(count, 0.2, seed)
         assert len(training) and len(held) and not set(training) & set(held)
-        assert min(abs(a - b) for a in training for b in held) > volumes.GAP
+        assert min(abs(a - b) for a in training for b in held) > heads.GAP
 
 
 @pytest.fixture
@@ -291,7 +291,7 @@ def test_a_head_is_read_in_slices_with_the_names_of_its_regions(head):
 
 
 def test_heads_that_are_not_there_are_told_how_to_get(monkeypatch, tmp_path, packages):
-    monkeypatch.setattr(volumes, "MRICRON", tmp_path)
+    monkeypatch.setattr(heads, "MRICRON", tmp_path)
     refused(lambda: task("colin27"), "apt install mricron-data")
     packages.without("nilearn")
     refused(lambda: task("mni152"), "without the package nilearn", "pip install --no-deps nilearn")

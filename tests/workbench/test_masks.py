@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import Context, Result
+from regard.core.patches import joined
 from regard.tasks import create_task
 from regard.workbench import mask_pictures
-from regard.workbench.segment import likeliest, logits_of, mask_image, place_of, segment
+from regard.workbench.segment import likeliest, mask_image, place_of, segment
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -87,7 +88,7 @@ def test_masks_have_the_size_of_the_picture_and_the_values_of_the_classes(tmp_pa
     whole = nn.functional.interpolate(logits[None], (13, 20), mode="bilinear", align_corners=False)[0].argmax(0)
     assert torch.equal(likeliest(logits, (13, 20)), whole)
     output = Knows(task)(batch.inputs, context=Context()).output
-    assert np.array_equal(logits_of(output, task.reader)[0].argmax(0).numpy(), truth)
+    assert np.array_equal(joined(output, task.reader.grid, task.reader.patch)[0].argmax(0).numpy(), truth)
     drawn = mask_image(np.array([[0, 1], [4, -100]]), task.reader)
     assert np.asarray(drawn)[0].tolist() == [0, 1] and np.asarray(drawn)[1, 1] not in task.reader.values
     assert drawn.convert("RGB").getpixel((0, 1)) == task.reader.colours[4]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regard.contract import Pattern, Unsupported, closest, one_of
+from regard.contract import Unsupported, closest, one_of
 from regard.tasks.image_sets import distinct
 from regard.tasks.images import choose_patch
 from regard.tasks.protocol import (
@@ -20,27 +20,25 @@ from regard.tasks.protocol import (
     TRAINING,
     Baseline,
     Batch,
-    Task,
     check_fraction,
     check_integer,
     counter_generator,
     in_batches,
 )
 from regard.tasks.sampling import in_epochs, spread
+from regard.tasks.segmentation.base import METRICS, MaskTask, check_mask_value, letters
+from regard.tasks.segmentation.heads import HEADS, is_head, read_slices
 from regard.tasks.segmentation.masks import Masked, MaskReader, colours_of, read_masked
 from regard.tasks.segmentation.scenes import SCENES
-from regard.tasks.segmentation.scores import overlap_by_image, predicted_classes
-from regard.tasks.segmentation.volumes import VOLUMES, is_volume, read_volume
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int, Shaped
+    from jaxtyping import Int, Shaped, UInt8
 
-METRICS = {"dice": "mean Dice", "iou": "mean IoU"}
 SAMPLED = 256
 """Scenes from which the mean, the deviation and the baseline of drawn data are taken; fewer of more than 64 x 64 pixels."""
 
 
-class SegmentationTask(Task):
+class SegmentationTask(MaskTask):
     """Give every pixel its class: images in square patches, which are the tokens, row by row.
 
     Features are the pixels of a patch, normalised for each channel by the training images' mean and deviation. The score of
@@ -69,9 +67,7 @@ class SegmentationTask(Task):
     """
 
     name = "segmentation"
-    pattern = Pattern.NONCAUSAL_SELF
-    objective = "segmentation"
-    named = (*SCENES, *VOLUMES)
+    named = (*SCENES, *HEADS)
 
     def __init__(
         self,
@@ -96,7 +92,7 @@ class SegmentationTask(Task):
         check_integer("evaluation_items", evaluation_items, 1, 1 << 16)
         one_of("metric", metric, METRICS)
         self.measure, self.metric = metric, METRICS[metric]
-        self.patch = choose_patch(size, size, length, patch)
+        self.patch = choose_patch((size, size), length, patch)
         self.grid: tuple[int, ...] = (size // self.patch,) * 2
         self.length = self.grid[0] * self.grid[1]
         self.num_targets: int = self.patch**2
@@ -162,20 +158,11 @@ class SegmentationTask(Task):
         for rows in in_batches(len(pixels), batch_size):
             yield self._batch(pixels[rows], labels[rows])
 
-    def score(self, logits: Float[Tensor, "b n pk"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-        each = self.of_images(*predicted_classes(logits, batch))
-        return each, torch.ones_like(each)
+    def picture(self, batch: Batch) -> UInt8[np.ndarray, "h w c"]:
+        return self.reader.pixels(batch.inputs)[0]
 
-    def figures(self, output: Float[Tensor, "b n pk"], batch: Batch) -> Mapping[str, tuple[Tensor, Tensor]]:
-        predicted, targets = predicted_classes(output, batch)
-        found = {told: self.of_images(predicted, targets, name) for name, told in METRICS.items()}
-        return {told: (each, torch.ones_like(each)) for told, each in found.items()}
-
-    def of_images(
-        self, predicted: Int[Tensor, "b pixels"], targets: Int[Tensor, "b pixels"], measure: str | None = None
-    ) -> Float[Tensor, " b"]:
-        """The score of each image by ``dice`` or ``iou``; by the task's own measure when None."""
-        return overlap_by_image(predicted, targets, self.num_classes, self.reader.background, measure or self.measure)
+    def mask(self, classes: Int[Tensor, "1 n p"], batch: Batch) -> Int[np.ndarray, "h w"]:
+        return self.whole(classes)[0]
 
     def whole(self, targets: Int[Tensor, "b n p"]) -> Int[np.ndarray, "b h w"]:
         """The masks that a batch's targets were cut from."""
@@ -210,7 +197,7 @@ class SegmentationTask(Task):
         if self._ignored:
             lines.append(f"ignored: {self._ignored:.1%} of the pixels")
         lines += [f"note: {note}" for note in notes]
-        return "\n".join([*lines, "sample of a mask:", *_letters(self._example, self.reader.background)])
+        return "\n".join([*lines, "sample of a mask:", *letters(self._example, self.reader.background)])
 
     def _drawn(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         assert self._scene is not None
@@ -238,7 +225,7 @@ def _check_options(data: str, validation: Any, channels: Any, classes: Any, back
         "background": None if background == "auto" else (background, "auto"),
         "ignore": None if ignore == "auto" else (ignore, "auto"),
     }
-    given = {**of_folders, "classes": classes} if data in SCENES else of_folders if is_volume(data) else {}
+    given = {**of_folders, "classes": classes} if data in SCENES else of_folders if is_head(data) else {}
     for name, value in given.items():
         if value is not None:
             raise Unsupported(
@@ -246,11 +233,8 @@ def _check_options(data: str, validation: Any, channels: Any, classes: Any, back
                 supported=f"{name} with a folder of images and masks",
                 nearest=f"no {name}",
             )
-    for name, value in (("background", background), ("ignore", ignore)):
-        if not (
-            value in ("auto", None) or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255)
-        ):
-            raise Unsupported(f"{name}={value!r}", supported="a value of masks, 0 to 255, None or auto", nearest="auto")
+    check_mask_value("background", background)
+    check_mask_value("ignore", ignore)
     if channels not in (None, 1, 3):
         raise Unsupported(f"channels={channels}", supported="3 (colour) or 1 (grey)", nearest="channels=3")
 
@@ -265,13 +249,13 @@ def _read(
     held_out: float,
     seed: int,
 ) -> Masked:
-    if is_volume(data):
-        return read_volume(data, size, held_out, seed)
+    if is_head(data):
+        return read_slices(data, size, held_out, seed)
     folder = Path(data)
-    if not folder.exists() and (near := closest(data, (*SCENES, *VOLUMES))):
+    if not folder.exists() and (near := closest(data, (*SCENES, *HEADS))):
         raise Unsupported(
             f"data={data} for segmentation, which does not exist",
-            supported=", ".join((*SCENES, *VOLUMES)) + ", or a folder with images and masks",
+            supported=", ".join((*SCENES, *HEADS)) + ", or a folder with images and masks",
             nearest=near,
         )
     other = None if validation is None else Path(validation)
@@ -301,15 +285,4 @@ def _split(masked: Masked, share: float, seed: int) -> tuple[Any, np.ndarray, np
     return images, training, held_out, told
 
 
-def _letters(labels: Int[np.ndarray, "h w"], background: int | None) -> list[str]:
-    """A mask as a few lines of letters."""
-    stride = max(1, -(-len(labels) // 28))
-    signs = "abcdefghijklmnopqrstuvwxyz"
-
-    def sign(value: int) -> str:
-        return "?" if value == IGNORED else "." if value == background else signs[value % len(signs)]
-
-    return ["  " + "".join(2 * sign(int(value)) for value in row) for row in labels[::stride, ::stride]]
-
-
-__all__ = ["METRICS", "MaskReader", "SegmentationTask"]
+__all__ = ["METRICS", "MaskReader", "MaskTask", "SegmentationTask"]

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from regard.contract import Unsupported
-from regard.tasks.documents import file_name, names_of, nearest_path, walk
-from regard.tasks.image_files import IMAGE_SUFFIXES, Images, images_among, read_image, stacked, unreadable
+from regard.tasks.documents import names_of
+from regard.tasks.image_files import Images, read_image, stacked, unreadable
 from regard.tasks.images import ImageReader
 from regard.tasks.protocol import IGNORED
+from regard.tasks.segmentation.base import largest_classes
+from regard.tasks.segmentation.folders import CLASSES, PICTURES, class_names, classes_among, pairs_of
 
 if TYPE_CHECKING:
     from jaxtyping import Int, UInt8
@@ -23,13 +25,6 @@ if TYPE_CHECKING:
     from regard.tasks.image_files import Pixels
 
 Colour = tuple[int, int, int]
-CLASSES = "classes.txt"
-VOID = 255
-"""The value of a mask's pixels that are ignored, where masks have more than two values and nothing else is said."""
-MOST_CLASSES = 64
-"""Values that masks may have without a file of their names: more is the sign of smoothed edges, or of no mask at all."""
-MASK_SUFFIXES = frozenset({".png", ".bmp", ".gif", ".tif", ".tiff", ".pgm"})
-"""Files that keep each pixel as it is."""
 ORIENTATION = 0x0112
 """The field of EXIF that says how a picture is turned; from 5 on its sides change places."""
 
@@ -82,23 +77,12 @@ class Masked:
         Raises:
             Unsupported: for a number that there is not, and without a background.
         """
-        images, background = self.images, self.background
-        if background is None or not 1 <= count < len(self.values):
-            raise Unsupported(
-                f"classes={count} of {len(self.values)} classes"
-                + ("" if background is not None else " and no background"),
-                supported=f"1 to {len(self.values) - 1}, beside a background",
-            )
+        images = self.images
         numbers = np.bincount(images.labels[images.labels != IGNORED], minlength=len(self.values))
-        others = [i for i in np.argsort(-numbers, kind="stable") if i != background][:count]
-        kept = sorted([background, *others])
-        table = np.full(len(self.values) + 1, kept.index(background))
-        table[kept] = np.arange(len(kept))
-        table[-1] = IGNORED
-        labels = table[np.where(images.labels == IGNORED, len(self.values), images.labels)]
-        note = (
-            f"the {count} largest of {len(self.values) - 1} classes; the others count as {images.classes[background]}"
-        )
+        kept, table, told = largest_classes(numbers, self.background, count)
+        assert self.background is not None  # without one it is refused
+        labels = np.append(table, IGNORED)[np.where(images.labels == IGNORED, len(table), images.labels)]
+        note = f"{told} {images.classes[self.background]}"
         return replace(
             self,
             images=replace(
@@ -106,7 +90,7 @@ class Masked:
             ),
             values=tuple(self.values[i] for i in kept),
             colours=tuple(self.colours[i] for i in kept),
-            background=kept.index(background),
+            background=kept.index(self.background),
         )
 
 
@@ -139,21 +123,18 @@ def read_masked(
     Raises:
         Unsupported: for what is missing or unreadable, or does not belong together, with the first file of its kind.
     """
-    pairs, notes = _pairs(folder)
-    names = _names(folder / CLASSES)
+    pairs, notes = pairs_of(folder, PICTURES)
+    names = class_names(folder / CLASSES)
     training = len(pairs)
     if validation is not None:
-        more, more_notes = _pairs(validation)
+        more, more_notes = pairs_of(validation, PICTURES)
         pairs, notes = pairs + more, notes + more_notes
     read = [_read_mask(mask, image) for image, mask in pairs]
     masks = [mask for mask, _ in read]
     palette = next((colours for _, colours in read if colours is not None), None)
-    values = sorted({int(value) for mask in masks[:training] for value in np.unique(mask)})
-    void = (VOID if len(values) > 2 and VOID not in names else None) if ignore == "auto" else ignore
-    values = sorted(names) or [value for value in values if value != void]
-    quiet = (0 if 0 in values else None) if background == "auto" else background
-    assert not isinstance(void, str) and not isinstance(quiet, str)  # "auto" is the only word
-    _check_values(pairs, masks, values, bool(names), void, quiet)
+    values, quiet = classes_among(
+        [path for _, path in pairs], [np.unique(mask) for mask in masks], training, names, background, ignore
+    )
     pixels, span, count = stacked([read_image(image, (size, size), channels, stretch=True)[0] for image, _ in pairs])
     if span is not None:
         notes.append(
@@ -174,116 +155,6 @@ def read_masked(
     )
     drawn = colours_of(len(values)) if palette is None else tuple(palette[value] for value in values)
     return Masked(images, tuple(values), drawn, None if quiet is None else values.index(quiet))
-
-
-def _check_values(
-    pairs: Sequence[tuple[Path, Path]],
-    masks: Sequence[np.ndarray],
-    values: Sequence[int],
-    named: bool,
-    ignore: int | None,
-    background: int | None,
-) -> None:
-    """Raise Unsupported for values of masks that are no classes, too many of them, or too few.
-
-    Args:
-        values: of the classes.
-        named: whether these are those of a file of names.
-        ignore, background: as of :func:`read_masked`, decided.
-    """
-    listed = ", ".join(map(str, values[:20])) + (", ..." if len(values) > 20 else "")
-    for (_, path), mask in zip(pairs, masks, strict=True):
-        odd = sorted({int(value) for value in np.unique(mask)} - {*values, ignore})
-        if odd:
-            raise Unsupported(
-                f"{path} with the unknown class {odd[0]}, which "
-                + (f"{CLASSES} does not name" if named else "no training mask has"),
-                supported=f"classes {listed}" + ("" if ignore is None else f", and {ignore} for ignored pixels"),
-                nearest=f"ignore={odd[0]}",
-            )
-    if len(values) < 2:
-        raise Unsupported(
-            f"masks with {len(values)} class" + ("" if ignore is None else f" beside the ignored value {ignore}"),
-            supported="masks with two classes or more, such as background and one other",
-            nearest="" if ignore is None else "ignore=None",
-        )
-    if not named and len(values) > MOST_CLASSES:
-        raise Unsupported(
-            f"{pairs[0][1].parent} with {len(values)} values of pixels, as smoothed or lossy masks have",
-            supported=f"up to {MOST_CLASSES} classes, or a file {CLASSES} with a line `value name` for each",
-        )
-    if background is not None and background not in values:
-        raise Unsupported(f"background={background}, a value of no class", supported=f"{listed}, or None")
-
-
-def _pairs(folder: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
-    """Image and mask of each name, in sorted order."""
-    if not folder.is_dir():
-        raise Unsupported(
-            f"{folder}, which is not a folder" if folder.exists() else f"{folder}, which does not exist",
-            supported="a folder with the folders images and masks",
-            nearest="" if folder.exists() else nearest_path(folder),
-        )
-    lacking = [name for name in ("images", "masks") if not (folder / name).is_dir()]
-    if lacking:
-        raise Unsupported(
-            f"{folder} without a folder {' and '.join(lacking)}",
-            supported="a folder with images and masks, whose files have the same names",
-            nearest="--task images" if len(lacking) == 2 else "",
-        )
-    found, notes, left = {}, list[str](), 0
-    for part, suffixes in (("images", IMAGE_SUFFIXES), ("masks", MASK_SUFFIXES)):
-        files, links = walk(folder / part)
-        notes += links
-        kept = [path for path in files if path.suffix.lower() in suffixes]
-        left += len(files) - len(kept)
-        if not kept:
-            images_among(kept, folder / part)
-        by_name: dict[str, Path] = {}
-        for path in kept:
-            name = path.relative_to(folder / part).with_suffix("").as_posix()
-            if name in by_name:
-                raise Unsupported(
-                    f"{by_name[name]} and {path.name}, of one name", supported=f"one file of each name in {part}"
-                )
-            by_name[name] = path
-        found[part] = by_name
-    without = sorted(found["images"].keys() - found["masks"].keys())
-    if without:
-        raise Unsupported(
-            f"{found['images'][without[0]]} without a mask"
-            + (f", one of {len(without)} images without" if len(without) > 1 else ""),
-            supported="a file of the same name in masks: " + " ".join(sorted(MASK_SUFFIXES)),
-            nearest=str(folder / "masks" / f"{without[0]}.png"),
-        )
-    alone = len(found["masks"]) - len(found["images"])
-    if alone:
-        notes.append(f"{names_of(folder)}: {alone} masks without an image not read")
-    if left:
-        notes.append(f"{names_of(folder)}: {left} files that are no images or masks not read")
-    return [(path, found["masks"][name]) for name, path in sorted(found["images"].items())], notes
-
-
-def _names(path: Path) -> dict[int, str]:
-    """Names of values, from lines of a value and a name; none without the file."""
-    if not path.is_file():
-        return {}
-    found: dict[int, str] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise Unsupported(f"{path}, which cannot be read ({error})", supported="UTF-8 text") from None
-    for number, line in enumerate(lines, start=1):
-        value, _, name = line.strip().partition(" ")
-        if not line.strip():
-            continue
-        if not value.isdecimal() or int(value) > 255 or int(value) in found or not name.strip():
-            raise Unsupported(
-                f"{path}, line {number}: {line.strip()[:40]!r}",
-                supported="a value from 0 to 255, a space and a name; each once",
-            )
-        found[int(value)] = file_name(name.strip())
-    return found
 
 
 def _read_mask(path: Path, image: Path) -> tuple[UInt8[np.ndarray, "h w"], list[Colour] | None]:

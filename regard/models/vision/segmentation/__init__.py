@@ -1,4 +1,4 @@
-r"""Networks that give every pixel or voxel its class: a residual U-Net and U-Mamba, VM-UNet, and SegFormer.
+r"""Networks that give every pixel or voxel its class: a residual U-Net and U-Mamba, VM-UNet, SegFormer and SegMamba.
 
 Images (B, C, \*spatial) become logits (B, classes, \*spatial) of the same size; there is no pooled head. Each file beside this
 one is one network with its sizes.
@@ -13,6 +13,7 @@ from regard.contract import Unsupported, check_options, closest
 from regard.models.vision.segmentation.base import Segmenter, SegmenterConfig
 from regard.models.vision.segmentation.losses import dice_loss, segmentation_loss
 from regard.models.vision.segmentation.segformer import SegFormer, SegFormerConfig
+from regard.models.vision.segmentation.segmamba import SegMamba, SegMambaConfig
 from regard.models.vision.segmentation.umamba import UMamba, UMambaConfig
 from regard.models.vision.segmentation.vm_unet import VMUNet, VMUNetConfig
 
@@ -20,6 +21,8 @@ __all__ = [
     "SEGMENTERS",
     "SegFormer",
     "SegFormerConfig",
+    "SegMamba",
+    "SegMambaConfig",
     "Segmenter",
     "SegmenterConfig",
     "UMamba",
@@ -33,7 +36,9 @@ __all__ = [
     "segmentation_loss",
 ]
 
-SEGMENTERS: dict[str, type[Segmenter]] = {name: each for each in (UMamba, VMUNet, SegFormer) for name in each.sizes}
+SEGMENTERS: dict[str, type[Segmenter]] = {
+    name: each for each in (UMamba, VMUNet, SegFormer, SegMamba) for name in each.sizes
+}
 """The class of each named size."""
 
 

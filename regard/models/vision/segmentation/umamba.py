@@ -51,6 +51,8 @@ class UMambaConfig(SegmenterConfig):
             half of the decoder have one, as in the code.
         mamba: see the table.
         mixer: options of the mechanism ``mamba``.
+        deep_supervision: whether models of tasks add in training the losses of the decoder's coarser stages, see
+            :mod:`regard.models.levels`.
         image_size: needed with ``mamba="encoder"``, whose channels may be tokens as wide as the image has places.
     """
 
@@ -61,11 +63,13 @@ class UMambaConfig(SegmenterConfig):
     decoder_blocks: int = 2
     mamba: str = "bottleneck"
     mixer: Mapping[str, Any] | None = None
+    deep_supervision: bool = False
     image_size: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("axes", self.axes, (2, 3))
+        one_of("deep_supervision", self.deep_supervision, (False, True))
         one_of("mamba", self.mamba, ("none", "bottleneck", "encoder"))
         at_least("blocks", self.blocks, 1)
         at_least("decoder_blocks", self.decoder_blocks, 1)
@@ -90,7 +94,8 @@ class UMambaConfig(SegmenterConfig):
 
 
 class UMamba(Segmenter):
-    """See the module; sizes ``unet_2d``, ``umamba_bot_2d``, ``umamba_enc_2d``, the same in 3-D, and small ones in 2-D."""
+    """See the module; sizes ``unet_2d``, ``umamba_bot_2d``, ``umamba_enc_2d``, the same in 3-D (``unet_3d``), and small ones of
+    both (``unet_nano``, ``unet_nano_3d``)."""
 
     Config = UMambaConfig
     sizes: ClassVar = {
@@ -102,6 +107,7 @@ class UMamba(Segmenter):
         }
         for size, axes, widths, image_size in (
             ("nano", 2, (16, 32, 64, 64), (64, 64)),
+            ("nano_3d", 3, (8, 16, 32, 32), (32, 32, 32)),
             ("2d", 2, None, (256, 256)),
             ("3d", 3, (32, 64, 128, 256, 320, 320), (64, 128, 128)),
         )
@@ -142,6 +148,14 @@ class UMamba(Segmenter):
 
     def forward_levels(self, images: Float[Tensor, "b c *spatial"]) -> list[Float[Tensor, "b k *coarser"]]:
         """Logits at the size of each stage of the decoder, from the finest, for deep supervision."""
+        return [head(x) for head, x in zip(self.heads, self._decoded(images), strict=True)][::-1]
+
+    def forward(self, images: Float[Tensor, "b c *spatial"]) -> Float[Tensor, "b k *spatial"]:
+        """Logits (B, num_classes, *spatial)."""
+        return self.heads[-1](self._decoded(images)[-1])
+
+    def _decoded(self, images: Float[Tensor, "b c *spatial"]) -> list[Float[Tensor, "b c2 *coarser"]]:
+        """Features of the stages of the decoder, from the coarsest."""
         self.check_images(images)
         config = self.config
         if config.mamba == "encoder" and tuple(images.shape[2:]) != tuple(config.image_size):
@@ -155,16 +169,12 @@ class UMamba(Segmenter):
             x = stage(x)
             x = self.mambas[str(s)](x) if str(s) in self.mambas else x
             skips.append(x)
-        levels = []
-        for s, (up, stage, head) in enumerate(zip(self.upsample, self.decoder, self.heads, strict=True)):
+        decoded = []
+        for s, (up, stage) in enumerate(zip(self.upsample, self.decoder, strict=True)):
             x = up(F.interpolate(x, scale_factor=tuple(map(float, config.all_strides[-s - 1])), mode="nearest"))
             x = stage(x if self._is_left_out(s) else torch.cat([x, skips[-s - 2]], 1))
-            levels.append(head(x))
-        return levels[::-1]
-
-    def forward(self, images: Float[Tensor, "b c *spatial"]) -> Float[Tensor, "b k *spatial"]:
-        """Logits (B, num_classes, *spatial)."""
-        return self.forward_levels(images)[0]
+            decoded.append(x)
+        return decoded
 
     @classmethod
     def multiples(cls, config: UMambaConfig) -> tuple[int, ...]:

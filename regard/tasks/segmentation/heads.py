@@ -16,11 +16,13 @@ from regard.tasks.image_files import Images
 from regard.tasks.packaged import package_folder
 from regard.tasks.protocol import SPLIT, counter_generator
 from regard.tasks.segmentation.masks import Masked, colours_of
+from regard.tasks.segmentation.nifti import open_nifti
 
 if TYPE_CHECKING:
     from jaxtyping import Int, Shaped, UInt8
 
-VOLUMES = ("colin27", "mni152")
+Head = tuple[np.ndarray, np.ndarray, tuple[str, ...], str]
+HEADS = ("colin27", "mni152")
 MRICRON = Path("/usr/share/mricron/templates")
 COLIN = ("ch2.nii.gz", "aal.nii.gz", "aal.nii.txt")
 MNI = "mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
@@ -31,26 +33,23 @@ LEAST = 0.01
 """Share of a slice that its classes beside the background must have for it to be taken."""
 
 
-def is_volume(data: str) -> bool:
+def is_head(data: str) -> bool:
     """Whether `data` names one of the heads, or is a folder that holds Colin27's files."""
-    return data in VOLUMES or all((Path(data) / name).is_file() for name in COLIN[:2])
+    return data in HEADS or all((Path(data) / name).is_file() for name in COLIN[:2])
 
 
-def read_volume(data: str, size: int, share: float, seed: int) -> Masked:
+def read_slices(data: str, size: int, share: float, seed: int) -> Masked:
     """Axial slices of a head as squares of `size` pixels, split by slabs.
 
     Args:
-        data: a name of `VOLUMES`, or a folder with Colin27's files.
+        data: a name of `HEADS`, or a folder with Colin27's files.
         share: of the slices to hold out.
         seed: of the choice of slabs.
 
     Raises:
         Unsupported: where the package, or nibabel, is not there.
     """
-    if data == "mni152":
-        head, labels, names, source = _mni152()
-    else:
-        head, labels, names, source = _colin27(MRICRON if data == "colin27" else Path(data))
+    head, labels, names, source = read_head(data)
     taken = np.flatnonzero((labels > 0).mean((0, 1)) >= LEAST)
     pixels = np.stack([_square(head[:, :, i], size, smooth=True) for i in taken])[..., None]
     classes = np.stack([_square(labels[:, :, i], size, smooth=False) for i in taken]).astype(np.int64)
@@ -67,6 +66,12 @@ def read_volume(data: str, size: int, share: float, seed: int) -> Masked:
     return Masked(images, tuple(range(len(names))), colours_of(len(names)), 0, (training, held_out, split))
 
 
+def read_head(data: str) -> Head:
+    """A head as bytes, the number of the class of each voxel, their names and the source in words; arguments as of
+    :func:`read_slices`."""
+    return _mni152() if data == "mni152" else _colin27(MRICRON if data == "colin27" else Path(data))
+
+
 def split_by_slabs(count: int, share: float, seed: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
     """Slices to train on and to hold out: whole slabs are held out, and of the others no slice near to one is trained on."""
     slab = np.arange(count) // SLAB
@@ -77,9 +82,7 @@ def split_by_slabs(count: int, share: float, seed: int) -> tuple[Int[np.ndarray,
     return np.flatnonzero(~near), np.flatnonzero(held_out)
 
 
-def _colin27(
-    folder: Path,
-) -> tuple[UInt8[np.ndarray, "x y z"], Int[np.ndarray, "x y z"], tuple[str, ...], str]:
+def _colin27(folder: Path) -> Head:
     image, labels, listed = (folder / name for name in COLIN)
     if not (image.is_file() and labels.is_file()):
         raise Unsupported(
@@ -97,7 +100,7 @@ def _colin27(
     return _bytes(_load(image)), found, tuple(names), "Colin27 with the regions of AAL"
 
 
-def _mni152() -> tuple[UInt8[np.ndarray, "x y z"], Int[np.ndarray, "x y z"], tuple[str, ...], str]:
+def _mni152() -> Head:
     folder = package_folder("nilearn", "segmentation data=mni152", NILEARN) / "datasets" / "data"
     head, grey, white = (_load(folder / MNI.format(part)).astype(np.float32) for part in ("t1", "gm", "wm"))
     rest = 255 - grey - white  # the maps are probabilities, 255 for 1
@@ -106,19 +109,7 @@ def _mni152() -> tuple[UInt8[np.ndarray, "x y z"], Int[np.ndarray, "x y z"], tup
 
 
 def _load(path: Path) -> Shaped[np.ndarray, "x y z"]:
-    try:
-        from nibabel import load
-        from nibabel.filebasedimages import ImageFileError
-    except ImportError:
-        raise Unsupported(
-            f"{path} without the package nibabel, which reads it",
-            supported="the extra",
-            nearest="pip install 'regard[medical]'",
-        ) from None
-    try:
-        return np.asarray(load(path).dataobj)
-    except (OSError, EOFError, ValueError, ImageFileError) as error:
-        raise Unsupported(f"{path}, which cannot be read ({error})", supported="a whole NIfTI file") from None
+    return open_nifti(path).voxels
 
 
 def _bytes(head: Shaped[np.ndarray, "x y z"]) -> UInt8[np.ndarray, "x y z"]:

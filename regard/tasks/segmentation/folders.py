@@ -1,0 +1,228 @@
+"""Folders with the folders images and masks: which files belong together, and which values of masks are classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from regard.contract import Unsupported
+from regard.tasks.documents import file_name, names_of, nearest_path, walk
+from regard.tasks.image_files import IMAGE_SUFFIXES
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
+CLASSES = "classes.txt"
+VOID = 255
+"""The value of a mask's pixels that are ignored, where masks have more than two values and nothing else is said."""
+MOST_CLASSES = 64
+"""Values that masks may have without a file of their names: more is the sign of smoothed edges, or of no mask at all."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the folders hold.
+
+    Attributes:
+        word: for one of the images.
+        images, masks: suffixes of files; those of masks keep each point as it is.
+        usual: suffix of a mask.
+        task: that reads them.
+    """
+
+    word: str
+    images: frozenset[str]
+    masks: frozenset[str]
+    usual: str
+    task: str
+
+
+PICTURES = Kind(
+    "image", IMAGE_SUFFIXES, frozenset({".png", ".bmp", ".gif", ".tif", ".tiff", ".pgm"}), ".png", "segmentation"
+)
+NIFTI = frozenset({".nii", ".nii.gz"})
+VOLUMES = Kind("volume", NIFTI, NIFTI, ".nii.gz", "segmentation_3d")
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix of a file in small letters, ``.nii.gz`` as one."""
+    return ".nii.gz" if path.name.lower().endswith(".nii.gz") else path.suffix.lower()
+
+
+def holds_volumes(folder: Path) -> bool:
+    """Whether the folder images holds volumes."""
+    return any(suffix_of(path) in VOLUMES.images for path in walk(folder / "images")[0])
+
+
+def files_of(given: Path, kind: Kind) -> list[Path]:
+    """A file itself, or the images of a folder in sorted order.
+
+    Raises:
+        Unsupported: where there is none.
+    """
+    if given.is_file():
+        return [given]
+    if not given.is_dir():
+        raise Unsupported(
+            f"{given}, which does not exist",
+            supported=f"{kind.word} files, or folders of them",
+            nearest=nearest_path(given),
+        )
+    found = [path for path in walk(given)[0] if suffix_of(path) in kind.images]
+    if not found:
+        raise Unsupported(
+            f"{given}, which holds no {kind.word}", supported="files ending in " + " ".join(sorted(kind.images))
+        )
+    return found
+
+
+def pairs_of(folder: Path, kind: Kind) -> tuple[list[tuple[Path, Path]], list[str]]:
+    """Image and mask of each name, in sorted order, and notes.
+
+    Raises:
+        Unsupported: for folders and files that are missing.
+    """
+    if not folder.is_dir():
+        raise Unsupported(
+            f"{folder}, which is not a folder" if folder.exists() else f"{folder}, which does not exist",
+            supported="a folder with the folders images and masks",
+            nearest="" if folder.exists() else nearest_path(folder),
+        )
+    lacking = [name for name in ("images", "masks") if not (folder / name).is_dir()]
+    if lacking:
+        raise Unsupported(
+            f"{folder} without a folder {' and '.join(lacking)}",
+            supported="a folder with images and masks, whose files have the same names",
+            nearest="--task images" if len(lacking) == 2 else "",
+        )
+    found, notes, left = {}, list[str](), 0
+    for part, suffixes in (("images", kind.images), ("masks", kind.masks)):
+        files, links = walk(folder / part)
+        notes += links
+        kept = [path for path in files if suffix_of(path) in suffixes]
+        left += len(files) - len(kept)
+        if not kept:
+            there = {suffix_of(path) for path in files}
+            raise Unsupported(
+                f"{folder / part}, which holds no {kind.word}",
+                supported="files ending in " + " ".join(sorted(suffixes)),
+                nearest=next((f"--task {each.task}" for each in (PICTURES, VOLUMES) if there & each.images), ""),
+            )
+        by_name: dict[str, Path] = {}
+        for path in kept:
+            name = path.relative_to(folder / part).as_posix()[: -len(suffix_of(path))]
+            if name in by_name:
+                raise Unsupported(
+                    f"{by_name[name]} and {path.name}, of one name", supported=f"one file of each name in {part}"
+                )
+            by_name[name] = path
+        found[part] = by_name
+    without = sorted(found["images"].keys() - found["masks"].keys())
+    if without:
+        raise Unsupported(
+            f"{found['images'][without[0]]} without a mask"
+            + (f", one of {len(without)} {kind.word}s without" if len(without) > 1 else ""),
+            supported="a file of the same name in masks: " + " ".join(sorted(kind.masks)),
+            nearest=str(folder / "masks" / f"{without[0]}{kind.usual}"),
+        )
+    alone = len(found["masks"]) - len(found["images"])
+    if alone:
+        notes.append(f"{names_of(folder)}: {alone} masks without their {kind.word} not read")
+    if left:
+        notes.append(f"{names_of(folder)}: {left} files that are no {kind.word}s or masks not read")
+    return [(path, found["masks"][name]) for name, path in sorted(found["images"].items())], notes
+
+
+def class_names(path: Path) -> dict[int, str]:
+    """Names of values, from lines of a value and a name; none without the file."""
+    if not path.is_file():
+        return {}
+    found: dict[int, str] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Unsupported(f"{path}, which cannot be read ({error})", supported="UTF-8 text") from None
+    for number, line in enumerate(lines, start=1):
+        value, _, name = line.strip().partition(" ")
+        if not line.strip():
+            continue
+        if not value.isdecimal() or int(value) > 255 or int(value) in found or not name.strip():
+            raise Unsupported(
+                f"{path}, line {number}: {line.strip()[:40]!r}",
+                supported="a value from 0 to 255, a space and a name; each once",
+            )
+        found[int(value)] = file_name(name.strip())
+    return found
+
+
+def classes_among(
+    paths: Sequence[Path],
+    found: Sequence[Int[np.ndarray, " v"]],
+    training: int,
+    names: Mapping[int, str],
+    background: int | str | None,
+    ignore: int | str | None,
+) -> tuple[list[int], int | None]:
+    """The values of masks that are classes, and which of them is background.
+
+    Args:
+        paths: of the masks, of which the first `training` are trained on.
+        found: the values of each mask.
+        names: of classes, where a file has them.
+        background: the value of points that are not scored; None for none, ``auto`` for 0 where masks have it.
+        ignore: the value of points without loss and score; None for none, ``auto`` for 255 where there are more than two.
+
+    Raises:
+        Unsupported: for values that are no classes, too many of them, or too few.
+    """
+    values = sorted({int(value) for mask in found[:training] for value in mask})
+    void = (VOID if len(values) > 2 and VOID not in names else None) if ignore == "auto" else ignore
+    values = sorted(names) or [value for value in values if value != void]
+    quiet = (0 if 0 in values else None) if background == "auto" else background
+    assert not isinstance(void, str) and not isinstance(quiet, str)  # "auto" is the only word
+    _check_values(paths, found, values, bool(names), void, quiet)
+    return values, quiet
+
+
+def _check_values(
+    paths: Sequence[Path],
+    found: Sequence[Int[np.ndarray, " v"]],
+    values: Sequence[int],
+    named: bool,
+    ignore: int | None,
+    background: int | None,
+) -> None:
+    """Raise Unsupported for values of masks that are no classes, too many of them, or too few.
+
+    Args:
+        values: of the classes.
+        named: whether these are those of a file of names.
+        ignore, background: as of :func:`read_masked`, decided.
+    """
+    listed = ", ".join(map(str, values[:20])) + (", ..." if len(values) > 20 else "")
+    for path, mask in zip(paths, found, strict=True):
+        odd = sorted({int(value) for value in mask} - {*values, ignore})
+        if odd:
+            raise Unsupported(
+                f"{path} with the unknown class {odd[0]}, which "
+                + (f"{CLASSES} does not name" if named else "no training mask has"),
+                supported=f"classes {listed}" + ("" if ignore is None else f", and {ignore} for ignored pixels"),
+                nearest=f"ignore={odd[0]}",
+            )
+    if len(values) < 2:
+        raise Unsupported(
+            f"masks with {len(values)} class" + ("" if ignore is None else f" beside the ignored value {ignore}"),
+            supported="masks with two classes or more, such as background and one other",
+            nearest="" if ignore is None else "ignore=None",
+        )
+    if not named and len(values) > MOST_CLASSES:
+        raise Unsupported(
+            f"{paths[0].parent} with {len(values)} values of pixels, as smoothed or lossy masks have",
+            supported=f"up to {MOST_CLASSES} classes, or a file {CLASSES} with a line `value name` for each",
+        )
+    if background is not None and background not in values:
+        raise Unsupported(f"background={background}, a value of no class", supported=f"{listed}, or None")

@@ -1,0 +1,188 @@
+"""NIfTI files, which nibabel reads and writes: volumes with the place of their voxels in the scanner."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from regard.contract import Unsupported
+from regard.tasks.segmentation.folders import suffix_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped
+
+INSTALL = "pip install 'regard[medical]'"
+
+
+@dataclass(frozen=True)
+class Nifti:
+    """A file.
+
+    Attributes:
+        path: its place.
+        voxels: as they are stored, scaled as the file says.
+        affine: from indices of voxels to millimetres.
+    """
+
+    path: Path
+    voxels: Shaped[np.ndarray, "..."]
+    affine: Float[np.ndarray, "4 4"]
+
+    @property
+    def sides(self) -> str:
+        """The shape in words."""
+        return " x ".join(map(str, self.voxels.shape))
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A volume whose axes go from left to right, from back to front and from bottom to top.
+
+    Attributes:
+        voxels: numbers, all finite.
+        spacing: millimetres from one voxel to the next, along each axis.
+        stored: the file, whose axes may be others.
+    """
+
+    voxels: Float[np.ndarray, "x y z"]
+    spacing: tuple[float, ...]
+    stored: Nifti
+
+
+def open_nifti(path: Path) -> Nifti:
+    """A file as it is.
+
+    Raises:
+        Unsupported: for a file that cannot be read, and without nibabel.
+    """
+    nibabel = _nibabel(path)
+    try:
+        image = nibabel.load(path)
+        return Nifti(path, np.asarray(image.dataobj), np.asarray(image.affine, dtype=np.float64))
+    except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
+        raise Unsupported(f"{path}, which cannot be read ({error})", supported="a whole NIfTI file") from None
+
+
+def read_scan(path: Path) -> Scan:
+    """A volume.
+
+    Raises:
+        Unsupported: for a slice, colours, several volumes in a file, and voxels that are no finite numbers.
+    """
+    stored = _volume(path)
+    voxels = stored.voxels.astype(np.float32)
+    odd = int((~np.isfinite(voxels)).sum())
+    if odd:
+        raise Unsupported(
+            f"{path} with {odd:,} voxels that are no finite numbers (NaN or infinite)",
+            supported="finite numbers",
+            nearest="a number in their place, such as 0 for what is outside the body",
+        )
+    turned, spacing = _turned(stored, voxels)
+    return Scan(turned, spacing, stored)
+
+
+def read_mask(path: Path, scan: Scan) -> Int[np.ndarray, "x y z"]:
+    """The values of a volume's mask, 0 to 255, turned like the volume.
+
+    Raises:
+        Unsupported: for another shape or place than the volume's, and for other values.
+    """
+    stored, image = _volume(path), scan.stored
+    if stored.voxels.shape != image.voxels.shape:
+        raise Unsupported(
+            f"{path} of {stored.sides} voxels, the mask of a volume of {image.sides}",
+            supported="masks of the shape of their volumes",
+        )
+    off = _displacement(stored.affine, image.affine, stored.voxels.shape)
+    if not off < min(scan.spacing) / 2:
+        raise Unsupported(
+            f"{path}, which lies {off:.3g} mm away from its volume {image.path.name} (another affine)",
+            supported="masks with the affine of their volumes, to half a voxel",
+        )
+    values = stored.voxels
+    whole = np.rint(values.astype(np.float64))
+    if not (np.isfinite(values).all() and (whole == values).all() and whole.min() >= 0 and whole.max() <= 255):
+        raise Unsupported(
+            f"{path}, a mask with values that are no classes, such as {_first_odd(values, whole):g}",
+            supported="whole numbers from 0 to 255 (a mask that is resampled keeps them with nearest neighbours)",
+        )
+    return _turned(stored, whole.astype(np.uint8))[0]
+
+
+def written(mask: Int[np.ndarray, "x y z"], scan: Scan) -> Int[np.ndarray, "x y z"]:
+    """A mask with the axes of a scan, turned to the axes of its file."""
+    from nibabel import orientations
+
+    ours = orientations.axcodes2ornt("RAS")
+    theirs = orientations.io_orientation(scan.stored.affine)
+    return orientations.apply_orientation(mask, orientations.ornt_transform(ours, theirs))
+
+
+def packed(place: Path, mask: Int[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 4"]) -> bytes:
+    """A file of a mask's values; compressed unless its name ends in ``.nii``."""
+    from nibabel import Nifti1Image
+
+    data = Nifti1Image(mask.astype(np.uint8), affine).to_bytes()
+    return data if suffix_of(place) == ".nii" else gzip.compress(data, mtime=0)
+
+
+def _volume(path: Path) -> Nifti:
+    """A file with one number for each voxel of three axes, none of which has a single place."""
+    stored = open_nifti(path)
+    voxels = stored.voxels
+    while voxels.ndim > 3 and voxels.shape[-1] == 1:
+        voxels = voxels[..., 0]
+    if voxels.dtype.kind not in "biuf":
+        raise Unsupported(f"{path} with voxels of {voxels.dtype}, as colours have", supported="one number a voxel")
+    if voxels.ndim < 3 or (voxels.ndim == 3 and min(voxels.shape) == 1):
+        raise Unsupported(
+            f"{path}, a single slice of {' x '.join(map(str, voxels.shape))} voxels",
+            supported="volumes of three axes",
+            nearest="--task segmentation for slices as images",
+        )
+    if voxels.ndim > 3 or not voxels.size:
+        raise Unsupported(
+            f"{path} of {stored.sides} voxels", supported="one volume a file: three axes, and one number a voxel"
+        )
+    return Nifti(path, voxels, stored.affine)
+
+
+def _turned(stored: Nifti, voxels: Shaped[np.ndarray, "..."]) -> tuple[Any, tuple[float, ...]]:
+    """Voxels with the axes of a :class:`Scan`, and the millimetres between them."""
+    from nibabel import affines, orientations
+
+    order = orientations.io_orientation(stored.affine)
+    if np.isnan(order).any() or not np.isfinite(stored.affine).all():
+        raise Unsupported(f"{stored.path}, whose affine gives its voxels no place", supported="an affine of rank 3")
+    sizes = affines.voxel_sizes(stored.affine)
+    spacing = tuple(float(sizes[axis]) for axis in np.argsort(order[:, 0]))
+    return np.ascontiguousarray(orientations.apply_orientation(voxels, order)), spacing
+
+
+def _displacement(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
+    """The farthest that two affines set a corner of a volume apart, in millimetres."""
+    corners = np.array(np.meshgrid(*((0, side - 1) for side in shape))).reshape(3, -1)
+    corners = np.concatenate([corners, np.ones((1, corners.shape[1]))])
+    return float(np.linalg.norm(((one - other) @ corners)[:3], axis=0).max())
+
+
+def _first_odd(values: np.ndarray, whole: np.ndarray) -> float:
+    odd = ~np.isfinite(values) | (whole != values) | (whole < 0) | (whole > 255)
+    return float(values[odd][0])
+
+
+def _nibabel(path: Path) -> Any:
+    try:
+        import nibabel
+        import nibabel.filebasedimages
+    except ImportError:
+        raise Unsupported(
+            f"{path} without the package nibabel, which reads it", supported="the extra", nearest=INSTALL
+        ) from None
+    return nibabel

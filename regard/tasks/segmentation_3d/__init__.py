@@ -1,0 +1,377 @@
+"""Segmentation in three dimensions: a class for each voxel of a volume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regard.contract import Unsupported, closest, one_of
+from regard.core.patches import cut, joined
+from regard.tasks.images import choose_patch
+from regard.tasks.protocol import (
+    AUGMENTATION,
+    EVALUATION,
+    IGNORED,
+    SPLIT,
+    TRAINING,
+    Baseline,
+    Batch,
+    check_fraction,
+    check_integer,
+    counter_generator,
+)
+from regard.tasks.sampling import in_epochs, spread
+from regard.tasks.segmentation.base import METRICS, MaskTask, check_mask_value, letters
+from regard.tasks.segmentation.heads import HEADS, is_head
+from regard.tasks.segmentation.masks import colours_of
+from regard.tasks.segmentation_3d.blocks import read_blocks
+from regard.tasks.segmentation_3d.reader import LEAST_SIDE, VolumeReader, Volumes, read_volumes
+from regard.tasks.segmentation_3d.scenes import SCENES
+from regard.tasks.segmentation_3d.windows import in_windows
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, UInt8
+
+    Labelled = tuple[Float[np.ndarray, "x y z"], Int[np.ndarray, "x y z"]]
+
+SAMPLED = 16
+"""Scenes from which the shares of the classes and the baseline of drawn data are taken."""
+FOREGROUND = 1 / 3
+"""Share of the crops that have a voxel of a class beside the background in their middle, as nnU-Net draws them."""
+PLACES, SHADES, LOOKED_AT = 1000, 64, 200_000
+"""Most voxels of a class that crops are drawn around; shades, and voxels of a volume, of which the baseline knows."""
+
+
+class Segmentation3DTask(MaskTask):
+    """Give every voxel its class: volumes in cubes of voxels, which are the tokens.
+
+    Training sees crops of `size` voxels, a third of them around a voxel of some class beside the background. Held-out volumes
+    are scored whole: the model is applied to windows of the crops' size that overlap, and the logits are averaged with
+    weights that fall off towards a window's border. The score of a volume is that of an image in the task segmentation.
+    Exact repetitions of a volume count once.
+
+    Args:
+        data: ``bodies`` (drawn: four kinds of them; the default), ``far-cue`` (drawn: ellipsoids whose class a mark in one of
+            the eight corners tells) or ``near-cue`` (their own brightness), ``mni152`` (a head with its tissues, from nilearn)
+            or ``colin27`` (a head with 116 regions), or a folder with `images` and `masks`, NIfTI files of the same names, and
+            perhaps `classes.txt` with a line ``value name`` for each class.
+        validation: a folder like `data`, for data that is such a folder; its volumes are what is held out.
+        length: tokens of a crop, as another way to say `patch`.
+        patch: side of a token in voxels, a divisor of `size`; close to 4 when not given.
+        size: sides of a crop in voxels, 8 to 256: one number, or one for each axis (left to right, back to front, up).
+        spacing: millimetres to which voxels are resampled, 0.1 to 20; as they come when None.
+        overlap: least share of a window that the next one covers again, 0 to 0.9.
+        normalise: ``volume`` (each volume by its own mean and deviation) or ``data`` (all by those of the training data's
+            classes, cut at the 0.5 and the 99.5 % quantile: for CT, whose numbers mean the same in every scan).
+        classes: only so many classes, those of most voxels; the others count as background. Of a folder or a head.
+        background: value of a folder's masks that is not scored; ``None`` scores all, ``auto`` takes 0.
+        ignore: value of a folder's masks without loss and score; ``None`` for none, ``auto`` takes 255 where there are more
+            than two values.
+        metric: ``dice`` or ``iou``, which the comparison is about.
+        held_out: share of a folder's volumes, or of a head's blocks, that is held out, 0.01 to 0.5.
+        evaluation_items: most held-out volumes, 1 to 65536.
+        seed: of the split, and of drawn held-out volumes.
+    """
+
+    name = "segmentation_3d"
+    named = (*SCENES, *HEADS)
+
+    def __init__(
+        self,
+        *,
+        data: str | Path | None = None,
+        validation: str | Path | None = None,
+        length: int | None = None,
+        patch: int | None = None,
+        size: int | Sequence[int] = 32,
+        spacing: float | None = None,
+        overlap: float = 0.5,
+        normalise: str = "volume",
+        classes: int | None = None,
+        background: int | str | None = "auto",
+        ignore: int | str | None = "auto",
+        metric: str = "dice",
+        held_out: float = 0.2,
+        evaluation_items: int = 20,
+        seed: int = 0,
+    ) -> None:
+        self.seed = check_integer("seed", seed, 0, (1 << 63) - 1)
+        self.size = _sides(size)
+        check_fraction("overlap", overlap, 0.0, 0.9)
+        check_fraction("held_out", held_out, 0.01, 0.5)
+        check_integer("evaluation_items", evaluation_items, 1, 1 << 16)
+        one_of("metric", metric, METRICS)
+        one_of("normalise", normalise, ("volume", "data"))
+        if spacing is not None:
+            check_fraction("spacing", spacing, 0.1, 20.0)
+        self.measure, self.metric = metric, METRICS[metric]
+        self.patch = choose_patch(self.size, length, patch)
+        self.grid: tuple[int, ...] = tuple(side // self.patch for side in self.size)
+        self.length = int(np.prod(self.grid))
+        self.num_targets: int = self.patch**3
+        self.features: int = self.num_targets
+
+        chosen = "bodies" if data is None else str(data)
+        _check_options(chosen, validation, spacing, classes, background, ignore)
+        self._scene = chosen if chosen in SCENES else None
+        notes = list[str]()
+        nothing: int | None = 0
+        if self._scene is not None:
+            draw, names, wide = SCENES[chosen]
+            sides = tuple(round(wide * side) for side in self.size)
+            streams = (counter_generator(seed, 0, stream) for stream in (SPLIT, EVALUATION))
+            seen, held = (
+                [draw(rng, sides) for _ in range(count)]
+                for rng, count in zip(streams, (SAMPLED, evaluation_items), strict=True)
+            )
+            values, source = tuple(range(len(names))), f"the scenes {chosen}, drawn"
+            split = f"held-out scenes are drawn from a seed of their own ({seed})"
+            self._held_out = evaluation_items
+        else:
+            volumes = _split(
+                _read(chosen, validation, self.size, self.patch, spacing, background, ignore, held_out, seed),
+                held_out,
+                seed,
+            )
+            volumes = volumes if classes is None else volumes.largest(check_integer("classes", classes, 1, 255))
+            assert volumes.training is not None and volumes.held_out is not None
+            parts = volumes.training, volumes.held_out[spread(len(volumes.held_out), evaluation_items)]
+            seen, held = ([(volumes.voxels[i], volumes.labels[i]) for i in part] for part in parts)
+            source, split, notes = volumes.source, volumes.split, volumes.notes
+            names, values, nothing = volumes.classes, volumes.values, volumes.background
+            self._held_out = len(volumes.held_out)
+        self.num_classes: int = len(names)
+        self.reader = VolumeReader(
+            size=self.size,
+            patch=self.patch,
+            spacing=spacing,
+            overlap=overlap,
+            scale=_scale(seen, nothing) if normalise == "data" else None,
+            classes=names,
+            values=values,
+            colours=colours_of(len(names)),
+            background=nothing,
+        )
+        seen, self._scored = ([(self.reader.normalised(v), labels) for v, labels in part] for part in (seen, held))
+        self._told, self._notes = (source, split), notes
+        self._seen = [] if self._scene else seen
+        self._places = [self._around(labels) for _, labels in self._seen]
+        counts = np.stack([np.bincount(x[x != IGNORED], minlength=len(names)) for _, x in seen])
+        self._shares, self._having = counts.sum(0) / max(1, counts.sum()), (counts > 0).sum(0)
+        fullest = np.array([self._scored_voxels(x).sum() for _, x in seen]).argmax()
+        self._measured, self._example = len(seen), seen[fullest][1]
+        self._ignored = float(np.mean([(labels == IGNORED).mean() for _, labels in seen]))
+        self.baseline: Baseline | None = self._of_shades(seen)
+
+    def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
+        check_integer("batch_size", batch_size, 1, 1 << 20)
+        if self._scene is not None:
+            rng = counter_generator(seed, step, TRAINING)
+            draw, _, wide = SCENES[self._scene]
+            sides = tuple(round(wide * side) for side in self.size)
+            drawn = [draw(rng, sides) for _ in range(batch_size)]
+            crops = [self._crop(rng, self.reader.normalised(v), x, self._around(x)) for v, x in drawn]
+        else:
+            rng = counter_generator(seed, step, AUGMENTATION)
+            chosen = in_epochs(np.arange(len(self._seen)), step, seed, batch_size)
+            crops = [self._crop(rng, self._seen[i][0], self._seen[i][1], self._places[i]) for i in chosen]
+        voxels, labels = (np.stack(part) for part in zip(*crops, strict=True))
+        inputs, targets = (
+            cut(torch.from_numpy(part)[:, None], self.patch) for part in (voxels, labels.astype(np.int64))
+        )
+        return Batch(inputs, targets, grid=self.grid)
+
+    def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
+        """Whole volumes, one in a batch, since each may have sides of its own."""
+        check_integer("batch_size", batch_size, 1, 1 << 20)
+        for voxels, labels in self._scored:
+            inputs, grid = self.reader.tokens(voxels)
+            yield Batch(inputs, self.reader.targets(labels), grid=grid)
+
+    def answer(self, run: Callable[[Batch], Tensor], batch: Batch) -> Float[Tensor, "b n pk"]:
+        assert batch.grid is not None  # as evaluation_batches gives it
+        reader = self.reader
+
+        def of_windows(inputs: Tensor) -> Tensor:
+            return run(replace(batch, inputs=inputs, grid=reader.grid))
+
+        return in_windows(of_windows, batch.inputs, batch.grid, reader.grid, self.patch, reader.overlap)
+
+    def picture(self, batch: Batch) -> UInt8[np.ndarray, "h w c"]:
+        """The slice across which the item has most voxels of classes, the nose up."""
+        shades = self._slice(batch.inputs, batch)
+        low, high = np.percentile(shades, (1, 99))
+        bytes_ = (255 * (shades - low) / max(high - low, 1e-6)).clip(0, 255).astype(np.uint8)
+        return bytes_[..., None]
+
+    def mask(self, classes: Int[Tensor, "1 n p"], batch: Batch) -> Int[np.ndarray, "h w"]:
+        return self._slice(classes, batch)
+
+    def describe(self) -> str:
+        names, scored = self.reader.classes, len(self._scored)
+        listed = ", ".join(
+            f"{name} {share:.1%} in {having}" + (" (not scored)" if i == self.reader.background else "")
+            for i, (name, share, having) in enumerate(zip(names, self._shares, self._having, strict=True))
+            if i < 20
+        )
+        (source, split), size = self._told, "x".join(map(str, self.size))
+        training = "drawn afresh at each step" if self._scene else f"crops of {len(self._seen):,} volumes"
+        smallest, largest = (how([v.shape for v, _ in self._scored], key=np.prod) for how in (min, max))
+        sides = " to ".join(dict.fromkeys("x".join(map(str, each)) for each in (smallest, largest)))
+        lines = [
+            f"segmentation_3d: {source}",
+            f"crops of {size} voxels"
+            + (f" of {self.reader.spacing:g} mm" if self.reader.spacing else "")
+            + f": {self.length} tokens ({'x'.join(map(str, self.grid))}), cubes of {self.patch} voxels a side",
+            f"{self.num_classes} classes, with the share of the voxels and the number of {self._measured} training volumes that "
+            f"have them: {listed}" + (", ..." if self.num_classes > 20 else ""),
+            f"training: {training}; held out: {self._held_out:,} volumes, {scored:,} of them scored whole ({sides} voxels), in "
+            f"windows that overlap by {self.reader.overlap:.0%}",
+            f"split: {split}",
+        ]
+        if self._ignored:
+            lines.append(f"ignored: {self._ignored:.1%} of the voxels")
+        lines += [f"note: {note}" for note in self._notes]
+        example = self._example[:, :, self._fullest(self._example)]
+        return "\n".join([*lines, "slice of a mask:", *letters(np.rot90(example), self.reader.background)])
+
+    def _around(self, labels: Int[np.ndarray, "x y z"]) -> list[Int[np.ndarray, " n"]]:
+        """Voxels of each class beside the background that crops are drawn around; of classes that are there."""
+        flat = labels.ravel()
+        there = (np.flatnonzero(flat == i) for i in range(self.num_classes) if i != self.reader.background)
+        return [found[spread(len(found), PLACES)] for found in there if len(found)]
+
+    def _crop(
+        self,
+        rng: np.random.Generator,
+        voxels: Float[np.ndarray, "x y z"],
+        labels: Int[np.ndarray, "x y z"],
+        places: list[Int[np.ndarray, " n"]],
+    ) -> Labelled:
+        size = np.array(self.size, dtype=np.int64)
+        room = np.array(voxels.shape, dtype=np.int64) - size
+        corner = rng.integers(0, room + 1)
+        if places and rng.random() < FOREGROUND:
+            of_class = places[rng.integers(len(places))]
+            middle = np.unravel_index(of_class[rng.integers(len(of_class))], voxels.shape)
+            corner = np.clip(np.array(middle, dtype=np.int64) - size // 2, 0, room)
+        x, y, z = (slice(begin, begin + own) for begin, own in zip(corner, self.size, strict=True))
+        return voxels[x, y, z], labels[x, y, z]
+
+    def _slice(self, tokens: Tensor, batch: Batch) -> np.ndarray:
+        assert batch.grid is not None  # as evaluation_batches gives it
+        truth, volume = (joined(x.cpu(), batch.grid, self.patch)[0, 0].numpy() for x in (batch.targets, tokens))
+        return np.rot90(volume[:, :, self._fullest(truth)])
+
+    def _fullest(self, labels: Int[np.ndarray, "x y z"]) -> int:
+        """The slice with most voxels of classes beside the background."""
+        return int(self._scored_voxels(labels).sum((0, 1)).argmax())
+
+    def _scored_voxels(self, labels: Int[np.ndarray, "x y z"]) -> Bool[np.ndarray, "x y z"]:
+        counted = labels != IGNORED
+        return counted if self.reader.background is None else counted & (labels != self.reader.background)
+
+    def _of_shades(self, seen: Sequence[Labelled]) -> Baseline:
+        """Of each shade the class that most voxels of training have there."""
+        some = [(v.ravel()[pick], x.ravel()[pick]) for v, x in seen for pick in [spread(v.size, LOOKED_AT)]]
+        shades, classes = (np.concatenate(part) for part in zip(*some, strict=True))
+        edges = np.quantile(shades, np.linspace(0, 1, SHADES + 1)[1:-1])
+        known = classes != IGNORED
+        numbers = np.bincount(
+            np.digitize(shades[known], edges) * self.num_classes + classes[known], minlength=SHADES * self.num_classes
+        )
+        best = numbers.reshape(SHADES, -1).argmax(1)
+        items = []
+        for voxels, labels in self._scored:
+            found, truth = best[np.digitize(voxels.ravel(), edges)], labels.ravel().astype(np.int64)
+            items.append((float(self.of_images(torch.from_numpy(found)[None], torch.from_numpy(truth)[None])), 1.0))
+        return Baseline("the commonest class of each shade", np.array(items))
+
+
+def _sides(size: Any) -> tuple[int, ...]:
+    """Sides of a crop; raises Unsupported for anything but one number or three."""
+    each = tuple(size) if isinstance(size, list | tuple) else (size,) * 3
+    if len(each) != 3:
+        raise Unsupported(f"size={size}", supported="one number, or three", nearest="size=32, or size=[16,64,64]")
+    return tuple(check_integer("size", side, LEAST_SIDE, 256) for side in each)
+
+
+def _check_options(data: str, validation: Any, spacing: Any, classes: Any, background: Any, ignore: Any) -> None:
+    """Raise Unsupported for options that the data have no use for."""
+    check_mask_value("background", background)
+    check_mask_value("ignore", ignore)
+    of_folders = {"validation": validation} | {
+        name: None if value == "auto" else (value,) for name, value in (("background", background), ("ignore", ignore))
+    }
+    of_scenes = of_folders | {"classes": classes, "spacing": spacing}
+    for name, value in (of_scenes if data in SCENES else of_folders if is_head(data) else {}).items():
+        if value is not None:
+            raise Unsupported(
+                f"{name}={value[0] if isinstance(value, tuple) else value} for {data}, which comes as it is",
+                supported=f"{name} with a folder of volumes and masks",
+                nearest=f"no {name}",
+            )
+
+
+def _read(
+    data: str,
+    validation: str | Path | None,
+    size: tuple[int, ...],
+    patch: int,
+    spacing: float | None,
+    background: int | str | None,
+    ignore: int | str | None,
+    share: float,
+    seed: int,
+) -> Volumes:
+    if is_head(data):
+        return read_blocks(data, size, spacing, share, seed)
+    folder, named = Path(data), Segmentation3DTask.named
+    if not folder.exists() and (near := closest(data, named)):
+        raise Unsupported(
+            f"data={data} for segmentation_3d, which does not exist",
+            supported=", ".join(named) + ", or a folder with images and masks",
+            nearest=near,
+        )
+    return read_volumes(
+        folder, None if validation is None else Path(validation), size, patch, spacing, background, ignore
+    )
+
+
+def _split(volumes: Volumes, share: float, seed: int) -> Volumes:
+    """With volumes to hold out, where there are none yet."""
+    count = len(volumes.voxels)
+    if volumes.training is None:
+        order, held = counter_generator(seed, 0, SPLIT).permutation(count), max(1, round(share * count))
+        training, held_out = np.sort(order[held:]), np.sort(order[:held])
+        volumes = replace(volumes, training=training, held_out=held_out, split=f"by volume (seed {seed})")
+    if volumes.training is None or not len(volumes.training):
+        raise Unsupported(
+            f"{volumes.source} with {count} different volume" + "s" * (count != 1),
+            supported="2 or more different volumes, one of which is held out",
+        )
+    return volumes
+
+
+def _scale(seen: Sequence[Labelled], background: int | None) -> tuple[float, ...]:
+    """Quantiles, mean and deviation of voxels of the classes beside the background."""
+    parts = [v[(x != IGNORED) & (True if background is None else x != background)] for v, x in seen]
+    inside = np.concatenate([part[spread(len(part), LOOKED_AT)] for part in parts])
+    if not len(inside):
+        raise Unsupported(
+            "normalise=data of training volumes without a voxel of any class",
+            supported="masks with classes beside the background",
+            nearest="normalise=volume",
+        )
+    low, high = np.quantile(inside, (0.005, 0.995))
+    within = inside.clip(low, high)
+    return float(low), float(high), float(within.mean()), float(within.std())
+
+
+__all__ = ["Segmentation3DTask", "VolumeReader"]

@@ -1,0 +1,272 @@
+"""From scans to the inputs of a model, and from a folder of them to voxels and the class of each."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from regard.contract import Unsupported
+from regard.core.patches import cut
+from regard.tasks.documents import names_of
+from regard.tasks.image_files import machine_memory
+from regard.tasks.protocol import IGNORED
+from regard.tasks.segmentation.base import largest_classes
+from regard.tasks.segmentation.folders import CLASSES, VOLUMES, class_names, classes_among, pairs_of
+from regard.tasks.segmentation.masks import Colour
+from regard.tasks.segmentation.nifti import Scan, read_mask, read_scan
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped
+
+LEAST_SIDE = 8
+"""Of a crop, in voxels."""
+BYTES = 11
+"""Of a voxel: its number as it comes and normalised, its value and its class."""
+UNEVEN = 1.1
+"""Times as far apart as in another volume that voxels may be without a note."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeReader:
+    """From volumes to the inputs of a model that segments: all that a trained model must keep of its task to read others.
+
+    Attributes:
+        size: sides of the crops that the model is trained on, in voxels: its windows.
+        patch: side of a token in voxels.
+        spacing: millimetres to which voxels are resampled; None takes them as they come.
+        overlap: least share of a window that the next one covers again.
+        scale: least and greatest value, mean and deviation by which all volumes are normalised; None for each by its own mean
+            and deviation.
+        classes: their names.
+        values: of each class in a mask.
+        colours: of each class, red, green and blue.
+        background: number of the class that is not scored; None for none.
+    """
+
+    size: tuple[int, ...]
+    patch: int
+    spacing: float | None
+    overlap: float
+    scale: tuple[float, ...] | None
+    classes: tuple[str, ...]
+    values: tuple[int, ...]
+    colours: tuple[Colour, ...]
+    background: int | None
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Tokens of a window along each axis."""
+        return tuple(side // self.patch for side in self.size)
+
+    def normalised(self, voxels: Shaped[np.ndarray, "x y z"]) -> Float[np.ndarray, "x y z"]:
+        """Numbers around 0, as the model reads them."""
+        if self.scale is None:
+            mean, deviation = voxels.mean(dtype=np.float64), voxels.std(dtype=np.float64)
+        else:
+            low, high, mean, deviation = self.scale
+            voxels = voxels.clip(low, high)
+        return ((voxels - mean) / (deviation if deviation > 0 else 1.0)).astype(np.float32)
+
+    def read(self, path: Path) -> tuple[Float[Tensor, "1 n f"], tuple[int, ...], tuple[int, ...], Scan]:
+        """Tokens of a whole file, their grid, the voxels that they stand for, without those that fill it up, and the scan.
+
+        Raises:
+            Unsupported: for a file that cannot be read, and a volume smaller than a window.
+        """
+        scan = read_scan(path)
+        voxels = resampled(scan.voxels, scan.spacing, self.spacing)
+        check_sides(path, voxels.shape, self.size, self.patch)
+        inputs, grid = self.tokens(self.normalised(voxels))
+        return inputs, grid, voxels.shape, scan
+
+    def tokens(self, voxels: Float[np.ndarray, "x y z"]) -> tuple[Float[Tensor, "1 n f"], tuple[int, ...]]:
+        """Tokens of a normalised volume, filled up with its border to whole ones, and their grid."""
+        filled = np.pad(voxels, _missing(voxels.shape, self.patch), mode="edge")
+        return cut(torch.from_numpy(filled)[None, None], self.patch), tuple(side // self.patch for side in filled.shape)
+
+    def targets(self, labels: Int[np.ndarray, "x y z"]) -> Int[Tensor, "1 n p"]:
+        """The class of each voxel of the tokens; ignored where they are filled up."""
+        filled = np.pad(labels, _missing(labels.shape, self.patch), constant_values=IGNORED)
+        return cut(torch.from_numpy(filled.astype(np.int64))[None, None], self.patch)
+
+    def as_record(self) -> dict[str, Any]:
+        """Numbers and words for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> VolumeReader:
+        """From :meth:`as_record`."""
+        read: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in record.items()}
+        return cls(**{**read, "colours": tuple((r, g, b) for r, g, b in record["colours"])})
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """Volumes, and the class of each of their voxels.
+
+    Attributes:
+        source: in words.
+        voxels: of each volume, as it comes.
+        labels: numbers of classes, `IGNORED` where there is none.
+        classes, values: names of the classes, and what they are in masks.
+        background: number of the class that is not scored; None for none.
+        training, held_out: numbers of the volumes of each part; None to draw volumes to hold out.
+        split: how they were told apart, in words.
+        notes: what was left out.
+    """
+
+    source: str
+    voxels: Sequence[Float[np.ndarray, "x y z"]]
+    labels: Sequence[Int[np.ndarray, "x y z"]]
+    classes: tuple[str, ...]
+    values: tuple[int, ...]
+    background: int | None
+    training: Int[np.ndarray, " n"] | None = None
+    held_out: Int[np.ndarray, " m"] | None = None
+    split: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def counts(self, chosen: Sequence[int]) -> Int[np.ndarray, "v k"]:
+        """Voxels of each class in each of some volumes."""
+        found = [self.labels[i] for i in chosen]
+        return np.stack([np.bincount(each[each != IGNORED], minlength=len(self.values)) for each in found])
+
+    def largest(self, count: int) -> Volumes:
+        """The same with the `count` classes of most voxels beside the background, of which the others become part."""
+        numbers = self.counts(range(len(self.labels))).sum(0)
+        kept, table, told = largest_classes(numbers, self.background, count)
+        assert self.background is not None  # without one it is refused
+        whole = np.append(table, IGNORED).astype(np.int16)
+        return replace(
+            self,
+            labels=[whole[np.where(each == IGNORED, len(table), each)] for each in self.labels],
+            classes=tuple(self.classes[i] for i in kept),
+            values=tuple(self.values[i] for i in kept),
+            background=kept.index(self.background),
+            notes=[*self.notes, f"{told} {self.classes[self.background]}"],
+        )
+
+
+def read_volumes(
+    folder: Path,
+    validation: Path | None,
+    size: tuple[int, ...],
+    patch: int,
+    spacing: float | None,
+    background: int | str | None,
+    ignore: int | str | None,
+) -> Volumes:
+    """The volumes and masks of a folder.
+
+    Args:
+        folder: with `images` and `masks` and perhaps `classes.txt`, as :func:`regard.tasks.segmentation.masks.read_masked` has
+            them, of NIfTI files.
+        validation: another, whose volumes are held out.
+        size, patch, spacing: as of :class:`VolumeReader`.
+        background, ignore: as of :func:`regard.tasks.segmentation.masks.read_masked`.
+
+    Raises:
+        Unsupported: for what is missing or unreadable, or does not belong together, with the first file of its kind.
+    """
+    pairs, notes = pairs_of(folder, VOLUMES)
+    names = class_names(folder / CLASSES)
+    training = len(pairs)
+    if validation is not None:
+        more, more_notes = pairs_of(validation, VOLUMES)
+        pairs, notes = pairs + more, notes + more_notes
+    voxels, masks, spacings = [], [], []
+    for image, mask in pairs:
+        scan = read_scan(image)
+        drawn = read_mask(mask, scan)
+        voxels.append(resampled(scan.voxels, scan.spacing, spacing))
+        masks.append(resampled(drawn, scan.spacing, spacing, smooth=False))
+        spacings.append(scan.spacing)
+        check_sides(image, voxels[-1].shape, size, patch)
+        if BYTES * sum(each.size for each in voxels) > machine_memory() / 2:
+            raise Unsupported(
+                f"the volumes of {names_of(folder)}, which are held in memory",
+                supported=f"up to half of this machine's {machine_memory() / 1e9:.0f} GB",
+                nearest="a larger spacing, or fewer volumes",
+            )
+    values, quiet = classes_among(
+        [path for _, path in pairs], [np.unique(mask) for mask in masks], training, names, background, ignore
+    )
+    table = np.full(256, IGNORED, dtype=np.int16)
+    table[values] = np.arange(len(values))
+    apart = np.array(spacings)
+    if spacing is None and (apart.max(0) > UNEVEN * apart.min(0)).any():
+        notes.append(f"voxels of {apart.min():.3g} to {apart.max():.3g} mm: spacing=1 resamples all to 1 mm")
+    found = Volumes(
+        names_of(folder),
+        voxels,
+        [table[mask] for mask in masks],
+        tuple(names.get(value, str(value)) for value in values),
+        tuple(values),
+        None if quiet is None else values.index(quiet),
+        notes=notes,
+    )
+    return _distinct(found, None if validation is None else training)
+
+
+def check_sides(path: Path, sides: tuple[int, ...], size: tuple[int, ...], patch: int) -> None:
+    """Raise Unsupported for a volume that is smaller than a crop."""
+    if any(side < own for side, own in zip(sides, size, strict=True)):
+        fitting = [min(own, side // patch * patch) for side, own in zip(sides, size, strict=True)]
+        near = f"size={fitting[0]}" if len(set(fitting)) == 1 else f"size=[{','.join(map(str, fitting))}]"
+        raise Unsupported(
+            f"{path} of {' x '.join(map(str, sides))} voxels, smaller than crops of {' x '.join(map(str, size))}",
+            supported="volumes as large as a crop, or larger",
+            nearest=near if min(fitting) >= LEAST_SIDE else "",
+        )
+
+
+def resampled(
+    voxels: Shaped[np.ndarray, "x y z"], have: tuple[float, ...], want: float | None, *, smooth: bool = True
+) -> Shaped[np.ndarray, "x y z"]:
+    """A volume with its voxels at other distances: means where they become fewer and linear between where they become more;
+    of a mask the nearest."""
+    if want is None:
+        return voxels
+    sides = tuple(max(1, round(side * own / want)) for side, own in zip(voxels.shape, have, strict=True))
+    if sides == voxels.shape:
+        return voxels
+    given = torch.from_numpy(np.ascontiguousarray(voxels)).float()[None, None]
+    if not smooth:
+        return F.interpolate(given, sides, mode="nearest-exact")[0, 0].numpy().astype(voxels.dtype)
+    fewer = tuple(min(pair) for pair in zip(sides, voxels.shape, strict=True))
+    means = F.interpolate(given, fewer, mode="area")
+    return F.interpolate(means, sides, mode="trilinear", align_corners=False)[0, 0].numpy()
+
+
+def _distinct(volumes: Volumes, training: int | None) -> Volumes:
+    """Without exact repetitions; those after the first `training` are held out, and are the ones kept."""
+    count = len(volumes.voxels)
+    order = range(count) if training is None else [*range(training, count), *range(training)]
+    first: dict[bytes, int] = {}
+    for i in order:
+        first.setdefault(hashlib.blake2b(volumes.voxels[i].tobytes(), digest_size=16).digest(), i)
+    kept = sorted(first.values())
+    notes = [f"{count - len(kept)} exact repetitions left out"] if len(kept) < count else []
+    new = np.array(kept)
+    return replace(
+        volumes,
+        voxels=[volumes.voxels[i] for i in kept],
+        labels=[volumes.labels[i] for i in kept],
+        training=None if training is None else np.flatnonzero(new < training),
+        held_out=None if training is None else np.flatnonzero(new >= training),
+        split="by volume, as the data set comes" if training is not None else "",
+        notes=[*volumes.notes, *notes],
+    )
+
+
+def _missing(sides: tuple[int, ...], patch: int) -> list[tuple[int, int]]:
+    """Voxels to the end of the last token, along each axis."""
+    return [(0, -side % patch) for side in sides]

@@ -1,0 +1,273 @@
+"""Segmentation of volumes: windows, crops, drawn scenes, folders of NIfTI files and heads, and words for what is wrong."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import numpy as np
+import pytest
+import torch
+from task_data import items, refused, save_scan, scans
+from torch import nn
+
+from regard.contract import Result
+from regard.core.patches import cut, joined
+from regard.tasks import check_task, create_task
+from regard.tasks.protocol import IGNORED
+from regard.tasks.segmentation import heads
+from regard.tasks.segmentation_3d.blocks import read_blocks
+from regard.tasks.segmentation_3d.scenes import SCENES
+from regard.tasks.segmentation_3d.windows import in_windows, starts
+from regard.training import evaluate
+
+
+def task(data, **options):
+    return create_task("segmentation_3d", **({"size": 8, "evaluation_items": 6} | options), data=data)
+
+
+def whole(task, tokens):
+    """Volumes of a training batch."""
+    return joined(tokens, task.grid, task.patch)[:, 0].numpy()
+
+
+def test_windows_cover_an_axis_evenly_and_overlap():
+    for side, window, overlap in itertools.product((4, 5, 9, 17), (1, 3, 4), (0.0, 0.5, 0.9)):
+        found = starts(side, window, overlap)
+        assert found[0] == 0 and found[-1] == side - window and found == sorted(set(found))
+        assert max(np.diff(found), default=0) <= max(1, window * (1 - overlap))
+    assert starts(12, 4, 0.0) == [0, 4, 8] and starts(12, 4, 0.5) == [0, 2, 4, 6, 8]
+
+
+def test_a_volume_is_the_weighted_mean_of_its_windows():
+    """Voxel by voxel, of a model that sees all of its window; of one that sees voxels alone it is the model's output."""
+    grid, window, patch = (3, 2, 4), (2, 2, 2), 2
+    inputs = torch.randn(2, 24, 8, dtype=torch.float64)
+
+    def alone(tokens):
+        return torch.stack([tokens, -3 * tokens, tokens**2], -1).flatten(2)
+
+    assert torch.allclose(in_windows(alone, inputs, grid, window, patch, 0.5), alone(inputs), atol=1e-12)
+
+    def mixing(tokens):
+        return alone(tokens * tokens.mean((1, 2), keepdim=True))
+
+    volume, sides = joined(inputs, grid, patch)[:, 0], (6, 4, 8)
+    total, weight = torch.zeros(2, 3, *sides, dtype=torch.float64), torch.zeros(sides, dtype=torch.float64)
+    fall = torch.exp(-0.5 * ((torch.arange(4, dtype=torch.float64) - 1.5) / (4 / 8)) ** 2)
+    weights = fall[:, None, None] * fall[:, None] * fall
+    for x, y, z in itertools.product((0, 2), (0,), (0, 2, 4)):
+        part = volume[:, x : x + 4, y : y + 4, z : z + 4]
+        output = joined(mixing(cut(part[:, None], patch)), window, patch)
+        total[:, :, x : x + 4, y : y + 4, z : z + 4] += weights * output
+        weight[x : x + 4, y : y + 4, z : z + 4] += weights
+    found = joined(in_windows(mixing, inputs, grid, window, patch, 0.5), grid, patch)
+    assert torch.allclose(found, total / weight, atol=1e-12)
+
+
+@pytest.mark.parametrize("data", SCENES)
+def test_scenes_have_the_masks_they_were_drawn_with(data):
+    one = check_task(task(data, size=16, patch=4))
+    held, training = items(one.evaluation_batches(5)), items([one.training_batch(0, 0, 20)])
+    assert len(set(held)) == 6 and len(set(training)) == 20 and not set(held) & set(training)
+    batch = one.training_batch(3, 0, 40)
+    assert batch.grid == (4, 4, 4) and batch.inputs.shape == (40, 64, 64)
+    volumes, masks = whole(one, batch.inputs), whole(one, batch.targets)
+    assert set(np.unique(masks)) == set(range(one.num_classes))
+    for volume, mask in zip(volumes, masks, strict=True):
+        kinds = set(np.unique(mask)) - {0}
+        if data == "bodies" or not kinds:
+            continue
+        (kind,) = kinds
+        assert not mask[:2].any() and not mask[:, -2:].any() and not mask[..., :2].any(), "what decides is far away"
+        corners = [volume[x, y, z].mean() for x, y, z in itertools.product((slice(2), slice(-2, None)), repeat=3)]
+        seen = max(corners, key=abs) if data == "far-cue" else volume[mask > 0].mean()
+        assert (seen > 0) == (kind == 2)
+
+
+class BySign(nn.Module):
+    """Class 1 where a voxel is above 0, by the inputs of a window of the task alone."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.length, self.unused = length, nn.Parameter(torch.zeros(1))
+
+    def forward(self, inputs, *, context):
+        assert inputs.shape[1] == self.length == np.prod(context.grid)
+        return Result(5.0 * nn.functional.one_hot((inputs > 0).long(), 2).float().flatten(2))
+
+
+def test_whole_volumes_are_scored_once_each_whatever_their_sides(tmp_path):
+    """Of sides that are no multiples of a token; what fills them up counts nowhere."""
+    one = task(scans(tmp_path, sides=[(8, 9, 11), (13, 8, 10), (12, 12, 9), (10, 10, 10)], count=12), held_out=0.5)
+    batches = list(one.evaluation_batches(64))
+    assert [batch.size for batch in batches] == [1] * 6
+    voxels = {tuple(batch.grid): int((batch.targets != IGNORED).sum()) for batch in batches}
+    assert all(voxels[grid] in (8 * 9 * 11, 13 * 8 * 10, 12 * 12 * 9, 10**3) for grid in voxels)
+    found = evaluate(BySign(one.length), one, 3)
+    assert found.items == [(1.0, 1.0)] * 6 and set(found.figures) == {"mean Dice", "mean IoU"}
+    assert evaluate(BySign(one.length), one, 3, first=2, last=5).items == [(1.0, 1.0)] * 3
+    assert one.baseline.score > 0.9, "shades tell the classes"
+    assert "held out: 6 volumes, 6 of them scored whole" in one.describe()
+
+
+def test_crops_are_parts_of_volumes_and_every_third_is_around_a_class(tmp_path):
+    """In volumes with a single voxel of a class, which few crops would have by chance."""
+    for i in range(4):
+        voxels, mask = np.random.default_rng().normal(size=(40, 30, 50)), np.zeros((40, 30, 50), np.uint8)
+        mask[tuple(np.random.default_rng().integers(0, mask.shape))] = 7
+        voxels[mask > 0] = 30
+        save_scan(tmp_path / "images" / f"{i}.nii.gz", voxels)
+        save_scan(tmp_path / "masks" / f"{i}.nii.gz", mask)
+    one = task(tmp_path)
+    volumes, masks = [], []
+    for step in range(40):
+        batch = one.training_batch(step, 0, 6)
+        volumes.append(whole(one, batch.inputs))
+        masks.append(whole(one, batch.targets))
+    volumes, masks = np.concatenate(volumes), np.concatenate(masks)
+    assert np.array_equal(volumes > 10, masks == 1)
+    assert 0.2 < (masks == 1).any((1, 2, 3)).mean() < 0.5
+    corners = {volume[0, 0, 0] for volume in volumes}
+    assert len(corners) > 100
+
+
+def test_axes_are_turned_to_one_order_and_spacings_to_one(tmp_path):
+    """The same head stored in two ways is the same input."""
+    sides = (9, 12, 10)
+    voxels, mask = np.random.default_rng(1).normal(size=sides), np.random.default_rng(2).integers(0, 3, sides)
+    affine = np.diag([2.0, 3.0, 4.0, 1.0])
+    turned = np.zeros((4, 4))
+    turned[2, 0], turned[0, 1], turned[1, 2], turned[3, 3] = -4.0, 2.0, 3.0, 1.0
+    turned[2, 3] = 4.0 * (sides[2] - 1)
+    for name, of, how in (("plain", affine, lambda x: x), ("turned", turned, lambda x: x.transpose(2, 0, 1)[::-1])):
+        save_scan(tmp_path / name / "images" / "a.nii", how(voxels), of)
+        save_scan(tmp_path / name / "masks" / "a.nii", how(mask).astype(np.uint8), of)
+        save_scan(tmp_path / name / "images" / "b.nii", how(-voxels), of)
+        save_scan(tmp_path / name / "masks" / "b.nii", how(mask).astype(np.uint8), of)
+    plain, other = (task(tmp_path / name) for name in ("plain", "turned"))
+    assert items(plain.evaluation_batches(1)) == items(other.evaluation_batches(1))
+    assert "voxels of 2 to 4 mm" not in plain.describe()
+    (batch,) = task(tmp_path / "plain", spacing=2.0, patch=4).evaluation_batches(1)
+    assert batch.grid == (3, 5, 5)  # 9 x 18 x 20 voxels of 2 mm
+    assert int((batch.targets != IGNORED).sum()) == 9 * 18 * 20
+
+
+def test_a_folder_is_listed_and_split_by_volume(tmp_path):
+    folder = scans(tmp_path / "a", count=5, values=(0, 3, 255, 9))
+    (folder / "images" / "copy.nii.gz").write_bytes((folder / "images" / "1.nii.gz").read_bytes())
+    (folder / "masks" / "copy.nii.gz").write_bytes((folder / "masks" / "1.nii.gz").read_bytes())
+    one = check_task(task(folder, held_out=0.4))
+    told = one.describe()
+    assert "1 exact repetitions left out" in told and "crops of 3 volumes; held out: 2 volumes" in told
+    assert one.reader.values == (0, 3, 9) and "ignored: " in told
+    assert task(folder, ignore=None).reader.values == (0, 3, 9, 255)
+    assert task(folder, classes=1).num_classes == 2
+    (folder / "classes.txt").write_text("0 nothing\n3 left lung\n9 heart\n255 other\n")
+    assert task(folder).reader.classes == ("nothing", "left lung", "heart", "other")
+    other = task(folder, validation=scans(tmp_path / "b", count=2, seed=50, values=(0, 3, 255, 9)))
+    assert len(items(other.evaluation_batches(5))) == 2 and "as the data set comes" in other.describe()
+    by_data = task(folder, normalise="data").reader.scale
+    assert by_data is not None and by_data[0] < by_data[2] < by_data[1]
+
+
+def broken(folder, name):
+    """A folder with something wrong in it."""
+    image, mask = folder / "images" / "1.nii.gz", folder / "masks" / "1.nii.gz"
+    sides = (10, 10, 10)
+    if name == "missing":
+        mask.unlink()
+    elif name == "shape":
+        save_scan(mask, np.zeros((10, 10, 12), np.uint8))
+    elif name == "affine":
+        save_scan(mask, np.zeros(sides, np.uint8), np.diag([1.0, 1.0, 2.0, 1.0]))
+    elif name == "unknown":
+        (folder / "classes.txt").write_text("0 nothing\n4 thing\n")
+    elif name == "fractions":
+        save_scan(mask, np.full(sides, 0.5, np.float32))
+    elif name == "slice":
+        save_scan(image, np.zeros((10, 10), np.float32))
+    elif name == "thin":
+        save_scan(image, np.zeros((10, 10, 1), np.float32))
+    elif name == "several":
+        save_scan(image, np.zeros((10, 10, 10, 3), np.float32))
+    elif name == "nan":
+        values = np.zeros(sides, np.float32)
+        values[0, 0, :2] = np.nan, np.inf
+        save_scan(image, values)
+    elif name == "small":
+        for path in (image, mask):
+            save_scan(path, np.zeros((10, 7, 10), np.uint8))
+    elif name == "corrupt":
+        image.write_bytes(image.read_bytes()[:300])
+    elif name == "pictures":
+        for path in (folder / "images").iterdir():
+            path.rename(path.with_name(path.name.replace(".nii.gz", ".png")))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("missing", "1.nii.gz without a mask; supported: a file of the same name in masks: .nii .nii.gz; try"),
+        ("shape", "masks/1.nii.gz of 10 x 10 x 12 voxels, the mask of a volume of 10 x 10 x 10"),
+        ("affine", "masks/1.nii.gz, which lies 9 mm away from its volume 1.nii.gz (another affine)"),
+        ("unknown", "with the unknown class 1, which classes.txt does not name"),
+        ("fractions", "values that are no classes, such as 0.5"),
+        ("slice", "images/1.nii.gz, a single slice of 10 x 10 voxels"),
+        ("thin", "a single slice of 10 x 10 x 1 voxels; supported: volumes of three axes; try --task segmentation"),
+        ("several", "1.nii.gz of 10 x 10 x 10 x 3 voxels; supported: one volume a file"),
+        ("nan", "with 2 voxels that are no finite numbers"),
+        ("small", "of 10 x 7 x 10 voxels, smaller than crops of 8 x 8 x 8; supported: volumes as large as a crop"),
+        ("corrupt", "images/1.nii.gz, which cannot be read"),
+        ("pictures", "which holds no volume; supported: files ending in .nii .nii.gz; try --task segmentation"),
+    ],
+)
+def test_what_is_wrong_with_a_folder_is_said_in_a_line(tmp_path, name, told):
+    folder = scans(tmp_path)
+    broken(folder, name)
+    refused(lambda: task(folder), told)
+
+
+def test_without_nibabel_it_is_said_how_to_get_it(tmp_path, monkeypatch):
+    folder = scans(tmp_path)
+    monkeypatch.setitem(sys.modules, "nibabel", None)
+    refused(lambda: task(folder), "without the package nibabel", "pip install 'regard[medical]'")
+
+
+def test_options_that_mean_nothing_are_refused(tmp_path):
+    refused(lambda: task("body"), "try bodies")
+    refused(lambda: task("bodies", spacing=2), "spacing=2 for bodies, which comes as it is")
+    refused(lambda: task("far-cue", classes=1), "classes=1 for far-cue")
+    refused(lambda: task("bodies", size=4), "try size=8")
+    refused(lambda: task("bodies", size=[8, 8]), "one number, or three")
+    refused(lambda: task("bodies", size=[8, 8, 16], patch=3), "patch=3 for images of 8x8x16; supported: 1, 2, 4, 8")
+    refused(lambda: task("bodies", normalise="file"), "volume, data")
+    refused(lambda: task("bodies", overlap=1), "0.0 to 0.9")
+    refused(lambda: task(tmp_path), "without a folder images and masks")
+    folder = scans(tmp_path / "a")
+    refused(lambda: create_task("segmentation", data=folder), "try --task segmentation_3d")
+    refused(lambda: task(folder, background=8), "background=8, a value of no class")
+
+
+def test_blocks_of_a_head_are_held_out_across_its_whole_width(monkeypatch):
+    """A head's halves are alike: no cut goes between them, and no block is near to another."""
+    sides = (16, 36, 44)
+    places, classes = np.arange(np.prod(sides)).reshape(sides), np.ones(sides, np.int64)
+    made = places, classes, ("background", "head"), "a head"
+    monkeypatch.setattr("regard.tasks.segmentation_3d.blocks.read_head", lambda data: made)
+    volumes = read_blocks("mni152", (8, 8, 8), None, 0.2, 0)
+    assert {v.shape for v in volumes.voxels} == {(16, 8, 8)} and len(volumes.voxels) == 3 * 4
+    corners = np.array([np.unravel_index(int(v[0, 0, 0]), sides)[1:] for v in volumes.voxels])
+    for one_corner, other in itertools.combinations(corners, 2):
+        assert abs(one_corner - other).max() >= 8 + heads.GAP
+    assert len(volumes.held_out) == 2 and not set(volumes.held_out) & set(volumes.training)
+    assert "one head: other heads are not held out" in check_task(task("mni152")).describe()
+    refused(lambda: task("mni152", size=[32, 8, 8]), "in crops of 32 x 8 x 8")
+    refused(lambda: task("mni152", size=[16, 32, 40]), "crops of which two lie behind or above each other")
+
+
+def test_more_volumes_than_the_memory_holds_are_refused(tmp_path, monkeypatch):
+    folder = scans(tmp_path)
+    monkeypatch.setattr("regard.tasks.segmentation_3d.reader.machine_memory", lambda: 11 * 6000)
+    refused(lambda: task(folder), "which are held in memory", "a larger spacing")
+    assert task(folder, spacing=1.2).num_classes == 2
