@@ -50,7 +50,7 @@ class CausalMap(nn.Module):
         self.expand = nn.Linear(features, self.CHANNELS * width)
         self.first_norm, self.last_norm = nn.LayerNorm(width), nn.LayerNorm(pixels)
         self.convolutions = nn.ModuleList(CausalRows(channels) for _ in range(2))
-        self.merge = nn.Conv2d(channels, heads, 1, padding=(0, 1))
+        self.merge = nn.Conv2d(channels, heads, 1)
         self.pixels = pixels
 
     def start(self, like: Float[Tensor, "b ..."]) -> tuple[Tensor, ...]:
@@ -68,9 +68,16 @@ class CausalMap(nn.Module):
             x, kept = convolution.advance(x, past[i], lengths)  # type: ignore[operator]
             x = x.relu()
             rows.append(kept)
-        x = self.merge(x.repeat_interleave(self.SHRINK, -1))
-        x = F.interpolate(x, size=(x.shape[2], self.pixels), mode="area")
+        # the same beyond the edge, where the map is zero, as inside: averages of the bias are the bias
+        assert self.merge.bias is not None
+        x = F.conv2d(x, self.merge.weight) @ self._stretched(x) + self.merge.bias[:, None, None]
         return self.last_norm(x), tuple(rows)
+
+    def _stretched(self, x: Float[Tensor, "b h n w"]) -> Float[Tensor, "w c"]:
+        """The share of each pixel of the small map in those of the large one: each is repeated, a zero is put on either side,
+        and neighbours are averaged."""
+        repeated = torch.eye(x.shape[-1], dtype=wide_dtype(x), device=x.device).repeat_interleave(self.SHRINK, -1)
+        return F.interpolate(F.pad(repeated, (1, 1))[None], size=self.pixels, mode="area")[0].to(x.dtype)
 
 
 class NoncausalMap(nn.Module):
