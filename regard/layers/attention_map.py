@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from regard.contract import valid_from_lengths
 from regard.core.precision import wide_dtype
+from regard.layers.linear import Linear
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -47,7 +48,7 @@ class CausalMap(nn.Module):
     def __init__(self, features: int, heads: int, pixels: int) -> None:
         super().__init__()
         width, channels = pixels // self.SHRINK, self.CHANNELS * heads
-        self.expand = nn.Linear(features, self.CHANNELS * width)
+        self.expand = Linear(features, self.CHANNELS * width)
         self.first_norm, self.last_norm = nn.LayerNorm(width), nn.LayerNorm(pixels)
         self.convolutions = nn.ModuleList(CausalRows(channels) for _ in range(2))
         self.merge = nn.Conv2d(channels, heads, 1)
@@ -88,7 +89,7 @@ class NoncausalMap(nn.Module):
     def __init__(self, features: int, heads: int, pixels: int) -> None:
         super().__init__()
         channels = self.CHANNELS * heads
-        self.expand = nn.Linear(features, self.CHANNELS * pixels // self.SHRINK)
+        self.expand = Linear(features, self.CHANNELS * pixels // self.SHRINK)
         self.shrink = nn.Conv2d(channels, channels, 3, padding=1, stride=(2, 1))
         self.mix = nn.Conv2d(channels, channels, 3, padding=1)
         self.merge = nn.Conv2d(channels, heads, 3, padding=1)
@@ -140,7 +141,7 @@ class CodebookMap(nn.Module):
 
     def __init__(self, features: int, heads: int, pixels: int) -> None:
         super().__init__()
-        self.choose = nn.Linear(features, self.BOOK * pixels // self.PATCH)
+        self.choose = Linear(features, self.BOOK * pixels // self.PATCH)
         self.patches = nn.Parameter(torch.randn(self.BOOK, self.PATCH))
 
     def start(self, like: Float[Tensor, "b ..."]) -> tuple[Tensor, ...]:

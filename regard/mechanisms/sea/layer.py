@@ -15,6 +15,7 @@ from regard.core.precision import wide, without_autocast
 from regard.engines.linear_attention import Rule, divide, linear_attention, map_memory, map_queries
 from regard.engines.recomputed import recomputed
 from regard.layers.attention_map import CausalMap, CodebookMap, NoncausalMap, orthogonal_features, softmax_features
+from regard.layers.linear import Linear
 from regard.layers.parts import LayerCall, Projection
 from regard.mechanisms.sea.definition import Config
 
@@ -65,10 +66,10 @@ class Estimator(Projection):
             self.positions._no_weight_decay = True  # type: ignore[attr-defined]
         width = d + v + (d if spec.pattern.cross else v)
         joint = heads if config.joint_encoder else 1
-        self.encode = nn.Sequential(nn.Linear(joint * width, joint * 2 * d), nn.LayerNorm(joint * 2 * d), nn.GELU())
+        self.encode = nn.Sequential(Linear(joint * width, joint * 2 * d), nn.LayerNorm(joint * 2 * d), nn.GELU())
         maps = {"codebook": CodebookMap, "cnn": NoncausalMap if self.whole else CausalMap}
         self.map = maps[config.estimator](2 * d, heads, config.estimate_length)
-        self.gates = nn.Linear(2 * d, 1 + config.row_scale)
+        self.gates = Linear(2 * d, 1 + config.row_scale)
         self.training_calls = 0
 
     @staticmethod
@@ -113,12 +114,14 @@ class Estimator(Projection):
         again."""
         n, state = heads["q"].shape[2], call.state
         learning = torch.is_grad_enabled()
+        cut = [
+            x.split(QUERIES_AT_ONCE, 2) for x in heads.values()
+        ]  # gradients of slices would each be as long as the whole
         parts: dict[str, list[Tensor]] = {}
-        for start in range(0, n, QUERIES_AT_ONCE):
-            rows = slice(start, start + QUERIES_AT_ONCE)
+        for start, pieces in zip(range(0, n, QUERIES_AT_ONCE), zip(*cut, strict=True), strict=True):
             lengths = None if call.lengths is None else (call.lengths - start).clamp(0, QUERIES_AT_ONCE)
             part = dataclasses.replace(call, lengths=lengths, memory_lengths=lengths, state=state)
-            inputs = {name: x[:, :, rows] for name, x in heads.items()}
+            inputs = dict(zip(heads, pieces, strict=True))
             told, state = recomputed(self._estimated, inputs, part, self.random_features)
             for name in told.keys() - heads.keys():
                 x = told[name]
@@ -127,7 +130,7 @@ class Estimator(Projection):
                     continue
                 if name not in parts:  # all parts beside their whole would be twice as much
                     parts[name] = [x.new_empty(*x.shape[:2], n, *x.shape[3:])]
-                parts[name][0][:, :, rows] = x
+                parts[name][0][:, :, start : start + QUERIES_AT_ONCE] = x
         return heads | {
             name: found[0] if len(found) == 1 else torch.cat(found, 2) for name, found in parts.items()
         }, state
