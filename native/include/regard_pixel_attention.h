@@ -25,6 +25,7 @@ typedef struct {
   const float *estimate; /* (B, H, n, pixels) */
   int64_t estimate_strides[3], pixels;
   uint32_t *kept; /* (B, H, n, ceil(pixels / 32)) contiguous, written: a bit a pixel; may be NULL forward */
+  const uint32_t *chosen; /* the same, or NULL: pixels that are kept whatever the estimate says, top_k and together */
   const int64_t *totals; /* (rows, n): keys that a query sees; negative means none */
   const int64_t *slots;  /* (rows, m): the slot of the key of each rank; NULL: the rank */
   const double *jitter;  /* (rows, m), or NULL: what is added to the rank of the key in each slot before its pixel is found,

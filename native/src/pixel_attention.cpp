@@ -414,13 +414,14 @@ void attend(const Problem& p, const Worker& worker, int64_t b, int64_t block) {
   const regard_pixel_attention_args& a = *p.args;
   const int64_t begin = block * QUERIES, end = least(begin + QUERIES, a.n);
   const int64_t of_query = a.heads * p.words;
-  for (int64_t t = begin; t < end; ++t) choose(p, worker, b, t, worker.kept + (t - begin) * of_query);
+  for (int64_t t = begin; t < end && a.chosen == nullptr; ++t)
+    choose(p, worker, b, t, worker.kept + (t - begin) * of_query);
   for (int64_t h = 0; h < a.heads; ++h) {
     const T *keys = p.keys<T>(b, h), *values = p.values<T>(b, h);
     Means<T> means{p, b, h, worker.sums};
     for (int64_t t = begin; t < end; ++t) {
       const int64_t total = p.total(b, t), place = (b * a.heads + h) * a.n + t;
-      const uint32_t* kept = worker.kept + (t - begin) * of_query + h * p.words;
+      const uint32_t* kept = a.chosen != nullptr ? a.chosen + place * p.words : worker.kept + (t - begin) * of_query + h * p.words;
       if (a.kept != nullptr)
         for (int64_t word = 0; word < p.words; ++word) a.kept[place * p.words + word] = kept[word];
       const int64_t count = collect(p, b, total, kept, worker.slots);

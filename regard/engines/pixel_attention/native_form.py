@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from regard.backends.native import library
@@ -24,6 +25,7 @@ from regard.engines.attention.native_form import (
     heads_arguments,
 )
 from regard.engines.pixel_attention.problem import Mix, Problem, slots_by_rank
+from regard.engines.pixel_attention.torch_form import kept_pixels
 
 
 class PixelAttention(library.Arguments):
@@ -34,6 +36,7 @@ class PixelAttention(library.Arguments):
         ("estimate_strides", Strides),
         ("pixels", ctypes.c_int64),
         ("kept", ctypes.c_void_p),
+        ("chosen", ctypes.c_void_p),
         ("totals", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
         ("jitter", ctypes.c_void_p),
@@ -74,6 +77,7 @@ class PackedProblem(PackedHeads):
     first: Tensor | None
     before: Tensor | None
     estimate: Tensor
+    chosen: Tensor | None
     totals: Tensor
     slots: Tensor | None
     jitter: Tensor | None
@@ -97,6 +101,7 @@ class PackedProblem(PackedHeads):
             first=None if mean is None else first,
             before=None if mean is None else mean.before,
             estimate=p.estimate.detach().float(),
+            chosen=None,
             totals=p.totals,
             slots=slots_by_rank(p.ranks, q.shape[0]),
             jitter=p.jitter,
@@ -127,8 +132,6 @@ class PackedProblem(PackedHeads):
 def refuses(q: Tensor, k: Tensor, v: Tensor, problem: Problem, mix: Mix) -> str | None:
     """Why the kernel does not take such a call; None when it does."""
     p = problem
-    if p.grouping not in ("row", "query"):
-        return "it ranks the pixels of one query together, not those of several"
     if p.want_weights:
         return "it does not store the weights"
     given = [x for x in (q, k, v, p.estimate, *mix.tensors) if x is not None]
@@ -147,6 +150,8 @@ def _misfit(p: PackedProblem) -> str | None:
         return reason
     if (reason := map_misfit(p.q, p.k, p.estimate, p.totals, p.slots, p.jitter)) is not None:
         return reason
+    if p.chosen is not None and (p.chosen.shape != p.kept_shape or p.chosen.dtype != torch.int32):
+        return "chosen pixels that do not belong to the estimate"
     if not (p.top_k > 0 and p.oversample >= 1):
         return f"top_k={p.top_k} and oversample={p.oversample}"
     return _mix_misfit(p)
@@ -228,7 +233,15 @@ def _mix_misfit(p: PackedProblem) -> str | None:
 def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem, mix: Mix) -> tuple[Tensor, None]:
     """See :func:`regard.engines.pixel_attention.pixel_attention`."""
     packed = PackedProblem.of(q, k, v, problem, mix)
+    if problem.grouping not in ("row", "query"):  # the kernel ranks the pixels of one query together
+        packed = replace(packed, chosen=_bits(kept_pixels(problem)))
     return _pixel_attention(packed, torch.is_grad_enabled() and packed.records)[0], None
+
+
+def _bits(kept: Tensor) -> Tensor:
+    """Booleans of an axis as bits, 32 in a number."""
+    padded = F.pad(kept, (0, -kept.shape[-1] % 32)).unflatten(-1, (-1, 32)).int()
+    return (padded << torch.arange(32, dtype=torch.int32, device=kept.device)).sum(-1, dtype=torch.int32)
 
 
 def _check(p: PackedProblem) -> None:
@@ -248,8 +261,8 @@ def _arguments(p: PackedProblem, out: Tensor, lse: Tensor, kept: Tensor) -> tupl
     """The forward struct, and the tensors whose memory it points at."""
     q, k, v = map(library.rows_contiguous, (p.q, p.k, p.v))
     fields, held = map_arguments(p.estimate, p.totals, p.slots, p.jitter)
-    mix = {name: getattr(p, name) for name in ("row_logit", "mix_logit", "first", "before")}
-    mix = {name: None if x is None else x.contiguous() for name, x in mix.items()}
+    given = {name: getattr(p, name) for name in ("row_logit", "mix_logit", "first", "before", "chosen")}
+    given = {name: None if x is None else x.contiguous() for name, x in given.items()}
     arguments = PixelAttention(
         **heads_arguments(q, k, v, out, lse),
         **fields,
@@ -258,11 +271,11 @@ def _arguments(p: PackedProblem, out: Tensor, lse: Tensor, kept: Tensor) -> tupl
         oversample=p.oversample,
         scale=p.scale,
         together=p.together,
-        **{name: library.pointer(x) for name, x in mix.items()},
+        **{name: library.pointer(x) for name, x in given.items()},
         first_heads=0 if p.first is None else p.first.shape[1],
         count=p.count,
     )
-    return arguments, [q, k, v, *held, *mix.values()]
+    return arguments, [q, k, v, *held, *given.values()]
 
 
 def _empty_results(p: PackedProblem, keep: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -536,6 +536,9 @@ CASES = {
         },
     ),
     "pixel attention": Case(PIXELS, pixels_of, lambda n: {"ranks": last_of(n, n, True)}),
+    "pixel attention of maps": Case(
+        PIXELS, partial(pixels_of, running=False), lambda n: {"ranks": last_of(n, n, True), "grouping": "batch"}
+    ),
     "jittered pixel attention": Case(
         PIXELS, partial(pixels_of, running=False, jitter=True), lambda n: {"ranks": last_of(n, n, True)}
     ),

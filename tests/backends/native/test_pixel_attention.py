@@ -46,7 +46,11 @@ def test_each_gate_may_be_left_out(names):
     PIXELS.check({n: y for n, y in x.items() if n in names or n not in optional}, ranks=last_of(40, 40, True))
 
 
-@pytest.mark.parametrize("options", [{"grouping": "query"}, {"oversample": 2.5, "top_k": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"grouping": "query"}, {"grouping": "head"}, {"grouping": "batch"}, {"oversample": 2.5, "top_k": 2}],
+    ids=str,
+)
 def test_each_option_has_the_gradients_of_float64(options):
     PIXELS.check(pixels_of(50, jitter=True), ranks=last_of(50, 50, True), **options)
 
@@ -104,13 +108,18 @@ def test_it_holds_little_beside_its_result():
     assert peak < 1.1 * 4 * x["v"].numel()
 
 
+@pytest.mark.parametrize("grouping", ["head", "batch"])
+def test_pixels_ranked_over_the_valid_queries_are_those_of_float64(grouping):
+    x = {**heads_of(29, heads=2, groups=2), "estimate": torch.randn(2, 2, 29, 8)}
+    call = {"mask": Mask(lengths=torch.tensor([29, 14])), "pattern": "noncausal-self"}
+    options = Config(grouping=grouping, top_k=5)
+    found = apply(MECHANISM, x, backend="native", config=options, **call)
+    expected = apply(MECHANISM, {name: y.double() for name, y in x.items()}, config=options, **call)
+    torch.testing.assert_close(found.output.double(), expected.output, rtol=0, atol=4e-6)
+
+
 def test_what_it_lacks_is_left_to_torch():
     x = {**heads_of(9, heads=2, groups=2), "estimate": torch.randn(2, 2, 9, 8)}
-    for call in (
-        {"want": {"weights"}},
-        {"config": Config(grouping="batch"), "pattern": "noncausal-self"},
-        {"mask": Mask(lengths=torch.tensor([9, 4])), "config": Config(grouping="head"), "pattern": "noncausal-self"},
-    ):
-        apply(MECHANISM, x, **call)
-        with pytest.raises(Unsupported, match="try torch"):
-            apply(MECHANISM, x, backend="native", **call)
+    apply(MECHANISM, x, want={"weights"})
+    with pytest.raises(Unsupported, match="try torch"):
+        apply(MECHANISM, x, want={"weights"}, backend="native")
