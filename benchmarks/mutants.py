@@ -100,7 +100,11 @@ GROUPS: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
         [["tests/mechanisms/test_delta_rule.py"], cells("delta_rule")],
     ),
     "sea": (
-        ["regard/mechanisms/sea/forms.py", "regard/engines/pixel_attention/torch_form.py"],
+        [
+            "regard/mechanisms/sea/forms.py",
+            "regard/engines/pixel_attention/torch_form.py",
+            "regard/engines/map_distance/torch_form.py",
+        ],
         [["tests/mechanisms/test_sea.py"], cells("sea")],
     ),
 }

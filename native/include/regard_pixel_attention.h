@@ -25,9 +25,12 @@ typedef struct {
   const float *estimate; /* (B, H, n, pixels) */
   int64_t estimate_strides[3], pixels;
   uint32_t *kept; /* (B, H, n, ceil(pixels / 32)) contiguous, written: a bit a pixel; may be NULL forward */
+  const uint32_t *chosen; /* the same, or NULL: pixels that are kept whatever the estimate says, top_k and together */
   const int64_t *totals; /* (rows, n): keys that a query sees; negative means none */
   const int64_t *slots;  /* (rows, m): the slot of the key of each rank; NULL: the rank */
-  int64_t totals_stride, slots_stride; /* from row to row; 0: rows share them */
+  const double *jitter;  /* (rows, m), or NULL: what is added to the rank of the key in each slot before its pixel is found,
+                          * less than 1 */
+  int64_t totals_stride, slots_stride, jitter_stride; /* from row to row; 0: rows share them */
   double top_k, oversample; /* with oversample > 1 of the keys of kept pixels a regular part is read */
   float scale;
   int32_t together; /* the heads of a query share its pixels; otherwise each keeps its own number */
@@ -35,19 +38,20 @@ typedef struct {
   const float *first; /* (B, first_heads, value_width) contiguous: with `before` a sum of values, otherwise the mean */
   const int64_t *before; /* (B,): values in that sum. The mean of n_t keys is that of `first` and the n_t - before values
                           * that begin at slot m - count */
-  int64_t first_heads, count;
+  int64_t first_heads, count; /* first_heads is heads or kv_heads, with `before` the latter */
 } regard_pixel_attention_args;
 REGARD_API int regard_pixel_attention(const regard_pixel_attention_args *args);
 
-/* Gradients. `forward` is the forward call's struct with `lse` and `kept` filled and without logits. Every gradient has
- * the strides given here and is written, not added to. */
+/* Gradients. `forward` is the forward call's struct with `lse` and `kept` filled. Every gradient has the strides given here,
+ * or is contiguous as its input, and is written, not added to; NULL where not wanted. */
 typedef struct {
   int64_t size;
   const regard_pixel_attention_args *forward;
   const void *grad_out; /* (B, H, n, value_width) of the dtype */
   int64_t grad_out_strides[3];
-  void *grad_q, *grad_k, *grad_v; /* of the dtype; NULL where not wanted */
+  void *grad_q, *grad_k, *grad_v; /* of the dtype */
   int64_t grad_q_strides[3], grad_k_strides[3], grad_v_strides[3];
+  float *grad_row_logit, *grad_mix_logit, *grad_first;
 } regard_pixel_attention_backward_args;
 REGARD_API int regard_pixel_attention_backward(const regard_pixel_attention_backward_args *args);
 

@@ -83,7 +83,7 @@ REGARD_API int regard_gated_recurrence_step(const regard_gated_recurrence_step_a
  *
  * States are K x (V + 1) then, with z in the last column, checkpoints and gradients of states too. */
 enum regard_feature_map {
-  REGARD_FEATURES_AS_THEY_ARE = 0, /* the scale is not used */
+  REGARD_FEATURES_AS_THEY_ARE = 0, /* scale and shift are not used */
   REGARD_FEATURES_IDENTITY = 1,
   REGARD_FEATURES_ELU = 2, /* elu + 1 */
   REGARD_FEATURES_RELU = 3,
@@ -96,7 +96,7 @@ enum regard_feature_map {
 typedef struct {
   int64_t feature_map;
   int64_t normalize;
-  float scale, eps;
+  float scale, eps, shift; /* the shift is added to phi */
   const int64_t *valid; /* (B) keys that exist, the first ones; NULL: all */
   float *inverse;       /* (B, H, N) 1 / (z . phi(scale q) + eps), which forward leaves for backward; NULL: not wanted */
 } regard_linear_attention_options;

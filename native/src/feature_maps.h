@@ -51,15 +51,15 @@ REGARD_INLINE void with_feature_map(int64_t map, F&& f) {
   }
 }
 
-// phi(scale x) of the first `count` tokens of a block, ld apart, in `to`, which may be where they lie; zero after them
+// phi(scale x) + shift of the first `count` tokens of a block, ld apart, in `to`, which may be where they lie; zero after them
 // and beyond the width. As they are: the rows themselves.
-inline const float* map_features(int64_t map, float scale, const float* rows, int count, int width, float* to,
+inline const float* map_features(int64_t map, float scale, float shift, const float* rows, int count, int width, float* to,
                                  int64_t ld) {
   if (map == REGARD_FEATURES_AS_THEY_ARE) return rows;
   with_feature_map(map, [&](auto phi) __attribute__((always_inline)) {
     for (int i = 0; i < count; ++i)
       for (int64_t d = 0; d < ld; d += LANES) {
-        const Vec y = feature<decltype(phi)::value>(scale * load(rows + i * ld + d));
+        const Vec y = feature<decltype(phi)::value>(scale * load(rows + i * ld + d)) + shift;
         store(to + i * ld + d,
               d + LANES <= width ? y : select(lane_numbers() < static_cast<int>(width - d), y, zero()));
       }

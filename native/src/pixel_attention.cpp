@@ -10,6 +10,7 @@
 #include "vector.h"
 
 #include "parallel.h"
+#include "pixels.h"
 #include "token_blocks.h"
 #include "token_pairs.h"
 #include "workspace.h"
@@ -72,6 +73,7 @@ struct Problem {
   int64_t blocks() const { return ceil_div(args->n, QUERIES); }
   int64_t total(int64_t b, int64_t t) const { return args->totals[b * args->totals_stride + t]; }
   const int64_t* slots(int64_t b) const { return args->slots == nullptr ? nullptr : args->slots + b * args->slots_stride; }
+  const double* jitter(int64_t b) const { return args->jitter == nullptr ? nullptr : args->jitter + b * args->jitter_stride; }
   template <class T>
   const T* keys(int64_t b, int64_t h) const {
     return static_cast<const T*>(args->k) + b * args->k_strides[0] + kv_head(h) * args->k_strides[1];
@@ -219,14 +221,6 @@ void choose(const Problem& p, const Worker& worker, int64_t b, int64_t t, uint32
     mark_largest(worker.logs + h * p.pixel_line, heads, a.pixels, p.pixel_line, wanted, kept + h * p.words, p.words);
 }
 
-// The first key of a pixel among `total`; of the pixel after the last one, their number.
-int64_t first_of_pixel(int64_t pixel, int64_t total, int64_t pixels) {
-  if (pixel == 0) return 0;
-  if (pixel == pixels) return total;
-  const int64_t above = total * (10000 * pixel + 1) - 5000 * pixels, below = 10000 * pixels;
-  return above <= 0 ? 0 : least(ceil_div(above, below), total);
-}
-
 // With oversampling, whether a key of a kept pixel is read.
 bool reads(const regard_pixel_attention_args& a, int64_t key, int64_t total) {
   const double all = static_cast<double>(total), parts = most(1.0, __builtin_rint(all / a.oversample));
@@ -235,18 +229,24 @@ bool reads(const regard_pixel_attention_args& a, int64_t key, int64_t total) {
   return __builtin_fabs(scaled - __builtin_rint(scaled)) <= 0.5 / step + 1e-4;
 }
 
-// Lists the slots of the keys of kept pixels; how many there are.
+// Lists the slots of the keys of kept pixels; how many there are. Keys that are moved by less than one rank may cross the
+// border of their pixel only where they are its first or last.
 int64_t collect(const Problem& p, int64_t b, int64_t total, const uint32_t* kept, int32_t* found) {
   const regard_pixel_attention_args& a = *p.args;
   const int64_t* slots = p.slots(b);
+  const double* jitter = p.jitter(b);
+  const int64_t seen = least(total, a.m);
   int64_t count = 0;
   for (int64_t word = 0; word < p.words; ++word)
     for (uint32_t bits = kept[word]; bits != 0; bits &= bits - 1) {
       const int64_t pixel = 32 * word + __builtin_ctz(bits);
-      const int64_t end = least(first_of_pixel(pixel + 1, total, a.pixels), a.m);
-      for (int64_t j = first_of_pixel(pixel, total, a.pixels); j < end; ++j)
-        if (a.oversample <= 1 || reads(a, j, total))
-          found[count++] = static_cast<int32_t>(slots == nullptr ? j : slots[j]);
+      const int64_t first = first_of_pixel(pixel, total, a.pixels), last = first_of_pixel(pixel + 1, total, a.pixels) - 1;
+      const int64_t near = jitter == nullptr ? 0 : 1;
+      for (int64_t j = most<int64_t>(0, first - near); j < least(last + 1 + near, seen); ++j) {
+        const int64_t slot = slots == nullptr ? j : slots[j];
+        if (near && (j <= first || j >= last) && pixel_of_moved(j, jitter[slot], total, a.pixels) != pixel) continue;
+        if (a.oversample <= 1 || reads(a, j, total)) found[count++] = static_cast<int32_t>(slot);
+      }
     }
   return count;
 }
@@ -343,28 +343,15 @@ float weigh(const Worker& worker, int64_t count, float* lse) {
 
 REGARD_INLINE float logistic(float x) { return 1.f / (1.f + exp(-x)); }
 
-// The mean of what a query sees of one (row, kv head): the running sum as far as it has come.
-template <class T>
-struct Running {
-  const T* values;
-  int64_t stride, at = -1;
-  const float* kept;
-  float* sums;
-  int64_t line;
-  int width;
+// What the logits of a query make of its attention, row mix P V, and of its mean, rest times it.
+struct Gates {
+  float row = 1.f, mix = 1.f, rest = 0.f;
 
-  // The sum of the first `to` values.
-  void seek(int64_t to) {
-    if (at < 0 || to < at || to - at > STRETCH) {
-      at = to / STRETCH * STRETCH;
-      for (int64_t c = 0; c < line; c += LANES) store(sums + c, load(kept + at / STRETCH * line + c));
-    }
-    for (; at < to; ++at) add(values + at * stride, width, sums);
-  }
-  static void add(const T* from, int width, float* sums) {
-    int c = 0;
-    for (; c + LANES <= width; c += LANES) store(sums + c, load(sums + c) + load(from + c));
-    if (c < width) store(sums + c, load(sums + c) + load(from + c, width - c));
+  Gates(const regard_pixel_attention_args& a, int64_t place, int64_t total) {
+    if (a.row_logit != nullptr) row = logistic(a.row_logit[place]);
+    if (a.mix_logit == nullptr || total <= 0) return;
+    mix = logistic(a.mix_logit[place]);
+    rest = logistic(-a.mix_logit[place]);
   }
 };
 
@@ -372,6 +359,40 @@ template <class T>
 const T* new_values(const Problem& p, int64_t b, int64_t h) {
   return p.values<T>(b, h) + (p.args->m - p.args->count) * p.args->v_strides[2];
 }
+
+// What the queries of a head get beside attention; a running sum is kept as far as it has come.
+template <class T>
+struct Means {
+  const Problem& p;
+  int64_t b, h;
+  float* sums;  // (value_line,)
+  int64_t at = -1;
+
+  // New values that a query sees.
+  static int64_t seen(const regard_pixel_attention_args& a, int64_t b, int64_t total) {
+    return most<int64_t>(0, least(total - a.before[b], a.count));
+  }
+  // A query's mean is that of() it times this.
+  float factor(int64_t total) const { return p.running == nullptr ? 1.f : 1.f / static_cast<float>(total); }
+  const float* of(int64_t total) {
+    const regard_pixel_attention_args& a = *p.args;
+    if (p.running == nullptr) return a.first + (b * a.first_heads + h / (a.heads / a.first_heads)) * a.value_width;
+    const int64_t to = seen(a, b, total);
+    if (at < 0 || to < at || to - at > STRETCH) {
+      at = to / STRETCH * STRETCH;
+      const float* kept = p.running + ((b * a.kv_heads + p.kv_head(h)) * p.stretches() + at / STRETCH) * p.value_line;
+      for (int64_t c = 0; c < p.value_line; c += LANES) store(sums + c, load(kept + c));
+    }
+    for (const T* values = new_values<T>(p, b, h); at < to; ++at)
+      add(values + at * a.v_strides[2], static_cast<int>(a.value_width), sums);
+    return sums;
+  }
+  static void add(const T* from, int width, float* sums) {
+    int c = 0;
+    for (; c + LANES <= width; c += LANES) store(sums + c, load(sums + c) + load(from + c));
+    if (c < width) store(sums + c, load(sums + c) + load(from + c, width - c));
+  }
+};
 
 // Sums of the values before each stretch of a (row, kv head), on top of the first.
 template <class T>
@@ -384,7 +405,7 @@ void run_sums(const Problem& p, int64_t b, int64_t g) {
   for (int64_t stretch = 1; stretch < p.stretches(); ++stretch, to += p.value_line) {
     for (int64_t c = 0; c < p.value_line; c += LANES) store(to + p.value_line + c, load(to + c));
     for (int64_t i = (stretch - 1) * STRETCH; i < stretch * STRETCH; ++i)
-      Running<T>::add(values + i * a.v_strides[2], static_cast<int>(a.value_width), to + p.value_line);
+      Means<T>::add(values + i * a.v_strides[2], static_cast<int>(a.value_width), to + p.value_line);
   }
 }
 
@@ -393,17 +414,14 @@ void attend(const Problem& p, const Worker& worker, int64_t b, int64_t block) {
   const regard_pixel_attention_args& a = *p.args;
   const int64_t begin = block * QUERIES, end = least(begin + QUERIES, a.n);
   const int64_t of_query = a.heads * p.words;
-  for (int64_t t = begin; t < end; ++t) choose(p, worker, b, t, worker.kept + (t - begin) * of_query);
+  for (int64_t t = begin; t < end && a.chosen == nullptr; ++t)
+    choose(p, worker, b, t, worker.kept + (t - begin) * of_query);
   for (int64_t h = 0; h < a.heads; ++h) {
     const T *keys = p.keys<T>(b, h), *values = p.values<T>(b, h);
-    Running<T> running{};
-    if (p.running != nullptr)
-      running = {new_values<T>(p, b, h), a.v_strides[2], -1,
-                 p.running + (b * a.kv_heads + p.kv_head(h)) * p.stretches() * p.value_line, worker.sums,
-                 p.value_line, static_cast<int>(a.value_width)};
+    Means<T> means{p, b, h, worker.sums};
     for (int64_t t = begin; t < end; ++t) {
       const int64_t total = p.total(b, t), place = (b * a.heads + h) * a.n + t;
-      const uint32_t* kept = worker.kept + (t - begin) * of_query + h * p.words;
+      const uint32_t* kept = a.chosen != nullptr ? a.chosen + place * p.words : worker.kept + (t - begin) * of_query + h * p.words;
       if (a.kept != nullptr)
         for (int64_t word = 0; word < p.words; ++word) a.kept[place * p.words + word] = kept[word];
       const int64_t count = collect(p, b, total, kept, worker.slots);
@@ -418,21 +436,10 @@ void attend(const Problem& p, const Worker& worker, int64_t b, int64_t block) {
         for (int64_t c = 0; c < p.value_line; c += LANES) store(worker.row + c, zero());
         if (lse != nullptr) *lse = -infinity();
       }
-      if (a.row_logit != nullptr) share *= logistic(a.row_logit[place]);
-      float rest = 0.f;
-      const float* mean = worker.row;
-      if (a.mix_logit != nullptr && total > 0) {
-        const float mix = logistic(a.mix_logit[place]);
-        share *= mix;
-        rest = logistic(-a.mix_logit[place]);
-        if (p.running != nullptr) {
-          running.seek(most<int64_t>(0, least(total - a.before[b], a.count)));
-          mean = worker.sums;
-          rest /= static_cast<float>(total);
-        } else {
-          mean = a.first + (b * a.first_heads + h / (a.heads / a.first_heads)) * a.value_width;
-        }
-      }
+      const Gates gates(a, place, total);
+      share *= gates.row * gates.mix;
+      const float* mean = gates.rest == 0.f ? worker.row : means.of(total);
+      const float rest = gates.rest == 0.f ? 0.f : gates.rest * means.factor(total);
       T* to = static_cast<T*>(a.out) + b * a.out_strides[0] + h * a.out_strides[1] + t * a.out_strides[2];
       int64_t c = 0;
       for (; c + LANES <= a.value_width; c += LANES) {
@@ -448,20 +455,30 @@ void attend(const Problem& p, const Worker& worker, int64_t b, int64_t block) {
   }
 }
 
+// Room for the running sums of all values, where queries have means of what they see and `wanted`.
+size_t running_floats(const Problem& p, bool wanted) {
+  const regard_pixel_attention_args& a = *p.args;
+  const bool runs = wanted && a.mix_logit != nullptr && a.before != nullptr;
+  return runs ? static_cast<size_t>(a.batch * a.kv_heads * p.stretches() * p.value_line) : 0;
+}
+
+template <class T>
+void run_all_sums(Problem& p, Workspace& space, size_t floats) {
+  if (floats == 0) return;
+  p.running = space.take<float>(floats);
+  parallel_tasks(static_cast<int>(p.args->threads), p.args->batch * p.args->kv_heads,
+                 [&](long task) { run_sums<T>(p, task / p.args->kv_heads, task % p.args->kv_heads); });
+}
+
 template <class T>
 int run(const regard_pixel_attention_args& a) {
   Problem p(a);
   const int64_t tasks = a.batch * p.blocks(), parts = most<int64_t>(1, least(a.threads, tasks));
-  const bool runs = a.mix_logit != nullptr && a.before != nullptr;
-  const size_t sums = runs ? static_cast<size_t>(a.batch * a.kv_heads * p.stretches() * p.value_line) : 0;
+  const size_t sums = running_floats(p, true);
   Workspace space(Workspace::bytes_of<float>(sums) + static_cast<size_t>(parts) * Worker::bytes(p, false) +
                   Workspace::bytes_of<Worker>(static_cast<size_t>(parts)));
   if (!space) return REGARD_OUT_OF_MEMORY;
-  if (runs) {
-    p.running = space.take<float>(sums);
-    parallel_tasks(static_cast<int>(a.threads), a.batch * a.kv_heads,
-                   [&](long task) { run_sums<T>(p, task / a.kv_heads, task % a.kv_heads); });
-  }
+  run_all_sums<T>(p, space, sums);
   Worker* workers = space.take<Worker>(static_cast<size_t>(parts));
   for (int64_t part = 0; part < parts; ++part) workers[part] = Worker(space, p, false);
   long next = 0;
@@ -477,21 +494,40 @@ int run(const regard_pixel_attention_args& a) {
 
 // --- backward
 
+float dot(const float* x, const float* y, int64_t width) {
+  Vec sums = zero();
+  int64_t c = 0;
+  for (; c + LANES <= width; c += LANES) sums = fma(load(x + c), load(y + c), sums);
+  const int tail = static_cast<int>(width - c);
+  if (tail > 0) sums = fma(load(x + c, tail), load(y + c, tail), sums);
+  return sum(sums);
+}
+
+// Gradients of a (row, kv head) as they are summed; nullptr for those that are not wanted.
+struct Sums {
+  float* keys;    // (m, line)
+  float* values;  // (m, value_line)
+  float* means;   // (lines, value_line): of the means of its heads; or, of running ones, line i what the queries that see
+                  // i new values send to all of these
+};
+
 // What block `block` of the queries of a head adds to the gradients of its keys and values, and those of the queries. With
-// weights p and slopes d_j = dO . v_j: ds = p (d - sum of p d).
+// weights p, slopes d_j = dO . v_j and both gates: ds = row mix p (d - sum of p d).
 template <class T>
 void attend_backward(const Problem& p, const Worker& worker, const regard_pixel_attention_backward_args& args, int64_t b,
-                     int64_t h, int64_t block, float* grad_k, float* grad_v) {
+                     int64_t h, int64_t block, Means<T>& means, const Sums& to) {
   const regard_pixel_attention_args& a = *p.args;
   const T *keys = p.keys<T>(b, h), *values = p.values<T>(b, h);
   for (int64_t t = block * QUERIES; t < least((block + 1) * QUERIES, a.n); ++t) {
-    const int64_t place = (b * a.heads + h) * a.n + t;
-    const int64_t count = collect(p, b, p.total(b, t), a.kept + place * p.words, worker.slots);
+    const int64_t place = (b * a.heads + h) * a.n + t, total = p.total(b, t);
+    const int64_t count = collect(p, b, total, a.kept + place * p.words, worker.slots);
+    const Gates gates(a, place, total);
     const T* grad = static_cast<const T*>(args.grad_out) + b * args.grad_out_strides[0] + h * args.grad_out_strides[1] +
                     t * args.grad_out_strides[2];
+    load_rows(grad, 0, 1, static_cast<int>(a.value_width), worker.row, p.value_line);
+    float delta = 0.f;
     if (count > 0) {
       load_query<T>(p, worker, b, h, t);
-      load_rows(grad, 0, 1, static_cast<int>(a.value_width), worker.row, p.value_line);
       dots(keys, a.k_strides[2], worker.slots, count, worker.query, a.width, worker.scores);
       dots(values, a.v_strides[2], worker.slots, count, worker.row, a.value_width, worker.slopes);
       const float lse = a.lse[place], base = lse == -infinity() ? 0.f : lse;
@@ -502,11 +538,31 @@ void attend_backward(const Problem& p, const Worker& worker, const regard_pixel_
         store(worker.scores + j, weights);
         products = fma(weights, load(worker.slopes + j), products);
       }
-      const float delta = sum(products);
-      for (int64_t j = 0; j < count; j += LANES)
-        store(worker.slopes + j, load(worker.scores + j) * (load(worker.slopes + j) - delta));
-      if (grad_v != nullptr) add_outer(grad_v, p.value_line, worker.slots, count, worker.scores, worker.row);
-      if (grad_k != nullptr) add_outer(grad_k, p.line, worker.slots, count, worker.slopes, worker.query);
+      delta = sum(products);
+      const Vec share = broadcast(gates.row * gates.mix);
+      for (int64_t j = 0; j < count; j += LANES) {
+        const Vec weights = share * load(worker.scores + j);
+        store(worker.scores + j, weights);
+        store(worker.slopes + j, weights * (load(worker.slopes + j) - delta));
+      }
+      if (to.values != nullptr) add_outer(to.values, p.value_line, worker.slots, count, worker.scores, worker.row);
+      if (to.keys != nullptr) add_outer(to.keys, p.line, worker.slots, count, worker.slopes, worker.query);
+    }
+    if (args.grad_row_logit != nullptr)
+      args.grad_row_logit[place] = gates.mix * gates.row * logistic(-a.row_logit[place]) * delta;
+    if (args.grad_mix_logit != nullptr) {
+      float slope = 0.f;
+      if (gates.rest != 0.f)
+        slope = gates.row * delta - means.factor(total) * dot(worker.row, means.of(total), a.value_width);
+      args.grad_mix_logit[place] = gates.mix * gates.rest * slope;
+    }
+    if (to.means != nullptr && gates.rest != 0.f) {
+      const int64_t own = h % (a.heads / a.kv_heads) / (a.heads / a.first_heads);
+      const int64_t at = a.before == nullptr ? own : Means<T>::seen(a, b, total);
+      const float factor = a.before == nullptr ? gates.rest : gates.rest / static_cast<float>(total);
+      float* line = to.means + at * p.value_line;
+      for (int64_t c = 0; c < p.value_line; c += LANES)
+        store(line + c, fma(broadcast(factor), load(worker.row + c), load(line + c)));
     }
     if (args.grad_q == nullptr) continue;
     weighted_sum(keys, a.k_strides[2], worker.slots, count, worker.slopes, a.width, worker.grad_q);
@@ -517,34 +573,63 @@ void attend_backward(const Problem& p, const Worker& worker, const regard_pixel_
   }
 }
 
+// Of running means, each new value is in those of the queries that see as many or more.
+void spread_means(const Problem& p, const Sums& sums) {
+  const regard_pixel_attention_args& a = *p.args;
+  for (int64_t i = a.count; i > 0; --i) {
+    const float* line = sums.means + i * p.value_line;
+    float *before = sums.means + (i - 1) * p.value_line,
+          *value = sums.values == nullptr ? nullptr : sums.values + (a.m - a.count + i - 1) * p.value_line;
+    for (int64_t c = 0; c < p.value_line; c += LANES) {
+      store(before + c, load(before + c) + load(line + c));
+      if (value != nullptr) store(value + c, load(value + c) + load(line + c));
+    }
+  }
+}
+
 // A task has the gradients of one (row, kv head) to itself; with fewer of these than threads, a share of its queries, and
 // the shares are added at the end.
 template <class T>
 int run_backward(const regard_pixel_attention_backward_args& args) {
   const regard_pixel_attention_args& a = *args.forward;
-  const Problem p(a);
+  Problem p(a);
   const int64_t pairs = a.batch * a.kv_heads, shared = a.heads / a.kv_heads, threads = most<int64_t>(1, a.threads);
   const int64_t shares = pairs >= threads ? 1 : ceil_div(threads, pairs), tasks = pairs * shares;
   const int64_t parts = least(threads, tasks);
+  const bool running = a.before != nullptr;
+  const bool of_means = args.grad_first != nullptr || (a.mix_logit != nullptr && running && args.grad_v != nullptr);
+  const int64_t own = of_means && !running ? a.first_heads / a.kv_heads : 1;
   const int64_t key_floats = args.grad_k == nullptr ? 0 : a.m * p.line;
   const int64_t value_floats = args.grad_v == nullptr ? 0 : a.m * p.value_line;
-  const int64_t floats = key_floats + value_floats, buffers = shares == 1 ? parts : tasks;
-  Workspace space(Workspace::bytes_of<float>(static_cast<size_t>(floats * buffers)) +
+  const int64_t mean_floats = of_means ? (running ? a.count + 1 : own) * p.value_line : 0;
+  const int64_t floats = key_floats + value_floats + mean_floats, buffers = shares == 1 ? parts : tasks;
+  const size_t runs = running_floats(p, args.grad_mix_logit != nullptr);
+  Workspace space(Workspace::bytes_of<float>(static_cast<size_t>(floats * buffers)) + Workspace::bytes_of<float>(runs) +
                   static_cast<size_t>(parts) * Worker::bytes(p, true) +
                   Workspace::bytes_of<Worker>(static_cast<size_t>(parts)));
   if (!space) return REGARD_OUT_OF_MEMORY;
-  float* sums = space.take<float>(static_cast<size_t>(floats * buffers));
+  float* buffer = space.take<float>(static_cast<size_t>(floats * buffers));
+  run_all_sums<T>(p, space, runs);
   Worker* workers = space.take<Worker>(static_cast<size_t>(parts));
   for (int64_t part = 0; part < parts; ++part) workers[part] = Worker(space, p, true);
-  const auto put = [&](int64_t pair, const float* from, int64_t first, int64_t rows) {
+  const auto sums_at = [&](int64_t at) {
+    float* from = buffer + at * floats;
+    return Sums{key_floats == 0 ? nullptr : from, value_floats == 0 ? nullptr : from + key_floats,
+                mean_floats == 0 ? nullptr : from + key_floats + value_floats};
+  };
+  const auto put = [&](int64_t pair, const Sums& sums) {
     const int64_t b = pair / a.kv_heads, g = pair % a.kv_heads;
     const auto store_part = [&](void* data, const int64_t* strides, int64_t width, const float* lines, int64_t line) {
       if (data != nullptr)
-        store_rows(static_cast<T*>(data) + b * strides[0] + g * strides[1] + first * strides[2], strides[2],
-                   static_cast<int>(rows), static_cast<int>(width), lines + first * line, line);
+        store_rows(static_cast<T*>(data) + b * strides[0] + g * strides[1], strides[2], static_cast<int>(a.m),
+                   static_cast<int>(width), lines, line);
     };
-    store_part(args.grad_k, args.grad_k_strides, a.width, from, p.line);
-    store_part(args.grad_v, args.grad_v_strides, a.value_width, from + key_floats, p.value_line);
+    if (sums.means != nullptr && running) spread_means(p, sums);
+    store_part(args.grad_k, args.grad_k_strides, a.width, sums.keys, p.line);
+    store_part(args.grad_v, args.grad_v_strides, a.value_width, sums.values, p.value_line);
+    if (args.grad_first != nullptr)
+      store_rows(args.grad_first + (b * a.kv_heads + g) * own * a.value_width, a.value_width, static_cast<int>(own),
+                 static_cast<int>(a.value_width), sums.means, p.value_line);
   };
   long next = 0;
   parallel(static_cast<int>(parts), [&](int part) {
@@ -552,30 +637,34 @@ int run_backward(const regard_pixel_attention_backward_args& args) {
       const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (task >= tasks) return;
       const int64_t pair = task / shares, share = task % shares, b = pair / a.kv_heads, g = pair % a.kv_heads;
-      float* mine = sums + (shares == 1 ? part : task) * floats;
-      for (int64_t i = 0; i < floats; i += LANES) store(mine + i, zero());
-      for (int64_t h = g * shared; h < (g + 1) * shared; ++h)
+      const int64_t at = shares == 1 ? part : task;
+      for (int64_t i = 0; i < floats; i += LANES) store(buffer + at * floats + i, zero());
+      const Sums sums = sums_at(at);
+      for (int64_t h = g * shared; h < (g + 1) * shared; ++h) {
+        Means<T> means{p, b, h, workers[part].sums};
         for (int64_t block = share; block < p.blocks(); block += shares)
-          attend_backward<T>(p, workers[part], args, b, h, block, key_floats == 0 ? nullptr : mine,
-                             value_floats == 0 ? nullptr : mine + key_floats);
-      if (shares == 1) put(pair, mine, 0, a.m);
+          attend_backward<T>(p, workers[part], args, b, h, block, means, sums);
+      }
+      if (shares == 1) put(pair, sums);
     }
   });
   if (shares == 1 || floats == 0) return REGARD_OK;
   parallel_tasks(static_cast<int>(threads), pairs, [&](long pair) {
-    float* total = sums + pair * shares * floats;
+    float* total = buffer + pair * shares * floats;
     for (int64_t share = 1; share < shares; ++share)
       for (int64_t i = 0; i < floats; i += LANES)
         store(total + i, load(total + i) + load(total + share * floats + i));
-    put(pair, total, 0, a.m);
+    put(pair, sums_at(pair * shares));
   });
   return REGARD_OK;
 }
 
 bool valid(const regard_pixel_attention_args& a) {
-  return a.kv_heads >= 1 && a.heads % a.kv_heads == 0 && a.width >= 1 && a.value_width >= 1 && a.pixels >= 1 &&
-         a.top_k > 0 && a.oversample >= 1 &&
-         (a.mix_logit == nullptr || (a.first != nullptr && a.first_heads >= 1 && a.heads % a.first_heads == 0));
+  const bool heads = a.kv_heads >= 1 && a.heads % a.kv_heads == 0;
+  const bool means = a.mix_logit == nullptr ||
+                     (heads && a.first != nullptr && a.first_heads >= 1 && a.heads % a.first_heads == 0 &&
+                      a.first_heads % a.kv_heads == 0 && (a.before == nullptr || a.first_heads == a.kv_heads));
+  return heads && means && a.width >= 1 && a.value_width >= 1 && a.pixels >= 1 && a.top_k > 0 && a.oversample >= 1;
 }
 
 }  // namespace
@@ -587,10 +676,13 @@ int pixel_attention(const regard_pixel_attention_args* args) {
 }
 
 int pixel_attention_backward(const regard_pixel_attention_backward_args* args) {
-  if (!valid(*args->forward)) return REGARD_BAD_ARGUMENT;
-  if (args->forward->batch * args->forward->heads * most<int64_t>(args->forward->n, args->forward->m) == 0)
-    return REGARD_OK;
-  return args->forward->dtype == REGARD_BFLOAT16 ? run_backward<bfloat16>(*args) : run_backward<float>(*args);
+  const regard_pixel_attention_args& a = *args->forward;
+  const bool mixed = a.mix_logit != nullptr || (args->grad_mix_logit == nullptr && args->grad_first == nullptr);
+  const bool gated = a.row_logit != nullptr || args->grad_row_logit == nullptr;
+  if (!valid(a) || (a.n > 0 && !(mixed && gated))) return REGARD_BAD_ARGUMENT;
+  if (args->grad_first != nullptr && (a.first_heads < 1 || a.first_heads % a.kv_heads != 0)) return REGARD_BAD_ARGUMENT;
+  if (a.batch * a.heads == 0) return REGARD_OK;
+  return a.dtype == REGARD_BFLOAT16 ? run_backward<bfloat16>(*args) : run_backward<float>(*args);
 }
 
 }  // namespace REGARD_ISA

@@ -473,8 +473,8 @@ void forward(const regard_gated_recurrence_args& args, const Problem& problem, i
       give_state(args.checkpoints + (index * checkpoints + first / args.checkpoint_every - 1) * matrix);
     take_decays(decays, g, first, count, problem.keys, kp);
     const float* keys = load_tokens(k, first, count, problem.keys, key_rows, kp);
-    keys = map_features(options.feature_map, 1.f, keys, problem.valid_keys(task.batch, first, count), problem.keys,
-                        key_rows, kp);
+    keys = map_features(options.feature_map, 1.f, options.shift, keys, problem.valid_keys(task.batch, first, count),
+                        problem.keys, key_rows, kp);
     const float* values = load_tokens(v, first, count, task.width, value_rows, vp);
     if (!reading) {
       keys = decay_to_end(decays, keys, key_rows, kp);
@@ -483,7 +483,7 @@ void forward(const regard_gated_recurrence_args& args, const Problem& problem, i
       continue;
     }
     const float* queries = load_tokens(q, first, count, problem.keys, query_rows, kp);
-    queries = map_features(options.feature_map, options.scale, queries, count, problem.keys, query_rows, kp);
+    queries = map_features(options.feature_map, options.scale, options.shift, queries, count, problem.keys, query_rows, kp);
     read_inside(decays, kp, inclusive, quads, queries, query_rows, keys, key_rows, reads);
     if (normalize) {
       normalizers(queries, z, reads, options.eps, kp, inverse);
@@ -846,7 +846,8 @@ void backward(const regard_gated_recurrence_backward_args& args, const Problem& 
   // parts of the value features add up, so that one of them alone begins with it
   if (normalize) problem.take_normalizer(task.part == 0 ? grad_final : nullptr, memory.later_normalizer);
   auto take_keys = [&](int64_t first, int count) {
-    return map_features(options.feature_map, 1.f, load_tokens(k, first, count, problem.keys, memory.k, kp),
+    return map_features(options.feature_map, 1.f, options.shift,
+                        load_tokens(k, first, count, problem.keys, memory.k, kp),
                         problem.valid_keys(task.batch, first, count), problem.keys, memory.k, kp);
   };
 
@@ -885,7 +886,7 @@ void backward(const regard_gated_recurrence_backward_args& args, const Problem& 
       x.k = take_keys(first, count);
       x.v = load_tokens(v, first, count, task.width, memory.v, vp);
       if (reading) {
-        x.q = map_features(options.feature_map, options.scale,
+        x.q = map_features(options.feature_map, options.scale, options.shift,
                            load_tokens(q, first, count, problem.keys, memory.q, kp), count, problem.keys, memory.q, kp);
         x.grad_o = load_tokens(grad_o, first, count, task.width, memory.grad_o, vp);
         if (normalize)

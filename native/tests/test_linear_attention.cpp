@@ -79,7 +79,7 @@ void run(const Case& c) {
   const int64_t every = 32, kept = c.tokens == 0 ? 0 : (c.tokens - 1) / every, columns = c.values + c.normalize,
                 matrix = c.keys * columns, rows = c.batch * c.heads * c.tokens, shared = c.batch * c.groups * c.tokens,
                 states = c.batch * c.heads * matrix;
-  const float scale = 0.7f, eps = 1e-3f;
+  const float scale = 0.7f, eps = 1e-3f, shift = 0.05f;
   Floats q = numbers(shared * c.keys), k = numbers(shared * c.keys), v = numbers(rows * c.values), state = numbers(states),
          grad_o = numbers(rows * c.values), grad_final = numbers(states);
   for (float& x : state) x = fabsf(x);  // so that denominators do not vanish
@@ -106,7 +106,7 @@ void run(const Case& c) {
   f.o = sequence(o, c.heads, c.tokens, c.values);
   f.final_state = final_state.data();
   f.checkpoints = checkpoints.data();
-  forward.options = {c.map, c.normalize, scale, eps, valid.data(), inverse.data()};
+  forward.options = {c.map, c.normalize, scale, eps, shift, valid.data(), inverse.data()};
   regard_linear_attention_backward_args backward = {};
   backward.size = sizeof backward;
   backward.options = forward.options;
@@ -140,8 +140,8 @@ void run(const Case& c) {
   for (int64_t head = 0; head < c.batch * c.heads; ++head) {
     const int64_t own = head / c.heads * c.groups + head % c.heads / (c.heads / c.groups), b = head / c.heads;
     const float *qh = q.data() + own * c.tokens * c.keys, *kh = k.data() + own * c.tokens * c.keys;
-    auto query = [&](int64_t t, int64_t d) { return phi(c.map, double(scale) * qh[t * c.keys + d]); };
-    auto key = [&](int64_t t, int64_t d) { return t < valid[b] ? phi(c.map, kh[t * c.keys + d]) : 0.; };
+    auto query = [&](int64_t t, int64_t d) { return phi(c.map, double(scale) * qh[t * c.keys + d]) + double(shift); };
+    auto key = [&](int64_t t, int64_t d) { return t < valid[b] ? phi(c.map, kh[t * c.keys + d]) + double(shift) : 0.; };
     // values with a column of ones
     auto value = [&](int64_t t, int64_t e) {
       return e < c.values ? double(v[(head * c.tokens + t) * c.values + e]) : 1.;

@@ -60,7 +60,8 @@ struct Case {
   bool causal, together, moved, half;
   int64_t threads;
   int mix = 0;        // 0: none, 1: a mean for each head, 2: running means after some tokens
-  bool ties = false;  // of the estimate
+  bool ties = false;    // of the estimate
+  bool jitter = false;  // of the ranks
 };
 
 int failures = 0;
@@ -84,10 +85,14 @@ void check(const Case& c) {
                      grad = random_array(B * H * n * V), e = random_array(B * H * n * K),
                      row_logit = random_array(B * H * n), mix_logit = random_array(B * H * n),
                      first = random_array(B * (c.mix == 1 ? H : G) * V);
-  for (size_t i = 0; i < e.count; ++i) e[i] = c.ties ? floorf(2 * e[i]) : 4 * e[i];
+  // of a head alone: the last bits of two logarithms would tell those of two heads apart
+  for (size_t i = 0; i < e.count; ++i)
+    e[i] = c.ties ? floorf(2 * e[i]) * (1 + 0.125f * static_cast<float>(i / (n * K) % H)) : 4 * e[i];
   for (size_t i = 0; i < q.count; ++i) q[i] *= 2;
   const Array<uint16_t> q_bits = to_bits(q), k_bits = to_bits(k), v_bits = to_bits(v), grad_bits = to_bits(grad);
   Array<int64_t> totals(B * n), slots(B * m), before(B);
+  Array<double> jitter(B * m);
+  for (size_t i = 0; i < jitter.count; ++i) jitter[i] = c.jitter ? 0.75 * uniform() : 0;
   for (size_t b = 0; b < B; ++b) {
     before[b] = static_cast<int64_t>(m / 3);
     for (size_t i = 0; i < n; ++i)
@@ -97,6 +102,9 @@ void check(const Case& c) {
   }
 
   std::vector<double> out(B * H * n * V), mixed(B * H * n * V), grad_q(q.count), grad_k(k.count), grad_v(v.count);
+  // with the gates and the mean
+  std::vector<double> mixed_q(q.count), mixed_k(k.count), mixed_v(v.count), grad_row(row_logit.count),
+      grad_mix(mix_logit.count), grad_first(first.count);
   const double scale = 0.7f;
   for (size_t b = 0; b < B; ++b)
     for (size_t i = 0; i < n; ++i) {
@@ -115,10 +123,7 @@ void check(const Case& c) {
       for (size_t h = 0; h < H; h += ranked) {
         std::vector<size_t> order(ranked * K);
         std::iota(order.begin(), order.end(), h * K);
-        // rounded, for numbers that only a last bit of a logarithm tells apart are equal
-        std::stable_sort(order.begin(), order.end(), [&](size_t x, size_t y) {
-          return nearbyint(logs[x] * 1e11) > nearbyint(logs[y] * 1e11);
-        });
+        std::stable_sort(order.begin(), order.end(), [&](size_t x, size_t y) { return logs[x] > logs[y]; });
         const double budget = fmax(1, nearbyint(static_cast<double>(ranked) * each));
         for (size_t p = 0; p < order.size() && static_cast<double>(p) < budget; ++p) kept[order[p]] = 1;
       }
@@ -127,12 +132,13 @@ void check(const Case& c) {
         std::vector<double> s(m), weights(m), slopes(m);
         double sum = 0, delta = 0;
         for (int64_t j = 0; j < std::min<int64_t>(total, static_cast<int64_t>(m)); ++j) {
-          const double all = static_cast<double>(total), place = (static_cast<double>(j) + 0.5) / all * static_cast<double>(K);
+          const size_t slot = static_cast<size_t>(slots[b * m + static_cast<size_t>(j)]);
+          const double all = static_cast<double>(total);
+          const double place = (static_cast<double>(j) + jitter[b * m + slot] + 0.5) / all * static_cast<double>(K);
           const size_t pixel = std::min(static_cast<size_t>(fmax(0, floor(place - 1e-4))), K - 1);
           const double parts = fmax(1, nearbyint(all / c.oversample)), scaled = static_cast<double>(j + 1) / all * parts;
           const double step = fmin(fmax(all, c.top_k), c.top_k * c.oversample) / c.top_k;
           if (!kept[h * K + pixel] || (c.oversample > 1 && fabs(scaled - nearbyint(scaled)) > 0.5 / step + 1e-4)) continue;
-          const size_t slot = static_cast<size_t>(slots[b * m + static_cast<size_t>(j)]);
           for (size_t p = 0; p < D; ++p) s[slot] += scale * q[query * D + p] * k[(keys + slot) * D + p];
           weights[slot] = exp(s[slot]);
           sum += weights[slot];
@@ -145,21 +151,33 @@ void check(const Case& c) {
             grad_v[(keys + j) * V + p] += weights[j] * grad[query * V + p];
           }
         for (size_t j = 0; j < m; ++j) delta += weights[j] * slopes[j];
-        for (size_t j = 0; j < m; ++j)
+        const double share = 1 / (1 + exp(-static_cast<double>(mix_logit[query])));
+        const double row = 1 / (1 + exp(-static_cast<double>(row_logit[query])));
+        for (size_t j = 0; j < m; ++j) {
+          const double slope = scale * weights[j] * (slopes[j] - delta);
           for (size_t p = 0; p < D; ++p) {
-            const double slope = scale * weights[j] * (slopes[j] - delta);
             grad_q[query * D + p] += slope * k[(keys + j) * D + p];
             grad_k[(keys + j) * D + p] += slope * q[query * D + p];
+            mixed_q[query * D + p] += share * row * slope * k[(keys + j) * D + p];
+            mixed_k[(keys + j) * D + p] += share * row * slope * q[query * D + p];
           }
-        const double share = 1 / (1 + exp(-static_cast<double>(mix_logit[query])));
+          for (size_t p = 0; p < V; ++p) mixed_v[(keys + j) * V + p] += share * row * weights[j] * grad[query * V + p];
+        }
+        grad_row[query] = share * row * (1 - row) * delta;
+        grad_mix[query] = share * (1 - share) * row * delta;
+        const size_t own = (b * (c.mix == 1 ? H : G) + (c.mix == 1 ? h : h / (H / G))) * V;
+        const double part = c.mix == 2 ? 1 / static_cast<double>(total) : 1;
         for (size_t p = 0; p < V; ++p) {
-          double mean = first[(b * (c.mix == 1 ? H : G) + (c.mix == 1 ? h : h / (H / G))) * V + p];
-          if (c.mix == 2) {
-            for (int64_t j = before[b]; j < total; ++j) mean += v[(keys + static_cast<size_t>(j)) * V + p];
-            mean /= static_cast<double>(total);
+          double mean = first[own + p];
+          const double sent = (1 - share) * part * grad[query * V + p];
+          grad_first[own + p] += sent;
+          for (int64_t j = before[b]; c.mix == 2 && j < total; ++j) {
+            mean += v[(keys + static_cast<size_t>(j)) * V + p];
+            mixed_v[(keys + static_cast<size_t>(j)) * V + p] += sent;
           }
-          mixed[query * V + p] = share / (1 + exp(-static_cast<double>(row_logit[query]))) * out[query * V + p] +
-                                 (1 - share) * mean;
+          mean *= part;
+          mixed[query * V + p] = share * row * out[query * V + p] + (1 - share) * mean;
+          grad_mix[query] -= share * (1 - share) * mean * grad[query * V + p];
         }
       }
     }
@@ -190,6 +208,7 @@ void check(const Case& c) {
   a.kept = kept.get();
   a.totals = totals.get(), a.totals_stride = a.n;
   a.slots = c.moved ? slots.get() : nullptr, a.slots_stride = c.moved ? a.m : 0;
+  a.jitter = c.jitter ? jitter.get() : nullptr, a.jitter_stride = c.jitter ? a.m : 0;
   a.top_k = c.top_k, a.oversample = c.oversample;
   a.scale = 0.7f;
   a.together = c.together;
@@ -213,13 +232,24 @@ void check(const Case& c) {
   compare(c, "gradient of k", found_k, grad_k, c.half ? 2e-2 : 1e-5);
   compare(c, "gradient of v", found_v, grad_v, c.half ? 2e-2 : 1e-5);
   if (c.mix == 0) return;
-  a.lse = nullptr, a.kept = nullptr;
+  Array<float> found_row(row_logit.count), found_mix(mix_logit.count), found_first(first.count);
   a.row_logit = row_logit.get(), a.mix_logit = mix_logit.get();
   a.first = first.get(), a.first_heads = static_cast<int64_t>(c.mix == 1 ? H : G);
   a.before = c.mix == 2 ? before.get() : nullptr, a.count = c.mix == 2 ? a.m - before[0] : 0;
+  back.grad_row_logit = found_row.get(), back.grad_mix_logit = found_mix.get(), back.grad_first = found_first.get();
+  if (regard_pixel_attention(&a) != REGARD_OK || regard_pixel_attention_backward(&back) != REGARD_OK) ++failures;
+  read(found, found_bits), read(found_q, q_found), read(found_k, k_found), read(found_v, v_found);
+  compare(c, "mixed output", found, mixed, c.half ? 8e-3 : 1e-5);
+  compare(c, "mixed gradient of q", found_q, mixed_q, c.half ? 2e-2 : 1e-5);
+  compare(c, "mixed gradient of k", found_k, mixed_k, c.half ? 2e-2 : 1e-5);
+  compare(c, "mixed gradient of v", found_v, mixed_v, c.half ? 2e-2 : 1e-5);
+  compare(c, "gradient of the row's logit", found_row, grad_row, 1e-5);
+  compare(c, "gradient of the mean's logit", found_mix, grad_mix, 1e-5);
+  compare(c, "gradient of the mean", found_first, grad_first, 1e-5);
+  a.lse = nullptr, a.kept = nullptr;
   if (regard_pixel_attention(&a) != REGARD_OK) ++failures;
   read(found, found_bits);
-  compare(c, "mixed output", found, mixed, c.half ? 8e-3 : 1e-5);
+  compare(c, "mixed output alone", found, mixed, c.half ? 8e-3 : 1e-5);
 }
 
 }  // namespace
@@ -237,6 +267,8 @@ int main() {
       {"long running means", 1, 1, 5, 450, 8, 33, 16, 9, 1, true, true, false, false, 2, 2},
       {"queries before all keys", 1, 1, 30, 20, 8, 8, 4, 3, 1, true, true, false, false, 1, 1},
       {"everything", 2, 1, 33, 33, 8, 8, 4, 100, 1, true, true, false, false, 1, 2},
+      {"jitter", 4, 2, 70, 70, 8, 8, 16, 3, 1, true, true, false, false, 2, 2, false, true},
+      {"jitter of moved keys beside narrow pixels", 2, 1, 20, 30, 8, 8, 50, 5, 2, true, true, true, false, 2, 0, false, true},
       {"bfloat16", 2, 1, 70, 70, 16, 24, 10, 6, 1, true, true, false, true, 2, 2},
       {"one token", 1, 1, 1, 1, 1, 1, 3, 1, 1, true, true, false, false, 2, 2},
       {"no keys", 1, 1, 3, 0, 4, 4, 3, 1, 1, false, true, false, false, 1},

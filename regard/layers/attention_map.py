@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from regard.contract import valid_from_lengths
 from regard.core.precision import wide_dtype
+from regard.layers.linear import Linear
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -47,10 +48,10 @@ class CausalMap(nn.Module):
     def __init__(self, features: int, heads: int, pixels: int) -> None:
         super().__init__()
         width, channels = pixels // self.SHRINK, self.CHANNELS * heads
-        self.expand = nn.Linear(features, self.CHANNELS * width)
+        self.expand = Linear(features, self.CHANNELS * width)
         self.first_norm, self.last_norm = nn.LayerNorm(width), nn.LayerNorm(pixels)
         self.convolutions = nn.ModuleList(CausalRows(channels) for _ in range(2))
-        self.merge = nn.Conv2d(channels, heads, 1, padding=(0, 1))
+        self.merge = nn.Conv2d(channels, heads, 1)
         self.pixels = pixels
 
     def start(self, like: Float[Tensor, "b ..."]) -> tuple[Tensor, ...]:
@@ -68,9 +69,16 @@ class CausalMap(nn.Module):
             x, kept = convolution.advance(x, past[i], lengths)  # type: ignore[operator]
             x = x.relu()
             rows.append(kept)
-        x = self.merge(x.repeat_interleave(self.SHRINK, -1))
-        x = F.interpolate(x, size=(x.shape[2], self.pixels), mode="area")
+        # the same beyond the edge, where the map is zero, as inside: averages of the bias are the bias
+        assert self.merge.bias is not None
+        x = F.conv2d(x, self.merge.weight) @ self._stretched(x) + self.merge.bias[:, None, None]
         return self.last_norm(x), tuple(rows)
+
+    def _stretched(self, x: Float[Tensor, "b h n w"]) -> Float[Tensor, "w c"]:
+        """The share of each pixel of the small map in those of the large one: each is repeated, a zero is put on either side,
+        and neighbours are averaged."""
+        repeated = torch.eye(x.shape[-1], dtype=wide_dtype(x), device=x.device).repeat_interleave(self.SHRINK, -1)
+        return F.interpolate(F.pad(repeated, (1, 1))[None], size=self.pixels, mode="area")[0].to(x.dtype)
 
 
 class NoncausalMap(nn.Module):
@@ -81,7 +89,7 @@ class NoncausalMap(nn.Module):
     def __init__(self, features: int, heads: int, pixels: int) -> None:
         super().__init__()
         channels = self.CHANNELS * heads
-        self.expand = nn.Linear(features, self.CHANNELS * pixels // self.SHRINK)
+        self.expand = Linear(features, self.CHANNELS * pixels // self.SHRINK)
         self.shrink = nn.Conv2d(channels, channels, 3, padding=1, stride=(2, 1))
         self.mix = nn.Conv2d(channels, channels, 3, padding=1)
         self.merge = nn.Conv2d(channels, heads, 3, padding=1)
@@ -133,7 +141,7 @@ class CodebookMap(nn.Module):
 
     def __init__(self, features: int, heads: int, pixels: int) -> None:
         super().__init__()
-        self.choose = nn.Linear(features, self.BOOK * pixels // self.PATCH)
+        self.choose = Linear(features, self.BOOK * pixels // self.PATCH)
         self.patches = nn.Parameter(torch.randn(self.BOOK, self.PATCH))
 
     def start(self, like: Float[Tensor, "b ..."]) -> tuple[Tensor, ...]:

@@ -18,6 +18,7 @@ from regard.functional import sea_attention, softmax_attention
 from regard.layers.attention_map import CausalMap, NoncausalMap, softmax_features
 from regard.layers.parts import LayerCall
 from regard.mechanisms.sea import MECHANISM, Estimator
+from regard.mechanisms.sea import layer as estimation
 from regard.training import peak_memory
 from regard.workbench.layer_properties import LAYER_PROPERTIES
 from regard.workbench.properties import split_and_resume
@@ -146,6 +147,17 @@ def test_the_gathered_form_equals_masked_products_with_gradients(pattern, option
 def test_states_of_unequal_rows_read_the_right_keys(route):
     """Rows that advance unequally leave empty slots in the cache, so that slots are not ranks."""
     assert split_and_resume(Subject(MECHANISM, Pattern.CAUSAL_SELF, {"top_k": 2}), torch.float64) < 1e-12
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_row_alone_that_was_padded_goes_on_from_its_own_tokens(n, route):
+    """Its cache has empty slots, so that slots are not ranks."""
+    q, k, v, e, a, b = sample(9 + n, batch=1)
+    whole = sea_attention(*(x[:, :, [*range(6), *range(9, 9 + n)]] for x in (q, k, v, e, a, b)), top_k=2)
+    first = [x[:, :, :9] for x in (q, k, v, e, a, b)]
+    state = sea_attention(*first, top_k=2, mask=Mask(lengths=torch.tensor([6])), return_state=True).state
+    rest = sea_attention(*(x[:, :, 9:] for x in (q, k, v, e, a, b)), top_k=2, state=state)
+    close(rest.output, whole[:, :, 6:])
 
 
 def test_memory_grows_with_the_length_not_its_square(monkeypatch):
@@ -290,6 +302,25 @@ def test_every_estimator_decodes_as_it_reads_and_sees_no_padding(variant, patter
     assert check(Place(MECHANISM, Pattern(pattern), prop, torch.float64, variant=variant)).status == "pass"
 
 
+def test_an_estimate_in_parts_has_the_gradients_of_the_whole(monkeypatch):
+    """Though new random features are drawn before it is computed again."""
+    module, x = layer(jitter=0.0, redraw_every=0).train(), torch.randn(2, 24, 16, dtype=torch.float64)
+    leaves = [x.requires_grad_(), *module.parameters()]
+
+    def trained():
+        result = module(x, context=Context(mask=Mask(lengths=torch.tensor([24, 17]))))
+        return torch.cat([result.output.flatten(), result.losses["distillation"][0][None]])
+
+    whole = trained()
+    monkeypatch.setattr(estimation, "QUERIES_AT_ONCE", 7)
+    parts = trained()
+    module.projection.redraw()
+    cotangent = torch.randn_like(whole)
+    found, expected = (torch.autograd.grad(y, leaves, cotangent) for y in (parts, whole))
+    close(parts, whole)
+    close(*(torch.cat([x.flatten() for x in grads]) for grads in (found, expected)), 1e-11)
+
+
 def test_a_row_of_the_causal_map_sees_only_every_other_of_the_last_eight_queries():
     module = CausalMap(6, 2, 32).double()
     z = torch.randn(1, 2, 30, 6, dtype=torch.float64)
@@ -353,8 +384,8 @@ def test_the_context_equals_the_recorded_performer(kind):
     a = load(f"sea_performer_{kind}")
     leaves = [a[name].clone().requires_grad_() for name in "qkv"]
     if kind == "causal":
-        phi = [(x * 8**-0.25 @ a["projection"].mT).relu() + 1e-3 for x in leaves[:2]]
-        found = linear_attention(*phi, leaves[2], Estimator.RULE)[0]
+        projected = [x * 8**-0.25 @ a["projection"].mT for x in leaves[:2]]
+        found = linear_attention(*projected, leaves[2], Estimator.PERFORMER)[0]
     else:
         everything = torch.ones(1, 1, 13, 1, dtype=torch.bool)
         phi = softmax_features(leaves[0], leaves[1], a["projection"], everything)

@@ -2,6 +2,8 @@
 
 S_t = S_{t-1} + phi(k_t) v_t^T,   z_t = z_{t-1} + phi(k_t),
 o_t = S_t^T phi(scale q_t) / (z_t . phi(scale q_t) + eps)
+
+A shift, where there is one, belongs to phi.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ class Options(ctypes.Structure):
         ("normalize", ctypes.c_int64),
         ("scale", ctypes.c_float),
         ("eps", ctypes.c_float),
+        ("shift", ctypes.c_float),
         ("valid", ctypes.c_void_p),
         ("inverse", ctypes.c_void_p),
     )
@@ -93,7 +94,7 @@ def _laid_out(p: Problem) -> Problem:
 def _options(rule: Rule, valid: Tensor | None, inverse: Tensor) -> Options:
     number = 1 + FEATURE_MAPS.index(rule.feature_map)
     places = pointer(inverse) if inverse.numel() else None
-    return Options(number, int(rule.eps is not None), rule.scale, rule.eps or 0.0, pointer(valid), places)
+    return Options(number, int(rule.eps is not None), rule.scale, rule.eps or 0.0, rule.shift, pointer(valid), places)
 
 
 def _empty_state(k: Tensor, v: Tensor, rule: Rule) -> Tensor:

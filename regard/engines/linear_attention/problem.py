@@ -17,11 +17,13 @@ class Rule(Packed):
         feature_map: phi, a name in :data:`regard.engines.feature_maps.FEATURE_MAPS`.
         scale: multiplies queries before phi.
         eps: added to the denominators; None for no denominators.
+        shift: added to phi.
     """
 
     feature_map: str
     scale: float
     eps: float | None
+    shift: float = 0.0
 
 
 @dataclass(frozen=True)

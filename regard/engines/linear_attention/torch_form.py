@@ -31,7 +31,12 @@ def run(problem: Problem, rule: Rule, chunk_size: int) -> tuple[Tensor, Tensor]:
 def map_queries(q: Float[Tensor, "b h n k"], rule: Rule) -> Float[Tensor, "b h n k"]:
     """Mapped queries, in at least float32."""
     dtype = wide_dtype(q)
-    return FEATURE_MAPS[rule.feature_map](rule.scale * q.to(dtype))
+    return _mapped(rule.scale * q.to(dtype), rule)
+
+
+def _mapped(x: Float[Tensor, "b h n k"], rule: Rule) -> Float[Tensor, "b h n k"]:
+    features = FEATURE_MAPS[rule.feature_map](x)
+    return features + rule.shift if rule.shift else features
 
 
 def map_memory(
@@ -39,7 +44,7 @@ def map_memory(
 ) -> tuple[Float[Tensor, "b h n k"], Float[Tensor, "b h n c"]]:
     """Mapped keys (zero at padding, where phi(0) is not) and values with a column of ones for the denominator."""
     dtype = wide_dtype(k)
-    keys, values = FEATURE_MAPS[rule.feature_map](k.to(dtype)), v.to(dtype)
+    keys, values = _mapped(k.to(dtype), rule), v.to(dtype)
     if valid is not None:
         keys = torch.where(valid_from_lengths(valid, k.shape[2])[:, None, :, None], keys, 0)
     return keys, values if rule.eps is None else F.pad(values, (0, 1), value=1.0)

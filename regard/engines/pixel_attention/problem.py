@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from regard.core.precision import wide
+from regard.core.ragged import values_known
 from regard.core.visibility import Ranks
 
 if TYPE_CHECKING:
@@ -17,6 +18,20 @@ if TYPE_CHECKING:
 GROUPINGS = ("row", "query", "head", "batch")
 """Which probabilities are ranked together: those of all heads of a query, of one head of a query, of one head of all
 queries, or of a whole map."""
+
+
+def slots_by_rank(ranks: Ranks, batch: int) -> Int[Tensor, "b m"] | None:
+    """Slot of the key of each rank; None where it is the rank."""
+    if ranks.offset is not None or ranks.plain:
+        return None
+    keys = ranks.keys
+    rows, m = keys.shape
+    # one row without an empty slot, as in decoding
+    if rows == 1 and m and values_known(keys) and int(keys[0, -1]) == m - 1:
+        return None
+    named = torch.where(keys < 0, m, keys)
+    slots = torch.arange(m, device=keys.device).expand_as(keys)
+    return keys.new_zeros(rows, m + 1).scatter(1, named, slots)[:, :m].expand(batch, -1)
 
 
 @dataclass(frozen=True)
@@ -33,7 +48,7 @@ class Problem:
         scale: multiplies the scores.
         fewest: the fewest keys that any query sees, as far as the sizes tell.
         valid: queries that count where `grouping` ranks several; all when None.
-        jitter: shifts of the keys' ranks before the pixels are found.
+        jitter: shifts of the ranks of the keys in each slot before the pixels are found, less than 1.
         want_weights: whether the weights are wanted.
     """
 
@@ -48,16 +63,6 @@ class Problem:
     valid: Bool[Tensor, "b n"] | None = None
     jitter: Float[Tensor, "b m"] | None = None
     want_weights: bool = False
-
-    def slots(self) -> Int[Tensor, "b m"] | None:
-        """Slot of the key of each rank; None where it is the rank."""
-        keys = self.ranks.keys
-        if self.ranks.offset is not None or keys.shape[0] == 1:
-            return None
-        m = keys.shape[1]
-        named = torch.where(keys < 0, m, keys)
-        slots = torch.arange(m, device=keys.device).expand_as(keys)
-        return keys.new_zeros(keys.shape[0], m + 1).scatter(1, named, slots)[:, :m]
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from regard.core.precision import wide, without_autocast
-from regard.engines.pixel_attention.problem import Mix, Problem
+from regard.engines.pixel_attention.problem import Mix, Problem, slots_by_rank
+from regard.engines.recomputed import recomputed
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -147,10 +147,7 @@ def by_rows(
         for start in range(0, n, size):
             rows = slice(start, start + size)
             inputs = (totals[:, rows], *whole, *(x[:, :, rows] for x in by_query))
-            if torch.is_grad_enabled():
-                parts.append(checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=False))
-            else:
-                parts.append(compute(*inputs))
+            parts.append(recomputed(compute, *inputs))
     return tuple(torch.cat(found, 2) for found in zip(*parts, strict=True))
 
 
@@ -176,7 +173,7 @@ def _dense_rows(p: Problem) -> Compute:
 
 def _gathered_rows(p: Problem, most: int) -> Compute:
     """Products with the kept keys alone: at most `most` for each query, those of one head after those of another."""
-    slots = p.slots()
+    slots = slots_by_rank(p.ranks, p.estimate.shape[0])
 
     def compute(totals: Tensor, k: Tensor, v: Tensor, kept: Tensor, q: Tensor) -> tuple[Tensor, ...]:
         batch, heads, n, _ = q.shape

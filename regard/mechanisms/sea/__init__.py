@@ -46,8 +46,13 @@ one, the layer's own exact weights, without gradient, stand for A, and only the 
 Layout: (B, H, N, D), `estimate` (B, H, N, K); keys and values may have fewer heads. n_t is the query's own number of keys,
 never N. Nothing of the selection is differentiated: e learns from the distillation and, in noncausal-self, from the mean.
 Cost: only the keys of kept pixels are read, where there is a native kernel at k + n_t / (H K) keys a query and without storage
-beside the output. In PyTorch they are gathered once that is less work than masked products over all keys, both block by block of
-queries. In training with a loss all exact scores are computed. If n_t is beyond H k K, the one pixel that is kept grows with n_t.
+beside the output, in training too. In PyTorch (float64, and where weights are wanted) they are gathered once that is less work
+than masked products over all keys, both block by block of queries. `grouping` by heads or maps sorts all probabilities of a head
+or map in PyTorch. If n_t is beyond H k K, the one pixel that is kept grows with n_t. The loss compares the map with all exact
+scores: one product of the seven of softmax's training, or, of a teacher, four; nothing as wide as the keys is stored but the
+teacher's weights. The map, its gradient and the sums of its pixels, K numbers a query each, come on top of what training holds
+with softmax. A causal layer estimates 512 queries at a time, and once more for gradients; most of an estimate is its linear
+attention, which `feature_divisor=8` makes eight times cheaper.
 State: every key and value and the sum of the values; of a layer also the sums of the linear attention and the last four
 rows of each convolution.
 Deviations: cross patterns are not in the paper: their estimator is the causal one over the whole memory, with q in place of v

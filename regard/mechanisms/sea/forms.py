@@ -13,7 +13,10 @@ from regard.contract import Call, Loss, Pattern, Result, State, Unsupported, len
 from regard.core.precision import wide
 from regard.core.visibility import Ranks, ranks
 from regard.engines.cache import append
-from regard.engines.pixel_attention import Mean, Mix, Problem, by_rows, pixel_attention, pixels_of_keys
+from regard.engines.map_distance import Problem as Compared
+from regard.engines.map_distance import map_distance
+from regard.engines.pixel_attention import Mean, Mix, Problem, pixel_attention, pixels_of_keys
+from regard.engines.recomputed import recomputed
 from regard.mechanisms.sea.definition import Config, check_grouping
 
 if TYPE_CHECKING:
@@ -158,9 +161,7 @@ def _attend(
     if weights is not None:
         result.extras["weights"] = weights.to(v.dtype)
     if call.teacher is not None or (call.training and config.self_teacher):
-        result.losses["distillation"] = _distillation(
-            call, keys, call.scale * wide(q), estimate, output, totals, jitter
-        )
+        result.losses["distillation"] = _distillation(call, keys, q, estimate, output, totals, jitter)
     return result
 
 
@@ -168,16 +169,19 @@ def _mean(call: Call, keys: _Keys, estimate: Tensor, totals: Tensor) -> Mean:
     """The value that a query gets where it does not attend."""
     if call.pattern is not Pattern.NONCAUSAL_SELF:
         return keys.mean(call, totals)
-    p = wide(estimate).softmax(-1)
-    valid = call.valid_queries(p.shape[2])
-    if valid is None:
-        p = p.mean(2)
-    else:
-        p = torch.where(valid[:, None, :, None], p, 0).sum(2) / valid.sum(-1).clamp(min=1)[:, None, None]
+    p = recomputed(_mean_map, estimate, call.valid_queries(estimate.shape[2]))
     pixel, visible = pixels_of_keys(keys.where.keys, totals, p.shape[-1])  # (b, 1, m)
     weights = p.gather(-1, pixel.expand(p.shape[0], p.shape[1], -1))
     v = wide(keys.state.v).repeat_interleave(p.shape[1] // keys.state.v.shape[1], 1)
     return Mean((torch.where(visible, weights, 0)[:, :, None] @ v)[:, :, 0])
+
+
+def _mean_map(estimate: Float[Tensor, "b h n c"], valid: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b h c"]:
+    """The mean over the valid queries of the probabilities of the pixels."""
+    p = wide(estimate).softmax(-1)
+    if valid is None:
+        return p.mean(2)
+    return torch.where(valid[:, None, :, None], p, 0).sum(2) / valid.sum(-1).clamp(min=1)[:, None, None]
 
 
 def _draw_jitter(call: Call, batch: int, m: int, device: torch.device) -> Float[Tensor, "b m"] | None:
@@ -214,29 +218,15 @@ def _distillation(
     valid = call.valid_queries(n)
     if valid is not None:
         counted = counted & valid
-
-    def compute(totals: Tensor, k: Tensor, q: Tensor, e: Tensor, target: Tensor | None = None) -> tuple[Tensor, ...]:
-        pixel, visible = (x.expand(batch, -1, -1) for x in pixels_of_keys(slots, totals, e.shape[-1], jitter))
-        seen = visible[:, None]
-        scores = q @ wide(k).repeat_interleave(heads // k.shape[1], 1).mT
-        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-        if target is None:
-            return _map_distances(torch.where(seen, scores.detach().softmax(-1), 0), e, pixel, visible)
-        p = torch.where(seen, wide(target), 0)
-        kl, squares = _map_distances(p, e, pixel, visible)
-        own = scores.log_softmax(-1)
-        kl = kl + torch.xlogy(p, p).sum(-1) - (p * torch.where(seen, own, 0)).sum(-1)
-        return kl, squares + (p - torch.where(seen, own.exp(), 0)).square().sum(-1)
-
-    by_query = (q, wide(estimate)) if "weights" not in given else (q, wide(estimate), given["weights"])
-    kl, squares = by_rows(compute, batch * heads * k.shape[2], totals, (k,), by_query)
+    compared = Compared(totals, keys.where, call.scale, jitter, given.get("weights"))
+    kl, squares = map_distance(q, k, estimate, compared, call.backend)
     rows, counted_heads = counted.sum(), counted[:, None].expand(-1, heads, -1)
     pairs = (counted.sum(-1) * (slots >= 0).sum(-1)).sum()
     averaged = rows if call.pattern is Pattern.NONCAUSAL_SELF else heads * rows
     loss = 0.1 * torch.where(counted_heads, kl, 0).sum() / averaged.clamp(min=1)
     loss = loss + torch.where(counted_heads, squares, 0).sum() / (heads * pairs).clamp(min=1)
     if "output" in given:
-        difference = (output - wide(given["output"])).square().mean(-1)
+        difference = (wide(output) - wide(given["output"])).square().mean(-1)
         loss = loss + torch.where(counted_heads, difference, 0).sum() / (heads * rows).clamp(min=1)
     return loss, (rows > 0).to(torch.int64)
 
@@ -253,27 +243,3 @@ def _teacher(call: Call, pairs: tuple[int, ...], output: tuple[int, ...]) -> Map
             supported=f"weights of {expected['weights']}, and if wanted output of {expected['output']}",
         )
     return call.teacher
-
-
-def _map_distances(
-    p: Float[Tensor, "b h n m"],
-    estimate: Float[Tensor, "b h n c"],
-    pixel: Int[Tensor, "b n m"],
-    visible: Bool[Tensor, "b n m"],
-) -> tuple[Float[Tensor, "b h n"], Float[Tensor, "b h n"]]:
-    """KL(p, r) and sum (p - r)^2 of each row, for r the softmax over visible tokens of the score of their pixel.
-
-    All tokens of a pixel have the same r, so sums over pixels do, and nothing as wide as the tokens needs a gradient.
-    """
-    counts = torch.zeros_like(estimate[:, 0]).scatter_add(-1, pixel, visible.to(estimate.dtype))[:, None]
-    mass = torch.zeros_like(estimate).scatter_add(-1, pixel[:, None].expand_as(p), p)
-    some = counts > 0
-    scores = estimate.masked_fill(~some, torch.finfo(estimate.dtype).min)
-    top = scores.detach().amax(-1, keepdim=True)
-    exponentials = torch.where(some, (scores - top).exp(), 0)
-    total = (counts * exponentials).sum(-1, keepdim=True)
-    total = torch.where(total > 0, total, 1)
-    logs = torch.where(some, scores - top - total.log(), 0)
-    r = exponentials / total
-    kl = torch.xlogy(p, p).sum(-1) - (mass * logs).sum(-1)
-    return kl, p.square().sum(-1) - 2 * (mass * r).sum(-1) + (counts * r.square()).sum(-1)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from regard.contract import LayerSpec, Pattern, State, Tensors, Unsupported, lengths_after, state_field
 from regard.core.precision import wide, without_autocast
-from regard.engines.linear_attention import Rule, divide, linear_attention, map_memory
+from regard.engines.linear_attention import Rule, divide, linear_attention, map_memory, map_queries
+from regard.engines.recomputed import recomputed
 from regard.layers.attention_map import CausalMap, CodebookMap, NoncausalMap, orthogonal_features, softmax_features
+from regard.layers.linear import Linear
 from regard.layers.parts import LayerCall, Projection
 from regard.mechanisms.sea.definition import Config
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 
 QUERIES_AT_ONCE = 512
-"""Queries that are estimated at once where no gradient is wanted, in causal-self."""
+"""Queries that are estimated at once in causal-self."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Estimator(Projection):
     # In these the map does no more than choose what is read, which has no gradient.
     learns_from_losses = (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS)
     EPS = 1e-6
-    RULE = Rule("identity", 1.0, EPS)
+    COSFORMER, PERFORMER = Rule("identity", 1.0, EPS), Rule("relu", 1.0, EPS, 1e-3)
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
@@ -64,10 +66,10 @@ class Estimator(Projection):
             self.positions._no_weight_decay = True  # type: ignore[attr-defined]
         width = d + v + (d if spec.pattern.cross else v)
         joint = heads if config.joint_encoder else 1
-        self.encode = nn.Sequential(nn.Linear(joint * width, joint * 2 * d), nn.LayerNorm(joint * 2 * d), nn.GELU())
+        self.encode = nn.Sequential(Linear(joint * width, joint * 2 * d), nn.LayerNorm(joint * 2 * d), nn.GELU())
         maps = {"codebook": CodebookMap, "cnn": NoncausalMap if self.whole else CausalMap}
         self.map = maps[config.estimator](2 * d, heads, config.estimate_length)
-        self.gates = nn.Linear(2 * d, 1 + config.row_scale)
+        self.gates = Linear(2 * d, 1 + config.row_scale)
         self.training_calls = 0
 
     @staticmethod
@@ -102,27 +104,41 @@ class Estimator(Projection):
             self.training_calls += 1
             if self.training_calls % self.config.redraw_every == 0:
                 self.redraw(call.context.generator)
-        causal = self.pattern is Pattern.CAUSAL_SELF and not torch.is_grad_enabled() and not compiling
+        causal = self.pattern is Pattern.CAUSAL_SELF and not compiling
         if causal and heads["q"].shape[2] > QUERIES_AT_ONCE:
             return self._in_parts(heads, call)
-        return self._estimated(heads, call)
+        return self._estimated(heads, call, self.random_features)
 
     def _in_parts(self, heads: Tensors, call: LayerCall) -> tuple[Tensors, EstimatorState | None]:
-        """As :meth:`_estimated`, some queries after others, so that little lies in between."""
+        """As :meth:`_estimated`, some queries after others, so that little lies in between; for gradients it is computed
+        again."""
         n, state = heads["q"].shape[2], call.state
-        found: Tensors = {}
-        for start in range(0, n, QUERIES_AT_ONCE):
-            rows = slice(start, start + QUERIES_AT_ONCE)
+        learning = torch.is_grad_enabled()
+        cut = [
+            x.split(QUERIES_AT_ONCE, 2) for x in heads.values()
+        ]  # gradients of slices would each be as long as the whole
+        parts: dict[str, list[Tensor]] = {}
+        for start, pieces in zip(range(0, n, QUERIES_AT_ONCE), zip(*cut, strict=True), strict=True):
             lengths = None if call.lengths is None else (call.lengths - start).clamp(0, QUERIES_AT_ONCE)
             part = dataclasses.replace(call, lengths=lengths, memory_lengths=lengths, state=state)
-            told, state = self._estimated({name: x[:, :, rows] for name, x in heads.items()}, part)
+            inputs = dict(zip(heads, pieces, strict=True))
+            told, state = recomputed(self._estimated, inputs, part, self.random_features)
             for name in told.keys() - heads.keys():
                 x = told[name]
-                whole = found.setdefault(name, x.new_empty(*x.shape[:2], n, *x.shape[3:]))
-                whole[:, :, rows] = x
-        return heads | found, state
+                if learning:
+                    parts.setdefault(name, []).append(x)
+                    continue
+                if name not in parts:  # all parts beside their whole would be twice as much
+                    parts[name] = [x.new_empty(*x.shape[:2], n, *x.shape[3:])]
+                parts[name][0][:, :, start : start + QUERIES_AT_ONCE] = x
+        return heads | {
+            name: found[0] if len(found) == 1 else torch.cat(found, 2) for name, found in parts.items()
+        }, state
 
-    def _estimated(self, heads: Tensors, call: LayerCall) -> tuple[Tensors, EstimatorState | None]:
+    def _estimated(
+        self, heads: Tensors, call: LayerCall, features: Tensor | None
+    ) -> tuple[Tensors, EstimatorState | None]:
+        """With these random features: new ones may be drawn before it is computed again for gradients."""
         x, memory, lengths, memory_lengths, state = (
             call.x,
             call.memory,
@@ -135,22 +151,23 @@ class Estimator(Projection):
         with without_autocast(next(iter(heads.values())).device):
             if self.pattern.cross:
                 if memory is not None:
-                    state = self._absorb(heads, memory_lengths, state)
+                    state = self._absorb(heads, memory_lengths, state, features)
                 if x is not None and state is not None:
-                    c = divide(self._map(wide(heads["q"])) @ state.memory, self.RULE)
+                    q = map_queries(self._project(wide(heads["q"]), features), self.rule)
+                    c = divide(q @ state.memory, self.rule)
             elif self.whole:
-                c = self._attend_all(heads, lengths)
+                c = self._attend_all(heads, lengths, features)
             else:
-                c, state = self._attend_causal(heads, lengths, state)
+                c, state = self._attend_causal(heads, lengths, state, features)
         if c is None:
             return heads, state
         own = heads["q"] if self.pattern.cross else self._repeat(heads["v"])
-        features = torch.cat([c.to(own.dtype), own], -1)  # (b, h, n, 3 d)
+        encoded = torch.cat([c.to(own.dtype), own], -1)  # (b, h, n, 3 d)
         if config.joint_encoder:
-            joint = self.encode(features.transpose(1, 2).flatten(2))
+            joint = self.encode(encoded.transpose(1, 2).flatten(2))
             z = joint.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         else:
-            z = self.encode(features)
+            z = self.encode(encoded)
         gates = self.gates(z)
         found = heads | {"mix_logit": gates[..., 0]}
         if config.row_scale:
@@ -163,14 +180,21 @@ class Estimator(Projection):
         return found, None if state is None else dataclasses.replace(state, rows=rows)
 
     def _repeat(self, x: Float[Tensor, "b g n d"]) -> Float[Tensor, "b h n d"]:
-        return x.repeat_interleave(self.heads // x.shape[1], 1)
+        return x if x.shape[1] == self.heads else x.repeat_interleave(self.heads // x.shape[1], 1)
 
-    def _map(self, x: Float[Tensor, "b h n d"], turn: Float[Tensor, "#b 1 n 1"] | None = None) -> Tensor:
-        """phi in causal and cross patterns; `turn` is the angle of each token in cosFormer."""
-        if self.random_features is None:
+    @property
+    def rule(self) -> Rule:
+        """Of the linear attention in causal and cross patterns."""
+        return self.COSFORMER if self.random_features is None else self.PERFORMER
+
+    def _project(
+        self, x: Float[Tensor, "b h n d"], features: Tensor | None, turn: Float[Tensor, "#b 1 n 1"] | None = None
+    ) -> Tensor:
+        """What its feature map is given; `turn` is the angle of each token in cosFormer."""
+        if features is None:
             assert turn is not None
             return torch.cat([x.relu() * turn.cos(), x.relu() * turn.sin()], -1)
-        return (x.shape[-1] ** -0.25 * x @ self.random_features.to(x.dtype).mT).relu() + 1e-3
+        return x @ (x.shape[-1] ** -0.25 * features.to(x.dtype)).mT
 
     def _turn(
         self, places: Int[Tensor, "#b n"], longest: int | Tensor, dtype: torch.dtype
@@ -178,9 +202,9 @@ class Estimator(Projection):
         return (math.pi / 2 * places.to(dtype) / longest)[:, None, :, None]
 
     def _keys(
-        self, heads: Tensors, state: EstimatorState | None
+        self, heads: Tensors, state: EstimatorState | None, features: Tensor | None
     ) -> tuple[Float[Tensor, "b h n r"], Float[Tensor, "b h n d+v"], Int[Tensor, "#b n"]]:
-        """Mapped keys, values beside the learned codes of their positions, and the positions."""
+        """Keys before their feature map, values beside the learned codes of their positions, and the positions."""
         assert self.positions is not None
         k, v = (wide(self._repeat(heads[name])) for name in ("k", "v"))
         places = torch.arange(k.shape[2], device=k.device)[None]
@@ -189,7 +213,7 @@ class Estimator(Projection):
         table = self.positions.to(v.dtype)
         codes = table[places.clamp(max=table.shape[0] - 1)][:, None]
         values = torch.cat([codes.expand(*v.shape[:3], -1), v], -1)
-        return self._map(k, self._turn(places, table.shape[0], k.dtype)), values, places
+        return self._project(k, features, self._turn(places, table.shape[0], k.dtype)), values, places
 
     def _after(self, heads: Tensors, lengths: Tensor | None, state: EstimatorState | None) -> Int[Tensor, " b"]:
         """Keys of each row with those of this call; refused beyond the table of positions."""
@@ -207,28 +231,32 @@ class Estimator(Projection):
             )
         return length
 
-    def _absorb(self, heads: Tensors, lengths: Tensor | None, state: EstimatorState | None) -> EstimatorState:
+    def _absorb(
+        self, heads: Tensors, lengths: Tensor | None, state: EstimatorState | None, features: Tensor | None
+    ) -> EstimatorState:
         length = self._after(heads, lengths, state)
-        k, values, _ = self._keys(heads, state)
-        k, values = map_memory(k, values, self.RULE, lengths)
+        k, values, _ = self._keys(heads, state, features)
+        k, values = map_memory(k, values, self.rule, lengths)
         memory = k.mT @ values
         if state is None:
             return EstimatorState(memory, length, self.map.start(heads["k"]))
         return dataclasses.replace(state, memory=state.memory + memory, length=length)
 
     def _attend_causal(
-        self, heads: Tensors, lengths: Tensor | None, state: EstimatorState | None
+        self, heads: Tensors, lengths: Tensor | None, state: EstimatorState | None, features: Tensor | None
     ) -> tuple[Float[Tensor, "b h n d+v"], EstimatorState]:
         length = self._after(heads, lengths, state)
-        k, values, places = self._keys(heads, state)
+        k, values, places = self._keys(heads, state, features)
         assert self.positions is not None
-        q = self._map(wide(heads["q"]), self._turn(places, self.positions.shape[0], values.dtype))
+        q = self._project(wide(heads["q"]), features, self._turn(places, self.positions.shape[0], values.dtype))
         before = None if state is None else state.memory
-        c, memory = linear_attention(q, k, values, self.RULE, state=before, valid=lengths)
+        c, memory = linear_attention(q, k, values, self.rule, state=before, valid=lengths)
         rows = self.map.start(heads["v"]) if state is None else state.rows
         return c, EstimatorState(memory, length, rows)
 
-    def _attend_all(self, heads: Tensors, lengths: Tensor | None) -> Float[Tensor, "b h n d+v"]:
+    def _attend_all(
+        self, heads: Tensors, lengths: Tensor | None, features: Tensor | None
+    ) -> Float[Tensor, "b h n d+v"]:
         """Noncausal-self: the softmax kernel, and the identity matrix stretched over the valid tokens."""
         q, k, v = (wide(self._repeat(heads[name])) for name in ("q", "k", "v"))
         n, d = q.shape[2:]
@@ -240,10 +268,10 @@ class Estimator(Projection):
         codes = (1 - (at - torch.arange(d, device=q.device)).abs()).clamp(min=0)[:, None]
         valid = (places < count[:, None])[:, None, :, None]
         values = torch.cat([codes.expand(*v.shape[:3], -1), v], -1)
-        if self.random_features is None:
+        if features is None:
             turn = self._turn(places, count.clamp(min=1)[:, None], q.dtype)
-            q, k = self._map(q, turn), self._map(k, turn)
+            q, k = self._project(q, features, turn), self._project(k, features, turn)
         else:
-            q, k = softmax_features(q, k, self.random_features.to(q.dtype), valid)
+            q, k = softmax_features(q, k, features.to(q.dtype), valid)
         k = torch.where(valid, k, 0)
         return (q @ (k.mT @ values)) / (q @ k.sum(2)[..., None] + self.EPS)

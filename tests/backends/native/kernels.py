@@ -22,6 +22,7 @@ from regard.engines import (
     grouped_attention,
     layers,
     linear_attention,
+    map_distance,
     pixel_attention,
     selective_scan,
     softmax_scan,
@@ -102,7 +103,7 @@ class Kernel:
         weights: Tensors = {}
         found = self.gradients(inputs, weights, **options)
         expected = differentiated(partial(self.call, self.plain, **options), inputs, weights, torch.float64)
-        narrow = next(inputs[name].dtype for name in ("v", "x", "sinks") if name in inputs)
+        narrow = next(inputs[name].dtype for name in ("v", "x", "sinks", "k") if name in inputs)
         assert found.keys() == expected.keys()
         for name in only or found:
             if not name.startswith("grad"):
@@ -380,10 +381,11 @@ GROUPED = Kernel(
 
 
 def _pixel_attention(
-    form, q, k, v, estimate, totals, row_logit, mix_logit, first=None, before=None, *, ranks, top_k=4, grouping="row"
-) -> Tensors:
-    problem = pixel_attention.Problem(estimate, totals, ranks, top_k, 1.0, grouping, 0.5)
-    mean = pixel_attention.Mean(first, before, 0 if before is None else k.shape[2] - 5)
+    form, q, k, v, estimate, totals, row_logit=None, mix_logit=None, first=None, before=None, jitter=None, *, ranks,
+    top_k=4, grouping="row", oversample=1.0,
+) -> Tensors:  # fmt: skip
+    problem = pixel_attention.Problem(estimate, totals, ranks, top_k, oversample, grouping, 0.5, jitter=jitter)
+    mean = None if first is None else pixel_attention.Mean(first, before, 0 if before is None else k.shape[2] - 5)
     return {"o": form.run(q, k, v, problem, pixel_attention.Mix(row_logit, mix_logit, mean))[0]}
 
 
@@ -403,6 +405,7 @@ def pixels_of(
     *,
     pixels: int = 12,
     running: bool = True,
+    jitter: bool = False,
     dtype: torch.dtype = torch.float32,
     **sizes: Any,
 ) -> Tensors:
@@ -410,12 +413,57 @@ def pixels_of(
     m = n if m is None else m
     found = heads_of(n, m, dtype=dtype, **sizes)
     batch, heads = found["q"].shape[:2]
-    totals = (torch.arange(m - n, m)[None] + 1).clamp(min=0)
-    found |= {"estimate": 2 * torch.randn(batch, heads, n, pixels), "totals": totals}
+    found |= {"estimate": 2 * torch.randn(batch, heads, n, pixels), "totals": _seen(n, m)}
     found |= {name: torch.randn(batch, heads, n) for name in ("row_logit", "mix_logit")}
     groups = found["v"].shape[1] if running else heads
     found["first"] = torch.randn(batch, groups, found["v"].shape[3])
+    found |= {"jitter": _shifts(batch, m)} if jitter else {}
     return found | ({"before": torch.full((batch,), 5)} if running else {})
+
+
+def _seen(n: int, m: int) -> Tensor:
+    """Keys that n queries see, the last of m tokens."""
+    return (torch.arange(m - n, m)[None] + 1).clamp(min=0)
+
+
+def _shifts(batch: int, m: int) -> Tensor:
+    """In all rows but the first."""
+    shifts = 1.5 * torch.rand(batch, m, dtype=torch.float64) - 0.75
+    return torch.where(torch.arange(batch)[:, None] > 0, shifts, 0)
+
+
+def _map_distance(form, estimate, q, k, totals, target=None, jitter=None, *, ranks) -> Tensors:
+    target = None if target is None else target.detach()
+    kl, squares = form.run(q, k, estimate, map_distance.Problem(totals, ranks, 0.5, jitter, target))
+    return {"kl": kl, "squares": squares}
+
+
+MAPS = Kernel(
+    _map_distance,
+    map_distance.native_form,
+    map_distance.torch_form,
+    float32=4e-6,
+    bfloat16=8e-3,
+    least={"*": 1.0},
+    wide=("kl", "squares"),
+)
+
+
+def maps_of(
+    n: int, m: int | None = None, *, pixels: int = 12, target: bool = False, jitter: bool = False,
+    dtype: torch.dtype = torch.float32, **sizes: Any,
+) -> Tensors:  # fmt: skip
+    m = n if m is None else m
+    found = heads_of(n, m, dtype=dtype, **sizes)
+    batch, heads = found["q"].shape[:2]
+    found = {
+        "estimate": 2 * torch.randn(batch, heads, n, pixels),
+        "q": found["q"],
+        "k": found["k"],
+        "totals": _seen(n, m),
+    }
+    found |= {"target": torch.randn(batch, heads, n, m).softmax(-1)} if target else {}
+    return found | ({"jitter": _shifts(batch, m)} if jitter else {})
 
 
 def heads_of(
@@ -488,7 +536,14 @@ CASES = {
         },
     ),
     "pixel attention": Case(PIXELS, pixels_of, lambda n: {"ranks": last_of(n, n, True)}),
-    "mixed pixel attention": Case(PIXELS, pixels_of, lambda n: {"ranks": last_of(n, n, True)}),
+    "pixel attention of maps": Case(
+        PIXELS, partial(pixels_of, running=False), lambda n: {"ranks": last_of(n, n, True), "grouping": "batch"}
+    ),
+    "jittered pixel attention": Case(
+        PIXELS, partial(pixels_of, running=False, jitter=True), lambda n: {"ranks": last_of(n, n, True)}
+    ),
+    "map distance": Case(MAPS, partial(maps_of, jitter=True), lambda n: {"ranks": last_of(n, n, True)}),
+    "map distance from a teacher": Case(MAPS, partial(maps_of, target=True), lambda n: {"ranks": last_of(n, n, True)}),
     "gated recurrence": Case(GATED, recurrent),
     "gated recurrence without decay": Case(GATED, partial(recurrent, decay="none")),
     "delta rule": Case(DELTA, partial(recurrent, delta=True)),

@@ -17,7 +17,7 @@ from regard.contract import Unsupported
 from .kernels import CASES, Tensors, differentiated
 
 N = 300  # several states are kept for the backward pass
-WITHOUT_GRADIENT = ("attention to pages", "mixed pixel attention")
+WITHOUT_GRADIENT = ("attention to pages",)
 FUNCTIONS = [name for name in CASES if name not in WITHOUT_GRADIENT]
 DIVIDED = ("attention of few queries", "attention to pages")
 """Cases whose keys are divided among threads."""
@@ -82,7 +82,7 @@ BROADCAST = {
 
 ANY_NUMBER = {
     *(("attention", "blocks", axis) for axis in (2, 3)), ("attention", "distance", 1), ("selective_scan", "b", 2),
-    ("pixel_attention", "estimate", 3), ("pixel_attention_mixed", "estimate", 3),
+    ("pixel_attention", "estimate", 3), ("map_distance", "estimate", 3),
 }  # fmt: skip
 """Axes whose size the operator takes as it is."""
 
@@ -110,7 +110,8 @@ def allowed(name: str, argument: str, change: str) -> bool:
     """Whether the changed call is another good one."""
     backward = name.endswith("_backward")
     if "axis" in change:
-        return not backward  # which decides about sizes, that results then have to have
+        # which decides about sizes, that results then have to have; heads of queries may share one of keys
+        return not backward or (name, argument) == ("map_distance_backward", "k")
     # each tensor of these may be in bfloat16 by itself; the gradient of the output has the dtype of v
     own = {"gated_recurrence": ("q", "k", "v", "log_decay"), "gated_recurrence_step": ("q", "k", "v", "g", "beta")}
     own |= {"rotary": "x", "linear_attention": "qkv", "softmax_scan": "" if backward else "v"}

@@ -14,7 +14,10 @@ from regard.engines.linear_attention import native_form as native
 
 from .kernels import ELU, LINEAR, linear
 
-RULES = [Rule(name, 1.3, None) for name in FEATURE_MAPS] + [Rule(name, 0.7, 1e-6) for name in NONNEGATIVE]
+EPS = {"relu": 1e-3, "relu_squared": 1e-3}
+"""Of rectified features, whose denominators may all but vanish; 1e-6 of others."""
+RULES = [Rule(name, 1.3, None) for name in FEATURE_MAPS] + [Rule(n, 0.7, EPS.get(n, 1e-6)) for n in NONNEGATIVE]
+RULES.append(Rule("relu", 1.0, 1e-6, 1e-3))
 SHAPES = [
     (0, 1, 2, 8, 8),
     (1, 2, 3, 8, 8),
