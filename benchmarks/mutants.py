@@ -84,7 +84,7 @@ GROUPS: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
         [["tests/engines"], cells("softmax", "gated_linear", "linear", "local")],
     ),
     "landmark": (
-        ["regard/mechanisms/landmark/forms.py"],
+        [f"regard/mechanisms/landmark/{name}.py" for name in ("cache", "forms", "retrieval")],
         [["tests/mechanisms/test_landmark.py"], cells("landmark")],
     ),
     "combiner": (

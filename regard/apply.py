@@ -289,11 +289,11 @@ def apply(
     if (
         mask is memory_mask is scale is chunk_size is backend is form is None
         and isinstance(return_state, bool)
-        and not rest
+        and (not rest or _rotates_alone(card, rest))
     ):
         plan = _plan(card, given, wanted, config, state is not None, return_state)
         if plan is not None:
-            return _run_plan(card, plan, given, state, return_state)
+            return _run_plan(card, plan, given, state, return_state, rest.get("rotate"))
     options = {"return_state": return_state, "chunk_size": chunk_size, "backend": backend, "form": form, **rest}
     _check_options(card, mask, memory_mask, {"scale": scale, **options})
     sizes = _sizes(card, given, wanted, state is not None)
@@ -386,14 +386,24 @@ def _plan(
         return None
 
 
+def _rotates_alone(card: Mechanism, rest: dict[str, Any]) -> bool:
+    """Whether a rotation that the card honours is all that accompanies the tensors and the state."""
+    return rest.keys() == {"rotate"} and callable(rest["rotate"]) and "rotate" in card.honours
+
+
 def _run_plan(
-    card: Mechanism, plan: _Plan, tensors: dict[str, Tensor], state: State | None, return_state: bool
+    card: Mechanism,
+    plan: _Plan,
+    tensors: dict[str, Tensor],
+    state: State | None,
+    return_state: bool,
+    rotate: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> Result:
     call = plan.call
-    if state is not None:
-        if plan.batch is not None and plan.batch != _rows(state):
-            raise _other_rows(card, state, plan.batch)
-        call = call.after(state)
+    if state is not None and plan.batch is not None and plan.batch != _rows(state):
+        raise _other_rows(card, state, plan.batch)
+    if state is not None or rotate is not None:
+        call = call.after(state, rotate)
     if plan.heads is not None:
         tensors = _expand_heads(card, tensors, plan.heads)
     result = run_form(card, plan.form, call, tensors)

@@ -15,6 +15,7 @@
 
 #include "vector.h"
 
+#include "lanes.h"
 #include "parallel.h"
 #include "product.h"
 #include "token_blocks.h"
@@ -33,24 +34,6 @@ constexpr float HEADROOM = 20.f;
 
 REGARD_INLINE float infinity() { return __builtin_inff(); }
 
-REGARD_INLINE bool any(IntVec mask) {
-#if defined(__AVX512F__)
-  const __m512i bits = reinterpret_cast<__m512i>(mask);
-  return _mm512_test_epi32_mask(bits, bits) != 0;
-#elif defined(__AVX__)
-  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)) != 0;
-#else
-  int32_t all = 0;
-  for (int i = 0; i < LANES; ++i) all |= mask[i];
-  return all != 0;
-#endif
-}
-
-REGARD_INLINE IntVec load(const int32_t* p) {
-  IntVec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
 REGARD_INLINE IntVec equal(IntVec a, int32_t b) { return a == b - IntVec{}; }
 REGARD_INLINE IntVec finite_below(Vec x) { return reinterpret_cast<IntVec>(x > -infinity()); }
 

@@ -14,6 +14,7 @@ from regard.engines import (
     map_distance,
     pixel_attention,
     quantized_linear,
+    retrieved_attention,
     selective_scan,
     softmax_scan,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "map_distance",
     "pixel_attention",
     "quantized_linear",
+    "retrieved_attention",
     "selective_scan",
     "softmax_scan",
 ]

@@ -137,6 +137,7 @@ Empty = Callable[[Tensor, Sequence[int]], Tensor]
 """Makes memory of a shape, of the dtype and on the device of a tensor."""
 
 _MEMORIES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Of each cache its memory, and the slot there in which it begins."""
 _LOCK = threading.Lock()
 
 
@@ -154,17 +155,31 @@ def append(
         return torch.cat([past, new], axis)
     length, count = past.shape[axis], new.shape[axis]
     end = length + count
-    memory = _room(past, length, end, axis)
-    if memory is None:
+    found = _room(past, length, end, axis)
+    if found is None:
         shape = list(past.shape)
         shape[axis] = end + end // ROOM
-        memory = _Memory(empty(past, shape), end)
-        memory.slots.narrow(axis, 0, length).copy_(past)
+        found = _Memory(empty(past, shape), end), 0
+        found[0].slots.narrow(axis, 0, length).copy_(past)
+    memory, start = found
     # `data`: what others saved for a backward pass lies in other slots, and does not count as changed
-    memory.slots.data.narrow(axis, length, count).copy_(new)
-    grown = memory.slots.narrow(axis, 0, end)
-    _MEMORIES[grown] = memory
+    memory.slots.data.narrow(axis, start + length, count).copy_(new)
+    grown = memory.slots.narrow(axis, start, end)
+    _MEMORIES[grown] = found
     return grown
+
+
+def newest(x: Shaped[Tensor, "..."], axis: int, count: int) -> Shaped[Tensor, "..."]:
+    """The last `count` slots along an axis, all where there are fewer. A cache that :func:`append` returned goes on in its
+    memory without those before them, which are given up when it moves to new memory."""
+    dropped = x.shape[axis] - count
+    if dropped <= 0:
+        return x
+    kept = x.narrow(axis, dropped, count)
+    found = None if torch.compiler.is_compiling() or in_transform() else _MEMORIES.get(x)
+    if found is not None:
+        _MEMORIES[kept] = found[0], found[1] + dropped
+    return kept
 
 
 def mapped(like: Tensor, shape: Sequence[int]) -> Tensor:
@@ -189,16 +204,20 @@ def _grows_in_place(past: Tensor, new: Tensor, axis: int) -> bool:
     return fits and past.shape[:axis] == new.shape[:axis] and past.shape[axis + 1 :] == new.shape[axis + 1 :]
 
 
-def _room(past: Tensor, length: int, end: int, axis: int) -> _Memory | None:
-    """The memory behind `past`, with the slots up to `end` taken for the caller; None when they are not to be had."""
+def _room(past: Tensor, length: int, end: int, axis: int) -> tuple[_Memory, int] | None:
+    """The memory of `past` and where it begins there, with the slots behind it up to its `end`-th taken for the caller; None
+    when they are not to be had."""
     with _LOCK:
-        memory: _Memory | None = _MEMORIES.get(past)
-        if memory is None or memory.used != length or end > memory.slots.shape[axis]:
+        found: tuple[_Memory, int] | None = _MEMORIES.get(past)
+        if found is None:
+            return None
+        memory, start = found
+        if memory.used != start + length or start + end > memory.slots.shape[axis]:
             return None
         if memory.slots.is_inference() and not torch.is_inference_mode_enabled():
             return None  # such tensors refuse to be written elsewhere
-        memory.used = end
-        return memory
+        memory.used = start + end
+        return found
 
 
 def extend_window(

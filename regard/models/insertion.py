@@ -117,11 +117,14 @@ class Insertion:
         column = torch.arange(longest, device=ids.device)
         inside = column < lengths[:, None]
         index = torch.where(inside, start + column, 0)
+        padded = int(lengths.min()) < longest
         kept_places = torch.where(valid, places.gather(1, whole_rank.clamp(max=total - 1)) - start, 0)
         return Inserted(
             ids=torch.where(inside, prepared.gather(1, index), 0),
             context=context.replace(
-                mask=inner_mask(Gathering(rows, longest, rows, longest, ids.device, lengths, inside)),
+                mask=inner_mask(Gathering(rows, longest, rows, longest, ids.device, lengths, inside))
+                if padded
+                else None,
                 roles=torch.where(inside, roles.gather(1, index), int(Role.TOKEN)),
             ),
             places=kept_places,

@@ -39,6 +39,8 @@ class Positions(nn.Module):
         by_distance: of schemes whose bias depends on key position minus query position alone:
             ``by_distance(distances (...), causal)``, biases (H, ...).
         rotate_keys: of schemes that put something else into keys than into queries; as ``rotate``.
+        turns: of schemes that turn planes of features i and i + R / 2 of a head: ``turns(count)``, the cosines, then the sines,
+            of the planes at the first positions, (count, R) in float32 on the CPU.
         prepare: of schemes that make vectors of positions first, once for all layers:
             ``prepare(positions (B, N), grid, generator, movable=)``, what ``embed`` and ``rotate`` are given in the place
             of positions, (B or 1, N, width), and auxiliary losses.
@@ -51,6 +53,7 @@ class Positions(nn.Module):
     bias: ClassVar[Callable[..., Tensor] | None] = None
     by_distance: ClassVar[Callable[..., Tensor] | None] = None
     rotate_keys: ClassVar[Callable[..., Tensor] | None] = None
+    turns: ClassVar[Callable[..., Tensor] | None] = None
     shared: bool = False
     prepare: ClassVar[Callable[..., tuple[Tensor, dict[str, Any]]] | None] = None
 

@@ -84,6 +84,7 @@ class Rotary(Positions):
         self.ntk, self.trained_length = ntk, trained_length
         static = ntk != 1 and trained_length is None
         self.base = base * ntk ** (self.rotated / (self.rotated - 2)) if static else base
+        self._turns: Tensor | None = None
 
     def rotate(self, x: Float[Tensor, "b h n d"], positions: Int[Tensor, "#b n"]) -> Float[Tensor, "b h n d"]:
         """Queries or keys turned by their positions; computed in at least float32, returned in the dtype of `x`."""
@@ -98,6 +99,17 @@ class Rotary(Positions):
         first, second = turning.to(dtype).chunk(2, -1)
         cos, sin = turn.cos(), turn.sin()
         return torch.cat([first * cos - second * sin, first * sin + second * cos, still], -1).to(x.dtype)
+
+    def turns(self, count: int) -> Float[Tensor, "count rotated"]:
+        """The cosines, then the sines, of the planes at positions 0 to `count` - 1; kept for the next call."""
+        if self._turns is None or len(self._turns) != count:
+            ones = torch.zeros(1, 1, count, self.head_dim, dtype=torch.float32, device="cpu")
+            ones[..., : self.rotated // 2] = 1
+            turned = self.rotate(ones, torch.arange(count, device="cpu")[None])[0, 0, :, : self.rotated].contiguous()
+            if type(turned) is not Tensor:  # of a mode that computes nothing
+                return turned
+            self._turns = turned
+        return self._turns
 
     def _dynamic_angles(self, positions: Int[Tensor, "#b n"]) -> Float[Tensor, "#b n planes"]:
         """Angles of tokens whose base depends on their position, modulo one turn."""

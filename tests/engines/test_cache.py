@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from regard.engines.cache import append, append_rows
+from regard.engines.cache import append, append_rows, newest
 
 
 def sequence(*shape):
@@ -43,6 +43,23 @@ def test_two_continuations_do_not_overwrite_each_other():
     assert torch.equal(one, torch.cat([x, a], 2))
     assert torch.equal(other, torch.cat([x, b], 2))
     assert torch.equal(again, torch.cat([x, a, b], 2))
+
+
+def test_a_cache_that_gives_up_its_oldest_slots_goes_on_in_its_memory_and_stays_small():
+    x, places = sequence(2, 3, 50, 4), set()
+    whole, views = x, []
+    for _ in range(200):
+        new = sequence(2, 3, 1, 4)
+        whole = torch.cat([whole, new], 2)
+        x = newest(append(x, new, 2), 2, 50)
+        views.append(x)
+        places.add(x.untyped_storage().data_ptr())
+        assert x.untyped_storage().nbytes() <= 2 * x.nbytes
+    assert len(places) <= 200 // 10
+    for t, view in enumerate(views):
+        assert torch.equal(view, whole[:, :, t + 1 : t + 51])
+    one, other = append(x, new, 2), append(newest(x, 2, 30), new, 2)
+    assert torch.equal(one, torch.cat([x, new], 2)) and torch.equal(other, one[:, :, 20:])
 
 
 def test_copies_grow_on_their_own():

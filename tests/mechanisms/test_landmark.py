@@ -19,6 +19,7 @@ import regard.mechanisms.landmark.forms as landmark_module
 from regard.catalogue import get_mechanism
 from regard.contract import ALL_PATTERNS, Context, Mask, Role, Shape
 from regard.create import create_layer
+from regard.engines.retrieved_attention import torch_form
 from regard.mechanisms.landmark import MECHANISM, SELECTIONS, Config, cost, prepare
 from regard.positions import create_positions
 
@@ -307,7 +308,7 @@ def test_retrieval_equals_its_definition_token_by_token(options, phase, chunk, s
     chunks = [min(chunk, n - s) for s in range(0, n, chunk)]
     close(found, naive_retrieval(inputs, chunks=chunks, config=Config(**options), **call))
     assert (found - run(inputs, {"block": 3}, **call).output).abs().max() > 1e-3
-    monkeypatch.setattr(landmark_module, "NUMBERS_AT_ONCE", 600)  # a few queries at a time
+    monkeypatch.setattr(torch_form, "NUMBERS_AT_ONCE", 600)  # a few queries at a time
     close(run(inputs, options, form="chunked", chunk_size=chunk, **call).output, found)
 
 
@@ -563,7 +564,7 @@ def test_each_query_reads_the_blocks_of_a_memory_whose_landmarks_it_scores_highe
     assert (expected - run(inputs, **call).output).abs().max() > 1e-3
     for form in ("reference", "parallel", "absorb+read"):
         close(run(inputs, options, form=form, **call).output, expected)
-    monkeypatch.setattr(landmark_module, "NUMBERS_AT_ONCE", 600)  # a few queries at a time
+    monkeypatch.setattr(torch_form, "NUMBERS_AT_ONCE", 600)  # a few queries at a time
     close(run(inputs, options, **call).output, expected)
 
 

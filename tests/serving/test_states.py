@@ -40,7 +40,7 @@ def test_joined_states_of_unequal_lengths_go_on_as_each_alone(name):
 
 
 def test_rows_are_padded_as_their_fields_say():
-    from regard.mechanisms.landmark.forms import LandmarkState
+    from regard.mechanisms.landmark.cache import LandmarkState
 
     def state(n):
         x = torch.ones(1, 1, n, 2)

@@ -19,7 +19,7 @@ from regard.backends import Engine, add_engine, execute
 from regard.core.visibility import Ranks
 from regard.engines.grouped_attention import native_form, torch_form
 from regard.engines.grouped_attention.problem import Dropout, Problem
-from regard.engines.grouped_attention.torch_form import PAIRS_AT_ONCE, logits, normalized, product
+from regard.engines.grouped_attention.torch_form import PAIRS_AT_ONCE, log_sum, logits, normalized, product
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -38,8 +38,9 @@ def grouped_attention(
     v: Float[Tensor, "b g m v"],
     problem: Problem,
     backend: str | None = None,
-) -> tuple[Float[Tensor, "b h n v"], Float[Tensor, "b h n m"] | None]:
-    """Output in the dtype of v, and the weights when wanted.
+) -> tuple[Float[Tensor, "b h n v"], Float[Tensor, "b h n m"] | None, Float[Tensor, "b h n"] | None]:
+    """Output in the dtype of v; and when wanted the weights, and the log-sum-exp of the upper level (-inf where nothing is
+    seen).
 
     A query that sees no key gives 0. A group of which the query sees no token loses its landmark too; tokens of another
     group whose landmark is hidden, or is missing, have no weight.
@@ -49,4 +50,14 @@ def grouped_attention(
 
 add_engine("grouped_attention", torch=Engine(torch_form.run), native=Engine(native_form.run, native_form.refuses))
 
-__all__ = ["PAIRS_AT_ONCE", "Dropout", "Problem", "grouped_attention", "logits", "normalized", "own_groups", "product"]
+__all__ = [
+    "PAIRS_AT_ONCE",
+    "Dropout",
+    "Problem",
+    "grouped_attention",
+    "log_sum",
+    "logits",
+    "normalized",
+    "own_groups",
+    "product",
+]

@@ -72,6 +72,8 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> str | None:
         return "it has no dropout"
     if p.want_weights:
         return "it does not store the weights"
+    if p.want_lse and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return "the log-sum-exp has no gradient"
     if p.bias is not None or p.position_bias is not None or p.blocks is not None:
         return "it has no biases and no block mask"
     if k.dtype not in library.DTYPES or v.dtype not in library.DTYPES:
@@ -97,13 +99,13 @@ def _misfit(p: PackedProblem) -> str | None:
     return None
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, None]:
+def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, None, Tensor | None]:
     """See :func:`regard.engines.grouped_attention.grouped_attention`."""
     dtype = v.dtype
     if not q.dtype == k.dtype == v.dtype:
         q, k, v = q.float(), k.float(), v.float()
-    out, _ = _grouped_attention(PackedProblem.of(q, k, v, problem))
-    return out.to(dtype), None
+    out, lse = _grouped_attention(PackedProblem.of(q, k, v, problem))
+    return out.to(dtype), None, lse if problem.want_lse else None
 
 
 def _check(p: PackedProblem) -> None:

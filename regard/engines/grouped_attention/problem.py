@@ -64,7 +64,7 @@ class Problem:
         bias: added to the scores, by slot; axes of size 1 broadcast; -inf hides.
         position_bias: the same as a function of ranks.
         blocks: block-sparse visibility, on ranks.
-        want_weights: whether the weights are wanted.
+        want_weights, want_lse: whether the weights, and the log-sum-exp of the upper level, are wanted.
     """
 
     ranks: Ranks
@@ -77,3 +77,4 @@ class Problem:
     position_bias: PositionBias | None = None
     blocks: BlockMask | None = None
     want_weights: bool = False
+    want_lse: bool = False

@@ -74,16 +74,21 @@ def normalized(logits: Tensor) -> Tensor:
     return torch.where(some, logits, 0.0).softmax(-1) * some
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
+def log_sum(logits: Float[Tensor, "*q m"]) -> Float[Tensor, "*q"]:
+    """Log-sum-exp; -inf where all logits are, without a gradient."""
+    some = (logits != -torch.inf).any(-1)
+    return torch.where(some, torch.where(some[..., None], logits, 0.0).logsumexp(-1), -torch.inf)
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See :func:`regard.engines.grouped_attention.grouped_attention`."""
     n, m = q.shape[2], k.shape[2]
     ranks, dropout, want_weights = problem.ranks, problem.dropout, problem.want_weights
     if n == 0 or m == 0:
-        output, weights, _ = of_no_pairs(q, k, v, want_weights, False)
-        return output, weights
+        return of_no_pairs(q, k, v, want_weights, problem.want_lse)
     size = n if n * m <= PAIRS_AT_ONCE else max(1, PAIRS_AT_ONCE // m)
     offset = ranks.offset if problem.causal else None
-    outputs, found_weights = [], []
+    outputs, found_weights, lses = [], [], []
     for start in range(0, n, size):
         rows = slice(start, start + size)
         columns = slice(0, m if offset is None else max(1, min(m, start + size + offset)))
@@ -99,19 +104,26 @@ def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tens
             bias=bias,
         )
 
-        def attend(q_: Tensor, k_: Tensor, v_: Tensor, part: Problem = part) -> tuple[Tensor, Tensor]:
+        def attend(q_: Tensor, k_: Tensor, v_: Tensor, part: Problem = part) -> tuple[Tensor, Tensor, Tensor | None]:
             found, factors = logits(q_, k_, part)
+            lse = log_sum(found) if part.want_lse else None
             found = normalized(found)
             found = dropout.of_weights(found if factors is None else found * factors)
-            return product(found, wide(v_)).to(v_.dtype), found
+            return product(found, wide(v_)).to(v_.dtype), found, lse
 
         arguments = (q[:, :, rows], k[:, :, columns], v[:, :, columns])
         # A second draw from an explicit generator would differ: random weights are kept instead of computed again.
         if size < n and torch.is_grad_enabled() and not dropout.random and not want_weights:
-            output, found = checkpoint(attend, *arguments, use_reentrant=False)
+            output, found, lse = checkpoint(attend, *arguments, use_reentrant=False)
         else:
-            output, found = attend(*arguments)
+            output, found, lse = attend(*arguments)
         outputs.append(output)
+        if lse is not None:
+            lses.append(lse)
         if want_weights:
             found_weights.append(F.pad(found.to(v.dtype), (0, m - columns.stop)))
-    return torch.cat(outputs, 2), torch.cat(found_weights, 2) if want_weights else None
+    return (
+        torch.cat(outputs, 2),
+        torch.cat(found_weights, 2) if want_weights else None,
+        torch.cat(lses, 2) if lses else None,
+    )

@@ -92,8 +92,9 @@ from regard.contract import (
     Waiver,
 )
 from regard.core.sampling import attention_shapes, normals
+from regard.mechanisms.landmark.cache import LandmarkState
 from regard.mechanisms.landmark.definition import SELECTIONS, Config, reference
-from regard.mechanisms.landmark.forms import NUMBERS_AT_ONCE, LandmarkState, absorb, chunked, parallel, read
+from regard.mechanisms.landmark.forms import absorb, chunked, parallel, read
 from regard.mechanisms.landmark.layer import MissKey
 
 if TYPE_CHECKING:
@@ -278,7 +279,6 @@ MECHANISM = Mechanism(
 __all__ = [
     "BOUNDED",
     "MECHANISM",
-    "NUMBERS_AT_ONCE",
     "RETRIEVING",
     "SELECTIONS",
     "WHOLE_PAST",

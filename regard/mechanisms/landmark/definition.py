@@ -8,20 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.contract import (
-    Call,
-    Pattern,
-    Role,
-    Unsupported,
-    at_least,
-    one_of,
-)
+from regard.contract import Call, Role, Unsupported, at_least, one_of
 from regard.core.precision import wide
 from regard.core.visibility import Ranks, Visibility, masked_scores_bias, ranks
-from regard.engines.grouped_attention import (
-    Dropout,
-    product,
-)
+from regard.engines.grouped_attention import Dropout, product
+from regard.mechanisms.landmark.checks import check
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -108,10 +99,10 @@ def reference(
     """The definition, with the two levels of softmax one block after the other."""
     check(call, miss)
     n, m = q.shape[2], k.shape[2]
-    landmark = _landmarks(call, k)[:, None, None]  # (b, 1, 1, m)
+    landmark = landmarks_of(call, k)[:, None, None]  # (b, 1, 1, m)
     where = ranks(call, n, m, q.device)
-    q, k = _rotated(call, q, k, where, landmark[:, 0, 0])
-    controlled = _controlled(call, landmark, miss)
+    q, k = rotated(call, q, k, where, landmark[:, 0, 0])
+    controlled = controlled_by_miss(call, landmark, miss)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     visibility = Visibility(causal=call.pattern.causal and not call.pattern.cross)
     visible, added = masked_scores_bias(where, visibility, call.bias, call.position_bias, call.blocks, q.dtype)
@@ -137,80 +128,36 @@ def reference(
         local = visible & own & ~landmark
         every = torch.stack([local, *(gate.expand_as(local) for gate in gates)]).any(0) if m else local
         if call.pattern.cross and call.config.top_k is not None and m:
-            share = softmax(every)
-            share = share.amax(1, keepdim=True) if call.config.selection == "max_over_heads" else share
-            best = share.masked_fill(~every, -1.0).topk(min(call.config.top_k, m), -1).indices
-            every = every & torch.zeros_like(scores, dtype=torch.bool).scatter(
-                -1, best.expand(-1, q.shape[1], -1, -1), True
-            )
+            every = every & _best(call, softmax(every), every)
         top = softmax(every & ~controlled)
         if miss is not None:
             column = miss_scores(call, q, miss)[..., None]
             beside = torch.cat([scores.masked_fill(~(every & ~controlled), -torch.inf), column], -1).softmax(-1)
-            top, share = beside[..., :-1], beside[..., -1:]
-            top = top + _opened(call, share) * softmax(every & controlled)
+            top = beside[..., :-1] + opened(call, beside[..., -1:]) * softmax(every & controlled)
         weights = top * local
-        kept = _dropout(call).of_gates(scores.shape, q)
+        kept = dropout_of(call).of_gates(scores.shape, q)
         top = top if kept is None else top * kept
         for gate, some in zip(gates, tokens, strict=True):
             weights = weights + (top * gate).sum(-1, keepdim=True) * softmax(some)
-    return _dropout(call).of_weights(weights) @ v
+    return dropout_of(call).of_weights(weights) @ v
 
 
-def check_miss(call: Call, miss: Tensor | None) -> None:
-    if miss is not None and (call.pattern is not Pattern.CAUSAL_SELF or call.config.softmax != "grouped"):
-        raise Unsupported(
-            f"a miss key in {call.pattern.value} with softmax={call.config.softmax!r}",
-            supported="causal-self with softmax='grouped'",
-        )
+def _best(call: Call, share: Tensor, every: Tensor) -> Bool[Tensor, "b h n m"]:
+    """The landmarks with the largest shares, which a query of a cross pattern retrieves."""
+    chosen = torch.zeros_like(share, dtype=torch.bool)
+    share = share.amax(1, keepdim=True) if call.config.selection == "max_over_heads" else share
+    best = share.masked_fill(~every, -1.0).topk(min(call.config.top_k, every.shape[-1]), -1).indices
+    return chosen.scatter(-1, best.expand(-1, chosen.shape[1], -1, -1), True)
 
 
-def check_choice(call: Call) -> None:
-    """Refuse patterns and options in which no blocks can be chosen or dropped."""
-    config: Config = call.config
-    if call.pattern is Pattern.NONCAUSAL_SELF and config.bounded:
-        raise Unsupported(
-            "landmark with top_k or cache_blocks in noncausal-self, where nothing is cached",
-            supported="causal-self and cross patterns",
-            nearest="top_k=None, cache_blocks=None",
-        )
-    if call.pattern.cross and config.selection == "max_over_tokens":
-        raise Unsupported(
-            f"landmark with selection='max_over_tokens' in {call.pattern.value}",
-            supported=" or ".join(SELECTIONS[:2]),
-            nearest="selection='per_token_and_head'",
-        )
-    if call.pattern.cross and config.top_k is not None and config.softmax != "grouped":
-        raise Unsupported(
-            f"landmark with top_k and softmax={config.softmax!r} in {call.pattern.value}",
-            supported="softmax='grouped'",
-            nearest="top_k=None",
-        )
-
-
-def check(call: Call, miss: Tensor | None) -> None:
-    config: Config = call.config
-    check_miss(call, miss)
-    check_choice(call)
-    if call.rotate is not None and call.pattern.cross:
-        raise Unsupported(f"landmark that rotates in {call.pattern.value}", supported="queries and keys rotated before")
-    if call.pattern.cross and call.roles is None and config.softmax == "grouped":
-        raise Unsupported(
-            f"landmark in {call.pattern.value} without roles of the keys, of which none could then be reached",
-            supported="roles with a landmark after each block",
-        )
-    if config.position_jump and call.training and call.rotate is None:
-        raise Unsupported("position_jump without rotary positions", supported="causal-self with rotary positions")
-
-
-def _landmarks(call: Call, k: Tensor) -> Bool[Tensor, "b m"]:
+def landmarks_of(call: Call, k: Tensor) -> Bool[Tensor, "b m"]:
     batch, m = k.shape[0], k.shape[2]
     if call.roles is None:
         return torch.zeros(batch, m, dtype=torch.bool, device=k.device)
     return call.roles == int(Role.LANDMARK)
 
 
-def _rotated(call: Call, q: Tensor, k: Tensor, where: Ranks, landmark: Tensor) -> tuple[Tensor, Tensor]:
+def rotated(call: Call, q: Tensor, k: Tensor, where: Ranks, landmark: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys turned by their ranks, with the jumps of training at landmarks; unchanged without `rotate`."""
     if call.rotate is None:
         return q, k
@@ -226,12 +173,12 @@ def _rotated(call: Call, q: Tensor, k: Tensor, where: Ranks, landmark: Tensor) -
     return call.rotate(wide(q), queries), call.rotate(wide(k), keys)
 
 
-def _dropout(call: Call) -> Dropout:
+def dropout_of(call: Call) -> Dropout:
     gates = call.config.group_dropout if call.training and call.config.softmax == "grouped" else 0.0
     return Dropout(call.dropout, gates, call.generator)
 
 
-def _controlled(call: Call, landmark: Bool[Tensor, "..."], miss: Tensor | None) -> Bool[Tensor, "..."]:
+def controlled_by_miss(call: Call, landmark: Bool[Tensor, "..."], miss: Tensor | None) -> Bool[Tensor, "..."]:
     """Landmarks of a whole call that the miss key controls: in training, at random."""
     if miss is None or not call.training:
         return torch.zeros_like(landmark)
@@ -247,7 +194,7 @@ def miss_scores(call: Call, q: Float[Tensor, "b h n d"], miss: Float[Tensor, "g 
     return (call.scale * product(wide(q), key.mT.expand(q.shape[0], -1, -1, -1)))[..., 0]
 
 
-def _opened(call: Call, share: Float[Tensor, "b h n 1"]) -> Float[Tensor, "b h n 1"]:
+def opened(call: Call, share: Float[Tensor, "b h n 1"]) -> Float[Tensor, "b h n 1"]:
     """The share that the weight of the miss key leaves to the blocks that it controls."""
     if call.training:
         return share

@@ -24,11 +24,14 @@ from regard.engines import (
     linear_attention,
     map_distance,
     pixel_attention,
+    retrieved_attention,
     selective_scan,
     softmax_scan,
 )
 from regard.engines.attention import paged
+from regard.engines.cache import take
 from regard.engines.softmax_scan import Carry
+from regard.positions import create_positions
 
 Tensors = dict[str, Tensor | None]
 SETS = library.instruction_sets() if library.why_missing() is None else []
@@ -389,6 +392,25 @@ def _pixel_attention(
     return {"o": form.run(q, k, v, problem, pixel_attention.Mix(row_logit, mix_logit, mean))[0]}
 
 
+def _retrieved_attention(
+    form, q, k, v, marks, closed, landmark, cached, length, chosen=None, *, block=9, top_k=3, rotate=None
+) -> Tensors:
+    problem = retrieved_attention.Problem(
+        marks, closed, landmark, cached, length, block, top_k, 0.3, rotate=rotate, chosen=chosen
+    )
+    o, lse = form.run(q, k, v, problem)
+    return {"o": o, "lse": lse}
+
+
+RETRIEVED = Kernel(
+    _retrieved_attention,
+    retrieved_attention.native_form,
+    retrieved_attention.torch_form,
+    float32=4e-6,
+    least={"*": 1.0},
+    wide=("o", "lse"),
+)
+
 PIXELS = Kernel(
     _pixel_attention,
     pixel_attention.native_form,
@@ -482,6 +504,39 @@ def last_of(n: int, m: int, counted: bool = False) -> Ranks:
     )
 
 
+def rotary(width: int) -> Any:
+    return create_positions("rotary", dim=width, heads=1, head_dim=width).rotate
+
+
+def retrieved_of(
+    n: int,
+    m: int = 104,
+    *,
+    block: int = 9,
+    top_k: int = 3,
+    choose: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **sizes: Any,
+) -> Tensors:
+    """Queries and a cache of two rows, the second with fewer tokens; with `choose` the blocks that are read, else the best."""
+    found, size = heads_of(n, m, dtype=dtype, **sizes), block + 1
+    found["q"] = found["q"].float()
+    length = torch.tensor([m, max(0, m - 33)])
+    rank, count = torch.arange(m) + (length - m)[:, None], length // size
+    number = torch.arange(m // size) - m // size + count[:, None]
+    closed = torch.where(number < 0, -1, number * size + block)
+    slot = (closed + (m - length)[:, None]).clamp(min=0)
+    found["marks"] = take(found["k"], slot)
+    found |= {"closed": closed, "landmark": (rank >= 0) & (rank % size == block), "cached": length, "length": length}
+    if choose:
+        picks = min(top_k, closed.shape[1])
+        scores = torch.rand(2, found["q"].shape[1], n, closed.shape[1]).masked_fill(
+            number[:, None, None] < 0, -torch.inf
+        )
+        found["chosen"] = retrieved_attention.best(scores, picks)
+    return found
+
+
 def pages_of(n: int) -> Tensors:
     found = {"q": torch.randn(2, 4, 2, 8), "k": torch.randn(6, 2, 16, 8), "v": torch.randn(6, 2, 16, 6)}
     found |= {"pages": torch.randperm(6).view(2, 3), "lengths": torch.tensor([40, 7])}
@@ -534,6 +589,10 @@ CASES = {
         lambda n: {
             "ranks": last_of(n, n, True), "landmark": torch.arange(n)[None] % 9 == 8, "own": torch.arange(n)[None] // 9
         },
+    ),
+    "retrieved blocks": Case(RETRIEVED, retrieved_of),
+    "retrieved blocks that are given, turned": Case(
+        RETRIEVED, partial(retrieved_of, choose=True), lambda n: {"rotate": rotary(8)}
     ),
     "pixel attention": Case(PIXELS, pixels_of, lambda n: {"ranks": last_of(n, n, True)}),
     "pixel attention of maps": Case(

@@ -89,5 +89,8 @@ def test_what_it_lacks_is_left_to_torch():
     config, start = Config(block=3, top_k=1), {name: y[:, :, :8] for name, y in x.items()}
     state = apply(MECHANISM, start, roles=roles[:, :8], config=config, return_state=True).state
     step = {name: y[:, :, 8:] for name, y in x.items()}
-    with pytest.raises(Unsupported, match="try torch"):
-        apply(MECHANISM, step, roles=roles[:, 8:], config=config, state=state, backend="native")
+    native, torch_ = (
+        apply(MECHANISM, step, roles=roles[:, 8:], config=config, state=state, backend=backend).output
+        for backend in ("native", "torch")
+    )
+    torch.testing.assert_close(native, torch_, rtol=0, atol=1e-5)

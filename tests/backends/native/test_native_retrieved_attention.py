@@ -1,0 +1,184 @@
+"""Native attention to retrieved blocks against the torch form in float64, its step, and what it leaves to torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from regard import Context, create_layer
+from regard.backends import only
+from regard.backends.native import library
+from regard.contract import Mask, Role, Unsupported
+from regard.engines import retrieved_attention
+from regard.engines.retrieved_attention import Problem, native_form, torch_form
+
+from .kernels import RETRIEVED, Tensors, retrieved_of, rotary
+
+
+def in_float64(x: Tensors) -> Tensors:
+    return {name: t.double() if t is not None and t.is_floating_point() else t for name, t in x.items()}
+
+
+def problem(x: Tensors, block: int = 9, top_k: int = 3, rotate=None, **more) -> Problem:
+    state = (x[name] for name in ("marks", "closed", "landmark", "cached", "length"))
+    return Problem(*state, block, top_k, 0.3, rotate=rotate, chosen=x.get("chosen"), **more)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("n", "m", "block", "top_k", "width", "values", "heads", "groups"),
+    [
+        (1, 104, 9, 3, 8, 6, 4, 2),
+        (70, 104, 9, 3, 8, 6, 4, 2),
+        (33, 60, 1, 5, 18, 33, 3, 1),
+        (5, 300, 40, 2, 64, 64, 2, 2),
+        (90, 47, 3, 20, 6, 130, 2, 1),
+        (3, 8, 9, 3, 8, 6, 2, 1),
+        (0, 104, 9, 3, 8, 6, 2, 1),
+    ],
+)
+def test_given_blocks_give_what_float64_does(
+    instruction_set, dtype, turned, n, m, block, top_k, width, values, heads, groups
+):
+    sizes = {"heads": heads, "groups": groups, "width": width, "values": values}
+    x = retrieved_of(n, m, block=block, top_k=top_k, choose=True, dtype=dtype, **sizes)
+    given = {"block": block, "top_k": top_k, "rotate": rotary(width) if turned else None}
+    found, expected = RETRIEVED.run(x, **given), RETRIEVED.call(torch_form, **in_float64(x), **given)
+    for name, y in found.items():
+        seen = expected[name] > -torch.inf
+        assert y.dtype == torch.float32 and torch.equal(y > -torch.inf, seen)
+        RETRIEVED.close(y[seen], expected[name][seen], name)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("n", "m", "top_k"), [(70, 104, 3), (9, 900, 4), (20, 47, 4)])
+def test_blocks_are_chosen_as_in_float64(threads, turned, n, m, top_k):
+    x, rotate = retrieved_of(n, m, top_k=top_k), rotary(8) if turned else None
+    exact = in_float64(x)
+    scores = torch_form.landmark_scores(
+        exact["q"], (told := problem(exact, top_k=top_k, rotate=rotate)), torch_form.blocks_of(told)
+    )
+    order = scores.sort(-1, descending=True).values.clamp(min=-1e9)
+    gap = order[..., top_k - 1] - order[..., top_k] if order.shape[-1] > top_k else torch.ones_like(order[..., 0])
+    sure = gap > 1e-5
+    assert sure.float().mean() > 0.95
+    found = RETRIEVED.run(x, top_k=top_k, rotate=rotate)
+    expected = RETRIEVED.call(torch_form, **exact, top_k=top_k, rotate=rotate)
+    for name, y in found.items():
+        seen = sure & (expected["lse"] > -torch.inf)
+        RETRIEVED.close(y[seen], expected[name][seen], name)
+
+
+def test_queries_in_parts_and_shared_choices_are_the_same(monkeypatch):
+    x = retrieved_of(70, choose=True)
+    found = RETRIEVED.run(x, rotate=rotary(8))
+    shared = x | {"chosen": x["chosen"][:, :, :1]}
+    expected = RETRIEVED.run(x | {"chosen": shared["chosen"].expand(-1, -1, 70, -1)})
+    monkeypatch.setattr(native_form, "NUMBERS_AT_ONCE", 4000)
+    for name, y in RETRIEVED.run(x, rotate=rotary(8)).items():
+        torch.testing.assert_close(y, found[name], rtol=2e-6, atol=2e-6)
+    for name, y in RETRIEVED.run(shared).items():
+        torch.testing.assert_close(y, expected[name], rtol=2e-6, atol=2e-6)
+
+
+def test_empty_blocks_and_dropped_ones_are_not_read():
+    """Landmarks that close nothing lie before a block, and of its first row the cache has lost the oldest tokens."""
+    x = retrieved_of(30, choose=True)
+    x["landmark"][0, 10] = x["landmark"][0, 11] = True  # where the second block begins
+    x["cached"] = torch.tensor([96, 71])  # of the first block its last token alone
+    spoiled = in_float64(x)
+    for name in "kv":
+        spoiled[name][0, :, :8] = torch.nan
+        spoiled[name][0, :, 10:12] = torch.nan
+    expected = RETRIEVED.call(torch_form, **in_float64(x))
+    found = RETRIEVED.run(x | {name: spoiled[name].float() for name in "kv"})
+    RETRIEVED.close(found["o"], expected["o"])
+
+
+def test_memory_is_that_of_the_choices_and_not_of_the_cache():
+    peaks = []
+    for m in (2000, 20000):
+        x = retrieved_of(40, m)
+        library.workspace_peak(reset=True)
+        RETRIEVED.run(x)
+        peaks.append(library.workspace_peak())
+    assert peaks[1] - peaks[0] < 0.05 * (20000 - 2000) * 2 * 2 * 14 * 4  # of the keys and values between them
+
+
+def test_what_it_lacks_is_left_to_torch():
+    x = retrieved_of(5)
+    q, k, v = (x[name] for name in "qkv")
+    for told in (problem(x, softmax="ignore"), problem(x, rotate=lambda y, positions: y)):
+        retrieved_attention.retrieved_attention(q, k, v, told)
+        with pytest.raises(Unsupported, match="try torch"):
+            retrieved_attention.retrieved_attention(q, k, v, told, "native")
+    with pytest.raises(Unsupported, match="no gradient"):
+        retrieved_attention.retrieved_attention(q.requires_grad_(), k, v, problem(x), "native")
+
+
+def streams(n: int, block: int) -> tuple[Tensor, Tensor]:
+    """Roles of two rows whose first blocks lack other numbers of tokens, and their lengths."""
+    places = torch.arange(n) + torch.tensor([0, 2])[:, None]
+    return (places % (block + 1) == block).long() * int(Role.LANDMARK), torch.tensor([n, n - 5])
+
+
+@pytest.mark.parametrize("positions", ["none", "rotary"])
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"cache_blocks": 4}, torch.float32),
+        ({"selection": "max_over_tokens", "offload": "disk"}, torch.float32),
+        ({"top_k": 20}, torch.bfloat16),  # more than there are: rounded scores choose other blocks
+    ],
+    ids=["best blocks", "bounded", "on disk", "all blocks"],
+)
+def test_a_step_is_that_of_float64(monkeypatch, positions, options, dtype):
+    """From states of unequal rows, over landmarks, by the short way."""
+    options = {"block": 3, "top_k": 2, **options}
+    layer = create_layer("landmark", 32, 4, num_kv_heads=2, positions=positions, **options).eval().to(dtype)
+    exact = create_layer("landmark", 32, 4, num_kv_heads=2, positions=positions, **options).eval().double()
+    exact.load_state_dict(layer.state_dict())
+    x, (roles, lengths), taken = torch.randn(2, 40, 32).to(dtype), streams(40, 3), []
+    step = native_form.step
+    monkeypatch.setattr(native_form, "step", lambda *a: taken.append(step(*a)) or taken[-1])
+    after = [int(length) + torch.arange(12) for length in lengths]  # places of the tokens that follow, in each row
+    whole = streams(60, 3)[0]
+    context = Context(roles=roles, mask=Mask(lengths=lengths), want=frozenset({"state"}))
+    with torch.no_grad():
+        state, expected = layer(x, context=context).state, exact(x.double(), context=context).state
+        for t in range(12):
+            token = torch.randn(2, 1, 32).to(dtype)
+            now = Context(roles=torch.stack([whole[r, after[r][t]] for r in range(2)])[:, None], want=context.want)
+            found, wanted = layer(token, context=now, state=state), exact(token.double(), context=now, state=expected)
+            state, expected = found.state, wanted.state
+            size = float(wanted.output.abs().max())
+            assert (found.output.double() - wanted.output).abs().max() < (
+                1e-5 if dtype == torch.float32 else 0.05
+            ) * size
+            for name, y in expected.mechanism.tensors().items():
+                assert state.mechanism.tensors()[name].shape == y.shape, name
+    assert sum(x is not None for x in taken) == 12
+
+
+def test_a_step_does_what_the_general_way_does():
+    layer = create_layer("landmark", 64, 4, num_kv_heads=2, positions="rotary", block=3, top_k=2).eval()
+    x, (roles, _) = torch.randn(2, 50, 64), streams(50, 3)
+    context = Context(roles=roles, want=frozenset({"state"}))
+    with torch.no_grad():
+        state = layer(x, context=context).state
+        short = layer.step(x[:, 0], state)[0]
+        with only("torch"):
+            general = layer.step(x[:, 0], state)[0]
+        torch.testing.assert_close(short, general, rtol=0, atol=1e-5)
+
+
+def test_a_step_that_overfills_its_block_is_refused():
+    layer = create_layer("landmark", 64, 4, positions="rotary", block=3, top_k=2).eval()
+    x, (roles, _) = torch.randn(2, 23, 64), streams(23, 3)
+    with torch.no_grad():
+        state = layer(x[:1], context=Context(roles=roles[:1], want=frozenset({"state"}))).state
+        with pytest.raises(Unsupported, match="a block of 4 tokens"):
+            layer.step(x[:1, 0], state)
