@@ -13,6 +13,7 @@ from regard.engines import (
     linear_attention,
     pixel_attention,
     quantized_linear,
+    quest_attention,
     selective_scan,
     softmax_scan,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "linear_attention",
     "pixel_attention",
     "quantized_linear",
+    "quest_attention",
     "selective_scan",
     "softmax_scan",
 ]
