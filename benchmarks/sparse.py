@@ -1,11 +1,13 @@
 """Times of sparse attention beside dense, for one layer: a prompt, and a token after it.
 
     python benchmarks/sparse.py                                  # 8192 tokens, 9 query heads over 3 of width 64 (SmolLM2-135M)
-    python benchmarks/sparse.py --length 4096 --ratios 4,8 --methods block_sparse,quest
+    python benchmarks/sparse.py --length 4k --ratios 4,8 --methods block_sparse,quest
+    OMP_NUM_THREADS=1 python benchmarks/sparse.py --length 8k,32k --methods quest
 
 Dense is the native attention that regard's models run, not sparse code with everything selected. Queries and keys are those of
 a random walk with a few keys that many queries look at, since methods that follow importance select almost everything of white
-noise; what was selected is printed beside the time. On a busy machine, do not measure.
+noise; what was selected is printed beside the time. With one thread the time is that of its processor, which counts no interruption
+by other programs (but that they share caches and memory); with more, do not measure on a busy machine.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 
+from regard.cli.sparse import read_lengths
 from regard.compression.sparse import METHODS, Method, Place, at_compression
 from regard.compression.sparse.cache import HeadCache
 from regard.core.visibility import CountedRanks, Visibility
@@ -42,12 +45,21 @@ def tensors(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument("--length", type=read_lengths, default=(8192,), help="tokens, with commas; k is 1024")
     parser.add_argument("--ratios", default="8")
     parser.add_argument("--methods", default=",".join(name for name in METHODS if name != "dense"))
     parser.add_argument("--seconds", type=float, default=8.0, help="of each comparison")
     asked = parser.parse_args()
-    n = asked.length
+    clock = "processor" if torch.get_num_threads() == 1 else "wall"
+    print(f"{HEADS} heads over {GROUPS} of {WIDTH}, {torch.get_num_threads()} threads, {clock} time")
+    headings = ["tokens", "method", "compression", "phase", "computed", "dense", "sparse", "dense / sparse"]
+    print(f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
+    for n in asked.length:
+        measure(n, asked)
+
+
+def measure(n: int, asked: argparse.Namespace) -> None:
+    """The rows of a length."""
     q, k, v = tensors(n)
     query, key, value = q[:, :, -1:], k[:, :, -1:], v[:, :, -1:]
     where, causal = CountedRanks(n, n, 0, True, q.device), Visibility(causal=True)
@@ -63,10 +75,6 @@ def main() -> None:
             else found
         )
 
-    print(f"{n} tokens, {HEADS} heads over {GROUPS} of {WIDTH}, {torch.get_num_threads()} threads")
-    print(
-        "| method | compression | phase | computed | dense | sparse | dense / sparse |\n|---|---|---|---|---|---|---|"
-    )
     for name in asked.methods.split(","):
         for ratio in map(float, asked.ratios.split(",")):
             method, place = at_compression(name, ratio, n), Place(scale=SCALE)
@@ -82,7 +90,7 @@ def main() -> None:
                 before, after = 1e3 * found["dense"].median, 1e3 * found["sparse"].median
                 share = 1 - place.meter.sparsity(phase)
                 print(
-                    f"| {name} | {ratio:g}x | {phase} | {share:.1%} | {before:.3f} ms | {after:.3f} ms | {before / after:.2f} |",
+                    f"| {n} | {name} | {ratio:g}x | {phase} | {share:.1%} | {before:.3f} ms | {after:.3f} ms | {before / after:.2f} |",
                     flush=True,
                 )
 

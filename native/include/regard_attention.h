@@ -82,8 +82,8 @@ REGARD_API int regard_attention_backward(const regard_attention_backward_args *a
 /* Few queries against a long cache: the keys of all (row, kv head) pairs are cut into equal spans over the threads, and
  * the partial results merged by their log-sum-exps (LeanAttention, arXiv 2405.10480). Softmax only. `pages` NULL: k and v
  * as in attention. Otherwise token t of row b lies in page pages[b * pages_stride + t / page_size], slot t % page_size,
- * k_strides and v_strides are (page, head, slot), and entries before a row's first visible key and after its last are
- * not read. No block mask. */
+ * k_strides and v_strides are (page, head, slot), and entries before a row's first visible key and after its last key
+ * are not read. No block mask. */
 typedef struct {
   int64_t size;
   const regard_attention_args *forward;

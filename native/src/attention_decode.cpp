@@ -11,6 +11,7 @@
 #include "vector.h"
 
 #include "attention_pairs.h"
+#include "lane_sums.h"
 #include "parallel.h"
 #include "product.h"
 #include "workspace.h"
@@ -32,14 +33,19 @@ constexpr int64_t AHEAD = 4096;   // bytes between what is computed and what is 
 
 REGARD_INLINE float infinity() { return __builtin_inff(); }
 
-// Asks for `rows` rows some way after p to come into the second cache: the processor's own prediction alone does not
-// keep up when several queries are computed with each key. What is asked for may lie outside everything.
+// Asks for rows to come into the second cache: the processor's own prediction alone does not keep up when several queries
+// are computed with each key.
+template <class T>
+REGARD_INLINE void fetch(const T* p, int64_t ldp, int64_t rows, int64_t width) {
+  constexpr int64_t SIZE = sizeof(T);
+  for (int64_t i = 0; i < rows; ++i, p += ldp)
+    for (int64_t c = 0; c < width; c += 64 / SIZE) __builtin_prefetch(p + c, 0, 2);
+}
+
+// The same some way after p, which may lie outside everything.
 template <class T>
 REGARD_INLINE void fetch_ahead(const T* p, int64_t ldp, int rows, int64_t width) {
-  constexpr int64_t SIZE = sizeof(T);
-  p += most(AHEAD / (width * SIZE), int64_t{1}) * ldp;
-  for (int i = 0; i < rows; ++i, p += ldp)
-    for (int64_t c = 0; c < width; c += 64 / SIZE) __builtin_prefetch(p + c, 0, 2);
+  fetch(p + most(AHEAD / (width * int64_t{sizeof(T)}), int64_t{1}) * ldp, ldp, rows, width);
 }
 
 // tanh to full relative precision: e^(2x) - 1 without cancellation, given 2 log2(e) x.
@@ -56,60 +62,6 @@ REGARD_INLINE Vec tanh_of(Vec x) {
   const Vec whole = reinterpret_cast<Vec>((n + 127) << 23);
   const Vec less_one = fma(whole, p * r, whole - 1.f);
   return less_one / (less_one + 2.f);
-}
-
-// Lanes of a and b in turns, a0 b0 a1 b1 ...: the first halves of both, then the second.
-REGARD_INLINE void in_turns(Vec a, Vec b, Vec* low, Vec* high) {
-#if defined(__AVX512F__)
-  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-  const __m512 x = reinterpret_cast<__m512>(a), y = reinterpret_cast<__m512>(b);
-  *low = reinterpret_cast<Vec>(_mm512_permutex2var_ps(x, first, y));
-  *high = reinterpret_cast<Vec>(_mm512_permutex2var_ps(x, second, y));
-#elif defined(__AVX__)
-  const __m256 x = reinterpret_cast<__m256>(a), y = reinterpret_cast<__m256>(b);
-  const __m256 even = _mm256_unpacklo_ps(x, y), odd = _mm256_unpackhi_ps(x, y);
-  *low = reinterpret_cast<Vec>(_mm256_permute2f128_ps(even, odd, 0x20));
-  *high = reinterpret_cast<Vec>(_mm256_permute2f128_ps(even, odd, 0x31));
-#elif defined(__SSE2__)
-  *low = reinterpret_cast<Vec>(_mm_unpacklo_ps(reinterpret_cast<__m128>(a), reinterpret_cast<__m128>(b)));
-  *high = reinterpret_cast<Vec>(_mm_unpackhi_ps(reinterpret_cast<__m128>(a), reinterpret_cast<__m128>(b)));
-#else
-  for (int i = 0; i < LANES / 2; ++i) {
-    (*low)[2 * i] = a[i], (*low)[2 * i + 1] = b[i];
-    (*high)[2 * i] = a[LANES / 2 + i], (*high)[2 * i + 1] = b[LANES / 2 + i];
-  }
-#endif
-}
-
-// A square block of LANES lines turned: each of log2(LANES) rounds moves one bit of the line's number into the lane's.
-template <int ROUNDS = LANES>
-REGARD_INLINE void turn(Vec (&lines)[LANES]) {
-  if constexpr (ROUNDS > 1) {
-    Vec turned[LANES];
-#pragma GCC unroll 8
-    for (int r = 0; r < LANES / 2; ++r) in_turns(lines[r], lines[r + LANES / 2], &turned[2 * r], &turned[2 * r + 1]);
-    turn<ROUNDS / 2>(turned);
-#pragma GCC unroll 16
-    for (int r = 0; r < LANES; ++r) lines[r] = turned[r];
-  }
-}
-
-// Lane i of the result is the sum of the lanes of v[i].
-template <int COUNT>
-REGARD_INLINE Vec sums_of(const Vec (&v)[COUNT]) {
-  if constexpr (COUNT == 1) {
-    return v[0];
-  } else {
-    Vec half[COUNT / 2];
-#pragma GCC unroll 8
-    for (int i = 0; i < COUNT / 2; ++i) {
-      Vec low, high;
-      in_turns(v[i], v[i + COUNT / 2], &low, &high);
-      half[i] = low + high;
-    }
-    return sums_of(half);
-  }
 }
 
 // What a row's queries see of its keys.
@@ -131,6 +83,7 @@ struct Problem {
   int64_t queries;  // rows of queries that share a kv head
   int64_t query_line, value_line;
   float query_scale;
+  bool ahead;  // whether what follows keys and values in memory is read next: not where small pages lie anywhere
 
   const Row& row(int64_t b) const { return rows[one_row ? 0 : b]; }
 };
@@ -248,10 +201,11 @@ Row row_in(Workspace& space, const regard_attention_args& args, int64_t b) {
 
 // --- one step of keys
 
-// The visible keys of a step, or values, as runs that are equally far apart: f(first, columns before it, count).
+// The visible keys of a step, or values, as runs that are equally far apart: f(first, columns before it, count). Where they
+// are in small pages, the next one of `width` columns is asked for before a page is computed with.
 template <class T, class F>
 REGARD_INLINE void for_runs(const Problem& problem, const Row& row, int64_t b, int64_t g, int64_t step, const T* base,
-                            const int64_t (&strides)[3], F&& f) {
+                            const int64_t (&strides)[3], int64_t width, F&& f) {
   const int64_t begin = step * STEP + row.begin[step], end = step * STEP + row.end[step];
   const regard_attention_decode_args& decode = *problem.decode;
   if (decode.pages == nullptr) {
@@ -259,34 +213,14 @@ REGARD_INLINE void for_runs(const Problem& problem, const Row& row, int64_t b, i
     return;
   }
   for (int64_t at = begin; at < end;) {
+    const int64_t* pages = decode.pages + b * decode.pages_stride;
     const int64_t page = at / decode.page_size, stop = least(end, (page + 1) * decode.page_size);
-    f(base + decode.pages[b * decode.pages_stride + page] * strides[0] + g * strides[1] +
-          (at - page * decode.page_size) * strides[2],
+    if (!problem.ahead && (page + 1) * decode.page_size < decode.lengths[b])
+      fetch(base + pages[page + 1] * strides[0] + g * strides[1], strides[2], decode.page_size, width);
+    f(base + pages[page] * strides[0] + g * strides[1] + (at - page * decode.page_size) * strides[2],
       static_cast<int>(at - begin), static_cast<int>(stop - at));
     at = stop;
   }
-}
-
-// Scores of LANES keys with one query; with TAIL of the first `count`, and the other lanes are anything.
-template <bool TAIL, class T>
-REGARD_INLINE Vec dots(const T* k, int64_t ldk, int count, const float* q, int64_t width) {
-  Vec sums[LANES];
-  const int64_t whole = width / LANES * LANES;
-#pragma GCC unroll 16
-  for (int i = 0; i < LANES; ++i) {
-    const T* line = k + (TAIL ? least(i, count - 1) : i) * ldk;
-    Vec total = zero();
-    for (int64_t p = 0; p < whole; p += LANES) total = fma(load(line + p), load(q + p), total);
-    sums[i] = total;
-  }
-  if (whole < width) {
-    const Vec x = load(q + whole);  // zeros beyond the width
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; ++i)
-      sums[i] = fma(load(k + (TAIL ? least(i, count - 1) : i) * ldk + whole, static_cast<int>(width - whole)), x,
-                    sums[i]);
-  }
-  return sums_of(sums);
 }
 
 // Scores of a few keys with TOGETHER queries, which share what is loaded. As above.
@@ -328,7 +262,7 @@ void score_run(const Problem& problem, const Worker& worker, const T* k, int64_t
     const T* at = k + j * ldk;
     const int here = least(LANES, count - j);
     float* scores = worker.scores + column + j;
-    fetch_ahead(at, ldk, LANES, width);
+    if (problem.ahead) fetch_ahead(at, ldk, LANES, width);
     for (int64_t r = 0; r < together; r += TOGETHER) {
       const float* q = worker.queries + r * ldq;
       float* to = scores + r * SCORES_LINE;
@@ -347,7 +281,7 @@ void score_run(const Problem& problem, const Worker& worker, const T* k, int64_t
 void score_run_turned(const Problem& problem, const Worker& worker, const float* k, int64_t ldk, int column,
                       int count) {
   const int64_t line = round_up(problem.queries, static_cast<int64_t>(LANES));
-  fetch_ahead(k, ldk, count, problem.args->width);
+  if (problem.ahead) fetch_ahead(k, ldk, count, problem.args->width);
   product<Into::ZERO>(count, static_cast<int>(line), static_cast<int>(problem.args->width), k, ldk, 1, worker.queries,
                       line, worker.turned, line);
   for (int j = 0; j < count; j += LANES)
@@ -474,9 +408,9 @@ int value_rows(int64_t rows, int keys, const float* weights, const T* v, int64_t
 }
 
 template <int VECTORS, class T>
-void value_columns(int64_t rows, int keys, const float* weights, const T* v, int64_t ldv, float* to, int64_t ldt,
-                   int tail) {
-  int64_t i = value_rows<VECTORS, true>(rows, keys, weights, v, ldv, to, ldt, tail);
+void value_columns(const Problem& problem, int keys, const float* weights, const T* v, int64_t ldv, float* to, int tail) {
+  const int64_t rows = problem.queries, ldt = problem.value_line;
+  int64_t i = problem.ahead ? value_rows<VECTORS, true>(rows, keys, weights, v, ldv, to, ldt, tail) : 0;
   while (i < rows)
     i += value_rows<VECTORS, false>(rows - i, keys, weights + i * SCORES_LINE, v, ldv, to + i * ldt, ldt, tail);
 }
@@ -485,15 +419,14 @@ template <class T>
 void value_run(const Problem& problem, const Worker& worker, const T* v, int64_t ldv, int column, int count,
                float* to) {
   const int width = static_cast<int>(problem.args->value_width);
-  const int64_t line = problem.value_line;
   const float* weights = worker.scores + column;
   int c = 0;
   for (; c + TILE_VECTORS * LANES <= width; c += TILE_VECTORS * LANES)
-    value_columns<TILE_VECTORS>(problem.queries, count, weights, v + c, ldv, to + c, line, LANES);
+    value_columns<TILE_VECTORS>(problem, count, weights, v + c, ldv, to + c, LANES);
   for (; c + 2 * LANES <= width; c += 2 * LANES)
-    value_columns<2>(problem.queries, count, weights, v + c, ldv, to + c, line, LANES);
+    value_columns<2>(problem, count, weights, v + c, ldv, to + c, LANES);
   for (; c < width; c += LANES)
-    value_columns<1>(problem.queries, count, weights, v + c, ldv, to + c, line, least(LANES, width - c));
+    value_columns<1>(problem, count, weights, v + c, ldv, to + c, least(LANES, width - c));
 }
 
 // --- a span of one (row, kv head)
@@ -564,7 +497,7 @@ void attend(const Problem& problem, const Worker& worker, const Partial& partial
     for (int s = 0; s < steps; ++s) {
       const int64_t step = row.steps[from + s];
       counts[s] = row.end[step] - row.begin[step];
-      for_runs(problem, row, b, g, step, k, args.k_strides, [&](const T* run, int column, int count) {
+      for_runs(problem, row, b, g, step, k, args.k_strides, args.width, [&](const T* run, int column, int count) {
         if (problem.queries > DOTS)
           score_run_turned(problem, worker, run, args.k_strides[2], s * STEP + column, count);
         else
@@ -578,7 +511,8 @@ void attend(const Problem& problem, const Worker& worker, const Partial& partial
     for (int64_t r = 0; r < problem.queries; ++r)
       weigh(problem, partial, r, steps, counts, worker.scores + r * SCORES_LINE);
     for (int s = 0; s < steps; ++s)
-      for_runs(problem, row, b, g, row.steps[from + s], v, args.v_strides, [&](const T* run, int column, int count) {
+      for_runs(problem, row, b, g, row.steps[from + s], v, args.v_strides, args.value_width, [&](const T* run, int column,
+                                                                                              int count) {
         value_run(problem, worker, run, args.v_strides[2], s * STEP + column, count, partial.output);
       });
   }
@@ -638,6 +572,8 @@ int run(const regard_attention_decode_args& decode) {
   problem.queries = groups * args.n;
   problem.query_line = round_up(args.width, static_cast<int64_t>(LANES));
   problem.value_line = round_up(args.value_width, static_cast<int64_t>(LANES));
+  problem.ahead = decode.pages == nullptr || decode.lengths == nullptr ||
+                  decode.page_size * args.width * static_cast<int64_t>(sizeof(T)) > AHEAD;
   // softcapped scores come as 2 log2(e) s / c
   problem.query_scale = args.softcap > 0 ? args.scale * 2.f * LOG2_E / args.softcap : args.scale;
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 from rich.table import Table
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from regard.compression import Recipe
     from regard.workbench.lighter.study import Study
     from regard.workbench.lighter.subjects import Subject
+    from regard.workbench.side_effects import Probes
 
 OUTPUT = Path("runs/compress")
 WORK = ".work"
@@ -48,6 +50,12 @@ def compress(
     length: Annotated[int | None, typer.Option(help="Tokens of a window; 512 when not given.")] = None,
     calibration: Annotated[int, typer.Option(help="Windows or items that one recipe is calibrated with.")] = 16,
     tolerance: Annotated[float, typer.Option(help="Share of the quality that the recommended recipe may lose.")] = 0.01,
+    effects: Annotated[
+        int,
+        typer.Option(
+            help="Also ask for side effects, so many times: repetition, facts lost among others, answers made up. 0: not."
+        ),
+    ] = 0,
     as_json: JSON = False,
 ) -> None:
     """Make a model smaller and faster, and say what it costs: weights in 8 or 4 bits, heads, neurons and layers taken away.
@@ -67,6 +75,7 @@ def compress(
         regard compress my_classifier --recipe "axformer:focus=size,slack=0.02 + int8" --output small/
         regard compress smollm2/ --data my_corpus.txt --recipe "structured:neurons=0.2,layers=2" --output small/
         regard compress my_model --recipes "int8,int4:group=64,awq + gptq" --json
+        regard compress smollm2/ --data my_corpus.txt --recipes "int8,int4" --effects 12
     """
     from regard.compression.recipes import read_recipe, read_recipes
     from regard.measurement.budget import Budget
@@ -74,6 +83,7 @@ def compress(
 
     at_least("calibration", calibration, 1)
     at_least("tolerance", tolerance, 0)
+    at_least("effects", effects, 0)
     if recipe is not None and recipes is not None:
         raise Unsupported("both --recipe and --recipes", supported="--recipe for one model, --recipes to compare some")
     if recipe is not None:
@@ -84,46 +94,83 @@ def compress(
         one = read_recipe(recipe)
         _check_output(output, model)
         subject = open_subject(model, _data(data, model, needed=bool(one.needs)), length, [one])
-        _one(subject, one, output, calibration, as_json)
+        asked = _probes(subject, effects, length, data)
+        _one(subject, one, output, calibration, asked, as_json)
         return
     several, time = read_recipes(recipes or "all"), Budget.parse(budget)
     subject = open_subject(model, data or None, length, several)
-    _several(subject, several, output or OUTPUT, time, str(model), tolerance, as_json)
+    asked = _probes(subject, effects, length, data)
+    _several(subject, several, output or OUTPUT, time, str(model), tolerance, asked, as_json)
 
 
-def _one(subject: Subject, recipe: Recipe, output: Path, calibration: int, as_json: bool) -> None:
+Asked: TypeAlias = "tuple[Probes | None, int]"
+"""Probes of side effects, and how often they are asked."""
+
+
+def _probes(subject: Subject, effects: int, length: int | None, data: list[str] | None) -> Asked:
+    if not effects:
+        return None, 0
+    from regard.workbench.lighter.subjects import LENGTH
+    from regard.workbench.side_effects import Probes
+
+    return Probes(subject.reader(subject.load()), length or LENGTH, data or None), effects
+
+
+def _one(subject: Subject, recipe: Recipe, output: Path, calibration: int, asked: Asked, as_json: bool) -> None:
     from regard.compression import compress as compress_model
     from regard.workbench.lighter.study import calibration_data
+    from regard.workbench.side_effects import HEADINGS, Effects, rows, sentence
 
-    work = output / WORK
+    work, (probes, count), model = output / WORK, asked, subject.load()
+    effects: dict[str, Effects] = {}
     with progress(quiet=as_json) as (bar, line):
         shown = bar.add_task(recipe.name, total=None)
 
-        def watch(name: str, done: int, count: int) -> None:
-            bar.update(shown, description=name, completed=done, total=count)
-            line(f"{name} ({done} of {count})")
+        def watch(name: str, done: int, of: int) -> None:
+            bar.update(shown, description=name, completed=done, total=of)
+            line(f"{name} ({done} of {of})")
 
+        def ask(name: str) -> None:
+            if probes is not None:
+                watch(f"{name}: side effects", 0, count)
+                reader = subject.reader(model)
+                effects[name] = Effects(tuple(probes.ask(reader, number) for number in range(count)))
+
+        ask("original")
         found = compress_model(
-            subject.load(),
+            model,
             recipe,
             calibration_data(subject, recipe, calibration),
             work=work if recipe.needs else None,
             on_layer=watch,
         )
+        ask(recipe.name)
     subject.save(found, output)
     shutil.rmtree(work, ignore_errors=True)
     if as_json:
-        emit({"folder": str(output), **found.report.as_dict()})
+        told = {name: one.as_dict() for name, one in effects.items()}
+        emit({"folder": str(output), **found.report.as_dict(), "side_effects": told or None})
         return
     console.print(Text(str(found.report)))
+    if effects:
+        console.print(_plain_table(["model", *HEADINGS], rows("original", effects)))
+        console.print(Text(sentence("original", effects)))
     console.print(Text(f"Model: {output}"))
 
 
 def _several(
-    subject: Subject, recipes: list[Recipe], output: Path, budget: Any, model: str, tolerance: float, as_json: bool
+    subject: Subject,
+    recipes: list[Recipe],
+    output: Path,
+    budget: Any,
+    model: str,
+    tolerance: float,
+    asked: Asked,
+    as_json: bool,
 ) -> None:
-    from regard.workbench.lighter.report import write_page
+    from regard.workbench.lighter.report import effects_table, write_page
     from regard.workbench.lighter.study import REPORT, recommend, study
+    from regard.workbench.side_effects import sentence as effects_sentence
 
     with progress(quiet=as_json) as (bar, line):
         shown = bar.add_task("starting", total=len(recipes))
@@ -136,7 +183,8 @@ def _several(
             if not as_json:
                 bar.console.print(Text(sentence, style="dim"))
 
-        found = study(subject, recipes, output, budget, say=say, on_progress=watch)
+        probes, count = asked
+        found = study(subject, recipes, output, budget, probes=probes, effects=count, say=say, on_progress=watch)
     best, sentence = recommend(found, tolerance)
     page = write_page(found, output / REPORT, model=model, tolerance=tolerance)
     if as_json:
@@ -147,6 +195,10 @@ def _several(
     for name, why in found.refused.items():
         console.print(Text(f"left out: {name}: {why}", style="dim"))
     console.print()
+    if found.effects:
+        console.print(_plain_table(*effects_table(found)))
+        console.print(Text(effects_sentence("original", found.effects)))
+        console.print()
     console.print(Text(sentence, style="bold"))
     if best is not None:
         console.print(Text(f'regard compress {model} --recipe "{best}" --output small/'))
@@ -156,12 +208,17 @@ def _several(
 def _table(found: Study, best: str | None) -> Table:
     from regard.workbench.lighter.report import cells, labels
 
+    rows = (found.original, *found.rows)
+    return _plain_table(labels(found), [cells(found, row) for row in rows], [row.recipe == best for row in rows])
+
+
+def _plain_table(headings: Sequence[str], rows: Sequence[Sequence[str]], best: Sequence[bool] = ()) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for i, heading in enumerate(labels(found)):
+    for i, heading in enumerate(headings):
         table.add_column(heading, justify="right" if i else "left")
-    for row in (found.original, *found.rows):
-        style = "bold" if row.recipe == best else ""
-        table.add_row(*(Text(cell, style=style) for cell in cells(found, row)))
+    for i, row in enumerate(rows):
+        style = "bold" if i < len(best) and best[i] else ""
+        table.add_row(*(Text(cell, style=style) for cell in row))
     return table
 
 

@@ -48,6 +48,12 @@ def sparse(
         list[str] | None,
         typer.Option(help="Text for the tasks about documents and for text, or a .json of SQuAD's. Repeatable."),
     ] = None,
+    effects: Annotated[
+        int,
+        typer.Option(
+            help="Also ask for side effects, so many times: repetition, facts lost among others, answers made up. 0: not."
+        ),
+    ] = 0,
     budget: Annotated[str | None, typer.Option(help="Time after which no new question is asked: 90s, 20m, 2h.")] = None,
     output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on from it.")] = OUTPUT,
     as_json: JSON = False,
@@ -63,6 +69,7 @@ def sparse(
         regard sparse smollm2/ --lengths 1k,4k --budget 1h
         regard sparse smollm2/ --lengths 2k --methods quest,snapkv --tasks text,ruler_niah --wording brief
         regard sparse my_model --lengths 512 --tasks text --data my_corpus.txt --json
+        regard sparse smollm2/ --lengths 1k --methods quest,snapkv --ratios 4,8 --tasks text --effects 12
         regard sparse constructed
     """
     from regard.compression.sparse.catalogue import read_names
@@ -70,6 +77,7 @@ def sparse(
 
     if samples is not None:
         at_least("samples", samples, 1)
+    at_least("effects", effects, 0)
     one_of("wording", wording, ("full", "brief"))
     seconds = None
     if budget is not None:
@@ -80,6 +88,8 @@ def sparse(
     counts = None if lengths is None else read_lengths(lengths)
     if output.is_file():
         raise Unsupported(f"{output} as the output, which is a file", supported="a folder")
+    if effects and model in PRESETS:
+        raise Unsupported(f"--effects {effects} of {model}", supported="models in a folder", nearest="--effects 0")
     if model == "constructed":
         _constructed(counts or CONSTRUCTED, samples or 150, output, as_json)
         return
@@ -91,7 +101,7 @@ def sparse(
 
     asked = _tasks(tasks, brief=False)
     given = None if data is None else data[0] if len(data) == 1 else data
-    plan = Plan(counts or (1024,), *chosen, asked, wording, samples or 10, given)
+    plan = Plan(counts or (1024,), *chosen, asked, wording, samples or 10, given, effects)
     _folder(Path(model), plan, seconds, output, as_json)
 
 
@@ -155,16 +165,22 @@ def _folder(path: Path, plan: Plan, seconds: float | None, output: Path, as_json
     if as_json:
         emit({**found.as_dict(), "recommendation": {"safe": safe, "text": sentence}, "report": str(page)})
         return
-    from regard.workbench.sparse.report import safe_table
+    from regard.workbench.side_effects import sentence as effects_sentence
+    from regard.workbench.sparse.report import effects_table, safe_table
 
     console.print(Text(found.name))
     console.print(_table(*safe_table(found)))
+    if found.effects:
+        console.print()
+        console.print(_table(*effects_table(found)))
     for where, why in found.refused.items():
         console.print(Text(f"left out: {where}: {why}", style="dim"))
     if found.over:
         console.print(Text("The budget was over before all was asked; the same command goes on.", style="dim"))
     console.print()
     console.print(Text(sentence, style="bold"))
+    if found.effects:
+        console.print(Text(effects_sentence("dense", found.effects), style="bold"))
     console.print(Text(f"Report: {page}"))
 
 

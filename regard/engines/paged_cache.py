@@ -387,8 +387,10 @@ class PagedState(KeyValueState):
         softcap: float | None = None,
         sink: Float[Tensor, " h"] | None = None,
     ) -> tuple[Float[Tensor, "b h n v"], PagedState] | None:
-        """Softmax attention of a call's queries, as many as its keys, where few are read in their pages; None, and
+        """Softmax attention of a call's queries, as many as its keys or none, where few are read in their pages; None, and
         nothing is written, where they are not."""
+        if q.shape[2] == 0:
+            return q.new_empty(*q.shape[:3], v.shape[3]), self.appended(call, k, v)
         few = 0 < q.shape[2] == k.shape[2] <= DECODED_LONG
         if not few or _refusal(q, self.pool, visibility, sink) is not None:
             return None

@@ -35,6 +35,7 @@ from regard.contract import (
 )
 from regard.core.ragged import Gathering, gather_pairs, gathering, gathering_in_place, inner_mask
 from regard.core.visibility import DistanceBias, surely
+from regard.engines.cache import KeyValueState, WindowState
 from regard.engines.layers import gated_product
 from regard.layers.base import Layer
 from regard.layers.checks import check_memory, check_memory_mask, check_state, check_tokens, given_context
@@ -297,6 +298,43 @@ class AttentionLayer(Layer):
             length = lengths_after(before, layout.lengths, x.shape[0], x.shape[1], x.device)
             result.state = LayerState(result.state, length, tuple(caches), projected)
         return result
+
+    def take_up(
+        self, x: Float[Tensor, "b n c"], *, context: Context, state: LayerState | None = None
+    ) -> LayerState | None:
+        """The state after tokens of which no output is wanted: the keys and values of `x` are kept, and there are no queries,
+        no attention and no output projection. None where a token leaves more behind than that, and :meth:`forward` has to
+        say what."""
+        card, cross = self.card, self.pattern.cross
+        by_query = {name for name, axes in card.axes.items() if "n" in axes and "m" not in axes}
+        keeps_pairs = card.state in (KeyValueState, WindowState) and card.uneven and by_query == {"q"}
+        usual = type(self).forward is AttentionLayer.forward and self.mix is apply and self.query is not None
+        plain = context.mask is context.roles is None and context.want <= {"state"}
+        if not (keeps_pairs and usual and plain) or self.training or self.convolutions or (cross and state is None):
+            return None
+        check_state(state, LayerState, card.name)
+        before = None if state is None else state.length
+        own = self.side(x, None, context.positions, context, before=before)
+        heads = {"q": x.new_empty(x.shape[0], self.num_heads, 0, self.head_dim)}
+        if not cross:
+            self._memory_heads(heads, own.tokens, None, [])
+        call = LayerCall(
+            own.tokens, None if cross else own.tokens, context, None, None, None if state is None else state.projection
+        )
+        heads, projected, _ = self._project(heads, call, state)
+        heads = self._rotate(heads, None if own.positions is None else own.positions[:, :0], own.positions)
+        result = self.mix(
+            card,
+            heads,
+            pattern=self.pattern,
+            state=None if state is None else state.mechanism,
+            return_state=True,
+            config=self.config,
+            **self._beside(context, None),
+            **self._position_functions(context, state),
+        )
+        length = lengths_after(before, None, x.shape[0], x.shape[1], x.device)
+        return LayerState(result.state, length, projection=projected)
 
     def encode_memory(
         self, memory: Float[Tensor, "b m c2"], *, context: Context | None = None, state: LayerState | None = None

@@ -27,7 +27,19 @@ from regard.contract import Unsupported, closest
 from regard.measurement import provenance
 
 SCHEMA_VERSION = 1
-KINDS = ("plan", "match", "search", "quality", "cost", "profile", "verify", "run", "reproduction", "sparse")
+KINDS = (
+    "plan",
+    "match",
+    "search",
+    "quality",
+    "cost",
+    "profile",
+    "verify",
+    "run",
+    "reproduction",
+    "sparse",
+    "side_effects",
+)
 SECONDS_TO_WAIT = 60.0
 """For another writer to finish its row."""
 

@@ -26,7 +26,7 @@ from regard.contract import (
 )
 from regard.core.ragged import Gathering, inner_mask
 from regard.create import create_layer
-from regard.layers.attention import why_refused
+from regard.layers.attention import AttentionLayer, why_refused
 from regard.layers.embedding import FactorisedEmbedding
 from regard.layers.feed_forward import (
     FEED_FORWARDS,
@@ -427,6 +427,16 @@ class Block(nn.Module):
         update = self.mixer_end(mixed.output)
         mixed.output = dropout(update, self.dropout, training=self.training, generator=context.generator)
         return mixed
+
+    def take_up(self, x: Float[Tensor, "b n c"], *, context: Context, state: Any = None) -> Any:
+        """The mixer's state after tokens of which it adds nothing to the stream, where that takes less than :meth:`mix`; None
+        where it does not."""
+        mixer = self.mixer
+        return (
+            mixer.take_up(self.mixer_norm(x), context=context, state=state)
+            if isinstance(mixer, AttentionLayer)
+            else None
+        )
 
     def feed(
         self,

@@ -11,7 +11,8 @@ A model's ``stack`` names the layers (`exits`), and the rule by which they are l
 What a token leaves behind is the same for both: its hidden state stays, and the mixers of the layers above go on to see it. So
 the keys and values of a layer that a token did not pass are that layer's own projections of the hidden state with which it left
 (Confident Adaptive Language Modeling, Schuster et al., arXiv 2207.07061, propagates states likewise), a recurrence takes it up
-as any other token, and decoding with states equals reading the sequence whole.
+as any other token, and decoding with states equals reading the sequence whole. Once all tokens of a call have left, attention
+projects these keys and values and does no more; as long as one goes on, the others' rows are attended beside it.
 """
 
 from __future__ import annotations
@@ -148,11 +149,13 @@ def run_with_exits(
     for layer, one in zip(config.exits, exits, strict=True):
         work.advance(layer)
         way.leave(one)
-        if not goes_on and not bool(way.active.any()):
+        if not bool(way.active.any()):
             break
     else:
         work.advance(stack.layers)
         way.end(norm)
+    if goes_on and work.layer < stack.layers:
+        work.advance(stack.layers)  # later tokens will look at those that have left
     output = way.output(norm)
     result = work.result()
     result.output = place(output)

@@ -264,7 +264,8 @@ class Pass:
 
     Attributes:
         active: (B, N) tokens that are not done; None when all are not. The others keep their hidden states: mixers see
-            them, so that states go on, but feed-forward networks do not compute them.
+            them, so that states go on, but feed-forward networks do not compute them. Where all are done, attention keeps
+            their keys and values and computes nothing else.
     """
 
     def __init__(
@@ -434,6 +435,10 @@ class Branch:
             own = self.block.cross
             if memory is not None and not own:
                 context = context.replace(memory_mask=None, memory_positions=None)
+            if active is not None and continues and not (own and memory is not None) and not bool(active.any()):
+                kept = self.block.take_up(x, context=context, state=self.state)
+                if kept is not None:
+                    return Result(torch.zeros_like(x), kept)
             result = self.block.mix(x, memory if own else None, context=context, state=self.state)
             if active is not None:
                 result.output = result.output.where(active[..., None], 0)

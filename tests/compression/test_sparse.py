@@ -24,10 +24,11 @@ from regard.compression.sparse.cost import (
 from regard.compression.sparse.evicting import AdaSnapKV, PyramidKV, SnapKV
 from regard.compression.sparse.fidelity import kept_mass, relative_error
 from regard.compression.sparse.method import call
-from regard.compression.sparse.paging import Quest, bounds, page_bounds
+from regard.compression.sparse.paging import Quest, bounds
 from regard.compression.sparse.prefilling import BlockSparse, VerticalSlash
 from regard.compression.sparse.scores import diagonal_sums, last_weights
 from regard.compression.sparse.selection import Lines
+from regard.engines.quest_attention import page_bounds
 from regard.models import LanguageModel, LanguageModelConfig
 
 SCALE = 0.4
@@ -231,20 +232,15 @@ def test_pyramidkv_spends_its_budget_over_the_layers_exactly_and_less_in_each():
         assert min(counts) > 24
 
 
-def test_quest_bounds_hold_are_tight_for_single_keys_and_grow_with_the_cache():
-    q, k, v = heads(70)
+def test_quest_keeps_bounds_of_whole_pages_while_the_cache_grows():
+    q, k, v = heads(150)
     method, place = Quest(budget=16, page=8), Place(scale=1.0)
     cache = method.compress(q[:, :, :50], k[:, :, :50], v[:, :, :50], place)
-    for i in range(50, 70):
+    for i in range(50, 150):  # memory grows twice
         at = slice(i, i + 1)
         _, cache = method.decode(q[:, :, at], cache.appended(k[:, :, at], v[:, :, at]), place)
-    low, high = bounds(cache.k, 70, 8)
-    assert torch.equal(cache.low, low) and torch.equal(cache.high, high)
-    query = q[:, :, -1:]
-    scores = (query @ k.repeat_interleave(2, 1).mT)[:, :, 0, :64].unflatten(-1, (8, 8))
-    assert (page_bounds(query, cache, 8) >= scores.amax(-1) - 1e-12).all()
-    single = Quest(budget=16, page=1).compress(q, k, v, place)
-    assert torch.allclose(page_bounds(query, single, 70), (query @ k.repeat_interleave(2, 1).mT)[:, :, 0])
+    low, high = bounds(k[:, :, :144], 8)
+    assert torch.equal(cache.low[:, :, :18], low) and torch.equal(cache.high[:, :, :18], high)
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -255,9 +251,8 @@ def test_quest_reads_its_pages_and_the_newest_one_alone(share, dtype):
     _, cache = call(method, q[:, :, :74], k[:, :, :74], v[:, :, :74], None, place, keeps=True)
     place.meter.kept["decode"] = place.meter.all["decode"] = 0
     output, cache = call(method, q[:, :, 74:], k[:, :, 74:], v[:, :, 74:], cache, place, keeps=True)
-    upper = page_bounds(q[:, :, 74:], cache, 9)
-    if share:
-        upper = upper.view(2, 2, 2, 9).sum(2).repeat_interleave(2, 1)
+    upper = page_bounds(q[:, :, 74:], cache.low[:, :, :9], cache.high[:, :, :9])
+    upper = (upper.sum(2, keepdim=True).expand_as(upper) if share else upper).flatten(1, 2)
     chosen = torch.zeros(2, 4, 10, dtype=torch.bool).scatter_(-1, upper.topk(3).indices, True)
     chosen[..., 9] = True
     mask = chosen.repeat_interleave(8, -1)[..., :75][:, :, None]
@@ -515,9 +510,9 @@ def test_what_is_selected_is_what_the_benchmarks_code_selects():
     assert torch.equal(blocks.visible[0], found["blocks"])
     method = Quest(budget=64)
     cache = method.compress(q, k, k, place)
-    upper = page_bounds(q[:, :, -1:], cache, 18)
-    for name, scores in (("quest", upper.view(1, 2, 2, 18).sum(2).repeat_interleave(2, 1)), ("quest_each", upper)):
-        pages = torch.zeros(4, 19, dtype=torch.bool).scatter_(-1, scores.topk(4).indices[0], True)
+    upper = page_bounds(q[:, :, -1:], cache.low[:, :, :18], cache.high[:, :, :18])
+    for name, scores in (("quest", upper.sum(2, keepdim=True).expand_as(upper)), ("quest_each", upper)):
+        pages = torch.zeros(4, 19, dtype=torch.bool).scatter_(-1, scores[0].flatten(0, 1).topk(4).indices, True)
         pages[:, 18] = True
         assert torch.equal(pages, found[name])
 

@@ -9,7 +9,9 @@ import torch
 from model_checks import check_comes_back_from_disk, made, read_in_pieces
 from torch import nn
 
-from regard.contract import Context, Mask, Unsupported
+from regard import create_layer, get_mechanism, list_mechanisms
+from regard.contract import Context, Mask, Pattern, Unsupported
+from regard.engines.cache import KeyValueState, WindowState
 from regard.models import LanguageModel, exit_layers, set_exit_rule
 from regard.models.exit_rules import ExitRule, Leaving
 
@@ -99,6 +101,85 @@ def test_a_layer_keeps_keys_and_values_of_the_hidden_state_with_which_a_token_le
         own = block(left, context=Context(want=frozenset({"state"}))).state
         torch.testing.assert_close(kept.mechanism.k, own.mechanism.k)
         torch.testing.assert_close(kept.mechanism.v, own.mechanism.v)
+
+
+@pytest.mark.parametrize("rule", ["entropy:0", "patience:9"])
+def test_a_rule_that_never_holds_is_the_whole_model(rule):
+    model, ids = language_model(exits=(1, 2)), torch.randint(11, (3, 7))
+    tokens, logits = model.generate(ids, 8), model(ids).output
+    set_exit_rule(model, rule)
+    assert torch.equal(model.generate(ids, 8), tokens)
+    torch.testing.assert_close(model(ids).output, logits)
+
+
+def test_a_rule_that_always_holds_is_a_model_of_the_first_layers():
+    model, ids = language_model(exits=(2,), exit_rule="layer:1"), torch.randint(11, (3, 7))
+    nn.init.normal_(model.exits[0].norm.weight)
+    first = LanguageModel(
+        dataclasses.replace(model.config, plan=model.config.plan[:2], num_layers=2, stack={})
+    ).double()
+    first.load_state_dict(model.state_dict(), strict=False)
+    first.norm.load_state_dict(model.exits[0].norm.state_dict())
+    torch.testing.assert_close(model(ids).output, first.eval()(ids).output)
+    assert torch.equal(model.generate(ids, 9), first.generate(ids, 9))
+
+
+def test_layers_that_a_token_did_not_pass_project_its_keys_and_values_and_no_more():
+    model, ids = language_model(exits=(1,), exit_rule="layer:1"), torch.randint(11, (2, 6))
+    ran: list[tuple[int, str]] = []
+    for number, block in enumerate(model.blocks):
+        parts = {"query": block.mixer.query, "key": block.mixer.key, "value": block.mixer.value}
+        parts |= {"output": block.mixer.output, "feed forward": block.feed_forward}
+        for name, part in parts.items():
+            part.register_forward_hook(lambda *_, called=(number, name): ran.append(called))
+    model.generate(ids, 4)
+    assert {name for number, name in ran if number > 0} == {"key", "value"}
+    assert [called for called in ran if called[0] == 0].count((0, "feed forward")) == 4
+    ran.clear()
+    set_exit_rule(model, "entropy:0")  # nobody leaves
+    model.generate(ids, 4)
+    assert ran.count((3, "output")) == 4
+
+
+def test_rows_that_have_left_wait_for_those_that_go_on():
+    model, ids = language_model(exits=(1, 2, 3)), torch.randint(11, (6, 5))
+    logits = [each.flatten(0, 1) for each in at_each_exit(model, ids)]
+    middle = float(logits[1].softmax(-1).amax(-1).median())
+    set_exit_rule(model, f"confidence:{middle}")
+    whole = model(ids)
+    assert len(whole.extras["exit_layer"].unique()) > 2
+    with exit_layers(model) as stepped:
+        torch.testing.assert_close(read_in_pieces(model, ids, 1)[0], whole.output)
+    assert torch.equal(torch.stack(stepped).view(5, 6).T, whole.extras["exit_layer"])
+    alone = torch.cat([read_in_pieces(model, row[None], 1)[0] for row in ids])
+    torch.testing.assert_close(alone, whole.output)
+
+
+def kept_by_pairs() -> list[str]:
+    """Mechanisms whose state is keys and values; not one that has no state with some of its options."""
+    cards = map(get_mechanism, list_mechanisms(kind="attention", pattern="causal-self"))
+    states = KeyValueState, WindowState
+    return [card.name for card in cards if card.state in states and card.name != "stochastic_subsampling"]
+
+
+@pytest.mark.parametrize("name", kept_by_pairs())
+def test_what_a_layer_takes_up_is_what_it_has_after_answering(name):
+    wanted, card = Context(want=frozenset({"state"})), get_mechanism(name)
+    for variant, options in {"": {}, **card.variants}.items():
+        if Pattern.CAUSAL_SELF not in card.variant_patterns.get(variant, card.patterns):
+            continue
+        layer = create_layer(name, 16, 2, **options).double().eval()
+        x, y = torch.randn(2, 2, 9, 16, dtype=torch.float64)
+        expected, found = layer(x, context=wanted).state, layer.take_up(x, context=wanted)
+        if found is None:  # a token leaves more behind than its key and value
+            assert name not in ("softmax", "local", "sigmoid", "clipped_softmax", "differential")
+            continue
+        for piece in (y[:, :1], y[:, 1:]):
+            after = layer(piece, state=expected)
+            found, expected = layer.take_up(piece, context=Context(), state=found), after.state
+            for key, tensor in expected.tensors().items():
+                torch.testing.assert_close(found.tensors()[key], tensor, msg=f"{options}: {key}")
+        torch.testing.assert_close(layer(x, state=found).output, layer(x, state=expected).output)
 
 
 def ponder(model: nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -183,6 +183,16 @@ def test_models_lose_parts_on_the_command_line_and_go_on_working(capsys, trained
     assert found["rows"][0]["bytes"] < found["original"]["bytes"] == found["rows"][1]["bytes"]
 
 
+def test_side_effects_of_a_recipe_are_beside_the_originals(capsys, trained, tmp_path):
+    line = "compress --budget 1h --effects 1 --recipes int8"
+    found = answer(capsys, line, trained[0], "--output", tmp_path / "study")["side_effects"]
+    assert list(found) == ["original", "int8"] and len(found["int8"]["answers"]) == 1
+    assert 0 <= found["original"]["repeated"] <= 1
+    assert "Side effects" in (tmp_path / "study" / "report.html").read_text()
+    line = "compress --effects 1 --recipe int8"
+    assert answer(capsys, line, trained[0], "--output", tmp_path / "small")["side_effects"] == found
+
+
 def test_a_search_goes_by_items_that_the_score_leaves_out(trained):
     (searching,) = read_recipes("axformer")
     plain, subject = (open_subject(trained[0], None, None, recipes) for recipes in ([], [searching]))

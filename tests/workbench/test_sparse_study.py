@@ -155,11 +155,32 @@ def test_a_folder_is_asked_judged_and_reported_and_goes_on_where_it_was_stopped(
         ("nowhere --tasks niah", "ruler_niah"),
         ("nowhere --budget '5 steps'", "a time"),
         ("nowhere --samples 0", "samples"),
+        ("constructed --effects 3", "models in a folder"),
     ],
 )
 def test_what_cannot_be_asked_ends_with_one_sentence(line, match, tmp_path, capsys):
     code, _, messages = run(capsys, f"sparse {line}", "--output", tmp_path / "out")
     assert code == 2 and match in messages and not (tmp_path / "out").exists()
+
+
+def test_side_effects_are_asked_where_they_are_wanted_stored_and_told(causal, tmp_path, monkeypatch, capsys):
+    folder, text = causal
+    line = "sparse --lengths 400 --methods quest --ratios 4 --tasks text --samples 1 --effects 2"
+    more = "--data", text, "--output", tmp_path, folder
+    found = answer(capsys, line, *more)["side_effects"]
+    assert found["length"] == 400 and list(found["rows"]) == ["dense", "quest 4x"]
+    dense = found["rows"]["dense"]
+    # it knows a line of 14 different 4-grams, and goes on with it
+    assert dense["text_repeated"] == pytest.approx(1 - 14 / 61) and dense["repeated"] == pytest.approx(
+        1 - 14 / 61, abs=0.1
+    )
+    assert len(dense["answers"]) == 2 and dense["right_alone"] == 0
+    monkeypatch.setattr(study_module.Probes, "ask", None)
+    assert answer(capsys, line, *more)["side_effects"] == found
+    _, shown, _ = run(capsys, line, *more)
+    assert "repeated" in shown and "the text" in shown and "too few" in " ".join(shown.split())
+    assert "Side effects" in (tmp_path / "report.html").read_text()
+    assert answer(capsys, line.replace("--effects 2", ""), *more)["side_effects"] is None
 
 
 def test_lengths_beyond_the_positions_of_a_model_are_refused(causal, tmp_path, capsys):

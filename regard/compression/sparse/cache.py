@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ class HeadCache(MethodCache):
         counts: (B, G) tokens kept; on the CPU.
         ranks: (B, G, S) which token of the sequence is in a slot.
         weight: (B, G, S) what a method has counted of each slot; None where it counts nothing.
-        low, high: (B, G, S / page, D) smallest and largest entries of the keys of each page; None where nobody asks.
+        low, high: (B, G, S / page, D) smallest and largest entries of the keys of each whole page; None where nobody asks.
         length: (B,) tokens of each row so far, kept or not.
     """
 
@@ -79,10 +79,9 @@ class HeadCache(MethodCache):
         return cls(with_room(k), with_room(v), counts, with_room(ranks[..., None])[..., 0], length)
 
     def appended(self, k: Float[Tensor, "b g 1 d"], v: Float[Tensor, "b g 1 e"]) -> Self:
-        cache = self
-        if cache.counts.numel() and int(cache.counts.max()) == cache.k.shape[2]:
-            cache = cache._grown()
-        at = cache.place(0)
+        least, most = self._extent()
+        cache = self._grown() if self.counts.numel() and most == self.k.shape[2] else self
+        at = (slice(None), slice(None), most) if least == most else cache._each(0)
         new = [
             (cache.k, k[:, :, 0]),
             (cache.v, v[:, :, 0]),
@@ -105,44 +104,23 @@ class HeadCache(MethodCache):
                     x[to] = x[row, head, last]
         return dataclasses.replace(self, counts=self.counts - where.cpu().long())
 
-    def read(
-        self,
-        q: Float[Tensor, "b h 1 d"],
-        scale: float,
-        *,
-        table: Int[Tensor, "rows pages"] | None = None,
-        counts: Int[Tensor, " rows"] | None = None,
-        page: int | None = None,
-    ) -> Float[Tensor, "b h 1 e"]:
-        """Attention of a token's queries to what is kept, or to some pages of it.
-
-        Args:
-            table: for each row and kv head, or each row and query head, numbers of the pages that are read, counted in its
-                own head; None for all tokens.
-            counts: how many tokens each line of the table has.
-            page: tokens a page of the table, a divisor of :data:`PAGE`.
-        """
+    def read(self, q: Float[Tensor, "b h 1 d"], scale: float) -> Float[Tensor, "b h 1 e"]:
+        """Attention of a token's queries to what is kept."""
         batch, heads = q.shape[:2]
         groups, slots = self.k.shape[1:3]
-        if table is None:
-            least, most = self._extent()
-            if least == most:
-                # every head has as many: there is a shorter way than by pages
-                output = decode(q, self.k[:, :, :most], self.v[:, :, :most], scale) if q.dtype == self.k.dtype else None
-                if output is not None:
-                    return output
-            page, counts = slots, self.counts.flatten()
-            table = torch.zeros(batch * groups, 1, dtype=torch.int64, device="cpu")
-        assert page is not None and counts is not None
-        lines = table.shape[0]
-        per_line = batch * heads // lines
-        first = torch.arange(lines, device="cpu") * per_line // (heads // groups) * (slots // page)
-        pool_k, pool_v = (x.view(batch * groups * (slots // page), 1, page, x.shape[-1]) for x in (self.k, self.v))
-        queries = (counts - 1)[:, None]
+        least, most = self._extent()
+        if least == most:
+            # every head has as many: there is a shorter way than by pages
+            output = decode(q, self.k[:, :, :most], self.v[:, :, :most], scale) if q.dtype == self.k.dtype else None
+            if output is not None:
+                return output
+        # the slots of a row and head are its one page
+        counts = self.counts.flatten()
+        pool_k, pool_v = (x.view(batch * groups, 1, slots, x.shape[-1]) for x in (self.k, self.v))
         output, _ = attend(
-            q.reshape(lines, per_line, 1, q.shape[-1]).to(self.k.dtype),
-            (pool_k, pool_v, table + first[:, None], counts),
-            queries,
+            q.reshape(batch * groups, heads // groups, 1, q.shape[-1]).to(self.k.dtype),
+            (pool_k, pool_v, torch.arange(batch * groups, device="cpu")[:, None], counts),
+            (counts - 1)[:, None],
             visibility=Visibility(),
             scale=scale,
         )
@@ -159,11 +137,6 @@ class HeadCache(MethodCache):
         empty = torch.arange(used, device=q.device) >= self.counts.to(q.device)[..., None]
         return found.masked_fill(empty[:, :, None], -torch.inf).flatten(1, 2)
 
-    def place(self, behind: int) -> tuple[Any, ...]:
-        """The index of one slot in each row and head: `behind` the last token that many, 0 for the first empty one."""
-        least, most = self._extent()
-        return (slice(None), slice(None), most + behind) if least == most else self._each(behind)
-
     def _extent(self) -> tuple[int, int]:
         """The fewest and the most tokens of a head."""
         least, most = self.counts.aminmax() if self.counts.numel() else (0, 0)
@@ -178,14 +151,13 @@ class HeadCache(MethodCache):
     def _grown(self) -> Self:
         slots = self.k.shape[2]
         more = -(-max(slots // ROOM, 1) // PAGE) * PAGE
-        weight = None if self.weight is None else F.pad(self.weight, (0, more))
-        return dataclasses.replace(
-            self,
-            k=F.pad(self.k, (0, 0, 0, more)),
-            v=F.pad(self.v, (0, 0, 0, more)),
-            ranks=F.pad(self.ranks, (0, more)),
-            weight=weight,
-        )
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        longer = {
+            name: F.pad(x, (0, 0) * (x.ndim - 3) + (0, more * x.shape[2] // slots))
+            for name, x in given.items()
+            if name in ("k", "v", "ranks", "weight", "low", "high") and x is not None
+        }
+        return dataclasses.replace(self, **longer)
 
 
 def with_room(x: Tensor) -> Tensor:

@@ -169,7 +169,7 @@ class StreamingLLM(Method):
 
     def decode(self, q: Tensor, cache: HeadCache, place: Place) -> tuple[Tensor, HeadCache]:
         cache = _evict(cache, self.capacity, _worth(cache, self.sinks))
-        count_reads(q, cache, place, cache.counts.flatten())
+        count_reads(q, cache, place, float(cache.counts.sum()), cache.counts.numel())
         return cache.read(q, place.scale), cache
 
 
@@ -252,7 +252,7 @@ class H2O(Method):
 
 def _weigh(q: Tensor, cache: HeadCache, place: Place) -> tuple[Float[Tensor, "b g r s"], Tensor]:
     """Softmax weights of a token's queries on the cache, and their output."""
-    count_reads(q, cache, place, cache.counts.flatten())
+    count_reads(q, cache, place, float(cache.counts.sum()), cache.counts.numel())
     weights = grouped(cache.scores(q, place.scale).softmax(-1), cache.k.shape[1])
     values = cache.v[:, :, : weights.shape[-1]].to(weights.dtype)
     return weights, (weights @ values).flatten(1, 2)[:, :, None].to(q.dtype)

@@ -107,7 +107,7 @@ class Method:
         self, q: Float[Tensor, "b h 1 d"], cache: HeadCache, place: Place
     ) -> tuple[Float[Tensor, "b h 1 e"], HeadCache]:
         """The third hook: attention of one token, whose own key and value the cache has, and the cache after it."""
-        count_reads(q, cache, place, cache.counts.flatten())
+        count_reads(q, cache, place, float(cache.counts.sum()), cache.counts.numel())
         return cache.read(q, place.scale), cache
 
 
@@ -131,12 +131,11 @@ class Combined(Method):
         return self.second.decode(q, cache, place)
 
 
-def count_reads(q: Tensor, cache: HeadCache, place: Place, counts: Tensor, more: float = 0.0) -> None:
-    """Tell the meter of a token whose heads read so many keys and values, `counts` by (row, kv head) where query heads read
-    together and by (row, query head) else, and `more` numbers beside them."""
+def count_reads(q: Tensor, cache: HeadCache, place: Place, tokens: float, lines: int, more: float = 0.0) -> None:
+    """Tell the meter of a token whose heads read so many keys and values, and `more` numbers beside them: `tokens` of all
+    `lines` together, which are (row, kv head)s where query heads read together and (row, query head)s else."""
     batch, heads = q.shape[:2]
-    tokens = float(counts.sum())
-    place.meter.count("decode", tokens * (batch * heads / counts.numel()), float(cache.length.sum()) * heads)
+    place.meter.count("decode", tokens * (batch * heads / max(lines, 1)), float(cache.length.sum()) * heads)
     place.meter.read += tokens * (cache.k.shape[-1] + cache.v.shape[-1]) + more
 
 

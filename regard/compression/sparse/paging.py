@@ -11,8 +11,8 @@ from torch import Tensor
 
 from regard.compression.sparse.cache import PAGE, HeadCache
 from regard.compression.sparse.method import Method, Place, count_reads
-from regard.compression.sparse.scores import grouped
 from regard.contract import Unsupported, at_least
+from regard.engines.quest_attention import quest_attention
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -50,58 +50,43 @@ class Quest(Method):
 
     def compress(self, q: Tensor, k: Tensor, v: Tensor, place: Place) -> HeadCache:
         cache = super().compress(q, k, v, place)
-        low, high = bounds(cache.k, k.shape[2], self.page)
+        low, high = bounds(cache.k, self.page)
         return dataclasses.replace(cache, low=low, high=high)
 
     def decode(self, q: Tensor, cache: HeadCache, place: Place) -> tuple[Tensor, HeadCache]:
-        cache = self._bounded(cache)
-        length = int(cache.counts[0, 0]) if cache.counts.numel() else 0
-        current, wanted = (length - 1) // self.page, self.budget // self.page
-        if current <= wanted:
-            count_reads(q, cache, place, cache.counts.flatten())
-            return cache.read(q, place.scale), cache
-        upper = page_bounds(q, cache, current)
-        place.meter.index["decode"] += 4.0 * upper.numel() * q.shape[-1]
-        if self.share:
-            upper = grouped(upper, cache.k.shape[1]).sum(2)
-        pages = upper.topk(wanted, -1).indices.sort(-1).values.flatten(0, 1).cpu()
-        table = torch.cat([pages, torch.full((pages.shape[0], 1), current, dtype=torch.int64)], -1)
-        counts = torch.full((pages.shape[0],), wanted * self.page + (length - 1) % self.page + 1, dtype=torch.int64)
-        rows = cache.k.shape[0] * cache.k.shape[1]
-        count_reads(q, cache, place, counts, 2.0 * rows * current * q.shape[-1])
-        return cache.read(q, place.scale, table=table, counts=counts, page=self.page), cache
-
-    def _bounded(self, cache: HeadCache) -> HeadCache:
-        """With the newest key in the bounds of its page."""
+        used = int(cache.counts[0, 0]) if cache.counts.numel() else 0  # every head has as many
+        past, wanted = (used - 1) // self.page, self.budget // self.page
         assert cache.low is not None and cache.high is not None
-        key = cache.k[cache.place(-1)]  # every head has as many
-        page = (int(cache.counts[0, 0]) - 1) // self.page if cache.counts.numel() else 0
-        low, high = cache.low, cache.high
-        if cache.k.shape[2] // self.page > low.shape[2]:
-            more = cache.k.shape[2] // self.page - low.shape[2]
-            low = torch.nn.functional.pad(low, (0, 0, 0, more), value=torch.inf)
-            high = torch.nn.functional.pad(high, (0, 0, 0, more), value=-torch.inf)
-        with torch.no_grad():
-            low[:, :, page] = torch.minimum(low[:, :, page], key)
-            high[:, :, page] = torch.maximum(high[:, :, page], key)
-        return dataclasses.replace(cache, low=low, high=high)
+        if used and used % self.page == 0:
+            # the newest page has become whole; until then it has no bounds, since it is read anyway
+            with torch.no_grad():
+                keys = cache.k[:, :, past * self.page : used]
+                cache.low[:, :, past], cache.high[:, :, past] = torch.aminmax(keys, dim=2)
+        batch, heads, _, width = q.shape
+        groups = cache.k.shape[1]
+        if past <= wanted:
+            count_reads(q, cache, place, float(batch * groups * used), batch * groups)
+            return cache.read(q, place.scale), cache
+        lines = batch * (groups if self.share else heads)
+        place.meter.index["decode"] += 4.0 * batch * heads * past * width
+        tokens = float(lines * (used - (past - wanted) * self.page))
+        count_reads(q, cache, place, tokens, lines, 2.0 * batch * groups * past * width)
+        output = quest_attention(
+            q.to(cache.k.dtype),
+            cache.k,
+            cache.v,
+            cache.low,
+            cache.high,
+            cache.counts,
+            page=self.page,
+            chosen=wanted,
+            shared=self.share,
+            scale=place.scale,
+        )
+        return output.to(q.dtype), cache
 
 
-def bounds(
-    k: Float[Tensor, "b g s d"], length: int, page: int
-) -> tuple[Float[Tensor, "b g pages d"], Float[Tensor, "b g pages d"]]:
-    """Smallest and largest entries of the first `length` keys, by page; infinite where a page has none."""
+def bounds(k: Float[Tensor, "b g s d"], page: int) -> tuple[Float[Tensor, "b g pages d"], Float[Tensor, "b g pages d"]]:
+    """Smallest and largest entries of the slots of each page."""
     pages = k.unflatten(2, (k.shape[2] // page, page))
-    there = (torch.arange(k.shape[2], device=k.device) < length).view(1, 1, -1, page, 1)
-    low = pages.masked_fill(~there, torch.inf).amin(3)
-    return low, pages.masked_fill(~there, -torch.inf).amax(3)
-
-
-def page_bounds(q: Float[Tensor, "b h 1 d"], cache: HeadCache, pages: int) -> Float[Tensor, "b h pages"]:
-    """The largest score that a key of each page could have with each query, without the scale."""
-    assert cache.low is not None and cache.high is not None
-    wide = torch.promote_types(q.dtype, torch.float32)
-    query = grouped(q[:, :, 0].to(wide), cache.k.shape[1])
-    low, high = cache.low[:, :, :pages].to(wide), cache.high[:, :, :pages].to(wide)
-    # max(q low, q high) is q high where q > 0 and q low where q < 0
-    return (query.clamp(min=0) @ high.mT + query.clamp(max=0) @ low.mT).flatten(1, 2)
+    return pages.amin(3), pages.amax(3)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 from regard.contract import Unsupported, closest
+from regard.tasks.long_context.facts import Facts
 from regard.tasks.long_context.questions import LongDocument, ShortDocuments, SquadQuestions
 from regard.tasks.long_context.ruler import CommonWords, Needles, Variables
 from regard.tasks.long_context.samples import WORDINGS, LongTask, Sample, brief_words
@@ -49,4 +50,4 @@ def create_long_task(name: str, wording: str = "full", **options: Any) -> LongTa
     return LONG_TASKS[name](wording, **options)
 
 
-__all__ = ["LONG_TASKS", "WORDINGS", "LongTask", "Sample", "brief_words", "create_long_task"]
+__all__ = ["LONG_TASKS", "WORDINGS", "Facts", "LongTask", "Sample", "brief_words", "create_long_task"]

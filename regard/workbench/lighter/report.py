@@ -7,7 +7,7 @@ from pathlib import Path
 from regard.measurement import units
 from regard.measurement.statistics import pareto_front
 from regard.models.weights import write_atomically
-from regard.workbench import charts
+from regard.workbench import charts, side_effects
 from regard.workbench.charts import Axis, Figure, ScatterPoint, is_number
 from regard.workbench.lighter.study import Row, Study, recommend
 from regard.workbench.report import pages
@@ -35,6 +35,11 @@ def cells(study: Study, row: Row) -> list[str]:
     return [row.recipe, units.number(row.quality), lost, size, *timed]
 
 
+def effects_table(study: Study) -> tuple[list[str], list[list[str]]]:
+    """Side effects of the original, of each recipe, and the text's own."""
+    return ["recipe", *side_effects.HEADINGS], side_effects.rows("original", study.effects)
+
+
 def write_page(study: Study, path: Path, *, model: str, tolerance: float) -> Path:
     """Write the HTML page of a study, which needs nothing else.
 
@@ -56,6 +61,9 @@ def write_page(study: Study, path: Path, *, model: str, tolerance: float) -> Pat
             rows=[[charts.glyph(i) + row.recipe, *cells(study, row)[1:]] for i, row in enumerate(everything)],
             best=[i for i, row in enumerate(everything) if row.recipe == best],
             kept={name: why for row in study.rows for name, why in row.kept.items()},
+            effects=effects_table(study) if study.effects else None,
+            effects_sentence=side_effects.sentence("original", study.effects) if study.effects else "",
+            effects_measured=side_effects.MEASURED,
         )
     )
     write_atomically(path, lambda partial: partial.write_text(page, encoding="utf-8"))

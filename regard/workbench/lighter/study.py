@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from regard.measurement.budget import Budget
 from regard.measurement.timing import calm_clock, rounds
 from regard.models.weights import weights_bytes, weights_digest, write_atomically
 from regard.workbench.lighter.subjects import Subject
+from regard.workbench.side_effects import Effects, Probes
 
 RESULTS, REPORT, WORK = "results.json", "report.html", "work"
 SCORING, CALIBRATING = 0.35, 0.3
@@ -80,6 +81,7 @@ class Study:
         refused: why others cannot be done to this model, or were not.
         machine: where it was measured.
         threads: of torch.
+        effects: side effects, of the original first; empty where they were not asked for.
     """
 
     described: str
@@ -92,10 +94,12 @@ class Study:
     refused: dict[str, str]
     machine: str | None
     threads: int
+    effects: dict[str, Effects] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        effects = {name: found.as_dict() for name, found in self.effects.items()}
+        return {**asdict(replace(self, effects={})), "side_effects": effects or None}
 
 
 def study(
@@ -104,6 +108,8 @@ def study(
     folder: Path,
     budget: Budget,
     *,
+    probes: Probes | None = None,
+    effects: int = 0,
     say: Say = lambda sentence: None,
     on_progress: Callable[[str, int, int], None] = lambda doing, done, count: None,
 ) -> Study:
@@ -112,6 +118,7 @@ def study(
     Args:
         folder: for the results, where the same call goes on.
         budget: a time; it sets on how much data is scored and calibrated, and recipes that it has no time for are left out.
+        probes, effects: of side effects, and by how many numbers they are asked for; 0 for none.
         say: told in sentences what is decided.
         on_progress: told what is done now, how many recipes are done, and of how many.
 
@@ -141,8 +148,19 @@ def study(
         state["original"] = asdict(Row("original", quality, 0.0, weights_bytes(model), {}, {}, 0.0, {}, 0))
         keep()
     original = Row(**state["original"])
+    answers: dict[str, list[Any]] = state.setdefault("effects", {})
+
+    def ask(name: str, asked: nn.Module) -> None:
+        if probes is not None and len(answers.get(name, ())) < effects:
+            on_progress(f"{name}: side effects", len(state["rows"]), len(recipes))
+            reader = subject.reader(asked)
+            answers[name] = [asdict(probes.ask(reader, number)) for number in range(effects)]
+            keep()
+
+    ask("original", model)
     for i, recipe in enumerate(recipes):
-        if recipe.name in state["rows"] or recipe.name in state["refused"]:
+        answered = len(answers.get(recipe.name, ())) >= effects
+        if (recipe.name in state["rows"] and answered) or recipe.name in state["refused"]:
             continue
         if used() > budget.amount:
             say(f"the budget of {budget} is over: {recipe.name} is left out")
@@ -164,6 +182,7 @@ def study(
         else:
             on_progress(f"{recipe.name}: scoring", i, len(recipes))
             state["rows"][recipe.name] = asdict(_measured(subject, model, original, changed, state["items"]))
+            ask(recipe.name, changed.model)
         shutil.rmtree(work, ignore_errors=True)
         keep()
     late = {
@@ -183,6 +202,11 @@ def study(
         {name: why for name, why in {**state["refused"], **late}.items() if name in {r.name for r in recipes}},
         provenance.fingerprint()["cpu"],
         torch.get_num_threads(),
+        {
+            name: Effects.of(answers[name][:effects])
+            for name in ("original", *(row.recipe for row in rows))
+            if effects and len(answers.get(name, ())) >= effects
+        },
     )
 
 

@@ -20,6 +20,7 @@ from regard.models.generation import sample
 from regard.tasks.documents import Paths, names_of, read_documents
 from regard.training import runner_of
 from regard.training.step import batch_context, run_model
+from regard.workbench.sparse.readers import OfRegard, OfTransformers, Reader
 from regard.workbench.trained import RECORD as TRAINING
 from regard.workbench.trained import open_trained
 
@@ -70,6 +71,10 @@ class Subject(Protocol):
 
     def timed(self, model: nn.Module) -> dict[str, Action]:
         """What is timed, by name; the first decides what is fastest."""
+        ...
+
+    def reader(self, model: nn.Module) -> Reader:
+        """The model, as it is or compressed, as one that reads text and answers; raises Unsupported where it does not."""
         ...
 
     def save(self, compressed: Compressed, folder: Path) -> None:
@@ -169,6 +174,11 @@ class Trained:
 
         return {"one item": run(batch), "16 items": run(several)}
 
+    def reader(self, model: nn.Module) -> Reader:
+        if not isinstance(model, LanguageModel):
+            raise Unsupported(f"side effects of a {type(model).__name__}", supported="models that write text")
+        return OfRegard(model, self.trained.tokenizer, self.folder.name)
+
     def save(self, compressed: Compressed, folder: Path) -> None:
         copy_training(self.folder, folder)
         compressed.save(folder)
@@ -241,6 +251,9 @@ class CausalModel:
                 return model(ids, use_cache=True, logits_to_keep=1)
 
         return {"decode": decode, "prefill": prefill}
+
+    def reader(self, model: nn.Module) -> Reader:
+        return OfTransformers(model, self.tokenizer, self.path.name)
 
     def save(self, compressed: Compressed, folder: Path) -> None:
         compressed.save(folder, tokenizer=self.tokenizer)

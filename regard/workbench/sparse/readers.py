@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from regard.contract import Unsupported
 from regard.models import LanguageModel
 from regard.tasks.tokenizer import Tokenizer
-from regard.workbench.lighter.subjects import CausalModel
 from regard.workbench.trained import RECORD, open_trained
 
 MODELS = "a folder of `regard train` on text, a causal language model of transformers (a folder, or a .gguf file)"
@@ -93,14 +92,12 @@ def reply(reader: Reader, prompt: Sequence[int], most: int, *, forced: Sequence[
 class OfTransformers:
     """A causal language model of transformers."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
         from regard.integrations import transformers as bridge
         from regard.integrations.transformers.folders import stop_tokens
 
-        opened = CausalModel(path, (), 2)
         self.cache_name, self.cache_class = bridge.CACHE, bridge.GrowingCache
-        self.name, self.tokenizer = path.name, opened.tokenizer
-        model: Any = opened.load()
+        self.name, self.tokenizer = name, tokenizer
         self.model: nn.Module = model
         self.longest: int | None = getattr(model.config, "max_position_embeddings", None)
         self.config = model.config
@@ -162,4 +159,7 @@ def open_reader(path: Path) -> Reader:
         if not isinstance(model, LanguageModel):
             raise Unsupported(f"{path}, which holds a {type(model).__name__}", supported=MODELS)
         return OfRegard(model, tokenizer, f"{path.name} ({trained.record['mechanism']})")
-    return OfTransformers(path)
+    from regard.integrations.transformers.folders import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(path, supported=MODELS)
+    return OfTransformers(load_model(path, supported=MODELS), tokenizer, path.name)

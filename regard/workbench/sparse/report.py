@@ -9,7 +9,7 @@ from typing import Any
 
 from regard.measurement import units
 from regard.models.weights import write_atomically
-from regard.workbench import charts
+from regard.workbench import charts, side_effects
 from regard.workbench.charts import Axis, Figure, ScatterPoint, Series
 from regard.workbench.report import pages
 from regard.workbench.sparse.analysis import Point, crossing_length, frontier, larger_and_sparse
@@ -43,6 +43,11 @@ def safe_table(found: Found) -> tuple[list[str], list[list[str]]]:
             row.append(f"{ratio:g}x{worst}{', ' if speeds else ''}{', '.join(speeds)}")
         rows.append(row)
     return headings, rows
+
+
+def effects_table(found: Found) -> tuple[list[str], list[list[str]]]:
+    """Side effects of dense attention, of each method, and the text's own."""
+    return ["method", *side_effects.HEADINGS], side_effects.rows("dense", found.effects)
 
 
 CELLS = [
@@ -96,11 +101,15 @@ def write_page(found: Found, path: Path) -> Path:
             f"{max((len(c.scores) for c in found.cells), default=0)} samples a task",
             *(["stopped by its budget"] if found.over else []),
         ],
-        sentence=sentence,
-        measured=MEASURED,
+        sentence=f"{sentence} {side_effects.sentence('dense', found.effects)}".strip() if found.effects else sentence,
+        measured=(*MEASURED, *(side_effects.MEASURED if found.effects else ())),
         figures=_figures(found),
         lede="1 is the dense model; the mean over the tasks that it can do, and the worst of them: a mean hides what fails.",
-        tables=[("Safe compressions", headings, rows), ("All that was measured", CELLS, [cell_row(c) for c in cells])],
+        tables=[
+            ("Safe compressions", headings, rows),
+            *([("Side effects", *effects_table(found))] if found.effects else []),
+            ("All that was measured", CELLS, [cell_row(c) for c in cells]),
+        ],
         notes=[f"{where} is left out: {why}" for where, why in found.refused.items()],
     )
 

@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from regard.compression.sparse import METHODS, Method, at_compression, sparsely, sparsify, written
@@ -25,8 +24,7 @@ from regard.measurement.store import Store
 from regard.models.weights import weights_digest
 from regard.tasks.documents import Paths, read_documents
 from regard.tasks.long_context import LONG_TASKS, LongTask, Sample, create_long_task
-from regard.tasks.long_context.questions import paragraphs
-from regard.tasks.long_context.samples import draws
+from regard.workbench.side_effects import Effects, Probes
 from regard.workbench.sparse.analysis import (
     Observation,
     Point,
@@ -35,11 +33,10 @@ from regard.workbench.sparse.analysis import (
     safe_compression,
 )
 from regard.workbench.sparse.readers import Reader, reply
+from regard.workbench.sparse.texts import TEXT, Continuation
 
-KIND = "sparse"
+KIND, EFFECTS = "sparse", "side_effects"
 RATIOS = (2.0, 4.0, 8.0, 16.0)
-TEXT = "text"
-"""A tenth task: the next tokens of a text, after as much of it as fits."""
 TASKS = (*LONG_TASKS, TEXT)
 CONTINUED = 32
 """Tokens of a text that are predicted, each after the ones before it."""
@@ -65,6 +62,7 @@ class Plan:
         wording: of prompts, ``full`` or ``brief``.
         samples: of each task at each length.
         data: text, or questions in SQuAD's format.
+        effects: numbers that side effects are asked by, at the longest length; 0 for none.
     """
 
     lengths: tuple[int, ...]
@@ -74,6 +72,7 @@ class Plan:
     wording: str = "full"
     samples: int = 10
     data: Paths | None = None
+    effects: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,6 +117,7 @@ class Found:
         cells: of every method, ``dense`` among them at compression 1.
         refused: why tasks at some lengths are left out.
         over: whether the budget ended before all was asked.
+        effects: side effects of every method at every compression, ``dense`` first.
     """
 
     name: str
@@ -126,6 +126,7 @@ class Found:
     cells: list[Cell]
     refused: dict[str, str] = field(default_factory=dict)
     over: bool = False
+    effects: dict[str, Effects] = field(default_factory=dict)
 
     def cell(self, method: str, ratio: float, task: str, length: int) -> Cell | None:
         keys = (method, ratio, task, length)
@@ -182,35 +183,19 @@ class Found:
             for c in self.cells
         ]
         safe = {m: {str(n): self.safe(m, n) for n in self.lengths()} for m in self.plan.methods}
-        return {"name": self.name, "weights": self.weights, "cells": cells, "safe": safe, "refused": self.refused}
+        effects = {name: found.as_dict() for name, found in self.effects.items()}
+        return {
+            "name": self.name,
+            "weights": self.weights,
+            "cells": cells,
+            "safe": safe,
+            "refused": self.refused,
+            "side_effects": {"length": max(self.plan.lengths), "rows": effects} if effects else None,
+        }
 
 
 def _judged(cell: Cell) -> bool:
     return cell.method == "dense" and cell.score >= ABLE and len(cell.scores) >= FEWEST
-
-
-class Continuation:
-    """The next tokens of a text, each after those before it: the share that is predicted right."""
-
-    name = TEXT
-
-    def __init__(self, reader: Reader, data: Paths | None) -> None:
-        paths = None if data is None else [data] if isinstance(data, str | Path) else data
-        given = None if paths is None else tuple(map(str, paths))
-        self.ids = reader.encode("\n\n".join(paragraphs(given, 20, 10**6)))
-
-    def sample(self, number: int, length: int) -> tuple[list[int], list[int]]:
-        """Tokens of a prompt, and those that follow."""
-        room = len(self.ids) - length
-        if room < CONTINUED:
-            raise Unsupported(
-                f"a text of {len(self.ids)} tokens for {length}",
-                supported="a text that is longer",
-                nearest="more --data",
-            )
-        start = draws(number, TEXT).randrange(room - CONTINUED + 1)
-        end = start + length
-        return self.ids[start : end - CONTINUED], self.ids[end - CONTINUED : end]
 
 
 def study(
@@ -245,7 +230,7 @@ def study(
         )
     began, identity, data = time.monotonic(), weights_digest(reader.model), _data(plan.data)
     tasks: dict[str, Any] = {
-        name: Continuation(reader, plan.data) if name == TEXT else _task(name, plan) for name in plan.tasks
+        name: Continuation(reader, plan.data, CONTINUED) if name == TEXT else _task(name, plan) for name in plan.tasks
     }
     refused: dict[str, str] = {}
     variants = [("dense", 1.0), *((method, ratio) for method in plan.methods for ratio in plan.ratios)]
@@ -288,7 +273,57 @@ def study(
                         payload = row.payload
                     rows.setdefault((method, ratio, name, length), []).append(payload)
     cells = [_cell(sizes, *key, payloads) for key, payloads in rows.items()]
-    return Found(reader.name, sizes.weights, plan, cells, refused, over)
+    effects: dict[str, Effects] = {}
+    if plan.effects:
+        try:
+            probes = Probes(reader, max(plan.lengths), plan.data)
+        except Unsupported as error:
+            refused["side effects"] = str(error)
+            say(f"side effects are left out: {error}")
+        else:
+
+            def late() -> bool:
+                return over or (seconds is not None and time.monotonic() - began > seconds)
+
+            own = {"model": identity, "data": data}
+            effects, over = _effects(reader, plan, probes, variants, store, own, late, on_progress)
+    return Found(reader.name, sizes.weights, plan, cells, refused, over, effects)
+
+
+def _effects(
+    reader: Reader,
+    plan: Plan,
+    probes: Probes,
+    variants: Sequence[tuple[str, float]],
+    store: Store,
+    identity: dict[str, Any],
+    late: Callable[[], bool],
+    on_progress: Callable[[str, int, int], None],
+) -> tuple[dict[str, Effects], bool]:
+    """Side effects by variant, of as many numbers as all have answered; and whether it became late."""
+    length = probes.length
+    found: dict[tuple[str, float], list[dict[str, Any]]] = {variant: [] for variant in variants}
+    total, over = plan.effects * len(variants), False
+    for number in range(plan.effects):
+        for i, (method, ratio) in enumerate(variants):
+            key = identity | {"length": length, "method": method, "ratio": ratio, "sample": number}
+            row = store.get(EFFECTS, key)
+            if row is None:
+                over = over or late()
+                if over:
+                    continue
+                on_progress(f"side effects, {number + 1}: {method} {ratio:g}x", number * len(variants) + i, total)
+                with sparsely(reader.model, at_compression(method, ratio, length)):
+                    payload = asdict(probes.ask(reader, number))
+                store.put(EFFECTS, key, payload)
+            else:
+                payload = row.payload
+            found[method, ratio].append(payload)
+    count = min(map(len, found.values()))
+    if not count:
+        return {}, over
+    names = {v: "dense" if v[0] == "dense" else f"{v[0]} {v[1]:g}x" for v in variants}
+    return {names[variant]: Effects.of(rows[:count]) for variant, rows in found.items()}, over
 
 
 def _data(given: Paths | None) -> str | None:

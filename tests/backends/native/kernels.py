@@ -24,6 +24,7 @@ from regard.engines import (
     linear_attention,
     map_distance,
     pixel_attention,
+    quest_attention,
     retrieved_attention,
     selective_scan,
     softmax_scan,
@@ -362,6 +363,10 @@ def _paged(form, q, k, v, pages, lengths, query_ranks) -> Tensors:
     return {"o": o, "lse": lse}
 
 
+def _quest(form, q, k, v, low, high, counts, *, page=8, chosen=3, shared=True) -> Tensors:
+    return {"o": form.run(quest_attention.Problem(q, k, v, low, high, counts, page, chosen, shared, 0.3))}
+
+
 def _grouped_attention(form, q, k, v, ranks, landmark, own, causal=True, scale=0.5) -> Tensors:
     problem = grouped_attention.Problem(ranks, landmark, own, causal, scale, grouped_attention.Dropout())
     return {"o": form.run(q, k, v, problem)[0]}
@@ -378,6 +383,7 @@ ATTENTION = Kernel(
     wide=("lse",),
 )
 PAGED = Kernel(_paged, paged, None)
+QUEST = Kernel(_quest, quest_attention.native_form, quest_attention.torch_form, least={"*": 1.0})
 GROUPED = Kernel(
     _grouped_attention, grouped_attention.native_form, grouped_attention.torch_form, bfloat16=8e-3, least={"*": 1.0}
 )
@@ -543,6 +549,13 @@ def pages_of(n: int) -> Tensors:
     return found | {"query_ranks": torch.tensor([[38, 39], [5, 6]])}
 
 
+def quest_of(counts: list[list[int]], *, slots: int = 64, page: int = 8, **sizes: Any) -> Tensors:
+    """A token, and keys in pages whose bounds are known."""
+    made = heads_of(1, slots, batch=len(counts), groups=len(counts[0]), **sizes)
+    pages = made["k"].unflatten(2, (slots // page, page))
+    return made | {"low": pages.amin(3), "high": pages.amax(3), "counts": torch.tensor(counts)}
+
+
 class Case(NamedTuple):
     """A call: of a kernel, on tensors of so many tokens, with options that may depend on their number."""
 
@@ -583,6 +596,7 @@ CASES = {
         lambda n: {"ranks": last_of(2, n), "left": 40},
     ),
     "attention to pages": Case(PAGED, pages_of),
+    "attention to chosen pages": Case(QUEST, lambda n: quest_of([[64, 37], [23, 5]])),
     "grouped attention": Case(
         GROUPED,
         heads_of,

@@ -17,9 +17,14 @@ from regard.contract import Unsupported
 from .kernels import CASES, Tensors, differentiated
 
 N = 300  # several states are kept for the backward pass
-WITHOUT_GRADIENT = ("attention to pages", "retrieved blocks", "retrieved blocks that are given, turned")
+WITHOUT_GRADIENT = (
+    "attention to pages",
+    "attention to chosen pages",
+    "retrieved blocks",
+    "retrieved blocks that are given, turned",
+)
 FUNCTIONS = [name for name in CASES if name not in WITHOUT_GRADIENT]
-DIVIDED = ("attention of few queries", "attention to pages")
+DIVIDED = ("attention of few queries", "attention to pages", "attention to chosen pages")
 """Cases whose keys are divided among threads."""
 SEQUENCES = [name for name in FUNCTIONS if CASES[name].kernel.sequences]
 
