@@ -14,6 +14,7 @@ from regard.cli.options import ADDRESS, ENGINE, JSON, PLUGINS, SHARD, TIMINGS
 from regard.cli.reproduce import cells_in, run_cells, tell_judged
 from regard.cli.sweeps import enter_plugins, sweep_of
 from regard.contract import Unsupported
+from regard.measurement import units
 
 
 def study(
@@ -67,7 +68,13 @@ def study(
     if name is None:
         found = [get_study(one) for one in list_studies()]
         told = [
-            {"name": one.name, "question": one.question, "presets": one.presets, "mechanisms": one.mechanisms}
+            {
+                "name": one.name,
+                "question": one.question,
+                "presets": one.presets,
+                "seconds": {preset: one.seconds(preset) for preset in one.presets},
+                "mechanisms": one.mechanisms,
+            }
             for one in found
         ]
         emit({"studies": told}) if as_json else _tell_list(told)
@@ -114,11 +121,12 @@ def _seconds(budget: str | None) -> float | None:
 
 def _tell_list(found: list[dict[str, Any]]) -> None:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("study", "presets", "mechanisms", "question"):
-        table.add_column(heading, no_wrap=heading == "study")
+    for heading in ("study", "presets, on one core", "mechanisms", "question"):
+        table.add_column(heading, no_wrap=heading != "question")
     for one in found:
         entered = str(len(one["mechanisms"])) if one["mechanisms"] else "its own"
-        table.add_row(one["name"], ", ".join(one["presets"]), entered, Text(one["question"]))
+        presets = "\n".join(f"{name}: {units.duration(one['seconds'][name])}" for name in one["presets"])
+        table.add_row(one["name"], presets, entered, Text(one["question"]))
     console.print(table)
 
 

@@ -10,7 +10,7 @@ from regard.contract import Unsupported
 from regard.models.variants import read_variant
 from regard.reproductions.framework.runs import run_cell
 from regard.studies import get_study
-from regard.studies.architecture_search import attention_flops
+from regard.studies.architecture_search import attention_flops, scratch
 from regard.studies.architecture_search.task import ASK, KEYS, SYMBOLS, RecallAndMajority
 from regard.tasks import IGNORED, check_task
 from regard.workbench.search.costs import NetworkBudget
@@ -53,6 +53,21 @@ def test_a_cell_is_a_whole_search_and_is_shown_and_judged(monkeypatch):
     assert parts[-1].rows[0]["ranker: tau"] == measured["ranker tau"]
     verdict = made.judge({("FLOPs", 0): measured, ("FLOPs", 1): measured})
     assert all(math.isfinite(finding.mean) for finding in verdict.findings if finding.seeds)
+
+
+def test_searches_of_one_seed_share_what_their_budgets_do_not_change(monkeypatch):
+    monkeypatch.setattr("regard.workbench.search.predictor.STEPS", 20)
+    made = STUDY.make(STUDY.choose())
+    setting = made.smoke_settings()["FLOPs"]
+    smaller = {**setting, "budget": "50% flops"}
+    scratch.cache_clear()
+    alone = run_cell(made, smaller, 0)
+    scratch.cache_clear()
+    run_cell(made, setting, 0)
+    beside = run_cell(made, smaller, 0)
+    assert scratch.cache_info().hits == 1
+    assert alone.keys() == beside.keys()
+    assert all(beside[name] == value for name, value in alone.items() if not name.endswith(" ms"))
 
 
 def test_attention_flops_are_those_of_all_pairs_in_softmax():

@@ -12,7 +12,7 @@ from regard.reproductions.framework.runs import run_cell
 from regard.studies import Chosen, get_study
 from regard.studies.framework.protocol import opened
 from regard.studies.framework.report import render_study
-from regard.studies.softmax_regression import MECHANISMS, refuses
+from regard.studies.softmax_regression import MECHANISMS, cells, refuses
 from regard.studies.softmax_regression.cells import VARIANTS, bounds, derivatives, problem_of, solvers
 from regard.studies.softmax_regression.learners import (
     Learner,
@@ -206,6 +206,24 @@ def test_a_learner_is_alike_itself_and_its_construction_alike_the_step(generator
     assert alike.difference < 1e-12 and alike.slope < 1e-12 and alike.cosine > 1 - 1e-12
     other = Likeness.of(Learner("softmax", 6).double(), step, tasks)
     assert other.difference > 0.05 and other.cosine < 0.8
+
+
+def test_a_learner_trains_on_new_tasks_whoever_came_before(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cells, "loss_of", lambda answer, tasks: (seen.append(tasks), loss_of(answer, tasks))[1])
+    reproduction = get_study("softmax-regression").make(Chosen("tiny", ("linear",)))
+    setting = reproduction.smoke_settings()["learner linear"]
+    items = setting["items"]
+    cells.beside.cache_clear()
+    first = run_cell(reproduction, setting, 3)
+    assert run_cell(reproduction, setting, 3) == first and cells.beside.cache_info().hits == 1
+    draws = torch.Generator().manual_seed(3)
+    rated, test = (Tasks.draw(items, setting["n"], setting["d"], draws) for _ in range(2))
+    assert any(torch.equal(tasks.a, test.a) for tasks in seen)
+    trained = torch.cat([tasks.a for tasks in seen if len(tasks.a) == setting["batch_size"]])
+    assert len(trained) == 2 * setting["steps"] * setting["batch_size"]
+    for tasks in (rated, test):
+        assert not (trained[:, None] == tasks.a).flatten(2).all(-1).any()
 
 
 def test_layers_that_cannot_learn_it_are_refused_in_words(capsys, tmp_path):

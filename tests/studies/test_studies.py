@@ -37,6 +37,7 @@ def example(monkeypatch):
             checks=(Check("softmax scores above 0.4", measured("softmax", "score"), above=0.4),),
             source=Paper("An example", "0000.00000", 2020, 1),
             seconds=0.01,
+            more_seconds={"linear": 0.03},
             seeds=2,
         )
 
@@ -72,6 +73,13 @@ def test_a_study_runs_what_is_missing_and_tells_everything(capsys, example, tmp_
     example.clear()
     assert answer(capsys, "study an-example --preset small --seeds 1 --output", tmp_path)["done"] == 2
     assert len(example) == 2, "rows of another preset do not count"
+
+
+def test_the_list_tells_what_a_preset_takes(capsys, example):
+    (told,) = answer(capsys, "study")["studies"]
+    assert told["seconds"] == {name: pytest.approx(2 * (0.01 + 0.03)) for name in ("tiny", "small")}
+    code, shown, _ = run(capsys, "study")
+    assert code == 0 and "tiny: 0.08 s" in shown and not example
 
 
 def test_a_budget_leaves_cells_for_later_and_showing_runs_nothing(capsys, example, tmp_path):

@@ -182,6 +182,16 @@ def test_a_faster_decoder_freezes_attention_earlier_and_leaves_it_broader():
     assert found["rise"] > 0.05 and found["earlier"] > 0
 
 
+def test_runs_on_the_same_contexts_are_those_of_each_ratio_alone():
+    setting, seed = {"num_last": 2, "num_next": 2, "steps": 20, "rate": 1.0}, int(torch.randint(1 << 30, ()))
+    both = sweep({**setting, "ratios": [1, 4]}, seed)
+    assert both["entropies"][0] != both["entropies"][1]
+    for i, ratio in enumerate(both["ratios"]):
+        alone = sweep({**setting, "ratios": [ratio]}, seed)
+        for name in ("entropies", "common"):
+            assert alone[name] == [pytest.approx(both[name][i], rel=1e-12)]
+
+
 def test_the_order_of_tokens_is_counted_in_pairs():
     facts = Facts.make(1, 2, distinct=4)
     grown = facts.probabilities * (facts.probabilities * 9).exp()

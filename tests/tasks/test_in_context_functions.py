@@ -171,6 +171,37 @@ def test_no_learner_is_right_more_often_than_the_best_guess(name):
             assert gain.mean() > -3 * gain.std() / len(gain) ** 0.5, other
 
 
+@pytest.mark.parametrize(
+    ("name", "taught"),
+    [("conjunction", 0.0), ("disjunction", 0.0), ("teach_biconjunction", 0.5), ("parity", 0.0), ("majority", 0.0)],
+)
+def test_the_best_guess_is_the_rule_of_bayes_over_all_functions(name, taught):
+    kind, n = CLASSES[name], 3
+    task = made(name, dimensions=n, length=14, evaluation_items=8, taught=taught)
+    weights = np.array(list(itertools.product((-1, 0, 1) if kind.signed else (0, 1), repeat=n)))[:, None]
+    functions, (sequences, lengths) = with_thresholds(kind, weights), teaching_sequences(weights, signed=kind.signed)
+    x, y = tensors(task.held_out)
+    found = learners.best_guess(kind, n, literals=task.literals, taught=taught)(x, y)
+    for own, labels, odds in zip(task.held_out.x, task.held_out.y, found, strict=True):
+        sums = {1: np.zeros(len(own)), -1: np.zeros(len(own))}
+        for f, literals in enumerate(weights[:, 0]):
+            k = np.count_nonzero(literals)
+            prior = task.literals**k * (1 - task.literals) ** (n - k) / (2**k if kind.signed else 1)
+            told = functions.take(np.array([f]))(own[None])[0]
+            as_planted = (own == kind.planted_label * literals)[:, literals != 0].all(1)
+            drawn = kind.planted * as_planted * 2.0 ** (k - n) + (1 - kind.planted) * 2.0**-n
+            given = drawn.copy()
+            given[: lengths[f]] = (sequences[f, : lengths[f]] == own[: lengths[f]]).all(1)
+            shown = taught * given.cumprod() + (1 - taught) * drawn.cumprod()
+            fits = np.cumprod([True, *(told == labels)[:-1]])
+            for sign in sums:
+                sums[sign] += prior * fits * shown * (told == sign)
+        with np.errstate(divide="ignore"):
+            expected = np.log(sums[1] / sums[-1]).clip(-1e3, 1e3)
+        expected[np.abs(expected) < learners.LEAST_ODDS] = -learners.LEAST_ODDS  # a guess where nothing tells
+        close(odds, torch.from_numpy(expected))
+
+
 def test_gaussian_elimination_is_right_as_soon_as_one_parity_is_left():
     task = made("parity", dimensions=6, length=60)
     x, y = tensors(task.held_out)

@@ -38,6 +38,7 @@ class Reproduction:
         seeds: how many by default. A pilot says how many are enough (:meth:`pilot`).
         more_seeds: the settings that get another number of seeds, since what they are compared in varies more.
         seconds: roughly what a cell takes on one core, until some have been run.
+        more_seconds: the settings that take another time.
         source: the paper, where it is none of a mechanism.
         table: rows of what the cells measured, given by (setting, seed), for a claim that is about many mechanisms at once:
             ``regard study`` shows it.
@@ -59,6 +60,7 @@ class Reproduction:
     seeds: int = 3
     more_seeds: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 30.0
+    more_seconds: Mapping[str, float] = field(default_factory=dict)
     source: Paper | None = None
     table: Callable[[Mapping[tuple[str, int], Measurements]], list[dict[str, Any]]] | None = None
     picture: tuple[str, str, str] | None = None
@@ -110,6 +112,11 @@ class Cell:
     reproduction: Reproduction
     setting: str
     seed: int
+
+    @property
+    def seconds(self) -> float:
+        """Roughly what it takes on one core."""
+        return self.reproduction.more_seconds.get(self.setting, self.reproduction.seconds)
 
     @property
     def timed(self) -> bool:

@@ -121,15 +121,15 @@ def run(
     for i, cell in enumerate(waiting):
         reproduction = cell.reproduction
         pace = spent / expected if expected else 1.0
-        if within is not None and time.perf_counter() - began + reproduction.seconds * pace > within:
+        if within is not None and time.perf_counter() - began + cell.seconds * pace > within:
             break
         if on_cell is not None:
-            on_cell(cell, len(waiting) - i, sum(c.reproduction.seconds for c in waiting[i:]) * pace)
+            on_cell(cell, len(waiting) - i, sum(c.seconds for c in waiting[i:]) * pace)
         started = time.perf_counter()
         done[cell] = run_cell(reproduction, reproduction.settings[cell.setting], cell.seed)
         seconds = time.perf_counter() - started
         store.put(KIND, key(cell), {"measured": done[cell], "seconds": seconds})
-        spent, expected = spent + seconds, expected + reproduction.seconds
+        spent, expected = spent + seconds, expected + cell.seconds
     return done
 
 
@@ -282,7 +282,7 @@ def _hours_to_decide(
     for setting, seeds in wanted.items():
         took = [cell["seconds"] for (own, _), cell in told.items() if own == setting and cell["seconds"] is not None]
         done = sum(own == setting for own, _ in measured)
-        seconds += (seeds - done) * (sum(took) / len(took) if took else reproduction.seconds)
+        seconds += (seeds - done) * (sum(took) / len(took) if took else Cell(reproduction, setting, 0).seconds)
     return seconds / 3600
 
 

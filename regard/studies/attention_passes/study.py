@@ -74,7 +74,8 @@ def make(chosen: Chosen) -> Reproduction:
         timings=frozenset({"this processor"}),
         smoke={"lengths": [16, 32, 48, 64, 96], "tiles": [1, 2, 3], "seconds": 0.01},
         seeds=2,
-        seconds=1.0,
+        seconds=0.2,
+        more_seconds={"this processor": 5.0},
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -211,16 +213,48 @@ def solvers(setting: Setting, generator: torch.Generator) -> dict[str, Any]:
     }
 
 
-def learner(setting: Setting, generator: torch.Generator) -> dict[str, Any]:
-    """A layer that learns to learn, beside one step of gradient descent at its best rate, at moments of its training.
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """What layers of all mechanisms are compared with on the tasks of a seed.
 
-    Also the losses of more steps, each at its own best rate, of the minimum of the contexts' cross-entropy (which is convex),
-    and of the answer 1/n.
+    Attributes:
+        test: the tasks.
+        rate: of one step of gradient descent, the best one on tasks of their own.
+        losses: on the test, of that step and of the others.
+        state: of the generator after these draws.
     """
-    n, d, options = setting["n"], setting["d"], {"own_queries": setting["own_queries"]}
-    validation, test = (Tasks.draw(setting["items"], n, d, generator, **options) for _ in range(2))
+
+    test: Tasks
+    rate: float
+    losses: dict[str, float]
+    state: Tensor
+
+
+@functools.lru_cache(maxsize=2)  # with queries of their own and without, for all mechanisms that come after one another
+def beside(seed: int, items: int, n: int, d: int, own_queries: bool, descents: tuple[int, ...]) -> Beside:
+    """The losses of one step of gradient descent at its best rate, of more steps, each number at its own best rate, of the
+    minimum of the contexts' cross-entropy (which is convex), and of the answer 1/n."""
+    generator = torch.Generator().manual_seed(seed)
+    validation, test = (Tasks.draw(items, n, d, generator, own_queries=own_queries) for _ in range(2))
     rate = tuned_rate(validation)
-    beside = descent(rate)
+    answers: dict[str, Answer] = {
+        "one step": descent(rate),
+        "one step, rate untuned": descent(1.0),
+        **{f"descent {k}": descent(tuned_rate(validation, k), k) for k in descents},
+        "newton": _solved,
+        "uniform": lambda tasks: torch.full_like(tasks.targets, 1 / n),
+    }
+    with torch.no_grad():
+        losses = {name: float(loss_of(answer, test)) for name, answer in answers.items()}
+    return Beside(test, rate, losses, generator.get_state())
+
+
+def learner(setting: Setting, generator: torch.Generator) -> dict[str, Any]:
+    """A layer that learns to learn, beside one step of gradient descent at its best rate, at moments of its training."""
+    n, d, options = setting["n"], setting["d"], {"own_queries": setting["own_queries"]}
+    others = beside(generator.initial_seed(), setting["items"], n, d, descents=tuple(setting["descents"]), **options)
+    generator.set_state(others.state)
+    step_of_descent, test = descent(others.rate), others.test
     model = Learner(setting["mechanism"], d + 1)
     optimizer = torch.optim.Adam(model.parameters(), setting["learning_rate"])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, setting["steps"])
@@ -228,7 +262,7 @@ def learner(setting: Setting, generator: torch.Generator) -> dict[str, Any]:
     curves: dict[str, list[float]] = {"losses": [], "differences": [], "cosines": [], "slopes": []}
     for step in range(setting["steps"] + 1):
         if step in moments:
-            like = Likeness.of(model.eval(), beside, test)
+            like = Likeness.of(model.eval(), step_of_descent, test)
             with torch.no_grad():
                 curves["losses"].append(float(loss_of(model, test)))
             curves["differences"].append(like.difference)
@@ -242,26 +276,18 @@ def learner(setting: Setting, generator: torch.Generator) -> dict[str, Any]:
         loss.backward()
         optimizer.step()
         schedule.step()
-    with torch.no_grad():
-        more = {
-            f"descent {k}": float(loss_of(descent(tuned_rate(validation, k), k), test)) for k in setting["descents"]
-        }
-        return {
-            "loss": curves["losses"][-1],
-            "untrained": curves["losses"][0],
-            "one step": float(loss_of(beside, test)),
-            "rate": rate,
-            "one step, rate untuned": float(loss_of(descent(1.0), test)),
-            **more,
-            "newton": float(loss_of(_solved, test)),
-            "uniform": float(loss_of(lambda tasks: torch.full_like(tasks.targets, 1 / n), test)),
-            "cosine": curves["cosines"][-1],
-            "untrained cosine": curves["cosines"][0],
-            "difference": curves["differences"][-1],
-            "untrained difference": curves["differences"][0],
-            "moments": [float(step) for step in moments],
-            **curves,
-        }
+    return {
+        "loss": curves["losses"][-1],
+        "untrained": curves["losses"][0],
+        "rate": others.rate,
+        **others.losses,
+        "cosine": curves["cosines"][-1],
+        "untrained cosine": curves["cosines"][0],
+        "difference": curves["differences"][-1],
+        "untrained difference": curves["differences"][0],
+        "moments": [float(step) for step in moments],
+        **curves,
+    }
 
 
 def _solved(tasks: Tasks) -> Tensor:

@@ -25,7 +25,7 @@ from regard.contract import Kind, Pattern, Unsupported
 from regard.create import create_layer
 from regard.models.variants import known_name
 from regard.studies.softmax_regression.regression import Regression
-from regard.studies.softmax_regression.solvers import descend
+from regard.studies.softmax_regression.solvers import descended
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -123,7 +123,7 @@ def descent(rate: float, steps: int = 1) -> Answer:
 
     def answer(tasks: Tasks) -> Tensor:
         start = torch.zeros_like(tasks.a[:, 0])
-        x = descend(regression(tasks), start, steps, rate).x
+        x = descended(regression(tasks), start, steps, rate)
         return (tasks.queries @ x[..., None])[..., 0].softmax(-1)
 
     return answer

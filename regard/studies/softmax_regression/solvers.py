@@ -42,15 +42,14 @@ def newton(problem: Regression, x: Float[Tensor, "*b d"], steps: int, *, least: 
     Lambda is 0 where H is positive definite, and otherwise the least number that lifts its lowest eigenvalue to `least`; the
     step's length t is halved until the loss falls enough, so that no step makes it larger.
     """
-    at_least("steps", steps, 0)
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
 
-    def step(x: Tensor) -> Tensor:
-        g, h = problem.gradient(x), problem.hessian(x)
+    def step(x: Tensor, before: Tensor, g: Tensor) -> Tensor:
+        h = problem.hessian(x)
         lowest = torch.linalg.eigvalsh(h)[..., 0]
         lifted = h + (least - lowest).clamp(min=0)[..., None, None] * eye
         direction = torch.linalg.solve(lifted, g)
-        slope, before = (g * direction).sum(-1), problem.value(x)
+        slope = (g * direction).sum(-1)
         length = torch.ones_like(before)
         for _ in range(HALVINGS):
             enough = problem.value(x - length[..., None] * direction) <= before - SUFFICIENT * length * slope
@@ -67,18 +66,33 @@ def newton(problem: Regression, x: Float[Tensor, "*b d"], steps: int, *, least: 
 @torch.no_grad()
 def descend(problem: Regression, x: Float[Tensor, "*b d"], steps: int, rate: float | Tensor) -> Path:
     """Gradient descent with a rate, or one for each problem; the loss falls in every step for rates up to 1 / |H|."""
+    eta = _rates(x, rate)
+    return _path(problem, x, steps, lambda x, _, gradient: x - eta * gradient)
+
+
+@torch.no_grad()
+def descended(problem: Regression, x: Float[Tensor, "*b d"], steps: int, rate: float | Tensor) -> Float[Tensor, "*b d"]:
+    """Where :func:`descend` ends, without the losses on the way."""
     at_least("steps", steps, 0)
+    eta = _rates(x, rate)
+    for _ in range(steps):
+        x = x - eta * problem.gradient(x)
+    return x
+
+
+def _rates(x: Tensor, rate: float | Tensor) -> Tensor:
     eta = torch.as_tensor(rate, dtype=x.dtype, device=x.device)
     if bool((eta <= 0).any()):
         raise Unsupported(f"rate={rate}", supported="positive rates")
-    eta = eta[..., None] if eta.ndim else eta
-    return _path(problem, x, steps, lambda x: x - eta * problem.gradient(x))
+    return eta[..., None] if eta.ndim else eta
 
 
-def _path(problem: Regression, x: Tensor, steps: int, step: Callable[[Tensor], Tensor]) -> Path:
-    losses, gradients = [problem.value(x)], [problem.gradient(x).norm(dim=-1)]
+def _path(problem: Regression, x: Tensor, steps: int, step: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Path:
+    """The path of steps, each made of x with its loss and gradient."""
+    at_least("steps", steps, 0)
+    losses, gradients = [problem.value(x)], [problem.gradient(x)]
     for _ in range(steps):
-        x = step(x)
+        x = step(x, losses[-1], gradients[-1])
         losses.append(problem.value(x))
-        gradients.append(problem.gradient(x).norm(dim=-1))
-    return Path(x, torch.stack(losses), torch.stack(gradients))
+        gradients.append(problem.gradient(x))
+    return Path(x, torch.stack(losses), torch.stack(gradients).norm(dim=-1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.func import grad
 from regard.reproductions.framework.protocol import Setting
 from regard.studies.training_dynamics.facts import Facts
 from regard.studies.training_dynamics.layer import Model
-from regard.studies.training_dynamics.runs import Descent, Watched, descend, flow, in_order, watch
+from regard.studies.training_dynamics.runs import Descent, Watched, descend, flow, in_order, watch, watch_each
 from regard.studies.training_dynamics.text import on_text
 from regard.workbench.attention_monitor import snapped
 
@@ -99,13 +100,17 @@ def _or_nan(value: float | None) -> float:
 
 
 def biases(setting: Setting, seed: int) -> dict[str, Any]:
-    """The two biases along the infinitely long limit, from zeros: shares of (moment, fact, token) with the expected sign, and
-    the correlation of the growth of distinct tokens with f^2."""
-    facts, model = Facts.make(setting["num_last"], setting["num_next"]), Model()
+    """The two biases along the infinitely long limit, from zeros, where nothing is drawn: shares of (moment, fact, token) with
+    the expected sign, and the correlation of the growth of distinct tokens with f^2."""
+    names = ("num_last", "num_next", "rate", "ratio", "steps", "parts")
+    return dict(_biases(*(setting[name] for name in names)))
+
+
+@functools.cache
+def _biases(num_last: int, num_next: int, rate: float, ratio: float, steps: int, parts: int) -> dict[str, float]:
+    facts, model = Facts.make(num_last, num_next), Model()
     falling, rising, alike = [], [], []
-    run = flow(
-        model, facts, model.start(facts.size), setting["rate"], setting["ratio"], setting["steps"], setting["parts"]
-    )
+    run = flow(model, facts, model.start(facts.size), rate, ratio, steps, parts)
     for weights in run:
         _, gradients = model.gradients(weights, facts.limit())
         attention = model.attention(weights, facts.limit())
@@ -155,18 +160,15 @@ def sweep(setting: Setting, seed: int) -> dict[str, Any]:
     """Entropy of attention and the moment of freezing by the ratio of the learning rates, from uniform weights."""
     facts, model = Facts.make(setting["num_last"], setting["num_next"]), Model()
     start = model.start(facts.size, "uniform", torch.Generator().manual_seed(seed))
-    entropies, moments, masses = [], [], []
-    for ratio in setting["ratios"]:
-        how = Descent(steps=setting["steps"], rate=setting["rate"], ratio=ratio)
-        found = watch(model, facts, descend(model, facts, start, how, np.random.default_rng(seed)))
-        entropies.append(found.entropy[-1])
-        moments.append(_or_nan(snapped(found.change)))
-        masses.append(found.common[-1])
+    how = Descent(steps=setting["steps"], rate=setting["rate"], ratio=setting["ratios"])
+    found = watch_each(model, facts, descend(model, facts, start, how, np.random.default_rng(seed)))
+    entropies = [one.entropy[-1] for one in found]
+    moments = [_or_nan(snapped(one.change)) for one in found]
     return {
         "ratios": [float(ratio) for ratio in setting["ratios"]],
         "entropies": entropies,
         "moments": moments,
-        "common": masses,
+        "common": [one.common[-1] for one in found],
         "rise": entropies[-1] - entropies[0],
         "earlier": moments[0] - moments[-1],
     }

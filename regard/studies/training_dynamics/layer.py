@@ -35,7 +35,8 @@ STARTS = ("zero", "uniform")
 
 @dataclass(frozen=True)
 class Model:
-    """What of the model is chosen; its weights are a mapping by name: ``y`` and ``z``, or ``y``, ``q`` and ``k``.
+    """What of the model is chosen; its weights are a mapping by name: ``y`` and ``z``, or ``y``, ``q`` and ``k``. Those of several
+    runs may be stacked, with an axis of runs before the others: all runs then read the same contexts.
 
     Attributes:
         normalise: whether f is u over its norm.
@@ -69,7 +70,7 @@ class Model:
 
     def conserved(self, weights: Mapping[str, Tensor]) -> Tensor:
         """What gradient descent does not change: the sums of z over keys (M,), or the sum of the keys (r,)."""
-        return weights["z"].sum(1) if self.rank is None else weights["k"].sum(0)
+        return weights["z"].sum(-1) if self.rank is None else weights["k"].sum(-2)
 
     def scores(self, weights: Mapping[str, Tensor]) -> Float[Tensor, "m m"]:
         """z, a row for each last token."""
@@ -77,25 +78,25 @@ class Model:
 
     def gradients(self, weights: Mapping[str, Tensor], contexts: Contexts) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean of J over the contexts, and its gradient by weight: what is climbed."""
-        y, last = weights["y"], contexts.last
+        y, last, rows = weights["y"], contexts.last, torch.arange(len(contexts.last))
         attended, u = self._attend(weights, contexts)
-        length = u.norm(dim=1, keepdim=True) if self.normalise else torch.ones_like(u[:, :1])
+        length = u.norm(dim=-1, keepdim=True) if self.normalise else torch.ones_like(u[..., :1])
         f = u / length
-        chances = (f @ y).log_softmax(1)
-        value = chances.gather(1, contexts.following[:, None]).mean()
+        chances = (f @ y).log_softmax(-1)
+        value = chances[..., rows, contexts.following].mean(-1)
         error = -chances.exp()
-        error[torch.arange(len(last)), contexts.following] += 1
+        error[..., rows, contexts.following] += 1
         error /= len(last)
         g = error @ y.mT
         if self.normalise:
-            g = (g - f * (f * g).sum(1, keepdim=True)) / length
-        of_scores = attended * (g - (attended * g).sum(1, keepdim=True))
+            g = (g - f * (f * g).sum(-1, keepdim=True)) / length
+        of_scores = attended * (g - (attended * g).sum(-1, keepdim=True))
         found = {"y": f.mT @ error}
         if self.rank is None:
-            found["z"] = torch.zeros_like(weights["z"]).index_add_(0, last, of_scores)
+            found["z"] = torch.zeros_like(weights["z"]).index_add_(-2, last, of_scores)
         else:
-            found["q"] = torch.zeros_like(weights["q"]).index_add_(0, last, of_scores @ weights["k"])
-            found["k"] = of_scores.mT @ weights["q"][last]
+            found["q"] = torch.zeros_like(weights["q"]).index_add_(-2, last, of_scores @ weights["k"])
+            found["k"] = of_scores.mT @ weights["q"][..., last, :]
         return value, found
 
     def value(self, weights: Mapping[str, Tensor], contexts: Contexts) -> Tensor:
@@ -108,8 +109,8 @@ class Model:
         """b and u."""
         own = torch.zeros_like(contexts.counts).scatter_(1, contexts.last[:, None], 1)
         counts = contexts.counts + own if self.last_as_key else contexts.counts
-        scores = self.scores(weights)[contexts.last]
-        attended = (scores + counts.log()).softmax(1)  # log 0 leaves a token out
+        scores = self.scores(weights)[..., contexts.last, :]
+        attended = (scores + counts.log()).softmax(-1)  # log 0 leaves a token out
         return attended, attended + own if self.residual else attended
 
     def attention(self, weights: Mapping[str, Tensor], contexts: Contexts) -> Float[Tensor, "b m"]:

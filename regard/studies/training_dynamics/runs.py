@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ class Descent:
     Attributes:
         steps, batch, length: of the run, of a step, and of a context without its last token.
         rate: of z.
-        ratio: the rate of y over that of z.
+        ratio: the rate of y over that of z; several for as many runs on the same contexts, whose weights are stacked.
         momentum: of ``sgd``.
         method: ``sgd`` or ``adam``.
         weight_decay: added to the gradients.
@@ -39,7 +39,7 @@ class Descent:
     batch: int = 128
     length: int = 127
     rate: float = 1.0
-    ratio: float = 1.0
+    ratio: float | Sequence[float] = 1.0
     momentum: float = 0.9
     method: str = "sgd"
     weight_decay: float = 0.0
@@ -49,10 +49,11 @@ class Descent:
         for name in ("steps", "batch", "length"):
             at_least(name, getattr(self, name), 1)
 
-    def optimizer(self, weights: Weights) -> torch.optim.Optimizer:
-        """y with its rate, all else with that of z."""
+    def optimizer(self, runs: Sequence[tuple[float, Weights]]) -> torch.optim.Optimizer:
+        """Of runs with their ratios: y with its rate, all else with that of z."""
         groups = [
-            {"params": [tensor], "lr": self.rate * (self.ratio if name == "y" else 1)}
+            {"params": [tensor], "lr": self.rate * (ratio if name == "y" else 1)}
+            for ratio, weights in runs
             for name, tensor in weights.items()
         ]
         if self.method == "adam":
@@ -63,20 +64,27 @@ class Descent:
 @torch.no_grad()
 def descend(
     model: Model, facts: Facts, start: Weights, how: Descent, generator: np.random.Generator
-) -> Iterator[tuple[dict[str, Tensor], float]]:
-    """Weights before each step and at the end, and the loss of the step that brought them there (nan at first).
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Weights before each step and at the end, and the loss of the step that brought them there (nan at first); of several
+    runs both have an axis of runs first.
 
     The tensors are the run's own: copy what is kept.
     """
-    weights = {name: tensor.clone() for name, tensor in start.items()}
-    optimizer = how.optimizer(weights)
-    yield weights, float("nan")
+    several = isinstance(how.ratio, Sequence)
+    ratios = how.ratio if isinstance(how.ratio, Sequence) else [how.ratio]
+    lead = (len(ratios),) if several else ()
+    weights = {name: tensor.expand(*lead, *tensor.shape).clone() for name, tensor in start.items()}
+    places: list[Any] = list(range(len(ratios))) if several else [...]
+    runs = [{name: tensor[at] for name, tensor in weights.items()} for at in places]  # views
+    optimizer = how.optimizer(list(zip(ratios, runs, strict=True)))
+    yield weights, torch.full(lead, torch.nan, dtype=torch.float64)
     for _ in range(how.steps):
         value, gradients = model.gradients(weights, facts.draw(how.batch, how.length, generator))
-        for name, tensor in weights.items():
-            tensor.grad = -gradients[name]
+        for at, run in zip(places, runs, strict=True):
+            for name, tensor in run.items():
+                tensor.grad = -gradients[name][at]
         optimizer.step()
-        yield weights, -float(value)
+        yield weights, -value
 
 
 @torch.no_grad()
@@ -119,22 +127,41 @@ class Watched:
     attention: Float[Tensor, "f m"]
 
 
-def watch(model: Model, facts: Facts, run: Iterator[tuple[Weights, float]]) -> Watched:
+COURSE = ("losses", "common", "entropy", "change", "conservation")
+
+
+def watch(model: Model, facts: Facts, run: Iterator[tuple[Weights, Tensor]]) -> Watched:
     """Follow a run of :func:`descend` to its end."""
-    limit, common = facts.limit(), facts.common
-    found = Watched([], [], [], [], [], facts.probabilities)
-    first = before = None
-    for weights, loss in run:
-        scores, conserved = model.scores(weights).clone(), model.conserved(weights).clone()
-        first = conserved if first is None else first
-        found.attention = model.attention(weights, limit)
-        found.losses.append(loss)
-        found.common.append(float(found.attention[:, common].sum(1).mean()))
-        found.entropy.append(float(entropy(found.attention).mean()))
-        found.change.append(0.0 if before is None else float((scores - before).norm()))
-        found.conservation.append(float((conserved - first).abs().max()))
-        before = scores
+    (found,) = watch_each(model, facts, run)
     return found
+
+
+def watch_each(model: Model, facts: Facts, runs: Iterator[tuple[Weights, Tensor]]) -> list[Watched]:
+    """The same of several, which are stacked."""
+    limit, common = facts.limit(), facts.common
+    course: list[Tensor] = []
+    first = before = None
+    attention = facts.probabilities
+    for weights, losses in runs:
+        scores, conserved = model.scores(weights).clone(), model.conserved(weights).clone()
+        if first is None or before is None:
+            first, before = conserved, scores
+        attention = model.attention(weights, limit)
+        found = (
+            losses,
+            attention[..., common].sum(-1).mean(-1),
+            entropy(attention).mean(-1),
+            (scores - before).flatten(-2).norm(dim=-1),
+            (conserved - first).abs().amax(-1),
+        )
+        course.append(torch.stack(found))
+        before = scores
+    told = torch.stack(course).reshape(len(course), len(COURSE), -1)  # the last axis is that of runs
+    each = attention.reshape(-1, *attention.shape[-2:])
+    return [
+        Watched(**dict(zip(COURSE, columns.T.tolist(), strict=True)), attention=one)
+        for columns, one in zip(told.unbind(2), each, strict=True)
+    ]
 
 
 def in_order(attention: Float[Tensor, "f m"], facts: Facts) -> float:

@@ -20,12 +20,14 @@ from regard.tasks.in_context_functions.functions import FunctionClass, with_thre
 from regard.tasks.in_context_functions.teaching import teaching_sequences
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 Learner = Callable[[Tensor, Tensor], Tensor]
 
 MOST_HYPOTHESES = 20_000
 """Functions that :func:`best_guess` weighs at most."""
+LEAST_ODDS = 1e-9
+"""Log-odds below which both labels are as likely to :func:`best_guess`: what is left of them is rounding, and any guess is as good."""
 
 
 def null(x: Float[Tensor, "b m n"], y: Float[Tensor, "b m"]) -> Float[Tensor, "b m"]:
@@ -106,28 +108,52 @@ def gradient_descent(seed: int = 0, *, hidden: int = 64, steps: int = 100, rate:
         generator = torch.Generator().manual_seed(seed)
         shapes = {"w": (n, hidden), "a": (1, hidden), "v": (hidden, 1), "b": (1, 1)}
         bounds = {"w": n**-0.5, "a": n**-0.5, "v": hidden**-0.5, "b": hidden**-0.5}  # as torch's linear layers begin
-        weights = {
-            name: nn.Parameter((torch.rand(count, points, *shape, generator=generator) * 2 - 1).to(x) * bounds[name])
+        start = {
+            name: (torch.rand(count, points, *shape, generator=generator) * 2 - 1).to(x) * bounds[name]
             for name, shape in shapes.items()
         }
-
-        def outputs(inputs: Tensor) -> Tensor:
-            return ((inputs @ weights["w"] + weights["a"]).relu() @ weights["v"] + weights["b"])[..., 0]
-
-        optimizer = torch.optim.Adam(weights.values(), lr=rate)
-        before = _before(points).to(x)
-        share = before / before.sum(-1, keepdim=True).clamp(min=1)
-        with torch.enable_grad():
-            for _ in range(steps):
-                optimizer.zero_grad()
-                losses = F.softplus(-y[:, None] * outputs(x[:, None]))  # (count, network, example)
-                (losses * share).sum().backward()
-                optimizer.step()
-        found = outputs(x[:, :, None])[..., 0].detach()
-        found[:, 0] = -1
-        return found
+        found = []
+        for first in range(0, points, TOGETHER):
+            own = slice(first, first + TOGETHER)
+            weights = {name: nn.Parameter(part[:, own].clone()) for name, part in start.items()}
+            found.append(_trained(weights, x, y, first, steps, rate))
+        said = torch.cat(found, 1)
+        said[:, 0] = -1
+        return said
 
     return learner
+
+
+TOGETHER = 6
+"""Networks of a context that are trained at once: none of them reads the examples behind the last one's."""
+
+
+def _trained(
+    weights: dict[str, nn.Parameter],
+    x: Float[Tensor, "b m n"],
+    y: Float[Tensor, "b m"],
+    first: int,
+    steps: int,
+    rate: float,
+) -> Float[Tensor, "b k"]:
+    """What networks (b, k, ...) say of the examples from `first` on, each of its own, after training on those before it."""
+
+    def outputs(inputs: Tensor) -> Tensor:
+        return ((inputs @ weights["w"] + weights["a"]).relu() @ weights["v"] + weights["b"])[..., 0]
+
+    own = slice(first, first + weights["w"].shape[1])
+    before = _before(own.stop)[own, : own.stop - 1].to(x)
+    share = before / before.sum(-1, keepdim=True).clamp(min=1)
+    known, labels = x[:, None, : own.stop - 1], y[:, None, : own.stop - 1]
+    optimizer = torch.optim.Adam(weights.values(), lr=rate, fused=True)
+    with torch.enable_grad():
+        for _ in range(steps):
+            optimizer.zero_grad()
+            losses = F.softplus(-labels * outputs(known))  # (b, k, example)
+            (losses * share).sum().backward()
+            optimizer.step()
+    with torch.no_grad():
+        return outputs(x[:, own, None])[..., 0]
 
 
 def best_guess(
@@ -136,7 +162,7 @@ def best_guess(
     """The likelier label, given how functions and inputs of the class are drawn: no learner is right more often.
 
     The examples before, their inputs and the input itself are weighed under every function of the class. Inputs whose free bits
-    are even are assumed.
+    are even are assumed. Where both labels are as likely it says -1.
 
     Args:
         literals, taught: as of the contexts; the class's own when None.
@@ -155,7 +181,6 @@ def best_guess(
     share = kind.literals if literals is None else literals
     digits = np.arange(count)[:, None] // base ** np.arange(dimensions) % base
     weights = (digits - 1 if kind.signed else digits)[:, None]  # (functions, 1, n)
-    functions = with_thresholds(kind, weights)
     sizes = torch.from_numpy(np.abs(weights[:, 0]).sum(1)).double()
     with np.errstate(divide="ignore"):
         chance = np.log([1 - share, share / (2 if kind.signed else 1)])
@@ -163,36 +188,51 @@ def best_guess(
     prior = torch.where(sizes > 0, sizes * chance[1], 0.0)
     prior = prior + torch.where(sizes < dimensions, (dimensions - sizes) * chance[0], 0.0)
     share_taught = float(kind.teaches) if taught is None else taught
+    shares = torch.tensor([share_taught, 1 - share_taught], dtype=torch.float64).log()
     teaching = None
     if share_taught:
-        teaching = [torch.from_numpy(one) for one in teaching_sequences(weights, signed=kind.signed)]
+        sequences, lengths = (torch.from_numpy(one) for one in teaching_sequences(weights, signed=kind.signed))
+        teaching = _numbered(sequences), torch.arange(sequences.shape[1]) < lengths[:, None]
+    # chances of an input whose label is the planted one, and of others, relative to one of even bits
+    likelier, rarer = torch.log1p(kind.planted * (2.0**sizes - 1)), math.log1p(-kind.planted)
+    literals_of = torch.from_numpy(weights[:, 0]).float()
+    thresholds_of = torch.from_numpy(with_thresholds(kind, weights).thresholds).float()
 
     def one_context(x: Tensor, y: Tensor) -> Tensor:
-        labels = torch.from_numpy(functions(np.broadcast_to(x.long().numpy(), (count, *x.shape)))).double()
-        fits = torch.where(labels == y, 0.0, -torch.inf)  # (functions, m)
-        # chances of an input, relative to one of even bits
-        likelier = torch.where(labels == kind.planted_label, 2.0 ** sizes[:, None], 0.0)
-        free = torch.log1p(kind.planted * (likelier - 1))
+        up = labelled(x)  # (functions, m)
+        fits = torch.where(up == (y > 0), 0.0, -torch.inf).double()
+        free = torch.where(up == (kind.planted_label > 0), likelier[:, None], rarer)
         told = prior[:, None] + F.pad(fits.cumsum(1), (1, 0))[:, :-1]
         weighed = told + free.cumsum(1)
         if teaching is not None:
-            sequences, lengths = teaching
-            shown = min(x.shape[0], sequences.shape[1])
-            same = (sequences[:, :shown] == x[:shown]).all(-1)
+            sequences, within = teaching
+            shown = min(len(x), sequences.shape[1])
+            same = sequences[:, :shown] == _numbered(x[:shown])
+            certain = free.new_full(same.shape, -torch.inf).masked_fill(same, dimensions * math.log(2))
             given = free.clone()
-            within = torch.arange(shown) < lengths[:, None]
-            certain = torch.where(same, dimensions * math.log(2), -torch.inf).double()
-            given[:, :shown] = torch.where(within, certain, free[:, :shown])
-            shares = torch.tensor([share_taught, 1 - share_taught], dtype=torch.float64).log()
+            given[:, :shown] = torch.where(within[:, :shown], certain, free[:, :shown])
             weighed = torch.logaddexp(told + given.cumsum(1) + shares[0], weighed + shares[1])
-        up, down = (torch.where(labels == sign, weighed, -torch.inf).logsumexp(0) for sign in (1, -1))
-        return (up - down).nan_to_num(nan=0.0)  # labels that no function gives
+        chances = (weighed - weighed.amax(0)).exp()
+        found = torch.where(up, chances, 0).sum(0).log() - torch.where(up, 0, chances).sum(0).log()
+        return found.nan_to_num(nan=0.0)  # labels that no function gives
+
+    def labelled(x: Tensor) -> Tensor:
+        """Which functions say +1; sums of so few integers are exact."""
+        if kind.rule == "odd":
+            return (literals_of @ (x > 0).float().mT) % 2 == 1
+        return literals_of @ x.mT > thresholds_of
 
     def learner(x: Float[Tensor, "b m n"], y: Float[Tensor, "b m"]) -> Float[Tensor, "b m"]:
-        odds = torch.stack([one_context(*pair) for pair in zip(x.double(), y.double(), strict=True)])
+        odds = torch.stack([one_context(*pair) for pair in zip(x.float(), y, strict=True)])
+        odds = torch.where(odds.abs() < LEAST_ODDS, -LEAST_ODDS, odds)
         return odds.clamp(-1e3, 1e3).to(x.dtype)
 
     return learner
+
+
+def _numbered(x: Float[Tensor, "*b n"]) -> Int[Tensor, "*b"]:
+    """Inputs as the numbers that their bits spell."""
+    return ((x > 0) * 2 ** torch.arange(x.shape[-1])).sum(-1)
 
 
 def _before(points: int) -> Tensor:

@@ -1,0 +1,100 @@
+"""The smallest preset of every study, whole, from the command line, with a mechanism of the user's where it takes mechanisms."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import answer, run
+
+from regard import catalogue
+from regard.reproductions.framework import runs
+from regard.studies import get_study, list_studies
+
+PLUGIN = Path(__file__).parents[2] / "docs/examples/mechanisms/rectified.py"
+ENTER = {
+    "architecture-search": "softmax,rectified",
+    "attention-passes": "softmax,linear,rectified",
+    "cab": "softmax,rectified",
+    "in-context-functions": "softmax,gated_linear,rectified",
+    "softmax-regression": "softmax,linear,rectified",
+    "training-dynamics": "",
+}
+
+
+def told(asked, *given):
+    """What a command says, with the plugin forgotten afterwards, as by a new process."""
+    try:
+        return asked(*given)
+    finally:
+        catalogue.unregister("rectified")
+
+
+def test_these_are_all_studies_with_a_tiny_preset():
+    assert set(ENTER) == {name for name in list_studies() if "tiny" in get_study(name).presets}
+
+
+@pytest.mark.parametrize("name", ENTER)
+def test_a_tiny_preset_runs_whole_and_shows_the_mechanism_of_the_user(capsys, tmp_path, monkeypatch, name):
+    line = f"study {name} --preset tiny --output {tmp_path}"
+    line += f" --plugin {PLUGIN} --mechanisms {ENTER[name]}" if ENTER[name] else ""
+    found = told(answer, capsys, line)
+    assert found["done"] == found["planned"] > 0 and not found["missing"]
+    judged = [*found["findings"], *found["needs"]]
+    assert judged and all(one["seeds"] >= 2 and one["mean"] is not None for one in judged)
+    assert "rectified" in str([part["rows"] for part in found["sections"]]) or not ENTER[name]
+    page = (tmp_path / f"{name}.html").read_text()
+    assert page.count("<svg") >= 2 and page.count("<table") >= sum(bool(part["rows"]) for part in found["sections"])
+    monkeypatch.delattr(runs, "run_cell")
+    assert told(answer, capsys, line) == found, "what is done is not run again"
+
+
+def test_a_study_that_is_not_about_mechanisms_says_so(capsys, tmp_path):
+    line = f"study training-dynamics --plugin {PLUGIN} --mechanisms rectified --output {tmp_path / 'none'}"
+    code, _, said = told(run, capsys, line)
+    assert code == 2 and "it is not about them" in " ".join(said.split())
+    assert not (tmp_path / "none").exists()
+
+
+KILLED = """
+import os, signal, sys
+from regard.cli import main
+from regard.reproductions.framework import runs
+
+whole, left = runs.run_cell, [3]
+
+def run_cell(*cell):
+    measured = whole(*cell)
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return measured
+
+runs.run_cell = run_cell
+main()
+"""
+
+
+def test_a_study_that_was_killed_in_a_cell_goes_on_with_the_same_command(capsys, tmp_path, monkeypatch):
+    line = f"study attention-passes --mechanisms softmax --no-timings --seeds 1 --output {tmp_path}"
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *line.split()],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    made, whole = [], runs.run_cell
+
+    def run_cell(*cell):
+        made.append(cell)
+        return whole(*cell)
+
+    monkeypatch.setattr(runs, "run_cell", run_cell)
+    found = answer(capsys, line)
+    assert len(made) == found["planned"] - 3, (
+        "a timing is planned and left out, two cells were kept, the third is made again"
+    )
+    assert found["missing"] == ["this processor 0"]
