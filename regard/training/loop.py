@@ -28,7 +28,7 @@ from regard.training.average import WeightAverage
 from regard.training.checkpoint import damaged, load_checkpoint, restore, save_checkpoint
 from regard.training.memory import peak_memory
 from regard.training.optimizer import SCHEDULES, make_optimizer, scheduled_rate
-from regard.training.step import Alone, batch_context, run_model
+from regard.training.step import Alone, answered, batch_context, run_model
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 
@@ -420,7 +420,7 @@ def evaluate(model: nn.Module, task: Task, batch_size: int, *, first: int = 0, l
                 continue
             chosen = batch.items(begin, end).to(device)
             context = batch_context(chosen)
-            output = task.answer(run, chosen) if hasattr(task, "answer") else run(chosen)
+            output = answered(task, run, chosen)
             if task.generates is None:
                 sums, weights = task.score(output, chosen)
             else:

@@ -30,6 +30,11 @@ def run_model(model: nn.Module, batch: Batch, context: Context) -> Result:
     return model(batch.inputs, batch.memory, context=context)
 
 
+def answered(task: Task, run: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+    """The output for a held-out batch; a task that is not derived from `Task` may have no way of its own."""
+    return task.answer(run, batch) if hasattr(task, "answer") else run(batch)
+
+
 def losses_of(
     model: nn.Module,
     task: Task,

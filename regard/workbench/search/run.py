@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from regard.contract import Unsupported
 from regard.measurement import provenance
@@ -28,9 +29,9 @@ from regard.measurement.statistics import Comparison, Scores, items_array
 from regard.measurement.store import Store, canonical_key
 from regard.models import count_parameters
 from regard.models.weights import write_atomically
-from regard.tasks import Task
+from regard.tasks import Batch, Task
 from regard.training import TrainConfig, runner_of
-from regard.training.step import batch_context
+from regard.training.step import answered, batch_context
 from regard.workbench.search.costs import MEASURES, CostTable, count_flops, time_models, worded
 from regard.workbench.search.predictor import KINDS, Judged, Predictor, judge, prune
 from regard.workbench.search.searchers import SEARCHERS
@@ -532,11 +533,15 @@ _WORD = {"milliseconds": "time", "flops": "flops", "parameters": "parameters"}
 def _loss(supernet: Supernet, genes: Genes, task: Task, batch_size: int, last: int) -> float:
     """The mean loss of a network with the supernet's weights on the first held-out items. Nothing is generated, which some
     tasks score."""
+
+    def run(part: Batch) -> Tensor:
+        memory = () if part.memory is None else (part.memory,)
+        return supernet.run(genes, part.inputs, *memory, context=batch_context(part)).output
+
     total, weight, seen = 0.0, 0.0, 0
     for batch in task.evaluation_batches(batch_size):
         chosen = batch.items(0, min(batch.size, last - seen)).to(torch.device(supernet.device))
-        memory = () if chosen.memory is None else (chosen.memory,)
-        output = supernet.run(genes, chosen.inputs, *memory, context=batch_context(chosen)).output
+        output = answered(task, run, chosen)
         sums, weights = task.loss(output, chosen)
         total, weight, seen = total + float(sums.sum()), weight + float(weights.sum()), seen + chosen.size
         if seen >= last:
