@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support import check_recorded, close, load, qkv, refused, shaken
+from support import check_recorded, close, close_gradients, load, qkv, refused, shaken
 
 from regard.contract import ALL_PATTERNS, Context, Mask, Pattern, Role, Shape
 from regard.create import create_layer
 from regard.functional import agent_attention
 from regard.layers.parts import LayerCall
-from regard.mechanisms.agent import MECHANISM, Config
+from regard.mechanisms.agent import MECHANISM, BiasTables, Config
 from regard.workbench.layer_properties import layer_padding
 from regard.workbench.subjects import Subject
 
@@ -418,3 +418,15 @@ def test_options_that_a_layer_s_pattern_or_grid_lacks_are_refused():
 )
 def test_calls_that_do_not_fit_are_refused(call, words):
     refused(words, agent_attention, *sample(), **{"pattern": SELF, **call})
+
+
+@pytest.mark.parametrize("kind", ["block", "lines", "all"])
+def test_biases_of_a_whole_map_are_those_of_its_places(kind: str) -> None:
+    """On maps smaller and larger than the tables, of one row too; numbers of tokens off the map have gradients of 0."""
+    table = shaken(BiasTables(2, 3, kind, None if kind == "block" else (4, 6)))
+    for rows, columns in ((4, 6), (3, 11), (1, 5)):
+        index = torch.arange(rows * columns)[None]
+        extents = [torch.full((1, 1), side) for side in (rows, columns)]
+        shares = table.shares([index // columns, index % columns], extents, torch.zeros_like(index, dtype=torch.bool))
+        found, expected = table.on_map(rows, columns), table(shares)[0]
+        close_gradients(found, expected, list(table.parameters()))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.contract import (
@@ -14,7 +16,7 @@ from regard.contract import (
     Tensors,
     Unsupported,
 )
-from regard.core.precision import wide_dtype
+from regard.core.precision import wide, wide_dtype
 from regard.layers.grid_convolution import GridConvolution, grid_tokens
 from regard.layers.parts import LayerCall, Projection
 from regard.mechanisms.agent.definition import Config, agent_sides
@@ -74,6 +76,17 @@ class BiasTables(nn.Module):
         block = None if self.block is None else self.block.flatten(2)
         tables = [table for table in (self.other[..., None], block, self.rows, self.columns) if table is not None]
         return torch.einsum("haf,bnf->bhan", torch.cat(tables, -1), shares)
+
+    def on_map(self, rows: int, columns: int) -> Float[Tensor, "h a n"]:
+        """The bias of each place of a map, row by row: what :meth:`forward` gives where every place has a token, for less."""
+        found = 0 * wide(self.other)[..., None, None]  # nothing is off the map; its gradient is 0, and not missing
+        if self.block is not None:
+            found = found + F.interpolate(wide(self.block), (rows, columns), mode="bilinear", align_corners=False)
+        if self.rows is not None:
+            found = found + F.interpolate(wide(self.rows), rows, mode="linear", align_corners=False)[..., None]
+        if self.columns is not None:
+            found = found + F.interpolate(wide(self.columns), columns, mode="linear", align_corners=False)[..., None, :]
+        return found.flatten(2).to(self.other.dtype)
 
 
 def _interpolation(place: Tensor, extent: Tensor, size: int, on: Tensor) -> Float[Tensor, "b n size"]:
@@ -163,8 +176,14 @@ class AgentInputs(Projection):
         if self.gather_bias is None or self.share_bias is None or x is None:
             return heads
         batch, n = x.shape[:2]
-        tokens = grid_tokens(context, x, lengths)
-        places = _places(tokens, n, _two_sides(context.grid), x.device, padded=lengths is not None)
+        tokens, grid = grid_tokens(context, x, lengths), _two_sides(context.grid)
+        if tokens is None and grid is not None and n == math.prod(grid) > 0:
+            sides = (1, *grid) if len(grid) == 1 else grid
+            gather, share = (
+                table.on_map(*sides).expand(batch, -1, -1, -1) for table in (self.gather_bias, self.share_bias)
+            )
+            return {**heads, "gather_bias": gather, "share_bias": share.mT}
+        places = _places(tokens, n, grid, x.device, padded=lengths is not None)
         off = torch.zeros(1, n, dtype=torch.bool, device=x.device) if tokens is None else ~tokens
         shares = self.gather_bias.shares(*places, off)
         gather = self.gather_bias(shares).expand(batch, -1, -1, -1)

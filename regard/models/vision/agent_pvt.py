@@ -53,7 +53,7 @@ from regard.models.vision.patch_tokens import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,10 +374,9 @@ class ReducedBiases(Projection):
     def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
         assert call.x is not None
         grid: Any = call.context.grid
-        batch, device = len(call.x), call.x.device
-        reduced = (grid[0] // self.reduction, grid[1] // self.reduction)
-        gather = self.gather_bias(self.gather_bias.shares(*_everywhere(reduced, device)))
-        share = self.share_bias(self.share_bias.shares(*_everywhere(grid, device)))
+        batch = len(call.x)
+        gather = self.gather_bias.on_map(grid[0] // self.reduction, grid[1] // self.reduction)
+        share = self.share_bias.on_map(*grid)
         return {
             **heads,
             "gather_bias": gather.expand(batch, -1, -1, -1),
@@ -405,13 +404,3 @@ class UpsampledConvolution(Merge):
         values = map_of(heads["v"].transpose(1, 2).flatten(2), (grid[0] // self.reduction, grid[1] // self.reduction))
         local = tokens_of(self.convolution(F.interpolate(values, grid, mode="bilinear", align_corners=False)))
         return output + local.unflatten(-1, (output.shape[1], -1)).transpose(1, 2)
-
-
-def _everywhere(
-    grid: tuple[int, int], device: torch.device
-) -> tuple[list[Int[Tensor, "1 n"]], list[Int[Tensor, "1 1"]], Tensor]:
-    """Row and column of each place of a map, how many there are of each, and that no token lies off it."""
-    rows, columns = grid
-    index = torch.arange(rows * columns, device=device)[None]
-    extents = [torch.full((1, 1), side, device=device) for side in grid]
-    return [index // columns, index % columns], extents, torch.zeros_like(index, dtype=torch.bool)
