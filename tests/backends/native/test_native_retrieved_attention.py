@@ -129,11 +129,12 @@ def streams(n: int, block: int) -> tuple[Tensor, Tensor]:
     ("options", "dtype"),
     [
         ({}, torch.float32),
-        ({"cache_blocks": 4}, torch.float32),
+        ({"cache_blocks": 4}, torch.float32),  # in which blocks may be shorter
+        ({"selection": "max_over_heads"}, torch.float32),  # which has no short way
         ({"selection": "max_over_tokens", "offload": "disk"}, torch.float32),
         ({"top_k": 20}, torch.bfloat16),  # more than there are: rounded scores choose other blocks
     ],
-    ids=["best blocks", "bounded", "on disk", "all blocks"],
+    ids=["best blocks", "bounded", "heads together", "on disk", "all blocks"],
 )
 def test_a_step_is_that_of_float64(monkeypatch, positions, options, dtype):
     """From states of unequal rows, over landmarks, by the short way."""
@@ -144,14 +145,16 @@ def test_a_step_is_that_of_float64(monkeypatch, positions, options, dtype):
     x, (roles, lengths), taken = torch.randn(2, 40, 32).to(dtype), streams(40, 3), []
     step = native_form.step
     monkeypatch.setattr(native_form, "step", lambda *a: taken.append(step(*a)) or taken[-1])
-    after = [int(length) + torch.arange(12) for length in lengths]  # places of the tokens that follow, in each row
     whole = streams(60, 3)[0]
+    following = torch.stack([whole[r, length : length + 12] for r, length in enumerate(lengths.tolist())])
+    if "cache_blocks" in options:
+        following = torch.tensor([0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 1, 0]).expand(2, -1) * int(Role.LANDMARK)
     context = Context(roles=roles, mask=Mask(lengths=lengths), want=frozenset({"state"}))
     with torch.no_grad():
         state, expected = layer(x, context=context).state, exact(x.double(), context=context).state
         for t in range(12):
             token = torch.randn(2, 1, 32).to(dtype)
-            now = Context(roles=torch.stack([whole[r, after[r][t]] for r in range(2)])[:, None], want=context.want)
+            now = Context(roles=following[:, t : t + 1], want=context.want)
             found, wanted = layer(token, context=now, state=state), exact(token.double(), context=now, state=expected)
             state, expected = found.state, wanted.state
             size = float(wanted.output.abs().max())
@@ -160,7 +163,7 @@ def test_a_step_is_that_of_float64(monkeypatch, positions, options, dtype):
             ) * size
             for name, y in expected.mechanism.tensors().items():
                 assert state.mechanism.tensors()[name].shape == y.shape, name
-    assert sum(x is not None for x in taken) == 12
+    assert sum(x is not None for x in taken) == (0 if options.get("selection") == "max_over_heads" else 12)
 
 
 def test_a_step_does_what_the_general_way_does():
