@@ -30,6 +30,7 @@ constexpr int LEAST_SCANNED = 1 << 15;             // keys whose ranks are worth
 constexpr int DOTS = LANES / 2;   // rows of queries up to which sums across lanes beat lanes that stay empty
 constexpr int TOGETHER = 4;       // queries whose scores share what is loaded of keys
 constexpr int64_t AHEAD = 4096;   // bytes between what is computed and what is asked for from memory
+constexpr int64_t PAGES_AHEAD = 4;  // the same in pages, where they are no larger than that
 
 REGARD_INLINE float infinity() { return __builtin_inff(); }
 
@@ -202,7 +203,7 @@ Row row_in(Workspace& space, const regard_attention_args& args, int64_t b) {
 // --- one step of keys
 
 // The visible keys of a step, or values, as runs that are equally far apart: f(first, columns before it, count). Where they
-// are in small pages, the next one of `width` columns is asked for before a page is computed with.
+// are in small pages, a later one of `width` columns is asked for before a page is computed with.
 template <class T, class F>
 REGARD_INLINE void for_runs(const Problem& problem, const Row& row, int64_t b, int64_t g, int64_t step, const T* base,
                             const int64_t (&strides)[3], int64_t width, F&& f) {
@@ -215,8 +216,8 @@ REGARD_INLINE void for_runs(const Problem& problem, const Row& row, int64_t b, i
   for (int64_t at = begin; at < end;) {
     const int64_t* pages = decode.pages + b * decode.pages_stride;
     const int64_t page = at / decode.page_size, stop = least(end, (page + 1) * decode.page_size);
-    if (!problem.ahead && (page + 1) * decode.page_size < decode.lengths[b])
-      fetch(base + pages[page + 1] * strides[0] + g * strides[1], strides[2], decode.page_size, width);
+    if (!problem.ahead && (page + PAGES_AHEAD) * decode.page_size < decode.lengths[b])
+      fetch(base + pages[page + PAGES_AHEAD] * strides[0] + g * strides[1], strides[2], decode.page_size, width);
     f(base + pages[page] * strides[0] + g * strides[1] + (at - page * decode.page_size) * strides[2],
       static_cast<int>(at - begin), static_cast<int>(stop - at));
     at = stop;

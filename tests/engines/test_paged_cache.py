@@ -156,3 +156,17 @@ def test_a_state_in_pages_goes_on_as_one_in_a_tensor(dtype, options):
         for at in range(count):
             untouched[row[at // 4], at % 4] = False
     assert torch.equal(pools[0][:, 0, :, 0].isnan(), untouched)
+
+
+def test_tokens_without_queries_go_into_their_pages_and_are_read_later():
+    pools = torch.zeros(6, 2, 4, 8), torch.zeros(6, 2, 4, 8)
+    state = PagedState.of(*pools, Rows(torch.tensor([[3, 0, 5], [1, 4, 2]]), torch.tensor([0, 0])))
+    q, k, v = random(2, 4, 5, 8), random(2, 2, 5, 8), random(2, 2, 5, 8)
+    call = {"pattern": "causal-self", "return_state": True}
+    with torch.no_grad():
+        taken = apply(SOFTMAX, {"q": q[:, :, :0], "k": k[:, :, :4], "v": v[:, :, :4]}, state=state, **call)
+        assert taken.output.shape == (2, 4, 0, 8) and type(taken.state) is PagedState
+        last = {name: x[:, :, 4:] for name, x in (("q", q), ("k", k), ("v", v))}
+        found = apply(SOFTMAX, last, state=taken.state, **call).output
+        wanted = apply(SOFTMAX, {"q": q, "k": k, "v": v}, **call).output
+    near(found, wanted[:, :, 4:])

@@ -81,17 +81,16 @@ class HeadCache(MethodCache):
     def appended(self, k: Float[Tensor, "b g 1 d"], v: Float[Tensor, "b g 1 e"]) -> Self:
         least, most = self._extent()
         cache = self._grown() if self.counts.numel() and most == self.k.shape[2] else self
-        at = (slice(None), slice(None), most) if least == most else cache._each(0)
-        new = [
-            (cache.k, k[:, :, 0]),
-            (cache.v, v[:, :, 0]),
-            (cache.ranks, cache.length[:, None].expand(cache.counts.shape)),
-        ]
-        if cache.weight is not None:
-            new.append((cache.weight, torch.zeros_like(cache.weight[:, :, 0])))
+        rank = cache.length.view(-1, 1, 1)
         with torch.no_grad():
-            for where, x in new:
-                where[at] = x.to(where.dtype)
+            # the shortest way, since this is done at each token in each layer
+            for where, x in ((cache.k, k), (cache.v, v), (cache.ranks, rank)):
+                if least == most:
+                    where.narrow(2, most, 1).copy_(x)
+                else:
+                    where[cache._each(0)] = x.expand(*cache.counts.shape, 1, *x.shape[3:])[:, :, 0].to(where.dtype)
+            if cache.weight is not None:
+                cache.weight[cache._each(0)] = 0
         return dataclasses.replace(cache, counts=cache.counts + 1, length=cache.length + 1)
 
     def without(self, slots: Int[Tensor, "b g"], where: Tensor) -> HeadCache:
@@ -139,8 +138,8 @@ class HeadCache(MethodCache):
 
     def _extent(self) -> tuple[int, int]:
         """The fewest and the most tokens of a head."""
-        least, most = self.counts.aminmax() if self.counts.numel() else (0, 0)
-        return int(least), int(most)
+        held = self.counts.flatten().tolist()
+        return min(held, default=0), max(held, default=0)
 
     def _each(self, behind: int) -> tuple[Tensor, Tensor, Tensor]:
         batch, groups = self.counts.shape

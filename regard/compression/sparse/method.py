@@ -135,7 +135,7 @@ def count_reads(q: Tensor, cache: HeadCache, place: Place, tokens: float, lines:
     """Tell the meter of a token whose heads read so many keys and values, and `more` numbers beside them: `tokens` of all
     `lines` together, which are (row, kv head)s where query heads read together and (row, query head)s else."""
     batch, heads = q.shape[:2]
-    place.meter.count("decode", tokens * (batch * heads / max(lines, 1)), float(cache.length.sum()) * heads)
+    place.meter.count("decode", tokens * (batch * heads / max(lines, 1)), float(sum(cache.length.tolist())) * heads)
     place.meter.read += tokens * (cache.k.shape[-1] + cache.v.shape[-1]) + more
 
 

@@ -54,7 +54,7 @@ class Quest(Method):
         return dataclasses.replace(cache, low=low, high=high)
 
     def decode(self, q: Tensor, cache: HeadCache, place: Place) -> tuple[Tensor, HeadCache]:
-        used = int(cache.counts[0, 0]) if cache.counts.numel() else 0  # every head has as many
+        used = max(cache.counts.flatten().tolist(), default=0)  # every head has as many
         past, wanted = (used - 1) // self.page, self.budget // self.page
         assert cache.low is not None and cache.high is not None
         if used and used % self.page == 0:
