@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: compare test test-all native native-test bench mutants wheel docs matrix reproductions lighter scaling ranking clean
+.PHONY: compare test lint test-all native native-test bench mutants wheel docs matrix reproductions lighter scaling ranking clean
 
 # What a change of must install the package again: the library of kernels is built by the installation.
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/include/* native/src/*)
@@ -11,12 +11,15 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/include/* native/src/
 compare: $(VENV)/.data  ## Train four mechanisms on embedded data and say which to take (under 10 minutes on 2 cores)
 	$(BIN)/regard compare --budget 8m --output runs/compare
 
-test: $(VENV)/.dev native-test  ## Lint, check types and import order, and run all tests (under 20 minutes on 2 cores)
+test: $(VENV)/.dev  ## Lint, check types and import order, and run all tests (under 20 minutes on 2 cores)
+	$(MAKE) --jobs=2 --output-sync=target lint native-test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup
+
+lint: $(VENV)/.dev  ## Lint, check types and import order
 	$(BIN)/ruff check regard tests docs benchmarks
 	$(BIN)/ruff format --check regard tests docs benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup
 
 test-all:  ## The same with every program of every mechanism in every pattern: more than an hour
 	REGARD_TEST_ALL=1 $(MAKE) test

@@ -107,6 +107,21 @@ class Kernel:
         weights: Tensors = {}
         found = self.gradients(inputs, weights, **options)
         expected = differentiated(partial(self.call, self.plain, **options), inputs, weights, torch.float64)
+        self.compare(inputs, found, expected, only)
+
+    def check_every_set(self, inputs: Tensors, **options: Any) -> None:
+        """:meth:`check` with every instruction set that works here, against results in float64 that are computed once."""
+        weights: Tensors = {}
+        expected = None
+        assert SETS
+        for name in SETS:
+            with library.using_instruction_set(name):
+                found = self.gradients(inputs, weights, **options)
+            if expected is None:
+                expected = differentiated(partial(self.call, self.plain, **options), inputs, weights, torch.float64)
+            self.compare(inputs, found, expected)
+
+    def compare(self, inputs: Tensors, found: Tensors, expected: Tensors, only: tuple[str, ...] = ()) -> None:
         narrow = next(inputs[name].dtype for name in ("v", "x", "sinks", "k") if name in inputs)
         assert found.keys() == expected.keys()
         for name in only or found:
