@@ -123,7 +123,8 @@ def _speeds(found: Any) -> list[str]:
             line += "" if rated.peak_share is None else f", {rated.peak_share:.0%} of the peak"
         lines.append(line)
     rated_any = any(m.gflops is not None for m in found.measurements)
-    return [*lines, f"(operations as the cards count them{peak})"] if rated_any else lines
+    told = f"(operations as the cards count them: all pairs, also those that causal kernels leave out{peak})"
+    return [*lines, told] if rated_any else lines
 
 
 def _measurement(m: Any) -> str:
