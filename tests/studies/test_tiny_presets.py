@@ -1,4 +1,5 @@
-"""The smallest preset of every study, whole, from the command line, with a mechanism of the user's where it takes mechanisms."""
+"""The smallest preset of every study, whole, from the command line, with a mechanism of the user's where it takes mechanisms (cab,
+which takes a third of the time, in `make test-all`)."""
 
 import os
 import signal
@@ -36,7 +37,7 @@ def test_these_are_all_studies_with_a_tiny_preset():
     assert set(ENTER) == {name for name in list_studies() if "tiny" in get_study(name).presets}
 
 
-@pytest.mark.parametrize("name", ENTER)
+@pytest.mark.parametrize("name", ENTER if os.environ.get("REGARD_TEST_ALL") else sorted({*ENTER} - {"cab"}))
 def test_a_tiny_preset_runs_whole_and_shows_the_mechanism_of_the_user(capsys, tmp_path, monkeypatch, name):
     line = f"study {name} --preset tiny --output {tmp_path}"
     line += f" --plugin {PLUGIN} --mechanisms {ENTER[name]}" if ENTER[name] else ""
