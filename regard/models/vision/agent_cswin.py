@@ -26,12 +26,10 @@ from torch import Tensor, nn
 from regard.contract import Context, Pattern, Result, Unsupported, at_least
 from regard.create import create_layer
 from regard.functional import softmax_attention
-from regard.layers.drop_path import DropPath, drop_path_rates
-from regard.layers.feed_forward import MLP
+from regard.layers.drop_path import drop_path_rates
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
-from regard.models.blocks import check_plan, read_plan
-from regard.models.vision.backbone import BackboneConfig, Level, map_of, tokens_of
+from regard.models.vision.backbone import Level, map_of, tokens_of
 from regard.models.vision.patch_tokens import (
     agent_table,
     check_divisible,
@@ -41,7 +39,7 @@ from regard.models.vision.patch_tokens import (
     options_on,
     to_windows,
 )
-from regard.models.vision.pyramid import PyramidWithLosses, Stage
+from regard.models.vision.pyramid import PlannedBlock, PlannedConfig, PyramidWithLosses, Stage, agents_first
 from regard.models.vision.vmamba import ConvNorm
 
 if TYPE_CHECKING:
@@ -49,48 +47,28 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CSWinConfig(BackboneConfig):
+class CSWinConfig(PlannedConfig):
     """The configuration of a :class:`CSWin`.
 
     Attributes:
         widths, depths, heads: channels, blocks and heads of each stage; heads are even where there are stripes.
         patch: stride of the first convolution, whose windows are 2 patch - 1 pixels wide.
         stripes: width of the stripes of each stage but the last; 0 for the sides of the last map, 7 of images of 224 pixels.
-        plan: a mechanism (with options) for each block, or one for all.
-        expansion: width of the feed-forward networks over the channels.
-        branch_dropout: in the feed-forward networks, and at the end of each branch.
+        plan, expansion, branch_dropout: as of :class:`regard.models.vision.pyramid.PlannedConfig`.
     """
 
+    told: ClassVar = "a CSWin Transformer"
     widths: tuple[int, ...] = (64, 128, 256, 512)
     depths: tuple[int, ...] = (1, 2, 21, 1)
     heads: tuple[int, ...] = (2, 4, 8, 16)
-    patch: int = 4
     stripes: tuple[int, ...] = (1, 2, 0)
-    plan: Any = "softmax"
-    expansion: int = 4
-    branch_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("patch", self.patch, 1)
-        stages = len(self.widths)
-        for name, count in (("depths", stages), ("heads", stages), ("stripes", stages - 1)):
-            numbers = getattr(self, name)
-            if len(numbers) != count:
-                raise Unsupported(f"{name}={numbers} of {stages} stages", supported=f"{count} numbers")
-            at_least(f"the least of {name}", min(numbers, default=1), int(name != "stripes"))
-        object.__setattr__(self, "plan", read_plan(self.plan, sum(self.depths)))
-        check_plan(self.plan, Pattern.NONCAUSAL_SELF, "a CSWin Transformer")
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Pixels from place to place of each stage's map."""
-        return tuple(self.patch * 2**stage for stage in range(len(self.widths)))
-
-    def entries(self, number: int) -> list[tuple[str, dict[str, Any]]]:
-        """The plan of a stage."""
-        start = sum(self.depths[:number])
-        return list(self.plan[start : start + self.depths[number]])
+        count = len(self.widths) - 1
+        if len(self.stripes) != count:
+            raise Unsupported(f"stripes={self.stripes} of {count + 1} stages", supported=f"{count} numbers")
+        at_least("the least of stripes", min(self.stripes, default=1), 0)
 
     def stripes_of(self, number: int) -> tuple[int, int] | None:
         """Rows of the stripes across a stage's map, and columns of those down it; None where heads read the whole map."""
@@ -103,13 +81,7 @@ class CSWinConfig(BackboneConfig):
 
 
 def _agents(depths: tuple[int, ...], numbers: tuple[int, ...]) -> dict[str, Any]:
-    """Agent attention in the first stages, and stripes in the others."""
-    agents = [
-        ("agent", {"num_agents": n, "agent_bias": "all"})
-        for n, depth in zip(numbers, depths, strict=False)
-        for _ in range(depth)
-    ]
-    return {"depths": depths, "plan": [*agents, *["softmax"] * (sum(depths) - len(agents))]}
+    return {"depths": depths, "plan": agents_first(depths, sum(depths), numbers)}
 
 
 WIDE: dict[str, Any] = {"widths": (96, 192, 384, 768), "heads": (4, 8, 16, 32), "drop_path": 0.5}
@@ -147,11 +119,11 @@ class CSWin(PyramidWithLosses):
         rates = drop_path_rates(config.drop_path, config.depths)
         self.stages = nn.ModuleList()
         channels = config.channels
-        for number, width in enumerate(config.widths):
+        for number, (width, entries) in enumerate(zip(config.widths, config.stages(), strict=True)):
             patch = config.patch
             first = (2 * patch - 1, patch, patch // 2)
             embedding = ConvNorm(channels, width, *((3, 2, 1) if number else first))
-            each = zip(config.entries(number), rates[number], strict=True)
+            each = zip(entries, rates[number], strict=True)
             self.stages.append(Stage(embedding, [Block(entry, config, number, rate) for entry, rate in each]))
             channels = width
         self.levels = [Level(*level) for level in zip(config.widths, config.strides, strict=True)]
@@ -166,9 +138,9 @@ class CSWin(PyramidWithLosses):
         config = self.config
         step = config.strides[-1]
         check_divisible(height, width, step)
-        for number, stride in enumerate(config.strides):
+        for number, (stride, entries) in enumerate(zip(config.strides, config.stages(), strict=True)):
             stripes, grid = config.stripes_of(number), (height // stride, width // stride)
-            if stripes is None or not any(name == "softmax" for name, _ in config.entries(number)):
+            if stripes is None or not any(name == "softmax" for name, _ in entries):
                 continue
             if grid[0] % stripes[0] or grid[1] % stripes[1]:
                 raise Unsupported(
@@ -210,7 +182,7 @@ class CSWin(PyramidWithLosses):
         return fit_tables(found, own, {}, "bicubic")
 
 
-class Block(nn.Module):
+class Block(PlannedBlock):
     """Attention in stripes or of the whole map, and a feed-forward network.
 
     Args:
@@ -223,25 +195,16 @@ class Block(nn.Module):
     def __init__(
         self, entry: tuple[str, Mapping[str, Any]], config: CSWinConfig, number: int, drop_path: float
     ) -> None:
-        super().__init__()
         width, heads, stride = config.widths[number], config.heads[number], config.strides[number]
-        self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
-        self.attention: nn.Module
+        attention: nn.Module
         if entry[0] == "softmax":
             if entry[1]:
                 raise Unsupported(f"softmax with {dict(entry[1])} in stripes", supported="no options")
-            self.attention = StripeAttention(width, heads, config.stripes_of(number))
+            attention = StripeAttention(width, heads, config.stripes_of(number))
         else:
             options = options_on(entry, (config.size[0] // stride, config.size[1] // stride), bias=True)
-            self.attention = create_layer(entry[0], width, heads, pattern=Pattern.NONCAUSAL_SELF, **options)
-        self.mlp = MLP(width, config.expansion * width, bias=True, dropout=config.branch_dropout)
-        self.dropout, self.drop_path = nn.Dropout(config.branch_dropout), DropPath(drop_path)
-
-    def forward(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Result:
-        """Tokens as the output, with the losses of the layer."""
-        mixed = self.attention(self.norm1(x), context=Context(grid=grid))
-        x = x + self.drop_path(self.dropout(mixed.output))
-        return Result(x + self.drop_path(self.dropout(self.mlp(self.norm2(x)))), None, mixed.losses)
+            attention = create_layer(entry[0], width, heads, pattern=Pattern.NONCAUSAL_SELF, **options)
+        super().__init__(config, number, attention, drop_path)
 
 
 class StripeAttention(nn.Module):

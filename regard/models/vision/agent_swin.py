@@ -27,11 +27,10 @@ from torch import Tensor, nn
 
 from regard.contract import Context, Mask, Pattern, Result, Unsupported, at_least
 from regard.create import create_layer
-from regard.layers.drop_path import DropPath, drop_path_rates
-from regard.layers.feed_forward import MLP
+from regard.layers.drop_path import drop_path_rates
 from regard.layers.norms import LayerNorm
-from regard.models.blocks import check_plan, mixing_card, read_plan
-from regard.models.vision.backbone import BackboneConfig, Level, tokens_of
+from regard.models.blocks import mixing_card
+from regard.models.vision.backbone import Level, tokens_of
 from regard.models.vision.patch_tokens import (
     agent_table,
     check_divisible,
@@ -41,7 +40,7 @@ from regard.models.vision.patch_tokens import (
     options_on,
     to_windows,
 )
-from regard.models.vision.pyramid import PyramidWithLosses, Stage
+from regard.models.vision.pyramid import PlannedBlock, PlannedConfig, PyramidWithLosses, Stage, agents_first
 from regard.models.vision.vmamba import ConvNorm, PatchMerging
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SwinConfig(BackboneConfig):
+class SwinConfig(PlannedConfig):
     """The configuration of a :class:`Swin`.
 
     Attributes:
@@ -57,37 +56,19 @@ class SwinConfig(BackboneConfig):
         patch: side of a patch of the first stage in pixels.
         window: side of the windows, whole maps where these are smaller; when None the sides of the last map, which are 7 of
             images of 224 pixels, doubled until both are at least 4: so they divide every map.
-        plan: a mechanism (with options) for each block, or one for all.
-        expansion: width of the feed-forward networks over the channels.
-        branch_dropout: in the feed-forward networks, and at the end of each branch.
+        plan, expansion, branch_dropout: as of :class:`regard.models.vision.pyramid.PlannedConfig`.
     """
 
+    told: ClassVar = "a Swin Transformer"
     widths: tuple[int, ...] = (96, 192, 384, 768)
     depths: tuple[int, ...] = (2, 2, 6, 2)
     heads: tuple[int, ...] = (3, 6, 12, 24)
-    patch: int = 4
     window: int | None = None
-    plan: Any = "softmax"
-    expansion: int = 4
-    branch_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("patch", self.patch, 1)
         if self.window is not None:
             at_least("window", self.window, 1)
-        for name in ("depths", "heads"):
-            numbers = getattr(self, name)
-            if len(numbers) != len(self.widths):
-                raise Unsupported(f"{name}={numbers} of {len(self.widths)} stages", supported="a number for each stage")
-            at_least(f"the least of {name}", min(numbers), 1)
-        object.__setattr__(self, "plan", read_plan(self.plan, sum(self.depths)))
-        check_plan(self.plan, Pattern.NONCAUSAL_SELF, "a Swin Transformer")
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Pixels from place to place of each stage's map."""
-        return tuple(self.patch * 2**stage for stage in range(len(self.widths)))
 
     @property
     def windows(self) -> tuple[int, int]:
@@ -99,26 +80,14 @@ class SwinConfig(BackboneConfig):
             rows, columns = 2 * rows, 2 * columns
         return rows, columns
 
-    def stages(self) -> list[list[tuple[str, dict[str, Any]]]]:
-        """The plan, stage by stage."""
-        starts = [sum(self.depths[:stage]) for stage in range(len(self.depths))]
-        return [list(self.plan[start : start + depth]) for start, depth in zip(starts, self.depths, strict=True)]
-
 
 def reads_windows(entry: tuple[str, Mapping[str, Any]]) -> bool:
     """Whether the mechanism of a plan's entry takes biases of pairs."""
     return "bias" in mixing_card(*entry).honours
 
 
-def _agents(blocks: Sequence[int], of: int, numbers: Sequence[int] = (9, 16, 49)) -> list[Any]:
-    """Agent attention in the first blocks of the first stages, and softmax in the rest of `of`."""
-    agents = [
-        ("agent", {"num_agents": n, "agent_bias": "all"})
-        for n, count in zip(numbers, blocks, strict=False)
-        for _ in range(count)
-    ]
-    return [*agents, *["softmax"] * (of - len(agents))]
-
+AGENTS = (9, 16, 49)
+"""Of the first stages."""
 
 T: dict[str, Any] = {"drop_path": 0.2}
 S: dict[str, Any] = {"depths": (2, 2, 18, 2), "drop_path": 0.3}
@@ -141,13 +110,13 @@ class Swin(PyramidWithLosses):
     config: SwinConfig
     sizes: ClassVar = {
         "swin_nano": NANO,
-        "agent_swin_nano": {**NANO, "plan": _agents((2, 2), 6, (4, 4))},
+        "agent_swin_nano": {**NANO, "plan": agents_first((2, 2), 6, (4, 4))},
         "swin_t": T,
         "swin_s": S,
         "swin_b": B,
-        "agent_swin_t": {**T, "plan": _agents((2, 2, 6), 12)},
-        "agent_swin_s": {**S, "plan": _agents((2, 2), 24)},
-        "agent_swin_b": {**B, "plan": _agents((2, 2, 2), 24)},
+        "agent_swin_t": {**T, "plan": agents_first((2, 2, 6), 12, AGENTS)},
+        "agent_swin_s": {**S, "plan": agents_first((2, 2), 24, AGENTS)},
+        "agent_swin_b": {**B, "plan": agents_first((2, 2, 2), 24, AGENTS)},
     }
 
     def __init__(self, config: SwinConfig) -> None:
@@ -242,7 +211,7 @@ def _table(value: Tensor, shape: Sequence[int]) -> Float[Tensor, "heads rows col
     return F.interpolate(value[None], tuple(shape[1:]), mode="bicubic", align_corners=False)[0]
 
 
-class Block(nn.Module):
+class Block(PlannedBlock):
     """Attention in windows or of the whole map, and a feed-forward network.
 
     Args:
@@ -256,27 +225,19 @@ class Block(nn.Module):
     def __init__(
         self, entry: tuple[str, Mapping[str, Any]], config: SwinConfig, number: int, shifted: bool, drop_path: float
     ) -> None:
-        super().__init__()
         width, heads, stride = config.widths[number], config.heads[number], config.strides[number]
         grid = config.size[0] // stride, config.size[1] // stride
-        self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
         options = options_on(entry, grid, bias=True)
-        self.attention = create_layer(entry[0], width, heads, pattern=Pattern.NONCAUSAL_SELF, **options)
+        attention = create_layer(entry[0], width, heads, pattern=Pattern.NONCAUSAL_SELF, **options)
         rows, columns = (min(each) for each in zip(config.windows, grid, strict=True))
-        self.windows = Windows(heads, (rows, columns), shifted) if reads_windows(entry) else None
-        self.mlp = MLP(width, config.expansion * width, bias=True, dropout=config.branch_dropout)
-        self.dropout, self.drop_path = nn.Dropout(config.branch_dropout), DropPath(drop_path)
-
-    def forward(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Result:
-        """Tokens as the output, with the losses of the layer."""
-        mixed = self.attend(self.norm1(x), grid)
-        x = x + self.drop_path(self.dropout(mixed.output))
-        return Result(x + self.drop_path(self.dropout(self.mlp(self.norm2(x)))), None, mixed.losses)
+        windows = Windows(heads, (rows, columns), shifted) if reads_windows(entry) else None
+        super().__init__(config, number, attention, drop_path)
+        self.windows = windows
 
     def attend(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Result:
         windows = self.windows
         if windows is None:
-            return self.attention(x, context=Context(grid=grid))
+            return super().attend(x, grid)
         context = Context(grid=windows.sides_on(grid), mask=Mask(bias=windows.bias(grid, len(x))))
         mixed = self.attention(windows.split(x, grid), context=context)
         return Result(windows.join(mixed.output, grid), None, mixed.losses)

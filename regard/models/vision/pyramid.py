@@ -1,15 +1,20 @@
-"""Pyramids of blocks of tokens whose layers may have auxiliary losses, as those of routed heads."""
+"""Pyramids of blocks of tokens whose layers may have auxiliary losses, as those of routed heads, and what pyramids share whose
+plan has an entry for each block."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from regard.contract import Loss, Result
-from regard.models.blocks import add_losses
-from regard.models.vision.backbone import Pyramid, map_of, tokens_of
+from regard.contract import Context, Loss, Pattern, Result, Unsupported, at_least
+from regard.layers.drop_path import DropPath
+from regard.layers.feed_forward import MLP
+from regard.layers.norms import LayerNorm
+from regard.models.blocks import add_losses, check_plan, read_plan
+from regard.models.vision.backbone import BackboneConfig, Pyramid, map_of, tokens_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -67,3 +72,86 @@ class Stage(nn.Module):
             add_losses(losses, result.losses)
             tokens = result.output
         return Result(map_of(tokens if self.norm is None else self.norm(tokens), grid), None, losses)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedConfig(BackboneConfig):
+    """The configuration of a pyramid with a mechanism for each block, whose maps have half the sides of those before.
+
+    Attributes:
+        widths, depths, heads: channels, blocks and heads of each stage.
+        patch: pixels from place to place of the first stage's map.
+        plan: a mechanism (with options) for each block, or one for all.
+        expansion: width of the feed-forward networks over the channels.
+        branch_dropout: in the feed-forward networks, and at the end of each branch.
+    """
+
+    told: ClassVar[str]
+    """What it is of, in words."""
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    heads: tuple[int, ...]
+    patch: int = 4
+    plan: Any = "softmax"
+    expansion: int = 4
+    branch_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("patch", self.patch, 1)
+        for name in ("depths", "heads"):
+            numbers = getattr(self, name)
+            if len(numbers) != len(self.widths):
+                raise Unsupported(f"{name}={numbers} of {len(self.widths)} stages", supported="a number for each stage")
+            at_least(f"the least of {name}", min(numbers), 1)
+        object.__setattr__(self, "plan", read_plan(self.plan, sum(self.depths)))
+        check_plan(self.plan, Pattern.NONCAUSAL_SELF, self.told)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels from place to place of each stage's map."""
+        return tuple(self.patch * 2**stage for stage in range(len(self.widths)))
+
+    def stages(self) -> list[list[tuple[str, dict[str, Any]]]]:
+        """The plan, stage by stage."""
+        starts = [sum(self.depths[:stage]) for stage in range(len(self.depths))]
+        return [list(self.plan[start : start + depth]) for start, depth in zip(starts, self.depths, strict=True)]
+
+
+def agents_first(blocks: Sequence[int], of: int, numbers: Sequence[int]) -> list[Any]:
+    """A plan with agent attention in the first blocks of the first stages, and softmax in the rest of `of`."""
+    agents = [
+        ("agent", {"num_agents": n, "agent_bias": "all"})
+        for n, count in zip(numbers, blocks, strict=False)
+        for _ in range(count)
+    ]
+    return [*agents, *["softmax"] * (of - len(agents))]
+
+
+class PlannedBlock(nn.Module):
+    """Attention and a feed-forward network, pre-norm: tokens (B, N, width) on a grid -> a Result of tokens.
+
+    Args:
+        config: of the backbone.
+        number: of the stage.
+        attention: takes tokens and a context with their grid.
+        drop_path: of both branches.
+    """
+
+    def __init__(self, config: PlannedConfig, number: int, attention: nn.Module, drop_path: float) -> None:
+        super().__init__()
+        width = config.widths[number]
+        self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
+        self.attention = attention
+        self.mlp = MLP(width, config.expansion * width, bias=True, dropout=config.branch_dropout)
+        self.dropout, self.drop_path = nn.Dropout(config.branch_dropout), DropPath(drop_path)
+
+    def forward(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Result:
+        """Tokens as the output, with the losses of the layer."""
+        mixed = self.attend(self.norm1(x), grid)
+        x = x + self.drop_path(self.dropout(mixed.output))
+        return Result(x + self.drop_path(self.dropout(self.mlp(self.norm2(x)))), None, mixed.losses)
+
+    def attend(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Result:
+        mixed: Result = self.attention(x, context=Context(grid=grid))
+        return mixed

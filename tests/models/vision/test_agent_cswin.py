@@ -99,9 +99,9 @@ def test_stripes_of_later_stages_are_as_wide_as_the_last_map(size: int, stripes:
 def test_the_released_sizes_have_agents_in_the_first_two_stages() -> None:
     for name, depths in (("t", (2, 4, 18, 1)), ("s", (3, 6, 29, 2)), ("b", (3, 6, 29, 2))):
         _, config = read_backbone(f"agent_cswin_{name}")
-        names = [{entry[0] for entry in config.entries(stage)} for stage in range(4)]
+        names = [{entry[0] for entry in entries} for entries in config.stages()]
         assert names == [{"agent"}, {"agent"}, {"softmax"}, {"softmax"}] and config.depths == depths
-        assert [config.entries(stage)[0][1]["num_agents"] for stage in range(2)] == [9, 16]
+        assert [config.stages()[stage][0][1]["num_agents"] for stage in range(2)] == [9, 16]
 
 
 def test_losses_of_layers_come_with_the_logits() -> None:
