@@ -52,7 +52,7 @@ def _fill(sweep: Sweep, trainer: Trainer, work: Work, runs: Sequence[Run]) -> No
         nonlocal planned
         seconds = work.run_seconds(run[0])
         planned += seconds
-        trainer.elsewhere.add((work.task.name, work.frame, *run))
+        trainer.counted.add((work.task.name, work.frame, *run))
         trainer.progress.pace = (time.monotonic() - began) / planned
         trainer.doing(f"{work.task.name}: {len(missing) - left} of {len(missing)} runs came back")
         trainer.advance(seconds)

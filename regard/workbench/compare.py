@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +217,7 @@ class _Runner:
         self.store, self.works, self.settings, self.output = store, works, settings, output
         self.trainer, self.beginning, self.matched = trainer, beginning, matched
         self.costed: list[dict[str, Any]] = []
+        self.framed: list[Runs] = []
         self.sweep: Sweep | None = None
 
     def run(self) -> Outcome:
@@ -227,6 +228,9 @@ class _Runner:
         self.trainer.reserved = self.trainer.beside = 0.0
         found = _Found(self.works, self.settings, runs, costs, self.matched)
         found.look_beside(self._in_other_frames(found))
+        if (more := self._with_time_left(runs)) is not None:
+            found = _Found(self.works, self.settings, more, costs, self.matched)
+            found.look_beside(self._in_other_frames(found))
         self.trainer.progress.done = self.trainer.progress.total
         self.trainer.watch(self.trainer.progress)
         return self._conclude(found, costs)
@@ -234,13 +238,16 @@ class _Runner:
     def train_all(self, names: Sequence[str], after: float = 0.0) -> dict[str, Runs]:
         """All runs of these mechanisms in the first frame, by task.
 
+        Tasks that can be solved come first, before the time of others is planned anew: fewer steps would change what they say.
+
         Args:
             after: planned seconds of what follows.
         """
         trainer = self.trainer
-        runs = {}
-        for index, work in enumerate(self.works):
-            done, left = self.works[:index], self.works[index:]
+        runs = {work.task.name: Runs() for work in self.works}
+        turns = sorted(self.works, key=lambda work: work.task.solved is None)
+        for index, work in enumerate(turns):
+            done, left = turns[:index], turns[index:]
             trainer.reserved = after + sum(map(self._beside_seconds, done))
             fewer = trainer.replan(left)
             following = sum(w.runs * w.run_seconds(name) for w in left[1:] for name in names)
@@ -248,9 +255,20 @@ class _Runner:
             trainer.reserved = after + trainer.beside + following
             own = sum(work.runs * work.run_seconds(name) for name in names)
             trainer.progress.total = trainer.progress.done + own + trainer.reserved
-            runs[work.task.name] = made = self._train(work, names)
-            made.left_out += [fewer] if fewer else []
+            runs[work.task.name] = self._train(work, names)
+            runs[work.task.name].fewer = fewer
         return runs
+
+    def _with_time_left(self, runs: Mapping[str, Runs]) -> dict[str, Runs] | None:
+        """The runs, and what no time was left for until other work took less than was kept for it; None without more."""
+        more = dict(runs)
+        for work in self.works:
+            before = runs[work.task.name]
+            if before.left_out:
+                made = self._train(work, self.settings.names)
+                if len(made.cells["search"]) > len(before.cells["search"]) or len(made.rows) > len(before.rows):
+                    more[work.task.name] = replace(made, fewer=before.fewer)
+        return None if all(more[task] is made for task, made in runs.items()) else more
 
     def _train(self, work: Work, names: Sequence[str]) -> Runs:
         if self.sweep is not None:
@@ -263,6 +281,7 @@ class _Runner:
 
     def _in_other_frames(self, found: _Found) -> dict[str, list[dict[str, Any]]]:
         """Rows of those that lead, trained in the frames after the first; by task."""
+        self.framed = []
         rows: dict[str, list[dict[str, Any]]] = {work.task.name: [] for work in self.works}
         for frame in self.settings.frames[1:]:
             for name in found.leaders():
@@ -277,7 +296,9 @@ class _Runner:
                     )
                     continue
                 for other in works:
-                    rows[other.task.name] += self._train(other, [name]).rows
+                    made = self._train(other, [name])
+                    self.framed.append(made)
+                    rows[other.task.name] += made.rows
         return rows
 
     def _costs(self) -> list[dict[str, Any]]:
@@ -344,7 +365,9 @@ class _Runner:
                 for task, rule in found.rules.items()
             },
         }
-        cells = {**self.trainer.cells, "cost": self.costed}
+        made = [*found.runs.values(), *self.framed]
+        cells = {kind: [key for runs in made for key in runs.cells[kind]] for kind in ("quality", "search")}
+        cells["cost"] = self.costed
         self.store.put("run", {"run": self.store.run}, {**run, "summary": found.summary, "cells": cells})
         report = render_report(self.store, self.output / "report.html", self.store.run)
         return Outcome(found.summary, advice, report, self.store.path, models, run["baselines"], found.beside)
@@ -392,7 +415,7 @@ class _Found:
         self.comparisons = {task: comparison_of(made.rows) for task, made in runs.items()}
         self.rules = {w.task.name: w.baseline for w in works if w.baseline is not None}
         self.metrics = {w.task.name: (w.task.metric, w.task.higher_is_better) for w in works}
-        self.left_out = [sentence for made in runs.values() for sentence in made.left_out]
+        self.left_out = [said for made in runs.values() for said in (*made.left_out, made.fewer) if said]
         kind = {w.task.name: w.kind for w in works}
         cost_of = {(kind[row["task"]], row["mechanism"]): row for row in costs}
         self.summary = {

@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ Row = dict[str, Any]
 
 REPLANNED = 0.1
 """Relative change of the number of steps from which a new plan is made, and said."""
+
+HALF_LIFE = 30.0
+"""Planned seconds after which a run tells half as much of the machine's pace."""
 
 MARGIN = 0.97
 """Part of the time that is left which is planned anew."""
@@ -75,12 +78,16 @@ class Runs:
         trials: of each rate of the first seed.
         rates: the best rate of each mechanism.
         left_out: sentences about what there was no time for.
+        cells: keys of the rows in the store, by kind.
+        fewer: a sentence about steps that the plan had and the runs do not; empty where they have them.
     """
 
-    rows: list[Row]
-    trials: list[Row]
-    rates: dict[str, float]
-    left_out: list[str]
+    rows: list[Row] = field(default_factory=list)
+    trials: list[Row] = field(default_factory=list)
+    rates: dict[str, float] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    cells: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"quality": [], "search": []})
+    fewer: str = ""
 
 
 class Trainer:
@@ -110,14 +117,14 @@ class Trainer:
         self.watch, self.say, self.deadline = watch, say, deadline
         self.began = time.monotonic()
         self.progress = Progress()
-        self.cells: dict[str, list[dict[str, Any]]] = {"quality": [], "search": []}
         self.reserved = 0.0
         """Planned seconds that should be left for what follows the task in hand."""
         self.beside = 0.0
         """Those of them for further frames, which further seeds in the first come before."""
         self._planned = self._taken = 0.0
-        self.elsewhere: set[tuple[str, str, str, float, int]] = set()
-        """Runs that other processes have made, whose time is behind already."""
+        self._told: set[str] = set()
+        self.counted: set[tuple[str, str, str, float, int]] = set()
+        """Runs whose time the progress has, though they may have been made by another process."""
 
     def replan(self, works: Sequence[Work]) -> str:
         """Give the tasks that are left the steps that fit in the time that is left, if they no longer fit; what to know of it,
@@ -151,18 +158,19 @@ class Trainer:
 
     @property
     def pace(self) -> float:
-        """Seconds that a planned second of training has taken."""
+        """Seconds that a planned second of training takes, of late above all: a machine that was busy may be so no more."""
         return self._taken / self._planned if self._planned > 0 else 1.0
 
     def train(self, work: Work, names: Sequence[str] | None = None) -> Runs:
         """All runs of these mechanisms (all when None) on a task."""
         names = list(work.configs) if names is None else list(names)
-        first, runs = self.settings.first_seed, Runs([], [], {}, [])
+        first, runs = self.settings.first_seed, Runs()
         rounds = self.settings.seeds - 1
         tried = {name: [self._try(work, name, rate, runs) for rate in self.settings.rates] for name in names}
+        unseeded = [n for n in names if self.stored(work, n, best_of(tried[n])["lr"], first + 1) is None]
         untried: dict[float, list[str]] = {}
         for name in names:
-            best, lacking = self._extend(work, name, tried[name], runs, rounds * len(names))
+            best, lacking = self._extend(work, name, tried[name], runs, rounds * max(1, len(unseeded)))
             runs.rates[name] = best["lr"]
             runs.rows.append(best)
             if lacking is not None:
@@ -175,7 +183,7 @@ class Trainer:
                 self._leave_out(runs, f"{work.task.name}: no time was left for seeds from {seed} on.")
                 break
             runs.rows += [self.run(work, name, runs.rates[name], seed) for name in names]
-        self.cells["quality"] += [self._key(work, r["mechanism"], r["lr"], r["seed"]) for r in runs.rows]
+        runs.cells["quality"] += [self._key(work, r["mechanism"], r["lr"], r["seed"]) for r in runs.rows]
         return runs
 
     def _try(self, work: Work, name: str, rate: float, runs: Runs) -> Row:
@@ -183,7 +191,7 @@ class Trainer:
         trial = {k: row[k] for k in ("task", "mechanism", "frame", "lr", "seed")} | row["search"]
         key = {**self._key(work, name, rate, row["seed"]), "items": work.search_items}
         self.store.put("search", key, trial)
-        self.cells["search"].append(key)
+        runs.cells["search"].append(key)
         runs.trials.append(trial)
         return row
 
@@ -214,7 +222,9 @@ class Trainer:
 
     def _leave_out(self, runs: Runs, sentence: str) -> None:
         runs.left_out.append(sentence)
-        self.say(sentence)
+        if sentence not in self._told:
+            self._told.add(sentence)
+            self.say(sentence)
 
     def _key(self, work: Work, name: str, rate: float, seed: int) -> dict[str, Any]:
         items = [work.search_items, work.items]
@@ -236,16 +246,20 @@ class Trainer:
     def run(self, work: Work, name: str, rate: float, seed: int) -> Row:
         """One full run, from its row where there is one."""
         row = self.stored(work, name, rate, seed)
+        cell = (work.task.name, work.frame, name, rate, seed)
+        counted = cell in self.counted
+        self.counted.add(cell)
         if row is not None:
-            if (work.task.name, work.frame, name, rate, seed) not in self.elsewhere:
+            if not counted:
                 self.advance(work.run_seconds(name))
             return row
         within = "" if work.frame == self.settings.frames[0] else f" in the frame {work.frame}"
         self.doing(f"{work.task.name}: {name}{within}, learning rate {rate:g}, seed {seed}")
         started = time.monotonic()
         measured = self._measure(work, name, rate, seed)
-        self._taken += time.monotonic() - started
-        self._planned += work.run_seconds(name)
+        faded = 0.5 ** (work.run_seconds(name) / HALF_LIFE)
+        self._taken = faded * self._taken + time.monotonic() - started
+        self._planned = faded * self._planned + work.run_seconds(name)
         self.progress.pace = self.pace
         self.store.put("quality", self._key(work, name, rate, seed), measured)
         self.advance(work.evaluation_seconds[name])  # its steps have advanced the progress one by one

@@ -40,6 +40,9 @@ FEWEST_STEPS = 20
 GENERATED_AT_ONCE = 32
 SAFETY = 0.93
 """Part of a time budget that is planned; the rest absorbs a machine that slows down."""
+OF_SOLVABLE = 1.5
+"""Time of a task that can be solved, where an open-ended one has 1: before it is solved it tells little, and with half the
+steps that it needs it tells the wrong thing, while half the text only makes models worse alike."""
 EXTENSION = 0.4
 """Runs of each mechanism that are allowed for learning rates beyond the grid."""
 
@@ -558,9 +561,10 @@ def _count_steps(works: Sequence[Work], settings: CompareSettings, spent: float)
 
 
 def share_steps(works: Sequence[Work], seconds: float) -> None:
-    """Give each of these tasks an equal share of the seconds, and all runs of a task the same number of steps."""
-    for work in works:
-        steps = int((seconds / len(works) - work.seconds_besides()) / work.seconds_a_step())
+    """Give each of these tasks its share of the seconds, and all runs of a task the same number of steps."""
+    shares = [OF_SOLVABLE if work.task.solved is not None else 1.0 for work in works]
+    for work, share in zip(works, shares, strict=True):
+        steps = int((seconds * share / sum(shares) - work.seconds_besides()) / work.seconds_a_step())
         work.steps = dict.fromkeys(work.configs, steps)
 
 

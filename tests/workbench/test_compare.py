@@ -22,7 +22,7 @@ from regard.workbench.compare import compare, render_report, train_share
 from regard.workbench.settings import MORE_RATES, CompareSettings
 from regard.workbench.trained import open_trained
 from regard.workbench.trainer import Trainer
-from regard.workbench.work import Work, build, fitting
+from regard.workbench.work import OF_SOLVABLE, Work, build, fitting, share_steps
 
 MECHANISMS = ("softmax", "linear", "gated_linear")
 
@@ -120,6 +120,53 @@ def test_mechanisms_that_no_time_was_left_for_share_a_sentence(tmp_path, monkeyp
     rising = settings(mechanisms=("softmax", "linear"), rates=(1e-6, 1e-5), seeds=1)
     (note,) = [n for n in compare([recall()], rising, tmp_path).recommendation.notes if "no time" in n]
     assert note == "recall: no time was left to try softmax and linear at a rate of 3e-05."
+
+
+def test_what_no_time_was_left_for_is_made_where_others_took_less_than_was_kept_for_them(tmp_path, monkeypatch):
+    """Time is kept for further frames until these are done."""
+    monkeypatch.setattr(Trainer, "_affords", lambda trainer, *_: not trainer.reserved)
+    chosen = settings(mechanisms=("softmax", "linear"), rates=(1e-6, 1e-5), seeds=2)
+    outcome = compare([recall()], chosen, tmp_path)
+    assert not [note for note in outcome.recommendation.notes if "no time" in note]
+    (run,) = rows(outcome, "run")
+    tried = [(key["mechanism"], key["lr"]) for key in run["cells"]["search"]]
+    assert len(set(tried)) == len(tried) == len(rows(outcome, "search")) > 4
+    kept = [(key["mechanism"], key["seed"]) for key in run["cells"]["quality"]]
+    assert sorted(kept) == [(name, seed) for name in ("linear", "softmax") for seed in (0, 1)]
+
+
+def test_tasks_that_can_be_solved_are_trained_on_first_and_longer(tmp_path):
+    (tmp_path / "corpus.txt").write_text("".join(f"line {i * i} of many\n" for i in range(200)))
+    solvable, open_ended = recall(), create_task("text", data=tmp_path / "corpus.txt", length=16, evaluation_items=8)
+    outcome = compare([open_ended, solvable], settings(mechanisms=("linear",), seeds=1), tmp_path)
+    assert [row["task"] for row in rows(outcome)] == ["recall", "text"]
+    assert list(outcome.summary) == ["text", "recall"], "told in the order asked for"
+    works = [Work(task, settings(mechanisms=("linear",))) for task in (open_ended, solvable)]
+    for work in works:
+        work.step_seconds, work.evaluation_seconds = {"linear": 0.1}, {"linear": 0.0}
+    share_steps(works, 1000.0)
+    assert works[1].steps["linear"] == pytest.approx(OF_SOLVABLE * works[0].steps["linear"], rel=0.01)
+
+
+def test_a_busy_moment_tells_nothing_of_the_pace_a_minute_later(tmp_path, monkeypatch):
+    taken = iter((300.0, *[10.0] * 12))
+    clock = [0.0]
+
+    def measured(self, work, name, rate, seed):
+        clock[0] += next(taken)
+        return {"search": {"loss": 1.0}}
+
+    monkeypatch.setattr(Trainer, "_measure", measured)
+    monkeypatch.setattr("regard.workbench.trainer.time.monotonic", lambda: clock[0])
+    work = Work(recall(), settings(mechanisms=("linear",)))
+    work.steps, work.step_seconds, work.evaluation_seconds = {"linear": 10}, {"linear": 1.0}, {"linear": 0.0}
+    with Store(tmp_path / "results.db") as store:
+        trainer = Trainer(store, work.settings, tmp_path, "", lambda _: None, lambda _: None, None)
+        trainer.run(work, "linear", 1e-3, 0)
+        assert trainer.pace == 30
+        for seed in range(1, 13):
+            trainer.run(work, "linear", 1e-3, seed)
+    assert 1 < trainer.pace < 2
 
 
 def test_another_lowest_seed_repeats_the_comparison_by_other_draws(tmp_path):
