@@ -27,7 +27,7 @@ from regard.training import TrainConfig, evaluate, train
 from regard.workbench.layer_work import MIXING
 from regard.workbench.needs import RECALL, RECALL_TABLE, convolved
 from regard.workbench.settings import CompareSettings
-from regard.workbench.work import build
+from regard.workbench.task_models import build
 
 RANKING = Path(__file__).parent.parent / "docs" / "data" / "ranking.json"
 SETTINGS = CompareSettings(("softmax",), Budget("tokens", 500_000.0))

@@ -38,7 +38,7 @@ timing.rounds = _at_most(0.05, timing.rounds)  # no test asks how long anything 
 def _short_calibrations() -> Iterator[None]:
     """Of a comparison, which then tells another remaining time and nothing else."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regard.workbench.work.CALIBRATION_SECONDS", 0.4)
+        patch.setattr("regard.workbench.planning.CALIBRATION_SECONDS", 0.4)
         yield
 
 

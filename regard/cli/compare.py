@@ -167,7 +167,7 @@ def compare(
     from regard.workbench.report import SCHEMA
     from regard.workbench.settings import CompareSettings
     from regard.workbench.summary_table import figures_table, terminal_table
-    from regard.workbench.work import default_mechanisms, fitting
+    from regard.workbench.task_models import default_mechanisms, fitting
 
     def recognised(described: str) -> None:
         if not as_json:

@@ -30,23 +30,17 @@ from regard.models import StackConfig
 from regard.models.frames import MEANINGS
 from regard.tasks import Task
 from regard.workbench.ahead import make_ahead
+from regard.workbench.conclusions import Conclusions
 from regard.workbench.cost import model_costs
 from regard.workbench.mask_pictures import shown
 from regard.workbench.matching import match, sentence, with_options
-from regard.workbench.recommend import Recommendation, listed, published_means, recommend
+from regard.workbench.planning import cost_seconds, plan
+from regard.workbench.recommend import Recommendation, listed
 from regard.workbench.report import write_report
 from regard.workbench.settings import MATCHED, CompareSettings
-from regard.workbench.summary import (
-    beside_baseline,
-    beside_frames,
-    comparison_of,
-    frames_sentences,
-    rates_on_edge,
-    skipped_steps,
-    summarise,
-)
+from regard.workbench.task_models import build, square_grid
 from regard.workbench.trainer import Progress, Runs, Trainer
-from regard.workbench.work import Work, build, cost_seconds, plan, square_grid
+from regard.workbench.work import Work
 
 
 @dataclass
@@ -226,10 +220,10 @@ class _Runner:
         costs = self._costs()
         self.trainer.advance(after)
         self.trainer.reserved = self.trainer.beside = 0.0
-        found = _Found(self.works, self.settings, runs, costs, self.matched)
+        found = Conclusions(self.works, self.settings, runs, costs, self.matched)
         found.look_beside(self._in_other_frames(found))
         if (more := self._with_time_left(runs)) is not None:
-            found = _Found(self.works, self.settings, more, costs, self.matched)
+            found = Conclusions(self.works, self.settings, more, costs, self.matched)
             found.look_beside(self._in_other_frames(found))
         self.trainer.progress.done = self.trainer.progress.total
         self.trainer.watch(self.trainer.progress)
@@ -279,7 +273,7 @@ class _Runner:
         """Planned seconds of a task's runs in the frames after the first."""
         return (work.all_runs - work.runs * len(work.configs)) * statistics.fmean(map(work.run_seconds, work.configs))
 
-    def _in_other_frames(self, found: _Found) -> dict[str, list[dict[str, Any]]]:
+    def _in_other_frames(self, found: Conclusions) -> dict[str, list[dict[str, Any]]]:
         """Rows of those that lead, trained in the frames after the first; by task."""
         self.framed = []
         rows: dict[str, list[dict[str, Any]]] = {work.task.name: [] for work in self.works}
@@ -338,7 +332,7 @@ class _Runner:
             found += [row.payload for row in rows.values() if row is not None]
         return found
 
-    def _conclude(self, found: _Found, costs: list[dict[str, Any]]) -> Outcome:
+    def _conclude(self, found: Conclusions, costs: list[dict[str, Any]]) -> Outcome:
         settings, advice = self.settings, found.advice
         models = self._kept_models(found)
         run: dict[str, Any] = {
@@ -372,7 +366,7 @@ class _Runner:
         report = render_report(self.store, self.output / "report.html", self.store.run)
         return Outcome(found.summary, advice, report, self.store.path, models, run["baselines"], found.beside)
 
-    def _kept_models(self, found: _Found) -> dict[str, Path]:
+    def _kept_models(self, found: Conclusions) -> dict[str, Path]:
         """The winner's model of each task; the lines that load it go into the notes."""
         advice, kept = found.advice, {}
         if not self.settings.keep_models or advice.winner is None:
@@ -393,98 +387,6 @@ class _Runner:
                 )
         self.trainer.keep_only(list(kept.values()))
         return kept
-
-
-class _Found:
-    """Conclusions from the runs: summaries, comparisons and the recommendation.
-
-    Attributes:
-        beside: of each task, what the mechanisms that lead score in further frames, see :func:`beside_frames`.
-        left_out: sentences about what there was no time for.
-    """
-
-    def __init__(
-        self,
-        works: Sequence[Work],
-        settings: CompareSettings,
-        runs: Mapping[str, Runs],
-        costs: list[dict[str, Any]],
-        matched: str = "",
-    ) -> None:
-        self.works, self.settings, self.runs, self.matched = works, settings, runs, matched
-        self.comparisons = {task: comparison_of(made.rows) for task, made in runs.items()}
-        self.rules = {w.task.name: w.baseline for w in works if w.baseline is not None}
-        self.metrics = {w.task.name: (w.task.metric, w.task.higher_is_better) for w in works}
-        self.left_out = [said for made in runs.values() for said in (*made.left_out, made.fewer) if said]
-        kind = {w.task.name: w.kind for w in works}
-        cost_of = {(kind[row["task"]], row["mechanism"]): row for row in costs}
-        self.summary = {
-            work.task.name: summarise(
-                runs[work.task.name].rows,
-                self.comparisons[work.task.name],
-                {name: cost_of.get((work.kind, name), {}) for name in settings.names},
-                settings.measured_at(work.own_length),
-                self.rules.get(work.task.name),
-            )
-            for work in works
-        }
-        self.beside: dict[str, list[dict[str, Any]]] = {}
-        self.advice = self._recommend()
-
-    def _recommend(self) -> Recommendation:
-        at = {work.task.name: self.settings.measured_at(work.own_length) for work in self.works}
-        edges = {
-            (task, name): edge
-            for task, made in self.runs.items()
-            for name, edge in rates_on_edge(made.trials).items()
-            if not any(e["mechanism"] == name and e["solved"] for e in self.summary[task])  # nothing more to gain
-        }
-        frame = "" if self.settings.all_backbones else self.settings.frames[0]
-        return recommend(
-            self.summary,
-            self.comparisons,
-            self.metrics,
-            prefer=self.settings.prefer,
-            budget=str(self.settings.budget),
-            at_length=at,
-            frame=frame,
-            edges=edges,
-            beside=self.beside,
-            named=self.settings.names,
-            published=published_means(frame),
-        )
-
-    def leaders(self) -> list[str]:
-        """The recommended mechanism, those like it, the best of each task, softmax, the next: as many as the settings say."""
-        ranked = [[e["mechanism"] for e in entries if e["mean"] is not None] for entries in self.summary.values()]
-        named = [self.advice.winner, *self.advice.alike, *(names[0] for names in ranked if names), "softmax"]
-        named += [name for names in ranked for name in names]
-        known = [name for name in dict.fromkeys(named) if name in self.settings.names]
-        return known[: self.settings.leaders]
-
-    def look_beside(self, rows: Mapping[str, list[dict[str, Any]]]) -> None:
-        """Take the rows of further frames in, which may decide between what is alike, and complete the notes."""
-        for task, made in rows.items():
-            if made:
-                self.beside[task] = beside_frames(self.runs[task].rows, made)
-        self.advice = self._recommend()
-        notes = [work.few_items for work in self.works if work.few_items]
-        for work in self.works:
-            shared = getattr(work.task, "overlap", None)
-            if shared is not None and shared.much:
-                notes.append(f"On {work.task.name}, {shared}")
-        winner = self.advice.winner
-        published = "Of models with layers of their own, " + ("with widths scaled" if self.matched else "as published")
-        if any(variant.sized for variant in self.settings.variants.values()):
-            published = "Not made equal in parameters"
-        notes += [f"{published}: {work.published}." for work in self.works if work.published]
-        notes += [self.matched] * bool(self.matched)
-        notes += [beside_baseline(task, self.summary[task], rule, winner) for task, rule in self.rules.items()]
-        notes += self.advice.notes
-        notes += frames_sentences(self.beside, self.metrics, self.settings.frames[0])
-        notes += self.left_out
-        notes += [said for task, made in self.runs.items() if (said := skipped_steps(task, made.rows))]
-        self.advice.notes[:] = notes
 
 
 def render_report(store: Store, path: Path, run: str | None = None) -> Path:

@@ -35,9 +35,11 @@ from regard.training import Evaluation, History, Point, WeightAverage, runner_of
 from regard.training.average import check_decay
 from regard.training.step import Alone
 from regard.workbench.best_weights import MOMENTS, BestWeights, Found, moments
+from regard.workbench.planning import FEWEST_STEPS, SAFETY, best_threads, calibration_seconds
 from regard.workbench.settings import CompareSettings
 from regard.workbench.summary import by_tokens, thin
-from regard.workbench.work import FEWEST_STEPS, SAFETY, Work, best_threads, build, calibration_seconds
+from regard.workbench.task_models import build
+from regard.workbench.work import Work
 
 if TYPE_CHECKING:
     from regard.workbench.frozen import Frozen

@@ -22,10 +22,12 @@ from regard.models import LanguageModel
 from regard.tasks import Task, TextTask
 from regard.training import runner_of
 from regard.workbench import drawn_images, mask_pictures, predicted_images
+from regard.workbench.planning import FEWEST_STEPS, share_steps
 from regard.workbench.recommend import listed
 from regard.workbench.settings import MORE_RATES, CompareSettings
+from regard.workbench.task_models import build
 from regard.workbench.trained import described, figures_of, keep, outcome, ran
-from regard.workbench.work import FEWEST_STEPS, Work, build, share_steps
+from regard.workbench.work import Work
 
 Row = dict[str, Any]
 

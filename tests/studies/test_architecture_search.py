@@ -16,7 +16,7 @@ from regard.tasks import IGNORED, check_task
 from regard.workbench.search.costs import NetworkBudget
 from regard.workbench.search.settings import SearchSettings
 from regard.workbench.search.space import Choices, Space
-from regard.workbench.work import build
+from regard.workbench.task_models import build
 
 STUDY = get_study("architecture-search")
 

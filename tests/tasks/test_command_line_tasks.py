@@ -17,7 +17,7 @@ from regard.measurement.budget import Budget
 from regard.models.registry import served
 from regard.tasks import TASKS
 from regard.workbench.settings import CompareSettings
-from regard.workbench.work import default_mechanisms, fitting
+from regard.workbench.task_models import default_mechanisms, fitting
 
 
 def table(path):

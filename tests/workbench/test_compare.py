@@ -19,10 +19,12 @@ from regard.measurement.store import Store
 from regard.models import StackConfig, count_parameters, from_pretrained
 from regard.tasks import create_task
 from regard.workbench.compare import compare, render_report, train_share
+from regard.workbench.planning import OF_SOLVABLE, share_steps
 from regard.workbench.settings import MORE_RATES, CompareSettings
+from regard.workbench.task_models import build, fitting
 from regard.workbench.trained import open_trained
 from regard.workbench.trainer import Trainer
-from regard.workbench.work import OF_SOLVABLE, Work, build, fitting, share_steps
+from regard.workbench.work import Work
 
 MECHANISMS = ("softmax", "linear", "gated_linear")
 
@@ -180,7 +182,7 @@ def test_another_lowest_seed_repeats_the_comparison_by_other_draws(tmp_path):
 
 def test_a_slower_machine_gets_fewer_steps(tmp_path, monkeypatch):
     """Every step takes longer than in the calibration: what is left is planned again, and said."""
-    monkeypatch.setattr("regard.workbench.work.FEWEST_STEPS", 1)
+    monkeypatch.setattr("regard.workbench.planning.FEWEST_STEPS", 1)
     monkeypatch.setattr("regard.workbench.trainer.FEWEST_STEPS", 1)
     slow = Trainer._measure
 
@@ -242,7 +244,7 @@ def test_what_cannot_be_matched_is_left_out_of_all_with_the_reason():
 
 
 def test_a_time_budget_is_planned_once_so_that_a_resumed_comparison_agrees(tmp_path, monkeypatch):
-    monkeypatch.setattr("regard.workbench.work.FEWEST_STEPS", 1)
+    monkeypatch.setattr("regard.workbench.planning.FEWEST_STEPS", 1)
     chosen = settings(mechanisms=("softmax", "linear"), budget=Budget.parse("12s"), seeds=1)
     compare([recall()], chosen, tmp_path)
     outcome = compare([recall()], chosen, tmp_path)
@@ -291,8 +293,8 @@ LINE = """compare --task recall:pairs=2,queries=4,vocab_size=16,evaluation_items
 --budget '60k tokens' --seeds 2 --dim 16 --layers 1 --heads 2 --lengths 16,32 --at-length 32 --frame convolution
 --rates 0.003,0.01 --output"""
 PROGRAM = """from regard.cli import main
-from regard.workbench import work
-work.CALIBRATION_SECONDS = 0.4
+from regard.workbench import planning
+planning.CALIBRATION_SECONDS = 0.4
 main()"""
 SCHEMA = Path(__file__).parents[2] / "docs" / "schema" / "compare.json"
 TYPES = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool}

@@ -17,7 +17,8 @@ from regard.tasks import Baseline, Batch, Task, absolute_error, counter_generato
 from regard.training import TrainConfig, evaluate, train
 from regard.workbench.compare import compare
 from regard.workbench.settings import CompareSettings
-from regard.workbench.work import Work, build, model_config
+from regard.workbench.task_models import build, model_config
+from regard.workbench.work import Work
 
 MECHANISMS = ("softmax", "linear")
 

@@ -24,7 +24,8 @@ from regard.workbench.search.searchers import SEARCHERS, check_searchers
 from regard.workbench.search.settings import SearchSettings
 from regard.workbench.search.space import Choices, Space
 from regard.workbench.search.supernet import Supernet
-from regard.workbench.work import Work, build, model_config
+from regard.workbench.task_models import build, model_config
+from regard.workbench.work import Work
 
 RECALL = create_task("recall", length=20, pairs=3, queries=8, evaluation_items=24)
 SIZES = {"dims": (8, 16), "depths": (1, 2), "heads": (1, 2), "feed_forward": (8, 16)}

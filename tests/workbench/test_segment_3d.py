@@ -17,7 +17,8 @@ from regard.tasks import create_task
 from regard.workbench import mask_pictures
 from regard.workbench.compare import _input
 from regard.workbench.settings import CompareSettings
-from regard.workbench.work import Work, build, square_grid
+from regard.workbench.task_models import build, square_grid
+from regard.workbench.work import Work
 
 nibabel = pytest.importorskip("nibabel", reason="writes and reads volumes")
 AFFINE = np.array([[0, 2.0, 0, 30], [0, 0, 3, -8], [-2, 0, 0, 5], [0, 0, 0, 1]])

@@ -37,7 +37,7 @@ from regard.workbench.search.run import FOUND, REFERENCE, Search
 from regard.workbench.search.settings import SearchSettings
 from regard.workbench.search.space import Choices
 from regard.workbench.sections import Points, Section
-from regard.workbench.work import build
+from regard.workbench.task_models import build
 
 PAPER = Paper("Neural Architecture Search on Efficient Transformers and Beyond", "2207.13955", 2022, 24)
 BUDGETS = {"FLOPs": "60% flops", "time": "60% time"}

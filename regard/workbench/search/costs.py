@@ -27,7 +27,7 @@ from regard.models import count_parameters
 from regard.tasks import Task
 from regard.training.step import batch_context, run_model
 from regard.workbench.search.space import Genes, Space
-from regard.workbench.work import build
+from regard.workbench.task_models import build
 
 UNITS = {
     **dict.fromkeys(("ms", "milliseconds", "time"), "milliseconds"),

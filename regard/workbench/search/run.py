@@ -38,7 +38,8 @@ from regard.workbench.search.searchers import SEARCHERS
 from regard.workbench.search.settings import SearchSettings
 from regard.workbench.search.space import Choices, Genes, Space
 from regard.workbench.search.supernet import Supernet
-from regard.workbench.work import build, data_digest
+from regard.workbench.task_models import build
+from regard.workbench.work import data_digest
 
 STORE, PLAN, REPORT = "regard.sqlite", "plan.json", "search.html"
 FOUND, REFERENCE = "found", "reference"
