@@ -6,8 +6,9 @@
 
 Dense is the native attention that regard's models run, not sparse code with everything selected. Queries and keys are those of
 a random walk with a few keys that many queries look at, since methods that follow importance select almost everything of white
-noise; what was selected is printed beside the time. With one thread the time is that of its processor, which counts no interruption
-by other programs (but that they share caches and memory); with more, do not measure on a busy machine.
+noise; what was selected is printed beside the time. A token's is that of its attention: neither side writes it into its cache.
+With one thread the time is that of its processor, which counts no interruption by other programs (but that they share caches
+and memory); with more, do not measure on a busy machine.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from typing import Any
 import torch
 
 from regard.cli.sparse import read_lengths
-from regard.compression.sparse import METHODS, Method, Place, at_compression
-from regard.compression.sparse.cache import HeadCache
+from regard.compression.sparse import METHODS, Place, at_compression
 from regard.core.visibility import CountedRanks, Visibility
 from regard.engines.attention import attention, decode
 from regard.measurement.timing import calm_clock, interleaved
@@ -69,11 +69,10 @@ def measure(n: int, asked: argparse.Namespace) -> None:
 
     def dense_token() -> Any:
         found = decode(query, k, v, SCALE)
-        return (
-            attention(query, k, v, CountedRanks(1, n, n - 1, True, q.device), visibility=causal, scale=SCALE)
-            if found is None
-            else found
-        )
+        if found is None:
+            last = CountedRanks(1, n, n - 1, True, q.device)
+            found = attention(query, k, v, last, visibility=causal, scale=SCALE)
+        return found
 
     for name in asked.methods.split(","):
         for ratio in map(float, asked.ratios.split(",")):
@@ -82,8 +81,8 @@ def measure(n: int, asked: argparse.Namespace) -> None:
             if method.phases == ("prefill",):
                 pairs["prefill"] = (dense_prompt, lambda method=method, place=place: method.prefill(q, k, v, place))
             else:
-                cache = method.compress(q, k, v, place)
-                pairs["decode"] = (dense_token, lambda m=method, c=cache, p=place: token(m, c, p, query, key, value))
+                cache = method.compress(q, k, v, place).appended(key, value)
+                pairs["decode"] = (dense_token, lambda m=method, c=cache, p=place: m.decode(query, c, p)[0])
             for phase, (dense, sparse) in pairs.items():
                 sparse()
                 found = interleaved({"dense": dense, "sparse": sparse}, seconds=asked.seconds, clock=calm_clock())
@@ -93,13 +92,6 @@ def measure(n: int, asked: argparse.Namespace) -> None:
                     f"| {n} | {name} | {ratio:g}x | {phase} | {share:.1%} | {before:.3f} ms | {after:.3f} ms | {before / after:.2f} |",
                     flush=True,
                 )
-
-
-def token(
-    method: Method, cache: HeadCache, place: Place, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> torch.Tensor:
-    """A token after the prompt; it goes into the same slot again, so that every call has as many."""
-    return method.decode(q, cache.appended(k, v), place)[0]
 
 
 if __name__ == "__main__":
