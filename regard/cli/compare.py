@@ -103,7 +103,7 @@ def compare(
             help="Learning rates tried, each in a full run of the first seed; of several, more beyond while the best is at "
             "an end."
         ),
-    ] = "0.001,0.003,0.01",
+    ] = "0.003,0.01,0.03",
     lengths: Annotated[
         str, typer.Option(help="Lengths at which costs are measured, beside the tasks' own.")
     ] = "256,512,1024,2048,4096",

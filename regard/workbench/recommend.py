@@ -164,7 +164,7 @@ def _at_lengths(at_length: Mapping[str, int] | None) -> str:
         return ""
     if len(set(at_length.values())) == 1:
         return f" at {next(iter(at_length.values()))} tokens"
-    return " at " + listed([f"{length} tokens ({task})" for task, length in at_length.items()]) + ", in the mean"
+    return " at " + listed([f"{length} tokens ({task})" for task, length in at_length.items()]) + " in the mean"
 
 
 def _solved(summary: Mapping[str, Sequence[Mapping[str, Any]]], mechanism: str) -> list[str]:
@@ -313,7 +313,7 @@ def _settled(
         leading = [name for name in least if ahead[name] == max(ahead.values(), default=0)]
         if len(leading) == 1:
             tasks = listed([task for task, name in leads.items() if name == leading[0]])
-            return leading[0], f"{before}its mean on {tasks} is the best{where}, though not surely"
+            return leading[0], f"{before}{leading[0]} has the best mean on {tasks}{where}, though not surely"
     return least[0], why or "it was named first"
 
 

@@ -169,10 +169,10 @@ def test_what_nothing_decides_is_decided_by_the_mean_whatever_was_named_first():
         for better in names:
             found = alike(names, means={better: 0.97})
             assert found.winner == better and found.alike == list(names)
-            assert "its mean on text is the best, though not surely" in found.text
+            assert "has the best mean on text, though not surely" in found.text
     assert alike(("slow", "softmax"), means={"slow": 0.97}).winner == "softmax"
     bound = alike(("slow", "fast", "softmax"), elsewhere(slow=True, fast=True, softmax=False), {"fast": 0.95})
-    assert bound.winner == "fast" and "in the frame own, and its mean on text is the best" in bound.text
+    assert bound.winner == "fast" and "in the frame own, and fast has the best mean on text" in bound.text
 
 
 def test_what_one_run_cannot_tell_the_published_ranking_does_so_that_another_run_says_the_same():
