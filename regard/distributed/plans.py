@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 SCHEMES = ("ring", "head", "grid", "gather")
 
+LEAST_ROUND = 1 << 20
+"""Bytes of a rank's keys and values that are worth a round of a ring."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -156,7 +159,8 @@ def _plan(scheme: str, layout: Layout, sizes: _Sizes, causal: bool, grid: tuple[
     most = max(layout.size(r) for r in range(ranks))
     if scheme == "ring":
         forward, backward = hops * kv * w, hops * kv * (w + s)
-        steps = hops, 2 * hops
+        rounds = -(-sizes.kv_heads // heads_together(layout, sizes.kv_heads, kv * w // sizes.kv_heads))
+        steps = rounds * hops, 2 * rounds * hops
         saved = most * ((q + o + kv) * w + lse * s)
     elif scheme == "head":  # each sends all but one of P parts of its numbers
         forward, backward = hops * (q + kv + o) * w // ranks, hops * (q * w + o * w + kv * s) // ranks
@@ -182,6 +186,12 @@ def _plan(scheme: str, layout: Layout, sizes: _Sizes, causal: bool, grid: tuple[
         balance=max(work) / mean if mean else 1.0,
         saved_bytes=saved,
     )
+
+
+def heads_together(layout: Layout, kv_heads: int, token_bytes: int) -> int:
+    """Key/value heads that go round a ring at a time, of each of which a token takes so many bytes in all rows."""
+    each = token_bytes * max(map(layout.size, range(layout.ranks)))
+    return min(kv_heads, -(-LEAST_ROUND // max(each, 1)))
 
 
 def _lines(layout: Layout, grid: tuple[int, int]) -> tuple[list[Spans], list[Spans]]:

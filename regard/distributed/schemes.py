@@ -2,7 +2,8 @@
 
 With D = G (d_k + d_v), the numbers of keys and values a token, all schemes compute the same:
 
-- ring: keys and values go round, and each rank adds what its queries see of them; their gradients go round behind them;
+- ring: keys and values go round, head by head, and each rank adds what its queries see of them; their gradients go round
+  behind them;
 - heads: each rank gets all tokens of some of the heads, and gives the outputs back;
 - grid: ranks are Pq x Pk; rank (a, b) has the queries of row a against the keys of column b, and the partial outputs of a
   row are put together by their log-sum-exps. Pk = 1 gathers all keys and values everywhere.
@@ -24,6 +25,7 @@ from regard.core.precision import wide_dtype
 from regard.core.visibility import CountedRanks, Visibility
 from regard.distributed.communicators import Exchange, Program, Traffic, swap
 from regard.distributed.layouts import Layout, Span, blocks
+from regard.distributed.plans import heads_together
 from regard.engines.attention import attention, part_gradients
 from regard.engines.merging import merge
 
@@ -145,25 +147,48 @@ def _empty(like: Tensor, tokens: int) -> Tensor:
 
 
 class Ring:
-    """See the module. Each rank sends to the one before it: at step s, rank p has the keys of rank p + s."""
+    """See the module. Each rank sends to the one before it: at step s, rank p has the keys of rank p + s. Key/value heads go
+    round one after the other, small ones together, each with the queries that read it: a part of a rank's keys and values is
+    under way at a time."""
 
     def forward(self, rank: Rank, q: Tensor, k: Tensor, v: Tensor) -> Program[tuple[Tensor, Saved]]:
-        own = rank.layout.spans(rank.index)
-        found, held = Partial.empty(q, v), [k, v]
-        for step in range(rank.layout.ranks):
-            last = step == rank.layout.ranks - 1
-            pending = None if last else (yield _hop(rank, held, step + 1))
-            rank.attend(q, own, held[0], held[1], rank.layout.spans(_owner(rank, step)), found)
-            held = held if pending is None else list(pending.wait()[_owner(rank, 1)])
+        found = Partial.empty(q, v)
+        for queries, keys in self._rounds(rank, q, k, v):
+            held = [k[:, keys].contiguous(), v[:, keys].contiguous()]
+            yield from self._round(rank, q[:, queries], held, Partial(found.out[:, queries], found.lse[:, queries]))
         out = found.out.to(q.dtype)
         return out, (q, k, v, out, found.lse)
 
     def backward(self, rank: Rank, saved: Saved, grad: Tensor) -> Program[tuple[Tensor, Tensor, Tensor]]:
         q, k, v, out, lse = saved
-        own, behind = rank.layout.spans(rank.index), _owner(rank, 1)
-        of = Attended(q, own, out, lse, grad)
+        own = rank.layout.spans(rank.index)
         dq, dk, dv = _zeros(q, k, v)
-        held, carried = [k, v], None
+        for queries, keys in self._rounds(rank, q, k, v):
+            of = Attended(q[:, queries], own, out[:, queries], lse[:, queries], grad[:, queries])
+            held = [k[:, keys].contiguous(), v[:, keys].contiguous()]
+            yield from self._round_back(rank, of, held, dq[:, queries], dk[:, keys], dv[:, keys])
+        return dq, dk, dv
+
+    def _rounds(self, rank: Rank, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[slice, slice]]:
+        """Query heads and key/value heads of each round, the same on all ranks."""
+        batch, groups, _, width = k.shape
+        together = heads_together(rank.layout, groups, batch * (width + v.shape[3]) * k.element_size())
+        readers = q.shape[1] // groups
+        ends = [(i, min(i + together, groups)) for i in range(0, groups, together)]
+        return [(slice(a * readers, b * readers), slice(a, b)) for a, b in ends]
+
+    def _round(self, rank: Rank, q: Tensor, held: list[Tensor], onto: Partial) -> Program[None]:
+        own = rank.layout.spans(rank.index)
+        for step in range(rank.layout.ranks):
+            last = step == rank.layout.ranks - 1
+            pending = None if last else (yield _hop(rank, held, step + 1))
+            rank.attend(q, own, held[0], held[1], rank.layout.spans(_owner(rank, step)), onto)
+            held = held if pending is None else list(pending.wait()[_owner(rank, 1)])
+
+    def _round_back(
+        self, rank: Rank, of: Attended, held: list[Tensor], dq: Tensor, dk: Tensor, dv: Tensor
+    ) -> Program[None]:
+        behind, carried = _owner(rank, 1), None
         for step in range(rank.layout.ranks):
             last = step == rank.layout.ranks - 1
             pending = None if last else (yield _hop(rank, held, step + 1))
@@ -178,7 +203,6 @@ class Ring:
             held = held if pending is None else list(pending.wait()[behind])
         if carried is not None:
             _add([dk, dv], carried.wait()[behind])
-        return dq, dk, dv
 
 
 def _add(totals: Sequence[Tensor], parts: Sequence[Tensor]) -> None:

@@ -42,8 +42,10 @@ def whole(q, k, v, causal, scale=None):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("scheme", "ranks", "length", "grid"), CASES)
 def test_pieces_equal_the_whole_with_gradients_and_what_is_sent_is_what_was_planned(
-    scheme, ranks, length, grid, causal
+    scheme, ranks, length, grid, causal, monkeypatch
 ):
+    # at most three of the four heads go round a ring together
+    monkeypatch.setattr("regard.distributed.plans.LEAST_ROUND", 3 * 2 * (6 + 5) * 8 * max(length // ranks, 1))
     q, k, v = tensors(length)
     distributed = DistributedAttention(scheme, ranks=ranks, causal=causal, grid=grid)
     close_gradients(distributed(q, k, v), whole(q, k, v, causal), (q, k, v))
