@@ -2,7 +2,7 @@
 
 In order, rank p computes when it has the state of rank p - 1: that is exact for every mechanism, and no faster than one rank.
 Where a card says how states combine, ranks find the states before their pieces by a prefix scan: each reads its keys and
-values two or three times, and ceil(log2 P) + 1 exchanges of a state replace P - 1 turns.
+values two or three times (the last one once, the first twice), and ceil(log2 P) + 1 exchanges of a state replace P - 1 turns.
 """
 
 from __future__ import annotations
@@ -249,7 +249,8 @@ def _like(x: Tensor) -> Tensor:
 
 def _scan(place: _Place, inputs: dict[str, Tensor]) -> Program[_Tape]:
     here, piece = place.index, place.piece
-    summary = piece.summary(inputs)
+    # nobody asks the last rank what it does to a state
+    summary = piece.nothing(inputs) if here + 1 == place.count else piece.summary(inputs, first=here == 0)
     value, distance = [x.detach() for x in summary], 1
     steps: list[_Step | None] = []
     while distance < place.count:

@@ -57,29 +57,47 @@ class Piece:
     def combines(self) -> str:
         return self.card.combines_with(self.options["config"])
 
-    def summary(self, tensors: Tensors) -> list[Tensor]:
-        """What the other ranks need to know of this piece: A, where there is one, and S."""
+    def summary(self, tensors: Tensors, *, first: bool = False) -> list[Tensor]:
+        """What the other ranks need to know of this piece: A, where there is one, and S.
+
+        Args:
+            first: that there is no state before the piece, so that A may be anything.
+        """
         started = self._entered(tensors, self._memory(self.empty(tensors)))
         after = self._memory(self._absorbed(tensors, started))
-        kind = self.combines
-        if kind in ("sum", "softmax"):
+        if not self.transitions:
             return after
         value = "v" if "v" in self.card.axes else "x"
         (memory,) = after
+        start = self._unmoved(memory)
+        if first:
+            return [start, memory]
         zeros = torch.zeros_like(tensors[value])
-        if kind == "diagonal":
-            start = torch.ones_like(memory)
-        else:
-            width = memory.shape[-2]
-            zeros = zeros[..., :1].expand(*zeros.shape[:-1], width)
-            start = torch.eye(width, dtype=memory.dtype, device=memory.device).expand(*memory.shape[:-1], width)
+        if self.combines == "matrix":
+            zeros = zeros[..., :1].expand(*zeros.shape[:-1], memory.shape[-2])
         moved = self._absorbed({**tensors, value: zeros}, self._entered(tensors, [start]))
         return [*self._memory(moved), memory]
 
+    def nothing(self, tensors: Tensors) -> list[Tensor]:
+        """The summary of no tokens."""
+        memory = self._memory(self.empty(tensors))
+        return [self._unmoved(memory[0]), *memory] if self.transitions else memory
+
+    @property
+    def transitions(self) -> bool:
+        """Whether a piece does something to the state before it."""
+        return self.combines in ("diagonal", "matrix")
+
+    def _unmoved(self, memory: Tensor) -> Tensor:
+        """A of no tokens."""
+        if self.combines == "diagonal":
+            return torch.ones_like(memory)
+        width = memory.shape[-2]
+        return torch.eye(width, dtype=memory.dtype, device=memory.device).expand(*memory.shape[:-1], width)
+
     def state(self, tensors: Tensors, summary: Sequence[Tensor]) -> State:
         """The state before this piece, of all pieces before together."""
-        kind = self.combines
-        return self._entered(tensors, summary if kind in ("sum", "softmax") else summary[1:])
+        return self._entered(tensors, summary[1:] if self.transitions else summary)
 
     def combined(self, earlier: Sequence[Tensor], later: Sequence[Tensor]) -> list[Tensor]:
         """The summary of two pieces, one after the other."""
