@@ -18,6 +18,7 @@ from regard.models.weights import write_atomically
 from regard.tasks.image_files import unused_name
 from regard.tasks.protocol import IGNORED
 from regard.tasks.segmentation import MaskReader
+from regard.tasks.segmentation.folders import Kind, suffix_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -91,21 +92,23 @@ def mask_image(classes: Int[np.ndarray, "h w"], reader: MaskReader | VolumeReade
     return drawn
 
 
-def check_output(output: Path, count: int) -> None:
-    """Raise Unsupported for a place that the masks of `count` pictures cannot be written to."""
-    if output.suffix and (output.suffix.lower() != ".png" or count > 1) and not output.is_dir():
+def check_output(output: Path, count: int, kind: Kind) -> None:
+    """Raise Unsupported for a place that the masks of `count` files cannot be written to."""
+    suffix = suffix_of(output)
+    if suffix and (suffix not in kind.written or count > 1) and not output.is_dir():
         raise Unsupported(
             f"--output {output} for " + ("one mask" if count == 1 else f"{count} masks"),
-            supported="a file ending in .png, of one picture, or a folder",
-            nearest=str(output.with_suffix(".png") if count == 1 else output.with_suffix("")),
+            supported=f"a file ending in {' or '.join(kind.written)}, of one {kind.word}, or a folder",
+            nearest=str(output.with_name(output.name[: -len(suffix)] + kind.usual * (count == 1))),
         )
 
 
-def place_of(output: Path, path: Path, taken: set[str]) -> Path:
-    """Where the mask of a picture is written: the file, or one named like it in the folder."""
-    if output.suffix.lower() == ".png" and not output.is_dir():
+def place_of(output: Path, path: Path, taken: set[str], kind: Kind) -> Path:
+    """Where the mask of a file is written: the file, or one named like it in the folder."""
+    if suffix_of(output) in kind.written and not output.is_dir():
         return output
-    return output / f"{unused_name(path, taken)}.png"
+    stem = path.name[: len(path.name) - len(suffix_of(path))]
+    return output / f"{unused_name(stem, taken)}{kind.usual}"
 
 
 def described(shares: dict[str, float], count: int = 8) -> str:
