@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,10 +18,10 @@ from regard.tasks.image_files import unused_name
 from regard.tasks.protocol import IGNORED
 from regard.tasks.segmentation import MaskReader
 from regard.tasks.segmentation.folders import Kind, suffix_of
+from regard.workbench.png import png
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-    from PIL import Image
+    from jaxtyping import Float, Int, UInt8
 
     from regard.tasks.segmentation_3d import VolumeReader
 
@@ -73,23 +72,21 @@ def likeliest(logits: Float[Tensor, "k *sides"], size: tuple[int, ...]) -> Int[T
 
 def write(place: Path, classes: Int[np.ndarray, "h w"], reader: MaskReader) -> None:
     """A mask as a PNG, see :func:`mask_image`."""
-    drawn = mask_image(classes, reader)
-    write_atomically(place, functools.partial(drawn.save, format="PNG"))
+    data = png(*mask_image(classes, reader))
+    write_atomically(place, lambda path: path.write_bytes(data))
 
 
-def mask_image(classes: Int[np.ndarray, "h w"], reader: MaskReader | VolumeReader) -> Image.Image:
-    """A mask as a picture with a palette, whose values and colours are those of the masks that the model was trained on."""
-    from PIL import Image
-
+def mask_image(
+    classes: Int[np.ndarray, "h w"], reader: MaskReader | VolumeReader
+) -> tuple[UInt8[np.ndarray, "h w"], UInt8[np.ndarray, "256 3"]]:
+    """A mask as numbers and their palette, whose values and colours are those of the masks that the model was trained on."""
     table = np.zeros(256, dtype=np.uint8)
     table[: len(reader.values)] = reader.values
     palette = np.zeros((256, 3), dtype=np.uint8)
     palette[list(reader.values)] = reader.colours
     unused = next((value for value in range(255, -1, -1) if value not in reader.values), 0)
     palette[unused] = VOID
-    drawn = Image.fromarray(np.where(classes == IGNORED, unused, table[classes]).astype(np.uint8), "P")
-    drawn.putpalette(palette.tobytes())
-    return drawn
+    return np.where(classes == IGNORED, unused, table[classes]).astype(np.uint8), palette
 
 
 def check_output(output: Path, count: int, kind: Kind) -> None:
