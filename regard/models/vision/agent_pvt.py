@@ -41,7 +41,7 @@ from regard.layers.norms import LayerNorm
 from regard.layers.parts import LayerCall, Merge, Projection
 from regard.mechanisms.agent import BiasTables
 from regard.models.blocks import add_losses, read_plan
-from regard.models.vision.backbone import Backbone, Level, map_of, tokens_of
+from regard.models.vision.backbone import Level, map_of, tokens_of
 from regard.models.vision.patch_tokens import (
     agent_table,
     check_divisible,
@@ -51,7 +51,7 @@ from regard.models.vision.patch_tokens import (
     options_on,
     resize_positions,
 )
-from regard.models.vision.pyramid import StagesConfig
+from regard.models.vision.pyramid import PyramidWithLosses, StagesConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -117,7 +117,7 @@ NANO: dict[str, Any] = {
 """Of images of about 32 pixels."""
 
 
-class PVT(Backbone):
+class PVT(PyramidWithLosses):
     """See the module; sizes ``pvt_t`` to ``pvt_l`` and ``agent_pvt_t`` to ``agent_pvt_l``."""
 
     Config = PVTConfig
@@ -153,16 +153,6 @@ class PVT(Backbone):
     def make_stage(self, config: PVTConfig, number: int, channels: int, rates: list[float]) -> nn.Module:
         """Stage `number`: a map, and the class token in the last, to a Result of tokens and the grid of its map."""
         return Stage(config, number, channels, rates)
-
-    def encode(
-        self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
-    ) -> tuple[Float[Tensor, "b n c"], dict[int, Float[Tensor, "b c h w"]]]:
-        features, maps, _ = self._run(images, keep)
-        return features, maps
-
-    def forward_with_losses(self, images: Float[Tensor, "b c h w"]) -> Result:
-        features, _, losses = self._run(self.check_images(images))
-        return Result(self.forward_head(features), None, losses)
 
     def _run(
         self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
