@@ -45,7 +45,10 @@ def cells(*names: str, only: str = "") -> list[str]:
 
 GROUPS: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
     "contract": (
-        ["regard/contract.py"],
+        [
+            f"regard/contract/{name}.py"
+            for name in ("call", "card", "context", "errors", "patterns", "state", "trees", "types")
+        ],
         [
             ["tests/contract/test_apply.py", "tests/contract/test_wrong_types.py", "tests/test_catalogue.py"],
             cells("softmax", "linear"),

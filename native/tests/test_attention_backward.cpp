@@ -1,37 +1,9 @@
 // Gradients of blocked attention against plain loops in double.
 
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include <memory>
-#include <vector>
-
 #include "regard_attention.h"
+#include "testing.h"
 
 namespace {
-
-// Exactly as many elements as given, so that a sanitizer sees what is touched beyond them.
-template <class T>
-struct Array {
-  explicit Array(size_t count) : count(count), data(new T[count]()) {}
-  T* get() const { return count == 0 ? nullptr : data.get(); }
-  T& operator[](size_t i) const { return data[i]; }
-  size_t count;
-  std::unique_ptr<T[]> data;
-};
-
-unsigned state = 1;
-float uniform() {
-  state = state * 1664525u + 1013904223u;
-  return static_cast<float>(state >> 8) / (1 << 23) - 1.f;
-}
-Array<float> random_array(size_t count) {
-  Array<float> x(count);
-  for (size_t i = 0; i < count; ++i) x[i] = uniform();
-  return x;
-}
 
 struct Case {
   const char* name;
@@ -63,45 +35,36 @@ double weight_slope(int32_t rule, double x) {
   }
 }
 
-double worst(const Array<float>& found, const std::vector<double>& wanted) {
-  double error = 0, size = 1e-3;
-  for (size_t i = 0; i < found.count; ++i) {
-    const double difference = fabs(found[i] - wanted[i]);
-    if (!(difference <= error)) error = difference;  // NaN too
-    size = fmax(size, fabs(wanted[i]));
-  }
-  return error / size;
-}
-
-bool run(const Case& c) {
+void run(const Case& c) {
+  now("%s", c.name);
   const int64_t B = c.batch, H = c.heads, G = c.kv_heads, N = c.n, M = c.m, D = c.width, E = c.value_width;
   // no more distances than visible pairs may have: the ranks of queries end where those of keys do
   const int64_t zero = c.left >= 0 ? c.left : M, right = c.causal ? 0 : c.right >= 0 ? c.right : N;
   const int64_t distances = zero + right + 1;
-  auto q = random_array(B * H * N * D), k = random_array(B * G * M * D), v = random_array(B * G * M * E);
-  auto grad_out = random_array(B * H * N * E), grad_lse = random_array(B * H * N), sink = random_array(H);
-  auto bias = random_array(B * H * N * M), distance = random_array(H * distances);
-  for (size_t i = 0; i < bias.count; i += 7) bias[i] = -INFINITY;
-  Array<int64_t> query_ranks(B * N), key_ranks(B * M);
+  auto q = numbers(B * H * N * D), k = numbers(B * G * M * D), v = numbers(B * G * M * E);
+  auto grad_out = numbers(B * H * N * E), grad_lse = numbers(B * H * N), sink = numbers(H);
+  auto bias = numbers(B * H * N * M), distance = numbers(H * distances);
+  for (size_t i = 0; i < bias.size(); i += 7) bias[i] = -INFINITY;
+  std::vector<int64_t> query_ranks(B * N), key_ranks(B * M);
   for (int64_t b = 0; b < B; ++b) {
     for (int64_t i = 0; i < N; ++i) query_ranks[b * N + i] = i + (M - N);
     for (int64_t j = 0; j < M; ++j) key_ranks[b * M + j] = c.gaps && (j % 5 == 1 || b == 1) ? -1 : j;
   }
   const int64_t rows = c.block_size > 0 ? N / c.block_size + 1 : 0, columns = c.block_size > 0 ? M / c.block_size : 0;
-  Array<uint8_t> blocks(rows * columns);
-  for (size_t i = 0; i < blocks.count; ++i) blocks[i] = uniform() > 0;
-  Array<float> out(B * H * N * E), lse(B * H * N);
+  std::vector<uint8_t> blocks(rows * columns);
+  for (size_t i = 0; i < blocks.size(); ++i) blocks[i] = uniform() > 0;
+  Floats out(B * H * N * E), lse(B * H * N);
   const bool clipped = c.rule == REGARD_CLIPPED, softmax = c.rule == REGARD_SOFTMAX || clipped;
   const float scale = 0.4f, shift = softmax ? 0.f : 0.2f, low = -0.02f, high = 6.f;
 
-  std::vector<double> want_q(q.count), want_k(k.count), want_v(v.count), want_sink(H), want_bias(bias.count),
-      want_distance(distance.count);
+  Doubles want_q(q.size()), want_k(k.size()), want_v(v.size()), want_sink(H), want_bias(bias.size()),
+      want_distance(distance.size());
   for (int64_t b = 0; b < B; ++b)
     for (int64_t h = 0; h < H; ++h)
       for (int64_t i = 0; i < N; ++i) {
         const int64_t at = (b * H + h) * N + i, group = b * G + h / (H / G);
         const int64_t rank = query_ranks[b * N + i];
-        std::vector<double> score(M), cap_slope(M, 1.0), weights(M), gradient(M);
+        Doubles score(M), cap_slope(M, 1.0), weights(M), gradient(M);
         std::vector<bool> seen(M);
         double top = -INFINITY, total = 0;
         for (int64_t j = 0; j < M; ++j) {
@@ -147,7 +110,7 @@ bool run(const Case& c) {
         } else {
           for (int64_t j = 0; j < M; ++j) weights[j] = seen[j] ? weight(c.rule, score[j] + shift) : 0;
         }
-        std::vector<double> shares = weights, clip_slope(M, 1.0);
+        Doubles shares = weights, clip_slope(M, 1.0);
         for (int64_t j = 0; clipped && j < M; ++j) {
           const double stretched = seen[j] ? (static_cast<double>(high) - low) * shares[j] + low : -1;
           clip_slope[j] = stretched >= 0 && stretched <= 1 ? static_cast<double>(high) - low : 0;
@@ -183,83 +146,73 @@ bool run(const Case& c) {
         }
       }
 
-  regard_attention_args f;
-  memset(&f, 0, sizeof f);
+  regard_attention_args f{};
   f.size = sizeof f;
   f.threads = c.threads;
-  f.q = q.get(), f.k = k.get(), f.v = v.get(), f.out = out.get(), f.lse = softmax ? lse.get() : nullptr;
+  f.q = q.data(), f.k = k.data(), f.v = v.data(), f.out = out.data(), f.lse = softmax ? lse.data() : nullptr;
   f.batch = B, f.heads = H, f.kv_heads = G, f.n = N, f.m = M, f.width = D, f.value_width = E;
-  const auto strides = [](int64_t* to, int64_t heads, int64_t tokens, int64_t features) {
-    to[0] = heads * tokens * features, to[1] = tokens * features, to[2] = features;
-  };
   strides(f.q_strides, H, N, D), strides(f.k_strides, G, M, D), strides(f.v_strides, G, M, E);
   strides(f.out_strides, H, N, E);
   f.scale = scale, f.shift = shift, f.softcap = c.softcap, f.rule = c.rule;
   f.low = low, f.high = high;
-  f.sink = c.sink ? sink.get() : nullptr;
-  f.visibility.query_ranks = query_ranks.get(), f.visibility.query_ranks_stride = N;
-  f.visibility.key_ranks = key_ranks.get(), f.visibility.key_ranks_stride = M;
+  f.sink = c.sink ? sink.data() : nullptr;
+  f.visibility.query_ranks = query_ranks.data(), f.visibility.query_ranks_stride = N;
+  f.visibility.key_ranks = key_ranks.data(), f.visibility.key_ranks_stride = M;
   f.visibility.causal = c.causal, f.visibility.left = c.left, f.visibility.right = c.right;
   f.visibility.block = c.block, f.visibility.lookback = f.visibility.lookahead = 1;
   if (c.block_size > 0) {
-    f.visibility.blocks = blocks.get(), f.visibility.blocks_strides[2] = columns;
+    f.visibility.blocks = blocks.data(), f.visibility.blocks_strides[2] = columns;
     f.visibility.blocks_rows = rows, f.visibility.blocks_columns = columns, f.visibility.block_size = c.block_size;
   }
   if (c.bias) {
-    f.biases.bias = bias.get();
+    f.biases.bias = bias.data();
     f.biases.bias_strides[0] = H * N * M, f.biases.bias_strides[1] = N * M, f.biases.bias_strides[2] = M;
     f.biases.bias_strides[3] = 1;
   }
   if (c.distance) {
-    f.biases.distance = distance.get(), f.biases.distance_stride = distances;
+    f.biases.distance = distance.data(), f.biases.distance_stride = distances;
     f.biases.distance_zero = zero, f.biases.distances = distances;
   }
-  Array<float> grad_q(q.count), grad_k(k.count), grad_v(v.count), grad_sink(H), grad_bias(bias.count),
-      grad_distance(distance.count);
-  regard_attention_backward_args a;
-  memset(&a, 0, sizeof a);
+  Floats grad_q(q.size()), grad_k(k.size()), grad_v(v.size()), grad_sink(H), grad_bias(bias.size()),
+      grad_distance(distance.size());
+  regard_attention_backward_args a{};
   a.size = sizeof a;
   a.forward = &f;
-  a.grad_out = grad_out.get();
+  a.grad_out = grad_out.data();
   memcpy(a.grad_out_strides, f.out_strides, sizeof a.grad_out_strides);
-  a.grad_lse = c.grad_lse ? grad_lse.get() : nullptr;
-  a.grad_q = grad_q.get(), a.grad_k = grad_k.get(), a.grad_v = grad_v.get();
+  a.grad_lse = c.grad_lse ? grad_lse.data() : nullptr;
+  a.grad_q = grad_q.data(), a.grad_k = grad_k.data(), a.grad_v = grad_v.data();
   memcpy(a.grad_q_strides, f.q_strides, sizeof a.grad_q_strides);
   memcpy(a.grad_k_strides, f.k_strides, sizeof a.grad_k_strides);
   memcpy(a.grad_v_strides, f.v_strides, sizeof a.grad_v_strides);
-  a.grad_sink = c.sink ? grad_sink.get() : nullptr;
-  a.grad_bias = c.bias ? grad_bias.get() : nullptr;
+  a.grad_sink = c.sink ? grad_sink.data() : nullptr;
+  a.grad_bias = c.bias ? grad_bias.data() : nullptr;
   a.grad_bias_queries = N, a.grad_bias_keys = M;
-  a.grad_distance = c.distance ? grad_distance.get() : nullptr;
-  if (regard_attention_backward(&a) != REGARD_OK) {
-    printf("%s: refused\n", c.name);
-    return false;
-  }
-  double error = fmax(worst(grad_q, want_q), fmax(worst(grad_k, want_k), worst(grad_v, want_v)));
-  if (c.sink) error = fmax(error, worst(grad_sink, want_sink));
-  if (c.bias) error = fmax(error, worst(grad_bias, want_bias));
+  a.grad_distance = c.distance ? grad_distance.data() : nullptr;
+  must("taken", regard_attention_backward(&a));
+  const double most = 5e-6, least = 1e-3;
+  compare("gradient of q", grad_q, want_q, most, least);
+  compare("gradient of k", grad_k, want_k, most, least);
+  compare("gradient of v", grad_v, want_v, most, least);
+  if (c.sink) compare("gradient of the sink", grad_sink, want_sink, most, least);
+  if (c.bias) compare("gradient of the bias", grad_bias, want_bias, most, least);
+  if (c.distance) compare("gradient of distances", grad_distance, want_distance, most, least);
   for (int axes = 0; c.bias && axes < 3; ++axes) {  // of a bias that queries, keys or both share
     const int64_t rows = axes == 1 ? N : 1, columns = axes == 0 ? M : 1;
-    Array<float> found(B * H * rows * columns);
-    for (size_t i = 0; i < found.count; ++i) found[i] = NAN;
-    std::vector<double> wanted(found.count);
+    Floats found = unwritten(B * H * rows * columns);
+    Doubles wanted(found.size());
     for (int64_t at = 0; at < B * H; ++at)
       for (int64_t i = 0; i < N; ++i)
         for (int64_t j = 0; j < M; ++j)
           wanted[(at * rows + (rows > 1 ? i : 0)) * columns + (columns > 1 ? j : 0)] += want_bias[(at * N + i) * M + j];
     regard_attention_backward_args shared = a;
-    shared.grad_bias = found.get(), shared.grad_bias_queries = rows, shared.grad_bias_keys = columns;
-    if (regard_attention_backward(&shared) != REGARD_OK) error = INFINITY;
-    error = fmax(error, worst(found, wanted));
+    shared.grad_bias = found.data(), shared.grad_bias_queries = rows, shared.grad_bias_keys = columns;
+    must("shared bias", regard_attention_backward(&shared));
+    compare("gradient of a shared bias", found, wanted, most, least);
   }
-  if (c.distance) error = fmax(error, worst(grad_distance, want_distance));
-
-  Array<float> again(q.count);  // the same on a second run, whoever ran what
-  memcpy(again.data.get(), grad_q.data.get(), q.count * sizeof(float));
-  regard_attention_backward(&a);
-  const bool repeated = memcmp(again.data.get(), grad_q.data.get(), q.count * sizeof(float)) == 0;
-  if (!(error < 5e-6) || !repeated) printf("%s: error %g%s\n", c.name, error, repeated ? "" : ", not repeated");
-  return error < 5e-6 && repeated;
+  const Floats before = grad_q;  // the same on a second run, whoever ran what
+  must("taken again", regard_attention_backward(&a));
+  if (before != grad_q) fail("not repeated");
 }
 
 }  // namespace
@@ -290,17 +243,7 @@ int main() {
       {"no keys", 1, 2, 2, 70, 0, 16, 16, 0, 0, -1, -1, 0, 0, 2, 0, true, false, false, false, false},
       {"one pair", 1, 1, 1, 1, 1, 1, 1, 0, 0, -1, -1, 0, 0, 2, 0, true, false, false, false, false},
   };
-  regard_set_poison(1);
-  int failures = 0;
-  char names[128];
-  snprintf(names, sizeof names, "%s", regard_instruction_sets());
-  for (char* name = strtok(names, ","); name != nullptr; name = strtok(nullptr, ",")) {
-    regard_set_instruction_set(name);
-    for (const Case& c : cases)
-      if (!run(c)) {
-        printf("  with %s\n", name);
-        ++failures;
-      }
-  }
-  return failures == 0 ? 0 : 1;
+  return on_every_instruction_set([&] {
+    for (const Case& c : cases) run(c);
+  });
 }

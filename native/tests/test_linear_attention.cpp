@@ -1,29 +1,9 @@
 // Linear attention against a loop over tokens in double, forward and backward, with every feature map.
 
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-
-#include <vector>
-
 #include "regard_recurrence.h"
+#include "testing.h"
 
 namespace {
-
-using Floats = std::vector<float>;
-using Doubles = std::vector<double>;
-
-unsigned seed = 1;
-float number() {
-  seed = seed * 1664525u + 1013904223u;
-  return static_cast<float>(seed >> 8) / (1 << 24) * 2 - 1;
-}
-
-Floats numbers(size_t count) {
-  Floats x(count);
-  for (float& y : x) y = number();
-  return x;
-}
 
 struct Case {
   int64_t map, normalize, batch, heads, groups, tokens, keys, values, threads;
@@ -31,23 +11,6 @@ struct Case {
 
 regard_sequence sequence(Floats& x, int64_t heads, int64_t tokens, int64_t width) {
   return {x.empty() ? nullptr : x.data(), REGARD_FLOAT32, heads, heads * tokens * width, tokens * width, width};
-}
-
-int failures = 0;
-
-void compare(const char* what, const Case& c, const Floats& found, const Doubles& expected) {
-  double largest = 1e-30, error = 0;
-  for (size_t i = 0; i < expected.size(); ++i) {
-    largest = fmax(largest, fabs(expected[i]));
-    const double difference = fabs(found[i] - expected[i]);
-    if (!(difference <= error)) error = difference;
-  }
-  if (!(error <= 2e-6 * largest)) {
-    printf("%s: error %g of %g with map %d normalize %d batch %d heads %d groups %d tokens %d keys %d values %d on %s\n",
-           what, error, largest, (int)c.map, (int)c.normalize, (int)c.batch, (int)c.heads, (int)c.groups, (int)c.tokens,
-           (int)c.keys, (int)c.values, regard_instruction_set());
-    ++failures;
-  }
 }
 
 double phi(int64_t map, double x) {
@@ -76,6 +39,8 @@ double slope(int64_t map, double x) {
 }
 
 void run(const Case& c) {
+  now("map %d, normalize %d, batch %d, heads %d, groups %d, tokens %d, keys %d, values %d", int(c.map), int(c.normalize),
+      int(c.batch), int(c.heads), int(c.groups), int(c.tokens), int(c.keys), int(c.values));
   const int64_t every = 32, kept = c.tokens == 0 ? 0 : (c.tokens - 1) / every, columns = c.values + c.normalize,
                 matrix = c.keys * columns, rows = c.batch * c.heads * c.tokens, shared = c.batch * c.groups * c.tokens,
                 states = c.batch * c.heads * matrix;
@@ -130,11 +95,8 @@ void run(const Case& c) {
   g.grad_k = sequence(grad_k, c.groups, c.tokens, c.keys);
   g.grad_v = sequence(grad_v, c.heads, c.tokens, c.values);
   g.grad_state = grad_state.data();
-  if (regard_linear_attention(&forward) != REGARD_OK || regard_linear_attention_backward(&backward) != REGARD_OK) {
-    printf("a kernel refused\n");
-    ++failures;
-    return;
-  }
+  must("forward", regard_linear_attention(&forward));
+  must("backward", regard_linear_attention_backward(&backward));
 
   Doubles o_(o.size()), final_(states), grad_q_(q.size()), grad_k_(k.size()), grad_v_(v.size()), grad_state_(states);
   for (int64_t head = 0; head < c.batch * c.heads; ++head) {
@@ -183,21 +145,18 @@ void run(const Case& c) {
       }
     for (int64_t i = 0; i < matrix; ++i) grad_state_[head * matrix + i] = r[i];
   }
-  compare("o", c, o, o_);
-  compare("final state", c, final_state, final_);
-  compare("grad q", c, grad_q, grad_q_);
-  compare("grad k", c, grad_k, grad_k_);
-  compare("grad v", c, grad_v, grad_v_);
-  compare("grad state", c, grad_state, grad_state_);
+  compare("o", o, o_, 2e-6);
+  compare("final state", final_state, final_, 2e-6);
+  compare("grad q", grad_q, grad_q_, 2e-6);
+  compare("grad k", grad_k, grad_k_, 2e-6);
+  compare("grad v", grad_v, grad_v_, 2e-6);
+  compare("grad state", grad_state, grad_state_, 2e-6);
 }
 
 }  // namespace
 
 int main() {
-  const char* sets[] = {"baseline", "avx2", "avx512"};
-  for (const char* set : sets) {
-    if (regard_set_instruction_set(set) != REGARD_OK) continue;
-    regard_set_poison(1);
+  return on_every_instruction_set([] {
     for (int64_t map = REGARD_FEATURES_IDENTITY; map <= REGARD_FEATURES_SILU; ++map) {
       const int64_t normalize = map != REGARD_FEATURES_IDENTITY && map != REGARD_FEATURES_SILU;
       run({map, normalize, 1, 2, 2, 0, 8, 8, 1});
@@ -206,7 +165,5 @@ int main() {
       run({map, normalize, 2, 4, 2, 75, 16, 24, 2});
       run({map, 0, 2, 2, 2, 64, 32, 33, 1});
     }
-  }
-  if (failures == 0) printf("linear attention is right\n");
-  return failures != 0;
+  });
 }

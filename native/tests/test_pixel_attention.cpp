@@ -1,57 +1,11 @@
 // Attention to the keys of chosen pixels against plain loops in double, and its gradients against those of the same loops.
 
-#include <math.h>
-#include <stdio.h>
-#include <string.h>
-
-#include <algorithm>
-#include <memory>
 #include <numeric>
-#include <string>
-#include <vector>
 
 #include "regard_pixel_attention.h"
+#include "testing.h"
 
 namespace {
-
-// Exactly as many elements as given, so that a sanitizer sees what is touched beyond them.
-template <class T>
-struct Array {
-  explicit Array(size_t count) : count(count), data(new T[count]()) {}
-  T* get() const { return count == 0 ? nullptr : data.get(); }
-  T& operator[](size_t i) const { return data[i]; }
-  size_t count;
-  std::unique_ptr<T[]> data;
-};
-
-unsigned state = 1;
-float uniform() {
-  state = state * 1664525u + 1013904223u;
-  return static_cast<float>(state >> 8) / (1 << 23) - 1.f;
-}
-Array<float> random_array(size_t count) {
-  Array<float> x(count);
-  for (size_t i = 0; i < count; ++i) x[i] = uniform();
-  return x;
-}
-
-float from_bits(uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float y;
-  memcpy(&y, &bits, 4);
-  return y;
-}
-// Rounds to bfloat16 in place, and gives the bits.
-Array<uint16_t> to_bits(const Array<float>& x) {
-  Array<uint16_t> y(x.count);
-  for (size_t i = 0; i < x.count; ++i) {
-    uint32_t bits;
-    memcpy(&bits, &x[i], 4);
-    y[i] = static_cast<uint16_t>((bits + 0x8000) >> 16);
-    x[i] = from_bits(y[i]);
-  }
-  return y;
-}
 
 struct Case {
   const char* name;
@@ -64,35 +18,19 @@ struct Case {
   bool jitter = false;  // of the ranks
 };
 
-int failures = 0;
-
-void compare(const Case& c, const char* what, const Array<float>& found, const std::vector<double>& expected,
-             double tolerance) {
-  double largest = 1e-2, error = 0;
-  for (double x : expected) largest = fmax(largest, fabs(x));
-  for (size_t i = 0; i < expected.size(); ++i) {
-    const double each = fabs(found[i] - expected[i]);
-    error = each <= error ? error : each;  // NaN stays
-  }
-  if (error <= tolerance * largest) return;
-  printf("%s, %s (%s): error %g of %g\n", c.name, what, regard_instruction_set(), error, largest);
-  ++failures;
-}
-
 void check(const Case& c) {
+  now("%s", c.name);
   const size_t B = 2, H = c.heads, G = c.kv_heads, n = c.n, m = c.m, D = c.width, V = c.value_width, K = c.pixels;
-  const Array<float> q = random_array(B * H * n * D), k = random_array(B * G * m * D), v = random_array(B * G * m * V),
-                     grad = random_array(B * H * n * V), e = random_array(B * H * n * K),
-                     row_logit = random_array(B * H * n), mix_logit = random_array(B * H * n),
-                     first = random_array(B * (c.mix == 1 ? H : G) * V);
+  Tensor q(numbers(B * H * n * D, -2, 2), c.half), k(numbers(B * G * m * D), c.half), v(numbers(B * G * m * V), c.half),
+      grad(numbers(B * H * n * V), c.half);
+  Floats e = numbers(B * H * n * K), row_logit = numbers(B * H * n), mix_logit = numbers(B * H * n),
+         first = numbers(B * (c.mix == 1 ? H : G) * V);
   // of a head alone: the last bits of two logarithms would tell those of two heads apart
-  for (size_t i = 0; i < e.count; ++i)
+  for (size_t i = 0; i < e.size(); ++i)
     e[i] = c.ties ? floorf(2 * e[i]) * (1 + 0.125f * static_cast<float>(i / (n * K) % H)) : 4 * e[i];
-  for (size_t i = 0; i < q.count; ++i) q[i] *= 2;
-  const Array<uint16_t> q_bits = to_bits(q), k_bits = to_bits(k), v_bits = to_bits(v), grad_bits = to_bits(grad);
-  Array<int64_t> totals(B * n), slots(B * m), before(B);
-  Array<double> jitter(B * m);
-  for (size_t i = 0; i < jitter.count; ++i) jitter[i] = c.jitter ? 0.75 * uniform() : 0;
+  std::vector<int64_t> totals(B * n), slots(B * m), before(B);
+  Doubles jitter(B * m);
+  for (size_t i = 0; i < jitter.size(); ++i) jitter[i] = c.jitter ? 0.75 * uniform() : 0;
   for (size_t b = 0; b < B; ++b) {
     before[b] = static_cast<int64_t>(m / 3);
     for (size_t i = 0; i < n; ++i)
@@ -101,19 +39,19 @@ void check(const Case& c) {
     for (size_t j = 0; j < m; ++j) slots[b * m + j] = static_cast<int64_t>(c.moved ? (j * (b ? 7 : 1) + b) % m : j);
   }
 
-  std::vector<double> out(B * H * n * V), mixed(B * H * n * V), grad_q(q.count), grad_k(k.count), grad_v(v.count);
+  Doubles out(B * H * n * V), mixed(B * H * n * V), grad_q(q.size()), grad_k(k.size()), grad_v(v.size());
   // with the gates and the mean
-  std::vector<double> mixed_q(q.count), mixed_k(k.count), mixed_v(v.count), grad_row(row_logit.count),
-      grad_mix(mix_logit.count), grad_first(first.count);
+  Doubles mixed_q(q.size()), mixed_k(k.size()), mixed_v(v.size()), grad_row(row_logit.size()),
+      grad_mix(mix_logit.size()), grad_first(first.size());
   const double scale = 0.7f;
   for (size_t b = 0; b < B; ++b)
     for (size_t i = 0; i < n; ++i) {
       const int64_t total = totals[b * n + i];
       if (total <= 0) continue;
-      std::vector<double> logs(H * K);
+      Doubles logs(H * K);
       for (size_t h = 0; h < H; ++h) {
         double sum = 0;
-        const float* row = e.get() + ((b * H + h) * n + i) * K;
+        const float* row = e.data() + ((b * H + h) * n + i) * K;
         for (size_t p = 0; p < K; ++p) sum += exp(static_cast<double>(row[p]));
         for (size_t p = 0; p < K; ++p) logs[h * K + p] = row[p] - log(sum);
       }
@@ -129,13 +67,13 @@ void check(const Case& c) {
       }
       for (size_t h = 0; h < H; ++h) {
         const size_t query = (b * H + h) * n + i, keys = (b * G + h / (H / G)) * m;
-        std::vector<double> s(m), weights(m), slopes(m);
+        Doubles s(m), weights(m), slopes(m);
         double sum = 0, delta = 0;
         for (int64_t j = 0; j < std::min<int64_t>(total, static_cast<int64_t>(m)); ++j) {
-          const size_t slot = static_cast<size_t>(slots[b * m + static_cast<size_t>(j)]);
+          const size_t slot = slots[b * m + j];
           const double all = static_cast<double>(total);
           const double place = (static_cast<double>(j) + jitter[b * m + slot] + 0.5) / all * static_cast<double>(K);
-          const size_t pixel = std::min(static_cast<size_t>(fmax(0, floor(place - 1e-4))), K - 1);
+          const size_t pixel = std::min<size_t>(fmax(0, floor(place - 1e-4)), K - 1);
           const double parts = fmax(1, nearbyint(all / c.oversample)), scaled = static_cast<double>(j + 1) / all * parts;
           const double step = fmin(fmax(all, c.top_k), c.top_k * c.oversample) / c.top_k;
           if (!kept[h * K + pixel] || (c.oversample > 1 && fabs(scaled - nearbyint(scaled)) > 0.5 / step + 1e-4)) continue;
@@ -172,8 +110,8 @@ void check(const Case& c) {
           const double sent = (1 - share) * part * grad[query * V + p];
           grad_first[own + p] += sent;
           for (int64_t j = before[b]; c.mix == 2 && j < total; ++j) {
-            mean += v[(keys + static_cast<size_t>(j)) * V + p];
-            mixed_v[(keys + static_cast<size_t>(j)) * V + p] += sent;
+            mean += v[(keys + j) * V + p];
+            mixed_v[(keys + j) * V + p] += sent;
           }
           mean *= part;
           mixed[query * V + p] = share * row * out[query * V + p] + (1 - share) * mean;
@@ -182,74 +120,57 @@ void check(const Case& c) {
       }
     }
 
-  Array<float> found(B * H * n * V), lse(B * H * n), found_q(q.count), found_k(k.count), found_v(v.count);
-  Array<uint16_t> found_bits(found.count), q_found(q.count), k_found(k.count), v_found(v.count);
-  Array<uint32_t> kept(B * H * n * ((K + 31) / 32));
-  for (size_t i = 0; i < found.count; ++i) found[i] = NAN;
-  const auto strides = [](int64_t* to, size_t heads, size_t tokens, size_t features) {
-    to[0] = static_cast<int64_t>(heads * tokens * features);
-    to[1] = static_cast<int64_t>(tokens * features);
-    to[2] = static_cast<int64_t>(features);
-  };
-  const auto pick = [&](const Array<float>& x, const Array<uint16_t>& bits) {
-    return c.half ? static_cast<void*>(bits.get()) : x.get();
-  };
+  Tensor found(out.size(), c.half), found_q(q.size(), c.half), found_k(k.size(), c.half), found_v(v.size(), c.half);
+  Floats lse(B * H * n);
+  std::vector<uint32_t> kept(B * H * n * ((K + 31) / 32));
   regard_pixel_attention_args a{};
   a.size = sizeof a;
   a.threads = c.threads;
   a.dtype = c.half ? REGARD_BFLOAT16 : REGARD_FLOAT32;
-  a.q = pick(q, q_bits), a.k = pick(k, k_bits), a.v = pick(v, v_bits), a.out = pick(found, found_bits);
-  a.lse = lse.get();
-  a.batch = B, a.heads = static_cast<int64_t>(H), a.kv_heads = static_cast<int64_t>(G), a.n = static_cast<int64_t>(n);
-  a.m = static_cast<int64_t>(m), a.width = static_cast<int64_t>(D), a.value_width = static_cast<int64_t>(V);
+  a.q = q.data(), a.k = k.data(), a.v = v.data(), a.out = found.data();
+  a.lse = lse.data();
+  a.batch = B, a.heads = H, a.kv_heads = G, a.n = n, a.m = m, a.width = D, a.value_width = V;
   strides(a.q_strides, H, n, D), strides(a.k_strides, G, m, D);
   strides(a.v_strides, G, m, V), strides(a.out_strides, H, n, V), strides(a.estimate_strides, H, n, K);
-  a.estimate = e.get(), a.pixels = static_cast<int64_t>(K);
-  a.kept = kept.get();
-  a.totals = totals.get(), a.totals_stride = a.n;
-  a.slots = c.moved ? slots.get() : nullptr, a.slots_stride = c.moved ? a.m : 0;
-  a.jitter = c.jitter ? jitter.get() : nullptr, a.jitter_stride = c.jitter ? a.m : 0;
+  a.estimate = e.data(), a.pixels = K;
+  a.kept = kept.data();
+  a.totals = totals.data(), a.totals_stride = a.n;
+  a.slots = c.moved ? slots.data() : nullptr, a.slots_stride = c.moved ? a.m : 0;
+  a.jitter = c.jitter ? jitter.data() : nullptr, a.jitter_stride = c.jitter ? a.m : 0;
   a.top_k = c.top_k, a.oversample = c.oversample;
   a.scale = 0.7f;
   a.together = c.together;
   regard_pixel_attention_backward_args back{};
   back.size = sizeof back;
   back.forward = &a;
-  back.grad_out = pick(grad, grad_bits);
-  back.grad_q = pick(found_q, q_found), back.grad_k = pick(found_k, k_found), back.grad_v = pick(found_v, v_found);
+  back.grad_out = grad.data(), back.grad_q = found_q.data(), back.grad_k = found_k.data(), back.grad_v = found_v.data();
   strides(back.grad_out_strides, H, n, V), strides(back.grad_q_strides, H, n, D);
   strides(back.grad_k_strides, G, m, D), strides(back.grad_v_strides, G, m, V);
-  if (regard_pixel_attention(&a) != REGARD_OK || regard_pixel_attention_backward(&back) != REGARD_OK) {
-    printf("%s: refused\n", c.name);
-    ++failures;
-  }
-  const auto read = [&](const Array<float>& x, const Array<uint16_t>& bits) {
-    for (size_t i = 0; c.half && i < x.count; ++i) x[i] = from_bits(bits[i]);
-  };
-  read(found, found_bits), read(found_q, q_found), read(found_k, k_found), read(found_v, v_found);
-  compare(c, "output", found, out, c.half ? 8e-3 : 1e-5);
-  compare(c, "gradient of q", found_q, grad_q, c.half ? 2e-2 : 1e-5);
-  compare(c, "gradient of k", found_k, grad_k, c.half ? 2e-2 : 1e-5);
-  compare(c, "gradient of v", found_v, grad_v, c.half ? 2e-2 : 1e-5);
+  must("forward", regard_pixel_attention(&a));
+  must("backward", regard_pixel_attention_backward(&back));
+  const double exact = c.half ? 8e-3 : 1e-5, exact_grad = c.half ? 2e-2 : 1e-5, least = 1e-2;
+  compare("output", found, out, exact, least);
+  compare("gradient of q", found_q, grad_q, exact_grad, least);
+  compare("gradient of k", found_k, grad_k, exact_grad, least);
+  compare("gradient of v", found_v, grad_v, exact_grad, least);
   if (c.mix == 0) return;
-  Array<float> found_row(row_logit.count), found_mix(mix_logit.count), found_first(first.count);
-  a.row_logit = row_logit.get(), a.mix_logit = mix_logit.get();
-  a.first = first.get(), a.first_heads = static_cast<int64_t>(c.mix == 1 ? H : G);
-  a.before = c.mix == 2 ? before.get() : nullptr, a.count = c.mix == 2 ? a.m - before[0] : 0;
-  back.grad_row_logit = found_row.get(), back.grad_mix_logit = found_mix.get(), back.grad_first = found_first.get();
-  if (regard_pixel_attention(&a) != REGARD_OK || regard_pixel_attention_backward(&back) != REGARD_OK) ++failures;
-  read(found, found_bits), read(found_q, q_found), read(found_k, k_found), read(found_v, v_found);
-  compare(c, "mixed output", found, mixed, c.half ? 8e-3 : 1e-5);
-  compare(c, "mixed gradient of q", found_q, mixed_q, c.half ? 2e-2 : 1e-5);
-  compare(c, "mixed gradient of k", found_k, mixed_k, c.half ? 2e-2 : 1e-5);
-  compare(c, "mixed gradient of v", found_v, mixed_v, c.half ? 2e-2 : 1e-5);
-  compare(c, "gradient of the row's logit", found_row, grad_row, 1e-5);
-  compare(c, "gradient of the mean's logit", found_mix, grad_mix, 1e-5);
-  compare(c, "gradient of the mean", found_first, grad_first, 1e-5);
+  Floats found_row(row_logit.size()), found_mix(mix_logit.size()), found_first(first.size());
+  a.row_logit = row_logit.data(), a.mix_logit = mix_logit.data();
+  a.first = first.data(), a.first_heads = c.mix == 1 ? H : G;
+  a.before = c.mix == 2 ? before.data() : nullptr, a.count = c.mix == 2 ? a.m - before[0] : 0;
+  back.grad_row_logit = found_row.data(), back.grad_mix_logit = found_mix.data(), back.grad_first = found_first.data();
+  must("mixed forward", regard_pixel_attention(&a));
+  must("mixed backward", regard_pixel_attention_backward(&back));
+  compare("mixed output", found, mixed, exact, least);
+  compare("mixed gradient of q", found_q, mixed_q, exact_grad, least);
+  compare("mixed gradient of k", found_k, mixed_k, exact_grad, least);
+  compare("mixed gradient of v", found_v, mixed_v, exact_grad, least);
+  compare("gradient of the row's logit", found_row, grad_row, 1e-5, least);
+  compare("gradient of the mean's logit", found_mix, grad_mix, 1e-5, least);
+  compare("gradient of the mean", found_first, grad_first, 1e-5, least);
   a.lse = nullptr, a.kept = nullptr;
-  if (regard_pixel_attention(&a) != REGARD_OK) ++failures;
-  read(found, found_bits);
-  compare(c, "mixed output alone", found, mixed, c.half ? 8e-3 : 1e-5);
+  must("mixed forward alone", regard_pixel_attention(&a));
+  compare("mixed output alone", found, mixed, exact, least);
 }
 
 }  // namespace
@@ -274,11 +195,7 @@ int main() {
       {"no keys", 1, 1, 3, 0, 4, 4, 3, 1, 1, false, true, false, false, 1},
       {"no queries", 1, 1, 0, 5, 4, 4, 3, 1, 1, true, true, false, false, 1},
   };
-  regard_set_poison(1);
-  std::string sets = std::string(regard_instruction_sets()) + ",";
-  for (size_t comma; (comma = sets.find(',')) != std::string::npos; sets.erase(0, comma + 1)) {
-    regard_set_instruction_set(sets.substr(0, comma).c_str());
+  return on_every_instruction_set([&] {
     for (const Case& c : cases) check(c);
-  }
-  return failures != 0;
+  });
 }

@@ -1,51 +1,9 @@
 // Attention to retrieved blocks against plain loops in double: given blocks and the best ones, turned or not, and the step.
 
-#include <math.h>
-#include <stdio.h>
-#include <string.h>
-
-#include <algorithm>
-#include <memory>
-#include <string>
-#include <vector>
-
 #include "regard_retrieved_attention.h"
+#include "testing.h"
 
 namespace {
-
-// Exactly as many elements as given, so that a sanitizer sees what is touched beyond them.
-template <class T>
-struct Array {
-  explicit Array(size_t count) : count(count), data(new T[count]()) {}
-  T* get() const { return count == 0 ? nullptr : data.get(); }
-  T& operator[](size_t i) const { return data[i]; }
-  size_t count;
-  std::unique_ptr<T[]> data;
-};
-
-unsigned state = 1;
-float uniform() {
-  state = state * 1664525u + 1013904223u;
-  return static_cast<float>(state >> 8) / (1 << 23) - 1.f;
-}
-Array<float> random_array(size_t count) {
-  Array<float> x(count);
-  for (size_t i = 0; i < count; ++i) x[i] = uniform();
-  return x;
-}
-
-// Rounds to bfloat16 in place, and gives the bits.
-Array<uint16_t> to_bits(const Array<float>& x) {
-  Array<uint16_t> y(x.count);
-  for (size_t i = 0; i < x.count; ++i) {
-    uint32_t bits;
-    memcpy(&bits, &x[i], 4);
-    y[i] = static_cast<uint16_t>((bits + 0x8000) >> 16);
-    bits = static_cast<uint32_t>(y[i]) << 16;
-    memcpy(&x[i], &bits, 4);
-  }
-  return y;
-}
 
 struct Case {
   const char* name;
@@ -55,65 +13,63 @@ struct Case {
 };
 
 constexpr int64_t B = 2;
-int failures = 0;
-
-using Numbers = std::vector<double>;
 
 void check(const Case& c) {
+  now("%s", c.name);
   const int64_t H = c.heads, G = c.kv_heads, n = c.n, m = c.m, D = c.width, V = c.value_width, size = c.block + 1;
   const int64_t blocks = (m - c.own) / size, picks = std::min(c.top_k, blocks), positions = (c.top_k + 2) * size;
   const int64_t rotated = D / 2 * 2;
-  const auto count_of = [](int64_t x) { return static_cast<size_t>(x); };
-  Array<float> q = random_array(count_of(B * H * n * D)), k = random_array(count_of(B * G * m * D)),
-               v = random_array(count_of(B * G * m * V)), turns(count_of(positions * rotated));
-  for (size_t i = 0; i < q.count; ++i) q[i] *= 3;
-  Array<uint16_t> k_bits(0), v_bits(0), marks_bits(0);
-  if (c.half) k_bits = to_bits(k), v_bits = to_bits(v);
+  Floats q = numbers(B * H * n * D, -3, 3), turns(positions * rotated);
+  Tensor k(numbers(B * G * m * D), c.half), v(numbers(B * G * m * V), c.half), marks(B * G * blocks * D, c.half);
   for (int64_t p = 0; p < positions; ++p)
     for (int64_t i = 0; i < rotated / 2; ++i) {
       const double angle = static_cast<double>(p) * pow(100., -2. * static_cast<double>(i) / static_cast<double>(rotated));
-      turns[count_of(p * rotated + i)] = static_cast<float>(cos(angle));
-      turns[count_of(p * rotated + rotated / 2 + i)] = static_cast<float>(sin(angle));
+      turns[p * rotated + i] = static_cast<float>(cos(angle));
+      turns[p * rotated + rotated / 2 + i] = static_cast<float>(sin(angle));
     }
-  Array<int64_t> closed(count_of(B * blocks)), length(B), chosen(count_of(B * H * n * picks)), found_of(2 * B);
-  Array<uint8_t> landmark(count_of(B * m));
-  Array<float> marks(count_of(B * G * blocks * D)), out(count_of(B * H * n * V)), lse(count_of(B * H * n));
+  std::vector<int64_t> closed(B * blocks), length(B), chosen(B * H * n * picks), found_of(2 * B);
+  std::vector<uint8_t> landmark(B * m);
+  Floats out = unwritten(B * H * n * V), lse = unwritten(B * H * n);
   std::vector<int64_t> held(B);
   for (int64_t b = 0; b < B; ++b) {
-    length[count_of(b)] = b == 0 ? m : std::max<int64_t>(m - size - 2, c.own);
-    const int64_t first = m - length[count_of(b)];
-    held[count_of(b)] = (length[count_of(b)] - c.own) / size;
-    for (int64_t s = first; s < m; ++s) landmark[count_of(b * m + s)] = (s - first) % size == c.block;
+    length[b] = b == 0 ? m : std::max<int64_t>(m - size - 2, c.own);
+    const int64_t first = m - length[b];
+    held[b] = (length[b] - c.own) / size;
+    for (int64_t s = first; s < m; ++s) landmark[b * m + s] = (s - first) % size == c.block;
     for (int64_t j = 0; j < blocks; ++j) {
-      const int64_t number = j - blocks + held[count_of(b)];
-      closed[count_of(b * blocks + j)] = number < 0 ? -1 : number * size + c.block;
+      const int64_t number = j - blocks + held[b];
+      closed[b * blocks + j] = number < 0 ? -1 : number * size + c.block;
       if (number < 0) continue;
       for (int64_t g = 0; g < G; ++g)
         for (int64_t i = 0; i < D; ++i)
-          marks[count_of(((b * G + g) * blocks + j) * D + i)] =
-              k[count_of(((b * G + g) * m + first + number * size + c.block) * D + i)];
+          marks.set(((b * G + g) * blocks + j) * D + i,
+                    static_cast<float>(k[((b * G + g) * m + first + number * size + c.block) * D + i]));
     }
   }
-  if (c.half) marks_bits = to_bits(marks);
 
-  const auto turn = [&](const float* x, int64_t position) {
-    Numbers y(x, x + D);
+  const auto row = [](const auto& x, int64_t at, int64_t width) {
+    Doubles y;
+    for (int64_t i = at * width; i < (at + 1) * width; ++i) y.push_back(x[i]);
+    return y;
+  };
+  const auto turn = [&](const Doubles& x, int64_t position) {
+    Doubles y = x;
     for (int64_t i = 0; c.turned && i < rotated / 2; ++i) {
-      const double cosine = turns[count_of(position * rotated + i)],
-                   sine = turns[count_of(position * rotated + rotated / 2 + i)];
-      y[count_of(i)] = x[i] * cosine - x[i + rotated / 2] * sine;
-      y[count_of(i + rotated / 2)] = x[i] * sine + x[i + rotated / 2] * cosine;
+      const double cosine = turns[position * rotated + i],
+                   sine = turns[position * rotated + rotated / 2 + i];
+      y[i] = x[i] * cosine - x[i + rotated / 2] * sine;
+      y[i + rotated / 2] = x[i] * sine + x[i + rotated / 2] * cosine;
     }
     return y;
   };
-  const auto dot = [&](const Numbers& x, const Numbers& y) {
+  const auto dot = [&](const Doubles& x, const Doubles& y) {
     double total = 0;
     for (size_t i = 0; i < x.size(); ++i) total += x[i] * y[i];
     return 0.7 * total;
   };
   // the mean of values by the softmax of scores, and its log-sum-exp
-  const auto mean = [](const Numbers& scores, const std::vector<Numbers>& values, size_t width, double* log_sum) {
-    Numbers y(width);
+  const auto mean = [](const Doubles& scores, const std::vector<Doubles>& values, size_t width, double* log_sum) {
+    Doubles y(width);
     double top = -INFINITY, total = 0;
     for (const double s : scores) top = std::max(top, s);
     for (const double s : scores) total += exp(s - top);
@@ -122,23 +78,18 @@ void check(const Case& c) {
     *log_sum = scores.empty() ? -INFINITY : top + log(total);
     return y;
   };
-  std::vector<Numbers> expected;
-  Numbers expected_lse;
+  Doubles expected, expected_lse;
   for (int64_t b = 0; b < B; ++b)
     for (int64_t h = 0; h < H; ++h)
       for (int64_t i = 0; i < n; ++i) {
-        const int64_t g = h / (H / G), total = held[count_of(b)], first = m - length[count_of(b)];
-        const int64_t open = c.own ? (length[count_of(b)] - 1) - total * size : 0;
+        const int64_t g = h / (H / G), total = held[b], first = m - length[b];
+        const int64_t open = c.own ? (length[b] - 1) - total * size : 0;
         const int64_t begin = std::min(total, c.top_k + 1) * size;
-        const float* raw = &q[count_of(((b * H + h) * n + i) * D)];
-        const Numbers query = c.own ? turn(raw, begin + open) : Numbers(raw, raw + D);
+        const Doubles raw = row(q, (b * H + h) * n + i, D), query = c.own ? turn(raw, begin + open) : raw;
         const auto key = [&](int64_t slot, int64_t position) {
-          return dot(query, turn(&k[count_of(((b * G + g) * m + slot) * D)], position));
+          return dot(query, turn(row(k, (b * G + g) * m + slot, D), position));
         };
-        const auto value = [&](int64_t slot) {
-          const float* from = &v[count_of(((b * G + g) * m + slot) * V)];
-          return Numbers(from, from + V);
-        };
+        const auto value = [&](int64_t slot) { return row(v, (b * G + g) * m + slot, V); };
         std::vector<std::pair<double, int64_t>> order;
         for (int64_t j = 0; j < total; ++j) {
           const int64_t slot = total <= c.top_k ? j : std::max<int64_t>(0, j - (total - c.top_k) + 1);
@@ -146,80 +97,60 @@ void check(const Case& c) {
           order.push_back({-score, j});
         }
         std::sort(order.begin(), order.end());
-        order.resize(count_of(std::min(total, c.top_k)));
+        order.resize(std::min(total, c.top_k));
         std::vector<int64_t> taken;
         for (const auto& pair : order) taken.push_back(pair.second);
         std::sort(taken.begin(), taken.end());
-        int64_t* told = chosen.get() + ((b * H + h) * n + i) * picks;
+        int64_t* told = chosen.data() + ((b * H + h) * n + i) * picks;
         for (int64_t j = 0; j < picks; ++j) {
           const int64_t at = j - picks + static_cast<int64_t>(taken.size());
-          told[j] = at < 0 ? -1 : taken[count_of(at)] + blocks - total;
+          told[j] = at < 0 ? -1 : taken[at] + blocks - total;
         }
-        Numbers gates;
-        std::vector<Numbers> parts;
+        Doubles gates;
+        std::vector<Doubles> parts;
         double log_sum;
         for (size_t order_of = 0; order_of < taken.size(); ++order_of) {
           const int64_t j = taken[order_of];
           const int64_t slot =
               total <= c.top_k ? j : static_cast<int64_t>(order_of) + (j >= total - c.top_k);
-          Numbers scores;
-          std::vector<Numbers> values;
+          Doubles scores;
+          std::vector<Doubles> values;
           for (int64_t t = 0; t < c.block; ++t) {
             scores.push_back(key(first + j * size + t, slot * size + t));
             values.push_back(value(first + j * size + t));
           }
-          parts.push_back(mean(scores, values, count_of(V), &log_sum));
+          parts.push_back(mean(scores, values, V, &log_sum));
           gates.push_back(key(first + j * size + c.block, slot * size + c.block));
         }
         for (int64_t t = 0; c.own && t <= open; ++t) {
-          if (landmark[count_of(b * m + m - 1 - open + t)]) continue;
+          if (landmark[b * m + m - 1 - open + t]) continue;
           gates.push_back(key(m - 1 - open + t, begin + t));
           parts.push_back(value(m - 1 - open + t));
         }
-        expected.push_back(mean(gates, parts, count_of(V), &log_sum));
+        const Doubles all = mean(gates, parts, V, &log_sum);
+        expected.insert(expected.end(), all.begin(), all.end());
         expected_lse.push_back(log_sum);
       }
 
-  const auto strides = [](int64_t (&to)[3], int64_t heads, int64_t tokens, int64_t features) {
-    to[0] = heads * tokens * features, to[1] = tokens * features, to[2] = features;
-  };
   regard_retrieved_attention_args a{};
   a.size = sizeof a;
   a.threads = c.threads;
   a.dtype = c.half ? REGARD_BFLOAT16 : REGARD_FLOAT32;
-  const auto pick = [&](const Array<float>& x, const Array<uint16_t>& bits) {
-    return c.half ? static_cast<void*>(bits.get()) : x.get();
-  };
-  a.q = q.get(), a.k = pick(k, k_bits), a.v = pick(v, v_bits), a.marks = pick(marks, marks_bits);
-  a.out = out.get(), a.lse = lse.get();
+  a.q = q.data(), a.k = k.data(), a.v = v.data(), a.marks = marks.data();
+  a.out = out.data(), a.lse = lse.data();
   a.batch = B, a.heads = H, a.kv_heads = G, a.n = n, a.m = m, a.width = D, a.value_width = V;
   strides(a.q_strides, H, n, D), strides(a.k_strides, G, m, D), strides(a.v_strides, G, m, V);
   strides(a.out_strides, H, n, V), strides(a.marks_strides, G, blocks, D), strides(a.chosen_strides, H, n, picks);
-  a.closed = closed.get(), a.cached = a.length = length.get(), a.landmark = landmark.get();
-  a.chosen = c.given && picks > 0 ? chosen.get() : nullptr;
+  a.closed = closed.data(), a.cached = a.length = length.data(), a.landmark = landmark.data();
+  a.chosen = c.given && picks > 0 ? chosen.data() : nullptr;
   a.closed_stride = blocks, a.landmark_stride = m;
   a.block = c.block, a.top_k = c.top_k, a.blocks = blocks, a.picks = picks;
-  if (c.turned) a.turns = turns.get(), a.positions = positions, a.rotated = rotated;
-  a.own = c.own, a.found = c.own ? found_of.get() : nullptr;
+  if (c.turned) a.turns = turns.data(), a.positions = positions, a.rotated = rotated;
+  a.own = c.own, a.found = c.own ? found_of.data() : nullptr;
   a.scale = 0.7f;
-  if (regard_retrieved_attention(&a) != REGARD_OK) {
-    printf("%s: refused\n", c.name);
-    ++failures;
-    return;
-  }
-  double error = 0;
-  for (size_t i = 0; i < expected.size(); ++i) {
-    for (size_t p = 0; p < expected[i].size(); ++p)
-      error = fmax(error, fabs(out[i * count_of(V) + p] - expected[i][p]));
-    if (isinf(expected_lse[i]) ? lse[i] != -INFINITY : !(fabs(lse[i] - expected_lse[i]) < 1e-5 * (1 + fabs(expected_lse[i]))))
-      error = INFINITY;
-    for (size_t p = 0; p < expected[i].size(); ++p)
-      if (!isfinite(out[i * count_of(V) + p])) error = INFINITY;
-  }
-  if (!(error < 2e-5)) {
-    printf("%s, %s: error %g\n", regard_instruction_set(), c.name, error);
-    ++failures;
-  }
+  must("taken", regard_retrieved_attention(&a));
+  compare("output", out, expected, 2e-5, 1);
+  compare("lse", lse, expected_lse, 1e-5, 1);
 }
 
 }  // namespace
@@ -240,11 +171,7 @@ int main() {
       {"a step without blocks", 2, 1, 1, 4, 16, 16, 9, 3, true, false, true, false, 1},
       {"no queries", 2, 1, 0, 40, 4, 4, 3, 2, false, false, false, false, 1},
   };
-  regard_set_poison(1);
-  std::string sets = std::string(regard_instruction_sets()) + ",";
-  for (size_t comma; (comma = sets.find(',')) != std::string::npos; sets.erase(0, comma + 1)) {
-    regard_set_instruction_set(sets.substr(0, comma).c_str());
+  return on_every_instruction_set([&] {
     for (const Case& c : cases) check(c);
-  }
-  return failures != 0;
+  });
 }

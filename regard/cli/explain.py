@@ -85,7 +85,7 @@ def explain(
             else:
                 used = f"{reduce}, {fewer.reduction.counts[-1]} tokens left"
                 drawn = maps.draw_tokens(picture, fewer.patches(reader.grid)[0])
-        place = output / f"{unused_name(path, taken)}.png"
+        place = output / f"{unused_name(path.stem, taken)}.png"
         write_atomically(place, functools.partial(drawn.save, format="PNG"))
         told.append(
             {

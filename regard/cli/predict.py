@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from regard.tasks.images import ImageReader
     from regard.tasks.segmentation import MaskReader
+    from regard.tasks.segmentation.folders import Kind
     from regard.tasks.segmentation_3d import VolumeReader
 
 AT_ONCE = 32
@@ -70,7 +71,7 @@ def predict(
     fewer = None if reduce is None else reduced(model, reduce)
     found, skipped, differ, speeds = [], list[str](), 0, None
     if isinstance(reader, MaskReader | VolumeReader):
-        _segment(folder, model, reader, paths, output, device, skipped if skip_unreadable else None, as_json)
+        _segment(folder, model, reader, kind, paths, output, device, skipped if skip_unreadable else None, as_json)
         return
     if output is not None:
         raise Unsupported(
@@ -111,6 +112,7 @@ def _segment(
     folder: Path,
     model: nn.Module,
     reader: MaskReader | VolumeReader,
+    kind: Kind,
     paths: list[Path],
     output: Path | None,
     device: str,
@@ -123,7 +125,7 @@ def _segment(
 
     masks: Any = segment if isinstance(reader, MaskReader) else segment_3d
     if output is not None:
-        masks.check_output(output, len(paths))
+        segment.check_output(output, len(paths), kind)
     found, taken = list[dict[str, Any]](), set[str]()
     for path in paths:
         try:
@@ -135,7 +137,7 @@ def _segment(
             continue
         row: dict[str, Any] = {"image": str(path), "shares": shares}
         if output is not None:
-            place = masks.place_of(output, path, taken)
+            place = segment.place_of(output, path, taken, kind)
             masks.write(place, classes, reader)
             row["mask"] = str(place)
         found.append(row)

@@ -43,7 +43,7 @@ from regard.models.blocks import (
 )
 from regard.models.exit_rules import ExitRule, Leaving
 from regard.models.exits import apply_head, make_exits, run_with_exits
-from regard.models.stack import Pass, Stack, StackConfig
+from regard.models.stack import LayersConfig, Pass, Stack
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -55,7 +55,7 @@ POOLS = (*POOLINGS, "none")
 
 
 @dataclass(frozen=True)
-class EncoderConfig:
+class EncoderConfig(LayersConfig):
     """The configuration of an :class:`Encoder`.
 
     Attributes:
@@ -82,21 +82,12 @@ class EncoderConfig:
     dim: int = 128
     plan: Any = "softmax"
     num_layers: int | None = None
-    num_heads: int = 4
-    head_dim: int | None = None
-    num_kv_heads: int | None = None
-    feed_forward: int | None = None
-    positions: str = "auto"
     position_options: Mapping[str, Any] = field(default_factory=dict)
     max_length: int = 2048
-    dropout: float = 0.0
-    norm: str = "rms"
     embedding_norm: str = "none"
     embedding_dim: int | None = None
     pool: str = "mean"
     pool_options: Mapping[str, Any] = field(default_factory=dict)
-    loss_weights: Mapping[str, float] = field(default_factory=dict)
-    stack: Any = StackConfig()
     causal: bool = False
     serves: ClassVar = (
         *((Pattern.NONCAUSAL_SELF, name) for name in ("classification", "regression", "segmentation", "masked-token")),
@@ -105,7 +96,7 @@ class EncoderConfig:
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stack", StackConfig.read(self.stack))
+        super().__post_init__()
         check_input_kind(self.vocab_size, self.features)
         if self.embedding_dim is not None and self.vocab_size is None:
             raise Unsupported(

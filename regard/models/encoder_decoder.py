@@ -31,7 +31,6 @@ from regard.models.blocks import (
     Block,
     Plan,
     add_losses,
-    auxiliary_loss,
     check_ids,
     check_plan,
     check_sequences,
@@ -42,10 +41,10 @@ from regard.models.blocks import (
     place_input,
     read_plan,
 )
-from regard.models.exits import apply_head, joint_loss, make_exits, run_with_exits
+from regard.models.exits import apply_head, make_exits, run_with_exits
 from regard.models.generation import generate, generate_stream
-from regard.models.language_model import ModelState, mean_nats, next_tokens
-from regard.models.stack import Stack, StackConfig
+from regard.models.language_model import ModelState, next_token_loss
+from regard.models.stack import LayersConfig, Stack
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -54,7 +53,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EncoderDecoderConfig:
+class EncoderDecoderConfig(LayersConfig):
     """The configuration of an :class:`EncoderDecoder`.
 
     Attributes:
@@ -85,24 +84,15 @@ class EncoderDecoderConfig:
     cross_plan: Any = "softmax"
     num_layers: int | None = None
     encoder_layers: int | None = None
-    num_heads: int = 4
-    head_dim: int | None = None
-    num_kv_heads: int | None = None
-    feed_forward: int | None = None
-    positions: str = "auto"
     position_options: Mapping[str, Any] = field(default_factory=dict)
     max_length: int = 2048
-    dropout: float = 0.0
     tie_embeddings: bool = False
-    norm: str = "rms"
     embedding_dim: int | None = None
-    loss_weights: Mapping[str, float] = field(default_factory=dict)
-    stack: Any = StackConfig()
     serves: ClassVar = ((Pattern.CAUSAL_CROSS, "next-token"),)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("vocab_size", self.vocab_size, 1)
-        object.__setattr__(self, "stack", StackConfig.read(self.stack))
         if (self.memory_vocab_size is None) == (self.memory_features is None):
             raise Unsupported(
                 f"memory_vocab_size={self.memory_vocab_size} and memory_features={self.memory_features}",
@@ -348,17 +338,7 @@ class EncoderDecoder(nn.Module):
         Args:
             targets: token to predict at each place, -100 for none; the next valid token of the sequence when None.
         """
-        if targets is None:
-            targets = next_tokens(ids, None if context is None else context.mask)
-        if targets.shape != ids.shape:
-            raise Unsupported(
-                f"targets of shape {tuple(targets.shape)} for ids of shape {tuple(ids.shape)}",
-                supported="a target for each token, -100 for none",
-            )
-        result = self(ids, memory, context=context)
-        return joint_loss(result, partial(mean_nats, targets=targets)) + auxiliary_loss(
-            result.losses, self.config.loss_weights
-        )
+        return next_token_loss(partial(self, ids, memory), self.config.loss_weights, ids, targets, context)
 
     def generate(
         self,

@@ -10,8 +10,7 @@ that all points are predicted at once::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -37,7 +36,7 @@ from regard.models.blocks import (
     read_plan,
 )
 from regard.models.encoder_decoder import count_layers
-from regard.models.stack import Stack, StackConfig
+from regard.models.stack import LayersConfig, Stack
 from regard.positions import Sinusoidal
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ SMALLEST_SCALE = 1e-5
 
 
 @dataclass(frozen=True)
-class ForecasterConfig:
+class ForecasterConfig(LayersConfig):
     """The configuration of a :class:`Forecaster`.
 
     Attributes:
@@ -88,19 +87,10 @@ class ForecasterConfig:
     cross_plan: Any = "softmax"
     num_layers: int | None = None
     encoder_layers: int | None = None
-    num_heads: int = 4
-    head_dim: int | None = None
-    num_kv_heads: int | None = None
-    feed_forward: int | None = None
-    positions: str = "auto"
-    dropout: float = 0.0
-    norm: str = "rms"
-    loss_weights: Mapping[str, float] = field(default_factory=dict)
-    stack: Any = StackConfig()
     serves: ClassVar = ((Pattern.NONCAUSAL_CROSS, "regression"),)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stack", StackConfig.read(self.stack))
+        super().__post_init__()
         if self.stack.exits:
             raise Unsupported(f"exits={self.stack.exits} of a forecaster", supported="exits of models with classes")
         for name, low in (("features", 0), ("memory_features", 1), ("patch", 1)):

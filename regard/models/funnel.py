@@ -20,7 +20,7 @@ from regard.contract import Unsupported
 from regard.models.blocks import read_plan
 from regard.models.encoder import check_input_kind
 from regard.models.encoder_decoder import count_layers
-from regard.models.stack import StackConfig
+from regard.models.stack import LayersConfig
 from regard.models.stages import PyramidEncoder, PyramidEncoderConfig, StageConfig
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FunnelEncoderConfig:
+class FunnelEncoderConfig(LayersConfig):
     """The configuration of a :class:`FunnelEncoder`.
 
     Attributes:
@@ -53,20 +53,11 @@ class FunnelEncoderConfig:
     funnel: Mapping[str, Any] = field(default_factory=dict)
     decoder_plan: Any = "softmax"
     decoder_layers: int | None = None
-    num_heads: int = 4
-    head_dim: int | None = None
-    num_kv_heads: int | None = None
-    feed_forward: int | None = None
-    positions: str = "auto"
     position_options: Mapping[str, Any] = field(default_factory=dict)
     max_length: int = 2048
-    dropout: float = 0.0
-    norm: str = "rms"
-    loss_weights: Mapping[str, float] = field(default_factory=dict)
-    stack: Any = StackConfig()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stack", StackConfig.read(self.stack))
+        super().__post_init__()
         if self.stack.exits:
             raise Unsupported(
                 f"exits={self.stack.exits} of a FunnelEncoder", supported="exits of models with one stack", nearest="()"

@@ -9,7 +9,7 @@ Pre-norm residual blocks with RMSNorm and SwiGLU, as in Llama (Touvron et al., a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -43,7 +43,7 @@ from regard.models.blocks import (
 from regard.models.exits import apply_head, joint_loss, make_exits, run_with_exits
 from regard.models.generation import Read, generate, generate_stream
 from regard.models.insertion import Insertion
-from regard.models.stack import Stack, StackConfig
+from regard.models.stack import LayersConfig, Stack
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -55,7 +55,7 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
-class LanguageModelConfig:
+class LanguageModelConfig(LayersConfig):
     """The configuration of a :class:`LanguageModel`.
 
     Attributes:
@@ -90,25 +90,16 @@ class LanguageModelConfig:
     dim: int = 256
     plan: Any = "softmax"
     num_layers: int | None = None
-    num_heads: int = 4
-    head_dim: int | None = None
-    num_kv_heads: int | None = None
-    feed_forward: int | None = None
-    positions: str = "auto"
     position_options: Mapping[str, Any] = field(default_factory=dict)
     max_length: int = 2048
-    dropout: float = 0.0
     tie_embeddings: bool = False
-    norm: str = "rms"
     embedding_norm: str = "none"
     embedding_dim: int | None = None
-    loss_weights: Mapping[str, float] = field(default_factory=dict)
-    stack: Any = StackConfig()
     serves: ClassVar = ((Pattern.CAUSAL_SELF, "next-token"),)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("vocab_size", self.vocab_size, 1)
-        object.__setattr__(self, "stack", StackConfig.read(self.stack))
         object.__setattr__(self, "plan", read_plan(self.plan, self.num_layers))
         object.__setattr__(self, "num_layers", len(self.plan))
 
@@ -234,17 +225,7 @@ class LanguageModel(nn.Module):
         Args:
             targets: token to predict at each place, -100 for none; the next valid token of the sequence when None.
         """
-        if targets is None:
-            targets = next_tokens(ids, None if context is None else context.mask)
-        if targets.shape != ids.shape:
-            raise Unsupported(
-                f"targets of shape {tuple(targets.shape)} for ids of shape {tuple(ids.shape)}",
-                supported="a target for each token, -100 for none",
-            )
-        result = self(ids, context=context)
-        return joint_loss(result, partial(mean_nats, targets=targets)) + auxiliary_loss(
-            result.losses, self.config.loss_weights
-        )
+        return next_token_loss(partial(self, ids), self.config.loss_weights, ids, targets, context)
 
     def generate(
         self,
@@ -319,6 +300,25 @@ class LanguageModel(nn.Module):
                 return self.logits(x), result.state
 
         return read
+
+
+def next_token_loss(
+    run: Callable[..., Result],
+    weights: Mapping[str, float],
+    ids: Int[Tensor, "b n"],
+    targets: Int[Tensor, "b n"] | None,
+    context: Context | None,
+) -> Float[Tensor, ""]:
+    """The loss of a model that `run` calls with a context, see :meth:`LanguageModel.loss`."""
+    if targets is None:
+        targets = next_tokens(ids, None if context is None else context.mask)
+    if targets.shape != ids.shape:
+        raise Unsupported(
+            f"targets of shape {tuple(targets.shape)} for ids of shape {tuple(ids.shape)}",
+            supported="a target for each token, -100 for none",
+        )
+    result = run(context=context)
+    return joint_loss(result, partial(mean_nats, targets=targets)) + auxiliary_loss(result.losses, weights)
 
 
 def mean_nats(logits: Float[Tensor, "b n vocab"], targets: Int[Tensor, "b n"]) -> Float[Tensor, ""]:

@@ -146,6 +146,24 @@ class StackConfig:
         return cls(**given)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayersConfig:
+    """What the configurations of models with a plan of layers share, as :class:`regard.models.LanguageModelConfig` says it."""
+
+    num_heads: int = 4
+    head_dim: int | None = None
+    num_kv_heads: int | None = None
+    feed_forward: int | None = None
+    positions: str = "auto"
+    dropout: float = 0.0
+    norm: str = "rms"
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
+    stack: Any = StackConfig()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stack", StackConfig.read(self.stack))
+
+
 class Stack(nn.ModuleList):
     """The blocks of a model, which run as its :class:`StackConfig` says.
 

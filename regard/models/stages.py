@@ -38,7 +38,7 @@ from regard.models.blocks import (
 )
 from regard.models.encoder import EncoderBase, check_input_kind, check_pool, count_slots, make_pool, pool_tokens
 from regard.models.encoder_decoder import count_layers
-from regard.models.stack import Stack, StackConfig
+from regard.models.stack import LayersConfig, Stack
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -87,7 +87,7 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
-class PyramidEncoderConfig:
+class PyramidEncoderConfig(LayersConfig):
     """The configuration of a :class:`PyramidEncoder`.
 
     Attributes:
@@ -116,24 +116,15 @@ class PyramidEncoderConfig:
     stages: Any = ()
     axes: int = 1
     decoder_plan: Any = ()
-    num_heads: int = 4
-    head_dim: int | None = None
-    num_kv_heads: int | None = None
-    feed_forward: int | None = None
-    positions: str = "auto"
     position_options: Mapping[str, Any] = field(default_factory=dict)
     max_length: int = 2048
-    dropout: float = 0.0
-    norm: str = "rms"
     embedding_norm: str = "none"
     pool: str = "mean"
     pool_options: Mapping[str, Any] = field(default_factory=dict)
-    loss_weights: Mapping[str, float] = field(default_factory=dict)
-    stack: Any = StackConfig()
     serves: ClassVar = ((PATTERN, "classification"), (PATTERN, "regression"))
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stack", StackConfig.read(self.stack))
+        super().__post_init__()
         if self.stack.exits:
             raise Unsupported(
                 f"exits={self.stack.exits} of stages", supported="exits of models with one stack", nearest="exits=()"

@@ -17,7 +17,7 @@ from regard.functional import linformer_attention, softmax_attention
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.timing import growth_and_speedup
-from regard.reproductions.framework.training import classifier, digit_pixels, trained_score
+from regard.reproductions.framework.training import digits_score
 
 TRAINING = {"steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 1000}
 FEW = {"length": 64, "projected": 16}
@@ -27,9 +27,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
-    task = digit_pixels(setting["items"])
-    model = classifier(task, [(setting["mixer"], setting["options"])] * 2, dim=64, num_heads=4)
-    return {**trained_score(model, task, setting, seed)}
+    return digits_score(setting, seed)
 
 
 def time_forward(setting: Setting) -> dict[str, Any]:

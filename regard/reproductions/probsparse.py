@@ -8,37 +8,21 @@ keys sampled and 25 of 64 queries chosen) and with factor 1 (5 of 64). Comparabl
 one core. Forecasting is not tried.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
-
-import torch
 
 from regard.functional import probsparse_attention, softmax_attention
 from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
-from regard.reproductions.framework.timing import growth_and_speedup
-from regard.reproductions.framework.training import classifier, digit_pixels, trained_score
+from regard.reproductions.framework.timing import forward_growth
+from regard.reproductions.framework.training import digits_score
 
 TRAINING = {"steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 1000}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
     if "lengths" in setting:
-        with torch.no_grad():
-            return time_forward(setting)
-    task = digit_pixels(setting["items"])
-    model = classifier(task, [(setting["mixer"], setting["options"])] * 2, dim=64, num_heads=4)
-    return {**trained_score(model, task, setting, seed)}
-
-
-def time_forward(setting: Setting) -> dict[str, Any]:
-    inputs = {n: torch.randn(3, 1, 4, n, 64) for n in setting["lengths"]}
-    functions: dict[str, Callable[..., Any]] = {"probsparse": probsparse_attention, "softmax": softmax_attention}
-    actions = {
-        name: {n: partial(f, *x, pattern="noncausal-self") for n, x in inputs.items()} for name, f in functions.items()
-    }
-    return growth_and_speedup(actions, seconds=setting["seconds"])
+        return forward_growth(setting, {"probsparse": probsparse_attention, "softmax": softmax_attention})
+    return digits_score(setting, seed)
 
 
 REPRODUCTION = Reproduction(

@@ -77,9 +77,8 @@ def images_among(files: Sequence[Path], folder: Path) -> list[Path]:
     return kept
 
 
-def unused_name(path: Path, taken: set[str]) -> str:
-    """The name of a file without its suffix, longer where it is taken already; it is taken then."""
-    name = path.stem
+def unused_name(name: str, taken: set[str]) -> str:
+    """The name, longer where it is taken already; it is taken then."""
     while name in taken:
         name += "_"
     taken.add(name)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -108,12 +108,14 @@ class ImageReader:
         return asdict(self)
 
     @classmethod
-    def of_record(cls, record: Mapping[str, Any]) -> ImageReader:
+    def of_record(cls, record: Mapping[str, Any]) -> Self:
         """From :meth:`as_record`."""
-        read: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in record.items()
-        }
-        return cls(**read)
+        return cls(**{key: as_tuples(value) for key, value in record.items()})
+
+
+def as_tuples(value: Any) -> Any:
+    """A value of JSON with tuples for its lists."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
 class ImagesTask(Task):

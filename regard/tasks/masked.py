@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard.contract import Pattern
-from regard.tasks.protocol import IGNORED, Baseline, Batch, check_fraction, counter_generator
+from regard.tasks.protocol import IGNORED, Baseline, Batch, check_fraction, counter_generator, with_options_of_base
 from regard.tasks.text import TextTask
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ FROM_NEIGHBOURS = 1024
 """Largest vocabulary of which pairs are counted."""
 
 
+@with_options_of_base
 class MaskedTask(TextTask):
     """Tell the hidden tokens of text from those on both sides (BERT, Devlin et al., arXiv 1810.04805).
 
@@ -38,30 +39,9 @@ class MaskedTask(TextTask):
     pattern = Pattern.NONCAUSAL_SELF
     objective = "masked-token"
 
-    def __init__(
-        self,
-        *,
-        data: Any = None,
-        validation: Any = None,
-        tokenizer: str = "bytes",
-        length: int = 256,
-        field: str = "text",
-        share: float = 0.15,
-        held_out: float = 0.1,
-        evaluation_items: int = 64,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, *, share: float = 0.15, **options: Any) -> None:
         self.share = check_fraction("share", share, 0.01, 0.5)
-        super().__init__(
-            data=data,
-            validation=validation,
-            tokenizer=tokenizer,
-            length=length,
-            field=field,
-            held_out=held_out,
-            evaluation_items=evaluation_items,
-            seed=seed,
-        )
+        super().__init__(**options)
         self.mask_token = self.tokenizer.vocab_size
         self.vocab_size: int = self.tokenizer.vocab_size + 1
         self.baseline: Baseline | None = self._rule()

@@ -7,10 +7,11 @@ the same each time, so the scores of two mechanisms are paired item by item.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from regard.core.precision import wide
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
+
+Kind = TypeVar("Kind", bound="Task")
 
 IGNORED = -100
 """The target of a position that has no loss and no score."""
@@ -247,6 +250,14 @@ def register_objective(objective: Objective) -> None:
         raise Unsupported(
             f"another objective named {objective.name}", supported="a name that none has: " + ", ".join(OBJECTIVES)
         )
+
+
+def with_options_of_base(task: type[Kind]) -> type[Kind]:
+    """For a task that hands its ``**options`` to the class that it derives from: its signature names them all."""
+    own, inherited = (inspect.signature(each).parameters.values() for each in (task, task.__mro__[1]))
+    named = [parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD]
+    task.__signature__ = inspect.Signature([*inherited, *named])  # type: ignore[attr-defined]
+    return task
 
 
 def check_task(task: Any) -> Task:

@@ -21,6 +21,7 @@ from regard.tasks.protocol import (
     check_fraction,
     counter_generator,
     register_objective,
+    with_options_of_base,
 )
 from regard.tasks.text import TextTask
 
@@ -31,6 +32,7 @@ REPLACING = 18
 """Stream of what is replaced in held-out windows."""
 
 
+@with_options_of_base
 class ReplacedTask(TextTask):
     """Tell which tokens of a text stand in the place of others (ELECTRA, Clark et al., arXiv 2003.10555).
 
@@ -52,30 +54,9 @@ class ReplacedTask(TextTask):
     metric = "bits per token"
     chance = 1.0
 
-    def __init__(
-        self,
-        *,
-        data: Any = None,
-        validation: Any = None,
-        tokenizer: str = "bytes",
-        length: int = 256,
-        field: str = "text",
-        share: float = 0.15,
-        held_out: float = 0.1,
-        evaluation_items: int = 64,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, *, share: float = 0.15, **options: Any) -> None:
         self.share = check_fraction("share", share, 0.01, 0.5)
-        super().__init__(
-            data=data,
-            validation=validation,
-            tokenizer=tokenizer,
-            length=length,
-            field=field,
-            held_out=held_out,
-            evaluation_items=evaluation_items,
-            seed=seed,
-        )
+        super().__init__(**options)
         self.vocab_size: int = self.tokenizer.vocab_size + 1  # with a token that masks, for the generator
         self._between = token_between_neighbours(self._training, self.tokenizer.vocab_size)
         replaced = torch.cat([batch.targets for batch in self.evaluation_batches(64)]).double()

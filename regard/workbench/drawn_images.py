@@ -10,7 +10,8 @@ from torch import nn
 from regard.models import LanguageModel
 from regard.tasks import Task
 from regard.tasks.pixels import PixelsTask
-from regard.workbench.predicted_images import picture
+from regard.workbench.png import address
+from regard.workbench.predicted_images import LARGEST
 
 SHOWN = 6
 """Held-out images that are gone on with."""
@@ -36,4 +37,7 @@ def completed(model: nn.Module, task: Task) -> dict[str, Any] | None:
     new = model.generate(known, task.length - given, temperature=1.0, generator=generator).cpu()
     whole = torch.cat([batch.targets[:, :given], new], dim=1)
     truths, drawings = (task.pictures(tokens.numpy()) for tokens in (batch.targets, whole))
-    return {"truths": [picture(one) for one in truths], "drawings": [picture(one) for one in drawings]}
+    return {
+        "truths": [address(one, largest=LARGEST) for one in truths],
+        "drawings": [address(one, largest=LARGEST) for one in drawings],
+    }

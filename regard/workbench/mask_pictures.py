@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import importlib.util
-import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +13,8 @@ from regard.models.blocks import evaluation_mode
 from regard.tasks import Batch, Task
 from regard.tasks.sampling import spread
 from regard.tasks.segmentation import MaskTask
+from regard.workbench.png import address
 from regard.workbench.segment import mask_image
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 SHOWN = 4
 """Held-out images that are shown."""
@@ -30,27 +25,22 @@ SIDE = 160
 def shown(task: Task) -> dict[str, Any] | None:
     """The images that a report shows, slices of volumes, with their masks, and names and colours of the classes in them; None
     for other tasks."""
-    if not isinstance(task, MaskTask) or importlib.util.find_spec("PIL") is None:
+    if not isinstance(task, MaskTask):
         return None
-    from PIL import Image
-
     chosen, reader = _chosen(task), task.reader
-    images = [Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one) for one in map(task.picture, chosen)]
     there = [i for i in range(len(reader.classes)) if any((batch.targets == i).any() for batch in chosen)]
     truths = [mask_image(task.mask(batch.targets, batch), reader) for batch in chosen]
     return {
-        "images": [_address(image, Image.Resampling.BICUBIC) for image in images],
-        "truths": [_address(truth, Image.Resampling.NEAREST) for truth in truths],
+        "images": [address(task.picture(batch), largest=SIDE) for batch in chosen],
+        "truths": [address(*truth, largest=SIDE) for truth in truths],
         "classes": [[reader.classes[i], "#{:02x}{:02x}{:02x}".format(*reader.colours[i])] for i in there],
     }
 
 
 def predicted(model: nn.Module, task: Task) -> dict[str, Any] | None:
     """The masks that a model gives for the images of :func:`shown`, and their scores; None for other tasks."""
-    if not isinstance(task, MaskTask) or importlib.util.find_spec("PIL") is None:
+    if not isinstance(task, MaskTask):
         return None
-    from PIL import Image
-
     device, masks, scores = next(model.parameters()).device, list[str](), list[float]()
 
     def run(batch: Batch) -> Tensor:
@@ -60,7 +50,7 @@ def predicted(model: nn.Module, task: Task) -> dict[str, Any] | None:
         for batch in _chosen(task):
             output = task.answer(run, batch)
             found = output.unflatten(2, (batch.targets.shape[2], -1)).argmax(-1)
-            masks.append(_address(mask_image(task.mask(found, batch), task.reader), Image.Resampling.NEAREST))
+            masks.append(address(*mask_image(task.mask(found, batch), task.reader), largest=SIDE))
             scores += task.of_images(found.flatten(1), batch.targets.flatten(1)).tolist()
     return {"masks": masks, "scores": scores}
 
@@ -91,13 +81,3 @@ def _chosen(task: MaskTask) -> list[Batch]:
     count = sum(batch.size for batch in task.evaluation_batches(1))
     chosen = set((count // 4 + spread(count - count // 4, SHOWN)).tolist())
     return [batch for i, batch in enumerate(task.evaluation_batches(1)) if i in chosen]
-
-
-def _address(picture: Image.Image, how: Any) -> str:
-    """A picture as an address that holds it."""
-    share = SIDE / max(picture.size)
-    if share < 1:
-        picture = picture.resize((max(1, round(share * picture.width)), max(1, round(share * picture.height))), how)
-    written = io.BytesIO()
-    picture.save(written, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(written.getvalue()).decode()

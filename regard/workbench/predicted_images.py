@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import zlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from regard.models.blocks import evaluation_mode
 from regard.tasks import Task
 from regard.tasks.images import ImageReader
 from regard.training.step import batch_context, run_model
-
-if TYPE_CHECKING:
-    from jaxtyping import UInt8
+from regard.workbench.png import address
 
 MOST = 512
 """Held-out images that are looked at."""
@@ -64,7 +58,7 @@ def predicted(model: nn.Module, task: Task, at_once: int, first: int = 0) -> dic
 
     def told(i: int) -> dict[str, Any]:
         return {
-            "picture": picture(reader.pixels(patches[i : i + 1])[0]),
+            "picture": address(reader.pixels(patches[i : i + 1])[0], largest=LARGEST),
             "truth": int(truth[i]),
             "prediction": int(prediction[i]),
             "confidence": float(confidence[i]),
@@ -83,30 +77,3 @@ def predicted(model: nn.Module, task: Task, at_once: int, first: int = 0) -> dic
         "mistakes": [told(int(i)) for i in surest],
         "confusion": confusion,
     }
-
-
-def picture(pixels: UInt8[np.ndarray, "h w c"]) -> str:
-    """A small PNG as a data URI."""
-    height, width, channels = pixels.shape
-    if max(height, width) > LARGEST:
-        side = [max(1, round(each * LARGEST / max(height, width))) for each in (height, width)]
-        floats = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
-        small = F.interpolate(floats, side, mode="bilinear", antialias=True)[0].round().clamp(0, 255)
-        pixels = small.permute(1, 2, 0).to(torch.uint8).numpy()
-        height, width = side
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        body = name + data
-        return len(data).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
-
-    kind = {1: 0, 3: 2}[channels]  # grey or colour, each of 8 bits
-    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, kind, 0, 0, 0])
-    rows = np.zeros((height, 1 + width * channels), dtype=np.uint8)  # a 0 before each row: it is not filtered
-    rows[:, 1:] = pixels.reshape(height, -1)
-    png = (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", head)
-        + chunk(b"IDAT", zlib.compress(rows.tobytes(), 9))
-        + chunk(b"IEND", b"")
-    )
-    return "data:image/png;base64," + base64.b64encode(png).decode()

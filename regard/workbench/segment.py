@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,10 +17,11 @@ from regard.models.weights import write_atomically
 from regard.tasks.image_files import unused_name
 from regard.tasks.protocol import IGNORED
 from regard.tasks.segmentation import MaskReader
+from regard.tasks.segmentation.folders import Kind, suffix_of
+from regard.workbench.png import png
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-    from PIL import Image
+    from jaxtyping import Float, Int, UInt8
 
     from regard.tasks.segmentation_3d import VolumeReader
 
@@ -72,40 +72,40 @@ def likeliest(logits: Float[Tensor, "k *sides"], size: tuple[int, ...]) -> Int[T
 
 def write(place: Path, classes: Int[np.ndarray, "h w"], reader: MaskReader) -> None:
     """A mask as a PNG, see :func:`mask_image`."""
-    drawn = mask_image(classes, reader)
-    write_atomically(place, functools.partial(drawn.save, format="PNG"))
+    data = png(*mask_image(classes, reader))
+    write_atomically(place, lambda path: path.write_bytes(data))
 
 
-def mask_image(classes: Int[np.ndarray, "h w"], reader: MaskReader | VolumeReader) -> Image.Image:
-    """A mask as a picture with a palette, whose values and colours are those of the masks that the model was trained on."""
-    from PIL import Image
-
+def mask_image(
+    classes: Int[np.ndarray, "h w"], reader: MaskReader | VolumeReader
+) -> tuple[UInt8[np.ndarray, "h w"], UInt8[np.ndarray, "256 3"]]:
+    """A mask as numbers and their palette, whose values and colours are those of the masks that the model was trained on."""
     table = np.zeros(256, dtype=np.uint8)
     table[: len(reader.values)] = reader.values
     palette = np.zeros((256, 3), dtype=np.uint8)
     palette[list(reader.values)] = reader.colours
     unused = next((value for value in range(255, -1, -1) if value not in reader.values), 0)
     palette[unused] = VOID
-    drawn = Image.fromarray(np.where(classes == IGNORED, unused, table[classes]).astype(np.uint8), "P")
-    drawn.putpalette(palette.tobytes())
-    return drawn
+    return np.where(classes == IGNORED, unused, table[classes]).astype(np.uint8), palette
 
 
-def check_output(output: Path, count: int) -> None:
-    """Raise Unsupported for a place that the masks of `count` pictures cannot be written to."""
-    if output.suffix and (output.suffix.lower() != ".png" or count > 1) and not output.is_dir():
+def check_output(output: Path, count: int, kind: Kind) -> None:
+    """Raise Unsupported for a place that the masks of `count` files cannot be written to."""
+    suffix = suffix_of(output)
+    if suffix and (suffix not in kind.written or count > 1) and not output.is_dir():
         raise Unsupported(
             f"--output {output} for " + ("one mask" if count == 1 else f"{count} masks"),
-            supported="a file ending in .png, of one picture, or a folder",
-            nearest=str(output.with_suffix(".png") if count == 1 else output.with_suffix("")),
+            supported=f"a file ending in {' or '.join(kind.written)}, of one {kind.word}, or a folder",
+            nearest=str(output.with_name(output.name[: -len(suffix)] + kind.usual * (count == 1))),
         )
 
 
-def place_of(output: Path, path: Path, taken: set[str]) -> Path:
-    """Where the mask of a picture is written: the file, or one named like it in the folder."""
-    if output.suffix.lower() == ".png" and not output.is_dir():
+def place_of(output: Path, path: Path, taken: set[str], kind: Kind) -> Path:
+    """Where the mask of a file is written: the file, or one named like it in the folder."""
+    if suffix_of(output) in kind.written and not output.is_dir():
         return output
-    return output / f"{unused_name(path, taken)}.png"
+    stem = path.name[: len(path.name) - len(suffix_of(path))]
+    return output / f"{unused_name(stem, taken)}{kind.usual}"
 
 
 def described(shares: dict[str, float], count: int = 8) -> str:

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from regard.contract import Context, Unsupported
+from regard.contract import Context
 from regard.core.patches import joined
 from regard.models.weights import write_atomically
-from regard.tasks.segmentation.folders import VOLUMES, suffix_of
 from regard.tasks.segmentation.nifti import Scan, packed, written
 from regard.tasks.segmentation_3d import VolumeReader
 from regard.tasks.segmentation_3d.windows import in_windows
@@ -59,25 +58,3 @@ def write(place: Path, found: Segmented, reader: VolumeReader) -> None:
     values = np.array(reader.values, dtype=np.uint8)[found.classes]
     data = packed(place, written(values, found.scan), found.scan.stored.affine)
     write_atomically(place, lambda path: path.write_bytes(data))
-
-
-def check_output(output: Path, count: int) -> None:
-    """Raise Unsupported for a place that the masks of `count` volumes cannot be written to."""
-    if output.suffix and (suffix_of(output) not in VOLUMES.masks or count > 1) and not output.is_dir():
-        name = output.name[: -len(suffix_of(output))]
-        raise Unsupported(
-            f"--output {output} for " + ("one mask" if count == 1 else f"{count} masks"),
-            supported="a file ending in .nii.gz or .nii, of one volume, or a folder",
-            nearest=str(output.with_name(name + VOLUMES.usual * (count == 1))),
-        )
-
-
-def place_of(output: Path, path: Path, taken: set[str]) -> Path:
-    """Where the mask of a volume is written: the file, or one named like it in the folder."""
-    if suffix_of(output) in VOLUMES.masks and not output.is_dir():
-        return output
-    name = path.name[: -len(suffix_of(path))]
-    while name in taken:
-        name += "_"
-    taken.add(name)
-    return output / f"{name}{VOLUMES.usual}"

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from regard.contract import Context, Result
 from regard.core.patches import joined
 from regard.tasks import create_task
+from regard.tasks.segmentation.folders import PICTURES
 from regard.workbench import mask_pictures
-from regard.workbench.segment import likeliest, mask_image, place_of, segment
+from regard.workbench.segment import likeliest, place_of, segment, write
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -89,8 +90,9 @@ def test_masks_have_the_size_of_the_picture_and_the_values_of_the_classes(tmp_pa
     assert torch.equal(likeliest(logits, (13, 20)), whole)
     output = Knows(task)(batch.inputs, context=Context()).output
     assert np.array_equal(joined(output, task.reader.grid, task.reader.patch)[0].argmax(0).numpy(), truth)
-    drawn = mask_image(np.array([[0, 1], [4, -100]]), task.reader)
+    write(tmp_path / "mask.png", np.array([[0, 1], [4, -100]]), task.reader)
+    drawn = Image.open(tmp_path / "mask.png")
     assert np.asarray(drawn)[0].tolist() == [0, 1] and np.asarray(drawn)[1, 1] not in task.reader.values
     assert drawn.convert("RGB").getpixel((0, 1)) == task.reader.colours[4]
     taken: set[str] = set()
-    assert [place_of(tmp_path, Path(p), taken).name for p in ("x/1.jpg", "y/1.png")] == ["1.png", "1_.png"]
+    assert [place_of(tmp_path, Path(p), taken, PICTURES).name for p in ("x/1.jpg", "y/1.png")] == ["1.png", "1_.png"]

@@ -14,7 +14,8 @@ from torch import nn
 
 from regard.contract import Result
 from regard.tasks import create_task
-from regard.workbench.predicted_images import MISTAKES, SAMPLES, picture, predicted
+from regard.workbench.png import address
+from regard.workbench.predicted_images import MISTAKES, SAMPLES, predicted
 from regard.workbench.report import render
 
 pytest.importorskip("sklearn")
@@ -28,10 +29,10 @@ def decoded(uri):
 @pytest.mark.parametrize("shape", [(5, 9, 1), (8, 8, 3)])
 def test_a_picture_is_a_png_of_its_pixels_and_a_large_one_is_made_smaller(shape):
     pixels = np.random.default_rng(None).integers(0, 256, shape, dtype=np.uint8)
-    np.testing.assert_array_equal(decoded(picture(pixels)).reshape(shape), pixels)
+    np.testing.assert_array_equal(decoded(address(pixels, largest=64)).reshape(shape), pixels)
     large = np.full((200, 100, shape[2]), 77, dtype=np.uint8)
-    assert decoded(picture(large)).shape[:2] == (64, 32)
-    assert (decoded(picture(large)) == 77).all()
+    assert decoded(address(large, largest=64)).shape[:2] == (64, 32)
+    assert (decoded(address(large, largest=64)) == 77).all()
 
 
 class Guess(nn.Module):

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.catalogue import get_mechanism
-from regard.contract import Context, Loss, Pattern, Result, Tensors, Unsupported, at_least, one_of
+from regard.contract import Context, Loss, Pattern, Result, Tensors, Unsupported, one_of
 from regard.create import create_layer
 from regard.layers.attention import AttentionLayer
 from regard.layers.base import Layer
@@ -41,7 +41,7 @@ from regard.layers.norms import LayerNorm
 from regard.layers.parts import LayerCall, Merge, Projection
 from regard.mechanisms.agent import BiasTables
 from regard.models.blocks import add_losses, read_plan
-from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of, tokens_of
+from regard.models.vision.backbone import Level, map_of, tokens_of
 from regard.models.vision.patch_tokens import (
     agent_table,
     check_divisible,
@@ -51,13 +51,14 @@ from regard.models.vision.patch_tokens import (
     options_on,
     resize_positions,
 )
+from regard.models.vision.pyramid import PyramidWithLosses, StagesConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 
 @dataclass(frozen=True, kw_only=True)
-class PVTConfig(BackboneConfig):
+class PVTConfig(StagesConfig):
     """The configuration of a :class:`PVT`.
 
     Attributes:
@@ -70,37 +71,24 @@ class PVTConfig(BackboneConfig):
         branch_dropout: of the tokens of each stage at its start, in the feed-forward networks, and at the end of each branch.
     """
 
+    by_stage: ClassVar = ("depths", "heads", "expansions", "reductions")
     widths: tuple[int, ...] = (64, 128, 320, 512)
     depths: tuple[int, ...] = (2, 2, 2, 2)
     heads: tuple[int, ...] = (1, 2, 5, 8)
     expansions: tuple[int, ...] = (8, 8, 4, 4)
-    patch: int = 4
     plan: Any = "softmax"
     reductions: tuple[int, ...] = (8, 4, 2, 1)
     class_token: bool = True
-    branch_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("patch", self.patch, 1)
-        stages = len(self.widths)
-        for name in ("depths", "heads", "expansions", "reductions"):
-            numbers = getattr(self, name)
-            if len(numbers) != stages:
-                raise Unsupported(f"{name}={numbers} of {stages} stages", supported="a number for each stage")
-            at_least(f"the least of {name}", min(numbers), 1)
-        object.__setattr__(self, "plan", read_plan(self.plan, stages))
+        object.__setattr__(self, "plan", read_plan(self.plan, len(self.widths)))
         if self.class_token and self.reductions[-1] > 1:
             raise Unsupported(
                 f"a class token in a stage with reduction {self.reductions[-1]}",
                 supported="a last reduction of 1, or class_token=False",
                 nearest="class_token=False",
             )
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Pixels from place to place of each stage's map."""
-        return tuple(self.patch * 2**stage for stage in range(len(self.widths)))
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
@@ -129,7 +117,7 @@ NANO: dict[str, Any] = {
 """Of images of about 32 pixels."""
 
 
-class PVT(Backbone):
+class PVT(PyramidWithLosses):
     """See the module; sizes ``pvt_t`` to ``pvt_l`` and ``agent_pvt_t`` to ``agent_pvt_l``."""
 
     Config = PVTConfig
@@ -165,16 +153,6 @@ class PVT(Backbone):
     def make_stage(self, config: PVTConfig, number: int, channels: int, rates: list[float]) -> nn.Module:
         """Stage `number`: a map, and the class token in the last, to a Result of tokens and the grid of its map."""
         return Stage(config, number, channels, rates)
-
-    def encode(
-        self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
-    ) -> tuple[Float[Tensor, "b n c"], dict[int, Float[Tensor, "b c h w"]]]:
-        features, maps, _ = self._run(images, keep)
-        return features, maps
-
-    def forward_with_losses(self, images: Float[Tensor, "b c h w"]) -> Result:
-        features, _, losses = self._run(self.check_images(images))
-        return Result(self.forward_head(features), None, losses)
 
     def _run(
         self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()

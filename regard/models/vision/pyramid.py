@@ -75,42 +75,61 @@ class Stage(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlannedConfig(BackboneConfig):
-    """The configuration of a pyramid with a mechanism for each block, whose maps have half the sides of those before.
+class StagesConfig(BackboneConfig):
+    """The configuration of a pyramid whose maps have half the sides of those before.
 
     Attributes:
         widths, depths, heads: channels, blocks and heads of each stage.
         patch: pixels from place to place of the first stage's map.
-        plan: a mechanism (with options) for each block, or one for all.
-        expansion: width of the feed-forward networks over the channels.
         branch_dropout: in the feed-forward networks, and at the end of each branch.
     """
 
-    told: ClassVar[str]
-    """What it is of, in words."""
+    by_stage: ClassVar[tuple[str, ...]] = ("depths", "heads")
+    """Numbers that each stage has, 1 or more."""
     widths: tuple[int, ...]
     depths: tuple[int, ...]
     heads: tuple[int, ...]
     patch: int = 4
-    plan: Any = "softmax"
-    expansion: int = 4
     branch_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("patch", self.patch, 1)
-        for name in ("depths", "heads"):
-            numbers = getattr(self, name)
-            if len(numbers) != len(self.widths):
-                raise Unsupported(f"{name}={numbers} of {len(self.widths)} stages", supported="a number for each stage")
-            at_least(f"the least of {name}", min(numbers), 1)
-        object.__setattr__(self, "plan", read_plan(self.plan, sum(self.depths)))
-        check_plan(self.plan, Pattern.NONCAUSAL_SELF, self.told)
+        for name in self.by_stage:
+            self.check_stages(name)
+            at_least(f"the least of {name}", min(getattr(self, name)), 1)
+
+    def check_stages(self, name: str) -> None:
+        """Raise Unsupported for numbers that are not one for each stage."""
+        numbers = getattr(self, name)
+        if len(numbers) != len(self.widths):
+            raise Unsupported(f"{name}={numbers} of {len(self.widths)} stages", supported="a number for each stage")
 
     @property
     def strides(self) -> tuple[int, ...]:
         """Pixels from place to place of each stage's map."""
         return tuple(self.patch * 2**stage for stage in range(len(self.widths)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedConfig(StagesConfig):
+    """The configuration of such a pyramid with a mechanism for each block.
+
+    Attributes:
+        widths, depths, heads, patch, branch_dropout: as of :class:`StagesConfig`.
+        plan: a mechanism (with options) for each block, or one for all.
+        expansion: width of the feed-forward networks over the channels.
+    """
+
+    told: ClassVar[str]
+    """What it is of, in words."""
+    plan: Any = "softmax"
+    expansion: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "plan", read_plan(self.plan, sum(self.depths)))
+        check_plan(self.plan, Pattern.NONCAUSAL_SELF, self.told)
 
     def stages(self) -> list[list[tuple[str, dict[str, Any]]]]:
         """The plan, stage by stage."""

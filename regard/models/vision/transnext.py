@@ -46,7 +46,7 @@ from regard.mechanisms.mixture_of_heads import Config as HeadConfig
 from regard.mechanisms.mixture_of_heads import HeadRouter
 from regard.models.vision.backbone import BackboneConfig, Level, map_of, tokens_of
 from regard.models.vision.patch_tokens import check_divisible, initialise_convolution, initialise_linear
-from regard.models.vision.pyramid import PyramidWithLosses, Stage
+from regard.models.vision.pyramid import PyramidWithLosses, Stage, StagesConfig
 from regard.models.vision.vmamba import ConvNorm
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransNeXtConfig(BackboneConfig):
+class TransNeXtConfig(StagesConfig):
     """The configuration of a :class:`TransNeXt`.
 
     Attributes:
@@ -69,40 +69,29 @@ class TransNeXtConfig(BackboneConfig):
         branch_dropout: in the feed-forward networks, and at the end of each branch.
     """
 
+    by_stage: ClassVar = ("depths", "heads", "expansions", "reductions")
     widths: tuple[int, ...] = (72, 144, 288, 576)
     depths: tuple[int, ...] = (2, 2, 15, 2)
     heads: tuple[int, ...] = (3, 6, 12, 24)
     expansions: tuple[int, ...] = (8, 8, 4, 4)
-    patch: int = 4
     reductions: tuple[int, ...] = (8, 4, 2, 1)
     window: int = 3
     shared_heads: tuple[int, ...] | None = None
     active_heads: tuple[int, ...] | None = None
     trained_size: int | tuple[int, int] | None = None
-    branch_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("patch", self.patch, 1)
         at_least("window", self.window, 1)
         if self.window % 2 == 0:
             raise Unsupported(f"window={self.window}", supported="odd sides", nearest=f"window={self.window + 1}")
         if (self.shared_heads is None) != (self.active_heads is None):
             raise Unsupported("one of shared_heads and active_heads", supported="both, or neither")
-        for name in ("depths", "heads", "expansions", "reductions", "shared_heads", "active_heads"):
-            numbers = getattr(self, name)
-            if numbers is not None and len(numbers) != len(self.widths):
-                raise Unsupported(f"{name}={numbers} of {len(self.widths)} stages", supported="a number for each stage")
-        for name in ("depths", "heads", "expansions", "reductions"):
-            at_least(f"the least of {name}", min(getattr(self, name)), 1)
+        for name in ("shared_heads", "active_heads") if self.shared_heads is not None else ():
+            self.check_stages(name)
         for width, heads in zip(self.widths, self.heads, strict=True):
             if width % heads:
                 raise Unsupported(f"a width of {width} with {heads} heads", supported=f"multiples of {heads}")
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Pixels from place to place of each stage's map."""
-        return tuple(self.patch * 2**stage for stage in range(len(self.widths)))
 
     @property
     def trained(self) -> tuple[int, int]:

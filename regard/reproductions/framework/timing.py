@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
+
+import torch
 
 from regard.measurement.statistics import growth_exponent
 from regard.measurement.timing import rounds
@@ -39,6 +42,16 @@ def growth_and_speedup(actions: Mapping[str, Mapping[float, Action]], *, seconds
     largest = max(first)
     ratio = timed_ratio(second[largest], first[largest], seconds=seconds)
     return {**timed_slopes(actions, seconds=seconds), "speedup": ratio}
+
+
+@torch.no_grad()
+def forward_growth(setting: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
+    """:func:`growth_and_speedup` of two functions of q, k and v, noncausal, of the setting's ``lengths`` and ``seconds``."""
+    inputs = {n: torch.randn(3, 1, 4, n, 64) for n in setting["lengths"]}
+    actions = {
+        name: {n: partial(f, *x, pattern="noncausal-self") for n, x in inputs.items()} for name, f in functions.items()
+    }
+    return growth_and_speedup(actions, seconds=setting["seconds"])
 
 
 def _slopes(sizes: Sequence[float], seconds: Sequence[Sequence[float]]) -> list[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regard.contract import Unsupported, closest, one_of
+from regard.contract import Unsupported
 from regard.tasks.image_sets import distinct
 from regard.tasks.images import choose_patch
 from regard.tasks.protocol import (
@@ -20,13 +20,13 @@ from regard.tasks.protocol import (
     TRAINING,
     Baseline,
     Batch,
-    check_fraction,
     check_integer,
     counter_generator,
     in_batches,
 )
 from regard.tasks.sampling import in_epochs, spread
-from regard.tasks.segmentation.base import METRICS, MaskTask, check_mask_value, letters
+from regard.tasks.segmentation.base import METRICS, MaskTask, letters
+from regard.tasks.segmentation.folders import PICTURES
 from regard.tasks.segmentation.heads import HEADS, is_head, read_slices
 from regard.tasks.segmentation.masks import Masked, MaskReader, colours_of, read_masked
 from regard.tasks.segmentation.scenes import SCENES
@@ -67,6 +67,7 @@ class SegmentationTask(MaskTask):
     """
 
     name = "segmentation"
+    kind, scenes = PICTURES, SCENES
     named = (*SCENES, *HEADS)
 
     def __init__(
@@ -86,12 +87,8 @@ class SegmentationTask(MaskTask):
         evaluation_items: int = 100,
         seed: int = 0,
     ) -> None:
-        self.seed = check_integer("seed", seed, 0, (1 << 63) - 1)
+        super().__init__(metric, held_out, evaluation_items, seed)
         check_integer("size", size, 16, 1024)
-        check_fraction("held_out", held_out, 0.01, 0.5)
-        check_integer("evaluation_items", evaluation_items, 1, 1 << 16)
-        one_of("metric", metric, METRICS)
-        self.measure, self.metric = metric, METRICS[metric]
         self.patch = choose_patch((size, size), length, patch)
         self.grid: tuple[int, ...] = (size // self.patch,) * 2
         self.length = self.grid[0] * self.grid[1]
@@ -99,10 +96,13 @@ class SegmentationTask(MaskTask):
         self.size = size
 
         chosen = "shapes" if data is None else str(data)
-        _check_options(chosen, validation, channels, classes, background, ignore)
+        values_of_masks = {"background": background, "ignore": ignore}
+        self.check_data(chosen, values_of_masks, {"validation": validation, "channels": channels}, {"classes": classes})
+        if channels not in (None, 1, 3):
+            raise Unsupported(f"channels={channels}", supported="3 (colour) or 1 (grey)", nearest="channels=3")
         self._scene = chosen if chosen in SCENES else None
         self._masked = (
-            None if self._scene else _read(chosen, validation, size, channels, background, ignore, held_out, seed)
+            None if self._scene else _read(chosen, validation, size, channels, values_of_masks, held_out, seed)
         )
         if self._masked is not None and classes is not None:
             self._masked = self._masked.largest(check_integer("classes", classes, 1, 255))
@@ -115,7 +115,14 @@ class SegmentationTask(MaskTask):
             self._scored = self._drawn(evaluation_items, counter_generator(seed, 0, EVALUATION))
             self._held_out = evaluation_items
         else:
-            images, self._training, held, self._split = _split(self._masked, held_out, seed)
+            images: Any = self._masked.images  # whose pixels are one array
+            parts = self._masked.split
+            if parts is None:
+                images = distinct(images)
+                everything, held = np.arange(len(images.pixels)), images.held_out
+                if held is not None:
+                    parts = np.setdiff1d(everything, held), held, "by image, as the data set comes"
+            self._training, held, self._split = self.told_apart(images.source, len(images.pixels), parts, held_out)
             names, values, colours = images.classes, self._masked.values, self._masked.colours
             number = self._masked.background
             pixels, labels = images.pixels[self._training], images.labels[self._training]
@@ -172,13 +179,7 @@ class SegmentationTask(MaskTask):
         )
 
     def describe(self) -> str:
-        total, names = max(1, int(self._counts.sum())), self.reader.classes
-        listed = ", ".join(
-            f"{name} {count / total:.1%} in {seen}" + (" (not scored)" if i == self.reader.background else "")
-            for i, (name, count, seen) in enumerate(zip(names, self._counts, self._seen, strict=True))
-            if i < 20
-        )
-        scored = len(self._scored[0])
+        scored, shares = len(self._scored[0]), self._counts / max(1, self._counts.sum())
         if self._masked is None:
             source, notes = f"the scenes {self._scene}, drawn", list[str]()
             training = "drawn afresh at each step"
@@ -189,14 +190,10 @@ class SegmentationTask(MaskTask):
         lines = [
             f"segmentation: {source}, {self.size}x{self.size} pixels, {'grey' if self.reader.channels == 1 else 'colour'}",
             f"{self.length} tokens ({self.grid[0]}x{self.grid[1]}), patches of {self.patch}x{self.patch} pixels",
-            f"{self.num_classes} classes, with the share of the pixels and the number of {self._measured} training images that "
-            f"have them: {listed}" + (", ..." if self.num_classes > 20 else ""),
+            self.classes_told(shares, self._seen, self._measured),
             f"training: {training}; held out: {self._held_out:,} images, {scored:,} of them scored",
-            f"split: {split}",
+            *self.rest_told(split, self._ignored, notes),
         ]
-        if self._ignored:
-            lines.append(f"ignored: {self._ignored:.1%} of the pixels")
-        lines += [f"note: {note}" for note in notes]
         return "\n".join([*lines, "sample of a mask:", *letters(self._example, self.reader.background)])
 
     def _drawn(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -217,72 +214,19 @@ class SegmentationTask(MaskTask):
         return Baseline("the commonest class of each place", torch.stack([each, torch.ones_like(each)], -1).numpy())
 
 
-def _check_options(data: str, validation: Any, channels: Any, classes: Any, background: Any, ignore: Any) -> None:
-    """Raise Unsupported for options that the data have no use for."""
-    of_folders = {
-        "validation": validation,
-        "channels": channels,
-        "background": None if background == "auto" else (background, "auto"),
-        "ignore": None if ignore == "auto" else (ignore, "auto"),
-    }
-    given = {**of_folders, "classes": classes} if data in SCENES else of_folders if is_head(data) else {}
-    for name, value in given.items():
-        if value is not None:
-            raise Unsupported(
-                f"{name}={value[0] if isinstance(value, tuple) else value} for {data}, which comes as it is",
-                supported=f"{name} with a folder of images and masks",
-                nearest=f"no {name}",
-            )
-    check_mask_value("background", background)
-    check_mask_value("ignore", ignore)
-    if channels not in (None, 1, 3):
-        raise Unsupported(f"channels={channels}", supported="3 (colour) or 1 (grey)", nearest="channels=3")
-
-
 def _read(
     data: str,
     validation: str | Path | None,
     size: int,
     channels: int | None,
-    background: int | str | None,
-    ignore: int | str | None,
+    values: Mapping[str, int | str | None],
     held_out: float,
     seed: int,
 ) -> Masked:
     if is_head(data):
         return read_slices(data, size, held_out, seed)
-    folder = Path(data)
-    if not folder.exists() and (near := closest(data, (*SCENES, *HEADS))):
-        raise Unsupported(
-            f"data={data} for segmentation, which does not exist",
-            supported=", ".join((*SCENES, *HEADS)) + ", or a folder with images and masks",
-            nearest=near,
-        )
     other = None if validation is None else Path(validation)
-    return read_masked(folder, other, size, 3 if channels is None else channels, background, ignore)
-
-
-def _split(masked: Masked, share: float, seed: int) -> tuple[Any, np.ndarray, np.ndarray, str]:
-    """Images without repetitions, those to train on and those to hold out, and how they were told apart."""
-    if masked.split is not None:
-        training, held_out, told = masked.split
-        return masked.images, training, held_out, told
-    images = distinct(masked.images)
-    everything = np.arange(len(images.pixels))
-    if images.held_out is not None:
-        training, held_out = np.setdiff1d(everything, images.held_out), images.held_out
-        told = "by image, as the data set comes"
-    else:
-        order = counter_generator(seed, 0, SPLIT).permutation(everything)
-        count = max(1, round(share * len(everything)))
-        training, held_out = np.sort(order[count:]), np.sort(order[:count])
-        told = f"by image (seed {seed})"
-    if not len(training):
-        raise Unsupported(
-            f"{images.source} with {len(everything)} different image" + "s" * (len(everything) != 1),
-            supported="2 or more different images, one of which is held out",
-        )
-    return images, training, held_out, told
+    return read_masked(Path(data), other, size, 3 if channels is None else channels, **values)
 
 
 __all__ = ["METRICS", "MaskReader", "MaskTask", "SegmentationTask"]

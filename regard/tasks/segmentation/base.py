@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
-from regard.contract import Pattern, Unsupported
-from regard.tasks.protocol import IGNORED, Batch, Task
+from regard.contract import Pattern, Unsupported, closest, one_of
+from regard.tasks.protocol import IGNORED, SPLIT, Batch, Task, check_fraction, check_integer, counter_generator
+from regard.tasks.segmentation.folders import Kind
+from regard.tasks.segmentation.heads import is_head
 from regard.tasks.segmentation.scores import overlap_by_image, predicted_classes
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, UInt8
+
+    Parts = tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"], str]
 
 METRICS = {"dice": "mean Dice", "iou": "mean IoU"}
 
@@ -22,15 +27,93 @@ class MaskTask(Task):
     """Items with a class for each of their points, scored by the overlap of prediction and truth.
 
     Attributes:
+        kind: what the folders hold that are read.
+        scenes: data that are drawn.
         reader: has the names, values and colours of the classes, and which of them is background.
         measure: ``dice`` or ``iou``, which is the score.
     """
 
     pattern = Pattern.NONCAUSAL_SELF
     objective = "segmentation"
+    kind: Kind
+    scenes: Mapping[str, Any]
     num_classes: int
     reader: Any
     measure: str
+
+    def __init__(self, metric: str, held_out: float, evaluation_items: int, seed: int) -> None:
+        self.seed = check_integer("seed", seed, 0, (1 << 63) - 1)
+        check_fraction("held_out", held_out, 0.01, 0.5)
+        check_integer("evaluation_items", evaluation_items, 1, 1 << 16)
+        one_of("metric", metric, METRICS)
+        self.measure, self.metric = metric, METRICS[metric]
+
+    def check_data(
+        self, data: str, values: Mapping[str, Any], of_folders: Mapping[str, Any], of_heads: Mapping[str, Any]
+    ) -> None:
+        """Raise Unsupported for data that are neither drawn nor there, and for options that they have no use for.
+
+        Args:
+            values: options that are values of a folder's masks; ``auto`` where not given.
+            of_folders, of_heads: options of folders alone, and of folders and heads; None where not given.
+        """
+        for name, value in values.items():
+            number = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
+            if not number and value not in ("auto", None):
+                raise Unsupported(
+                    f"{name}={value!r}", supported="a value of masks, 0 to 255, None or auto", nearest="auto"
+                )
+        given = [(name, value) for name, value in values.items() if value != "auto"]
+        others = of_folders if is_head(data) else {**of_folders, **of_heads}
+        given += [(name, value) for name, value in others.items() if value is not None]
+        if given and (data in self.scenes or is_head(data)):
+            name, value = given[0]
+            raise Unsupported(
+                f"{name}={value} for {data}, which comes as it is",
+                supported=f"{name} with a folder of {self.kind.word}s and masks",
+                nearest=f"no {name}",
+            )
+        near = closest(data, self.named)
+        if near and data not in self.named and not Path(data).exists():
+            raise Unsupported(
+                f"data={data} for {self.name}, which does not exist",
+                supported=", ".join(self.named) + ", or a folder with images and masks",
+                nearest=near,
+            )
+
+    def told_apart(self, source: str, count: int, parts: Parts | None, share: float) -> Parts:
+        """Numbers of the items to train on, of those to hold out, and in words how they were told apart: as in `parts`, or drawn.
+
+        Raises:
+            Unsupported: where there is none to train on.
+        """
+        if parts is None:
+            order = counter_generator(self.seed, 0, SPLIT).permutation(count)
+            held = max(1, round(share * count))
+            parts = np.sort(order[held:]), np.sort(order[:held]), f"by {self.kind.word} (seed {self.seed})"
+        if not len(parts[0]):
+            raise Unsupported(
+                f"{source} with {count} different {self.kind.word}" + "s" * (count != 1),
+                supported=f"2 or more different {self.kind.word}s, one of which is held out",
+            )
+        return parts
+
+    def classes_told(self, shares: Float[np.ndarray, " k"], having: Int[np.ndarray, " k"], measured: int) -> str:
+        """Share of the points of each class, and how many of the measured training items have it."""
+        listed = ", ".join(
+            f"{name} {share:.1%} in {count}" + (" (not scored)" if i == self.reader.background else "")
+            for i, (name, share, count) in enumerate(zip(self.reader.classes, shares, having, strict=True))
+            if i < 20
+        )
+        return (
+            f"{self.num_classes} classes, with the share of the {self.kind.point}s and the number of {measured} training "
+            f"{self.kind.word}s that have them: {listed}" + (", ..." if self.num_classes > 20 else "")
+        )
+
+    def rest_told(self, split: str, ignored: float, notes: Sequence[str]) -> list[str]:
+        """Lines of how items were held out, of ignored points, and of what else there is to say."""
+        told = [f"ignored: {ignored:.1%} of the {self.kind.point}s"] if ignored else []
+        return [f"split: {split}", *told, *(f"note: {note}" for note in notes)]
 
     def score(self, logits: Float[Tensor, "b n pk"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
         each = self.of_images(*predicted_classes(logits, batch))
@@ -54,40 +137,6 @@ class MaskTask(Task):
     def mask(self, classes: Int[Tensor, "1 n p"], batch: Batch) -> Int[np.ndarray, "h w"]:
         """Classes of the tokens of a batch of one item, as they lie in its :meth:`picture`."""
         raise NotImplementedError
-
-
-def check_mask_value(name: str, value: Any) -> None:
-    """Raise Unsupported for a value of masks that there cannot be; ``auto`` and None are none."""
-    if not (value in ("auto", None) or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255)):
-        raise Unsupported(f"{name}={value!r}", supported="a value of masks, 0 to 255, None or auto", nearest="auto")
-
-
-def largest_classes(
-    numbers: Int[np.ndarray, " k"], background: int | None, count: int
-) -> tuple[list[int], Int[np.ndarray, " k"], str]:
-    """The `count` classes of most points beside the background, of which the others become part.
-
-    Args:
-        numbers: of points of each class.
-        background: the class that is not scored; None for none.
-
-    Returns:
-        The classes that are kept, the new number of each class, and a note without the background's name.
-
-    Raises:
-        Unsupported: for a number that there is not, and without a background.
-    """
-    number = len(numbers)
-    if background is None or not 1 <= count < number:
-        raise Unsupported(
-            f"classes={count} of {number} classes" + ("" if background is not None else " and no background"),
-            supported=f"1 to {number - 1}, beside a background",
-        )
-    others = [int(i) for i in np.argsort(-numbers, kind="stable") if i != background][:count]
-    kept = sorted([background, *others])
-    table = np.full(number, kept.index(background))
-    table[kept] = np.arange(len(kept))
-    return kept, table, f"the {count} largest of {number - 1} classes; the others count as"
 
 
 def letters(labels: Int[np.ndarray, "h w"], background: int | None) -> list[str]:

@@ -29,23 +29,35 @@ class Kind:
 
     Attributes:
         word: for one of the images.
+        point: for one of the points that have a class.
         images, masks: suffixes of files; those of masks keep each point as it is.
-        usual: suffix of a mask.
+        written: suffixes of masks that a model may write, the usual one first.
         task: that reads them.
     """
 
     word: str
+    point: str
     images: frozenset[str]
     masks: frozenset[str]
-    usual: str
+    written: tuple[str, ...]
     task: str
+
+    @property
+    def usual(self) -> str:
+        """Suffix of a mask where nothing else is said."""
+        return self.written[0]
 
 
 PICTURES = Kind(
-    "image", IMAGE_SUFFIXES, frozenset({".png", ".bmp", ".gif", ".tif", ".tiff", ".pgm"}), ".png", "segmentation"
+    "image",
+    "pixel",
+    IMAGE_SUFFIXES,
+    frozenset({".png", ".bmp", ".gif", ".tif", ".tiff", ".pgm"}),
+    (".png",),
+    "segmentation",
 )
-NIFTI = frozenset({".nii", ".nii.gz"})
-VOLUMES = Kind("volume", NIFTI, NIFTI, ".nii.gz", "segmentation_3d")
+NIFTI = (".nii.gz", ".nii")
+VOLUMES = Kind("volume", "voxel", frozenset(NIFTI), frozenset(NIFTI), NIFTI, "segmentation_3d")
 
 
 def suffix_of(path: Path) -> str:
@@ -226,3 +238,31 @@ def _check_values(
         )
     if background is not None and background not in values:
         raise Unsupported(f"background={background}, a value of no class", supported=f"{listed}, or None")
+
+
+def largest_classes(
+    numbers: Int[np.ndarray, " k"], background: int | None, count: int
+) -> tuple[list[int], Int[np.ndarray, " k"], str]:
+    """The `count` classes of most points beside the background, of which the others become part.
+
+    Args:
+        numbers: of points of each class.
+        background: the class that is not scored; None for none.
+
+    Returns:
+        The classes that are kept, the new number of each class, and a note without the background's name.
+
+    Raises:
+        Unsupported: for a number that there is not, and without a background.
+    """
+    number = len(numbers)
+    if background is None or not 1 <= count < number:
+        raise Unsupported(
+            f"classes={count} of {number} classes" + ("" if background is not None else " and no background"),
+            supported=f"1 to {number - 1}, beside a background",
+        )
+    others = [int(i) for i in np.argsort(-numbers, kind="stable") if i != background][:count]
+    kept = sorted([background, *others])
+    table = np.full(number, kept.index(background))
+    table[kept] = np.arange(len(kept))
+    return kept, table, f"the {count} largest of {number - 1} classes; the others count as"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,7 @@ from regard.tasks.documents import names_of
 from regard.tasks.image_files import Images, read_image, stacked, unreadable
 from regard.tasks.images import ImageReader
 from regard.tasks.protocol import IGNORED
-from regard.tasks.segmentation.base import largest_classes
-from regard.tasks.segmentation.folders import CLASSES, PICTURES, class_names, classes_among, pairs_of
+from regard.tasks.segmentation.folders import CLASSES, PICTURES, class_names, classes_among, largest_classes, pairs_of
 
 if TYPE_CHECKING:
     from jaxtyping import Int, UInt8
@@ -46,12 +45,6 @@ class MaskReader(ImageReader):
     def _image(self, path: Path) -> Pixels:
         """Whole, whatever its proportions, since a mask has a class for all of it."""
         return read_image(path, (self.height, self.width), self.channels, stretch=True)[0]
-
-    @classmethod
-    def of_record(cls, record: Mapping[str, Any]) -> MaskReader:
-        """From :meth:`as_record`."""
-        read: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in record.items()}
-        return cls(**{**read, "colours": tuple((r, g, b) for r, g, b in record["colours"])})
 
 
 @dataclass(frozen=True)

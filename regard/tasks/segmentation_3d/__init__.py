@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regard.contract import Unsupported, closest, one_of
+from regard.contract import Unsupported, one_of
 from regard.core.patches import cut, joined
 from regard.tasks.images import choose_patch
 from regard.tasks.protocol import (
@@ -27,7 +27,8 @@ from regard.tasks.protocol import (
     counter_generator,
 )
 from regard.tasks.sampling import in_epochs, spread
-from regard.tasks.segmentation.base import METRICS, MaskTask, check_mask_value, letters
+from regard.tasks.segmentation.base import MaskTask, letters
+from regard.tasks.segmentation.folders import VOLUMES
 from regard.tasks.segmentation.heads import HEADS, is_head
 from regard.tasks.segmentation.masks import colours_of
 from regard.tasks.segmentation_3d.blocks import read_blocks
@@ -80,6 +81,7 @@ class Segmentation3DTask(MaskTask):
     """
 
     name = "segmentation_3d"
+    kind, scenes = VOLUMES, SCENES
     named = (*SCENES, *HEADS)
 
     def __init__(
@@ -101,16 +103,12 @@ class Segmentation3DTask(MaskTask):
         evaluation_items: int = 20,
         seed: int = 0,
     ) -> None:
-        self.seed = check_integer("seed", seed, 0, (1 << 63) - 1)
+        super().__init__(metric, held_out, evaluation_items, seed)
         self.size = _sides(size)
         check_fraction("overlap", overlap, 0.0, 0.9)
-        check_fraction("held_out", held_out, 0.01, 0.5)
-        check_integer("evaluation_items", evaluation_items, 1, 1 << 16)
-        one_of("metric", metric, METRICS)
         one_of("normalise", normalise, ("volume", "data"))
         if spacing is not None:
             check_fraction("spacing", spacing, 0.1, 20.0)
-        self.measure, self.metric = metric, METRICS[metric]
         self.patch = choose_patch(self.size, length, patch)
         self.grid: tuple[int, ...] = tuple(side // self.patch for side in self.size)
         self.length = int(np.prod(self.grid))
@@ -118,7 +116,8 @@ class Segmentation3DTask(MaskTask):
         self.features: int = self.num_targets
 
         chosen = "bodies" if data is None else str(data)
-        _check_options(chosen, validation, spacing, classes, background, ignore)
+        values_of_masks = {"background": background, "ignore": ignore}
+        self.check_data(chosen, values_of_masks, {"validation": validation}, {"classes": classes, "spacing": spacing})
         self._scene = chosen if chosen in SCENES else None
         notes = list[str]()
         nothing: int | None = 0
@@ -134,18 +133,14 @@ class Segmentation3DTask(MaskTask):
             split = f"held-out scenes are drawn from a seed of their own ({seed})"
             self._held_out = evaluation_items
         else:
-            volumes = _split(
-                _read(chosen, validation, self.size, self.patch, spacing, background, ignore, held_out, seed),
-                held_out,
-                seed,
-            )
+            volumes = self._read(chosen, validation, spacing, values_of_masks, held_out)
             volumes = volumes if classes is None else volumes.largest(check_integer("classes", classes, 1, 255))
-            assert volumes.training is not None and volumes.held_out is not None
-            parts = volumes.training, volumes.held_out[spread(len(volumes.held_out), evaluation_items)]
+            source, notes = volumes.source, volumes.notes
+            training, apart, split = self.told_apart(source, len(volumes.voxels), volumes.split, held_out)
+            parts = training, apart[spread(len(apart), evaluation_items)]
             seen, held = ([(volumes.voxels[i], volumes.labels[i]) for i in part] for part in parts)
-            source, split, notes = volumes.source, volumes.split, volumes.notes
             names, values, nothing = volumes.classes, volumes.values, volumes.background
-            self._held_out = len(volumes.held_out)
+            self._held_out = len(apart)
         self.num_classes: int = len(names)
         self.reader = VolumeReader(
             size=self.size,
@@ -214,12 +209,7 @@ class Segmentation3DTask(MaskTask):
         return self._slice(classes, batch)
 
     def describe(self) -> str:
-        names, scored = self.reader.classes, len(self._scored)
-        listed = ", ".join(
-            f"{name} {share:.1%} in {having}" + (" (not scored)" if i == self.reader.background else "")
-            for i, (name, share, having) in enumerate(zip(names, self._shares, self._having, strict=True))
-            if i < 20
-        )
+        scored = len(self._scored)
         (source, split), size = self._told, "x".join(map(str, self.size))
         training = "drawn afresh at each step" if self._scene else f"crops of {len(self._seen):,} volumes"
         smallest, largest = (how([v.shape for v, _ in self._scored], key=np.prod) for how in (min, max))
@@ -229,17 +219,26 @@ class Segmentation3DTask(MaskTask):
             f"crops of {size} voxels"
             + (f" of {self.reader.spacing:g} mm" if self.reader.spacing else "")
             + f": {self.length} tokens ({'x'.join(map(str, self.grid))}), cubes of {self.patch} voxels a side",
-            f"{self.num_classes} classes, with the share of the voxels and the number of {self._measured} training volumes that "
-            f"have them: {listed}" + (", ..." if self.num_classes > 20 else ""),
+            self.classes_told(self._shares, self._having, self._measured),
             f"training: {training}; held out: {self._held_out:,} volumes, {scored:,} of them scored whole ({sides} voxels), in "
             f"windows that overlap by {self.reader.overlap:.0%}",
-            f"split: {split}",
+            *self.rest_told(split, self._ignored, self._notes),
         ]
-        if self._ignored:
-            lines.append(f"ignored: {self._ignored:.1%} of the voxels")
-        lines += [f"note: {note}" for note in self._notes]
         example = self._example[:, :, self._fullest(self._example)]
         return "\n".join([*lines, "slice of a mask:", *letters(np.rot90(example), self.reader.background)])
+
+    def _read(
+        self,
+        data: str,
+        validation: str | Path | None,
+        spacing: float | None,
+        values: Mapping[str, int | str | None],
+        share: float,
+    ) -> Volumes:
+        if is_head(data):
+            return read_blocks(data, self.size, spacing, share, self.seed)
+        other = None if validation is None else Path(validation)
+        return read_volumes(Path(data), other, self.size, self.patch, spacing, **values)
 
     def _around(self, labels: Int[np.ndarray, "x y z"]) -> list[Int[np.ndarray, " n"]]:
         """Voxels of each class beside the background that crops are drawn around; of classes that are there."""
@@ -300,63 +299,6 @@ def _sides(size: Any) -> tuple[int, ...]:
     if len(each) != 3:
         raise Unsupported(f"size={size}", supported="one number, or three", nearest="size=32, or size=[16,64,64]")
     return tuple(check_integer("size", side, LEAST_SIDE, 256) for side in each)
-
-
-def _check_options(data: str, validation: Any, spacing: Any, classes: Any, background: Any, ignore: Any) -> None:
-    """Raise Unsupported for options that the data have no use for."""
-    check_mask_value("background", background)
-    check_mask_value("ignore", ignore)
-    of_folders = {"validation": validation} | {
-        name: None if value == "auto" else (value,) for name, value in (("background", background), ("ignore", ignore))
-    }
-    of_scenes = of_folders | {"classes": classes, "spacing": spacing}
-    for name, value in (of_scenes if data in SCENES else of_folders if is_head(data) else {}).items():
-        if value is not None:
-            raise Unsupported(
-                f"{name}={value[0] if isinstance(value, tuple) else value} for {data}, which comes as it is",
-                supported=f"{name} with a folder of volumes and masks",
-                nearest=f"no {name}",
-            )
-
-
-def _read(
-    data: str,
-    validation: str | Path | None,
-    size: tuple[int, ...],
-    patch: int,
-    spacing: float | None,
-    background: int | str | None,
-    ignore: int | str | None,
-    share: float,
-    seed: int,
-) -> Volumes:
-    if is_head(data):
-        return read_blocks(data, size, spacing, share, seed)
-    folder, named = Path(data), Segmentation3DTask.named
-    if not folder.exists() and (near := closest(data, named)):
-        raise Unsupported(
-            f"data={data} for segmentation_3d, which does not exist",
-            supported=", ".join(named) + ", or a folder with images and masks",
-            nearest=near,
-        )
-    return read_volumes(
-        folder, None if validation is None else Path(validation), size, patch, spacing, background, ignore
-    )
-
-
-def _split(volumes: Volumes, share: float, seed: int) -> Volumes:
-    """With volumes to hold out, where there are none yet."""
-    count = len(volumes.voxels)
-    if volumes.training is None:
-        order, held = counter_generator(seed, 0, SPLIT).permutation(count), max(1, round(share * count))
-        training, held_out = np.sort(order[held:]), np.sort(order[:held])
-        volumes = replace(volumes, training=training, held_out=held_out, split=f"by volume (seed {seed})")
-    if volumes.training is None or not len(volumes.training):
-        raise Unsupported(
-            f"{volumes.source} with {count} different volume" + "s" * (count != 1),
-            supported="2 or more different volumes, one of which is held out",
-        )
-    return volumes
 
 
 def _scale(seen: Sequence[Labelled], background: int | None) -> tuple[float, ...]:

@@ -50,9 +50,11 @@ def read_blocks(data: str, size: tuple[int, ...], spacing: float | None, share: 
         names,
         tuple(range(len(names))),
         0,
-        np.sort(order[count:]),
-        np.sort(order[:count]),
-        f"by blocks of {size[1]} x {size[2]} voxels and the whole width, {GAP} voxels apart or more (seed {seed})",
+        (
+            np.sort(order[count:]),
+            np.sort(order[:count]),
+            f"by blocks of {size[1]} x {size[2]} voxels and the whole width, {GAP} voxels apart or more (seed {seed})",
+        ),
         ["one head: other heads are not held out"],
     )
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -17,9 +17,9 @@ from regard.contract import Unsupported
 from regard.core.patches import cut
 from regard.tasks.documents import names_of
 from regard.tasks.image_files import machine_memory
+from regard.tasks.images import as_tuples
 from regard.tasks.protocol import IGNORED
-from regard.tasks.segmentation.base import largest_classes
-from regard.tasks.segmentation.folders import CLASSES, VOLUMES, class_names, classes_among, pairs_of
+from regard.tasks.segmentation.folders import CLASSES, VOLUMES, class_names, classes_among, largest_classes, pairs_of
 from regard.tasks.segmentation.masks import Colour
 from regard.tasks.segmentation.nifti import Scan, read_mask, read_scan
 
@@ -102,10 +102,9 @@ class VolumeReader:
         return asdict(self)
 
     @classmethod
-    def of_record(cls, record: Mapping[str, Any]) -> VolumeReader:
+    def of_record(cls, record: Mapping[str, Any]) -> Self:
         """From :meth:`as_record`."""
-        read: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in record.items()}
-        return cls(**{**read, "colours": tuple((r, g, b) for r, g, b in record["colours"])})
+        return cls(**{key: as_tuples(value) for key, value in record.items()})
 
 
 @dataclass(frozen=True)
@@ -118,8 +117,8 @@ class Volumes:
         labels: numbers of classes, `IGNORED` where there is none.
         classes, values: names of the classes, and what they are in masks.
         background: number of the class that is not scored; None for none.
-        training, held_out: numbers of the volumes of each part; None to draw volumes to hold out.
-        split: how they were told apart, in words.
+        split: numbers of the volumes to train on and of those to hold out, and in words how they were told apart; None to draw
+            volumes to hold out.
         notes: what was left out.
     """
 
@@ -129,9 +128,7 @@ class Volumes:
     classes: tuple[str, ...]
     values: tuple[int, ...]
     background: int | None
-    training: Int[np.ndarray, " n"] | None = None
-    held_out: Int[np.ndarray, " m"] | None = None
-    split: str = ""
+    split: tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"], str] | None = None
     notes: list[str] = field(default_factory=list)
 
     def counts(self, chosen: Sequence[int]) -> Int[np.ndarray, "v k"]:
@@ -256,13 +253,14 @@ def _distinct(volumes: Volumes, training: int | None) -> Volumes:
     kept = sorted(first.values())
     notes = [f"{count - len(kept)} exact repetitions left out"] if len(kept) < count else []
     new = np.array(kept)
+    split = None
+    if training is not None:
+        split = np.flatnonzero(new < training), np.flatnonzero(new >= training), "by volume, as the data set comes"
     return replace(
         volumes,
         voxels=[volumes.voxels[i] for i in kept],
         labels=[volumes.labels[i] for i in kept],
-        training=None if training is None else np.flatnonzero(new < training),
-        held_out=None if training is None else np.flatnonzero(new >= training),
-        split="by volume, as the data set comes" if training is not None else "",
+        split=split,
         notes=[*volumes.notes, *notes],
     )
 

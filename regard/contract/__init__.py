@@ -1,0 +1,68 @@
+"""The few words everything shares: patterns, masks, context, state, results and the mechanism card.
+
+A *mechanism* is described once, by its card (:class:`Mechanism`); everything else in regard (functions, layers, tests,
+documentation, the command line) reads the card. A *form* is one way to compute a mechanism: ``reference`` (the
+definition), ``parallel``, ``chunked``, ``step``, and for cross patterns ``absorb`` and ``read``. Forms receive dense,
+right-padded tensors and a :class:`Call`; the gathering of padding, packing and sanitising happens before them, in
+:mod:`regard.functional`.
+"""
+
+from __future__ import annotations
+
+from regard.contract.call import Call, lengths_after, valid_from_lengths
+from regard.contract.card import (
+    ACTS_LIKE,
+    PUBLISHED_TOLERANCES,
+    TURNED_BEFORE,
+    Cost,
+    LayerSpec,
+    Mechanism,
+    Paper,
+    Shape,
+    Waiver,
+)
+from regard.contract.context import WANTS, BlockMask, Context, Mask, Role, check_mask
+from regard.contract.errors import Unsupported, at_least, check_options, closest, one_of, spelled
+from regard.contract.patterns import ALL_PATTERNS, Kind, Pattern
+from regard.contract.state import Loss, Result, State, Tensors, state_field
+from regard.contract.trees import register_pytree
+from regard.contract.types import NUMBERS, Types, types_of
+
+__all__ = [
+    "ACTS_LIKE",
+    "ALL_PATTERNS",
+    "NUMBERS",
+    "PUBLISHED_TOLERANCES",
+    "TURNED_BEFORE",
+    "WANTS",
+    "BlockMask",
+    "Call",
+    "Context",
+    "Cost",
+    "Kind",
+    "LayerSpec",
+    "Loss",
+    "Mask",
+    "Mechanism",
+    "Paper",
+    "Pattern",
+    "Result",
+    "Role",
+    "Shape",
+    "State",
+    "Tensors",
+    "Types",
+    "Unsupported",
+    "Waiver",
+    "at_least",
+    "check_mask",
+    "check_options",
+    "closest",
+    "lengths_after",
+    "one_of",
+    "register_pytree",
+    "spelled",
+    "state_field",
+    "types_of",
+    "valid_from_lengths",
+]

@@ -1,0 +1,320 @@
+"""The card of a mechanism, and what stands on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract.errors import Unsupported, closest, spelled
+from regard.contract.patterns import Kind, Pattern
+from regard.contract.state import State, Tensors
+from regard.contract.types import Types, types_of
+
+if TYPE_CHECKING:
+    from regard.layers.parts import Merge, Projection
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a mechanism is defined."""
+
+    title: str
+    arxiv: str
+    year: int
+    number: int | None = None
+    """Its number in the list of 55 papers, when it is one of them."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of a problem, for cost estimates. `n` queries, `m` keys, `dim_key` and `dim_value` widths of a head."""
+
+    batch: int
+    heads: int
+    n: int
+    m: int
+    dim_key: int
+    dim_value: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Analytic cost of one call of the mechanism (projections excluded).
+
+    Attributes:
+        flops: multiply-adds counted twice, forward.
+        memory: numbers of temporary storage that grow with the problem, forward.
+        state: numbers kept for each sequence to decode its next token.
+        step_flops: as `flops`, for decoding one token after `m`.
+    """
+
+    flops: float
+    memory: float
+    state: float
+    step_flops: float
+
+
+@dataclass(frozen=True)
+class Waiver:
+    """A property of the equality matrix that a mechanism does not have, and where it does hold.
+
+    Attributes:
+        property: name of the property in :mod:`regard.workbench.verify`.
+        reason: why it cannot hold in general.
+        holds_with: options under which it holds and is tested; None where it never can.
+        patterns: patterns concerned; all when empty.
+        variants: variants concerned (:attr:`Mechanism.variants`); the default options and all variants when empty.
+        dtypes: dtypes concerned; all when empty.
+    """
+
+    property: str
+    reason: str
+    holds_with: Mapping[str, Any] | None = None
+    patterns: tuple[Pattern, ...] = ()
+    variants: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
+
+    def concerns(
+        self, property_name: str, pattern: Pattern, variant: str = "", dtype: torch.dtype | None = None
+    ) -> bool:
+        """Whether it waives a property in a pattern, with the options of a variant (``""`` for the default ones), in a
+        dtype (None: in every one)."""
+        return (
+            self.property == property_name
+            and (not self.patterns or pattern in self.patterns)
+            and (not self.variants or variant in self.variants)
+            and (not self.dtypes or dtype in self.dtypes)
+        )
+
+
+PUBLISHED_TOLERANCES: Mapping[torch.dtype, float] = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+    torch.bfloat16: 4e-3,
+    torch.float16: 1e-3,
+}
+"""Largest error allowed, as a fraction of the largest output."""
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The specification that a mechanism's own layer modules are built from. Widths are numbers of features.
+
+    `kv_heads` is the number of key/value heads after projection; groups are expanded by the shell unless the card's
+    axis is ``g``.
+    """
+
+    dim: int
+    memory_dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    pattern: Pattern
+    config: Any
+    linear: Callable[..., nn.Module] = nn.Linear
+
+
+ACTS_LIKE: Mapping[str, tuple[str, ...]] = {
+    "lrpe": ("rotary",),
+    "seqpe": ("learned",),
+    "seqpe_mul": ("rotary",),
+    "seqpe_add": ("rotary",),
+    "seqpe_scalar": ("rotary", "alibi"),
+    "toeplitz": ("alibi",),
+}
+"""Position schemes that act where others do: a mechanism that accepts these accepts them too."""
+
+
+TURNED_BEFORE = ("seqpe_mul", "seqpe_add", "seqpe_scalar")
+"""Those of them that change queries and keys before the call, so not of a mechanism that rotates them itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mechanism:
+    """The card of a mechanism: all that is claimed of it, and nothing else is claimed anywhere. Equal only to itself.
+
+    Attributes:
+        name: catalogue name.
+        aliases: other names.
+        alias_options: options of the mechanism or its layer for which some of the aliases stand, such as a variant with a
+            name of its own.
+        kind: what it maps.
+        summary: one sentence.
+        paper: where it is defined.
+        inputs: axes of each tensor. ``b`` batch, ``h`` heads, ``g`` key/value heads (a divisor of h), ``n`` queries,
+            ``m`` keys; other letters are widths that must agree. A name ending in ``?`` is optional.
+        output: axes of the output.
+        patterns: patterns it has.
+        refused: reason for each pattern that it lacks.
+        forms: functions by form name: reference, parallel, chunked, step, absorb, read.
+        config: frozen dataclass of options.
+        variants: sets of options, by name, which together reach every computation that the options allow: the equality
+            matrix runs each, in sizes small enough for its tests.
+            Options of the layer may be among them.
+        variant_patterns: patterns of the variants that have not all of the card's, or do nothing in some.
+        grid_variants: variants that are measured on grids; `sample_inputs` is then called with a ``grid``.
+        layer_variants: variants that layers have and functions do not.
+        state: its state class; None when it cannot continue a sequence.
+        combines: how the states of two pieces of a sequence, of which the later began with none, become that of both:
+            ``sum``, ``diagonal``, ``matrix`` or ``softmax`` (see :mod:`regard.distributed.states`), or a function of the
+            config that says it; ``""`` where one has to be handed to the other.
+        cost: analytic cost of a problem.
+        default_scale: ``"rsqrt"`` for dim_key ** -0.5, a number, or a function of the last axes of the inputs, by name,
+            whose docstring is the formula.
+        default_form: form that computes whole sequences when no state is wanted.
+        honours: of ``bias``, ``blocks``, ``dropout``, ``weights``, ``lse``, ``roles``, ``rotate`` (it rotates queries and
+            keys itself in causal-self), ``teacher`` (weights and outputs to learn from), ``grid`` (tokens stay in their
+            places on a grid, where there is one): what it takes beside tensors.
+        weights: whether attention weights are ``exact``, ``implicit`` or ``none``.
+        accepts_positions: position schemes that may be applied to its queries and keys, or to its scores; those of
+            `ACTS_LIKE` are added.
+        refused_positions: why it accepts no other scheme, where it could be thought to. (Schemes that add to scores need
+            ``bias`` in `honours`.)
+        knows_positions: whether it has positions of its own, so that those of a model that rotates are left out for it.
+        maps_before_rotation: with ``rotate`` in `honours`, whether it rotates queries and keys itself in noncausal-self
+            too, after its feature map; in cross patterns nothing rotates them.
+        length: ``any``, ``multiple``, ``max`` (its option ``length`` is the greatest) or ``grid``.
+        uneven: whether the causal-self form is defined for N != M.
+        domains: how to sample an input that is not a plain tensor of normals: ``log_decay``, ``unit``, ``positive``...
+        axis_sizes: widths of axes of `inputs` that options or the shape decide, in a problem as `cost` counts it; tests
+            have smaller ones.
+        sample_inputs: makes inputs for tests, when `domains` is not enough.
+        sample_context: makes what else a call needs in tests (roles), as tensors by name.
+        projection: makes the mechanism's inputs of the shell's q, k, v and tokens (:mod:`regard.layers.parts`).
+        merge: changes the head outputs before the output projection.
+        module: the whole layer, for mixers, poolings, projections and wrappers; of attention a class derived from the
+            shell, where it must see layer inputs again.
+        prepare: inserts the tokens it needs: ids -> (ids, roles).
+        layer_defaults: options of the shell that belong to the mechanism.
+        engine: what computes its fast forms, as in :func:`regard.which_backend`; ``""`` for plain PyTorch.
+        waivers: properties that do not hold, with reasons.
+        tolerances: largest error by dtype, relative to the largest output.
+    """
+
+    name: str
+    kind: Kind
+    summary: str
+    paper: Paper
+    inputs: Mapping[str, str]
+    patterns: tuple[Pattern, ...]
+    forms: Mapping[str, Callable[..., Any]]
+    config: type
+    cost: Callable[[Shape, Any], Cost]
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    variant_patterns: Mapping[str, tuple[Pattern, ...]] = field(default_factory=dict)
+    grid_variants: frozenset[str] = frozenset()
+    layer_variants: frozenset[str] = frozenset()
+    aliases: tuple[str, ...] = ()
+    alias_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    output: str = "bhnv"
+    refused: Mapping[Pattern, str] = field(default_factory=dict)
+    state: type[State] | None = None
+    combines: str | Callable[[Any], str] = ""
+    default_scale: float | str | Callable[[Mapping[str, int]], float] = "rsqrt"
+    default_form: str = "parallel"
+    honours: frozenset[str] = frozenset()
+    weights: str = "none"
+    accepts_positions: tuple[str, ...] = ("none", "sinusoidal", "learned", "rotary")
+    refused_positions: str = ""
+    knows_positions: bool = False
+    maps_before_rotation: bool = False
+    length: str = "any"
+    uneven: bool = True
+    domains: Mapping[str, str] = field(default_factory=dict)
+    axis_sizes: Callable[[Shape, Any], Mapping[str, int]] | None = None
+    sample_inputs: Callable[..., Tensors] | None = None
+    sample_context: Callable[..., Tensors] | None = None
+    projection: type[Projection] | None = None
+    merge: type[Merge] | None = None
+    module: type[nn.Module] | None = None
+    prepare: Callable[..., tuple[Tensor, Tensor]] | None = None
+    layer_defaults: Mapping[str, Any] = field(default_factory=dict)
+    engine: str = ""
+    waivers: tuple[Waiver, ...] = ()
+    tolerances: Mapping[torch.dtype, float] = field(default_factory=lambda: PUBLISHED_TOLERANCES)
+    axes: Mapping[str, str] = field(init=False, repr=False)
+    """Axes of each input by name, optional ones too. Made from `inputs`."""
+    option_types: Types = field(init=False, repr=False)
+    """Types of the options of `config`."""
+
+    def __post_init__(self) -> None:
+        if not self.alias_options.keys() <= set(self.aliases):
+            raise Unsupported(f"alias_options of {self.name} for no alias", supported=", ".join(self.aliases))
+        special = {*self.variant_patterns, *self.grid_variants, *self.layer_variants}
+        if not special <= self.variants.keys():
+            raise Unsupported(
+                f"{special - self.variants.keys()}, no variants of {self.name}", supported=", ".join(self.variants)
+            )
+        object.__setattr__(self, "option_types", types_of(self.config))
+        object.__setattr__(self, "axes", {name.rstrip("?"): axes for name, axes in self.inputs.items()})
+        accepted = self.accepts_positions
+        alike = [
+            scheme
+            for scheme, others in ACTS_LIKE.items()
+            if scheme not in accepted
+            and set(others) <= set(accepted)
+            and not (scheme in TURNED_BEFORE and "rotate" in self.honours)
+        ]
+        object.__setattr__(self, "accepts_positions", (*accepted, *alike))
+
+    def spelled_aliases(self) -> list[str]:
+        """Its aliases, with the options for which they stand in parentheses."""
+        return [
+            f"{alias} ({spelled(self.alias_options[alias])})" if alias in self.alias_options else alias
+            for alias in self.aliases
+        ]
+
+    def require_pattern(self, pattern: str | Pattern) -> Pattern:
+        """The parsed pattern; raises Unsupported with the card's reason when the mechanism lacks it."""
+        wanted = pattern if isinstance(pattern, Pattern) else Pattern.parse(pattern)
+        if wanted not in self.patterns:
+            reason = self.refused.get(wanted, "")
+            raise Unsupported(
+                f"{self.name} in the pattern {wanted.value}" + (f" ({reason})" if reason else ""),
+                supported=", ".join(self.patterns),
+                nearest=next((p.value for p in self.patterns if p.cross == wanted.cross), "softmax"),
+            )
+        return wanted
+
+    def options(self, **options: Any) -> Any:
+        """The mechanism's `Config` from options; unknown names and bad values raise Unsupported."""
+        names = list(self.config.__dataclass_fields__)  # type: ignore[attr-defined]
+        for name in options:
+            if name not in names:
+                raise Unsupported(
+                    f"option {name!r} of {self.name}",
+                    supported=", ".join(names) or "no options",
+                    nearest=closest(name, names),
+                )
+        self.option_types.check(self.name, options)
+        return self.config(**options)
+
+    @property
+    def keeps_places(self) -> bool:
+        """Whether tokens on a grid stay in their places, with padding among them, instead of being gathered."""
+        return self.length == "grid" or "grid" in self.honours
+
+    def patterns_of(self, variant: str) -> tuple[Pattern, ...]:
+        """Patterns of a variant; the card's for ``""``, the default options."""
+        return self.variant_patterns.get(variant, self.patterns)
+
+    def combines_with(self, config: Any) -> str:
+        """`combines`, with these options."""
+        return self.combines if isinstance(self.combines, str) else self.combines(config)
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether its state has a size that does not grow with the sequence."""
+        return self.is_recurrent(self.config())
+
+    def is_recurrent(self, config: Any) -> bool:
+        """Whether its state has a size that does not grow with the sequence, with these options."""
+        if self.state is None:
+            return False
+        small, large = (self.cost(Shape(1, 1, n, n, 64, 64), config).state for n in (1 << 12, 1 << 16))
+        return small == large
