@@ -34,6 +34,12 @@ def _at_most(seconds: float, rounds: Callable[..., dict[str, list[float]]]) -> C
 timing.rounds = _at_most(0.05, timing.rounds)  # no test asks how long anything takes; before other modules import it
 
 
+if (
+    not torch.accelerator.is_available()
+):  # torch's own formats the stack once for each kind of accelerator: milliseconds
+    torch.manual_seed = torch.default_generator.manual_seed
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _short_calibrations() -> Iterator[None]:
     """Of a comparison, which then tells another remaining time and nothing else."""

@@ -6,6 +6,7 @@ import torch
 from regard import get_mechanism, list_mechanisms
 from regard.contract import Kind, Pattern
 from regard.models import LanguageModel, LanguageModelConfig
+from regard.models.generation import sample
 from regard.tasks import create_task
 from regard.training import TrainConfig, train
 
@@ -22,22 +23,24 @@ def text():
     return create_task("text", length=32, evaluation_items=8)
 
 
+def drawing():
+    return torch.Generator().manual_seed(1)
+
+
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
-def test_greedy_generation_through_the_state_equals_recomputing(plan, text):
+def test_generation_through_the_state_equals_recomputing(plan, text):
     torch.manual_seed(0)
     model = LanguageModel(LanguageModelConfig(text.vocab_size, dim=32, plan=plan, num_heads=2))
     history = train(model, text, TrainConfig(steps=25, batch_size=4, learning_rate=3e-3, measure_memory=False))
     assert history.finished and history.final_loss < history.curve[0].loss - 0.5
     model = model.double().eval()
     prompt = text.training_batch(0, 1, 2).inputs[:, :20]
-    through_state = model.generate(prompt, 200)
-    assert through_state.shape == (2, 200)
-    logits = model(torch.cat([prompt, through_state], 1)).output[:, prompt.shape[1] - 1 : -1]
-    assert torch.equal(through_state, logits.argmax(-1))
     # a barely trained model's greedy text may repeat itself; drawn text may not, and shows any drift of the logits
-    drawn, again = (
-        model.generate(prompt, 40, temperature=1.0, generator=torch.Generator().manual_seed(1), use_state=use)
-        for use in (True, False)
-    )
-    assert torch.equal(drawn, again)
-    assert drawn.unique().numel() > 10
+    for tokens, temperature in ((40, 0.0), (120, 1.0)):  # past blocks and windows of 64 and 128
+        through_state = model.generate(prompt, tokens, temperature=temperature, generator=drawing())
+        assert through_state.shape == (2, tokens)
+        logits = model(torch.cat([prompt, through_state], 1)).output[:, prompt.shape[1] - 1 : -1]
+        generator = drawing()
+        whole = [sample(now, temperature=temperature, generator=generator) for now in logits.unbind(1)]
+        assert torch.equal(through_state, torch.stack(whole, 1))
+    assert through_state.unique().numel() > 10

@@ -151,6 +151,7 @@ def which_backend(
         where = pytorch.device(device)
     except RuntimeError as error:
         raise Unsupported(f"device {device!r}", supported="a device of torch", nearest="cpu") from error
+    _note(engine)
     passed: list[str] = []
     for candidate in _candidates(engine, backend):
         reason = candidate.lacks(engine, where, dtype)
@@ -183,7 +184,15 @@ class Ran:
 
 
 class Record(Counter[Ran]):
-    """How often engines ran, and on what; printed as a line for each."""
+    """How often engines ran, and on what; printed as a line for each.
+
+    Attributes:
+        asked: engines that a backend was chosen for: those that ran, and those that a mechanism goes without on torch.
+    """
+
+    def __init__(self, *counts: Any) -> None:
+        super().__init__(*counts)
+        self.asked: set[str] = set()
 
     @property
     def backends(self) -> set[str]:
@@ -223,6 +232,12 @@ def watch_backends() -> Iterator[Record]:
         _WATCHERS.records.pop()
 
 
+def _note(engine: str) -> None:
+    if not pytorch.compiler.is_compiling():
+        for record in _WATCHERS.records:
+            record.asked.add(engine)
+
+
 def prefers_native() -> bool:
     """Whether native forms come first here, torch's follow and nobody asks which runs: then a form may be called directly."""
     return BACKENDS[0] is NATIVE and NATIVE.missing is None and BACKENDS[-1] is TORCH and not _WATCHERS.records
@@ -234,6 +249,7 @@ def execute(engine: str, requested: str | None, device: pytorch.device, dtype: p
     Raises:
         Unsupported: when the backend asked for cannot run it.
     """
+    _note(engine)
     passed: list[str] = []
     for candidate in BACKENDS if requested is None else _candidates(engine, requested):
         reason = candidate.lacks(engine, device, dtype)

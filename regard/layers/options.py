@@ -6,12 +6,13 @@ checks what belongs together.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -149,6 +150,11 @@ class LinearOptions(Group):
 
 def shell_options(shell: type[nn.Module]) -> Mapping[str, type[Group] | None]:
     """The options of a layer class by name, with the group of those that are in one."""
+    return _options(cast(Any, shell))
+
+
+@functools.cache
+def _options(shell: Any) -> Mapping[str, type[Group] | None]:
     found: dict[str, type[Group] | None] = {}
     for name, parameter in inspect.signature(shell).parameters.items():
         if isinstance(parameter.default, Group):
@@ -161,6 +167,11 @@ def shell_options(shell: type[nn.Module]) -> Mapping[str, type[Group] | None]:
 
 def shell_types(shell: type[nn.Module]) -> Types:
     """Types of the options of a layer class."""
+    return _types(cast(Any, shell))
+
+
+@functools.cache
+def _types(shell: Any) -> Types:
     annotated = [shell, *{group for group in shell_options(shell).values() if group is not None}]
     hints: dict[str, Any] = {}
     for one in annotated:

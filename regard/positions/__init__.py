@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from typing import Any
+from typing import Any, cast
 
 from regard.contract import Unsupported, closest
 from regard.positions.alibi import Alibi
@@ -87,7 +88,7 @@ def create_positions(
         )
     scheme = SCHEMES[name]
     sizes = {"dim": dim, "heads": heads, "head_dim": head_dim, "kv_heads": kv_heads, "max_length": max_length}
-    accepted = _accepted(scheme)
+    accepted = _accepted(cast(Any, scheme))
     own = [option for option in accepted if option not in sizes]
     for option in options:
         if option not in own:
@@ -99,7 +100,8 @@ def create_positions(
     return scheme(**{size: value for size, value in sizes.items() if size in accepted}, **options)
 
 
-def _accepted(scheme: type[Positions]) -> list[str]:
+@functools.cache
+def _accepted(scheme: Any) -> tuple[str, ...]:
     """Names of a scheme's arguments, with those that it hands on to its base class."""
     found: dict[str, None] = {}
     for base in scheme.__mro__:
@@ -109,4 +111,4 @@ def _accepted(scheme: type[Positions]) -> list[str]:
         found |= {p.name: None for p in parameters if p.kind is p.KEYWORD_ONLY}
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
-    return list(found)
+    return tuple(found)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from regard.workbench.properties import (
     NotApplicable,
     Property,
     exactly,
+    in_threads,
     padded_layouts,
     relative_error,
     worst,
@@ -125,9 +125,9 @@ def layer_padding(subject: Subject, dtype: torch.dtype) -> float:
 
 def layer_decoding(subject: Subject, dtype: torch.dtype) -> float:
     """Prefill, then one token at a time, equals the whole; in cross patterns on memory absorbed once."""
-    layer = LayerSubject(subject, dtype)
     if not subject.layer_decodes:
         raise NotApplicable
+    layer = LayerSubject(subject, dtype)
     if layer.cross and not hasattr(layer.layer, "encode_memory"):
         raise NotApplicable
     n = 11
@@ -155,8 +155,10 @@ def layer_decoding(subject: Subject, dtype: torch.dtype) -> float:
 
 def layer_ragged(subject: Subject, dtype: torch.dtype) -> float:
     """Rows of unequal length, padded, then one token at a time, equal each row alone."""
+    if not subject.layer_decodes:
+        raise NotApplicable
     layer = LayerSubject(subject, dtype)
-    if not subject.layer_decodes or (layer.cross and not hasattr(layer.layer, "encode_memory")):
+    if layer.cross and not hasattr(layer.layer, "encode_memory"):
         raise NotApplicable
     counts, most, more = (11, 2), 11, 4
     lengths, want = torch.tensor(counts), frozenset({"state"})
@@ -365,15 +367,9 @@ def layer_threads(subject: Subject, dtype: torch.dtype) -> float:
 
     def work(n: int) -> list[Tensor]:
         x, roles = layer.x(n, seed=n), layer.roles(9 if layer.cross else n)
-        return [layer(x, memory, roles=roles).output for _ in range(3)]
+        return [layer(x, memory, roles=roles).output]
 
-    lengths = (12, 10, 6, 6)
-    expected = [work(n) for n in lengths]
-    with ThreadPoolExecutor(len(lengths)) as pool:
-        found = list(pool.map(work, lengths))
-    return worst(
-        [relative_error(x, y) for a, b in zip(found, expected, strict=True) for x, y in zip(a, b, strict=True)]
-    )
+    return in_threads(work, (12, 10, 6, 6))
 
 
 DOUBLE_SINGLE = (torch.float64, torch.float32)

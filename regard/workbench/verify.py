@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -74,10 +75,14 @@ class Place:
         return dict(zip(KEY, (*names, self.backend), strict=True))
 
 
-def check(place: Place, *, seed: int = 0) -> Cell | None:
+def check(place: Place, *, seed: int = 0, asked: dict[tuple[Any, ...], set[str]] | None = None) -> Cell | None:
     """Measure one cell; None where the property does not apply, or nothing in it runs on the backend.
 
     On ``torch`` nothing else runs; on another backend, what it cannot run is left to torch.
+
+    Args:
+        asked: engines that cells on torch asked for, to which those of this cell are added: where they asked for none, no
+            other backend has anything to run.
     """
     if place.prop.level == "function" and place.variant in place.card.layer_variants:
         return None
@@ -95,6 +100,10 @@ def check(place: Place, *, seed: int = 0) -> Cell | None:
             return Cell(**place.key, status=status, error=None, tolerance=tolerance, detail=detail, seconds=0.0)
         subject = subject.with_options(dict(waiver.holds_with))
         detail += f" (measured with {', '.join(f'{k}={v}' for k, v in waiver.holds_with.items())})"
+    asked = {} if asked is None else asked
+    everywhere = card.name, place.variant, pattern, prop.name, repr(subject.options), seed
+    if backend != "torch" and asked.get(everywhere) == set():
+        return None
     if prop.name in PROGRAMS and backend != "torch" and not _runs_on(backend, subject, dtype):
         return None
     ran = Record()
@@ -113,6 +122,8 @@ def check(place: Place, *, seed: int = 0) -> Cell | None:
         status = "fail"
         last = traceback.extract_tb(failure.__traceback__)[-1]
         detail = f"{type(failure).__name__}: {failure} ({last.name}, line {last.lineno})"
+    if backend == "torch" and prop.name not in PROGRAMS:
+        asked.setdefault(everywhere, set()).update(ran.asked)
     if (
         backend not in ran.backends and backend != "torch" and prop.name not in PROGRAMS
     ):  # what is compiled tells nothing
@@ -204,6 +215,7 @@ def verify(
         Unsupported: for names, patterns and variants that do not exist.
     """
     cells = []
+    asked: dict[tuple[Any, ...], set[str]] = {}
     for place in plan(names, patterns=patterns, properties=properties, variants=variants):
         if on_place is not None:
             on_place(place)
@@ -211,7 +223,7 @@ def verify(
             continue
         seeds = (0, 1, 2) if full and place.prop.name not in PROGRAMS else (0,)
         chosen = dataclasses.replace(place, prop=_inductor(place.prop)) if full else place
-        measured = [cell for seed in seeds if (cell := check(chosen, seed=seed)) is not None]
+        measured = [cell for seed in seeds if (cell := check(chosen, seed=seed, asked=asked)) is not None]
         if not measured:
             continue
         cell = max(measured, key=lambda c: (c.status == "fail", c.error or 0.0))

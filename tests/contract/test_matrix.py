@@ -33,7 +33,8 @@ def failures_of(name, pattern, properties, variant="", dtypes=None):
         for backend in verified_backends()
         for dtype in prop.dtypes_on(backend)[:dtypes]
     )
-    cells = (check(place) for place in places)
+    asked = {}
+    cells = [check(place, asked=asked) for place in places]
     return [f"{c.property} of {c.dtype} on {c.backend}: {c.detail}" for c in cells if c and c.status == "fail"]
 
 

@@ -276,6 +276,20 @@ add(["state"], "state_that_is_reset_to_ones", LINEAR, dataclasses.replace(RESET,
 add(["refusals"], "no_reason", LINEAR, dataclasses.replace(LINEAR, patterns=(CAUSAL,)), CAUSAL)
 
 
+def test_a_hundredth_of_one_number_s_gradient_that_the_definition_lacks_too_is_caught():
+    def lossy(form):
+        def run(call, q, k, v):
+            one = torch.zeros_like(v)
+            one[..., :1, :1] = 0.01
+            return form(call, q, k, v + one * (v.detach() - v))
+
+        return run
+
+    card = with_forms(SOFTMAX, **{name: lossy(SOFTMAX.forms[name]) for name in ("reference", "parallel")})
+    assert status(SOFTMAX, "gradient", NONCAUSAL) == ["pass"]
+    assert status(card, "gradient", NONCAUSAL) == ["fail"]
+
+
 def test_gradient_into_padding_is_caught(monkeypatch):
     card = with_output(LINEAR, lambda o, inputs, call: o + inputs["v"].mean(2, keepdim=True))
     assert status(card, "padding_gradient", NONCAUSAL) == ["pass"]

@@ -10,6 +10,8 @@ from regard.reproductions.framework.runs import MOST_SEEDS, run_cell
 from regard.reproductions.framework.training import digit_pixels
 from regard.tasks.protocol import IGNORED
 
+TOGETHER = [pytest.param(name, marks=pytest.mark.xdist_group(f"reproduction {name}")) for name in list_reproductions()]
+"""Tests of one reproduction share its cells, which are of one worker."""
 SMALL: dict[str, dict[tuple[str, int], dict]] = {}
 
 
@@ -30,7 +32,7 @@ def small_cell(reproduction, setting):
         raise
 
 
-@pytest.mark.parametrize("name", list_reproductions())
+@pytest.mark.parametrize("name", TOGETHER)
 def test_small_settings_run_and_measure_what_the_checks_ask_for(name):
     reproduction, cells = small_cells(name)
     for measured in cells.values():
@@ -55,7 +57,7 @@ def test_it_says_what_it_is(name):
         assert set(reproduction.smoke) & set(setting), "a setting that is not shrunk"
 
 
-@pytest.mark.parametrize("name", list_reproductions())
+@pytest.mark.parametrize("name", TOGETHER)
 def test_a_cell_without_timings_repeats(name):
     reproduction, cells = small_cells(name)
     setting = next((s for s in reproduction.settings if s not in reproduction.timings), None)
