@@ -91,18 +91,18 @@ def mask_image(classes: Int[np.ndarray, "h w"], reader: MaskReader | VolumeReade
     return drawn
 
 
-def check_output(output: Path, count: int) -> None:
-    """Raise Unsupported for a place that the masks of `count` pictures cannot be written to."""
+def check_output(output: Path, count: int, what: str = "mask") -> None:
+    """Raise Unsupported for a place that what is made of `count` pictures cannot be written to."""
     if output.suffix and (output.suffix.lower() != ".png" or count > 1) and not output.is_dir():
         raise Unsupported(
-            f"--output {output} for " + ("one mask" if count == 1 else f"{count} masks"),
+            f"--output {output} for " + (f"one {what}" if count == 1 else f"{count} {what}s"),
             supported="a file ending in .png, of one picture, or a folder",
             nearest=str(output.with_suffix(".png") if count == 1 else output.with_suffix("")),
         )
 
 
 def place_of(output: Path, path: Path, taken: set[str]) -> Path:
-    """Where the mask of a picture is written: the file, or one named like it in the folder."""
+    """Where what is made of a picture is written: the file, or one named like it in the folder."""
     if output.suffix.lower() == ".png" and not output.is_dir():
         return output
     return output / f"{unused_name(path, taken)}.png"

@@ -90,6 +90,11 @@ def test_train_evaluate_and_predict_from_the_command_line(
     assert len(told["skipped"]) == 1 and "broken.png" in told["skipped"][0]
     drawn = answer(capsys, f"explain {folder} {above} --output {tmp_path / 'drawn'}")["images"]
     assert drawn[0]["class"] == "above" and drawn[0]["method"] == "occlusion" and Path(drawn[0]["drawing"]).is_file()
+    single = tmp_path / "drawn.png"
+    assert answer(capsys, f"explain {folder} {above} --output {single}")["images"][0]["drawing"] == str(single)
+    assert single.read_bytes() == Path(drawn[0]["drawing"]).read_bytes()
+    code, _, error = run(capsys, f"explain {folder} {above} {above} --output {single}")
+    assert code == 2 and "for 2 drawings" in error
     code, _, error = run(capsys, f"explain {folder} {above} --class abov")
     assert code == 2 and "try above" in error
     code, _, error = run(capsys, f"predict {folder} {broken}")
