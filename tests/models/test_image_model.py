@@ -83,6 +83,13 @@ def test_train_evaluate_and_predict_from_the_command_line(
     )
     assert found["backbone"] == ["van_nano", {"widths": [8, 8, 8]}] and found["score"] > 0.9
     assert answer(capsys, f"evaluate {folder}")["score"] == found["score"]
+    for name in ("above", "below"):
+        (tmp_path / "more" / name).mkdir(parents=True)
+        for number in range(3):
+            picture = (photographs / name / f"{number}.png").read_bytes()
+            (tmp_path / "more" / name / f"{number}.png").write_bytes(picture)
+    assert answer(capsys, f"evaluate {folder} {tmp_path / 'more'}")["shared"] == 6
+    assert "held-out images that hold all" in run(capsys, f"evaluate {folder} {photographs}")[2]
     (tmp_path / "broken.png").write_text("no picture")
     above, broken = photographs / "above" / "0.png", tmp_path / "broken.png"
     told = answer(capsys, f"predict {folder} {above} {broken} --skip-unreadable")
