@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,13 @@ from regard.measurement import units
 
 
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="Folder of regard train, or of regard compress.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of regard train, retrofit or compress, or a causal language model of transformers (a folder, or a "
+            ".gguf file)."
+        ),
+    ],
     data: Annotated[
         list[str] | None,
         typer.Argument(help="Other data to score it on, in the form of its own; its held-out items when not given."),
@@ -44,24 +51,25 @@ def evaluate(
     \b
         regard evaluate my_model
         regard evaluate my_model other_corpus.txt
+        regard evaluate hybrid/ other.txt
         regard evaluate reviews new_reviews.csv --json
         regard evaluate photos --reduce tome:remove=4
         regard evaluate reviews --exit entropy:0.1 --exit entropy:0.5 --exit layer:2
     """
-    from regard.compression.folders import is_compressed, read_record
     from regard.measurement.statistics import score_of_items
     from regard.workbench.early_exits import exited, leaving
+    from regard.workbench.lighter.subjects import is_of_transformers
     from regard.workbench.reduced import AT_ONCE, reduced, told
     from regard.workbench.trained import figures_of, open_trained
 
     rules = exit_rules or []
-    if is_compressed(folder) and read_record(folder)["library"] == "transformers":
+    if is_of_transformers(folder):
         if reduce is not None or rules:
             raise Unsupported(
                 f"{'--exit' if rules else '--reduce'} of {folder}, a language model of transformers",
                 supported="models of regard train",
             )
-        _of_transformers(folder, data, as_json)
+        _of_transformers(folder, data, device, as_json)
         return
     own = plugged_tasks(load_plugins(plugin), (data,))
     trained = open_trained(folder)
@@ -84,6 +92,9 @@ def evaluate(
         "items": len(found.items),
         "baseline": None if baseline is None else {"name": baseline.name, "score": baseline.score},
     }
+    shared = 0 if chosen is None else getattr(task, "shared", 0)
+    if shared:
+        result["shared"] = shared
     if fewer is not None:
         again = trained.score(chosen, device=device, model=fewer.model)
         batch = next(iter(task.evaluation_batches(AT_ONCE)))
@@ -97,6 +108,10 @@ def evaluate(
         return
     beside = "" if baseline is None else f"; without training, {baseline.name} has {baseline.score:.4g}"
     console.print(Text(f"{found.score:.4g} {task.metric} on {len(found.items)} items{beside}."))
+    if shared:
+        console.print(
+            Text(f"{shared} of the items are among the data of its training: what was learnt by heart counts as known.")
+        )
     for name, (mean, error) in figures.items():
         console.print(Text(f"{name}: {' ± '.join(units.with_error(mean, error))} over the items"))
     if fewer is not None:
@@ -105,24 +120,34 @@ def evaluate(
         console.print(Text(one.told(task.metric)))
 
 
-def _of_transformers(folder: Path, data: list[str] | None, as_json: bool) -> None:
-    """The perplexity of a compressed causal language model on a text."""
+def _of_transformers(folder: Path, data: list[str] | None, device: str, as_json: bool) -> None:
+    """The perplexity of a causal language model on a text."""
     from regard.compression import text_windows
+    from regard.measurement.statistics import score_of_items
     from regard.tasks.documents import read_documents
-    from regard.workbench.lighter.subjects import LENGTH, encode, open_compressed, perplexity
+    from regard.workbench.lighter.subjects import LENGTH, encode, nats_of_windows, open_of_transformers
 
     if not data:
         raise Unsupported(
             f"{folder} without a text", supported="text files or folders behind it", nearest="my_corpus.txt"
         )
-    model, tokenizer = open_compressed(folder)
+    model, tokenizer = open_of_transformers(folder, device)
     documents, _ = read_documents(data, "text")
-    text = b"".join(document.text for document in documents).decode()
-    ids = encode(tokenizer, text)
-    length = min(LENGTH, len(ids))
-    windows = text_windows(ids, length, 64)
-    found = perplexity(model, windows)
+    ids = encode(tokenizer, b"".join(document.text for document in documents).decode())
+    length = min(LENGTH, getattr(model.config, "max_position_embeddings", None) or LENGTH, max(len(ids), 2))
+    windows = [window.to(device) for window in text_windows(ids, length, 64)]
+    nats, error = score_of_items(nats_of_windows(model, windows))
+    found = math.exp(min(nats, 700.0))
     if as_json:
-        emit({"folder": str(folder), "metric": "perplexity", "score": found, "items": len(windows)})
+        emit(
+            {
+                "folder": str(folder),
+                "metric": "perplexity",
+                "score": found,
+                "standard_error": found * error,
+                "items": len(windows),
+            }
+        )
         return
-    console.print(Text(f"{found:.4g} perplexity on {len(windows)} windows of {length} tokens."))
+    beside = "" if math.isnan(error) else f" (± {found * error:.2g})"
+    console.print(Text(f"{found:.4g}{beside} perplexity on {len(windows)} windows of {length} tokens."))

@@ -17,13 +17,18 @@ from regard.contract import Unsupported, closest
 def explain(
     folder: Annotated[Path, typer.Argument(help="Folder of regard train.")],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
-    output: Annotated[Path, typer.Option(help="Folder for the drawings, one PNG an image.")] = Path("explained"),
+    output: Annotated[
+        Path, typer.Option(help="Folder for the drawings, one PNG an image; or a .png for that of a single image.")
+    ] = Path("explained"),
     of: Annotated[
         str | None, typer.Option("--class", help="The class to explain; the likeliest when not given.")
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="rollout (vision transformers with softmax) or occlusion (any model); the first that fits."),
+        typer.Option(
+            help="rollout (vision transformers with softmax), regions (BiFormer), agents (agent attention) or occlusion (any "
+            "model); the first that fits."
+        ),
     ] = None,
     reduce: REDUCE = None,
     device: DEVICE = "cpu",
@@ -32,7 +37,8 @@ def explain(
     """Draw beside each picture what the model's class rests on: bright is what counts.
 
     Occlusion hides parts of the picture and sees how much less likely the class becomes. Rollout follows the attention
-    weights from the class token back to the patches. With --reduce the drawing shows the tokens that are left: patches that
+    weights from the class token back to the patches. Regions shows how many regions read each region in the last block that routes,
+    and agents what each agent gathers, a map for each: what the model reads, whatever the class. With --reduce the drawing shows the tokens that are left: patches that
     were merged have one colour, and those that were dropped are dark.
 
     Examples:
@@ -47,12 +53,12 @@ def explain(
 
     from regard.contract import Context
     from regard.models.weights import write_atomically
-    from regard.tasks.image_files import unused_name
     from regard.tasks.segmentation import MaskReader
     from regard.tasks.segmentation.folders import PICTURES, files_of
     from regard.tasks.segmentation_3d import VolumeReader
     from regard.workbench import explain as maps
     from regard.workbench.reduced import reduced
+    from regard.workbench.segment import check_output, place_of
     from regard.workbench.trained import open_trained
 
     trained = open_trained(folder)
@@ -72,7 +78,9 @@ def explain(
             f"class {of!r}", supported=", ".join(reader.classes[:20]), nearest=closest(of, reader.classes)
         )
     told, taken = [], set[str]()
-    for path in [path for given in images for path in files_of(given, PICTURES)]:
+    paths = [path for given in images for path in files_of(given, PICTURES)]
+    check_output(output, len(paths), PICTURES, "drawing")
+    for path in paths:
         inputs = reader.read([path])[0].to(device)
         with torch.inference_mode():
             logits = model(inputs[None], context=Context(grid=reader.grid)).output[0]
@@ -81,11 +89,11 @@ def explain(
             picture = reader.seen(ImageOps.exif_transpose(opened))
             if fewer is None:
                 used, weight = maps.explain(model, inputs, reader.grid, label, method)
-                drawn = maps.draw(picture, weight)
+                drawn = maps.draw(picture, weight, smooth=used != "regions")
             else:
                 used = f"{reduce}, {fewer.reduction.counts[-1]} tokens left"
                 drawn = maps.draw_tokens(picture, fewer.patches(reader.grid)[0])
-        place = output / f"{unused_name(path.stem, taken)}.png"
+        place = place_of(output, path, taken, PICTURES)
         write_atomically(place, functools.partial(drawn.save, format="PNG"))
         told.append(
             {

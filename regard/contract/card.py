@@ -191,6 +191,8 @@ class Mechanism:
             shell, where it must see layer inputs again.
         prepare: inserts the tokens it needs: ids -> (ids, roles).
         layer_defaults: options of the shell that belong to the mechanism.
+        in_trained_models: options, of a training length and a number of heads, with which it takes the place of softmax in a
+            model that is trained already, where these are not the defaults.
         engine: what computes its fast forms, as in :func:`regard.which_backend`; ``""`` for plain PyTorch.
         waivers: properties that do not hold, with reasons.
         tolerances: largest error by dtype, relative to the largest output.
@@ -234,6 +236,7 @@ class Mechanism:
     module: type[nn.Module] | None = None
     prepare: Callable[..., tuple[Tensor, Tensor]] | None = None
     layer_defaults: Mapping[str, Any] = field(default_factory=dict)
+    in_trained_models: Callable[[int, int], Mapping[str, Any]] | None = None
     engine: str = ""
     waivers: tuple[Waiver, ...] = ()
     tolerances: Mapping[torch.dtype, float] = field(default_factory=lambda: PUBLISHED_TOLERANCES)

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
@@ -29,7 +30,9 @@ PREFIX = "regard_"
 WORDS = {"in_chans": "channels", "img_size": "image_size", "drop_rate": "dropout", "drop_path_rate": "drop_path"}
 """timm's names of options, and those here."""
 FEATURES = 4
-"""Maps that ``features_only`` gives where no ``out_indices`` are named: the last so many."""
+"""Maps that ``features_only`` gives where no ``out_indices`` are named: the last so many, or all of fewer."""
+TIMMS_OWN = ("features_only", "feature_cls", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+"""Options of `timm.create_model` that are not the model's."""
 
 
 def _configuration(name: str) -> dict[str, Any]:
@@ -50,6 +53,13 @@ def _configuration(name: str) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs({PREFIX + name: _configuration(name) for name in list_backbones()})
 
 
+def _levels(build: Callable[..., nn.Module], options: dict[str, Any]) -> int:
+    """How many maps a backbone of such options has."""
+    with torch.device("meta"):
+        levels: Any = build(**{option: value for option, value in options.items() if option not in TIMMS_OWN}).levels
+    return len(levels)
+
+
 def _entry_point(name: str) -> Callable[..., nn.Module]:
     def build(**options: Any) -> nn.Module:
         return create_backbone(name, **{WORDS.get(option, option): value for option, value in options.items()})
@@ -60,7 +70,9 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
                 f"pretrained weights of {PREFIX}{name}, of which there are none to download",
                 supported="pretrained=False, and load_released with the official repository's state dict",
             )
-        features = {"out_indices": FEATURES, "feature_cls": "getter"}
+        features: dict[str, Any] = {"feature_cls": "getter"}
+        if options.get("features_only") and "out_indices" not in options:
+            features["out_indices"] = min(FEATURES, _levels(build, options))
         return build_model_with_cfg(build, PREFIX + name, False, feature_cfg=features, **options)
 
     create.__name__ = create.__qualname__ = PREFIX + name

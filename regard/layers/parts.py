@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -46,6 +47,8 @@ class Projection(nn.Module):
         learns_from_losses: patterns in which it learns from the losses of a result, which models of others do not add up.
         reads_unrotated: what it reads before positions rotate it, and the option that reads something else; None where
             rotation changes nothing for it.
+        learning_rates: those of Adam that its own parameters need in a model that is trained already, by name, where they
+            are not in proportion to the others'.
     """
 
     makes_queries: ClassVar[bool] = False
@@ -53,6 +56,7 @@ class Projection(nn.Module):
     for_one_pattern: ClassVar[bool] = False
     learns_from_losses: ClassVar[tuple[Pattern, ...]] = ()
     reads_unrotated: tuple[str, str] | None = None
+    learning_rates: ClassVar[Mapping[str, float]] = {}
 
     if TYPE_CHECKING:
         __call__: Callable[..., tuple[Tensors, State | None]]

@@ -218,6 +218,22 @@ def parallel(
     return attention(q, k, v, where, visibility=Visibility(), scale=scale, backend=call.backend)[0]
 
 
+def read_regions(
+    call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"]
+) -> tuple[Int[Tensor, "b*heads regions k"], Tiles | Segments]:
+    """The regions that each region of queries reads, and the regions of keys; a row for each head where heads route alone."""
+    heads, config = q.shape[1], call.config
+    rows = heads if config.routing == "head" else 1
+    own = regions_of(call, q.shape[2], call.lengths, rows, q.device)
+    others = regions_of(call, k.shape[2], call.memory_lengths, rows, q.device) if call.pattern.cross else own
+    sizes = (k.shape[1], heads // k.shape[1], q.shape[3])
+    if rows > 1:
+        k, sizes = k.repeat_interleave(heads // k.shape[1], 1), (1, 1, q.shape[3])
+        q, k = (x.flatten(0, 1)[:, None] for x in (q, k))
+    queries, keys = (part.split(x.transpose(1, 2).flatten(2)) for x, part in ((q, own), (k, others)))
+    return _chosen(config, queries, keys, own, others, sizes), others
+
+
 @dataclass(frozen=True)
 class Tiles:
     """Regions of equal size on a grid, or of a sequence.

@@ -332,6 +332,7 @@ MECHANISM = Mechanism(
         "window": (Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
         "window by position": (Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
     },
+    in_trained_models=lambda length, heads: {"length": length},
     engine="attention",
     state=KeyValueState,
     cost=cost,

@@ -24,7 +24,7 @@ from regard.retrofit.folder import RECORD, Folder
 from regard.retrofit.hosts import Host, check_attention, open_host
 from regard.retrofit.pace import Plan, plan
 from regard.retrofit.sensitivity import choose, measure_sensitivity
-from regard.retrofit.settings import RetrofitSettings
+from regard.retrofit.settings import RetrofitSettings, as_papers_begin
 from regard.retrofit.stage import Progress, Stage, Watch
 from regard.retrofit.transfer import transfer
 from regard.retrofit.tune import tune
@@ -115,6 +115,10 @@ def retrofit(
         raise Unsupported(f"{place} as both model and output", supported="an output folder of its own")
     host = open_host(model, tokenizer)
     chosen.kept(len(host.layers))
+    begun = as_papers_begin(mechanism, chosen.length, getattr(host.model.config, "num_attention_heads", 1))
+    if begun != mechanism:
+        say(f"the new layers are {begun}, as its paper has it for trained models")
+        chosen = replace(chosen, mechanism=begun)
     vocabulary = host.model.get_input_embeddings().num_embeddings
     if host.longest is not None and chosen.length > host.longest:
         raise Unsupported(

@@ -10,7 +10,7 @@ from regard.catalogue import get_mechanism, resolve
 from regard.contract import Kind, Unsupported, at_least
 from regard.integrations.swap import Choice
 from regard.measurement.budget import Budget
-from regard.models.variants import read_variant
+from regard.models.variants import read_variant, written_layers
 from regard.retrofit.inserting import check_settings, inserts_tokens
 
 KEEP = "auto, auto:SHARE (0 to 1), auto:NUMBER, none, or layers by number from 0 (0,5,29)"
@@ -162,6 +162,26 @@ def read_keep(keep: str | tuple[int, ...] | list[int]) -> float | int | tuple[in
     elif re.fullmatch(r"[0-9]+(\s*,\s*[0-9]+)*", text):
         return read_keep([int(part) for part in text.split(",")])
     raise Unsupported(f"keep_layers={keep!r}", supported=KEEP, nearest="auto:0.5")
+
+
+def as_papers_begin(written: str, length: int, heads: int) -> str:
+    """The mechanism with the options that its card has for trained models; those that are given stay, and so does all of it
+    where they leave no room for others.
+
+    Args:
+        length: tokens of a block of training.
+        heads: of a layer.
+    """
+    ((name, given),) = read_variant(written).layers
+    card = get_mechanism(name)
+    if card.in_trained_models is None:
+        return written
+    options = {**card.in_trained_models(length, heads), **given}
+    try:
+        Choice.of((name, options), "causal-self")
+    except Unsupported:
+        return written
+    return written_layers(((name, options),))
 
 
 def check_mechanism(written: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from regard.contract import Unsupported
+from regard.layers.parts import Projection
 from regard.retrofit.folder import Folder
 from regard.training.checkpoint import load_checkpoint, restore, save_checkpoint
 from regard.training.loop import step_seed
@@ -75,11 +76,22 @@ def relative_groups(module: nn.Module, new: Collection[str], rate: float) -> lis
 
     Adam's steps are as large as the rate whatever the weights are, and those of an output projection may be a thousand times
     smaller than others once they undo the scale of attention without a normaliser. What is new learns :data:`NEWER` times as
-    fast, and is taken for no smaller than :data:`SMALLEST`; nor are vectors, whose start is often 0.
+    fast, and is taken for no smaller than :data:`SMALLEST`; nor are vectors, whose start is often 0. What a mechanism has a rate
+    of its own for has that one.
     """
-    groups = []
+    groups: list[dict[str, Any]] = []
+    own = {
+        id(part.get_parameter(name)): its
+        for part in module.modules()
+        if isinstance(part, Projection)
+        for name, its in part.learning_rates.items()
+        if name in part._parameters and part._parameters[name] is not None
+    }
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
+            continue
+        if id(parameter) in own:
+            groups.append({"params": [parameter], "lr": own[id(parameter)]})
             continue
         size = float(parameter.detach().square().mean().sqrt())
         fresh = name in new

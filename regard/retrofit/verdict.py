@@ -29,6 +29,7 @@ def recommend(results: Mapping[str, Any]) -> dict[str, Any]:
     state = results["state"][str(STATE_AT)]
     share = state[RETROFIT] / state[ORIGINAL]
     faster = _speed(results)
+    slower = _delay(results)
     gains = []
     if share < LESS and _holds_less(results):
         gains.append(f"the state at {units.tokens(STATE_AT)} tokens is {share:.0%} of the original's")
@@ -38,7 +39,7 @@ def recommend(results: Mapping[str, Any]) -> dict[str, Any]:
     close = change <= WORTH
     take = close and bool(gains)
     if take:
-        text = f"Take the retrofit: {cost}, and {' and '.join(gains)}."
+        text = f"Take the retrofit: {cost}, and {' and '.join(gains)}" + (f", but {slower}." if slower else ".")
     elif close:
         text = f"Keep the original: {cost}, but neither its state nor its time is smaller at these lengths."
     else:
@@ -53,6 +54,16 @@ def _speed(results: Mapping[str, Any]) -> str | None:
             ratio = found[ORIGINAL]["median"] / found[RETROFIT]["median"]
             if ratio > 1 / LESS:
                 return f"{verb} {units.tokens(int(length))} tokens takes {1 / ratio:.0%} of the time"
+    return None
+
+
+def _delay(results: Mapping[str, Any]) -> str | None:
+    """The longest of the lengths at which a token or a prompt takes clearly more time; None where none does."""
+    for what, words in (("decoding", "a token after"), ("prefill", "a prompt of")):
+        for length, found in reversed(list(results[what].items())):
+            ratio = found[RETROFIT]["median"] / found[ORIGINAL]["median"]
+            if ratio > 1 / LESS:
+                return f"{words} {units.tokens(int(length))} tokens takes {ratio:.2g} times the time"
     return None
 
 

@@ -42,6 +42,7 @@ class Images:
         classes: their names.
         held_out: images that must not be trained on; None when the data set has no split of its own.
         notes: what was left out.
+        shared: held-out images that are among the others too, which leave them out.
         span: least and greatest value of images of more than 8 bits, which are taken as dark and light; None without such.
     """
 
@@ -53,6 +54,7 @@ class Images:
     held_out: Int[np.ndarray, " m"] | None = None
     notes: list[str] = field(default_factory=list)
     span: tuple[float, float] | None = None
+    shared: int = 0
 
     def centres(self, chosen: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b h w c"] | Float[np.ndarray, "b h w c"]:
         """The middle of some images."""

@@ -117,13 +117,14 @@ def distinct(images: Images) -> Images:
         return images
     held_out = None if images.held_out is None else np.flatnonzero(np.isin(kept, images.held_out))
     notes = [*images.notes, f"{repeated} exact repetitions left out"]
+    shared = 0
     if images.held_out is not None:
         taken = {digests[i] for i in images.held_out}
         shared = sum(digests[i] in taken for i in np.setdiff1d(order, images.held_out))
         if shared:
             notes.append(f"{shared} images of the held-out data are also in the training data: not trained on")
     pixels = images.pixels[kept] if isinstance(images.pixels, np.ndarray) else [images.pixels[i] for i in kept]
-    return replace(images, pixels=pixels, labels=images.labels[kept], held_out=held_out, notes=notes)
+    return replace(images, pixels=pixels, labels=images.labels[kept], held_out=held_out, notes=notes, shared=shared)
 
 
 def split_images(images: Images, share: float, seed: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
@@ -138,8 +139,8 @@ def split_images(images: Images, share: float, seed: int) -> tuple[Int[np.ndarra
         missing = [name for i, name in enumerate(images.classes) if not (images.labels[training] == i).any()]
         if missing:
             raise Unsupported(
-                f"no training images of {missing[0]} that are not also held out",
-                supported="images of its own for each class",
+                f"held-out images that hold all training images of {missing[0]}",
+                supported="other images to score on than to train on",
             )
         return training, images.held_out
     held_out: list[np.ndarray] = []

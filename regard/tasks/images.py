@@ -180,6 +180,7 @@ class ImagesTask(Task):
             "digits" if data is None else data, validation, size, channels, skip_unreadable=skip_unreadable
         )
         self._images = images = distinct(loaded)
+        self.shared: int = images.shared
         self.num_classes: int = len(images.classes)
         height, width, depth = images.shape
         self.augmentation: Augmentation | None = None

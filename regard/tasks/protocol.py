@@ -150,6 +150,7 @@ class Task(Protocol):
         solved: the score from which the task counts as solved; None when it is open-ended.
         chance: the score of a model that ignores the input.
         baseline: a simple rule that a model should beat, and its score on each held-out item.
+        shared: held-out items that the data of the training had too, and that are not trained on for it.
         runner: trains its models and scores them, a :class:`regard.training.runner.Runner`; None for gradient steps on
             its batches.
         registered: the name by which :func:`regard.tasks.create_task` made it; None for other tasks.
@@ -177,6 +178,7 @@ class Task(Protocol):
     solved: float | None = None
     chance: float | None = None
     baseline: Baseline | None = None
+    shared: int = 0
     runner: Any = None
     registered: str | None = None
     origin: Mapping[str, Any] | None = None

@@ -6,20 +6,32 @@ the training images, one after another, and a place counts by how much the proba
 all blocks, averaged over the heads and half identity for the residual, are multiplied, and a patch counts by what of it
 comes to the class token.
 
+``regions`` and ``agents`` show what two mechanisms read, whatever the class: by how many regions each one is read in the last
+block that leaves some out (BiFormer, arXiv 2303.08810), and what each agent gathers, a map for each, in the last block with less
+than half as many agents as places (Agent Attention, arXiv 2312.08874).
+
 Where a model goes on with fewer tokens (:func:`regard.compression.tokens.reduce_tokens`), :func:`draw_tokens` draws where each
 patch went: those that were merged have one colour, their mean, with a line around them, and those that were dropped are dark.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from regard.apply import apply
 from regard.compression.tokens.hosts import blocks_of
 from regard.compression.tokens.reducers import DROPPED
-from regard.contract import Context, Unsupported, at_least
+from regard.contract import Call, Context, Mechanism, Pattern, Result, Role, Unsupported, at_least, closest
+from regard.layers.attention import AttentionLayer
+from regard.mechanisms.agent.forms import gathering_weights
+from regard.mechanisms.bilevel_routing import Tiles, read_regions
 from regard.models.image_model import ImageModel
 from regard.models.vision.vit import VisionTransformer
 
@@ -27,7 +39,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from PIL import Image
 
-METHODS = ("occlusion", "rollout")
+OWN = {"regions": "bilevel_routing", "agents": "agent"}
+"""Methods that show what a mechanism reads."""
+METHODS = ("occlusion", "rollout", *OWN)
 AT_ONCE = 64
 """Images of a batch."""
 COLD, HOT = (20, 20, 90), (255, 210, 60)
@@ -83,44 +97,144 @@ def rollout(model: VisionTransformer, images: Float[Tensor, "b c h w"]) -> Float
     return flow[:, 0, before:].unflatten(1, model.config.grid)
 
 
+@torch.no_grad()
+def regions(
+    model: nn.Module, inputs: Float[Tensor, "n f"], grid: tuple[int, int]
+) -> Float[Tensor, "rows columns"] | None:
+    """By how many of all regions each place is read, as a share, in the last layer that leaves regions out; None without one."""
+    found = []
+
+    def look(call: Call, q: Tensor, k: Tensor) -> None:
+        chosen, cut = read_regions(call, q, k)
+        if isinstance(cut, Tiles) and len(cut.sides) == 2 and chosen.shape[-1] < cut.count:
+            read = torch.zeros(cut.count, device=chosen.device)
+            ones = torch.ones(chosen.numel(), device=chosen.device)
+            read = read.index_add(0, chosen.flatten(), ones) / (chosen.numel() / chosen.shape[-1])
+            places = read.view(1, cut.count, 1, 1).expand(1, -1, cut.room, 1)
+            found.append(cut.join(places).view(cut.sides))
+
+    _run_watched(model, inputs, grid, OWN["regions"], look)
+    return found[-1] if found else None
+
+
+@torch.no_grad()
+def agents(
+    model: nn.Module, inputs: Float[Tensor, "n f"], grid: tuple[int, int]
+) -> Float[Tensor, "agents rows columns"] | None:
+    """What each agent takes of each place, the mean of the heads, in the last layer on a grid with less than half as many agents
+    as places (else the last one); None without one."""
+    found: list[Tensor] = []
+
+    def look(call: Call, share_bias: Tensor | None = None, **tensors: Tensor) -> None:
+        if call.grid is None or call.pattern is not Pattern.NONCAUSAL_SELF:
+            return
+        weights = gathering_weights(call, **tensors)[0][0].mean(0)
+        places = weights if call.roles is None else weights[:, call.roles[0] == Role.TOKEN]
+        few = 2 * len(places) < places.shape[1]
+        if few or not found or 2 * len(found[-1]) >= found[-1][0].numel():
+            found.append(places.unflatten(1, call.grid))
+
+    _run_watched(model, inputs, grid, OWN["agents"], look)
+    return found[-1] if found else None
+
+
+def _run_watched(
+    model: nn.Module, inputs: Float[Tensor, "n f"], grid: tuple[int, int], name: str, look: Callable[..., None]
+) -> None:
+    """Run the model on one image; `look` is given the call and the tensors, but for values, of each layer of a mechanism."""
+    layers = [m for m in model.modules() if isinstance(m, AttentionLayer) and m.card.name == name]
+    if not layers:
+        return
+
+    def mix(card: Mechanism, heads: dict[str, Tensor], **options: Any) -> Result:
+        def form(call: Call, **tensors: Tensor) -> Any:
+            look(call, **{n: x for n, x in tensors.items() if n != "v"})
+            return card.forms["parallel"](call, **tensors)
+
+        return apply(dataclasses.replace(card, forms={**card.forms, "parallel": form}), heads, **options)
+
+    for layer in layers:
+        layer.mix = mix
+    try:
+        model(inputs[None], context=Context(grid=grid))
+    finally:
+        for layer in layers:
+            del layer.mix
+
+
 def explain(
     model: nn.Module, inputs: Float[Tensor, "n f"], grid: tuple[int, int], label: int, method: str | None = None
-) -> tuple[str, Float[Tensor, "rows columns"]]:
-    """The method, and its map of one image; ``rollout`` where the model has it when None."""
-    if method is None:
-        method = "occlusion"
-        if isinstance(model, ImageModel) and isinstance(model.backbone, VisionTransformer):
-            try:
-                blocks_of(model.backbone)
-                method = "rollout"
-            except Unsupported:
-                pass
-    if method == "occlusion":
-        return method, occlusion(model, inputs, grid, label)
-    if method != "rollout" or not isinstance(model, ImageModel) or not isinstance(model.backbone, VisionTransformer):
-        raise Unsupported(
-            f"method={method!r} of a {type(model).__name__}",
-            supported="occlusion, of any model; rollout, of vision transformers with softmax attention",
-            nearest="occlusion",
-        )
-    return method, rollout(model.backbone, model.images(inputs[None], grid))[0]
+) -> tuple[str, Float[Tensor, "... rows columns"]]:
+    """The method, and its map of one image (``agents``: a map for each); when None the first that the model has of ``rollout``,
+    ``regions``, ``agents`` and ``occlusion``."""
+    if method not in (None, *METHODS):
+        raise Unsupported(f"method={method!r}", supported=", ".join(METHODS), nearest=closest(str(method), METHODS))
+    if method == "rollout" or (method is None and _rolls_out(model)):
+        if not isinstance(model, ImageModel) or not isinstance(model.backbone, VisionTransformer):
+            raise _without(method, model)
+        return "rollout", rollout(model.backbone, model.images(inputs[None], grid))[0]
+    for name, look in (("regions", regions), ("agents", agents)):
+        if method in (None, name):
+            found = look(model, inputs, grid)
+            if found is not None:
+                return name, found
+            if method == name:
+                raise _without(method, model)
+    return "occlusion", occlusion(model, inputs, grid, label)
 
 
-def draw(picture: Image.Image, weight: Float[Tensor, "rows columns"], *, least: int = 256) -> Image.Image:
+def _rolls_out(model: nn.Module) -> bool:
+    if not isinstance(model, ImageModel) or not isinstance(model.backbone, VisionTransformer):
+        return False
+    with suppress(Unsupported):
+        blocks_of(model.backbone)
+        return True
+    return False
+
+
+def _without(method: str | None, model: nn.Module) -> Unsupported:
+    shown = model.backbone if isinstance(model, ImageModel) else model
+    return Unsupported(
+        f"method={method!r} of a {type(shown).__name__}",
+        supported="occlusion, of any model; rollout, of vision transformers with softmax attention; regions, of models that "
+        "route (BiFormer); agents, of models with agent attention on a grid",
+        nearest="occlusion",
+    )
+
+
+def draw(
+    picture: Image.Image, weight: Float[Tensor, "... rows columns"], *, least: int = 256, smooth: bool = True
+) -> Image.Image:
     """The picture, and beside it the same under the map: dark where a place counts little.
 
     Args:
         picture: as it was read.
-        weight: from which the lowest and highest are the two ends of the colours.
+        weight: from which the lowest and highest are the two ends of the colours; of several maps, which are laid out row by
+            row, each has its own.
         least: shorter side in pixels, to which a smaller picture is enlarged.
+        smooth: shades between the places; without, each place is of one shade.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     plain = _enlarged(picture, least)
+    if weight.ndim == 2:
+        return _beside(plain, _under(plain, weight, smooth))
+    small = _enlarged(picture, least // 2)
+    columns = math.ceil(math.sqrt(len(weight)))
+    width, height = small.width + 4, small.height + 4
+    sheet = Image.new("RGB", (columns * width - 4, -(-len(weight) // columns) * height - 4), "white")
+    for at, one in enumerate(weight):
+        sheet.paste(_under(small, one, smooth), (at % columns * width, at // columns * height))
+    return _beside(plain, sheet)
+
+
+def _under(plain: Image.Image, weight: Float[Tensor, "rows columns"], smooth: bool) -> Image.Image:
+    from PIL import Image, ImageOps
+
     span = (weight.max() - weight.min()).clamp(min=1e-12)
     shades = (255 * (weight - weight.min()) / span).round().to(torch.uint8).cpu().numpy()
-    field = Image.fromarray(shades).resize(plain.size, Image.Resampling.BICUBIC)
-    return _beside(plain, Image.blend(plain, ImageOps.colorize(field, black=COLD, white=HOT), 0.6))
+    field = Image.fromarray(shades).resize(plain.size, Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)
+    return Image.blend(plain, ImageOps.colorize(field, black=COLD, white=HOT), 0.6)
 
 
 def draw_tokens(picture: Image.Image, places: Int[Tensor, "rows columns"], *, least: int = 256) -> Image.Image:
@@ -166,7 +280,7 @@ def _enlarged(picture: Image.Image, least: int) -> Image.Image:
 def _beside(plain: Image.Image, over: Image.Image) -> Image.Image:
     from PIL import Image
 
-    sheet = Image.new("RGB", (2 * plain.width + 8, plain.height), "white")
+    sheet = Image.new("RGB", (plain.width + 8 + over.width, max(plain.height, over.height)), "white")
     sheet.paste(plain, (0, 0))
     sheet.paste(over, (plain.width + 8, 0))
     return sheet

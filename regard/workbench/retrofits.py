@@ -115,7 +115,7 @@ def rows(records: Mapping[str, Any]) -> list[dict[str, Any]]:
     def row(name: str, record: Mapping[str, Any], model: str) -> dict[str, Any]:
         results = record["results"]
         found: dict[str, Any] = {"attention": name}
-        found |= {f"perplexity on {source}": its[model] for source, its in results["perplexity"].items()}
+        found |= {f"perplexity on {source}": units.number(its[model]) for source, its in results["perplexity"].items()}
         found["change"] = None if model == ORIGINAL else card.change(dict(judged(record)))
         for length, its in results["recall"].items():
             share = None if its is None else mean_recall(its, model)

@@ -89,19 +89,19 @@ def mask_image(
     return np.where(classes == IGNORED, unused, table[classes]).astype(np.uint8), palette
 
 
-def check_output(output: Path, count: int, kind: Kind) -> None:
-    """Raise Unsupported for a place that the masks of `count` files cannot be written to."""
+def check_output(output: Path, count: int, kind: Kind, what: str = "mask") -> None:
+    """Raise Unsupported for a place that what is made of `count` files cannot be written to."""
     suffix = suffix_of(output)
     if suffix and (suffix not in kind.written or count > 1) and not output.is_dir():
         raise Unsupported(
-            f"--output {output} for " + ("one mask" if count == 1 else f"{count} masks"),
+            f"--output {output} for " + (f"one {what}" if count == 1 else f"{count} {what}s"),
             supported=f"a file ending in {' or '.join(kind.written)}, of one {kind.word}, or a folder",
             nearest=str(output.with_name(output.name[: -len(suffix)] + kind.usual * (count == 1))),
         )
 
 
 def place_of(output: Path, path: Path, taken: set[str], kind: Kind) -> Path:
-    """Where the mask of a file is written: the file, or one named like it in the folder."""
+    """Where what is made of a file is written: the file, or one named like it in the folder."""
     if suffix_of(output) in kind.written and not output.is_dir():
         return output
     stem = path.name[: len(path.name) - len(suffix_of(path))]

@@ -67,3 +67,17 @@ def test_a_backbone_learns_in_a_loop_of_timms_own_parts() -> None:
 
 def test_weights_that_nobody_published_are_refused() -> None:
     refused("none to download", timm.create_model, "regard_van_nano", pretrained=True)
+
+
+def test_all_maps_come_where_a_backbone_has_fewer_levels_than_timm_asks_for() -> None:
+    model = timm.create_model("regard_pyramid_tnt_nano", features_only=True, img_size=32, in_chans=1).eval()
+    with torch.no_grad():
+        maps = model(torch.randn(1, 1, 32, 32))
+    assert [found.shape[1] for found in maps] == model.feature_info.channels() and len(maps) == 2
+    assert len(timm.create_model("regard_vit_nano", features_only=True).feature_info.channels()) == 4
+
+
+def test_blocks_that_cannot_be_computed_again_say_so() -> None:
+    model = timm.create_model("regard_van_nano")
+    model.set_grad_checkpointing(False)
+    refused("gradient checkpointing of a VAN", model.set_grad_checkpointing)

@@ -10,8 +10,9 @@ from support import Largest, calls, check_recorded, close, close_gradients, load
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from regard import create_layer
-from regard.contract import Context, Mask
-from regard.mechanisms.bilevel_routing import MECHANISM, Config
+from regard.apply import apply
+from regard.contract import Call, Context, Mask, Pattern
+from regard.mechanisms.bilevel_routing import MECHANISM, Config, read_regions
 
 SELF, CROSS = "noncausal-self", "noncausal-cross"
 run = calls(MECHANISM, SELF)
@@ -46,6 +47,22 @@ def test_gathered_regions_are_dense_attention_with_the_others_hidden(scale_by):
     expected = (scale * q @ k.mT).masked_fill(~visible, -torch.inf).softmax(-1) @ v
     found = run(inputs, {"region_size": (2, 4), "top": 3, "scale_by": scale_by}, grid=(6, 8)).output
     close_gradients(found, expected, inputs)
+
+
+@pytest.mark.parametrize("routing", ["shared", "head"])
+@pytest.mark.parametrize("pattern", [SELF, CROSS])
+def test_the_regions_that_are_told_are_those_that_are_read(routing, pattern):
+    """Values that are unit vectors give the weights, which are nowhere else."""
+    config, n = Config(region_size=5, top=2, routing=routing), 20
+    inputs = qkv(n, heads=2, groups=1)
+    inputs["v"] = torch.eye(n, dtype=torch.float64).expand(2, 1, n, n)
+    call = Call(pattern=Pattern.parse(pattern), config=config)
+    chosen, regions = read_regions(call, inputs["q"], inputs["k"])
+    weights = apply(MECHANISM, inputs, pattern=pattern, config=config).output
+    read = weights.unflatten(2, (4, 5)).unflatten(4, (4, 5)).sum((3, 5)) > 0  # (B, H, regions, regions)
+    told = torch.zeros(len(chosen), 4, 4, dtype=torch.bool).scatter(2, chosen, True)
+    told = told.view(2, -1, 4, 4)
+    assert regions.count == 4 and torch.equal(read, told.expand_as(read))
 
 
 @pytest.mark.parametrize("grid", [(5, 7), (13, 4), (2, 3, 9), (1, 1), (11,)])

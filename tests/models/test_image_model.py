@@ -83,6 +83,13 @@ def test_train_evaluate_and_predict_from_the_command_line(
     )
     assert found["backbone"] == ["van_nano", {"widths": [8, 8, 8]}] and found["score"] > 0.9
     assert answer(capsys, f"evaluate {folder}")["score"] == found["score"]
+    for name in ("above", "below"):
+        (tmp_path / "more" / name).mkdir(parents=True)
+        for number in range(3):
+            picture = (photographs / name / f"{number}.png").read_bytes()
+            (tmp_path / "more" / name / f"{number}.png").write_bytes(picture)
+    assert answer(capsys, f"evaluate {folder} {tmp_path / 'more'}")["shared"] == 6
+    assert "held-out images that hold all" in run(capsys, f"evaluate {folder} {photographs}")[2]
     (tmp_path / "broken.png").write_text("no picture")
     above, broken = photographs / "above" / "0.png", tmp_path / "broken.png"
     told = answer(capsys, f"predict {folder} {above} {broken} --skip-unreadable")
@@ -90,6 +97,11 @@ def test_train_evaluate_and_predict_from_the_command_line(
     assert len(told["skipped"]) == 1 and "broken.png" in told["skipped"][0]
     drawn = answer(capsys, f"explain {folder} {above} --output {tmp_path / 'drawn'}")["images"]
     assert drawn[0]["class"] == "above" and drawn[0]["method"] == "occlusion" and Path(drawn[0]["drawing"]).is_file()
+    single = tmp_path / "drawn.png"
+    assert answer(capsys, f"explain {folder} {above} --output {single}")["images"][0]["drawing"] == str(single)
+    assert single.read_bytes() == Path(drawn[0]["drawing"]).read_bytes()
+    code, _, error = run(capsys, f"explain {folder} {above} {above} --output {single}")
+    assert code == 2 and "for 2 drawings" in error
     code, _, error = run(capsys, f"explain {folder} {above} --class abov")
     assert code == 2 and "try above" in error
     code, _, error = run(capsys, f"predict {folder} {broken}")

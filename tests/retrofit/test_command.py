@@ -42,6 +42,10 @@ def test_a_folder_becomes_a_hybrid_with_a_page(capsys, place):
     assert "sensitivity" not in page.split("Where it comes from")[0]  # it was not measured
     assert found["results"]["generates_with_cache"] and "generate does not go on" not in page
     assert AutoTokenizer.from_pretrained(place / "hybrid").encode("ba de") == [WORDS.index("ba"), WORDS.index("de")]
+    told = [answer(capsys, f"evaluate {place}/{name} {place}/other.txt") for name in ("hybrid", "model")]
+    assert [one["metric"] for one in told] == ["perplexity"] * 2 and told[0]["score"] != told[1]["score"]
+    assert all(1 < one["score"] < 1e4 and one["standard_error"] > 0 for one in told)
+    assert run(capsys, f"evaluate {place}/hybrid")[0] == 2
     (place / "hybrid" / "report.html").unlink()
     code, _, _ = run(capsys, f"report {place}/hybrid")
     assert code == 0 and (place / "hybrid" / "report.html").read_text() == page

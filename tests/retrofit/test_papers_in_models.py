@@ -11,6 +11,8 @@ from regard import Unsupported
 from regard.integrations.transformers import AutoModelForCausalLM, RegardForCausalLM
 from regard.retrofit.hosts import open_host
 from regard.retrofit.inserting import rebuilt
+from regard.retrofit.settings import as_papers_begin
+from regard.retrofit.stage import relative_groups
 from regard.workbench.retrofit_report import write_retrofit_report
 
 SHORT = {**WORK, "lengths": (64,), "evaluation_blocks": 1}
@@ -38,6 +40,43 @@ def test_cores_and_blocks_are_what_generation_goes_on_from(tmp_path, mechanism, 
     assert torch.equal(found, model.generate(ids, **settings, use_cache=False))
     decoding = made.results["decoding"]["64"]
     assert decoding["retrofit"]["from"] == "cache" and decoding["retrofit"]["held"] < decoding["original"]["held"]
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "apart"),
+    [("gated_softmax", 1e-2), ("selective_temperature", 3e-2), ("mixture_of_heads:active_heads=2", 1e-5)],
+)
+@torch.no_grad()
+def test_what_is_added_to_softmax_begins_near_the_model(mechanism, apart):
+    model, ids = llama(2), tokens(40).view(2, 20)
+    begun, plain = as_papers_begin(mechanism, 32, 4), model(ids).logits
+    regard.swap(model, begun)
+    torch.testing.assert_close(model(ids).logits, plain, rtol=0, atol=apart * float(plain.abs().max()))
+    if begun != "mixture_of_heads:router=query_norm,shared_heads=2,active_heads=2":
+        assert not torch.equal(model(ids).logits, plain)
+
+
+def test_options_that_are_given_stay_as_they_begin():
+    assert as_papers_begin("sigmoid", 128, 4) == "sigmoid:length=128"
+    assert (
+        as_papers_begin("sigmoid:sigmoid_bias=-3", 128, 4) == "sigmoid:sigmoid_bias=-3"
+    )  # leaves no room for a length
+    nine = as_papers_begin("moh", 128, 9)
+    assert nine == "mixture_of_heads:router=query_norm,shared_heads=4,active_heads=3"
+    assert "position_start=-2" in as_papers_begin("selective_temperature:position_start=-2", 128, 4)
+    assert as_papers_begin("local:window=8", 128, 4) == "local:window=8"
+
+
+def test_temperatures_of_positions_learn_at_the_rate_of_their_paper(tmp_path):
+    made = regard.retrofit(
+        llama(2), "selective_temperature", keep_layers="0", data=tokens(), budget="28 steps", output=tmp_path, **SHORT
+    )
+    assert made.record["settings"]["mechanism"] == "selective_temperature:position_start=-7.0"
+    moved = {name: p for name, p in made.model.named_parameters() if name.endswith("alpha")}
+    ((alpha),) = moved.values()
+    assert float((alpha.detach() + 7).abs().max()) > 0.01
+    rates = {id(group["params"][0]): group["lr"] for group in relative_groups(made.model.requires_grad_(), (), 1e-3)}
+    assert rates.pop(id(alpha)) == 0.01 and max(rates.values()) < 0.01
 
 
 def test_a_llama_of_regard_gives_the_same_logits_and_begins_a_landmark_at_the_mean():

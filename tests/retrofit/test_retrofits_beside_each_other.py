@@ -9,6 +9,7 @@ from small_llama import WORK, llama, tokens
 from regard import Unsupported
 from regard.measurement.budget import Budget
 from regard.models.variants import read_variants
+from regard.retrofit import verdict
 from regard.workbench.retrofits import RECORD, compare_retrofits, recommend, rows
 
 
@@ -55,6 +56,8 @@ def test_the_original_stands_in_the_first_row(two):
     assert [row["attention"] for row in table] == ["original", "gated_linear", "local:window=4"]
     assert table[0]["new layers"] == "none" and table[0]["change"] is None and table[1]["new layers"] == "1"
     assert len({tuple(row) for row in table}) == 1
+    shown = [value for row in table for name, value in row.items() if name.startswith("perplexity")]
+    assert shown and all(len(value.replace(".", "").replace(",", "").lstrip("0")) <= 4 for value in shown)
 
 
 def made(change, take, error=0.001):
@@ -71,6 +74,30 @@ def test_the_one_that_loses_least_of_those_worth_it_is_recommended():
     assert "a cannot be told apart" in recommend({"a": made(0.021, True), "b": made(0.02, True)})
     none = recommend({"a": made(0.5, False), "b": made(0.2, False)})
     assert none.startswith("Keep the original: the nearest is b") and "20.0% higher" in none
+
+
+def test_what_takes_longer_is_said_where_a_retrofit_is_recommended():
+    def results(before, after):
+        return {
+            "perplexity": {"text": {"change": 0.01, "standard_error": 0.0, "blocks": 9}},
+            "state": {"8192": {"original": 100, "retrofit": 50}},
+            "prefill": {"64": {"original": {"median": 1.0}, "retrofit": {"median": 1.0}}},
+            "decoding": {
+                "64": {
+                    "original": {"median": before, "held": 100},
+                    "retrofit": {"median": after, "held": 50},
+                }
+            },
+            "recall": {},
+            "left_out": (),
+            "generates_with_cache": True,
+        }
+
+    slow, even = verdict.recommend(results(1.0, 3.6)), verdict.recommend(results(1.0, 1.01))
+    assert slow["take"] and slow["text"].endswith(
+        "50% of the original's, but a token after 64 tokens takes 3.6 times the time."
+    )
+    assert even["take"] and even["text"].endswith("50% of the original's.")
 
 
 def test_a_mechanism_that_cannot_enter_is_refused_before_anything_is_trained(tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from regard.contract import Context, Result
 from regard.models.image_model import ImageModel, ImageModelConfig
 from regard.models.vision.vit import VisionTransformer, VisionTransformerConfig
-from regard.workbench.explain import draw, explain, occlusion, rollout
+from regard.workbench.explain import agents, draw, explain, occlusion, regions, rollout
 
 SMALL: dict[str, Any] = {"image_size": 32, "patch": 8, "dim": 12, "num_layers": 2, "num_heads": 2, "num_classes": 3}
 
@@ -63,6 +63,33 @@ def test_the_method_is_the_models_and_others_are_refused() -> None:
     assert method == "occlusion" and weight.isfinite().all()
     refused("rollout", explain, pyramid, inputs, (4, 4), 0, "rollout")
     refused("method", explain, pyramid, inputs, (4, 4), 0, "gradients")
+    for method in ("regions", "agents"):
+        refused(f"method='{method}' of a VAN", explain, pyramid, inputs, (4, 4), 0, method)
+
+
+def test_regions_are_read_as_often_as_they_are_chosen() -> None:
+    options: dict[str, Any] = {"widths": (16, 16), "depths": (1, 1), "top": (3, 0), "windows": 2, "head_dim": 8}
+    model = ImageModel(ImageModelConfig("biformer_nano", 3, (4, 6), 8, options=options)).eval()
+    found = regions(model, torch.randn(24, 192), (4, 6))
+    assert found is not None and found.shape == (8, 12)  # the map of the first stage; the second reads everything
+    blocks = found.unflatten(0, (2, 4)).unflatten(2, (2, 6))
+    assert (blocks == blocks[:, :1, :, :1]).all()
+    share = blocks[:, 0, :, 0]
+    close(share.sum(), torch.tensor(3.0), 1e-6)  # each of four regions chooses three
+    assert (share * 4 == (share * 4).round()).all() and explain(model, torch.randn(24, 192), (4, 6), 0)[0] == "regions"
+
+
+def test_maps_of_agents_are_their_weights_of_the_places() -> None:
+    model = ImageModel(ImageModelConfig("agent_pvt_nano", 3, (4, 6), 8)).double().eval()
+    inputs = torch.randn(24, 192, dtype=torch.float64)
+    found = agents(model, inputs, (4, 6))
+    assert found is not None and found.ndim == 3
+    close(found.sum((1, 2)), torch.ones(len(found), dtype=torch.float64), 1e-12)
+    assert 2 * len(found) < found[0].numel() and not torch.equal(found[0], found[1])
+    assert explain(model, inputs, (4, 6), 0)[0] == "agents"
+    with torch.no_grad():
+        before = model(inputs[None], context=Context(grid=(4, 6))).output
+    assert torch.equal(before, model(inputs[None], context=Context(grid=(4, 6))).output)  # nothing stays in the layers
 
 
 def test_the_drawing_is_the_picture_and_the_map_beside_it() -> None:
@@ -73,3 +100,5 @@ def test_the_drawing_is_the_picture_and_the_map_beside_it() -> None:
     assert drawn.size == (2 * 341 + 8, 256)
     bright, dark = drawn.getpixel((341 + 8 + 20, 15)), drawn.getpixel((680, 240))
     assert drawn.getpixel((20, 15)) == (255, 255, 255) and sum(bright) > sum(dark) + 100
+    several = draw(image.new("RGB", (40, 30), "white"), torch.rand(5, 4, 4), smooth=False)
+    assert several.size == (341 + 8 + 3 * 175 - 4, 2 * 132 - 4)

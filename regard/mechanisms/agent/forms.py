@@ -43,16 +43,29 @@ def parallel(
     """Two softmax products; causal-self: the chunked form."""
     if call.pattern is Pattern.CAUSAL_SELF:
         return chunked(call, q, k, v, agents, gather_bias, share_bias, row_agents).output
-    source = check(call, agents, row_agents)
-    a, exists = (_float(agents), None) if agents is not None else _row_agents(call, source, q, row_agents)
-    valid = call.valid_keys(k.shape[2])
-    weights = _softmax(_gather_scores(call, a, k, gather_bias), None if valid is None else valid[:, None, None])
+    weights, a, exists = gathering_weights(call, q, k, agents, gather_bias, row_agents)
     values = repeat_groups(_float(v), q.shape[1])
     gathered = drop(call, weights) @ values
     output = _shares(call, q, a, exists, share_bias) @ gathered
     if call.config.k_shortcut:
         output = output + call.config.k_shortcut * values
     return output.to(v.dtype)
+
+
+def gathering_weights(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    agents: Float[Tensor, "h a d"] | None = None,
+    gather_bias: Float[Tensor, "b h a m"] | None = None,
+    row_agents: Float[Tensor, "b h a d"] | None = None,
+) -> tuple[Float[Tensor, "#b h a m"], Float[Tensor, "..."], Bool[Tensor, "b a"] | None]:
+    """What each agent takes of each key; the agents; and which of them have a token (None: all). Not causal."""
+    source = check(call, agents, row_agents)
+    a, exists = (_float(agents), None) if agents is not None else _row_agents(call, source, q, row_agents)
+    valid = call.valid_keys(k.shape[2])
+    scores = _gather_scores(call, a, k, gather_bias)
+    return _softmax(scores, None if valid is None else valid[:, None, None]), a, exists
 
 
 def chunked(

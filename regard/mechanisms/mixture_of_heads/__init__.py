@@ -148,6 +148,11 @@ MECHANISM = Mechanism(
     merge=HeadRouter,
     module=MixtureOfHeads,
     layer_defaults={"output_norm": None},  # routers scale the heads' outputs
+    in_trained_models=lambda length, heads: {  # three quarters of the heads, as of LLaMA3 in the paper
+        "router": "query_norm",
+        "shared_heads": heads // 2,
+        "active_heads": -(-3 * heads // 4) - heads // 2,
+    },
     waivers=(
         Waiver("layer_onnx", "ONNX has no stable sort"),
         Waiver(

@@ -31,8 +31,8 @@ key), since n is known only once all of it is there. Wanted weights are the soft
 
 Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). A query that sees no key gives 0.
 A layer shares alpha between q, k and v, as its re-implementations do (a group of heads: the mean of theirs), so that it has
-2 H d + H parameters more. To begin near a trained model use `position_start=-10`; u begins at 0 always. The authors' code
-trains alpha alone at a much higher rate than other weights; it has no weight decay here.
+2 H d + H parameters more. To begin near a trained model use `position_start=-7`; u begins at 0 always. There the authors' code
+trains alpha at a rate of 0.01, a thousand times that of other weights, and so does a retrofit; it has no weight decay here.
 Deviations: the authors publish the position's term for queries only; the rest follows the paper. What noncausal and cross
 patterns do is ours. Of what the paper compares with, a constant temperature (YaRN's too) is the function's `scale`; one by
 the frequency of a token needs counts of ids, which no layer sees, and functions take it as `q_token`; keeping the largest
@@ -177,6 +177,7 @@ MECHANISM = Mechanism(
     accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative"),
     domains={"q_token": "tanh", "k_token": "tanh", "v_token": "tanh"},
     sample_inputs=sample_inputs,
+    in_trained_models=lambda length, heads: {"position_start": -7.0},  # a slope of 0.0009; the authors have 0.0006
     projection=Temperatures,
 )
 

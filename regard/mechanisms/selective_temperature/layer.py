@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ class Temperatures(Projection):
 
     The last weights of every f start at 0, and so do the tokens' terms.
     """
+
+    learning_rates: ClassVar[Mapping[str, float]] = {"alpha": 0.01}
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()

@@ -222,6 +222,15 @@ class Backbone(nn.Module):
             nn.init.zeros_(head.bias)
         self.head = head.to(device=some.device, dtype=some.dtype)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """timm's name for computing blocks again in the backward pass; raises Unsupported where it is to be enabled."""
+        if enable:
+            raise Unsupported(
+                f"gradient checkpointing of a {type(self).__name__}",
+                supported="enable=False",
+                nearest="a smaller batch",
+            )
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters beside norms and biases that a weight decay should spare."""
         return set()

@@ -71,9 +71,21 @@ class MiT(agent_pvt.PVT):
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: agent_pvt.PVTConfig) -> dict[str, Tensor]:
-        """From `mix_transformer.py` of NVlabs/SegFormer, and from transformers."""
+        """From `mix_transformer.py` of NVlabs/SegFormer, and from transformers: its files, and its models since version 5."""
         names = (
             (r"^(segformer\.)?encoder\.", ""),
+            (r"^segformer\.", ""),
+            (r"^(stages\.\d+)\.patch_embeddings\.proj\.", r"\1.embedding."),
+            (r"^(stages\.\d+)\.patch_embeddings\.layer_norm\.", r"\1.embedding_norm."),
+            (r"^(stages\.\d+)\.layer_norm\.", r"\1.norm."),
+            (r"\.layernorm_before\.", ".norm1."),
+            (r"\.layernorm_after\.", ".norm2."),
+            (r"\.attention\.q_proj\.", ".attention.query."),
+            (r"\.attention\.k_proj\.", ".attention.key."),
+            (r"\.attention\.v_proj\.", ".attention.value."),
+            (r"\.attention\.o_proj\.", ".attention.output."),
+            (r"\.attention\.sequence_reduction\.sequence_reduction\.", ".reduction."),
+            (r"\.attention\.sequence_reduction\.layer_norm\.", ".reduction_norm."),
             (r"^patch_embeddings\.(\d+)\.proj\.", r"stages.\1.embedding."),
             (r"^patch_embeddings\.(\d+)\.layer_norm\.", r"stages.\1.embedding_norm."),
             (r"^patch_embed(\d+)\.proj\.", lambda m: f"stages.{int(m[1]) - 1}.embedding."),

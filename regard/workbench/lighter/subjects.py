@@ -261,13 +261,18 @@ class CausalModel:
 
 def perplexity(model: nn.Module, windows: list[Tensor]) -> float:
     """``exp`` of the mean nats of each token but the first of each window."""
-    nats, tokens = 0.0, 0
+    nats, tokens = map(sum, zip(*nats_of_windows(model, windows), strict=True))
+    return math.exp(min(nats / tokens, 700.0))
+
+
+def nats_of_windows(model: nn.Module, windows: list[Tensor]) -> list[tuple[float, int]]:
+    """Of each window the nats of all tokens but the first, and how many these are."""
+    found = []
     with torch.inference_mode():
         for ids in windows:
             logits = model(ids, use_cache=False).logits[0, :-1].float()
-            nats += float(F.cross_entropy(logits, ids[0, 1:], reduction="sum"))
-            tokens += ids.shape[1] - 1
-    return math.exp(min(nats / tokens, 700.0))
+            found.append((float(F.cross_entropy(logits, ids[0, 1:], reduction="sum")), ids.shape[1] - 1))
+    return found
 
 
 def encode(tokenizer: Any, text: str) -> Tensor:
@@ -298,6 +303,28 @@ def stream_text(
             return
         yield token
         new = token[:, None]
+
+
+def is_of_transformers(folder: Path) -> bool:
+    """Whether a folder (or a GGUF file) holds a causal language model of transformers, compressed or not, and none of
+    `regard train`."""
+    if (folder / TRAINING).is_file():
+        return False
+    if is_compressed(folder):
+        return bool(read_record(folder)["library"] == "transformers")
+    return folder.suffix == ".gguf" or (folder / "config.json").is_file() or any(folder.glob("*.gguf"))
+
+
+def open_of_transformers(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
+    """Model and tokenizer of such a folder."""
+    from regard.integrations.transformers.folders import load_model, load_tokenizer
+
+    if not is_compressed(folder):
+        tokenizer = load_tokenizer(folder)
+        return load_model(folder).to(device), tokenizer
+    if device != "cpu":
+        raise Unsupported(f"a compressed model on {device}", supported="the processor", nearest="--device cpu")
+    return open_compressed(folder)
 
 
 def open_compressed(folder: Path) -> tuple[nn.Module, Any]:

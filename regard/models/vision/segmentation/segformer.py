@@ -108,7 +108,7 @@ class SegFormer(Segmenter):
     def translate(cls, state: Mapping[str, Tensor], config: SegFormerConfig) -> dict[str, Tensor]:
         """From NVlabs/SegFormer, and from transformers."""
         names = (
-            (r"^decode_head\.linear_c\.(\d+)\.proj\.", r"projections.\1."),
+            (r"^decode_head\.linear_(?:c|projections)\.(\d+)\.proj\.", r"projections.\1."),
             (r"^decode_head\.linear_c(\d+)\.proj\.", lambda m: f"projections.{int(m[1]) - 1}."),
             (r"^decode_head\.linear_fuse\.(conv\.)?weight$", "fuse.weight"),
             (r"^decode_head\.(linear_fuse\.bn|batch_norm)\.", "norm."),
