@@ -37,7 +37,8 @@ def evaluate(
     """Score a trained model on what was held out, or on your data.
 
     With --reduce it is also scored on fewer tokens, and with --exit left early as regard train --exits has taught it; both are
-    timed in turn beside all tokens and layers.
+    timed in turn beside all tokens and layers. Of a causal language model of transformers, compressed or not, it is the perplexity
+    of your text.
 
     Examples:
 
@@ -45,22 +46,28 @@ def evaluate(
         regard evaluate my_model
         regard evaluate my_model other_corpus.txt
         regard evaluate reviews new_reviews.csv --json
+        regard evaluate small/ other_corpus.txt
         regard evaluate photos --reduce tome:remove=4
         regard evaluate reviews --exit entropy:0.1 --exit entropy:0.5 --exit layer:2
     """
-    from regard.compression.folders import is_compressed, read_record
+    from regard.compression.folders import is_of_transformers
     from regard.measurement.statistics import score_of_items
     from regard.workbench.early_exits import exited, leaving
     from regard.workbench.reduced import AT_ONCE, reduced, told
     from regard.workbench.trained import figures_of, open_trained
 
     rules = exit_rules or []
-    if is_compressed(folder) and read_record(folder)["library"] == "transformers":
-        if reduce is not None or rules:
-            raise Unsupported(
-                f"{'--exit' if rules else '--reduce'} of {folder}, a language model of transformers",
-                supported="models of regard train",
-            )
+    if is_of_transformers(folder):
+        for option, given in (
+            ("--exit", rules),
+            ("--reduce", reduce),
+            ("--plugin", plugin),
+            ("--device", device != "cpu"),
+        ):
+            if given:
+                raise Unsupported(
+                    f"{option} of {folder}, a language model of transformers", supported="models of regard train"
+                )
         _of_transformers(folder, data, as_json)
         return
     own = plugged_tasks(load_plugins(plugin), (data,))
@@ -106,16 +113,19 @@ def evaluate(
 
 
 def _of_transformers(folder: Path, data: list[str] | None, as_json: bool) -> None:
-    """The perplexity of a compressed causal language model on a text."""
+    """The perplexity of a causal language model of transformers, compressed or not, on a text."""
     from regard.compression import text_windows
+    from regard.compression.folders import load_causal_model
+    from regard.integrations.transformers.folders import load_tokenizer
     from regard.tasks.documents import read_documents
-    from regard.workbench.lighter.subjects import LENGTH, encode, open_compressed, perplexity
+    from regard.workbench.lighter.subjects import LENGTH, encode, perplexity
 
     if not data:
         raise Unsupported(
             f"{folder} without a text", supported="text files or folders behind it", nearest="my_corpus.txt"
         )
-    model, tokenizer = open_compressed(folder)
+    tokenizer = load_tokenizer(folder)
+    model = load_causal_model(folder)
     documents, _ = read_documents(data, "text")
     text = b"".join(document.text for document in documents).decode()
     ids = encode(tokenizer, text)

@@ -165,20 +165,11 @@ def _depth(seen: list[Tensor]) -> float:
     return float(torch.cat([seen[0][-1:], *seen[1:]]).double().mean()) if seen else 0.0
 
 
-def _is_of_transformers(folder: Path) -> bool:
-    from regard.compression.folders import is_compressed, read_record
-    from regard.workbench.trained import RECORD
-
-    if (folder / RECORD).is_file():
-        return False
-    if is_compressed(folder):
-        return bool(read_record(folder)["library"] == "transformers")
-    return folder.suffix == ".gguf" or (folder / "config.json").is_file() or any(folder.glob("*.gguf"))
-
-
 def _opened(folder: Path, device: str) -> tuple[Any, Any]:
     """A language model and its tokenizer."""
-    if not _is_of_transformers(folder):
+    from regard.compression.folders import is_compressed, is_of_transformers, load_causal_model
+
+    if not is_of_transformers(folder):
         from regard.models import LanguageModel
         from regard.workbench.trained import open_trained
 
@@ -190,16 +181,12 @@ def _opened(folder: Path, device: str) -> tuple[Any, Any]:
                 supported="models of the task text (LanguageModel)",
             )
         return model, trained.tokenizer
-    from regard.compression.folders import is_compressed
-    from regard.integrations.transformers.folders import load_model, load_tokenizer
-    from regard.workbench.lighter.subjects import open_compressed
+    from regard.integrations.transformers.folders import load_tokenizer
 
-    if not is_compressed(folder):
-        tokenizer = load_tokenizer(folder)
-        return load_model(folder).to(device), tokenizer
-    if device != "cpu":
+    if device != "cpu" and is_compressed(folder):
         raise Unsupported(f"a compressed model on {device}", supported="the processor", nearest="--device cpu")
-    return open_compressed(folder)
+    tokenizer = load_tokenizer(folder)
+    return load_causal_model(folder).to(device), tokenizer
 
 
 def _read(model: Any, tokenizer: Any, prompt: str, device: str) -> Tensor:

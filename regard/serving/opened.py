@@ -90,11 +90,14 @@ def _open_trained(place: Path, device: str, template: str | None, dtype: torch.d
 def _open_transformers(
     place: Path, device: str, template: str | None, dtype: torch.dtype, sizes: dict[str, Any]
 ) -> Opened:
+    from regard.compression.folders import is_compressed, load_causal_model
     from regard.integrations.transformers import RegardForCausalLM
-    from regard.integrations.transformers.folders import find_files, load_model, load_tokenizer, stop_tokens
+    from regard.integrations.transformers.folders import find_files, load_tokenizer, stop_tokens
     from regard.serving.transformers import TransformersReader
 
-    model = load_model(place, dtype=dtype, supported=SUPPORTED)
+    if device != "cpu" and is_compressed(place):
+        raise Unsupported(f"a compressed model on {device}", supported="the processor", nearest="--device cpu")
+    model = load_causal_model(place, dtype=dtype, supported=SUPPORTED)
     text = TransformersText(load_tokenizer(place, supported=SUPPORTED), stop_tokens(model), template)
     model = model.to(device)
     inner = model.model if isinstance(model, RegardForCausalLM) else None

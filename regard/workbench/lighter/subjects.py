@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.compression import Compressed, Recipe, text_windows
-from regard.compression.folders import copy_training, is_compressed, load_compressed, read_record
+from regard.compression.folders import copy_training, is_compressed
 from regard.contract import Context, Unsupported, at_least
 from regard.measurement.timing import Action
 from regard.models import LanguageModel
@@ -298,18 +298,6 @@ def stream_text(
             return
         yield token
         new = token[:, None]
-
-
-def open_compressed(folder: Path) -> tuple[nn.Module, Any]:
-    """Model and tokenizer of a compressed causal language model of transformers."""
-    record = read_record(folder)
-    if record["library"] != "transformers":
-        raise Unsupported(f"text with {folder}, a model of {record['library']}", supported="models of transformers")
-    from regard.integrations.transformers.folders import load_tokenizer, quietly
-
-    tokenizer = load_tokenizer(folder)
-    with quietly():
-        return load_compressed(folder), tokenizer
 
 
 def _listed(data: Paths) -> list[Any]:
