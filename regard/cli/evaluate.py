@@ -16,7 +16,9 @@ from regard.measurement import units
 
 
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="Folder of regard train, or of regard compress.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of regard train, regard compress or a language model of transformers.")
+    ],
     data: Annotated[
         list[str] | None,
         typer.Argument(help="Other data to score it on, in the form of its own; its held-out items when not given."),

@@ -169,7 +169,7 @@ def test_a_model_of_transformers_is_compressed_and_used_on_the_command_line(caps
     assert original["score"] != score["score"] and abs(original["score"] / score["score"] - 1) < 0.1
 
 
-def test_a_compressed_model_of_transformers_is_itself_wherever_models_are_read(capsys, causal, tmp_path):
+def test_a_compressed_model_of_transformers_is_itself_wherever_models_are_read(capsys, trained, causal, tmp_path):
     pytest.importorskip("starlette")
     from regard.compression import load_compressed
     from regard.serving.engine import Engine, Request
@@ -191,6 +191,8 @@ def test_a_compressed_model_of_transformers_is_itself_wherever_models_are_read(c
         capsys, "retrofit --mechanism linear --output", tmp_path / "out", tmp_path / "small", "--data", causal[1]
     )
     assert code == 2 and "which is compressed" in said
+    code, _, said = run(capsys, "compress --recipe int8", trained[0], "--output", tmp_path / "small")
+    assert code == 2 and "another library" in said
 
 
 def test_files_that_lack_weights_of_the_model_are_refused(capsys, causal, tmp_path):
