@@ -337,5 +337,5 @@ def test_a_library_that_was_built_before_a_kernel_was_written_says_so():
     class Later(library.Arguments):
         kernel = "later"
 
-    with pytest.raises(RuntimeError, match="native kernel later.*install regard again"):
+    with pytest.raises(RuntimeError, match=r"native kernel later.*install regard again"):
         library.call(Later())
