@@ -180,7 +180,9 @@ def test_a_compressed_model_of_transformers_is_itself_wherever_models_are_read(c
     model = load_compressed(tmp_path / "small")
     prompt = torch.randint(256, (1, 9))
     expected = model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, 9:].tolist()
-    engine = Engine(open_model(tmp_path / "small", rows=2, context=64).reader)
+    opened = open_model(tmp_path / "small", rows=2, context=64)
+    assert opened.described == "LlamaForCausalLM of transformers, compressed by int8"
+    engine = Engine(opened.reader)
     engine.submit(Request("a", prompt[0].tolist(), 6))
     assert [event.token for _ in range(9) for event in engine.step() if event.token is not None] == expected
     logits, _ = open_reader(tmp_path / "small").step(prompt, None)
