@@ -23,8 +23,24 @@ def test_every_command_has_help_with_examples(capsys):
         code, text, _ = run(capsys, f"{command} --help")
         assert code == 0
         assert f"regard {command}" in text.split("Examples:")[1]
+        assert "pip install 'regard'" not in text, "an extra in brackets is no markup"
         if command == "compare":
             assert set(list_tasks()) <= set(re.findall(r"\w+", text))
+
+
+def test_help_names_every_step_and_every_method(capsys):
+    from regard.compression.recipes import STEPS
+    from regard.compression.sparse.catalogue import METHODS
+
+    for command, names in {"compress": STEPS, "sparse": METHODS}.items():
+        _, text, _ = run(capsys, f"{command} --help")
+        assert set(names) - {"dense"} <= set(re.findall(r"\w+", text))
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "serve"])
+def test_a_device_that_is_not_there_is_one_sentence(capsys, tmp_path, command):
+    code, out, said = run(capsys, f"{command} {tmp_path} --device nowhere")
+    assert (code, out) == (2, "") and "device 'nowhere'; supported: cpu" in said
 
 
 def test_list_filters(capsys):

@@ -60,11 +60,12 @@ def compress(
 ) -> None:
     """Make a model smaller and faster, and say what it costs: weights in 8 or 4 bits, heads, neurons and layers taken away.
 
-    With --recipe one model is written, which regard generate, evaluate and predict read as they read the one it is made of.
+    With --recipe one model is written, which regard generate, evaluate, predict, serve and sparse read as they read the one it is
+    made of.
     With --recipes each is scored on held-out data and timed beside the original.
 
     Steps, of each line at most one: structured or axformer, which take parts away; magnitude, wanda or sparsegpt, which make
-    weights 0; smoothquant or awq; int8, int4, gptq, w8a8 or llm_int8.
+    weights 0; smoothquant or awq; int8, int4, gptq, lsq, w8a8 or llm_int8.
 
     Examples:
 
@@ -232,7 +233,7 @@ def _data(data: list[str] | None, model: Path, *, needed: bool) -> Any:
 
 
 def _check_output(output: Path, model: Path) -> None:
-    from regard.compression.folders import RECORD
+    from regard.compression.folders import RECORD, is_compressed, is_of_transformers
 
     if output.resolve() == model.resolve():
         raise Unsupported(f"{output} as the output, which is the model itself", supported="another folder")
@@ -243,4 +244,8 @@ def _check_output(output: Path, model: Path) -> None:
         raise Unsupported(
             f"{output} as the output, which has other files in it",
             supported="a new folder, or that of a compressed model",
+        )
+    if is_compressed(output) and is_of_transformers(output) != is_of_transformers(model):
+        raise Unsupported(
+            f"{output} as the output, which has a compressed model of another library", supported="another folder"
         )

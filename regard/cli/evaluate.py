@@ -44,7 +44,8 @@ def evaluate(
     """Score a trained model on what was held out, or on your data.
 
     With --reduce it is also scored on fewer tokens, and with --exit left early as regard train --exits has taught it; both are
-    timed in turn beside all tokens and layers.
+    timed in turn beside all tokens and layers. Of a causal language model of transformers, compressed or not, it is the perplexity
+    of your text.
 
     Examples:
 
@@ -53,22 +54,23 @@ def evaluate(
         regard evaluate my_model other_corpus.txt
         regard evaluate hybrid/ other.txt
         regard evaluate reviews new_reviews.csv --json
+        regard evaluate small/ other_corpus.txt
         regard evaluate photos --reduce tome:remove=4
         regard evaluate reviews --exit entropy:0.1 --exit entropy:0.5 --exit layer:2
     """
+    from regard.compression.folders import is_of_transformers
     from regard.measurement.statistics import score_of_items
     from regard.workbench.early_exits import exited, leaving
-    from regard.workbench.lighter.subjects import is_of_transformers
     from regard.workbench.reduced import AT_ONCE, reduced, told
     from regard.workbench.trained import figures_of, open_trained
 
     rules = exit_rules or []
     if is_of_transformers(folder):
-        if reduce is not None or rules:
-            raise Unsupported(
-                f"{'--exit' if rules else '--reduce'} of {folder}, a language model of transformers",
-                supported="models of regard train",
-            )
+        for option, given in (("--exit", rules), ("--reduce", reduce), ("--plugin", plugin)):
+            if given:
+                raise Unsupported(
+                    f"{option} of {folder}, a language model of transformers", supported="models of regard train"
+                )
         _of_transformers(folder, data, device, as_json)
         return
     own = plugged_tasks(load_plugins(plugin), (data,))

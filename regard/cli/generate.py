@@ -167,7 +167,8 @@ def _depth(seen: list[Tensor]) -> float:
 
 def _opened(folder: Path, device: str) -> tuple[Any, Any]:
     """A language model and its tokenizer."""
-    from regard.workbench.lighter.subjects import is_of_transformers, open_of_transformers
+    from regard.compression.folders import is_of_transformers
+    from regard.workbench.lighter.subjects import open_of_transformers
 
     if not is_of_transformers(folder):
         from regard.models import LanguageModel

@@ -44,7 +44,17 @@ REDUCE = Annotated[
         "some, which blocks=[1,3] may name).",
     ),
 ]
-DEVICE = Annotated[str, typer.Option(help="A device of torch: cpu, cuda.")]
+
+
+def _there(device: str) -> str:
+    if device != "cpu":  # torch is slow to import, and not every command needs it
+        from regard.workbench.layer_work import check_device
+
+        check_device(device)
+    return device
+
+
+DEVICE = Annotated[str, typer.Option(help="A device of torch: cpu, cuda.", callback=_there)]
 SKIP_UNREADABLE = Annotated[
     bool,
     typer.Option("--skip-unreadable", help="Name images that cannot be read, and go on without them."),
@@ -60,7 +70,7 @@ ENGINE = Annotated[
     str,
     typer.Option(
         help="Where cells run: local, one after the other in this process; or ray, on a cluster of Ray, or without an "
-        "--address and a cluster of this machine on all its processors (pip install 'regard[cluster]')."
+        "--address and a cluster of this machine on all its processors (pip install 'regard\\[cluster]')."
     ),
 ]
 ADDRESS = Annotated[

@@ -54,7 +54,7 @@ def search(
     rounds: Annotated[int, typer.Option(help="In which they are drawn; after each some genes are fixed.")] = 2,
     keep: Annotated[float, typer.Option(help="Share of the genes that stay open after a round; 1 for all.")] = 0.6,
     searchers: Annotated[
-        str, typer.Option(help="Comma-separated: evolution, random, optuna (pip install 'regard[search]').")
+        str, typer.Option(help="Comma-separated: evolution, random, optuna (pip install 'regard\\[search]').")
     ] = "evolution,random",
     evaluations: Annotated[int, typer.Option(help="Networks that each searcher scores by the ranker.")] = 1000,
     finalists: Annotated[int, typer.Option(help="Of each searcher, tried with the supernet's weights.")] = 8,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
@@ -58,7 +59,7 @@ def serve(
         Path | None, typer.Option(help="File with the layout of chats in jinja2, instead of the model's.")
     ] = None,
     timeout: Annotated[float, typer.Option(help="Most seconds for an answer, waiting included.")] = 600.0,
-    drain: Annotated[int, typer.Option(help="Most seconds to finish answers after SIGTERM.")] = 30,
+    drain: Annotated[int, typer.Option(help="Most seconds to finish answers after SIGTERM.", min=0)] = 30,
     max_body: Annotated[int, typer.Option(help="Most bytes of a request.")] = 4 << 20,
     dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = "float32",
     threads: Annotated[int | None, typer.Option(help="Threads of torch; its own choice when not given.")] = None,
@@ -163,7 +164,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise Unsupported(
             f"listening at {host}:{port} ({error.strerror or error})",
             supported="an address of this machine and a port that is free",
-            nearest=f"--port {port + 1}" if port < 65535 else "--port 0",
+            nearest=f"--host {LOOPBACK}" if error.errno == errno.EADDRNOTAVAIL else f"--port {(port + 1) % 65536}",
         ) from None
     return made
 

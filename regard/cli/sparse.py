@@ -61,7 +61,7 @@ def sparse(
     """Ask a trained model questions about long contexts, dense and with sparse attention, and say what is safe.
 
     Nothing is trained: methods read prompts sparsely (vertical_slash, block_sparse, flex_prefill, local_sinks), keep a part of
-    the cache (snapkv, ada_snapkv, pyramidkv, h2o, tova, streaming) or read a part of it (quest).
+    the cache (snapkv, ada_snapkv, pyramidkv, h2o, tova, streaming), read a part of it (quest), or keep it in 8 bits (int8).
 
     Examples:
 

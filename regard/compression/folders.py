@@ -109,6 +109,29 @@ def load_compressed(folder: str | os.PathLike[str], *, into: nn.Module | None = 
     return model.eval()
 
 
+def load_causal_model(place: Path, *, dtype: torch.dtype = torch.float32, supported: str | None = None) -> Any:
+    """The causal language model of transformers in a folder, compressed or as it was, or in a GGUF file; to be evaluated.
+
+    Args:
+        dtype: of the weights.
+        supported: what to say of another place.
+
+    Raises:
+        Unsupported: for one, for files that lack some of the weights, and for a compressed model in another dtype than float32.
+    """
+    from regard.integrations.transformers.folders import SUPPORTED, load_model, quietly
+
+    if not is_compressed(place):
+        return load_model(place, dtype=dtype, supported=supported or SUPPORTED)
+    if dtype != torch.float32:
+        raise Unsupported(f"a compressed model in {dtype}", supported="float32", nearest="float32")
+    with quietly():
+        model: Any = load_compressed(place)
+    if library_of(model) != "transformers" or not model.can_generate():
+        raise Unsupported(f"text from a {type(model).__name__}, as {place} holds", supported=supported or SUPPORTED)
+    return model
+
+
 def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What ``compression.json`` of a folder says; raises Unsupported where there is none."""
     place = Path(folder)
@@ -132,6 +155,20 @@ def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def is_compressed(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder has a compressed model."""
     return (Path(folder) / RECORD).is_file()
+
+
+def is_of_transformers(place: Path) -> bool:
+    """Whether a folder or file has a model of transformers, compressed or not, and is none of `regard train`."""
+    if is_compressed(place):
+        return bool(read_record(place)["library"] == "transformers")
+    if (place / BESIDE[0]).is_file():
+        return False
+    if place.suffix == ".gguf" or any(place.glob("*.gguf")):
+        return True
+    try:
+        return "model_type" in json.loads((place / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def copy_training(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:

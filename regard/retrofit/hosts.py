@@ -134,8 +134,11 @@ def open_host(model: Any, tokenizer: Any = None) -> Host:
 
 
 def _open_folder(path: Path, tokenizer: Any) -> tuple[Any, Any]:
+    from regard.compression.folders import is_compressed
     from regard.integrations.transformers.folders import find_files, has_tokenizer, load_model, load_tokenizer
 
+    if is_compressed(path):
+        raise Unsupported(f"{path}, which is compressed", supported="a model in floating point")
     model = load_model(path)
     if find_files(path)[1]:
         model = _without_quantizer(model)

@@ -83,23 +83,28 @@ def _open_trained(place: Path, device: str, template: str | None, dtype: torch.d
             supported="language models: folders of regard train on the task text",
         )
     text = PlainText(trained.tokenizer, template)
-    described = f"{trained.record['mechanism']}, {count_parameters(model):,} parameters"
+    told = _recipe(place) or f"{count_parameters(model):,} parameters"
+    described = f"{trained.record['mechanism']}, {told}"
     return _of_language_model(place.resolve().name, described, model.to(dtype), text, sizes)
 
 
 def _open_transformers(
     place: Path, device: str, template: str | None, dtype: torch.dtype, sizes: dict[str, Any]
 ) -> Opened:
+    from regard.compression.folders import is_compressed, load_causal_model
     from regard.integrations.transformers import RegardForCausalLM
-    from regard.integrations.transformers.folders import find_files, load_model, load_tokenizer, stop_tokens
+    from regard.integrations.transformers.folders import find_files, load_tokenizer, stop_tokens
     from regard.serving.transformers import TransformersReader
 
-    model = load_model(place, dtype=dtype, supported=SUPPORTED)
+    if device != "cpu" and is_compressed(place):
+        raise Unsupported(f"a compressed model on {device}", supported="the processor", nearest="--device cpu")
+    model = load_causal_model(place, dtype=dtype, supported=SUPPORTED)
     text = TransformersText(load_tokenizer(place, supported=SUPPORTED), stop_tokens(model), template)
     model = model.to(device)
     inner = model.model if isinstance(model, RegardForCausalLM) else None
     gguf = find_files(place)[1].get("gguf_file")
-    name, described = Path(gguf).stem if gguf else place.resolve().name, f"{type(model).__name__} of transformers"
+    name = Path(gguf).stem if gguf else place.resolve().name
+    described = ", ".join(filter(None, (f"{type(model).__name__} of transformers", _recipe(place))))
     if inner is not None:
         return _of_language_model(name, described, inner, text, sizes)
     if sizes.pop("offload"):
@@ -117,6 +122,13 @@ def _of_language_model(name: str, described: str, model: LanguageModel, text: Te
 
     reader = OffloadedReader(model, workers, backend=ProcessBackend(), **sizes)
     return Opened(name, f"{described}, attention in {workers} processes", reader, text, reader.close)
+
+
+def _recipe(place: Path) -> str:
+    """How a model was compressed, in words; none where it was not."""
+    from regard.compression.folders import is_compressed, read_record
+
+    return f"compressed by {read_record(place)['report']['recipe']}" if is_compressed(place) else ""
 
 
 def _model_type(place: Path) -> str | None:

@@ -27,6 +27,11 @@ GROUPED = [
     ("softmax", {"softcap": 2.0, "query_key_norm": "rms", "output_gate": "swish", "num_heads": 6, "num_kv_heads": 3}),
     ("softmax", {"positions": "none"}),
 ]
+CONVOLVED = [
+    ("gated_linear", {"short_convolution": 4}),
+    ("softmax", {"short_convolution": 4, "query_key_norm": "rms", "num_heads": 6, "num_kv_heads": 3}),
+    ("softmax", {"short_convolution": 3, "output_norm": "rms"}),
+]
 HYBRID = ["gated_linear", "softmax", "local", "softmax"]
 
 
@@ -90,6 +95,8 @@ def check_and_close(model, reader, asked):
         (GROUPED, 2, "sequence", {}),
         (HYBRID, 3, "auto", {"long": 45}),
         (HYBRID, 3, "sequence", {"overlap": False}),
+        (CONVOLVED, 2, "auto", {}),
+        (CONVOLVED[1:], 2, "request", {"overlap": False}),
     ],
 )
 def test_answers_equal_generate_alone(plan, workers, split, ways, monkeypatch):

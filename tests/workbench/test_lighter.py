@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from command_line import answer, run
 
 from regard.compression.recipes import read_recipes
+from regard.contract import Unsupported
 from regard.measurement.budget import Budget
 from regard.workbench.lighter import study as studies
 from regard.workbench.lighter.study import Row, Study, loss_of, recommend, study
@@ -163,6 +165,58 @@ def test_a_model_of_transformers_is_compressed_and_used_on_the_command_line(caps
     assert first == second != ""
     score = answer(capsys, "evaluate", tmp_path / "small", text)
     assert score["metric"] == "perplexity" and abs(score["score"] / found["original"]["quality"] - 1) < 0.1
+    original = answer(capsys, "evaluate", model, text)
+    assert original["score"] != score["score"] and abs(original["score"] / score["score"] - 1) < 0.1
+
+
+def test_a_compressed_model_of_transformers_is_itself_wherever_models_are_read(capsys, trained, causal, tmp_path):
+    pytest.importorskip("starlette")
+    from regard.compression import load_compressed
+    from regard.serving.engine import Engine, Request
+    from regard.serving.opened import open_model
+    from regard.workbench.sparse.readers import open_reader
+
+    answer(capsys, "compress --recipe int8", causal[0], "--output", tmp_path / "small")
+    model = load_compressed(tmp_path / "small")
+    prompt = torch.randint(256, (1, 9))
+    expected = model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, 9:].tolist()
+    opened = open_model(tmp_path / "small", rows=2, context=64)
+    assert opened.described == "LlamaForCausalLM of transformers, compressed by int8"
+    engine = Engine(opened.reader)
+    engine.submit(Request("a", prompt[0].tolist(), 6))
+    assert [event.token for _ in range(9) for event in engine.step() if event.token is not None] == expected
+    logits, _ = open_reader(tmp_path / "small").step(prompt, None)
+    torch.testing.assert_close(logits, model(prompt).logits[0, -1])
+    with pytest.raises(Unsupported, match="bfloat16"):
+        open_model(tmp_path / "small", dtype=torch.bfloat16)
+    code, _, said = run(
+        capsys, "retrofit --mechanism linear --output", tmp_path / "out", tmp_path / "small", "--data", causal[1]
+    )
+    assert code == 2 and "which is compressed" in said
+    code, _, said = run(capsys, "compress --recipe int8", trained[0], "--output", tmp_path / "small")
+    assert code == 2 and "another library" in said
+
+
+def test_files_that_lack_weights_of_the_model_are_refused(capsys, causal, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    place = tmp_path / "model"
+    shutil.copytree(causal[0], place)
+    weights = load_file(place / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
+    for command in (
+        "generate {} the",
+        "serve {} --port 0",
+        "compress {} --recipe int8 --output {}/out",
+        "evaluate {} x",
+    ):
+        code, out, said = run(capsys, command.replace("{}", str(place)))
+        assert (code, out) == (2, "") and "lacks 1 weights of a LlamaForCausalLM" in said, command
+    assert not (place / "out").exists()
+    (place / "model.safetensors").write_bytes((place / "model.safetensors").read_bytes()[:-100])
+    code, _, said = run(capsys, f"generate {place} the")
+    assert code == 2 and "transformers cannot load" in said and said.count("\n") == 1
 
 
 def test_models_lose_parts_on_the_command_line_and_go_on_working(capsys, trained, causal, tmp_path):

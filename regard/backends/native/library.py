@@ -145,7 +145,10 @@ def workspace_peak(*, reset: bool = False) -> int:
 
 @cache
 def _function(kernel: str) -> Any:
-    return getattr(load(), f"regard_{kernel}")
+    try:
+        return getattr(load(), f"regard_{kernel}")
+    except AttributeError:
+        raise RuntimeError(f"native kernel {kernel}: {STATUS[1]}") from None
 
 
 def call(arguments: Arguments) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from regard.contract import Unsupported
@@ -46,9 +47,21 @@ def find_files(place: Path, *, supported: str = SUPPORTED) -> tuple[Path, dict[s
 
 
 def load_model(place: Path, *, dtype: torch.dtype = torch.float32, supported: str = SUPPORTED) -> Any:
-    """The causal language model in a folder or a GGUF file, to be evaluated; arguments as in :func:`find_files`."""
+    """The causal language model in a folder or a GGUF file, to be evaluated; arguments as in :func:`find_files`.
+
+    Raises:
+        Unsupported: also for files that lack some of its weights, which transformers would draw.
+    """
     folder, file = find_files(place, supported=supported)
-    return _loaded(transformers.AutoModelForCausalLM, "model", place, folder, supported, dtype=dtype, **file).eval()
+    options = {"dtype": dtype, "output_loading_info": True, **file}
+    model, found = _loaded(transformers.AutoModelForCausalLM, "model", place, folder, supported, **options)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise Unsupported(
+            f"the model in {place}, which lacks {len(missing)} weights of a {type(model).__name__} (as {missing[0]})",
+            supported=supported,
+        )
+    return model.eval()
 
 
 def load_tokenizer(place: Path, *, supported: str = SUPPORTED) -> Any:
@@ -73,7 +86,7 @@ def _loaded(of: Any, what: str, place: Path, folder: Path, supported: str, **opt
     with quietly():
         try:
             return of.from_pretrained(str(folder), local_files_only=True, **options)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             said = str(error).strip().split("\n")[0][:200] or type(error).__name__
             raise Unsupported(
                 f"the {what} in {place}, which transformers cannot load ({said})", supported=supported

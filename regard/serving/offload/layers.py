@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regard.contract import Context, Unsupported
 from regard.layers.attention import AttentionLayer
@@ -15,37 +16,50 @@ from regard.models.blocks import Block
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-SUPPORTED = (
-    "softmax layers without a window, a learned sink, a bias of positions or a short convolution, beside layers whose "
-    "state has a constant size"
-)
+SUPPORTED = "softmax layers without a window, a learned sink or a bias of positions, beside layers whose state has a constant size"
 
 
-def queries(
-    layer: AttentionLayer, x: Float[Tensor, "b n c"], positions: Int[Tensor, "b n"]
-) -> Float[Tensor, "b h n d"]:
-    """Of normed inputs, in their places."""
+@dataclass(frozen=True)
+class Inputs:
+    """What comes into a layer: more tokens of some rows.
+
+    Attributes:
+        x: normed.
+        positions: their places.
+        lengths: how many of each row there are; None where all are.
+        caches: of the layer's short convolutions, which are those after these tokens once all parts have been made.
+    """
+
+    x: Float[Tensor, "b n c"]
+    positions: Int[Tensor, "b n"]
+    lengths: Int[Tensor, " b"] | None
+    caches: list[Tensor | None]
+
+    def heads(self, layer: AttentionLayer, part: int, project: nn.Module, heads: int) -> Float[Tensor, "b h n d"]:
+        """Of part 0 (queries), 1 (keys) or 2 (values)."""
+        y = project(self.x)
+        if self.caches:
+            y, self.caches[part] = layer.convolutions[part](y, self.lengths, self.caches[part])
+        return y.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def queries(layer: AttentionLayer, given: Inputs) -> Float[Tensor, "b h n d"]:
+    """In their places."""
     assert layer.query is not None
-    q = _heads(layer.query(x), layer.num_heads)
+    q = given.heads(layer, 0, layer.query, layer.num_heads)
     q = q if layer.query_norm is None else layer.query_norm(q)
     rotate = layer.positions.rotate
-    return q if rotate is None else rotate(q, positions)
+    return q if rotate is None else rotate(q, given.positions)
 
 
-def keys_values(
-    layer: AttentionLayer, x: Float[Tensor, "b n c"], positions: Int[Tensor, "b n"]
-) -> tuple[Float[Tensor, "b g n d"], Float[Tensor, "b g n v"]]:
+def keys_values(layer: AttentionLayer, given: Inputs) -> tuple[Float[Tensor, "b g n d"], Float[Tensor, "b g n v"]]:
     """Likewise, as a cache has them."""
     assert layer.key is not None and layer.value is not None
-    k, v = (_heads(part(x), layer.kv_heads) for part in (layer.key, layer.value))
+    k, v = (given.heads(layer, part, module, layer.kv_heads) for part, module in ((1, layer.key), (2, layer.value)))
     k = k if layer.key_norm is None else layer.key_norm(k)
     v = v if layer.value_norm is None else layer.value_norm(v)
     rotate = layer.positions.rotate if layer.positions.rotate_keys is None else layer.positions.rotate_keys
-    return (k if rotate is None else rotate(k, positions)), v
-
-
-def _heads(x: Float[Tensor, "b n hd"], heads: int) -> Float[Tensor, "b h n d"]:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return (k if rotate is None else rotate(k, given.positions)), v
 
 
 def sizes_of(layer: AttentionLayer) -> dict[str, Any]:
@@ -62,7 +76,8 @@ def sizes_of(layer: AttentionLayer) -> dict[str, Any]:
 
 @torch.no_grad()
 def offloadable(model: LanguageModel) -> tuple[list[int], bool]:
-    """Layers whose attention can be done elsewhere, and whether others have a state.
+    """Layers whose attention can be done elsewhere, and whether something of constant size stays: states of other layers, or
+    the last tokens of short convolutions.
 
     Raises:
         Unsupported: where there is none, and for a layer that keeps something of every token in another way.
@@ -85,7 +100,9 @@ def offloadable(model: LanguageModel) -> tuple[list[int], bool]:
             raise Unsupported(f"offloaded attention beside layer {i}, {block.entry[0]}", supported=SUPPORTED)
     if not chosen:
         raise Unsupported("offloaded attention of a model without softmax layers", supported=SUPPORTED)
-    return chosen, len(chosen) < len(blocks)
+    return chosen, len(chosen) < len(blocks) or any(
+        len(cast(AttentionLayer, blocks[i].mixer).convolutions) for i in chosen
+    )
 
 
 def _is_plain(layer: Any) -> bool:
@@ -94,4 +111,4 @@ def _is_plain(layer: Any) -> bool:
         return False
     positions, config = layer.positions, layer.config
     placed = positions.bias is positions.embed is positions.prepare is None
-    return placed and config.window in (None, (None, None)) and not config.learn_sink and not layer.convolutions
+    return placed and config.window in (None, (None, None)) and not config.learn_sink

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from regard.contract import Context, Mask, State, Unsupported, at_least
 from regard.engines.linear import FrozenWeights
-from regard.layers.attention import AttentionLayer
+from regard.layers.attention import AttentionLayer, LayerState
 from regard.models import LanguageModel, ModelState
 from regard.models.blocks import Block, evaluation_mode
 from regard.serving.engine import Row
 from regard.serving.language import context_of, without
 from regard.serving.offload.backends import Backend, LocalBackend
-from regard.serving.offload.layers import keys_values, offloadable, queries, sizes_of
+from regard.serving.offload.layers import Inputs, keys_values, offloadable, queries, sizes_of
 from regard.serving.offload.pool import AttentionPool, Exchange, WorkerLost
 from regard.serving.offload.splits import LONG, Rows, create_split
 from regard.serving.pools import PAGE_SIZE, default_tokens, padded
@@ -254,15 +254,19 @@ class OffloadedReader:
         ids, lengths = padded(tokens, self.device)
         mask = None if min(rows.counts) == ids.shape[1] else Mask(lengths=lengths)
         past = torch.tensor(list(rows.starts), device=self.device)
-        held = self._held.get(rows.keys).layers if self._holds else [None] * len(model.blocks)  # type: ignore[attr-defined]
+        held: Sequence[Any] = self._held.get(rows.keys).layers if self._holds else ()  # type: ignore[attr-defined]
         after: list[Any] = [None] * len(model.blocks)
         shares = self.pool.split.shares(rows)
         x, context, _ = model.embed(ids, past, Context(mask=mask, want=frozenset({"state"})))
         where = past[:, None] + torch.arange(ids.shape[1], device=self.device)
-        for i, block in enumerate(model.blocks):
+        for i, block in enumerate(cast(list[Block], list(model.blocks))):
             if i in self.offloaded:
                 exchange = self.pool.exchange(self.offloaded.index(i), rows, shares)
-                x = yield from self._attended(cast(Block, block), x, where, context, exchange)
+                caches = list(held[i].convolutions) if self._holds else []
+                given = Inputs(block.mixer_norm(x), where, None if mask is None else lengths, caches)
+                x = yield from self._attended(block, x, given, context, exchange)
+                if self._holds:
+                    after[i] = LayerState(None, past + lengths, tuple(caches))
             else:
                 result = block(x, context=context, state=held[i])
                 x, after[i] = result.output, result.state
@@ -270,20 +274,19 @@ class OffloadedReader:
             self._held.put(rows.keys, ModelState(tuple(after), past + lengths))
         return self._logits(model.norm(x), lengths)
 
-    def _attended(self, block: Block, x: Tensor, where: Tensor, context: Context, exchange: Exchange) -> Pass:
+    def _attended(self, block: Block, x: Tensor, given: Inputs, context: Context, exchange: Exchange) -> Pass:
         """A block whose attention is elsewhere."""
         layer = cast(AttentionLayer, block.mixer)
-        h = block.mixer_norm(x)
-        q = queries(layer, h, where)
-        early = self.overlap and h.shape[1] == 1
+        q = queries(layer, given)
+        early = self.overlap and x.shape[1] == 1
         if early:
             exchange.ask(q)
-        exchange.tell(*keys_values(layer, h, where), None if early else q)
+        exchange.tell(*keys_values(layer, given), None if early else q)
         yield
         started = time.perf_counter()
         y = exchange.receive()
         self.clock.waiting += time.perf_counter() - started
-        y = layer.output(layer.gated(y.to(x.device).transpose(1, 2), h))
+        y = layer.output(layer.gated(y.to(x.device).transpose(1, 2), given.x))
         x = x + block.mixer_end(y)
         return x if block.feed_forward is None else x + block.feed(x, context=context)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.compression import Compressed, Recipe, text_windows
-from regard.compression.folders import copy_training, is_compressed, load_compressed, read_record
+from regard.compression.folders import copy_training, is_compressed, load_causal_model
 from regard.contract import Context, Unsupported, at_least
 from regard.measurement.timing import Action
 from regard.models import LanguageModel
@@ -305,38 +305,14 @@ def stream_text(
         new = token[:, None]
 
 
-def is_of_transformers(folder: Path) -> bool:
-    """Whether a folder (or a GGUF file) holds a causal language model of transformers, compressed or not, and none of
-    `regard train`."""
-    if (folder / TRAINING).is_file():
-        return False
-    if is_compressed(folder):
-        return bool(read_record(folder)["library"] == "transformers")
-    return folder.suffix == ".gguf" or (folder / "config.json").is_file() or any(folder.glob("*.gguf"))
-
-
 def open_of_transformers(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
-    """Model and tokenizer of such a folder."""
-    from regard.integrations.transformers.folders import load_model, load_tokenizer
+    """Model and tokenizer of a causal language model of transformers, compressed or not."""
+    from regard.integrations.transformers.folders import load_tokenizer
 
-    if not is_compressed(folder):
-        tokenizer = load_tokenizer(folder)
-        return load_model(folder).to(device), tokenizer
-    if device != "cpu":
+    if device != "cpu" and is_compressed(folder):
         raise Unsupported(f"a compressed model on {device}", supported="the processor", nearest="--device cpu")
-    return open_compressed(folder)
-
-
-def open_compressed(folder: Path) -> tuple[nn.Module, Any]:
-    """Model and tokenizer of a compressed causal language model of transformers."""
-    record = read_record(folder)
-    if record["library"] != "transformers":
-        raise Unsupported(f"text with {folder}, a model of {record['library']}", supported="models of transformers")
-    from regard.integrations.transformers.folders import load_tokenizer, quietly
-
     tokenizer = load_tokenizer(folder)
-    with quietly():
-        return load_compressed(folder), tokenizer
+    return load_causal_model(folder).to(device), tokenizer
 
 
 def _listed(data: Paths) -> list[Any]:

@@ -159,7 +159,8 @@ def open_reader(path: Path) -> Reader:
         if not isinstance(model, LanguageModel):
             raise Unsupported(f"{path}, which holds a {type(model).__name__}", supported=MODELS)
         return OfRegard(model, tokenizer, f"{path.name} ({trained.record['mechanism']})")
-    from regard.integrations.transformers.folders import load_model, load_tokenizer
+    from regard.compression.folders import load_causal_model
+    from regard.integrations.transformers.folders import load_tokenizer
 
     tokenizer = load_tokenizer(path, supported=MODELS)
-    return OfTransformers(load_model(path, supported=MODELS), tokenizer, path.name)
+    return OfTransformers(load_causal_model(path, supported=MODELS), tokenizer, path.name)

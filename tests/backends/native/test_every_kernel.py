@@ -331,3 +331,11 @@ def test_gradients_of_one_result_alone_are_those_of_float64(name):
 def test_nan_reaches_what_depends_on_it_and_nothing_else(name):
     case = CASES[name]
     case.kernel.check_nan(case.sample(100), **case.options(100))
+
+
+def test_a_library_that_was_built_before_a_kernel_was_written_says_so():
+    class Later(library.Arguments):
+        kernel = "later"
+
+    with pytest.raises(RuntimeError, match=r"native kernel later.*install regard again"):
+        library.call(Later())
