@@ -1,15 +1,17 @@
 """Every command as a user meets it, and every kind of bad input: exit code 2 and one clear line."""
 
 import importlib.util
+import inspect
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
+import typer
 from command_line import answer, run
 
 from regard import get_mechanism, list_mechanisms
-from regard.cli.app import COMMANDS
+from regard.cli.app import COMMANDS, app
 from regard.tasks import list_tasks
 from regard.workbench.packages import OPTIONAL
 from regard.workbench.verify import verified_backends
@@ -25,6 +27,16 @@ def test_every_command_has_help_with_examples(capsys):
         assert f"regard {command}" in text.split("Examples:")[1]
         if command == "compare":
             assert set(list_tasks()) <= set(re.findall(r"\w+", text))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_all_that_is_written_for_it(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "2000")
+    _, text, _ = run(capsys, f"{command} --help")
+    options = [option.help for option in typer.main.get_command(app).commands[command].params if option.help]
+    prose = inspect.cleandoc(COMMANDS[command].__doc__).partition("Examples:")[0].split("\n\n")
+    for said in [*options, *(" ".join(paragraph.split()) for paragraph in prose)]:
+        assert said.replace("\\[", "[") in text
 
 
 def test_list_filters(capsys):

@@ -24,10 +24,13 @@ def list_command(
         str | None, typer.Option(help="Only this kind: attention, mixer, pooling, projection, wrapper.")
     ] = None,
     recurrent: Annotated[
-        bool | None, typer.Option("--recurrent/--not-recurrent", help="Whether the decoding state stays the same size.")
+        bool | None,
+        typer.Option(
+            "--recurrent/--not-recurrent", help="Only mechanisms whose decoding state stays the same size, or does not."
+        ),
     ] = None,
     backbones: Annotated[
-        bool, typer.Option("--backbones", help="Networks for images, for --model and --models, instead.")
+        bool, typer.Option("--backbones", help="List the image backbones (for --model and --models) instead.")
     ] = False,
     plugin: PLUGINS = None,
     as_json: JSON = False,
@@ -145,11 +148,13 @@ def _default(field: Any) -> Any:
 def show(
     name: str,
     matrix: Annotated[
-        bool, typer.Option("--matrix", help="Instead its mixing matrix on an example, and what is measured on it.")
+        bool, typer.Option("--matrix", help="Show its mixing matrix on an example instead, and what is measured on it.")
     ] = False,
     pattern: Annotated[
         str | None,
-        typer.Option(help="Of the matrix: causal-self or noncausal-self; the first that there is when not given."),
+        typer.Option(
+            help="Pattern of the matrix: causal-self or noncausal-self; when not given, the first that the mechanism has."
+        ),
     ] = None,
     plugin: PLUGINS = None,
     as_json: JSON = False,
