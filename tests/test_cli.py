@@ -52,6 +52,12 @@ def test_show_tells_equations_and_deviations(capsys, name):
     assert "Deviations" in out and "| paper | here |" in out
 
 
+def test_show_takes_names_that_stand_for_options(capsys):
+    code, out, _ = run(capsys, "show gated_delta_rule")
+    assert code == 0 and out.startswith("gated_delta_rule is delta_rule with gated=True:")
+    assert answer(capsys, "show gated_delta_rule")["alias_options"]["gated_delta_rule"] == {"gated": True}
+
+
 def test_show_draws_a_mixing_matrix(capsys):
     found = answer(capsys, "show local --matrix --pattern noncausal-self")
     assert found["structure"] == "chosen pairs" and len(found["weights"]) == 24

@@ -11,10 +11,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from regard.catalogue import get_mechanism, get_module, list_mechanisms
+from regard.catalogue import get_mechanism, get_module, list_mechanisms, resolve
 from regard.cli.console import console, emit, load_plugins
 from regard.cli.options import JSON, PLUGINS
-from regard.contract import Pattern, Unsupported
+from regard.contract import Pattern, Unsupported, spelled
 from regard.functional import function_name
 
 
@@ -121,6 +121,7 @@ def _card(name: str) -> dict[str, Any]:
     return {
         "name": card.name,
         "aliases": list(card.aliases),
+        "alias_options": {alias: dict(options) for alias, options in card.alias_options.items()},
         "kind": card.kind.value,
         "summary": card.summary,
         "paper": dataclasses.asdict(card.paper),
@@ -174,10 +175,12 @@ def show(
         return
     if pattern is not None:
         raise Unsupported(f"--pattern {pattern} without --matrix", supported="--matrix --pattern", nearest="--matrix")
-    card = get_mechanism(name)
+    card, meant = resolve(name)
     if as_json:
-        emit(_card(name) | {"documentation": inspect.cleandoc(get_module(card.name).__doc__ or "")})
+        emit(_card(card.name) | {"documentation": inspect.cleandoc(get_module(card.name).__doc__ or "")})
         return
+    if meant:
+        console.print(Text(f"{name} is {card.name} with {spelled(meant)}:"))
     console.print(f"[bold]{card.name}[/bold]  {card.kind.value}, arXiv {card.paper.arxiv} ({card.paper.year})")
     if card.aliases:
         console.print(f"[dim]also called {', '.join(card.spelled_aliases())}[/dim]")
