@@ -179,11 +179,18 @@ def get_module(name: str) -> ModuleType:
 
 
 def _lookup(name: str) -> tuple[Mechanism, ModuleType]:
+    if not isinstance(name, str):
+        raise Unsupported(
+            f"a mechanism of type {type(name).__name__}", supported="a name, as text", nearest='"softmax"'
+        )
     found = _find(name)
     if found is None:
-        entries = _catalogue()
-        words = [w for card, _ in entries.values() for w in (card.name, *card.aliases)]
-        raise Unsupported(f"mechanism {name!r}", supported=", ".join(sorted(entries)), nearest=closest(name, words))
+        words = [word for card, _ in _catalogue().values() for word in (card.name, *card.aliases)]
+        bare, colon, options = name.partition(":")
+        nearest = f"{bare!r} with {options}" if colon and bare in words else closest(bare, words)
+        raise Unsupported(
+            f"mechanism {name!r}", supported="names and aliases that `regard list` tells", nearest=nearest
+        )
     return found
 
 

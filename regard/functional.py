@@ -148,7 +148,17 @@ def __getattr__(name: str) -> Any:
             if made is None or made[0] is not card:  # a plugin may take the place of an earlier one
                 made = _MADE[name] = (card, _function(card))
             return made[1]
-    raise AttributeError(f"module 'regard.functional' has no function {name!r}; see dir(regard.functional)")
+    raise AttributeError(f"module 'regard.functional' has no function {name!r}; {_instead(name)}")
+
+
+def _instead(name: str) -> str:
+    """What to try for a name that no function has."""
+    bare = name.removesuffix("_attention")
+    card = find_mechanism(bare)
+    if card is not None and bare in card.alias_options:
+        return f"try regard.create_layer({bare!r}, ...), or {function_name(card)} with the options of its card"
+    likeliest = closest(name, __dir__()) if card is None else function_name(card)
+    return f"try {likeliest}" if likeliest else "see dir(regard.functional)"
 
 
 def __dir__() -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from regard import Unsupported, create_layer, get_mechanism, list_mechanisms
+from regard import Unsupported, create_layer, functional, get_mechanism, list_mechanisms
 from regard.catalogue import resolve
 from regard.contract import Kind
 from regard.models import LanguageModel, LanguageModelConfig
@@ -67,6 +67,34 @@ def test_a_name_means_the_same_in_a_layer_a_plan_and_a_wrapper(name, gated):
     model = LanguageModel(LanguageModelConfig(vocab_size=9, dim=16, num_heads=2, plan=[name]))
     layers = (create_layer(name, 16, 2), model.blocks[0].mixer, create_layer("moh", 16, 2, mechanism=name).attention)
     assert [layer.config.gated for layer in layers] == [gated] * 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ("sofmax", "`regard list` tells; try softmax$"),
+        ("local:window=3", "try 'local' with window=3$"),
+        (3, "of type int; .*a name, as text"),
+    ],
+)
+def test_an_unknown_name_is_told_the_nearest_in_one_line(asked, told):
+    with pytest.raises(Unsupported, match=told) as refusal:
+        create_layer(asked, 16, 2)
+    assert len(str(refusal.value)) < 160
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ("gla", "try gated_linear_attention"),
+        ("sofmax_attention", "try softmax_attention"),
+        ("retention", r"try regard.create_layer\('retention', ...\), or gated_linear_attention"),
+        ("zzz", "see dir"),
+    ],
+)
+def test_a_function_that_is_not_there_is_told_the_nearest(asked, told):
+    with pytest.raises(AttributeError, match=f"no function '{asked}'; {told}"):
+        getattr(functional, asked)
 
 
 def test_randomized_attention_is_no_lara():

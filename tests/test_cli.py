@@ -1,15 +1,17 @@
 """Every command as a user meets it, and every kind of bad input: exit code 2 and one clear line."""
 
 import importlib.util
+import inspect
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
+import typer
 from command_line import answer, run
 
 from regard import get_mechanism, list_mechanisms
-from regard.cli.app import COMMANDS
+from regard.cli.app import COMMANDS, app
 from regard.tasks import list_tasks
 from regard.workbench.packages import OPTIONAL
 from regard.workbench.verify import verified_backends
@@ -43,6 +45,16 @@ def test_a_device_that_is_not_there_is_one_sentence(capsys, tmp_path, command):
     assert (code, out) == (2, "") and "device 'nowhere'; supported: cpu" in said
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_all_that_is_written_for_it(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "2000")
+    _, text, _ = run(capsys, f"{command} --help")
+    options = [option.help for option in typer.main.get_command(app).commands[command].params if option.help]
+    prose = inspect.cleandoc(COMMANDS[command].__doc__).partition("Examples:")[0].split("\n\n")
+    for said in [*options, *(" ".join(paragraph.split()) for paragraph in prose)]:
+        assert said.replace("\\[", "[") in text
+
+
 def test_list_filters(capsys):
     assert [card["name"] for card in answer(capsys, "list")] == list_mechanisms()
     names = [card["name"] for card in answer(capsys, "list --pattern causal-cross --recurrent")]
@@ -54,6 +66,12 @@ def test_show_tells_equations_and_deviations(capsys, name):
     code, out, _ = run(capsys, f"show {name}")
     assert code == 0
     assert "Deviations" in out and "| paper | here |" in out
+
+
+def test_show_takes_names_that_stand_for_options(capsys):
+    code, out, _ = run(capsys, "show gated_delta_rule")
+    assert code == 0 and out.startswith("gated_delta_rule is delta_rule with gated=True:")
+    assert answer(capsys, "show gated_delta_rule")["alias_options"]["gated_delta_rule"] == {"gated": True}
 
 
 def test_show_draws_a_mixing_matrix(capsys):

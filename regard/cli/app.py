@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Annotated
 
@@ -68,8 +69,17 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _flowing(docstring: str) -> str:
+    """A command's docstring with a line for each paragraph, which the terminal breaks, and examples under their heading."""
+    paragraphs = inspect.cleandoc(docstring).split("\n\n")
+    flowing = (part.removeprefix("\b\n") if part.startswith("\b") else part.replace("\n", " ") for part in paragraphs)
+    return "\n\n".join(flowing).replace("Examples:\n\n", "Examples:\n")
+
+
 for name, command in COMMANDS.items():
-    app.command(name)(command)
+    app.command(name, help=_flowing(command.__doc__ or ""))(command)
 
 
 def _version(asked: bool) -> None:

@@ -11,10 +11,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from regard.catalogue import get_mechanism, get_module, list_mechanisms
+from regard.catalogue import get_mechanism, get_module, list_mechanisms, resolve
 from regard.cli.console import console, emit, load_plugins
 from regard.cli.options import JSON, PLUGINS
-from regard.contract import Pattern, Unsupported
+from regard.contract import Pattern, Unsupported, spelled
 from regard.functional import function_name
 
 
@@ -24,10 +24,13 @@ def list_command(
         str | None, typer.Option(help="Only this kind: attention, mixer, pooling, projection, wrapper.")
     ] = None,
     recurrent: Annotated[
-        bool | None, typer.Option("--recurrent/--not-recurrent", help="Whether the decoding state stays the same size.")
+        bool | None,
+        typer.Option(
+            "--recurrent/--not-recurrent", help="Only mechanisms whose decoding state stays the same size, or does not."
+        ),
     ] = None,
     backbones: Annotated[
-        bool, typer.Option("--backbones", help="Networks for images, for --model and --models, instead.")
+        bool, typer.Option("--backbones", help="List the image backbones (for --model and --models) instead.")
     ] = False,
     plugin: PLUGINS = None,
     as_json: JSON = False,
@@ -118,6 +121,7 @@ def _card(name: str) -> dict[str, Any]:
     return {
         "name": card.name,
         "aliases": list(card.aliases),
+        "alias_options": {alias: dict(options) for alias, options in card.alias_options.items()},
         "kind": card.kind.value,
         "summary": card.summary,
         "paper": dataclasses.asdict(card.paper),
@@ -145,11 +149,13 @@ def _default(field: Any) -> Any:
 def show(
     name: str,
     matrix: Annotated[
-        bool, typer.Option("--matrix", help="Instead its mixing matrix on an example, and what is measured on it.")
+        bool, typer.Option("--matrix", help="Show its mixing matrix on an example instead, and what is measured on it.")
     ] = False,
     pattern: Annotated[
         str | None,
-        typer.Option(help="Of the matrix: causal-self or noncausal-self; the first that there is when not given."),
+        typer.Option(
+            help="Pattern of the matrix: causal-self or noncausal-self; when not given, the first that the mechanism has."
+        ),
     ] = None,
     plugin: PLUGINS = None,
     as_json: JSON = False,
@@ -169,10 +175,12 @@ def show(
         return
     if pattern is not None:
         raise Unsupported(f"--pattern {pattern} without --matrix", supported="--matrix --pattern", nearest="--matrix")
-    card = get_mechanism(name)
+    card, meant = resolve(name)
     if as_json:
-        emit(_card(name) | {"documentation": inspect.cleandoc(get_module(card.name).__doc__ or "")})
+        emit(_card(card.name) | {"documentation": inspect.cleandoc(get_module(card.name).__doc__ or "")})
         return
+    if meant:
+        console.print(Text(f"{name} is {card.name} with {spelled(meant)}:"))
     console.print(f"[bold]{card.name}[/bold]  {card.kind.value}, arXiv {card.paper.arxiv} ({card.paper.year})")
     if card.aliases:
         console.print(f"[dim]also called {', '.join(card.spelled_aliases())}[/dim]")

@@ -34,7 +34,7 @@ def compress(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text to calibrate with and to score on. Repeatable. Of a model of regard train: its own when not given."
+            help="Text to calibrate with and to score on; for a model of regard train, its own when not given. Repeatable."
         ),
     ] = None,
     recipe: Annotated[
@@ -47,13 +47,13 @@ def compress(
         typer.Option(help="Folder for the model, or for the results; the same command goes on from it."),
     ] = None,
     budget: Annotated[str, typer.Option(help="Time for all recipes together: 90s, 20m, 2h.")] = "20m",
-    length: Annotated[int | None, typer.Option(help="Tokens of a window; 512 when not given.")] = None,
-    calibration: Annotated[int, typer.Option(help="Windows or items that one recipe is calibrated with.")] = 16,
+    length: Annotated[int | None, typer.Option(help="Tokens in a window; 512 when not given.")] = None,
+    calibration: Annotated[int, typer.Option(help="Windows or items to calibrate a recipe with.")] = 16,
     tolerance: Annotated[float, typer.Option(help="Share of the quality that the recommended recipe may lose.")] = 0.01,
     effects: Annotated[
         int,
         typer.Option(
-            help="Also ask for side effects, so many times: repetition, facts lost among others, answers made up. 0: not."
+            help="Questions that look for side effects: repetition, facts lost among others, answers made up. 0 asks none."
         ),
     ] = 0,
     as_json: JSON = False,

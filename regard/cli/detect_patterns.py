@@ -25,8 +25,10 @@ def detect_patterns(
     ] = None,
     dim: Annotated[int, typer.Option(min=1, help="Width of the tokens.")] = 32,
     heads: Annotated[int, typer.Option(min=1, help="Heads, for a module that has them.")] = 4,
-    length: Annotated[int, typer.Option(min=4, help="Tokens; more than a window or a chunk tell more.")] = 24,
-    memory_length: Annotated[int, typer.Option(min=4, help="Tokens of the memory.")] = 20,
+    length: Annotated[
+        int, typer.Option(min=4, help="Tokens in the sequence; a length above the module's window or chunk shows more.")
+    ] = 24,
+    memory_length: Annotated[int, typer.Option(min=4, help="Tokens in the memory.")] = 20,
     option: Annotated[
         list[str] | None, typer.Option(help="An argument of your class's constructor, as window=32. Repeatable.")
     ] = None,
@@ -34,9 +36,10 @@ def detect_patterns(
         bool, typer.Option("--seeded", help="Seed torch before each call of your module, if it draws random numbers.")
     ] = False,
     expect: Annotated[
-        list[str] | None, typer.Option(help="A pattern that it must have: ends with exit code 1 if not. Repeatable.")
+        list[str] | None,
+        typer.Option(help="A pattern that it must have, or the command ends with exit code 1. Repeatable."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:

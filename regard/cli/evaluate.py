@@ -26,7 +26,9 @@ def evaluate(
     ],
     data: Annotated[
         list[str] | None,
-        typer.Argument(help="Other data to score it on, in the form of its own; its held-out items when not given."),
+        typer.Argument(
+            help="Other data to score it on, in the form of its training data; its held-out items when not given."
+        ),
     ] = None,
     exit_rules: Annotated[
         list[str] | None,

@@ -37,9 +37,11 @@ def generate(
     text: Annotated[str, typer.Argument(help="What the model goes on from; - reads standard input.")],
     tokens: Annotated[int, typer.Option(help="New tokens.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; 1 draws as the model says.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Draw among so many of the likeliest.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest of this probability in all.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    top_k: Annotated[int | None, typer.Option(help="Draw among this many of the likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw among the likeliest tokens that together have this probability.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     exit_rule: Annotated[
         str | None,
         typer.Option(
@@ -71,7 +73,7 @@ def generate(
     ] = None,
     shorten_by: Annotated[
         Path | None,
-        typer.Option(help="Folder of the model that says so, a small one; the model itself when not given."),
+        typer.Option(help="Folder of a small model to ask which tokens are expected; the model itself when not given."),
     ] = None,
     device: DEVICE = "cpu",
     as_json: JSON = False,

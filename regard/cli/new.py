@@ -12,8 +12,8 @@ from regard.cli.console import console
 
 
 def new(
-    name: Annotated[str, typer.Argument(help="Of the mechanism: lower case letters, digits and underscores.")],
-    output: Annotated[Path, typer.Option(help="Folder of the file.")] = Path(),
+    name: Annotated[str, typer.Argument(help="Name of the mechanism: lower-case letters, digits and underscores.")],
+    output: Annotated[Path, typer.Option(help="Folder to write the file to.")] = Path(),
 ) -> None:
     """Begin a mechanism: a file with its card, and a definition that fails until you write it.
 

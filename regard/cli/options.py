@@ -16,13 +16,13 @@ DATA = Annotated[list[str] | None, typer.Argument(help="Your files: text, a tabl
 VALIDATION = Annotated[
     list[str] | None, typer.Option(help="Held-out data, in the same form; split off when not given.")
 ]
-LENGTH = Annotated[int | None, typer.Option(help="Tokens of an item.")]
-TOKENIZER = Annotated[str, typer.Option(help="Of tasks that read text: bytes, bpe:SIZE or a saved .json.")]
+LENGTH = Annotated[int | None, typer.Option(help="Tokens in an item; the task's own when not given.")]
+TOKENIZER = Annotated[str, typer.Option(help="Tokenizer, for tasks that read text: bytes, bpe:SIZE or a saved .json.")]
 MODEL = Annotated[
     str | None,
     typer.Option(
-        help="The backbone: a name of regard list --backbones, a plugin's, or another that serves the task; the first that "
-        "serves it when not given."
+        help="The backbone: a name of regard list --backbones, a plugin's, or another that serves the task; when not "
+        "given, the first that serves it."
     ),
 ]
 STACK = Annotated[
@@ -33,15 +33,15 @@ STACK = Annotated[
     ),
 ]
 PRECISION = Annotated[
-    str, typer.Option(help="Of training: float32, or mixed: bfloat16, or float16 with a scaled loss.")
+    str, typer.Option(help="Precision of training: float32, or mixed: bfloat16, or float16 with a scaled loss.")
 ]
 REDUCE = Annotated[
     str | None,
     typer.Option(
         metavar="METHOD:OPTIONS",
         help="Go on with fewer tokens, in a vision transformer with a class token: tome, tome_stride, tome_random, evit, "
-        "attention, random, stride or mean, with remove=4 (patches that go at each block) or keep=0.7 (the share that stays at "
-        "some, which blocks=[1,3] may name).",
+        "attention, random, stride or mean, with remove=4 (patches removed at each block) or keep=0.7 (the share kept at some "
+        "blocks, which blocks=[1,3] may name).",
     ),
 ]
 
@@ -54,26 +54,29 @@ def _there(device: str) -> str:
     return device
 
 
-DEVICE = Annotated[str, typer.Option(help="A device of torch: cpu, cuda.", callback=_there)]
+DEVICE = Annotated[str, typer.Option(help="Device, as torch names it: cpu, cuda.", callback=_there)]
 SKIP_UNREADABLE = Annotated[
     bool,
-    typer.Option("--skip-unreadable", help="Name images that cannot be read, and go on without them."),
+    typer.Option("--skip-unreadable", help="Go on without images that cannot be read, and name them."),
 ]
 SHARD = Annotated[
-    str | None, typer.Option("--shard", help="i/n: run share i of n of the cells, beside other processes.")
+    str | None,
+    typer.Option("--shard", help="i/n: run only share i of n of the cells, while other processes run the others."),
 ]
 TIMINGS = Annotated[
     bool | None,
-    typer.Option("--timings/--no-timings", help="Only what is timed (on an idle machine), or only the rest."),
+    typer.Option("--timings/--no-timings", help="Only what is timed (which needs an idle machine), or only the rest."),
 ]
 ENGINE = Annotated[
     str,
     typer.Option(
-        help="Where cells run: local, one after the other in this process; or ray, on a cluster of Ray, or without an "
-        "--address and a cluster of this machine on all its processors (pip install 'regard\\[cluster]')."
+        help="Where cells run: local, one after the other in this process; or ray, on the Ray cluster at --address, or on "
+        "all processors of this machine where there is none (pip install 'regard\\[cluster]')."
     ),
 ]
 ADDRESS = Annotated[
     str | None,
-    typer.Option(help="Of the cluster: auto for that of this machine, local for one of its own, or HOST:PORT."),
+    typer.Option(
+        help="Address of the Ray cluster: auto for the one on this machine, local for a new one, or HOST:PORT."
+    ),
 ]

@@ -33,7 +33,7 @@ def predict(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Of a model that segments: a PNG (of a volume .nii.gz) for the mask of one, or a folder for those of several."
+            help="Where to write masks, of a model that segments: a PNG (.nii.gz for a volume), or a folder for several."
         ),
     ] = None,
     reduce: REDUCE = None,

@@ -20,7 +20,9 @@ def profile_command(
     mechanisms: Annotated[list[str], typer.Argument(help="Mechanisms; softmax is always measured beside them.")],
     pattern: Annotated[str, typer.Option(help="One pattern that all of them have.")] = Pattern.CAUSAL_SELF.value,
     lengths: Annotated[str, typer.Option(help="Comma-separated lengths.")] = "256,512,1024,2048,4096",
-    what: Annotated[str, typer.Option(help="Of forward, training, decode.")] = "forward,training,decode",
+    what: Annotated[
+        str, typer.Option(help="What to time, separated by commas: forward, training, decode.")
+    ] = "forward,training,decode",
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     heads: Annotated[int, typer.Option(help="Heads.")] = 8,
     head_dim: Annotated[int | None, typer.Option(help="Width of a head; 64, or dim / heads with --dim.")] = None,

@@ -39,7 +39,7 @@ def reproduce(
     pilot: Annotated[
         int | None,
         typer.Option(
-            help="Run so many other seeds, which are never judged, and say what they show: whether the experiment can "
+            help="Run this many other seeds, which are never judged, and say what they show: whether the experiment can "
             "tell, how much its numbers vary, and how many seeds would decide."
         ),
     ] = None,

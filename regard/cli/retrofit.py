@@ -36,7 +36,7 @@ def retrofit(
     validation: Annotated[
         list[str] | None, typer.Option(help="Text of another source, on which the result is judged. Repeatable.")
     ] = None,
-    length: Annotated[int, typer.Option(help="Tokens of a block of training.")] = 512,
+    length: Annotated[int, typer.Option(help="Tokens in a training block.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Blocks of a training step.")] = 4,
     train: Annotated[
         str, typer.Option(help="Weights of the last stage: all, new (swapped layers) or lora:RANK.")
@@ -50,9 +50,10 @@ def retrofit(
     rate: Annotated[float, typer.Option(help="Learning rate of the last stage, likewise.")] = 0.002,
     lengths: Annotated[str, typer.Option(help="Lengths at which time, state and recall are measured.")] = "512,2048",
     evaluation_blocks: Annotated[
-        int | None, typer.Option(help="Blocks of each text in the evaluation, at most; as the budget allows else.")
+        int | None,
+        typer.Option(help="Most blocks of each text in the evaluation; as many as the budget allows when not given."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of blocks and of what starts at random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the order of blocks and of weights that start at random.")] = 0,
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:

@@ -30,7 +30,7 @@ def search(
     data: DATA = None,
     task: Annotated[
         str | None,
-        typer.Option(help="Task, as name or name:option=value; text, or what the data are for, when not given."),
+        typer.Option(help="Task, as name or name:option=value; when not given, what the data are for, or else text."),
     ] = None,
     budget: Annotated[
         str,
@@ -51,18 +51,22 @@ def search(
     feed_forward: Annotated[str, typer.Option(help="Feed-forward widths to choose from, in each layer.")] = "64,128",
     steps: Annotated[int, typer.Option(help="Steps of the supernet, each of four networks.")] = 2000,
     networks: Annotated[int, typer.Option(help="Networks tried with its weights, for the ranker.")] = 60,
-    rounds: Annotated[int, typer.Option(help="In which they are drawn; after each some genes are fixed.")] = 2,
-    keep: Annotated[float, typer.Option(help="Share of the genes that stay open after a round; 1 for all.")] = 0.6,
+    rounds: Annotated[
+        int, typer.Option(help="Rounds in which they are drawn; after each, some choices are fixed.")
+    ] = 2,
+    keep: Annotated[float, typer.Option(help="Share of the choices that stay open after a round; 1 for all.")] = 0.6,
     searchers: Annotated[
         str, typer.Option(help="Comma-separated: evolution, random, optuna (pip install 'regard\\[search]').")
     ] = "evolution,random",
     evaluations: Annotated[int, typer.Option(help="Networks that each searcher scores by the ranker.")] = 1000,
-    finalists: Annotated[int, typer.Option(help="Of each searcher, tried with the supernet's weights.")] = 8,
-    retrain: Annotated[int, typer.Option(help="Steps of what was chosen, from scratch; 0 for none.")] = 1500,
+    finalists: Annotated[int, typer.Option(help="Networks of each searcher to try with the supernet's weights.")] = 8,
+    retrain: Annotated[
+        int, typer.Option(help="Steps of training from scratch for what was chosen; 0 for none.")
+    ] = 1500,
     seeds: Annotated[int, typer.Option(help="Runs from scratch of each; two or more to judge differences.")] = 3,
-    seed: Annotated[int, typer.Option(help="Of the supernet, the draws and the first run.")] = 0,
-    learning_rate: Annotated[float, typer.Option(help="Of all training.")] = 3e-3,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 4096,
+    seed: Annotated[int, typer.Option(help="Seed of the supernet, the draws and the first run.")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of all training.")] = 3e-3,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens in a training step.")] = 4096,
     frame: Annotated[
         str, typer.Option(help="What surrounds the mechanism in its layer: bare, convolution or own.")
     ] = "bare",

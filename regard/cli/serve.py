@@ -29,25 +29,33 @@ def serve(
     folder: Annotated[
         Path | None, typer.Argument(help="Folder of regard train, a folder of transformers, or a .gguf file.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of the machine's.")] = LOOPBACK,
-    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 for all addresses of this machine.")
+    ] = LOOPBACK,
+    port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)] = 8000,
     name: Annotated[
-        str | None, typer.Option(help="Of the model, as clients call it; the folder's when not given.")
+        str | None, typer.Option(help="Name by which clients call the model; the folder's name when not given.")
     ] = None,
-    rows: Annotated[int, typer.Option(help="Answers written at one time.")] = 16,
+    rows: Annotated[int, typer.Option(help="Answers that are written at the same time.")] = 16,
     waiting: Annotated[int, typer.Option(help="Requests that may wait; more are turned away with status 429.")] = 128,
     context: Annotated[
-        int | None, typer.Option(help="Most tokens of a prompt and its answer; the model's when not given.")
+        int | None,
+        typer.Option(help="Most tokens of a prompt and its answer together; the model's limit when not given."),
     ] = None,
     cache_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Tokens whose keys and values are kept; what all rows may need, within a quarter of the memory."
+            help="Tokens whose keys and values are kept; when not given, what all rows may need, up to a quarter of the memory."
         ),
     ] = None,
-    chunk: Annotated[int, typer.Option(help="Tokens of a prompt read between two tokens of the other answers.")] = 256,
+    chunk: Annotated[
+        int, typer.Option(help="Tokens of a new prompt to read between two tokens of the answers in progress.")
+    ] = 256,
     prefix_cache: Annotated[
-        bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Read a beginning that prompts share once.")
+        bool,
+        typer.Option(
+            "--prefix-cache/--no-prefix-cache", help="Read only once the beginning that prompts have in common."
+        ),
     ] = True,
     offload: Annotated[
         int,
@@ -56,19 +64,23 @@ def serve(
         ),
     ] = 0,
     chat_template: Annotated[
-        Path | None, typer.Option(help="File with the layout of chats in jinja2, instead of the model's.")
+        Path | None, typer.Option(help="File with a Jinja template for chats, instead of the model's own.")
     ] = None,
     timeout: Annotated[float, typer.Option(help="Most seconds for an answer, waiting included.")] = 600.0,
     drain: Annotated[int, typer.Option(help="Most seconds to finish answers after SIGTERM.", min=0)] = 30,
     max_body: Annotated[int, typer.Option(help="Most bytes of a request.")] = 4 << 20,
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = "float32",
-    threads: Annotated[int | None, typer.Option(help="Threads of torch; its own choice when not given.")] = None,
+    dtype: Annotated[str, typer.Option(help="Type of the weights: float32 or bfloat16.")] = "float32",
+    threads: Annotated[int | None, typer.Option(help="Threads of torch; torch chooses when not given.")] = None,
     bench: Annotated[bool, typer.Option("--bench", help="Measure under load instead, and stop.")] = False,
-    clients: Annotated[str, typer.Option(help="With --bench: clients at one time, in turns.")] = "1,4,16",
+    clients: Annotated[
+        str, typer.Option(help="With --bench: numbers of clients at the same time, tried one after the other.")
+    ] = "1,4,16",
     requests: Annotated[int, typer.Option(help="With --bench: requests of each client.")] = 2,
-    prompt_tokens: Annotated[int, typer.Option(help="With --bench: of a prompt.")] = 512,
-    new_tokens: Annotated[int, typer.Option(help="With --bench: of an answer.")] = 128,
-    shared_tokens: Annotated[int, typer.Option(help="With --bench: that all prompts begin with.")] = 0,
+    prompt_tokens: Annotated[int, typer.Option(help="With --bench: tokens in a prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="With --bench: tokens in an answer.")] = 128,
+    shared_tokens: Annotated[
+        int, typer.Option(help="With --bench: tokens at the beginning that all prompts share.")
+    ] = 0,
     url: Annotated[
         str | None, typer.Option(help="With --bench: another OpenAI-compatible server, instead of a folder.")
     ] = None,

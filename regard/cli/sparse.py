@@ -33,16 +33,18 @@ def sparse(
             "constructed, tiny or small: models that are made here."
         ),
     ],
-    lengths: Annotated[str | None, typer.Option(help="Tokens of prompts: 1k,4k (k is 1024).")] = None,
+    lengths: Annotated[str | None, typer.Option(help="Lengths of the prompts in tokens: 1k,4k (k is 1024).")] = None,
     methods: Annotated[
         str,
         typer.Option(help="all, or a list with commas; two of different phases as block_sparse + quest."),
     ] = "all",
     ratios: Annotated[str, typer.Option(help="Compressions that are tried.")] = "2,4,8,16",
     tasks: Annotated[str, typer.Option(help="all, or a list with commas.")] = "all",
-    samples: Annotated[int | None, typer.Option(help="Of each task at each length; 10 when not given.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Questions of each task at each length; 10 when not given.")
+    ] = None,
     wording: Annotated[
-        str, typer.Option(help="Of prompts: full as in the benchmark, or brief, for small models.")
+        str, typer.Option(help="Wording of the prompts: full, as in the benchmark, or brief, for small models.")
     ] = "full",
     data: Annotated[
         list[str] | None,
@@ -51,7 +53,7 @@ def sparse(
     effects: Annotated[
         int,
         typer.Option(
-            help="Also ask for side effects, so many times: repetition, facts lost among others, answers made up. 0: not."
+            help="Questions that look for side effects: repetition, facts lost among others, answers made up. 0 asks none."
         ),
     ] = 0,
     budget: Annotated[str | None, typer.Option(help="Time after which no new question is asked: 90s, 20m, 2h.")] = None,

@@ -21,11 +21,13 @@ def study(
     name: Annotated[str | None, typer.Argument(help="A study; all are listed when none is named.")] = None,
     data: Annotated[list[str] | None, typer.Argument(help="Your files, where the study takes some.")] = None,
     preset: Annotated[
-        str | None, typer.Option(help="The size, by a name that the list shows; the smallest when not given.")
+        str | None, typer.Option(help="Size, by a name that `regard study` lists; the smallest when not given.")
     ] = None,
     mechanisms: Annotated[
         str | None,
-        typer.Option(help="As `regard compare` takes them, or all that can enter; the study's own when not given."),
+        typer.Option(
+            help="Mechanisms, written as for `regard compare`, or all that can enter; the study's own when not given."
+        ),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Runs of each setting; the study's own when not given.")] = None,
     budget: Annotated[

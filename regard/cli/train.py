@@ -65,18 +65,18 @@ def train(
     task: Annotated[
         str | None,
         typer.Option(
-            help="Task, as name or name:option=value,option=value; text, or what the columns of a table or the files of a "
-            "folder are for, when not given."
+            help="Task, as name or name:option=value,option=value; when not given, what the columns of a table or the files of a "
+            "folder are for, or else text."
         ),
     ] = None,
     mechanism: Annotated[
         str | None,
         typer.Option(
-            help="A name, NAME:option=value, a hybrid such as gated_linear*3+softmax, or a file; softmax when not given."
+            help="Mechanism: a name, NAME:option=value, a hybrid such as gated_linear*3+softmax, or a file; softmax when not given."
         ),
     ] = None,
     budget: Annotated[str, typer.Option(help="8m, 2h, 500 steps, 2M tokens or 5e13 flops.")] = "8m",
-    learning_rate: Annotated[float, typer.Option(help="Its peak; regard compare finds a good one.")] = 3e-3,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate; regard compare finds a good one.")] = 3e-3,
     output: Annotated[Path, typer.Option(help="Folder of the model; the same command goes on from it.")] = Path(
         "runs/train"
     ),
@@ -85,10 +85,10 @@ def train(
     tokenizer: TOKENIZER = "bytes",
     skip_unreadable: SKIP_UNREADABLE = False,
     model: MODEL = None,
-    dim: Annotated[int, typer.Option(help="Its width.")] = 128,
-    layers: Annotated[int, typer.Option(help="Its layers.")] = 4,
+    dim: Annotated[int, typer.Option(help="Width of the backbone.")] = 128,
+    layers: Annotated[int, typer.Option(help="Layers of the backbone.")] = 4,
     heads: Annotated[int, typer.Option(help="Heads of a layer.")] = 4,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 4096,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens in a training step.")] = 4096,
     frame: Annotated[
         str, typer.Option(help="What surrounds the mechanism in its layer: bare, convolution or own.")
     ] = "convolution",
@@ -108,7 +108,7 @@ def train(
         ),
     ] = None,
     stack: STACK = "",
-    seed: Annotated[int, typer.Option(help="Of weights, batches and draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the weights, the batches and the draws.")] = 0,
     precision: PRECISION = "float32",
     ema: Annotated[
         float | None,

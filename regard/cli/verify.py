@@ -20,20 +20,30 @@ from regard.contract import Unsupported, closest
 
 
 def verify(
-    mechanisms: Annotated[list[str] | None, typer.Argument(help="Mechanisms; all when none is named.")] = None,
+    mechanisms: Annotated[
+        list[str] | None,
+        typer.Argument(help="Mechanisms, with options as in local:window=4; all of them when none is named."),
+    ] = None,
     pattern: Annotated[list[str] | None, typer.Option(help="Only these patterns.")] = None,
     prop: Annotated[list[str] | None, typer.Option("--property", help="Only these properties.")] = None,
     variant: Annotated[
         list[str] | None,
-        typer.Option(help="With the options of these variants of the card, or `all`; the default ones else."),
+        typer.Option(help="Variants of the card, or all: with their options instead of the default ones."),
     ] = None,
     random: Annotated[
         int,
-        typer.Option(min=0, help="Instead, so many random cases of each mechanism: options, sizes, padding, splits."),
+        typer.Option(
+            min=0, help="Try this many random cases of each mechanism instead: options, sizes, padding, splits."
+        ),
     ] = 0,
-    case: Annotated[str | None, typer.Option(help="Instead, one case, as --random prints those that fail.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the random cases.")] = 0,
-    full: Annotated[bool, typer.Option("--full/--quick", help="Inductor and more seeds; resumable.")] = False,
+    case: Annotated[str | None, typer.Option(help="Try one case instead, as --random prints those that fail.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random cases.")] = 0,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full/--quick", help="Compile with Inductor, and try more seeds; a run that was stopped goes on."
+        ),
+    ] = False,
     output: Annotated[Path, typer.Option(help="Folder of the store that --full resumes from.")] = Path("runs/verify"),
     plugin: PLUGINS = None,
     as_json: JSON = False,

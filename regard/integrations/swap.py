@@ -38,6 +38,8 @@ CROSSING = re.compile("encoder_attn|cross|EncDec", re.IGNORECASE)
 PACKS = "regard_packs"
 """Attribute of an encoder of PyTorch that packed padded batches before a swap."""
 
+NAMED = 3
+"""Modules that a refusal names for each reason."""
 KNOWN = "nn.MultiheadAttention, transformers models with the attention interface, timm's ViT attention"
 
 
@@ -143,11 +145,17 @@ def swap(
     Raises:
         Unsupported: with all reasons, when a module cannot be changed safely; then none is.
     """
+    if not isinstance(model, nn.Module):
+        raise Unsupported(
+            f"swapping attention in a {type(model).__name__}",
+            supported="a torch module",
+            nearest="swap(model, 'linear')",
+        )
     choices = _choices(mechanism, pattern, only, options)
     report = SwapReport(", ".join(dict.fromkeys(c.card.name for c in choices.values() if c is not None)))
     plan: dict[str, Change] = {}
     chosen: dict[str, Choice] = {}
-    refused: dict[str, str] = {}
+    refused: dict[str, list[str]] = {}
     unused = set(choices)
     for path, module in model.named_modules():
         reader = reader_of(module)
@@ -163,13 +171,13 @@ def swap(
             chosen[path] = choice.for_module(_usual_pattern(model, path, module))
             plan[path] = reader(model, path, module, chosen[path])
         except Unsupported as error:
-            refused[path] = str(error)
+            refused.setdefault(str(error).removeprefix("not supported: "), []).append(path)
             continue
         report.changed[path] = f"{type(module).__name__}, {choice.card.name}, {chosen[path].pattern}"
     if refused:
         raise Unsupported(
             f"swapping to {report.mechanism}: "
-            + "; ".join(f"{path}: {reason}" if path else reason for path, reason in refused.items()),
+            + "; ".join(f"{_some(paths)}{reason}" for reason, paths in refused.items()),
             supported="modules whose work it can do",
             nearest="only=..., to change other modules, or softmax",
         )
@@ -191,6 +199,12 @@ def swap(
         report.notes.extend(bridge.record_swap(model, chosen))
     _choose_paths_of_encoders(model)
     return report
+
+
+def _some(paths: list[str]) -> str:
+    """The first of the modules that a reason is about, and how many more there are."""
+    named = ", ".join(filter(None, paths[:NAMED])) + (f" and {len(paths) - NAMED} more" if len(paths) > NAMED else "")
+    return f"{named}: " if named else ""
 
 
 def unswap(model: nn.Module, only: str | None = None) -> SwapReport:

@@ -27,8 +27,10 @@ class Layer(nn.Module):
         """One token: the output and the state after it. Without a state it is the first of its sequence.
 
         Raises:
-            Unsupported: where the mechanism cannot go on from a state.
+            Unsupported: where the mechanism cannot go on from a state, and for more axes than (B, C).
         """
+        if isinstance(x_t, Tensor) and x_t.ndim != 2:
+            raise Unsupported(f"a step on x_t of shape {tuple(x_t.shape)}", supported="one token a row, (B, C)")
         result = self(x_t[:, None], context=STEP, state=state)
         return result.output[:, 0], result.state
 

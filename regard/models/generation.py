@@ -133,6 +133,7 @@ def generate_stream(
         generator: source of the samples.
         use_state: False reads the whole sequence again for each token.
     """
+    at_least("max_new_tokens", max_new_tokens, 0)
     check_sampling(temperature, top_k, top_p)
     prompts = Prompts.of(ids, mask)
     stop = torch.tensor(list(stop_tokens), dtype=ids.dtype, device=ids.device)
@@ -176,6 +177,7 @@ def beam_search(
     Returns:
         The new tokens; a row that ended repeats its stop token.
     """
+    at_least("max_new_tokens", max_new_tokens, 0)
     at_least("beams", beams, 1)
     at_least("length_penalty", length_penalty, 0.0)
     prompts = Prompts.of(ids, mask)

@@ -129,3 +129,8 @@ def test_a_step_without_a_state_is_the_first_token(name):
     if hasattr(layer, "step"):
         with contextlib.suppress(Unsupported):  # what keeps no state
             torch.testing.assert_close(layer.step(X[:, 0])[0], layer(X[:, :1]).output[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_takes_one_token_a_row():
+    with pytest.raises(Unsupported, match=r"step on x_t of shape \(2, 5, 16\); supported: one token a row, \(B, C\)"):
+        create_layer("gated_linear", 16, 2).step(X)

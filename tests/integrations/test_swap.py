@@ -308,6 +308,8 @@ def test_nothing_is_changed_when_one_module_is_unsafe():
 def test_models_without_attention_are_refused():
     with pytest.raises(Unsupported, match="without attention modules that are known"):
         regard.swap(nn.Linear(3, 3), "softmax")
+    with pytest.raises(Unsupported, match=r"attention in a str; .*try swap\(model"):
+        regard.swap("linear", encoder())
     with pytest.raises(Unsupported, match="itself the attention module"):
         regard.swap(nn.MultiheadAttention(16, 4), "softmax")
 
@@ -360,5 +362,7 @@ class TestVision:
         timm = pytest.importorskip("timm")
         with torch.device("meta"):
             model = timm.create_model(name)
-        with pytest.raises(Unsupported, match=f"computes more than attention: {told}"):
+        with pytest.raises(Unsupported, match=f"computes more than attention: {told}") as refusal:
             regard.swap(model, "softmax")
+        assert str(refusal.value).count(told) == str(refusal.value).count("not supported") == 1
+        assert "blocks.0.attn, " in str(refusal.value) and " more: " in str(refusal.value)

@@ -141,6 +141,8 @@ def test_bad_calls_are_refused():
         (lambda: model.generate(ids, 2, mask=Mask(lengths=torch.tensor([5, 0]))), "without tokens"),
         (lambda: model.generate(ids, 2, beams=2, temperature=1.0), "temperature in a beam search"),
         (lambda: model.generate(ids, 2, beams=0), "beams"),
+        (lambda: model.generate(ids, -1), "max_new_tokens=-1"),
+        (lambda: model.generate(ids, -1, beams=2), "max_new_tokens=-1"),
         (lambda: model.generate(ids, 2, length_penalty=0.5), "without a beam search"),
         (lambda: model(torch.randn(2, 3)), "integers"),
         (lambda: model(ids, context=Context(roles=torch.zeros_like(ids))), "roles"),

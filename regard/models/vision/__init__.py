@@ -51,7 +51,11 @@ def read_backbone(name: str, **options: Any) -> tuple[type[Backbone], Any]:
     """
     published = _published()
     if name not in published:
-        raise Unsupported(f"backbone {name!r}", supported=", ".join(published), nearest=closest(str(name), published))
+        raise Unsupported(
+            f"backbone {name!r}",
+            supported="names that `regard list --backbones` tells",
+            nearest=closest(str(name), published),
+        )
     backbone, size = published[name]
     check_options(backbone.Config, options, name)
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}

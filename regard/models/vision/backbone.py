@@ -244,7 +244,9 @@ class Backbone(nn.Module):
             raise Unsupported(f"images as {what}", supported="floats of shape (B, channels, height, width)")
         if images.shape[1] != self.config.channels:
             raise Unsupported(
-                f"images of {images.shape[1]} channels", supported=f"{self.config.channels}", nearest="channels="
+                f"images of {images.shape[1]} channels",
+                supported=f"{self.config.channels}",
+                nearest=f"channels={images.shape[1]}",
             )
         self.check_size(images.shape[2], images.shape[3])
         return images.contiguous(memory_format=torch.channels_last)
