@@ -260,7 +260,7 @@ class _Runner:
             before = runs[work.task.name]
             if before.left_out:
                 made = self._train(work, self.settings.names)
-                if len(made.cells["search"]) > len(before.cells["search"]) or len(made.rows) > len(before.rows):
+                if made.cells != before.cells and len(made.rows) >= len(before.rows):
                     more[work.task.name] = replace(made, fewer=before.fewer)
         return None if all(more[task] is made for task, made in runs.items()) else more
 

@@ -40,7 +40,7 @@ class Conclusions:
         self.comparisons = {task: comparison_of(made.rows) for task, made in runs.items()}
         self.rules = {w.task.name: w.baseline for w in works if w.baseline is not None}
         self.metrics = {w.task.name: (w.task.metric, w.task.higher_is_better) for w in works}
-        self.left_out = [said for made in runs.values() for said in (*made.left_out, made.fewer) if said]
+        self.left_out = [said for made in runs.values() for said in (*made.left_out, *made.longer, made.fewer) if said]
         kind = {w.task.name: w.kind for w in works}
         cost_of = {(kind[row["task"]], row["mechanism"]): row for row in costs}
         self.summary = {

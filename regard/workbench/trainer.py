@@ -6,6 +6,7 @@ that is not: rates beyond the grid, further seeds, further frames. What was left
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 import time
@@ -36,6 +37,9 @@ REPLANNED = 0.1
 
 HALF_LIFE = 30.0
 """Planned seconds after which a run tells half as much of the machine's pace."""
+
+LONGER = 2
+"""Steps, over those planned, of a run that does not solve what others of its mechanism solve."""
 
 MARGIN = 0.97
 """Part of the time that is left which is planned anew."""
@@ -82,6 +86,7 @@ class Runs:
         left_out: sentences about what there was no time for.
         cells: keys of the rows in the store, by kind.
         fewer: a sentence about steps that the plan had and the runs do not; empty where they have them.
+        longer: sentences about runs that were given more steps than the others.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -90,6 +95,7 @@ class Runs:
     left_out: list[str] = field(default_factory=list)
     cells: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"quality": [], "search": []})
     fewer: str = ""
+    longer: list[str] = field(default_factory=list)
 
 
 class Trainer:
@@ -186,7 +192,34 @@ class Trainer:
                 break
             runs.rows += [self.run(work, name, runs.rates[name], seed) for name in names]
         runs.cells["quality"] += [self._key(work, r["mechanism"], r["lr"], r["seed"]) for r in runs.rows]
+        if work.task.solved is not None and work.frame == self.settings.frames[0]:
+            self._insist(work, runs)
         return runs
+
+    def _insist(self, work: Work, runs: Runs) -> None:
+        """Train mechanisms that solve the task in some runs for more steps in the others: it is the budget that these lack."""
+        longer = copy.copy(work)
+        longer.steps = {name: LONGER * steps for name, steps in work.steps.items()}
+        solving = {row["mechanism"] for row in runs.rows if row["solved"]}
+        again: dict[str, list[int]] = {}
+        for i, row in enumerate(runs.rows):
+            name = row["mechanism"]
+            if row["solved"] or name not in solving:
+                continue
+            run = name, row["lr"], row["seed"]
+            if self.stored(longer, *run) is None and not self._affords(longer.run_seconds(name)):
+                self._leave_out(
+                    runs, f"{work.task.name}: no time was left for more steps of {name}, which solves it in some runs."
+                )
+                break
+            runs.rows[i] = self.run(longer, *run)
+            runs.cells["quality"][i] = self._key(longer, *run)
+            again.setdefault(name, []).append(row["seed"])
+        for name, seeds in again.items():
+            runs.longer.append(
+                f"{work.task.name}: {name} solves it in some runs; in the others (seeds {listed([str(s) for s in seeds])}) it had "
+                f"{longer.steps[name]} steps instead of {work.steps[name]}."
+            )
 
     def _try(self, work: Work, name: str, rate: float, runs: Runs) -> Row:
         row = self.run(work, name, rate, self.settings.first_seed)

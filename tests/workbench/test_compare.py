@@ -171,6 +171,27 @@ def test_a_busy_moment_tells_nothing_of_the_pace_a_minute_later(tmp_path, monkey
     assert 1 < trainer.pace < 2
 
 
+def test_runs_get_more_steps_where_others_of_their_mechanism_solve_the_task(tmp_path, monkeypatch):
+    """softmax solves it with one seed of three, linear with none."""
+    measure = Trainer._measure
+
+    def lucky(self, work, name, rate, seed):
+        row = measure(self, work, name, rate, seed)
+        return {**row, "solved": name == "softmax" and (seed == 1 or row["steps"] > 20)}
+
+    monkeypatch.setattr(Trainer, "_measure", lucky)
+    chosen = settings(mechanisms=("softmax", "linear"), budget=Budget.parse("20 steps"), seeds=3)
+    outcome = compare([recall()], chosen, tmp_path)
+    steps = {(row["mechanism"], row["seed"], row["steps"]) for row in rows(outcome)}
+    assert steps == {(n, s, 20) for n in chosen.names for s in range(3)} | {("softmax", 0, 40), ("softmax", 2, 40)}
+    solved = {entry["mechanism"]: entry["solved"] for entry in outcome.summary["recall"]}
+    assert solved == {"softmax": True, "linear": False}
+    told = "recall: softmax solves it in some runs; in the others (seeds 0 and 2) it had 40 steps instead of 20."
+    assert told in outcome.recommendation.notes
+    (run,) = rows(outcome, "run")
+    assert sorted(key["steps"] for key in run["cells"]["quality"]) == [20] * 4 + [40] * 2
+
+
 def test_another_lowest_seed_repeats_the_comparison_by_other_draws(tmp_path):
     scores = {}
     for first in (0, 7):
