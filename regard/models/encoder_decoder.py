@@ -31,7 +31,6 @@ from regard.models.blocks import (
     Block,
     Plan,
     add_losses,
-    auxiliary_loss,
     check_ids,
     check_plan,
     check_sequences,
@@ -42,9 +41,9 @@ from regard.models.blocks import (
     place_input,
     read_plan,
 )
-from regard.models.exits import apply_head, joint_loss, make_exits, run_with_exits
+from regard.models.exits import apply_head, make_exits, run_with_exits
 from regard.models.generation import generate, generate_stream
-from regard.models.language_model import ModelState, mean_nats, next_tokens
+from regard.models.language_model import ModelState, next_token_loss
 from regard.models.stack import Stack, StackConfig
 
 if TYPE_CHECKING:
@@ -348,17 +347,7 @@ class EncoderDecoder(nn.Module):
         Args:
             targets: token to predict at each place, -100 for none; the next valid token of the sequence when None.
         """
-        if targets is None:
-            targets = next_tokens(ids, None if context is None else context.mask)
-        if targets.shape != ids.shape:
-            raise Unsupported(
-                f"targets of shape {tuple(targets.shape)} for ids of shape {tuple(ids.shape)}",
-                supported="a target for each token, -100 for none",
-            )
-        result = self(ids, memory, context=context)
-        return joint_loss(result, partial(mean_nats, targets=targets)) + auxiliary_loss(
-            result.losses, self.config.loss_weights
-        )
+        return next_token_loss(partial(self, ids, memory), self.config.loss_weights, ids, targets, context)
 
     def generate(
         self,

@@ -9,7 +9,7 @@ Pre-norm residual blocks with RMSNorm and SwiGLU, as in Llama (Touvron et al., a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -234,17 +234,7 @@ class LanguageModel(nn.Module):
         Args:
             targets: token to predict at each place, -100 for none; the next valid token of the sequence when None.
         """
-        if targets is None:
-            targets = next_tokens(ids, None if context is None else context.mask)
-        if targets.shape != ids.shape:
-            raise Unsupported(
-                f"targets of shape {tuple(targets.shape)} for ids of shape {tuple(ids.shape)}",
-                supported="a target for each token, -100 for none",
-            )
-        result = self(ids, context=context)
-        return joint_loss(result, partial(mean_nats, targets=targets)) + auxiliary_loss(
-            result.losses, self.config.loss_weights
-        )
+        return next_token_loss(partial(self, ids), self.config.loss_weights, ids, targets, context)
 
     def generate(
         self,
@@ -319,6 +309,25 @@ class LanguageModel(nn.Module):
                 return self.logits(x), result.state
 
         return read
+
+
+def next_token_loss(
+    run: Callable[..., Result],
+    weights: Mapping[str, float],
+    ids: Int[Tensor, "b n"],
+    targets: Int[Tensor, "b n"] | None,
+    context: Context | None,
+) -> Float[Tensor, ""]:
+    """The loss of a model that `run` calls with a context, see :meth:`LanguageModel.loss`."""
+    if targets is None:
+        targets = next_tokens(ids, None if context is None else context.mask)
+    if targets.shape != ids.shape:
+        raise Unsupported(
+            f"targets of shape {tuple(targets.shape)} for ids of shape {tuple(ids.shape)}",
+            supported="a target for each token, -100 for none",
+        )
+    result = run(context=context)
+    return joint_loss(result, partial(mean_nats, targets=targets)) + auxiliary_loss(result.losses, weights)
 
 
 def mean_nats(logits: Float[Tensor, "b n vocab"], targets: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
