@@ -23,12 +23,14 @@ def spelled_option(name: str) -> str:
 
 
 def read_names(text: str) -> tuple[str, ...]:
+    """How the mechanisms of a list with commas are written in one spelling; raises Unsupported for unknown ones."""
     from regard.models.variants import read_variants
 
     return tuple(variant.name for variant in read_variants(text))
 
 
 def read_integers(name: str, text: str) -> tuple[int, ...]:
+    """Whole numbers of a list with commas, each once, in order; raises Unsupported, which calls them `name`."""
     try:
         return tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
     except ValueError:
@@ -38,6 +40,7 @@ def read_integers(name: str, text: str) -> tuple[int, ...]:
 
 
 def read_numbers(name: str, text: str) -> tuple[float, ...]:
+    """Numbers of a list with commas, each once, in order; raises Unsupported, which calls them `name`."""
     try:
         return tuple(sorted({float(part) for part in text.split(",") if part.strip()}))
     except ValueError:
