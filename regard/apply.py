@@ -38,6 +38,7 @@ from regard.core.ragged import Gathering, check_pairs, gather_pairs, gathering, 
 
 
 def input_names(card: Mechanism) -> list[str]:
+    """The inputs of the mechanism's functions in the order of their arguments, optional ones without their mark."""
     return list(card.axes)
 
 

@@ -6,17 +6,31 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import typer
+
 from regard.catalogue import list_mechanisms
 from regard.contract import Kind, Pattern, Unsupported, closest
 
 
+def given_options(context: typer.Context) -> list[str]:
+    """The arguments and options that stand on the command line, by their names in Python."""
+    return [name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+
+
+def spelled_option(name: str) -> str:
+    """An option as it stands on the command line."""
+    return "--" + name.replace("_", "-")
+
+
 def read_names(text: str) -> tuple[str, ...]:
+    """How the mechanisms of a list with commas are written in one spelling; raises Unsupported for unknown ones."""
     from regard.models.variants import read_variants
 
     return tuple(variant.name for variant in read_variants(text))
 
 
 def read_integers(name: str, text: str) -> tuple[int, ...]:
+    """Whole numbers of a list with commas, each once, in order; raises Unsupported, which calls them `name`."""
     try:
         return tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
     except ValueError:
@@ -26,6 +40,7 @@ def read_integers(name: str, text: str) -> tuple[int, ...]:
 
 
 def read_numbers(name: str, text: str) -> tuple[float, ...]:
+    """Numbers of a list with commas, each once, in order; raises Unsupported, which calls them `name`."""
     try:
         return tuple(sorted({float(part) for part in text.split(",") if part.strip()}))
     except ValueError:
@@ -33,6 +48,11 @@ def read_numbers(name: str, text: str) -> tuple[float, ...]:
 
 
 def read_mechanisms(text: str, tasks: list[Any]) -> list[Any]:
+    """Mechanisms, with options and hybrids, or image backbones; of ``all`` those that all tasks can take.
+
+    Raises:
+        Unsupported: where none is named, and as :func:`regard.models.variants.read_variant`.
+    """
     from regard.models.variants import read_variants
 
     if text.strip() == "all":
@@ -45,23 +65,32 @@ def read_mechanisms(text: str, tasks: list[Any]) -> list[Any]:
                 and (inserting or c.prepare is None)
             )
         )
-    return read_variants(text)
+    found = read_variants(text)
+    if not found:
+        raise Unsupported(f"mechanisms {text!r}", supported="names with commas, or all", nearest="softmax,gated_linear")
+    return found
 
 
 def read_backbones(text: str) -> list[Any]:
     """Image backbones, with options or without; raises Unsupported where a mechanism is among them."""
-    from regard.models.variants import read_variants
+    from regard.models.variants import Variant, read_model, read_variants
     from regard.models.vision import list_networks
 
-    found = read_variants(text)
-    for variant in found:
-        if variant.backbone is None:
-            known = list_networks()
+    known = list_networks()
+
+    def read(written: str) -> Variant:
+        name = written.partition(":")[0].strip()
+        if name not in known:
             raise Unsupported(
-                f"model {variant.name!r}",
-                supported=", ".join(known),
-                nearest=closest(variant.name, known) or "--mechanisms",
+                f"model {written!r}",
+                supported="names that `regard list --backbones` tells",
+                nearest=closest(name, known) or "--mechanisms",
             )
+        return read_model(written)
+
+    found = read_variants(text, read)
+    if not found:
+        raise Unsupported(f"models {text!r}", supported="names with commas", nearest="van_nano,vit_nano")
     return found
 
 

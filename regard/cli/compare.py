@@ -177,7 +177,8 @@ def compare(
         raise Unsupported(f"--shard {only} beside --engine {engine}", supported="one of them: both divide the runs")
     modules = load_plugins(plugin)
     tasks = read_tasks(task, data, validation, length, tokenizer, modules, recognised, skip_unreadable)
-    compared = [*read_backbones(models or ""), *read_mechanisms(mechanisms or "", tasks)]
+    compared = [] if models is None else read_backbones(models)
+    compared += [] if mechanisms is None else read_mechanisms(mechanisms, tasks)
     settings = CompareSettings(
         tuple(compared) if compared else default_mechanisms(*tasks),
         Budget.parse(budget),

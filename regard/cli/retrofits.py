@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from rich.text import Text
 
-from regard.cli.arguments import read_integers
+from regard.cli.arguments import given_options, read_integers, spelled_option
 from regard.cli.console import console, emit, load_plugins, plain
 from regard.cli.retrofit import showing
 from regard.contract import Unsupported
@@ -28,19 +28,20 @@ def compare_from(context: typer.Context, source: Path) -> None:
     from regard.workbench.retrofits import compare_retrofits, rows
 
     asked = context.params
-    given = {name for name in asked if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+    given = set(given_options(context))
     foreign = given - {*TAKEN, "as_json"}
     if foreign:
-        option = "--" + min(foreign).replace("_", "-")
-        others = ", ".join("--" + name.replace("_", "-") for name in TAKEN if name not in ("data", "source", "plugin"))
-        raise Unsupported(f"{option} beside --from", supported=f"text, {others}; the model is what it is")
+        others = ", ".join(spelled_option(name) for name in TAKEN if name not in ("data", "source", "plugin"))
+        raise Unsupported(
+            f"{spelled_option(min(foreign))} beside --from", supported=f"text, {others}; the model is what it is"
+        )
     if not asked["data"]:
         raise Unsupported(
             "--from without a text", supported="regard compare my_corpus.txt --from FOLDER --mechanisms ..."
         )
     if asked["mechanisms"] is None:
         raise Unsupported(
-            "--from without --mechanisms", supported="several of a retrofit's", nearest="--mechanisms lolcats,local"
+            "--from without --mechanisms", supported="mechanisms to retrofit", nearest="--mechanisms lolcats,local"
         )
     load_plugins(asked["plugin"])
     more: dict[str, Any] = {"length": asked["length"]} if asked["length"] is not None else {}

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from regard.cli.arguments import given_options, spelled_option
 from regard.cli.console import console, emit
 from regard.cli.options import JSON
 from regard.cli.progress import progress
@@ -23,9 +24,13 @@ OUTPUT = Path("runs/sparse")
 STORE, REPORT = "sparse.sqlite", "report.html"
 PRESETS = ("constructed", "tiny", "small")
 CONSTRUCTED = (256, 1024, 4096)
+OF_CONSTRUCTED = ("lengths", "samples", "output")
+OF_PRESETS = (*OF_CONSTRUCTED, "methods", "ratios", "tasks", "budget")
+"""Options of models that are made here."""
 
 
 def sparse(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -90,8 +95,13 @@ def sparse(
     counts = None if lengths is None else read_lengths(lengths)
     if output.is_file():
         raise Unsupported(f"{output} as the output, which is a file", supported="a folder")
-    if effects and model in PRESETS:
-        raise Unsupported(f"--effects {effects} of {model}", supported="models in a folder", nearest="--effects 0")
+    if model in PRESETS:
+        taken = OF_CONSTRUCTED if model == "constructed" else OF_PRESETS
+        for name in given_options(context):
+            if name not in (*taken, "model", "as_json"):
+                raise Unsupported(
+                    f"{spelled_option(name)} of {model}", supported=", ".join(spelled_option(each) for each in taken)
+                )
     if model == "constructed":
         _constructed(counts or CONSTRUCTED, samples or 150, output, as_json)
         return

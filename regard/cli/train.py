@@ -10,11 +10,13 @@ from rich.text import Text
 
 from regard.cli.arguments import (
     describe_tasks,
+    given_options,
     named_backbones,
     plugged_tasks,
     read_exits,
     read_mechanisms,
     read_stack,
+    spelled_option,
 )
 from regard.cli.console import console, emit, load_plugins, plain
 from regard.cli.options import (
@@ -329,8 +331,8 @@ def _frozen(context: typer.Context, folder: Path, exits: str | None, device: str
 
     if exits is None:
         raise Unsupported("--frozen without exits to train", supported="--exits LAYERS", nearest="--exits all")
-    given = [name for name in OF_THE_RUN if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    given = [name for name in given_options(context) if name in OF_THE_RUN]
     if given:
-        said = ", ".join("data" if name == "data" else "--" + name.replace("_", "-") for name in given)
+        said = ", ".join("data" if name == "data" else spelled_option(name) for name in given)
         raise Unsupported(f"{said} with --frozen {folder}", supported="what was trained there, on its own data")
     return Frozen.read(folder, device)

@@ -16,7 +16,6 @@ from regard.catalogue import list_mechanisms
 from regard.cli.console import console, emit, load_plugins
 from regard.cli.options import JSON, PLUGINS
 from regard.cli.progress import progress
-from regard.contract import Unsupported, closest
 
 
 def verify(
@@ -66,7 +65,7 @@ def verify(
     from regard.measurement.store import Store
     from regard.models.variants import known_name
     from regard.workbench.failures import grouped, kind
-    from regard.workbench.verify import KEY, PROPERTIES, Cell, Place, plan
+    from regard.workbench.verify import KEY, Cell, Place, plan
     from regard.workbench.verify import verify as run
 
     modules = load_plugins(plugin)
@@ -79,10 +78,6 @@ def verify(
     if random:
         _random_cases(names, random, pattern, seed, as_json)
         return
-    known = [p.name for p in PROPERTIES]
-    for name in prop or ():
-        if name not in known:
-            raise Unsupported(f"property {name!r}", supported=", ".join(known), nearest=closest(name, known))
     total = sum(1 for _ in plan(names, patterns=pattern, properties=prop, variants=variant or ()))
     store = Store(output / "results.db") if full else None
     cells: list[Cell] = []

@@ -24,7 +24,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,8 +190,8 @@ def read_model(text: str) -> Variant:
     return Variant(_written(name, options), (), (name, options))
 
 
-def read_variants(text: str) -> list[Variant]:
-    """Several variants or image backbones, separated by commas; raises Unsupported as :func:`read_variant`."""
+def read_variants(text: str, read: Callable[[str], Variant] = read_model) -> list[Variant]:
+    """Several variants or image backbones, separated by commas, each read by `read`; raises Unsupported as it does."""
     written: list[str] = []
     for part in _split(text):
         key = part.partition("=")[0]
@@ -200,7 +200,7 @@ def read_variants(text: str) -> list[Variant]:
             written[-1] += f",{part}" if ":" in written[-1].rpartition("+")[2] else f":{part}"
         elif part:
             written.append(part)
-    return [read_model(part) for part in written]
+    return [read(part) for part in written]
 
 
 def known_name(text: str) -> str:

@@ -68,6 +68,7 @@ class ProfileSettings:
             raise Unsupported(f"dim={self.dim} for functions, which have heads", supported="layer=True, or no dim")
         for name in ("batch", "heads", "head_width"):
             at_least(name.replace("width", "dim"), getattr(self, name), 1)
+        at_least("seconds", self.seconds, 0.0)
         one_of("dtype", self.dtype, DTYPES)
         for item in self.what:
             one_of("what", item, WHAT)
@@ -132,6 +133,10 @@ def profile(settings: ProfileSettings, *, on_length: Callable[[str, int], None] 
     Raises:
         Unsupported: for an unknown mechanism, one without the pattern, or the function of a wrapper.
     """
+    if not isinstance(settings, ProfileSettings):
+        raise Unsupported(
+            f"a profile of {settings!r}", supported="ProfileSettings", nearest='ProfileSettings(("linear", "local"))'
+        )
     names = [known_name(n) for n in settings.mechanisms]
     subjects = {name: _subject(name, settings) for name in dict.fromkeys((REFERENCE, *names))}
     measurements: list[Measurement] = []

@@ -15,7 +15,7 @@ import torch
 
 from regard.backends import BACKENDS, Record, only, watch_backends
 from regard.catalogue import get_mechanism, list_mechanisms
-from regard.contract import Mechanism, Pattern, Unsupported, closest
+from regard.contract import Mechanism, Pattern, Unsupported, closest, one_of
 from regard.models.variants import known_name
 from regard.workbench.layer_properties import LAYER_PROPERTIES
 from regard.workbench.properties import FUNCTION_PROPERTIES, Broken, NotApplicable, Property
@@ -156,11 +156,16 @@ def plan(
     """The cells that would be measured, as :func:`verify` takes them.
 
     Raises:
-        Unsupported: for a variant that none of the mechanisms has.
+        Unsupported: for a property that does not exist, a variant or patterns that none of the mechanisms has.
     """
-    chosen = None if patterns is None else [Pattern.parse(p) for p in patterns]
-    cards = [get_mechanism(known_name(name)) for name in (list_mechanisms() if names is None else names)]
-    asked = list(variants)
+    chosen = None if patterns is None else [Pattern.parse(p) for p in _several(patterns)]
+    cards = [get_mechanism(known_name(name)) for name in (list_mechanisms() if names is None else _several(names))]
+    if chosen and cards and not any(pattern in card.patterns for card in cards for pattern in chosen):
+        cards[0].require_pattern(chosen[0])
+    wanted = None if properties is None else list(_several(properties))
+    for name in wanted or ():
+        one_of("property", name, [prop.name for prop in PROPERTIES])
+    asked = list(_several(variants))
     known = {variant for card in cards for variant in card.variants}
     for variant in asked:
         if variant not in ("", "all") and variant not in known:
@@ -177,11 +182,16 @@ def plan(
                 if chosen is not None and pattern not in chosen:
                     continue
                 for prop in PROPERTIES:
-                    if properties is not None and prop.name not in properties:
+                    if wanted is not None and prop.name not in wanted:
                         continue
                     for backend in verified_backends():
                         for dtype in prop.dtypes_on(backend):
                             yield Place(card, pattern, prop, dtype, backend, variant)
+
+
+def _several(words: Iterable[Any]) -> Iterable[Any]:
+    """One word is itself, not its letters."""
+    return [words] if isinstance(words, str) else words
 
 
 def verify(
@@ -198,7 +208,7 @@ def verify(
     """Measure the equality matrix.
 
     Args:
-        names: mechanisms, with options or without, as ``local:window=32``; all when None.
+        names: mechanisms, or one, with options or without, as ``local:window=32``; all when None.
         patterns: only these patterns.
         properties: only these properties.
         variants: with the options of these variants (:attr:`regard.Mechanism.variants`), ``""`` for the default options,
@@ -212,7 +222,7 @@ def verify(
         The cells measured; all is well when none has status ``fail``.
 
     Raises:
-        Unsupported: for names, patterns and variants that do not exist.
+        Unsupported: for names, patterns, properties and variants that do not exist, or that none of the mechanisms has.
     """
     cells = []
     asked: dict[tuple[Any, ...], set[str]] = {}

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from regard import get_mechanism, list_mechanisms
-from regard.contract import Kind, Pattern
-from regard.workbench.verify import PROGRAMS, PROPERTIES, Place, check, verified_backends
+from regard.contract import Kind, Pattern, Unsupported
+from regard.workbench.verify import PROGRAMS, PROPERTIES, Place, check, plan, verified_backends
 
 ALL = bool(os.environ.get("REGARD_TEST_ALL"))
 """Every program in every pattern, as `make test-all` and `make matrix` have it: an hour."""
@@ -118,3 +118,14 @@ def test_card_is_complete(name):
     assert all(w.property in {p.name for p in PROPERTIES} for w in card.waivers)
     assert card.kind is Kind.ATTENTION or card.module is not None
     assert set(card.tolerances) >= {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+
+
+def test_one_word_is_one_name_and_nothing_to_verify_is_refused():
+    places = list(plan("linear", patterns="causal-self", properties="step", variants="relu"))
+    assert places and {(p.card.name, p.pattern, p.prop.name, p.variant) for p in places} == {
+        ("linear", Pattern.CAUSAL_SELF, "step", "relu")
+    }
+    with pytest.raises(Unsupported, match="fnet in the pattern causal-self"):
+        list(plan(["fnet"], patterns=["causal-self"]))
+    with pytest.raises(Unsupported, match="property='stp'"):
+        list(plan(properties=["stp"]))

@@ -36,6 +36,11 @@ def test_growth_has_the_cards_exponents_beside_the_measured_ones_which_are_of_on
     assert all(p.low <= p.time <= p.high for p in found.values())
 
 
+def test_a_name_for_settings_is_refused_with_the_settings():
+    with pytest.raises(Unsupported, match=r"a profile of 'linear'; .*try ProfileSettings"):
+        profile("linear")
+
+
 def test_memory_grows_as_what_is_stored():
     long = dataclasses.replace(SMALL, mechanisms=("linear", "synthesizer"), lengths=(1024, 2048, 4096))
     assert [p.memory for p in growth(long).values()] == pytest.approx([1, 2], abs=0.1)

@@ -155,7 +155,9 @@ def test_a_folder_is_asked_judged_and_reported_and_goes_on_where_it_was_stopped(
         ("nowhere --tasks niah", "ruler_niah"),
         ("nowhere --budget '5 steps'", "a time"),
         ("nowhere --samples 0", "samples"),
-        ("constructed --effects 3", "models in a folder"),
+        ("constructed --effects 3", "--effects of constructed; supported: --lengths"),
+        ("constructed --methods quest", "--methods of constructed"),
+        ("tiny --wording brief", "--wording of tiny"),
     ],
 )
 def test_what_cannot_be_asked_ends_with_one_sentence(line, match, tmp_path, capsys):

@@ -105,31 +105,6 @@ def gated_recurrence_step(
         return execute("gated_recurrence_step", backend, v.device, v.dtype, q, k, v, log_decay, beta, state)
 
 
-def gated_recurrence_reference(
-    q: Float[Tensor, "b h n k"],
-    k: Float[Tensor, "b h n k"],
-    v: Float[Tensor, "b h n v"],
-    log_decay: Float[Tensor, "b h n #k"] | None = None,
-    beta: Float[Tensor, "b h n"] | None = None,
-    *,
-    inclusive: bool = True,
-) -> Float[Tensor, "b h n v"]:
-    """The definition, token by token."""
-    state = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
-    outputs = []
-    for t in range(k.shape[2]):
-        if log_decay is not None:
-            state = state * log_decay[:, :, t].exp()[..., None]
-        read = state
-        u = v[:, :, t]
-        if beta is not None:
-            u = beta[:, :, t, None] * (u - torch.einsum("bhkv,bhk->bhv", state, k[:, :, t]))
-        state = state + k[:, :, t, :, None] * u[:, :, None, :]
-        read = state if inclusive else read
-        outputs.append(torch.einsum("bhkv,bhk->bhv", read, q[:, :, t]))
-    return torch.stack(outputs, 2) if outputs else torch.zeros_like(v)
-
-
 add_engine("gated_recurrence", torch=Engine(torch_form.run), native=Engine(native_form.run, native_form.refuses))
 add_engine(
     "gated_recurrence_step",
