@@ -64,7 +64,7 @@ def test_every_option_is_that_of_float64(decay, delta):
     torch.set_num_threads(2)
     for inclusive, read, state in itertools.product((True, False), repeat=3):
         dtype = torch.float32 if (inclusive + read + state) % 2 else torch.bfloat16
-        x = sample((1, 1 + inclusive, 70, 24, 20), decay, delta, dtype=dtype)
+        x = sample((1, 1 + inclusive, 37, 24, 20), decay, delta, dtype=dtype)
         x["log_decay"] = x["log_decay"] if delta else strong(x["log_decay"])
         x |= {} if read else {"q": None}
         kernel_of(delta).check_every_set(x if state else x | {"state": None}, inclusive=inclusive)
