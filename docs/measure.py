@@ -16,6 +16,7 @@ python docs/measure.py ranking        # the comparison in runs/all       -> rank
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import gzip
@@ -25,7 +26,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,10 @@ from regard.workbench.swapped import HOSTS, check_swap, hosts, swap_variants
 from regard.workbench.verify import PROGRAMS, PROPERTIES, Cell, verify
 
 DATA = Path(__file__).parent / "data"
-TESTS = tuple(
-    Path(__file__).parents[1] / "tests" / place
-    for place in ("mechanisms", "positions", "compression/test_sparse.py", "compression/test_distilled.py")
-)
-RECORDINGS = Path(__file__).parents[1] / "tests" / "parity" / "fixtures"
+TESTS = Path(__file__).parents[1] / "tests"
+READERS = {"load", "recorded_state"}
+"""Functions of `tests/support.py` that read recordings."""
+RECORDINGS = TESTS / "parity" / "fixtures"
 COMPARISONS = ("close", "assert_close", "relative_error")
 """Names of the functions in these tests that compare (found, expected)."""
 
@@ -83,7 +83,9 @@ class Recorder:
     It sees comparisons through `COMPARISONS` and torch.testing.assert_close; the error of others stays None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tests: Mapping[Path, set[str]] | None = None) -> None:
+        """`tests`: names of the tests that are run, by file; all when None."""
+        self.tests = tests
         self.fixtures: dict[str, dict[str, Any]] = {}
         self._loaded: str | None = None
 
@@ -99,6 +101,11 @@ class Recorder:
             for name, function in watched.items():
                 patches.enter_context(mock.patch.object(module, name, function))
             return (yield)
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        if self.tests is None:
+            return
+        items[:] = [item for item in items if getattr(item, "originalname", item.name) in self.tests[item.path]]
 
     def _noting(self, load: Callable[..., Any], item: pytest.Item) -> Callable[..., Any]:
         def noting(file: Any, *args: Any, **options: Any) -> Any:
@@ -129,11 +136,37 @@ class Recorder:
         entry["error"] = max(entry["error"] or 0.0, error)
 
 
+def readers(source: str, known: Collection[str]) -> set[str]:
+    """Names of the functions of a file that read recordings: by those that are known, or by others of the file that do."""
+    if not any(f"{name}(" in source for name in known):
+        return set()
+    defined = {node.name: node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
+    used = {
+        name: {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+        for name, node in defined.items()
+    }
+    found = set(known)
+    while more := {name for name, names in used.items() if names & found} - found:
+        found |= more
+    return found & defined.keys()
+
+
+def tests_of_recordings() -> dict[Path, set[str]]:
+    """Names of the tests that read recordings, by file."""
+    sources = {path: path.read_text(encoding="utf-8") for path in sorted(TESTS.rglob("*.py"))}
+    known = READERS.union(
+        *(readers(text, READERS) for path, text in sources.items() if path.name.endswith("_checks.py"))
+    )
+    found = {path: readers(text, known) for path, text in sources.items() if path.parent != TESTS / "docs"}
+    return {path: names for path, names in found.items() if names and path.name.startswith("test_")}
+
+
 def measure_parity() -> None:
-    recorder = Recorder()
-    code = pytest.main([*map(str, TESTS), "-q", "-p", "no:xdist", "-p", "no:cacheprovider"], plugins=[recorder])
+    recorder = Recorder(tests := tests_of_recordings())
+    code = pytest.main([*map(str, tests), "-q", "-p", "no:xdist", "-p", "no:cacheprovider"], plugins=[recorder])
     if code:
-        raise SystemExit("tests of mechanisms or positions fail: parity.json is left as it was")
+        raise SystemExit("tests of recordings fail: parity.json is left as it was")
     fixtures = dict(sorted(recorder.fixtures.items()))
     _write("parity.json", {"measured": MEASURED, "fixtures": fixtures}, "fixtures")
 

@@ -326,6 +326,17 @@ def test_the_parity_page_names_every_recording_with_its_error():
     assert "## other" not in page
 
 
+def test_every_recording_has_a_test_whose_error_is_told():
+    """Tests that read recordings are found, by functions between too; the page says *not tested* of none."""
+    measure = load("measure")
+    source = "def reads(): load('a')\ndef between(x): return reads()\ndef test_a(between): pass\ndef test_b(): pass\n"
+    assert measure.readers(source, {"load"}) == {"reads", "between", "test_a"}
+    found = {path.name: names for path, names in measure.tests_of_recordings().items()}
+    assert {"test_van.py", "test_tokens.py", "test_norm_linear.py"} <= found.keys() and "test_documents.py" not in found
+    kept = json.loads((generate.DATA / "parity.json").read_text())["fixtures"]
+    assert kept.keys() == {entry["file"] for entry in json.loads(generate.SOURCES.read_text())["fixtures"]}
+
+
 def test_measured_errors_are_those_of_comparisons_with_a_recording():
     measure = load("measure")
     recorder = measure.Recorder()

@@ -261,6 +261,20 @@ def test_unswap_gives_back_the_model_and_a_second_swap_is_as_the_first(make):
         regard.unswap(model)
 
 
+@pytest.mark.parametrize("second", ["complex_rotary", "sea:top_k=4,estimate_length=16,length=32"])
+@torch.no_grad()
+def test_a_second_swap_gets_queries_before_their_rotation_as_a_first_one_does(second):
+    model, tokens = llama(), ids()
+    twin = copy.deepcopy(model)
+    for mechanism in ("linear", second):
+        torch.manual_seed(0)
+        regard.swap(model, mechanism)
+    torch.manual_seed(0)
+    regard.swap(twin, second)
+    model.load_state_dict(twin.state_dict())
+    assert torch.equal(model(tokens).logits, twin(tokens).logits)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_all_that_is_learned_is_trained_and_activation_checkpointing_gives_the_same_gradients(use_reentrant):
     model, tokens = llama().train(), ids()

@@ -95,7 +95,11 @@ def _placement(model: nn.Module, path: str, module: Any, attend: HeadAttention, 
     rotary = None
     alone = attend.pattern is Pattern.CAUSAL_SELF and layer is None  # beside a cache, whose keys are rotated
     if not alone and unrotated is not False:
-        rotary = find_rotary(model, path, module, heads_of)
+        before = getattr(
+            module, PLACE, None
+        )  # whose queries and keys come without a rotation, so that trying finds none
+        known = None if before is None else before.placement.rotary
+        rotary = find_rotary(model, path, module, heads_of) if known is None else known
     if rotary is None:
         attend.check_rotated()
     else:
