@@ -131,7 +131,10 @@ def train(
     ] = None,
     teacher: Annotated[
         Path | None,
-        typer.Option(help="Folder of an earlier regard train on the same images: the model learns from that one too."),
+        typer.Option(
+            help="Folder of an earlier regard train on the same images, or on text with the same tokenizer: the model learns from "
+            "that one too."
+        ),
     ] = None,
     distil: Annotated[
         str | None,
@@ -159,7 +162,7 @@ def train(
     step, after a crash from half a minute back, or a minute on a machine that has become slow.
 
     With --teacher the folder holds the student alone, which is like any other model. It is for tasks that classify or segment
-    images.
+    images, and for text.
 
     With --exits the model learns to answer after fewer layers too; regard evaluate FOLDER --exit entropy:0.3 then tells what
     leaving early costs and saves, and regard generate --exit writes so.
@@ -178,6 +181,7 @@ def train(
         regard train --task images:size=64,augment=light photos/ --model van_b0 --ema 0.999 --output photos
         regard train --task segmentation scans/ --model unet_nano --output scans
         regard train --task segmentation scans/ --model segformer_b0 --teacher big_b2 --distil transkd --output small
+        regard train my_corpus.txt --layers 2 --dim 64 --heads 2 --teacher my_model --output small
         regard train --task recall --mechanism "gated_linear*3+softmax" --budget "2M tokens"
         regard train my_corpus.txt --tokenizer bpe:1024 --monitor attention --budget 5m
         regard train reviews.csv --exits all:own --output reviews

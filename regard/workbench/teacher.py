@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from regard.compression.distillation import Method, Taught, read_method
+from regard.compression.distillation.teaching import TASKS
 from regard.contract import Unsupported
 from regard.models.weights import weights_digest
 from regard.tasks import Task
 from regard.tasks.images import ImageReader
-from regard.workbench.trained import TrainedModel, open_trained
+from regard.tasks.tokenizer import Tokenizer
+from regard.workbench.trained import TOKENIZER, TrainedModel, open_trained
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,12 @@ class Teacher:
                 own, and a teacher that reads other images or has other classes than the task.
         """
         method, own = read_method(written), getattr(task, "reader", None)
+        if task.objective == "next-token" and hasattr(task, "tokenizer"):
+            return cls(_of_text(folder, task), method, written, task, device)
         if getattr(task, "runner", None) is not None or not isinstance(own, ImageReader):
             raise Unsupported(
                 f"a teacher on the task {task.name}",
-                supported="tasks that classify or segment images, such as images and segmentation",
+                supported=TASKS,
             )
         trained = open_trained(folder)
         told = trained.reader
@@ -94,6 +98,25 @@ class Teacher:
         """Facts about it for the student's record."""
         record = self.trained.record
         return {key: record[key] for key in ("mechanism", "parameters", "score", "metric")}
+
+
+def _of_text(folder: Path | str, task: Any) -> TrainedModel:
+    trained = open_trained(folder)
+    other = trained.record["task"]["name"]
+    if other != task.name:
+        raise Unsupported(f"the teacher {folder}, trained on {other}", supported=f"a teacher trained on {task.name}")
+    if _tokens(trained.tokenizer) != _tokens(task.tokenizer):
+        own = trained.folder / TOKENIZER
+        raise Unsupported(
+            f"the teacher {folder} with other tokens than the task's",
+            supported="a teacher trained with the same tokenizer",
+            nearest=f"--tokenizer {own if own.is_file() else trained.tokenizer.name}",
+        )
+    return trained
+
+
+def _tokens(tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
 
 
 def _said(name: str, reader: Any) -> str:

@@ -441,6 +441,30 @@ def test_patience_reads_directions_and_every_kth_layer_or_the_last() -> None:
 
 
 SMALL = '"segformer_nano:widths=[4,6,8],depths=[1,1,1],heads=[1,1,2],decoder_width=8"'
+
+
+def test_a_small_language_model_learns_the_next_tokens_of_a_larger_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog and runs\n" * 400)
+    line = f"train {tmp_path / 'text.txt'} --length 32 --batch-tokens 128 --budget 20steps --learning-rate 0.01 --frame bare"
+    small = f"{line} --dim 8 --layers 1 --heads 1 --teacher {tmp_path / 'teacher'}"
+    told = answer(capsys, f"{line} --dim 16 --layers 2 --heads 1 --output {tmp_path / 'teacher'}")
+    found = answer(capsys, f"{small} --distil response:temperature=2 --output {tmp_path / 'student'}")
+    assert found["teacher"]["score"] == told["score"] and found["parameters"] < told["parameters"]
+    assert answer(capsys, f"evaluate {tmp_path / 'student'}")["score"] == found["score"]
+    assert answer(capsys, f"generate {tmp_path / 'student'} the --tokens 4")["text"]
+    plain = answer(capsys, f"{small.partition(' --teacher')[0]} --output {tmp_path / 'alone'}")
+    assert plain["score"] != found["score"], "the teacher has moved the weights"
+    for asked, words in (
+        (f"{small} --distil transkd", "supported: response"),
+        (f"{small} --tokenizer bpe:280", "try --tokenizer bytes"),
+    ):
+        code, _, messages = run(capsys, f"{asked} --output {tmp_path / 'no'}")
+        assert code == 2 and words in " ".join(messages.split()), (asked, messages)
+    assert not (tmp_path / "no").exists()
+
+
 TASK = "--task segmentation:data=near-cue,size=16,patch=4,evaluation_items=8"
 TRAIN = f"train {TASK} --batch-tokens 64 --budget 20steps --learning-rate 0.01"
 

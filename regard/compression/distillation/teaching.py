@@ -27,6 +27,8 @@ from regard.tasks import Task
 
 LOSS = "teacher"
 """Name of the loss that a :class:`Taught` adds."""
+TASKS = "tasks that classify or segment images, such as images and segmentation, and text"
+"""On which there are teachers."""
 
 
 @dataclass(frozen=True)
@@ -93,25 +95,28 @@ class Taught(nn.Module):
         student, teacher: models of `task`. The teacher runs in evaluation mode and without gradients, and is no part of this
             module: it is neither saved, nor counted, nor trained.
         method: how the student learns from it.
-        task: whose classes both give.
+        task: whose classes or next tokens both give.
 
     Raises:
-        Unsupported: for tasks other than those that classify or segment images, and for models that the method does not fit.
+        Unsupported: for tasks other than those that classify or segment images or go on with a text, and for models and tasks that
+            the method does not fit.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, method: Method, task: Task) -> None:
         super().__init__()
-        if (
-            task.objective not in ("classification", "segmentation")
-            or task.features is None
-            or len(task.grid or ()) != 2
-        ):
+        of_images = task.features is not None and len(task.grid or ()) == 2
+        if not ((task.objective in ("classification", "segmentation") and of_images) or task.objective == "next-token"):
             raise Unsupported(
                 f"distillation on the task {task.name}",
-                supported="tasks that classify or segment images, such as images and segmentation",
+                supported=TASKS,
                 nearest="regard.compression.distillation, whose losses take any tensors",
             )
-        assert task.num_classes is not None
+        if not (of_images or isinstance(method, ResponseConfig)):
+            raise Unsupported(
+                f"distillation of stages or by a token on the task {task.name}",
+                supported="response",
+                nearest="response",
+            )
         self.student, self.method, self.classes = student, method, task.num_classes
         self._teacher = (teacher,)  # in a tuple, so that it is no submodule
         some = next(student.parameters())
@@ -169,7 +174,9 @@ class Taught(nn.Module):
         assert isinstance(self.method, ResponseConfig)
         told = self._told(inputs, context).output
         result = self.student(inputs, context=context)
-        own, told = (x.unflatten(-1, (-1, self.classes)) for x in (result.output, told))  # a patch has several pixels
+        own = result.output
+        if self.classes is not None:  # a patch has several pixels
+            own, told = (x.unflatten(-1, (-1, self.classes)) for x in (own, told))
         return result, self.method.weight * response_loss(own, told, self.method.temperature)
 
 
