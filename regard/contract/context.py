@@ -178,6 +178,9 @@ class Context:
     def __post_init__(self) -> None:
         for name in ("mask", "memory_mask"):
             check_mask(name, getattr(self, name))
+        if isinstance(self.want, str):
+            given = f"want={self.want!r}"
+            raise Unsupported(given, supported="a set of names", nearest=f"want={{{self.want!r}}}")
         _CONTEXT_TYPES.check("Context", self.__dict__)
         for name in ("positions", "memory_positions", "roles"):
             numbers = getattr(self, name)
