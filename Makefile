@@ -11,10 +11,10 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/include/* native/src/
 compare: $(VENV)/.data  ## Train four mechanisms on embedded data and say which to take (under 10 minutes on 2 cores)
 	$(BIN)/regard compare --budget 8m --output runs/compare
 
-# Threads that wait would spin on the core that another worker needs.
+# Threads that wait would spin on the core that another worker needs; compiled modules serve the commands that tests start.
 test: $(VENV)/.dev  ## Lint, check types and import order, and run all tests (under 20 minutes on 2 cores)
 	$(MAKE) --jobs=2 --output-sync=target lint native-test
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n auto --dist loadgroup
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n auto --dist loadgroup
 
 lint: $(VENV)/.dev  ## Lint, check types and import order
 	$(BIN)/ruff check regard tests docs benchmarks
