@@ -58,9 +58,9 @@ def test_masks_and_contexts():
         for field in dataclasses.fields(Context):
             refuses_or_accepts(lambda given: layer(X, context=Context(**given)), {field.name: wrong})
         refuses_or_accepts(BlockMask, wrong, 2)
-    with pytest.raises(Unsupported, match="a set of names; try want={'weights'}"):
-        Context(want="weights")
         refuses_or_accepts(BlockMask, torch.ones(1, 1, 1, 1, dtype=torch.bool), wrong)
+    with pytest.raises(Unsupported, match=r"a set of names; try want={.weights.}"):
+        Context(want="weights")
 
 
 @pytest.mark.parametrize(
