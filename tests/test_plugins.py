@@ -62,7 +62,8 @@ def test_every_cell_of_its_matrix_holds(capsys, name):
     """A compiled program, which takes seconds, in causal-self where there is one; all but programs in all patterns."""
     plain = " ".join(f"--property {p.name}" for p in PROPERTIES if p.name not in PROGRAMS)
     cells = told(capsys, name, f"verify {name} {plain}")["cells"]
-    cells += told(capsys, name, f"verify {name} --property layer_compile --pattern causal-self")["cells"]
+    if any(cell["pattern"] == "causal-self" for cell in cells):
+        cells += told(capsys, name, f"verify {name} --property layer_compile --pattern causal-self")["cells"]
     assert {(c["status"], c["mechanism"]) for c in cells} == {("pass", name)}
     assert {"reference", "padding", "gradient", "layer_padding", "layer_save"} <= {c["property"] for c in cells}
 

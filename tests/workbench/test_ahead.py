@@ -38,7 +38,15 @@ def test_the_runs_are_those_that_a_comparison_asks_for(tmp_path, monkeypatch):
         asked.append((name, rate, seed))
         loss = abs(math.log(rate / BEST[name]))
         choice = {"score": 0.0, "loss": loss, "diverged": False}
-        return {"task": "recall", "mechanism": name, "frame": "convolution", "lr": rate, "seed": seed, "search": choice}
+        return {
+            "task": "recall",
+            "mechanism": name,
+            "frame": "convolution",
+            "lr": rate,
+            "seed": seed,
+            "search": choice,
+            "solved": True,
+        }
 
     monkeypatch.setattr(Trainer, "_measure", measured)
     work = Work(recall(), SETTINGS)

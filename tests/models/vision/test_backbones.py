@@ -229,7 +229,7 @@ def test_no_backbone_has_the_name_of_a_mechanism() -> None:
 
 
 def test_unknown_names_options_and_inputs_are_refused_with_the_nearest() -> None:
-    refused("van_b0", create_backbone, "van_bo")
+    refused("try van_b0", create_backbone, "van_b00")
     refused("widths", create_backbone, "van_b0", width=3)
     model = small("van_b0")
     refused("floats of shape", model, torch.zeros(3, WIDE, WIDE))
