@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 SCHEMES = ("ring", "head", "grid", "gather")
 
-LEAST_ROUND = 1 << 20
+LEAST_ROUND = 1 << 22
 """Bytes of a rank's keys and values that are worth a round of a ring."""
 
 
