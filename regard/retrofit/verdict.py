@@ -48,22 +48,25 @@ def recommend(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _speed(results: Mapping[str, Any]) -> str | None:
-    """The largest of the lengths at which a prompt or a token takes clearly less time; None where none does."""
-    for what, verb in (("decoding", "a token after"), ("prefill", "a prompt of")):
-        for length, found in reversed(list(results[what].items())):
-            ratio = found[ORIGINAL]["median"] / found[RETROFIT]["median"]
-            if ratio > 1 / LESS:
-                return f"{verb} {units.tokens(int(length))} tokens takes {1 / ratio:.0%} of the time"
-    return None
+    """Where the retrofit clearly takes less time; None where nowhere."""
+    found = _clearly_longer(results, ORIGINAL, RETROFIT)
+    return None if found is None else f"{found[0]} takes {1 / found[1]:.0%} of the time"
 
 
 def _delay(results: Mapping[str, Any]) -> str | None:
-    """The longest of the lengths at which a token or a prompt takes clearly more time; None where none does."""
+    """Where the retrofit clearly takes more time; None where nowhere."""
+    found = _clearly_longer(results, RETROFIT, ORIGINAL)
+    return None if found is None else f"{found[0]} takes {found[1]:.2g} times the time"
+
+
+def _clearly_longer(results: Mapping[str, Any], model: str, other: str) -> tuple[str, float] | None:
+    """The longest of the lengths at which a token, or else a prompt, clearly takes one model longer, in words, and how many
+    times as long; None where it never does."""
     for what, words in (("decoding", "a token after"), ("prefill", "a prompt of")):
         for length, found in reversed(list(results[what].items())):
-            ratio = found[RETROFIT]["median"] / found[ORIGINAL]["median"]
+            ratio = found[model]["median"] / found[other]["median"]
             if ratio > 1 / LESS:
-                return f"{words} {units.tokens(int(length))} tokens takes {ratio:.2g} times the time"
+                return f"{words} {units.tokens(int(length))} tokens", ratio
     return None
 
 
