@@ -159,7 +159,7 @@ def _plan(scheme: str, layout: Layout, sizes: _Sizes, causal: bool, grid: tuple[
     most = max(layout.size(r) for r in range(ranks))
     if scheme == "ring":
         forward, backward = hops * kv * w, hops * kv * (w + s)
-        rounds = -(-sizes.kv_heads // heads_together(layout, sizes.kv_heads, kv * w // sizes.kv_heads))
+        rounds = len(rounds_of(layout, sizes.kv_heads, kv * w // sizes.kv_heads))
         steps = rounds * hops, 2 * rounds * hops
         saved = most * ((q + o + kv) * w + lse * s)
     elif scheme == "head":  # each sends all but one of P parts of its numbers
@@ -188,10 +188,11 @@ def _plan(scheme: str, layout: Layout, sizes: _Sizes, causal: bool, grid: tuple[
     )
 
 
-def heads_together(layout: Layout, kv_heads: int, token_bytes: int) -> int:
-    """Key/value heads that go round a ring at a time, of each of which a token takes so many bytes in all rows."""
+def rounds_of(layout: Layout, kv_heads: int, token_bytes: int) -> list[tuple[int, int]]:
+    """The first key/value head of each round of a ring and the one after its last; a token of a head takes so many bytes."""
     each = token_bytes * max(map(layout.size, range(layout.ranks)))
-    return min(kv_heads, -(-LEAST_ROUND // max(each, 1)))
+    together = -(-LEAST_ROUND // max(each, 1))
+    return [(i, min(i + together, kv_heads)) for i in range(0, kv_heads, together)]
 
 
 def _lines(layout: Layout, grid: tuple[int, int]) -> tuple[list[Spans], list[Spans]]:

@@ -25,7 +25,7 @@ from regard.core.precision import wide_dtype
 from regard.core.visibility import CountedRanks, Visibility
 from regard.distributed.communicators import Exchange, Program, Traffic, swap
 from regard.distributed.layouts import Layout, Span, blocks
-from regard.distributed.plans import heads_together
+from regard.distributed.plans import rounds_of
 from regard.engines.attention import attention, part_gradients
 from regard.engines.merging import merge
 
@@ -172,9 +172,8 @@ class Ring:
     def _rounds(self, rank: Rank, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[slice, slice]]:
         """Query heads and key/value heads of each round, the same on all ranks."""
         batch, groups, _, width = k.shape
-        together = heads_together(rank.layout, groups, batch * (width + v.shape[3]) * k.element_size())
         readers = q.shape[1] // groups
-        ends = [(i, min(i + together, groups)) for i in range(0, groups, together)]
+        ends = rounds_of(rank.layout, groups, batch * (width + v.shape[3]) * k.element_size())
         return [(slice(a * readers, b * readers), slice(a, b)) for a, b in ends]
 
     def _round(self, rank: Rank, q: Tensor, held: list[Tensor], onto: Partial) -> Program[None]:
