@@ -109,20 +109,25 @@ def load_compressed(folder: str | os.PathLike[str], *, into: nn.Module | None = 
     return model.eval()
 
 
-def load_causal_model(place: Path, *, dtype: torch.dtype = torch.float32, supported: str | None = None) -> Any:
+def load_causal_model(
+    place: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, supported: str | None = None
+) -> Any:
     """The causal language model of transformers in a folder, compressed or as it was, or in a GGUF file; to be evaluated.
 
     Args:
-        dtype: of the weights.
+        device, dtype: of the weights.
         supported: what to say of another place.
 
     Raises:
-        Unsupported: for one, for files that lack some of the weights, and for a compressed model in another dtype than float32.
+        Unsupported: for one, for files that lack some of the weights, and for a compressed model elsewhere than on the processor
+            or in another dtype than float32.
     """
     from regard.integrations.transformers.folders import SUPPORTED, load_model, quietly
 
     if not is_compressed(place):
-        return load_model(place, dtype=dtype, supported=supported or SUPPORTED)
+        return load_model(place, dtype=dtype, supported=supported or SUPPORTED).to(device)
+    if device != "cpu":
+        raise Unsupported(f"a compressed model on {device}", supported="the processor", nearest="--device cpu")
     if dtype != torch.float32:
         raise Unsupported(f"a compressed model in {dtype}", supported="float32", nearest="float32")
     with quietly():

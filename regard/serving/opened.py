@@ -91,16 +91,13 @@ def _open_trained(place: Path, device: str, template: str | None, dtype: torch.d
 def _open_transformers(
     place: Path, device: str, template: str | None, dtype: torch.dtype, sizes: dict[str, Any]
 ) -> Opened:
-    from regard.compression.folders import is_compressed, load_causal_model
+    from regard.compression.folders import load_causal_model
     from regard.integrations.transformers import RegardForCausalLM
     from regard.integrations.transformers.folders import find_files, load_tokenizer, stop_tokens
     from regard.serving.transformers import TransformersReader
 
-    if device != "cpu" and is_compressed(place):
-        raise Unsupported(f"a compressed model on {device}", supported="the processor", nearest="--device cpu")
-    model = load_causal_model(place, dtype=dtype, supported=SUPPORTED)
+    model = load_causal_model(place, device=device, dtype=dtype, supported=SUPPORTED)
     text = TransformersText(load_tokenizer(place, supported=SUPPORTED), stop_tokens(model), template)
-    model = model.to(device)
     inner = model.model if isinstance(model, RegardForCausalLM) else None
     gguf = find_files(place)[1].get("gguf_file")
     name = Path(gguf).stem if gguf else place.resolve().name

@@ -309,10 +309,8 @@ def open_of_transformers(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
     """Model and tokenizer of a causal language model of transformers, compressed or not."""
     from regard.integrations.transformers.folders import load_tokenizer
 
-    if device != "cpu" and is_compressed(folder):
-        raise Unsupported(f"a compressed model on {device}", supported="the processor", nearest="--device cpu")
     tokenizer = load_tokenizer(folder)
-    return load_causal_model(folder).to(device), tokenizer
+    return load_causal_model(folder, device=device), tokenizer
 
 
 def _listed(data: Paths) -> list[Any]:
