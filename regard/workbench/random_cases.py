@@ -19,7 +19,8 @@ from regard.apply import memory_inputs, shared_inputs
 from regard.backends import only
 from regard.catalogue import get_mechanism
 from regard.contract import Mask, Mechanism, Pattern, Tensors, Unsupported, closest
-from regard.workbench.properties import Broken, padded_layouts, relative_error
+from regard.workbench.properties.base import Broken, relative_error
+from regard.workbench.properties.visibility import padded_layouts
 from regard.workbench.subjects import Subject, in_float64
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from regard.backends import BACKENDS, Record, only, watch_backends
 from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import Mechanism, Pattern, Unsupported, closest, one_of
 from regard.models.variants import known_name
-from regard.workbench.layer_properties import LAYER_PROPERTIES
 from regard.workbench.properties import FUNCTION_PROPERTIES, Broken, NotApplicable, Property
+from regard.workbench.properties.layers import LAYER_PROPERTIES
 from regard.workbench.subjects import Subject
 
 PROPERTIES = [*FUNCTION_PROPERTIES, *LAYER_PROPERTIES]

@@ -10,7 +10,7 @@ from support import refused
 
 from regard import Pattern, create_layer, get_mechanism, list_mechanisms
 from regard.create import build_layer
-from regard.workbench.layer_properties import DIM, HEADS
+from regard.workbench.properties.layers import DIM, HEADS
 from regard.workbench.random_cases import unreached_options
 from regard.workbench.subjects import Subject
 

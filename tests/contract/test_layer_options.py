@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from regard import Context, Kind, Pattern, Unsupported, create_layer, get_mechanism, list_mechanisms
 from regard.create import build_layer
-from regard.workbench.layer_properties import DIM, HEADS, LAYER_PROPERTIES, LayerSubject, sequences
+from regard.workbench.properties.layers import DIM, HEADS, LAYER_PROPERTIES, LayerSubject, sequences
 from regard.workbench.subjects import Subject
 from regard.workbench.verify import Place, check
 

@@ -15,7 +15,7 @@ from regard.create import create_layer
 from regard.functional import agent_attention
 from regard.layers.parts import LayerCall
 from regard.mechanisms.agent import MECHANISM, BiasTables, Config
-from regard.workbench.layer_properties import layer_padding
+from regard.workbench.properties.layers import layer_padding
 from regard.workbench.subjects import Subject
 
 SELF = "noncausal-self"

@@ -25,7 +25,7 @@ from regard.mechanisms.bidirectional_mamba import (
     sample_inputs,
     scan_orders,
 )
-from regard.workbench.layer_properties import layer_padding
+from regard.workbench.properties.layers import layer_padding
 from regard.workbench.subjects import Subject
 
 NONCAUSAL = Pattern.NONCAUSAL_SELF

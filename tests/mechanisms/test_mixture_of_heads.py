@@ -18,7 +18,7 @@ from regard.layers import chosen_heads
 from regard.mechanisms.mixture_of_heads import MECHANISM, head_usage, usage_entropy
 from regard.models import LanguageModel, LanguageModelConfig, count_parameters, from_pretrained, save_pretrained
 from regard.training import head_importance, mix_heads
-from regard.workbench.layer_properties import layer_decoding
+from regard.workbench.properties.layers import layer_decoding
 from regard.workbench.subjects import Subject
 
 WANT_GATES = frozenset({"gates"})

@@ -19,7 +19,7 @@ from regard.create import create_layer
 from regard.layers.head_norm import HEAD_NORMS
 from regard.mechanisms.norm_linear import MAPS, MECHANISM, Config
 from regard.positions import create_positions
-from regard.workbench.layer_properties import layer_padding
+from regard.workbench.properties.layers import layer_padding
 from regard.workbench.subjects import Subject
 
 MAP = {

@@ -20,8 +20,8 @@ from regard.layers.parts import LayerCall
 from regard.mechanisms.sea import MECHANISM, Estimator
 from regard.mechanisms.sea import layer as estimation
 from regard.training import peak_memory
-from regard.workbench.layer_properties import LAYER_PROPERTIES
-from regard.workbench.properties import split_and_resume
+from regard.workbench.properties.layers import LAYER_PROPERTIES
+from regard.workbench.properties.states import split_and_resume
 from regard.workbench.subjects import Subject
 from regard.workbench.verify import Place, check
 

@@ -11,7 +11,7 @@ from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import ACTS_LIKE, TURNED_BEFORE, Kind, Unsupported
 from regard.create import create_layer
 from regard.positions import SCHEMES, list_positions
-from regard.workbench.layer_properties import LAYER_PROPERTIES, LayerSubject
+from regard.workbench.properties.layers import LAYER_PROPERTIES, LayerSubject
 from regard.workbench.subjects import Subject
 from regard.workbench.verify import Place, check
 

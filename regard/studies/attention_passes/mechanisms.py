@@ -13,7 +13,7 @@ from regard.contract import Kind, Tensors, Unsupported
 from regard.studies.attention_passes.executor import run_cascade
 from regard.studies.attention_passes.language import Cascade, parse
 from regard.studies.attention_passes.written import REASONS, WRITTEN, Written
-from regard.workbench.properties import relative_error
+from regard.workbench.properties.base import relative_error
 from regard.workbench.subjects import Subject
 
 SCALE = 0.3

@@ -14,16 +14,9 @@ from torch import Tensor, nn
 from regard.contract import Context, Kind, Mask, Pattern
 from regard.create import build_layer
 from regard.integrations.export import export, export_onnx
-from regard.workbench.properties import (
-    Broken,
-    NotApplicable,
-    Property,
-    exactly,
-    in_threads,
-    padded_layouts,
-    relative_error,
-    worst,
-)
+from regard.workbench.properties.base import Broken, NotApplicable, Property, exactly, relative_error, worst
+from regard.workbench.properties.forms import in_threads
+from regard.workbench.properties.visibility import padded_layouts
 from regard.workbench.subjects import Subject
 
 DIM, HEADS, MEMORY_DIM = 16, 2, 12
