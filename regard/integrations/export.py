@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,10 +96,16 @@ def export_onnx(
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """PyTorch's exporters warn of what their own code does."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """PyTorch's exporters warn of what their own code does, and log that a result has parts that are None."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _differing(
