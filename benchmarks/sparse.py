@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from regard.cli.sparse import read_lengths
+from regard.cli.arguments import read_lengths
 from regard.compression.sparse import METHODS, Place, at_compression
 from regard.core.visibility import CountedRanks, Visibility
 from regard.engines.attention import attention, decode

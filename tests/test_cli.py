@@ -10,8 +10,9 @@ import pytest
 import typer
 from command_line import answer, run
 
-from regard import get_mechanism, list_mechanisms
+from regard import Unsupported, get_mechanism, list_mechanisms
 from regard.cli.app import COMMANDS, app
+from regard.cli.arguments import read_lengths
 from regard.tasks import list_tasks
 from regard.workbench.packages import OPTIONAL
 from regard.workbench.verify import verified_backends
@@ -210,7 +211,7 @@ BAD_INPUT = {
     "advise --use training": ("training", "try train"),
     "advise --needs recall,speed": ("speed", "any-length"),
     "advise --memory much": ("much", "512MiB"),
-    "advise --lengths long": ("long", "whole numbers"),
+    "advise --lengths long": ("long", "numbers of tokens"),
     "advise --results other": ("results.db",),
     "profile linear --layer --growth": ("layer=False",),
     "profile linear --dim 64": ("layer",),
@@ -276,3 +277,10 @@ def test_reproduce_lists_without_running(capsys, tmp_path):
     code, out, _ = run(capsys, "reproduce --list --output", tmp_path / "runs")
     assert code == 0 and "token_parameter" in out
     assert not (tmp_path / "runs").exists()
+
+
+def test_lengths_are_spelled_the_same_way_for_all_commands():
+    assert read_lengths("512, 8k,1K,512,") == (512, 1024, 8192)
+    for text in ("0", "1.5k", "k", "-4", "1m"):
+        with pytest.raises(Unsupported, match="numbers of tokens"):
+            read_lengths(text)

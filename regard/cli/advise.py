@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from regard.cli.arguments import read_integers, read_names
+from regard.cli.arguments import read_lengths, read_names
 from regard.cli.console import console, emit, load_plugins
 from regard.cli.options import DEVICE, JSON, PLUGINS
 from regard.cli.progress import progress
@@ -17,7 +17,7 @@ from regard.contract import Pattern
 
 
 def advise_command(
-    lengths: Annotated[str, typer.Option(help="Length, or comma-separated lengths.")] = "1024",
+    lengths: Annotated[str, typer.Option(help="Length, or lengths with commas: 512,8k (k is 1024).")] = "1024",
     use: Annotated[str, typer.Option(help="train, infer or serve (token after token, from a state).")] = "infer",
     needs: Annotated[
         str,
@@ -87,7 +87,7 @@ def advise_command(
         emit(NEEDS) if as_json else console.print(table)
         return
     settings = AdviseSettings(
-        lengths=read_integers("lengths", lengths),
+        lengths=read_lengths(lengths),
         use=use,
         needs=parse_needs(needs),
         memory=None if memory is None else parse_size(memory),

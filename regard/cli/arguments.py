@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,6 +38,18 @@ def read_integers(name: str, text: str) -> tuple[int, ...]:
         raise Unsupported(
             f"{name} {text!r}", supported="comma-separated whole numbers", nearest="256,1024,4096"
         ) from None
+
+
+def read_lengths(text: str, name: str = "lengths") -> tuple[int, ...]:
+    """Numbers of tokens of a list with commas, as 512 or 4k (k is 1024), each once, in order; raises Unsupported, which calls
+    them `name`."""
+    found = set()
+    for part in filter(str.strip, text.split(",")):
+        match = re.fullmatch(r"\s*(\d+)\s*([kK]?)\s*", part)
+        if match is None or int(match[1]) < 1:
+            raise Unsupported(f"{name} {text!r}", supported="numbers of tokens with commas", nearest="256,1k,4k")
+        found.add(int(match[1]) * (1024 if match[2] else 1))
+    return tuple(sorted(found))
 
 
 def read_numbers(name: str, text: str) -> tuple[float, ...]:

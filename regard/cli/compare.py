@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from regard.cli.arguments import read_backbones, read_integers, read_mechanisms, read_numbers, read_stack, read_tasks
+from regard.cli.arguments import read_backbones, read_lengths, read_mechanisms, read_numbers, read_stack, read_tasks
 from regard.cli.console import console, emit, load_plugins, plain
 from regard.cli.options import (
     ADDRESS,
@@ -190,7 +190,7 @@ def compare(
         layers=layers,
         heads=heads,
         rates=read_numbers("rates", rates),
-        lengths=read_integers("lengths", lengths),
+        lengths=read_lengths(lengths),
         at_length=at_length,
         prefer=prefer,
         keep_models=keep_models,

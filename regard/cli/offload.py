@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from regard.cli.arguments import read_integers
+from regard.cli.arguments import read_lengths
 from regard.cli.console import console, emit, errors, load_plugins
 from regard.cli.options import JSON, PLUGINS
 from regard.contract import Unsupported
@@ -61,7 +61,7 @@ def offload(
         regard offload my_model --workers 1 --batch 16 --context 4096 --cores 0,1
     """
     load_plugins(plugins)
-    contexts = read_integers("--context", context)
+    contexts = read_lengths(context, "--context")
     if devices is not None:
         _plan(devices, folder, contexts, as_json)
         return

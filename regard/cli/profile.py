@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from regard.cli.arguments import read_integers
+from regard.cli.arguments import read_lengths
 from regard.cli.console import console, emit, load_plugins
 from regard.cli.options import DEVICE, JSON, PLUGINS
 from regard.cli.progress import progress
@@ -19,7 +19,7 @@ from regard.measurement import units
 def profile_command(
     mechanisms: Annotated[list[str], typer.Argument(help="Mechanisms; softmax is always measured beside them.")],
     pattern: Annotated[str, typer.Option(help="One pattern that all of them have.")] = Pattern.CAUSAL_SELF.value,
-    lengths: Annotated[str, typer.Option(help="Comma-separated lengths.")] = "256,512,1024,2048,4096",
+    lengths: Annotated[str, typer.Option(help="Lengths with commas: 512,8k (k is 1024).")] = "256,512,1024,2048,4096",
     what: Annotated[
         str, typer.Option(help="What to time, separated by commas: forward, training, decode.")
     ] = "forward,training,decode",
@@ -55,7 +55,7 @@ def profile_command(
     settings = ProfileSettings(
         tuple(mechanisms),
         Pattern.parse(pattern),
-        read_integers("lengths", lengths),
+        read_lengths(lengths),
         tuple(part.strip() for part in what.split(",")),
         batch,
         heads,

@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from regard.cli.arguments import read_integers
+from regard.cli.arguments import read_lengths
 from regard.cli.console import console, emit, load_plugins, plain
 from regard.cli.options import JSON, PLUGINS
 from regard.cli.progress import progress
@@ -48,7 +48,9 @@ def retrofit(
         float, typer.Option(help="Learning rate of the attention transfer, as a share of each weight's size.")
     ] = 0.02,
     rate: Annotated[float, typer.Option(help="Learning rate of the last stage, likewise.")] = 0.002,
-    lengths: Annotated[str, typer.Option(help="Lengths at which time, state and recall are measured.")] = "512,2048",
+    lengths: Annotated[
+        str, typer.Option(help="Lengths at which time, state and recall are measured: 512,8k.")
+    ] = "512,2048",
     evaluation_blocks: Annotated[
         int | None,
         typer.Option(help="Most blocks of each text in the evaluation; as many as the budget allows when not given."),
@@ -89,7 +91,7 @@ def retrofit(
             distil=distil,
             transfer_rate=transfer_rate,
             rate=rate,
-            lengths=read_integers("lengths", lengths),
+            lengths=read_lengths(lengths),
             evaluation_blocks=evaluation_blocks,
             seed=seed,
             watch=watch,

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from rich.text import Text
 
-from regard.cli.arguments import given_options, read_integers, spelled_option
+from regard.cli.arguments import given_options, read_lengths, spelled_option
 from regard.cli.console import console, emit, load_plugins, plain
 from regard.cli.retrofit import showing
 from regard.contract import Unsupported
@@ -46,7 +46,7 @@ def compare_from(context: typer.Context, source: Path) -> None:
     load_plugins(asked["plugin"])
     more: dict[str, Any] = {"length": asked["length"]} if asked["length"] is not None else {}
     if "lengths" in given:
-        more["lengths"] = read_integers("lengths", asked["lengths"])
+        more["lengths"] = read_lengths(asked["lengths"])
     output, quiet = asked["output"], asked["as_json"]
     with showing(quiet) as (watch, say):
         told = compare_retrofits(

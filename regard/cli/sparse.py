@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from regard.cli.arguments import given_options, spelled_option
+from regard.cli.arguments import given_options, read_lengths, spelled_option
 from regard.cli.console import console, emit
 from regard.cli.options import JSON
 from regard.cli.progress import progress
@@ -115,17 +114,6 @@ def sparse(
     given = None if data is None else data[0] if len(data) == 1 else data
     plan = Plan(counts or (1024,), *chosen, asked, wording, samples or 10, given, effects)
     _folder(Path(model), plan, seconds, output, as_json)
-
-
-def read_lengths(text: str) -> tuple[int, ...]:
-    """Numbers of tokens, as 512 or 4k; each once, in order."""
-    found = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*([kK]?)\s*", part)
-        if match is None or int(match[1]) < 1:
-            raise Unsupported(f"lengths {text!r}", supported="numbers of tokens with commas", nearest="1k,4k")
-        found.append(int(match[1]) * (1024 if match[2] else 1))
-    return tuple(sorted(set(found)))
 
 
 def read_ratios(text: str) -> tuple[float, ...]:
