@@ -7,9 +7,11 @@ Here: scikit-learn's digits, half of the images held out, read through windows o
 that a digit is known by how its pixels lie to each other; 2 layers of width 32 with 2 heads, learned positions. As in the paper,
 9 agents with bias and depthwise convolution against softmax without either. Since a convolution helps any attention on a grid,
 softmax and linear attention (elu + 1) are also given the same one, beside agents without the bias, so that they
-differ in the attention alone. Beside it, scenes of 8 x 8 cells with two marked glyphs among five: are they alike? (the task of
-`bilevel_routing`), where a few cells have to be found among many: softmax, linear attention, and 16 agents without the bias, all
-with the convolution. Growth of forward time over grids of 1024 to 4096 tokens on one core.
+differ in the attention alone. Beside it, scenes of 8 x 8 cells with two marked glyphs among fourteen of twelve kinds: are they
+alike? (a harder version of the task of `bilevel_routing`), where a few cells have to be found among many: softmax, linear
+attention, and 16 agents without the bias, all with the convolution. In a pilot of one seed softmax has 0.89, linear attention
+0.48, agents 0.96; with five glyphs of four kinds all have 1.00, and with places as large as contents at the start (the first
+protocol) softmax stayed at 0.5. Growth of forward time over grids of 1024 to 4096 tokens on one core.
 
 A first protocol compared agents with a convolution to softmax without one, by rotary positions along the rows, and so
 mostly measured the convolution: in a pilot of one seed softmax has 0.79, agents without both 0.79, and softmax, linear attention
@@ -33,19 +35,23 @@ from regard.reproductions.framework.judging import Check, measured, minus
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.timing import timed_ratio, timed_slopes
 from regard.reproductions.framework.training import digit_windows, placed_classifier, trained_score
+from regard.tasks.protocol import Task
 
 TRAINING = {"steps": 400, "batch_size": 32, "learning_rate": 5e-3, "items": 1000, "window": 6}
 AGENTS = {"num_agents": 9}
-GLYPHS = {"steps": 800, "batch_size": 32, "learning_rate": 3e-3, "items": 512}
+GLYPHS = {"steps": 1200, "batch_size": 32, "learning_rate": 3e-3, "items": 512, "kinds": 12, "others": 12, "std": 0.1}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
-    window = setting.get("window")
-    task = MarkedGlyphs(setting["items"]) if window is None else digit_windows(setting["items"], window)
-    model = placed_classifier(task, [(setting["mixer"], setting["options"])] * 2)
+    if "kinds" in setting:
+        task: Task = MarkedGlyphs(setting["items"], kinds=setting["kinds"], others=setting["others"])
+    else:
+        task = digit_windows(setting["items"], setting["window"])
+    places = {"position_options": {"std": setting["std"]}} if "std" in setting else {}
+    model = placed_classifier(task, [(setting["mixer"], setting["options"])] * 2, **places)
     if setting.get("convolution"):
         for block in model.blocks:
             mixer: Any = cast(Block, block).mixer
@@ -75,8 +81,8 @@ REPRODUCTION = Reproduction(
     ),
     instead=(
         "Accuracy on windows of 6 x 6 pixels into digits, an encoder of 2 layers of width 32, 9 agents: whole against plain "
-        "softmax, and without the bias against softmax and linear attention with the same convolution; growth of forward time "
-        "on one core, as p of time ~ tokens^p."
+        "softmax, and without the bias against softmax and linear attention with the same convolution; are two marked "
+        "glyphs among fourteen alike; growth of forward time on one core, as p of time ~ tokens^p."
     ),
     settings={
         "agent": TRAINING | {"mixer": "agent", "options": AGENTS | {"agent_bias": "all", "bias_grid": [6, 6]}},

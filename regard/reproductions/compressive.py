@@ -61,6 +61,7 @@ REPRODUCTION = Reproduction(
     ),
     left_out=("language models of 41M parameters and more, speech, and a reinforcement learning agent: out of reach",),
     smoke={"steps": 2, "batch_size": 2, "items": 2, "length": 80},
+    more_seeds={"conv": 8, "mean": 8, "max": 8},
     seconds=100,
     protocol=2,
 )

@@ -124,5 +124,6 @@ REPRODUCTION = Reproduction(
     smoke=SMALL_PICTURES,
     left_out=("ImageNet accuracies of TNT-S and TNT-B, detection and PyramidTNT: out of reach",),
     seeds=4,
+    more_seeds={f"pictures: {name}": 8 for name in MODELS},
     seconds=15,
 )
