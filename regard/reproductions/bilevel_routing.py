@@ -53,7 +53,8 @@ class MarkedGlyphs(Task):
             yield self._batch(counter_generator(2**40, start), min(batch_size, self.items - start))
 
     def _batch(self, draws: np.random.Generator, count: int) -> Batch:
-        scenes = np.zeros((count, SIDE, SIDE, self.features), dtype=np.float32)
+        width = self.kinds + 2
+        scenes = np.zeros((count, SIDE, SIDE, width), dtype=np.float32)
         scenes[..., -1] = 0.3 * draws.standard_normal((count, SIDE, SIDE))
         labels = draws.integers(0, 2, count)
         slots = SIDE // GLYPH
@@ -67,7 +68,7 @@ class MarkedGlyphs(Task):
                 cells = scenes[row, top : top + GLYPH, left : left + GLYPH]
                 cells[..., kind] = 1.0
                 cells[..., self.kinds] = float(number < 2)
-        inputs = torch.from_numpy(scenes.reshape(count, self.length, self.features))
+        inputs = torch.from_numpy(scenes.reshape(count, self.length, width))
         return Batch(inputs, torch.from_numpy(labels), grid=self.grid)
 
 
