@@ -170,6 +170,8 @@ def parallel(
     v: Float[Tensor, "b g m v"],
     head_bias: Float[Tensor, " h"] | None = None,
 ) -> Result:
+    """Attention by the engine, with the weights' rule in the place of the softmax: outputs of blocks of keys add up, no
+    normaliser is kept."""
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     return _attend(call, q, k, v, head_bias, where, _totals(call, k))
 

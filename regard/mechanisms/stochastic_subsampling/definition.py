@@ -156,6 +156,7 @@ def _ratio(call: Call) -> float:
 
 
 def by_windows(call: Call) -> bool:
+    """Whether keys are drawn for windows of queries instead of for all queries."""
     return call.config.mode == "local" or (call.config.host_window is not None and call.config.mode == "unbiased")
 
 
@@ -191,6 +192,8 @@ class _Windows:
 
 
 def draw_windows(call: Call, ratio: float, keys: Int[Tensor, "#b m"], batch: int) -> _Windows:
+    """Windows of queries and the keys that each of them keeps, from ranks `keys` of key slots (-1 for none), by the
+    call's generator."""
     config: Config = call.config
     if config.per_sample:
         keys = keys.expand(batch, -1)
