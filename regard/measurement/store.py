@@ -183,6 +183,7 @@ class Store:
         return taken
 
     def close(self) -> None:
+        """Close the file; the store is of no more use."""
         self._connection.close()
 
     def __enter__(self) -> Self:

@@ -27,12 +27,14 @@ class Config:
 def parallel(
     call_: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n e"]
 ) -> Result:
+    """A whole prompt as the method prefills it, without a cache."""
     return _run(call_, q, k, v, keeps=False)
 
 
 def chunked(
     call_: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n e"]
 ) -> Result:
+    """A prompt and the cache that the method keeps of it; from a cache token by token. Also the step."""
     return _run(call_, q, k, v, keeps=True)
 
 

@@ -39,4 +39,5 @@ class Problem(Packed):
 
     @property
     def carry(self) -> Carry:
+        """What the scan continues from."""
         return Carry(self.m, self.u, self.w)
