@@ -76,10 +76,16 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def worst(errors: list[float]) -> float:
+    """The largest error; 0 of none."""
     return max(errors, default=0.0)
 
 
 def exactly(condition: Any, failure: str) -> float:
+    """0 where a condition holds that knows no degrees.
+
+    Raises:
+        Broken: where it does not.
+    """
     if not bool(condition):
         raise Broken(failure)
     return 0.0
@@ -117,6 +123,7 @@ def _sizes(subject: Subject) -> list[tuple[int, int]]:
 
 
 def forms_equal_reference(subject: Subject, dtype: torch.dtype) -> float:
+    """Every fast form against the definition in float64; outputs keep the dtype and inputs stay as they were."""
     errors = []
     sizes = _sizes(subject) if dtype is torch.float64 else [(37, 37 if not subject.pattern.cross else 29)]
     if subject.on_grid and dtype is not torch.float64:
@@ -135,6 +142,7 @@ def forms_equal_reference(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def any_chunk_size(subject: Subject, dtype: torch.dtype) -> float:
+    """The chunked form in chunks of 1 to more tokens than there are."""
     if "chunked" not in _fast_forms(subject) or subject.pattern is not Pattern.CAUSAL_SELF:
         raise NotApplicable
     inputs = subject.inputs(37, dtype=dtype)
@@ -145,6 +153,7 @@ def any_chunk_size(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def steps_equal_reference(subject: Subject, dtype: torch.dtype) -> float:
+    """A few tokens at once and then one by one, against the definition of the whole."""
     if not subject.stateful:
         raise NotApplicable
     n = 19
@@ -230,6 +239,7 @@ def padded_layouts(counts: Tensor, total: int) -> dict[str, Tensor]:
 
 
 def padded_equals_unpadded(subject: Subject, dtype: torch.dtype) -> float:
+    """Rows of unequal length, one of them empty, with NaN around them, against each row alone."""
     if subject.on_grid:
         return _masked_grid(subject, dtype)
     counts, total = torch.tensor([11, 6, 0]), 14
@@ -308,6 +318,7 @@ def packed_equals_separate(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def row_equals_alone(subject: Subject, dtype: torch.dtype) -> float:
+    """Three rows together against each one by itself."""
     inputs = subject.inputs(12, batch=3, dtype=dtype)
     output = subject.run(inputs).output
     alone = [subject.run(subject.rows(inputs, slice(r, r + 1))).output for r in range(3)]
@@ -450,6 +461,7 @@ def _gradients(subject: Subject, inputs: Tensors, form: str | None) -> list[Tens
 
 
 def padding_gets_no_gradient(subject: Subject, dtype: torch.dtype) -> float:
+    """Gradients of padded tokens, which are exactly 0."""
     if subject.on_grid:
         raise NotApplicable
     n = 9
@@ -552,6 +564,7 @@ def _ragged_memory(subject: Subject, inputs: Tensors, memory: Tensors, queries: 
 
 
 def compiles_whole(subject: Subject, dtype: torch.dtype, backend: str = "aot_eager") -> float:
+    """A compiled call with a mask against the eager one, without a graph break."""
     inputs = subject.inputs(12, dtype=dtype)
     mask = None if subject.on_grid else Mask(lengths=torch.tensor([12, 7]))
 

@@ -38,6 +38,7 @@ class Simulated:
 
     @property
     def seconds(self) -> float:
+        """Until the last step was done by all."""
         return self.steps[-1]
 
 

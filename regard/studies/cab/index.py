@@ -37,6 +37,7 @@ class Standard:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Standard:
+        """Of at least one value; the deviation, over n - 1, of a single one is 0."""
         return cls(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
 
 
