@@ -51,7 +51,7 @@ class Config:
         per_sample: a draw for each sequence of a batch.
         per_head: a draw for each head (not with ``local`` or `host_window`).
         steps: training steps of a schedule that follows ``context.progress``; None keeps `ratio` throughout.
-        finetune: share of `steps`, in [0, 1], at the end of which all keys are seen.
+        finetune: share of `steps`, in [0, 1], at the end, in which all keys are seen.
         anneal: the ratio grows linearly to 1 until then.
         in_evaluation: subsample in evaluation too.
     """
