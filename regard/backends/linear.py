@@ -109,11 +109,12 @@ class Product(NamedTuple):
 
     @property
     def weight_layout(self) -> str:
-        """The same of the right operand."""
+        """How the right operand lies in memory."""
         return _layout(self.n, self.k, self.weight_strides)
 
     def size_class(self) -> tuple[int | str, ...]:
-        """What a choice is made for: sizes to the next power of two, both layouts, and whether the weight lasts."""
+        """The class of products that share a choice: sizes up to a power of two, both layouts, and whether the weight
+        lasts."""
         sizes = (self.m.bit_length(), self.n.bit_length(), self.k.bit_length())
         return (*sizes, self.x_layout, self.weight_layout, self.frozen)
 

@@ -118,7 +118,7 @@ class SlowMemory:
 
     @property
     def traffic(self) -> Traffic:
-        """What was counted so far."""
+        """Numbers read and written so far."""
         return Traffic(self.reads, self.writes)
 
 

@@ -44,7 +44,7 @@ class Scores:
 
     @property
     def mean(self) -> float:
-        """Over seeds, each counting once."""
+        """The mean of the seeds' scores."""
         return float(np.mean([self.score(s) for s in self.items]))
 
     @property

@@ -320,7 +320,7 @@ class Segments:
         return torch.where(self.holds[..., None], x, x.new_zeros(()))
 
     def join(self, y: Shaped[Tensor, "b regions room c"]) -> Shaped[Tensor, "b n c"]:
-        """The way back."""
+        """Tokens in their own order again."""
         return take_tokens(y.flatten(1, 2)[:, None], self.place[:, None])[:, 0]
 
 

@@ -121,7 +121,7 @@ def parallel(
     v: Float[Tensor, "b g m v"],
     lam: Float[Tensor, " p"],
 ) -> Result:
-    """Two calls of softmax attention, each on values twice as wide, and their difference."""
+    """The difference of two calls of softmax attention, on values twice as wide."""
     _check(q.shape[1], k.shape[1], lam)
     return _attend(call, q, k, _side_by_side(v), lam, ranks(call, q.shape[2], k.shape[2], q.device))
 

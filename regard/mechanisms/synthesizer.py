@@ -152,8 +152,7 @@ def parallel(
     key: Float[Tensor, "b g m d"] | None = None,
     slots: Shaped[Tensor, "b n"] | None = None,
 ) -> Result:
-    """All scores and their softmax at once: O(N M) time and memory, as nothing but the weights is there to be computed
-    in blocks.
+    """All scores and their softmax at once: O(N M) time and memory.
 
     Raises:
         Unsupported: without scores, with one of `query` and `key`, or for places that have no score.

@@ -100,7 +100,7 @@ def state_after(layer: nn.Module, n: int) -> Any:
 
 
 def bytes_at(mixer: str, n: int) -> float:
-    """Bytes of that state, of a new layer."""
+    """Bytes of the state of a new layer after `n` tokens."""
     return float(state_bytes(state_after(create_layer(mixer, 64, 4), n)))
 
 

@@ -41,7 +41,7 @@ SOFTMAX: tuple[str, dict[str, int]] = ("softmax", {})
 
 
 def cosformer(length: int) -> tuple[str, dict[str, int]]:
-    """A layer of a plan, for at most so many tokens."""
+    """A layer of a plan, for at most `length` tokens."""
     return "cosformer", {"length": length}
 
 

@@ -27,12 +27,12 @@ SEGMENT = 24
 
 
 def plan(memory: int) -> list[tuple[str, dict[str, Any]]]:
-    """Four layers with so long a memory."""
+    """Four layers with a memory of this length."""
     return [("transformer_xl", {"segment": SEGMENT, "memory": memory, "short_convolution": 4})] * 4
 
 
 def make(task: Task, setting: Setting) -> LanguageModel:
-    """A model of those layers, or of softmax where the setting has no memory."""
+    """A model of these layers, or of softmax where the setting names no memory."""
     layers = [("softmax", {"short_convolution": 4})] * 4 if "memory" not in setting else plan(setting["memory"])
     return language_model(task, layers, dim=64, num_heads=4)
 

@@ -57,7 +57,7 @@ class Retrofit:
 
     @property
     def results(self) -> dict[str, Any]:
-        """What was measured of the original and of the retrofit."""
+        """Measurements of the original model and of the retrofit."""
         return self.record["results"]
 
     @property

@@ -147,7 +147,7 @@ class Row:
 
     @property
     def unread(self) -> int:
-        """Tokens that are not read yet."""
+        """How many tokens have not been read yet."""
         return len(self.tokens) - self.length
 
     @property

@@ -341,7 +341,7 @@ class Answer:
 
     @property
     def usage(self) -> dict[str, int]:
-        """Tokens read and written so far."""
+        """Numbers of tokens read and written so far."""
         prompt, written = sum(map(len, self.asked.prompts)), sum(c.tokens for c in self.choices.values())
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 

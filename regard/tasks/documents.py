@@ -58,7 +58,7 @@ class Document:
 
     @property
     def digest(self) -> bytes:
-        """Sixteen bytes by which equal texts are known."""
+        """A hash of the text, 16 bytes."""
         return hashlib.blake2b(self.text, digest_size=16).digest()
 
 

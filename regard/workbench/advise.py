@@ -102,7 +102,7 @@ class AdviseSettings:
 
     @property
     def layer(self) -> LayerSettings:
-        """What the measured layers are built and called with."""
+        """Settings with which measured layers are built and called."""
         sizes = (self.dim, self.heads, self.head_dim, self.batch)
         return LayerSettings(self.pattern, *sizes, self.dtype, self.device, self.short_convolution)
 

@@ -211,7 +211,7 @@ def layer_packing(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def layer_causality(subject: Subject, dtype: torch.dtype) -> float:
-    """Outputs before a token, when that and all later ones are replaced, beside those without."""
+    """How far the outputs before a token move when it and all later ones are replaced."""
     if not subject.pattern.causal or _pooled(subject):
         raise NotApplicable
     layer = LayerSubject(subject, dtype)
@@ -271,7 +271,7 @@ def sequences(layer: LayerSubject, n: int, **more: Any) -> tuple[tuple[Tensor, .
 
 
 def layer_compile(subject: Subject, dtype: torch.dtype, backend: str = "aot_eager") -> float:
-    """The compiled layer beside the eager one, without a graph break."""
+    """How far the compiled layer, without a graph break, is from the eager one."""
     layer = LayerSubject(subject, dtype)
     inputs, context = sequences(layer, 10)
 

@@ -15,7 +15,7 @@ CURVE_POINTS = 100
 
 
 def by_tokens(history: History) -> list[tuple[int, Point]]:
-    """Points of a training curve with the training tokens seen by then; steps count alike."""
+    """Points of a training curve, each with the tokens seen until then; all steps count alike."""
     each = history.tokens / max(1, len(history.curve))
     return [(round(each * (i + 1)), point) for i, point in enumerate(history.curve)]
 

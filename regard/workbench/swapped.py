@@ -314,7 +314,7 @@ class ViT(Host):
 
 
 class ViTWithoutClass(ViT):
-    """The same with the mean of the patches in the place of the class token."""
+    """The same without a class token."""
 
     title = "ViT without a class token (timm)"
     before = 0

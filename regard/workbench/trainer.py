@@ -275,7 +275,7 @@ class Trainer:
         }
 
     def stored(self, work: Work, name: str, rate: float, seed: int) -> Row | None:
-        """What the store holds of a run; None while there is nothing."""
+        """The stored result of a run; None while there is none."""
         row = self.store.get("quality", self._key(work, name, rate, seed))
         return None if row is None else row.payload
 
@@ -361,7 +361,7 @@ class Trainer:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def doing(self, what: str) -> None:
-        """Tell those who watch what begins."""
+        """Announce what is done next."""
         self.progress.doing, self.progress.loss = what, math.nan
         self.watch(self.progress)
 

@@ -34,7 +34,8 @@ def parallel(
 def chunked(
     call_: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n e"]
 ) -> Result:
-    """A prompt and the cache that the method keeps of it; from a cache token by token. Also the step."""
+    """A whole prompt, with the cache that the method keeps of it; or tokens after a cache, one by one. Also the
+    step."""
     return _run(call_, q, k, v, keeps=True)
 
 

@@ -39,5 +39,5 @@ class Problem(Packed):
 
     @property
     def carry(self) -> Carry:
-        """What the scan continues from."""
+        """The carry from which the scan continues."""
         return Carry(self.m, self.u, self.w)

@@ -297,7 +297,7 @@ def _balanced(call: Call, q: Tensor, k: Tensor, v: Tensor, centroids: Tensor, nu
 
 
 def block_size(config: Config, n: int) -> int:
-    """Queries of a cluster that are computed together, of `n` in all."""
+    """How many queries of a cluster are computed together, when there are `n` in all."""
     return min(config.window, QUERIES_AT_ONCE, n)
 
 

@@ -127,7 +127,7 @@ class ProcessLink:
 
     @property
     def framing(self) -> int:
-        """As its channel counts them."""
+        """Bytes of messages beside their tensors, as the channel counts them."""
         return self._channel.framing
 
     def send(self, message: Message) -> None:

@@ -240,7 +240,7 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the whole batch."""
+        """Tokens a second of the whole batch."""
         return self.batch / self.seconds
 
     @property

@@ -38,7 +38,7 @@ class Simulated:
 
     @property
     def seconds(self) -> float:
-        """Until the last step was done by all."""
+        """Seconds until all have done the last step."""
         return self.steps[-1]
 
 

@@ -95,7 +95,7 @@ class Split(Protocol):
         ...
 
     def remove(self, key: int) -> None:
-        """Forget a row, if it is one."""
+        """Forget a row; unknown keys are ignored."""
         ...
 
     def owners(self, key: int) -> Sequence[int]:

@@ -107,7 +107,7 @@ class MinimalTraffic:
 
     @property
     def least(self) -> int:
-        """The smaller of both."""
+        """The smaller of the two."""
         return self.reread if self.kept is None else min(self.kept, self.reread)
 
 

@@ -68,7 +68,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Read:
-    """A tensor at a point."""
+    """A tensor, read at one point."""
 
     tensor: str
     indices: tuple[Index, ...]
@@ -188,7 +188,7 @@ class Words:
         return Read(name, self._indices(name))
 
     def expression(self, level: int = 0) -> Expression:
-        """The operators of a level and of all that bind tighter, from left to right."""
+        """Parse operators of a level, and of those that bind tighter, from left to right."""
         if level == len(_LEVELS):
             return self._atom()
         found = self.expression(level + 1)

@@ -130,7 +130,7 @@ class Found:
     effects: dict[str, Effects] = field(default_factory=dict)
 
     def cell(self, method: str, ratio: float, task: str, length: int) -> Cell | None:
-        """One cell; None where it was not run."""
+        """The cell of these; None where it was not run."""
         keys = (method, ratio, task, length)
         return next((c for c in self.cells if (c.method, c.ratio, c.task, c.length) == keys), None)
 

@@ -46,7 +46,7 @@ class Size:
     layers: int
 
     def config(self, vocabulary: int) -> LanguageModelConfig:
-        """Of a model for so many tokens."""
+        """The configuration of a model with so large a vocabulary."""
         return LanguageModelConfig(
             vocab_size=vocabulary, dim=self.dim, plan="softmax", num_layers=self.layers, num_heads=4, num_kv_heads=2
         )
