@@ -286,8 +286,11 @@ class Mechanism:
         return wanted
 
     def options(self, **options: Any) -> Any:
-        """The mechanism's `Config` from options; unknown names, numbers that are not finite and other bad values raise
-        Unsupported."""
+        """The mechanism's `Config` from options; lists are taken as tuples, as JSON has them.
+
+        Raises:
+            Unsupported: for unknown names, numbers that are not finite, and other bad values.
+        """
         names = list(self.config.__dataclass_fields__)  # type: ignore[attr-defined]
         for name in options:
             if name not in names:
@@ -297,9 +300,10 @@ class Mechanism:
                     nearest=closest(name, names),
                 )
         self.option_types.check(self.name, options)
+        options = {name: tuple(value) if type(value) is list else value for name, value in options.items()}
         config = self.config(**options)
         for name, value in options.items():
-            if type(value) is float and not -math.inf < value < math.inf:  # a symbol of a graph, too
+            if type(value) is float and not -math.inf < value < math.inf:  # math.isfinite breaks graphs
                 raise Unsupported(
                     f"{name}={value} of {self.name}",
                     supported="a finite number",

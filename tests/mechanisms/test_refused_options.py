@@ -188,3 +188,13 @@ def test_numbers_are_finite(name):
     for field in dataclasses.fields(card.config):
         for value in (NAN, INFINITE, -INFINITE) if "float" in field.type.replace("tuple[float", "") else ():
             refused(field.name, card.options, **{field.name: value})
+
+
+@pytest.mark.parametrize("name", list_mechanisms())
+def test_lists_are_the_tuples_that_they_stand_for(name):
+    """As JSON has them, and with it the configurations of saved models."""
+    card = get_mechanism(name)
+    for variant in card.variants.values():
+        options = {o: value for o, value in variant.items() if o in card.option_types.hints}
+        listed = {o: list(value) if isinstance(value, tuple) else value for o, value in options.items()}
+        assert card.options(**listed) == card.options(**options)
