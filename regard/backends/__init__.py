@@ -196,6 +196,7 @@ class Record(Counter[Ran]):
 
     @property
     def backends(self) -> set[str]:
+        """Backends that ran."""
         return {ran.backend for ran in self}
 
     def __str__(self) -> str:

@@ -99,17 +99,22 @@ class Product(NamedTuple):
 
     @property
     def work(self) -> int:
+        """Multiply-adds, counted twice."""
         return 2 * self.m * self.n * self.k
 
     @property
     def x_layout(self) -> str:
+        """How the left operand lies in memory, as far as choices tell layouts apart."""
         return _layout(self.m, self.k, self.x_strides)
 
     @property
     def weight_layout(self) -> str:
+        """How the right operand lies in memory."""
         return _layout(self.n, self.k, self.weight_strides)
 
     def size_class(self) -> tuple[int | str, ...]:
+        """The class of products that share a choice: sizes up to a power of two, both layouts, and whether the weight
+        lasts."""
         sizes = (self.m.bit_length(), self.n.bit_length(), self.k.bit_length())
         return (*sizes, self.x_layout, self.weight_layout, self.frozen)
 
@@ -297,6 +302,7 @@ class Choices:
         self.force(self.forced)
 
     def force(self, name: str | None) -> None:
+        """Send every product to the route `name`; None lets each class have its own again."""
         self.forced = name
         self.smallest_work = SMALLEST_WORK if name is None else 1
 

@@ -147,6 +147,8 @@ def _plan(path: Path, folder: Path | None, contexts: tuple[int, ...], as_json: b
 
 
 def plans_table(context: int, alone: list[Plan], pairs: list[Plan]) -> Table:
+    """Plans of one context, devices alone and in pairs; prices are an hour, "for one" are tokens for one unit of
+    money."""
     table = Table(box=None, pad_edge=False, header_style="dim", title=f"context {context}", title_justify="left")
     for heading in ("model", "attention"):
         table.add_column(heading, no_wrap=True)
@@ -167,6 +169,7 @@ def plans_table(context: int, alone: list[Plan], pairs: list[Plan]) -> Table:
 
 
 def measured_table(rows: list[dict[str, Any]]) -> Table:
+    """Measured seconds a step, beside what the simulation says."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("context", "serial", "early", "pipelined", "both", "gain", "simulated", "error"):
         table.add_column(heading, justify="right")

@@ -112,6 +112,7 @@ def run_cells(
 
 
 def tell_listed(found: list[dict[str, Any]]) -> None:
+    """Print reproductions with their papers, cells that are planned and done, and claims."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("reproduction", "paper", "cells", "done", "claim"):
         table.add_column(heading, no_wrap=heading != "claim")
@@ -122,6 +123,7 @@ def tell_listed(found: list[dict[str, Any]]) -> None:
 
 
 def tell_judged(found: list[dict[str, Any]]) -> None:
+    """Print the outcome of each reproduction with what it rests on."""
     from regard.reproductions.framework.telling import remarks
 
     for one in found:

@@ -208,6 +208,7 @@ def _measure(
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
+    """Figures for each number of clients: tokens a second, and milliseconds before the first token and between two."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("clients", "tokens/s", "first p50", "first p99", "between p50", "between p99", "errors"):
         table.add_column(heading, justify="right")

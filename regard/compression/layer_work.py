@@ -140,6 +140,12 @@ def _rounded(
 
 
 def relative_error(found: Tensor, weight: Tensor, second: Tensor | None = None) -> float:
+    """How far a layer's outputs move when `found` takes the place of its weight, relative to the outputs: the root of
+    the ratio of mean squares.
+
+    Args:
+        second: second moment of the inputs, (in, in); without it the weights themselves are compared.
+    """
     difference, weight = (found - weight).double(), weight.double()
     if second is None:
         lost, whole = difference.square().sum(), weight.square().sum()

@@ -63,6 +63,7 @@ class Call:
     want: frozenset[str] = frozenset()
 
     def replace(self, **changes: Any) -> Call:
+        """The same call with other fields."""
         return dataclasses.replace(self, **changes)
 
     def after(self, state: Any, rotate: Callable[[Tensor, Tensor], Tensor] | None = None) -> Call:
@@ -91,4 +92,5 @@ def lengths_after(
 
 
 def valid_from_lengths(lengths: Int[Tensor, " b"], n: int) -> Bool[Tensor, "b n"]:
+    """True at the first `lengths` of `n` places of each row, on their device."""
     return torch.arange(n, device=lengths.device) < lengths[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -285,7 +286,11 @@ class Mechanism:
         return wanted
 
     def options(self, **options: Any) -> Any:
-        """The mechanism's `Config` from options; unknown names and bad values raise Unsupported."""
+        """The mechanism's `Config` from options; lists are taken as tuples, as JSON has them.
+
+        Raises:
+            Unsupported: for unknown names, numbers that are not finite, and other bad values.
+        """
         names = list(self.config.__dataclass_fields__)  # type: ignore[attr-defined]
         for name in options:
             if name not in names:
@@ -295,7 +300,16 @@ class Mechanism:
                     nearest=closest(name, names),
                 )
         self.option_types.check(self.name, options)
-        return self.config(**options)
+        options = {name: tuple(value) if type(value) is list else value for name, value in options.items()}
+        config = self.config(**options)
+        for name, value in options.items():
+            if type(value) is float and not -math.inf < value < math.inf:  # math.isfinite breaks graphs
+                raise Unsupported(
+                    f"{name}={value} of {self.name}",
+                    supported="a finite number",
+                    nearest=f"{name}={self.config.__dataclass_fields__[name].default!r}",  # type: ignore[attr-defined]
+                )
+        return config
 
     @property
     def keeps_places(self) -> bool:

@@ -190,6 +190,7 @@ class Context:
                 )
 
     def replace(self, **changes: Any) -> Context:
+        """The same context with other fields."""
         return dataclasses.replace(self, **changes)
 
 

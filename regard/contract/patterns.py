@@ -28,6 +28,11 @@ class Pattern(enum.StrEnum):
 
     @classmethod
     def parse(cls, value: str | Pattern) -> Pattern:
+        """A pattern from its name, or itself.
+
+        Raises:
+            Unsupported: for another name.
+        """
         try:
             return cls(value)
         except ValueError:

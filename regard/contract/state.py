@@ -65,6 +65,7 @@ class State:
         return self._map(lambda t, fill: torch.where(rows.view(-1, *[1] * (t.ndim - 1)), torch.full_like(t, fill), t))
 
     def detach(self) -> Self:
+        """The state without its history of gradients, as for truncated backpropagation."""
         return self._map(lambda t, _: t.detach())
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:

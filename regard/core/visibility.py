@@ -78,6 +78,7 @@ class Visibility:
 
     @property
     def everything(self) -> bool:
+        """Whether nothing is hidden."""
         return not self.causal and self.left is None and self.right is None and self.block is None
 
     def mask(self, queries: Int[Tensor, "#b n"], keys: Int[Tensor, "#b m"]) -> Bool[Tensor, "b #n m"]:
@@ -183,10 +184,12 @@ class CountedRanks(Ranks):
 
     @property  # type: ignore[misc]
     def queries(self) -> Int[Tensor, "1 n"]:
+        """Ranks of the queries, made when asked for."""
         return torch.arange(self.n, device=self.device)[None] + self.first
 
     @property  # type: ignore[misc]
     def keys(self) -> Int[Tensor, "1 m"]:
+        """Ranks of the keys, made when asked for."""
         return torch.arange(self.m, device=self.device)[None]
 
 

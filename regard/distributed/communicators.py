@@ -38,6 +38,8 @@ class Exchange:
 
 
 class Pending(Protocol):
+    """An exchange that is under way."""
+
     def wait(self) -> Mapping[int, Tensors]:
         """What was received, by sender."""
 
@@ -62,6 +64,7 @@ class Traffic:
     scores: int = 0
 
     def count(self, exchange: Exchange) -> None:
+        """Add what an exchange sends."""
         sent = [x for tensors in exchange.sends.values() for x in tensors if x.numel()]
         self.bytes += sum(x.numel() * x.element_size() for x in sent)
         self.messages += len(sent)

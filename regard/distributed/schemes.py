@@ -51,6 +51,7 @@ class Rank:
 
     @property
     def others(self) -> list[int]:
+        """All ranks but this one."""
         return [rank for rank in range(self.layout.ranks) if rank != self.index]
 
     def attend(
@@ -118,11 +119,13 @@ class Partial:
 
     @classmethod
     def empty(cls, q: Tensor, v: Tensor) -> Partial:
+        """No keys so far: zeros, and -inf."""
         dtype = wide_dtype(q)
         out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=dtype)
         return cls(out, q.new_full(q.shape[:3], -torch.inf, dtype=dtype))
 
     def add(self, rows: slice, out: Tensor, lse: Tensor) -> None:
+        """Join, in place, attention of the queries `rows` to more keys, by the log-sum-exps."""
         before, total = self.lse[:, :, rows], self.out[:, :, rows]
         merge([total, out.to(total.dtype)], [before, lse])  # over `total`
         before.copy_(torch.logaddexp(before, lse))

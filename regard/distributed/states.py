@@ -55,6 +55,7 @@ class Piece:
 
     @property
     def combines(self) -> str:
+        """How states of pieces become one, with these options: see :class:`regard.contract.Mechanism`."""
         return self.card.combines_with(self.options["config"])
 
     def summary(self, tensors: Tensors, *, first: bool = False) -> list[Tensor]:

@@ -82,6 +82,7 @@ class PagedCache:
 
     @property
     def page_size(self) -> int:
+        """Tokens of a page."""
         return self.k.shape[2]
 
     def append(
@@ -362,6 +363,7 @@ class PagedState(KeyValueState):
 
     @property
     def pool(self) -> Pool:
+        """Keys and values of all pages, the pages of each row, and its tokens."""
         return self.k, self.v, self.rows.table, self.rows.counts
 
     def extended(

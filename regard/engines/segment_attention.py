@@ -78,6 +78,7 @@ class Distances:
     clamp: int | None = None
 
     def asking(self, q: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
+        """Queries as distances meet them, q + w."""
         return q if self.w is None else q + wide(self.w)[:, None]
 
     def table(self, high: int, low: int) -> Float[Tensor, "h distances+1 d"]:

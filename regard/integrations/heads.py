@@ -73,6 +73,7 @@ class Chosen:
 
     @property
     def name(self) -> str:
+        """The mechanism's name, or that of what wraps it."""
         return self.card.name if self.wrapper is None else self.wrapper.name
 
     @property

@@ -111,6 +111,7 @@ class SwiGLU(nn.Module):
         return self.down(dropout(hidden, self.dropout, training=self.training, generator=generator))
 
     def gated(self, x: Float[Tensor, "... c"]) -> Float[Tensor, "... hidden"]:
+        """silu(gate x) times up x."""
         return gated_product(self.up(x), self.gate(x))
 
 

@@ -33,6 +33,7 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: Float[Tensor, "*b c"]) -> Float[Tensor, "*b out"]:
+        """x W^T + b by the fastest known route, in the dtype of `input`."""
         return linear(input, self.weight, self.bias)
 
 

@@ -45,6 +45,7 @@ class Traffic:
 
     @property
     def total(self) -> int:
+        """Numbers read and written."""
         return self.reads + self.writes
 
 
@@ -106,15 +107,18 @@ class SlowMemory:
         self.reads = self.writes = 0
 
     def load(self, x: Tensor) -> Tensor:
+        """A copy of `x`, counted."""
         self.reads += x.numel()
         return x.clone()
 
     def store(self, where: Tensor, x: Tensor) -> None:
+        """Write `x` to its place, counted."""
         self.writes += x.numel()
         where.copy_(x)
 
     @property
     def traffic(self) -> Traffic:
+        """Numbers read and written so far."""
         return Traffic(self.reads, self.writes)
 
 

@@ -38,11 +38,13 @@ class Scores:
     items: Mapping[int, np.ndarray]
 
     def score(self, seed: int) -> float:
+        """The weighted mean over a seed's items; nan where none has a weight."""
         sums, weights = self.items[seed].sum(0)
         return float(sums / weights) if weights else math.nan
 
     @property
     def mean(self) -> float:
+        """The mean of the seeds' scores."""
         return float(np.mean([self.score(s) for s in self.items]))
 
     @property
@@ -68,6 +70,7 @@ class Difference:
 
     @property
     def separable(self) -> bool:
+        """Whether the difference is larger than what this data can resolve; False where that is not known."""
         return abs(self.mean) > self.resolved
 
 

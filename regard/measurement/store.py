@@ -183,6 +183,7 @@ class Store:
         return taken
 
     def close(self) -> None:
+        """Close the file; the store cannot be used any more."""
         self._connection.close()
 
     def __enter__(self) -> Self:

@@ -26,6 +26,7 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Timing:
+        """The summary of measured seconds, at least one."""
         low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75))
         return cls(float(median), float(low), float(high), len(seconds))
 

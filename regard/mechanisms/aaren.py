@@ -282,6 +282,7 @@ def sample_inputs(
     config: Config,
     sizes: dict[str, int] | None = None,
 ) -> Tensors:
+    """Normal inputs for tests, and `slots` for n outputs."""
     widths = {"h": 2, "g": 2, "d": 8, "v": 6, **(sizes or {})}
     shapes = {
         "q": (widths["h"], widths["d"]),
@@ -294,6 +295,7 @@ def sample_inputs(
 
 
 def cost(shape: Shape, config: Any) -> Cost:
+    """Cost of causal-self in chunks of 64 keys, whose prefixes have on average 32 keys of their own chunk."""
     heads = shape.batch * shape.heads
     width = shape.dim_key + 64 + 2 * shape.dim_value
     return Cost(

@@ -94,10 +94,12 @@ class SlotState(State):
 
     @property
     def keys(self) -> Carry:
+        """The running softmax over keys, as the engine takes it."""
         return Carry(self.key_m, self.key_u, self.key_w)
 
     @property
     def values(self) -> Carry:
+        """The running softmax over values."""
         return Carry(self.value_m, self.value_u, self.value_w)
 
 
@@ -262,6 +264,7 @@ def sample_inputs(
     config: Config,
     sizes: dict[str, int] | None = None,
 ) -> Tensors:
+    """Normal inputs for tests, with as many slots as the option says."""
     widths = {"h": 2, "g": 2, "d": 8, "v": 6, **(sizes or {})}
     shapes = attention_shapes(batch, n, m, widths) | {
         "slots_k": (widths["d"], config.slots),
@@ -271,6 +274,7 @@ def sample_inputs(
 
 
 def cost(shape: Shape, config: Config) -> Cost:
+    """Cost of causal-self: c slots of keys and of values are written at each key and read by each query."""
     heads, width, c = shape.batch * shape.heads, shape.dim_key + shape.dim_value, config.slots
     return Cost(
         flops=2.0 * heads * c * width * (2 * shape.m + shape.n),

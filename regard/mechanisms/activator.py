@@ -333,6 +333,7 @@ def cost(shape: Shape, config: Config) -> Cost:
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    """Features of the tokens, and of the unit inside."""
     width = shape.heads * shape.dim_value
     return {"f": config.hidden_of(width), "d": width}
 

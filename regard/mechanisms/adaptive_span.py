@@ -124,6 +124,8 @@ def parallel(
     v: Float[Tensor, "b g m v"],
     span: Float[Tensor, " h"],
 ) -> Result:
+    """Softmax attention in a window as wide as the longest span, with log m added to the scores: its time grows with
+    that span, and no N x M matrix is made. The span loss comes with it."""
     return _with_loss(call, span, attention_forms.parallel(call, q, k, v, **_within(call, span)))
 
 

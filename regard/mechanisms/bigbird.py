@@ -107,6 +107,7 @@ def reference(
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n v"]
 ) -> Result:
+    """Softmax attention under a mask of blocks; a kernel that skips hidden blocks takes time in proportion to N."""
     return attention_forms.parallel(call, q, k, v, visibility=Visibility(), blocks=_blocks(call, q))
 
 

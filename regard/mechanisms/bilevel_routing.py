@@ -254,6 +254,7 @@ class Tiles:
 
     @property
     def count(self) -> int:
+        """Regions in all."""
         return math.prod(self.counts)
 
     @property
@@ -301,6 +302,7 @@ class Segments:
 
     @classmethod
     def of(cls, lengths: Int[Tensor, " b"], n: int, windows: int) -> Segments:
+        """The segments of rows of `lengths` tokens on an axis of `n`, up to `windows` of them a row."""
         count, room = min(windows, n), -(-n // windows)
         size = (lengths[:, None] + windows - 1) // windows
         size = size.clamp(min=1)
@@ -313,10 +315,12 @@ class Segments:
         return cls(count, room, holds, token, place)
 
     def split(self, x: Shaped[Tensor, "b n c"]) -> Shaped[Tensor, "b regions room c"]:
+        """Tokens by segment, zeros where there is none."""
         x = take_tokens(x[:, None], self.token[:, None]).view(x.shape[0], self.count, self.room, -1)
         return torch.where(self.holds[..., None], x, x.new_zeros(()))
 
     def join(self, y: Shaped[Tensor, "b regions room c"]) -> Shaped[Tensor, "b n c"]:
+        """Tokens in their own order again."""
         return take_tokens(y.flatten(1, 2)[:, None], self.place[:, None])[:, 0]
 
 

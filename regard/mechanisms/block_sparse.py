@@ -172,6 +172,11 @@ def parallel(
     v: Float[Tensor, "b g m v"],
     sink: Float[Tensor, " h"] | None = None,
 ) -> Result:
+    """Softmax attention under the mask of blocks; a kernel takes time in proportion to the visible ones.
+
+    Raises:
+        Unsupported: for a row with more blocks than a user's layout has, or a layout of another number of heads.
+    """
     n, m = q.shape[2], k.shape[2]
     _check_extent(
         call, n if call.lengths is None else call.lengths, m if call.memory_lengths is None else call.memory_lengths

@@ -127,16 +127,20 @@ def reference(
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Result:
+    """By the attention engine, whose native kernel reads the keys twice: a row's normaliser must be known before its
+    weights are clipped."""
     return attention_forms.parallel(call, q, k, v, **_options(call))
 
 
 def chunked(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Result:
+    """Continue a cached sequence by any number of tokens; also the step."""
     return attention_forms.chunked(call, q, k, v, **_options(call))
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"]) -> Result:
+    """Queries on absorbed memory."""
     return attention_forms.read(call, q, **_options(call))
 
 

@@ -141,6 +141,7 @@ def parallel(
     phase: Float[Tensor, "h f"] | None = None,
     frequencies: Float[Tensor, "g f"] | None = None,
 ) -> Result:
+    """The factorised form: softmax attention on q~ and k~, block by block."""
     _check(q, angle_scale, phase, frequencies)
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     keys = _turned(call, k, torch.arange(k.shape[2], device=k.device)[None], angle_scale, None, frequencies)

@@ -128,6 +128,7 @@ class Config:
 
     @property
     def reach(self) -> Reach:
+        """Segment, memory and compressed memory, as the engine takes them."""
         return Reach(self.segment, self.memory, self.compressed, self.ratio)
 
 

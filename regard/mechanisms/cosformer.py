@@ -237,6 +237,8 @@ def _state(call: Call, state: MatrixState) -> CosformerState:
 
 
 def cost(shape: Shape, config: Config) -> Cost:
+    """Cost of linear attention in chunks of 64 with 2 D features, cosines and sines, and one more value column for the
+    normaliser."""
     features, width = 2 * shape.dim_key, shape.dim_value + 1
     tokens, matrix = shape.batch * shape.heads * shape.m, features * width
     return Cost(

@@ -201,6 +201,7 @@ def chunked(
     log_decay: Float[Tensor, "b h m #k"] | None = None,
     value_beta: Float[Tensor, "b h m v"] | None = None,
 ) -> Result:
+    """Causal-self with state in and out, in chunks of 64 unless the call says otherwise, by the UT transform."""
     if value_beta is not None:
         return _by_columns(chunked, call, (q, k), v, beta, log_decay, value_beta)
     output, state = recurrent_forms.chunked(call, _queries(call, q), *_writes(call, k, v, beta, log_decay))
@@ -216,6 +217,7 @@ def step(
     log_decay: Float[Tensor, "b h 1 #k"] | None = None,
     value_beta: Float[Tensor, "b h 1 v"] | None = None,
 ) -> Result:
+    """One token of :func:`chunked` by the recurrence itself."""
     if value_beta is not None:
         return _by_columns(step, call, (q, k), v, beta, log_decay, value_beta)
     output, state = recurrent_forms.step(call, _queries(call, q), *_writes(call, k, v, beta, log_decay))
@@ -348,6 +350,7 @@ class RateProjection(Projection):
 
 
 def cost(shape: Shape, config: Config) -> Cost:
+    """Cost of the causal pattern in chunks of 64; with a vector beta each of the V columns is a head of its own."""
     key, value, columns = shape.dim_key, shape.dim_value, 1
     if config.vector_beta:
         value, columns = 1, shape.dim_value

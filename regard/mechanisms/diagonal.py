@@ -94,6 +94,7 @@ def reference(
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Result:
+    """Attention in blocks, or in windows, without an N x N matrix: time is in proportion to N times the block."""
     return _attend(call, q, k, v, ranks(call, q.shape[2], k.shape[2], q.device))
 
 

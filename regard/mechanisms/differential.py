@@ -121,6 +121,7 @@ def parallel(
     v: Float[Tensor, "b g m v"],
     lam: Float[Tensor, " p"],
 ) -> Result:
+    """The difference of two calls of softmax attention, on values twice as wide."""
     _check(q.shape[1], k.shape[1], lam)
     return _attend(call, q, k, _side_by_side(v), lam, ranks(call, q.shape[2], k.shape[2], q.device))
 
@@ -266,6 +267,7 @@ def sample_inputs(
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    """One lambda for each pair of heads."""
     return {"p": shape.heads // 2}
 
 

@@ -122,6 +122,7 @@ class FlowState(State):
 
     @property
     def sums(self) -> Sums:
+        """Sums, maximum and normaliser stacked as the recurrence takes them."""
         totals = torch.stack([self.keys, self.queries, self.conserved_keys, self.conserved_queries])
         return Sums(totals, self.maximum, self.normalizer, self.length)
 
@@ -266,6 +267,7 @@ def _softmax(logits: Float[Tensor, "b h m"], valid: Bool[Tensor, "b m"] | None) 
 
 
 def cost(shape: Shape, config: Any) -> Cost:
+    """Sums over tokens for the flows, and causal linear attention."""
     heads = shape.batch * shape.heads
     matrix = shape.dim_key * shape.dim_value
     flows = 8 * shape.dim_key

@@ -154,6 +154,9 @@ def reference(call: Call, x: Float[Tensor, "b n d"], **weights: Tensor) -> Float
 
 
 def parallel(call: Call, x: Float[Tensor, "b n d"], **weights: Tensor) -> Float[Tensor, "b 1 d"]:
+    """All blocks on gathered rows, each half as long as the one before; distances enter by products of sines and
+    cosines, so that no N x N x D tensor is made. The output (B, 1, D) is the first token, or the mean of what is
+    left."""
     h, lengths = _shortened(call, x, weights)
     if h.shape[1] == 0:
         return x.new_zeros(x.shape[0], 1, x.shape[2])
@@ -430,6 +433,7 @@ def sample_inputs(
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    """Features inside the feed-forward part: four times those of a token."""
     return {"f": 4 * shape.heads * shape.dim_value}
 
 

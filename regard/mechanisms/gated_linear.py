@@ -177,6 +177,8 @@ def chunked(
     log_decay: Float[Tensor, "b h m #k"] | None = None,
     value_log_decay: Float[Tensor, "b h m v"] | None = None,
 ) -> Result:
+    """Causal-self with state in and out, in chunks of 64 unless the call says otherwise; no cumulative sums of gates
+    are subtracted."""
     if value_log_decay is not None:
         return _by_columns(chunked, call, (q, k), v, log_decay, value_log_decay)
     output, state = recurrent_forms.chunked(call, _queries(call, q), *_writes(call, k, v, log_decay))
@@ -191,6 +193,7 @@ def step(
     log_decay: Float[Tensor, "b h 1 #k"] | None = None,
     value_log_decay: Float[Tensor, "b h 1 v"] | None = None,
 ) -> Result:
+    """One token of :func:`chunked` by the recurrence itself."""
     if value_log_decay is not None:
         return _by_columns(step, call, (q, k), v, log_decay, value_log_decay)
     output, state = recurrent_forms.step(call, _queries(call, q), *_writes(call, k, v, log_decay))
@@ -308,6 +311,8 @@ def _with_zero_bias(linear: nn.Module) -> nn.Module:
 
 
 def cost(shape: Shape, config: Config) -> Cost:
+    """Cost of the causal pattern in chunks of 64; with a value gate each of the V columns has its own pairs inside a
+    chunk."""
     matrix = shape.dim_key * shape.dim_value
     tokens = shape.batch * shape.heads * shape.m
     near = 32 * (shape.dim_key * (shape.dim_value if config.value_gate else 1) + shape.dim_value)

@@ -137,6 +137,7 @@ def parallel(
     v: Float[Tensor, "b g m v"],
     log_gate: Float[Tensor, "b h n"] | None = None,
 ) -> Result:
+    """Softmax attention, block by block, whose outputs are multiplied by the gates."""
     return _gated(call, attention_forms.parallel(call, q, k, v), log_gate)
 
 
@@ -147,10 +148,12 @@ def chunked(
     v: Float[Tensor, "b g m v"],
     log_gate: Float[Tensor, "b h n"] | None = None,
 ) -> Result:
+    """Continue a cached sequence by any number of tokens; also the step."""
     return _gated(call, attention_forms.chunked(call, q, k, v), log_gate)
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"], log_gate: Float[Tensor, "b h n"] | None = None) -> Result:
+    """Queries on absorbed memory, times their gates."""
     return _gated(call, attention_forms.read(call, q), log_gate)
 
 

@@ -74,16 +74,19 @@ def reference(
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Result:
+    """Softmax over all keys, a block of queries at a time, and then the k largest weights of each row."""
     return attention_forms.parallel(call, q, k, v, largest=call.config.keys)
 
 
 def chunked(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Result:
+    """Continue a cached sequence by any number of tokens; also the step."""
     return attention_forms.chunked(call, q, k, v, largest=call.config.keys)
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"]) -> Result:
+    """Queries on absorbed memory."""
     return attention_forms.read(call, q, largest=call.config.keys)
 
 

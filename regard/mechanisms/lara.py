@@ -155,6 +155,7 @@ def _check(call: Call) -> None:
 
 
 def cost(shape: Shape, config: Config) -> Cost:
+    """Each of the c landmarks with every query and every key."""
     heads, width = shape.batch * shape.heads, shape.dim_key + shape.dim_value
     c = min(config.landmarks, shape.n, shape.m)
     return Cost(

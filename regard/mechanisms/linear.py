@@ -103,6 +103,7 @@ def parallel(
 def chunked(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]
 ) -> Result:
+    """Causal-self with state in and out, in chunks of 64 unless the call says otherwise."""
     output, memory = _recurrence(call, q, k, v)
     return Result(output, MatrixState(memory, recurrent_forms.length_after(call, k)))
 
@@ -123,6 +124,7 @@ def _recurrence(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Te
 
 
 def step(call: Call, q: Float[Tensor, "b h 1 d"], k: Float[Tensor, "b h 1 d"], v: Float[Tensor, "b h 1 v"]) -> Result:
+    """One token of :func:`chunked`, by the recurrence or in one kernel."""
     rule = _rule(call)
     if call.memory_lengths is call.backend is None:
         found = small_step(q, k, v, rule, call.state.memory)
@@ -154,6 +156,8 @@ def _rule(call: Call) -> Rule:
 
 
 def cost(shape: Shape, config: Config) -> Cost:
+    """Cost of the causal pattern in chunks of 64: a token meets 32 of its own chunk on average, and S. The normaliser
+    is one more column."""
     width = shape.dim_value + config.normalize
     matrix = shape.dim_key * width
     tokens = shape.batch * shape.heads * shape.m

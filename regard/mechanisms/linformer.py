@@ -116,6 +116,7 @@ def parallel(
     e: Float[Tensor, "s l p"],
     f: Float[Tensor, "s l p"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
+    """Keys and values mixed into P rows each, then softmax attention to these: N P pairs instead of N M."""
     return read(call.replace(state=absorb(call.replace(state=None), k, v, e, f)), q).output
 
 
@@ -226,6 +227,7 @@ def sample_inputs(
 
 
 def cost(shape: Shape, config: Config) -> Cost:
+    """P mixtures of all keys and values, and softmax attention to them."""
     heads, width = shape.batch * shape.heads, shape.dim_key + shape.dim_value
     return Cost(
         flops=2.0 * heads * config.projected * (shape.n + shape.m) * width,

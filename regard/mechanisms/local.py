@@ -87,6 +87,7 @@ def reference(
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Result:
+    """Softmax attention that computes the visible blocks alone: time is in proportion to N times the window."""
     return attention_forms.parallel(call, q, k, v, visibility=_visibility(call))
 
 

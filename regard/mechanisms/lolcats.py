@@ -148,6 +148,7 @@ def chunked(
 def step(
     call: Call, q: Float[Tensor, "b h 1 d"], k: Float[Tensor, "b h 1 d"], v: Float[Tensor, "b h 1 v"], **learned: Tensor
 ) -> Result:
+    """One token: a softmax over the window, and what leaves the window is added to the sums."""
     return _continued(call, q, k, v, 1, **learned)
 
 
@@ -258,6 +259,7 @@ class FeatureMaps(Projection):
 
 
 def cost(shape: Shape, config: Config) -> Cost:
+    """The window's softmax, and linear attention with 2 F features and a normaliser, mapped from D."""
     features = 2 * (config.features or shape.dim_key)
     heads = shape.batch * shape.heads
     token = 4.0 * features * (shape.dim_value + 1) + 2.0 * features * shape.dim_key

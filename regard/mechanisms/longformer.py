@@ -160,6 +160,8 @@ def parallel(
     k_global: Float[Tensor, "b h m d"] | None = None,
     v_global: Float[Tensor, "b h m v"] | None = None,
 ) -> Result:
+    """Windows, global keys and the queries of global tokens are calls of softmax attention of their own, the first two
+    joined by their log-sum-exps. Time grows as N times the window and the number of global tokens."""
     config, n, m = _checked(call, q), q.shape[2], k.shape[2]
     if n != m or call.lengths is not call.memory_lengths:
         return _beside_keys(parallel, call, q, k, v, q_global, k_global, v_global)

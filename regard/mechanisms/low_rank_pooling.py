@@ -130,6 +130,7 @@ def parallel(
     c: Float[Tensor, " e"] | None = None,
     temperature: Float[Tensor, " s"] | None = None,
 ) -> Result:
+    """Scores of every token and one softmax over the tokens: O(m N D), with the weights (B, m, N) in memory."""
     scores, valid = _scores(call, x, p, q, c, temperature), call.valid_queries(x.shape[1])
     return pool_by_scores(x, scores, valid, diversity=call.config.diversity, want=call.want)
 
@@ -335,10 +336,12 @@ def sample_inputs(
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    """As many slots as heads, of rank 1."""
     return {"s": shape.heads, "r": 1}
 
 
 def cost(shape: Shape, config: Config) -> Cost:
+    """Scores and pooled sums; as a stream, a running softmax for each slot."""
     work = shape.batch * shape.heads * shape.dim_value
     return Cost(
         flops=4.0 * work * shape.n,

@@ -214,6 +214,7 @@ def lecun_normal_(weight: Tensor) -> None:
 
 
 def cost(shape: Shape, config: Config) -> Cost:
+    """Two products along the tokens for each channel."""
     width = shape.heads * shape.dim_value
     tokens, hidden = shape.batch * width, config.hidden_of(width)
     return Cost(
@@ -225,6 +226,7 @@ def cost(shape: Shape, config: Config) -> Cost:
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    """Hidden features, places, and features of the tokens."""
     width = shape.heads * shape.dim_value
     return {"j": config.hidden_of(width), "l": shape.n, "d": width}
 

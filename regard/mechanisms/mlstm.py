@@ -173,6 +173,7 @@ def chunked(
     log_input: Float[Tensor, "b h m"],
     log_forget: Float[Tensor, "b h m"],
 ) -> Result:
+    """Causal-self with state in and out, by the gated recurrence under a running stabiliser."""
     writes, m = _writes(call, k, v, log_input, log_forget)
     o, memory = gated_recurrence(
         recurrent_forms.beside_keys(call, _queries(call, q), k.shape[2]),
@@ -195,6 +196,7 @@ def step(
     log_input: Float[Tensor, "b h 1"],
     log_forget: Float[Tensor, "b h 1"],
 ) -> Result:
+    """One token of :func:`chunked` by the recurrence itself."""
     writes, m = _writes(call, k, v, log_input, log_forget)
     o, state = recurrent_forms.step(call, _queries(call, q), *writes)
     return Result(_normalized(o, m).to(v.dtype), _state(call, state, m))
@@ -308,6 +310,7 @@ class Gates(Projection):
 
 
 def cost(shape: Shape, config: Config) -> Cost:
+    """Cost of the causal pattern in chunks of 64; the normaliser is one more column of the memory."""
     matrix = shape.dim_key * (shape.dim_value + 1)
     tokens = shape.batch * shape.heads * shape.m
     return Cost(

@@ -119,6 +119,8 @@ def reference(
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Float[Tensor, "b h n v"]:
+    """Scores of blocks (N M / b of them), then one softmax over each query's own block and one over those that it
+    chose, with queries gathered by block; the two are joined by their log-sum-exps."""
     m, size = k.shape[2], call.config.block_size
     length = lengths_after(None, call.memory_lengths, k.shape[0], m, k.device)
     with torch.no_grad():

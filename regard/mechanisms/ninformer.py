@@ -251,6 +251,8 @@ def initialise_as_torch(weights: nn.ParameterDict) -> None:
 
 
 def cost(shape: Shape, config: Config) -> Cost:
+    """Products of the inner Mixer, along tokens and along channels as far as the options have them; the projection is
+    not counted."""
     width, inner = shape.heads * shape.dim_value, INNER[config.inner]
     along, across = config.hidden_of(width)
     hidden = ("token" in inner) * along + ("channel" in inner) * across
@@ -264,6 +266,7 @@ def cost(shape: Shape, config: Config) -> Cost:
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    """Hidden features along tokens and along channels, places, and features of the tokens."""
     width = shape.heads * shape.dim_value
     along, across = config.hidden_of(width)
     return {"j": along, "f": across, "l": shape.n, "d": width}

@@ -128,6 +128,7 @@ def parallel(
 def chunked(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]
 ) -> Result:
+    """Causal-self with state in and out, in chunks of 64 unless the call says otherwise; the norm follows."""
     q, k = _mapped(call, q, k)
     o, memory = linear_attention(
         recurrent_forms.beside_keys(call, q, k.shape[2]),
@@ -145,6 +146,7 @@ def chunked(
 
 
 def step(call: Call, q: Float[Tensor, "b h 1 d"], k: Float[Tensor, "b h 1 d"], v: Float[Tensor, "b h 1 v"]) -> Result:
+    """One token of :func:`chunked` by the recurrence itself."""
     q, k = _mapped(call, q, k)
     rule = _rule(call)
     o, state = recurrent_forms.step(call, map_queries(q, rule), *map_memory(k, wide(v), rule, call.memory_lengths))

@@ -241,6 +241,7 @@ def sample_inputs(
     config: Config,
     sizes: dict[str, int] | None = None,
 ) -> Tensors:
+    """Normal inputs for tests, with taps of a convolution where the options have one."""
     widths = {"h": 2, "g": 2, "d": 8, "v": 6, **(sizes or {})}
     shapes = attention_shapes(batch, n, m, widths)
     if pattern is Pattern.NONCAUSAL_SELF and config.convolution != 0:
@@ -249,6 +250,8 @@ def sample_inputs(
 
 
 def cost(shape: Shape, config: Any) -> Cost:
+    """Three softmax products with c landmarks; each iteration towards the pseudoinverse is four products of c x c
+    matrices."""
     heads, width = shape.batch * shape.heads, shape.dim_key + shape.dim_value
     c = min(config.landmarks, shape.n, shape.m)
     steps = 6 if config.iterations is None else config.iterations

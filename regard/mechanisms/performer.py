@@ -420,6 +420,7 @@ def sample_inputs(
     config: Config,
     sizes: dict[str, int] | None = None,
 ) -> Tensors:
+    """Normal inputs for tests, with the random matrix `w` of as many rows as there are features."""
     widths = {"h": 2, "d": 8, "v": 6, **(sizes or {})}
     shapes: dict[str, tuple[int, ...]] = {
         "q": (batch, widths["h"], n, widths["d"]),
@@ -431,6 +432,7 @@ def sample_inputs(
 
 
 def cost(shape: Shape, config: Config) -> Cost:
+    """Features of all queries and keys, and causal linear attention with them in chunks of 64."""
     features, width = config.features(shape.dim_key), shape.dim_value + 1
     heads = shape.batch * shape.heads
     mapping = 2.0 * features * shape.dim_key

@@ -146,6 +146,7 @@ def _places(call: Call, u: int, device: torch.device) -> Float[Tensor, " u"]:
 
 
 def cost(shape: Shape, config: Config) -> Cost:
+    """Sampled scores of every query, and softmax attention of the chosen ones."""
     heads, width = shape.batch * shape.heads, shape.dim_key + shape.dim_value
     keys, queries = config.count(shape.m), config.count(shape.n)
     return Cost(

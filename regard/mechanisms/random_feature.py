@@ -276,6 +276,7 @@ def sample_inputs(
 
 
 def cost(shape: Shape, config: Config) -> Cost:
+    """Sines and cosines of all queries and keys, and causal linear attention with them in chunks of 64."""
     features, width = 2 * (config.num_features or shape.dim_key), shape.dim_value + 1
     heads = shape.batch * shape.heads
     mapping = features * shape.dim_key

@@ -170,6 +170,7 @@ def chunked(
     rate: Float[Tensor, "b h m k"],
     log_decay: Float[Tensor, "b h m #k"] | None = None,
 ) -> Result:
+    """Causal-self with state in and out, in chunks of 64 unless the call says otherwise."""
     writes = _writes(call, k, v, removal_key, rate, log_decay)
     output, memory = _run(call, recurrent_forms.beside_keys(call, _queries(call, q), k.shape[2]), *writes)
     assert output is not None
@@ -186,6 +187,7 @@ def step(
     rate: Float[Tensor, "b h 1 k"],
     log_decay: Float[Tensor, "b h 1 #k"] | None = None,
 ) -> Result:
+    """One token of :func:`chunked` by the recurrence itself."""
     inputs = _queries(call, q), *_writes(call, k, v, removal_key, rate, log_decay)
     token = [None if x is None else x[:, :, 0] for x in inputs]
     output, memory = generalized_delta_step(*token, call.state.memory, backend=call.backend)  # type: ignore[arg-type, misc]
@@ -384,6 +386,7 @@ def _low_rank(spec: LayerSpec, source: int, width: int, activation: nn.Module) -
 
 
 def cost(shape: Shape, config: Config) -> Cost:
+    """Cost of the causal pattern in chunks of 64, with the triangular systems of the removals."""
     key, value = shape.dim_key, shape.dim_value
     tokens = shape.batch * shape.heads * shape.m
     return Cost(

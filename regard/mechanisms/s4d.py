@@ -306,6 +306,7 @@ def _convolved(
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    """States of a channel: one of each conjugate pair."""
     return {"k": config.d_state // 2}
 
 

@@ -81,11 +81,11 @@ class Config:
     """Options.
 
     Attributes:
-        sigmoid_bias: b, one number or one a head; None for -ln(`length`), or 0 without a length.
+        sigmoid_bias: b, one finite number or one a head; None for -ln(`length`), or 0 without a length.
         length: the training length n of b = -ln n, >= 1; only without `sigmoid_bias`.
         schedule: ``constant`` for b as above; ``position`` for b_i = -ln c_i, only without `sigmoid_bias` and `length`.
         learn_bias: a layer learns one number a head, added to b and 0 at the start.
-        log_temperature: t, any number.
+        log_temperature: t, any finite number.
         norm: ``none``, ``seq`` or ``sqrt``; all but ``none`` need b = 0.
         activation: ``sigmoid``, ``relu`` or ``relu_squared``.
         window: most ranks (before, after) the query that it sees; None for no limit. Self patterns only; after a query
@@ -114,6 +114,12 @@ class Config:
                 "schedule='position' with a constant bias",
                 supported="neither sigmoid_bias nor length",
                 nearest="schedule='constant'",
+            )
+        if not all(map(math.isfinite, self.biases)):
+            raise Unsupported(
+                f"sigmoid_bias={self.sigmoid_bias}",
+                supported="a finite number, or one a head",
+                nearest="sigmoid_bias=None",
             )
         biased = self.schedule == "position" or self.learn_bias or any(b != 0 for b in self.biases)
         if self.norm != "none" and biased:
@@ -170,6 +176,8 @@ def parallel(
     v: Float[Tensor, "b g m v"],
     head_bias: Float[Tensor, " h"] | None = None,
 ) -> Result:
+    """Attention by the engine, with the weights' rule in the place of the softmax: outputs of blocks of keys add up, no
+    normaliser is kept."""
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     return _attend(call, q, k, v, head_bias, where, _totals(call, k))
 

@@ -163,6 +163,8 @@ def reference(
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]
 ) -> Result:
+    """Blocks of keys are mixed by the sorting weights, and each block of queries attends to its mixed block and its
+    own: 2 N b pairs and (N / b)^2 weights."""
     _check(call)
     if q.shape[2] == 0 or k.shape[2] == 0:
         return Result(v.new_zeros(*q.shape[:3], v.shape[3]))

@@ -122,6 +122,7 @@ def parallel(
     v: Float[Tensor, "b g m v"],
     sink: Float[Tensor, " h"] | None = None,
 ) -> Result:
+    """Block by block, without an N x M matrix: O(N M) time, O(N) memory."""
     return attention_forms.parallel(call, q, k, v, **_options(call, sink))
 
 
@@ -132,10 +133,12 @@ def chunked(
     v: Float[Tensor, "b g m v"],
     sink: Float[Tensor, " h"] | None = None,
 ) -> Result:
+    """Continue a cached sequence by any number of tokens; also the step."""
     return attention_forms.chunked(call, q, k, v, **_options(call, sink))
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"], sink: Float[Tensor, " h"] | None = None) -> Result:
+    """Queries on absorbed memory."""
     return attention_forms.read(call, q, **_options(call, sink))
 
 

@@ -152,6 +152,8 @@ def pattern_mask(
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]
 ) -> Result:
+    """Each pattern is a call of softmax attention on keys that lie together, and the two are joined by their
+    log-sum-exps: N (s + N / s) pairs with ``strided``."""
     n, m = q.shape[2], k.shape[2]
     if n != m or call.lengths is not call.memory_lengths:
         placed = place_queries(q, m, call.lengths, call.memory_lengths)

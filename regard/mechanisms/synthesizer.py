@@ -152,6 +152,11 @@ def parallel(
     key: Float[Tensor, "b g m d"] | None = None,
     slots: Shaped[Tensor, "b n"] | None = None,
 ) -> Result:
+    """All scores and their softmax at once: O(N M) time and memory.
+
+    Raises:
+        Unsupported: without scores, with one of `query` and `key`, or for places that have no score.
+    """
     n, m = _queries(call, v, dense, query, slots), v.shape[2]
     keys = m if call.memory_lengths is None else call.memory_lengths
     _check(dense, random, query, key, keys, n if call.lengths is None else call.lengths)
@@ -388,6 +393,7 @@ def sample_inputs(
     config: Config,
     sizes: dict[str, int] | None = None,
 ) -> Tensors:
+    """Normal inputs for tests: scores of at least 96 places of the kinds that the options mix, and `slots`."""
     widths = {"h": 2, "g": 2, "d": 8, "v": 6, **(sizes or {})}
     places = max(96, m)
     shapes: dict[str, tuple[int, ...]] = {"v": (batch, widths["g"], m, widths["v"])}

@@ -184,6 +184,7 @@ def parallel(
     tau: Float[Tensor, ""] | None = None,
     token_mask: Bool[Tensor, "b n t"] | None = None,
 ) -> Float[Tensor, "b n e"]:
+    """Two products, with the keys and with the values, around the normalised activation."""
     return attend_to_parameters(x, keys, values, call.config, tau=tau, token_mask=token_mask, scale=call.scale)
 
 
@@ -439,10 +440,12 @@ def sample_inputs(
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    """Parameter tokens."""
     return {"t": shape.dim_value if config.num_tokens is None else config.num_tokens}
 
 
 def cost(shape: Shape, config: Config) -> Cost:
+    """Two products with all parameter tokens for each token."""
     rows = shape.dim_value if config.num_tokens is None else config.num_tokens
     token = 2.0 * shape.batch * rows * (shape.dim_key + shape.dim_value)
     return Cost(flops=token * shape.n, memory=2.0 * shape.batch * shape.n * rows, state=0.0, step_flops=token)

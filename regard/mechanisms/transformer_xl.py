@@ -102,6 +102,7 @@ class Config:
 
     @property
     def reach(self) -> Reach:
+        """Segment and memory, as the engine takes them."""
         return Reach(self.segment, self.memory)
 
 

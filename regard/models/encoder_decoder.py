@@ -134,6 +134,7 @@ class EncodedMemory(State):
 
     @property
     def mask(self) -> Mask | None:
+        """The mask for layers that read the memory; None when all tokens are valid."""
         if self.lengths is None:
             return None
         rows, m = self.tokens.shape[:2]

@@ -88,4 +88,5 @@ class FunnelEncoder(PyramidEncoder):
 
     @property
     def funnel(self) -> FunnelPooling:
+        """The layer between the two stages."""
         return self.stages[1].shortening.layer  # type: ignore[union-attr,return-value]

@@ -306,6 +306,7 @@ class Pass:
         return self.streams[0] if len(self.streams) == 1 else (self.streams[0] + self.streams[1]) / 2
 
     def result(self) -> Result:
+        """Hidden states, mixers' states, losses and extras of the layers so far."""
         return Result(self.hidden, tuple(self.after), self.losses, self.extras)
 
     def advance(self, layer: int) -> None:
@@ -475,6 +476,7 @@ class Done:
     extras: dict[str, list[Any]] = field(default_factory=dict)
 
     def add(self, branch: Branch, result: Result) -> None:
+        """Collect the state, losses and extras that a branch gave."""
         if branch.mixes:
             self.states.append(result.state)
         add_losses(self.losses, result.losses)

@@ -80,6 +80,8 @@ class Stream(nn.Module):
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Recall, or digits row by row with the bytes of a state after 256 and 2048 tokens; with ``lengths`` the growth of
+    a step's time."""
     if "lengths" in setting:
         return time_steps(setting)
     mixer = setting["mixer"]
@@ -93,15 +95,18 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def state_after(layer: nn.Module, n: int) -> Any:
+    """The state of a layer after `n` random tokens."""
     return layer(torch.randn(1, n, 64), context=Context(want=frozenset({"state"}))).state
 
 
 def bytes_at(mixer: str, n: int) -> float:
+    """Bytes of the state of a new layer after `n` tokens."""
     return float(state_bytes(state_after(create_layer(mixer, 64, 4), n)))
 
 
 @torch.no_grad()
 def time_steps(setting: Setting) -> dict[str, Any]:
+    """Growth of a step's time with the tokens before it, of both layers."""
     layers: dict[str, Any] = {mixer: create_layer(mixer, 64, 4) for mixer in ("aaren", "softmax")}
     x = torch.randn(1, 64)
     actions = {

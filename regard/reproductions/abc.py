@@ -33,6 +33,7 @@ TEXT = {"task": "text", "steps": 500, "batch_size": 16, "learning_rate": 3e-3, "
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Loss on text or accuracy on digits; with ``lengths`` times of a forward call."""
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
@@ -45,6 +46,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def time_forward(setting: Setting) -> dict[str, Any]:
+    """Growth with the length of both mechanisms' times, causal, and the speedup at the longest."""
     inputs = {n: torch.randn(3, 1, 4, n, 64) for n in setting["lengths"]}
     controls = torch.randn(2, 64, 16) / 8
     actions = {

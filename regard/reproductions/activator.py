@@ -21,6 +21,7 @@ UNIT = TRAINING | {"mixer": "activator"}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Accuracy on images of four layers of the setting's mixer."""
     task = canvas(setting["data"], setting["items"], setting["patch"])
     plan = [(setting["mixer"], setting["options"])] * 4
     model = classifier(task, plan, dim=48, num_heads=4, feed_forward=96, positions=setting["positions"])

@@ -24,6 +24,7 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
+    """Score on digits pixel by pixel, and of learned spans the mean and the longest."""
     task = digit_levels(setting["items"])
     model = language_model(task, [MIXERS[setting["mixer"]]] * 2, dim=64, num_heads=4)
     measured = trained_score(model, task, setting, seed)

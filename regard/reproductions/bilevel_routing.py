@@ -73,6 +73,7 @@ class MarkedGlyphs(Task):
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Accuracy on marked glyphs."""
     task = MarkedGlyphs(setting["items"])
     model = placed_classifier(
         task, [(setting["mixer"], setting["options"])] * 2, position_options={"std": setting["std"]}

@@ -43,6 +43,7 @@ def draw(generator: torch.Generator, batch: int, separators: bool) -> tuple[Tens
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Range of scores and errors of one head that must leave separators as they are, early and late in training."""
     torch.manual_seed(seed)
     layer: Any = create_layer(setting["mixer"], DIM, 1, pattern="noncausal-self", **setting["options"])
     optimizer = torch.optim.Adam(layer.parameters())

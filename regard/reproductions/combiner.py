@@ -36,6 +36,7 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Score on digits pixel by pixel; with ``seconds`` the growth of a forward call's time."""
     if "seconds" in setting:
         with torch.no_grad():
             return time_fixed(setting)
@@ -45,6 +46,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def time_fixed(setting: Setting) -> dict[str, Any]:
+    """Growth of the fixed factorization with segments of sqrt(N), and the speedup over softmax at the longest."""
     card = get_mechanism("combiner")
     x = {n: torch.randn(3, 1, 4, n, 64) for n in setting["lengths"]}
 

@@ -16,6 +16,7 @@ TRAINING = {"steps": 500, "batch_size": 24, "learning_rate": 1e-3, "items": 64}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
+    """Loss on text."""
     task = cached_task("text", length=128, evaluation_items=setting["items"])
     model = language_model(task, [(setting["mixer"], setting["options"])] * 2, dim=96, num_heads=4)
     return trained_score(model, task, setting, seed)

@@ -21,6 +21,7 @@ COMPRESSED = {"segment": 8, "memory": 8, "compressed": 20, "ratio": 4}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
+    """Score on text said twice, farther apart than segment and memory reach."""
     task = said_twice(setting["length"], setting["items"])
     layers = [(setting["mixer"], setting.get("options", {}))] * 2
     model = language_model(task, layers, dim=64, num_heads=4, loss_weights={"reconstruction": 1.0})
@@ -28,6 +29,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, float]:
 
 
 def compressed(by: str) -> Setting:
+    """A setting of compressive layers with `by` as their compression."""
     return TRAINING | {"mixer": "compressive", "options": COMPRESSED | {"compression": by}}
 
 

@@ -29,6 +29,7 @@ UPPER_END = {"mixer": "softmax", "options": FRAME | {"head_dim": 64}}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
+    """Accuracy of recall."""
     task = cached_task("recall", evaluation_items=setting["items"], **setting["task"])
     model = language_model(task, [(setting["mixer"], setting["options"])] * 2, dim=64, num_heads=1)
     return trained_score(model, task, setting, seed)

@@ -29,6 +29,7 @@ LAYERS = 3
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
+    """Loss on text."""
     task = cached_task("text", length=128, evaluation_items=setting["items"])
     plan: Any = ["softmax"] * LAYERS
     if setting["mixer"] == "differential":

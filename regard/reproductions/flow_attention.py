@@ -32,6 +32,7 @@ TRAINING = {"steps": 400, "batch_size": 32, "learning_rate": 5e-3, "items": 1000
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
+    """Accuracy on windows of digits; of flow attention also the entropy of the weights that its sums imply."""
     task = digit_windows(setting["items"], setting["window"])
     model = placed_classifier(task, [(setting["mixer"], setting["options"])] * 2)
     found = trained_score(model, task, setting, seed)

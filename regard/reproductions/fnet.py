@@ -24,6 +24,7 @@ TRAINING = {"steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 1000
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Accuracy on digits; with ``length`` the speedup of a training step over softmax."""
     if "length" in setting:
         softmax, fnet = (training_step(mixer, setting["length"]) for mixer in ("softmax", "fnet"))
         return {"speedup": timed_ratio(softmax, fnet, seconds=setting["seconds"])}

@@ -24,6 +24,7 @@ STANDARD: dict[str, Any] = {"num_layers": 4, "pool": "mean"}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Accuracy on digits of pixels; with ``length`` the speedup of a forward pass."""
     if "length" in setting:
         with torch.no_grad():
             return {"speedup": time_forward(setting)}
@@ -33,6 +34,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def time_forward(setting: Setting) -> dict[str, float]:
+    """How many times as long the standard encoder takes as the funnel."""
     shared: dict[str, Any] = {"num_classes": 2, "vocab_size": 256, "dim": 48, "num_heads": 4}
     standard, funnel = (Encoder(EncoderConfig(**shared, **options)).eval() for options in (STANDARD, FUNNEL))
     tokens = torch.randint(0, 256, (1, setting["length"]))

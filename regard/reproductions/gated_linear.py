@@ -21,6 +21,7 @@ COPYING = {"task": "copying", "steps": 2000, "batch_size": 32, "learning_rate": 
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
+    """Score on text or copying; of text also the loss on long windows whole and in eight pieces."""
     reads = setting["task"] == "text"
     task = (
         cached_task("text", length=128, evaluation_items=setting["items"])

@@ -31,6 +31,8 @@ LENGTH = 128
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Loss on text, and the largest gradient of its first steps without warm-up; with ``lengths`` the growth of both
+    methods."""
     if "lengths" in setting:
         return time_methods(setting)
     task = cached_task("text", length=LENGTH, evaluation_items=setting["items"])
@@ -61,6 +63,7 @@ def largest_gradient(model: LanguageModel, task: Task, setting: Setting, seed: i
 
 @torch.no_grad()
 def time_methods(setting: Setting) -> dict[str, Any]:
+    """Growth of the times by FFT and by blocks with the length, with a bias for every offset."""
     features = draw_features(16, 16)
     actions: dict[str, dict[float, Any]] = {"fft": {}, "blocks": {}}
     for n in setting["lengths"]:

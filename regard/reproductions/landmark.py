@@ -72,6 +72,8 @@ class Lookup(GeneratedTask):
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
+    """Accuracy of looking something up as trained, and at longer lengths with retrieval, or of softmax with a window
+    and whole."""
     landmark = setting["mixer"] == "landmark"
     task = Lookup(WINDOW, setting["items"])
     model = build(task, landmark, None)
@@ -91,6 +93,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, float]:
 
 
 def build(task: Lookup, landmark: bool, top_k: int | None) -> LanguageModel:
+    """A model of landmark attention that retrieves `top_k` blocks (all when None), or of softmax."""
     return lookup_model(task, ("landmark", {"block": BLOCK, "top_k": top_k}) if landmark else ("softmax", {}))
 
 

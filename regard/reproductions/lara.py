@@ -26,6 +26,7 @@ BENCHMARK = {"num_features": 16, "fresh": True, "least_denominator": 0.1}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Accuracy on digits; with ``lengths`` the growth of a forward call."""
     if "lengths" in setting:
         return forward_growth(setting, {"lara": lara_attention, "softmax": softmax_attention})
     return digits_score(setting, seed)

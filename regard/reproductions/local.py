@@ -55,6 +55,7 @@ def _with_gap(x: "Int[np.ndarray, 'b 48']", value: int) -> "Int[np.ndarray, 'b 1
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Accuracy of recall from afar; with ``seconds`` the speedup of the plan whose upper layers are local."""
     recall = DistantRecall(setting.get("items", 8))
     if "seconds" in setting:
         return {"speedup": time_models(recall, setting)}
@@ -64,6 +65,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def time_models(recall: RecallTask, setting: Setting) -> dict[str, float]:
+    """How many times as long the plan of full layers takes."""
     ids = torch.randint(recall.vocab_size, (1, setting["length"]))
     full, mixed = (language_model(recall, PLANS[plan], dim=64, num_heads=4) for plan in ("full", "bottom"))
     return timed_ratio(partial(full, ids), partial(mixed, ids), seconds=setting["seconds"])

@@ -36,6 +36,7 @@ def heads_of(count: int, maps: Tensor, generator: torch.Generator) -> list[Tenso
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Share of softmax's output that the copy misses, after its maps were learned or as they are."""
     generator = torch.Generator().manual_seed(seed)
     maps = torch.randn(3, HEADS * WIDTH, HEADS * WIDTH, generator=generator) * (HEADS * WIDTH) ** -0.5
     maps[:2] *= SHARPNESS**0.5

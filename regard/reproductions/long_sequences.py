@@ -42,6 +42,8 @@ CONTEXTS = (64, 256)
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """One of: what a longer context is worth, an exact answer over a million keys, speedup on several ranks, speedup of
+    tiles."""
     torch.manual_seed(seed)
     if "mixer" in setting:
         return context_score(setting, seed)

@@ -34,6 +34,7 @@ PLACES = {"positions": "learned", "max_length": 80, "position_options": {"std": 
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Score on text said twice; with ``lengths`` the growth of a layer's time."""
     if "lengths" in setting:
         with torch.no_grad():
             return {**time_forward(setting)}
@@ -41,6 +42,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def time_forward(setting: Setting) -> dict[str, Any]:
+    """Growth of both layers' times with the length."""
     layers = {name: create_layer(name, 64, 4, pattern="noncausal-self") for name in ("long_short", "softmax")}
     inputs = {n: torch.randn(1, n, 64) for n in setting["lengths"]}
     actions = {name: {n: partial(layer, x) for n, x in inputs.items()} for name, layer in layers.items()}

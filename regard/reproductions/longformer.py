@@ -28,6 +28,7 @@ TIMED: dict[str, dict[str, Any]] = {"longformer": {"window": 256}, "bigbird": {}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Accuracy on digits from the first token; with ``lengths`` times of a forward call."""
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
@@ -37,6 +38,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def time_forward(setting: Setting) -> dict[str, Any]:
+    """Growth of all times with the length, and the speedup of both over softmax at the last length but one."""
     actions: dict[str, dict[float, Any]] = {name: {} for name in TIMED}
     for n in setting["lengths"]:
         inputs = dict(zip("qkv", torch.randn(3, 1, 4, n, 64), strict=True))

@@ -97,6 +97,7 @@ class Classifier(nn.Module):
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
+    """Accuracy of a classifier of keywords with the setting's pool, and the pool's parameters."""
     task = Keywords(seed=0, evaluation_items=setting["items"])
     model = Classifier(task, setting["pool"])
     found = trained_score(model, task, setting, seed)

@@ -19,6 +19,7 @@ TRAINING = {"steps": 4000, "batch_size": 32, "learning_rate": 3e-3, "items": 512
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
+    """Accuracy on selective copying."""
     task = cached_task("copying", length=80, tokens=8, alphabet=8, evaluation_items=setting["items"])
     model = language_model(task, [(setting["mixer"], setting["options"])] * 2, dim=64, num_heads=4)
     return trained_score(model, task, setting, seed)

@@ -32,6 +32,8 @@ TRAINING = {"steps": 400, "batch_size": 32, "learning_rate": 3e-3, "items": 64}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
+    """Loss on text and entropy of the routing; with ``tuning`` the losses of a trained model whose heads are mixed or
+    left out."""
     task = cached_task("text", length=128, evaluation_items=setting["items"])
     if "tuning" in setting:
         return tune(task, setting, seed)
@@ -69,6 +71,7 @@ def first_heads(model: LanguageModel, task: Task, heads: int) -> LanguageModel:
 
 
 def tuned(first: str, second: str) -> Callable[[Seed], float]:
+    """Difference of two measurements of the setting ``tuned``."""
     return within("tuned", first, second)
 
 

@@ -31,6 +31,7 @@ MIXED = TRAINING | {"mixer": "mixture_of_heads", "heads": 8}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Score on digits pixel by pixel, and entropy of the routing."""
     task = digit_levels(setting["items"])
     plan = [(setting["mixer"], setting["options"])] * 2
     model = language_model(task, plan, dim=64, num_heads=setting["heads"], head_dim=4)

@@ -30,6 +30,7 @@ BLOCKS = {"block_size": 8, "top": 3, **CONVOLUTION}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Score on text said twice; with ``lengths`` times of a forward call."""
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
@@ -37,6 +38,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def time_forward(setting: Setting) -> dict[str, Any]:
+    """Growth of both times with the length, and the speedup at the longest."""
     actions: dict[str, dict[float, Any]] = {"moba": {}, "softmax": {}}
     for n in setting["lengths"]:
         inputs = dict(zip("qkv", torch.randn(3, 1, 4, n, 64), strict=True))

@@ -19,6 +19,7 @@ TRAINING = PICTURES | {"steps": 400, "patch": 4, "hidden": 96}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Accuracy on images and parameters."""
     task = canvas(setting["data"], setting["items"], setting["patch"])
     options = {"length": task.length, **setting["options"]} if setting["mixer"] != "softmax" else {}
     model = classifier(

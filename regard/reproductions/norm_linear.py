@@ -42,6 +42,7 @@ PLANS: dict[str, list[Any]] = {
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Loss on text of a plan, the spread of gradients over training, or the speedup of a plan over softmax."""
     if "mixer" in setting:
         task = cached_task("text", length=128, evaluation_items=1)
         model = language_model(task, [(setting["mixer"], {"positions": "none"})] * 2, dim=64, num_heads=4)

@@ -48,6 +48,8 @@ MOVED = {
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """One of: errors of an estimate, times of a forward call, a softmax model that is moved over, accuracy on
+    digits."""
     if "draws" in setting:
         return estimate(setting, seed)
     if "lengths" in setting:
@@ -92,6 +94,7 @@ def estimate(setting: Setting, seed: int) -> dict[str, float]:
 
 
 def time_forward(setting: Setting) -> dict[str, Any]:
+    """Growth of both times with the length, and the speedup at the longest."""
     inputs = {n: torch.randn(3, 1, 4, n, 64) for n in setting["lengths"]}
     w = draw_features(64, 64)
     actions = {

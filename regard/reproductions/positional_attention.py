@@ -88,6 +88,7 @@ def draw(items: int, numbers: int, factor: float, rng: torch.Generator) -> Tenso
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
+    """Mean squared errors on numbers up to 2 (as in training), 6, 10 and 20."""
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(1000 + seed)
     target, numbers, steps = TASKS[setting["task"]], setting["numbers"], setting["steps"]

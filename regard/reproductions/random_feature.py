@@ -19,6 +19,7 @@ MIXERS = {
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
+    """Loss on text."""
     task = cached_task("text", length=128, evaluation_items=setting["items"])
     model = language_model(task, [MIXERS[setting["mixer"]]] * 2, dim=64, num_heads=4)
     return trained_score(model, task, setting, seed)

@@ -33,6 +33,7 @@ IMAGES = {"task": "images", "steps": 600, "batch_size": 32, "learning_rate": 3e-
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
+    """Score on text said twice, or accuracy on digits with complex or real rates."""
     torch.manual_seed(seed)
     if setting["task"] == "text":
         return said_twice_score(setting, seed)

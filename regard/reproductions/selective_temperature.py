@@ -37,11 +37,14 @@ WEIGHTS = Context(want=frozenset({"weights"}))
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Measurements of the experiment that the setting names."""
     experiments = {"graph": graph, "denoising": denoising, "length": length}
     return experiments[setting["experiment"]](setting, seed)
 
 
 def graph(setting: Setting, seed: int) -> dict[str, Any]:
+    """How closely one head with the setting's temperatures learns a graph: excess of the cross entropy over the
+    entropy, and L1 distance of the rows."""
     generator = torch.Generator().manual_seed(1 << 40 | seed)
     nodes = F.normalize(torch.randn(NODES, NODE_WIDTH, generator=generator), dim=-1)
     degrees = torch.tensor([1, 2, 4, 8])[torch.arange(NODES) % 4]
@@ -63,6 +66,7 @@ def graph(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def denoising(setting: Setting, seed: int) -> dict[str, Any]:
+    """Error of the mean of signal tokens among noise, and its share of the error of the mean of all."""
     vectors = torch.randn(2, TYPES, WIDTH, generator=torch.Generator().manual_seed(1 << 40 | seed))  # signal, noise
     vectors = F.normalize(vectors, dim=-1) * math.sqrt(WIDTH)
 
@@ -88,6 +92,8 @@ def denoising(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def length(setting: Setting, seed: int) -> dict[str, Any]:
+    """Accuracy of recall at the length of training and eight times that, and the difference."""
+
     def task(tokens: int, pairs: int, queries: int) -> Any:
         return cached_task(
             "recall",
@@ -119,6 +125,7 @@ def descend(module: nn.Module, loss: Callable[[int], Tensor], steps: int) -> Non
 
 
 def selective(**temperatures: str) -> dict[str, Any]:
+    """A layer with the temperatures named; queries and values have none otherwise."""
     named = {f"{name}_temperature": "none" for name in "qv"} | {f"{n}_temperature": t for n, t in temperatures.items()}
     return {"mixer": "selective_temperature", "options": named}
 
@@ -138,6 +145,7 @@ SHAPE = {"short_convolution": 4, "output_norm": "rms", "head_dim": 6, "value_dim
 
 
 def shaped(mixer: dict[str, Any]) -> dict[str, Any]:
+    """The same layer with the options that all layers of the experiment share."""
     return mixer | {"options": mixer["options"] | SHAPE}
 
 

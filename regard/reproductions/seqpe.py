@@ -71,6 +71,8 @@ GRID_POSITIONS: dict[str, dict[str, Any]] = {
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
+    """Loss on text at each length that is read and its growth, the grid's measurements, or how positions are
+    ordered."""
     torch.manual_seed(seed)
     if "window" in setting:
         return run_grid(setting, seed)
@@ -110,6 +112,7 @@ class NumberedByPlace(nn.Module):
 
 
 def run_grid(setting: Setting, seed: int) -> dict[str, float]:
+    """Scores on the windows of training and on whole digits."""
     images = digit_pixels(setting["items"])
     windows = Windows(images, setting["window"])
     options = GRID_POSITIONS[setting["positions"]]

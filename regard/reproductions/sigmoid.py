@@ -27,6 +27,8 @@ NORM = {"query_key_norm": "layer"}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Loss on text and the norm of the first attention branch before training; with ``length`` the speedup over
+    softmax."""
     if "length" in setting:
         return time_kernels(setting)
     task = cached_task("text", length=LENGTH, evaluation_items=setting["items"])
@@ -43,6 +45,7 @@ def first_norm(model: LanguageModel, ids: torch.Tensor) -> float:
 
 
 def time_kernels(setting: Setting) -> dict[str, Any]:
+    """How many times as long softmax takes."""
     n = setting["length"]
     q, k, v = torch.randn(3, 1, 4, n, 64)
     with torch.no_grad():

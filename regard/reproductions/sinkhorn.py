@@ -26,6 +26,7 @@ from regard.reproductions.framework.training import SAID_TWICE, said_twice_score
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Score on text said twice; with ``lengths`` times of a forward call."""
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
@@ -33,6 +34,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def time_forward(setting: Setting) -> dict[str, Any]:
+    """Growth of both times with the length, and the speedup at the longest."""
     actions: dict[str, dict[float, Any]] = {"sinkhorn": {}, "softmax": {}}
     for n in setting["lengths"]:
         inputs = dict(zip("qkv", torch.randn(3, 1, 4, n, 64), strict=True))

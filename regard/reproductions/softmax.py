@@ -41,6 +41,7 @@ SHORT, LONGEST = 64, 256
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Loss at a context, the speedup over whole matrices, or errors and memory."""
     if "context" in setting:
         return {**train(setting, seed)}
     if "seconds" in setting:
@@ -51,6 +52,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def inputs(n: int) -> tuple[Tensor, ...]:
+    """q, k and v of four heads of 64, with gradients."""
     return tuple(torch.randn(1, 4, n, 64, requires_grad=True) for _ in range(3))
 
 
@@ -62,6 +64,7 @@ def whole_matrix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def forward_backward(function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """The output of a call and the gradients of q, k and v."""
     output = function(q, k, v)
     return [output.detach(), *torch.autograd.grad(output.square().sum(), (q, k, v))]
 
@@ -90,6 +93,8 @@ def memory(lengths: list[int]) -> dict[str, float]:
 
 
 def train(setting: Setting, seed: int) -> dict[str, float]:
+    """Loss on long windows of a model trained on a context, read in pieces as long as that context, and in short
+    pieces."""
     context = setting["context"]
     task = cached_task("text", length=context, evaluation_items=1)
     model = language_model(task, [("softmax", setting["options"])] * 2, dim=64, num_heads=4)

@@ -36,6 +36,7 @@ STRIDE: dict[str, Any] = {"stride": 8, **CONVOLUTION}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Score on text said twice; with ``lengths`` times of a forward call."""
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
@@ -43,6 +44,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def time_forward(setting: Setting) -> dict[str, Any]:
+    """Growth with the length at strides of sqrt(N), and the speedup over softmax at the second length."""
     sparse, dense = get_mechanism("sparse_strided"), get_mechanism("softmax")
     actions: dict[float, Any] = {}
     other = None

@@ -38,6 +38,8 @@ LOCAL = {"mode": "local", "window": 32, "sigma": 32.0}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
+    """Held-out losses before and after dense tuning, of one draw and of eight, and with draws kept on; of dense
+    training the last and the best."""
     task = cached_task("text", length=setting["length"], evaluation_items=setting["items"])
     steps, subsampled = setting["steps"], bool(setting["options"])
     options = {"steps": steps, "finetune": FINETUNE, **setting["options"]} if subsampled else {"ratio": 1.0}

@@ -24,6 +24,7 @@ TRAINING = {"steps": 400, "batch_size": 32, "learning_rate": 5e-3, "items": 1000
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Accuracy on windows of digits."""
     task = digit_windows(setting["items"], setting["window"])
     options = {**setting["options"], **({"length": task.length} if setting["mixer"] == "synthesizer" else {})}
     model = placed_classifier(task, [(setting["mixer"], options)] * 2)
@@ -31,6 +32,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def synthesizer(*kinds: str, **options: Any) -> dict[str, Any]:
+    """A setting of layers of these kinds of scores."""
     return TRAINING | {"mixer": "synthesizer", "options": {"kinds": kinds, **options}}
 
 

@@ -77,6 +77,7 @@ TRAINING: dict[str, dict[str, Any]] = {
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
+    """Accuracy on images or on motifs inside of patches."""
     task = canvas(setting["data"], setting["items"]) if "data" in setting else Motifs(setting["items"])
     return transformer_score(task, setting, seed)
 

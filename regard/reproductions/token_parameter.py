@@ -73,6 +73,7 @@ def grown(model: TokenFormer, vocab_size: int, tau_mode: str) -> TokenFormer:
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
+    """Loss of a model that was grown, trained from scratch or went on, and how far growing alone moved its loss."""
     task = cached_task("text", length=128, evaluation_items=setting["items"])
     vocab, how, before, after = task.vocab_size or 0, setting["how"], setting["before"], setting["after"]
     if how.startswith(("scratch", "small")):
@@ -91,6 +92,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, float]:
 
 
 def finish(model: TokenFormer, task: Task, setting: Setting, seed: int, steps: int) -> dict[str, float]:
+    """Loss after more training; nan where it diverged."""
     return {"loss": score(model, task)["loss"] if fit(model, task, setting, seed, steps=steps) else math.nan}
 
 

@@ -60,10 +60,12 @@ PAPER = Paper("TransKD: Transformer Knowledge Distillation for Efficient Semanti
 
 
 def scenes(size: int, items: int) -> Task:
+    """Shapes to segment, scored by mean IoU."""
     return cached_task("segmentation", data="shapes", size=size, metric="iou", evaluation_items=items)
 
 
 def network(options: dict[str, Any], task: Task, seed: int) -> nn.Module:
+    """A SegFormer drawn from the seed."""
     torch.manual_seed(seed)
     return build_model(SegmentationModelConfig.for_task(task, "segformer_nano", options))
 
@@ -80,6 +82,7 @@ def trained_teacher(steps: int, learning_rate: float, batch_size: int, size: int
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Mean IoU, loss and parameters of the teacher, or of a student with the setting's method or none."""
     task = scenes(setting["size"], setting["items"])
     taught = [setting[name] for name in ("teacher_steps", "teacher_rate", "batch_size", "size", "items")]
     method = setting["method"]
@@ -96,6 +99,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def found_of(model: nn.Module, task: Task) -> dict[str, float]:
+    """Score, loss and number of parameters."""
     return {**score(model, task), "parameters": float(sum(p.numel() for p in model.parameters()))}
 
 

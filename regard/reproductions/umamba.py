@@ -46,6 +46,7 @@ PAPER = Paper("U-Mamba: Enhancing Long-range Dependency for Biomedical Image Seg
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Score of the setting's network on its images."""
     task = cached_task("segmentation", data=setting["data"], size=setting["size"], evaluation_items=setting["items"])
     config = SegmentationModelConfig.for_task(task, setting["network"], setting["options"])
     return {**trained_score(build_model(config), task, setting, seed)}

@@ -58,6 +58,7 @@ class PostNormEncoder(nn.Module):
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
+    """Share of tokens that tell their own position, and the last loss."""
     torch.manual_seed(seed)
     length, vocabulary = setting["length"], setting["vocabulary"]
     model = PostNormEncoder(vocabulary, length, setting["options"], setting["absolute"])

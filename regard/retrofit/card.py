@@ -38,6 +38,7 @@ model = AutoModelForCausalLM.from_pretrained("this folder")
 
 
 def as_json(record: dict[str, Any]) -> str:
+    """A record as the text of its file."""
     return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 
 

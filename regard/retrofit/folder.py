@@ -75,6 +75,7 @@ class Folder:
             return None
 
     def write(self, name: str, value: Any) -> None:
+        """Keep the result of a part, which replaces an older one in one step."""
         text = json.dumps(value, indent=1, ensure_ascii=False)
         write_atomically(self.work / f"{name}.json", lambda file: file.write_text(text, encoding="utf-8"))
 

@@ -52,6 +52,7 @@ class Plan:
     seconds: dict[str, float]
 
     def record(self) -> dict[str, Any]:
+        """The plan as plain data, for the folder."""
         return asdict(self)
 
     def after(self, stage: str) -> float:

@@ -57,6 +57,7 @@ class Retrofit:
 
     @property
     def results(self) -> dict[str, Any]:
+        """Measurements of the original model and of the retrofit."""
         return self.record["results"]
 
     @property

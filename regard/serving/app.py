@@ -96,6 +96,7 @@ class Server:
         await asyncio.to_thread(self.service.close)
 
     async def health(self, _: Request) -> Response:
+        """Whether the server answers, and how many requests run and wait; status 503 when it closes or has failed."""
         service = self.service
         if service.failed is not None:
             return JSONResponse({"status": "failed"}, 503)
@@ -105,6 +106,7 @@ class Server:
         )
 
     async def models(self, request: Request) -> Response:
+        """The list of its one model, or that model; 404 for another name."""
         wanted = request.path_params.get("name")
         own = {"id": self.name, "object": "model", "created": self.created, "owned_by": "regard"}
         own["max_model_len"] = self.service.engine.context
@@ -115,6 +117,7 @@ class Server:
         return JSONResponse(own)
 
     async def tell_metrics(self, _: Request) -> Response:
+        """The metrics as Prometheus reads them."""
         body, kind = self.metrics.text()
         return Response(body, media_type=kind)
 

@@ -63,6 +63,7 @@ class Load:
             raise Unsupported(f"shared_tokens={self.shared_tokens}", supported=f"0 to {self.prompt_tokens}")
 
     def as_record(self) -> dict[str, Any]:
+        """The load as plain data."""
         return asdict(self)
 
 

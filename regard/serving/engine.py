@@ -147,6 +147,7 @@ class Row:
 
     @property
     def unread(self) -> int:
+        """How many tokens have not been read yet."""
         return len(self.tokens) - self.length
 
     @property
@@ -227,6 +228,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
+        """Whether any request runs or waits."""
         return bool(self.active or len(self.waiting))
 
     def submit(self, request: Request) -> None:

@@ -45,6 +45,7 @@ class Lines(Generic[T]):
         return client, self._lines[client][0]
 
     def remove(self, client: str, item: T) -> None:
+        """Take an item of a client out of its line, wherever it stands there."""
         line = self._lines[client]
         line.remove(item)
         if not line:

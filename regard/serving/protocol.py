@@ -34,6 +34,7 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
 
     def body(self) -> dict[str, Any]:
+        """The answer, as clients of the API expect it."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
@@ -340,6 +341,7 @@ class Answer:
 
     @property
     def usage(self) -> dict[str, int]:
+        """Numbers of tokens read and written so far."""
         prompt, written = sum(map(len, self.asked.prompts)), sum(c.tokens for c in self.choices.values())
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 

@@ -88,6 +88,7 @@ class Service:
 
     @property
     def healthy(self) -> bool:
+        """Whether requests are taken: it has not failed and does not close."""
         return self.failed is None and not self._closing
 
     def submit(self, requests: Sequence[Request]) -> Stream:
@@ -116,6 +117,7 @@ class Service:
         return stream
 
     def cancel(self, keys: set[str]) -> None:
+        """Stop requests by key; those that are done, or unknown, are left alone."""
         with self._wake:
             for key in keys:
                 if self._streams.pop(key, None) is not None:

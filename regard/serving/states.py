@@ -85,6 +85,7 @@ class Held:
             self._where[key] = group, row
 
     def drop(self, key: int) -> None:
+        """Forget the state of a sequence, if there is one."""
         self._where.pop(key, None)
 
     @property

@@ -58,6 +58,7 @@ class Document:
 
     @property
     def digest(self) -> bytes:
+        """A hash of the text, 16 bytes."""
         return hashlib.blake2b(self.text, digest_size=16).digest()
 
 

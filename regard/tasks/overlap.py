@@ -43,6 +43,7 @@ class Overlap:
 
     @property
     def much(self) -> bool:
+        """Whether the share is above `MUCH`; False when it is not known."""
         return self.share > MUCH
 
     def __str__(self) -> str:

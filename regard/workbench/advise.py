@@ -102,6 +102,7 @@ class AdviseSettings:
 
     @property
     def layer(self) -> LayerSettings:
+        """Settings with which measured layers are built and called."""
         sizes = (self.dim, self.heads, self.head_dim, self.batch)
         return LayerSettings(self.pattern, *sizes, self.dtype, self.device, self.short_convolution)
 
@@ -174,6 +175,7 @@ class Advice:
     notes: list[str]
 
     def as_dict(self) -> dict[str, Any]:
+        """The advice as plain data, as JSON has it."""
         settings = asdict(self.settings) | {"pattern": self.settings.pattern.value}
         return {
             "settings": settings,

@@ -43,6 +43,7 @@ class Errors:
     inside: float | None
 
     def as_dict(self) -> dict[str, Any]:
+        """The errors as plain data."""
         return self.__dict__.copy()
 
 

@@ -65,6 +65,11 @@ class Scale:
 
 
 def linear_scale(values: Iterable[float], start: float, end: float, label: Formatter, *, pad: float = 0.08) -> Scale:
+    """A linear scale around all values, about five round ticks on it; at least one value.
+
+    Args:
+        pad: share of the range left free at each end.
+    """
     low, high = min(values := list(values)), max(values)
     if high - low < 1e-9 * max(abs(low), abs(high), 1e-12):
         low, high = low - (abs(low) * 0.05 or 0.5), high + (abs(high) * 0.05 or 0.5)
@@ -77,6 +82,11 @@ def linear_scale(values: Iterable[float], start: float, end: float, label: Forma
 def log_scale(
     values: Iterable[float], start: float, end: float, label: Formatter, *, base: int = 10, pad: float = 0.06
 ) -> Scale:
+    """A logarithmic scale around all values, which are positive; ticks are powers of `base`, or finer where few fit.
+
+    Args:
+        pad: share of the range left free at each end.
+    """
     low, high = min(values := list(values)), max(values)
     if high / low < 1.3:
         middle = math.sqrt(low * high)
@@ -327,6 +337,7 @@ class Axis:
         return is_number(value) and (not self.log or value > 0)
 
     def scale(self, values: Iterable[float], start: float, end: float) -> Scale:
+        """The scale of values from the pixel `start` to the pixel `end`."""
         shown = [v if self.limit is None else min(v, self.limit) for v in values]
         if not self.rising:
             start, end = end, start

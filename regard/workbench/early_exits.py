@@ -58,9 +58,11 @@ class Exited:
 
     @property
     def speedup(self) -> float:
+        """How many times as fast as with all layers."""
         return self.seconds["all"] / self.seconds["early"]
 
     def as_dict(self) -> dict[str, Any]:
+        """The row as plain data, as JSON has it."""
         return {
             "rule": self.rule,
             "score": self.found.score,

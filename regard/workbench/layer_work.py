@@ -126,6 +126,7 @@ class LayerWork:
 
     @property
     def weight_bytes(self) -> int:
+        """Bytes of the layer's parameters."""
         return sum(p.numel() * p.element_size() for p in self.layer.parameters())
 
     @property

@@ -24,6 +24,7 @@ class Package:
 
     @property
     def installed(self) -> bool:
+        """Whether Python would find it; it is not imported."""
         return importlib.util.find_spec(self.module) is not None
 
 

@@ -118,6 +118,7 @@ class Profile:
     """Fused multiply-adds in registers on the threads in use, float32; None without the native library."""
 
     def as_dict(self) -> dict[str, Any]:
+        """The measurements as plain data, as JSON has them."""
         return {
             "settings": {**asdict(self.settings), "pattern": self.settings.pattern.value},
             "measurements": [asdict(m) for m in self.measurements],

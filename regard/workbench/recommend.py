@@ -49,6 +49,7 @@ class Recommendation:
     alike: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
+        """The recommendation as plain data."""
         return asdict(self)
 
 

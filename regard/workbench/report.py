@@ -73,6 +73,7 @@ class Metric:
 
     @property
     def axis(self) -> Axis:
+        """The axis of charts; better is always up."""
         name = f"↑ {self.name}" + ("" if self.higher_is_better else " (lower is better, so low is up)")
         return Axis(name, units.tick, rising=self.higher_is_better)
 

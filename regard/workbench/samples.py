@@ -106,6 +106,7 @@ Measure = Callable[[str, int, Sequence[str]], Mapping[str, Sample]]
 
 
 def cache_folder() -> Path:
+    """Where measurements are kept between calls, for this user."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regard" / "probes"
 
 
@@ -215,6 +216,7 @@ class LayerMeasure:
     works: dict[str, LayerWork] = field(default_factory=dict)
 
     def work(self, name: str) -> LayerWork:
+        """The layer of a mechanism with the actions that are timed, built at the first call."""
         if name not in self.works:
             self.works[name] = LayerWork(get_mechanism(name), self.settings)
         return self.works[name]

@@ -27,6 +27,7 @@ DOMAINS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def axes_of(card: Mechanism, name: str) -> str:
+    """Letters of an input's axes, as the card has them."""
     return card.axes[name]
 
 
@@ -79,10 +80,12 @@ class Subject:
 
     @property
     def config(self) -> Any:
+        """Options of the mechanism, without those of the layer."""
         names = self.card.config.__dataclass_fields__  # type: ignore[attr-defined]
         return self.card.options(**{name: value for name, value in self.options.items() if name in names})
 
     def rng(self) -> torch.Generator:
+        """A generator at the subject's seed, anew at each call."""
         return torch.Generator().manual_seed(self.seed)
 
     @property
@@ -150,6 +153,7 @@ class Subject:
         return self.run(doubled, form="reference", **call).output
 
     def absorb(self, inputs: Tensors, **call: Any) -> Any:
+        """The state of a memory, to be read with queries."""
         inputs = dict(inputs)
         if "roles" in inputs:
             call["roles"] = inputs.pop("roles")
@@ -229,6 +233,7 @@ class Subject:
 
     @property
     def stateful(self) -> bool:
+        """Whether functions continue a causal sequence from a state."""
         has = self.card.state is not None and "chunked" in self.card.forms
         return has and self.pattern is Pattern.CAUSAL_SELF and not self.waives("state")
 
@@ -239,6 +244,7 @@ class Subject:
 
     @property
     def absorbs(self) -> bool:
+        """Whether functions absorb a memory and read it later."""
         return self.pattern.cross and "absorb" in self.card.forms and not self.waives("memory")
 
     @property
@@ -248,6 +254,7 @@ class Subject:
         return self.stateful or self.absorbs or (wraps and self.pattern is not Pattern.NONCAUSAL_SELF)
 
     def with_options(self, options: dict[str, Any]) -> Subject:
+        """The subject with more options, or others."""
         return dataclasses.replace(self, options={**self.options, **options})
 
 

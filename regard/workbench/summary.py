@@ -15,6 +15,7 @@ CURVE_POINTS = 100
 
 
 def by_tokens(history: History) -> list[tuple[int, Point]]:
+    """Points of a training curve, each with the tokens seen until then; all steps count alike."""
     each = history.tokens / max(1, len(history.curve))
     return [(round(each * (i + 1)), point) for i, point in enumerate(history.curve)]
 
@@ -27,6 +28,7 @@ def thin(points: list[list[float]]) -> list[list[float]]:
 
 
 def comparison_of(rows: Sequence[Mapping[str, Any]]) -> Comparison:
+    """Scores by mechanism and seed from rows of one task; runs that gave no score are left out."""
     items: dict[str, dict[int, Any]] = {}
     for row in rows:
         if row["score"] is not None:

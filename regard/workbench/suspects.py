@@ -160,6 +160,11 @@ class Arguments:
                 )
 
     def of(self, pattern: Pattern) -> dict[str, Any]:
+        """Arguments by name for a pattern: those given, then sizes and flags by the names that layers usually have.
+
+        Raises:
+            Unsupported: for an argument that has no default and a name of no known meaning.
+        """
         known: dict[str, Any] = dict.fromkeys(WIDTHS, self.dim) | dict.fromkeys(HEAD_COUNTS, self.heads)
         known |= dict.fromkeys(CAUSAL, pattern.causal) | dict.fromkeys(CROSS, pattern.cross)
         known |= {"pattern": pattern.value, "batch_first": True}

@@ -137,6 +137,7 @@ class Host(ABC):
         """A call of an attention module by an own layer of (x, memory), with what the module returns."""
 
     def inputs(self) -> Tensor:
+        """Random inputs in float64: embedded tokens, where a model does not say otherwise."""
         return torch.randn(3, TOKENS, DIM, dtype=torch.float64)
 
     def context(self, valid: Tensor | None, x: Tensor) -> Context:
@@ -202,6 +203,8 @@ class _ExactAngles(nn.Module):
 
 
 class Llama(Transformers):
+    """Causal, with rotary positions and grouped heads; angles are not rounded to float32."""
+
     title = "Llama (transformers)"
     pattern, rotates, groups, generates = Pattern.CAUSAL_SELF, True, GROUPS, True
 
@@ -221,6 +224,8 @@ class Llama(Transformers):
 
 
 class GPT2(Transformers):
+    """Causal, with learned positions and one map for queries, keys and values."""
+
     title = "GPT-2 (transformers)"
     pattern, generates = Pattern.CAUSAL_SELF, True
 
@@ -250,6 +255,8 @@ class GPT2(Transformers):
 
 
 class Bert(Transformers):
+    """Noncausal; the output map stands outside the attention module."""
+
     title = "BERT (transformers)"
 
     def build(self) -> nn.Module:
@@ -267,6 +274,8 @@ class Bert(Transformers):
 
 
 class ViT(Host):
+    """Noncausal on patches, with a class token before them."""
+
     title = "ViT (timm)"
     package, pads = "timm", False
     before: ClassVar[int] = 1
@@ -305,11 +314,15 @@ class ViT(Host):
 
 
 class ViTWithoutClass(ViT):
+    """The same without a class token."""
+
     title = "ViT without a class token (timm)"
     before = 0
 
 
 class TorchEncoder(Host):
+    """Noncausal; the one map of torch's attention holds queries, keys and values."""
+
     title = "nn.TransformerEncoder"
 
     def build(self) -> nn.Module:
@@ -334,6 +347,8 @@ class TorchEncoder(Host):
 
 
 class TorchDecoder(TorchEncoder):
+    """The causal self attention of a decoder, whose cross attention stays."""
+
     title = "nn.TransformerDecoder, its self attention"
     pattern, only = Pattern.CAUSAL_SELF, "*.self_attn"
     PART: ClassVar[str] = "self_attn"
@@ -352,6 +367,8 @@ class TorchDecoder(TorchEncoder):
 
 
 class TorchCross(TorchDecoder):
+    """The cross attention of a decoder, whose self attention stays."""
+
     title = "nn.TransformerDecoder, its cross attention"
     pattern, only, PART = Pattern.NONCAUSAL_CROSS, "*.multihead_attn", "multihead_attn"
 

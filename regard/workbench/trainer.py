@@ -275,6 +275,7 @@ class Trainer:
         }
 
     def stored(self, work: Work, name: str, rate: float, seed: int) -> Row | None:
+        """The stored result of a run; None while there is none."""
         row = self.store.get("quality", self._key(work, name, rate, seed))
         return None if row is None else row.payload
 
@@ -349,6 +350,7 @@ class Trainer:
         }
 
     def model_folder(self, work: Work, name: str, rate: float) -> Path:
+        """Where the model of a run is kept."""
         plain = "".join(letter if letter.isalnum() or letter in "_-." else "_" for letter in name)
         return self.output / "models" / f"{work.task.name}-{plain}-{rate:g}"
 
@@ -359,10 +361,12 @@ class Trainer:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def doing(self, what: str) -> None:
+        """Announce what is done next."""
         self.progress.doing, self.progress.loss = what, math.nan
         self.watch(self.progress)
 
     def advance(self, seconds: float) -> None:
+        """Count planned seconds of work that is done."""
         self.progress.done += seconds
         self.progress.total = max(self.progress.total, self.progress.done)  # more may be tried than was planned
         self.watch(self.progress)

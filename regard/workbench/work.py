@@ -260,6 +260,7 @@ class Work:
     def train_config(
         self, rate: float, seed: int, steps: int, checkpoint_every: int = TrainConfig.checkpoint_every
     ) -> TrainConfig:
+        """How a run of so many steps is trained, with the batch size and precision of this comparison."""
         return TrainConfig(
             steps=steps,
             batch_size=self.batch_size,
@@ -278,6 +279,7 @@ class Work:
         return round(budget.amount / self.flops_a_step(name))
 
     def flops_a_step(self, name: str) -> float:
+        """FLOPs of one training step of a mechanism's model, counted in PyTorch's own operators."""
         model = self.prepare(build(self.configs[name], 0, self.settings.device))
         config = replace(self.train_config(TrainConfig.learning_rate, 0, 1), measure_memory=False)
         # of the same operators on every machine: torch does not look into a native kernel

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 from support import refused
 
 from regard import get_mechanism
+from regard.catalogue import list_mechanisms
 
 INFINITE, NAN = math.inf, math.nan
 ALONE = {
@@ -69,7 +71,7 @@ ALONE = {
     | {"token_features": ["x"], "hidden": [4], "position_form": ["log"], "position_granularity": ["token"]}
     | {"position_start": [INFINITE, NAN]},
     "sigmoid": dict.fromkeys(("activation", "norm", "schedule"), ("other",))
-    | {"window": [(-1, None), (1,)], "length": [0]},
+    | {"window": [(-1, None), (1,)], "length": [0], "sigmoid_bias": [(0.0, NAN)]},
     "sinkhorn": {"block": [0], "temperature": [0.0], "iterations": [-1], "sortcut": [0]},
     "softmax": {"softcap": [0.0, -1.0, INFINITE, NAN], "window": [(-1, 0), (1,), (None, -2)]},
     "sparse_strided": {"layout": ["random"], "stride": [0], "combine": ["alternate"], "head_columns": [True]},
@@ -178,3 +180,21 @@ CASES = [(n, {o: value}, o) for n, options in ALONE.items() for o, values in opt
 @pytest.mark.parametrize(("name", "options", "words"), CASES + TOGETHER, ids=str)
 def test_options_out_of_range_or_that_do_not_go_together_are_refused(name, options, words):
     refused(words, get_mechanism(name).options, **options)
+
+
+@pytest.mark.parametrize("name", list_mechanisms())
+def test_numbers_are_finite(name):
+    card = get_mechanism(name)
+    for field in dataclasses.fields(card.config):
+        for value in (NAN, INFINITE, -INFINITE) if "float" in field.type.replace("tuple[float", "") else ():
+            refused(field.name, card.options, **{field.name: value})
+
+
+@pytest.mark.parametrize("name", list_mechanisms())
+def test_lists_are_the_tuples_that_they_stand_for(name):
+    """As JSON has them, and with it the configurations of saved models."""
+    card = get_mechanism(name)
+    for variant in card.variants.values():
+        options = {o: value for o, value in variant.items() if o in card.option_types.hints}
+        listed = {o: list(value) if isinstance(value, tuple) else value for o, value in options.items()}
+        assert card.options(**listed) == card.options(**options)

@@ -30,7 +30,10 @@ MOST = 1 << 30
 
 
 class Arguments(ctypes.Structure):
-    """Arguments of a kernel, in the order of its C struct after `size`; what is not given is 0."""
+    """Arguments of a kernel, in the order of its C struct after `size`; what is not given is 0.
+
+    ``native/include`` says what each of them is: the fields of a class are those of the struct `regard_KERNEL_args`.
+    """
 
     kernel: ClassVar[str]
     _fields_: ClassVar[Sequence[tuple[str, Any]]] = (("size", ctypes.c_int64),)

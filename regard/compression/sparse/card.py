@@ -27,12 +27,15 @@ class Config:
 def parallel(
     call_: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n e"]
 ) -> Result:
+    """A whole prompt as the method prefills it, without a cache."""
     return _run(call_, q, k, v, keeps=False)
 
 
 def chunked(
     call_: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n e"]
 ) -> Result:
+    """A whole prompt, with the cache that the method keeps of it; or tokens after a cache, one by one. Also the
+    step."""
     return _run(call_, q, k, v, keeps=True)
 
 

@@ -57,6 +57,8 @@ class SnapKV(Method):
             )
 
     def importance(self, q: Tensor, k: Tensor, place: Place) -> Float[Tensor, "b g n"]:
+        """Importance of each key for a kv head: attention of the last `window` queries to it, summed, averaged over the
+        query heads of the group and pooled over `kernel` neighbours; infinite for what is always kept."""
         weights = grouped(asked(q, k, self.window, place), k.shape[1])
         return self._always(pooled(weights.mean(2).sum(2), self.kernel))
 
@@ -89,6 +91,7 @@ class AdaSnapKV(SnapKV):
             raise Unsupported(f"share={self.share}", supported="0 to 1", nearest="share=0.2")
 
     def importance(self, q: Tensor, k: Tensor, place: Place) -> Float[Tensor, "b g n"]:
+        """As SnapKV's, with the largest weight among queries and query heads in the place of sum and mean."""
         weights = grouped(asked(q, k, self.window, place), k.shape[1])
         return self._always(pooled(weights.amax((2, 3)), self.kernel))
 

@@ -36,6 +36,7 @@ class Meter:
     cache: list[float] = field(default_factory=list)
 
     def count(self, phase: str, kept: float, of: float) -> None:
+        """Add pairs that were computed, of those of dense attention."""
         self.kept[phase] += kept
         self.all[phase] += of
 

@@ -43,6 +43,8 @@ Strides = ctypes.c_int64 * 3
 
 
 class VisibilityArguments(ctypes.Structure):
+    """The struct `regard_visibility`."""
+
     _fields_ = (
         ("query_ranks", ctypes.c_void_p),
         ("key_ranks", ctypes.c_void_p),
@@ -63,6 +65,8 @@ class VisibilityArguments(ctypes.Structure):
 
 
 class BiasArguments(ctypes.Structure):
+    """The struct `regard_score_biases`."""
+
     _fields_ = (
         ("bias", ctypes.c_void_p),
         ("bias_strides", ctypes.c_int64 * 4),
@@ -372,6 +376,7 @@ def empty_output(q: Tensor, v: Tensor) -> Tensor:
 
 
 def by_row(x: Tensor) -> int:
+    """Elements from row to row of the batch; 0 where all rows share them."""
     return x.stride(0) if x.shape[0] > 1 else 0
 
 

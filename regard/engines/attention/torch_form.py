@@ -263,6 +263,7 @@ class Band:
 
     @property
     def extent(self) -> int:
+        """Key slots beside a block of queries."""
         return self.back + self.size + self.ahead
 
     def queries(self, x: Tensor, axis: int) -> Tensor:

@@ -23,6 +23,8 @@ CHECKPOINT_EVERY = 256
 
 
 class Sequence(ctypes.Structure):
+    """The struct `regard_sequence`: a tensor by token, in either dtype."""
+
     _fields_ = (
         ("data", ctypes.c_void_p),
         ("dtype", ctypes.c_int64),
@@ -218,6 +220,8 @@ def _row(x: Tensor | None) -> Sequence:
 
 
 def sizes(k: Tensor, v: Tensor, g: Tensor | None, inclusive: bool) -> tuple[int, ...]:
+    """The numbers that stand first in the structs of both directions; 0, 1 or 2 for no decay, one of each head, or one
+    of each feature."""
     batch, heads, tokens, value_width = v.shape
     decay = _decay(g)
     every = CHECKPOINT_EVERY
@@ -229,6 +233,7 @@ def _decay(g: Tensor | None) -> int:
 
 
 def rows(x: Tensor | None) -> Tensor | None:
+    """`x` with a contiguous last axis, as kernels read it; None stays None."""
     return None if x is None else rows_contiguous(x)
 
 
@@ -243,6 +248,7 @@ def _empty_state(k: Tensor, v: Tensor) -> Tensor:
 
 
 def checkpoint_count(tokens: int) -> int:
+    """States that the forward pass keeps for the gradient: one before every `CHECKPOINT_EVERY` tokens but the first."""
     return max(0, (tokens - 1) // CHECKPOINT_EVERY)
 
 

@@ -62,6 +62,7 @@ class PackedProblem(PackedHeads):
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, p: Problem) -> PackedProblem:
+        """The problem as the operator takes it."""
         return cls(q, k, v, p.ranks.queries, p.ranks.keys, p.landmark, p.own, p.causal, float(p.scale))
 
 

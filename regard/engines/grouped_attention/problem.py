@@ -32,6 +32,7 @@ class Dropout:
 
     @property
     def random(self) -> bool:
+        """Whether anything is drawn."""
         return self.weights > 0 or self.gates > 0
 
     def of_weights(self, weights: Tensor) -> Tensor:

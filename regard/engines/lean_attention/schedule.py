@@ -187,6 +187,7 @@ class Units:
 
     @property
     def blocks(self) -> int:
+        """Blocks of queries of a request and head."""
         return -(-self.queries // self.rows)
 
     def keys(self, request: int, block: int) -> int:

@@ -32,6 +32,8 @@ FEATURE_MAPS = ("identity", "elu", "relu", "relu_squared", "sigmoid", "exp", "si
 
 
 class Options(ctypes.Structure):
+    """The struct of a rule and of the tokens that count, beside the recurrence."""
+
     _fields_ = (
         ("feature_map", ctypes.c_int64),
         ("normalize", ctypes.c_int64),

@@ -83,6 +83,7 @@ class PackedProblem(Packed):
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, estimate: Tensor, p: Problem) -> PackedProblem:
+        """The problem as the operator takes it: maps in float32, and q and k as constants where the target is given."""
         dtype = q.dtype if q.dtype == k.dtype else torch.float32
         if p.target is None:
             q, k = q.detach(), k.detach()

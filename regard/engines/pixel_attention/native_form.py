@@ -89,6 +89,7 @@ class PackedProblem(PackedHeads):
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, p: Problem, mix: Mix) -> PackedProblem:
+        """The problem as the operator takes it: the estimate and the mix in float32, and q, k and v in one dtype."""
         dtype = v.dtype if q.dtype == k.dtype == v.dtype else torch.float32
         row_logit, mix_logit, first = (None if x is None else x.float() for x in mix.tensors)
         mean = None if mix_logit is None else mix.mean

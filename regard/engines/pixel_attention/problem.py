@@ -79,6 +79,7 @@ class Mean:
     count: int = 0
 
     def of(self, v: Float[Tensor, "b g m v"], totals: Int[Tensor, "#b n"]) -> Float[Tensor, "b #h #n v"]:
+        """The mean of the values that each query sees, `totals` of them."""
         if self.before is None:
             return self.first[:, :, None]
         new = wide(v[:, :, v.shape[2] - self.count :])

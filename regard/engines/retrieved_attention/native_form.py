@@ -73,12 +73,14 @@ class PackedProblem(Packed):
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, p: Problem) -> PackedProblem:
+        """The problem as the operator takes it, with the angles of the places that retrieved tokens may take."""
         turns = None if p.rotate is None else _turns_of(p.rotate)(_positions(p.top_k, p.block))
         state = (p.marks, p.closed, p.landmark, p.cached, p.length)
         return cls(q.float(), k, v, *state, p.chosen, turns, p.block, p.top_k, float(p.scale))
 
     @property
     def picks(self) -> int:
+        """Blocks that a query reads, at most."""
         return min(self.top_k, self.closed.shape[1]) if self.chosen is None else self.chosen.shape[3]
 
 

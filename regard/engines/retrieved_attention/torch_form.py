@@ -37,6 +37,7 @@ class Blocks:
 
 
 def blocks_of(p: Problem) -> Blocks:
+    """The complete blocks of a problem's cache."""
     slots, blocks = p.landmark.shape[1], p.closed.shape[1]
     exists = p.closed >= (p.length - p.cached)[:, None]
     ends = p.closed + (slots - p.length)[:, None]

@@ -47,10 +47,12 @@ class ScanState(State):
 
     @property
     def carry(self) -> Carry:
+        """m, u and w, as the scan takes them."""
         return Carry(self.m, self.u, self.w)
 
 
 def empty_carry(s: Float[Tensor, "b h n q"], v: Float[Tensor, "b h n v"]) -> Carry:
+    """The carry of no tokens: m = -inf, u = 0, w = 0, in at least float32."""
     dtype = wide_dtype(v)
     batch, heads, _, queries = s.shape
     return Carry(

@@ -39,4 +39,5 @@ class Problem(Packed):
 
     @property
     def carry(self) -> Carry:
+        """The carry from which the scan continues."""
         return Carry(self.m, self.u, self.w)

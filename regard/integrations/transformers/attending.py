@@ -48,6 +48,7 @@ class Placement:
 
     @classmethod
     def of(cls, module: nn.Module, layer: int | None = None, rotary: Rotary | None = None) -> Placement:
+        """The placement in a module, whose call tells the arguments."""
         return cls(tuple(inspect.signature(module.forward).parameters), layer, rotary)
 
 

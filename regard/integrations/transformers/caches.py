@@ -23,6 +23,7 @@ class GrowingLayer(DynamicLayer):
     """Keys and values of a layer in memory with room behind them, so that a token costs no copy of those before it."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The keys and values so far with the new ones, (B, H, past + N, D)."""
         if self.get_seq_length() == 0:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states, value_states

@@ -88,9 +88,11 @@ class RegardForCausalLM(PreTrainedModel, GenerationMixin):
         """Modules of regard initialise themselves."""
 
     def get_input_embeddings(self) -> nn.Module:
+        """The embedding of tokens."""
         return self.model.embedding
 
     def set_input_embeddings(self, value: Any) -> None:
+        """Put another embedding in its place."""
         self.model.embedding = value
 
     @classmethod

@@ -291,6 +291,9 @@ def restore(model: Any) -> None:
 
 
 def restoring(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A `post_init` after which the mechanisms that the model's config records are in place, before weights are
+    loaded."""
+
     @functools.wraps(post_init)
     def restored(self: Any) -> None:
         post_init(self)

@@ -42,6 +42,7 @@ class Rotary:
         return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)
 
     def by_rank(self, x: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of ranks by the model's own embedding, in the dtype of `x`."""
         cos, sin = self.embedding(x, ranks)
         return cos, sin
 

@@ -37,6 +37,7 @@ class ReadCausalModel:
         return found.logits[0], self.cache.get_seq_length()  # type: ignore[attr-defined]
 
     def cut(self, state: int, read: int, kept: int) -> int:
+        """The number of tokens that stay: the cache is cut when it is read on."""
         return state - read + kept
 
     def _check(self) -> None:

@@ -83,6 +83,8 @@ def sample_inputs(
     sizes: dict[str, int] | None = None,
     **_: Any,
 ) -> Tensors:
+    """Normal inputs for tests: agents where the options and the pattern do not pool them, and the biases of both
+    softmaxes."""
     widths = {"h": 2, "g": 2, "d": 8, "v": 6, "a": 5, **(sizes or {})}
     shapes = attention_shapes(batch, n, m, widths)
     if config.agent_source == "learned" or (config.agent_source == "auto" and pattern is not Pattern.NONCAUSAL_SELF):
@@ -97,10 +99,13 @@ def sample_inputs(
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    """Agents of a head."""
     return {"a": config.num_agents}
 
 
 def cost(shape: Shape, config: Any) -> Cost:
+    """Two softmax products with the agents, one for all keys and one for all queries, and the similarities that merging
+    computes."""
     heads, width = shape.batch * shape.heads, shape.dim_key + shape.dim_value
     merging = config.agent_source == "token_merge"
     pairs = [width**2 / 4 for width in _widths(shape.n, config.num_agents)[:-1]] if merging else []

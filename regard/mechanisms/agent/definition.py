@@ -189,10 +189,12 @@ def check(call: Call, agents: Tensor | None, row_agents: Tensor | None) -> str:
 
 
 def drop(call: Call, weights: Tensor) -> Tensor:
+    """Attention weights after the call's dropout."""
     return Dropout(call.dropout, generator=call.generator).of_weights(weights)
 
 
 def repeat_groups(x: Float[Tensor, "b g m d"], heads: int) -> Float[Tensor, "b h m d"]:
+    """Keys or values of G key/value heads, repeated for each of `heads` query heads."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 

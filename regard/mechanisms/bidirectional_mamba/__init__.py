@@ -85,6 +85,7 @@ from regard.mechanisms.bidirectional_mamba.layer import (
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    """Channels, one group of B and C, and states of a channel."""
     return {"e": shape.heads * shape.dim_value, "g": 1, "k": config.d_state}
 
 

@@ -222,6 +222,7 @@ def reference(
 
 
 def of_path(tensor: Tensor, p: int, axis: int) -> Tensor:
+    """The entry of path `p` along an axis that has one for each path, or a single one for all."""
     return tensor.select(axis, p if tensor.shape[axis] > 1 else 0)
 
 

@@ -92,6 +92,7 @@ def sample_inputs(
     config: Config,
     sizes: dict[str, int] | None = None,
 ) -> Tensors:
+    """Normal inputs for tests, with the learned maps that the options ask for and no others."""
     widths = {"h": 2, "d": 8, "v": 6, "c": 5, **(sizes or {})}
     heads, d, value, c = (widths[letter] for letter in "hdvc")
     shapes: dict[str, tuple[int, ...]] = {

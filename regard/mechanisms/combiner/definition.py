@@ -228,6 +228,7 @@ def check_pattern(config: Config, pattern: Pattern) -> None:
 
 
 def activated(config: Config, x: Tensor, weight: Tensor | None) -> Tensor:
+    """What is pooled of each token: relu(W x), relu(x) without a map, or x itself with ``pool="identity"``."""
     if config.pool == "identity":
         return x
     return F.relu(x if weight is None else x @ weight.to(x.dtype))
@@ -242,6 +243,7 @@ def _pooled(config: Config, x: Float[Tensor, "... t d"], weight: Tensor | None) 
 
 
 def drop(call: Call, weights: Tensor) -> Tensor:
+    """Attention weights, or other numbers, after the call's dropout."""
     return Dropout(call.dropout, 0.0, call.generator).of_weights(weights)
 
 

@@ -67,6 +67,7 @@ def sample_inputs(
     config: Config,
     sizes: dict[str, int] | None = None,
 ) -> Tensors:
+    """Normal inputs for tests, with the heads' `gate` where the options fuse by one."""
     widths = {"h": 2, "g": 2, "d": 8, "v": 6, **(sizes or {})}
     shapes = attention_shapes(batch, n, m, widths)
     if config.fusion == "gated":

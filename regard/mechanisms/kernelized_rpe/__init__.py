@@ -111,6 +111,7 @@ def _farthest(config: Config) -> int:
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    """Offsets with a number of their own, from the farthest before to the farthest after."""
     return {"o": 2 * _farthest(config) + 1}
 
 

@@ -176,6 +176,7 @@ def _keys(call: Call, k: Tensor, random_features: Tensor | None, log_temperature
 
 
 def check_roles(call: Call) -> None:
+    """Refuse roles in cross patterns."""
     if call.roles is not None and call.pattern.cross:
         raise Unsupported(
             f"kernelized_rpe with roles in {call.pattern.value}",

@@ -424,6 +424,8 @@ def operations(n: int, m: int, f: int, v: int, reach: int, *, causal: bool) -> t
 
 
 def fft_is_best(config: Config, n: int, m: int, f: int, v: int, reach: int, *, causal: bool) -> bool:
+    """Whether `method` is ``fft``, or ``auto`` and the transforms would take less time than blocks, for `f` features,
+    `v` values and numbers of their own up to the offset `reach`."""
     if config.method != "auto":
         return config.method == "fft"
     fft, blocks = operations(n, m, f, v, reach, causal=causal)

@@ -159,6 +159,7 @@ def sample_inputs(
 
 
 def cost(shape: Shape, config: Config) -> Cost:
+    """Cost of all pairs, as training has them; a step and the state are those of retrieval where there is a `top_k`."""
     pairs = shape.batch * shape.heads * shape.n * shape.m
     width = shape.dim_key + shape.dim_value
     size = config.block + 1

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 def check_miss(call: Call, miss: Tensor | None) -> None:
+    """Refuse a miss key anywhere but in causal-self with grouped softmax."""
     if miss is not None and (call.pattern is not Pattern.CAUSAL_SELF or call.config.softmax != "grouped"):
         raise Unsupported(
             f"a miss key in {call.pattern.value} with softmax={call.config.softmax!r}",
@@ -44,6 +45,8 @@ def check_choice(call: Call) -> None:
 
 
 def check(call: Call, miss: Tensor | None) -> None:
+    """Refuse calls that landmark cannot answer, with the miss key or the choice of blocks (:func:`check_choice`),
+    rotation or grouping without roles in cross patterns, and jumps of positions that are not rotary."""
     config: Config = call.config
     check_miss(call, miss)
     check_choice(call)

@@ -151,6 +151,7 @@ def _best(call: Call, share: Tensor, every: Tensor) -> Bool[Tensor, "b h n m"]:
 
 
 def landmarks_of(call: Call, k: Tensor) -> Bool[Tensor, "b m"]:
+    """True where a key is a landmark by the call's roles; nowhere without roles."""
     batch, m = k.shape[0], k.shape[2]
     if call.roles is None:
         return torch.zeros(batch, m, dtype=torch.bool, device=k.device)
@@ -174,6 +175,7 @@ def rotated(call: Call, q: Tensor, k: Tensor, where: Ranks, landmark: Tensor) ->
 
 
 def dropout_of(call: Call) -> Dropout:
+    """The call's dropout of weights, and in training that of whole groups."""
     gates = call.config.group_dropout if call.training and call.config.softmax == "grouped" else 0.0
     return Dropout(call.dropout, gates, call.generator)
 

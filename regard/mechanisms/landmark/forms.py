@@ -42,6 +42,8 @@ def parallel(
     v: Float[Tensor, "b g m v"],
     miss: Float[Tensor, "g d"] | None = None,
 ) -> Result:
+    """Grouped softmax over all keys, block by block, without an N x M matrix; in cross patterns that choose blocks, the
+    memory absorbed and then read."""
     check(call, miss)
     if call.pattern.cross and call.config.bounded:
         return read(call.replace(state=absorb(call, k, v)), q)

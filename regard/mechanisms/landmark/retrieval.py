@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 def ranks_of(queries: Tensor, keys: Tensor) -> Ranks:
+    """Ranks of queries and keys in any order, of which nothing may be assumed."""
     return Ranks(queries, keys, offset=None, first=None, plain=False)
 
 

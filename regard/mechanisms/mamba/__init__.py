@@ -61,6 +61,7 @@ from regard.mechanisms.mamba.layer import MambaLayer
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    """Channels, groups of B and C, and states of a channel."""
     return {"e": shape.heads * shape.dim_value, "g": config.groups, "k": config.d_state}
 
 

@@ -125,6 +125,7 @@ def _gate(y: Tensor, z: Tensor | None) -> Tensor:
 
 
 def check_skip(call: Call, skip: Tensor | None) -> None:
+    """Refuse the skip in cross patterns."""
     if skip is not None and call.pattern.cross:
         raise Unsupported(
             f"mamba with skip in {call.pattern.value}, where queries are no tokens of the memory",

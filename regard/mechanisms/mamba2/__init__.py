@@ -55,6 +55,7 @@ from regard.mechanisms.mamba2.layer import Mamba2Layer
 
 
 def cost(shape: Shape, config: Config) -> Cost:
+    """Cost of the causal pattern in chunks of `chunk_size`, of which a token meets half on average."""
     matrix = shape.dim_key * shape.dim_value
     tokens = shape.batch * shape.heads * shape.m
     return Cost(

@@ -134,6 +134,7 @@ def repeat(x: Float[Tensor, "b g n k"], heads_of: Float[Tensor, "b h ..."]) -> F
 
 
 def check_skip(call: Call, skip: Tensor | None) -> None:
+    """Refuse the skip in cross patterns."""
     if skip is not None and call.pattern.cross:
         raise Unsupported(
             f"mamba2 with skip in {call.pattern.value}, where queries are no tokens of the memory",

@@ -62,6 +62,7 @@ def step(
     a: Float[Tensor, " h"],
     skip: Float[Tensor, "h v"] | None = None,
 ) -> Result:
+    """One token of :func:`chunked` by the recurrence itself."""
     y, state = recurrent_forms.step(call, _queries(call, q), *_writes(k, v, dt, a))
     return Result(_skip(call, y, v, skip), state)
 

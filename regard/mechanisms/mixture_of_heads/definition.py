@@ -84,6 +84,7 @@ class Config:
 
     @property
     def weighted(self) -> bool:
+        """Whether gates are numbers that the router gives, by the option or as the default of its router."""
         return self.gates == "weighted" or (self.gates is None and self.router == "input")
 
     def groups(self, heads: int) -> tuple[int, int, int]:
@@ -167,6 +168,7 @@ def _straight_through(config: Config) -> bool:
 
 
 def check_logits(config: Config, heads: int, given: Mapping[str, Tensor | None]) -> None:
+    """Refuse logits of other widths than `Config.routers` says."""
     expected = config.routers(heads)
     widths = {name: logits.shape[-1] for name, logits in given.items() if logits is not None}
     if widths != expected:

@@ -86,6 +86,7 @@ def sample_inputs(
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    """Features of a position."""
     return {"f": config.features}
 
 

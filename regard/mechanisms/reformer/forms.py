@@ -61,6 +61,8 @@ def parallel(
     v: Float[Tensor, "b h n v"],
     rotations: Float[Tensor, "h r d p"],
 ) -> Result:
+    """Tokens sorted by bucket; softmax within chunks and those before, for each round, joined by their log-sum-exps:
+    O(R N log N) to sort and O(R N c) pairs."""
     return Result(_attend(call, q, v, _sort(call, q, rotations)))
 
 

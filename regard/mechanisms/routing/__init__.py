@@ -61,6 +61,7 @@ from regard.mechanisms.routing.layer import Centroids
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    """Clusters of a head."""
     return {"c": config.clusters}
 
 

@@ -103,6 +103,7 @@ def _scores(x: Float[Tensor, "b h n d"], centroids: Float[Tensor, "h c d"]) -> F
 
 
 def check(call: Call, heads: int) -> None:
+    """Refuse more local heads than there are, and local heads in cross patterns."""
     local = call.config.local_heads
     if local > heads:
         raise Unsupported(f"local_heads={local} of {heads}", supported=f"0 to {heads}", nearest=f"local_heads={heads}")

@@ -52,6 +52,8 @@ def parallel(
     null_k: Float[Tensor, "h c d"] | None = None,
     null_v: Float[Tensor, "h c v"] | None = None,
 ) -> Result:
+    """Softmax within clusters of at most `window` keys, with queries grouped by cluster: about N w pairs and N C scores
+    of centroids. In training the commitment loss comes with it."""
     check(call, q.shape[1])
     null = _null(null_k, null_v)
     if call.pattern.cross:
@@ -295,6 +297,7 @@ def _balanced(call: Call, q: Tensor, k: Tensor, v: Tensor, centroids: Tensor, nu
 
 
 def block_size(config: Config, n: int) -> int:
+    """How many queries of a cluster are computed together, when there are `n` in all."""
     return min(config.window, QUERIES_AT_ONCE, n)
 
 

@@ -74,6 +74,7 @@ from regard.mechanisms.sea.layer import Estimator, EstimatorState
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    """Pixels of an estimated row."""
     return {"c": config.estimate_length}
 
 

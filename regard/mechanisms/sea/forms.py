@@ -43,6 +43,7 @@ def parallel(
     row_logit: Float[Tensor, "b h n"] | None = None,
     mix_logit: Float[Tensor, "b h n"] | None = None,
 ) -> Result:
+    """Softmax over the keys of each row's chosen pixels alone; no N x M matrix is made."""
     return _attend(call, _Keys.of_call(call, q.shape[2], k, v), q, estimate, row_logit, mix_logit)
 
 

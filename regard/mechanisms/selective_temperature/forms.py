@@ -44,6 +44,7 @@ def parallel(
     k_slope: Float[Tensor, " g"] | None = None,
     v_slope: Float[Tensor, " g"] | None = None,
 ) -> Result:
+    """Queries, keys and values times their temperatures, then softmax attention."""
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     if call.memory_lengths is None:
         totals = torch.full((1,), k.shape[2], device=k.device)

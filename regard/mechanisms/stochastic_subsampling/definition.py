@@ -51,7 +51,7 @@ class Config:
         per_sample: a draw for each sequence of a batch.
         per_head: a draw for each head (not with ``local`` or `host_window`).
         steps: training steps of a schedule that follows ``context.progress``; None keeps `ratio` throughout.
-        finetune: share of `steps`, in [0, 1], at the end of which all keys are seen.
+        finetune: share of `steps`, in [0, 1], at the end, in which all keys are seen.
         anneal: the ratio grows linearly to 1 until then.
         in_evaluation: subsample in evaluation too.
     """
@@ -156,6 +156,7 @@ def _ratio(call: Call) -> float:
 
 
 def by_windows(call: Call) -> bool:
+    """Whether keys are drawn for windows of queries instead of for all queries."""
     return call.config.mode == "local" or (call.config.host_window is not None and call.config.mode == "unbiased")
 
 
@@ -191,6 +192,8 @@ class _Windows:
 
 
 def draw_windows(call: Call, ratio: float, keys: Int[Tensor, "#b m"], batch: int) -> _Windows:
+    """Windows of queries and the keys that each of them keeps, from ranks `keys` of key slots (-1 for none), by the
+    call's generator."""
     config: Config = call.config
     if config.per_sample:
         keys = keys.expand(batch, -1)

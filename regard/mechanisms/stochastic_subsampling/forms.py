@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Result:
+    """Softmax attention on the keys that were drawn, a share `ratio` of them; on all of them in evaluation."""
     return _attend(call, q, k, v, ranks(call, q.shape[2], k.shape[2], q.device), k, v)
 
 

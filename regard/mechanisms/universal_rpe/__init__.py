@@ -94,6 +94,7 @@ def sample_inputs(
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
+    """Factors of offsets, from the farthest before to the farthest after."""
     distance = config.max_distance
     return {"o": 2 * (distance if isinstance(distance, int) else max(distance)) + 1}
 

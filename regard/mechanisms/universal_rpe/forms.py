@@ -50,6 +50,8 @@ def parallel(
     grid_factors: Float[Tensor, "h rows columns"] | None = None,
     pair_factors: Float[Tensor, "b h n m"] | None = None,
 ) -> Result:
+    """Where a kernel runs and factors depend on offsets alone, attention to the keys of the band and on either side of
+    it, added up; elsewhere the whole weight matrix."""
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     return _attend(call, q, k, v, only_one(call, factors, grid_factors, pair_factors), where)
 

@@ -283,6 +283,7 @@ class Block(nn.Module):
         self.dropout, self.drop_path = nn.Dropout(config.branch_dropout), DropPath(drop_path)
 
     def make_mlp(self, width: int, hidden: int, dropout: float) -> nn.Module:
+        """The feed-forward network, `hidden` wide inside."""
         return MLP(width, hidden, bias=True, dropout=dropout)
 
     def forward(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Result:
@@ -292,9 +293,12 @@ class Block(nn.Module):
         return Result(x + self.drop_path(self.feed_forward(self.norm2(x), grid)), None, mixed.losses)
 
     def feed_forward(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tensor, "b n c"]:
+        """The feed-forward branch on normed tokens, without the residual."""
         return self.dropout(self.mlp(x))
 
     def attend(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Result:
+        """The attention branch on normed tokens, without the residual; a class token may stand before those of the
+        grid."""
         if self.reduction is not None and self.reduction_norm is not None:
             memory = self.reduction_norm(tokens_of(self.reduction(map_of(x, grid))))
             return self.attention(x, memory, context=Context(grid=grid))

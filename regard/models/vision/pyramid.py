@@ -172,5 +172,6 @@ class PlannedBlock(nn.Module):
         return Result(x + self.drop_path(self.dropout(self.mlp(self.norm2(x)))), None, mixed.losses)
 
     def attend(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Result:
+        """The attention branch on normed tokens, without the residual."""
         mixed: Result = self.attention(x, context=Context(grid=grid))
         return mixed

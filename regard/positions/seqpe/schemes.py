@@ -119,6 +119,7 @@ class SeqpeInside(SequentialEncoding):
         raise NotImplementedError
 
     def place_keys(self, k: Tensor, e: Tensor) -> Tensor:
+        """k with e^k, placed as queries are unless a scheme says otherwise."""
         return self.place_queries(k, e)
 
     def _by_head(self, e: Float[Tensor, "#b n width"], x: Float[Tensor, "b h n d"]) -> Float[Tensor, "#b #h n d"]:

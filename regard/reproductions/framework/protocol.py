@@ -68,6 +68,7 @@ class Reproduction:
 
     @property
     def paper(self) -> Paper:
+        """The paper that the claim is of."""
         return get_mechanism(self.mechanisms[0]).paper if self.source is None else self.source
 
     def cells(self, seeds: int | None = None, *, timings: bool | None = None) -> list[Cell]:

@@ -127,6 +127,7 @@ class ProcessLink:
 
     @property
     def framing(self) -> int:
+        """Bytes of messages beside their tensors, as the channel counts them."""
         return self._channel.framing
 
     def send(self, message: Message) -> None:
@@ -230,6 +231,7 @@ class Nursery:
 
     @property
     def alive(self) -> bool:
+        """Whether the process still runs."""
         return self._process.poll() is None
 
     def close(self) -> None:

@@ -119,6 +119,7 @@ class Sizes:
 
     @property
     def weight_bytes(self) -> float:
+        """Bytes of all parameters."""
         return self.element_bytes * self.parameters
 
     @property
@@ -182,6 +183,7 @@ class Stages:
     def of(
         cls, sizes: Sizes, model: Device, attention: Device, network: Network, batch: float, context: float
     ) -> Stages:
+        """The stages of a model on one device whose attention another one computes, for a batch at a context."""
         sent, received = (count / sizes.layers / network.bandwidth for count in traffic_bytes(sizes, batch))
         return cls(
             model_seconds(sizes, model, batch) / sizes.layers,
@@ -238,6 +240,7 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens a second of the whole batch."""
         return self.batch / self.seconds
 
     @property
@@ -246,6 +249,7 @@ class Plan:
         return 3600 * self.tokens_per_second / self.price_per_hour
 
     def as_record(self) -> dict[str, Any]:
+        """The plan as plain data, with what follows from it."""
         record = dataclasses.asdict(self)
         return record | {"tokens_per_second": self.tokens_per_second, "tokens_per_unit": self.tokens_per_unit}
 

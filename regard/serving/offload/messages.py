@@ -83,6 +83,11 @@ class Ring:
         return start
 
     def get(self, start: int, count: int) -> bytearray:
+        """The bytes that the other process wrote at `start`, whose place is free again.
+
+        Raises:
+            Garbled: for bytes that the ring cannot hold there, or that were taken before.
+        """
         at = self._offset + start % self._size
         if not (self.taken <= start and count >= 0 and start % self._size + count <= self._size):
             raise Garbled(f"{count} bytes at {start} of a ring of {self._size}")

@@ -38,6 +38,7 @@ class Simulated:
 
     @property
     def seconds(self) -> float:
+        """Seconds until all have done the last step."""
         return self.steps[-1]
 
 

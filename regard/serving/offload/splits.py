@@ -66,6 +66,7 @@ class Share:
     every: bool
 
     def queries(self, q: Float[Tensor, "b h n d"], kv_heads: int) -> Float[Tensor, "rows heads n d"]:
+        """Queries of the worker's rows, for its key/value heads."""
         if len(self.rows) < q.shape[0]:
             q = q[self.rows]
         return q if self.heads == ALL else q.unflatten(1, (kv_heads, -1))[:, self.heads].flatten(1, 2)
@@ -93,7 +94,9 @@ class Split(Protocol):
         """A new row, of so many tokens in the end."""
         ...
 
-    def remove(self, key: int) -> None: ...
+    def remove(self, key: int) -> None:
+        """Forget a row; unknown keys are ignored."""
+        ...
 
     def owners(self, key: int) -> Sequence[int]:
         """Workers that may have something of a row."""

@@ -145,6 +145,7 @@ def share(name: str, other: str, what: str, setting: str) -> Callable[[Seed], fl
 
 
 def make(chosen: Chosen) -> Reproduction:
+    """One search a cell, within FLOPs and within measured time, and what its networks must reach."""
     mechanisms = list(chosen.mechanisms)
     common = {**SIZES[chosen.preset], "mechanisms": mechanisms, "frame": "convolution"}
     checks = [
@@ -222,6 +223,7 @@ def make(chosen: Chosen) -> Reproduction:
 
 
 def sections(chosen: Chosen, cells: Cells) -> list[Section]:
+    """For each budget what was found beside one mechanism alone, and then rankers and searchers."""
     found = []
     for setting, unit in COSTS.items():
         runs = {seed: cell for (name, seed), cell in cells.items() if name == setting}
@@ -279,6 +281,7 @@ def _row(name: str, seed: int, cell: Measurements) -> Mapping[str, Any]:
 
 
 def refuses(name: str) -> str | None:
+    """The mechanisms that can enter, where this one cannot."""
     card = get_mechanism(name)
     if card.kind not in (Kind.ATTENTION, Kind.MIXER, Kind.WRAPPER) or Pattern.CAUSAL_SELF not in card.patterns:
         return "attention, mixers and wrappers that have causal-self"

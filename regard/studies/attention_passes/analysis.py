@@ -107,6 +107,7 @@ class MinimalTraffic:
 
     @property
     def least(self) -> int:
+        """The smaller of the two."""
         return self.reread if self.kept is None else min(self.kept, self.reread)
 
 

@@ -47,6 +47,8 @@ class Index:
 
 @dataclass(frozen=True)
 class Number:
+    """A constant."""
+
     value: float
 
 
@@ -66,6 +68,8 @@ class Size:
 
 @dataclass(frozen=True)
 class Read:
+    """A tensor, read at one point."""
+
     tensor: str
     indices: tuple[Index, ...]
 
@@ -137,6 +141,7 @@ class Words:
         self.at = 0
 
     def peek(self) -> str | None:
+        """The next word, which stays the next one; None at the end of the line."""
         return self.words[self.at][1] if self.at < len(self.words) else None
 
     def take(self, *signs: str) -> str | None:
@@ -148,16 +153,19 @@ class Words:
         return word
 
     def expect(self, sign: str, after: str) -> None:
+        """Take `sign`, or refuse the line."""
         if not self.take(sign):
             self.place.refuse(f"{self._next()} after {after}", supported=f"{sign!r} there")
 
     def name(self, what: str) -> str:
+        """Take a name, or refuse the line."""
         if self.at == len(self.words) or self.words[self.at][0] != "name":
             self.place.refuse(self._next(), supported=f"the name of {what} there")
         self.at += 1
         return self.words[self.at - 1][1]
 
     def end(self) -> None:
+        """Refuse the line where something is left of it."""
         if self.peek() is not None:
             self.place.refuse(self._next(), supported="an operator, or the end of the line there")
 
@@ -169,6 +177,7 @@ class Words:
         return name
 
     def unknown_rank(self, name: str) -> NoReturn:
+        """Refuse the line for a rank that was not declared."""
         known = sorted(self.ranks)
         self.place.refuse(f"unknown rank {name!r}", supported=", ".join(known), nearest=closest(name, known))
 
@@ -179,6 +188,7 @@ class Words:
         return Read(name, self._indices(name))
 
     def expression(self, level: int = 0) -> Expression:
+        """Parse operators of a level, and of those that bind tighter, from left to right."""
         if level == len(_LEVELS):
             return self._atom()
         found = self.expression(level + 1)

@@ -54,6 +54,7 @@ class Fiber:
 
     @property
     def parts(self) -> tuple[str, ...]:
+        """All names that the rank has."""
         return tuple(name for name in (self.rank, self.outer, self.inner) if name is not None)
 
 
@@ -83,6 +84,7 @@ class Statement:
 
     @property
     def reads(self) -> tuple[Read, ...]:
+        """Every tensor that the expression reads."""
         return tuple(reads(self.expression))
 
     @property

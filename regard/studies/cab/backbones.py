@@ -269,6 +269,7 @@ class TransformerSpeech(_Speaker):
         return Result(self.decode(groups, encoded, None, memory_mask))
 
     def decode(self, groups: Tensor, encoded: Tensor, mask: Mask | None, memory_mask: Mask | None) -> Tensor:
+        """The next group of frames after each of `groups`, which see one another causally."""
         y = self.placed(self.before(groups))
         for block in self.blocks:
             y = block(

@@ -102,6 +102,7 @@ class Groups(Task):
 
     @property
     def baseline(self) -> Any:  # type: ignore[override]
+        """The baseline of speech frame by frame."""
         return self.speech.baseline
 
     def describe(self) -> str:

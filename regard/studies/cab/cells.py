@@ -118,6 +118,7 @@ def task_setting(bench: Bench, mechanism: str, pattern: Pattern) -> str:
 
 
 def cost_setting(mechanism: str) -> str:
+    """The name of the setting that measures what a mechanism costs."""
     return f"cost: {mechanism}"
 
 
@@ -132,6 +133,7 @@ def benches_of(preset: str) -> list[Bench]:
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Scores of a backbone with one pattern's attention replaced, or costs of a layer at all lengths."""
     return run_costs(setting) if "bench" not in setting else run_bench(setting, seed)
 
 
@@ -336,6 +338,8 @@ def needs(chosen: Chosen) -> tuple[Check, ...]:
 
 
 def make(chosen: Chosen) -> Reproduction:
+    """The benches of a preset with each of the chosen mechanisms, and their costs; other people's scores are only
+    read."""
     for path in chosen.data:
         read_scores(path)
     absent = [why for bench in BENCHES if bench.name in PRESETS[chosen.preset] and (why := missing(bench.name))]

@@ -37,6 +37,7 @@ class Standard:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Standard:
+        """Mean and deviation (over n - 1) of at least one value; a single one deviates by 0."""
         return cls(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
 
 

@@ -50,6 +50,7 @@ SECONDS = {"tiny": 1.0, "small": 11.0}
 
 
 def make(chosen: Chosen) -> Reproduction:
+    """Derivatives, bounds of both shifts and solvers, and a learner of each mechanism beside gradient descent."""
     sizes = PRESETS[chosen.preset]
     training = {
         "cell": "learner",

@@ -54,6 +54,7 @@ LOOKS = 12
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Measurements of the kind of cell that the setting names."""
     generator = torch.Generator().manual_seed(seed)
     return CELLS[setting["cell"]](setting, generator)
 

@@ -186,6 +186,7 @@ class Likeness:
 
     @classmethod
     def of(cls, first: Answer, second: Answer, tasks: Tasks) -> Likeness:
+        """Compare two learners on the same tasks."""
         with torch.no_grad():
             difference = (first(tasks) - second(tasks)).norm(dim=-1).mean()
         one, other = sensitivity(first, tasks), sensitivity(second, tasks)

@@ -14,6 +14,7 @@ OTHERS = ("one step", "descent 2", "descent 5", "descent 20", "newton", "uniform
 
 
 def sections(chosen: Chosen, cells: Cells) -> list[Section]:
+    """Learners first, then bounds, extremes, solvers and derivatives, as far as there are cells."""
     return [
         part
         for part in (_learning(cells), _bounds(cells), _extreme(cells), _solvers(cells), _derivatives(cells))

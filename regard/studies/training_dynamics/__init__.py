@@ -47,6 +47,8 @@ SECONDS = {"tiny": {"following": 1.0, "text": 3.0}, "small": {"following": 6.0, 
 
 
 def make(chosen: Chosen) -> Reproduction:
+    """The paper's layer and its limit, the sweep of rates, and text: the user's files, or sources of Python's
+    library."""
     sizes = PRESETS[chosen.preset]
     sweeps = {
         _sweep(last, rate): {

@@ -35,6 +35,7 @@ OPTIMISERS: dict[str, dict[str, Any]] = {
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
+    """Measurements of the kind of cell that the setting names."""
     return CELLS[setting["cell"]](setting, seed)
 
 

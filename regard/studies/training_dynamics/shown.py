@@ -13,6 +13,7 @@ Curve = list[tuple[float, float | None]]
 
 
 def sections(chosen: Chosen, cells: Cells) -> list[Section]:
+    """A run, the sweep, SGD beside its limit, text and exactness, as far as there are cells."""
     parts = (_run(cells), _sweep(cells), _following(cells), _text(cells), _exactness(cells))
     return [part for part in parts if part is not None]
 

@@ -157,6 +157,7 @@ class Chapter:
     text: dict[str, str] = field(default_factory=dict)
 
     def fact(self, kind: str) -> str:
+        """The answer to a question of one of the `KINDS`."""
         return {"location": self.place, "character": self.person, "item": self.bought or "nothing"}[kind]
 
 
@@ -248,6 +249,7 @@ class Story(LongTask):
     intro: ClassVar = f"The context is a story of {HERO} in chapters."
 
     def chapters(self, prompt: str) -> tuple[str, list[Chapter]]:
+        """The question of a prompt and the chapters that its context tells."""
         question, context = self.context_of(prompt)
         return question, understood(context, brief=self.brief)
 

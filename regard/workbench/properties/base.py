@@ -66,16 +66,23 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def worst(errors: list[float]) -> float:
+    """The largest error; 0 of none."""
     return max(errors, default=0.0)
 
 
 def exactly(condition: Any, failure: str) -> float:
+    """0 where a condition holds that knows no degrees.
+
+    Raises:
+        Broken: where it does not.
+    """
     if not bool(condition):
         raise Broken(failure)
     return 0.0
 
 
 def copies(tensors: Tensors) -> Tensors:
+    """Inputs as they were before a call; see :func:`left_as_they_were`."""
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
@@ -86,6 +93,7 @@ def left_as_they_were(tensors: Tensors, copies: Tensors, what: str) -> None:
 
 
 def fast_forms(subject: Subject) -> list[str]:
+    """Forms beside the definition that a pattern of the subject has; ``absorb+read`` where a memory may be absorbed first."""
     if subject.pattern is Pattern.CAUSAL_SELF:
         forms = ("parallel",) if subject.waives("state") else ("parallel", "chunked")
         return [f for f in forms if f in subject.card.forms]
@@ -98,10 +106,12 @@ def fast_forms(subject: Subject) -> list[str]:
 
 
 def batched(subject: Subject, name: str) -> bool:
+    """Whether an input has an entry for each row of the batch."""
     return name == "roles" or axes_of(subject.card, name).startswith("b")
 
 
 def as_leaves(inputs: Tensors) -> Tensors:
+    """Copies of inputs of which gradients are asked."""
     return {k: t.clone().requires_grad_() if t.is_floating_point() else t for k, t in inputs.items()}
 
 

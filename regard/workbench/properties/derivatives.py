@@ -51,6 +51,7 @@ def _gradients(subject: Subject, inputs: Tensors, form: str | None) -> list[Tens
 
 
 def padding_gets_no_gradient(subject: Subject, dtype: torch.dtype) -> float:
+    """Gradients of padded tokens, which are exactly 0."""
     if subject.on_grid:
         raise NotApplicable
     n = 9

@@ -37,6 +37,7 @@ def _sizes(subject: Subject) -> list[tuple[int, int]]:
 
 
 def forms_equal_reference(subject: Subject, dtype: torch.dtype) -> float:
+    """Every fast form against the definition in float64; outputs keep the dtype and inputs stay as they were."""
     errors = []
     sizes = _sizes(subject) if dtype is torch.float64 else [(37, 37 if not subject.pattern.cross else 29)]
     if subject.on_grid and dtype is not torch.float64:
@@ -55,6 +56,7 @@ def forms_equal_reference(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def any_chunk_size(subject: Subject, dtype: torch.dtype) -> float:
+    """The chunked form in chunks of 1 to more tokens than there are."""
     if "chunked" not in fast_forms(subject) or subject.pattern is not Pattern.CAUSAL_SELF:
         raise NotApplicable
     inputs = subject.inputs(37, dtype=dtype)
@@ -65,6 +67,7 @@ def any_chunk_size(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def compiles_whole(subject: Subject, dtype: torch.dtype, backend: str = "aot_eager") -> float:
+    """A compiled call with a mask against the eager one, without a graph break."""
     inputs = subject.inputs(12, dtype=dtype)
     mask = None if subject.on_grid else Mask(lengths=torch.tensor([12, 7]))
 

@@ -43,14 +43,17 @@ class LayerSubject:
         self.memory_dim = MEMORY_DIM if options else DIM
 
     def x(self, n: int, batch: int = 2, seed: int = 0) -> Tensor:
+        """Tokens (batch, n, DIM), the same for the same seed and sizes."""
         generator = torch.Generator().manual_seed(100 + seed)
         return torch.randn(batch, n, DIM, generator=generator, dtype=torch.float64).to(self.dtype)
 
     def memory(self, m: int = 9, batch: int = 2) -> Tensor:
+        """Tokens of a memory (batch, m, memory_dim), always the same."""
         generator = torch.Generator().manual_seed(200)
         return torch.randn(batch, m, self.memory_dim, generator=generator, dtype=torch.float64).to(self.dtype)
 
     def roles(self, n: int, batch: int = 2) -> Tensor | None:
+        """Roles (batch, n), where the mechanism has some."""
         card = self.subject.card
         if card.sample_context is None:
             return None
@@ -58,6 +61,7 @@ class LayerSubject:
         return card.sample_context(rng, batch=batch, n=n, m=n, pattern=self.subject.pattern).get("roles")
 
     def context(self, n: int, roles: Tensor | None = None, **more: Any) -> Context:
+        """A context of `n` tokens, with fixed draws and a progress after all warm-ups."""
         more = {"generator": torch.Generator().manual_seed(400), **more}
         return Context(grid=self.subject.grid(n), roles=roles, progress=1000.0, **more)
 
@@ -200,6 +204,7 @@ def layer_packing(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def layer_causality(subject: Subject, dtype: torch.dtype) -> float:
+    """How far the outputs before a token move when it and all later ones are replaced."""
     if not subject.pattern.causal or _pooled(subject):
         raise NotApplicable
     layer = LayerSubject(subject, dtype)
@@ -259,6 +264,7 @@ def sequences(layer: LayerSubject, n: int, **more: Any) -> tuple[tuple[Tensor, .
 
 
 def layer_compile(subject: Subject, dtype: torch.dtype, backend: str = "aot_eager") -> float:
+    """How far the compiled layer, without a graph break, is from the eager one."""
     layer = LayerSubject(subject, dtype)
     inputs, context = sequences(layer, 10)
 

@@ -21,6 +21,7 @@ from regard.workbench.subjects import Subject
 
 
 def steps_equal_reference(subject: Subject, dtype: torch.dtype) -> float:
+    """A few tokens at once and then one by one, against the definition of the whole."""
     if not subject.stateful:
         raise NotApplicable
     n = 19

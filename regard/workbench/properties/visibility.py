@@ -34,6 +34,7 @@ def padded_layouts(counts: Tensor, total: int) -> dict[str, Tensor]:
 
 
 def padded_equals_unpadded(subject: Subject, dtype: torch.dtype) -> float:
+    """Rows of unequal length, one of them empty, with NaN around them, against each row alone."""
     if subject.on_grid:
         return _masked_grid(subject, dtype)
     counts, total = torch.tensor([11, 6, 0]), 14
@@ -112,6 +113,7 @@ def packed_equals_separate(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def row_equals_alone(subject: Subject, dtype: torch.dtype) -> float:
+    """Three rows together against each one by itself."""
     inputs = subject.inputs(12, batch=3, dtype=dtype)
     output = subject.run(inputs).output
     alone = [subject.run(subject.rows(inputs, slice(r, r + 1))).output for r in range(3)]

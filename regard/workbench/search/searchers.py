@@ -49,6 +49,7 @@ class Scored:
 
     @property
     def left(self) -> int:
+        """Networks that may still be scored."""
         return self.most - len(self.known)
 
     def add(self, networks: Sequence[Genes]) -> None:
@@ -58,6 +59,7 @@ class Scored:
             self.known |= dict(zip(new, map(float, self.score(new)), strict=True))
 
     def found(self) -> Found:
+        """All that were scored, the best first."""
         return Found(sorted(self.known.items(), key=lambda item: (-item[1], item[0])), len(self.known))
 
 

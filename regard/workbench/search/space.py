@@ -149,6 +149,7 @@ class Choices:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Mechanisms to choose from, by name."""
         return tuple(variant.name for variant in self.mechanisms)
 
 

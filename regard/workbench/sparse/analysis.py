@@ -60,6 +60,7 @@ class Point:
 
     @property
     def score(self) -> float:
+        """Mean over the samples."""
         return mean_and_variance(self.scores)[0]
 
 
@@ -117,6 +118,7 @@ class ScalingLaw:
     held_out: Mapping[str, float]
 
     def predict(self, at: Observation) -> float:
+        """The score that the law expects."""
         logs = (math.log(at.parameters), math.log(at.length), math.log(at.compression))
         slopes = (self.parameters, self.length, self.compression)
         return math.exp(self.constant + sum(a * b for a, b in zip(slopes, logs, strict=True)))

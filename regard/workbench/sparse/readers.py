@@ -34,9 +34,13 @@ class Reader(Protocol):
     longest: int | None
     stops: frozenset[int]
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, without those that a model begins with."""
+        ...
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens."""
+        ...
 
     def prompt(self, text: str) -> str:
         """A prompt as the model wants to be asked."""

@@ -104,6 +104,7 @@ class Cell:
 
     @property
     def score(self) -> float:
+        """Mean over the samples."""
         return mean_and_variance(self.scores)[0]
 
 
@@ -129,6 +130,7 @@ class Found:
     effects: dict[str, Effects] = field(default_factory=dict)
 
     def cell(self, method: str, ratio: float, task: str, length: int) -> Cell | None:
+        """The cell of these; None where it was not run."""
         keys = (method, ratio, task, length)
         return next((c for c in self.cells if (c.method, c.ratio, c.task, c.length) == keys), None)
 
@@ -137,6 +139,7 @@ class Found:
         return [c.task for c in self.cells if _judged(c) and c.length == length]
 
     def lengths(self) -> list[int]:
+        """Lengths that were run, in order."""
         return sorted({c.length for c in self.cells})
 
     def safe(self, method: str, length: int) -> dict[str, float]:

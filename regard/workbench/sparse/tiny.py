@@ -46,6 +46,7 @@ class Size:
     layers: int
 
     def config(self, vocabulary: int) -> LanguageModelConfig:
+        """The configuration of a model with so large a vocabulary."""
         return LanguageModelConfig(
             vocab_size=vocabulary, dim=self.dim, plan="softmax", num_layers=self.layers, num_heads=4, num_kv_heads=2
         )
@@ -72,6 +73,7 @@ class Words:
         return [self.numbers[word] for word in parts if word in self.numbers]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The words with spaces between them, whatever stood there."""
         return " ".join(self.words[number] for number in ids)
 
 
@@ -84,6 +86,7 @@ class WordReader(OfRegard):
         self.read = model.reader()
 
     def encode(self, text: str) -> list[int]:
+        """Tokens of a text; unknown words are left out."""
         return self.words.ids(text)
 
     def decode(self, ids: Sequence[int]) -> str:
