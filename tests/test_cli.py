@@ -12,6 +12,7 @@ from command_line import answer, run
 
 from regard import get_mechanism, list_mechanisms
 from regard.cli.app import COMMANDS, app
+from regard.contract import Pattern
 from regard.tasks import list_tasks
 from regard.workbench.packages import OPTIONAL
 from regard.workbench.verify import verified_backends
@@ -93,6 +94,17 @@ def test_verify_measures_errors_in_every_dtype(capsys):
 def test_verify_measures_variants(capsys, asked, variants):
     found = answer(capsys, f"verify local --variant {asked} --pattern causal-self --property reference")
     assert {c["variant"] for c in found["cells"]} == variants
+
+
+def test_verify_names_what_was_asked_for_and_has_no_cells(capsys):
+    line = "verify softmax fnet {} --property {}"
+    found = answer(capsys, line.format("--pattern causal-self --pattern noncausal-self", "reference"))
+    assert [s.partition(":")[0] for s in found["unmeasured"]] == ["fnet has no cells in causal-self"]
+    assert get_mechanism("fnet").refused[Pattern.CAUSAL_SELF] in found["unmeasured"][0]
+    assert answer(capsys, line.format("", "reference"))["unmeasured"] == []
+    assert ["fnet" in s for s in answer(capsys, line.format("", "grouped_heads"))["unmeasured"]] == [True]
+    _, out, _ = run(capsys, line.format("--pattern causal-self", "reference"))
+    assert "fnet has no cells in causal-self" in " ".join(out.split())
 
 
 def test_verify_draws_random_cases_and_runs_one(capsys):
