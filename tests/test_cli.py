@@ -75,6 +75,15 @@ def test_show_takes_names_that_stand_for_options(capsys):
     assert answer(capsys, "show gated_delta_rule")["alias_options"]["gated_delta_rule"] == {"gated": True}
 
 
+def test_show_takes_options_behind_a_name(capsys):
+    assert answer(capsys, "show local:window=4,form=block")["given"] == {"window": 4, "form": "block"}
+    _, out, _ = run(capsys, "show local:window=4")
+    assert out.startswith("local:window=4 is local with window=4:")
+    for count in (2, 5):
+        weights = answer(capsys, f"show local:window={count} --matrix")["weights"]
+        assert sum(weight > 0 for weight in weights[-1]) == count
+
+
 def test_show_draws_a_mixing_matrix(capsys):
     found = answer(capsys, "show local --matrix --pattern noncausal-self")
     assert found["structure"] == "chosen pairs" and len(found["weights"]) == 24
@@ -247,6 +256,9 @@ BAD_INPUT = {
     "train good.txt --parallel ddp --output out": ("torchrun",),
     "train good.txt --parallel dpp --output out": ("dpp", "try ddp"),
     "show softmax --pattern causal-self": ("--matrix",),
+    "show local:windw=4": ("windw", "try window"),
+    "show local:windw=4 --matrix": ("windw", "try window"),
+    "show softmax+linear": ("hybrid", "try softmax"),
 }
 
 
