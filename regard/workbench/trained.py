@@ -120,6 +120,20 @@ class TrainedModel:
         )
 
 
+def trained_length(folder: Path, model: nn.Module) -> int | None:
+    """Tokens at a time that the model of a folder was trained on, as its record or its config says; None where none does."""
+    if (folder / RECORD).is_file():
+        return open_trained(folder).record["settings"].get("length")
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def beyond(trained: int | None, asked: int) -> str:
+    """What to say where a model is asked for more tokens than it was trained on; nothing elsewhere."""
+    if trained is None or asked <= trained:
+        return ""
+    return f"The model was trained on {trained} tokens at a time: what it does with {asked} it has not learned."
+
+
 def open_trained(folder: Path | str) -> TrainedModel:
     """The model of a folder that :func:`train_model` has finished.
 

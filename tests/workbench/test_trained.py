@@ -137,6 +137,9 @@ def test_train_evaluate_and_generate_on_the_command_line(corpus, tmp_path, capsy
         found = answer(capsys, f"{greedy} --draft {draft} --proposals 3")
         assert found["text"] == alone and found["speculation"]["tokens"] == 30
     assert found["speculation"]["passes"] == 8, "its own proposals are all kept"
+    farther = "trained on 16 tokens at a time: what it does with 36"
+    assert farther in found["beyond"] and farther in " ".join(run(capsys, greedy)[2].split())
+    assert "beyond" not in answer(capsys, f"generate {folder} Zwölf --tokens 10")
     code, _, said = run(capsys, f"{train} --dim 32")
     assert code == 2 and "dim=16" in said
 
