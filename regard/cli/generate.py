@@ -98,7 +98,7 @@ def generate(
     """
     import torch
 
-    from regard.models import exit_layers
+    from regard.models import LanguageModel, exit_layers
     from regard.workbench.trained import beyond, trained_length
 
     prompt = sys.stdin.read() if text == "-" else text
@@ -122,6 +122,10 @@ def generate(
     if exit_rule is not None:
         _leave_early(model, exit_rule)
     ids = _read(model, tokenizer, prompt, device)
+    if not isinstance(model, LanguageModel):
+        from regard.integrations.transformers.folders import check_positions
+
+        check_positions(model, ids.shape[1] + tokens)
     farther = beyond(trained_length(folder, model), ids.shape[1] + tokens)
     counts = None
     if draft is None:
@@ -180,9 +184,10 @@ def _opened(folder: Path, device: str) -> tuple[Any, Any]:
 
     if not is_of_transformers(folder):
         from regard.models import LanguageModel
+        from regard.workbench.sparse.readers import MODELS
         from regard.workbench.trained import open_trained
 
-        trained = open_trained(folder)
+        trained = open_trained(folder, supported=MODELS)
         model = trained.model(device)
         if not isinstance(model, LanguageModel):
             raise Unsupported(
