@@ -34,6 +34,7 @@ from regard.contract import (
     closest,
     one_of,
 )
+from regard.core.by_rows import by_rows
 from regard.core.ragged import Gathering, check_pairs, gather_pairs, gathering, gathering_in_place
 
 
@@ -234,9 +235,9 @@ def choose_form(
                 supported="whole calls, without a state",
                 nearest="softmax",
             )
-        if stateful or "parallel" not in forms:
+        if stateful or ("absorb" in forms and "parallel" not in forms):
             return "absorb+read"
-        return "parallel"
+        return "parallel" if "parallel" in forms else "reference"
     if stateful:
         if "chunked" not in forms or pattern.causal is False:
             raise Unsupported(
@@ -245,9 +246,7 @@ def choose_form(
                 nearest="softmax" if pattern.causal else "causal-self",
             )
         return "step" if continuing and n == m == 1 and "step" in forms else "chunked"
-    if card.default_form in forms:
-        return card.default_form
-    return "parallel" if "parallel" in forms else "chunked"
+    return next(form for form in ("parallel", "chunked", "reference") if form in forms)
 
 
 def apply(
@@ -506,6 +505,8 @@ def run_form(card: Mechanism, form: str, call: Call, tensors: dict[str, Tensor])
         raise Unsupported(
             f"form {form!r} of {card.name}", supported=", ".join(card.forms), nearest=closest(form, card.forms)
         )
+    if form == "reference" and not (call.lengths is None and call.memory_lengths is None):
+        return Result(by_rows(card, call, tensors))
     return _as_result(card.forms[form](call, **tensors), call.state if form == "read" else None)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from regard import backends, mechanisms
-from regard.contract import Kind, Mechanism, Pattern, Unsupported, closest, spelled
+from regard.contract import Kind, Mechanism, Pattern, Unsupported, closest, read_options, spelled
 
 ENTRY_POINTS = "regard.mechanisms"
 
@@ -150,13 +150,18 @@ def resolve(name: str, options: Mapping[str, Any] | None = None) -> tuple[Mechan
     """The meaning of a name: a card, and options of the mechanism or its layer, followed by those of `options`.
 
     Most names stand for a card alone. Some aliases are variants of a mechanism: ``gated_delta_rule`` is `delta_rule` with
-    ``gated=True``.
+    ``gated=True``. Options may stand behind a name: ``local:window=32``. They are not checked here.
 
     Raises:
         Unsupported: for an unknown name, or an option that contradicts the name.
     """
-    card = _lookup(name)[0]
-    meant, given = card.alias_options.get(name, {}), {} if options is None else options
+    bare, _, written = name.partition(":") if isinstance(name, str) else (name, "", "")
+    if written and _find(name) is None:  # a variant may be in the catalogue under the name that it is written with
+        card, meant = resolve(bare, read_options(written, bare))
+    else:
+        card = _lookup(name)[0]
+        meant = dict(card.alias_options.get(name, {}))
+    given = {} if options is None else options
     for option, value in meant.items():
         if option in given and given[option] != value:
             raise Unsupported(
@@ -186,10 +191,10 @@ def _lookup(name: str) -> tuple[Mechanism, ModuleType]:
     found = _find(name)
     if found is None:
         words = [word for card, _ in _catalogue().values() for word in (card.name, *card.aliases)]
-        bare, colon, options = name.partition(":")
-        nearest = f"{bare!r} with {options}" if colon and bare in words else closest(bare, words)
         raise Unsupported(
-            f"mechanism {name!r}", supported="names and aliases that `regard list` tells", nearest=nearest
+            f"mechanism {name!r}",
+            supported="names and aliases that `regard list` tells, NAME:option=value",
+            nearest=closest(name, words),
         )
     return found
 

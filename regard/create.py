@@ -56,7 +56,8 @@ def create_layer(
     is lost nowhere by accident.
 
     Args:
-        name: name or alias in the catalogue; an alias may stand for options (:func:`regard.catalogue.resolve`).
+        name: name or alias in the catalogue, with options or without, as ``local:window=32``; an alias may stand for
+            options (:func:`regard.catalogue.resolve`).
         dim: width of its input.
         num_heads: heads; needed by mechanisms that have them.
         pattern: one of the mechanism's patterns.

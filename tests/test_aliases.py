@@ -40,6 +40,28 @@ def test_a_variant_is_refused_where_its_options_would_be_lost_and_where_they_are
             create_layer(alias, 16, 2, pattern=card.patterns[0], **{option: other})
 
 
+def test_options_behind_a_name_are_those_of_a_call():
+    for written, name, options in (
+        ("local:window=3,output_norm=rms", "local", {"window": 3, "output_norm": "rms"}),
+        ("gated_delta_rule:gate=diagonal", "delta_rule", {"gated": True, "gate": "diagonal"}),
+        ("mixture_of_heads:mechanism=local:window=2", "mixture_of_heads", {"mechanism": "local:window=2"}),
+    ):
+        assert repr(create_layer(written, 16, 2)) == repr(create_layer(name, 16, 2, **options))
+    assert create_layer("local:window=3", 16, 2, window=3).config.window == 3
+    config = LanguageModelConfig(vocab_size=8, dim=16, num_heads=2, plan=[("local:window=3", {"dropout": 0.1})])
+    assert config.plan == (("local", {"window": 3, "dropout": 0.1}),)
+    for refused, words in (
+        ("local:windw=3", "try window"),
+        ("local:window", "option=value"),
+        ("locl:window=3", "mechanism 'locl'.*try local"),
+        ("local:", "mechanism 'local:'"),
+    ):
+        with pytest.raises(Unsupported, match=words):
+            create_layer(refused, 16, 2)
+    with pytest.raises(Unsupported, match="window=4 of local:window=3, which is local with window=3"):
+        create_layer("local:window=3", 16, 2, window=4)
+
+
 @pytest.mark.parametrize(
     ("alias", "options"),
     [

@@ -13,6 +13,7 @@ from command_line import answer, run
 from regard import Unsupported, get_mechanism, list_mechanisms
 from regard.cli.app import COMMANDS, app
 from regard.cli.arguments import read_lengths
+from regard.contract import Pattern
 from regard.tasks import list_tasks
 from regard.workbench.packages import OPTIONAL
 from regard.workbench.verify import verified_backends
@@ -75,6 +76,15 @@ def test_show_takes_names_that_stand_for_options(capsys):
     assert answer(capsys, "show gated_delta_rule")["alias_options"]["gated_delta_rule"] == {"gated": True}
 
 
+def test_show_takes_options_behind_a_name(capsys):
+    assert answer(capsys, "show local:window=4,form=block")["given"] == {"window": 4, "form": "block"}
+    _, out, _ = run(capsys, "show local:window=4")
+    assert out.startswith("local:window=4 is local with window=4:")
+    for count in (2, 5):
+        weights = answer(capsys, f"show local:window={count} --matrix")["weights"]
+        assert sum(weight > 0 for weight in weights[-1]) == count
+
+
 def test_show_draws_a_mixing_matrix(capsys):
     found = answer(capsys, "show local --matrix --pattern noncausal-self")
     assert found["structure"] == "chosen pairs" and len(found["weights"]) == 24
@@ -94,6 +104,17 @@ def test_verify_measures_errors_in_every_dtype(capsys):
 def test_verify_measures_variants(capsys, asked, variants):
     found = answer(capsys, f"verify local --variant {asked} --pattern causal-self --property reference")
     assert {c["variant"] for c in found["cells"]} == variants
+
+
+def test_verify_names_what_was_asked_for_and_has_no_cells(capsys):
+    line = "verify softmax fnet {} --property {}"
+    found = answer(capsys, line.format("--pattern causal-self --pattern noncausal-self", "reference"))
+    assert [s.partition(":")[0] for s in found["unmeasured"]] == ["fnet has no cells in causal-self"]
+    assert get_mechanism("fnet").refused[Pattern.CAUSAL_SELF] in found["unmeasured"][0]
+    assert answer(capsys, line.format("", "reference"))["unmeasured"] == []
+    assert ["fnet" in s for s in answer(capsys, line.format("", "grouped_heads"))["unmeasured"]] == [True]
+    _, out, _ = run(capsys, line.format("--pattern causal-self", "reference"))
+    assert "fnet has no cells in causal-self" in " ".join(out.split())
 
 
 def test_verify_draws_random_cases_and_runs_one(capsys):
@@ -232,10 +253,17 @@ BAD_INPUT = {
     "reproduce mamba --seeds 0 --output out": ("supported",),
     "reproduce mamba --engine rey --output out": ("engine", "try ray"),
     "reproduce mamba --address auto --output out": ("--address auto", "--engine ray"),
+    "compare nowhere.txt --engine foo --output out": ("engine='foo'", "local, ray"),
+    "compare nowhere.txt --address auto --output out": ("--address auto", "--engine ray"),
+    "reproduce nonsense --engine foo --output out": ("engine='foo'",),
+    "study nonsense --engine foo --output out": ("engine='foo'",),
     "compare good.txt --engine ray --shard 1/2": ("--shard", "both divide"),
     "train good.txt --parallel ddp --output out": ("torchrun",),
     "train good.txt --parallel dpp --output out": ("dpp", "try ddp"),
     "show softmax --pattern causal-self": ("--matrix",),
+    "show local:windw=4": ("windw", "try window"),
+    "show local:windw=4 --matrix": ("windw", "try window"),
+    "show softmax+linear": ("hybrid", "try softmax"),
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from regard.catalogue import list_mechanisms
-from regard.contract import Kind, Pattern, Unsupported, closest
+from regard.contract import Kind, Pattern, Unsupported, closest, read_options
 
 
 def given_options(context: typer.Context) -> list[str]:
@@ -117,7 +117,6 @@ def named_backbones(text: str) -> list[Any]:
 def read_stack(text: str) -> Any:
     """The stack of a comparison's backbones; layers of exits are joined by a plus sign."""
     from regard.models import StackConfig
-    from regard.models.variants import read_options
 
     options = read_options(text, "stack", before="")
     if "exits" in options:
@@ -209,7 +208,6 @@ def describe_tasks(
     Args:
         recognised: called with the task that the data are for.
     """
-    from regard.models.variants import read_options
     from regard.tasks import TASKS
     from regard.tasks.recognise import recognise
 

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from regard.catalogue import get_mechanism, get_module, list_mechanisms, resolve
+from regard.catalogue import get_mechanism, get_module, list_mechanisms
 from regard.cli.console import console, emit, load_plugins
 from regard.cli.options import JSON, PLUGINS
 from regard.contract import Pattern, Unsupported, spelled
@@ -147,7 +147,7 @@ def _default(field: Any) -> Any:
 
 
 def show(
-    name: str,
+    name: Annotated[str, typer.Argument(help="A mechanism, with options or without, as local:window=4.")],
     matrix: Annotated[
         bool, typer.Option("--matrix", help="Show its mixing matrix on an example instead, and what is measured on it.")
     ] = False,
@@ -167,6 +167,7 @@ def show(
     \b
         regard show gated_linear
         regard show gla --json
+        regard show local:window=32
         regard show local --matrix --pattern noncausal-self
     """
     load_plugins(plugin)
@@ -175,9 +176,14 @@ def show(
         return
     if pattern is not None:
         raise Unsupported(f"--pattern {pattern} without --matrix", supported="--matrix --pattern", nearest="--matrix")
-    card, meant = resolve(name)
+    from regard.models.variants import read_variant
+
+    variant = read_variant(name)
+    card, meant = variant.card, variant.options
     if as_json:
-        emit(_card(card.name) | {"documentation": inspect.cleandoc(get_module(card.name).__doc__ or "")})
+        emit(
+            _card(card.name) | {"given": meant, "documentation": inspect.cleandoc(get_module(card.name).__doc__ or "")}
+        )
         return
     if meant:
         console.print(Text(f"{name} is {card.name} with {spelled(meant)}:"))

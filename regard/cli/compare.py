@@ -176,6 +176,7 @@ def compare(
     if only is not None and engine != "local":
         raise Unsupported(f"--shard {only} beside --engine {engine}", supported="one of them: both divide the runs")
     modules = load_plugins(plugin)
+    sweeps = sweep_of(engine, address, plugin)
     tasks = read_tasks(task, data, validation, length, tokenizer, modules, recognised, skip_unreadable)
     compared = [] if models is None else read_backbones(models)
     compared += [] if mechanisms is None else read_mechanisms(mechanisms, tasks)
@@ -212,7 +213,7 @@ def compare(
             console.print()
         for name, reason in left_out.items():
             console.print(Text(f"Left out: {name} with {reason}", style="dim"))
-    with sweep_of(engine, address, plugin) as sweep, progress(quiet=as_json) as (bar, line):
+    with sweeps as sweep, progress(quiet=as_json) as (bar, line):
         shown = bar.add_task("starting", total=None)
 
         def watch(progress: Any) -> None:

@@ -98,7 +98,8 @@ def generate(
     """
     import torch
 
-    from regard.models import exit_layers
+    from regard.models import LanguageModel, exit_layers
+    from regard.workbench.trained import beyond, trained_length
 
     prompt = sys.stdin.read() if text == "-" else text
     if not prompt:
@@ -121,6 +122,11 @@ def generate(
     if exit_rule is not None:
         _leave_early(model, exit_rule)
     ids = _read(model, tokenizer, prompt, device)
+    if not isinstance(model, LanguageModel):
+        from regard.integrations.transformers.folders import check_positions
+
+        check_positions(model, ids.shape[1] + tokens)
+    farther = beyond(trained_length(folder, model), ids.shape[1] + tokens)
     counts = None
     if draft is None:
         stream = _stream(model, ids, tokens, sampling)
@@ -136,6 +142,8 @@ def generate(
     told: dict[str, Any] = {} if counts is None else {"speculation": dataclasses.asdict(counts)}
     if shortened:
         told["shortened"] = shortened
+    if farther:
+        told["beyond"] = farther
     if exit_rule is not None:
         depth = _depth(seen)
         told["exits"] = {"rule": exit_rule, "depth": depth, "layers": model.blocks.layers}
@@ -143,6 +151,8 @@ def generate(
         emit({"folder": str(folder), "prompt": prompt, "text": written, **told})
         return
     print()
+    if farther:
+        errors.print(Text(farther, style="dim"))
     if shortened:
         errors.print(Text(f"{shortened['kept']} of {shortened['tokens']} tokens of the text stayed", style="dim"))
     if counts is not None:
@@ -174,9 +184,10 @@ def _opened(folder: Path, device: str) -> tuple[Any, Any]:
 
     if not is_of_transformers(folder):
         from regard.models import LanguageModel
+        from regard.workbench.sparse.readers import MODELS
         from regard.workbench.trained import open_trained
 
-        trained = open_trained(folder)
+        trained = open_trained(folder, supported=MODELS)
         model = trained.model(device)
         if not isinstance(model, LanguageModel):
             raise Unsupported(

@@ -66,10 +66,11 @@ def reproduce(
     from regard.reproductions import collect, get_reproduction, list_reproductions, plan
     from regard.reproductions import pilot as piloted
 
+    sweeps = sweep_of(engine, address)
     wanted = list_reproductions() if not names or "all" in names else [get_reproduction(n).name for n in names]
     if not (listing or table):
         cells = plan(wanted, pilot=pilot) if pilot is not None else plan(wanted, seeds, timings=timings)
-        with sweep_of(engine, address) as sweep:
+        with sweeps as sweep:
             run_cells(shard(cells, only), output, quiet=as_json, sweep=sweep)
     with cells_in(output) as store:
         if pilot is not None:

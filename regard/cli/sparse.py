@@ -175,6 +175,8 @@ def _folder(path: Path, plan: Plan, seconds: float | None, output: Path, as_json
         console.print(_table(*effects_table(found)))
     for where, why in found.refused.items():
         console.print(Text(f"left out: {where}: {why}", style="dim"))
+    if found.beyond:
+        console.print(Text(found.beyond, style="dim"))
     if found.over:
         console.print(Text("The budget was over before all was asked; the same command goes on.", style="dim"))
     console.print()

@@ -67,6 +67,7 @@ def study(
     from regard.studies import get_study, list_studies, opened
 
     enter_plugins(plugin or [])
+    sweeps = sweep_of(engine, address, plugin)
     if name is None:
         found = [get_study(one) for one in list_studies()]
         told = [
@@ -87,7 +88,7 @@ def study(
     folder = Path(asked.folder) if output is None else output
     if not table:
         cells = shard(plan([asked.make(chosen)], seeds, timings=timings), only)
-        with sweep_of(engine, address, plugin) as sweep:
+        with sweeps as sweep:
             run_cells(cells, folder, quiet=as_json, within=seconds, sweep=sweep)
     with cells_in(folder) as store:
         record = opened(asked, chosen, store, seeds)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,23 +31,25 @@ def enter_plugins(plugins: Sequence[Path]) -> list[Any]:
     return modules
 
 
-@contextmanager
-def sweep_of(engine: str, address: str | None, plugins: Sequence[Path] | None = None) -> Iterator[Sweep | None]:
-    """Where cells run, by the name that a command is given; None for this process.
+def sweep_of(
+    engine: str, address: str | None, plugins: Sequence[Path] | None = None
+) -> AbstractContextManager[Sweep | None]:
+    """Where cells run, by the name that a command is given, as a context that joins it; None for this process.
+
+    What cannot be is refused here, before a command has read or made anything.
 
     Args:
         plugins: which this process has entered, and the workers will have to.
 
     Raises:
-        Unsupported: for another name, an address of no cluster, and where the cluster cannot be joined.
+        Unsupported: for another name, an address of no cluster, and without Ray; on entering, where the cluster cannot be
+            joined.
     """
     one_of("engine", engine, ENGINES)
     if engine == "local":
         if address is not None:
             raise Unsupported(f"--address {address} of this process", supported="--engine ray", nearest="--engine ray")
-        yield None
-        return
+        return nullcontext()
     from regard.measurement.sweeps import Plugins, RaySweep
 
-    with RaySweep(address, Plugins.read(enter_plugins, plugins or ())) as sweep:
-        yield sweep
+    return RaySweep(address, Plugins.read(enter_plugins, plugins or ()))

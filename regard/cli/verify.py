@@ -65,7 +65,7 @@ def verify(
     from regard.measurement.store import Store
     from regard.models.variants import known_name
     from regard.workbench.failures import grouped, kind
-    from regard.workbench.verify import KEY, Cell, Place, plan
+    from regard.workbench.verify import KEY, Cell, Place, plan, unmeasured
     from regard.workbench.verify import verify as run
 
     modules = load_plugins(plugin)
@@ -118,8 +118,9 @@ def verify(
         )
         bar.update(task, completed=total)
     failures = [c for c in cells if c.status == "fail"]
+    missing = unmeasured(names, cells, patterns=pattern) if mechanisms else []
     if as_json:
-        emit({"cells": [dataclasses.asdict(c) for c in cells], "failures": len(failures)})
+        emit({"cells": [dataclasses.asdict(c) for c in cells], "failures": len(failures), "unmeasured": missing})
     else:
         console.print(_matrix(cells))
         waived = sum(c.status == "waived" for c in cells)
@@ -128,6 +129,8 @@ def verify(
         )
         for group in grouped(cells):
             console.print(Text(f"- {group}"))
+        for sentence in missing:
+            console.print(Text(f"- {sentence}"))
     if failures:
         raise typer.Exit(1)
 

@@ -163,17 +163,24 @@ def is_compressed(folder: str | os.PathLike[str]) -> bool:
 
 
 def is_of_transformers(place: Path) -> bool:
-    """Whether a folder or file has a model of transformers, compressed or not, and is none of `regard train`."""
+    """Whether a folder or file has a model of transformers, compressed or not, and is none of `regard train`.
+
+    Raises:
+        Unsupported: for a ``config.json`` or ``compression.json`` that cannot be read.
+    """
     if is_compressed(place):
         return bool(read_record(place)["library"] == "transformers")
     if (place / BESIDE[0]).is_file():
         return False
     if place.suffix == ".gguf" or any(place.glob("*.gguf")):
         return True
-    try:
-        return "model_type" in json.loads((place / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+    config = place / "config.json"
+    if not config.is_file():
         return False
+    try:
+        return "model_type" in json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError) as error:
+        raise Unsupported(f"{config}, which cannot be read ({error})", supported="a file of save_pretrained") from None
 
 
 def copy_training(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:

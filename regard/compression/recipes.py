@@ -32,10 +32,9 @@ from regard.compression.pruning.steps import (
     check_damping,
 )
 from regard.compression.weights.limits import CALIBRATORS
-from regard.contract import Unsupported, at_least, check_options, closest, one_of
+from regard.contract import Unsupported, at_least, check_options, closest, one_of, read_options
 from regard.layers.quantized import Format
 from regard.measurement.data_files import read_data
-from regard.models.variants import read_options
 
 ACCEPTED = "NAME, NAME:option=value,option=value, STEP + STEP, or a .yaml or .json file"
 HEADS = ("int8", "keep")

@@ -24,6 +24,7 @@ from regard.contract.card import (
 from regard.contract.context import WANTS, BlockMask, Context, Mask, Role, check_mask
 from regard.contract.errors import Unsupported, at_least, check_options, closest, one_of, spelled
 from regard.contract.patterns import ALL_PATTERNS, Kind, Pattern
+from regard.contract.spelling import read_options, split_list
 from regard.contract.state import Loss, Result, State, Tensors, state_field
 from regard.contract.trees import register_pytree
 from regard.contract.types import NUMBERS, Types, types_of
@@ -60,8 +61,10 @@ __all__ = [
     "closest",
     "lengths_after",
     "one_of",
+    "read_options",
     "register_pytree",
     "spelled",
+    "split_list",
     "state_field",
     "types_of",
     "valid_from_lengths",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from regard.contract.errors import Unsupported, closest, spelled
+from regard.contract.errors import Unsupported, closest, one_of, spelled
 from regard.contract.patterns import Kind, Pattern
 from regard.contract.state import State, Tensors
 from regard.contract.types import Types, types_of
@@ -120,6 +120,10 @@ class LayerSpec:
     linear: Callable[..., nn.Module] = nn.Linear
 
 
+FORMS = ("reference", "parallel", "chunked", "step", "absorb", "read")
+"""Names of forms."""
+
+
 ACTS_LIKE: Mapping[str, tuple[str, ...]] = {
     "lrpe": ("rotary",),
     "seqpe": ("learned",),
@@ -152,7 +156,8 @@ class Mechanism:
         output: axes of the output.
         patterns: patterns it has.
         refused: reason for each pattern that it lacks.
-        forms: functions by form name: reference, parallel, chunked, step, absorb, read.
+        forms: functions by form name: reference, parallel, chunked, step, absorb, read. The definition alone is enough:
+            then it computes all calls, padded rows one by one.
         config: frozen dataclass of options.
         variants: sets of options, by name, which together reach every computation that the options allow: the equality
             matrix runs each, in sizes small enough for its tests.
@@ -167,7 +172,6 @@ class Mechanism:
         cost: analytic cost of a problem.
         default_scale: ``"rsqrt"`` for dim_key ** -0.5, a number, or a function of the last axes of the inputs, by name,
             whose docstring is the formula.
-        default_form: form that computes whole sequences when no state is wanted.
         honours: of ``bias``, ``blocks``, ``dropout``, ``weights``, ``lse``, ``roles``, ``rotate`` (it rotates queries and
             keys itself in causal-self), ``teacher`` (weights and outputs to learn from), ``grid`` (tokens stay in their
             places on a grid, where there is one): what it takes beside tensors.
@@ -219,7 +223,6 @@ class Mechanism:
     state: type[State] | None = None
     combines: str | Callable[[Any], str] = ""
     default_scale: float | str | Callable[[Mapping[str, int]], float] = "rsqrt"
-    default_form: str = "parallel"
     honours: frozenset[str] = frozenset()
     weights: str = "none"
     accepts_positions: tuple[str, ...] = ("none", "sinusoidal", "learned", "rotary")
@@ -249,6 +252,12 @@ class Mechanism:
     def __post_init__(self) -> None:
         if not self.alias_options.keys() <= set(self.aliases):
             raise Unsupported(f"alias_options of {self.name} for no alias", supported=", ".join(self.aliases))
+        for form in self.forms:
+            one_of("form", form, FORMS)
+        if not {"reference", "parallel", "chunked", "absorb"} & self.forms.keys():
+            raise Unsupported(
+                f"{self.name} without a form of whole sequences", supported=", ".join(FORMS), nearest="reference"
+            )
         special = {*self.variant_patterns, *self.grid_variants, *self.layer_variants}
         if not special <= self.variants.keys():
             raise Unsupported(

@@ -100,7 +100,8 @@ def read_plan(plan: str | Sequence[Any], num_layers: int | None) -> Plan:
     for entry in entries:
         name, options = _read_entry(entry)
         card, options = resolve(name, options)
-        name, kind = card.name if card.alias_options.get(name) else name, card.kind
+        stands_alone = name in card.aliases and name not in card.alias_options
+        name, kind = name if stands_alone else card.name, card.kind
         if kind in (Kind.POOLING, Kind.PROJECTION):
             elsewhere = {
                 Kind.PROJECTION: f'("softmax", {{"linear": "{name}"}})',

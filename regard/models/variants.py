@@ -2,7 +2,7 @@
 
     softmax                                 a name or an alias of the catalogue
     local:window=32                         with options of the mechanism or of its layer
-    delta_rule:gated=true,beta_range=2      several
+    delta_rule:gated=true,gate=diagonal     several
     gated_linear*3+softmax                  a hybrid: three layers and one, again and again
     van_b0                                  an image backbone, with options or without, where models are compared
     my_variant.toml                         a file: TOML, JSON or, where PyYAML is installed, YAML
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.catalogue import find_mechanism, get_mechanism, get_module, register, resolve
-from regard.contract import Mechanism, Unsupported, closest
+from regard.contract import Mechanism, Unsupported, closest, read_options, split_list
 from regard.create import layer_options
 from regard.measurement.data_files import read_data
 from regard.models.vision import check_network, list_networks
@@ -193,7 +193,7 @@ def read_model(text: str) -> Variant:
 def read_variants(text: str, read: Callable[[str], Variant] = read_model) -> list[Variant]:
     """Several variants or image backbones, separated by commas, each read by `read`; raises Unsupported as it does."""
     written: list[str] = []
-    for part in _split(text):
+    for part in split_list(text):
         key = part.partition("=")[0]
         follows = "=" in part and not {":", "*", "+"} & set(key)
         if follows and written:
@@ -216,38 +216,6 @@ def known_name(text: str) -> str:
     if find_mechanism(card.name) is None:
         register(card, get_module(variant.card.name))
     return card.name
-
-
-def read_options(text: str, name: str, before: str | None = None) -> dict[str, Any]:
-    """From ``option=value,option=value`` of `name`, which stand behind `before` (``name:`` when None).
-
-    Values are JSON, or else words.
-
-    Raises:
-        Unsupported: for a part without a value.
-    """
-    before = f"{name}:" if before is None else before
-    options = {}
-    for part in filter(None, _split(text)):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise Unsupported(
-                f"option {part!r} of {name}", supported=f"{before}option=value,option=value", nearest=f"{before}{key}=1"
-            )
-        options[key.strip()] = _literal(value.strip())
-    return options
-
-
-def _literal(text: str) -> Any:
-    try:
-        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
-    except json.JSONDecodeError:
-        return text
-
-
-def _split(text: str) -> list[str]:
-    """At commas outside of brackets."""
-    return [part.strip() for part in re.split(r",(?![^\[{]*[\]}])", text)]
 
 
 def _checked(name: str, options: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:

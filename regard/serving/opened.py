@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from regard.contract import Unsupported
 from regard.serving.engine import Reader
 from regard.serving.text import PlainText, Text, TransformersText
-from regard.workbench.trained import RECORD, open_trained
+from regard.workbench.trained import RECORD, beyond, open_trained, trained_length
 
 if TYPE_CHECKING:
     from regard.models import LanguageModel
@@ -84,8 +85,11 @@ def _open_trained(place: Path, device: str, template: str | None, dtype: torch.d
         )
     text = PlainText(trained.tokenizer, template)
     told = _recipe(place) or f"{count_parameters(model):,} parameters"
-    described = f"{trained.record['mechanism']}, {told}"
-    return _of_language_model(place.resolve().name, described, model.to(dtype), text, sizes)
+    described, length = f"{trained.record['mechanism']}, {told}", trained_length(place, model)
+    opened = _of_language_model(place.resolve().name, described, model.to(dtype), text, sizes)
+    if not beyond(length, opened.reader.context):
+        return opened
+    return dataclasses.replace(opened, described=f"{opened.described}, trained on {length} tokens at a time")
 
 
 def _open_transformers(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.catalogue import get_mechanism, list_mechanisms
+from regard.catalogue import list_mechanisms, resolve
 from regard.contract import Context, Kind, Mechanism, Pattern, Unsupported
 from regard.create import create_layer
 from regard.workbench.subjects import Subject
@@ -108,13 +108,15 @@ def mixing_of(name: str, pattern: str | Pattern | None = None, *, seed: int = 0)
     """The mixing matrix of a mechanism in float64.
 
     Args:
+        name: with options or without, as ``local:window=4``; options that are not given are those of a short sequence.
         pattern: a self pattern; causal-self when None, where the mechanism has it.
         seed: of the input.
 
     Raises:
         Unsupported: for a mechanism that does not mix tokens by itself, and a pattern that it lacks or that reads a memory.
     """
-    card = get_mechanism(name)
+    card, options = resolve(name)
+    card.options(**options)
     if card.kind in (Kind.WRAPPER, Kind.PROJECTION):
         raise Unsupported(
             f"a mixing matrix of {card.name}, a {card.kind.value}",
@@ -124,7 +126,7 @@ def mixing_of(name: str, pattern: str | Pattern | None = None, *, seed: int = 0)
     wanted = card.require_pattern(causal if pattern is None else pattern)
     if wanted.cross:
         raise Unsupported(f"a mixing matrix in {wanted}", supported="causal-self, noncausal-self")
-    subject = Subject(card, wanted, _short_options(card), seed=seed)
+    subject = Subject(card, wanted, _short_options(card, options), seed=seed)
     values = _values(card)
     inputs, others = (_inputs(subject, phrase) for phrase in (0, 1))
     if values is None or not _is_linear(subject, inputs, values):
@@ -136,12 +138,12 @@ def mixing_of(name: str, pattern: str | Pattern | None = None, *, seed: int = 0)
     return _measured(subject, weights, linear=True, fixed=fixed, per_feature=features)
 
 
-def _short_options(card: Mechanism) -> dict[str, Any]:
-    """`SHORT`, as far as the mechanism has these options and takes them together."""
-    defaults, found = card.config(), dict[str, Any]()
+def _short_options(card: Mechanism, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those given and `SHORT`, as far as the mechanism has these options and takes them together."""
+    defaults, found = card.config(), dict(given)
     for name, value in SHORT.items():
         default = getattr(defaults, name, None)
-        if isinstance(default, int) and default > value:
+        if name not in given and isinstance(default, int) and default > value:
             with suppress(Unsupported):
                 card.options(**found, **{name: value})
                 found[name] = value

@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from regard.compression.tokens import METHODS, Reduction, reduce_tokens
-from regard.contract import Context, Unsupported, closest
+from regard.contract import Context, Unsupported, closest, read_options
 from regard.measurement.timing import calm_clock, interleaved
 from regard.models.image_model import ImageModel
-from regard.models.variants import read_options
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -59,7 +59,6 @@ MECHANISM = Mechanism(
     patterns=(Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
     refused={Pattern.NONCAUSAL_CROSS: NO_CROSS, Pattern.CAUSAL_CROSS: NO_CROSS},
     forms={"reference": reference},
-    default_form="reference",
     config=Config,
     cost=cost,
 )

@@ -27,6 +27,7 @@ from regard.models import count_parameters, from_pretrained, save_pretrained
 from regard.models.exit_rules import HALTING
 from regard.models.weights import distinct_tensors, load_tensors, sharded, write_atomically
 from regard.tasks import Task, create_task
+from regard.tasks.documents import nearest_path
 from regard.tasks.images import ImageReader
 from regard.tasks.segmentation import MaskReader
 from regard.tasks.segmentation_3d import VolumeReader
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
 RECORD, CHECKPOINT, TOKENIZER, CARD = "training.json", "checkpoint.safetensors", "tokenizer.json", "README.md"
 BEST, LAST = "best.safetensors", "last"
 FINISHED, DIVERGED, BEGUN = "finished", "diverged", "begun"
+SUPPORTED = "a folder written by `regard train`"
+UNFINISHED = {"retrofit": (".retrofit", "retrofit.json"), "compress": (".work", "compression.json")}
+"""Of commands that leave their work in a folder until they are done: its name, and the file that comes last."""
 UNTOLD = ("steps", "step_seconds", "first_item")
 """Settings that a reader of the card has no use for."""
 CHECKPOINT_SECONDS = 30.0
@@ -120,15 +124,29 @@ class TrainedModel:
         )
 
 
-def open_trained(folder: Path | str) -> TrainedModel:
-    """The model of a folder that :func:`train_model` has finished.
+def trained_length(folder: Path, model: nn.Module) -> int | None:
+    """Tokens at a time that the model of a folder was trained on, as its record or its config says; None where none does."""
+    if (folder / RECORD).is_file():
+        return open_trained(folder).record["settings"].get("length")
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def beyond(trained: int | None, asked: int) -> str:
+    """What to say where a model is asked for more tokens than it was trained on; nothing elsewhere."""
+    if trained is None or asked <= trained:
+        return ""
+    return f"The model was trained on {trained} tokens at a time: what it does with {asked} it has not learned."
+
+
+def open_trained(folder: Path | str, *, supported: str = SUPPORTED) -> TrainedModel:
+    """The model of a folder that :func:`train_model` has finished; `supported` is what to say of another place.
 
     Raises:
         Unsupported: where there is none, or its training is not finished.
     """
     found = _read(Path(folder))
     if found is None:
-        raise Unsupported(f"{folder} without {RECORD}", supported="a folder written by `regard train`")
+        raise _not_trained(Path(folder), supported)
     if found["state"] != FINISHED:
         ended = {DIVERGED: "diverged", BEGUN: "is not finished"}[found["state"]]
         nearest = "a smaller --learning-rate" if found["state"] == DIVERGED else "the same `regard train` again"
@@ -455,6 +473,23 @@ def _check_same(place: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
                 supported="a new folder, or the same run again",
                 nearest="another --output",
             )
+
+
+def _not_trained(place: Path, supported: str) -> Unsupported:
+    """What a place is that has no record of a training."""
+    if not place.exists():
+        return Unsupported(f"{place}, which does not exist", supported=supported, nearest=nearest_path(place))
+    if not place.is_dir():
+        return Unsupported(f"{place}, which is no folder", supported=supported)
+    for command, (work, last) in UNFINISHED.items():
+        if (place / work).is_dir() and not (place / last).is_file():
+            return Unsupported(
+                f"{place}, whose {command} is not finished",
+                supported="a finished run",
+                nearest=f"the same `regard {command}` again",
+            )
+    beside = ": it holds " + ", ".join(sorted(path.name for path in place.iterdir())[:4])
+    return Unsupported(f"{place} without {RECORD}" + (beside if any(place.iterdir()) else ""), supported=supported)
 
 
 def _read(place: Path) -> dict[str, Any] | None:

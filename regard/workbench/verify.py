@@ -189,6 +189,28 @@ def plan(
                             yield Place(card, pattern, prop, dtype, backend, variant)
 
 
+def unmeasured(
+    names: Iterable[str], cells: Iterable[Cell], *, patterns: Iterable[str | Pattern] | None = None
+) -> list[str]:
+    """Sentences about mechanisms that have no cells in a pattern that was asked for, or none at all.
+
+    Args:
+        names, patterns: as :func:`verify` was given them.
+        cells: what it measured.
+    """
+    measured = {name for cell in cells for name in (cell.mechanism, (cell.mechanism, cell.pattern))}
+    said = []
+    for card in [get_mechanism(known_name(name)) for name in dict.fromkeys(names)]:
+        asked = [] if patterns is None else [Pattern.parse(p) for p in _several(patterns)]
+        missing = [p for p in dict.fromkeys(asked) if (card.name, p.value) not in measured]
+        for pattern in missing:
+            reason = "" if pattern in card.patterns else card.refused.get(pattern, "it lacks the pattern")
+            said.append(f"{card.name} has no cells in {pattern.value}" + (f": {reason}" if reason else ""))
+        if not asked and card.name not in measured:
+            said.append(f"{card.name} has no cells of these properties and variants")
+    return said
+
+
 def _several(words: Iterable[Any]) -> Iterable[Any]:
     """One word is itself, not its letters."""
     return [words] if isinstance(words, str) else words

@@ -22,7 +22,8 @@ pytest.importorskip("uvicorn")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save_pretrained(LanguageModel(LanguageModelConfig(256, dim=8, plan=["linear", "softmax"], num_heads=1)), folder)
-    record = {"state": "finished", "mechanism": "linear+softmax", "layers": [], "tokenizer": "bytes", "settings": {}}
+    record = {"state": "finished", "mechanism": "linear+softmax", "layers": [], "tokenizer": "bytes"}
+    record["settings"] = {"length": 32}
     (folder / "training.json").write_text(json.dumps(record | {"task": {"name": "text", "options": {}}}))
     return folder
 
@@ -30,6 +31,8 @@ def trained(tmp_path_factory):
 def test_a_folder_of_train_is_opened_with_its_text(trained):
     opened = open_model(trained, rows=2, context=64)
     assert opened.name == "tiny" and opened.described.startswith("linear+softmax") and opened.reader.context == 64
+    assert opened.described.endswith("trained on 32 tokens at a time")
+    assert "trained on" not in open_model(trained, rows=2, context=32).described
     assert opened.text.decode(opened.text.encode("aé")) == "aé"
 
 

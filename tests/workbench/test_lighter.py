@@ -197,6 +197,18 @@ def test_a_compressed_model_of_transformers_is_itself_wherever_models_are_read(c
     assert code == 2 and "another library" in said
 
 
+def test_a_table_of_positions_is_not_read_beyond_its_end(capsys, causal, tmp_path):
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=512, n_embd=16, n_layer=1, n_head=2, n_positions=8)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    for file in causal[0].glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    assert answer(capsys, f"generate {tmp_path} the --tokens 2 --temperature 0")["text"] is not None
+    code, out, said = run(capsys, f"generate {tmp_path} the --tokens 30")
+    assert (code, out) == (2, "") and "of a GPT2LMHeadModel; supported: as many as it has positions, 8" in said
+
+
 def test_files_that_lack_weights_of_the_model_are_refused(capsys, causal, tmp_path):
     from safetensors.torch import load_file, save_file
 

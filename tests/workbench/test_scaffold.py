@@ -1,10 +1,14 @@
-import pytest
+import dataclasses
 
-from regard import Unsupported
+import pytest
+import torch
+
+from regard import Mask, Unsupported, get_mechanism
+from regard.apply import apply
 from regard.catalogue import load_plugin, unregister
 from regard.workbench.failures import CAUSES, grouped
 from regard.workbench.scaffold import new_mechanism
-from regard.workbench.verify import PROPERTIES, Cell, verify
+from regard.workbench.verify import PROGRAMS, PROPERTIES, Cell, verify
 
 
 def verified(**chosen):
@@ -23,10 +27,35 @@ def test_a_new_mechanism_fails_until_its_definition_is_written(tmp_path):
     (group,) = verified(patterns=["causal-self"], properties=["causality", "step", "reference"])
     assert "the definition of mine is to be written" in str(group)
     unwritten = 'raise NotImplementedError("the definition of mine is to be written, in `reference`")'
-    written = "return v.cumsum(2) if call.pattern.causal else v.sum(2, keepdim=True).expand(v.shape)"
+    written = """scores = call.scale * q.double() @ k.double().mT
+    scores = scores.tril(k.shape[2] - q.shape[2]) if call.pattern.causal else scores
+    return (scores @ v.double()).to(v.dtype)"""
     path.write_text(path.read_text().replace(unwritten, written))
     load_plugin(path)
-    assert verified(properties=["reference", "causality", "row_alone"]) == []
+    plain = [prop.name for prop in PROPERTIES if prop.name not in PROGRAMS]
+    assert verified(properties=plain) == [], (
+        "rows are padded, packed, empty and uneven: the definition knows none of it"
+    )
+
+
+def test_a_card_without_a_form_that_could_run_is_refused_where_it_is_made():
+    card = get_mechanism("linear")
+    for forms, words in (
+        ({}, "linear without a form of whole sequences.*try reference"),
+        ({"step": card.forms["step"]}, "without a form of whole sequences"),
+        ({"paralel": card.forms["parallel"]}, "form='paralel'.*try parallel"),
+    ):
+        with pytest.raises(Unsupported, match=words):
+            dataclasses.replace(card, forms=forms)
+
+
+def test_a_definition_alone_refuses_what_it_cannot_cut_by_rows():
+    card = get_mechanism("softmax")
+    card = dataclasses.replace(card, name="mine", aliases=(), forms={"reference": card.forms["reference"]})
+    inputs = {name: torch.randn(2, 2, 5, 4) for name in ("q", "k", "v")}
+    mask = Mask(lengths=torch.tensor([5, 3]), bias=torch.zeros(1, 1, 5, 5))
+    with pytest.raises(Unsupported, match="padded or packed tokens with bias in mine, which has its definition alone"):
+        apply(card, inputs, mask=mask)
 
 
 @pytest.mark.parametrize(

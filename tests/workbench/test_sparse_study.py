@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from command_line import answer, run
 
 from regard import Unsupported
 from regard.compression.sparse.constructed import cost, retrieval
+from regard.models import LanguageModel, LanguageModelConfig, save_pretrained
 from regard.tasks.long_context import create_long_task
 from regard.workbench.sparse import study as study_module
 from regard.workbench.sparse import tiny
@@ -188,6 +190,20 @@ def test_side_effects_are_asked_where_they_are_wanted_stored_and_told(causal, tm
 def test_lengths_beyond_the_positions_of_a_model_are_refused(causal, tmp_path, capsys):
     code, _, messages = run(capsys, "sparse --lengths 1k", "--output", tmp_path / "out", causal[0])
     assert code == 2 and "512" in messages
+
+
+def test_lengths_beyond_what_a_model_was_trained_on_are_told(causal, tmp_path, capsys):
+    folder = tmp_path / "model"
+    save_pretrained(LanguageModel(LanguageModelConfig(256, dim=8, plan=["softmax"], num_heads=1)), folder)
+    record = {"state": "finished", "mechanism": "softmax", "layers": [], "tokenizer": "bytes"}
+    record |= {"settings": {"length": 64}, "task": {"name": "text", "options": {}}}
+    (folder / "training.json").write_text(json.dumps(record))
+    line = "sparse --lengths {} --methods quest --ratios 2 --tasks text --samples 1"
+    more = "--data", causal[1], "--output", tmp_path, folder
+    assert answer(capsys, line.format(64), *more)["beyond"] == ""
+    said = answer(capsys, line.format("64,96"), *more)["beyond"]
+    assert "trained on 64 tokens at a time" in said and said in (tmp_path / "report.html").read_text()
+    assert said in " ".join(run(capsys, line.format("64,96"), *more)[1].split())
 
 
 def test_the_layer_made_by_hand_is_reported(tmp_path, capsys):

@@ -11,8 +11,7 @@ from regard.compression.sparse.method import Combined, Method
 from regard.compression.sparse.paging import Quest
 from regard.compression.sparse.prefilling import BlockSparse, FlexPrefill, LocalSinks, VerticalSlash
 from regard.compression.sparse.rounding import RoundedKeys
-from regard.contract import Unsupported, closest
-from regard.models.variants import read_options
+from regard.contract import Unsupported, closest, read_options
 
 METHODS: dict[str, type[Method]] = {
     "dense": Method,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -80,6 +81,23 @@ def stop_tokens(model: Any) -> tuple[int, ...]:
     """Tokens after which a causal language model has said everything; none where it does not say."""
     found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return (found,) if isinstance(found, int) else tuple(found or ())
+
+
+def check_positions(model: Any, tokens: int) -> None:
+    """Raise Unsupported for more tokens than a causal language model has positions in a table."""
+    reach = getattr(model.config, "max_position_embeddings", None)
+    if reach is None or tokens <= reach or "position_ids" not in inspect.signature(model.forward).parameters:
+        return
+    last = torch.tensor([[tokens - 1]], device=model.device)
+    try:
+        with torch.no_grad():
+            model(torch.zeros_like(last), position_ids=last)
+    except IndexError:
+        raise Unsupported(
+            f"{tokens} tokens, prompt and reply together, of a {type(model).__name__}",
+            supported=f"as many as it has positions, {reach}",
+            nearest="a shorter text or fewer tokens",
+        ) from None
 
 
 def _loaded(of: Any, what: str, place: Path, folder: Path, supported: str, **options: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from regard.contract import Unsupported
 from regard.models import LanguageModel
 from regard.tasks.tokenizer import Tokenizer
-from regard.workbench.trained import RECORD, open_trained
+from regard.workbench.trained import RECORD, open_trained, trained_length
 
 MODELS = "a folder of `regard train` on text, a causal language model of transformers (a folder, or a .gguf file)"
 
@@ -26,12 +26,14 @@ class Reader(Protocol):
         name: in words.
         model: what attention is made sparse in.
         longest: tokens that it reads; None for no limit.
+        trained: tokens at a time that it was trained on; None where nothing says so.
         stops: tokens that end a reply.
     """
 
     name: str
     model: nn.Module
     longest: int | None
+    trained: int | None
     stops: frozenset[int]
 
     def encode(self, text: str) -> list[int]:
@@ -104,6 +106,7 @@ class OfTransformers:
         self.name, self.tokenizer = name, tokenizer
         self.model: nn.Module = model
         self.longest: int | None = getattr(model.config, "max_position_embeddings", None)
+        self.trained = self.longest
         self.config = model.config
         self.stops = frozenset(stop_tokens(model))
         self.chats = getattr(self.tokenizer, "chat_template", None) is not None
@@ -129,9 +132,10 @@ class OfTransformers:
 class OfRegard:
     """A language model of regard with a tokenizer."""
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, name: str, longest: int | None = None) -> None:
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, name: str, trained: int | None = None) -> None:
         self.model: nn.Module = model
-        self.tokenizer, self.name, self.longest = tokenizer, name, longest
+        self.tokenizer, self.name, self.trained = tokenizer, name, trained
+        self.longest: int | None = None
         self.stops: frozenset[int] = frozenset()
         self.read = model.reader()
 
@@ -162,7 +166,7 @@ def open_reader(path: Path) -> Reader:
         model, tokenizer = trained.model(), trained.tokenizer
         if not isinstance(model, LanguageModel):
             raise Unsupported(f"{path}, which holds a {type(model).__name__}", supported=MODELS)
-        return OfRegard(model, tokenizer, f"{path.name} ({trained.record['mechanism']})")
+        return OfRegard(model, tokenizer, f"{path.name} ({trained.record['mechanism']})", trained_length(path, model))
     from regard.compression.folders import load_causal_model
     from regard.integrations.transformers.folders import load_tokenizer
 

@@ -110,7 +110,7 @@ def write_page(found: Found, path: Path) -> Path:
             *([("Side effects", *effects_table(found))] if found.effects else []),
             ("All that was measured", CELLS, [cell_row(c) for c in cells]),
         ],
-        notes=[f"{where} is left out: {why}" for where, why in found.refused.items()],
+        notes=[*filter(None, [found.beyond]), *(f"{where} is left out: {why}" for where, why in found.refused.items())],
     )
 
 

@@ -34,6 +34,7 @@ from regard.workbench.sparse.analysis import (
 )
 from regard.workbench.sparse.readers import Reader, reply
 from regard.workbench.sparse.texts import TEXT, Continuation
+from regard.workbench.trained import beyond
 
 KIND, EFFECTS = "sparse", "side_effects"
 RATIOS = (2.0, 4.0, 8.0, 16.0)
@@ -117,6 +118,7 @@ class Found:
         weights: numbers in its matrices.
         cells: of every method, ``dense`` among them at compression 1.
         refused: why tasks at some lengths are left out.
+        beyond: a sentence, where the longest prompts are longer than what the model was trained on.
         over: whether the budget ended before all was asked.
         effects: side effects of every method at every compression, ``dense`` first.
     """
@@ -128,6 +130,7 @@ class Found:
     refused: dict[str, str] = field(default_factory=dict)
     over: bool = False
     effects: dict[str, Effects] = field(default_factory=dict)
+    beyond: str = ""
 
     def cell(self, method: str, ratio: float, task: str, length: int) -> Cell | None:
         """The cell of these; None where it was not run."""
@@ -193,6 +196,7 @@ class Found:
             "cells": cells,
             "safe": safe,
             "refused": self.refused,
+            "beyond": self.beyond,
             "side_effects": {"length": max(self.plan.lengths), "rows": effects} if effects else None,
         }
 
@@ -231,6 +235,9 @@ def study(
             supported=f"its positions, {reader.longest}",
             nearest=f"--lengths {reader.longest}",
         )
+    farther = beyond(reader.trained, max(plan.lengths))
+    if farther:
+        say(farther)
     began, identity, data = time.monotonic(), weights_digest(reader.model), _data(plan.data)
     tasks: dict[str, Any] = {
         name: Continuation(reader, plan.data, CONTINUED) if name == TEXT else _task(name, plan) for name in plan.tasks
@@ -290,7 +297,7 @@ def study(
 
             own = {"model": identity, "data": data}
             effects, over = _effects(reader, plan, probes, variants, store, own, late, on_progress)
-    return Found(reader.name, sizes.weights, plan, cells, refused, over, effects)
+    return Found(reader.name, sizes.weights, plan, cells, refused, over, effects, farther)
 
 
 def _effects(

@@ -81,7 +81,8 @@ class WordReader(OfRegard):
     """A decoder of words; a full stop ends its replies."""
 
     def __init__(self, model: LanguageModel, name: str) -> None:
-        self.model, self.name, self.longest, self.words = model, name, None, Words()
+        self.model, self.name, self.words = model, name, Words()
+        self.longest = self.trained = None
         self.stops = frozenset([self.words.numbers[END]])
         self.read = model.reader()
 

@@ -1,0 +1,41 @@
+"""Options as people write them behind a name: ``option=value,option=value``."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from regard.contract.errors import Unsupported
+
+
+def read_options(text: str, name: str, before: str | None = None) -> dict[str, Any]:
+    """From ``option=value,option=value`` of `name`, which stand behind `before` (``name:`` when None).
+
+    Values are JSON, or else words.
+
+    Raises:
+        Unsupported: for a part without a value.
+    """
+    before = f"{name}:" if before is None else before
+    options = {}
+    for part in filter(None, split_list(text)):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise Unsupported(
+                f"option {part!r} of {name}", supported=f"{before}option=value,option=value", nearest=f"{before}{key}=1"
+            )
+        options[key.strip()] = _literal(value.strip())
+    return options
+
+
+def split_list(text: str) -> list[str]:
+    """At commas outside of brackets."""
+    return [part.strip() for part in re.split(r",(?![^\[{]*[\]}])", text)]
+
+
+def _literal(text: str) -> Any:
+    try:
+        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+    except json.JSONDecodeError:
+        return text
