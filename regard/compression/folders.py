@@ -126,15 +126,20 @@ def load_causal_model(
 
     if not is_compressed(place):
         return load_model(place, dtype=dtype, supported=supported or SUPPORTED).to(device)
-    if device != "cpu":
-        raise Unsupported(f"a compressed model on {device}", supported="the processor", nearest="--device cpu")
-    if dtype != torch.float32:
-        raise Unsupported(f"a compressed model in {dtype}", supported="float32", nearest="float32")
+    check_place(device, dtype)
     with quietly():
         model: Any = load_compressed(place)
     if library_of(model) != "transformers" or not model.can_generate():
         raise Unsupported(f"text from a {type(model).__name__}, as {place} holds", supported=supported or SUPPORTED)
     return model
+
+
+def check_place(device: str, dtype: torch.dtype) -> None:
+    """Raise Unsupported for a compressed model elsewhere than on the processor or in another dtype than float32."""
+    if device != "cpu":
+        raise Unsupported(f"a compressed model on {device}", supported="the processor", nearest="--device cpu")
+    if dtype != torch.float32:
+        raise Unsupported(f"a compressed model in {str(dtype)[6:]}", supported="float32", nearest="float32")
 
 
 def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -223,6 +223,16 @@ class QuantizedLinear(nn.Module):
             "scaled_inputs": self.scaled_inputs,
             "float_columns": self.float_columns,
         }
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As of every module, but scales and offsets stay in bfloat16: the codes were chosen for them, and kernels read
+        no others."""
+        kept = {name: getattr(self, name) for name in ("scale", "offset")}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            if before is not None and getattr(self, name).dtype != before.dtype:
+                setattr(self, name, before.to(getattr(self, name).device))
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.format}"

@@ -36,6 +36,8 @@ from regard.serving.text import Text
 
 RETRY_SECONDS = 1
 """When a client that was turned away may come again."""
+LONG_BODY = 1 << 15
+"""Bytes of a request whose text is turned into tokens beside the answers in work: a megabyte may take more than a second."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Server:
         self.service, self.text, self.name = service, text, name
         self.limits, self.key = limits or ServerLimits(), key
         self.metrics = Metrics(service)
+        self._reading_long = asyncio.Lock()
         self.created = int(time.time())
 
     def app(self) -> ASGIApp:
@@ -123,12 +126,17 @@ class Server:
 
     def _reading(self, read: Callable[[Any, Text, str], Asked]) -> Callable[[Request], Any]:
         async def answer(request: Request) -> Response:
-            asked = read(await self._body(request), self.text, self.name)
+            body = await self._body(request)
+            if len(body) < LONG_BODY:
+                asked = read(_parsed(body), self.text, self.name)
+            else:
+                async with self._reading_long:  # one at a time, so that they leave room for others
+                    asked = await asyncio.to_thread(lambda: read(_parsed(body), self.text, self.name))
             return await self._answer(request, asked)
 
         return answer
 
-    async def _body(self, request: Request) -> Any:
+    async def _body(self, request: Request) -> bytes:
         parts, size = [], 0
         try:
             async with asyncio.timeout(self.limits.body_seconds):
@@ -141,10 +149,7 @@ class Server:
             raise ApiError(408, "the body took too long to arrive", code="timeout") from None
         except ClientDisconnect:
             raise ApiError(499, "the client has gone") from None
-        try:
-            return json.loads(b"".join(parts), parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
-            raise ApiError(400, f"the body is not JSON ({error})") from None
+        return b"".join(parts)
 
     async def _answer(self, request: Request, asked: Asked) -> Response:
         client = "" if request.client is None else request.client.host
@@ -178,6 +183,8 @@ class Server:
                 if choice.finish:
                     stream.cancel(event.key)
                 yield answer.piece(choice, new, told)
+        except Closing as error:
+            raise ApiError(503, str(error), code="closing") from None
         except TimeoutError:
             raise ApiError(408, f"no whole answer within {self.limits.seconds:g} s", code="timeout") from None
         finally:
@@ -239,6 +246,13 @@ async def _events(first: dict[str, Any], pieces: AsyncIterator[dict[str, Any]], 
 
 def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return json.loads(body, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON ({error})") from None
 
 
 def _no_constant(name: str) -> Any:

@@ -74,9 +74,12 @@ def open_model(
 
 
 def _open_trained(place: Path, device: str, template: str | None, dtype: torch.dtype, sizes: dict[str, Any]) -> Opened:
+    from regard.compression.folders import check_place, is_compressed
     from regard.models import LanguageModel, count_parameters
 
     trained = open_trained(place)
+    if is_compressed(place):
+        check_place(device, dtype)
     model = trained.model(device)
     if not isinstance(model, LanguageModel):
         raise Unsupported(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
@@ -13,19 +14,35 @@ import uvicorn
 from regard.contract import Unsupported
 from regard.serving.app import Server
 
+GRACE = 1
+"""Seconds to tell clients that their answers are given up."""
 
-def _uvicorn(server: Server, drain: int, level: str) -> uvicorn.Server:
-    config = uvicorn.Config(
-        server.app(), log_level=level, timeout_graceful_shutdown=drain, access_log=False, server_header=False
-    )
-    return uvicorn.Server(config)
+
+class _Uvicorn(uvicorn.Server):
+    """Serves; once it is to end, answers have `drain` seconds, and then those who wait are told."""
+
+    def __init__(self, server: Server, drain: int, level: str) -> None:
+        super().__init__(
+            uvicorn.Config(
+                server.app(),
+                log_level=level,
+                timeout_graceful_shutdown=drain + GRACE,
+                access_log=False,
+                server_header=False,
+            )
+        )
+        self._service, self._drain = server.service, drain
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(self._drain, self._service.give_up)
+        await super().shutdown(sockets)
 
 
 def run(server: Server, listening: socket.socket, drain: int) -> None:
     """Serve until SIGTERM or SIGINT; then take nothing more, and finish the answers within `drain` seconds."""
     server.service.start()
     try:
-        _uvicorn(server, drain, "warning").run(sockets=[listening])
+        _Uvicorn(server, drain, "warning").run(sockets=[listening])
     except KeyboardInterrupt:  # uvicorn has taken care of it, and passes it on
         pass
     finally:
@@ -36,7 +53,7 @@ class Running:
     """Serves in a thread of its own inside a ``with`` block."""
 
     def __init__(self, server: Server, listening: socket.socket, drain: int = 5) -> None:
-        self._server, self._uvicorn = server, _uvicorn(server, drain, "error")
+        self._server, self._uvicorn = server, _Uvicorn(server, drain, "error")
         run: Any = self._uvicorn.run
         self._thread = threading.Thread(target=run, kwargs={"sockets": [listening]}, daemon=True)
 

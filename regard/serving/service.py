@@ -18,6 +18,9 @@ LOG = logging.getLogger("regard.serving")
 class Closing(Exception):
     """The service takes no requests any more."""
 
+    def __init__(self, why: str = "the server is shutting down") -> None:
+        super().__init__(why)
+
 
 @dataclass(eq=False)
 class Stream:
@@ -30,14 +33,16 @@ class Stream:
     service: Service
     live: set[str]
     loop: asyncio.AbstractEventLoop
-    queue: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    queue: asyncio.Queue[Event | None] = field(default_factory=asyncio.Queue)
 
     async def events(self, seconds: float) -> AsyncIterator[Event]:
-        """Until all requests are done; raises TimeoutError when that takes longer."""
+        """Until all requests are done; raises TimeoutError when that takes longer, Closing when they are given up."""
         end = self.loop.time() + seconds
         while self.live:
             # not `asyncio.timeout`, since the tasks that ask for events may change
             event = await asyncio.wait_for(self.queue.get(), end - self.loop.time())
+            if event is None:
+                raise Closing
             if event.key in self.live:
                 if event.finish:
                     self.live.discard(event.key)
@@ -49,12 +54,12 @@ class Stream:
         self.live -= keys
         self.service.cancel(keys)
 
-    def put(self, event: Event) -> None:
-        """From the scheduler's thread."""
+    def put(self, event: Event | None) -> None:
+        """From any thread; None gives all up."""
         try:
             self.loop.call_soon_threadsafe(self.queue.put_nowait, event)
         except RuntimeError:  # the loop has ended, and nobody waits
-            LOG.debug("an answer to %s came too late", event.key)
+            LOG.debug("%s came too late", event)
 
 
 class Service:
@@ -86,6 +91,13 @@ class Service:
         if self._thread.ident is not None:
             self._thread.join()
 
+    def give_up(self) -> None:
+        """Let everybody who waits for an answer know that it will not be finished."""
+        with self._wake:
+            streams = set(self._streams.values())
+        for stream in streams:
+            stream.put(None)
+
     @property
     def healthy(self) -> bool:
         """Whether requests are taken: it has not failed and does not close."""
@@ -107,7 +119,7 @@ class Service:
             raise Unsupported(f"{len(requests)} answers at once", supported=f"up to {places}")
         with self._wake:
             if not self.healthy:
-                raise Closing("the server is shutting down" if self.failed is None else "the scheduler has failed")
+                raise Closing() if self.failed is None else Closing("the scheduler has failed")
             if self.waiting + len(self.engine.active) + len(requests) > places:
                 raise Busy(f"{self.waiting} requests are waiting")
             self.waiting += len(requests)

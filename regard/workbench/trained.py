@@ -293,7 +293,12 @@ def train_model(
     runner = runner_of(task)
     more: dict[str, Any] = {} if average is None else {"average": average}
     more |= {} if parallel is None else {"together": together}
-    history = runner.train(trainee, task, config, checkpoint=place / CHECKPOINT, on_step=watch, **more)
+    try:
+        history = runner.train(trainee, task, config, checkpoint=place / CHECKPOINT, on_step=watch, **more)
+    except Unsupported:
+        if together.writes and not (place / CHECKPOINT).exists():  # nothing is there that could be gone on with
+            (place / RECORD).unlink()
+        raise
     found = None
     if not history.diverged:
         if best.found is not None and (best.found.averaged or best.found.step < steps):

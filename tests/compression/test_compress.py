@@ -228,6 +228,26 @@ def test_smoothquant_and_outlier_columns_lose_less_than_plain_8_bits_where_input
     assert losses["smoothquant"] < losses["w8a8"] / 2 and losses["llm_int8:threshold=20"] < losses["w8a8"] / 2, losses
 
 
+@pytest.mark.parametrize("recipe", ["int8", "int4:symmetric=false"])
+def test_a_model_that_is_given_a_dtype_keeps_its_scales_and_computes_as_before(recipe):
+    model, data = language_model(), windows()
+    regard.compress(model, recipe, data)
+    few, many = data[0][:1, :5], data[1]
+    before = [model(ids).output for ids in (few, many)]
+    for dtype in (torch.float32, torch.float16):
+        model.to(dtype)
+        kept = {
+            b.dtype
+            for m in model.modules()
+            if isinstance(m, QuantizedLinear)
+            for b in (m.scale, m.offset)
+            if b is not None
+        }
+        assert kept == {torch.bfloat16}
+        if dtype == torch.float32:
+            assert all(torch.equal(model(ids).output, y) for ids, y in zip((few, many), before, strict=True))
+
+
 def test_code_that_reads_a_quantized_layers_weight_gets_what_acts_on_its_inputs():
     model = nn.Sequential(nn.Linear(48, 20))
     x = torch.randn(50, 48, dtype=torch.float64)

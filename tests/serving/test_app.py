@@ -18,7 +18,7 @@ pytest.importorskip("prometheus_client")
 from starlette.testclient import TestClient
 
 from regard.cli.serve import listen
-from regard.serving.app import Server, ServerLimits
+from regard.serving.app import LONG_BODY, Server, ServerLimits
 from regard.serving.engine import Engine, Limits, Request
 from regard.serving.run import Running, run
 from regard.serving.service import Service
@@ -327,6 +327,44 @@ def test_a_signal_lets_answers_finish_and_takes_no_more():
     body = json.loads(seen["answer"].partition(b"\r\n\r\n")[2])
     assert body["choices"][0]["text"] == expected("a", 60) and seen["signal"] and seen["closed"]
     assert not made.service._thread.is_alive()
+
+
+def test_answers_that_are_not_done_when_the_time_to_finish_is_over_say_so():
+    made = server(SlowReader())
+    listening = listen("127.0.0.1", 0)
+    found = []
+    with Running(made, listening, drain=0):
+        whole, stream = (send(listening.getsockname(), LONG | {"stream": stream}) for stream in (False, True))
+        until(lambda: len(made.service.engine.active) == 2)
+        reading = [threading.Thread(target=lambda c=c: found.append(read_all(c))) for c in (whole, stream)]
+        for thread in reading:
+            thread.start()
+    for thread in reading:
+        thread.join()
+    one, other = sorted(found, key=lambda answer: b"text/event-stream" in answer)
+    assert one.startswith(b"HTTP/1.1 503") and json.loads(one.partition(b"\r\n\r\n")[2])["error"]["code"] == "closing"
+    assert b'"message": "the server is shutting down"' in other and b"[DONE]" in other
+    whole.close(), stream.close()
+
+
+def test_answers_go_on_while_a_long_text_is_turned_into_tokens():
+    class Slow(Letters):
+        def encode(self, text):
+            if len(text) > LONG_BODY:
+                begun.set()
+                assert go_on.wait(20)
+            return super().encode(text)
+
+    begun, go_on = threading.Event(), threading.Event()
+    made = server()
+    made.text = Slow()
+    listening = listen("127.0.0.1", 0)
+    with Running(made, listening), send(listening.getsockname(), {"prompt": "a" * 2 * LONG_BODY}) as long:
+        assert begun.wait(20)
+        with send(listening.getsockname(), LONG | {"max_tokens": 2}) as short:
+            assert b'"completion_tokens":2' in read_all(short)
+        go_on.set()
+        assert long.recv(1 << 16).startswith(b"HTTP/1.1 400")
 
 
 def test_events_of_one_service_reach_who_asked_while_others_come_and_go():

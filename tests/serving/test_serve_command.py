@@ -8,10 +8,12 @@ import pytest
 import torch
 from command_line import answer, run
 
+import regard
+from regard.backends.native import library
 from regard.contract import Unsupported
 from regard.measurement import units
 from regard.models import LanguageModel, LanguageModelConfig, save_pretrained
-from regard.serving.engine import Engine, Request
+from regard.serving.engine import Engine, Request, Row
 from regard.serving.language import LanguageReader
 from regard.serving.opened import open_model
 
@@ -34,6 +36,24 @@ def test_a_folder_of_train_is_opened_with_its_text(trained):
     assert opened.described.endswith("trained on 32 tokens at a time")
     assert "trained on" not in open_model(trained, rows=2, context=32).described
     assert opened.text.decode(opened.text.encode("aé")) == "aé"
+
+
+@pytest.mark.skipif(library.why_missing() is not None, reason="few rows are in bfloat16 without the native library")
+def test_a_compressed_model_is_served_as_it_computes_alone_whatever_else_is_in_the_batch(tmp_path, trained):
+    model = LanguageModel(LanguageModelConfig(256, dim=32, plan=["gated_linear", "softmax"], num_heads=2)).eval()
+    regard.compress(model, "int8", []).save(tmp_path)
+    (tmp_path / "training.json").write_text((trained / "training.json").read_text())
+    opened = open_model(tmp_path, rows=32, context=64)
+    assert opened.described.endswith("compressed by int8")
+    prompts = [torch.randint(256, (9,)).tolist() for _ in range(6)]
+    rows = [Row(Request(str(i), prompt, 1), i, prompt, None, pages=[i]) for i, prompt in enumerate(prompts)]
+    alone = [model(torch.tensor([prompt])).output[:, -1].detach() for prompt in prompts]
+    for some in ([0], range(6)):  # few tokens are multiplied with the codes, many with a copy of the weight
+        read = opened.reader.read([rows[i] for i in some], [prompts[i] for i in some])
+        wanted = torch.cat([alone[i] for i in some])
+        assert float((read - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
+    with pytest.raises(Unsupported, match="compressed model in bfloat16"):
+        open_model(tmp_path, dtype=torch.bfloat16)
 
 
 def test_what_cannot_be_served_is_said_before_anything_starts(capsys, tmp_path, trained):

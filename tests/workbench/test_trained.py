@@ -91,6 +91,15 @@ def test_a_budget_of_time_becomes_steps_by_what_one_takes(recall, tmp_path, monk
     assert 300 < found.record["settings"]["steps"] <= (0.93 * 40 - 0.5) / 0.1
 
 
+def test_a_run_that_is_refused_at_its_first_step_leaves_the_folder_to_others(recall, tmp_path):
+    def refuse(point, total, left):
+        raise Unsupported("a step")
+
+    with pytest.raises(Unsupported, match="a step"):
+        train_model(recall, settings(), tmp_path, on_step=refuse)
+    assert not list(tmp_path.iterdir())
+
+
 def test_several_mechanisms_are_refused(recall, tmp_path):
     with pytest.raises(Unsupported, match="compare"):
         train_model(recall, settings(mechanisms=("softmax", "linear")), tmp_path)
