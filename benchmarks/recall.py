@@ -24,10 +24,10 @@ from regard.models import LanguageModelConfig, count_parameters, match_parameter
 from regard.models.blocks import layer_accepts
 from regard.tasks.recall import RecallTask
 from regard.training import TrainConfig, evaluate, train
-from regard.workbench.layer_work import MIXING
-from regard.workbench.needs import RECALL, RECALL_TABLE, convolved
-from regard.workbench.settings import CompareSettings
-from regard.workbench.task_models import build
+from regard.workbench.advice.layer_work import MIXING
+from regard.workbench.advice.needs import RECALL, RECALL_TABLE, convolved
+from regard.workbench.comparison.settings import CompareSettings
+from regard.workbench.comparison.task_models import build
 
 RANKING = Path(__file__).parent.parent / "docs" / "data" / "ranking.json"
 SETTINGS = CompareSettings(("softmax",), Budget("tokens", 500_000.0))

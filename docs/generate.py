@@ -34,12 +34,12 @@ from regard.positions import list_positions
 from regard.reproductions import Outcome, collect, list_reproductions
 from regard.reproductions.framework.telling import measured_words, remarks
 from regard.studies import list_studies
-from regard.workbench import charts
-from regard.workbench.subjects import Subject, axes_of
-from regard.workbench.swapped import HOSTS
-from regard.workbench.swapped import MEANINGS as SWAP_MEANINGS
-from regard.workbench.swapped import TOLERANCES as SWAP_TOLERANCES
-from regard.workbench.verify import PROPERTIES
+from regard.workbench.reports import charts
+from regard.workbench.verification.subjects import Subject, axes_of
+from regard.workbench.verification.swapped import HOSTS
+from regard.workbench.verification.swapped import MEANINGS as SWAP_MEANINGS
+from regard.workbench.verification.swapped import TOLERANCES as SWAP_TOLERANCES
+from regard.workbench.verification.verify import PROPERTIES
 
 DOCS = Path(__file__).parent
 DATA = DOCS / "data"

@@ -9,8 +9,8 @@ from tables import table
 
 from regard.measurement import units
 from regard.measurement.statistics import pareto_front
-from regard.workbench import charts
-from regard.workbench.charts import Axis, ScatterPoint
+from regard.workbench.reports import charts
+from regard.workbench.reports.charts import Axis, ScatterPoint
 
 LEFT_OUT = (
     "Linear attention in place of softmax, and everything else that has to be trained back, is [retrofit](retrofit.md): it costs "

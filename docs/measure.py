@@ -46,10 +46,10 @@ from regard.reproductions import restore
 from regard.studies import get_study, list_studies, opened
 from regard.studies.framework.protocol import of_record
 from regard.training.memory import keep_freed_memory
+from regard.workbench.comparison.recommend import PUBLISHED
 from regard.workbench.profile import ProfileSettings, growth, profile
-from regard.workbench.recommend import PUBLISHED
-from regard.workbench.swapped import HOSTS, check_swap, hosts, swap_variants
-from regard.workbench.verify import PROGRAMS, PROPERTIES, Cell, verify
+from regard.workbench.verification.swapped import HOSTS, check_swap, hosts, swap_variants
+from regard.workbench.verification.verify import PROGRAMS, PROPERTIES, Cell, verify
 
 DATA = Path(__file__).parent / "data"
 TESTS = Path(__file__).parents[1] / "tests"

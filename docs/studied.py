@@ -9,8 +9,8 @@ from typing import Any
 from tables import table
 
 from regard.reproductions.framework.telling import measured_words, remarks
-from regard.workbench.section_pages import cell, draw
-from regard.workbench.sections import section
+from regard.workbench.reports.section_pages import cell, draw
+from regard.workbench.reports.sections import section
 
 
 def studies_page(data: Mapping[str, Any] | None) -> list[str]:

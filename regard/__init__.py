@@ -32,17 +32,17 @@ if TYPE_CHECKING:  # what is imported when it is asked for, for editors and type
     from regard.compression.compress import compress as compress
     from regard.integrations.swap import swap as swap
     from regard.layers.linear import accelerate as accelerate
-    from regard.workbench.advise import advise as advise
-    from regard.workbench.compare import compare as compare
+    from regard.workbench.advice.advise import advise as advise
+    from regard.workbench.comparison.compare import compare as compare
     from regard.workbench.profile import profile as profile
-    from regard.workbench.verify import verify as verify
+    from regard.workbench.verification.verify import verify as verify
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "accelerate": "regard.layers.linear",
-    "advise": "regard.workbench.advise",
-    "compare": "regard.workbench.compare",
+    "advise": "regard.workbench.advice.advise",
+    "compare": "regard.workbench.comparison.compare",
     "compress": "regard.compression.compress",
     "distributed": "regard.distributed",
     "functional": "regard.functional",
@@ -51,7 +51,7 @@ _LAZY = {
     "retrofit": "regard.retrofit",
     "swap": "regard.integrations",
     "unswap": "regard.integrations",
-    "verify": "regard.workbench.verify",
+    "verify": "regard.workbench.verification.verify",
 }
 
 

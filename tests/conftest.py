@@ -44,7 +44,7 @@ if (
 def _short_calibrations() -> Iterator[None]:
     """Of a comparison, which then tells another remaining time and nothing else."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regard.workbench.planning.CALIBRATION_SECONDS", 0.4)
+        patch.setattr("regard.workbench.comparison.planning.CALIBRATION_SECONDS", 0.4)
         yield
 
 

@@ -16,7 +16,7 @@ from regard.cli.arguments import read_lengths
 from regard.contract import Pattern
 from regard.tasks import list_tasks
 from regard.workbench.packages import OPTIONAL
-from regard.workbench.verify import verified_backends
+from regard.workbench.verification.verify import verified_backends
 
 
 def test_every_command_has_help_with_examples(capsys):

@@ -28,7 +28,7 @@ PLANTED = [
     (ONE_WAY, "engines.fourier", "layers.norms"),
     (ONE_WAY, "core.ragged", "backends"),
     (ONE_WAY, "mechanisms.linear", "models.language_model"),
-    (ONE_WAY, "workbench.compare", "reproductions.linear"),
+    (ONE_WAY, "workbench.comparison.compare", "reproductions.linear"),
     (WHICH_BACKEND, "mechanisms.linear", "backends"),
     (WHICH_BACKEND, "layers.norms", "backends.operators"),
     (LIBRARY, "engines.attention", "backends.native.library"),

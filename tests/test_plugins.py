@@ -13,7 +13,7 @@ from command_line import answer
 from regard import catalogue
 from regard.contract import Kind, Pattern
 from regard.layers import linear
-from regard.workbench.verify import PROGRAMS, PROPERTIES
+from regard.workbench.verification.verify import PROGRAMS, PROPERTIES
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples" / "mechanisms"

@@ -162,12 +162,12 @@ def compare(
         compare_from(context, source)
         return
     from regard.measurement.budget import Budget
-    from regard.workbench.compare import compare as run
-    from regard.workbench.compare import train_share
-    from regard.workbench.report import SCHEMA
-    from regard.workbench.settings import CompareSettings
-    from regard.workbench.summary_table import figures_table, terminal_table
-    from regard.workbench.task_models import default_mechanisms, fitting
+    from regard.workbench.comparison.compare import compare as run
+    from regard.workbench.comparison.compare import train_share
+    from regard.workbench.comparison.settings import CompareSettings
+    from regard.workbench.comparison.summary_table import figures_table, terminal_table
+    from regard.workbench.comparison.task_models import default_mechanisms, fitting
+    from regard.workbench.reports.report import SCHEMA
 
     def recognised(described: str) -> None:
         if not as_json:

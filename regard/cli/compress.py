@@ -225,7 +225,7 @@ def _plain_table(headings: Sequence[str], rows: Sequence[Sequence[str]], best: S
 
 def _data(data: list[str] | None, model: Path, *, needed: bool) -> Any:
     """A recipe without calibration needs no text, but a model of transformers is opened with one."""
-    from regard.workbench.trained import RECORD
+    from regard.workbench.trained.run import RECORD
 
     if data or needed or (model / RECORD).is_file():
         return data or None

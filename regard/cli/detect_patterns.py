@@ -61,9 +61,9 @@ def detect_patterns(
     """
     from regard.catalogue import get_mechanism, list_mechanisms
     from regard.contract import Pattern
-    from regard.workbench.layer_work import MIXING
-    from regard.workbench.patterns import detect
-    from regard.workbench.suspects import suspect
+    from regard.workbench.advice.layer_work import MIXING
+    from regard.workbench.detection.patterns import detect
+    from regard.workbench.detection.suspects import suspect
 
     load_plugins(plugin)
     expected = [Pattern.parse(name) for name in expect or ()]

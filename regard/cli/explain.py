@@ -56,10 +56,10 @@ def explain(
     from regard.tasks.segmentation import MaskReader
     from regard.tasks.segmentation.folders import PICTURES, files_of
     from regard.tasks.segmentation_3d import VolumeReader
-    from regard.workbench import explain as maps
-    from regard.workbench.reduced import reduced
-    from regard.workbench.segment import check_output, place_of
-    from regard.workbench.trained import open_trained
+    from regard.workbench.trained import explain as maps
+    from regard.workbench.trained.reduced import reduced
+    from regard.workbench.trained.run import open_trained
+    from regard.workbench.trained.segment import check_output, place_of
 
     trained = open_trained(folder)
     reader, model = trained.reader, trained.model(device)

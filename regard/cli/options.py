@@ -48,7 +48,7 @@ REDUCE = Annotated[
 
 def _there(device: str) -> str:
     if device != "cpu":  # torch is slow to import, and not every command needs it
-        from regard.workbench.layer_work import check_device
+        from regard.workbench.advice.layer_work import check_device
 
         check_device(device)
     return device

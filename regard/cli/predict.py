@@ -60,8 +60,8 @@ def predict(
     from regard.tasks.segmentation import MaskReader
     from regard.tasks.segmentation.folders import PICTURES, VOLUMES, files_of
     from regard.tasks.segmentation_3d import VolumeReader
-    from regard.workbench.reduced import reduced, told
-    from regard.workbench.trained import open_trained
+    from regard.workbench.trained.reduced import reduced, told
+    from regard.workbench.trained.run import open_trained
 
     at_least("top", top, 1)
     trained = open_trained(folder)
@@ -121,7 +121,7 @@ def _segment(
 ) -> None:
     """Tell the shares of the classes of each file, and write its mask; files that cannot be read are added to `skipped`."""
     from regard.tasks.segmentation import MaskReader
-    from regard.workbench import segment, segment_3d
+    from regard.workbench.trained import segment, segment_3d
 
     masks: Any = segment if isinstance(reader, MaskReader) else segment_3d
     if output is not None:

@@ -29,8 +29,8 @@ def report(
     """
     from regard.measurement.store import Store
     from regard.retrofit.folder import RECORD
-    from regard.workbench.compare import render_report
-    from regard.workbench.retrofit_report import write_retrofit_report
+    from regard.workbench.comparison.compare import render_report
+    from regard.workbench.reports.retrofit_report import write_retrofit_report
 
     file = folder / "results.db"
     if not file.is_file() and (folder / RECORD).is_file():

@@ -73,7 +73,7 @@ def retrofit(
         regard retrofit model.gguf --mechanism local:window=256 --data my_corpus.txt --output short/ --json
     """
     from regard.retrofit import retrofit as run
-    from regard.workbench.retrofit_report import write_retrofit_report
+    from regard.workbench.reports.retrofit_report import write_retrofit_report
 
     load_plugins(plugin)
     with showing(as_json) as (watch, say):

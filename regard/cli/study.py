@@ -134,7 +134,7 @@ def _tell_list(found: list[dict[str, Any]]) -> None:
 
 
 def _rows(rows: list[dict[str, Any]]) -> Table:
-    from regard.workbench.section_pages import cell
+    from regard.workbench.reports.section_pages import cell
 
     shown = Table(box=None, pad_edge=False, header_style="dim")
     for heading in rows[0]:

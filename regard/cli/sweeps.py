@@ -18,8 +18,8 @@ ENGINES = ("local", "ray")
 
 def enter_plugins(plugins: Sequence[Path]) -> list[Any]:
     """Load plugins, and of ``file.py:Class`` somebody's module; the modules of the plugins."""
-    from regard.workbench.adopted import adopt
-    from regard.workbench.suspects import FILE
+    from regard.workbench.detection.adopted import adopt
+    from regard.workbench.detection.suspects import FILE
 
     modules = []
     for file in plugins:

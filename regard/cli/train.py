@@ -191,8 +191,8 @@ def train(
     from regard.distributed.together import TORCHRUN, WAYS, joined, started_ranks
     from regard.measurement.budget import Budget
     from regard.tasks import create_task
-    from regard.workbench.settings import CompareSettings
-    from regard.workbench.trained import DIVERGED, chosen_weights, learned_from, train_model
+    from regard.workbench.comparison.settings import CompareSettings
+    from regard.workbench.trained.run import DIVERGED, chosen_weights, learned_from, train_model
 
     if monitor not in (None, MONITOR):
         raise Unsupported(f"--monitor {monitor}", supported=MONITOR, nearest=MONITOR)
@@ -260,14 +260,14 @@ def train(
     )
     master = None
     if teacher is not None:
-        from regard.workbench.teacher import Teacher
+        from regard.workbench.trained.teacher import Teacher
 
         master = Teacher.read(teacher, distil or "response", asked, device)
     elif distil is not None:
         raise Unsupported(f"--distil {distil} without a teacher", supported="--teacher FOLDER, of regard train")
     watcher = None
     if monitor is not None:
-        from regard.workbench.attention_monitor import AttentionMonitor
+        from regard.workbench.trained.attention_monitor import AttentionMonitor
 
         watcher = AttentionMonitor(asked, path=output / f"{MONITOR}.json")
     if not quiet:
@@ -331,7 +331,7 @@ def train(
 
 def _frozen(context: typer.Context, folder: Path, exits: str | None, device: str) -> Any:
     """The model whose exits are to be trained, without anything beside it that it decides itself."""
-    from regard.workbench.frozen import Frozen
+    from regard.workbench.trained.frozen import Frozen
 
     if exits is None:
         raise Unsupported("--frozen without exits to train", supported="--exits LAYERS", nearest="--exits all")

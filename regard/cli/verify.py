@@ -64,9 +64,9 @@ def verify(
     """
     from regard.measurement.store import Store
     from regard.models.variants import known_name
-    from regard.workbench.failures import grouped, kind
-    from regard.workbench.verify import KEY, Cell, Place, plan, unmeasured
-    from regard.workbench.verify import verify as run
+    from regard.workbench.verification.failures import grouped, kind
+    from regard.workbench.verification.verify import KEY, Cell, Place, plan, unmeasured
+    from regard.workbench.verification.verify import verify as run
 
     modules = load_plugins(plugin)
     if case is not None:
@@ -141,8 +141,8 @@ def _about(key: dict[str, str]) -> str:
 
 
 def _one_case(text: str, as_json: bool) -> None:
-    from regard.workbench.properties import Broken
-    from regard.workbench.random_cases import Case, run_case
+    from regard.workbench.verification.properties import Broken
+    from regard.workbench.verification.random_cases import Case, run_case
 
     case = Case.read(text)
     detail, error = "", None
@@ -161,8 +161,8 @@ def _one_case(text: str, as_json: bool) -> None:
 def _random_cases(names: list[str], count: int, patterns: list[str] | None, seed: int, as_json: bool) -> None:
     from regard.catalogue import get_mechanism
     from regard.contract import Pattern
-    from regard.workbench.random_cases import search, unreached_options
-    from regard.workbench.verify import verified_backends
+    from regard.workbench.verification.random_cases import search, unreached_options
+    from regard.workbench.verification.verify import verified_backends
 
     chosen = None if patterns is None else [Pattern.parse(p) for p in patterns]
     rows = []

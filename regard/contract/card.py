@@ -64,7 +64,7 @@ class Waiver:
     """A property of the equality matrix that a mechanism does not have, and where it does hold.
 
     Attributes:
-        property: name of the property in :mod:`regard.workbench.verify`.
+        property: name of the property in :mod:`regard.workbench.verification.verify`.
         reason: why it cannot hold in general.
         holds_with: options under which it holds and is tested; None where it never can.
         patterns: patterns concerned; all when empty.

@@ -7,7 +7,7 @@
     print(made.recommendation)
 
 The folder loads through ``AutoModelForCausalLM.from_pretrained`` after ``import regard.integrations.transformers``. The page
-of its results is written by :func:`regard.workbench.retrofit_report.write_retrofit_report`, as the command does.
+of its results is written by :func:`regard.workbench.reports.retrofit_report.write_retrofit_report`, as the command does.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ import numpy as np
 from regard.contract import Unsupported, at_least
 from regard.measurement import provenance, units
 from regard.models.weights import write_atomically
-from regard.workbench import charts
-from regard.workbench.report import pages
+from regard.workbench.reports import charts
+from regard.workbench.reports.report import pages
 
 PAGE, FIGURES = "load.html", "load.json"
 TIMES = ("first_p50", "first_p99", "between_p50", "between_p99")

@@ -21,7 +21,7 @@ from torch import Tensor
 from regard.catalogue import list_mechanisms, resolve
 from regard.contract import Context, Kind, Mechanism, Pattern, Unsupported
 from regard.create import create_layer
-from regard.workbench.subjects import Subject
+from regard.workbench.verification.subjects import Subject
 
 TOKENS, PHRASE = 24, 8
 """Tokens of the input, and of the phrase that it repeats."""

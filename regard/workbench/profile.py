@@ -22,9 +22,9 @@ from regard.measurement.statistics import growth_exponent
 from regard.measurement.timing import Timing, calm_clock, efficiency_length, interleaved, rounds
 from regard.models.variants import known_name
 from regard.training.memory import peak_memory
-from regard.workbench.cost import REFERENCE
-from regard.workbench.layer_work import DTYPES, WHAT, Decoding, LayerSettings, LayerWork, check_device
-from regard.workbench.subjects import Subject
+from regard.workbench.advice.layer_work import DTYPES, WHAT, Decoding, LayerSettings, LayerWork, check_device
+from regard.workbench.comparison.cost import REFERENCE
+from regard.workbench.verification.subjects import Subject
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
 
@@ -45,7 +45,7 @@ class ProfileSettings:
         layer: measure layers (:func:`regard.create_layer`) rather than functions.
         dim: width of the layers; heads * head_dim when None.
         device: a device of torch.
-        short_convolution: of the layers, as in :class:`regard.workbench.layer_work.LayerSettings`.
+        short_convolution: of the layers, as in :class:`regard.workbench.advice.layer_work.LayerSettings`.
     """
 
     mechanisms: tuple[str, ...]

@@ -20,9 +20,9 @@ from regard.retrofit.run import Say
 from regard.retrofit.settings import check_mechanism
 from regard.retrofit.stage import Progress, Watch
 from regard.retrofit.verdict import STATE_AT
-from regard.workbench.report import pages
-from regard.workbench.section_pages import parts_of_page
-from regard.workbench.sections import Curves, Points, Section
+from regard.workbench.reports.report import pages
+from regard.workbench.reports.section_pages import parts_of_page
+from regard.workbench.reports.sections import Curves, Points, Section
 
 RECORD = "retrofits.json"
 

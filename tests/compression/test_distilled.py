@@ -46,7 +46,7 @@ from regard.models.vision.mit import MiTConfig
 from regard.models.vision.segmentation import create_segmenter
 from regard.tasks import Task, create_task
 from regard.training import Point, TrainConfig, train
-from regard.workbench.teacher import Teacher
+from regard.workbench.trained.teacher import Teacher
 
 OWN, TOLD = (4, 6, 8, 16), (6, 8, 10, 12)
 

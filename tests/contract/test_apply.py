@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from regard import BlockMask, Mask, Unsupported, functional, get_mechanism, list_mechanisms
 from regard.apply import absorb, apply
 from regard.contract import Pattern
-from regard.workbench.subjects import Subject
+from regard.workbench.verification.subjects import Subject
 
 CONTINUING = list_mechanisms(kind="attention", pattern="causal-self", where=lambda card: card.state is not None)
 UNEVEN = [name for name in CONTINUING if get_mechanism(name).uneven]

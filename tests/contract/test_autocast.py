@@ -12,7 +12,7 @@ import torch
 
 from regard import backends, get_mechanism, list_mechanisms
 from regard.apply import memory_inputs, shared_inputs
-from regard.workbench.subjects import Subject
+from regard.workbench.verification.subjects import Subject
 
 CELLS = [(name, pattern) for name in list_mechanisms() for pattern in get_mechanism(name).patterns]
 SUMS = (

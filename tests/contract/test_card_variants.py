@@ -10,9 +10,9 @@ from support import refused
 
 from regard import Pattern, create_layer, get_mechanism, list_mechanisms
 from regard.create import build_layer
-from regard.workbench.properties.layers import DIM, HEADS
-from regard.workbench.random_cases import unreached_options
-from regard.workbench.subjects import Subject
+from regard.workbench.verification.properties.layers import DIM, HEADS
+from regard.workbench.verification.random_cases import unreached_options
+from regard.workbench.verification.subjects import Subject
 
 
 @pytest.mark.parametrize("name", list_mechanisms())

@@ -7,7 +7,7 @@ import torch
 
 from regard import get_mechanism
 from regard.contract import Pattern, Shape
-from regard.workbench.subjects import Subject
+from regard.workbench.verification.subjects import Subject
 
 SPARSE = ("bigbird", "block_sparse", "diagonal", "local", "longformer", "sparse_strided", "transformer_xl")
 PLACES = {"transformer_xl"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regard import get_mechanism, list_mechanisms
-from regard.workbench.subjects import Subject, axes_of
+from regard.workbench.verification.subjects import Subject, axes_of
 
 ROWS = 100
 NOT_LINEAR = {("combiner", v) for v in ("rows", "rows, weighted sums", "rows, projected sums")}

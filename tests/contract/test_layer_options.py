@@ -10,9 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from regard import Context, Kind, Pattern, Unsupported, create_layer, get_mechanism, list_mechanisms
 from regard.create import build_layer
-from regard.workbench.properties.layers import DIM, HEADS, LAYER_PROPERTIES, LayerSubject, sequences
-from regard.workbench.subjects import Subject
-from regard.workbench.verify import Place, check
+from regard.workbench.verification.properties.layers import DIM, HEADS, LAYER_PROPERTIES, LayerSubject, sequences
+from regard.workbench.verification.subjects import Subject
+from regard.workbench.verification.verify import Place, check
 
 OPTIONS = {
     "short_convolution": 4,

@@ -9,7 +9,7 @@ import torch
 
 from regard import get_mechanism, list_mechanisms
 from regard.contract import Kind, Pattern, Unsupported
-from regard.workbench.verify import PROGRAMS, PROPERTIES, Place, check, plan, verified_backends
+from regard.workbench.verification.verify import PROGRAMS, PROPERTIES, Place, check, plan, verified_backends
 
 ALL = bool(os.environ.get("REGARD_TEST_ALL"))
 """Every program in every pattern, as `make test-all` and `make matrix` have it: an hour."""

@@ -8,7 +8,7 @@ from support import close
 
 from regard import get_mechanism, list_mechanisms
 from regard.contract import Pattern
-from regard.workbench.subjects import Subject
+from regard.workbench.verification.subjects import Subject
 
 CASES = [
     (name, variant)

@@ -7,7 +7,7 @@ import pytest
 from regard import get_mechanism, list_mechanisms
 from regard.contract import Pattern, Shape
 from regard.mechanisms.landmark import RETRIEVING
-from regard.workbench.subjects import Subject, axes_of
+from regard.workbench.verification.subjects import Subject, axes_of
 
 ROUGH = {"agent", "combiner", "kernelized_rpe", "large_kernel", "mamba", "reformer", "routing", "s4d", "sea"}
 """Their costs round, or take sizes from options that the inputs of functions do not have to follow."""

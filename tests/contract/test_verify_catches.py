@@ -17,7 +17,7 @@ from regard.engines import recurrent_forms
 from regard.engines.recurrent_forms import MatrixState
 from regard.layers.parts import Projection
 from regard.mechanisms import linear, softmax
-from regard.workbench.verify import PROPERTIES, Place, check
+from regard.workbench.verification.verify import PROPERTIES, Place, check
 
 CAUSAL, NONCAUSAL, CROSS = Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF, Pattern.NONCAUSAL_CROSS
 LINEAR, SOFTMAX = get_mechanism("linear"), get_mechanism("softmax")

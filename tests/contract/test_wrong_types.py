@@ -14,7 +14,7 @@ from regard.catalogue import list_mechanisms
 from regard.create import build_layer
 from regard.functional import function_name
 from regard.models import Encoder, EncoderConfig, LanguageModel, LanguageModelConfig
-from regard.workbench.subjects import Subject
+from regard.workbench.verification.subjects import Subject
 
 WRONG = [3, -1, 2.5, float("nan"), "x", (1, 2), [1], {}, {"weights"}, True, None, object()]
 WRONG += [torch.ones(2), torch.ones(2, 2)]

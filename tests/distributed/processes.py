@@ -24,9 +24,9 @@ from regard.models import LanguageModel, LanguageModelConfig
 from regard.models.weights import distinct_tensors
 from regard.tasks.protocol import IGNORED, Batch, Task, counter_generator
 from regard.training import TrainConfig, train
-from regard.workbench.settings import CompareSettings
-from regard.workbench.subjects import Subject
-from regard.workbench.trained import train_model
+from regard.workbench.comparison.settings import CompareSettings
+from regard.workbench.trained.run import train_model
+from regard.workbench.verification.subjects import Subject
 
 
 def join(rank: int, ranks: int, store: str) -> None:
@@ -193,7 +193,7 @@ def train_a_folder(rank: int, folder: Path) -> None:
     )
     settings = replace(settings, batch_tokens=64, lengths=(12,))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regard.workbench.planning.CALIBRATION_SECONDS", 0.4)
+        patch.setattr("regard.workbench.comparison.planning.CALIBRATION_SECONDS", 0.4)
         found = train_model(Repeating(), settings, folder / "sharded", best_of=4, parallel="fsdp")
         expected = train_model(Repeating(), settings, folder / f"alone-{rank}", best_of=4)
     assert found.record["score"] == pytest.approx(expected.record["score"], abs=1e-5)

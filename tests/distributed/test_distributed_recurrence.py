@@ -10,7 +10,7 @@ from regard import get_mechanism, list_mechanisms
 from regard.apply import apply
 from regard.contract import Pattern
 from regard.distributed import DistributedRecurrence
-from regard.workbench.subjects import Subject
+from regard.workbench.verification.subjects import Subject
 
 RECURRENT = list_mechanisms(pattern="causal-self", recurrent=True)
 

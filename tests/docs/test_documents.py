@@ -22,7 +22,7 @@ from regard.cli import app
 from regard.contract import Pattern
 from regard.models.variants import read_variant
 from regard.reproductions import list_reproductions
-from regard.workbench.verify import PROPERTIES
+from regard.workbench.verification.verify import PROPERTIES
 
 ROOT = Path(__file__).parents[2]
 GENERATED = {

@@ -10,8 +10,8 @@ from support import close, shaken
 
 from regard import Context, Mask, Unsupported, create_layer, get_mechanism
 from regard.contract import Pattern
-from regard.workbench.properties.layers import LAYER_PROPERTIES
-from regard.workbench.verify import Place, check
+from regard.workbench.verification.properties.layers import LAYER_PROPERTIES
+from regard.workbench.verification.verify import Place, check
 
 DIM = 24
 

@@ -15,8 +15,8 @@ from regard.create import create_layer
 from regard.functional import agent_attention
 from regard.layers.parts import LayerCall
 from regard.mechanisms.agent import MECHANISM, BiasTables, Config
-from regard.workbench.properties.layers import layer_padding
-from regard.workbench.subjects import Subject
+from regard.workbench.verification.properties.layers import layer_padding
+from regard.workbench.verification.subjects import Subject
 
 SELF = "noncausal-self"
 NONCAUSAL = ["noncausal-self", "noncausal-cross"]

@@ -25,8 +25,8 @@ from regard.mechanisms.bidirectional_mamba import (
     sample_inputs,
     scan_orders,
 )
-from regard.workbench.properties.layers import layer_padding
-from regard.workbench.subjects import Subject
+from regard.workbench.verification.properties.layers import layer_padding
+from regard.workbench.verification.subjects import Subject
 
 NONCAUSAL = Pattern.NONCAUSAL_SELF
 THROUGH_GRIDS = [scan for scan in SCANS if scan != "cascade"]

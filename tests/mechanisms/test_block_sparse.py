@@ -34,8 +34,8 @@ from regard.create import create_layer
 from regard.engines import attention_forms
 from regard.mechanisms.block_sparse import MECHANISM, Config, visible_blocks, visible_pairs
 from regard.models import LanguageModel, LanguageModelConfig, from_pretrained, save_pretrained
-from regard.workbench.properties import FUNCTION_PROPERTIES
-from regard.workbench.verify import PROGRAMS, Place, check
+from regard.workbench.verification.properties import FUNCTION_PROPERTIES
+from regard.workbench.verification.verify import PROGRAMS, Place, check
 
 HEADS = 2
 USER = (torch.rand(HEADS, 40, 40, generator=torch.Generator().manual_seed(4)) < 0.4).tolist()

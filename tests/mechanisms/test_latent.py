@@ -10,7 +10,7 @@ from regard.contract import ALL_PATTERNS, Pattern
 from regard.create import create_layer
 from regard.mechanisms import latent
 from regard.mechanisms.latent import MECHANISM
-from regard.workbench.subjects import Subject
+from regard.workbench.verification.subjects import Subject
 
 run = calls(MECHANISM)
 

@@ -15,7 +15,7 @@ from regard.contract import ALL_PATTERNS, Pattern
 from regard.create import create_layer
 from regard.engines.selective_scan import selective_scan_reference
 from regard.mechanisms.mamba import MECHANISM, MambaLayer
-from regard.workbench.subjects import Subject
+from regard.workbench.verification.subjects import Subject
 
 run = calls(MECHANISM)
 OPTIONS = [

@@ -14,7 +14,7 @@ from regard.create import create_layer
 from regard.engines.recurrent_forms import MatrixState
 from regard.layers.state_space import GatedRMSNorm
 from regard.mechanisms.mamba2 import MECHANISM, Mamba2Layer
-from regard.workbench.subjects import Subject
+from regard.workbench.verification.subjects import Subject
 
 run = calls(MECHANISM)
 

@@ -18,8 +18,8 @@ from regard.layers import chosen_heads
 from regard.mechanisms.mixture_of_heads import MECHANISM, head_usage, usage_entropy
 from regard.models import LanguageModel, LanguageModelConfig, count_parameters, from_pretrained, save_pretrained
 from regard.training import head_importance, mix_heads
-from regard.workbench.properties.layers import layer_decoding
-from regard.workbench.subjects import Subject
+from regard.workbench.verification.properties.layers import layer_decoding
+from regard.workbench.verification.subjects import Subject
 
 WANT_GATES = frozenset({"gates"})
 TWO_AND_TWO = {"shared_heads": 2, "active_heads": 2}

@@ -14,7 +14,7 @@ from regard.contract import Context, Pattern
 from regard.create import create_layer
 from regard.layers.parts import LayerCall
 from regard.mechanisms.mlstm import MECHANISM, MemoryState
-from regard.workbench.subjects import Subject, in_float64
+from regard.workbench.verification.subjects import Subject, in_float64
 
 run = calls(MECHANISM)
 

@@ -19,8 +19,8 @@ from regard.create import create_layer
 from regard.layers.head_norm import HEAD_NORMS
 from regard.mechanisms.norm_linear import MAPS, MECHANISM, Config
 from regard.positions import create_positions
-from regard.workbench.properties.layers import layer_padding
-from regard.workbench.subjects import Subject
+from regard.workbench.verification.properties.layers import layer_padding
+from regard.workbench.verification.subjects import Subject
 
 MAP = {
     "elu": lambda x: 1 + F.elu(x),

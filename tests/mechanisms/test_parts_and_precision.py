@@ -11,7 +11,7 @@ from support import close
 from regard import get_mechanism
 from regard.backends import only
 from regard.contract import Pattern
-from regard.workbench.subjects import Subject, in_float64
+from regard.workbench.verification.subjects import Subject, in_float64
 
 SEGMENTS = "regard.engines.segment_attention.PAIRS_AT_ONCE"
 TOEPLITZ = "regard.mechanisms.kernelized_rpe.forms.NUMBERS_AT_ONCE"

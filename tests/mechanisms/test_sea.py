@@ -20,10 +20,10 @@ from regard.layers.parts import LayerCall
 from regard.mechanisms.sea import MECHANISM, Estimator
 from regard.mechanisms.sea import layer as estimation
 from regard.training import peak_memory
-from regard.workbench.properties.layers import LAYER_PROPERTIES
-from regard.workbench.properties.states import split_and_resume
-from regard.workbench.subjects import Subject
-from regard.workbench.verify import Place, check
+from regard.workbench.verification.properties.layers import LAYER_PROPERTIES
+from regard.workbench.verification.properties.states import split_and_resume
+from regard.workbench.verification.subjects import Subject
+from regard.workbench.verification.verify import Place, check
 
 WEIGHTS = frozenset({"weights"})
 

@@ -16,7 +16,7 @@ from regard.create import create_layer
 from regard.layers.parts import LayerCall
 from regard.mechanisms.selective_temperature import MECHANISM
 from regard.training.optimizer import parameter_groups
-from regard.workbench.subjects import Subject
+from regard.workbench.verification.subjects import Subject
 
 run, softmax = calls(MECHANISM), calls(get_mechanism("softmax"))
 inputs = Subject(MECHANISM, Pattern.CAUSAL_SELF, {"k_temperature": "both"}).inputs

@@ -14,7 +14,7 @@ from regard.contract import Pattern
 from regard.create import create_layer
 from regard.mechanisms.transformer_xl import MECHANISM, share_biases
 from regard.models import LanguageModel, LanguageModelConfig
-from regard.workbench.subjects import Subject
+from regard.workbench.verification.subjects import Subject
 
 OPTIONS: list[dict[str, Any]] = [
     {"segment": 4, "memory": 6},

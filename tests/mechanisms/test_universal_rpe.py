@@ -21,7 +21,7 @@ from regard.mechanisms.universal_rpe import MECHANISM
 from regard.mechanisms.universal_rpe import forms as universal_rpe
 from regard.positions import Relative
 from regard.positions.toeplitz import at_offsets
-from regard.workbench.verify import PROPERTIES, Place, check
+from regard.workbench.verification.verify import PROPERTIES, Place, check
 
 run = calls(MECHANISM, "noncausal-self")
 

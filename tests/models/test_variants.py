@@ -6,7 +6,7 @@ from model_checks import small
 from regard import Unsupported, create_layer, get_mechanism
 from regard.catalogue import unregister
 from regard.models.variants import known_name, read_variant, read_variants, written_layers
-from regard.workbench.verify import verify
+from regard.workbench.verification.verify import verify
 
 
 @pytest.mark.parametrize(

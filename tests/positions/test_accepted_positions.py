@@ -11,9 +11,9 @@ from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import ACTS_LIKE, TURNED_BEFORE, Kind, Unsupported
 from regard.create import create_layer
 from regard.positions import SCHEMES, list_positions
-from regard.workbench.properties.layers import LAYER_PROPERTIES, LayerSubject
-from regard.workbench.subjects import Subject
-from regard.workbench.verify import Place, check
+from regard.workbench.verification.properties.layers import LAYER_PROPERTIES, LayerSubject
+from regard.workbench.verification.subjects import Subject
+from regard.workbench.verification.verify import Place, check
 
 ATTENTION = list_mechanisms(kind=Kind.ATTENTION)
 INSIDE = [name for name in list_positions() if SCHEMES[name].rotate is not None or SCHEMES[name].bias is not None]

@@ -13,7 +13,7 @@ from regard.retrofit.hosts import open_host
 from regard.retrofit.inserting import rebuilt
 from regard.retrofit.settings import as_papers_begin
 from regard.retrofit.stage import relative_groups
-from regard.workbench.retrofit_report import write_retrofit_report
+from regard.workbench.reports.retrofit_report import write_retrofit_report
 
 SHORT = {**WORK, "lengths": (64,), "evaluation_blocks": 1}
 LANDMARK = "landmark:block=7,top_k=2,chunk=24"

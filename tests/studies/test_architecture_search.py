@@ -13,10 +13,10 @@ from regard.studies import get_study
 from regard.studies.architecture_search import attention_flops, scratch
 from regard.studies.architecture_search.task import ASK, KEYS, SYMBOLS, RecallAndMajority
 from regard.tasks import IGNORED, check_task
+from regard.workbench.comparison.task_models import build
 from regard.workbench.search.costs import NetworkBudget
 from regard.workbench.search.settings import SearchSettings
 from regard.workbench.search.space import Choices, Space
-from regard.workbench.task_models import build
 
 STUDY = get_study("architecture-search")
 

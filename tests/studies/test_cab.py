@@ -22,8 +22,8 @@ from regard.studies.framework.protocol import Chosen
 from regard.studies.framework.report import render_study
 from regard.tasks import create_task, voices
 from regard.tasks.documents import Document
-from regard.workbench.adopted import adopt
-from regard.workbench.sections import section
+from regard.workbench.detection.adopted import adopt
+from regard.workbench.reports.sections import section
 
 NS, CS, NC, CC = Pattern
 EXAMPLES = Path(__file__).parents[2] / "docs/examples/mechanisms"

@@ -12,8 +12,8 @@ from regard.reproductions.framework.judging import measured
 from regard.studies import Chosen, Curves, Heat, Points, Section, Study, get_study, list_studies
 from regard.studies.framework import catalogue
 from regard.studies.framework.report import render_study
-from regard.workbench.section_pages import draw
-from regard.workbench.sections import section
+from regard.workbench.reports.section_pages import draw
+from regard.workbench.reports.sections import section
 
 
 @pytest.fixture

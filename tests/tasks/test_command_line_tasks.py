@@ -16,8 +16,8 @@ from regard.contract import Pattern
 from regard.measurement.budget import Budget
 from regard.models.registry import served
 from regard.tasks import TASKS
-from regard.workbench.settings import CompareSettings
-from regard.workbench.task_models import default_mechanisms, fitting
+from regard.workbench.comparison.settings import CompareSettings
+from regard.workbench.comparison.task_models import default_mechanisms, fitting
 
 
 def table(path):

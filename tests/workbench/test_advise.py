@@ -12,14 +12,14 @@ from support import watched
 
 from regard import Pattern, Unsupported, get_mechanism, list_mechanisms
 from regard.measurement.store import Store
-from regard.workbench import needs
-from regard.workbench.advise import AdviseSettings, advise, read_quality
-from regard.workbench.advise_check import Errors, check, errors_of
-from regard.workbench.advise_text import advice_text, errors_table, short_text
-from regard.workbench.layer_work import MIXING, LayerSettings, LayerWork
-from regard.workbench.pasted import code_for
-from regard.workbench.probe import probe
-from regard.workbench.samples import SURE, Sample
+from regard.workbench.advice import needs
+from regard.workbench.advice.advise import AdviseSettings, advise, read_quality
+from regard.workbench.advice.check import Errors, check, errors_of
+from regard.workbench.advice.layer_work import MIXING, LayerSettings, LayerWork
+from regard.workbench.advice.pasted import code_for
+from regard.workbench.advice.probe import probe
+from regard.workbench.advice.samples import SURE, Sample
+from regard.workbench.advice.text import advice_text, errors_table, short_text
 
 pytestmark = pytest.mark.usefixtures("_own_cache")
 
@@ -372,7 +372,7 @@ def test_the_check_finds_the_errors_of_predictions():
 
 
 def test_the_check_measures_goes_on_and_forgets_when_asked(monkeypatch):
-    import regard.workbench.advise_check as module
+    import regard.workbench.advice.check as module
 
     settings = AdviseSettings(mechanisms=("linear", "mamba2"), **SMALL, what=("forward",), seconds=0.2)
     calls = watched(monkeypatch, module, "profile", lambda settings: settings)
@@ -385,7 +385,7 @@ def test_the_check_measures_goes_on_and_forgets_when_asked(monkeypatch):
 
 
 def test_a_disturbance_in_one_pass_of_the_check_is_no_error_of_a_prediction(monkeypatch):
-    import regard.workbench.advise_check as module
+    import regard.workbench.advice.check as module
 
     settings = AdviseSettings(mechanisms=("linear",), **SMALL, what=("forward",), seconds=0.2)
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import regard
-from regard.workbench import samples
-from regard.workbench.layer_work import LayerSettings
-from regard.workbench.probe import probe
-from regard.workbench.samples import Cache, Sample, cache_folder
+from regard.workbench.advice import samples
+from regard.workbench.advice.layer_work import LayerSettings
+from regard.workbench.advice.probe import probe
+from regard.workbench.advice.samples import Cache, Sample, cache_folder
 
 pytestmark = pytest.mark.usefixtures("_own_cache")
 
@@ -150,7 +150,7 @@ def test_what_would_take_too_long_is_left_out_and_said():
 
 
 def test_what_would_not_fit_in_the_machine_s_memory_is_left_out(monkeypatch):
-    monkeypatch.setattr("regard.workbench.probe.room", lambda: 100 * 1000)
+    monkeypatch.setattr("regard.workbench.advice.probe.room", lambda: 100 * 1000)
     found = measured(fake := Fake(), (16, 64, 1024))
     assert {n for _, n, _ in fake.asked} == {16, 64} and len(found.left) == 4
 

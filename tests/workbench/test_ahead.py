@@ -14,11 +14,11 @@ from regard import Unsupported
 from regard.measurement.budget import Budget
 from regard.measurement.store import Store
 from regard.tasks import create_task
-from regard.workbench.ahead import make_ahead
-from regard.workbench.compare import compare
-from regard.workbench.settings import CompareSettings
-from regard.workbench.trainer import Trainer
-from regard.workbench.work import Work
+from regard.workbench.comparison.ahead import make_ahead
+from regard.workbench.comparison.compare import compare
+from regard.workbench.comparison.settings import CompareSettings
+from regard.workbench.comparison.trainer import Trainer
+from regard.workbench.comparison.work import Work
 
 SETTINGS = CompareSettings(
     ("softmax", "linear"), Budget.parse("20 steps"), seeds=3, dim=16, layers=1, heads=2, batch_tokens=256, lengths=(16,)

@@ -11,9 +11,9 @@ from support import refused
 from regard.measurement.budget import Budget
 from regard.models import Encoder, EncoderConfig, LanguageModel, LanguageModelConfig
 from regard.tasks import Batch, create_task
-from regard.workbench.attention_monitor import AttentionMonitor, snapped
-from regard.workbench.settings import CompareSettings
-from regard.workbench.trained import train_model
+from regard.workbench.comparison.settings import CompareSettings
+from regard.workbench.trained.attention_monitor import AttentionMonitor, snapped
+from regard.workbench.trained.run import train_model
 
 RECALL = {"pairs": 3, "queries": 4, "length": 14, "vocab_size": 8, "evaluation_items": 16}
 

@@ -17,9 +17,9 @@ from regard.contract import Pattern
 from regard.measurement.budget import Budget
 from regard.tasks import Batch, Task, counter_generator
 from regard.training import WeightAverage
-from regard.workbench.best_weights import BestWeights, moments
-from regard.workbench.settings import CompareSettings
-from regard.workbench.trained import BEST, CHECKPOINT, LAST, open_trained, train_model
+from regard.workbench.comparison.settings import CompareSettings
+from regard.workbench.trained.best_weights import BestWeights, moments
+from regard.workbench.trained.run import BEST, CHECKPOINT, LAST, open_trained, train_model
 
 Image = pytest.importorskip("PIL.Image")
 SMALL_VAN = "van_nano:widths=[8,16],depths=[1,1],expansions=[2,2],strides=[2,2]"
@@ -87,7 +87,7 @@ def test_the_mean_of_the_weights_is_kept_where_it_is_better_and_the_model_goes_o
 
 
 def test_an_interrupted_look_is_finished_first(tmp_path, monkeypatch):
-    from regard.workbench import best_weights
+    from regard.workbench.trained import best_weights
 
     looks = []
 
@@ -110,9 +110,9 @@ def test_an_interrupted_look_is_finished_first(tmp_path, monkeypatch):
 RUN = """
 import os, signal, sys
 from regard.tasks import create_task
-from regard.workbench import trained
+from regard.workbench.trained import run as trained
 from regard.measurement.budget import Budget
-from regard.workbench.settings import CompareSettings
+from regard.workbench.comparison.settings import CompareSettings
 
 def train(data, folder, kill=None):
     task = create_task("images", data=data, size=16, patch=4, augment="standard", mix=0.7, held_out=0.5)

@@ -18,13 +18,13 @@ from regard.measurement.statistics import FEWEST_ITEMS
 from regard.measurement.store import Store
 from regard.models import StackConfig, count_parameters, from_pretrained
 from regard.tasks import create_task
-from regard.workbench.compare import compare, render_report, train_share
-from regard.workbench.planning import OF_SOLVABLE, share_steps
-from regard.workbench.settings import MORE_RATES, CompareSettings
-from regard.workbench.task_models import build, fitting
-from regard.workbench.trained import open_trained
-from regard.workbench.trainer import Trainer
-from regard.workbench.work import Work
+from regard.workbench.comparison.compare import compare, render_report, train_share
+from regard.workbench.comparison.planning import OF_SOLVABLE, share_steps
+from regard.workbench.comparison.settings import MORE_RATES, CompareSettings
+from regard.workbench.comparison.task_models import build, fitting
+from regard.workbench.comparison.trainer import Trainer
+from regard.workbench.comparison.work import Work
+from regard.workbench.trained.run import open_trained
 
 MECHANISMS = ("softmax", "linear", "gated_linear")
 
@@ -159,7 +159,7 @@ def test_a_busy_moment_tells_nothing_of_the_pace_a_minute_later(tmp_path, monkey
         return {"search": {"loss": 1.0}}
 
     monkeypatch.setattr(Trainer, "_measure", measured)
-    monkeypatch.setattr("regard.workbench.trainer.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("regard.workbench.comparison.trainer.time.monotonic", lambda: clock[0])
     work = Work(recall(), settings(mechanisms=("linear",)))
     work.steps, work.step_seconds, work.evaluation_seconds = {"linear": 10}, {"linear": 1.0}, {"linear": 0.0}
     with Store(tmp_path / "results.db") as store:
@@ -203,8 +203,8 @@ def test_another_lowest_seed_repeats_the_comparison_by_other_draws(tmp_path):
 
 def test_a_slower_machine_gets_fewer_steps(tmp_path, monkeypatch):
     """Every step takes longer than in the calibration: what is left is planned again, and said."""
-    monkeypatch.setattr("regard.workbench.planning.FEWEST_STEPS", 1)
-    monkeypatch.setattr("regard.workbench.trainer.FEWEST_STEPS", 1)
+    monkeypatch.setattr("regard.workbench.comparison.planning.FEWEST_STEPS", 1)
+    monkeypatch.setattr("regard.workbench.comparison.trainer.FEWEST_STEPS", 1)
     slow = Trainer._measure
 
     def slowed(self, work, name, rate, seed):
@@ -265,7 +265,7 @@ def test_what_cannot_be_matched_is_left_out_of_all_with_the_reason():
 
 
 def test_a_time_budget_is_planned_once_so_that_a_resumed_comparison_agrees(tmp_path, monkeypatch):
-    monkeypatch.setattr("regard.workbench.planning.FEWEST_STEPS", 1)
+    monkeypatch.setattr("regard.workbench.comparison.planning.FEWEST_STEPS", 1)
     chosen = settings(mechanisms=("softmax", "linear"), budget=Budget.parse("12s"), seeds=1)
     compare([recall()], chosen, tmp_path)
     outcome = compare([recall()], chosen, tmp_path)
@@ -314,7 +314,7 @@ LINE = """compare --task recall:pairs=2,queries=4,vocab_size=16,evaluation_items
 --budget '60k tokens' --seeds 2 --dim 16 --layers 1 --heads 2 --lengths 16,32 --at-length 32 --frame convolution
 --rates 0.003,0.01 --output"""
 PROGRAM = """from regard.cli import main
-from regard.workbench import planning
+from regard.workbench.comparison import planning
 planning.CALIBRATION_SECONDS = 0.4
 main()"""
 SCHEMA = Path(__file__).parents[2] / "docs" / "schema" / "compare.json"

@@ -15,10 +15,10 @@ from regard.models import count_parameters as count
 from regard.models.variants import read_variant
 from regard.tasks import Baseline, Batch, Task, absolute_error, counter_generator, create_task, squared_error_by_item
 from regard.training import TrainConfig, evaluate, train
-from regard.workbench.compare import compare
-from regard.workbench.settings import CompareSettings
-from regard.workbench.task_models import build, model_config
-from regard.workbench.work import Work
+from regard.workbench.comparison.compare import compare
+from regard.workbench.comparison.settings import CompareSettings
+from regard.workbench.comparison.task_models import build, model_config
+from regard.workbench.comparison.work import Work
 
 MECHANISMS = ("softmax", "linear")
 

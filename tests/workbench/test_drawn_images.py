@@ -12,8 +12,8 @@ from report_examples import example
 
 from regard.models import LanguageModel, config_for
 from regard.tasks import create_task
-from regard.workbench.drawn_images import SHOWN, completed
-from regard.workbench.report import render
+from regard.workbench.reports.drawn_images import SHOWN, completed
+from regard.workbench.reports.report import render
 
 pytest.importorskip("sklearn")
 Image = pytest.importorskip("PIL.Image")

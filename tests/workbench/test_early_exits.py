@@ -9,7 +9,7 @@ import torch
 from command_line import answer, run
 
 from regard.models import exit_layers, from_pretrained, set_exit_rule
-from regard.workbench.trained import open_trained
+from regard.workbench.trained.run import open_trained
 
 SIZES = "--budget '24 steps' --dim 16 --heads 2 --frame bare --batch-tokens 128"
 LISTS = f"--task listops:length=16,depth=2,evaluation_items=32 --layers 3 --mechanism linear {SIZES}"
@@ -17,7 +17,7 @@ LISTS = f"--task listops:length=16,depth=2,evaluation_items=32 --layers 3 --mech
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regard.workbench.early_exits.SECONDS", 0.0)
+    monkeypatch.setattr("regard.workbench.trained.early_exits.SECONDS", 0.0)
 
 
 def test_a_classifier_learns_exits_alone_and_each_rule_is_told_with_its_depth(quick, tmp_path, capsys):
@@ -98,8 +98,8 @@ def test_what_does_not_fit_is_one_sentence_and_leaves_nothing(line, words, tmp_p
 def trained_lists(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from regard.measurement.budget import Budget
     from regard.tasks import create_task
-    from regard.workbench.settings import CompareSettings
-    from regard.workbench.trained import train_model
+    from regard.workbench.comparison.settings import CompareSettings
+    from regard.workbench.trained.run import train_model
 
     folder = tmp_path_factory.mktemp("lists")
     settings = CompareSettings(

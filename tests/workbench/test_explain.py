@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from regard.contract import Context, Result
 from regard.models.image_model import ImageModel, ImageModelConfig
 from regard.models.vision.vit import VisionTransformer, VisionTransformerConfig
-from regard.workbench.explain import agents, draw, explain, occlusion, regions, rollout
+from regard.workbench.trained.explain import agents, draw, explain, occlusion, regions, rollout
 
 SMALL: dict[str, Any] = {"image_size": 32, "patch": 8, "dim": 12, "num_layers": 2, "num_heads": 2, "num_classes": 3}
 

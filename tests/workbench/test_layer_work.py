@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from regard import Pattern, Unsupported, get_mechanism, list_mechanisms
-from regard.workbench.layer_work import MIXING, LayerSettings, LayerWork
+from regard.workbench.advice.layer_work import MIXING, LayerSettings, LayerWork
 from regard.workbench.profile import ProfileSettings, measure_memory, profile
 
 CAUSAL = Pattern.CAUSAL_SELF

@@ -34,8 +34,8 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["regard"])
         from regard.tasks import create_task
-        from regard.workbench.settings import CompareSettings
-        from regard.workbench.trained import train_model
+        from regard.workbench.comparison.settings import CompareSettings
+        from regard.workbench.trained.run import train_model
 
         task = create_task("text", data=str(place / "text.txt"), length=32)
         sizes = {"dim": 32, "layers": 2, "heads": 2, "seeds": 1, "rates": (1e-2,), "lengths": (32,), "batch_tokens": 64}

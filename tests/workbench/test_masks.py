@@ -16,8 +16,8 @@ from regard.contract import Context, Result
 from regard.core.patches import joined
 from regard.tasks import create_task
 from regard.tasks.segmentation.folders import PICTURES
-from regard.workbench import mask_pictures
-from regard.workbench.segment import likeliest, place_of, segment, write
+from regard.workbench.reports import mask_pictures
+from regard.workbench.trained.segment import likeliest, place_of, segment, write
 
 Image = pytest.importorskip("PIL.Image")
 

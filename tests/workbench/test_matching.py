@@ -18,10 +18,10 @@ from regard.models.vision import list_backbones, read_backbone
 from regard.models.vision.scaling import scaled_widths
 from regard.models.vision.vit import VisionTransformer
 from regard.tasks import create_task
-from regard.workbench import matching
-from regard.workbench.matching import flops, match, sentence, with_options
-from regard.workbench.settings import CompareSettings
-from regard.workbench.work import Work
+from regard.workbench.comparison import matching
+from regard.workbench.comparison.matching import flops, match, sentence, with_options
+from regard.workbench.comparison.settings import CompareSettings
+from regard.workbench.comparison.work import Work
 
 pytest.importorskip("sklearn")
 SMALL = ("van_nano:widths=[8,12,16]", "mixer_nano:width=32,hidden=48,depth=2,token_hidden=8", "vit_nano:num_layers=1")

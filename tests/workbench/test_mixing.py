@@ -24,7 +24,7 @@ from regard.workbench.mixing import (
     mixed_mechanisms,
     mixing_of,
 )
-from regard.workbench.subjects import Subject
+from regard.workbench.verification.subjects import Subject
 
 KNOWN = {
     ("softmax", "causal-self"): DENSE,

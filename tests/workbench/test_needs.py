@@ -7,9 +7,9 @@ import pytest
 
 from regard import Pattern, Unsupported, get_mechanism, list_mechanisms
 from regard.contract import Kind
-from regard.workbench import needs
-from regard.workbench.layer_work import MIXING
-from regard.workbench.needs import NEEDS, find, looks_up, parse_needs, reach
+from regard.workbench.advice import needs
+from regard.workbench.advice.layer_work import MIXING
+from regard.workbench.advice.needs import NEEDS, find, looks_up, parse_needs, reach
 
 CAUSAL = Pattern.CAUSAL_SELF
 

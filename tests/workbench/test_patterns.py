@@ -10,9 +10,9 @@ from torch import nn
 
 from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import Pattern, Unsupported
-from regard.workbench.layer_work import MIXING
-from regard.workbench.patterns import Finding, Suspect, detect
-from regard.workbench.suspects import suspect
+from regard.workbench.advice.layer_work import MIXING
+from regard.workbench.detection.patterns import Finding, Suspect, detect
+from regard.workbench.detection.suspects import suspect
 
 FILE = Path(__file__).with_name("somebodys_modules.py")
 NS, CS, NC, CC = Pattern

@@ -14,9 +14,9 @@ from torch import nn
 
 from regard.contract import Result
 from regard.tasks import create_task
-from regard.workbench.png import address
-from regard.workbench.predicted_images import MISTAKES, SAMPLES, predicted
-from regard.workbench.report import render
+from regard.workbench.reports.png import address
+from regard.workbench.reports.predicted_images import MISTAKES, SAMPLES, predicted
+from regard.workbench.reports.report import render
 
 pytest.importorskip("sklearn")
 Image = pytest.importorskip("PIL.Image")

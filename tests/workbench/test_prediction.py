@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from regard.workbench.prediction import Curve, nonnegative_least_squares
+from regard.workbench.advice.prediction import Curve, nonnegative_least_squares
 
 LENGTHS = (32, 128, 512, 2048)
 

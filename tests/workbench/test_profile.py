@@ -8,7 +8,7 @@ import torch
 from regard import Pattern, Unsupported, create_layer, get_mechanism, list_mechanisms
 from regard.contract import Kind, Shape
 from regard.workbench.profile import ProfileSettings, _inputs, growth, profile
-from regard.workbench.subjects import Subject
+from regard.workbench.verification.subjects import Subject
 
 CARDS = map(get_mechanism, list_mechanisms())
 TOLD = [card.name for card in CARDS if card.axis_sizes is not None and card.kind is not Kind.PROJECTION]

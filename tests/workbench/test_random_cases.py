@@ -10,11 +10,11 @@ import torch
 from regard import Unsupported, get_mechanism, list_mechanisms
 from regard.catalogue import register
 from regard.contract import Pattern
-from regard.workbench import random_cases
-from regard.workbench.properties import Broken
-from regard.workbench.random_cases import Case, run_case, search, unreached_options
-from regard.workbench.subjects import Subject
-from regard.workbench.verify import verified_backends
+from regard.workbench.verification import random_cases
+from regard.workbench.verification.properties import Broken
+from regard.workbench.verification.random_cases import Case, run_case, search, unreached_options
+from regard.workbench.verification.subjects import Subject
+from regard.workbench.verification.verify import verified_backends
 
 SAMPLE = 10
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from regard.measurement.statistics import Comparison, Scores
-from regard.workbench.recommend import published_means, recommend
-from regard.workbench.summary import frames_sentences, rank
+from regard.workbench.comparison.recommend import published_means, recommend
+from regard.workbench.comparison.summary import frames_sentences, rank
 
 BITS, ACCURACY = ("bits per byte", False), ("accuracy", True)
 TIMES = {"slow": 10.0, "fast": 1.0, "toy": 0.1}

@@ -16,10 +16,10 @@ from rich.console import Console
 
 from regard.contract import Unsupported
 from regard.measurement import units
-from regard.workbench import charts, report
-from regard.workbench.charts import Axis, Series
-from regard.workbench.report import render, write_report
-from regard.workbench.summary_table import figures_table, terminal_table
+from regard.workbench.comparison.summary_table import figures_table, terminal_table
+from regard.workbench.reports import charts, report
+from regard.workbench.reports.charts import Axis, Series
+from regard.workbench.reports.report import render, write_report
 
 VOID = {"meta", "link", "line", "circle", "polygon", "polyline", "path", "br"}
 NO_RECOMMENDATION = {"text": "", "reason": "", "winner": None, "notes": []}

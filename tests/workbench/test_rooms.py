@@ -20,9 +20,9 @@ from regard.tasks import Batch, Objective, Task, check_task, counter_generator, 
 from regard.tasks.protocol import OBJECTIVES
 from regard.training import History, Point, evaluate
 from regard.training.step import batch_context, run_model
-from regard.workbench.compare import compare
-from regard.workbench.settings import CompareSettings
-from regard.workbench.trained import train_model
+from regard.workbench.comparison.compare import compare
+from regard.workbench.comparison.settings import CompareSettings
+from regard.workbench.trained.run import train_model
 
 
 @dataclass(frozen=True)

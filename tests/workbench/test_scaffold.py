@@ -6,9 +6,9 @@ import torch
 from regard import Mask, Unsupported, get_mechanism
 from regard.apply import apply
 from regard.catalogue import load_plugin, unregister
-from regard.workbench.failures import CAUSES, grouped
 from regard.workbench.scaffold import new_mechanism
-from regard.workbench.verify import PROGRAMS, PROPERTIES, Cell, verify
+from regard.workbench.verification.failures import CAUSES, grouped
+from regard.workbench.verification.verify import PROGRAMS, PROPERTIES, Cell, verify
 
 
 def verified(**chosen):

@@ -17,6 +17,8 @@ from regard.models.exits import joint_loss
 from regard.models.variants import read_variant, read_variants
 from regard.tasks import create_task, mean_loss
 from regard.training.loop import run_model
+from regard.workbench.comparison.task_models import build, model_config
+from regard.workbench.comparison.work import Work
 from regard.workbench.search.costs import MEASURES, CostTable, NetworkBudget, count_flops, flops, parameters
 from regard.workbench.search.predictor import Predictor, features, judge, kendall_tau, pair_accuracy, prune
 from regard.workbench.search.run import Search
@@ -24,8 +26,6 @@ from regard.workbench.search.searchers import SEARCHERS, check_searchers
 from regard.workbench.search.settings import SearchSettings
 from regard.workbench.search.space import Choices, Space
 from regard.workbench.search.supernet import Supernet
-from regard.workbench.task_models import build, model_config
-from regard.workbench.work import Work
 
 RECALL = create_task("recall", length=20, pairs=3, queries=8, evaluation_items=24)
 SIZES = {"dims": (8, 16), "depths": (1, 2), "heads": (1, 2), "feed_forward": (8, 16)}

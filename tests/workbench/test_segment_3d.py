@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from regard.contract import Context, Result
 from regard.measurement.budget import Budget
 from regard.tasks import create_task
-from regard.workbench import mask_pictures
-from regard.workbench.compare import _input
-from regard.workbench.settings import CompareSettings
-from regard.workbench.task_models import build, square_grid
-from regard.workbench.work import Work
+from regard.workbench.comparison.compare import _input
+from regard.workbench.comparison.settings import CompareSettings
+from regard.workbench.comparison.task_models import build, square_grid
+from regard.workbench.comparison.work import Work
+from regard.workbench.reports import mask_pictures
 
 nibabel = pytest.importorskip("nibabel", reason="writes and reads volumes")
 AFFINE = np.array([[0, 2.0, 0, 30], [0, 0, 3, -8], [-2, 0, 0, 5], [0, 0, 0, 1]])

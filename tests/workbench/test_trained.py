@@ -12,8 +12,8 @@ from regard.models import register_model
 from regard.models.language_model import LanguageModel, LanguageModelConfig
 from regard.models.registry import MODELS, models_for
 from regard.tasks import create_task
-from regard.workbench.settings import CompareSettings
-from regard.workbench.trained import CHECKPOINT, open_trained, train_model
+from regard.workbench.comparison.settings import CompareSettings
+from regard.workbench.trained.run import CHECKPOINT, open_trained, train_model
 
 RECALL = {"pairs": 2, "queries": 4, "length": 12, "vocab_size": 8, "evaluation_items": 16}
 
@@ -82,7 +82,7 @@ def test_a_budget_of_time_becomes_steps_by_what_one_takes(recall, tmp_path, monk
     def calibrate(self, seconds):
         self.step_seconds, self.evaluation_seconds = {"gated_linear": 0.1}, {"gated_linear": 0.5}
 
-    monkeypatch.setattr("regard.workbench.work.Work.calibrate", calibrate)
+    monkeypatch.setattr("regard.workbench.comparison.work.Work.calibrate", calibrate)
     for budget in ("2s", "3 steps"):
         with pytest.raises(Unsupported, match="fewer than"):
             train_model(recall, settings(budget=Budget.parse(budget)), tmp_path)

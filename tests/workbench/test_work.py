@@ -11,9 +11,9 @@ from regard.models import StackConfig
 from regard.tasks import create_task
 from regard.training import Supervised, TrainConfig
 from regard.training.loop import History, Point
-from regard.workbench.planning import best_threads
-from regard.workbench.settings import CompareSettings
-from regard.workbench.work import Work
+from regard.workbench.comparison.planning import best_threads
+from regard.workbench.comparison.settings import CompareSettings
+from regard.workbench.comparison.work import Work
 
 
 @pytest.mark.parametrize(("slow", "chosen"), [((), 1), ((1,), 3), ((3,), 1), ((1, 3), 1)])

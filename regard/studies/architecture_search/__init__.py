@@ -32,12 +32,12 @@ from regard.studies.architecture_search.task import RecallAndMajority
 from regard.studies.framework.protocol import Cells, Chosen, Study
 from regard.tasks import Task
 from regard.training.step import run_model
+from regard.workbench.comparison.task_models import build
+from regard.workbench.reports.sections import Points, Section
 from regard.workbench.search.costs import NetworkBudget, count_flops
 from regard.workbench.search.run import FOUND, REFERENCE, Search
 from regard.workbench.search.settings import SearchSettings
 from regard.workbench.search.space import Choices
-from regard.workbench.sections import Points, Section
-from regard.workbench.task_models import build
 
 PAPER = Paper("Neural Architecture Search on Efficient Transformers and Beyond", "2207.13955", 2022, 24)
 BUDGETS = {"FLOPs": "60% flops", "time": "60% time"}

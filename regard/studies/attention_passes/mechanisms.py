@@ -13,8 +13,8 @@ from regard.contract import Kind, Tensors, Unsupported
 from regard.studies.attention_passes.executor import run_cascade
 from regard.studies.attention_passes.language import Cascade, parse
 from regard.studies.attention_passes.written import REASONS, WRITTEN, Written
-from regard.workbench.properties.base import relative_error
-from regard.workbench.subjects import Subject
+from regard.workbench.verification.properties.base import relative_error
+from regard.workbench.verification.subjects import Subject
 
 SCALE = 0.3
 """Of the scores, when a cascade is compared with a definition."""

@@ -15,7 +15,7 @@ from regard.studies.attention_passes.accelerator import (
 from regard.studies.attention_passes.cells import DIM, HEADS, KERNELS, SHIPPED, SWEPT, TILE, TOKENS
 from regard.studies.attention_passes.mechanisms import cascade_of
 from regard.studies.framework.protocol import Cells, Chosen
-from regard.workbench.sections import Curves, Section
+from regard.workbench.reports.sections import Curves, Section
 
 
 def sections(chosen: Chosen, cells: Cells) -> Sequence[Section]:

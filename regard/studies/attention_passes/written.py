@@ -17,7 +17,7 @@ from torch import Tensor
 from regard.catalogue import get_mechanism
 from regard.contract import Pattern, Tensors
 from regard.mechanisms.transformer_xl import relative_rows
-from regard.workbench.subjects import Subject
+from regard.workbench.verification.subjects import Subject
 
 CAUSAL, NONCAUSAL = Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF
 

@@ -24,7 +24,7 @@ from regard.studies.cab.index import AVERAGE, ScoresOf, indices
 from regard.studies.cab.published import read_scores
 from regard.studies.framework.protocol import Chosen
 from regard.training.memory import peak_memory
-from regard.workbench.layer_work import MIXING, LayerSettings, LayerWork
+from regard.workbench.advice.layer_work import MIXING, LayerSettings, LayerWork
 
 NS, CS, NC, CC = Pattern
 SOFTMAX = "softmax"

@@ -28,7 +28,7 @@ from regard.studies.cab.cells import (
 )
 from regard.studies.cab.index import AVERAGE, ScoresOf, correlation, ranks
 from regard.studies.framework.protocol import Cells, Chosen
-from regard.workbench.sections import Curves, Heat, Row, Section
+from regard.workbench.reports.sections import Curves, Heat, Row, Section
 
 NS, CS, NC, CC = Pattern
 

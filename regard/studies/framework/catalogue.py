@@ -10,7 +10,7 @@ from pathlib import Path
 from regard.contract import Unsupported, closest
 from regard.reproductions import Reproduction, get_reproduction, list_reproductions
 from regard.studies.framework.protocol import Study
-from regard.workbench.sections import Points, Section
+from regard.workbench.reports.sections import Points, Section
 
 FOLDER = Path(__file__).parents[1]
 

@@ -12,7 +12,7 @@ from regard.measurement.store import Store
 from regard.models.variants import known_name, read_variants
 from regard.reproductions import Reproduction, collect
 from regard.reproductions.framework.judging import Measurements
-from regard.workbench.sections import Section
+from regard.workbench.reports.sections import Section
 
 Cells = Mapping[tuple[str, int], Measurements]
 """Measurements by (setting, seed)."""

@@ -10,9 +10,9 @@ from typing import Any
 
 from regard.models.weights import write_atomically
 from regard.reproductions.framework.telling import measured_words, remarks
-from regard.workbench.report import pages
-from regard.workbench.section_pages import parts_of_page
-from regard.workbench.sections import section
+from regard.workbench.reports.report import pages
+from regard.workbench.reports.section_pages import parts_of_page
+from regard.workbench.reports.sections import section
 
 
 def write_study_report(record: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:

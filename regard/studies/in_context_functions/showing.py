@@ -10,7 +10,7 @@ import numpy as np
 from regard.reproductions.framework.judging import Measurements
 from regard.reproductions.framework.protocol import Setting
 from regard.studies.in_context_functions.cells import BEST, LONGER, NEAREST, NOTHING, SHIFTED
-from regard.workbench.sections import Curves, Row, Section
+from regard.workbench.reports.sections import Curves, Row, Section
 
 Cells = Mapping[tuple[str, int], Measurements]
 DRAWN = (BEST, "elimination", "Gaussian elimination", NEAREST, NOTHING)

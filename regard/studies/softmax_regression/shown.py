@@ -7,7 +7,7 @@ from typing import Any
 
 from regard.studies.framework.protocol import Cells, Chosen
 from regard.studies.softmax_regression.cells import VARIANTS
-from regard.workbench.sections import Curves, Section
+from regard.workbench.reports.sections import Curves, Section
 
 LEARNER = "learner "
 OTHERS = ("one step", "descent 2", "descent 5", "descent 20", "newton", "uniform")

@@ -16,7 +16,7 @@ from regard.studies.training_dynamics.facts import Facts
 from regard.studies.training_dynamics.layer import Model
 from regard.studies.training_dynamics.runs import Descent, Watched, descend, flow, in_order, watch, watch_each
 from regard.studies.training_dynamics.text import on_text
-from regard.workbench.attention_monitor import snapped
+from regard.workbench.trained.attention_monitor import snapped
 
 FORMS: dict[str, dict[str, Any]] = {
     "as in the paper": {},

@@ -7,7 +7,7 @@ from typing import Any
 
 from regard.studies.framework.protocol import Cells, Chosen
 from regard.studies.training_dynamics.cells import FORMS, OPTIMISERS
-from regard.workbench.sections import Curves, Heat, Section
+from regard.workbench.reports.sections import Curves, Heat, Section
 
 Curve = list[tuple[float, float | None]]
 

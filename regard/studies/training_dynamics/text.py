@@ -14,7 +14,7 @@ from regard.models import LanguageModel, LanguageModelConfig
 from regard.reproductions.framework.protocol import Setting
 from regard.reproductions.framework.training import cached_task
 from regard.tasks.protocol import mean_loss
-from regard.workbench.attention_monitor import AttentionMonitor, snapped
+from regard.workbench.trained.attention_monitor import AttentionMonitor, snapped
 
 FREQUENT = 10
 """Most frequent tokens, which stand for common ones: on real text no token occurs with one next token alone."""

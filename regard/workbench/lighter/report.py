@@ -7,10 +7,11 @@ from pathlib import Path
 from regard.measurement import units
 from regard.measurement.statistics import pareto_front
 from regard.models.weights import write_atomically
-from regard.workbench import charts, side_effects
-from regard.workbench.charts import Axis, Figure, ScatterPoint, is_number
+from regard.workbench import side_effects
 from regard.workbench.lighter.study import Row, Study, recommend
-from regard.workbench.report import pages
+from regard.workbench.reports import charts
+from regard.workbench.reports.charts import Axis, Figure, ScatterPoint, is_number
+from regard.workbench.reports.report import pages
 
 
 def labels(study: Study) -> list[str]:

@@ -21,8 +21,8 @@ from regard.tasks.documents import Paths, names_of, read_documents
 from regard.training import runner_of
 from regard.training.step import batch_context, run_model
 from regard.workbench.sparse.readers import OfRegard, OfTransformers, Reader
-from regard.workbench.trained import RECORD as TRAINING
-from regard.workbench.trained import open_trained
+from regard.workbench.trained.run import RECORD as TRAINING
+from regard.workbench.trained.run import open_trained
 
 HELD_OUT = 0.5
 """Share of a text that is scored; calibration has the part before it."""

@@ -26,8 +26,8 @@ from regard.measurement.timing import Timing, calm_clock, interleaved
 from regard.models import count_parameters
 from regard.tasks import Task
 from regard.training.step import batch_context, run_model
+from regard.workbench.comparison.task_models import build
 from regard.workbench.search.space import Genes, Space
-from regard.workbench.task_models import build
 
 UNITS = {
     **dict.fromkeys(("ms", "milliseconds", "time"), "milliseconds"),

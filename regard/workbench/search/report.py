@@ -10,9 +10,9 @@ from typing import Any
 from regard.measurement import units
 from regard.measurement.statistics import pareto_front
 from regard.models.weights import write_atomically
-from regard.workbench import charts
-from regard.workbench.charts import Axis, Figure, ScatterPoint, is_number
-from regard.workbench.report import pages
+from regard.workbench.reports import charts
+from regard.workbench.reports.charts import Axis, Figure, ScatterPoint, is_number
+from regard.workbench.reports.report import pages
 
 Record = Mapping[str, Any]
 AXES = {

@@ -32,14 +32,14 @@ from regard.models.weights import write_atomically
 from regard.tasks import Batch, Task
 from regard.training import TrainConfig, runner_of
 from regard.training.step import answered, batch_context
+from regard.workbench.comparison.task_models import build
+from regard.workbench.comparison.work import data_digest
 from regard.workbench.search.costs import MEASURES, CostTable, count_flops, time_models, worded
 from regard.workbench.search.predictor import KINDS, Judged, Predictor, judge, prune
 from regard.workbench.search.searchers import SEARCHERS
 from regard.workbench.search.settings import SearchSettings
 from regard.workbench.search.space import Choices, Genes, Space
 from regard.workbench.search.supernet import Supernet
-from regard.workbench.task_models import build
-from regard.workbench.work import data_digest
 
 STORE, PLAN, REPORT = "regard.sqlite", "plan.json", "search.html"
 FOUND, REFERENCE = "found", "reference"

@@ -11,10 +11,10 @@ from regard.models.frames import FRAMES
 from regard.models.variants import Variant
 from regard.tasks import Task
 from regard.training import PRECISIONS
-from regard.workbench.layer_work import check_device
+from regard.workbench.advice.layer_work import check_device
+from regard.workbench.comparison.settings import CompareSettings
 from regard.workbench.search.costs import NetworkBudget
 from regard.workbench.search.searchers import check_searchers
-from regard.workbench.settings import CompareSettings
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from typing import Any
 from regard.contract import Pattern, Unsupported, at_least
 from regard.models.variants import Layers, Variant, written_layers
 from regard.tasks import Task
-from regard.workbench.settings import CompareSettings
-from regard.workbench.task_models import model_config
+from regard.workbench.comparison.settings import CompareSettings
+from regard.workbench.comparison.task_models import model_config
 
 Genes = tuple[int, ...]
 """For each gene of a space the number of its choice."""

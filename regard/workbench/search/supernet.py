@@ -28,8 +28,8 @@ from torch.func import functional_call
 from regard.contract import Context, Result, Unsupported
 from regard.layers.attention import AttentionLayer
 from regard.models.blocks import add_losses
+from regard.workbench.comparison.task_models import build
 from regard.workbench.search.space import Genes, Space
-from regard.workbench.task_models import build
 
 MIXER = re.compile(r"(?P<block>(?:\w+\.)*\d+)\.mixer\.(?P<inside>.+)")
 SHARED = re.compile(r"(query|key|value|output)\.(weight|bias)")

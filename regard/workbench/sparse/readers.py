@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from regard.contract import Unsupported
 from regard.models import LanguageModel
 from regard.tasks.tokenizer import Tokenizer
-from regard.workbench.trained import RECORD, open_trained, trained_length
+from regard.workbench.trained.run import RECORD, open_trained, trained_length
 
 MODELS = "a folder of `regard train` on text, a causal language model of transformers (a folder, or a .gguf file)"
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from regard.measurement import units
 from regard.models.weights import write_atomically
-from regard.workbench import charts, side_effects
-from regard.workbench.charts import Axis, Figure, ScatterPoint, Series
-from regard.workbench.report import pages
+from regard.workbench import side_effects
+from regard.workbench.reports import charts
+from regard.workbench.reports.charts import Axis, Figure, ScatterPoint, Series
+from regard.workbench.reports.report import pages
 from regard.workbench.sparse.analysis import Point, crossing_length, frontier, larger_and_sparse
 from regard.workbench.sparse.study import Cell, Found, phases_of, recommend
 

@@ -1,0 +1,1 @@
+"""`regard advise`: which mechanism will be fastest and smallest, from short measurements."""

@@ -1,0 +1,361 @@
+"""Short measurements of layers, kept on disk, and what `regard advise` predicts of others from them.
+
+Measurements are kept in ``$XDG_CACHE_HOME/regard/probes/`` (``~/.cache`` when the variable is not set), one file for each
+machine, version, number of threads and size of layer. Each is written as soon as it is made, so that a probe that is
+interrupted goes on where it stopped; a file that cannot be read counts as empty.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regard.backends.native import library
+from regard.catalogue import get_mechanism
+from regard.measurement import provenance
+from regard.measurement.timing import Timing, calm_clock, rounds
+from regard.workbench.advice.layer_work import Decoding, LayerSettings, LayerWork
+from regard.workbench.advice.prediction import Curve
+from regard.workbench.profile import measure_memory
+
+FEWEST = 2
+"""Measured lengths without which nothing is predicted."""
+
+GROUP_SECONDS = 0.5
+LONG_ROUND = 2.0
+"""Seconds of a round of calls from which two rounds are enough."""
+
+DOUBTFUL = 0.2
+"""A measurement of a larger spread is made again, and is not kept."""
+
+CALM = 1.25
+"""A measurement is not kept either when a fixed product took this many times as long meanwhile as it takes at best."""
+
+SURE = 0.03
+"""Relative half-width of the interval around the best measurement..."""
+INSIDE, OUTSIDE = 0.1, 0.2
+"""...and what each octave to the nearest measured length adds between and beyond the measured ones."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measurement.
+
+    Attributes:
+        seconds: the lower quartile of the calls: of other work on the machine it sees the least but for the minimum,
+            which is as much an accident as the maximum.
+        memory: bytes of the peak.
+        state: bytes of the state.
+        backend: what ran its engines.
+        spread: how much longer the median call took, relatively.
+        setup: seconds until the first call could start; of decoding, the tokens before.
+        pulse: seconds of :func:`pulse` meanwhile; 0 when it was not taken.
+    """
+
+    seconds: float
+    memory: int
+    state: int = 0
+    backend: str = "torch"
+    spread: float = 0.0
+    setup: float = 0.0
+    pulse: float = 0.0
+
+    @classmethod
+    def read(cls, stored: Any) -> Sample | None:
+        """The sample of a cache entry; None for anything that is not one."""
+        if not isinstance(stored, dict):
+            return None
+        numbers = [stored.get(name) for name in ("seconds", "memory", "state", "spread", "setup", "pulse")]
+        backend = stored.get("backend")
+        if not isinstance(backend, str) or not all(isinstance(x, int | float) for x in numbers):
+            return None
+        seconds, memory, state, spread, setup, beat = map(float, numbers)  # type: ignore[arg-type]
+        if not (seconds > 0 and all(0 <= x < math.inf for x in (seconds, memory, state, spread, setup, beat))):
+            return None
+        return cls(seconds, int(memory), int(state), backend, spread, setup, beat)
+
+    def agreeing(self, other: Sample) -> Sample:
+        """The faster of two measurements of the same work, which was disturbed less; as sure as the two agree."""
+        least, most = sorted((self, other), key=lambda sample: sample.seconds)
+        return replace(least, spread=min(least.spread, most.seconds / least.seconds - 1))
+
+
+def pulse() -> float:
+    """Seconds that a fixed product takes here and now: the median of a few."""
+    a = torch.full((256, 256), 0.5, dtype=torch.float32, device="cpu")
+    times = rounds({"product": lambda: torch.mm(a, a)}, most=15, clock=calm_clock())
+    return Timing.of(times["product"]).median
+
+
+Samples = dict[str, dict[str, dict[int, Sample]]]
+"""By kind of work, mechanism and length."""
+
+Measure = Callable[[str, int, Sequence[str]], Mapping[str, Sample]]
+"""Measures some mechanisms at one kind of work and length, interleaved."""
+
+
+def cache_folder() -> Path:
+    """Where measurements are kept between calls, for this user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regard" / "probes"
+
+
+def identity(settings: LayerSettings) -> dict[str, Any]:
+    """The conditions that measurements hold for: the machine, the software, the threads, the backend, the sizes."""
+    facts = provenance.fingerprint()
+    names = ("machine_id", "torch", "regard", "threads", "usable_cores")
+    kernels = "missing" if library.why_missing() else library.instruction_set()
+    return {
+        **{name: facts[name] for name in names},
+        "revision": provenance.git_revision(),
+        "kernels": kernels,
+        **asdict(settings),
+        "pattern": settings.pattern.value,
+    }
+
+
+def room() -> float:
+    """Bytes that a measurement may hold: half of the machine's memory, where that is known."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+    except (AttributeError, ValueError):
+        return math.inf
+
+
+def best_pulse(samples: Samples) -> float:
+    """The shortest pulse beside which something was measured."""
+    every = (s.pulse for names in samples.values() for lengths in names.values() for s in lengths.values())
+    return min((beat for beat in every if beat > 0), default=math.inf)
+
+
+def calm(sample: Sample, best: float) -> bool:
+    """Whether nothing disturbed a measurement, as far as is known."""
+    return sample.spread <= DOUBTFUL and sample.pulse <= CALM * best
+
+
+class Cache:
+    """Samples on disk for one :func:`identity`.
+
+    Args:
+        settings: sizes of the layers.
+        section: ``probe``, or another name for samples that are not to be mixed with those.
+        fresh: forget what was kept.
+    """
+
+    def __init__(self, settings: LayerSettings, *, section: str = "probe", fresh: bool = False) -> None:
+        self.identity = identity(settings)
+        text = json.dumps(self.identity, sort_keys=True)
+        self.path = cache_folder() / f"{section}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        if fresh:
+            with suppress(OSError):
+                self.path.unlink(missing_ok=True)
+
+    def read(self) -> Samples:
+        """All samples but those that a busy machine made, as others tell; none when the file is missing, damaged, or of
+        something else."""
+        try:
+            stored = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return {}
+        if not isinstance(stored, dict) or stored.get("identity") != self.identity:
+            return {}
+        samples = stored.get("samples")
+        found: Samples = {}
+        for key, value in samples.items() if isinstance(samples, dict) else ():
+            what, _, rest = key.partition(" ")
+            name, _, length = rest.rpartition(" ")
+            sample = Sample.read(value)
+            if name and length.isdecimal() and sample is not None:
+                found.setdefault(what, {}).setdefault(name, {})[int(length)] = sample
+        best = best_pulse(found)
+        return {
+            what: {name: {n: s for n, s in lengths.items() if calm(s, best)} for name, lengths in names.items()}
+            for what, names in found.items()
+        }
+
+    def add(self, what: str, length: int, samples: Mapping[str, Sample]) -> None:
+        """Keep samples beside those that are there, also those that another process wrote meanwhile. A folder that cannot
+        be written keeps nothing."""
+        every = self.read()
+        for name, sample in samples.items():
+            every.setdefault(what, {}).setdefault(name, {})[length] = sample
+        flat = {
+            f"{kind} {name} {n}": asdict(sample)
+            for kind, names in every.items()
+            for name, lengths in names.items()
+            for n, sample in lengths.items()
+        }
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
+            try:
+                with os.fdopen(handle, "w") as file:
+                    json.dump({"identity": self.identity, "samples": flat}, file)
+                os.replace(temporary, self.path)
+            except BaseException:
+                os.unlink(temporary)
+                raise
+
+
+@dataclass
+class LayerMeasure:
+    """Measures layers on this machine. Layers are built once and kept."""
+
+    settings: LayerSettings
+    group_seconds: float = GROUP_SECONDS
+    works: dict[str, LayerWork] = field(default_factory=dict)
+
+    def work(self, name: str) -> LayerWork:
+        """The layer of a mechanism with the actions that are timed, built at the first call."""
+        if name not in self.works:
+            self.works[name] = LayerWork(get_mechanism(name), self.settings)
+        return self.works[name]
+
+    def __call__(self, what: str, length: int, names: Sequence[str]) -> dict[str, Sample]:
+        device = torch.device(self.settings.device)
+        # a work's actions of training and of the rest set its layer's mode: each group is of one kind
+        actions, setup, memory, first = {}, {}, {}, 0.0
+        for name in names:
+            started = time.perf_counter()
+            actions[name] = self.work(name).action(what, length)
+            setup[name] = time.perf_counter() - started
+            memory[name] = measure_memory(actions[name], self.settings.device)
+            first += time.perf_counter() - started - setup[name]
+        before = pulse()
+        least = 3 if first / 2 < LONG_ROUND else 2
+        clock = calm_clock(device)
+        times = rounds(actions, seconds=self.group_seconds, least=least, device=device, clock=clock, warm=True)
+        beat = max(before, pulse()) if device.type == "cpu" else 0.0
+        found = {}
+        for name, action in actions.items():
+            timing = Timing.of(times[name])
+            state = action.state_bytes if isinstance(action, Decoding) else 0
+            spread = timing.median / timing.low - 1
+            found[name] = Sample(timing.low, memory[name][0], state, memory[name][1], spread, setup[name], beat)
+        return found
+
+
+@dataclass
+class Probe:
+    """Measurements of some mechanisms, and predictions from them.
+
+    Attributes:
+        samples: all that were measured, now or before.
+        measured: how many were measured now.
+        recalled: how many came from disk.
+        seconds: that measuring took now.
+        left: (what, mechanism, length) that were not measured for lack of time or memory.
+    """
+
+    settings: LayerSettings
+    samples: Samples
+    measured: int = 0
+    recalled: int = 0
+    seconds: float = 0.0
+    left: list[tuple[str, str, int]] = field(default_factory=list)
+    _curves: dict[tuple[str, str, str], Curve | None] = field(default_factory=dict)
+
+    def add(self, what: str, name: str, length: int, sample: Sample) -> None:
+        """Know one more; of two of the same length, what both tell."""
+        samples = self.samples[what][name]
+        samples[length] = sample.agreeing(samples[length]) if length in samples else sample
+        for of in ("seconds", "memory", "state"):
+            self._curves.pop((what, name, of), None)
+
+    def curve(self, what: str, name: str, of: str) -> Curve | None:
+        """The prediction of ``seconds``, ``memory`` (of decoding: with the state) or ``state``; None when too little
+        was measured."""
+        key = what, name, of
+        if key not in self._curves:
+            samples = self.samples.get(what, {}).get(name, {})
+            self._curves[key] = None
+            if len(samples) >= FEWEST:
+                self._curves[key] = Curve({n: _value(s, of) for n, s in samples.items()}, self._growth(what, name, of))
+        return self._curves[key]
+
+    def width(self, what: str, name: str, length: int) -> float:
+        """Half-width of the interval around a predicted time, on a logarithmic axis.
+
+        That of the nearest measurement, and more with each octave to it: little between measured lengths, much beyond.
+        """
+        samples = self.samples[what][name]
+        nearest = min(samples, key=lambda n: abs(math.log(n / length)))
+        return max(SURE, samples[nearest].spread) + self.away(what, name, length)
+
+    def away(self, what: str, name: str, length: int) -> float:
+        """The part of :meth:`width` that the distance from the nearest measured length adds; 0 at a measured one.
+
+        Beyond the longest it holds too what the errors of two measurements may hide: an overhead that seems to be all there
+        is to a call of 64 tokens says little about thousands.
+        """
+        known = self.samples[what][name]
+        rate = INSIDE if min(known) <= length <= max(known) else OUTSIDE
+        hidden = math.log1p(2 * SURE * max(0.0, length / max(known) - 1))
+        return rate * min(abs(math.log2(n / length)) for n in known) + hidden
+
+    def time(self, what: str, name: str, lengths: Sequence[int]) -> tuple[float, float]:
+        """Geometric mean of the times at some lengths, and the half-width of its interval on a logarithmic axis.
+
+        Raises:
+            KeyError: where too little was measured.
+        """
+        curve = self.curve(what, name, "seconds")
+        if curve is None:
+            raise KeyError(name)
+        mean = math.exp(sum(math.log(curve(n)) for n in lengths) / len(lengths))
+        return mean, sum(self.width(what, name, n) for n in lengths) / len(lengths)
+
+    def memory(self, what: str, name: str, lengths: Sequence[int]) -> float:
+        """The most memory at some lengths."""
+        curve = self.curve(what, name, "memory")
+        if curve is None:
+            raise KeyError(name)
+        return max(curve(n) for n in lengths)
+
+    def contenders(self, what: str, names: Sequence[str], lengths: Sequence[int], cap: int | None = None) -> list[str]:
+        """Which of some mechanisms may be the fastest at some lengths by what is known, the most likely first.
+
+        Left out are those that surely take longer than one that surely fits in `cap` bytes, and those that surely do not
+        fit.
+        """
+        times = {n: self.time(what, n, lengths) for n in names if self.curve(what, n, "seconds") is not None}
+        least = math.inf
+        fitting = []
+        for name, (seconds, width) in times.items():
+            held = 0.0 if cap is None else self.memory(what, name, lengths) / cap
+            unsure = max(self.away(what, name, n) for n in lengths)
+            if held * math.exp(-unsure) > 1:
+                continue
+            fitting.append(name)
+            if held * math.exp(unsure) <= 1:
+                least = min(least, seconds * math.exp(width))
+        kept = [name for name in fitting if times[name][0] * math.exp(-times[name][1]) <= least]
+        return sorted(kept, key=lambda name: times[name][0])
+
+    def _growth(self, what: str, name: str, of: str) -> Callable[[int], float]:
+        card = get_mechanism(name)
+        config = card.options()
+
+        def growth(length: int) -> float:
+            cost = card.cost(self.settings.shape(length), config)
+            if of == "seconds":
+                return cost.step_flops if what == "decode" else cost.flops
+            return cost.state if what == "decode" else cost.memory
+
+        return growth
+
+
+def _value(sample: Sample, of: str) -> float:
+    if of == "seconds":
+        return sample.seconds
+    return float(sample.state if of == "state" else sample.memory + sample.state)

@@ -1,0 +1,1 @@
+"""`regard compare`: mechanisms trained on the same work, judged together, and one recommended."""

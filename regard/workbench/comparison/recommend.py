@@ -1,0 +1,381 @@
+"""Which mechanism to take, in two sentences, without ranking noise.
+
+First quality decides: where a task can be solved, only mechanisms that solve it stay; where some surely beat the simple
+rule of a task, only these; then those remain that cannot be told apart from the best score of
+the other tasks. Only among what remains does cost decide, and only where it differs by more than timings do from one run to
+the next. What neither decides is decided by what depends least on the frame, then by what is plainest, then by the mean
+score in the ranking that regard publishes, so that two runs which cannot tell give one answer, then by the run's own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from regard.measurement.budget import Budget
+from regard.measurement.statistics import Comparison, seeds_needed
+
+PREFERENCES = {
+    "inference": ("inference_ms", False, "{:.3g} ms of inference"),
+    "training": ("tokens_per_second", True, "{:,.0f} training tokens per second"),
+    "decode": ("decode_tokens_per_second", True, "{:,.0f} decoded tokens per second"),
+    "training-memory": ("training_memory_bytes", False, "{:,.0f} bytes of peak memory in training"),
+    "inference-memory": ("inference_memory_bytes", False, "{:,.0f} bytes of peak memory in inference"),
+    "state": ("state_bytes", False, "{:,.0f} bytes of state a sequence"),
+}
+"""Tie-breakers among mechanisms of equal quality: column of the summary, whether higher is better, wording."""
+
+ALIKE = 1.1
+"""Costs below this multiple of the least count as equal: timings of the same work differ by some percent between runs."""
+
+OF_TRAINING = ("training", "training-memory")
+"""Preferences that are measured in the training runs, whose length is the task's."""
+
+
+@dataclass
+class Recommendation:
+    """`winner` is None when no mechanism has a score. `notes` say what could not be separated, and what would. `alike` are
+    those, the winner among them, between which neither quality nor cost decides."""
+
+    text: str
+    reason: str
+    winner: str | None
+    notes: list[str] = field(default_factory=list)
+    alike: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The recommendation as plain data."""
+        return asdict(self)
+
+
+def recommend(
+    summary: Mapping[str, Sequence[Mapping[str, Any]]],
+    comparisons: Mapping[str, Comparison],
+    metrics: Mapping[str, tuple[str, bool]],
+    *,
+    prefer: str = "inference",
+    budget: str = "",
+    at_length: Mapping[str, int] | None = None,
+    frame: str = "",
+    edges: Mapping[tuple[str, str], float] | None = None,
+    beside: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    named: Sequence[str] = (),
+    published: Mapping[str, Mapping[str, float]] | None = None,
+) -> Recommendation:
+    """The recommendation for a comparison.
+
+    A mechanism leaves the race where something that is sure speaks against it: it does not solve what others solve, it is
+    not shown to beat a rule that others surely beat, or it is surely behind the best of those left. Nothing else removes one,
+    so of those that stay none is surely better, and the cheapest is taken. Among those of about the same cost it is the one
+    that, in the further frames that they were all trained in, leaves the fewest tasks unsolved that it solves in the
+    first; then softmax; then the one with the best mean on most of the tasks that are not solved, which is the likelier to be
+    better though it is not sure: in the published ranking where that has them all, else in this comparison; then the first
+    that was named.
+
+    Args:
+        summary: of each task, one entry a mechanism.
+        comparisons: the paired scores of each task.
+        metrics: name of each task's metric and whether higher is better.
+        prefer: one of `PREFERENCES`.
+        budget: as the user gave it, to say what larger one would separate.
+        at_length: of each task the length at which inference, decoding and state were measured.
+        frame: in which the mechanisms were compared.
+        edges: task and mechanism of which the best learning rate is at an end of those tried, with the rate.
+        beside: what mechanisms score in further frames, as :func:`regard.workbench.comparison.summary.beside_frames` tells it.
+        named: the mechanisms in the order in which they were given; that of the summary when empty.
+        published: means of mechanisms by task in the same frame, see :func:`published_means`.
+    """
+    scored = _scored_everywhere(summary)
+    if not scored:
+        return Recommendation("No mechanism can be recommended.", "None has a score on every task.", None)
+    kept, steps, notes = _without_unsolved(summary, scored)
+    kept, unproven = _without_unproven(summary, kept)
+    steps += unproven
+    kept, lost = _without_beaten(summary, comparisons, metrics, kept)
+    steps += lost
+    column, more, wording = PREFERENCES[prefer]
+    alike = _cheapest(summary, [name for name in named or scored if name in kept], column, more)
+    winner, why = _settled(summary, metrics, alike, beside or {}, published or {})
+    measured = _value(summary, winner, column)
+    notes += _ties(summary, comparisons, metrics, kept, budget)
+    where = "" if prefer in OF_TRAINING else _at_lengths(at_length)
+    costs = math.isfinite(measured)
+    cost = prefer + where if costs else ""
+    text = f"Take {winner}: " + _headline(scored, kept, alike, comparisons, cost, why, proven=not unproven)
+    at_edge = {task: rate for (task, name), rate in (edges or {}).items() if name == winner}
+    if at_edge:
+        ends = " and ".join(f"{rate:g} on {task}" for task, rate in at_edge.items())
+        text += f" Its best learning rate is at the end of those tried ({ends}), so it may do better than shown."
+    others = sorted({f"{name} on {task}" for task, name in (edges or {}) if name != winner})
+    if others:
+        notes.append(
+            f"The best learning rate is at the end of those tried for {listed(others)}: they may do better too."
+        )
+    own = [f"solves {listed(solved)}"] if (solved := _solved(summary, winner)) else []
+    if costs:
+        own.append(f"{'reaches' if more else 'needs'} {wording.format(measured)}{where}")
+    steps = steps or [_no_steps(scored, comparisons)]
+    reason = "; ".join([*steps, f"{winner} {' and '.join(own)}"] if own else steps)
+    if frame:
+        reason += f". All were compared in the frame {frame}"
+    return Recommendation(text, reason[0].upper() + reason[1:] + ".", winner, notes, alike)
+
+
+def _headline(
+    scored: Sequence[str],
+    kept: Sequence[str],
+    alike: Sequence[str],
+    comparisons: Mapping[str, Comparison],
+    cost: str,
+    why: str,
+    *,
+    proven: bool,
+) -> str:
+    """Why the winner, in half a sentence, for every case there is."""
+    if len(scored) == 1:
+        return "it is the only mechanism with a score on every task."
+    if len(kept) == 1:
+        behind = "surely behind it" + ("" if proven else " or not shown to beat a rule without training")
+        return f"every other is {behind}{' on some task' if len(comparisons) > 1 else ''}."
+    if any(comparison.degrees < 1 for comparison in comparisons.values()):
+        said = "with a single seed no difference in quality counts"
+    else:
+        said = f"of {listed(kept)}, none is surely behind the best"
+    if not cost:
+        return f"{said}, and no cost was measured to decide; {why}."
+    if len(alike) == 1:
+        return f"{said}, and it is the cheapest in {cost}."
+    whose = "their costs" if len(alike) == len(kept) else f"the costs of {listed(alike)}, the cheapest,"
+    return f"{said}, and {whose} in {cost} are about the same; {why}."
+
+
+def _no_steps(scored: Sequence[str], comparisons: Mapping[str, Comparison]) -> str:
+    if len(scored) > 1 and any(comparison.degrees < 1 for comparison in comparisons.values()):
+        return "two seeds or more would tell differences from chance"
+    return "every mechanism reached the same quality within the noise"
+
+
+def _at_lengths(at_length: Mapping[str, int] | None) -> str:
+    if not at_length:
+        return ""
+    if len(set(at_length.values())) == 1:
+        return f" at {next(iter(at_length.values()))} tokens"
+    return " at " + listed([f"{length} tokens ({task})" for task, length in at_length.items()]) + " in the mean"
+
+
+def _solved(summary: Mapping[str, Sequence[Mapping[str, Any]]], mechanism: str) -> list[str]:
+    return [task for task in summary if _entry(summary, task, mechanism).get("solved")]
+
+
+def _without_unsolved(
+    summary: Mapping[str, Sequence[Mapping[str, Any]]], kept: list[str]
+) -> tuple[list[str], list[str], list[str]]:
+    """Those that solve what others solve, why the others left, and notes."""
+    steps, notes = [], []
+    for task, entries in summary.items():
+        if all(e.get("solved") is None for e in entries):
+            continue
+        solving = [m for m in kept if _entry(summary, task, m)["solved"]]
+        if solving:
+            lost = [m for m in kept if m not in solving]
+            steps += [f"{task} is not solved by {listed(lost)}"] if lost else []
+            kept = solving
+        elif any(e.get("solved") for e in entries):
+            notes.append(f"No remaining mechanism solves {task}.")
+        else:
+            notes.append(f"No mechanism solved {task} at this budget; a larger --budget may.")
+    return kept, steps, notes
+
+
+def _without_unproven(
+    summary: Mapping[str, Sequence[Mapping[str, Any]]], kept: list[str]
+) -> tuple[list[str], list[str]]:
+    """Those that surely beat a task's rule where some do, and why the others left."""
+    steps = []
+    for task in summary:
+        ahead = [m for m in kept if _entry(summary, task, m).get("beside_baseline") == "ahead"]
+        lost = [m for m in kept if m not in ahead]
+        if ahead and lost:
+            steps.append(f"on {task} not shown to beat a rule without training: {listed(lost)}")
+            kept = ahead
+    return kept, steps
+
+
+def _without_beaten(
+    summary: Mapping[str, Sequence[Mapping[str, Any]]],
+    comparisons: Mapping[str, Comparison],
+    metrics: Mapping[str, tuple[str, bool]],
+    kept: list[str],
+) -> tuple[list[str], list[str]]:
+    """Those that are not surely behind the best of those left, task by task, and why the others left."""
+    steps = []
+    for task in summary:
+        best = _best(summary, metrics, task, kept)
+        if best is None:
+            continue
+        behind = [m for m in kept if m != best and comparisons[task].difference(best, m).separable]
+        if behind:
+            score = _entry(summary, task, best)["mean"]
+            steps.append(f"on {task} {best} reaches {score:.4g} {metrics[task][0]}, ahead of {listed(behind)}")
+        kept = [m for m in kept if m not in behind]
+    return kept, steps
+
+
+def _ties(
+    summary: Mapping[str, Sequence[Mapping[str, Any]]],
+    comparisons: Mapping[str, Comparison],
+    metrics: Mapping[str, tuple[str, bool]],
+    kept: list[str],
+    budget: str,
+) -> list[str]:
+    """Says what the scores leave open among those that stay, and what would settle it."""
+    if len(kept) < 2:
+        return []
+    found = []
+    for task in summary:
+        best = _best(summary, metrics, task, kept)
+        if best is not None:
+            found.append(_inseparable(task, best, [m for m in kept if m != best], comparisons[task], budget))
+    return found
+
+
+def _best(
+    summary: Mapping[str, Sequence[Mapping[str, Any]]],
+    metrics: Mapping[str, tuple[str, bool]],
+    task: str,
+    kept: Sequence[str],
+) -> str | None:
+    """The one of `kept` with the best score; None where the task is solved, so that scores no longer decide."""
+    entries = [_entry(summary, task, m) for m in kept]
+    if any(e.get("solved") for e in entries):
+        return None
+    sign = 1 if metrics[task][1] else -1
+    return max(entries, key=lambda e: sign * e["mean"])["mechanism"]
+
+
+def _entry(summary: Mapping[str, Sequence[Mapping[str, Any]]], task: str, mechanism: str) -> Mapping[str, Any]:
+    return next(e for e in summary[task] if e["mechanism"] == mechanism)
+
+
+def _scored_everywhere(summary: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    names = [e["mechanism"] for e in next(iter(summary.values()), ())]
+    return [
+        name
+        for name in names
+        if all(
+            any(e["mechanism"] == name and e["mean"] is not None and math.isfinite(e["mean"]) for e in entries)
+            for entries in summary.values()
+        )
+    ]
+
+
+def _value(summary: Mapping[str, Sequence[Mapping[str, Any]]], mechanism: str, column: str) -> float:
+    values = [e.get(column) for entries in summary.values() for e in entries if e["mechanism"] == mechanism]
+    known = [float(v) for v in values if v is not None]
+    return math.exp(sum(map(math.log, known)) / len(known)) if known and min(known) > 0 else math.nan
+
+
+def _cheapest(
+    summary: Mapping[str, Sequence[Mapping[str, Any]]], names: list[str], column: str, more: bool
+) -> list[str]:
+    """The cheapest and those of about its cost, in the order of `names`; all where no cost is known."""
+    costs = {name: _value(summary, name, column) for name in names}
+    known = {name: 1 / cost if more else cost for name, cost in costs.items() if math.isfinite(cost)}
+    if not known:
+        return names
+    return [name for name in names if known.get(name, math.inf) <= ALIKE * min(known.values())]
+
+
+def _settled(
+    summary: Mapping[str, Sequence[Mapping[str, Any]]],
+    metrics: Mapping[str, tuple[str, bool]],
+    alike: list[str],
+    beside: Mapping[str, Sequence[Mapping[str, Any]]],
+    published: Mapping[str, Mapping[str, float]],
+) -> tuple[str, str]:
+    """Which of the mechanisms that are alike to take, and why."""
+    least, why = _least_bound(alike, beside)
+    if len(least) == 1:
+        return least[0], why
+    if "softmax" in least:
+        return "softmax", why or "softmax is the plainest of them"
+    open_tasks = [task for task in summary if _best(summary, metrics, task, least) is not None]
+    own = {task: {name: _entry(summary, task, name)["mean"] for name in least} for task in open_tasks}
+    elsewhere = {task: published[task] for task in open_tasks if least and published.get(task, {}).keys() >= set(least)}
+    before = f"{why}, and " if why else ""
+    for means, where in ((elsewhere, " in the ranking that regard publishes"), (own, "")):
+        leads = {task: _leader(means[task], metrics[task][1], least) for task in means}
+        ahead = Counter(name for name in leads.values() if name is not None)
+        leading = [name for name in least if ahead[name] == max(ahead.values(), default=0)]
+        if len(leading) == 1:
+            tasks = listed([task for task, name in leads.items() if name == leading[0]])
+            return leading[0], f"{before}{leading[0]} has the best mean on {tasks}{where}, though not surely"
+    return least[0], why or "it was named first"
+
+
+def _leader(means: Mapping[str, float], higher_is_better: bool, names: Sequence[str]) -> str | None:
+    """The one with the best mean; None where another has the same."""
+    values = {name: means[name] for name in names}
+    best = (max if higher_is_better else min)(values.values())
+    leading = [name for name, value in values.items() if value == best]
+    return leading[0] if len(leading) == 1 else None
+
+
+PUBLISHED = Path(__file__).with_name("published.json")
+
+
+def published_means(frame: str) -> dict[str, dict[str, float]]:
+    """Means by task and mechanism in the ranking of the documentation, in a frame; empty for frames that it does not have."""
+    found = json.loads(PUBLISHED.read_text(encoding="utf-8")) if PUBLISHED.is_file() else {}
+    return dict(found.get("means", {})) if found.get("frame") == frame else {}
+
+
+def _least_bound(alike: list[str], beside: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[str], str]:
+    """Those that lose the fewest tasks in further frames, and what the others lose; all of them where it is not known of all."""
+    entries = [{**entry, "task": task} for task, found in beside.items() for entry in found]
+    known = {name: [e for e in entries if e["mechanism"] == name] for name in alike}
+    lost = {name: [e for e in own if e["first_solved"] and not e["solved"]] for name, own in known.items()}
+    fewest = min(map(len, lost.values()), default=0)
+    others = [name for name in alike if len(lost[name]) > fewest]
+    if not all(known.values()) or not others:
+        return alike, ""
+    where = dict.fromkeys(f"{e['task']} in the frame {e['frame']}" for name in others for e in lost[name])
+    return [
+        name for name in alike if name not in others
+    ], f"unlike {listed(others)} it also solves {listed(list(where))}"
+
+
+def _inseparable(task: str, best: str, tied: list[str], comparison: Comparison, budget: str) -> str:
+    """Says what the scores of a task leave open, and what would separate the most distant of those tied."""
+    said = f"Cannot separate {best} from {listed(tied)} on {task} at this budget"
+    far = max(tied, key=lambda other: abs(comparison.difference(best, other).mean))
+    difference = comparison.difference(best, far)
+    if not math.isfinite(difference.resolved):
+        return said + ": with a single seed nothing can be separated; use --seeds 2 or more."
+    size = f"difference {'up to ' if len(tied) > 1 else ''}{abs(difference.mean):.2g}"
+    said += f" ({size}, smallest resolved {difference.resolved:.2g})"
+    seeds = len(comparison.seeds)
+    needed = seeds_needed(seeds, difference.resolved, difference.mean)
+    if needed is None:
+        return said + "; the difference is too small to matter or to measure."
+    wanted = max(needed, seeds + 1)
+    return (
+        said + f"; --seeds {wanted}{_longer(budget, wanted / seeds)} would" + (f" for {far}." if len(tied) > 1 else ".")
+    )
+
+
+def _longer(budget: str, factor: float) -> str:
+    if not budget:
+        return ""
+    parsed = Budget.parse(budget)
+    return f" --budget {Budget(parsed.unit, parsed.amount * factor)}" if parsed.unit == "seconds" else ""
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence: a, b and c."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,109 @@
+"""The summary of a comparison as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from regard.measurement import units
+from regard.workbench.comparison.summary import with_rule
+from regard.workbench.reports import charts
+from regard.workbench.reports.charts import is_number
+
+COSTS = (
+    ("inference", "inference_ms", units.milliseconds),
+    ("train/s", "tokens_per_second", units.count),
+    ("decode/s", "decode_tokens_per_second", units.count),
+    ("state", "state_bytes", units.size),
+    ("memory", "inference_memory_bytes", units.size),
+    ("in training", "training_memory_bytes", units.size),
+)
+LONGEST_RULE = 26
+FITS_80_COLUMNS = 3
+"""Costs shown on a narrow terminal; the report has all of them."""
+
+
+def terminal_table(
+    summary: Mapping[str, Sequence[Mapping[str, Any]]],
+    baselines: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    width: int = 80,
+) -> Table:
+    """One row for each mechanism under the name of its task, in the order given, the simple rule of the task in its place.
+
+    Args:
+        summary: of each task, one entry a mechanism, as the report receives it.
+        baselines: of each task with a rule its name, its score and whether higher is better.
+        width: columns of the terminal; a narrow one shows fewer costs.
+
+    Returns:
+        The table. Those that cannot be told apart share a rank. A star marks the Pareto front; what was not measured is a
+        dash.
+    """
+    costs = COSTS if width >= 104 else COSTS[:FITS_80_COLUMNS]
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("", "score", "rank"):
+        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+    for heading, _, _ in costs:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for task, entries in summary.items():
+        table.add_row(Text(task, style="bold"))
+        for entry in with_rule(entries, (baselines or {}).get(task)):
+            if "rule" in entry:
+                table.add_row(*_rule(entry))
+                continue
+            table.add_row(
+                Text(("★ " if entry.get("on_front") else "  ") + entry["mechanism"]),
+                Text(_score(entry)),
+                _rank(entry),
+                *(_value(entry, name, form) for _, name, form in costs),
+            )
+        table.add_section()
+    return table
+
+
+def figures_table(summary: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table | None:
+    """What tasks tell beside their scores, a row for each mechanism and a column for each figure; None where none does."""
+    told = {task: [e for e in entries if e.get("figures")] for task, entries in summary.items()}
+    names = list(dict.fromkeys(name for entries in told.values() for e in entries for name in e["figures"]))
+    if not names:
+        return None
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("", no_wrap=True)
+    for name in names:
+        table.add_column(Text(name), justify="right")
+    for task, entries in told.items():
+        if entries:
+            table.add_row(Text(task, style="bold"))
+        for entry in entries:
+            values = (entry["figures"].get(name) for name in names)
+            shown = (units.number(value) if is_number(value) else "—" for value in values)
+            table.add_row(Text(f"  {entry['mechanism']}"), *shown)
+    return table
+
+
+def _rule(rule: Mapping[str, Any]) -> tuple[Text, Text, Text]:
+    name = Text(f"  {charts.short(rule['rule'], LONGEST_RULE)}", style="italic")
+    return name, Text(units.number(rule["mean"])), Text("rule", style="dim")
+
+
+def _score(entry: Mapping[str, Any]) -> str:
+    mean, error = entry.get("mean"), entry.get("standard_error")
+    if not is_number(mean):
+        return "—"
+    return " ± ".join(units.with_error(mean, error)) if is_number(error) else units.number(mean)
+
+
+def _rank(entry: Mapping[str, Any]) -> Text:
+    if not is_number(entry.get("mean")):
+        return Text("no score", style="yellow")
+    rank = entry.get("rank")
+    return Text("—", style="dim") if rank is None else Text(str(rank), style="green" if rank == 1 else "dim")
+
+
+def _value(entry: Mapping[str, Any], name: str, form: charts.Formatter) -> Text:
+    value = entry.get(name)
+    return Text(form(value)) if is_number(value) else Text("—", style="dim")

@@ -1,0 +1,414 @@
+"""The training runs of a comparison: of each mechanism one a learning rate, then one a seed, each a row of the store.
+
+A run that has a row is not made again. Where the budget is a time, what is optional is made only while time is left for all
+that is not: rates beyond the grid, further seeds, further frames. What was left out is said.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regard.measurement.store import Store
+from regard.models import LanguageModel
+from regard.tasks import Task, TextTask
+from regard.training import runner_of
+from regard.workbench.comparison.planning import FEWEST_STEPS, share_steps
+from regard.workbench.comparison.recommend import listed
+from regard.workbench.comparison.settings import MORE_RATES, CompareSettings
+from regard.workbench.comparison.task_models import build
+from regard.workbench.comparison.work import Work
+from regard.workbench.reports import drawn_images, mask_pictures, predicted_images
+from regard.workbench.trained.run import described, figures_of, keep, outcome, ran
+
+Row = dict[str, Any]
+
+REPLANNED = 0.1
+"""Relative change of the number of steps from which a new plan is made, and said."""
+
+HALF_LIFE = 30.0
+"""Planned seconds after which a run tells half as much of the machine's pace."""
+
+LONGER = 2
+"""Steps, over those planned, of a run that does not solve what others of its mechanism solve."""
+
+MARGIN = 0.97
+"""Part of the time that is left which is planned anew."""
+
+SAMPLE_PROMPT, SAMPLE_TOKENS = 48, 120
+"""Tokens of a held-out text that a language model is given, and that it writes."""
+
+OVERTIME = 1.05
+"""Part of the budget that a round of seeds may end at."""
+
+
+@dataclass
+class Progress:
+    """Where a comparison stands, for whoever shows it.
+
+    Attributes:
+        doing: the cell in flight, in words.
+        done: planned seconds of work that are behind (estimates from the calibration).
+        total: planned seconds of work.
+        pace: seconds that a planned second has taken so far.
+        loss: of the last training step.
+    """
+
+    doing: str = ""
+    done: float = 0.0
+    total: float = 0.0
+    pace: float = 1.0
+    loss: float = math.nan
+
+    @property
+    def remaining(self) -> float:
+        """Seconds, at the pace so far."""
+        return max(0.0, self.total - self.done) * self.pace
+
+
+@dataclass
+class Runs:
+    """The outcome of training on a task.
+
+    Attributes:
+        rows: of each mechanism's seeds at its best rate.
+        trials: of each rate of the first seed.
+        rates: the best rate of each mechanism.
+        left_out: sentences about what there was no time for.
+        cells: keys of the rows in the store, by kind.
+        fewer: a sentence about steps that the plan had and the runs do not; empty where they have them.
+        longer: sentences about runs that were given more steps than the others.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    trials: list[Row] = field(default_factory=list)
+    rates: dict[str, float] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    cells: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"quality": [], "search": []})
+    fewer: str = ""
+    longer: list[str] = field(default_factory=list)
+
+
+class Trainer:
+    """Makes the runs that are missing from the store.
+
+    Args:
+        store: where rows are.
+        settings: of the comparison.
+        output: folder for models.
+        command: to print beside each row.
+        watch: told of the progress.
+        say: told in sentences what is decided.
+        deadline: on the clock of `time.monotonic`; None where the budget is not a time.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        settings: CompareSettings,
+        output: Path,
+        command: str,
+        watch: Callable[[Progress], None],
+        say: Callable[[str], None],
+        deadline: float | None,
+    ) -> None:
+        self.store, self.settings, self.output, self.command = store, settings, output, command
+        self.watch, self.say, self.deadline = watch, say, deadline
+        self.began = time.monotonic()
+        self.progress = Progress()
+        self.reserved = 0.0
+        """Planned seconds that should be left for what follows the task in hand."""
+        self.beside = 0.0
+        """Those of them for further frames, which further seeds in the first come before."""
+        self._planned = self._taken = 0.0
+        self._told: set[str] = set()
+        self.counted: set[tuple[str, str, str, float, int]] = set()
+        """Runs whose time the progress has, though they may have been made by another process."""
+
+    def replan(self, works: Sequence[Work]) -> str:
+        """Give the tasks that are left the steps that fit in the time that is left, if they no longer fit; what to know of it,
+        where the first of them gets fewer."""
+        first, key = (
+            works[0],
+            {**works[0].identity, "replanned": str(self.settings.budget), "mechanisms": [*works[0].configs]},
+        )
+        row = self.store.get("plan", key)
+        if row is not None:
+            first.steps = row.payload["steps"]
+            return str(row.payload.get("fewer", ""))
+        if self.deadline is None or not self._taken:
+            return ""
+        left = MARGIN * (self.deadline - time.monotonic()) / self.pace - self.reserved
+        before = dict(first.steps)
+        share_steps(works, left)
+        first.steps = {name: max(FEWEST_STEPS, steps) for name, steps in first.steps.items()}
+        name, fewer = next(iter(before)), ""
+        if abs(first.steps[name] - before[name]) < REPLANNED * before[name]:
+            first.steps = before
+        else:
+            told = (
+                f"{first.task.name}: {first.steps[name]} steps a run instead of {before[name]}, which is what fits: training "
+                f"has taken {self.pace:.2g} times what the calibration said"
+            )
+            self.say(told)
+            fewer = f"{told}." if first.steps[name] < before[name] else ""
+        self.store.put("plan", key, {"steps": first.steps, "fewer": fewer})
+        return fewer
+
+    @property
+    def pace(self) -> float:
+        """Seconds that a planned second of training takes, of late above all: a machine that was busy may be so no more."""
+        return self._taken / self._planned if self._planned > 0 else 1.0
+
+    def train(self, work: Work, names: Sequence[str] | None = None) -> Runs:
+        """All runs of these mechanisms (all when None) on a task."""
+        names = list(work.configs) if names is None else list(names)
+        first, runs = self.settings.first_seed, Runs()
+        rounds = self.settings.seeds - 1
+        tried = {name: [self._try(work, name, rate, runs) for rate in self.settings.rates] for name in names}
+        unseeded = [n for n in names if self.stored(work, n, best_of(tried[n])["lr"], first + 1) is None]
+        untried: dict[float, list[str]] = {}
+        for name in names:
+            best, lacking = self._extend(work, name, tried[name], runs, rounds * max(1, len(unseeded)))
+            runs.rates[name] = best["lr"]
+            runs.rows.append(best)
+            if lacking is not None:
+                untried.setdefault(lacking, []).append(name)
+        for rate, without in untried.items():
+            self._leave_out(runs, f"{work.task.name}: no time was left to try {listed(without)} at a rate of {rate:g}.")
+        for seed in range(first + 1, first + self.settings.seeds):
+            missing = [n for n in names if self.stored(work, n, runs.rates[n], seed) is None]
+            if not self._affords(sum(work.run_seconds(name) for name in missing) - self.beside, OVERTIME):
+                self._leave_out(runs, f"{work.task.name}: no time was left for seeds from {seed} on.")
+                break
+            runs.rows += [self.run(work, name, runs.rates[name], seed) for name in names]
+        runs.cells["quality"] += [self._key(work, r["mechanism"], r["lr"], r["seed"]) for r in runs.rows]
+        if work.task.solved is not None and work.frame == self.settings.frames[0]:
+            self._insist(work, runs)
+        return runs
+
+    def _insist(self, work: Work, runs: Runs) -> None:
+        """Train mechanisms that solve the task in some runs for more steps in the others: it is the budget that these lack."""
+        longer = copy.copy(work)
+        longer.steps = {name: LONGER * steps for name, steps in work.steps.items()}
+        solving = {row["mechanism"] for row in runs.rows if row["solved"]}
+        again: dict[str, list[int]] = {}
+        for i, row in enumerate(runs.rows):
+            name = row["mechanism"]
+            if row["solved"] or name not in solving:
+                continue
+            run = name, row["lr"], row["seed"]
+            if self.stored(longer, *run) is None and not self._affords(longer.run_seconds(name)):
+                self._leave_out(
+                    runs, f"{work.task.name}: no time was left for more steps of {name}, which solves it in some runs."
+                )
+                break
+            runs.rows[i] = self.run(longer, *run)
+            runs.cells["quality"][i] = self._key(longer, *run)
+            again.setdefault(name, []).append(row["seed"])
+        for name, seeds in again.items():
+            runs.longer.append(
+                f"{work.task.name}: {name} solves it in some runs; in the others (seeds {listed([str(s) for s in seeds])}) it had "
+                f"{longer.steps[name]} steps instead of {work.steps[name]}."
+            )
+
+    def _try(self, work: Work, name: str, rate: float, runs: Runs) -> Row:
+        row = self.run(work, name, rate, self.settings.first_seed)
+        trial = {k: row[k] for k in ("task", "mechanism", "frame", "lr", "seed")} | row["search"]
+        key = {**self._key(work, name, rate, row["seed"]), "items": work.search_items}
+        self.store.put("search", key, trial)
+        runs.cells["search"].append(key)
+        runs.trials.append(trial)
+        return row
+
+    def _extend(self, work: Work, name: str, tried: list[Row], runs: Runs, after: int) -> tuple[Row, float | None]:
+        """The run with the lowest loss on the items kept for the choice, with rates beyond while it is at an end; and the
+        rate that there was no time for."""
+        tried = list(tried)
+        for _ in range(MORE_RATES if len(tried) > 1 else 0):
+            rate = further_rate(tried)
+            if rate is None:
+                break
+            needed = work.run_seconds(name) + after * work.run_seconds(name)
+            stored = self.stored(work, name, rate, self.settings.first_seed) is not None
+            if not stored and not self._affords(needed):
+                return best_of(tried), rate
+            tried.append(self._try(work, name, rate, runs))
+        return best_of(tried), None
+
+    def affords(self, works: Sequence[Work], name: str) -> bool:
+        """Whether time is left for all runs of a mechanism on these tasks."""
+        return self._affords(sum(work.runs * work.run_seconds(name) for work in works))
+
+    def _affords(self, planned: float, share: float = 1.0) -> bool:
+        if self.deadline is None:
+            return True
+        end = time.monotonic() + (planned + self.reserved) * self.pace
+        return end <= self.began + share * (self.deadline - self.began)
+
+    def _leave_out(self, runs: Runs, sentence: str) -> None:
+        runs.left_out.append(sentence)
+        if sentence not in self._told:
+            self._told.add(sentence)
+            self.say(sentence)
+
+    def _key(self, work: Work, name: str, rate: float, seed: int) -> dict[str, Any]:
+        items = [work.search_items, work.items]
+        return {
+            **work.identity,
+            "mechanism": name,
+            **self.settings.variants[name].record(),
+            "feed_forward": work.configs[name].feed_forward,
+            "lr": rate,
+            "seed": seed,
+            "steps": work.steps[name],
+            "items": items,
+        }
+
+    def stored(self, work: Work, name: str, rate: float, seed: int) -> Row | None:
+        """The stored result of a run; None while there is none."""
+        row = self.store.get("quality", self._key(work, name, rate, seed))
+        return None if row is None else row.payload
+
+    def run(self, work: Work, name: str, rate: float, seed: int) -> Row:
+        """One full run, from its row where there is one."""
+        row = self.stored(work, name, rate, seed)
+        cell = (work.task.name, work.frame, name, rate, seed)
+        counted = cell in self.counted
+        self.counted.add(cell)
+        if row is not None:
+            if not counted:
+                self.advance(work.run_seconds(name))
+            return row
+        within = "" if work.frame == self.settings.frames[0] else f" in the frame {work.frame}"
+        self.doing(f"{work.task.name}: {name}{within}, learning rate {rate:g}, seed {seed}")
+        started = time.monotonic()
+        measured = self._measure(work, name, rate, seed)
+        faded = 0.5 ** (work.run_seconds(name) / HALF_LIFE)
+        self._taken = faded * self._taken + time.monotonic() - started
+        self._planned = faded * self._planned + work.run_seconds(name)
+        self.progress.pace = self.pace
+        self.store.put("quality", self._key(work, name, rate, seed), measured)
+        self.advance(work.evaluation_seconds[name])  # its steps have advanced the progress one by one
+        row = self.stored(work, name, rate, seed)
+        assert row is not None
+        return row
+
+    def _measure(self, work: Work, name: str, rate: float, seed: int) -> Row:
+        """Train and score: the first held-out items choose the learning rate, the others are the result."""
+        task = work.task
+        model = build(work.configs[name], seed, self.settings.device)
+        config = work.train_config(rate, seed, work.steps[name])
+        runner = runner_of(task)
+        history = runner.train(model, task, config, on_step=self._on_step(work, name))
+        items: list[tuple[float, float]] = []
+        found, score, choice = None, math.nan, {"score": math.nan, "loss": math.nan, "diverged": history.diverged}
+        if not history.diverged:
+            found = runner.evaluate(model, task, work.scored_at_once, first=work.search_items)
+            items, score = found.items, found.score
+            sliced = found
+            if work.search_items:
+                sliced = runner.evaluate(model, task, work.scored_at_once, last=work.search_items)
+            choice = {"score": sliced.score, "loss": sliced.loss, "diverged": not math.isfinite(sliced.loss)}
+        first = seed == self.settings.first_seed and work.frame == self.settings.frames[0]
+        shows = first and not history.diverged
+        if self.settings.keep_models and first:
+            record = {**described(work, name, rate, seed), **outcome(work, model, history, found)}
+            keep(self.model_folder(work, name, rate), model, task, record)
+        return {
+            "task": task.name,
+            "mechanism": name,
+            "frame": work.frame,
+            "seed": seed,
+            "lr": rate,
+            **ran(task, model, history),
+            "score": score,
+            "solved": None if task.solved is None else _reaches(task, score),
+            "items": items,
+            "search": choice,
+            "sample": written(model, task) if shows else None,
+            "masks": mask_pictures.predicted(model, task) if shows else None,
+            "completed": drawn_images.completed(model, task) if shows else None,
+            "figures": figures_of(found),
+            "predicted": predicted_images.predicted(model, task, work.scored_at_once, work.search_items)
+            if shows
+            else None,
+            "feed_forward": work.configs[name].feed_forward,
+            "skipped": history.skipped,
+            "tokens_per_second": history.tokens_per_second,
+            "training_memory_bytes": history.peak_memory,
+            "reproduce": self.command,
+        }
+
+    def model_folder(self, work: Work, name: str, rate: float) -> Path:
+        """Where the model of a run is kept."""
+        plain = "".join(letter if letter.isalnum() or letter in "_-." else "_" for letter in name)
+        return self.output / "models" / f"{work.task.name}-{plain}-{rate:g}"
+
+    def keep_only(self, folders: Sequence[Path]) -> None:
+        """Delete the models of all other runs."""
+        for folder in (self.output / "models").glob("*"):
+            if folder not in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def doing(self, what: str) -> None:
+        """Announce what is done next."""
+        self.progress.doing, self.progress.loss = what, math.nan
+        self.watch(self.progress)
+
+    def advance(self, seconds: float) -> None:
+        """Count planned seconds of work that is done."""
+        self.progress.done += seconds
+        self.progress.total = max(self.progress.total, self.progress.done)  # more may be tried than was planned
+        self.watch(self.progress)
+
+    def _on_step(self, work: Work, name: str) -> Callable[[Any], None]:
+        def on_step(point: Any) -> None:
+            self.progress.loss = point.loss
+            self.advance(work.step_seconds[name])
+
+        return on_step
+
+
+def written(model: nn.Module, task: Task) -> dict[str, str] | None:
+    """How a language model goes on from the beginning of the first held-out text; None for other tasks."""
+    if not isinstance(task, TextTask) or not isinstance(model, LanguageModel):
+        return None
+    device = next(model.parameters()).device
+    begun = next(iter(task.evaluation_batches(1))).inputs[:, :SAMPLE_PROMPT].to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    new = model.generate(begun, SAMPLE_TOKENS, temperature=0.8, generator=generator)
+    prompt, text = (task.tokenizer.decode(ids[0].tolist()) for ids in (begun, new))
+    return {"prompt": prompt, "text": text}
+
+
+def beyond(rate: float, *, up: bool) -> float:
+    """The next rate of the ladder 1, 3, 10, 30, ..., each with one digit."""
+    halves = 2 * math.log10(rate)
+    step = math.floor(halves + 0.3) + 1 if up else math.ceil(halves - 0.3) - 1
+    return float(f"{10 ** (step / 2):.1g}")
+
+
+def further_rate(tried: Sequence[Row]) -> float | None:
+    """The rate to try next, where the best of those tried is at an end of them; else None."""
+    best, rates = best_of(tried)["lr"], [row["lr"] for row in tried]
+    return beyond(best, up=best == max(rates)) if best in (min(rates), max(rates)) else None
+
+
+def best_of(rows: Sequence[Row]) -> Row:
+    """The run with the lowest loss on the items that choose the learning rate."""
+    return min(rows, key=lambda row: math.inf if row["search"]["loss"] is None else row["search"]["loss"])
+
+
+def _reaches(task: Task, score: float) -> bool:
+    assert task.solved is not None
+    return score >= task.solved if task.higher_is_better else score <= task.solved

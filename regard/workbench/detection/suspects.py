@@ -1,0 +1,315 @@
+"""What :mod:`regard.workbench.detection.patterns` probes: layers of the catalogue, and modules of somebody's own file.
+
+A class of a file is made by the names of its constructor's arguments: a width (``dim``, ``embed_dim``, ``d_model``, ...),
+heads (``num_heads``, ``nhead``, ...), and, where it takes them, ``causal`` and ``cross`` or ``pattern``, so that it is made
+once for each pattern. It is called with tokens (B, N, C), alone, with a memory, or as query, key and value, by the names of
+``forward``'s arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.catalogue import get_mechanism, run_file
+from regard.contract import Context, Mask, Pattern, Unsupported, closest
+from regard.models.variants import known_name
+from regard.workbench.advice.layer_work import MIXING, LayerSettings, LayerWork
+from regard.workbench.detection.patterns import LENGTH, MEMORY_LENGTH, Probe, Suspect
+
+DIM, HEADS = 32, 4
+WIDTHS = (
+    "dim", "embed_dim", "d_model", "hidden_size", "hidden_dim", "embedding_dim", "model_dim", "emb_dim", "n_embd",
+    "channels", "features", "in_features", "in_dim", "input_dim", "width",
+)  # fmt: skip
+HEAD_COUNTS = ("num_heads", "heads", "n_heads", "nhead", "n_head", "num_attention_heads")
+CAUSAL, CROSS = ("causal", "is_causal"), ("cross", "is_cross", "cross_attention")
+MEMORIES = ("memory", "context", "encoder", "source", "src", "kv", "cond", "y", "other", "key_value")
+"""Beginnings of names of a second sequence that holds keys and values."""
+KEYS, VALUES = ("key", "keys", "k"), ("value", "values", "v")
+
+
+def catalogue_suspect(name: str, *, dim: int = DIM, heads: int = HEADS) -> Suspect:
+    """A mechanism of the catalogue, with options where the name has some, as a layer with random weights.
+
+    Raises:
+        Unsupported: for an unknown name, and for poolings and projections, which do not mix a sequence.
+    """
+    card = get_mechanism(known_name(name))
+    if card.kind not in MIXING:
+        raise Unsupported(
+            f"patterns of {card.name}, a {card.kind.value}", supported="mechanisms that give an output for each token"
+        )
+
+    def make(pattern: Pattern) -> Probe:
+        return _LayerProbe(LayerWork(card, LayerSettings(pattern, dim, heads, dtype="float64")))
+
+    return Suspect(card.name, dim, make, card.patterns)
+
+
+class _LayerProbe:
+    """A layer of the catalogue, with the grid and the inserted tokens that it needs."""
+
+    dtype = torch.float64
+    takes_padding = True
+
+    def __init__(self, work: LayerWork) -> None:
+        self.work = work
+        self.takes_padding = work.card.sample_context is None and not work.subject.on_grid
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(1)
+            for parameter in work.layer.parameters():
+                parameter.add_(
+                    0.1 * torch.randn_like(parameter)
+                )  # weights that begin at zero would hide what they weigh
+        work.layer.eval()
+
+    def __call__(self, x: Tensor, memory: Tensor | None = None, *, padded: int = 0) -> Tensor:
+        keys = x if memory is None else memory
+        mask = None
+        if padded:
+            mask = Mask(lengths=torch.full((keys.shape[0],), keys.shape[1] - padded))
+        context = Context(
+            mask=mask if memory is None else None,
+            memory_mask=None if memory is None else mask,
+            roles=self._roles(keys),
+            grid=self.work.subject.grid(x.shape[1]),
+            generator=torch.Generator().manual_seed(0),
+            progress=1000.0,
+        )
+        output: Tensor = self.work.layer(x, memory, context=context).output
+        return output
+
+    def _roles(self, keys: Tensor) -> Tensor | None:
+        """Roles of so many tokens: those of a longer text, cut."""
+        make = self.work.card.sample_context
+        if make is None:
+            return None
+        longest = max(LENGTH, MEMORY_LENGTH, keys.shape[1])
+        drawn = make(torch.Generator().manual_seed(0), batch=1, n=longest, m=longest, pattern=self.work.subject.pattern)
+        return drawn["roles"][:, : keys.shape[1]].expand(keys.shape[0], -1) if "roles" in drawn else None
+
+
+def module_suspect(
+    path: str, name: str | None, given: Mapping[str, Any], *, dim: int = DIM, heads: int = HEADS, seeded: bool = False
+) -> Suspect:
+    """A module of somebody's file.
+
+    Args:
+        path: of the Python file, which is run.
+        name: of a class, of a function that makes a module, or of a module; None where the file has one class of modules.
+        given: arguments of the constructor.
+        dim: width of its input.
+        heads: of attention.
+        seeded: seed torch before each call, for a module that draws random numbers.
+
+    Raises:
+        Unsupported: for a file that does not run or has no such module, and arguments that are not known.
+    """
+    name, maker = find_maker(path, name)
+    if isinstance(maker, nn.Module):
+        only = maker
+        return Suspect(name, dim, lambda pattern: _ModuleProbe(only, pattern, dim, seeded))
+    arguments = Arguments(name, maker, {**given}, dim, heads)
+    arguments.of(Pattern.CAUSAL_SELF)  # what cannot be known is said before anything runs
+    return Suspect(name, dim, lambda pattern: _ModuleProbe(arguments.make(pattern), pattern, dim, seeded))
+
+
+def find_maker(path: str, name: str | None) -> tuple[str, Any]:
+    """The name and the class, function or module of a file; see :func:`module_suspect`."""
+    module = run_file(path, "module file")
+    if name is None:
+        own = [
+            key
+            for key, value in vars(module).items()
+            if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == module.__name__
+        ]
+        if len(own) != 1:
+            raise Unsupported(
+                f"{path} without the name of a class",
+                supported=f"{path}:NAME, of " + (", ".join(own) or "a class of torch modules, which the file lacks"),
+                nearest=f"{path}:{own[0]}" if own else "",
+            )
+        name = own[0]
+    maker = getattr(module, name, None)
+    if not callable(maker):
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise Unsupported(f"{name!r} in {path}", supported=", ".join(names) or "classes", nearest=closest(name, names))
+    return name, maker
+
+
+class Arguments:
+    """What a constructor is called with."""
+
+    def __init__(self, name: str, maker: Callable[..., Any], given: dict[str, Any], dim: int, heads: int) -> None:
+        self.name, self.maker, self.given, self.dim, self.heads = name, maker, given, dim, heads
+        self.taken = _parameters(maker)
+        anything = any(p.kind is p.VAR_KEYWORD for p in self.taken.values())
+        for option in given:
+            if option not in self.taken and not anything:
+                raise Unsupported(
+                    f"option {option!r} of {name}",
+                    supported=", ".join(self.taken) or "no options",
+                    nearest=closest(option, self.taken),
+                )
+
+    def of(self, pattern: Pattern) -> dict[str, Any]:
+        """Arguments by name for a pattern: those given, then sizes and flags by the names that layers usually have.
+
+        Raises:
+            Unsupported: for an argument that has no default and a name of no known meaning.
+        """
+        known: dict[str, Any] = dict.fromkeys(WIDTHS, self.dim) | dict.fromkeys(HEAD_COUNTS, self.heads)
+        known |= dict.fromkeys(CAUSAL, pattern.causal) | dict.fromkeys(CROSS, pattern.cross)
+        known |= {"pattern": pattern.value, "batch_first": True}
+        width = next((name for name in WIDTHS if name in self.taken), None)
+        chosen = {}
+        for name, parameter in self.taken.items():
+            if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                continue
+            needed = parameter.default is parameter.empty
+            if name in self.given:
+                chosen[name] = self.given[name]
+            elif name in known and (needed or name not in WIDTHS or name == width):
+                chosen[name] = known[name]
+            elif needed:
+                raise Unsupported(
+                    f"{self.name} without {name}",
+                    supported="a value for each argument that has none",
+                    nearest=f"--option {name}=...",
+                )
+        return chosen | {name: value for name, value in self.given.items() if name not in chosen}
+
+    def make(self, pattern: Pattern) -> nn.Module:
+        """The module in a pattern; in each the same weights, as far as it has the same parts."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            try:
+                made = self.maker(**self.of(pattern))
+            except Unsupported:
+                raise
+            except Exception as error:
+                raise Unsupported(f"{type(error).__name__}: {error}") from error
+        if not isinstance(made, nn.Module):
+            raise Unsupported(
+                f"{self.name}, which makes a {type(made).__name__}", supported="a class or function that makes a module"
+            )
+        return made
+
+
+def _parameters(maker: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """What a constructor takes, and, where it hands the rest on, what those of the classes above it take."""
+    found: dict[str, inspect.Parameter] = {}
+    makers: list[Any] = [maker]
+    if isinstance(maker, type):
+        makers = [
+            vars(made)["__init__"] for made in maker.__mro__ if made is not nn.Module and "__init__" in vars(made)
+        ]
+    for one in makers:
+        own = inspect.signature(one).parameters
+        for name, parameter in own.items():
+            if name != "self":
+                found.setdefault(name, parameter)
+        if one is object.__init__ or not any(p.kind is p.VAR_KEYWORD for p in own.values()):
+            break
+    return found
+
+
+class Called:
+    """Somebody's module in a pattern, called by the names of its forward's arguments.
+
+    Attributes:
+        takes_padding: whether its forward takes a `key_padding_mask`, True where a key is padding.
+    """
+
+    def __init__(self, module: nn.Module, pattern: Pattern, seeded: bool = False) -> None:
+        self.module, self.pattern, self.seeded = module, pattern, seeded
+        taken = inspect.signature(module.forward).parameters
+        free = [p for p in taken.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        self.needed = sum(p.default is p.empty for p in free)
+        self.names = [p.name for p in free]
+        self.takes_padding = "key_padding_mask" in taken
+        self.more: dict[str, Any] = {"batch_first": True} if "batch_first" in taken else {}
+        if "attn_mask" not in taken:
+            self.more |= {name: pattern.causal for name in CAUSAL if name in taken}
+        self.keywords = self._keywords()
+
+    def _keywords(self) -> tuple[str, ...]:
+        """Names of the arguments that hold the memory; in self patterns those that must be given."""
+        others = self.names[1:]
+        if not self.pattern.cross:
+            return tuple(others[: max(self.needed - 1, 0)])
+        pair = [name for name in others if name in KEYS + VALUES]
+        if len(pair) == 2:
+            return tuple(pair)
+        one = [name for name in others if name.startswith(MEMORIES)][:1] or others[: max(self.needed - 1, 0)][:2]
+        if not one:
+            taken = ", ".join(self.names) or "nothing"
+            raise Unsupported(f"it takes no second sequence (its forward takes {taken})")
+        return tuple(one)
+
+    def run(self, x: Tensor, memory: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
+        """Its output; `hidden` (B, M) is True where a key is padding."""
+        keys = x if memory is None else memory
+        more = self.more if hidden is None else {**self.more, "key_padding_mask": hidden}
+        with torch.random.fork_rng(devices=[], enabled=self.seeded):
+            if self.seeded:
+                torch.manual_seed(0)
+            output = self.module(x, **dict.fromkeys(self.keywords, keys), **more)
+        output = getattr(output, "output", output)
+        found: Tensor = output[0] if isinstance(output, tuple | list) and output else output
+        return found
+
+
+class _ModuleProbe(Called):
+    """Somebody's module, in float64 where it takes that."""
+
+    def __init__(self, module: nn.Module, pattern: Pattern, dim: int, seeded: bool) -> None:
+        super().__init__(module.eval(), pattern, seeded)
+        self.dtype = torch.float64
+        if not self._runs(dim):
+            self.dtype = torch.float32
+        self.module.to(self.dtype)
+
+    def _runs(self, dim: int) -> bool:
+        """Whether the module takes float64."""
+        x = torch.zeros(1, LENGTH, dim, dtype=torch.float64)
+        memory = torch.zeros(1, MEMORY_LENGTH, dim, dtype=torch.float64) if self.pattern.cross else None
+        with contextlib.suppress(Exception), torch.no_grad():
+            self.module.double()
+            return self(x, memory).dtype == torch.float64
+        return False
+
+    def __call__(self, x: Tensor, memory: Tensor | None = None, *, padded: int = 0) -> Tensor:
+        if not padded:
+            return self.run(x, memory)
+        keys = x if memory is None else memory
+        hidden = torch.zeros(keys.shape[:2], dtype=torch.bool)
+        hidden[:, keys.shape[1] - padded :] = True
+        return self.run(x, memory, hidden)
+
+
+FILE = re.compile(r"(?P<path>.+\.py)(?::(?P<name>\w+))?")
+"""How a module of somebody's file is named."""
+
+
+def suspect(
+    target: str, given: Mapping[str, Any], *, dim: int = DIM, heads: int = HEADS, seeded: bool = False
+) -> Suspect:
+    """What a target names: ``file.py``, ``file.py:Class``, or a mechanism as `regard compare` takes it.
+
+    Raises:
+        Unsupported: as :func:`module_suspect` and :func:`catalogue_suspect`.
+    """
+    file = FILE.fullmatch(target)
+    if file is not None:
+        return module_suspect(file["path"], file["name"], given, dim=dim, heads=heads, seeded=seeded)
+    if given:
+        raise Unsupported(f"--option for {target}", supported="options in its name", nearest=f"{target}:name=value")
+    return catalogue_suspect(target, dim=dim, heads=heads)

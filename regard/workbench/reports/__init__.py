@@ -1,0 +1,1 @@
+"""Pages of results: charts, tables and pictures as HTML that needs nothing else."""

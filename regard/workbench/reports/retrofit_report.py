@@ -1,0 +1,159 @@
+"""The page of a retrofit: one HTML file that needs nothing else, drawn from the record in its folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from regard.catalogue import list_mechanisms
+from regard.measurement import units
+from regard.models.variants import read_variant
+from regard.models.weights import write_atomically
+from regard.retrofit import card, read_record
+from regard.workbench.reports import charts
+from regard.workbench.reports.charts import Axis, Figure, Series
+from regard.workbench.reports.report import pages
+
+MODELS = ("original", "retrofit")
+
+
+def write_retrofit_report(folder: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> Path:
+    """Write the report of a finished retrofit, replacing the file in one step.
+
+    Args:
+        folder: of the retrofit.
+        path: the HTML file; ``report.html`` in the folder when None.
+
+    Raises:
+        Unsupported: for a folder without a finished retrofit, or where it cannot be written.
+    """
+    place = Path(folder) / "report.html" if path is None else Path(path)
+    page = render_retrofit(read_record(folder))
+    write_atomically(place, lambda file: file.write_text(page, encoding="utf-8"))
+    return place
+
+
+def render_retrofit(record: Mapping[str, Any]) -> str:
+    """The page of a record as text."""
+    view = _View(record)
+    return (
+        pages()
+        .get_template("retrofit.html.j2")
+        .render(
+            record=record,
+            title=f"{record['from']['name']} with {record['settings']['mechanism']}",
+            swapped=card.numbers(record["swapped"]),
+            kept=card.numbers(record["kept"]),
+            trained=sum(record["trained_tokens"].values()),
+            positions=view.positions(),
+            costs=view.costs(),
+            training=view.training(),
+            sensitivity=record["sensitivity"],
+            rows=card.rows(record["results"]),
+            facts=_facts(record),
+        )
+    )
+
+
+def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    settings, machine = record["settings"], record["machine"]
+    found = {
+        "model": f"{record['from']['class']} {record['from']['fingerprint']}",
+        **{name.replace("_", " "): value for name, value in settings.items()},
+        "data": record["data"]["digest"],
+        "regard": record["regard"],
+        "torch": machine["torch"],
+        "processor": machine["cpu"],
+        "machine": machine["machine_id"],
+    }
+    return [
+        (name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)) for name, value in found.items()
+    ]
+
+
+class _View:
+    """The charts of a record."""
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        self.record, self.results = record, record["results"]
+        ((mechanism, _),) = read_variant(record["settings"]["mechanism"]).layers
+        known = charts.numbers(["softmax", mechanism], list_mechanisms())
+        self.numbers = (
+            dict(zip(MODELS, known.values(), strict=True)) if len(known) == 2 else {MODELS[0]: 0, MODELS[1]: 1}
+        )
+
+    def positions(self) -> list[Figure]:
+        """A chart of perplexity for each text."""
+        found = []
+        for at, (source, its) in enumerate(self.results["perplexity"].items()):
+            bins = its["by_position"]
+            series = [self._series(model, [(b["last"], b[model]) for b in bins]) for model in MODELS]
+            axis = Axis("↑ perplexity (lower is better, so low is up)", units.tick, log=True, rising=False)
+            place = Axis("position, up to", units.tokens, log=True, base=2)
+            change = card.change(its)
+            note = f"{its['blocks']} blocks of {its['length']} tokens; in all {change}."
+            found.append(Figure(source, self._lines(f"position-{at}", source, series, place, axis), note))
+        return found
+
+    def costs(self) -> list[Figure]:
+        """State, prompt and token by length."""
+        length = Axis("tokens", units.tokens, log=True, base=2)
+        state = [self._series(m, [(int(n), s[m]) for n, s in self.results["state"].items()]) for m in MODELS]
+        size = Axis("↑ bytes (less is up)", units.size, log=True, base=2, rising=False)
+        found = [Figure("state of a sequence", self._lines("state", "state", state, length, size))]
+        for what, words in (("prefill", "time of a prompt"), ("decoding", "time of a token after a prompt")):
+            its = self.results[what]
+            series = [self._series(m, [(int(n), 1000 * t[m]["median"]) for n, t in its.items()]) for m in MODELS]
+            axis = Axis("↑ time (less is up)", units.milliseconds, log=True, rising=False)
+            note = ""
+            if what == "decoding" and any(t["retrofit"]["from"] != "cache" for t in its.values()):
+                note = "The retrofit reads the whole sequence again at each token."
+            found.append(Figure(words, self._lines(what, words, series, length, axis), note))
+        return found
+
+    def training(self) -> list[Figure]:
+        """Losses of the stages, and what each layer loses alone."""
+        losses, found = self.record["losses"], []
+        step = Axis("step", units.tick)
+        layers = list(losses["transfer"][0]) if losses["transfer"] else []
+        curves = [
+            Series(
+                at,
+                f"layer {layer}",
+                [(i + 1, row[layer]) for i, row in enumerate(losses["transfer"])],
+                label=len(layers) <= 12,
+            )
+            for at, layer in enumerate(layers)
+        ]
+        share = Axis("share of the output's square", units.tick, log=True)
+        if curves:
+            chart = self._lines("transfer", "attention transfer", curves, step, share)
+            found.append(Figure("attention transfer", chart))
+        tuned = [Series(1, "loss", list(enumerate(losses["tune"], 1)))]
+        nats = Axis("nats a token", units.tick, log=True)
+        found.append(Figure("whole model", self._lines("tune", "whole model", tuned, step, nats)))
+        known = self.record["sensitivity"]
+        if known:
+            points = sorted((int(layer), loss) for layer, loss in known.items())
+            series = [Series(1, "lost", points, rings=self.record["swapped"])]
+            chart = charts.lines(
+                "sensitivity",
+                "sensitivity of each layer",
+                "What the model loses with one new layer.",
+                series,
+                Axis("layer", units.tick),
+                Axis("nats a token lost with this layer alone", units.tick),
+            )
+            found.append(Figure("sensitivity", chart, "A ring marks a layer that has new attention."))
+        return found
+
+    def _series(self, model: str, points: Sequence[tuple[float, float | None]]) -> Series:
+        return Series(self.numbers[model], model, points)
+
+    def _lines(self, identity: str, title: str, series: Sequence[Series], x: Axis, y: Axis) -> Markup | None:
+        markers = all(len(s.points) <= 24 for s in series)
+        return charts.lines(identity, title, f"{title}, original and retrofit.", series, x, y, markers=markers)

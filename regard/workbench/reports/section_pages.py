@@ -1,0 +1,129 @@
+"""Sections of a report as HTML: their tables, and their pictures as SVG."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from regard.catalogue import list_mechanisms
+from regard.measurement import units
+from regard.workbench.reports import charts
+from regard.workbench.reports.charts import Axis, Figure, ScatterPoint, Series
+from regard.workbench.reports.sections import Curves, Heat, Picture, Section
+
+MOST_MARKED = 24
+"""Points of a curve beyond which they are not marked one by one."""
+
+
+def parts_of_page(sections: Sequence[Section]) -> list[dict[str, Any]]:
+    """What ``sections.html.j2`` draws: of each section its words, pictures and rows."""
+    names = _names([picture for part in sections for picture in part.pictures])
+    return [
+        {
+            "title": part.title,
+            "says": part.says,
+            "identity": _identity(part.title),
+            "figures": [
+                Figure(picture.caption, draw(picture, f"{_identity(part.title)}-{at}", names), picture.note)
+                for at, picture in enumerate(part.pictures)
+            ],
+            "headings": list(part.rows[0]) if part.rows else [],
+            "words": {name for row in part.rows for name, value in row.items() if isinstance(value, str)},
+            "rows": [[cell(row[name]) if name in row else "" for name in part.rows[0]] for row in part.rows],
+        }
+        for part in sections
+    ]
+
+
+def cell(value: Any) -> str:
+    """A value of a table as text."""
+    if value is None:
+        return "—"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def draw(picture: Picture, identity: str, names: Mapping[str, int] | None = None) -> Markup | None:
+    """A picture as SVG; None where there is nothing to draw.
+
+    Args:
+        identity: of its title, different for each picture of a page.
+        names: numbers of what it draws, which decide colours and shapes.
+    """
+    numbers = _names([picture]) if names is None else names
+    if isinstance(picture, Heat):
+        return _heat(picture, identity)
+    x = Axis(picture.x, units.tick, log=picture.log_x)
+    y = Axis(picture.y, units.tick, log=picture.log_y, rising=picture.rising)
+    if isinstance(picture, Curves):
+        series = [Series(numbers[name], name, points) for name, points in picture.curves.items()]
+        marked = all(len(one.points) <= MOST_MARKED for one in series)
+        return charts.lines(identity, picture.caption, picture.note or picture.caption, series, x, y, markers=marked)
+    points = [
+        ScatterPoint(numbers[name], name, *at, detail=f"{name}: {units.number(at[0])}, {units.number(at[1])}")
+        for name, at in picture.points.items()
+        if x.usable(at[0]) and y.usable(at[1])
+    ]
+    return charts.scatter(identity, picture.caption, picture.note or picture.caption, points, x, y) if points else None
+
+
+def _names(pictures: Sequence[Picture]) -> dict[str, int]:
+    drawn = [
+        name
+        for one in pictures
+        if not isinstance(one, Heat)
+        for name in (one.curves if isinstance(one, Curves) else one.points)
+    ]
+    return charts.numbers(list(dict.fromkeys(drawn)), list_mechanisms())
+
+
+def _identity(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def _heat(picture: Heat, identity: str) -> Markup | None:
+    """Shades of one colour, with the value of each field when the pointer rests on it."""
+    known = [v for row in picture.values for v in row if charts.is_number(v)]
+    if not known:
+        return None
+    low, high = min(known), max(known)
+    left = 8 + charts.CHARACTER * max(len(charts.short(name)) for name in picture.rows)
+    width = (charts.WIDTH - left - 4) / len(picture.columns)
+    height = min(18.0, 240.0 / len(picture.rows))
+    body = []
+    for i, row in enumerate(picture.values):
+        top = 12 + i * height
+        if height >= 9 or i % 4 == 0:
+            text = charts.short(picture.rows[i])
+            body.append(
+                Markup('<text class="tick end" x="{:.1f}" y="{:.1f}">{}</text>').format(
+                    left - 6, top + height / 2 + 4, text
+                )
+            )
+        for j, value in enumerate(row):
+            if not charts.is_number(value):
+                continue
+            share = (value - low) / (high - low) if high > low else 1.0
+            said = f"{picture.rows[i]}, {picture.columns[j]}: {units.number(value)}"
+            body.append(
+                Markup(
+                    '<rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" fill="currentColor" '
+                    'fill-opacity="{:.3f}"><title>{}</title></rect>'
+                ).format(left + j * width, top, max(width - 0.6, 0.4), max(height - 0.6, 0.4), 0.04 + 0.9 * share, said)
+            )
+    bottom = 12 + len(picture.rows) * height
+    every = max(1, round(len(picture.columns) * charts.CHARACTER * 5 / (charts.WIDTH - left)))
+    for j in range(0, len(picture.columns), every):
+        body.append(
+            Markup('<text class="tick middle" x="{:.1f}" y="{:.1f}">{}</text>').format(
+                left + (j + 0.5) * width, bottom + 14, charts.short(picture.columns[j])
+            )
+        )
+    return Markup(
+        '<svg class="chart" viewBox="0 0 {:.0f} {:.0f}" role="img" aria-labelledby="{i}-t">'
+        '<title id="{i}-t">{}</title>{}</svg>'
+    ).format(charts.WIDTH, bottom + 22, picture.caption, Markup("").join(body), i=identity)

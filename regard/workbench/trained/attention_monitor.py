@@ -1,0 +1,275 @@
+"""Which tokens the heads of a model look at while it is trained, and when that comes to rest: on any run, of any model here.
+
+At moments of the run the same held-out items are read, and the weights of every attention layer that has some are taken; those below 0
+count as 0, and they are divided by their sum. Of each head, with w the weights of a query over the n keys it sees:
+
+- entropy: the mean of H(w) / log n over queries: 1 looks at all keys alike, 0 at one.
+- lift of a token: the share of all weights that goes to it, over the share that equal weights would give it. Above 1 it is
+  looked at, below 1 looked away from.
+- change: the mean over queries of |w - w before| / 2, per step: how fast the head's attention moves.
+
+The head has snapped from the first moment on at which its change, and every later one, is below a tenth of the fastest. (With
+learning rates that fall to 0 every head comes to rest in the end: it is the moment that tells.)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract import Context, Result, Unsupported, valid_from_lengths
+from regard.core.ragged import gathering
+from regard.layers.attention import AttentionLayer
+from regard.models.blocks import evaluation_mode
+from regard.models.weights import write_atomically
+from regard.tasks import Task
+from regard.training.step import batch_context, run_model
+from regard.workbench.reports.report import pages
+from regard.workbench.reports.section_pages import parts_of_page
+from regard.workbench.reports.sections import Curves, Heat, Section
+
+LOOKS = 20
+"""Looks that are evenly spread over a run; as many again come close together at its beginning."""
+ITEMS, TOKENS = 8, 40
+"""Items that are read, and tokens of which the lift is told: the most frequent in them."""
+STILL = 0.1
+"""Share of the fastest change below which attention counts as frozen."""
+MOST_HEADS, MOST_TOKENS = 12, 24
+"""Heads and tokens of a picture."""
+
+
+def snapped(changes: Sequence[float], share: float = STILL) -> int | None:
+    """The first moment after the fastest change from which on all changes are below a share of it; None where there is none."""
+    fastest = max(changes, default=0.0)
+    if not fastest > 0:
+        return None
+    fast = [i for i, change in enumerate(changes) if change >= share * fastest]
+    return fast[-1] + 1 if fast[-1] + 1 < len(changes) else None
+
+
+class AttentionMonitor:
+    """Looks at a model's attention during a run.
+
+    Args:
+        task: the first of its held-out items are read.
+        items: how many.
+        path: file of what was seen, from which a run that is resumed goes on; None for none.
+
+    Raises:
+        Unsupported: for a task whose inputs are no tokens, or that reads a memory.
+    """
+
+    def __init__(self, task: Task, *, items: int = ITEMS, path: Path | None = None) -> None:
+        self.batch, self.path = next(iter(task.evaluation_batches(items))).items(0, items), path
+        if self.batch.inputs.is_floating_point() or self.batch.memory is not None:
+            raise Unsupported(
+                f"--monitor attention of the task {task.name}",
+                supported="tasks whose models read tokens, without a memory",
+            )
+        rows, n = self.batch.inputs.shape
+        layout = gathering(batch_context(self.batch).mask, rows, n, self.batch.inputs.device)
+        self.ids = layout.gather(self.batch.inputs, axis=1)  # as the layers see them, right-padded
+        n = self.ids.shape[1]
+        full = torch.ones(self.ids.shape, dtype=torch.bool)
+        self.valid = full if layout.lengths is None else valid_from_lengths(layout.lengths, n)
+        found, counts = self.ids[self.valid].unique(return_counts=True)
+        self.tokens = found[counts.argsort(descending=True, stable=True)][:TOKENS]
+        self.names = [_name(task, int(token)) for token in self.tokens]
+        self.looks: dict[int, dict[str, Any]] = {}
+        self._before: dict[str, Tensor] = {}
+        if path is not None and path.is_file():
+            told = json.loads(path.read_text(encoding="utf-8"))
+            self.looks = {look["step"]: look for look in told["looks"]} if told["tokens"] == self.names else {}
+
+    def due(self, steps: int) -> frozenset[int]:
+        """The steps after which to look, 0 among them."""
+        even = (round(steps * (i + 1) / LOOKS) for i in range(LOOKS))
+        early = (round(steps ** (i / LOOKS)) for i in range(LOOKS))
+        return frozenset([0, *even, *early])
+
+    def check(self, model: nn.Module) -> None:
+        """Raise Unsupported for a model none of whose layers has weights of tokens."""
+        if not any(True for _ in _layers(model)):
+            raise Unsupported(
+                "--monitor attention of a model without attention weights",
+                supported="mechanisms that give their weights, in one layer or more",
+                nearest="softmax",
+            )
+
+    def look(self, model: nn.Module, step: int) -> None:
+        """Read the items with the weights after so many steps."""
+        heads: dict[str, dict[str, Any]] = {}
+        weights = self._weights(model)
+        for layer, found in weights.items():
+            for head in range(found.shape[1]):
+                name = f"{layer}.{head}"
+                heads[name] = self._of_head(found[:, head], self._before.get(name))
+                self._before[name] = found[:, head]
+        earlier = [other for other in self.looks if other < step]
+        self.looks = {other: self.looks[other] for other in earlier} | {
+            step: {"step": step, "since": max(earlier, default=0), "heads": heads}
+        }
+        if self.path is not None:
+            text = json.dumps(self.as_record()) + "\n"
+            write_atomically(self.path, lambda path: path.write_text(text, encoding="utf-8"))
+
+    @torch.no_grad()
+    def _weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """Weights (B, H, N, M) by layer."""
+        found: dict[str, Tensor] = {}
+        device = next(model.parameters()).device
+        with evaluation_mode(model), ExitStack() as hooks:
+            for number, layer in enumerate(_layers(model)):
+                hooks.callback(layer.register_forward_pre_hook(_ask, with_kwargs=True).remove)
+                hooks.callback(layer.register_forward_hook(partial(_take, found, str(number))).remove)
+            run_model(model, self.batch.to(device), batch_context(self.batch.to(device)))
+        n = self.ids.shape[1]
+        kept = {name: w.float().cpu().clamp(min=0) for name, w in found.items() if w.shape[-2:] == (n, n)}
+        return {name: w / w.sum(-1, keepdim=True).clamp(min=1e-30) for name, w in kept.items()}
+
+    def _of_head(self, w: Tensor, before: Tensor | None) -> dict[str, Any]:
+        """The numbers of a head's weights (B, N, N)."""
+        seen = w > 0
+        rows = self.valid & (w.sum(-1) > 0)
+        visible = seen.sum(-1)
+        told = rows & (visible > 1)
+        entropy = torch.special.entr(w).sum(-1)[told] / visible[told].log()
+        shares, equal = (self._by_token(one, rows) for one in (w, seen / visible.clamp(min=1)[..., None]))
+        change = (
+            None if before is None or before.shape != w.shape else float((w - before).abs().sum(-1)[rows].mean() / 2)
+        )
+        return {
+            "entropy": float(entropy.mean()) if entropy.numel() else None,
+            "lift": [float(a / b) if b > 0 else None for a, b in zip(shares, equal, strict=True)],
+            "change": change,
+        }
+
+    def _by_token(self, w: Tensor, rows: Tensor) -> list[float]:
+        """The share of weights that goes to each of the tokens."""
+        of_keys = torch.where(rows[..., None], w, 0).sum(1)  # (B, M)
+        total = of_keys.sum().clamp(min=1e-12)
+        return [float(of_keys[self.ids == token].sum() / total) for token in self.tokens]
+
+    def as_record(self) -> dict[str, Any]:
+        """What was seen, for JSON."""
+        return {"tokens": self.names, "looks": [self.looks[step] for step in sorted(self.looks)]}
+
+    def heads(self) -> list[dict[str, Any]]:
+        """A row for each head: entropy at the first and the last look, when it snapped, and what it looks at."""
+        looks = self.as_record()["looks"]
+        rows = []
+        for name in looks[-1]["heads"] if looks else ():
+            course = [look["heads"][name] for look in looks if name in look["heads"]]
+            last = course[-1]
+            known = sorted(
+                (lift, token) for lift, token in zip(last["lift"], self.names, strict=True) if lift is not None
+            )
+            changes = [change or 0.0 for _, change in self._changes(name)]
+            at = snapped(changes)
+            rows.append(
+                {
+                    "head": name,
+                    "entropy at first": course[0]["entropy"],
+                    "entropy at last": last["entropy"],
+                    "snapped after step": None if at is None else [step for step, _ in self._changes(name)][at],
+                    "looks at": " ".join(token for _, token in reversed(known[-5:])),
+                    "looks away from": " ".join(token for _, token in known[:5]),
+                }
+            )
+        return rows
+
+    def _changes(self, name: str) -> list[tuple[int, float | None]]:
+        """Change per step of a head, by the step of a look; the first has none."""
+        looks = self.as_record()["looks"]
+        found = [(look, look["heads"].get(name, {}).get("change")) for look in looks[1:]]
+        return [
+            (look["step"], None if change is None else change / max(1, look["step"] - look["since"]))
+            for look, change in found
+        ]
+
+    def sections(self) -> list[Section]:
+        """Pictures and a table."""
+        looks, rows = self.as_record()["looks"], self.heads()
+        shown = [row["head"] for row in rows][:MOST_HEADS]
+        entropies = {
+            name: [(float(look["step"]), look["heads"][name]["entropy"]) for look in looks if look["step"] > 0]
+            for name in shown
+        }
+        changes = {
+            name: [(float(step), value if value and value > 0 else None) for step, value in self._changes(name)]
+            for name in shown
+        }
+        over = "" if len(rows) <= MOST_HEADS else f" The pictures have the first {MOST_HEADS} of {len(rows)} heads."
+        course = Section(
+            "When attention comes to rest",
+            "Heads are named layer.head. Entropy 1 looks at all keys alike, 0 at one; a head has snapped where its change "
+            f"stays below a tenth of the fastest.{over}",
+            (
+                Curves("Entropy of the heads", "step", "entropy", entropies, log_x=True),
+                Curves(
+                    "How fast they change", "step", "share of the weights per step", changes, log_x=True, log_y=True
+                ),
+            ),
+            rows,
+        )
+        return [course, *self._scanned(shown, looks)]
+
+    def write_page(self, path: Path, title: str) -> Path:
+        """The sections as one HTML file."""
+        page = pages().get_template("attention.html.j2").render(title=title, sections=parts_of_page(self.sections()))
+        write_atomically(path, lambda file: file.write_text(page, encoding="utf-8"))
+        return path
+
+    def _scanned(self, names: Sequence[str], looks: Sequence[dict[str, Any]]) -> Iterator[Section]:
+        if not names:
+            return
+        width = min(MOST_TOKENS, len(self.names))
+        last = [[looks[-1]["heads"][name]["lift"][i] for name in names] for i in range(width)]
+        first = names[0]
+        moments = [look for look in looks if first in look["heads"]]
+        course = [[look["heads"][first]["lift"][i] for look in moments] for i in range(width)]
+        yield Section(
+            "Which tokens are looked at",
+            f"Lift of the {width} most frequent tokens, the most frequent first: the share of the weights that goes to a token, "
+            "over what equal weights would give it. Dark is looked at.",
+            (
+                Heat("At the last look, by head", self.names[:width], list(names), last),
+                Heat(
+                    f"Head {first}, step by step", self.names[:width], [str(look["step"]) for look in moments], course
+                ),
+            ),
+        )
+
+
+def _name(task: Task, token: int) -> str:
+    tokenizer = getattr(task, "tokenizer", None)
+    if tokenizer is None:
+        return str(token)
+    text = tokenizer.decode([token])
+    return {" ": "␣", "\n": "⏎"}.get(text) or "".join(
+        c if c.isprintable() else f"\\x{ord(c):02x}" for c in text.replace(" ", "␣")
+    )
+
+
+def _layers(model: nn.Module) -> Iterator[AttentionLayer]:
+    for module in model.modules():
+        if isinstance(module, AttentionLayer) and "weights" in module.card.honours and not module.pattern.cross:
+            yield module
+
+
+def _ask(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    context = named.get("context") or Context()
+    return given, {**named, "context": context.replace(want=context.want | {"weights"})}
+
+
+def _take(found: dict[str, Tensor], name: str, layer: nn.Module, given: tuple[Any, ...], result: Result) -> None:
+    weights = result.extras.get("weights")
+    if weights is not None:
+        found[name] = weights

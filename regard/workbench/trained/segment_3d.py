@@ -1,0 +1,60 @@
+"""Masks of volumes by a trained model: the class of each voxel of a NIfTI file, as a NIfTI file and as shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from regard.contract import Context
+from regard.core.patches import joined
+from regard.models.weights import write_atomically
+from regard.tasks.segmentation.nifti import Scan, packed, written
+from regard.tasks.segmentation_3d import VolumeReader
+from regard.tasks.segmentation_3d.windows import in_windows
+from regard.workbench.trained.segment import likeliest, shares_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """Number of the class of each voxel of a scan."""
+
+    classes: Int[np.ndarray, "x y z"]
+    scan: Scan
+
+
+@torch.inference_mode()
+def segment(
+    model: nn.Module, reader: VolumeReader, path: Path, device: torch.device | str = "cpu"
+) -> tuple[Segmented, dict[str, float]]:
+    """The class of each voxel of a file, and the share of each class, the largest first.
+
+    The volume is read in the model's spacing and windows; its logits are interpolated (linearly) to the voxels of the file.
+
+    Raises:
+        Unsupported: for a file that cannot be read, and a volume smaller than a window.
+    """
+    inputs, grid, sides, scan = reader.read(path)
+
+    def run(tokens: Float[Tensor, "w n f"]) -> Float[Tensor, "w n pk"]:
+        return model(tokens.to(device), context=Context(grid=reader.grid)).output.cpu()
+
+    output = in_windows(run, inputs, grid, reader.grid, reader.patch, reader.overlap)
+    x, y, z = sides
+    logits = joined(output, grid, reader.patch)[0, :, :x, :y, :z]
+    classes = likeliest(logits, scan.voxels.shape).numpy()
+    return Segmented(classes, scan), shares_of(classes, reader.classes)
+
+
+def write(place: Path, found: Segmented, reader: VolumeReader) -> None:
+    """A mask as a NIfTI file of the scan's shape and affine, whose values are those of the masks that were trained on."""
+    values = np.array(reader.values, dtype=np.uint8)[found.classes]
+    data = packed(place, written(values, found.scan), found.scan.stored.affine)
+    write_atomically(place, lambda path: path.write_bytes(data))

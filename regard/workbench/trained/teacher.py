@@ -1,0 +1,126 @@
+"""The teacher of a run of `regard train`: a model that an earlier run has left in a folder."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regard.compression.distillation import Method, Taught, read_method
+from regard.compression.distillation.teaching import TASKS
+from regard.contract import Unsupported
+from regard.models.weights import weights_digest
+from regard.tasks import Task
+from regard.tasks.images import ImageReader
+from regard.tasks.tokenizer import Tokenizer
+from regard.workbench.trained.run import TOKENIZER, TrainedModel, open_trained
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained model of a task, and how a student learns from it.
+
+    Attributes:
+        trained: its folder.
+        method: of distillation.
+        written: the method, as it was asked for.
+        task: of both.
+        device: where they are trained.
+    """
+
+    trained: TrainedModel
+    method: Method
+    written: str
+    task: Task
+    device: str = "cpu"
+
+    @classmethod
+    def read(cls, folder: Path | str, written: str, task: Task, device: str = "cpu") -> Teacher:
+        """From a folder and a method, as they are written.
+
+        Raises:
+            Unsupported: for an unknown method, a folder without a finished run, a task whose models train in a way of their
+                own, and a teacher that reads other images or has other classes than the task.
+        """
+        method, own = read_method(written), getattr(task, "reader", None)
+        if task.objective == "next-token" and hasattr(task, "tokenizer"):
+            return cls(_of_text(folder, task), method, written, task, device)
+        if getattr(task, "runner", None) is not None or not isinstance(own, ImageReader):
+            raise Unsupported(
+                f"a teacher on the task {task.name}",
+                supported=TASKS,
+            )
+        trained = open_trained(folder)
+        told = trained.reader
+        if not isinstance(told, ImageReader):
+            raise Unsupported(
+                f"the teacher {folder}, which reads volumes", supported="a teacher trained on the same task"
+            )
+        for name in ("classes", "height", "width", "channels", "patch"):
+            if getattr(own, name) != getattr(told, name):
+                raise Unsupported(
+                    f"the teacher {folder} with {_said(name, told)}, where the task has {_said(name, own)}",
+                    supported="a teacher trained on the same task",
+                )
+        pairs = zip((*own.mean, *own.deviation), (*told.mean, *told.deviation), strict=True)
+        if not all(math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-4) for one, other in pairs):
+            raise Unsupported(
+                f"the teacher {folder}, whose inputs were normalised by other images than the task's",
+                supported="a teacher trained on the same data",
+            )
+        return cls(trained, method, written, task, device)
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """The teacher."""
+        return self.trained.model(self.device)
+
+    def teach(self, student: nn.Module, seed: int) -> Taught:
+        """The student with what is trained beside it, whose initial weights are of the seed."""
+        teacher = self.model  # before the seed is set, since loading draws numbers too
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return Taught(student, teacher, self.method, self.task)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What a run with another teacher has otherwise."""
+        weights = weights_digest(self.model)
+        return {"teacher": str(self.trained.folder.resolve()), "teacher_weights": weights, "distil": self.written}
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """Facts about it for the student's record."""
+        record = self.trained.record
+        return {key: record[key] for key in ("mechanism", "parameters", "score", "metric")}
+
+
+def _of_text(folder: Path | str, task: Any) -> TrainedModel:
+    trained = open_trained(folder)
+    other = trained.record["task"]["name"]
+    if other != task.name:
+        raise Unsupported(f"the teacher {folder}, trained on {other}", supported=f"a teacher trained on {task.name}")
+    if _tokens(trained.tokenizer) != _tokens(task.tokenizer):
+        own = trained.folder / TOKENIZER
+        raise Unsupported(
+            f"the teacher {folder} with other tokens than the task's",
+            supported="a teacher trained with the same tokenizer",
+            nearest=f"--tokenizer {own if own.is_file() else trained.tokenizer.name}",
+        )
+    return trained
+
+
+def _tokens(tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
+
+
+def _said(name: str, reader: Any) -> str:
+    value = getattr(reader, name)
+    if name != "classes":
+        return f"{name} {value}"
+    return f"the classes {', '.join(value[:5])}" + (f" and {len(value) - 5} more" if len(value) > 5 else "")

@@ -1,0 +1,1 @@
+"""`regard verify`: properties measured on every mechanism, at the contract, in layers and in swapped models."""
