@@ -119,7 +119,7 @@ def _probes(subject: Subject, effects: int, length: int | None, data: list[str] 
 
 def _one(subject: Subject, recipe: Recipe, output: Path, calibration: int, asked: Asked, as_json: bool) -> None:
     from regard.compression import compress as compress_model
-    from regard.workbench.lighter.study import calibration_data
+    from regard.workbench.lighter.study import calibration_data, training_data
     from regard.workbench.side_effects import HEADINGS, Effects, rows, sentence
 
     work, (probes, count), model = output / WORK, asked, subject.load()
@@ -142,6 +142,7 @@ def _one(subject: Subject, recipe: Recipe, output: Path, calibration: int, asked
             model,
             recipe,
             calibration_data(subject, recipe, calibration),
+            training=training_data(subject, recipe),
             work=work if recipe.needs else None,
             on_layer=watch,
         )

@@ -20,13 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from regard.compression.calibration import Chain, Statistics, all_statistics
+from regard.compression.distillation.recovery import same_weights, win_back
 from regard.compression.layer_work import LayerReport, compress_layer, relative_error
 from regard.compression.layers import Layers, Run, find_layers, run_batch
+from regard.compression.programs import Program, check_export, make_program
 from regard.compression.pruning.anatomy import find_host
 from regard.compression.pruning.losses import Losses, item_losses
+from regard.compression.pruning.steps import Structured
 from regard.compression.pruning.structure import take_parts
-from regard.compression.recipes import Lsq, Recipe, Rounding, read_recipe
+from regard.compression.recipes import OF_WEIGHTS, Lsq, Recipe, Rounding, read_recipe
 from regard.compression.resume import begin, digest, read_block, write_block
+from regard.compression.steps import Distil, Export, FewerTokens, check_program
+from regard.compression.tokens.applied import let_go, settle, tokens_record
 from regard.compression.weights.grids import round_to_nearest
 from regard.compression.weights.learned import learn_codes
 from regard.contract import Unsupported
@@ -51,6 +56,8 @@ class CompressionReport:
         bytes_before, bytes_after: of parameters and saved buffers, what is shared counted once.
         batches: of calibration.
         seconds: that it took.
+        tokens: method and options by which tokens go; None where all stay.
+        program: file, format and inputs of the program that is saved beside the model, and how far it is from it.
     """
 
     recipe: str
@@ -62,6 +69,8 @@ class CompressionReport:
     bytes_after: int
     batches: int
     seconds: float
+    tokens: dict[str, Any] | None = None
+    program: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -85,10 +94,12 @@ class Compressed:
     Attributes:
         model: the model that was given, with other layers.
         report: what was done.
+        program: what :meth:`save` writes beside the model, where the recipe exports.
     """
 
     model: nn.Module
     report: CompressionReport
+    program: Program | None = None
     _undo: list[Callable[[], object]] = field(repr=False, default_factory=list)
 
     def undo(self) -> nn.Module:
@@ -97,7 +108,7 @@ class Compressed:
             raise Unsupported("undoing what was saved or undone", supported="undo() once, before save()")
         for one in reversed(self._undo):
             one()
-        self._undo = []
+        self._undo, self.program = [], None
         return self.model
 
     def save(self, folder: str | os.PathLike[str], *, tokenizer: Any = None) -> None:
@@ -114,28 +125,30 @@ def compress(
     recipe: str | Recipe | Sequence[Any],
     data: Iterable[Any] | None = None,
     *,
+    training: Iterable[Any] | None = None,
     keep: Callable[[str, nn.Module], bool] = lambda name, module: False,
     run: Run = run_batch,
     losses: Losses = item_losses,
     work: str | os.PathLike[str] | None = None,
     on_layer: Callable[[str, int, int], None] = lambda name, done, count: None,
 ) -> Compressed:
-    """Make a model smaller in place: parts taken away, weights made 0 or put on grids of fewer bits.
+    """Make a model smaller in place: parts taken away, weights made 0 or put on grids of fewer bits, fewer tokens on their way.
 
     Args:
         model: of regard, transformers, timm or your own, in float32 on the processor. Linear layers are recognised by their
             class; what else has a weight matrix is kept, and named in the report. Parts are taken out of those that
-            :func:`regard.compression.pruning.find_host` knows.
+            :func:`regard.compression.pruning.find_host` knows, tokens out of those that
+            :mod:`regard.compression.tokens.applied` names.
         recipe: see :mod:`regard.compression.recipes`: ``"int8"``, ``"gptq:bits=4,group=32"``, a file, or a list of steps.
         data: batches for calibration, for recipes that want some: what `run` is called with. Read more than once. ``axformer``
-            searches by the loss on them: items that the model was not trained on, and that it is not tested on. ``lsq``
-            trains on them.
+            searches by the loss on them: items that the model was not trained on, and that it is not tested on.
+        training: batches that ``distil`` and ``lsq`` train on, one a step, in turn; `data` when not given.
         keep: called with the name and the module, which modules stay as they are, with all that is in them.
         run: called with the model and a batch; :func:`regard.compression.layers.run_batch` when not given.
         losses: the loss of each item of a batch, for ``axformer`` and ``lsq``: called with the model, the batch and `run`;
             :func:`regard.compression.pruning.item_losses` when not given.
-        work: folder where finished blocks of GPTQ and AWQ, trials of ``axformer`` and the state of ``lsq`` are kept, so that
-            the same call goes on after it was killed.
+        work: folder where finished blocks of GPTQ and AWQ, trials of ``axformer`` and the state of ``lsq`` and ``distil`` are
+            kept, so that the same call goes on after it was killed.
         on_layer: told the name of each finished layer or block, how many are done, and of how many.
 
     Returns:
@@ -147,27 +160,25 @@ def compress(
     """
     chosen = read_recipe(recipe)
     started = time.monotonic()
-    of_weights = chosen.masking is not None or chosen.rounding is not None
-    if of_weights:
-        find_layers(model, keep)  # refused before anything is changed
-    batches = [data] if isinstance(data, Tensor) else list(data or ())
-    if chosen.needs and not batches:
+    batches, taught = ([given] if isinstance(given, Tensor) else list(given or ()) for given in (data, training))
+    taught = (taught or batches) if "training" in chosen.needs else []
+    batches = batches if chosen.needs - {"training"} else []
+    if (chosen.needs - {"training"} and not batches) or ("training" in chosen.needs and not taught):
         raise Unsupported(
             f"{chosen.name} without data",
             supported="batches for calibration, as windows of text",
             nearest="int8, which needs none",
         )
+    _check(model, chosen, keep)
     before = weights_bytes(model)
-    job = _Job(model, chosen, batches if chosen.needs else [], run, on_layer)
+    job = _Job(model, chosen, batches, taught, run, losses, keep, on_layer)
     folder = None if work is None else Path(work)
     if folder is not None:
         job.identify()
     with evaluation_mode(model):
         try:
-            if chosen.structure is not None:
-                job.take_parts(losses, keep, folder)
-            if of_weights:
-                job.work(find_layers(model, keep), losses, folder)
+            for number, act in enumerate(chosen.acts):
+                job.do(act, folder if folder is None or not number else folder / f"step-{number}")
         except BaseException:
             for one in reversed(job.undo):
                 one()
@@ -175,15 +186,42 @@ def compress(
     report = CompressionReport(
         chosen.name,
         chosen.as_list(),
-        job.reports,
+        list(job.reports.values()),
         job.notes,
         job.kept,
         before,
         weights_bytes(model),
-        len(job.batches),
+        len(job.batches or job.taught),
         time.monotonic() - started,
+        tokens_record(model),
+        None if job.program is None else job.program.as_dict(),
     )
-    return Compressed(model, report, job.undo)
+    return Compressed(model, report, job.program, job.undo)
+
+
+def _check(model: nn.Module, recipe: Recipe, keep: Callable[[str, nn.Module], bool]) -> None:
+    """Refuse what can be refused before anything is changed."""
+    if any(step.stage in OF_WEIGHTS for _, step in recipe.steps):
+        find_layers(model, keep)
+    first, begins = recipe.steps[0]
+    if begins.stage in ("structure", "distil"):
+        try:
+            find_host(model)
+        except Unsupported as error:
+            if begins.stage == "structure":
+                raise
+            raise Unsupported(
+                f"a student by {first}: {error.asked}",
+                supported=error.supported,
+                nearest="distil after a step that makes weights 0 or rounds them",
+            ) from None
+    for _, step in recipe.steps:
+        if isinstance(step, Export):
+            check_export(step, model)
+        if isinstance(step, FewerTokens):
+            method = settle(model, step)
+            if recipe.steps[-1][1].stage == "export":
+                check_program(method)
 
 
 class _Job:
@@ -196,60 +234,123 @@ class _Job:
         model: nn.Module,
         recipe: Recipe,
         batches: list[Any],
+        taught: list[Any],
         run: Run,
+        losses: Losses,
+        keep: Callable[[str, nn.Module], bool],
         on_layer: Callable[[str, int, int], None],
     ) -> None:
-        self.model, self.recipe, self.batches = model, recipe, batches
-        self.run, self.on_layer = run, on_layer
+        self.model, self.recipe, self.batches, self.taught = model, recipe, batches, taught
+        self.run, self.losses, self.keep, self.on_layer = run, losses, keep, on_layer
         self.kept: dict[str, str] = {}
         self.undo: list[Callable[[], object]] = []
-        self.reports: list[LayerReport] = []
+        self.reports: dict[str, LayerReport] = {}
         self.notes: list[str] = []
         self.identity: dict[str, Any] = {}
+        self.program: Program | None = None
+        distils = any(isinstance(step, Distil) for _, step in recipe.steps)
+        self.teacher = same_weights(model) if distils else None
 
-    def take_parts(self, losses: Losses, keep: Callable[[str, nn.Module], bool], folder: Path | None) -> None:
-        """The step of the recipe that takes parts out of the model."""
-        step = self.recipe.structure
-        assert step is not None
-        if folder is not None and "loss" in step.needs:
-            find_host(self.model)  # refused before anything is written
-            begin(folder, self.identity)
-        undo, notes = take_parts(self.model, step, self.batches, self.run, losses, keep, self.on_layer, folder)
+    def do(self, act: Recipe, folder: Path | None) -> None:
+        """Some steps that are done together."""
+        step = act.steps[0][1]
+        if step.stage in OF_WEIGHTS:
+            self.work(act, find_layers(self.model, self.keep), folder)
+        elif isinstance(step, Distil):
+            self.distil(step, folder)
+        elif isinstance(step, FewerTokens):
+            self._done(*let_go(self.model, step, self.batches, self.run))
+        elif isinstance(step, Export):
+            rounding = self.recipe.rounding
+            rounds = rounding is not None and rounding.format.dynamic
+            self.program = make_program(self.model, step, self.batches[0], self.run, rounds=rounds)
+            self._done(lambda: None, str(self.program))
+        else:
+            self.take_parts(step, folder)
+
+    def _done(self, undo: Callable[[], object], *notes: str) -> None:
         self.undo.append(undo)
         self.notes += notes
 
-    def work(self, layers: Layers, losses: Losses, folder: Path | None) -> None:
+    def distil(self, step: Distil, folder: Path | None) -> None:
+        """The model learns from what it was; first of all steps, a part of it does."""
+        assert self.teacher is not None
+        if self.recipe.steps[0][1] is step:
+            layers = len(find_host(self.model).layers)
+            stay = max(layers // 2, 1) if step.layers is None else step.layers
+            if stay >= layers:
+                raise Unsupported(
+                    f"a student of {stay} layers, distilled from {layers}",
+                    supported="fewer layers than the model has",
+                    nearest="distil after a step that takes something away",
+                )
+            self.take_parts(Structured(layers=layers - stay, layers_by="even"), None)
+        if folder is not None:
+            begin(folder, self.identity)
+        zeros = [name for name, report in self.reports.items() if report.zeros is not None]
+        undo, note = win_back(
+            self.model,
+            self.teacher,
+            step,
+            self.taught,
+            self.run,
+            keep=self.keep,
+            zeros=zeros,
+            folder=folder,
+            on_step=lambda done: self.on_layer("distil step", done, step.steps),
+        )
+        self._done(undo, note)
+
+    def take_parts(self, step: Any, folder: Path | None) -> None:
+        """A step that takes parts out of the model."""
+        if folder is not None and "loss" in step.needs:
+            find_host(self.model)  # refused before anything is written
+            begin(folder, self.identity)
+        undo, notes = take_parts(
+            self.model, step, self.batches, self.run, self.losses, self.keep, self.on_layer, folder
+        )
+        self._done(undo, *notes)
+
+    def work(self, act: Recipe, layers: Layers, folder: Path | None) -> None:
         """All layers, and the head."""
         self.layers = layers
         self.kept |= layers.kept
-        if isinstance(self.recipe.rounding, Lsq):
-            self._learned(self.recipe.rounding, losses, folder)
-        elif {"second", "squares"} & self.recipe.needs:
-            self._by_group(folder)
+        if isinstance(act.rounding, Lsq):
+            self._learned(act.rounding, folder)
+        elif {"second", "squares"} & act.needs:
+            self._by_group(act, folder)
         else:
-            self._at_once()
-        if self.recipe.masking is not None:
-            zeros = [report.zeros for report in self.reports if report.zeros is not None]
+            self._at_once(act)
+        if act.masking is not None:
+            zeros = [report.zeros for report in self.reports.values() if report.zeros is not None]
             share = sum(zeros) / max(len(zeros), 1)
             self.notes.append(
                 f"{share:.1%} of the weights of a layer are 0, which makes nothing faster or smaller here"
             )
-        if self.recipe.rounding is not None:
-            self._head(self.recipe.rounding)
+        if act.rounding is not None:
+            self._head(act.rounding)
 
-    def _at_once(self) -> None:
+    def _compressed(
+        self, act: Recipe, name: str, linear: nn.Linear, statistics: Statistics | None
+    ) -> tuple[nn.Linear | QuantizedLinear, LayerReport]:
+        """A layer after some steps, with the zeros that earlier ones made."""
+        before = self.reports.get(name)
+        stays = None if before is None or before.zeros is None else linear.weight.detach() != 0
+        return compress_layer(name, linear, act, statistics, mask=stays)
+
+    def _at_once(self, act: Recipe) -> None:
         body = self.layers.body
         found: Mapping[str, Statistics | None] = dict.fromkeys(body)
-        if "range" in self.recipe.needs:
+        if "range" in act.needs:
             found = all_statistics(self.model, body, self.batches, self.run, second=False)
         for i, (name, linear) in enumerate(body.items()):
             if name not in found:
                 self.kept[name] = "no calibration data reach it"
                 continue
-            self._replace(linear, *compress_layer(name, linear, self.recipe, found[name]))
+            self._replace(linear, *self._compressed(act, name, linear, found[name]))
             self.on_layer(name, i + 1, len(body))
 
-    def _by_group(self, folder: Path | None) -> None:
+    def _by_group(self, act: Recipe, folder: Path | None) -> None:
         body = self.layers.body
         chain = Chain.of(self.model, body, self.batches, self.run)
         if folder is not None:
@@ -260,8 +361,8 @@ class _Job:
                 for linear, made, report in read_block(file, body):
                     self._replace(linear, made, report)
             else:
-                statistics = chain.statistics(i, body, second="second" in self.recipe.needs)
-                block_layers = [compress_layer(n, body[n], self.recipe, statistics[n]) for n in names]
+                statistics = chain.statistics(i, body, second="second" in act.needs)
+                block_layers = [self._compressed(act, n, body[n], statistics[n]) for n in names]
                 if file is not None:
                     write_block(file, block_layers)
                 for new, report in block_layers:
@@ -271,7 +372,7 @@ class _Job:
         for name in body.keys() - {name for _, names in chain.groups for name in names}:
             self.kept[name] = "no calibration data reach it"
 
-    def _learned(self, step: Lsq, losses: Losses, folder: Path | None) -> None:
+    def _learned(self, step: Lsq, folder: Path | None) -> None:
         """Layers whose grids are learned by training the whole model."""
         if folder is not None:
             begin(folder, self.identity)
@@ -280,9 +381,9 @@ class _Job:
             self.model,
             body,
             format,
-            self.batches,
+            self.taught,
             self.run,
-            losses,
+            self.losses,
             steps=step.steps,
             learning_rate=step.learning_rate,
             folder=folder,
@@ -314,7 +415,7 @@ class _Job:
     def _replace(self, old: nn.Module, new: nn.Module, report: LayerReport) -> None:
         replace_module(self.model, old, new)
         self.undo.append(lambda: replace_module(self.model, new, old))
-        self.reports.append(report)
+        self.reports[report.name] = report
 
     def identify(self) -> None:
         """Note what a run that goes on must have in common with the one that was stopped."""
@@ -322,4 +423,5 @@ class _Job:
             "recipe": self.recipe.as_list(),
             "model": weights_digest(self.model),
             "data": digest(self.batches),
+            "training": digest(self.taught),
         }

@@ -3,10 +3,11 @@
     model.safetensors     the weights, codes as they are, with a copy of the record
     config.json           of the model, as its library writes it
     compression.json      the record: what kind of model it is, which layers are quantized and how, what is left of layers whose
-                          sizes the config has no words for, and the report
+                          sizes the config has no words for, how tokens go on their way through it, and the report
+    model.onnx, model.pt2 a program of it, where the recipe exports
 
 A model of regard is also loaded by :func:`regard.models.from_pretrained`, since its ``config.json`` says what is quantized and
-what is left of each layer.
+what is left of each layer; not one that runs with fewer tokens, which is refused there.
 A file is replaced in one step, the record last, so that a folder whose writer was stopped is noticed.
 """
 
@@ -24,10 +25,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 import regard
+from regard.compression.programs import remove_programs
 from regard.compression.pruning.foreign import restore, structure
+from regard.compression.tokens.applied import all_tokens, put_on, tokens_record
 from regard.contract import Unsupported
 from regard.layers.quantized import quantized_record, restore_layers
-from regard.models import from_pretrained, save_pretrained
+from regard.models import save_pretrained
+from regard.models.pretrained import CONFIG, read_pretrained
 from regard.models.registry import MODELS
 from regard.models.weights import distinct_tensors, load_tensors, read_tensors, write_atomically
 
@@ -69,18 +73,23 @@ def save_compressed(compressed: Compressed, folder: str | os.PathLike[str], *, t
         "architecture": _architecture(model, library),
         "structure": structure(model),
         "quantized": quantized_record(model),
+        "tokens": tokens_record(model),
         "report": compressed.report.as_dict(),
     }
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     (place / RECORD).unlink(missing_ok=True)
-    if library == "regard":
-        save_pretrained(model, place)
-    else:
-        tensors = {name: tensor.contiguous() for name, tensor in distinct_tensors(model).items()}
-        metadata = {"format": "pt", "quantized": json.dumps(record["quantized"])}
-        write_atomically(place / WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
-        if library == "transformers":
-            _write_transformers(model, tokenizer, place)
+    remove_programs(place)
+    with all_tokens(model):
+        if library == "regard":
+            save_pretrained(model, place, tokens=record["tokens"])
+        else:
+            tensors = {name: tensor.contiguous() for name, tensor in distinct_tensors(model).items()}
+            metadata = {"format": "pt", "quantized": json.dumps(record["quantized"])}
+            write_atomically(place / WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
+            if library == "transformers":
+                _write_transformers(model, tokenizer, place)
+    if compressed.program is not None:
+        compressed.program.save(place)
     write_atomically(place / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -97,7 +106,7 @@ def load_compressed(folder: str | os.PathLike[str], *, into: nn.Module | None = 
     place = Path(folder)
     record = read_record(place)
     if record["library"] == "regard" and into is None:
-        return from_pretrained(place)
+        return load_own(place)
     tensors, metadata = read_tensors(place / WEIGHTS)
     if "quantized" in metadata and json.loads(metadata["quantized"]) != record["quantized"]:
         raise Unsupported(f"{RECORD} and {WEIGHTS} of different saves in {folder}", supported="files of one save")
@@ -106,7 +115,19 @@ def load_compressed(folder: str | os.PathLike[str], *, into: nn.Module | None = 
         restore(model, record["structure"], source=str(place / RECORD))
     restore_layers(model, record["quantized"], source=str(place / RECORD))
     load_tensors(model, tensors, source=str(place / WEIGHTS))
-    return model.eval()
+    return _with_tokens(model.eval(), record.get("tokens"), place / RECORD)
+
+
+def load_own(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> nn.Module:
+    """A model of regard, compressed or not, in evaluation mode; raises Unsupported as :func:`regard.models.from_pretrained`."""
+    model, tokens = read_pretrained(folder, device=device)
+    return _with_tokens(model, tokens, Path(folder) / CONFIG)
+
+
+def _with_tokens(model: nn.Module, record: dict[str, Any] | None, source: Path) -> nn.Module:
+    if record is not None:
+        put_on(model, record, source=str(source))
+    return model
 
 
 def load_causal_model(

@@ -43,16 +43,16 @@ class LayerReport:
 
 
 def compress_layer(
-    name: str, linear: nn.Linear, recipe: Recipe, statistics: Statistics | None
+    name: str, linear: nn.Linear, recipe: Recipe, statistics: Statistics | None, *, mask: Tensor | None = None
 ) -> tuple[nn.Linear | QuantizedLinear, LayerReport]:
     """A linear layer with the zeros and on the grids of a recipe, and what it lost.
 
     Args:
         statistics: of its inputs, where the recipe needs them.
+        mask: which weights earlier steps have not made 0, where they did.
     """
     weight = linear.weight.detach()
     second = None if statistics is None else statistics.second
-    mask: Tensor | None = None
     work = weight
     if recipe.masking is not None:
         try:

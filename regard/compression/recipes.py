@@ -5,16 +5,20 @@
     smoothquant:alpha=0.7 + w8a8    several, in the order in which they are done
     wanda:ratio=0.4 + int8          weights made 0 before the others are rounded
     axformer:focus=size             heads, neurons and layers taken away for good
+    structured:layers=2 + distil    what the cut model lost is won back from the answers of the model as it was
+    int8 + tokens:keep=0.5 + export fewer tokens on their way through it, and an ONNX program beside the saved model
     my_recipe.yaml                  a file: a list of steps, each a name as above or {name: {option: value}}; JSON too
 
 Several recipes are a list with commas; ``option=value`` after a comma belongs to the step before it. Each step has a *stage*,
 and stages come in one order: what takes parts out of the model, what makes weights 0 (both in :mod:`regard.compression.pruning`),
-what moves difficulty between inputs and weights, and what rounds. At most one step of a stage. After ``awq`` and ``smoothquant``
-something rounds: ``awq`` alone is ``awq + int4``, ``smoothquant`` alone is ``smoothquant + w8a8``.
+what moves difficulty between inputs and weights, what rounds, what lets tokens go, and what exports. At most one step of a
+stage. ``distil`` comes first, where it makes a student, or directly after a step whose losses it wins back. After ``awq`` and
+``smoothquant`` something rounds: ``awq`` alone is ``awq + int4``, ``smoothquant`` alone is ``smoothquant + w8a8``.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -31,6 +35,7 @@ from regard.compression.pruning.steps import (
     Wanda,
     check_damping,
 )
+from regard.compression.steps import Distil, Export, FewerTokens, check_program, check_rate
 from regard.compression.weights.limits import CALIBRATORS
 from regard.contract import Unsupported, at_least, check_options, closest, one_of, read_options
 from regard.layers.quantized import Format
@@ -177,10 +182,7 @@ class Lsq(Rounding):
 
     def __post_init__(self) -> None:
         at_least("steps", self.steps, 1)
-        if not 0 < self.learning_rate < 1:
-            raise Unsupported(
-                f"learning_rate={self.learning_rate}", supported="0 < learning_rate < 1", nearest="learning_rate=0.0001"
-            )
+        check_rate(self.learning_rate)
         if self.calibrate != "minmax":
             raise Unsupported(f"lsq:calibrate={self.calibrate}, whose grids are learned", supported="no calibrate")
         if self.group is None and self.bits in (4, 3, 2):
@@ -220,6 +222,7 @@ class LlmInt8(W8A8):
 
 
 STEPS: dict[str, type[Any]] = {
+    "distil": Distil,
     "structured": Structured,
     "axformer": AxFormer,
     "magnitude": Magnitude,
@@ -233,6 +236,8 @@ STEPS: dict[str, type[Any]] = {
     "lsq": Lsq,
     "w8a8": W8A8,
     "llm_int8": LlmInt8,
+    "tokens": FewerTokens,
+    "export": Export,
 }
 """By the names that recipes have."""
 
@@ -241,14 +246,22 @@ STAGES = {
     "mask": "make weights 0",
     "scale": "scale the same layers",
     "round": "round the same weights",
+    "tokens": "let tokens go",
+    "export": "make a program",
 }
-"""In their order, with what two steps of one stage would both do."""
+"""In their order, with what two steps of one stage would both do; ``distil`` has no place of its own."""
+
+OF_WEIGHTS = ("mask", "scale", "round")
+"""Stages that are done at once, layer by layer."""
+WON_BACK = ("structure", "mask", "round")
+"""Stages after which ``distil`` may come."""
 
 USUAL = {"smoothquant": "w8a8", "awq": "int4"}
 """What rounds after a step that does not."""
 
-ALL = ("int8", "w8a8", "smoothquant", "llm_int8", "int4", "int4:calibrate=mse", "awq", "gptq", "awq + gptq")
-"""The recipes that ``all`` stands for, the quickest first: those that need no search and make something smaller or faster."""
+ALL = ("int8", "w8a8", "smoothquant", "llm_int8", "int4", "int4:calibrate=mse", "awq", "gptq", "awq + gptq", "tokens")
+"""The recipes that ``all`` stands for, the quickest first: those that need no search or training and make something smaller or
+faster. What they cannot do to a model is told."""
 
 
 @dataclass(frozen=True)
@@ -280,6 +293,15 @@ class Recipe:
     def rounding(self) -> Rounding | None:
         """The step that rounds."""
         return self._of("round")
+
+    @property
+    def acts(self) -> list[Recipe]:
+        """The steps as they are done: those of weights that follow each other together, each other step alone."""
+        found: list[list[tuple[str, Any]]] = []
+        for one in self.steps:
+            joined = one[1].stage in OF_WEIGHTS and found and found[-1][-1][1].stage in OF_WEIGHTS
+            found[-1].append(one) if joined else found.append([one])
+        return [Recipe(tuple(steps)) for steps in found]
 
     def _of(self, stage: str) -> Any:
         return next((step for _, step in self.steps if step.stage == stage), None)
@@ -360,49 +382,81 @@ def _step(given: Any) -> tuple[str, Any]:
 
 
 def _checked(steps: list[tuple[str, Any]]) -> Recipe:
-    last = steps[-1][0]
-    if last in USUAL:
-        steps = [*steps, (USUAL[last], STEPS[USUAL[last]]())]
-    names = [name for name, _ in steps]
-    places = [list(STAGES).index(step.stage) for _, step in steps]
-    for (first, one), (second, other), a, b in zip(steps, steps[1:], places, places[1:], strict=False):
-        if a == b:
-            raise Unsupported(
-                f"{first} and {second} in one recipe, which both {STAGES[other.stage]}", supported="one of them"
-            )
-        if a > b:
-            before = "the step that rounds" if one.stage == "round" else first
-            raise Unsupported(
-                f"{second} after {first}", supported=f"{second} before {before}", nearest=f'"{second} + {first}"'
-            )
-    recipe = Recipe(tuple(steps))
+    if not any(step.stage == "round" for _, step in steps):
+        steps = [more for one in steps for more in _with_rounding(one)]
+    _check_order(steps)
+    recipe, named = Recipe(tuple(steps)), {step.stage: name for name, step in steps}
+    if "export" in named and "tokens" in named:
+        check_program(recipe._of("tokens").named)
     rounding = recipe.rounding
     if rounding is None:
         return recipe
-    rounds = rounding.format.dynamic
+    rounds, last = rounding.format.dynamic, named["round"]
     if isinstance(rounding, Lsq) and (recipe.masking is not None or recipe.scaling is not None):
         raise Unsupported(
-            f"lsq after {names[-2]}, whose weights it would train anew",
+            f"lsq after {named.get('scale', named.get('mask'))}, whose weights it would train anew",
             supported="lsq alone, or after a step that takes parts out",
             nearest="lsq",
         )
-    if "smoothquant" in names and not rounds:
+    if "smoothquant" in named.values() and not rounds:
         raise Unsupported(
-            f"smoothquant before {names[-1]}, which leaves inputs as they are",
+            f"smoothquant before {last}, which leaves inputs as they are",
             supported="steps that round inputs: w8a8, llm_int8",
             nearest='"smoothquant + w8a8"',
         )
-    if "awq" in names and rounds:
+    if "awq" in named.values() and rounds:
         raise Unsupported(
-            f"awq before {names[-1]}, which rounds inputs", supported="int4, gptq, int8", nearest='"awq + int4"'
+            f"awq before {last}, which rounds inputs", supported="int4, gptq, int8", nearest='"awq + int4"'
         )
     if recipe.masking is not None and not rounding.format.symmetric:
         raise Unsupported(
-            f"{names[-1]} with offsets after weights were made 0, which would not stay 0",
+            f"{last} with offsets after weights were made 0, which would not stay 0",
             supported="symmetric=true, or no step that makes weights 0",
             nearest="symmetric=true",
         )
     return recipe
+
+
+def _with_rounding(one: tuple[str, Any]) -> list[tuple[str, Any]]:
+    """A step, and what rounds after it where it does not."""
+    usual = USUAL.get(one[0])
+    return [one] if usual is None else [one, (usual, STEPS[usual]())]
+
+
+def _check_order(steps: list[tuple[str, Any]]) -> None:
+    placed = [(name, step.stage, list(STAGES).index(step.stage)) for name, step in steps if step.stage in STAGES]
+    for (first, stage, a), (second, _, b) in itertools.pairwise(placed):
+        if a == b:
+            raise Unsupported(
+                f"{first} and {second} in one recipe, which both {STAGES[stage]}", supported="one of them"
+            )
+        if a > b:
+            before = "the step that rounds" if stage == "round" else first
+            raise Unsupported(
+                f"{second} after {first}", supported=f"{second} before {before}", nearest=f'"{second} + {first}"'
+            )
+    for (before, one), (name, step) in itertools.pairwise(steps):
+        if not isinstance(step, Distil):
+            continue
+        if one.stage not in WON_BACK:
+            raise Unsupported(
+                f"{name} after {before}",
+                supported="distil first, where it makes a student of fewer layers, or directly after a step that takes parts out, "
+                "makes weights 0 or rounds, whose losses it wins back",
+                nearest=None if before == name else f'"{name} + {before}"',
+            )
+        if step.layers is not None:
+            raise Unsupported(
+                f"layers={step.layers} of {name} after {before}",
+                supported="layers where distil comes first",
+                nearest=f'"structured:layers=... + {name}"',
+            )
+        if one.stage == "round" and one.format.dynamic:
+            raise Unsupported(
+                f"{name} after {before}, which rounds inputs, so that no gradients pass",
+                supported="int8, int4, gptq or lsq before it, or distil before the step that rounds",
+                nearest="int8",
+            )
 
 
 def _steps_in(path: Path) -> Any:

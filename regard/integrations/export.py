@@ -53,8 +53,8 @@ def export(
     longer: dict[str, Any] = {}
     free = lengths and (context is None or context.grid is None)
     if free:
-        _refuse_waived(module, "layer_lengths", "a program for every length", "lengths=False")
-    with torch.no_grad(), _without_warnings():
+        refuse_waived(module, "layer_lengths", "a program for every length", "lengths=False")
+    with torch.no_grad(), without_warnings():
         if context is not None:
             given["context"], longer["context"] = context, _longer_context(context)
         if state is not None:
@@ -85,17 +85,22 @@ def export_onnx(
     Raises:
         Unsupported: as :func:`export`; for a mechanism with an operator that ONNX lacks; without the packages.
     """
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise Unsupported(f"ONNX without {' and '.join(missing)}", supported="pip install 'regard[onnx]'")
-    _refuse_waived(module, "layer_onnx", "an ONNX program", "regard.integrations.export.export")
+    check_packages()
+    refuse_waived(module, "layer_onnx", "an ONNX program", "regard.integrations.export.export")
     program = export(module, *inputs, context=context, state=state, lengths=lengths)
-    with _without_warnings():
+    with without_warnings():
         return torch.onnx.export(program, **{"verbose": False, **options})
 
 
+def check_packages() -> None:
+    """Raise Unsupported where the packages for ONNX are missing."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise Unsupported(f"ONNX without {' and '.join(missing)}", supported="pip install 'regard[onnx]'")
+
+
 @contextmanager
-def _without_warnings() -> Iterator[None]:
+def without_warnings() -> Iterator[None]:
     """PyTorch's exporters warn of what their own code does, and log that a result has parts that are None."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -125,7 +130,7 @@ def _differing(
     return pytree.tree_map(free, sizes, is_leaf=of_tensor)
 
 
-def _refuse_waived(module: nn.Module, property_name: str, asked: str, nearest: str) -> None:
+def refuse_waived(module: nn.Module, property_name: str, asked: str, nearest: str) -> None:
     """Raise Unsupported with the reason of the first mechanism in `module` whose card waives the property."""
     for part in module.modules():
         card, pattern = getattr(part, "card", None), getattr(part, "pattern", None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,17 @@ from regard.models.weights import distinct_tensors, load_tensors, read_tensors, 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 QUANTIZED = "quantized"
 """In a record: the layers that are quantized (:func:`regard.layers.quantized.restore_layers`); left out where none is."""
+TOKENS = "tokens"
+"""In a record: how the model runs with fewer tokens, which :mod:`regard.compression` knows; left out where it has all."""
 
 
-def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def save_pretrained(
+    model: nn.Module, folder: str | os.PathLike[str], *, tokens: Mapping[str, Any] | None = None
+) -> None:
     """Save a model of :mod:`regard.models`, quantized or not; tied weights are stored once.
+
+    Args:
+        tokens: how it runs with fewer tokens; :func:`regard.compression.load_compressed` reads it.
 
     Raises:
         Unsupported: for another model, or a config with options that JSON cannot hold.
@@ -46,6 +54,8 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     quantized = quantized_record(model)
     if quantized:
         record[QUANTIZED] = quantized
+    if tokens is not None:
+        record[TOKENS] = dict(tokens)
     text = json.dumps(record, indent=2) + "\n"
     place = Path(folder)
     tensors = distinct_tensors(model)
@@ -57,8 +67,23 @@ def from_pretrained(folder: str | os.PathLike[str], *, device: torch.device | st
     """The model saved in `folder`, in the dtype that it was saved in and in evaluation mode.
 
     Raises:
-        Unsupported: when files are missing, do not belong together, or hold a model or options unknown here.
+        Unsupported: when files are missing, do not belong together, or hold a model or options unknown here; for a model that runs
+            with fewer tokens.
     """
+    model, tokens = read_pretrained(folder, device=device)
+    if tokens is not None:
+        raise Unsupported(
+            f"{folder}, whose model runs with fewer tokens ({tokens.get('method')})",
+            supported="models with all tokens",
+            nearest="regard.compression.load_compressed(folder)",
+        )
+    return model
+
+
+def read_pretrained(
+    folder: str | os.PathLike[str], *, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, dict[str, Any] | None]:
+    """As :func:`from_pretrained`, a model with all tokens, and how it is to run with fewer; None where it is not."""
     place = Path(folder)
     for file in (CONFIG, WEIGHTS):
         if not (place / file).is_file():
@@ -98,7 +123,7 @@ def from_pretrained(folder: str | os.PathLike[str], *, device: torch.device | st
         if name in tensors:
             tensor.data = tensor.data.to(tensors[name].dtype)
     load_tensors(model, tensors, source=str(place / WEIGHTS))
-    return model.eval()
+    return model.eval(), record.get(TOKENS)
 
 
 def _read_record(text: str | bytes, path: Path) -> dict[str, Any]:
@@ -109,9 +134,10 @@ def _read_record(text: str | bytes, path: Path) -> dict[str, Any]:
             f"{path} that is not JSON ({error})", supported="a file written by save_pretrained"
         ) from error
     parts = {"model": str, "regard": str, "config": dict}
-    if not isinstance(record, dict) or {n: type(v) for n, v in {QUANTIZED: {}, **record}.items()} != {
+    if not isinstance(record, dict) or {n: type(v) for n, v in {QUANTIZED: {}, TOKENS: {}, **record}.items()} != {
         **parts,
         QUANTIZED: dict,
+        TOKENS: dict,
     }:
         raise Unsupported(f"{path} with other contents", supported="model, regard and config")
     return record

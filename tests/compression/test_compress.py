@@ -44,7 +44,13 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    "recipe", [*ALL, "gptq:bits=8", "gptq:order=activations,symmetric=false", "int4:bits=3,calibrate=kl"]
+    "recipe",
+    [
+        *(name for name in ALL if name != "tokens"),
+        "gptq:bits=8",
+        "gptq:order=activations,symmetric=false",
+        "int4:bits=3,calibrate=kl",
+    ],
 )
 def test_a_language_model_is_compressed_saved_loaded_and_undone(recipe, tmp_path):
     model, data = language_model(), windows()

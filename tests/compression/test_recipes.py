@@ -32,6 +32,10 @@ def test_a_recipe_is_written_as_text_as_a_list_and_in_files(tmp_path):
         'structured:heads=0.5,by="magnitude" + wanda:ratio=0.3 + awq + gptq',
         "axformer:focus=size,slack=0.1",
         "axformer",
+        "distil:layers=2,kind=features + wanda + distil:steps=5,budget=30s + int8 + tokens:keep=0.5 + export",
+        "tokens:method=snapkv,capacity=64",
+        "tokens:remove=4 + export:format=torch",
+        "tokens:threshold=0.01",
     ],
 )
 def test_a_recipe_reads_back_from_its_name(name):
@@ -48,7 +52,16 @@ def test_a_list_of_recipes_keeps_options_with_their_step():
     names = [recipe.name for recipe in read_recipes("int8, int4:group=64,symmetric=false,gptq,int8")]
     assert names == ["int8", "int4:group=64,symmetric=false", "gptq"]
     assert [recipe.name for recipe in read_recipes("all")] == [read_recipe(name).name for name in ALL]
-    others = {"structured", "axformer", "magnitude", "wanda", "sparsegpt", "lsq"}  # they prune or train
+    others = {
+        "structured",
+        "axformer",
+        "magnitude",
+        "wanda",
+        "sparsegpt",
+        "lsq",
+        "distil",
+        "export",
+    }  # they prune, train or pack
     assert {name for recipe in read_recipes("all") for name, _ in recipe.steps} == set(STEPS) - others
 
 
@@ -84,6 +97,25 @@ def test_a_list_of_recipes_keeps_options_with_their_step():
         ("structured:heads=2", "heads"),
         ("axformer:focus=sizes", "try size"),
         ("axformer:slack=0.1", "focus=size"),
+        ("distil:kind=answers", "kind"),
+        ("distil:budget=5 steps", "a time"),
+        ("distil:learning_rate=0", "learning_rate"),
+        ("int8 + distil:layers=2", "layers where distil comes first"),
+        ("awq + distil + int4", "distil after awq.*directly after a step"),
+        ("distil + distil", "distil after distil"),
+        ("int8 + tokens + distil", "distil after tokens"),
+        ("w8a8 + distil", "no gradients"),
+        ("export + int8", 'try "int8'),
+        ("tokens + wanda", 'try "wanda'),
+        ("tokens:method=tome + tokens:method=evit", "both let tokens go"),
+        ("tokens:method=tomes", "try tome"),
+        ("tokens:method=ltp", "threshold="),
+        ("tokens:method=tome,capacity=5", "keep or remove"),
+        ("tokens:keep=0.5,remove=3", "one of them"),
+        ("tokens:keep=1", "keep"),
+        ("tokens:capacity=64 + export", "keeps no cache"),
+        ("tokens:threshold=0.1 + export", "power_bert"),
+        ("export:format=tflite", "format"),
         ("missing.yaml", "does not exist"),
         ("", "recipe"),
     ],

@@ -33,7 +33,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from regard.compression.pruning.foreign import TransformersModel
 from regard.compression.pruning.masks import replace_forward
 from regard.compression.tokens.reducers import Tokens
 from regard.contract import Unsupported, at_least
@@ -60,13 +59,10 @@ class PrunedTokens(nn.Module):
         self, model: nn.Module, *, counts: Sequence[int] | None = None, thresholds: Sequence[float] | None = None
     ) -> None:
         super().__init__()
-        host = TransformersModel(model)
-        if not host.family.post_norm:
-            raise Unsupported(f"fewer tokens in a {type(model).__name__}", supported="encoders with layers as BERT's")
+        layers = layers_of(model)
         if (counts is None) == (thresholds is None):
             raise Unsupported("counts and thresholds", supported="one of the two")
         given: Sequence[Any] = counts if counts is not None else thresholds or ()
-        layers = [layer.module for layer in host.layers]
         if len(given) != len(layers):
             raise Unsupported(f"numbers for {len(given)} layers", supported=f"{len(layers)}, one for each layer")
         if counts is not None:
@@ -88,7 +84,7 @@ class PrunedTokens(nn.Module):
     @property
     def kept(self) -> list[float]:
         """Real tokens behind each layer of this thread's last call, the mean over rows."""
-        return list(self._run.kept)
+        return [float(counts.double().mean()) for counts in self._run.kept]
 
     def penalty(self) -> Float[Tensor, ""]:
         """What is added, with a weight, to the loss of a call with soft pruning."""
@@ -157,7 +153,7 @@ class PrunedTokens(nn.Module):
         if self.shares is not None or self.temperature is not None:
             factor = torch.where(first, 1.0, self._factor(layer, scores.masked_fill(~valid, -torch.inf)))
             run.factors.append(factor[valid].mean())
-            run.kept.append(float(valid.sum(1).double().mean()))
+            run.kept.append(valid.sum(1))
             run.tokens = Tokens(x * factor[..., None].to(x), tokens.sizes, tokens.places, CLASS_TOKENS)
             return run.tokens.x
         order = scores.masked_fill(~valid, -torch.inf).masked_fill(first, torch.inf)
@@ -170,7 +166,7 @@ class PrunedTokens(nn.Module):
         chosen = order.topk(count, dim=1).indices.sort(1).values
         run.valid = stays.gather(1, chosen)
         run.tokens = tokens.take(chosen)
-        run.kept.append(float(run.valid.sum(1).double().mean()))
+        run.kept.append(run.valid.sum(1))
         return run.tokens.x
 
     def _factor(self, layer: int, scores: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
@@ -181,6 +177,24 @@ class PrunedTokens(nn.Module):
         if scores.shape[1] > self.shares.shape[1]:
             raise Unsupported(f"{scores.shape[1]} tokens", supported=f"{self.shares.shape[1]}, as soften() was told")
         return self.shares[layer].clamp(0, 1)[rank]
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of an encoder, quantized or not; raises Unsupported for another model."""
+    found = [
+        list(row) for row in model.modules() if isinstance(row, nn.ModuleList) and len(row) and all(map(_fits, row))
+    ]
+    if len(found) != 1:
+        raise Unsupported(
+            f"fewer tokens in a {type(model).__name__}", supported="encoders of transformers with layers as BERT's"
+        )
+    return found[0]
+
+
+def _fits(layer: Any) -> bool:
+    attention = getattr(layer, "attention", None)
+    parts = hasattr(attention, "self") and hasattr(attention, "output") and hasattr(layer, "feed_forward_chunk")
+    return parts and not hasattr(layer, "crossattention")
 
 
 def _enter(pruning: PrunedTokens, number: int, layer: Any) -> list[Any]:

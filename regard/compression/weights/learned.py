@@ -12,7 +12,6 @@ beside the step as those of weights are beside the weights (the paper's Section 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,16 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from regard.compression.descent import by_path, descend
 from regard.compression.layers import Run
 from regard.compression.pruning.losses import Losses
 from regard.compression.weights.grids import TINY, Grids, as_codes, in_groups
-from regard.contract import Unsupported
 from regard.layers.quantized import Codes, Format
-from regard.training.checkpoint import load_checkpoint, restore, save_checkpoint
 
 KEPT = "learned.safetensors"
-SECONDS = 60.0
-"""Between two times that a run's state is kept, at most."""
 
 
 class LearnedSteps(nn.Module):
@@ -99,45 +95,16 @@ def learn_codes(
         Unsupported: where the loss is not finite.
     """
     with _trained_alone(model, layers, format) as learned:
-        trained = nn.ParameterDict(
-            {f"{name}/{key}".replace(".", "/"): one for name, own in learned.items() for key, one in own.items()}
+        descend(
+            by_path({f"{name}/{key}": one for name, own in learned.items() for key, one in own.items()}),
+            _groups(learned),
+            lambda step: losses(model, batches[step % len(batches)], run).mean(),
+            what="learned grids",
+            steps=steps,
+            learning_rate=learning_rate,
+            file=None if folder is None else folder / KEPT,
+            on_step=on_step,
         )
-        optimizer = torch.optim.Adam(_groups(learned))
-        file = None if folder is None else folder / KEPT
-        done = 0
-        if file is not None and file.is_file():
-            checkpoint = load_checkpoint(file)
-            restore(checkpoint, trained, optimizer)
-            done = int(checkpoint.record["steps"])
-
-        def keep() -> None:
-            if file is not None and done:
-                save_checkpoint(file, trained, optimizer, {"steps": done})
-
-        kept = time.monotonic()
-        try:
-            while done < steps:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["factor"] * learning_rate * (1 + math.cos(math.pi * done / steps)) / 2
-                with torch.enable_grad():
-                    loss = losses(model, batches[done % len(batches)], run).mean()
-                    if not bool(torch.isfinite(loss.detach())):
-                        raise Unsupported(
-                            f"step {done + 1} of learned grids, whose loss is {float(loss.detach())}",
-                            supported="a loss that stays finite",
-                            nearest=f"learning_rate={learning_rate / 10:g}",
-                        )
-                    optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
-                optimizer.step()
-                done += 1
-                on_step(done)
-                if time.monotonic() - kept > SECONDS:
-                    keep()
-                    kept = time.monotonic()
-        except KeyboardInterrupt:
-            keep()
-            raise
         found = {}
         for name, linear in layers.items():
             one: Any = linear

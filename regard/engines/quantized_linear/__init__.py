@@ -12,6 +12,7 @@ exactly what it says in every dtype that computes with it.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,7 +67,7 @@ def dynamic_linear(
 
     Products are summed as integers, exactly, and scaled in float32. Gradients do not pass.
     """
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).detach().float()
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).detach().float()
     step = rows.abs().amax(1, keepdim=True).clamp(min=torch_form.TINY) / 127
     rounded = (rows / step).round_().to(torch.int8)
     y = torch_form.integer_product(rounded, codes) * (step * scale.float().T)

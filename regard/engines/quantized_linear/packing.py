@@ -27,6 +27,8 @@ def pack(codes: UInt8[Tensor, "n k"]) -> UInt8[Tensor, "n half"]:
 
 def unpack(packed: UInt8[Tensor, "n half"]) -> UInt8[Tensor, "n k"]:
     """What :func:`pack` was given."""
+    if torch.compiler.is_compiling():  # bit operators of ONNX programs come out in other types
+        return torch.stack([packed % 16, packed // 16], -1).flatten(1)
     return torch.stack([packed & 15, packed >> 4], -1).flatten(1)
 
 

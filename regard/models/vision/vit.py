@@ -222,7 +222,7 @@ class VisionTransformer(Backbone):
             halves = x.chunk(2, -1)
             x = torch.cat([self.sinusoids.embed(h, at) for h, at in zip(halves, (rows, columns), strict=True)], -1)
         if self.class_tokens is not None:
-            x = torch.cat([self.class_tokens.expand(len(x), -1, -1).to(x.dtype), x], 1)
+            x = torch.cat([self.class_tokens.expand(x.shape[0], -1, -1).to(x.dtype), x], 1)
         if self.positions is not None:
             x = x + self.positions.to(x.dtype)
         return F.dropout(x, self.config.branch_dropout, self.training)

@@ -20,7 +20,6 @@ from torch import nn
 
 from regard.compression import Compressed, Recipe, compress
 from regard.compression.layers import find_layers
-from regard.compression.recipes import Lsq
 from regard.contract import Unsupported
 from regard.measurement import provenance, units
 from regard.measurement.budget import Budget
@@ -172,6 +171,7 @@ def study(
                 copy.deepcopy(model),
                 recipe,
                 calibration_data(subject, recipe, state["calibration"]),
+                training=training_data(subject, recipe),
                 work=work if recipe.needs else None,
                 on_layer=lambda name, done, count, i=i, recipe=recipe: on_progress(  # type: ignore[misc]
                     f"{recipe.name}: {name} ({done} of {count})", i, len(recipes)
@@ -211,12 +211,16 @@ def study(
 
 
 def calibration_data(subject: Subject, recipe: Recipe, count: int) -> list[Any] | None:
-    """What a recipe is calibrated with, `count` items in all, what it searches by or trains on; None where it needs no data."""
-    if isinstance(recipe.rounding, Lsq):
-        return subject.training(recipe.rounding.steps)
+    """What a recipe is calibrated with, `count` items in all, or what it searches by; None where it needs no data."""
     if "loss" in recipe.needs:
         return subject.choosing()
-    return subject.calibration(count) if recipe.needs else None
+    return subject.calibration(count) if recipe.needs - {"training"} else None
+
+
+def training_data(subject: Subject, recipe: Recipe) -> list[Any] | None:
+    """What a recipe trains on; None where it does not."""
+    steps = [step.steps for _, step in recipe.steps if "training" in step.needs]
+    return subject.training(max(steps)) if steps else None
 
 
 def _planned(subject: Subject, model: nn.Module, recipes: Sequence[Recipe], budget: Budget, say: Say) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from regard.compression import Compressed, Recipe, text_windows
 from regard.compression.folders import copy_training, is_compressed, load_causal_model
+from regard.compression.tokens.applied import read_in_turn
 from regard.contract import Context, Unsupported, at_least
 from regard.measurement.timing import Action
 from regard.models import LanguageModel
@@ -149,7 +150,8 @@ class Trained:
 
     def quality(self, model: nn.Module, items: int) -> float:
         last = self.first + items
-        return runner_of(self.task).evaluate(model, self.task, self.batch_size, first=self.first, last=last).score
+        read = read_in_turn(model)
+        return runner_of(self.task).evaluate(read, self.task, self.batch_size, first=self.first, last=last).score
 
     def timed(self, model: nn.Module) -> dict[str, Action]:
         batch = self.task.training_batch(0, 1, 1)
@@ -233,7 +235,7 @@ class CausalModel:
         return text_windows(self.before, self.length, max(1, CHOOSING * 64 // self.length))
 
     def quality(self, model: nn.Module, items: int) -> float:
-        return perplexity(model, text_windows(self.held_out, self.length, items))
+        return perplexity(read_in_turn(model), text_windows(self.held_out, self.length, items))
 
     def timed(self, model: nn.Module) -> dict[str, Action]:
         from regard.integrations.transformers import CACHE

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from regard.compression.folders import load_own
 from regard.contract import Unsupported, at_least
 from regard.distributed import train_together
 from regard.measurement import provenance
 from regard.measurement.statistics import score_of_items
-from regard.models import count_parameters, from_pretrained, save_pretrained
+from regard.models import count_parameters, save_pretrained
 from regard.models.exit_rules import HALTING
 from regard.models.weights import distinct_tensors, load_tensors, sharded, write_atomically
 from regard.tasks import Task, create_task
@@ -72,7 +73,7 @@ class TrainedModel:
 
     def model(self, device: torch.device | str = "cpu") -> nn.Module:
         """The model, in evaluation mode."""
-        return from_pretrained(self.folder, device=device)
+        return load_own(self.folder, device=device)
 
     @property
     def tokenizer(self) -> Tokenizer:

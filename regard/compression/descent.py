@@ -1,0 +1,94 @@
+"""Some steps of Adam that go on where they were stopped, for steps of recipes that train."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.contract import Unsupported
+from regard.training.checkpoint import load_checkpoint, restore, save_checkpoint
+
+SECONDS = 60.0
+"""Between two times that a run's state is kept, at most."""
+
+
+def descend(
+    trained: nn.ParameterDict,
+    groups: Sequence[dict[str, Any]],
+    loss_of: Callable[[int], Tensor],
+    *,
+    what: str,
+    steps: int,
+    learning_rate: float,
+    seconds: float | None = None,
+    file: Path | None = None,
+    after: Callable[[], None] = lambda: None,
+    on_step: Callable[[int], None] = lambda done: None,
+) -> tuple[int, float]:
+    """Train parameters by Adam at a rate that falls to 0 along a cosine; how many steps were done, and in how many seconds.
+
+    Args:
+        trained: all of them by name, as the state is kept.
+        groups: the same for the optimizer, each with the ``factor`` of its rate.
+        loss_of: the loss of a step, from its number.
+        what: is trained, for errors.
+        seconds: that it may take at the most; the rate is 0 then.
+        file: where the state is kept each minute, when it is interrupted, and at the end.
+        after: called after each step.
+        on_step: told how many steps are done.
+
+    Raises:
+        Unsupported: where the loss is not finite.
+    """
+    optimizer = torch.optim.Adam(list(groups))
+    done, before = 0, 0.0
+    if file is not None and file.is_file():
+        checkpoint = load_checkpoint(file)
+        restore(checkpoint, trained, optimizer)
+        done, before = int(checkpoint.record["steps"]), float(checkpoint.record["seconds"])
+    began = kept = time.monotonic()
+
+    def spent() -> float:
+        return before + time.monotonic() - began
+
+    def keep() -> None:
+        if file is not None and done:
+            save_checkpoint(file, trained, optimizer, {"steps": done, "seconds": spent()})
+
+    try:
+        while (share := max(done / steps, spent() / seconds if seconds else 0.0)) < 1:
+            for group in optimizer.param_groups:
+                group["lr"] = group["factor"] * learning_rate * (1 + math.cos(math.pi * share)) / 2
+            with torch.enable_grad():
+                loss = loss_of(done)
+                if not bool(torch.isfinite(loss.detach())):
+                    raise Unsupported(
+                        f"step {done + 1} of {what}, whose loss is {float(loss.detach())}",
+                        supported="a loss that stays finite",
+                        nearest=f"learning_rate={learning_rate / 10:g}",
+                    )
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+            optimizer.step()
+            after()
+            done += 1
+            on_step(done)
+            if time.monotonic() - kept > SECONDS:
+                keep()
+                kept = time.monotonic()
+    except KeyboardInterrupt:
+        keep()
+        raise
+    keep()
+    return done, spent()
+
+
+def by_path(parameters: dict[str, nn.Parameter]) -> nn.ParameterDict:
+    """Parameters by name, in a dictionary that takes no dots."""
+    return nn.ParameterDict({name.replace(".", "/"): one for name, one in parameters.items()})

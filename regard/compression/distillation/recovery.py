@@ -1,0 +1,230 @@
+"""The step ``distil`` of a recipe: a changed model learns from the outputs of the model as it was.
+
+The loss of a batch is T^2 KL(softmax(teacher / T), softmax(student / T)) over its answers (:func:`response_loss`), padding left
+out; where outputs are numbers and no classes, the mean squared difference. ``features`` adds, over pairs of layers at the same
+share of the depth, the mean squared difference of hidden states divided by the mean square of the teacher's.
+
+The teacher shares its tensors with the model: what is trained gets tensors of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.compression.descent import by_path, descend
+from regard.compression.distillation.losses import feature_loss, response_loss
+from regard.compression.layers import Run
+from regard.compression.pruning.anatomy import Undo
+from regard.contract import Unsupported
+from regard.core.precision import wide
+from regard.measurement import units
+from regard.models.blocks import evaluation_mode
+from regard.tasks.protocol import Batch
+
+if TYPE_CHECKING:
+    from regard.compression.steps import Distil
+
+KEPT = "distilled.safetensors"
+SCORED = 4
+"""Batches whose loss is told, before and after."""
+
+
+def same_weights(model: nn.Module) -> nn.Module:
+    """A copy of a model that shares its parameters and buffers."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def win_back(
+    model: nn.Module,
+    teacher: nn.Module,
+    step: Distil,
+    batches: Sequence[Any],
+    run: Run,
+    *,
+    keep: Callable[[str, nn.Module], bool],
+    zeros: Collection[str] = (),
+    folder: Path | None = None,
+    on_step: Callable[[int], None] = lambda done: None,
+) -> tuple[Undo, str]:
+    """Train a model in place; what undoes it, and what was done in a sentence.
+
+    Args:
+        teacher: gives what is learned; neither is trained with dropout.
+        batches: one a step, in turn.
+        keep: which modules stay as they are.
+        zeros: names of layers whose weights of 0 stay 0.
+        folder: where the state is kept, from which the same call goes on.
+        on_step: told how many steps are done.
+
+    Raises:
+        Unsupported: for a model in which nothing can be trained, outputs that cannot be compared, and a loss that is not finite.
+    """
+    trained, undo = _own_parameters(model, keep)
+    masks = [
+        (weight, weight.detach() != 0) for weight in (_weight(model, name) for name in zeros) if weight is not None
+    ]
+    if not trained:
+        undo()
+        raise Unsupported(
+            "distil of a model that has nothing in floating point", supported="distil before it is rounded"
+        )
+
+    def loss_of(number: int) -> Tensor:
+        batch = batches[number % len(batches)]
+        with torch.no_grad(), evaluation_mode(teacher), _hidden(teacher, step.kind) as told:
+            expected = run(teacher, batch)
+        with _hidden(model, step.kind) as own:
+            found = run(model, batch)
+        loss = _answers_loss(found, expected, batch, step.temperature)
+        for i, state in enumerate(own):
+            goal = told[(i + 1) * len(told) // len(own) - 1]
+            loss = loss + feature_loss(wide(state), wide(goal)) / (wide(goal).square().mean() * len(own))
+        return loss
+
+    def mask() -> None:
+        for weight, stays in masks:
+            weight.data.mul_(stays)
+
+    @torch.no_grad()
+    def scored() -> float:
+        few = min(SCORED, len(batches))
+        return sum(float(loss_of(i)) for i in range(few)) / few
+
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        for parameter in required:
+            parameter.requires_grad_(False)
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
+        before = scored()
+        done, seconds = descend(
+            by_path(trained),
+            [{"params": list(trained.values()), "factor": 1.0}],
+            loss_of,
+            what="distil",
+            steps=step.steps,
+            learning_rate=step.learning_rate,
+            seconds=step.seconds,
+            file=None if folder is None else folder / KEPT,
+            after=mask,
+            on_step=on_step,
+        )
+        after = scored()
+    except BaseException:
+        undo()
+        raise
+    finally:
+        for parameter, needed in required.items():
+            parameter.requires_grad_(needed)
+    numbers = sum(parameter.numel() for parameter in trained.values())
+    said = (
+        f"distilled from the original in {done} steps on {len(batches)} batches, {units.duration(seconds)}, {numbers:,} numbers "
+        f"trained: {step.kind} loss {units.number(before)} before, {units.number(after)} after"
+    )
+    if after <= before:
+        return undo, said
+    undo()
+    return (lambda: None), f"{said}, so the weights stay as they were before this step"
+
+
+def _own_parameters(model: nn.Module, keep: Callable[[str, nn.Module], bool]) -> tuple[dict[str, nn.Parameter], Undo]:
+    """Give a model copies of the parameters that may be trained, by name; what is shared in it stays shared."""
+    kept = [name for name, module in model.named_modules() if name and keep(name, module)]
+    inside = {id(parameter) for name in kept for parameter in model.get_submodule(name).parameters()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    made: dict[int, nn.Parameter] = {}
+    changed: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module in list(model.modules()):
+        for key, old in list(module._parameters.items()):
+            if old is None or id(old) in inside or not old.is_floating_point():
+                continue
+            if id(old) not in made:
+                made[id(old)] = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+            setattr(module, key, made[id(old)])
+            changed.append((module, key, old))
+
+    def undo() -> None:
+        for module, key, old in changed:
+            setattr(module, key, old)
+
+    return {names[key]: parameter for key, parameter in made.items()}, undo
+
+
+def _weight(model: nn.Module, name: str) -> nn.Parameter | None:
+    weight = model.get_submodule(name)._parameters.get("weight")
+    return weight if isinstance(weight, nn.Parameter) else None
+
+
+@contextmanager
+def _hidden(model: nn.Module, kind: str) -> Iterator[list[Tensor]]:
+    """What the layers of a model give while it runs; nothing of ``response``."""
+    found: list[Tensor] = []
+    if kind == "response":
+        yield found
+        return
+
+    def note(module: nn.Module, given: Any, output: Any) -> None:
+        output = getattr(output, "output", output)
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [layer.register_forward_hook(note) for layer in _layers(model)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The largest row of modules of one class."""
+    rows = [
+        list(row)
+        for row in model.modules()
+        if isinstance(row, nn.ModuleList | nn.Sequential) and len({type(layer) for layer in row}) == 1
+    ]
+    if not rows:
+        raise Unsupported(
+            f"features of a {type(model).__name__} without a row of layers",
+            supported="kind=response",
+            nearest="kind=response",
+        )
+    return max(rows, key=lambda row: sum(parameter.numel() for layer in row for parameter in layer.parameters()))
+
+
+def _answers_loss(found: Any, expected: Any, batch: Any, temperature: float) -> Tensor:
+    (own, classes), (told, _) = _answers(found, batch), _answers(expected, batch)
+    if own.shape != told.shape:
+        raise Unsupported(
+            f"distil of outputs {tuple(own.shape)} from {tuple(told.shape)}", supported="outputs of the same shape"
+        )
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else getattr(batch, "valid", None)
+    if mask is not None and own.ndim >= 3 and own.shape[:2] == mask.shape:
+        own, told = own[mask.bool()], told[mask.bool()]
+    return response_loss(own, told, temperature) if classes else feature_loss(own, told)
+
+
+def _answers(found: Any, batch: Any) -> tuple[Tensor, bool]:
+    """Outputs, and whether they are logits of classes, which come last."""
+    states = getattr(found, "last_hidden_state", None)
+    if isinstance(states, Tensor):
+        return wide(states), False
+    output = next((x for x in (getattr(found, name, None) for name in ("output", "logits")) if x is not None), found)
+    if not isinstance(output, Tensor):
+        raise Unsupported(
+            f"distil of a model that returns a {type(found).__name__}", supported="logits or hidden states"
+        )
+    output = wide(output)
+    if isinstance(batch, Batch):
+        if batch.targets.is_floating_point():
+            return output, False
+        if batch.targets.ndim == output.ndim:  # classes of the pixels of each position
+            return output.unflatten(-1, (batch.targets.shape[-1], -1)), True
+    return output, output.shape[-1] > 1

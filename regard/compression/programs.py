@@ -1,0 +1,277 @@
+"""The step ``export`` of a recipe: a program of the compressed model, checked against it, for its folder.
+
+A program takes the tensors of a batch, of any number of items and, of ids, of any length where the model allows it, and returns
+the model's answers. It reads whole sequences: language models have no cache in it. Weights stay as they are held: 8-bit codes are
+8-bit codes there too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from regard.compression.layers import Run
+from regard.compression.steps import Export
+from regard.contract import Unsupported
+from regard.integrations.export import check_packages, refuse_waived, without_warnings
+from regard.models.weights import weights_bytes, write_atomically
+from regard.tasks.protocol import Batch
+
+FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
+LARGEST_ONNX = 2_000_000_000
+"""Bytes that one ONNX file holds."""
+CLOSE = {False: 1e-3, True: 3e-2}
+"""The largest difference from the model, as a share of its largest output; more where inputs are rounded, since one that falls
+on the other side of a step moves by a whole one."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program that a compressed model takes along.
+
+    Attributes:
+        format: of :class:`regard.compression.steps.Export`.
+        file: its name beside the weights.
+        difference: the largest from the model's outputs, as a share of the largest of these.
+        inputs: their names and shapes; sizes that may be others are None.
+        checked_with: what ran it.
+    """
+
+    format: str
+    file: str
+    difference: float
+    inputs: dict[str, list[int | None]]
+    checked_with: str
+    _write: Callable[[Path], object] = dataclasses.field(repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {key: value for key, value in asdict(dataclasses.replace(self, _write=print)).items() if key != "_write"}
+
+    def save(self, folder: Path) -> None:
+        """Write the file."""
+        write_atomically(folder / self.file, self._write)
+
+    def __str__(self) -> str:
+        shapes = ", ".join(
+            f"{name} ({', '.join('any' if size is None else str(size) for size in sizes)})"
+            for name, sizes in self.inputs.items()
+        )
+        return f"program {self.file} of {shapes}: within {self.difference:.1e} of the model's largest output, by {self.checked_with}"
+
+
+class _Answers(nn.Module):
+    """A model that takes the tensors of a batch and returns one."""
+
+    def __init__(self, model: nn.Module, batch: Any, run: Run) -> None:
+        super().__init__()
+        self.model, self.batch, self.run = model, batch, run
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return _tensor(self.run(self.model, _filled(self.batch, tensors)))
+
+
+def check_export(step: Export, model: nn.Module) -> None:
+    """Raise Unsupported where there can be no program, before anything is done."""
+    if step.format == "onnx":
+        check_packages()
+        refuse_waived(model, "layer_onnx", "an ONNX program", "export:format=torch")
+        if weights_bytes(model) > 4 * LARGEST_ONNX:
+            raise Unsupported(
+                "an ONNX program of so large a model", supported="files of 2 GB", nearest="export:format=torch"
+            )
+
+
+@torch.no_grad()
+def make_program(model: nn.Module, step: Export, batch: Any, run: Run, *, rounds: bool) -> Program:
+    """A program of a model in evaluation mode.
+
+    Args:
+        batch: an example of what the model is called with.
+        rounds: whether the model rounds inputs.
+
+    Raises:
+        Unsupported: for a model that cannot be exported, with what the exporter says, and a program whose outputs are others.
+    """
+    if step.format == "onnx":
+        refuse_waived(model, "layer_onnx", "an ONNX program", "export:format=torch")
+        if weights_bytes(model) > LARGEST_ONNX:
+            raise Unsupported("an ONNX program of more than 2 GB", supported="less", nearest="export:format=torch")
+    batch = _without_targets(batch)
+    tensors = _inputs(batch)
+    answers = _Answers(model, batch, run).eval()
+    given = tuple(tensors.values())
+    auto: Any = torch.export.Dim.AUTO
+    shapes = tuple({axis: auto for axis in range(min(x.ndim, 1 if x.is_floating_point() else 2))} for x in given)
+    try:
+        with without_warnings(), _quiet():
+            program = torch.export.export(answers, given, dynamic_shapes=(shapes,), strict=False)
+            onnx = (
+                torch.onnx.export(program, verbose=False, input_names=list(tensors), output_names=["output"])
+                if step.format == "onnx"
+                else None
+            )
+    except Exception as error:
+        raise Unsupported(
+            f"a program of this {type(model).__name__} ({_first_line(error)})",
+            supported="models and steps that torch.export traces: weights in 8 or 4 bits, zeros, parts taken away, fewer patches",
+            nearest="the recipe without export",
+        ) from error
+    free = [axis for axis in (0, 1) if _takes(program.module(), answers, given, shapes, axis)]
+    called, by = (_of_onnx(onnx), _runner()) if onnx is not None else (program.module(), "torch.export")
+    difference = max(_difference(called, answers, tried) for tried in (given, _longer(given, shapes, free)))
+    if not difference <= CLOSE[rounds]:
+        raise Unsupported(
+            f"a program whose outputs differ from the model's by {difference:.2g} of the largest",
+            supported=f"{CLOSE[rounds]:g} at the most",
+            nearest="export:format=torch" if step.format == "onnx" else "the recipe without export",
+        )
+    sizes = {
+        name: [None if axis in free and axis in axes else int(size) for axis, size in enumerate(x.shape)]
+        for (name, x), axes in zip(tensors.items(), shapes, strict=True)
+    }
+
+    def write(path: Path) -> None:
+        with without_warnings(), _quiet():
+            if onnx is not None:
+                onnx.save(str(path))
+            else:
+                buffer = io.BytesIO()
+                torch.export.save(program, buffer)
+                path.write_bytes(buffer.getvalue())
+
+    return Program(step.format, FILES[step.format], difference, sizes, by, write)
+
+
+def remove_programs(folder: Path) -> None:
+    """Those of an earlier save."""
+    for name in FILES.values():
+        (folder / name).unlink(missing_ok=True)
+
+
+def _without_targets(batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return {name: value for name, value in batch.items() if name != "labels"}
+    return batch
+
+
+def _inputs(batch: Any) -> dict[str, Tensor]:
+    """The tensors of a batch that a program takes, by name."""
+    if isinstance(batch, Tensor):
+        return {"input": batch}
+    if isinstance(batch, Mapping):
+        return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    if isinstance(batch, Batch):
+        names = ("inputs", "valid", "memory", "memory_valid")
+        return {name: value for name in names if isinstance(value := getattr(batch, name), Tensor)}
+    return {f"input_{i}": value for i, value in enumerate(batch) if isinstance(value, Tensor)}
+
+
+def _filled(batch: Any, tensors: Sequence[Tensor]) -> Any:
+    """The batch with other tensors."""
+    if isinstance(batch, Tensor):
+        return tensors[0]
+    new = dict(zip(_inputs(batch), tensors, strict=True))
+    if isinstance(batch, Mapping):
+        return {**batch, **new}
+    if isinstance(batch, Batch):
+        return dataclasses.replace(batch, **new)
+    return tuple(new.get(f"input_{i}", value) for i, value in enumerate(batch))
+
+
+def _tensor(found: Any) -> Tensor:
+    for name in ("output", "logits", "last_hidden_state"):
+        if isinstance(getattr(found, name, None), Tensor):
+            return getattr(found, name)
+    if isinstance(found, Tensor):
+        return found
+    raise Unsupported(
+        f"a program of a model that returns a {type(found).__name__}", supported="logits or hidden states"
+    )
+
+
+def _longer(given: Sequence[Tensor], shapes: Sequence[Mapping[int, Any]], axes: Sequence[int]) -> tuple[Tensor, ...]:
+    """The same tensors with an item and a token more, on those of `axes` that may have other sizes."""
+    found = list(given)
+    for axis in axes:
+        found = [
+            torch.cat([x, x.narrow(axis, 0, 1)], axis) if axis in own else x
+            for x, own in zip(found, shapes, strict=True)
+        ]
+    return tuple(found)
+
+
+def _takes(
+    program: Callable[..., Tensor],
+    answers: nn.Module,
+    given: Sequence[Tensor],
+    shapes: Sequence[Mapping[int, Any]],
+    axis: int,
+) -> bool:
+    """Whether a program takes inputs that are longer on an axis: the exporter makes some sizes constants."""
+    tried = _longer(given, shapes, [axis])
+    try:
+        return any(axis in own for own in shapes) and program(*tried).shape == answers(*tried).shape
+    except (AssertionError, RuntimeError):  # what its guards raise
+        return False
+
+
+def _difference(program: Callable[..., Tensor], answers: nn.Module, given: Sequence[Tensor]) -> float:
+    """The largest difference of a program's outputs, as a share of the largest of the model's."""
+    expected, found = answers(*given), program(*given)
+    if not expected.numel():
+        return 0.0
+    return float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
+
+
+def _runner() -> str:
+    return "ONNX Runtime" if importlib.util.find_spec("onnxruntime") else "the reference of ONNX"
+
+
+def _of_onnx(program: Any) -> Callable[..., Tensor]:
+    proto = program.model_proto
+    if _runner() == "ONNX Runtime":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(proto.SerializeToString())
+        names = [one.name for one in session.get_inputs()]
+        run = session.run
+    else:
+        from onnx.reference import ReferenceEvaluator
+
+        evaluator = ReferenceEvaluator(proto)
+        names, run = evaluator.input_names, evaluator.run
+
+    def called(*tensors: Tensor) -> Tensor:
+        given = {name: x.detach().numpy() for name, x in zip(names, tensors, strict=True)}
+        return torch.from_numpy(np.asarray(run(None, given)[0]))
+
+    return called
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters tell of their own guards, graphs and passes."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)

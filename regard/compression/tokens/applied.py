@@ -1,0 +1,281 @@
+"""Fewer tokens as a property of a model: put on by a recipe, written beside its weights, put on again when it is loaded.
+
+A record is ``{"method": name, "options": {...}}`` with numbers that do not depend on data any more.
+
+| model | methods | what goes |
+|---|---|---|
+| vision transformers with a class token, of regard and timm | :data:`regard.compression.steps.IMAGES` | patches behind blocks |
+| encoders of transformers with layers as BERT's | `TEXTS` | tokens behind layers |
+| causal language models of regard and transformers | `CACHES` | tokens of a prompt out of the cache, before the next one is written |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.compression.layers import Run
+from regard.compression.pruning.anatomy import Undo
+from regard.compression.sparse import METHODS as SPARSE
+from regard.compression.sparse import at_compression, sparsely, sparsify
+from regard.compression.sparse.catalogue import make
+from regard.compression.steps import CACHES, IMAGES, KEEP, TEXTS, FewerTokens
+from regard.compression.tokens.hosts import Reduction, blocks_of, reduce_tokens
+from regard.compression.tokens.text import PrunedTokens, layers_of
+from regard.contract import Unsupported
+from regard.models import LanguageModel
+from regard.models.image_model import ImageModel
+
+ATTRIBUTE = "_regard_tokens"
+KINDS = {"image": IMAGES, "text": TEXTS, "cache": CACHES}
+KNOWN = (
+    "vision transformers with a class token (of regard and timm), encoders of transformers with layers as BERT's, causal "
+    "language models of regard and transformers"
+)
+OPTIONS = {
+    **dict.fromkeys(IMAGES, ("remove", "keep")),
+    "power_bert": ("counts",),
+    "ltp": ("thresholds",),
+}
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What is at work in a model."""
+
+    record: dict[str, Any]
+    undo: Undo
+    at_work: Any
+
+
+def kind_of(model: Any) -> str:
+    """``image``, ``text`` or ``cache``: which methods a model takes; raises Unsupported for another, with the reason."""
+    if getattr(model, ATTRIBUTE, None) is not None:
+        raise Unsupported(
+            "fewer tokens in a model that has fewer already", supported="one step `tokens`", nearest="undo()"
+        )
+    if isinstance(model, LanguageModel) or (_is_of_transformers(model) and model.can_generate()):
+        with sparsely(model, "streaming"):
+            return "cache"
+    if _is_of_transformers(model):
+        layers_of(model)
+        return "text"
+    blocks_of(_backbone(model))
+    return "image"
+
+
+def settle(model: nn.Module, step: FewerTokens) -> str:
+    """The method of a step in this model; raises Unsupported where it does not take it, with what it does take."""
+    try:
+        kind = kind_of(model)
+    except Unsupported as error:
+        raise Unsupported(error.asked, supported=KNOWN, nearest=error.nearest) from None
+    method = step.named or KINDS[kind][0]
+    if method not in KINDS[kind]:
+        raise Unsupported(
+            f"tokens by {method} in a {type(model).__name__}",
+            supported=", ".join(KINDS[kind]),
+            nearest=f"tokens:method={KINDS[kind][0]}",
+        )
+    return method
+
+
+def record_of(model: nn.Module, step: FewerTokens, batches: Sequence[Any]) -> dict[str, Any]:
+    """What :func:`put_on` does to a model, with numbers for it.
+
+    Args:
+        batches: by whose length the share of tokens of texts counts; of caches that of the first half, which is the prompt where
+            quality is measured (:class:`InTurn`).
+    """
+    method = settle(model, step)
+    keep = KEEP if step.keep is None else step.keep
+    options: dict[str, Any]
+    if method in IMAGES:
+        options = {"keep": keep} if step.remove is None else {"remove": step.remove}
+    elif method == "ltp":
+        layers = len(layers_of(model))
+        assert step.threshold is not None
+        options = {"thresholds": [step.threshold * (i + 1) / layers for i in range(layers)]}
+    elif method == "power_bert":
+        layers, n = len(layers_of(model)), _longest(batches)
+        options = {"counts": [max(1, round(n * (1 - (1 - keep) * (i + 1) / layers))) for i in range(layers)]}
+    elif step.capacity is not None:
+        options = asdict(at_compression(method, 2.0, 2 * step.capacity))
+    else:
+        options = asdict(at_compression(method, 1 / keep, _longest(batches) // 2))
+    return {"method": method, "options": options}
+
+
+def put_on(model: nn.Module, record: Mapping[str, Any], *, source: str = "a record") -> Applied:
+    """Let tokens go in a model, in place, until :func:`take_off`.
+
+    Args:
+        record: of :func:`record_of`.
+        source: where it is from, for errors.
+
+    Raises:
+        Unsupported: for a record or a model of another kind.
+    """
+    method, options = record.get("method"), record.get("options")
+    if not isinstance(method, str) or method not in {*IMAGES, *TEXTS, *CACHES} or not isinstance(options, Mapping):
+        raise Unsupported(f"{source}, in which tokens are {dict(record)!r}", supported="a record of `regard compress`")
+    at_work: Any
+    if method in CACHES:
+        at_work = sparsify(model, make(SPARSE[method], dict(options)))
+    else:
+        if not set(options) <= set(OPTIONS[method]):
+            raise Unsupported(
+                f"{source}, in which {method} has {', '.join(options)}", supported=", ".join(OPTIONS[method])
+            )
+        at_work = (
+            reduce_tokens(_backbone(model), method, **options) if method in IMAGES else PrunedTokens(model, **options)
+        )
+    applied = Applied({"method": method, "options": dict(options)}, at_work.undo, at_work)
+    setattr(model, ATTRIBUTE, applied)
+    return applied
+
+
+def take_off(model: nn.Module) -> None:
+    """Let all tokens stay again."""
+    applied = getattr(model, ATTRIBUTE, None)
+    if applied is not None:
+        applied.undo()
+        delattr(model, ATTRIBUTE)
+
+
+def tokens_record(model: nn.Module) -> dict[str, Any] | None:
+    """What is at work in a model; None where all tokens stay."""
+    applied = getattr(model, ATTRIBUTE, None)
+    return None if applied is None else applied.record
+
+
+@contextmanager
+def all_tokens(model: nn.Module) -> Iterator[None]:
+    """A model with all its tokens for as long as a block of code runs."""
+    record = tokens_record(model)
+    take_off(model)
+    try:
+        yield
+    finally:
+        if record is not None:
+            put_on(model, record)
+
+
+@torch.no_grad()
+def let_go(model: nn.Module, step: FewerTokens, batches: Sequence[Any], run: Run) -> tuple[Undo, str]:
+    """The step ``tokens`` of a recipe; what undoes it, and what was done in a sentence.
+
+    Raises:
+        Unsupported: as :func:`settle`, and for a model whose outputs are those of single tokens that would go.
+    """
+    record = record_of(model, step, batches)
+    expected = _shape(run(model, batches[0])) if batches else None
+    applied = put_on(model, record)
+    try:
+        found = _shape(run(model, batches[0])) if batches else None
+        if found != expected:
+            raise Unsupported(
+                f"fewer tokens in a {type(model).__name__} whose outputs are those of tokens: {expected} became {found}",
+                supported="models with one answer for an input",
+            )
+    except BaseException:
+        take_off(model)
+        raise
+    return lambda: take_off(model), _words(applied, bool(batches))
+
+
+class InTurn(nn.Module):
+    """A causal language model whose cache keeps a part of a prompt, read so that this shows: the first half of a sequence as a
+    prompt, the rest token after token. Its outputs are those of the model, at every token."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.config = model.config
+
+    def forward(self, ids: Tensor, *, context: Any = None, **_: Any) -> Any:
+        from regard.contract import Context, Result
+
+        half = ids.shape[1] // 2
+        parts = (ids[:, :half], ids[:, half:]) if half else (ids,)
+        outputs: list[Tensor] = []
+        state: Any = None
+        if isinstance(self.model, LanguageModel):
+            if context is not None and context.mask is not None:
+                raise Unsupported("fewer tokens in a cache of padded sequences", supported="sequences of one length")
+            for part in parts:
+                found = self.model(part, state=state, context=Context(want=frozenset({"state"})))
+                outputs.append(found.output)
+                state = found.state
+            return Result(torch.cat(outputs, 1))
+        from transformers.modeling_outputs import CausalLMOutput
+
+        from regard.integrations.transformers import CACHE
+
+        for part in parts:
+            found = self.model(part, **{CACHE: state}, use_cache=True)
+            outputs.append(found.logits)
+            state = getattr(found, CACHE)
+        return CausalLMOutput(logits=torch.cat(outputs, 1))
+
+
+def read_in_turn(model: nn.Module) -> nn.Module:
+    """The model, as :class:`InTurn` where its cache keeps a part of a prompt."""
+    record = tokens_record(model)
+    return InTurn(model).eval() if record is not None and record["method"] in CACHES else model
+
+
+def _words(applied: Applied, ran: bool) -> str:
+    method, at_work = applied.record["method"], applied.at_work
+    if isinstance(at_work, Reduction):
+        left = f": {_listed(at_work.counts)} tokens behind the blocks" if ran else ""
+    elif isinstance(at_work, PrunedTokens):
+        left = f": {_listed([f'{n:.3g}' for n in at_work.kept])} tokens behind the layers, the mean of a batch"
+    else:
+        capacity = applied.record["options"]["capacity"]
+        return (
+            f"fewer tokens by {method}: of a prompt about {capacity} stay in the cache of a layer. Quality is measured with the "
+            "first half of a window as the prompt"
+        )
+    return f"fewer tokens by {method}{left}"
+
+
+def _listed(numbers: Sequence[Any]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _longest(batches: Sequence[Any]) -> int:
+    """Tokens of the longest input."""
+    found = 0
+    for batch in batches:
+        if isinstance(batch, Mapping):
+            ids = batch.get("input_ids")
+        elif isinstance(batch, tuple | list):
+            ids = batch[0]
+        else:
+            ids = getattr(batch, "inputs", batch)
+        if isinstance(ids, Tensor) and ids.ndim >= 2:
+            found = max(found, ids.shape[1])
+    if not found:
+        raise Unsupported("a share of tokens of data without tokens", supported="batches of ids (B, N), or input_ids")
+    return found
+
+
+def _shape(output: Any) -> Any:
+    for name in ("output", "logits", "last_hidden_state"):
+        if isinstance(getattr(output, name, None), Tensor):
+            output = getattr(output, name)
+    return tuple(output.shape) if isinstance(output, Tensor) else None
+
+
+def _backbone(model: Any) -> Any:
+    return model.backbone if isinstance(model, ImageModel) else model
+
+
+def _is_of_transformers(model: Any) -> bool:
+    return any(kind.__module__ == "transformers.modeling_utils" for kind in type(model).__mro__)
