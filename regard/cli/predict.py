@@ -121,7 +121,7 @@ def _segment(
 ) -> None:
     """Tell the shares of the classes of each file, and write its mask; files that cannot be read are added to `skipped`."""
     from regard.tasks.segmentation import MaskReader
-    from regard.workbench.trained.run import segment, segment_3d
+    from regard.workbench.trained import segment, segment_3d
 
     masks: Any = segment if isinstance(reader, MaskReader) else segment_3d
     if output is not None:

@@ -20,9 +20,17 @@ from regard.measurement import units
 
 
 def retrofit(
-    model: Annotated[Path, typer.Argument(help="Folder of a causal language model of transformers, or a GGUF file.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of a language model or encoder of transformers or a ViT of timm, timm:NAME, or a GGUF file."
+        ),
+    ],
     mechanism: Annotated[str, typer.Option(help="Attention of the new layers, with options as in local:window=64.")],
-    data: Annotated[list[str], typer.Option(help="Your text: a file or folder. Repeatable; a tenth is held out.")],
+    data: Annotated[
+        list[str],
+        typer.Option(help="Your text, a file or folder (repeatable), or a folder of images; a tenth is held out."),
+    ],
     output: Annotated[Path, typer.Option(help="Folder of the result; the same command goes on from it.")],
     keep_layers: Annotated[
         str,
@@ -34,35 +42,48 @@ def retrofit(
         str, typer.Option(help="Time of everything (60m, 8h), or training: '2M tokens', '500 steps'.")
     ] = "60m",
     validation: Annotated[
-        list[str] | None, typer.Option(help="Text of another source, on which the result is judged. Repeatable.")
+        list[str] | None, typer.Option(help="Data of another source, on which the result is judged. Repeatable.")
     ] = None,
-    length: Annotated[int, typer.Option(help="Tokens in a training block.")] = 512,
-    batch_size: Annotated[int, typer.Option(help="Blocks of a training step.")] = 4,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens in a training block; 512, or what positions reach, when not given.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Blocks (4 when not given) or images (32) of a training step.")
+    ] = None,
     train: Annotated[
         str, typer.Option(help="Weights of the last stage: all, new (swapped layers) or lora:RANK.")
     ] = "all",
     distil: Annotated[
-        float, typer.Option(help="Weight of the teacher's logits, 0 to 1; the rest is that of the next token.")
+        float,
+        typer.Option(
+            help="Weight of what the original says, 0 to 1; the rest is that of next tokens, masked tokens or classes."
+        ),
     ] = 1.0,
     transfer_rate: Annotated[
         float, typer.Option(help="Learning rate of the attention transfer, as a share of each weight's size.")
     ] = 0.02,
     rate: Annotated[float, typer.Option(help="Learning rate of the last stage, likewise.")] = 0.002,
     lengths: Annotated[
-        str, typer.Option(help="Lengths at which time, state and recall are measured: 512,8k.")
-    ] = "512,2048",
+        str | None,
+        typer.Option(
+            help="Lengths at which time, state and recall are measured, as 512,8k; 512,2048, and 128,512 of encoders, when not given."
+        ),
+    ] = None,
     evaluation_blocks: Annotated[
         int | None,
-        typer.Option(help="Most blocks of each text in the evaluation; as many as the budget allows when not given."),
+        typer.Option(
+            help="Most blocks (or batches of images) of each source in the evaluation; as the budget allows when not given."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the order of blocks and of weights that start at random.")] = 0,
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
-    """Put new attention into layers of a pretrained language model, train it back, and measure it beside what it was.
+    """Put new attention into layers of a pretrained model, train it back, and measure it beside what it was.
 
-    Which layers matter is measured, new layers learn the old ones' outputs, the model learns the original's logits, and a
-    report has both beside each other. A killed command goes on where it stopped when it is given again.
+    The model is a causal language model (Llama) or an encoder (BERT) of transformers, or a vision transformer of timm. Which
+    layers matter is measured, new layers learn the old ones' outputs, the model learns what the original says, and a report has
+    both beside each other. A killed command goes on where it stopped when it is given again.
 
     Examples:
 
@@ -70,6 +91,8 @@ def retrofit(
         regard retrofit smollm2/ --mechanism gated_linear --data my_corpus.txt --output hybrid/
         regard retrofit smollm2/ --mechanism lolcats --keep-layers auto:22 --data a.txt --validation b.txt --output hybrid/
         regard retrofit smollm2/ --mechanism delta_rule --data texts/ --train lora:16 --budget "2M tokens" --output hybrid/
+        regard retrofit bert/ --mechanism linear --data my_corpus.txt --lengths 128,512 --output encoder/
+        regard retrofit my_vit/ --mechanism agent --data photos/ --budget 30m --output vit/
         regard retrofit model.gguf --mechanism local:window=256 --data my_corpus.txt --output short/ --json
     """
     from regard.retrofit import retrofit as run
@@ -78,7 +101,7 @@ def retrofit(
     load_plugins(plugin)
     with showing(as_json) as (watch, say):
         made = run(
-            str(model),
+            model,
             mechanism,
             data=data,
             output=output,
@@ -91,7 +114,7 @@ def retrofit(
             distil=distil,
             transfer_rate=transfer_rate,
             rate=rate,
-            lengths=read_lengths(lengths),
+            lengths=None if lengths is None else read_lengths(lengths),
             evaluation_blocks=evaluation_blocks,
             seed=seed,
             watch=watch,
@@ -126,13 +149,13 @@ def showing(quiet: bool) -> Iterator[tuple[Callable[[Any], None], Callable[[str]
 
 def tell(record: dict[str, Any]) -> None:
     """The figures and the recommendation on the terminal."""
-    from regard.retrofit import card
+    from regard.retrofit.measures import measures_of
 
     console.print()
     shown = Table(box=None, pad_edge=False, header_style="dim")
     for heading, side in (("", "left"), ("original", "right"), ("retrofit", "right")):
         shown.add_column(heading, justify=side)  # type: ignore[arg-type]
-    for what, before, after in card.rows(record["results"]):
+    for what, before, after in measures_of(record).rows(record["results"]):
         shown.add_row(plain(what), before, after)
     console.print(shown)
     console.print()

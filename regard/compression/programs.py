@@ -182,7 +182,7 @@ def _filled(batch: Any, tensors: Sequence[Tensor]) -> Any:
     """The batch with other tensors."""
     if isinstance(batch, Tensor):
         return tensors[0]
-    new = dict(zip(_inputs(batch), tensors, strict=True))
+    new: dict[str, Any] = dict(zip(_inputs(batch), tensors, strict=True))
     if isinstance(batch, Mapping):
         return {**batch, **new}
     if isinstance(batch, Batch):

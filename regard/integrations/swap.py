@@ -260,8 +260,8 @@ def change_options(model: nn.Module, only: str | None = None, **options: Any) ->
     """
     fresh: dict[str, HeadAttention] = {}
     for path, module in model.named_modules():
-        attend = getattr(module, _place_in(module), None)
-        if isinstance(attend, HeadAttention) and (only is None or fnmatch(path, only)):
+        attend = mechanism_in(module)
+        if attend is not None and (only is None or fnmatch(path, only)):
             fresh[path] = attend.with_options(**options)
     if not fresh:
         raise Unsupported(
@@ -276,6 +276,12 @@ def change_options(model: nn.Module, only: str | None = None, **options: Any) ->
         bridge.record_options(model, fresh, options)
     changed = {path: f"{attend.card.name} with {attend.config}" for path, attend in fresh.items()}
     return SwapReport(", ".join(dict.fromkeys(attend.card.name for attend in fresh.values())), changed)
+
+
+def mechanism_in(module: nn.Module) -> HeadAttention | None:
+    """The mechanism of a changed attention module; None for a module that has its own."""
+    found = getattr(module, _place_in(module), None)
+    return found if isinstance(found, HeadAttention) else None
 
 
 def _place_in(module: nn.Module) -> str:

@@ -6,10 +6,11 @@ import json
 from typing import Any
 
 from regard.measurement import units
+from regard.retrofit.measures import measures_of
 
 README = """\
 ---
-library_name: transformers
+library_name: {library}
 tags: [regard, retrofit]
 ---
 
@@ -21,20 +22,29 @@ instead of softmax attention and were trained back.
 {recommendation}
 
 ```python
-import regard.integrations.transformers
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("this folder")
+{loading}
 ```
 
 | | original | retrofit |
 |---|---|---|
 {rows}
 
-- Trained on {data}: {tokens} tokens of attention transfer and {tuned} of {loss}.
+- Trained on {data}: {tokens} {counts} of attention transfer and {tuned} of {loss}.
 - Kept layers: {kept}. New parameters: {parameters:,}.
 - Everything that was measured is in `retrofit.json`, with the machine and the settings.
 {notes}"""
+OF_TRANSFORMERS = """\
+import regard.integrations.transformers
+from transformers import {auto}
+
+model = {auto}.from_pretrained("this folder")"""
+OF_TIMM = """\
+import regard.integrations.timm
+import timm
+
+model = timm.create_model("local-dir:this folder", pretrained=True)"""
+RIGHT = {"language": "next-token training", "encoder": "masked-token training", "vision": "training on classes"}
+"""Training without a teacher, by kind of model."""
 
 
 def as_json(record: dict[str, Any]) -> str:
@@ -45,69 +55,37 @@ def as_json(record: dict[str, Any]) -> str:
 def readme(record: dict[str, Any]) -> str:
     """The model card of a record."""
     results, settings = record["results"], record["settings"]
-    distil = settings["distil"]
+    distil, kind = settings["distil"], record.get("kind", "language")
+    own = RIGHT[kind]
     return README.format(
         name=record["from"]["name"],
         cls=record["from"]["class"],
+        library="timm" if kind == "vision" else "transformers",
+        loading=loading(record),
+        counts=record.get("counts", "tokens"),
         mechanism=settings["mechanism"],
         count=len(record["swapped"]),
         layers=record["layers"],
         swapped=numbers(record["swapped"]),
         kept=numbers(record["kept"]),
         recommendation=record["recommendation"]["text"],
-        rows="\n".join(f"| {name} | {a} | {b} |" for name, a, b in rows(results)),
+        rows="\n".join(f"| {name} | {a} | {b} |" for name, a, b in measures_of(record).rows(results)),
         data=record["data"]["training"],
         tokens=units.count(record["trained_tokens"]["transfer"] + record["trained_tokens"]["all layers"]),
         tuned=units.count(record["trained_tokens"]["tune"]),
-        loss="distillation"
-        if distil == 1
-        else "next-token training"
-        if distil == 0
-        else "distillation and next-token training",
+        loss="distillation" if distil == 1 else own if distil == 0 else f"distillation and {own}",
         parameters=record["new_parameters"],
         notes="".join(f"- {note[0].upper()}{note[1:]}\n" for note in record["recommendation"]["notes"]),
     )
 
 
-def rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """What was measured: what, of the original, of the retrofit."""
-    found = []
-    for source, its in results["perplexity"].items():
-        found.append((f"perplexity on {source}", units.number(its["original"]), units.number(its["retrofit"])))
-    for length, its in results["recall"].items():
-        if its is not None:
-            shares = (sum(its[model]) / len(its[model]) for model in ("original", "retrofit"))
-            before, after = (f"{share:.0%}" for share in shares)
-            found.append((f"needle in {units.tokens(int(length))} tokens, said", before, after))
-    for length, its in results["state"].items():
-        found.append(
-            (
-                f"state at {units.tokens(int(length))} tokens, by definition",
-                units.size(its["original"]),
-                units.size(its["retrofit"]),
-            )
-        )
-    for length, its in results["decoding"].items():
-        held = [its[model]["held"] for model in ("original", "retrofit")]
-        before, after = ("nothing" if each is None else units.size(each) for each in held)
-        found.append((f"cache that generate holds after {units.tokens(int(length))} tokens", before, after))
-    for what, words in (("prefill", "time of a prompt of"), ("decoding", "time of a token after")):
-        for length, its in results[what].items():
-            before, after = (units.milliseconds(1000 * its[model]["median"]) for model in ("original", "retrofit"))
-            found.append((f"{words} {units.tokens(int(length))} tokens", before, after))
-    return found
-
-
-def change(its: dict[str, Any]) -> str:
-    """How perplexity changed, with its standard error."""
-    value, error = its["change"], its["standard_error"]
-    if abs(value) < 5e-4:
-        said = "unchanged"
-    elif value < 10:
-        said = f"{abs(value):.1%} {'higher' if value > 0 else 'lower'}"
-    else:
-        said = f"{1 + value:.3g} times as high"
-    return said if error is None or value >= 10 else f"{said} (± {100 * error:.1f})"
+def loading(record: dict[str, Any]) -> str:
+    """The lines of Python that load the model of a record."""
+    kind, name = record.get("kind", "language"), record["from"]["class"]
+    if kind == "vision":
+        return OF_TIMM
+    auto = "AutoModelForMaskedLM" if name.endswith("ForMaskedLM") else "AutoModel"
+    return OF_TRANSFORMERS.format(auto="AutoModelForCausalLM" if kind == "language" else auto)
 
 
 def numbers(layers: list[int]) -> str:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from jaxtyping import Int
 
 HELD_OUT = 0.1
-"""Share of the text that is never trained on."""
+"""Share of the data that is never trained on."""
+UNASKED = -100
+"""A target that is none."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Corpus:
         if self.other is not None:
             found[f"{self.other_name}, another source"] = self.other
         return found
+
+    @property
+    def size(self) -> int:
+        """Tokens to train on."""
+        return len(self.training)
 
     def blocks(self, step: int, seed: int, batch: int, length: int) -> Int[Tensor, "b n"]:
         """The blocks of a training step: a function of its arguments."""
@@ -124,7 +131,8 @@ def _encode(documents: Sequence[Document], tokenizer: Any, vocabulary: int) -> T
             supported="a folder with tokenizer.json, tokenizer=..., or data of token ids",
         )
     texts = [document.text.decode() for document in documents]
-    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    ends = [] if end is None else [end]
     found: list[int] = []
     for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
         found += ids + ends

@@ -12,7 +12,6 @@ import torch
 
 from regard.contract import Unsupported
 from regard.measurement import units
-from regard.retrofit.corpus import Corpus
 from regard.retrofit.hosts import Host
 from regard.retrofit.settings import RetrofitSettings
 from regard.retrofit.transfer import transfer_losses
@@ -24,8 +23,6 @@ BLOCKS = (2, 32)
 """Blocks of each text in the evaluation, at least and at most."""
 TRIED = 4
 """Blocks that sensitivity is measured on when the budget is not a time, and at most."""
-READS = 15
-"""Times that a text of each of the lengths is read for recall and time."""
 SHARES = {"warm": 0.1, "sensitivity": 0.1, "transfer": 0.2, "tune": 0.45, "evaluation": 0.15}
 """Of a time budget."""
 WORK = {"warm": 0.15, "transfer": 0.25, "tune": 0.6}
@@ -61,7 +58,7 @@ class Plan:
         return sum(self.seconds.get(name, 0.0) for name in names[names.index(stage) + 1 :])
 
 
-def plan(host: Host, corpus: Corpus, settings: RetrofitSettings, spent: float = 0.0) -> Plan:
+def plan(host: Host, data: Any, settings: RetrofitSettings, spent: float = 0.0) -> Plan:
     """The plan of a budget.
 
     Args:
@@ -72,21 +69,20 @@ def plan(host: Host, corpus: Corpus, settings: RetrofitSettings, spent: float = 
     """
     budget = settings.budget
     if budget.unit != "seconds":
-        return _of_work(settings)
-    pace = measure_pace(host, corpus, settings)
+        return _of_work(host, settings)
+    pace = measure_pace(host, data, settings)
     left_out = {"warm", "transfer", "tune"} - set(settings.stages) | (set() if settings.chosen else {"sensitivity"})
     shares = {k: v for k, v in SHARES.items() if k not in left_out}
     whole = sum(shares.values())
-    read = sum(n for n in settings.lengths if host.longest is None or n <= host.longest)
-    spent += pace["probe"] + READS * read / settings.length * pace["block"]
+    spent += pace["probe"] + host.timed(settings) * pace["block"]
     left = budget.amount - spent
     seconds = {name: max(left, 0.0) * share / whole for name, share in shares.items()}
     steps = {name: math.floor(seconds[name] / pace[name]) for name in settings.stages}
-    layers, texts = len(host.layers), len(corpus.sources)
+    layers, read = len(host.layers), host.evaluated * len(data.sources)
     tried = math.floor(seconds.get("sensitivity", 0.0) / (pace["block"] * (layers + 1)))
-    windows = math.floor(0.5 * seconds["evaluation"] / (pace["block"] * 4 * texts))  # two models, blocks twice as long
+    windows = math.floor(0.5 * seconds["evaluation"] / (pace["block"] * read))
     needed: dict[str, float] = {name: LEAST * pace[name] for name in settings.stages}
-    needed["evaluation"] = 2 * min(BLOCKS[0], settings.evaluation_blocks or BLOCKS[0]) * pace["block"] * 4 * texts
+    needed["evaluation"] = 2 * min(BLOCKS[0], settings.evaluation_blocks or BLOCKS[0]) * pace["block"] * read
     if settings.chosen:
         needed["sensitivity"] = pace["block"] * (layers + 1)
     short = {name: need for name, need in needed.items() if need > seconds[name]}
@@ -95,8 +91,7 @@ def plan(host: Host, corpus: Corpus, settings: RetrofitSettings, spent: float = 
         least = spent + max(need / shares[n] for n, need in needed.items()) * whole
         raise Unsupported(
             f"a budget of {budget} of which {units.duration(seconds[name])} are left for {WORDS[name]}",
-            supported=f"{units.duration(1.1 * least)} or more for this model, blocks of {settings.length} tokens and "
-            f"{settings.batch_size} a step",
+            supported=f"{units.duration(1.1 * least)} or more for this model, with {_step(host, settings)}",
             nearest=f"{math.ceil(1.2 * least / 60)}m",
         )
     return Plan(
@@ -118,8 +113,15 @@ WORDS = {
 }
 
 
-def _of_work(settings: RetrofitSettings) -> Plan:
-    budget, tokens = settings.budget, settings.batch_size * settings.length
+def _step(host: Host, settings: RetrofitSettings) -> str:
+    """A step, in words."""
+    if host.counts != "tokens":
+        return f"{settings.rows} {host.counts} a step"
+    return f"blocks of {settings.block} tokens and {settings.rows} a step"
+
+
+def _of_work(host: Host, settings: RetrofitSettings) -> Plan:
+    budget, tokens = settings.budget, host.work(settings)
     steps = math.floor(budget.amount / tokens) if budget.unit == "tokens" else round(budget.amount)
     shares = {name: WORK[name] for name in settings.stages}
     whole = sum(shares.values())
@@ -130,7 +132,7 @@ def _of_work(settings: RetrofitSettings) -> Plan:
         needed = f"{least} steps" if budget.unit == "steps" else f"{units.count(least * tokens)} tokens"
         raise Unsupported(
             f"a budget of {budget}, which is {counts[name]} steps of {WORDS[name]}",
-            supported=f"{needed} or more with blocks of {settings.length} tokens and {settings.batch_size} a step",
+            supported=f"{needed} or more with {_step(host, settings)}",
             nearest=f"{least} steps",
         )
     windows = settings.evaluation_blocks or BLOCKS[1]
@@ -138,25 +140,27 @@ def _of_work(settings: RetrofitSettings) -> Plan:
     return Plan(counts.get("warm", 0), tried, counts.get("transfer", 0), counts["tune"], windows, {})
 
 
-def measure_pace(host: Host, corpus: Corpus, settings: RetrofitSettings) -> dict[str, float]:
-    """Seconds of a step of each stage, and of reading a block; of one row each, of copies that are thrown away."""
+def measure_pace(host: Host, data: Any, settings: RetrofitSettings) -> dict[str, float]:
+    """Seconds of a step of each stage, and of reading what is read at once (a block, or a batch of images), of copies that are
+    thrown away."""
     started = time.monotonic()
-    row = corpus.blocks(0, settings.seed, 1, settings.length)
+    row = host.batch(data, 0, settings.seed, settings, host.rows)
+    times = 1 if host.rows is None else math.ceil(settings.rows / host.rows)
     layers = len(host.layers)
     kept = settings.kept(layers)
     numbers = [n for n in range(layers) if n not in kept] if isinstance(kept, tuple) else list(range(kept, layers))
     found: dict[str, float] = {}
     with torch.no_grad():
-        found["block"] = _seconds(lambda: host.model(row, use_cache=False))
+        found["block"] = _seconds(lambda: host.answers(host.model, row))
     student, _ = host.copy_with(range(layers), settings.mechanism, settings.seed)
     modules = {} if settings.inserts else {n: student.get_submodule(host.layers[n].path) for n in range(layers)}
     if "warm" in settings.stages:
-        found["warm"] = _seconds(lambda: transfer_losses(host, modules, row)) * settings.batch_size
+        found["warm"] = _seconds(lambda: transfer_losses(host, modules, row.inputs)) * times
     if "transfer" in settings.stages:
         some = {n: modules[n] for n in numbers}
-        found["transfer"] = _seconds(lambda: transfer_losses(host, some, row)) * settings.batch_size
+        found["transfer"] = _seconds(lambda: transfer_losses(host, some, row.inputs)) * times
     unload = prepare(host, student, list(range(layers)), settings)
-    found["tune"] = _seconds(lambda: tune_losses(host, student, row, settings.distil)) * settings.batch_size
+    found["tune"] = _seconds(lambda: tune_losses(host, student, row, settings.distil)) * times
     found["tune"] += _seconds(lambda: _update(student))
     del unload
     found["probe"] = time.monotonic() - started

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,15 @@ from regard.measurement import provenance
 from regard.measurement.budget import Budget
 from regard.models.weights import write_atomically
 from regard.retrofit import card
-from regard.retrofit.corpus import Corpus, even_blocks, read_corpus
-from regard.retrofit.evaluate import evaluate
 from regard.retrofit.folder import RECORD, Folder
-from regard.retrofit.hosts import Host, check_attention, open_host
+from regard.retrofit.hosts import Host, open_host
+from regard.retrofit.measures import KINDS, evaluate
 from regard.retrofit.pace import Plan, plan
 from regard.retrofit.sensitivity import choose, measure_sensitivity
-from regard.retrofit.settings import RetrofitSettings, as_papers_begin
+from regard.retrofit.settings import RetrofitSettings
 from regard.retrofit.stage import Progress, Stage, Watch
 from regard.retrofit.transfer import transfer
 from regard.retrofit.tune import tune
-from regard.retrofit.verdict import recommend
 from regard.tasks.documents import Paths
 
 Say = Callable[[str], None]
@@ -40,7 +38,7 @@ class Retrofit:
 
     Attributes:
         folder: with the model, its tokenizer, a README and ``retrofit.json``.
-        model: of transformers, in evaluation mode.
+        model: of transformers or timm, in evaluation mode.
         tokenizer: of transformers; None where there was none.
         record: what ``retrofit.json`` holds: what it was made from, what changed, what it was trained on, and the results.
     """
@@ -80,20 +78,22 @@ def retrofit(
     say: Say = lambda sentence: None,
     **settings: Any,
 ) -> Retrofit:
-    """Give layers of a pretrained causal language model another attention, train it back, and measure it beside the original.
+    """Give layers of a pretrained model another attention, train it back, and measure it beside the original.
 
     Stages: which layers matter (each is swapped alone, after a few steps); attention transfer (each new layer learns the old
-    one's output); training of the whole model on the teacher's logits; evaluation. The same call goes on where a killed one
+    one's output); training of the whole model on what the teacher says; evaluation. The same call goes on where a killed one
     stopped, and comes to the same as one that was not, with a budget of tokens or steps.
 
     Args:
-        model: a causal language model of transformers, which stays as it is; a folder that holds one; or a GGUF file.
+        model: a causal language model or an encoder of transformers, or a vision transformer of timm, which stays as it is; a
+            folder that holds one; a GGUF file; or ``timm:NAME`` for pretrained weights of timm.
         mechanism: of the new layers, with options as in ``local:window=64``.
-        data: the user's text: files and folders, or token ids (n,). A tenth is held out.
+        data: the user's text (files and folders, or token ids (n,)), or for vision transformers a folder of images, with a
+            sub-folder a class or without, or images (n, c, h, w) as the model reads them. A tenth is held out.
         output: the folder, new or of the same retrofit.
         keep_layers: layers that keep their attention: ``auto:0.5``, ``auto:22``, numbers, or ``none``.
         budget: of time (``60m``, of everything), tokens (``2M tokens``) or steps of training.
-        validation: text of another source, evaluated alone.
+        validation: data of another source, evaluated alone.
         tokenizer: of transformers; the folder's when None.
         watch: called with the progress.
         say: called with sentences as stages end.
@@ -115,32 +115,21 @@ def retrofit(
     if isinstance(model, (str, os.PathLike)) and Path(model).resolve() == place.resolve():
         raise Unsupported(f"{place} as both model and output", supported="an output folder of its own")
     host = open_host(model, tokenizer)
-    chosen.kept(len(host.layers))
-    begun = as_papers_begin(mechanism, chosen.length, getattr(host.model.config, "num_attention_heads", 1))
-    if begun != mechanism:
-        say(f"the new layers are {begun}, as its paper has it for trained models")
-        chosen = replace(chosen, mechanism=begun)
-    vocabulary = host.model.get_input_embeddings().num_embeddings
-    if host.longest is not None and chosen.length > host.longest:
-        raise Unsupported(
-            f"blocks of {chosen.length} tokens for a model of {host.longest} positions",
-            supported=f"blocks of at most {host.longest}",
-            nearest=f"length={host.longest}",
-        )
-    corpus = read_corpus(
-        data, validation, host.tokenizer, length=chosen.length, vocabulary=vocabulary, seed=chosen.seed
-    )
-    folder = Folder(place, _identity(host, corpus, chosen))
+    chosen = host.begun(chosen)
+    if chosen.mechanism != mechanism:
+        say(f"the new layers are {chosen.mechanism}, as its paper has it for trained models")
+    read = host.read(data, validation, chosen)
+    folder = Folder(place, _identity(host, read, chosen))
     with folder.alone():
         try:
-            return _Run(host, corpus, chosen, folder, watch, say, started).finish()
+            return _Run(host, read, chosen, folder, watch, say, started).finish()
         except Unsupported:
             folder.discard_empty()
             raise
 
 
-def _identity(host: Host, corpus: Corpus, settings: RetrofitSettings) -> dict[str, Any]:
-    return {"model": host.fingerprint(), "data": corpus.digest(), **settings.identity()}
+def _identity(host: Host, data: Any, settings: RetrofitSettings) -> dict[str, Any]:
+    return {"model": host.fingerprint(), "data": data.digest(), **settings.identity()}
 
 
 @dataclass(frozen=True)
@@ -148,7 +137,7 @@ class _Run:
     """A retrofit in progress."""
 
     host: Host
-    corpus: Corpus
+    data: Any
     settings: RetrofitSettings
     folder: Folder
     watch: Watch
@@ -159,9 +148,7 @@ class _Run:
         """Everything that is not done yet."""
         done = Folder.finished(self.folder.path)
         if done is not None:
-            from regard.integrations.transformers.folders import load_model
-
-            return Retrofit(self.folder.path, load_model(self.folder.path), self.host.tokenizer, done)
+            return Retrofit(self.folder.path, self.host.load(self.folder.path), self.host.tokenizer, done)
         record = self.folder.read("record")
         plan = self._plan()
         swapped = self._swapped(plan)
@@ -176,10 +163,9 @@ class _Run:
     def _plan(self) -> Plan:
         def make() -> dict[str, Any]:
             self.watch(Progress("looking at the model", math.nan, 0, 0, 0.0))
-            check_attention(
-                self.host, self.corpus.blocks(0, self.settings.seed, 1, self.settings.length), self.settings.mechanism
-            )
-            return plan(self.host, self.corpus, self.settings, time.monotonic() - self.started).record()
+            first = self.host.batch(self.data, 0, self.settings.seed, self.settings, rows=1)
+            self.host.check(first, self.settings.mechanism)
+            return plan(self.host, self.data, self.settings, time.monotonic() - self.started).record()
 
         return Plan(**self.folder.once("plan", make))
 
@@ -200,7 +186,7 @@ class _Run:
                 known = list(choose(sensitivity, kept))
                 self.folder.write("kept", known)
                 worst = max(sensitivity, key=lambda n: sensitivity[n])
-                self.say(f"sensitivity: layer {worst} loses the most ({sensitivity[worst]:.3g} nats a token)")
+                self.say(f"sensitivity: layer {worst} loses the most ({sensitivity[worst]:.3g} {self.host.unit})")
             kept = tuple(known)
         return [number for number in layers if number not in kept]
 
@@ -216,29 +202,31 @@ class _Run:
     def _sensitivity(self, plan: Plan) -> dict[int, float]:
         modules, learned = self._warm()
         self._transfer("warm", modules, learned, plan)
-        blocks = even_blocks(self.corpus.held_out, plan.tried, self.settings.length)
+        held_out = self.host.held_out(self.data, plan.tried, self.settings)
         return measure_sensitivity(
-            self.host, modules, blocks, self.folder, self.watch, plan.after("sensitivity") if plan.seconds else 0.0
+            self.host, modules, held_out, self.folder, self.watch, plan.after("sensitivity") if plan.seconds else 0.0
         )
 
     def _transfer(self, name: str, modules: dict[int, nn.Module], learned: list[str], plan: Plan) -> list[list[float]]:
         doing = "first steps of all layers" if name == "warm" else "attention transfer"
         steps = plan.warm if name == "warm" else plan.transfer
         stage = self._stage(name, doing, steps, self.settings.transfer_rate, plan, 0 if name == "warm" else 1)
-        return transfer(self.host, modules, learned, self.corpus, self.settings, stage, self.folder, self.watch)
+        return transfer(self.host, modules, learned, self.data, self.settings, stage, self.folder, self.watch)
 
     def _trained(self, student: Any, learned: list[str], swapped: list[int], plan: Plan) -> dict[str, Any]:
         """The losses of the stages, once the student is trained."""
         moved = self._moved(student, learned, swapped, plan)
         stage = self._stage(
             "tune",
-            "training on the teacher's logits" if self.settings.distil else "training",
+            f"training on the teacher's {'logits' if self.host.distributes else 'hidden states'}"
+            if self.settings.distil
+            else "training",
             plan.tune,
             self.settings.rate,
             plan,
             2,
         )
-        tuned = tune(self.host, student, swapped, learned, self.corpus, self.settings, stage, self.folder, self.watch)
+        tuned = tune(self.host, student, swapped, learned, self.data, self.settings, stage, self.folder, self.watch)
         self.say(f"training: loss {tuned[0][0]:.3g} to {tuned[-1][0]:.3g}, {_counted(tuned, plan.tune)}")
         return {
             "transfer": [dict(zip(map(str, swapped), row, strict=True)) for row in moved],
@@ -269,13 +257,14 @@ class _Run:
     def _record(
         self, student: Any, learned: list[str], swapped: list[int], plan: Plan, losses: dict[str, Any]
     ) -> dict[str, Any]:
-        results = evaluate(
-            self.host, student, swapped, self.corpus, self.settings, plan.windows, self.folder, self.watch
-        )
-        tokens = self.settings.batch_size * self.settings.length
+        results = evaluate(self.host, student, self.data, self.settings, plan.windows, self.folder, self.watch)
+        work = self.host.work(self.settings)
         return {
             "regard": provenance.regard_version(),
             "made": provenance.now(),
+            "kind": self.host.kind,
+            "counts": self.host.counts,
+            "unit": self.host.unit,
             "from": {
                 "name": self.host.name,
                 "class": type(self.host.model).__name__,
@@ -288,20 +277,20 @@ class _Run:
             "new_parameters": sum(student.get_parameter(name).numel() for name in learned),
             "sensitivity": self.folder.read("sensitivity"),
             "data": {
-                "training": self.corpus.name,
-                "validation": self.corpus.other_name,
-                "digest": self.corpus.digest(),
-                "tokens": len(self.corpus.training),
+                "training": self.data.name,
+                "validation": self.data.other_name,
+                "digest": self.data.digest(),
+                self.host.counts: self.data.size,
             },
             "trained_tokens": {
-                "all layers": plan.warm * tokens,
-                "transfer": len(losses["transfer"]) * tokens,
-                "tune": len(losses["tune"]) * tokens,
+                "all layers": plan.warm * work,
+                "transfer": len(losses["transfer"]) * work,
+                "tune": len(losses["tune"]) * work,
             },
             "plan": plan.record(),
             "losses": losses,
             "results": results,
-            "recommendation": recommend(results),
+            "recommendation": KINDS[self.host.kind].recommend(results),
             "machine": provenance.fingerprint(),
         }
 
@@ -309,7 +298,7 @@ class _Run:
         """The model and what belongs to it, each file moved to its place whole; the record comes last."""
         place, made = self.folder.path, self.folder.work / "model"
         shutil.rmtree(made, ignore_errors=True)
-        replace(self.host, model=student).save(made)
+        self.host.with_model(student).save(made)
         for file in sorted(made.iterdir()):
             os.replace(file, place / file.name)
         made.rmdir()

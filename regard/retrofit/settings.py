@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from regard.catalogue import get_mechanism, resolve
-from regard.contract import Kind, Unsupported, at_least
+from regard.contract import Kind, Pattern, Unsupported, at_least
 from regard.integrations.swap import Choice
 from regard.measurement.budget import Budget
 from regard.models.variants import read_variant, written_layers
-from regard.retrofit.inserting import check_settings, inserts_tokens
+from regard.retrofit.inserting import inserts_tokens
 
 KEEP = "auto, auto:SHARE (0 to 1), auto:NUMBER, none, or layers by number from 0 (0,5,29)"
 TRAIN = "all, new (the swapped layers alone), or lora:RANK"
@@ -28,36 +28,37 @@ class RetrofitSettings:
         keep_layers: which layers keep their attention: ``auto:0.5`` half of them, ``auto:22`` so many, those that lose the
             most when they are swapped alone; or their numbers, from 0; or ``none``.
         budget: time of the whole command, or tokens or steps of the training.
-        length: tokens of a block of text, >= 2.
-        batch_size: blocks of a training step, >= 1.
+        length: tokens of a block of text, >= 2; as the kind of model has it when None.
+        batch_size: blocks or images of a training step, >= 1; likewise.
         train: weights that the last stage trains: ``all``, ``new`` (the swapped layers alone) or ``lora:RANK``.
-        distil: weight of the teacher's logits in the last stage, 0 to 1; the rest is that of the next token.
+        distil: weight of the teacher's answers in the last stage, 0 to 1; the rest is that of the right ones (next tokens,
+            masked tokens, classes).
         transfer_rate, rate: peak learning rates of the attention transfer and of the last stage, as shares of the root mean
             square of each parameter; what is new learns four times as fast.
-        lengths: of the context, at which time, state and recall are measured.
-        evaluation_blocks: blocks of each text in the evaluation, at most; as the budget allows when None.
+        lengths: of the context, at which time, state and recall are measured; as the kind of model has it when None.
+        evaluation_blocks: blocks (or batches of images) of each source in the evaluation, at most; as the budget allows when
+            None.
         seed: of blocks and of what starts at random.
     """
 
     mechanism: str
     keep_layers: str | tuple[int, ...] = "auto:0.5"
     budget: Budget = Budget("seconds", 3600.0)
-    length: int = 512
-    batch_size: int = 4
+    length: int | None = None
+    batch_size: int | None = None
     train: str = "all"
     distil: float = 1.0
     transfer_rate: float = 0.02
     rate: float = 0.002
-    lengths: tuple[int, ...] = (512, 2048)
+    lengths: tuple[int, ...] | None = None
     evaluation_blocks: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_mechanism(self.mechanism)
-        for name, low in (("length", 2), ("batch_size", 1), ("seed", 0)):
-            at_least(name, getattr(self, name), low)
-        if self.evaluation_blocks is not None:
-            at_least("evaluation_blocks", self.evaluation_blocks, 1)
+        for name, low in (("length", 2), ("batch_size", 1), ("evaluation_blocks", 1), ("seed", 0)):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), low)
         if not 0 <= self.distil <= 1:
             raise Unsupported(f"distil={self.distil}", supported="a weight from 0 to 1", nearest="distil=1.0")
         for name in ("transfer_rate", "rate"):
@@ -65,14 +66,30 @@ class RetrofitSettings:
                 raise Unsupported(f"{name}={getattr(self, name)}", supported="a positive rate", nearest=f"{name}=0.002")
         if self.budget.unit == "flops":
             raise Unsupported(f"a budget of {self.budget}", supported="a time, tokens or steps", nearest="60m")
-        if not self.lengths or min(self.lengths) < 32:
+        if self.lengths and min(self.lengths) < 32:
             raise Unsupported(
                 f"lengths={self.lengths}", supported="one or more of 32 or more", nearest="lengths=(512,)"
             )
         self.lora  # noqa: B018 read for its check
         read_keep(self.keep_layers)
-        if self.inserts:
-            check_settings(self.mechanism, self.keep_layers, self.chosen, self.train)
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block; of models of text, once the settings are those of one."""
+        assert self.length is not None
+        return self.length
+
+    @property
+    def rows(self) -> int:
+        """Blocks or images of a step, once the settings are those of a model."""
+        assert self.batch_size is not None
+        return self.batch_size
+
+    @property
+    def spans(self) -> tuple[int, ...]:
+        """Lengths at which it is measured, once the settings are those of a model."""
+        assert self.lengths is not None
+        return self.lengths
 
     @property
     def lora(self) -> int | None:
@@ -130,7 +147,7 @@ class RetrofitSettings:
         return {
             **asdict(self),
             "budget": str(self.budget),
-            "lengths": list(self.lengths),
+            "lengths": list(self.spans),
             "keep_layers": self.spelled_keep(),
         }
 
@@ -164,13 +181,14 @@ def read_keep(keep: str | tuple[int, ...] | list[int]) -> float | int | tuple[in
     raise Unsupported(f"keep_layers={keep!r}", supported=KEEP, nearest="auto:0.5")
 
 
-def as_papers_begin(written: str, length: int, heads: int) -> str:
+def as_papers_begin(written: str, length: int, heads: int, pattern: Pattern = Pattern.CAUSAL_SELF) -> str:
     """The mechanism with the options that its card has for trained models; those that are given stay, and so does all of it
     where they leave no room for others.
 
     Args:
-        length: tokens of a block of training.
+        length: tokens that a layer reads in training.
         heads: of a layer.
+        pattern: of its attention.
     """
     ((name, given),) = read_variant(written).layers
     card = get_mechanism(name)
@@ -178,18 +196,22 @@ def as_papers_begin(written: str, length: int, heads: int) -> str:
         return written
     options = {**card.in_trained_models(length, heads), **given}
     try:
-        Choice.of((name, options), "causal-self")
+        Choice.of((name, options), pattern)
     except Unsupported:
         return written
     return written_layers(((name, options),))
 
 
-def check_mechanism(written: str) -> None:
-    """Raise Unsupported, with the nearest kin, for a mechanism that cannot take a model's queries, keys and values."""
-    if inserts_tokens(written):
+def check_mechanism(written: str, pattern: Pattern | None = None) -> None:
+    """Raise Unsupported, with the nearest kin, for a mechanism that cannot take a model's queries, keys and values.
+
+    Args:
+        pattern: of the model's attention; None while it is not known.
+    """
+    if pattern in (None, Pattern.CAUSAL_SELF) and inserts_tokens(written):
         return  # the model is built anew around it
     try:
-        Choice.of(written, "causal-self")
+        Choice.of(written, pattern).chosen  # noqa: B018 made for its checks
     except Unsupported as error:
         variant = read_variant(written)
         name = resolve(variant.layers[0][0])[0].name if len(variant.layers) == 1 else ""

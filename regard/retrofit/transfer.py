@@ -1,4 +1,4 @@
-"""Attention transfer: each new layer learns the output that the old one has on the user's text.
+"""Attention transfer: each new layer learns the output that the old one has on the user's data.
 
 The teacher runs once a batch; where one of its attention modules has answered, the new one answers the same call, learns from
 the difference, and both are forgotten: nothing is stored, and no layer knows of another.
@@ -8,20 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from regard.integrations.collecting import collect_losses
-from regard.retrofit.corpus import Corpus
+from regard.integrations.swap import mechanism_in
 from regard.retrofit.folder import Folder
 from regard.retrofit.hosts import Host
 from regard.retrofit.settings import RetrofitSettings
 from regard.retrofit.stage import Stage, Watch, train_stage
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int
 
 LOSS_WEIGHTS = {"distillation": 1.0}
 """Of the losses that mechanisms have of their own, as of the map of sea; that of regard's models for others."""
@@ -36,7 +33,7 @@ def transfer(
     host: Host,
     modules: Mapping[int, nn.Module],
     learned: Sequence[str],
-    corpus: Corpus,
+    data: Any,
     settings: RetrofitSettings,
     stage: Stage,
     folder: Folder,
@@ -55,72 +52,118 @@ def transfer(
     together = nn.ModuleDict({str(number): module for number, module in modules.items()})
     names = [f"{n}.{name}" for n, module in modules.items() for name in _new_in(module, host.layers[n].path, learned)]
     if not folder.checkpoint(stage.name).exists() and stage.steps:
-        begin_at_scale(host, modules, corpus.blocks(0, settings.seed, 1, settings.length))
+        begin_at_scale(host, modules, host.batch(data, 0, settings.seed, settings, rows=1).inputs)
 
     def step(number: int) -> list[float]:
-        ids = corpus.blocks(number, stage.seed, settings.batch_size, settings.length)
-        return transfer_losses(host, modules, ids)
+        return transfer_losses(host, modules, host.batch(data, number, stage.seed, settings).inputs)
 
     parts = list(modules.values())
     together.train()  # what mechanisms learn of themselves, they learn in training
     try:
-        return train_stage(stage, folder, together, names, step, watch, clipped=parts)
+        with _without_dropout(together):
+            return train_stage(stage, folder, together, names, step, watch, clipped=parts)
     finally:
         together.eval()
 
 
-def transfer_losses(host: Host, modules: Mapping[int, nn.Module], ids: Int[Tensor, "b n"]) -> list[float]:
-    """The loss of each module on some text; their parameters have its gradients afterwards."""
+def transfer_losses(host: Host, modules: Mapping[int, nn.Module], inputs: Tensor) -> list[float]:
+    """The loss of each module on some inputs; their parameters have its gradients afterwards."""
     losses: dict[int, float] = {}
 
     def learn(number: int, expected: Tensor, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         with torch.enable_grad(), collect_losses(modules[number]) as collected:
-            found = modules[number](*args, **given)[0]
+            found = _first(modules[number](*args, **given))
             loss = (found - expected).square().sum() / expected.square().sum().clamp(min=1e-30)
             (loss + collected.total(LOSS_WEIGHTS)).backward()
         losses[number] = loss.item()
 
     with _listening(host, modules, learn):
-        host.body(ids)
+        host.body(inputs)
     return [losses[number] for number in modules]
 
 
 @torch.no_grad()
-def begin_at_scale(host: Host, modules: Mapping[int, nn.Module], ids: Int[Tensor, "b n"]) -> None:
-    """Multiply the output projection of each new module by what brings its outputs nearest to the teacher's.
+def begin_at_scale(host: Host, modules: Mapping[int, nn.Module], inputs: Tensor) -> None:
+    """Multiply the output projection of each new module by what brings its outputs nearest to the teacher's, or that of the values
+    where the outputs are those of the heads, as in BERT.
 
-    Attention without a normaliser sums over the past, and its outputs may be a hundred times too large at first.
+    Attention without a normaliser sums over tokens, and its outputs may be a hundred times too large at first.
     """
 
     def rescale(number: int, expected: Tensor, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-        found, projection = _output_projection(modules[number], args, given)
-        if projection is None:
+        called = _Called(modules[number], args, given)
+        if called.last is not None:
+            parts, shift = [called.last.weight], getattr(called.last, "bias", None)
+        elif called.values is not None:
+            parts, shift = list(called.values.parameters()), None
+        else:
             return
+        found = called.output if shift is None else called.output - shift
+        expected = expected if shift is None else expected - shift
         size = expected.norm() / found.norm().clamp(min=1e-30)
         nearest = (found * expected).sum() / found.square().sum().clamp(min=1e-30)
-        projection.weight.mul_(torch.maximum(nearest, SMALLEST_SHARE * size))  # type: ignore[operator]
+        for part in parts:
+            part.mul_(torch.maximum(nearest, SMALLEST_SHARE * size))
 
     with _listening(host, modules, rescale):
-        host.body(ids)
+        host.body(inputs)
 
 
-def _output_projection(
-    module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
-) -> tuple[Float[Tensor, "b n c"], nn.Module | None]:
-    """The output of an attention module, and the part of it that made that tensor."""
-    made: list[tuple[nn.Module, Tensor]] = []
-    hooks = [
-        part.register_forward_hook(lambda part, _, output: made.append((part, output)))
-        for part in module.modules()
-        if "weight" in part._parameters
-    ]
+class _Called:
+    """A call of an attention module.
+
+    Attributes:
+        output: of the module.
+        last: the part of it that made that tensor; None where none did.
+        values: the part that made the values of the heads and nothing else.
+    """
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        made: list[tuple[Any, Tensor]] = []
+        heads: list[Tensor] = []
+        hooks = [
+            part.register_forward_hook(lambda part, _, output: made.append((part, output)))
+            for part in module.modules()
+            if "weight" in part._parameters
+        ]
+        attend = mechanism_in(module)
+        if attend is not None:
+            hooks.append(attend.register_forward_pre_hook(lambda _, called: heads.append(called[2])))
+        try:
+            self.output = _first(module(*args, **given))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.last = self._maker(made, self.output)
+        self.values = self._maker(made, heads[0]) if heads else None
+
+    @staticmethod
+    def _maker(made: list[tuple[Any, Tensor]], of: Tensor) -> Any:
+        found = [
+            part
+            for part, its in made
+            if isinstance(its, Tensor) and its.data_ptr() == of.data_ptr() and its.numel() == of.numel()
+        ]
+        return found[-1] if found else None
+
+
+def _first(output: Any) -> Tensor:
+    """What an attention module gives, without the weights that some give beside it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _without_dropout(modules: nn.Module) -> Iterator[None]:
+    """Within the context nothing is dropped in training: what is learned is a tensor, not a sample of it."""
+    parts = [part for part in modules.modules() if isinstance(part, nn.Dropout)]
+    before = [part.p for part in parts]
     try:
-        output = module(*args, **given)[0]
+        for part in parts:
+            part.p = 0.0
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
-    last = [part for part, its in made if isinstance(its, Tensor) and its.data_ptr() == output.data_ptr()]
-    return output, last[-1] if last and getattr(last[-1], "bias", None) is None else None
+        for part, p in zip(parts, before, strict=True):
+            part.p = p
 
 
 def _new_in(module: nn.Module, path: str, learned: Sequence[str]) -> list[str]:
@@ -133,7 +176,7 @@ def _listening(host: Host, modules: Mapping[int, nn.Module], heard: Heard) -> It
 
     def hook(number: int) -> Callable[..., None]:
         def listen(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any], output: Any) -> None:
-            heard(number, output[0], args, given)
+            heard(number, _first(output), args, given)
 
         return listen
 

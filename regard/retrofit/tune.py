@@ -1,25 +1,20 @@
-"""The last training stage: the whole model learns the teacher's next-token distributions, or the next tokens themselves."""
+"""The last training stage: the whole model learns what the teacher says, or what is right."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from regard.contract import Unsupported
 from regard.integrations.collecting import collect_losses
-from regard.retrofit.corpus import Corpus
 from regard.retrofit.folder import Folder
-from regard.retrofit.hosts import Host
+from regard.retrofit.hosts import Batch, Host
 from regard.retrofit.settings import RetrofitSettings
 from regard.retrofit.stage import Stage, Watch, train_stage
 from regard.retrofit.transfer import LOSS_WEIGHTS
-
-if TYPE_CHECKING:
-    from jaxtyping import Int
 
 
 def tune(
@@ -27,7 +22,7 @@ def tune(
     student: Any,
     numbers: Sequence[int],
     learned: Sequence[str],
-    corpus: Corpus,
+    data: Any,
     settings: RetrofitSettings,
     stage: Stage,
     folder: Folder,
@@ -44,8 +39,7 @@ def tune(
     student.train()
 
     def step(number: int) -> list[float]:
-        ids = corpus.blocks(number, stage.seed, settings.batch_size, settings.length)
-        return tune_losses(host, student, ids, settings.distil)
+        return tune_losses(host, student, host.batch(data, number, stage.seed, settings), settings.distil)
 
     try:
         adapters = [name for name, _ in student.named_parameters() if ".lora_" in name]
@@ -64,9 +58,9 @@ def prepare(host: Host, student: Any, numbers: Sequence[int], settings: Retrofit
     if settings.lora is None:
         return lambda: student.requires_grad_(True)
     peft = _peft()
-    placed = [student.get_submodule(host.layers[number].path).regard for number in numbers]
+    placed = [module for number in numbers if (module := host.placed(student, number)) is not None]
     inside = {id(part) for module in placed for part in module.modules()}
-    head = student.get_output_embeddings()
+    head = student.get_output_embeddings() if hasattr(student, "get_output_embeddings") else None
     targets = [
         name
         for name, part in student.named_modules()
@@ -96,25 +90,27 @@ def _peft() -> Any:
     return peft
 
 
-def tune_losses(host: Host, student: Any, ids: Int[Tensor, "b n"], distil: float) -> list[float]:
-    """KL(teacher, student) of the next tokens times `distil`, plus their cross entropy times the rest, in nats a token; the losses
-    that mechanisms have of their own are learned from too, and not told.
+def tune_losses(host: Host, student: Any, batch: Batch, distil: float) -> list[float]:
+    """The distance of what a student says from what the teacher says, times `distil`, plus that from what is right times the
+    rest, in nats (or as a share of the square of hidden states); the losses that mechanisms have of their own are learned from
+    too, and not told.
 
-    The parameters of the student have its gradients afterwards. Rows are taken one by one, so that the logits of one alone
-    are in memory.
+    The parameters of the student have its gradients afterwards. Where answers are large, rows are taken one by one, so that
+    those of one alone are in memory.
     """
     total = 0.0
-    for row in ids.split(1):
+    parts = host.parts(batch)
+    for part in parts:
         with collect_losses(student) as collected:
-            logits = student(row, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-        loss = collected.total(LOSS_WEIGHTS).to(logits)
+            found = host.answers(student, part)
+        loss = collected.total(LOSS_WEIGHTS).to(found)
         own = loss.item()
         if distil < 1:
-            loss = loss + (1 - distil) * F.nll_loss(logits, row[0, 1:])
+            loss = loss + (1 - distil) * host.own_loss(found, part)
         if distil > 0:
             with torch.no_grad():
-                expected = host.model(row, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-            loss = loss + distil * F.kl_div(logits, expected, reduction="sum", log_target=True) / len(expected)
-        (loss / len(ids)).backward()
-        total += (loss.item() - own) / len(ids)
+                expected = host.answers(host.model, part)
+            loss = loss + distil * host.distance(found, expected)
+        (loss / len(parts)).backward()
+        total += (loss.item() - own) / len(parts)
     return [total]

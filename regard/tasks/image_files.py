@@ -118,7 +118,7 @@ def load_folders(
             )
         held = len(more)
         paths, labels, notes = paths + more, labels + their_labels, notes + more_notes
-    _check_memory(folder, len(paths), size, channels)
+    check_memory(folder, len(paths), size, channels)
     require_pillow()
 
     images: list[Pixels] = []
@@ -199,7 +199,8 @@ def machine_memory() -> float:
         return math.inf
 
 
-def _check_memory(folder: Path, count: int, size: tuple[int, int], channels: int) -> None:
+def check_memory(folder: Path, count: int, size: tuple[int, int], channels: int) -> None:
+    """Raise Unsupported for more images than half of this machine's memory holds."""
     memory, needed = machine_memory(), count * size[0] * size[1] * channels
     if needed > memory / 2:
         side = int((memory / 2 / count / channels) ** 0.5)

@@ -14,17 +14,21 @@ from regard.measurement import units
 from regard.measurement.budget import Budget
 from regard.models.variants import Variant
 from regard.models.weights import write_atomically
-from regard.retrofit import card, retrofit
-from regard.retrofit.evaluate import ORIGINAL, RETROFIT, mean_recall
+from regard.retrofit import card, open_host, retrofit
+from regard.retrofit.measures import ORIGINAL, RETROFIT, change, measures_of
+from regard.retrofit.measures.language import mean_recall
+from regard.retrofit.measures.verdict import STATE_AT
 from regard.retrofit.run import Say
 from regard.retrofit.settings import check_mechanism
 from regard.retrofit.stage import Progress, Watch
-from regard.retrofit.verdict import STATE_AT
 from regard.workbench.reports.report import pages
 from regard.workbench.reports.section_pages import parts_of_page
 from regard.workbench.reports.sections import Curves, Points, Section
 
 RECORD = "retrofits.json"
+SAYS = (
+    "Each was trained back with the same budget on the same data, and keeps the layers that its own sensitivity chose."
+)
 
 
 def compare_retrofits(
@@ -34,6 +38,7 @@ def compare_retrofits(
     data: Any,
     output: str | os.PathLike[str],
     budget: Budget,
+    tokenizer: Any = None,
     watch: Watch = lambda progress: None,
     say: Say = lambda sentence: None,
     **settings: Any,
@@ -41,7 +46,7 @@ def compare_retrofits(
     """Retrofit a model with each of several mechanisms, each in a folder of its own, and say which to take.
 
     Args:
-        model, data, settings: of :func:`regard.retrofit.retrofit`.
+        model, data, tokenizer, settings: of :func:`regard.retrofit.retrofit`.
         variants: mechanisms, each of one kind of layer: which layers change is the retrofit's to choose.
         output: folder of the results. The same call goes on where a killed one stopped.
         budget: a time for everything, of which each has an equal share; tokens or steps are those of each.
@@ -56,6 +61,9 @@ def compare_retrofits(
     names = [variant.name for variant in variants]
     for name in names:
         check_mechanism(name)
+    host = open_host(model, tokenizer)
+    for name in names:
+        check_mechanism(name, host.pattern)
     share = Budget("seconds", budget.amount / len(names)) if budget.unit == "seconds" else budget
     place, records = Path(output), dict[str, Any]()
     for at, name in enumerate(names):
@@ -65,7 +73,7 @@ def compare_retrofits(
 
         say(f"{name}, {at + 1} of {len(names)}")
         made = retrofit(
-            model, name, data=data, output=place / folder_of(name), budget=share, watch=watched, say=say, **settings
+            host, name, data=data, output=place / folder_of(name), budget=share, watch=watched, say=say, **settings
         )
         records[name] = made.record
     first = next(iter(records.values()))
@@ -91,32 +99,33 @@ def judged(record: Mapping[str, Any]) -> Mapping[str, Any]:
 def recommend(records: Mapping[str, Any]) -> str:
     """Which to take: of those that are worth it, the one that loses least."""
     worth = [name for name, record in records.items() if record["recommendation"]["take"]]
-    best = min(worth or records, key=lambda name: judged(records[name])["change"])
-    told = judged(records[best])
-    error = told["standard_error"] or 0.0
-    near = [
-        name
-        for name in worth or records
-        if name != best
-        and judged(records[name])["change"] - told["change"]
-        <= 2 * ((judged(records[name])["standard_error"] or 0.0) ** 2 + error**2) ** 0.5
-    ]
+    losses = {name: measures_of(record).loss(record["results"]) for name, record in records.items()}
+    best = min(worth or records, key=lambda name: losses[name][0])
+    least, error, words = losses[best]
+
+    def near_best(name: str) -> bool:
+        lost, its, _ = losses[name]
+        return name != best and lost - least <= 2 * ((its or 0.0) ** 2 + (error or 0.0) ** 2) ** 0.5
+
+    near = [name for name in worth or records if near_best(name)]
     beside = f" {' and '.join(near)} cannot be told apart from it." if near else ""
     if worth:
         text = str(records[best]["recommendation"]["text"])
         return f"{best}: {text[0].lower()}{text[1:]}{beside}"
-    return f"Keep the original: the nearest is {best}, with perplexity {card.change(dict(told))}.{beside}"
+    return f"Keep the original: the nearest is {best}, of which {words}.{beside}"
 
 
 def rows(records: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for the original and for each retrofit."""
     first = next(iter(records.values()))
+    if first.get("kind", "language") != "language":
+        return _rows(records)
 
     def row(name: str, record: Mapping[str, Any], model: str) -> dict[str, Any]:
         results = record["results"]
         found: dict[str, Any] = {"attention": name}
         found |= {f"perplexity on {source}": units.number(its[model]) for source, its in results["perplexity"].items()}
-        found["change"] = None if model == ORIGINAL else card.change(dict(judged(record)))
+        found["change"] = None if model == ORIGINAL else change(dict(judged(record)))
         for length, its in results["recall"].items():
             share = None if its is None else mean_recall(its, model)
             found[f"needle in {units.tokens(int(length))}"] = None if share is None else f"{share:.0%}"
@@ -130,9 +139,22 @@ def rows(records: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [row("original", first, ORIGINAL), *(row(name, record, RETROFIT) for name, record in records.items())]
 
 
+def _rows(records: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Likewise, of other models than language models."""
+    told = {name: measures_of(record).rows(record["results"]) for name, record in records.items()}
+    original = {what: before for what, before, _ in next(iter(told.values()))}
+    found: list[dict[str, Any]] = [{"attention": "original", **original, "new layers": "none"}]
+    for name, its in told.items():
+        new = card.numbers(records[name]["swapped"])
+        found.append({"attention": name, **{what: after for what, _, after in its}, "new layers": new})
+    return found
+
+
 def sections(records: Mapping[str, Any]) -> list[Section]:
     """What the report shows."""
     first = next(iter(records.values()))
+    if first.get("kind", "language") != "language":
+        return [Section("Beside each other", SAYS, [], rows(records))]
     source, before = list(first["results"]["perplexity"].items())[-1]
     points = {"softmax": (first["results"]["state"][str(STATE_AT)][ORIGINAL] / 2**20, float(before[ORIGINAL]))}
     curves = {"softmax": [(b["last"], b[ORIGINAL]) for b in before["by_position"]]}
@@ -160,8 +182,7 @@ def sections(records: Mapping[str, Any]) -> list[Section]:
         log_y=True,
         rising=False,
     )
-    says = "Each was trained back with the same budget on the same text, and keeps the layers that its own sensitivity chose."
-    return [Section("Beside each other", says, [state, position], rows(records))]
+    return [Section("Beside each other", SAYS, [state, position], rows(records))]
 
 
 def render(told: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -14,8 +15,8 @@ from regard import Unsupported
 from regard.integrations.transformers import AutoModelForCausalLM
 from regard.measurement.budget import Budget
 from regard.retrofit import hosts, stage
-from regard.retrofit.evaluate import perplexity, state_bytes
 from regard.retrofit.folder import Folder
+from regard.retrofit.measures.language import perplexity, state_bytes
 from regard.retrofit.sensitivity import choose
 from regard.retrofit.transfer import begin_at_scale, transfer_losses
 
@@ -213,11 +214,11 @@ def test_a_state_is_that_of_every_layer(host):
     assert state_bytes(host, made, 1000) == 1000 * cache + 2 * 4 * 8 * 8 * 4
 
 
-def bert(_):
+def bart(_):
     import transformers
 
-    small = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
-    return {"model": transformers.BertModel(transformers.BertConfig(**small, num_hidden_layers=1))}
+    sizes = {"vocab_size": 48, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
+    return {"model": transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes))}
 
 
 def swapped(_):
@@ -265,7 +266,7 @@ def full(tmp_path):
 
 
 BAD = {
-    "another kind of model": (bert, "no causal language model|supported: causal language models"),
+    "another kind of model": (bart, "an encoder and a decoder.*supported: causal language models"),
     "swapped before": (swapped, "swapped before.*unswap"),
     "shared weights": (shared, "shared weights"),
     "quantized weights": (quantized, "quantized"),
@@ -310,13 +311,13 @@ def test_a_time_is_planned_from_the_pace_that_is_measured(host, monkeypatch):
     corpus = read_corpus(data, None, None, length=32, vocabulary=48, seed=0)
     seconds = {"probe": 1.0, "block": 0.1, "warm": 0.5, "transfer": 0.5, "tune": 2.0}
     monkeypatch.setattr(pace, "measure_pace", lambda *_: seconds)
-    settings = RetrofitSettings("linear", budget=Budget.parse("5m"), length=32, lengths=(32,))
+    settings = host.begun(RetrofitSettings("linear", budget=Budget.parse("5m"), length=32, lengths=(32,)))
     found = pace.plan(host, corpus, settings)
     spent = sum(getattr(found, name) * seconds[name] for name in ("warm", "transfer", "tune"))
     assert 0.6 * 300 < spent < 0.8 * 300
     assert found.tune > 0 and found.windows == 32
     with pytest.raises(Unsupported, match=r"budget of 10s of which .* left for"):
-        pace.plan(host, corpus, RetrofitSettings("linear", budget=Budget.parse("10s"), length=32, lengths=(32,)))
+        pace.plan(host, corpus, dataclasses.replace(settings, budget=Budget.parse("10s")))
 
 
 def test_an_encoder_that_transformers_loads_as_a_causal_model_is_refused(tmp_path):

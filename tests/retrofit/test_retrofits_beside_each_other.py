@@ -9,7 +9,7 @@ from small_llama import WORK, llama, tokens
 from regard import Unsupported
 from regard.measurement.budget import Budget
 from regard.models.variants import read_variants
-from regard.retrofit import verdict
+from regard.retrofit.measures import verdict
 from regard.workbench.retrofits import RECORD, compare_retrofits, recommend, rows
 
 
@@ -46,7 +46,7 @@ def test_each_has_a_folder_that_loads_and_all_have_one_page(two):
 def test_a_second_call_trains_nothing_and_tells_the_same(two, monkeypatch):
     told, _, call = two
     monkeypatch.setattr("regard.retrofit.transfer.transfer_losses", None)
-    monkeypatch.setattr("regard.retrofit.evaluate.perplexity", None)
+    monkeypatch.setattr("regard.retrofit.measures.language.perplexity", None)
     assert call() == told
 
 

@@ -87,7 +87,7 @@ def test_the_mean_of_the_weights_is_kept_where_it_is_better_and_the_model_goes_o
 
 
 def test_an_interrupted_look_is_finished_first(tmp_path, monkeypatch):
-    from regard.workbench.trained.run import best_weights
+    from regard.workbench.trained import best_weights
 
     looks = []
 
@@ -110,7 +110,7 @@ def test_an_interrupted_look_is_finished_first(tmp_path, monkeypatch):
 RUN = """
 import os, signal, sys
 from regard.tasks import create_task
-from regard.workbench.trained.run import run as trained
+from regard.workbench.trained import run as trained
 from regard.measurement.budget import Budget
 from regard.workbench.comparison.settings import CompareSettings
 

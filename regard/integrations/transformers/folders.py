@@ -1,4 +1,4 @@
-"""Causal language models and tokenizers of transformers from files that are on this machine; no code among them is run."""
+"""Language models, encoders and tokenizers of transformers from files that are on this machine; no code among them is run."""
 
 from __future__ import annotations
 
@@ -47,15 +47,19 @@ def find_files(place: Path, *, supported: str = SUPPORTED) -> tuple[Path, dict[s
     )
 
 
-def load_model(place: Path, *, dtype: torch.dtype = torch.float32, supported: str = SUPPORTED) -> Any:
-    """The causal language model in a folder or a GGUF file, to be evaluated; arguments as in :func:`find_files`.
+def load_model(place: Path, *, of: Any = None, dtype: torch.dtype = torch.float32, supported: str = SUPPORTED) -> Any:
+    """The model in a folder or a GGUF file, to be evaluated; arguments as in :func:`find_files`.
+
+    Args:
+        of: the class of transformers that loads it; that of causal language models when None.
 
     Raises:
         Unsupported: also for files that lack some of its weights, which transformers would draw.
     """
     folder, file = find_files(place, supported=supported)
     options = {"dtype": dtype, "output_loading_info": True, **file}
-    model, found = _loaded(transformers.AutoModelForCausalLM, "model", place, folder, supported, **options)
+    auto = transformers.AutoModelForCausalLM if of is None else of
+    model, found = _loaded(auto, "model", place, folder, supported, **options)
     missing = sorted(found["missing_keys"])
     if missing:
         raise Unsupported(

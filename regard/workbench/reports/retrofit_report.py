@@ -14,11 +14,21 @@ from regard.measurement import units
 from regard.models.variants import read_variant
 from regard.models.weights import write_atomically
 from regard.retrofit import card, read_record
+from regard.retrofit.measures import MODELS, change, measures_of
 from regard.workbench.reports import charts
 from regard.workbench.reports.charts import Axis, Figure, Series
 from regard.workbench.reports.report import pages
 
-MODELS = ("original", "retrofit")
+HEADINGS = {
+    "language": "Perplexity by position",
+    "encoder": "Hidden states beside the original's",
+}
+LEDES = {
+    "language": "Lower is better and is drawn higher. Blocks of training had {length} tokens; what lies to the right of that was "
+    "never trained.",
+    "encoder": "The share of the variance of hidden states that is kept after each layer: 1 is the original, 0 no better than its "
+    "mean.",
+}
 
 
 def write_retrofit_report(folder: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> Path:
@@ -39,7 +49,7 @@ def write_retrofit_report(folder: str | os.PathLike[str], path: str | os.PathLik
 
 def render_retrofit(record: Mapping[str, Any]) -> str:
     """The page of a record as text."""
-    view = _View(record)
+    view, kind = _View(record), record.get("kind", "language")
     return (
         pages()
         .get_template("retrofit.html.j2")
@@ -49,11 +59,15 @@ def render_retrofit(record: Mapping[str, Any]) -> str:
             swapped=card.numbers(record["swapped"]),
             kept=card.numbers(record["kept"]),
             trained=sum(record["trained_tokens"].values()),
-            positions=view.positions(),
-            costs=view.costs(),
+            quality=view.layers() if kind == "encoder" else view.positions() if kind == "language" else [],
+            heading=HEADINGS.get(kind),
+            lede=LEDES.get(kind, "").format(**record["settings"]),
+            costs=view.reading() if kind == "encoder" else view.costs() if kind == "language" else [],
+            state=kind == "language",
+            counts=record.get("counts", "tokens"),
             training=view.training(),
             sensitivity=record["sensitivity"],
-            rows=card.rows(record["results"]),
+            rows=measures_of(record).rows(record["results"]),
             facts=_facts(record),
         )
     )
@@ -94,8 +108,7 @@ class _View:
             series = [self._series(model, [(b["last"], b[model]) for b in bins]) for model in MODELS]
             axis = Axis("↑ perplexity (lower is better, so low is up)", units.tick, log=True, rising=False)
             place = Axis("position, up to", units.tokens, log=True, base=2)
-            change = card.change(its)
-            note = f"{its['blocks']} blocks of {its['length']} tokens; in all {change}."
+            note = f"{its['blocks']} blocks of {its['length']} tokens; in all {change(its)}."
             found.append(Figure(source, self._lines(f"position-{at}", source, series, place, axis), note))
         return found
 
@@ -113,6 +126,35 @@ class _View:
             if what == "decoding" and any(t["retrofit"]["from"] != "cache" for t in its.values()):
                 note = "The retrofit reads the whole sequence again at each token."
             found.append(Figure(words, self._lines(what, words, series, length, axis), note))
+        return found
+
+    def layers(self) -> list[Figure]:
+        """A chart for each text of what is kept after each layer."""
+        found = []
+        for at, (source, its) in enumerate(self.results["quality"].items()):
+            points = list(enumerate(its["by_layer"]))
+            series = [Series(self.numbers["retrofit"], "retrofit", points, rings=self.record["swapped"])]
+            axis = Axis("↑ share of the variance that is kept", units.tick)
+            said = "Hidden states of the retrofit beside the original's."
+            chart = charts.lines(f"layers-{at}", source, said, series, Axis("layer", units.tick), axis)
+            note = f"{its['blocks']} blocks of {its['length']} tokens. A ring marks a layer that has new attention."
+            found.append(Figure(source, chart, note))
+        return found
+
+    def reading(self) -> list[Figure]:
+        """Time and operations by length."""
+        length, found = Axis("tokens", units.tokens, log=True, base=2), []
+        for what, words, factor, tick in (
+            ("time", "time of a text", 1000.0, units.milliseconds),
+            ("operations", "operations of attention, by definition", 1.0, units.count),
+        ):
+            its = self.results[what]
+            values = {
+                m: [(int(n), t[m] if what == "operations" else t[m]["median"]) for n, t in its.items()] for m in MODELS
+            }
+            series = [self._series(m, [(n, factor * value) for n, value in values[m]]) for m in MODELS]
+            axis = Axis(f"↑ {what} (less is up)", tick, log=True, rising=False)
+            found.append(Figure(words, self._lines(what, words, series, length, axis)))
         return found
 
     def training(self) -> list[Figure]:
@@ -134,7 +176,8 @@ class _View:
             chart = self._lines("transfer", "attention transfer", curves, step, share)
             found.append(Figure("attention transfer", chart))
         tuned = [Series(1, "loss", list(enumerate(losses["tune"], 1)))]
-        nats = Axis("nats a token", units.tick, log=True)
+        unit = self.record.get("unit", "nats a token")
+        nats = Axis(unit, units.tick, log=True)
         found.append(Figure("whole model", self._lines("tune", "whole model", tuned, step, nats)))
         known = self.record["sensitivity"]
         if known:
@@ -146,7 +189,7 @@ class _View:
                 "What the model loses with one new layer.",
                 series,
                 Axis("layer", units.tick),
-                Axis("nats a token lost with this layer alone", units.tick),
+                Axis(f"{unit} lost with this layer alone", units.tick),
             )
             found.append(Figure("sensitivity", chart, "A ring marks a layer that has new attention."))
         return found

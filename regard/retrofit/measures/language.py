@@ -1,4 +1,4 @@
-"""What came of it, beside the original: perplexity by position, recall, time and state."""
+"""What came of a language model, beside the original: perplexity by position, recall, time and state."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,18 +15,19 @@ import torch
 from torch import Tensor
 
 from regard.contract import Shape
+from regard.measurement import units
 from regard.measurement.timing import Timing, interleaved
 from regard.retrofit.corpus import Corpus, even_blocks
-from regard.retrofit.folder import Folder
-from regard.retrofit.hosts import Host, log_likelihoods
+from regard.retrofit.hosts import LanguageHost
+from regard.retrofit.hosts.language import log_likelihoods
 from regard.retrofit.inserting import placed_in, reads_by_state
+from regard.retrofit.measures.shared import ORIGINAL, RETROFIT, Loss, Models, Row, change, times
+from regard.retrofit.measures.verdict import recommend
 from regard.retrofit.settings import RetrofitSettings
-from regard.retrofit.stage import Progress, Watch
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-ORIGINAL, RETROFIT = "original", "retrofit"
 CUE, ANSWER = 4, 8
 """Tokens of a needle that are shown again, and tokens of it that are then to be said."""
 DEPTHS = (0.1, 0.5, 0.9)
@@ -34,44 +35,30 @@ STATE_LENGTHS = (2048, 8192, 32768)
 DECODED = 8
 """Tokens that are decoded to time one."""
 
-Models = dict[str, Any]
 
-
-def evaluate(
-    host: Host,
-    student: Any,
-    numbers: Sequence[int],
-    corpus: Corpus,
-    settings: RetrofitSettings,
-    windows: int,
-    folder: Folder,
-    watch: Watch,
-) -> dict[str, Any]:
-    """All figures, each made once: what is in the folder is not measured again.
-
-    Args:
-        numbers: of the layers with new attention.
-        windows: blocks of each text, at most.
-    """
+def parts(
+    host: LanguageHost, student: Any, corpus: Corpus, settings: RetrofitSettings, windows: int
+) -> dict[str, Callable[[], Any]]:
+    """What is measured, by name; see :class:`regard.retrofit.measures.Measures`."""
     models = {ORIGINAL: host.model, RETROFIT: student}
-    lengths = [n for n in settings.lengths if host.longest is None or n <= host.longest]
-    parts: dict[str, Callable[[], Any]] = {}
+    lengths = host.within(settings.spans)
+    found: dict[str, Callable[[], Any]] = {}
     for source, ids in corpus.sources.items():
-        length = evaluation_length(host, ids, settings.length)
-        parts[f"perplexity on {source}"] = partial(perplexity, models, even_blocks(ids, windows, length))
+        length = evaluation_length(host, ids, settings.block)
+        found[f"perplexity on {source}"] = partial(perplexity, models, even_blocks(ids, windows, length))
     for length in lengths:
-        parts[f"recall at {length}"] = partial(recall, models, corpus.held_out, length, settings.seed)
+        found[f"recall at {length}"] = partial(recall, models, corpus.held_out, length, settings.seed)
     for length in lengths:
-        parts[f"prefill of {length}"] = partial(prefill, models, corpus.held_out, length)
-        parts[f"decoding after {length}"] = partial(decoding, models, corpus.held_out, length)
-    found: dict[str, Any] = folder.read("evaluation") or {}
-    started, begun = time.monotonic(), len(found)
-    for name, measure in parts.items():
-        if name not in found:
-            found[name] = measure()
-            folder.write("evaluation", found)
-            pace = (time.monotonic() - started) / (len(found) - begun)
-            watch(Progress(f"evaluation: {name}", math.nan, len(found), len(parts), (len(parts) - len(found)) * pace))
+        found[f"prefill of {length}"] = partial(prefill, models, corpus.held_out, length)
+        found[f"decoding after {length}"] = partial(decoding, models, corpus.held_out, length)
+    return found
+
+
+def results(
+    host: LanguageHost, student: Any, corpus: Corpus, settings: RetrofitSettings, found: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All figures of the record, of the parts that were measured."""
+    lengths = host.within(settings.spans)
     return {
         "perplexity": {source: found[f"perplexity on {source}"] for source in corpus.sources},
         "recall": {str(length): found[f"recall at {length}"] for length in lengths},
@@ -82,11 +69,11 @@ def evaluate(
             for length in sorted({*lengths, *STATE_LENGTHS})
         },
         "generates_with_cache": bool(getattr(student.config, "use_cache", False)),
-        "left_out": [n for n in settings.lengths if n not in lengths],
+        "left_out": [n for n in settings.spans if n not in lengths],
     }
 
 
-def evaluation_length(host: Host, ids: Int[Tensor, " n"], length: int) -> int:
+def evaluation_length(host: LanguageHost, ids: Int[Tensor, " n"], length: int) -> int:
     """Twice a block of training where the model's positions and the text reach so far, so that what lies beyond shows."""
     within = host.longest is None or 2 * length <= host.longest
     return 2 * length if within and len(ids) >= 4 * length else length
@@ -199,14 +186,13 @@ def _prompt(ids: Int[Tensor, " n"], length: int) -> Int[Tensor, "1 n"]:
     return ids.repeat(math.ceil(length / len(ids)))[:length][None]
 
 
-def state_bytes(host: Host, model: Any, length: int) -> int:
+def state_bytes(host: LanguageHost, model: Any, length: int) -> int:
     """What a sequence of so many tokens goes on from: the keys and values of softmax layers, in the weights' dtype, and the
     state of others as their mechanism defines it, whose accumulators have at least four bytes a number."""
     total = 0.0
     width = next(model.parameters()).element_size()
     for layer in host.layers:
-        own = host.attention(layer.number)
-        heads, groups, dim_key, dim_value = _sizes(own, host.model.config)
+        heads, groups, dim_key, dim_value = host.heads(layer.number)
         placed = placed_in(model, layer.path, layer.number)
         if placed is None:
             total += groups * length * (dim_key + dim_value) * width
@@ -219,13 +205,55 @@ def state_bytes(host: Host, model: Any, length: int) -> int:
     return round(total)
 
 
-def _sizes(module: Any, config: Any) -> tuple[int, int, int, int]:
-    heads = getattr(module, "num_heads", None) or config.num_attention_heads
-    width = getattr(module, "head_dim", None) or config.hidden_size // heads
-    groups = heads // getattr(module, "num_key_value_groups", 1)
-    return heads, groups, width, getattr(module, "v_head_dim", None) or width
-
-
 def mean_recall(found: dict[str, Any], model: str) -> float:
     """Over the depths."""
     return statistics.fmean(found[model])
+
+
+def loss(results: Mapping[str, Any]) -> Loss:
+    """The rise of perplexity."""
+    judged = list(results["perplexity"].values())[-1]
+    return judged["change"], judged["standard_error"], f"perplexity is {change(judged)}"
+
+
+def rows(results: Mapping[str, Any]) -> list[Row]:
+    """What was measured: what, of the original, of the retrofit."""
+    found: list[Row] = []
+    for source, its in results["perplexity"].items():
+        found.append((f"perplexity on {source}", units.number(its["original"]), units.number(its["retrofit"])))
+    for length, its in results["recall"].items():
+        if its is not None:
+            shares = (sum(its[model]) / len(its[model]) for model in ("original", "retrofit"))
+            before, after = (f"{share:.0%}" for share in shares)
+            found.append((f"needle in {units.tokens(int(length))} tokens, said", before, after))
+    for length, its in results["state"].items():
+        found.append(
+            (
+                f"state at {units.tokens(int(length))} tokens, by definition",
+                units.size(its["original"]),
+                units.size(its["retrofit"]),
+            )
+        )
+    for length, its in results["decoding"].items():
+        held = [its[model]["held"] for model in ("original", "retrofit")]
+        before, after = ("nothing" if each is None else units.size(each) for each in held)
+        found.append((f"cache that generate holds after {units.tokens(int(length))} tokens", before, after))
+    for what, words in (("prefill", "time of a prompt of"), ("decoding", "time of a token after")):
+        for length, its in results[what].items():
+            found.append(times(f"{words} {units.tokens(int(length))} tokens", its))
+    return found
+
+
+__all__ = [
+    "decoding",
+    "loss",
+    "mean_recall",
+    "parts",
+    "perplexity",
+    "prefill",
+    "recall",
+    "recommend",
+    "results",
+    "rows",
+    "state_bytes",
+]

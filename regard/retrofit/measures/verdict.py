@@ -1,4 +1,4 @@
-"""One sentence on whether to take the retrofit."""
+"""One sentence on whether to take the retrofit of a language model."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from regard.measurement import units
-from regard.retrofit import card
-from regard.retrofit.evaluate import ORIGINAL, RETROFIT, mean_recall
+from regard.retrofit.measures.shared import LESS, ORIGINAL, RETROFIT, change, longer
 
 WORTH = 0.08
 """Largest rise of perplexity at which a retrofit is recommended."""
 STATE_AT = 8192
-LESS, FORGETS = 0.95, 0.25
+FORGETS = 0.25
 
 
 def recommend(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,7 +24,6 @@ def recommend(results: Mapping[str, Any]) -> dict[str, Any]:
         ``take`` (bool), ``text``, ``notes``.
     """
     source, judged = list(results["perplexity"].items())[-1]
-    change = judged["change"]
     state = results["state"][str(STATE_AT)]
     share = state[RETROFIT] / state[ORIGINAL]
     faster = _speed(results)
@@ -35,8 +33,8 @@ def recommend(results: Mapping[str, Any]) -> dict[str, Any]:
         gains.append(f"the state at {units.tokens(STATE_AT)} tokens is {share:.0%} of the original's")
     if faster is not None:
         gains.append(faster)
-    cost = f"perplexity is {card.change(judged)} on {source}"
-    close = change <= WORTH
+    cost = f"perplexity is {change(judged)} on {source}"
+    close = judged["change"] <= WORTH
     take = close and bool(gains)
     if take:
         text = f"Take the retrofit: {cost}, and {' and '.join(gains)}" + (f", but {slower}." if slower else ".")
@@ -64,8 +62,8 @@ def _clearly_longer(results: Mapping[str, Any], model: str, other: str) -> tuple
     times as long; None where it never does."""
     for what, words in (("decoding", "a token after"), ("prefill", "a prompt of")):
         for length, found in reversed(list(results[what].items())):
-            ratio = found[model]["median"] / found[other]["median"]
-            if ratio > 1 / LESS:
+            ratio = longer(found, model, other)
+            if ratio is not None:
                 return f"{words} {units.tokens(int(length))} tokens", ratio
     return None
 
@@ -93,7 +91,7 @@ def _notes(results: Mapping[str, Any], share: float) -> list[str]:
     for length, found in results["recall"].items():
         if found is None:
             continue
-        before, after = mean_recall(found, ORIGINAL), mean_recall(found, RETROFIT)
+        before, after = (sum(found[model]) / len(found[model]) for model in (ORIGINAL, RETROFIT))
         if before - after >= FORGETS:
             notes.append(
                 f"of needles in {units.tokens(int(length))} tokens it says {after:.0%} where the original says {before:.0%}."

@@ -1,0 +1,72 @@
+"""Models that take a retrofit, looked at before anything is trained: causal language models and encoders of transformers, and
+timm's vision transformers. What the stages ask of a model is :class:`regard.retrofit.hosts.base.Host`."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+from regard.contract import Unsupported
+from regard.retrofit.hosts.base import Batch, Host, Layer, layers_of
+from regard.retrofit.hosts.encoder import SUPPORTED, EncoderHost, is_masked_lm
+from regard.retrofit.hosts.language import LanguageHost
+from regard.retrofit.hosts.text import check_whole, open_folder
+from regard.retrofit.hosts.vision import VisionHost, is_of_timm, open_vision
+
+
+def open_host(model: Any, tokenizer: Any = None) -> Host:
+    """The host of a model or of a place that holds one, after a look at what would go wrong.
+
+    Args:
+        model: a causal language model or encoder of transformers, or a vision transformer of timm, which is copied; a folder
+            that transformers or timm saved; a GGUF file; ``timm:NAME`` for pretrained weights of timm; or a host.
+        tokenizer: of transformers; the folder's when None.
+
+    Raises:
+        Unsupported: for what is no such model, for quantized or shared weights, adapters, and models swapped before.
+    """
+    if isinstance(model, Host):
+        return model
+    if is_of_timm(model):
+        return open_vision(model)
+    if isinstance(model, (str, os.PathLike)):
+        name = Path(model).name or str(model)
+        opened, tokenizer = open_folder(Path(model), tokenizer)
+    else:
+        name, opened = type(model).__name__, model
+    kind = _kind_of(opened)
+    check_whole(opened)
+    layers = layers_of(
+        opened,
+        f"a retrofit of a {type(opened).__name__}",
+        "models of transformers that dispatch through its attention interface",
+    )
+    if kind is EncoderHost and any(getattr(opened.get_submodule(layer.path), "is_causal", False) for layer in layers):
+        raise Unsupported(
+            f"a retrofit of a {type(opened).__name__}, whose tokens do not read those after them and which says no next ones",
+            supported=SUPPORTED,
+        )
+    own = copy.deepcopy(opened) if opened is model else opened
+    return kind(own.eval().requires_grad_(False), name, layers, tokenizer)
+
+
+def _kind_of(model: Any) -> type[LanguageHost] | type[EncoderHost]:
+    from transformers import PreTrainedModel
+
+    what = f"a retrofit of a {type(model).__name__}"
+    if not isinstance(model, PreTrainedModel):
+        raise Unsupported(what, supported=f"of transformers: {SUPPORTED}; of timm: ViT and DeiT; or a folder of one")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise Unsupported(f"{what}, which has an encoder and a decoder", supported=SUPPORTED)
+    if model.main_input_name != "input_ids":
+        raise Unsupported(f"{what}, which reads {model.main_input_name}", supported="models of text, and timm's ViT")
+    if is_masked_lm(model) or type(model) is type(model.base_model):
+        return EncoderHost
+    if model.get_output_embeddings() is None or not model.can_generate():
+        raise Unsupported(f"{what}, which is neither", supported=SUPPORTED)
+    return LanguageHost
+
+
+__all__ = ["Batch", "EncoderHost", "Host", "LanguageHost", "Layer", "VisionHost", "open_host"]

@@ -1,0 +1,299 @@
+"""What the stages of a retrofit ask of a model, whatever kind it is."""
+
+from __future__ import annotations
+
+import copy
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from regard.contract import Pattern, Unsupported
+from regard.integrations.swap import mechanism_in, reader_of, swap
+from regard.models.blocks import evaluation_mode
+from regard.retrofit.settings import RetrofitSettings, as_papers_begin, check_mechanism
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+    from regard.integrations.heads import HeadAttention
+
+SAME = 1e-3
+"""Largest difference of answers, as a share of the largest, between a model and its copy with regard's softmax."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An attention module of a model: its number among them, and its path."""
+
+    number: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model reads at once.
+
+    Attributes:
+        inputs: tokens or images, a row each.
+        targets: the right answers, where some are known: token ids (b, n), or classes (b,); -100 where nothing is
+            asked.
+    """
+
+    inputs: Tensor
+    targets: Int[Tensor, "b ..."] | None = None
+
+    def split(self, size: int) -> list[Batch]:
+        """In parts of so many rows."""
+        parts = self.inputs.split(size)
+        answers = [None] * len(parts) if self.targets is None else self.targets.split(size)
+        return [Batch(*part) for part in zip(parts, answers, strict=True)]
+
+
+@dataclass(frozen=True)
+class Host(ABC):
+    """A model in evaluation mode and without gradients, and what is known of it.
+
+    Attributes:
+        model: the original.
+        name: as a report names it.
+        layers: its attention modules, in order.
+        tokenizer: of transformers; None where there is none.
+        kind: of model, which says how it is measured.
+        pattern: of its attention.
+        counts: what a training step has so many of, in words.
+        rows: that are answered at once; one where the answers of a row are large, all where None.
+        evaluated: times that something of the usual size is read in the evaluation for each block (or batch) of a source.
+    """
+
+    model: Any
+    name: str
+    layers: tuple[Layer, ...]
+    tokenizer: Any = None
+
+    kind: ClassVar[str]
+    pattern: ClassVar[Pattern]
+    counts: ClassVar[str] = "tokens"
+    rows: ClassVar[int | None] = 1
+    evaluated: ClassVar[int] = 2
+
+    @property
+    @abstractmethod
+    def distributes(self) -> bool:
+        """Whether its answers are log-probabilities; hidden states are compared otherwise."""
+
+    @property
+    def unit(self) -> str:
+        """Of the distance of answers, in words."""
+        return "of the outputs' square"
+
+    @abstractmethod
+    def settled(self, settings: RetrofitSettings) -> RetrofitSettings:
+        """The settings with what such a model has where nothing is asked for.
+
+        Raises:
+            Unsupported: for settings that such a model has no use for, or is too small for.
+        """
+
+    @abstractmethod
+    def read(self, data: Any, validation: Any, settings: RetrofitSettings) -> Any:
+        """The user's data, with `name`, `other_name`, `size` and a `digest()`."""
+
+    @abstractmethod
+    def batch(self, data: Any, step: int, seed: int, settings: RetrofitSettings, rows: int | None = None) -> Batch:
+        """The batch of a training step, of so many rows: a function of its arguments."""
+
+    @abstractmethod
+    def held_out(self, data: Any, most: int, settings: RetrofitSettings) -> Batch:
+        """So many rows that are not trained on, at most."""
+
+    @abstractmethod
+    def answers(self, model: Any, batch: Batch) -> Float[Tensor, "m v"]:
+        """What a model says of a batch: log-probabilities, or hidden states."""
+
+    @abstractmethod
+    def own_loss(self, found: Float[Tensor, "m v"], batch: Batch) -> Tensor:
+        """The distance of answers from the right ones, without a teacher."""
+
+    @abstractmethod
+    def body(self, inputs: Tensor) -> None:
+        """Run all layers of the original."""
+
+    @abstractmethod
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the model and what belongs to it."""
+
+    @abstractmethod
+    def load(self, folder: str | os.PathLike[str]) -> Any:
+        """A model that :meth:`save` has written."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits of its settings and weights."""
+
+    @abstractmethod
+    def heads(self, number: int) -> tuple[int, int, int, int]:
+        """Of the attention of a layer: heads, key/value heads, and the widths of a key and of a value."""
+
+    @abstractmethod
+    def timed(self, settings: RetrofitSettings) -> float:
+        """How many times as much as something of the usual size is read to measure time and what else depends on lengths."""
+
+    @abstractmethod
+    def reads(self, settings: RetrofitSettings) -> int:
+        """Tokens of a row."""
+
+    def work(self, settings: RetrofitSettings) -> int:
+        """Tokens (or what else :attr:`counts` says) of a training step."""
+        return settings.rows * self.reads(settings)
+
+    def distance(self, found: Float[Tensor, "m v"], expected: Float[Tensor, "m v"]) -> Tensor:
+        """How far answers are from the original's: KL(original, found) in nats, or the share of the square that differs."""
+        if self.distributes:
+            return F.kl_div(found, expected, reduction="sum", log_target=True) / len(expected)
+        return (found - expected).square().sum() / expected.square().sum().clamp(min=1e-30)
+
+    def parts(self, batch: Batch) -> list[Batch]:
+        """The rows of a batch, as many at once as :attr:`rows` says."""
+        return batch.split(self.rows or len(batch.inputs))
+
+    def attention(self, number: int) -> nn.Module:
+        """The attention module of a layer."""
+        return self.model.get_submodule(self.layers[number].path)
+
+    def placed(self, model: Any, number: int) -> HeadAttention | None:
+        """The mechanism in a layer of a model; None where the layer has its own attention."""
+        return mechanism_in(model.get_submodule(self.layers[number].path))
+
+    def with_model(self, model: Any) -> Self:
+        """The same around another model."""
+        return replace(self, model=model)
+
+    def begun(self, settings: RetrofitSettings) -> RetrofitSettings:
+        """The settings with the options that the mechanism's card has for trained models.
+
+        Raises:
+            Unsupported: for a mechanism that has not the model's pattern, layers that are not there, and settings as
+                :meth:`settled`.
+        """
+        check_mechanism(settings.mechanism, self.pattern)
+        settings.kept(len(self.layers))
+        settings = self.settled(settings)
+        written = as_papers_begin(settings.mechanism, self.reads(settings), self.heads(0)[0], self.pattern)
+        return replace(settings, mechanism=written)
+
+    def copy_with(self, numbers: Sequence[int], mechanism: str, seed: int) -> tuple[Any, list[str]]:
+        """A copy with another mechanism in some layers, and the names of its new parameters; the seed is of their values."""
+        made = copy.deepcopy(self.model).requires_grad_(True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            report = swap(made, {self.layers[number].path: mechanism for number in numbers})
+        return made.eval(), report.learned
+
+    @contextmanager
+    def with_attention(self, modules: Mapping[int, nn.Module]) -> Iterator[None]:
+        """Within the context its layers have the attention modules of another model."""
+        own = {number: self.attention(number) for number in modules}
+        try:
+            for number, module in modules.items():
+                self.model.set_submodule(self.layers[number].path, module)
+            yield
+        finally:
+            for number, module in own.items():
+                self.model.set_submodule(self.layers[number].path, module)
+
+    @torch.no_grad()
+    def check(self, batch: Batch, mechanism: str) -> None:
+        """Raise Unsupported where the model's attention is not what the new one would learn to stand for.
+
+        Args:
+            batch: a row of the training, or a few.
+        """
+        with evaluation_mode(self.model):
+            self._check_calls(batch)
+            expected = self.answers(self.model, batch)
+            made, _ = self.copy_with(range(len(self.layers)), "softmax", 0)
+            difference = apart(self.answers(made, batch), expected)
+            if not difference <= SAME:
+                raise Unsupported(
+                    f"a {type(self.model).__name__} whose attention is not softmax of its queries and keys (with it the "
+                    f"answers differ by {difference:.2g} of the largest)",
+                    supported="models that regard.swap(model, 'softmax') leaves as they are",
+                )
+            self.check_answers(batch, expected, mechanism)
+
+    def check_answers(self, batch: Batch, expected: Tensor, mechanism: str) -> None:
+        """Raise Unsupported where the mechanism cannot do the work, as with masks that it cannot honour.
+
+        Args:
+            expected: what the original says of the batch.
+        """
+        made, _ = self.copy_with(range(len(self.layers)), mechanism, 0)
+        self.answers(made, batch)
+
+    def _check_calls(self, batch: Batch) -> None:
+        calls = dict.fromkeys(range(len(self.layers)), 0)
+
+        def count(number: int) -> Any:
+            def counted(*_: Any) -> None:
+                calls[number] += 1
+
+            return counted
+
+        hooks = [self.attention(n).register_forward_hook(count(n)) for n in calls]
+        try:
+            self.body(batch.inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for number, times in calls.items():
+            if times != 1:
+                raise Unsupported(
+                    f"a retrofit of a {type(self.model).__name__}, which calls {self.layers[number].path} {times} times",
+                    supported="layers with weights of their own, each called once",
+                )
+
+
+def apart(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, as a share of the largest number."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def layers_of(model: nn.Module, what: str, supported: str) -> tuple[Layer, ...]:
+    """The attention modules of a model.
+
+    Raises:
+        Unsupported: where none is known, or their weights are shared or not in floating point.
+    """
+    paths = [path for path, module in model.named_modules() if reader_of(module) is not None]
+    if not paths:
+        raise Unsupported(f"{what}, which has no attention modules that are known", supported=supported)
+    layers = tuple(Layer(number, path) for number, path in enumerate(paths))
+    _check_shared(model, layers)
+    return layers
+
+
+def _check_shared(model: Any, layers: Sequence[Layer]) -> None:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for layer in layers:
+        for name, parameter in model.get_submodule(layer.path).named_parameters():
+            if len(names[id(parameter)]) > 1:
+                raise Unsupported(
+                    f"a retrofit of layers with shared weights ({' = '.join(names[id(parameter)])})",
+                    supported="layers with weights of their own",
+                )
+            if not parameter.is_floating_point():
+                raise Unsupported(
+                    f"a retrofit of {layer.path}.{name} in {parameter.dtype}", supported="weights in floating point"
+                )
+
+
+__all__ = ["Batch", "Host", "Layer", "apart", "layers_of"]

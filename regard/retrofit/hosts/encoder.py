@@ -1,0 +1,178 @@
+"""Encoders of transformers: with a head that says masked tokens, or bare, with hidden states alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from regard.contract import Pattern, Unsupported
+from regard.retrofit.corpus import UNASKED, Corpus, even_blocks
+from regard.retrofit.hosts.base import Batch
+from regard.retrofit.hosts.text import TextHost
+from regard.retrofit.settings import RetrofitSettings
+from regard.training.loop import step_seed
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+    from regard.tasks.documents import Paths
+
+MASKED = 0.15
+"""Share of a block's tokens that are hidden and asked for."""
+SUPPORTED = "causal language models, encoders with a head for masked tokens, and bare encoders (AutoModel)"
+
+
+@dataclass(frozen=True)
+class EncoderHost(TextHost):
+    """An encoder, which reads a block of text at once, framed as its tokenizer frames texts."""
+
+    kind: ClassVar[str] = "encoder"
+    pattern: ClassVar[Pattern] = Pattern.NONCAUSAL_SELF
+    usual_lengths: ClassVar[tuple[int, ...]] = (128, 512)
+
+    @property
+    def distributes(self) -> bool:
+        """Whether it has a head that says masked tokens."""
+        return is_masked_lm(self.model)
+
+    @property
+    def unit(self) -> str:
+        return "nats a masked token" if self.distributes else super().unit
+
+    @property
+    def longest(self) -> int | None:
+        """Without the positions that models of the kind of RoBERTa keep for padding."""
+        known = super().longest
+        for name, module in self.model.named_modules():
+            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and known is not None:
+                return known if module.padding_idx is None else known - module.padding_idx - 1
+        return known
+
+    @property
+    def frame(self) -> tuple[int, int] | None:
+        """The tokens before and after a text; None where the tokenizer has none."""
+        first, last = (getattr(self.tokenizer, name, None) for name in ("cls_token_id", "sep_token_id"))
+        return None if first is None or last is None else (first, last)
+
+    def settled(self, settings: RetrofitSettings) -> RetrofitSettings:
+        if not self.distributes and settings.distil != 1:
+            raise Unsupported(
+                f"distil={settings.distil} of a {type(self.model).__name__}, which says no tokens that it could be trained on",
+                supported="distil=1, its own hidden states",
+                nearest="distil=1",
+            )
+        if self.distributes and getattr(self.tokenizer, "mask_token_id", None) is None:
+            raise Unsupported(
+                f"a {type(self.model).__name__} without a tokenizer that has a mask token",
+                supported="a folder with its tokenizer, or tokenizer=...",
+            )
+        found = super().settled(settings)
+        if not self.within(found.spans):
+            if settings.lengths is None:
+                return replace(found, lengths=(found.block,))
+            raise Unsupported(
+                f"lengths={settings.lengths} of a model of {self.longest} positions",
+                supported=f"one or more of at most {self.longest}",
+                nearest=f"lengths=({self.longest},)",
+            )
+        return found
+
+    def read(self, data: Paths | Tensor, validation: Paths | Tensor | None, settings: RetrofitSettings) -> Corpus:
+        if self._content(settings.block) < 2:
+            raise Unsupported(
+                f"blocks of {settings.block} tokens, of which two are the frame of a text",
+                supported="length of 4 or more",
+            )
+        return super().read(data, validation, settings)
+
+    def _content(self, length: int) -> int:
+        """Tokens of text in a block."""
+        return length - (0 if self.frame is None else 2)
+
+    def framed(self, ids: Int[Tensor, "b n"]) -> Int[Tensor, "b m"]:
+        """Texts as the tokenizer frames them."""
+        if self.frame is None:
+            return ids
+        first, last = (ids.new_full((len(ids), 1), token) for token in self.frame)
+        return torch.cat([first, ids, last], 1)
+
+    def _batch(self, ids: Int[Tensor, "b n"], generator: torch.Generator) -> Batch:
+        ids = self.framed(ids)
+        if not self.distributes:
+            return Batch(ids)
+        asked = self._asked(ids, generator)
+        masked = ids.masked_fill(asked, self.tokenizer.mask_token_id)
+        return Batch(masked, ids.masked_fill(~asked, UNASKED))
+
+    def _asked(self, ids: Int[Tensor, "b n"], generator: torch.Generator) -> Bool[Tensor, "b n"]:
+        """Which tokens are hidden: as many in each row, and no frames."""
+        special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids, dtype=ids.dtype))
+        chance = torch.rand(ids.shape, generator=generator) + special
+        count = max(round(MASKED * ids.shape[1]), 1)
+        places = chance.topk(count, 1, largest=False).indices
+        return torch.zeros_like(special).scatter_(1, places, True)
+
+    def batch(self, data: Corpus, step: int, seed: int, settings: RetrofitSettings, rows: int | None = None) -> Batch:
+        ids = data.blocks(step, seed, rows or settings.rows, self._content(settings.block))
+        return self._batch(ids, torch.Generator().manual_seed(step_seed(seed + 1, step)))
+
+    def held_out(self, data: Corpus, most: int, settings: RetrofitSettings) -> Batch:
+        return self.of_text(data.held_out, most, settings)
+
+    def of_text(self, ids: Int[Tensor, " n"], most: int, settings: RetrofitSettings) -> Batch:
+        """Blocks of a text, evenly spread, with the same tokens hidden each time."""
+        blocks = even_blocks(ids, most, self._content(settings.block))
+        return self._batch(blocks, torch.Generator().manual_seed(settings.seed))
+
+    def answers(self, model: Any, batch: Batch) -> Float[Tensor, "m v"]:
+        """Of the masked tokens, row by row, or the last hidden states of all."""
+        if batch.targets is None:
+            return model(batch.inputs).last_hidden_state.float().flatten(0, 1)
+        return model(batch.inputs).logits[batch.targets != UNASKED].float().log_softmax(-1)
+
+    def own_loss(self, found: Float[Tensor, "m v"], batch: Batch) -> Tensor:
+        assert batch.targets is not None
+        return F.nll_loss(found, batch.targets[batch.targets != UNASKED])
+
+    def body(self, inputs: Int[Tensor, "b n"]) -> None:
+        self.model.base_model(inputs)
+
+    def load(self, folder: Any) -> Any:
+        from regard.integrations.transformers.folders import load_model
+
+        return load_model(folder, of=class_of(Path(folder)))
+
+
+def is_masked_lm(model: Any) -> bool:
+    """Whether it is an encoder with a head that says masked tokens."""
+    return type(model).__name__.endswith("ForMaskedLM")
+
+
+def class_of(folder: Path) -> Any:
+    """The class of transformers by which an encoder in a folder loads whole; None for what is no encoder.
+
+    Raises:
+        Unsupported: for an encoder with another head, which would be lost.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = next(iter(config.get("architectures") or ()), "")
+    if config.get("model_type") not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or name.endswith(
+        ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    ):
+        return None
+    if name.endswith("Model"):
+        return transformers.AutoModel
+    if name.endswith(("ForMaskedLM", "ForPreTraining", "WithLMHeadModel")) or not name:
+        return transformers.AutoModelForMaskedLM
+    raise Unsupported(
+        f"a retrofit of a {name}, whose head is of another kind", supported=SUPPORTED, nearest="regard.swap, in Python"
+    )

@@ -1,0 +1,108 @@
+"""Causal language models of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from regard.contract import Pattern, Unsupported
+from regard.retrofit.corpus import Corpus, even_blocks
+from regard.retrofit.hosts.base import SAME, Batch, apart
+from regard.retrofit.hosts.text import TextHost
+from regard.retrofit.inserting import check_settings, inserts_tokens, rebuilt
+from regard.retrofit.settings import RetrofitSettings
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+AHEAD = 1e-5
+"""Change of logits, as a share of the largest, above which a token has read one after it; a causal model's is rounding, if
+any."""
+
+
+@dataclass(frozen=True)
+class LanguageHost(TextHost):
+    """A causal language model, which says of each token what comes next."""
+
+    kind: ClassVar[str] = "language"
+    pattern: ClassVar[Pattern] = Pattern.CAUSAL_SELF
+    evaluated: ClassVar[int] = 4  # by two models, in blocks that are twice as long
+    usual_lengths: ClassVar[tuple[int, ...]] = (512, 2048)
+
+    @property
+    def distributes(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def unit(self) -> str:
+        return "nats a token"
+
+    def settled(self, settings: RetrofitSettings) -> RetrofitSettings:
+        if inserts_tokens(settings.mechanism):
+            check_settings(settings.mechanism, settings.keep_layers, settings.chosen, settings.train)
+        return super().settled(settings)
+
+    def batch(self, data: Corpus, step: int, seed: int, settings: RetrofitSettings, rows: int | None = None) -> Batch:
+        return Batch(data.blocks(step, seed, rows or settings.rows, settings.block))
+
+    def held_out(self, data: Corpus, most: int, settings: RetrofitSettings) -> Batch:
+        return Batch(even_blocks(data.held_out, most, settings.block))
+
+    def answers(self, model: Any, batch: Batch) -> Float[Tensor, "m v"]:
+        return model(batch.inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1).flatten(0, 1)
+
+    def own_loss(self, found: Float[Tensor, "m v"], batch: Batch) -> Tensor:
+        return F.nll_loss(found, batch.inputs[:, 1:].flatten())
+
+    def body(self, inputs: Int[Tensor, "b n"]) -> None:
+        """Without the logits."""
+        self.model.base_model(inputs, use_cache=False)
+
+    def load(self, folder: Any) -> Any:
+        from regard.integrations.transformers.folders import load_model
+
+        return load_model(folder)
+
+    def begun(self, settings: RetrofitSettings) -> RetrofitSettings:
+        if inserts_tokens(settings.mechanism):
+            settings.kept(len(self.layers))
+            return self.settled(settings)
+        return super().begun(settings)
+
+    def copy_with(self, numbers: Sequence[int], mechanism: str, seed: int) -> tuple[Any, list[str]]:
+        if not inserts_tokens(mechanism):
+            return super().copy_with(numbers, mechanism, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            made, new = rebuilt(self, numbers, mechanism)
+        return made.eval(), new
+
+    def check_answers(self, batch: Batch, expected: Tensor, mechanism: str) -> None:
+        other = batch.inputs.clone()
+        other[:, -1] = (other[:, -1] + 1) % self.model.get_input_embeddings().num_embeddings
+        if apart(self.answers(self.model, replace(batch, inputs=other)), expected) > AHEAD:
+            raise Unsupported(
+                f"a retrofit of a {type(self.model).__name__} whose tokens read those after them",
+                supported="causal language models, and encoders of transformers as such",
+                nearest="the same weights in AutoModelForMaskedLM",
+            )
+        if inserts_tokens(mechanism):
+            difference = apart(self.answers(rebuilt(self, (), mechanism)[0], batch), expected)
+            if not difference <= SAME:
+                raise Unsupported(
+                    f"a {type(self.model).__name__} as a language model of regard, whose answers differ by "
+                    f"{difference:.2g} of the largest",
+                    supported="models of the kind of Llama",
+                )
+        super().check_answers(batch, expected, mechanism)
+
+
+def log_likelihoods(logits: Float[Tensor, "b n v"], ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n-1"]:
+    """Of each token but the first, given those before it, in nats."""
+    return torch.log_softmax(logits[:, :-1].float(), -1).gather(-1, ids[:, 1:, None])[..., 0]

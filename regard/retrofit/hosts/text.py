@@ -1,0 +1,145 @@
+"""Models of text: what language models and encoders of transformers have in common."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+from regard.contract import Unsupported
+from regard.models.weights import weights_digest
+from regard.retrofit.corpus import Corpus, read_corpus
+from regard.retrofit.hosts.base import Host
+from regard.retrofit.settings import RetrofitSettings
+from regard.tasks.documents import Paths
+from regard.tasks.recognise import recognise
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+READS = 15
+"""Times that a text of each of the lengths is read for recall and time."""
+BLOCK, BLOCKS = 512, 4
+"""Tokens in a block, and blocks of a training step, where none are asked for."""
+
+
+@dataclass(frozen=True)
+class TextHost(Host):
+    """A model of transformers that reads tokens."""
+
+    usual_lengths: ClassVar[tuple[int, ...]]
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens that its positions reach; None where nothing says so."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def within(self, lengths: tuple[int, ...]) -> list[int]:
+        """Those of some lengths that its positions reach."""
+        return [n for n in lengths if self.longest is None or n <= self.longest]
+
+    def settled(self, settings: RetrofitSettings) -> RetrofitSettings:
+        length = settings.length
+        if length is None:
+            length = BLOCK if self.longest is None else min(BLOCK, self.longest)
+        if self.longest is not None and length > self.longest:
+            raise Unsupported(
+                f"blocks of {length} tokens for a model of {self.longest} positions",
+                supported=f"blocks of at most {self.longest}",
+                nearest=f"length={self.longest}",
+            )
+        lengths = self.usual_lengths if settings.lengths is None else settings.lengths
+        if not lengths:
+            raise Unsupported("lengths=()", supported="one or more of 32 or more", nearest="lengths=(512,)")
+        return replace(settings, length=length, lengths=lengths, batch_size=settings.batch_size or BLOCKS)
+
+    def timed(self, settings: RetrofitSettings) -> float:
+        return READS * sum(self.within(settings.spans)) / settings.block
+
+    def reads(self, settings: RetrofitSettings) -> int:
+        return settings.block
+
+    def read(self, data: Paths | Tensor, validation: Paths | Tensor | None, settings: RetrofitSettings) -> Corpus:
+        for what in (data, validation):
+            self._check_text(what)
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        return read_corpus(
+            data, validation, self.tokenizer, length=settings.block, vocabulary=vocabulary, seed=settings.seed
+        )
+
+    def _check_text(self, data: Any) -> None:
+        if isinstance(data, (str, Path)) and Path(data).is_dir() and recognise(data)[0] == "images":
+            raise Unsupported(
+                f"{data}, a folder of images, as data of a {type(self.model).__name__}",
+                supported="text files and folders",
+            )
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the model and its tokenizer as transformers does: a GGUF file becomes a folder of safetensors."""
+        self.model.save_pretrained(str(folder))
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(str(folder))
+
+    def fingerprint(self) -> str:
+        config = {k: v for k, v in self.model.config.to_dict().items() if not k.startswith(("_", "transformers"))}
+        described = json.dumps(config, sort_keys=True, default=str) + weights_digest(self.model)
+        return hashlib.sha256(described.encode()).hexdigest()[:12]
+
+    def heads(self, number: int) -> tuple[int, int, int, int]:
+        module: Any = self.attention(number)
+        config = self.model.config
+        heads = getattr(module, "num_heads", None) or config.num_attention_heads
+        width = getattr(module, "head_dim", None) or config.hidden_size // heads
+        groups = heads // getattr(module, "num_key_value_groups", 1)
+        return heads, groups, width, getattr(module, "v_head_dim", None) or width
+
+
+def check_whole(model: Any) -> None:
+    """Raise Unsupported for models of transformers with quantized weights or adapters, and for those swapped before."""
+    from regard.integrations.transformers import RECORD
+
+    what = f"a retrofit of a {type(model).__name__}"
+    if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) is not None:
+        raise Unsupported(f"{what} with quantized weights", supported="weights in floating point")
+    if hasattr(model, "peft_config"):
+        raise Unsupported(
+            f"{what} with adapters", supported="whole weights", nearest="merge_and_unload() of the adapters"
+        )
+    if getattr(model.config, RECORD, None) is not None:
+        raise Unsupported(
+            f"{what} whose attention was swapped before", supported="the original", nearest="regard.unswap(model)"
+        )
+
+
+def open_folder(path: Path, tokenizer: Any) -> tuple[Any, Any]:
+    """The model in a folder or a GGUF file, of the class that it was saved as, and its tokenizer."""
+    from regard.compression.folders import is_compressed
+    from regard.integrations.transformers.folders import find_files, has_tokenizer, load_model, load_tokenizer
+    from regard.retrofit.hosts.encoder import class_of
+
+    if is_compressed(path):
+        raise Unsupported(f"{path}, which is compressed", supported="a model in floating point")
+    folder, file = find_files(path)
+    model = load_model(path, of=None if file else class_of(folder))
+    if file:
+        model = _without_quantizer(model)
+    if tokenizer is None and has_tokenizer(path):
+        tokenizer = load_tokenizer(path)
+    return model, tokenizer
+
+
+def _without_quantizer(model: Any) -> nn.Module:
+    """The model of a GGUF file, whose weights are floating-point numbers by now, as one that can be saved."""
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)
+    plain = type(model)(config).to(model.dtype)
+    plain.load_state_dict(model.state_dict())
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain

@@ -1,0 +1,208 @@
+"""Vision transformers of timm."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn import functional as F
+
+from regard.contract import Pattern, Unsupported
+from regard.integrations.swap import swap
+from regard.layers.quantized import quantized_record
+from regard.models.weights import weights_digest
+from regard.retrofit.corpus import UNASKED
+from regard.retrofit.hosts.base import Batch, Host, layers_of
+from regard.retrofit.pictures import Pictures, Some, View, read_pictures
+from regard.retrofit.settings import RetrofitSettings
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    from regard.tasks.documents import Paths
+
+PREFIX = "timm:"
+TIMED = 20
+"""Batches that are read for time."""
+BATCH = 32
+"""Images of a training step, where none are asked for."""
+SUPPORTED = "timm's ViT and DeiT: a folder of timm (config.json and model.safetensors), timm:NAME, or such a model"
+
+
+@dataclass(frozen=True)
+class VisionHost(Host):
+    """A vision transformer of timm, which says of each image what it is, or gives its features."""
+
+    kind: ClassVar[str] = "vision"
+    pattern: ClassVar[Pattern] = Pattern.NONCAUSAL_SELF
+    counts: ClassVar[str] = "images"
+    rows: ClassVar[int | None] = None
+
+    @property
+    def distributes(self) -> bool:
+        """Whether it tells classes apart."""
+        return bool(self.model.num_classes)
+
+    @property
+    def unit(self) -> str:
+        return "nats an image" if self.distributes else super().unit
+
+    @property
+    def view(self) -> View:
+        """How it sees images."""
+        from timm.data import resolve_input_data_config
+
+        told = resolve_input_data_config(self.model)
+        channels, height, width = told["input_size"]
+        names = self.model.pretrained_cfg.get("label_names") or ()
+        crop, mean, std = told["crop_pct"], told["mean"], told["std"]
+        return View(
+            channels, height, width, crop, tuple(mean), tuple(std), tuple(map(str, names)), self.model.num_classes
+        )
+
+    def settled(self, settings: RetrofitSettings) -> RetrofitSettings:
+        for name in ("length", "lengths"):
+            if getattr(settings, name):
+                raise Unsupported(
+                    f"{name}={getattr(settings, name)} of a {type(self.model).__name__}, whose images have one size",
+                    supported=f"no {name}",
+                )
+        if settings.budget.unit == "tokens":
+            raise Unsupported(f"a budget of {settings.budget} for images", supported="a time or steps", nearest="60m")
+        if settings.distil != 1 and not self.distributes:
+            raise Unsupported(
+                f"distil={settings.distil} of a {type(self.model).__name__} without classes",
+                supported="distil=1",
+                nearest="distil=1",
+            )
+        return replace(settings, length=None, lengths=(), batch_size=settings.batch_size or BATCH)
+
+    def timed(self, settings: RetrofitSettings) -> float:
+        return TIMED
+
+    def reads(self, settings: RetrofitSettings) -> int:
+        return int(self.model.patch_embed.num_patches + getattr(self.model, "num_prefix_tokens", 0))
+
+    def work(self, settings: RetrofitSettings) -> int:
+        return settings.rows
+
+    def read(self, data: Paths | Tensor, validation: Paths | Tensor | None, settings: RetrofitSettings) -> Pictures:
+        found = read_pictures(data, validation, self.view, batch=settings.rows, seed=settings.seed)
+        if settings.distil != 1 and not found.labelled:
+            raise Unsupported(
+                f"distil={settings.distil} with images whose classes are not the model's {self.model.num_classes}",
+                supported="a sub-folder for each class of the model, or distil=1",
+                nearest="distil=1",
+            )
+        return found
+
+    def batch(self, data: Pictures, step: int, seed: int, settings: RetrofitSettings, rows: int | None = None) -> Batch:
+        return self.of_images(data.drawn(step, seed, rows or settings.rows))
+
+    def held_out(self, data: Pictures, most: int, settings: RetrofitSettings) -> Batch:
+        return self.of_images(data.held_out.at(torch.arange(min(most * settings.rows, len(data.held_out)))))
+
+    def of_images(self, images: Some) -> Batch:
+        """Images as the model reads them."""
+        return Batch(self.view.normal(images.pixels), images.labels)
+
+    def answers(self, model: Any, batch: Batch) -> Float[Tensor, "b v"]:
+        found = model(batch.inputs).float()
+        return found.log_softmax(-1) if self.distributes else found
+
+    def own_loss(self, found: Float[Tensor, "b v"], batch: Batch) -> Tensor:
+        assert batch.targets is not None
+        return F.nll_loss(found, batch.targets, ignore_index=UNASKED)
+
+    def body(self, inputs: Float[Tensor, "b c h w"]) -> None:
+        self.model.forward_features(inputs)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        from regard.integrations.timm_folders import save
+
+        save(self.model, folder)
+
+    def load(self, folder: str | os.PathLike[str]) -> Any:
+        return _load(f"local-dir:{folder}", str(folder))
+
+    def fingerprint(self) -> str:
+        from regard.integrations.timm_folders import recipe
+
+        described = json.dumps(recipe(self.model), sort_keys=True) + weights_digest(self.model)
+        return hashlib.sha256(described.encode()).hexdigest()[:12]
+
+    def heads(self, number: int) -> tuple[int, int, int, int]:
+        module: Any = self.attention(number)
+        return module.num_heads, module.num_heads, module.head_dim, module.head_dim
+
+
+def is_of_timm(model: Any) -> bool:
+    """Whether it is a model of timm, the name of one, or a folder that timm has saved."""
+    if isinstance(model, (str, os.PathLike)):
+        if str(model).startswith(PREFIX):
+            return True
+        try:
+            config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return "architecture" in config and "model_type" not in config
+    return "timm" in sys.modules and type(model).__module__.startswith("timm.")
+
+
+def open_vision(model: Any) -> VisionHost:
+    """The host of a model for which :func:`is_of_timm` holds.
+
+    Raises:
+        Unsupported: where it cannot be loaded or built again, for quantized weights, and models swapped before.
+    """
+    try:
+        from regard.integrations.timm_folders import recipe
+    except ImportError as error:
+        raise Unsupported(
+            f"a vision transformer without a fitting timm ({error})",
+            supported="timm 1.0.31 or newer",
+            nearest="pip install 'regard[vision]'",
+        ) from error
+    if isinstance(model, (str, os.PathLike)):
+        text = str(model)
+        named = text.startswith(PREFIX)
+        name = text.removeprefix(PREFIX) if named else Path(text).name
+        opened = _load(name if named else f"local-dir:{text}", text)
+    else:
+        name, opened = type(model).__name__, copy.deepcopy(model)
+    what = f"a retrofit of a {type(opened).__name__}"
+    if quantized_record(opened):
+        raise Unsupported(f"{what} with quantized weights", supported="weights in floating point")
+    layers = layers_of(opened, what, SUPPORTED)
+    swap(copy.deepcopy(opened), "softmax")  # refuses attention that is more than softmax, with the reason
+    host = VisionHost(opened.eval().requires_grad_(False), name, layers)
+    if any(host.placed(opened, layer.number) is not None for layer in layers):
+        raise Unsupported(
+            f"{what} whose attention was swapped before", supported="the original", nearest="regard.unswap(model)"
+        )
+    recipe(opened)
+    return host
+
+
+def _load(source: str, told: str) -> Any:
+    """A model with its weights, by timm."""
+    import timm
+
+    import regard.integrations.timm_folders  # noqa: F401  registers what save has written
+
+    try:
+        return timm.create_model(source, pretrained=True).eval()
+    except Unsupported:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        said = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise Unsupported(f"{told}, which timm cannot load ({said})", supported=SUPPORTED) from error

@@ -1,0 +1,127 @@
+"""What figures of all kinds of models have in common: two models, times, and words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from regard.catalogue import get_mechanism
+from regard.contract import Shape
+from regard.measurement import units
+from regard.retrofit.hosts import Host
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+ORIGINAL, RETROFIT = "original", "retrofit"
+MODELS = (ORIGINAL, RETROFIT)
+CLOSE = 0.9
+"""Least share of the variance of hidden states that a retrofit has to keep to be recommended."""
+LESS = 0.95
+"""Share of a time or a size below which it is clearly less."""
+
+Loss = tuple[float, float | None, str]
+"""What is lost, its standard error, and both in words."""
+Models = dict[str, Any]
+Row = tuple[str, str, str]
+"""What was measured: what, of the original, of the retrofit."""
+
+
+def change(its: dict[str, Any]) -> str:
+    """How perplexity changed, with its standard error."""
+    value, error = its["change"], its["standard_error"]
+    if abs(value) < 5e-4:
+        said = "unchanged"
+    elif value < 10:
+        said = f"{abs(value):.1%} {'higher' if value > 0 else 'lower'}"
+    else:
+        said = f"{1 + value:.3g} times as high"
+    return said if error is None or value >= 10 else f"{said} (± {100 * error:.1f})"
+
+
+def beside(words: str, its: Mapping[str, Any], say: Callable[[Any], str]) -> Row:
+    """A row of what each model has."""
+    return words, say(its[ORIGINAL]), say(its[RETROFIT])
+
+
+def times(words: str, its: Mapping[str, Any]) -> Row:
+    """The row of a time."""
+    return beside(words, its, lambda timing: units.milliseconds(1000 * timing["median"]))
+
+
+def longer(its: Mapping[str, Any], model: str, other: str) -> float | None:
+    """How many times as long one model takes as another; None where it does not clearly take longer."""
+    ratio = its[model]["median"] / its[other]["median"]
+    return ratio if ratio > 1 / LESS else None
+
+
+def operations(host: Host, model: Any, tokens: int) -> float:
+    """Floating-point operations of all attention over a sequence of so many tokens, by definition of the mechanisms."""
+    total = 0.0
+    softmax = get_mechanism("softmax")
+    for layer in host.layers:
+        heads, _, dim_key, dim_value = host.heads(layer.number)
+        placed = host.placed(model, layer.number)
+        card, config = (softmax, softmax.options()) if placed is None else (placed.card, placed.config)
+        total += card.cost(Shape(1, heads, tokens, tokens, dim_key, dim_value), config).flops
+    return total
+
+
+class Closeness:
+    """How much of the variance of vectors is kept by others in their place, over several batches."""
+
+    def __init__(self) -> None:
+        self.count, self.squares, self.sum = 0, 0.0, torch.zeros(())
+        self.distances: list[float] = []
+
+    def add(self, found: Float[Tensor, "m c"], expected: Float[Tensor, "m c"]) -> None:
+        found, expected = found.double(), expected.double()
+        self.count += len(expected)
+        self.squares += float(expected.square().sum())
+        self.sum = self.sum + expected.sum(0)
+        self.distances.append(float((found - expected).square().sum()))
+
+    def share(self) -> tuple[float, float | None]:
+        """1 less the squared distance as a share of the variance, and its standard error over the batches."""
+        variance = max(self.squares - float(self.sum.square().sum()) / self.count, 1e-30)
+        shares = torch.tensor(self.distances).double() * len(self.distances) / variance
+        error = float(shares.std() / len(shares) ** 0.5) if len(shares) > 1 else None
+        return 1 - float(shares.mean()), error
+
+
+def kept(share: float, error: float | None) -> str:
+    """A share of variance, in words, with its standard error."""
+    return f"{share:.1%}" + ("" if error is None else f" (± {100 * error:.1f})")
+
+
+def judgement(close: bool, cost: str, gain: str | None, delay: str | None) -> dict[str, Any]:
+    """Whether to take a retrofit that is close or not, and the sentence.
+
+    Args:
+        cost: what is lost, in words.
+        gain: what takes less time, in words; None where nothing does.
+        delay: what takes more.
+    """
+    but = f", but {delay}" if delay else ""
+    if close and gain:
+        text = f"Take the retrofit: {cost}, and {gain}{but}."
+    elif close:
+        text = f"Keep the original: {cost}, but {delay or 'it is not clearly faster here'}."
+    else:
+        text = f"Keep the original, or train the retrofit longer: {cost}" + (f", though {gain}." if gain else ".")
+    return {"take": bool(close and gain), "text": text}
+
+
+def source_notes(sources: Mapping[str, Any], blocks: int, what: str) -> list[str]:
+    """What figures of some sources do not say."""
+    notes = []
+    if len(sources) == 1:
+        notes.append("measured on data of the source that it was trained on; --validation gives some of another.")
+    if blocks < 8:
+        notes.append(
+            f"the figures are those of {blocks} {what}; a larger budget or more data measures them more closely."
+        )
+    return notes

@@ -1,0 +1,155 @@
+"""What came of a vision transformer, beside the original: whether it says the same, whether that is right, and how fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.measurement import units
+from regard.measurement.timing import interleaved
+from regard.retrofit.corpus import UNASKED
+from regard.retrofit.hosts import Batch, VisionHost
+from regard.retrofit.measures.shared import (
+    CLOSE,
+    MODELS,
+    ORIGINAL,
+    RETROFIT,
+    Closeness,
+    Loss,
+    Models,
+    Row,
+    beside,
+    judgement,
+    kept,
+    longer,
+    operations,
+    source_notes,
+    times,
+)
+from regard.retrofit.pictures import Pictures, Some
+from regard.retrofit.settings import RetrofitSettings
+
+SAME, POINTS = 0.95, 0.01
+"""Least share of images of which a retrofit has to say the same to be recommended, and, where classes are known, the largest
+loss of accuracy."""
+
+
+def parts(
+    host: VisionHost, student: Any, pictures: Pictures, settings: RetrofitSettings, windows: int
+) -> dict[str, Callable[[], Any]]:
+    """What is measured, by name; see :class:`regard.retrofit.measures.Measures`."""
+    models, most = {ORIGINAL: host.model, RETROFIT: student}, windows * settings.rows
+    found: dict[str, Callable[[], Any]] = {
+        f"quality on {source}": partial(
+            quality, models, host, images.at(torch.arange(min(most, len(images)))), settings.rows
+        )
+        for source, images in pictures.sources.items()
+    }
+    found["time"] = partial(time_of, models, host.batch(pictures, 0, settings.seed, settings))
+    return found
+
+
+def results(
+    host: VisionHost, student: Any, pictures: Pictures, settings: RetrofitSettings, found: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All figures of the record, of the parts that were measured."""
+    tokens = host.reads(settings)
+    return {
+        "quality": {source: found[f"quality on {source}"] for source in pictures.sources},
+        "time": found["time"],
+        "tokens": tokens,
+        "operations": {ORIGINAL: operations(host, host.model, tokens), RETROFIT: operations(host, student, tokens)},
+    }
+
+
+@torch.no_grad()
+def quality(models: Models, host: VisionHost, images: Some, at_once: int) -> dict[str, Any]:
+    """How often both models say the same class, and how often each is right where classes are known; of a model without
+    classes, how much of the variance of its features is kept."""
+    closeness, said = Closeness(), {name: list[Tensor]() for name in MODELS}
+    for chosen in torch.arange(len(images)).split(at_once):
+        batch: Batch = host.of_images(images.at(chosen))
+        answers = {name: host.answers(model, batch) for name, model in models.items()}
+        closeness.add(answers[RETROFIT], answers[ORIGINAL])
+        for name, its in answers.items():
+            said[name].append(its.argmax(-1))
+    found: dict[str, Any] = {"images": len(images)}
+    if not host.distributes:
+        found["kept"], found["kept_error"] = closeness.share()
+        return found
+    first, second = (torch.cat(said[name]) for name in MODELS)
+    found["agreement"], found["standard_error"] = _mean((first == second).double())
+    known = images.labels != UNASKED
+    if bool(known.any()):
+        right = {name: (torch.cat(said[name]) == images.labels)[known].double() for name in MODELS}
+        found["accuracy"] = {name: float(its.mean()) for name, its in right.items()}
+        lost, error = _mean(right[RETROFIT] - right[ORIGINAL])
+        found["accuracy"] |= {"change": lost, "standard_error": error}
+    return found
+
+
+def _mean(items: Tensor) -> tuple[float, float | None]:
+    return float(items.mean()), float(items.std() / len(items) ** 0.5) if len(items) > 1 else None
+
+
+@torch.no_grad()
+def time_of(models: Models, batch: Batch) -> dict[str, Any]:
+    """Seconds of a batch of images."""
+    found = interleaved({name: partial(model, batch.inputs) for name, model in models.items()}, seconds=10.0, least=3)
+    return {"images": len(batch.inputs), **{name: asdict(timing) for name, timing in found.items()}}
+
+
+def rows(results: Mapping[str, Any]) -> list[Row]:
+    """Lines of the report\'s table: what is compared, the original\'s and the retrofit\'s."""
+    found: list[Row] = []
+    for source, its in results["quality"].items():
+        if "kept" in its:
+            share = kept(its["kept"], its["kept_error"])
+            found.append((f"variance of features that is kept, {source}", "all", share))
+            continue
+        found.append((f"images of the same class as by the original, {source}", "all", _share(its["agreement"], its)))
+        if "accuracy" in its:
+            found.append(beside(f"accuracy on {source}", its["accuracy"], "{:.1%}".format))
+    its, count = results["time"], results["time"]["images"]
+    found.append(times(f"time of {count} images at once", its))
+    found.append(beside("images a second", its, lambda timing: units.number(count / timing["median"])))
+    words = f"operations of attention over the {results['tokens']} tokens of an image, by definition"
+    found.append(beside(words, results["operations"], units.count))
+    return found
+
+
+def _share(value: float, its: Mapping[str, Any]) -> str:
+    return f"{value:.1%}" + ("" if its["standard_error"] is None else f" (± {100 * its['standard_error']:.1f})")
+
+
+def loss(results: Mapping[str, Any]) -> Loss:
+    """The loss of accuracy; where classes are not known, the share of images of which it says another class; of a model without
+    classes, the share of the variance of features that is not kept."""
+    judged = list(results["quality"].values())[-1]
+    if "kept" in judged:
+        words = f"{kept(judged['kept'], judged['kept_error'])} of the variance of features is kept"
+        return 1 - judged["kept"], judged["kept_error"], words
+    if "accuracy" in judged:
+        its = judged["accuracy"]
+        words = f"accuracy is {its[RETROFIT]:.1%} where the original has {its[ORIGINAL]:.1%}"
+        return -its["change"], its["standard_error"], words
+    words = f"{_share(judged['agreement'], judged)} of images have the original's class"
+    return 1 - judged["agreement"], judged["standard_error"], words
+
+
+def recommend(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The sentence, and notes on what it does not say: ``take`` (bool), ``text``, ``notes``."""
+    source, judged = list(results["quality"].items())[-1]
+    lost, _, words = loss(results)
+    most = 1 - CLOSE if "kept" in judged else POINTS if "accuracy" in judged else 1 - SAME
+    close, cost = lost <= most, f"{words} on {source}"
+    faster, slower = (longer(results["time"], *pair) for pair in ((ORIGINAL, RETROFIT), (RETROFIT, ORIGINAL)))
+    gain = None if faster is None else f"images take {1 / faster:.0%} of the time"
+    delay = None if slower is None else f"images take {slower:.2g} times the time"
+    notes = source_notes(results["quality"], min(its["images"] for its in results["quality"].values()), "images")
+    return {**judgement(close, cost, gain, delay), "notes": notes}
