@@ -141,8 +141,8 @@ def parallel(
     up_k: Float[Tensor, "h d c"],
     up_v: Float[Tensor, "h v c"],
 ) -> Result:
-    """Softmax attention by the cheaper of two ways (:func:`absorbs`): with keys and values made for every head, or on the
-    latents themselves as the keys and values of one head, with the maps applied to queries and outputs instead."""
+    """Softmax attention by the cheaper of two ways (:func:`absorbs`): with keys and values made for every head, or on
+    the latents themselves as the keys and values of one head, with the maps applied to queries and outputs instead."""
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     return _attend(call, q, q_content, _joined(k, latent), up_k, up_v, where)
 
