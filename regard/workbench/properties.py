@@ -429,8 +429,8 @@ def _poison(subject: Subject, inputs: Tensors, valid: Tensor, letters: str) -> T
 
 
 def gradients_equal_reference(subject: Subject, dtype: torch.dtype) -> float:
-    """Those of the usual form along random directions against numerical ones, which the definition cannot share an error
-    with, then each number of each fast form's gradients against the reference's."""
+    """Gradients of the usual form along random directions against numerical ones, which the definition cannot share an
+    error with, then each number of each fast form's gradients against the reference's."""
     n, m = (6, 6) if not subject.pattern.cross else (4, 6)
     errors = []
     inputs = subject.inputs(n, m, batch=1, dtype=dtype, d=3, k=3, v=2, e=2)
