@@ -53,7 +53,8 @@ class Packed:
         return any(x is not None and x.requires_grad for x in self.learned)
 
     def empty_gradients(self, needed: Sequence[bool]) -> list[Tensor]:
-        """Of what is :attr:`learned`: contiguous, whatever the inputs' strides; empty where not needed."""
+        """Room for the gradients of what is :attr:`learned`: contiguous, whatever the inputs' strides; empty where not
+        needed."""
         like = next(x for x in self.learned if x is not None)
         return [
             x.new_empty(x.shape) if want and x is not None else like.new_empty(0)
@@ -78,7 +79,7 @@ class Packed:
         return list(ctx.needs_input_grad[: len(self.learned)])
 
     def gradients(self, found: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
-        """Those of what is :attr:`learned`, as a backward function returns them: None where not needed, and of the
+        """Gradients of what is :attr:`learned`, as a backward function returns them: None where not needed, and of the
         other fields."""
         grads = [x if need else None for x, need in zip(found, needed, strict=True)]
         return *grads, *[None] * (len(self.places()) - len(grads))

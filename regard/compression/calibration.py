@@ -28,7 +28,7 @@ NUMBERED = re.compile(r"^(.*?\.?\d+)(\.|$)")
 
 @dataclass
 class Statistics:
-    """Of the inputs of a layer.
+    """Statistics of a layer's inputs.
 
     Attributes:
         rows: tokens seen.
@@ -115,7 +115,7 @@ class Chain:
         return cls(model, batches, run, list(groups.items()), _blocks(model, list(groups), batches[0], run))
 
     def statistics(self, group: int, layers: Mapping[str, nn.Module], *, second: bool) -> dict[str, Statistics]:
-        """Those of a group's layers; groups may be asked for in order, each once."""
+        """Statistics of a group's layers; groups may be asked for in order, each once."""
         names = self.groups[group][1]
         found = {name: Statistics(layers[name].in_features, second) for name in names}  # type: ignore[arg-type]
         with ExitStack() as hooks:
@@ -151,7 +151,7 @@ class Chain:
 def all_statistics(
     model: nn.Module, layers: Mapping[str, nn.Linear], batches: Sequence[Any], run: Run, *, second: bool
 ) -> dict[str, Statistics]:
-    """Those of all layers of a model as it is, in one pass; of layers that no batch reaches none."""
+    """Statistics of all layers of a model as it is, in one pass; layers that no batch reaches have none."""
     if not batches:
         raise Unsupported("calibration without data", supported="a batch or more", nearest="data=[...]")
     found = {name: Statistics(module.in_features, second) for name, module in layers.items()}

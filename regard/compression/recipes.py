@@ -96,7 +96,7 @@ class Rounding:
 
     @property
     def format(self) -> Format:
-        """Of the weights."""
+        """The format of the weights."""
         raise NotImplementedError
 
 

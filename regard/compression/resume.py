@@ -23,7 +23,7 @@ RUN = "run.json"
 
 
 def digest(batches: Any) -> str:
-    """Of all numbers in some batches."""
+    """A digest of all numbers in some batches."""
     found = hashlib.blake2b(digest_size=16)
 
     def add(value: Any) -> None:

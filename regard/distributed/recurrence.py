@@ -190,7 +190,7 @@ def _leaf(x: Tensor, wanted: bool = True) -> Tensor:
 
 
 def _gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
-    """Of leaves, 0 for those that no output depends on or that want none."""
+    """Gradients of leaves, 0 for those that no output depends on or that want none."""
     found = [(x, grad) for x, grad in zip(outputs, grads, strict=True) if x.requires_grad]
     wanted = [x for x in leaves if x.requires_grad]
     if not found or not wanted:

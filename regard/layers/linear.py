@@ -33,7 +33,7 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: Float[Tensor, "*b c"]) -> Float[Tensor, "*b out"]:
-        """x W^T + b by the fastest known route, in the dtype of `input`."""
+        """x W^T + b, by the fastest route that is known for such a product."""
         return linear(input, self.weight, self.bias)
 
 

@@ -320,7 +320,7 @@ class ActivatorLayer(MixerLayer):
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Of tokens; the taps of a filter on a grid of two axes are not counted."""
+    """Cost of a sequence of tokens; the taps of a filter on a grid of two axes are not counted."""
     width = shape.heads * shape.dim_value
     hidden = config.hidden_of(width)
     each = 6.0 * hidden * width

@@ -416,15 +416,15 @@ def _chosen(
 def _means(
     x: Float[Tensor, "b regions room c"], holds: Bool[Tensor, "#b regions room"] | None
 ) -> Float[Tensor, "b regions c"]:
-    """Of the tokens of each region, in at least float32; places without one hold zeros."""
+    """The mean of each region's tokens, in at least float32; places without one hold zeros."""
     if holds is None:
         return wide(x).mean(2)
     return wide(x).sum(2) / holds.sum(-1, keepdim=True).clamp(min=1)
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Of a sequence: scores of regions, and `top` regions of keys for each query. On a grid of two axes `windows` makes
-    windows^2 regions."""
+    """Cost of a sequence: scores of regions, and `top` regions of keys for each query. On a grid of two axes `windows`
+    makes windows^2 regions."""
     size = config.region_size
     room = math.ceil(shape.m / config.windows) if size is None else math.prod(size) if isinstance(size, tuple) else size
     regions = [math.ceil(tokens / max(room, 1)) for tokens in (shape.n, shape.m)]

@@ -141,8 +141,8 @@ def parallel(
     up_k: Float[Tensor, "h d c"],
     up_v: Float[Tensor, "h v c"],
 ) -> Result:
-    """Softmax attention whose keys and values are the latent vectors themselves, one head for all: the maps of keys are
-    applied to the queries and those of values to the outputs, so that keys and values of the heads are not made."""
+    """Softmax attention by the cheaper of two ways (:func:`absorbs`): with keys and values made for every head, or on
+    the latents themselves as the keys and values of one head, with the maps applied to queries and outputs instead."""
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     return _attend(call, q, q_content, _joined(k, latent), up_k, up_v, where)
 

@@ -109,7 +109,7 @@ def read_heads(
 
 
 def _blocks(model: Encoder) -> list[Block]:
-    """Those of a model that can be read."""
+    """The blocks of a model that can be read."""
     if not isinstance(model, Encoder) or model.config.pool not in LINEAR_POOLS:
         pool = f" with pool={model.config.pool!r}" if isinstance(model, Encoder) else ""
         raise Unsupported(

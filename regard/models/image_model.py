@@ -70,7 +70,7 @@ class ImageModelConfig:
 
     @classmethod
     def for_task(cls, task: Task, backbone: str, options: Mapping[str, Any]) -> ImageModelConfig:
-        """Of a task that classifies images.
+        """The configuration for a task that classifies images.
 
         Raises:
             Unsupported: for another task.

@@ -34,7 +34,8 @@ class Level(NamedTuple):
 
 
 def level_weights(count: int) -> tuple[float, ...]:
-    """Of the losses of so many stages, from the finest: halved from one to the next, 0 of the coarsest of several."""
+    """Weights of the losses of so many stages, from the finest: halved from one to the next, 0 for the coarsest of
+    several."""
     weights = [0.5**i for i in range(count)]
     if count > 1:
         weights[-1] = 0.0

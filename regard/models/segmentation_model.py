@@ -58,7 +58,8 @@ class SegmentationModelConfig(ImageModelConfig):
 
     @classmethod
     def for_task(cls, task: Task, backbone: str, options: Mapping[str, Any]) -> SegmentationModelConfig:
-        """Of a task that wants a class for each point; what depends on the size of images is chosen for the task's.
+        """The configuration for a task that wants a class for each point; what depends on the size of images is chosen
+        for the task's.
 
         Raises:
             Unsupported: for another task, or one whose images have other axes than the network's.

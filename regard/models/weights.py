@@ -43,7 +43,7 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def weights_bytes(module: nn.Module) -> int:
-    """Of parameters and saved buffers, what is shared counted once."""
+    """Bytes of parameters and saved buffers; what is shared is counted once."""
     return sum(tensor.numel() * tensor.element_size() for tensor in distinct_tensors(module).values())
 
 
@@ -59,7 +59,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """Of a whole tensor, which every rank has, what this rank has of `like`."""
+    """This rank's part of a whole tensor that every rank has, the part that it has of `like`."""
     if not sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor

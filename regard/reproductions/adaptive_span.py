@@ -33,7 +33,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, float]:
 
 
 def learned_spans(model: Any) -> list[float]:
-    """Of each head of each layer that has some, in tokens."""
+    """Spans of each head of each layer that has some, in tokens."""
     found: list[float] = []
     for block in model.blocks:
         if block.mixer.card.name == "adaptive_span":

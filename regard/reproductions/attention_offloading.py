@@ -96,7 +96,7 @@ def on_core(core: int) -> Iterator[None]:
 
 
 def best_gain(seed: Seed) -> Measurements:
-    """Of the three contexts, the one where it is greatest."""
+    """The gain at that of the three contexts where it is greatest."""
     found: list[Measurements] = [seed[name]["gain"] for name in TIMES]
     return max(found, key=lambda gain: gain["median"])
 

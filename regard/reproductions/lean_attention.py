@@ -28,7 +28,7 @@ CONTEXTS = tuple(2**power for power in range(10, 20))
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """What the model of the schedule says of the contexts, or measured times on rows of those lengths."""
+    """How many times as much work or time other schemes need: by the model on the contexts, or measured on rows."""
     if "lengths" not in setting:
         return model(setting["contexts"])
     torch.manual_seed(seed)

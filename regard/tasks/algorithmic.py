@@ -38,7 +38,7 @@ MAX_LENGTH = 1 << 9
 
 
 def prefix_median(x: Numbers) -> Numbers:
-    """Of each number and those before it; the middle of the two middle ones where they are even in number."""
+    """The median of each number and those before it; the mean of the middle two where their number is even."""
     return np.stack([np.median(x[:, : i + 1], 1) for i in range(x.shape[1])], 1)
 
 

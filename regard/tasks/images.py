@@ -84,7 +84,7 @@ class ImageReader:
         return self.patches(np.stack(stacked(images, self.span)[0]))
 
     def _image(self, path: Path) -> Pixels:
-        """Of the model's size, in the scale of its file."""
+        """An image of the model's size, in the scale of its file."""
         size = self.height, self.width
         return centre(read_image(path, size, self.channels)[0], size)
 

@@ -183,7 +183,7 @@ def connected(pictures: UInt8[np.ndarray, "b s s"]) -> Bool[np.ndarray, " b"]:
 
 
 def _points(dashes: int) -> int:
-    """Of a curve that begins and ends with a dash."""
+    """Points of a curve that begins and ends with a dash."""
     return dashes * (DASH + GAP) - GAP
 
 

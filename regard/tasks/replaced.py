@@ -85,7 +85,7 @@ class ReplacedTask(TextTask):
     def figures(
         self, output: Float[Tensor, "b n 1"], batch: Batch
     ) -> Mapping[str, tuple[Float[Tensor, " b"], Float[Tensor, " b"]]]:
-        """Of the replaced tokens those that are found, and of the found ones those that were replaced."""
+        """The share of replaced tokens that are found, and the share of found ones that were replaced."""
         said, true = output[..., 0] > 0, batch.targets == 1
         both = (said & true).sum(1).double()
         return {"found": (both, true.sum(1).double()), "rightly": (both, said.sum(1).double())}

@@ -64,7 +64,7 @@ class Answers:
     absent: str
 
     def shares(self) -> dict[str, float]:
-        """Of :data:`NAMES`."""
+        """The value of each of :data:`NAMES`."""
         lost = float(self.alone == RIGHT) - float(self.among == RIGHT)
         wrong = {"mixed up": self.among == MIXED_UP, "invented": self.among == INVENTED}
         wrong |= {"made up": self.absent in (MIXED_UP, INVENTED)}
@@ -83,7 +83,7 @@ class Effects:
         return cls(tuple(Answers(**row) for row in rows))
 
     def mean(self, name: str) -> float:
-        """Of one of :data:`NAMES`."""
+        """The mean of one of :data:`NAMES`, over the answers."""
         return statistics.fmean(one.shares()[name] for one in self.answers)
 
     def right(self, where: str) -> float:

@@ -107,7 +107,7 @@ def instruction_set() -> str:
 
 
 def instruction_sets() -> list[str]:
-    """Those that work here, the best last."""
+    """Instruction sets that work here, the best last."""
     return load().regard_instruction_sets().decode().split(",")
 
 

@@ -89,7 +89,7 @@ class Found:
 
     @property
     def evaluations(self) -> int:
-        """Of the items, that of the model as it came included."""
+        """How often the items were evaluated, with the model as it came among them."""
         return 1 + len(self.trials)
 
     def __str__(self) -> str:

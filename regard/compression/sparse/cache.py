@@ -126,7 +126,7 @@ class HeadCache(MethodCache):
         return output.view(batch, heads, 1, -1).to(q.dtype)
 
     def scores(self, q: Float[Tensor, "b h 1 d"], scale: float) -> Float[Tensor, "b h s"]:
-        """Of a token's queries with every slot, -inf where there is no token; at least in float32."""
+        """Scores of a token's queries with every slot, -inf where there is no token; at least in float32."""
         batch, heads = q.shape[:2]
         groups = self.k.shape[1]
         wide = torch.promote_types(q.dtype, torch.float32)

@@ -28,7 +28,7 @@ from regard.models import LanguageModel
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a decoder.
+    """Sizes of a decoder.
 
     Attributes:
         weights: numbers in matrices that each token is multiplied with, the output projection's among them.
@@ -45,7 +45,7 @@ class Sizes:
 
     @classmethod
     def of(cls, model: nn.Module) -> Sizes:
-        """Of a language model of regard or of transformers.
+        """The sizes of a language model of regard or of transformers.
 
         Raises:
             Unsupported: for another.
@@ -80,13 +80,13 @@ class Sizes:
 
 
 def prefill_flops(sizes: Sizes, n: int, sparsity: float = 0.0, index: float = 0.0) -> float:
-    """Of a prompt of n tokens."""
+    """FLOPs of a prompt of n tokens."""
     pairs = n * (n + 1) / 2 * (1 - sparsity)
     return 2.0 * sizes.weights * n + 4.0 * sizes.layers * sizes.heads * sizes.width * pairs + index
 
 
 def decode_flops(sizes: Sizes, n: int, sparsity: float = 0.0, index: float = 0.0) -> float:
-    """Of a token that sees n tokens, itself among them."""
+    """FLOPs of a token that sees n tokens, itself among them."""
     return 2.0 * sizes.weights + 4.0 * sizes.layers * sizes.heads * sizes.width * n * (1 - sparsity) + index
 
 

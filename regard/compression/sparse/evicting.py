@@ -262,7 +262,7 @@ def _weigh(q: Tensor, cache: HeadCache, place: Place) -> tuple[Float[Tensor, "b 
 
 
 def _worth(cache: HeadCache, sinks: int) -> Int[Tensor, "b g s"]:
-    """Of a rolling window: later is worth more, and the first tokens most."""
+    """What tokens of a rolling window are worth: later is worth more, and the first tokens most."""
     used = int(cache.counts.max()) if cache.counts.numel() else 0
     ranks = cache.ranks[..., :used]
     return torch.where(ranks < sinks, torch.iinfo(torch.int64).max, ranks)

@@ -77,7 +77,7 @@ class BlockSparse(Method):
         return Blocks(top(scores, self.blocks) & (j <= i), self.size, n)
 
     def _means(self, x: Tensor, count: int) -> Float[Tensor, "b h blocks d"]:
-        """Of each block; the last is filled up with zeros, which are counted."""
+        """The mean of each block; the last is filled up with zeros, which are counted."""
         wide = torch.promote_types(x.dtype, torch.float32)
         padded = F.pad(x.to(wide), (0, 0, 0, count * self.size - x.shape[2]))
         return padded.unflatten(2, (count, self.size)).mean(3)

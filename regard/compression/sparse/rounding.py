@@ -55,7 +55,7 @@ class Block(State):
 
     @property
     def bytes(self) -> int:
-        """Of a row."""
+        """Bytes of a row."""
         return sum(x[0].numel() * x.element_size() for x in (self.k, self.k_step, self.v, self.v_step))
 
 

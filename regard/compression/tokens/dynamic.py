@@ -74,7 +74,7 @@ class KeepPredictor(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Float[Tensor, "b n c"], kept: Float[Tensor, "b n"]) -> Float[Tensor, "b n 2"]:
-        """Of patches, of which `kept` says with 1 which are still there."""
+        """Two log probabilities for each patch; `kept` is 1 where a patch is still there."""
         local, others = F.gelu(self.inner(self.norm(x))).chunk(2, -1)
         weight = kept.to(x.dtype)[..., None]
         whole = (others * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=0.5)
@@ -132,7 +132,7 @@ class DynamicTransformer(nn.Module):
 
     @property
     def shares(self) -> list[float]:
-        """Of the first patches, what is left after each stage. It may be set at any time, as `keep`."""
+        """Shares of the first patches that are left after each stage. It may be set at any time, as `keep`."""
         return self._shares
 
     @shares.setter

@@ -145,7 +145,8 @@ class GridMerging:
 
     @property
     def merges(self) -> list[GridMerge | None]:
-        """Of each block in this thread's calls since the last one of the first block; None where nothing was merged."""
+        """The merge of each block in this thread's calls since the last one of the first block; None where nothing was
+        merged."""
         return list(getattr(self._run, "merges", []))
 
     def undo(self) -> None:

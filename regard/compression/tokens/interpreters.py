@@ -102,7 +102,7 @@ class Decision:
 
     @property
     def log_probability(self) -> Float[Tensor, " b"]:
-        """Of the decision, over the patches that were alive."""
+        """Log probability of the decision, over the patches that were alive."""
         p = self.scores.clamp(SURE, 1 - SURE)
         each = torch.where(self.stays, p.log(), (1 - p).log())
         return torch.where(self.alive, each, 0)[:, 1:].sum(1)

@@ -78,7 +78,7 @@ class PrunedTokens(nn.Module):
 
     @property
     def tokens(self) -> Tokens:
-        """Those behind the last layer of this thread's last call, with the place of each first one."""
+        """Tokens behind the last layer of this thread's last call, with the place of each first one."""
         return self._run.tokens
 
     @property

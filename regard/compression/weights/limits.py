@@ -30,7 +30,7 @@ def minmax(rows: Float[Tensor, "r c"], rounded: Rounding, bits: int) -> Float[Te
 
 
 def percentile(rows: Float[Tensor, "r c"], rounded: Rounding, bits: int, percent: float = 99.9) -> Float[Tensor, " r"]:
-    """Of the sizes in a row, this percentile (between two, their mean by distance)."""
+    """This percentile of the sizes in a row (between two, their mean by distance)."""
     sizes = rows.abs()
     largest = sizes.amax(1)
     kept = torch.quantile(sizes, percent / 100, dim=1) if sizes.shape[1] else largest

@@ -163,7 +163,7 @@ def _refuse(reason: str | None, what: str) -> None:
 
 
 def _pointers(grads: list[Tensor]) -> list[int | None]:
-    """Of gradients: None of those not needed."""
+    """Addresses of gradients, None for those that are not needed."""
     return [pointer(x) if x.numel() else None for x in grads]
 
 

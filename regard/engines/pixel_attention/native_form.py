@@ -126,7 +126,7 @@ class PackedProblem(PackedHeads):
 
     @property
     def kept_shape(self) -> tuple[int, ...]:
-        """Of the bits that say which pixels are kept, 32 in a number."""
+        """The shape of the bits that say which pixels are kept, 32 in a number."""
         return (*self.estimate.shape[:3], -(-self.estimate.shape[3] // 32))
 
 

@@ -100,5 +100,5 @@ class Mix:
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Those that may have gradients."""
+        """Tensors that may have gradients."""
         return self.row_logit, self.mix_logit, None if self.mean is None else self.mean.first

@@ -22,12 +22,12 @@ class Problem(Packed):
 
     @property
     def bits(self) -> int:
-        """Of a code."""
+        """Bits of a code."""
         return 8 if self.codes.dtype == torch.int8 else 4
 
     @property
     def columns(self) -> int:
-        """Of the codes, those that pad the last group among them."""
+        """Columns of the codes, those that pad the last group among them."""
         return self.codes.shape[1] * (8 // self.bits)
 
     @property
@@ -37,7 +37,7 @@ class Problem(Packed):
 
     @property
     def rows(self) -> int:
-        """Of x."""
+        """Rows of x."""
         return self.x.shape[:-1].numel()
 
     def empty(self) -> Tensor:

@@ -184,7 +184,7 @@ class Estimator(Projection):
 
     @property
     def rule(self) -> Rule:
-        """Of the linear attention in causal and cross patterns."""
+        """The rule of the linear attention in causal and cross patterns."""
         return self.COSFORMER if self.random_features is None else self.PERFORMER
 
     def _project(

@@ -161,7 +161,7 @@ def dynamic_transformer(setting: Mapping[str, Any], seed: int) -> DynamicTransfo
 
 
 def accuracy(model: nn.Module, items: int, blobs: int = 3) -> float:
-    """Of a model of images on the held-out canvases."""
+    """Accuracy of a model of images on the held-out canvases."""
     right = 0
     with torch.inference_mode():
         for scene in canvas(items, blobs).evaluation_scenes(AT_ONCE):

@@ -142,7 +142,7 @@ def transformer_score(task: Task, setting: Mapping[str, Any], seed: int) -> dict
 
 @torch.no_grad()
 def multiply_adds(model: nn.Module, task: Task) -> float:
-    """Of the matrix products and convolutions for one image, attention's among them."""
+    """Multiply-adds of the matrix products and convolutions for one image, attention's among them."""
     batch = next(iter(task.evaluation_batches(1)))
     # attention written out in matrix products: the counter does not know torch's kernel of attention on a CPU
     with backends.only("torch"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

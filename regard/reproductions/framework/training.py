@@ -200,7 +200,8 @@ def trained_score(model: nn.Module, task: Task, setting: Mapping[str, Any], seed
 
 
 def digits_score(setting: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Of :func:`digit_pixels`, classified by two layers of the setting's ``mixer`` with its ``options``."""
+    """:func:`trained_score` on :func:`digit_pixels`, classified by two layers of the setting's ``mixer`` with its
+    ``options``."""
     task = digit_pixels(setting["items"])
     model = classifier(task, [(setting["mixer"], setting["options"])] * 2, dim=64, num_heads=4)
     return {**trained_score(model, task, setting, seed)}

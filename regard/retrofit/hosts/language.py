@@ -104,5 +104,5 @@ class LanguageHost(TextHost):
 
 
 def log_likelihoods(logits: Float[Tensor, "b n v"], ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n-1"]:
-    """Of each token but the first, given those before it, in nats."""
+    """Log likelihood of each token but the first, given those before it, in nats."""
     return torch.log_softmax(logits[:, :-1].float(), -1).gather(-1, ids[:, 1:, None])[..., 0]

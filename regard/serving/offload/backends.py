@@ -244,7 +244,7 @@ _LOCK = threading.Lock()
 
 
 def nursery() -> Nursery:
-    """That of this process; another if it has ended."""
+    """The nursery of this process; another if it has ended."""
     with _LOCK:
         if not _NURSERIES or not _NURSERIES[-1].alive:
             _NURSERIES.append(Nursery())

@@ -81,7 +81,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a language model.
+    """Sizes of a language model.
 
     Attributes:
         layers: of softmax attention.
@@ -105,7 +105,7 @@ class Sizes:
 
     @classmethod
     def of(cls, model: LanguageModel) -> Sizes:
-        """Of a model whose softmax layers are alike."""
+        """The sizes of a model whose softmax layers are alike."""
         shapes = set()
         layers = offloadable(model)[0]
         for i in layers:
@@ -124,7 +124,7 @@ class Sizes:
 
     @property
     def token_bytes(self) -> float:
-        """Of the keys and values of a token."""
+        """Bytes of the keys and values of a token."""
         return 2 * self.element_bytes * self.layers * self.kv_heads * self.head_dim
 
     @property

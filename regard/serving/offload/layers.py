@@ -36,7 +36,7 @@ class Inputs:
     caches: list[Tensor | None]
 
     def heads(self, layer: AttentionLayer, part: int, project: nn.Module, heads: int) -> Float[Tensor, "b h n d"]:
-        """Of part 0 (queries), 1 (keys) or 2 (values)."""
+        """Heads of part 0 (queries), 1 (keys) or 2 (values)."""
         y = project(self.x)
         if self.caches:
             y, self.caches[part] = layer.convolutions[part](y, self.lengths, self.caches[part])

@@ -71,7 +71,8 @@ class Spent:
     attention: list[float] = field(default_factory=list)
 
     def stages(self, layers: int, micro_batches: int) -> Stages:
-        """Of a micro-batch in a layer, by the steps in the middle, when these were read one after the other."""
+        """The stages of a micro-batch in a layer, by the steps in the middle, when these were read one after the
+        other."""
         model, waiting, attention = (median(some[1:]) for some in (self.model, self.waiting, self.attention))
         latency = max(waiting - attention, 0.0) / 2  # there and back
         each = micro_batches * layers

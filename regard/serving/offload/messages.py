@@ -48,7 +48,7 @@ class Message:
 
     @property
     def nbytes(self) -> int:
-        """Of the tensors."""
+        """Bytes of the tensors."""
         return sum(x.numel() * x.element_size() for x in self.tensors)
 
 

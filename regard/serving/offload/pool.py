@@ -136,7 +136,7 @@ class AttentionPool:
                     continue
 
     def stats(self) -> list[Mapping[str, Any]]:
-        """Of each worker: bytes of its cache, rows that it knows, bytes of parameters in its process."""
+        """Each worker's figures: bytes of its cache, rows that it knows, bytes of parameters in its process."""
         found = []
         for a in range(len(self.links)):
             self.send(a, Message("stats"))

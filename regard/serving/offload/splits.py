@@ -87,7 +87,7 @@ class Split(Protocol):
     workers: int
 
     def heads(self, worker: int) -> slice:
-        """Of keys and values that a worker has."""
+        """Heads of keys and values that a worker has."""
         ...
 
     def place(self, key: int, tokens: int) -> None:

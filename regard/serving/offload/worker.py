@@ -83,7 +83,7 @@ class AttentionWorker:
 
     @property
     def cache_bytes(self) -> int:
-        """Of the pages that rows have."""
+        """Bytes of the pages that rows have."""
         used = self._pages.count - self._pages.free
         return used * sum(x[0].numel() * x.element_size() for pools in self._pools for x in pools)
 

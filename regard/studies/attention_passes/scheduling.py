@@ -69,7 +69,7 @@ def schedule(cascade: Cascade, machine: Machine, sizes: Mapping[str, int], *, ah
 
 
 def _needs(cascade: Cascade, walk: Walk) -> list[tuple[str, list[tuple[str, int]]]]:
-    """Of each statement of a walk, the others of it that it reads, in the same tile (0) or the one before (-1)."""
+    """For each statement of a walk the others that it reads, in the same tile (0) or the one before (-1)."""
     own, iterates = {one.target for one in walk.statements}, cascade.iterates()
     return [
         (

@@ -128,7 +128,7 @@ def entered(chosen: Chosen) -> list[str]:
 
 
 def benches_of(preset: str) -> list[Bench]:
-    """Those of a preset whose data can be had."""
+    """The benches of a preset whose data can be had."""
     return [bench for bench in BENCHES if bench.name in PRESETS[preset] and not missing(bench.name)]
 
 

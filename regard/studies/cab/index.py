@@ -42,7 +42,7 @@ class Standard:
 
 
 def standards(models: Mapping[str, Scores], metrics: Sequence[Metric]) -> dict[str, Standard]:
-    """Of the metrics that a model has, over the models that have them."""
+    """Standards of the metrics that a model has, over the models that have them."""
     found = {one.name: [scores[one.name] for scores in models.values() if one.name in scores] for one in metrics}
     return {name: Standard.of(values) for name, values in found.items() if values}
 

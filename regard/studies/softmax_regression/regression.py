@@ -106,7 +106,7 @@ class Regression:
         return found.sum(-1) if self.queries else found
 
     def gradient(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        """Of :meth:`value`."""
+        """The gradient of :meth:`value`."""
         f, h, r = self._links(x)
         c = f - self.b
         if self.loss == "cross_entropy":
@@ -118,7 +118,7 @@ class Regression:
         return self._back(of_scores / self.temperature + self.weight**2 * self._product(x))
 
     def hessian(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d d"]:
-        """Of :meth:`value`, in n d^2."""
+        """The Hessian of :meth:`value`, in n d^2."""
         curve = self._curvature(x)
         scaled = curve.diagonal / self.temperature**2 + self.weight**2
         p, q = ((self.a.mT @ v[..., None]) / self.temperature for v in (curve.p, curve.q))  # (..., d, 1)

@@ -153,7 +153,7 @@ def mean(cells: Cells, setting: str, name: str) -> float | None:
 
 
 def means(cells: Cells, setting: str, name: str) -> list[Any]:
-    """Of lists over the seeds, place by place."""
+    """Means of lists over the seeds, place by place."""
     lists: Sequence[Sequence[float | None]] = [found[name] for (own, _), found in cells.items() if own == setting]
     columns = zip(*lists, strict=True)
     return [None if None in column else sum(column) / len(column) for column in columns]

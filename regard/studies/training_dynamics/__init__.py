@@ -172,7 +172,8 @@ def _sweep(last: int, rate: float) -> str:
 
 
 def _digest(files: tuple[str, ...]) -> str:
-    """Of the user's documents; raises Unsupported for what the text task would refuse when its turn has come."""
+    """A digest of the user's documents; raises Unsupported for what the text task would refuse when its turn has
+    come."""
     if not files:
         return ""
     create_task("text", data=list(files), length=LENGTH)

@@ -50,7 +50,7 @@ class Descent:
             at_least(name, getattr(self, name), 1)
 
     def optimizer(self, runs: Sequence[tuple[float, Weights]]) -> torch.optim.Optimizer:
-        """Of runs with their ratios: y with its rate, all else with that of z."""
+        """The optimizer of runs with their ratios: y with its rate, all else with that of z."""
         groups = [
             {"params": [tensor], "lr": self.rate * (ratio if name == "y" else 1)}
             for ratio, weights in runs

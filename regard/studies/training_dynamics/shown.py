@@ -184,6 +184,6 @@ def mean(cells: Cells, setting: str, name: str) -> float | None:
 
 
 def means(cells: Cells, setting: str, name: str) -> list[Any]:
-    """Of lists over the seeds, place by place."""
+    """Means of lists over the seeds, place by place."""
     lists = [found[name] for (own, _), found in cells.items() if own == setting]
     return [None if None in column else sum(column) / len(column) for column in zip(*lists, strict=True)]

@@ -66,7 +66,7 @@ class Hawkes:
         return gaps, marks
 
     def log_density(self, gaps: Float[np.ndarray, "b n"], marks: Int[np.ndarray, "b n"]) -> Float[np.ndarray, "b n"]:
-        """Of the time and mark of each event together, given all events before it."""
+        """Log density of the time and mark of each event together, given all events before it."""
         found = np.empty(gaps.shape)
         excited, rows = np.zeros((len(gaps), len(self.base))), np.arange(len(gaps))
         for i in range(gaps.shape[1]):

@@ -33,7 +33,7 @@ class Documents(LongTask):
     """
 
     words: ClassVar[tuple[int, int]] = (30, 120)
-    """Of a document: fewer are joined with what follows, more are cut."""
+    """Words of a document: fewer are joined with what follows, more are cut."""
     choices: ClassVar[bool] = False
 
     def __init__(self, wording: str = "full", *, data: Paths | None = None, first: int = 0) -> None:
@@ -208,7 +208,7 @@ def squad(data: Paths | None) -> list[tuple[str, str, list[str]]] | None:
 
 
 def f1(found: str, gold: str) -> float:
-    """Of the sets of words, without case, punctuation and articles."""
+    """F1 of the sets of words, without case, punctuation and articles."""
     a, b = (_words(text) for text in (found, gold))
     common = len(a & b)
     return 2 * common / (len(a) + len(b)) if common else 0.0

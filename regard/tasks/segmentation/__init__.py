@@ -206,7 +206,7 @@ class SegmentationTask(MaskTask):
         return Batch(self.reader.patches(pixels), torch.from_numpy(np.ascontiguousarray(cut, np.int64)), grid=self.grid)
 
     def _commonest(self, labels: Int[np.ndarray, "n h w"]) -> Baseline:
-        """Of each place the class that most training masks have there."""
+        """For each place the class that most training masks have there."""
         counts = np.stack([(labels == i).sum(0) for i in range(self.num_classes)])
         best = torch.from_numpy(counts.argmax(0)).flatten()[None]
         targets = torch.from_numpy(self._scored[1]).flatten(1)

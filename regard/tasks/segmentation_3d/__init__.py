@@ -277,7 +277,7 @@ class Segmentation3DTask(MaskTask):
         return counted if self.reader.background is None else counted & (labels != self.reader.background)
 
     def _of_shades(self, seen: Sequence[Labelled]) -> Baseline:
-        """Of each shade the class that most voxels of training have there."""
+        """For each shade the class that most voxels of training have there."""
         some = [(v.ravel()[pick], x.ravel()[pick]) for v, x in seen for pick in [spread(v.size, LOOKED_AT)]]
         shades, classes = (np.concatenate(part) for part in zip(*some, strict=True))
         edges = np.quantile(shades, np.linspace(0, 1, SHADES + 1)[1:-1])

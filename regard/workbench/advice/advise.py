@@ -424,8 +424,8 @@ class _Answer:
         return None
 
     def ranked(self, lengths: Sequence[int], **conditions: Any) -> list[str]:
-        """Those that qualify, best first: what results know before what they do not, then by time; in front the fastest that
-        is surely faster than softmax, and softmax where none is."""
+        """Mechanisms that qualify, best first: what results know before what they do not, then by time; in front the
+        fastest that is surely faster than softmax, and softmax where none is."""
         chosen = [n for n in self.names if self.obstacle(n, lengths, **conditions) is None]
         times = {n: self.seconds(n, lengths) for n in chosen}
         unknown = {n: bool(self.quality.said) and n not in self.quality.said for n in chosen}

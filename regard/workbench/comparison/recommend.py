@@ -175,7 +175,7 @@ def _solved(summary: Mapping[str, Sequence[Mapping[str, Any]]], mechanism: str) 
 def _without_unsolved(
     summary: Mapping[str, Sequence[Mapping[str, Any]]], kept: list[str]
 ) -> tuple[list[str], list[str], list[str]]:
-    """Those that solve what others solve, why the others left, and notes."""
+    """Mechanisms that solve what others solve, why the others left, and notes."""
     steps, notes = [], []
     for task, entries in summary.items():
         if all(e.get("solved") is None for e in entries):
@@ -195,7 +195,7 @@ def _without_unsolved(
 def _without_unproven(
     summary: Mapping[str, Sequence[Mapping[str, Any]]], kept: list[str]
 ) -> tuple[list[str], list[str]]:
-    """Those that surely beat a task's rule where some do, and why the others left."""
+    """Mechanisms that surely beat a task's rule where some do, and why the others left."""
     steps = []
     for task in summary:
         ahead = [m for m in kept if _entry(summary, task, m).get("beside_baseline") == "ahead"]
@@ -212,7 +212,7 @@ def _without_beaten(
     metrics: Mapping[str, tuple[str, bool]],
     kept: list[str],
 ) -> tuple[list[str], list[str]]:
-    """Those that are not surely behind the best of those left, task by task, and why the others left."""
+    """Mechanisms that are not surely behind the best of those left, task by task, and why the others left."""
     steps = []
     for task in summary:
         best = _best(summary, metrics, task, kept)
@@ -336,7 +336,8 @@ def published_means(frame: str) -> dict[str, dict[str, float]]:
 
 
 def _least_bound(alike: list[str], beside: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[str], str]:
-    """Those that lose the fewest tasks in further frames, and what the others lose; all of them where it is not known of all."""
+    """Mechanisms that lose the fewest tasks in further frames, and what the others lose; all of them where it is not
+    known of all."""
     entries = [{**entry, "task": task} for task, found in beside.items() for entry in found]
     known = {name: [e for e in entries if e["mechanism"] == name] for name in alike}
     lost = {name: [e for e in own if e["first_solved"] and not e["solved"]] for name, own in known.items()}

@@ -268,7 +268,7 @@ def perplexity(model: nn.Module, windows: list[Tensor]) -> float:
 
 
 def nats_of_windows(model: nn.Module, windows: list[Tensor]) -> list[tuple[float, int]]:
-    """Of each window the nats of all tokens but the first, and how many these are."""
+    """For each window the nats of all tokens but the first, and how many these are."""
     found = []
     with torch.inference_mode():
         for ids in windows:

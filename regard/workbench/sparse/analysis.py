@@ -65,7 +65,7 @@ class Point:
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
-    """Those that no other beats at the same cost or less, from cheap to dear."""
+    """Points that no other beats at the same cost or less, from cheap to dear."""
     best, found = -math.inf, []
     for point in sorted(points, key=lambda p: (p.cost, -p.score)):
         if point.score > best:

@@ -40,7 +40,7 @@ TINY_TASKS = tuple(name for name in LONG_TASKS if not name.startswith("qa_"))
 
 @dataclass(frozen=True)
 class Size:
-    """Of a decoder with rotary positions and two query heads a kv head."""
+    """The size of a decoder with rotary positions and two query heads a kv head."""
 
     dim: int
     layers: int

@@ -50,7 +50,7 @@ class Segmenter(nn.Module):
 
     @classmethod
     def multiples(cls, config: Any) -> tuple[int, ...]:
-        """Of which the sides of images are, one for each axis."""
+        """Numbers whose multiples the sides of images must be, one for each axis."""
         raise NotImplementedError
 
     @classmethod

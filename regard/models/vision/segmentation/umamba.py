@@ -88,7 +88,7 @@ class UMambaConfig(SegmenterConfig):
 
     @property
     def all_strides(self) -> tuple[tuple[int, ...], ...]:
-        """Of each stage along each axis."""
+        """Strides of each stage along each axis."""
         given = (1, *[2] * (len(self.widths) - 1)) if self.strides is None else self.strides
         return tuple((each,) * self.axes if isinstance(each, int) else tuple(each) for each in given)
 

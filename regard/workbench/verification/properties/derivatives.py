@@ -19,7 +19,7 @@ from regard.workbench.verification.subjects import Subject, in_float64
 
 
 def gradients_equal_reference(subject: Subject, dtype: torch.dtype) -> float:
-    """Those of the usual form along random directions against numerical ones, which the definition cannot share an error
+    """Gradients of the usual form along random directions against numerical ones, which the definition cannot share an error
     with, then each number of each fast form's gradients against the reference's."""
     n, m = (6, 6) if not subject.pattern.cross else (4, 6)
     errors = []
