@@ -81,6 +81,24 @@ def test_a_relative_bias_and_cross_attention_are_honoured():
     near(model(**inputs).logits, expected)
 
 
+def test_a_mechanism_without_a_bias_is_refused_where_a_model_adds_one_before_anything_is_changed():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    t5 = transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    beit = [
+        transformers.BeitConfig(**sizes, image_size=16, patch_size=8, **{kind: True})
+        for kind in ("use_relative_position_bias", "use_shared_relative_position_bias")
+    ]
+    models = [transformers.T5ForConditionalGeneration(t5), *map(transformers.BeitModel, beit)]
+    for model in models:
+        with pytest.raises(Unsupported, match=r"linear, whose scores take no bias, in a \w+Attention"):
+            regard.swap(model, "linear")
+        assert not [name for name, _ in model.named_modules() if name.endswith("regard")]
+        assert regard.swap(model, "softmax").changed
+    plain = transformers.BeitModel(transformers.BeitConfig(**sizes, image_size=16, patch_size=8)).eval()
+    assert len(regard.swap(plain, "linear").changed) == 2
+    assert plain(torch.randn(1, 3, 16, 16)).last_hidden_state.isfinite().all()
+
+
 def test_what_learns_beside_the_projections_needs_a_swap():
     model = llama()
     model.set_attn_implementation("regard:gated_linear")

@@ -70,6 +70,27 @@ def test_the_runs_are_those_that_a_comparison_asks_for(tmp_path, monkeypatch):
     assert any("of 6 runs came back" in one.doing for one in seen)
 
 
+def test_longer_runs_of_seeds_that_failed_are_made_elsewhere_too(tmp_path, monkeypatch):
+    def measured(self, work, name, rate, seed):
+        asked.append((name, seed, work.steps[name]))
+        solved = name == "softmax" and (seed == 0 or work.steps[name] > 1)
+        row = {"task": "recall", "mechanism": name, "frame": "convolution", "lr": rate, "seed": seed, "solved": solved}
+        return row | {"search": {"score": 0.0, "loss": abs(math.log(rate / 3e-3)), "diverged": False}}
+
+    monkeypatch.setattr(Trainer, "_measure", measured)
+    work = Work(recall(), dataclasses.replace(SETTINGS, rates=(3e-3,)))
+    work.steps = work.step_seconds = work.evaluation_seconds = dict.fromkeys(work.configs, 1)
+    asked, told = [], []
+    with Store(tmp_path / "runs.db") as store:
+        trainer = Trainer(store, work.settings, tmp_path, "", lambda progress: None, print, None)
+        make_ahead(Elsewhere(), trainer, work, work.settings.names)
+        assert sorted(asked)[-3:] == [("softmax", 1, 2), ("softmax", 2, 1), ("softmax", 2, 2)]
+        elsewhere = len(asked)
+        told = trainer.train(work, work.settings.names).longer
+    assert len(asked) == elsewhere == 8, "nothing is left to be made here"
+    assert "seeds 1 and 2" in told[0] and "2 steps instead of 1" in told[0]
+
+
 def test_a_comparison_elsewhere_concludes_as_one_here_and_keeps_the_model(tmp_path):
     chosen = dataclasses.replace(
         SETTINGS, seeds=1, rates=(3e-3,), frames=("bare",), keep_models=True, mechanisms=("linear",)

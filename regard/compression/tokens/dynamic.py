@@ -15,8 +15,10 @@ The loss, with the model as it was before as the teacher and S stages, is
 
     CE + 2 / S sum_s mean (mean_j d_sj - share_s)^2 + 0.5 KL(teacher, model) + 0.5 mean over patches kept (x - x_teacher)^2
 
-The direction of the divergence is that of the authors' code. Theirs is also the mean squared difference of tokens (their other
-option, a divergence between features, is left out), and that every row of a batch keeps equally many patches.
+The direction of the divergence is that of the authors' code, KL(teacher, model) = sum_c p_c (log p_c - log q_c) with p the
+teacher's classes; the formula in the paper names the model first. In that direction, as elsewhere in distillation, the teacher
+weighs what the model misses. Theirs is also the mean squared difference of tokens (their other option, a divergence between
+features, is left out), and that every row of a batch keeps equally many patches.
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@ from regard.integrations.transformers.rotary import find_rotary
 RECORD = "regard"
 """Attribute of a config that says what was swapped: the attention before, and the mechanism of each module (None for
 softmax) by its path in the base model."""
+RELATIVE = re.compile("relative.*bias|position_bias")
+"""Attributes of modules that add to scores for relative positions."""
 ROTATES = re.compile("rotary|rotate_")
 
 
@@ -50,6 +52,7 @@ def plan(
     """
     assert choice.pattern is not None
     attend = _head_attention(module, choice.chosen, choice.pattern)
+    _check_bias(model, path, module, attend)
     attend.placement = _placement(model, path, module, attend, unrotated)
 
     def change() -> tuple[str, nn.Module]:
@@ -82,6 +85,25 @@ def _head_attention(module: Any, chosen: Chosen, pattern: Pattern) -> HeadAttent
         )
     some = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
     return attend.to(some).train(module.training)
+
+
+def _check_bias(model: nn.Module, path: str, module: Any, attend: HeadAttention) -> None:
+    """Refuse a mechanism that takes no bias where scores are added to for relative positions, by a module around it or one of
+    its class: T5 has its table in the first layer alone."""
+    if "bias" in attend.card.honours or not any(
+        given is not None and given is not False
+        for place, other in model.named_modules()
+        if type(other) is type(module) or not place or path.startswith(f"{place}.")
+        for name, given in {**vars(other), **other._modules, **other._parameters}.items()
+        if RELATIVE.search(name)
+    ):
+        return
+    raise Unsupported(
+        f"{attend.chosen.name}, whose scores take no bias, in a {type(module).__name__}, which adds one for relative "
+        "positions",
+        supported="mechanisms that take a bias (honours of regard show --json)",
+        nearest="softmax",
+    )
 
 
 def _placement(model: nn.Module, path: str, module: Any, attend: HeadAttention, unrotated: bool | None) -> Placement:

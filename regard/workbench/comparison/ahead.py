@@ -1,7 +1,13 @@
 """The training runs of a comparison made on other processes, ahead of the comparison, which then finds their rows.
 
+<<<<<<< HEAD:regard/workbench/comparison/ahead.py
 It decides as :class:`regard.workbench.comparison.trainer.Trainer` does, which goes through all runs afterwards and makes those that are
 missing: rates for all mechanisms at once, then those beyond of all whose best is at an end, then all other seeds.
+=======
+It decides as :class:`regard.workbench.comparison.trainer.Trainer` does, which goes through all runs afterwards and makes those that are
+missing: rates for all mechanisms at once, then those beyond of all whose best is at an end, then all other seeds, then the
+longer runs of those that failed where others solved the task.
+>>>>>>> wip-doors:regard/workbench/ahead.py
 """
 
 from __future__ import annotations
@@ -40,6 +46,13 @@ def make_ahead(sweep: Sweep, trainer: Trainer, work: Work, names: Sequence[str])
     best = {name: best_of(tried(name))["lr"] for name in names}
     others = range(first + 1, first + settings.seeds)
     _fill(sweep, trainer, work, [(name, best[name], seed) for seed in others for name in names])
+    seeds = range(first, first + settings.seeds)
+    rows = [
+        row for name in names for seed in seeds if (row := trainer.stored(work, name, best[name], seed)) is not None
+    ]
+    longer, chosen = trainer.longer(work, rows)
+    failed = [rows[i] for i in chosen if trainer.affords_run(longer, rows[i]["mechanism"])]
+    _fill(sweep, trainer, longer, [(row["mechanism"], row["lr"], row["seed"]) for row in failed])
 
 
 def _fill(sweep: Sweep, trainer: Trainer, work: Work, runs: Sequence[Run]) -> None:

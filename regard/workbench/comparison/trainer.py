@@ -192,22 +192,31 @@ class Trainer:
                 break
             runs.rows += [self.run(work, name, runs.rates[name], seed) for name in names]
         runs.cells["quality"] += [self._key(work, r["mechanism"], r["lr"], r["seed"]) for r in runs.rows]
-        if work.task.solved is not None and work.frame == self.settings.frames[0]:
-            self._insist(work, runs)
+        self._insist(work, runs)
         return runs
 
-    def _insist(self, work: Work, runs: Runs) -> None:
-        """Train mechanisms that solve the task in some runs for more steps in the others: it is the budget that these lack."""
+    def longer(self, work: Work, rows: Sequence[Row]) -> tuple[Work, list[int]]:
+        """The work with more steps, and the rows that get them: those without a solution of mechanisms that solve the task in
+        others, since it is the budget that they lack."""
         longer = copy.copy(work)
         longer.steps = {name: LONGER * steps for name, steps in work.steps.items()}
-        solving = {row["mechanism"] for row in runs.rows if row["solved"]}
+        if work.task.solved is None or work.frame != self.settings.frames[0]:
+            return longer, []
+        solving = {row["mechanism"] for row in rows if row["solved"]}
+        return longer, [i for i, row in enumerate(rows) if not row["solved"] and row["mechanism"] in solving]
+
+    def affords_run(self, work: Work, name: str) -> bool:
+        """Whether time is left for one run."""
+        return self._affords(work.run_seconds(name))
+
+    def _insist(self, work: Work, runs: Runs) -> None:
+        longer, chosen = self.longer(work, runs.rows)
         again: dict[str, list[int]] = {}
-        for i, row in enumerate(runs.rows):
+        for i in chosen:
+            row = runs.rows[i]
             name = row["mechanism"]
-            if row["solved"] or name not in solving:
-                continue
             run = name, row["lr"], row["seed"]
-            if self.stored(longer, *run) is None and not self._affords(longer.run_seconds(name)):
+            if self.stored(longer, *run) is None and not self.affords_run(longer, name):
                 self._leave_out(
                     runs, f"{work.task.name}: no time was left for more steps of {name}, which solves it in some runs."
                 )
