@@ -1,13 +1,8 @@
 """The training runs of a comparison made on other processes, ahead of the comparison, which then finds their rows.
 
-<<<<<<< HEAD:regard/workbench/comparison/ahead.py
-It decides as :class:`regard.workbench.comparison.trainer.Trainer` does, which goes through all runs afterwards and makes those that are
-missing: rates for all mechanisms at once, then those beyond of all whose best is at an end, then all other seeds.
-=======
-It decides as :class:`regard.workbench.comparison.trainer.Trainer` does, which goes through all runs afterwards and makes those that are
-missing: rates for all mechanisms at once, then those beyond of all whose best is at an end, then all other seeds, then the
-longer runs of those that failed where others solved the task.
->>>>>>> wip-doors:regard/workbench/ahead.py
+It decides as :class:`regard.workbench.comparison.trainer.Trainer` does, which goes through all runs afterwards and makes those
+that are missing: rates for all mechanisms at once, then those beyond of all whose best is at an end, then all other seeds, then
+the longer runs of those that failed where others solved the task.
 """
 
 from __future__ import annotations
