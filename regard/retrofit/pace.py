@@ -22,9 +22,11 @@ LEAST = 8
 BLOCKS = (2, 32)
 """Blocks of each text in the evaluation, at least and at most."""
 TRIED = 4
-"""Blocks that sensitivity is measured on when the budget is not a time, and at most."""
+"""Blocks of held-out data that stages are judged on, and that sensitivity is measured on, there at most."""
 SHARES = {"warm": 0.1, "sensitivity": 0.1, "transfer": 0.2, "tune": 0.45, "evaluation": 0.15}
 """Of a time budget."""
+LOOKING = {"warm": 0.0, "transfer": 0.1, "tune": 0.1}
+"""Of the time of a training stage, the share in which held-out data is asked."""
 WORK = {"warm": 0.15, "transfer": 0.25, "tune": 0.6}
 """Of a budget of tokens or steps."""
 
@@ -77,11 +79,11 @@ def plan(host: Host, data: Any, settings: RetrofitSettings, spent: float = 0.0) 
     spent += pace["probe"] + host.timed(settings) * pace["block"]
     left = budget.amount - spent
     seconds = {name: max(left, 0.0) * share / whole for name, share in shares.items()}
-    steps = {name: math.floor(seconds[name] / pace[name]) for name in settings.stages}
+    steps = {name: math.floor((1 - LOOKING[name]) * seconds[name] / pace[name]) for name in settings.stages}
     layers, read = len(host.layers), host.evaluated * len(data.sources)
     tried = math.floor(seconds.get("sensitivity", 0.0) / (pace["block"] * (layers + 1)))
     windows = math.floor(0.5 * seconds["evaluation"] / (pace["block"] * read))
-    needed: dict[str, float] = {name: LEAST * pace[name] for name in settings.stages}
+    needed: dict[str, float] = {name: LEAST * pace[name] / (1 - LOOKING[name]) for name in settings.stages}
     needed["evaluation"] = 2 * min(BLOCKS[0], settings.evaluation_blocks or BLOCKS[0]) * pace["block"] * read
     if settings.chosen:
         needed["sensitivity"] = pace["block"] * (layers + 1)

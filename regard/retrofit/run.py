@@ -18,15 +18,16 @@ from regard.measurement import provenance
 from regard.measurement.budget import Budget
 from regard.models.weights import write_atomically
 from regard.retrofit import card
+from regard.retrofit.best import Best
 from regard.retrofit.folder import RECORD, Folder
 from regard.retrofit.hosts import Host, open_host
 from regard.retrofit.measures import KINDS, evaluate
-from regard.retrofit.pace import Plan, plan
+from regard.retrofit.pace import TRIED, Plan, plan
 from regard.retrofit.sensitivity import choose, measure_sensitivity
 from regard.retrofit.settings import RetrofitSettings
 from regard.retrofit.stage import Progress, Stage, Watch
-from regard.retrofit.transfer import transfer
-from regard.retrofit.tune import tune
+from regard.retrofit.transfer import held_out_losses, transfer
+from regard.retrofit.tune import held_out_loss, tune
 from regard.tasks.documents import Paths
 
 Say = Callable[[str], None]
@@ -207,15 +208,17 @@ class _Run:
             self.host, modules, held_out, self.folder, self.watch, plan.after("sensitivity") if plan.seconds else 0.0
         )
 
-    def _transfer(self, name: str, modules: dict[int, nn.Module], learned: list[str], plan: Plan) -> list[list[float]]:
+    def _transfer(
+        self, name: str, modules: dict[int, nn.Module], learned: list[str], plan: Plan, best: Best | None = None
+    ) -> list[list[float]]:
         doing = "first steps of all layers" if name == "warm" else "attention transfer"
         steps = plan.warm if name == "warm" else plan.transfer
         stage = self._stage(name, doing, steps, self.settings.transfer_rate, plan, 0 if name == "warm" else 1)
-        return transfer(self.host, modules, learned, self.data, self.settings, stage, self.folder, self.watch)
+        return transfer(self.host, modules, learned, self.data, self.settings, stage, self.folder, self.watch, best)
 
     def _trained(self, student: Any, learned: list[str], swapped: list[int], plan: Plan) -> dict[str, Any]:
         """The losses of the stages, once the student is trained."""
-        moved = self._moved(student, learned, swapped, plan)
+        moved, looks = self._moved(student, learned, swapped, plan)
         stage = self._stage(
             "tune",
             f"training on the teacher's {'logits' if self.host.distributes else 'hidden states'}"
@@ -226,26 +229,41 @@ class _Run:
             plan,
             2,
         )
-        tuned = tune(self.host, student, swapped, learned, self.data, self.settings, stage, self.folder, self.watch)
-        self.say(f"training: loss {tuned[0][0]:.3g} to {tuned[-1][0]:.3g}, {_counted(tuned, plan.tune)}")
+        held_out, distil = self.host.held_out(self.data, TRIED, self.settings), self.settings.distil
+        best = Best([student], lambda: [held_out_loss(self.host, student, held_out, distil)], self.folder, "tune")
+        tuned = tune(
+            self.host, student, swapped, learned, self.data, self.settings, stage, self.folder, self.watch, best
+        )
+        self.say(f"training: held-out loss {_best_of(best)}, {_counted(tuned, plan.tune)}")
+        if best.steps() == [0]:
+            self.say(
+                f"no step of the training was better there, so its start is kept; --rate {stage.rate / 4:.1g} may learn"
+            )
         return {
             "transfer": [dict(zip(map(str, swapped), row, strict=True)) for row in moved],
             "tune": [row[0] for row in tuned],
+            "held_out": {"transfer": looks, "tune": best.record()},
         }
 
-    def _moved(self, student: Any, learned: list[str], swapped: list[int], plan: Plan) -> list[list[float]]:
-        """The losses of the attention transfer; none where that is no stage."""
+    def _moved(
+        self, student: Any, learned: list[str], swapped: list[int], plan: Plan
+    ) -> tuple[list[list[float]], list[Any]]:
+        """The losses of the attention transfer, and those on held-out data; none where that is no stage."""
         if "transfer" not in self.settings.stages:
-            return []
+            return [], []
         modules = self._modules(student, swapped)
         if self.settings.chosen and not self.folder.checkpoint("transfer").exists():
             self._begin_warm(modules, plan)
-        moved = self._transfer("transfer", modules, learned, plan)
-        first, last = (sum(losses) / len(losses) for losses in (moved[0], moved[-1]))
-        self.say(
-            f"attention transfer: {first:.3g} to {last:.3g} of the outputs' square, {len(swapped)} layers, {_counted(moved, plan.transfer)}"
+        held_out = [part.inputs for part in self.host.parts(self.host.held_out(self.data, TRIED, self.settings))]
+        best = Best(
+            list(modules.values()), lambda: held_out_losses(self.host, modules, held_out), self.folder, "transfer"
         )
-        return moved
+        moved = self._transfer("transfer", modules, learned, plan, best)
+        self.say(
+            f"attention transfer: held out, {_best_of(best)} of the outputs' square, {len(swapped)} layers, "
+            f"{_counted(moved, plan.transfer)}"
+        )
+        return moved, best.record()
 
     def _begin_warm(self, modules: dict[int, nn.Module], plan: Plan) -> None:
         """Begin with what the first steps of all layers came to."""
@@ -306,6 +324,11 @@ class _Run:
         write_atomically(place / RECORD, lambda file: file.write_text(card.as_json(record), encoding="utf-8"))
         for checkpoint in self.folder.work.glob("*.safetensors"):
             checkpoint.unlink()
+
+
+def _best_of(best: Best) -> str:
+    """From the start to what was best, in words."""
+    return f"{best.mean(0):.3g} to {best.mean():.3g}"
 
 
 def _counted(curve: Sequence[object], planned: int) -> str:

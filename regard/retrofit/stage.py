@@ -13,6 +13,7 @@ from torch import nn
 
 from regard.contract import Unsupported
 from regard.layers.parts import Projection
+from regard.retrofit.best import Best
 from regard.retrofit.folder import Folder
 from regard.training.checkpoint import load_checkpoint, restore, save_checkpoint
 from regard.training.loop import step_seed
@@ -114,12 +115,14 @@ def train_stage(
     watch: Watch,
     *,
     clipped: Sequence[nn.Module] | None = None,
+    best: Best | None = None,
 ) -> list[list[float]]:
     """Train the parameters of `module` that want gradients, in place, going on from a checkpoint where there is one.
 
     Args:
         new: names of parameters that are new.
         clipped: modules whose gradients are clipped each alone; the whole module when None.
+        best: asked now and then; its parts end with the weights that were best. The last ones are the result when None.
 
     Returns:
         The losses of each step.
@@ -135,6 +138,8 @@ def train_stage(
         checkpoint = load_checkpoint(path)
         restore(checkpoint, module, optimizer)
         curve, rates, spent, finished = (checkpoint.record[name] for name in ("curve", "rates", "spent", "finished"))
+        if best is not None:
+            best.restore(checkpoint.record["looks"])
     started = saved = time.monotonic()
     begun, updating = len(curve), False
     warmup = min(max(WARMUP[0], WARMUP[1] / stage.steps), WARMUP[2])
@@ -144,6 +149,8 @@ def train_stage(
 
     def save(finished: bool = False) -> None:
         record = {"curve": curve, "rates": rates, "spent": elapsed(), "finished": finished, "planned": stage.steps}
+        if best is not None:
+            record["looks"] = best.record()
         save_checkpoint(path, module, optimizer, record)
 
     def late() -> bool:
@@ -155,6 +162,8 @@ def train_stage(
         with torch.random.fork_rng(devices=[]):
             while len(curve) < stage.steps and not late():
                 number = len(curve)
+                if best is not None and best.due(number, stage.steps):
+                    best.look(number)
                 torch.manual_seed(step_seed(stage.seed, number))
                 optimizer.zero_grad(set_to_none=True)
                 losses = list(step(number))
@@ -178,6 +187,9 @@ def train_stage(
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
                     save()
                     saved = time.monotonic()
+            if best is not None:
+                best.look(len(curve))
+                best.put_back()
         save(finished=True)
     except KeyboardInterrupt:
         if not updating:

@@ -6,6 +6,7 @@ the difference, and both are forgotten: nothing is stored, and no layer knows of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from regard.integrations.collecting import collect_losses
 from regard.integrations.swap import mechanism_in
+from regard.retrofit.best import Best
 from regard.retrofit.folder import Folder
 from regard.retrofit.hosts import Host
 from regard.retrofit.settings import RetrofitSettings
@@ -38,12 +40,14 @@ def transfer(
     stage: Stage,
     folder: Folder,
     watch: Watch,
+    best: Best | None = None,
 ) -> list[list[float]]:
     """Train new attention modules, each alone, on the outputs of the teacher's.
 
     Args:
         modules: of a copy of the teacher, by the number of their layer.
         learned: names in the copy of parameters that are new.
+        best: of the modules; each ends with the weights that were best on held-out data.
 
     Returns:
         Of each step the loss of each module: its squared distance from the teacher's output, as a share of that output's
@@ -61,9 +65,34 @@ def transfer(
     together.train()  # what mechanisms learn of themselves, they learn in training
     try:
         with _without_dropout(together):
-            return train_stage(stage, folder, together, names, step, watch, clipped=parts)
+            return train_stage(stage, folder, together, names, step, watch, clipped=parts, best=best)
     finally:
         together.eval()
+
+
+def held_out_losses(host: Host, modules: Mapping[int, nn.Module], inputs: Sequence[Tensor]) -> list[float]:
+    """The loss of each module, as it is in use, over some inputs; the mean of theirs."""
+    losses: dict[int, list[float]] = {number: [] for number in modules}
+
+    def compare(number: int, expected: Tensor, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        losses[number].append(_distance(_first(modules[number](*args, **given)), expected).item())
+
+    were = {module: module.training for module in modules.values()}
+    try:
+        for module in were:
+            module.eval()
+        with torch.no_grad(), _listening(host, modules, compare):
+            for each in inputs:
+                host.body(each)
+    finally:
+        for module, was in were.items():
+            module.train(was)
+    return [math.fsum(found) / len(found) for found in losses.values()]
+
+
+def _distance(found: Tensor, expected: Tensor) -> Tensor:
+    """The square of the difference, as a share of what is expected."""
+    return (found - expected).square().sum() / expected.square().sum().clamp(min=1e-30)
 
 
 def transfer_losses(host: Host, modules: Mapping[int, nn.Module], inputs: Tensor) -> list[float]:
@@ -73,7 +102,7 @@ def transfer_losses(host: Host, modules: Mapping[int, nn.Module], inputs: Tensor
     def learn(number: int, expected: Tensor, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         with torch.enable_grad(), collect_losses(modules[number]) as collected:
             found = _first(modules[number](*args, **given))
-            loss = (found - expected).square().sum() / expected.square().sum().clamp(min=1e-30)
+            loss = _distance(found, expected)
             (loss + collected.total(LOSS_WEIGHTS)).backward()
         losses[number] = loss.item()
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from regard.contract import Unsupported
 from regard.integrations.collecting import collect_losses
+from regard.retrofit.best import Best
 from regard.retrofit.folder import Folder
 from regard.retrofit.hosts import Batch, Host
 from regard.retrofit.settings import RetrofitSettings
@@ -27,12 +28,14 @@ def tune(
     stage: Stage,
     folder: Folder,
     watch: Watch,
+    best: Best | None = None,
 ) -> list[list[float]]:
     """Train a student in place; see :func:`tune_losses` for its loss.
 
     Args:
         numbers: of the layers whose attention is new.
         learned: names of parameters that are new.
+        best: of the student, which ends with the weights that were best on held-out data.
     """
     unload = prepare(host, student, numbers, settings)
     was = student.training
@@ -43,7 +46,7 @@ def tune(
 
     try:
         adapters = [name for name, _ in student.named_parameters() if ".lora_" in name]
-        return train_stage(stage, folder, student, {*learned, *adapters}, step, watch)
+        return train_stage(stage, folder, student, {*learned, *adapters}, step, watch, best=best)
     finally:
         student.train(was)
         unload()
@@ -88,6 +91,23 @@ def _peft() -> Any:
             "low-rank updates without peft", supported="train='all' or 'new'", nearest="pip install peft"
         ) from error
     return peft
+
+
+@torch.no_grad()
+def held_out_loss(host: Host, student: Any, batch: Batch, distil: float) -> float:
+    """The loss of :func:`tune_losses` on held-out data, of the student as it is in use."""
+    was, total = student.training, 0.0
+    student.eval()
+    try:
+        parts = host.parts(batch)
+        for part in parts:
+            found = host.answers(student, part)
+            own = (1 - distil) * host.own_loss(found, part) if distil < 1 else 0.0
+            far = distil * host.distance(found, host.answers(host.model, part)) if distil > 0 else 0.0
+            total += float(own + far) / len(parts)
+    finally:
+        student.train(was)
+    return total
 
 
 def tune_losses(host: Host, student: Any, batch: Batch, distil: float) -> list[float]:

@@ -176,6 +176,9 @@ class _View:
             chart = self._lines("transfer", "attention transfer", curves, step, share)
             found.append(Figure("attention transfer", chart))
         tuned = [Series(1, "loss", list(enumerate(losses["tune"], 1)))]
+        looks = losses.get("held_out", {}).get("tune", [])  # which records of earlier versions lack
+        if looks:
+            tuned.append(Series(2, "held out", [(done, found[0]) for done, found in looks]))
         unit = self.record.get("unit", "nats a token")
         nats = Axis(unit, units.tick, log=True)
         found.append(Figure("whole model", self._lines("tune", "whole model", tuned, step, nats)))
