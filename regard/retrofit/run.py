@@ -224,7 +224,9 @@ class _Run:
         doing = "first steps of all layers" if name == "warm" else "attention transfer"
         steps = plan.warm if name == "warm" else plan.transfer
         stage = self._stage(name, doing, steps, self.settings.transfer_rate, plan, 0 if name == "warm" else 1)
-        return transfer(self.host, modules, learned, self.corpus, self.settings, stage, self.folder, self.watch)
+        return transfer(
+            self.host, modules, learned, self.corpus, self.settings, stage, self.folder, self.watch, self.say
+        )
 
     def _trained(self, student: Any, learned: list[str], swapped: list[int], plan: Plan) -> dict[str, Any]:
         """The losses of the stages, once the student is trained."""
