@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regard.contract import Unsupported
+
 if TYPE_CHECKING:
     from jaxtyping import Shaped
 
@@ -80,6 +82,12 @@ def _fold_in_graph(
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     from torch._higher_order_ops.scan import scan  # the compiler is large
 
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*carry, *tensors)):
+        raise Unsupported(
+            "a program of a recurrence with gradients",
+            supported="torch.export.export within torch.no_grad(), regard.integrations.export",
+            nearest="with torch.no_grad(): ...",
+        )
     given = [i for i, x in enumerate(tensors) if x is not None]
 
     def body(held: tuple[Tensor, ...], pieces: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:

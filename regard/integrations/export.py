@@ -1,9 +1,9 @@
 """Layers and models as programs for elsewhere: `torch.export`, and ONNX.
 
 A program has PyTorch's operators alone, none of the native kernels, and takes and returns what the module does: a
-:class:`regard.Result`, and states where they are given. Plain `torch.export.export` works on every module too (on recurrences within
-``torch.no_grad()``); what :func:`export` adds is that every axis of tokens, those of a state's caches among them, may have any length, and a
-reason where a mechanism has no such program.
+:class:`regard.Result`, and states where they are given. Plain `torch.export.export` works on every module too (on recurrences
+within ``torch.no_grad()``, else they are refused); what :func:`export` adds is that every axis of tokens, those of a state's
+caches among them, may have any length, and a reason where a mechanism has no such program.
 """
 
 from __future__ import annotations

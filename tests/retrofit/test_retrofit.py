@@ -15,10 +15,14 @@ from regard import Unsupported
 from regard.integrations.transformers import AutoModelForCausalLM
 from regard.measurement.budget import Budget
 from regard.retrofit import hosts, stage
+from regard.retrofit.best import Best
+from regard.retrofit.corpus import Corpus, even_blocks
 from regard.retrofit.folder import Folder
 from regard.retrofit.measures.language import perplexity, state_bytes
 from regard.retrofit.sensitivity import choose
-from regard.retrofit.transfer import begin_at_scale, transfer_losses
+from regard.retrofit.settings import RetrofitSettings
+from regard.retrofit.stage import Stage
+from regard.retrofit.transfer import begin_at_scale, held_out_losses, transfer, transfer_losses
 
 
 class Killed(BaseException):
@@ -183,6 +187,23 @@ def test_no_layer_of_a_transfer_knows_of_another(host):
 
 def test_a_transfer_to_softmax_has_nothing_to_learn(host):
     assert max(transfer_losses(host, modules(host, [0, 1, 2], "softmax"), tokens(64).view(2, 32))) < 1e-10
+
+
+def test_a_start_that_is_nearly_exact_is_kept_where_a_transfer_makes_it_no_better(host, tmp_path):
+    both = {**modules(host, [0], "local:window=64"), **modules(host, [1], "linear")}
+    corpus = Corpus(tokens(), tokens(200), None, "drawn", None)
+    held_out = [block[None] for block in even_blocks(corpus.held_out, 4, 32)]
+    begin_at_scale(host, both, corpus.blocks(0, 0, 1, 32))
+    start = copy.deepcopy(both[0].state_dict())
+    settings = RetrofitSettings("linear", budget=Budget.parse("20 steps"), length=32, lengths=(32,), batch_size=4)
+    work, folder = Stage("transfer", "attention transfer", 20, 0.02, 1), Folder(tmp_path, {})
+    for _ in range(2):  # the second finds the stage finished
+        best = Best(list(both.values()), lambda: held_out_losses(host, both, held_out), folder, "transfer")
+        transfer(host, both, [], corpus, settings, work, folder, lambda progress: None, best)
+        assert all(torch.allclose(x, start[name], rtol=1e-5) for name, x in both[0].state_dict().items())
+        (_, before), after = best.looks[0], held_out_losses(host, both, held_out)
+        assert before[0] < 1e-10 and after[1] < 0.99 * before[1]
+        assert best.steps() == [0, 20]
 
 
 def test_new_layers_begin_at_the_scale_of_the_old_ones(host):

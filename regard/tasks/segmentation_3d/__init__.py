@@ -153,7 +153,8 @@ class Segmentation3DTask(MaskTask):
             colours=colours_of(len(names)),
             background=nothing,
         )
-        seen, self._scored = ([(self.reader.normalised(v), labels) for v, labels in part] for part in (seen, held))
+        self._scored = held  # which are normalised when they are asked for: a trained model may bring its own reader
+        seen = [(self.reader.normalised(v), labels) for v, labels in seen]
         self._told, self._notes = (source, split), notes
         self._seen = [] if self._scene else seen
         self._places = [self._around(labels) for _, labels in self._seen]
@@ -186,7 +187,7 @@ class Segmentation3DTask(MaskTask):
         """Whole volumes, one in a batch, since each may have sides of its own."""
         check_integer("batch_size", batch_size, 1, 1 << 20)
         for voxels, labels in self._scored:
-            inputs, grid = self.reader.tokens(voxels)
+            inputs, grid = self.reader.tokens(self.reader.normalised(voxels))
             yield Batch(inputs, self.reader.targets(labels), grid=grid)
 
     def answer(self, run: Callable[[Batch], Tensor], batch: Batch) -> Float[Tensor, "b n pk"]:
@@ -288,7 +289,8 @@ class Segmentation3DTask(MaskTask):
         best = numbers.reshape(SHADES, -1).argmax(1)
         items = []
         for voxels, labels in self._scored:
-            found, truth = best[np.digitize(voxels.ravel(), edges)], labels.ravel().astype(np.int64)
+            shade = np.digitize(self.reader.normalised(voxels).ravel(), edges)
+            found, truth = best[shade], labels.ravel().astype(np.int64)
             items.append((float(self.of_images(torch.from_numpy(found)[None], torch.from_numpy(truth)[None])), 1.0))
         return Baseline("the commonest class of each shade", np.array(items))
 

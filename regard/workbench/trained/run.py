@@ -8,6 +8,7 @@ trained too; ``last`` has the last weights where others were better. While the r
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -53,6 +54,8 @@ FINISHED, DIVERGED, BEGUN = "finished", "diverged", "begun"
 SUPPORTED = "a folder written by `regard train`"
 UNFINISHED = {"retrofit": (".retrofit", "retrofit.json"), "compress": (".work", "compression.json")}
 """Of commands that leave their work in a folder until they are done: its name, and the file that comes last."""
+STATISTICS = ("mean", "deviation", "scale")
+"""Of a reader: what it normalises by."""
 UNTOLD = ("steps", "step_seconds", "first_item")
 """Settings that a reader of the card has no use for."""
 CHECKPOINT_SECONDS = 30.0
@@ -111,7 +114,21 @@ class TrainedModel:
             raise Unsupported(f"the task {name} of a plugin", supported="the plugin's task, given to `score`")
         if self.record["tokenizer"] not in (None, ByteTokenizer.name):
             options = {**options, "tokenizer": str(self.folder / TOKENIZER)}
-        return create_task(name, **(options if data is None else {**options, "validation": data}))
+        task = create_task(name, **(options if data is None else {**options, "validation": data}))
+        if self.record.get("reader") is not None:
+            self._read_as_trained(task)
+        return task
+
+    def _read_as_trained(self, task: Any) -> None:
+        """Let a task normalise as in training: what is held out now, and so what is not, may be others than then."""
+        known, now = self.reader, task.reader
+        statistics = {name: getattr(known, name) for name in STATISTICS if hasattr(known, name)}
+        if dataclasses.replace(now, **statistics) != known:
+            raise Unsupported(
+                f"the data of {self.folder}, whose classes or pixels are others than those that it was trained on",
+                supported="the data as they were",
+            )
+        task.reader = known
 
     def score(
         self, task: Task | None = None, *, device: torch.device | str = "cpu", model: nn.Module | None = None

@@ -1,0 +1,57 @@
+"""New data are read with the statistics of the training, which are in the folder of the model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from task_data import masked, photo, photos, scans
+
+from regard import Unsupported
+from regard.tasks import create_task
+from regard.workbench.trained.run import TrainedModel
+
+
+def trained(folder, name, **options):
+    task = create_task(name, **options)
+    reader = task.reader.as_record()
+    record = {"task": {"name": name, "options": options}, "tokenizer": None, "reader": reader}
+    return task, TrainedModel(folder, record)
+
+
+def of(name, folder):
+    """Data of a task, and other data with the same classes."""
+    if name == "images":
+        for i in range(6):
+            photo(folder / "b" / ("cat", "dog", "newt")[i % 3] / f"{i}.png", 90 + i)
+        return {"data": str(photos(folder / "a")), "size": 8}, str(folder / "b")
+    if name == "segmentation":
+        return {"data": str(masked(folder / "a")), "size": 16}, str(masked(folder / "b", seed=50))
+    return {"data": str(scans(folder / "a")), "size": 8, "normalise": "data"}, str(scans(folder / "b", seed=50))
+
+
+@pytest.mark.parametrize("name", ["images", "segmentation", "segmentation_3d"])
+def test_new_data_are_normalised_as_in_training(name, tmp_path):
+    pytest.importorskip("PIL" if name != "segmentation_3d" else "nibabel")
+    options, others = of(name, tmp_path)
+    task, model = trained(tmp_path, name, **options)
+    alone = create_task(name, **options, validation=others)
+    found = model.task(others)
+    assert alone.reader != task.reader, "all of the data are for training once others are held out"
+    assert found.reader == task.reader
+    mine, its = (next(iter(each.evaluation_batches(4))).inputs for each in (found, alone))
+    assert mine.shape == its.shape and not torch.equal(mine, its)
+    again = (next(iter(each.evaluation_batches(4))).inputs for each in (task, model.task()))
+    assert torch.equal(*again)
+
+
+def test_data_whose_classes_have_changed_since_are_refused(tmp_path):
+    pytest.importorskip("PIL")
+    options, _ = of("images", tmp_path)
+    _, model = trained(tmp_path, "images", **options)
+    for i in range(4):
+        photo(tmp_path / "a" / "axolotl" / f"{i}.png", 90 + i)
+    with pytest.raises(Unsupported, match="whose classes or pixels are others"):
+        model.task()
+    assert dataclasses.asdict(model.reader)["classes"] == ("cat", "dog", "newt")
