@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 import os
 import signal
@@ -19,7 +21,7 @@ from starlette.testclient import TestClient
 
 from regard.cli.serve import listen
 from regard.serving.app import LONG_BODY, Server, ServerLimits
-from regard.serving.engine import Engine, Limits, Request
+from regard.serving.engine import Busy, Engine, Limits, Request
 from regard.serving.run import Running, run
 from regard.serving.service import Service
 
@@ -142,6 +144,7 @@ BAD = {
     "options of no stream": ({"prompt": "a", "stream_options": {}}, 400, "without stream"),
     "too many": ({"prompt": "a", "n": 128, "max_tokens": 1}, 200, None),
     "far too many": ({"prompt": ["a", "b"], "n": 128}, 400, "256 answers at once"),
+    "a long user": ({"prompt": "a", "user": "u" * 513}, 400, "up to 512 characters"),
     "another model": ({"prompt": "a", "model": "gpt"}, 404, "'letters'"),
 }
 
@@ -288,6 +291,31 @@ def test_clients_that_go_away_are_forgotten_and_too_many_are_turned_away():
         until(lambda: not engine.active)
         with send(address, LONG | {"max_tokens": 2}) as last:
             assert b'"completion_tokens":2' in read_all(last)
+
+
+def test_as_many_requests_are_taken_as_there_are_places_also_in_the_middle_of_a_step():
+    class Held(HashReader):
+        def read(self, rows, tokens):
+            assert go_on.wait(20)
+            return super().read(rows, tokens)
+
+    go_on, made, key = threading.Event(), server(Held(), limits=Limits(rows=2, waiting=2)), itertools.count()
+
+    def submit():
+        return made.service.submit([Request(str(next(key)), [1], 2)])
+
+    async def asks():
+        made.service.start()
+        submit(), submit()
+        while len(made.service.engine.active) < 2:
+            await asyncio.sleep(0.001)
+        submit(), submit()  # the step has not ended yet
+        with pytest.raises(Busy):
+            submit()
+        go_on.set()
+        await asyncio.to_thread(made.service.close)
+
+    asyncio.run(asks())
 
 
 def test_a_body_that_does_not_arrive_is_not_waited_for():
