@@ -15,7 +15,6 @@ from typing import Any
 
 from regard.serving.pages import Pages
 
-
 SEARCHES = 64
 """How often a full tree is searched at most until all of it is replaced."""
 
