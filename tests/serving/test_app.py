@@ -197,7 +197,9 @@ def test_a_key_is_asked_for_everywhere_but_for_health():
             refused = client.post("/v1/completions", json={"prompt": "a"}, headers=shown)
             assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
             assert client.get("/metrics", headers=shown).status_code == 401
-        assert client.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+        for scheme in ("Bearer", "bearer"):
+            assert client.get("/v1/models", headers={"Authorization": f"{scheme} secret"}).status_code == 200
+        assert client.get("/v1/models", headers={"Authorization": "Basic secret"}).status_code == 401
 
 
 def test_large_bodies_and_long_answers_are_turned_away():
