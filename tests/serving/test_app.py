@@ -17,6 +17,7 @@ from readers import HashReader, alone
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from regard.cli.serve import listen
@@ -185,6 +186,9 @@ def test_models_paths_and_metrics(client):
     assert 'regard_http_answers_total{path="/v1/completions",status="200"} 1.0' in told
     assert "regard_new_tokens_total 2.0" in told and "regard_prompt_tokens_total 3.0" in told
     assert "regard_page_bytes 32.0" in told and "regard_state_bytes 0.0" in told
+    families = {family.name: family for family in text_string_to_metric_families(told)}
+    assert {"regard_http_answers", "regard_running", "regard_pages_used"} <= set(families)
+    assert all(family.documentation and family.samples and family.type != "unknown" for family in families.values())
     assert "regard_first_token_seconds_count 1.0" in told and "regard_between_tokens_seconds_count 1.0" in told
 
 
