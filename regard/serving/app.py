@@ -112,7 +112,7 @@ class Server:
         """The list of its one model, or that model; 404 for another name."""
         wanted = request.path_params.get("name")
         own = {"id": self.name, "object": "model", "created": self.created, "owned_by": "regard"}
-        own["max_model_len"] = self.service.engine.context
+        own |= {"max_model_len": self.service.engine.context, "vocab_size": self.service.engine.reader.vocab_size}
         if wanted is None:
             return JSONResponse({"object": "list", "data": [own]})
         if wanted != self.name:
@@ -303,7 +303,8 @@ class _Guard:
     def _refused(self, request: Request) -> ApiError | None:
         key = self.server.key
         if key is not None and request.url.path != "/health":
-            shown = request.headers.get("authorization", "").removeprefix("Bearer ")
+            scheme, _, shown = request.headers.get("authorization", "").partition(" ")
+            shown = shown if scheme.lower() == "bearer" else ""
             if not hmac.compare_digest(shown.encode(), key.encode()):
                 return ApiError(401, "this server asks for its key: Authorization: Bearer KEY", code="invalid_api_key")
         length = request.headers.get("content-length", "0")

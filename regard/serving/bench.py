@@ -97,7 +97,9 @@ def measure(
     Raises:
         Unsupported: for a server that is not there, or that answered nothing but errors.
     """
-    model = model or _first_model(url, key)
+    if model is None:
+        model, known = _first_model(url, key)
+        vocab_size = known if vocab_size is None else vocab_size
     ask(url, _body(load, model, _prompt(load, random.Random(-1), vocab_size)), key, _Seen())  # what is made once
     for clients in load.clients:
         seen, random_ = _Seen(), random.Random(f"{load.seed} {clients}")
@@ -187,17 +189,26 @@ def _prompt(load: Load, draws: random.Random, vocab_size: int | None) -> list[in
     return shared + draws.choices(tokens, k=load.prompt_tokens - load.shared_tokens)
 
 
-def _first_model(url: str, key: str | None) -> str:
+def _first_model(url: str, key: str | None) -> tuple[str, int | None]:
+    """A server's first model, and how many tokens it knows where the server says so, as regard's does."""
     try:
         connection, path = _connection(url)
         try:
             connection.request(
                 "GET", f"{path}/v1/models", headers={} if key is None else {"Authorization": f"Bearer {key}"}
             )
-            found = json.loads(connection.getresponse().read())
+            response = connection.getresponse()
+            text = response.read()
         finally:
             connection.close()
-        return found["data"][0]["id"]
+        if response.status in (401, 403):
+            raise Unsupported(
+                f"{url} without its key (status {response.status})",
+                supported="the key in the environment",
+                nearest="REGARD_API_KEY",
+            )
+        first = json.loads(text)["data"][0]
+        return first["id"], first.get("vocab_size")
     except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
         raise Unsupported(
             f"{url}, where no server tells its models ({error})",

@@ -15,6 +15,9 @@ from typing import Any
 
 from regard.serving.pages import Pages
 
+SEARCHES = 64
+"""How often a full tree is searched at most until all of it is replaced."""
+
 
 @dataclass(eq=False)
 class Block:
@@ -91,7 +94,11 @@ class Prefixes:
         return block is self.root or (block.parent is not None and block.parent.children.get(block.tokens) is block)
 
     def evict(self, count: int) -> None:
-        """Take out so many blocks that nobody else owns, if there are as many: ends first, by when they were used."""
+        """Take out so many blocks that nobody else owns, if there are as many: ends first, by when they were used.
+
+        Of a large tree a few more go, so that it is not searched anew for the next page.
+        """
+        count = max(count, self.count // SEARCHES)
         while count > 0:
             ends = sorted((b for b in self._ends() if self._loose(b)), key=lambda b: b.used)[:count]
             if not ends:

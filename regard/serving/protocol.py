@@ -16,7 +16,7 @@ from regard.contract import Unsupported, closest
 from regard.serving.engine import FAILED, STOP, Event, Request
 from regard.serving.text import Text, Writer
 
-MOST_STOPS, MOST_LIKELIEST = 16, 20
+MOST_STOPS, MOST_LIKELIEST, LONGEST_USER = 16, 20, 512
 
 
 class ApiError(Exception):
@@ -112,6 +112,11 @@ def _only(*values: Any) -> Callable[[Any], str | None]:
     return lambda value: None if value in values else "left out, since this server does not have it"
 
 
+def _user(value: Any) -> str | None:
+    fits = isinstance(value, str) and len(value) <= LONGEST_USER  # users are remembered for some time
+    return None if fits else f"a string of up to {LONGEST_USER} characters"
+
+
 def _stops(value: Any) -> str | None:
     given = [value] if isinstance(value, str) else value
     fits = isinstance(given, list) and len(given) <= MOST_STOPS and all(isinstance(x, str) and x for x in given)
@@ -138,7 +143,7 @@ COMMON: dict[str, Callable[[Any], str | None]] = {
     "stream": _is(bool, "true or false"),
     "stream_options": _stream_options,
     "stop": _stops,
-    "user": _is(str, "a string"),
+    "user": _user,
     "ignore_eos": _is(bool, "true or false"),
     "presence_penalty": _only(0),
     "frequency_penalty": _only(0),

@@ -74,7 +74,7 @@ class Service:
         self.engine = engine
         self.waiting = 0
         self.failed: BaseException | None = None
-        self._streams: dict[str, Stream] = {}
+        self._streams: dict[str, Stream] = {}  # of all requests that are in work or wait
         self._inbox: deque[Request | str] = deque()
         self._wake = threading.Condition()
         self._closing = False
@@ -120,7 +120,7 @@ class Service:
         with self._wake:
             if not self.healthy:
                 raise Closing() if self.failed is None else Closing("the scheduler has failed")
-            if self.waiting + len(self.engine.active) + len(requests) > places:
+            if len(self._streams) + len(requests) > places:
                 raise Busy(f"{self.waiting} requests are waiting")
             self.waiting += len(requests)
             self._streams.update(dict.fromkeys(stream.live, stream))

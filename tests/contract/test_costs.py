@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -54,3 +56,18 @@ def test_the_cost_counts_visible_pairs(name, variant):
             last = pairs(subject, n + 1)[:, -1].sum()
             step = card.cost(Shape(1, len(seen), 1, n, 4, 5), subject.config).step_flops
             assert step == pytest.approx(numbers * last)
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "names"),
+    [
+        (1.95, 2.05, ["softmax", "sigmoid", "differential"]),
+        (0.95, 1.05, ["linear", "gated_linear", "delta_rule", "mamba2", "local"]),
+        (1.05, 1.2, ["fnet"]),  # N log N
+    ],
+)
+def test_the_cost_grows_with_the_tokens_as_its_class_does(least, most, names):
+    for name in names:
+        card = get_mechanism(name)
+        short, long = (card.cost(Shape(1, 4, n, n, 32, 32), card.options()).flops for n in (4096, 16_384))
+        assert least < math.log(long / short, 4) < most, name

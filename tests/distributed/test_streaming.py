@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -14,11 +16,12 @@ class Watched:
     """An array that knows how much of it was ever asked for at once, and how much together."""
 
     def __init__(self, array):
-        self.array, self.shape, self.read = array, array.shape, []
+        self.array, self.shape, self.read, self.watch = array, array.shape, [], lambda: None
 
     def __getitem__(self, index):
         found = self.array[index]
         self.read.append(found.shape[2])
+        self.watch()
         return found
 
 
@@ -37,6 +40,24 @@ def test_chunks_of_a_file_give_what_the_whole_gives(n, m, q_chunk, kv_chunk, cau
     for file in files:
         assert max(file.read) <= kv_chunk
         assert sum(file.read) <= m * -(-n // q_chunk)
+
+
+def anonymous_bytes():
+    """Memory of this process that is no page of a file."""
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+def test_memory_is_that_of_some_chunks_and_not_that_of_the_file(tmp_path):
+    np.save(tmp_path / "file.npy", np.random.default_rng().standard_normal((1, 2, 120_000, 32), dtype=np.float32))
+    file, q, used = Watched(np.load(tmp_path / "file.npy", mmap_mode="r")), torch.randn(1, 2, 16, 32), []
+    first = file[:, :, :4096]
+    attend_million(q, first, first, kv_chunk=4096)  # what is made once
+    file.watch = lambda: used.append(anonymous_bytes())
+    before = anonymous_bytes()
+    attend_million(q, file, file, kv_chunk=4096)
+    assert len(used) == 60 and max(used) - before < 8 << 20 < file.array.nbytes / 3
 
 
 def test_shapes_that_do_not_fit_are_refused_in_words():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 import os
 import signal
@@ -15,11 +17,12 @@ from readers import HashReader, alone
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from regard.cli.serve import listen
 from regard.serving.app import LONG_BODY, Server, ServerLimits
-from regard.serving.engine import Engine, Limits, Request
+from regard.serving.engine import Busy, Engine, Limits, Request
 from regard.serving.run import Running, run
 from regard.serving.service import Service
 
@@ -142,6 +145,7 @@ BAD = {
     "options of no stream": ({"prompt": "a", "stream_options": {}}, 400, "without stream"),
     "too many": ({"prompt": "a", "n": 128, "max_tokens": 1}, 200, None),
     "far too many": ({"prompt": ["a", "b"], "n": 128}, 400, "256 answers at once"),
+    "a long user": ({"prompt": "a", "user": "u" * 513}, 400, "up to 512 characters"),
     "another model": ({"prompt": "a", "model": "gpt"}, 404, "'letters'"),
 }
 
@@ -182,6 +186,9 @@ def test_models_paths_and_metrics(client):
     assert 'regard_http_answers_total{path="/v1/completions",status="200"} 1.0' in told
     assert "regard_new_tokens_total 2.0" in told and "regard_prompt_tokens_total 3.0" in told
     assert "regard_page_bytes 32.0" in told and "regard_state_bytes 0.0" in told
+    families = {family.name: family for family in text_string_to_metric_families(told)}
+    assert {"regard_http_answers", "regard_running", "regard_pages_used"} <= set(families)
+    assert all(family.documentation and family.samples and family.type != "unknown" for family in families.values())
     assert "regard_first_token_seconds_count 1.0" in told and "regard_between_tokens_seconds_count 1.0" in told
 
 
@@ -194,7 +201,9 @@ def test_a_key_is_asked_for_everywhere_but_for_health():
             refused = client.post("/v1/completions", json={"prompt": "a"}, headers=shown)
             assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
             assert client.get("/metrics", headers=shown).status_code == 401
-        assert client.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+        for scheme in ("Bearer", "bearer"):
+            assert client.get("/v1/models", headers={"Authorization": f"{scheme} secret"}).status_code == 200
+        assert client.get("/v1/models", headers={"Authorization": "Basic secret"}).status_code == 401
 
 
 def test_large_bodies_and_long_answers_are_turned_away():
@@ -288,6 +297,31 @@ def test_clients_that_go_away_are_forgotten_and_too_many_are_turned_away():
         until(lambda: not engine.active)
         with send(address, LONG | {"max_tokens": 2}) as last:
             assert b'"completion_tokens":2' in read_all(last)
+
+
+def test_as_many_requests_are_taken_as_there_are_places_also_in_the_middle_of_a_step():
+    class Held(HashReader):
+        def read(self, rows, tokens):
+            assert go_on.wait(20)
+            return super().read(rows, tokens)
+
+    go_on, made, key = threading.Event(), server(Held(), limits=Limits(rows=2, waiting=2)), itertools.count()
+
+    def submit():
+        return made.service.submit([Request(str(next(key)), [1], 2)])
+
+    async def asks():
+        made.service.start()
+        submit(), submit()
+        while len(made.service.engine.active) < 2:
+            await asyncio.sleep(0.001)
+        submit(), submit()  # the step has not ended yet
+        with pytest.raises(Busy):
+            submit()
+        go_on.set()
+        await asyncio.to_thread(made.service.close)
+
+    asyncio.run(asks())
 
 
 def test_a_body_that_does_not_arrive_is_not_waited_for():

@@ -256,3 +256,20 @@ def test_the_longest_unused_beginnings_make_room():
     pages.share(owned[:1])
     pages.give_back(owned)
     assert pages.free == 1
+
+
+def test_a_full_tree_is_searched_for_many_pages_at_once(monkeypatch):
+    from regard.serving.pages import Pages
+    from regard.serving.prefixes import Prefixes
+
+    pages = Pages(640, 2)
+    tree, searched = Prefixes(2, pages), []
+    pages.evict = tree.evict
+    for i in range(640):
+        page = pages.take(1)
+        tree.add(tree.root, (i, i), page[0])
+        pages.give_back(page)
+    ends = Prefixes._ends
+    monkeypatch.setattr(Prefixes, "_ends", lambda self: searched.append(self.count) or ends(self))
+    assert all(pages.take(1) for _ in range(100))
+    assert len(searched) < 15 and tree.count + pages.free == 540 and pages.free < 10

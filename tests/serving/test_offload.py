@@ -1,5 +1,6 @@
 """Attention elsewhere changes no answer, whoever has which keys and whoever is lost; and only what has to moves between them."""
 
+import errno
 import gc
 import os
 import random
@@ -8,6 +9,7 @@ import socket
 
 import pytest
 import torch
+from support import refused
 
 from regard.contract import Unsupported
 from regard.engines.cache import KeyValueState
@@ -257,6 +259,21 @@ def test_workers_have_no_weights_and_the_model_no_cache_and_one_that_is_killed_i
         reader.close()
     assert reader.pool.replaced == 1
     assert found == {request.key: alone(model, request) for request in asked}
+
+
+def test_memory_that_is_full_is_refused_before_anything_is_written_to_it(monkeypatch, tmp_path):
+    def take(file, start, size):
+        taken.append(size)
+        if len(taken) < most:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", take, raising=False)
+    monkeypatch.setattr(backends, "SHARED_FOLDERS", (tmp_path / "none", tmp_path, tmp_path))
+    most, taken = 2, []
+    backends._memory_file(4096).close()  # the second has room
+    assert taken == [4096, 4096] and not list(tmp_path.iterdir())
+    most, taken = 9, []
+    refused("No space left on device", ProcessBackend(shared_bytes=4096).start, 1)
 
 
 def test_answers_over_tcp_equal_generate_alone():

@@ -19,6 +19,7 @@ from regard.serving.offload.costs import (
     model_seconds,
     offloaded,
     plans,
+    read_table,
     required_bandwidth,
     traffic_bytes,
 )
@@ -185,6 +186,17 @@ def test_a_table_is_planned_on_a_command_line(capsys, tmp_path):
     for line, words in ((f"--devices {table}", "valid JSON"), (f"--devices {tmp_path}/none.json", "cannot be read")):
         code, _, said = run(capsys, f"offload {line}")
         assert code == 2 and words in said
+
+
+def test_exponents_without_a_sign_are_numbers_in_a_table_too(tmp_path):
+    table = tmp_path / "table.yaml"
+    table.write_text(
+        "devices: [{name: 8e10, flops: 9.9e14, bandwidth: 3e12, memory: 8e10, price_per_hour: 4, source: 1e3 guesses}]\n"
+        "network: {bandwidth: 2.5e10, latency: 2e-5}\n"
+    )
+    found = read_table(table)
+    device = Device("8e10", flops=9.9e14, bandwidth=3e12, memory=8e10, price_per_hour=4, source="1e3 guesses")
+    assert found.devices == (device,) and found.network == Network(bandwidth=2.5e10, latency=2e-5)
 
 
 def test_sizes_are_those_of_a_model_and_differing_layers_are_refused(tmp_path):

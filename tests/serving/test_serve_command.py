@@ -10,6 +10,7 @@ from command_line import answer, run
 
 import regard
 from regard.backends.native import library
+from regard.cli.serve import listen
 from regard.contract import Unsupported
 from regard.measurement import units
 from regard.models import LanguageModel, LanguageModelConfig, save_pretrained
@@ -18,6 +19,10 @@ from regard.serving.language import LanguageReader
 from regard.serving.opened import open_model
 
 pytest.importorskip("uvicorn")
+
+from regard.serving.app import Server
+from regard.serving.run import Running
+from regard.serving.service import Service
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +127,21 @@ def test_a_load_is_measured_and_drawn(capsys, tmp_path, trained):
     for row in found["rows"]:
         assert f">{units.milliseconds(1e3 * row['first_p99'])}<" in page, "the page gives times in another unit"
     assert json.loads((tmp_path / "load" / "load.json").read_text())["rows"] == found["rows"]
+
+
+def test_another_server_is_measured_with_tokens_that_it_knows_and_its_key(trained, capsys, monkeypatch):
+    opened = open_model(trained, rows=2, context=64)
+    server = Server(Service(Engine(opened.reader)), opened.text, "mine", key="secret")
+    listening = listen("127.0.0.1", 0)
+    line = f"serve --bench --url http://127.0.0.1:{listening.getsockname()[1]} --clients 2 --requests 2"
+    line += " --prompt-tokens 40 --new-tokens 2"
+    with Running(server, listening):
+        code, _, errors = run(capsys, line)
+        assert code == 2 and "without its key" in errors and "REGARD_API_KEY" in errors
+        monkeypatch.setenv("REGARD_API_KEY", "secret")
+        monkeypatch.setattr("regard.serving.bench.FOREIGN_TOKENS", range(256, 900))  # none of which the model knows
+        (row,) = answer(capsys, line)["rows"]
+    assert (row["answers"], row["errors"]) == (4, 0)
 
 
 def test_a_load_is_measured_with_attention_in_another_process(capsys, trained):

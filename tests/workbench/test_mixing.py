@@ -19,6 +19,8 @@ from regard.workbench.mixing import (
     SPARSE,
     TOKENS,
     _inputs,
+    _outputs,
+    _values,
     as_svg,
     as_text,
     mixed_mechanisms,
@@ -62,6 +64,49 @@ def test_outputs_are_the_matrix_times_the_values(name):
         return
     close(subject.run(inputs).output[0, 0], found.weights @ inputs["v"][0, 0])
     assert found.normalised and not found.per_feature and found.seen == 1
+
+
+@pytest.mark.parametrize("name", mixed_mechanisms())
+def test_outputs_for_the_inputs_own_values_are_the_matrix_times_one_feature_of_them(name):
+    found = mixing_of(name)
+    if not found.linear:
+        return
+    subject = Subject(get_mechanism(name), found.pattern, found.options)
+    inputs, values = _inputs(subject, 0), _values(subject.card)
+    one = inputs[values].flatten(0, -3)[0].clone()
+    one[:, 1:] = 0  # features may be mixed, or have matrices of their own
+    close(_outputs(subject, inputs, values, one[None])[0, :, 0], found.weights @ one[:, 0], 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "equivariant"),
+    [(name, True) for name in ("softmax", "sigmoid", "linear", "flow_attention", "performer", "hard_softmax")]
+    + [(name, False) for name in ("local", "fnet", "linformer", "nystrom", "kernelized_rpe")],
+)
+def test_only_mechanisms_without_positions_give_permuted_outputs_for_permuted_tokens(name, equivariant):
+    subject = Subject(get_mechanism(name), Pattern.NONCAUSAL_SELF, mixing_of(name, "noncausal-self").options)
+    inputs, order = _inputs(subject, 0), torch.randperm(TOKENS)
+    permuted = {key: _permuted(x, subject.card.axes.get(key, ""), order) for key, x in inputs.items()}
+    whole, moved = subject.run(inputs).output, subject.run(permuted).output
+    error = float((moved - whole[..., order, :]).abs().max() / whole.abs().max())
+    assert (error < 1e-9) == equivariant
+
+
+def _permuted(x, axes, order):
+    axis = next((i for i, letter in enumerate(axes) if letter in "nm" and axes.startswith("b")), None)
+    return x if axis is None else x.index_select(axis, order)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        *((name, "causal-self") for name in ("linear", "gated_linear", "delta_rule", "mamba2", "rwkv7", "mlstm")),
+        ("linear", "noncausal-self"),
+    ],
+)
+def test_the_rank_of_a_recurrence_is_at_most_the_width_of_its_keys(name, pattern):
+    width = _inputs(Subject(get_mechanism(name), Pattern(pattern)), 0)["k"].shape[-1]
+    assert 0 < mixing_of(name, pattern).rank <= width < TOKENS // 2
 
 
 def test_a_fourier_transform_is_its_matrix_and_a_convolution_depends_on_distance():

@@ -171,12 +171,12 @@ class ProcessBackend:
         return _all(count, self._one)
 
     def _one(self) -> Link:
-        ours, theirs = socket.socketpair()
-        with theirs, _memory_file() as file:
-            os.truncate(file.fileno(), self._bytes)
+        with _memory_file(self._bytes) as file:
             memory = mmap.mmap(file.fileno(), self._bytes)
-            order = {**next(self._orders), "bytes": self._bytes}
-            process = nursery().fork(order, (theirs.fileno(), file.fileno()))
+            ours, theirs = socket.socketpair()
+            with theirs:
+                order = {**next(self._orders), "bytes": self._bytes}
+                process = nursery().fork(order, (theirs.fileno(), file.fileno()))
         return ProcessLink(process, ours, memory)
 
 
@@ -292,10 +292,26 @@ def _all(count: int, start: Callable[[], Link]) -> list[Link]:
     return links
 
 
-def _memory_file() -> IO[bytes]:
-    """A file without a name, in memory where the system has a folder for that."""
-    folder = Path("/dev/shm")
-    return tempfile.TemporaryFile(dir=folder if folder.is_dir() else None)
+SHARED_FOLDERS = (Path("/dev/shm"), Path(tempfile.gettempdir()))
+"""Where the system has files in memory, and where there may be room if not there: containers often have little."""
+
+
+def _memory_file(size: int) -> IO[bytes]:
+    """A file without a name, all of which is taken: who wrote where the system has no room left would be ended by it."""
+    take = getattr(os, "posix_fallocate", None) or (lambda file, start, size: os.truncate(file, size))
+    said = ""
+    for folder in filter(Path.is_dir, SHARED_FOLDERS):
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        try:
+            take(file.fileno(), 0, size)
+            return file
+        except OSError as error:
+            file.close()
+            said = f"{folder}: {error.strerror or error}"
+    raise Unsupported(
+        f"{size} bytes that a worker and its model both see ({said})",
+        supported=f"so much room in {' or '.join(map(str, SHARED_FOLDERS))} for each worker",
+    )
 
 
 def _accepted(listening: socket.socket, secret: bytes) -> socket.socket:

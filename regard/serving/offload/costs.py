@@ -367,4 +367,13 @@ def _made(kind: type[Any], values: Any, path: Path) -> Any:
     for field in dataclasses.fields(kind):
         if field.name not in values and field.default is dataclasses.MISSING:
             raise Unsupported(f"{what} without {field.name}", supported=EXAMPLE)
-    return kind(**values)
+    floats = {field.name for field in dataclasses.fields(kind) if field.type == "float"}
+    return kind(**{name: _number(value) if name in floats else value for name, value in values.items()})
+
+
+def _number(value: Any) -> Any:
+    """What 9.9e14 means, which YAML takes for text since its exponent has no sign; anything else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
