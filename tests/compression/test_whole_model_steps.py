@@ -195,6 +195,15 @@ def test_a_saved_program_gives_the_answers_of_the_model_for_other_sizes(tmp_path
     assert not (tmp_path / "model.onnx").exists(), "a program of another save"
 
 
+def test_a_program_made_of_one_short_item_takes_more_and_longer_ones(tmp_path):
+    model = language_model()
+    regard.compress(model, "int8 + export:format=torch", [torch.randint(0, VOCABULARY, (1, 6))]).save(tmp_path)
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for sizes in ((1, 6), (1, 3), (3, 21)):
+        ids = torch.randint(0, VOCABULARY, sizes)
+        close(program(ids).detach(), answers(model, ids), 1e-5)
+
+
 def test_a_program_of_fewer_patches_is_that_of_the_reduced_model(tmp_path):
     model, data = vit(), images()
     small = regard.compress(model, "tokens:remove=3 + export:format=torch", data)
