@@ -58,14 +58,16 @@ def compress(
     ] = 0,
     as_json: JSON = False,
 ) -> None:
-    """Make a model smaller and faster, and say what it costs: weights in 8 or 4 bits, heads, neurons and layers taken away.
+    """Make a model smaller and faster, and say what it costs: fewer bits, heads, neurons, layers and tokens.
 
     With --recipe one model is written, which regard generate, evaluate, predict, serve and sparse read as they read the one it is
     made of.
     With --recipes each is scored on held-out data and timed beside the original.
 
-    Steps, of each line at most one: structured or axformer, which take parts away; magnitude, wanda or sparsegpt, which make
-    weights 0; smoothquant or awq; int8, int4, gptq, lsq, w8a8 or llm_int8.
+    Steps, in this order, of each kind at most one: structured or axformer, which take parts away; magnitude, wanda or sparsegpt,
+    which make weights 0; smoothquant or awq; int8, int4, gptq, lsq, w8a8 or llm_int8; tokens, of which fewer stay; export, a
+    program beside the weights. distil comes first, where it makes a student of half the layers, or after a step whose losses it
+    wins back from the original's answers.
 
     Examples:
 
@@ -76,6 +78,9 @@ def compress(
         regard compress my_classifier --recipe "axformer:focus=size,slack=0.02 + int8" --output small/
         regard compress smollm2/ --data my_corpus.txt --recipe "structured:neurons=0.2,layers=2" --output small/
         regard compress my_model --recipes "int8,int4:group=64,awq + gptq" --json
+        regard compress smollm2/ --data my_corpus.txt --recipe "structured:layers=4 + distil:budget=10m + int8" --output small/
+        regard compress smollm2/ --data my_corpus.txt --recipe "int8 + tokens:method=snapkv,capacity=256" --output small/
+        regard compress my_images --recipe "int8 + tokens:method=evit,keep=0.7 + export" --output small/
         regard compress smollm2/ --data my_corpus.txt --recipes "int8,int4" --effects 12
     """
     from regard.compression.recipes import read_recipe, read_recipes

@@ -109,7 +109,8 @@ def make_program(model: nn.Module, step: Export, batch: Any, run: Run, *, rounds
         if weights_bytes(model) > LARGEST_ONNX:
             raise Unsupported("an ONNX program of more than 2 GB", supported="less", nearest="export:format=torch")
     batch = _without_targets(batch)
-    tensors = _inputs(batch)
+    # of one item the exporter would make a constant
+    tensors = {name: torch.cat([x, x]) if x.shape[:1] == (1,) else x for name, x in _inputs(batch).items()}
     answers = _Answers(model, batch, run).eval()
     given = tuple(tensors.values())
     auto: Any = torch.export.Dim.AUTO

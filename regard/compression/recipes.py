@@ -443,7 +443,7 @@ def _check_order(steps: list[tuple[str, Any]]) -> None:
                 f"{name} after {before}",
                 supported="distil first, where it makes a student of fewer layers, or directly after a step that takes parts out, "
                 "makes weights 0 or rounds, whose losses it wins back",
-                nearest="" if before == name else f'"{name} + {before}"',
+                nearest="distil once" if before == name else f'"{name} + {before}"',
             )
         if step.layers is not None:
             raise Unsupported(

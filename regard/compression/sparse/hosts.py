@@ -75,6 +75,8 @@ def sparsify(model: nn.Module, method: Method | str) -> Sparse:
         Unsupported: for other models, and for layers whose attention is more than softmax (a window, a sink, a soft cap).
     """
     method = read_method(method) if isinstance(method, str) else method
+    if any(isinstance(getattr(getattr(module, "config", None), "method", None), Method) for module in model.modules()):
+        raise Unsupported("a second sparse method in a model", supported="one at a time", nearest="undo() of the first")
     if isinstance(model, LanguageModel):
         return _in_own(model, method)
     if hasattr(model, "set_attn_implementation"):

@@ -40,14 +40,16 @@ def quantized_linear(p: Problem) -> Tensor:
 
 def reads_codes(x: Tensor) -> bool:
     """Whether a product of x may read codes: of few rows, without gradients, in float32 or bfloat16 on the CPU."""
+    if torch.compiler.is_compiling():  # a trace knows no memory, and may be for all numbers of rows
+        return False
     if x.dtype not in (torch.float32, torch.bfloat16) or not x.is_cpu or (x.requires_grad and torch.is_grad_enabled()):
         return False
     return 0 < x.numel() <= FEW_ROWS * x.shape[-1]
 
 
 def _by_codes(x: Tensor, p: Problem) -> Tensor | None:
-    """Without bias; None where torch has no operator for such a weight, and in traces, which know no memory."""
-    if torch.compiler.is_compiling() or not p.codes.is_cpu:
+    """Without bias; None where torch has no operator for such a weight."""
+    if not p.codes.is_cpu:
         return None
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(torch.bfloat16)
     if p.bits == 8:
