@@ -1,4 +1,4 @@
-"""The project's image backbones among timm's models: ``regard_van_b0`` and so on.
+"""The project's image backbones among timm's models, ``regard_van_b0`` and so on, and models of timm that were swapped and saved.
 
 Importing this module registers them::
 
@@ -11,6 +11,9 @@ Importing this module registers them::
 They take timm's words ``num_classes``, ``in_chans``, ``img_size``, ``drop_rate``, ``drop_path_rate`` and ``features_only``, and
 the options of :func:`regard.models.vision.create_backbone` under their own names. There are no weights to download:
 :meth:`regard.models.vision.Backbone.load_released` loads those of the official repositories.
+
+With it, timm also loads folders of :mod:`regard.integrations.timm_folders`: ``timm.create_model("local-dir:FOLDER",
+pretrained=True)``.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from regard.contract import Unsupported
+from regard.integrations.timm_folders import swapped_by_regard as swapped_by_regard
 from regard.models.vision import create_backbone, list_backbones, read_backbone
 
 PREFIX = "regard_"

@@ -1,4 +1,4 @@
-"""New attention into language models that exist: `regard.retrofit`, and what it is made of.
+"""New attention into models that exist: `regard.retrofit`, and what it is made of.
 
 ::
 
@@ -6,7 +6,8 @@
                            output="hybrid/")
     print(made.recommendation)
 
-The folder loads through ``AutoModelForCausalLM.from_pretrained`` after ``import regard.integrations.transformers``. The page
+The folder loads through ``AutoModelForCausalLM.from_pretrained`` after ``import regard.integrations.transformers``; those of
+encoders and of timm's vision transformers likewise, as their README says. The page
 of its results is written by :func:`regard.workbench.reports.retrofit_report.write_retrofit_report`, as the command does.
 """
 

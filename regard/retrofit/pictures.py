@@ -70,6 +70,11 @@ class Some:
     def at(self, chosen: Int[Tensor, " b"]) -> Some:
         return Some(self.pixels[chosen], self.labels[chosen])
 
+    def spread(self, most: int) -> Some:
+        """So many of them, at most, evenly spread: folders have one class after the other."""
+        count = min(most, len(self))
+        return self.at(torch.arange(count) * len(self) // max(count, 1))
+
 
 @dataclass(frozen=True)
 class Pictures:

@@ -12,10 +12,12 @@ from small_encoders import SIZES, WORDS, WORK, bert, text, tokenizer, tokens
 import regard
 from regard import Unsupported
 from regard.integrations import swap
+from regard.measurement.budget import Budget
 from regard.retrofit import open_host, stage
 from regard.retrofit.corpus import UNASKED, Corpus
 from regard.retrofit.hosts import EncoderHost
 from regard.retrofit.measures.encoder import neighbours, quality
+from regard.retrofit.pace import plan
 from regard.retrofit.settings import RetrofitSettings
 from regard.retrofit.transfer import begin_at_scale, transfer_losses
 from regard.workbench.reports.retrofit_report import render_retrofit
@@ -60,6 +62,8 @@ def test_a_folder_of_a_masked_language_model_becomes_one_that_loads(capsys, plac
     ids = tokens(20)[None]
     assert torch.equal(loaded(ids).logits, again(ids).logits)
     assert transformers.AutoTokenizer.from_pretrained(place / "out").mask_token_id == WORDS.index("[MASK]")
+    code, _, message = run(capsys, f"evaluate {place}/out {place}/one.txt")
+    assert code == 2 and "an encoder, as a language model" in message
     code, told, _ = run(capsys, line)
     assert code == 0 and "perplexity of masked tokens" in told
 
@@ -161,6 +165,12 @@ def test_the_same_model_keeps_everything_and_another_does_not(host):
     assert found["by_layer"][-1] == found["kept"] and found["kept_error"] > 0
 
 
+def test_a_time_is_planned(host):
+    settings = of(host, budget=Budget.parse("20m"))
+    found = plan(host, corpus(), settings)
+    assert min(found.warm, found.transfer, found.tune) >= 8 and found.windows == 4
+
+
 def test_neighbours_are_those_of_each_text():
     means = torch.randn(6, 8)
     assert neighbours(means, 3 * means + 1) == 1
@@ -223,7 +233,7 @@ def images(path):
     (path / "photos").mkdir()
     for name in ("a.png", "b.png"):
         (path / "photos" / name).write_bytes(b"no image")
-    return {"data": path / "photos"}
+    return {"data": [path / "photos"]}
 
 
 def swapped(_):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +13,13 @@ from PIL import Image
 
 import regard
 from regard import Unsupported
+from regard.measurement.budget import Budget
 from regard.retrofit import open_host, stage
 from regard.retrofit.hosts import VisionHost
 from regard.retrofit.measures.vision import quality, recommend
+from regard.retrofit.pace import plan
 from regard.retrofit.pictures import read_pictures
+from regard.retrofit.settings import RetrofitSettings
 
 timm = pytest.importorskip("timm")
 from regard.integrations import timm_folders  # noqa: E402  it needs timm
@@ -74,9 +78,11 @@ def test_a_folder_of_timm_becomes_one_that_timm_loads(capsys, place):
     assert (code, out) == (2, "") and "swapped before" in message
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's, of names in transformers
 def test_killed_and_resumed_it_equals_one_that_was_not(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
     model, data = vit(num_classes=0, class_token=False, global_pool="avg"), images()
-    settings = {"keep_layers": "0", "data": data, "budget": "30 steps", **WORK}
+    settings = {"keep_layers": "0", "data": data, "budget": "30 steps", "train": "lora:2", **WORK}
     whole = regard.retrofit(model, "agent", output=tmp_path / "whole", **settings)
     monkeypatch.setattr(stage, "CHECKPOINT_SECONDS", 0.0)
 
@@ -124,6 +130,10 @@ def test_repeated_images_are_taken_once_and_classes_are_the_models(host, place):
     twice = read_pictures(torch.cat([some, some]), None, host.view, batch=8, seed=0)
     assert twice.size == 18 and len(twice.held_out) == 2 and not twice.labelled
     assert len(twice.drawn(1, 0, 8)) == 8
+    assert set(data.training.spread(5).pixels.flatten(1).sum(1).tolist()) <= set(
+        data.training.pixels.flatten(1).sum(1).tolist()
+    )
+    assert twice.training.spread(99).pixels.shape == twice.training.pixels.shape
     flat = read_pictures(str(place / "photos" / "cats"), str(place / "photos"), host.view, batch=8, seed=0)
     assert not flat.labelled and list(flat.sources) == ["cats, held out", "photos, another source"]
 
@@ -157,6 +167,9 @@ def test_a_model_that_timm_would_not_build_again_is_refused(tmp_path):
         timm_folders.save(changed, tmp_path / "out")
     with pytest.raises(Unsupported, match="does not know by a name"):
         open_host(timm.models.VisionTransformer(img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2))
+    from regard.integrations import timm as registered
+
+    assert registered.swapped_by_regard is timm_folders.swapped_by_regard
     with pytest.raises(Unsupported, match="with no folder"):
         timm.create_model(timm_folders.NAME)
     assert not (tmp_path / "out").exists()
@@ -169,6 +182,14 @@ def test_a_name_of_timm_is_asked_for(monkeypatch):
     found = open_host("timm:vit_small_patch16_224")
     assert isinstance(found, VisionHost) and found.name == "vit_small_patch16_224"
     assert asked == [("vit_small_patch16_224", {"pretrained": True})]
+
+
+def test_a_time_is_planned(host):
+    settings = host.begun(RetrofitSettings("linear", budget=Budget.parse("20m"), batch_size=4))
+    found = plan(host, host.read(images(20), None, settings), settings)
+    assert min(found.warm, found.transfer, found.tune) >= 8 and found.windows >= 2
+    with pytest.raises(Unsupported, match="4 images a step"):
+        plan(host, host.read(images(20), None, settings), replace(settings, budget=Budget.parse("0.001s")))
 
 
 def swapped(_):

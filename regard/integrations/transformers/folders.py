@@ -60,6 +60,11 @@ def load_model(place: Path, *, of: Any = None, dtype: torch.dtype = torch.float3
     options = {"dtype": dtype, "output_loading_info": True, **file}
     auto = transformers.AutoModelForCausalLM if of is None else of
     model, found = _loaded(auto, "model", place, folder, supported, **options)
+    saved = next(iter(getattr(model.config, "architectures", None) or ()), "")
+    if of is None and saved.endswith("ForMaskedLM"):
+        raise Unsupported(
+            f"the {saved} in {place}, an encoder, as a language model that goes on from a text", supported=supported
+        )
     missing = sorted(found["missing_keys"])
     if missing:
         raise Unsupported(

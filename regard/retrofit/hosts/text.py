@@ -66,19 +66,16 @@ class TextHost(Host):
         return settings.block
 
     def read(self, data: Paths | Tensor, validation: Paths | Tensor | None, settings: RetrofitSettings) -> Corpus:
-        for what in (data, validation):
-            self._check_text(what)
+        for place in (*_places(data), *_places(validation)):
+            if Path(place).is_dir() and recognise(place)[0] == "images":
+                raise Unsupported(
+                    f"{place}, a folder of images, as data of a {type(self.model).__name__}",
+                    supported="text files and folders",
+                )
         vocabulary = self.model.get_input_embeddings().num_embeddings
         return read_corpus(
             data, validation, self.tokenizer, length=settings.block, vocabulary=vocabulary, seed=settings.seed
         )
-
-    def _check_text(self, data: Any) -> None:
-        if isinstance(data, (str, Path)) and Path(data).is_dir() and recognise(data)[0] == "images":
-            raise Unsupported(
-                f"{data}, a folder of images, as data of a {type(self.model).__name__}",
-                supported="text files and folders",
-            )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the model and its tokenizer as transformers does: a GGUF file becomes a folder of safetensors."""
@@ -98,6 +95,11 @@ class TextHost(Host):
         width = getattr(module, "head_dim", None) or config.hidden_size // heads
         groups = heads // getattr(module, "num_key_value_groups", 1)
         return heads, groups, width, getattr(module, "v_head_dim", None) or width
+
+
+def _places(data: Any) -> list[Any]:
+    """The files and folders of data; none of data that is given."""
+    return [data] if isinstance(data, (str, Path)) else list(data) if isinstance(data, (list, tuple)) else []
 
 
 def check_whole(model: Any) -> None:

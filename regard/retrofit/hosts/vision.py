@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
@@ -109,7 +108,7 @@ class VisionHost(Host):
         return self.of_images(data.drawn(step, seed, rows or settings.rows))
 
     def held_out(self, data: Pictures, most: int, settings: RetrofitSettings) -> Batch:
-        return self.of_images(data.held_out.at(torch.arange(min(most * settings.rows, len(data.held_out)))))
+        return self.of_images(data.held_out.spread(most * settings.rows))
 
     def of_images(self, images: Some) -> Batch:
         """Images as the model reads them."""

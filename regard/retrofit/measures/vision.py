@@ -45,9 +45,7 @@ def parts(
     """What is measured, by name; see :class:`regard.retrofit.measures.Measures`."""
     models, most = {ORIGINAL: host.model, RETROFIT: student}, windows * settings.rows
     found: dict[str, Callable[[], Any]] = {
-        f"quality on {source}": partial(
-            quality, models, host, images.at(torch.arange(min(most, len(images)))), settings.rows
-        )
+        f"quality on {source}": partial(quality, models, host, images.spread(most), settings.rows)
         for source, images in pictures.sources.items()
     }
     found["time"] = partial(time_of, models, host.batch(pictures, 0, settings.seed, settings))

@@ -85,7 +85,9 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         "machine": machine["machine_id"],
     }
     return [
-        (name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)) for name, value in found.items()
+        (name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        for name, value in found.items()
+        if value not in (None, [])
     ]
 
 
