@@ -95,7 +95,7 @@ def test_a_name_means_the_same_in_a_layer_a_plan_and_a_wrapper(name, gated):
     ("asked", "told"),
     [
         ("sofmax", "`regard list` tells; try softmax$"),
-        ("local:window=3", "try 'local' with window=3$"),
+        ("locl:window=3", "`regard list` tells; try local$"),
         (3, "of type int; .*a name, as text"),
     ],
 )
