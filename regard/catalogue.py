@@ -193,7 +193,7 @@ def _lookup(name: str) -> tuple[Mechanism, ModuleType]:
         words = [word for card, _ in _catalogue().values() for word in (card.name, *card.aliases)]
         raise Unsupported(
             f"mechanism {name!r}",
-            supported="names and aliases that `regard list` tells, NAME:option=value",
+            supported="names and aliases that `regard list` tells",
             nearest=closest(name, words),
         )
     return found

@@ -94,7 +94,8 @@ def test_a_name_means_the_same_in_a_layer_a_plan_and_a_wrapper(name, gated):
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ("sofmax", "`regard list` tells.*; try softmax$"),
+        ("sofmax", "`regard list` tells; try softmax$"),
+        ("locl:window=3", "`regard list` tells; try local$"),
         (3, "of type int; .*a name, as text"),
     ],
 )

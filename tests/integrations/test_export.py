@@ -87,6 +87,12 @@ def test_a_recurrence_is_exported_by_torch_alone_without_gradients_and_refused_w
         torch.testing.assert_close(found, layer(x).output)
 
 
+def test_onnx_of_torch_alone_is_refused_where_it_lacks_an_operator():
+    layer = create_layer("delta_rule", 8, 2).eval()
+    with torch.no_grad(), pytest.raises(Exception, match="triangular equations that ONNX has no solver of"):
+        torch.onnx.export(layer, (torch.randn(1, 5, 8),), dynamo=True, verbose=False)
+
+
 def test_training_is_not_exported():
     with pytest.raises(Unsupported, match="training mode"):
         export(create_layer("softmax", 16, 2), torch.randn(2, 20, 16))

@@ -81,7 +81,7 @@ def test_a_model_that_halts_is_told_as_it_is_and_with_another_patience(quick, tm
         ("train --frozen {folder} --output {out}", ("--exits all",)),
         ("train --frozen {folder} --exits all --dim 8 --output {out}", ("--dim",)),
         ("train --frozen {folder} --exits all:halting --output {out}", ("halting",)),
-        ("train --frozen {folder}/none --exits all --output {out}", ("training.json",)),
+        ("train --frozen {folder}/none --exits all --output {out}", ("does not exist", "regard train")),
         ("evaluate {folder} --exit entropy:0.3", ("without exits", "--exits all")),
         ("evaluate {folder} --exit entropi:0.3", ("entropi", "entropy:0.3")),
         ("generate {folder} a --exit entropy:0.3", ("Encoder",)),

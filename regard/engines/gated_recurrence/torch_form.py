@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regard.contract import Unsupported
 from regard.core.precision import wide_dtype
 from regard.engines.gated_recurrence.problem import Problem
 from regard.engines.scan import chunk_count, fold, in_chunks
@@ -41,6 +42,20 @@ def segment_sum(g: Float[Tensor, "... n d"]) -> Float[Tensor, "... d n n"]:
         return (g.mT * upto)[..., None, :, :] @ after.mT
     inside = (upto[:, None] * after[None]).flatten(0, 1)  # (i j, r)
     return (g.mT @ inside.mT).unflatten(-1, (n, n))
+
+
+def solve_unit(lower: Float[Tensor, "... c c"], right: Float[Tensor, "... c v"]) -> Float[Tensor, "... c v"]:
+    """X of (I + L) X = R, with L strictly below the diagonal.
+
+    Raises:
+        Unsupported: in a program for ONNX, which could not be made in the end.
+    """
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        raise Unsupported(
+            "ONNX of a delta rule, a system of triangular equations that ONNX has no solver of",
+            supported="torch.export",
+        )
+    return torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
 
 
 def suffix_sum(g: Float[Tensor, "... n d"]) -> Float[Tensor, "... n d"]:
@@ -112,7 +127,7 @@ def run(problem: Problem, chunk_size: int, sub_chunk: int) -> tuple[Tensor | Non
         # (I + L) u = beta (v - k_in S): solved for v and k_in at once, before the states are known
         lower = beta_ * decayed_product(k_, k_, g, sub_chunk).tril(-1)
         right = beta_ * torch.cat([v_, k_in], -1)
-        solved = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
+        solved = solve_unit(lower, right)
         v_, k_in = solved.split([v.shape[-1], width], -1)
     near = None
     if q_ is not None:

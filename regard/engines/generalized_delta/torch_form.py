@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.core.precision import wide_dtype
-from regard.engines.gated_recurrence.torch_form import FORGET, decayed_product, suffix_sum
+from regard.engines.gated_recurrence.torch_form import FORGET, decayed_product, solve_unit, suffix_sum
 from regard.engines.scan import in_chunks
 
 
@@ -65,7 +65,7 @@ def run(
         keys = torch.cat([k_ * to_end, -e * to_end], -2)
         total = g.sum(-2).exp()[..., None]
     right = torch.cat([before[0] @ v_, r_in], -1)
-    solved = torch.linalg.solve_triangular(before[1], right, upper=False, unitriangular=True)
+    solved = solve_unit(before[1], right)
     read, along = solved.split([v.shape[-1], width], -1)
     after = None
     if q_ is not None:
