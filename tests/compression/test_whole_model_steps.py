@@ -180,7 +180,7 @@ def test_a_sequence_read_in_turn_is_decoded_token_by_token_through_the_smaller_c
 
 def test_a_saved_program_gives_the_answers_of_the_model_for_other_sizes(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = language_model()
+    model = language_model(1)
     small = regard.compress(model, "int4 + export", windows())
     small.save(tmp_path)
     program = small.report.program
@@ -196,7 +196,7 @@ def test_a_saved_program_gives_the_answers_of_the_model_for_other_sizes(tmp_path
 
 
 def test_a_program_made_of_one_short_item_takes_more_and_longer_ones(tmp_path):
-    model = language_model()
+    model = language_model(1)
     regard.compress(model, "int8 + export:format=torch", [torch.randint(0, VOCABULARY, (1, 6))]).save(tmp_path)
     program = torch.export.load(tmp_path / "model.pt2").module()
     for sizes in ((1, 6), (1, 3), (3, 21)):
