@@ -254,7 +254,8 @@ class Mechanism:
             raise Unsupported(f"alias_options of {self.name} for no alias", supported=", ".join(self.aliases))
         for form in self.forms:
             one_of("form", form, FORMS)
-        if not {"reference", "parallel", "chunked", "absorb"} & self.forms.keys():
+        whole = {"reference", "parallel", "chunked", "absorb"}
+        if self.module is None and not whole & self.forms.keys():
             raise Unsupported(
                 f"{self.name} without a form of whole sequences", supported=", ".join(FORMS), nearest="reference"
             )

@@ -130,6 +130,6 @@ REPRODUCTION = Reproduction(
     smoke={"steps": 2, "batch_size": 2, "items": 8, "lengths": [64, 256], "seconds": 0.01},
     left_out=("detection, segmentation and diffusion without training: no such models at this size",),
     seeds=4,
-    more_seeds={"time": 3},
+    more_seeds={"time": 3, "glyphs: agent": 8, "glyphs: softmax": 8},
     seconds=8,
 )
