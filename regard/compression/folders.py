@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import regard
+from regard.compression.layers import comes_from_transformers
 from regard.compression.programs import remove_programs
 from regard.compression.pruning.foreign import restore, structure
 from regard.compression.tokens.applied import all_tokens, put_on, tokens_record
@@ -49,8 +50,7 @@ def library_of(model: nn.Module) -> str:
     name = type(model).__name__
     if name in MODELS and type(model) is MODELS[name][0]:
         return "regard"
-    modules = [kind.__module__ for kind in type(model).__mro__]
-    if "transformers.modeling_utils" in modules:
+    if comes_from_transformers(model):
         return "transformers"
     return "timm" if hasattr(model, "pretrained_cfg") and type(model).__module__.startswith("timm.") else "other"
 

@@ -166,3 +166,16 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
 
 def _is_decoder(model: Any) -> bool:
     return hasattr(getattr(model, "config", None), "use_cache")
+
+
+def comes_from_transformers(model: Any) -> bool:
+    """Whether a model is one of transformers, told without importing it."""
+    return any(kind.__module__ == "transformers.modeling_utils" for kind in type(model).__mro__)
+
+
+def answers_of(found: Any) -> Tensor | None:
+    """The tensor in what a model returned: its output, logits or last hidden states; None where there is none."""
+    for name in ("output", "logits", "last_hidden_state"):
+        if isinstance(getattr(found, name, None), Tensor):
+            return getattr(found, name)
+    return found if isinstance(found, Tensor) else None

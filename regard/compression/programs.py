@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from regard.compression.layers import Run
+from regard.compression.layers import Run, answers_of
 from regard.compression.steps import Export
 from regard.contract import Unsupported
 from regard.integrations.export import check_packages, refuse_waived, without_warnings
@@ -192,11 +192,9 @@ def _filled(batch: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 def _tensor(found: Any) -> Tensor:
-    for name in ("output", "logits", "last_hidden_state"):
-        if isinstance(getattr(found, name, None), Tensor):
-            return getattr(found, name)
-    if isinstance(found, Tensor):
-        return found
+    answers = answers_of(found)
+    if answers is not None:
+        return answers
     raise Unsupported(
         f"a program of a model that returns a {type(found).__name__}", supported="logits or hidden states"
     )

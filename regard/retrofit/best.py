@@ -50,7 +50,7 @@ class Best:
         """Ask held-out data, and keep the parts that are better than ever."""
         losses = [loss if math.isfinite(loss) else math.inf for loss in self.measure()]
         for i, loss in enumerate(losses):
-            if loss < min((before[i] for _, before in self.looks), default=math.inf):
+            if loss < self._least(i):
                 tensors = {name: tensor.detach().clone() for name, tensor in self._kept(i).items()}
                 write_atomically(self.files[i], partial(save_file, tensors))
         self.looks.append((done, losses))
@@ -59,7 +59,7 @@ class Best:
         """Give every part the weights that were best; those of the last step where none ever gave a number."""
         with torch.no_grad():
             for i, last in enumerate(self.looks[-1][1]):
-                if last > min(losses[i] for _, losses in self.looks):
+                if last > self._least(i):
                     kept, now = load_file(self.files[i]), self._kept(i)
                     for name, tensor in kept.items():
                         now[name].copy_(tensor)
@@ -72,7 +72,7 @@ class Best:
 
     def mean(self, at: int | None = None) -> float:
         """The mean of the parts' losses at a look; of the best of each when None."""
-        losses = [min(found[i] for _, found in self.looks) for i in range(len(self.parts))]
+        losses = [self._least(i) for i in range(len(self.parts))]
         return math.fsum(losses if at is None else self.looks[at][1]) / len(losses)
 
     def record(self) -> list[Any]:
@@ -82,6 +82,10 @@ class Best:
     def restore(self, record: Sequence[Any]) -> None:
         """Go on from :meth:`record`."""
         self.looks = [(done, list(losses)) for done, losses in record]
+
+    def _least(self, i: int) -> float:
+        """The least loss of a part so far."""
+        return min((losses[i] for _, losses in self.looks), default=math.inf)
 
     def _kept(self, i: int) -> dict[str, Tensor]:
         """What training changes in a part: weights that want gradients, and buffers that belong to a saved model."""

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from regard.measurement import units
-from regard.retrofit.measures import measures_of
+from regard.retrofit.measures import kind_of, measures_of
 
 README = """\
 ---
@@ -55,7 +55,7 @@ def as_json(record: dict[str, Any]) -> str:
 def readme(record: dict[str, Any]) -> str:
     """The model card of a record."""
     results, settings = record["results"], record["settings"]
-    distil, kind = settings["distil"], record.get("kind", "language")
+    distil, kind = settings["distil"], kind_of(record)
     own = RIGHT[kind]
     return README.format(
         name=record["from"]["name"],
@@ -81,7 +81,7 @@ def readme(record: dict[str, Any]) -> str:
 
 def loading(record: dict[str, Any]) -> str:
     """The lines of Python that load the model of a record."""
-    kind, name = record.get("kind", "language"), record["from"]["class"]
+    kind, name = kind_of(record), record["from"]["class"]
     if kind == "vision":
         return OF_TIMM
     auto = "AutoModelForMaskedLM" if name.endswith("ForMaskedLM") else "AutoModel"

@@ -138,11 +138,10 @@ def read_pictures(
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
     border = len(whole) - max(round(HELD_OUT * len(whole)), 2)
     if border < batch:
-        fits = len(whole) - max(round(HELD_OUT * len(whole)), 2)
         raise Unsupported(
             f"{len(whole)} different images, of which {max(border, 0)} are not held out, for batches of {batch}",
             supported="a batch or more to train on",
-            nearest=f"batch_size={fits}" if fits > 0 else "more images",
+            nearest=f"batch_size={border}" if border > 0 else "more images",
         )
     other = other_name = None
     if validation is not None:

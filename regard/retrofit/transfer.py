@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from regard.integrations.collecting import collect_losses
 from regard.integrations.swap import mechanism_in
+from regard.models.blocks import evaluation_mode
 from regard.retrofit.best import Best
 from regard.retrofit.folder import Folder
 from regard.retrofit.hosts import Host
@@ -77,16 +78,10 @@ def held_out_losses(host: Host, modules: Mapping[int, nn.Module], inputs: Sequen
     def compare(number: int, expected: Tensor, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         losses[number].append(_distance(_first(modules[number](*args, **given)), expected).item())
 
-    were = {module: module.training for module in modules.values()}
-    try:
-        for module in were:
-            module.eval()
-        with torch.no_grad(), _listening(host, modules, compare):
-            for each in inputs:
-                host.body(each)
-    finally:
-        for module, was in were.items():
-            module.train(was)
+    together = nn.ModuleList(modules.values())
+    with torch.no_grad(), evaluation_mode(together), _listening(host, modules, compare):
+        for each in inputs:
+            host.body(each)
     return [math.fsum(found) / len(found) for found in losses.values()]
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from regard.contract import Unsupported
 from regard.integrations.collecting import collect_losses
+from regard.models.blocks import evaluation_mode
 from regard.retrofit.best import Best
 from regard.retrofit.folder import Folder
 from regard.retrofit.hosts import Batch, Host
@@ -96,18 +98,21 @@ def _peft() -> Any:
 @torch.no_grad()
 def held_out_loss(host: Host, student: Any, batch: Batch, distil: float) -> float:
     """The loss of :func:`tune_losses` on held-out data, of the student as it is in use."""
-    was, total = student.training, 0.0
-    student.eval()
-    try:
-        parts = host.parts(batch)
-        for part in parts:
-            found = host.answers(student, part)
-            own = (1 - distil) * host.own_loss(found, part) if distil < 1 else 0.0
-            far = distil * host.distance(found, host.answers(host.model, part)) if distil > 0 else 0.0
-            total += float(own + far) / len(parts)
-    finally:
-        student.train(was)
-    return total
+    with evaluation_mode(student):
+        losses = [float(_loss(host, host.answers(student, part), part, distil)) for part in host.parts(batch)]
+    return math.fsum(losses) / len(losses)
+
+
+def _loss(host: Host, found: Tensor, part: Batch, distil: float) -> Tensor:
+    """How far answers are from those of the teacher, times `distil`, plus from the right ones, times the rest."""
+    loss = found.new_zeros(())
+    if distil < 1:
+        loss = loss + (1 - distil) * host.own_loss(found, part)
+    if distil > 0:
+        with torch.no_grad():
+            expected = host.answers(host.model, part)
+        loss = loss + distil * host.distance(found, expected)
+    return loss
 
 
 def tune_losses(host: Host, student: Any, batch: Batch, distil: float) -> list[float]:
@@ -123,14 +128,7 @@ def tune_losses(host: Host, student: Any, batch: Batch, distil: float) -> list[f
     for part in parts:
         with collect_losses(student) as collected:
             found = host.answers(student, part)
-        loss = collected.total(LOSS_WEIGHTS).to(found)
-        own = loss.item()
-        if distil < 1:
-            loss = loss + (1 - distil) * host.own_loss(found, part)
-        if distil > 0:
-            with torch.no_grad():
-                expected = host.answers(host.model, part)
-            loss = loss + distil * host.distance(found, expected)
-        (loss / len(parts)).backward()
-        total += (loss.item() - own) / len(parts)
+        loss = _loss(host, found, part, distil)
+        ((loss + collected.total(LOSS_WEIGHTS).to(found)) / len(parts)).backward()
+        total += loss.item() / len(parts)
     return [total]

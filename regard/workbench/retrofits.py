@@ -15,7 +15,7 @@ from regard.measurement.budget import Budget
 from regard.models.variants import Variant
 from regard.models.weights import write_atomically
 from regard.retrofit import card, open_host, retrofit
-from regard.retrofit.measures import ORIGINAL, RETROFIT, change, measures_of
+from regard.retrofit.measures import ORIGINAL, RETROFIT, change, kind_of, measures_of
 from regard.retrofit.measures.language import mean_recall
 from regard.retrofit.measures.verdict import STATE_AT
 from regard.retrofit.run import Say
@@ -118,7 +118,7 @@ def recommend(records: Mapping[str, Any]) -> str:
 def rows(records: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for the original and for each retrofit."""
     first = next(iter(records.values()))
-    if first.get("kind", "language") != "language":
+    if kind_of(first) != "language":
         return _rows(records)
 
     def row(name: str, record: Mapping[str, Any], model: str) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def _rows(records: Mapping[str, Any]) -> list[dict[str, Any]]:
 def sections(records: Mapping[str, Any]) -> list[Section]:
     """What the report shows."""
     first = next(iter(records.values()))
-    if first.get("kind", "language") != "language":
+    if kind_of(first) != "language":
         return [Section("Beside each other", SAYS, [], rows(records))]
     source, before = list(first["results"]["perplexity"].items())[-1]
     points = {"softmax": (first["results"]["state"][str(STATE_AT)][ORIGINAL] / 2**20, float(before[ORIGINAL]))}

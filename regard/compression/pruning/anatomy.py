@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from regard.compression.layers import comes_from_transformers
 from regard.contract import Unsupported
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def find_host(model: nn.Module) -> Host:
 
     if type(model).__module__.startswith("regard."):
         return OwnModel(model)
-    if any(kind.__module__ == "transformers.modeling_utils" for kind in type(model).__mro__):
+    if comes_from_transformers(model):
         return TransformersModel(model)
     raise Unsupported(f"taking heads, neurons or layers out of a {type(model).__name__}", supported=KNOWN)
 

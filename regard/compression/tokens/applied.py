@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regard.compression.layers import Run
+from regard.compression.layers import Run, answers_of, comes_from_transformers
 from regard.compression.pruning.anatomy import Undo
 from regard.compression.sparse import METHODS as SPARSE
 from regard.compression.sparse import at_compression, sparsely, sparsify
@@ -27,7 +27,7 @@ from regard.compression.sparse.catalogue import make
 from regard.compression.steps import CACHES, IMAGES, KEEP, TEXTS, FewerTokens
 from regard.compression.tokens.hosts import Reduction, blocks_of, reduce_tokens
 from regard.compression.tokens.text import PrunedTokens, layers_of
-from regard.contract import Unsupported
+from regard.contract import Context, Result, Unsupported
 from regard.models import LanguageModel
 from regard.models.image_model import ImageModel
 
@@ -59,10 +59,10 @@ def kind_of(model: Any) -> str:
         raise Unsupported(
             "fewer tokens in a model that has fewer already", supported="one step `tokens`", nearest="undo()"
         )
-    if isinstance(model, LanguageModel) or (_is_of_transformers(model) and model.can_generate()):
+    if isinstance(model, LanguageModel) or (comes_from_transformers(model) and model.can_generate()):
         with sparsely(model, "streaming"):
             return "cache"
-    if _is_of_transformers(model):
+    if comes_from_transformers(model):
         layers_of(model)
         return "text"
     blocks_of(_backbone(model))
@@ -199,8 +199,6 @@ class InTurn(nn.Module):
         self.config = model.config
 
     def forward(self, ids: Tensor, *, context: Any = None, **_: Any) -> Any:
-        from regard.contract import Context, Result
-
         half = ids.shape[1] // 2
         parts = (ids[:, :half], ids[:, half:]) if half else (ids,)
         outputs: list[Tensor] = []
@@ -266,16 +264,10 @@ def _longest(batches: Sequence[Any]) -> int:
     return found
 
 
-def _shape(output: Any) -> Any:
-    for name in ("output", "logits", "last_hidden_state"):
-        if isinstance(getattr(output, name, None), Tensor):
-            output = getattr(output, name)
-    return tuple(output.shape) if isinstance(output, Tensor) else None
+def _shape(found: Any) -> Any:
+    answers = answers_of(found)
+    return None if answers is None else tuple(answers.shape)
 
 
 def _backbone(model: Any) -> Any:
     return model.backbone if isinstance(model, ImageModel) else model
-
-
-def _is_of_transformers(model: Any) -> bool:
-    return any(kind.__module__ == "transformers.modeling_utils" for kind in type(model).__mro__)

@@ -42,9 +42,14 @@ class Measures(Protocol):
 KINDS = cast(dict[str, Measures], {"language": language, "encoder": encoder, "vision": vision})
 
 
+def kind_of(record: Mapping[str, Any]) -> str:
+    """The kind of a record's model; records of earlier versions are of language models."""
+    return record.get("kind", "language")
+
+
 def measures_of(record: Mapping[str, Any]) -> Measures:
-    """The measures of a record's kind; records of earlier versions are of language models."""
-    return KINDS[record.get("kind", "language")]
+    """The measures of a record's kind."""
+    return KINDS[kind_of(record)]
 
 
 def evaluate(
@@ -74,4 +79,16 @@ def evaluate(
     return measures.results(host, student, data, settings, found)
 
 
-__all__ = ["KINDS", "MODELS", "ORIGINAL", "RETROFIT", "Loss", "Measures", "Row", "change", "evaluate", "measures_of"]
+__all__ = [
+    "KINDS",
+    "MODELS",
+    "ORIGINAL",
+    "RETROFIT",
+    "Loss",
+    "Measures",
+    "Row",
+    "change",
+    "evaluate",
+    "kind_of",
+    "measures_of",
+]

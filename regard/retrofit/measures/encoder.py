@@ -31,6 +31,7 @@ from regard.retrofit.measures.shared import (
     kept,
     longer,
     operations,
+    rise,
     source_notes,
     times,
 )
@@ -110,12 +111,9 @@ def quality(models: Models, blocks: Batch) -> dict[str, Any]:
 
 def _masked(nats: Mapping[str, list[float]], same: Tensor) -> dict[str, Any]:
     losses = {name: torch.tensor(its).double() for name, its in nats.items()}
-    gaps = losses[RETROFIT] - losses[ORIGINAL]
-    rise = math.expm1(float(gaps.mean()))
     return {
         **{name: math.exp(min(float(its.mean()), 700.0)) for name, its in losses.items()},
-        "change": rise,
-        "standard_error": float(gaps.std() / len(gaps) ** 0.5) * (1 + rise) if len(gaps) > 1 else None,
+        **rise(losses[RETROFIT] - losses[ORIGINAL]),
         "agreement": float(same.double().mean()),
     }
 
@@ -141,7 +139,7 @@ def time_of(models: Models, host: EncoderHost, ids: Int[Tensor, " n"], length: i
 
 
 def rows(results: Mapping[str, Any]) -> list[Row]:
-    """Lines of the report\'s table: what is compared, the original\'s and the retrofit\'s."""
+    """The figures in words: what, of the original, of the retrofit."""
     found: list[Row] = []
     for source, its in results["quality"].items():
         if "change" in its:

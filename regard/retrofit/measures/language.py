@@ -21,7 +21,7 @@ from regard.retrofit.corpus import Corpus, even_blocks
 from regard.retrofit.hosts import LanguageHost
 from regard.retrofit.hosts.language import log_likelihoods
 from regard.retrofit.inserting import placed_in, reads_by_state
-from regard.retrofit.measures.shared import ORIGINAL, RETROFIT, Loss, Models, Row, change, times
+from regard.retrofit.measures.shared import ORIGINAL, RETROFIT, Loss, Models, Row, change, rise, times
 from regard.retrofit.measures.verdict import recommend
 from regard.retrofit.settings import RetrofitSettings
 
@@ -93,15 +93,12 @@ def perplexity(models: Models, blocks: Int[Tensor, "w n"]) -> dict[str, Any]:
     }
     mean = {name: float(loss.mean()) for name, loss in losses.items()}
     gaps = (losses[RETROFIT] - losses[ORIGINAL]).mean(1)
-    change = math.expm1(float(gaps.mean()))
-    error = float(gaps.std() / len(gaps) ** 0.5) * (1 + change) if len(gaps) > 1 else None
     borders = [0, *(b for b in (2**e for e in range(4, 24)) if b < blocks.shape[1] - 1), blocks.shape[1] - 1]
     return {
         "blocks": len(blocks),
         "length": blocks.shape[1],
         **{name: math.exp(min(value, 700.0)) for name, value in mean.items()},
-        "change": change,
-        "standard_error": error,
+        **rise(gaps),
         "by_position": [
             {"first": a + 1, "last": b, **{n: math.exp(min(float(x[:, a:b].mean()), 700.0)) for n, x in losses.items()}}
             for a, b in itertools.pairwise(borders)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,18 @@ def operations(host: Host, model: Any, tokens: int) -> float:
     return total
 
 
+def mean_and_error(items: Float[Tensor, " m"]) -> tuple[float, float | None]:
+    """The mean of numbers, and its standard error; None of a single one."""
+    return float(items.mean()), float(items.std() / len(items) ** 0.5) if len(items) > 1 else None
+
+
+def rise(gaps: Float[Tensor, " w"]) -> dict[str, float | None]:
+    """How much larger a perplexity is, from the differences of losses over blocks in nats: ``change``, ``standard_error``."""
+    mean, error = mean_and_error(gaps)
+    larger = math.expm1(mean)
+    return {"change": larger, "standard_error": None if error is None else error * (1 + larger)}
+
+
 class Closeness:
     """How much of the variance of vectors is kept by others in their place, over several batches."""
 
@@ -88,12 +101,12 @@ class Closeness:
         """1 less the squared distance as a share of the variance, and its standard error over the batches."""
         variance = max(self.squares - float(self.sum.square().sum()) / self.count, 1e-30)
         shares = torch.tensor(self.distances).double() * len(self.distances) / variance
-        error = float(shares.std() / len(shares) ** 0.5) if len(shares) > 1 else None
-        return 1 - float(shares.mean()), error
+        distance, error = mean_and_error(shares)
+        return 1 - distance, error
 
 
 def kept(share: float, error: float | None) -> str:
-    """A share of variance, in words, with its standard error."""
+    """A share, as of variance, in words, with its standard error."""
     return f"{share:.1%}" + ("" if error is None else f" (± {100 * error:.1f})")
 
 

@@ -27,6 +27,7 @@ from regard.retrofit.measures.shared import (
     judgement,
     kept,
     longer,
+    mean_and_error,
     operations,
     source_notes,
     times,
@@ -81,18 +82,14 @@ def quality(models: Models, host: VisionHost, images: Some, at_once: int) -> dic
         found["kept"], found["kept_error"] = closeness.share()
         return found
     first, second = (torch.cat(said[name]) for name in MODELS)
-    found["agreement"], found["standard_error"] = _mean((first == second).double())
+    found["agreement"], found["standard_error"] = mean_and_error((first == second).double())
     known = images.labels != UNASKED
     if bool(known.any()):
         right = {name: (torch.cat(said[name]) == images.labels)[known].double() for name in MODELS}
         found["accuracy"] = {name: float(its.mean()) for name, its in right.items()}
-        lost, error = _mean(right[RETROFIT] - right[ORIGINAL])
+        lost, error = mean_and_error(right[RETROFIT] - right[ORIGINAL])
         found["accuracy"] |= {"change": lost, "standard_error": error}
     return found
-
-
-def _mean(items: Tensor) -> tuple[float, float | None]:
-    return float(items.mean()), float(items.std() / len(items) ** 0.5) if len(items) > 1 else None
 
 
 @torch.no_grad()
@@ -103,14 +100,15 @@ def time_of(models: Models, batch: Batch) -> dict[str, Any]:
 
 
 def rows(results: Mapping[str, Any]) -> list[Row]:
-    """Lines of the report\'s table: what is compared, the original\'s and the retrofit\'s."""
+    """The figures in words: what, of the original, of the retrofit."""
     found: list[Row] = []
     for source, its in results["quality"].items():
         if "kept" in its:
             share = kept(its["kept"], its["kept_error"])
             found.append((f"variance of features that is kept, {source}", "all", share))
             continue
-        found.append((f"images of the same class as by the original, {source}", "all", _share(its["agreement"], its)))
+        same = kept(its["agreement"], its["standard_error"])
+        found.append((f"images of the same class as by the original, {source}", "all", same))
         if "accuracy" in its:
             found.append(beside(f"accuracy on {source}", its["accuracy"], "{:.1%}".format))
     its, count = results["time"], results["time"]["images"]
@@ -119,10 +117,6 @@ def rows(results: Mapping[str, Any]) -> list[Row]:
     words = f"operations of attention over the {results['tokens']} tokens of an image, by definition"
     found.append(beside(words, results["operations"], units.count))
     return found
-
-
-def _share(value: float, its: Mapping[str, Any]) -> str:
-    return f"{value:.1%}" + ("" if its["standard_error"] is None else f" (± {100 * its['standard_error']:.1f})")
 
 
 def loss(results: Mapping[str, Any]) -> Loss:
@@ -136,7 +130,7 @@ def loss(results: Mapping[str, Any]) -> Loss:
         its = judged["accuracy"]
         words = f"accuracy is {its[RETROFIT]:.1%} where the original has {its[ORIGINAL]:.1%}"
         return -its["change"], its["standard_error"], words
-    words = f"{_share(judged['agreement'], judged)} of images have the original's class"
+    words = f"{kept(judged['agreement'], judged['standard_error'])} of images have the original's class"
     return 1 - judged["agreement"], judged["standard_error"], words
 
 

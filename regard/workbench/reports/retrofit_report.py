@@ -14,7 +14,7 @@ from regard.measurement import units
 from regard.models.variants import read_variant
 from regard.models.weights import write_atomically
 from regard.retrofit import card, read_record
-from regard.retrofit.measures import MODELS, change, measures_of
+from regard.retrofit.measures import MODELS, change, kind_of, measures_of
 from regard.workbench.reports import charts
 from regard.workbench.reports.charts import Axis, Figure, Series
 from regard.workbench.reports.report import pages
@@ -49,7 +49,7 @@ def write_retrofit_report(folder: str | os.PathLike[str], path: str | os.PathLik
 
 def render_retrofit(record: Mapping[str, Any]) -> str:
     """The page of a record as text."""
-    view, kind = _View(record), record.get("kind", "language")
+    view, kind = _View(record), kind_of(record)
     return (
         pages()
         .get_template("retrofit.html.j2")
