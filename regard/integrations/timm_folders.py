@@ -107,8 +107,7 @@ def _given(config: Any) -> dict[str, Any]:
 
 def _place(model: nn.Module, swapped: dict[str, Any]) -> None:
     for path, entry in swapped.items():
-        options = {name: tuple(x) if isinstance(x, list) else x for name, x in entry["options"].items()}
-        swap(model, {path: (entry["mechanism"], options)}, pattern=entry["pattern"])
+        swap(model, {path: (entry["mechanism"], entry["options"])}, pattern=entry["pattern"])
 
 
 def swapped_by_regard(
