@@ -1,4 +1,4 @@
-/* Few rows times the transpose of a weight that is held in 8 or 4 bits. */
+/* Few rows times the transpose of a weight that is held in 8 or 4 bits, or in float32. */
 #ifndef REGARD_QUANTIZED_LINEAR_H
 #define REGARD_QUANTIZED_LINEAR_H
 
@@ -13,14 +13,14 @@ extern "C" {
 typedef struct {
   int64_t size;
   int64_t threads;
-  int64_t bits;            /* 8 or 4 */
+  int64_t bits;            /* 8 or 4; 32 for a weight in float32 */
   int64_t m, n, k;         /* rows of x and of W, and columns of x */
-  int64_t columns;         /* of W, no fewer than k, a multiple of the group; those beyond k meet zeros. 8 bits: k */
-  int64_t group;           /* columns with one scale: 8 bits: all; 4 bits: a multiple of 32 */
+  int64_t columns;         /* of W, no fewer than k, a multiple of the group; those beyond k meet zeros. 8 and 32 bits: k */
+  int64_t group;           /* columns with one scale: 8 bits: all; 4 bits: a multiple of 32; 32 bits: not read */
   const float *x;          /* (M, K) */
   int64_t x_stride;
-  const void *codes;       /* (N, columns) int8, or (N, columns / 2) uint8, contiguous */
-  const uint16_t *scale;   /* (N, columns / group) bfloat16, contiguous */
+  const void *codes;       /* (N, columns) int8 or float32, or (N, columns / 2) uint8, contiguous */
+  const uint16_t *scale;   /* (N, columns / group) bfloat16, contiguous; NULL of 32 bits */
   const uint16_t *offset;  /* the same; NULL for zeros; 4 bits only */
   const float *bias;       /* (N,); NULL for zeros */
   float *y;                /* (M, N) contiguous */

@@ -46,7 +46,7 @@ bool has(int set) {
       return has(1) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     case 3:
-      return has(2) && __builtin_cpu_supports("avx512bf16");
+      return has(2) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
     default: {
 #if defined(REGARD_AMX)
       static const bool granted = has(3) && grant_tiles();
@@ -100,7 +100,7 @@ extern "C" int regard_set_instruction_set(const char* name) {
 }
 
 // REGARD_KERNEL(name, Args): regard_name(const Args*) runs name of the chosen set. Sources that gain nothing from
-// bfloat16 instructions are not compiled for them and run their AVX-512 version there.
+// bfloat16 instructions, or dot products of bytes, are not compiled for them and run their AVX-512 version there.
 #if defined(REGARD_X86)
 #define REGARD_DECLARE(isa, name, Args) \
   namespace isa {                       \
@@ -128,6 +128,7 @@ extern "C" int regard_set_instruction_set(const char* name) {
     }                                                                      \
   }
 #define REGARD_KERNEL(name, Args) REGARD_FORWARD(name, Args, isa_avx512, isa_avx512)
+#define REGARD_KERNEL_VNNI(name, Args) REGARD_FORWARD(name, Args, isa_avx512_bf16, isa_avx512_bf16)
 #if defined(REGARD_AMX)
 #define REGARD_KERNEL_BF16(name, Args) REGARD_FORWARD(name, Args, isa_avx512_bf16, isa_amx_bf16)
 #else
@@ -143,6 +144,7 @@ extern "C" int regard_set_instruction_set(const char* name) {
     return isa_baseline::name(args);                                       \
   }
 #define REGARD_KERNEL_BF16(name, Args) REGARD_KERNEL(name, Args)
+#define REGARD_KERNEL_VNNI(name, Args) REGARD_KERNEL(name, Args)
 #endif
 
 #include "kernels.inc"

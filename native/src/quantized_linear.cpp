@@ -1,8 +1,10 @@
-// Few rows times a weight of 8 or 4 bits: codes are read once, turned into floats in registers and multiplied there, so that
-// the time is that of reading them. Sums are float32.
+// Few rows times a weight of 8 or 4 bits: codes are read once, so that the time is that of reading them. They are turned into
+// floats in registers and multiplied there; of 4 bits, where bytes have dot products (VNNI), with inputs as digits of 8 bits.
+// Weights in float32 are read as they are.
 
 #include "regard_quantized_linear.h"
 
+#include "digits.h"
 #include "vector.h"
 
 #include "parallel.h"
@@ -52,8 +54,6 @@ REGARD_INLINE UIntVec unsigned_bytes(const uint8_t* p) {
 #endif
 }
 
-REGARD_INLINE Vec signed_codes(const int8_t* p) { return __builtin_convertvector(signed_bytes(p), Vec); }
-
 // Two codes for each lane: those of even columns and those of odd ones.
 REGARD_INLINE void half_codes(const uint8_t* p, Vec& even, Vec& odd) {
   const UIntVec both = unsigned_bytes(p);
@@ -74,13 +74,74 @@ struct Inputs {
   const float* odd;   // (M, stride): the odd ones
   const float* sums;  // (M, groups): of each group, where there are offsets
   int64_t stride;
+#if defined(__AVX512VNNI__)
+  const Digits* digits;  // (M, steps), in place of floats
+  const float* step;     // (M,): what 1 stands for; nullptr without digits
+  int64_t steps;
+#endif
 };
 
-// One row of W after the other, as it lies in memory: what fetches ahead follows one stream better than several.
+// What the offsets of a row of W add.
+REGARD_INLINE float of_offsets(const Args& a, const Inputs& x, int64_t row, int64_t token, int64_t groups) {
+  if (a.offset == nullptr) return 0.f;
+  const bfloat16* const offset = a.offset + row * groups;
+  const float* const sums = x.sums + token * groups;
+  Vec total = zero();
+  for (int64_t g = 0; g < groups; g += LANES) {
+    const int count = static_cast<int>(least<int64_t>(LANES, groups - g));
+    total = count == LANES ? fma(load(offset + g), load(sums + g), total)
+                           : fma(load(offset + g, count), load(sums + g, count), total);
+  }
+  return sum(total);
+}
+
+#if defined(__AVX512VNNI__)
 template <int TOKENS>
-void product_8bit(const Args& a, const Inputs& x, int64_t row, int64_t token) {
+void product_of_digits(const Args& a, const Inputs& x, int64_t row, int64_t token) {
+  const int64_t width = a.columns / 2, groups = a.columns / a.group;
+  const int64_t of_step = 2 * STEP / a.group;  // groups of a step: 4, 2 or 1; fewer in the last one
+  const uint8_t* const codes = static_cast<const uint8_t*>(a.codes) + row * width;
+  const __m512i low_half = _mm512_set1_epi8(15);
+  // A scale goes to the upper half of each lane of its group, where it is a float32.
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i place = _mm512_slli_epi32(_mm512_srli_epi32(lane, of_step == 4 ? 2 : of_step == 2 ? 3 : 4), 16);
+  __m512 total[TOKENS];
+#pragma GCC unroll 4
+  for (int t = 0; t < TOKENS; ++t) total[t] = _mm512_setzero_ps();
+  const auto add = [&](int64_t s, __mmask64 which, __mmask8 scales) __attribute__((always_inline)) {
+    const __m512i both = _mm512_maskz_loadu_epi8(which, codes + s * STEP);
+    const __m512i low = _mm512_and_si512(both, low_half);
+    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_half);
+    const __m128i own = _mm_maskz_loadu_epi16(scales, a.scale + row * groups + s * of_step);
+    const __m512i placed = _mm512_maskz_permutexvar_epi16(0xaaaaaaaau, place, _mm512_castsi128_si512(own));
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; ++t) {
+      const Digits& digits = x.digits[(token + t) * x.steps + s];
+      const __m512 found = _mm512_cvtepi32_ps(product(digits.start, low, high, digits));
+      total[t] = _mm512_fmadd_ps(found, _mm512_castsi512_ps(placed), total[t]);
+    }
+  };
+  const int64_t full = width / STEP, left = width - full * STEP;
+  for (int64_t s = 0; s < full; ++s) add(s, ~__mmask64{0}, static_cast<__mmask8>((1 << of_step) - 1));
+  if (left) add(full, (__mmask64{1} << left) - 1, static_cast<__mmask8>((1 << (groups - full * of_step)) - 1));
+  const float bias = a.bias == nullptr ? 0.f : a.bias[row];
+#pragma GCC unroll 4
+  for (int t = 0; t < TOKENS; ++t) {
+    const float found = sum(reinterpret_cast<Vec>(total[t])) * x.step[token + t];
+    a.y[(token + t) * a.n + row] = found + of_offsets(a, x, row, token + t, groups) + bias;
+  }
+}
+#endif
+
+REGARD_INLINE Vec numbers(const int8_t* p) { return __builtin_convertvector(signed_bytes(p), Vec); }
+REGARD_INLINE Vec numbers(const float* p) { return load(p); }
+
+// Rows of one scale, or none: one after the other, as they lie in memory, since what fetches ahead follows one stream better
+// than several.
+template <int TOKENS, class T>
+void product_of_rows(const Args& a, const Inputs& x, int64_t row, int64_t token) {
   constexpr int CHAINS = 4 / TOKENS;  // sums that do not wait for each other
-  const int8_t* const codes = static_cast<const int8_t*>(a.codes) + row * a.columns;
+  const T* const codes = static_cast<const T*>(a.codes) + row * a.columns;
   Vec total[CHAINS][TOKENS];
 #pragma GCC unroll 4
   for (int c = 0; c < CHAINS; ++c)
@@ -88,8 +149,8 @@ void product_8bit(const Args& a, const Inputs& x, int64_t row, int64_t token) {
     for (int t = 0; t < TOKENS; ++t) total[c][t] = zero();
   int64_t j = 0;
   const auto add = [&](int c, int64_t at) __attribute__((always_inline)) {
-    __builtin_prefetch(codes + at + AHEAD);
-    const Vec w = signed_codes(codes + at);
+    __builtin_prefetch(reinterpret_cast<const char*>(codes + at) + AHEAD);
+    const Vec w = numbers(codes + at);
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; ++t) total[c][t] = fma(w, load(x.even + (token + t) * x.stride + at), total[c][t]);
   };
@@ -98,7 +159,7 @@ void product_8bit(const Args& a, const Inputs& x, int64_t row, int64_t token) {
     for (int c = 0; c < CHAINS; ++c) add(c, j + c * LANES);
   }
   for (; j + LANES <= a.k; j += LANES) add(0, j);
-  const float scale = to_float(a.scale[row]), bias = a.bias == nullptr ? 0.f : a.bias[row];
+  const float scale = a.scale == nullptr ? 1.f : to_float(a.scale[row]), bias = a.bias == nullptr ? 0.f : a.bias[row];
   for (int t = 0; t < TOKENS; ++t) {
 #pragma GCC unroll 4
     for (int c = 1; c < CHAINS; ++c) total[0][t] += total[c][t];
@@ -144,21 +205,28 @@ void product_4bit(const Args& a, const Inputs& x, int64_t row, int64_t token) {
   }
   for (int i = 0; i < ROWS; ++i)
     for (int t = 0; t < TOKENS; ++t) {
-      float found = sum(total[i][t]) + (a.bias == nullptr ? 0.f : a.bias[row + i]);
-      if (a.offset != nullptr)
-        for (int64_t g = 0; g < groups; ++g)
-          found += to_float(a.offset[(row + i) * groups + g]) * x.sums[(token + t) * groups + g];
-      a.y[(token + t) * a.n + row + i] = found;
+      const float bias = a.bias == nullptr ? 0.f : a.bias[row + i];
+      a.y[(token + t) * a.n + row + i] = sum(total[i][t]) + of_offsets(a, x, row + i, token + t, groups) + bias;
     }
 }
 
 template <int TOKENS>
 void rows_of(const Args& a, const Inputs& x, int64_t first, int64_t last, int64_t token) {
   int64_t row = first;
-  if (a.bits == 8) {
-    for (; row < last; ++row) product_8bit<TOKENS>(a, x, row, token);
+  if (a.bits == 32) {
+    for (; row < last; ++row) product_of_rows<TOKENS, float>(a, x, row, token);
     return;
   }
+  if (a.bits == 8) {
+    for (; row < last; ++row) product_of_rows<TOKENS, int8_t>(a, x, row, token);
+    return;
+  }
+#if defined(__AVX512VNNI__)
+  if (x.step != nullptr) {
+    for (; row < last; ++row) product_of_digits<TOKENS>(a, x, row, token);
+    return;
+  }
+#endif
   constexpr int ROWS = 4 / TOKENS;  // so that sums stay in registers
   for (; row + ROWS <= last; row += ROWS) product_4bit<ROWS, TOKENS>(a, x, row, token);
   for (; row < last; ++row) product_4bit<1, TOKENS>(a, x, row, token);
@@ -175,25 +243,69 @@ void block(const Args& a, const Inputs& x, int64_t first, int64_t last) {
 }
 
 // Even and odd columns apart, zeros behind the last.
-void take_apart(const Args& a, float* even, float* odd, float* sums) {
-  const int64_t half = a.columns / 2, groups = a.columns / a.group;
+void take_apart(const Args& a, float* even, float* odd) {
+  const int64_t half = a.columns / 2;
   for (int64_t t = 0; t < a.m; ++t) {
     const float* const x = a.x + t * a.x_stride;
     for (int64_t i = 0; i < half; ++i) {
       even[t * half + i] = 2 * i < a.k ? x[2 * i] : 0.f;
       odd[t * half + i] = 2 * i + 1 < a.k ? x[2 * i + 1] : 0.f;
     }
-    if (sums == nullptr) continue;
-    for (int64_t g = 0; g < groups; ++g) {
-      float found = 0;
-      for (int64_t j = g * a.group; j < least((g + 1) * a.group, a.k); ++j) found += x[j];
-      sums[t * groups + g] = found;
-    }
   }
 }
 
+void sum_groups(const Args& a, float* sums) {
+  const int64_t groups = a.columns / a.group;
+  for (int64_t t = 0; t < a.m; ++t)
+    for (int64_t g = 0; g < groups; ++g) {
+      float found = 0;
+      for (int64_t j = g * a.group; j < least((g + 1) * a.group, a.k); ++j) found += a.x[t * a.x_stride + j];
+      sums[t * groups + g] = found;
+    }
+}
+
+void multiply(const Args& a, const Inputs& x) {
+  const int64_t tasks = ceil_div(a.n, BLOCK);
+  const int64_t threads = least(least<int64_t>(a.threads, 64), most<int64_t>(1, a.n * a.k / LEAST_WORK));
+  parallel_tasks(static_cast<int>(threads), static_cast<long>(tasks), [&](long task) {
+    block(a, x, task * BLOCK, least((task + 1) * BLOCK, a.n));
+  });
+}
+
+#if defined(__AVX512VNNI__)
+// Whether digits tell what the rows hold: no infinities, NaN or numbers near the smallest.
+bool has_digits(const Args& a, float* step) {
+  if (2 * STEP % a.group != 0) return false;
+  for (int64_t t = 0; t < a.m; ++t) {
+    const float found = largest(a.x + t * a.x_stride, a.k);
+    if (!(found == 0.f || (found > 1e-25f && found < 1e35f))) return false;
+    step[t] = found == 0.f ? 1.f : found / LARGEST;
+  }
+  return true;
+}
+
+// By digits in place of floats; false where that cannot be.
+bool multiplied_by_digits(const Args& a) {
+  const int64_t steps = ceil_div(a.columns / 2, STEP);
+  const size_t rows = static_cast<size_t>(a.m), count = rows * static_cast<size_t>(steps);
+  const size_t sums = a.offset == nullptr ? 0 : rows * static_cast<size_t>(a.columns / a.group);
+  Workspace workspace(Workspace::bytes_of<float>(rows) + Workspace::bytes_of<float>(sums) +
+                      Workspace::bytes_of<Digits>(count));
+  if (!workspace) return false;
+  float *const step = workspace.take<float>(rows), *const of_groups = sums == 0 ? nullptr : workspace.take<float>(sums);
+  if (!has_digits(a, step)) return false;
+  if (of_groups != nullptr) sum_groups(a, of_groups);
+  Digits* const digits = workspace.take<Digits>(count);
+  for (int64_t t = 0; t < a.m; ++t)
+    digits_of_row(a.x + t * a.x_stride, a.k, 1.f / step[t], steps, digits + t * steps);
+  multiply(a, {nullptr, nullptr, of_groups, 0, digits, step, steps});
+  return true;
+}
+#endif
+
 bool wrong(const Args& a) {
   if (a.threads < 1 || a.m < 0 || a.n < 0 || a.k < 0) return true;
+  if (a.bits == 32) return a.columns != a.k || a.scale != nullptr || a.offset != nullptr;
   if (a.bits == 8) return a.columns != a.k || a.offset != nullptr;
   return a.bits != 4 || a.group < 32 || a.group % 32 != 0 || a.columns % a.group != 0 || a.columns < a.k;
 }
@@ -204,23 +316,28 @@ int quantized_linear(const regard_quantized_linear_args* args) {
   const Args& a = *args;
   if (wrong(a)) return REGARD_BAD_ARGUMENT;
   if (a.m * a.n == 0) return REGARD_OK;
+#if defined(__AVX512VNNI__)
+  if (a.bits == 4 && multiplied_by_digits(a)) return REGARD_OK;
+#endif
+  Inputs x{};
+  x.even = a.x;
+  x.stride = a.x_stride;
   const bool apart = a.bits == 4;
   const size_t halves = apart ? static_cast<size_t>(a.m * a.columns / 2) : 0;
   const size_t sums = apart && a.offset != nullptr ? static_cast<size_t>(a.m * (a.columns / a.group)) : 0;
   Workspace workspace(2 * Workspace::bytes_of<float>(halves) + Workspace::bytes_of<float>(sums));
-  Inputs x{a.x, nullptr, nullptr, a.x_stride};
   if (apart) {
     if (!workspace) return REGARD_OUT_OF_MEMORY;
     float *const even = workspace.take<float>(halves), *const odd = workspace.take<float>(halves);
-    float* const total = sums == 0 ? nullptr : workspace.take<float>(sums);
-    take_apart(a, even, odd, total);
-    x = {even, odd, total, a.columns / 2};
+    float* const of_groups = sums == 0 ? nullptr : workspace.take<float>(sums);
+    take_apart(a, even, odd);
+    if (of_groups != nullptr) sum_groups(a, of_groups);
+    x.even = even;
+    x.odd = odd;
+    x.sums = of_groups;
+    x.stride = a.columns / 2;
   }
-  const int64_t tasks = ceil_div(a.n, BLOCK);
-  const int64_t threads = least(least<int64_t>(a.threads, 64), most<int64_t>(1, a.n * a.k / LEAST_WORK));
-  parallel_tasks(static_cast<int>(threads), static_cast<long>(tasks), [&](long task) {
-    block(a, x, task * BLOCK, least((task + 1) * BLOCK, a.n));
-  });
+  multiply(a, x);
   return REGARD_OK;
 }
 

@@ -115,6 +115,10 @@ def load_compressed(folder: str | os.PathLike[str], *, into: nn.Module | None = 
         restore(model, record["structure"], source=str(place / RECORD))
     restore_layers(model, record["quantized"], source=str(place / RECORD))
     load_tensors(model, tensors, source=str(place / WEIGHTS))
+    if record["library"] == "transformers":
+        from regard.integrations.transformers.fused import fuse_layers
+
+        fuse_layers(model)
     return _with_tokens(model.eval(), record.get("tokens"), place / RECORD)
 
 
@@ -133,7 +137,8 @@ def _with_tokens(model: nn.Module, record: dict[str, Any] | None, source: Path) 
 def load_causal_model(
     place: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, supported: str | None = None
 ) -> Any:
-    """The causal language model of transformers in a folder, compressed or as it was, or in a GGUF file; to be evaluated.
+    """The causal language model of transformers in a folder, compressed or as it was, or in a GGUF file; to be evaluated, with
+    its layers fused where they can be (:func:`regard.integrations.transformers.fuse_layers`).
 
     Args:
         device, dtype: of the weights.
@@ -144,9 +149,12 @@ def load_causal_model(
             or in another dtype than float32.
     """
     from regard.integrations.transformers.folders import SUPPORTED, load_model, quietly
+    from regard.integrations.transformers.fused import fuse_layers
 
     if not is_compressed(place):
-        return load_model(place, dtype=dtype, supported=supported or SUPPORTED).to(device)
+        found = load_model(place, dtype=dtype, supported=supported or SUPPORTED).to(device)
+        fuse_layers(found)
+        return found
     check_place(device, dtype)
     with quietly():
         model: Any = load_compressed(place)

@@ -6,6 +6,7 @@ Importing this package lets the backends know all of them.
 from regard.engines import (
     attention,
     conserved_flows,
+    decoder_layer,
     gated_recurrence,
     generalized_delta,
     grouped_attention,
@@ -23,6 +24,7 @@ from regard.engines import (
 __all__ = [
     "attention",
     "conserved_flows",
+    "decoder_layer",
     "gated_recurrence",
     "generalized_delta",
     "grouped_attention",

@@ -12,6 +12,7 @@ Importing this module registers
   module, so that ``save_pretrained`` and ``from_pretrained`` keep it; without this import transformers refuses to load
   them. For that, ``post_init`` of its models is extended: it puts back what the config says.
 - :class:`GrowingCache`, a cache for ``generate`` that does not copy all keys and values at each token;
+- :func:`fuse_layers`, decoding in fewer and faster calls;
 - :class:`RegardConfig` and :class:`RegardForCausalLM` with the ``Auto`` classes: a language model of regard that passes
   ``generate`` with its state, and saves and loads as others do.
 
@@ -48,6 +49,7 @@ from regard.integrations.transformers.attending import (
     swapped_forward,
 )
 from regard.integrations.transformers.caches import CACHE, GrowingCache, GrowingLayer, StateLayer
+from regard.integrations.transformers.fused import fuse_layers, unfuse_layers
 from regard.integrations.transformers.models import RegardCache, RegardConfig, RegardForCausalLM
 from regard.integrations.transformers.placing import (
     RECORD,
@@ -109,6 +111,7 @@ __all__ = [
     "attention_forward",
     "attention_names",
     "check_interface",
+    "fuse_layers",
     "is_swapped",
     "needing_whole_sequences",
     "plan",
@@ -119,4 +122,5 @@ __all__ = [
     "restore",
     "swapped_forward",
     "take_out",
+    "unfuse_layers",
 ]

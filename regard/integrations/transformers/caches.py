@@ -31,6 +31,15 @@ class GrowingLayer(DynamicLayer):
             self.keys, self.values = append(self.keys, key_states, 2), append(self.values, value_states, 2)
         return self.keys, self.values
 
+    @classmethod
+    def of(cls, layer: Any) -> Any:
+        """A layer that goes on from one of transformers; other kinds stay as they are."""
+        if type(layer) is not DynamicLayer:
+            return layer
+        made = cls()
+        made.__dict__.update(layer.__dict__)
+        return made
+
 
 class GrowingCache(DynamicCache):
     """transformers' dynamic cache without the copy of all keys and values at each token::
@@ -46,9 +55,18 @@ class GrowingCache(DynamicCache):
 
     def __init__(self, config: PreTrainedConfig | None = None) -> None:
         super().__init__(config=config)
-        self.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+        self.layers = [*map(GrowingLayer.of, self.layers)]
         if self.layer_class_to_replicate is DynamicLayer:
             self.layer_class_to_replicate = GrowingLayer
+
+    @classmethod
+    def of(cls, cache: Any) -> Any:
+        """A cache that goes on from transformers' dynamic one, which is not to be used any more; others stay as they are."""
+        if type(cache) is not DynamicCache:
+            return cache
+        made = cls()
+        made.layers = [*map(GrowingLayer.of, cache.layers)]
+        return made
 
 
 class StateLayer(CacheLayerMixin):

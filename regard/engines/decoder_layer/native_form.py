@@ -1,0 +1,209 @@
+"""A decoder's layer in C++ (`native/src/decoder.cpp`), in float32, with weights in float32 or in codes."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from regard.backends.native import library
+from regard.backends.native.library import pointer
+from regard.backends.operators import runs_plainly
+from regard.engines.quantized_linear.native_form import SMALLEST_GROUP
+from regard.engines.quantized_linear.torch_form import FEW_ROWS
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+KINDS = {torch.float32: 32, torch.int8: 8, torch.uint8: 4}
+"""Bits of a number of a weight."""
+
+
+class Weight(NamedTuple):
+    """The weight of a linear layer: as it is, or as codes that :func:`regard.engines.quantized_linear.quantized_linear` takes.
+
+    Attributes:
+        codes: (N, K) float32 or int8, or (N, columns / 2) uint8, contiguous.
+        scale, offset: of codes, (N, groups) bfloat16.
+        bias: (N,) float32.
+        input_scale: (K,) float32, by which columns of the input are multiplied first.
+    """
+
+    codes: Tensor
+    scale: Tensor | None = None
+    offset: Tensor | None = None
+    bias: Tensor | None = None
+    input_scale: Tensor | None = None
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("bits", "n", "k", "columns", "group")),
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "offset", "bias", "input_scale")),
+    )
+
+
+class DecoderInputs(library.Arguments):
+    kernel = "decoder_inputs"
+    _fields_ = (
+        ("threads", ctypes.c_int64),
+        ("m", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("head_width", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        ("x", ctypes.c_void_p),
+        ("norm", ctypes.c_void_p),
+        ("cosine", ctypes.c_void_p),
+        ("sine", ctypes.c_void_p),
+        ("projections", _Weight * 3),
+        ("outputs", ctypes.c_void_p * 3),
+    )
+
+
+class DecoderOutputs(library.Arguments):
+    kernel = "decoder_outputs"
+    _fields_ = (
+        ("threads", ctypes.c_int64),
+        ("m", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        ("x", ctypes.c_void_p),
+        ("attended", ctypes.c_void_p),
+        ("norm", ctypes.c_void_p),
+        ("output", _Weight),
+        ("gate", _Weight),
+        ("up", _Weight),
+        ("down", _Weight),
+        ("y", ctypes.c_void_p),
+    )
+
+
+class DecoderLayer:
+    """The parts of a layer around its attention: x + attend(norm(x)), then x + down(silu(gate(norm(x))) up(norm(x))).
+
+    Args:
+        norms: weights of both RMS norms, (width,) float32.
+        eps: of each.
+        head_width: features of a head, all of which rotary positions turn.
+        weights: of queries, keys, values, output, gate, up and down.
+
+    It reads the tensors where they lie now: make another one when they move. :attr:`reason` says why the kernels do not take
+    them, and is empty where they do.
+    """
+
+    def __init__(
+        self, norms: Sequence[Tensor], eps: Sequence[float], head_width: int, weights: Sequence[Weight]
+    ) -> None:
+        self._kept = [*norms, *(x for weight in weights for x in weight if x is not None)]
+        self.width, self.head_width = norms[0].shape[0], head_width
+        self.reason = library.why_missing() or self._misfit(norms, weights)
+        if self.reason:
+            return
+        q, k, v, output, gate, up, down = map(_struct, weights)
+        self._sizes = q.n, k.n, v.n
+        self._inputs = DecoderInputs(
+            width=self.width,
+            head_width=head_width,
+            eps=eps[0],
+            norm=pointer(norms[0]),
+            projections=(_Weight * 3)(q, k, v),
+        )
+        self._outputs = DecoderOutputs(
+            width=self.width, eps=eps[1], norm=pointer(norms[1]), output=output, gate=gate, up=up, down=down
+        )
+
+    def _misfit(self, norms: Sequence[Tensor], weights: Sequence[Weight]) -> str:
+        if not all(type(x) in PLAIN and x.is_cpu and x.is_contiguous() for x in self._kept):
+            return "weights that are not plain, contiguous and on the processor"
+        if any(x.dtype != torch.float32 or x.shape != (self.width,) for x in norms):
+            return "norms of other widths, or not in float32"
+        if self.head_width < 2 or self.head_width % 2:
+            return "heads of an odd width"
+        for weight in weights:
+            reason = _unfit(weight)
+            if reason:
+                return reason
+        q, k, v, output, gate, up, down = map(_struct, weights)
+        fits = q.n % self.head_width == k.n % self.head_width == 0 and k.n == v.n and output.k == q.n
+        fits = fits and {q.k, k.k, v.k, gate.k, up.k, output.n, down.n} == {self.width} and gate.n == up.n == down.k
+        return "" if fits else "sizes that do not belong together"
+
+    def fits(self, x: Tensor, cosine: Tensor) -> bool:
+        """Whether tokens that :func:`few_tokens` takes are of this layer's sizes."""
+        return not self.reason and x.shape[2] == self.width and cosine.shape[2] == self.head_width
+
+    def inputs(
+        self, x: Float[Tensor, "b n width"], cosine: Float[Tensor, "c n d"], sine: Float[Tensor, "c n d"]
+    ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b g n d"], Float[Tensor, "b g n d"]]:
+        """Queries and keys, turned by their positions, and values."""
+        rows = x.shape[0], x.shape[1]
+        if cosine.shape[0] != x.shape[0]:
+            cosine, sine = cosine.expand(x.shape[0], -1, -1), sine.expand(x.shape[0], -1, -1)
+        cosine, sine = cosine.contiguous(), sine.contiguous()
+        outputs = [x.new_empty((*rows, size)) for size in self._sizes]
+        arguments = DecoderInputs.from_buffer_copy(self._inputs)
+        arguments.threads, arguments.m, arguments.x = torch.get_num_threads(), rows[0] * rows[1], pointer(x)
+        arguments.cosine, arguments.sine = pointer(cosine), pointer(sine)
+        arguments.outputs[:] = [pointer(y) for y in outputs]
+        library.call(arguments)
+        q, k, v = (y.view(*rows, -1, self.head_width).transpose(1, 2) for y in outputs)
+        return q, k, v
+
+    def outputs(self, x: Float[Tensor, "b n width"], attended: Float[Tensor, "b n k"]) -> Float[Tensor, "b n width"]:
+        """The layer's answer, given what its heads read."""
+        attended, y = attended.contiguous(), torch.empty_like(x)
+        arguments = DecoderOutputs.from_buffer_copy(self._outputs)
+        arguments.threads, arguments.m = torch.get_num_threads(), x.shape[0] * x.shape[1]
+        arguments.x, arguments.attended, arguments.y = pointer(x), pointer(attended), pointer(y)
+        library.call(arguments)
+        return y
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def few_tokens(x: Tensor, cosine: Tensor, sine: Tensor) -> bool:
+    """Whether tokens (B, N, width) with their positions (B or 1, N, D) can go this way: few, in float32, with nobody watching
+    and no gradient recorded."""
+    return (
+        x.ndim == cosine.ndim == 3
+        and 0 < x.shape[0] * x.shape[1] <= FEW_ROWS
+        and x.dtype == cosine.dtype == sine.dtype == torch.float32
+        and cosine.shape == sine.shape
+        and cosine.shape[0] in (1, x.shape[0])
+        and cosine.shape[1] == x.shape[1]
+        and runs_plainly(x, cosine, sine)
+        and x.is_contiguous()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _unfit(weight: Weight) -> str:
+    """Why the kernels do not take a weight; empty where they do."""
+    bits, given = KINDS.get(weight.codes.dtype), _struct(weight)
+    if bits is None or weight.codes.ndim != 2 or not weight.codes.numel():
+        return "weights that are neither in float32 nor in codes"
+    held = [x for x in (weight.scale, weight.offset) if x is not None]
+    if (bits == 32 and held) or (bits == 8 and weight.offset is not None) or (bits < 32 and weight.scale is None):
+        return "scales or offsets where there are none, or none where there are"
+    groups = 1 if bits == 8 or weight.scale is None else weight.scale.shape[-1]
+    if any(x.dtype != torch.bfloat16 or x.shape != (given.n, groups) for x in held):
+        return "scales or offsets of other shapes, or not in bfloat16"
+    if bits == 4 and (given.columns % groups or given.group % SMALLEST_GROUP or given.columns != given.k):
+        return "groups that are no multiple of 32, or do not fill a row"
+    beside = [x for x in (weight.bias, weight.input_scale) if x is not None]
+    if any(x.dtype != torch.float32 for x in beside) or max(given.n, given.columns) > library.MOST:
+        return "biases that are not in float32, or sizes beyond the kernels'"
+    fits = weight.bias is None or weight.bias.shape == (given.n,)
+    fits = fits and (weight.input_scale is None or weight.input_scale.shape == (given.k,))
+    return "" if fits else "biases of other shapes"
+
+
+def _struct(weight: Weight) -> Any:
+    bits = KINDS.get(weight.codes.dtype, 0)
+    n, columns = weight.codes.shape[0], weight.codes.shape[-1] * (2 if bits == 4 else 1)
+    group = columns // weight.scale.shape[-1] if bits == 4 and weight.scale is not None else columns
+    return _Weight(bits, n, columns, columns, group, *map(pointer, weight))
