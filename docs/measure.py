@@ -19,14 +19,17 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import functools
 import gzip
+import hashlib
 import itertools
 import json
 import platform
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,8 +42,8 @@ from torch import Tensor
 
 import regard
 from regard.catalogue import get_mechanism, list_mechanisms
-from regard.contract import Mechanism, Pattern, Shape, Unsupported
-from regard.measurement.provenance import fingerprint, git_revision
+from regard.contract import Kind, Mechanism, Pattern, Shape, Unsupported
+from regard.measurement.provenance import fingerprint
 from regard.measurement.store import Store
 from regard.reproductions import restore
 from regard.studies import get_study, list_studies, opened
@@ -71,6 +74,25 @@ KEPT = DATA / "ranking-cells.db.gz"
 
 VERIFIED = Path("runs/verify/results.db")
 SWAPPED = Path("runs/integrations/results.db")
+BELOW = (
+    "contract",
+    "core",
+    "backends",
+    "engines",
+    "positions",
+    "layers",
+    "apply.py",
+    "catalogue.py",
+    "create.py",
+    "integrations/export.py",
+    "workbench/verification",
+    "../native",
+)
+"""The parts of the package that every mechanism's cells depend on."""
+
+IN_MODELS = ("integrations", "models")
+"""The parts that cells of mechanisms in models depend on beside those."""
+
 RANDOM_CASES = 100
 """Random cases of each mechanism on each backend."""
 
@@ -190,14 +212,58 @@ def measure_matrix() -> None:
 
 
 def _kept(store: Store, table: str, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What was measured at this revision, or is now."""
-    key = {"table": table, **key, "revision": git_revision()}
+    """What was measured with these sources, or is now."""
+    key = {"table": table, **key, "sources": sources()[key["mechanism"]]}
     row = store.get("verify", key)
     if row is None:
         store.put("verify", key, measure())
         row = store.get("verify", key)
         print(*list(key.values())[:-1], flush=True)
     return row.payload
+
+
+@functools.cache
+def sources(more: tuple[str, ...] = ()) -> dict[str, str]:
+    """A digest for each mechanism of all that its cells are made of, so that a run goes on after changes of other things.
+
+    All at once, before anything is measured: what changes meanwhile is not what runs.
+
+    Args:
+        more: parts of the package that count beside `BELOW`.
+    """
+    package = Path(regard.__file__).parent
+    shared = _digest([package / part for part in (*BELOW, *more)])
+    return {name: f"{shared}-{_digest(own_sources(name))}" for name in list_mechanisms()}
+
+
+def own_sources(name: str) -> list[Path]:
+    """Files and folders of a mechanism and of those that it takes from; of a wrapper, which may take any, those of all."""
+    folder = Path(regard.__file__).parent / "mechanisms"
+    if get_mechanism(name).kind is Kind.WRAPPER:
+        return [folder]
+    found: dict[str, Path] = {}
+    left = [name]
+    while left:
+        one = left.pop()
+        found[one] = folder / one if (folder / one).is_dir() else folder / f"{one}.py"
+        texts = (file.read_text(encoding="utf-8") for file in _files(found[one]))
+        named = {other for text in texts for other in re.findall(r"regard\.mechanisms\.(\w+)", text)}
+        left += named - found.keys() - set(left)
+    return list(found.values())
+
+
+def _files(place: Path) -> list[Path]:
+    return (
+        [place] if place.is_file() else [f for f in place.rglob("*") if f.is_file() and f.suffix not in (".pyc", ".so")]
+    )
+
+
+def _digest(places: Iterable[Path]) -> str:
+    found = hashlib.sha256(MEASURED.encode())
+    for place in places:
+        for file in sorted(_files(place)):
+            found.update(b"\0".join((file.name.encode(), file.read_bytes())))
+    return found.hexdigest()[:12]
 
 
 def _verified() -> dict[str, Any]:
@@ -322,12 +388,12 @@ def measure_integrations() -> None:
         raise SystemExit(
             f"{', '.join(sorted(missing))} need transformers and timm: integrations.json is left as it was"
         )
-    names, revision = list_mechanisms(), git_revision()
+    names, made_of = list_mechanisms(), sources(IN_MODELS)
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     with Store(SWAPPED) as store:
 
         def measured(name: str, model: str, variant: str = "") -> dict[str, Any]:
-            key = {"mechanism": name, "model": model, "variant": variant, "revision": revision}
+            key = {"mechanism": name, "model": model, "variant": variant, "sources": made_of[name]}
             row = store.get("verify", key)
             if row is None:
                 store.put("verify", key, check_swap(model, name, variant).row())

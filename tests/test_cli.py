@@ -124,6 +124,8 @@ def test_verify_draws_random_cases_and_runs_one(capsys):
         (name, backend) for name in ("linear", "local") for backend in verified_backends()
     }
     assert all(s["ran"] >= 4 and s["unreached"] == [] for s in found["searches"])
+    found = answer(capsys, "verify linear local --random 4 --variant blocks")
+    assert {s["mechanism"] for s in found["searches"]} == {"local"}
     case = '{"mechanism": "linear", "pattern": "causal-self", "lengths": [3, 0]}'
     code, out, _ = run(capsys, "verify --case", case)
     assert (code, out.startswith("holds: error ")) == (0, True)
@@ -246,6 +248,10 @@ BAD_INPUT = {
     "verify local --variant block": ("block", "try blocks"),
     "verify softmax --property stepp": ("stepp", "step"),
     "verify fnet --pattern causal-self": ("fnet in the pattern causal-self", "try noncausal-self"),
+    "verify local --random 4 --variant block": ("block", "try blocks"),
+    "verify fnet --random 4 --pattern causal-self": ("fnet in the pattern causal-self", "try noncausal-self"),
+    "verify local --random 4 --property step": ("--property with --random", "--property step"),
+    "verify local --random 4 --full": ("--full with --random",),
     "verify --case {}": ("the case '{}'", "--random"),
     "report other": ("results.db",),
     "reproduce nonsense --output out": ("supported",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +33,8 @@ def verify(
     random: Annotated[
         int,
         typer.Option(
-            min=0, help="Try this many random cases of each mechanism instead: options, sizes, padding, splits."
+            min=0,
+            help="Try this many random cases of each mechanism instead: options, sizes, padding, splits; no --property.",
         ),
     ] = 0,
     case: Annotated[str | None, typer.Option(help="Try one case instead, as --random prints those that fail.")] = None,
@@ -62,6 +64,7 @@ def verify(
         regard verify --full --output runs/verify
         regard verify --json > matrix.json
     """
+    from regard.contract import Unsupported
     from regard.measurement.store import Store
     from regard.models.variants import known_name
     from regard.workbench.verification.failures import grouped, kind
@@ -76,7 +79,13 @@ def verify(
         mechanisms = [m.MECHANISM.name for m in modules if hasattr(m, "MECHANISM")]
     names = [known_name(n) for n in mechanisms] if mechanisms else list_mechanisms()
     if random:
-        _random_cases(names, random, pattern, seed, as_json)
+        if prop or full:
+            raise Unsupported(
+                f"{'--property' if prop else '--full'} with --random, which tries rows, pieces and gradients of each case",
+                supported="--pattern and --variant with it",
+                nearest=f"regard verify --property {prop[0]}" if prop else "regard verify --full",
+            )
+        _random_cases(names, random, pattern, variant or (), seed, as_json)
         return
     total = sum(1 for _ in plan(names, patterns=pattern, properties=prop, variants=variant or ()))
     store = Store(output / "results.db") if full else None
@@ -158,13 +167,18 @@ def _one_case(text: str, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _random_cases(names: list[str], count: int, patterns: list[str] | None, seed: int, as_json: bool) -> None:
+def _random_cases(
+    names: list[str], count: int, patterns: list[str] | None, variants: Sequence[str], seed: int, as_json: bool
+) -> None:
     from regard.catalogue import get_mechanism
     from regard.contract import Pattern
-    from regard.workbench.verification.random_cases import search, unreached_options
-    from regard.workbench.verification.verify import verified_backends
+    from regard.workbench.verification.random_cases import drawn_from, search, unreached_options
+    from regard.workbench.verification.verify import plan, verified_backends
 
+    next(plan(names, patterns=patterns, variants=variants), None)  # refuses what does not exist
     chosen = None if patterns is None else [Pattern.parse(p) for p in patterns]
+    if len(names) > 1:  # as in the matrix, those are left out that lack what was asked for
+        names = [name for name in names if drawn_from(get_mechanism(name), chosen, variants)] or names
     rows = []
     with progress(quiet=as_json) as (bar, line):
         task = bar.add_task("verify", total=len(names) * count * len(verified_backends()))
@@ -176,6 +190,7 @@ def _random_cases(names: list[str], count: int, patterns: list[str] | None, seed
                     card,
                     count,
                     patterns=chosen,
+                    variants=variants,
                     backend=backend,
                     seed=seed,
                     on_case=lambda _: bar.advance(task),

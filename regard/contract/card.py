@@ -70,6 +70,7 @@ class Waiver:
         patterns: patterns concerned; all when empty.
         variants: variants concerned (:attr:`Mechanism.variants`); the default options and all variants when empty.
         dtypes: dtypes concerned; all when empty.
+        backends: backends concerned; all when empty.
     """
 
     property: str
@@ -78,17 +79,24 @@ class Waiver:
     patterns: tuple[Pattern, ...] = ()
     variants: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
+    backends: tuple[str, ...] = ()
 
     def concerns(
-        self, property_name: str, pattern: Pattern, variant: str = "", dtype: torch.dtype | None = None
+        self,
+        property_name: str,
+        pattern: Pattern,
+        variant: str = "",
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
     ) -> bool:
         """Whether it waives a property in a pattern, with the options of a variant (``""`` for the default ones), in a
-        dtype (None: in every one)."""
+        dtype and on a backend (None: on any)."""
         return (
             self.property == property_name
             and (not self.patterns or pattern in self.patterns)
             and (not self.variants or variant in self.variants)
             and (not self.dtypes or dtype in self.dtypes)
+            and (not self.backends or backend is None or backend in self.backends)
         )
 
 

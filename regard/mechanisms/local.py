@@ -36,9 +36,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from regard.contract import Call, Cost, Kind, Mechanism, Paper, Pattern, Result, Shape, Unsupported, at_least, one_of
+from regard.contract import (
+    Call,
+    Cost,
+    Kind,
+    Mechanism,
+    Paper,
+    Pattern,
+    Result,
+    Shape,
+    Unsupported,
+    Waiver,
+    at_least,
+    one_of,
+)
 from regard.engines import attention_forms
 from regard.engines.attention import Visibility, attention_reference, masked_scores_bias, ranks
 from regard.engines.cache import WindowState, extend_window
@@ -174,5 +188,15 @@ MECHANISM = Mechanism(
     cost=cost,
     honours=frozenset({"bias", "blocks", "dropout", "weights", "lse"}),
     weights="exact",
+    waivers=(
+        Waiver(
+            "reference",
+            "PyTorch's kernel rounds weights to bfloat16, each by up to 2^-8 of it (0.0039), before the output is rounded too",
+            patterns=(Pattern.NONCAUSAL_SELF,),
+            variants=("short window",),
+            dtypes=(torch.bfloat16,),
+            backends=("torch",),
+        ),
+    ),
     accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative", "toeplitz"),
 )

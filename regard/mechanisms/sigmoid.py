@@ -63,7 +63,7 @@ from regard.contract import (
     at_least,
     one_of,
 )
-from regard.core.precision import wide_dtype
+from regard.core.precision import wide, wide_dtype
 from regard.core.visibility import DistanceBias
 from regard.engines.attention import Ranks, Visibility, attention_cost, masked_scores_bias, ranks
 from regard.engines.attention_forms import attend, check_window
@@ -235,7 +235,9 @@ def _attend(
     config: Config = call.config
     visibility = _visibility(call)
     temperature = math.exp(config.log_temperature)
-    dtype = wide_dtype(q)
+    narrow, dtype = q.dtype, wide_dtype(q)
+    if config.norm != "none":  # sums are rounded once, after they are divided
+        q, k, v = wide(q), wide(k), wide(v)
     counts = visibility.count(where.queries, totals[:, None]).clamp(min=1)[:, None, :, None].to(dtype)
 
     bias = None if call.bias is None else temperature * call.bias.to(dtype)
@@ -265,8 +267,8 @@ def _attend(
     if config.norm == "none":
         return result
     divisor = counts if config.norm == "seq" else counts.sqrt()
-    extras = {name: (x / divisor).to(x.dtype) for name, x in result.extras.items()}
-    return Result((result.output / divisor).to(result.output.dtype), state, extras=extras)
+    extras = {name: (x / divisor).to(narrow) for name, x in result.extras.items()}
+    return Result((result.output / divisor).to(narrow), state, extras=extras)
 
 
 def _bias_terms(config: Config, head_bias: Tensor | None, counts: Tensor, q: Tensor) -> list[Tensor]:

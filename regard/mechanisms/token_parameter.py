@@ -112,6 +112,11 @@ def _divide_by_norm(s: Tensor, eps: float) -> Tensor:
     return s * s.square().sum(-1, keepdim=True).clamp(min=eps**2).rsqrt()
 
 
+def _gelu(s: Tensor) -> Tensor:
+    # 1 + erf, as torch has it, cancels for scores below 0: where all scores are, the norm divides by what is left
+    return s * torch.erfc(-math.sqrt(0.5) * s) / 2
+
+
 def _softmax(s: Tensor, kept: Tensor | None) -> Tensor:
     if kept is None:
         return s.softmax(-1)
@@ -134,7 +139,7 @@ def _hide(s: Tensor, kept: Tensor | None) -> Tensor:
 
 THETAS: dict[str, Callable[[Tensor, Tensor | float, Tensor | None, float], Tensor]] = {
     "l2_norm_gelu": lambda s, tau, kept, eps: F.gelu(tau * _divide_by_norm(_hide(s, kept), eps)),
-    "gelu_l2_norm": lambda s, tau, kept, eps: tau * _divide_by_norm(F.gelu(_hide(s, kept)), eps),
+    "gelu_l2_norm": lambda s, tau, kept, eps: tau * _divide_by_norm(_gelu(_hide(s, kept)), eps),
     "softmax": lambda s, tau, kept, eps: tau**2 * _softmax(s, kept),
     "identity": lambda s, tau, kept, eps: _hide(s, kept),
 }

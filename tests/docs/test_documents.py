@@ -9,6 +9,7 @@ import pkgutil
 import re
 import runpy
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from command_line import answer
 
 from regard import catalogue, get_mechanism, list_mechanisms
 from regard.cli import app
-from regard.contract import Pattern
+from regard.contract import Kind, Pattern
 from regard.models.variants import read_variant
 from regard.reproductions import list_reproductions
 from regard.workbench.verification.verify import PROPERTIES
@@ -186,6 +187,28 @@ def test_the_table_of_swapped_models_shows_numbers_refusals_and_failures():
     assert "| [mamba](mechanisms/mamba.md) | all | mamba is a mixer |" in page
     assert "| [linear](mechanisms/linear.md), wide | Llama (transformers) | wide |" in page
     assert "2 further sets of options" in page and "Not measured" in generate.integrations_page(None, [])
+
+
+def test_a_measured_cell_stays_until_what_it_is_made_of_changes(monkeypatch, tmp_path):
+    measure, package = load("measure"), tmp_path / "regard"
+    shutil.copytree(ROOT / "regard", package, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    monkeypatch.setattr(measure.regard, "__file__", str(package / "__init__.py"))
+    before = measure.sources()
+
+    def changed_by(file):
+        with (package / file).open("a") as more:
+            more.write("# another\n")
+        measure.sources.cache_clear()
+        after = measure.sources()
+        changed = {name for name in before if before[name] != after[name]}
+        before.update(after)
+        return changed
+
+    wrappers = {name for name in before if get_mechanism(name).kind is Kind.WRAPPER}
+    assert changed_by("models/language_model.py") == set()
+    assert changed_by("mechanisms/linear.py") == {"linear", "gated_linear"} | wrappers
+    assert changed_by("mechanisms/landmark/forms.py") == {"landmark"} | wrappers
+    assert changed_by("engines/cache.py") == before.keys()
 
 
 def test_the_matrix_shows_errors_failures_and_waivers():

@@ -107,6 +107,15 @@ def test_sensitivity_grows_as_the_radius_squared_and_that_of_softmax_exponential
     assert softmax[-1] > 2
 
 
+@pytest.mark.parametrize("options", [{"norm": "seq", "activation": "relu"}, {"norm": "sqrt"}], ids=str)
+def test_normalised_outputs_are_rounded_once(options):
+    inputs = {name: x.bfloat16() for name, x in qkv(40).items()}
+    found = run(inputs, options).output
+    wide = run({name: x.float() for name, x in inputs.items()}, options).output
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, wide.bfloat16())
+
+
 def test_dropout_is_not_rescaled_by_row():
     tensors = {"q": torch.zeros(1, 1, 200, 4), "k": torch.zeros(1, 1, 200, 4), "v": torch.eye(200)[None, None]}
     output = run(tensors, dropout=0.25).output

@@ -76,6 +76,15 @@ def test_gelu_l2_norm_has_weights_of_norm_tau():
     close(weights.norm(dim=-1), torch.full((4,), math.sqrt(8), dtype=torch.float64), 1e-7)
 
 
+def test_negative_scores_alone_keep_their_digits_before_they_are_divided_by_their_norm():
+    scores, values = -2 - 2 * torch.rand(9, 4), torch.randn(4, 3)
+    found, expected = (
+        attend_to_parameters(x, torch.eye(4, dtype=x.dtype), values.to(x.dtype), Config(theta="gelu_l2_norm"))
+        for x in (scores, scores.double())
+    )
+    close(found.double(), expected, 1e-6)
+
+
 def test_softmax_is_n_times_attention_of_scale_one():
     module, x = make(theta="softmax"), normal(2, 3, 6)
     keys, values = (t.expand(2, -1, -1) for t in (module.key_tokens, module.value_tokens))

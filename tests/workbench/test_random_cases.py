@@ -9,12 +9,12 @@ import torch
 
 from regard import Unsupported, get_mechanism, list_mechanisms
 from regard.catalogue import register
-from regard.contract import Pattern
+from regard.contract import Pattern, Waiver
 from regard.workbench.verification import random_cases
 from regard.workbench.verification.properties import Broken
-from regard.workbench.verification.random_cases import Case, run_case, search, unreached_options
+from regard.workbench.verification.random_cases import Case, drawn_from, run_case, search, unreached_options
 from regard.workbench.verification.subjects import Subject
-from regard.workbench.verification.verify import verified_backends
+from regard.workbench.verification.verify import PROPERTIES, Place, check, verified_backends
 
 SAMPLE = 10
 
@@ -85,5 +85,44 @@ def test_options_that_no_variant_has_are_told():
 
 def test_a_waiver_of_one_dtype_leaves_the_others_to_be_tried():
     subject = Subject.of(get_mechanism("nystrom"), Pattern.NONCAUSAL_SELF, "exact")
-    assert random_cases._waived(subject, random_cases.WAIVERS["rows"], torch.float32)
-    assert not random_cases._waived(subject, random_cases.WAIVERS["rows"], torch.float64)
+    assert random_cases._waived(subject, random_cases.WAIVERS["rows"], torch.float32, "torch")
+    assert not random_cases._waived(subject, random_cases.WAIVERS["rows"], torch.float64, "torch")
+
+
+def test_a_waiver_of_one_backend_leaves_the_others_to_be_tried():
+    waiver = Waiver("step", "for once", backends=("torch",))
+    subject = Subject(dataclasses.replace(get_mechanism("linear"), waivers=(waiver,)), Pattern.CAUSAL_SELF)
+    tried = {b: random_cases._waived(subject, ["step"], torch.float32, b) for b in ("torch", "native")}
+    assert tried == {"torch": True, "native": False}
+    step = next(prop for prop in PROPERTIES if prop.name == "step")
+    places = [Place(subject.card, subject.pattern, step, torch.float32, backend) for backend in verified_backends()]
+    assert [cell and cell.status for cell in map(check, places)] == ["waived", "pass"][: len(places)]
+
+
+def test_gradients_that_cancel_are_not_measured_by_what_is_left_of_them():
+    """One number over its own norm: its gradient is 0 but for the norm's eps."""
+    options = {"block": 4, "activation": "relu"}
+    case = Case("diagonal", "noncausal-self", options, "relu", lengths=(1,), value_width=1, backend="native")
+    assert run_case(case) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "factor"), [("diagonal", 1.01), ("softmax", 1.001)])
+def test_a_wrong_gradient_is_still_found(name, factor):
+    card = get_mechanism(name)
+
+    def parallel(call, q, k, v):
+        return card.forms["parallel"](call, q, k, factor * v - (factor - 1) * v.detach())
+
+    subject = Subject(dataclasses.replace(card, forms={**card.forms, "parallel": parallel}), Pattern.NONCAUSAL_SELF)
+    assert random_cases.check_gradients(Case(name, "noncausal-self"), subject, torch.float64) > 1e-4
+
+
+def test_cases_begin_with_the_variants_that_are_asked_for():
+    drawn = []
+    search(get_mechanism("local"), 8, variants=["blocks"], on_case=drawn.append)
+    assert {case.variant for case in drawn} == {"blocks"}
+    card = get_mechanism("local")
+    assert drawn_from(card, variants=["blocks", "no such"])[Pattern.CAUSAL_SELF] == ["blocks"]
+    assert drawn_from(card, variants=["all"]) == drawn_from(card)
+    with pytest.raises(Unsupported, match="random cases of local"):
+        search(card, 8, variants=["no such"])

@@ -137,22 +137,54 @@ def _values(card: Mechanism, option: dataclasses.Field[Any]) -> list[Any]:
     return list({repr(value): value for value in found}.values())
 
 
+def drawn_from(
+    card: Mechanism, patterns: Iterable[Pattern] | None = None, variants: Iterable[str] = ()
+) -> dict[Pattern, list[str]]:
+    """Variants of a mechanism that its random cases begin with, by pattern; ``""`` is the default options.
+
+    Args:
+        patterns: only these patterns.
+        variants: only these variants; all, and the default options, when empty or where ``"all"`` is one.
+    """
+    chosen, asked = None if patterns is None else tuple(patterns), tuple(variants)
+    found = {}
+    for pattern in card.patterns:
+        names = [v for v in ("", *card.variants) if v not in card.layer_variants and pattern in card.patterns_of(v)]
+        if asked and "all" not in asked:
+            names = [v for v in names if v in asked]
+        if names and (chosen is None or pattern in chosen):
+            found[pattern] = names
+    return found
+
+
 def cases(
-    card: Mechanism, *, patterns: Iterable[Pattern] | None = None, backend: str = "torch"
+    card: Mechanism,
+    *,
+    patterns: Iterable[Pattern] | None = None,
+    variants: Iterable[str] = (),
+    backend: str = "torch",
 ) -> SearchStrategy[Case]:
-    """Valid cases of a mechanism, the simplest of which are the default options on a short sequence."""
+    """Valid cases of a mechanism, the simplest of which are the default options on a short sequence.
+
+    Raises:
+        Unsupported: where :func:`drawn_from` has nothing to begin with.
+    """
     from hypothesis import assume
     from hypothesis import strategies as st
 
-    chosen = [p for p in card.patterns if patterns is None or p in tuple(patterns)]
+    chosen = drawn_from(card, patterns, variants)
+    if not chosen:
+        raise Unsupported(
+            f"random cases of {card.name} in such patterns with such variants",
+            supported="patterns and variants of its card, but for variants of layers alone",
+        )
     values = {option.name: _values(card, option) for option in dataclasses.fields(card.config)}
     of_heads = any("h" in axes for axes in card.inputs.values())
 
     @st.composite
     def one(draw: Any) -> Case:
-        pattern = draw(st.sampled_from(chosen))
-        variants = [v for v in card.variants if pattern in card.patterns_of(v) and v not in card.layer_variants]
-        variant = draw(st.sampled_from(["", *variants]))
+        pattern = draw(st.sampled_from(list(chosen)))
+        variant = draw(st.sampled_from(chosen[pattern]))
         options = dict(card.variants[variant]) if variant else {}
         for name in sorted(draw(st.sets(st.sampled_from(sorted(values)), max_size=2))) if values else ():
             options[name] = draw(st.sampled_from(values[name]))
@@ -205,7 +237,7 @@ def run_case(case: Case) -> float:
     errors = {}
     with only(case.backend, "torch"):
         for name, check in CHECKS.items():
-            if not _waived(subject, WAIVERS[name], dtype):
+            if not _waived(subject, WAIVERS[name], dtype, case.backend):
                 errors[name] = check(case, subject, dtype)
     for name, error in errors.items():
         if not error <= MOST[dtype]:
@@ -213,11 +245,13 @@ def run_case(case: Case) -> float:
     return max(errors.values(), default=0.0)
 
 
-def _waived(subject: Subject, names: Iterable[str], dtype: torch.dtype) -> bool:
-    """Whether the card waives one of some properties in a dtype with options like these: such as only waived variants have."""
+def _waived(subject: Subject, names: Iterable[str], dtype: torch.dtype, backend: str) -> bool:
+    """Whether the card waives one of some properties in a dtype, on a backend, with options like these: such as only waived
+    variants have."""
     card = subject.card
     for waiver in card.waivers:
-        if not any(dataclasses.replace(waiver, variants=()).concerns(n, subject.pattern, dtype=dtype) for n in names):
+        anywhere = dataclasses.replace(waiver, variants=())
+        if not any(anywhere.concerns(n, subject.pattern, dtype=dtype, backend=backend) for n in names):
             continue
         others = {name for v, options in card.variants.items() if v not in waiver.variants for name in options}
         only_there = {name for variant in waiver.variants for name in card.variants.get(variant, ())} - others
@@ -309,26 +343,33 @@ def check_pieces(case: Case, subject: Subject, dtype: torch.dtype) -> float:
 
 
 def check_gradients(case: Case, subject: Subject, dtype: torch.dtype) -> float:
-    """Gradients of the usual form against the definition's, as fractions of the largest."""
+    """Gradients of the usual form against the definition's, as fractions of the largest, or of what the sizes of output and
+    inputs make of one: where they cancel (of one number over its own norm), what is left is rounding."""
     n, m = _longest(case)
     if subject.on_grid:
         n = m = case.lengths[0] * case.lengths[1]
     inputs = _sampled(case, subject, n, m, len(case.lengths), dtype)
     doubled = in_float64(inputs)
-    found, expected = _gradients(subject, inputs, None), _gradients(subject, doubled, "reference")
-    size = max((float(x.abs().max()) for x in expected if x.numel()), default=0.0) or 1.0
+    _, found = _gradients(subject, inputs, None)
+    output, expected = _gradients(subject, doubled, "reference")
+    size = max(_largest(expected), _largest([output]) / (_largest(doubled.values()) or 1.0)) or 1.0
     errors = [float((a.double() - b).abs().max()) for a, b in zip(found, expected, strict=True) if b.numel()]
     return max(errors, default=0.0) / size
 
 
-def _gradients(subject: Subject, inputs: Tensors, form: str | None) -> list[torch.Tensor]:
+def _largest(tensors: Iterable[torch.Tensor]) -> float:
+    return max((float(x.abs().max()) for x in tensors if x.is_floating_point() and x.numel()), default=0.0)
+
+
+def _gradients(subject: Subject, inputs: Tensors, form: str | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The output, and gradients of the sum of its numbers with random weights."""
     leaves = {k: t.clone().requires_grad_() if t.is_floating_point() else t for k, t in inputs.items()}
     output = subject.run(leaves, form=form).output
     rng = torch.Generator().manual_seed(subject.seed)
     weight = torch.randn(output.shape, generator=rng, dtype=torch.float64).to(output)
     wanted = [t for t in leaves.values() if t.requires_grad]
     found = torch.autograd.grad((output * weight).sum(), wanted, allow_unused=True)
-    return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
+    return output.detach(), [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
 
 
 CHECKS: Mapping[str, Callable[[Case, Subject, torch.dtype], float]] = {
@@ -366,6 +407,7 @@ def search(
     count: int,
     *,
     patterns: Iterable[Pattern] | None = None,
+    variants: Iterable[str] = (),
     backend: str = "torch",
     seed: int = 0,
     on_case: Callable[[Case], None] | None = None,
@@ -374,13 +416,13 @@ def search(
 
     Args:
         count: cases to draw.
-        patterns: only these patterns.
+        patterns, variants: see :func:`drawn_from`.
         backend: ``torch`` or ``native``.
         seed: of the draw; the same seed draws the same cases.
         on_case: called with each case before it runs.
 
     Raises:
-        Unsupported: where Hypothesis is missing.
+        Unsupported: where Hypothesis is missing, and as :func:`cases` does.
     """
     try:
         from hypothesis import HealthCheck, Phase, given, settings
@@ -400,7 +442,7 @@ def search(
         suppress_health_check=list(HealthCheck),
         print_blob=False,
     )
-    @given(cases(card, patterns=patterns, backend=backend))
+    @given(cases(card, patterns=patterns, variants=variants, backend=backend))
     def attempt(case: Case) -> None:
         if on_case is not None:
             on_case(case)

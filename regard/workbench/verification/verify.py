@@ -90,7 +90,7 @@ def check(place: Place, *, seed: int = 0, asked: dict[tuple[Any, ...], set[str]]
     card, pattern, prop, dtype, backend = place.card, place.pattern, place.prop, place.dtype, place.backend
     tolerance = card.tolerances[dtype]
     subject = Subject.of(card, pattern, place.variant, seed=seed)
-    waiver = next((w for w in card.waivers if w.concerns(prop.name, pattern, place.variant, dtype)), None)
+    waiver = next((w for w in card.waivers if w.concerns(prop.name, pattern, place.variant, dtype, backend)), None)
     status, detail, error = "pass", "", None
     if waiver is not None:
         status, detail = "waived", waiver.reason
