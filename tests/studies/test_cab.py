@@ -311,7 +311,7 @@ def test_blocks_are_where_plans_put_them():
 @pytest.fixture
 def adopted():
     """A class of somebody's file, for the length of a test."""
-    file = str(Path(__file__).parents[1] / "workbench/somebodys_modules.py")
+    file = str(Path(__file__).parents[1] / "workbench/detection/somebodys_modules.py")
     names = []
 
     def add(name):
