@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from regard.cli.console import console, emit
-from regard.cli.options import ADDRESS, ENGINE, JSON, PLUGINS, SHARD, TIMINGS
+from regard.cli.options import ADDRESS, ENGINE, JSON, SHARD, TIMINGS
 from regard.cli.reproduce import cells_in, run_cells, tell_judged
 from regard.cli.sweeps import enter_plugins, sweep_of
 from regard.contract import Unsupported
@@ -19,14 +19,17 @@ from regard.measurement import units
 
 def study(
     name: Annotated[str | None, typer.Argument(help="A study; all are listed when none is named.")] = None,
-    data: Annotated[list[str] | None, typer.Argument(help="Your files, where the study takes some.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Argument(help="Your files, where the study takes some: `regard study` says which.")
+    ] = None,
     preset: Annotated[
         str | None, typer.Option(help="Size, by a name that `regard study` lists; the smallest when not given.")
     ] = None,
     mechanisms: Annotated[
         str | None,
         typer.Option(
-            help="Mechanisms, written as for `regard compare`, or all that can enter; the study's own when not given."
+            help="Mechanisms, written as for `regard compare`, or all that can enter; the study's own and your plugins' when "
+            "not given."
         ),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Runs of each setting; the study's own when not given.")] = None,
@@ -37,7 +40,10 @@ def study(
     timings: TIMINGS = None,
     engine: ENGINE = "local",
     address: ADDRESS = None,
-    plugin: PLUGINS = None,
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option(help="Python file that defines a MECHANISM, or file.py:Class of your own module. Repeatable."),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(help="Folder of the results; the same command goes on from it. runs/studies when not given."),
@@ -60,13 +66,15 @@ def study(
         regard study token-reduction --budget 30m
         regard study wide-attention --table --json
         regard study attention-passes my_cascade.txt
-        regard study cab --plugin my_module.py:MyAttention --mechanisms softmax,MyAttention
+        regard study training-dynamics my_corpus.txt
+        regard study cab --plugin my_module.py:MyAttention
+        regard study in-context-functions --plugin my_mechanism.py --mechanisms softmax,my_mechanism --json
     """
     from regard.measurement.sharding import shard
     from regard.reproductions import plan
     from regard.studies import get_study, list_studies, opened
 
-    enter_plugins(plugin or [])
+    entered = enter_plugins(plugin or [])
     sweeps = sweep_of(engine, address, plugin)
     if name is None:
         found = [get_study(one) for one in list_studies()]
@@ -77,13 +85,14 @@ def study(
                 "presets": one.presets,
                 "seconds": {preset: one.seconds(preset) for preset in one.presets},
                 "mechanisms": one.mechanisms,
+                "files": one.takes_data,
             }
             for one in found
         ]
         emit({"studies": told}) if as_json else _tell_list(told)
         return
     asked = get_study(name)
-    chosen = asked.choose(preset, mechanisms, data or ())
+    chosen = asked.choose(preset, mechanisms, data or (), entered)
     seconds = _seconds(budget)
     folder = Path(asked.folder) if output is None else output
     if not table:
@@ -124,12 +133,13 @@ def _seconds(budget: str | None) -> float | None:
 
 def _tell_list(found: list[dict[str, Any]]) -> None:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("study", "presets, on one core", "mechanisms", "question"):
-        table.add_column(heading, no_wrap=heading != "question")
+    for heading in ("study", "presets, on one core", "mechanisms", "question, and what it takes of yours"):
+        table.add_column(heading, no_wrap=not heading.startswith("question"))
     for one in found:
         entered = str(len(one["mechanisms"])) if one["mechanisms"] else "its own"
         presets = "\n".join(f"{name}: {units.duration(one['seconds'][name])}" for name in one["presets"])
-        table.add_row(one["name"], presets, entered, Text(one["question"]))
+        files = f" Takes {one['files']}." if one["files"] else ""
+        table.add_row(one["name"], presets, entered, Text.assemble(one["question"], (files, "dim")))
     console.print(table)
 
 
@@ -139,7 +149,7 @@ def _rows(rows: list[dict[str, Any]]) -> Table:
     shown = Table(box=None, pad_edge=False, header_style="dim")
     for heading in rows[0]:
         words = any(isinstance(row[heading], str) for row in rows)
-        shown.add_column(heading, justify="left" if words else "right")
+        shown.add_column(heading, justify="left" if words else "right", overflow="fold")  # no figure loses its digits
     for row in rows:
         shown.add_row(*map(cell, row.values()))
     return shown

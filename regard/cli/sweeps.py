@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from regard.cli.console import load_plugins
 from regard.contract import Unsupported, one_of
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 ENGINES = ("local", "ray")
 
 
-def enter_plugins(plugins: Sequence[Path]) -> list[Any]:
-    """Load plugins, and of ``file.py:Class`` somebody's module; the modules of the plugins."""
+def enter_plugins(plugins: Sequence[Path]) -> list[str]:
+    """Load plugins, and of ``file.py:Class`` somebody's module; the names of the mechanisms that entered."""
     from regard.workbench.detection.adopted import adopt
     from regard.workbench.detection.suspects import FILE
 
-    modules = []
+    names = []
     for file in plugins:
         module = FILE.fullmatch(str(file))
         if module is not None and module["name"]:
-            adopt(module["path"], module["name"])
+            names.append(adopt(module["path"], module["name"]).name)
         else:
-            modules += load_plugins([file])
-    return modules
+            names += [one.MECHANISM.name for one in load_plugins([file]) if hasattr(one, "MECHANISM")]
+    return names
 
 
 def sweep_of(

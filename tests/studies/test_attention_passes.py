@@ -383,30 +383,35 @@ def test_the_command_gives_the_class_of_a_users_cascade_and_refuses_a_broken_one
     assert code == 2 and "give the name alone" in said
 
 
-RECTIFIED = '''
-CASCADE = """
-inputs: q[p, e], k[m, e], v[m, f], scale[]
-qs[p, e] = q[p, e] * scale[]
-S[p, m] = qs[p, e] * k[m, e]
-W[p, m] = relu(S[p, m]) * relu(S[p, m])
-o[p, f] = W[p, m] * v[m, f]
-"""
-'''
-
-
-@pytest.mark.parametrize("cascade", ["", RECTIFIED])
-def test_a_plugin_enters_with_its_cascade_and_without_one_by_name(capsys, tmp_path, cascade):
-    file = tmp_path / "rectified.py"
-    file.write_text((EXAMPLES / "rectified.py").read_text() + cascade)
+@pytest.mark.parametrize("without", [False, True])
+def test_a_plugin_enters_with_its_cascade_and_without_one_by_name(capsys, tmp_path, without):
+    file, text = tmp_path / "rectified.py", (EXAMPLES / "rectified.py").read_text()
+    file.write_text(text.replace("CASCADE =", "SOMETHING =") if without else text)
     line = f"study attention-passes --plugin {file} --mechanisms rectified --no-timings --seeds 1 --output {tmp_path / 'runs'}"
     try:
         parts = {part["title"]: part["rows"] for part in answer(capsys, line)["sections"]}
-        if cascade:
-            assert parts["Classes"][0]["passes"] == 1 and parts["Classes"][0]["off by"] < 1e-12
-        else:
+        if without:
             assert parts["Without a cascade"][0]["mechanism"] == "rectified" and "Classes" not in parts
+        else:
+            assert parts["Classes"][0]["passes"] == 1 and parts["Classes"][0]["off by"] < 1e-12
     finally:
         catalogue.unregister("rectified")
+
+
+def test_a_module_without_a_card_enters_by_name(capsys, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import torch\n\nclass Sums(torch.nn.Module):\n    def forward(self, x):\n        return x.cumsum(1)\n"
+    )
+    try:
+        told = answer(
+            capsys, f"study attention-passes --plugin {file}:Sums --mechanisms Sums --table --output {tmp_path}"
+        )
+    finally:
+        catalogue.unregister("Sums")
+    (part,) = told["sections"]
+    assert part["title"] == "Without a cascade"
+    assert part["rows"][0]["mechanism"] == "Sums" and "no definition" in part["rows"][0]["why"]
 
 
 def test_every_part_is_measured_and_shown():

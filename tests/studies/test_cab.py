@@ -209,6 +209,27 @@ def test_claims_are_judged_by_their_cells():
     assert outcomes({"abc": -1.0, "local": -1.0})["noncausal-self"] is Outcome.DID_NOT_HOLD
 
 
+def test_attention_helps_where_the_difference_is_beyond_its_error():
+    def table(gains):
+        found = {}
+        for seed, gain in enumerate(gains):
+            found[cells.task_setting(NAMED["MLM"], "softmax", NS), seed] = {"PPL": 20.0 + seed}
+            found[cells.task_setting(NAMED["MLM"], NOTHING, NS), seed] = {"PPL": 20.0 + seed + gain}
+        (part,) = [one for one in STUDY.sections(Chosen("tiny", ("softmax",)), found) if "needed" in one.title]
+        return part.rows[0]
+
+    assert table([1.0, 1.1])["attention helps"] is True and table([-1.0, -1.1])["attention helps"] is False
+    assert table([1.0, -0.9])["attention helps"] is table([1.0])["attention helps"] is None
+    assert table([1.0, 2.0])["better by"] == pytest.approx(1.5) and table([1.0, 2.0])["±"] == pytest.approx(0.5)
+
+
+def test_claims_about_what_did_not_enter_are_told_as_left_out():
+    left_out = STUDY.make(Chosen("tiny", ("softmax", "local", "abc"))).left_out
+    assert any("without long_short, s4d" in one for one in left_out) and any("forecasts: " in one for one in left_out)
+    all_of_them = STUDY.make(Chosen("small", ("softmax", "local", "abc", "long_short", "s4d"))).left_out
+    assert not any("without long_short" in one or "forecasts: " in one for one in all_of_them)
+
+
 def test_a_cell_that_is_missing_leaves_claims_open_and_tables_whole():
     found = made_cells(CHOSEN, ORDER)
     found = {key: value for key, value in found.items() if "abc" not in key[0] or key[1]}
@@ -290,7 +311,7 @@ def test_blocks_are_where_plans_put_them():
 @pytest.fixture
 def adopted():
     """A class of somebody's file, for the length of a test."""
-    file = str(Path(__file__).parents[1] / "workbench/somebodys_modules.py")
+    file = str(Path(__file__).parents[1] / "workbench/detection/somebodys_modules.py")
     names = []
 
     def add(name):

@@ -174,6 +174,19 @@ def test_every_check_reads_cells_that_the_preset_has():
         assert all(one.seeds == 2 for one in (*verdict.findings, *verdict.needs))
 
 
+def test_what_the_paper_says_of_models_without_attention_is_asked_of_those_alone():
+    def about(mechanisms):
+        made = STUDY.make(STUDY.choose("tiny", mechanisms))
+        return [c for c in made.checks if "fixed size" in c.says], [one for one in made.left_out if "fixed size" in one]
+
+    assert about("sigmoid")[0] == [] and len(about("sigmoid")[1]) == 1
+    (check,), left_out = about("sigmoid,linear")
+    assert not left_out
+    scores = {"softmax": 0.9, "linear": 0.8, "sigmoid": 0.95}
+    seed = {f"conjunction: {name}": {"end": value} for name, value in scores.items()}
+    assert check.value(seed) == pytest.approx(-0.1), "sigmoid attention, which is better, does not count"
+
+
 def test_a_plugin_enters_from_the_command_line_and_null_is_told_with_every_function(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(study.SIZES, "tiny", SMALLEST | {"length": 16})
     shutil.copy(EXAMPLES / "rectified.py", tmp_path)

@@ -1,19 +1,25 @@
 """What every study has: a choice that is checked, cells that are made once, and a page."""
 
+import dataclasses
 import json
 
 import pytest
 from command_line import answer, run
 
 from regard import Unsupported
+from regard.catalogue import unregister
+from regard.cli.console import console
+from regard.cli.study import _rows
 from regard.contract import Paper
 from regard.reproductions import Check, Reproduction
 from regard.reproductions.framework.judging import measured
 from regard.studies import Chosen, Curves, Heat, Points, Section, Study, get_study, list_studies
 from regard.studies.framework import catalogue
 from regard.studies.framework.report import render_study
-from regard.workbench.reports.section_pages import draw
+from regard.workbench.reports.section_pages import cell, draw
 from regard.workbench.reports.sections import section
+
+TRAINING_DYNAMICS = get_study("training-dynamics")
 
 
 @pytest.fixture
@@ -87,6 +93,64 @@ def test_a_budget_leaves_cells_for_later_and_showing_runs_nothing(capsys, exampl
     assert answer(capsys, "study an-example --table --output", tmp_path / "none")["done"] == 0
     assert not example and not (tmp_path / "none").exists()
     assert answer(capsys, "study an-example --budget 1h --output", tmp_path)["done"] == 4
+
+
+def test_a_plugin_enters_by_its_flag_alone_beside_the_study_s_own(capsys, example, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import torch\n\nclass Sums(torch.nn.Module):\n    def forward(self, x):\n        return x.cumsum(1)\n"
+    )
+    try:
+        told = answer(capsys, f"study an-example --seeds 1 --plugin {file}:Sums --output", tmp_path)
+    finally:
+        unregister("Sums")
+    assert told["entered"] == ["softmax", "linear", "Sums"] and ("Sums", 0) in example
+    with pytest.raises(Unsupported, match=r"it is not about them; try regard train .*--monitor attention"):
+        TRAINING_DYNAMICS.choose(entered=["Sums"])
+
+
+def test_the_list_tells_which_files_a_study_takes(capsys):
+    told = {one["name"]: one["files"] for one in answer(capsys, "study")["studies"]}
+    assert "text file" in told["training-dynamics"] and told["softmax-regression"] == ""
+    _, shown, _ = run(capsys, "study")
+    assert "cascades (.txt)" in " ".join(shown.split())
+
+
+def test_no_figure_of_a_table_loses_digits_in_a_narrow_terminal():
+    rows = [{f"a heading of some length {i}": 1234.5 + i if i else 1.234e-15 for i in range(12)}]
+    with console.capture() as shown:
+        console.print(_rows(rows), width=60)
+    assert "…" not in shown.get()
+
+
+def test_figures_are_read_without_powers_of_ten_where_they_are_counts():
+    values = (43170.0, -1580.4, 0.123456, 999.96, 12, 2e12, True, None)
+    told = ["43,170", "-1,580", "0.1235", "1000", "12", "2e+12", "yes", "—"]
+    assert [cell(value) for value in values] == told
+
+
+def test_an_axis_that_is_upside_down_says_so():
+    curve = {"softmax": [(1, 2.0), (2, 1.0)]}
+    assert "loss (less is up)" in str(draw(Curves("c", "x", "loss", curve, rising=False), "i"))
+    assert "less is up" not in str(draw(Curves("c", "x", "accuracy", curve), "i"))
+
+
+def test_names_beside_lines_are_whole():
+    name = "softmax, of the context"
+    assert f">{name}</text>" in str(draw(Curves("c", "x", "y", {name: [(1, 2.0), (2, 1.0)]}), "i"))
+
+
+@pytest.mark.parametrize(("above", "open_"), [(0.4, False), (0.6, True)])
+def test_beside_the_verdict_stands_what_did_not_hold(capsys, example, monkeypatch, tmp_path, above, open_):
+    made = get_study("an-example")
+    check = Check("softmax scores high", measured("softmax", "score"), above=above)
+    changed = dataclasses.replace(made, make=lambda chosen: dataclasses.replace(made.make(chosen), checks=(check,)))
+    monkeypatch.setattr(catalogue, "_found", lambda: {changed.name: changed})
+    answer(capsys, "study an-example --output", tmp_path)
+    verdict = (
+        (tmp_path / "an-example.html").read_text().partition('class="answer"')[2].partition("How it was measured")[0]
+    )
+    assert ("0 of 1 expectations held" in verdict) == ("softmax scores high" in verdict) == open_
 
 
 @pytest.mark.parametrize(

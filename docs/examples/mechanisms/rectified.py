@@ -34,6 +34,14 @@ from regard.engines.attention import (
 )
 from regard.engines.cache import KeyValueState, extend
 
+CASCADE = """
+inputs: q[p, e], k[m, e], v[m, f], scale[]
+qs[p, e] = q[p, e] * scale[]
+S[p, m] = qs[p, e] * k[m, e]
+W[p, m] = relu(S[p, m]) * relu(S[p, m])
+o[p, f] = W[p, m] * v[m, f]
+"""  # for `regard study attention-passes`
+
 
 @dataclass(frozen=True)
 class Config:

@@ -12,9 +12,13 @@ def measured_words(finding: Mapping[str, Any]) -> str:
     """Mean, standard error and the interval that decides."""
     if finding["mean"] is None:
         return "not measured"
-    error = "" if finding["standard_error"] is None else f" ± {finding['standard_error']:.2g}"
-    interval = "" if finding["low"] is None else f" ({finding['low']:.3g} to {finding['high']:.3g})"
-    return f"{finding['mean']:.3g}{error}{interval}"
+    error = "" if finding["standard_error"] is None else f" ± {_number(finding['standard_error'], 2)}"
+    interval = "" if finding["low"] is None else f" ({_number(finding['low'])} to {_number(finding['high'])})"
+    return f"{_number(finding['mean'])}{error}{interval}"
+
+
+def _number(value: float, digits: int = 3) -> str:
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.{digits}g}"
 
 
 def remarks(record: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,8 @@ from regard.workbench.verification.subjects import Subject
 
 SCALE = 0.3
 """Of the scores, when a cascade is compared with a definition."""
+UNWRITTEN = "nobody wrote one: put it into the mechanism's file as CASCADE, or give it as a file"
+UNDEFINED = "a module without a card has no definition to compare one with: give it as a file"
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,13 @@ def cascade_of(name: str) -> Found:
     card = get_mechanism(name)
     written = WRITTEN.get(card.name)
     if written is None:
-        own = {} if card.name in REASONS else vars(sys.modules[card.forms["reference"].__module__])
+        definition = card.forms.get("reference")
+        if definition is None or card.name in REASONS:
+            return Found(card.name, None, None, REASONS.get(card.name, UNDEFINED))
+        own = vars(sys.modules[definition.__module__])
         if "CASCADE" not in own:
-            missing = "nobody wrote one: put it into the mechanism's file as CASCADE, or give it as a file"
-            return Found(card.name, None, None, REASONS.get(card.name, missing))
-        told = own["CASCADE"]
-        written = Written(str(told), card.patterns[0])
+            return Found(card.name, None, None, UNWRITTEN)
+        written = Written(str(own["CASCADE"]), card.patterns[0])
     return Found(card.name, written, parse(written.text, card.name), "")
 
 

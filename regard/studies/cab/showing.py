@@ -31,6 +31,24 @@ from regard.studies.framework.protocol import Cells, Chosen
 from regard.workbench.reports.sections import Curves, Heat, Row, Section
 
 NS, CS, NC, CC = Pattern
+WORDS = {
+    "LM": "language modelling",
+    "MLM": "masked words",
+    "LSTF": "forecasts",
+    "PCC": "completed point clouds",
+    "SR": "larger pictures",
+    "Sum": "summaries",
+    "FastSpeech": "speech, all frames at once",
+    "Transformer-TTS": "speech, four frames at a time",
+    "PPL": "perplexity",
+    "R-1": "ROUGE, as R-2 and R-L",
+    "CD-l1": "Chamfer distance, as CD-l2",
+    "PSNR": "signal to noise",
+    "SSIM": "structural similarity",
+    "MCD": "distance of mel cepstra",
+    "MSD": "distance of mel spectra",
+}
+"""Meanings of the short names of tasks and metrics."""
 
 
 def sections(chosen: Chosen, cells: Cells) -> list[Section]:
@@ -43,7 +61,7 @@ def sections(chosen: Chosen, cells: Cells) -> list[Section]:
         _learned(chosen, means),
         _costs(chosen, cells),
         _agreement(found),
-        _benefit(chosen, means),
+        _benefit(chosen, means, seeds),
         _lengths(chosen, means),
         _beside(found),
         _given(chosen),
@@ -99,7 +117,7 @@ def _leaderboard(
                     "pattern": pattern.value,
                     "mechanism": name,
                     "index": average,
-                    "±": float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None,
+                    "±": standard_error(values),
                     "to softmax": None if average is None or base is None else average - base,
                     "rank": places[name].get(AVERAGE),
                     **{task: own[name].get(task) for task in tasks},
@@ -140,7 +158,13 @@ def _metrics(chosen: Chosen, means: Mapping[str, Mapping[str, Any]]) -> Section:
                             "within the rule": None if added is None else added <= MOST_ADDED,
                         }
                     )
-    says = f"Means over seeds. By the benchmark's rule a mechanism adds at most {MOST_ADDED:.0%} to the backbone's parameters."
+    named = {str(row[heading]).split()[0] for row in rows for heading in ("task", "metric")}
+    says = (
+        f"Means over seeds. By the benchmark's rule a mechanism adds at most {MOST_ADDED:.0%} to the backbone's parameters. "
+        f"{NOTHING} has zeros in the place of attention. "
+        + "; ".join(f"{short}: {words}" for short, words in WORDS.items() if short in named)
+        + "."
+    )
     return Section("Scores", says, [], rows)
 
 
@@ -232,20 +256,41 @@ def _correlations(caption: str, by: Mapping[str, Mapping[str, float]]) -> Heat |
     return Heat(caption, list(kept), list(kept), values) if known else None
 
 
-def _benefit(chosen: Chosen, means: Mapping[str, Mapping[str, Any]]) -> Section:
+def _benefit(
+    chosen: Chosen, means: Mapping[str, Mapping[str, Any]], seeds: Mapping[int, Mapping[str, Measurements]]
+) -> Section:
     rows: list[Row] = []
     for bench in benches_of(chosen.preset):
-        without, full = (means.get(task_setting(bench, name, NS)) for name in (NOTHING, SOFTMAX))
-        if without is None or full is None:
+        full, without = (task_setting(bench, name, NS) for name in (SOFTMAX, NOTHING))
+        if not {full, without} <= means.keys():
             continue
+        both = [measured for measured in seeds.values() if {full, without} <= measured.keys()]
         for name, higher in bench.metrics.items():
-            one, other = full.get(name), without.get(name)
-            helps = None if one is None or other is None or one == other else (one > other if higher else one < other)
+            pairs = [(measured[full].get(name), measured[without].get(name)) for measured in both]
+            gains = [(one - other) * (1 if higher else -1) for one, other in pairs if None not in (one, other)]
+            gain, error = float(np.mean(gains)) if gains else None, standard_error(gains)
+            told = gain is not None and error is not None and abs(gain) > 2 * error
             rows.append(
-                {"task": bench.name, "metric": name, "softmax": one, "nothing": other, "attention helps": helps}
+                {
+                    "task": bench.name,
+                    "metric": name,
+                    SOFTMAX: means[full].get(name),
+                    NOTHING: means[without].get(name),
+                    "better by": gain,
+                    "±": error,
+                    "attention helps": gain > 0 if told and gain is not None else None,
+                }
             )
-    says = "The same backbone with zeros in the place of what attention within a sequence gives."
+    says = (
+        f"The same backbone with zeros ({NOTHING}) in the place of what attention within a sequence gives. ± is the standard "
+        "error over seeds; whether attention helps is told where the difference is more than two of it."
+    )
     return Section("Was attention needed?", says, [], rows)
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean; None of fewer than two."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def _lengths(chosen: Chosen, means: Mapping[str, Mapping[str, Any]]) -> Section:

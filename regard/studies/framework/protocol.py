@@ -47,6 +47,7 @@ class Study:
         mechanisms: those that enter when none are named; empty where the study takes none.
         refuses: why a mechanism cannot enter, or None where it can.
         takes_data: what the user's files may be; "" where the study takes none.
+        instead: a command that a mechanism may be given to, where the study takes none; "" where there is no such command.
         folder: of the results, when no other is named.
     """
 
@@ -58,15 +59,23 @@ class Study:
     mechanisms: tuple[str, ...] = ()
     refuses: Callable[[str], str | None] = field(default=lambda _: None)
     takes_data: str = ""
+    instead: str = ""
     folder: str = "runs/studies"
 
-    def choose(self, preset: str | None = None, mechanisms: str | None = None, data: Sequence[str] = ()) -> Chosen:
+    def choose(
+        self,
+        preset: str | None = None,
+        mechanisms: str | None = None,
+        data: Sequence[str] = (),
+        entered: Sequence[str] = (),
+    ) -> Chosen:
         """What is asked for, checked.
 
         Args:
             preset: the first one when None.
-            mechanisms: as `regard compare` takes them, or ``all``; the study's own when None.
+            mechanisms: as `regard compare` takes them, or ``all``; the study's own and those of `entered` when None.
             data: the user's files.
+            entered: names of the user's own mechanisms.
 
         Raises:
             Unsupported: for an unknown preset or mechanism, a mechanism that cannot enter, and what the study does not take.
@@ -80,19 +89,21 @@ class Study:
             )
         if data and not self.takes_data:
             raise Unsupported(f"files for {self.name}", supported="no files: it makes its own data")
-        if mechanisms is None:
-            return Chosen(wanted, self.mechanisms, tuple(data))
-        if not self.mechanisms:
-            raise Unsupported(f"--mechanisms of {self.name}", supported="no mechanisms: it is not about them")
+        if not self.mechanisms and (mechanisms is not None or entered):
+            given = "--mechanisms" if mechanisms is not None else entered[0]
+            raise Unsupported(
+                f"{given} in {self.name}", supported="no mechanisms: it is not about them", nearest=self.instead
+            )
         if mechanisms == "all":
             names = [name for name in list_mechanisms() if self.refuses(name) is None]
             return Chosen(wanted, tuple(names), tuple(data))
-        names = [known_name(variant.name) for variant in read_variants(mechanisms)]
+        own = self.mechanisms if mechanisms is None else ()
+        names = list(entered) if mechanisms is None else [known_name(one.name) for one in read_variants(mechanisms)]
         for name in names:
             reason = self.refuses(name)
             if reason is not None:
                 raise Unsupported(f"{name} in {self.name}", supported=f"mechanisms that can enter: {reason}")
-        return Chosen(wanted, tuple(dict.fromkeys(names)), tuple(data))
+        return Chosen(wanted, tuple(dict.fromkeys((*own, *names))), tuple(data))
 
     def seconds(self, preset: str) -> float:
         """Roughly what a preset takes on one core, with the study's own mechanisms."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.models.weights import write_atomically
+from regard.reproductions.framework.judging import Outcome
 from regard.reproductions.framework.telling import measured_words, remarks
 from regard.workbench.reports.report import pages
 from regard.workbench.reports.section_pages import parts_of_page
@@ -35,6 +36,7 @@ def render_study(record: Mapping[str, Any]) -> str:
         record=record,
         sections=parts_of_page([section(one) for one in record["sections"]]),
         judged=judged,
+        open=[one for one in judged if one[2] in (Outcome.DID_NOT_HOLD, Outcome.UNDECIDED)],
         remarks=remarks(record),
         machines=sorted({one["machine"] for one in record["cells"] if one.get("machine")}) or [platform.machine()],
     )

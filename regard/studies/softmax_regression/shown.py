@@ -51,11 +51,11 @@ def _learning(cells: Cells) -> Section:
         )
     ]
     others = {word: mean(cells, LEARNER + "softmax", word) for word in (*OTHERS, "one step, rate untuned")}
-    known = ", ".join(f"{word} {value:.3g}" for word, value in others.items() if value is not None)
+    known = "; ".join(f"{word}: {value:.3g}" for word, value in others.items() if value is not None)
     says = (
-        "One layer of each mechanism reads keys with their targets, and answers for new keys. Beside it on the same tasks, all "
-        f"rates tuned unless it says otherwise: {known}; newton is the minimum of the contexts' cross-entropy, uniform the answer "
-        "1/n. Of the context: asked for the keys whose targets stand in the context."
+        "One layer of each mechanism reads keys with their targets, and answers for new keys. Losses of others on the same "
+        f"tasks, all rates tuned unless it says otherwise: {known}. Newton is the minimum of the contexts' cross-entropy, uniform "
+        "the answer 1/n. Of the context: asked for the keys whose targets stand in the context."
     )
     return Section("Layers that learn beside one step of gradient descent", says, pictures if names else (), rows)
 

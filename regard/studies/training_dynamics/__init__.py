@@ -214,5 +214,6 @@ STUDY = Study(
     make=make,
     sections=sections,
     presets=tuple(PRESETS),
+    instead="regard train my_corpus.txt --mechanism NAME --monitor attention",
     takes_data="a text file or a folder of them, in place of the standard library's sources",
 )

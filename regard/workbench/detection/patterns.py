@@ -127,9 +127,9 @@ def detect(
             continue
         ran = True
         found.append(dataclasses.replace(trial.finding(), claimed=claimed))
-    if raised and not ran:
+    if not ran:
         raise Unfit(
-            f"{suspect.name}, which runs in no pattern ({raised})",
+            f"{suspect.name}, which runs in no pattern ({raised or found[0].why})",
             supported="a module called with tokens (B, N, C), alone or with a memory (B, M, C)",
         )
     return found
@@ -167,7 +167,7 @@ class _Trial:
             with torch.no_grad():
                 return self.probe(x, memory, padded=padded)
         except Exception as error:
-            raise _Raised(f"raises {type(error).__name__}: {_first_line(error)}") from error
+            raise _Raised(f"raises {type(error).__name__}: {first_line(error)}") from error
 
     def fit(self) -> Tensor:
         """The output, of a module that can be probed: as long and as wide as its input, finite, and always the same."""
@@ -193,8 +193,8 @@ class _Trial:
                 supported="a module that gives the same answer to the same question",
                 nearest="regard detect-patterns --seeded" if draws else "",
             )
-        alone = self.call(other[:1], None if others is None else others[:1])
-        self.mixed = float((pair[:1] - alone).abs().max()) > 1e-4 * float(alone.abs().max())
+        alone = torch.cat([self.call(other[i : i + 1], None if others is None else others[i : i + 1]) for i in (0, 1)])
+        self.mixed = float((pair - alone).abs().max()) > 1e-4 * float(alone.abs().max())
         return y
 
     def _seeded(self, x: Tensor, memory: Tensor | None) -> Tensor:
@@ -329,6 +329,7 @@ class _Ahead:
     why: str
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Of its message, at most 200 characters."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else "without a word"

@@ -21,7 +21,7 @@ from regard.catalogue import get_mechanism, run_file
 from regard.contract import Context, Mask, Pattern, Unsupported, closest
 from regard.models.variants import known_name
 from regard.workbench.advice.layer_work import MIXING, LayerSettings, LayerWork
-from regard.workbench.detection.patterns import LENGTH, MEMORY_LENGTH, Probe, Suspect
+from regard.workbench.detection.patterns import LENGTH, MEMORY_LENGTH, Probe, Suspect, first_line
 
 DIM, HEADS = 32, 4
 WIDTHS = (
@@ -195,7 +195,7 @@ class Arguments:
             except Unsupported:
                 raise
             except Exception as error:
-                raise Unsupported(f"{type(error).__name__}: {error}") from error
+                raise Unsupported(f"{type(error).__name__}: {first_line(error)}") from error
         if not isinstance(made, nn.Module):
             raise Unsupported(
                 f"{self.name}, which makes a {type(made).__name__}", supported="a class or function that makes a module"

@@ -24,7 +24,7 @@ CHARACTER = 7.0
 """Mean width of a character of a label."""
 LINE = 14.0
 """Height of a line of labels."""
-LONGEST_LABEL, LONGEST_RULE = 18, 32
+LONGEST_LABEL, LONGEST_RULE = 24, 32
 COLOURS = 8
 
 Point = tuple[float, float]

@@ -44,7 +44,9 @@ def cell(value: Any) -> str:
         return "—"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def draw(picture: Picture, identity: str, names: Mapping[str, int] | None = None) -> Markup | None:
@@ -58,7 +60,8 @@ def draw(picture: Picture, identity: str, names: Mapping[str, int] | None = None
     if isinstance(picture, Heat):
         return _heat(picture, identity)
     x = Axis(picture.x, units.tick, log=picture.log_x)
-    y = Axis(picture.y, units.tick, log=picture.log_y, rising=picture.rising)
+    upwards = picture.y if picture.rising else f"{picture.y} (less is up)"
+    y = Axis(upwards, units.tick, log=picture.log_y, rising=picture.rising)
     if isinstance(picture, Curves):
         series = [Series(numbers[name], name, points) for name, points in picture.curves.items()]
         marked = all(len(one.points) <= MOST_MARKED for one in series)

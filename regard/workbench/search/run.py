@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import random
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -490,13 +491,12 @@ class Search:
     def _commands(self, winner: Row) -> list[str]:
         settings, sizes = self.settings, self.space.sized(tuple(winner["genes"]))
         same = f"--dim {sizes.dim} --layers {sizes.layers} --heads {sizes.heads} --frame {settings.frame}"
-        origin = getattr(self.task, "origin", None) or {}
-        named = ",".join(f"{k}={v}" for k, v in origin.items() if isinstance(v, str | int | float) and k != "tokenizer")
-        task = f'--task "{self.task.name}{":" * bool(named)}{named}"'
+        task, plan = _task_in_words(self.task), shlex.quote(str(self.output / PLAN))
+        both = shlex.quote(f"{self.choices.names[0]},{self.output / PLAN}")
         return [
-            f"regard train {task} --mechanism {self.output / PLAN} {same} --learning-rate {settings.learning_rate:g} "
+            f"regard train {task} --mechanism {plan} {same} --learning-rate {settings.learning_rate:g} "
             f'--budget "{max(20, settings.retrain_steps)} steps"',
-            f"regard compare {task} --mechanisms {self.choices.names[0]},{self.output / PLAN} {same}",
+            f"regard compare {task} --mechanisms {both} {same}",
         ]
 
     def _verdict(self, rows: list[Row], compared: Mapping[str, Row]) -> str:
@@ -517,6 +517,20 @@ class Search:
             return f"{told} and is within the noise of it: {scores}; a difference of {beside['resolved']:.2g} could be told."
         better = (beside["mean"] > 0) == self.task.higher_is_better
         return f"{told} and is {'better' if better else 'worse'} than it: {scores}."
+
+
+def _task_in_words(task: Task) -> str:
+    """What makes a command read the same data: files, the task with its options, held-out files and the tokenizer."""
+    origin = dict(getattr(task, "origin", None) or {})
+    files = {name: origin.pop(name, None) or [] for name in ("data", "validation")}
+    data, held_out = ([paths] if isinstance(paths, str) else list(paths) for paths in files.values())
+    tokenizer = origin.pop("tokenizer", None)
+    options = ",".join(f"{k}={v}" for k, v in origin.items() if isinstance(v, str | int | float))
+    name = getattr(task, "registered", None) or task.name
+    words = [*map(shlex.quote, data), f'--task "{name}{":" * bool(options)}{options}"']
+    words += [f"--validation {shlex.quote(path)}" for path in held_out]
+    words += [f"--tokenizer {shlex.quote(str(tokenizer))}"] if tokenizer else []
+    return " ".join(words)
 
 
 def _mean(values: Sequence[float]) -> float:

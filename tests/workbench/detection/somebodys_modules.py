@@ -126,3 +126,15 @@ class NeedsWindow(nn.Module):
 class HandsOn(Right):
     def __init__(self, window: int = 3, **others) -> None:
         super().__init__(**others)
+
+
+class TokensFirst(nn.Module):
+    """Right for (N, B, C): called with (B, N, C), the rows of a batch are its tokens, and the first row sees itself alone."""
+
+    def forward(self, x):
+        return x.cumsum(0)
+
+
+class RaisesWhenMade(nn.Module):
+    def __init__(self) -> None:
+        raise RuntimeError("no weights here\nand more")

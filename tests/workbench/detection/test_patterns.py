@@ -89,8 +89,9 @@ def test_a_module_that_draws_is_probed_when_it_is_seeded() -> None:
     assert "no output sees another token" in findings[0].why
 
 
-def test_rows_that_change_each_other_are_told() -> None:
-    assert "other rows of a batch" in found("MixesRows")[NS].why
+@pytest.mark.parametrize("name", ["MixesRows", "TokensFirst"])
+def test_rows_that_change_each_other_are_told(name: str) -> None:
+    assert "other rows of a batch" in found(name)[NS].why
 
 
 def test_what_a_constructor_hands_on_is_known() -> None:
@@ -103,6 +104,7 @@ def test_what_a_constructor_hands_on_is_known() -> None:
         ("Random", "draws random numbers"),
         ("Remembers", "keeps something from call to call"),
         ("Raises", "runs in no pattern .*RuntimeError: sizes of tensors must match\\)"),
+        ("RaisesWhenMade", "runs in no pattern .*RuntimeError: no weights here"),
         ("Shorter", r"shape \(1, 12, 32\)"),
         ("Nowhere", "'Nowhere' in .*supported: .*Right"),
     ],

@@ -317,7 +317,7 @@ PROGRAM = """from regard.cli import main
 from regard.workbench.comparison import planning
 planning.CALIBRATION_SECONDS = 0.4
 main()"""
-SCHEMA = Path(__file__).parents[2] / "docs" / "schema" / "compare.json"
+SCHEMA = Path(__file__).parents[3] / "docs" / "schema" / "compare.json"
 TYPES = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool}
 TYPES |= {"null": type(None)}
 

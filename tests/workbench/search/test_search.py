@@ -21,7 +21,7 @@ from regard.workbench.comparison.task_models import build, model_config
 from regard.workbench.comparison.work import Work
 from regard.workbench.search.costs import MEASURES, CostTable, NetworkBudget, count_flops, flops, parameters
 from regard.workbench.search.predictor import Predictor, features, judge, kendall_tau, pair_accuracy, prune
-from regard.workbench.search.run import Search
+from regard.workbench.search.run import Search, _task_in_words
 from regard.workbench.search.searchers import SEARCHERS, check_searchers
 from regard.workbench.search.settings import SearchSettings
 from regard.workbench.search.space import Choices, Space
@@ -391,6 +391,24 @@ def test_a_search_leads_to_a_plan_that_train_and_compare_take_and_goes_on_where_
     command = found["commands"][0].replace("'3 steps'", "'20 steps'")
     trained = answer(capsys, command.removeprefix("regard ") + " --batch-tokens 60 --output", tmp_path / "trained")
     assert trained["parameters"] == winner["parameters"]
+
+
+def test_the_command_for_what_was_found_reads_the_same_files(capsys, tmp_path):
+    files = [tmp_path / f"my text {i}.txt" for i in range(3)]
+    for i, file in enumerate(files):
+        file.write_text(" ".join(str(random.random()) for _ in range(300 + i)))
+    *data, held_out = map(str, files)
+    task = create_task("text", length=32, data=data, validation=[held_out], tokenizer="bpe:300")
+    words = _task_in_words(task)
+    sizes = (
+        "--mechanism softmax --dim 8 --layers 1 --heads 1 --batch-tokens 64 --budget '20 steps' --learning-rate 0.01"
+    )
+    answer(capsys, f"train {words} {sizes} --output", tmp_path / "trained")
+    told = json.loads((tmp_path / "trained" / "training.json").read_text())["task"]
+    assert {k: v for k, v in told["options"].items() if k != "tokenizer"} == {
+        k: v for k, v in task.origin.items() if k != "tokenizer"
+    }
+    assert told["options"]["tokenizer"].endswith(("bpe:300", ".json"))
 
 
 def test_a_plan_with_all_its_widths_is_compared_as_it_is():

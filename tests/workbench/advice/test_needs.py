@@ -80,7 +80,7 @@ def test_the_table_of_recall_has_each_mechanism_as_its_layer_is():
 
 
 def test_who_solved_recall_in_the_published_comparison_is_called_able():
-    ranking = json.loads((Path(__file__).parents[2] / "docs" / "data" / "ranking.json").read_text())
+    ranking = json.loads((Path(__file__).parents[3] / "docs" / "data" / "ranking.json").read_text())
     solved = {e["mechanism"] for e in ranking["entries"] if e["task"] == "recall" and e["solved"]}
     assert ranking["frame"] == "convolution"
     assert solved and all(find("recall", name, CAUSAL, 48, convolution=4).holds for name in solved)
