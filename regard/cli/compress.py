@@ -29,12 +29,16 @@ WORK = ".work"
 def compress(
     model: Annotated[
         Path,
-        typer.Argument(help="Folder of regard train, or of a causal language model of transformers; or a .gguf file."),
+        typer.Argument(
+            help="Folder of regard train; of a causal language model, encoder or text classifier of transformers (or a .gguf "
+            "file); or of a model of timm (or timm:NAME)."
+        ),
     ],
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text to calibrate with and to score on; for a model of regard train, its own when not given. Repeatable."
+            help="Data to calibrate with and to score on: text; of a classifier also a table with the columns text and label; "
+            "of a model of images a folder of them. For a model of regard train, its own when not given. Repeatable."
         ),
     ] = None,
     recipe: Annotated[
@@ -47,7 +51,9 @@ def compress(
         typer.Option(help="Folder for the model, or for the results; the same command goes on from it."),
     ] = None,
     budget: Annotated[str, typer.Option(help="Time for all recipes together: 90s, 20m, 2h.")] = "20m",
-    length: Annotated[int | None, typer.Option(help="Tokens in a window; 512 when not given.")] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens in a window; 512, or as many as the model reads, when not given.")
+    ] = None,
     calibration: Annotated[int, typer.Option(help="Windows or items to calibrate a recipe with.")] = 16,
     tolerance: Annotated[float, typer.Option(help="Share of the quality that the recommended recipe may lose.")] = 0.01,
     effects: Annotated[
@@ -82,6 +88,9 @@ def compress(
         regard compress smollm2/ --data my_corpus.txt --recipe "int8 + tokens:method=snapkv,capacity=256" --output small/
         regard compress my_images --recipe "int8 + tokens:method=evit,keep=0.7 + export" --output small/
         regard compress smollm2/ --data my_corpus.txt --recipes "int8,int4" --effects 12
+        regard compress all-MiniLM-L6-v2/ --data my_corpus.txt --recipes "int8,w8a8,structured:layers=2"
+        regard compress my_bert_classifier/ --data reviews.csv --recipe "w8a8 + export" --output small/
+        regard compress timm:vit_small_patch16_224 --data photos/ --recipes "int8,w8a8,tokens:method=tome"
     """
     from regard.compression.recipes import read_recipe, read_recipes
     from regard.measurement.budget import Budget
@@ -116,7 +125,7 @@ Asked: TypeAlias = "tuple[Probes | None, int]"
 def _probes(subject: Subject, effects: int, length: int | None, data: list[str] | None) -> Asked:
     if not effects:
         return None, 0
-    from regard.workbench.lighter.subjects import LENGTH
+    from regard.workbench.lighter.subjects.base import LENGTH
     from regard.workbench.side_effects import Probes
 
     return Probes(subject.reader(subject.load()), length or LENGTH, data or None), effects
@@ -148,6 +157,7 @@ def _one(subject: Subject, recipe: Recipe, output: Path, calibration: int, asked
             recipe,
             calibration_data(subject, recipe, calibration),
             training=training_data(subject, recipe),
+            run=subject.run,
             work=work if recipe.needs else None,
             on_layer=watch,
         )
@@ -230,7 +240,7 @@ def _plain_table(headings: Sequence[str], rows: Sequence[Sequence[str]], best: S
 
 
 def _data(data: list[str] | None, model: Path, *, needed: bool) -> Any:
-    """A recipe without calibration needs no text, but a model of transformers is opened with one."""
+    """A recipe without calibration needs no data, but models of transformers and timm are opened with some."""
     from regard.workbench.trained.run import RECORD
 
     if data or needed or (model / RECORD).is_file():
@@ -239,7 +249,7 @@ def _data(data: list[str] | None, model: Path, *, needed: bool) -> Any:
 
 
 def _check_output(output: Path, model: Path) -> None:
-    from regard.compression.folders import RECORD, is_compressed, is_of_transformers
+    from regard.compression.folders import RECORD, is_compressed, library_of_place
 
     if output.resolve() == model.resolve():
         raise Unsupported(f"{output} as the output, which is the model itself", supported="another folder")
@@ -251,7 +261,7 @@ def _check_output(output: Path, model: Path) -> None:
             f"{output} as the output, which has other files in it",
             supported="a new folder, or that of a compressed model",
         )
-    if is_compressed(output) and is_of_transformers(output) != is_of_transformers(model):
+    if is_compressed(output) and library_of_place(output) != library_of_place(model):
         raise Unsupported(
             f"{output} as the output, which has a compressed model of another library", supported="another folder"
         )

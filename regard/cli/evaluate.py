@@ -129,7 +129,8 @@ def _of_transformers(folder: Path, data: list[str] | None, device: str, as_json:
     from regard.compression import text_windows
     from regard.measurement.statistics import score_of_items
     from regard.tasks.documents import read_documents
-    from regard.workbench.lighter.subjects import LENGTH, encode, nats_of_windows, open_of_transformers
+    from regard.workbench.lighter.subjects.base import LENGTH
+    from regard.workbench.lighter.subjects.language import encode, nats_of_windows, open_of_transformers
 
     if not data:
         raise Unsupported(

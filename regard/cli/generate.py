@@ -180,7 +180,7 @@ def _depth(seen: list[Tensor]) -> float:
 def _opened(folder: Path, device: str) -> tuple[Any, Any]:
     """A language model and its tokenizer."""
     from regard.compression.folders import is_of_transformers
-    from regard.workbench.lighter.subjects import open_of_transformers
+    from regard.workbench.lighter.subjects.language import open_of_transformers
 
     if not is_of_transformers(folder):
         from regard.models import LanguageModel
@@ -210,7 +210,7 @@ def _read(model: Any, tokenizer: Any, prompt: str, device: str) -> Tensor:
 
 def _stream(model: Any, ids: Tensor, tokens: int, sampling: dict[str, Any]) -> Iterable[Tensor]:
     from regard.models import LanguageModel
-    from regard.workbench.lighter.subjects import stream_text
+    from regard.workbench.lighter.subjects.language import stream_text
 
     if isinstance(model, LanguageModel):
         return model.generate_stream(ids, tokens, **sampling)

@@ -1,6 +1,7 @@
 """Compressed models in folders: safetensors and JSON, no pickle.
 
-    model.safetensors     the weights, codes as they are, with a copy of the record
+    model.safetensors     the weights, codes as they are, with a copy of the record; compressed.safetensors where another library
+                          than regard has no words for what they are, so that it refuses them
     config.json           of the model, as its library writes it
     compression.json      the record: what kind of model it is, which layers are quantized and how, what is left of layers whose
                           sizes the config has no words for, how tokens go on their way through it, and the report
@@ -17,6 +18,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,7 @@ from regard.compression.programs import remove_programs
 from regard.compression.pruning.foreign import restore, structure
 from regard.compression.tokens.applied import all_tokens, put_on, tokens_record
 from regard.contract import Unsupported
+from regard.integrations.timm_places import is_of_timm, timm_folders
 from regard.layers.quantized import quantized_record, restore_layers
 from regard.models import save_pretrained
 from regard.models.pretrained import CONFIG, read_pretrained
@@ -40,6 +43,10 @@ if TYPE_CHECKING:
     from regard.compression.compress import Compressed
 
 RECORD, WEIGHTS = "compression.json", "model.safetensors"
+OWN_WEIGHTS = "compressed.safetensors"
+"""Weights that transformers and timm cannot read: under the usual name they would draw random ones in their place."""
+OWN_TIMM = "compressed_by_regard"
+"""An architecture that timm does not know, in its ``config.json``, for the same end."""
 LIBRARIES = ("regard", "transformers", "timm", "other")
 BESIDE = ("training.json", "tokenizer.json")
 """Files of a folder of `regard train` that a compressed model goes on to need."""
@@ -77,7 +84,8 @@ def save_compressed(compressed: Compressed, folder: str | os.PathLike[str], *, t
         "report": compressed.report.as_dict(),
     }
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    (place / RECORD).unlink(missing_ok=True)
+    for name in (RECORD, WEIGHTS, OWN_WEIGHTS):
+        (place / name).unlink(missing_ok=True)
     remove_programs(place)
     with all_tokens(model):
         if library == "regard":
@@ -85,12 +93,22 @@ def save_compressed(compressed: Compressed, folder: str | os.PathLike[str], *, t
         else:
             tensors = {name: tensor.contiguous() for name, tensor in distinct_tensors(model).items()}
             metadata = {"format": "pt", "quantized": json.dumps(record["quantized"])}
-            write_atomically(place / WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
+            plain = loads_elsewhere(record)
+            write_atomically(
+                place / (WEIGHTS if plain else OWN_WEIGHTS), lambda path: save_file(tensors, path, metadata=metadata)
+            )
             if library == "transformers":
                 _write_transformers(model, tokenizer, place)
+            elif "options" in record["architecture"]:
+                timm_folders().write_config(model, place, None if plain else OWN_TIMM)
     if compressed.program is not None:
         compressed.program.save(place)
     write_atomically(place / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def loads_elsewhere(record: Mapping[str, Any]) -> bool:
+    """Whether the library that a model is of loads it from its folder, by what :func:`read_record` tells."""
+    return record["library"] != "other" and not record["quantized"] and not record.get("structure")
 
 
 def load_compressed(folder: str | os.PathLike[str], *, into: nn.Module | None = None) -> nn.Module:
@@ -107,18 +125,25 @@ def load_compressed(folder: str | os.PathLike[str], *, into: nn.Module | None = 
     record = read_record(place)
     if record["library"] == "regard" and into is None:
         return load_own(place)
-    tensors, metadata = read_tensors(place / WEIGHTS)
+    weights = place / OWN_WEIGHTS
+    if not weights.is_file():  # earlier versions had one name for all
+        weights = place / WEIGHTS
+    tensors, metadata = read_tensors(weights)
     if "quantized" in metadata and json.loads(metadata["quantized"]) != record["quantized"]:
-        raise Unsupported(f"{RECORD} and {WEIGHTS} of different saves in {folder}", supported="files of one save")
+        raise Unsupported(f"{RECORD} and {weights.name} of different saves in {folder}", supported="files of one save")
     model = _build(place, record) if into is None else into
     if record.get("structure"):
         restore(model, record["structure"], source=str(place / RECORD))
     restore_layers(model, record["quantized"], source=str(place / RECORD))
+<<<<<<< HEAD
     load_tensors(model, tensors, source=str(place / WEIGHTS))
     if record["library"] == "transformers":
         from regard.integrations.transformers.fused import fuse_layers
 
         fuse_layers(model)
+=======
+    load_tensors(model, tensors, source=str(weights))
+>>>>>>> wip-compress
     return _with_tokens(model.eval(), record.get("tokens"), place / RECORD)
 
 
@@ -175,7 +200,7 @@ def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What ``compression.json`` of a folder says; raises Unsupported where there is none."""
     place = Path(folder)
     if not (place / RECORD).is_file():
-        half = (place / WEIGHTS).is_file()
+        half = any((place / name).is_file() for name in (WEIGHTS, OWN_WEIGHTS))
         raise Unsupported(
             f"{folder} without {RECORD}" + (", perhaps of a save that was stopped" if half else ""),
             supported="a folder written by `regard compress` or Compressed.save",
@@ -217,6 +242,15 @@ def is_of_transformers(place: Path) -> bool:
         raise Unsupported(f"{config}, which cannot be read ({error})", supported="a file of save_pretrained") from None
 
 
+def library_of_place(place: Path) -> str:
+    """Whose model a folder or file has, compressed or not: ``transformers``, ``timm``, or ``regard`` for all others."""
+    if is_compressed(place):
+        return str(read_record(place)["library"])
+    if is_of_timm(place):
+        return "timm"
+    return "transformers" if is_of_transformers(place) else "regard"
+
+
 def copy_training(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
     """What `regard evaluate`, `generate` and `predict` read beside a model: from its folder to that of the compressed one."""
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -226,12 +260,17 @@ def copy_training(source: str | os.PathLike[str], folder: str | os.PathLike[str]
 
 
 def _architecture(model: Any, library: str) -> Any:
-    if library == "timm":
+    if library != "timm":
+        return {"name": type(model).__name__}
+    try:
+        found = timm_folders().arguments(model)
+    except Unsupported:  # such a model is loaded into one that the user has made
         return {"name": model.pretrained_cfg.get("architecture"), "num_classes": getattr(model, "num_classes", None)}
-    return {"name": type(model).__name__}
+    return {"name": found.pop("architecture"), **found}
 
 
 def _write_transformers(model: Any, tokenizer: Any, place: Path) -> None:
+    model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(place)
     if getattr(model, "generation_config", None) is not None and model.can_generate():
         model.generation_config.save_pretrained(place)
@@ -251,12 +290,16 @@ def _build(place: Path, record: dict[str, Any]) -> nn.Module:
         if isinstance(made, type) and issubclass(made, transformers.PreTrainedModel):
             config = transformers.AutoConfig.from_pretrained(place)
             with torch.random.fork_rng(devices=[]), no_init_weights():
-                return made(config).float()
+                built: Any = made(config).float()
+            built.tie_weights()  # without values to draw it is not done
+            return built
     if library == "timm":
-        import timm
-
-        if timm.is_model(name):
-            return timm.create_model(name, num_classes=architecture.get("num_classes"))
+        folders = timm_folders()
+        if folders.timm.is_model(name):
+            options = architecture.get("options") or {"num_classes": architecture.get("num_classes")}
+            made = folders.built(name, options, architecture.get("swapped") or {})
+            folders.read_config(made, place)
+            return made
     raise Unsupported(
         f"building a {name} of {library}", supported="models of regard, transformers and timm", nearest=nearest
     )

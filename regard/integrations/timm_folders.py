@@ -23,6 +23,7 @@ from typing import Any
 import timm
 import torch
 from timm.models import get_model_args, load_pretrained, register_model, save_for_hf
+from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from regard.contract import Unsupported
@@ -38,23 +39,41 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises:
         Unsupported: for a model that timm could not build again from its name and arguments.
     """
-    place, (architecture, options) = Path(folder), recipe(model)
+    place = Path(folder)
+    recipe(model)
     save_for_hf(model, str(place), safe_serialization=True)
-    swapped = _swapped(model)
-    if not swapped:
-        return
-    path = place / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["architecture"] = NAME
-    config["model_args"] = {"architecture": architecture, "options": options, "swapped": swapped}
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if _swapped(model):
+        write_config(model, place, NAME)
 
 
-def recipe(model: Any) -> tuple[str, dict[str, Any]]:
-    """The name and arguments by which timm builds a model again, without what was swapped.
+def write_config(model: nn.Module, folder: Path, name: str | None = None) -> None:
+    """Write the ``config.json`` of a model alone.
+
+    Args:
+        name: of an architecture in the place of the model's own, which is among its arguments then.
+    """
+    path = folder / "config.json"
+    save_config_for_hf(model, str(path))
+    if name is not None:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config |= {"architecture": name, "model_args": arguments(model)}
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read_config(model: Any, folder: Path) -> None:
+    """Tell a model what the ``config.json`` of a folder says of its images and classes; nothing where there is none."""
+    path = folder / "config.json"
+    if path.is_file():
+        told = json.loads(path.read_text(encoding="utf-8"))
+        labels = {name: told[name] for name in ("label_names", "label_descriptions") if name in told}
+        _configure(model, {**told.get("pretrained_cfg", {}), **labels})
+
+
+def arguments(model: Any) -> dict[str, Any]:
+    """What builds a model of the same sizes again, by :func:`built`: its ``architecture``, ``options``, and what was ``swapped``.
 
     Raises:
-        Unsupported: where it would build another, as for a model that was changed or not made by `timm.create_model`.
+        Unsupported: for a model not made by `timm.create_model`, and arguments that JSON has no words for.
     """
     config = getattr(model, "pretrained_cfg", None) or {}
     architecture = config.get("architecture")
@@ -67,13 +86,35 @@ def recipe(model: Any) -> tuple[str, dict[str, Any]]:
         "options", {}
     )  # of one that came from a folder of save, whose arguments timm takes for the model's
     args = {name: value for name, value in args.items() if name not in ("architecture", "swapped")}
-    options = json.loads(json.dumps({"num_classes": model.num_classes, **known, **args}))
+    try:
+        options = json.loads(json.dumps({"num_classes": model.num_classes, **known, **args}))
+    except TypeError as error:
+        raise Unsupported(
+            f"writing the arguments of a {architecture} ({error})", supported="numbers and words"
+        ) from None
+    return {"architecture": architecture, "options": options, "swapped": _swapped(model)}
+
+
+def built(architecture: str, options: dict[str, Any], swapped: dict[str, Any]) -> Any:
+    """A model of the sizes that :func:`arguments` tells, with weights that are drawn."""
+    model = timm.create_model(architecture, **options)
+    _place(model, swapped)
+    return model
+
+
+def recipe(model: Any) -> tuple[str, dict[str, Any]]:
+    """The name and arguments by which timm builds a model again, without what was swapped.
+
+    Raises:
+        Unsupported: where it would build another, as for a model that was changed or not made by `timm.create_model`.
+    """
+    found = arguments(model)
+    architecture, options = found["architecture"], found["options"]
     with torch.device("meta"):
-        made = timm.create_model(architecture, **options)
-        _place(made, _swapped(model))
-    shapes, found = ({name: tuple(x.shape) for name, x in one.state_dict().items()} for one in (made, model))
-    if shapes != found:
-        differing = sorted(name for name in {**shapes, **found} if shapes.get(name) != found.get(name))
+        made = built(**found)
+    shapes, own = ({name: tuple(x.shape) for name, x in one.state_dict().items()} for one in (made, model))
+    if shapes != own:
+        differing = sorted(name for name in {**shapes, **own} if shapes.get(name) != own.get(name))
         raise Unsupported(
             f"a {architecture} that was changed after timm made it ({differing[0]} and {len(differing) - 1} more)",
             supported="models as timm.create_model makes them, or a folder that timm saved with all model_args",
@@ -127,17 +168,21 @@ def swapped_by_regard(
             supported="the model of a folder as it was saved",
             nearest='timm.create_model("local-dir:FOLDER", pretrained=True)',
         )
-    model: Any = timm.create_model(architecture, **(options or {}))
-    _place(model, swapped or {})
+    model = built(architecture, options or {}, swapped or {})
     told = pretrained_cfg if isinstance(pretrained_cfg, dict) else dataclasses.asdict(pretrained_cfg)
-    kept = {name: value for name, value in told.items() if value is not None and name not in ("file", "source")}
-    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **kept, "architecture": architecture}
+    _configure(model, told)
     if pretrained:
         channels = model.pretrained_cfg["input_size"][0]
         load_pretrained(model, {**told, "first_conv": None}, num_classes=model.num_classes, in_chans=channels)
     return model
 
 
+def _configure(model: Any, told: dict[str, Any]) -> None:
+    kept = {name: value for name, value in told.items() if value is not None and name not in ("file", "source")}
+    own = model.pretrained_cfg
+    model.pretrained_cfg = model.default_cfg = {**own, **kept, "architecture": own["architecture"]}
+
+
 register_model(swapped_by_regard)
 
-__all__ = ["NAME", "recipe", "save", "swapped_by_regard"]
+__all__ = ["NAME", "arguments", "built", "read_config", "recipe", "save", "swapped_by_regard", "write_config"]

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 HELD_OUT = 0.1
 """Share of the data that is never trained on."""
-UNASKED = -100
-"""A target that is none."""
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from regard.contract import Unsupported
-from regard.retrofit.corpus import HELD_OUT, UNASKED
+from regard.integrations.encoders import UNASKED
+from regard.retrofit.corpus import HELD_OUT
 from regard.tasks.documents import Paths, class_folders, file_name, names_of, nearest_path, walk
 from regard.tasks.image_files import centre, check_memory, images_among, read_image, stacked
 from regard.training.loop import step_seed
@@ -43,6 +44,17 @@ class View:
     deviation: tuple[float, ...]
     classes: tuple[str, ...]
     count: int
+
+    @classmethod
+    def of(cls, model: Any) -> View:
+        """That of a model of timm."""
+        from timm.data import resolve_input_data_config
+
+        told = resolve_input_data_config(model)
+        channels, height, width = told["input_size"]
+        names = model.pretrained_cfg.get("label_names") or ()
+        crop, mean, std = told["crop_pct"], told["mean"], told["std"]
+        return cls(channels, height, width, crop, tuple(mean), tuple(std), tuple(map(str, names)), model.num_classes)
 
     def read(self, path: Path) -> Shaped[np.ndarray, "h w c"]:
         """The middle of an image."""
@@ -121,22 +133,28 @@ class Pictures:
 
 
 def read_pictures(
-    data: Paths | Tensor, validation: Paths | Tensor | None, view: View, *, batch: int, seed: int
+    data: Paths | Tensor,
+    validation: Paths | Tensor | None,
+    view: View,
+    *,
+    batch: int,
+    seed: int,
+    held_out: float = HELD_OUT,
 ) -> Pictures:
     """The images of folders, or images that are given.
 
     Args:
-        data: a folder of images, with a sub-folder a class or without; or images (n, c, h, w) as the model reads them. A tenth
-            is held out.
+        data: a folder of images, with a sub-folder a class or without; or images (n, c, h, w) as the model reads them.
         validation: likewise, of another source; evaluated alone.
         batch: images of a training step.
+        held_out: share of the data.
 
     Raises:
         Unsupported: for folders without images, damaged ones, and too few of them.
     """
     whole, classes = _read(data, view)
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
-    border = len(whole) - max(round(HELD_OUT * len(whole)), 2)
+    border = len(whole) - max(round(held_out * len(whole)), 2)
     if border < batch:
         raise Unsupported(
             f"{len(whole)} different images, of which {max(border, 0)} are not held out, for batches of {batch}",

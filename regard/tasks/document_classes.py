@@ -63,48 +63,60 @@ class DocumentsTask(LabelledTask):
             self._rule = "as the data come, by product"
         else:
             named = names_of(data)
-            items = self._read(data, text, label, field)
+            items = self._items(data, text, label, field)
             if validation is None:
                 training, held = self._split(items, named)
             else:
-                training, held = self._use_validation(items, self._read(validation, text, label, field), validation)
+                training, held = self._use_validation(items, self._items(validation, text, label, field), validation)
                 self._rule = "held-out documents as given"
         balanced = data is None if balance is None else bool(balance)
         self._prepare(training, held, tokenizer=tokenizer, balance=balanced, named=named)
 
-    def _read(self, data: Paths, text: str, label: str, field: str) -> list[Labelled]:
-        if isinstance(data, str | Path) and (path := Path(data)).is_dir():
-            return self._read_folder(path, field)
-        if isinstance(data, str | Path) and not Path(data).exists():
-            raise Unsupported(
-                f"{data}, which does not exist",
-                supported="a table with a text and a label in each row, or a folder with a sub-folder for each class",
-                nearest=nearest_path(Path(data)),
-            )
-        table = read_table(data)
-        texts, labels = table.texts(text, "text"), table.texts(label, "label")
-        if text == label:
-            raise Unsupported(f"text={text} and label={label}", supported="two columns")
-        self._notes += table.notes
-        items = [Labelled((words,), name.strip()) for words, name in zip(texts, labels, strict=True)]
-        whole = [bool(item.texts[0].strip() and item.label) for item in items]
-        self._notes += table.left_out(whole, "a text or a label")
-        return list(compress(items, whole))
-
-    def _read_folder(self, folder: Path, field: str) -> list[Labelled]:
-        classes = class_folders(folder)
-        if len(classes) < 2:
-            raise Unsupported(
-                f"{folder} with {len(classes)} sub-folders",
-                supported="a folder with a sub-folder of text files for each class, 2 or more of them",
-                nearest="--task text, which needs no classes" if not classes else "",
-            )
-        items = []
-        for path in classes:
-            documents, notes = read_documents(path, field)
-            self._notes += notes
-            items += [Labelled((document.text.decode(),), file_name(path.name)) for document in documents]
+    def _items(self, data: Paths, *options: str) -> list[Labelled]:
+        items, notes = read_items(data, *options)
+        self._notes += notes
         return items
+
+
+def read_items(
+    data: Paths, text: str = "text", label: str = "label", field: str = "text"
+) -> tuple[list[Labelled], list[str]]:
+    """Texts and their classes, of a table or a folder as :class:`DocumentsTask` takes them, and notes on what was left out.
+
+    Raises:
+        Unsupported: for other data.
+    """
+    if isinstance(data, str | Path) and (path := Path(data)).is_dir():
+        return _read_folder(path, field)
+    if isinstance(data, str | Path) and not Path(data).exists():
+        raise Unsupported(
+            f"{data}, which does not exist",
+            supported="a table with a text and a label in each row, or a folder with a sub-folder for each class",
+            nearest=nearest_path(Path(data)),
+        )
+    table = read_table(data)
+    texts, labels = table.texts(text, "text"), table.texts(label, "label")
+    if text == label:
+        raise Unsupported(f"text={text} and label={label}", supported="two columns")
+    items = [Labelled((words,), name.strip()) for words, name in zip(texts, labels, strict=True)]
+    whole = [bool(item.texts[0].strip() and item.label) for item in items]
+    return list(compress(items, whole)), [*table.notes, *table.left_out(whole, "a text or a label")]
+
+
+def _read_folder(folder: Path, field: str) -> tuple[list[Labelled], list[str]]:
+    classes = class_folders(folder)
+    if len(classes) < 2:
+        raise Unsupported(
+            f"{folder} with {len(classes)} sub-folders",
+            supported="a folder with a sub-folder of text files for each class, 2 or more of them",
+            nearest="--task text, which needs no classes" if not classes else "",
+        )
+    items, said = list[Labelled](), list[str]()
+    for path in classes:
+        documents, notes = read_documents(path, field)
+        said += notes
+        items += [Labelled((document.text.decode(),), file_name(path.name)) for document in documents]
+    return items, said
 
 
 def _reviews(item: str) -> list[Labelled]:

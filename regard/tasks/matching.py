@@ -62,26 +62,18 @@ class MatchingTask(LabelledTask):
             training, held = self._verses()
         else:
             named = names_of(data)
-            items = self._read(data, first, second, label)
+            items = self._items(data, first, second, label)
             if validation is None:
                 training, held = self._split(items, named)
             else:
-                training, held = self._use_validation(items, self._read(validation, first, second, label), validation)
+                training, held = self._use_validation(items, self._items(validation, first, second, label), validation)
                 self._rule = "held-out pairs as given"
         self._prepare(training, held, tokenizer=tokenizer, balance=data is None, named=named)
 
-    def _read(self, data: Paths, first: str, second: str, label: str) -> list[Labelled]:
-        chosen = (first, second, label)
-        table = read_table(data, names=chosen if chosen == ("first", "second", "label") else ())
-        if len(set(chosen)) < len(chosen):
-            raise Unsupported(f"first={first}, second={second} and label={label}", supported="three columns")
-        options = ("first", "second", "label")
-        columns = [table.texts(name, option) for name, option in zip(chosen, options, strict=True)]
-        self._notes += table.notes
-        rows = list(zip(*columns, strict=True))
-        whole = [all(cell.strip() for cell in row) for row in rows]
-        self._notes += table.left_out(whole, "a passage or a label")
-        return [Labelled((one, other), name.strip()) for one, other, name in compress(rows, whole)]
+    def _items(self, data: Paths, *columns: str) -> list[Labelled]:
+        items, notes = read_pairs(data, *columns)
+        self._notes += notes
+        return items
 
     def _verses(self) -> tuple[list[Labelled], list[Labelled]]:
         verses = read_verse_pairs("the task matching")
@@ -107,3 +99,23 @@ class MatchingTask(LabelledTask):
             + ", ".join(sorted(held_out))
         )
         return training, scored
+
+
+def read_pairs(
+    data: Paths, first: str = "first", second: str = "second", label: str = "label"
+) -> tuple[list[Labelled], list[str]]:
+    """Pairs of passages and their classes, of a table as :class:`MatchingTask` takes it, and notes on what was left out.
+
+    Raises:
+        Unsupported: for other data.
+    """
+    chosen = (first, second, label)
+    table = read_table(data, names=chosen if chosen == ("first", "second", "label") else ())
+    if len(set(chosen)) < len(chosen):
+        raise Unsupported(f"first={first}, second={second} and label={label}", supported="three columns")
+    options = ("first", "second", "label")
+    columns = [table.texts(name, option) for name, option in zip(chosen, options, strict=True)]
+    rows = list(zip(*columns, strict=True))
+    whole = [all(cell.strip() for cell in row) for row in rows]
+    items = [Labelled((one, other), name.strip()) for one, other, name in compress(rows, whole)]
+    return items, [*table.notes, *table.left_out(whole, "a passage or a label")]

@@ -319,5 +319,6 @@ def test_files_of_different_saves_are_refused(tmp_path):
     for name, recipe in (("a", "int8"), ("b", "int4")):
         model = llama()
         regard.compress(model, recipe).save(tmp_path / name)
-    (tmp_path / "a" / "model.safetensors").write_bytes((tmp_path / "b" / "model.safetensors").read_bytes())
+    one, other = (tmp_path / name / "compressed.safetensors" for name in ("a", "b"))
+    one.write_bytes(other.read_bytes())
     refused("different saves", load_compressed, tmp_path / "a")

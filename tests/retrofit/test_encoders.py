@@ -12,9 +12,10 @@ from small_encoders import SIZES, WORDS, WORK, bert, text, tokenizer, tokens
 import regard
 from regard import Unsupported
 from regard.integrations import swap
+from regard.integrations.encoders import UNASKED
 from regard.measurement.budget import Budget
 from regard.retrofit import open_host, stage
-from regard.retrofit.corpus import UNASKED, Corpus
+from regard.retrofit.corpus import Corpus
 from regard.retrofit.hosts import EncoderHost
 from regard.retrofit.measures.encoder import neighbours, quality
 from regard.retrofit.pace import plan

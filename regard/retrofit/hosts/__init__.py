@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from regard.contract import Unsupported
+from regard.integrations.encoders import is_masked_lm
+from regard.integrations.timm_places import is_of_timm
 from regard.retrofit.hosts.base import Batch, Host, Layer, layers_of
-from regard.retrofit.hosts.encoder import SUPPORTED, EncoderHost, is_masked_lm
+from regard.retrofit.hosts.encoder import SUPPORTED, EncoderHost
 from regard.retrofit.hosts.language import LanguageHost
 from regard.retrofit.hosts.text import check_whole, open_folder
-from regard.retrofit.hosts.vision import VisionHost, is_of_timm, open_vision
+from regard.retrofit.hosts.vision import VisionHost, open_vision
 
 
 def open_host(model: Any, tokenizer: Any = None) -> Host:

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from regard.contract import Pattern, Unsupported
-from regard.retrofit.corpus import UNASKED, Corpus, even_blocks
+from regard.integrations.encoders import (
+    UNASKED,
+    architecture_of,
+    auto_class,
+    frame_of,
+    framed,
+    is_masked_lm,
+    kind_of,
+    masked,
+    positions_of,
+    read_config,
+)
+from regard.retrofit.corpus import Corpus, even_blocks
 from regard.retrofit.hosts.base import Batch
 from regard.retrofit.hosts.text import TextHost
 from regard.retrofit.settings import RetrofitSettings
 from regard.training.loop import step_seed
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float, Int
 
     from regard.tasks.documents import Paths
 
-MASKED = 0.15
-"""Share of a block's tokens that are hidden and asked for."""
 SUPPORTED = "causal language models, encoders with a head for masked tokens, and bare encoders (AutoModel)"
 
 
@@ -47,18 +56,12 @@ class EncoderHost(TextHost):
 
     @property
     def longest(self) -> int | None:
-        """Without the positions that models of the kind of RoBERTa keep for padding."""
-        known = super().longest
-        for name, module in self.model.named_modules():
-            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and known is not None:
-                return known if module.padding_idx is None else known - module.padding_idx - 1
-        return known
+        return positions_of(self.model)
 
     @property
     def frame(self) -> tuple[int, int] | None:
         """The tokens before and after a text; None where the tokenizer has none."""
-        first, last = (getattr(self.tokenizer, name, None) for name in ("cls_token_id", "sep_token_id"))
-        return None if first is None or last is None else (first, last)
+        return frame_of(self.tokenizer)
 
     def settled(self, settings: RetrofitSettings) -> RetrofitSettings:
         if not self.distributes and settings.distil != 1:
@@ -97,26 +100,11 @@ class EncoderHost(TextHost):
 
     def framed(self, ids: Int[Tensor, "b n"]) -> Int[Tensor, "b m"]:
         """Texts as the tokenizer frames them."""
-        if self.frame is None:
-            return ids
-        first, last = (ids.new_full((len(ids), 1), token) for token in self.frame)
-        return torch.cat([first, ids, last], 1)
+        return framed(ids, self.tokenizer)
 
     def _batch(self, ids: Int[Tensor, "b n"], generator: torch.Generator) -> Batch:
         ids = self.framed(ids)
-        if not self.distributes:
-            return Batch(ids)
-        asked = self._asked(ids, generator)
-        masked = ids.masked_fill(asked, self.tokenizer.mask_token_id)
-        return Batch(masked, ids.masked_fill(~asked, UNASKED))
-
-    def _asked(self, ids: Int[Tensor, "b n"], generator: torch.Generator) -> Bool[Tensor, "b n"]:
-        """Which tokens are hidden: as many in each row, and no frames."""
-        special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids, dtype=ids.dtype))
-        chance = torch.rand(ids.shape, generator=generator) + special
-        count = max(round(MASKED * ids.shape[1]), 1)
-        places = chance.topk(count, 1, largest=False).indices
-        return torch.zeros_like(special).scatter_(1, places, True)
+        return Batch(*masked(ids, self.tokenizer, generator)) if self.distributes else Batch(ids)
 
     def batch(self, data: Corpus, step: int, seed: int, settings: RetrofitSettings, rows: int | None = None) -> Batch:
         ids = data.blocks(step, seed, rows or settings.rows, self._content(settings.block))
@@ -149,30 +137,17 @@ class EncoderHost(TextHost):
         return load_model(folder, of=class_of(Path(folder)))
 
 
-def is_masked_lm(model: Any) -> bool:
-    """Whether it is an encoder with a head that says masked tokens."""
-    return type(model).__name__.endswith("ForMaskedLM")
-
-
 def class_of(folder: Path) -> Any:
     """The class of transformers by which an encoder in a folder loads whole; None for what is no encoder.
 
     Raises:
         Unsupported: for an encoder with another head, which would be lost.
     """
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    name = next(iter(config.get("architectures") or ()), "")
-    if config.get("model_type") not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or name.endswith(
-        ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-    ):
-        return None
-    if name.endswith("Model"):
-        return transformers.AutoModel
-    if name.endswith(("ForMaskedLM", "ForPreTraining", "WithLMHeadModel")) or not name:
-        return transformers.AutoModelForMaskedLM
-    raise Unsupported(
-        f"a retrofit of a {name}, whose head is of another kind", supported=SUPPORTED, nearest="regard.swap, in Python"
-    )
+    kind = kind_of(folder)
+    if kind in ("classes", "other"):
+        raise Unsupported(
+            f"a retrofit of a {architecture_of(read_config(folder))}, whose head is of another kind",
+            supported=SUPPORTED,
+            nearest="regard.swap, in Python",
+        )
+    return auto_class(kind)

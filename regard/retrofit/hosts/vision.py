@@ -6,20 +6,18 @@ import copy
 import hashlib
 import json
 import os
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
 from regard.contract import Pattern, Unsupported
+from regard.integrations.encoders import UNASKED
 from regard.integrations.swap import swap
+from regard.integrations.timm_places import load_timm, name_of, timm_folders
 from regard.layers.quantized import quantized_record
 from regard.models.weights import weights_digest
-from regard.retrofit.corpus import UNASKED
 from regard.retrofit.hosts.base import Batch, Host, layers_of
 from regard.retrofit.pictures import Pictures, Some, View, read_pictures
 from regard.retrofit.settings import RetrofitSettings
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 
     from regard.tasks.documents import Paths
 
-PREFIX = "timm:"
 TIMED = 20
 """Batches that are read for time."""
 BATCH = 32
@@ -58,15 +55,7 @@ class VisionHost(Host):
     @property
     def view(self) -> View:
         """How it sees images."""
-        from timm.data import resolve_input_data_config
-
-        told = resolve_input_data_config(self.model)
-        channels, height, width = told["input_size"]
-        names = self.model.pretrained_cfg.get("label_names") or ()
-        crop, mean, std = told["crop_pct"], told["mean"], told["std"]
-        return View(
-            channels, height, width, crop, tuple(mean), tuple(std), tuple(map(str, names)), self.model.num_classes
-        )
+        return View.of(self.model)
 
     def settled(self, settings: RetrofitSettings) -> RetrofitSettings:
         for name in ("length", "lengths"):
@@ -131,7 +120,7 @@ class VisionHost(Host):
         save(self.model, folder)
 
     def load(self, folder: str | os.PathLike[str]) -> Any:
-        return _load(f"local-dir:{folder}", str(folder))
+        return load_timm(folder, supported=SUPPORTED)
 
     def fingerprint(self) -> str:
         from regard.integrations.timm_folders import recipe
@@ -144,38 +133,15 @@ class VisionHost(Host):
         return module.num_heads, module.num_heads, module.head_dim, module.head_dim
 
 
-def is_of_timm(model: Any) -> bool:
-    """Whether it is a model of timm, the name of one, or a folder that timm has saved."""
-    if isinstance(model, (str, os.PathLike)):
-        if str(model).startswith(PREFIX):
-            return True
-        try:
-            config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return "architecture" in config and "model_type" not in config
-    return "timm" in sys.modules and type(model).__module__.startswith("timm.")
-
-
 def open_vision(model: Any) -> VisionHost:
     """The host of a model for which :func:`is_of_timm` holds.
 
     Raises:
         Unsupported: where it cannot be loaded or built again, for quantized weights, and models swapped before.
     """
-    try:
-        from regard.integrations.timm_folders import recipe
-    except ImportError as error:
-        raise Unsupported(
-            f"a vision transformer without a fitting timm ({error})",
-            supported="timm 1.0.31 or newer",
-            nearest="pip install 'regard[vision]'",
-        ) from error
+    recipe = timm_folders().recipe
     if isinstance(model, (str, os.PathLike)):
-        text = str(model)
-        named = text.startswith(PREFIX)
-        name = text.removeprefix(PREFIX) if named else Path(text).name
-        opened = _load(name if named else f"local-dir:{text}", text)
+        name, opened = name_of(model), load_timm(model, supported=SUPPORTED)
     else:
         name, opened = type(model).__name__, copy.deepcopy(model)
     what = f"a retrofit of a {type(opened).__name__}"
@@ -190,18 +156,3 @@ def open_vision(model: Any) -> VisionHost:
         )
     recipe(opened)
     return host
-
-
-def _load(source: str, told: str) -> Any:
-    """A model with its weights, by timm."""
-    import timm
-
-    import regard.integrations.timm_folders  # noqa: F401  registers what save has written
-
-    try:
-        return timm.create_model(source, pretrained=True).eval()
-    except Unsupported:
-        raise
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        said = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        raise Unsupported(f"{told}, which timm cannot load ({said})", supported=SUPPORTED) from error

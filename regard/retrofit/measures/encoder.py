@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from regard.integrations.encoders import UNASKED
 from regard.measurement import units
 from regard.measurement.timing import interleaved
-from regard.retrofit.corpus import UNASKED, Corpus
+from regard.retrofit.corpus import Corpus
 from regard.retrofit.hosts import Batch, EncoderHost
 from regard.retrofit.measures.shared import (
     CLOSE,

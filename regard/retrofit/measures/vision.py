@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard.integrations.encoders import UNASKED
 from regard.measurement import units
 from regard.measurement.timing import interleaved
-from regard.retrofit.corpus import UNASKED
 from regard.retrofit.hosts import Batch, VisionHost
 from regard.retrofit.measures.shared import (
     CLOSE,

@@ -172,6 +172,7 @@ def study(
                 recipe,
                 calibration_data(subject, recipe, state["calibration"]),
                 training=training_data(subject, recipe),
+                run=subject.run,
                 work=work if recipe.needs else None,
                 on_layer=lambda name, done, count, i=i, recipe=recipe: on_progress(  # type: ignore[misc]
                     f"{recipe.name}: {name} ({done} of {count})", i, len(recipes)
@@ -296,12 +297,14 @@ def recommend(found: Study, tolerance: float = 0.01) -> tuple[str | None, str]:
     if faster <= NOTICEABLE:
         best = min(good, key=lambda row: row.bytes)
         faster = best.speedup[main]
-    smaller = found.original.bytes / best.bytes
+    ratio = found.original.bytes / best.bytes
+    smaller = f"{ratio:.2g} times smaller" if ratio > NOTICEABLE else "no smaller"
     if faster > NOTICEABLE:
-        speed = f"{smaller:.2g} times smaller and {faster:.2g} times faster in {main}"
+        link = "and" if ratio > NOTICEABLE else "but"
+        speed = f"{smaller} {link} {faster:.2g} times faster in {main}"
     else:
         slower = f"{1 / faster:.2g} times slower" if faster < 1 / NOTICEABLE else "no faster"
-        speed = f"{smaller:.2g} times smaller, but {slower} in {main} (no recipe that loses so little is faster)"
+        speed = f"{smaller}, but {slower} in {main} (no recipe that loses so little is faster)"
     return best.recipe, (
         f"Use {best.recipe}{'' if faster > NOTICEABLE else ' where size matters'}: {speed}, with "
         f"{units.number(best.quality)} {found.metric} against {units.number(found.original.quality)} ({best.loss:+.1%})."

@@ -1,0 +1,69 @@
+"""Where models of timm are: its names, and folders that it has saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from regard.contract import Unsupported
+
+PREFIX = "timm:"
+SUPPORTED = "a folder of timm (config.json and model.safetensors), or timm:NAME for pretrained weights"
+
+
+def is_of_timm(model: Any) -> bool:
+    """Whether it is a model of timm, the name of one, or a folder that timm has saved."""
+    if isinstance(model, (str, os.PathLike)):
+        if str(model).startswith(PREFIX):
+            return True
+        try:
+            config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return "architecture" in config and "model_type" not in config
+    return "timm" in sys.modules and type(model).__module__.startswith("timm.")
+
+
+def timm_folders() -> Any:
+    """:mod:`regard.integrations.timm_folders`; raises Unsupported without a fitting timm."""
+    try:
+        from regard.integrations import timm_folders
+    except ImportError as error:
+        raise Unsupported(
+            f"a model of timm without a fitting timm ({error})",
+            supported="timm 1.0.31 or newer",
+            nearest="pip install 'regard[vision]'",
+        ) from error
+    return timm_folders
+
+
+def load_timm(place: str | os.PathLike[str], *, supported: str = SUPPORTED) -> Any:
+    """The model of a place for which :func:`is_of_timm` holds, to be evaluated.
+
+    Args:
+        supported: what to say of a place whose model timm cannot load.
+
+    Raises:
+        Unsupported: for one, and without a fitting timm.
+    """
+    folders = timm_folders()
+    text = str(place)
+    source = text.removeprefix(PREFIX) if text.startswith(PREFIX) else f"local-dir:{text}"
+    try:
+        return folders.timm.create_model(source, pretrained=True).eval()
+    except Unsupported:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        said = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise Unsupported(f"{text}, which timm cannot load ({said})", supported=supported) from error
+
+
+def name_of(place: str | os.PathLike[str]) -> str:
+    """The name of a place, as a report has it."""
+    text = str(place)
+    return text.removeprefix(PREFIX) if text.startswith(PREFIX) else Path(text).name or text

@@ -1,0 +1,130 @@
+"""Models that answer each item at once, as encoders, classifiers and vision transformers do."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.compression import Compressed
+from regard.compression.layers import answers_of, run_batch
+from regard.contract import Unsupported
+from regard.measurement.timing import Action
+from regard.workbench.lighter.subjects.base import CHOOSING
+from regard.workbench.lighter.subjects.items import LABELS, Items
+from regard.workbench.lighter.subjects.scores import Score
+from regard.workbench.sparse.readers import Reader
+
+AT_ONCE = 16
+"""Items of a batch to train on or to score."""
+
+
+@dataclass(frozen=True)
+class Answering:
+    """A model of transformers or timm with data, as :class:`regard.workbench.lighter.subjects.base.Subject` says.
+
+    Attributes:
+        of: model and data in words.
+        opened: makes the model.
+        score: of its quality.
+        before, held_out: items to calibrate and train with, and to score on; None where no data were given.
+        tokenizer: of transformers, to be written beside the model.
+    """
+
+    of: str
+    opened: Callable[[], nn.Module]
+    score: Score
+    before: Items | None
+    held_out: Items | None
+    tokenizer: Any = None
+
+    @property
+    def described(self) -> str:
+        """Model and data, and by what answers are judged where no right ones are known."""
+        return self.of if self.score.known else f"{self.of}; answers beside the original's"
+
+    @property
+    def metric(self) -> str:
+        """Of the score."""
+        return self.score.metric
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Which way the score is better."""
+        return self.score.higher_is_better
+
+    @property
+    def items(self) -> int:
+        """How many items are held out."""
+        return 0 if self.held_out is None else len(self.held_out)
+
+    @staticmethod
+    def run(model: nn.Module, batch: Any) -> Any:
+        """What a model says of a batch, whose right answers it is not told."""
+        return run_batch(model, {name: value for name, value in batch.items() if name != LABELS})
+
+    def load(self) -> nn.Module:
+        return self.opened().eval()
+
+    def calibration(self, count: int) -> list[Any]:
+        """One item a batch, so that none is padded."""
+        assert self.before is not None
+        kept = min(count, len(self.before))
+        return [self.before.batch([i * len(self.before) // kept]) for i in range(kept)]
+
+    def training(self, steps: int) -> list[Any]:
+        assert self.before is not None
+        return list(itertools.islice(_batches(self.before, len(self.before)), steps))
+
+    def choosing(self) -> list[Any]:
+        assert self.before is not None
+        return list(_batches(self.before, CHOOSING))
+
+    @torch.inference_mode()
+    def quality(self, model: nn.Module, items: int) -> float:
+        assert self.held_out is not None
+        total = self.score.begin()
+        original = None if self.score.known else self.load()
+        for batch in _batches(self.held_out, items):
+            total.add(
+                self._answers(model, batch), batch[LABELS] if original is None else self._answers(original, batch)
+            )
+        return total.value()
+
+    def _answers(self, model: nn.Module, batch: Any) -> Tensor:
+        found = answers_of(self.run(model, batch))
+        if found is None:
+            raise Unsupported(f"the answers of a {type(model).__name__}", supported="logits, hidden states or features")
+        return found
+
+    def timed(self, model: nn.Module) -> dict[str, Action]:
+        assert self.held_out is not None
+
+        def action(count: int) -> Action:
+            batch = self.held_out.batch([i % len(self.held_out) for i in range(count)])  # type: ignore[union-attr,arg-type]
+
+            def run() -> Any:
+                with torch.inference_mode():
+                    return self.run(model, batch)
+
+            return run
+
+        return {"one item": action(1), f"{AT_ONCE} items": action(AT_ONCE)}
+
+    def reader(self, model: nn.Module) -> Reader:
+        raise Unsupported(f"side effects of a {type(model).__name__}", supported="models that write text")
+
+    def save(self, compressed: Compressed, folder: Path) -> None:
+        compressed.save(folder, tokenizer=self.tokenizer)
+
+
+def _batches(items: Items, most: int) -> Iterator[dict[str, Tensor]]:
+    """So many items, in order."""
+    count = min(most, len(items))
+    for first in range(0, count, AT_ONCE):
+        yield items.batch(range(first, min(first + AT_ONCE, count)))

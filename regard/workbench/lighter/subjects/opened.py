@@ -1,0 +1,137 @@
+"""Encoders and classifiers of transformers and vision transformers of timm, opened with a user's data."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regard.contract import Unsupported, at_least
+from regard.integrations.encoders import auto_class, frame_of, framed, masked, positions_of
+from regard.integrations.timm_places import load_timm, name_of
+from regard.retrofit.corpus import even_blocks
+from regard.retrofit.pictures import View, read_pictures
+from regard.tasks.documents import Paths, names_of
+from regard.workbench.lighter.subjects.answering import Answering
+from regard.workbench.lighter.subjects.base import HELD_OUT, LENGTH, MODELS
+from regard.workbench.lighter.subjects.items import Images, Items, Texts, Windows, classes_of, read_labelled
+from regard.workbench.lighter.subjects.language import halves
+from regard.workbench.lighter.subjects.scores import ACCURACY, AGREEMENT, KEPT, MASKED, Score
+
+
+def open_encoder(path: Path, kind: str, data: Paths | None, length: int | None) -> Answering:
+    """An encoder of transformers.
+
+    Args:
+        kind: of :data:`regard.integrations.encoders.CLASSES`.
+        data: text; of a classifier also texts with their classes. Empty for none.
+        length: tokens of a window, framed; :data:`LENGTH` or what its positions reach when None.
+
+    Raises:
+        Unsupported: for no data, data that are too short or whose classes the model has not, and a model without a tokenizer.
+    """
+    from regard.integrations.transformers.folders import has_tokenizer, load_model, load_tokenizer
+
+    opened = partial(load_model, path, of=auto_class(kind), supported=MODELS)
+    if data is None:
+        raise Unsupported(f"{path} without data", supported=_wanted(kind))
+    tokenizer = load_tokenizer(path, supported=MODELS) if data != () or has_tokenizer(path) else None
+    model = opened()
+    score = _score(model, kind)
+    length = _length(model, tokenizer, length)
+    if data == ():
+        return Answering(path.name, opened, score, None, None, tokenizer)
+    labelled = read_labelled(data) if kind == "classes" else None
+    if labelled is None:
+        before, held_out = _windows(data, tokenizer, length, hide=kind == "masked")
+        described = f"{path.name} on {names_of(data)}, windows of {length} tokens"
+    else:
+        known = score is AGREEMENT
+        score = ACCURACY if known else score
+        numbers = classes_of(labelled, model.config) if known else None
+        before, held_out = _shuffled(labelled, numbers, tokenizer, length, names_of(data))
+        described = f"{path.name} on {len(labelled):,} texts of {names_of(data)}, {length} tokens at the most"
+    return Answering(described, opened, score, before, held_out, tokenizer)
+
+
+def open_vision(path: Path, data: Paths | None, length: int | None) -> Answering:
+    """A vision transformer, or another model of timm.
+
+    Args:
+        path: a folder, or ``timm:NAME``.
+        data: a folder of images, with a sub-folder for each class or without. Empty for none.
+
+    Raises:
+        Unsupported: for no images, and a length.
+    """
+    if length is not None:
+        raise Unsupported(f"length={length} of a model of images", supported="no length")
+    if data is None:
+        raise Unsupported(
+            f"{path} without images", supported="--data photos/, a folder of them, to calibrate with and to score on"
+        )
+    opened = partial(load_timm, str(path), supported=MODELS)
+    model: Any = opened()
+    score = AGREEMENT if model.num_classes > 1 else KEPT
+    if data == ():
+        return Answering(name_of(path), opened, score, None, None)
+    view = View.of(model)
+    pictures = read_pictures(data, None, view, batch=1, seed=0, held_out=HELD_OUT)
+    if pictures.labelled and score is AGREEMENT:
+        score = ACCURACY
+    before, held_out = (Images(some, view, score is ACCURACY) for some in (pictures.training, pictures.held_out))
+    count = len(pictures.training) + len(pictures.held_out)
+    return Answering(f"{name_of(path)} on {count:,} images of {pictures.name}", opened, score, before, held_out)
+
+
+def _wanted(kind: str) -> str:
+    texts = "my_corpus.txt, to calibrate with and to score on"
+    return f"--data reviews.csv (columns text and label) or {texts}" if kind == "classes" else f"--data {texts}"
+
+
+def _score(model: Any, kind: str) -> Score:
+    """Where no right answers are known."""
+    if kind == "classes":
+        config = model.config
+        one = config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
+        return AGREEMENT if one else KEPT
+    return MASKED if kind == "masked" else KEPT
+
+
+def _length(model: Any, tokenizer: Any, length: int | None) -> int:
+    longest = positions_of(model)
+    found = min(LENGTH, longest or LENGTH) if length is None else length
+    at_least("length", found, 4 if tokenizer is not None and frame_of(tokenizer) else 2)
+    if longest is not None and found > longest:
+        raise Unsupported(
+            f"length={found} of a model of {longest} positions",
+            supported=f"{longest} or less",
+            nearest=f"--length {longest}",
+        )
+    return found
+
+
+def _windows(data: Paths, tokenizer: Any, length: int, *, hide: bool) -> list[Items]:
+    """The text before the border and behind it, in windows with their frames."""
+    if hide and getattr(tokenizer, "mask_token_id", None) is None:
+        raise Unsupported("an encoder whose tokenizer has no mask token", supported="a folder with its own tokenizer")
+    content = length - (0 if frame_of(tokenizer) is None else 2)
+    found: list[Items] = []
+    for part in halves(data, tokenizer, content):
+        ids = framed(even_blocks(part, len(part) // content, content), tokenizer)
+        found.append(Windows(*masked(ids, tokenizer, torch.Generator().manual_seed(0))) if hide else Windows(ids))
+    return found
+
+
+def _shuffled(labelled: Any, numbers: list[int] | None, tokenizer: Any, length: int, name: str) -> list[Items]:
+    """Texts in another order, of which the first are not scored."""
+    border = int((1 - HELD_OUT) * len(labelled))
+    if not border:
+        raise Unsupported(f"{name} of {len(labelled)} texts", supported="2 or more, to calibrate with and to score on")
+    order = torch.randperm(len(labelled), generator=torch.Generator().manual_seed(0)).tolist()
+    return [
+        Texts([labelled[i] for i in some], None if numbers is None else [numbers[i] for i in some], tokenizer, length)
+        for some in (order[:border], order[border:])
+    ]
