@@ -86,6 +86,12 @@ def reads_windows(entry: tuple[str, Mapping[str, Any]]) -> bool:
     return "bias" in mixing_card(*entry).honours
 
 
+def windows_of(config: SwinConfig, stride: int) -> tuple[int, int]:
+    """Rows and columns of the windows of the stage of a stride: those of the config, or whole maps where these are smaller."""
+    rows, columns = (min(window, side // stride) for window, side in zip(config.windows, config.size, strict=True))
+    return rows, columns
+
+
 AGENTS = (9, 16, 49)
 """Of the first stages."""
 
@@ -150,9 +156,9 @@ class Swin(PyramidWithLosses):
         config = self.config
         step = config.strides[-1]
         check_divisible(height, width, step)
-        windows = config.windows
         for stride, entries in zip(config.strides, config.stages(), strict=True):
             grid = height // stride, width // stride
+            windows = windows_of(config, stride)
             cut = any(side % window and side > window for side, window in zip(grid, windows, strict=True))
             if cut and any(map(reads_windows, entries)):
                 raise Unsupported(
@@ -229,8 +235,7 @@ class Block(PlannedBlock):
         grid = config.size[0] // stride, config.size[1] // stride
         options = options_on(entry, grid, bias=True)
         attention = create_layer(entry[0], width, heads, pattern=Pattern.NONCAUSAL_SELF, **options)
-        rows, columns = (min(each) for each in zip(config.windows, grid, strict=True))
-        windows = Windows(heads, (rows, columns), shifted) if reads_windows(entry) else None
+        windows = Windows(heads, windows_of(config, stride), shifted) if reads_windows(entry) else None
         super().__init__(config, number, attention, drop_path)
         self.windows = windows
 

@@ -336,7 +336,9 @@ class _Runner:
         settings, advice = self.settings, found.advice
         models = self._kept_models(found)
         run: dict[str, Any] = {
-            "title": "Which attention mechanism? " + ", ".join(found.summary),
+            "title": ("Which model? " if settings.all_backbones else "Which attention mechanism? ")
+            + ", ".join(found.summary),
+            "whole_models": settings.all_backbones,
             "command": self.trainer.command,
             "tasks": list(found.summary),
             "mechanisms": list(settings.names),

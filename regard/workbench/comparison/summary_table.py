@@ -23,7 +23,7 @@ COSTS = (
 )
 LONGEST_RULE = 26
 FITS_80_COLUMNS = 3
-"""Costs shown on a narrow terminal; the report has all of them."""
+"""Costs shown on a narrow terminal, of those that were measured; the report has all of them."""
 
 
 def terminal_table(
@@ -43,7 +43,9 @@ def terminal_table(
         The table. Those that cannot be told apart share a rank. A star marks the Pareto front; what was not measured is a
         dash.
     """
-    costs = COSTS if width >= 104 else COSTS[:FITS_80_COLUMNS]
+    every = [entry for entries in summary.values() for entry in entries]
+    costs = [cost for cost in COSTS if any(is_number(entry.get(cost[1])) for entry in every)]
+    costs = costs if width >= 104 else costs[:FITS_80_COLUMNS]
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("", "score", "rank"):
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)

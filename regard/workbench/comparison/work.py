@@ -22,6 +22,7 @@ from regard.measurement.statistics import FEWEST_ITEMS
 from regard.models import StackConfig, build_model, count_parameters
 from regard.models.blocks import Block
 from regard.models.frames import layer_parts
+from regard.models.image_model import ImageModelConfig
 from regard.tasks import Baseline, Task
 from regard.training import TrainConfig, runner_of
 from regard.workbench.comparison.cost import DECODE_STEPS
@@ -136,9 +137,13 @@ class Work:
         return True
 
     def parts(self) -> dict[str, dict[str, str]]:
-        """The parts of each model's layers beside the mechanism; layers of a hybrid that differ are told apart."""
-        found = {}
+        """The parts of each model's layers beside the mechanism, none of image models, whose layers are their own; layers of a
+        hybrid that differ are told apart."""
+        found: dict[str, dict[str, str]] = {}
         for name, config in self.configs.items():
+            if isinstance(config, ImageModelConfig):
+                found[name] = {}
+                continue
             with torch.device("meta"):
                 model = build_model(config)
             blocks = [module for module in model.modules() if isinstance(module, Block)]

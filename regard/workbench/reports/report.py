@@ -60,6 +60,16 @@ COSTS = (
 )
 """Axes beside quality in charts: name, column of the summary, axis. The first that was measured is shown first."""
 
+FIGURES = (
+    ("Training, tokens/s", "tokens_per_second", units.count),
+    ("Inference", "inference_ms", units.milliseconds),
+    ("Decoding, tokens/s", "decode_tokens_per_second", units.count),
+    ("Memory, training", "training_memory_bytes", units.size),
+    ("Memory, inference", "inference_memory_bytes", units.size),
+    ("State", "state_bytes", units.size),
+)
+"""Costs in the table: heading, column of the summary, and how it is written."""
+
 MOST_NAMED = 14
 """Mechanisms whose names have room in a chart; of more, only what matters most is named."""
 
@@ -204,6 +214,32 @@ class _View:
         self.numbers = charts.numbers(self.mechanisms, list_mechanisms())
         self.any_tie = any(self.tied(task) for task in self.tasks)
 
+    @property
+    def kind(self) -> str:
+        """What is compared: mechanisms in one frame, or models as they are."""
+        return "model" if self.run.get("whole_models") else "mechanism"
+
+    @property
+    def columns(self) -> list[tuple[str, str, Any]]:
+        """Of `FIGURES` those that some entry has: models of images neither decode nor keep a state."""
+        entries = [entry for entries in self.summary.values() for entry in entries]
+        return [
+            (heading, column, _or_dash(written))
+            for heading, column, written in FIGURES
+            if any(is_number(entry.get(column)) for entry in entries)
+        ]
+
+    def counted(self) -> str:
+        """The costs that count at a length, in words."""
+        words = {
+            "inference_ms": "inference",
+            "decode_tokens_per_second": "decoding",
+            "inference_memory_bytes": "its memory",
+            "state_bytes": "the state",
+        }
+        *first, last = [words[column] for _, column, _ in self.columns if column in words] or ["costs"]
+        return f"{', '.join(first)} and {last}" if first else last
+
     def number(self, mechanism: str) -> int:
         """Decides the colour and the shape of a mechanism."""
         return self.numbers[mechanism]
@@ -257,6 +293,8 @@ class _View:
 
     def differences(self) -> str:
         """The differences between the models of a comparison, beside what was chosen for them."""
+        if self.kind == "model":
+            return "the model, with layers of its own"
         groups = self.parts()
         names = dict.fromkeys(part for group in groups for part in group["parts"])
         differing = [part for part in names if len({group["parts"].get(part, "none") for group in groups}) > 1]

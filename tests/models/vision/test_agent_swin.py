@@ -131,6 +131,13 @@ def test_losses_of_layers_in_windows_come_with_the_logits() -> None:
     assert result.losses["load_balance"][1] == 1
 
 
+def test_a_map_that_windows_of_whole_smaller_maps_cut_is_refused() -> None:
+    net = tiny(image_size=24, patch=2, plan=[AGENTS, AGENTS, AGENTS, AGENTS, AGENTS, "softmax", "softmax"])
+    assert net.config.windows == (6, 6) and net(torch.randn(1, 3, 24, 24).double()).shape == (1, 5)
+    assert net(torch.randn(1, 3, 24, 48).double()).shape == (1, 5)
+    refused("a map of 3 x 4 is cut by windows", net, torch.randn(1, 3, 24, 32).double())
+
+
 def test_what_cannot_be_done_is_refused() -> None:
     refused("sides that 8 divides", tiny, image_size=60)
     refused("cut by windows", tiny, window=5)

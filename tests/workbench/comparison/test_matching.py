@@ -119,7 +119,9 @@ def test_a_matched_comparison_trains_these_models_says_so_and_goes_on_with_them(
         for v in settings().variants.values()
     ][:2]
     assert first == published[0] and abs(second / first - 1) < 0.1 < abs(published[1] / first - 1)
-    assert "Matched in time of a training step to van_nano" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "Matched in time of a training step to van_nano" in page
+    assert "Which model? images" in page and "What surrounds the mechanisms" not in page
     count = len(asked)
     again = answer(capsys, line)
     assert len(asked) == count and again["summary"] == found["summary"]

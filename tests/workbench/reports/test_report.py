@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import math
 import random
 import re
@@ -171,6 +172,21 @@ def test_figures_and_words_are_on_the_page(rows):
         assert f"{mean} ± {error}" in text
     for fact in ("cpu", "os", "python", "torch", "numpy", "regard", "machine_id"):
         assert rows["machine"][fact] in text
+
+
+def test_models_of_images_are_called_models_and_have_no_costs_that_nobody_measured(rows):
+    found = json.loads(json.dumps(rows).replace("softmax", "van_nano").replace("gated_linear", "vit_nano"))
+    found["run"] |= {"whole_models": True, "at_length": dict.fromkeys(found["run"]["tasks"], 64)}
+    for entry in (entry for entries in found["summary"].values() for entry in entries):
+        entry |= {"decode_tokens_per_second": None, "state_bytes": math.nan}
+    page, mechanisms = render(**found), render(**rows)
+    shown = re.sub(r"<(template|script|style).*?</\1>", "", page, flags=re.DOTALL)
+    for word in ("Decoding, tokens/s", ">State<", "efficiency length", "to even out the parameters", ">Mechanism<"):
+        assert word in mechanisms and word not in shown, word
+    assert f"<b>{len(found['run']['mechanisms'])}</b> models" in shown and "(inference at 64 tokens)" in shown
+    assert "decode/s" not in printed(terminal_table(found["summary"])) and "in training" in printed(
+        terminal_table(found["summary"])
+    )
 
 
 def test_names_are_escaped(rows):
