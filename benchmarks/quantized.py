@@ -30,7 +30,7 @@ from regard.integrations.transformers import CACHE, GrowingCache, fuse_layers
 from regard.measurement.timing import interleaved
 from regard.tasks.packaged import read_verse_pairs
 from regard.training import keep_freed_memory
-from regard.workbench.lighter.subjects import encode, perplexity
+from regard.workbench.lighter.subjects.language import encode, perplexity
 
 RECIPES = ("int8", "int4:group=32", "gptq:group=32", "awq + int4:group=32", "w8a8")
 CHARACTERS = 400_000

@@ -135,15 +135,11 @@ def load_compressed(folder: str | os.PathLike[str], *, into: nn.Module | None = 
     if record.get("structure"):
         restore(model, record["structure"], source=str(place / RECORD))
     restore_layers(model, record["quantized"], source=str(place / RECORD))
-<<<<<<< HEAD
-    load_tensors(model, tensors, source=str(place / WEIGHTS))
+    load_tensors(model, tensors, source=str(weights))
     if record["library"] == "transformers":
         from regard.integrations.transformers.fused import fuse_layers
 
         fuse_layers(model)
-=======
-    load_tensors(model, tensors, source=str(weights))
->>>>>>> wip-compress
     return _with_tokens(model.eval(), record.get("tokens"), place / RECORD)
 
 

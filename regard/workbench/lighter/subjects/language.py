@@ -68,11 +68,11 @@ class CausalModel:
         return perplexity(read_in_turn(model), text_windows(self.held_out, self.length, items))
 
     def timed(self, model: nn.Module) -> dict[str, Action]:
-        from regard.integrations.transformers import CACHE
+        from regard.integrations.transformers import CACHE, GrowingCache
 
         ids = text_windows(self.held_out, self.length, 1)[0]
         with torch.inference_mode():
-            cache = getattr(model(ids, use_cache=True), CACHE)
+            cache = GrowingCache.of(getattr(model(ids, use_cache=True), CACHE))
 
         def decode() -> Any:
             with torch.inference_mode():
@@ -139,7 +139,7 @@ def stream_text(
         ids: (1, N).
         sampling: of :func:`regard.models.generation.sample`.
     """
-    from regard.integrations.transformers import CACHE
+    from regard.integrations.transformers import CACHE, GrowingCache
     from regard.integrations.transformers.folders import stop_tokens
 
     stops = stop_tokens(model)
@@ -147,7 +147,7 @@ def stream_text(
     for _ in range(tokens):
         with torch.inference_mode():
             found = model(new, **{CACHE: cache}, use_cache=True)
-        cache = getattr(found, CACHE)
+        cache = GrowingCache.of(getattr(found, CACHE))
         token = sample(found.logits[:, -1], generator=generator, **sampling)
         if int(token) in stops:
             return
