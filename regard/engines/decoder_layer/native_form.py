@@ -11,7 +11,7 @@ from torch import Tensor
 
 from regard.backends.native import library
 from regard.backends.native.library import pointer
-from regard.backends.operators import runs_plainly
+from regard.backends.operators import PLAIN, runs_plainly
 from regard.engines.quantized_linear.native_form import SMALLEST_GROUP
 from regard.engines.quantized_linear.torch_form import FEW_ROWS
 
@@ -160,9 +160,6 @@ class DecoderLayer:
         arguments.x, arguments.attended, arguments.y = pointer(x), pointer(attended), pointer(y)
         library.call(arguments)
         return y
-
-
-PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def few_tokens(x: Tensor, cosine: Tensor, sine: Tensor) -> bool:

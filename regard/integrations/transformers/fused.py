@@ -54,7 +54,7 @@ class FusedForward:
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
-        self._read: _Read | None = None
+        self._seen: _Snapshot | None = None
 
     def __call__(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
         layer, positions = self.layer, options.get("position_embeddings")
@@ -66,7 +66,7 @@ class FusedForward:
         return type(layer).forward(layer, hidden_states, *arguments, **options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layer": self.layer, "_read": None}  # addresses are of this process, and of this copy
+        return {"layer": self.layer, "_seen": None}  # addresses are of this process, and of this copy
 
     def _decode(
         self, native: DecoderLayer, x: Tensor, positions: tuple[Tensor, Tensor], options: dict[str, Any]
@@ -88,14 +88,14 @@ class FusedForward:
 
     def _native(self) -> DecoderLayer | None:
         """The layer as the kernels take it; None where somebody is to see its parts, or they are others."""
-        if self._read is None or not self._read.is_current():
-            self._read = _Read(self.layer) if _is_known(self.layer) else None
-        if self._read is None or any(self._read.hooks) or self._read.is_replaced():
+        if self._seen is None or not self._seen.is_current():
+            self._seen = _Snapshot(self.layer) if _is_known(self.layer) else None
+        if self._seen is None or any(self._seen.hooks) or self._seen.is_replaced():
             return None
-        return self._read.native
+        return self._seen.native
 
 
-class _Read:
+class _Snapshot:
     """A layer as it was read: its parts, where their tensors lie, and what the kernels make of it."""
 
     def __init__(self, layer: nn.Module) -> None:
