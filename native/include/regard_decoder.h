@@ -10,9 +10,9 @@ extern "C" {
 #endif
 
 /* A weight as regard_quantized_linear takes it. Column j of its input is multiplied with input_scale_j first, unless that is
- * NULL. */
+ * NULL; then, if asked for, each row of it is rounded to multiples of its largest number / 127. */
 typedef struct {
-  int64_t bits, n, k, columns, group;
+  int64_t bits, n, k, columns, group, rounded;
   const void *codes;
   const uint16_t *scale, *offset;
   const float *bias;

@@ -35,9 +35,15 @@ struct Weight {
     given.offset = offsets && bits == 4 ? static_cast<const uint16_t*>(offset->data()) : nullptr;
     given.bias = bias.data();
     given.input_scale = offsets ? input_scale.data() : nullptr;
+    given.rounded = bits == 8 && !offsets;
   }
-  Doubles operator()(const Doubles& x) const {
+  Doubles operator()(Doubles x) const {
     const int64_t m = static_cast<int64_t>(x.size()) / k;
+    for (int64_t t = 0; given.rounded && t < m; ++t) {
+      double step = 0;
+      for (int64_t j = 0; j < k; ++j) step = fmax(step, fabs(x[t * k + j]) / 127);
+      for (int64_t j = 0; j < k; ++j) x[t * k + j] = rint(x[t * k + j] / step) * step;
+    }
     Doubles y(m * n);
     for (int64_t t = 0; t < m; ++t)
       for (int64_t i = 0; i < n; ++i) {

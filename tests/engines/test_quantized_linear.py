@@ -115,9 +115,10 @@ def test_packing_and_unpacking_4_bit_codes_gives_them_back():
     assert torch.equal(unpack(pack(codes)), codes)
 
 
-def test_a_dynamic_product_is_that_of_the_rounded_operands_and_sums_integers_exactly():
+@pytest.mark.parametrize("rows", [4, 12], ids=["few rows", "integers"])
+def test_a_dynamic_product_is_that_of_the_rounded_operands(rows):
     codes, scale = weight_8bit(19, 700)
-    x = torch.randn(2, 4, 700) * torch.logspace(-3, 3, 8).view(2, 4, 1)
+    x = torch.randn(2, rows, 700) * torch.logspace(-3, 3, 2 * rows).view(2, rows, 1)
     x[0, 1] = 0
     step = x.abs().amax(-1, keepdim=True).clamp(min=torch_form.TINY) / 127
     expected = ((x / step).round().double() @ codes.double().T) * step.double() * scale.double().T

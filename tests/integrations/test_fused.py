@@ -46,7 +46,8 @@ def stepped(model, tokens, **options):
 
 
 @pytest.mark.parametrize(
-    "recipe", ["", "int8", "int4:group=32", "int4:group=32,symmetric=false", "awq + gptq:group=32"]
+    "recipe",
+    ["", "int8", "int4:group=32", "int4:group=32,symmetric=false", "awq + gptq:group=32", "smoothquant + w8a8"],
 )
 @pytest.mark.parametrize("make", [llama, mistral, qwen2])
 def test_a_fused_model_gives_what_it_gave_token_by_token_and_in_generate(make, recipe, calls):

@@ -30,6 +30,8 @@ class Weight(NamedTuple):
         scale, offset: of codes, (N, groups) bfloat16.
         bias: (N,) float32.
         input_scale: (K,) float32, by which columns of the input are multiplied first.
+        rounded: whether rows of the input are rounded to 8 bits next, as
+            :func:`regard.engines.quantized_linear.dynamic_linear` does.
     """
 
     codes: Tensor
@@ -37,11 +39,17 @@ class Weight(NamedTuple):
     offset: Tensor | None = None
     bias: Tensor | None = None
     input_scale: Tensor | None = None
+    rounded: bool = False
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All that it consists of."""
+        return self.codes, self.scale, self.offset, self.bias, self.input_scale
 
 
 class _Weight(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("bits", "n", "k", "columns", "group")),
+        *((name, ctypes.c_int64) for name in ("bits", "n", "k", "columns", "group", "rounded")),
         *((name, ctypes.c_void_p) for name in ("codes", "scale", "offset", "bias", "input_scale")),
     )
 
@@ -97,7 +105,7 @@ class DecoderLayer:
     def __init__(
         self, norms: Sequence[Tensor], eps: Sequence[float], head_width: int, weights: Sequence[Weight]
     ) -> None:
-        self._kept = [*norms, *(x for weight in weights for x in weight if x is not None)]
+        self._kept = [*norms, *(x for weight in weights for x in weight.tensors if x is not None)]
         self.width, self.head_width = norms[0].shape[0], head_width
         self.reason = library.why_missing() or self._misfit(norms, weights)
         if self.reason:
@@ -203,4 +211,4 @@ def _struct(weight: Weight) -> Any:
     bits = KINDS.get(weight.codes.dtype, 0)
     n, columns = weight.codes.shape[0], weight.codes.shape[-1] * (2 if bits == 4 else 1)
     group = columns // weight.scale.shape[-1] if bits == 4 and weight.scale is not None else columns
-    return _Weight(bits, n, columns, columns, group, *map(pointer, weight))
+    return _Weight(bits, n, columns, columns, group, weight.rounded, *map(pointer, weight.tensors))

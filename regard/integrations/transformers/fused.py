@@ -160,10 +160,10 @@ def _is_plain(linear: nn.Module) -> bool:
     if not isinstance(linear, QuantizedLinear):
         return type(linear) is nn.Linear
     whole = linear.format.group is None or linear.in_features % linear.format.group == 0
-    return whole and not linear.format.dynamic and not linear.float_columns
+    return whole and not linear.float_columns
 
 
 def _weight(linear: Any) -> Weight:
     if isinstance(linear, QuantizedLinear):
-        return Weight(linear.codes, linear.scale, linear.offset, linear.bias, linear.input_scale)
+        return Weight(linear.codes, linear.scale, linear.offset, linear.bias, linear.input_scale, linear.format.dynamic)
     return Weight(linear.weight, bias=linear.bias)
