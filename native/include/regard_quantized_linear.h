@@ -24,6 +24,7 @@ typedef struct {
   const uint16_t *offset;  /* the same; NULL for zeros; 4 bits only */
   const float *bias;       /* (N,); NULL for zeros */
   float *y;                /* (M, N) contiguous */
+  int64_t rounded;         /* whether rows of x are first rounded to multiples of their largest number / 127; 8 bits only */
 } regard_quantized_linear_args;
 REGARD_API int regard_quantized_linear(const regard_quantized_linear_args *args);
 

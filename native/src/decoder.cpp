@@ -25,24 +25,14 @@ REGARD_INLINE void over(int64_t width, F&& f) {
   for (int64_t i = 0; i < width; i += LANES) f(i, static_cast<int>(least<int64_t>(LANES, width - i)));
 }
 
-// y = x, multiplied and rounded as a weight asks.
-void prepare(const regard_weight& w, const float* x, float* y) {
-  float largest = 1e-30f;
-  for (int64_t i = 0; i < w.k; ++i) {
-    y[i] = w.input_scale == nullptr ? x[i] : x[i] * w.input_scale[i];
-    const float size = __builtin_fabsf(y[i]);
-    largest = size > largest || size != size ? size : largest;
-  }
-  if (!w.rounded) return;
-  const float step = largest / 127.f;
-  for (int64_t i = 0; i < w.k; ++i) y[i] = __builtin_rintf(y[i] / step) * step;
-}
-
-// `prepared` has room for an input.
-int apply(const regard_weight& w, int64_t threads, int64_t m, const float* x, float* prepared, float* y) {
-  if (w.input_scale != nullptr || w.rounded) {
-    for (int64_t t = 0; t < m; ++t) prepare(w, x + t * w.k, prepared + t * w.k);
-    x = prepared;
+// `scaled` has room for an input.
+int apply(const regard_weight& w, int64_t threads, int64_t m, const float* x, float* scaled, float* y) {
+  if (w.input_scale != nullptr) {
+    for (int64_t t = 0; t < m; ++t)
+      over(w.k, [&](int64_t i, int count) __attribute__((always_inline)) {
+        store(scaled + t * w.k + i, load(x + t * w.k + i, count) * load(w.input_scale + i, count), count);
+      });
+    x = scaled;
   }
   regard_quantized_linear_args a{};
   a.size = sizeof a;
@@ -59,6 +49,7 @@ int apply(const regard_weight& w, int64_t threads, int64_t m, const float* x, fl
   a.scale = w.scale;
   a.offset = w.offset;
   a.bias = w.bias;
+  a.rounded = w.rounded;
   a.y = y;
   return quantized_linear(&a);
 }
@@ -112,10 +103,10 @@ int decoder_inputs(const regard_decoder_inputs_args* args) {
   const size_t count = static_cast<size_t>(a.m * a.width);
   Workspace workspace(2 * Workspace::bytes_of<float>(count));
   if (!workspace) return REGARD_OUT_OF_MEMORY;
-  float *const normed = workspace.take<float>(count), *const prepared = workspace.take<float>(count);
+  float *const normed = workspace.take<float>(count), *const scaled = workspace.take<float>(count);
   normalise(a.m, a.width, a.eps, a.x, a.norm, normed);
   for (int i = 0; i < 3; ++i) {
-    const int status = apply(a.projections[i], a.threads, a.m, normed, prepared, a.outputs[i]);
+    const int status = apply(a.projections[i], a.threads, a.m, normed, scaled, a.outputs[i]);
     if (status != REGARD_OK) return status;
     if (i < 2) turn(a.m, a.projections[i].n, a.head_width, a.cosine, a.sine, a.outputs[i]);
   }
@@ -136,16 +127,16 @@ int decoder_outputs(const regard_decoder_outputs_args* args) {
   if (!workspace) return REGARD_OUT_OF_MEMORY;
   float *const sum = workspace.take<float>(count), *const normed = workspace.take<float>(count);
   float *const gates = workspace.take<float>(inner), *const values = workspace.take<float>(inner);
-  float* const prepared = workspace.take<float>(widest);
-  int status = apply(a.output, a.threads, a.m, a.attended, prepared, sum);
+  float* const scaled = workspace.take<float>(widest);
+  int status = apply(a.output, a.threads, a.m, a.attended, scaled, sum);
   if (status != REGARD_OK) return status;
   add(a.m * a.width, a.x, sum);
   normalise(a.m, a.width, a.eps, sum, a.norm, normed);
-  status = apply(a.gate, a.threads, a.m, normed, prepared, gates);
-  if (status == REGARD_OK) status = apply(a.up, a.threads, a.m, normed, prepared, values);
+  status = apply(a.gate, a.threads, a.m, normed, scaled, gates);
+  if (status == REGARD_OK) status = apply(a.up, a.threads, a.m, normed, scaled, values);
   if (status != REGARD_OK) return status;
   gate(a.m * hidden, gates, values);
-  status = apply(a.down, a.threads, a.m, gates, prepared, a.y);
+  status = apply(a.down, a.threads, a.m, gates, scaled, a.y);
   if (status != REGARD_OK) return status;
   add(a.m * a.width, sum, a.y);
   return REGARD_OK;

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int DIGITS = 3;
 constexpr int64_t STEP = 64;           // bytes of codes that are multiplied at once
+constexpr int64_t MOST_COLUMNS = 1 << 16;  // whose sums of products of bytes are below 2^31
 constexpr float LARGEST = 8355000.f;   // whose highest digit is still one of 8 bits
 
 // Digits of 128 columns of a row of x, for `STEP` bytes of codes of 4 bits. Codes count from 0 in the product; `start` takes

@@ -1,6 +1,6 @@
 // Few rows times a weight of 8 or 4 bits: codes are read once, so that the time is that of reading them. They are turned into
-// floats in registers and multiplied there; of 4 bits, where bytes have dot products (VNNI), with inputs as digits of 8 bits.
-// Weights in float32 are read as they are.
+// floats in registers and multiplied there. Where bytes have dot products (VNNI), codes of 4 bits meet inputs as digits of 8
+// bits, and those of 8 bits meet inputs that are rounded to 8 bits as they are. Weights in float32 are read as they are.
 
 #include "regard_quantized_linear.h"
 
@@ -76,7 +76,9 @@ struct Inputs {
   int64_t stride;
 #if defined(__AVX512VNNI__)
   const Digits* digits;  // (M, steps), in place of floats
-  const float* step;     // (M,): what 1 stands for; nullptr without digits
+  const int8_t* bytes;   // (M, steps * STEP), in place of both: rounded inputs, zeros behind the last
+  const int32_t* start;  // (M,): what takes off that codes count from 0 in products of bytes
+  const float* step;     // (M,): what 1 stands for; nullptr without digits or bytes
   int64_t steps;
 #endif
 };
@@ -170,6 +172,34 @@ void product_of_rows(const Args& a, const Inputs& x, int64_t row, int64_t token)
   }
 }
 
+#if defined(__AVX512VNNI__)
+template <int TOKENS>
+void product_of_bytes(const Args& a, const Inputs& x, int64_t row, int64_t token) {
+  const int8_t* const codes = static_cast<const int8_t*>(a.codes) + row * a.k;
+  const int8_t* const inputs = x.bytes + token * x.steps * STEP;
+  const __m512i middle = _mm512_set1_epi8(-128);
+  __m512i total[TOKENS];
+#pragma GCC unroll 16
+  for (int t = 0; t < TOKENS; ++t) total[t] = _mm512_setzero_si512();
+  const auto add = [&](int64_t s, __mmask64 which) __attribute__((always_inline)) {
+    __builtin_prefetch(codes + s * STEP + AHEAD);
+    const __m512i w = _mm512_xor_si512(_mm512_maskz_loadu_epi8(which, codes + s * STEP), middle);
+#pragma GCC unroll 16
+    for (int t = 0; t < TOKENS; ++t)
+      total[t] = _mm512_dpbusd_epi32(total[t], w, _mm512_loadu_si512(inputs + (t * x.steps + s) * STEP));
+  };
+  const int64_t full = a.k / STEP, left = a.k - full * STEP;
+  for (int64_t s = 0; s < full; ++s) add(s, ~__mmask64{0});
+  if (left) add(full, (__mmask64{1} << left) - 1);
+  const float scale = to_float(a.scale[row]), bias = a.bias == nullptr ? 0.f : a.bias[row];
+#pragma GCC unroll 16
+  for (int t = 0; t < TOKENS; ++t) {
+    const int32_t found = _mm512_reduce_add_epi32(total[t]) + x.start[token + t];
+    a.y[(token + t) * a.n + row] = static_cast<float>(found) * (x.step[token + t] * scale) + bias;
+  }
+}
+#endif
+
 template <int ROWS, int TOKENS>
 void product_4bit(const Args& a, const Inputs& x, int64_t row, int64_t token) {
   const int64_t bytes = a.columns / 2, part = a.group / 2, groups = a.columns / a.group;
@@ -232,8 +262,26 @@ void rows_of(const Args& a, const Inputs& x, int64_t first, int64_t last, int64_
   for (; row < last; ++row) product_4bit<1, TOKENS>(a, x, row, token);
 }
 
+#if defined(__AVX512VNNI__)
+// As many tokens at once as there are sums in registers.
+template <int TOKENS>
+int64_t rows_of_bytes(const Args& a, const Inputs& x, int64_t first, int64_t last, int64_t token) {
+  for (; token + TOKENS <= a.m; token += TOKENS)
+    for (int64_t row = first; row < last; ++row) product_of_bytes<TOKENS>(a, x, row, token);
+  return token;
+}
+#endif
+
 void block(const Args& a, const Inputs& x, int64_t first, int64_t last) {
   int64_t token = 0;
+#if defined(__AVX512VNNI__)
+  if (x.bytes != nullptr) {
+    token = rows_of_bytes<16>(a, x, first, last, token);
+    token = rows_of_bytes<4>(a, x, first, last, token);
+    rows_of_bytes<1>(a, x, first, last, token);
+    return;
+  }
+#endif
   for (; token + 4 <= a.m; token += 4) rows_of<4>(a, x, first, last, token);
   if (token + 2 <= a.m) {
     rows_of<2>(a, x, first, last, token);
@@ -272,6 +320,22 @@ void multiply(const Args& a, const Inputs& x) {
   });
 }
 
+// What 1 stands for in a row of such numbers that is rounded to 8 bits.
+float step_of(float largest) { return (largest > 1e-30f ? largest : 1e-30f) / 127.f; }
+
+void round_rows(const Args& a, float* rounded) {
+  for (int64_t t = 0; t < a.m; ++t) {
+    const float* const x = a.x + t * a.x_stride;
+    float largest = 0;
+    for (int64_t i = 0; i < a.k; ++i) {
+      const float size = __builtin_fabsf(x[i]);
+      largest = size > largest || size != size ? size : largest;  // NaN stays
+    }
+    const float step = largest != largest ? largest : step_of(largest);
+    for (int64_t i = 0; i < a.k; ++i) rounded[t * a.k + i] = __builtin_rintf(x[i] / step) * step;
+  }
+}
+
 #if defined(__AVX512VNNI__)
 // Whether digits tell what the rows hold: no infinities, NaN or numbers near the smallest.
 bool has_digits(const Args& a, float* step) {
@@ -298,13 +362,53 @@ bool multiplied_by_digits(const Args& a) {
   Digits* const digits = workspace.take<Digits>(count);
   for (int64_t t = 0; t < a.m; ++t)
     digits_of_row(a.x + t * a.x_stride, a.k, 1.f / step[t], steps, digits + t * steps);
-  multiply(a, {nullptr, nullptr, of_groups, 0, digits, step, steps});
+  Inputs given{};
+  given.sums = of_groups;
+  given.digits = digits;
+  given.step = step;
+  given.steps = steps;
+  multiply(a, given);
+  return true;
+}
+
+// Rounded inputs by bytes in place of floats; false where that cannot be.
+bool multiplied_by_bytes(const Args& a) {
+  if (a.k > MOST_COLUMNS) return false;
+  const int64_t steps = ceil_div(a.k, STEP);
+  const size_t rows = static_cast<size_t>(a.m), count = rows * static_cast<size_t>(steps * STEP);
+  Workspace workspace(Workspace::bytes_of<float>(rows) + Workspace::bytes_of<int32_t>(rows) +
+                      Workspace::bytes_of<int8_t>(count));
+  if (!workspace) return false;
+  float* const step = workspace.take<float>(rows);
+  int32_t* const start = workspace.take<int32_t>(rows);
+  int8_t* const bytes = workspace.take<int8_t>(count);
+  for (int64_t t = 0; t < a.m; ++t) {
+    const float* const x = a.x + t * a.x_stride;
+    const float found = largest(x, a.k);
+    if (!(found < 1e38f)) return false;
+    step[t] = step_of(found);
+    __m512i total = _mm512_setzero_si512();
+    for (int64_t j = 0; j < steps * STEP; j += LANES) {
+      const int lanes = static_cast<int>(most<int64_t>(0, least<int64_t>(LANES, a.k - j)));
+      const __m512i q = _mm512_cvtps_epi32(reinterpret_cast<__m512>(load(x + least(j, a.k), lanes) / broadcast(step[t])));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + t * steps * STEP + j), _mm512_cvtepi32_epi8(q));
+      total = _mm512_add_epi32(total, q);
+    }
+    start[t] = -128 * _mm512_reduce_add_epi32(total);
+  }
+  Inputs given{};
+  given.bytes = bytes;
+  given.start = start;
+  given.step = step;
+  given.steps = steps;
+  multiply(a, given);
   return true;
 }
 #endif
 
 bool wrong(const Args& a) {
   if (a.threads < 1 || a.m < 0 || a.n < 0 || a.k < 0) return true;
+  if (a.rounded && a.bits != 8) return true;
   if (a.bits == 32) return a.columns != a.k || a.scale != nullptr || a.offset != nullptr;
   if (a.bits == 8) return a.columns != a.k || a.offset != nullptr;
   return a.bits != 4 || a.group < 32 || a.group % 32 != 0 || a.columns % a.group != 0 || a.columns < a.k;
@@ -318,6 +422,7 @@ int quantized_linear(const regard_quantized_linear_args* args) {
   if (a.m * a.n == 0) return REGARD_OK;
 #if defined(__AVX512VNNI__)
   if (a.bits == 4 && multiplied_by_digits(a)) return REGARD_OK;
+  if (a.rounded && multiplied_by_bytes(a)) return REGARD_OK;
 #endif
   Inputs x{};
   x.even = a.x;
@@ -325,9 +430,17 @@ int quantized_linear(const regard_quantized_linear_args* args) {
   const bool apart = a.bits == 4;
   const size_t halves = apart ? static_cast<size_t>(a.m * a.columns / 2) : 0;
   const size_t sums = apart && a.offset != nullptr ? static_cast<size_t>(a.m * (a.columns / a.group)) : 0;
-  Workspace workspace(2 * Workspace::bytes_of<float>(halves) + Workspace::bytes_of<float>(sums));
+  const size_t count = a.rounded ? static_cast<size_t>(a.m * a.k) : 0;
+  Workspace workspace(2 * Workspace::bytes_of<float>(halves) + Workspace::bytes_of<float>(sums) +
+                      Workspace::bytes_of<float>(count));
+  if (!workspace) return REGARD_OUT_OF_MEMORY;
+  if (a.rounded) {
+    float* const rounded = workspace.take<float>(count);
+    round_rows(a, rounded);
+    x.even = rounded;
+    x.stride = a.k;
+  }
   if (apart) {
-    if (!workspace) return REGARD_OUT_OF_MEMORY;
     float *const even = workspace.take<float>(halves), *const odd = workspace.take<float>(halves);
     float* const of_groups = sums == 0 ? nullptr : workspace.take<float>(sums);
     take_apart(a, even, odd);

@@ -6,7 +6,7 @@
 namespace {
 
 void check(int64_t bits, int64_t m, int64_t n, int64_t k, int64_t group, bool offsets, int64_t threads,
-           float reach = 1) {
+           float reach = 1, bool rounded = false) {
   const bool whole = bits != 4;  // rows have one scale, or none
   const int64_t columns = whole ? k : (k + group - 1) / group * group, own = whole ? k : group;
   const int64_t groups = whole ? 1 : columns / group;
@@ -33,7 +33,10 @@ void check(int64_t bits, int64_t m, int64_t n, int64_t k, int64_t group, bool of
   a.offset = offsets ? static_cast<const uint16_t*>(offset.data()) : nullptr;
   a.bias = bias.data();
   a.y = y.data();
+  a.rounded = rounded;
   must("taken", regard_quantized_linear(&a));
+  Floats steps(m, 1e-30f / 127);
+  for (int64_t i = 0; i < m * k; ++i) steps[i / k] = fmaxf(steps[i / k], fabsf(x[i]) / 127);
   Doubles errors(y.size());
   for (int64_t t = 0; t < m; ++t)
     for (int64_t i = 0; i < n; ++i) {
@@ -46,8 +49,10 @@ void check(int64_t bits, int64_t m, int64_t n, int64_t k, int64_t group, bool of
           const int code = bits == 8 ? static_cast<int8_t>(byte) : (j % 2 ? byte >> 4 : byte & 15) - 8;
           w = code * scale[at] + (offsets ? offset[at] : 0);
         }
-        expected += w * x[t * k + j];
-        size += fabs(w * x[t * k + j]);
+        float input = x[t * k + j];
+        if (rounded) input = rintf(input / steps[t]) * steps[t];
+        expected += w * input;
+        size += fabs(w * input);
       }
       errors[t * n + i] = (y[t * n + i] - expected) / size;
     }
@@ -98,6 +103,9 @@ int main() {
         check(4, m, 33, 31, 32, true, threads);
       }
     for (float reach : {0.f, 1e-30f, 1e30f, 1.5e35f}) check(4, 2, 9, 200, 64, true, 1, reach);
+    for (int64_t k : {1, 37, 64, 300})
+      for (int64_t m : {1, 2, 3, 5, 9, 16}) check(8, m, 37, k, 0, false, 2, 1, true);
+    check(8, 2, 9, 200, 0, false, 1, 0, true);
     check_special();
     check(8, 2, 600, 700, 0, false, 3);
     check(4, 2, 600, 700, 32, true, 3);

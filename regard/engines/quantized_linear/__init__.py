@@ -65,17 +65,17 @@ def dynamic_linear(
 ) -> Float[Tensor, "*b n"]:
     """x W^T + b with both operands in 8 bits: each row of `x` is rounded to a grid of its own, -127 to 127.
 
-    Products are summed as integers, exactly, and scaled in float32; of up to 16 rows, whose time is that of reading codes, a
-    native kernel sums them in float32. Gradients do not pass.
+    Products are summed as integers, exactly, and scaled in float32. A native kernel for up to 16 rows sums them in float32 on
+    processors without dot products of bytes. Gradients do not pass.
     """
+    if prefers_native():
+        found = native_form.plain(x, codes, scale, None, bias, rounded=True)
+        if found is not None:
+            return found
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).detach().float()
     step = rows.abs().amax(1, keepdim=True).clamp(min=torch_form.TINY) / 127
-    rounded = (rows / step).round_()
-    if prefers_native() and x.dtype == torch.float32:
-        found = native_form.plain(rounded * step, codes, scale, None, bias)
-        if found is not None:
-            return found.view(*x.shape[:-1], codes.shape[0])
-    y = torch_form.integer_product(rounded.to(torch.int8), codes) * (step * scale.float().T)
+    rounded = (rows / step).round_().to(torch.int8)
+    y = torch_form.integer_product(rounded, codes) * (step * scale.float().T)
     if bias is not None:
         y = y + bias
     return y.to(x.dtype).view(*x.shape[:-1], codes.shape[0])

@@ -36,6 +36,7 @@ class QuantizedLinear(library.Arguments):
         ("offset", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
+        ("rounded", ctypes.c_int64),
     )
 
 
@@ -121,7 +122,7 @@ _product.refuse_gradient("gradients of a native product with a quantized weight"
 
 
 @lru_cache(maxsize=256)
-def _template(layouts: tuple[library.Layout | None, ...], threads: int) -> bytes | None:
+def _template(layouts: tuple[library.Layout | None, ...], rounded: bool, threads: int) -> bytes | None:
     """The struct of a call of tensors that lie so, but for where; None where the kernel does not take them as they are."""
     given: list[Any] = [
         None if layout is None else torch.empty_strided(layout[0], layout[1], dtype=layout[2], device="meta")
@@ -129,19 +130,21 @@ def _template(layouts: tuple[library.Layout | None, ...], threads: int) -> bytes
     ]
     problem = Problem(*given)
     x = problem.x
-    if _unfit(problem) is not None or not x.is_contiguous() or not x.numel():
+    if _unfit(problem) is not None or not x.is_contiguous() or not x.numel() or (rounded and problem.bits != 8):
         return None
     sizes = problem.rows, problem.codes.shape[0], x.shape[-1], problem.columns, problem.group
-    return bytes(QuantizedLinear(threads, problem.bits, *sizes, None, x.shape[-1]))
+    return bytes(QuantizedLinear(threads, problem.bits, *sizes, None, x.shape[-1], rounded=rounded))
 
 
-def plain(x: Tensor, codes: Tensor, scale: Tensor, offset: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """:func:`quantized_linear` by the shortest way to the kernel; None for calls that have none, and where a gradient is
-    recorded or somebody watches."""
+def plain(
+    x: Tensor, codes: Tensor, scale: Tensor, offset: Tensor | None, bias: Tensor | None, *, rounded: bool = False
+) -> Tensor | None:
+    """:func:`quantized_linear`, or :func:`dynamic_linear` where inputs are `rounded`, by the shortest way to the kernel; None
+    for calls that have none, and where a gradient is recorded or somebody watches."""
     if not runs_plainly(x, codes, scale, *[t for t in (offset, bias) if t is not None]):
         return None
     layouts = library.layouts(x, codes, scale, offset, bias)
-    template = _template(layouts, torch.get_num_threads())
+    template = _template(layouts, rounded, torch.get_num_threads())
     if template is None:
         return None
     problem = Problem(x, codes, scale, offset, bias)
