@@ -457,6 +457,7 @@ MECHANISM = Mechanism(
             "reference",
             "37 keys of 8 features that are not normalised take the state, and outputs, beyond float16",
             holds_with={"normalize_keys": True},
+            patterns=(Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF),
             variants=("no norm of keys",),
             dtypes=(torch.float16,),
         ),

@@ -61,7 +61,8 @@ class Config:
         feature_map: phi: ``elu`` (elu(x) + 1), ``relu``, ``relu_squared``, ``sigmoid``, ``exp`` (sums overflow where
             features near 88), ``silu`` or ``identity``.
         normalize: divide by phi(q) . z + eps; needs a feature map that is never negative.
-        eps: added to the denominator, > 0 and finite.
+        eps: added to the denominator, > 0 and finite. Where features vanish, as with ``relu``, a query whose weights are of
+            the order of eps enlarges the rounding of its projection; a larger eps does not.
     """
 
     feature_map: str = "elu"
