@@ -73,7 +73,7 @@ def compress(
     Steps, in this order, of each kind at most one: structured or axformer, which take parts away; magnitude, wanda or sparsegpt,
     which make weights 0; smoothquant or awq; int8, int4, gptq, lsq, w8a8 or llm_int8; tokens, of which fewer stay; export, a
     program beside the weights. distil comes first, where it makes a student of half the layers, or after a step whose losses it
-    wins back from the original's answers.
+    wins back from the original's answers; with teacher=FOLDER it learns from a larger model of the same tokens, classes and inputs.
 
     Examples:
 
@@ -89,6 +89,7 @@ def compress(
         regard compress my_images --recipe "int8 + tokens:method=evit,keep=0.7 + export" --output small/
         regard compress smollm2/ --data my_corpus.txt --recipes "int8,int4" --effects 12
         regard compress all-MiniLM-L6-v2/ --data my_corpus.txt --recipes "int8,w8a8,structured:layers=2"
+        regard compress my_bert_classifier/ --data reviews.csv --recipe "distil:teacher=big_classifier/,budget=10m" --output small/
         regard compress my_bert_classifier/ --data reviews.csv --recipe "w8a8 + export" --output small/
         regard compress timm:vit_small_patch16_224 --data photos/ --recipes "int8,w8a8,tokens:method=tome"
     """
@@ -152,15 +153,23 @@ def _one(subject: Subject, recipe: Recipe, output: Path, calibration: int, asked
                 effects[name] = Effects(tuple(probes.ask(reader, number) for number in range(count)))
 
         ask("original")
-        found = compress_model(
-            model,
-            recipe,
-            calibration_data(subject, recipe, calibration),
-            training=training_data(subject, recipe),
-            run=subject.run,
-            work=work if recipe.needs else None,
-            on_layer=watch,
-        )
+        begun = work.exists()
+        try:
+            found = compress_model(
+                model,
+                recipe,
+                calibration_data(subject, recipe, calibration),
+                training=training_data(subject, recipe),
+                run=subject.run,
+                work=work if recipe.needs else None,
+                on_layer=watch,
+            )
+        except Unsupported:
+            if not begun:  # what cannot be done leaves nothing; what was stopped goes on
+                shutil.rmtree(work, ignore_errors=True)
+                if output.is_dir() and not any(output.iterdir()):
+                    output.rmdir()
+            raise
         ask(recipe.name)
     subject.save(found, output)
     shutil.rmtree(work, ignore_errors=True)

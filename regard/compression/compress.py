@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from regard.compression.calibration import Chain, Statistics, all_statistics
-from regard.compression.distillation.recovery import same_weights, win_back
+from regard.compression.distillation.recovery import same_weights, teaching_loss, win_back
+from regard.compression.distillation.teachers import check_teacher, open_teacher
 from regard.compression.layer_work import LayerReport, compress_layer, relative_error
 from regard.compression.layers import Layers, Run, find_layers, run_batch
 from regard.compression.programs import Program, check_export, make_program
@@ -126,6 +128,7 @@ def compress(
     data: Iterable[Any] | None = None,
     *,
     training: Iterable[Any] | None = None,
+    teacher: nn.Module | None = None,
     keep: Callable[[str, nn.Module], bool] = lambda name, module: False,
     run: Run = run_batch,
     losses: Losses = item_losses,
@@ -143,6 +146,7 @@ def compress(
         data: batches for calibration, for recipes that want some: what `run` is called with. Read more than once. ``axformer``
             searches by the loss on them: items that the model was not trained on, and that it is not tested on.
         training: batches that ``distil`` and ``lsq`` train on, one a step, in turn; `data` when not given.
+        teacher: another model that each ``distil`` without a ``teacher`` of its own learns from; the model as it was when None.
         keep: called with the name and the module, which modules stay as they are, with all that is in them.
         run: called with the model and a batch; :func:`regard.compression.layers.run_batch` when not given.
         losses: the loss of each item of a batch, for ``axformer`` and ``lsq``: called with the model, the batch and `run`;
@@ -169,9 +173,13 @@ def compress(
             supported="batches for calibration, as windows of text",
             nearest="int8, which needs none",
         )
-    _check(model, chosen, keep)
+    teachers = _teachers(model, chosen, teacher)
+    _check(model, chosen, keep, teachers)
+    with evaluation_mode(model):
+        for step, (name, other) in teachers.items():
+            check_teacher(model, other, name, partial(teaching_loss, model, other, step, taught[0], run))
     before = weights_bytes(model)
-    job = _Job(model, chosen, batches, taught, run, losses, keep, on_layer)
+    job = _Job(model, chosen, teachers, batches, taught, run, losses, keep, on_layer)
     folder = None if work is None else Path(work)
     if folder is not None:
         job.identify()
@@ -199,12 +207,38 @@ def compress(
     return Compressed(model, report, job.program, job.undo)
 
 
-def _check(model: nn.Module, recipe: Recipe, keep: Callable[[str, nn.Module], bool]) -> None:
+Teachers = Mapping[Distil, tuple[str, nn.Module]]
+"""Other models that steps learn from, with what they are called; the original is in none."""
+
+
+def _teachers(model: nn.Module, recipe: Recipe, given: nn.Module | None) -> Teachers:
+    """The teachers of all steps that have one."""
+    steps = [step for _, step in recipe.steps if isinstance(step, Distil)]
+    if given is model:
+        raise Unsupported(
+            "a model as its own teacher", supported="another one", nearest="teacher=None, which learns from it"
+        )
+    if given is not None and not any(step.teacher is None for step in steps):
+        raise Unsupported(
+            f"a teacher for {recipe.name}",
+            supported="recipes with a step distil that names none itself",
+            nearest="distil",
+        )
+    found = {}
+    for step in steps:
+        if step.teacher is not None:
+            found[step] = f"the teacher {step.teacher}", open_teacher(step.teacher, model)
+        elif given is not None:
+            found[step] = "the teacher", given
+    return found
+
+
+def _check(model: nn.Module, recipe: Recipe, keep: Callable[[str, nn.Module], bool], teachers: Teachers) -> None:
     """Refuse what can be refused before anything is changed."""
     if any(step.stage in OF_WEIGHTS for _, step in recipe.steps):
         find_layers(model, keep)
     first, begins = recipe.steps[0]
-    if begins.stage in ("structure", "distil"):
+    if begins.stage == "structure" or (begins.stage == "distil" and _shrinks(begins, teachers)):
         try:
             find_host(model)
         except Unsupported as error:
@@ -224,6 +258,11 @@ def _check(model: nn.Module, recipe: Recipe, keep: Callable[[str, nn.Module], bo
                 check_program(method)
 
 
+def _shrinks(step: Distil, teachers: Teachers) -> bool:
+    """Whether a step that comes first makes a student of some of the layers."""
+    return step.layers is not None or step not in teachers
+
+
 class _Job:
     """One call of :func:`compress`: which layers are done."""
 
@@ -233,6 +272,7 @@ class _Job:
         self,
         model: nn.Module,
         recipe: Recipe,
+        teachers: Teachers,
         batches: list[Any],
         taught: list[Any],
         run: Run,
@@ -240,7 +280,7 @@ class _Job:
         keep: Callable[[str, nn.Module], bool],
         on_layer: Callable[[str, int, int], None],
     ) -> None:
-        self.model, self.recipe, self.batches, self.taught = model, recipe, batches, taught
+        self.model, self.recipe, self.teachers, self.batches, self.taught = model, recipe, teachers, batches, taught
         self.run, self.losses, self.keep, self.on_layer = run, losses, keep, on_layer
         self.kept: dict[str, str] = {}
         self.undo: list[Callable[[], object]] = []
@@ -248,8 +288,8 @@ class _Job:
         self.notes: list[str] = []
         self.identity: dict[str, Any] = {}
         self.program: Program | None = None
-        distils = any(isinstance(step, Distil) for _, step in recipe.steps)
-        self.teacher = same_weights(model) if distils else None
+        distils = any(isinstance(step, Distil) and step not in teachers for _, step in recipe.steps)
+        self.original = same_weights(model) if distils else None
 
     def do(self, act: Recipe, folder: Path | None) -> None:
         """Some steps that are done together."""
@@ -273,9 +313,10 @@ class _Job:
         self.notes += notes
 
     def distil(self, step: Distil, folder: Path | None) -> None:
-        """The model learns from what it was; first of all steps, a part of it does."""
-        assert self.teacher is not None
-        if self.recipe.steps[0][1] is step:
+        """The model learns from what it was, or from another; first of all steps, a part of it does."""
+        name, teacher = self.teachers.get(step, ("the original", self.original))
+        assert teacher is not None
+        if self.recipe.steps[0][1] is step and _shrinks(step, self.teachers):
             layers = len(find_host(self.model).layers)
             stay = max(layers // 2, 1) if step.layers is None else step.layers
             if stay >= layers:
@@ -290,11 +331,12 @@ class _Job:
         zeros = [name for name, report in self.reports.items() if report.zeros is not None]
         undo, note = win_back(
             self.model,
-            self.teacher,
+            teacher,
             step,
             self.taught,
             self.run,
             keep=self.keep,
+            name=name,
             zeros=zeros,
             folder=folder,
             on_step=lambda done: self.on_layer("distil step", done, step.steps),
@@ -424,4 +466,5 @@ class _Job:
             "model": weights_digest(self.model),
             "data": digest(self.batches),
             "training": digest(self.taught),
+            "teachers": [weights_digest(teacher) for _, teacher in self.teachers.values()],
         }

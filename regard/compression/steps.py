@@ -31,13 +31,15 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Distil:
-    """The model learns the answers of the one that was given; see :mod:`regard.compression.distillation.recovery`.
+    """The model learns the answers of the one that was given, or of another; see
+    :mod:`regard.compression.distillation.recovery`.
 
-    First in a recipe it makes a student of some of the layers, at even distances. Elsewhere it wins back what the step before it
-    lost: zeros stay zeros, and of a model whose weights are rounded it trains what is in floating point.
+    First in a recipe it makes a student of some of the layers, at even distances; of all where there is another teacher and no
+    `layers`. Elsewhere it wins back what the step before it lost: zeros stay zeros, and of a model whose weights are rounded it trains what is in floating point.
 
     Attributes:
-        layers: how many the student has; half of them when None. Of a step that comes first.
+        layers: how many the student has; half of them, or with a teacher all, when None. Of a step that comes first.
+        teacher: the folder of another model, of the same library, tokens, classes and inputs; the model that was given when None.
         kind: ``response``: the answers alone; ``features``: hidden states behind the layers too.
         temperature: by which logits of both are divided, above 0.
         steps: of training, a batch each; 1 or more.
@@ -46,6 +48,7 @@ class Distil:
     """
 
     layers: int | None = None
+    teacher: str | None = None
     kind: str = "response"
     temperature: float = 1.0
     steps: int = 200
@@ -61,6 +64,8 @@ class Distil:
         check_rate(self.learning_rate)
         if self.layers is not None:
             at_least("layers", self.layers, 1)
+        if self.teacher is not None and (not isinstance(self.teacher, str) or not self.teacher):
+            raise Unsupported(f"teacher={self.teacher!r} of distil", supported="a folder", nearest="teacher=big/")
         self.seconds  # noqa: B018  refuses what is no time
 
     @property

@@ -1,10 +1,10 @@
-"""The step ``distil`` of a recipe: a changed model learns from the outputs of the model as it was.
+"""The step ``distil`` of a recipe: a changed model learns from the outputs of the model as it was, or of another one.
 
 The loss of a batch is T^2 KL(softmax(teacher / T), softmax(student / T)) over its answers (:func:`response_loss`), padding left
 out; where outputs are numbers and no classes, the mean squared difference. ``features`` adds, over pairs of layers at the same
 share of the depth, the mean squared difference of hidden states divided by the mean square of the teacher's.
 
-The teacher shares its tensors with the model: what is trained gets tensors of its own.
+The model as it was shares its tensors with the model: what is trained gets tensors of its own.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def win_back(
     run: Run,
     *,
     keep: Callable[[str, nn.Module], bool],
+    name: str = "the original",
     zeros: Collection[str] = (),
     folder: Path | None = None,
     on_step: Callable[[int], None] = lambda done: None,
@@ -60,6 +61,7 @@ def win_back(
         teacher: gives what is learned; neither is trained with dropout.
         batches: one a step, in turn.
         keep: which modules stay as they are.
+        name: of the teacher.
         zeros: names of layers whose weights of 0 stay 0.
         folder: where the state is kept, from which the same call goes on.
         on_step: told how many steps are done.
@@ -78,16 +80,7 @@ def win_back(
         )
 
     def loss_of(number: int) -> Tensor:
-        batch = batches[number % len(batches)]
-        with torch.no_grad(), evaluation_mode(teacher), _hidden(teacher, step.kind) as told:
-            expected = run(teacher, batch)
-        with _hidden(model, step.kind) as own:
-            found = run(model, batch)
-        loss = _answers_loss(found, expected, batch, step.temperature)
-        for i, state in enumerate(own):
-            goal = told[(i + 1) * len(told) // len(own) - 1]
-            loss = loss + feature_loss(wide(state), wide(goal)) / (wide(goal).square().mean() * len(own))
-        return loss
+        return teaching_loss(model, teacher, step, batches[number % len(batches)], run)
 
     def mask() -> None:
         for weight, stays in masks:
@@ -126,13 +119,30 @@ def win_back(
             parameter.requires_grad_(needed)
     numbers = sum(parameter.numel() for parameter in trained.values())
     said = (
-        f"distilled from the original in {done} steps on {len(batches)} batches, {units.duration(seconds)}, {numbers:,} numbers "
+        f"distilled from {name} in {done} steps on {len(batches)} batches, {units.duration(seconds)}, {numbers:,} numbers "
         f"trained: {step.kind} loss {units.number(before)} before, {units.number(after)} after"
     )
     if after <= before:
         return undo, said
     undo()
     return (lambda: None), f"{said}, so the weights stay as they were before this step"
+
+
+def teaching_loss(model: nn.Module, teacher: nn.Module, step: Distil, batch: Any, run: Run) -> Tensor:
+    """What is trained with: how far a model's answers on a batch are from the teacher's, which is without dropout.
+
+    Raises:
+        Unsupported: for answers and hidden states that cannot be compared.
+    """
+    with torch.no_grad(), evaluation_mode(teacher), _hidden(teacher, step.kind) as told:
+        expected = run(teacher, batch)
+    with _hidden(model, step.kind) as own:
+        found = run(model, batch)
+    loss = _answers_loss(found, expected, batch, step.temperature)
+    for i, state in enumerate(own):
+        goal = told[(i + 1) * len(told) // len(own) - 1]
+        loss = loss + feature_loss(wide(state), wide(goal)) / (wide(goal).square().mean() * len(own))
+    return loss
 
 
 def _own_parameters(model: nn.Module, keep: Callable[[str, nn.Module], bool]) -> tuple[dict[str, nn.Parameter], Undo]:

@@ -45,6 +45,8 @@ def item_losses(model: nn.Module, batch: Any, run: Run) -> Float[Tensor, " b"]:
         return _losses(output, labels)
     if isinstance(batch, Tensor) and batch.ndim == 2 and not batch.is_floating_point():
         return _losses(_output(run(model, batch))[:, :-1], batch[:, 1:])
+    if isinstance(batch, Mapping):
+        raise Unsupported("steps that go by the model's own loss, on data without right answers", supported=SUPPORTED)
     raise Unsupported(f"the losses of a batch of type {type(batch).__name__}", supported=SUPPORTED)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
+from regard.compression.folders import is_compressed
 from regard.contract import Pattern, Unsupported
 from regard.integrations.encoders import UNASKED
 from regard.integrations.swap import swap
@@ -141,6 +142,8 @@ def open_vision(model: Any) -> VisionHost:
     """
     recipe = timm_folders().recipe
     if isinstance(model, (str, os.PathLike)):
+        if is_compressed(model):
+            raise Unsupported(f"{model}, which is compressed", supported="a model in floating point")
         name, opened = name_of(model), load_timm(model, supported=SUPPORTED)
     else:
         name, opened = type(model).__name__, copy.deepcopy(model)

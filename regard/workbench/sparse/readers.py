@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import Unsupported
+from regard.integrations.encoders import architecture_of, kind_of, read_config
+from regard.integrations.timm_places import is_of_timm
 from regard.models import LanguageModel
 from regard.tasks.tokenizer import Tokenizer
 from regard.workbench.trained.run import RECORD, open_trained, trained_length
@@ -170,5 +172,15 @@ def open_reader(path: Path) -> Reader:
     from regard.compression.folders import load_causal_model
     from regard.integrations.transformers.folders import load_tokenizer
 
+    _check_writes(path)
     tokenizer = load_tokenizer(path, supported=MODELS)
     return OfTransformers(load_causal_model(path, supported=MODELS), tokenizer, path.name)
+
+
+def _check_writes(path: Path) -> None:
+    """Raise Unsupported for models of timm, and encoders of transformers, which do not go on from a text."""
+    if is_of_timm(path):
+        raise Unsupported(f"{path}, a model of images", supported=MODELS)
+    if (path / "config.json").is_file() and kind_of(path) != "language":
+        name = architecture_of(read_config(path)) or "encoder"
+        raise Unsupported(f"{path}, a {name}, which does not go on from a text", supported=MODELS)

@@ -55,24 +55,7 @@ class Teacher:
                 f"a teacher on the task {task.name}",
                 supported=TASKS,
             )
-        trained = open_trained(folder)
-        told = trained.reader
-        if not isinstance(told, ImageReader):
-            raise Unsupported(
-                f"the teacher {folder}, which reads volumes", supported="a teacher trained on the same task"
-            )
-        for name in ("classes", "height", "width", "channels", "patch"):
-            if getattr(own, name) != getattr(told, name):
-                raise Unsupported(
-                    f"the teacher {folder} with {_said(name, told)}, where the task has {_said(name, own)}",
-                    supported="a teacher trained on the same task",
-                )
-        pairs = zip((*own.mean, *own.deviation), (*told.mean, *told.deviation), strict=True)
-        if not all(math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-4) for one, other in pairs):
-            raise Unsupported(
-                f"the teacher {folder}, whose inputs were normalised by other images than the task's",
-                supported="a teacher trained on the same data",
-            )
+        trained = _of_images(folder, own)
         return cls(trained, method, written, task, device)
 
     @functools.cached_property
@@ -98,6 +81,35 @@ class Teacher:
         """Facts about it for the student's record."""
         record = self.trained.record
         return {key: record[key] for key in ("mechanism", "parameters", "score", "metric")}
+
+
+def check_inputs(folder: Path | str, task: Task) -> None:
+    """Raise Unsupported where the model in a folder was trained on other tokens, images or classes than a task has."""
+    own = getattr(task, "reader", None)
+    if hasattr(task, "tokenizer"):
+        _of_text(folder, task)
+    elif isinstance(own, ImageReader):
+        _of_images(folder, own)
+
+
+def _of_images(folder: Path | str, own: ImageReader) -> TrainedModel:
+    trained = open_trained(folder)
+    told = trained.reader
+    if not isinstance(told, ImageReader):
+        raise Unsupported(f"the teacher {folder}, which reads volumes", supported="a teacher trained on the same task")
+    for name in ("classes", "height", "width", "channels", "patch"):
+        if getattr(own, name) != getattr(told, name):
+            raise Unsupported(
+                f"the teacher {folder} with {_said(name, told)}, where the task has {_said(name, own)}",
+                supported="a teacher trained on the same task",
+            )
+    pairs = zip((*own.mean, *own.deviation), (*told.mean, *told.deviation), strict=True)
+    if not all(math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-4) for one, other in pairs):
+        raise Unsupported(
+            f"the teacher {folder}, whose inputs were normalised by other images than the task's",
+            supported="a teacher trained on the same data",
+        )
+    return trained
 
 
 def _of_text(folder: Path | str, task: Any) -> TrainedModel:

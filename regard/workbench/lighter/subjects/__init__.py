@@ -36,7 +36,7 @@ def open_subject(model: Path, data: Paths | None, length: int | None, recipes: S
     if model.is_dir() and is_compressed(model):
         raise Unsupported(f"{model}, which is compressed already", supported="a model in floating point")
     if (model / TRAINING).is_file():
-        return Trained(model, data, length, searching=any("loss" in recipe.needs for recipe in recipes))
+        return Trained(model, data, length, recipes)
     if is_of_timm(model):
         return open_vision(model, data, length)
     kind = kind_of(model) if (model / "config.json").is_file() else "language"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from regard.compression import Compressed
-from regard.compression.folders import copy_training
+from regard.compression import Compressed, Recipe
+from regard.compression.folders import copy_training, is_compressed
 from regard.compression.layers import run_batch
+from regard.compression.steps import Distil
 from regard.compression.tokens.applied import read_in_turn
 from regard.contract import Context, Unsupported
 from regard.measurement.timing import Action
@@ -21,6 +23,7 @@ from regard.training.step import batch_context, run_model
 from regard.workbench.lighter.subjects.base import CHOOSING, SHARE
 from regard.workbench.sparse.readers import OfRegard, Reader
 from regard.workbench.trained.run import open_trained
+from regard.workbench.trained.teacher import check_inputs
 
 
 class Trained:
@@ -28,7 +31,7 @@ class Trained:
 
     run = staticmethod(run_batch)
 
-    def __init__(self, folder: Path, data: Paths | None, length: int | None, *, searching: bool = False) -> None:
+    def __init__(self, folder: Path, data: Paths | None, length: int | None, recipes: Sequence[Recipe] = ()) -> None:
         self.folder, self.trained = folder, open_trained(folder)
         if length is not None:
             raise Unsupported(f"length={length} of a model of `regard train`", supported="the length of its task")
@@ -38,6 +41,10 @@ class Trained:
         self.batch_size = int(self.trained.record["settings"]["batch_size"])
         self.metric, self.higher_is_better = self.task.metric, self.task.higher_is_better
         self.described = f"{folder}: {self.trained.record['mechanism']} on {self.task.name}"
+        for teacher in {step.teacher for recipe in recipes for _, step in recipe.steps if isinstance(step, Distil)}:
+            if teacher is not None and not is_compressed(teacher):
+                check_inputs(teacher, self.task)
+        searching = any("loss" in recipe.needs for recipe in recipes)
         batches = self.task.evaluation_batches(self.batch_size)
         held_out = sum(batch.size for batch in batches)
         if searching and not self.first:
