@@ -24,7 +24,13 @@ A token is written after the decay and is seen by its own query. General form (s
 
 Layout: (B, H, N, D), heads before time. Without `log_decay` nothing is forgotten: linear attention with no denominator.
 One constant gate a head is retention (arXiv 2307.08621, without its rotation; `gate="fixed"`); one gate a head that
-depends on the token is the decay of Mamba-2 (`gate="scalar"`).
+depends on the token is the decay of Mamba-2 (`gate="scalar"`). There the decay is that of a step, which also scales what
+is written (`gate="step"`; arXiv 2405.21060, and 2408.15237 for queries, keys and values of a trained model):
+
+    Delta_t = softplus(W x_t + b),     S_t = exp(Delta_t A) S_{t-1} + k_t (Delta_t v_t)^T,     A < 0 a head
+
+which is the recurrence of `mamba2` with q, k and v as its C, B and x; its block has a convolution, a skip past the state
+and a gated norm besides.
 
 Noncausal-self is a forward pass that reads after writing plus a backward pass that reads before. In cross patterns the
 memory is absorbed in order, gates and all, and every query reads the last state: the order of the memory matters.
@@ -67,11 +73,14 @@ from regard.engines.feature_maps import FEATURE_MAPS
 from regard.engines.recurrent_forms import MatrixState
 from regard.layers.linear import make_linear
 from regard.layers.parts import LayerCall, Projection
+from regard.layers.state_space import draw_dt_bias, without_weight_decay
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-GATES = ("diagonal", "scalar", "fixed", "none")
+GATES = ("diagonal", "scalar", "step", "fixed", "none")
+STEPS = (1e-3, 1e-1)
+"""The layer's steps at the start, log-uniform, as in Mamba-2."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +91,9 @@ class Config:
         feature_map: phi of queries and keys, before the scale: ``identity``, ``silu``, ``relu``, ``elu`` (elu + 1), or
             another of :data:`regard.mechanisms.linear.FEATURE_MAPS`.
         clamp_min: lowest log decay of an entry of S (the sum of its key's and its value's), <= 0; None for no bound.
-        gate: the layer's gates: ``diagonal`` (one for each key feature), ``scalar`` (one a head), ``fixed`` (head h
-            decays by 1 - 2^-(5 + h)) or ``none``. Functions take the gates that they are given.
+        gate: the layer's gates: ``diagonal`` (one for each key feature), ``scalar`` (one a head), ``step`` (one a head, of a
+            step that also scales the values), ``fixed`` (head h decays by 1 - 2^-(5 + h)) or ``none``. Functions take the
+            gates and values that they are given.
         gate_rank: width of the diagonal gate's bottleneck, >= 1.
         gate_normalizer: tau, which divides the log-sigmoid of learned gates, > 0: 1, 16 or 32, the slower the larger.
         value_gate: whether the layer also has gates on values, made like the diagonal ones.
@@ -263,7 +273,8 @@ class GateProjection(Projection):
 
     Learned gates are ``logsigmoid(z) / gate_normalizer``, with z = W_2 W_1 x + b for one gate a feature (W_1 maps to
     `gate_rank` features) and z = W x + b for one gate a head. b starts at 0, so that the decay starts near
-    2^(-1 / gate_normalizer). Key/value heads have the gates; the query heads of a group share them.
+    2^(-1 / gate_normalizer). Steps begin between 0.001 and 0.1 and A at -1, so that their decay starts near 1. Key/value
+    heads have the gates; the query heads of a group share them.
     """
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -275,6 +286,13 @@ class GateProjection(Projection):
             self.key_gate = _low_rank(spec, spec.head_dim)
         elif config.gate == "scalar":
             self.key_gate = _with_zero_bias(make_linear(spec.memory_dim, spec.kv_heads, bias=True))
+        self.step: nn.Module | None = None
+        self.A_log: nn.Parameter | None = None
+        if config.gate == "step":
+            self.step = make_linear(spec.memory_dim, spec.kv_heads, bias=True)
+            self.A_log = nn.Parameter(torch.zeros(spec.kv_heads))
+            draw_dt_bias(self.step.bias, *STEPS)  # type: ignore[arg-type]
+            without_weight_decay(self.A_log, self.step.bias)  # type: ignore[arg-type]
         self.value_gate = _low_rank(spec, spec.value_dim) if config.value_gate else None
 
     def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
@@ -283,6 +301,10 @@ class GateProjection(Projection):
             return heads
         if self.key_gate is not None:
             heads["log_decay"] = self._gate(self.key_gate, source)
+        elif self.step is not None and self.A_log is not None:
+            step = F.softplus(wide(self.step(source))).mT[..., None]  # (b, h, m, 1)
+            heads["log_decay"] = -step * wide(self.A_log).exp()[:, None, None]
+            heads["v"] = (step * wide(heads["v"])).to(heads["v"].dtype)
         elif self.config.gate == "fixed":
             dtype = wide_dtype(source)
             halvings = 5 + torch.arange(self.heads, device=source.device, dtype=dtype)
@@ -376,7 +398,7 @@ MECHANISM = Mechanism(
         "no gates": {"gate": "none", "feature_map": "silu"},
         "gates of values": {"value_gate": True, "gate_rank": 3, "clamp_min": -0.5, "feature_map": "relu_squared"},
         "gates of values alone": {"gate": "none", "value_gate": True},
-        "sigmoid": {"feature_map": "sigmoid"},
+        "steps": {"feature_map": "sigmoid", "gate": "step"},
         "exp": {"feature_map": "exp"},
     },
     engine="gated_recurrence",

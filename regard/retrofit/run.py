@@ -21,10 +21,11 @@ from regard.retrofit import card
 from regard.retrofit.best import Best
 from regard.retrofit.folder import RECORD, Folder
 from regard.retrofit.hosts import Host, open_host
+from regard.retrofit.hosts.base import EQUAL
 from regard.retrofit.measures import KINDS, evaluate
 from regard.retrofit.pace import TRIED, Plan, plan
 from regard.retrofit.sensitivity import choose, measure_sensitivity
-from regard.retrofit.settings import RetrofitSettings
+from regard.retrofit.settings import RetrofitSettings, told_of_start
 from regard.retrofit.stage import Progress, Stage, Watch
 from regard.retrofit.transfer import held_out_losses, transfer
 from regard.retrofit.tune import held_out_loss, tune
@@ -118,7 +119,7 @@ def retrofit(
     host = open_host(model, tokenizer)
     chosen = host.begun(chosen)
     if chosen.mechanism != mechanism:
-        say(f"the new layers are {chosen.mechanism}, as its paper has it for trained models")
+        say(told_of_start(mechanism, chosen.mechanism))
     read = host.read(data, validation, chosen)
     folder = Folder(place, _identity(host, read, chosen))
     with folder.alone():
@@ -165,10 +166,21 @@ class _Run:
         def make() -> dict[str, Any]:
             self.watch(Progress("looking at the model", math.nan, 0, 0, 0.0))
             first = self.host.batch(self.data, 0, self.settings.seed, self.settings, rows=1)
-            self.host.check(first, self.settings.mechanism)
+            if self.host.check(first, self.settings.mechanism) <= EQUAL:
+                self.say(self._nothing_new())
             return plan(self.host, self.data, self.settings, time.monotonic() - self.started).record()
 
         return Plan(**self.folder.once("plan", make))
+
+    def _nothing_new(self) -> str:
+        """What to know where new layers do at first what the old ones did."""
+        told = f"new layers of {self.settings.mechanism} answer as the old ones here, so that the original teaches them nothing"
+        if self.settings.length is None:
+            return told
+        return (
+            f"in blocks of {self.settings.length} tokens {told}; where they read less of longer texts, a longer --length teaches "
+            "them that"
+        )
 
     def _stage(self, name: str, doing: str, steps: int, rate: float, plan: Plan, seed: int) -> Stage:
         seconds = plan.seconds.get(name)

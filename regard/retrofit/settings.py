@@ -15,7 +15,9 @@ from regard.retrofit.inserting import inserts_tokens
 
 KEEP = "auto, auto:SHARE (0 to 1), auto:NUMBER, none, or layers by number from 0 (0,5,29)"
 TRAIN = "all, new (the swapped layers alone), or lora:RANK"
-KIN = {"mamba2": "gated_linear:gate=scalar", "mamba": "gated_linear", "rwkv7": "delta_rule:gated=True"}
+ON_HEADS = {"mamba2": "gated_linear:gate=step"}
+"""Mechanisms whose layers are their own, and their recurrence as it takes queries, keys and values that exist."""
+KIN = {**ON_HEADS, "mamba": "gated_linear", "rwkv7": "delta_rule:gated=True"}
 """Mechanisms whose layers are their own, and what comes next to them on queries, keys and values that exist."""
 
 
@@ -181,6 +183,23 @@ def read_keep(keep: str | tuple[int, ...] | list[int]) -> float | int | tuple[in
     raise Unsupported(f"keep_layers={keep!r}", supported=KEEP, nearest="auto:0.5")
 
 
+def on_heads(written: str) -> str:
+    """A mechanism as it takes queries, keys and values that exist; itself but for those of :data:`ON_HEADS` without options,
+    which would be of their layer."""
+    layers = read_variant(written).layers
+    return ON_HEADS.get(layers[0][0], written) if len(layers) == 1 and not layers[0][1] else written
+
+
+def told_of_start(written: str, begun: str) -> str:
+    """What is begun with where that is not what was asked for, in words."""
+    if on_heads(written) != written:
+        return (
+            f"{written} has a layer of its own: the new layers are {begun}, its recurrence with the model's queries, keys and "
+            "values as its C, B and x, without its convolution, skip and gated norm"
+        )
+    return f"the new layers are {begun}, as its paper has it for trained models"
+
+
 def as_papers_begin(written: str, length: int, heads: int, pattern: Pattern = Pattern.CAUSAL_SELF) -> str:
     """The mechanism with the options that its card has for trained models; those that are given stay, and so does all of it
     where they leave no room for others.
@@ -190,6 +209,7 @@ def as_papers_begin(written: str, length: int, heads: int, pattern: Pattern = Pa
         heads: of a layer.
         pattern: of its attention.
     """
+    written = on_heads(written)
     ((name, given),) = read_variant(written).layers
     card = get_mechanism(name)
     if card.in_trained_models is None:
@@ -208,6 +228,7 @@ def check_mechanism(written: str, pattern: Pattern | None = None) -> None:
     Args:
         pattern: of the model's attention; None while it is not known.
     """
+    written = on_heads(written)
     if pattern in (None, Pattern.CAUSAL_SELF) and inserts_tokens(written):
         return  # the model is built anew around it
     try:

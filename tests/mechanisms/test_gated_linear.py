@@ -14,7 +14,7 @@ from regard.apply import absorb
 from regard.contract import Context
 from regard.create import create_layer
 from regard.engines.recurrent_forms import MatrixState
-from regard.functional import gated_linear_attention
+from regard.functional import gated_linear_attention, mamba2
 from regard.layers.parts import LayerCall
 from regard.mechanisms.gated_linear import MECHANISM, Config, sample_inputs
 
@@ -104,6 +104,17 @@ def test_the_order_of_tokens_matters_where_they_have_gates(pattern):
     assert (found - other).abs().max() > 1e-3
     del tensors["log_decay"], permuted["log_decay"]
     close(run(tensors, pattern=pattern).output[:, :, 8], run(permuted, pattern=pattern).output[:, :, 8])
+
+
+def test_a_gate_of_steps_is_the_recurrence_of_mamba2_and_begins_with_a_long_memory():
+    layer = create_layer("gated_linear", 32, 4, gate="step").double()
+    x, tensors = torch.randn(2, 11, 32, dtype=torch.float64), ungated(11)
+    q, k, v = (y.repeat_interleave(2, 1) for y in tensors.values())
+    made = layer.projection.inputs({"q": q, "k": k, "v": v}, LayerCall(x, x, Context()))
+    step = F.softplus(layer.projection.step(x)).mT
+    close(run(made).output, mamba2(q, k, v, step, -torch.ones(4, dtype=torch.float64), scale=8**-0.5))
+    begun = F.softplus(layer.projection.step.bias.detach())
+    assert begun.min() > 1e-3 * 0.99 and begun.max() < 0.1 * 1.01
 
 
 def test_clamping_bounds_what_one_token_forgets():

@@ -261,7 +261,7 @@ BAD = {
     "tokens that are not said": (lambda _: {"distil": 0.5}, "says no tokens .*try distil=1"),
     "long blocks": (lambda _: {"length": 80}, "80 tokens for a model of 64 positions"),
     "long lengths": (lambda _: {"lengths": (512,)}, "at most 64"),
-    "a mixer": (lambda _: {"mechanism": "mamba2"}, "gated_linear:gate=scalar"),
+    "a layer of its own": (lambda _: {"mechanism": "mamba2:d_state=16"}, "a layer of its own.*gated_linear:gate=step"),
 }
 
 

@@ -43,6 +43,50 @@ def test_cores_and_blocks_are_what_generation_goes_on_from(tmp_path, mechanism, 
     assert decoding["retrofit"]["from"] == "cache" and decoding["retrofit"]["held"] < decoding["original"]["held"]
 
 
+@pytest.mark.parametrize(("block", "told"), [(32, 1), (8, 0)])
+def test_new_layers_that_do_what_the_old_ones_did_are_told_before_anything_is_trained(tmp_path, block, told):
+    said = []
+
+    def watch(progress):
+        if progress.doing != "looking at the model":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        regard.retrofit(
+            llama(2),
+            f"local:form=block,block={block}",
+            keep_layers="0",
+            data=tokens(),
+            budget="28 steps",
+            output=tmp_path / "out",
+            watch=watch,
+            say=said.append,
+            **SHORT,
+        )
+    assert sum("in blocks of 32 tokens new layers" in sentence for sentence in said) == told
+
+
+def test_mamba2_is_its_recurrence_on_the_queries_keys_and_values_that_are_there(tmp_path):
+    said = []
+    settings = {"keep_layers": "0", "data": tokens(), "budget": "28 steps", "output": tmp_path / "out", **SHORT}
+    made = regard.retrofit(llama(2), "mamba2", say=said.append, **settings)
+    assert made.record["settings"]["mechanism"] == "gated_linear:gate=step" and "without its convolution" in said[0]
+    model, ids = AutoModelForCausalLM.from_pretrained(made.folder), tokens(50)[None]
+    found = model.generate(ids, max_new_tokens=12, do_sample=False)
+    assert torch.equal(found, model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=False))
+    decoding = made.results["decoding"]["64"]
+    assert decoding["retrofit"]["held"] < decoding["original"]["held"] and decoding["softmax"]["from"] == "cache"
+
+
+@torch.no_grad()
+def test_the_original_with_the_softmax_of_regard_says_the_same_and_is_no_second_set_of_weights():
+    host, ids = open_host(llama(2)), tokens(40).view(2, 20)
+    plain, made = host.model(ids).logits, host.by_regard()
+    torch.testing.assert_close(made(ids).logits, plain, rtol=0, atol=1e-4 * float(plain.abs().max()))
+    assert {id(p) for p in made.parameters()} == {id(p) for p in host.model.parameters()}
+    assert torch.equal(host.model(ids).logits, plain) and made.config is not host.model.config
+
+
 @pytest.mark.parametrize(
     ("mechanism", "apart"),
     [("gated_softmax", 1e-2), ("selective_temperature", 3e-2), ("mixture_of_heads:active_heads=2", 1e-5)],

@@ -302,7 +302,7 @@ BAD = {
     "a short time": (lambda _: {"budget": "0.01s"}, "left for"),
     "a layer out of range": (lambda _: {"keep_layers": [0, 7]}, "layer 7 of a model of 2 layers"),
     "all layers kept": (lambda _: {"keep_layers": "auto:1.0"}, "leaves no layer"),
-    "a mixer": (lambda _: {"mechanism": "mamba2"}, "gated_linear:gate=scalar"),
+    "a layer of its own": (lambda _: {"mechanism": "mamba2:d_state=16"}, "a layer of its own.*gated_linear:gate=step"),
     "another setting": (lambda _: {"epochs": 3}, "setting 'epochs'"),
     "long blocks": (lambda _: {"length": 512}, "512 tokens for a model of 256 positions"),
 }

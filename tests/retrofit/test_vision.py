@@ -67,6 +67,9 @@ def test_a_folder_of_timm_becomes_one_that_timm_loads(capsys, place):
     assert found["results"]["tokens"] == 17 and found["results"]["time"]["images"] == 8
     page = (place / "out" / "report.html").read_text()
     assert found["recommendation"]["text"] in page.replace("&#39;", "'") and "images a second" in page
+    charts = ("layers-0", "time", "operations", "transfer", "tune", "sensitivity")
+    assert all(f'id="{chart}-t"' in page for chart in charts)
+    assert list(found["results"]["time_by_batch"]) == ["1", "2", "8"]
     assert 'timm.create_model("local-dir:' in (place / "out" / "README.md").read_text()
     loaded = timm.create_model(f"local-dir:{place}/out", pretrained=True).eval()
     assert loaded.blocks[found["swapped"][0]].attn.attend.card.name == "gated_linear"
@@ -107,9 +110,22 @@ def test_the_same_model_says_the_same(host):
     models = {"original": host.model, "retrofit": host.model}
     data = read_pictures(images(), None, host.view, batch=8, seed=0)
     found = quality(models, host, data.held_out, 3)
-    assert found == {"images": 4, "agreement": 1.0, "standard_error": 0.0}
+    assert found == {"images": 4, "by_layer": [1.0, 1.0], "agreement": 1.0, "standard_error": 0.0}
     told = recommend({"quality": {"x": found}, "time": {name: {"median": 1.0} for name in models}})
     assert not told["take"] and told["text"].startswith("Keep the original: 100.0%")
+
+
+def test_what_is_kept_after_each_layer_falls_where_attention_is_new_and_not_before(host):
+    student, _ = host.copy_with([1], "linear", 0)
+    data = read_pictures(images(), None, host.view, batch=8, seed=0)
+    found = quality({"original": host.model, "retrofit": student}, host, data.held_out, 3)["by_layer"]
+    assert found[0] == 1.0 > found[1]
+
+
+def test_larger_images_are_tokens_of_the_same_patches(host):
+    assert [host.tokens(larger) for larger in (1, 2)] == [17, 65]
+    large = open_host(vit(img_size=32))
+    assert large.tokens(1) == host.tokens(2)
 
 
 def test_images_are_read_as_timm_does(host, place):

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
     from regard.integrations.heads import HeadAttention
 
-SAME = 1e-3
-"""Largest difference of answers, as a share of the largest, between a model and its copy with regard's softmax."""
+SAME, EQUAL = 1e-3, 1e-5
+"""Largest difference of answers, as a share of the largest, between a model and its copy with regard's softmax, and where they
+are equal but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -209,11 +210,14 @@ class Host(ABC):
                 self.model.set_submodule(self.layers[number].path, module)
 
     @torch.no_grad()
-    def check(self, batch: Batch, mechanism: str) -> None:
-        """Raise Unsupported where the model's attention is not what the new one would learn to stand for.
+    def check(self, batch: Batch, mechanism: str) -> float:
+        """How far answers are from the original's where all layers are new and untrained, as a share of the largest.
 
         Args:
             batch: a row of the training, or a few.
+
+        Raises:
+            Unsupported: where the model's attention is not what the new one would learn to stand for.
         """
         with evaluation_mode(self.model):
             self._check_calls(batch)
@@ -226,16 +230,19 @@ class Host(ABC):
                     f"answers differ by {difference:.2g} of the largest)",
                     supported="models that regard.swap(model, 'softmax') leaves as they are",
                 )
-            self.check_answers(batch, expected, mechanism)
+            return self.check_answers(batch, expected, mechanism)
 
-    def check_answers(self, batch: Batch, expected: Tensor, mechanism: str) -> None:
-        """Raise Unsupported where the mechanism cannot do the work, as with masks that it cannot honour.
+    def check_answers(self, batch: Batch, expected: Tensor, mechanism: str) -> float:
+        """See :meth:`check`.
 
         Args:
             expected: what the original says of the batch.
+
+        Raises:
+            Unsupported: where the mechanism cannot do the work, as with masks that it cannot honour.
         """
         made, _ = self.copy_with(range(len(self.layers)), mechanism, 0)
-        self.answers(made, batch)
+        return apart(self.answers(made, batch), expected)
 
     def _check_calls(self, batch: Batch) -> None:
         calls = dict.fromkeys(range(len(self.layers)), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard.contract import Pattern, Unsupported
+from regard.integrations.swap import swap
 from regard.retrofit.corpus import Corpus, even_blocks
 from regard.retrofit.hosts.base import SAME, Batch, apart
 from regard.retrofit.hosts.text import TextHost
@@ -75,6 +77,13 @@ class LanguageHost(TextHost):
             return self.settled(settings)
         return super().begun(settings)
 
+    def by_regard(self) -> Any:
+        """The original with regard's own softmax attention: the same answers and the same weights, in other time."""
+        shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
+        made = copy.deepcopy(self.model, shared)
+        swap(made, "softmax")
+        return made.eval()
+
     def copy_with(self, numbers: Sequence[int], mechanism: str, seed: int) -> tuple[Any, list[str]]:
         if not inserts_tokens(mechanism):
             return super().copy_with(numbers, mechanism, seed)
@@ -83,7 +92,7 @@ class LanguageHost(TextHost):
             made, new = rebuilt(self, numbers, mechanism)
         return made.eval(), new
 
-    def check_answers(self, batch: Batch, expected: Tensor, mechanism: str) -> None:
+    def check_answers(self, batch: Batch, expected: Tensor, mechanism: str) -> float:
         other = batch.inputs.clone()
         other[:, -1] = (other[:, -1] + 1) % self.model.get_input_embeddings().num_embeddings
         if apart(self.answers(self.model, replace(batch, inputs=other)), expected) > AHEAD:
@@ -100,7 +109,7 @@ class LanguageHost(TextHost):
                     f"{difference:.2g} of the largest",
                     supported="models of the kind of Llama",
                 )
-        super().check_answers(batch, expected, mechanism)
+        return super().check_answers(batch, expected, mechanism)
 
 
 def log_likelihoods(logits: Float[Tensor, "b n v"], ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n-1"]:

@@ -23,7 +23,7 @@ from regard.tasks.recognise import recognise
 if TYPE_CHECKING:
     from torch import Tensor
 
-READS = 15
+READS = 22
 """Times that a text of each of the lengths is read for recall and time."""
 BLOCK, BLOCKS = 512, 4
 """Tokens in a block, and blocks of a training step, where none are asked for."""

@@ -6,6 +6,8 @@ import copy
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
     from regard.tasks.documents import Paths
 
-TIMED = 20
+TIMED = 30
 """Batches that are read for time."""
 BATCH = 32
 """Images of a training step, where none are asked for."""
@@ -79,7 +81,28 @@ class VisionHost(Host):
         return TIMED
 
     def reads(self, settings: RetrofitSettings) -> int:
-        return int(self.model.patch_embed.num_patches + getattr(self.model, "num_prefix_tokens", 0))
+        return self.tokens(1)
+
+    def tokens(self, larger: int) -> int:
+        """Tokens of an image that is so many times as high and as wide."""
+        patches = int(self.model.patch_embed.num_patches)
+        return larger**2 * patches + int(getattr(self.model, "num_prefix_tokens", 0))
+
+    @contextmanager
+    def watched(self, model: Any) -> Iterator[dict[int, Tensor]]:
+        """Within the context, what the blocks of a model gave last, by the number of their attention."""
+        given: dict[int, Tensor] = {}
+
+        def keep(number: int) -> Any:
+            return lambda _, args, output: given.update({number: output.detach()})
+
+        blocks = {layer.number: model.get_submodule(layer.path.rpartition(".")[0]) for layer in self.layers}
+        hooks = [block.register_forward_hook(keep(number)) for number, block in blocks.items()]
+        try:
+            yield given
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def work(self, settings: RetrofitSettings) -> int:
         return settings.rows

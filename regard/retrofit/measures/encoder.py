@@ -35,6 +35,7 @@ from regard.retrofit.measures.shared import (
     rise,
     source_notes,
     times,
+    times_as_long,
 )
 from regard.retrofit.measures.verdict import WORTH
 from regard.retrofit.settings import RetrofitSettings
@@ -179,7 +180,7 @@ def recommend(results: Mapping[str, Any]) -> dict[str, Any]:
         if faster is not None:
             gain = f"{told} {1 / faster:.0%} of the time"
         if slower is not None:
-            delay = f"{told} {slower:.2g} times the time"
+            delay = f"{told} {times_as_long(slower)}"
     notes = source_notes(results["quality"], min(its["blocks"] for its in results["quality"].values()), "blocks")
     if results["left_out"]:
         left_out = ", ".join(units.tokens(n) for n in results["left_out"])

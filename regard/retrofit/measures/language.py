@@ -21,7 +21,7 @@ from regard.retrofit.corpus import Corpus, even_blocks
 from regard.retrofit.hosts import LanguageHost
 from regard.retrofit.hosts.language import log_likelihoods
 from regard.retrofit.inserting import placed_in, reads_by_state
-from regard.retrofit.measures.shared import ORIGINAL, RETROFIT, Loss, Models, Row, change, rise, times
+from regard.retrofit.measures.shared import ORIGINAL, RETROFIT, SOFTMAX, Loss, Models, Row, change, rise, times
 from regard.retrofit.measures.verdict import recommend
 from regard.retrofit.settings import RetrofitSettings
 
@@ -32,7 +32,7 @@ CUE, ANSWER = 4, 8
 """Tokens of a needle that are shown again, and tokens of it that are then to be said."""
 DEPTHS = (0.1, 0.5, 0.9)
 STATE_LENGTHS = (2048, 8192, 32768)
-DECODED = 8
+DECODED = 12
 """Tokens that are decoded to time one."""
 
 
@@ -48,9 +48,10 @@ def parts(
         found[f"perplexity on {source}"] = partial(perplexity, models, even_blocks(ids, windows, length))
     for length in lengths:
         found[f"recall at {length}"] = partial(recall, models, corpus.held_out, length, settings.seed)
+    timed = {**models, SOFTMAX: host.by_regard()}
     for length in lengths:
-        found[f"prefill of {length}"] = partial(prefill, models, corpus.held_out, length)
-        found[f"decoding after {length}"] = partial(decoding, models, corpus.held_out, length)
+        found[f"prefill of {length}"] = partial(prefill, timed, corpus.held_out, length)
+        found[f"decoding after {length}"] = partial(decoding, timed, corpus.held_out, length)
     return found
 
 
@@ -141,26 +142,45 @@ def prefill(models: Models, ids: Int[Tensor, " n"], length: int) -> dict[str, An
 @torch.no_grad()
 def decoding(models: Models, ids: Int[Tensor, " n"], length: int) -> dict[str, Any]:
     """Seconds to go on by one token after a prompt, as `generate` does: with the model's cache, and the bytes that it then
-    holds, or without one by reading everything again."""
-    from regard.integrations.transformers import CACHE
-
+    holds, or without one by reading everything again. Models take turns, token by token."""
     prompt = _prompt(ids, length)
-    found = {}
-    for name, model in models.items():
-        cached = bool(getattr(model.config, "use_cache", False))
-        seconds = []
-        state = {CACHE: getattr(model(prompt, use_cache=True, logits_to_keep=1), CACHE)} if cached else {}
-        for step in range(DECODED if cached else 2):
-            token = prompt[:, step : step + 1]
-            started = time.perf_counter()
-            if cached:
-                state[CACHE] = getattr(model(token, use_cache=True, **state), CACHE)
-            else:
-                _read(model, prompt)
-            seconds.append(time.perf_counter() - started)
-        held = held_bytes(state[CACHE]) if cached else None
-        found[name] = {**asdict(Timing.of(seconds)), "from": "cache" if cached else "whole sequence", "held": held}
-    return found
+    going = {name: _GoingOn(model, prompt) for name, model in models.items()}
+    for step in range(DECODED):
+        for each in list(going.values())[:: 1 if step % 2 else -1]:
+            each.step(step)
+    return {name: each.found() for name, each in going.items()}
+
+
+class _GoingOn:
+    """A model after a prompt."""
+
+    def __init__(self, model: Any, prompt: Int[Tensor, "1 n"]) -> None:
+        self.model, self.prompt, self.seconds = model, prompt, list[float]()
+        self.cached = bool(getattr(model.config, "use_cache", False))
+        self.cache = self._after(prompt) if self.cached else None
+
+    def _after(self, ids: Int[Tensor, "1 n"], cache: Any = None) -> Any:
+        from regard.integrations.transformers import CACHE
+
+        return getattr(self.model(ids, use_cache=True, logits_to_keep=1, **{CACHE: cache}), CACHE)
+
+    def step(self, number: int) -> None:
+        if not self.cached and number >= 2:  # a whole prompt tells enough
+            return
+        token = self.prompt[:, number % self.prompt.shape[1], None]
+        started = time.perf_counter()
+        if self.cached:
+            self.cache = self._after(token, self.cache)
+        else:
+            _read(self.model, self.prompt)
+        self.seconds.append(time.perf_counter() - started)
+
+    def found(self) -> dict[str, Any]:
+        return {
+            **asdict(Timing.of(self.seconds)),
+            "from": "cache" if self.cached else "whole sequence",
+            "held": held_bytes(self.cache) if self.cached else None,
+        }
 
 
 def held_bytes(cache: Any) -> int:

@@ -17,7 +17,8 @@ from regard.retrofit.hosts import Host
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-ORIGINAL, RETROFIT = "original", "retrofit"
+ORIGINAL, RETROFIT, SOFTMAX = "original", "retrofit", "softmax"
+"""The models; the last is the original with regard's softmax, which takes time as regard does, and is timed alone."""
 MODELS = (ORIGINAL, RETROFIT)
 CLOSE = 0.9
 """Least share of the variance of hidden states that a retrofit has to keep to be recommended."""
@@ -57,6 +58,11 @@ def longer(its: Mapping[str, Any], model: str, other: str) -> float | None:
     """How many times as long one model takes as another; None where it does not clearly take longer."""
     ratio = its[model]["median"] / its[other]["median"]
     return ratio if ratio > 1 / LESS else None
+
+
+def times_as_long(ratio: float) -> str:
+    """How many times the time something takes, in words."""
+    return f"{ratio:,.1f} times the time" if ratio < 10 else f"{ratio:,.0f} times the time"
 
 
 def operations(host: Host, model: Any, tokens: int) -> float:

@@ -6,12 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from regard.measurement import units
-from regard.retrofit.measures.shared import LESS, ORIGINAL, RETROFIT, change, longer
+from regard.retrofit.measures.shared import LESS, ORIGINAL, RETROFIT, SOFTMAX, change, longer, times_as_long
 
 WORTH = 0.08
 """Largest rise of perplexity at which a retrofit is recommended."""
 STATE_AT = 8192
 FORGETS = 0.25
+"""Difference of the shares of needles that is told."""
+LOWER = 0.01
+"""Share by which perplexity falls, at least, where that alone is a reason."""
+ROOM = 1.25
+"""Times its definition that a state may be, for the room that caches leave."""
 
 
 def recommend(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,59 +31,79 @@ def recommend(results: Mapping[str, Any]) -> dict[str, Any]:
     source, judged = list(results["perplexity"].items())[-1]
     state = results["state"][str(STATE_AT)]
     share = state[RETROFIT] / state[ORIGINAL]
-    faster = _speed(results)
     slower = _delay(results)
     gains = []
-    if share < LESS and _holds_less(results):
+    if share < LESS and _goes_on_from_state(results):
         gains.append(f"the state at {units.tokens(STATE_AT)} tokens is {share:.0%} of the original's")
-    if faster is not None:
-        gains.append(faster)
+    gains += filter(None, (_speed(results), _finds(results)))
     cost = f"perplexity is {change(judged)} on {source}"
     close = judged["change"] <= WORTH
     take = close and bool(gains)
     if take:
         text = f"Take the retrofit: {cost}, and {' and '.join(gains)}" + (f", but {slower}." if slower else ".")
+    elif judged["change"] < -max(LOWER, 2 * (judged["standard_error"] or 0.0)):
+        text = (
+            f"Take the retrofit for its perplexity alone, which is {change(judged)} on {source}: neither its state nor its time is "
+            "smaller at these lengths, and the original may gain as much from training on the same text."
+        )
+        take = True
     elif close:
-        text = f"Keep the original: {cost}, but neither its state nor its time is smaller at these lengths."
+        text = f"Keep the original: {cost}, and neither state nor time is smaller at these lengths."
     else:
         text = f"Keep the original, or train the retrofit longer: {cost}" + (f", though {gains[0]}." if gains else ".")
     return {"take": take, "text": text, "notes": _notes(results, share)}
 
 
 def _speed(results: Mapping[str, Any]) -> str | None:
-    """Where the retrofit clearly takes less time; None where nowhere."""
-    found = _clearly_longer(results, ORIGINAL, RETROFIT)
+    """Where the retrofit clearly takes less time, than the original with regard's softmax too; None where nowhere."""
+    found = _clearly_longer(results, ORIGINAL, RETROFIT, SOFTMAX)
     return None if found is None else f"{found[0]} takes {1 / found[1]:.0%} of the time"
 
 
 def _delay(results: Mapping[str, Any]) -> str | None:
     """Where the retrofit clearly takes more time; None where nowhere."""
     found = _clearly_longer(results, RETROFIT, ORIGINAL)
-    return None if found is None else f"{found[0]} takes {found[1]:.2g} times the time"
+    return None if found is None else f"{found[0]} takes {times_as_long(found[1])}"
 
 
-def _clearly_longer(results: Mapping[str, Any], model: str, other: str) -> tuple[str, float] | None:
+def _finds(results: Mapping[str, Any]) -> str | None:
+    """The longest length at which the retrofit says needles that the original does not; None where none."""
+    for length, found in reversed(list(results["recall"].items())):
+        if found is not None:
+            before, after = (sum(found[model]) / len(found[model]) for model in (ORIGINAL, RETROFIT))
+            if after - before >= FORGETS:
+                return f"of needles in {units.tokens(int(length))} tokens it says {after:.0%} where the original says {before:.0%}"
+    return None
+
+
+def _clearly_longer(results: Mapping[str, Any], model: str, other: str, likewise: str = "") -> tuple[str, float] | None:
     """The longest of the lengths at which a token, or else a prompt, clearly takes one model longer, in words, and how many
-    times as long; None where it never does."""
+    times as long; None where it never does. A third model, where it was timed, has to take longer too."""
     for what, words in (("decoding", "a token after"), ("prefill", "a prompt of")):
         for length, found in reversed(list(results[what].items())):
             ratio = longer(found, model, other)
+            if likewise in found and longer(found, likewise, other) is None:
+                continue
             if ratio is not None:
                 return f"{words} {units.tokens(int(length))} tokens", ratio
     return None
 
 
-def _holds_less(results: Mapping[str, Any]) -> bool:
-    """Whether what generation holds is smaller in fact, at the longest length that was measured."""
-    last = list(results["decoding"].values())[-1:]
-    return all(
-        f[RETROFIT]["held"] is not None and f[RETROFIT]["held"] < LESS * f[ORIGINAL]["held"] for f in last
-    ) and bool(last)
+def _goes_on_from_state(results: Mapping[str, Any]) -> bool:
+    """Whether what generation holds is smaller in fact, or as small as its definition says, at the longest length that was
+    measured."""
+    if not results["decoding"]:
+        return False
+    length, found = list(results["decoding"].items())[-1]
+    held, defined = found[RETROFIT]["held"], results["state"].get(length)
+    if held is None:
+        return False
+    return held < LESS * found[ORIGINAL]["held"] or (defined is not None and held < ROOM * defined[RETROFIT])
 
 
 def _notes(results: Mapping[str, Any], share: float) -> list[str]:
     notes = []
-    if share < LESS and not _holds_less(results):
+    if share < LESS and not _goes_on_from_state(results):
         how = (
             "reads everything again at each token"
             if not results["generates_with_cache"]
@@ -96,6 +121,13 @@ def _notes(results: Mapping[str, Any], share: float) -> list[str]:
             notes.append(
                 f"of needles in {units.tokens(int(length))} tokens it says {after:.0%} where the original says {before:.0%}."
             )
+    own = [found for found in results["prefill"].values() if SOFTMAX in found]
+    if own and (ratio := longer(own[-1], ORIGINAL, SOFTMAX)) is not None:
+        length = list(results["prefill"])[-1]
+        notes.append(
+            f"a prompt of {units.tokens(int(length))} tokens takes the original {1 / ratio:.0%} of the time without a retrofit, "
+            'where it has regard\'s softmax: attn_implementation="regard:softmax".'
+        )
     if len(results["perplexity"]) == 1:
         notes.append("measured on text of the source that it was trained on; --validation gives text of another.")
     blocks = min(found["blocks"] for found in results["perplexity"].values())

@@ -31,10 +31,15 @@ from regard.retrofit.measures.shared import (
     operations,
     source_notes,
     times,
+    times_as_long,
 )
 from regard.retrofit.pictures import Pictures, Some
 from regard.retrofit.settings import RetrofitSettings
 
+LARGER = (1, 2, 4)
+"""How many times as high and as wide images are whose operations are told."""
+AT_ONCE = 4
+"""Times as many images as in the batch before, of the batches that are timed."""
 SAME, POINTS = 0.95, 0.01
 """Least share of images of which a retrofit has to say the same to be recommended, and, where classes are known, the largest
 loss of accuracy."""
@@ -49,35 +54,60 @@ def parts(
         f"quality on {source}": partial(quality, models, host, images.spread(most), settings.rows)
         for source, images in pictures.sources.items()
     }
-    found["time"] = partial(time_of, models, host.batch(pictures, 0, settings.seed, settings))
+    batch = host.batch(pictures, 0, settings.seed, settings)
+    for count in at_once(settings.rows):
+        found[f"time of {count}"] = partial(time_of, models, batch.split(count)[0])
     return found
+
+
+def at_once(rows: int) -> list[int]:
+    """Sizes of the batches that are timed: one image, and up to a training step's."""
+    found = [rows]
+    while found[-1] > 1:
+        found.append(max(found[-1] // AT_ONCE, 1))
+    return found[::-1]
 
 
 def results(
     host: VisionHost, student: Any, pictures: Pictures, settings: RetrofitSettings, found: Mapping[str, Any]
 ) -> dict[str, Any]:
     """All figures of the record, of the parts that were measured."""
-    tokens = host.reads(settings)
+    sides = [(factor, host.tokens(factor)) for factor in LARGER]
+    counts, both = at_once(settings.rows), {ORIGINAL: host.model, RETROFIT: student}
     return {
         "quality": {source: found[f"quality on {source}"] for source in pictures.sources},
-        "time": found["time"],
-        "tokens": tokens,
-        "operations": {ORIGINAL: operations(host, host.model, tokens), RETROFIT: operations(host, student, tokens)},
+        "time": found[f"time of {counts[-1]}"],
+        "time_by_batch": {str(count): found[f"time of {count}"] for count in counts},
+        "tokens": host.reads(settings),
+        "operations": {m: operations(host, model, host.reads(settings)) for m, model in both.items()},
+        "operations_by_size": {
+            f"{factor * host.view.height} x {factor * host.view.width}": {
+                "tokens": tokens,
+                **{m: operations(host, model, tokens) for m, model in both.items()},
+            }
+            for factor, tokens in sides
+        },
     }
 
 
 @torch.no_grad()
-def quality(models: Models, host: VisionHost, images: Some, at_once: int) -> dict[str, Any]:
+def quality(models: Models, host: VisionHost, images: Some, rows: int) -> dict[str, Any]:
     """How often both models say the same class, and how often each is right where classes are known; of a model without
-    classes, how much of the variance of its features is kept."""
+    classes, how much of the variance of its features is kept; and how much of that of hidden states after each layer."""
     closeness, said = Closeness(), {name: list[Tensor]() for name in MODELS}
-    for chosen in torch.arange(len(images)).split(at_once):
+    layers = [Closeness() for _ in host.layers]
+    for chosen in torch.arange(len(images)).split(rows):
         batch: Batch = host.of_images(images.at(chosen))
-        answers = {name: host.answers(model, batch) for name, model in models.items()}
+        answers, hidden = {}, {}
+        for name, model in models.items():
+            with host.watched(model) as hidden[name]:
+                answers[name] = host.answers(model, batch)
         closeness.add(answers[RETROFIT], answers[ORIGINAL])
+        for number, layer in enumerate(layers):
+            layer.add(*(hidden[name][number].flatten(0, -2) for name in (RETROFIT, ORIGINAL)))
         for name, its in answers.items():
             said[name].append(its.argmax(-1))
-    found: dict[str, Any] = {"images": len(images)}
+    found: dict[str, Any] = {"images": len(images), "by_layer": [layer.share()[0] for layer in layers]}
     if not host.distributes:
         found["kept"], found["kept_error"] = closeness.share()
         return found
@@ -142,6 +172,6 @@ def recommend(results: Mapping[str, Any]) -> dict[str, Any]:
     close, cost = lost <= most, f"{words} on {source}"
     faster, slower = (longer(results["time"], *pair) for pair in ((ORIGINAL, RETROFIT), (RETROFIT, ORIGINAL)))
     gain = None if faster is None else f"images take {1 / faster:.0%} of the time"
-    delay = None if slower is None else f"images take {slower:.2g} times the time"
+    delay = None if slower is None else f"images take {times_as_long(slower)}"
     notes = source_notes(results["quality"], min(its["images"] for its in results["quality"].values()), "images")
     return {**judgement(close, cost, gain, delay), "notes": notes}

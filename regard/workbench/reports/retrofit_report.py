@@ -22,12 +22,23 @@ from regard.workbench.reports.report import pages
 HEADINGS = {
     "language": "Perplexity by position",
     "encoder": "Hidden states beside the original's",
+    "vision": "Hidden states beside the original's",
 }
+KEPT = "The share of the variance of hidden states that is kept after each layer: 1 is the original, 0 no better than its mean."
 LEDES = {
     "language": "Lower is better and is drawn higher. Blocks of training had {length} tokens; what lies to the right of that was "
     "never trained.",
-    "encoder": "The share of the variance of hidden states that is kept after each layer: 1 is the original, 0 no better than its "
-    "mean.",
+    "encoder": KEPT,
+    "vision": KEPT,
+}
+COSTS = {
+    "language": ("State and time by length", "State is what a sequence goes on from. "),
+    "encoder": ("Time and operations by length", ""),
+    "vision": (
+        "Time and operations",
+        "Operations are those of attention by definition, of images as large as these and larger: attention to all patches grows "
+        "with the square of their number. ",
+    ),
 }
 
 
@@ -50,6 +61,12 @@ def write_retrofit_report(folder: str | os.PathLike[str], path: str | os.PathLik
 def render_retrofit(record: Mapping[str, Any]) -> str:
     """The page of a record as text."""
     view, kind = _View(record), kind_of(record)
+    quality, costs = {
+        "language": (view.positions, view.costs),
+        "encoder": (view.layers, view.reading),
+        "vision": (view.layers, view.images),
+    }[kind]
+    cost, explained = COSTS[kind]
     return (
         pages()
         .get_template("retrofit.html.j2")
@@ -59,11 +76,12 @@ def render_retrofit(record: Mapping[str, Any]) -> str:
             swapped=card.numbers(record["swapped"]),
             kept=card.numbers(record["kept"]),
             trained=sum(record["trained_tokens"].values()),
-            quality=view.layers() if kind == "encoder" else view.positions() if kind == "language" else [],
-            heading=HEADINGS.get(kind),
-            lede=LEDES.get(kind, "").format(**record["settings"]),
-            costs=view.reading() if kind == "encoder" else view.costs() if kind == "language" else [],
-            state=kind == "language",
+            quality=quality(),
+            heading=HEADINGS[kind],
+            lede=LEDES[kind].format(**record["settings"]),
+            costs=costs(),
+            cost=cost,
+            explained=explained,
             counts=record.get("counts", "tokens"),
             training=view.training(),
             sensitivity=record["sensitivity"],
@@ -134,13 +152,35 @@ class _View:
         """A chart for each text of what is kept after each layer."""
         found = []
         for at, (source, its) in enumerate(self.results["quality"].items()):
+            if "by_layer" not in its:  # which records of earlier versions lack, of vision transformers
+                continue
             points = list(enumerate(its["by_layer"]))
             series = [Series(self.numbers["retrofit"], "retrofit", points, rings=self.record["swapped"])]
             axis = Axis("↑ share of the variance that is kept", units.tick)
             said = "Hidden states of the retrofit beside the original's."
             chart = charts.lines(f"layers-{at}", source, said, series, Axis("layer", units.tick), axis)
-            note = f"{its['blocks']} blocks of {its['length']} tokens. A ring marks a layer that has new attention."
-            found.append(Figure(source, chart, note))
+            read = f"{its['images']} images" if "images" in its else f"{its['blocks']} blocks of {its['length']} tokens"
+            found.append(Figure(source, chart, f"{read}. A ring marks a layer that has new attention."))
+        return found
+
+    def images(self) -> list[Figure]:
+        """Time of an image by how many are read at once, and operations by the size of images."""
+        found = []
+        if times := self.results.get("time_by_batch"):  # which records of earlier versions lack
+            series = [
+                self._series(m, [(int(n), 1000 * its[m]["median"] / int(n)) for n, its in times.items()])
+                for m in MODELS
+            ]
+            axis = Axis("↑ time of an image (less is up)", units.milliseconds, log=True, rising=False)
+            place = Axis("images at once", units.tick, log=True, base=2)
+            found.append(Figure("time of an image", self._lines("time", "time of an image", series, place, axis)))
+        if sizes := self.results.get("operations_by_size"):
+            series = [self._series(m, [(its["tokens"], its[m]) for its in sizes.values()]) for m in MODELS]
+            axis = Axis("↑ operations (less is up)", units.count, log=True, rising=False)
+            words = "operations of attention, by definition"
+            said = "; ".join(f"{size} pixels are {units.tokens(its['tokens'])} tokens" for size, its in sizes.items())
+            place = Axis("tokens of an image", units.tokens, log=True, base=2)
+            found.append(Figure(words, self._lines("operations", words, series, place, axis), f"{said}."))
         return found
 
     def reading(self) -> list[Figure]:

@@ -1,0 +1,54 @@
+"""What a retrofit of a language model is recommended for, and what its figures are not a reason for."""
+
+from __future__ import annotations
+
+import pytest
+
+from regard.retrofit.measures.verdict import recommend
+
+
+def results(change=0.01, error=0.001, token=(1.0, 1.0), prompt=(1.0, 1.0, 1.0), state=100, held=100, said=(0.0, 0.0)):
+    """Of an original whose state has 100 bytes at all lengths, and its keys and values likewise."""
+    both = ("original", "retrofit", "softmax")
+    return {
+        "perplexity": {"own": {"blocks": 9}, "other": {"change": change, "standard_error": error, "blocks": 9}},
+        "recall": {"1024": {name: [found] * 3 for name, found in zip(both, said, strict=False)}, "2048": None},
+        "state": {length: {"original": 100, "retrofit": state} for length in ("1024", "8192")},
+        "prefill": {"1024": {name: {"median": time} for name, time in zip(both, prompt, strict=True)}},
+        "decoding": {
+            "1024": {
+                name: {"median": time, "held": bytes}
+                for name, time, bytes in zip(both, token, (100, held), strict=False)
+            }
+        },
+        "generates_with_cache": True,
+        "left_out": [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "take", "said"),
+    [
+        ({}, False, "neither state nor time is smaller"),
+        ({"state": 50, "held": 50}, True, "the state at 8k tokens is 50%"),
+        ({"state": 90, "held": 105}, True, "the state at 8k tokens is 90%"),
+        ({"state": 50, "held": 100}, False, "holds all keys and values"),
+        ({"prompt": (1.0, 0.5, 1.0)}, True, "a prompt of 1k tokens takes 50%"),
+        ({"prompt": (1.0, 0.5, 0.5)}, False, "takes the original 50% of the time without a retrofit"),
+        (
+            {"token": (1.0, 250.0), "state": 50, "held": 50},
+            True,
+            "but a token after 1k tokens takes 250 times the time",
+        ),
+        ({"said": (0.1, 1.0)}, True, "of needles in 1k tokens it says 100% where the original says 10%"),
+        ({"said": (1.0, 0.1)}, False, "of needles in 1k tokens it says 10% where the original says 100%"),
+        ({"change": -0.05}, True, "for its perplexity alone, which is 5.0% lower"),
+        ({"change": -0.05, "error": 0.04}, False, "neither state nor time is smaller"),
+        ({"change": 0.2, "said": (0.1, 1.0)}, False, "though of needles in 1k tokens"),
+    ],
+    ids=str,
+)
+def test_what_is_gained_and_lost_decides_and_is_said(given, take, said):
+    found = recommend(results(**given))
+    assert found["take"] is take and found["text"].startswith("Take" if take else "Keep")
+    assert said in " ".join([found["text"], *found["notes"]])
