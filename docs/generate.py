@@ -35,6 +35,7 @@ from regard.reproductions import Outcome, collect, list_reproductions
 from regard.reproductions.framework.telling import measured_words, remarks
 from regard.studies import list_studies
 from regard.workbench.reports import charts
+from regard.workbench.reports.scales import Axis
 from regard.workbench.verification.subjects import Subject, axes_of
 from regard.workbench.verification.swapped import HOSTS
 from regard.workbench.verification.swapped import MEANINGS as SWAP_MEANINGS
@@ -459,8 +460,8 @@ def _drawn(one: Mapping[str, Any]) -> str:
         f"{up} against {across}",
         f"{len(rows)} points; the figures are in the table below.",
         points,
-        charts.Axis(f"{across}, more is better"),
-        charts.Axis(f"{up}, more is better"),
+        Axis(f"{across}, more is better"),
+        Axis(f"{up}, more is better"),
     )
     return f'<figure class="drawn">{drawn}</figure>'
 

@@ -10,7 +10,8 @@ from tables import table
 from regard.measurement import units
 from regard.measurement.statistics import pareto_front
 from regard.workbench.reports import charts
-from regard.workbench.reports.charts import Axis, ScatterPoint
+from regard.workbench.reports.charts import ScatterPoint
+from regard.workbench.reports.scales import Axis
 
 LEFT_OUT = (
     "Linear attention in place of softmax, and everything else that has to be trained back, is [retrofit](retrofit.md): it costs "

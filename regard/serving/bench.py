@@ -27,6 +27,7 @@ from regard.measurement import provenance, units
 from regard.models.weights import write_atomically
 from regard.workbench.reports import charts
 from regard.workbench.reports.report import pages
+from regard.workbench.reports.scales import Axis
 
 PAGE, FIGURES = "load.html", "load.json"
 TIMES = ("first_p50", "first_p99", "between_p50", "between_p99")
@@ -243,10 +244,10 @@ def _drawn(row: dict[str, Any], column: str) -> float | None:
 
 def save(rows: Sequence[dict[str, Any]], load: Load, folder: Path, model: str = "the model") -> Path:
     """Write the figures as JSON and as a page with pictures; the page's place."""
-    clients = charts.Axis("clients at one time →", units.count, log=True, base=2)
-    time_axis = charts.Axis("less is better ↓", units.milliseconds, log=True)
+    clients = Axis("clients at one time →", units.count, log=True, base=2)
+    time_axis = Axis("less is better ↓", units.milliseconds, log=True)
     wanted = [
-        ("Tokens per second", charts.Axis("more is better ↑", units.count), [("all", "tokens_per_second")]),
+        ("Tokens per second", Axis("more is better ↑", units.count), [("all", "tokens_per_second")]),
         ("Time to the first token", time_axis, [("half", "first_p50"), ("99 of 100", "first_p99")]),
         ("Time between tokens", time_axis, [("half", "between_p50"), ("99 of 100", "between_p99")]),
     ]

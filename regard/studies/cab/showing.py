@@ -267,7 +267,9 @@ def _benefit(
         both = [measured for measured in seeds.values() if {full, without} <= measured.keys()]
         for name, higher in bench.metrics.items():
             pairs = [(measured[full].get(name), measured[without].get(name)) for measured in both]
-            gains = [(one - other) * (1 if higher else -1) for one, other in pairs if None not in (one, other)]
+            gains = [
+                (one - other) * (1 if higher else -1) for one, other in pairs if one is not None and other is not None
+            ]
             gain, error = float(np.mean(gains)) if gains else None, standard_error(gains)
             told = gain is not None and error is not None and abs(gain) > 2 * error
             rows.append(

@@ -30,9 +30,11 @@ def _run(cells: Cells) -> Section | None:
     }
     return Section(
         "One run: scan, then snap",
-        "Attention c over infinitely long contexts, so that their noise hides nothing. First the mass moves from common tokens to "
-        "distinct ones, the likelier of them more; then it stops. The last columns are shares of signs in the limit, and the "
-        "correlation of growth with f².",
+        "z are the layer's scores, c the attention that they give, y its decoder, f the attention scaled to length 1. Attention "
+        "c is over infinitely long contexts, so that their noise hides nothing. First the mass moves from common tokens to "
+        "distinct ones, the likelier of them more; then it stops: snapped is the step from which z moves less than a tenth of its "
+        "fastest. Conservation is the largest change of the sums that gradient descent keeps. The last columns are shares of signs "
+        "in the limit, and the correlation of growth with f².",
         (
             Curves("Attention on common tokens", "step", "share", {"common tokens": course["common"]}),
             Curves("How fast z moves", "step", "|change of z|", {"z": [p for p in course["change"] if p[0] > 0]}),
@@ -66,8 +68,8 @@ def _sweep(cells: Cells) -> Section | None:
         )
     falling = [row["facts"] for row in rows if any(b < a for a, b in _pairs(curves[row["facts"]]))]
     says = (
-        "Entropy of c at the end, in nats, and the step from which z moves less than a tenth of its fastest, by the rate of y over "
-        "that of z. "
+        "Entropy of c at the end, in nats, and the step from which z moves less than a tenth of its fastest (frozen), by the rate of "
+        "y over that of z. A row is named by how many last tokens there are and by the rate of z. "
         + (
             f"It does not rise at every step of the ratio for: {'; '.join(falling)}."
             if falling
@@ -78,7 +80,7 @@ def _sweep(cells: Cells) -> Section | None:
     pictures = [Heat("Entropy by ratio", names, columns, values)]
     if len(names) <= 8:
         pictures = [Curves("Entropy by ratio", "rate of y over rate of z", "nats", curves, log_x=True)]  # type: ignore[list-item]
-    return Section("Larger ratios freeze earlier, and attend to more", says, pictures, rows)
+    return Section("Do larger ratios freeze earlier, and attend to more?", says, pictures, rows)
 
 
 def _pairs(curve: Curve) -> list[tuple[float, float]]:

@@ -9,7 +9,7 @@ from typing import Any
 from regard.measurement.statistics import Comparison, Scores, items_array, pareto_front
 from regard.tasks import Baseline
 from regard.training.loop import History, Point
-from regard.workbench.reports.charts import is_number
+from regard.workbench.reports.scales import is_number
 
 CURVE_POINTS = 100
 

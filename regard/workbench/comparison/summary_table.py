@@ -10,8 +10,8 @@ from rich.text import Text
 
 from regard.measurement import units
 from regard.workbench.comparison.summary import with_rule
-from regard.workbench.reports import charts
-from regard.workbench.reports.charts import is_number
+from regard.workbench.reports.labels import short
+from regard.workbench.reports.scales import Formatter, is_number
 
 COSTS = (
     ("inference", "inference_ms", units.milliseconds),
@@ -88,7 +88,7 @@ def figures_table(summary: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table |
 
 
 def _rule(rule: Mapping[str, Any]) -> tuple[Text, Text, Text]:
-    name = Text(f"  {charts.short(rule['rule'], LONGEST_RULE)}", style="italic")
+    name = Text(f"  {short(rule['rule'], LONGEST_RULE)}", style="italic")
     return name, Text(units.number(rule["mean"])), Text("rule", style="dim")
 
 
@@ -106,6 +106,6 @@ def _rank(entry: Mapping[str, Any]) -> Text:
     return Text("—", style="dim") if rank is None else Text(str(rank), style="green" if rank == 1 else "dim")
 
 
-def _value(entry: Mapping[str, Any], name: str, form: charts.Formatter) -> Text:
+def _value(entry: Mapping[str, Any], name: str, form: Formatter) -> Text:
     value = entry.get(name)
     return Text(form(value)) if is_number(value) else Text("—", style="dim")

@@ -10,8 +10,10 @@ from regard.models.weights import write_atomically
 from regard.workbench import side_effects
 from regard.workbench.lighter.study import Row, Study, recommend
 from regard.workbench.reports import charts
-from regard.workbench.reports.charts import Axis, Figure, ScatterPoint, is_number
+from regard.workbench.reports.charts import Figure, ScatterPoint
+from regard.workbench.reports.markers import glyph
 from regard.workbench.reports.report import pages
+from regard.workbench.reports.scales import Axis, is_number
 
 
 def labels(study: Study) -> list[str]:
@@ -59,7 +61,7 @@ def write_page(study: Study, path: Path, *, model: str, tolerance: float) -> Pat
             command=None if best is None else f'regard compress {model} --recipe "{best}" --output small/',
             figures=_figures(study, best),
             labels=labels(study),
-            rows=[[charts.glyph(i) + row.recipe, *cells(study, row)[1:]] for i, row in enumerate(everything)],
+            rows=[[glyph(i) + row.recipe, *cells(study, row)[1:]] for i, row in enumerate(everything)],
             best=[i for i, row in enumerate(everything) if row.recipe == best],
             kept={name: why for row in study.rows for name, why in row.kept.items()},
             effects=effects_table(study) if study.effects else None,

@@ -9,274 +9,20 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeGuard
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from markupsafe import Markup
 
 from regard.measurement import units
+from regard.workbench.reports.labels import CHARACTER, LINE, Box, Point, collision, place_labels, short, spread
+from regard.workbench.reports.markers import COLOURS, marker
+from regard.workbench.reports.scales import Axis, Scale
 
 WIDTH, HEIGHT = 380.0, 292.0
 LEFT, TOP, BOTTOM = 54.0, 34.0, 42.0
-CHARACTER = 7.0
-"""Mean width of a character of a label."""
-LINE = 14.0
-"""Height of a line of labels."""
-LONGEST_LABEL, LONGEST_RULE = 24, 32
-COLOURS = 8
-
-Point = tuple[float, float]
-Box = tuple[float, float, float, float]
-Formatter = Callable[[float], str]
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value of a row can be drawn: JSON has null for what could not be measured."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Maps a quantity to pixels, linearly or by its logarithm.
-
-    Attributes:
-        low, high: ends of the data range; positive when `log`.
-        start, end: their pixels.
-        ticks: values to mark.
-    """
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool
-    ticks: tuple[float, ...]
-    label: Formatter
-
-    def __call__(self, value: float) -> float:
-        low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
-        return self.start + (value - low) / (high - low) * (self.end - self.start)
-
-    def inside(self, value: float) -> float:
-        """The pixel of a value, that of the nearest end for a value outside."""
-        return self(min(max(value, self.low), self.high))
-
-
-def linear_scale(values: Iterable[float], start: float, end: float, label: Formatter, *, pad: float = 0.08) -> Scale:
-    """A linear scale around all values, about five round ticks on it; at least one value.
-
-    Args:
-        pad: share of the range left free at each end.
-    """
-    low, high = min(values := list(values)), max(values)
-    if high - low < 1e-9 * max(abs(low), abs(high), 1e-12):
-        low, high = low - (abs(low) * 0.05 or 0.5), high + (abs(high) * 0.05 or 0.5)
-    low, high = low - pad * (high - low), high + pad * (high - low)
-    step = _round_step((high - low) / 5)
-    ticks = (step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1))
-    return Scale(low, high, start, end, False, tuple(round(t, 12) for t in ticks), label)
-
-
-def log_scale(
-    values: Iterable[float], start: float, end: float, label: Formatter, *, base: int = 10, pad: float = 0.06
-) -> Scale:
-    """A logarithmic scale around all values, which are positive; ticks are powers of `base`, or finer where few fit.
-
-    Args:
-        pad: share of the range left free at each end.
-    """
-    low, high = min(values := list(values)), max(values)
-    if high / low < 1.3:
-        middle = math.sqrt(low * high)
-        low, high = middle / 1.25, middle * 1.25
-    stretch = (high / low) ** pad
-    low, high = low / stretch, high * stretch
-    return Scale(low, high, start, end, True, _log_ticks(low, high, base), label)
-
-
-def _round_step(step: float) -> float:
-    size = 10 ** math.floor(math.log10(step))
-    return next(size * m for m in (1, 2, 2.5, 5, 10) if size * m >= step * 0.999)
-
-
-def _log_ticks(low: float, high: float, base: int, most: int = 6) -> tuple[float, ...]:
-    first, last = math.floor(math.log(low, base)), math.ceil(math.log(high, base))
-
-    def inside(multiples: Sequence[float], stride: int = 1) -> tuple[float, ...]:
-        powers = range(first - first % stride, last + 1, stride)
-        return tuple(v for p in powers for m in multiples if low <= (v := m * float(base) ** p) <= high)
-
-    if base == 10:
-        for multiples in (tuple(range(1, 10)), (1, 2, 5), (1, 3)):
-            if 3 <= len(found := inside(multiples)) <= most:
-                return found
-    for stride in itertools.count(1):
-        if len(found := inside((1,), stride)) <= most:
-            break
-    if len(found) >= 2:
-        return found
-    plain = linear_scale((low, high), 0, 1, units.tick, pad=0).ticks
-    return tuple(t for t in plain if t > 0)
-
-
-def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions at least `gap` apart inside [low, high], as near to the wanted ones as that allows (least squares).
-
-    Labels in one column keep the order of what they name. When they cannot all fit, they are spaced evenly.
-    """
-    if not wanted:
-        return []
-    gap = min(gap, (high - low) / max(len(wanted) - 1, 1))
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    # With the gaps taken out this is a regression onto sequences that never fall: pool neighbours that do.
-    pools: list[list[float]] = []
-    for rank, index in enumerate(order):
-        pools.append([wanted[index] - rank * gap, 1])
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            (mean, count), (next_mean, next_count) = pools[-2:]
-            pools[-2:] = [[(mean * count + next_mean * next_count) / (count + next_count), count + next_count]]
-    level = [mean for mean, count in pools for _ in range(int(count))]
-    top = high - (len(wanted) - 1) * gap
-    placed = [0.0] * len(wanted)
-    for rank, index in enumerate(order):
-        placed[index] = min(max(level[rank], low), top) + rank * gap
-    return placed
-
-
-def place_labels(
-    points: Sequence[Point], radii: Sequence[float], widths: Sequence[float], taken: Sequence[Box], frame: Box
-) -> list[Box]:
-    """A box beside each point, chosen greedily, most crowded first, to overlap as little as possible.
-
-    Args:
-        points: what is labelled.
-        radii: how much room each point takes.
-        widths: widths of the labels.
-        taken: boxes that labels should not cover: marks, error bars.
-        frame: what labels must stay inside.
-
-    Returns:
-        (x0, y0, x1, y1) of each label, in the order of `points`.
-    """
-
-    def crowd(i: int) -> float:
-        return sum(1 / (1 + math.dist(points[i], other)) for other in points)
-
-    boxes: dict[int, Box] = {}
-    for i in sorted(range(len(points)), key=crowd, reverse=True):
-        candidates = _boxes_around(points[i], radii[i], widths[i])
-        obstacles = [*taken, *boxes.values()]
-        boxes[i] = min(
-            candidates,
-            key=lambda c: 200 * _outside(c[1], frame) + sum(_collision(c[1], other) for other in obstacles) + c[0],
-        )[1]
-    return [boxes[i] for i in range(len(points))]
-
-
-def _boxes_around(point: Point, radius: float, width: float) -> Iterable[tuple[float, Box]]:
-    """Candidate boxes with what each costs by itself: near is cheap, and right is cheaper than left."""
-    x, y = point
-    for away in (4.0, 12.0, 22.0, 36.0, 52.0):
-        distance = radius + away
-        for turn in range(16):
-            angle = 2 * math.pi * turn / 16
-            dx, dy = math.cos(angle), math.sin(angle)
-            centre_x = x + dx * distance + (width / 2) * max(-1.0, min(1.0, 1.6 * dx))
-            centre_y = y + dy * distance + (LINE / 2 - 2) * dy
-            cost = 4 * away + 6 * (1 - dx) + (4 if turn % 4 else 0)
-            yield cost, (centre_x - width / 2, centre_y - LINE / 2, centre_x + width / 2, centre_y + LINE / 2)
-
-
-def _collision(a: Box, b: Box) -> float:
-    """The penalty of two overlapping boxes: more than any place without overlap, and the more the larger the overlap."""
-    area = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-    return 300 + 3 * area if area else 0.0
-
-
-def _outside(box: Box, frame: Box) -> float:
-    return (
-        max(0.0, frame[0] - box[0])
-        + max(0.0, frame[1] - box[1])
-        + max(0.0, box[2] - frame[2])
-        + max(0.0, box[3] - frame[3])
-    )
-
-
-def _polygon(corners: int, turn: float, *, inner: float | None = None, grow: float = 1.0) -> list[Point]:
-    steps = corners if inner is None else 2 * corners
-    radii = [grow if inner is None or i % 2 == 0 else grow * inner for i in range(steps)]
-    return [
-        (r * math.sin(turn + 2 * math.pi * i / steps), -r * math.cos(turn + 2 * math.pi * i / steps))
-        for i, r in enumerate(radii)
-    ]
-
-
-_QUARTER = ((-1, -3), (1, -3), (1, -1))
-_PLUS = [
-    (0.38 * x, 0.38 * y)
-    for quarter in (
-        _QUARTER,
-        [(-b, a) for a, b in _QUARTER],
-        [(-a, -b) for a, b in _QUARTER],
-        [(b, -a) for a, b in _QUARTER],
-    )
-    for x, y in quarter
-]
-
-SHAPES: tuple[Sequence[Point] | None, ...] = (
-    None,  # a circle
-    _polygon(4, math.pi / 4, grow=1.25),
-    _polygon(3, 0, grow=1.35),
-    _polygon(4, 0, grow=1.3),
-    _polygon(3, math.pi, grow=1.35),
-    _PLUS,
-    _polygon(5, 0, inner=0.45, grow=1.45),
-    _polygon(6, 0, grow=1.15),
-    _polygon(4, math.pi / 4, inner=0.4, grow=1.5),
-)
-"""Outlines of the markers, in units of the radius. Nine shapes and eight colours repeat together after 72."""
-
-
-def marker(number: int, x: float, y: float, radius: float, name: str = "marker") -> Markup:
-    """The marker of mechanism `number`."""
-    outline = SHAPES[number % len(SHAPES)]
-    if outline is None:
-        shape = f'cx="{x:.1f}" cy="{y:.1f}" r="{radius:.2f}"'
-        return Markup('<circle class="{} k{}" {}/>').format(name, number % COLOURS, Markup(shape))
-    corners = " ".join(f"{x + radius * a:.1f},{y + radius * b:.1f}" for a, b in outline)
-    return Markup('<polygon class="{} k{}" points="{}"/>').format(name, number % COLOURS, Markup(corners))
-
-
-FIRST = ("softmax", "gated_linear", "delta_rule", "local", "linear", "mamba2", "mamba", "sigmoid")
-"""Those that are met most often: a colour for each."""
-
-
-def numbers(names: Sequence[str], catalogue: Sequence[str]) -> dict[str, int]:
-    """Numbers that decide the colour and the shape of each mechanism: the same in every report, as far as no two are alike.
-
-    Args:
-        names: of a report. What begins like a mechanism's (``local:window=32``) takes its number, if it is free.
-        catalogue: all mechanisms, sorted.
-    """
-    order = [*FIRST, *(name for name in catalogue if name not in FIRST)]
-    own = {name: number for number, name in enumerate(order)}
-    found = {name: own[name] for name in names if name in own}
-    for name in names:
-        if name not in found:
-            number = own.get(re.split(r"[:*+]", name)[0], 0)
-            while number in found.values():
-                number += 1
-            found[name] = number
-    return found
-
-
-def glyph(number: int) -> Markup:
-    """The marker of mechanism `number` by itself, to stand in a line of text."""
-    return Markup('<svg class="glyph" viewBox="-7 -7 14 14" aria-hidden="true">{}</svg>').format(
-        marker(number, 0, 0, 5)
-    )
+LONGEST_RULE = 32
 
 
 class Figure(NamedTuple):
@@ -311,44 +57,6 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Axis:
-    """How one direction of a chart reads.
-
-    Attributes:
-        label: what it shows, unit and better direction included.
-        format: text of a tick.
-        log: logarithmic.
-        base: of logarithmic ticks.
-        rising: False puts small values at the top, where better is smaller.
-        limit: values beyond it are drawn at the edge.
-        ticks: values to mark instead of round ones.
-    """
-
-    label: str
-    format: Formatter = units.tick
-    log: bool = False
-    base: int = 10
-    rising: bool = True
-    limit: float | None = None
-    ticks: tuple[float, ...] = ()
-
-    def usable(self, value: object) -> TypeGuard[float]:
-        """Whether the axis has a place for a value."""
-        return is_number(value) and (not self.log or value > 0)
-
-    def scale(self, values: Iterable[float], start: float, end: float) -> Scale:
-        """The scale of values from the pixel `start` to the pixel `end`."""
-        shown = [v if self.limit is None else min(v, self.limit) for v in values]
-        if not self.rising:
-            start, end = end, start
-        if self.log:
-            scale = log_scale(shown, start, end, self.format, base=self.base)
-        else:
-            scale = linear_scale(shown, start, end, self.format)
-        return replace(scale, ticks=self.ticks) if self.ticks else scale
-
-
-@dataclass(frozen=True)
 class ScatterPoint:
     """One mechanism in the picture of quality against speed.
 
@@ -372,11 +80,6 @@ class ScatterPoint:
     winner: bool = False
     detail: str = ""
     label: bool = True
-
-
-def short(name: str, longest: int = LONGEST_LABEL) -> str:
-    """A name that fits beside a mark."""
-    return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
 def _figure(identity: str, title: str, description: str, body: Iterable[Markup]) -> Markup:
@@ -495,7 +198,7 @@ def _rule(
         for left in (LEFT + 4, right - width)
         if foot - LINE + 3 > TOP - LINE and foot + 3 < HEIGHT - BOTTOM
     ]
-    box = min(boxes, key=lambda box: sum(_collision(box, other) for other in taken))
+    box = min(boxes, key=lambda box: sum(collision(box, other) for other in taken))
     body = [_line("rule", LEFT, at, right, at)] if near else []
     # narrower letters than reckoned stay at their end of the line
     left, end = (box[0], "") if box[0] == LEFT + 4 else (box[2], " end")

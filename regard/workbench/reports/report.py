@@ -24,7 +24,9 @@ from regard.measurement import units
 from regard.measurement.statistics import pareto_front
 from regard.workbench.comparison.summary import with_rule
 from regard.workbench.reports import charts, mask_pictures
-from regard.workbench.reports.charts import Axis, ScatterPoint, Series, is_number
+from regard.workbench.reports.charts import ScatterPoint, Series
+from regard.workbench.reports.markers import COLOURS, glyph, numbers
+from regard.workbench.reports.scales import Axis, Formatter, is_number
 
 Payload = Mapping[str, Any]
 REFERENCE = "softmax"
@@ -152,7 +154,7 @@ def pages(*folders: Path) -> Environment:
         "tick": _or_dash(units.tick),
         "sortable": lambda value: value if is_number(value) else "",
     }
-    environment.globals |= {"colours": range(charts.COLOURS), "version": regard.__version__}
+    environment.globals |= {"colours": range(COLOURS), "version": regard.__version__}
     return environment
 
 
@@ -176,12 +178,12 @@ def render(
         quality=quality,
         machine=machine,
         revision=revision,
-        glyph=charts.glyph,
+        glyph=glyph,
         reference=REFERENCE,
     )
 
 
-def _or_dash(form: charts.Formatter) -> Any:
+def _or_dash(form: Formatter) -> Any:
     return lambda value: form(value) if is_number(value) else "—"
 
 
@@ -211,7 +213,7 @@ class _View:
         if len(self.mechanisms) > MOST_NAMED:
             self.named = {e["mechanism"] for task in self.tasks for e in summary.get(task, ()) if e.get("on_front")}
             self.named |= {REFERENCE, self.winner}
-        self.numbers = charts.numbers(self.mechanisms, list_mechanisms())
+        self.numbers = numbers(self.mechanisms, list_mechanisms())
         self.any_tie = any(self.tied(task) for task in self.tasks)
 
     @property

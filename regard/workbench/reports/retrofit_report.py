@@ -16,8 +16,10 @@ from regard.models.weights import write_atomically
 from regard.retrofit import card, read_record
 from regard.retrofit.measures import MODELS, change, kind_of, measures_of
 from regard.workbench.reports import charts
-from regard.workbench.reports.charts import Axis, Figure, Series
+from regard.workbench.reports.charts import Figure, Series
+from regard.workbench.reports.markers import numbers
 from regard.workbench.reports.report import pages
+from regard.workbench.reports.scales import Axis
 
 HEADINGS = {
     "language": "Perplexity by position",
@@ -115,7 +117,7 @@ class _View:
     def __init__(self, record: Mapping[str, Any]) -> None:
         self.record, self.results = record, record["results"]
         ((mechanism, _),) = read_variant(record["settings"]["mechanism"]).layers
-        known = charts.numbers(["softmax", mechanism], list_mechanisms())
+        known = numbers(["softmax", mechanism], list_mechanisms())
         self.numbers = (
             dict(zip(MODELS, known.values(), strict=True)) if len(known) == 2 else {MODELS[0]: 0, MODELS[1]: 1}
         )

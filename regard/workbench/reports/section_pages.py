@@ -11,7 +11,10 @@ from markupsafe import Markup
 from regard.catalogue import list_mechanisms
 from regard.measurement import units
 from regard.workbench.reports import charts
-from regard.workbench.reports.charts import Axis, Figure, ScatterPoint, Series
+from regard.workbench.reports.charts import Figure, ScatterPoint, Series
+from regard.workbench.reports.labels import CHARACTER, short
+from regard.workbench.reports.markers import numbers
+from regard.workbench.reports.scales import Axis, is_number
 from regard.workbench.reports.sections import Curves, Heat, Picture, Section
 
 MOST_MARKED = 24
@@ -56,18 +59,18 @@ def draw(picture: Picture, identity: str, names: Mapping[str, int] | None = None
         identity: of its title, different for each picture of a page.
         names: numbers of what it draws, which decide colours and shapes.
     """
-    numbers = _names([picture]) if names is None else names
+    own = _names([picture]) if names is None else names
     if isinstance(picture, Heat):
         return _heat(picture, identity)
     x = Axis(picture.x, units.tick, log=picture.log_x)
     upwards = picture.y if picture.rising else f"{picture.y} (less is up)"
     y = Axis(upwards, units.tick, log=picture.log_y, rising=picture.rising)
     if isinstance(picture, Curves):
-        series = [Series(numbers[name], name, points) for name, points in picture.curves.items()]
+        series = [Series(own[name], name, points) for name, points in picture.curves.items()]
         marked = all(len(one.points) <= MOST_MARKED for one in series)
         return charts.lines(identity, picture.caption, picture.note or picture.caption, series, x, y, markers=marked)
     points = [
-        ScatterPoint(numbers[name], name, *at, detail=f"{name}: {units.number(at[0])}, {units.number(at[1])}")
+        ScatterPoint(own[name], name, *at, detail=f"{name}: {units.number(at[0])}, {units.number(at[1])}")
         for name, at in picture.points.items()
         if x.usable(at[0]) and y.usable(at[1])
     ]
@@ -81,7 +84,7 @@ def _names(pictures: Sequence[Picture]) -> dict[str, int]:
         if not isinstance(one, Heat)
         for name in (one.curves if isinstance(one, Curves) else one.points)
     ]
-    return charts.numbers(list(dict.fromkeys(drawn)), list_mechanisms())
+    return numbers(list(dict.fromkeys(drawn)), list_mechanisms())
 
 
 def _identity(title: str) -> str:
@@ -90,25 +93,25 @@ def _identity(title: str) -> str:
 
 def _heat(picture: Heat, identity: str) -> Markup | None:
     """Shades of one colour, with the value of each field when the pointer rests on it."""
-    known = [v for row in picture.values for v in row if charts.is_number(v)]
+    known = [v for row in picture.values for v in row if is_number(v)]
     if not known:
         return None
     low, high = min(known), max(known)
-    left = 8 + charts.CHARACTER * max(len(charts.short(name)) for name in picture.rows)
+    left = 8 + CHARACTER * max(len(short(name)) for name in picture.rows)
     width = (charts.WIDTH - left - 4) / len(picture.columns)
     height = min(18.0, 240.0 / len(picture.rows))
     body = []
     for i, row in enumerate(picture.values):
         top = 12 + i * height
         if height >= 9 or i % 4 == 0:
-            text = charts.short(picture.rows[i])
+            text = short(picture.rows[i])
             body.append(
                 Markup('<text class="tick end" x="{:.1f}" y="{:.1f}">{}</text>').format(
                     left - 6, top + height / 2 + 4, text
                 )
             )
         for j, value in enumerate(row):
-            if not charts.is_number(value):
+            if not is_number(value):
                 continue
             share = (value - low) / (high - low) if high > low else 1.0
             said = f"{picture.rows[i]}, {picture.columns[j]}: {units.number(value)}"
@@ -119,11 +122,11 @@ def _heat(picture: Heat, identity: str) -> Markup | None:
                 ).format(left + j * width, top, max(width - 0.6, 0.4), max(height - 0.6, 0.4), 0.04 + 0.9 * share, said)
             )
     bottom = 12 + len(picture.rows) * height
-    every = max(1, round(len(picture.columns) * charts.CHARACTER * 5 / (charts.WIDTH - left)))
+    every = max(1, round(len(picture.columns) * CHARACTER * 5 / (charts.WIDTH - left)))
     for j in range(0, len(picture.columns), every):
         body.append(
             Markup('<text class="tick middle" x="{:.1f}" y="{:.1f}">{}</text>').format(
-                left + (j + 0.5) * width, bottom + 14, charts.short(picture.columns[j])
+                left + (j + 0.5) * width, bottom + 14, short(picture.columns[j])
             )
         )
     return Markup(

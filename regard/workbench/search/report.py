@@ -11,8 +11,9 @@ from regard.measurement import units
 from regard.measurement.statistics import pareto_front
 from regard.models.weights import write_atomically
 from regard.workbench.reports import charts
-from regard.workbench.reports.charts import Axis, Figure, ScatterPoint, is_number
+from regard.workbench.reports.charts import Figure, ScatterPoint
 from regard.workbench.reports.report import pages
+from regard.workbench.reports.scales import Axis, is_number
 
 Record = Mapping[str, Any]
 AXES = {

@@ -19,8 +19,11 @@ from regard.contract import Unsupported
 from regard.measurement import units
 from regard.workbench.comparison.summary_table import figures_table, terminal_table
 from regard.workbench.reports import charts, report
-from regard.workbench.reports.charts import Axis, Series
+from regard.workbench.reports.charts import Series
+from regard.workbench.reports.labels import place_labels, spread
+from regard.workbench.reports.markers import numbers
 from regard.workbench.reports.report import render, write_report
+from regard.workbench.reports.scales import Axis
 
 VOID = {"meta", "link", "line", "circle", "polygon", "polyline", "path", "br"}
 NO_RECOMMENDATION = {"text": "", "reason": "", "winner": None, "notes": []}
@@ -308,19 +311,19 @@ def test_a_path_that_cannot_be_written_is_refused(rows, tmp_path):
 def test_spread_labels_do_not_overlap_and_keep_their_order():
     for _ in range(50):
         wanted = [random.uniform(-20, 220) for _ in range(random.randrange(1, 15))]
-        placed = charts.spread(wanted, 14, 0, 200)
+        placed = spread(wanted, 14, 0, 200)
         ordered = [at for _, at in sorted(zip(wanted, placed, strict=True))]
         assert all(b - a >= 14 - 1e-9 for a, b in pairwise(ordered))
         assert ordered[0] >= -1e-9 and ordered[-1] <= 200 + 1e-9
     for already in ([10, 60, 150], []):
-        assert charts.spread(already, 14, 0, 200) == already
+        assert spread(already, 14, 0, 200) == already
 
 
 def test_labels_of_points_do_not_overlap():
     frame = (0.0, 0.0, 380.0, 292.0)
     for _ in range(20):
         points = [(random.uniform(40, 340), random.uniform(30, 260)) for _ in range(8)]
-        boxes = charts.place_labels(points, [8.0] * 8, [70.0] * 8, [], frame)
+        boxes = place_labels(points, [8.0] * 8, [70.0] * 8, [], frame)
         for i, a in enumerate(boxes):
             assert frame[0] - 1 <= a[0] and a[2] <= frame[2] + 1
             for b in boxes[:i]:
@@ -436,7 +439,7 @@ def test_browser_shows_the_charts_without_a_complaint(rows, tmp_path):
 
 def test_a_mechanism_has_the_same_colour_in_every_report_and_no_two_are_alike():
     catalogue = ["aaren", "gated_linear", "local", "softmax"]
-    few = charts.numbers(["local", "softmax"], catalogue)
-    many = charts.numbers(["softmax", "local:window=8", "aaren", "local", "local+softmax", "mine"], catalogue)
+    few = numbers(["local", "softmax"], catalogue)
+    many = numbers(["softmax", "local:window=8", "aaren", "local", "local+softmax", "mine"], catalogue)
     assert {name: many[name] for name in few} == few
     assert len(set(many.values())) == 6

@@ -398,7 +398,7 @@ def test_the_command_for_what_was_found_reads_the_same_files(capsys, tmp_path):
     for i, file in enumerate(files):
         file.write_text(" ".join(str(random.random()) for _ in range(300 + i)))
     *data, held_out = map(str, files)
-    task = create_task("text", length=32, data=data, validation=[held_out], tokenizer="bpe:300")
+    task = create_task("text", length=32, data=data, validation=held_out, tokenizer="bpe:300")
     words = _task_in_words(task)
     sizes = (
         "--mechanism softmax --dim 8 --layers 1 --heads 1 --batch-tokens 64 --budget '20 steps' --learning-rate 0.01"

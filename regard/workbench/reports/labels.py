@@ -1,0 +1,103 @@
+"""Where the names in a chart stand: beside what they name, whole, and not on each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+CHARACTER = 7.0
+"""Mean width of a character of a label."""
+LINE = 14.0
+"""Height of a line of labels."""
+LONGEST_LABEL = 24
+
+Point = tuple[float, float]
+Box = tuple[float, float, float, float]
+
+
+def short(name: str, longest: int = LONGEST_LABEL) -> str:
+    """A name that fits beside a mark."""
+    return name if len(name) <= longest else name[: longest - 1] + "…"
+
+
+def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Positions at least `gap` apart inside [low, high], as near to the wanted ones as that allows (least squares).
+
+    Labels in one column keep the order of what they name. When they cannot all fit, they are spaced evenly.
+    """
+    if not wanted:
+        return []
+    gap = min(gap, (high - low) / max(len(wanted) - 1, 1))
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    # With the gaps taken out this is a regression onto sequences that never fall: pool neighbours that do.
+    pools: list[list[float]] = []
+    for rank, index in enumerate(order):
+        pools.append([wanted[index] - rank * gap, 1])
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (mean, count), (next_mean, next_count) = pools[-2:]
+            pools[-2:] = [[(mean * count + next_mean * next_count) / (count + next_count), count + next_count]]
+    level = [mean for mean, count in pools for _ in range(int(count))]
+    top = high - (len(wanted) - 1) * gap
+    placed = [0.0] * len(wanted)
+    for rank, index in enumerate(order):
+        placed[index] = min(max(level[rank], low), top) + rank * gap
+    return placed
+
+
+def place_labels(
+    points: Sequence[Point], radii: Sequence[float], widths: Sequence[float], taken: Sequence[Box], frame: Box
+) -> list[Box]:
+    """A box beside each point, chosen greedily, most crowded first, to overlap as little as possible.
+
+    Args:
+        points: what is labelled.
+        radii: how much room each point takes.
+        widths: widths of the labels.
+        taken: boxes that labels should not cover: marks, error bars.
+        frame: what labels must stay inside.
+
+    Returns:
+        (x0, y0, x1, y1) of each label, in the order of `points`.
+    """
+
+    def crowd(i: int) -> float:
+        return sum(1 / (1 + math.dist(points[i], other)) for other in points)
+
+    boxes: dict[int, Box] = {}
+    for i in sorted(range(len(points)), key=crowd, reverse=True):
+        candidates = _boxes_around(points[i], radii[i], widths[i])
+        obstacles = [*taken, *boxes.values()]
+        boxes[i] = min(
+            candidates,
+            key=lambda c: 200 * _outside(c[1], frame) + sum(collision(c[1], other) for other in obstacles) + c[0],
+        )[1]
+    return [boxes[i] for i in range(len(points))]
+
+
+def _boxes_around(point: Point, radius: float, width: float) -> Iterable[tuple[float, Box]]:
+    """Candidate boxes with what each costs by itself: near is cheap, and right is cheaper than left."""
+    x, y = point
+    for away in (4.0, 12.0, 22.0, 36.0, 52.0):
+        distance = radius + away
+        for turn in range(16):
+            angle = 2 * math.pi * turn / 16
+            dx, dy = math.cos(angle), math.sin(angle)
+            centre_x = x + dx * distance + (width / 2) * max(-1.0, min(1.0, 1.6 * dx))
+            centre_y = y + dy * distance + (LINE / 2 - 2) * dy
+            cost = 4 * away + 6 * (1 - dx) + (4 if turn % 4 else 0)
+            yield cost, (centre_x - width / 2, centre_y - LINE / 2, centre_x + width / 2, centre_y + LINE / 2)
+
+
+def collision(a: Box, b: Box) -> float:
+    """The penalty of two overlapping boxes: more than any place without overlap, and the more the larger the overlap."""
+    area = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    return 300 + 3 * area if area else 0.0
+
+
+def _outside(box: Box, frame: Box) -> float:
+    return (
+        max(0.0, frame[0] - box[0])
+        + max(0.0, frame[1] - box[1])
+        + max(0.0, box[2] - frame[2])
+        + max(0.0, box[3] - frame[3])
+    )
