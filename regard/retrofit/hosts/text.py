@@ -79,7 +79,10 @@ class TextHost(Host):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the model and its tokenizer as transformers does: a GGUF file becomes a folder of safetensors."""
-        self.model.save_pretrained(str(folder))
+        from regard.integrations.transformers.folders import quietly
+
+        with quietly():
+            self.model.save_pretrained(str(folder))
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(folder))
 
