@@ -111,13 +111,15 @@ def evaluate(
         emit(result)
         return
     beside = "" if baseline is None else f"; without training, {baseline.name} has {baseline.score:.4g}"
-    console.print(Text(f"{found.score:.4g} {task.metric} on {len(found.items)} items{beside}."))
+    console.print(
+        Text(f"{found.score:.4g} {task.metric} on {len(found.items)} item{'s' * (len(found.items) != 1)}{beside}.")
+    )
     if shared:
         console.print(
             Text(f"{shared} of the items are among the data of its training: what was learnt by heart counts as known.")
         )
     for name, (mean, error) in figures.items():
-        console.print(Text(f"{name}: {' ± '.join(units.with_error(mean, error))} over the items"))
+        console.print(Text(f"{name}: {units.told(mean, error)} over the items"))
     if fewer is not None:
         console.print(Text(f"{again.score:.4g} {task.metric} with {reduce}: {told(speeds)}."))
     for one in early:

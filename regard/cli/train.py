@@ -179,7 +179,7 @@ def train(
         regard train my_corpus.txt --tokenizer bpe:4096 --dim 256 --layers 6 --budget 2h
         regard train reviews.csv --mechanism linear --output reviews
         regard train --task images:size=64,augment=light photos/ --model van_b0 --ema 0.999 --output photos
-        regard train --task segmentation scans/ --model unet_nano --output scans
+        regard train --task segmentation:augment=standard scans/ --model unet_nano --output scans
         regard train --task segmentation scans/ --model segformer_b0 --teacher big_b2 --distil transkd --output small
         regard train my_corpus.txt --layers 2 --dim 64 --heads 2 --teacher my_model --output small
         regard train --task recall --mechanism "gated_linear*3+softmax" --budget "2M tokens"
@@ -314,7 +314,7 @@ def train(
         beside = f"; without training, {rule['name']} has {rule['score']:.4g}" if rule else ""
         console.print(Text(f"{record['score']:.4g} {record['metric']} on what was held out{beside}.", style="bold"))
         for name, (mean, error) in record["figures"].items():
-            console.print(Text(f"{name}: {' ± '.join(units.with_error(mean, error))} over the items"))
+            console.print(Text(f"{name}: {units.told(mean, error)} over the items"))
         if record.get("weights"):
             console.print(Text(f"Weights: {chosen_weights(record)}."))
         if master is not None:

@@ -86,7 +86,7 @@ class PatchEmbedding(nn.Module):
         for name, side in (("height", height), ("width", width)):
             steps, left_over = divmod(side + 2 * self.padding - self.patch, self.stride)
             if steps < 0 or left_over > self.padding:
-                fitting = max(steps, 0) * self.stride + self.patch - 2 * self.padding
+                fitting = self.patch - 2 * self.padding + max(0, round(steps + left_over / self.stride)) * self.stride
                 patches = f"patches of {self.patch} with stride {self.stride} and padding {self.padding}"
                 raise Unsupported(
                     f"{patches} in an image of {name} {side}",

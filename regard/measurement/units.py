@@ -28,6 +28,11 @@ def with_error(value: float, error: float) -> tuple[str, str]:
     return f"{value:,.{digits}f}", f"{error:,.{digits}f}"
 
 
+def told(value: float, error: float) -> str:
+    """A value and its standard error in one text; the value alone where one item has no error."""
+    return " ± ".join(with_error(value, error)) if math.isfinite(error) else number(value)
+
+
 def tick(value: float) -> str:
     """As short as the value allows."""
     if value != 0 and (abs(value) >= 1e6 or abs(value) < 1e-3):

@@ -89,6 +89,9 @@ def patches_of(task: Task, name: str) -> tuple[int, int]:
     """Side of a task's patches in pixels, and channels; raises Unsupported, for the model `name`, for other features."""
     assert task.features is not None and task.grid is not None
     axes = len(task.grid)
+    own = getattr(task, "patch", None)
+    if isinstance(own, int) and task.features % own**axes == 0:
+        return own, task.features // own**axes
     for channels in (1, 3):
         patch = round((task.features / channels) ** (1 / axes))
         if channels * patch**axes == task.features:

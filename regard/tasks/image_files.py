@@ -29,6 +29,10 @@ TOLD = 5
 """Files that cannot be read which are named; more are counted."""
 
 
+class Unreadable(Unsupported):
+    """A file that is damaged or no image, which some data can do without."""
+
+
 @dataclass(frozen=True)
 class Images:
     """Images with their classes.
@@ -126,7 +130,7 @@ def load_folders(
     for i, path in enumerate(paths):
         try:
             image, frames = read_image(path, size, channels)
-        except Unsupported as error:
+        except Unreadable as error:
             if not skip_unreadable:
                 raise
             unread.append(error.asked.replace(str(path), file_name(path.name)))
@@ -134,9 +138,7 @@ def load_folders(
         images.append(image)
         kept.append(i)
         moving += frames > 1
-    if unread:
-        notes += [f"left out: {said}" for said in unread[:TOLD]]
-        notes += [f"{len(unread)} files that cannot be read left out"] * (len(unread) > TOLD)
+    notes += left_out(unread)
     if moving:
         notes.append(f"{moving} files of several pictures: the first of each")
     training = len(paths) - held
@@ -164,6 +166,12 @@ def load_folders(
         notes,
         span,
     )
+
+
+def left_out(unread: Sequence[str]) -> list[str]:
+    """Notes of files that cannot be read: what is wrong with the first ones, and the number of all."""
+    notes = [f"left out: {said}" for said in unread[:TOLD]]
+    return notes + [f"{len(unread)} files that cannot be read left out"] * (len(unread) > TOLD)
 
 
 def _list_folders(folder: Path) -> tuple[list[str], list[Path], list[int], list[str]]:
@@ -276,9 +284,9 @@ def _covering(image: Pillow.Image, size: tuple[int, int]) -> Pillow.Image:
     return image.resize(fitted, Image.Resampling.BICUBIC)
 
 
-def unreadable(path: Path, why: Any) -> Unsupported:
+def unreadable(path: Path, why: Any) -> Unreadable:
     """The error for a file that cannot be read."""
-    return Unsupported(
+    return Unreadable(
         f"{path}, which cannot be read as an image ({why})",
         supported="whole images: " + " ".join(sorted(IMAGE_SUFFIXES)),
         nearest="repair it, take it out of the folder, or --skip-unreadable",

@@ -36,6 +36,11 @@ def test_numbers_read_as_a_person_writes_them(form, value, text):
 def test_value_and_error_share_their_digits():
     assert units.with_error(0.98765, 0.0123) == ("0.988", "0.012")
     assert units.with_error(123.4, 17.0) == ("123", "17")
+    assert units.told(0.98765, 0.0123) == "0.988 ± 0.012"
+
+
+def test_the_mean_of_one_item_is_told_without_an_error():
+    assert units.told(0.5, float("nan")) == units.number(0.5)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,12 @@ from torch import nn
 
 from regard.contract import Result
 from regard.core.patches import cut, joined
+from regard.models.segmentation_model import SegmentationModel, SegmentationModelConfig
 from regard.tasks import check_task, create_task
 from regard.tasks.protocol import IGNORED
 from regard.tasks.segmentation import heads
 from regard.tasks.segmentation_3d.blocks import read_blocks
+from regard.tasks.segmentation_3d.reader import VolumeReader, resampled
 from regard.tasks.segmentation_3d.scenes import SCENES
 from regard.tasks.segmentation_3d.windows import in_windows, starts
 from regard.training import evaluate
@@ -168,7 +170,7 @@ def test_a_folder_is_listed_and_split_by_volume(tmp_path):
     other = task(folder, validation=scans(tmp_path / "b", count=2, seed=50, values=(0, 3, 255, 9)))
     assert len(items(other.evaluation_batches(5))) == 2 and "as the data set comes" in other.describe()
     by_data = task(folder, normalise="data").reader.scale
-    assert by_data is not None and by_data[0] < by_data[2] < by_data[1]
+    assert by_data is not None and by_data[0][0] < by_data[0][2] < by_data[0][1]
 
 
 def broken(folder, name):
@@ -190,6 +192,8 @@ def broken(folder, name):
     elif name == "thin":
         save_scan(image, np.zeros((10, 10, 1), np.float32))
     elif name == "several":
+        save_scan(image, np.zeros((10, 10, 10, 17), np.float32))
+    elif name == "others":
         save_scan(image, np.zeros((10, 10, 10, 3), np.float32))
     elif name == "nan":
         values = np.zeros(sides, np.float32)
@@ -215,7 +219,8 @@ def broken(folder, name):
         ("fractions", "values that are no classes, such as 0.5"),
         ("slice", "images/1.nii.gz, a single slice of 10 x 10 voxels"),
         ("thin", "a single slice of 10 x 10 x 1 voxels; supported: volumes of three axes; try --task segmentation"),
-        ("several", "1.nii.gz of 10 x 10 x 10 x 3 voxels; supported: one volume a file"),
+        ("several", "1.nii.gz of 10 x 10 x 10 x 17 voxels; supported: one volume a file"),
+        ("others", "1.nii.gz of 3 channels; supported: volumes of 1 channel, as 0.nii.gz has"),
         ("nan", "with 2 voxels that are no finite numbers"),
         ("small", "of 10 x 7 x 10 voxels, smaller than crops of 8 x 8 x 8; supported: volumes as large as a crop"),
         ("corrupt", "images/1.nii.gz, which cannot be read"),
@@ -226,6 +231,58 @@ def test_what_is_wrong_with_a_folder_is_said_in_a_line(tmp_path, name, told):
     folder = scans(tmp_path)
     broken(folder, name)
     refused(lambda: task(folder), told)
+
+
+def test_channels_of_a_fourth_axis_are_each_normalised_and_reach_the_model_as_they_lie_in_the_file(tmp_path):
+    scans(tmp_path, count=5)
+    for path in sorted((tmp_path / "images").iterdir()):
+        scale = np.array([1.0, 50.0, -3.0])
+        save_scan(path, np.random.default_rng(int(path.name[0])).normal(size=(10, 10, 10, 3)) * scale + 7 * scale)
+    one = check_task(task(tmp_path, patch=4))
+    assert one.features == 64 * 3 and "3 channels" in one.describe()
+    config = SegmentationModelConfig.for_task(one, "unet_nano_3d", {"widths": (4, 8)})
+    assert (config.channels, config.patch) == (3, 4)
+    assert SegmentationModelConfig.for_task(task(tmp_path, patch=2), "unet_nano_3d", {"widths": (4, 8)}).channels == 3
+    images = SegmentationModel(config).images(one.training_batch(0, 0, 3).inputs)
+    assert images.shape == (3, 3, 8, 8, 8)
+
+    path = tmp_path / "images" / "2.nii.gz"
+    inputs, grid, sides, scan = one.reader.read(path)
+    whole_volume = joined(inputs, grid, 4)[0, :, :10, :10, :10].numpy()
+    assert sides == (10, 10, 10) and abs(whole_volume.mean((1, 2, 3))).max() < 1e-5
+    for channel in range(3):
+        own = scan.voxels[..., channel]
+        assert np.allclose(whole_volume[channel], (own - own.mean()) / own.std(), atol=1e-4)
+        alone = resampled(own[..., None], (1.0,) * 3, 0.7)
+        assert np.array_equal(resampled(scan.voxels, (1.0,) * 3, 0.7)[..., channel], alone[..., 0])
+    (low, high, mean, _), *_ = by_data = task(tmp_path, normalise="data").reader.scale
+    assert len(by_data) == 3 and low < mean < high and by_data[1][2] > 100 > 0 > by_data[2][2]
+    other = save_scan(tmp_path / "other.nii.gz", np.zeros((10, 10, 10)))
+    refused(lambda: one.reader.read(other), "of 1 channel; supported: volumes of 3 channels, as the model was trained")
+    kept = VolumeReader(
+        size=(8,) * 3,
+        patch=4,
+        spacing=None,
+        overlap=0.5,
+        scale=None,
+        classes=("a", "b"),
+        values=(0, 1),
+        colours=((0, 0, 0),) * 2,
+        background=0,
+    )
+    old = kept.as_record() | {"scale": [0.0, 2.0, 1.0, 0.5]}
+    del old["channels"]
+    assert VolumeReader.of_record(old).normalised(np.full((8, 8, 8, 1), 1.5)).max() == 1.0
+
+
+def test_volumes_that_cannot_be_read_are_left_out_where_that_is_asked(tmp_path):
+    scans(tmp_path, count=5)
+    (tmp_path / "images" / "1.nii.gz").write_bytes(b"no volume")
+    refused(lambda: task(tmp_path), "1.nii.gz, which cannot be read", "--skip-unreadable")
+    one = task(tmp_path, skip_unreadable=True)
+    assert "left out: images/1.nii.gz" in one.describe() and "crops of 3 volumes; held out: 1 volumes" in one.describe()
+    save_scan(tmp_path / "masks" / "2.nii.gz", np.zeros((9, 10, 10), np.uint8))
+    refused(lambda: task(tmp_path, skip_unreadable=True), "the mask of a volume of")
 
 
 def test_without_nibabel_it_is_said_how_to_get_it(tmp_path, monkeypatch):
@@ -256,8 +313,8 @@ def test_blocks_of_a_head_are_held_out_across_its_whole_width(monkeypatch):
     made = places, classes, ("background", "head"), "a head"
     monkeypatch.setattr("regard.tasks.segmentation_3d.blocks.read_head", lambda data: made)
     volumes = read_blocks("mni152", (8, 8, 8), None, 0.2, 0)
-    assert {v.shape for v in volumes.voxels} == {(16, 8, 8)} and len(volumes.voxels) == 3 * 4
-    corners = np.array([np.unravel_index(int(v[0, 0, 0]), sides)[1:] for v in volumes.voxels])
+    assert {v.shape for v in volumes.voxels} == {(16, 8, 8, 1)} and len(volumes.voxels) == 3 * 4
+    corners = np.array([np.unravel_index(int(v[0, 0, 0, 0]), sides)[1:] for v in volumes.voxels])
     for one_corner, other in itertools.combinations(corners, 2):
         assert abs(one_corner - other).max() >= 8 + heads.GAP
     training, held_out, _ = volumes.split

@@ -228,6 +228,22 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path, name, told):
     refused(lambda: task(folder), told)
 
 
+def test_images_that_cannot_be_read_are_left_out_where_that_is_asked(tmp_path):
+    masked(tmp_path / "a", count=6)
+    for part in ("images/1", "masks/4"):
+        (tmp_path / "a" / f"{part}.png").write_bytes(b"no image")
+    refused(lambda: task(tmp_path / "a"), "which cannot be read", "--skip-unreadable")
+    told = (one := task(tmp_path / "a", skip_unreadable=True)).describe()
+    assert "left out: images/1.png" in told and "left out: masks/4.png" in told and "training: 3 images" in told
+    assert len(items(one.evaluation_batches(5))) == 1
+    save(tmp_path / "a" / "masks" / "2.png", np.zeros((9, 9), np.uint8))
+    refused(lambda: task(tmp_path / "a", skip_unreadable=True), "masks of the size of their images")
+    for path in (tmp_path / "a" / "images").iterdir():
+        path.write_bytes(b"")
+    refused(lambda: task(tmp_path / "a", skip_unreadable=True), "no image and mask can be read")
+    refused(lambda: task("shapes", skip_unreadable=True), "skip_unreadable=True for shapes")
+
+
 def test_a_picture_turned_by_its_camera_has_a_mask_of_its_turned_size(tmp_path):
     folder = masked(tmp_path)
     for i in range(12):

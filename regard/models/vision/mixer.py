@@ -63,8 +63,11 @@ class PatchConfig(BackboneConfig):
         for name in ("patch", "width", "hidden", "depth"):
             at_least(name, getattr(self, name), 1)
         if any(side % self.patch for side in self.size):
+            fitting = tuple(max(1, round(side / self.patch)) * self.patch for side in self.size)
             raise Unsupported(
-                f"image_size={self.image_size} in patches of {self.patch}", supported=f"multiples of {self.patch}"
+                f"image_size={self.image_size} in patches of {self.patch}",
+                supported=f"multiples of {self.patch}",
+                nearest=f"image_size={fitting}",
             )
 
     @property

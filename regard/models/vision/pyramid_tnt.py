@@ -90,8 +90,11 @@ class PyramidTNTConfig(BackboneConfig):
                 raise Unsupported(f"{name}={given}", supported=f"{len(self.widths)} entries, as widths has")
         least = max((reduction - 1) * 2**stage + 1 for stage, reduction in enumerate(self.reductions)) * STRIDE
         if any(side % STRIDE or side < least for side in self.size):
+            fitting = tuple(max(least, round(side / STRIDE) * STRIDE) for side in self.size)
             raise Unsupported(
-                f"image_size={self.size}", supported=f"multiples of {STRIDE} from {least}", nearest="image_size=256"
+                f"image_size={self.size}",
+                supported=f"multiples of {STRIDE} from {least}",
+                nearest=f"image_size={fitting}",
             )
         if self.pair_scores and "bias" not in resolve(self.mixer, dict(self.mixer_options or {}))[0].honours:
             raise Unsupported(

@@ -92,8 +92,11 @@ class TNTConfig(BackboneConfig):
         if self.patch % self.stride:
             raise Unsupported(f"stride={self.stride} in patches of {self.patch}", supported="a divisor of the patch")
         if any(side % self.patch for side in self.size):
+            fitting = tuple(max(1, round(side / self.patch)) * self.patch for side in self.size)
             raise Unsupported(
-                f"image_size={self.size} in patches of {self.patch}", supported=f"multiples of {self.patch}"
+                f"image_size={self.size} in patches of {self.patch}",
+                supported=f"multiples of {self.patch}",
+                nearest=f"image_size={fitting}",
             )
         if not all(0 <= index < self.depth for index in self.vanilla):
             raise Unsupported(f"vanilla={self.vanilla} of {self.depth} blocks", supported=f"0 to {self.depth - 1}")

@@ -14,6 +14,7 @@ from regard.contract import Unsupported
 from regard.tasks.image_sets import distinct
 from regard.tasks.images import choose_patch
 from regard.tasks.protocol import (
+    AUGMENTATION,
     EVALUATION,
     IGNORED,
     SPLIT,
@@ -56,6 +57,10 @@ class SegmentationTask(MaskTask):
         patch: side of a patch in pixels, a divisor of `size`; close to 4 when not given.
         size: side of the squares that images and masks are drawn in or resized to, 16 to 1024.
         channels: 3 (colour) or 1 (grey), for a folder's images.
+        skip_unreadable: whether images of a folder that cannot be read, or whose masks cannot, are named and left out.
+        augment: how training images of a folder or a head are varied, and their masks with them: ``none``, ``light`` (shifted
+            and mirrored) or ``standard`` (turned, scaled, other shades and noise as well).
+        flip: whether half of them are mirrored, left to right; when None, where no class is named for a side.
         classes: only so many classes, those of most pixels; the others count as background. Of a folder or a head.
         background: value of a folder's masks that is not scored; ``None`` scores all, ``auto`` takes 0.
         ignore: value of a folder's masks without loss and score; ``None`` for none, ``auto`` takes 255 where there are more
@@ -69,6 +74,7 @@ class SegmentationTask(MaskTask):
     name = "segmentation"
     kind, scenes = PICTURES, SCENES
     named = (*SCENES, *HEADS)
+    mirrored, placed = ((1,), "left to right"), True
 
     def __init__(
         self,
@@ -79,6 +85,9 @@ class SegmentationTask(MaskTask):
         patch: int | None = None,
         size: int = 64,
         channels: int | None = None,
+        skip_unreadable: bool = False,
+        augment: str = "none",
+        flip: bool | None = None,
         classes: int | None = None,
         background: int | str | None = "auto",
         ignore: int | str | None = "auto",
@@ -87,7 +96,7 @@ class SegmentationTask(MaskTask):
         evaluation_items: int = 100,
         seed: int = 0,
     ) -> None:
-        super().__init__(metric, held_out, evaluation_items, seed)
+        super().__init__(metric, held_out, evaluation_items, seed, augment, flip)
         check_integer("size", size, 16, 1024)
         self.patch = choose_patch((size, size), length, patch)
         self.grid: tuple[int, ...] = (size // self.patch,) * 2
@@ -97,12 +106,16 @@ class SegmentationTask(MaskTask):
 
         chosen = "shapes" if data is None else str(data)
         values_of_masks = {"background": background, "ignore": ignore}
-        self.check_data(chosen, values_of_masks, {"validation": validation, "channels": channels}, {"classes": classes})
+        of_read = {"classes": classes, "augment": None if augment == "none" else augment}
+        of_folders = {"validation": validation, "channels": channels, "skip_unreadable": skip_unreadable or None}
+        self.check_data(chosen, values_of_masks, of_folders, of_read)
         if channels not in (None, 1, 3):
             raise Unsupported(f"channels={channels}", supported="3 (colour) or 1 (grey)", nearest="channels=3")
         self._scene = chosen if chosen in SCENES else None
         self._masked = (
-            None if self._scene else _read(chosen, validation, size, channels, values_of_masks, held_out, seed)
+            None
+            if self._scene
+            else _read(chosen, validation, size, channels, values_of_masks, held_out, seed, skip_unreadable)
         )
         if self._masked is not None and classes is not None:
             self._masked = self._masked.largest(check_integer("classes", classes, 1, 255))
@@ -146,6 +159,7 @@ class SegmentationTask(MaskTask):
             colours=colours,
             background=number,
         )
+        self.augmentation = self.augmentation_of(augment, flip)
         self._counts = np.bincount(labels[labels != IGNORED], minlength=len(names))
         self._seen = np.array([(labels == i).any((1, 2)).sum() for i in range(len(names))])
         self._ignored = float((labels == IGNORED).mean())
@@ -158,7 +172,13 @@ class SegmentationTask(MaskTask):
         if self._masked is None:
             return self._batch(*self._drawn(batch_size, counter_generator(seed, step, TRAINING)))
         chosen = in_epochs(self._training, step, seed, batch_size)
-        return self._batch(self._images.pixels[chosen], self._images.labels[chosen])
+        pixels, labels = self._images.pixels[chosen], self._images.labels[chosen]
+        if self.augmentation is not None:
+            rng = counter_generator(seed, step, AUGMENTATION)
+            pairs = [self.augmentation(*item, rng) for item in zip(pixels, labels, strict=True)]
+            pixels, labels = (np.stack(part) for part in zip(*pairs, strict=True))
+            pixels = pixels.clip(0, 255)
+        return self._batch(pixels, labels)
 
     def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
         pixels, labels = self._scored
@@ -192,6 +212,7 @@ class SegmentationTask(MaskTask):
             f"{self.length} tokens ({self.grid[0]}x{self.grid[1]}), patches of {self.patch}x{self.patch} pixels",
             self.classes_told(shares, self._seen, self._measured),
             f"training: {training}; held out: {self._held_out:,} images, {scored:,} of them scored",
+            *([] if self._masked is None else self.varied_told("training images")),
             *self.rest_told(split, self._ignored, notes),
         ]
         return "\n".join([*lines, "sample of a mask:", *letters(self._example, self.reader.background)])
@@ -222,11 +243,14 @@ def _read(
     values: Mapping[str, int | str | None],
     held_out: float,
     seed: int,
+    skip_unreadable: bool,
 ) -> Masked:
     if is_head(data):
         return read_slices(data, size, held_out, seed)
     other = None if validation is None else Path(validation)
-    return read_masked(Path(data), other, size, 3 if channels is None else channels, **values)
+    return read_masked(
+        Path(data), other, size, 3 if channels is None else channels, **values, skip_unreadable=skip_unreadable
+    )
 
 
 __all__ = ["METRICS", "MaskReader", "MaskTask", "SegmentationTask"]

@@ -10,7 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from regard.contract import Pattern, Unsupported, closest, one_of
+from regard.tasks.augmentation import AUGMENTATIONS
 from regard.tasks.protocol import IGNORED, SPLIT, Batch, Task, check_fraction, check_integer, counter_generator
+from regard.tasks.segmentation.augmentation import MaskAugmentation
 from regard.tasks.segmentation.folders import Kind
 from regard.tasks.segmentation.heads import is_head
 from regard.tasks.segmentation.scores import overlap_by_image, predicted_classes
@@ -31,6 +33,9 @@ class MaskTask(Task):
         scenes: data that are drawn.
         reader: has the names, values and colours of the classes, and which of them is background.
         measure: ``dice`` or ``iou``, which is the score.
+        augmentation: how items that are trained on are varied; None where they are not.
+        mirrored: axes along which they are mirrored, and their name in words.
+        placed: whether they are shifted, which crops are anyway.
     """
 
     pattern = Pattern.NONCAUSAL_SELF
@@ -40,12 +45,24 @@ class MaskTask(Task):
     num_classes: int
     reader: Any
     measure: str
+    augmentation: MaskAugmentation | None
+    mirrored: tuple[tuple[int, ...], str]
+    placed: bool
 
-    def __init__(self, metric: str, held_out: float, evaluation_items: int, seed: int) -> None:
+    def __init__(
+        self, metric: str, held_out: float, evaluation_items: int, seed: int, augment: str, flip: bool | None
+    ) -> None:
         self.seed = check_integer("seed", seed, 0, (1 << 63) - 1)
         check_fraction("held_out", held_out, 0.01, 0.5)
         check_integer("evaluation_items", evaluation_items, 1, 1 << 16)
         one_of("metric", metric, METRICS)
+        one_of("augment", augment, AUGMENTATIONS)
+        if augment == "none" and flip:
+            raise Unsupported(
+                f"flip={flip} with augment=none",
+                supported=f"{self.kind.word}s that are varied",
+                nearest="augment=light",
+            )
         self.measure, self.metric = metric, METRICS[metric]
 
     def check_data(
@@ -81,6 +98,12 @@ class MaskTask(Task):
                 nearest=near,
             )
 
+    def augmentation_of(self, augment: str, flip: bool | None) -> MaskAugmentation | None:
+        """The augmentation that the options `augment` and `flip` name, for the classes of the reader."""
+        if augment == "none":
+            return None
+        return MaskAugmentation(augment, self.reader.classes, flip=flip, mirrored=self.mirrored, shift=self.placed)
+
     def told_apart(self, source: str, count: int, parts: Parts | None, share: float) -> Parts:
         """Numbers of the items to train on, of those to hold out, and in words how they were told apart: as in `parts`, or drawn.
 
@@ -97,6 +120,10 @@ class MaskTask(Task):
                 supported=f"2 or more different {self.kind.word}s, one of which is held out",
             )
         return parts
+
+    def varied_told(self, what: str) -> list[str]:
+        """A line of how items that are read are varied."""
+        return [f"{what}: {self.augmentation or 'as they are (augment=light or standard varies them)'}"]
 
     def classes_told(self, shares: Float[np.ndarray, " k"], having: Int[np.ndarray, " k"], measured: int) -> str:
         """Share of the points of each class, and how many of the measured training items have it."""

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from regard.contract import Unsupported
-from regard.tasks.documents import names_of
-from regard.tasks.image_files import Images, read_image, stacked, unreadable
+from regard.tasks.documents import file_name, names_of
+from regard.tasks.image_files import Images, Unreadable, left_out, read_image, stacked, unreadable
 from regard.tasks.images import ImageReader
 from regard.tasks.protocol import IGNORED
 from regard.tasks.segmentation.folders import CLASSES, PICTURES, class_names, classes_among, largest_classes, pairs_of
@@ -103,6 +103,8 @@ def read_masked(
     channels: int,
     background: int | str | None,
     ignore: int | str | None,
+    *,
+    skip_unreadable: bool = False,
 ) -> Masked:
     """The images and masks of a folder, resized to squares of `size` pixels: masks by their nearest pixel.
 
@@ -112,6 +114,7 @@ def read_masked(
         validation: another, whose images are held out.
         background: the value of pixels that are not scored; None for none, ``auto`` for 0 where masks have it.
         ignore: the value of pixels without loss and score; None for none, ``auto`` for 255 where there are more than two.
+        skip_unreadable: whether images that cannot be read, or whose masks cannot, are named in the notes instead of refused.
 
     Raises:
         Unsupported: for what is missing or unreadable, or does not belong together, with the first file of its kind.
@@ -122,13 +125,31 @@ def read_masked(
     if validation is not None:
         more, more_notes = pairs_of(validation, PICTURES)
         pairs, notes = pairs + more, notes + more_notes
-    read = [_read_mask(mask, image) for image, mask in pairs]
-    masks = [mask for mask, _ in read]
-    palette = next((colours for _, colours in read if colours is not None), None)
+    masks, given, kept, unread = [], [], [], list[str]()
+    palette = None
+    for i, (image, drawn_mask) in enumerate(pairs):
+        try:
+            mask, colours = _read_mask(drawn_mask, image)
+            given.append(read_image(image, (size, size), channels, stretch=True)[0])
+        except Unreadable as error:
+            if not skip_unreadable:
+                raise
+            unread.append(error.asked.replace(f"{image.parent.parent}/", ""))
+            continue
+        masks.append(mask)
+        kept.append(i)
+        palette = palette or colours
+    notes += left_out([file_name(one) for one in unread])
+    training = sum(i < training for i in kept)
+    pairs = [pairs[i] for i in kept]
+    if not training:
+        raise Unsupported(
+            f"{names_of(folder)}, of which no image and mask can be read", supported="2 or more images and masks"
+        )
     values, quiet = classes_among(
         [path for _, path in pairs], [np.unique(mask) for mask in masks], training, names, background, ignore
     )
-    pixels, span, count = stacked([read_image(image, (size, size), channels, stretch=True)[0] for image, _ in pairs])
+    pixels, span, count = stacked(given)
     if span is not None:
         notes.append(
             f"{count} images of more than 8 bits a pixel: {span[0]:g} to {span[1]:g} are taken as dark to light"

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from regard.contract import Unsupported
+from regard.tasks.image_files import Unreadable
 from regard.tasks.segmentation.folders import suffix_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
 
+MOST_CHANNELS = 16
+"""Numbers that a voxel may have; more are the sign of a series of volumes in time."""
 INSTALL = "pip install 'regard[medical]'"
 
 
@@ -44,38 +47,47 @@ class Scan:
     """A volume whose axes go from left to right, from back to front and from bottom to top.
 
     Attributes:
-        voxels: numbers, all finite.
+        voxels: numbers, all finite; the last axis has the channels.
         spacing: millimetres from one voxel to the next, along each axis.
         stored: the file, whose axes may be others.
     """
 
-    voxels: Float[np.ndarray, "x y z"]
+    voxels: Float[np.ndarray, "x y z c"]
     spacing: tuple[float, ...]
     stored: Nifti
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Voxels along each axis."""
+        return self.voxels.shape[:3]
 
 
 def open_nifti(path: Path) -> Nifti:
     """A file as it is.
 
     Raises:
-        Unsupported: for a file that cannot be read, and without nibabel.
+        Unsupported: for a file that cannot be read (`Unreadable`), and without nibabel.
     """
     nibabel = _nibabel(path)
     try:
         image = nibabel.load(path)
         return Nifti(path, np.asarray(image.dataobj), np.asarray(image.affine, dtype=np.float64))
     except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
-        raise Unsupported(f"{path}, which cannot be read ({error})", supported="a whole NIfTI file") from None
+        raise Unreadable(
+            f"{path}, which cannot be read ({error})",
+            supported="a whole NIfTI file",
+            nearest="repair it, take it out of the folder, or --skip-unreadable",
+        ) from None
 
 
 def read_scan(path: Path) -> Scan:
-    """A volume.
+    """A volume; a fourth axis of its file is that of the channels, as of several sequences of one head.
 
     Raises:
-        Unsupported: for a slice, colours, several volumes in a file, and voxels that are no finite numbers.
+        Unsupported: for a slice, colours, a series of volumes in time, and voxels that are no finite numbers.
     """
-    stored = _volume(path)
-    voxels = stored.voxels.astype(np.float32)
+    stored = _volume(path, MOST_CHANNELS)
+    voxels = stored.voxels.reshape(*stored.voxels.shape[:3], -1).astype(np.float32)
     odd = int((~np.isfinite(voxels)).sum())
     if odd:
         raise Unsupported(
@@ -93,8 +105,8 @@ def read_mask(path: Path, scan: Scan) -> Int[np.ndarray, "x y z"]:
     Raises:
         Unsupported: for another shape or place than the volume's, and for other values.
     """
-    stored, image = _volume(path), scan.stored
-    if stored.voxels.shape != image.voxels.shape:
+    stored, image = _volume(path, 1), scan.stored
+    if stored.voxels.shape != image.voxels.shape[:3]:
         raise Unsupported(
             f"{path} of {stored.sides} voxels, the mask of a volume of {image.sides}",
             supported="masks of the shape of their volumes",
@@ -132,12 +144,14 @@ def packed(place: Path, mask: Int[np.ndarray, "x y z"], affine: Float[np.ndarray
     return data if suffix_of(place) == ".nii" else gzip.compress(data, mtime=0)
 
 
-def _volume(path: Path) -> Nifti:
-    """A file with one number for each voxel of three axes, none of which has a single place."""
+def _volume(path: Path, channels: int) -> Nifti:
+    """A file with up to so many numbers for each voxel of three axes, none of which has a single place."""
     stored = open_nifti(path)
     voxels = stored.voxels
     while voxels.ndim > 3 and voxels.shape[-1] == 1:
         voxels = voxels[..., 0]
+    while voxels.ndim > 4 and voxels.shape[3] == 1:  # vectors of NIfTI are along the fifth axis
+        voxels = voxels[:, :, :, 0]
     if voxels.dtype.kind not in "biuf":
         raise Unsupported(f"{path} with voxels of {voxels.dtype}, as colours have", supported="one number a voxel")
     if voxels.ndim < 3 or (voxels.ndim == 3 and min(voxels.shape) == 1):
@@ -146,9 +160,11 @@ def _volume(path: Path) -> Nifti:
             supported="volumes of three axes",
             nearest="--task segmentation for slices as images",
         )
-    if voxels.ndim > 3 or not voxels.size:
+    if not voxels.size or voxels.ndim > 4 or (voxels.ndim == 4 and voxels.shape[3] > channels):
         raise Unsupported(
-            f"{path} of {stored.sides} voxels", supported="one volume a file: three axes, and one number a voxel"
+            f"{path} of {stored.sides} voxels",
+            supported="one volume a file: three axes, and "
+            + (f"up to {channels} channels along a fourth" if channels > 1 else "one number a voxel"),
         )
     return Nifti(path, voxels, stored.affine)
 

@@ -39,7 +39,7 @@ from regard.tasks.segmentation_3d.windows import in_windows
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, UInt8
 
-    Labelled = tuple[Float[np.ndarray, "x y z"], Int[np.ndarray, "x y z"]]
+    Labelled = tuple[Float[np.ndarray, "x y z c"], Int[np.ndarray, "x y z"]]
 
 SAMPLED = 16
 """Scenes from which the shares of the classes and the baseline of drawn data are taken."""
@@ -55,7 +55,8 @@ class Segmentation3DTask(MaskTask):
     Training sees crops of `size` voxels, a third of them around a voxel of some class beside the background. Held-out volumes
     are scored whole: the model is applied to windows of the crops' size that overlap, and the logits are averaged with
     weights that fall off towards a window's border. The score of a volume is that of an image in the task segmentation.
-    Exact repetitions of a volume count once.
+    Exact repetitions of a volume count once. A fourth axis of files is that of channels, which volumes have alike and which
+    lie together in the features of a token.
 
     Args:
         data: ``bodies`` (drawn: four kinds of them; the default), ``far-cue`` (drawn: ellipsoids whose class a mark in one of
@@ -68,6 +69,10 @@ class Segmentation3DTask(MaskTask):
         size: sides of a crop in voxels, 8 to 256: one number, or one for each axis (left to right, back to front, up).
         spacing: millimetres to which voxels are resampled, 0.1 to 20; as they come when None.
         overlap: least share of a window that the next one covers again, 0 to 0.9.
+        skip_unreadable: whether volumes of a folder that cannot be read, or whose masks cannot, are named and left out.
+        augment: how crops of a folder or a head are varied, and their masks with them: ``none``, ``light`` (mirrored) or
+            ``standard`` (turned around the upright axis, scaled, other shades and noise as well).
+        flip: whether half of them are mirrored, along each axis by itself; when None, where no class is named for a side.
         normalise: ``volume`` (each volume by its own mean and deviation) or ``data`` (all by those of the training data's
             classes, cut at the 0.5 and the 99.5 % quantile: for CT, whose numbers mean the same in every scan).
         classes: only so many classes, those of most voxels; the others count as background. Of a folder or a head.
@@ -83,6 +88,7 @@ class Segmentation3DTask(MaskTask):
     name = "segmentation_3d"
     kind, scenes = VOLUMES, SCENES
     named = (*SCENES, *HEADS)
+    mirrored, placed = ((0, 1, 2), "along each axis"), False
 
     def __init__(
         self,
@@ -94,6 +100,9 @@ class Segmentation3DTask(MaskTask):
         size: int | Sequence[int] = 32,
         spacing: float | None = None,
         overlap: float = 0.5,
+        skip_unreadable: bool = False,
+        augment: str = "none",
+        flip: bool | None = None,
         normalise: str = "volume",
         classes: int | None = None,
         background: int | str | None = "auto",
@@ -103,7 +112,7 @@ class Segmentation3DTask(MaskTask):
         evaluation_items: int = 20,
         seed: int = 0,
     ) -> None:
-        super().__init__(metric, held_out, evaluation_items, seed)
+        super().__init__(metric, held_out, evaluation_items, seed, augment, flip)
         self.size = _sides(size)
         check_fraction("overlap", overlap, 0.0, 0.9)
         one_of("normalise", normalise, ("volume", "data"))
@@ -113,27 +122,26 @@ class Segmentation3DTask(MaskTask):
         self.grid: tuple[int, ...] = tuple(side // self.patch for side in self.size)
         self.length = int(np.prod(self.grid))
         self.num_targets: int = self.patch**3
-        self.features: int = self.num_targets
 
         chosen = "bodies" if data is None else str(data)
         values_of_masks = {"background": background, "ignore": ignore}
-        self.check_data(chosen, values_of_masks, {"validation": validation}, {"classes": classes, "spacing": spacing})
+        of_read = {"classes": classes, "spacing": spacing, "augment": None if augment == "none" else augment}
+        of_folders = {"validation": validation, "skip_unreadable": skip_unreadable or None}
+        self.check_data(chosen, values_of_masks, of_folders, of_read)
         self._scene = chosen if chosen in SCENES else None
         notes = list[str]()
         nothing: int | None = 0
         if self._scene is not None:
-            draw, names, wide = SCENES[chosen]
-            sides = tuple(round(wide * side) for side in self.size)
+            names = SCENES[chosen][1]
             streams = (counter_generator(seed, 0, stream) for stream in (SPLIT, EVALUATION))
             seen, held = (
-                [draw(rng, sides) for _ in range(count)]
-                for rng, count in zip(streams, (SAMPLED, evaluation_items), strict=True)
+                self._drawn(rng, count) for rng, count in zip(streams, (SAMPLED, evaluation_items), strict=True)
             )
             values, source = tuple(range(len(names))), f"the scenes {chosen}, drawn"
             split = f"held-out scenes are drawn from a seed of their own ({seed})"
             self._held_out = evaluation_items
         else:
-            volumes = self._read(chosen, validation, spacing, values_of_masks, held_out)
+            volumes = self._read(chosen, validation, spacing, values_of_masks, held_out, skip_unreadable)
             volumes = volumes if classes is None else volumes.largest(check_integer("classes", classes, 1, 255))
             source, notes = volumes.source, volumes.notes
             training, apart, split = self.told_apart(source, len(volumes.voxels), volumes.split, held_out)
@@ -142,6 +150,8 @@ class Segmentation3DTask(MaskTask):
             names, values, nothing = volumes.classes, volumes.values, volumes.background
             self._held_out = len(apart)
         self.num_classes: int = len(names)
+        channels = seen[0][0].shape[3]
+        self.features: int = self.num_targets * channels
         self.reader = VolumeReader(
             size=self.size,
             patch=self.patch,
@@ -152,7 +162,9 @@ class Segmentation3DTask(MaskTask):
             values=values,
             colours=colours_of(len(names)),
             background=nothing,
+            channels=channels,
         )
+        self.augmentation = self.augmentation_of(augment, flip)
         self._scored = held  # which are normalised when they are asked for: a trained model may bring its own reader
         seen = [(self.reader.normalised(v), labels) for v, labels in seen]
         self._told, self._notes = (source, split), notes
@@ -169,18 +181,17 @@ class Segmentation3DTask(MaskTask):
         check_integer("batch_size", batch_size, 1, 1 << 20)
         if self._scene is not None:
             rng = counter_generator(seed, step, TRAINING)
-            draw, _, wide = SCENES[self._scene]
-            sides = tuple(round(wide * side) for side in self.size)
-            drawn = [draw(rng, sides) for _ in range(batch_size)]
+            drawn = self._drawn(rng, batch_size)
             crops = [self._crop(rng, self.reader.normalised(v), x, self._around(x)) for v, x in drawn]
         else:
             rng = counter_generator(seed, step, AUGMENTATION)
             chosen = in_epochs(np.arange(len(self._seen)), step, seed, batch_size)
             crops = [self._crop(rng, self._seen[i][0], self._seen[i][1], self._places[i]) for i in chosen]
+            if self.augmentation is not None:
+                crops = [self.augmentation(*crop, rng) for crop in crops]
         voxels, labels = (np.stack(part) for part in zip(*crops, strict=True))
-        inputs, targets = (
-            cut(torch.from_numpy(part)[:, None], self.patch) for part in (voxels, labels.astype(np.int64))
-        )
+        maps = torch.from_numpy(voxels).movedim(-1, 1), torch.from_numpy(labels.astype(np.int64))[:, None]
+        inputs, targets = (cut(part, self.patch) for part in maps)
         return Batch(inputs, targets, grid=self.grid)
 
     def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
@@ -213,16 +224,17 @@ class Segmentation3DTask(MaskTask):
         scored = len(self._scored)
         (source, split), size = self._told, "x".join(map(str, self.size))
         training = "drawn afresh at each step" if self._scene else f"crops of {len(self._seen):,} volumes"
-        smallest, largest = (how([v.shape for v, _ in self._scored], key=np.prod) for how in (min, max))
+        smallest, largest = (how([labels.shape for _, labels in self._scored], key=np.prod) for how in (min, max))
         sides = " to ".join(dict.fromkeys("x".join(map(str, each)) for each in (smallest, largest)))
         lines = [
-            f"segmentation_3d: {source}",
+            f"segmentation_3d: {source}" + f", {self.reader.channels} channels" * (self.reader.channels > 1),
             f"crops of {size} voxels"
             + (f" of {self.reader.spacing:g} mm" if self.reader.spacing else "")
             + f": {self.length} tokens ({'x'.join(map(str, self.grid))}), cubes of {self.patch} voxels a side",
             self.classes_told(self._shares, self._having, self._measured),
             f"training: {training}; held out: {self._held_out:,} volumes, {scored:,} of them scored whole ({sides} voxels), in "
             f"windows that overlap by {self.reader.overlap:.0%}",
+            *([] if self._scene else self.varied_told("crops")),
             *self.rest_told(split, self._ignored, self._notes),
         ]
         example = self._example[:, :, self._fullest(self._example)]
@@ -235,11 +247,21 @@ class Segmentation3DTask(MaskTask):
         spacing: float | None,
         values: Mapping[str, int | str | None],
         share: float,
+        skip_unreadable: bool,
     ) -> Volumes:
         if is_head(data):
             return read_blocks(data, self.size, spacing, share, self.seed)
         other = None if validation is None else Path(validation)
-        return read_volumes(Path(data), other, self.size, self.patch, spacing, **values)
+        return read_volumes(
+            Path(data), other, self.size, self.patch, spacing, **values, skip_unreadable=skip_unreadable
+        )
+
+    def _drawn(self, rng: np.random.Generator, count: int) -> list[Labelled]:
+        assert self._scene is not None
+        draw, _, wide = SCENES[self._scene]
+        sides = tuple(round(wide * side) for side in self.size)
+        scenes = (draw(rng, sides) for _ in range(count))
+        return [(voxels[..., None], labels) for voxels, labels in scenes]
 
     def _around(self, labels: Int[np.ndarray, "x y z"]) -> list[Int[np.ndarray, " n"]]:
         """Voxels of each class beside the background that crops are drawn around; of classes that are there."""
@@ -250,16 +272,16 @@ class Segmentation3DTask(MaskTask):
     def _crop(
         self,
         rng: np.random.Generator,
-        voxels: Float[np.ndarray, "x y z"],
+        voxels: Float[np.ndarray, "x y z c"],
         labels: Int[np.ndarray, "x y z"],
         places: list[Int[np.ndarray, " n"]],
     ) -> Labelled:
         size = np.array(self.size, dtype=np.int64)
-        room = np.array(voxels.shape, dtype=np.int64) - size
+        room = np.array(labels.shape, dtype=np.int64) - size
         corner = rng.integers(0, room + 1)
         if places and rng.random() < FOREGROUND:
             of_class = places[rng.integers(len(places))]
-            middle = np.unravel_index(of_class[rng.integers(len(of_class))], voxels.shape)
+            middle = np.unravel_index(of_class[rng.integers(len(of_class))], labels.shape)
             corner = np.clip(np.array(middle, dtype=np.int64) - size // 2, 0, room)
         x, y, z = (slice(begin, begin + own) for begin, own in zip(corner, self.size, strict=True))
         return voxels[x, y, z], labels[x, y, z]
@@ -278,8 +300,8 @@ class Segmentation3DTask(MaskTask):
         return counted if self.reader.background is None else counted & (labels != self.reader.background)
 
     def _of_shades(self, seen: Sequence[Labelled]) -> Baseline:
-        """For each shade the class that most voxels of training have there."""
-        some = [(v.ravel()[pick], x.ravel()[pick]) for v, x in seen for pick in [spread(v.size, LOOKED_AT)]]
+        """For each shade of the first channel the class that most voxels of training have there."""
+        some = [(v[..., 0].ravel()[pick], x.ravel()[pick]) for v, x in seen for pick in [spread(x.size, LOOKED_AT)]]
         shades, classes = (np.concatenate(part) for part in zip(*some, strict=True))
         edges = np.quantile(shades, np.linspace(0, 1, SHADES + 1)[1:-1])
         known = classes != IGNORED
@@ -289,7 +311,7 @@ class Segmentation3DTask(MaskTask):
         best = numbers.reshape(SHADES, -1).argmax(1)
         items = []
         for voxels, labels in self._scored:
-            shade = np.digitize(self.reader.normalised(voxels).ravel(), edges)
+            shade = np.digitize(self.reader.normalised(voxels)[..., 0].ravel(), edges)
             found, truth = best[shade], labels.ravel().astype(np.int64)
             items.append((float(self.of_images(torch.from_numpy(found)[None], torch.from_numpy(truth)[None])), 1.0))
         return Baseline("the commonest class of each shade", np.array(items))
@@ -303,8 +325,8 @@ def _sides(size: Any) -> tuple[int, ...]:
     return tuple(check_integer("size", side, LEAST_SIDE, 256) for side in each)
 
 
-def _scale(seen: Sequence[Labelled], background: int | None) -> tuple[float, ...]:
-    """Quantiles, mean and deviation of voxels of the classes beside the background."""
+def _scale(seen: Sequence[Labelled], background: int | None) -> tuple[tuple[float, ...], ...]:
+    """Quantiles, mean and deviation of each channel of voxels of the classes beside the background."""
     parts = [v[(x != IGNORED) & (True if background is None else x != background)] for v, x in seen]
     inside = np.concatenate([part[spread(len(part), LOOKED_AT)] for part in parts])
     if not len(inside):
@@ -313,9 +335,9 @@ def _scale(seen: Sequence[Labelled], background: int | None) -> tuple[float, ...
             supported="masks with classes beside the background",
             nearest="normalise=volume",
         )
-    low, high = np.quantile(inside, (0.005, 0.995))
+    low, high = np.quantile(inside, (0.005, 0.995), axis=0)
     within = inside.clip(low, high)
-    return float(low), float(high), float(within.mean()), float(within.std())
+    return tuple(map(tuple, np.stack([low, high, within.mean(0), within.std(0)], 1).tolist()))
 
 
 __all__ = ["Segmentation3DTask", "VolumeReader"]

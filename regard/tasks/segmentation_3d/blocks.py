@@ -26,9 +26,9 @@ def read_blocks(data: str, size: tuple[int, ...], spacing: float | None, share: 
         Unsupported: for crops of which the head has no two.
     """
     head, labels, names, source = read_head(data)
-    voxels = resampled(head.astype(np.float32), (1.0,) * 3, spacing)
+    voxels = resampled(head.astype(np.float32)[..., None], (1.0,) * 3, spacing)
     classes = resampled(labels.astype(np.int16), (1.0,) * 3, spacing, smooth=False)
-    told = f"{source}, {' x '.join(map(str, voxels.shape))} voxels"
+    told = f"{source}, {' x '.join(map(str, classes.shape))} voxels"
     where = [
         (slice(None), slice(y, y + size[1]), slice(z, z + size[2]))
         for y in _starts(voxels.shape[1], size[1])

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from regard.contract import Unsupported
 from regard.core.patches import cut
-from regard.tasks.documents import names_of
-from regard.tasks.image_files import machine_memory
+from regard.tasks.documents import file_name, names_of
+from regard.tasks.image_files import Unreadable, left_out, machine_memory
 from regard.tasks.images import as_tuples
 from regard.tasks.protocol import IGNORED
 from regard.tasks.segmentation.folders import CLASSES, VOLUMES, class_names, classes_among, largest_classes, pairs_of
@@ -43,54 +43,59 @@ class VolumeReader:
         patch: side of a token in voxels.
         spacing: millimetres to which voxels are resampled; None takes them as they come.
         overlap: least share of a window that the next one covers again.
-        scale: least and greatest value, mean and deviation by which all volumes are normalised; None for each by its own mean
-            and deviation.
+        scale: least and greatest value, mean and deviation of each channel by which all volumes are normalised; None for each
+            volume by its own mean and deviation.
         classes: their names.
         values: of each class in a mask.
         colours: of each class, red, green and blue.
         background: number of the class that is not scored; None for none.
+        channels: of a voxel.
     """
 
     size: tuple[int, ...]
     patch: int
     spacing: float | None
     overlap: float
-    scale: tuple[float, ...] | None
+    scale: tuple[tuple[float, ...], ...] | None
     classes: tuple[str, ...]
     values: tuple[int, ...]
     colours: tuple[Colour, ...]
     background: int | None
+    channels: int = 1
 
     @property
     def grid(self) -> tuple[int, ...]:
         """Tokens of a window along each axis."""
         return tuple(side // self.patch for side in self.size)
 
-    def normalised(self, voxels: Shaped[np.ndarray, "x y z"]) -> Float[np.ndarray, "x y z"]:
-        """Numbers around 0, as the model reads them."""
+    def normalised(self, voxels: Shaped[np.ndarray, "x y z c"]) -> Float[np.ndarray, "x y z c"]:
+        """Numbers around 0, as the model reads them, each channel by itself."""
         if self.scale is None:
-            mean, deviation = voxels.mean(dtype=np.float64), voxels.std(dtype=np.float64)
+            mean, deviation = voxels.mean((0, 1, 2), dtype=np.float64), voxels.std((0, 1, 2), dtype=np.float64)
         else:
-            low, high, mean, deviation = self.scale
+            low, high, mean, deviation = np.array(self.scale).T
             voxels = voxels.clip(low, high)
-        return ((voxels - mean) / (deviation if deviation > 0 else 1.0)).astype(np.float32)
+        return ((voxels - mean) / np.where(deviation > 0, deviation, 1.0)).astype(np.float32)
 
     def read(self, path: Path) -> tuple[Float[Tensor, "1 n f"], tuple[int, ...], tuple[int, ...], Scan]:
         """Tokens of a whole file, their grid, the voxels that they stand for, without those that fill it up, and the scan.
 
         Raises:
-            Unsupported: for a file that cannot be read, and a volume smaller than a window.
+            Unsupported: for a file that cannot be read, a volume smaller than a window, and one of other channels.
         """
         scan = read_scan(path)
+        check_channels(path, scan, self.channels, "as the model was trained on")
         voxels = resampled(scan.voxels, scan.spacing, self.spacing)
-        check_sides(path, voxels.shape, self.size, self.patch)
+        sides = voxels.shape[:3]
+        check_sides(path, sides, self.size, self.patch)
         inputs, grid = self.tokens(self.normalised(voxels))
-        return inputs, grid, voxels.shape, scan
+        return inputs, grid, sides, scan
 
-    def tokens(self, voxels: Float[np.ndarray, "x y z"]) -> tuple[Float[Tensor, "1 n f"], tuple[int, ...]]:
+    def tokens(self, voxels: Float[np.ndarray, "x y z c"]) -> tuple[Float[Tensor, "1 n f"], tuple[int, ...]]:
         """Tokens of a normalised volume, filled up with its border to whole ones, and their grid."""
-        filled = np.pad(voxels, _missing(voxels.shape, self.patch), mode="edge")
-        return cut(torch.from_numpy(filled)[None, None], self.patch), tuple(side // self.patch for side in filled.shape)
+        filled = np.pad(voxels, [*_missing(voxels.shape[:3], self.patch), (0, 0)], mode="edge")
+        grid = tuple(side // self.patch for side in filled.shape[:3])
+        return cut(torch.from_numpy(filled).movedim(-1, 0)[None], self.patch), grid
 
     def targets(self, labels: Int[np.ndarray, "x y z"]) -> Int[Tensor, "1 n p"]:
         """The class of each voxel of the tokens; ignored where they are filled up."""
@@ -104,7 +109,10 @@ class VolumeReader:
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Self:
         """From :meth:`as_record`."""
-        return cls(**{key: as_tuples(value) for key, value in record.items()})
+        given = {key: as_tuples(value) for key, value in record.items()}
+        if given.get("scale") and not isinstance(given["scale"][0], tuple):
+            given["scale"] = (given["scale"],)  # as models of one channel were kept before there were several
+        return cls(**given)
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,7 @@ class Volumes:
 
     Attributes:
         source: in words.
-        voxels: of each volume, as it comes.
+        voxels: of each volume, as it comes; all have the same number of channels.
         labels: numbers of classes, `IGNORED` where there is none.
         classes, values: names of the classes, and what they are in masks.
         background: number of the class that is not scored; None for none.
@@ -123,7 +131,7 @@ class Volumes:
     """
 
     source: str
-    voxels: Sequence[Float[np.ndarray, "x y z"]]
+    voxels: Sequence[Float[np.ndarray, "x y z c"]]
     labels: Sequence[Int[np.ndarray, "x y z"]]
     classes: tuple[str, ...]
     values: tuple[int, ...]
@@ -160,6 +168,8 @@ def read_volumes(
     spacing: float | None,
     background: int | str | None,
     ignore: int | str | None,
+    *,
+    skip_unreadable: bool = False,
 ) -> Volumes:
     """The volumes and masks of a folder.
 
@@ -168,7 +178,7 @@ def read_volumes(
             them, of NIfTI files.
         validation: another, whose volumes are held out.
         size, patch, spacing: as of :class:`VolumeReader`.
-        background, ignore: as of :func:`regard.tasks.segmentation.masks.read_masked`.
+        background, ignore, skip_unreadable: as of :func:`regard.tasks.segmentation.masks.read_masked`.
 
     Raises:
         Unsupported: for what is missing or unreadable, or does not belong together, with the first file of its kind.
@@ -179,20 +189,38 @@ def read_volumes(
     if validation is not None:
         more, more_notes = pairs_of(validation, VOLUMES)
         pairs, notes = pairs + more, notes + more_notes
-    voxels, masks, spacings = [], [], []
-    for image, mask in pairs:
-        scan = read_scan(image)
-        drawn = read_mask(mask, scan)
+    voxels: list[np.ndarray] = []
+    masks, spacings = [], []
+    kept, unread = list[int](), list[str]()
+    for i, (image, mask) in enumerate(pairs):
+        try:
+            scan = read_scan(image)
+            drawn = read_mask(mask, scan)
+        except Unreadable as error:
+            if not skip_unreadable:
+                raise
+            unread.append(error.asked.replace(f"{image.parent.parent}/", ""))
+            continue
+        if voxels:
+            check_channels(image, scan, voxels[0].shape[3], f"as {pairs[kept[0]][0].name} has")
+        kept.append(i)
         voxels.append(resampled(scan.voxels, scan.spacing, spacing))
         masks.append(resampled(drawn, scan.spacing, spacing, smooth=False))
         spacings.append(scan.spacing)
-        check_sides(image, voxels[-1].shape, size, patch)
+        check_sides(image, voxels[-1].shape[:3], size, patch)
         if BYTES * sum(each.size for each in voxels) > machine_memory() / 2:
             raise Unsupported(
                 f"the volumes of {names_of(folder)}, which are held in memory",
                 supported=f"up to half of this machine's {machine_memory() / 1e9:.0f} GB",
                 nearest="a larger spacing, or fewer volumes",
             )
+    notes += left_out([file_name(one) for one in unread])
+    training = sum(i < training for i in kept)
+    pairs = [pairs[i] for i in kept]
+    if not training:
+        raise Unsupported(
+            f"{names_of(folder)}, of which no volume and mask can be read", supported="2 or more volumes and masks"
+        )
     values, quiet = classes_among(
         [path for _, path in pairs], [np.unique(mask) for mask in masks], training, names, background, ignore
     )
@@ -213,6 +241,16 @@ def read_volumes(
     return _distinct(found, None if validation is None else training)
 
 
+def check_channels(path: Path, scan: Scan, channels: int, why: str) -> None:
+    """Raise Unsupported for a volume of another number of channels."""
+    found = scan.voxels.shape[3]
+    if found != channels:
+        raise Unsupported(
+            f"{path} of {found} channel" + "s" * (found != 1),
+            supported=f"volumes of {channels} channel" + "s" * (channels != 1) + f", {why}",
+        )
+
+
 def check_sides(path: Path, sides: tuple[int, ...], size: tuple[int, ...], patch: int) -> None:
     """Raise Unsupported for a volume that is smaller than a crop."""
     if any(side < own for side, own in zip(sides, size, strict=True)):
@@ -226,21 +264,22 @@ def check_sides(path: Path, sides: tuple[int, ...], size: tuple[int, ...], patch
 
 
 def resampled(
-    voxels: Shaped[np.ndarray, "x y z"], have: tuple[float, ...], want: float | None, *, smooth: bool = True
-) -> Shaped[np.ndarray, "x y z"]:
-    """A volume with its voxels at other distances: means where they become fewer and linear between where they become more;
-    of a mask the nearest."""
+    voxels: Shaped[np.ndarray, "x y z *c"], have: tuple[float, ...], want: float | None, *, smooth: bool = True
+) -> Shaped[np.ndarray, "x y z *c"]:
+    """A volume, or a mask, with its voxels at other distances: means where they become fewer and linear between where they
+    become more; of a mask, which has no channels, the nearest."""
     if want is None:
         return voxels
-    sides = tuple(max(1, round(side * own / want)) for side, own in zip(voxels.shape, have, strict=True))
-    if sides == voxels.shape:
+    own_sides = voxels.shape[:3]
+    sides = tuple(max(1, round(side * own / want)) for side, own in zip(own_sides, have, strict=True))
+    if sides == own_sides:
         return voxels
-    given = torch.from_numpy(np.ascontiguousarray(voxels)).float()[None, None]
+    given = torch.from_numpy(np.ascontiguousarray(voxels)).float()
     if not smooth:
-        return F.interpolate(given, sides, mode="nearest-exact")[0, 0].numpy().astype(voxels.dtype)
-    fewer = tuple(min(pair) for pair in zip(sides, voxels.shape, strict=True))
-    means = F.interpolate(given, fewer, mode="area")
-    return F.interpolate(means, sides, mode="trilinear", align_corners=False)[0, 0].numpy()
+        return F.interpolate(given[None, None], sides, mode="nearest-exact")[0, 0].numpy().astype(voxels.dtype)
+    fewer = tuple(min(pair) for pair in zip(sides, own_sides, strict=True))
+    means = F.interpolate(given.movedim(-1, 0)[None], fewer, mode="area")
+    return F.interpolate(means, sides, mode="trilinear", align_corners=False)[0].movedim(0, -1).numpy()
 
 
 def _distinct(volumes: Volumes, training: int | None) -> Volumes:

@@ -38,7 +38,8 @@ class Found:
 
     def __str__(self) -> str:
         mean = "the mean of the weights up to" if self.averaged else "those after"
-        return f"{mean} step {self.step} ({self.score:.4g} on the {self.items} items that chose them)"
+        items = f"{self.items} items that chose them" if self.items != 1 else "one item that chose them"
+        return f"{mean} step {self.step} ({self.score:.4g} on the {items})"
 
 
 class BestWeights:

@@ -39,7 +39,7 @@ def segment(
     The volume is read in the model's spacing and windows; its logits are interpolated (linearly) to the voxels of the file.
 
     Raises:
-        Unsupported: for a file that cannot be read, and a volume smaller than a window.
+        Unsupported: for a file that cannot be read, and a volume smaller than a window or of other channels.
     """
     inputs, grid, sides, scan = reader.read(path)
 
@@ -49,7 +49,7 @@ def segment(
     output = in_windows(run, inputs, grid, reader.grid, reader.patch, reader.overlap)
     x, y, z = sides
     logits = joined(output, grid, reader.patch)[0, :, :x, :y, :z]
-    classes = likeliest(logits, scan.voxels.shape).numpy()
+    classes = likeliest(logits, scan.sides).numpy()
     return Segmented(classes, scan), shares_of(classes, reader.classes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from support import close, refused
 
 from regard import backends
 from regard.catalogue import find_mechanism
+from regard.contract import Unsupported
 from regard.measurement.flops import flop_counter
 from regard.models.parameters import count_parameters
 from regard.models.vision import create_backbone, list_backbones, read_backbone
@@ -226,6 +228,17 @@ def test_routers_of_published_head_counts_add_their_weights_alone() -> None:
 def test_no_backbone_has_the_name_of_a_mechanism() -> None:
     for name in list_backbones():
         assert find_mechanism(name) is None, name
+
+
+@pytest.mark.parametrize("name", ["tnt_nano", "mixer_nano", "pyramid_tnt_nano", "vit_nano", "vim_nano"])
+def test_a_size_that_is_refused_is_refused_with_the_nearest_that_is_taken(name: str) -> None:
+    with torch.device("meta"):
+        for side in range(33, 36):
+            with pytest.raises(Unsupported) as error:
+                create_backbone(name, image_size=side)
+            told = re.findall(r"\d+", error.value.nearest)
+            assert abs(int(told[0]) - side) <= 4
+            create_backbone(name, image_size=int(told[0]))
 
 
 def test_unknown_names_options_and_inputs_are_refused_with_the_nearest() -> None:
