@@ -353,6 +353,22 @@ def test_our_language_models_generate_with_their_state_and_are_saved_and_loaded_
     assert loaded.config.language_model() == model.config.language_model()
 
 
+def test_our_language_models_read_a_known_beginning_once_and_refuse_caches_of_others():
+    config = bridge.RegardConfig(48, plan="gated_linear", dim=16, num_layers=1, num_heads=2)
+    model, ids = bridge.RegardForCausalLM(config).eval(), torch.randint(1, 48, (2, 9))
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones(2, 9).long()}
+    with torch.no_grad():
+        known = getattr(model(ids[:, :5], use_cache=True), bridge.CACHE)
+    found = model.generate(ids, **settings, **{bridge.CACHE: known})
+    assert torch.equal(found, model.generate(ids, **settings, use_cache=False))
+    with pytest.raises(Unsupported, match="with a cache that has read 9"):
+        model.generate(
+            ids[:, :4], max_new_tokens=2, **{bridge.CACHE: getattr(model(ids, use_cache=True), bridge.CACHE)}
+        )
+    with pytest.raises(Unsupported, match="a DynamicCache for a language model of regard"):
+        model(ids, **{bridge.CACHE: transformers.DynamicCache()})
+
+
 def test_labels_give_the_loss_of_the_next_token():
     model, tokens = language_model("gated_linear"), ids()
     output = model(tokens, labels=tokens)

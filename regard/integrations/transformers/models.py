@@ -56,12 +56,19 @@ class RegardConfig(PreTrainedConfig):
 
 
 class RegardCache:
-    """The state of a :class:`RegardForCausalLM` in the place where transformers keeps a decoder's cache."""
+    """The state of a :class:`RegardForCausalLM` in the place where transformers keeps a decoder's cache.
+
+    Attributes:
+        state: after the tokens so far.
+        tokens: how many were read of each row, padding too.
+    """
 
     is_compileable = False
+    is_linear = (True,)
+    """By which transformers leaves it to the model to know what tokens are new."""
 
-    def __init__(self, state: ModelState) -> None:
-        self.state = state
+    def __init__(self, state: ModelState, tokens: int) -> None:
+        self.state, self.tokens = state, tokens
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of the longest row."""
@@ -107,15 +114,24 @@ class RegardForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
+        cache: RegardCache | None = None,
+        past_key_values: RegardCache | None = None,
         **options: Any,
     ) -> CausalLMOutputWithPast:
         """As other causal language models: logits, a loss with `labels` (-100 is ignored), and the state.
 
         Args:
             attention_mask: (B, N), 1 where a token exists; with a state that of the new tokens, or of all so far.
+            cache, past_key_values: what an earlier call returned, by its name in new and in older versions of transformers.
         """
-        cache = options.get(CACHE)
-        state = None if cache is None else cache.state
+        cache = past_key_values if cache is None else cache
+        if not isinstance(cache, RegardCache | None):
+            raise Unsupported(
+                f"a {type(cache).__name__} for a language model of regard, which goes on from its state",
+                supported="the cache that a call with use_cache=True returns",
+                nearest=f"{CACHE}=None",
+            )
+        state, before = (None, 0) if cache is None else (cache.state, cache.tokens)
         keeps = self.config.use_cache if use_cache is None else use_cache
         mask = None
         if attention_mask is not None:
@@ -128,18 +144,24 @@ class RegardForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        found = {CACHE: None if result.state is None else RegardCache(result.state)}
+        found = {CACHE: None if result.state is None else RegardCache(result.state, before + input_ids.shape[1])}
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **found)
         return output if return_dict in (None, True) else output.to_tuple()
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = True, **kwargs: Any
     ) -> dict[str, Any]:
-        """The whole prompt first, then the newest token beside the state."""
+        """The tokens that the state has not read yet: the whole prompt first, then the newest one."""
         cache = kwargs.get(CACHE)
+        read = cache.tokens if isinstance(cache, RegardCache) else 0
+        if read >= input_ids.shape[1]:
+            raise Unsupported(
+                f"generating from {input_ids.shape[1]} tokens with a cache that has read {read}",
+                supported="a prompt that begins with what was read, and goes on",
+            )
         return {
-            "input_ids": input_ids if cache is None else input_ids[:, -1:],
-            "attention_mask": attention_mask if cache is None else None,
+            "input_ids": input_ids[:, read:],
+            "attention_mask": attention_mask,
             "use_cache": use_cache,
             CACHE: cache,
             "logits_to_keep": 1,
