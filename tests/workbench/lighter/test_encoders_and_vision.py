@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -16,7 +13,6 @@ from regard.compression import load_compressed
 from regard.workbench.lighter import study as studies
 from regard.workbench.lighter.subjects import open_subject
 
-sys.path.append(str(Path(__file__).parents[1] / "retrofit"))
 transformers, timm = pytest.importorskip("transformers"), pytest.importorskip("timm")
 from small_encoders import WORDS, bert, text, tokenizer  # noqa: E402
 
