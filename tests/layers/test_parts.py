@@ -293,7 +293,7 @@ REFUSED = [
     (lambda: ShortConvolution(3, causal=False)(X, cache=X[:, :3]), "noncausal"),
     (lambda: ShortConvolution(3, activation="sily"), "try silu"),
     (lambda: FeatureEmbedding(3, 5)(X[..., :2]), "3 features"),
-    (lambda: PatchEmbedding(1, 2, 2)(torch.zeros(1, 1, 4, 5)), "try width 4"),  # pixels would be lost
+    (lambda: PatchEmbedding(1, 2, 2)(torch.zeros(1, 1, 4, 5)), "try width 6"),  # pixels would be lost
     (lambda: PatchEmbedding(1, 2, 8).grid(7, 8), "try height 8"),
     (lambda: PatchEmbedding(1, 2, 2, stride=3), "skips pixels"),
     (lambda: PatchEmbedding(1, 2, 2)(torch.zeros(1, 3, 4, 4)), r"\(B, 1, H, W\)"),
