@@ -65,7 +65,7 @@ def test_every_second_held_out_item_has_numbers_from_further_out():
     assert training.abs().max() <= TRAINED_BOUND
     # by chance alone: of bounds that are both within, all rows would be
     inside = (np.abs(draw_numbers(np.random.default_rng(), 4000, 8, 1.25 * TRAINED_BOUND)) <= TRAINED_BOUND).all(1)
-    assert inside.mean() < 0.4
+    assert inside.mean() < 0.5
 
 
 def test_a_rule_that_scales_has_the_same_score_at_each_range_and_the_figures_are_in_the_numbers_own_units():
