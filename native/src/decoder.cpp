@@ -4,9 +4,9 @@
 #include "regard_decoder.h"
 #include "regard_quantized_linear.h"
 
+#include "elementwise.h"
 #include "vector.h"
 
-#include "parallel.h"
 #include "workspace.h"
 
 namespace REGARD_ISA {
@@ -19,18 +19,13 @@ using regard::Workspace;
 
 bool wrong(const regard_weight& w, int64_t k) { return w.k != k || w.n < 1 || w.codes == nullptr; }
 
-// f(first, count) for vectors that cover [0, width).
-template <class F>
-REGARD_INLINE void over(int64_t width, F&& f) {
-  for (int64_t i = 0; i < width; i += LANES) f(i, static_cast<int>(least<int64_t>(LANES, width - i)));
-}
-
 // `scaled` has room for an input.
 int apply(const regard_weight& w, int64_t threads, int64_t m, const float* x, float* scaled, float* y) {
   if (w.input_scale != nullptr) {
     for (int64_t t = 0; t < m; ++t)
-      over(w.k, [&](int64_t i, int count) __attribute__((always_inline)) {
-        store(scaled + t * w.k + i, load(x + t * w.k + i, count) * load(w.input_scale + i, count), count);
+      over_vectors(w.k, [&](int64_t i, int count, auto full) __attribute__((always_inline)) {
+        constexpr bool FULL = decltype(full)::value;
+        put<FULL>(scaled + t * w.k + i, take<FULL>(x + t * w.k + i, count) * take<FULL>(w.input_scale + i, count), count);
       });
     x = scaled;
   }
@@ -57,13 +52,15 @@ int apply(const regard_weight& w, int64_t threads, int64_t m, const float* x, fl
 void normalise(int64_t m, int64_t width, float eps, const float* x, const float* weight, float* y) {
   for (int64_t t = 0; t < m; ++t, x += width, y += width) {
     Vec squares = zero();
-    over(width, [&](int64_t i, int count) __attribute__((always_inline)) {
-      const Vec v = load(x + i, count);
+    over_vectors(width, [&](int64_t i, int count, auto full) __attribute__((always_inline)) {
+      constexpr bool FULL = decltype(full)::value;
+      const Vec v = take<FULL>(x + i, count);
       squares = fma(v, v, squares);
     });
     const Vec factor = broadcast(1.f / __builtin_sqrtf(sum(squares) / static_cast<float>(width) + eps));
-    over(width, [&](int64_t i, int count) __attribute__((always_inline)) {
-      store(y + i, load(x + i, count) * factor * load(weight + i, count), count);
+    over_vectors(width, [&](int64_t i, int count, auto full) __attribute__((always_inline)) {
+      constexpr bool FULL = decltype(full)::value;
+      put<FULL>(y + i, take<FULL>(x + i, count) * factor * take<FULL>(weight + i, count), count);
     });
   }
 }
@@ -72,24 +69,26 @@ void turn(int64_t m, int64_t n, int64_t width, const float* cosine, const float*
   const int64_t half = width / 2;
   for (int64_t t = 0; t < m; ++t, cosine += width, sine += width)
     for (int64_t h = 0; h < n / width; ++h, y += width)
-      over(half, [&](int64_t i, int count) __attribute__((always_inline)) {
-        const Vec a = load(y + i, count), b = load(y + half + i, count);
-        store(y + i, a * load(cosine + i, count) - b * load(sine + i, count), count);
-        store(y + half + i, b * load(cosine + half + i, count) + a * load(sine + half + i, count), count);
+      over_vectors(half, [&](int64_t i, int count, auto full) __attribute__((always_inline)) {
+        constexpr bool FULL = decltype(full)::value;
+        const Vec a = take<FULL>(y + i, count), b = take<FULL>(y + half + i, count);
+        put<FULL>(y + i, a * take<FULL>(cosine + i, count) - b * take<FULL>(sine + i, count), count);
+        put<FULL>(y + half + i, b * take<FULL>(cosine + half + i, count) + a * take<FULL>(sine + half + i, count), count);
       });
 }
 
 void gate(int64_t count, float* gates, const float* values) {
-  over(count, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-    const Vec g = load(gates + i, lanes);
-    const Vec open = reciprocal(exp2(minimum(broadcast(120.f), g * -LOG2_E)) + 1.f);  // the limit keeps the sum finite
-    store(gates + i, g * open * load(values + i, lanes), lanes);
+  over_vectors(count, [&](int64_t i, int lanes, auto full) __attribute__((always_inline)) {
+    constexpr bool FULL = decltype(full)::value;
+    const Vec g = take<FULL>(gates + i, lanes);
+    put<FULL>(gates + i, g * sigmoid(g) * take<FULL>(values + i, lanes), lanes);
   });
 }
 
 void add(int64_t count, const float* x, float* y) {
-  over(count, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-    store(y + i, load(x + i, lanes) + load(y + i, lanes), lanes);
+  over_vectors(count, [&](int64_t i, int lanes, auto full) __attribute__((always_inline)) {
+    constexpr bool FULL = decltype(full)::value;
+    put<FULL>(y + i, take<FULL>(x + i, lanes) + take<FULL>(y + i, lanes), lanes);
   });
 }
 

@@ -12,6 +12,7 @@
 
 #include "regard_selective_scan.h"
 
+#include "elementwise.h"
 #include "vector.h"
 
 #include "parallel.h"
@@ -77,10 +78,6 @@ REGARD_INLINE Softplus softplus(Vec x) {
   const Vec logarithm = 2.f * fma(p * square, s, s);
   const Vec whole = reciprocal(e + 1.f);
   return {maximum(zero(), x) + logarithm, select(reinterpret_cast<IntVec>(x < 0.f), e * whole, whole)};
-}
-
-REGARD_INLINE Vec sigmoid(Vec x) {
-  return reciprocal(exp2(minimum(broadcast(120.f), x * -LOG2_E)) + 1.f);  // the limit keeps the sum finite
 }
 
 template <class T>
