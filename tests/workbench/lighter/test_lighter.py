@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from byte_tokenizer import save_byte_tokenizer
 from command_line import answer, run
 
 from regard.compression.recipes import read_recipes
@@ -48,13 +49,8 @@ def trained(tmp_path_factory):
 def causal(tmp_path_factory):
     """A causal language model of transformers in its folder, and a text."""
     transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     place = tmp_path_factory.mktemp("causal")
-    alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    own = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    own.pre_tokenizer, own.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=own).save_pretrained(place / "model")
+    save_byte_tokenizer(place / "model")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.LlamaConfig(
         vocab_size=256, num_key_value_heads=1, tie_word_embeddings=True, eos_token_id=None, **sizes

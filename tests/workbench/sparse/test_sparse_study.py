@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from byte_tokenizer import save_byte_tokenizer
 from command_line import answer, run
 
 from regard import Unsupported
@@ -86,13 +87,8 @@ def test_made_by_hand_a_wide_sparse_layer_beats_a_narrow_dense_one_where_context
 def causal(tmp_path_factory):
     """A causal language model of transformers in its folder, untrained but for a text that it knows by heart."""
     transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     place = tmp_path_factory.mktemp("causal")
-    alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    own = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    own.pre_tokenizer, own.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=own).save_pretrained(place / "model")
+    tokenizer = save_byte_tokenizer(place / "model")
     config = transformers.LlamaConfig(
         vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=None, max_position_embeddings=512,
@@ -100,7 +96,7 @@ def causal(tmp_path_factory):
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    line = torch.tensor(own.encode("one and two and ").ids)
+    line = torch.tensor(tokenizer.encode("one and two and "))
     for _ in range(120):
         loss = model(line.repeat(1, 6), labels=line.repeat(1, 6)).loss
         loss.backward()
