@@ -1,5 +1,5 @@
-/* Two parts of a layer of a Llama-like decoder, for few tokens: what comes before attention, and what comes after it. Between
- * them the caller puts keys and values into a cache and attends. */
+/* Layers of a Llama-like decoder, for few tokens: the two parts of one, what comes before attention and what comes after it,
+ * between which the caller puts keys and values into a cache and attends; and whole layers with their caches. */
 #ifndef REGARD_DECODER_H
 #define REGARD_DECODER_H
 
@@ -48,6 +48,35 @@ typedef struct {
   float *y;                       /* (M, width) contiguous */
 } regard_decoder_outputs_args;
 REGARD_API int regard_decoder_outputs(const regard_decoder_outputs_args *args);
+
+/* A whole layer: weights of queries, keys, values, output, gate, up and down, and its part of the cache. Query i of a row sees
+ * the row's keys up to its own, at most `left` before it (-1: all); scores are multiplied with `scale`. */
+typedef struct {
+  float eps[2];
+  const float *norms[2];
+  regard_weight weights[7];
+  float scale;
+  int64_t left;
+  float *keys, *values;
+  int64_t keys_strides[3], values_strides[3]; /* row or page, head, token or slot; features are contiguous */
+} regard_decoder_layer;
+
+/* Layers one after the other; token i of row b is number lengths_b + i of its row. Without pages all rows have room for as
+ * many tokens as the longest; with them, token t of row b has its place as in regard_attention_decode. Nothing is written
+ * when an argument is bad. */
+typedef struct {
+  int64_t size;
+  int64_t threads;
+  int64_t batch, n, width, head_width;
+  int64_t count;
+  const regard_decoder_layer *layers;
+  const int64_t *lengths;         /* (batch,) tokens before */
+  const int64_t *pages;           /* (batch, pages_stride); NULL for none */
+  int64_t pages_stride, page_size;
+  const float *cosine, *sine;     /* (batch, n, head_width) contiguous */
+  float *x;                       /* (batch, n, width) contiguous; in its place comes the answer */
+} regard_decoder_layers_args;
+REGARD_API int regard_decoder_layers(const regard_decoder_layers_args *args);
 
 #ifdef __cplusplus
 }

@@ -1,6 +1,7 @@
-// A decoder's layer for few tokens, in two calls: at that size the way from one operation to the next takes longer than most
-// operations.
+// Layers of a decoder for few tokens, each in two calls or all in one: at that size the way from one operation to the next takes
+// longer than most operations.
 
+#include "regard_attention.h"
 #include "regard_decoder.h"
 #include "regard_quantized_linear.h"
 
@@ -92,6 +93,32 @@ void add(int64_t count, const float* x, float* y) {
   });
 }
 
+// Rows of new keys or values, (batch, n, heads, width), to their places in the cache.
+void put_tokens(const regard_decoder_layers_args& a, const float* from, int64_t heads, float* to, const int64_t (&strides)[3]) {
+  for (int64_t b = 0; b < a.batch; ++b)
+    for (int64_t t = a.lengths[b]; t < a.lengths[b] + a.n; ++t) {
+      float* place = a.pages == nullptr ? to + b * strides[0] + t * strides[2]
+                                        : to + a.pages[b * a.pages_stride + t / a.page_size] * strides[0] +
+                                              t % a.page_size * strides[2];
+      for (int64_t h = 0; h < heads; ++h, from += a.head_width)
+        __builtin_memcpy(place + h * strides[1], from, static_cast<size_t>(a.head_width) * sizeof(float));
+    }
+}
+
+bool wrong(const regard_decoder_layers_args& a) {
+  if (a.threads < 1 || a.batch < 0 || a.n < 0 || a.count < 0 || a.width < 1 || a.head_width < 2 || a.head_width % 2) return true;
+  if (a.pages != nullptr && a.page_size < 1) return true;
+  for (int64_t i = 0; i < a.count; ++i) {
+    const auto& w = a.layers[i].weights;
+    const int64_t heads = w[0].n / a.head_width, kv_heads = w[1].n / a.head_width;
+    if (w[0].n % a.head_width || w[1].n % a.head_width || kv_heads < 1 || heads % kv_heads || w[2].n != w[1].n) return true;
+    for (int j = 0; j < 6; ++j)
+      if (j != 3 && wrong(w[j], a.width)) return true;
+    if (wrong(w[3], w[0].n) || wrong(w[6], w[4].n) || w[3].n != a.width || w[5].n != w[4].n || w[6].n != a.width) return true;
+  }
+  return false;
+}
+
 }  // namespace
 
 int decoder_inputs(const regard_decoder_inputs_args* args) {
@@ -138,6 +165,115 @@ int decoder_outputs(const regard_decoder_outputs_args* args) {
   status = apply(a.down, a.threads, a.m, gates, scaled, a.y);
   if (status != REGARD_OK) return status;
   add(a.m * a.width, sum, a.y);
+  return REGARD_OK;
+}
+
+int decoder_layers(const regard_decoder_layers_args* args) {
+  const auto& a = *args;
+  if (wrong(a)) return REGARD_BAD_ARGUMENT;
+  const int64_t tokens = a.batch * a.n;
+  int64_t queries = 0, keys = 0, longest = 0;
+  for (int64_t i = 0; i < a.count; ++i) {
+    queries = most(queries, a.layers[i].weights[0].n);
+    keys = most(keys, a.layers[i].weights[1].n);
+  }
+  Workspace workspace(2 * Workspace::bytes_of<float>(static_cast<size_t>(tokens * queries)) +
+                      2 * Workspace::bytes_of<float>(static_cast<size_t>(tokens * keys)) +
+                      Workspace::bytes_of<int64_t>(static_cast<size_t>(tokens)) +
+                      Workspace::bytes_of<int64_t>(static_cast<size_t>(a.batch)));
+  if (!workspace) return REGARD_OUT_OF_MEMORY;
+  float *const q = workspace.take<float>(static_cast<size_t>(tokens * queries));
+  float* const attended = workspace.take<float>(static_cast<size_t>(tokens * queries));
+  float *const k = workspace.take<float>(static_cast<size_t>(tokens * keys));
+  float* const v = workspace.take<float>(static_cast<size_t>(tokens * keys));
+  int64_t* const ranks = workspace.take<int64_t>(static_cast<size_t>(tokens));
+  int64_t* const lengths = workspace.take<int64_t>(static_cast<size_t>(a.batch));
+  for (int64_t b = 0; b < a.batch; ++b) {
+    for (int64_t t = 0; t < a.n; ++t) ranks[b * a.n + t] = a.lengths[b] + t;
+    lengths[b] = a.lengths[b] + a.n;
+    longest = most(longest, lengths[b]);
+  }
+
+  regard_decoder_inputs_args before{};
+  before.size = sizeof before;
+  before.threads = a.threads;
+  before.m = tokens;
+  before.width = a.width;
+  before.head_width = a.head_width;
+  before.x = a.x;
+  before.cosine = a.cosine;
+  before.sine = a.sine;
+  before.outputs[0] = q;
+  before.outputs[1] = k;
+  before.outputs[2] = v;
+
+  regard_attention_args attention{};
+  attention.size = sizeof attention;
+  attention.threads = a.threads;
+  attention.dtype = REGARD_FLOAT32;
+  attention.q = q;
+  attention.out = attended;
+  attention.batch = a.batch;
+  attention.n = a.n;
+  attention.m = longest;
+  attention.width = attention.value_width = a.head_width;
+  attention.rule = REGARD_SOFTMAX;
+  attention.visibility.query_ranks = ranks;
+  attention.visibility.query_ranks_stride = a.n;
+  attention.visibility.causal = 1;
+  attention.visibility.right = -1;
+  regard_attention_decode_args decode{};
+  decode.size = sizeof decode;
+  decode.forward = &attention;
+  decode.pages = a.pages;
+  decode.pages_stride = a.pages_stride;
+  decode.page_size = a.page_size;
+  decode.lengths = lengths;
+
+  regard_decoder_outputs_args after{};
+  after.size = sizeof after;
+  after.threads = a.threads;
+  after.m = tokens;
+  after.width = a.width;
+  after.x = a.x;
+  after.attended = attended;
+  after.y = a.x;
+
+  for (int64_t i = 0; i < a.count; ++i) {
+    const regard_decoder_layer& layer = a.layers[i];
+    before.eps = layer.eps[0];
+    before.norm = layer.norms[0];
+    for (int j = 0; j < 3; ++j) before.projections[j] = layer.weights[j];
+    int status = decoder_inputs(&before);
+    if (status != REGARD_OK) return status;
+
+    attention.heads = layer.weights[0].n / a.head_width;
+    attention.kv_heads = layer.weights[1].n / a.head_width;
+    put_tokens(a, k, attention.kv_heads, layer.keys, layer.keys_strides);
+    put_tokens(a, v, attention.kv_heads, layer.values, layer.values_strides);
+    attention.k = layer.keys;
+    attention.v = layer.values;
+    attention.q_strides[0] = attention.out_strides[0] = a.n * layer.weights[0].n;
+    attention.q_strides[1] = attention.out_strides[1] = a.head_width;
+    attention.q_strides[2] = attention.out_strides[2] = layer.weights[0].n;
+    for (int j = 0; j < 3; ++j) {
+      attention.k_strides[j] = layer.keys_strides[j];
+      attention.v_strides[j] = layer.values_strides[j];
+    }
+    attention.scale = layer.scale;
+    attention.visibility.left = layer.left;
+    status = regard_attention_decode(&decode);
+    if (status != REGARD_OK) return status;
+
+    after.eps = layer.eps[1];
+    after.norm = layer.norms[1];
+    after.output = layer.weights[3];
+    after.gate = layer.weights[4];
+    after.up = layer.weights[5];
+    after.down = layer.weights[6];
+    status = decoder_outputs(&after);
+    if (status != REGARD_OK) return status;
+  }
   return REGARD_OK;
 }
 

@@ -1,8 +1,11 @@
-// The two parts of a decoder's layer against plain loops in double, with weights of each kind, in buffers of exactly their size.
+// The two parts of a decoder's layer, and whole layers with their caches, against plain loops in double, with weights of each
+// kind, in buffers of exactly their size.
 
 #include "regard_decoder.h"
 #include "testing.h"
 
+#include <algorithm>
+#include <cmath>
 #include <memory>
 
 namespace {
@@ -73,6 +76,28 @@ Doubles normed(const Doubles& x, const Floats& weight, double eps) {
   return y;
 }
 
+Doubles turned(const Doubles& y, int64_t n, int64_t head, const Floats& cosine, const Floats& sine) {
+  Doubles found(y.size());
+  for (size_t j = 0; j < y.size(); ++j) {
+    const size_t token = j / n, feature = j % head;
+    const double other = feature < size_t(head / 2) ? -y[j + head / 2] : y[j - head / 2];
+    found[j] = y[j] * cosine[token * head + feature] + other * sine[token * head + feature];
+  }
+  return found;
+}
+
+Doubles outputs_of(const Doubles& x, const Doubles& attended, const Weight& output, const Weight& gate, const Weight& up,
+                   const Weight& down, const Floats& norm, double eps) {
+  Doubles sum = output(attended);
+  for (size_t i = 0; i < sum.size(); ++i) sum[i] += x[i];
+  const Doubles h = normed(sum, norm, eps), values = up(h);
+  Doubles gates = gate(h);
+  for (size_t i = 0; i < gates.size(); ++i) gates[i] *= values[i] / (1 + exp(-gates[i]));
+  Doubles found = down(gates);
+  for (size_t i = 0; i < sum.size(); ++i) found[i] += sum[i];
+  return found;
+}
+
 void check(int64_t bits, int64_t m, int64_t threads) {
   const int64_t width = 70, head = 10, hidden = 90;
   const bool offsets = m % 2;
@@ -100,13 +125,7 @@ void check(int64_t bits, int64_t m, int64_t threads) {
   const Doubles u = normed(Doubles(x.begin(), x.end()), norm, a.eps);
   for (int i = 0; i < 3; ++i) {
     const Doubles y = (*projections[i])(u);
-    Doubles expected = y;
-    for (size_t j = 0; i < 2 && j < y.size(); ++j) {
-      const size_t token = j / projections[i]->n, feature = j % head;
-      const bool first = feature < head / 2;
-      const double other = first ? -y[j + head / 2] : y[j - head / 2];
-      expected[j] = y[j] * cosine[token * head + feature] + other * sine[token * head + feature];
-    }
+    const Doubles expected = i < 2 ? turned(y, projections[i]->n, head, cosine, sine) : y;
     compare("inputs", Doubles(found[i].begin(), found[i].end()), expected, 2e-6, 1);
   }
 
@@ -129,13 +148,8 @@ void check(int64_t bits, int64_t m, int64_t threads) {
   b.down = down.given;
   b.y = y.data();
   must("outputs are taken", regard_decoder_outputs(&b));
-  Doubles sum = output(Doubles(attended.begin(), attended.end()));
-  for (size_t i = 0; i < sum.size(); ++i) sum[i] += x[i];
-  const Doubles h = normed(sum, norm, b.eps), values = up(h);
-  Doubles gates = gate(h);
-  for (size_t i = 0; i < gates.size(); ++i) gates[i] *= values[i] / (1 + exp(-gates[i]));
-  Doubles expected = down(gates);
-  for (size_t i = 0; i < sum.size(); ++i) expected[i] += sum[i];
+  const Doubles expected = outputs_of(Doubles(x.begin(), x.end()), Doubles(attended.begin(), attended.end()), output, gate,
+                                      up, down, norm, b.eps);
   compare("outputs", Doubles(y.begin(), y.end()), expected, 2e-6, 1);
   b.down.n = width - 1;
   must("a weight of another size", regard_decoder_outputs(&b), REGARD_BAD_ARGUMENT);
@@ -143,11 +157,125 @@ void check(int64_t bits, int64_t m, int64_t threads) {
   must("keys that are no heads", regard_decoder_inputs(&a), REGARD_BAD_ARGUMENT);
 }
 
+// Layers of 4 heads that share 2 of keys, after rows of different lengths, the second layer with a window.
+void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads) {
+  const int64_t batch = 2, width = 70, head = 10, hidden = 90, heads = 4, kv = 2, tokens = batch * n, page_size = 3, most = 3;
+  const int64_t lengths[] = {5, 2}, lefts[] = {-1, 3}, pages[] = {4, 0, 3, 1, 2, 5};
+  const int64_t slots = paged ? page_size : 9, places = paged ? 6 : batch;
+  now("layers, %d bits, %d tokens, %s", int(bits), int(n), paged ? "pages" : "rows");
+  Floats x = numbers(tokens * width);
+  const Floats cosine = numbers(tokens * head), sine = numbers(tokens * head);
+  Doubles expected(x.begin(), x.end());
+  regard_decoder_layer layers[2]{};
+  std::vector<std::unique_ptr<Weight>> weights;
+  std::vector<Floats> norms, caches;
+  for (int i = 0; i < 4; ++i) norms.push_back(numbers(width)), caches.push_back(unwritten(places * kv * slots * head));
+  const auto slot = [&](int64_t b, int64_t t, int64_t h) {
+    const int64_t place = paged ? pages[b * most + t / page_size] : b;
+    return ((place * kv + h) * slots + (paged ? t % page_size : t)) * head;
+  };
+  std::vector<Doubles> written;
+  for (int i = 0; i < 2; ++i) {
+    const int64_t sizes[7][2] = {{heads * head, width}, {kv * head, width}, {kv * head, width}, {width, heads * head},
+                                 {hidden, width}, {hidden, width}, {width, hidden}};
+    const size_t first = weights.size();
+    for (int j = 0; j < 7; ++j) {
+      weights.emplace_back(new Weight(bits, sizes[j][0], sizes[j][1], i == 1));
+      layers[i].weights[j] = weights.back()->given;
+    }
+    const auto& own = [&](int j) -> const Weight& { return *weights[first + j]; };
+    for (int j = 0; j < 2; ++j) {
+      layers[i].eps[j] = 1e-5f;
+      layers[i].norms[j] = norms[2 * i + j].data();
+    }
+    layers[i].scale = .3f;
+    layers[i].left = lefts[i];
+    layers[i].keys = caches[2 * i].data();
+    layers[i].values = caches[2 * i + 1].data();
+    for (int64_t* to : {layers[i].keys_strides, layers[i].values_strides}) {
+      to[0] = kv * slots * head;
+      to[1] = slots * head;
+      to[2] = head;
+    }
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t t = 0; t < lengths[b]; ++t)
+        for (int64_t h = 0; h < kv; ++h)
+          for (int64_t d = 0; d < head; ++d)
+            for (int j = 0; j < 2; ++j) caches[2 * i + j][slot(b, t, h) + d] = uniform();
+
+    const Doubles u = normed(expected, norms[2 * i], layers[i].eps[0]);
+    const Doubles q = turned(own(0)(u), heads * head, head, cosine, sine), k = turned(own(1)(u), kv * head, head, cosine, sine);
+    const Doubles v = own(2)(u);
+    Doubles cached[2];
+    for (int j = 0; j < 2; ++j) {
+      cached[j].assign(caches[2 * i + j].begin(), caches[2 * i + j].end());
+      for (int64_t b = 0; b < batch; ++b)
+        for (int64_t t = 0; t < n; ++t)
+          for (int64_t h = 0; h < kv; ++h)
+            for (int64_t d = 0; d < head; ++d)
+              cached[j][slot(b, lengths[b] + t, h) + d] = (j ? v : k)[((b * n + t) * kv + h) * head + d];
+      written.push_back(cached[j]);
+    }
+    Doubles attended(tokens * heads * head);
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t t = 0; t < n; ++t)
+        for (int64_t h = 0; h < heads; ++h) {
+          const int64_t at = lengths[b] + t, from = lefts[i] < 0 ? 0 : std::max<int64_t>(0, at - lefts[i]);
+          const size_t query = ((b * n + t) * heads + h) * head;
+          double total = 0;
+          for (int64_t j = from; j <= at; ++j) {
+            const size_t key = slot(b, j, h / (heads / kv));
+            double score = 0;
+            for (int64_t d = 0; d < head; ++d) score += q[query + d] * cached[0][key + d];
+            const double weight = exp(.3f * score);
+            total += weight;
+            for (int64_t d = 0; d < head; ++d) attended[query + d] += weight * cached[1][key + d];
+          }
+          for (int64_t d = 0; d < head; ++d) attended[query + d] /= total;
+        }
+    expected = outputs_of(expected, attended, own(3), own(4), own(5), own(6), norms[2 * i + 1], layers[i].eps[1]);
+  }
+  regard_decoder_layers_args a{};
+  a.size = sizeof a;
+  a.threads = threads;
+  a.batch = batch;
+  a.n = n;
+  a.width = width;
+  a.head_width = head;
+  a.count = 2;
+  a.layers = layers;
+  a.lengths = lengths;
+  a.pages = paged ? pages : nullptr;
+  a.pages_stride = most;
+  a.page_size = page_size;
+  a.cosine = cosine.data();
+  a.sine = sine.data();
+  a.x = x.data();
+  const Floats before = x;
+  std::swap(layers[1].weights[5].n, layers[1].weights[5].k);
+  must("a weight of another size", regard_decoder_layers(&a), REGARD_BAD_ARGUMENT);
+  if (x != before) fail("something was written");
+  std::swap(layers[1].weights[5].n, layers[1].weights[5].k);
+  must("layers are taken", regard_decoder_layers(&a));
+  compare("layers", Doubles(x.begin(), x.end()), expected, 1e-5, 1);
+  for (size_t i = 0; i < caches.size(); ++i)
+    for (size_t j = 0; j < caches[i].size(); ++j) {
+      const bool none = std::isnan(written[i][j]);
+      if (none != std::isnan(caches[i][j]) || (!none && fabs(caches[i][j] - written[i][j]) > 1e-4)) {
+        fail("a cache", caches[i][j], written[i][j]);
+        return;
+      }
+    }
+}
+
 }  // namespace
 
 int main() {
   return on_every_instruction_set([] {
     for (int64_t bits : {32, 8, 4})
-      for (int64_t m : {1, 5}) check(bits, m, m == 1 ? 1 : 3);
+      for (int64_t m : {1, 5}) {
+        check(bits, m, m == 1 ? 1 : 3);
+        check_layers(bits, m == 1 ? 1 : 4, m == 1, m == 1 ? 1 : 3);
+      }
   });
 }

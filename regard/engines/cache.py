@@ -151,7 +151,7 @@ def append(
     new room. So what was returned never changes. Gradients and compiled graphs take `torch.cat`. `axis` is not negative.
     `empty` makes the memory: :func:`mapped` in a file.
     """
-    if not _grows_in_place(past, new, axis):
+    if not grows_in_place(past, new, axis):
         return torch.cat([past, new], axis)
     length, count = past.shape[axis], new.shape[axis]
     end = length + count
@@ -195,7 +195,8 @@ def mapped(like: Tensor, shape: Sequence[int]) -> Tensor:
     return found[:count].view(*shape)
 
 
-def _grows_in_place(past: Tensor, new: Tensor, axis: int) -> bool:
+def grows_in_place(past: Tensor, new: Tensor, axis: int) -> bool:
+    """Whether memory behind `past` may be written in place of joining both: nobody records or compiles, and they fit."""
     if torch.compiler.is_compiling() or in_transform():
         return False
     if torch.is_grad_enabled() and (past.requires_grad or new.requires_grad):

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from regard.contract import Call, Pattern, Unsupported
 from regard.core.visibility import Visibility
 from regard.engines import attention_forms
+from regard.engines.decoder_layer import Places
 from regard.engines.linear import FrozenWeights
 from regard.engines.paged_cache import PagedState
 from regard.integrations.transformers import CACHE, GrowingCache, check_interface, is_swapped, needing_whole_sequences
@@ -155,6 +156,15 @@ class _Batch(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return int(next(iter(self.states.values())).rows.counts.max())
+
+    def places(self, layers: Sequence[int], rows: int, tokens: int) -> Places | None:
+        """Where all layers have these rows; None where not every new token is valid."""
+        states = [self.states[i] for i in layers]
+        first = states[0]
+        fits = self.lengths is None and first.k.is_cpu and first.k.dtype == torch.float32
+        if not fits or any(x.rows is not first.rows for x in states):
+            return None
+        return Places([(x.k, x.v) for x in states], first.rows.counts, first.rows.table)
 
 
 class _Seen(Cache):

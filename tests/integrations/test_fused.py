@@ -1,4 +1,4 @@
-"""Decoder layers of transformers in two native calls: what they give, and when they step aside."""
+"""Decoders of transformers in one native call, and their layers in two: what they give, and when they step aside."""
 
 from __future__ import annotations
 
@@ -63,12 +63,15 @@ def test_a_fused_model_gives_what_it_gave_token_by_token_and_in_generate(make, r
     calls.clear()
     assert bridge.fuse_layers(model) == 2
     near(stepped(model, tokens), expected)
-    assert calls.count("decoder_inputs") == calls.count("decoder_outputs") == 2 * tokens.shape[1]
+    # the first token has no cache yet; a window's cache is not for the kernel
+    first = tokens.shape[1] if make is mistral else 1
+    assert calls.count("decoder_inputs") == calls.count("decoder_outputs") == 2 * first
+    assert calls.count("decoder_layers") == tokens.shape[1] - first
     assert torch.equal(model.generate(tokens, **settings), written)
     bridge.unfuse_layers(model)
     calls.clear()
     near(stepped(model, tokens), expected)
-    assert "decoder_inputs" not in calls
+    assert not {"decoder_inputs", "decoder_layers"} & {*calls}
 
 
 def _wide(make):
@@ -78,6 +81,102 @@ def _wide(make):
         return make()
     finally:
         SIZES.update(before)
+
+
+@pytest.mark.parametrize("make", [llama, mistral, qwen2])
+def test_caches_of_every_kind_are_gone_on_from(make, calls):
+    model, tokens = make(), ids(2, 60)
+    disturb(model)
+    with torch.inference_mode():
+        expected = model(tokens).logits
+    bridge.fuse_layers(model)
+    config = model.config if make is not mistral else None
+    for cache in (transformers.DynamicCache(config=config), bridge.GrowingCache(config)):
+        at, found = 0, []
+        calls.clear()
+        # some at once, token by token beyond the room that was made, more than the kernel takes
+        for count in (3, *[1] * 30, 2, 9, 15, 1):
+            with torch.inference_mode():
+                here = model(tokens[:, at : at + count], **{bridge.CACHE: cache}, use_cache=True)
+            found.append(here.logits)
+            at += count
+        near(torch.cat(found, 1), expected)
+        assert calls.count("decoder_layers") == 32 and cache.get_seq_length() == at == 60
+        for layer in cache.layers:
+            assert layer.keys.shape == layer.values.shape == (2, 2, 60, 8)
+
+
+def test_a_cache_that_was_cut_copied_or_put_in_another_order_is_gone_on_from(calls):
+    model, tokens = llama(), ids(2, 12)
+    disturb(model)
+    bridge.fuse_layers(model)
+
+    def read(cache, given):
+        with torch.inference_mode():
+            return model(given, **{bridge.CACHE: cache}, use_cache=True).logits
+
+    cache = bridge.GrowingCache(model.config)
+    read(cache, tokens[:, :6])
+    read(cache, tokens[:, 6:7])
+    kept = cache.layers[0].keys, cache.layers[0].keys.clone()
+    expected = read(copy.deepcopy(cache), tokens[:, 7:9])
+    near(read(cache, tokens[:, 7:9]), expected)
+    read(cache, tokens[:, 9:10])
+    cache.crop(-3)
+    other = ids(2, 2)
+    near(read(cache, other), read(bridge.GrowingCache(), torch.cat([tokens[:, :7], other], 1))[:, 7:])
+    cache.reorder_cache(torch.tensor([1, 0]))
+    whole = torch.cat([tokens[:, :7], other, tokens[:, :1]], 1)
+    swapped = torch.cat([whole[[1, 0], :9], tokens[:, :1]], 1)
+    near(read(cache, tokens[:, :1]), read(bridge.GrowingCache(), swapped)[:, 9:])
+    assert torch.equal(*kept)
+    assert calls.count("decoder_layers") == 6
+
+
+def test_a_layer_that_shares_its_memory_with_another_leaves_it_what_it_has():
+    cache = bridge.GrowingCache()
+    new = [torch.rand(1, 1, 1, 2) for _ in range(4)]
+    for x in new[:2]:
+        cache.update(x, x, 0)
+    other = copy.copy(cache.layers[0])
+    cache.update(new[2], new[2], 0)
+    other.update(new[3], new[3])
+    assert torch.equal(cache.layers[0].keys, torch.cat(new[:3], 2))
+    assert torch.equal(other.values, torch.cat([*new[:2], new[3]], 2))
+
+
+def test_what_is_asked_beside_the_answer_is_given(calls):
+    model, tokens = llama(), ids()
+    bridge.fuse_layers(model)
+    model.set_attn_implementation("eager")
+    cache = bridge.GrowingCache(model.config)
+
+    def read(**options):
+        calls.clear()
+        with torch.no_grad():
+            return model(**{"input_ids": tokens[:, :1]} | options, **{bridge.CACHE: cache})
+
+    read()
+    read()
+    assert calls == ["decoder_layers"]
+    seen = []
+    hook = model.model.layers[1].register_forward_pre_hook(lambda *_: seen.append(1))
+    read()
+    assert seen and "decoder_layers" not in calls
+    hook.remove()
+    assert isinstance(read(return_dict=False), tuple) and calls == ["decoder_layers"]
+    found = [read(position_ids=torch.tensor([[50]]), attention_mask=torch.ones(3, 5)).logits]
+    assert calls == ["decoder_layers"]
+    cache.crop(-1)
+    bridge.unfuse_layers(model)
+    near(found[0], read(position_ids=torch.tensor([[50]])).logits)
+    bridge.fuse_layers(model)
+    model.set_attn_implementation("regard:local")
+    read()
+    assert "decoder_layers" not in calls
+    model.set_attn_implementation("eager")
+    assert len(read(output_hidden_states=True).hidden_states) == 3 and "decoder_layers" not in calls
+    assert read(output_attentions=True).attentions[0].shape == (3, 4, 1, 8) and "decoder_layers" not in calls
 
 
 def test_what_a_layer_has_now_is_what_it_computes_with(calls):
@@ -94,7 +193,7 @@ def test_what_a_layer_has_now_is_what_it_computes_with(calls):
         change()
         calls.clear()
         found = stepped(model, tokens)
-        assert calls.count("decoder_inputs") == 2 * tokens.shape[1]
+        assert calls.count("decoder_layers") == tokens.shape[1] - 1
         with torch.inference_mode():
             near(found, model(tokens).logits)
 
@@ -132,7 +231,7 @@ def test_copies_and_saved_models_compute_with_their_own_weights(calls):
         calls.clear()
         with torch.inference_mode():
             near(stepped(other, tokens), other(tokens).logits)
-        assert calls.count("decoder_inputs") == 2 * tokens.shape[1]
+        assert calls.count("decoder_layers") == tokens.shape[1] - 1
         near(stepped(model, tokens), expected)
 
 

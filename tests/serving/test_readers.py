@@ -165,6 +165,27 @@ def test_answers_of_a_model_of_transformers_equal_its_own(make, mechanism):
     assert not reader._caches and not reader._texts
 
 
+@pytest.mark.parametrize("kind", ["llama", "windows"])
+def test_layers_in_one_call_give_the_answers_of_layers_by_themselves(kind, monkeypatch):
+    from regard.backends.native import library
+    from regard.integrations.transformers import fuse_layers
+    from regard.serving.transformers import TransformersReader
+
+    if library.why_missing() is not None:
+        pytest.skip("no native library")
+    model, asked, seen, call = MODELS[kind][0]().eval(), requests(sampled=False), [], library.call
+    monkeypatch.setattr(library, "call", lambda given: (seen.append(given.kernel), call(given)))
+    found = []
+    for fused in (False, True):
+        if fused:
+            assert fuse_layers(model) == 2
+        reader = TransformersReader(model, rows=3, cache_tokens=100, page_size=4)
+        seen.clear()
+        found.append(drain(Engine(reader, Limits(rows=3, chunk=9)), asked, every=2)[0])
+        assert ("decoder_layers" in seen) == fused
+    assert found[0] == found[1]
+
+
 def test_models_whose_layers_keep_something_else_are_refused():
     from regard.serving.transformers import TransformersReader
 

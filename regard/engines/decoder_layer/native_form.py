@@ -47,7 +47,9 @@ class Weight(NamedTuple):
         return self.codes, self.scale, self.offset, self.bias, self.input_scale
 
 
-class _Weight(ctypes.Structure):
+class WeightArguments(ctypes.Structure):
+    """`regard_weight`, as several kernels take it."""
+
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("bits", "n", "k", "columns", "group", "rounded")),
         *((name, ctypes.c_void_p) for name in ("codes", "scale", "offset", "bias", "input_scale")),
@@ -66,7 +68,7 @@ class DecoderInputs(library.Arguments):
         ("norm", ctypes.c_void_p),
         ("cosine", ctypes.c_void_p),
         ("sine", ctypes.c_void_p),
-        ("projections", _Weight * 3),
+        ("projections", WeightArguments * 3),
         ("outputs", ctypes.c_void_p * 3),
     )
 
@@ -81,10 +83,10 @@ class DecoderOutputs(library.Arguments):
         ("x", ctypes.c_void_p),
         ("attended", ctypes.c_void_p),
         ("norm", ctypes.c_void_p),
-        ("output", _Weight),
-        ("gate", _Weight),
-        ("up", _Weight),
-        ("down", _Weight),
+        ("output", WeightArguments),
+        ("gate", WeightArguments),
+        ("up", WeightArguments),
+        ("down", WeightArguments),
         ("y", ctypes.c_void_p),
     )
 
@@ -100,6 +102,9 @@ class DecoderLayer:
 
     It reads the tensors where they lie now: make another one when they move. :attr:`reason` says why the kernels do not take
     them, and is empty where they do.
+
+    Attributes:
+        eps, norms, weights: as the kernels take them.
     """
 
     def __init__(
@@ -110,14 +115,15 @@ class DecoderLayer:
         self.reason = library.why_missing() or self._misfit(norms, weights)
         if self.reason:
             return
-        q, k, v, output, gate, up, down = map(_struct, weights)
+        q, k, v, output, gate, up, down = self.weights = [*map(_struct, weights)]
+        self.eps, self.norms = [*eps], [*map(pointer, norms)]
         self._sizes = q.n, k.n, v.n
         self._inputs = DecoderInputs(
             width=self.width,
             head_width=head_width,
             eps=eps[0],
             norm=pointer(norms[0]),
-            projections=(_Weight * 3)(q, k, v),
+            projections=(WeightArguments * 3)(q, k, v),
         )
         self._outputs = DecoderOutputs(
             width=self.width, eps=eps[1], norm=pointer(norms[1]), output=output, gate=gate, up=up, down=down
@@ -148,9 +154,7 @@ class DecoderLayer:
     ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b g n d"], Float[Tensor, "b g n d"]]:
         """Queries and keys, turned by their positions, and values."""
         rows = x.shape[0], x.shape[1]
-        if cosine.shape[0] != x.shape[0]:
-            cosine, sine = cosine.expand(x.shape[0], -1, -1), sine.expand(x.shape[0], -1, -1)
-        cosine, sine = cosine.contiguous(), sine.contiguous()
+        cosine, sine = of_rows(cosine, rows[0]), of_rows(sine, rows[0])
         outputs = [x.new_empty((*rows, size)) for size in self._sizes]
         arguments = DecoderInputs.from_buffer_copy(self._inputs)
         arguments.threads, arguments.m, arguments.x = torch.get_num_threads(), rows[0] * rows[1], pointer(x)
@@ -186,6 +190,11 @@ def few_tokens(x: Tensor, cosine: Tensor, sine: Tensor) -> bool:
     )
 
 
+def of_rows(x: Float[Tensor, "c n d"], rows: int) -> Float[Tensor, "b n d"]:
+    """Positions of all rows, contiguous, where one may stand for all."""
+    return (x if x.shape[0] == rows else x.expand(rows, -1, -1)).contiguous()
+
+
 def _unfit(weight: Weight) -> str:
     """Why the kernels do not take a weight; empty where they do."""
     bits, given = KINDS.get(weight.codes.dtype), _struct(weight)
@@ -211,4 +220,4 @@ def _struct(weight: Weight) -> Any:
     bits = KINDS.get(weight.codes.dtype, 0)
     n, columns = weight.codes.shape[0], weight.codes.shape[-1] * (2 if bits == 4 else 1)
     group = columns // weight.scale.shape[-1] if bits == 4 and weight.scale is not None else columns
-    return _Weight(bits, n, columns, columns, group, weight.rounded, *map(pointer, weight.tensors))
+    return WeightArguments(bits, n, columns, columns, group, weight.rounded, *map(pointer, weight.tensors))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, Never
 
@@ -12,7 +13,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from regard.contract import Unsupported
-from regard.engines.cache import append
+from regard.engines.cache import ROOM, grows_in_place
+from regard.engines.decoder_layer import Places
 from regard.layers.attention import LayerState
 
 CACHE = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -22,14 +24,30 @@ CACHE = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} e
 class GrowingLayer(DynamicLayer):
     """Keys and values of a layer in memory with room behind them, so that a token costs no copy of those before it."""
 
+    _memory: _Memory | None = None
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The keys and values so far with the new ones, (B, H, past + N, D)."""
-        if self.get_seq_length() == 0:
+        length, new = self.get_seq_length(), (key_states, value_states)
+        if length == 0:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states, value_states
+            self.keys, self.values = new
+        elif not (grows_in_place(self.keys, key_states, 2) and grows_in_place(self.values, value_states, 2)):
+            self.keys, self.values = (torch.cat(x, 2) for x in zip((self.keys, self.values), new, strict=True))
         else:
-            self.keys, self.values = append(self.keys, key_states, 2), append(self.values, value_states, 2)
+            for slots, x in zip(self.room(key_states.shape[2]), new, strict=True):
+                # `data`: what others saved for a backward pass lies in other slots, and does not count as changed
+                slots.data.narrow(2, length, x.shape[2]).copy_(x)
         return self.keys, self.values
+
+    def room(self, count: int) -> tuple[Tensor, Tensor]:
+        """The memory of keys and values, (B, H, slots, D), in which the next tokens are for the caller to write: the layer has
+        them from now on. It is the same tuple as before where nothing had to be moved."""
+        length = self.keys.shape[2]
+        if self._memory is None or not self._memory.take(self.keys, self.values, length, length + count):
+            self._memory = _Memory(self.keys, self.values, length + count)
+        self.keys, self.values = self._memory.views()
+        return self._memory.slots
 
     @classmethod
     def of(cls, layer: Any) -> Any:
@@ -39,6 +57,41 @@ class GrowingLayer(DynamicLayer):
         made = cls()
         made.__dict__.update(layer.__dict__)
         return made
+
+
+class _Memory:
+    """Where a layer's keys and values lie, with room for more.
+
+    Attributes:
+        slots: (B, H, slots, D) each.
+        used: of them; the others belong to nobody yet.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, used: int) -> None:
+        made = []
+        for x in (keys, values):
+            made.append(x.new_empty((*x.shape[:2], used + used // ROOM, x.shape[3])))
+            made[-1].narrow(2, 0, x.shape[2]).copy_(x)
+        self.slots = made[0], made[1]
+        self.used = used
+        self._seen: tuple[Tensor, ...] = ()
+
+    def take(self, keys: Tensor, values: Tensor, length: int, end: int) -> bool:
+        """Slots up to `end`, for whoever has what :meth:`views` gave last; False, and nothing is taken, for all others, and
+        where there are not as many."""
+        newest = self.used == length and len(self._seen) == 2 and keys is self._seen[0] and values is self._seen[1]
+        if not newest or end > self.slots[0].shape[2]:
+            return False
+        if self.slots[0].is_inference() and not torch.is_inference_mode_enabled():
+            return False  # such tensors refuse to be written elsewhere
+        self.used = end
+        return True
+
+    def views(self) -> tuple[Tensor, Tensor]:
+        """What is used of both."""
+        keys, values = self.slots
+        self._seen = seen = keys.narrow(2, 0, self.used), values.narrow(2, 0, self.used)
+        return seen
 
 
 class GrowingCache(DynamicCache):
@@ -151,6 +204,29 @@ class StateLayer(CacheLayerMixin):
                 supported="generation token by token, and caches of keys and values",
                 nearest="a copy of the cache, made before the tokens",
             )
+
+
+def places(cache: Any, layers: Sequence[int], rows: int, tokens: int) -> Places | None:
+    """Where a cache has the keys and values of these layers, and room for those of so many tokens of each row, which it counts
+    as there from now on; None, and nothing is changed, where it has not all of their keys, or in another order.
+
+    A cache of another kind may have a method `places(layers, rows, tokens)` of its own.
+    """
+    own = getattr(cache, "places", None)
+    if own is not None:
+        found: Places | None = own(layers, rows, tokens)
+        return found
+    if type(cache) not in (DynamicCache, GrowingCache) or len(cache.layers) <= max(layers):
+        return None
+    held = [cache.layers[i] for i in layers]
+    length = held[0].get_seq_length()
+    if any(type(x) not in (DynamicLayer, GrowingLayer) for x in held) or length == 0:
+        return None
+    if any(x.keys.shape[::2] != (rows, length) or not x.keys.is_cpu or x.keys.dtype != torch.float32 for x in held):
+        return None
+    for i in layers:
+        cache.layers[i] = GrowingLayer.of(cache.layers[i])
+    return Places([cache.layers[i].room(tokens) for i in layers], torch.full((rows,), length, device="cpu"))
 
 
 def keeps_every_key(config: PreTrainedConfig, index: int) -> bool:

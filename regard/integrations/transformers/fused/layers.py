@@ -1,4 +1,4 @@
-"""Decoding with Llama-like models in few calls: each layer's norms, products, positions and gates in two native ones."""
+"""A decoder layer's norms, products, positions and gates in two native calls, around whatever attention it has."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from regard.engines.decoder_layer import DecoderLayer, Weight, few_tokens
 from regard.integrations.transformers.caches import CACHE
+from regard.layers.linear import Linear
 from regard.layers.quantized import QuantizedLinear
 
 FAMILIES = ("Llama", "Mistral", "Qwen2")
@@ -22,34 +23,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
 
-def fuse_layers(model: nn.Module) -> int:
-    """Let the decoder layers of a model compute few tokens (16, over all rows of a batch) in two native calls each, as
-    decoding asks them to.
-
-    All else stays as it was: attention and cache are the model's own, whichever they are; longer texts, training, other
-    dtypes than float32, layers with hooks and layers whose parts were replaced go their usual way. Results are the same but
-    for float32's rounding.
-
-    Args:
-        model: of transformers; Llama (SmolLM2 and others have its architecture), Mistral or Qwen2. In others nothing happens.
-
-    Returns:
-        How many layers now do so. :func:`unfuse_layers` undoes it.
-    """
-    layers = [layer for layer in model.modules() if _is_known(layer) and "forward" not in vars(layer)]
-    for layer in layers:
-        layer.forward = FusedForward(layer)
-    return len(layers)
-
-
-def unfuse_layers(model: nn.Module) -> None:
-    """Undo :func:`fuse_layers`."""
-    for layer in model.modules():
-        if isinstance(vars(layer).get("forward"), FusedForward):
-            del layer.forward
-
-
-class FusedForward:
+class FusedLayer:
     """The `forward` of a decoder layer of transformers, by two native calls where that can be."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -58,9 +32,8 @@ class FusedForward:
 
     def __call__(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
         layer, positions = self.layer, options.get("position_embeddings")
-        inference = not (layer.training or torch.is_grad_enabled() or _has_any_global_hook())
-        if inference and not arguments and positions is not None and few_tokens(hidden_states, *positions):
-            native = self._native()
+        if not arguments and positions is not None and unwatched(layer) and few_tokens(hidden_states, *positions):
+            native = self.native()
             if native is not None and native.fits(hidden_states, positions[0]):
                 return self._decode(native, hidden_states, positions, options)
         return type(layer).forward(layer, hidden_states, *arguments, **options)
@@ -78,18 +51,16 @@ class FusedForward:
         if cache is not None:
             k, v = cache.update(k, v, attention.layer_idx)
         if not isinstance(attention, LlamaAttention):
-            options["sliding_window"] = getattr(
-                attention, "sliding_window", getattr(attention.config, "sliding_window", None)
-            )
+            options["sliding_window"] = window_of(attention)
         eager = sys.modules[type(attention).__module__].eager_attention_forward
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
         read, _ = attend(attention, q, k, v, mask, dropout=0.0, scaling=attention.scaling, **options)
         return native.outputs(x, read.reshape(*x.shape[:2], -1))
 
-    def _native(self) -> DecoderLayer | None:
+    def native(self) -> DecoderLayer | None:
         """The layer as the kernels take it; None where somebody is to see its parts, or they are others."""
         if self._seen is None or not self._seen.is_current():
-            self._seen = _Snapshot(self.layer) if _is_known(self.layer) else None
+            self._seen = _Snapshot(self.layer) if is_known(self.layer) else None
         if self._seen is None or any(self._seen.hooks) or self._seen.is_replaced():
             return None
         return self._seen.native
@@ -136,13 +107,30 @@ class _Snapshot:
         return [x.data_ptr() for holder in self._holders for x in holder.values() if x is not None]
 
 
-def _is_known(layer: nn.Module) -> bool:
-    family = type(layer).__name__.removesuffix("DecoderLayer")
-    if (
-        family not in FAMILIES
-        or family == type(layer).__name__
-        or not type(layer).__module__.startswith("transformers.")
-    ):
+def unwatched(module: nn.Module) -> bool:
+    """Whether a module is asked for its answer and nothing else: no gradients, and no hooks of all modules."""
+    return not (module.training or torch.is_grad_enabled() or _has_any_global_hook())
+
+
+def window_of(attention: Any) -> int | None:
+    """Tokens that a query sees, its own too; None for all."""
+    if isinstance(attention, LlamaAttention):
+        return None
+    found: int | None = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+    return found
+
+
+def family_of(module: nn.Module, part: str) -> str | None:
+    """Of which of `FAMILIES` a module is the part of this name."""
+    family = type(module).__name__.removesuffix(part)
+    known = family in FAMILIES and family + part == type(module).__name__
+    return family if known and type(module).__module__.startswith("transformers.") else None
+
+
+def is_known(layer: nn.Module) -> bool:
+    """Whether a module is a decoder layer of one of `FAMILIES`, all of its parts theirs."""
+    family = family_of(layer, "DecoderLayer")
+    if family is None:
         return False
     parts = {
         "self_attn": f"{family}Attention",
@@ -158,7 +146,7 @@ def _is_known(layer: nn.Module) -> bool:
 def _is_plain(linear: nn.Module) -> bool:
     """Whether a layer is no more than its weight, as the kernels have it."""
     if not isinstance(linear, QuantizedLinear):
-        return type(linear) is nn.Linear
+        return type(linear) in (nn.Linear, Linear)
     whole = linear.format.group is None or linear.in_features % linear.format.group == 0
     return whole and not linear.float_columns
 

@@ -1,0 +1,165 @@
+"""Layers of a decoder one after the other in C++, their caches and softmax attention too (`native/src/decoder.cpp`)."""
+
+from __future__ import annotations
+
+import ctypes
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from regard.backends.native import library
+from regard.backends.native.library import pointer
+from regard.backends.operators import PLAIN
+from regard.contract import Unsupported
+from regard.engines.decoder_layer.native_form import DecoderLayer, WeightArguments, of_rows
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+class Places(NamedTuple):
+    """Where the keys and values of a batch lie, and where those of its next tokens go.
+
+    Attributes:
+        caches: keys and values of each layer, float32 with contiguous features: (B, G, slots, D), or pages
+            (pages, G, page size, D).
+        lengths: (B,) int64 tokens of each row before.
+        table: (B, most) int64: the pages of each row in order; None where there are none.
+    """
+
+    caches: Sequence[tuple[Tensor, Tensor]]
+    lengths: Int[Tensor, " b"]
+    table: Int[Tensor, "b most"] | None = None
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("eps", ctypes.c_float * 2),
+        ("norms", ctypes.c_void_p * 2),
+        ("weights", WeightArguments * 7),
+        ("scale", ctypes.c_float),
+        ("left", ctypes.c_int64),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("keys_strides", ctypes.c_int64 * 3),
+        ("values_strides", ctypes.c_int64 * 3),
+    )
+
+
+class DecoderLayersArguments(library.Arguments):
+    """`regard_decoder_layers_args`."""
+
+    kernel = "decoder_layers"
+    _fields_ = (
+        ("threads", ctypes.c_int64),
+        ("batch", ctypes.c_int64),
+        ("n", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("head_width", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("layers", ctypes.POINTER(_Layer)),
+        ("lengths", ctypes.c_void_p),
+        ("pages", ctypes.c_void_p),
+        ("pages_stride", ctypes.c_int64),
+        ("page_size", ctypes.c_int64),
+        ("cosine", ctypes.c_void_p),
+        ("sine", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+    )
+
+
+class DecoderLayers:
+    """Whole layers that attend by softmax to what their rows have in a cache.
+
+    Args:
+        layers: whose :attr:`DecoderLayer.reason` is empty, all of the same width and width of heads.
+        scales: of each layer, by which scores are multiplied.
+        windows: of each, most tokens before its own that a query sees; None for all.
+    """
+
+    def __init__(self, layers: Sequence[DecoderLayer], scales: Sequence[float], windows: Sequence[int | None]) -> None:
+        self._kept = layers  # and with them the tensors that the structs point at
+        self.width, self.head_width = layers[0].width, layers[0].head_width
+        self._layers = (_Layer * len(layers))()
+        for to, layer, scale, window in zip(self._layers, layers, scales, windows, strict=True):
+            to.eps[:], to.norms[:], to.weights[:] = layer.eps, layer.norms, layer.weights
+            to.scale, to.left = scale, -1 if window is None else min(window, library.MOST)
+        self._kv_heads = [layer.weights[1].n // self.head_width for layer in layers]
+        self._caches: Sequence[tuple[Tensor, Tensor]] = ()
+        self._slots = self._pages = 0
+
+    def __call__(
+        self,
+        x: Float[Tensor, "b n width"],
+        cosine: Float[Tensor, "c n d"],
+        sine: Float[Tensor, "c n d"],
+        places: Places,
+    ) -> Float[Tensor, "b n width"]:
+        """What the last layer gives for tokens that :func:`few_tokens` takes; their keys and values are in the cache then.
+
+        Raises:
+            Unsupported: for a cache that does not fit; then nothing was written.
+        """
+        batch, n = x.shape[:2]
+        self._point_at(places.caches)
+        self._check(places, batch, n)
+        cosine, sine, y, table = of_rows(cosine, batch), of_rows(sine, batch), x.clone(), places.table
+        library.call(
+            DecoderLayersArguments(
+                threads=torch.get_num_threads(),
+                batch=batch,
+                n=n,
+                width=self.width,
+                head_width=self.head_width,
+                count=len(self._layers),
+                layers=self._layers,
+                lengths=pointer(places.lengths),
+                pages=pointer(table),
+                pages_stride=0 if table is None else table.shape[1],
+                page_size=self._slots,
+                cosine=pointer(cosine),
+                sine=pointer(sine),
+                x=pointer(y),
+            )
+        )
+        return y
+
+    def _point_at(self, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Let the layers' structs say where the caches are, which most often are where they were."""
+        if len(caches) == len(self._caches) and all(map(operator.is_, caches, self._caches)):
+            return
+        self._caches = ()
+        for layer, heads, (keys, values) in zip(self._layers, self._kv_heads, caches, strict=True):
+            for x in (keys, values):
+                fits = x.ndim == 4 and x.shape[1] == heads and x.shape[3] == self.head_width and x.stride(3) == 1
+                if not fits or type(x) not in PLAIN or x.dtype != torch.float32:
+                    raise Unsupported(
+                        f"a cache {tuple(x.shape)} in {str(x.dtype)[6:]}",
+                        supported=f"(rows or pages, {heads}, slots, {self.head_width}) in float32",
+                    )
+            layer.keys, layer.values = pointer(keys), pointer(values)
+            layer.keys_strides[:], layer.values_strides[:] = keys.stride()[:3], values.stride()[:3]
+        both = [x for pair in caches for x in pair]
+        self._caches = caches
+        self._pages, self._slots = (min(x.shape[axis] for x in both) for axis in (0, 2))
+        self._alike = all(x.shape[2] == self._slots for x in both)
+
+    def _check(self, places: Places, batch: int, n: int) -> None:
+        lengths, table, slots = places.lengths, places.table, self._slots
+        if lengths.shape != (batch,) or lengths.dtype != torch.int64 or not lengths.is_contiguous():
+            raise Unsupported(
+                f"lengths {tuple(lengths.shape)} in {str(lengths.dtype)[6:]}", supported=f"({batch},) int64"
+            )
+        if table is None and self._pages < batch:
+            raise Unsupported(f"a cache of {self._pages} rows for {batch}", supported="one for each")
+        if table is not None:
+            slots *= table.shape[1]
+            used = table[torch.arange(table.shape[1], device="cpu") * self._slots < lengths[:, None] + n]
+            fits = table.dtype == torch.int64 and table.is_contiguous() and self._alike and len(table) == batch
+            if not fits or not 0 <= int(used.min()) <= int(used.max()) < self._pages:
+                raise Unsupported("pages that do not exist", supported=f"0 to {self._pages - 1}, of one size")
+        if not 0 <= int(lengths.min()) <= int(lengths.max()) <= slots - n:
+            raise Unsupported(f"{n} tokens after {lengths.tolist()}", supported=f"{slots} together")

@@ -1,0 +1,102 @@
+"""All layers of a decoder in one native call, with their caches and their softmax attention."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from regard.backends.operators import runs_plainly
+from regard.engines.decoder_layer import DecoderLayer, DecoderLayers, few_tokens
+from regard.engines.quantized_linear.torch_form import FEW_ROWS
+from regard.integrations.transformers.attending import PREFIX
+from regard.integrations.transformers.caches import CACHE, places
+from regard.integrations.transformers.fused.layers import FusedLayer, unwatched, window_of
+
+SOFTMAX = {"eager", "sdpa", f"{PREFIX}softmax"}
+"""Attention of a model that the kernel computes too."""
+TAKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", CACHE}
+
+
+class FusedDecoder:
+    """The `forward` of a model's decoder, whose layers have :class:`FusedLayer` for theirs."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        self.decoder: Any = decoder
+        self._natives: list[DecoderLayer] = []
+        self._indices: list[int] = []
+        self._layers: DecoderLayers | None = None
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        found = None if arguments else self._decoded(options)
+        return type(self.decoder).forward(self.decoder, *arguments, **options) if found is None else found
+
+    def __getstate__(self) -> dict[str, Any]:
+        # addresses are of this process, and of this copy
+        return {"decoder": self.decoder, "_natives": [], "_indices": [], "_layers": None}
+
+    def _decoded(self, options: dict[str, Any]) -> BaseModelOutputWithPast | None:
+        """The decoder's answer; None, and nothing has changed, where the layers go their own ways."""
+        decoder, cache = self.decoder, options.get(CACHE)
+        ids, x = options.get("input_ids"), options.get("inputs_embeds")
+        given = ids if x is None else x
+        if cache is None or given is None or (ids is not None and x is not None):
+            return None
+        if not unwatched(decoder) or not self._asks_plainly(options, cache):
+            return None
+        rows, tokens = given.shape[:2]
+        if not 0 < rows * tokens <= FEW_ROWS or not runs_plainly(given):
+            return None
+        layers = self._native()
+        if layers is None:
+            return None
+        x = decoder.embed_tokens(ids) if x is None else x
+        positions = options.get("position_ids")
+        if positions is None:
+            positions = torch.arange(tokens, device=x.device)[None] + cache.get_seq_length()
+        cosine, sine = decoder.rotary_emb(x, position_ids=positions)
+        fits = few_tokens(x, cosine, sine) and (x.shape[2], cosine.shape[2]) == (layers.width, layers.head_width)
+        where = places(cache, self._indices, rows, tokens) if fits else None
+        if where is None:
+            return None
+        return BaseModelOutputWithPast(last_hidden_state=decoder.norm(layers(x, cosine, sine, where)), **{CACHE: cache})
+
+    def _asks_plainly(self, options: dict[str, Any], cache: Any) -> bool:
+        """Whether all that is wanted is what the last layer gives, of rows without padding, by softmax."""
+        config, mask, kept = self.decoder.config, options.get("attention_mask"), options.get("use_cache")
+        if any(x is not None and x is not False for name, x in options.items() if name not in TAKEN):
+            return False
+        if config.output_hidden_states or config.output_attentions or not (config.use_cache if kept is None else kept):
+            return False
+        if not hasattr(cache, "places") and config._attn_implementation not in SOFTMAX:
+            return False
+        if not getattr(config, "is_causal", True):
+            return False
+        return mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and runs_plainly(mask) and bool(mask.all()))
+
+    def _native(self) -> DecoderLayers | None:
+        """All layers as the kernel takes them, as they are now; None where one of them is not for it."""
+        layers = self.decoder.layers[: self.decoder.config.num_hidden_layers]
+        natives = []
+        for layer in layers:
+            fused = vars(layer).get("forward")
+            hooked = layer._forward_hooks or layer._forward_pre_hooks
+            native = fused.native() if isinstance(fused, FusedLayer) and fused.layer is layer and not hooked else None
+            if native is None or native.reason:
+                return None
+            natives.append(native)
+        if not natives:
+            return None
+        if len(natives) != len(self._natives) or not all(map(operator.is_, natives, self._natives)):
+            attentions = [layer.self_attn for layer in layers]
+            if len({(x.width, x.head_width) for x in natives}) > 1:
+                return None
+            windows = [window_of(x) for x in attentions]
+            self._layers = DecoderLayers(
+                natives, [x.scaling for x in attentions], [None if w is None else w - 1 for w in windows]
+            )
+            self._natives, self._indices = natives, [x.layer_idx for x in attentions]
+        return self._layers
