@@ -61,7 +61,7 @@ typedef struct {
   int64_t keys_strides[3], values_strides[3]; /* row or page, head, token or slot; features are contiguous */
 } regard_decoder_layer;
 
-/* Layers one after the other; token i of row b is number lengths_b + i of its row. Without pages all rows have room for as
+/* Layers one after the other, and a norm of the last one's answer if asked for; token i of row b is number lengths_b + i of its row. Without pages all rows have room for as
  * many tokens as the longest; with them, token t of row b has its place as in regard_attention_decode. Nothing is written
  * when an argument is bad. */
 typedef struct {
@@ -74,6 +74,8 @@ typedef struct {
   const int64_t *pages;           /* (batch, pages_stride); NULL for none */
   int64_t pages_stride, page_size;
   const float *cosine, *sine;     /* (batch, n, head_width) contiguous */
+  float eps;
+  const float *norm;              /* (width,); NULL for none */
   float *x;                       /* (batch, n, width) contiguous; in its place comes the answer */
 } regard_decoder_layers_args;
 REGARD_API int regard_decoder_layers(const regard_decoder_layers_args *args);

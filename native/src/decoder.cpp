@@ -274,6 +274,7 @@ int decoder_layers(const regard_decoder_layers_args* args) {
     status = decoder_outputs(&after);
     if (status != REGARD_OK) return status;
   }
+  if (a.norm != nullptr) normalise(tokens, a.width, a.eps, a.x, a.norm, a.x);
   return REGARD_OK;
 }
 

@@ -22,7 +22,6 @@ from regard.core.visibility import Visibility
 from regard.engines import attention_forms
 from regard.engines.decoder_layer import Places
 from regard.engines.linear import FrozenWeights
-from regard.engines.paged_cache import PagedState
 from regard.integrations.transformers import CACHE, GrowingCache, check_interface, is_swapped, needing_whole_sequences
 from regard.layers.linear import accelerate
 from regard.serving.engine import Row
@@ -93,7 +92,7 @@ class TransformersReader:
                 return torch.cat([self._read_alone(row, new) for row, new in zip(rows, tokens, strict=True)])
             ids, lengths = padded(tokens, self.device)
             places = torch.tensor([row.length for row in rows], device=self.device)[:, None]
-            cache = _Batch(self._pools.states(rows), None if int(lengths.min()) == ids.shape[1] else lengths)
+            cache = _Batch(self._pools, rows, None if int(lengths.min()) == ids.shape[1] else lengths)
             return self._forward(ids, places, cache, lengths - 1)
 
     def _read_alone(self, row: Row, new: Sequence[int]) -> Tensor:
@@ -147,9 +146,9 @@ class _Batch(Cache):
         lengths: valid new tokens of each row; None when all are.
     """
 
-    def __init__(self, states: dict[int, PagedState], lengths: Tensor | None) -> None:
+    def __init__(self, pools: Pools, rows: Sequence[Row], lengths: Tensor | None) -> None:
         super().__init__(layers=[])
-        self.states, self.lengths = states, lengths
+        self.states, self.lengths, self._pools = pools.states(rows), lengths, pools
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return key_states, value_states
@@ -159,12 +158,11 @@ class _Batch(Cache):
 
     def places(self, layers: Sequence[int], rows: int, tokens: int) -> Places | None:
         """Where all layers have these rows; None where not every new token is valid."""
-        states = [self.states[i] for i in layers]
-        first = states[0]
-        fits = self.lengths is None and first.k.is_cpu and first.k.dtype == torch.float32
-        if not fits or any(x.rows is not first.rows for x in states):
+        caches = [self._pools.layers[i] for i in layers]
+        if self.lengths is not None or any(x.dtype != torch.float32 or not x.is_cpu for x in caches[0]):
             return None
-        return Places([(x.k, x.v) for x in states], first.rows.counts, first.rows.table)
+        held = self.states[layers[0]].rows
+        return Places(caches, held.counts.tolist(), held.table)
 
 
 class _Seen(Cache):

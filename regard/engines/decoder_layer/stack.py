@@ -26,12 +26,12 @@ class Places(NamedTuple):
     Attributes:
         caches: keys and values of each layer, float32 with contiguous features: (B, G, slots, D), or pages
             (pages, G, page size, D).
-        lengths: (B,) int64 tokens of each row before.
-        table: (B, most) int64: the pages of each row in order; None where there are none.
+        lengths: tokens of each row before.
+        table: (B, most) int64, contiguous: the pages of each row in order; None where there are none.
     """
 
     caches: Sequence[tuple[Tensor, Tensor]]
-    lengths: Int[Tensor, " b"]
+    lengths: Sequence[int]
     table: Int[Tensor, "b most"] | None = None
 
 
@@ -67,6 +67,8 @@ class DecoderLayersArguments(library.Arguments):
         ("page_size", ctypes.c_int64),
         ("cosine", ctypes.c_void_p),
         ("sine", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
+        ("norm", ctypes.c_void_p),
         ("x", ctypes.c_void_p),
     )
 
@@ -78,18 +80,27 @@ class DecoderLayers:
         layers: whose :attr:`DecoderLayer.reason` is empty, all of the same width and width of heads.
         scales: of each layer, by which scores are multiplied.
         windows: of each, most tokens before its own that a query sees; None for all.
+        norm: weight (width,) float32 and eps of an RMS norm of the last layer's answer.
     """
 
-    def __init__(self, layers: Sequence[DecoderLayer], scales: Sequence[float], windows: Sequence[int | None]) -> None:
-        self._kept = layers  # and with them the tensors that the structs point at
+    def __init__(
+        self,
+        layers: Sequence[DecoderLayer],
+        scales: Sequence[float],
+        windows: Sequence[int | None],
+        norm: tuple[Tensor, float],
+    ) -> None:
+        self._kept = layers, norm  # and with them the tensors that the structs point at
         self.width, self.head_width = layers[0].width, layers[0].head_width
         self._layers = (_Layer * len(layers))()
         for to, layer, scale, window in zip(self._layers, layers, scales, windows, strict=True):
             to.eps[:], to.norms[:], to.weights[:] = layer.eps, layer.norms, layer.weights
             to.scale, to.left = scale, -1 if window is None else min(window, library.MOST)
+        self._norm = {"norm": pointer(norm[0]), "eps": norm[1]}
         self._kv_heads = [layer.weights[1].n // self.head_width for layer in layers]
         self._caches: Sequence[tuple[Tensor, Tensor]] = ()
         self._slots = self._pages = 0
+        self._of_one_size = True
 
     def __call__(
         self,
@@ -98,7 +109,7 @@ class DecoderLayers:
         sine: Float[Tensor, "c n d"],
         places: Places,
     ) -> Float[Tensor, "b n width"]:
-        """What the last layer gives for tokens that :func:`few_tokens` takes; their keys and values are in the cache then.
+        """What the norm gives for tokens that :func:`few_tokens` takes; their keys and values are in the cache then.
 
         Raises:
             Unsupported: for a cache that does not fit; then nothing was written.
@@ -107,6 +118,7 @@ class DecoderLayers:
         self._point_at(places.caches)
         self._check(places, batch, n)
         cosine, sine, y, table = of_rows(cosine, batch), of_rows(sine, batch), x.clone(), places.table
+        lengths = (ctypes.c_int64 * batch)(*places.lengths)
         library.call(
             DecoderLayersArguments(
                 threads=torch.get_num_threads(),
@@ -116,13 +128,14 @@ class DecoderLayers:
                 head_width=self.head_width,
                 count=len(self._layers),
                 layers=self._layers,
-                lengths=pointer(places.lengths),
+                lengths=ctypes.addressof(lengths),
                 pages=pointer(table),
                 pages_stride=0 if table is None else table.shape[1],
                 page_size=self._slots,
                 cosine=pointer(cosine),
                 sine=pointer(sine),
                 x=pointer(y),
+                **self._norm,
             )
         )
         return y
@@ -145,21 +158,20 @@ class DecoderLayers:
         both = [x for pair in caches for x in pair]
         self._caches = caches
         self._pages, self._slots = (min(x.shape[axis] for x in both) for axis in (0, 2))
-        self._alike = all(x.shape[2] == self._slots for x in both)
+        self._of_one_size = all(x.shape[2] == self._slots for x in both)
 
     def _check(self, places: Places, batch: int, n: int) -> None:
         lengths, table, slots = places.lengths, places.table, self._slots
-        if lengths.shape != (batch,) or lengths.dtype != torch.int64 or not lengths.is_contiguous():
-            raise Unsupported(
-                f"lengths {tuple(lengths.shape)} in {str(lengths.dtype)[6:]}", supported=f"({batch},) int64"
-            )
-        if table is None and self._pages < batch:
-            raise Unsupported(f"a cache of {self._pages} rows for {batch}", supported="one for each")
+        if len(lengths) != batch or (table is None and self._pages < batch):
+            raise Unsupported(f"{len(lengths)} lengths and {self._pages} rows of a cache for {batch} rows")
         if table is not None:
             slots *= table.shape[1]
-            used = table[torch.arange(table.shape[1], device="cpu") * self._slots < lengths[:, None] + n]
-            fits = table.dtype == torch.int64 and table.is_contiguous() and self._alike and len(table) == batch
+            fits = table.dtype == torch.int64 and table.is_contiguous() and self._of_one_size and len(table) == batch
+            used = table[:, : -(-(max(lengths) + n) // self._slots)]
+            # behind a row's last token there may be any number
+            firsts = torch.arange(used.shape[1], device="cpu") * self._slots
+            used = used[firsts < torch.tensor(lengths, device="cpu")[:, None] + n]
             if not fits or not 0 <= int(used.min()) <= int(used.max()) < self._pages:
                 raise Unsupported("pages that do not exist", supported=f"0 to {self._pages - 1}, of one size")
-        if not 0 <= int(lengths.min()) <= int(lengths.max()) <= slots - n:
-            raise Unsupported(f"{n} tokens after {lengths.tolist()}", supported=f"{slots} together")
+        if not 0 <= min(lengths) <= max(lengths) <= slots - n:
+            raise Unsupported(f"{n} tokens after {list(lengths)}", supported=f"{slots} together")

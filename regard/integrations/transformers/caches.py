@@ -24,7 +24,33 @@ CACHE = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} e
 class GrowingLayer(DynamicLayer):
     """Keys and values of a layer in memory with room behind them, so that a token costs no copy of those before it."""
 
-    _memory: _Memory | None = None
+    def __init__(self) -> None:
+        self._both: tuple[Tensor | None, Tensor | None] | None = None  # of what is used of the memory, when asked for
+        self._memory: _Memory | None = None
+        self._length = 0
+        super().__init__()
+
+    @property
+    def keys(self) -> Tensor | None:
+        """(B, H, tokens, D); None at the start."""
+        return self._views()[0]
+
+    @keys.setter
+    def keys(self, x: Tensor | None) -> None:
+        self._both, self._memory = (x, self._views()[1]), None
+
+    @property
+    def values(self) -> Tensor | None:
+        """(B, H, tokens, D); None at the start."""
+        return self._views()[1]
+
+    @values.setter
+    def values(self, x: Tensor | None) -> None:
+        self._both, self._memory = (self._views()[0], x), None
+
+    def get_seq_length(self) -> int:
+        """Tokens so far."""
+        return super().get_seq_length() if self._memory is None else self._length
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The keys and values so far with the new ones, (B, H, past + N, D)."""
@@ -32,22 +58,33 @@ class GrowingLayer(DynamicLayer):
         if length == 0:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = new
-        elif not (grows_in_place(self.keys, key_states, 2) and grows_in_place(self.values, value_states, 2)):
-            self.keys, self.values = (torch.cat(x, 2) for x in zip((self.keys, self.values), new, strict=True))
+        elif not all(grows_in_place(old, x, 2) for old, x in zip(self._views(), new, strict=True)):
+            self.keys, self.values = (torch.cat(x, 2) for x in zip(self._views(), new, strict=True))
         else:
             for slots, x in zip(self.room(key_states.shape[2]), new, strict=True):
                 # `data`: what others saved for a backward pass lies in other slots, and does not count as changed
                 slots.data.narrow(2, length, x.shape[2]).copy_(x)
-        return self.keys, self.values
+        return self._views()
 
     def room(self, count: int) -> tuple[Tensor, Tensor]:
         """The memory of keys and values, (B, H, slots, D), in which the next tokens are for the caller to write: the layer has
         them from now on. It is the same tuple as before where nothing had to be moved."""
-        length = self.keys.shape[2]
-        if self._memory is None or not self._memory.take(self.keys, self.values, length, length + count):
-            self._memory = _Memory(self.keys, self.values, length + count)
-        self.keys, self.values = self._memory.views()
+        end = self.get_seq_length() + count
+        if self._memory is None or not self._memory.take(self._length, end):
+            self._memory = _Memory(*self._views(), end)
+        self._length, self._both = end, None
         return self._memory.slots
+
+    def is_alike(self, rows: int, length: int) -> bool:
+        """Whether there are so many tokens of so many rows, in float32 on the CPU."""
+        x: Any = self.keys if self._memory is None else self._memory.slots[0]
+        return self.get_seq_length() == length and x.shape[0] == rows and x.is_cpu and x.dtype == torch.float32
+
+    def _views(self) -> tuple[Any, Any]:
+        if self._both is None and self._memory is not None:
+            keys, values = self._memory.slots
+            self._both = keys.narrow(2, 0, self._length), values.narrow(2, 0, self._length)
+        return self._both or (None, None)
 
     @classmethod
     def of(cls, layer: Any) -> Any:
@@ -55,7 +92,8 @@ class GrowingLayer(DynamicLayer):
         if type(layer) is not DynamicLayer:
             return layer
         made = cls()
-        made.__dict__.update(layer.__dict__)
+        for name, x in vars(layer).items():
+            setattr(made, name, x)
         return made
 
 
@@ -74,24 +112,16 @@ class _Memory:
             made[-1].narrow(2, 0, x.shape[2]).copy_(x)
         self.slots = made[0], made[1]
         self.used = used
-        self._seen: tuple[Tensor, ...] = ()
 
-    def take(self, keys: Tensor, values: Tensor, length: int, end: int) -> bool:
-        """Slots up to `end`, for whoever has what :meth:`views` gave last; False, and nothing is taken, for all others, and
-        where there are not as many."""
-        newest = self.used == length and len(self._seen) == 2 and keys is self._seen[0] and values is self._seen[1]
-        if not newest or end > self.slots[0].shape[2]:
+    def take(self, length: int, end: int) -> bool:
+        """Slots up to `end`, for the first to come of those who have the same `length` tokens; False, and nothing is taken, for
+        the others, and where there are not as many."""
+        if self.used != length or end > self.slots[0].shape[2]:
             return False
         if self.slots[0].is_inference() and not torch.is_inference_mode_enabled():
             return False  # such tensors refuse to be written elsewhere
         self.used = end
         return True
-
-    def views(self) -> tuple[Tensor, Tensor]:
-        """What is used of both."""
-        keys, values = self.slots
-        self._seen = seen = keys.narrow(2, 0, self.used), values.narrow(2, 0, self.used)
-        return seen
 
 
 class GrowingCache(DynamicCache):
@@ -218,15 +248,14 @@ def places(cache: Any, layers: Sequence[int], rows: int, tokens: int) -> Places 
         return found
     if type(cache) not in (DynamicCache, GrowingCache) or len(cache.layers) <= max(layers):
         return None
-    held = [cache.layers[i] for i in layers]
-    length = held[0].get_seq_length()
-    if any(type(x) not in (DynamicLayer, GrowingLayer) for x in held) or length == 0:
-        return None
-    if any(x.keys.shape[::2] != (rows, length) or not x.keys.is_cpu or x.keys.dtype != torch.float32 for x in held):
+    length = cache.layers[layers[0]].get_seq_length()
+    if length == 0 or any(type(cache.layers[i]) not in (DynamicLayer, GrowingLayer) for i in layers):
         return None
     for i in layers:
         cache.layers[i] = GrowingLayer.of(cache.layers[i])
-    return Places([cache.layers[i].room(tokens) for i in layers], torch.full((rows,), length, device="cpu"))
+    if not all(cache.layers[i].is_alike(rows, length) for i in layers):
+        return None
+    return Places([cache.layers[i].room(tokens) for i in layers], [length] * rows)
 
 
 def keeps_every_key(config: PreTrainedConfig, index: int) -> bool:

@@ -6,7 +6,8 @@ from __future__ import annotations
 from torch import nn
 
 from regard.integrations.transformers.fused.decoders import FusedDecoder
-from regard.integrations.transformers.fused.layers import FusedLayer, family_of, is_known
+from regard.integrations.transformers.fused.layers import FusedLayer
+from regard.integrations.transformers.fused.snapshot import family_of, is_known
 
 __all__ = ["fuse_layers", "unfuse_layers"]
 

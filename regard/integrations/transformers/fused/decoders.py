@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from regard.engines.decoder_layer import DecoderLayer, DecoderLayers, few_tokens
 from regard.engines.quantized_linear.torch_form import FEW_ROWS
 from regard.integrations.transformers.attending import PREFIX
 from regard.integrations.transformers.caches import CACHE, places
-from regard.integrations.transformers.fused.layers import FusedLayer, unwatched, window_of
+from regard.integrations.transformers.fused.layers import FusedLayer, unwatched
+from regard.integrations.transformers.fused.snapshot import Snapshot, family_of, is_known, window_of
 
 SOFTMAX = {"eager", "sdpa", f"{PREFIX}softmax"}
 """Attention of a model that the kernel computes too."""
@@ -26,7 +27,7 @@ class FusedDecoder:
 
     def __init__(self, decoder: nn.Module) -> None:
         self.decoder: Any = decoder
-        self._natives: list[DecoderLayer] = []
+        self._seen: Snapshot | None = None
         self._indices: list[int] = []
         self._layers: DecoderLayers | None = None
 
@@ -36,7 +37,7 @@ class FusedDecoder:
 
     def __getstate__(self) -> dict[str, Any]:
         # addresses are of this process, and of this copy
-        return {"decoder": self.decoder, "_natives": [], "_indices": [], "_layers": None}
+        return {"decoder": self.decoder, "_seen": None, "_indices": [], "_layers": None}
 
     def _decoded(self, options: dict[str, Any]) -> BaseModelOutputWithPast | None:
         """The decoder's answer; None, and nothing has changed, where the layers go their own ways."""
@@ -62,7 +63,7 @@ class FusedDecoder:
         where = places(cache, self._indices, rows, tokens) if fits else None
         if where is None:
             return None
-        return BaseModelOutputWithPast(last_hidden_state=decoder.norm(layers(x, cosine, sine, where)), **{CACHE: cache})
+        return BaseModelOutputWithPast(last_hidden_state=layers(x, cosine, sine, where), **{CACHE: cache})
 
     def _asks_plainly(self, options: dict[str, Any], cache: Any) -> bool:
         """Whether all that is wanted is what the last layer gives, of rows without padding, by softmax."""
@@ -79,24 +80,31 @@ class FusedDecoder:
 
     def _native(self) -> DecoderLayers | None:
         """All layers as the kernel takes them, as they are now; None where one of them is not for it."""
-        layers = self.decoder.layers[: self.decoder.config.num_hidden_layers]
-        natives = []
-        for layer in layers:
-            fused = vars(layer).get("forward")
-            hooked = layer._forward_hooks or layer._forward_pre_hooks
-            native = fused.native() if isinstance(fused, FusedLayer) and fused.layer is layer and not hooked else None
-            if native is None or native.reason:
-                return None
-            natives.append(native)
-        if not natives:
+        layers: list[Any] = [*self.decoder.layers._modules.values()][: self.decoder.config.num_hidden_layers]
+        if not all(map(_is_fused, layers)):
             return None
-        if len(natives) != len(self._natives) or not all(map(operator.is_, natives, self._natives)):
-            attentions = [layer.self_attn for layer in layers]
-            if len({(x.width, x.head_width) for x in natives}) > 1:
-                return None
-            windows = [window_of(x) for x in attentions]
-            self._layers = DecoderLayers(
-                natives, [x.scaling for x in attentions], [None if w is None else w - 1 for w in windows]
-            )
-            self._natives, self._indices = natives, [x.layer_idx for x in attentions]
-        return self._layers
+        if self._seen is None or not self._seen.is_current():
+            self._seen, self._layers = None, None
+            norm = self.decoder.norm
+            if all(map(is_known, layers)) and family_of(norm, "RMSNorm"):
+                self._seen = Snapshot(layers, around=[self.decoder.layers, norm])
+                self._layers = self._read(layers, self._seen.natives)
+        return None if self._seen is None or self._seen.is_seen() else self._layers
+
+    def _read(self, layers: Sequence[Any], natives: Sequence[DecoderLayer]) -> DecoderLayers | None:
+        weight = self.decoder.norm.weight
+        if not natives or weight.dtype != torch.float32 or not (weight.is_cpu and weight.is_contiguous()):
+            return None
+        if len({(len(weight), natives[0].head_width), *((x.width, x.head_width) for x in natives)}) > 1:
+            return None
+        attentions = [layer.self_attn for layer in layers]
+        self._indices = [x.layer_idx for x in attentions]
+        windows = [window_of(x) for x in attentions]
+        norm, before = self.decoder.norm, [None if w is None else w - 1 for w in windows]
+        return DecoderLayers(natives, [x.scaling for x in attentions], before, (norm.weight, norm.variance_epsilon))
+
+
+def _is_fused(layer: Any) -> bool:
+    """Whether a layer's `forward` is ours, and nobody sees what goes in or comes out."""
+    own = vars(layer).get("forward")
+    return isinstance(own, FusedLayer) and own.layer is layer and not (layer._forward_hooks or layer._forward_pre_hooks)
