@@ -12,7 +12,7 @@
 
 namespace REGARD_ISA {
 
-int quantized_linear(const regard_quantized_linear_args* args);
+int quantized_linears(const regard_quantized_linear_args* args, int count);
 
 namespace {
 
@@ -20,34 +20,53 @@ using regard::Workspace;
 
 bool wrong(const regard_weight& w, int64_t k) { return w.k != k || w.n < 1 || w.codes == nullptr; }
 
-// `scaled` has room for an input.
-int apply(const regard_weight& w, int64_t threads, int64_t m, const float* x, float* scaled, float* y) {
-  if (w.input_scale != nullptr) {
-    for (int64_t t = 0; t < m; ++t)
-      over_vectors(w.k, [&](int64_t i, int count, auto full) __attribute__((always_inline)) {
-        constexpr bool FULL = decltype(full)::value;
-        put<FULL>(scaled + t * w.k + i, take<FULL>(x + t * w.k + i, count) * take<FULL>(w.input_scale + i, count), count);
-      });
-    x = scaled;
+bool same_scale(const regard_weight& a, const regard_weight& b) {
+  if (a.input_scale == b.input_scale) return true;
+  return a.input_scale != nullptr && b.input_scale != nullptr &&
+         __builtin_memcmp(a.input_scale, b.input_scale, static_cast<size_t>(a.k) * sizeof(float)) == 0;
+}
+
+struct Product {
+  const regard_weight* weight;
+  float* y;
+};
+
+// Products of one input. `scaled` has room for it, once for each.
+template <int COUNT>
+int apply(int64_t threads, int64_t m, const float* x, float* scaled, const Product (&products)[COUNT]) {
+  regard_quantized_linear_args all[COUNT];
+  for (int p = 0; p < COUNT; ++p) {
+    const regard_weight& w = *products[p].weight;
+    const bool like_last = p > 0 && same_scale(*products[p - 1].weight, w);
+    const float* input = like_last ? all[p - 1].x : x;
+    if (w.input_scale != nullptr && !like_last) {
+      for (int64_t t = 0; t < m; ++t)
+        over_vectors(w.k, [&](int64_t i, int count, auto full) __attribute__((always_inline)) {
+          constexpr bool FULL = decltype(full)::value;
+          put<FULL>(scaled + t * w.k + i, take<FULL>(x + t * w.k + i, count) * take<FULL>(w.input_scale + i, count), count);
+        });
+      input = scaled;
+      scaled += m * w.k;
+    }
+    regard_quantized_linear_args& a = all[p] = {};
+    a.size = sizeof a;
+    a.threads = threads;
+    a.bits = w.bits;
+    a.m = m;
+    a.n = w.n;
+    a.k = w.k;
+    a.columns = w.columns;
+    a.group = w.group;
+    a.x = input;
+    a.x_stride = w.k;
+    a.codes = w.codes;
+    a.scale = w.scale;
+    a.offset = w.offset;
+    a.bias = w.bias;
+    a.rounded = w.rounded;
+    a.y = products[p].y;
   }
-  regard_quantized_linear_args a{};
-  a.size = sizeof a;
-  a.threads = threads;
-  a.bits = w.bits;
-  a.m = m;
-  a.n = w.n;
-  a.k = w.k;
-  a.columns = w.columns;
-  a.group = w.group;
-  a.x = x;
-  a.x_stride = w.k;
-  a.codes = w.codes;
-  a.scale = w.scale;
-  a.offset = w.offset;
-  a.bias = w.bias;
-  a.rounded = w.rounded;
-  a.y = y;
-  return quantized_linear(&a);
+  return quantized_linears(all, COUNT);
 }
 
 void normalise(int64_t m, int64_t width, float eps, const float* x, const float* weight, float* y) {
@@ -127,15 +146,15 @@ int decoder_inputs(const regard_decoder_inputs_args* args) {
   for (int i = 0; i < 3; ++i)
     if (wrong(a.projections[i], a.width) || (i < 2 && a.projections[i].n % a.head_width)) return REGARD_BAD_ARGUMENT;
   const size_t count = static_cast<size_t>(a.m * a.width);
-  Workspace workspace(2 * Workspace::bytes_of<float>(count));
+  Workspace workspace(Workspace::bytes_of<float>(count) + Workspace::bytes_of<float>(3 * count));
   if (!workspace) return REGARD_OUT_OF_MEMORY;
-  float *const normed = workspace.take<float>(count), *const scaled = workspace.take<float>(count);
+  float *const normed = workspace.take<float>(count), *const scaled = workspace.take<float>(3 * count);
   normalise(a.m, a.width, a.eps, a.x, a.norm, normed);
-  for (int i = 0; i < 3; ++i) {
-    const int status = apply(a.projections[i], a.threads, a.m, normed, scaled, a.outputs[i]);
-    if (status != REGARD_OK) return status;
-    if (i < 2) turn(a.m, a.projections[i].n, a.head_width, a.cosine, a.sine, a.outputs[i]);
-  }
+  const int status = apply(a.threads, a.m, normed, scaled,
+                           {Product{a.projections, a.outputs[0]}, Product{a.projections + 1, a.outputs[1]},
+                            Product{a.projections + 2, a.outputs[2]}});
+  if (status != REGARD_OK) return status;
+  for (int i = 0; i < 2; ++i) turn(a.m, a.projections[i].n, a.head_width, a.cosine, a.sine, a.outputs[i]);
   return REGARD_OK;
 }
 
@@ -147,22 +166,21 @@ int decoder_outputs(const regard_decoder_outputs_args* args) {
     return REGARD_BAD_ARGUMENT;
   if (a.up.n != hidden || a.down.n != a.width || a.output.n != a.width) return REGARD_BAD_ARGUMENT;
   const size_t count = static_cast<size_t>(a.m * a.width), inner = static_cast<size_t>(a.m * hidden);
-  const size_t widest = static_cast<size_t>(a.m * most(most(a.output.k, hidden), a.width));
+  const size_t widest = static_cast<size_t>(a.m * most(most(a.output.k, hidden), 2 * a.width));
   Workspace workspace(2 * Workspace::bytes_of<float>(count) + 2 * Workspace::bytes_of<float>(inner) +
                       Workspace::bytes_of<float>(widest));
   if (!workspace) return REGARD_OUT_OF_MEMORY;
   float *const sum = workspace.take<float>(count), *const normed = workspace.take<float>(count);
   float *const gates = workspace.take<float>(inner), *const values = workspace.take<float>(inner);
   float* const scaled = workspace.take<float>(widest);
-  int status = apply(a.output, a.threads, a.m, a.attended, scaled, sum);
+  int status = apply(a.threads, a.m, a.attended, scaled, {Product{&a.output, sum}});
   if (status != REGARD_OK) return status;
   add(a.m * a.width, a.x, sum);
   normalise(a.m, a.width, a.eps, sum, a.norm, normed);
-  status = apply(a.gate, a.threads, a.m, normed, scaled, gates);
-  if (status == REGARD_OK) status = apply(a.up, a.threads, a.m, normed, scaled, values);
+  status = apply(a.threads, a.m, normed, scaled, {Product{&a.gate, gates}, Product{&a.up, values}});
   if (status != REGARD_OK) return status;
   gate(a.m * hidden, gates, values);
-  status = apply(a.down, a.threads, a.m, gates, scaled, a.y);
+  status = apply(a.threads, a.m, gates, scaled, {Product{&a.down, a.y}});
   if (status != REGARD_OK) return status;
   add(a.m * a.width, sum, a.y);
   return REGARD_OK;

@@ -312,11 +312,30 @@ void sum_groups(const Args& a, float* sums) {
     }
 }
 
-void multiply(const Args& a, const Inputs& x) {
-  const int64_t tasks = ceil_div(a.n, BLOCK);
-  const int64_t threads = least(least<int64_t>(a.threads, 64), most<int64_t>(1, a.n * a.k / LEAST_WORK));
+// Weights that read the same input. The first tells what they share.
+struct Weights {
+  const Args* first;
+  int count;
+
+  const Args& operator*() const { return *first; }
+  bool have_offsets() const {
+    bool found = false;
+    for (int i = 0; i < count; ++i) found |= first[i].offset != nullptr;
+    return found;
+  }
+};
+
+void multiply(const Weights& all, const Inputs& x) {
+  int64_t tasks = 0, work = 0;
+  for (int i = 0; i < all.count; ++i) {
+    tasks += ceil_div(all.first[i].n, BLOCK);
+    work += all.first[i].n * all.first[i].k;
+  }
+  const int64_t threads = least(least<int64_t>((*all).threads, 64), most<int64_t>(1, work / LEAST_WORK));
   parallel_tasks(static_cast<int>(threads), static_cast<long>(tasks), [&](long task) {
-    block(a, x, task * BLOCK, least((task + 1) * BLOCK, a.n));
+    const Args* a = all.first;
+    for (; task >= ceil_div(a->n, BLOCK); ++a) task -= static_cast<long>(ceil_div(a->n, BLOCK));
+    block(*a, x, task * BLOCK, least((task + 1) * BLOCK, a->n));
   });
 }
 
@@ -349,10 +368,11 @@ bool has_digits(const Args& a, float* step) {
 }
 
 // By digits in place of floats; false where that cannot be.
-bool multiplied_by_digits(const Args& a) {
+bool multiplied_by_digits(const Weights& all) {
+  const Args& a = *all;
   const int64_t steps = ceil_div(a.columns / 2, STEP);
   const size_t rows = static_cast<size_t>(a.m), count = rows * static_cast<size_t>(steps);
-  const size_t sums = a.offset == nullptr ? 0 : rows * static_cast<size_t>(a.columns / a.group);
+  const size_t sums = all.have_offsets() ? rows * static_cast<size_t>(a.columns / a.group) : 0;
   Workspace workspace(Workspace::bytes_of<float>(rows) + Workspace::bytes_of<float>(sums) +
                       Workspace::bytes_of<Digits>(count));
   if (!workspace) return false;
@@ -367,12 +387,13 @@ bool multiplied_by_digits(const Args& a) {
   given.digits = digits;
   given.step = step;
   given.steps = steps;
-  multiply(a, given);
+  multiply(all, given);
   return true;
 }
 
 // Rounded inputs by bytes in place of floats; false where that cannot be.
-bool multiplied_by_bytes(const Args& a) {
+bool multiplied_by_bytes(const Weights& all) {
+  const Args& a = *all;
   if (a.k > MOST_COLUMNS) return false;
   const int64_t steps = ceil_div(a.k, STEP);
   const size_t rows = static_cast<size_t>(a.m), count = rows * static_cast<size_t>(steps * STEP);
@@ -401,7 +422,7 @@ bool multiplied_by_bytes(const Args& a) {
   given.start = start;
   given.step = step;
   given.steps = steps;
-  multiply(a, given);
+  multiply(all, given);
   return true;
 }
 #endif
@@ -414,22 +435,19 @@ bool wrong(const Args& a) {
   return a.bits != 4 || a.group < 32 || a.group % 32 != 0 || a.columns % a.group != 0 || a.columns < a.k;
 }
 
-}  // namespace
-
-int quantized_linear(const regard_quantized_linear_args* args) {
-  const Args& a = *args;
-  if (wrong(a)) return REGARD_BAD_ARGUMENT;
+int run(const Weights& all) {
+  const Args& a = *all;
   if (a.m * a.n == 0) return REGARD_OK;
 #if defined(__AVX512VNNI__)
-  if (a.bits == 4 && multiplied_by_digits(a)) return REGARD_OK;
-  if (a.rounded && multiplied_by_bytes(a)) return REGARD_OK;
+  if (a.bits == 4 && multiplied_by_digits(all)) return REGARD_OK;
+  if (a.rounded && multiplied_by_bytes(all)) return REGARD_OK;
 #endif
   Inputs x{};
   x.even = a.x;
   x.stride = a.x_stride;
   const bool apart = a.bits == 4;
   const size_t halves = apart ? static_cast<size_t>(a.m * a.columns / 2) : 0;
-  const size_t sums = apart && a.offset != nullptr ? static_cast<size_t>(a.m * (a.columns / a.group)) : 0;
+  const size_t sums = apart && all.have_offsets() ? static_cast<size_t>(a.m * (a.columns / a.group)) : 0;
   const size_t count = a.rounded ? static_cast<size_t>(a.m * a.k) : 0;
   Workspace workspace(2 * Workspace::bytes_of<float>(halves) + Workspace::bytes_of<float>(sums) +
                       Workspace::bytes_of<float>(count));
@@ -450,8 +468,29 @@ int quantized_linear(const regard_quantized_linear_args* args) {
     x.sums = of_groups;
     x.stride = a.columns / 2;
   }
-  multiply(a, x);
+  multiply(all, x);
   return REGARD_OK;
 }
+
+bool share_inputs(const Args& a, const Args& b) {
+  return a.x == b.x && a.x_stride == b.x_stride && a.m == b.m && a.k == b.k && a.bits == b.bits && a.columns == b.columns &&
+         a.group == b.group && a.rounded == b.rounded && a.threads == b.threads && a.n > 0 && b.n > 0;
+}
+
+}  // namespace
+
+// Several products; those one after the other that read the same input in the same way are computed together.
+int quantized_linears(const regard_quantized_linear_args* args, int count) {
+  for (int i = 0; i < count; ++i)
+    if (wrong(args[i])) return REGARD_BAD_ARGUMENT;
+  for (int i = 0, end = 0; i < count; i = end) {
+    for (end = i + 1; end < count && share_inputs(args[i], args[end]);) ++end;
+    const int status = run(Weights{args + i, end - i});
+    if (status != REGARD_OK) return status;
+  }
+  return REGARD_OK;
+}
+
+int quantized_linear(const regard_quantized_linear_args* args) { return quantized_linears(args, 1); }
 
 }  // namespace REGARD_ISA

@@ -180,7 +180,8 @@ void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads) {
                                  {hidden, width}, {hidden, width}, {width, hidden}};
     const size_t first = weights.size();
     for (int j = 0; j < 7; ++j) {
-      weights.emplace_back(new Weight(bits, sizes[j][0], sizes[j][1], i == 1));
+      const int64_t mixed[] = {8, 4, 32}, kind = bits == 8 && i == 1 ? mixed[j % 3] : bits;
+      weights.emplace_back(new Weight(kind, sizes[j][0], sizes[j][1], i == 1));
       layers[i].weights[j] = weights.back()->given;
     }
     const auto& own = [&](int j) -> const Weight& { return *weights[first + j]; };

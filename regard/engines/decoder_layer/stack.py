@@ -170,7 +170,7 @@ class DecoderLayers:
             used = table[:, : -(-(max(lengths) + n) // self._slots)]
             # behind a row's last token there may be any number
             firsts = torch.arange(used.shape[1], device="cpu") * self._slots
-            used = used[firsts < torch.tensor(lengths, device="cpu")[:, None] + n]
+            used = used[firsts < torch.tensor(lengths, dtype=torch.int64, device="cpu")[:, None] + n]
             if not fits or not 0 <= int(used.min()) <= int(used.max()) < self._pages:
                 raise Unsupported("pages that do not exist", supported=f"0 to {self._pages - 1}, of one size")
         if not 0 <= min(lengths) <= max(lengths) <= slots - n:
