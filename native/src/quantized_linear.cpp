@@ -1,12 +1,13 @@
 // Few rows times a weight of 8 or 4 bits: codes are read once, so that the time is that of reading them. They are turned into
-// floats in registers and multiplied there. Where bytes have dot products (VNNI), codes of 4 bits meet inputs as digits of 8
-// bits, and those of 8 bits meet inputs that are rounded to 8 bits as they are. Weights in float32 are read as they are.
+// floats in registers and multiplied there. Where bytes have dot products (VNNI), codes meet inputs as digits of 8 bits, of
+// which inputs that are rounded to 8 bits have one. Weights in float32 are read as they are.
 
 #include "regard_quantized_linear.h"
 
 #include "digits.h"
 #include "vector.h"
 
+#include "lane_sums.h"
 #include "parallel.h"
 #include "workspace.h"
 
@@ -16,9 +17,11 @@ namespace {
 using regard::Workspace;
 using Args = regard_quantized_linear_args;
 
-constexpr int64_t BLOCK = 32;           // rows of W of a task: its codes stay in the cache for all rows of x
+constexpr int64_t BLOCK = 32;           // rows of W whose codes stay in the cache for all rows of x
+constexpr int64_t TASKS = 4;            // of a thread, of at least a block: their codes are one stream from memory
 constexpr int64_t LEAST_WORK = 1 << 17;  // codes that are worth a thread
-constexpr int64_t AHEAD = 512;          // bytes that are fetched before they are read
+constexpr int64_t AHEAD = 1024;         // bytes between what is read and what is asked for next
+constexpr int64_t FAR = 8192;           // the same for the second cache
 
 // LANES bytes as integers. Compilers turn them one by one where they are not told how.
 REGARD_INLINE IntVec signed_bytes(const int8_t* p) {
@@ -68,6 +71,14 @@ REGARD_INLINE void half_codes(const uint8_t* p, Vec& even, Vec& odd) {
 #endif
 }
 
+// Asks for what comes after the bytes at `p`, as far as it is the task's own, which ends at `end`.
+REGARD_INLINE void fetch(const void* p, const void* end) {
+  const char* const last = static_cast<const char*>(end) - 1;
+  const char* const from = static_cast<const char*>(p);
+  __builtin_prefetch(from + AHEAD < last ? from + AHEAD : last);
+  __builtin_prefetch(from + FAR < last ? from + FAR : last, 0, 2);
+}
+
 // The rows of x, as the products read them.
 struct Inputs {
   const float* even;  // (M, stride): the rows, or for 4 bits their even columns
@@ -76,8 +87,9 @@ struct Inputs {
   int64_t stride;
 #if defined(__AVX512VNNI__)
   const Digits* digits;  // (M, steps), in place of floats
-  const int8_t* bytes;   // (M, steps * STEP), in place of both: rounded inputs, zeros behind the last
-  const int32_t* start;  // (M,): what takes off that codes count from 0 in products of bytes
+  const int8_t* bytes;   // (steps, M, count, STEP), in place of both: each digit of the inputs, zeros behind the last
+  const int32_t* start;  // (M, count, LANES): what takes off that codes count from 0 in products of bytes
+  int count;             // of digits
   const float* step;     // (M,): what 1 stands for; nullptr without digits or bytes
   int64_t steps;
 #endif
@@ -98,40 +110,59 @@ REGARD_INLINE float of_offsets(const Args& a, const Inputs& x, int64_t row, int6
 }
 
 #if defined(__AVX512VNNI__)
+// Sums of rows and, in each, of tokens to where they belong: scaled(row, token, sum) and the bias.
+template <int TOKENS, class Scaled>
+REGARD_INLINE void put_results(const Args& a, int64_t row, int rows, int64_t token, Vec sums, Scaled&& scaled) {
+  float by[LANES];
+  store(by, sums);
+  for (int r = 0; r < rows; ++r) {
+    const float bias = a.bias == nullptr ? 0.f : a.bias[row + r];
+    for (int t = 0; t < TOKENS; ++t)
+      a.y[(token + t) * a.n + row + r] = scaled(row + r, token + t, by[r * TOKENS + t]) + bias;
+  }
+}
+
+// As many rows, `rows` of which there are, as fill a vector with their results.
 template <int TOKENS>
-void product_of_digits(const Args& a, const Inputs& x, int64_t row, int64_t token) {
+void product_of_digits(const Args& a, const Inputs& x, int64_t row, int rows, int64_t token) {
+  constexpr int ROWS = LANES / TOKENS;
   const int64_t width = a.columns / 2, groups = a.columns / a.group;
   const int64_t of_step = 2 * STEP / a.group;  // groups of a step: 4, 2 or 1; fewer in the last one
-  const uint8_t* const codes = static_cast<const uint8_t*>(a.codes) + row * width;
+  const int64_t full = width / STEP, left = width - full * STEP;
   const __m512i low_half = _mm512_set1_epi8(15);
   // A scale goes to the upper half of each lane of its group, where it is a float32.
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i place = _mm512_slli_epi32(_mm512_srli_epi32(lane, of_step == 4 ? 2 : of_step == 2 ? 3 : 4), 16);
-  __m512 total[TOKENS];
+  Vec found[LANES];
+  // what fetches ahead follows one instruction
+#pragma GCC unroll 1
+  for (int r = 0; r < ROWS; ++r) {
+    const int64_t at = row + least(r, rows - 1);
+    const uint8_t* const codes = static_cast<const uint8_t*>(a.codes) + at * width;
+    __m512 total[TOKENS];
 #pragma GCC unroll 4
-  for (int t = 0; t < TOKENS; ++t) total[t] = _mm512_setzero_ps();
-  const auto add = [&](int64_t s, __mmask64 which, __mmask8 scales) __attribute__((always_inline)) {
-    const __m512i both = _mm512_maskz_loadu_epi8(which, codes + s * STEP);
-    const __m512i low = _mm512_and_si512(both, low_half);
-    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_half);
-    const __m128i own = _mm_maskz_loadu_epi16(scales, a.scale + row * groups + s * of_step);
-    const __m512i placed = _mm512_maskz_permutexvar_epi16(0xaaaaaaaau, place, _mm512_castsi128_si512(own));
+    for (int t = 0; t < TOKENS; ++t) total[t] = _mm512_setzero_ps();
+    const auto add = [&](int64_t s, __mmask64 which, __mmask8 scales) __attribute__((always_inline)) {
+      const __m512i both = _mm512_maskz_loadu_epi8(which, codes + s * STEP);
+      const __m512i low = _mm512_and_si512(both, low_half);
+      const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_half);
+      const __m128i own = _mm_maskz_loadu_epi16(scales, a.scale + at * groups + s * of_step);
+      const __m512i placed = _mm512_maskz_permutexvar_epi16(0xaaaaaaaau, place, _mm512_castsi128_si512(own));
 #pragma GCC unroll 4
-    for (int t = 0; t < TOKENS; ++t) {
-      const Digits& digits = x.digits[(token + t) * x.steps + s];
-      const __m512 found = _mm512_cvtepi32_ps(product(digits.start, low, high, digits));
-      total[t] = _mm512_fmadd_ps(found, _mm512_castsi512_ps(placed), total[t]);
-    }
-  };
-  const int64_t full = width / STEP, left = width - full * STEP;
-  for (int64_t s = 0; s < full; ++s) add(s, ~__mmask64{0}, static_cast<__mmask8>((1 << of_step) - 1));
-  if (left) add(full, (__mmask64{1} << left) - 1, static_cast<__mmask8>((1 << (groups - full * of_step)) - 1));
-  const float bias = a.bias == nullptr ? 0.f : a.bias[row];
+      for (int t = 0; t < TOKENS; ++t) {
+        const Digits& digits = x.digits[(token + t) * x.steps + s];
+        const __m512 sums = _mm512_cvtepi32_ps(product(digits.start, low, high, digits));
+        total[t] = _mm512_fmadd_ps(sums, _mm512_castsi512_ps(placed), total[t]);
+      }
+    };
+    for (int64_t s = 0; s < full; ++s) add(s, ~__mmask64{0}, static_cast<__mmask8>((1 << of_step) - 1));
+    if (left) add(full, (__mmask64{1} << left) - 1, static_cast<__mmask8>((1 << (groups - full * of_step)) - 1));
 #pragma GCC unroll 4
-  for (int t = 0; t < TOKENS; ++t) {
-    const float found = sum(reinterpret_cast<Vec>(total[t])) * x.step[token + t];
-    a.y[(token + t) * a.n + row] = found + of_offsets(a, x, row, token + t, groups) + bias;
+    for (int t = 0; t < TOKENS; ++t) found[r * TOKENS + t] = reinterpret_cast<Vec>(total[t]);
   }
+  put_results<TOKENS>(a, row, rows, token, sums_of(found), [&](int64_t at, int64_t t, float sum) {
+    return sum * x.step[t] + of_offsets(a, x, at, t, groups);
+  });
 }
 #endif
 
@@ -141,7 +172,7 @@ REGARD_INLINE Vec numbers(const float* p) { return load(p); }
 // Rows of one scale, or none: one after the other, as they lie in memory, since what fetches ahead follows one stream better
 // than several.
 template <int TOKENS, class T>
-void product_of_rows(const Args& a, const Inputs& x, int64_t row, int64_t token) {
+void product_of_rows(const Args& a, const Inputs& x, int64_t row, int64_t token, int64_t end) {
   constexpr int CHAINS = 4 / TOKENS;  // sums that do not wait for each other
   const T* const codes = static_cast<const T*>(a.codes) + row * a.columns;
   Vec total[CHAINS][TOKENS];
@@ -151,7 +182,7 @@ void product_of_rows(const Args& a, const Inputs& x, int64_t row, int64_t token)
     for (int t = 0; t < TOKENS; ++t) total[c][t] = zero();
   int64_t j = 0;
   const auto add = [&](int c, int64_t at) __attribute__((always_inline)) {
-    __builtin_prefetch(reinterpret_cast<const char*>(codes + at) + AHEAD);
+    fetch(codes + at, static_cast<const T*>(a.codes) + end * a.columns);
     const Vec w = numbers(codes + at);
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; ++t) total[c][t] = fma(w, load(x.even + (token + t) * x.stride + at), total[c][t]);
@@ -173,30 +204,43 @@ void product_of_rows(const Args& a, const Inputs& x, int64_t row, int64_t token)
 }
 
 #if defined(__AVX512VNNI__)
-template <int TOKENS>
-void product_of_bytes(const Args& a, const Inputs& x, int64_t row, int64_t token) {
-  const int8_t* const codes = static_cast<const int8_t*>(a.codes) + row * a.k;
-  const int8_t* const inputs = x.bytes + token * x.steps * STEP;
+// As many rows, `rows` of which there are, as fill a vector with their results.
+template <int COUNT, int TOKENS>
+void product_of_bytes(const Args& a, const Inputs& x, int64_t row, int rows, int64_t token, int64_t end) {
+  constexpr int SUMS = COUNT * TOKENS, ROWS = LANES / TOKENS;
+  const int64_t line = a.m * COUNT * STEP, full = a.k / STEP, left = a.k - full * STEP;
   const __m512i middle = _mm512_set1_epi8(-128);
-  __m512i total[TOKENS];
+  Vec found[LANES];
+  // what fetches ahead follows one instruction
+#pragma GCC unroll 1
+  for (int r = 0; r < ROWS; ++r) {
+    const int8_t* const codes = static_cast<const int8_t*>(a.codes) + (row + least(r, rows - 1)) * a.k;
+    const int8_t* inputs = x.bytes + token * COUNT * STEP;
+    __m512i total[SUMS];
+#pragma GCC unroll 32
+    for (int i = 0; i < SUMS; ++i) total[i] = _mm512_loadu_si512(x.start + (token * COUNT + i) * LANES);
+    const auto add = [&](int64_t s, __mmask64 which) __attribute__((always_inline)) {
+      fetch(codes + s * STEP, static_cast<const int8_t*>(a.codes) + end * a.k);
+      const __m512i w = _mm512_xor_si512(_mm512_maskz_loadu_epi8(which, codes + s * STEP), middle);
+#pragma GCC unroll 32
+      for (int i = 0; i < SUMS; ++i)
+        total[i] = _mm512_dpbusd_epi32(total[i], w, _mm512_loadu_si512(inputs + i * STEP));
+      inputs += line;
+    };
+    for (int64_t s = 0; s < full; ++s) add(s, ~__mmask64{0});
+    if (left) add(full, (__mmask64{1} << left) - 1);
 #pragma GCC unroll 16
-  for (int t = 0; t < TOKENS; ++t) total[t] = _mm512_setzero_si512();
-  const auto add = [&](int64_t s, __mmask64 which) __attribute__((always_inline)) {
-    __builtin_prefetch(codes + s * STEP + AHEAD);
-    const __m512i w = _mm512_xor_si512(_mm512_maskz_loadu_epi8(which, codes + s * STEP), middle);
-#pragma GCC unroll 16
-    for (int t = 0; t < TOKENS; ++t)
-      total[t] = _mm512_dpbusd_epi32(total[t], w, _mm512_loadu_si512(inputs + (t * x.steps + s) * STEP));
-  };
-  const int64_t full = a.k / STEP, left = a.k - full * STEP;
-  for (int64_t s = 0; s < full; ++s) add(s, ~__mmask64{0});
-  if (left) add(full, (__mmask64{1} << left) - 1);
-  const float scale = to_float(a.scale[row]), bias = a.bias == nullptr ? 0.f : a.bias[row];
-#pragma GCC unroll 16
-  for (int t = 0; t < TOKENS; ++t) {
-    const int32_t found = _mm512_reduce_add_epi32(total[t]) + x.start[token + t];
-    a.y[(token + t) * a.n + row] = static_cast<float>(found) * (x.step[token + t] * scale) + bias;
+    for (int t = 0; t < TOKENS; ++t) {
+      __m512 sum = _mm512_cvtepi32_ps(total[t * COUNT + COUNT - 1]);
+#pragma GCC unroll 2
+      for (int d = COUNT - 2; d >= 0; --d)
+        sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256), _mm512_cvtepi32_ps(total[t * COUNT + d]));
+      found[r * TOKENS + t] = reinterpret_cast<Vec>(sum);
+    }
   }
+  put_results<TOKENS>(a, row, rows, token, sums_of(found), [&](int64_t at, int64_t t, float sum) {
+    return sum * (x.step[t] * to_float(a.scale[at]));
+  });
 }
 #endif
 
@@ -241,19 +285,20 @@ void product_4bit(const Args& a, const Inputs& x, int64_t row, int64_t token) {
 }
 
 template <int TOKENS>
-void rows_of(const Args& a, const Inputs& x, int64_t first, int64_t last, int64_t token) {
+void rows_of(const Args& a, const Inputs& x, int64_t first, int64_t last, int64_t token, [[maybe_unused]] int64_t end) {
   int64_t row = first;
   if (a.bits == 32) {
-    for (; row < last; ++row) product_of_rows<TOKENS, float>(a, x, row, token);
+    for (; row < last; ++row) product_of_rows<TOKENS, float>(a, x, row, token, end);
     return;
   }
   if (a.bits == 8) {
-    for (; row < last; ++row) product_of_rows<TOKENS, int8_t>(a, x, row, token);
+    for (; row < last; ++row) product_of_rows<TOKENS, int8_t>(a, x, row, token, end);
     return;
   }
 #if defined(__AVX512VNNI__)
   if (x.step != nullptr) {
-    for (; row < last; ++row) product_of_digits<TOKENS>(a, x, row, token);
+    for (; row < last; row += LANES / TOKENS)
+      product_of_digits<TOKENS>(a, x, row, static_cast<int>(least<int64_t>(LANES / TOKENS, last - row)), token);
     return;
   }
 #endif
@@ -264,30 +309,39 @@ void rows_of(const Args& a, const Inputs& x, int64_t first, int64_t last, int64_
 
 #if defined(__AVX512VNNI__)
 // As many tokens at once as there are sums in registers.
-template <int TOKENS>
-int64_t rows_of_bytes(const Args& a, const Inputs& x, int64_t first, int64_t last, int64_t token) {
+template <int COUNT, int TOKENS>
+int64_t rows_of_bytes(const Args& a, const Inputs& x, int64_t first, int64_t last, int64_t token, int64_t end) {
+  constexpr int ROWS = LANES / TOKENS;
   for (; token + TOKENS <= a.m; token += TOKENS)
-    for (int64_t row = first; row < last; ++row) product_of_bytes<TOKENS>(a, x, row, token);
+    for (int64_t row = first; row < last; row += ROWS)
+      product_of_bytes<COUNT, TOKENS>(a, x, row, static_cast<int>(least<int64_t>(ROWS, last - row)), token, end);
   return token;
 }
 #endif
 
-void block(const Args& a, const Inputs& x, int64_t first, int64_t last) {
+// `end`: of the task's rows.
+void block(const Args& a, const Inputs& x, int64_t first, int64_t last, int64_t end) {
   int64_t token = 0;
 #if defined(__AVX512VNNI__)
   if (x.bytes != nullptr) {
-    token = rows_of_bytes<16>(a, x, first, last, token);
-    token = rows_of_bytes<4>(a, x, first, last, token);
-    rows_of_bytes<1>(a, x, first, last, token);
+    if (x.count == 1) {
+      token = rows_of_bytes<1, 16>(a, x, first, last, token, end);
+      token = rows_of_bytes<1, 4>(a, x, first, last, token, end);
+      rows_of_bytes<1, 1>(a, x, first, last, token, end);
+    } else {
+      token = rows_of_bytes<DIGITS, 4>(a, x, first, last, token, end);
+      token = rows_of_bytes<DIGITS, 2>(a, x, first, last, token, end);
+      rows_of_bytes<DIGITS, 1>(a, x, first, last, token, end);
+    }
     return;
   }
 #endif
-  for (; token + 4 <= a.m; token += 4) rows_of<4>(a, x, first, last, token);
+  for (; token + 4 <= a.m; token += 4) rows_of<4>(a, x, first, last, token, end);
   if (token + 2 <= a.m) {
-    rows_of<2>(a, x, first, last, token);
+    rows_of<2>(a, x, first, last, token, end);
     token += 2;
   }
-  if (token < a.m) rows_of<1>(a, x, first, last, token);
+  if (token < a.m) rows_of<1>(a, x, first, last, token, end);
 }
 
 // Even and odd columns apart, zeros behind the last.
@@ -326,16 +380,17 @@ struct Weights {
 };
 
 void multiply(const Weights& all, const Inputs& x) {
-  int64_t tasks = 0, work = 0;
-  for (int i = 0; i < all.count; ++i) {
-    tasks += ceil_div(all.first[i].n, BLOCK);
-    work += all.first[i].n * all.first[i].k;
-  }
+  int64_t work = 0;
+  for (int i = 0; i < all.count; ++i) work += all.first[i].n * all.first[i].k;
   const int64_t threads = least(least<int64_t>((*all).threads, 64), most<int64_t>(1, work / LEAST_WORK));
-  parallel_tasks(static_cast<int>(threads), static_cast<long>(tasks), [&](long task) {
+  const auto rows_of_task = [&](const Args& a) { return round_up(ceil_div(a.n, threads * TASKS), BLOCK); };
+  int64_t tasks = 0;
+  for (int i = 0; i < all.count; ++i) tasks += ceil_div(all.first[i].n, rows_of_task(all.first[i]));
+  parallel_tasks(static_cast<int>(threads), static_cast<long>(tasks), [&](int64_t task) {
     const Args* a = all.first;
-    for (; task >= ceil_div(a->n, BLOCK); ++a) task -= static_cast<long>(ceil_div(a->n, BLOCK));
-    block(*a, x, task * BLOCK, least((task + 1) * BLOCK, a->n));
+    for (int64_t own; task >= (own = ceil_div(a->n, rows_of_task(*a))); ++a) task -= own;
+    const int64_t first = task * rows_of_task(*a), end = least(first + rows_of_task(*a), a->n);
+    for (int64_t row = first; row < end; row += BLOCK) block(*a, x, row, least(row + BLOCK, end), end);
   });
 }
 
@@ -357,8 +412,7 @@ void round_rows(const Args& a, float* rounded) {
 
 #if defined(__AVX512VNNI__)
 // Whether digits tell what the rows hold: no infinities, NaN or numbers near the smallest.
-bool has_digits(const Args& a, float* step) {
-  if (2 * STEP % a.group != 0) return false;
+bool has_steps(const Args& a, float* step) {
   for (int64_t t = 0; t < a.m; ++t) {
     const float found = largest(a.x + t * a.x_stride, a.k);
     if (!(found == 0.f || (found > 1e-25f && found < 1e35f))) return false;
@@ -377,7 +431,7 @@ bool multiplied_by_digits(const Weights& all) {
                       Workspace::bytes_of<Digits>(count));
   if (!workspace) return false;
   float *const step = workspace.take<float>(rows), *const of_groups = sums == 0 ? nullptr : workspace.take<float>(sums);
-  if (!has_digits(a, step)) return false;
+  if (2 * STEP % a.group != 0 || !has_steps(a, step)) return false;
   if (of_groups != nullptr) sum_groups(a, of_groups);
   Digits* const digits = workspace.take<Digits>(count);
   for (int64_t t = 0; t < a.m; ++t)
@@ -391,35 +445,50 @@ bool multiplied_by_digits(const Weights& all) {
   return true;
 }
 
-// Rounded inputs by bytes in place of floats; false where that cannot be.
+// Codes of 8 bits by digits as well, or by the one of inputs that are rounded.
 bool multiplied_by_bytes(const Weights& all) {
   const Args& a = *all;
   if (a.k > MOST_COLUMNS) return false;
+  const int count = a.rounded ? 1 : DIGITS;
   const int64_t steps = ceil_div(a.k, STEP);
-  const size_t rows = static_cast<size_t>(a.m), count = rows * static_cast<size_t>(steps * STEP);
-  Workspace workspace(Workspace::bytes_of<float>(rows) + Workspace::bytes_of<int32_t>(rows) +
-                      Workspace::bytes_of<int8_t>(count));
+  const size_t rows = static_cast<size_t>(a.m), digits = rows * static_cast<size_t>(count);
+  Workspace workspace(Workspace::bytes_of<float>(rows) + Workspace::bytes_of<int32_t>(digits * LANES) +
+                      Workspace::bytes_of<int8_t>(digits * static_cast<size_t>(steps * STEP)));
   if (!workspace) return false;
   float* const step = workspace.take<float>(rows);
-  int32_t* const start = workspace.take<int32_t>(rows);
-  int8_t* const bytes = workspace.take<int8_t>(count);
+  int32_t* const start = workspace.take<int32_t>(digits * LANES);
+  int8_t* const bytes = workspace.take<int8_t>(digits * static_cast<size_t>(steps * STEP));
+  if (!a.rounded && !has_steps(a, step)) return false;
+  const __m512i ones = _mm512_set1_epi8(1);
   for (int64_t t = 0; t < a.m; ++t) {
     const float* const x = a.x + t * a.x_stride;
-    const float found = largest(x, a.k);
-    if (!(found < 1e38f)) return false;
-    step[t] = step_of(found);
-    __m512i total = _mm512_setzero_si512();
-    for (int64_t j = 0; j < steps * STEP; j += LANES) {
-      const int lanes = static_cast<int>(most<int64_t>(0, least<int64_t>(LANES, a.k - j)));
-      const __m512i q = _mm512_cvtps_epi32(reinterpret_cast<__m512>(load(x + least(j, a.k), lanes) / broadcast(step[t])));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + t * steps * STEP + j), _mm512_cvtepi32_epi8(q));
-      total = _mm512_add_epi32(total, q);
+    if (a.rounded) {
+      const float found = largest(x, a.k);
+      if (!(found < 1e38f)) return false;
+      step[t] = step_of(found);
     }
-    start[t] = -128 * _mm512_reduce_add_epi32(total);
+    const Vec per_step = broadcast(step[t]);
+    __m512i sums[DIGITS] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
+    for (int64_t s = 0; s < steps; ++s) {
+      __m512i q[4], made[DIGITS];
+      for (int i = 0; i < 4; ++i) {
+        const int64_t at = s * STEP + i * LANES;
+        const int lanes = static_cast<int>(most<int64_t>(0, least<int64_t>(LANES, a.k - at)));
+        q[i] = _mm512_cvtps_epi32(reinterpret_cast<__m512>(load(x + least(at, a.k), lanes) / per_step));
+      }
+      take_digits(q, made);
+      for (int d = 0; d < count; ++d) {
+        _mm512_storeu_si512(bytes + ((s * a.m + t) * count + d) * STEP, made[d]);
+        sums[d] = _mm512_dpbusd_epi32(sums[d], ones, made[d]);
+      }
+    }
+    for (int d = 0; d < count; ++d)
+      _mm512_storeu_si512(start + (t * count + d) * LANES, _mm512_mullo_epi32(sums[d], _mm512_set1_epi32(-128)));
   }
   Inputs given{};
   given.bytes = bytes;
   given.start = start;
+  given.count = count;
   given.step = step;
   given.steps = steps;
   multiply(all, given);
@@ -440,7 +509,7 @@ int run(const Weights& all) {
   if (a.m * a.n == 0) return REGARD_OK;
 #if defined(__AVX512VNNI__)
   if (a.bits == 4 && multiplied_by_digits(all)) return REGARD_OK;
-  if (a.rounded && multiplied_by_bytes(all)) return REGARD_OK;
+  if (a.bits == 8 && multiplied_by_bytes(all)) return REGARD_OK;
 #endif
   Inputs x{};
   x.even = a.x;
