@@ -54,7 +54,10 @@ GROUPS: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
             cells("softmax", "linear"),
         ],
     ),
-    "apply": (["regard/apply.py"], [["tests/contract/test_apply.py"], cells("softmax", "linear", "agent")]),
+    "apply": (
+        [f"regard/apply/{name}.py" for name in ("__init__", "checks", "forms", "layout", "plans", "sizes")],
+        [["tests/contract/test_apply.py"], cells("softmax", "linear", "agent")],
+    ),
     "ragged": (
         ["regard/core/ragged.py"],
         [["tests/contract/test_apply.py"], cells("linear", "landmark", "large_kernel", "routing")],
