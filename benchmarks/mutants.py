@@ -94,7 +94,7 @@ GROUPS: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
         [["tests/mechanisms/test_landmark.py"], cells("landmark")],
     ),
     "combiner": (
-        ["regard/mechanisms/combiner/forms.py"],
+        [f"regard/mechanisms/combiner/{name}.py" for name in ("fixed", "forms", "grid", "logn", "pooling")],
         [["tests/mechanisms/test_combiner.py"], cells("combiner")],
     ),
     "performer": (
