@@ -32,10 +32,12 @@ from regard.catalogue import get_mechanism
 from regard.contract import Pattern
 from regard.measurement.timing import calm_clock
 from regard.training.memory import keep_freed_memory
-from regard.workbench.advice.advise import USES, AdviseSettings, able_mechanisms, advise
+from regard.workbench.advice.advise import advise
+from regard.workbench.advice.candidates import able_mechanisms
 from regard.workbench.advice.check import check, profiled
 from regard.workbench.advice.needs import find
 from regard.workbench.advice.samples import LayerMeasure, room
+from regard.workbench.advice.settings import USES, AdviseSettings
 
 QUESTIONS = Path(__file__).parent / "advise_questions.json"
 SEED, COUNT = 20260101, 60

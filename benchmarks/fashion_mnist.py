@@ -36,7 +36,8 @@ from regard.models.weights import write_atomically
 from regard.tasks import Task, create_task
 from regard.training import TrainConfig, peak_memory, train
 from regard.workbench.comparison.settings import CompareSettings
-from regard.workbench.trained.run import DIVERGED, train_model
+from regard.workbench.trained.folder import DIVERGED
+from regard.workbench.trained.run import train_model
 
 TABLE = Path(__file__).parent.parent / "docs" / "data" / "fashion_mnist.json"
 RATE, BATCH = 2e-3, 64

@@ -54,7 +54,10 @@ GROUPS: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
             cells("softmax", "linear"),
         ],
     ),
-    "apply": (["regard/apply.py"], [["tests/contract/test_apply.py"], cells("softmax", "linear", "agent")]),
+    "apply": (
+        [f"regard/apply/{name}.py" for name in ("__init__", "checks", "forms", "layout", "plans", "sizes")],
+        [["tests/contract/test_apply.py"], cells("softmax", "linear", "agent")],
+    ),
     "ragged": (
         ["regard/core/ragged.py"],
         [["tests/contract/test_apply.py"], cells("linear", "landmark", "large_kernel", "routing")],
@@ -91,7 +94,7 @@ GROUPS: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
         [["tests/mechanisms/test_landmark.py"], cells("landmark")],
     ),
     "combiner": (
-        ["regard/mechanisms/combiner/forms.py"],
+        [f"regard/mechanisms/combiner/{name}.py" for name in ("fixed", "forms", "grid", "logn", "pooling")],
         [["tests/mechanisms/test_combiner.py"], cells("combiner")],
     ),
     "performer": (

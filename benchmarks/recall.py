@@ -21,7 +21,7 @@ import torch
 from regard import Mechanism, Pattern, Unsupported, get_mechanism, list_mechanisms
 from regard.measurement.budget import Budget
 from regard.models import LanguageModelConfig, count_parameters, match_parameters
-from regard.models.blocks import layer_accepts
+from regard.models.layer_plan import layer_accepts
 from regard.tasks.recall import RecallTask
 from regard.training import TrainConfig, evaluate, train
 from regard.workbench.advice.layer_work import MIXING

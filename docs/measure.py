@@ -81,7 +81,7 @@ BELOW = (
     "engines",
     "positions",
     "layers",
-    "apply.py",
+    "apply",
     "catalogue.py",
     "create.py",
     "integrations/export.py",

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from regard.apply import apply, input_names
+from regard.apply import apply
 from regard.catalogue import find_mechanism, get_mechanism, get_module, list_mechanisms
 from regard.contract import Kind, Mask, Mechanism, Pattern, Unsupported, check_mask, closest
 
@@ -31,7 +31,7 @@ def function_name(card: Mechanism) -> str:
 
 
 def _function(card: Mechanism) -> Callable[..., Any]:
-    names = input_names(card)
+    names = list(card.axes)
     own = set(card.config.__dataclass_fields__)  # type: ignore[attr-defined]
     passed = {*_CALL_OPTIONS, *_CONTEXT_OPTIONS} - own
     usual_pattern = next(p for p in (Pattern.CAUSAL_SELF, *card.patterns) if p in card.patterns)

@@ -74,9 +74,10 @@ def advise_command(
         regard advise --check
     """
     from regard.measurement.units import parse_size
-    from regard.workbench.advice.advise import AdviseSettings, advise
+    from regard.workbench.advice.advise import advise
     from regard.workbench.advice.check import check as run_check
     from regard.workbench.advice.needs import NEEDS, parse_needs
+    from regard.workbench.advice.settings import AdviseSettings
     from regard.workbench.advice.text import advice_text, errors_table, short_text
 
     load_plugins(plugin)

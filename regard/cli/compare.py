@@ -167,7 +167,7 @@ def compare(
     from regard.workbench.comparison.settings import CompareSettings
     from regard.workbench.comparison.summary_table import figures_table, terminal_table
     from regard.workbench.comparison.task_models import default_mechanisms, fitting
-    from regard.workbench.reports.report import SCHEMA
+    from regard.workbench.reports.view import SCHEMA
 
     def recognised(described: str) -> None:
         if not as_json:

@@ -250,7 +250,7 @@ def _plain_table(headings: Sequence[str], rows: Sequence[Sequence[str]], best: S
 
 def _data(data: list[str] | None, model: Path, *, needed: bool) -> Any:
     """A recipe without calibration needs no data, but models of transformers and timm are opened with some."""
-    from regard.workbench.trained.run import RECORD
+    from regard.workbench.trained.folder import RECORD
 
     if data or needed or (model / RECORD).is_file():
         return data or None

@@ -63,8 +63,9 @@ def evaluate(
     from regard.compression.folders import is_of_transformers
     from regard.measurement.statistics import score_of_items
     from regard.workbench.trained.early_exits import exited, leaving
+    from regard.workbench.trained.folder import open_trained
+    from regard.workbench.trained.records import figures_of
     from regard.workbench.trained.reduced import AT_ONCE, reduced, told
-    from regard.workbench.trained.run import figures_of, open_trained
 
     rules = exit_rules or []
     if is_of_transformers(folder):

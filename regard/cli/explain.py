@@ -57,8 +57,8 @@ def explain(
     from regard.tasks.segmentation.folders import PICTURES, files_of
     from regard.tasks.segmentation_3d import VolumeReader
     from regard.workbench.trained import explain as maps
+    from regard.workbench.trained.folder import open_trained
     from regard.workbench.trained.reduced import reduced
-    from regard.workbench.trained.run import open_trained
     from regard.workbench.trained.segment import check_output, place_of
 
     trained = open_trained(folder)

@@ -99,7 +99,7 @@ def generate(
     import torch
 
     from regard.models import LanguageModel, exit_layers
-    from regard.workbench.trained.run import beyond, trained_length
+    from regard.workbench.trained.folder import beyond, trained_length
 
     prompt = sys.stdin.read() if text == "-" else text
     if not prompt:
@@ -185,7 +185,7 @@ def _opened(folder: Path, device: str) -> tuple[Any, Any]:
     if not is_of_transformers(folder):
         from regard.models import LanguageModel
         from regard.workbench.sparse.readers import MODELS
-        from regard.workbench.trained.run import open_trained
+        from regard.workbench.trained.folder import open_trained
 
         trained = open_trained(folder, supported=MODELS)
         model = trained.model(device)

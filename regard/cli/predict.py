@@ -60,8 +60,8 @@ def predict(
     from regard.tasks.segmentation import MaskReader
     from regard.tasks.segmentation.folders import PICTURES, VOLUMES, files_of
     from regard.tasks.segmentation_3d import VolumeReader
+    from regard.workbench.trained.folder import open_trained
     from regard.workbench.trained.reduced import reduced, told
-    from regard.workbench.trained.run import open_trained
 
     at_least("top", top, 1)
     trained = open_trained(folder)

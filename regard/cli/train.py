@@ -192,7 +192,9 @@ def train(
     from regard.measurement.budget import Budget
     from regard.tasks import create_task
     from regard.workbench.comparison.settings import CompareSettings
-    from regard.workbench.trained.run import DIVERGED, chosen_weights, learned_from, train_model
+    from regard.workbench.trained.card import chosen_weights, learned_from
+    from regard.workbench.trained.folder import DIVERGED
+    from regard.workbench.trained.run import train_model
 
     if monitor not in (None, MONITOR):
         raise Unsupported(f"--monitor {monitor}", supported=MONITOR, nearest=MONITOR)

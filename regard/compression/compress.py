@@ -39,7 +39,7 @@ from regard.compression.weights.learned import learn_codes
 from regard.contract import Unsupported
 from regard.layers.quantized import Format, QuantizedEmbedding, QuantizedLinear, replace_module
 from regard.measurement import units
-from regard.models.blocks import evaluation_mode
+from regard.models.evaluating import evaluation_mode
 from regard.models.weights import weights_bytes, weights_digest
 
 HEAD_FORMAT = Format(8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -328,6 +329,22 @@ class Mechanism:
                     nearest=f"{name}={self.config.__dataclass_fields__[name].default!r}",  # type: ignore[attr-defined]
                 )
         return config
+
+    @property
+    def memory_inputs(self) -> list[str]:
+        """Inputs that belong to the memory (they have the axis m and not n)."""
+        return [name for name, axes in self.axes.items() if "m" in axes and "n" not in axes]
+
+    @property
+    def shared_inputs(self) -> list[str]:
+        """Inputs that belong to no sequence (they have neither n nor m), such as a learned query."""
+        return [name for name, axes in self.axes.items() if "m" not in axes and "n" not in axes]
+
+    @property
+    def absorbed_inputs(self) -> list[str]:
+        """Inputs of the ``absorb`` form: the memory's, and those of no sequence that it names as parameters."""
+        named = inspect.signature(self.forms["absorb"]).parameters
+        return self.memory_inputs + [name for name in self.shared_inputs if name in named]
 
     @property
     def keeps_places(self) -> bool:

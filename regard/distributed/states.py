@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.apply import absorb, absorbed_inputs, apply
+from regard.apply import absorb, apply
 from regard.contract import Mechanism, Pattern, State
 from regard.engines.merging import merge_states
 
@@ -127,9 +127,7 @@ class Piece:
         )
 
     def _absorbed(self, tensors: Tensors, state: State) -> State:
-        taken = {
-            n: x for n, x in tensors.items() if n in absorbed_inputs(self.card) and n != "skip"
-        }  # of outputs alone
+        taken = {n: x for n, x in tensors.items() if n in self.card.absorbed_inputs and n != "skip"}  # of outputs alone
         heads = tensors["q"].shape[1] if self.card.axes.get("q", "")[:2] == "bh" else None
         return absorb(self.card, taken, pattern=CROSS, state=state, heads=heads, **self.options)
 

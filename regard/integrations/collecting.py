@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import Context, Loss, Result, Unsupported
-from regard.models.blocks import add_losses, auxiliary_loss
+from regard.models.losses import add_losses, auxiliary_loss
 
 _CALLS = threading.local()
 

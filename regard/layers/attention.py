@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from regard.apply import absorb, apply, input_names
+from regard.apply import absorb, apply
 from regard.contract import (
     ACTS_LIKE,
     TURNED_BEFORE,
@@ -147,7 +147,6 @@ class AttentionLayer(Layer):
         self.spec = LayerSpec(
             dim, memory_dim, num_heads, kv_heads, head_dim, value_dim, self.pattern, self.config, project
         )
-        inputs = input_names(card)
         makes_queries = card.projection is not None and card.projection.makes_queries
         if makes_queries and (norms.query_key_norm or norms.value_norm):
             raise Unsupported(
@@ -155,10 +154,10 @@ class AttentionLayer(Layer):
                 supported="neither, where a projection makes the heads",
                 nearest="query_key_norm=None, value_norm=None",
             )
-        has_queries = not makes_queries and "q" in inputs and "n" in card.inputs["q"]
+        has_queries = not makes_queries and "q" in card.axes and "n" in card.inputs["q"]
         self.query = project(dim, num_heads * head_dim) if has_queries else None
-        self.key = project(memory_dim, kv_heads * head_dim) if "k" in inputs else None
-        self.value = project(memory_dim, kv_heads * value_dim) if "v" in inputs else None
+        self.key = project(memory_dim, kv_heads * head_dim) if "k" in card.axes else None
+        self.value = project(memory_dim, kv_heads * value_dim) if "v" in card.axes else None
         for option, given, normalised in (
             ("query_key_norm", norms.query_key_norm, (self.query, self.key)),
             ("value_norm", norms.value_norm, (self.value,)),

@@ -22,17 +22,11 @@ from torch import Tensor, nn
 from regard.contract import Context, Pattern, Result, Unsupported, at_least, one_of
 from regard.layers.checks import given_context
 from regard.layers.linear import make_linear
-from regard.models.blocks import (
-    EMBEDDED_POSITIONS,
-    SHARED_POSITIONS,
-    Block,
-    add_losses,
-    check_sequences,
-    mixing_card,
-    read_plan,
-    run_blocks,
-)
+from regard.models.blocks import Block, check_sequences, run_blocks
 from regard.models.encoder import EncoderBase
+from regard.models.layer_plan import mixing_card, read_plan
+from regard.models.losses import add_losses
+from regard.models.placing import EMBEDDED_POSITIONS, SHARED_POSITIONS
 from regard.models.stack import StackConfig
 from regard.positions.sinusoidal import Sinusoidal
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from regard.contract import Context, Loss, Result
-from regard.models.blocks import Block, add_losses, valid_tokens
+from regard.models.blocks import Block, valid_tokens
+from regard.models.losses import add_losses
 
 Streams = tuple[Tensor, ...]
 """The residual stream, or the two of a reversible stack: the one to be added to, then the one to be read."""

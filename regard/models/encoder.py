@@ -26,23 +26,14 @@ from regard.layers.linear import make_linear
 from regard.layers.norms import make_norm
 from regard.layers.patches import FeatureEmbedding
 from regard.layers.pooling import POOLINGS, SIMPLE, make_pooling
-from regard.models.blocks import (
-    Block,
-    Plan,
-    add_losses,
-    check_plan,
-    check_sequences,
-    embed_tokens,
-    evaluation_mode,
-    grid_axes,
-    input_positions,
-    make_input_positions,
-    place_input,
-    read_plan,
-    right_padded_mask,
-)
+from regard.models.blocks import Block, check_sequences, grid_axes
+from regard.models.evaluating import evaluation_mode
 from regard.models.exit_rules import ExitRule, Leaving
 from regard.models.exits import apply_head, make_exits, run_with_exits
+from regard.models.inputs import embed_tokens, right_padded_mask
+from regard.models.layer_plan import Plan, check_plan, read_plan
+from regard.models.losses import add_losses
+from regard.models.placing import input_positions, make_input_positions, place_input
 from regard.models.stack import LayersConfig, Pass, Stack
 
 if TYPE_CHECKING:

@@ -27,23 +27,15 @@ from regard.layers.feed_forward import dropout
 from regard.layers.linear import make_linear
 from regard.layers.norms import make_norm
 from regard.layers.patches import FeatureEmbedding
-from regard.models.blocks import (
-    Block,
-    Plan,
-    add_losses,
-    check_ids,
-    check_plan,
-    check_sequences,
-    embed_tokens,
-    evaluation_mode,
-    input_positions,
-    make_input_positions,
-    place_input,
-    read_plan,
-)
+from regard.models.blocks import Block, check_sequences
+from regard.models.evaluating import evaluation_mode
 from regard.models.exits import apply_head, make_exits, run_with_exits
 from regard.models.generation import generate, generate_stream
+from regard.models.inputs import check_ids, embed_tokens
 from regard.models.language_model import ModelState, next_token_loss
+from regard.models.layer_plan import Plan, check_plan, read_plan
+from regard.models.losses import add_losses
+from regard.models.placing import input_positions, make_input_positions, place_input
 from regard.models.stack import LayersConfig, Stack
 
 if TYPE_CHECKING:

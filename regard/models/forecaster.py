@@ -25,17 +25,11 @@ from regard.layers.feed_forward import dropout
 from regard.layers.linear import make_linear
 from regard.layers.norms import make_norm
 from regard.layers.patches import FeatureEmbedding
-from regard.models.blocks import (
-    SHARED_POSITIONS,
-    Block,
-    add_losses,
-    auxiliary_loss,
-    check_plan,
-    check_sequences,
-    input_positions,
-    read_plan,
-)
+from regard.models.blocks import Block, check_sequences
 from regard.models.encoder_decoder import count_layers
+from regard.models.layer_plan import check_plan, read_plan
+from regard.models.losses import add_losses, auxiliary_loss
+from regard.models.placing import SHARED_POSITIONS, input_positions
 from regard.models.stack import LayersConfig, Stack
 from regard.positions import Sinusoidal
 

@@ -27,7 +27,7 @@ from regard.catalogue import get_mechanism
 from regard.contract import Kind, Mechanism, Pattern, one_of
 from regard.layers.attention import AttentionLayer
 from regard.layers.convolution import ShortConvolution
-from regard.models.blocks import layer_accepts
+from regard.models.layer_plan import layer_accepts
 
 BARE: Mapping[str, Any] = {
     "short_convolution": 0,

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from regard.contract import Unsupported
-from regard.models.blocks import read_plan
 from regard.models.encoder import check_input_kind
 from regard.models.encoder_decoder import count_layers
+from regard.models.layer_plan import read_plan
 from regard.models.stack import LayersConfig
 from regard.models.stages import PyramidEncoder, PyramidEncoderConfig, StageConfig
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from regard.contract import Mask, Unsupported, at_least
 from regard.core.precision import wide
 from regard.core.ragged import gathering
-from regard.models.blocks import check_ids
+from regard.models.inputs import check_ids
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

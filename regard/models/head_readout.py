@@ -25,8 +25,9 @@ from regard.contract import Context, Unsupported
 from regard.layers.attention import AttentionLayer
 from regard.layers.checks import given_context
 from regard.layers.norms import LayerNorm, RMSNorm
-from regard.models.blocks import Block, evaluation_mode
+from regard.models.blocks import Block
 from regard.models.encoder import Encoder, pool_tokens
+from regard.models.evaluating import evaluation_mode
 from regard.models.stack import StackConfig
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from regard.core.ragged import Gathering, inner_mask
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-    from regard.models.blocks import Plan
+    from regard.models.layer_plan import Plan
 
 
 @dataclass(frozen=True)

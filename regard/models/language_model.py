@@ -27,22 +27,15 @@ from regard.layers.embedding import make_embedding, tied_logits
 from regard.layers.feed_forward import dropout
 from regard.layers.linear import make_linear
 from regard.layers.norms import make_norm
-from regard.models.blocks import (
-    Block,
-    add_losses,
-    auxiliary_loss,
-    check_ids,
-    embed_tokens,
-    evaluation_mode,
-    input_positions,
-    make_input_positions,
-    place_input,
-    read_plan,
-    right_padded_mask,
-)
+from regard.models.blocks import Block
+from regard.models.evaluating import evaluation_mode
 from regard.models.exits import apply_head, joint_loss, make_exits, run_with_exits
 from regard.models.generation import Read, generate, generate_stream
+from regard.models.inputs import check_ids, embed_tokens, right_padded_mask
 from regard.models.insertion import Insertion
+from regard.models.layer_plan import read_plan
+from regard.models.losses import add_losses, auxiliary_loss
+from regard.models.placing import input_positions, make_input_positions, place_input
 from regard.models.stack import LayersConfig, Stack
 
 if TYPE_CHECKING:

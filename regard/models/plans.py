@@ -20,7 +20,7 @@ from typing import Any
 from regard.catalogue import get_mechanism
 from regard.contract import Unsupported, at_least, one_of
 from regard.mechanisms import differential, local, longformer
-from regard.models.blocks import read_plan
+from regard.models.layer_plan import read_plan
 
 TRANSNORMERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "T1": ({"activation": "relu"}, {"feature_map": "plain_elu"}),

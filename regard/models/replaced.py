@@ -21,8 +21,9 @@ from regard.core.precision import wide
 from regard.core.ragged import gathering
 from regard.layers.checks import given_context
 from regard.layers.linear import make_linear
-from regard.models.blocks import add_losses, check_ids
 from regard.models.encoder import Encoder, EncoderConfig
+from regard.models.inputs import check_ids
+from regard.models.losses import add_losses
 from regard.models.stack import StackConfig
 
 if TYPE_CHECKING:

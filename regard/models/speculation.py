@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from regard.contract import Context, Unsupported, at_least
-from regard.models.blocks import check_ids, evaluation_mode
+from regard.models.evaluating import evaluation_mode
 from regard.models.generation import check_sampling, distribution
+from regard.models.inputs import check_ids
 from regard.models.language_model import LanguageModel
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from regard.contract import Context, Loss, Mask, Result, Unsupported, at_least, check_options, one_of
 from regard.layers.attention import AttentionLayer
-from regard.models.blocks import FEED_FORWARD_OPTIONS, Block, add_losses, check_roles, run_blocks
+from regard.models.blocks import FEED_FORWARD_OPTIONS, Block, check_roles, run_blocks
 from regard.models.branches import (
     Branch,
     Done,
@@ -35,6 +35,7 @@ from regard.models.branches import (
     run_branches,
 )
 from regard.models.exit_rules import ExitRule
+from regard.models.losses import add_losses
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float

@@ -28,16 +28,12 @@ from regard.layers.linear import make_linear
 from regard.layers.norms import make_norm
 from regard.layers.shortening import SHORTENINGS, Shortening, Windows
 from regard.mechanisms.funnel import FunnelPooling, upsample
-from regard.models.blocks import (
-    SHARED_POSITIONS,
-    Block,
-    add_losses,
-    check_sequences,
-    grid_axes,
-    read_plan,
-)
+from regard.models.blocks import Block, check_sequences, grid_axes
 from regard.models.encoder import EncoderBase, check_input_kind, check_pool, count_slots, make_pool, pool_tokens
 from regard.models.encoder_decoder import count_layers
+from regard.models.layer_plan import read_plan
+from regard.models.losses import add_losses
+from regard.models.placing import SHARED_POSITIONS
 from regard.models.stack import LayersConfig, Stack
 
 if TYPE_CHECKING:

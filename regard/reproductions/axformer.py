@@ -27,7 +27,7 @@ from regard.compression.pruning.axformer import search
 from regard.compression.pruning.scores import part_scores
 from regard.compression.pruning.steps import AxFormer
 from regard.contract import Pattern
-from regard.models.blocks import evaluation_mode
+from regard.models.evaluating import evaluation_mode
 from regard.reproductions.framework.judging import Check, measured, minus, within
 from regard.reproductions.framework.protocol import Reproduction, Setting
 from regard.reproductions.framework.training import classifier, fit

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from regard.integrations.collecting import collect_losses
 from regard.integrations.swap import mechanism_in
-from regard.models.blocks import evaluation_mode
+from regard.models.evaluating import evaluation_mode
 from regard.retrofit.best import Best
 from regard.retrofit.folder import Folder
 from regard.retrofit.hosts import Host

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from regard.contract import Unsupported
 from regard.integrations.collecting import collect_losses
-from regard.models.blocks import evaluation_mode
+from regard.models.evaluating import evaluation_mode
 from regard.retrofit.best import Best
 from regard.retrofit.folder import Folder
 from regard.retrofit.hosts import Batch, Host

@@ -26,7 +26,7 @@ from regard.contract import Unsupported, at_least
 from regard.measurement import provenance, units
 from regard.models.weights import write_atomically
 from regard.workbench.reports import charts
-from regard.workbench.reports.report import pages
+from regard.workbench.reports.pages import pages
 from regard.workbench.reports.scales import Axis
 
 PAGE, FIGURES = "load.html", "load.json"

@@ -14,7 +14,7 @@ import torch
 from regard.contract import Unsupported
 from regard.serving.engine import Reader
 from regard.serving.text import PlainText, Text, TransformersText
-from regard.workbench.trained.run import RECORD, beyond, open_trained, trained_length
+from regard.workbench.trained.folder import RECORD, beyond, open_trained, trained_length
 
 if TYPE_CHECKING:
     from regard.models import LanguageModel

@@ -24,7 +24,7 @@ from regard.core.ragged import gathering
 from regard.integrations.observing import Observed, is_transformers_model, observe, swapped_paths
 from regard.layers.attention import AttentionLayer
 from regard.models import LanguageModel
-from regard.models.blocks import evaluation_mode
+from regard.models.evaluating import evaluation_mode
 from regard.models.language_model import IGNORED, next_tokens
 from regard.models.stack import StackConfig
 

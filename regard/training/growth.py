@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from regard.contract import Unsupported, closest
 from regard.mechanisms.token_parameter import MECHANISM, TokenParameter
-from regard.models.blocks import Block, evaluation_mode
+from regard.models.blocks import Block
+from regard.models.evaluating import evaluation_mode
 from regard.models.registry import MODELS
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from regard.catalogue import get_mechanism
 from regard.contract import Kind, Unsupported
 from regard.layers.attention import AttentionLayer
-from regard.models.blocks import FEED_FORWARD_OPTIONS, evaluation_mode
+from regard.models.blocks import FEED_FORWARD_OPTIONS
+from regard.models.evaluating import evaluation_mode
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import Unsupported, at_least, one_of
-from regard.models.blocks import evaluation_mode
+from regard.models.evaluating import evaluation_mode
 from regard.tasks.protocol import Batch, Task
 from regard.training.average import WeightAverage
 from regard.training.checkpoint import damaged, load_checkpoint, restore, save_checkpoint

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import Context, Mask, Result
-from regard.models.blocks import auxiliary_loss
 from regard.models.exits import joint_loss
 from regard.models.levels import level_loss
+from regard.models.losses import auxiliary_loss
 from regard.tasks.protocol import Batch, Task, mean_loss
 
 

@@ -21,7 +21,7 @@ from regard.retrofit.measures.verdict import STATE_AT
 from regard.retrofit.run import Say
 from regard.retrofit.settings import check_mechanism
 from regard.retrofit.stage import Progress, Watch
-from regard.workbench.reports.report import pages
+from regard.workbench.reports.pages import pages
 from regard.workbench.reports.section_pages import parts_of_page
 from regard.workbench.reports.sections import Curves, Points, Section
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from regard import backends, get_mechanism, list_mechanisms
-from regard.apply import memory_inputs, shared_inputs
 from regard.workbench.verification.subjects import Subject
 
 CELLS = [(name, pattern) for name in list_mechanisms() for pattern in get_mechanism(name).patterns]
@@ -36,7 +35,7 @@ def test_outputs_and_states_keep_their_dtypes_and_sums_their_digits_under_autoca
     card = get_mechanism(name)
     subject = Subject(card, pattern)
     inputs = subject.inputs(30, dtype=torch.float32)
-    memory = {key: x for key, x in inputs.items() if key in (*memory_inputs(card), *shared_inputs(card), "roles")}
+    memory = {key: x for key, x in inputs.items() if key in (*card.memory_inputs, *card.shared_inputs, "roles")}
 
     def results() -> list[torch.Tensor]:
         result = subject.run(inputs, return_state=subject.stateful)

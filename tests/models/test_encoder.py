@@ -10,7 +10,7 @@ from support import close, refused
 from regard.contract import Context, Mask, Result, Unsupported
 from regard.layers.pooling import make_pooling
 from regard.models import Encoder, config_for, models_for, set_exit_rule
-from regard.models.blocks import auxiliary_loss
+from regard.models.losses import auxiliary_loss
 from regard.tasks import create_task
 
 

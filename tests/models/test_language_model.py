@@ -9,9 +9,11 @@ from torch import nn
 from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import Context, Mask, Unsupported
 from regard.models import LanguageModel
-from regard.models.blocks import evaluation_mode, input_positions, read_plan
+from regard.models.evaluating import evaluation_mode
 from regard.models.generation import beam_search, sample
 from regard.models.language_model import next_tokens
+from regard.models.layer_plan import read_plan
+from regard.models.placing import input_positions
 
 HYBRID = ["linear", ("softmax", {"positions": "none", "num_heads": 4, "feed_forward": 0})]
 

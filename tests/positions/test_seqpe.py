@@ -21,7 +21,7 @@ from regard.models import (
     LanguageModel,
     LanguageModelConfig,
 )
-from regard.models.blocks import auxiliary_loss
+from regard.models.losses import auxiliary_loss
 from regard.positions import create_positions
 from regard.positions.seqpe import SequentialEncoding, closest_loss, digit_count, to_digits, transfer_loss
 

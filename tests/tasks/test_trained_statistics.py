@@ -10,7 +10,7 @@ from task_data import masked, photo, photos, scans
 
 from regard import Unsupported
 from regard.tasks import create_task
-from regard.workbench.trained.run import TrainedModel
+from regard.workbench.trained.folder import TrainedModel
 
 
 def trained(folder, name, **options):

@@ -25,7 +25,7 @@ from regard.compression.pruning.anatomy import Undo
 from regard.contract import Unsupported
 from regard.core.precision import wide
 from regard.measurement import units
-from regard.models.blocks import evaluation_mode
+from regard.models.evaluating import evaluation_mode
 from regard.tasks.protocol import Batch
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from regard.compression.distillation.losses import positive, response_loss
 from regard.compression.distillation.transkd import TransKD, TransKDConfig, encoder_of, recorded
 from regard.contract import Context, Result, Unsupported, at_least, check_options, closest, read_options
-from regard.models.blocks import evaluation_mode
+from regard.models.evaluating import evaluation_mode
 from regard.tasks import Task
 
 LOSS = "teacher"

@@ -15,7 +15,8 @@ from regard.layers.attention import AttentionLayer
 from regard.layers.feed_forward import MLP, SwiGLU
 from regard.layers.linear import Linear
 from regard.models import Encoder, LanguageModel
-from regard.models.blocks import Block, NoMixer, input_positions
+from regard.models.blocks import Block, NoMixer
+from regard.models.placing import input_positions
 from regard.models.stack import Stack
 
 HARD = "hard_softmax"

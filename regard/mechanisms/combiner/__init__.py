@@ -77,8 +77,10 @@ from regard.mechanisms.combiner.definition import (
     partition,
     reference,
 )
-from regard.mechanisms.combiner.forms import BlockState, CombinerState, RowState, absorb, chunked, parallel, read
+from regard.mechanisms.combiner.fixed import absorb, read
+from regard.mechanisms.combiner.forms import chunked, parallel
 from regard.mechanisms.combiner.layer import LearnedMaps
+from regard.mechanisms.combiner.state import BlockState, CombinerState, RowState
 
 
 def sample_inputs(

@@ -173,7 +173,7 @@ def reference(
             key = (weights @ keys)[:, :, 0]
         if config.projected and residual is not None:
             told = key if config.row_keys == "wsum_proj" else value
-            key = _projected(maps, told[:, :, None], residual[:, group.asker, None])[:, :, 0]
+            key = projected_keys(maps, told[:, :, None], residual[:, group.asker, None])[:, :, 0]
         return key, value
 
     outputs = []
@@ -247,7 +247,7 @@ def drop(call: Call, weights: Tensor) -> Tensor:
     return Dropout(call.dropout, 0.0, call.generator).of_weights(weights)
 
 
-def _projected(
+def projected_keys(
     maps: Learned, told: Float[Tensor, "b h ... r"], residual: Float[Tensor, "b ... c"], call: Call | None = None
 ) -> Float[Tensor, "b h ... d"]:
     """W' LN(x + W told)."""

@@ -40,7 +40,8 @@ from regard.layers.feed_forward import MLP
 from regard.layers.norms import LayerNorm
 from regard.layers.parts import LayerCall, Merge, Projection
 from regard.mechanisms.agent import BiasTables
-from regard.models.blocks import add_losses, read_plan
+from regard.models.layer_plan import read_plan
+from regard.models.losses import add_losses
 from regard.models.vision.backbone import Level, map_of, tokens_of
 from regard.models.vision.patch_tokens import (
     agent_table,

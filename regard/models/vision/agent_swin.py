@@ -29,7 +29,7 @@ from regard.contract import Context, Mask, Pattern, Result, Unsupported, at_leas
 from regard.create import create_layer
 from regard.layers.drop_path import drop_path_rates
 from regard.layers.norms import LayerNorm
-from regard.models.blocks import mixing_card
+from regard.models.layer_plan import mixing_card
 from regard.models.vision.backbone import Level, tokens_of
 from regard.models.vision.patch_tokens import (
     agent_table,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from regard.contract import Loss, Result
 from regard.layers.norms import LayerNorm
-from regard.models.blocks import add_losses
+from regard.models.losses import add_losses
 from regard.models.vision import agent_pvt
 from regard.models.vision.backbone import tokens_of
 from regard.models.vision.patch_tokens import initialise_convolution

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from regard.catalogue import get_mechanism
 from regard.contract import Context, Role, Unsupported
-from regard.models.blocks import layer_accepts
+from regard.models.layer_plan import layer_accepts
 
 if TYPE_CHECKING:
     from jaxtyping import Float

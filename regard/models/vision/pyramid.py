@@ -13,7 +13,8 @@ from regard.contract import Context, Loss, Pattern, Result, Unsupported, at_leas
 from regard.layers.drop_path import DropPath
 from regard.layers.feed_forward import MLP
 from regard.layers.norms import LayerNorm
-from regard.models.blocks import add_losses, check_plan, read_plan
+from regard.models.layer_plan import check_plan, read_plan
+from regard.models.losses import add_losses
 from regard.models.vision.backbone import BackboneConfig, Pyramid, map_of, tokens_of
 
 if TYPE_CHECKING:

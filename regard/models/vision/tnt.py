@@ -33,7 +33,7 @@ from regard.layers.drop_path import DropPath, drop_path_rates
 from regard.layers.feed_forward import MLP
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
-from regard.models.blocks import check_plan, read_plan
+from regard.models.layer_plan import check_plan, read_plan
 from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of, tokens_of
 
 if TYPE_CHECKING:

@@ -37,14 +37,10 @@ from regard.layers.drop_path import DropPath, drop_path_rates
 from regard.layers.feed_forward import MLP
 from regard.layers.norms import LayerNorm
 from regard.layers.patches import PatchEmbedding
-from regard.models.blocks import (
-    Block,
-    add_losses,
-    check_plan,
-    check_sequences,
-    input_positions,
-    read_plan,
-)
+from regard.models.blocks import Block, check_sequences
+from regard.models.layer_plan import check_plan, read_plan
+from regard.models.losses import add_losses
+from regard.models.placing import input_positions
 from regard.models.stack import StackConfig
 from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of
 from regard.models.vision.patch_tokens import agent_table, context_of, fit_tables, options_on

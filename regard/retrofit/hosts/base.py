@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from regard.contract import Pattern, Unsupported
 from regard.integrations.swap import mechanism_in, reader_of, swap
-from regard.models.blocks import evaluation_mode
+from regard.models.evaluating import evaluation_mode
 from regard.retrofit.settings import RetrofitSettings, as_papers_begin, check_mechanism
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from regard.contract import Context, Mask, State, Unsupported, at_least
 from regard.engines.linear import FrozenWeights
 from regard.layers.attention import AttentionLayer, LayerState
 from regard.models import LanguageModel, ModelState
-from regard.models.blocks import Block, evaluation_mode
+from regard.models.blocks import Block
+from regard.models.evaluating import evaluation_mode
 from regard.serving.engine import Row
 from regard.serving.language import context_of, without
 from regard.serving.offload.backends import Backend, LocalBackend

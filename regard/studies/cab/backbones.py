@@ -19,7 +19,8 @@ from regard.models import (
     LanguageModel,
     LanguageModelConfig,
 )
-from regard.models.blocks import Block, layer_accepts
+from regard.models.blocks import Block
+from regard.models.layer_plan import layer_accepts
 from regard.models.variants import read_variant
 from regard.positions import Sinusoidal
 from regard.tasks import Task

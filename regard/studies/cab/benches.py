@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from regard.contract import Pattern
-from regard.models.blocks import evaluation_mode
+from regard.models.evaluating import evaluation_mode
 from regard.reproductions.framework.training import cached_task, fit
 from regard.studies.cab import backbones
 from regard.studies.cab.backbones import Plans

@@ -11,7 +11,7 @@ from typing import Any
 from regard.models.weights import write_atomically
 from regard.reproductions.framework.judging import Outcome
 from regard.reproductions.framework.telling import measured_words, remarks
-from regard.workbench.reports.report import pages
+from regard.workbench.reports.pages import pages
 from regard.workbench.reports.section_pages import parts_of_page
 from regard.workbench.reports.sections import section
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from regard.contract import Unsupported
 from regard.models import Encoder, EncoderConfig
-from regard.models.blocks import evaluation_mode
+from regard.models.evaluating import evaluation_mode
 from regard.models.variants import read_variant
 from regard.reproductions.framework.protocol import Setting
 from regard.reproductions.framework.training import fit

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from regard.contract import Context, Unsupported
-from regard.models.blocks import evaluation_mode
+from regard.models.evaluating import evaluation_mode
 from regard.models.variants import read_variant
 from regard.tasks.in_context_functions import InContextFunctionsTask, as_batch
 from regard.tasks.protocol import EVALUATION, counter_generator

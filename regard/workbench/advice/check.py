@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from regard.workbench.advice.advise import AdviseSettings, able_mechanisms
+from regard.workbench.advice.candidates import able_mechanisms
 from regard.workbench.advice.layer_work import LayerSettings
 from regard.workbench.advice.probe import probe
 from regard.workbench.advice.samples import Cache, Probe, Sample
+from regard.workbench.advice.settings import AdviseSettings
 from regard.workbench.profile import ProfileSettings, profile
 
 UNSEEN = (96, 320, 768, 1536, 3072)

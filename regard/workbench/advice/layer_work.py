@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from regard.contract import Context, Kind, Mechanism, Pattern, Shape, Unsupported, at_least, one_of
 from regard.create import build_layer
-from regard.models.blocks import layer_accepts, layer_positions
+from regard.models.layer_plan import layer_accepts
+from regard.models.placing import layer_positions
 from regard.workbench.verification.subjects import Subject
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}

@@ -17,7 +17,7 @@ from torch import Tensor
 from regard.catalogue import get_mechanism
 from regard.contract import Kind, Mechanism, Pattern, Role, Unsupported, closest
 from regard.integrations.heads import Chosen, HeadAttention
-from regard.models.blocks import layer_accepts
+from regard.models.layer_plan import layer_accepts
 from regard.tasks.recall import RecallTask
 from regard.workbench.advice.layer_work import LayerSettings, LayerWork
 from regard.workbench.verification.subjects import Subject

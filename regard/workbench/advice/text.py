@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from regard.measurement import units
-from regard.workbench.advice.advise import Advice, Candidate, Estimate
+from regard.workbench.advice.answer import Advice, Candidate, Estimate
 from regard.workbench.advice.check import Errors
 
 MARKS = {"measured": "", "interpolated": "~", "extrapolated": "≈"}

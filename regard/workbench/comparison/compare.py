@@ -41,6 +41,7 @@ from regard.workbench.comparison.trainer import Progress, Runs, Trainer
 from regard.workbench.comparison.work import Work
 from regard.workbench.reports.mask_pictures import shown
 from regard.workbench.reports.report import write_report
+from regard.workbench.reports.view import Measured
 
 
 @dataclass
@@ -409,8 +410,7 @@ def render_report(store: Store, path: Path, run: str | None = None) -> Path:
         kind: [found.payload for key in keys if (found := store.get(kind, key)) is not None]
         for kind, keys in row.payload["cells"].items()
     }
-    return write_report(
-        path,
+    measured = Measured(
         run=row.payload,
         quality=rows["quality"],
         cost=rows["cost"],
@@ -419,6 +419,7 @@ def render_report(store: Store, path: Path, run: str | None = None) -> Path:
         machine=row.machine,
         revision=row.git_revision,
     )
+    return write_report(path, measured)
 
 
 def _models_for(work: Work) -> Callable[[int], dict[str, nn.Module]]:

@@ -28,7 +28,7 @@ from regard.workbench.comparison.settings import MORE_RATES, CompareSettings
 from regard.workbench.comparison.task_models import build
 from regard.workbench.comparison.work import Work
 from regard.workbench.reports import drawn_images, mask_pictures, predicted_images
-from regard.workbench.trained.run import described, figures_of, keep, outcome, ran
+from regard.workbench.trained.records import described, figures_of, keep, outcome, ran
 
 Row = dict[str, Any]
 

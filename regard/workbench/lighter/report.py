@@ -12,7 +12,7 @@ from regard.workbench.lighter.study import Row, Study, recommend
 from regard.workbench.reports import charts
 from regard.workbench.reports.charts import Figure, ScatterPoint
 from regard.workbench.reports.markers import glyph
-from regard.workbench.reports.report import pages
+from regard.workbench.reports.pages import pages
 from regard.workbench.reports.scales import Axis, is_number
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import Context
-from regard.models.blocks import evaluation_mode
+from regard.models.evaluating import evaluation_mode
 from regard.tasks import Batch, Task
 from regard.tasks.sampling import spread
 from regard.tasks.segmentation import MaskTask

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regard.models.blocks import evaluation_mode
+from regard.models.evaluating import evaluation_mode
 from regard.tasks import Task
 from regard.tasks.images import ImageReader
 from regard.training.step import batch_context, run_model

@@ -18,7 +18,7 @@ from regard.retrofit.measures import MODELS, change, kind_of, measures_of
 from regard.workbench.reports import charts
 from regard.workbench.reports.charts import Figure, Series
 from regard.workbench.reports.markers import numbers
-from regard.workbench.reports.report import pages
+from regard.workbench.reports.pages import pages
 from regard.workbench.reports.scales import Axis
 
 HEADINGS = {

@@ -12,7 +12,7 @@ from regard.measurement.statistics import pareto_front
 from regard.models.weights import write_atomically
 from regard.workbench.reports import charts
 from regard.workbench.reports.charts import Figure, ScatterPoint
-from regard.workbench.reports.report import pages
+from regard.workbench.reports.pages import pages
 from regard.workbench.reports.scales import Axis, is_number
 
 Record = Mapping[str, Any]

@@ -27,7 +27,7 @@ from torch.func import functional_call
 
 from regard.contract import Context, Result, Unsupported
 from regard.layers.attention import AttentionLayer
-from regard.models.blocks import add_losses
+from regard.models.losses import add_losses
 from regard.workbench.comparison.task_models import build
 from regard.workbench.search.space import Genes, Space
 

@@ -16,7 +16,7 @@ from regard.integrations.encoders import architecture_of, kind_of, read_config
 from regard.integrations.timm_places import is_of_timm
 from regard.models import LanguageModel
 from regard.tasks.tokenizer import Tokenizer
-from regard.workbench.trained.run import RECORD, open_trained, trained_length
+from regard.workbench.trained.folder import RECORD, open_trained, trained_length
 
 MODELS = "a folder of `regard train` on text, a causal language model of transformers (a folder, or a .gguf file)"
 

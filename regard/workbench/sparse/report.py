@@ -12,7 +12,7 @@ from regard.models.weights import write_atomically
 from regard.workbench import side_effects
 from regard.workbench.reports import charts
 from regard.workbench.reports.charts import Figure, ScatterPoint, Series
-from regard.workbench.reports.report import pages
+from regard.workbench.reports.pages import pages
 from regard.workbench.reports.scales import Axis
 from regard.workbench.sparse.analysis import Point, crossing_length, frontier, larger_and_sparse
 from regard.workbench.sparse.study import Cell, Found, phases_of, recommend

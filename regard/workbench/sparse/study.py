@@ -34,7 +34,7 @@ from regard.workbench.sparse.analysis import (
 )
 from regard.workbench.sparse.readers import Reader, reply
 from regard.workbench.sparse.texts import TEXT, Continuation
-from regard.workbench.trained.run import beyond
+from regard.workbench.trained.folder import beyond
 
 KIND, EFFECTS = "sparse", "side_effects"
 RATIOS = (2.0, 4.0, 8.0, 16.0)

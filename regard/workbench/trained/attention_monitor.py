@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from regard.contract import Context, Result, Unsupported, valid_from_lengths
 from regard.core.ragged import gathering
 from regard.layers.attention import AttentionLayer
-from regard.models.blocks import evaluation_mode
+from regard.models.evaluating import evaluation_mode
 from regard.models.weights import write_atomically
 from regard.tasks import Task
 from regard.training.step import batch_context, run_model
-from regard.workbench.reports.report import pages
+from regard.workbench.reports.pages import pages
 from regard.workbench.reports.section_pages import parts_of_page
 from regard.workbench.reports.sections import Curves, Heat, Section
 

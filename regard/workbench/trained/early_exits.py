@@ -21,7 +21,7 @@ from regard.training.step import batch_context, run_model
 if TYPE_CHECKING:
     from regard.tasks import Task
     from regard.training import Evaluation
-    from regard.workbench.trained.run import TrainedModel
+    from regard.workbench.trained.folder import TrainedModel
 
 OF_CLASSES = ("classification", "next-token", "masked-token")
 """Objectives whose models give classes, which rules can judge."""

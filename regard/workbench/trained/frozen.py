@@ -12,7 +12,7 @@ from torch import nn
 from regard.contract import Unsupported
 from regard.models import Encoder, EncoderDecoder, LanguageModel, StackConfig
 from regard.models.variants import Variant
-from regard.workbench.trained.run import TrainedModel, open_trained
+from regard.workbench.trained.folder import TrainedModel, open_trained
 
 LEARNING = "exits."
 """How the names of the parameters begin that are trained."""

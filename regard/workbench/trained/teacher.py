@@ -18,7 +18,7 @@ from regard.models.weights import weights_digest
 from regard.tasks import Task
 from regard.tasks.images import ImageReader
 from regard.tasks.tokenizer import Tokenizer
-from regard.workbench.trained.run import TOKENIZER, TrainedModel, open_trained
+from regard.workbench.trained.folder import TOKENIZER, TrainedModel, open_trained
 
 
 @dataclass(frozen=True)

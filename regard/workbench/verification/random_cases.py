@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from regard.apply import memory_inputs, shared_inputs
 from regard.backends import only
 from regard.catalogue import get_mechanism
 from regard.contract import Mask, Mechanism, Pattern, Tensors, Unsupported, closest
@@ -328,8 +327,8 @@ def check_pieces(case: Case, subject: Subject, dtype: torch.dtype) -> float:
     pieces = [slice(a, b) for a, b in zip([0, *borders], [*borders, m if subject.absorbs else n], strict=True)]
     state, outputs = None, []
     if subject.absorbs:
-        shared = shared_inputs(subject.card)
-        memory = {k: v for k, v in inputs.items() if k in (*memory_inputs(subject.card), *shared, "roles")}
+        shared = subject.card.shared_inputs
+        memory = {k: v for k, v in inputs.items() if k in (*subject.card.memory_inputs, *shared, "roles")}
         queries = {k: v for k, v in inputs.items() if k not in memory or k in shared}
         for piece in pieces:
             state = subject.absorb(subject.cut(memory, slice(None), piece), state=state)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.apply import absorb, apply, memory_inputs
+from regard.apply import absorb, apply
 from regard.contract import Call, Kind, Mask, Mechanism, Pattern, Result, Tensors, Unsupported
 
 SIZES = {"h": 2, "g": 2, "d": 8, "k": 8, "v": 6, "e": 6, "c": 8}
@@ -240,7 +240,7 @@ class Subject:
     @property
     def reads_memory(self) -> bool:
         """Whether its functions are given memory; a wrapper's see only what the wrapped mechanism made of it."""
-        return self.pattern.cross and bool(memory_inputs(self.card))
+        return self.pattern.cross and bool(self.card.memory_inputs)
 
     @property
     def absorbs(self) -> bool:
@@ -258,4 +258,4 @@ class Subject:
         return dataclasses.replace(self, options={**self.options, **options})
 
 
-__all__ = ["Call", "Kind", "Mask", "Result", "Subject", "Unsupported", "axes_of", "memory_inputs", "sample_inputs"]
+__all__ = ["Call", "Kind", "Mask", "Result", "Subject", "Unsupported", "axes_of", "sample_inputs"]

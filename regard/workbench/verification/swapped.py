@@ -20,7 +20,7 @@ from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import Context, Kind, Loss, Mask, Mechanism, Pattern, Role, Unsupported
 from regard.create import create_layer
 from regard.integrations import collect_losses, swap
-from regard.models.blocks import add_losses, auxiliary_loss
+from regard.models.losses import add_losses, auxiliary_loss
 
 DIM, HEADS, GROUPS, TOKENS, SIDE = 64, 8, 2, 21, 4
 PROGRESS = 10.0

@@ -13,12 +13,14 @@ from support import watched
 from regard import Pattern, Unsupported, get_mechanism, list_mechanisms
 from regard.measurement.store import Store
 from regard.workbench.advice import needs
-from regard.workbench.advice.advise import AdviseSettings, advise, read_quality
+from regard.workbench.advice.advise import advise
 from regard.workbench.advice.check import Errors, check, errors_of
 from regard.workbench.advice.layer_work import MIXING, LayerSettings, LayerWork
 from regard.workbench.advice.pasted import code_for
 from regard.workbench.advice.probe import probe
+from regard.workbench.advice.quality import read_quality
 from regard.workbench.advice.samples import SURE, Sample
+from regard.workbench.advice.settings import AdviseSettings
 from regard.workbench.advice.text import advice_text, errors_table, short_text
 
 pytestmark = pytest.mark.usefixtures("_own_cache")

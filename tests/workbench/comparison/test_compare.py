@@ -24,7 +24,7 @@ from regard.workbench.comparison.settings import MORE_RATES, CompareSettings
 from regard.workbench.comparison.task_models import build, fitting
 from regard.workbench.comparison.trainer import Trainer
 from regard.workbench.comparison.work import Work
-from regard.workbench.trained.run import open_trained
+from regard.workbench.trained.folder import open_trained
 
 MECHANISMS = ("softmax", "linear", "gated_linear")
 

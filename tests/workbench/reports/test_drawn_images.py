@@ -14,6 +14,7 @@ from regard.models import LanguageModel, config_for
 from regard.tasks import create_task
 from regard.workbench.reports.drawn_images import SHOWN, completed
 from regard.workbench.reports.report import render
+from regard.workbench.reports.view import Measured
 
 pytest.importorskip("sklearn")
 Image = pytest.importorskip("PIL.Image")
@@ -62,6 +63,6 @@ def test_other_tasks_have_none_and_the_page_shows_those_there_are(found):
     given = example(tasks=1, mechanisms=2)
     for row in given["quality"]:
         row["completed"] = told if row["seed"] == 0 else None
-    page = render(**given)
+    page = render(Measured(**given))
     assert page.count('alt="drawn by ') == 2 * SHOWN and page.count('alt="held-out image ') == SHOWN
-    assert "What the models draw" not in render(**example(tasks=1, mechanisms=2))
+    assert "What the models draw" not in render(Measured(**example(tasks=1, mechanisms=2)))

@@ -17,6 +17,7 @@ from regard.tasks import create_task
 from regard.workbench.reports.png import address
 from regard.workbench.reports.predicted_images import MISTAKES, SAMPLES, predicted
 from regard.workbench.reports.report import render
+from regard.workbench.reports.view import Measured
 
 pytest.importorskip("sklearn")
 Image = pytest.importorskip("PIL.Image")
@@ -81,11 +82,11 @@ def test_the_page_shows_them_with_names_that_are_text():
     given = example(tasks=1, mechanisms=2)
     for row in given["quality"]:
         row["predicted"] = found if row["seed"] == 0 else None
-    page = render(**given)
+    page = render(Measured(**given))
     assert page.count('class="picture wrong"') > 2 * MISTAKES and "<script>x" not in page
     assert "&lt;script&gt;x" in page and page.count("Which classes are taken for which") == 2
     assert f"of the first {found['images']} images" in page
-    assert "What the models see" not in render(**example(tasks=1, mechanisms=2))
+    assert "What the models see" not in render(Measured(**example(tasks=1, mechanisms=2)))
 
 
 def test_a_comparison_on_images_has_them_in_its_report(tmp_path, capsys):

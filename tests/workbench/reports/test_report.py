@@ -18,12 +18,13 @@ from rich.console import Console
 from regard.contract import Unsupported
 from regard.measurement import units
 from regard.workbench.comparison.summary_table import figures_table, terminal_table
-from regard.workbench.reports import charts, report
+from regard.workbench.reports import charts, view
 from regard.workbench.reports.charts import Series
 from regard.workbench.reports.labels import place_labels, spread
 from regard.workbench.reports.markers import numbers
 from regard.workbench.reports.report import render, write_report
 from regard.workbench.reports.scales import Axis
+from regard.workbench.reports.view import Measured
 
 VOID = {"meta", "link", "line", "circle", "polygon", "polyline", "path", "br"}
 NO_RECOMMENDATION = {"text": "", "reason": "", "winner": None, "notes": []}
@@ -70,7 +71,7 @@ def rows():
 
 @pytest.fixture(scope="module")
 def whole(rows):
-    return render(**rows)
+    return render(Measured(**rows))
 
 
 def shown(page):
@@ -107,7 +108,7 @@ def test_marks_are_as_many_as_the_data(rows, whole):
     lost = sum(row["diverged"] for row in rows["search"])
     assert search.count("cross") == lost
     assert search.count("dot") == len(rows["search"]) - lost
-    one_task = render(**example(tasks=1, mechanisms=3))
+    one_task = render(Measured(**example(tasks=1, mechanisms=3)))
     assert section(one_task, "cost").count("chart") == 4, "the state too"
 
 
@@ -136,7 +137,7 @@ def test_every_chart_has_a_title_and_a_description_of_its_own_and_holds_its_mark
 
 
 def test_the_rule_of_a_task_is_a_line_and_a_row_in_its_place(rows):
-    page = render(**rows)
+    page = render(Measured(**rows))
     assert section(page, "quality").count("rule") == 2
     text = section(page, "table").text
     for task, entries in rows["summary"].items():
@@ -151,21 +152,21 @@ def test_the_rule_of_a_task_is_a_line_and_a_row_in_its_place(rows):
             assert (own.start() < place) == better
     bare = copy.deepcopy(rows)
     del bare["run"]["baselines"]
-    assert section(render(**bare), "quality").count("rule") == 0
+    assert section(render(Measured(**bare)), "quality").count("rule") == 0
 
 
 @pytest.mark.parametrize(("score", "arrow"), [(9.0, "↑"), (-9.0, "↓")])
 def test_a_rule_that_is_far_off_does_not_flatten_the_picture(score, arrow):
     far = example(tasks=2, mechanisms=4)
-    near = section(render(**far), "quality")
+    near = section(render(Measured(**far)), "quality")
     far["run"]["baselines"]["recall"]["score"] = score
-    page = section(render(**far), "quality")
+    page = section(render(Measured(**far)), "quality")
     assert page.count("rule") == near.count("rule") - 1
     assert f"rule of recall {score:.2f} {arrow}" in page.text
 
 
 def test_figures_and_words_are_on_the_page(rows):
-    page = render(**rows)
+    page = render(Measured(**rows))
     text = Page(page).text
     run, advice = rows["run"], rows["run"]["recommendation"]
     assert all(words in text for words in (run["title"], advice["text"], advice["reason"], rows["revision"]))
@@ -182,7 +183,7 @@ def test_models_of_images_are_called_models_and_have_no_costs_that_nobody_measur
     found["run"] |= {"whole_models": True, "at_length": dict.fromkeys(found["run"]["tasks"], 64)}
     for entry in (entry for entries in found["summary"].values() for entry in entries):
         entry |= {"decode_tokens_per_second": None, "state_bytes": math.nan}
-    page, mechanisms = render(**found), render(**rows)
+    page, mechanisms = render(Measured(**found)), render(Measured(**rows))
     shown = re.sub(r"<(template|script|style).*?</\1>", "", page, flags=re.DOTALL)
     for word in ("Decoding, tokens/s", ">State<", "efficiency length", "to even out the parameters", ">Mechanism<"):
         assert word in mechanisms and word not in shown, word
@@ -201,7 +202,7 @@ def test_names_are_escaped(rows):
     for row in chain(hostile["quality"], hostile["cost"], hostile["search"], *hostile["summary"].values()):
         renamed = {"gated_linear", "recall"} & {row["mechanism"], row.get("task")}
         row.update({key: name for key in ("mechanism", "task") if row.get(key) in renamed})
-    page = render(**hostile)
+    page = render(Measured(**hostile))
     assert page.count("<script>") == 1
     assert name in Page(page).text and Page(page).balanced
 
@@ -219,7 +220,7 @@ def spoil(value, bad):
 def test_missing_and_strange_numbers_are_drawn_around(rows, bad):
     spoiled = {**rows, **{name: spoil(rows[name], bad) for name in ("quality", "cost", "summary")}}
     spoiled["search"] = [{**row, "score": spoil(row["score"], bad)} for row in rows["search"]]
-    page = render(**spoiled)
+    page = render(Measured(**spoiled))
     assert Page(page).balanced and "None" not in Page(page).text
     assert not re.search(r'[ "](nan|inf|-inf)[ ",]|>nan<', page.lower())
 
@@ -229,7 +230,7 @@ def test_diverged_models_have_no_score_and_say_so(rows):
     for row in chain(lost["quality"], *lost["summary"].values()):
         if row["mechanism"] == "mamba2":
             row.update(score=None, mean=None, standard_error=None)
-    page = render(**lost)
+    page = render(Measured(**lost))
     assert section(page, "quality").count("point") == 2 * 4
     assert "Without a score or this cost: mamba2" in Page(page).text
     assert "no score" in section(page, "table").text
@@ -237,7 +238,7 @@ def test_diverged_models_have_no_score_and_say_so(rows):
 
 @pytest.mark.parametrize(("tasks", "mechanisms", "seeds"), [(1, 1, 1), (1, 2, 1), (4, 12, 2)])
 def test_small_and_large_comparisons_render(tasks, mechanisms, seeds):
-    whole = render(**example(tasks, mechanisms, seeds))
+    whole = render(Measured(**example(tasks, mechanisms, seeds)))
     page = Page(shown(whole))
     assert page.balanced and Page(whole).balanced
     assert page.count("point") == tasks * mechanisms
@@ -245,9 +246,9 @@ def test_small_and_large_comparisons_render(tasks, mechanisms, seeds):
 
 def test_of_many_mechanisms_all_are_marked_and_the_important_ones_named(monkeypatch):
     many = example(2, 12, 2)
-    assert section(render(**many), "quality").count("label") == 2 * 12
-    monkeypatch.setattr(report, "MOST_NAMED", 11)
-    page = render(**many)
+    assert section(render(Measured(**many)), "quality").count("label") == 2 * 12
+    monkeypatch.setattr(view, "MOST_NAMED", 11)
+    page = render(Measured(**many))
     front = {entry["mechanism"] for entries in many["summary"].values() for entry in entries if entry["on_front"]}
     important = front | {"softmax", many["run"]["recommendation"]["winner"]}
     assert section(page, "quality").count("point") == 2 * 12
@@ -257,7 +258,7 @@ def test_of_many_mechanisms_all_are_marked_and_the_important_ones_named(monkeypa
 
 def test_an_empty_comparison_renders():
     run = {"title": "Nothing", "tasks": ["recall"], "mechanisms": ["softmax"], "recommendation": NO_RECOMMENDATION}
-    page = Page(render(run=run, quality=[], cost=[], search=[], summary={}, machine={}))
+    page = Page(render(Measured(run=run, quality=[], cost=[], search=[], summary={}, machine={})))
     assert page.balanced and "No recommendation was made." in page.text
     assert (page.count("chart"), page.count("empty")) == (0, 4)
 
@@ -271,7 +272,7 @@ def test_ties_are_named(rows, tied, told):
         entry["separable_from_best"] = not (tied and entry["mechanism"] == "softmax")
     best = next(e for e in changed["summary"]["recall"] if e["mechanism"] == "gated_linear")
     best["mean"] = 0.999
-    assert told in Page(render(**changed)).text
+    assert told in Page(render(Measured(**changed))).text
 
 
 def test_rate_at_the_edge_of_its_grid_is_warned_of(rows):
@@ -280,7 +281,7 @@ def test_rate_at_the_edge_of_its_grid_is_warned_of(rows):
         edge = copy.deepcopy(rows)
         for row in edge["quality"]:
             row["lr"] = chosen(row["task"], row["mechanism"])
-        return section(render(**edge), "search").text
+        return section(render(Measured(**edge)), "search").text
 
     assert "Edge of the grid" not in told(lambda *_: RATES[1])
     lowest = told(lambda *where: RATES[0] if where == ("recall", "sigmoid") else RATES[1])
@@ -291,11 +292,11 @@ def test_rate_at_the_edge_of_its_grid_is_warned_of(rows):
 
 def test_file_is_replaced_in_one_step(rows, tmp_path):
     path = tmp_path / "new" / "report.html"
-    assert write_report(path, **rows) == path
+    assert write_report(path, Measured(**rows)) == path
     first = path.read_text(encoding="utf-8")
-    assert first == render(**rows)
+    assert first == render(Measured(**rows))
     with pytest.raises(KeyError):
-        write_report(path, **{**rows, "quality": [{}]})
+        write_report(path, Measured(**{**rows, "quality": [{}]}))
     assert path.read_text(encoding="utf-8") == first
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
 
@@ -304,7 +305,7 @@ def test_a_path_that_cannot_be_written_is_refused(rows, tmp_path):
     (tmp_path / "plain").touch()
     for path in (tmp_path / "plain" / "report.html", tmp_path):
         with pytest.raises(Unsupported, match="cannot be written"):
-            write_report(path, **rows)
+            write_report(path, Measured(**rows))
     assert [file.name for file in tmp_path.iterdir()] == ["plain"]
 
 
@@ -357,13 +358,13 @@ def test_terminal_table_has_every_cell(rows):
 
 
 def test_what_a_task_tells_beside_its_score_is_shown_for_each_mechanism(rows):
-    assert figures_table(rows["summary"]) is None and "Beside the score" not in render(**rows)
+    assert figures_table(rows["summary"]) is None and "Beside the score" not in render(Measured(**rows))
     told = copy.deepcopy(rows)
     first, second, *_ = told["summary"]["recall"]
     first["figures"], second["figures"] = {"error <far> out": 0.125}, {"error <far> out": None}
     text = printed(figures_table(told["summary"]), width=100)
     assert "error <far> out" in text and "0.125" in text and "—" in text
-    page = render(**told)
+    page = render(Measured(**told))
     assert (
         "Beside the score of recall" in page
         and "error &lt;far&gt; out" in page
@@ -395,7 +396,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium")
 def test_browser_shows_the_charts_without_a_complaint(rows, tmp_path):
-    path = write_report(tmp_path / "report.html", **rows)
+    path = write_report(tmp_path / "report.html", Measured(**rows))
     probe = """
     <script>
       const choice = document.querySelector(".axis select");
@@ -429,7 +430,7 @@ def test_browser_shows_the_charts_without_a_complaint(rows, tmp_path):
     expected = sum(a.get("class") == "chart" for _, a, _ in Page(shown(text)).elements)
     assert "tokens trained per second" in body["data-axis"]
     assert int(body["data-lines"]) == 1 + sum(len(entries) for entries in rows["summary"].values())
-    assert int(body["data-schema"]) == report.SCHEMA
+    assert int(body["data-schema"]) == view.SCHEMA
     assert int(body["data-charts"]) == expected > 0
     assert int(body["data-wide"]) <= 0
     assert body["data-first"] == min(row["mechanism"] for row in rows["quality"])

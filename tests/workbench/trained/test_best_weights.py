@@ -19,7 +19,8 @@ from regard.tasks import Batch, Task, counter_generator
 from regard.training import WeightAverage
 from regard.workbench.comparison.settings import CompareSettings
 from regard.workbench.trained.best_weights import BestWeights, moments
-from regard.workbench.trained.run import BEST, CHECKPOINT, LAST, open_trained, train_model
+from regard.workbench.trained.folder import CHECKPOINT, LAST, open_trained
+from regard.workbench.trained.run import BEST, train_model
 
 Image = pytest.importorskip("PIL.Image")
 SMALL_VAN = "van_nano:widths=[8,16],depths=[1,1],expansions=[2,2],strides=[2,2]"

@@ -9,7 +9,7 @@ import torch
 from command_line import answer, run
 
 from regard.models import exit_layers, from_pretrained, set_exit_rule
-from regard.workbench.trained.run import open_trained
+from regard.workbench.trained.folder import open_trained
 
 SIZES = "--budget '24 steps' --dim 16 --heads 2 --frame bare --batch-tokens 128"
 LISTS = f"--task listops:length=16,depth=2,evaluation_items=32 --layers 3 --mechanism linear {SIZES}"

@@ -16,8 +16,8 @@ from regard.models.image_model import ImageModel, ImageModelConfig
 from regard.models.pretrained import save_pretrained
 from regard.tasks import create_task
 from regard.workbench.trained.explain import draw_tokens
+from regard.workbench.trained.folder import RECORD
 from regard.workbench.trained.reduced import reduced
-from regard.workbench.trained.run import RECORD
 
 image = pytest.importorskip("PIL.Image")
 OPTIONS = {"dim": 12, "num_layers": 2, "num_heads": 2}

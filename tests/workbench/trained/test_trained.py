@@ -13,7 +13,8 @@ from regard.models.language_model import LanguageModel, LanguageModelConfig
 from regard.models.registry import MODELS, models_for
 from regard.tasks import create_task
 from regard.workbench.comparison.settings import CompareSettings
-from regard.workbench.trained.run import CHECKPOINT, open_trained, train_model
+from regard.workbench.trained.folder import CHECKPOINT, open_trained
+from regard.workbench.trained.run import train_model
 
 RECALL = {"pairs": 2, "queries": 4, "length": 12, "vocab_size": 8, "evaluation_items": 16}
 

@@ -15,7 +15,7 @@ from regard.workbench.lighter.subjects.base import MODELS, Subject
 from regard.workbench.lighter.subjects.language import CausalModel
 from regard.workbench.lighter.subjects.opened import open_encoder, open_vision
 from regard.workbench.lighter.subjects.trained import Trained
-from regard.workbench.trained.run import RECORD as TRAINING
+from regard.workbench.trained.folder import RECORD as TRAINING
 
 
 def open_subject(model: Path, data: Paths | None, length: int | None, recipes: Sequence[Recipe] = ()) -> Subject:

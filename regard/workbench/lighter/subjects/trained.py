@@ -22,7 +22,7 @@ from regard.training import runner_of
 from regard.training.step import batch_context, run_model
 from regard.workbench.lighter.subjects.base import CHOOSING, SHARE
 from regard.workbench.sparse.readers import OfRegard, Reader
-from regard.workbench.trained.run import open_trained
+from regard.workbench.trained.folder import open_trained
 from regard.workbench.trained.teacher import check_inputs
 
 

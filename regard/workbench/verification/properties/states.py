@@ -6,7 +6,6 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from regard.apply import memory_inputs, shared_inputs
 from regard.contract import Mask, State, Tensors, valid_from_lengths
 from regard.workbench.verification.properties.base import (
     NotApplicable,
@@ -135,8 +134,8 @@ def memory_in_pieces(subject: Subject, dtype: torch.dtype) -> float:
     n, m = 7, 16
     inputs = subject.inputs(n, m, dtype=dtype)
     expected = subject.reference(inputs)
-    shared = shared_inputs(subject.card)
-    memory = {k: v for k, v in inputs.items() if k in (*memory_inputs(subject.card), *shared, "roles")}
+    shared = subject.card.shared_inputs
+    memory = {k: v for k, v in inputs.items() if k in (*subject.card.memory_inputs, *shared, "roles")}
     queries = {k: v for k, v in inputs.items() if k not in memory or k in shared}
     state = None
     for part in (slice(0, 1), slice(1, 9), slice(9, m)):

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.apply import memory_inputs, shared_inputs
 from regard.contract import BlockMask, Mask, Pattern, Tensors, Unsupported
 from regard.workbench.verification.properties.base import (
     Broken,
@@ -101,7 +100,7 @@ def packed_equals_separate(subject: Subject, dtype: torch.dtype) -> float:
         errors.append(relative_error(found, expected))
     if subject.stateful:
         more = subject.inputs(4, batch=len(lengths), dtype=dtype, seed=1)
-        more |= {name: inputs[name] for name in shared_inputs(subject.card) if name in inputs}
+        more |= {name: inputs[name] for name in subject.card.shared_inputs if name in inputs}
         found = subject.run(more, state=result.state).output
         for d in range(len(lengths)):
             part = slice(int(borders[d]), int(borders[d + 1]))
@@ -155,7 +154,7 @@ def later_tokens_have_no_effect(subject: Subject, dtype: torch.dtype) -> float:
 
 def bottom_right_alignment(subject: Subject, dtype: torch.dtype) -> float:
     """Fewer or more queries than keys, also with unequal valid lengths, align at the end of each row."""
-    if subject.pattern is not Pattern.CAUSAL_SELF or not memory_inputs(subject.card):
+    if subject.pattern is not Pattern.CAUSAL_SELF or not subject.card.memory_inputs:
         raise NotApplicable
     if not subject.card.uneven:
         try:

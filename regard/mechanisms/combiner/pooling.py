@@ -1,0 +1,58 @@
+"""The parts that all factorizations of combiner share: tokens in rows, what is pooled of them, and softmax over some."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard.contract import Call, lengths_after, valid_from_lengths
+from regard.engines.grouped_attention import normalized
+from regard.mechanisms.combiner.definition import Config
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+
+def new_tokens(call: Call, k: Tensor) -> Int[Tensor, " b"]:
+    """Tokens of each row in this call."""
+    return lengths_after(None, call.memory_lengths, k.shape[0], k.shape[2], k.device)
+
+
+def valid_tokens(lengths: Tensor | None, m: int, device: torch.device) -> Bool[Tensor, "#b m"]:
+    """True at the first `lengths` of m tokens of each row; one row for all where all are valid."""
+    if lengths is None:
+        return torch.ones(1, m, dtype=torch.bool, device=device)
+    return valid_from_lengths(lengths, m)
+
+
+def in_rows(x: Tensor, s: int, axis: int = 2) -> Tensor:
+    """The token axis as (rows, s), with zeros (False) after the last token; at least one row."""
+    count = x.shape[axis]
+    after = -count % s if count else s
+    return F.pad(x, (0, 0) * (x.ndim - 1 - axis) + (0, after)).unflatten(axis, (-1, s))
+
+
+def take(x: Float[Tensor, "b h m d"], slots: Int[Tensor, "b j"]) -> Float[Tensor, "b h j d"]:
+    """The tokens in these slots of each row."""
+    return x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def reduce_tokens(config: Config, x: Float[Tensor, "... t d"], exists: Bool[Tensor, "... t"]) -> Float[Tensor, "... d"]:
+    """Largest number or sum over the tokens that exist; 0 where none does."""
+    if config.reduce != "max" or x.shape[-2] == 0:
+        return torch.where(exists[..., None], x, 0).sum(-2)
+    largest = torch.where(exists[..., None], x, -torch.inf).amax(-2)
+    return torch.where(exists.any(-1)[..., None], largest, 0)
+
+
+def finish(config: Config, x: Float[Tensor, "... d"], count: Tensor) -> Float[Tensor, "... d"]:
+    """The values that a running reduction over `count` tokens pools."""
+    return x / count.clamp(min=1)[..., None] if config.reduce == "mean" else x
+
+
+def softmax_over(scores: Tensor, visible: Tensor) -> Tensor:
+    """Over what is visible; 0 where nothing is."""
+    return normalized(torch.where(visible, scores, -torch.inf))

@@ -1,0 +1,53 @@
+"""The states of combiner: open and finished rows, or all tokens and the blocks of each level."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from regard.contract import State, state_field
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+@dataclass(frozen=True)
+class CombinerState(State):
+    """The part that both kinds of state share: the tokens of each row so far."""
+
+    length: Int[Tensor, " b"] = state_field()
+
+
+@dataclass(frozen=True)
+class RowState(CombinerState):
+    """Open and finished rows of s tokens: token t of the open row is in slot t, and row g of the finished ones in slot g.
+
+    `keys` and `values` have one entry for each finished row (`fixed`), one for each of its columns (`axial_rowmajor`), or
+    those of its tokens, then of the parts left of each column, then right (axial). `asked` and `told` are the running
+    reductions of queries and keys over finished rows in each column, `column_values` the summaries that go with them.
+    """
+
+    q: Float[Tensor, "b h s d"] = state_field()
+    k: Float[Tensor, "b h s d"] = state_field()
+    v: Float[Tensor, "b h s v"] = state_field()
+    residual: Float[Tensor, "b s c"] | None = state_field()
+    keys: Float[Tensor, "b h rows parts d"] = state_field()
+    values: Float[Tensor, "b h rows parts v"] = state_field()
+    asked: Float[Tensor, "b h s d"] | None = state_field()
+    told: Float[Tensor, "b h s d"] | None = state_field()
+    column_values: Float[Tensor, "b h s v"] | None = state_field()
+
+
+@dataclass(frozen=True)
+class BlockState(CombinerState):
+    """State of `logn`: all keys and values, with the rank of each slot (-1: empty), and of each level the last block of an even
+    number: running reductions of its queries and keys, and its value."""
+
+    k: Float[Tensor, "b h past d"] = state_field()
+    v: Float[Tensor, "b h past v"] = state_field()
+    ranks: Int[Tensor, "b past"] = state_field(fill=-1)
+    asked: Float[Tensor, "b h levels d"] = state_field()
+    told: Float[Tensor, "b h levels d"] = state_field()
+    values: Float[Tensor, "b h levels v"] = state_field()

@@ -1,0 +1,39 @@
+"""The templates of pages, and how they write numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+
+import regard
+from regard.measurement import units
+from regard.workbench.reports.markers import COLOURS
+from regard.workbench.reports.scales import Formatter, is_number
+
+
+def pages(*folders: Path) -> Environment:
+    """Templates of pages: those of reports, with their style, and those in other folders."""
+    environment = Environment(
+        loader=FileSystemLoader([*folders, Path(__file__).parent / "templates"]),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "score": or_dash("{:.4g}".format),
+        "count": or_dash(units.count),
+        "bytes": or_dash(units.size),
+        "milliseconds": or_dash(units.milliseconds),
+        "duration": or_dash(units.duration),
+        "tick": or_dash(units.tick),
+        "sortable": lambda value: value if is_number(value) else "",
+    }
+    environment.globals |= {"colours": range(COLOURS), "version": regard.__version__}
+    return environment
+
+
+def or_dash(form: Formatter) -> Any:
+    """What writes a number by `form`, and anything else as a dash."""
+    return lambda value: form(value) if is_number(value) else "—"

@@ -1,0 +1,332 @@
+"""What the template of a comparison's report asks for beside its charts: ranks, words and tables, task by task."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from regard.catalogue import list_mechanisms
+from regard.measurement import units
+from regard.workbench.comparison.summary import with_rule
+from regard.workbench.reports import mask_pictures
+from regard.workbench.reports.markers import numbers
+from regard.workbench.reports.pages import or_dash
+from regard.workbench.reports.scales import Axis, is_number
+
+Payload = Mapping[str, Any]
+REFERENCE = "softmax"
+"""The mechanism that efficiency lengths are counted against."""
+
+SCHEMA = 2
+"""Version of the JSON that a report holds and that ``regard compare --json`` prints (docs/schema/compare.json); it rises
+when a name in it changes its meaning."""
+
+COSTS = (
+    (
+        "inference",
+        "inference_ms",
+        Axis("time of inference, faster →", units.milliseconds, log=True, rising=False),
+    ),
+    ("training", "tokens_per_second", Axis("tokens trained per second, faster →", units.count, log=True)),
+    (
+        "decoding",
+        "decode_tokens_per_second",
+        Axis("tokens decoded per second, faster →", units.count, log=True),
+    ),
+    (
+        "memory of inference",
+        "inference_memory_bytes",
+        Axis("peak memory of inference, less →", units.size, log=True, base=2, rising=False),
+    ),
+    (
+        "memory of training",
+        "training_memory_bytes",
+        Axis("peak memory of training, less →", units.size, log=True, base=2, rising=False),
+    ),
+    ("state", "state_bytes", Axis("state of a sequence, less →", units.size, log=True, base=2, rising=False)),
+)
+"""Axes beside quality in charts: name, column of the summary, axis. The first that was measured is shown first."""
+
+FIGURES = (
+    ("Training, tokens/s", "tokens_per_second", units.count),
+    ("Inference", "inference_ms", units.milliseconds),
+    ("Decoding, tokens/s", "decode_tokens_per_second", units.count),
+    ("Memory, training", "training_memory_bytes", units.size),
+    ("Memory, inference", "inference_memory_bytes", units.size),
+    ("State", "state_bytes", units.size),
+)
+"""Costs in the table: heading, column of the summary, and how it is written."""
+
+MOST_NAMED = 14
+"""Mechanisms whose names have room in a chart; of more, only what matters most is named."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a report is made of.
+
+    Attributes:
+        run, quality, cost, search: payloads of the rows of those kinds.
+        summary: of each task, one entry a mechanism.
+        machine: :func:`regard.measurement.provenance.fingerprint` of where it was measured.
+        revision: of the code that measured; None when it was not recorded.
+    """
+
+    run: Payload
+    quality: Sequence[Payload]
+    cost: Sequence[Payload]
+    search: Sequence[Payload]
+    summary: Mapping[str, Sequence[Payload]]
+    machine: Payload
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How the quality of a task is measured."""
+
+    name: str
+    higher_is_better: bool
+
+    @property
+    def axis(self) -> Axis:
+        """The axis of charts; better is always up."""
+        name = f"↑ {self.name}" + ("" if self.higher_is_better else " (lower is better, so low is up)")
+        return Axis(name, units.tick, rising=self.higher_is_better)
+
+
+class View:
+    """The values that the template asks for, task by task."""
+
+    def __init__(self, measured: Measured) -> None:
+        run, summary = measured.run, measured.summary
+        quality, cost, search = measured.quality, measured.cost, measured.search
+        first = run.get("frame")
+        self.run, self.cost, self.summary = run, cost, summary
+        self.quality = [row for row in quality if row.get("frame") == first]
+        self.search = [row for row in search if row.get("frame") == first]
+        rows = [*quality, *cost, *search, *(entry for entries in summary.values() for entry in entries)]
+        self.mechanisms = list(dict.fromkeys([*run.get("mechanisms", ()), *(row["mechanism"] for row in rows)]))
+        self.tasks = list(
+            dict.fromkeys([*run.get("tasks", ()), *summary, *(row["task"] for row in [*quality, *cost, *search])])
+        )
+        recommendation = run.get("recommendation") or {}
+        self.winner = recommendation.get("winner")
+        self.named = set(self.mechanisms)
+        if len(self.mechanisms) > MOST_NAMED:
+            self.named = {e["mechanism"] for task in self.tasks for e in summary.get(task, ()) if e.get("on_front")}
+            self.named |= {REFERENCE, self.winner}
+        self.numbers = numbers(self.mechanisms, list_mechanisms())
+        self.any_tie = any(self.tied(task) for task in self.tasks)
+
+    @property
+    def kind(self) -> str:
+        """What is compared: mechanisms in one frame, or models as they are."""
+        return "model" if self.run.get("whole_models") else "mechanism"
+
+    @property
+    def columns(self) -> list[tuple[str, str, Any]]:
+        """Of `FIGURES` those that some entry has: models of images neither decode nor keep a state."""
+        entries = [entry for entries in self.summary.values() for entry in entries]
+        return [
+            (heading, column, or_dash(written))
+            for heading, column, written in FIGURES
+            if any(is_number(entry.get(column)) for entry in entries)
+        ]
+
+    def counted(self) -> str:
+        """The costs that count at a length, in words."""
+        words = {
+            "inference_ms": "inference",
+            "decode_tokens_per_second": "decoding",
+            "inference_memory_bytes": "its memory",
+            "state_bytes": "the state",
+        }
+        *first, last = [words[column] for _, column, _ in self.columns if column in words] or ["costs"]
+        return f"{', '.join(first)} and {last}" if first else last
+
+    def number(self, mechanism: str) -> int:
+        """Decides the colour and the shape of a mechanism."""
+        return self.numbers[mechanism]
+
+    def metric(self, task: str) -> Metric:
+        row = next((row for row in self.quality if row["task"] == task), None)
+        return Metric("quality", True) if row is None else Metric(row["metric"], row["higher_is_better"])
+
+    def ranked(self, task: str) -> list[Payload]:
+        """The summary of a task, best first, mechanisms without a score last."""
+        sign = -1 if self.metric(task).higher_is_better else 1
+        entries = self.summary.get(task, ())
+        return sorted(entries, key=lambda e: (0, sign * e["mean"]) if is_number(e["mean"]) else (1, 0.0))
+
+    def rule(self, task: str) -> Payload | None:
+        """Name and score of the simple rule of a task."""
+        found = (self.run.get("baselines") or {}).get(task)
+        return found if found is not None and is_number(found["score"]) else None
+
+    def ranked_with_rule(self, task: str) -> list[Mapping[str, Any]]:
+        """As :meth:`ranked`, with the rule, which has no mechanism, in its place."""
+        return with_rule(self.ranked(task), self.rule(task))
+
+    def figures(self, task: str) -> dict[str, Any] | None:
+        """What a task tells beside the score: the figures' names, and the entries that have some; None for nothing."""
+        entries = [e for e in self.ranked(task) if e.get("figures")]
+        names = list(dict.fromkeys(name for e in entries for name in e["figures"]))
+        return {"names": names, "entries": entries} if names else None
+
+    def standing(self, task: str, entry: Payload) -> str:
+        """How a mechanism compares with the best one of the task."""
+        if not is_number(entry["mean"]):
+            return "no score"
+        if entry is self.ranked(task)[0]:
+            return "best"
+        separable = entry.get("separable_from_best")
+        if separable is None:
+            return "unknown"
+        return "behind" if separable else "tied"
+
+    def parts(self) -> list[dict[str, Any]]:
+        """The parts of layers beside their mechanisms, one entry for all that have the same: names and parts."""
+        groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
+        for by_name in (self.run.get("parts") or {}).values():
+            for name, parts in by_name.items():
+                if not parts:
+                    continue  # a model with layers of its own
+                members = groups.setdefault(tuple(parts.items()), [])
+                members += [name] if name not in members else []
+        return [{"names": names, "parts": dict(parts)} for parts, names in groups.items()]
+
+    def differences(self) -> str:
+        """The differences between the models of a comparison, beside what was chosen for them."""
+        if self.kind == "model":
+            return "the model, with layers of its own"
+        groups = self.parts()
+        names = dict.fromkeys(part for group in groups for part in group["parts"])
+        differing = [part for part in names if len({group["parts"].get(part, "none") for group in groups}) > 1]
+        if not groups:
+            return "the mechanism and whatever its layer has of its own"
+        if not differing:
+            return "the mechanism alone"
+        return f"the mechanism, and of the parts around it {', '.join(differing)}, as the table of parts shows"
+
+    def beside(self) -> list[dict[str, Any]]:
+        """Scores in further frames beside those in the first, for each task and mechanism that was trained in them."""
+        return [
+            {"task": task, **entry} for task, entries in (self.run.get("beside") or {}).items() for entry in entries
+        ]
+
+    def kept(self, task: str, what: str) -> list[dict[str, Any]]:
+        """An entry of the rows, such as ``sample``, of each mechanism's best run that has it, best mechanism first."""
+        return [{"mechanism": name, **row[what]} for name, row in self._with(task, what)]
+
+    def masks(self, task: str) -> dict[str, Any] | None:
+        """Images, masks and predictions of a task that segments, see :func:`regard.workbench.reports.mask_pictures.table`."""
+        return mask_pictures.table((self.run.get("masks") or {}).get(task), self._with(task, "masks"))
+
+    def _with(self, task: str, key: str) -> list[tuple[str, Payload]]:
+        """The first row at its best rate that has something to show, of each mechanism that has one, best first."""
+        found = []
+        for entry in self.ranked(task):
+            name, rate = entry["mechanism"], self.chosen_rate(task, entry["mechanism"])
+            own = [r for r in self.quality if (r["task"], r["mechanism"], r["lr"]) == (task, name, rate)]
+            found += [(name, row) for row in own if row.get(key)][:1]
+        return found
+
+    def lengths(self) -> str:
+        """The lengths at which costs count, in words."""
+        at = self.run.get("at_length") or {}
+        if len(set(at.values())) == 1:
+            return f"{next(iter(at.values())):,} tokens"
+        return ", ".join(f"{length:,} tokens for {task}" for task, length in at.items())
+
+    def score(self, entry: Payload) -> Markup:
+        """The mean with its standard error."""
+        if not is_number(entry["mean"]):
+            return Markup("—")
+        if not is_number(entry.get("standard_error")):
+            return Markup(units.number(entry["mean"]))
+        mean, error = units.with_error(entry["mean"], entry["standard_error"])
+        return Markup("{} <small>± {}</small>").format(mean, error)
+
+    def tied(self, task: str) -> list[str]:
+        """Mechanisms that cannot be told apart from the best one of a task, whose rank they share."""
+        return [e["mechanism"] for e in self.ranked(task) if self.standing(task, e) == "tied"]
+
+    def told_apart(self, task: str) -> list[str]:
+        """Sentences on what the scores of a task can and cannot say."""
+        ranked = [entry for entry in self.ranked(task) if is_number(entry["mean"])]
+        if not ranked:
+            return ["no mechanism has a score."]
+        best, others, tied = ranked[0]["mechanism"], ranked[1:], self.tied(task)
+        if tied:
+            said = [f"the best score, of {best}, cannot be told apart from {', '.join(tied)}."]
+        elif not others:
+            said = ["one mechanism with a score, nothing to compare."]
+        elif any(self.standing(task, entry) == "unknown" for entry in others):
+            said = [f"{best} has the best score; too few seeds to say whether by chance."]
+        else:
+            said = [f"{best} is ahead of every other."]
+        smallest = (self.run.get("resolution") or {}).get(task)
+        if is_number(smallest):
+            said.append(f"Differences below {smallest:.2g} in {self.metric(task).name} are beyond this budget.")
+        lost = [row["mechanism"] for row in self.quality if row["task"] == task and not is_number(row["score"])]
+        if lost:
+            said.append(f"Without a score in some seed: {', '.join(dict.fromkeys(lost))}.")
+        return said
+
+    def table(self) -> str:
+        """The figures as CSV, a line for each task and mechanism."""
+        columns = (
+            "mean",
+            "standard_error",
+            "rank",
+            "solved",
+            "seeds",
+            "parameters",
+            "at_length",
+            *(c for _, c, _ in COSTS),
+        )
+        written = io.StringIO()
+        lines = csv.writer(written, lineterminator="\n")
+        lines.writerow(("task", "mechanism", "metric", "frame", *columns))
+        for task in self.tasks:
+            for e in self.ranked(task):
+                seeds = e["seeds"] if isinstance(e["seeds"], int) else len(e["seeds"])
+                values = [seeds if column == "seeds" else e.get(column) for column in columns]
+                lines.writerow((task, e["mechanism"], self.metric(task).name, self.run.get("frame", ""), *values))
+        return written.getvalue()
+
+    def data(self) -> str:
+        """All that the report is made of but the scores and pictures of single items, as JSON."""
+        large = ("items", "predicted", "completed")
+        quality = [{key: value for key, value in row.items() if key not in large} for row in self.quality]
+        rows = {"quality": quality, "cost": self.cost, "search": self.search, "summary": self.summary}
+        text = json.dumps({"schema": SCHEMA, "run": self.run, **rows}, default=str)
+        return json.dumps(json.loads(text, parse_constant=lambda _: None))  # JSON has no NaN
+
+    @property
+    def costed(self) -> list[str]:
+        """Tasks whose backbone was measured; all of them when none was."""
+        measured = {row["task"] for row in self.cost}
+        return [task for task in self.tasks if task in measured] or self.tasks
+
+    def chosen_rate(self, task: str, mechanism: str) -> float | None:
+        rows = [row for row in self.quality if (row["task"], row["mechanism"]) == (task, mechanism)]
+        return next((row["lr"] for row in rows if is_number(row.get("lr"))), None)
+
+    def edges(self, task: str) -> list[str]:
+        """Mechanisms whose chosen rate is at an end of its grid: a better one may lie beyond."""
+        found = []
+        for mechanism in self.mechanisms:
+            rates = {row["lr"] for row in self.search if (row["task"], row["mechanism"]) == (task, mechanism)}
+            chosen = self.chosen_rate(task, mechanism)
+            if chosen is not None and len(rates) > 1 and chosen in (min(rates), max(rates)):
+                end = "lowest" if chosen == min(rates) else "highest"
+                found.append(f"{mechanism} ({units.tick(chosen)}, the {end})")
+        return found

@@ -1,0 +1,73 @@
+"""The README of a trained model's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from regard.models.exit_rules import HALTING
+from regard.workbench.trained.best_weights import Found
+from regard.workbench.trained.folder import DIVERGED, LAST
+
+UNTOLD = ("steps", "step_seconds", "first_item")
+"""Settings that a reader of the card has no use for."""
+
+
+def card(folder: Path, record: Mapping[str, Any]) -> str:
+    """The folder's README: what was trained, how well it does, and how to use it."""
+    title = f"# {record['mechanism']} on {record['task']['name']}"
+    if record["state"] == DIVERGED:
+        rate = record["settings"]["learning_rate"]
+        return (
+            f"{title}\n\nThe training diverged at a learning rate of {rate:g}: there is no model. Try a smaller one.\n"
+        )
+    rule = record["baseline"]
+    beside = f" (without training, {rule['name']}: {rule['score']:.4g})" if rule else ""
+    own = record["settings"]
+    lines = [
+        title,
+        f"Held out: {record['score']:.4g} {record['metric']}{beside}. {record['parameters']:,} parameters, "
+        f"{record['tokens']:,} tokens in {record['steps']} steps, {record['seconds']:.0f} s of training on {record['machine']}.",
+        *([f"The weights are {chosen_weights(record)}."] if record.get("weights") else []),
+        *([f"{learned_from(record)}."] if record.get("teacher") else []),
+        "\n".join(
+            f"- {key.replace('_', ' ')}: {value}"
+            for key, value in own.items()
+            if key not in UNTOLD and value is not None
+        ),
+        "```\n" + record["described"] + "\n```",
+        "## Use",
+        "```python\nfrom regard.models import from_pretrained\n\nmodel = from_pretrained("
+        + repr(str(folder))
+        + ")\n```",
+    ]
+    commands = [f"regard evaluate {folder}"]
+    reader = record.get("reader")
+    if reader is not None and "colours" in reader:
+        files = "scan.nii.gz --output mask.nii.gz" if "overlap" in reader else "picture.jpg --output mask.png"
+        commands.append(f"regard predict {folder} {files}")
+    elif reader is not None:
+        commands += [f"regard {verb} {folder} picture.jpg" for verb in ("predict", "explain")]
+    if (own.get("stack") or {}).get("exits"):
+        halts = str(own["stack"].get("exit_rule")).startswith(HALTING)
+        commands.append(f"regard evaluate {folder} --exit {f'{HALTING}:0.1' if halts else 'entropy:0.3'}")
+    if record["tokenizer"] is not None and record["task"]["name"] == "text":
+        commands.append(f'regard generate {folder} "..."')
+    return "\n\n".join([*lines, "```\n" + "\n".join(commands) + "\n```"]) + "\n"
+
+
+def chosen_weights(record: Mapping[str, Any]) -> str:
+    """Which weights of a run were kept, in words."""
+    found = Found(**record["weights"])
+    others = found.averaged or found.step < record["steps"]
+    return f"{found}" + (f"; the last ones are in {LAST}/" if others else "")
+
+
+def learned_from(record: Mapping[str, Any]) -> str:
+    """What a student learned from, in words."""
+    told = record["teacher"]
+    return (
+        f"Distilled by {record['settings']['distil']} from {record['settings']['teacher']}: {told['mechanism']}, "
+        f"{told['parameters']:,} parameters, {told['score']:.4g} {told['metric']}"
+    )

@@ -1,0 +1,182 @@
+"""The folder of a trained model: its record, and the model, the task and the score that come out of it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regard.compression.folders import load_own
+from regard.contract import Unsupported
+from regard.models.weights import write_atomically
+from regard.tasks import Task, create_task
+from regard.tasks.documents import nearest_path
+from regard.tasks.images import ImageReader
+from regard.tasks.segmentation import MaskReader
+from regard.tasks.segmentation_3d import VolumeReader
+from regard.tasks.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
+from regard.training import Evaluation, runner_of
+
+RECORD, CHECKPOINT, TOKENIZER, CARD = "training.json", "checkpoint.safetensors", "tokenizer.json", "README.md"
+LAST = "last"
+"""The folder of the last weights, where others were better."""
+FINISHED, DIVERGED, BEGUN = "finished", "diverged", "begun"
+SUPPORTED = "a folder written by `regard train`"
+UNFINISHED = {"retrofit": (".retrofit", "retrofit.json"), "compress": (".work", "compression.json")}
+"""Of commands that leave their work in a folder until they are done: its name, and the file that comes last."""
+STATISTICS = ("mean", "deviation", "scale")
+"""Of a reader: what it normalises by."""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A folder with a trained model.
+
+    Attributes:
+        folder: its place.
+        record: what ``training.json`` says.
+    """
+
+    folder: Path
+    record: Mapping[str, Any]
+
+    def model(self, device: torch.device | str = "cpu") -> nn.Module:
+        """The model, in evaluation mode."""
+        return load_own(self.folder, device=device)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the text was read with; raises Unsupported where the task reads no text."""
+        name = self.record["tokenizer"]
+        if name is None:
+            raise Unsupported(
+                f"text for the model in {self.folder}, which was trained on {self.record['task']['name']}",
+                supported="models trained on a task that reads text",
+            )
+        return ByteTokenizer() if name == ByteTokenizer.name else BpeTokenizer.load(self.folder / TOKENIZER)
+
+    @property
+    def reader(self) -> ImageReader | VolumeReader:
+        """What turns files of images or volumes into inputs; raises Unsupported where the task reads no images."""
+        record = self.record.get("reader")
+        if record is None:
+            raise Unsupported(
+                f"images for the model in {self.folder}, which was trained on {self.record['task']['name']}",
+                supported="models trained on the tasks images, segmentation and segmentation_3d",
+            )
+        if "overlap" in record:
+            return VolumeReader.of_record(record)
+        return (MaskReader if "colours" in record else ImageReader).of_record(record)
+
+    def task(self, data: str | list[str] | None = None) -> Task:
+        """The task that it was trained on, with `data` instead of its held-out items where given.
+
+        Raises:
+            Unsupported: for a task of a plugin, for data that are no longer where they were, and for new data of a task that
+                makes its own.
+        """
+        name, options = self.record["task"]["name"], self.record["task"]["options"]
+        if options is None:
+            raise Unsupported(f"the task {name} of a plugin", supported="the plugin's task, given to `score`")
+        if self.record["tokenizer"] not in (None, ByteTokenizer.name):
+            options = {**options, "tokenizer": str(self.folder / TOKENIZER)}
+        task = create_task(name, **(options if data is None else {**options, "validation": data}))
+        if self.record.get("reader") is not None:
+            self._read_as_trained(task)
+        return task
+
+    def _read_as_trained(self, task: Any) -> None:
+        """Let a task normalise as in training: what is held out now, and so what is not, may be others than then."""
+        known, now = self.reader, task.reader
+        statistics = {name: getattr(known, name) for name in STATISTICS if hasattr(known, name)}
+        if dataclasses.replace(now, **statistics) != known:
+            raise Unsupported(
+                f"the data of {self.folder}, whose classes or pixels are others than those that it was trained on",
+                supported="the data as they were",
+            )
+        task.reader = known
+
+    def score(
+        self, task: Task | None = None, *, device: torch.device | str = "cpu", model: nn.Module | None = None
+    ) -> Evaluation:
+        """Score and loss on the held-out items of a task, or on those of its own that no learning rate was chosen by; of
+        another form of the model where there is one."""
+        first = self.record["settings"]["first_item"] if task is None else 0
+        chosen = self.task() if task is None else task
+        return runner_of(chosen).evaluate(
+            self.model(device) if model is None else model, chosen, self.record["settings"]["batch_size"], first=first
+        )
+
+
+def open_trained(folder: Path | str, *, supported: str = SUPPORTED) -> TrainedModel:
+    """The model that a finished :func:`regard.workbench.trained.run.train_model` wrote; `supported` is what to say of a place
+    without one.
+
+    Raises:
+        Unsupported: where there is none, or its training is not finished.
+    """
+    found = read_record(Path(folder))
+    if found is None:
+        raise _not_trained(Path(folder), supported)
+    if found["state"] != FINISHED:
+        ended = {DIVERGED: "diverged", BEGUN: "is not finished"}[found["state"]]
+        nearest = "a smaller --learning-rate" if found["state"] == DIVERGED else "the same `regard train` again"
+        raise Unsupported(f"{folder}, whose training {ended}", supported="a finished run", nearest=nearest)
+    return TrainedModel(Path(folder), found)
+
+
+def trained_length(folder: Path, model: nn.Module) -> int | None:
+    """Tokens at a time that the model of a folder was trained on, as its record or its config says; None where none does."""
+    if (folder / RECORD).is_file():
+        return open_trained(folder).record["settings"].get("length")
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def beyond(trained: int | None, asked: int) -> str:
+    """What to say where a model is asked for more tokens than it was trained on; nothing elsewhere."""
+    if trained is None or asked <= trained:
+        return ""
+    return f"The model was trained on {trained} tokens at a time: what it does with {asked} it has not learned."
+
+
+def read_record(place: Path) -> dict[str, Any] | None:
+    """What the record of a folder says; None where it has none, and Unsupported for one that is no record."""
+    file = place / RECORD
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not {"state", "task", "mechanism", "layers", "tokenizer", "settings"} <= set(found):
+            raise ValueError("parts are missing")
+    except (ValueError, TypeError) as error:
+        raise Unsupported(f"{file}, which cannot be read ({error})", supported="a file of `regard train`") from None
+    return found
+
+
+def write_record(place: Path, record: Mapping[str, Any]) -> None:
+    """Replace the record of a folder in one step."""
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(place / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _not_trained(place: Path, supported: str) -> Unsupported:
+    """What a place is that has no record of a training."""
+    if not place.exists():
+        return Unsupported(f"{place}, which does not exist", supported=supported, nearest=nearest_path(place))
+    if not place.is_dir():
+        return Unsupported(f"{place}, which is no folder", supported=supported)
+    for command, (work, last) in UNFINISHED.items():
+        if (place / work).is_dir() and not (place / last).is_file():
+            return Unsupported(
+                f"{place}, whose {command} is not finished",
+                supported="a finished run",
+                nearest=f"the same `regard {command}` again",
+            )
+    beside = ": it holds " + ", ".join(sorted(path.name for path in place.iterdir())[:4])
+    return Unsupported(f"{place} without {RECORD}" + (beside if any(place.iterdir()) else ""), supported=supported)
