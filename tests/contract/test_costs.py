@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from regard import get_mechanism
+from regard import backends, get_mechanism, list_mechanisms
 from regard.contract import Pattern, Shape
 from regard.workbench.verification.subjects import Subject
 
@@ -56,6 +57,40 @@ def test_the_cost_counts_visible_pairs(name, variant):
             last = pairs(subject, n + 1)[:, -1].sum()
             step = card.cost(Shape(1, len(seen), 1, n, 4, 5), subject.config).step_flops
             assert step == pytest.approx(numbers * last)
+
+
+SHARED_BY_HEADS = {"activator", "fnet", "funnel", "large_kernel", "mlp_mixer", "ninformer", "sea", "token_parameter"}
+"""Which mix channels over heads, or have parts that all heads share."""
+
+
+@pytest.mark.parametrize(
+    "name", [x for x in list_mechanisms() if x != "s4d"]
+)  # which makes its kernel once for all rows
+def test_the_cost_of_twice_the_rows_or_heads_is_twice_as_high(name):
+    card = get_mechanism(name)
+    once, rows, heads = (card.cost(Shape(b, h, 256, 256, 32, 48), card.options()) for b, h in ((3, 4), (6, 4), (3, 8)))
+    for of in ("flops", "step_flops"):
+        assert getattr(rows, of) == pytest.approx(2 * getattr(once, of)), of
+        if name not in SHARED_BY_HEADS:
+            assert getattr(heads, of) == pytest.approx(2 * getattr(once, of)), of
+
+
+COUNTED = dict.fromkeys(
+    ("clipped_softmax", "cosformer", "hard_softmax", "lara", "linear", "norm_linear", "random_feature", "sigmoid"), 0.01
+) | {"delta_rule": 0.25, "universal_rpe": 0.05}
+
+
+@pytest.mark.parametrize(("name", "tolerance"), COUNTED.items())
+def test_the_cost_is_what_is_counted_of_the_products_in_torch(name, tolerance):
+    card = get_mechanism(name)
+    pattern = Pattern.CAUSAL_SELF if Pattern.CAUSAL_SELF in card.patterns else card.patterns[0]
+    subject, n = Subject.of(card, pattern, ""), 256
+    inputs = subject.inputs(n, batch=1)
+    with torch.no_grad(), backends.only("torch"), FlopCounterMode(display=False) as counter:
+        subject.run(inputs)
+    (_, heads, _, width), value_width = inputs["q"].shape, inputs["v"].shape[3]
+    cost = card.cost(Shape(1, heads, n, n, width, value_width), subject.config)
+    assert counter.get_total_flops() == pytest.approx(cost.flops, rel=tolerance)
 
 
 @pytest.mark.parametrize(
