@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from models import GREEDY, LEFT, SIZES, disturb, gpt2, ids, llama, mistral, near
 
 import regard
 from regard.backends.native import library
+from regard.engines.decoder_layer import Places
 
 transformers = pytest.importorskip("transformers")
 bridge = pytest.importorskip("regard.integrations.transformers")
@@ -143,6 +145,48 @@ def test_a_layer_that_shares_its_memory_with_another_leaves_it_what_it_has():
     other.update(new[3], new[3])
     assert torch.equal(cache.layers[0].keys, torch.cat(new[:3], 2))
     assert torch.equal(other.values, torch.cat([*new[:2], new[3]], 2))
+
+
+def test_threads_with_caches_of_their_own_do_not_meet():
+    model, texts = llama(), [ids(1, 40) for _ in range(4)]
+    disturb(model)
+    expected = [stepped(model, text) for text in texts]
+    bridge.fuse_layers(model)
+    with ThreadPoolExecutor(4) as pool:
+        for found, wanted in zip(pool.map(lambda text: stepped(model, text), texts), expected, strict=True):
+            near(found, wanted)
+
+
+def test_places_that_a_cache_lacks_are_refused_before_anything_is_written():
+    model, cache = llama(), bridge.GrowingCache()
+    bridge.fuse_layers(model)
+    for _ in range(2):
+        with torch.inference_mode():
+            model(ids(2, 1), **{bridge.CACHE: cache}, use_cache=True)
+    layers = model.model.forward._layers
+    x, turned = torch.rand(2, 1, 32), torch.rand(1, 1, 8)
+    caches = [layer.room(0) for layer in cache.layers]
+    before = [x.clone() for pair in caches for x in pair]
+    pools = [(torch.zeros(3, 2, 4, 8), torch.zeros(3, 2, 4, 8))] * 2
+    table = torch.tensor([[0, 1], [2, 0]])
+    for places, said in (
+        (Places(caches, [9, 2]), "9"),
+        (Places(caches, [2]), "1 lengths"),
+        (Places(caches, [-1, 2]), "-1"),
+        (Places([(k[:1], v[:1]) for k, v in caches], [1, 1]), "1 rows of a cache"),
+        (Places([(k.double(), v) for k, v in caches], [1, 1]), "float64"),
+        (Places([(k[:, :1], v) for k, v in caches], [1, 1]), "cache"),
+        (Places(pools, [4, 8], table), "8"),
+        (Places(pools, [4, 4], table + 1), "pages that do not exist"),
+        (Places(pools, [4, 4], table - 1), "pages that do not exist"),
+        (Places([pools[0], caches[0]], [1, 1], table), "pages that do not exist"),
+    ):
+        with pytest.raises(regard.Unsupported, match=said):
+            layers(x, turned, turned, places)
+    assert all(torch.equal(*pair) for pair in zip(before, [x for pair in caches for x in pair], strict=True))
+    assert not any(bool(x.any()) for pair in pools for x in pair)
+    table[0, 1] = 99  # nothing is there yet
+    assert layers(x, turned, turned, Places(pools, [3, 4], table)).shape == x.shape
 
 
 def test_what_is_asked_beside_the_answer_is_given(calls):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,9 +98,7 @@ class DecoderLayers:
             to.scale, to.left = scale, -1 if window is None else min(window, library.MOST)
         self._norm = {"norm": pointer(norm[0]), "eps": norm[1]}
         self._kv_heads = [layer.weights[1].n // self.head_width for layer in layers]
-        self._caches: Sequence[tuple[Tensor, Tensor]] = ()
-        self._slots = self._pages = 0
-        self._of_one_size = True
+        self._last: _Pointed | None = None
 
     def __call__(
         self,
@@ -115,8 +113,8 @@ class DecoderLayers:
             Unsupported: for a cache that does not fit; then nothing was written.
         """
         batch, n = x.shape[:2]
-        self._point_at(places.caches)
-        self._check(places, batch, n)
+        pointed = self._pointed_at(places.caches)
+        pointed.check(places, batch, n)
         cosine, sine, y, table = of_rows(cosine, batch), of_rows(sine, batch), x.clone(), places.table
         lengths = (ctypes.c_int64 * batch)(*places.lengths)
         library.call(
@@ -126,12 +124,12 @@ class DecoderLayers:
                 n=n,
                 width=self.width,
                 head_width=self.head_width,
-                count=len(self._layers),
-                layers=self._layers,
+                count=len(pointed.layers),
+                layers=pointed.layers,
                 lengths=ctypes.addressof(lengths),
                 pages=pointer(table),
                 pages_stride=0 if table is None else table.shape[1],
-                page_size=self._slots,
+                page_size=pointed.slots,
                 cosine=pointer(cosine),
                 sine=pointer(sine),
                 x=pointer(y),
@@ -140,12 +138,14 @@ class DecoderLayers:
         )
         return y
 
-    def _point_at(self, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Let the layers' structs say where the caches are, which most often are where they were."""
-        if len(caches) == len(self._caches) and all(map(operator.is_, caches, self._caches)):
-            return
-        self._caches = ()
-        for layer, heads, (keys, values) in zip(self._layers, self._kv_heads, caches, strict=True):
+    def _pointed_at(self, caches: Sequence[tuple[Tensor, Tensor]]) -> _Pointed:
+        """The layers' structs with the places of the caches, which most often are where they were. Structs that were made are
+        not changed: other threads may have others."""
+        last = self._last
+        if last is not None and len(caches) == len(last.caches) and all(map(operator.is_, caches, last.caches)):
+            return last
+        layers = type(self._layers).from_buffer_copy(self._layers)
+        for layer, heads, (keys, values) in zip(layers, self._kv_heads, caches, strict=True):
             for x in (keys, values):
                 fits = x.ndim == 4 and x.shape[1] == heads and x.shape[3] == self.head_width and x.stride(3) == 1
                 if not fits or type(x) not in PLAIN or x.dtype != torch.float32:
@@ -155,23 +155,40 @@ class DecoderLayers:
                     )
             layer.keys, layer.values = pointer(keys), pointer(values)
             layer.keys_strides[:], layer.values_strides[:] = keys.stride()[:3], values.stride()[:3]
-        both = [x for pair in caches for x in pair]
-        self._caches = caches
-        self._pages, self._slots = (min(x.shape[axis] for x in both) for axis in (0, 2))
-        self._of_one_size = all(x.shape[2] == self._slots for x in both)
+        rows, slots = ({x.shape[axis] for pair in caches for x in pair} for axis in (0, 2))
+        found = _Pointed(caches, layers, min(rows), min(slots), len(slots))
+        self._last = found
+        return found
 
-    def _check(self, places: Places, batch: int, n: int) -> None:
-        lengths, table, slots = places.lengths, places.table, self._slots
-        if len(lengths) != batch or (table is None and self._pages < batch):
-            raise Unsupported(f"{len(lengths)} lengths and {self._pages} rows of a cache for {batch} rows")
+
+class _Pointed(NamedTuple):
+    """Layers' structs that point at caches.
+
+    Attributes:
+        rows: or pages, the fewest of a layer.
+        slots: of a row or a page, the fewest.
+        sizes: how many numbers of slots there are.
+    """
+
+    caches: Sequence[tuple[Tensor, Tensor]]
+    layers: Any
+    rows: int
+    slots: int
+    sizes: int
+
+    def check(self, places: Places, batch: int, n: int) -> None:
+        """Raise Unsupported where the places are none that the caches have."""
+        lengths, table, slots = places.lengths, places.table, self.slots
+        if len(lengths) != batch or (table is None and self.rows < batch):
+            raise Unsupported(f"{len(lengths)} lengths and {self.rows} rows of a cache for {batch} rows")
         if table is not None:
             slots *= table.shape[1]
-            fits = table.dtype == torch.int64 and table.is_contiguous() and self._of_one_size and len(table) == batch
-            used = table[:, : -(-(max(lengths) + n) // self._slots)]
+            fits = table.dtype == torch.int64 and table.is_contiguous() and self.sizes == 1 and len(table) == batch
+            used = table[:, : -(-(max(lengths) + n) // self.slots)]
             # behind a row's last token there may be any number
-            firsts = torch.arange(used.shape[1], device="cpu") * self._slots
+            firsts = torch.arange(used.shape[1], device="cpu") * self.slots
             used = used[firsts < torch.tensor(lengths, dtype=torch.int64, device="cpu")[:, None] + n]
-            if not fits or not 0 <= int(used.min()) <= int(used.max()) < self._pages:
-                raise Unsupported("pages that do not exist", supported=f"0 to {self._pages - 1}, of one size")
+            if not fits or not 0 <= int(used.min()) <= int(used.max()) < self.rows:
+                raise Unsupported("pages that do not exist", supported=f"0 to {self.rows - 1}, of one size")
         if not 0 <= min(lengths) <= max(lengths) <= slots - n:
             raise Unsupported(f"{n} tokens after {list(lengths)}", supported=f"{slots} together")
