@@ -4,7 +4,8 @@ A *route* computes the product; which one is fastest depends on the machine (MKL
 other makers), on the sizes and on how the operands lie in memory, so a route is chosen by measuring. Products of one
 *class* have the same layouts, and sizes between the same powers of two; the first product of a class is measured, with
 its own sizes and strides, twice (a tenth of a second together, at most a second). Another route than torch's is taken
-only where both measurements say so. Within a process the choice for a class never changes.
+only where both measurements say so. Within a process the choice for a class never changes. Weights that few rows meet are
+measured out of the cache, as a model's are when decoding comes to them.
 
 A choice on which both measurements agree is kept in ``$XDG_CACHE_HOME/regard/linear_routes.json`` (``~/.cache`` when the
 variable is not set) for this processor, version of torch, number of threads and list of routes. It is believed once
@@ -21,6 +22,7 @@ again.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import platform
@@ -38,7 +40,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from regard.backends.operators import in_forward_mode, in_transform, operator
+from regard.backends.native import library
+from regard.backends.native.few_rows import few_rows
+from regard.backends.operators import in_forward_mode, in_transform, operator, runs_plainly
 from regard.contract import Unsupported, closest
 
 if TYPE_CHECKING:
@@ -62,6 +66,15 @@ MARGIN = 0.95
 
 PACKED_ROWS = 64
 """Rows of the largest product that takes a packed weight."""
+
+FEW_ROWS = 16
+"""Rows of the largest product for which reading the weight is what takes the time."""
+
+FEW_ROWS_WEIGHT = 1 << 17
+"""Entries of the smallest weight that few rows may take a route of their own to: smaller ones are soon read."""
+
+COLD_BYTES = 1 << 26
+"""Of weights, read in turn, when such a product is measured: a model's are in no cache when they are asked for."""
 
 PROBED_WORK = 1 << 30
 """Operations of the largest product that is measured; of larger ones a smaller one speaks for."""
@@ -172,6 +185,15 @@ def _onednn_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(x, packs.packed(weight), bias, "none", [], "")
 
 
+def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return few_rows(x.contiguous(), weight, None if bias is None else bias.contiguous())
+
+
+def _reads_once(product: Product) -> bool:
+    """Whether few rows meet a weight that lies as the kernel reads it."""
+    return product.m <= FEW_ROWS and product.weight_layout == "rows" and product.n * product.k >= FEW_ROWS_WEIGHT
+
+
 def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -186,6 +208,7 @@ ROUTES: dict[str, Route] = {
         _has_onednn,
         lambda product: product.frozen and product.m <= PACKED_ROWS and product.weight_layout.startswith("rows"),
     ),
+    "native": Route(_few_rows, lambda: library.why_missing() is None, _reads_once),
 }
 """By name, torch first: it is what the others have to beat."""
 
@@ -314,7 +337,7 @@ class Choices:
 
     def route(self, product: Product) -> str:
         """The name of the route that a product takes; measures when it is the first of its class."""
-        if product.work < self.smallest_work:
+        if product.work < self.smallest_work and not _reads_once(product):
             return "torch"
         if self.forced is not None:
             return self.forced if ROUTES[self.forced].applies(product) else "torch"
@@ -410,19 +433,21 @@ def probe(product: Product) -> dict[str, float]:
 
 def _time_routes(product: Product) -> dict[str, float]:
     x, weight = product.operands()
+    copies = COLD_BYTES // (4 * weight.numel()) if _reads_once(product) else 0
+    weights = itertools.cycle([weight, *(weight.clone() for _ in range(copies))])
     # Time of the thread does not count interruptions, but counts one thread only.
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     names = [name for name in _available() if ROUTES[name].applies(product)]
     least = dict.fromkeys(names, float("inf"))
     with torch.no_grad(), FrozenWeights():
         for name in names:
-            ROUTES[name].run(x, weight, None)
+            ROUTES[name].run(x, next(weights), None)
         begin = time.perf_counter()
         rounds = 0
         while rounds < 5 or (rounds < 50 and time.perf_counter() - begin < 0.04):
             for name in names:
-                start = clock()
-                ROUTES[name].run(x, weight, None)
+                w, start = next(weights), clock()
+                ROUTES[name].run(x, w, None)
                 least[name] = min(least[name], clock() - start)
             rounds += 1
             if time.perf_counter() - begin > 0.5:
@@ -476,6 +501,8 @@ def linear(
         large = weight.numel() >= TRACED_WEIGHT
     else:  # asked first, because most layers of small models end here
         large = type(x) in PLAIN and 2 * x.numel() * weight.shape[0] >= CHOICES.smallest_work
+        if _are_few(x, weight) and _fits(x, weight, bias) and _takes_native(x, weight, bias):
+            return few_rows(x, weight, bias)
     if large and _fits(x, weight, bias) and _has_own_route(x, weight) and _unmodified():
         return _product(x.reshape(-1, x.shape[-1]), weight, bias).reshape(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight, bias)
@@ -498,6 +525,21 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
             or (type(bias) in PLAIN and bias.dtype is torch.float32 and bias.is_cpu and bias.shape == weight.shape[:1])
         )
     )
+
+
+def _are_few(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product is one of few rows and a weight that is worth reading fast."""
+    if x.dim() == 0 or weight.dim() != 2 or weight.numel() < FEW_ROWS_WEIGHT:
+        return False
+    return 0 < x.numel() <= FEW_ROWS * x.shape[-1]
+
+
+def _takes_native(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether few rows go to the kernel by the shortest way: nobody watches, and it is the fastest."""
+    given = (x, weight) if bias is None else (x, weight, bias)
+    if not runs_plainly(*given) or not all(t.is_contiguous() for t in given) or not _unmodified():
+        return False
+    return CHOICES.find(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), weight) == "native"
 
 
 def _has_own_route(x: Tensor, weight: Tensor) -> bool:

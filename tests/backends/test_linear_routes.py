@@ -346,7 +346,48 @@ def test_measuring_leaves_no_trace(choices: Choices) -> None:
     assert torch.equal(torch.get_rng_state(), generator)
     assert choices.known
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        assert set(routes.probe(LARGE)) == {"torch", *AVAILABLE} - {"onednn_packed"}
+        assert set(routes.probe(LARGE)) == {"torch", *AVAILABLE} - {"onednn_packed", "native"}
+
+
+@pytest.mark.skipif("native" not in AVAILABLE, reason="no native library")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 300, 501), (5, 517, 260), (2, 8, 256, 512)])
+def test_few_rows_go_to_the_kernel_where_it_is_faster_and_nobody_watches(shape, bias, monkeypatch, choices):
+    x, weight, b = sample(*shape)
+    b, ran = b if bias else None, []
+    kernel = routes.few_rows
+    monkeypatch.setattr(routes, "few_rows", lambda *given: (ran.append(1), kernel(*given))[1])
+    monkeypatch.setattr(routes, "probe", lambda product: {"torch": 1.0, "native": 0.5})
+    expected = F.linear(*(t if t is None else t.double() for t in (x, weight, b)))
+    near(linear(x, weight, b), expected)
+    assert len(ran) == 1 and set(choices.known.values()) == {"native"}
+    near(linear(x.flip(-1).flip(-1).mT.contiguous().mT, weight, b), expected)  # strided: not the shortest way
+    weight.requires_grad_()
+    linear(x, weight, b).sum().backward()
+    near(weight.grad, x.flatten(0, -2).sum(0).double().expand_as(weight), 1e-5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight, b).dtype == torch.bfloat16
+    monkeypatch.setattr(routes, "probe", lambda product: {"torch": 0.5, "native": 1.0})
+    monkeypatch.setattr(routes, "CHOICES", Choices())
+    before = len(ran)
+    with torch.no_grad():
+        linear(x, weight, b)
+        linear(torch.randn(17, x.shape[-1]), weight, b)
+    assert len(ran) == before
+
+
+def test_weights_of_products_of_few_rows_are_measured_out_of_the_cache(monkeypatch):
+    read = []
+    monkeypatch.setitem(
+        ROUTES,
+        "torch",
+        routes.Route(lambda x, weight, bias: (read.append(weight.data_ptr()), F.linear(x, weight, bias))[1]),
+    )
+    routes.probe(Product.plain(1, 1024, 1024))
+    assert 4 * 1024 * 1024 * len({*read}) >= min(len(read) * 4 * 1024 * 1024, routes.COLD_BYTES) / 2
+    read.clear()
+    routes.probe(LARGE)
+    assert len({*read}) == 1
 
 
 def test_small_products_and_slower_routes_are_torch_s(choices: Choices) -> None:

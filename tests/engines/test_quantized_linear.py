@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from regard.backends import prefers_native, watch_backends
+from regard.backends.linear import FEW_ROWS
 from regard.contract import Unsupported
 from regard.engines.quantized_linear import dequantize, dynamic_linear, pack, quantized_linear, torch_form, unpack
-from regard.engines.quantized_linear.torch_form import FEW_ROWS
 
 BF16 = 4e-3
 """Of the largest output, where activations and results are bfloat16."""

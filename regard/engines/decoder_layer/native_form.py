@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from regard.backends.linear import FEW_ROWS
 from regard.backends.native import library
 from regard.backends.native.library import pointer
 from regard.backends.operators import PLAIN, runs_plainly
 from regard.engines.quantized_linear.native_form import SMALLEST_GROUP
-from regard.engines.quantized_linear.torch_form import FEW_ROWS
 
 if TYPE_CHECKING:
     from jaxtyping import Float

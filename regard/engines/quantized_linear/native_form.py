@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from regard.backends.linear import FEW_ROWS
 from regard.backends.native import library
+from regard.backends.native.few_rows import QuantizedLinear
 from regard.backends.native.library import pointer, rows_contiguous
 from regard.backends.operators import operator, runs_plainly
 from regard.contract import Unsupported
 from regard.engines.quantized_linear.problem import Problem
-from regard.engines.quantized_linear.torch_form import FEW_ROWS
 
 SMALLEST_GROUP = 32
-
-
-class QuantizedLinear(library.Arguments):
-    kernel = "quantized_linear"
-    _fields_ = (
-        ("threads", ctypes.c_int64),
-        ("bits", ctypes.c_int64),
-        ("m", ctypes.c_int64),
-        ("n", ctypes.c_int64),
-        ("k", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("group", ctypes.c_int64),
-        ("x", ctypes.c_void_p),
-        ("x_stride", ctypes.c_int64),
-        ("codes", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("offset", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("rounded", ctypes.c_int64),
-    )
 
 
 def quantized_linear(problem: Problem) -> Tensor:

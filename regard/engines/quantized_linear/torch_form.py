@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from regard.backends.linear import FEW_ROWS
 from regard.engines.linear import linear
 from regard.engines.quantized_linear.packing import dequantize, padded, unpack
 from regard.engines.quantized_linear.problem import Problem
-
-FEW_ROWS = 16
-"""Rows up to which a product reads codes: of more, arithmetic takes longer than reading, and a copy in floats is quicker."""
 
 TINY = 1e-30
 """The least largest number of a row, so that a row of zeros has a grid too."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from regard.backends.linear import FEW_ROWS
 from regard.backends.operators import runs_plainly
 from regard.engines.decoder_layer import DecoderLayer, DecoderLayers, few_tokens
-from regard.engines.quantized_linear.torch_form import FEW_ROWS
 from regard.integrations.transformers.attending import PREFIX
 from regard.integrations.transformers.caches import CACHE, places
 from regard.integrations.transformers.fused.layers import FusedLayer, unwatched
