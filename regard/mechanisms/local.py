@@ -53,9 +53,10 @@ from regard.contract import (
     at_least,
     one_of,
 )
+from regard.core.visibility import CountedRanks
 from regard.engines import attention_forms
 from regard.engines.attention import Visibility, attention_reference, masked_scores_bias, ranks
-from regard.engines.cache import WindowState, extend_window
+from regard.engines.cache import WindowState, extend_window, next_in_window
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -88,6 +89,12 @@ class Config:
         """Keys that the token after a sequence may reach."""
         return self.window - 1 if self.form == "window" else (self.lookback + 1) * self.block - 1
 
+    def reached(self, count: int) -> int:
+        """Keys that the last of `count` tokens reads."""
+        if self.form == "window":
+            return min(count, self.window)
+        return min(count, self.lookback * self.block + (count - 1) % self.block + 1)
+
 
 def reference(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
@@ -111,6 +118,14 @@ def chunked(
     """Continue from the last keys by any number of tokens; also the step."""
     if call.state is not None and call.bias is not None:
         raise Unsupported("local attention with a bias of pairs and a state", supported="a position bias, or no state")
+    if call.position_bias is call.blocks is None and not call.want:
+        found = next_in_window(call, k, v, call.config.cached)
+        if found is not None:
+            state, keys, values, count = found
+            seen = call.config.reached(count)
+            where = CountedRanks(1, seen, 0, True, k.device)
+            keys, values = (x.narrow(2, x.shape[2] - seen, seen) for x in (keys, values))
+            return attention_forms.attend(call, q, keys, values, where, state, visibility=Visibility())
     state, keys, values, where = extend_window(call, k, v, q.shape[2], call.config.cached)
     return attention_forms.attend(call, q, keys, values, where, state, visibility=_visibility(call))
 

@@ -69,5 +69,7 @@ class _EngineCounts(Collector):
             gauges["pages"] = "Pages of the cache.", engine.pages.count
             gauges["pages_used"] = "Pages with an owner.", engine.pages.count - engine.pages.free
             gauges["page_bytes"] = "Bytes of a page, in all layers.", engine.reader.page_bytes
+        if engine.prefixes is not None:
+            gauges["prefix_blocks"] = "Blocks of beginnings that are kept, a page each.", engine.prefixes.count
         for name, (words, value) in gauges.items():
             yield GaugeMetricFamily(f"regard_{name}", words, value=value)

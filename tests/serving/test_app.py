@@ -190,6 +190,11 @@ def test_models_paths_and_metrics(client):
     assert {"regard_http_answers", "regard_running", "regard_pages_used"} <= set(families)
     assert all(family.documentation and family.samples and family.type != "unknown" for family in families.values())
     assert "regard_first_token_seconds_count 1.0" in told and "regard_between_tokens_seconds_count 1.0" in told
+    client.post(
+        "/v1/completions", json={"prompt": "a" * 13, "max_tokens": 2}
+    )  # three blocks of four for the prefix cache
+    told = client.get("/metrics").text
+    assert "regard_prefix_blocks 3.0" in told and "regard_pages_used 3.0" in told
 
 
 def test_a_key_is_asked_for_everywhere_but_for_health():

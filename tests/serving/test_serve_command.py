@@ -103,9 +103,14 @@ def test_a_model_of_another_kind_is_refused(tmp_path, trained):
         open_model(tmp_path)
 
 
-def test_a_server_says_where_it_is(capsys, trained, monkeypatch):
+def test_a_server_says_where_it_is_when_clients_may_come(capsys, trained, monkeypatch):
     served = []
-    monkeypatch.setattr("regard.serving.run.run", lambda server, listening, drain: served.append((server, drain)))
+
+    def run_(server, listening, drain):
+        socket.create_connection(listening.getsockname(), 1).close()
+        served.append((server, drain))
+
+    monkeypatch.setattr("regard.serving.run.run", run_)
     found = answer(capsys, f"serve {trained} --port 0 --name mine --drain 3 --context 99")
     assert found["url"].startswith("http://127.0.0.1:") and found["model"] == "mine" and found["context"] == 99
     assert served[0][0].name == "mine" and served[0][1] == 3

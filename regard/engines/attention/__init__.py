@@ -98,6 +98,18 @@ def decode(
     return native_form.plain(q, k, v, where, Visibility(), scale)
 
 
+def decode_part(
+    q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], scale: float
+) -> tuple[Float[Tensor, "b h n v"], Float[Tensor, "b h n"]] | None:
+    """:func:`decode` with the log-sum-exp of the scores, for keys that are not all there are."""
+    if not prefers_native():
+        return None
+    where = CountedRanks(q.shape[2], k.shape[2], 0, True, q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    output = native_form.plain(q, k, v, where, Visibility(), scale, lse)
+    return None if output is None else (output, lse)
+
+
 def has_kernel(q: Float[Tensor, "b h n d"], backend: str | None = None) -> bool:
     """Whether code of its own computes :func:`attention` of such queries, and not PyTorch's operators, whose log-sum-exp
     takes explicit weights: for mechanisms that could as well make weights themselves.
@@ -183,6 +195,8 @@ __all__ = [
     "attention",
     "attention_cost",
     "attention_reference",
+    "decode",
+    "decode_part",
     "has_kernel",
     "masked_scores_bias",
     "only_largest",

@@ -585,11 +585,16 @@ def _template(
     )
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, ranks: Ranks, visibility: Visibility, scale: float) -> Tensor | None:
+def plain(
+    q: Tensor, k: Tensor, v: Tensor, ranks: Ranks, visibility: Visibility, scale: float, lse: Tensor | None = None
+) -> Tensor | None:
     """Softmax attention of tensors and a rule on ranks that count up, by the shortest way to the kernel; None for other
     calls, and where a gradient is recorded or somebody watches.
 
     Of few tokens, the general way through Python takes longer than the kernel.
+
+    Args:
+        lse: where to write the log-sum-exp, (B, H, N) in float32, contiguous.
     """
     if not isinstance(ranks, CountedRanks) or not runs_plainly(q, k, v):
         return None
@@ -616,7 +621,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, ranks: Ranks, visibility: Visibility,
     arguments = Attention.from_buffer_copy(template)
     out = empty_output(q, v)
     arguments.q, arguments.k, arguments.v = library.pointer(q), library.pointer(k), library.pointer(v)
-    arguments.out = library.pointer(out)
+    arguments.out, arguments.lse = library.pointer(out), library.pointer(lse)
     arguments.m, arguments.scale = m, scale
     arguments.q_strides, arguments.k_strides, arguments.v_strides = (x.stride()[:3] for x in (q, k, v))
     if first:

@@ -265,7 +265,8 @@ def keeps_every_key(config: PreTrainedConfig, index: int) -> bool:
 
 
 def state_layer(cache: Any, index: int, mechanism: str) -> StateLayer:
-    """The place of a layer's state in a cache, which is made where there is none yet.
+    """The place of a layer's state in a cache, which is made where there is none yet; layers beside it that keep keys and values
+    then grow without copies.
 
     Raises:
         Unsupported: for a cache of another kind, and for one that was filled by another attention.
@@ -289,5 +290,8 @@ def state_layer(cache: Any, index: int, mechanism: str) -> StateLayer:
             supported="a cache that the swapped model filled",
             nearest="a new cache",
         )
-    layers[index] = StateLayer()
-    return layers[index]
+    made = StateLayer()
+    layers[:] = [made if i == index else GrowingLayer.of(layer) for i, layer in enumerate(layers)]
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = GrowingLayer
+    return made

@@ -112,7 +112,7 @@ def _placement(model: nn.Module, path: str, module: Any, attend: HeadAttention, 
     if layer is not None and not keeps_every_key(module.config, layer):
         layer = None  # the window is the model's, and its cache forgets what is behind it
     rotates = any(ROTATES.search(name) for name in vars(sys.modules[type(module).__module__]))
-    if attend.pattern.cross or not rotates:
+    if attend.pattern.cross or not rotates or attend.misreads_rotated is None:
         return Placement.of(module, layer)
     rotary = None
     alone = attend.pattern is Pattern.CAUSAL_SELF and layer is None  # beside a cache, whose keys are rotated

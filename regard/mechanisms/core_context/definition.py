@@ -216,7 +216,8 @@ def _cores(
     queries = queries.unflatten(1, (k.shape[1], -1))  # (b, g, heads that share keys, groups, d)
     if config.share_gqa:
         queries = queries.mean(2, keepdim=True)
-    k, v, exists = k[:, :, None], v[:, :, None], exists[:, :, None]
-    scores = (call.scale * queries[..., None, :] @ k.mT)[..., 0, :]
-    weights = normalized(torch.where(exists, scores, -torch.inf))[..., None, :]
-    return (weights @ k)[..., 0, :].flatten(1, 2), (weights @ v)[..., 0, :].flatten(1, 2)
+    k, v = k.contiguous(), v.contiguous()  # which each product would see to anew
+    scores = call.scale * queries.transpose(2, 3) @ k.mT  # (b, g, groups, heads that share keys, size)
+    weights = normalized(torch.where(exists[..., None, :], scores, -torch.inf))
+    key, value = ((weights @ x).transpose(2, 3).flatten(1, 2) for x in (k, v))
+    return key, value

@@ -21,9 +21,9 @@ from regard.contract import (
 )
 from regard.core.precision import wide
 from regard.core.ragged import values_known
-from regard.core.visibility import block_numbers
-from regard.engines.attention import Ranks, Visibility
-from regard.engines.cache import WindowState, append_rows, extend_window
+from regard.core.visibility import CountedRanks, block_numbers
+from regard.engines.attention import Ranks, Visibility, decode_part
+from regard.engines.cache import WindowState, append, append_rows, extend_window, last_slots, newest, next_in_window
 from regard.engines.merging import merge
 from regard.mechanisms.core_context.definition import Config, _attend, _cores, check
 
@@ -35,14 +35,49 @@ if TYPE_CHECKING:
 class CoreState(State):
     """The last tokens, and the cores of complete groups: slot r of a row holds its group r; others are beyond its groups.
 
+    `plain` are the last keys, as many as an unfinished group may have, before their rotation: where cores are made of such.
     `queries` is the sum of queries in the unfinished group, where the pool needs it.
     """
 
     window: WindowState
     keys: Float[Tensor, "b c cores d"] = state_field()
     values: Float[Tensor, "b c cores v"] = state_field()
+    plain: Float[Tensor, "b g open d"] | None = state_field()
     queries: Float[Tensor, "b h d"] | None = state_field()
     length: Int[Tensor, " b"] = state_field()
+
+
+@dataclass(frozen=True)
+class _Turned:
+    """New tokens of a causal-self call.
+
+    Attributes:
+        q, k, v: what attends, rotated where the call rotates.
+        asking, told: queries and keys as cores are made of them.
+        places: their ranks.
+    """
+
+    q: Float[Tensor, "b h n d"]
+    k: Float[Tensor, "b g n d"]
+    v: Float[Tensor, "b g n v"]
+    asking: Float[Tensor, "b h n d"]
+    told: Float[Tensor, "b g n d"]
+    places: Int[Tensor, "b n"]
+
+    @classmethod
+    def of(cls, call: Call, q: Tensor, k: Tensor, v: Tensor) -> _Turned:
+        """The tokens of a call, each rotated once."""
+        before = torch.zeros(k.shape[0], dtype=torch.long, device=k.device) if call.state is None else call.state.length
+        places = before[:, None] + torch.arange(q.shape[2], device=k.device)
+        if call.rotate is None:
+            return cls(q, k, v, q, k, places)
+        turned, keys = call.rotate(q, places), call.rotate(k, places)
+        return cls(turned, keys, v, *((q, k) if _pools_plain(call) else (turned, keys)), places)
+
+
+def _pools_plain(call: Call) -> bool:
+    """Whether cores are made of keys before their rotation."""
+    return call.rotate is not None and call.config.pool_keys == "pre_rope"
 
 
 def parallel(
@@ -103,17 +138,13 @@ def chunked(
     """Causal-self with state in and out, by any number of tokens; also the step."""
     config: Config = call.config
     check(config, call.pattern, q.shape[2], k.shape[2], gate)
-    g, s, n, device = config.group, config.window, q.shape[2], q.device
-    before = torch.zeros(k.shape[0], dtype=torch.long, device=device) if call.state is None else call.state.length
-    places = before[:, None] + torch.arange(n, device=device)
-    asking = q
-    if call.rotate is not None:
-        q = call.rotate(q, places)
-        if config.pool_keys == "post_rope":
-            asking, k = q, call.rotate(k, places)
-    state, keys, values, where = _extend(call, asking, k, v)
-    if call.rotate is not None and config.pool_keys == "pre_rope":
-        keys = call.rotate(keys, where.keys.clamp(min=0).expand(k.shape[0], -1))
+    g, s = config.group, config.window
+    tokens = _Turned.of(call, q, k, v)
+    found = _next_token(call, tokens, gate)
+    if found is not None:
+        return found
+    state, keys, values, where = _extend(call, tokens.asking, tokens.k, v, tokens.told)
+    q = tokens.q
     # A key is read by itself while its group is not before that of the rank s - 1 places back, which is
     # what a rule on groups says of queries moved back by so much.
     back = max(s - 1, 0)
@@ -127,17 +158,74 @@ def chunked(
     if s == 0:  # as with a window of 1, but that the last query of a group reads no key by itself
         asks = Ranks(torch.where((where.queries + 1) % g == 0, -1, where.queries), where.keys, None, None, plain=False)
     near = _attend(call, q, keys, values, asks, Visibility(right=back, block=g, lookahead=back // g + 1))
-    opened = (torch.arange(state.keys.shape[2], device=device)[None] + 1) * g + s - 1  # first rank that reads each core
+    # the first rank that reads each core
+    opened = (torch.arange(state.keys.shape[2], device=q.device)[None] + 1) * g + s - 1
     far = _attend(
-        call, q, state.keys, state.values, Ranks(places, opened, None, None, plain=False), Visibility(causal=True)
+        call, q, state.keys, state.values, Ranks(tokens.places, opened, None, None, plain=False), Visibility(causal=True)
     )
     return Result(_fused(gate, near, far).to(q.dtype), state)
+
+
+def _next_token(call: Call, tokens: _Turned, gate: Tensor | None) -> Result | None:
+    """One more token of rows that have as many each: it reads the last slots of the window and the first of the cores, which are
+    cut out, and nothing else is looked at or moved. None for other calls."""
+    config, past = call.config, call.state
+    g, s = config.group, config.window
+    if past is None or call.dropout:
+        return None
+    extended = next_in_window(call.replace(state=past.window), tokens.k, tokens.v, config.cached)
+    if extended is None:
+        return None
+    window, keys, values, count = extended
+    asks = config.pool == "cca"
+    summed = past.queries
+    if asks and config.pool_query == "mean":
+        added = wide(tokens.asking)[:, :, 0]
+        summed = added if summed is None else summed + added
+    plain = told = None
+    if _pools_plain(call):
+        told = append(past.plain, tokens.told.to(past.plain.dtype), 2)
+        plain = newest(told, 2, g - 1)
+    cores = [x.narrow(2, 0, (count - 1) // g) if x.shape[2] > (count - 1) // g else x for x in (past.keys, past.values)]
+    if count % g == 0:
+        group = [x.narrow(2, x.shape[2] - g, g)[:, :, None] for x in (keys if told is None else told, values)]
+        queries = None
+        if asks:
+            queries = wide(tokens.asking) if config.pool_query == "last" else summed[:, :, None] / g
+        key, value = _cores(call, queries, *group, torch.ones(1, 1, g, dtype=torch.bool, device=keys.device))
+        if told is not None:
+            key = call.rotate(key, tokens.places)  # type: ignore[misc]
+        cores = [append(x, core, 2) for x, core in zip(cores, (key, value), strict=True)]
+        summed = None if summed is None else torch.zeros_like(summed)
+    state = CoreState(window, *cores, plain, summed, window.length)
+    left = max(0, (count - s) // g)
+    near, far = count - left * g, min(left, cores[0].shape[2])
+    parts = []
+    if near:
+        parts.append(_read(call, tokens.q, *(x.narrow(2, x.shape[2] - near, near) for x in (keys, values))))
+    if far:
+        parts.append(_read(call, tokens.q, *(x.narrow(2, 0, far) for x in cores)))
+    if len(parts) == 1:
+        return Result(parts[0][0].to(tokens.q.dtype), state)
+    (output, lse), (beyond, other) = parts
+    share = torch.sigmoid(other - lse)[..., None] if gate is None else torch.sigmoid(-wide(gate))[:, None, None]
+    return Result(torch.lerp(wide(output), wide(beyond), share.to(wide(output).dtype)).to(tokens.q.dtype), state)
+
+
+def _read(
+    call: Call, q: Float[Tensor, "b h 1 d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
+) -> tuple[Float[Tensor, "b h 1 v"], Float[Tensor, "b h 1"]]:
+    """Output and log-sum-exp of queries that see every key."""
+    found = decode_part(q.to(k.dtype), k, v, call.scale) if call.backend is None else None
+    if found is None:
+        found = _attend(call, q, k, v, CountedRanks(q.shape[2], k.shape[2], 0, True, q.device), Visibility())
+    return found
 
 
 def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> CoreState:
     """Memory into cores; more may follow."""
     check(call.config, call.pattern, 0, k.shape[2], None)
-    return _extend(call, None, k, v)[0]
+    return _extend(call, None, k, v, k)[0]
 
 
 def _fused(gate: Tensor | None, near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor]) -> Float[Tensor, "b h n v"]:
@@ -149,13 +237,17 @@ def _fused(gate: Tensor | None, near: tuple[Tensor, Tensor], far: tuple[Tensor, 
     return torch.where(both, share * near[0] + (1 - share) * far[0], near[0] + far[0])
 
 
-def _extend(call: Call, q: Tensor | None, k: Tensor, v: Tensor) -> tuple[CoreState, Tensor, Tensor, Ranks]:
+def _extend(
+    call: Call, q: Tensor | None, k: Tensor, v: Tensor, told: Tensor
+) -> tuple[CoreState, Tensor, Tensor, Ranks]:
     """The state with new tokens; and keys, values and ranks with which their queries are answered.
 
-    Keys and queries are those that are pooled; in cross patterns there are no queries.
+    Args:
+        q: queries that pool; None in cross patterns.
+        told: keys that are pooled.
     """
     config, past, device = call.config, call.state, k.device
-    g, m, width = config.group, k.shape[2], 0 if past is None else config.cached
+    g, m = config.group, k.shape[2]
     window_call = call.replace(state=None if past is None else past.window)
     window, keys, values, where = extend_window(window_call, k, v, 0 if q is None else m, config.cached)
     new = lengths_after(None, call.memory_lengths, k.shape[0], m, device)
@@ -164,19 +256,29 @@ def _extend(call: Call, q: Tensor | None, k: Tensor, v: Tensor) -> tuple[CoreSta
     closed = (before + new) // g - complete
     summed = None if past is None else past.queries
     asks = q is not None and config.pool == "cca"
-    count = (m + g - 1) // g
+    pooled, group_values = told, v
+    if past is not None:
+        first = past.window.k.shape[2] - (g - 1)
+        open_keys = past.window.k[:, :, first:] if past.plain is None else past.plain
+        pooled = torch.cat([open_keys, told.to(open_keys.dtype)], 2)
+        group_values = torch.cat([past.window.v[:, :, first:], v.to(past.window.v.dtype)], 2)
+    whole = past is None and call.memory_lengths is None
+    count = m // g if whole else (m + g - 1) // g
     cores: tuple[Tensor, Tensor] | None = None
-    if not values_known(closed) or bool((closed > 0).any()):
+    if whole or not values_known(closed) or bool((closed > 0).any()):
         rank = (complete * g)[:, None] + torch.arange(count * g, device=device)
-        slot = (rank - before[:, None] + width).clamp(0, max(keys.shape[2] - 1, 0))
-        groups = [_take(x, slot).unflatten(2, (count, g)) for x in (keys, values)]
+        if whole:
+            groups = [x[:, :, : count * g] for x in (pooled, group_values)]
+        else:
+            slot = (rank - before[:, None] + (0 if past is None else g - 1)).clamp(0, max(pooled.shape[2] - 1, 0))
+            groups = [_take(x, slot) for x in (pooled, group_values)]
         queries = None
         if asks and q is not None:
             queries = _queries(config, wide(q), rank - before[:, None], summed, g)
         exists = torch.ones(1, count, g, dtype=torch.bool, device=device)
-        key, value = _cores(call, queries, groups[0], groups[1], exists)
-        if call.rotate is not None and config.pool_keys == "pre_rope":
-            key = call.rotate(key, rank.unflatten(1, (count, g))[..., -1])
+        key, value = _cores(call, queries, *(x.unflatten(2, (count, g)) for x in groups), exists)
+        if _pools_plain(call):
+            key = call.rotate(key, rank.unflatten(1, (count, g))[..., -1])  # type: ignore[misc]
         cores = key, value
     if asks and q is not None and config.pool_query == "mean":
         # tokens of the group that is unfinished now
@@ -185,12 +287,22 @@ def _extend(call: Call, q: Tensor | None, k: Tensor, v: Tensor) -> tuple[CoreSta
         inside = ((place >= open_) & (place < new[:, None]))[:, None, :, None]
         added = torch.where(inside, wide(q), 0).sum(2)
         summed = added if summed is None else added + torch.where((closed > 0)[:, None, None], 0, summed)
-    heads = k.shape[1] if not asks or config.share_gqa or q is None else q.shape[1]
-    old = [wide(x)[:, :1, :0].expand(-1, heads, -1, -1) for x in (k, v)] if past is None else [past.keys, past.values]
-    if cores is not None:
-        old = [append_rows(x, complete, core, closed) for x, core in zip(old, cores, strict=True)]
-    state = CoreState(window, old[0], old[1], summed, before + new)
-    return state, keys, values, where
+    if past is None and whole:
+        assert cores is not None
+        old = list(cores)
+    else:
+        heads = k.shape[1] if not asks or config.share_gqa or q is None else q.shape[1]
+        old = (
+            [wide(x)[:, :1, :0].expand(-1, heads, -1, -1) for x in (k, v)]
+            if past is None
+            else [past.keys, past.values]
+        )
+        if cores is not None:
+            old = [append_rows(x, complete, core, closed) for x, core in zip(old, cores, strict=True)]
+    plain = None
+    if _pools_plain(call):
+        plain = last_slots(pooled, call.memory_lengths, g - 1, past is not None)
+    return CoreState(window, old[0], old[1], plain, summed, before + new), keys, values, where
 
 
 def _queries(

@@ -142,9 +142,10 @@ def prefill(models: Models, ids: Int[Tensor, " n"], length: int) -> dict[str, An
 @torch.no_grad()
 def decoding(models: Models, ids: Int[Tensor, " n"], length: int) -> dict[str, Any]:
     """Seconds to go on by one token after a prompt, as `generate` does: with the model's cache, and the bytes that it then
-    holds, or without one by reading everything again. Models take turns, token by token."""
+    holds, or without one by reading everything again. Models take turns, token by token. Regard's softmax has a cache that is not
+    copied at each token."""
     prompt = _prompt(ids, length)
-    going = {name: _GoingOn(model, prompt) for name, model in models.items()}
+    going = {name: _GoingOn(model, prompt, grows=name == SOFTMAX) for name, model in models.items()}
     for step in range(DECODED):
         for each in list(going.values())[:: 1 if step % 2 else -1]:
             each.step(step)
@@ -154,10 +155,12 @@ def decoding(models: Models, ids: Int[Tensor, " n"], length: int) -> dict[str, A
 class _GoingOn:
     """A model after a prompt."""
 
-    def __init__(self, model: Any, prompt: Int[Tensor, "1 n"]) -> None:
+    def __init__(self, model: Any, prompt: Int[Tensor, "1 n"], *, grows: bool = False) -> None:
+        from regard.integrations.transformers import GrowingCache
+
         self.model, self.prompt, self.seconds = model, prompt, list[float]()
         self.cached = bool(getattr(model.config, "use_cache", False))
-        self.cache = self._after(prompt) if self.cached else None
+        self.cache = self._after(prompt, GrowingCache(model.config) if grows else None) if self.cached else None
 
     def _after(self, ids: Int[Tensor, "1 n"], cache: Any = None) -> Any:
         from regard.integrations.transformers import CACHE

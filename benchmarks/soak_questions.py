@@ -1,0 +1,216 @@
+"""Questions for a soak of the server, each with the answer that the model alone gives to it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.compression.folders import load_causal_model
+from regard.models import LanguageModel
+from regard.models.generation import sample
+from regard.serving.text import Text
+from regard.workbench.trained.run import RECORD, open_trained
+
+CLEAR = 0.002
+"""By how much the likeliest token must lead at each place of a greedy answer: rounding of another batch decides no closer ones."""
+LENGTHS = (8, 16, 24)
+LONG, SLOW = 128, 200
+"""Tokens of answers that somebody goes away from, and of those that are read slowly."""
+TURNS = 8
+"""Tries for each question until an answer is clear and like no other."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one choice must say.
+
+    Attributes:
+        tokens: how many were written; None where a stop string ended it.
+    """
+
+    text: str
+    finish: str
+    tokens: int | None
+
+
+@dataclass(frozen=True)
+class Question:
+    """A request's body without its model, and what must come of it.
+
+    Attributes:
+        prompt_tokens: as the answer counts them; None where that is the server's to say, in chats.
+    """
+
+    kind: str
+    body: dict[str, Any]
+    answers: tuple[Answer, ...]
+    prompt_tokens: int | None
+
+    @property
+    def chat(self) -> bool:
+        """Whether it is one of messages."""
+        return "messages" in self.body
+
+    @property
+    def path(self) -> str:
+        """Where it is asked."""
+        return "/v1/chat/completions" if self.chat else "/v1/completions"
+
+
+class Alone:
+    """A model by itself, as `generate` asks it."""
+
+    def __init__(self, folder: Path, text: Text) -> None:
+        self.text = text
+        if (folder / RECORD).is_file():
+            self.model = open_trained(folder).model("cpu")
+        else:
+            self.model = load_causal_model(folder)
+        self.own = isinstance(self.model, LanguageModel)
+        self.model.eval()
+
+    @torch.no_grad()
+    def greedy(self, prompt: Sequence[int], count: int) -> list[int] | None:
+        """The answer's tokens; None where two of them were nearly as likely somewhere."""
+        ids, stops = torch.tensor([list(prompt)]), sorted(self.text.stop_tokens)
+        if self.own:
+            new = self.model.generate(ids, count, stop_tokens=stops)[0]
+        else:
+            options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": stops or None, "pad_token_id": 0}
+            new = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :]
+        logits = self._logits(torch.cat([ids[0], new[:-1]])[None])[len(prompt) - 1 :]
+        first, second = logits.topk(2, -1).values.unbind(-1)
+        return new.tolist() if float((first - second).min()) > CLEAR else None
+
+    @torch.no_grad()
+    def sampled(self, prompt: Sequence[int], count: int, seed: int, **options: Any) -> list[int]:
+        """The answer's tokens, drawn with a seed."""
+        ids, stops = torch.tensor([list(prompt)]), self.text.stop_tokens
+        generator = torch.Generator().manual_seed(seed)
+        if self.own:
+            return self.model.generate(ids, count, generator=generator, stop_tokens=sorted(stops), **options)[
+                0
+            ].tolist()
+        new: list[int] = []
+        while len(new) < count and (not new or new[-1] not in stops):
+            logits = self._logits(torch.cat([ids, torch.tensor([new], dtype=ids.dtype)], 1))[-1:]
+            new.append(int(sample(logits, generator=generator, **{"top_k": None, "top_p": None} | options)))
+        return new
+
+    def _logits(self, ids: Tensor) -> Tensor:
+        """Of each place, (N, vocab)."""
+        result = self.model(ids)
+        return (result.output if self.own else result.logits)[0]
+
+
+class Pool:
+    """Draws questions and asks the model alone.
+
+    Args:
+        prose: what prompts are cut out of.
+        context: of the server: most tokens of a prompt and its answer.
+    """
+
+    def __init__(self, alone: Alone, prose: str, context: int, draws: random.Random) -> None:
+        self.alone, self.text, self.prose, self.context, self.draws = alone, alone.text, prose, context, draws
+        self.shared = [self._cut(context) for _ in range(3)]  # about a third of the context, in bytes
+        self._seen: set[str] = set()
+
+    def fill(self, each: int) -> list[Question]:
+        """So many of each kind."""
+        makers = (self._plain, self._shared, self._full, self._chat, self._sampled, self._stopped, self._slow)
+        made = [question for maker in makers for _ in range(each) if (question := self._clear(maker))]
+        kinds = {question.kind for question in made}
+        if len(kinds) < len(makers):
+            raise SystemExit(f"the model alone has clear answers to {', '.join(sorted(kinds))} only")
+        return made
+
+    def _clear(self, maker: Any) -> Question | None:
+        for _ in range(TURNS):
+            question = maker()
+            if question is not None and question.answers[0].text not in self._seen:
+                self._seen.add(question.answers[0].text)
+                return question
+        return None
+
+    def _cut(self, characters: int) -> str:
+        start = self.draws.randrange(len(self.prose) - characters)
+        return self.prose[start : start + characters]
+
+    def _greedy(self, kind: str, body: dict[str, Any], tokens: Sequence[int]) -> Question | None:
+        if len(tokens) + body["max_tokens"] > self.context:
+            return None
+        new = self.alone.greedy(tokens, body["max_tokens"])
+        counted = None if "messages" in body else len(tokens)
+        return new and Question(kind, {"temperature": 0, **body}, (self._answer(new),), counted)
+
+    def _answer(self, new: list[int]) -> Answer:
+        stopped = new[-1] in self.text.stop_tokens
+        return Answer(self.text.decode(new[:-1] if stopped else new), "stop" if stopped else "length", len(new))
+
+    def _plain(self) -> Question | None:
+        prompt = self._cut(self.draws.randint(5, 200))
+        body = {"prompt": prompt, "max_tokens": self.draws.choice(LENGTHS)}
+        return self._greedy("short prompt", body, self.text.encode(prompt))
+
+    def _shared(self) -> Question | None:
+        prompt = self.draws.choice(self.shared) + self._cut(self.draws.randint(5, 60))
+        body = {"prompt": prompt, "max_tokens": self.draws.choice(LENGTHS)}
+        return self._greedy("shared beginning", body, self.text.encode(prompt))
+
+    def _full(self) -> Question | None:
+        """A prompt that with its answer has as many tokens as there may be."""
+        count = self.draws.choice(LENGTHS)
+        tokens = self.text.encode(self._cut(8 * self.context))[: self.context - count]
+        return self._greedy("full context", {"prompt": tokens, "max_tokens": count}, tokens)
+
+    def _chat(self) -> Question | None:
+        system = {"role": "system", "content": self.draws.choice(self.shared)}
+        messages = [system, {"role": "user", "content": self._cut(self.draws.randint(5, 60))}]
+        body = {"messages": messages, "max_tokens": self.draws.choice(LENGTHS)}
+        return self._greedy("chat", body, self.text.chat(messages))
+
+    def _slow(self) -> Question | None:
+        prompt = self._cut(self.draws.randint(5, 60))
+        body = {"prompt": prompt, "max_tokens": self.draws.randint(LONG, SLOW), "logprobs": 20, "ignore_eos": True}
+        if self.text.stop_tokens:
+            body["max_tokens"] = LONG // 2
+            del body["ignore_eos"]
+        return self._greedy("long answer", body, self.text.encode(prompt))
+
+    def _sampled(self) -> Question | None:
+        prompt, count, seed = (
+            self._cut(self.draws.randint(5, 60)),
+            self.draws.choice(LENGTHS),
+            self.draws.randrange(999),
+        )
+        options = {"temperature": 0.8, **self.draws.choice([{}, {"top_k": 20}, {"top_p": 0.9}])}
+        tokens = self.text.encode(prompt)
+        new = self.alone.sampled(tokens, count, seed, **options)
+        body = {"prompt": prompt, "max_tokens": count, "seed": seed, **options}
+        return Question("sampled with a seed", body, (self._answer(new),), len(tokens))
+
+    def _stopped(self) -> Question | None:
+        """A greedy one with a stop string out of the midst of its answer."""
+        found = self._plain()
+        if found is None or len(found.answers[0].text) < 6:
+            return None
+        text = found.answers[0].text
+        stop = text[len(text) // 2 :][:3]
+        if "\ufffd" in text:
+            return None
+        answer = Answer(text[: text.find(stop)], "stop", None)
+        return Question("stop string", found.body | {"stop": ["no such thing", stop]}, (answer,), found.prompt_tokens)
+
+
+def together(questions: Sequence[Question]) -> Question:
+    """Completions of one length asked in one request."""
+    body = questions[0].body | {"prompt": [question.body["prompt"] for question in questions]}
+    counted = sum(question.prompt_tokens or 0 for question in questions)
+    return Question("several prompts", body, tuple(question.answers[0] for question in questions), counted)
