@@ -15,7 +15,7 @@ from regard.compression.folders import load_causal_model
 from regard.models import LanguageModel
 from regard.models.generation import sample
 from regard.serving.text import Text
-from regard.workbench.trained.run import RECORD, open_trained
+from regard.workbench.trained.folder import RECORD, open_trained
 
 CLEAR = 0.002
 """By how much the likeliest token must lead at each place of a greedy answer: rounding of another batch decides no closer ones."""
