@@ -3,6 +3,7 @@
     make mutants                                                          # or, with cosmic-ray installed:
     python benchmarks/mutants.py --count 400 --output runs/mutants.jsonl  # goes on where it stopped
     python benchmarks/mutants.py --share 1/2 --output runs/1.jsonl        # beside a second process with --share 2/2
+    python benchmarks/mutants.py --again --output runs/mutants.jsonl      # those that survived, after tests were added
     python benchmarks/mutants.py --table runs/*.jsonl                     # what was found, and what survived
 
 Mutants are drawn alike from each group of `GROUPS`, with a seed, among all that change what is computed: annotations and
@@ -50,21 +51,39 @@ GROUPS: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
             for name in ("call", "card", "context", "errors", "patterns", "state", "trees", "types")
         ],
         [
-            ["tests/contract/test_apply.py", "tests/contract/test_wrong_types.py", "tests/test_catalogue.py"],
+            [
+                *(f"tests/contract/test_{name}.py" for name in ("contract_types", "apply", "wrong_types")),
+                "tests/test_catalogue.py",
+                "tests/integrations/test_export.py",
+            ],
             cells("softmax", "linear"),
         ],
     ),
     "apply": (
         [f"regard/apply/{name}.py" for name in ("__init__", "checks", "forms", "layout", "plans", "sizes")],
-        [["tests/contract/test_apply.py"], cells("softmax", "linear", "agent")],
+        [
+            ["tests/contract/test_apply.py", "tests/layers/test_parts.py"],
+            cells("softmax", "linear", "agent"),
+            ["tests/mechanisms/test_large_kernel.py", "tests/mechanisms/test_gated_linear.py"],
+        ],
     ),
     "ragged": (
         ["regard/core/ragged.py"],
-        [["tests/contract/test_apply.py"], cells("linear", "landmark", "large_kernel", "routing")],
+        [
+            ["tests/layers/test_parts.py", "tests/contract/test_apply.py"],
+            cells("linear", "landmark", "large_kernel", "routing"),
+        ],
     ),
     "visibility": (
         ["regard/core/visibility.py"],
-        [["tests/engines", "-k", "attention"], cells("softmax", "local", "longformer")],
+        [
+            [
+                "tests/layers/test_parts.py",
+                "tests/engines/test_attention.py",
+                "tests/backends/native/test_attention.py",
+            ],
+            cells("softmax", "local", "longformer"),
+        ],
     ),
     "layers": (
         [
@@ -87,7 +106,11 @@ GROUPS: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
             "regard/engines/cache.py",
             "regard/engines/scan.py",
         ],
-        [["tests/engines"], cells("softmax", "gated_linear", "linear", "local")],
+        [
+            ["tests/engines", "tests/distributed/test_distributed_attention.py"],
+            cells("softmax", "gated_linear", "linear", "local"),
+            ["tests/backends/native/test_linear_attention.py", "tests/mechanisms/test_performer.py"],
+        ],
     ),
     "landmark": (
         [f"regard/mechanisms/landmark/{name}.py" for name in ("cache", "forms", "retrieval")],
@@ -99,11 +122,11 @@ GROUPS: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
     ),
     "performer": (
         ["regard/mechanisms/performer.py"],
-        [["tests/mechanisms/test_performer.py"], cells("performer")],
+        [["tests/mechanisms/test_performer.py"], ["tests/contract/test_costs.py"], cells("performer")],
     ),
     "delta_rule": (
         ["regard/mechanisms/delta_rule.py"],
-        [["tests/mechanisms/test_delta_rule.py"], cells("delta_rule")],
+        [["tests/mechanisms/test_delta_rule.py"], ["tests/contract/test_costs.py"], cells("delta_rule")],
     ),
     "sea": (
         [
@@ -254,6 +277,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", default="1/1", help="i/n: every n-th mutant, beginning with the i-th")
     parser.add_argument("--output", type=Path, default=Path("runs/mutants.jsonl"))
+    parser.add_argument("--again", action="store_true", help="try those again that survived before")
     parser.add_argument("--table", type=Path, nargs="+", help="print what these files found; run nothing")
     given = parser.parse_args()
     if given.table:
@@ -262,6 +286,9 @@ def main() -> None:
     first, step = map(int, given.share.split("/"))
     given.output.parent.mkdir(parents=True, exist_ok=True)
     kept = given.output.read_text().splitlines() if given.output.exists() else []
+    if given.again:
+        kept = [line for line in kept if json.loads(line)["caught"]]
+        given.output.write_text("".join(f"{line}\n" for line in kept))
     done = [json.loads(line)["mutant"] for line in kept]
     chosen = [m for m in drawn(given.count, given.seed)[first - 1 :: step] if m.key not in done]
     with tempfile.TemporaryDirectory() as place, given.output.open("a") as out:

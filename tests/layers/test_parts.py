@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from regard.contract import Mask, Unsupported
 from regard.core.ragged import flip_rows, gather_pairs, gathering, place_queries, take_queries
+from regard.core.visibility import Visibility
 from regard.layers import linear
 from regard.layers.convolution import ShortConvolution
 from regard.layers.feed_forward import MLP, SwiGLU, dropout, make_feed_forward
@@ -83,6 +85,32 @@ def test_ragged_layout_compiles_whole(name: str) -> None:
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for found, expected in zip(compiled(x, mask), function(x, mask), strict=True):
         close(found, expected)
+
+
+def test_ranks_of_padding_and_a_layout_without_any_token() -> None:
+    assert gathering(Mask(lengths=torch.tensor([2, 0])), 2, 4).ranks.tolist() == [[0, 1, 0, 0], [0, 0, 0, 0]]
+    empty = gathering(Mask(cu_seqlens=torch.tensor([0, 0, 0])), 1, 0)
+    assert empty.gather(torch.randn(1, 2, 0, 5)).shape == (2, 2, empty.length, 5)
+    assert empty.scatter(torch.randn(2, 2, empty.length, 5)).shape == (1, 2, 0, 5)
+    assert not empty.gather(torch.randn(1, 2, 0, 5)).any()
+
+
+def test_a_limit_goes_where_it_hides_no_pair_and_stays_where_it_hides_one() -> None:
+    for seed in range(60):
+        draws = random.Random(seed)
+        first, n, m = draws.randint(0, 3), draws.randint(1, 4), draws.randint(1, 6)
+        limits = {name: draws.choice([None, *range(7)]) for name in ("left", "right")}
+        block = draws.choice([None, 1, 2, 5, 8])
+        rule = Visibility(draws.random() < 0.5, **limits, block=block)
+        queries, keys = torch.arange(first, first + n)[None], torch.arange(m)[None]
+        within = rule.within(first, n, m)
+        seen = rule.mask(queries, keys)
+        assert torch.equal(within.mask(queries, keys).expand_as(seen), seen)
+        for name in ("left", "right"):
+            alone = Visibility(False, **{name: limits[name]})
+            hides = not alone.mask(queries, keys).all()
+            if limits[name] is not None:
+                assert (getattr(alone.within(first, n, m), name) is None) == (not hides), (seed, name)
 
 
 @ragged_masks
