@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from command_line import answer, run
+from kills import undisturbed_and_killed
 from small_encoders import SIZES, WORDS, WORK, bert, text, tokenizer, tokens
 
 import regard
@@ -14,7 +15,7 @@ from regard import Unsupported
 from regard.integrations import swap
 from regard.integrations.encoders import UNASKED
 from regard.measurement.budget import Budget
-from regard.retrofit import open_host, stage
+from regard.retrofit import open_host
 from regard.retrofit.corpus import Corpus
 from regard.retrofit.hosts import EncoderHost
 from regard.retrofit.measures.encoder import neighbours, quality
@@ -25,10 +26,6 @@ from regard.workbench.reports.retrofit_report import render_retrofit
 from regard.workbench.retrofits import recommend, rows
 
 transformers = pytest.importorskip("transformers")
-
-
-class Killed(BaseException):
-    """Nothing saves anything when it comes."""
 
 
 @pytest.fixture(scope="module")
@@ -72,23 +69,8 @@ def test_a_folder_of_a_masked_language_model_becomes_one_that_loads(capsys, plac
 def test_killed_at_any_stage_and_resumed_it_equals_one_that_was_not(tmp_path, monkeypatch):
     model = bert("BertModel", hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     settings = {"keep_layers": "auto:1", "data": tokens(), "budget": "54 steps", **WORK}
-    whole = regard.retrofit(model, "gated_linear", output=tmp_path / "whole", **settings)
-    monkeypatch.setattr(stage, "CHECKPOINT_SECONDS", 0.0)
-    kills = iter([("first", 2), ("sensitivity", 1), ("attention transfer", 3), ("training", 5), ("evaluation", 1)])
-    following = [next(kills)]
-
-    def watch(progress):
-        if following[0] and progress.doing.startswith(following[0][0]) and progress.done == following[0][1]:
-            following[0] = next(kills, None)
-            raise Killed
-
-    for _ in range(5):
-        with pytest.raises(Killed):
-            regard.retrofit(model, "gated_linear", output=tmp_path / "killed", watch=watch, **settings)
-    again = regard.retrofit(model, "gated_linear", output=tmp_path / "killed", watch=watch, **settings)
-    assert again.record["losses"] == whole.record["losses"] and again.record["unit"] == "of the outputs' square"
-    expected = whole.model.state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.model.state_dict().items())
+    whole, again = undisturbed_and_killed(monkeypatch, tmp_path, model, "gated_linear", **settings)
+    assert again.record["unit"] == "of the outputs' square"
     losses = whole.record["losses"]["tune"]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
     loaded, ids = transformers.AutoModel.from_pretrained(again.folder), tokens(20)[None]

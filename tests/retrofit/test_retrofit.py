@@ -8,13 +8,14 @@ import json
 
 import pytest
 import torch
+from kills import undisturbed_and_killed
 from small_llama import SIZES, WORK, llama, tokens
 
 import regard
 from regard import Unsupported
 from regard.integrations.transformers import AutoModelForCausalLM
 from regard.measurement.budget import Budget
-from regard.retrofit import hosts, stage
+from regard.retrofit import hosts
 from regard.retrofit.best import Best
 from regard.retrofit.corpus import Corpus, even_blocks
 from regard.retrofit.folder import Folder
@@ -23,10 +24,6 @@ from regard.retrofit.sensitivity import choose
 from regard.retrofit.settings import RetrofitSettings
 from regard.retrofit.stage import Stage
 from regard.retrofit.transfer import begin_at_scale, held_out_losses, transfer, transfer_losses
-
-
-class Killed(BaseException):
-    """Nothing saves anything when it comes."""
 
 
 @pytest.fixture(scope="module")
@@ -125,27 +122,7 @@ def test_killed_at_any_stage_and_resumed_it_equals_one_that_was_not(tmp_path, mo
         pytest.importorskip("peft")
     model, data = llama(3, loud=(1,)), tokens()
     settings = {"keep_layers": "auto:1", "data": data, "budget": "54 steps", "train": train, **WORK}
-    whole = regard.retrofit(model, "gated_linear", output=tmp_path / "whole", **settings)
-    monkeypatch.setattr(stage, "CHECKPOINT_SECONDS", 0.0)
-    kills = iter(
-        [("first steps", 2), ("sensitivity", 1), ("attention transfer", 3), ("training", 5), ("evaluation", 1)]
-    )
-    next_kill = [next(kills)]
-
-    def watch(progress):
-        if next_kill[0] and progress.doing.startswith(next_kill[0][0]) and progress.done == next_kill[0][1]:
-            next_kill[0] = next(kills, None)
-            raise Killed
-
-    for _ in range(5):
-        with pytest.raises(Killed):
-            regard.retrofit(model, "gated_linear", output=tmp_path / "killed", watch=watch, **settings)
-    again = regard.retrofit(model, "gated_linear", output=tmp_path / "killed", watch=watch, **settings)
-    assert next_kill == [None]
-    assert again.record["losses"] == whole.record["losses"]
-    expected = whole.model.state_dict()
-    assert again.model.state_dict().keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.model.state_dict().items())
+    undisturbed_and_killed(monkeypatch, tmp_path, model, "gated_linear", **settings)
 
 
 def test_training_the_new_layers_alone_leaves_the_others(tmp_path):

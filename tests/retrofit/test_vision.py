@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from command_line import answer, run
+from kills import undisturbed_and_killed
 from PIL import Image
 
 import regard
 from regard import Unsupported
 from regard.measurement.budget import Budget
-from regard.retrofit import open_host, stage
+from regard.retrofit import open_host
 from regard.retrofit.hosts import VisionHost
 from regard.retrofit.measures.vision import quality, recommend
 from regard.retrofit.pace import plan
@@ -86,17 +87,7 @@ def test_killed_and_resumed_it_equals_one_that_was_not(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     model, data = vit(num_classes=0, class_token=False, global_pool="avg"), images()
     settings = {"keep_layers": "0", "data": data, "budget": "30 steps", "train": "lora:2", **WORK}
-    whole = regard.retrofit(model, "agent", output=tmp_path / "whole", **settings)
-    monkeypatch.setattr(stage, "CHECKPOINT_SECONDS", 0.0)
-
-    def watch(progress):
-        if progress.doing.startswith("training") and progress.done == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        regard.retrofit(model, "agent", output=tmp_path / "killed", watch=watch, **settings)
-    again = regard.retrofit(model, "agent", output=tmp_path / "killed", **settings)
-    assert again.record["losses"] == whole.record["losses"]
+    whole, again = undisturbed_and_killed(monkeypatch, tmp_path, model, "agent", stages=[("training", 5)], **settings)
     losses = whole.record["losses"]["tune"]
     assert sum(losses[-3:]) < sum(losses[:3]) and "variance of features" in again.recommendation
 

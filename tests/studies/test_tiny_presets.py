@@ -32,9 +32,9 @@ ENTER = {
 }
 
 SHORTER = {
-    "architecture-search": [(architecture_search.SIZES, {"steps": 8, "retrain": 8, "evaluations": 40})],
-    "in-context-functions": [(in_context_functions.SIZES, {"steps": 25})],
-    "softmax-regression": [(softmax_regression.PRESETS, {"steps": 25})],
+    "architecture-search": [(architecture_search.SIZES, {"steps": 8, "retrain": 8, "evaluations": 40, "items": 16})],
+    "in-context-functions": [(in_context_functions.SIZES, {"steps": 25, "items": 32})],
+    "softmax-regression": [(softmax_regression.PRESETS, {"steps": 25, "items": 64, "draws": 100})],
     "training-dynamics": [(training_dynamics.PRESETS, {"seeds": 2}), (training_dynamics.TEXTS, {"steps": 30})],
 }
 """What is smaller in `make test`, which does not ask what was learned; `make test-all` has the presets as they are."""
