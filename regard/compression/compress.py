@@ -397,21 +397,24 @@ class _Job:
         chain = Chain.of(self.model, body, self.batches, self.run)
         if folder is not None:
             begin(folder, self.identity)
-        for i, (block, names) in enumerate(chain.groups):
+        for i, (block, stages) in enumerate(chain.groups):
             file = None if folder is None else folder / f"block-{i:04}.safetensors"
             if file is not None and file.is_file():
                 for linear, made, report in read_block(file, body):
                     self._replace(linear, made, report)
             else:
-                statistics = chain.statistics(i, body, second="second" in act.needs)
-                block_layers = [self._compressed(act, n, body[n], statistics[n]) for n in names]
+                block_layers = []
+                for stage in range(len(stages)):
+                    statistics = chain.statistics(i, stage, body, second="second" in act.needs)
+                    made_layers = [self._compressed(act, name, body[name], one) for name, one in statistics.items()]
+                    for new, report in made_layers:
+                        self._replace(body[report.name], new, report)
+                    block_layers += made_layers
                 if file is not None:
                     write_block(file, block_layers)
-                for new, report in block_layers:
-                    self._replace(body[report.name], new, report)
                 chain.finish(i)
             self.on_layer(block, i + 1, len(chain.groups))
-        for name in body.keys() - {name for _, names in chain.groups for name in names}:
+        for name in body.keys() - chain.calls.keys():
             self.kept[name] = "no calibration data reach it"
 
     def _learned(self, step: Lsq, folder: Path | None) -> None:

@@ -119,7 +119,7 @@ def _rounded(
     elif isinstance(scaling, Awq):
         assert statistics is not None and second is not None
         scale, alpha = activation_scale(
-            statistics.mean, second, weight, lambda scaled: round_to_nearest(scaled, format, rounding.calibrate)
+            statistics.mean, second, weight, lambda scaled: round_to_nearest(scaled, format)
         )
     if scale is not None:
         work = weight * scale
@@ -134,7 +134,10 @@ def _rounded(
         options = {"calibrate": rounding.calibrate, "damping": rounding.damping, "order": rounding.order}
         codes = gptq(work, seen, format, mask=mask, **options)  # type: ignore[arg-type]
     else:
-        codes = round_to_nearest(work, format, rounding.calibrate)
+        importance = None if statistics is None else statistics.squares
+        if importance is not None and scale is not None:
+            importance = importance / scale.square()
+        codes = round_to_nearest(work, format, rounding.calibrate, importance=importance)
     inverse = None if scale is None else 1 / scale
     return QuantizedLinear.of(linear, codes, format, input_scale=inverse, float_columns=columns), alpha
 

@@ -13,7 +13,7 @@ Several recipes are a list with commas; ``option=value`` after a comma belongs t
 and stages come in one order: what takes parts out of the model, what makes weights 0 (both in :mod:`regard.compression.pruning`),
 what moves difficulty between inputs and weights, what rounds, what lets tokens go, and what exports. At most one step of a
 stage. ``distil`` comes first, where it makes a student, or directly after a step whose losses it wins back. After ``awq`` and
-``smoothquant`` something rounds: ``awq`` alone is ``awq + int4``, ``smoothquant`` alone is ``smoothquant + w8a8``.
+``smoothquant`` something rounds: ``awq`` alone is ``awq + int4:calibrate=mse``, ``smoothquant`` alone is ``smoothquant + w8a8``.
 """
 
 from __future__ import annotations
@@ -69,7 +69,10 @@ class SmoothQuant(Scaling):
 
 @dataclass(frozen=True)
 class Awq(Scaling):
-    """Weights that meet large inputs are rounded less; how much is searched for in each layer."""
+    """Weights that meet large inputs are rounded less; how much is searched for in each layer.
+
+    The paper's code then looks for where grids end, as ``calibrate=mse`` does: so does ``awq`` where nothing else is said.
+    """
 
     needs: ClassVar = ("second",)
 
@@ -79,7 +82,8 @@ class Rounding:
     """A step that puts weights on grids.
 
     Attributes:
-        calibrate: where the grids end: ``minmax``, ``percentile`` (99.9), ``mse`` or ``kl``.
+        calibrate: where the grids end: ``minmax``, ``percentile`` (99.9), ``mse`` or ``kl``. Where squares of
+            inputs are known, errors that meet large ones count for more in ``mse``.
         head: what becomes of the layer that gives a language model's logits: ``int8``, a scale for each row, with the
             embedding where that is the same table; or ``keep``. Heads of other models are kept.
     """
@@ -139,19 +143,20 @@ class Gptq(Rounding):
 
     Attributes:
         bits, group, symmetric: as of ``int4``; with 8 bits the group has no meaning.
-        order: ``columns`` or ``activations``.
+        order: ``activations`` or ``columns``.
         damping: of the second moments, above 0.
     """
 
+    calibrate: str = "mse"
     bits: int = 4
     group: int | None = None
     symmetric: bool = True
-    order: str = "columns"
-    damping: float = 0.01
+    order: str = "activations"
+    damping: float = 0.05
     needs: ClassVar = ("second",)
 
     def __post_init__(self) -> None:
-        one_of("order", self.order, ("columns", "activations"))
+        one_of("order", self.order, ("activations", "columns"))
         check_damping(self.damping)
         if self.group is None and self.bits in (4, 3, 2):
             object.__setattr__(self, "group", 32)
@@ -256,7 +261,10 @@ OF_WEIGHTS = ("mask", "scale", "round")
 WON_BACK = ("structure", "mask", "round")
 """Stages after which ``distil`` may come."""
 
-USUAL = {"smoothquant": "w8a8", "awq": "int4"}
+USUAL: dict[str, tuple[str, Rounding]] = {
+    "smoothquant": ("w8a8", W8A8()),
+    "awq": ("int4", Int4(calibrate="mse")),
+}
 """What rounds after a step that does not."""
 
 ALL = ("int8", "w8a8", "smoothquant", "llm_int8", "int4", "int4:calibrate=mse", "awq", "gptq", "awq + gptq", "tokens")
@@ -420,7 +428,7 @@ def _checked(steps: list[tuple[str, Any]]) -> Recipe:
 def _with_rounding(one: tuple[str, Any]) -> list[tuple[str, Any]]:
     """A step, and what rounds after it where it does not."""
     usual = USUAL.get(one[0])
-    return [one] if usual is None else [one, (usual, STEPS[usual]())]
+    return [one] if usual is None else [one, usual]
 
 
 def _check_order(steps: list[tuple[str, Any]]) -> None:

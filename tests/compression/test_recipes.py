@@ -44,7 +44,7 @@ def test_a_recipe_reads_back_from_its_name(name):
 
 
 def test_a_step_that_does_not_round_gets_the_usual_one_that_does():
-    assert read_recipe("awq").name == "awq + int4"
+    assert read_recipe("awq").name == "awq + int4:calibrate=mse"
     assert read_recipe("smoothquant:alpha=0.7").name == "smoothquant:alpha=0.7 + w8a8"
 
 

@@ -41,7 +41,7 @@ def test_rounding_moves_no_number_by_more_than_half_a_step_and_codes_round_to_th
     codes = round_to_nearest(weight, format)
     found, (low, high) = codes.weight(torch.float64)[:, :96], format.codes
     group = format.group or 96
-    step = codes.scale.double().repeat_interleave(group, 1)[:, :96]
+    step = codes.scale.double().abs().repeat_interleave(group, 1)[:, :96]
     assert bool(((found - weight).abs() <= step / 2 * (1 + 1e-9)).all())
     assert int(codes.values.min()) >= low and int(codes.values.max()) <= high
     if format.symmetric:
@@ -50,6 +50,34 @@ def test_rounding_moves_no_number_by_more_than_half_a_step_and_codes_round_to_th
     assert torch.equal(
         again.codes(again.numbers(again.codes(weight[:, :32]), torch.float64)), again.codes(weight[:, :32])
     )
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_symmetric_grids_have_their_longer_side_where_steps_are_smaller(bits):
+    """No step is larger than with the shorter side at both ends, and all codes are used."""
+    format = Format(bits, 32)
+    low, high = format.codes
+    weight = torch.rand(40, 32, dtype=torch.float64) - torch.rand(40, 1, dtype=torch.float64)
+    grids = make_grids(weight, format)
+    both, codes = weight.abs().amax(1) / high, grids.codes(weight)
+    assert bool((grids.scale.double().abs() <= both * (1 + 2.0**-7)).all())
+    assert float((grids.scale.double().abs() / both).mean()) < 0.97
+    assert int(codes.min()) == low and int(codes.max()) == high and bool((grids.scale < 0).any())
+    turned = make_grids(-weight, format)
+    assert torch.equal(turned.scale, -grids.scale) and torch.equal(turned.codes(-weight), codes)
+
+
+@pytest.mark.parametrize("format", [Format(3, 32), Format(4, 32, False)], ids=str)
+def test_errors_of_important_columns_count_for_more(format):
+    weight, importance = weights(80, 64), torch.logspace(-2, 2, 64, dtype=torch.float64)
+    lost = [
+        float(
+            ((round_to_nearest(weight, format, "mse", importance=one).weight(torch.float64) - weight) ** 2).sum(0)
+            @ importance
+        )
+        for one in (importance, None)
+    ]
+    assert lost[0] < 0.98 * lost[1]
 
 
 def test_offsets_reach_groups_that_lie_on_one_side_of_zero():
@@ -69,7 +97,7 @@ def test_calibrators_keep_a_share_of_the_largest(name):
     if name == "kl":
         assert float(share.max() - share.min()) < 0.02
     if name == "percentile":
-        reach = 3 * make_grids(weight, Format(3, 32), name).scale.double()
+        reach = 127 * make_grids(weight, Format(8), name).scale.double()
         beyond = (weight.abs() > reach[:, None]).double().mean(1)
         assert bool((beyond <= 0.002).all()) and bool((beyond > 0).all())
     zeros = torch.zeros(2, 32, dtype=torch.float64)
@@ -92,9 +120,10 @@ def plain_gptq(weight: Tensor, second: Tensor, format: Format, damping: float) -
     h = second + damping * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype)
     inverse = torch.linalg.inv(h)
     group = format.group or weight.shape[1]
+    cost = torch.linalg.cholesky(inverse, upper=True).diagonal() ** -2
     for j in range(weight.shape[1]):
         if j % group == 0:
-            grids = make_grids(work[:, j : j + group], format)
+            grids = make_grids(work[:, j : j + group], format, "mse", importance=cost[j : j + group])
         found[:, j] = grids.numbers(grids.codes(work[:, j : j + 1]), work.dtype)[:, 0]
         error = (work[:, j] - found[:, j]) / inverse[j, j]
         work[:, j + 1 :] -= error[:, None] * inverse[j, j + 1 :]
@@ -108,8 +137,23 @@ def test_gptq_in_blocks_equals_its_definition(format):
     second = x.T @ x
     expected = plain_gptq(weight, second, format, 0.01)
     for block in (32, 128):
-        found = gptq(weight, second, format, block=block).weight(torch.float64)
+        found = gptq(weight, second, format, block=block, order="columns", damping=0.01).weight(torch.float64)
         assert float((found - expected).abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=IDS)
+def test_gptq_in_the_order_of_activations_is_gptq_of_a_layer_whose_columns_are_in_that_order(format):
+    weight, x = weights(10, 128), correlated(400, 128)
+    second, group = x.T @ x, format.group or 128
+    sizes = second.diagonal().view(-1, group)
+    order = [
+        g * group + int(j)
+        for g in sizes.sum(1).argsort(descending=True).tolist()
+        for j in sizes[g].argsort(descending=True)
+    ]
+    found = gptq(weight, second, format).weight(torch.float64)
+    expected = gptq(weight[:, order], second[order][:, order], format, order="columns").weight(torch.float64)
+    assert float((found[:, order] - expected).abs().max()) < 1e-9
 
 
 @pytest.mark.parametrize("order", ["columns", "activations"])
@@ -124,16 +168,17 @@ def test_gptq_loses_less_than_rounding_to_nearest(format, order):
 def test_gptq_of_inputs_that_are_equal_and_unrelated_is_rounding_to_nearest(order):
     weight = weights(12, 80)  # the last group is padded
     for format in FORMATS:
-        found = gptq(weight, 3 * torch.eye(80, dtype=torch.float64), format, order=order)
-        nearest = round_to_nearest(weight, format)
-        assert torch.equal(found.weight()[:, :80], nearest.weight()[:, :80])
+        for calibrate in ("minmax", "mse"):
+            found = gptq(weight, 3 * torch.eye(80, dtype=torch.float64), format, order=order, calibrate=calibrate)
+            nearest = round_to_nearest(weight, format, calibrate)
+            assert torch.equal(found.weight()[:, :80], nearest.weight()[:, :80])
 
 
 def test_a_column_without_inputs_is_rounded_to_nearest():
     weight, x = weights(12, 64), correlated(300, 64)
     x[:, 5] = 0
     format = Format(8)
-    found = gptq(weight, x.T @ x, format)
+    found = gptq(weight, x.T @ x, format, calibrate="minmax")
     assert torch.equal(found.values[:, 5], round_to_nearest(weight, format).values[:, 5])
 
 

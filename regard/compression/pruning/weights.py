@@ -83,7 +83,7 @@ def sparsegpt(
     """
     work = weight.detach().double().clone()
     columns = work.shape[1]
-    factor, _ = inverse_factor(second.double(), columns, damping, "columns")
+    factor, _ = inverse_factor(second.double(), columns, damping, None)
     group = read_pattern(pattern)
     mask = torch.ones_like(work, dtype=torch.bool)
     found = torch.zeros_like(work)

@@ -45,55 +45,83 @@ class Grids:
         return found if self.offset is None else found + self.offset.to(dtype)[:, None]
 
 
-def make_grids(rows: Float[Tensor, "r c"], format: Format, calibrate: str = "minmax") -> Grids:
+def make_grids(
+    rows: Float[Tensor, "r c"],
+    format: Format,
+    calibrate: str = "minmax",
+    *,
+    importance: Float[Tensor, "#r c"] | None = None,
+) -> Grids:
     """A grid for each row: as far as its largest number, or from its least to its largest, times what `calibrate` says.
 
-    Scale and offset are rounded to bfloat16; the scale so that the ends stay on the grid.
+    Scale and offset are rounded to bfloat16; the scale so that the ends stay on the grid. A symmetric grid has one number more
+    on one side of 0 than on the other: with fewer than 8 bits that side is the one where it makes the steps smaller, and where
+    it is the positive one the scale is negative.
 
     Args:
         calibrate: a name of :data:`regard.compression.weights.limits.CALIBRATORS`.
+        importance: how much the squared error of each number counts, for the calibrator ``mse``; all alike when None.
     """
     one_of("calibrate", calibrate, CALIBRATORS)
     if not bool(torch.isfinite(rows).all()):
         raise Unsupported("weights that are not finite", supported="a model whose training did not diverge")
     low, high = format.codes
-    ends = _ends(rows, format)
+    least, largest = _ends(rows)
 
     def made(share: Tensor) -> Grids:
-        least, largest = ends[0] * share, ends[1] * share
         if format.symmetric:
-            return Grids(_upwards((largest / high).clamp(min=TINY)), None, low, high)
-        offset = (least - low * (largest - least) / (high - low)).to(torch.bfloat16)
+            return Grids(_outwards(_symmetric_step(least, largest, format) * share), None, low, high)
+        below, above = least * share, largest * share
+        offset = (below - low * (above - below) / (high - low)).to(torch.bfloat16)
         own = offset.to(rows.dtype)
-        reach = torch.maximum((least - own) / low, (largest - own) / high)
-        return Grids(_upwards(reach.clamp(min=TINY)), offset, low, high)
+        return Grids(_outwards(torch.maximum((below - own) / low, (above - own) / high)), offset, low, high)
 
-    def rounded(given: Tensor, share: Tensor) -> Tensor:
+    def lost(share: Tensor) -> Tensor:
         grids = made(share)
-        return grids.numbers(grids.codes(given), given.dtype)
+        squares = (grids.numbers(grids.codes(rows), rows.dtype) - rows).square()
+        return (squares if importance is None else squares * importance).sum(1)
 
-    return made(CALIBRATORS[calibrate](rows, rounded, format.bits))
+    return made(CALIBRATORS[calibrate](rows, lost, format.bits))
 
 
-def _ends(rows: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+def _ends(rows: Tensor) -> tuple[Tensor, Tensor]:
     if not rows.shape[1]:
         return rows.new_zeros(len(rows)), rows.new_zeros(len(rows))
-    if format.symmetric:
-        largest = rows.abs().amax(1)
-        return -largest, largest
     return rows.amin(1), rows.amax(1)
 
 
-def _upwards(x: Tensor) -> Tensor:
-    """The next bfloat16 that is not below."""
-    rounded = x.to(torch.bfloat16)
-    return torch.where(rounded.to(x.dtype) < x, (x * (1 + 2.0**-7)).to(torch.bfloat16), rounded)
+def _symmetric_step(least: Tensor, largest: Tensor, format: Format) -> Tensor:
+    """The smallest step of grids around 0 that reach both ends; negative where the longer side of a grid is to be above 0."""
+    low, high = format.codes
+    if format.bits == 8:  # where a number more is nothing, and products of bytes may want -127 to 127
+        return torch.maximum(-least, largest) / high
+    upright, turned = torch.maximum(least / low, largest / high), torch.maximum(-least / high, -largest / low)
+    return torch.where(turned < upright, -turned, upright)
 
 
-def round_to_nearest(weight: Float[Tensor, "n k"], format: Format, calibrate: str = "minmax") -> Codes:
-    """Each number of a weight on the nearest place of its grid."""
+def _outwards(step: Tensor) -> Tensor:
+    """The next bfloat16 that is not nearer to 0, nor 0."""
+    step = torch.where(step.abs() < TINY, TINY, step)
+    rounded = step.to(torch.bfloat16)
+    return torch.where(rounded.to(step.dtype).abs() < step.abs(), (step * (1 + 2.0**-7)).to(torch.bfloat16), rounded)
+
+
+def round_to_nearest(
+    weight: Float[Tensor, "n k"],
+    format: Format,
+    calibrate: str = "minmax",
+    *,
+    importance: Float[Tensor, " k"] | None = None,
+) -> Codes:
+    """Each number of a weight on the nearest place of its grid.
+
+    Args:
+        importance: of each column, see :func:`make_grids`.
+    """
     grouped, groups = in_groups(weight, format)
-    grids = make_grids(grouped, format, calibrate)
+    if importance is not None:
+        importance = in_groups(importance[None], format)[0].to(weight).repeat(len(weight), 1)
+    grids = make_grids(grouped, format, calibrate, importance=importance)
     return as_codes(grids.codes(grouped), grids, groups)
 
 

@@ -15,21 +15,24 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 STEPS = 80
-"""Shares that are tried, down to 1 - 79 / 100."""
+"""Shares that are looked through, down to 1 - 79 / 100."""
+
+STRIDE = 5
+"""Of them, how far apart those are that are tried first; then those around the best."""
 
 BINS = 2048
 """Of the histogram whose divergence is the least; on both sides of 0."""
 
-Rounding = Callable[["Float[Tensor, 'r c']", "Float[Tensor, ' r']"], "Float[Tensor, 'r c']"]
-"""(weights, shares) -> the weights on the grids that these shares make."""
+Loss = Callable[["Float[Tensor, ' r']"], "Float[Tensor, ' r']"]
+"""Shares -> what each row loses on the grids that they make."""
 
 
-def minmax(rows: Float[Tensor, "r c"], rounded: Rounding, bits: int) -> Float[Tensor, " r"]:
+def minmax(rows: Float[Tensor, "r c"], lost: Loss, bits: int) -> Float[Tensor, " r"]:
     """All are on the grid."""
     return rows.new_ones(len(rows))
 
 
-def percentile(rows: Float[Tensor, "r c"], rounded: Rounding, bits: int, percent: float = 99.9) -> Float[Tensor, " r"]:
+def percentile(rows: Float[Tensor, "r c"], lost: Loss, bits: int, percent: float = 99.9) -> Float[Tensor, " r"]:
     """This percentile of the sizes in a row (between two, their mean by distance)."""
     sizes = rows.abs()
     largest = sizes.amax(1)
@@ -37,18 +40,26 @@ def percentile(rows: Float[Tensor, "r c"], rounded: Rounding, bits: int, percent
     return torch.where(largest > 0, kept / largest, 1.0).clamp(min=1e-3)
 
 
-def mse(rows: Float[Tensor, "r c"], rounded: Rounding, bits: int) -> Float[Tensor, " r"]:
-    """The share with the least squared error, of :data:`STEPS`."""
+def mse(rows: Float[Tensor, "r c"], lost: Loss, bits: int) -> Float[Tensor, " r"]:
+    """The share with which a row loses least, of :data:`STEPS`: one of each :data:`STRIDE`, then those next to the best."""
     best = rows.new_ones(len(rows))
-    least = (rounded(rows, best) - rows).square().sum(1)
-    for step in range(1, STEPS):
-        share = rows.new_full((len(rows),), 1 - step / 100)
-        error = (rounded(rows, share) - rows).square().sum(1)
+    least = lost(best)
+
+    def attempt(share: Tensor) -> None:
+        nonlocal best, least
+        error = lost(share)
         best, least = torch.where(error < least, share, best), torch.minimum(error, least)
+
+    for step in range(STRIDE, STEPS, STRIDE):
+        attempt(rows.new_full((len(rows),), 1 - step / 100))
+    middle = best
+    for step in range(1, STRIDE):
+        for near in (middle - step / 100, middle + step / 100):
+            attempt(near.clamp(1 - (STEPS - 1) / 100, 1.0))
     return best
 
 
-def kl(rows: Float[Tensor, "r c"], rounded: Rounding, bits: int) -> Float[Tensor, " r"]:
+def kl(rows: Float[Tensor, "r c"], lost: Loss, bits: int) -> Float[Tensor, " r"]:
     """One share for all rows: where the distribution of sizes over the largest of each row, cut off there and put into as many
     steps as the grid has, is nearest to itself in Kullback-Leibler divergence.
 
