@@ -37,6 +37,7 @@ from torch import Tensor
 import regard
 from regard import backends
 from regard.backends.native import library, machine
+from regard.engines.aggregated_attention import Problem, aggregated_attention
 from regard.engines.gated_recurrence import gated_recurrence, gated_recurrence_step
 from regard.functional import (
     aaren_attention,
@@ -446,7 +447,33 @@ def model_rows() -> Iterator[Row]:
             )
 
 
-GROUPS = (softmax_rows, sparse_rows, recurrence_rows, layer_rows, decode_rows, model_rows)
+def vision_rows() -> Iterator[Row]:
+    """The stages of TransNeXt-T at 224 pixels that attend to a window of 3 x 3 and 7 x 7 pooled places, 24 features a head."""
+    window, width = 3, 24
+    for batch, count, side, factor in ((1, 3, 56, 8), (16, 3, 56, 8), (1, 12, 14, 2), (16, 12, 14, 2)):
+        n, m, places = side**2, (side // factor) ** 2, window**2
+        inputs = [torch.randn(batch, tokens, count, width).transpose(1, 2) for tokens in (n, n, n, m, m)]
+        far = 2 * side - factor
+        shapes = ((count, width), (count,), (count, places), (count, width, places), (count, places), (count, far, far))
+        inputs += [torch.randn(shape) for shape in shapes]
+
+        def own(*x: Tensor, grid=(side, side), factor=factor) -> Tensor:
+            return aggregated_attention(*x[:5], Problem(grid, factor, window, *x[5:]))
+
+        operations = 2 * batch * count * n * width * (2 * m + 3 * places)
+        for name, action, passes in (("forward", forward, 1), ("forward+backward", training, 3)):
+            yield Row(
+                f"aggregated attention, {side} x {side} places, {count} heads, batch {batch}, {name}",
+                action(own, *inputs),
+                in_plain_torch(action(own, *inputs)),
+                "the same in plain torch",
+                1.0,
+                passes * operations,
+                close=1e-4,
+            )
+
+
+GROUPS = (softmax_rows, sparse_rows, recurrence_rows, layer_rows, decode_rows, model_rows, vision_rows)
 
 
 def largest(x: Any) -> list[Tensor]:

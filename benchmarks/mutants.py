@@ -136,6 +136,10 @@ GROUPS: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
         ],
         [["tests/mechanisms/test_sea.py"], cells("sea")],
     ),
+    "transnext": (
+        ["regard/models/vision/transnext.py", "regard/engines/aggregated_attention/torch_form.py"],
+        [["tests/models/vision/test_transnext.py"]],
+    ),
 }
 """Of each group: the modules that are changed, and the tests that may notice, in runs one after another."""
 

@@ -4,6 +4,7 @@ Importing this package lets the backends know all of them.
 """
 
 from regard.engines import (
+    aggregated_attention,
     attention,
     conserved_flows,
     decoder_layer,
@@ -22,6 +23,7 @@ from regard.engines import (
 )
 
 __all__ = [
+    "aggregated_attention",
     "attention",
     "conserved_flows",
     "decoder_layer",

@@ -16,6 +16,7 @@ from regard.backends.native import library
 from regard.contract import BlockMask
 from regard.core.visibility import DistanceBias, Ranks, Visibility
 from regard.engines import (
+    aggregated_attention,
     attention,
     conserved_flows,
     gated_recurrence,
@@ -475,6 +476,36 @@ def _shifts(batch: int, m: int) -> Tensor:
     return torch.where(torch.arange(batch)[:, None] > 0, shifts, 0)
 
 
+def _aggregated_attention(form, q, k, v, far_k, far_v, *, grid, factor=2, window=3, **learned) -> Tensors:
+    return {"o": form.run(q, k, v, far_k, far_v, aggregated_attention.Problem(grid, factor, window, **learned))}
+
+
+AGGREGATED = Kernel(
+    _aggregated_attention,
+    aggregated_attention.native_form,
+    aggregated_attention.torch_form,
+    float32=4e-6,
+    bfloat16=8e-3,
+    # sums over all places, whose terms are about 10 and cancel
+    least={"*": 1.0, "grad slope": 100.0, "grad moved": 50.0},
+)
+
+
+def aggregated_of(
+    grid: tuple[int, int], factor: int = 2, window: int = 3, *, batch: int = 2, heads: int = 3, width: int = 6,
+    dtype: torch.dtype = torch.float32,
+) -> Tensors:  # fmt: skip
+    """Queries, keys and values of a map and of pooled places, and what is learned."""
+    (rows, columns), places = grid, window**2
+    near, far = (batch, heads, rows * columns, width), (batch, heads, rows // factor * (columns // factor), width)
+    shapes = {"q": near, "k": near, "v": near, "far_k": far, "far_v": far}
+    found = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+    shapes = {"moved": (heads, width), "slope": (heads,), "near_bias": (heads, places)}
+    shapes |= {"near_tokens": (heads, width, places), "near_weights": (heads, places)}
+    shapes |= {"table": (heads, max(0, 2 * rows - factor), max(0, 2 * columns - factor))}
+    return found | {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
 def _map_distance(form, estimate, q, k, totals, target=None, jitter=None, *, ranks) -> Tensors:
     target = None if target is None else target.detach()
     kl, squares = form.run(q, k, estimate, map_distance.Problem(totals, ranks, 0.5, jitter, target))
@@ -629,6 +660,9 @@ CASES = {
     ),
     "jittered pixel attention": Case(
         PIXELS, partial(pixels_of, running=False, jitter=True), lambda n: {"ranks": last_of(n, n, True)}
+    ),
+    "aggregated attention": Case(
+        AGGREGATED, lambda n: aggregated_of((n // 10 * 2, 4)), lambda n: {"grid": (n // 10 * 2, 4)}
     ),
     "map distance": Case(MAPS, partial(maps_of, jitter=True), lambda n: {"ranks": last_of(n, n, True)}),
     "map distance from a teacher": Case(MAPS, partial(maps_of, target=True), lambda n: {"ranks": last_of(n, n, True)}),

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from support import close, load, recorded_state, refused, shaken
 from torch import Tensor
 
+from regard.engines.aggregated_attention import biases_of_places
 from regard.models.vision import create_backbone
 from regard.models.vision.transnext import AggregatedAttention, CosineAttention, TransNeXt, TransNeXtConfig
 
@@ -92,9 +93,8 @@ def test_aggregated_attention_is_one_softmax_over_a_window_and_the_pooled_map_of
 
 def test_pooled_places_that_lie_alike_have_the_same_bias_and_those_turned_over_another() -> None:
     layer, _ = aggregated({}, (4, 6))
-    bias = (
-        layer.places((4, 6), 2, (4, 6)).unflatten(-1, (2, 3)).unflatten(1, (4, 6))
-    )  # (H, rows, columns, rows, columns)
+    bias = biases_of_places(layer.places((4, 6), 2, (4, 6)), (4, 6), 2)
+    bias = bias.unflatten(-1, (2, 3)).unflatten(1, (4, 6))  # (H, rows, columns, rows, columns)
     close(bias[:, :2, :4, 0, 0], bias[:, 2:, 2:, 1, 1])
     assert (bias[:, 0, 0, 0, 1] - bias[:, 0, 0, 1, 0]).abs().min() > 1e-9
 
