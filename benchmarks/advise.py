@@ -30,8 +30,8 @@ from neighbour import neighbour
 
 from regard.catalogue import get_mechanism
 from regard.contract import Pattern
+from regard.measurement.memory import keep_freed_memory
 from regard.measurement.timing import calm_clock
-from regard.training.memory import keep_freed_memory
 from regard.workbench.advice.advise import advise
 from regard.workbench.advice.candidates import able_mechanisms
 from regard.workbench.advice.check import check, profiled

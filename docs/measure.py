@@ -48,7 +48,7 @@ from regard.measurement.store import Store
 from regard.reproductions import restore
 from regard.studies import get_study, list_studies, opened
 from regard.studies.framework.protocol import of_record
-from regard.training.memory import keep_freed_memory
+from regard.measurement.memory import keep_freed_memory
 from regard.workbench.comparison.recommend import PUBLISHED
 from regard.workbench.profile import ProfileSettings, growth, profile
 from regard.workbench.verification.swapped import HOSTS, check_swap, hosts, swap_variants

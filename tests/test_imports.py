@@ -2,6 +2,8 @@
 
 import ast
 import copy
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -71,3 +73,10 @@ def test_no_module_takes_the_name_of_what_its_package_defines():
         inside = {path.stem for path in package.parent.glob("*.py")}
         taken += [f"{package.parent.name}.{name}" for name in defined & inside]
     assert not taken
+
+
+def test_commands_and_training_start_without_what_takes_seconds_to_import():
+    slow = "{'torch._dynamo', 'sympy', 'transformers', 'timm', 'sklearn', 'matplotlib', 'uvicorn'}"
+    code = f"import sys, regard.cli.app, regard.training; print(sorted({slow} & {{*sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

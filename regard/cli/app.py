@@ -33,7 +33,7 @@ from regard.cli.train import train
 from regard.cli.verify import verify
 from regard.contract import Unsupported
 from regard.measurement import provenance
-from regard.training.memory import keep_freed_memory
+from regard.measurement.memory import keep_freed_memory
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "list": list_command,

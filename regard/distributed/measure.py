@@ -21,9 +21,9 @@ from regard.contract import at_least
 from regard.distributed.attention import DistributedAttention
 from regard.distributed.context_parallel import ContextParallel
 from regard.functional import softmax_attention
+from regard.measurement.memory import keep_freed_memory, peak_memory
 from regard.measurement.timing import Timing
 from regard.models import LanguageModel, LanguageModelConfig
-from regard.training.memory import keep_freed_memory, peak_memory
 
 FEWEST, MOST = 3, 100
 """Rounds that are timed."""

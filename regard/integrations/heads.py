@@ -178,10 +178,10 @@ def read_mask(
     return Visible(causal, None, bias)
 
 
-_look_into = torch.compiler.disable(
-    read_mask,
-    reason="a mechanism that takes no bias has to know what a mask says: without a mask nothing is in the way",
-)
+def _look_into(mask: Tensor, causal: bool, **options: Any) -> Visible:
+    # made here, since importing the compiler takes a second
+    reason = "a mechanism that takes no bias has to know what a mask says: without a mask nothing is in the way"
+    return torch.compiler.disable(read_mask, reason=reason)(mask, causal, **options)
 
 
 def _hides_only(scores: Tensor) -> Tensor | None:

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import Unsupported, at_least, one_of
+from regard.measurement.memory import peak_memory
 from regard.models.evaluating import evaluation_mode
 from regard.tasks.protocol import Batch, Task
 from regard.training.average import WeightAverage
 from regard.training.checkpoint import damaged, load_checkpoint, restore, save_checkpoint
-from regard.training.memory import peak_memory
 from regard.training.optimizer import SCHEDULES, make_optimizer, scheduled_rate
 from regard.training.step import Alone, answered, batch_context, run_model
 
@@ -124,7 +124,7 @@ class History:
         tokens: valid input tokens read by those steps.
         peak_memory: bytes of a training step above the model, the optimizer and everything else that was there before
             it: activations, gradients, temporaries. None when not measured.
-        memory_counted: how; see :class:`regard.training.memory.Peak`.
+        memory_counted: how; see :class:`regard.measurement.memory.Peak`.
         finished: whether all steps were done (else a deadline passed, or the run diverged).
         diverged: whether a loss or a gradient stopped being finite; the weights are those before that step.
     """

@@ -18,10 +18,10 @@ from regard.backends import watch_backends
 from regard.backends.native import library, machine
 from regard.catalogue import get_mechanism
 from regard.contract import Kind, Pattern, Shape, Unsupported, at_least, one_of
+from regard.measurement.memory import peak_memory
 from regard.measurement.statistics import growth_exponent
 from regard.measurement.timing import Timing, calm_clock, efficiency_length, interleaved, rounds
 from regard.models.variants import known_name
-from regard.training.memory import peak_memory
 from regard.workbench.advice.layer_work import DTYPES, WHAT, Decoding, LayerSettings, LayerWork, check_device
 from regard.workbench.comparison.cost import REFERENCE
 from regard.workbench.verification.subjects import Subject

@@ -161,7 +161,12 @@ def chunked(
     # the first rank that reads each core
     opened = (torch.arange(state.keys.shape[2], device=q.device)[None] + 1) * g + s - 1
     far = _attend(
-        call, q, state.keys, state.values, Ranks(tokens.places, opened, None, None, plain=False), Visibility(causal=True)
+        call,
+        q,
+        state.keys,
+        state.values,
+        Ranks(tokens.places, opened, None, None, plain=False),
+        Visibility(causal=True),
     )
     return Result(_fused(gate, near, far).to(q.dtype), state)
 
@@ -293,9 +298,7 @@ def _extend(
     else:
         heads = k.shape[1] if not asks or config.share_gqa or q is None else q.shape[1]
         old = (
-            [wide(x)[:, :1, :0].expand(-1, heads, -1, -1) for x in (k, v)]
-            if past is None
-            else [past.keys, past.values]
+            [wide(x)[:, :1, :0].expand(-1, heads, -1, -1) for x in (k, v)] if past is None else [past.keys, past.values]
         )
         if cores is not None:
             old = [append_rows(x, complete, core, closed) for x, core in zip(old, cores, strict=True)]

@@ -12,6 +12,7 @@ import torch
 
 from regard.catalogue import get_mechanism
 from regard.contract import Mechanism, Paper, Pattern
+from regard.measurement.memory import peak_memory
 from regard.measurement.timing import rounds
 from regard.models.variants import known_name
 from regard.reproductions import Reproduction
@@ -23,7 +24,6 @@ from regard.studies.cab.efficiency import efficiency_length
 from regard.studies.cab.index import AVERAGE, ScoresOf, indices
 from regard.studies.cab.published import read_scores
 from regard.studies.framework.protocol import Chosen
-from regard.training.memory import peak_memory
 from regard.workbench.advice.layer_work import MIXING, LayerSettings, LayerWork
 
 NS, CS, NC, CC = Pattern

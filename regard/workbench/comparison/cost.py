@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from regard.backends import watch_backends
 from regard.backends.native import library
 from regard.contract import Context
+from regard.measurement.memory import peak_memory
 from regard.measurement.timing import Timing, calm_clock, efficiency_length, interleaved
 from regard.models import EncoderDecoder, LanguageModel
-from regard.training.memory import peak_memory
 
 REFERENCE = "softmax"
 DECODE_STEPS = 8

@@ -21,8 +21,8 @@ from regard.engines.attention import native_form as native
 from regard.engines.attention.problem import Problem as Call
 from regard.layers.attention import AttentionLayer
 from regard.layers.options import PositionOptions
+from regard.measurement.memory import TensorMemory
 from regard.positions import create_positions
-from regard.training.memory import TensorMemory
 
 from .kernels import GROUPED
 
