@@ -35,6 +35,10 @@ IMPOSSIBLE = 1.2
 """How many times as long a forward call may seem to take as a training step, or a short input as a longer one: beyond that
 the longer time was a disturbance, and is measured again."""
 
+BUMP = 1.25
+"""How many times as long as between its neighbours on logarithmic axes a call may seem to take. What a call costs, each token
+and each pair of tokens make a curve that lies below those lines, so that more was a disturbance, or a step of the kernel's."""
+
 FAR = 8
 """How many times longer than the two shortest lengths the first length is at which who may be the fastest is measured on the
 way to the lengths that were asked for."""
@@ -128,6 +132,15 @@ def probe(
     return probing.found
 
 
+def bumps(seconds: Mapping[int, float]) -> Iterator[int]:
+    """The lengths at which times lie far above the line between their neighbours, on logarithmic axes."""
+    lengths = sorted(seconds)
+    for shorter, n, longer in zip(lengths, lengths[1:], lengths[2:], strict=False):
+        part = math.log(n / shorter) / math.log(longer / shorter)
+        if seconds[n] > BUMP * seconds[shorter] ** (1 - part) * seconds[longer] ** part:
+            yield n
+
+
 class _Probing:
     """The measurements that are made, when there is time for them, and kept."""
 
@@ -210,6 +223,7 @@ class _Probing:
             shorter, longer = (n, length) if n < length else (length, n)
             if own[shorter].seconds > IMPOSSIBLE * own[longer].seconds:
                 yield what, shorter
+        yield from ((what, n) for n in bumps({n: sample.seconds for n, sample in own.items()}))
         forward = samples.get("forward", {}).get(name, {}).get(length)
         training = samples.get("training", {}).get(name, {}).get(length)
         if forward and training and forward.seconds > IMPOSSIBLE * training.seconds:

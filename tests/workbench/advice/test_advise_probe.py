@@ -11,7 +11,7 @@ import torch
 import regard
 from regard.workbench.advice import samples
 from regard.workbench.advice.layer_work import LayerSettings
-from regard.workbench.advice.probe import probe
+from regard.workbench.advice.probe import bumps, probe
 from regard.workbench.advice.samples import Cache, Sample, cache_folder
 
 pytestmark = pytest.mark.usefixtures("_own_cache")
@@ -211,11 +211,11 @@ def test_how_long_it_may_take_is_said_before_it_starts_and_nothing_when_all_is_k
 
 
 class Disturbed(Fake):
-    """Takes ten times as long, or spreads as much, at the first of some measurements; `beats` are the pulses."""
+    """Takes `factor` times as long, or spreads as much, at the first of some measurements; `beats` are the pulses."""
 
-    def __init__(self, where, spread=0.0, beats=lambda count: 1e-3):
+    def __init__(self, where, spread=0.0, beats=lambda count: 1e-3, factor=10):
         super().__init__(lambda what, name, n: (3e-6 if what == "training" else 1e-6) * n)
-        self.where, self.spread, self.beats, self.count = set(where), spread, beats, 0
+        self.where, self.spread, self.beats, self.count, self.factor = set(where), spread, beats, 0, factor
 
     def __call__(self, what, length, names):
         found = super().__call__(what, length, names)
@@ -223,7 +223,7 @@ class Disturbed(Fake):
         for name, sample in found.items():
             if (what, length, name) in self.where:
                 self.where.remove((what, length, name))
-                sample = replace(sample, seconds=10 * sample.seconds, spread=self.spread)
+                sample = replace(sample, seconds=self.factor * sample.seconds, spread=self.spread)
             found[name] = replace(sample, pulse=self.beats(self.count))
         return found
 
@@ -239,6 +239,16 @@ def test_a_measurement_that_is_impossible_beside_others_or_spreads_is_made_again
     what, length, name = at
     assert found.samples[what][name][length].seconds == pytest.approx((3e-6 if what == "training" else 1e-6) * length)
     assert fake.asked.count(at) == 2 and len(fake.asked) == 13
+
+
+def test_a_measurement_far_above_those_beside_it_is_made_again():
+    """Less than the longer one, so that it is not impossible."""
+    fake = Disturbed([at := ("forward", 64, "linear")], factor=1.6)
+    found = forward(fake, (16, 64, 256, 1024))
+    assert found.samples["forward"]["linear"][64].seconds == pytest.approx(64e-6)
+    assert fake.asked.count(at) == 2 and len(fake.asked) == 9
+    for growth in (lambda n: 100 + n, lambda n: 100 + n + n * n / 100, lambda n: n**0.5):
+        assert not [*bumps({n: growth(n) for n in (32, 64, 128, 256, 512, 2048, 8192)})]
 
 
 def test_what_stays_impossible_is_believed():
