@@ -96,7 +96,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--new", type=int, default=32, help="tokens to generate")
     parser.add_argument("--seconds", type=float, default=30.0)
-    parser.add_argument("--retrofit", metavar="MECHANISM", help="time this attention in its layers, or a retrofit's folder")
+    parser.add_argument(
+        "--retrofit", metavar="MECHANISM", help="time this attention in its layers, or a retrofit's folder"
+    )
     parser.add_argument("--keep-layers", default="", help="numbers of layers that --retrofit leaves, as 0,1,2,3")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
