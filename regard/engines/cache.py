@@ -246,11 +246,10 @@ def extend_window(
 
 
 def next_in_window(
-    call: Call, k: Float[Tensor, "b g 1 d"], v: Float[Tensor, "b g 1 v"], width: int
+    call: Call, past: WindowState | None, k: Float[Tensor, "b g 1 d"], v: Float[Tensor, "b g 1 v"], width: int
 ) -> tuple[WindowState, Tensor, Tensor, int] | None:
     """:func:`extend_window` by one token, where every row has as many tokens and it costs nothing to see it: how many there are
     now, instead of ranks, so that what the token reads can be cut out. None elsewhere."""
-    past: WindowState | None = call.state
     if past is None or k.shape[2] != 1 or not (call.lengths is call.memory_lengths is None and k.shape[0]):
         return None
     if not runs_plainly(past.length):

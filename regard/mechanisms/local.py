@@ -119,13 +119,13 @@ def chunked(
     if call.state is not None and call.bias is not None:
         raise Unsupported("local attention with a bias of pairs and a state", supported="a position bias, or no state")
     if call.position_bias is call.blocks is None and not call.want:
-        found = next_in_window(call, k, v, call.config.cached)
+        found = next_in_window(call, call.state, k, v, call.config.cached)
         if found is not None:
             state, keys, values, count = found
             seen = call.config.reached(count)
-            where = CountedRanks(1, seen, 0, True, k.device)
             keys, values = (x.narrow(2, x.shape[2] - seen, seen) for x in (keys, values))
-            return attention_forms.attend(call, q, keys, values, where, state, visibility=Visibility())
+            all_of_them = CountedRanks(1, seen, 0, True, k.device)
+            return attention_forms.attend(call, q, keys, values, all_of_them, state, visibility=Visibility())
     state, keys, values, where = extend_window(call, k, v, q.shape[2], call.config.cached)
     return attention_forms.attend(call, q, keys, values, where, state, visibility=_visibility(call))
 

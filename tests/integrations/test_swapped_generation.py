@@ -13,9 +13,20 @@ from regard import Unsupported
 
 transformers = pytest.importorskip("transformers")
 bridge = pytest.importorskip("regard.integrations.transformers")
+attending = pytest.importorskip("regard.integrations.transformers.attending")
 
 CORES = "core_context:group=2,window=3"
-MECHANISMS = [CORES, "gated_linear", "delta_rule", "local:window=3", "selective_temperature", "mixture_of_heads", "sea"]
+UNTURNED = f"{CORES},pool_keys=pre_rope"
+MECHANISMS = [
+    CORES,
+    UNTURNED,
+    "gated_linear",
+    "delta_rule",
+    "local:window=3",
+    "selective_temperature",
+    "mixture_of_heads",
+    "sea",
+]
 
 
 def swapped(make, mechanism):
@@ -62,7 +73,7 @@ def test_the_state_stays_small(mechanism):
     assert many.get_seq_length() == 45
 
 
-@pytest.mark.parametrize("mechanism", [CORES, "gated_linear", "mixture_of_heads"])
+@pytest.mark.parametrize("mechanism", [CORES, UNTURNED, "gated_linear", "mixture_of_heads"])
 def test_a_chat_goes_on_and_a_prefix_is_used_again(mechanism):
     model = swapped(llama, mechanism)
     prefix, first, second = ids(1, 6), ids(1, 3), ids(1, 5)
@@ -103,6 +114,61 @@ def test_an_encoder_decoder_generates_from_states_too():
     assert torch.equal(found.sequences, model.generate(tokens, **settings, use_cache=False))
     cache = getattr(found, bridge.CACHE)
     assert [type(layer) for layer in cache.self_attention_cache.layers] == [bridge.StateLayer]
+
+
+@pytest.mark.parametrize("mechanism", [CORES, UNTURNED, "local:window=3"])
+def test_long_after_a_prompt_tokens_are_those_of_the_whole(mechanism):
+    """Windows and cores move to new memory, several times."""
+    model, tokens = swapped(llama, mechanism), ids(2, 70)
+    _, cache = after(model, tokens[:, :9])
+    found = []
+    for t in range(9, 70):
+        logits, cache = after(model, tokens[:, t : t + 1], cache)
+        found.append(logits)
+    near(torch.cat(found, 1), after(model, tokens)[0][:, 9:])
+
+
+@pytest.mark.parametrize("mechanism", [CORES, "local:window=3"])
+def test_a_token_has_its_angles_computed_once_in_all_layers(mechanism, monkeypatch):
+    model, count = swapped(llama, mechanism), []
+    _, cache = after(model, ids())
+    own = model.model.rotary_emb.forward
+    monkeypatch.setattr(
+        model.model.rotary_emb, "forward", lambda *given, **told: count.append(1) or own(*given, **told)
+    )
+    after(model, ids(length=1), cache)
+    assert len(count) == 1
+
+
+def test_layers_beside_states_do_not_copy_their_keys_at_each_token():
+    model = llama()
+    regard.swap(model, {"*.layers.1.*": "local:window=3", "*": None})
+    tokens, places = ids(2, 40), set()
+    whole = model(tokens, use_cache=False).logits
+    _, cache = after(model, tokens[:, :20])
+    for t in range(20, 40):
+        logits, cache = after(model, tokens[:, t : t + 1], cache)
+        near(logits[:, 0], whole[:, t])
+        places.add(cache.layers[0].keys.untyped_storage().data_ptr())
+    assert len(places) <= 6
+    found = model.generate(tokens[:, :9], max_new_tokens=5, num_beams=2, **GREEDY)
+    assert torch.equal(found, model.generate(tokens[:, :9], max_new_tokens=5, num_beams=2, **GREEDY, use_cache=False))
+
+
+def test_a_mask_is_read_once_for_all_layers(monkeypatch):
+    model, read = swapped(llama, "local:window=3"), []
+    own = attending.read_mask
+    monkeypatch.setattr(attending, "read_mask", lambda *given, **told: read.append(1) or own(*given, **told))
+    tokens = ids()
+    with torch.no_grad():
+        for mask in (LEFT, KEPT, LEFT):
+            read.clear()
+            found = model(tokens, attention_mask=mask, use_cache=False).logits
+            assert len(read) == 1
+            rows = [
+                model(row[kept.bool()][None], use_cache=False).logits[0] for row, kept in zip(tokens, mask, strict=True)
+            ]
+            near(torch.cat([x[kept.bool()] for x, kept in zip(found, mask, strict=True)]), torch.cat(rows))
 
 
 def test_pieces_with_padding_anywhere_are_the_whole():
@@ -158,18 +224,19 @@ class TestRefused:
             after(model, ids(length=1), cache, attention_mask=mask)
 
     def test_positions_that_do_not_count_where_keys_are_placed_later(self):
-        model, tokens = swapped(llama, CORES), ids()
+        model, tokens = swapped(llama, UNTURNED), ids()
         skipping = torch.arange(9)[None] * 2
         with pytest.raises(Unsupported, match="positions that do not count tokens"):
             model(tokens, position_ids=skipping)
         _, cache = after(model, tokens)
         with pytest.raises(Unsupported, match="positions that do not count tokens"):
             after(model, ids(length=1), cache, position_ids=torch.full((1, 1), 12))
-        assert swapped(llama, "local:window=3")(tokens, position_ids=skipping).logits.isfinite().all()
+        for mechanism in (CORES, "local:window=3"):
+            assert swapped(llama, mechanism)(tokens, position_ids=skipping).logits.isfinite().all()
 
     def test_frequencies_that_follow_the_length(self):
         rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
-        model = swapped(lambda: llama(rope_parameters=rope), CORES)
+        model = swapped(lambda: llama(rope_parameters=rope), UNTURNED)
         with pytest.raises(Unsupported, match="frequencies that follow the length"):
             model(ids())
 

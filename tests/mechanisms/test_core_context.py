@@ -9,6 +9,7 @@ import torch
 from support import calls, check_recorded, close, cut, in_pieces, load, qkv, refused
 from torch import Tensor
 
+from regard.contract import Mask
 from regard.create import create_layer
 from regard.functional import local_attention, softmax_attention
 from regard.mechanisms.core_context import MECHANISM, Config
@@ -168,6 +169,51 @@ def test_thousands_of_steps_after_a_prefill_equal_the_whole():
     inputs = qkv(1500, batch=1, heads=1)
     tail = steps(cut(inputs, slice(first, None)), config, state_of(cut(inputs, slice(first)), config))
     close(tail, run(inputs, config)[:, :, first:])
+
+
+@pytest.mark.parametrize("options", [{}, {"share_gqa": True}, {"pool_keys": "pre_rope"}, {"pool_query": "mean"}])
+def test_kernels_step_as_the_definition_from_a_state_that_stays_as_it_was(options):
+    """Another token after the same state, and a reordered one, see nothing of the first."""
+    config, inputs = Config(4, 9, **options), qkv(60, heads=4, groups=2, dim=4)
+    turn = {"rotate": rotary()}
+    told = {name: x.float() for name, x in inputs.items()}
+    expected = run(inputs, config, form="reference", **turn)
+    past = state_of(cut(told, slice(30)), config, **turn)
+    first, after = in_pieces(
+        lambda token, s: calls(MECHANISM)(token, state=s, config=config, return_state=True, **turn),
+        (cut(told, slice(t, t + 1)) for t in range(30, 60)),
+        past,
+    )
+    close(first.double(), expected[:, :, 30:], 1e-5)
+    rows = torch.tensor([1, 0])
+    others = {name: x.index_select(0, rows) for name, x in told.items()}
+    close(steps(cut(others, slice(30, 60)), config, past.select(rows), **turn), first.index_select(0, rows), 1e-5)
+    close(steps(cut(told, slice(30, 45)), config, past, **turn), first[:, :, :15], 1e-5)
+    assert after.length.tolist() == [60, 60]
+
+
+def test_most_steps_move_neither_the_window_nor_cores():
+    inputs, config = qkv(300, batch=1), Config(2, 100)
+    state = state_of(cut(inputs, slice(200)), config)
+    places = {"k": set(), "keys": set()}
+    for t in range(200, 300):
+        state = state_of(cut(inputs, slice(t, t + 1)), config, state=state)
+        places["k"].add(state.window.k.untyped_storage().data_ptr())
+        places["keys"].add(state.keys.untyped_storage().data_ptr())
+    assert max(map(len, places.values())) <= 6
+
+
+def test_rows_of_unequal_length_step_as_alone():
+    inputs, config = qkv(29, heads=4, groups=2), Config(3, 4)
+    lengths = torch.tensor([13, 8])
+    state = state_of(cut(inputs, slice(13)), config, mask=Mask(lengths=lengths))
+    tail = cut(inputs, slice(13, None))
+    found = steps(tail, config, state)
+    for row, length in enumerate(lengths.tolist()):
+        alone = {
+            name: torch.cat([x[row : row + 1, :, :length], tail[name][row : row + 1]], 2) for name, x in inputs.items()
+        }
+        close(found[row : row + 1], run(alone, config, form="reference")[:, :, length:])
 
 
 # Parity

@@ -25,7 +25,8 @@ Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries), an
 `share_gqa`. N = M in causal-self, since groups have queries.
 State: the last max(s, 1) + g - 2 keys and values, and the cores of all groups that are complete.
 Rotary positions: `post_rope` pools rotated keys, as the authors' code does; `pre_rope` pools keys before rotation, weighed
-by queries before rotation, and rotates the core to its group's last place.
+by queries before rotation, and rotates the core to its group's last place; the state then has the last g - 1 keys before
+rotation too.
 Deviations: cores are computed when their group is complete, not when it leaves the window, so that no query is kept.
 The defaults of the code are groups of 16 and a window of 1024. `fusion="gated"`, two softmaxes under a learned gate, is a
 reading of a sentence of the paper's first version. Not in the paper: noncausal-self, where groups less than s tokens away

@@ -54,7 +54,6 @@ class _Turned:
     Attributes:
         q, k, v: what attends, rotated where the call rotates.
         asking, told: queries and keys as cores are made of them.
-        places: their ranks.
     """
 
     q: Float[Tensor, "b h n d"]
@@ -62,17 +61,21 @@ class _Turned:
     v: Float[Tensor, "b g n v"]
     asking: Float[Tensor, "b h n d"]
     told: Float[Tensor, "b g n d"]
-    places: Int[Tensor, "b n"]
 
     @classmethod
     def of(cls, call: Call, q: Tensor, k: Tensor, v: Tensor) -> _Turned:
         """The tokens of a call, each rotated once."""
-        before = torch.zeros(k.shape[0], dtype=torch.long, device=k.device) if call.state is None else call.state.length
-        places = before[:, None] + torch.arange(q.shape[2], device=k.device)
         if call.rotate is None:
-            return cls(q, k, v, q, k, places)
+            return cls(q, k, v, q, k)
+        places = _places(call, k)
         turned, keys = call.rotate(q, places), call.rotate(k, places)
-        return cls(turned, keys, v, *((q, k) if _pools_plain(call) else (turned, keys)), places)
+        return cls(turned, keys, v, *((q, k) if _pools_plain(call) else (turned, keys)))
+
+
+def _places(call: Call, k: Float[Tensor, "b g n d"]) -> Int[Tensor, "b n"]:
+    """Ranks of new tokens."""
+    before = torch.zeros(k.shape[0], dtype=torch.long, device=k.device) if call.state is None else call.state.length
+    return before[:, None] + torch.arange(k.shape[2], device=k.device)
 
 
 def _pools_plain(call: Call) -> bool:
@@ -165,7 +168,11 @@ def chunked(
         q,
         state.keys,
         state.values,
+<<<<<<< HEAD
         Ranks(tokens.places, opened, None, None, plain=False),
+=======
+        Ranks(_places(call, k), opened, None, None, plain=False),
+>>>>>>> wip-cores
         Visibility(causal=True),
     )
     return Result(_fused(gate, near, far).to(q.dtype), state)
@@ -178,7 +185,7 @@ def _next_token(call: Call, tokens: _Turned, gate: Tensor | None) -> Result | No
     g, s = config.group, config.window
     if past is None or call.dropout:
         return None
-    extended = next_in_window(call.replace(state=past.window), tokens.k, tokens.v, config.cached)
+    extended = next_in_window(call, past.window, tokens.k, tokens.v, config.cached)
     if extended is None:
         return None
     window, keys, values, count = extended
@@ -193,16 +200,17 @@ def _next_token(call: Call, tokens: _Turned, gate: Tensor | None) -> Result | No
         plain = newest(told, 2, g - 1)
     cores = [x.narrow(2, 0, (count - 1) // g) if x.shape[2] > (count - 1) // g else x for x in (past.keys, past.values)]
     if count % g == 0:
-        group = [x.narrow(2, x.shape[2] - g, g)[:, :, None] for x in (keys if told is None else told, values)]
+        group, members = (x.narrow(2, x.shape[2] - g, g)[:, :, None] for x in (keys if told is None else told, values))
         queries = None
         if asks:
             queries = wide(tokens.asking) if config.pool_query == "last" else summed[:, :, None] / g
-        key, value = _cores(call, queries, *group, torch.ones(1, 1, g, dtype=torch.bool, device=keys.device))
+        exists = torch.ones(1, 1, g, dtype=torch.bool, device=keys.device)
+        key, value = _cores(call, queries, group, members, exists)
         if told is not None:
-            key = call.rotate(key, tokens.places)  # type: ignore[misc]
+            key = call.rotate(key, _places(call, tokens.k))  # type: ignore[misc]
         cores = [append(x, core, 2) for x, core in zip(cores, (key, value), strict=True)]
         summed = None if summed is None else torch.zeros_like(summed)
-    state = CoreState(window, *cores, plain, summed, window.length)
+    state = CoreState(window, cores[0], cores[1], plain, summed, window.length)
     left = max(0, (count - s) // g)
     near, far = count - left * g, min(left, cores[0].shape[2])
     parts = []
@@ -273,15 +281,15 @@ def _extend(
     if whole or not values_known(closed) or bool((closed > 0).any()):
         rank = (complete * g)[:, None] + torch.arange(count * g, device=device)
         if whole:
-            groups = [x[:, :, : count * g] for x in (pooled, group_values)]
+            groups = [x[:, :, : count * g].unflatten(2, (count, g)) for x in (pooled, group_values)]
         else:
             slot = (rank - before[:, None] + (0 if past is None else g - 1)).clamp(0, max(pooled.shape[2] - 1, 0))
-            groups = [_take(x, slot) for x in (pooled, group_values)]
+            groups = [_take(x, slot).unflatten(2, (count, g)) for x in (pooled, group_values)]
         queries = None
         if asks and q is not None:
             queries = _queries(config, wide(q), rank - before[:, None], summed, g)
         exists = torch.ones(1, count, g, dtype=torch.bool, device=device)
-        key, value = _cores(call, queries, *(x.unflatten(2, (count, g)) for x in groups), exists)
+        key, value = _cores(call, queries, groups[0], groups[1], exists)
         if _pools_plain(call):
             key = call.rotate(key, rank.unflatten(1, (count, g))[..., -1])  # type: ignore[misc]
         cores = key, value
