@@ -37,7 +37,7 @@ from regard.studies import list_studies
 from regard.workbench.reports import charts
 from regard.workbench.reports.scales import Axis
 from regard.workbench.verification.subjects import Subject, axes_of
-from regard.workbench.verification.swapped import HOSTS
+from regard.workbench.verification.swap_hosts import HOSTS
 from regard.workbench.verification.swapped import MEANINGS as SWAP_MEANINGS
 from regard.workbench.verification.swapped import TOLERANCES as SWAP_TOLERANCES
 from regard.workbench.verification.verify import PROPERTIES

@@ -51,7 +51,8 @@ from regard.studies.framework.protocol import of_record
 from regard.measurement.memory import keep_freed_memory
 from regard.workbench.comparison.recommend import PUBLISHED
 from regard.workbench.profile import ProfileSettings, growth, profile
-from regard.workbench.verification.swapped import HOSTS, check_swap, hosts, swap_variants
+from regard.workbench.verification.swap_hosts import HOSTS, hosts
+from regard.workbench.verification.swapped import check_swap, swap_variants
 from regard.workbench.verification.verify import PROGRAMS, PROPERTIES, Cell, verify
 
 DATA = Path(__file__).parent / "data"

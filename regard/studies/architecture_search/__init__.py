@@ -35,7 +35,8 @@ from regard.training.step import run_model
 from regard.workbench.comparison.task_models import build
 from regard.workbench.reports.sections import Points, Section
 from regard.workbench.search.costs import NetworkBudget, count_flops
-from regard.workbench.search.run import FOUND, REFERENCE, Search
+from regard.workbench.search.record import REFERENCE
+from regard.workbench.search.run import FOUND, Search
 from regard.workbench.search.settings import SearchSettings
 from regard.workbench.search.space import Choices
 

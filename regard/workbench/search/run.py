@@ -12,12 +12,10 @@ checkpoint, so the same call goes on where one was stopped.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import random
-import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +24,8 @@ from torch import Tensor
 
 from regard.contract import Unsupported
 from regard.measurement import provenance
-from regard.measurement.statistics import Comparison, Scores, items_array
 from regard.measurement.store import Store, canonical_key
 from regard.models import count_parameters
-from regard.models.weights import write_atomically
 from regard.tasks import Batch, Task
 from regard.training import TrainConfig, runner_of
 from regard.training.step import answered, batch_context
@@ -37,16 +33,14 @@ from regard.workbench.comparison.task_models import build
 from regard.workbench.comparison.work import data_digest
 from regard.workbench.search.costs import MEASURES, CostTable, count_flops, time_models, worded
 from regard.workbench.search.predictor import KINDS, Judged, Predictor, judge, prune
+from regard.workbench.search.record import CHOICES, REFERENCE, Found, Row, record_of
 from regard.workbench.search.searchers import SEARCHERS
 from regard.workbench.search.settings import SearchSettings
 from regard.workbench.search.space import Choices, Genes, Space
 from regard.workbench.search.supernet import Supernet
 
-STORE, PLAN, REPORT = "regard.sqlite", "plan.json", "search.html"
-FOUND, REFERENCE = "found", "reference"
+STORE, REPORT, FOUND = "regard.sqlite", "search.html", "found"
 TIMING_SECONDS = 0.5
-
-Row = dict[str, Any]
 
 
 @dataclass
@@ -109,7 +103,7 @@ class Search:
         self.of_supernet = {
             **self.identity,
             "mechanisms": list(choices.names),
-            **{name: list(getattr(choices, name)) for name in ("dims", "depths", "heads", "feed_forward")},
+            **{name: list(getattr(choices, name)) for name in CHOICES},
             "steps": settings.steps,
             "seed": settings.seed,
             "share": settings.share,
@@ -150,7 +144,7 @@ class Search:
             )
         entrants[REFERENCE] = self.reference
         rows = self._entrants(entrants)
-        return self._record(table, limit, tried, judged, methods, rows, left_out)
+        return record_of(self, Found(table, limit, tried, judged, methods, rows, left_out))
 
     # costs
 
@@ -424,123 +418,8 @@ class Search:
             assert row is not None
         return row.payload["value"]
 
-    # what it came to
 
-    def _record(
-        self,
-        table: CostTable,
-        limit: float,
-        tried: Mapping[Genes, float],
-        judged: Mapping[str, Judged],
-        methods: list[Row],
-        rows: list[Row],
-        left_out: list[str],
-    ) -> Row:
-        unit = self.settings.budget.unit
-        winner = rows[0]
-        self._write_plan(tuple(winner["genes"]), self.output / PLAN)
-        compared = _compared(rows)
-        return {
-            "task": self.task.name,
-            "described": self.task.describe(),
-            "metric": self.task.metric,
-            "higher_is_better": self.task.higher_is_better,
-            "budget": str(self.settings.budget),
-            "unit": unit,
-            "limit": limit,
-            "space": self.space.size,
-            "choices": {name: list(getattr(self.choices, name)) for name in _CHOICES}
-            | {"mechanisms": list(self.choices.names)},
-            "settings": {**asdict(self.settings), "budget": str(self.settings.budget)},
-            "items": {"choose": self.choosing, "judge": self.items - self.choosing},
-            "tried": [
-                {
-                    "network": self.space.describe(genes),
-                    "loss": loss,
-                    "cost": table(genes),
-                    "mechanisms": self._mixture(genes),
-                }
-                for genes, loss in tried.items()
-            ],
-            "judged": {kind: asdict(one) for kind, one in judged.items()},
-            "methods": methods,
-            "entrants": [{**row, "cost": row[_COLUMN[unit]]} for row in rows],
-            "against": compared,
-            "left_out": left_out,
-            "verdict": self._verdict(rows, compared),
-            "plan": str(self.output / PLAN),
-            "commands": self._commands(winner),
-            "machine": provenance.fingerprint()["cpu"],
-            "threads": torch.get_num_threads(),
-        }
-
-    def _mixture(self, genes: Genes) -> str:
-        names = [layer.mechanism for layers in self.space.network(genes).stacks.values() for layer in layers]
-        kinds = dict.fromkeys(names)
-        return next(iter(kinds)) if len(kinds) == 1 else "mixed"
-
-    def _write_plan(self, genes: Genes, path: Path) -> None:
-        """The plan as a file that :func:`regard.models.variants.read_variant` reads."""
-        variant = self.space.variant(genes)
-        plan: Row = {"name": "found"}
-        for stack, layers in variant.record().items():
-            plan[stack] = [{"mechanism": name, "options": options} for name, options in layers]
-        text = json.dumps(plan, indent=2) + "\n"
-        write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-    def _commands(self, winner: Row) -> list[str]:
-        settings, sizes = self.settings, self.space.sized(tuple(winner["genes"]))
-        same = f"--dim {sizes.dim} --layers {sizes.layers} --heads {sizes.heads} --frame {settings.frame}"
-        task, plan = _task_in_words(self.task), shlex.quote(str(self.output / PLAN))
-        both = shlex.quote(f"{self.choices.names[0]},{self.output / PLAN}")
-        return [
-            f"regard train {task} --mechanism {plan} {same} --learning-rate {settings.learning_rate:g} "
-            f'--budget "{max(20, settings.retrain_steps)} steps"',
-            f"regard compare {task} --mechanisms {both} {same}",
-        ]
-
-    def _verdict(self, rows: list[Row], compared: Mapping[str, Row]) -> str:
-        winner, reference = rows[0], rows[-1]
-        column, metric = _COLUMN[self.settings.budget.unit], self.task.metric
-        share = winner[column] / reference[column]
-        told = f"{winner['plan']} of width {winner['network']['dim']} has {share:.0%} of the {_SAID[column]} of the reference"
-        beside = compared.get(REFERENCE)
-        if beside is None:
-            return f"{told}; there are no runs of both from scratch to compare."
-        own, others = (
-            _mean([run["score"] for run in row["runs"] if not run["diverged"]]) for row in (winner, reference)
-        )
-        scores = f"{own:.4g} {metric} against {others:.4g}"
-        if beside["resolved"] is None:
-            return f"{told}: {scores}, which one seed cannot tell apart."
-        if abs(beside["mean"]) <= beside["resolved"]:
-            return f"{told} and is within the noise of it: {scores}; a difference of {beside['resolved']:.2g} could be told."
-        better = (beside["mean"] > 0) == self.task.higher_is_better
-        return f"{told} and is {'better' if better else 'worse'} than it: {scores}."
-
-
-def _task_in_words(task: Task) -> str:
-    """What makes a command read the same data: files, the task with its options, held-out files and the tokenizer."""
-    origin = dict(getattr(task, "origin", None) or {})
-    files = {name: origin.pop(name, None) or [] for name in ("data", "validation")}
-    data, held_out = ([paths] if isinstance(paths, str) else list(paths) for paths in files.values())
-    tokenizer = origin.pop("tokenizer", None)
-    options = ",".join(f"{k}={v}" for k, v in origin.items() if isinstance(v, str | int | float))
-    name = getattr(task, "registered", None) or task.name
-    words = [*map(shlex.quote, data), f'--task "{name}{":" * bool(options)}{options}"']
-    words += [f"--validation {shlex.quote(path)}" for path in held_out]
-    words += [f"--tokenizer {shlex.quote(str(tokenizer))}"] if tokenizer else []
-    return " ".join(words)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-_OF_SPACE = ("task", "data", "length", "frame", "device", "mechanisms", "dims", "depths", "heads", "feed_forward")
-_CHOICES = ("dims", "depths", "heads", "feed_forward")
-_COLUMN = {"milliseconds": "ms", "flops": "flops", "parameters": "parameters"}
-_SAID = {"ms": "time", "flops": "FLOPs", "parameters": "parameters"}
+_OF_SPACE = ("task", "data", "length", "frame", "device", "mechanisms", *CHOICES)
 _WORD = {"milliseconds": "time", "flops": "flops", "parameters": "parameters"}
 
 
@@ -569,26 +448,3 @@ def _columns(tried: Mapping[Genes, float]) -> tuple[list[Genes], list[float]]:
     known = [loss for loss in tried.values() if math.isfinite(loss)]
     worst = max(known, default=0.0)
     return list(tried), [loss if math.isfinite(loss) else worst for loss in tried.values()]
-
-
-def _compared(rows: Sequence[Row]) -> dict[str, Row]:
-    """The first entrant's score minus each other's, paired over seeds and items; empty without runs."""
-    scores = {}
-    for row in rows:
-        runs = {run["seed"]: items_array(run["items"]) for run in row["runs"] if not run["diverged"]}
-        if runs:
-            scores[row["name"]] = Scores(runs)
-    first = rows[0]["name"]
-    if first not in scores or len(scores) < 2:
-        return {}
-    comparison, found = Comparison(scores), {}
-    for name in scores:
-        if name != first:
-            difference = comparison.difference(first, name)
-            finite = math.isfinite(difference.resolved)
-            found[name] = {
-                "mean": difference.mean,
-                "standard_error": difference.standard_error if finite else None,
-                "resolved": difference.resolved if finite else None,
-            }
-    return found

@@ -7,22 +7,20 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from regard.catalogue import get_mechanism, list_mechanisms
-from regard.contract import Context, Kind, Loss, Mask, Mechanism, Pattern, Role, Unsupported
+from regard.contract import Context, Kind, Loss, Mechanism, Pattern, Unsupported
 from regard.create import create_layer
 from regard.integrations import collect_losses, swap
 from regard.models.losses import add_losses, auxiliary_loss
+from regard.workbench.verification.swap_hosts import DIM, HEADS, HOSTS, TOKENS, Host, hosts
 
-DIM, HEADS, GROUPS, TOKENS, SIDE = 64, 8, 2, 21, 4
 PROGRESS = 10.0
 """Steps of training, for schedules."""
 SPREAD = 0.15
@@ -54,7 +52,6 @@ SHELL = {
 }
 """What own layers have beside their mechanism and other libraries' modules have not."""
 
-Map = tuple[Tensor, Tensor | None]
 Losses = dict[str, Loss]
 
 
@@ -89,312 +86,6 @@ class SwapCell:
         return {name: value for name, value in asdict(self).items() if value or name in ("model", "mechanism")}
 
 
-class Host(ABC):
-    """A small model of another library.
-
-    Attributes:
-        title: what it is.
-        package: the library it needs.
-        pattern: of its attention modules.
-        only: paths of those that are swapped; None for all.
-        rotates: whether it has rotary positions.
-        groups: key/value heads.
-        pads: whether its tokens may be padded.
-        generates: whether it goes on from a cache.
-    """
-
-    title: ClassVar[str]
-    package: ClassVar[str] = "torch"
-    pattern: ClassVar[Pattern] = Pattern.NONCAUSAL_SELF
-    only: ClassVar[str | None] = None
-    rotates: ClassVar[bool] = False
-    groups: ClassVar[int] = HEADS
-    pads: ClassVar[bool] = True
-    generates: ClassVar[bool] = False
-
-    @abstractmethod
-    def build(self) -> nn.Module:
-        """The model, with random weights."""
-
-    @abstractmethod
-    def run(self, model: Any, x: Tensor, valid: Tensor | None = None, **options: Any) -> Tensor:
-        """Hidden states (B, N, C) of the inputs `x`, of which those not `valid` are padding."""
-
-    @abstractmethod
-    def attention(self, model: Any) -> dict[str, Any]:
-        """The attention modules by path."""
-
-    @abstractmethod
-    def maps(self, module: Any) -> list[Map]:
-        """Weights (out, in) and biases of queries, keys, values and output."""
-
-    @abstractmethod
-    def placed(self, module: Any) -> nn.Module:
-        """The mechanism in a swapped module."""
-
-    @abstractmethod
-    def call_own(self, layer: Callable[..., Tensor], args: tuple[Any, ...], given: Mapping[str, Any]) -> Any:
-        """A call of an attention module by an own layer of (x, memory), with what the module returns."""
-
-    def inputs(self) -> Tensor:
-        """Random inputs in float64: embedded tokens, where a model does not say otherwise."""
-        return torch.randn(3, TOKENS, DIM, dtype=torch.float64)
-
-    def context(self, valid: Tensor | None, x: Tensor) -> Context:
-        """The context of an own layer."""
-        mask = None if valid is None else Mask(valid=valid)
-        return Context(memory_mask=mask) if self.pattern.cross else Context(mask=mask)
-
-
-class _Own(nn.Module):
-    """An own layer, called as the module in whose place it is."""
-
-    batch_first = True
-    _qkv_same_embed_dim = False
-    in_proj_bias = None
-
-    def __init__(self, host: Host, layer: Any, told: dict[str, Any]) -> None:
-        super().__init__()
-        self.host, self.layer, self.told, self.num_heads = host, layer, told, HEADS
-
-    def forward(self, *args: Any, **given: Any) -> Any:
-        def run(x: Tensor, memory: Tensor | None = None) -> Tensor:
-            context = self.told["context"](x)
-            result = self.layer(x, memory, context=context.replace(progress=PROGRESS if self.training else None))
-            add_losses(self.told["losses"], result.losses)
-            return result.output
-
-        return self.host.call_own(run, args, given)
-
-
-class Transformers(Host):
-    """A model of Hugging Face transformers."""
-
-    package = "transformers"
-
-    def run(self, model: Any, x: Tensor, valid: Tensor | None = None, **options: Any) -> Tensor:
-        if valid is not None:
-            options["attention_mask"] = valid.long()
-            if self.pattern.causal:
-                options["position_ids"] = (valid.cumsum(-1) - 1).clamp(min=0)
-        if self.generates:
-            options.setdefault("use_cache", False)
-        return model(inputs_embeds=x, **options).last_hidden_state
-
-    def placed(self, module: Any) -> nn.Module:
-        return module.regard
-
-    def call_own(self, layer: Callable[..., Tensor], args: tuple[Any, ...], given: Mapping[str, Any]) -> Any:
-        return layer(args[0] if args else given["hidden_states"]), None
-
-
-SIZES = {"vocab_size": 64, "hidden_size": DIM, "intermediate_size": 48, "num_hidden_layers": 2}
-"""Of transformers' configs."""
-
-
-class _ExactAngles(nn.Module):
-    """transformers' rotary embedding without its rounding of angles to float32."""
-
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        half = DIM // HEADS // 2
-        frequencies = 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-        angles = position_ids[..., None] * frequencies
-        return tuple(torch.cat([t, t], -1).to(x.dtype) for t in (angles.cos(), angles.sin()))  # type: ignore[return-value]
-
-
-class Llama(Transformers):
-    """Causal, with rotary positions and grouped heads; angles are not rounded to float32."""
-
-    title = "Llama (transformers)"
-    pattern, rotates, groups, generates = Pattern.CAUSAL_SELF, True, GROUPS, True
-
-    def build(self) -> nn.Module:
-        import transformers
-
-        config = transformers.LlamaConfig(**SIZES, num_attention_heads=HEADS, num_key_value_heads=GROUPS)
-        model = transformers.LlamaModel(config)
-        model.rotary_emb = _ExactAngles()
-        return model
-
-    def attention(self, model: Any) -> dict[str, Any]:
-        return {f"layers.{i}.self_attn": layer.self_attn for i, layer in enumerate(model.layers)}
-
-    def maps(self, module: Any) -> list[Map]:
-        return [(m.weight, m.bias) for m in (module.q_proj, module.k_proj, module.v_proj, module.o_proj)]
-
-
-class GPT2(Transformers):
-    """Causal, with learned positions and one map for queries, keys and values."""
-
-    title = "GPT-2 (transformers)"
-    pattern, generates = Pattern.CAUSAL_SELF, True
-
-    def build(self) -> nn.Module:
-        import transformers
-
-        dropouts = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-        config = transformers.GPT2Config(
-            vocab_size=64,
-            n_embd=DIM,
-            n_layer=2,
-            n_head=HEADS,
-            n_inner=48,
-            n_positions=64,
-            bos_token_id=0,
-            eos_token_id=0,
-            **dropouts,
-        )
-        return transformers.GPT2Model(config)
-
-    def attention(self, model: Any) -> dict[str, Any]:
-        return {f"h.{i}.attn": block.attn for i, block in enumerate(model.h)}
-
-    def maps(self, module: Any) -> list[Map]:
-        parts = zip(module.c_attn.weight.T.chunk(3), module.c_attn.bias.chunk(3), strict=True)
-        return [*parts, (module.c_proj.weight.T, module.c_proj.bias)]
-
-
-class Bert(Transformers):
-    """Noncausal; the output map stands outside the attention module."""
-
-    title = "BERT (transformers)"
-
-    def build(self) -> nn.Module:
-        import transformers
-
-        dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        return transformers.BertModel(transformers.BertConfig(**SIZES, num_attention_heads=HEADS, **dropouts))
-
-    def attention(self, model: Any) -> dict[str, Any]:
-        return {f"encoder.layer.{i}.attention.self": b.attention.self for i, b in enumerate(model.encoder.layer)}
-
-    def maps(self, module: Any) -> list[Map]:
-        own = [(m.weight, m.bias) for m in (module.query, module.key, module.value)]
-        return [*own, (torch.eye(DIM, dtype=module.query.weight.dtype), None)]
-
-
-class ViT(Host):
-    """Noncausal on patches, with a class token before them."""
-
-    title = "ViT (timm)"
-    package, pads = "timm", False
-    before: ClassVar[int] = 1
-    """Tokens before the patches."""
-
-    def build(self) -> nn.Module:
-        import timm
-
-        options: dict[str, Any] = {"img_size": 4 * SIDE, "patch_size": 4, "embed_dim": DIM, "depth": 2}
-        options |= {} if self.before else {"class_token": False, "global_pool": "avg"}
-        return timm.create_model("vit_tiny_patch16_224", num_heads=HEADS, num_classes=0, **options)
-
-    def inputs(self) -> Tensor:
-        return torch.randn(3, 3, 4 * SIDE, 4 * SIDE, dtype=torch.float64)
-
-    def run(self, model: Any, x: Tensor, valid: Tensor | None = None, **options: Any) -> Tensor:
-        return model.forward_features(x)
-
-    def attention(self, model: Any) -> dict[str, Any]:
-        return {f"blocks.{i}.attn": block.attn for i, block in enumerate(model.blocks)}
-
-    def maps(self, module: Any) -> list[Map]:
-        parts = zip(module.qkv.weight.chunk(3), module.qkv.bias.chunk(3), strict=True)
-        return [*parts, (module.proj.weight, module.proj.bias)]
-
-    def placed(self, module: Any) -> nn.Module:
-        return module.attend
-
-    def call_own(self, layer: Callable[..., Tensor], args: tuple[Any, ...], given: Mapping[str, Any]) -> Any:
-        return layer(args[0])
-
-    def context(self, valid: Tensor | None, x: Tensor) -> Context:
-        roles = torch.zeros(x.shape[:2], dtype=torch.long)
-        roles[:, : self.before] = int(Role.CLS)
-        return Context(grid=(SIDE, SIDE), roles=roles if self.before else None)
-
-
-class ViTWithoutClass(ViT):
-    """The same without a class token."""
-
-    title = "ViT without a class token (timm)"
-    before = 0
-
-
-class TorchEncoder(Host):
-    """Noncausal; the one map of torch's attention holds queries, keys and values."""
-
-    title = "nn.TransformerEncoder"
-
-    def build(self) -> nn.Module:
-        layer = nn.TransformerEncoderLayer(DIM, HEADS, 48, dropout=0.0, batch_first=True)
-        return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-
-    def run(self, model: Any, x: Tensor, valid: Tensor | None = None, **options: Any) -> Tensor:
-        return model(x, src_key_padding_mask=None if valid is None else ~valid)
-
-    def attention(self, model: Any) -> dict[str, Any]:
-        return {f"layers.{i}.self_attn": layer.self_attn for i, layer in enumerate(model.layers)}
-
-    def maps(self, module: Any) -> list[Map]:
-        parts = zip(module.in_proj_weight.chunk(3), module.in_proj_bias.chunk(3), strict=True)
-        return [*parts, (module.out_proj.weight, module.out_proj.bias)]
-
-    def placed(self, module: Any) -> nn.Module:
-        return module.attend
-
-    def call_own(self, layer: Callable[..., Tensor], args: tuple[Any, ...], given: Mapping[str, Any]) -> Any:
-        return layer(args[0], args[1] if self.pattern.cross else None), None
-
-
-class TorchDecoder(TorchEncoder):
-    """The causal self attention of a decoder, whose cross attention stays."""
-
-    title = "nn.TransformerDecoder, its self attention"
-    pattern, only = Pattern.CAUSAL_SELF, "*.self_attn"
-    PART: ClassVar[str] = "self_attn"
-
-    def build(self) -> nn.Module:
-        return nn.TransformerDecoder(nn.TransformerDecoderLayer(DIM, HEADS, 48, dropout=0.0, batch_first=True), 2)
-
-    def run(self, model: Any, x: Tensor, valid: Tensor | None = None, **options: Any) -> Tensor:
-        n = x.shape[1]
-        hidden = torch.ones(n, n, dtype=torch.bool).triu(1)
-        memory = x.flip(1)[:, : n - 4] * 0.5
-        return model(x, memory, tgt_mask=hidden, tgt_key_padding_mask=None if valid is None else ~valid)
-
-    def attention(self, model: Any) -> dict[str, Any]:
-        return {f"layers.{i}.{self.PART}": getattr(layer, self.PART) for i, layer in enumerate(model.layers)}
-
-
-class TorchCross(TorchDecoder):
-    """The cross attention of a decoder, whose self attention stays."""
-
-    title = "nn.TransformerDecoder, its cross attention"
-    pattern, only, PART = Pattern.NONCAUSAL_CROSS, "*.multihead_attn", "multihead_attn"
-
-    def run(self, model: Any, x: Tensor, valid: Tensor | None = None, **options: Any) -> Tensor:
-        queries = x.flip(1)[:, : TOKENS - 4] * 0.5
-        return model(queries, x, memory_key_padding_mask=None if valid is None else ~valid)
-
-
-HOSTS: dict[str, Host] = {
-    "llama": Llama(),
-    "gpt2": GPT2(),
-    "bert": Bert(),
-    "vit": ViT(),
-    "vit_patches": ViTWithoutClass(),
-    "encoder": TorchEncoder(),
-    "decoder": TorchDecoder(),
-    "cross": TorchCross(),
-}
-"""The models by name."""
-
-
-def hosts() -> dict[str, Host]:
-    """The models whose libraries are installed."""
-    return {name: host for name, host in HOSTS.items() if importlib.util.find_spec(host.package)}
-
-
 def check_swap(model: str, mechanism: str, variant: str = "", *, checks: Sequence[str] = tuple(TOLERANCES)) -> SwapCell:
     """Measure one cell.
 
@@ -418,9 +109,10 @@ def check_swap(model: str, mechanism: str, variant: str = "", *, checks: Sequenc
         return cell
     for parameter in swapped.parameters():
         nn.init.normal_(parameter, std=SPREAD)
-    told: dict[str, Any] = {}
+    inner = get_mechanism("softmax") if card.kind is Kind.WRAPPER else card
+    told = _Told(host, "roles" in inner.honours or (inner.keeps_places and not getattr(host, "before", 0)))
     try:
-        own = _with_own_layers(host, swapped, card, options, told)
+        own = _with_own_layers(swapped, card, inner, options, told)
     except Unsupported as error:
         raise AssertionError(f"{mechanism} is swapped into a {host.title} but has no layer there: {error}") from error
     cell.cache = _cache_of(host, report.notes)
@@ -429,10 +121,10 @@ def check_swap(model: str, mechanism: str, variant: str = "", *, checks: Sequenc
     valid[1, :3] = False
     valid[2, [0, 7] if host.pattern is not Pattern.CAUSAL_SELF else slice(0, 1)] = False
     made: dict[str, Callable[[], float]] = {
-        "float64": lambda: _compare_outputs(host, swapped, own, told, x),
-        "float32": lambda: _compare_outputs(host, _single(swapped), _single(own), told, x.float()),
-        "padding": lambda: _compare_outputs(host, swapped, own, told, x, valid),
-        "training": lambda: _compare_gradients(host, swapped, own, told, x),
+        "float64": lambda: _compare_outputs(swapped, own, told, x),
+        "float32": lambda: _compare_outputs(_single(swapped), _single(own), told, x.float()),
+        "padding": lambda: _compare_outputs(swapped, own, told, x, valid),
+        "training": lambda: _compare_gradients(swapped, own, told, x),
         "cache": lambda: _compare_pieces(host, swapped, x, valid),
     }
     for name, check in made.items():
@@ -447,11 +139,57 @@ def check_swap(model: str, mechanism: str, variant: str = "", *, checks: Sequenc
     return cell
 
 
+@dataclass
+class _Told:
+    """What own layers are told of a call, and the losses that they tell of it.
+
+    Attributes:
+        host: whose model they are in.
+        knows_tokens: whether they are told which tokens are what: the grid that they lie on, and their roles.
+        valid: tokens that are no padding; None where all are.
+    """
+
+    host: Host
+    knows_tokens: bool
+    valid: Tensor | None = None
+    losses: Losses = field(default_factory=dict)
+
+    def begin(self, valid: Tensor | None) -> None:
+        """Another call, with this padding."""
+        self.valid, self.losses = valid, {}
+
+    def context(self, x: Tensor) -> Context:
+        """Of a layer that is given `x`."""
+        found = self.host.context(self.valid, x)
+        return found if self.knows_tokens else found.replace(grid=None, roles=None)
+
+
+class _Own(nn.Module):
+    """An own layer, called as the module in whose place it is."""
+
+    batch_first = True
+    _qkv_same_embed_dim = False
+    in_proj_bias = None
+
+    def __init__(self, layer: Any, told: _Told) -> None:
+        super().__init__()
+        self.layer, self.told, self.num_heads = layer, told, HEADS
+
+    def forward(self, *args: Any, **given: Any) -> Any:
+        def run(x: Tensor, memory: Tensor | None = None) -> Tensor:
+            context = self.told.context(x)
+            result = self.layer(x, memory, context=context.replace(progress=PROGRESS if self.training else None))
+            add_losses(self.told.losses, result.losses)
+            return result.output
+
+        return self.told.host.call_own(run, args, given)
+
+
 def _with_own_layers(
-    host: Host, swapped: nn.Module, card: Mechanism, options: Mapping[str, Any], told: dict[str, Any]
+    swapped: nn.Module, card: Mechanism, inner: Mechanism, options: Mapping[str, Any], told: _Told
 ) -> nn.Module:
-    """A copy of a swapped model with own layers in the place of its attention modules."""
-    inner = get_mechanism("softmax") if card.kind is Kind.WRAPPER else card
+    """A copy of a swapped model with own layers in the place of its attention modules; `inner` is what a wrapper wraps."""
+    host = told.host
     shell: dict[str, Any] = {n: x for n, x in SHELL.items() if n not in inner.config.__dataclass_fields__}  # type: ignore[attr-defined]
     shell["num_kv_heads"] = host.groups
     shell["positions"] = "rotary" if host.rotates and "rotary" in inner.accepts_positions else "none"
@@ -460,8 +198,6 @@ def _with_own_layers(
         outer = {n: shell.pop(n) for n in beside}
         shell = {**outer, "mechanism_options": shell}
     own = copy.deepcopy(swapped)
-    knows_tokens = "roles" in inner.honours or (inner.keeps_places and not getattr(host, "before", 0))
-    told["knows_grid"] = knows_tokens
     for path, module in host.attention(own).items():
         layer: Any = create_layer(card.name, DIM, HEADS, pattern=host.pattern, **shell, **options).double()
         attention = layer.attention if card.kind is Kind.WRAPPER else layer
@@ -476,16 +212,8 @@ def _with_own_layers(
                 for name in made.load_state_dict(learned.state_dict(), strict=False).missing_keys:
                     nn.init.zeros_(made.get_parameter(name))
         parent, _, name = path.rpartition(".")
-        setattr(own.get_submodule(parent), name, _Own(host, layer, told))
+        setattr(own.get_submodule(parent), name, _Own(layer, told))
     return own.eval()
-
-
-def _tell(host: Host, told: dict[str, Any], valid: Tensor | None) -> None:
-    def context(x: Tensor) -> Context:
-        found = host.context(valid, x)
-        return found if told["knows_grid"] else found.replace(grid=None, roles=None)
-
-    told["context"], told["losses"] = context, {}
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
@@ -501,19 +229,17 @@ def _run(host: Host, model: nn.Module, x: Tensor, valid: Tensor | None) -> Tenso
     return host.run(model, x, valid)
 
 
-def _compare_outputs(
-    host: Host, swapped: nn.Module, own: nn.Module, told: dict[str, Any], x: Tensor, valid: Tensor | None = None
-) -> float:
-    _tell(host, told, valid)
+def _compare_outputs(swapped: nn.Module, own: nn.Module, told: _Told, x: Tensor, valid: Tensor | None = None) -> float:
+    told.begin(valid)
     with torch.no_grad():
-        found, expected = (_run(host, model, x, valid) for model in (swapped, own))
-    if valid is not None and not host.pattern.cross:
+        found, expected = (_run(told.host, model, x, valid) for model in (swapped, own))
+    if valid is not None and not told.host.pattern.cross:
         found, expected = found[valid], expected[valid]
     return _difference(found, expected)
 
 
-def _compare_gradients(host: Host, swapped: nn.Module, own: nn.Module, told: dict[str, Any], x: Tensor) -> float:
-    _tell(host, told, None)
+def _compare_gradients(swapped: nn.Module, own: nn.Module, told: _Told, x: Tensor) -> float:
+    told.begin(None)
     gradients: list[Tensor] = []
     for model in (swapped, own):
         model.train()
@@ -521,10 +247,10 @@ def _compare_gradients(host: Host, swapped: nn.Module, own: nn.Module, told: dic
         given = x.clone().requires_grad_()
         try:
             with collect_losses(model, progress=PROGRESS) as collected:
-                output = host.run(model, given)
+                output = told.host.run(model, given)
         finally:
             model.eval()
-        losses: Losses = collected.losses if model is swapped else told["losses"]
+        losses: Losses = collected.losses if model is swapped else told.losses
         loss = output.square().mean() + auxiliary_loss(losses, dict.fromkeys(losses, 1.0))
         gradients += torch.autograd.grad(loss, given)
     return _difference(*gradients)
@@ -590,6 +316,3 @@ def swap_variants(mechanism: str) -> list[str]:
     card = get_mechanism(mechanism)
     own = {*card.config.__dataclass_fields__, "num_heads"}  # type: ignore[attr-defined]
     return [name for name, options in card.variants.items() if options.keys() <= own]
-
-
-__all__ = ["HOSTS", "MEANINGS", "TOLERANCES", "SwapCell", "check_swap", "hosts", "swap_cells", "swap_variants"]

@@ -21,7 +21,8 @@ from regard.workbench.comparison.task_models import build, model_config
 from regard.workbench.comparison.work import Work
 from regard.workbench.search.costs import MEASURES, CostTable, NetworkBudget, count_flops, flops, parameters
 from regard.workbench.search.predictor import Predictor, features, judge, kendall_tau, pair_accuracy, prune
-from regard.workbench.search.run import Search, _task_in_words
+from regard.workbench.search.record import task_in_words
+from regard.workbench.search.run import Search
 from regard.workbench.search.searchers import SEARCHERS, check_searchers
 from regard.workbench.search.settings import SearchSettings
 from regard.workbench.search.space import Choices, Space
@@ -399,7 +400,7 @@ def test_the_command_for_what_was_found_reads_the_same_files(capsys, tmp_path):
         file.write_text(" ".join(str(random.random()) for _ in range(300 + i)))
     *data, held_out = map(str, files)
     task = create_task("text", length=32, data=data, validation=held_out, tokenizer="bpe:300")
-    words = _task_in_words(task)
+    words = task_in_words(task)
     sizes = (
         "--mechanism softmax --dim 8 --layers 1 --heads 1 --batch-tokens 64 --budget '20 steps' --learning-rate 0.01"
     )

@@ -9,7 +9,8 @@ import pytest
 from regard import list_mechanisms
 from regard.integrations import heads
 from regard.workbench.verification import swapped
-from regard.workbench.verification.swapped import HOSTS, check_swap, hosts, swap_cells, swap_variants
+from regard.workbench.verification.swap_hosts import HOSTS, hosts
+from regard.workbench.verification.swapped import check_swap, swap_cells, swap_variants
 
 ALL = bool(os.environ.get("REGARD_TEST_ALL"))
 """Every mechanism and set of options in every model, as `make test-all` has them: ten minutes."""

@@ -1,0 +1,189 @@
+"""What a search came to: its record, its verdict, the plan as a file, and commands that go on with it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from regard.measurement import provenance
+from regard.measurement.statistics import Comparison, Scores, items_array
+from regard.models.weights import write_atomically
+from regard.tasks import Task
+from regard.workbench.search.costs import CostTable
+from regard.workbench.search.predictor import Judged
+from regard.workbench.search.space import Genes, Space
+
+if TYPE_CHECKING:
+    from regard.workbench.search.run import Search
+
+Row = dict[str, Any]
+
+PLAN, REFERENCE = "plan.json", "reference"
+CHOICES = ("dims", "depths", "heads", "feed_forward")
+"""What is chosen beside mechanisms."""
+
+_COLUMN = {"milliseconds": "ms", "flops": "flops", "parameters": "parameters"}
+_SAID = {"ms": "time", "flops": "FLOPs", "parameters": "parameters"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """The steps of a search, done.
+
+    Attributes:
+        table: costs.
+        limit: the most that a network may have.
+        tried: networks and their losses with the supernet's weights.
+        judged: how well each predictor does.
+        methods: what each method came to.
+        entrants: what was chosen, first the winner and last the reference.
+        left_out: spaces without a network that keeps the budget.
+    """
+
+    table: CostTable
+    limit: float
+    tried: Mapping[Genes, float]
+    judged: Mapping[str, Judged]
+    methods: Sequence[Row]
+    entrants: Sequence[Row]
+    left_out: Sequence[str]
+
+
+def record_of(search: Search, found: Found) -> Row:
+    """The record of a search, and its plan in a file."""
+    task, space, settings, unit = search.task, search.space, search.settings, search.settings.budget.unit
+    rows, plan = found.entrants, search.output / PLAN
+    write_plan(space, tuple(rows[0]["genes"]), plan)
+    compared = _compared(rows)
+    return {
+        "task": task.name,
+        "described": task.describe(),
+        "metric": task.metric,
+        "higher_is_better": task.higher_is_better,
+        "budget": str(settings.budget),
+        "unit": unit,
+        "limit": found.limit,
+        "space": space.size,
+        "choices": {name: list(getattr(search.choices, name)) for name in CHOICES}
+        | {"mechanisms": list(search.choices.names)},
+        "settings": {**asdict(settings), "budget": str(settings.budget)},
+        "items": {"choose": search.choosing, "judge": search.items - search.choosing},
+        "tried": [
+            {
+                "network": space.describe(genes),
+                "loss": loss,
+                "cost": found.table(genes),
+                "mechanisms": _mixture(space, genes),
+            }
+            for genes, loss in found.tried.items()
+        ],
+        "judged": {kind: asdict(one) for kind, one in found.judged.items()},
+        "methods": found.methods,
+        "entrants": [{**row, "cost": row[_COLUMN[unit]]} for row in rows],
+        "against": compared,
+        "left_out": found.left_out,
+        "verdict": _verdict(search, rows, compared),
+        "plan": str(plan),
+        "commands": _commands(search, rows[0]),
+        "machine": provenance.fingerprint()["cpu"],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _mixture(space: Space, genes: Genes) -> str:
+    """The mechanism of all layers, or that there are several."""
+    names = [layer.mechanism for layers in space.network(genes).stacks.values() for layer in layers]
+    kinds = dict.fromkeys(names)
+    return next(iter(kinds)) if len(kinds) == 1 else "mixed"
+
+
+def write_plan(space: Space, genes: Genes, path: Path) -> None:
+    """The plan as a file that :func:`regard.models.variants.read_variant` reads."""
+    variant = space.variant(genes)
+    plan: Row = {"name": "found"}
+    for stack, layers in variant.record().items():
+        plan[stack] = [{"mechanism": name, "options": options} for name, options in layers]
+    text = json.dumps(plan, indent=2) + "\n"
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _commands(search: Search, winner: Row) -> list[str]:
+    settings, sizes = search.settings, search.space.sized(tuple(winner["genes"]))
+    same = f"--dim {sizes.dim} --layers {sizes.layers} --heads {sizes.heads} --frame {settings.frame}"
+    task, plan = task_in_words(search.task), shlex.quote(str(search.output / PLAN))
+    both = shlex.quote(f"{search.choices.names[0]},{search.output / PLAN}")
+    return [
+        f"regard train {task} --mechanism {plan} {same} --learning-rate {settings.learning_rate:g} "
+        f'--budget "{max(20, settings.retrain_steps)} steps"',
+        f"regard compare {task} --mechanisms {both} {same}",
+    ]
+
+
+def task_in_words(task: Task) -> str:
+    """What makes a command read the same data: files, the task with its options, held-out files and the tokenizer."""
+    origin = dict(getattr(task, "origin", None) or {})
+    files = {name: origin.pop(name, None) or [] for name in ("data", "validation")}
+    data, held_out = ([paths] if isinstance(paths, str) else list(paths) for paths in files.values())
+    tokenizer = origin.pop("tokenizer", None)
+    options = ",".join(f"{k}={v}" for k, v in origin.items() if isinstance(v, str | int | float))
+    name = getattr(task, "registered", None) or task.name
+    words = [*map(shlex.quote, data), f'--task "{name}{":" * bool(options)}{options}"']
+    words += [f"--validation {shlex.quote(path)}" for path in held_out]
+    words += [f"--tokenizer {shlex.quote(str(tokenizer))}"] if tokenizer else []
+    return " ".join(words)
+
+
+def _verdict(search: Search, rows: Sequence[Row], compared: Mapping[str, Row]) -> str:
+    winner, reference = rows[0], rows[-1]
+    column, metric = _COLUMN[search.settings.budget.unit], search.task.metric
+    share = winner[column] / reference[column]
+    told = (
+        f"{winner['plan']} of width {winner['network']['dim']} has {share:.0%} of the {_SAID[column]} of the reference"
+    )
+    beside = compared.get(REFERENCE)
+    if beside is None:
+        return f"{told}; there are no runs of both from scratch to compare."
+    own, others = (_mean([run["score"] for run in row["runs"] if not run["diverged"]]) for row in (winner, reference))
+    scores = f"{own:.4g} {metric} against {others:.4g}"
+    if beside["resolved"] is None:
+        return f"{told}: {scores}, which one seed cannot tell apart."
+    if abs(beside["mean"]) <= beside["resolved"]:
+        return (
+            f"{told} and is within the noise of it: {scores}; a difference of {beside['resolved']:.2g} could be told."
+        )
+    better = (beside["mean"] > 0) == search.task.higher_is_better
+    return f"{told} and is {'better' if better else 'worse'} than it: {scores}."
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _compared(rows: Sequence[Row]) -> dict[str, Row]:
+    """The first entrant's score minus each other's, paired over seeds and items; empty without runs."""
+    scores = {}
+    for row in rows:
+        runs = {run["seed"]: items_array(run["items"]) for run in row["runs"] if not run["diverged"]}
+        if runs:
+            scores[row["name"]] = Scores(runs)
+    first = rows[0]["name"]
+    if first not in scores or len(scores) < 2:
+        return {}
+    comparison, found = Comparison(scores), {}
+    for name in scores:
+        if name != first:
+            difference = comparison.difference(first, name)
+            finite = math.isfinite(difference.resolved)
+            found[name] = {
+                "mean": difference.mean,
+                "standard_error": difference.standard_error if finite else None,
+                "resolved": difference.resolved if finite else None,
+            }
+    return found
