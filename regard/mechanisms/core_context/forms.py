@@ -168,11 +168,7 @@ def chunked(
         q,
         state.keys,
         state.values,
-<<<<<<< HEAD
-        Ranks(tokens.places, opened, None, None, plain=False),
-=======
         Ranks(_places(call, k), opened, None, None, plain=False),
->>>>>>> wip-cores
         Visibility(causal=True),
     )
     return Result(_fused(gate, near, far).to(q.dtype), state)
