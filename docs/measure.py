@@ -43,12 +43,12 @@ from torch import Tensor
 import regard
 from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import Kind, Mechanism, Pattern, Shape, Unsupported
+from regard.measurement.memory import keep_freed_memory
 from regard.measurement.provenance import fingerprint
 from regard.measurement.store import Store
 from regard.reproductions import restore
 from regard.studies import get_study, list_studies, opened
 from regard.studies.framework.protocol import of_record
-from regard.measurement.memory import keep_freed_memory
 from regard.workbench.comparison.recommend import PUBLISHED
 from regard.workbench.profile import ProfileSettings, growth, profile
 from regard.workbench.verification.swap_hosts import HOSTS, hosts
