@@ -243,7 +243,7 @@ def _read_once(given: Tensor | None, bias: Tensor | None, mask: Tensor, sees: di
     asked = given._version, sees
     known = getattr(_CALL, "read", None)
     if known is not None and known[0]() is given and known[1] == asked:
-        return known[2]  # type: ignore[no-any-return]
+        return known[2]
     visible = read_mask(mask, **sees)
     if visible.bias is None:  # which would be kept as long as the thread
         _CALL.read = weakref.ref(given), asked, visible
