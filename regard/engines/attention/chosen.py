@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from regard.core.ragged import values_known
 from regard.core.visibility import Ranks, Visibility
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def attend_in_chosen(
     With options that differ from head to head, and where weights, their dropout or the log-sum-exp are asked for, all
     queries are computed and those that are not chosen hidden.
     """
-    if torch.compiler.is_compiling() or not _alike_in_all_heads(options):
+    if not (values_known(chosen) and _alike_in_all_heads(options)):
         output, weights, lse = attend(q, k, v, ranks, visibility=visibility, **options)
         hidden = ~chosen[..., None]
         return (

@@ -21,6 +21,7 @@ from regard.contract import (
     valid_from_lengths,
 )
 from regard.core.precision import wide
+from regard.core.ragged import values_known
 from regard.layers.attention import AttentionLayer, LayerState
 from regard.layers.base import Layer
 from regard.layers.linear import make_linear
@@ -67,7 +68,7 @@ class HeadRouter(Merge):
         if not whole or not self.config.gathers(q.shape[1], min(q.shape[2], keys), q.device.type):
             return heads, call
         # the gradient of a score that was not chosen asks for its head's output, and counts are no part of a graph
-        if (_straight_through(self.config) and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        if (_straight_through(self.config) and torch.is_grad_enabled()) or not values_known(q):
             return heads, call
         told = Result(q)
         gates = self.gates(heads, call, told)
