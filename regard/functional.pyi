@@ -2079,6 +2079,7 @@ def softmax_attention(
     k: Tensor,
     v: Tensor,
     sink: Tensor | None = ...,
+    chosen: Tensor | None = ...,
     *,
     pattern: str | Pattern = ...,
     mask: Mask | None = ...,

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from regard.contract import Call, Pattern, Result, State, Unsupported
-from regard.engines.attention import Ranks, Visibility, attention, ranks
+from regard.engines.attention import Ranks, Visibility, attend_in_chosen, attention, ranks
 from regard.engines.cache import KeyValueState, extend
 from regard.engines.paged_cache import PagedState
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
 
 def parallel(
@@ -55,9 +55,10 @@ def _attend_pages(
     sink: Float[Tensor, " h"] | None = None,
     stretch: tuple[float, float] | None = None,
     largest: int | None = None,
+    chosen: Bool[Tensor, "b h n"] | None = None,
 ) -> Result | None:
     """The call on a pool of pages, read where they lie; None where they must be gathered first."""
-    if not (stretch is largest is call.bias is call.position_bias is call.blocks is None):
+    if not (stretch is largest is chosen is call.bias is call.position_bias is call.blocks is None):
         return None
     if call.dropout or call.want or call.backend is not None:
         return None
@@ -80,9 +81,12 @@ def attend(
     v: Float[Tensor, "b g m v"],
     where: Ranks,
     state: State | None = None,
+    *,
+    chosen: Bool[Tensor, "b h n"] | None = None,
     **options: Any,
 ) -> Result:
-    """The output with the weights and the log-sum-exp that the call wants, and `state`."""
+    """The output with the weights and the log-sum-exp that the call wants, and `state`; 0 for queries that are not
+    `chosen`."""
     asked: dict[str, Any] = {
         "visibility": by_pattern(call),
         "scale": call.scale,
@@ -95,7 +99,10 @@ def attend(
         "want_lse": "lse" in call.want,
         "backend": call.backend,
     }
-    output, weights, lse = attention(q, k, v, where, **asked | options)
+    if chosen is None:
+        output, weights, lse = attention(q, k, v, where, **asked | options)
+    else:
+        output, weights, lse = attend_in_chosen(attention, q, k, v, where, chosen != 0, **asked | options)
     extras = {name: x for name, x in (("weights", weights), ("lse", lse)) if x is not None}
     return Result(output, state, extras=extras)
 

@@ -25,10 +25,12 @@ from regard.contract import (
     lengths_after,
 )
 from regard.core.ragged import Gathering, gathering, gathering_in_place, inner_mask
+from regard.integrations.collecting import is_collecting
 from regard.layers.attention import LayerState
 from regard.layers.feed_forward import dropout as drop
 from regard.layers.linear import make_linear
 from regard.layers.parts import LayerCall, Merge, Projection
+from regard.mechanisms.mixture_of_heads import cannot_gather
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -63,12 +65,8 @@ class Chosen:
         check_swappable(inner)
         config = inner.options(**options.pop("mechanism_options", {}))
         own = card.options(**options)
-        if getattr(own, "compute", "dense") != "dense":
-            raise Unsupported(
-                f"compute={own.compute!r} of {card.name} in the module of another library, which computes all heads",
-                supported='compute="dense"',
-                nearest="regard.models.LanguageModel",
-            )
+        if getattr(own, "compute", None) == "gather" and "chosen" not in inner.axes:
+            raise cannot_gather(inner.name)
         return cls(inner, config, card, own)
 
     @property
@@ -416,7 +414,9 @@ class HeadAttention(nn.Module):
             source = None if source is None else keys.gather(source, axis=1)
             context = context.replace(mask=mask) if together else context
         before = None if state is None else state.projection
-        call = LayerCall(x, source, context, queries.lengths, keys.lengths, before)
+        call = LayerCall(
+            x, source, context, queries.lengths, keys.lengths, before, keeps_losses=training or is_collecting()
+        )
         projected = None
         if self.projection is not None:
             heads, projected = self.projection(heads, call)
@@ -426,6 +426,8 @@ class HeadAttention(nn.Module):
                 beside["rotate"] = rotation.at
             else:
                 heads = rotation.heads(heads, keys)
+        if self.merge is not None and "chosen" in self.card.axes:
+            heads, call = self.merge.choose(heads, call)
         bias = None if visible.bias is None else visible.bias.expand(-1, -1, n, visible.bias.shape[-1])
         result = apply(
             self.card,

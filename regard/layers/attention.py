@@ -271,7 +271,8 @@ class AttentionLayer(Layer):
         )
         heads, projected, learned = self._project(heads, call, state)
         heads = self._rotate(heads, own.positions, None if other is None else other.positions)
-
+        if self.merge is not None and "chosen" in self.card.axes and self.mix is apply:
+            heads, call = self.merge.choose(heads, call)
         result = self.mix(
             self.card,
             heads,
@@ -306,7 +307,7 @@ class AttentionLayer(Layer):
         say what."""
         card, cross = self.card, self.pattern.cross
         by_query = {name for name, axes in card.axes.items() if "n" in axes and "m" not in axes}
-        keeps_pairs = card.state in (KeyValueState, WindowState) and card.uneven and by_query == {"q"}
+        keeps_pairs = card.state in (KeyValueState, WindowState) and card.uneven and by_query - {"chosen"} == {"q"}
         usual = type(self).forward is AttentionLayer.forward and self.mix is apply and self.query is not None
         plain = context.mask is context.roles is None and context.want <= {"state"}
         if not (keeps_pairs and usual and plain) or self.training or self.convolutions or (cross and state is None):

@@ -29,15 +29,19 @@ class CausalRows(nn.Conv2d):
         super().__init__(channels, channels, 3, padding=(0, 2), dilation=2)
 
     def advance(
-        self, x: Float[Tensor, "b c n w"], past: Float[Tensor, "b c 4 w"], lengths: Int[Tensor, " b"] | None
-    ) -> tuple[Float[Tensor, "b c n w"], Float[Tensor, "b c 4 w"]]:
-        """The rows after `past`, and what those that follow need; `lengths` rows are valid, all when None."""
-        n = x.shape[2]
-        x = torch.cat([past.to(x.dtype), x], 2)
+        self, x: Float[Tensor, "b n w c"], past: Float[Tensor, "b c 4 w"], lengths: Int[Tensor, " b"] | None
+    ) -> tuple[Float[Tensor, "b n w c"], Float[Tensor, "b c 4 w"]]:
+        """The rows after `past`, and what those that follow need; `lengths` rows are valid, all when None.
+
+        Channels come last: PyTorch's kernel for so few of them takes half the time then.
+        """
+        n = x.shape[1]
+        x = torch.cat([past.to(x.dtype).permute(0, 2, 3, 1), x], 1).permute(0, 3, 1, 2)
+        y = self(x).permute(0, 2, 3, 1)
         if lengths is None:
-            return self(x), x[:, :, n:]
+            return y, x[:, :, n:].contiguous()
         last = lengths[:, None] + torch.arange(self.PAST, device=x.device)
-        return self(x), x.gather(2, last[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+        return y, x.gather(2, last[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 class CausalMap(nn.Module):
@@ -63,16 +67,16 @@ class CausalMap(nn.Module):
         self, z: Float[Tensor, "b h n z"], lengths: Int[Tensor, " b"] | None, past: tuple[Tensor, ...]
     ) -> tuple[Float[Tensor, "b h n c"], tuple[Tensor, ...]]:
         """Scores, and the rows that the next queries need."""
-        x = self.expand(z).unflatten(-1, (self.CHANNELS, -1)).transpose(2, 3).flatten(1, 2)  # (b, 2 h, n, w)
-        x, rows = self.first_norm(x), []
+        x = self.first_norm(self.expand(z).unflatten(-1, (self.CHANNELS, -1)))  # (b, h, n, 2, w)
+        x, rows = x.permute(0, 2, 4, 1, 3).flatten(3), []  # (b, n, w, 2 h)
         for i, convolution in enumerate(self.convolutions):
             x, kept = convolution.advance(x, past[i], lengths)  # type: ignore[operator]
             x = x.relu()
             rows.append(kept)
         # the same beyond the edge, where the map is zero, as inside: averages of the bias are the bias
         assert self.merge.bias is not None
-        x = F.conv2d(x, self.merge.weight) @ self._stretched(x) + self.merge.bias[:, None, None]
-        return self.last_norm(x), tuple(rows)
+        x = F.linear(x, self.merge.weight.flatten(1)).permute(0, 3, 1, 2)  # (b, h, n, w)
+        return self.last_norm(x @ self._stretched(x) + self.merge.bias[:, None, None]), tuple(rows)
 
     def _stretched(self, x: Float[Tensor, "b h n w"]) -> Float[Tensor, "w c"]:
         """The share of each pixel of the small map in those of the large one: each is repeated, a zero is put on either side,

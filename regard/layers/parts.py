@@ -27,6 +27,8 @@ class LayerCall:
         lengths: valid tokens of each row of `x`; None when all are.
         memory_lengths: likewise of `memory`.
         state: the projection's own, after the tokens before; None at the start.
+        settled: what the merge has settled before the heads are computed; None where it does all of it afterwards.
+        keeps_losses: whether somebody takes losses of the result.
     """
 
     x: Float[Tensor, "b n c"] | None
@@ -35,6 +37,8 @@ class LayerCall:
     lengths: Int[Tensor, " b"] | None = None
     memory_lengths: Int[Tensor, " b"] | None = None
     state: Any = None
+    settled: Any = None
+    keeps_losses: bool = True
 
 
 class Projection(nn.Module):
@@ -81,6 +85,11 @@ class Merge(nn.Module):
 
     if TYPE_CHECKING:
         __call__: Callable[..., Tensor]
+
+    def choose(self, heads: Tensors, call: LayerCall) -> tuple[Tensors, LayerCall]:
+        """The inputs of a mechanism that takes ``chosen``, with it where some tokens need no more than some of the heads, and
+        the call with what is settled by that."""
+        return heads, call
 
     def forward(
         self, output: Float[Tensor, "b h n v"], heads: Tensors, call: LayerCall, result: Result

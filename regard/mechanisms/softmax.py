@@ -20,6 +20,7 @@ LSE is -inf.
 | c, softcap of the scores | `softcap` |
 | a, logit of an attention sink | `sink`; a layer has it with `learn_sink` |
 | (left, right) of a sliding window | `window` |
+| queries that are computed in each head, 0 elsewhere (a mixture of heads) | `chosen`, boolean |
 | block mask (block-sparse FlashAttention, section 3.3) | `mask.blocks`; patterns in `regard.engines.block_patterns` |
 | LSE | `extras["lse"]` with `want={"lse"}`: (B, H, N), in at least float32, of the keys alone without the sink |
 
@@ -30,6 +31,8 @@ Deviations: the paper applies the block mask only without causality; here both c
 that the mask hides; torch computes and hides them, in the tiles of PyTorch's `scaled_dot_product_attention`, or in
 blocks of queries for a softcap, LSE, weights and dropout on a CPU or with a generator, with memory still linear in N.
 Windows do not trim the cache of keys (`local` does). Gradients of gradients are not promised: the kernels refuse them.
+Queries that are not `chosen` cost nothing where no bias, block mask, sink or dropout differs from head to head, and no
+weights are wanted; a program that is compiled computes and hides them.
 How many numbers tiles and stored scores move between slow and fast memory: :func:`regard.measurement.memory_traffic.io_count`.
 """
 
@@ -65,7 +68,7 @@ from regard.engines.cache import KeyValueState, absorb
 from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
 
 @dataclass(frozen=True)
@@ -100,11 +103,13 @@ def reference(
     k: Float[Tensor, "b g m d"],
     v: Float[Tensor, "b g m v"],
     sink: Float[Tensor, " h"] | None = None,
+    chosen: Bool[Tensor, "b h n"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
     """The definition, with the whole weight matrix."""
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     visible, bias = masked_scores_bias(where, _visibility(call), call.bias, call.position_bias, call.blocks, q.dtype)
-    return attention_reference(q, k, v, visible, partial(sink_weights, sink), call.scale, bias, call.config.softcap)
+    o = attention_reference(q, k, v, visible, partial(sink_weights, sink), call.scale, bias, call.config.softcap)
+    return o if chosen is None else torch.where(chosen[..., None] != 0, o, 0)
 
 
 def sink_weights(sink: Float[Tensor, " h"] | None, scores: Float[Tensor, "b h n m"]) -> Float[Tensor, "b h n m"]:
@@ -121,9 +126,10 @@ def parallel(
     k: Float[Tensor, "b g m d"],
     v: Float[Tensor, "b g m v"],
     sink: Float[Tensor, " h"] | None = None,
+    chosen: Bool[Tensor, "b h n"] | None = None,
 ) -> Result:
     """Block by block, without an N x M matrix: O(N M) time, O(N) memory."""
-    return attention_forms.parallel(call, q, k, v, **_options(call, sink))
+    return attention_forms.parallel(call, q, k, v, **_options(call, sink, chosen))
 
 
 def chunked(
@@ -132,18 +138,24 @@ def chunked(
     k: Float[Tensor, "b g m d"],
     v: Float[Tensor, "b g m v"],
     sink: Float[Tensor, " h"] | None = None,
+    chosen: Bool[Tensor, "b h n"] | None = None,
 ) -> Result:
     """Continue a cached sequence by any number of tokens; also the step."""
-    return attention_forms.chunked(call, q, k, v, **_options(call, sink))
+    return attention_forms.chunked(call, q, k, v, **_options(call, sink, chosen))
 
 
-def read(call: Call, q: Float[Tensor, "b h n d"], sink: Float[Tensor, " h"] | None = None) -> Result:
+def read(
+    call: Call,
+    q: Float[Tensor, "b h n d"],
+    sink: Float[Tensor, " h"] | None = None,
+    chosen: Bool[Tensor, "b h n"] | None = None,
+) -> Result:
     """Queries on absorbed memory."""
-    return attention_forms.read(call, q, **_options(call, sink))
+    return attention_forms.read(call, q, **_options(call, sink, chosen))
 
 
-def _options(call: Call, sink: Tensor | None) -> dict[str, Any]:
-    return {"visibility": _visibility(call), "softcap": call.config.softcap, "sink": sink}
+def _options(call: Call, sink: Tensor | None, chosen: Tensor | None) -> dict[str, Any]:
+    return {"visibility": _visibility(call), "softcap": call.config.softcap, "sink": sink, "chosen": chosen}
 
 
 def _visibility(call: Call) -> Visibility:
@@ -196,7 +208,7 @@ MECHANISM = Mechanism(
     kind=Kind.ATTENTION,
     summary="Every query looks at every key; weights are positive and sum to one.",
     paper=Paper("FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness", "2205.14135", 2022, 11),
-    inputs={"q": "bhnd", "k": "bgmd", "v": "bgmv", "sink?": "h"},
+    inputs={"q": "bhnd", "k": "bgmd", "v": "bgmv", "sink?": "h", "chosen?": "bhn"},
     patterns=ALL_PATTERNS,
     forms={
         "reference": reference,

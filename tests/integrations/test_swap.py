@@ -273,7 +273,7 @@ REFUSED = [
     ("landmark", {}, "inserts tokens"),
     ("low_rank_pooling", {}, "is a pooling"),
     ({"*": ("mixture_of_heads", {"mechanism": "aaren"})}, {}, "learns its own query"),
-    ("mixture_of_heads", {"compute": "gather"}, "computes all heads"),
+    ({"*": ("mixture_of_heads", {"compute": "gather", "mechanism": "linear"})}, {}, 'compute="gather" with linear'),
     ("mixture_of_heads", {"active_heads": 9}, "active_heads=9 of 3 routed heads"),
     ("softmx", {}, "did you mean|try softmax"),
     ("local", {"widow": 3}, "option 'widow'"),

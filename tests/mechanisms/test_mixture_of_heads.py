@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from regard import Context, Mask, Unsupported, backends, create_layer
 from regard.contract import ALL_PATTERNS, Pattern
 from regard.engines import attention_forms
-from regard.layers import chosen_heads
 from regard.mechanisms.mixture_of_heads import MECHANISM, head_usage, usage_entropy
 from regard.models import LanguageModel, LanguageModelConfig, count_parameters, from_pretrained, save_pretrained
 from regard.training import head_importance, mix_heads
@@ -317,7 +316,9 @@ def dense_and_gathered(**options: Any) -> tuple[nn.Module, nn.Module]:
         {"shared_heads": (2, 7), "active_heads": 2, "num_kv_heads": 2, "positions": "rotary"},
         {"gates": "binary", "active_heads": 6},
         {"router": "query_norm"},
-        {"mechanism_options": {"query_key_norm": "rms", "bias": True}},
+        {"mechanism_options": {"query_key_norm": "rms", "bias": True, "output_gate": "swish"}},
+        {"positions": "alibi", "mechanism_options": {"linear": "token_parameter"}},
+        {"gates": "binary", "mechanism_options": {"softcap": 5.0, "short_convolution": 3, "learn_sink": True}},
     ],
     ids=str,
 )
@@ -353,32 +354,44 @@ def test_gathered_heads_do_the_work_of_the_chosen_ones_alone(monkeypatch):
     """A query has no scores in a head that it has not chosen; projections and routers are as before."""
     heads, width, n, dim = 8, 4, 64, 32
     count = lambda q, k, *rest, **options: q.shape[1] * q.shape[2] * k.shape[2]  # noqa: E731
-    pairs = [watched(monkeypatch, module, "attention", count) for module in (attention_forms, chosen_heads)]
+    pairs = watched(monkeypatch, attention_forms, "attention", count)
     other = 2 * n * dim * (7 + 2 + 2 * heads * width)  # routers, keys and values
     queries = {}
     for compute in ("dense", "gather"):
         options = {"shared_heads": 1, "active_heads": 2, "head_dim": width, "compute": compute}
         layer = create_layer("moh", dim, heads, pattern="noncausal-self", **options)
-        for seen in pairs:
-            seen.clear()
+        pairs.clear()
         with torch.no_grad(), backends.only("torch"), FlopCounterMode(display=False) as counter:
             layer(torch.randn(1, n, dim))
-        queries[compute] = sum(map(sum, pairs)) / n**2, (counter.get_total_flops() - other) / (2 * n * dim * width)
+        queries[compute] = sum(pairs) / n**2, (counter.get_total_flops() - other) / (2 * n * dim * width)
     assert queries == {"dense": (heads, 2 * heads), "gather": (3, 2 * heads)}
 
 
-OF_THE_SHELL = [{"softcap": 5.0}, {"output_gate": "swish"}, {"linear": "token_parameter"}, {"short_convolution": 3}]
-UNCHOOSABLE = [{"mechanism": "linear"}, {"positions": "alibi"}, {"dropout": 0.1}]
+@pytest.mark.parametrize("mechanism", ["linear", "gated_softmax"])
+def test_heads_of_a_mechanism_that_reads_all_tokens_at_once_are_not_gathered(mechanism):
+    refused('try compute="auto"', make_layer, compute="gather", mechanism=mechanism)
+    make_layer(mechanism=mechanism)
 
 
-@pytest.mark.parametrize("options", UNCHOOSABLE + [{"mechanism_options": options} for options in OF_THE_SHELL], ids=str)
-def test_what_cannot_be_gathered_is_refused(options):
-    refused('try compute="dense"', make_layer, compute="gather", **options)
+@pytest.mark.parametrize("bias", [False, True])
+def test_gathered_heads_go_on_from_a_state_and_take_a_bias(bias):
+    dense, gathered = dense_and_gathered(shared_heads=1, active_heads=3, num_kv_heads=4, positions="rotary")
+    x, keeps = tokens(11, batch=2), WANT_GATES | {"state"}
+    given = torch.randn(1, 8, 5, 11).double() if bias else None
+    for layer in (dense, gathered):
+        layer.before = layer(x[:, :6], context=Context(want=keeps)).state
+    after = Context(mask=Mask(bias=given), want=keeps)
+    found, expected = (layer(x[:, 6:], context=after, state=layer.before) for layer in (gathered, dense))
+    close(found.output, expected.output)
+    close(found.state.mechanism.k, expected.state.mechanism.k)
 
 
-def test_a_bias_cannot_be_gathered():
-    mask = Mask(bias=torch.zeros(1, 1, 5, 5).double())
-    refused("bias", make_layer(compute="gather"), tokens(5), context=Context(mask=mask))
+def test_auto_gathers_where_it_pays():
+    config = MECHANISM.options(shared_heads=4, active_heads=3)
+    assert not config.gathers(9, 1000) and config.gathers(9, 1200) and not config.gathers(9, 1200, "cuda")
+    half = MECHANISM.options(shared_heads=4, active_heads=1)
+    assert half.gathers(9, 600) and not half.gathers(9, 500)
+    assert not MECHANISM.options(shared_heads=9, active_heads=0).gathers(9, 9999)
 
 
 # from trained heads

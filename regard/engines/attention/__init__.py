@@ -13,6 +13,7 @@ from regard.contract import BlockMask, Cost, Shape
 from regard.core.ragged import check_pairs
 from regard.core.visibility import CountedRanks, PositionBias, Ranks, Visibility, masked_scores_bias, ranks
 from regard.engines.attention import native_form, torch_form
+from regard.engines.attention.chosen import attend_in_chosen
 from regard.engines.attention.problem import RULES, Problem
 from regard.engines.attention.torch_form import only_largest
 
@@ -192,6 +193,7 @@ __all__ = [
     "Problem",
     "Ranks",
     "Visibility",
+    "attend_in_chosen",
     "attention",
     "attention_cost",
     "attention_reference",

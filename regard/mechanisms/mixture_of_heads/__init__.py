@@ -1,7 +1,7 @@
 r"""Mixture of heads (MoH): each token keeps a few of the attention heads, chosen and weighted by routers.
 
-When to pick it: attention whose heads should specialise; a trained model that is to use fewer heads a token; with
-`compute="gather"` long sequences read whole, of which a query is computed only in the heads that its token chose.
+When to pick it: attention whose heads should specialise; a trained model that is to use fewer heads a token; long sequences
+read whole, of which a query is computed only in the heads that its token chose.
 When not: for memory, or for time in decoding, which computes and caches all heads, since a later token may choose any.
 
 Definition (Jin et al., arXiv 2410.11842), for the head outputs o_i of a token x, H heads of which the first h_s are shared
@@ -24,12 +24,15 @@ no W_s; without shared heads, or without routed ones, there is no W_0. Ties in a
 `router="query_norm"` (continued training of a dense model) has no parameters: the score of a routed head is the norm of its
 query over the (unbiased) standard deviation of the routed heads' norms, and the gates are 0 or 1, so the head outputs keep
 their scale; p gets its gradient as if the gates were p (straight-through).
-`compute="gather"`, of a layer of softmax attention, takes for each routed head the tokens that chose it as queries: scores and
-weights of no others are computed. Keys and values are of all tokens, since any may be read, and the projections of all heads
-are one product each, which takes less time than one for each head. It is the same function; with a state, for wanted weights, and for straight-through gates in training
-(whose gradient asks for the heads that were not chosen) all heads are computed as usual. Saved are 1 - (h_s + k) / H of the
-scores; within a batch a head's scores are padded to the row of most tokens.
-It pays from about 1000 tokens on with 2 shared and 4 of 14 routed heads of 32; `benchmarks/mixture_of_heads.py` measures it.
+Where softmax reads many tokens at once, a query is computed in the heads that its token chose alone, in layers and in swapped
+models: the heads that share keys are read together, so that scores and weights of no others are computed. Keys and values are of
+all tokens, since any may be read, and the projections of all heads are one product each: a large one takes less time than small
+ones of tokens that have to be gathered first, and query norms ask for all queries. It is the same function; all heads are computed
+for a single token (those that share keys read them once, whoever asks), for wanted weights, in a compiled program, and for
+straight-through gates in training (whose gradient asks for the heads that were not chosen). Saved are 1 - (h_s + k) / H of the
+scores; within a batch a head's scores are padded to the row of most tokens. `compute="auto"` gathers on a CPU where a query is
+spared 256 keys or more on average: from about 1,000 tokens with 75 % of the heads, from 500 with 50 %;
+`benchmarks/mixture_of_heads.py` measures it.
 `want={"gates"}` gives (B, N, H) on right-padded tokens in `extras["gates"]`; see `head_usage`.
 Deviations: L_b is returned in evaluation too, and is of the local batch when training is distributed. The standard deviation
 is at least eps. `rescale_gates=False` leaves out the factors 2, h_s, k and the division by the sum over T: plain softmax
@@ -58,7 +61,7 @@ from regard.contract import (
 from regard.layers.attention import LayerState
 from regard.mechanisms.mixture_of_heads.definition import GATES, ROUTERS, Config, reference
 from regard.mechanisms.mixture_of_heads.forms import gates_of, parallel
-from regard.mechanisms.mixture_of_heads.layer import HeadRouter, MixtureOfHeads
+from regard.mechanisms.mixture_of_heads.layer import HeadRouter, MixtureOfHeads, cannot_gather
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -107,7 +110,7 @@ def cost(shape: Shape, config: Config) -> Cost:
     heads = shape.batch * shape.heads
     width = shape.dim_key + shape.dim_value
     used = 1.0
-    if config.compute == "gather":
+    if config.gathers(shape.heads, min(shape.n, shape.m)):
         shared, _, active = config.groups(shape.heads)
         used = (shared + active) / shape.heads
     return Cost(
@@ -171,6 +174,7 @@ __all__ = [
     "Config",
     "HeadRouter",
     "MixtureOfHeads",
+    "cannot_gather",
     "cost",
     "gates_of",
     "head_usage",

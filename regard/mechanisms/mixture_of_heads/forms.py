@@ -34,7 +34,13 @@ def parallel(
 
 
 def gates_of(
-    call: Call, heads: int, logits: Mapping[str, Tensor | None], tokens: Float[Tensor, "b n c"], result: Result
+    call: Call,
+    heads: int,
+    logits: Mapping[str, Tensor | None],
+    tokens: Float[Tensor, "b n c"],
+    result: Result,
+    *,
+    keeps_losses: bool = True,
 ) -> Float[Tensor, "b n h"]:
     """Gates of all heads in at least float32, 0 where one is not active; losses and wanted gates are added to `result`.
 
@@ -42,6 +48,8 @@ def gates_of(
         heads: H.
         logits: of the routers, by name.
         tokens: for their number, dtype and device.
+        keeps_losses: whether losses are wanted; without them gates of 0 and 1 that nobody differentiates take a comparison
+            of the scores and no more.
     """
     config: Config = call.config
     batch, n, _ = tokens.shape
@@ -56,8 +64,12 @@ def gates_of(
         parts.append(
             always if shared is None else (h_s if rescale else 1) * (call.scale * shared.to(dtype)).softmax(-1)
         )
-    scores = prepare_logits(call, routed)
-    if scores is not None:
+    differentiated = _straight_through(config) and torch.is_grad_enabled()
+    if routed is not None and not (
+        keeps_losses or config.weighted or differentiated or (config.noise and call.training)
+    ):
+        parts.append(_top(routed, k).to(dtype))
+    elif (scores := prepare_logits(call, routed)) is not None:
         p = scores.softmax(-1)
         active = _top(scores, k)
         parts.append(_routed_gates(config, p, active, k))

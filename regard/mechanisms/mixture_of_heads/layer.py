@@ -18,19 +18,28 @@ from regard.contract import (
     Result,
     Tensors,
     Unsupported,
+    valid_from_lengths,
 )
 from regard.core.precision import wide
+from regard.core.ragged import values_known
 from regard.layers.attention import AttentionLayer, LayerState
 from regard.layers.base import Layer
-from regard.layers.checks import given_context
-from regard.layers.chosen_heads import attend_in_chosen_heads, check_choosable
 from regard.layers.linear import make_linear
 from regard.layers.parts import LayerCall, Merge
 from regard.mechanisms.mixture_of_heads.definition import Config, _straight_through
 from regard.mechanisms.mixture_of_heads.forms import gates_of
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
+
+
+def cannot_gather(mechanism: str) -> Unsupported:
+    """The refusal of ``gather`` around a mechanism whose heads cannot be computed for some of the tokens alone."""
+    return Unsupported(
+        f'compute="gather" with {mechanism}',
+        supported="mechanisms with the input chosen, as softmax",
+        nearest='compute="auto", which computes all heads there',
+    )
 
 
 class HeadRouter(Merge):
@@ -51,42 +60,66 @@ class HeadRouter(Merge):
             logits = {}
         self.logits = nn.ModuleDict({name: make_linear(spec.dim, width) for name, width in logits.items()})
 
+    def choose(self, heads: Tensors, call: LayerCall) -> tuple[Tensors, LayerCall]:
+        """Settle the gates before the heads are computed, where heads with gates of 0 need not be."""
+        q = heads["q"]
+        keys = heads["k"].shape[2] if "k" in heads else q.shape[2]
+        whole = q.shape[2] > 1 and call.context.want <= {"gates", "state"} and self.inner is None
+        if not whole or not self.config.gathers(q.shape[1], min(q.shape[2], keys), q.device.type):
+            return heads, call
+        # the gradient of a score that was not chosen asks for its head's output, and counts are no part of a graph
+        if (_straight_through(self.config) and torch.is_grad_enabled()) or not values_known(q):
+            return heads, call
+        told = Result(q)
+        gates = self.gates(heads, call, told)
+        chosen = gates.transpose(1, 2) != 0
+        if call.lengths is not None:
+            chosen = chosen & valid_from_lengths(call.lengths, q.shape[2])[:, None]
+        return heads | {"chosen": chosen}, dataclasses.replace(call, settled=(gates, told))
+
     def forward(
         self, output: Float[Tensor, "b h n v"], heads: Tensors, call: LayerCall, result: Result
     ) -> Float[Tensor, "b h n v"]:
         """Gate the head outputs; losses and wanted gates are added to `result`."""
         if self.inner is not None:
             output = self.inner(output, heads, call, result)
-        assert call.x is not None  # outputs are those of tokens
-        gates = self.gates(heads.get("q"), output.shape[1], call.x, call.context, call.lengths, result)
+        if call.settled is None:
+            gates = self.gates(heads, call, result, output.shape[1])
+        else:
+            gates, told = call.settled
+            result.losses |= told.losses
+            result.extras |= told.extras
+            if not self.config.weighted:  # gates of 1 where heads were computed
+                return output
         return (output.to(gates.dtype) * gates.transpose(1, 2)[..., None]).to(output.dtype)
 
     def gates(
-        self,
-        q: Float[Tensor, "b h n d"] | None,
-        heads: int,
-        x: Float[Tensor, "b n c"],
-        context: Context,
-        lengths: Int[Tensor, " b"] | None,
-        result: Result,
+        self, heads: Tensors, call: LayerCall, result: Result, count: int | None = None
     ) -> Float[Tensor, "b n h"]:
-        """See :func:`gates_of`; `q` is asked for by query norms alone."""
+        """See :func:`gates_of`.
+
+        Args:
+            count: of the heads; that of the queries when None, which query norms ask for anyway.
+        """
+        x = call.x
+        assert x is not None  # outputs are those of tokens
         logits: dict[str, Tensor | None] = {name: module(x) for name, module in self.logits.items()}
         if self.config.router == "query_norm" and self.routed:
-            assert q is not None
-            q = q[:, self.routed]
-            q = wide(q)
+            first, last = self.routed[0], self.routed[-1] + 1
+            together = last - first == len(self.routed)
+            q = wide(heads["q"][:, first:last] if together else heads["q"][:, self.routed])
             smallest = torch.finfo(q.dtype).tiny  # the norm of a zero query, in padding, has no gradient
             logits["routed"] = q.square().sum(-1).clamp(min=smallest).sqrt().transpose(1, 2)
-        call = Call(
+        own = Call(
             self.pattern,
             self.config,
-            lengths=lengths,
-            generator=context.generator,
+            lengths=call.lengths,
+            generator=call.context.generator,
             training=self.training,
-            want=context.want,
+            want=call.context.want,
         )
-        return gates_of(call, heads, logits, x, result)
+        count = heads["q"].shape[1] if count is None else count
+        return gates_of(own, count, logits, x, result, keeps_losses=call.keeps_losses)
 
 
 class MixtureOfHeads(Layer):
@@ -148,8 +181,8 @@ class MixtureOfHeads(Layer):
                 supported='router="input"',
                 nearest='router="input"',
             )
-        if self.config.compute == "gather":
-            check_choosable(attention)
+        if self.config.compute == "gather" and "chosen" not in attention.card.axes:
+            raise cannot_gather(mechanism)
         attention.merge = HeadRouter(dataclasses.replace(attention.spec, config=self.config), attention.merge)
         self.attention = attention
 
@@ -162,19 +195,7 @@ class MixtureOfHeads(Layer):
         state: LayerState | None = None,
     ) -> Result:
         """As :meth:`regard.layers.attention.AttentionLayer.forward`; the result has the loss ``load_balance``."""
-        context = given_context(context)
-        gathers = self.config.compute == "gather" and state is None and context.want <= {"gates"}
-        if _straight_through(self.config) and torch.is_grad_enabled():
-            gathers = False  # the gradient of a score that was not chosen asks for its head's output
-        if not gathers:
-            return self.attention(x, memory, context=context, state=state)
-        router: HeadRouter = self.attention.merge  # type: ignore[assignment]
-
-        def gates_of(q: Tensor | None, x: Tensor, lengths: Tensor | None, result: Result) -> Tensor:
-            return router.gates(q, self.attention.num_heads, x, context, lengths, result)
-
-        by_query = self.config.router == "query_norm" and bool(router.routed)
-        return attend_in_chosen_heads(self.attention, x, memory, context, gates_of, needs_queries=by_query)
+        return self.attention(x, memory, context=context, state=state)
 
     def step(
         self, x_t: Float[Tensor, "b c"], state: LayerState | None = None

@@ -206,14 +206,15 @@ class Estimator(Projection):
     ) -> tuple[Float[Tensor, "b h n r"], Float[Tensor, "b h n d+v"], Int[Tensor, "#b n"]]:
         """Keys before their feature map, values beside the learned codes of their positions, and the positions."""
         assert self.positions is not None
-        k, v = (wide(self._repeat(heads[name])) for name in ("k", "v"))
+        k, v = (wide(heads[name]) for name in ("k", "v"))  # repeated for the heads that share them only when mapped
         places = torch.arange(k.shape[2], device=k.device)[None]
         if state is not None:
             places = state.length[:, None] + places
         table = self.positions.to(v.dtype)
         codes = table[places.clamp(max=table.shape[0] - 1)][:, None]
         values = torch.cat([codes.expand(*v.shape[:3], -1), v], -1)
-        return self._project(k, features, self._turn(places, table.shape[0], k.dtype)), values, places
+        k = self._project(k, features, self._turn(places, table.shape[0], k.dtype))
+        return self._repeat(k), self._repeat(values), places
 
     def _after(self, heads: Tensors, lengths: Tensor | None, state: EstimatorState | None) -> Int[Tensor, " b"]:
         """Keys of each row with those of this call; refused beyond the table of positions."""
