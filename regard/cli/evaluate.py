@@ -86,6 +86,8 @@ def evaluate(
     chosen = task if own or data else None
     found = trained.score(chosen, device=device, model=model)
     baseline, figures = task.baseline, figures_of(found)
+    if baseline is not None and chosen is None:
+        baseline = baseline.after(trained.chosen_by)
     result = {
         "folder": str(folder),
         "task": task.name,

@@ -3,7 +3,8 @@
 A program has PyTorch's operators alone, none of the native kernels, and takes and returns what the module does: a
 :class:`regard.Result`, and states where they are given. Plain `torch.export.export` works on every module too (on recurrences
 within ``torch.no_grad()``, else they are refused); what :func:`export` adds is that every axis of tokens, those of a state's
-caches among them, may have any length, and a reason where a mechanism has no such program.
+caches among them, may have any length, and a reason where a mechanism has no such program. Networks for images have programs
+for images of one size and batches of any.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from regard.contract import Context, Mask, Mechanism, State, Unsupported
+from regard.models.vision import Backbone
+from regard.models.vision.segmentation import Segmenter
 
 PACKAGES = ("onnx", "onnxscript")
 
@@ -36,7 +39,8 @@ def export(
 
     Args:
         module: in evaluation mode.
-        inputs: examples of its sequences: (B, N, C), of language models ids (B, N). The program is for B of them.
+        inputs: examples of its sequences: (B, N, C), of language models ids (B, N). The program is for B of them. Of a
+            backbone or a network that segments, images (B, C, H, W) or volumes; the program is for any number of that size.
         context: of the call. Its tensors are inputs of the program; all else (`want`, `grid`) is fixed.
         state: to continue from. The program takes states after any number of tokens.
         lengths: whether sequences may have any length but 1; an example of one token makes a program for one token.
@@ -51,8 +55,9 @@ def export(
         )
     given: dict[str, Any] = {}
     longer: dict[str, Any] = {}
-    free = lengths and (context is None or context.grid is None)
-    if free:
+    images = isinstance(module, Backbone | Segmenter)
+    free = lengths and (images or context is None or context.grid is None)
+    if free and not images:
         refuse_waived(module, "layer_lengths", "a program for every length", "lengths=False")
     with torch.no_grad(), without_warnings():
         if context is not None:
@@ -60,7 +65,10 @@ def export(
         if state is not None:
             given["state"] = state
             longer["state"] = module(*inputs, **given).state if free else state
-        shapes = _differing(module, inputs, given, tuple(_longer(x) for x in inputs), longer) if free else None
+        more = tuple(map(_longer, inputs))
+        if images and free:  # a batch of one would be the only one that the program takes
+            inputs, more = tuple(torch.cat([x, x]) for x in inputs), tuple(torch.cat([x, x, x]) for x in inputs)
+        shapes = _differing(module, inputs, given, more, longer) if free else None
         # a view would bring its base into the program
         inputs, given = pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), (inputs, given))
         return torch.export.export(module, inputs, given, dynamic_shapes=shapes, strict=False)

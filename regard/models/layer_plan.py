@@ -31,6 +31,8 @@ def read_plan(plan: str | Sequence[Any], num_layers: int | None) -> Plan:
         variant = read_variant(plan)
         repeated = 4 if len(variant.layers) == 1 else len(variant.layers)
         entries = list(variant.plan(repeated if num_layers is None else num_layers))
+    elif not isinstance(plan, Sequence):
+        raise Unsupported(f"plan={plan!r}", supported="a mechanism, or a list with one (and options) for each layer")
     else:
         entries = [
             part for entry in plan for part in (read_variant(entry).layers if isinstance(entry, str) else [entry])

@@ -93,6 +93,10 @@ class Baseline:
         total, weight = self.items.sum(0)
         return float(total / weight)
 
+    def after(self, items: int) -> Baseline:
+        """The rule on all held-out items but the first so many, which something was chosen by."""
+        return Baseline(self.name, self.items[items:])
+
     @classmethod
     def of(cls, name: str, task: Task, predict: Callable[[Batch], Tensor]) -> Baseline:
         """The score of a rule that gives for a batch what a model of `task` would."""

@@ -8,10 +8,13 @@ import logging
 import onnxruntime
 import pytest
 import torch
+from support import close
 
 from regard import Context, Mask, Unsupported, create_layer, get_mechanism, list_mechanisms
 from regard.integrations.export import export, export_onnx
 from regard.models import LanguageModel, LanguageModelConfig
+from regard.models.vision import create_backbone
+from regard.models.vision.segmentation import create_segmenter
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # PyTorch's own code
 STATE = frozenset({"state"})
@@ -112,3 +115,24 @@ def test_a_plain_layer_drops_nothing():
     with pytest.raises(Unsupported, match="load_balance"):
         gated(torch.randn(2, 9, 16))
     assert gated.eval()(torch.randn(2, 9, 16)).shape == (2, 9, 16)
+
+
+@pytest.mark.parametrize("image", [torch.randn(1, 3, 16, 16), torch.randn(3, 3, 16, 16)], ids=["one", "three"])
+def test_a_program_of_a_backbone_takes_batches_of_any_size(image):
+    model = create_backbone("vit_nano", image_size=16, num_classes=4, dim=8, num_layers=1, num_heads=2).eval()
+    program = export(model, image).module()
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, 16, 16)
+        torch.testing.assert_close(program(images), model(images))
+    with pytest.raises(Exception, match=r"size\(\)\[2\] == 16"):
+        program(torch.randn(1, 3, 32, 32))
+
+
+def test_onnx_runtime_segments_as_the_network_does():
+    model = create_segmenter("unet_nano", widths=(4, 8)).eval()
+    program = export_onnx(model, torch.randn(1, 1, 16, 16), optimize=False)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    images = torch.randn(3, 1, 16, 16)
+    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        close(torch.from_numpy(found), model(images), 1e-4)

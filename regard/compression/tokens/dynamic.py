@@ -29,7 +29,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ from regard.core.precision import wide
 from regard.layers.attention import AttentionLayer
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
+from regard.models.vision.released import weights_of
 from regard.models.vision.vit import VisionBlock, VisionTransformer
 
 if TYPE_CHECKING:
@@ -204,14 +205,14 @@ class DynamicTransformer(nn.Module):
         features = self.model.norm(x)
         return Pruned(self.model.forward_head(features), features[:, 1:], decisions)
 
-    def load_released(self, state: Mapping[str, Tensor]) -> None:
+    def load_released(self, checkpoint: Mapping[str, Any]) -> None:
         """Load weights of the official repository's `VisionTransformerDiffPruning`, all of them and nothing else.
 
         Raises:
             Unsupported: where names or shapes do not fit; nothing is changed then.
         """
         found, backbone = {}, {}
-        for name, value in state.items():
+        for name, value in weights_of(checkpoint).items():
             if not name.startswith("score_predictor."):
                 backbone[name] = value
                 continue

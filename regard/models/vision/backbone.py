@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.contract import Result, Unsupported, at_least
+from regard.contract.types import types_of
 from regard.layers.linear import make_linear
+from regard.models.vision.released import load_released
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -43,6 +45,7 @@ class BackboneConfig:
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         size = (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
         if len(size) != 2 or not all(isinstance(side, int) and side >= 1 for side in size):
             raise Unsupported(f"image_size={self.image_size!r}", supported="a side in pixels, or (height, width)")
@@ -54,6 +57,25 @@ class BackboneConfig:
     def size(self) -> tuple[int, int]:
         """Height and width."""
         return self.image_size  # type: ignore[return-value]
+
+
+def check_types(config: Any) -> None:
+    """Raise Unsupported for an option of another type than its config says, or a dropout that is no probability."""
+    kind: Any = type(config)
+    types_of(kind).check(f"a {kind.__name__}", vars(config))
+    for name, value in vars(config).items():
+        if name.endswith("dropout") and not 0 <= value <= 1:
+            raise Unsupported(f"{name}={value}", supported="probabilities from 0 to 1")
+
+
+def check_stages(config: Any, *names: str, least: int = 1) -> None:
+    """Raise Unsupported for options that have not a number for each of the config's `widths`, `least` or more."""
+    at_least("the stages in widths", len(config.widths), 1)
+    for name in names:
+        numbers = getattr(config, name)
+        if len(numbers) != len(config.widths):
+            raise Unsupported(f"{name}={numbers} of {len(config.widths)} stages", supported="a number for each stage")
+        at_least(f"the least of {name}", min(numbers), least)
 
 
 @dataclass(frozen=True)
@@ -114,28 +136,17 @@ class Backbone(nn.Module):
         """Weights of the official repository, or of timm, under the names here; those here stay as they are."""
         return dict(state)
 
-    def load_released(self, state: Mapping[str, Tensor]) -> None:
+    def load_released(self, checkpoint: Mapping[str, Any]) -> None:
         """Load weights of the official repository, of timm, or of this class, all of them and nothing else.
 
+        Args:
+            checkpoint: a state dict, or a checkpoint with one among its entries. What `DistributedDataParallel`,
+                `torch.compile` or Lightning put before all names is left out.
+
         Raises:
-            Unsupported: where names or shapes do not fit; nothing is changed then.
+            Unsupported: where names or shapes do not fit, or there are several state dicts; nothing is changed then.
         """
-        translated = self.translate(state, self.config)
-        own = self.state_dict()
-        missing, unknown = own.keys() - translated.keys(), translated.keys() - own.keys()
-        shapes = [
-            f"{name} {tuple(translated[name].shape)} instead of {tuple(own[name].shape)}"
-            for name in own.keys() & translated.keys()
-            if own[name].shape != translated[name].shape
-        ]
-        wrong = [f"without {name}" for name in sorted(missing)] + [f"with {name}" for name in sorted(unknown)]
-        if wrong or shapes:
-            found = "; ".join([*wrong, *sorted(shapes)][:3])
-            raise Unsupported(
-                f"weights {found} for this {type(self).__name__}",
-                supported="the weights of a model of the same size, classes and channels",
-            )
-        self.load_state_dict(translated)
+        load_released(self, checkpoint)
 
     def forward_features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b ..."]:
         """Features before the pool."""

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from regard.contract import Context, Unsupported, one_of
+from regard.contract import Context, Unsupported, at_least, one_of
 from regard.create import create_layer
 from regard.layers.drop_path import DropPath, drop_path_rates
 from regard.layers.feed_forward import MLP
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
-from regard.models.vision.backbone import BackboneConfig, Level, Pyramid, map_of, tokens_of
+from regard.models.vision.backbone import BackboneConfig, Level, Pyramid, check_stages, map_of, tokens_of
 from regard.models.vision.patch_tokens import initialise_linear
 
 if TYPE_CHECKING:
@@ -62,11 +62,9 @@ class BiFormerConfig(BackboneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("layout", self.layout, ("biformer", "swin"))
-        if not len(self.widths) == len(self.depths) == len(self.top):
-            raise Unsupported(
-                f"{len(self.widths)} widths, {len(self.depths)} depths and {len(self.top)} top",
-                supported="one of each for a stage",
-            )
+        check_stages(self, "widths", "depths")
+        check_stages(self, "top", least=0)
+        at_least("head_dim", self.head_dim, 1)
         for width, top in zip(self.widths, self.top, strict=True):
             heads = self.head_dim if top else FULL_HEADS
             if width % heads:

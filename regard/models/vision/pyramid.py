@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from regard.contract import Context, Loss, Pattern, Result, Unsupported, at_least
+from regard.contract import Context, Loss, Pattern, Result, at_least
 from regard.layers.drop_path import DropPath
 from regard.layers.feed_forward import MLP
 from regard.layers.norms import LayerNorm
 from regard.models.layer_plan import check_plan, read_plan
 from regard.models.losses import add_losses
-from regard.models.vision.backbone import BackboneConfig, Pyramid, map_of, tokens_of
+from regard.models.vision.backbone import BackboneConfig, Pyramid, check_stages, map_of, tokens_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -96,15 +96,7 @@ class StagesConfig(BackboneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("patch", self.patch, 1)
-        for name in self.by_stage:
-            self.check_stages(name)
-            at_least(f"the least of {name}", min(getattr(self, name)), 1)
-
-    def check_stages(self, name: str) -> None:
-        """Raise Unsupported for numbers that are not one for each stage."""
-        numbers = getattr(self, name)
-        if len(numbers) != len(self.widths):
-            raise Unsupported(f"{name}={numbers} of {len(self.widths)} stages", supported="a number for each stage")
+        check_stages(self, "widths", *self.by_stage)
 
     @property
     def strides(self) -> tuple[int, ...]:

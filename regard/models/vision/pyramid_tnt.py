@@ -28,7 +28,7 @@ from regard.contract import Context, Mask, Result, Unsupported
 from regard.layers.drop_path import drop_path_rates
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
-from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of, tokens_of
+from regard.models.vision.backbone import Backbone, BackboneConfig, Level, check_stages, map_of, tokens_of
 from regard.models.vision.tnt import (
     BLOCK_NAMES,
     Block,
@@ -84,10 +84,7 @@ class PyramidTNTConfig(BackboneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("heads", "inner_widths", "inner_heads", "depths", "reductions"):
-            given = getattr(self, name)
-            if len(given) != len(self.widths):
-                raise Unsupported(f"{name}={given}", supported=f"{len(self.widths)} entries, as widths has")
+        check_stages(self, "widths", "heads", "inner_widths", "inner_heads", "depths", "reductions")
         least = max((reduction - 1) * 2**stage + 1 for stage, reduction in enumerate(self.reductions)) * STRIDE
         if any(side % STRIDE or side < least for side in self.size):
             fitting = tuple(max(least, round(side / STRIDE) * STRIDE) for side in self.size)

@@ -87,7 +87,7 @@ class TNTConfig(BackboneConfig):
         super().__post_init__()
         one_of("positions", self.positions, POSITIONS)
         one_of("pool", self.pool, POOLS)
-        for name in ("patch", "stride", "depth"):
+        for name in ("patch", "stride", "width", "heads", "inner_width", "inner_heads", "depth"):
             at_least(name, getattr(self, name), 1)
         if self.patch % self.stride:
             raise Unsupported(f"stride={self.stride} in patches of {self.patch}", supported="a divisor of the patch")

@@ -45,7 +45,7 @@ from regard.layers.norms import LayerNorm
 from regard.layers.parts import LayerCall
 from regard.mechanisms.mixture_of_heads import Config as HeadConfig
 from regard.mechanisms.mixture_of_heads import HeadRouter
-from regard.models.vision.backbone import BackboneConfig, Level, map_of, tokens_of
+from regard.models.vision.backbone import BackboneConfig, Level, check_stages, map_of, tokens_of
 from regard.models.vision.patch_tokens import check_divisible, initialise_convolution, initialise_linear
 from regard.models.vision.pyramid import PyramidWithLosses, Stage, StagesConfig
 from regard.models.vision.vmamba import ConvNorm
@@ -88,8 +88,8 @@ class TransNeXtConfig(StagesConfig):
             raise Unsupported(f"window={self.window}", supported="odd sides", nearest=f"window={self.window + 1}")
         if (self.shared_heads is None) != (self.active_heads is None):
             raise Unsupported("one of shared_heads and active_heads", supported="both, or neither")
-        for name in ("shared_heads", "active_heads") if self.shared_heads is not None else ():
-            self.check_stages(name)
+        if self.shared_heads is not None:
+            check_stages(self, "shared_heads", "active_heads", least=0)
         for width, heads in zip(self.widths, self.heads, strict=True):
             if width % heads:
                 raise Unsupported(f"a width of {width} with {heads} heads", supported=f"multiples of {heads}")

@@ -25,7 +25,7 @@ from regard.create import create_layer
 from regard.layers.drop_path import DropPath, drop_path_rates
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm, LayerScale
-from regard.models.vision.backbone import BackboneConfig, Level, Pyramid, map_of, tokens_of
+from regard.models.vision.backbone import BackboneConfig, Level, Pyramid, check_stages, map_of, tokens_of
 from regard.models.vision.patch_tokens import initialise_convolution
 
 if TYPE_CHECKING:
@@ -51,6 +51,10 @@ class VANConfig(BackboneConfig):
     attention: Mapping[str, Any] | None = None
     scale: float = 1e-2
     branch_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_stages(self, "widths", "depths", "expansions", "strides")
 
 
 class VAN(Pyramid):

@@ -32,7 +32,7 @@ from regard.layers.drop_path import DropPath, drop_path_rates
 from regard.layers.feed_forward import MLP
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
-from regard.models.vision.backbone import BackboneConfig, Level, Pyramid, map_of, tokens_of
+from regard.models.vision.backbone import BackboneConfig, Level, Pyramid, check_stages, map_of, tokens_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -64,6 +64,7 @@ class VMambaConfig(BackboneConfig):
         super().__post_init__()
         one_of("version", self.version, tuple(VERSIONS))
         at_least("mlp_ratio", self.mlp_ratio, 0)
+        check_stages(self, "widths", "depths")
 
 
 class VMamba(Pyramid):

@@ -210,7 +210,7 @@ class Work:
                 f"the task {self.task.name} with {len(found.items)} scores of its baseline for {self.items} held-out items",
                 supported="a score of each held-out item, in their order",
             )
-        return Baseline(found.name, found.items[self.search_items :])
+        return found.after(self.search_items)
 
     @property
     def kind(self) -> tuple[str, Pattern]:

@@ -102,12 +102,17 @@ class TrainedModel:
             )
         task.reader = known
 
+    @property
+    def chosen_by(self) -> int:
+        """The first so many held-out items of its own, which the weights were chosen by; no score counts them."""
+        return int(self.record["settings"]["first_item"])
+
     def score(
         self, task: Task | None = None, *, device: torch.device | str = "cpu", model: nn.Module | None = None
     ) -> Evaluation:
-        """Score and loss on the held-out items of a task, or on those of its own that no learning rate was chosen by; of
+        """Score and loss on the held-out items of a task, or on those of its own that no weights were chosen by; of
         another form of the model where there is one."""
-        first = self.record["settings"]["first_item"] if task is None else 0
+        first = self.chosen_by if task is None else 0
         chosen = self.task() if task is None else task
         return runner_of(chosen).evaluate(
             self.model(device) if model is None else model, chosen, self.record["settings"]["batch_size"], first=first

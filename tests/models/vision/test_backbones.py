@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import os
 import re
@@ -16,9 +18,11 @@ from regard.contract import Unsupported
 from regard.measurement.flops import flop_counter
 from regard.models.parameters import count_parameters
 from regard.models.vision import create_backbone, list_backbones, read_backbone
+from regard.models.vision.segmentation import read_segmenter
 
 FAMILIES = dict.fromkeys(read_backbone(name)[0] for name in list_backbones())
 SMALLEST = [next(iter(family.sizes)) for family in FAMILIES]
+SMALL_SEGMENTERS = ["segformer_nano", "segmamba_nano", "umamba_enc_nano", "vm_unet_nano"]
 each_family = pytest.mark.parametrize("name", SMALLEST)
 WIDE = 32
 """Side of images that the smallest sizes take, where they are made for them."""
@@ -241,6 +245,25 @@ def test_a_size_that_is_refused_is_refused_with_the_nearest_that_is_taken(name: 
             create_backbone(name, image_size=int(told[0]))
 
 
+def wrong_values(value: object) -> list[object]:
+    """What an option of this value may not be, or may: of another type, without one, too small, too long, too short."""
+    if isinstance(value, tuple):
+        return [value[:-1], (*value, *value[:1]), (), (*value[:-1], 0), (*value[:-1], "a"), "a", 2.5]
+    return ["a", -1, 0, 1.5, 2.0, (1, 2)]
+
+
+@pytest.mark.parametrize("name", [*SMALLEST, *SMALL_SEGMENTERS])
+def test_options_of_any_value_are_taken_or_refused_and_nothing_else(name: str) -> None:
+    """Unsupported is the only exception that may come out."""
+    read = read_segmenter if name in SMALL_SEGMENTERS else read_backbone
+    made = read(name)[1]
+    for field in dataclasses.fields(made):
+        for value in wrong_values(getattr(made, field.name)):
+            with torch.device("meta"), contextlib.suppress(Unsupported):
+                network, config = read(name, **{field.name: value})
+                network(config)
+
+
 def test_unknown_names_options_and_inputs_are_refused_with_the_nearest() -> None:
     refused("try van_b0", create_backbone, "van_b00")
     refused("widths", create_backbone, "van_b0", width=3)
@@ -248,3 +271,5 @@ def test_unknown_names_options_and_inputs_are_refused_with_the_nearest() -> None
     refused("floats of shape", model, torch.zeros(3, WIDE, WIDE))
     refused("floats of shape", model, torch.zeros(1, 3, WIDE, WIDE, dtype=torch.uint8))
     refused("image_size", create_backbone, "van_b0", image_size=0)
+    refused("a number for each stage", create_backbone, "van_b0", widths=(8, 16))
+    refused("branch_dropout=2.0; supported: prob", create_backbone, "van_b0", branch_dropout=2.0)

@@ -32,6 +32,7 @@ def test_a_classifier_learns_exits_alone_and_each_rule_is_told_with_its_depth(qu
         assert torch.equal(after.state_dict()[name], tensor), name
     assert all(float(one.head.weight.detach().std()) > 0 and one.norm.weight.ne(1).any() for one in after.exits)
     found = answer(capsys, f"evaluate {exits} --exit layer:2 --exit entropy:0 --exit entropy:9")
+    assert (found["score"], found["baseline"]) == (record["score"], record["baseline"])
     middle, never, at_once = found["exits"]
     assert (middle["depth"], middle["passed"]) == (2.0, {"2": 1.0})
     assert never["depth"] == 3.0 and never["score"] == found["score"]

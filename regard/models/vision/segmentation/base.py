@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from regard.contract import Unsupported, at_least
-from regard.models.vision.backbone import Backbone
+from regard.models.vision.backbone import check_types
+from regard.models.vision.released import load_released
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -28,6 +29,7 @@ class SegmenterConfig:
     num_classes: int = 2
 
     def __post_init__(self) -> None:
+        check_types(self)
         at_least("channels", self.channels, 1)
         at_least("num_classes", self.num_classes, 1)
 
@@ -63,9 +65,9 @@ class Segmenter(nn.Module):
         """Weights of the official repository under the names here; those here stay as they are."""
         return dict(state)
 
-    def load_released(self, state: Mapping[str, Tensor]) -> None:
+    def load_released(self, checkpoint: Mapping[str, Any]) -> None:
         """As :meth:`regard.models.vision.Backbone.load_released`."""
-        Backbone.load_released(self, state)  # type: ignore[arg-type]  # it wants a config, translate, and weights alone
+        load_released(self, checkpoint)
 
     def check_images(self, images: Float[Tensor, "b c *spatial"]) -> None:
         """Raise Unsupported for another shape than it takes."""

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from regard.contract import Context, Unsupported, at_least
 from regard.create import create_layer
 from regard.layers.norms import LayerNorm
+from regard.models.vision.backbone import check_stages
 from regard.models.vision.segmentation.base import Segmenter, SegmenterConfig
 
 if TYPE_CHECKING:
@@ -52,8 +53,7 @@ class SegMambaConfig(SegmenterConfig):
         super().__post_init__()
         at_least("stages of widths", len(self.widths), 2)
         at_least("bottom", self.bottom, 1)
-        if len(self.depths) != len(self.widths):
-            raise Unsupported(f"depths={self.depths}", supported=f"one number for each of {self.widths}")
+        check_stages(self, "widths", "depths")
 
 
 class SegMamba(Segmenter):

@@ -30,6 +30,7 @@ from regard.contract import Unsupported, at_least, one_of
 from regard.core.precision import without_autocast
 from regard.create import create_layer
 from regard.layers.norms import LayerNorm
+from regard.models.vision.backbone import check_stages
 from regard.models.vision.segmentation.base import Segmenter, SegmenterConfig
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class UMambaConfig(SegmenterConfig):
         at_least("blocks", self.blocks, 1)
         at_least("decoder_blocks", self.decoder_blocks, 1)
         at_least("stages of widths", len(self.widths), 2)
+        check_stages(self, "widths")
         if len(self.all_strides) != len(self.widths) or any(len(each) != self.axes for each in self.all_strides):
             raise Unsupported(
                 f"strides={self.strides} of {len(self.widths)} stages with {self.axes} axes",

@@ -19,7 +19,7 @@ from regard.layers.drop_path import drop_path_rates
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
 from regard.models.vision import vmamba
-from regard.models.vision.backbone import map_of, tokens_of
+from regard.models.vision.backbone import check_stages, map_of, tokens_of
 from regard.models.vision.segmentation.base import Segmenter, SegmenterConfig
 
 if TYPE_CHECKING:
@@ -46,9 +46,7 @@ class VMUNetConfig(SegmenterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("depths", "decoder_depths"):
-            if len(getattr(self, name)) != len(self.widths):
-                raise Unsupported(f"{name}={getattr(self, name)}", supported=f"one number for each of {self.widths}")
+        check_stages(self, "widths", "depths", "decoder_depths")
         if self.widths[0] % 4 or any(b != 2 * a for a, b in zip(self.widths, self.widths[1:], strict=False)):
             raise Unsupported(f"widths={self.widths}", supported="multiples of 4, each twice the one before")
 

@@ -37,7 +37,7 @@ class Trained:
             raise Unsupported(f"length={length} of a model of `regard train`", supported="the length of its task")
         given = data if data is None or isinstance(data, str) else [str(path) for path in _listed(data)]
         self.task = self.trained.task(given)
-        self.first = self.trained.record["settings"]["first_item"] if data is None else 0
+        self.first = self.trained.chosen_by if data is None else 0
         self.batch_size = int(self.trained.record["settings"]["batch_size"])
         self.metric, self.higher_is_better = self.task.metric, self.task.higher_is_better
         self.described = f"{folder}: {self.trained.record['mechanism']} on {self.task.name}"
