@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -116,7 +117,7 @@ def compress(
     several, time = read_recipes(recipes or "all"), Budget.parse(budget)
     subject = open_subject(model, data or None, length, several)
     asked = _probes(subject, effects, length, data)
-    _several(subject, several, output or OUTPUT, time, str(model), tolerance, asked, as_json)
+    _several(subject, several, output or OUTPUT, time, _command(model, data, length), tolerance, asked, as_json)
 
 
 Asked: TypeAlias = "tuple[Probes | None, int]"
@@ -171,6 +172,7 @@ def _one(subject: Subject, recipe: Recipe, output: Path, calibration: int, asked
                     output.rmdir()
             raise
         ask(recipe.name)
+    work.mkdir(parents=True, exist_ok=True)  # a save that is stopped is told by it, and begun again
     subject.save(found, output)
     shutil.rmtree(work, ignore_errors=True)
     if as_json:
@@ -189,13 +191,13 @@ def _several(
     recipes: list[Recipe],
     output: Path,
     budget: Any,
-    model: str,
+    command: Callable[[str], str],
     tolerance: float,
     asked: Asked,
     as_json: bool,
 ) -> None:
     from regard.workbench.lighter.report import effects_table, write_page
-    from regard.workbench.lighter.study import REPORT, recommend, study
+    from regard.workbench.lighter.study import REPORT, caution, recommend, study
     from regard.workbench.side_effects import sentence as effects_sentence
 
     with progress(quiet=as_json) as (bar, line):
@@ -212,9 +214,10 @@ def _several(
         probes, count = asked
         found = study(subject, recipes, output, budget, probes=probes, effects=count, say=say, on_progress=watch)
     best, sentence = recommend(found, tolerance)
-    page = write_page(found, output / REPORT, model=model, tolerance=tolerance)
+    page, careful = write_page(found, output / REPORT, command=command, tolerance=tolerance), caution(found, tolerance)
     if as_json:
-        emit({**found.as_dict(), "recommendation": {"recipe": best, "text": sentence}, "report": str(page)})
+        advice = {"recipe": best, "text": sentence, "caution": careful or None}
+        emit({**found.as_dict(), "recommendation": advice, "report": str(page)})
         return
     console.print(Text(found.described))
     console.print(_table(found, best))
@@ -226,9 +229,26 @@ def _several(
         console.print(Text(effects_sentence("original", found.effects)))
         console.print()
     console.print(Text(sentence, style="bold"))
+    if careful:
+        console.print(Text(careful))
     if best is not None:
-        console.print(Text(f'regard compress {model} --recipe "{best}" --output small/'))
+        console.print(Text(command(best)), soft_wrap=True)  # in one piece, to be copied
     console.print(Text(f"Report: {page}"))
+
+
+def _command(model: Path, data: list[str] | None, length: int | None) -> Callable[[str], str]:
+    """From a recipe to the command that makes its model of the same data."""
+
+    def made(recipe: str) -> str:
+        from regard.compression.recipes import read_recipe
+
+        words = ["regard", "compress", str(model)]
+        if read_recipe(recipe).needs:
+            words += [word for path in data or () for word in ("--data", path)]
+            words += [] if length is None else ["--length", str(length)]
+        return f'{shlex.join(words)} --recipe "{recipe}" --output small/'
+
+    return made
 
 
 def _table(found: Study, best: str | None) -> Table:
@@ -241,7 +261,7 @@ def _table(found: Study, best: str | None) -> Table:
 def _plain_table(headings: Sequence[str], rows: Sequence[Sequence[str]], best: Sequence[bool] = ()) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left")
+        table.add_column(heading, justify="right" if i else "left", overflow="fold")
     for i, row in enumerate(rows):
         style = "bold" if i < len(best) and best[i] else ""
         table.add_row(*(Text(cell, style=style) for cell in row))

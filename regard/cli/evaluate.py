@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ from rich.text import Text
 from regard.cli.arguments import plugged_tasks
 from regard.cli.console import console, emit, load_plugins
 from regard.cli.options import DEVICE, JSON, PLUGINS, REDUCE
+from regard.cli.progress import progress
 from regard.contract import Unsupported
 from regard.measurement import units
 
@@ -20,8 +20,8 @@ def evaluate(
     folder: Annotated[
         Path,
         typer.Argument(
-            help="Folder of regard train, retrofit or compress, or a causal language model of transformers (a folder, or a "
-            ".gguf file)."
+            help="Folder of regard train, retrofit or compress; of a causal language model, encoder or text classifier of "
+            "transformers (or a .gguf file); or of a model of timm (or timm:NAME)."
         ),
     ],
     data: Annotated[
@@ -46,8 +46,9 @@ def evaluate(
     """Score a trained model on what was held out, or on your data.
 
     With --reduce it is also scored on fewer tokens, and with --exit left early as regard train --exits has taught it; both are
-    timed in turn beside all tokens and layers. Of a causal language model of transformers, compressed or not, it is the perplexity
-    of your text.
+    timed in turn beside all tokens and layers. Of a model of transformers or timm, compressed or not, it is the perplexity of your
+    text, or the accuracy on your labelled texts (columns text and label) or images (a sub-folder for each class), with the size of
+    its weights and the time it takes.
 
     Examples:
 
@@ -57,10 +58,12 @@ def evaluate(
         regard evaluate hybrid/ other.txt
         regard evaluate reviews new_reviews.csv --json
         regard evaluate small/ other_corpus.txt
+        regard evaluate small_classifier/ new_reviews.csv
+        regard evaluate small_vit/ photos/ --json
         regard evaluate photos --reduce tome:remove=4
         regard evaluate reviews --exit entropy:0.1 --exit entropy:0.5 --exit layer:2
     """
-    from regard.compression.folders import is_of_transformers
+    from regard.compression.folders import library_of_place
     from regard.measurement.statistics import score_of_items
     from regard.workbench.trained.early_exits import exited, leaving
     from regard.workbench.trained.folder import open_trained
@@ -68,13 +71,12 @@ def evaluate(
     from regard.workbench.trained.reduced import AT_ONCE, reduced, told
 
     rules = exit_rules or []
-    if is_of_transformers(folder):
+    library = library_of_place(folder)
+    if library in ("transformers", "timm"):
         for option, given in (("--exit", rules), ("--reduce", reduce), ("--plugin", plugin)):
             if given:
-                raise Unsupported(
-                    f"{option} of {folder}, a language model of transformers", supported="models of regard train"
-                )
-        _of_transformers(folder, data, device, as_json)
+                raise Unsupported(f"{option} of {folder}, a model of {library}", supported="models of regard train")
+        _of_other_libraries(folder, data, device, as_json)
         return
     own = plugged_tasks(load_plugins(plugin), (data,))
     trained = open_trained(folder)
@@ -129,35 +131,23 @@ def evaluate(
         console.print(Text(one.told(task.metric)))
 
 
-def _of_transformers(folder: Path, data: list[str] | None, device: str, as_json: bool) -> None:
-    """The perplexity of a causal language model on a text."""
-    from regard.compression import text_windows
-    from regard.measurement.statistics import score_of_items
-    from regard.tasks.documents import read_documents
-    from regard.workbench.lighter.subjects.base import LENGTH
-    from regard.workbench.lighter.subjects.language import encode, nats_of_windows, open_of_transformers
+def _of_other_libraries(folder: Path, data: list[str] | None, device: str, as_json: bool) -> None:
+    """A model of transformers or timm, compressed or not."""
+    from regard.workbench.lighter.evaluated import evaluate as evaluate_model
 
-    if not data:
-        raise Unsupported(
-            f"{folder} without a text", supported="text files or folders behind it", nearest="my_corpus.txt"
-        )
-    model, tokenizer = open_of_transformers(folder, device)
-    documents, _ = read_documents(data, "text")
-    ids = encode(tokenizer, b"".join(document.text for document in documents).decode())
-    length = min(LENGTH, getattr(model.config, "max_position_embeddings", None) or LENGTH, max(len(ids), 2))
-    windows = [window.to(device) for window in text_windows(ids, length, 64)]
-    nats, error = score_of_items(nats_of_windows(model, windows))
-    found = math.exp(min(nats, 700.0))
+    with progress(quiet=as_json) as (bar, line):
+        shown = bar.add_task("scoring", total=None)
+
+        def watch(done: int, count: int) -> None:
+            bar.update(shown, completed=done, total=count)
+            line(f"{done} of {count} items scored")
+
+        found = evaluate_model(folder, data, device=device, on_items=watch)
     if as_json:
-        emit(
-            {
-                "folder": str(folder),
-                "metric": "perplexity",
-                "score": found,
-                "standard_error": found * error,
-                "items": len(windows),
-            }
-        )
+        emit({"folder": str(folder), **found.as_dict()})
         return
-    beside = "" if math.isnan(error) else f" (± {found * error:.2g})"
-    console.print(Text(f"{found:.4g}{beside} perplexity on {len(windows)} windows of {length} tokens."))
+    said = units.told(found.score, found.standard_error)
+    console.print(Text(f"{said} {found.metric} on {found.items} items; loss {units.number(found.loss)} nats."))
+    times = ", ".join(f"{name} {units.milliseconds(value)}" for name, value in found.milliseconds.items())
+    console.print(Text(f"{units.size(found.bytes)} of weights; {times}."))
+    console.print(Text(found.described, style="dim"))

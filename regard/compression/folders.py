@@ -2,7 +2,8 @@
 
     model.safetensors     the weights, codes as they are, with a copy of the record; compressed.safetensors where another library
                           than regard has no words for what they are, so that it refuses them
-    config.json           of the model, as its library writes it
+    config.json           of the model, as its library writes it; of codes in a model of transformers also what its from_pretrained
+                          needs, where :mod:`regard.integrations.transformers` was imported
     compression.json      the record: what kind of model it is, which layers are quantized and how, what is left of layers whose
                           sizes the config has no words for, how tokens go on their way through it, and the report
     model.onnx, model.pt2 a program of it, where the recipe exports
@@ -14,6 +15,7 @@ A file is replaced in one step, the record last, so that a folder whose writer w
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -29,7 +31,7 @@ from torch import nn
 import regard
 from regard.compression.layers import comes_from_transformers
 from regard.compression.programs import remove_programs
-from regard.compression.pruning.foreign import restore, structure
+from regard.compression.pruning.records import restore, structure
 from regard.compression.tokens.applied import all_tokens, put_on, tokens_record
 from regard.contract import Unsupported
 from regard.integrations.timm_places import is_of_timm, timm_folders
@@ -98,7 +100,8 @@ def save_compressed(compressed: Compressed, folder: str | os.PathLike[str], *, t
                 place / (WEIGHTS if plain else OWN_WEIGHTS), lambda path: save_file(tensors, path, metadata=metadata)
             )
             if library == "transformers":
-                _write_transformers(model, tokenizer, place)
+                codes = {} if record["structure"] else record["quantized"]
+                _write_transformers(model, tokenizer, place, codes)
             elif "options" in record["architecture"]:
                 timm_folders().write_config(model, place, None if plain else OWN_TIMM)
     if compressed.program is not None:
@@ -265,9 +268,15 @@ def _architecture(model: Any, library: str) -> Any:
     return {"name": found.pop("architecture"), **found}
 
 
-def _write_transformers(model: Any, tokenizer: Any, place: Path) -> None:
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(place)
+def _write_transformers(model: Any, tokenizer: Any, place: Path, codes: Mapping[str, Any]) -> None:
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    if codes:
+        from regard.integrations.transformers.quantized import METHOD
+
+        config.dtype = torch.float32  # beside the codes, whose scales are in another
+        config.quantization_config = {"quant_method": METHOD, "weights": OWN_WEIGHTS, "layers": codes}
+    config.save_pretrained(place)
     if getattr(model, "generation_config", None) is not None and model.can_generate():
         model.generation_config.save_pretrained(place)
     if tokenizer is not None:
@@ -285,6 +294,7 @@ def _build(place: Path, record: dict[str, Any]) -> nn.Module:
         made = getattr(transformers, name, None)
         if isinstance(made, type) and issubclass(made, transformers.PreTrainedModel):
             config = transformers.AutoConfig.from_pretrained(place)
+            vars(config).pop("quantization_config", None)  # for transformers, where it loads the codes itself
             with torch.random.fork_rng(devices=[]), no_init_weights():
                 built: Any = made(config).float()
             built.tie_weights()  # without values to draw it is not done

@@ -392,6 +392,13 @@ def _step(given: Any) -> tuple[str, Any]:
 def _checked(steps: list[tuple[str, Any]]) -> Recipe:
     if not any(step.stage == "round" for _, step in steps):
         steps = [more for one in steps for more in _with_rounding(one)]
+    for name, step in steps:
+        if isinstance(step, Structured) and not (step.heads or step.neurons or step.layers):
+            raise Unsupported(
+                f"{name} that takes nothing away",
+                supported="heads=, neurons= or layers=, which say how much goes",
+                nearest=f"{name}:layers=1",
+            )
     _check_order(steps)
     recipe, named = Recipe(tuple(steps)), {step.stage: name for name, step in steps}
     if "export" in named and "tokens" in named:

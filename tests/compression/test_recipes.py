@@ -69,6 +69,7 @@ def test_a_list_of_recipes_keeps_options_with_their_step():
     ("recipe", "words"),
     [
         ("int9", "try int"),
+        ("structured + int8", "takes nothing away"),
         ("gptq:bit=4", "try bits"),
         ("gptq:bits=5", "bits=5"),
         ("gptq:bits=8,group=32", "8 bits in groups"),

@@ -16,12 +16,16 @@ from torch import Tensor, nn
 
 from regard.compression.layers import comes_from_transformers
 from regard.contract import Unsupported
+from regard.integrations.timm_places import is_of_timm
 
 if TYPE_CHECKING:
     from jaxtyping import Int
 
 BRANCHES = ("attention", "feed_forward")
-KNOWN = "LanguageModel and Encoder of regard; transformers models with layers as those of Llama or BERT"
+KNOWN = (
+    "LanguageModel and Encoder of regard; transformers models with layers as those of Llama or BERT; timm's VisionTransformer of "
+    "plain blocks"
+)
 
 Undo = Callable[[], object]
 
@@ -127,11 +131,14 @@ def find_host(model: nn.Module) -> Host:
     """
     from regard.compression.pruning.foreign import TransformersModel
     from regard.compression.pruning.own import OwnModel
+    from regard.compression.pruning.vision import TimmModel
 
     if type(model).__module__.startswith("regard."):
         return OwnModel(model)
     if comes_from_transformers(model):
         return TransformersModel(model)
+    if is_of_timm(model):
+        return TimmModel(model)
     raise Unsupported(f"taking heads, neurons or layers out of a {type(model).__name__}", supported=KNOWN)
 
 
@@ -184,3 +191,41 @@ def smaller(
     if bias is not None:
         made.bias = nn.Parameter(bias.clone(), requires_grad=linear.bias.requires_grad)
     return made.train(linear.training)
+
+
+def staying(cuts: Sequence[Cut]) -> list[int]:
+    """Numbers of the layers that settled cuts leave; raises Unsupported where there is none."""
+    kept = [i for i, cut in enumerate(cuts) if not cut.layer]
+    if not kept:
+        raise Unsupported("taking all layers out of a model", supported="a layer or more that stays")
+    return kept
+
+
+class NoBranch(nn.Module):
+    """In the place of a branch that is no more: adds 0."""
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def put(parent: nn.Module, path: str, new: nn.Module) -> Undo:
+    """Another module at a path below `parent`."""
+    above, _, name = path.rpartition(".")
+    return assign(parent.get_submodule(above), name, new)
+
+
+def assign(owner: Any, name: str, value: Any) -> Undo:
+    """Another value of an attribute."""
+    old = getattr(owner, name)
+    setattr(owner, name, value)
+    return lambda: setattr(owner, name, old)
+
+
+def backwards(undo: Sequence[Undo]) -> Undo:
+    """All of them, the last one first."""
+
+    def back() -> None:
+        for one in reversed(undo):
+            one()
+
+    return back

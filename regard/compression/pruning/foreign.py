@@ -1,25 +1,37 @@
 """Models of transformers that are cut: causal language models as Llama, encoders as BERT.
 
 Where all layers are left alike, and the model's config has words for their sizes, the config says so, and transformers alone
-loads the saved model. Elsewhere :func:`structure` is a record of what is left, with which :func:`restore` makes the sizes
-again before the weights are loaded.
+loads the saved model. Elsewhere :mod:`regard.compression.pruning.records` has the words.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from regard.compression.pruning.anatomy import BRANCHES, KNOWN, Cut, Layer, Undo, check_cuts, left, smaller, spans
+from regard.compression.pruning.anatomy import (
+    BRANCHES,
+    KNOWN,
+    Cut,
+    Layer,
+    NoBranch,
+    Undo,
+    assign,
+    backwards,
+    check_cuts,
+    left,
+    put,
+    smaller,
+    spans,
+    staying,
+)
+from regard.compression.pruning.records import check_whole, entry_of, note
 from regard.contract import Unsupported
 from regard.layers.linear import Linear
-
-RECORD = "_regard_structure"
-"""Attribute of a model that its config cannot describe: what :func:`structure` gives."""
 
 
 @dataclass(frozen=True)
@@ -105,20 +117,12 @@ class NormAlone(nn.Module):
         return self.LayerNorm(more[0])
 
 
-class NoNetwork(nn.Module):
-    """In the place of a feed-forward network that is no more: adds 0."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.zeros_like(x)
-
-
 class TransformersModel:
     """A model of transformers whose layers are of one of :data:`FAMILIES`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
-        if hasattr(model, RECORD):
-            raise Unsupported("a model that is pruned already", supported="a model as it was", nearest="undo()")
+        check_whole(model)
         found = [
             (name, family, stack)
             for name, stack in model.named_modules()
@@ -141,21 +145,14 @@ class TransformersModel:
 
     def compact(self, cuts: Sequence[Cut]) -> Undo:
         settled = check_cuts(self.layers, cuts)
-        kept = [i for i, cut in enumerate(settled) if not cut.layer]
-        if not kept:
-            raise Unsupported("taking all layers out of a model", supported="a layer or more that stays")
+        kept = staying(settled)
         undo: list[Undo] = []
         for number in kept:
             undo += self._cut(number, settled[number])
         if len(kept) < len(settled):
             undo += self._keep_layers(kept)
         undo += self._describe([settled[i] for i in kept], [self.layers[i] for i in kept])
-
-        def back() -> None:
-            for one in reversed(undo):
-                one()
-
-        return back
+        return backwards(undo)
 
     def _cut(self, number: int, cut: Cut) -> list[Undo]:
         layer, family = self.layers[number], self.family
@@ -164,49 +161,49 @@ class TransformersModel:
         if cut.attention:
             old = module.get_submodule(family.attention)
             new = NormAlone(old.output.LayerNorm, attention=True) if family.post_norm else NoAttention(old.layer_idx)
-            undo.append(_put(module, family.attention, new.train(old.training)))
+            undo.append(put(module, family.attention, new.train(old.training)))
         elif cut.heads:
             units, counts = left(layer.units, cut.heads)
             own = module.get_submodule(family.key).out_features // layer.units
             undo += [
-                _put(module, path, smaller(module.get_submodule(path), rows=spans(units, size)))
+                put(module, path, smaller(module.get_submodule(path), rows=spans(units, size)))
                 for path, size in ((family.query, own * layer.group), (family.key, own), (family.value, layer.width))
             ]
             output = smaller(layer.output, columns=layer.columns(units), silent=not counts)  # type: ignore[arg-type]
-            undo.append(_put(module, family.output, output))
+            undo.append(put(module, family.output, output))
         if cut.feed_forward:
             undo += self._without_network(module)
         elif cut.neurons:
             neurons, counts = left(layer.neurons, cut.neurons)
             kept = torch.tensor(neurons)
-            undo += [_put(module, path, smaller(module.get_submodule(path), rows=kept)) for path in family.up]
+            undo += [put(module, path, smaller(module.get_submodule(path), rows=kept)) for path in family.up]
             down = smaller(module.get_submodule(family.down), columns=kept, silent=not counts)
-            undo.append(_put(module, family.down, down))
+            undo.append(put(module, family.down, down))
         if cut.hard is not None:
             undo.append(self.harden(number, cut.hard))
         return undo
 
     def _without_network(self, module: Any) -> list[Undo]:
         if not self.family.post_norm:
-            return [_put(module, "mlp", NoNetwork())]
+            return [put(module, "mlp", NoBranch())]
         norm = NormAlone(module.output.LayerNorm, attention=False).train(module.training)
-        return [_put(module, "intermediate", nn.Identity()), _put(module, "output", norm)]
+        return [put(module, "intermediate", nn.Identity()), put(module, "output", norm)]
 
     def _keep_layers(self, kept: list[int]) -> list[Undo]:
         layers, config = self.stack, self.model.config
         parent, _, name = self.path.rpartition(".")
-        undo: list[Undo] = [_put(self.model.get_submodule(parent), name, nn.ModuleList(layers[i] for i in kept))]
+        undo: list[Undo] = [put(self.model.get_submodule(parent), name, nn.ModuleList(layers[i] for i in kept))]
         for new, old in enumerate(kept):
             for module in layers[old].modules():
                 if getattr(module, "layer_idx", None) is not None:
-                    undo.append(_set(module, "layer_idx", new))
+                    undo.append(assign(module, "layer_idx", new))
         if getattr(config, "layer_types", None):
-            undo.append(_set(config, "layer_types", [config.layer_types[i] for i in kept]))
-        return [*undo, _set(config, "num_hidden_layers", len(kept))]
+            undo.append(assign(config, "layer_types", [config.layer_types[i] for i in kept]))
+        return [*undo, assign(config, "num_hidden_layers", len(kept))]
 
     def _describe(self, cuts: list[Cut], layers: list[Layer]) -> list[Undo]:
         """Say in the config what is left, or in a record of its own."""
-        entries = [_entry(cut, layer) for cut, layer in zip(cuts, layers, strict=True)]
+        entries = [entry_of(cut, layer) for cut, layer in zip(cuts, layers, strict=True)]
         same = all(entry == entries[0] for entry in entries)
         whole = not cuts[0].attention and not cuts[0].feed_forward and cuts[0].hard is None
         config, first = self.model.config, layers[0]
@@ -215,69 +212,12 @@ class TransformersModel:
         own_width = not self.family.post_norm and getattr(config, "head_dim", None) is not None
         sized = own_width and config.hidden_size % heads == 0  # transformers refuses other configs
         if same and whole and (sized or not pruned):
-            undo = [_set(config, "intermediate_size", entries[0]["neurons"])]
+            undo = [assign(config, "intermediate_size", entries[0]["neurons"])]
             if pruned:
-                undo.append(_set(config, "num_attention_heads", heads))
-                undo.append(_set(config, "num_key_value_heads", entries[0]["units"]))
+                undo.append(assign(config, "num_attention_heads", heads))
+                undo.append(assign(config, "num_key_value_heads", entries[0]["units"]))
             return undo
-        setattr(self.model, RECORD, {"layers": entries})
-        return [lambda: delattr(self.model, RECORD)]
-
-
-def structure(model: nn.Module) -> dict[str, Any] | None:
-    """What is left of each layer of a model that its config does not describe; None for other models."""
-    return getattr(model, RECORD, None)
-
-
-def restore(model: nn.Module, record: Mapping[str, Any], *, source: str) -> None:
-    """Give a model made from its config the sizes of `record`; its weights are loaded afterwards.
-
-    Args:
-        source: where the record is from, for errors.
-
-    Raises:
-        Unsupported: for a record that is not of such a model.
-    """
-    host = TransformersModel(model)
-    entries = record.get("layers")
-    if not isinstance(entries, list) or len(entries) != len(host.layers):
-        raise Unsupported(f"{source}, whose layers are not those of the model", supported="the model that was pruned")
-    cuts = []
-    for layer, entry in zip(host.layers, entries, strict=True):
-        if not isinstance(entry, Mapping) or set(entry) != {f.name for f in fields(Entry)}:
-            raise Unsupported(f"{source}, in which a layer is {entry!r}", supported="a record of `regard compress`")
-        found = Entry(**entry)
-        cuts.append(
-            Cut(
-                attention=not found.attention,
-                feed_forward=not found.feed_forward,
-                heads=tuple(range(found.units, layer.units)),
-                neurons=tuple(range(found.neurons, layer.neurons)),
-                hard=found.hard,
-            )
-        )
-    host.compact(cuts)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What is left of a layer, as :func:`structure` says it."""
-
-    attention: bool
-    feed_forward: bool
-    units: int
-    neurons: int
-    hard: int | None
-
-
-def _entry(cut: Cut, layer: Layer) -> dict[str, Any]:
-    return {
-        "attention": not cut.attention,
-        "feed_forward": not cut.feed_forward,
-        "units": len(left(layer.units, cut.heads)[0]),
-        "neurons": len(left(layer.neurons, cut.neurons)[0]),
-        "hard": cut.hard,
-    }
+        return [note(self.model, entries)]
 
 
 def _fits(layer: nn.Module, family: str) -> bool:
@@ -312,14 +252,3 @@ def _layer(name: str, module: Any, family: Family) -> Layer:
         dict(zip(BRANCHES, (output, down), strict=True)),
         family.post_norm,
     )
-
-
-def _put(parent: nn.Module, path: str, new: nn.Module) -> Undo:
-    above, _, name = path.rpartition(".")
-    return _set(parent.get_submodule(above), name, new)
-
-
-def _set(owner: Any, name: str, value: Any) -> Undo:
-    old = getattr(owner, name)
-    setattr(owner, name, value)
-    return lambda: setattr(owner, name, old)

@@ -47,7 +47,8 @@ def choose(
         if step.layers >= len(layers) or step.layers > len(layers) - len(kept):
             raise Unsupported(
                 f"layers={step.layers} of {len(layers)} layers",
-                supported=f"fewer than {len(layers)} layers, and {len(layers) - len(kept)} at the most",
+                supported=f"fewer than {len(layers)} layers"
+                + (f", of which {len(kept)} are to stay as they are" if kept else ""),
             )
         free = [i for i in range(len(layers)) if i not in kept]
         if step.layers_by == "even":

@@ -13,8 +13,8 @@ from torch import nn
 from regard.compression.layers import Run
 from regard.compression.pruning.anatomy import Cut, Layer, Undo, find_host
 from regard.compression.pruning.axformer import Trial, search
-from regard.compression.pruning.foreign import structure
 from regard.compression.pruning.losses import Losses
+from regard.compression.pruning.records import structure
 from regard.compression.pruning.scores import choose
 from regard.compression.pruning.steps import AxFormer, Structured
 from regard.models.weights import write_atomically
@@ -69,7 +69,7 @@ def take_parts(
     after = sum(parameter.numel() for parameter in model.parameters())
     said = [f"{after:,} of {before:,} parameters are left ({after / before:.1%})"]
     if structure(model) is not None:
-        said.append("the format of transformers has no words for what is left: regard loads the saved model")
+        said.append("the model's own library has no words for what is left: regard loads the saved model")
     return undo, [
         *notes,
         *said,

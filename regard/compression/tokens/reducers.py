@@ -119,7 +119,7 @@ def _largest(tokens: Tokens, scores: Tensor, remove: int) -> Int[Tensor, "b m"]:
     """Class tokens, and all patches but the `remove` of the smallest scores (B, N), in their order."""
     first, n = tokens.protected, tokens.x.shape[1]
     chosen = scores[:, first:].topk(n - first - remove, dim=1).indices.sort(1).values + first
-    return torch.cat([torch.arange(first, device=chosen.device).expand(len(chosen), -1), chosen], 1)
+    return torch.cat([torch.arange(first, device=chosen.device).expand(chosen.shape[0], -1), chosen], 1)
 
 
 def _others(tokens: Tokens, chosen: Int[Tensor, "b m"]) -> Int[Tensor, "b r"]:
@@ -149,7 +149,7 @@ def merge_similar(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
 
 def _merge_others(tokens: Tokens, evidence: Evidence, chosen: Int[Tensor, "b m"]) -> Tokens:
     """The tokens that are not `chosen`, each merged into the most similar patch of those."""
-    keys, row = F.normalize(wide(evidence.metric), dim=-1), torch.arange(len(chosen), device=chosen.device)[:, None]
+    keys, row = F.normalize(wide(evidence.metric), dim=-1), torch.arange(chosen.shape[0], device=chosen.device)[:, None]
     leaving = _others(tokens, chosen)
     scores = keys[row, leaving] @ keys[row, chosen[:, tokens.protected :]].mT
     return tokens.take(chosen, leaving, scores.argmax(-1) + tokens.protected)

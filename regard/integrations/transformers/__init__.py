@@ -13,6 +13,11 @@ Importing this module registers
   them. For that, ``post_init`` of its models is extended: it puts back what the config says.
 - :class:`GrowingCache`, a cache for ``generate`` that does not copy all keys and values at each token;
 - :func:`fuse_layers`, decoding in fewer and faster calls;
+- :class:`RegardQuantizer`, with which transformers' own ``from_pretrained`` reads the codes that `regard compress` writes::
+
+      import regard.integrations.transformers
+      model = AutoModelForCausalLM.from_pretrained("small/")
+
 - :class:`RegardConfig` and :class:`RegardForCausalLM` with the ``Auto`` classes: a language model of regard that passes
   ``generate`` with its state, and saves and loads as others do.
 
@@ -65,6 +70,7 @@ from regard.integrations.transformers.placing import (
     restoring,
     take_out,
 )
+from regard.integrations.transformers.quantized import RegardQuantizationConfig, RegardQuantizer
 
 
 def causal_or_mask(*sizes: Any, allow_is_causal_skip: bool = True, **given: Any) -> torch.Tensor | None:
@@ -107,6 +113,8 @@ __all__ = [
     "RegardCache",
     "RegardConfig",
     "RegardForCausalLM",
+    "RegardQuantizationConfig",
+    "RegardQuantizer",
     "StateLayer",
     "attention_forward",
     "attention_names",

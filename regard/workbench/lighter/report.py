@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from regard.measurement import units
 from regard.measurement.statistics import pareto_front
 from regard.models.weights import write_atomically
 from regard.workbench import side_effects
-from regard.workbench.lighter.study import Row, Study, recommend
+from regard.workbench.lighter.study import Row, Study, caution, recommend
 from regard.workbench.reports import charts
 from regard.workbench.reports.charts import Figure, ScatterPoint
 from regard.workbench.reports.markers import glyph
@@ -43,11 +44,11 @@ def effects_table(study: Study) -> tuple[list[str], list[list[str]]]:
     return ["recipe", *side_effects.HEADINGS], side_effects.rows("original", study.effects)
 
 
-def write_page(study: Study, path: Path, *, model: str, tolerance: float) -> Path:
+def write_page(study: Study, path: Path, *, command: Callable[[str], str], tolerance: float) -> Path:
     """Write the HTML page of a study, which needs nothing else.
 
     Args:
-        model: as it was named on the command line, for the command that makes the recommended one.
+        command: from a recipe to the command that makes its model.
         tolerance: of :func:`regard.workbench.lighter.study.recommend`.
     """
     best, sentence = recommend(study, tolerance)
@@ -58,7 +59,8 @@ def write_page(study: Study, path: Path, *, model: str, tolerance: float) -> Pat
         .render(
             study=study,
             sentence=sentence,
-            command=None if best is None else f'regard compress {model} --recipe "{best}" --output small/',
+            caution=caution(study, tolerance),
+            command=None if best is None else command(best),
             figures=_figures(study, best),
             labels=labels(study),
             rows=[[glyph(i) + row.recipe, *cells(study, row)[1:]] for i, row in enumerate(everything)],

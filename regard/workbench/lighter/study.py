@@ -39,6 +39,9 @@ TIMING_SECONDS = 6.0
 NOTICEABLE = 1.02
 """From which ratio on one is called faster than the other."""
 
+OF_WHOLE_ITEMS = ("accuracy", "agreement")
+"""Metrics that count items that are right."""
+
 Say = Callable[[str], None]
 
 
@@ -288,8 +291,8 @@ def recommend(found: Study, tolerance: float = 0.01) -> tuple[str | None, str]:
     if not good:
         least = min(found.rows, key=lambda row: row.loss)
         return None, (
-            f"Keep the original: every recipe loses more than {tolerance:.2g} of {found.metric}; "
-            f"{least.recipe} loses least ({least.loss:+.1%})."
+            f"Keep the original: every recipe loses more than {100 * tolerance:.2g} % of the {found.metric}; "
+            f"{least.recipe} loses least ({least.loss:.1%})."
         )
     main = next(iter(good[0].speedup))
     best = max(good, key=lambda row: row.speedup[main])
@@ -307,8 +310,25 @@ def recommend(found: Study, tolerance: float = 0.01) -> tuple[str | None, str]:
         speed = f"{smaller}, but {slower} in {main} (no recipe that loses so little is faster)"
     return best.recipe, (
         f"Use {best.recipe}{'' if faster > NOTICEABLE else ' where size matters'}: {speed}, with "
-        f"{units.number(best.quality)} {found.metric} against {units.number(found.original.quality)} ({best.loss:+.1%})."
+        f"{units.number(best.quality)} {found.metric} against {units.number(found.original.quality)} ({_changed(best.loss)})."
     )
+
+
+def caution(found: Study, tolerance: float = 0.01) -> str:
+    """What the scores cannot tell, in a sentence; nothing where they are fine enough for the tolerance."""
+    worth = 1 / (found.items * max(found.original.quality, 1 / found.items)) if found.items else 0.0
+    if found.metric not in OF_WHOLE_ITEMS or worth <= tolerance:
+        return ""
+    return (
+        f"{found.items} items are few: a single one is worth {worth:.1%} of the {found.metric}, more than the tolerance of "
+        f"{100 * tolerance:.2g} %, so that small differences are chance. More data tell more."
+    )
+
+
+def _changed(loss: float) -> str:
+    if abs(loss) < 5e-4:
+        return "unchanged"
+    return f"{abs(loss):.1%} {'worse' if loss > 0 else 'better'}"
 
 
 def _opened(file: Path, subject: Subject, model: nn.Module) -> dict[str, Any]:

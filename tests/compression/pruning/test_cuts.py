@@ -41,6 +41,20 @@ def bert() -> Any:
     return _spread(transformers.BertForSequenceClassification(config))
 
 
+def vit(**options: Any) -> Any:
+    timm = pytest.importorskip("timm")
+    sizes = {
+        "img_size": 16,
+        "patch_size": 8,
+        "embed_dim": 16,
+        "depth": 4,
+        "num_heads": 4,
+        "mlp_ratio": 1.5,
+        "num_classes": 3,
+    }
+    return _spread(timm.create_model("deit_tiny_patch16_224", **sizes, init_values=0.5, **options))
+
+
 def _spread(model: Any) -> Any:
     """In float64, with biases and norms that are not 0 and 1."""
     for parameter in model.double().parameters():
@@ -64,6 +78,7 @@ MODELS = {
     "llama": llama,
     "grouped llama": lambda: llama(num_key_value_heads=2),
     "bert": bert,
+    "timm": vit,
 }
 
 CUTS = [
@@ -86,16 +101,16 @@ def cuts_for(host: Any) -> list[Cut]:
 
 def output(model: Any, ids: Tensor) -> Tensor:
     found = model(ids)
-    return (found.logits if hasattr(found, "logits") else found.output).detach()
+    return next((getattr(found, name) for name in ("logits", "output") if hasattr(found, name)), found).detach()
 
 
-def batch() -> Tensor:
-    return torch.randint(VOCABULARY, (2, 11))
+def batch(name: str = "") -> Tensor:
+    return torch.randn(2, 3, 16, 16, dtype=torch.float64) if name == "timm" else torch.randint(VOCABULARY, (2, 11))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_compacted_model_is_the_masked_one_and_undo_gives_the_model_back(name):
-    model, ids = MODELS[name](), batch()
+    model, ids = MODELS[name](), batch(name)
     before, names = output(model, ids), [n for n, _ in model.named_parameters()]
     host = find_host(model)
     cuts = cuts_for(host)
@@ -112,9 +127,9 @@ def test_a_compacted_model_is_the_masked_one_and_undo_gives_the_model_back(name)
     assert [n for n, _ in model.named_parameters()] == names
 
 
-@pytest.mark.parametrize("name", ["language model", "llama", "bert"])
+@pytest.mark.parametrize("name", ["language model", "llama", "bert", "timm"])
 def test_whole_layers_go_and_the_others_stay_in_order(name):
-    model, ids = MODELS[name](), batch()
+    model, ids = MODELS[name](), batch(name)
     host = find_host(model)
     cuts = [Cut(), Cut(layer=True), Cut(), Cut(layer=True)]
     with masked(host, cuts):
@@ -122,7 +137,7 @@ def test_whole_layers_go_and_the_others_stay_in_order(name):
     undo = host.compact(cuts)
     close(output(model, ids), expected)
     assert len(find_host(model).layers) == 2
-    if name != "bert":
+    if name in ("language model", "llama"):
         options = {} if name == "language model" else {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 4}
         new = model.generate(ids, *([4] if name == "language model" else []), **options)
         assert new.shape[1] == (4 if name == "language model" else 15)
@@ -131,8 +146,8 @@ def test_whole_layers_go_and_the_others_stay_in_order(name):
 
 
 def test_no_parts_taken_leave_the_model_exactly_as_it_is():
-    for name in ("language model", "llama", "bert"):
-        model, ids = MODELS[name](), batch()
+    for name in ("language model", "llama", "bert", "timm"):
+        model, ids = MODELS[name](), batch(name)
         before = output(model, ids)
         host = find_host(model)
         with masked(host, [Cut()] * 4):
@@ -212,5 +227,11 @@ def test_what_cannot_be_taken_is_refused_with_the_reason():
     refused("share", find_host, language_model(stack={"share": "all"}))
     refused("0 stacks", find_host, GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)))
     refused("Linear", find_host, torch.nn.Linear(2, 2))
+    refused("all heads say together", find_host(vit(scale_attn_norm=True)).compact, [Cut(heads=(0,)), *[Cut()] * 3])
+    refused("hard attention in a model of timm", find_host(vit()).compact, [Cut(hard=2), *[Cut()] * 3])
+    other = vit()
+    other.blocks[1].attn = torch.nn.Identity()
+    refused("VisionTransformer with a Identity", find_host, other)
+    refused("out of a ResNet", find_host, pytest.importorskip("timm").create_model("test_resnet"))
     refused("neurons", find_host(language_model()).compact, [Cut(neurons=(24,)), Cut(), Cut(), Cut()])
     refused("cuts of 1 layers", find_host(language_model()).compact, [Cut()])

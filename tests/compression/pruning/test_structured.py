@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import close, refused
-from test_cuts import VOCABULARY, batch, bert, encoder, language_model, llama, output
+from test_cuts import VOCABULARY, batch, bert, encoder, language_model, llama, output, vit
 from torch import nn
 from torch.nn import functional as F
 
@@ -54,6 +54,32 @@ def test_what_is_left_alike_in_all_layers_loads_in_transformers_alone(tmp_path):
     kind = transformers.AutoModelForSequenceClassification
     close(output(kind.from_pretrained(tmp_path / "bert", local_files_only=True).eval(), ids), expected, 1e-6)
     assert any("no words" in note for note in regard.compress(bert(), "structured:heads=0.5", [ids]).report.notes)
+
+
+@pytest.mark.parametrize("recipe", ["structured:layers=2,neurons=0.3", "structured:heads=0.5,layers=1"])
+def test_a_vision_transformer_of_timm_loses_parts_and_timm_loads_what_it_has_words_for(recipe, tmp_path):
+    timm = pytest.importorskip("timm")
+    model, images = vit().float(), batch("timm").float()
+    before = output(model, images)
+    small = regard.compress(model, recipe, [images])
+    expected = output(model, images)
+    assert small.report.bytes_after < 0.8 * small.report.bytes_before and not torch.allclose(before, expected)
+    small.save(tmp_path)
+    close(output(load_compressed(tmp_path), images), expected, 1e-6)
+    untold = any("no words" in note for note in small.report.notes)
+    assert untold == ("heads" in recipe)
+    if untold:
+        with pytest.raises(RuntimeError, match="Unknown model"):
+            timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    else:
+        loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        close(output(loaded, images), expected, 1e-6)
+        assert (len(loaded.blocks), loaded.blocks[0].mlp.fc1.out_features) == (2, 17)
+    model = vit().float()
+    before = output(model, images)
+    undone: Any = regard.compress(model, recipe + " + int8", [images]).undo()
+    close(output(undone, images), before, 0.0)
+    assert undone._model_args["depth"] == 4 and undone._model_args["mlp_ratio"] == 1.5
 
 
 def test_taking_parts_and_rounding_go_together(tmp_path):

@@ -7,11 +7,17 @@ import pytest
 import torch
 from command_line import answer, run
 from PIL import Image
+from torch.nn import functional as F
 
 import regard
 from regard.compression import load_compressed
+from regard.compression.layers import answers_of
+from regard.layers.quantized import QuantizedLinear
+from regard.models.weights import weights_bytes
+from regard.workbench.lighter import evaluated
 from regard.workbench.lighter import study as studies
 from regard.workbench.lighter.subjects import open_subject
+from regard.workbench.lighter.subjects.opened import open_encoder, open_vision
 
 transformers, timm = pytest.importorskip("transformers"), pytest.importorskip("timm")
 from small_encoders import WORDS, bert, text, tokenizer  # noqa: E402
@@ -20,6 +26,11 @@ from regard.integrations import timm_folders  # noqa: E402
 
 CLASSES = ("cats", "dogs", "owls")
 NAMED = {"num_labels": 3, "id2label": dict(enumerate(CLASSES)), "label2id": {n: i for i, n in enumerate(CLASSES)}}
+LINEAR = {
+    "masked": "bert.encoder.layer.0.intermediate.dense",
+    "classes": "bert.encoder.layer.0.intermediate.dense",
+    "vit": "blocks.0.mlp.fc1",
+}
 AUTO = {
     "masked": transformers.AutoModelForMaskedLM,
     "bare": transformers.AutoModel,
@@ -30,6 +41,7 @@ AUTO = {
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
     monkeypatch.setattr(studies, "TIMING_SECONDS", 0.01)
+    monkeypatch.setattr(evaluated, "TIMING_SECONDS", 0.01)
     monkeypatch.setattr(studies, "MOST_ITEMS", 20)
 
 
@@ -123,12 +135,47 @@ def test_what_a_library_has_words_for_it_loads_and_the_rest_it_refuses(capsys, p
     expected = said(load_compressed(tmp_path / "zeros"))
     assert torch.equal(said(loaded(tmp_path / "zeros")), expected)
     assert not torch.equal(said(loaded(place / model)), expected)
-    with pytest.raises((OSError, RuntimeError), match=r"no file named model\.safetensors|Unknown model"):
-        loaded(tmp_path / "codes")
+    if model == "vit":
+        with pytest.raises(RuntimeError, match="Unknown model"):
+            loaded(tmp_path / "codes")
+    else:
+        assert torch.equal(said(loaded(tmp_path / "codes")), said(load_compressed(tmp_path / "codes")))
     code, _, told = run(capsys, f"retrofit {tmp_path}/zeros --mechanism linear --data {place} --output {tmp_path}/out")
     assert code == 2 and "which is compressed" in told
     original = said(loaded(place / model))
     assert 0 < float((said(load_compressed(tmp_path / "codes")) - original).abs().max() / original.abs().max()) < 0.1
+
+
+@pytest.mark.parametrize(("model", "data"), [("masked", "text.txt"), ("classes", "labelled.csv"), ("vit", "photos")])
+def test_what_was_compressed_is_scored_on_all_of_the_data(capsys, place, tmp_path, model, data):
+    answer(capsys, f"compress {place}/{model} --recipe int8 --output {tmp_path}/small")
+    given = str(place / data)
+    for folder in (place / model, tmp_path / "small"):
+        found = answer(capsys, f"evaluate {folder} {given}")
+        if model == "vit":
+            subject = open_vision(folder, given, None, held_out=1.0)
+        else:
+            subject = open_encoder(folder, model, given, None, held_out=1.0)
+        network = subject.load()
+        assert isinstance(network.get_submodule(LINEAR[model]), QuantizedLinear) == (folder.name == "small")
+        batches = [subject.held_out.batch([number]) for number in range(subject.items)]
+        with torch.no_grad():
+            said = [answers_of(subject.run(network, batch)).double().flatten(0, -2) for batch in batches]
+        right = [batch["labels"].flatten() for batch in batches]
+        losses = torch.stack([F.cross_entropy(*pair) for pair in zip(said, right, strict=True)])
+        assert found["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+        n = found["items"]
+        if model == "masked":
+            assert (n, found["metric"]) == (1500 // 62, "masked perplexity")
+            score, error = losses.mean().exp().item(), losses.std().item() * losses.mean().exp().item() / n**0.5
+        else:
+            assert (n, found["metric"]) == ({"vit": 24, "classes": 60}[model], "accuracy")
+            score = sum(int(x.argmax(-1) == y) for x, y in zip(said, right, strict=True)) / n
+            error = (score * (1 - score) / (n - 1)) ** 0.5
+        assert (found["score"], found["standard_error"]) == pytest.approx((score, error), rel=1e-4)
+        assert found["bytes"] == weights_bytes(network) and set(found["milliseconds"]) == {"one item", "16 items"}
+    code, told, _ = run(capsys, f"evaluate {tmp_path}/small {given}")
+    assert code == 0 and found["metric"] in told and "of weights; one item" in told
 
 
 def test_a_model_learns_from_a_larger_one(capsys, place, tmp_path):
@@ -188,6 +235,18 @@ def test_bad_requests_of_encoders_are_one_sentence_and_write_nothing(capsys, pla
         said = " ".join(messages.split())
         assert code == 2 and words in said and said.count("regard: ") == 1, (line, messages)
         assert not out.exists(), line
+    for line, words in (
+        ("bare {}/text.txt", "an encoder without a head"),
+        ("vit", "without data; supported: behind it a folder of images"),
+        ("vit {}/photos/cats", "of which nothing says what is right"),
+        ("classes {}/text.txt", "of which nothing says what is right"),
+        ("classes {}/labelled.csv --reduce tome:remove=1", "a model of transformers"),
+        ("vit {}/photos --exit layer:1", "a model of timm"),
+    ):
+        code, told, said = run(capsys, f"evaluate {place}/{line.format(place)}")
+        assert (code, told) == (2, "") and words in " ".join(said.split()), (line, said)
+    code, told, said = run(capsys, f"evaluate {tmp_path}/tags {place}/text.txt")
+    assert (code, told) == (2, "") and "head is of another kind" in said
     for name in ("bare", "classes", "masked", "vit"):
         code, _, said = run(capsys, f"sparse {place}/{name} --output {out}")
         assert code == 2 and ("which does not go on from a text" in said or "a model of images" in said)

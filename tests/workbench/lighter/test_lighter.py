@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 
@@ -15,7 +16,7 @@ from regard.compression.recipes import read_recipes
 from regard.contract import Unsupported
 from regard.measurement.budget import Budget
 from regard.workbench.lighter import study as studies
-from regard.workbench.lighter.study import Row, Study, loss_of, recommend, study
+from regard.workbench.lighter.study import Row, Study, caution, loss_of, recommend, study
 from regard.workbench.lighter.subjects import open_subject
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs\n" * 400
@@ -116,6 +117,14 @@ def test_the_fastest_is_recommended_of_those_that_lose_little(rows, chosen, word
     found = Study("x", "perplexity", False, 3, 3, row("original", 10.0, 1000, 1.0), rows, {}, None, 1)
     best, sentence = recommend(found, 0.01)
     assert best == chosen and re.search(words, sentence)
+    assert not caution(found, 0.01), "perplexity is no count of items"
+
+
+@pytest.mark.parametrize(("items", "careful"), [(30, True), (300, False)])
+def test_scores_of_few_items_come_with_a_caution(items, careful):
+    found = Study("x", "accuracy", True, items, 3, row("original", 0.5, 1000, 1.0), [], {}, None, 1)
+    assert caution(found, 0.01) == "" or careful
+    assert ("a single one is worth 6.7% of the accuracy" in caution(found, 0.01)) == careful
 
 
 def test_what_is_lost_is_counted_in_the_direction_of_the_metric():
@@ -153,6 +162,11 @@ def test_a_model_of_transformers_is_compressed_and_used_on_the_command_line(caps
         tmp_path / "study",
     )
     assert found["metric"] == "perplexity" and [one["recipe"] for one in found["rows"]] == ["int8", "gptq"]
+    line = (
+        f"compress {model} --recipes gptq --tolerance 9 --budget 1h --length 64 --data {text} --output {tmp_path}/study"
+    )
+    told = run(capsys, line)[1]
+    assert f'--data {text} --length 64 --recipe "gptq" --output small/' in told, "the command needs the same data"
     assert (
         answer(capsys, "compress --recipe int8", model, "--output", tmp_path / "small")["layers"][-1]["name"]
         == "model.embed_tokens"
@@ -160,6 +174,10 @@ def test_a_model_of_transformers_is_compressed_and_used_on_the_command_line(caps
     first, second = (answer(capsys, "generate --tokens 6", tmp_path / "small", "the quick")["text"] for _ in range(2))
     assert first == second != ""
     score = answer(capsys, "evaluate", tmp_path / "small", text)
+    assert score["loss"] == pytest.approx(math.log(score["score"])) and set(score["milliseconds"]) == {
+        "decode",
+        "prefill",
+    }
     assert score["metric"] == "perplexity" and abs(score["score"] / found["original"]["quality"] - 1) < 0.1
     original = answer(capsys, "evaluate", model, text)
     assert original["score"] != score["score"] and abs(original["score"] / score["score"] - 1) < 0.1
@@ -225,6 +243,32 @@ def test_files_that_lack_weights_of_the_model_are_refused(capsys, causal, tmp_pa
     (place / "model.safetensors").write_bytes((place / "model.safetensors").read_bytes()[:-100])
     code, _, said = run(capsys, f"generate {place} the")
     assert code == 2 and "transformers cannot load" in said and said.count("\n") == 1
+
+
+def test_weights_in_pickles_are_not_read(capsys, causal, tmp_path):
+    from safetensors.torch import load_file
+
+    shutil.copytree(causal[0], tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    torch.save(load_file(weights), tmp_path / "model" / "pytorch_model.bin")
+    weights.unlink()
+    code, out, said = run(capsys, f"compress {tmp_path}/model --recipe int8 --output {tmp_path}/out")
+    assert (code, out) == (2, "") and "no file named model.safetensors" in said and not (tmp_path / "out").exists()
+
+
+def test_a_save_that_was_stopped_is_told_and_begun_again(capsys, trained, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        (tmp_path / "small" / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    line = f"compress {trained[0]} --recipe int8 --output {tmp_path}/small"
+    with monkeypatch.context() as patch:
+        patch.setattr("regard.compression.folders.save_pretrained", stop)
+        assert run(capsys, line)[0] not in (0, 2)
+    code, out, said = run(capsys, f"evaluate {tmp_path}/small")
+    assert (code, out) == (2, "") and said.count("regard: ") == 1
+    assert answer(capsys, line)["recipe"] == "int8" and not (tmp_path / "small" / ".work").exists()
+    assert answer(capsys, f"evaluate {tmp_path}/small")["items"] > 0
 
 
 def test_models_lose_parts_on_the_command_line_and_go_on_working(capsys, trained, causal, tmp_path):

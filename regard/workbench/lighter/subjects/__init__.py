@@ -8,7 +8,7 @@ from pathlib import Path
 from regard.compression import Recipe
 from regard.compression.folders import is_compressed
 from regard.contract import Unsupported
-from regard.integrations.encoders import CLASSES, architecture_of, kind_of, read_config
+from regard.integrations.encoders import architecture_of, kind_of, read_config
 from regard.integrations.timm_places import PREFIX, is_of_timm
 from regard.tasks.documents import Paths, nearest_path
 from regard.workbench.lighter.subjects.base import MODELS, Subject
@@ -39,15 +39,18 @@ def open_subject(model: Path, data: Paths | None, length: int | None, recipes: S
         return Trained(model, data, length, recipes)
     if is_of_timm(model):
         return open_vision(model, data, length)
+    kind = known_kind(model, nearest="regard.compress, in Python")
+    return CausalModel(model, data, length) if kind == "language" else open_encoder(model, kind, data, length)
+
+
+def known_kind(model: Path, *, nearest: str = "") -> str:
+    """The kind of a model of transformers in a folder or file, ``language`` or one of
+    :data:`regard.integrations.encoders.CLASSES`; raises Unsupported for encoders with other heads."""
     kind = kind_of(model) if (model / "config.json").is_file() else "language"
-    if kind in CLASSES:
-        return open_encoder(model, kind, data, length)
     if kind == "other":
         name = architecture_of(read_config(model))
-        raise Unsupported(
-            f"{model}, a {name}, whose head is of another kind", supported=MODELS, nearest="regard.compress, in Python"
-        )
-    return CausalModel(model, data, length)
+        raise Unsupported(f"{model}, a {name}, whose head is of another kind", supported=MODELS, nearest=nearest)
+    return kind
 
 
-__all__ = ["MODELS", "Subject", "open_subject"]
+__all__ = ["MODELS", "Subject", "known_kind", "open_subject"]

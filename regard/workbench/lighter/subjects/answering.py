@@ -17,7 +17,7 @@ from regard.contract import Unsupported
 from regard.measurement.timing import Action
 from regard.workbench.lighter.subjects.base import CHOOSING
 from regard.workbench.lighter.subjects.items import LABELS, Items
-from regard.workbench.lighter.subjects.scores import Score
+from regard.workbench.lighter.subjects.scores import Score, Sum
 from regard.workbench.sparse.readers import Reader
 
 AT_ONCE = 16
@@ -85,16 +85,35 @@ class Answering:
         assert self.before is not None
         return list(_batches(self.before, CHOOSING))
 
-    @torch.inference_mode()
     def quality(self, model: nn.Module, items: int) -> float:
-        assert self.held_out is not None
-        total = self.score.begin()
         original = None if self.score.known else self.load()
+        return self.scored(model, items, self.score.begin(), original=original)[0].value()[0]
+
+    @torch.inference_mode()
+    def scored(
+        self,
+        model: nn.Module,
+        items: int,
+        *sums: Sum,
+        original: nn.Module | None = None,
+        on_items: Callable[[int], None] = lambda done: None,
+    ) -> tuple[Sum, ...]:
+        """Sums with the answers of a model to the first items that are held out.
+
+        Args:
+            original: whose answers stand for the right ones, where none are known.
+            on_items: told how many items are done.
+        """
+        assert self.held_out is not None
+        done = 0
         for batch in _batches(self.held_out, items):
-            total.add(
-                self._answers(model, batch), batch[LABELS] if original is None else self._answers(original, batch)
-            )
-        return total.value()
+            found = self._answers(model, batch)
+            right = batch[LABELS] if original is None else self._answers(original, batch)
+            for one in sums:
+                one.add(found, right)
+            done += len(found)
+            on_items(done)
+        return sums
 
     def _answers(self, model: nn.Module, batch: Any) -> Tensor:
         found = answers_of(self.run(model, batch))

@@ -17,6 +17,9 @@ HELD_OUT = 0.5
 LENGTH = 512
 """Tokens of a window."""
 
+SPREAD = 64
+"""Windows of a text, spread over it, that a model is scored on where all of the text counts."""
+
 CHOOSING, SHARE = 512, 0.25
 """Items that a search goes by at the most, and their share of held-out ones where none were set aside in training."""
 

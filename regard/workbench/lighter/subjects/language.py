@@ -97,8 +97,7 @@ def halves(data: Paths, tokenizer: Any, length: int) -> tuple[Tensor, Tensor]:
     Raises:
         Unsupported: for a text that is shorter.
     """
-    documents, _ = read_documents(data, "text")
-    ids = encode(tokenizer, b"".join(document.text for document in documents).decode())
+    ids = read_ids(data, tokenizer)
     if len(ids) < 2 * length:
         raise Unsupported(
             f"{names_of(data)} of {len(ids)} tokens for windows of {length}",
@@ -107,6 +106,12 @@ def halves(data: Paths, tokenizer: Any, length: int) -> tuple[Tensor, Tensor]:
         )
     border = max(length, min(len(ids) - length, int((1 - HELD_OUT) * len(ids))))
     return ids[:border], ids[border:]
+
+
+def read_ids(data: Paths, tokenizer: Any) -> Tensor:
+    """Tokens of a text in files or folders."""
+    documents, _ = read_documents(data, "text")
+    return encode(tokenizer, b"".join(document.text for document in documents).decode())
 
 
 def perplexity(model: nn.Module, windows: list[Tensor]) -> float:

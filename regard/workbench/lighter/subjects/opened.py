@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from regard.compression.folders import is_compressed, load_compressed
 from regard.contract import Unsupported, at_least
 from regard.integrations.encoders import auto_class, frame_of, framed, masked, positions_of
 from regard.integrations.timm_places import load_timm, name_of
@@ -15,26 +18,30 @@ from regard.retrofit.corpus import even_blocks
 from regard.retrofit.pictures import View, read_pictures
 from regard.tasks.documents import Paths, names_of
 from regard.workbench.lighter.subjects.answering import Answering
-from regard.workbench.lighter.subjects.base import HELD_OUT, LENGTH, MODELS
-from regard.workbench.lighter.subjects.items import Images, Items, Texts, Windows, classes_of, read_labelled
-from regard.workbench.lighter.subjects.language import halves
+from regard.workbench.lighter.subjects.base import HELD_OUT, LENGTH, MODELS, SPREAD
+from regard.workbench.lighter.subjects.items import Images, Texts, Windows, classes_of, read_labelled
+from regard.workbench.lighter.subjects.language import halves, read_ids
 from regard.workbench.lighter.subjects.scores import ACCURACY, AGREEMENT, KEPT, MASKED, Score
 
 
-def open_encoder(path: Path, kind: str, data: Paths | None, length: int | None) -> Answering:
-    """An encoder of transformers.
+def open_encoder(
+    path: Path, kind: str, data: Paths | None, length: int | None, *, held_out: float = HELD_OUT
+) -> Answering:
+    """An encoder of transformers, compressed or not.
 
     Args:
         kind: of :data:`regard.integrations.encoders.CLASSES`.
         data: text; of a classifier also texts with their classes. Empty for none.
         length: tokens of a window, framed; :data:`LENGTH` or what its positions reach when None.
+        held_out: share of the data that is scored; with 1 a text may be shorter than a window, and :data:`SPREAD` windows of a
+            longer one are taken.
 
     Raises:
         Unsupported: for no data, data that are too short or whose classes the model has not, and a model without a tokenizer.
     """
     from regard.integrations.transformers.folders import has_tokenizer, load_model, load_tokenizer
 
-    opened = partial(load_model, path, of=auto_class(kind), supported=MODELS)
+    opened = _opened(path, partial(load_model, path, of=auto_class(kind), supported=MODELS))
     if data is None:
         raise Unsupported(f"{path} without data", supported=_wanted(kind))
     tokenizer = load_tokenizer(path, supported=MODELS) if data != () or has_tokenizer(path) else None
@@ -45,23 +52,24 @@ def open_encoder(path: Path, kind: str, data: Paths | None, length: int | None) 
         return Answering(path.name, opened, score, None, None, tokenizer)
     labelled = read_labelled(data) if kind == "classes" else None
     if labelled is None:
-        before, held_out = _windows(data, tokenizer, length, hide=kind == "masked")
-        described = f"{path.name} on {names_of(data)}, windows of {length} tokens"
-    else:
-        known = score is AGREEMENT
-        score = ACCURACY if known else score
-        numbers = classes_of(labelled, model.config) if known else None
-        before, held_out = _shuffled(labelled, numbers, tokenizer, length, names_of(data))
-        described = f"{path.name} on {len(labelled):,} texts of {names_of(data)}, {length} tokens at the most"
-    return Answering(described, opened, score, before, held_out, tokenizer)
+        before, scored = _windows(data, tokenizer, length, held_out, hide=kind == "masked")
+        described = f"{path.name} on {names_of(data)}, windows of {scored.ids.shape[1]} tokens"
+        return Answering(described, opened, score, before, scored, tokenizer)
+    known = score is AGREEMENT
+    score = ACCURACY if known else score
+    numbers = classes_of(labelled, model.config) if known else None
+    first, last = _shuffled(labelled, numbers, tokenizer, length, names_of(data), held_out)
+    described = f"{path.name} on {len(labelled):,} texts of {names_of(data)}, {length} tokens at the most"
+    return Answering(described, opened, score, first, last, tokenizer)
 
 
-def open_vision(path: Path, data: Paths | None, length: int | None) -> Answering:
-    """A vision transformer, or another model of timm.
+def open_vision(path: Path, data: Paths | None, length: int | None, *, held_out: float = HELD_OUT) -> Answering:
+    """A vision transformer, or another model of timm, compressed or not.
 
     Args:
         path: a folder, or ``timm:NAME``.
         data: a folder of images, with a sub-folder for each class or without. Empty for none.
+        held_out: share of the data that is scored.
 
     Raises:
         Unsupported: for no images, and a length.
@@ -72,18 +80,23 @@ def open_vision(path: Path, data: Paths | None, length: int | None) -> Answering
         raise Unsupported(
             f"{path} without images", supported="--data photos/, a folder of them, to calibrate with and to score on"
         )
-    opened = partial(load_timm, str(path), supported=MODELS)
+    opened = _opened(path, partial(load_timm, str(path), supported=MODELS))
     model: Any = opened()
     score = AGREEMENT if model.num_classes > 1 else KEPT
     if data == ():
         return Answering(name_of(path), opened, score, None, None)
     view = View.of(model)
-    pictures = read_pictures(data, None, view, batch=1, seed=0, held_out=HELD_OUT)
+    pictures = read_pictures(data, None, view, batch=0 if held_out == 1 else 1, seed=0, held_out=held_out)
     if pictures.labelled and score is AGREEMENT:
         score = ACCURACY
-    before, held_out = (Images(some, view, score is ACCURACY) for some in (pictures.training, pictures.held_out))
-    count = len(pictures.training) + len(pictures.held_out)
-    return Answering(f"{name_of(path)} on {count:,} images of {pictures.name}", opened, score, before, held_out)
+    parts = [Images(some, view, score is ACCURACY) for some in (pictures.training, pictures.held_out)]
+    described = f"{name_of(path)} on {sum(map(len, parts)):,} images of {pictures.name}"
+    return Answering(described, opened, score, *parts)
+
+
+def _opened(path: Path, plain: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """What makes the model of a place, from `plain` where it is not compressed."""
+    return partial(load_compressed, path) if is_compressed(path) else plain
 
 
 def _wanted(kind: str) -> str:
@@ -113,22 +126,30 @@ def _length(model: Any, tokenizer: Any, length: int | None) -> int:
     return found
 
 
-def _windows(data: Paths, tokenizer: Any, length: int, *, hide: bool) -> list[Items]:
+def _windows(data: Paths, tokenizer: Any, length: int, held_out: float, *, hide: bool) -> list[Windows]:
     """The text before the border and behind it, in windows with their frames."""
     if hide and getattr(tokenizer, "mask_token_id", None) is None:
         raise Unsupported("an encoder whose tokenizer has no mask token", supported="a folder with its own tokenizer")
     content = length - (0 if frame_of(tokenizer) is None else 2)
-    found: list[Items] = []
-    for part in halves(data, tokenizer, content):
-        ids = framed(even_blocks(part, len(part) // content, content), tokenizer)
+    if held_out == 1:
+        ids = read_ids(data, tokenizer)
+        content, most = min(content, len(ids)), SPREAD
+        parts = [ids[:0], ids]
+    else:
+        parts, most = list(halves(data, tokenizer, content)), None
+    found: list[Windows] = []
+    for part in parts:
+        ids = framed(even_blocks(part, most or len(part) // content, content), tokenizer)
         found.append(Windows(*masked(ids, tokenizer, torch.Generator().manual_seed(0))) if hide else Windows(ids))
     return found
 
 
-def _shuffled(labelled: Any, numbers: list[int] | None, tokenizer: Any, length: int, name: str) -> list[Items]:
+def _shuffled(
+    labelled: Any, numbers: list[int] | None, tokenizer: Any, length: int, name: str, held_out: float
+) -> list[Texts]:
     """Texts in another order, of which the first are not scored."""
-    border = int((1 - HELD_OUT) * len(labelled))
-    if not border:
+    border = int((1 - held_out) * len(labelled))
+    if not border and held_out < 1:
         raise Unsupported(f"{name} of {len(labelled)} texts", supported="2 or more, to calibrate with and to score on")
     order = torch.randperm(len(labelled), generator=torch.Generator().manual_seed(0)).tolist()
     return [

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from regard.core.precision import wide
 from regard.integrations.encoders import UNASKED
+from regard.measurement.statistics import score_of_items
 from regard.retrofit.measures.shared import Closeness
 
 if TYPE_CHECKING:
@@ -25,8 +27,8 @@ class Sum(Protocol):
         """Those of a batch beside the right ones, or those of the original."""
         ...
 
-    def value(self) -> float:
-        """The score of all."""
+    def value(self) -> tuple[float, float]:
+        """The score of all, and its standard error over the items; nan where that is not known."""
         ...
 
 
@@ -46,34 +48,44 @@ class Score:
     begin: Callable[[], Sum]
 
 
-class _Perplexity:
-    """``exp`` of the mean nats of what is asked."""
+class CrossEntropy:
+    """Nats of right answers, the mean over all that is asked."""
 
     def __init__(self) -> None:
-        self.nats, self.count = 0.0, 0
+        self.items: list[tuple[float, float]] = []
 
-    def add(self, found: Float[Tensor, "b n v"], right: Int[Tensor, "b n"]) -> None:
+    def add(self, found: Float[Tensor, "b *n k"], right: Int[Tensor, "b *n"]) -> None:
         asked = right != UNASKED
-        self.nats += float(F.cross_entropy(wide(found[asked]), right[asked], reduction="sum"))
-        self.count += int(asked.sum())
+        item = asked.nonzero()[:, 0]
+        nats = F.cross_entropy(wide(found[asked]), right[asked], reduction="none").double()
+        each = torch.stack([nats, torch.ones_like(nats)], 1)
+        self.items += each.new_zeros(len(right), 2).index_add(0, item, each).tolist()
 
-    def value(self) -> float:
-        return math.exp(min(self.nats / self.count, 700.0))
+    def value(self) -> tuple[float, float]:
+        return score_of_items(self.items)
+
+
+class _Perplexity(CrossEntropy):
+    """``exp`` of the mean nats of what is asked."""
+
+    def value(self) -> tuple[float, float]:
+        nats, error = super().value()
+        found = math.exp(min(nats, 700.0))
+        return found, found * error
 
 
 class _Same:
     """The share of items of the same class: of the right one, or of the original's, whose logits are given."""
 
     def __init__(self) -> None:
-        self.same, self.count = 0, 0
+        self.items: list[tuple[float, float]] = []
 
     def add(self, found: Float[Tensor, "b k"], right: Tensor) -> None:
         right = right.argmax(-1) if right.is_floating_point() else right
-        self.same += int((found.argmax(-1) == right).sum())
-        self.count += len(right)
+        self.items += [(float(same), 1.0) for same in found.argmax(-1) == right]
 
-    def value(self) -> float:
-        return self.same / self.count
+    def value(self) -> tuple[float, float]:
+        return score_of_items(self.items)
 
 
 class _Kept:
@@ -85,8 +97,9 @@ class _Kept:
     def add(self, found: Float[Tensor, "... c"], right: Float[Tensor, "... c"]) -> None:
         self.closeness.add(found.flatten(0, -2), right.flatten(0, -2))
 
-    def value(self) -> float:
-        return self.closeness.share()[0]
+    def value(self) -> tuple[float, float]:
+        share, error = self.closeness.share()
+        return share, math.nan if error is None else error
 
 
 MASKED = Score("masked perplexity", False, True, _Perplexity)

@@ -1,0 +1,87 @@
+"""What is left of each layer of a model whose own config has no words for it.
+
+:func:`structure` is a record of it, with which :func:`restore` makes the sizes again before the weights are loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import nn
+
+from regard.compression.pruning.anatomy import Cut, Layer, Undo, find_host, left
+from regard.contract import Unsupported
+
+RECORD = "_regard_structure"
+"""Attribute of a model that its config cannot describe: what :func:`structure` gives."""
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise Unsupported for a model that has such a record."""
+    if hasattr(model, RECORD):
+        raise Unsupported("a model that is pruned already", supported="a model as it was", nearest="undo()")
+
+
+def note(model: Any, entries: Sequence[Mapping[str, Any]]) -> Undo:
+    """Give a model the record of its layers, each as :func:`entry_of` says."""
+    setattr(model, RECORD, {"layers": list(entries)})
+    return lambda: delattr(model, RECORD)
+
+
+def structure(model: nn.Module) -> dict[str, Any] | None:
+    """What is left of each layer of a model that its config does not describe; None for other models."""
+    return getattr(model, RECORD, None)
+
+
+def restore(model: nn.Module, record: Mapping[str, Any], *, source: str) -> None:
+    """Give a model made from its config the sizes of `record`; its weights are loaded afterwards.
+
+    Args:
+        source: where the record is from, for errors.
+
+    Raises:
+        Unsupported: for a record that is not of such a model.
+    """
+    host = find_host(model)
+    entries = record.get("layers")
+    if not isinstance(entries, list) or len(entries) != len(host.layers):
+        raise Unsupported(f"{source}, whose layers are not those of the model", supported="the model that was pruned")
+    cuts = []
+    for layer, entry in zip(host.layers, entries, strict=True):
+        if not isinstance(entry, Mapping) or set(entry) != {f.name for f in fields(Entry)}:
+            raise Unsupported(f"{source}, in which a layer is {entry!r}", supported="a record of `regard compress`")
+        found = Entry(**entry)
+        cuts.append(
+            Cut(
+                attention=not found.attention,
+                feed_forward=not found.feed_forward,
+                heads=tuple(range(found.units, layer.units)),
+                neurons=tuple(range(found.neurons, layer.neurons)),
+                hard=found.hard,
+            )
+        )
+    host.compact(cuts)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is left of a layer, as :func:`structure` says it."""
+
+    attention: bool
+    feed_forward: bool
+    units: int
+    neurons: int
+    hard: int | None
+
+
+def entry_of(cut: Cut, layer: Layer) -> dict[str, Any]:
+    """What a settled cut leaves of a layer."""
+    return {
+        "attention": not cut.attention,
+        "feed_forward": not cut.feed_forward,
+        "units": len(left(layer.units, cut.heads)[0]),
+        "neurons": len(left(layer.neurons, cut.neurons)[0]),
+        "hard": cut.hard,
+    }

@@ -1,0 +1,142 @@
+"""Models of transformers and timm, compressed or as they were, scored on a user's data: quality, size and time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from regard.compression import text_windows
+from regard.compression.folders import load_causal_model
+from regard.compression.tokens.applied import read_in_turn
+from regard.contract import Unsupported
+from regard.integrations.timm_places import is_of_timm
+from regard.measurement.statistics import score_of_items
+from regard.measurement.timing import calm_clock, interleaved
+from regard.models.weights import weights_bytes
+from regard.tasks.documents import Paths, names_of
+from regard.workbench.lighter.subjects import known_kind
+from regard.workbench.lighter.subjects.answering import Answering
+from regard.workbench.lighter.subjects.base import LENGTH, SPREAD
+from regard.workbench.lighter.subjects.language import CausalModel, nats_of_windows, read_ids
+from regard.workbench.lighter.subjects.opened import open_encoder, open_vision
+from regard.workbench.lighter.subjects.scores import CrossEntropy
+
+TIMING_SECONDS = 2.0
+"""Of all timings of a model together."""
+WANTED = {
+    "language": "a text: files or folders",
+    "masked": "a text: files or folders",
+    "classes": "texts with their classes, as reviews.csv with the columns text and label",
+    "images": "a folder of images with a sub-folder for each class of the model",
+}
+"""Data that tell right answers from wrong ones, by the kind of model."""
+COMPARED = "regard compress ORIGINAL --recipes ..., which compares answers with the original's"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a model does on data.
+
+    Attributes:
+        described: model and data in words.
+        metric, score, standard_error: its quality; the error over the items, nan with a single one.
+        loss: nats of a right answer, the mean.
+        items: how many were scored.
+        bytes: of the weights, what is shared counted once.
+        milliseconds: of what takes time, by name.
+    """
+
+    described: str
+    metric: str
+    score: float
+    standard_error: float
+    loss: float
+    items: int
+    bytes: int
+    milliseconds: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, with None for an error that is not known."""
+        error = None if math.isnan(self.standard_error) else self.standard_error
+        return {**asdict(self), "standard_error": error}
+
+
+def evaluate(
+    place: Path,
+    data: Paths | None,
+    *,
+    device: str = "cpu",
+    on_items: Callable[[int, int], None] = lambda done, count: None,
+) -> Evaluated:
+    """Score a model of transformers or timm on all of the data, of long texts on windows spread over them.
+
+    Args:
+        place: a folder, compressed or not, a GGUF file, or ``timm:NAME``.
+        device: of causal language models that are not compressed; others run on the processor.
+        on_items: told how many items are scored, and of how many.
+
+    Raises:
+        Unsupported: for no data, and data that do not tell which answers are right.
+    """
+    kind = "images" if is_of_timm(place) else known_kind(place)
+    if kind == "bare":
+        raise Unsupported(
+            f"a score of {place}, an encoder without a head, of which nothing says what is right",
+            supported="encoders that say masked tokens, classifiers, language models",
+            nearest=COMPARED,
+        )
+    if not data:
+        raise Unsupported(f"a score of {place} without data", supported=f"behind it {WANTED[kind]}")
+    if kind == "language":
+        return _language(place, data, device, on_items)
+    if device != "cpu":
+        raise Unsupported(
+            f"an encoder or model of images on {device}", supported="the processor", nearest="--device cpu"
+        )
+    if kind == "images":
+        subject = open_vision(place, data, None, held_out=1.0)
+    else:
+        subject = open_encoder(place, kind, data, None, held_out=1.0)
+    if not subject.score.known:
+        raise Unsupported(
+            f"a score of {place} on {names_of(data)}, of which nothing says what is right",
+            supported=WANTED[kind],
+            nearest=COMPARED,
+        )
+    model, count = subject.load(), subject.items
+    sums = subject.score.begin(), CrossEntropy()
+    subject.scored(model, count, *sums, on_items=lambda done: on_items(done, count))
+    (score, error), (loss, _) = (one.value() for one in sums)
+    return _evaluated(subject, model, score, error, loss, count)
+
+
+def _language(place: Path, data: Paths, device: str, on_items: Callable[[int, int], None]) -> Evaluated:
+    """The perplexity of a causal language model on a text; where its cache keeps a part of a prompt, of the first half of a
+    window as one."""
+    subject = CausalModel(place, (), None)
+    model = load_causal_model(place, device=device)
+    ids = read_ids(data, subject.tokenizer).to(device)
+    subject.length = min(LENGTH, getattr(model.config, "max_position_embeddings", None) or LENGTH, max(len(ids), 2))
+    subject.held_out = ids
+    subject.described = f"{place.name} on {names_of(data)}, windows of {subject.length} tokens"
+    windows = text_windows(ids, subject.length, SPREAD)
+    read, nats = read_in_turn(model), []
+    for window in windows:
+        nats += nats_of_windows(read, [window])
+        on_items(len(nats), len(windows))
+    loss, error = score_of_items(nats)
+    found = math.exp(min(loss, 700.0))
+    return _evaluated(subject, model, found, found * error, loss, len(windows))
+
+
+def _evaluated(
+    subject: Answering | CausalModel, model: nn.Module, score: float, error: float, loss: float, items: int
+) -> Evaluated:
+    timed = interleaved(subject.timed(model), seconds=TIMING_SECONDS, clock=calm_clock())
+    milliseconds = {name: 1e3 * timing.median for name, timing in timed.items()}
+    return Evaluated(subject.described, subject.metric, score, error, loss, items, weights_bytes(model), milliseconds)
