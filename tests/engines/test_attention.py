@@ -17,7 +17,7 @@ from regard.apply import apply
 from regard.backends.native import library
 from regard.catalogue import get_mechanism
 from regard.contract import BlockMask, Mask, Unsupported
-from regard.core.visibility import Visibility, block_numbers
+from regard.core.visibility import CountedRanks, Visibility, block_numbers
 from regard.engines.attention import attention
 from regard.positions import create_positions
 
@@ -266,3 +266,15 @@ def test_what_does_not_fit_is_refused(told, options):
     q = torch.randn(2, 2, 3, 4)
     with pytest.raises(Unsupported, match=told):
         attention(q, q, q, counted(3, 3), visibility=CAUSAL, scale=1.0, **options)
+
+
+@pytest.mark.parametrize("first", [0, 5, 24, 37])
+def test_blocks_of_ranks_that_begin_anywhere_are_cut_into_bands(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
+    cut_small(monkeypatch, 1 << 22, 8, 16)
+    n, rule = 64, Visibility(causal=True, block=8, lookback=1)
+    q, k, v = (torch.randn(1, 2, size, 4, dtype=torch.float64) for size in (n, n + first, n + first))
+    where = CountedRanks(n, n + first, first, True, q.device)
+    assert backend.Band.of(rule, where, n, n + first) is not None
+    found, _, _ = attention(q, k, v, where, visibility=rule, scale=0.7, backend="torch")
+    hidden = ~rule.mask(where.queries, where.keys)[:, None]
+    close(found, (0.7 * q @ k.mT).masked_fill(hidden, -torch.inf).softmax(-1) @ v)
