@@ -190,9 +190,7 @@ def test_models_paths_and_metrics(client):
     assert {"regard_http_answers", "regard_running", "regard_pages_used"} <= set(families)
     assert all(family.documentation and family.samples and family.type != "unknown" for family in families.values())
     assert "regard_first_token_seconds_count 1.0" in told and "regard_between_tokens_seconds_count 1.0" in told
-    client.post(
-        "/v1/completions", json={"prompt": "a" * 13, "max_tokens": 2}
-    )  # 14 tokens read, after 4: blocks of 4
+    client.post("/v1/completions", json={"prompt": "a" * 13, "max_tokens": 2})  # 14 tokens read, after 4: blocks of 4
     told = client.get("/metrics").text
     assert "regard_prefix_blocks 4.0" in told and "regard_pages_used 4.0" in told
 
