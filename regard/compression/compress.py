@@ -422,7 +422,7 @@ class _Job:
         if folder is not None:
             begin(folder, self.identity)
         body, format = self.layers.body, step.format
-        found = learn_codes(
+        found, note = learn_codes(
             self.model,
             body,
             format,
@@ -434,6 +434,7 @@ class _Job:
             folder=folder,
             on_step=lambda done: self.on_layer("step", done, step.steps),
         )
+        self.notes.append(note)
         for name, linear in body.items():
             made = QuantizedLinear.of(linear, found[name], format)
             self._replace(

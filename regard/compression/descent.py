@@ -16,6 +16,8 @@ from regard.training.checkpoint import load_checkpoint, restore, save_checkpoint
 
 SECONDS = 60.0
 """Between two times that a run's state is kept, at most."""
+SCORED = 4
+"""Batches whose loss is told, before and after."""
 
 
 def descend(
@@ -87,6 +89,13 @@ def descend(
         raise
     keep()
     return done, spent()
+
+
+@torch.no_grad()
+def mean_loss(loss_of: Callable[[int], Tensor], batches: int) -> float:
+    """Of the first of so many batches, :data:`SCORED` at the most, to tell what training did."""
+    few = min(SCORED, batches)
+    return sum(float(loss_of(i)) for i in range(few)) / few
 
 
 def by_path(parameters: dict[str, nn.Parameter]) -> nn.ParameterDict:

@@ -72,8 +72,16 @@ def test_learned_grids_lose_less_than_the_nearest_and_the_model_comes_back():
         small = regard.compress(model, recipe, windows())
         assert all(isinstance(model.get_submodule(layer.name), QuantizedLinear) for layer in small.report.layers)
         lost[recipe[:3]] = loss(model) - before
+        told = small.report.notes
         small.undo()
     assert lost["lsq"] < 0.5 * lost["int"], lost
+    (said,) = told
+    first, last = (
+        float(word.split()[-1]) for word in said.replace(" before", "").replace(" after", "").split(",")[-2:]
+    )
+    assert (
+        "learned in 60 steps" in said and last < first and last == pytest.approx((before + lost["lsq"]) / 4, abs=0.002)
+    )
     assert all(torch.equal(p, weights[name]) and p.requires_grad for name, p in model.named_parameters())
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from regard.compression.descent import by_path, descend
+from regard.compression.descent import by_path, descend, mean_loss
 from regard.compression.distillation.losses import feature_loss, response_loss
 from regard.compression.layers import Run
 from regard.compression.pruning.anatomy import Undo
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from regard.compression.steps import Distil
 
 KEPT = "distilled.safetensors"
-SCORED = 4
-"""Batches whose loss is told, before and after."""
 
 
 def same_weights(model: nn.Module) -> nn.Module:
@@ -86,18 +84,13 @@ def win_back(
         for weight, stays in masks:
             weight.data.mul_(stays)
 
-    @torch.no_grad()
-    def scored() -> float:
-        few = min(SCORED, len(batches))
-        return sum(float(loss_of(i)) for i in range(few)) / few
-
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         for parameter in required:
             parameter.requires_grad_(False)
         for parameter in trained.values():
             parameter.requires_grad_(True)
-        before = scored()
+        before = mean_loss(loss_of, len(batches))
         done, seconds = descend(
             by_path(trained),
             [{"params": list(trained.values()), "factor": 1.0}],
@@ -110,7 +103,7 @@ def win_back(
             after=mask,
             on_step=on_step,
         )
-        after = scored()
+        after = mean_loss(loss_of, len(batches))
     except BaseException:
         undo()
         raise

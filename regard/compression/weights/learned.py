@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from regard.compression.descent import by_path, descend
+from regard.compression.descent import by_path, descend, mean_loss
 from regard.compression.layers import Run
 from regard.compression.pruning.losses import Losses
 from regard.compression.weights.grids import TINY, Grids, as_codes, in_groups
 from regard.layers.quantized import Codes, Format
+from regard.measurement import units
 
 KEPT = "learned.safetensors"
 
@@ -80,8 +81,9 @@ def learn_codes(
     learning_rate: float,
     folder: Path | None = None,
     on_step: Callable[[int], None] = lambda done: None,
-) -> dict[str, Codes]:
-    """Codes of some layers, after their weights and steps were trained with what they lose; the layers stay as they were.
+) -> tuple[dict[str, Codes], str]:
+    """Codes of some layers, after their weights and steps were trained with what they lose, and what came of it in a sentence;
+    the layers stay as they were.
 
     Trained by Adam at a rate that falls to 0 along a cosine, one batch a step, in turn. Adam takes no notice of how large a
     gradient is, so the rate of a step is smaller than that of weights by as much as steps are smaller, in place of the factor
@@ -94,23 +96,33 @@ def learn_codes(
     Raises:
         Unsupported: where the loss is not finite.
     """
+
+    def loss_of(step: int) -> Tensor:
+        return losses(model, batches[step % len(batches)], run).mean()
+
     with _trained_alone(model, layers, format) as learned:
-        descend(
+        before = mean_loss(loss_of, len(batches))
+        done, seconds = descend(
             by_path({f"{name}/{key}": one for name, own in learned.items() for key, one in own.items()}),
             _groups(learned),
-            lambda step: losses(model, batches[step % len(batches)], run).mean(),
+            loss_of,
             what="learned grids",
             steps=steps,
             learning_rate=learning_rate,
             file=None if folder is None else folder / KEPT,
             on_step=on_step,
         )
+        after = mean_loss(loss_of, len(batches))
         found = {}
         for name, linear in layers.items():
             one: Any = linear
             parametrization: Any = one.parametrizations.weight[0]
             found[name] = parametrization.codes(one.parametrizations.weight.original)
-    return found
+    return found, (
+        f"grids learned in {done} steps on {len(batches)} batches, {units.duration(seconds)}: loss on these data "
+        f"{units.number(before)} before, {units.number(after)} after"
+        + ("" if after <= before else ", which is worse: more batches, or a smaller learning_rate")
+    )
 
 
 def _groups(learned: Mapping[str, Mapping[str, nn.Parameter]]) -> list[dict[str, Any]]:

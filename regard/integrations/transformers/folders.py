@@ -57,9 +57,7 @@ def load_model(place: Path, *, of: Any = None, dtype: torch.dtype = torch.float3
         Unsupported: also for files that lack some of its weights, which transformers would draw.
     """
     folder, file = find_files(place, supported=supported)
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **file}
-    if not file:
-        options["use_safetensors"] = True  # no pickles
+    options = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True, **file}  # no pickles
     auto = transformers.AutoModelForCausalLM if of is None else of
     model, found = _loaded(auto, "model", place, folder, supported, **options)
     saved = next(iter(getattr(model.config, "architectures", None) or ()), "")
