@@ -206,7 +206,7 @@ def _next_token(call: Call, tokens: _Turned, gate: Tensor | None) -> Result | No
             key = call.rotate(key, _places(call, tokens.k))  # type: ignore[misc]
         cores = [append(x, core, 2) for x, core in zip(cores, (key, value), strict=True)]
         summed = None if summed is None else torch.zeros_like(summed)
-    state = CoreState(window, cores[0], cores[1], plain, summed, window.length)
+    state = CoreState(window, cores[0], cores[1], plain, summed, past.length + 1)
     left = max(0, (count - s) // g)
     near, far = count - left * g, min(left, cores[0].shape[2])
     parts = []
