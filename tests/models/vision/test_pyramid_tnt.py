@@ -110,5 +110,5 @@ def test_other_mechanisms_mix_the_sentences() -> None:
 def test_what_cannot_be_is_refused() -> None:
     refused("multiples of 8 from 32", small, image_size=24)
     refused("multiples of 8 from 32", small, image_size=(64, 60))
-    refused("4 stages", small, heads=(2, 2))
+    refused("of 4 stages", small, heads=(2, 2))
     refused("64 x 128, the size of the table", small(), torch.zeros(1, 3, 64, 64, dtype=torch.float64))
