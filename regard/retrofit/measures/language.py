@@ -187,7 +187,11 @@ class _GoingOn:
 
 
 def held_bytes(cache: Any) -> int:
-    """Bytes of all tensors in a cache of transformers."""
+    """Bytes of all tensors in a cache of transformers, without the room behind those that grow."""
+    from regard.integrations.transformers.caches import GrowingLayer
+
+    if isinstance(cache, GrowingLayer):
+        return held_bytes((cache.keys, cache.values))
     if isinstance(cache, Tensor):
         return cache.numel() * cache.element_size()
     if isinstance(cache, (list, tuple)):
