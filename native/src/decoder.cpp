@@ -34,7 +34,7 @@ struct Product {
 // Products of one input. `scaled` has room for it, once for each.
 template <int COUNT>
 int apply(int64_t threads, int64_t m, const float* x, float* scaled, const Product (&products)[COUNT]) {
-  regard_quantized_linear_args all[COUNT];
+  regard_quantized_linear_args all[COUNT] = {};
   for (int p = 0; p < COUNT; ++p) {
     const regard_weight& w = *products[p].weight;
     const bool like_last = p > 0 && same_scale(*products[p - 1].weight, w);
@@ -48,7 +48,7 @@ int apply(int64_t threads, int64_t m, const float* x, float* scaled, const Produ
       input = scaled;
       scaled += m * w.k;
     }
-    regard_quantized_linear_args& a = all[p] = {};
+    regard_quantized_linear_args& a = all[p];
     a.size = sizeof a;
     a.threads = threads;
     a.bits = w.bits;
