@@ -17,7 +17,7 @@ from regard.contract import (
     at_least,
     one_of,
 )
-from regard.core.precision import wide
+from regard.core.precision import wide, without_autocast
 from regard.engines.attention import Ranks, Visibility
 from regard.engines.attention_forms import attend_to_part
 from regard.engines.grouped_attention import normalized
@@ -210,14 +210,16 @@ def _cores(
         return key, value
     if config.pool == "mean":
         weights = (exists.to(k.dtype) / exists.sum(-1, keepdim=True).clamp(min=1))[..., None, :]
-        return (weights @ k)[..., 0, :], (weights @ v)[..., 0, :]
+        with without_autocast(k.device):
+            return (weights @ k)[..., 0, :], (weights @ v)[..., 0, :]
     if queries is None:
         queries = torch.where(exists[..., None], k, 0).sum(3) / exists.sum(-1).clamp(min=1)[..., None]
     queries = queries.unflatten(1, (k.shape[1], -1))  # (b, g, heads that share keys, groups, d)
     if config.share_gqa:
         queries = queries.mean(2, keepdim=True)
     k, v = k.contiguous(), v.contiguous()  # which each product would see to anew
-    scores = call.scale * queries.transpose(2, 3) @ k.mT  # (b, g, groups, heads that share keys, size)
-    weights = normalized(torch.where(exists[..., None, :], scores, -torch.inf))
-    key, value = ((weights @ x).transpose(2, 3).flatten(1, 2) for x in (k, v))
+    with without_autocast(k.device):
+        scores = call.scale * wide(queries).transpose(2, 3) @ k.mT  # (b, g, groups, heads that share keys, size)
+        weights = normalized(torch.where(exists[..., None, :], scores, -torch.inf))
+        key, value = ((weights @ x).transpose(2, 3).flatten(1, 2) for x in (k, v))
     return key, value

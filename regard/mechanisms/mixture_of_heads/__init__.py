@@ -136,7 +136,7 @@ MECHANISM = Mechanism(
         "nearly all active": {"num_heads": 8, "shared_heads": 1, "active_heads": 7, "rescale_gates": False},
         "all shared": {"num_heads": 4, "shared_heads": 4, "two_stage": False},
         "named": {"num_heads": 8, "shared_heads": (1, 6), "active_heads": 2, "z_loss": True, "noise": 0.5},
-        "binary": {"num_heads": 8, "gates": "binary"},
+        "binary": {"num_heads": 8, "gates": "binary", "compute": "dense"},
         "straight through": {"num_heads": 8, "gates": "straight_through"},
         "query norms": {"num_heads": 8, "router": "query_norm", "shared_heads": (0, 3, 7), "eps": 1e-3},
         "query norms, binary": {"num_heads": 8, "router": "query_norm", "shared_heads": 4, "gates": "binary"},
