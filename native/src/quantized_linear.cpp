@@ -22,6 +22,7 @@ constexpr int64_t TASKS = 4;            // of a thread, of at least a block: the
 constexpr int64_t LEAST_WORK = 1 << 17;  // codes that are worth a thread
 constexpr int64_t AHEAD = 1024;         // bytes between what is read and what is asked for next
 constexpr int64_t FAR = 8192;           // the same for the second cache
+constexpr int64_t NEAR = 512;           // of what comes in small parts of a line, for which more is too much work
 
 // LANES bytes as integers. Compilers turn them one by one where they are not told how.
 REGARD_INLINE IntVec signed_bytes(const int8_t* p) {
@@ -180,9 +181,13 @@ void product_of_rows(const Args& a, const Inputs& x, int64_t row, int64_t token,
   for (int c = 0; c < CHAINS; ++c)
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; ++t) total[c][t] = zero();
+  const T* const last = static_cast<const T*>(a.codes) + end * a.columns;
   int64_t j = 0;
   const auto add = [&](int c, int64_t at) __attribute__((always_inline)) {
-    fetch(codes + at, static_cast<const T*>(a.codes) + end * a.columns);
+    if (sizeof(T) == 1)
+      __builtin_prefetch(codes + at + NEAR);
+    else
+      fetch(codes + at, last);
     const Vec w = numbers(codes + at);
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; ++t) total[c][t] = fma(w, load(x.even + (token + t) * x.stride + at), total[c][t]);

@@ -125,20 +125,42 @@ def read_on(call: Call, n: int, device: torch.device) -> tuple[Call, CountedStat
     return call, CountedState(state.k, state.v, state.ranks, state.length, after), where
 
 
+Empty = Callable[[Tensor, Sequence[int]], Tensor]
+"""Makes memory of a shape, of the dtype and on the device of a tensor."""
+
+_LOCK = threading.Lock()
+
+
 @dataclass
-class _Memory:
+class Memory:
     """Where a cache lies. Slots from `used` on belong to nobody yet."""
 
     slots: Tensor
     used: int
 
+    @classmethod
+    def of(cls, past: Tensor, end: int, axis: int, empty: Empty = Tensor.new_empty) -> Memory:
+        """Memory that begins with `past`, whose first `end` slots along an axis are in use, with room behind them."""
+        shape = list(past.shape)
+        shape[axis] = end + end // ROOM
+        made = cls(empty(past, shape), end)
+        made.slots.narrow(axis, 0, past.shape[axis]).copy_(past)
+        return made
 
-Empty = Callable[[Tensor, Sequence[int]], Tensor]
-"""Makes memory of a shape, of the dtype and on the device of a tensor."""
+    def take(self, used: int, end: int, axis: int) -> bool:
+        """The slots behind the first `used`, up to `end`, for the first to come of those who know of so many; False, and nothing
+        is taken, for the others, and where there are not as many."""
+        with _LOCK:
+            if self.used != used or end > self.slots.shape[axis]:
+                return False
+            if self.slots.is_inference() and not torch.is_inference_mode_enabled():
+                return False  # such tensors refuse to be written elsewhere
+            self.used = end
+            return True
+
 
 _MEMORIES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Of each cache its memory, and the slot there in which it begins."""
-_LOCK = threading.Lock()
 
 
 def append(
@@ -155,12 +177,9 @@ def append(
         return torch.cat([past, new], axis)
     length, count = past.shape[axis], new.shape[axis]
     end = length + count
-    found = _room(past, length, end, axis)
-    if found is None:
-        shape = list(past.shape)
-        shape[axis] = end + end // ROOM
-        found = _Memory(empty(past, shape), end), 0
-        found[0].slots.narrow(axis, 0, length).copy_(past)
+    found: tuple[Memory, int] | None = _MEMORIES.get(past)
+    if found is None or not found[0].take(found[1] + length, found[1] + end, axis):
+        found = Memory.of(past, end, axis, empty), 0
     memory, start = found
     # `data`: what others saved for a backward pass lies in other slots, and does not count as changed
     memory.slots.data.narrow(axis, start + length, count).copy_(new)
@@ -203,22 +222,6 @@ def grows_in_place(past: Tensor, new: Tensor, axis: int) -> bool:
         return False
     fits = past.ndim == new.ndim and past.dtype == new.dtype and past.device == new.device
     return fits and past.shape[:axis] == new.shape[:axis] and past.shape[axis + 1 :] == new.shape[axis + 1 :]
-
-
-def _room(past: Tensor, length: int, end: int, axis: int) -> tuple[_Memory, int] | None:
-    """The memory of `past` and where it begins there, with the slots behind it up to its `end`-th taken for the caller; None
-    when they are not to be had."""
-    with _LOCK:
-        found: tuple[_Memory, int] | None = _MEMORIES.get(past)
-        if found is None:
-            return None
-        memory, start = found
-        if memory.used != start + length or start + end > memory.slots.shape[axis]:
-            return None
-        if memory.slots.is_inference() and not torch.is_inference_mode_enabled():
-            return None  # such tensors refuse to be written elsewhere
-        memory.used = start + end
-        return found
 
 
 def extend_window(

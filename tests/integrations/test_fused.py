@@ -208,8 +208,12 @@ def test_what_is_asked_beside_the_answer_is_given(calls):
     read()
     assert seen and "decoder_layers" not in calls
     hook.remove()
+    model.model.norm.forward = type(model.model.norm).forward.__get__(model.model.norm)
+    read()
+    assert "decoder_layers" not in calls
+    del model.model.norm.forward
     assert isinstance(read(return_dict=False), tuple) and calls == ["decoder_layers"]
-    found = [read(position_ids=torch.tensor([[50]]), attention_mask=torch.ones(3, 5)).logits]
+    found = [read(position_ids=torch.tensor([[50]]), attention_mask=torch.ones(3, 6)).logits]
     assert calls == ["decoder_layers"]
     cache.crop(-1)
     bridge.unfuse_layers(model)
@@ -220,7 +224,7 @@ def test_what_is_asked_beside_the_answer_is_given(calls):
     assert "decoder_layers" not in calls
     model.set_attn_implementation("eager")
     assert len(read(output_hidden_states=True).hidden_states) == 3 and "decoder_layers" not in calls
-    assert read(output_attentions=True).attentions[0].shape == (3, 4, 1, 8) and "decoder_layers" not in calls
+    assert read(output_attentions=True).attentions[0].shape == (3, 4, 1, 9) and "decoder_layers" not in calls
 
 
 def test_what_a_layer_has_now_is_what_it_computes_with(calls):

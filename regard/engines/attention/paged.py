@@ -136,6 +136,12 @@ def _check(
         return
     if not 0 <= int(lengths.min()) <= int(lengths.max()) <= page_size * pages.shape[1]:
         raise Unsupported(f"lengths {lengths.tolist()}", supported=f"0 to {page_size * pages.shape[1]}")
+    check_pages(pages, lengths, page_size, held)
+
+
+def check_pages(pages: Tensor, lengths: Tensor, page_size: int, held: int) -> None:
+    """Raise Unsupported where one of the pages (B, most) that rows of such lengths read is none of the `held`; those behind a
+    row's last token may be any number."""
     firsts = torch.arange(pages.shape[1], device=lengths.device) * page_size
     used = pages[firsts < lengths[:, None]]
     if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < held:

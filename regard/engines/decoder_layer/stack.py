@@ -14,6 +14,7 @@ from regard.backends.native import library
 from regard.backends.native.library import pointer
 from regard.backends.operators import PLAIN
 from regard.contract import Unsupported
+from regard.engines.attention.paged import check_pages
 from regard.engines.decoder_layer.native_form import DecoderLayer, WeightArguments, of_rows
 
 if TYPE_CHECKING:
@@ -184,11 +185,8 @@ class _Pointed(NamedTuple):
         if table is not None:
             slots *= table.shape[1]
             fits = table.dtype == torch.int64 and table.is_contiguous() and self.sizes == 1 and len(table) == batch
-            used = table[:, : -(-(max(lengths) + n) // self.slots)]
-            # behind a row's last token there may be any number
-            firsts = torch.arange(used.shape[1], device="cpu") * self.slots
-            used = used[firsts < torch.tensor(lengths, dtype=torch.int64, device="cpu")[:, None] + n]
-            if not fits or not 0 <= int(used.min()) <= int(used.max()) < self.rows:
-                raise Unsupported("pages that do not exist", supported=f"0 to {self.rows - 1}, of one size")
+            if not fits:
+                raise Unsupported("pages that do not exist", supported=f"({batch}, most) int64 of pages of one size")
+            check_pages(table, torch.tensor(lengths, dtype=torch.int64, device="cpu") + n, self.slots, self.rows)
         if not 0 <= min(lengths) <= max(lengths) <= slots - n:
             raise Unsupported(f"{n} tokens after {list(lengths)}", supported=f"{slots} together")

@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from regard.contract import Unsupported
-from regard.engines.cache import ROOM, grows_in_place
+from regard.engines.cache import Memory, grows_in_place
 from regard.engines.decoder_layer import Places
 from regard.layers.attention import LayerState
 
@@ -26,7 +26,8 @@ class GrowingLayer(DynamicLayer):
 
     def __init__(self) -> None:
         self._both: tuple[Tensor | None, Tensor | None] | None = None  # of what is used of the memory, when asked for
-        self._memory: _Memory | None = None
+        self._memory: Memory | None = None  # of the keys; values are used as far
+        self._slots: tuple[Any, Any] = (None, None)
         self._length = 0
         super().__init__()
 
@@ -37,7 +38,7 @@ class GrowingLayer(DynamicLayer):
 
     @keys.setter
     def keys(self, x: Tensor | None) -> None:
-        self._both, self._memory = (x, self._views()[1]), None
+        self._hold(x, self.values)
 
     @property
     def values(self) -> Tensor | None:
@@ -46,7 +47,7 @@ class GrowingLayer(DynamicLayer):
 
     @values.setter
     def values(self, x: Tensor | None) -> None:
-        self._both, self._memory = (self._views()[0], x), None
+        self._hold(self.keys, x)
 
     def get_seq_length(self) -> int:
         """Tokens so far."""
@@ -70,19 +71,24 @@ class GrowingLayer(DynamicLayer):
         """The memory of keys and values, (B, H, slots, D), in which the next tokens are for the caller to write: the layer has
         them from now on. It is the same tuple as before where nothing had to be moved."""
         end = self.get_seq_length() + count
-        if self._memory is None or not self._memory.take(self._length, end):
-            self._memory = _Memory(*self._views(), end)
+        if self._memory is None or not self._memory.take(self._length, end, 2):
+            keys, values = self._views()
+            self._memory = Memory.of(keys, end, 2)
+            self._slots = self._memory.slots, Memory.of(values, end, 2).slots
         self._length, self._both = end, None
-        return self._memory.slots
+        return self._slots
 
     def is_alike(self, rows: int, length: int) -> bool:
         """Whether there are so many tokens of so many rows, in float32 on the CPU."""
-        x: Any = self.keys if self._memory is None else self._memory.slots[0]
+        x: Any = self.keys if self._memory is None else self._slots[0]
         return self.get_seq_length() == length and x.shape[0] == rows and x.is_cpu and x.dtype == torch.float32
+
+    def _hold(self, keys: Tensor | None, values: Tensor | None) -> None:
+        self._both, self._memory, self._slots = (keys, values), None, (None, None)
 
     def _views(self) -> tuple[Any, Any]:
         if self._both is None and self._memory is not None:
-            keys, values = self._memory.slots
+            keys, values = self._slots
             self._both = keys.narrow(2, 0, self._length), values.narrow(2, 0, self._length)
         return self._both or (None, None)
 
@@ -95,33 +101,6 @@ class GrowingLayer(DynamicLayer):
         for name, x in vars(layer).items():
             setattr(made, name, x)
         return made
-
-
-class _Memory:
-    """Where a layer's keys and values lie, with room for more.
-
-    Attributes:
-        slots: (B, H, slots, D) each.
-        used: of them; the others belong to nobody yet.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, used: int) -> None:
-        made = []
-        for x in (keys, values):
-            made.append(x.new_empty((*x.shape[:2], used + used // ROOM, x.shape[3])))
-            made[-1].narrow(2, 0, x.shape[2]).copy_(x)
-        self.slots = made[0], made[1]
-        self.used = used
-
-    def take(self, length: int, end: int) -> bool:
-        """Slots up to `end`, for the first to come of those who have the same `length` tokens; False, and nothing is taken, for
-        the others, and where there are not as many."""
-        if self.used != length or end > self.slots[0].shape[2]:
-            return False
-        if self.slots[0].is_inference() and not torch.is_inference_mode_enabled():
-            return False  # such tensors refuse to be written elsewhere
-        self.used = end
-        return True
 
 
 class GrowingCache(DynamicCache):

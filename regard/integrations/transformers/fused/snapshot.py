@@ -41,7 +41,7 @@ class Snapshot:
         self._parts = self._found_parts()
         inside = [x for layer in layers for x in layer.modules() if x is not layer]
         self._hooks = [x for part in (*inside, *around) for x in (part._forward_hooks, part._forward_pre_hooks)]
-        self._attributes = [part.__dict__ for part in inside]
+        self._attributes = [part.__dict__ for part in (*inside, *around)]
         read = [part for layer in layers for part in (*_norms(layer), *_linears(layer))]
         self._holders = [x for part in (*read, *around) for x in (part._parameters, part._buffers) if x]
         self._places = self._found_places()
