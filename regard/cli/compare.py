@@ -82,10 +82,10 @@ def compare(
     frame: Annotated[
         str,
         typer.Option(
-            help="What surrounds each mechanism in its layer: bare, convolution or own. Of several, all are compared in the "
+            help="What surrounds each mechanism in its layer: bare, convolution, unnormed or own. Of several, all are compared in the "
             "first, and those that lead in the others too."
         ),
-    ] = "convolution,bare",
+    ] = "convolution,bare,unnormed",
     leaders: Annotated[int, typer.Option(help="How many that lead are compared in the other frames.")] = 2,
     output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on from it.")] = Path(
         "runs/compare"

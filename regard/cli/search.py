@@ -68,7 +68,7 @@ def search(
     learning_rate: Annotated[float, typer.Option(help="Learning rate of all training.")] = 3e-3,
     batch_tokens: Annotated[int, typer.Option(help="Tokens in a training step.")] = 4096,
     frame: Annotated[
-        str, typer.Option(help="What surrounds the mechanism in its layer: bare, convolution or own.")
+        str, typer.Option(help="What surrounds the mechanism in its layer: bare, convolution, unnormed or own.")
     ] = "bare",
     separate: Annotated[
         bool, typer.Option("--separate", help="Give each mechanism projections of its own in the supernet.")

@@ -92,7 +92,7 @@ def train(
     heads: Annotated[int, typer.Option(help="Heads of a layer.")] = 4,
     batch_tokens: Annotated[int, typer.Option(help="Tokens in a training step.")] = 4096,
     frame: Annotated[
-        str, typer.Option(help="What surrounds the mechanism in its layer: bare, convolution or own.")
+        str, typer.Option(help="What surrounds the mechanism in its layer: bare, convolution, unnormed or own.")
     ] = "convolution",
     exits: Annotated[
         str | None,

@@ -7,10 +7,11 @@ gate on the output. Papers choose them differently, and they can matter more tha
   those of softmax, and nothing else;
 - ``convolution``: the same, with a causal depthwise convolution over four tokens on queries, keys and values, as most
   recurrent layers have it;
+- ``unnormed``: that without the norm;
 - ``own``: what each paper's layer has, which differs.
 
-The norm is in both, since a recurrence that sums without a denominator needs it, and since it changes the others as much as
-a convolution does: without it softmax learns to recall at a third of the learning rates. A mechanism keeps what belongs to
+The norm is in the first two, since a recurrence that sums without a denominator needs it, and without it softmax learns to
+recall at a third of the learning rates. It is not neutral: what gates its state may be better without. A mechanism keeps what belongs to
 it: a mixer such as Mamba its whole block, scores that are made of positions their positions, a gate that says how much of a
 head counts the size of its output, which a norm would undo. :func:`layer_parts` says what a layer came to have.
 """
@@ -42,6 +43,7 @@ BARE: Mapping[str, Any] = {
 FRAMES: Mapping[str, Mapping[str, Any]] = {
     "bare": BARE,
     "convolution": {**BARE, "short_convolution": 4},
+    "unnormed": {**BARE, "short_convolution": 4, "output_norm": None},
     "own": {},
 }
 MEANINGS = {
@@ -49,6 +51,8 @@ MEANINGS = {
     "can have them, and no convolutions",
     "convolution": "short convolutions on queries, keys and values, rotary positions (on grids sinusoidal ones, added to the "
     "input) and a norm of output heads in every layer that can have them",
+    "unnormed": "short convolutions on queries, keys and values, rotary positions (on grids sinusoidal ones, added to the "
+    "input), and no norm of output heads",
     "own": "in every layer the parts of its paper, which differ",
 }
 

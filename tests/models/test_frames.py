@@ -24,6 +24,8 @@ def test_a_frame_gives_every_layer_the_same_parts_but_what_belongs_to_the_mechan
     card = get_mechanism(name)
     options = {"length": 16} if "length" in card.config.__dataclass_fields__ else {}
     bare, convolved = parts(name, "bare", **options), parts(name, "convolution", **options)
+    unnormed = parts(name, "unnormed", **options)
+    assert unnormed == convolved | ({"norm of output heads": "none"} if "norm of output heads" in convolved else {})
     if card.kind is Kind.MIXER:
         assert bare == convolved and "block" in bare
         return
@@ -45,6 +47,6 @@ def test_given_options_go_before_the_frame_and_own_changes_nothing():
     assert in_frame("softmax", {"output_norm": "layer"}, "bare", Pattern.CAUSAL_SELF)["output_norm"] == "layer"
     assert in_frame("gated_linear", {"theta": 1}, "own", Pattern.CAUSAL_SELF) == {"theta": 1}
     assert "positions" not in in_frame("softmax", {}, "bare", Pattern.CAUSAL_CROSS)
-    with pytest.raises(Unsupported, match="bare, convolution, own"):
+    with pytest.raises(Unsupported, match="bare, convolution, unnormed, own"):
         in_frame("softmax", {}, "golden", Pattern.CAUSAL_SELF)
-    assert set(FRAMES) == {"bare", "convolution", "own"}
+    assert set(FRAMES) == {"bare", "convolution", "unnormed", "own"}

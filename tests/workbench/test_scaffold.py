@@ -3,12 +3,12 @@ import dataclasses
 import pytest
 import torch
 
-from regard import Mask, Unsupported, get_mechanism
+from regard import Mask, Pattern, Unsupported, get_mechanism
 from regard.apply import apply
 from regard.catalogue import load_plugin, unregister
 from regard.workbench.scaffold import new_mechanism
 from regard.workbench.verification.failures import CAUSES, grouped
-from regard.workbench.verification.verify import PROGRAMS, PROPERTIES, Cell, verify
+from regard.workbench.verification.verify import PROGRAMS, PROPERTIES, Cell, Place, check, plan, unmeasured, verify
 
 
 def verified(**chosen):
@@ -24,7 +24,7 @@ def verified(**chosen):
 def test_a_new_mechanism_fails_until_its_definition_is_written(tmp_path):
     path = new_mechanism("mine", tmp_path)
     assert load_plugin(path).MECHANISM.name == "mine"
-    (group,) = verified(patterns=["causal-self"], properties=["causality", "step", "reference"])
+    (group,) = verified(patterns=["causal-self"], properties=["causality", "step", "reference", "compile"])
     assert "the definition of mine is to be written" in str(group)
     unwritten = 'raise NotImplementedError("the definition of mine is to be written, in `reference`")'
     written = """scores = call.scale * q.double() @ k.double().mT
@@ -32,10 +32,36 @@ def test_a_new_mechanism_fails_until_its_definition_is_written(tmp_path):
     return (scores @ v.double()).to(v.dtype)"""
     path.write_text(path.read_text().replace(unwritten, written))
     load_plugin(path)
-    plain = [prop.name for prop in PROPERTIES if prop.name not in PROGRAMS]
-    assert verified(properties=plain) == [], (
-        "rows are padded, packed, empty and uneven: the definition knows none of it"
-    )
+    assert verified() == [], "rows are padded, packed, empty and uneven: the definition knows none of it"
+
+
+def test_a_definition_alone_has_no_cells_of_programs_and_is_told_why(tmp_path):
+    load_plugin(new_mechanism("mine", tmp_path))
+    try:
+        (sentence,) = unmeasured(["mine"], [cell("padding", "", status="pass")])
+        assert "before its card has a parallel or chunked form" in sentence
+        assert not {place.prop.name for place in plan(["mine"])} & PROGRAMS
+    finally:
+        unregister("mine")
+
+
+def branching(call, q, k, v):
+    return v if q.sum() > 0 else -v
+
+
+def failing(call, q, k, v):
+    return [][len(v)]
+
+
+@pytest.mark.parametrize(
+    ("form", "says"), [(branching, "Data-dependent branching"), (failing, "IndexError: list index")]
+)
+def test_what_a_program_cannot_be_made_of_is_told_in_a_line_with_its_place(form, says):
+    card = dataclasses.replace(get_mechanism("softmax"), name="mine", aliases=(), forms={"parallel": form})
+    (compiled,) = (prop for prop in PROPERTIES if prop.name == "compile")
+    found = check(Place(card, Pattern.CAUSAL_SELF, compiled, torch.float64))
+    assert found.status == "fail" and says in found.detail and form.__name__ in found.detail
+    assert "\n" not in found.detail
 
 
 def test_a_card_without_a_form_that_could_run_is_refused_where_it_is_made():

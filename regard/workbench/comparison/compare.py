@@ -212,7 +212,10 @@ class _Runner:
         self.store, self.works, self.settings, self.output = store, works, settings, output
         self.trainer, self.beginning, self.matched = trainer, beginning, matched
         self.costed: list[dict[str, Any]] = []
-        self.framed: list[Runs] = []
+        self.framed: dict[tuple[str, str], list[Runs]] = {}
+        """Of a frame after the first and a mechanism, its runs on each task..."""
+        self.beside: list[Runs] = []
+        """...and those of the mechanisms that lead."""
         self.sweep: Sweep | None = None
 
     def run(self) -> Outcome:
@@ -222,10 +225,10 @@ class _Runner:
         self.trainer.advance(after)
         self.trainer.reserved = self.trainer.beside = 0.0
         found = Conclusions(self.works, self.settings, runs, costs, self.matched)
-        found.look_beside(self._in_other_frames(found))
+        self._in_other_frames(found, self.settings.frames[1:2])  # which time is kept for
         if (more := self._with_time_left(runs)) is not None:
             found = Conclusions(self.works, self.settings, more, costs, self.matched)
-            found.look_beside(self._in_other_frames(found))
+        found.look_beside(self._in_other_frames(found, self.settings.frames[1:]))
         self.trainer.progress.done = self.trainer.progress.total
         self.trainer.watch(self.trainer.progress)
         return self._conclude(found, costs)
@@ -274,27 +277,35 @@ class _Runner:
         """Planned seconds of a task's runs in the frames after the first."""
         return (work.all_runs - work.runs * len(work.configs)) * statistics.fmean(map(work.run_seconds, work.configs))
 
-    def _in_other_frames(self, found: Conclusions) -> dict[str, list[dict[str, Any]]]:
-        """Rows of those that lead, trained in the frames after the first; by task."""
-        self.framed = []
+    def _in_other_frames(self, found: Conclusions, frames: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+        """Rows of those that lead, trained in frames after the first where time is left; by task."""
+        self.beside = []
         rows: dict[str, list[dict[str, Any]]] = {work.task.name: [] for work in self.works}
-        for frame in self.settings.frames[1:]:
-            for name in found.leaders():
-                if self.settings.variants[name].backbone is not None:
+        leaders = [name for name in found.leaders() if self.settings.variants[name].backbone is None]
+        for frame in frames:
+            late = []
+            for name in leaders:
+                if (frame, name) not in self.framed and not self._train_in_frame(frame, name):
+                    late.append(name)
                     continue
-                works = [Work(work.task, self.settings, frame, [name]) for work in self.works]
-                for other, work in zip(works, self.works, strict=True):
-                    other.follow(work)
-                if not self.trainer.affords(works, name):
-                    found.left_out.append(
-                        f"No time was left for {name} in the frame {frame}; a larger --budget has it."
-                    )
-                    continue
-                for other in works:
-                    made = self._train(other, [name])
-                    self.framed.append(made)
-                    rows[other.task.name] += made.rows
+                self.beside += self.framed[frame, name]
+                for work, made in zip(self.works, self.framed[frame, name], strict=True):
+                    rows[work.task.name] += made.rows
+            if late:
+                found.left_out.append(
+                    f"No time was left for {listed(late)} in the frame {frame}; a larger --budget has it."
+                )
         return rows
+
+    def _train_in_frame(self, frame: str, name: str) -> bool:
+        """Train a mechanism on every task in another frame; False where no time is left for that."""
+        works = [Work(work.task, self.settings, frame, [name]) for work in self.works]
+        for other, work in zip(works, self.works, strict=True):
+            other.follow(work)
+        if not self.trainer.affords(works, name):
+            return False
+        self.framed[frame, name] = [self._train(other, [name]) for other in works]
+        return True
 
     def _costs(self) -> list[dict[str, Any]]:
         """Inference, decoding, memory and state, once for each kind of backbone, all mechanisms interleaved."""
@@ -362,7 +373,7 @@ class _Runner:
                 for task, rule in found.rules.items()
             },
         }
-        made = [*found.runs.values(), *self.framed]
+        made = [*found.runs.values(), *self.beside]
         cells = {kind: [key for runs in made for key in runs.cells[kind]] for kind in ("quality", "search")}
         cells["cost"] = self.costed
         self.store.put("run", {"run": self.store.run}, {**run, "summary": found.summary, "cells": cells})

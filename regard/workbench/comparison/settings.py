@@ -36,7 +36,8 @@ class CompareSettings:
             differences apart that are 3.2 times the noise of a run, three 2.0 times, four 1.6 times.
         first_seed: the lowest of them; another gives other initial weights and another order of the data.
         frames: what surrounds the mechanisms in their layers, see :mod:`regard.models.frames`. All are compared in the
-            first; those that lead are then trained in the others too, where the budget allows.
+            first; those that lead are then trained in the others too. Of a budget of time a part is kept for the second; what
+            follows is trained where time is left.
         leaders: how many of them.
         dim, layers, heads: of the backbone.
         batch_tokens: tokens of a training step; the batch size follows from the task's length.
@@ -57,7 +58,7 @@ class CompareSettings:
     budget: Budget
     seeds: int = 3
     first_seed: int = 0
-    frames: tuple[str, ...] = ("convolution", "bare")
+    frames: tuple[str, ...] = ("convolution", "bare", "unnormed")
     leaders: int = 2
     dim: int = 64
     layers: int = 2

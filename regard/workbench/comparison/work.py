@@ -246,10 +246,12 @@ class Work:
 
     @property
     def all_runs(self) -> float:
-        """Full runs of all mechanisms, and of those that lead in the other frames; a backbone has no other frame."""
+        """Full runs of all mechanisms, and of those that lead in the other frames that time is kept for; a backbone has no
+        other frame."""
         framed = [name for name in self.configs if self.settings.variants[name].backbone is None]
-        leaders = min(self.settings.leaders, len(framed)) * (len(self.settings.frames) - 1)
-        return self.runs * (len(self.configs) + leaders)
+        frames = len(self.settings.frames) - 1
+        kept = min(frames, 1) if self.settings.budget.unit == "seconds" else frames
+        return self.runs * (len(self.configs) + min(self.settings.leaders, len(framed)) * kept)
 
     def seconds_a_step(self) -> float:
         """Seconds of all runs of the task for each of their steps."""

@@ -104,10 +104,10 @@ def check(place: Place, *, seed: int = 0, asked: dict[tuple[Any, ...], set[str]]
     everywhere = card.name, place.variant, pattern, prop.name, repr(subject.options), seed
     if backend != "torch" and asked.get(everywhere) == set():
         return None
-    if prop.name in PROGRAMS and backend != "torch" and not _runs_on(backend, subject, dtype):
-        return None
     ran = Record()
     try:
+        if prop.name in PROGRAMS and not _runs_on(backend, subject, dtype):
+            return None
         torch.manual_seed(seed)
         with only(backend, "torch"), watch_backends() as ran:
             error = prop.check(subject, dtype)
@@ -120,8 +120,7 @@ def check(place: Place, *, seed: int = 0, asked: dict[tuple[Any, ...], set[str]]
         status, detail = "fail", str(broken)
     except Exception as failure:
         status = "fail"
-        last = traceback.extract_tb(failure.__traceback__)[-1]
-        detail = f"{type(failure).__name__}: {failure} ({last.name}, line {last.lineno})"
+        detail = _told(failure)
     if backend == "torch" and prop.name not in PROGRAMS:
         asked.setdefault(everywhere, set()).update(ran.asked)
     if (
@@ -135,10 +134,30 @@ def check(place: Place, *, seed: int = 0, asked: dict[tuple[Any, ...], set[str]]
 
 
 def _runs_on(backend: str, subject: Subject, dtype: torch.dtype) -> bool:
-    """Whether a call has anything that runs on a backend: to know it, nothing need be compiled."""
+    """Whether a call has anything that runs on a backend: to know it, nothing need be compiled. One that fails does so with
+    its own error, without a compiler's around it."""
     with only(backend, "torch"), watch_backends() as ran:
         subject.run(subject.inputs(12, dtype=dtype))
-    return backend in ran.backends
+    return backend == "torch" or backend in ran.backends
+
+
+def _told(failure: Exception) -> str:
+    """An exception in a line: its type, the first line of what it says, and where it was raised; of a compiler's, which fill
+    a page, what it met and where in the code that it read."""
+    message, *more = str(failure).strip().splitlines() or [""]
+    last = traceback.extract_tb(failure.__traceback__)[-1]
+    where = f"{last.name}, line {last.lineno}"
+    if any(line.startswith("from user code") for line in more):
+        met = next((line.partition(":")[2].strip() for line in more if "debug context:" in line), "")
+        frames = [line.strip() for line in more if line.lstrip().startswith('File "')]
+        message += f": {met}" if met else ""
+        where = frames[-1] if frames else where
+    return f"{type(failure).__name__}: {message} ({where})"
+
+
+def definition_alone(card: Mechanism) -> bool:
+    """Whether a card has no form but its definition, which computes padded rows one by one and so is no program."""
+    return set(card.forms) == {"reference"}
 
 
 def verified_backends() -> list[str]:
@@ -182,7 +201,9 @@ def plan(
                 if chosen is not None and pattern not in chosen:
                     continue
                 for prop in PROPERTIES:
-                    if wanted is not None and prop.name not in wanted:
+                    if (wanted is not None and prop.name not in wanted) or (
+                        prop.name in PROGRAMS and definition_alone(card)
+                    ):
                         continue
                     for backend in verified_backends():
                         for dtype in prop.dtypes_on(backend):
@@ -208,6 +229,11 @@ def unmeasured(
             said.append(f"{card.name} has no cells in {pattern.value}" + (f": {reason}" if reason else ""))
         if not asked and card.name not in measured:
             said.append(f"{card.name} has no cells of these properties and variants")
+        if definition_alone(card):
+            said.append(
+                f"{card.name} has its definition alone, which computes padded rows one by one: compiled and exported programs "
+                "have no cells before its card has a parallel or chunked form"
+            )
     return said
 
 

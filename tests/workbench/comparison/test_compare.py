@@ -109,6 +109,21 @@ def test_leaders_are_trained_in_the_other_frame_with_the_same_steps_and_size(tmp
     assert "another frame" in outcome.report.read_text()
 
 
+def test_frames_beyond_the_second_are_trained_where_time_is_left_and_each_that_is_not_is_told_once(
+    tmp_path, monkeypatch
+):
+    frames = ("bare", "convolution", "unnormed")
+    kept = {
+        unit: Work(recall(), settings(budget=Budget(unit, 60), frames=frames)).all_runs for unit in ("seconds", "steps")
+    }
+    assert kept["steps"] - kept["seconds"] == kept["seconds"] - Work(recall(), settings()).all_runs
+    monkeypatch.setattr(Trainer, "affords", lambda _, works, __: works[0].frame == "convolution")
+    outcome = compare([recall()], settings(mechanisms=("linear", "softmax"), frames=frames), tmp_path)
+    assert {entry["frame"] for entry in outcome.beside["recall"]} == {"convolution"}
+    late = [note for note in outcome.recommendation.notes if "No time was left" in note]
+    assert len(late) == 1 and re.search("for .* and .* in the frame unnormed; a larger --budget has it", late[0])
+
+
 def test_rates_go_on_beyond_an_end_until_the_best_lies_between(tmp_path):
     outcome = compare([recall()], settings(mechanisms=("softmax",), rates=(1e-5, 3e-5), seeds=1), tmp_path)
     losses = {row["lr"]: row["loss"] for row in rows(outcome, "search")}
