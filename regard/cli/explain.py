@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from regard.cli.console import console, emit
-from regard.cli.options import DEVICE, JSON, REDUCE
+from regard.cli.options import DEVICE, JSON, REDUCE, SKIP_UNREADABLE
 from regard.contract import Unsupported, closest
 
 
@@ -31,6 +31,7 @@ def explain(
         ),
     ] = None,
     reduce: REDUCE = None,
+    skip_unreadable: SKIP_UNREADABLE = False,
     device: DEVICE = "cpu",
     as_json: JSON = False,
 ) -> None:
@@ -49,7 +50,6 @@ def explain(
         regard explain my_model holiday.jpg --reduce tome:remove=4
     """
     import torch
-    from PIL import Image, ImageOps
 
     from regard.contract import Context
     from regard.models.weights import write_atomically
@@ -58,6 +58,7 @@ def explain(
     from regard.tasks.segmentation_3d import VolumeReader
     from regard.workbench.trained import explain as maps
     from regard.workbench.trained.folder import open_trained
+    from regard.workbench.trained.reading import readable
     from regard.workbench.trained.reduced import reduced
     from regard.workbench.trained.segment import check_output, place_of
 
@@ -77,22 +78,22 @@ def explain(
         raise Unsupported(
             f"class {of!r}", supported=", ".join(reader.classes[:20]), nearest=closest(of, reader.classes)
         )
-    told, taken = [], set[str]()
+    told, skipped, taken = [], list[str](), set[str]()
     paths = [path for given in images for path in files_of(given, PICTURES)]
     check_output(output, len(paths), PICTURES, "drawing")
+    paths = readable(reader, paths, skipped if skip_unreadable else None)
     for path in paths:
         inputs = reader.read([path])[0].to(device)
         with torch.inference_mode():
             logits = model(inputs[None], context=Context(grid=reader.grid)).output[0]
         label = int(logits.argmax()) if of is None else reader.classes.index(of)
-        with Image.open(path) as opened:
-            picture = reader.seen(ImageOps.exif_transpose(opened))
-            if fewer is None:
-                used, weight = maps.explain(model, inputs, reader.grid, label, method)
-                drawn = maps.draw(picture, weight, smooth=used != "regions")
-            else:
-                used = f"{reduce}, {fewer.reduction.counts[-1]} tokens left"
-                drawn = maps.draw_tokens(picture, fewer.patches(reader.grid)[0])
+        picture = reader.picture(path)
+        if fewer is None:
+            used, weight = maps.explain(model, inputs, reader.grid, label, method)
+            drawn = maps.draw(picture, weight, smooth=used != "regions")
+        else:
+            used = f"{reduce}, {fewer.reduction.counts[-1]} tokens left"
+            drawn = maps.draw_tokens(picture, fewer.patches(reader.grid)[0])
         place = place_of(output, path, taken, PICTURES)
         write_atomically(place, functools.partial(drawn.save, format="PNG"))
         told.append(
@@ -105,9 +106,11 @@ def explain(
             }
         )
     if as_json:
-        emit({"folder": str(folder), "images": told})
+        emit({"folder": str(folder), "images": told, "skipped": skipped})
         return
     for row in told:
         console.print(
             Text(f"{row['image']}: {row['class']} ({row['probability']:.3f}), by {row['method']}: {row['drawing']}")
         )
+    for name in skipped:
+        console.print(Text(f"not read: {name}", style="dim"))

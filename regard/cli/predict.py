@@ -122,27 +122,20 @@ def _segment(
     """Tell the shares of the classes of each file, and write its mask; files that cannot be read are added to `skipped`."""
     from regard.tasks.segmentation import MaskReader
     from regard.workbench.trained import segment, segment_3d
+    from regard.workbench.trained.reading import readable
 
     masks: Any = segment if isinstance(reader, MaskReader) else segment_3d
     if output is not None:
         segment.check_output(output, len(paths), kind)
     found, taken = list[dict[str, Any]](), set[str]()
-    for path in paths:
-        try:
-            classes, shares = masks.segment(model, reader, path, device)
-        except Unsupported as error:
-            if skipped is None:
-                raise
-            skipped.append(error.asked)
-            continue
+    for path in readable(reader, paths, skipped):
+        classes, shares = masks.segment(model, reader, path, device)
         row: dict[str, Any] = {"image": str(path), "shares": shares}
         if output is not None:
             place = segment.place_of(output, path, taken, kind)
             masks.write(place, classes, reader)
             row["mask"] = str(place)
         found.append(row)
-    if not found:
-        raise Unsupported("files of which none can be read", supported="one file or more")
     if as_json:
         emit({"folder": str(folder), "images": found, "skipped": skipped or []})
         return

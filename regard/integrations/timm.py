@@ -9,8 +9,10 @@ Importing this module registers them::
     maps = timm.create_model("regard_van_b0", features_only=True, out_indices=(1, 3))
 
 They take timm's words ``num_classes``, ``in_chans``, ``img_size``, ``drop_rate``, ``drop_path_rate`` and ``features_only``, and
-the options of :func:`regard.models.vision.create_backbone` under their own names. There are no weights to download:
-:meth:`regard.models.vision.Backbone.load_released` loads those of the official repositories.
+the options of :func:`regard.models.vision.create_backbone` under their own names. There are no weights to download; those of
+the official repositories, and of these models, come from a file::
+
+    timm.create_model("regard_van_b0", pretrained=True, pretrained_cfg_overlay={"file": "van_tiny_754.pth.tar"}, num_classes=10)
 
 With it, timm also loads folders of :mod:`regard.integrations.timm_folders`: ``timm.create_model("local-dir:FOLDER",
 pretrained=True)``.
@@ -23,33 +25,49 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import nn
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
 
 from regard.contract import Unsupported
 from regard.integrations.timm_folders import swapped_by_regard as swapped_by_regard
-from regard.models.vision import create_backbone, list_backbones, read_backbone
+from regard.models.vision import Backbone, create_backbone, list_backbones, read_backbone
+from regard.models.vision.released import check_fit, weights_of
 
 PREFIX = "regard_"
 WORDS = {"in_chans": "channels", "img_size": "image_size", "drop_rate": "dropout", "drop_path_rate": "drop_path"}
 """timm's names of options, and those here."""
 FEATURES = 4
 """Maps that ``features_only`` gives where no ``out_indices`` are named: the last so many, or all of fewer."""
-TIMMS_OWN = ("features_only", "feature_cls", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+SOURCES = ("url", "file", "state_dict", "hf_hub_id")
+"""Where a configuration of timm may say that weights are."""
+HALVES = ("vit_", "mixer_", "tnt_", "pyramid_tnt_")
+"""Backbones whose released weights read pixels from -1 to 1; the others' are normalised by the mean and deviation of ImageNet."""
+HEADS = ("head.", "distillation_head.")
+TIMMS_OWN = (
+    "features_only",
+    "feature_cls",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_model_args",
+    "cache_dir",
+)
 """Options of `timm.create_model` that are not the model's."""
 
 
 def _configuration(name: str) -> dict[str, Any]:
     """What timm's transforms read, and the sizes that the backbone has by itself."""
-    _, config = read_backbone(name)
+    kind, config = read_backbone(name)
+    half = (0.5, 0.5, 0.5)
     return {
         "input_size": (config.channels, *config.size),
+        "fixed_input_size": kind.check_size is not Backbone.check_size,
         "num_classes": config.num_classes,
         "pool_size": None,
         "crop_pct": 0.9,
         "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
+        "mean": half if name.startswith(HALVES) else IMAGENET_DEFAULT_MEAN,
+        "std": half if name.startswith(HALVES) else IMAGENET_DEFAULT_STD,
         "classifier": "head",
     }
 
@@ -64,20 +82,44 @@ def _levels(build: Callable[..., nn.Module], options: dict[str, Any]) -> int:
     return len(levels)
 
 
+def _names_weights(options: dict[str, Any]) -> bool:
+    """Whether the options of `timm.create_model` say where weights are."""
+    given = options.get("pretrained_cfg")
+    told = given if isinstance(given, dict) else vars(given) if isinstance(given, PretrainedCfg) else {}
+    told = {**told, **(options.get("pretrained_cfg_overlay") or {})}
+    return any(told.get(source) for source in SOURCES)
+
+
+def _translated(checkpoint: Any, model: Backbone) -> dict[str, Tensor]:
+    """Weights under the model's names; those of heads may be for other classes, which timm leaves out.
+
+    Raises Unsupported where others do not fit.
+    """
+    weights = model.translate(weights_of(checkpoint), model.config)
+    heads = {name: value for name, value in model.state_dict().items() if name.startswith(HEADS)}
+    check_fit(model, {name: value for name, value in weights.items() if not name.startswith(HEADS)} | heads)
+    return weights
+
+
 def _entry_point(name: str) -> Callable[..., nn.Module]:
     def build(**options: Any) -> nn.Module:
-        return create_backbone(name, **{WORDS.get(option, option): value for option, value in options.items()})
+        model = create_backbone(name, **{WORDS.get(option, option): value for option, value in options.items()})
+        model.in_chans = model.config.channels  # which timm reads
+        return model
 
     def create(pretrained: bool = False, **options: Any) -> nn.Module:
-        if pretrained:
+        if pretrained and not _names_weights(options):
             raise Unsupported(
                 f"pretrained weights of {PREFIX}{name}, of which there are none to download",
-                supported="pretrained=False, and load_released with the official repository's state dict",
+                supported="weights of the official repository in a file",
+                nearest='pretrained_cfg_overlay={"file": PATH}',
             )
         features: dict[str, Any] = {"feature_cls": "getter"}
         if options.get("features_only") and "out_indices" not in options:
             features["out_indices"] = min(FEATURES, _levels(build, options))
-        return build_model_with_cfg(build, PREFIX + name, False, feature_cfg=features, **options)
+        return build_model_with_cfg(
+            build, PREFIX + name, pretrained, feature_cfg=features, pretrained_filter_fn=_translated, **options
+        )
 
     create.__name__ = create.__qualname__ = PREFIX + name
     create.__module__ = __name__

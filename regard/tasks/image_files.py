@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 LONGEST = 4
 """Times its height that an image may be wide, or the other way round; what is beyond, on both sides, is cut off."""
+WITHOUT = "another file, or --skip-unreadable"
+"""What helps with a file that does not fit another one."""
 TOLD = 5
 """Files that cannot be read which are named; more are counted."""
 
 
 class Unreadable(Unsupported):
-    """A file that is damaged or no image, which some data can do without."""
+    """A file that is damaged, no image, or does not fit its image, which some data can do without."""
 
 
 @dataclass(frozen=True)

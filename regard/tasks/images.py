@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
     from regard.tasks.image_files import Pixels
 
+SHOWN = 384
+"""Pixels along the shorter side of a picture that is to be looked at."""
+
 
 @dataclass(frozen=True)
 class ImageReader:
@@ -88,12 +91,20 @@ class ImageReader:
         size = self.height, self.width
         return centre(read_image(path, size, self.channels)[0], size)
 
-    def seen(self, picture: Picture) -> Picture:
-        """The part of a picture that :meth:`read` looks at: its middle, in the proportions of the model's images."""
-        scale = min(picture.width / self.width, picture.height / self.height)
-        width, height = round(scale * self.width), round(scale * self.height)
-        left, top = (picture.width - width) // 2, (picture.height - height) // 2
-        return picture.crop((left, top, left + width, top + height))
+    def picture(self, path: Path) -> Picture:
+        """What :meth:`read` looks at, in colour: turned, cut, on white and in the shades that the model sees, but with `SHOWN`
+        pixels along the shorter side.
+
+        Raises:
+            Unsupported: for a file that cannot be read.
+        """
+        from PIL import Image
+
+        size = (round(SHOWN * side / min(self.height, self.width)) for side in (self.height, self.width))
+        high, wide = size
+        shown = centre(read_image(path, (high, wide), self.channels)[0], (high, wide))
+        values = stacked([shown], self.span)[0][0].round().clip(0, 255).astype(np.uint8)
+        return Image.fromarray(np.broadcast_to(values, (high, wide, 3)).copy())
 
     def pixels(self, patches: Float[Tensor, "b n f"]) -> UInt8[np.ndarray, "b h w c"]:
         """The images that :meth:`patches` cut, as bytes."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from support import close, refused
@@ -69,6 +72,53 @@ def test_weights_that_nobody_published_are_refused() -> None:
     refused("none to download", timm.create_model, "regard_van_nano", pretrained=True)
 
 
+def test_weights_come_from_a_file_under_their_own_names_and_with_another_head(tmp_path: Path) -> None:
+    model = timm.create_model("regard_vit_nano", num_classes=7).eval()
+    images = torch.randn(2, 3, 32, 32)
+    official = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=96, depth=6, num_heads=3, num_classes=7
+    ).eval()
+    path = tmp_path / "weights.pth"
+    torch.save({"model": official.state_dict()}, path)
+    given: dict[str, Any] = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path), "num_classes": 7}}
+    with torch.no_grad():
+        loaded = timm.create_model("regard_vit_nano", num_classes=7, **given).eval()
+        close(loaded(images), official(images), 1e-5)
+        other = timm.create_model("regard_vit_nano", num_classes=5, **given).eval()
+        assert other(images).shape == (2, 5)
+        close(other.forward_features(images), loaded.forward_features(images), 1e-6)
+    torch.save({"model": {**official.state_dict(), "stem.weight": torch.zeros(1)}}, path)
+    refused("with stem.weight", timm.create_model, "regard_vit_nano", num_classes=5, **given)
+    timm.models.save_for_hf(model, tmp_path / "folder")
+    again = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
+    assert torch.equal(again(images), model(images))
+    maps = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True, features_only=True).eval()
+    assert torch.equal(maps(images)[-1], model.forward_intermediates(images)[1][-1])
+
+
+def test_pixels_are_normalised_as_the_released_weights_read_them() -> None:
+    half, imagenet = (0.5, 0.5, 0.5), timm.data.IMAGENET_DEFAULT_MEAN
+    for name, mean in (
+        ("vit_t", half),
+        ("mixer_b16", half),
+        ("tnt_s", half),
+        ("pyramid_tnt_s", half),
+        ("deit_t", imagenet),
+        ("van_b0", imagenet),
+        ("swin_t", imagenet),
+    ):
+        assert timm.get_pretrained_cfg(registered.PREFIX + name).mean == mean, name
+
+
+def test_timms_scripts_learn_which_images_a_model_takes() -> None:
+    asked = {"img_size": 48, "in_chans": 1}
+    model = timm.create_model(**timm.models.resolve_model_input_args("regard_vit_nano", asked))
+    assert model.config.size == (48, 48) and model.config.channels == 1
+    assert timm.data.resolve_input_data_config(model, asked)["input_size"] == (1, 48, 48)
+    any_size = timm.create_model(**timm.models.resolve_model_input_args("regard_van_nano", {"img_size": 40}))
+    assert timm.data.resolve_input_data_config(any_size, {"img_size": 56})["input_size"] == (3, 56, 56)
+
+
 def test_all_maps_come_where_a_backbone_has_fewer_levels_than_timm_asks_for() -> None:
     model = timm.create_model("regard_pyramid_tnt_nano", features_only=True, img_size=32, in_chans=1).eval()
     with torch.no_grad():
@@ -77,7 +127,11 @@ def test_all_maps_come_where_a_backbone_has_fewer_levels_than_timm_asks_for() ->
     assert len(timm.create_model("regard_vit_nano", features_only=True).feature_info.channels()) == 4
 
 
-def test_blocks_that_cannot_be_computed_again_say_so() -> None:
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_what_a_backbone_cannot_do_for_timm_is_said() -> None:
     model = timm.create_model("regard_van_nano")
     model.set_grad_checkpointing(False)
     refused("gradient checkpointing of a VAN", model.set_grad_checkpointing)
+    refused("TorchScript of a VAN", torch.jit.script, model)
+    refused("TorchScript of a VAN", torch.jit.trace, model, torch.randn(1, 3, 32, 32))
+    refused("global_pool='avg'", model.reset_classifier, 5, "avg")

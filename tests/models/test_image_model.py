@@ -102,6 +102,10 @@ def test_train_evaluate_and_predict_from_the_command_line(
     assert single.read_bytes() == Path(drawn[0]["drawing"]).read_bytes()
     code, _, error = run(capsys, f"explain {folder} {above} {above} --output {single}")
     assert code == 2 and "for 2 drawings" in error
+    told = answer(capsys, f"explain {folder} {above} {broken} --skip-unreadable --output {tmp_path / 'some'}")
+    assert len(told["images"]) == 1 and "broken.png" in told["skipped"][0]
+    code, _, error = run(capsys, f"explain {folder} {above} {broken} --output {tmp_path / 'nothing'}")
+    assert code == 2 and "broken.png" in error and not (tmp_path / "nothing").exists()
     code, _, error = run(capsys, f"explain {folder} {above} --class abov")
     assert code == 2 and "try above" in error
     code, _, error = run(capsys, f"predict {folder} {broken}")

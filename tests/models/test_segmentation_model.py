@@ -158,7 +158,10 @@ def test_train_evaluate_and_predict_from_the_command_line(tmp_path: Path, capsys
     assert sorted(Path(row["mask"]).name for row in rows) == sorted(f"{i}.png" for i in range(30))
     code, out, _ = run(capsys, f"predict {folder} {picture}")
     assert code == 0 and "left" in out and "%" in out
+    broken = tmp_path / "broken.png"
+    broken.write_text("no picture")
     for asked, word in (
+        (f"predict {folder} {picture} {broken} --output {tmp_path / 'no'}", "broken.png, which cannot be read"),
         (f"predict {folder} {data / 'images'} --output {tmp_path / 'one.png'}", "for 30 masks"),
         (f"predict {folder} {picture} --output {tmp_path / 'one.jpg'}", "ending in .png"),
         (f"explain {folder} {picture}", "a model that segments"),

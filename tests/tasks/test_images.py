@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from task_data import items, photo, photos, refused
 from regard.tasks import check_task, create_task
 from regard.tasks import idx as idx_files
 from regard.tasks.image_files import read_image
+from regard.tasks.images import SHOWN
 
 pytest.importorskip("sklearn")
 Image = pytest.importorskip("PIL.Image")
@@ -297,12 +299,10 @@ def test_a_reader_gives_back_the_pixels_and_the_part_of_a_picture_that_it_saw(fo
     reader = images(folder, size=8, patch=4).reader
     path = photo(folder.parent / "wide.png", 3, (32, 16))
     patches = reader.read([path])
-    with Image.open(path) as opened:
-        part = reader.seen(opened)
-    assert part.size == (16, 16)
-    part.save(folder.parent / "part.png")
-    torch.testing.assert_close(
-        reader.read([folder.parent / "part.png"])[:, :, 24:], patches[:, :, 24:], atol=0.3, rtol=0
-    )
+    large, _ = read_image(path, (SHOWN, SHOWN), 3)
+    np.testing.assert_array_equal(np.asarray(reader.picture(path)), large[:, SHOWN // 2 : 3 * SHOWN // 2])
+    Image.fromarray(np.full((16, 16), 30000, np.uint16)).save(folder.parent / "deep.png")
+    deep = replace(reader, span=(0.0, 60000.0)).picture(folder.parent / "deep.png")
+    assert deep.getpixel((99, 99)) == (128, 128, 128)  # not white, as where its 16 bits are cut at 255
     expected, _ = read_image(path, (8, 8), 3)
     np.testing.assert_array_equal(reader.pixels(patches)[0], expected[:, 4:12])

@@ -237,7 +237,12 @@ def test_images_that_cannot_be_read_are_left_out_where_that_is_asked(tmp_path):
     assert "left out: images/1.png" in told and "left out: masks/4.png" in told and "training: 3 images" in told
     assert len(items(one.evaluation_batches(5))) == 1
     save(tmp_path / "a" / "masks" / "2.png", np.zeros((9, 9), np.uint8))
-    refused(lambda: task(tmp_path / "a", skip_unreadable=True), "masks of the size of their images")
+    refused(lambda: task(tmp_path / "a"), "which cannot be read", "--skip-unreadable")
+    told = task(tmp_path / "a", skip_unreadable=True).describe()
+    assert "left out: masks/2.png of 9 x 9 pixels, the mask of an image of 24 x 16" in told and "training: 2 im" in told
+    save(tmp_path / "a" / "masks" / "3.png", np.zeros((16, 24, 3), np.uint8))
+    told = task(tmp_path / "a", skip_unreadable=True).describe()
+    assert "left out: masks/3.png, a mask of colours (mode RGB)" in told and "training: 1 im" in told
     for path in (tmp_path / "a" / "images").iterdir():
         path.write_bytes(b"")
     refused(lambda: task(tmp_path / "a", skip_unreadable=True), "no image and mask can be read")

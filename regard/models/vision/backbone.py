@@ -242,12 +242,25 @@ class Backbone(nn.Module):
                 nearest="a smaller batch",
             )
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` asks for first; raises Unsupported, where it would fail at a type that it does not know."""
+        raise self._no_script()
+
+    def _no_script(self) -> Unsupported:
+        return Unsupported(
+            f"TorchScript of a {type(self).__name__}",
+            supported="torch.compile, torch.export and ONNX",
+            nearest="regard.integrations.export.export",
+        )
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters beside norms and biases that a weight decay should spare."""
         return set()
 
     def check_images(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Images in the channels-last format; raises Unsupported for another shape than the backbone takes."""
+        """Images in the channels-last format; raises Unsupported for another shape than it takes, and in `torch.jit.trace`."""
+        if torch.jit.is_tracing():  # where sizes are tensors
+            raise self._no_script()
         if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
             what = (
                 f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, Tensor) else repr(type(images))

@@ -13,7 +13,7 @@ import numpy as np
 
 from regard.contract import Unsupported
 from regard.tasks.documents import file_name, names_of
-from regard.tasks.image_files import Images, Unreadable, left_out, read_image, stacked, unreadable
+from regard.tasks.image_files import WITHOUT, Images, Unreadable, left_out, read_image, stacked, unreadable
 from regard.tasks.images import ImageReader
 from regard.tasks.protocol import IGNORED
 from regard.tasks.segmentation.folders import CLASSES, PICTURES, class_names, classes_among, largest_classes, pairs_of
@@ -179,13 +179,16 @@ def _read_mask(path: Path, image: Path) -> tuple[UInt8[np.ndarray, "h w"], list[
     )
     if mode not in ("1", "L", "P", "I;16", "I") or values.max(initial=0) > 255 or values.min(initial=0) < 0:
         what = "values above 255" if mode.startswith("I") else f"colours (mode {mode})"
-        raise Unsupported(
-            f"{path}, a mask of {what}", supported="a palette or grey image, whose values 0 to 255 are the classes"
+        raise Unreadable(
+            f"{path}, a mask of {what}",
+            supported="a palette or grey image, whose values 0 to 255 are the classes",
+            nearest=WITHOUT,
         )
     if size != (wide, high):
-        raise Unsupported(
+        raise Unreadable(
             f"{path} of {size[0]} x {size[1]} pixels, the mask of an image of {wide} x {high}",
             supported="masks of the size of their images",
+            nearest=WITHOUT,
         )
     return values.astype(np.uint8), None if palette is None else _triples(palette)
 

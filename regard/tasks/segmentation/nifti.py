@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from regard.contract import Unsupported
-from regard.tasks.image_files import Unreadable
+from regard.tasks.image_files import WITHOUT, Unreadable
 from regard.tasks.segmentation.folders import suffix_of
 
 if TYPE_CHECKING:
@@ -90,10 +90,10 @@ def read_scan(path: Path) -> Scan:
     voxels = stored.voxels.reshape(*stored.voxels.shape[:3], -1).astype(np.float32)
     odd = int((~np.isfinite(voxels)).sum())
     if odd:
-        raise Unsupported(
+        raise Unreadable(
             f"{path} with {odd:,} voxels that are no finite numbers (NaN or infinite)",
             supported="finite numbers",
-            nearest="a number in their place, such as 0 for what is outside the body",
+            nearest="a number in their place, such as 0 for what is outside the body, or --skip-unreadable",
         )
     turned, spacing = _turned(stored, voxels)
     return Scan(turned, spacing, stored)
@@ -107,22 +107,25 @@ def read_mask(path: Path, scan: Scan) -> Int[np.ndarray, "x y z"]:
     """
     stored, image = _volume(path, 1), scan.stored
     if stored.voxels.shape != image.voxels.shape[:3]:
-        raise Unsupported(
+        raise Unreadable(
             f"{path} of {stored.sides} voxels, the mask of a volume of {image.sides}",
             supported="masks of the shape of their volumes",
+            nearest=WITHOUT,
         )
     off = _displacement(stored.affine, image.affine, stored.voxels.shape)
     if not off < min(scan.spacing) / 2:
-        raise Unsupported(
+        raise Unreadable(
             f"{path}, which lies {off:.3g} mm away from its volume {image.path.name} (another affine)",
             supported="masks with the affine of their volumes, to half a voxel",
+            nearest=WITHOUT,
         )
     values = stored.voxels
     whole = np.rint(values.astype(np.float64))
     if not (np.isfinite(values).all() and (whole == values).all() and whole.min() >= 0 and whole.max() <= 255):
-        raise Unsupported(
+        raise Unreadable(
             f"{path}, a mask with values that are no classes, such as {_first_odd(values, whole):g}",
             supported="whole numbers from 0 to 255 (a mask that is resampled keeps them with nearest neighbours)",
+            nearest=WITHOUT,
         )
     return _turned(stored, whole.astype(np.uint8))[0]
 

@@ -33,7 +33,7 @@ from regard.workbench.comparison.ahead import make_ahead
 from regard.workbench.comparison.conclusions import Conclusions
 from regard.workbench.comparison.cost import model_costs
 from regard.workbench.comparison.matching import match, sentence, with_options
-from regard.workbench.comparison.planning import cost_seconds, plan
+from regard.workbench.comparison.planning import best_threads, cost_seconds, plan
 from regard.workbench.comparison.recommend import Recommendation, listed
 from regard.workbench.comparison.settings import MATCHED, CompareSettings
 from regard.workbench.comparison.task_models import build, square_grid
@@ -190,6 +190,8 @@ def _match(store: Store, work: Work, say: Callable[[str], None]) -> Any:
     row = store.get("match", key)
     if row is None:
         say(f"scaling the backbones to equal {MATCHED[settings.match or '']}")
+        if settings.match == "time":  # which is another one with as many threads as a busy machine has no cores for
+            torch.set_num_threads(best_threads(work))
         store.put("match", key, match(work.task, settings))
         row = store.get("match", key)
         assert row is not None

@@ -1,7 +1,8 @@
 """Image backbones of equal size or cost: their widths are scaled until one quantity is near that of the first.
 
 Depths and everything else stay as published. A backbone whose widths come in large steps is matched as nearly as they allow,
-and how nearly is told.
+and how nearly is told. Times are measured in turn with the first one's, since machines change their pace; the nearest are measured
+again and judged by medians, since of several noisy figures the nearest looks nearer than it is.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from regard.tasks import Task
 from regard.training import TrainConfig, runner_of
 from regard.workbench.comparison.settings import MATCHED, CompareSettings
 
-STEPS = 5
+STEPS = 3
 """Training steps that a time is the median of."""
+NEAREST, AGAIN = 2, 3
+"""Widths whose time is measured again, and how often."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,21 @@ def match(task: Task, settings: CompareSettings) -> dict[str, dict[str, Any]]:
     """
     assert settings.match is not None
     measure = _measures(task, settings)[settings.match]
-    found: dict[str, Matched] = {}
-    target = math.nan
-    for name, variant in settings.variants.items():
-        config = _config(variant, task)
-        own = measure(config)
-        target = target if found else own
-        found[name] = Matched({}, own, own / target - 1)
-        if len(found) > 1:
-            found[name] = _nearest(variant, task, measure, found[name], target)
+    (first, *others) = settings.variants.items()
+    target = _config(first[1], task)
+    fixed = measure(target)
+
+    def beside(config: ImageModelConfig) -> tuple[float, float]:
+        """What is measured of it, and over that of the first."""
+        value = measure(config)
+        return value, value / (measure(target) if settings.match == "time" else fixed)
+
+    found = {first[0]: Matched({}, fixed, 0.0)}
+    for name, variant in others:
+        tried = sorted(_tried(variant, task, beside), key=_distance)
+        if settings.match == "time":
+            tried = [_again(one, variant, task, beside) for one in tried[:NEAREST]]
+        found[name] = min(tried, key=_distance)
     return {name: vars(one) for name, one in found.items()}
 
 
@@ -100,31 +109,41 @@ def _config(variant: Variant, task: Task, options: Mapping[str, Any] | None = No
     return ImageModelConfig.for_task(task, name, {**given, **(options or {})})
 
 
-def _nearest(
-    variant: Variant, task: Task, measure: Callable[[ImageModelConfig], float], own: Matched, target: float
-) -> Matched:
-    """By bisection over its widths, since what is measured rises with them."""
+def _tried(variant: Variant, task: Task, beside: Callable[[ImageModelConfig], tuple[float, float]]) -> list[Matched]:
+    """The backbone as it is, and with the widths of a bisection, since what is measured rises with them."""
+    value, ratio = beside(_config(variant, task))
     try:
         candidates = scaled_widths(*_config(variant, task).read())
     except Unsupported:
-        return replace(own, fixed=True)
-    best = own
+        return [Matched({}, value, ratio - 1, fixed=True)]
+    tried = [Matched({}, value, ratio - 1)]
     low, high = 0, len(candidates) - 1
     while low <= high:
         middle = (low + high) // 2
         try:
-            value = measure(_config(variant, task, candidates[middle]))
+            value, ratio = beside(_config(variant, task, candidates[middle]))
         except Unsupported:  # widths that do not go together
             del candidates[middle]
             high -= 1
             continue
-        if abs(math.log(value / target)) < abs(math.log(best.value / target)):
-            best = Matched(_changed(variant, task, candidates[middle]), value, value / target - 1)
-        if value < target:
+        tried.append(Matched(_changed(variant, task, candidates[middle]), value, ratio - 1))
+        if ratio < 1:
             low = middle + 1
         else:
             high = middle - 1
-    return best
+    return tried
+
+
+def _distance(one: Matched) -> float:
+    return abs(math.log(1 + one.off))
+
+
+def _again(
+    one: Matched, variant: Variant, task: Task, beside: Callable[[ImageModelConfig], tuple[float, float]]
+) -> Matched:
+    """With medians of further measurements."""
+    values, ratios = zip(*(beside(_config(variant, task, one.options)) for _ in range(AGAIN)), strict=True)
+    return replace(one, value=statistics.median(values), off=statistics.median(ratios) - 1)
 
 
 def _changed(variant: Variant, task: Task, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,9 +155,9 @@ def _measures(task: Task, settings: CompareSettings) -> dict[str, Callable[[Imag
     def seconds(config: ImageModelConfig) -> float:
         model = build_model(config).to(settings.device)
         batch = max(1, settings.batch_tokens // task.length)
-        training = TrainConfig(steps=STEPS + 2, batch_size=batch, precision=settings.precision, measure_memory=False)
+        training = TrainConfig(steps=STEPS + 1, batch_size=batch, precision=settings.precision, measure_memory=False)
         history = runner_of(task).train(model, task, training, deadline=time.monotonic() + 60)
-        return statistics.median(point.seconds for point in history.curve[2:] or history.curve)
+        return statistics.median(point.seconds for point in history.curve[1:] or history.curve)
 
     def parameters(config: Any) -> float:
         return float(count_parameters(config))

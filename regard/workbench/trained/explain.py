@@ -34,6 +34,7 @@ from regard.mechanisms.agent.forms import gathering_weights
 from regard.mechanisms.bilevel_routing import Tiles, read_regions
 from regard.models.image_model import ImageModel
 from regard.models.vision.vit import VisionTransformer
+from regard.tasks.images import SHOWN
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -203,7 +204,7 @@ def _without(method: str | None, model: nn.Module) -> Unsupported:
 
 
 def draw(
-    picture: Image.Image, weight: Float[Tensor, "... rows columns"], *, least: int = 256, smooth: bool = True
+    picture: Image.Image, weight: Float[Tensor, "... rows columns"], *, side: int = SHOWN, smooth: bool = True
 ) -> Image.Image:
     """The picture, and beside it the same under the map: dark where a place counts little.
 
@@ -211,18 +212,19 @@ def draw(
         picture: as it was read.
         weight: from which the lowest and highest are the two ends of the colours; of several maps, which are laid out row by
             row, each has its own.
-        least: shorter side in pixels, to which a smaller picture is enlarged.
+        side: shorter side in pixels, to which the picture is resized; several maps share it, each with a third or more.
         smooth: shades between the places; without, each place is of one shade.
     """
     from PIL import Image
 
-    plain = _enlarged(picture, least)
+    plain = _resized(picture, side)
     if weight.ndim == 2:
         return _beside(plain, _under(plain, weight, smooth))
-    small = _enlarged(picture, least // 2)
     columns = math.ceil(math.sqrt(len(weight)))
+    rows = -(-len(weight) // columns)
+    small = _resized(picture, max(side // 3, (side + 4) // rows - 4))
     width, height = small.width + 4, small.height + 4
-    sheet = Image.new("RGB", (columns * width - 4, -(-len(weight) // columns) * height - 4), "white")
+    sheet = Image.new("RGB", (columns * width - 4, rows * height - 4), "white")
     for at, one in enumerate(weight):
         sheet.paste(_under(small, one, smooth), (at % columns * width, at // columns * height))
     return _beside(plain, sheet)
@@ -237,22 +239,22 @@ def _under(plain: Image.Image, weight: Float[Tensor, "rows columns"], smooth: bo
     return Image.blend(plain, ImageOps.colorize(field, black=COLD, white=HOT), 0.6)
 
 
-def draw_tokens(picture: Image.Image, places: Int[Tensor, "rows columns"], *, least: int = 256) -> Image.Image:
+def draw_tokens(picture: Image.Image, places: Int[Tensor, "rows columns"], *, side: int = SHOWN) -> Image.Image:
     """The picture, and beside it the same as the tokens that are left show it; see the module.
 
     Args:
         picture: as it was read.
         places: the token in which each patch is, or -1 where it was dropped.
-        least: as in :func:`draw`.
+        side: as in :func:`draw`.
     """
     import numpy as np
     from PIL import Image
 
-    plain = _enlarged(picture, least)
+    plain = _resized(picture, side)
     pixels = np.asarray(plain).astype(np.float64)
     rows, columns = places.shape
     row, column = (
-        np.arange(side) * cells // side for side, cells in zip(pixels.shape[:2], (rows, columns), strict=True)
+        np.arange(count) * cells // count for count, cells in zip(pixels.shape[:2], (rows, columns), strict=True)
     )
     token = places.cpu().numpy()[row[:, None], column]
     patch = row[:, None] * columns + column
@@ -269,11 +271,11 @@ def draw_tokens(picture: Image.Image, places: Int[Tensor, "rows columns"], *, le
     return _beside(plain, Image.fromarray(pixels.round().astype(np.uint8)))
 
 
-def _enlarged(picture: Image.Image, least: int) -> Image.Image:
+def _resized(picture: Image.Image, side: int) -> Image.Image:
     from PIL import Image
 
     plain = picture.convert("RGB")
-    scale = max(1.0, least / min(plain.size))
+    scale = side / min(plain.size)
     return plain.resize((round(scale * plain.width), round(scale * plain.height)), Image.Resampling.BICUBIC)
 
 

@@ -86,6 +86,39 @@ def test_the_time_of_a_training_step_is_measured(task):
     assert 0 < matching._measures(task, settings(*SMALL, quantity="time"))["time"](config) < 60
 
 
+def test_a_machine_that_becomes_slower_and_slower_does_not_mislead(task, monkeypatch):
+    pace = [1.0]
+
+    def seconds(config):
+        pace[0] *= 1.03
+        return pace[0] * count_parameters(config)
+
+    monkeypatch.setattr(matching, "_measures", lambda *_: {"time": seconds})
+    asked = settings(*SMALL[:2], quantity="time")
+    found = match(task, asked)
+    first, second = (
+        count_parameters(ImageModelConfig.for_task(task, *variant.backbone))
+        for variant in with_options(asked, found).variants.values()
+    )
+    assert abs(second / first - 1) < 0.1
+    assert found[SMALL[1]]["off"] == pytest.approx(second / (1.03 * first) - 1)  # as measured beside it, just before
+
+
+def test_a_time_that_was_near_by_chance_is_measured_again(task, monkeypatch):
+    once = []
+
+    def seconds(config):
+        if config.backbone == "mixer_nano" and not once:
+            once.append(config)
+            return seconds(ImageModelConfig.for_task(task, *asked.variants[SMALL[0]].backbone))
+        return float(count_parameters(config))
+
+    monkeypatch.setattr(matching, "_measures", lambda *_: {"time": seconds})
+    asked = settings(*SMALL[:2], quantity="time")
+    found = match(task, asked)[SMALL[1]]
+    assert found["options"] and abs(found["off"]) < 0.1
+
+
 @pytest.mark.parametrize(
     ("names", "quantity", "told"),
     [

@@ -96,9 +96,11 @@ def test_the_drawing_is_the_picture_and_the_map_beside_it() -> None:
     image = pytest.importorskip("PIL.Image")
     weight = torch.zeros(4, 4)
     weight[0, 0] = 1.0
-    drawn = draw(image.new("RGB", (40, 30), "white"), weight)
+    drawn = draw(image.new("RGB", (40, 30), "white"), weight, side=256)
     assert drawn.size == (2 * 341 + 8, 256)
     bright, dark = drawn.getpixel((341 + 8 + 20, 15)), drawn.getpixel((680, 240))
     assert drawn.getpixel((20, 15)) == (255, 255, 255) and sum(bright) > sum(dark) + 100
-    several = draw(image.new("RGB", (40, 30), "white"), torch.rand(5, 4, 4), smooth=False)
-    assert several.size == (341 + 8 + 3 * 175 - 4, 2 * 132 - 4)
+    several = draw(image.new("RGB", (40, 30), "white"), torch.rand(5, 4, 4), side=260, smooth=False)
+    assert several.size == (347 + 8 + 3 * 175 - 4, 260)
+    many = draw(image.new("RGB", (4000, 3000), "white"), torch.rand(49, 4, 4), side=96)
+    assert many.size == (128 + 8 + 7 * 47 - 4, 7 * 36 - 4)  # a large photograph gives no larger drawing

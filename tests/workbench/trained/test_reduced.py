@@ -15,6 +15,7 @@ from torch import nn
 from regard.models.image_model import ImageModel, ImageModelConfig
 from regard.models.pretrained import save_pretrained
 from regard.tasks import create_task
+from regard.tasks.images import SHOWN
 from regard.workbench.trained.explain import draw_tokens
 from regard.workbench.trained.folder import RECORD
 from regard.workbench.trained.reduced import reduced
@@ -77,7 +78,7 @@ def test_the_tokens_that_are_left_are_drawn(folder: Path, capsys: pytest.Capture
     (found,) = answer(capsys, f"{line} tome:remove=4", folder, photo)["images"]
     assert "9 tokens left" in found["method"]
     with image.open(found["drawing"]) as drawn:
-        assert drawn.size == (2 * 256 + 8, 256)
+        assert drawn.size == (2 * SHOWN + 8, SHOWN)
     code, _, said = run(capsys, f"{line} tome:remove=4 --method rollout", folder, photo)
     assert code == 2 and "one of the two" in said
 
@@ -86,7 +87,7 @@ def test_merged_patches_have_one_colour_and_dropped_ones_are_dark() -> None:
     pixels = np.zeros((32, 32, 3), dtype=np.uint8)
     pixels[:, :16], pixels[:, 16:] = 40, 200
     places = torch.tensor([[0, 0], [-1, 1]])
-    drawn = np.asarray(draw_tokens(image.fromarray(pixels), places, least=32))
+    drawn = np.asarray(draw_tokens(image.fromarray(pixels), places, side=32))
     left, right = drawn[:, :32], drawn[:, 40:]
     assert (left == pixels).all()
     assert (right[4, [4, 28]] == 120).all()  # the mean of both upper patches
