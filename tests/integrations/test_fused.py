@@ -14,6 +14,7 @@ from models import GREEDY, LEFT, SIZES, disturb, gpt2, ids, llama, mistral, near
 import regard
 from regard.backends.native import library
 from regard.engines.decoder_layer import Places
+from regard.integrations.collecting import collect_losses
 
 transformers = pytest.importorskip("transformers")
 bridge = pytest.importorskip("regard.integrations.transformers")
@@ -291,7 +292,7 @@ def test_compiled_models_do_not_notice(calls):
 
 
 UNTURNED = "core_context:group=2,window=3,pool_keys=pre_rope"
-MECHANISMS = [UNTURNED, "gated_linear", "delta_rule", "local:window=3", "mixture_of_heads", "selective_temperature"]
+MECHANISMS = [UNTURNED, "gated_linear", "delta_rule", "mixture_of_heads", "selective_temperature"]
 ALONE = ["decoder_inputs", "decoder_outputs"]
 
 
@@ -327,6 +328,33 @@ def test_a_hybrid_decodes_its_kept_layers_in_runs_and_each_other_in_two_calls(me
     near(stepped(model, tokens), expected)
 
 
+def test_local_layers_that_follow_each_other_take_one_call_once_their_windows_are_full(monkeypatch, calls):
+    model, tokens = hybrid(monkeypatch, "local:window=3", swapped=(1, 2, 4)), ids(2, 30)
+    settings = {"max_new_tokens": 9, "num_beams": 3, **GREEDY}
+    expected, written = stepped(model, tokens), model.generate(tokens[:, :5], **settings)
+    bridge.fuse_layers(model)
+    calls.clear()
+    near(stepped(model, tokens), expected)
+    second = ["decoder_layers", *ALONE, *ALONE, "decoder_layers", *ALONE]
+    assert of_decoders(calls) == 5 * ALONE + second + 4 * 28 * ["decoder_layers"]
+    assert torch.equal(model.generate(tokens[:, :5], **settings), written)
+    cache = bridge.GrowingCache(model.config)
+    with torch.inference_mode():
+        model(tokens[:, :9], **{bridge.CACHE: cache}, use_cache=True)
+        kept = copy.deepcopy(cache)
+        for other in (cache, kept):  # what one of them writes the other does not see
+            near(model(tokens[:, 9:12], **{bridge.CACHE: other}, use_cache=True).logits, expected[:, 9:12])
+        assert all(layer.get_seq_length() == 12 for layer in cache.layers)
+        calls.clear()
+        hook = model.model.layers[2].self_attn.regard.register_forward_hook(lambda *_: calls.append("seen"))
+        near(model(tokens[:, 12:13], **{bridge.CACHE: cache}, use_cache=True).logits, expected[:, 12:13])
+        assert calls.count("seen") == 1
+        hook.remove()
+        with collect_losses(model, want=frozenset({"weights"})) as collected:
+            model(tokens[:, 13:14], **{bridge.CACHE: cache}, use_cache=True)
+        assert len(collected.extras) == 3
+
+
 @pytest.mark.parametrize("swapped", [(0,), (1, 2), (0, 1, 2, 3, 4)])
 def test_the_last_norm_comes_once_whatever_the_last_layer_is(swapped, monkeypatch, calls):
     model, tokens = hybrid(monkeypatch, swapped=swapped), ids()
@@ -350,7 +378,8 @@ def test_several_tokens_of_a_hybrid_at_once_are_those_of_the_whole(mechanism, mo
             found.append(model(tokens[:, at : at + count], **{bridge.CACHE: cache}, use_cache=True, **given).logits)
         at += count
     near(torch.cat(found, 1), expected)
-    assert calls.count("decoder_layers") == 2 * 5  # not of the first, and not of 18 rows
+    # not of the first, and not of 18 rows
+    assert calls.count("decoder_layers") == (4 if mechanism == "local:window=3" else 2) * 5
 
 
 def test_mechanisms_that_are_put_in_taken_out_or_changed_are_those_that_decode(monkeypatch, calls):

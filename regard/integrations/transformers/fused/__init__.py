@@ -17,10 +17,11 @@ def fuse_layers(model: nn.Module) -> int:
 
     Layers that follow each other and attend by softmax to all that their rows have in a cache of keys and values
     (`DynamicCache`, :class:`regard.integrations.transformers.GrowingCache`, the pages of `regard serve`) take one call together,
-    caches and attention inside it. A layer into which another mechanism was put takes two, around the mechanism's own step.
-    Elsewhere (padding, other caches) each layer takes two, and attention and cache are the model's own. Longer texts, training,
-    other dtypes than float32, layers with hooks (transformers leaves some in models that were asked for hidden states or
-    attentions) and layers whose parts were replaced go their usual way. Results are the same but for float32's rounding.
+    caches and attention inside it; so do layers of local attention (`form="window"`) once their windows are full. A layer with
+    another mechanism takes two, around the mechanism's own step. Elsewhere (padding, other caches) each layer takes two, and
+    attention and cache are the model's own. Longer texts, training, other dtypes than float32, layers with hooks (transformers
+    leaves some in models that were asked for hidden states or attentions) and layers whose parts were replaced go their usual
+    way. Results are the same but for float32's rounding.
 
     Args:
         model: of transformers; Llama (SmolLM2 and others have its architecture), Mistral or Qwen2. In others nothing happens.

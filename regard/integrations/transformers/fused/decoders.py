@@ -1,5 +1,5 @@
-"""The layers of a decoder in few native calls: one for each run of layers that attend by softmax, caches and attention inside it,
-and two for each layer that attends in another way."""
+"""The layers of a decoder in few native calls: one for each run of layers that attend by softmax, to all tokens or to windows,
+caches and attention inside it, and two for each layer that attends in another way."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from regard.integrations.transformers.attending import PLACE, PREFIX, SWAPPED, U
 from regard.integrations.transformers.caches import CACHE, places
 from regard.integrations.transformers.fused.layers import FusedLayer, unwatched
 from regard.integrations.transformers.fused.snapshot import Snapshot, family_of, is_known, window_of
+from regard.integrations.transformers.fused.windows import Windows, slots_of
 from regard.integrations.transformers.placing import is_swapped
 from regard.integrations.transformers.rotary import ANGLES
 
@@ -45,6 +46,13 @@ class Alone(NamedTuple):
     layer: FusedLayer
 
 
+class Local(NamedTuple):
+    """Layers one after the other with windows of the same size, in one native call where those are full."""
+
+    windows: Windows
+    layers: list[Alone]
+
+
 class Stack(NamedTuple):
     """All layers of a decoder that attends as `attention` names it, as they were when they were `seen`.
 
@@ -55,7 +63,7 @@ class Stack(NamedTuple):
 
     seen: Snapshot
     attention: str
-    parts: list[Run | Alone]
+    parts: list[Run | Local | Alone]
     indices: list[int]
 
 
@@ -100,12 +108,16 @@ class FusedDecoder:
             return None
         told = {ANGLES: (cosine, sine), "position_ids": positions, CACHE: cache, "use_cache": True}
         for part in stack.parts:
-            if isinstance(part, Alone):
-                x = part.layer.decode(part.native, x, told)
+            found = part.windows(x, cosine, sine, cache) if isinstance(part, Local) else None
+            if found is not None:
+                x = found
+            elif not isinstance(part, Run):
+                for alone in part.layers if isinstance(part, Local) else [part]:
+                    x = alone.layer.decode(alone.native, x, told)
             elif where is not None:
                 caches = where.caches[part.first : part.end]
                 x = part.layers(x, cosine, sine, where._replace(caches=caches))
-        x = decoder.norm(x) if isinstance(stack.parts[-1], Alone) else x
+        x = x if isinstance(stack.parts[-1], Run) else decoder.norm(x)
         return BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: cache})
 
     def _asks_plainly(self, options: dict[str, Any], cache: Any) -> bool:
@@ -140,19 +152,23 @@ class FusedDecoder:
             return found
         if len({(len(weight), natives[0].head_width), *((x.width, x.head_width) for x in natives)}) > 1:
             return found
-        parts, indices = list[Run | Alone](), list[int]()
-        for softmax, group in groupby(zip(layers, natives, strict=True), lambda both: _by_softmax(both[0], attention)):
+        parts, indices = list[Run | Local | Alone](), list[int]()
+        for slots, group in groupby(zip(layers, natives, strict=True), lambda both: _slots(both[0], attention)):
             members = [*group]
             attentions = [layer.self_attn for layer, _ in members]
             windows = [window_of(x) for x in attentions]
-            if softmax:
+            if slots == 0:
                 before = [None if w is None else w - 1 for w in windows]
                 ends = (weight, norm.variance_epsilon) if members[-1][0] is layers[-1] else None
                 run = DecoderLayers([x for _, x in members], [x.scaling for x in attentions], before, ends)
                 parts.append(Run(run, len(indices), len(indices) + len(members)))
                 indices += [x.layer_idx for x in attentions]
             elif attention == SWAPPED and windows.count(None) == len(windows):
-                parts += [Alone(native, layer.forward) for layer, native in members]
+                alone = [Alone(native, layer.forward) for layer, native in members]
+                if slots is None:
+                    parts += alone
+                else:
+                    parts.append(Local(Windows([x for _, x in members], attentions, slots), alone))
             else:
                 return found
         return Stack(seen, attention, parts, indices)
@@ -164,6 +180,14 @@ def _by_softmax(layer: Any, attention: str) -> bool:
         return attention in SOFTMAX and not is_swapped(layer.self_attn)
     placed = getattr(layer.self_attn, PLACE, UNPLACED)
     return placed is None or (placed is not UNPLACED and placed.chosen.plain)
+
+
+def _slots(layer: Any, attention: str) -> int | None:
+    """0 for a layer that attends to all that is in a cache; of one that attends to a window, the tokens that it keeps; None for
+    others."""
+    if _by_softmax(layer, attention):
+        return 0
+    return slots_of(layer.self_attn) if attention == SWAPPED and is_swapped(layer.self_attn) else None
 
 
 def _is_fused(layer: Any) -> bool:
