@@ -19,8 +19,8 @@ typedef struct {
   const float *input_scale; /* (K,) */
 } regard_weight;
 
-/* outputs_i = projections_i(norm(x)), norm(x) = x / sqrt(mean(x^2) + eps) * norm; heads of the first two are turned:
- * feature i < width / 2 to u_i cosine_i - u_(i + width / 2) sine_i, the other half likewise with a plus. */
+/* outputs_i = projections_i(norm(x)), norm(x) = x / sqrt(mean(x^2) + eps) * norm, which is written too if asked for; heads of the
+ * first two are turned: feature i < width / 2 to u_i cosine_i - u_(i + width / 2) sine_i, the other half likewise with a plus. */
 typedef struct {
   int64_t size;
   int64_t threads;
@@ -32,6 +32,7 @@ typedef struct {
   const float *cosine, *sine;     /* (M, head_width) contiguous */
   regard_weight projections[3];   /* of queries, keys, values */
   float *outputs[3];              /* (M, n) contiguous */
+  float *normed;                  /* (M, width) contiguous; NULL for none */
 } regard_decoder_inputs_args;
 REGARD_API int regard_decoder_inputs(const regard_decoder_inputs_args *args);
 

@@ -148,7 +148,8 @@ int decoder_inputs(const regard_decoder_inputs_args* args) {
   const size_t count = static_cast<size_t>(a.m * a.width);
   Workspace workspace(Workspace::bytes_of<float>(count) + Workspace::bytes_of<float>(3 * count));
   if (!workspace) return REGARD_OUT_OF_MEMORY;
-  float *const normed = workspace.take<float>(count), *const scaled = workspace.take<float>(3 * count);
+  float *const room = workspace.take<float>(count), *const scaled = workspace.take<float>(3 * count);
+  float* const normed = a.normed == nullptr ? room : a.normed;
   normalise(a.m, a.width, a.eps, a.x, a.norm, normed);
   const int status = apply(a.threads, a.m, normed, scaled,
                            {Product{a.projections, a.outputs[0]}, Product{a.projections + 1, a.outputs[1]},

@@ -121,8 +121,11 @@ void check(int64_t bits, int64_t m, int64_t threads) {
     a.projections[i] = projections[i]->given;
     a.outputs[i] = found[i].data();
   }
+  Floats between = unwritten(m * width);
+  a.normed = m == 1 ? between.data() : nullptr;
   must("inputs are taken", regard_decoder_inputs(&a));
   const Doubles u = normed(Doubles(x.begin(), x.end()), norm, a.eps);
+  if (a.normed != nullptr) compare("a norm", Doubles(between.begin(), between.end()), u, 2e-6, 1);
   for (int i = 0; i < 3; ++i) {
     const Doubles y = (*projections[i])(u);
     const Doubles expected = i < 2 ? turned(y, projections[i]->n, head, cosine, sine) : y;

@@ -175,16 +175,24 @@ def append(
     """
     if not grows_in_place(past, new, axis):
         return torch.cat([past, new], axis)
-    length, count = past.shape[axis], new.shape[axis]
-    end = length + count
+    grown = with_room(past, new.shape[axis], axis, empty)
+    # `data`: what others saved for a backward pass lies in other slots, and does not count as changed
+    grown.data.narrow(axis, past.shape[axis], new.shape[axis]).copy_(new)
+    return grown
+
+
+def with_room(
+    past: Shaped[Tensor, "..."], count: int, axis: int, empty: Empty = Tensor.new_empty
+) -> Shaped[Tensor, "..."]:
+    """`past` followed by `count` slots along an axis that the caller writes, in memory as :func:`append` takes it."""
+    end = past.shape[axis] + count
     found: tuple[Memory, int] | None = _MEMORIES.get(past)
-    if found is None or not found[0].take(found[1] + length, found[1] + end, axis):
+    if found is None or not found[0].take(found[1] + past.shape[axis], found[1] + end, axis):
         found = Memory.of(past, end, axis, empty), 0
     memory, start = found
-    # `data`: what others saved for a backward pass lies in other slots, and does not count as changed
-    memory.slots.data.narrow(axis, start + length, count).copy_(new)
     grown = memory.slots.narrow(axis, start, end)
     _MEMORIES[grown] = found
+    return grown
     return grown
 
 

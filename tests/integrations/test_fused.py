@@ -1,4 +1,5 @@
-"""Decoders of transformers in one native call, and their layers in two: what they give, and when they step aside."""
+"""Decoders of transformers in one native call, their layers in two, and hybrids in both: what they give, and when they step
+aside."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from models import GREEDY, LEFT, SIZES, disturb, gpt2, ids, llama, mistral, near
 import regard
 from regard.backends.native import library
 from regard.engines.decoder_layer import Places
+from regard.integrations.collecting import collect_losses
 
 transformers = pytest.importorskip("transformers")
 bridge = pytest.importorskip("regard.integrations.transformers")
@@ -163,7 +165,7 @@ def test_places_that_a_cache_lacks_are_refused_before_anything_is_written():
     for _ in range(2):
         with torch.inference_mode():
             model(ids(2, 1), **{bridge.CACHE: cache}, use_cache=True)
-    layers = model.model.forward._layers
+    layers = model.model.forward._last.parts[0].layers
     x, turned = torch.rand(2, 1, 32), torch.rand(1, 1, 8)
     caches = [layer.room(0) for layer in cache.layers]
     before = [x.clone() for pair in caches for x in pair]
@@ -260,10 +262,6 @@ def test_a_layer_steps_aside_for_hooks_gradients_and_parts_that_are_others(calls
     model(tokens[:, :1]).logits.sum().backward()
     assert model.model.layers[0].mlp.gate_proj.weight.grad is not None and not calls
     near(stepped(copy.deepcopy(model).double(), tokens), expected.double())
-    regard.swap(model, "linear")
-    calls.clear()
-    stepped(model, tokens)
-    assert "decoder_inputs" not in calls
 
 
 def test_copies_and_saved_models_compute_with_their_own_weights(calls):
@@ -291,6 +289,173 @@ def test_compiled_models_do_not_notice(calls):
         torch._dynamo.reset()
         near(torch.compile(model, backend="aot_eager")(tokens).logits, expected)
         near(torch.compile(model, backend="aot_eager")(tokens[:1, :5]).logits, expected[:1, :5])
+
+
+UNTURNED = "core_context:group=2,window=3,pool_keys=pre_rope"
+MECHANISMS = [UNTURNED, "gated_linear", "delta_rule", "mixture_of_heads", "selective_temperature"]
+ALONE = ["decoder_inputs", "decoder_outputs"]
+
+
+def hybrid(monkeypatch, mechanism="gated_linear", swapped=(2, 4)):
+    """A Llama of five layers, some of them swapped."""
+    monkeypatch.setitem(SIZES, "num_hidden_layers", 5)
+    model = llama()
+    regard.swap(model, {f"*.layers.{i}.*": mechanism for i in swapped})
+    disturb(model)
+    return model
+
+
+def of_decoders(calls):
+    return [kernel for kernel in calls if kernel.startswith("decoder")]
+
+
+@pytest.mark.parametrize("recipe", ["", "int8"])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_a_hybrid_decodes_its_kept_layers_in_runs_and_each_other_in_two_calls(mechanism, recipe, monkeypatch, calls):
+    model, tokens = hybrid(monkeypatch, mechanism), ids()
+    if recipe:
+        regard.compress(model, recipe, [ids(2, 8)])
+    settings = {"attention_mask": LEFT, "max_new_tokens": 6, "num_beams": 2, **GREEDY}
+    expected, written = stepped(model, tokens), model.generate(tokens, **settings)
+    assert bridge.fuse_layers(model) == 5
+    calls.clear()
+    near(stepped(model, tokens), expected)
+    # the first token has no cache yet
+    others = ["decoder_layers", *ALONE] * 2 * (tokens.shape[1] - 1)
+    assert of_decoders(calls) == 5 * ALONE + others
+    assert torch.equal(model.generate(tokens, **settings), written)
+    bridge.unfuse_layers(model)
+    near(stepped(model, tokens), expected)
+
+
+def test_local_layers_that_follow_each_other_take_one_call_once_their_windows_are_full(monkeypatch, calls):
+    model, tokens = hybrid(monkeypatch, "local:window=3", swapped=(1, 2, 4)), ids(2, 30)
+    settings = {"max_new_tokens": 9, "num_beams": 3, **GREEDY}
+    expected, written = stepped(model, tokens), model.generate(tokens[:, :5], **settings)
+    bridge.fuse_layers(model)
+    calls.clear()
+    near(stepped(model, tokens), expected)
+    second = ["decoder_layers", *ALONE, *ALONE, "decoder_layers", *ALONE]
+    assert of_decoders(calls) == 5 * ALONE + second + 4 * 28 * ["decoder_layers"]
+    assert torch.equal(model.generate(tokens[:, :5], **settings), written)
+    cache = bridge.GrowingCache(model.config)
+    with torch.inference_mode():
+        model(tokens[:, :9], **{bridge.CACHE: cache}, use_cache=True)
+        kept = copy.deepcopy(cache)
+        for other in (cache, kept):  # what one of them writes the other does not see
+            near(model(tokens[:, 9:12], **{bridge.CACHE: other}, use_cache=True).logits, expected[:, 9:12])
+        assert all(layer.get_seq_length() == 12 for layer in cache.layers)
+        calls.clear()
+        hook = model.model.layers[2].self_attn.regard.register_forward_hook(lambda *_: calls.append("seen"))
+        near(model(tokens[:, 12:13], **{bridge.CACHE: cache}, use_cache=True).logits, expected[:, 12:13])
+        assert calls.count("seen") == 1
+        hook.remove()
+        with collect_losses(model, want=frozenset({"weights"})) as collected:
+            model(tokens[:, 13:14], **{bridge.CACHE: cache}, use_cache=True)
+        assert len(collected.extras) == 3
+
+
+@pytest.mark.parametrize("swapped", [(0,), (1, 2), (0, 1, 2, 3, 4)])
+def test_the_last_norm_comes_once_whatever_the_last_layer_is(swapped, monkeypatch, calls):
+    model, tokens = hybrid(monkeypatch, swapped=swapped), ids()
+    expected = stepped(model, tokens)
+    bridge.fuse_layers(model)
+    near(stepped(model, tokens), expected)
+    runs = {(0,): 1, (1, 2): 2}.get(swapped, 0)
+    assert of_decoders(calls).count("decoder_layers") == runs * (tokens.shape[1] - 1)
+
+
+@pytest.mark.parametrize("mechanism", [UNTURNED, "gated_linear", "local:window=3"])
+def test_several_tokens_of_a_hybrid_at_once_are_those_of_the_whole(mechanism, monkeypatch, calls):
+    model, tokens = hybrid(monkeypatch, mechanism), ids(2, 31)
+    with torch.inference_mode():
+        expected = model(tokens).logits
+    bridge.fuse_layers(model)
+    cache, at, found = transformers.DynamicCache(config=model.config), 0, []
+    for count in (3, 1, 4, 8, 1, 9, 5):
+        given = {"position_ids": torch.arange(at, at + count)[None], "attention_mask": torch.ones(2, at + count)}
+        with torch.inference_mode():
+            found.append(model(tokens[:, at : at + count], **{bridge.CACHE: cache}, use_cache=True, **given).logits)
+        at += count
+    near(torch.cat(found, 1), expected)
+    # not of the first, and not of 18 rows
+    assert calls.count("decoder_layers") == (4 if mechanism == "local:window=3" else 2) * 5
+
+
+def test_mechanisms_that_are_put_in_taken_out_or_changed_are_those_that_decode(monkeypatch, calls):
+    model, tokens = hybrid(monkeypatch), ids()
+    bridge.fuse_layers(model)
+    stepped(model, tokens)
+    for change, runs in (
+        (lambda: regard.swap(model, "delta_rule", only="*.layers.2.*"), 2),
+        (lambda: regard.integrations.change_options(model, "*.layers.4.*", gate_normalizer=8.0), 2),
+        (lambda: regard.unswap(model, "*.layers.4.*"), 2),
+        (lambda: regard.swap(model, "softmax", only="*.layers.2.*"), 1),
+        (lambda: regard.swap(model, "linear"), 0),
+        (lambda: regard.unswap(model), 1),
+    ):
+        change()
+        calls.clear()
+        found = stepped(model, tokens)
+        assert calls.count("decoder_layers") == runs * (tokens.shape[1] - 1)
+        with torch.inference_mode():
+            near(found, model(tokens, use_cache=False).logits)
+
+
+def test_hooks_in_a_hybrid_are_called_and_turn_fusing_off_for_what_they_see(monkeypatch, calls):
+    model, tokens, seen = hybrid(monkeypatch), ids(), []
+    expected = stepped(model, tokens)
+    bridge.fuse_layers(model)
+    layer = model.model.layers[2]
+    calls.clear()
+    hook = layer.self_attn.regard.register_forward_hook(lambda *_: seen.append(1))  # which is called as ever
+    near(stepped(model, tokens), expected)
+    assert len(seen) == tokens.shape[1] and calls.count("decoder_layers") == 2 * (tokens.shape[1] - 1)
+    hook.remove()
+    for part in (layer, layer.self_attn, layer.self_attn.q_proj):
+        seen.clear()
+        calls.clear()
+        hook = part.register_forward_pre_hook(lambda *_: seen.append(1))
+        near(stepped(model, tokens), expected)
+        assert len(seen) == tokens.shape[1] and "decoder_layers" not in calls
+        assert calls.count("decoder_inputs") == (4 if part is not layer else 5) * tokens.shape[1]
+        hook.remove()
+
+
+def test_windows_of_the_model_stay_in_a_hybrid(calls):
+    model, tokens = mistral(), ids(2, 12)
+    regard.swap(model, "clipped_softmax", only="*.layers.1.*")
+    disturb(model)
+
+    def pieces():
+        cache, found, at = transformers.DynamicCache(config=model.config), [], 0
+        for count in (3, 1, 3, 1, 4):
+            with torch.inference_mode():
+                here = model(tokens[:, at : at + count], **{bridge.CACHE: cache}, use_cache=True)
+            found.append(here.logits)
+            at += count
+        return torch.cat(found, 1)
+
+    expected = pieces()
+    bridge.fuse_layers(model)
+    near(pieces(), expected)
+
+
+def test_hybrids_that_are_saved_copied_or_trained_give_the_same(monkeypatch, calls, tmp_path):
+    model, tokens = hybrid(monkeypatch, UNTURNED), ids()
+    expected = stepped(model, tokens)
+    bridge.fuse_layers(model)
+    stepped(model, tokens)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert bridge.fuse_layers(loaded) == 5
+    for other in (copy.deepcopy(model), loaded):
+        calls.clear()
+        near(stepped(other, tokens), expected)
+        assert calls.count("decoder_layers") == 2 * (tokens.shape[1] - 1)
+    calls.clear()
+    model(tokens[:, :1]).logits.sum().backward()
+    assert model.model.layers[2].self_attn.q_proj.weight.grad is not None and not of_decoders(calls)
 
 
 def test_other_architectures_stay_as_they_are():

@@ -70,6 +70,7 @@ class DecoderInputs(library.Arguments):
         ("sine", ctypes.c_void_p),
         ("projections", WeightArguments * 3),
         ("outputs", ctypes.c_void_p * 3),
+        ("normed", ctypes.c_void_p),
     )
 
 
@@ -150,9 +151,14 @@ class DecoderLayer:
         return not self.reason and x.shape[2] == self.width and cosine.shape[2] == self.head_width
 
     def inputs(
-        self, x: Float[Tensor, "b n width"], cosine: Float[Tensor, "c n d"], sine: Float[Tensor, "c n d"]
+        self,
+        x: Float[Tensor, "b n width"],
+        cosine: Float[Tensor, "c n d"],
+        sine: Float[Tensor, "c n d"],
+        normed: Float[Tensor, "b n width"] | None = None,
     ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b g n d"], Float[Tensor, "b g n d"]]:
-        """Queries and keys, turned by their positions, and values."""
+        """Queries and keys, turned by their positions, and values; what they are made of is written to `normed` where that is
+        given, a contiguous tensor."""
         rows = x.shape[0], x.shape[1]
         cosine, sine = of_rows(cosine, rows[0]), of_rows(sine, rows[0])
         outputs = [x.new_empty((*rows, size)) for size in self._sizes]
@@ -160,6 +166,7 @@ class DecoderLayer:
         arguments.threads, arguments.m, arguments.x = torch.get_num_threads(), rows[0] * rows[1], pointer(x)
         arguments.cosine, arguments.sine = pointer(cosine), pointer(sine)
         arguments.outputs[:] = [pointer(y) for y in outputs]
+        arguments.normed = pointer(normed)
         library.call(arguments)
         q, k, v = (y.view(*rows, -1, self.head_width).transpose(1, 2) for y in outputs)
         return q, k, v

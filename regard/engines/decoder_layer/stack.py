@@ -81,7 +81,7 @@ class DecoderLayers:
         layers: whose :attr:`DecoderLayer.reason` is empty, all of the same width and width of heads.
         scales: of each layer, by which scores are multiplied.
         windows: of each, most tokens before its own that a query sees; None for all.
-        norm: weight (width,) float32 and eps of an RMS norm of the last layer's answer.
+        norm: weight (width,) float32 and eps of an RMS norm of the last layer's answer; None for none.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class DecoderLayers:
         layers: Sequence[DecoderLayer],
         scales: Sequence[float],
         windows: Sequence[int | None],
-        norm: tuple[Tensor, float],
+        norm: tuple[Tensor, float] | None = None,
     ) -> None:
         self._kept = layers, norm  # and with them the tensors that the structs point at
         self.width, self.head_width = layers[0].width, layers[0].head_width
@@ -97,7 +97,7 @@ class DecoderLayers:
         for to, layer, scale, window in zip(self._layers, layers, scales, windows, strict=True):
             to.eps[:], to.norms[:], to.weights[:] = layer.eps, layer.norms, layer.weights
             to.scale, to.left = scale, -1 if window is None else min(window, library.MOST)
-        self._norm = {"norm": pointer(norm[0]), "eps": norm[1]}
+        self._norm = {} if norm is None else {"norm": pointer(norm[0]), "eps": norm[1]}
         self._kv_heads = [layer.weights[1].n // self.head_width for layer in layers]
         self._last: _Pointed | None = None
 
@@ -108,7 +108,7 @@ class DecoderLayers:
         sine: Float[Tensor, "c n d"],
         places: Places,
     ) -> Float[Tensor, "b n width"]:
-        """What the norm gives for tokens that :func:`few_tokens` takes; their keys and values are in the cache then.
+        """The answer for tokens that :func:`few_tokens` takes; their keys and values are in the cache then.
 
         Raises:
             Unsupported: for a cache that does not fit; then nothing was written.

@@ -1,5 +1,5 @@
-"""Decoding with Llama-like models in few native calls: one for all layers where they attend by softmax, two for each layer
-around any other attention."""
+"""Decoding with Llama-like models in few native calls: one for all layers that follow each other and attend by softmax, two for
+each layer around any other attention."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ __all__ = ["fuse_layers", "unfuse_layers"]
 def fuse_layers(model: nn.Module) -> int:
     """Let a model compute few tokens (16, over all rows of a batch) in few native calls, as decoding asks it to.
 
-    All layers take one call together, caches and attention inside it, where each attends by softmax to all that its rows have
-    in a cache of keys and values (`DynamicCache`, :class:`regard.integrations.transformers.GrowingCache`, the pages of
-    `regard serve`). Elsewhere (padding, mechanisms that were put in, other caches) each layer takes two, and attention and
-    cache are the model's own. Longer texts, training, other dtypes than float32, layers with hooks (transformers leaves some in models that were asked for hidden states or attentions)
-    and layers whose parts were replaced go their usual way. Results are the same but for float32's rounding.
+    Layers that follow each other and attend by softmax to all that their rows have in a cache of keys and values
+    (`DynamicCache`, :class:`regard.integrations.transformers.GrowingCache`, the pages of `regard serve`) take one call together,
+    caches and attention inside it; so do layers of local attention (`form="window"`) once their windows are full. A layer with
+    another mechanism takes two, around the mechanism's own step. Elsewhere (padding, other caches) each layer takes two, and
+    attention and cache are the model's own. Longer texts, training, other dtypes than float32, layers with hooks (transformers
+    leaves some in models that were asked for hidden states or attentions) and layers whose parts were replaced go their usual
+    way. Results are the same but for float32's rounding.
 
     Args:
         model: of transformers; Llama (SmolLM2 and others have its architecture), Mistral or Qwen2. In others nothing happens.

@@ -1,9 +1,10 @@
-"""All layers of a decoder in one native call, with their caches and their softmax attention."""
+"""The layers of a decoder in few native calls: one for each run of layers that attend by softmax, to all tokens or to windows,
+caches and attention inside it, and two for each layer that attends in another way."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,58 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from regard.backends.linear import FEW_ROWS
 from regard.backends.operators import runs_plainly
 from regard.engines.decoder_layer import DecoderLayer, DecoderLayers, few_tokens
-from regard.integrations.transformers.attending import PREFIX
+from regard.integrations.transformers.attending import PLACE, PREFIX, SWAPPED, UNPLACED
 from regard.integrations.transformers.caches import CACHE, places
 from regard.integrations.transformers.fused.layers import FusedLayer, unwatched
 from regard.integrations.transformers.fused.snapshot import Snapshot, family_of, is_known, window_of
+from regard.integrations.transformers.fused.windows import Windows, slots_of
+from regard.integrations.transformers.placing import is_swapped
+from regard.integrations.transformers.rotary import ANGLES
 
 SOFTMAX = {"eager", "sdpa", f"{PREFIX}softmax"}
 """Attention of a model that the kernel computes too."""
 TAKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", CACHE}
+
+
+class Run(NamedTuple):
+    """Layers one after the other that attend by softmax.
+
+    Attributes:
+        layers: in one native call.
+        first, end: which they are, of all such layers.
+    """
+
+    layers: DecoderLayers
+    first: int
+    end: int
+
+
+class Alone(NamedTuple):
+    """A layer that attends in another way, as the kernels take it, and what calls them."""
+
+    native: DecoderLayer
+    layer: FusedLayer
+
+
+class Local(NamedTuple):
+    """Layers one after the other with windows of the same size, in one native call where those are full."""
+
+    windows: Windows
+    layers: list[Alone]
+
+
+class Stack(NamedTuple):
+    """All layers of a decoder that attends as `attention` names it, as they were when they were `seen`.
+
+    Attributes:
+        parts: in their order; none where a layer is not for the kernels.
+        indices: of all layers in runs, in a cache.
+    """
+
+    seen: Snapshot
+    attention: str
+    parts: list[Run | Local | Alone]
+    indices: list[int]
 
 
 class FusedDecoder:
@@ -27,17 +72,14 @@ class FusedDecoder:
 
     def __init__(self, decoder: nn.Module) -> None:
         self.decoder: Any = decoder
-        self._seen: Snapshot | None = None
-        self._indices: list[int] = []
-        self._layers: DecoderLayers | None = None
+        self._last: Stack | None = None
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         found = None if arguments else self._decoded(options)
         return type(self.decoder).forward(self.decoder, *arguments, **options) if found is None else found
 
     def __getstate__(self) -> dict[str, Any]:
-        # addresses are of this process, and of this copy
-        return {"decoder": self.decoder, "_seen": None, "_indices": [], "_layers": None}
+        return vars(FusedDecoder(self.decoder))  # addresses are of this process, and of this copy
 
     def _decoded(self, options: dict[str, Any]) -> BaseModelOutputWithPast | None:
         """The decoder's answer; None, and nothing has changed, where the layers go their own ways."""
@@ -51,57 +93,101 @@ class FusedDecoder:
         rows, tokens = given.shape[:2]
         if not 0 < rows * tokens <= FEW_ROWS or not runs_plainly(given):
             return None
-        layers = self._native()
-        if layers is None:
+        stack = self._native(f"{PREFIX}softmax" if hasattr(cache, "places") else decoder.config._attn_implementation)
+        if stack is None:
             return None
         x = decoder.embed_tokens(ids) if x is None else x
         positions = options.get("position_ids")
         if positions is None:
             positions = torch.arange(tokens, device=x.device)[None] + cache.get_seq_length()
         cosine, sine = decoder.rotary_emb(x, position_ids=positions)
-        fits = few_tokens(x, cosine, sine) and (x.shape[2], cosine.shape[2]) == (layers.width, layers.head_width)
-        where = places(cache, self._indices, rows, tokens) if fits else None
-        if where is None:
+        if not few_tokens(x, cosine, sine) or not stack.seen.natives[0].fits(x, cosine):
             return None
-        return BaseModelOutputWithPast(last_hidden_state=layers(x, cosine, sine, where), **{CACHE: cache})
+        where = places(cache, stack.indices, rows, tokens) if stack.indices else None
+        if stack.indices and where is None:
+            return None
+        told = {ANGLES: (cosine, sine), "position_ids": positions, CACHE: cache, "use_cache": True}
+        for part in stack.parts:
+            found = part.windows(x, cosine, sine, cache) if isinstance(part, Local) else None
+            if found is not None:
+                x = found
+            elif not isinstance(part, Run):
+                for alone in part.layers if isinstance(part, Local) else [part]:
+                    x = alone.layer.decode(alone.native, x, told)
+            elif where is not None:
+                caches = where.caches[part.first : part.end]
+                x = part.layers(x, cosine, sine, where._replace(caches=caches))
+        x = x if isinstance(stack.parts[-1], Run) else decoder.norm(x)
+        return BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: cache})
 
     def _asks_plainly(self, options: dict[str, Any], cache: Any) -> bool:
-        """Whether all that is wanted is what the last layer gives, of rows without padding, by softmax."""
+        """Whether all that is wanted is what the last layer gives, of rows without padding."""
         config, mask, kept = self.decoder.config, options.get("attention_mask"), options.get("use_cache")
         if any(x is not None and x is not False for name, x in options.items() if name not in TAKEN):
             return False
         if config.output_hidden_states or config.output_attentions or not (config.use_cache if kept is None else kept):
             return False
-        if not hasattr(cache, "places") and config._attn_implementation not in SOFTMAX:
-            return False
         if not getattr(config, "is_causal", True):
             return False
         return mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and runs_plainly(mask) and bool(mask.all()))
 
-    def _native(self) -> DecoderLayers | None:
-        """All layers as the kernel takes them, as they are now; None where one of them is not for it."""
+    def _native(self, attention: str) -> Stack | None:
+        """All layers as the kernels take them, as they are now, for a model that attends so; None where one of them is not for
+        them."""
         layers: list[Any] = [*self.decoder.layers._modules.values()][: self.decoder.config.num_hidden_layers]
         if not all(map(_is_fused, layers)):
             return None
-        if self._seen is None or not self._seen.is_current():
-            self._seen, self._layers = None, None
-            norm = self.decoder.norm
-            if all(map(is_known, layers)) and family_of(norm, "RMSNorm"):
-                self._seen = Snapshot(layers, around=[self.decoder.layers, norm])
-                self._layers = self._read(layers, self._seen.natives)
-        return None if self._seen is None or self._seen.is_seen() else self._layers
+        last = self._last
+        if last is None or last.attention != attention or not last.seen.is_current():
+            last = self._last = self._read(layers, attention)
+        return None if last is None or not last.parts or last.seen.is_seen() else last
 
-    def _read(self, layers: Sequence[Any], natives: Sequence[DecoderLayer]) -> DecoderLayers | None:
-        weight = self.decoder.norm.weight
+    def _read(self, layers: list[Any], attention: str) -> Stack | None:
+        norm = self.decoder.norm
+        if not (all(map(is_known, layers)) and family_of(norm, "RMSNorm")):
+            return None
+        seen = Snapshot(layers, around=[self.decoder.layers, norm])
+        weight, natives, found = norm.weight, seen.natives, Stack(seen, attention, [], [])
         if not natives or weight.dtype != torch.float32 or not (weight.is_cpu and weight.is_contiguous()):
-            return None
+            return found
         if len({(len(weight), natives[0].head_width), *((x.width, x.head_width) for x in natives)}) > 1:
-            return None
-        attentions = [layer.self_attn for layer in layers]
-        self._indices = [x.layer_idx for x in attentions]
-        windows = [window_of(x) for x in attentions]
-        norm, before = self.decoder.norm, [None if w is None else w - 1 for w in windows]
-        return DecoderLayers(natives, [x.scaling for x in attentions], before, (norm.weight, norm.variance_epsilon))
+            return found
+        parts, indices = list[Run | Local | Alone](), list[int]()
+        for slots, group in groupby(zip(layers, natives, strict=True), lambda both: _slots(both[0], attention)):
+            members = [*group]
+            attentions = [layer.self_attn for layer, _ in members]
+            windows = [window_of(x) for x in attentions]
+            if slots == 0:
+                before = [None if w is None else w - 1 for w in windows]
+                ends = (weight, norm.variance_epsilon) if members[-1][0] is layers[-1] else None
+                run = DecoderLayers([x for _, x in members], [x.scaling for x in attentions], before, ends)
+                parts.append(Run(run, len(indices), len(indices) + len(members)))
+                indices += [x.layer_idx for x in attentions]
+            elif attention == SWAPPED and windows.count(None) == len(windows):
+                alone = [Alone(native, layer.forward) for layer, native in members]
+                if slots is None:
+                    parts += alone
+                else:
+                    parts.append(Local(Windows([x for _, x in members], attentions, slots), alone))
+            else:
+                return found
+        return Stack(seen, attention, parts, indices)
+
+
+def _by_softmax(layer: Any, attention: str) -> bool:
+    """Whether a layer attends as the kernel does to all that is in a cache of keys and values."""
+    if attention != SWAPPED:
+        return attention in SOFTMAX and not is_swapped(layer.self_attn)
+    placed = getattr(layer.self_attn, PLACE, UNPLACED)
+    return placed is None or (placed is not UNPLACED and placed.chosen.plain)
+
+
+def _slots(layer: Any, attention: str) -> int | None:
+    """0 for a layer that attends to all that is in a cache; of one that attends to a window, the tokens that it keeps; None for
+    others."""
+    if _by_softmax(layer, attention):
+        return 0
+    return slots_of(layer.self_attn) if attention == SWAPPED and is_swapped(layer.self_attn) else None
 
 
 def _is_fused(layer: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,8 +13,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from regard.engines.decoder_layer import DecoderLayer, few_tokens
+from regard.integrations.transformers.attending import tell
 from regard.integrations.transformers.caches import CACHE
 from regard.integrations.transformers.fused.snapshot import Snapshot, is_known, window_of
+from regard.integrations.transformers.placing import is_swapped
+from regard.integrations.transformers.rotary import ANGLES
 
 
 class FusedLayer:
@@ -24,30 +28,39 @@ class FusedLayer:
         self._seen: Snapshot | None = None
 
     def __call__(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
-        layer, positions = self.layer, options.get("position_embeddings")
+        layer, positions = self.layer, options.get(ANGLES)
         if not arguments and positions is not None and unwatched(layer) and few_tokens(hidden_states, *positions):
             native = self._native()
             if native is not None and native.fits(hidden_states, positions[0]):
-                return self._decode(native, hidden_states, positions, options)
+                return self.decode(native, hidden_states, options)
         return type(layer).forward(layer, hidden_states, *arguments, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layer": self.layer, "_seen": None}  # addresses are of this process, and of this copy
 
-    def _decode(
-        self, native: DecoderLayer, x: Tensor, positions: tuple[Tensor, Tensor], options: dict[str, Any]
-    ) -> Tensor:
+    def decode(self, native: DecoderLayer, x: Tensor, options: Mapping[str, Any]) -> Tensor:
+        """The layer's answer for tokens that fit: its attention and its cache are its own.
+
+        Args:
+            native: the layer as it is now.
+            options: those of its call.
+        """
         attention: Any = self.layer.self_attn
-        q, k, v = native.inputs(x, *positions)
-        cache, mask = options.pop(CACHE, None), options.pop("attention_mask", None)
-        del options["position_embeddings"]
+        given, normed = dict(options), None
+        if is_swapped(attention):
+            normed = torch.empty_like(x)
+            _, given = tell(attention, (), {**options, "hidden_states": normed})
+            del given["hidden_states"]
+        cosine, sine = given.pop(ANGLES)
+        q, k, v = native.inputs(x, cosine, sine, normed)
+        cache, mask = given.pop(CACHE, None), given.pop("attention_mask", None)
         if cache is not None:
             k, v = cache.update(k, v, attention.layer_idx)
         if not isinstance(attention, LlamaAttention):
-            options["sliding_window"] = window_of(attention)
+            given["sliding_window"] = window_of(attention)
         eager = sys.modules[type(attention).__module__].eager_attention_forward
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
-        read, _ = attend(attention, q, k, v, mask, dropout=0.0, scaling=attention.scaling, **options)
+        read, _ = attend(attention, q, k, v, mask, dropout=0.0, scaling=attention.scaling, **given)
         return native.outputs(x, read.reshape(*x.shape[:2], -1))
 
     def _native(self) -> DecoderLayer | None:

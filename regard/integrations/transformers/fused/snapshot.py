@@ -11,6 +11,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from regard.engines.decoder_layer import DecoderLayer, Weight
+from regard.integrations.transformers.placing import is_swapped
 from regard.layers.linear import Linear
 from regard.layers.quantized import QuantizedLinear
 
@@ -39,8 +40,11 @@ class Snapshot:
         self._homes = [x._modules for layer in layers for x in (layer, layer.self_attn, layer.mlp)]
         self._homes += [x._modules for x in around]
         self._parts = self._found_parts()
-        inside = [x for layer in layers for x in layer.modules() if x is not layer]
+        swapped = [x.self_attn for x in layers if is_swapped(x.self_attn)]
+        beside = {id(x) for attention in swapped for x in attention.regard.modules()}  # they are called as ever
+        inside = [x for layer in layers for x in layer.modules() if x is not layer and id(x) not in beside]
         self._hooks = [x for part in (*inside, *around) for x in (part._forward_hooks, part._forward_pre_hooks)]
+        self._ours = len(swapped)  # hooks through which swapped attention is told of its call
         self._attributes = [part.__dict__ for part in (*inside, *around)]
         read = [part for layer in layers for part in (*_norms(layer), *_linears(layer))]
         self._holders = [x for part in (*read, *around) for x in (part._parameters, part._buffers) if x]
@@ -55,7 +59,8 @@ class Snapshot:
 
     def is_seen(self) -> bool:
         """Whether somebody sees what goes through the parts, or computes it in another way."""
-        return any(self._hooks) or any(map(operator.contains, self._attributes, itertools.repeat("forward")))
+        hooked = sum(map(len, self._hooks)) > self._ours
+        return hooked or any(map(operator.contains, self._attributes, itertools.repeat("forward")))
 
     def _found_parts(self) -> list[nn.Module | None]:
         return [*itertools.chain.from_iterable(map(dict.values, self._homes))]
