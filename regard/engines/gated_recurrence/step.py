@@ -126,7 +126,7 @@ def _template(layouts: tuple[library.Layout | None, ...], threads: int) -> bytes
     laid_out = _laid_out(q, k, v, g, state)
     if any(read is not x for read, x in zip(laid_out, (q, k, v, g, state), strict=True)):
         return None
-    return bytes(_arguments(q, k, v, g, beta, state, torch.empty_like(v), state))
+    return bytes(_arguments(q, k, v, g, beta, state, v.new_empty(v.shape), state))
 
 
 def plain(

@@ -139,6 +139,17 @@ def test_recurrences_and_their_steps_are_those_of_float64(taken, name, state, dt
     assert taken[f"{step.__name__}.plain"] == 1
 
 
+def test_a_step_takes_tensors_whose_heads_come_before_their_rows(taken):
+    usual = recurrent(1, state=True)
+    token = {x: t if t is None or x == "state" else t.select(2, 0) for x, t in usual.items()}
+    for name in ("q", "k", "v", "log_decay"):
+        token[name] = token[name].transpose(0, 1).contiguous().transpose(0, 1)
+    for _ in range(2):
+        for one, other in zip(gated_recurrence_step(**token), gated_recurrence_step(**in_float64(token)), strict=True):
+            close(one.double(), other, 4e-6)
+    assert taken[f"{step.__name__}.plain"] == 2
+
+
 @pytest.mark.parametrize("beta", [False, True])
 def test_tensors_that_kernels_do_not_read_as_they_are_go_the_general_way(taken, beta):
     usual = recurrent(6, beta=beta, state=True)
