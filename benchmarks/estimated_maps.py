@@ -17,7 +17,9 @@ from techniques import thread_times
 
 from regard.catalogue import get_mechanism
 from regard.contract import Pattern
-from regard.integrations.heads import Chosen, HeadAttention, Visible
+from regard.integrations.chosen import Chosen
+from regard.integrations.heads import HeadAttention
+from regard.integrations.masks import Visible
 from regard.training import keep_freed_memory, peak_memory
 
 

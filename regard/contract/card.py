@@ -330,6 +330,12 @@ class Mechanism:
                 )
         return config
 
+    def places_keys(self, pattern: Pattern) -> bool:
+        """Whether it rotates queries and keys itself, in place of its layer: in causal-self, whose cached keys change their
+        places, and in noncausal-self where it maps them before."""
+        early = pattern is Pattern.CAUSAL_SELF or (self.maps_before_rotation and not pattern.cross)
+        return "rotate" in self.honours and early
+
     @property
     def memory_inputs(self) -> list[str]:
         """Inputs that belong to the memory (they have the axis m and not n)."""

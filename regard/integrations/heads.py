@@ -7,187 +7,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from regard.apply import apply
-from regard.catalogue import get_mechanism
-from regard.contract import (
-    Context,
-    Kind,
-    LayerSpec,
-    Mask,
-    Mechanism,
-    Pattern,
-    Result,
-    Tensors,
-    Unsupported,
-    lengths_after,
-)
+from regard.contract import Context, LayerSpec, Mask, Pattern, Result, Tensors, Unsupported, lengths_after
 from regard.core.ragged import Gathering, gathering, gathering_in_place, inner_mask
+from regard.integrations.chosen import Chosen
 from regard.integrations.collecting import is_collecting
+from regard.integrations.masks import Visible
 from regard.layers.attention import LayerState
 from regard.layers.feed_forward import dropout as drop
 from regard.layers.linear import make_linear
 from regard.layers.parts import LayerCall, Merge, Projection
-from regard.mechanisms.mixture_of_heads import cannot_gather
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """A mechanism with its options, and the wrapper around it with its own.
-
-    Attributes:
-        card, config: of the mechanism of heads.
-        wrapper, wrapper_config: of a mechanism that changes what those heads give; None without one.
-    """
-
-    card: Mechanism
-    config: Any
-    wrapper: Mechanism | None = None
-    wrapper_config: Any = None
-
-    @classmethod
-    def of(cls, card: Mechanism, **options: Any) -> Chosen:
-        """A mechanism that takes the queries, keys and values of others, or a wrapper (options `mechanism`, ``softmax``
-        when not given, and `mechanism_options`).
-
-        Raises:
-            Unsupported: with the reason, for other mechanisms and options.
-        """
-        if card.kind is not Kind.WRAPPER:
-            check_swappable(card)
-            return cls(card, card.options(**options))
-        inner = get_mechanism(options.pop("mechanism", "softmax"))
-        check_swappable(inner)
-        config = inner.options(**options.pop("mechanism_options", {}))
-        own = card.options(**options)
-        if getattr(own, "compute", None) == "gather" and "chosen" not in inner.axes:
-            raise cannot_gather(inner.name)
-        return cls(inner, config, card, own)
-
-    @property
-    def name(self) -> str:
-        """The mechanism's name, or that of what wraps it."""
-        return self.card.name if self.wrapper is None else self.wrapper.name
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is softmax attention and nothing else."""
-        return self.wrapper is None and self.card.name == "softmax" and self.config == self.card.options()
-
-    def require_pattern(self, pattern: str | Pattern) -> Pattern:
-        """See :meth:`regard.contract.Mechanism.require_pattern`."""
-        if self.wrapper is not None:
-            self.wrapper.require_pattern(pattern)
-        return self.card.require_pattern(pattern)
-
-
-def check_swappable(card: Mechanism) -> None:
-    """Raise Unsupported, with the reason, for a mechanism that cannot take the queries, keys and values of others."""
-    reason = None
-    if card.kind is not Kind.ATTENTION:
-        reason = f"is a {card.kind.value}, which has no queries, keys and values of a head"
-    elif card.prepare is not None:
-        reason = "inserts tokens into its input"
-    elif lacking := [
-        what for name, what in (("q", "queries"), ("k", "keys"), ("v", "values")) if name not in card.inputs
-    ]:
-        reason = f"takes no {' and no '.join(lacking)} and would drop the model's"
-    elif "n" not in card.inputs["q"]:
-        reason = "learns its own query and would drop the model's"
-    elif card.module is not None:
-        reason = "is a layer of its own, which makes keys of its earlier inputs"
-    if reason is not None:
-        raise Unsupported(
-            f"swapping to {card.name}, which {reason}",
-            supported="attention mechanisms of queries, keys and values",
-            nearest="softmax, linear, gated_linear, delta_rule, sigmoid, local",
-        )
-
-
-@dataclass(frozen=True)
-class Visible:
-    """The meaning of a mask, in the words of the contract.
-
-    Attributes:
-        causal: whether a query sees nothing after itself (bottom-right).
-        keys: keys that exist; None for all.
-        bias: scores to add that say the rest, -inf hides a pair; None when there is no rest.
-    """
-
-    causal: bool
-    keys: Bool[Tensor, "b m"] | None = None
-    bias: Float[Tensor, "#b #h n m"] | None = None
-
-
-def read_mask(
-    mask: Tensor | None,
-    causal: bool,
-    *,
-    batch: int,
-    n: int,
-    m: int,
-    dtype: torch.dtype,
-    own_queries: bool,
-    prefer_causal: bool = False,
-    as_bias: bool = True,
-) -> Visible:
-    """Understand a mask of pairs: causality and missing keys where that is all it says, a bias otherwise.
-
-    While a model is compiled nothing can look into the mask: it is a bias, or, for mechanisms that take none, compilation is
-    interrupted to look.
-
-    Args:
-        mask: True = may attend, or scores to add; broadcasts to (B, H, N, M).
-        causal: whether causality comes on top of it.
-        own_queries: whether queries and keys are the same tokens, so that a query whose key is missing is padding and
-            may see anything.
-        prefer_causal: whether a mask that is both (a single query that sees all) counts as causal.
-        as_bias: whether a bias is of use.
-    """
-    if mask is None:
-        return Visible(causal)
-    if not as_bias and torch.compiler.is_dynamo_compiling():
-        return _look_into(
-            mask, causal, batch=batch, n=n, m=m, dtype=dtype, own_queries=own_queries, prefer_causal=prefer_causal
-        )
-    visible = mask if mask.dtype == torch.bool else _hides_only(mask)
-    if visible is not None and not torch.compiler.is_compiling():
-        shared = visible[:, :1]
-        if bool((visible == shared).all()):
-            pairs = shared[:, 0].expand(-1, n, m)  # (B or 1, n, m)
-            below = torch.ones(n, m, dtype=torch.bool, device=mask.device).tril(m - n)
-            keys = pairs.any(1)  # (B or 1, m)
-            padding = ~keys[:, m - n :, None] if own_queries and m >= n else torch.zeros_like(pairs[:, :, :1])
-            for order in sorted((True, False), reverse=prefer_causal):
-                expected = keys[:, None, :] & below if order or causal else keys[:, None, :].expand_as(pairs)
-                found = pairs & below if causal else pairs
-                if bool(((found == expected) | padding).all()):
-                    every = None if bool(keys.all()) else keys.expand(batch, m)
-                    return Visible(order or causal, every)
-    if mask.dtype == torch.bool:
-        bias = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
-    else:
-        bias = mask.to(dtype)
-    return Visible(causal, None, bias)
-
-
-def _look_into(mask: Tensor, causal: bool, **options: Any) -> Visible:
-    # made here, since importing the compiler takes a second
-    reason = "a mechanism that takes no bias has to know what a mask says: without a mask nothing is in the way"
-    return torch.compiler.disable(read_mask, reason=reason)(mask, causal, **options)
-
-
-def _hides_only(scores: Tensor) -> Tensor | None:
-    """Visibility behind scores that are 0 or hide a pair (-inf, or the lowest number); None for other scores."""
-    if torch.compiler.is_compiling():
-        return None
-    hidden = scores <= torch.finfo(scores.dtype).min
-    return ~hidden if bool((hidden | (scores == 0)).all()) else None
+    from jaxtyping import Float, Int
 
 
 @dataclass(frozen=True)
@@ -270,8 +104,7 @@ class HeadAttention(nn.Module):
         self.learns = next(self.parameters(), None) is not None
         self.placement: Any = None
         # who reads keys before their rotation rotates them itself; to all others they come as the model has turned them
-        places = self.pattern is Pattern.CAUSAL_SELF or (self.card.maps_before_rotation and not self.pattern.cross)
-        self.places_keys = "rotate" in self.card.honours and places and self.misreads_rotated is not None
+        self.places_keys = self.card.places_keys(self.pattern) and self.misreads_rotated is not None
 
     def with_options(self, **options: Any) -> HeadAttention:
         """Another one with these options and the parameters of this.
@@ -383,7 +216,7 @@ class HeadAttention(nn.Module):
             x, source: the tokens of queries and keys, which learned gates read.
             pattern: the call's. In self patterns `visible` decides whether it is causal; noncausal-self with other than as
                 many keys as queries is noncausal-cross.
-            visible: what :func:`read_mask` found.
+            visible: what :func:`regard.integrations.masks.read_mask` found.
             dropout: of the weights where the mechanism has them, otherwise of the heads' outputs.
             context: grid and roles of the tokens, and what else belongs to the call; not masks.
             rotation: of queries and keys that come without it.

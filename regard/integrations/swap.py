@@ -13,7 +13,8 @@ from torch import nn
 
 from regard.catalogue import get_mechanism
 from regard.contract import Mechanism, Pattern, Unsupported
-from regard.integrations.heads import Chosen, HeadAttention
+from regard.integrations.chosen import Chosen
+from regard.integrations.heads import HeadAttention
 from regard.integrations.torch_modules import MultiheadAttention, Swapped, VisionAttention
 from regard.models.variants import read_variant
 

@@ -27,7 +27,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from regard.contract import Unsupported
-from regard.integrations.heads import Chosen
+from regard.integrations.chosen import Chosen
 from regard.integrations.swap import mechanism_in, swap
 
 NAME = "swapped_by_regard"

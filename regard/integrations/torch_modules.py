@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.contract import Context, Pattern, Role, Unsupported
+from regard.integrations.chosen import Chosen
 from regard.integrations.collecting import context_of, hand_back
-from regard.integrations.heads import Chosen, HeadAttention, Visible, read_mask
+from regard.integrations.heads import HeadAttention
+from regard.integrations.masks import Visible, read_mask
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from regard.apply import absorb, apply
 from regard.contract import (
-    ACTS_LIKE,
-    TURNED_BEFORE,
     Context,
     LayerSpec,
     Loss,
@@ -52,7 +50,7 @@ from regard.layers.options import (
     PositionOptions,
 )
 from regard.layers.parts import LayerCall, Merge, Projection
-from regard.positions import SCHEMES, Positions, create_positions
+from regard.positions import Positions, create_positions, why_refused
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -122,10 +120,7 @@ class AttentionLayer(Layer):
     ) -> None:
         super().__init__()
         self.card, self.pattern = card, card.require_pattern(pattern)
-        # Only causal-self caches keys whose places change later; elsewhere the shell rotates what needs no map before.
-        self.places_keys = "rotate" in card.honours and (
-            self.pattern is Pattern.CAUSAL_SELF or (card.maps_before_rotation and not self.pattern.cross)
-        )
+        self.places_keys = card.places_keys(self.pattern)
         self.config = card.options() if config is None else config
         kv_heads, head_dim, value_dim = heads.sizes(dim, num_heads)
         check_dropout(dropout)
@@ -155,9 +150,10 @@ class AttentionLayer(Layer):
                 nearest="query_key_norm=None, value_norm=None",
             )
         has_queries = not makes_queries and "q" in card.axes and "n" in card.inputs["q"]
-        self.query = project(dim, num_heads * head_dim) if has_queries else None
-        self.key = project(memory_dim, kv_heads * head_dim) if "k" in card.axes else None
-        self.value = project(memory_dim, kv_heads * value_dim) if "v" in card.axes else None
+        widths = num_heads * head_dim, kv_heads * head_dim, kv_heads * value_dim
+        self.query = project(dim, widths[0]) if has_queries else None
+        self.key = project(memory_dim, widths[1]) if "k" in card.axes else None
+        self.value = project(memory_dim, widths[2]) if "v" in card.axes else None
         for option, given, normalised in (
             ("query_key_norm", norms.query_key_norm, (self.query, self.key)),
             ("value_norm", norms.value_norm, (self.value,)),
@@ -169,16 +165,11 @@ class AttentionLayer(Layer):
                     nearest=f"{option}=None",
                 )
         causal = self.pattern.causal or self.pattern.cross
-        widths = [
-            (self.query, num_heads * head_dim),
-            (self.key, kv_heads * head_dim),
-            (self.value, kv_heads * value_dim),
-        ]
         self.convolutions = nn.ModuleList(
             ShortConvolution(
                 width, convolution.short_convolution, activation=convolution.convolution_activation, causal=causal
             )
-            for module, width in widths
+            for module, width in zip((self.query, self.key, self.value), widths, strict=True)
             if convolution.short_convolution and module is not None
         )
 
@@ -559,15 +550,3 @@ class AttentionLayer(Layer):
                 keys = gathering(None, layout.batch, mask.bias.shape[-1], mask.bias.device)
             bias = gather_pairs(mask.bias, layout, keys)
         return inner_mask(layout, bias=bias, blocks=None if mask is None else mask.blocks)
-
-
-def why_refused(card: Mechanism, scheme: str) -> str:
-    """Why a mechanism does not accept a position scheme, in parentheses; nothing for an unknown one."""
-    if scheme not in SCHEMES:
-        return ""
-    if scheme in TURNED_BEFORE and "rotate" in card.honours:
-        return " (it rotates queries and keys itself)"
-    adds = SCHEMES[scheme].bias is not None or "alibi" in ACTS_LIKE.get(scheme, ())
-    if adds and "bias" not in card.honours:
-        return " (it has no scores of pairs to add to)"
-    return f" ({card.refused_positions})" if card.refused_positions else ""

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from regard.catalogue import get_mechanism
 from regard.contract import Context, Kind, Loss, Mechanism, Unsupported, closest
-from regard.layers.attention import why_refused
 from regard.models.layer_plan import Plan, layer_accepts, mixing_card
-from regard.positions import Positions, create_positions, list_positions
+from regard.positions import Positions, create_positions, list_positions, why_refused
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

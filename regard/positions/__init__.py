@@ -6,7 +6,7 @@ import functools
 import inspect
 from typing import Any, cast
 
-from regard.contract import Unsupported, closest
+from regard.contract import ACTS_LIKE, TURNED_BEFORE, Mechanism, Unsupported, closest
 from regard.positions.alibi import Alibi
 from regard.positions.learned import Learned
 from regard.positions.lrpe import Lrpe
@@ -98,6 +98,18 @@ def create_positions(
                 nearest=closest(option, own),
             )
     return scheme(**{size: value for size, value in sizes.items() if size in accepted}, **options)
+
+
+def why_refused(card: Mechanism, scheme: str) -> str:
+    """Why a mechanism does not accept a position scheme, in parentheses; nothing for an unknown one."""
+    if scheme not in SCHEMES:
+        return ""
+    if scheme in TURNED_BEFORE and "rotate" in card.honours:
+        return " (it rotates queries and keys itself)"
+    adds = SCHEMES[scheme].bias is not None or "alibi" in ACTS_LIKE.get(scheme, ())
+    if adds and "bias" not in card.honours:
+        return " (it has no scores of pairs to add to)"
+    return f" ({card.refused_positions})" if card.refused_positions else ""
 
 
 @functools.cache

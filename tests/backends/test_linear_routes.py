@@ -16,8 +16,11 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from regard.backends import linear as routes
-from regard.backends.linear import ROUTES, Choices, FrozenWeights, Product, linear, use_route
+from regard.backends import linear as entry
+from regard.backends.linear import linear, measuring, use_route
+from regard.backends.linear.choices import Choices, cache_file, machine
+from regard.backends.linear.product import PROBED_WORK, Product
+from regard.backends.linear.routes import LOCAL, ROUTES, FrozenWeights, Route
 from regard.contract import Unsupported
 
 AVAILABLE = [name for name, route in ROUTES.items() if route.available()]
@@ -32,8 +35,8 @@ needs_onednn = pytest.mark.skipif("onednn" not in AVAILABLE, reason="this build 
 def choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Choices:
     """Nothing is measured for, or read from, the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(routes, "CHOICES", Choices())
-    return routes.CHOICES
+    monkeypatch.setattr(entry, "CHOICES", Choices())
+    return entry.CHOICES
 
 
 def near(got: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
@@ -225,8 +228,8 @@ def measured_as(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> list[Produc
         measured.append(product)
         return {"torch": 1.0, "onednn": seconds[min(len(measured), len(seconds)) - 1]}
 
-    monkeypatch.setattr(routes, "probe", probe)
-    monkeypatch.setattr(routes, "_available", lambda: ("torch", "onednn"))
+    monkeypatch.setattr(measuring, "probe", probe)
+    monkeypatch.setattr("regard.backends.linear.choices.available_routes", lambda: ("torch", "onednn"))
     return measured
 
 
@@ -240,15 +243,15 @@ def test_a_route_is_believed_after_two_processes_have_measured_it(monkeypatch: p
         (Choices(), LARGE, 4),
     ):
         assert process.route(product) == "onednn" and len(measured) == count
-    assert list(json.loads(routes.cache_file().read_text())) == [routes.machine(torch.get_num_threads())]
-    monkeypatch.setattr(routes, "_available", lambda: ("torch", "onednn", "another"))
+    assert list(json.loads(cache_file().read_text())) == [machine(torch.get_num_threads())]
+    monkeypatch.setattr("regard.backends.linear.choices.available_routes", lambda: ("torch", "onednn", "another"))
     assert Choices().route(LARGE) == "onednn" and len(measured) == 6  # a new route is given its chance
-    assert len(json.loads(routes.cache_file().read_text())) == 2
+    assert len(json.loads(cache_file().read_text())) == 2
 
 
 def test_a_doubtful_measurement_is_torch_s_and_is_not_kept(monkeypatch: pytest.MonkeyPatch, choices: Choices) -> None:
     measured = measured_as(monkeypatch, 0.5, 1.5, 0.5)
-    assert choices.route(LARGE) == "torch" and not routes.cache_file().exists()
+    assert choices.route(LARGE) == "torch" and not cache_file().exists()
     assert choices.route(LARGE) == "torch" and len(measured) == 2  # for as long as the process lives
     assert Choices().route(LARGE) == "onednn"
 
@@ -275,7 +278,7 @@ def test_operands_of_one_class_lie_alike_and_are_measured_as_they_lie(layout: st
         assert product.x_layout == product.weight_layout == layout
         assert product.size_class() != Product.plain(m, n, k).size_class() or layout == "rows"
         small = product.measured()
-        assert small.work <= routes.PROBED_WORK and (small.x_layout, small.weight_layout) == (layout, layout)
+        assert small.work <= PROBED_WORK and (small.x_layout, small.weight_layout) == (layout, layout)
         shapes = [((small.m, k), small.x_strides), ((small.n, k), small.weight_strides)]
         assert [(t.shape, t.stride()) for t in small.operands()] == shapes
 
@@ -302,17 +305,17 @@ def test_onednn_is_given_no_weight_with_gaps(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1}', '{"a": {"b": 3}}', "\x00"])
 def test_a_spoiled_cache_is_replaced(monkeypatch: pytest.MonkeyPatch, choices: Choices, text: str) -> None:
-    monkeypatch.setattr(routes, "choice", lambda product: ("torch", True))
-    routes.cache_file().parent.mkdir(parents=True)
-    routes.cache_file().write_text(text)
+    monkeypatch.setattr("regard.backends.linear.choices.choice", lambda product: ("torch", True))
+    cache_file().parent.mkdir(parents=True)
+    cache_file().write_text(text)
     assert choices.route(LARGE) in AVAILABLE
-    assert str(LARGE) in json.loads(routes.cache_file().read_text())[routes.machine(torch.get_num_threads())]
+    assert str(LARGE) in json.loads(cache_file().read_text())[machine(torch.get_num_threads())]
 
 
 def test_a_route_that_is_gone_is_not_recalled(choices: Choices) -> None:
-    stored = {routes.machine(torch.get_num_threads()): {str(LARGE): ["gone", "gone"]}}
-    routes.cache_file().parent.mkdir(parents=True)
-    routes.cache_file().write_text(json.dumps(stored))
+    stored = {machine(torch.get_num_threads()): {str(LARGE): ["gone", "gone"]}}
+    cache_file().parent.mkdir(parents=True)
+    cache_file().write_text(json.dumps(stored))
     assert choices.route(LARGE) in AVAILABLE
 
 
@@ -326,7 +329,9 @@ def test_without_a_folder_to_write_in_the_choice_lasts_as_long_as_the_process(
 
 def test_threads_that_ask_at_once_get_one_answer(monkeypatch: pytest.MonkeyPatch, choices: Choices) -> None:
     asked: list[Product] = []
-    monkeypatch.setattr(routes, "choice", lambda product: (asked.append(product), ("torch", True))[1])
+    monkeypatch.setattr(
+        "regard.backends.linear.choices.choice", lambda product: (asked.append(product), ("torch", True))[1]
+    )
     workers = [threading.Thread(target=choices.route, args=(LARGE,)) for _ in range(8)]
     for worker in workers:
         worker.start()
@@ -346,7 +351,7 @@ def test_measuring_leaves_no_trace(choices: Choices) -> None:
     assert torch.equal(torch.get_rng_state(), generator)
     assert choices.known
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        assert set(routes.probe(LARGE)) == {"torch", *AVAILABLE} - {"onednn_packed", "native"}
+        assert set(measuring.probe(LARGE)) == {"torch", *AVAILABLE} - {"onednn_packed", "native"}
 
 
 @pytest.mark.skipif("native" not in AVAILABLE, reason="no native library")
@@ -355,9 +360,9 @@ def test_measuring_leaves_no_trace(choices: Choices) -> None:
 def test_few_rows_go_to_the_kernel_where_it_is_faster_and_nobody_watches(shape, bias, monkeypatch, choices):
     x, weight, b = sample(*shape)
     b, ran = b if bias else None, []
-    kernel = routes.few_rows
-    monkeypatch.setattr(routes, "few_rows", lambda *given: (ran.append(1), kernel(*given))[1])
-    monkeypatch.setattr(routes, "probe", lambda product: {"torch": 1.0, "native": 0.5})
+    kernel = entry.few_rows
+    monkeypatch.setattr(entry, "few_rows", lambda *given: (ran.append(1), kernel(*given))[1])
+    monkeypatch.setattr(measuring, "probe", lambda product: {"torch": 1.0, "native": 0.5})
     expected = F.linear(*(t if t is None else t.double() for t in (x, weight, b)))
     near(linear(x, weight, b), expected)
     assert len(ran) == 1 and set(choices.known.values()) == {"native"}
@@ -367,8 +372,8 @@ def test_few_rows_go_to_the_kernel_where_it_is_faster_and_nobody_watches(shape, 
     near(weight.grad, x.flatten(0, -2).sum(0).double().expand_as(weight), 1e-5)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight, b).dtype == torch.bfloat16
-    monkeypatch.setattr(routes, "probe", lambda product: {"torch": 0.5, "native": 1.0})
-    monkeypatch.setattr(routes, "CHOICES", Choices())
+    monkeypatch.setattr(measuring, "probe", lambda product: {"torch": 0.5, "native": 1.0})
+    monkeypatch.setattr(entry, "CHOICES", Choices())
     before = len(ran)
     with torch.no_grad():
         linear(x, weight, b)
@@ -381,21 +386,21 @@ def test_weights_of_products_of_few_rows_are_measured_out_of_the_cache(monkeypat
     monkeypatch.setitem(
         ROUTES,
         "torch",
-        routes.Route(lambda x, weight, bias: (read.append(weight.data_ptr()), F.linear(x, weight, bias))[1]),
+        Route(lambda x, weight, bias: (read.append(weight.data_ptr()), F.linear(x, weight, bias))[1]),
     )
-    routes.probe(Product.plain(1, 1024, 1024))
-    assert 4 * 1024 * 1024 * len({*read}) >= min(len(read) * 4 * 1024 * 1024, routes.COLD_BYTES) / 2
+    measuring.probe(Product.plain(1, 1024, 1024))
+    assert 4 * 1024 * 1024 * len({*read}) >= min(len(read) * 4 * 1024 * 1024, measuring.COLD_BYTES) / 2
     read.clear()
-    routes.probe(LARGE)
+    measuring.probe(LARGE)
     assert len({*read}) == 1
 
 
 def test_small_products_and_slower_routes_are_torch_s(choices: Choices) -> None:
     assert choices.route(Product.plain(8, 64, 64)) == "torch"
     assert not choices.known
-    assert routes.fastest({"torch": 1.0, "onednn": 0.99}) == "torch"
-    assert routes.fastest({"torch": 1.0, "onednn": 0.9, "another": 0.8}) == "another"
-    assert routes.fastest({"torch": 50e-6, "onednn": 25e-6}) == "torch"  # the time of the call
+    assert measuring.fastest({"torch": 1.0, "onednn": 0.99}) == "torch"
+    assert measuring.fastest({"torch": 1.0, "onednn": 0.9, "another": 0.8}) == "another"
+    assert measuring.fastest({"torch": 50e-6, "onednn": 25e-6}) == "torch"  # the time of the call
 
 
 def test_unknown_routes_are_refused(choices: Choices) -> None:
@@ -434,6 +439,6 @@ def test_packed_weights_have_gradients_and_end_with_their_block() -> None:
         with FrozenWeights() as inner:
             linear(x, weight).square().sum().backward()
         assert inner._packs and not outer._packs
-        assert routes._LOCAL.frozen is outer
-    assert routes._LOCAL.frozen is None
+        assert LOCAL.frozen is outer
+    assert LOCAL.frozen is None
     near(x.grad, 2 * F.linear(x.double(), weight.double()) @ weight.double())

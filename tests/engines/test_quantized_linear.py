@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from regard.backends import prefers_native, watch_backends
-from regard.backends.linear import FEW_ROWS
+from regard.backends.linear.product import FEW_ROWS
 from regard.contract import Unsupported
 from regard.engines.quantized_linear import dequantize, dynamic_linear, pack, quantized_linear, torch_form, unpack
 

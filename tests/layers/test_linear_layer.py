@@ -13,18 +13,21 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import regard
-from regard.backends import linear as routes
+from regard.backends import linear as entry
+from regard.backends.linear.choices import Choices
+from regard.backends.linear.product import Product
+from regard.backends.linear.routes import LOCAL, ROUTES, FrozenWeights, available_routes
 from regard.engines.linear import use_route
 from regard.layers.linear import Linear, make_linear
 from regard.models.language_model import LanguageModel, LanguageModelConfig
 
-FORCED = [name for name, route in routes.ROUTES.items() if route.available() and name != "onednn_packed"]
+FORCED = [name for name, route in ROUTES.items() if route.available() and name != "onednn_packed"]
 
 
 @pytest.fixture(autouse=True)
 def _own_choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(routes, "CHOICES", routes.Choices())
+    monkeypatch.setattr(entry, "CHOICES", Choices())
 
 
 class Foreign(nn.Module):
@@ -119,15 +122,15 @@ def language_model(tied: bool) -> LanguageModel:
 def test_language_model_takes_the_route_in_every_projection(tied: bool) -> None:
     model = language_model(tied)
     exact, ids = copy.deepcopy(model).double(), torch.randint(37, (2, 12))
-    products: list[routes.Product] = []
+    products: list[Product] = []
 
-    class Spy(routes.Choices):
-        def route(self, product: routes.Product) -> str:
+    class Spy(Choices):
+        def route(self, product: Product) -> str:
             products.append(product)
             return FORCED[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routes, "CHOICES", Spy(forced=FORCED[-1]))
+        patch.setattr(entry, "CHOICES", Spy(forced=FORCED[-1]))
         logits = model(ids).output
     torch.testing.assert_close(logits.double(), exact(ids).output, rtol=1e-4, atol=1e-4)
     projections = sum(isinstance(m, Linear) for m in model.modules()) + tied
@@ -138,12 +141,12 @@ def test_generation_is_the_same_by_every_route(monkeypatch: pytest.MonkeyPatch) 
     model = language_model(tied=True)
     ids = torch.randint(37, (2, 5))
     packed: list[Tensor] = []
-    pack = routes.FrozenWeights.packed
-    monkeypatch.setattr(routes.FrozenWeights, "packed", lambda self, w: packed.append(w) or pack(self, w))
+    pack = FrozenWeights.packed
+    monkeypatch.setattr(FrozenWeights, "packed", lambda self, w: packed.append(w) or pack(self, w))
     generated = []
-    for name in [name for name, route in routes.ROUTES.items() if route.available()]:
+    for name in [name for name, route in ROUTES.items() if route.available()]:
         with use_route(name):
             generated.append(model.generate(ids, 8))
     assert all(torch.equal(tokens, generated[0]) for tokens in generated)
-    assert routes._LOCAL.frozen is None
-    assert bool(packed) == ("onednn_packed" in routes._available())
+    assert LOCAL.frozen is None
+    assert bool(packed) == ("onednn_packed" in available_routes())

@@ -52,6 +52,7 @@ class TimmModel:
         self.layers = [_layer(f"blocks.{i}", block) for i, block in enumerate(own.blocks)]
 
     def harden(self, layer: int, keys: int) -> Undo:
+        """Refused: timm has no such attention."""
         raise Unsupported(
             "hard attention in a model of timm",
             supported="models of regard and transformers",
@@ -59,7 +60,11 @@ class TimmModel:
         )
 
     def compact(self, cuts: Sequence[Cut]) -> Undo:
+        """See :class:`regard.compression.pruning.anatomy.Host`; nothing is changed where a cut is refused."""
         settled = check_cuts(self.layers, cuts)
+        for number, cut in enumerate(settled):
+            if cut.hard is not None:
+                self.harden(number, cut.hard)
         kept = staying(settled)
         undo: list[Undo] = []
         for number in kept:
@@ -74,8 +79,6 @@ class TimmModel:
         layer = self.layers[number]
         block: Any = layer.module
         undo: list[Undo] = []
-        if cut.hard is not None:
-            undo.append(self.harden(number, cut.hard))
         if cut.attention:
             undo.append(put(block, "attn", NoBranch()))
         elif cut.heads:
@@ -102,13 +105,14 @@ class TimmModel:
         plain = all(cut == Cut(neurons=cut.neurons) for cut in cuts) and len({e["neurons"] for e in entries}) == 1
         if plain and cuts[0].neurons:
             told["mlp_ratio"] = _ratio(entries[0]["neurons"], self.model.embed_dim)
-        undo = [assign(self.model, "_model_args", {**self.model._model_args, **told})]
-        return undo if plain else [*undo, note(self.model, entries)]
+        made = getattr(self.model, "_model_args", None)  # timm.create_model tells them, the class does not
+        undo = [] if made is None else [assign(self.model, "_model_args", {**made, **told})]
+        return undo if plain and undo else [*undo, note(self.model, entries)]
 
 
 def _layer(name: str, block: Any) -> Layer:
     attention, network = block.attn, block.mlp
-    fixed = {}
+    fixed: dict[str, str] = {}
     if type(attention.norm) is not nn.Identity:
         fixed["heads"] = "what all heads say together is normalised"
     if type(network.norm) is not nn.Identity:

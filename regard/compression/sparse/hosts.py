@@ -119,7 +119,8 @@ def _in_own(model: LanguageModel, method: Method) -> Sparse:
 
 
 def _in_transformers(model: Any, method: Method) -> Sparse:
-    from regard.integrations.heads import Chosen, HeadAttention
+    from regard.integrations.chosen import Chosen
+    from regard.integrations.heads import HeadAttention
     from regard.integrations.swap import reader_of
     from regard.integrations.transformers import PLACE, RECORD, SWAPPED, check_interface, take_out
     from regard.integrations.transformers.attending import Placement

@@ -15,7 +15,7 @@ from regard.backends.native import library
 from regard.backends.operators import Packed, operator
 from regard.contract import Unsupported
 from regard.engines.aggregated_attention.problem import Problem
-from regard.engines.attention.native_form import Strides, empty_gradient, empty_output
+from regard.engines.heads import Strides, empty_gradient, empty_output
 
 HEADS = ("q", "k", "v", "far_k", "far_v")
 LEARNED = ("moved", "slope", "near_bias", "near_tokens", "near_weights", "table")

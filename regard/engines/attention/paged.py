@@ -16,7 +16,8 @@ from regard.backends.native import library
 from regard.backends.native.library import MOST
 from regard.backends.operators import operator
 from regard.contract import Unsupported
-from regard.engines.attention.native_form import Attention, AttentionDecode, VisibilityArguments, heads_arguments
+from regard.engines.attention.native_form import Attention, AttentionDecode, VisibilityArguments
+from regard.engines.heads import heads_arguments
 
 
 @operator("attention_decode")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from regard.backends.linear import FEW_ROWS
+from regard.backends.linear.product import FEW_ROWS
 from regard.backends.native import library
 from regard.backends.native.library import pointer
 from regard.backends.operators import PLAIN, runs_plainly

@@ -17,7 +17,7 @@ from torch import Tensor
 from regard.backends import Engine, add_engine, execute, prefers_native
 from regard.contract import Unsupported
 from regard.core.precision import without_autocast
-from regard.engines.gated_recurrence import native_form, torch_form
+from regard.engines.gated_recurrence import native_form, step, torch_form
 from regard.engines.gated_recurrence.problem import Problem
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def gated_recurrence_step(
     Accumulates in the state's dtype; the output has the dtype of v.
     """
     if backend is None and prefers_native():
-        found = native_form.plain_step(q, k, v, log_decay, beta, state)
+        found = step.plain(q, k, v, log_decay, beta, state)
         if found is not None:
             return found
     with without_autocast(v.device):
@@ -109,5 +109,5 @@ add_engine("gated_recurrence", torch=Engine(torch_form.run), native=Engine(nativ
 add_engine(
     "gated_recurrence_step",
     torch=Engine(torch_form.run_step),
-    native=Engine(native_form.run_step, native_form.refuses_step),
+    native=Engine(step.run_step, step.refuses),
 )

@@ -13,11 +13,10 @@ from regard.backends.native.library import same
 from regard.backends.operators import operator
 from regard.contract import Unsupported
 from regard.engines.gated_recurrence.problem import Problem, differentiate, save
+from regard.engines.heads import Strides
 
 SEGMENT = 256
 """Tokens between two states that a forward call keeps for its backward call, as in `regard_delta_rule.h`."""
-
-Strides = ctypes.c_int64 * 3
 
 
 class DeltaRule(library.Arguments):

@@ -1,16 +1,15 @@
-"""The gated recurrence in C++ (see `native/src/recurrence.cpp`), and one token of it. With a beta: `delta_rule`."""
+"""The gated recurrence in C++ (see `native/src/recurrence.cpp`). With a beta: `delta_rule`; one token of it: `step`."""
 
 from __future__ import annotations
 
 import ctypes
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from regard.backends.native import library, recycled
+from regard.backends.native import library
 from regard.backends.native.library import pointer, rows_contiguous, same
 from regard.backends.operators import operator, runs_plainly
 from regard.contract import Unsupported
@@ -83,26 +82,6 @@ class GatedRecurrenceBackward(library.Arguments):
     )
 
 
-class GatedRecurrenceStep(library.Arguments):
-    kernel = "gated_recurrence_step"
-    _fields_ = (
-        ("threads", ctypes.c_int64),
-        ("batch", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
-        ("key_width", ctypes.c_int64),
-        ("value_width", ctypes.c_int64),
-        ("decay", ctypes.c_int64),
-        ("q", Sequence),
-        ("k", Sequence),
-        ("v", Sequence),
-        ("g", Sequence),
-        ("beta", Sequence),
-        ("state", ctypes.c_void_p),
-        ("o", Sequence),
-        ("new_state", ctypes.c_void_p),
-    )
-
-
 def run(problem: Problem, chunk_size: int, sub_chunk: int) -> tuple[Tensor | None, Tensor]:
     """See :func:`regard.engines.gated_recurrence.gated_recurrence`.
 
@@ -134,26 +113,6 @@ def _refusal(p: Problem) -> str | None:
     return refusal(p.v.shape[:3], p.q, p.k, p.v, p.log_decay, p.state)
 
 
-def run_step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """See :func:`regard.engines.gated_recurrence.gated_recurrence_step`."""
-    return _gated_recurrence_step(q, k, v, log_decay, beta, state)
-
-
-def refuses_step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor
-) -> str | None:
-    """Why the kernel does not take such a step; None when it does."""
-    if v.ndim != 3:
-        return f"v has {v.ndim} axes, not 3"
-    if state.dtype != torch.float32:
-        return f"the state is {str(state.dtype)[6:]}, not float32"
-    if beta is not None and (beta.shape != v.shape[:2] or beta.dtype not in library.DTYPES or not beta.is_cpu):
-        return f"beta has shape {tuple(beta.shape)} in {str(beta.dtype)[6:]} on {beta.device.type}"
-    return refusal(v.shape[:2], q, k, v, log_decay, state)
-
-
 def refusal(
     lead: torch.Size,
     q: Tensor | None,
@@ -163,7 +122,12 @@ def refusal(
     state: Tensor | None,
     more_columns: int = 0,
 ) -> str | None:
-    """`lead`: (B, H, N), or (B, H) for one token. `more_columns`: of states than value features."""
+    """Why the kernels do not read such tensors; None when they do.
+
+    Args:
+        lead: (B, H, N), or (B, H) for one token.
+        more_columns: of states than value features.
+    """
     for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", g), ("state", state)):
         if x is None or (x.is_cpu and x.dtype in library.DTYPES):
             continue
@@ -211,24 +175,15 @@ def sequence(x: Tensor | None) -> Sequence:
     return Sequence(pointer(x), library.DTYPES[x.dtype], x.shape[1], batch, head, token)
 
 
-def _row(x: Tensor | None) -> Sequence:
-    """A tensor (B, heads, width) with a contiguous last axis, or (B, heads)."""
-    if x is None:
-        return Sequence()
-    batch, head = x.stride()[:2]
-    return Sequence(pointer(x), library.DTYPES[x.dtype], x.shape[1], batch, head, 0)
-
-
 def sizes(k: Tensor, v: Tensor, g: Tensor | None, inclusive: bool) -> tuple[int, ...]:
-    """The numbers that stand first in the structs of both directions; 0, 1 or 2 for no decay, one of each head, or one
-    of each feature."""
+    """The numbers that stand first in the structs of both directions."""
     batch, heads, tokens, value_width = v.shape
-    decay = _decay(g)
-    every = CHECKPOINT_EVERY
-    return torch.get_num_threads(), batch, heads, tokens, k.shape[-1], value_width, decay, int(inclusive), every
+    widths = k.shape[-1], value_width
+    return torch.get_num_threads(), batch, heads, tokens, *widths, decay_kind(g), int(inclusive), CHECKPOINT_EVERY
 
 
-def _decay(g: Tensor | None) -> int:
+def decay_kind(g: Tensor | None) -> int:
+    """0, 1 or 2 for no decay, one of each head, or one of each feature."""
     return 0 if g is None else 1 if g.shape[-1] == 1 else 2
 
 
@@ -393,127 +348,3 @@ _gated_recurrence.register_autograd(partial(differentiate, _gated_recurrence_bac
 _gated_recurrence_backward.refuse_gradient(
     "a second derivative of the native gated recurrence", supported="first derivatives"
 )
-
-
-@operator("gated_recurrence_step")
-def _gated_recurrence_step(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The output and the next state."""
-    reason = refuses_step(q, k, v, g, beta, state)
-    if reason is not None:
-        raise Unsupported(f"a native step with such tensors: {reason}", nearest="backend='torch'")
-    q, k, v, g, state = _laid_out_step(q, k, v, g, state)
-    o, new_state = v.new_empty(v.shape), recycled.empty(state.shape)
-    library.call(_step_arguments(q, k, v, g, beta, state, o, new_state))
-    return o, new_state
-
-
-def _laid_out_step(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """As the kernel reads them."""
-    return rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), rows(g), state.contiguous()
-
-
-def _step_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    state: Tensor,
-    o: Tensor,
-    new_state: Tensor,
-) -> GatedRecurrenceStep:
-    return GatedRecurrenceStep(
-        torch.get_num_threads(),
-        *v.shape[:2],
-        *state.shape[2:],
-        _decay(g),
-        _row(q),
-        _row(k),
-        _row(v),
-        _row(g),
-        _row(beta),
-        pointer(state),
-        _row(o),
-        pointer(new_state),
-    )
-
-
-@lru_cache(maxsize=256)
-def _step_template(layouts: tuple[library.Layout | None, ...], threads: int) -> bytes | None:
-    """As :func:`_template`, of q, k, v, log_decay, beta and state of a step."""
-    found = library.samples(layouts)
-    if found is None:
-        return None
-    q, k, v, g, beta, state = found
-    assert q is not None and k is not None and v is not None and state is not None
-    if refuses_step(q, k, v, g, beta, state) is not None:
-        return None
-    laid_out = _laid_out_step(q, k, v, g, state)
-    if any(read is not x for read, x in zip(laid_out, (q, k, v, g, state), strict=True)):
-        return None
-    return bytes(_step_arguments(q, k, v, g, beta, state, torch.empty_like(v), state))
-
-
-def plain_step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor
-) -> tuple[Tensor, Tensor] | None:
-    """:func:`run_step` by the shortest way to the kernel; None as of :func:`plain`."""
-    if not runs_plainly(q, k, v, log_decay, beta, state):
-        return None
-    template = _step_template(library.layouts(q, k, v, log_decay, beta, state), torch.get_num_threads())
-    if template is None:
-        return None
-    arguments = GatedRecurrenceStep.from_buffer_copy(template)
-    o, new_state = v.new_empty(v.shape), recycled.empty(state.shape)
-    arguments.q.data, arguments.k.data, arguments.v.data = pointer(q), pointer(k), pointer(v)
-    arguments.g.data, arguments.beta.data, arguments.state = pointer(log_decay), pointer(beta), pointer(state)
-    arguments.o.data, arguments.new_state = pointer(o), pointer(new_state)
-    library.call(arguments)
-    return o, new_state
-
-
-@_gated_recurrence_step.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), state.new_empty(state.shape)
-
-
-def _save_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate_step(ctx: Any, grad_o: Tensor, grad_new_state: Tensor) -> tuple[Tensor | None, ...]:
-    """One step back, with the states' products in torch: training does not go token by token."""
-    inputs = q, k, v, g, beta, state = ctx.saved_tensors
-    decay = None if g is None else g.float().exp()[..., None]
-    decayed = state if decay is None else decay * state
-    keys, queries = for_each_head(k, v).float(), for_each_head(q, v).float()
-    values = v.float()
-    if beta is not None:
-        errors = values - torch.einsum("bhkv,bhk->bhv", decayed, keys)
-        values = beta.float()[..., None] * errors
-    new_state = decayed + keys[..., None] * values[..., None, :]
-    grad_o = grad_o.float()
-    later = grad_new_state + queries[..., None] * grad_o[..., None, :]
-    grad_q, grad_k = (torch.einsum("bhkv,bhv->bhk", x, y) for x, y in ((new_state, grad_o), (later, values)))
-    grad_v, grad_beta = torch.einsum("bhkv,bhk->bhv", later, keys), None
-    if beta is not None:
-        grad_beta = (grad_v * errors).sum(-1)
-        grad_v = beta.float()[..., None] * grad_v
-        grad_k = grad_k - torch.einsum("bhkv,bhv->bhk", decayed, grad_v)
-        later = later - keys[..., None] * grad_v[..., None, :]
-    grad_g = None if g is None else (later * decayed).sum(-1).sum_to_size(g.shape)
-    grad_state = later if decay is None else decay * later
-    grads = [_by_head(grad_q, q), _by_head(grad_k, k), grad_v, grad_g, grad_beta, grad_state]
-    return tuple(None if grad is None else grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
-
-
-def _by_head(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of heads that others shared."""
-    return grad if grad.shape == x.shape else grad.unflatten(1, (x.shape[1], -1)).sum(2)
-
-
-_gated_recurrence_step.register_autograd(_differentiate_step, setup_context=_save_step)

@@ -12,7 +12,8 @@ from torch import Tensor
 from regard.backends.native import library
 from regard.backends.operators import operator
 from regard.contract import Unsupported
-from regard.engines.attention.native_form import (
+from regard.engines.grouped_attention.problem import Problem
+from regard.engines.heads import (
     HEAD_GRADIENTS,
     HEADS,
     PackedHeads,
@@ -20,7 +21,6 @@ from regard.engines.attention.native_form import (
     empty_output,
     heads_arguments,
 )
-from regard.engines.grouped_attention.problem import Problem
 
 
 class GroupedAttention(library.Arguments):

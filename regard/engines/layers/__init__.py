@@ -12,7 +12,9 @@ from torch import Tensor
 from regard.backends import Engine, add_engine, execute, prefers_native
 from regard.contract import Unsupported, one_of
 from regard.core.precision import wide_dtype, without_autocast
-from regard.engines.layers import native_form, torch_form
+from regard.engines.layers import torch_form
+from regard.engines.layers.native_form import convolution, gating, norm, rotation
+from regard.engines.layers.native_form.common import small
 from regard.engines.layers.problem import GATE_FUNCTIONS, GatedProduct, RMSNorm, ShortConvolution
 
 if TYPE_CHECKING:
@@ -103,7 +105,7 @@ def rms_norm(
     if weight is not None:
         weight = weight.to(wide_dtype(x))
     problem = RMSNorm(x, weight, z, groups, eps, norm_before_gate)
-    if backend is None and prefers_native() and native_form.small("rms_norm", x):
+    if backend is None and prefers_native() and small("rms_norm", x):
         return torch_form.rms_norm(problem)  # what the choice below comes to
     return execute("rms_norm", backend, x.device, x.dtype, problem)
 
@@ -123,7 +125,7 @@ def rotary(
     in the dtype of x. Features from `rotated` (even) on pass unchanged.
     """
     if backend is None and prefers_native():
-        found = native_form.plain_rotary(x, positions, rotated, base, stretch)
+        found = rotation.plain(x, positions, rotated, base, stretch)
         if found is not None:
             return found
     return execute("rotary", backend, x.device, x.dtype, x, positions, rotated, base, stretch)
@@ -139,7 +141,7 @@ def gated_product(
     """
     one_of("function", function, GATE_FUNCTIONS)
     problem = GatedProduct(x, gate, GATE_FUNCTIONS.index(function))
-    if backend is None and prefers_native() and native_form.small("gated_product", x):
+    if backend is None and prefers_native() and small("gated_product", x):
         return torch_form.gated_product(problem)
     return execute("gated_product", backend, x.device, x.dtype, problem)
 
@@ -147,14 +149,12 @@ def gated_product(
 add_engine(
     "gated_product",
     torch=Engine(torch_form.gated_product),
-    native=Engine(native_form.gated_product, native_form.refuses_gated_product),
+    native=Engine(gating.gated_product, gating.refuses),
 )
-add_engine(
-    "rms_norm", torch=Engine(torch_form.rms_norm), native=Engine(native_form.rms_norm, native_form.refuses_rms_norm)
-)
-add_engine("rotary", torch=Engine(torch_form.rotary), native=Engine(native_form.rotary, native_form.refuses_rotary))
+add_engine("rms_norm", torch=Engine(torch_form.rms_norm), native=Engine(norm.rms_norm, norm.refuses))
+add_engine("rotary", torch=Engine(torch_form.rotary), native=Engine(rotation.rotary, rotation.refuses))
 add_engine(
     "short_convolution",
     torch=Engine(torch_form.short_convolution),
-    native=Engine(native_form.short_convolution, native_form.refuses_short_convolution),
+    native=Engine(convolution.short_convolution, convolution.refuses),
 )

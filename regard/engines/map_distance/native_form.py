@@ -14,7 +14,7 @@ from torch import Tensor
 from regard.backends.native import library
 from regard.backends.operators import Packed, operator
 from regard.contract import Unsupported
-from regard.engines.attention.native_form import PackedHeads, Strides, empty_gradient
+from regard.engines.heads import PackedHeads, Strides, empty_gradient
 from regard.engines.map_distance.problem import Problem
 from regard.engines.pixel_attention.native_form import map_arguments, map_misfit, map_out_of_range
 from regard.engines.pixel_attention.problem import slots_by_rank

@@ -15,7 +15,7 @@ from torch import Tensor
 from regard.backends.native import library
 from regard.backends.operators import operator
 from regard.contract import Unsupported
-from regard.engines.attention.native_form import (
+from regard.engines.heads import (
     HEAD_GRADIENTS,
     HEADS,
     PackedHeads,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.backends.linear import FEW_ROWS
+from regard.backends.linear.product import FEW_ROWS
 from regard.backends.native import library
 from regard.backends.native.few_rows import QuantizedLinear
 from regard.backends.native.library import pointer, rows_contiguous

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from regard.backends.linear import FEW_ROWS
+from regard.backends.linear.product import FEW_ROWS
 from regard.engines.linear import linear
 from regard.engines.quantized_linear.packing import dequantize, padded, unpack
 from regard.engines.quantized_linear.problem import Problem

@@ -13,7 +13,7 @@ from regard.backends.native import library
 from regard.backends.native.library import pointer
 from regard.backends.operators import operator, runs_plainly
 from regard.contract import Unsupported
-from regard.engines.attention.native_form import HEADS, Strides
+from regard.engines.heads import HEADS, Strides
 from regard.engines.quest_attention.problem import Problem
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from regard.backends.native import library
 from regard.backends.operators import Packed, operator, runs_plainly
 from regard.contract import Unsupported
-from regard.engines.attention.native_form import HEADS, by_row, heads_arguments
+from regard.engines.heads import HEADS, Strides, by_row, heads_arguments
 from regard.engines.retrieved_attention.problem import Problem
 
 NUMBERS_AT_ONCE = 1 << 24
@@ -21,8 +21,6 @@ NUMBERS_AT_ONCE = 1 << 24
 
 MOST_TOKENS = 1 << 15
 """The longest block, and the most blocks that a query reads."""
-
-Strides = ctypes.c_int64 * 3
 
 
 class RetrievedAttention(library.Arguments):

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from regard.catalogue import get_mechanism
 from regard.contract import Pattern, Unsupported
 from regard.engines.attention import decode
+from regard.integrations.chosen import Chosen
 from regard.integrations.collecting import context_of, hand_back, is_collecting
-from regard.integrations.heads import Chosen, HeadAttention, Rotation, Visible, read_mask
+from regard.integrations.heads import HeadAttention, Rotation
+from regard.integrations.masks import Visible, read_mask
 from regard.integrations.transformers.caches import CACHE, StateLayer, state_layer
 from regard.integrations.transformers.rotary import ANGLES, Rotary, count_positions, without_turn
 

@@ -14,7 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from regard.catalogue import get_mechanism, list_mechanisms
 from regard.contract import Kind, Pattern, Unsupported
-from regard.integrations.heads import Chosen, HeadAttention, check_swappable
+from regard.integrations.chosen import Chosen, check_swappable
+from regard.integrations.heads import HeadAttention
 from regard.integrations.swap import Choice, reader_of
 from regard.integrations.torch_modules import Swapped
 from regard.integrations.transformers.attending import PLACE, SWAPPED, UNPLACED, Placement, heads_of, tell

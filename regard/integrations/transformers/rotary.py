@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from regard.core.ragged import values_known
-from regard.integrations.heads import Rotation, Visible
+from regard.integrations.heads import Rotation
+from regard.integrations.masks import Visible
 
 ANGLES = "position_embeddings"
 """The argument of attention modules that holds the cosines and sines of their tokens."""

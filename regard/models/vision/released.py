@@ -22,7 +22,12 @@ def load_released(network: Any, checkpoint: Any) -> None:
     weights = weights_of(checkpoint)
     try:
         weights = network.translate(weights, network.config)
-    except (IndexError, RuntimeError) as error:  # the same names mean something else there, as parts of another shape
+    except (
+        IndexError,
+        KeyError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # the same names mean something else there, as parts of another shape
         name = type(network).__name__
         raise Unsupported(
             f"weights of another network than a {name} ({error})", supported=f"weights of a {name}"

@@ -77,13 +77,33 @@ def online(
 
 TILES = "keys: m = m1 * m0\n"
 QKV = "inputs: q[p, e], k[m, e], v[m, f], scale[]"
-SCORES = "qs[p, e] = q[p, e] * scale[]\nS[p, m] = qs[p, e] * k[m, e]"
+SCALED = "qs[p, e] = q[p, e] * scale[]\n"
+SCORES = f"{SCALED}S[p, m] = qs[p, e] * k[m, e]"
 ELU = "where({x} > 0, {x} + 1, exp({x}))"
+ELU_SUMS = (
+    f"{QKV}\noutput: o\n{SCALED}"
+    f"fq[p, e] = {ELU.format(x='qs[p, e]')}\n"
+    f"fk[m, e] = {ELU.format(x='k[m, e]')}\n"
+    "KV[e, f] = fk[m, e] * v[m, f]\n"
+)
+
+
+def over_slots(slot: str, *, keys: str = "keys", values: str = "values") -> str:
+    """Softmax over a few slots, whose largest score is known at once: statements from queries, keys [slot, e] and values
+    [slot, f] to an output."""
+    s = slot
+    return f"""{SCALED}T[p, {s}] = qs[p, e] * {keys}[{s}, e]
+high[p] = T[p, {s}] :: reduce({s}: max)
+w[p, {s}] = exp(T[p, {s}] - high[p])
+sum[p] = w[p, {s}]
+part[p, f] = w[p, {s}] * {values}[{s}, f]
+o[p, f] = part[p, f] / sum[p]
+"""
 
 
 def _masked(condition: str) -> str:
     """Softmax over the keys where a condition of coordinates holds."""
-    seen = f"qs[p, e] = q[p, e] * scale[]\nD[p, m] = qs[p, e] * k[m, e]\nS[p, m] = where({condition}, D[p, m], -inf)"
+    seen = f"{SCALED}D[p, m] = qs[p, e] * k[m, e]\nS[p, m] = where({condition}, D[p, m], -inf)"
     return f"{TILES}{QKV}\n{seen}{online()}"
 
 
@@ -98,7 +118,7 @@ def _laid_out(name: str, pattern: Pattern, without: tuple[str, ...] = (), **opti
         return {**inputs, "seen": (weights > 0).double()}
 
     text = (
-        f"{TILES}inputs: q[p, e], k[m, e], v[m, f], seen[p, m], scale[]\nqs[p, e] = q[p, e] * scale[]\n"
+        f"{TILES}inputs: q[p, e], k[m, e], v[m, f], seen[p, m], scale[]\n{SCALED}"
         f"D[p, m] = qs[p, e] * k[m, e]\nS[p, m] = where(seen[p, m] > 0, D[p, m], -inf){online()}"
     )
     remark = "its layout is read as a mask, most of its bytes; all pairs are counted, the hidden ones too"
@@ -144,7 +164,7 @@ WRITTEN: dict[str, Written] = {
         _masked("abs(p - m) <= 3"), options={"window": 3}, remark="all pairs are counted, the hidden ones too"
     ),
     "adaptive_span": Written(
-        f"{TILES}inputs: q[p, e], k[m, e], v[m, f], span[], scale[]\nqs[p, e] = q[p, e] * scale[]\n"
+        f"{TILES}inputs: q[p, e], k[m, e], v[m, f], span[], scale[]\n{SCALED}"
         "D[p, m] = qs[p, e] * k[m, e]\nG[p, m] = (3 + span[] - abs(p - m)) / 3\n"
         f"S[p, m] = where(G[p, m] > 0, D[p, m] + log(min(max(G[p, m], 1e-30), 1)), -inf){online()}",
         options={"longest": 4, "ramp": 3},
@@ -283,25 +303,13 @@ WRITTEN: dict[str, Written] = {
         "Sv[c, m] = v[m, f] * slots_v[f, c]"
         f"{online('c', scores='Sk', values='k', width='e', out='keys')}"
         f"{online('c', scores='Sv', out='values')}"
-        "qs[p, e] = q[p, e] * scale[]\n"
-        "T[p, c] = qs[p, e] * keys[c, e]\n"
-        "high[p] = T[p, c] :: reduce(c: max)\n"
-        "w[p, c] = exp(T[p, c] - high[p])\n"
-        "sum[p] = w[p, c]\n"
-        "part[p, f] = w[p, c] * values[c, f]\n"
-        "o[p, f] = part[p, f] / sum[p]",
+        f"{over_slots('c')}",
     ),
     "agent": Written(
         f"{TILES}inputs: q[p, e], k[m, e], v[m, f], agents[a, e], scale[]\noutput: o\n"
         "asked[a, e] = agents[a, e] * scale[]\n"
         f"S[a, m] = asked[a, e] * k[m, e]{online('a', out='gathered')}"
-        "qs[p, e] = q[p, e] * scale[]\n"
-        "T[p, a] = qs[p, e] * agents[a, e]\n"
-        "high[p] = T[p, a] :: reduce(a: max)\n"
-        "w[p, a] = exp(T[p, a] - high[p])\n"
-        "sum[p] = w[p, a]\n"
-        "part[p, f] = w[p, a] * gathered[a, f]\n"
-        "o[p, f] = part[p, f] / sum[p]",
+        f"{over_slots('a', keys='agents', values='gathered')}",
         options={"agent_source": "learned", "num_agents": 3, "dwc": "none"},
         without=("gather_bias", "share_bias"),
         remark="with learned agents; pooled ones are means of queries",
@@ -310,33 +318,18 @@ WRITTEN: dict[str, Written] = {
         "inputs: q[p, e], k[m, e], v[m, f], e[m, c], f[m, c], scale[]\noutput: o\n"
         "keys[c, e] = e[m, c] * k[m, e]\n"
         "values[c, f] = f[m, c] * v[m, f]\n"
-        "qs[p, e] = q[p, e] * scale[]\n"
-        "T[p, c] = qs[p, e] * keys[c, e]\n"
-        "high[p] = T[p, c] :: reduce(c: max)\n"
-        "w[p, c] = exp(T[p, c] - high[p])\n"
-        "sum[p] = w[p, c]\n"
-        "part[p, f] = w[p, c] * values[c, f]\n"
-        "o[p, f] = part[p, f] / sum[p]",
+        f"{over_slots('c')}",
         prepare=lambda inputs: {**inputs, **{name: inputs[name][0, : inputs["k"].shape[2]] for name in "ef"}},
     ),
     "linear": Written(
-        f"{QKV}\noutput: o\n"
-        "qs[p, e] = q[p, e] * scale[]\n"
-        f"fq[p, e] = {ELU.format(x='qs[p, e]')}\n"
-        f"fk[m, e] = {ELU.format(x='k[m, e]')}\n"
-        "KV[e, f] = fk[m, e] * v[m, f]\n"
+        f"{ELU_SUMS}"
         "Z[e] = fk[m, e]\n"
         "N[p, f] = fq[p, e] * KV[e, f]\n"
         "D[p] = fq[p, e] * Z[e]\n"
         "o[p, f] = N[p, f] / (D[p] + 1e-6)"
     ),
     "norm_linear": Written(
-        f"{QKV}\noutput: o\n"
-        "qs[p, e] = q[p, e] * scale[]\n"
-        f"fq[p, e] = {ELU.format(x='qs[p, e]')}\n"
-        f"fk[m, e] = {ELU.format(x='k[m, e]')}\n"
-        "KV[e, f] = fk[m, e] * v[m, f]\n"
-        "o[p, f] = fq[p, e] * KV[e, f]",
+        f"{ELU_SUMS}o[p, f] = fq[p, e] * KV[e, f]",
         options={"output_norm": "none"},
         remark="before its norm, which is over heads and features of one token",
     ),

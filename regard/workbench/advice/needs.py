@@ -16,7 +16,8 @@ from torch import Tensor
 
 from regard.catalogue import get_mechanism
 from regard.contract import Kind, Mechanism, Pattern, Role, Unsupported, closest
-from regard.integrations.heads import Chosen, HeadAttention
+from regard.integrations.chosen import Chosen
+from regard.integrations.heads import HeadAttention
 from regard.models.layer_plan import layer_accepts
 from regard.tasks.recall import RecallTask
 from regard.workbench.advice.layer_work import LayerSettings, LayerWork

@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from regard.compression import text_windows
 from regard.compression.folders import load_causal_model
 from regard.compression.tokens.applied import read_in_turn
 from regard.contract import Unsupported
+from regard.integrations.encoders import positions_of
 from regard.integrations.timm_places import is_of_timm
 from regard.measurement.statistics import score_of_items
 from regard.measurement.timing import calm_clock, interleaved
@@ -28,6 +30,7 @@ from regard.workbench.lighter.subjects.scores import CrossEntropy
 
 TIMING_SECONDS = 2.0
 """Of all timings of a model together."""
+
 WANTED = {
     "language": "a text: files or folders",
     "masked": "a text: files or folders",
@@ -35,7 +38,9 @@ WANTED = {
     "images": "a folder of images with a sub-folder for each class of the model",
 }
 """Data that tell right answers from wrong ones, by the kind of model."""
+
 COMPARED = "regard compress ORIGINAL --recipes ..., which compares answers with the original's"
+"""What to do instead where nothing says which answers are right."""
 
 
 @dataclass(frozen=True)
@@ -119,24 +124,32 @@ def _language(place: Path, data: Paths, device: str, on_items: Callable[[int, in
     """The perplexity of a causal language model on a text; where its cache keeps a part of a prompt, of the first half of a
     window as one."""
     subject = CausalModel(place, (), None)
+    ids = read_ids(data, subject.tokenizer)
     model = load_causal_model(place, device=device)
-    ids = read_ids(data, subject.tokenizer).to(device)
-    subject.length = min(LENGTH, getattr(model.config, "max_position_embeddings", None) or LENGTH, max(len(ids), 2))
-    subject.held_out = ids
+    subject.length = min(LENGTH, positions_of(model) or LENGTH, max(len(ids), 2))
+    subject.held_out = ids.to(device)
     subject.described = f"{place.name} on {names_of(data)}, windows of {subject.length} tokens"
-    windows = text_windows(ids, subject.length, SPREAD)
+    windows = text_windows(subject.held_out, subject.length, SPREAD)
     read, nats = read_in_turn(model), []
     for window in windows:
         nats += nats_of_windows(read, [window])
         on_items(len(nats), len(windows))
     loss, error = score_of_items(nats)
-    found = math.exp(min(loss, 700.0))
-    return _evaluated(subject, model, found, found * error, loss, len(windows))
+    perplexity = math.exp(min(loss, 700.0))
+    return _evaluated(subject, model, perplexity, perplexity * error, loss, len(windows), device)
 
 
 def _evaluated(
-    subject: Answering | CausalModel, model: nn.Module, score: float, error: float, loss: float, items: int
+    subject: Answering | CausalModel,
+    model: nn.Module,
+    score: float,
+    error: float,
+    loss: float,
+    items: int,
+    device: str = "cpu",
 ) -> Evaluated:
-    timed = interleaved(subject.timed(model), seconds=TIMING_SECONDS, clock=calm_clock())
+    """The scores of a model with its size, and its times where it is."""
+    where = torch.device(device)
+    timed = interleaved(subject.timed(model), seconds=TIMING_SECONDS, device=where, clock=calm_clock(where))
     milliseconds = {name: 1e3 * timing.median for name, timing in timed.items()}
     return Evaluated(subject.described, subject.metric, score, error, loss, items, weights_bytes(model), milliseconds)

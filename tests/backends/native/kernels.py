@@ -32,6 +32,7 @@ from regard.engines import (
 )
 from regard.engines.attention import paged
 from regard.engines.cache import take
+from regard.engines.layers.native_form import convolution, gating, norm, rotation
 from regard.engines.softmax_scan import Carry
 from regard.positions import create_positions
 
@@ -185,7 +186,7 @@ GATED = Kernel(
 DELTA = replace(
     GATED, float32=5e-6, bfloat16=8e-3, least={"grad state": 1.0}, sequences=(*GATED.sequences, "beta"), tile=32
 )  # fmt: skip
-STEP = replace(GATED, call=_step, sequences=())
+STEP = replace(GATED, call=_step, native=gated_recurrence.step, sequences=())
 
 
 def recurrent(
@@ -343,11 +344,11 @@ def _product(form, x, gate, function="silu") -> Tensors:
 
 
 CONVOLUTION = Kernel(
-    _convolution, layers.native_form, layers.torch_form, bfloat16=1e-2, least={"*": 0.1}, sequences=("x",), axis=1
+    _convolution, convolution, layers.torch_form, bfloat16=1e-2, least={"*": 0.1}, sequences=("x",), axis=1
 )
-NORM = replace(CONVOLUTION, call=_norm, sequences=("x", "z"))
-ROTARY = replace(CONVOLUTION, call=_rotary, axis=2)
-PRODUCT = replace(CONVOLUTION, call=_product, sequences=("x", "gate"))
+NORM = replace(CONVOLUTION, call=_norm, native=norm, sequences=("x", "z"))
+ROTARY = replace(CONVOLUTION, call=_rotary, native=rotation, axis=2)
+PRODUCT = replace(CONVOLUTION, call=_product, native=gating, sequences=("x", "gate"))
 
 
 def convolved(n: int, batch: int = 2, channels: int = 6, width: int = 4) -> Tensors:

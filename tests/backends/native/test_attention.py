@@ -18,6 +18,7 @@ from regard.catalogue import get_mechanism
 from regard.contract import BlockMask, Pattern, Unsupported
 from regard.core.visibility import DistanceBias, Ranks, Visibility
 from regard.engines.attention import native_form as native
+from regard.engines.attention.problem import RULES
 from regard.engines.attention.problem import Problem as Call
 from regard.layers.attention import AttentionLayer
 from regard.layers.options import PositionOptions
@@ -143,7 +144,7 @@ def test_clipped_weights_equal_the_definition_under_every_mask_and_option(instru
     assert (clipped > 5_000).all()  # at 0, at 1 and between
 
 
-@pytest.mark.parametrize("rule", [*native.RULES, (0.0, 1.0), *STRETCHES], ids=str)
+@pytest.mark.parametrize("rule", [*RULES, (0.0, 1.0), *STRETCHES], ids=str)
 def test_every_length_and_width_equals_the_definition(instruction_set, rule):
     pick = random.Random(str(rule))
     options = {"stretch": rule} if isinstance(rule, tuple) else {"rule": rule}
@@ -236,7 +237,7 @@ def test_a_long_sequence_equals_the_definition_in_its_last_queries(instruction_s
     torch.testing.assert_close(lse[:, :, -last:].double(), expected_lse, rtol=near, atol=near)
 
 
-@pytest.mark.parametrize("rule", native.RULES)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("scale", [0.3, -0.3])
 def test_bfloat16_weights_of_any_rule_and_sign_equal_the_definition(instruction_set, rule, scale):
     """Few keys and many, odd widths and numbers of keys, and weights that one key dominates."""
@@ -313,7 +314,7 @@ def test_sinks_of_any_size_leave_finite_gradients():
 
 
 @both_dtypes
-@pytest.mark.parametrize("rule", [*native.RULES, "clipped"])
+@pytest.mark.parametrize("rule", [*RULES, "clipped"])
 def test_nan_reaches_what_sees_it_and_nothing_else(instruction_set, rule, dtype):
     options = {"rule": rule} if rule != "clipped" else {"stretch": (-0.02, 1.5)}
     for name in "qkv":

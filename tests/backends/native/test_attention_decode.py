@@ -14,6 +14,7 @@ from regard.contract import Unsupported
 from regard.core.visibility import Ranks, Visibility
 from regard.engines.attention import decode as short_way
 from regard.engines.attention import native_form as attention
+from regard.engines.attention.packed import PackedProblem, limits_of
 from regard.engines.attention.paged import attention_decode
 
 from .test_attention import differentiate, gradients, in_float64
@@ -26,9 +27,9 @@ def decode(problem: Problem) -> tuple[Tensor, Tensor]:
     """The kernel on keys and values in one tensor, as the attention engine calls it."""
     out = torch.empty(*problem.q.shape[:3], problem.v.shape[3], dtype=problem.q.dtype)
     lse = torch.empty(problem.q.shape[:3])
-    packed = attention.PackedProblem(
+    packed = PackedProblem(
         problem.q, problem.k, problem.v, problem.sink, problem.bias, problem.table, problem.ranks.queries,
-        problem.ranks.keys, 0, attention._limits(problem.visibility), None, 0, problem.scale, 0, 0.0,
+        problem.ranks.keys, 0, limits_of(problem.visibility), None, 0, problem.scale, 0, 0.0,
         problem.softcap or 0.0, 0 if problem.table is None else problem.table.shape[1] // 2, [],
     )  # fmt: skip
     arguments, kept = attention._arguments(packed, out, lse)

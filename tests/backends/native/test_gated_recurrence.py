@@ -11,6 +11,7 @@ import torch
 
 from regard.contract import Unsupported
 from regard.engines.gated_recurrence import native_form as native
+from regard.engines.gated_recurrence import step
 from regard.engines.gated_recurrence import torch_form as plain
 from regard.engines.gated_recurrence.problem import Problem
 
@@ -148,13 +149,13 @@ def test_states_larger_than_the_caches_take_a_step():
     g, state = -torch.rand(130, 8, 64), torch.randn(130, 8, 64, 64)
     expected = plain.run_step(q, k, v, g, None, state)
     for _ in range(3):  # the memory of a state that is gone serves the next
-        found = native.run_step(q, k, v, g, None, state)
+        found = step.run_step(q, k, v, g, None, state)
         for x, y in zip(found, expected, strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=1e-4)
         del found, x
-    view = native.run_step(q, k, v, g, None, state)[1][3]
+    view = step.run_step(q, k, v, g, None, state)[1][3]
     copy = view.clone()
-    native.run_step(q, k, v, g, None, 2 * state)
+    step.run_step(q, k, v, g, None, 2 * state)
     assert torch.equal(view, copy)
 
 

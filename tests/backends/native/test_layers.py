@@ -11,7 +11,8 @@ import torch
 from regard.backends import NATIVE, watch_backends
 from regard.contract import Unsupported
 from regard.engines import layers as engines
-from regard.engines.layers import native_form as native
+from regard.engines.layers.native_form import rotation
+from regard.engines.layers.native_form.common import SMALLEST
 from regard.layers.convolution import ShortConvolution
 from regard.layers.feed_forward import SwiGLU
 from regard.layers.norms import RMSNorm
@@ -85,7 +86,7 @@ def test_what_lies_past_a_row_is_not_read_and_its_outputs_are_zero():
 
 def test_the_inverse_of_a_rotation_is_its_gradient_and_may_be_differentiated_again():
     x = torch.randn(1, 2, 9, 16, requires_grad=True)
-    y = native.rotary(x, torch.randint(0, 1_000_000, (1, 9)), 16, 1e4, 1.0)
+    y = rotation.rotary(x, torch.randint(0, 1_000_000, (1, 9)), 16, 1e4, 1.0)
     (grad,) = torch.autograd.grad(y, x, y, create_graph=True)
     torch.testing.assert_close(grad, x)
     (again,) = torch.autograd.grad(grad.square().sum(), x)
@@ -114,7 +115,7 @@ def test_options_that_do_not_fit_are_refused(call):
 
 
 def test_small_inputs_and_other_dtypes_are_left_to_torch():
-    smallest = native.SMALLEST["rms_norm"]
+    smallest = SMALLEST["rms_norm"]
     for size, dtype in ((smallest // 8 - 1, torch.float32), (smallest, torch.float64)):
         x = torch.randn(1, size, 8, dtype=dtype)
         with pytest.raises(Unsupported, match="native"):

@@ -11,9 +11,9 @@ from support import close, qkv
 from regard import Context, Mask, create_layer, functional
 from regard.contract import Unsupported
 from regard.engines.attention import native_form as attention
-from regard.engines.gated_recurrence import gated_recurrence, gated_recurrence_step
+from regard.engines.gated_recurrence import gated_recurrence, gated_recurrence_step, step
 from regard.engines.gated_recurrence import native_form as recurrence
-from regard.engines.layers import native_form as layers
+from regard.engines.layers.native_form import rotation
 from regard.engines.linear_attention import native_form as linear_attention
 
 SIZES = [(4, 4), (3, 9), (9, 3), (1, 70), (70, 70), (300, 300)]
@@ -32,7 +32,7 @@ def taken(monkeypatch):
     """How often each engine's shorter way was the way."""
     counts = {}
     ways = [(form, "plain") for form in (attention, linear_attention, recurrence)]
-    for form, way in [*ways, (recurrence, "plain_step"), (layers, "plain_rotary")]:
+    for form, way in [*ways, (step, "plain"), (rotation, "plain")]:
 
         def counting(short, name, *arguments):
             found = short(*arguments)
@@ -136,7 +136,18 @@ def test_recurrences_and_their_steps_are_those_of_float64(taken, name, state, dt
     found = gated_recurrence_step(**token)
     for one, other in zip(found, gated_recurrence_step(**in_float64(token)), strict=True):
         close(one.double(), other, tolerance)
-    assert taken[f"{recurrence.__name__}.plain_step"] == 1
+    assert taken[f"{step.__name__}.plain"] == 1
+
+
+def test_a_step_takes_tensors_whose_heads_come_before_their_rows(taken):
+    usual = recurrent(1, state=True)
+    token = {x: t if t is None or x == "state" else t.select(2, 0) for x, t in usual.items()}
+    for name in ("q", "k", "v", "log_decay"):
+        token[name] = token[name].transpose(0, 1).contiguous().transpose(0, 1)
+    for _ in range(2):
+        for one, other in zip(gated_recurrence_step(**token), gated_recurrence_step(**in_float64(token)), strict=True):
+            close(one.double(), other, 4e-6)
+    assert taken[f"{step.__name__}.plain"] == 2
 
 
 @pytest.mark.parametrize("beta", [False, True])

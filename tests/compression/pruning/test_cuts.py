@@ -11,6 +11,7 @@ from torch import Tensor
 
 from regard.compression.pruning.anatomy import Cut, find_host
 from regard.compression.pruning.masks import Gates, gated, masked
+from regard.compression.pruning.records import structure
 from regard.contract import Context
 from regard.models import Encoder, EncoderConfig, LanguageModel, LanguageModelConfig, from_pretrained, save_pretrained
 
@@ -235,3 +236,21 @@ def test_what_cannot_be_taken_is_refused_with_the_reason():
     refused("out of a ResNet", find_host, pytest.importorskip("timm").create_model("test_resnet"))
     refused("neurons", find_host(language_model()).compact, [Cut(neurons=(24,)), Cut(), Cut(), Cut()])
     refused("cuts of 1 layers", find_host(language_model()).compact, [Cut()])
+
+
+def test_a_refused_cut_of_a_model_of_timm_changes_nothing():
+    model, images = vit(), batch("timm")
+    before = output(model, images)
+    refused("hard attention", find_host(model).compact, [Cut(neurons=(0,)), Cut(attention=True), Cut(hard=2), Cut()])
+    close(output(model, images), before, 0.0)
+
+
+def test_a_vision_transformer_that_timm_did_not_create_is_cut_as_one_that_it_did():
+    model, images = vit(), batch("timm")
+    del model._model_args
+    before = output(model, images)
+    undo = find_host(model).compact([Cut(neurons=(0, 5)), Cut(layer=True), Cut(neurons=(1, 2)), Cut(neurons=(3, 4))])
+    assert len(model.blocks) == 3 and structure(model) is not None
+    undo()
+    close(output(model, images), before, 0.0)
+    assert structure(model) is None

@@ -15,6 +15,7 @@ from command_line import answer, run
 from regard.compression.recipes import read_recipes
 from regard.contract import Unsupported
 from regard.measurement.budget import Budget
+from regard.workbench.lighter import evaluated
 from regard.workbench.lighter import study as studies
 from regard.workbench.lighter.study import Row, Study, caution, loss_of, recommend, study
 from regard.workbench.lighter.subjects import open_subject
@@ -181,6 +182,15 @@ def test_a_model_of_transformers_is_compressed_and_used_on_the_command_line(caps
     assert score["metric"] == "perplexity" and abs(score["score"] / found["original"]["quality"] - 1) < 0.1
     original = answer(capsys, "evaluate", model, text)
     assert original["score"] != score["score"] and abs(original["score"] / score["score"] - 1) < 0.1
+
+
+def test_times_are_those_of_the_device_that_is_asked_for(causal, monkeypatch):
+    asked = []
+    own = evaluated.interleaved
+    monkeypatch.setattr(evaluated, "TIMING_SECONDS", 0.01)
+    monkeypatch.setattr(evaluated, "interleaved", lambda *given, **told: asked.append(told) or own(*given, **told))
+    evaluated.evaluate(causal[0], str(causal[1]), device="cpu:0")
+    assert [told["device"] for told in asked] == [torch.device("cpu:0")]
 
 
 def test_a_compressed_model_of_transformers_is_itself_wherever_models_are_read(capsys, trained, causal, tmp_path):

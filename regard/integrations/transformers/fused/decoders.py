@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from regard.backends.linear import FEW_ROWS
+from regard.backends.linear.product import FEW_ROWS
 from regard.backends.operators import runs_plainly
 from regard.engines.decoder_layer import DecoderLayer, DecoderLayers, few_tokens
 from regard.integrations.transformers.attending import PLACE, PREFIX, SWAPPED, UNPLACED
