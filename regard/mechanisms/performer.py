@@ -438,7 +438,7 @@ def cost(shape: Shape, config: Config) -> Cost:
     mapping = 2.0 * features * shape.dim_key
     return Cost(
         flops=heads * ((shape.n + shape.m) * mapping + shape.m * 4.0 * (features * width + 32 * (features + width))),
-        memory=float(heads * ((shape.n + shape.m) * features + shape.m * (64 + 2 * width))),
+        memory=float(heads * ((shape.n + shape.m) * 2 * features + shape.m * (64 + 5 * width))),
         state=float(shape.heads * ((features + 1) * width + 1)),
         step_flops=heads * (2 * mapping + 4.0 * features * width),
     )
