@@ -323,8 +323,7 @@ def _relative_to_running_peak(
     peaks = torch.cat([before[..., None], own], -1).cummax(-1).values
     after = peaks[..., 1:]
     origin = after.masked_fill(after == -torch.inf, 0.0)  # no key yet
-    previous = torch.where(peaks[..., :-1] == -torch.inf, origin, peaks[..., :-1])  # nothing is kept, so nothing decays
-    return (x - (below + origin[..., None])).exp_(), (previous - origin)[..., None], peaks[..., -1]
+    return (x - (below + origin[..., None])).exp_(), (peaks[..., :-1] - origin)[..., None], peaks[..., -1]
 
 
 def _peaks(
