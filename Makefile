@@ -43,7 +43,7 @@ bench: $(VENV)/.bench  ## Measure the table of benchmarks/RESULTS.md on this mac
 	$(BIN)/python benchmarks/kernels.py
 
 mutants: $(VENV)/.dev  ## Change the code in 400 places, one at a time, and see whether the tests notice: hours; goes on where it stopped
-	$(BIN)/pip install --quiet 'cosmic-ray>=8.4'
+	$(BIN)/pip install --quiet 'cosmic-ray>=8.4' 'coverage>=7'
 	$(BIN)/python benchmarks/mutants.py
 
 wheel: $(VENV)/bin/python  ## Build one wheel for this platform, for every Python and torch, into dist

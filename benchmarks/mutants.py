@@ -1,40 +1,50 @@
 """How much the tests catch: copies of the package with one change each, by cosmic-ray, and the tests that notice.
 
-    make mutants                                                          # or, with cosmic-ray installed:
+    make mutants                                                          # or, with cosmic-ray and coverage installed:
     python benchmarks/mutants.py --count 400 --output runs/mutants.jsonl  # goes on where it stopped
     python benchmarks/mutants.py --share 1/2 --output runs/1.jsonl        # beside a second process with --share 2/2
+    python benchmarks/mutants.py --groups apply,ragged --count 72         # of these groups alone
     python benchmarks/mutants.py --again --output runs/mutants.jsonl      # those that survived, after tests were added
     python benchmarks/mutants.py --table runs/*.jsonl                     # what was found, and what survived
 
 Mutants are drawn alike from each group of `GROUPS`, with a seed, among all that change what is computed: annotations and
-what a type checker alone reads are left out. The tests of a group run one after another until one fails; a mutant that
-all of them pass has survived. They are those nearest to the code, not the whole suite, so the share that is caught is a
-lower bound.
+what a type checker alone reads are left out. The tests of a group run once without any change, which tells what lines
+each of them reaches. A mutant then has the tests that reach it, the quickest first, until one fails; where none reaches
+it, all of the group. One that all of them pass has survived. They are those nearest to the code, not the whole suite, so
+the share that is caught is a lower bound.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import compileall
 import difflib
+import gc
+import inspect
 import json
+import multiprocessing
 import os
+import py_compile
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import traceback
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parents[1]
-SECONDS = 300.0
-"""Of a run of tests, after which a mutant counts as caught: it does not end."""
+SECONDS = 60.0
+"""After which, beside ten times what its tests take, a mutant counts as caught: it does not end."""
 
 MATRIX = "tests/contract/test_matrix.py"
+COUNTS = ["tests/contract/test_costs.py", "tests/contract/test_state_sizes.py"]
 
 
 def cells(*names: str, only: str = "") -> list[str]:
@@ -52,7 +62,7 @@ GROUPS: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
         ],
         [
             [
-                *(f"tests/contract/test_{name}.py" for name in ("contract_types", "apply", "wrong_types")),
+                *(f"tests/contract/test_{x}.py" for x in ("contract_types", "apply", "card_variants", "wrong_types")),
                 "tests/test_catalogue.py",
                 "tests/integrations/test_export.py",
             ],
@@ -62,7 +72,10 @@ GROUPS: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
     "apply": (
         [f"regard/apply/{name}.py" for name in ("__init__", "checks", "forms", "layout", "plans", "sizes")],
         [
-            ["tests/contract/test_apply.py", "tests/layers/test_parts.py"],
+            [
+                *(f"tests/contract/test_{x}.py" for x in ("apply", "card_variants", "dropout")),
+                "tests/layers/test_parts.py",
+            ],
             cells("softmax", "linear", "agent"),
             ["tests/mechanisms/test_large_kernel.py", "tests/mechanisms/test_gated_linear.py"],
         ],
@@ -70,7 +83,7 @@ GROUPS: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
     "ragged": (
         ["regard/core/ragged.py"],
         [
-            ["tests/layers/test_parts.py", "tests/contract/test_apply.py"],
+            ["tests/layers/test_parts.py", "tests/contract/test_apply.py", "tests/mechanisms/test_moba.py"],
             cells("linear", "landmark", "large_kernel", "routing"),
         ],
     ),
@@ -109,7 +122,8 @@ GROUPS: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
         [
             ["tests/engines", "tests/distributed/test_distributed_attention.py"],
             cells("softmax", "gated_linear", "linear", "local"),
-            ["tests/backends/native/test_linear_attention.py", "tests/mechanisms/test_performer.py"],
+            [*(f"tests/mechanisms/test_{x}.py" for x in ("performer", "delta_rule", "local", "softmax"))],
+            ["tests/backends/native/test_linear_attention.py"],
         ],
     ),
     "landmark": (
@@ -122,11 +136,11 @@ GROUPS: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
     ),
     "performer": (
         ["regard/mechanisms/performer.py"],
-        [["tests/mechanisms/test_performer.py"], ["tests/contract/test_costs.py"], cells("performer")],
+        [["tests/mechanisms/test_performer.py", "tests/mechanisms/test_draws.py"], COUNTS, cells("performer")],
     ),
     "delta_rule": (
         ["regard/mechanisms/delta_rule.py"],
-        [["tests/mechanisms/test_delta_rule.py"], ["tests/contract/test_costs.py"], cells("delta_rule")],
+        [["tests/mechanisms/test_delta_rule.py"], COUNTS, cells("delta_rule")],
     ),
     "sea": (
         [
@@ -141,15 +155,7 @@ GROUPS: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
         [["tests/models/vision/test_transnext.py"]],
     ),
 }
-"""Of each group: the modules that are changed, and the tests that may notice, in runs one after another."""
-
-RUN = """
-import sys
-sys.meta_path = [f for f in sys.meta_path if not type(f).__module__.startswith("_")]  # an editable installation's
-sys.path.insert(0, sys.argv[1])
-import pytest
-sys.exit(pytest.main(["-x", "-q", *sys.argv[2:]]))
-"""
+"""Of each group: the modules that are changed, and the tests that may notice, as arguments of some runs of pytest."""
 
 
 @dataclass(frozen=True)
@@ -203,9 +209,9 @@ def mutants(group: str, module: str) -> Iterator[Mutant]:
                     yield Mutant(group, module, name, occurrence, start[0])
 
 
-def drawn(count: int, seed: int) -> list[Mutant]:
+def drawn(groups: Iterable[str], count: int, seed: int) -> list[Mutant]:
     """`count` mutants, as many of each group as others as far as it has them."""
-    each = {group: [m for module in modules for m in mutants(group, module)] for group, (modules, _) in GROUPS.items()}
+    each = {group: [m for module in GROUPS[group][0] for m in mutants(group, module)] for group in groups}
     for group, found in each.items():
         random.Random(f"{seed} {group}").shuffle(found)
     chosen: list[Mutant] = []
@@ -222,16 +228,189 @@ def copied(folder: Path) -> Path:
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, folder / name)
-    sys.path.insert(0, str(HERE))
-    from regard.backends.native import library
-
-    for place in library._candidates()[:1]:
-        shutil.copy(place, folder / "regard" / "backends" / "native" / place.name)
+    ask = "from regard.backends.native import library; print(*library._candidates()[:1])"
+    place = subprocess.run([sys.executable, "-c", ask], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    if place:
+        shutil.copy(place, folder / "regard" / "backends" / "native" / Path(place).name)
+    by_content = py_compile.PycInvalidationMode.CHECKED_HASH  # a change within the same second is seen
+    compileall.compile_dir(folder / "regard", quiet=1, invalidation_mode=by_content)
     return folder
 
 
-def tried(mutant: Mutant, folder: Path) -> dict[str, Any]:
-    """What the tests of its group say of a mutant."""
+@dataclass(eq=False)  # pytest looks plugins up by their hash
+class Tests:
+    """A plugin of pytest: runs some tests alone, the quickest first, and notes how long each takes and which fails.
+
+    Attributes:
+        wanted: their names, and the seconds of each; None for all.
+        covered: is told whose lines follow.
+        instead: what is done with the tests that were collected, instead of running all.
+        seconds: of each that passed.
+        failed: the first that did not, and why.
+    """
+
+    wanted: dict[str, float] | None = None
+    covered: Any = None
+    instead: Callable[[Any], None] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    failed: str = ""
+
+    @property
+    def files(self) -> list[str]:
+        """In which the wanted tests are."""
+        return sorted({name.partition("::")[0] for name in self.wanted or ()})
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        if self.wanted is not None:
+            items[:] = sorted((x for x in items if x.nodeid in self.wanted), key=lambda x: self.wanted[x.nodeid])
+
+    def pytest_runtestloop(self, session: Any) -> bool | None:
+        return None if self.instead is None else self.instead(session) or True
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        if self.covered is not None:
+            self.covered.switch_context(nodeid)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "call" and report.passed:
+            self.seconds[report.nodeid] = report.duration
+        self.pytest_collectreport(report)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed and not self.failed:
+            words = getattr(getattr(report.longrepr, "reprcrash", None), "message", str(report.longrepr))
+            self.failed = f"{report.nodeid} - {words.splitlines()[0] if words else ''}"[:200]
+
+
+def apart(action: Callable[..., Any], *given: Any, seconds: float | None = None) -> Any:
+    """What `action` answers in a process of its own, which has what is imported here; None where that does not end, or dies."""
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+
+    def answer() -> None:
+        try:
+            send.send((action(*given), ""))
+        except Exception:
+            send.send((None, traceback.format_exc()))
+
+    process = context.Process(target=answer)
+    process.start()
+    send.close()
+    try:
+        found, wrong = receive.recv() if receive.poll(seconds) else (None, "")
+    except EOFError:
+        found, wrong = None, ""
+    process.kill()
+    process.join()
+    if wrong:
+        raise RuntimeError(wrong)
+    return found
+
+
+def run(folder: Path, arguments: Sequence[str], plugin: Tests) -> int:
+    """pytest in the copy, without a word."""
+    import pytest
+
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 1)
+    os.dup2(silent, 2)
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    return int(pytest.main(["-q", *arguments], plugins=[plugin]))
+
+
+@dataclass
+class Reach:
+    """The tests of a group that pass without any change, and the lines that each of them reaches.
+
+    Attributes:
+        seconds: of each test.
+        lines: of each module, the tests that reach a line; "" for what is reached when it is imported.
+    """
+
+    seconds: dict[str, float]
+    lines: dict[str, dict[int, list[str]]]
+
+    def of(self, mutant: Mutant, source: str) -> dict[str, float]:
+        """The tests that may notice a mutant, and the seconds of each."""
+        lines = self.lines.get(mutant.module, {})
+        names = {name for line in statement(source, mutant.line) for name in lines.get(line, ())}
+        found = {name: x for name, x in self.seconds.items() if "" in names or name in names}
+        return found or self.seconds
+
+
+def statement(source: str, line: int) -> range:
+    """The lines of the innermost statement around one, but for those of the statements inside."""
+    found = range(line, line + 1)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.stmt | ast.excepthandler):
+            first = min([node.lineno, *(x.lineno for x in getattr(node, "decorator_list", []))])
+            if first <= line <= (node.end_lineno or first):
+                body = getattr(node, "body", None)
+                last = max(first, body[0].lineno - 1) if body else node.end_lineno or first
+                found = range(first, max(last, line) + 1)
+    return found
+
+
+def reached(group: str, folder: Path) -> Reach:
+    """Runs the tests of a group without any change."""
+    modules, runs = GROUPS[group]
+    reach = Reach({}, {module: {} for module in modules})
+
+    def noted(arguments: Sequence[str]) -> tuple[dict[str, float], dict[str, dict[int, list[str]]]]:
+        import coverage
+
+        files = {module: str(folder / module) for module in modules}
+        covered = coverage.Coverage(data_file=None, config_file=False, include=[*files.values()])
+        plugin = Tests(covered=covered)
+        covered.start()
+        run(folder, arguments, plugin)
+        covered.stop()
+        data = covered.get_data()
+        return plugin.seconds, {module: data.contexts_by_lineno(file) for module, file in files.items()}
+
+    for arguments in runs:
+        seconds, lines = apart(noted, arguments)
+        reach.seconds |= seconds
+        for module, found in lines.items():
+            for line, names in found.items():
+                reach.lines[module].setdefault(line, []).extend(names)
+    print(f"{group}: {len(reach.seconds)} tests in {sum(reach.seconds.values()):.0f} s", flush=True)
+    return reach
+
+
+def replaced(path: Path, before: str, after: str) -> bool:
+    """Whether the functions of a module that is imported were given the code of a changed source: code that runs when it is
+    imported must be the same in both."""
+    codes: dict[types.CodeType, types.CodeType] = {}
+
+    def alike(old: types.CodeType, new: types.CodeType) -> bool:
+        inner = [[c for c in code.co_consts if isinstance(c, types.CodeType)] for code in (old, new)]
+        if [c.co_qualname for c in inner[0]] != [c.co_qualname for c in inner[1]] or old.co_freevars != new.co_freevars:
+            return False
+        if old.co_flags & inspect.CO_OPTIMIZED:  # of a function
+            codes[old] = new
+        else:
+            own = [[c for c in code.co_consts if not isinstance(c, types.CodeType)] for code in (old, new)]
+            if (old.co_code, old.co_names, own[0]) != (new.co_code, new.co_names, own[1]):
+                return False
+        return all(map(alike, *inner))
+
+    if not alike(*(compile(source, str(path), "exec", dont_inherit=True) for source in (before, after))):
+        return False
+    for x in gc.get_objects():
+        if type(x) is types.FunctionType and x.__code__.co_filename == str(path) and x.__code__ in codes:
+            x.__code__ = codes[x.__code__]
+    return True
+
+
+def tried(mutant: Mutant, folder: Path, reach: Reach, session: Any = None) -> dict[str, Any] | None:
+    """What the tests of its group say of a mutant.
+
+    Args:
+        session: of pytest, in which the package is imported and tests are collected. It answers None of a mutant for which
+            they would have to be imported again.
+    """
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator
 
@@ -240,25 +419,60 @@ def tried(mutant: Mutant, folder: Path) -> dict[str, Any]:
     changed = mutate_code(source, get_operator(mutant.operator)(), mutant.occurrence)
     assert changed is not None, mutant
     diff = [x for x in difflib.unified_diff(source.split("\n"), changed.split("\n"), n=0, lineterm="")][3:]
-    started, caught = time.monotonic(), ""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    plugin, started = Tests(wanted=reach.of(mutant, source)), time.monotonic()
+
+    def noticed() -> str:
+        if session is None:
+            code = run(folder, ["-x", *plugin.files], plugin)
+            return plugin.failed or ("" if code in (0, 5) else "cannot be imported")  # 5: there are no such tests now
+        if not replaced(path, source, changed):
+            return "imported again"
+        session.config.pluginmanager.register(plugin)
+        items = list(session.items)
+        plugin.pytest_collection_modifyitems(items)
+        for item, after in zip(items, [*items[1:], None], strict=True):
+            session.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
+            if plugin.failed:
+                break
+        return plugin.failed
+
     path.write_text(changed)
     try:
-        for tests in GROUPS[mutant.group][1]:
-            command = [sys.executable, "-c", RUN, str(folder), *tests]
-            try:
-                done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=SECONDS)
-            except subprocess.TimeoutExpired:
-                caught = "does not end"
-                break
-            if done.returncode:
-                words = done.stdout.decode().splitlines()
-                caught = next((line for line in words if line.startswith(("FAILED", "ERROR"))), "cannot be imported")
-                break
+        caught = apart(noticed, seconds=SECONDS + 10 * sum(plugin.wanted.values()))
     finally:
         path.write_text(source)
+    if caught == "imported again":
+        return None
     where = {"group": mutant.group, "module": mutant.module, "line": mutant.line, "mutant": mutant.key}
-    return where | {"change": diff, "caught": caught, "seconds": round(time.monotonic() - started, 1)}
+    found = {"change": diff, "caught": "does not end, or dies" if caught is None else caught}
+    return where | found | {"tests": len(plugin.wanted), "seconds": round(time.monotonic() - started, 1)}
+
+
+def tried_of(chosen: Sequence[Mutant], folder: Path, output: Path) -> None:
+    """What the tests say of the mutants of one group. The package is imported and its tests are collected once, for all
+    mutants that change the code of functions alone."""
+    reach, out = reached(chosen[0].group, folder), os.fdopen(os.dup(1), "w")
+
+    def each(mutants: Sequence[Mutant], session: Any = None) -> list[Mutant]:
+        left = []
+        for mutant in mutants:
+            row = tried(mutant, folder, reach, session)
+            if row is None:
+                left.append(mutant)
+                continue
+            with output.open("a") as rows:
+                print(json.dumps(row), file=rows)
+            said = row["caught"][:100] or "SURVIVED"
+            print(f"{mutant.module}:{mutant.line} {row['seconds']} s {said}", file=out, flush=True)
+        return left
+
+    def at_once() -> list[Mutant]:
+        left: list[Mutant] = []
+        plugin = Tests(wanted=reach.seconds, instead=lambda session: left.extend(each(chosen, session)))
+        run(folder, plugin.files, plugin)
+        return left
+
+    each(apart(at_once))
 
 
 def table(paths: Iterable[Path]) -> str:
@@ -278,6 +492,7 @@ def table(paths: Iterable[Path]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=400)
+    parser.add_argument("--groups", default=",".join(GROUPS), help="of code, separated by commas; all by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", default="1/1", help="i/n: every n-th mutant, beginning with the i-th")
     parser.add_argument("--output", type=Path, default=Path("runs/mutants.jsonl"))
@@ -287,6 +502,10 @@ def main() -> None:
     if given.table:
         print(table(given.table))
         return
+    groups = given.groups.split(",")
+    unknown = [group for group in groups if group not in GROUPS]
+    if unknown:
+        parser.error(f"--groups: not {', '.join(unknown)}, but among {', '.join(GROUPS)}")
     first, step = map(int, given.share.split("/"))
     given.output.parent.mkdir(parents=True, exist_ok=True)
     kept = given.output.read_text().splitlines() if given.output.exists() else []
@@ -294,14 +513,19 @@ def main() -> None:
         kept = [line for line in kept if json.loads(line)["caught"]]
         given.output.write_text("".join(f"{line}\n" for line in kept))
     done = [json.loads(line)["mutant"] for line in kept]
-    chosen = [m for m in drawn(given.count, given.seed)[first - 1 :: step] if m.key not in done]
-    with tempfile.TemporaryDirectory() as place, given.output.open("a") as out:
-        folder = copied(Path(place))
-        for number, mutant in enumerate(chosen, 1):
-            row = tried(mutant, folder)
-            print(json.dumps(row), file=out, flush=True)
-            said = row["caught"][:100] or "SURVIVED"
-            print(f"{number} of {len(chosen)}: {mutant.module}:{mutant.line} {row['seconds']} s {said}", flush=True)
+    chosen = [m for m in drawn(groups, given.count, given.seed)[first - 1 :: step] if m.key not in done]
+
+    import torch._dynamo  # once for all processes
+    import torch.utils.flop_counter
+
+    torch.set_num_threads(1)
+    sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith("_")]  # of editable installations
+    with tempfile.TemporaryDirectory() as place:
+        folder = copied(Path(place).resolve())
+        for group in groups:
+            of_group = [mutant for mutant in chosen if mutant.group == group]
+            if of_group:
+                tried_of(of_group, folder, given.output)
     print(table([given.output]))
 
 

@@ -149,7 +149,7 @@ def reference(
         rate = rate * beta[..., None]
     decay = torch.ones_like(k) if log_decay is None else log_decay.exp().expand_as(k)
     n, m = q.shape[2], k.shape[2]
-    empty = torch.zeros_like(k[..., None] * v[..., None, :]).sum(2)  # (b, h, k, v)
+    empty = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3])
 
     def write(order: range) -> list[tuple[Tensor, Tensor]]:
         """S before and after the write of each token."""

@@ -323,8 +323,7 @@ def _relative_to_running_peak(
     peaks = torch.cat([before[..., None], own], -1).cummax(-1).values
     after = peaks[..., 1:]
     origin = after.masked_fill(after == -torch.inf, 0.0)  # no key yet
-    previous = torch.where(peaks[..., :-1] == -torch.inf, origin, peaks[..., :-1])  # nothing is kept, so nothing decays
-    return (x - (below + origin[..., None])).exp_(), (previous - origin)[..., None], peaks[..., -1]
+    return (x - (below + origin[..., None])).exp_(), (peaks[..., :-1] - origin)[..., None], peaks[..., -1]
 
 
 def _peaks(
@@ -438,7 +437,7 @@ def cost(shape: Shape, config: Config) -> Cost:
     mapping = 2.0 * features * shape.dim_key
     return Cost(
         flops=heads * ((shape.n + shape.m) * mapping + shape.m * 4.0 * (features * width + 32 * (features + width))),
-        memory=float(heads * ((shape.n + shape.m) * features + shape.m * (64 + 2 * width))),
+        memory=float(heads * ((shape.n + shape.m) * 2 * features + shape.m * (64 + 5 * width))),
         state=float(shape.heads * ((features + 1) * width + 1)),
         step_flops=heads * (2 * mapping + 4.0 * features * width),
     )

@@ -9,6 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from regard import BlockMask, Mask, Unsupported, functional, get_mechanism, list_mechanisms
 from regard.apply import absorb, apply
+from regard.apply.forms import choose_form
 from regard.contract import Pattern
 from regard.workbench.verification.subjects import Subject
 
@@ -95,6 +96,62 @@ def test_a_bias_that_does_not_fit_is_refused(name):
         state = subject.run(inputs, return_state=True).state
         with pytest.raises(Unsupported, match="bias"):
             subject.run(inputs, state=state, mask=Mask(bias=torch.zeros(1, 1, 6, 6, dtype=torch.float64)))
+
+
+FORMS = [
+    ("causal-self", (5, 5), {}, "parallel"),
+    ("noncausal-self", (5, 5), {}, "parallel"),
+    ("noncausal-cross", (5, 7), {}, "parallel"),
+    ("causal-self", (1, 1), {"stateful": True}, "chunked"),
+    ("causal-self", (1, 1), {"stateful": True, "continuing": True}, "step"),
+    ("causal-self", (1, 2), {"stateful": True, "continuing": True}, "chunked"),
+    ("causal-self", (2, 1), {"stateful": True, "continuing": True}, "chunked"),
+    ("causal-self", (2, 2), {"stateful": True, "continuing": True}, "chunked"),
+    ("causal-cross", (5, 7), {"stateful": True}, "absorb+read"),
+    ("noncausal-cross", (5, 7), {"stateful": True, "continuing": True}, "absorb+read"),
+    ("noncausal-cross", (5, 0), {"stateful": True, "continuing": True, "has_memory": False}, "read"),
+]
+
+
+@pytest.mark.parametrize(("pattern", "sizes", "call", "form"), FORMS)
+def test_one_token_after_a_state_is_a_step_and_whole_sequences_are_parallel(pattern, sizes, call, form):
+    call = {"has_memory": True, "stateful": False, "continuing": False, **call}
+    assert choose_form(LINEAR, Pattern.parse(pattern), *sizes, **call) == form
+
+
+@pytest.mark.parametrize("form", ["parallel", "chunked", "step"])
+def test_a_form_that_is_asked_for_by_name_takes_padded_rows(form):
+    one = form == "step"
+    inputs, mask = qkv(1 if one else 5), Mask(lengths=torch.tensor([1, 0] if one else [2, 5]))
+    call = {"mask": mask, "state": state_of(LINEAR) if one else None}
+    found = apply(LINEAR, inputs, form=form, chunk_size=1, **call).output
+    close(found, apply(LINEAR, inputs, **call).output)
+
+
+def test_rows_may_have_fewer_queries_than_keys_where_there_are_more_places_for_queries():
+    inputs, state = qkv(5, 4), state_of(LINEAR)
+    for queries, keys in ((torch.tensor([2, 3]), torch.tensor([4, 3])), (torch.tensor([4, 1]), None)):
+        masks = {"mask": Mask(lengths=queries), "memory_mask": None if keys is None else Mask(lengths=keys)}
+        found = apply(LINEAR, inputs, state=state, **masks).output
+        for row, (n, m) in enumerate(zip(queries, (4, 4) if keys is None else keys, strict=True)):
+            own = {x: t[row : row + 1, :, : n if x == "q" else m] for x, t in inputs.items()}
+            close(found[row : row + 1, :, :n], apply(LINEAR, own, state=state.select(torch.tensor([row]))).output)
+
+
+def test_a_batch_may_have_any_number_of_rows():
+    inputs = qkv(2, batch=300)
+    state = apply(LINEAR, inputs, return_state=True, mask=Mask(valid=torch.ones(300, 2, dtype=torch.bool))).state
+    assert apply(LINEAR, inputs, state=state, mask=Mask(lengths=torch.full((300,), 2))).output.shape[0] == 300
+
+
+def test_fewer_heads_are_repeated_and_what_has_no_heads_is_not():
+    for name, more in (("softmax", {}), ("performer", {"w": torch.randn(5, 4, dtype=torch.float64)})):
+        inputs = qkv(5, groups=1) | more
+        repeated = {x: inputs[x].repeat_interleave(2, 1) for x in "kv"}
+        call = {"chunk_size": 3, "mask": UNEQUAL}
+        for options in ({}, call):
+            found, expected = (apply(get_mechanism(name), x, **options) for x in (inputs, inputs | repeated))
+            close(found.output, expected.output)
 
 
 def run(card, **call):
@@ -186,6 +243,8 @@ def test_a_call_that_was_refused_is_refused_again_and_a_mended_one_runs():
     for _ in range(2):
         with pytest.raises(Unsupported, match="has d = 3, another input 4"):
             functional.linear_attention(q, k[..., :3], v)
+        with pytest.raises(Unsupported, match="has d = 4, another input 3"):
+            functional.linear_attention(q[..., :3], k, v)
         with pytest.raises(Unsupported, match="axes"):
             functional.linear_attention(q[0], k, v)
         assert functional.linear_attention(q, k, v).shape == v.shape

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from regard import backends, get_mechanism, list_mechanisms
-from regard.contract import Pattern, Shape
+from regard.contract import Pattern, Shape, Tensors
+from regard.measurement.memory import peak_memory
 from regard.workbench.verification.subjects import Subject
 
 SPARSE = ("bigbird", "block_sparse", "diagonal", "local", "longformer", "sparse_strided", "transformer_xl")
@@ -75,22 +79,71 @@ def test_the_cost_of_twice_the_rows_or_heads_is_twice_as_high(name):
             assert getattr(heads, of) == pytest.approx(2 * getattr(once, of)), of
 
 
-COUNTED = dict.fromkeys(
-    ("clipped_softmax", "cosformer", "hard_softmax", "lara", "linear", "norm_linear", "random_feature", "sigmoid"), 0.01
-) | {"delta_rule": 0.25, "universal_rpe": 0.05}
+COUNTED = [
+    *(
+        (name, {})
+        for name in ("clipped_softmax", "cosformer", "delta_rule", "hard_softmax", "landmark", "lara", "linear")
+    ),
+    *((name, {}) for name in ("norm_linear", "random_feature", "sigmoid", "universal_rpe")),
+    ("delta_rule", {"vector_beta": True}),
+    ("gated_linear", {"gate": "none"}),  # torch sums gates by products, which nothing else does
+    ("performer", {"kernel": "relu"}),
+    ("performer", {"kernel": "relu", "num_features": 5}),
+]
+ROUGHLY = {"universal_rpe": 0.05}
 
 
-@pytest.mark.parametrize(("name", "tolerance"), COUNTED.items())
-def test_the_cost_is_what_is_counted_of_the_products_in_torch(name, tolerance):
+def counted(subject: Subject, inputs: Tensors, also: Mapping[Any, Callable[..., int]], **call: Any) -> int:
+    """Operations of a call in torch, of products of matrices and of what is counted `also`."""
+    with torch.no_grad(), backends.only("torch"), FlopCounterMode(display=False, custom_mapping=dict(also)) as counter:
+        subject.run(inputs, **call)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("name", "options"), COUNTED)
+def test_the_cost_is_what_is_counted_of_the_products_in_torch(name, options):
     card = get_mechanism(name)
     pattern = Pattern.CAUSAL_SELF if Pattern.CAUSAL_SELF in card.patterns else card.patterns[0]
-    subject, n = Subject.of(card, pattern, ""), 256
-    inputs = subject.inputs(n, batch=1)
-    with torch.no_grad(), backends.only("torch"), FlopCounterMode(display=False) as counter:
-        subject.run(inputs)
-    (_, heads, _, width), value_width = inputs["q"].shape, inputs["v"].shape[3]
-    cost = card.cost(Shape(1, heads, n, n, width, value_width), subject.config)
-    assert counter.get_total_flops() == pytest.approx(cost.flops, rel=tolerance)
+    subject = Subject(card, pattern, options)
+    for n, width, value_width in ((64, 8, 7), (128, 8, 6), (192, 16, 12)):
+
+        def solve(lower: torch.Size, right: torch.Size, *, width: int = width, **_: Any) -> int:
+            return 2 * math.prod(lower) * (right[-1] - width)  # of values; kernels need no solution for the keys
+
+        inputs = subject.inputs(n, batch=1, d=width, k=width, v=value_width)
+        found = counted(subject, inputs, {torch.ops.aten.linalg_solve_triangular: solve})
+        cost = card.cost(Shape(1, inputs["q"].shape[1], n, n, width, value_width), subject.config)
+        assert cost.flops == pytest.approx(found, rel=ROUGHLY.get(name, 1e-3))
+
+
+STEPS = [
+    *((name, {}) for name in ("cosformer", "gated_linear", "linear", "mlstm", "norm_linear")),
+    ("delta_rule", {"gated": True}),
+    ("performer", {"kernel": "relu"}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), STEPS)
+def test_the_cost_of_a_step_is_what_is_counted_in_torch(name, options):
+    card, batch, width, value_width = get_mechanism(name), 8, 96, 64
+    subject = Subject(card, Pattern.CAUSAL_SELF, options)
+    past, token = (subject.inputs(n, batch=batch, d=width, k=width, v=value_width) for n in (3, 1))
+    each = dict.fromkeys((torch.ops.aten.mul, torch.ops.aten.add), lambda *_, out_shape, **__: math.prod(out_shape))
+    found = counted(subject, token, each, state=subject.run(past, return_state=True).state)
+    cost = card.cost(Shape(batch, token["q"].shape[1], 1, 3, width, value_width), subject.config)
+    assert cost.step_flops == pytest.approx(found, rel=0.03)
+
+
+@pytest.mark.parametrize(("name", "options"), [("delta_rule", {}), ("performer", {"kernel": "relu"})])
+def test_the_memory_is_about_what_torch_holds_at_once(name, options):
+    card, n = get_mechanism(name), 256
+    subject = Subject(card, Pattern.CAUSAL_SELF, options)
+    for width, value_width in ((8, 6), (8, 96), (64, 8)):
+        inputs = subject.inputs(n, batch=1, d=width, k=width, v=value_width)
+        with torch.no_grad(), backends.only("torch"):
+            held = peak_memory(partial(subject.run, inputs)).bytes / 8
+        cost = card.cost(Shape(1, inputs["q"].shape[1], n, n, width, value_width), subject.config)
+        assert 1 < held / cost.memory < 1.6
 
 
 @pytest.mark.parametrize(

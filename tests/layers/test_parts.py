@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.contract import Mask, Unsupported
-from regard.core.ragged import flip_rows, gather_pairs, gathering, place_queries, take_queries
+from regard.core.ragged import (
+    flip_rows,
+    gather_pairs,
+    gathering,
+    gathering_in_place,
+    place_queries,
+    take_queries,
+)
 from regard.core.visibility import Visibility
 from regard.layers import linear
 from regard.layers.convolution import ShortConvolution
@@ -56,6 +63,7 @@ def test_gather_puts_each_sequence_in_a_row_and_scatter_brings_it_back_without_w
         expected[row, : len(columns)] = back[origin, columns] = source[origin, columns]
         noise[row, : len(columns)] = 0
         assert layout.ranks[origin, columns].tolist() == list(range(len(columns)))
+    assert layout.whole == (mask is None) and gathering(None, 2, 7).whole
     lengths = [len(columns) for _, columns in sequences]
     assert layout.lengths is None if mask is None else layout.lengths.tolist() == lengths
     given = source.where(back != 0, torch.nan).movedim((0, 1), axes).requires_grad_()
@@ -147,6 +155,28 @@ def test_pairs_follow_their_tokens(name: str) -> None:
 def test_masks_that_do_not_fit_are_refused(mask: Mask, batch: int, message: str) -> None:
     with pytest.raises(Unsupported, match=message):
         gathering(mask, batch, 7)
+
+
+def test_the_valid_part_of_each_row_is_reversed_and_its_padding_stays() -> None:
+    x, lengths = torch.randn(3, 2, 7, 3), torch.tensor([3, 0, 7])
+    found = flip_rows(x, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        assert torch.equal(found[row], torch.cat([x[row, :, :length].flip(1), x[row, :, length:]], 1))
+    assert torch.equal(flip_rows(found, lengths), x)
+
+
+def test_tokens_on_a_grid_stay_in_their_places_without_what_is_in_the_padding() -> None:
+    for mask in (Mask(valid=VALID), Mask(lengths=torch.tensor([3, 0, 7])), None):
+        layout = gathering_in_place(mask, 3, 7, (7, 1))
+        valid = torch.ones(3, 7, dtype=torch.bool) if mask is None else gathering(mask, 3, 7).valid
+        x = torch.randn(3, 7, 2, dtype=float64).where(valid[..., None], torch.nan)
+        assert layout.whole == (mask is None)
+        for found in (layout.gather(x), layout.scatter(x)):
+            assert torch.equal(found, x.nan_to_num())
+    with pytest.raises(Unsupported, match="product is 7"):
+        gathering_in_place(None, 3, 7, (2, 4))
+    with pytest.raises(Unsupported, match="on a grid"):
+        gathering_in_place(MASKS["packed"][0], 1, 7, (7, 1))
 
 
 def test_tensors_that_do_not_fit_a_layout_are_refused() -> None:

@@ -157,13 +157,14 @@ def test_queries_and_keys_are_normalised_after_the_feature_map(options, normalis
 
 
 def test_a_beta_is_one_if_not_given_and_refused_where_it_is_not_used():
-    tensors = inputs_of(n=8)
+    tensors = inputs_of(n=9)
     ones = {"beta": torch.ones_like(tensors["beta"])}
     without = {name: x for name, x in tensors.items() if name != "beta"}
     close(run(without).output, run(tensors | ones).output)
     for rates in ({"beta": tensors["beta"]}, {"value_beta": torch.ones_like(tensors["v"])}):
         refused("use_beta", run, without | rates, {"use_beta": False})
-    refused("log_decay with 3 features", run, tensors | {"log_decay": torch.zeros(2, 2, 8, 3)})
+    words = "log_decay with 3 features for keys with 8;.* for a gate on each"
+    refused(words, run, tensors | {"log_decay": torch.zeros(2, 2, 9, 3)})
 
 
 def test_the_rate_of_a_vector_beta_belongs_to_its_value_feature():
@@ -290,6 +291,8 @@ def test_rates_of_the_layer_lie_in_their_range_and_its_decay_starts_slow():
     start = rates(layer, 0 * z)["log_decay"]
     assert start.shape == (2, 4, 9, 1)
     assert ((start < -1e-3 * 0.99) & (start > -1.6 * 1.01)).all()
+    strengths = create_layer("deltanet", 512, 512, gated=True).projection.log_strength.exp()
+    assert 1 <= strengths.min() < 1.1 and 15.9 < strengths.max() <= 16
     own = layer.projection
     expected = -own.log_strength.exp() * F.softplus(own.gate(z) + own.gate_bias)
     close(rates(layer, z)["log_decay"][..., 0], expected.mT)
