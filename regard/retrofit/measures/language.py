@@ -142,13 +142,21 @@ def prefill(models: Models, ids: Int[Tensor, " n"], length: int) -> dict[str, An
 @torch.no_grad()
 def decoding(models: Models, ids: Int[Tensor, " n"], length: int) -> dict[str, Any]:
     """Seconds to go on by one token after a prompt, as `generate` does: with the model's cache, and the bytes that it then
-    holds, or without one by reading everything again. Models take turns, token by token. Regard's softmax has a cache that is not
-    copied at each token."""
-    prompt = _prompt(ids, length)
-    going = {name: _GoingOn(model, prompt, grows=name == SOFTMAX) for name, model in models.items()}
-    for step in range(DECODED):
-        for each in list(going.values())[:: 1 if step % 2 else -1]:
-            each.step(step)
+    holds, or without one by reading everything again. Models take turns, token by token. All but the original
+    decode in few native calls, as `regard generate` has them, and regard's softmax has a cache that is not copied at each token."""
+    from regard.integrations.transformers import fuse_layers, unfuse_layers
+
+    prompt, own = _prompt(ids, length), [model for name, model in models.items() if name != ORIGINAL]
+    for model in own:
+        fuse_layers(model)
+    try:
+        going = {name: _GoingOn(model, prompt, grows=name == SOFTMAX) for name, model in models.items()}
+        for step in range(DECODED):
+            for each in list(going.values())[:: 1 if step % 2 else -1]:
+                each.step(step)
+    finally:
+        for model in own:
+            unfuse_layers(model)
     return {name: each.found() for name, each in going.items()}
 
 
