@@ -17,8 +17,9 @@ from regard.models.generation import sample
 from regard.serving.text import Text
 from regard.workbench.trained.folder import RECORD, open_trained
 
-CLEAR = 0.002
-"""By how much the likeliest token must lead at each place of a greedy answer: rounding of another batch decides no closer ones."""
+CLEAR, TIMES_ROUNDING = 0.002, 10
+"""By how much the likeliest token must lead at each place of a greedy answer: rounding of another batch decides no closer ones.
+At least so much, and so many times what rounding changes."""
 LENGTHS = (8, 16, 24)
 LONG, SLOW = 128, 200
 """Tokens of answers that somebody goes away from, and of those that are read slowly."""
@@ -64,7 +65,11 @@ class Question:
 
 
 class Alone:
-    """A model by itself, as `generate` asks it."""
+    """A model by itself, as `generate` asks it.
+
+    Attributes:
+        clear: by how much the likeliest token leads wherever an answer is known.
+    """
 
     def __init__(self, folder: Path, text: Text) -> None:
         self.text = text
@@ -74,6 +79,16 @@ class Alone:
             self.model = load_causal_model(folder)
         self.own = isinstance(self.model, LanguageModel)
         self.model.eval()
+        self.clear = max(CLEAR, TIMES_ROUNDING * self._rounding())
+
+    @torch.no_grad()
+    def _rounding(self) -> float:
+        """The most that a logit changes where few tokens are read by themselves: weights of few bits have a way of their own."""
+        ids = torch.tensor(
+            [self.text.encode("What one reads alone, and what one reads among others, is the same.\n" * 4)]
+        )
+        among = self._logits(ids)
+        return max(float((self._logits(ids[:, :n]) - among[:n]).abs().max()) for n in (1, 2, 5, 17))
 
     @torch.no_grad()
     def greedy(self, prompt: Sequence[int], count: int) -> list[int] | None:
@@ -86,7 +101,7 @@ class Alone:
             new = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :]
         logits = self._logits(torch.cat([ids[0], new[:-1]])[None])[len(prompt) - 1 :]
         first, second = logits.topk(2, -1).values.unbind(-1)
-        return new.tolist() if float((first - second).min()) > CLEAR else None
+        return new.tolist() if float((first - second).min()) > self.clear else None
 
     @torch.no_grad()
     def sampled(self, prompt: Sequence[int], count: int, seed: int, **options: Any) -> list[int]:

@@ -275,7 +275,9 @@ def _ordered(
     logits: Float[Tensor, "*b vocab"], temperature: float, top_k: int | None, top_p: float | None
 ) -> tuple[Float[Tensor, "*b vocab"], Int[Tensor, "*b vocab"]]:
     """Probabilities, the largest first, and whose they are."""
-    ordered, tokens = (wide(logits) / temperature).sort(-1, descending=True)
+    ordered, tokens = wide(logits).sort(-1, descending=True)
+    ordered = ordered - ordered[..., :1]  # first, so that no temperature makes a score infinite
+    ordered = ordered / max(temperature, torch.finfo(ordered.dtype).tiny)
     kept = torch.ones_like(ordered, dtype=torch.bool)
     if top_k is not None:
         kept[..., top_k:] = False

@@ -124,14 +124,17 @@ class Server:
         body, kind = self.metrics.text()
         return Response(body, media_type=kind)
 
-    def _reading(self, read: Callable[[Any, Text, str], Asked]) -> Callable[[Request], Any]:
+    def _reading(self, read: Callable[[Any, Text, str, int], Asked]) -> Callable[[Request], Any]:
+        def asked_in(body: bytes) -> Asked:
+            return read(_parsed(body), self.text, self.name, self.service.engine.limits.places)
+
         async def answer(request: Request) -> Response:
             body = await self._body(request)
             if len(body) < LONG_BODY:
-                asked = read(_parsed(body), self.text, self.name)
+                asked = asked_in(body)
             else:
                 async with self._reading_long:  # one at a time, so that they leave room for others
-                    asked = await asyncio.to_thread(lambda: read(_parsed(body), self.text, self.name))
+                    asked = await asyncio.to_thread(asked_in, body)
             return await self._answer(request, asked)
 
         return answer
@@ -250,9 +253,15 @@ def _event(value: dict[str, Any]) -> str:
 
 def _parsed(body: bytes) -> Any:
     try:
-        return json.loads(body, parse_constant=_no_constant)
+        text = body.decode("utf-8-sig")
+        found = json.loads(text, parse_constant=_no_constant)
+        if "\\u" in text:
+            json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, "the body has half a character (a lone surrogate)") from None
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON ({error})") from None
+    return found
 
 
 def _no_constant(name: str) -> Any:

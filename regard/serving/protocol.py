@@ -16,7 +16,7 @@ from regard.contract import Unsupported, closest
 from regard.serving.engine import FAILED, STOP, Event, Request
 from regard.serving.text import Text, Writer
 
-MOST_STOPS, MOST_LIKELIEST, LONGEST_USER = 16, 20, 512
+MOST_STOPS, MOST_LIKELIEST, LONGEST_STOP, LONGEST_USER, LONGEST_NAME = 16, 20, 1000, 512, 64
 
 
 class ApiError(Exception):
@@ -119,8 +119,11 @@ def _user(value: Any) -> str | None:
 
 def _stops(value: Any) -> str | None:
     given = [value] if isinstance(value, str) else value
-    fits = isinstance(given, list) and len(given) <= MOST_STOPS and all(isinstance(x, str) and x for x in given)
-    return None if fits else f"a string, or up to {MOST_STOPS} of them, none empty"
+    fits = isinstance(given, list) and len(given) <= MOST_STOPS
+    fits = fits and all(
+        isinstance(x, str) and 1 <= len(x) <= LONGEST_STOP for x in given
+    )  # each is looked for at each token
+    return None if fits else f"a string of 1 to {LONGEST_STOP} characters, or up to {MOST_STOPS} of them"
 
 
 def _stream_options(value: Any) -> str | None:
@@ -169,20 +172,22 @@ CHAT = COMMON | {
 """Fields of requests, and what says which values they do not have; null is as if a field were not there."""
 
 
-def read_completion(body: Mapping[str, Any], text: Text, model: str) -> Asked:
-    """The body of a request to ``/v1/completions``; raises ApiError."""
+def read_completion(body: Mapping[str, Any], text: Text, model: str, most: int) -> Asked:
+    """The body of a request to ``/v1/completions`` for up to `most` answers; raises ApiError."""
     given = _checked(body, COMPLETION, model)
     if "prompt" not in given:
         raise ApiError(400, "prompt is missing", "prompt")
     prompt = given["prompt"]
     several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
+    _check_count(given.get("n", 1) * (len(prompt) if several else 1), most)
     prompts = tuple(_tokens(x, text) for x in (prompt if several else [prompt]))
     return _asked(given, prompts, chat=False, logprobs=given.get("logprobs"), max_tokens=given.get("max_tokens", 16))
 
 
-def read_chat(body: Mapping[str, Any], text: Text, model: str) -> Asked:
-    """The body of a request to ``/v1/chat/completions``; raises ApiError."""
+def read_chat(body: Mapping[str, Any], text: Text, model: str, most: int) -> Asked:
+    """The body of a request to ``/v1/chat/completions`` for up to `most` answers; raises ApiError."""
     given = _checked(body, CHAT, model)
+    _check_count(given.get("n", 1), most)
     messages = [_message(message) for message in given.get("messages", ())]
     if not messages:
         raise ApiError(400, "messages is missing or empty", "messages")
@@ -193,8 +198,16 @@ def read_chat(body: Mapping[str, Any], text: Text, model: str) -> Asked:
         tokens = tuple(text.chat(messages))
     except Unsupported as error:
         raise ApiError(400, str(error), "messages") from None
-    most = given.get("max_completion_tokens", given.get("max_tokens"))
-    return _asked(given, (tokens,), chat=True, logprobs=(top or 0) if given.get("logprobs") else None, max_tokens=most)
+    longest = given.get("max_completion_tokens", given.get("max_tokens"))
+    return _asked(
+        given, (tokens,), chat=True, logprobs=(top or 0) if given.get("logprobs") else None, max_tokens=longest
+    )
+
+
+def _check_count(count: int, most: int) -> None:
+    """Before any of them is made."""
+    if count > most:
+        raise ApiError(400, f"{count} answers at once; this server takes up to {most}")
 
 
 def _asked(
@@ -234,6 +247,7 @@ def _checked(body: Any, fields: Mapping[str, Callable[[Any], str | None]], model
     given = {name: value for name, value in body.items() if value is not None}
     for name, value in given.items():
         if name not in fields:
+            name = name[:LONGEST_NAME]
             near = closest(name, fields)
             raise ApiError(
                 400, f"unknown parameter {name!r}" + (f"; try {near}" if near else ""), name, "unknown_parameter"
@@ -250,6 +264,7 @@ def _message(message: Any) -> dict[str, str]:
     """A message with its content as one string."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ApiError(400, "a message is an object with a role and a content", "messages")
+    message = {field: value for field, value in message.items() if value is not None}
     content = message.get("content")
     if isinstance(content, list):
         parts = [
@@ -262,27 +277,18 @@ def _message(message: Any) -> dict[str, str]:
     extra = set(message) - {"role", "content", "name"}
     if extra:
         raise ApiError(400, f"unknown field {sorted(extra)[0]!r} of a message", "messages")
-    name = message.get("name")
-    return {"role": _whole(message["role"], "messages"), "content": _whole(content, "messages")} | (
-        {"name": name} if isinstance(name, str) else {}
-    )
+    if not isinstance(message.get("name", ""), str):
+        raise ApiError(400, "the name in a message is text", "messages")
+    return message | {"content": content}
 
 
 def _tokens(prompt: Any, text: Text) -> tuple[int, ...]:
     """Tokens of a text, or tokens."""
     if isinstance(prompt, str):
-        return tuple(text.encode(_whole(prompt, "prompt")))
+        return tuple(text.encode(prompt))
     if isinstance(prompt, list) and all(isinstance(x, int) and not isinstance(x, bool) for x in prompt):
         return tuple(prompt)
     raise ApiError(400, "prompt is a string, a list of tokens, or a list of either", "prompt")
-
-
-def _whole(text: str, param: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ApiError(400, f"{param} has half a character (a lone surrogate)", param) from None
-    return text
 
 
 @dataclass
@@ -397,7 +403,7 @@ class Answer:
         return {
             "tokens": [one["token"] for one in told],
             "token_logprobs": [one["logprob"] for one in told],
-            "top_logprobs": [{top["token"]: top["logprob"] for top in one["top_logprobs"]} for one in told],
+            "top_logprobs": [_by_name(one["top_logprobs"]) for one in told],
             "text_offset": [one["offset"] for one in told],
         }
 
@@ -410,3 +416,11 @@ class Answer:
         name = self.text.decode([token])
         known = None if "\ufffd" in name else list(name.encode())
         return {"token": name, "logprob": max(nats, -9999.0), "bytes": known}  # JSON has no infinity
+
+
+def _by_name(top: list[dict[str, Any]]) -> dict[str, float]:
+    """The likeliest tokens, the first of those whose text is the same, as parts of characters have it."""
+    found = dict[str, float]()
+    for one in top:
+        found.setdefault(one["token"], one["logprob"])
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import threading
 import time
@@ -13,20 +14,20 @@ import uvicorn
 
 from regard.contract import Unsupported
 from regard.serving.app import Server
-
-GRACE = 1
-"""Seconds to tell clients that their answers are given up."""
+from regard.serving.connections import GRACE, connection
 
 
 class _Uvicorn(uvicorn.Server):
-    """Serves; once it is to end, answers have `drain` seconds, and then those who wait are told."""
+    """Serves; once it is to end, answers have `drain` seconds, then those who wait are told, and then all are cut off."""
 
     def __init__(self, server: Server, drain: int, level: str) -> None:
         super().__init__(
             uvicorn.Config(
                 server.app(),
+                http=connection(server.limits),
+                ws="none",
                 log_level=level,
-                timeout_graceful_shutdown=drain + GRACE,
+                timeout_graceful_shutdown=int(drain + 2 * GRACE),
                 access_log=False,
                 server_header=False,
             )
@@ -34,18 +35,30 @@ class _Uvicorn(uvicorn.Server):
         self._service, self._drain = server.service, drain
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().call_later(self._drain, self._service.give_up)
+        loop = asyncio.get_running_loop()
+        loop.call_later(self._drain, self._service.give_up)
+        loop.call_later(self._drain + GRACE, self._cut)
         await super().shutdown(sockets)
+
+    def _cut(self) -> None:
+        for each in list(self.server_state.connections):
+            each.transport.abort()
 
 
 def run(server: Server, listening: socket.socket, drain: int) -> None:
-    """Serve until SIGTERM or SIGINT; then take nothing more, and finish the answers within `drain` seconds."""
+    """Serve until SIGTERM or SIGINT; then take nothing more, and finish the answers within `drain` seconds.
+
+    The signal is not passed on: who was told to end and has ended well goes on to its own end, with status 0.
+    """
+    made = _Uvicorn(server, drain, "warning")
+    # when uvicorn is done it raises the signals that it met again: into its own handler, which then ends nothing
+    before = {number: signal.signal(number, made.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
     server.service.start()
     try:
-        _Uvicorn(server, drain, "warning").run(sockets=[listening])
-    except KeyboardInterrupt:  # uvicorn has taken care of it, and passes it on
-        pass
+        made.run(sockets=[listening])
     finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
         server.service.close()
 
 

@@ -91,6 +91,12 @@ def test_sampling_is_reproducible_and_follows_the_softmax():
     torch.testing.assert_close(frequency, (logits[0] / 2).softmax(-1), atol=0.02, rtol=0)
 
 
+def test_draws_near_temperature_zero_are_the_likeliest():
+    logits = torch.tensor([[1.0, -torch.inf, 3.0, 2.9], [-5.0, -9.0, -6.0, -torch.inf]])
+    for temperature in (1e-30, 1e-39, 1e-45, 1e-320):
+        assert sample(logits, temperature=temperature).tolist() == [2, 0]
+
+
 def test_top_k_and_top_p_keep_the_likeliest():
     probability = torch.tensor([0.1, 0.5, 0.15, 0.25])
     logits = probability.log().expand(2_000, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -111,6 +112,19 @@ def test_several_prompts_and_answers_come_in_order_each_with_its_seed(client):
     assert found[0]["logprobs"]["text_offset"] == [0, 1, 2, 3] and found[0]["logprobs"]["top_logprobs"] == [{}] * 4
 
 
+def test_answers_are_counted_before_any_prompt_is_read(client):
+    client.made.text.encode = None
+    found = client.post("/v1/completions", json={"prompt": ["a"] * 300})
+    assert found.status_code == 400 and "300 answers at once" in found.json()["error"]["message"]
+
+
+def test_of_tokens_that_are_parts_of_a_character_the_likeliest_is_told(client):
+    client.made.text.decode = lambda tokens: "\ufffd" * len(tokens)
+    asked = {"prompt": "Once", "max_tokens": 2, "temperature": 0, "ignore_eos": True, "logprobs": 5}
+    told = client.post("/v1/completions", json=asked).json()["choices"][0]["logprobs"]
+    assert [list(top.values()) for top in told["top_logprobs"]] == [[nats] for nats in told["token_logprobs"]]
+
+
 def test_an_answer_ends_at_a_stop_string_or_a_stop_token(client):
     asked = {"prompt": "Once", "max_tokens": 20, "temperature": 0, "ignore_eos": True}
     text = expected("Once", 20)
@@ -132,6 +146,9 @@ BAD = {
     "deep": (b"[" * 100_000, 400, "not JSON"),
     "no number": (b'{"prompt": "a", "temperature": NaN}', 400, "NaN"),
     "half a character": (b'{"prompt": "\\ud800"}', 400, "half a character"),
+    "half a character in a name": (b'{"prompt": "a", "\\ud800": 1}', 400, "half a character"),
+    "half a character in bytes": (b'{"prompt": "\xed\xa0\x80"}', 400, "not JSON"),
+    "a whole one": (b'\xef\xbb\xbf{"prompt": "a", "user": "\\ud83d\\ude00", "max_tokens": 1}', 200, None),
     "no prompt": ({}, 400, "prompt is missing"),
     "empty": ({"prompt": ""}, 400, "without tokens"),
     "a wrong type": ({"prompt": {"a": 1}}, 400, "a string"),
@@ -145,6 +162,9 @@ BAD = {
     "options of no stream": ({"prompt": "a", "stream_options": {}}, 400, "without stream"),
     "too many": ({"prompt": "a", "n": 128, "max_tokens": 1}, 200, None),
     "far too many": ({"prompt": ["a", "b"], "n": 128}, 400, "256 answers at once"),
+    "a long stop string": ({"prompt": "a", "stop": ["b", "a" * 1001]}, 400, "1 to 1000 characters"),
+    "a long name": (b'{"prompt": "a", "%s": 1}' % (b"k" * 100_000), 400, f"unknown parameter '{'k' * 64}'"),
+    "hardly a temperature": ({"prompt": "a", "temperature": 1e-320, "max_tokens": 1}, 200, None),
     "a long user": ({"prompt": "a", "user": "u" * 513}, 400, "up to 512 characters"),
     "another model": ({"prompt": "a", "model": "gpt"}, 404, "'letters'"),
 }
@@ -165,8 +185,14 @@ BAD_CHATS = {
     "none": ([], "missing or empty"),
     "no role": ([{"content": "a"}], "a role"),
     "a picture": ([{"role": "user", "content": [{"type": "image_url"}]}], "is text"),
+    "a number for a name": ([{"role": "user", "content": "a", "name": 5}], "name in a message"),
     "a tool": ([{"role": "user", "content": "a", "tool_calls": []}], "tool_calls"),
 }
+
+
+def test_fields_of_a_message_that_are_null_are_as_if_they_were_not_there(client):
+    said = {"role": "assistant", "content": "Hi", "name": None, "refusal": None, "tool_calls": None}
+    assert client.post("/v1/chat/completions", json={"messages": [said], "max_tokens": 1}).status_code == 200
 
 
 @pytest.mark.parametrize(("messages", "words"), BAD_CHATS.values(), ids=BAD_CHATS.keys())
@@ -222,7 +248,9 @@ def test_large_bodies_and_long_answers_are_turned_away():
         streamed = client.post(
             "/v1/completions", json={"prompt": "a", "max_tokens": 50, "stream": True, "ignore_eos": True}
         )
-        assert "no whole answer" in events(streamed)[-1]["error"]["message"]
+        # the first token may be late too
+        told = streamed.json() if streamed.status_code == 408 else events(streamed)[-1]
+        assert "no whole answer" in told["error"]["message"]
 
 
 def test_a_failing_model_is_an_error_of_the_server_and_the_next_request_is_answered():
@@ -261,11 +289,25 @@ def until(condition):
         time.sleep(0.005)
 
 
+def request(body):
+    text = json.dumps(body).encode()
+    return b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(text) + text
+
+
 def send(address, body):
     found = socket.create_connection(address)
-    text = json.dumps(body).encode()
-    found.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(text) + text)
+    found.sendall(request(body))
     return found
+
+
+def gone(connection):
+    """Whether the other end has closed a connection, before the end of an answer."""
+    connection.settimeout(20)
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(1 << 16):
+            if b"[DONE]" in part:
+                return False
+    return True
 
 
 def read_all(connection):
@@ -336,7 +378,26 @@ def test_a_body_that_does_not_arrive_is_not_waited_for():
         assert connection.recv(1 << 16).startswith(b"HTTP/1.1 408")
 
 
-def test_a_signal_lets_answers_finish_and_takes_no_more():
+def test_who_does_not_send_a_request_or_read_its_answer_in_time_is_cut_off(monkeypatch):
+    monkeypatch.setattr("regard.serving.connections.GRACE", 0.05)
+    made = server(SlowReader(pages=200), limits=Limits(rows=8))
+    made.limits = ServerLimits(body_seconds=0.05, seconds=0.3)
+    listening = listen("127.0.0.1", 0)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)
+    with Running(made, listening) as running:
+        with socket.create_connection(listening.getsockname()) as late:
+            late.sendall(b"GET /health HTTP/1.1\r\nhost:")
+            assert gone(late)
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 12)
+            deaf.connect(listening.getsockname())
+            deaf.sendall(request(LONG | {"stream": True, "n": 8, "logprobs": 20}))  # more than all buffers hold
+            until(lambda: len(made.service.engine.active) == 8)
+            until(lambda: not running._uvicorn.server_state.connections)
+            assert gone(deaf) and not made.service._streams
+
+
+def test_a_signal_lets_answers_finish_takes_no_more_and_is_not_passed_on():
     made = server(SlowReader())
     listening = listen("127.0.0.1", 0)
     address, seen = listening.getsockname(), {}
@@ -362,7 +423,7 @@ def test_a_signal_lets_answers_finish_and_takes_no_more():
         thread.join()
         signal.signal(signal.SIGTERM, before)
     body = json.loads(seen["answer"].partition(b"\r\n\r\n")[2])
-    assert body["choices"][0]["text"] == expected("a", 60) and seen["signal"] and seen["closed"]
+    assert body["choices"][0]["text"] == expected("a", 60) and seen["closed"] and "signal" not in seen
     assert not made.service._thread.is_alive()
 
 
