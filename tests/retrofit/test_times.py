@@ -20,7 +20,9 @@ def test_all_but_the_original_decode_fused_and_only_while_they_are_timed(monkeyp
         return "forward" in vars(model.model.layers[0])
 
     seen, step = set(), language._GoingOn.step
-    monkeypatch.setattr(language._GoingOn, "step", lambda one, n: (seen.add((one.model, fused(one.model))), step(one, n)))
+    monkeypatch.setattr(
+        language._GoingOn, "step", lambda one, n: (seen.add((one.model, fused(one.model))), step(one, n))
+    )
     found = language.decoding(models, torch.arange(2, 40), 32)
     assert dict(seen) == {models[ORIGINAL]: False, models[RETROFIT]: True, models[SOFTMAX]: True}
     assert not any(map(fused, models.values()))
