@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+CORES := $(shell getconf _NPROCESSORS_ONLN)
 
 .PHONY: compare test lint test-all native native-test bench mutants wheel docs matrix reproductions lighter scaling ranking clean
 
@@ -35,8 +36,8 @@ native-test: $(VENV)/.dev  ## The kernels' own tests, under the address, undefin
 	  case $$kind in thread) only=ON ;; *) only=OFF ;; esac && \
 	  $(BIN)/cmake -S . -B $$folder -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 	    -DREGARD_TESTS=ON -DREGARD_SANITIZE=$$kind -DREGARD_BASELINE_ONLY=$$only && \
-	  $(BIN)/cmake --build $$folder && \
-	  $(BIN)/ctest --test-dir $$folder --output-on-failure --no-tests=ignore || exit 1; \
+	  $(BIN)/cmake --build $$folder --parallel $(CORES) && \
+	  $(BIN)/ctest --test-dir $$folder --parallel $(CORES) --output-on-failure --no-tests=ignore || exit 1; \
 	done
 
 bench: $(VENV)/.bench  ## Measure the table of benchmarks/RESULTS.md on this machine, which should be idle

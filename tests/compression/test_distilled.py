@@ -129,9 +129,9 @@ def test_fusion_alignment_losses_and_gradients_are_the_official_ones() -> None:
     total = module.loss(own, teacher)
     close(total, told["hcl"] + told["pea"])
     total.backward()
-    for i in range(4):
-        close(own.maps[i].grad, told[f"grad_map{i}"], 1e-11)
-        close(own.embeddings[i].grad, told[f"grad_embedding{i}"], 1e-11)
+    for i in range(4):  # numbers of 6e-6, left of terms of size 1: one rounding of these is 4e-11 of them
+        close(own.maps[i].grad, told[f"grad_map{i}"], 1e-10)
+        close(own.embeddings[i].grad, told[f"grad_embedding{i}"], 1e-10)
 
     module.load_state_dict(official("vision_transkd_base"))
     module.eval()

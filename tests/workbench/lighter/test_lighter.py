@@ -241,11 +241,13 @@ def test_files_that_lack_weights_of_the_model_are_refused(capsys, causal, tmp_pa
     weights = load_file(place / "model.safetensors")
     weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 40)
     for command in (
         "generate {} the",
         "serve {} --port 0",
         "compress {} --recipe int8 --output {}/out",
-        "evaluate {} x",
+        f"evaluate {{}} {text}",
     ):
         code, out, said = run(capsys, command.replace("{}", str(place)))
         assert (code, out) == (2, "") and "lacks 1 weights of a LlamaForCausalLM" in said, command
