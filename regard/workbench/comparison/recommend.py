@@ -336,19 +336,23 @@ def published_means(frame: str) -> dict[str, dict[str, float]]:
 
 
 def _least_bound(alike: list[str], beside: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[str], str]:
-    """Mechanisms that lose the fewest tasks in further frames, and what the others lose; all of them where it is not
-    known of all."""
-    entries = [{**entry, "task": task} for task, found in beside.items() for entry in found]
-    known = {name: [e for e in entries if e["mechanism"] == name] for name in alike}
-    lost = {name: [e for e in own if e["first_solved"] and not e["solved"]] for name, own in known.items()}
-    fewest = min(map(len, lost.values()), default=0)
-    others = [name for name in alike if len(lost[name]) > fewest]
-    if not all(known.values()) or not others:
+    """Mechanisms that lose the fewest tasks in the further frames that all of them were trained in, and what the others lose;
+    all of them where there is no such frame."""
+    lost: dict[str, dict[str, bool]] = {}
+    for task, entries in beside.items():
+        for frame in dict.fromkeys(entry["frame"] for entry in entries):
+            of = {e["mechanism"]: e["first_solved"] and not e["solved"] for e in entries if e["frame"] == frame}
+            if of.keys() >= set(alike):
+                lost[f"{task} in the frame {frame}"] = of
+    count = {name: sum(bool(of[name]) for of in lost.values()) for name in alike}
+    fewest = min(count.values(), default=0)
+    kept, others = ([name for name in alike if (count[name] == fewest) is least] for least in (True, False))
+    if not others:
         return alike, ""
-    where = dict.fromkeys(f"{e['task']} in the frame {e['frame']}" for name in others for e in lost[name])
-    return [
-        name for name in alike if name not in others
-    ], f"unlike {listed(others)} it also solves {listed(list(where))}"
+    where = [w for w, of in lost.items() if any(of[n] for n in others) and not any(of[n] for n in kept)]
+    if not where:
+        return kept, f"it solves more of the tasks in the further frames than {listed(others)}"
+    return kept, f"unlike {listed(others)} it also solves {listed(where)}"
 
 
 def _inseparable(task: str, best: str, tied: list[str], comparison: Comparison, budget: str) -> str:

@@ -198,6 +198,26 @@ def test_of_two_alike_the_one_is_taken_that_needs_its_frame_less():
     assert alike(both, elsewhere(softmax=False, fast=True), softmax=0.5).winner == "softmax"
 
 
+def test_of_two_alike_frames_that_one_alone_was_trained_in_decide_nothing_nor_is_said_to_be_solved_what_is_not():
+    both, bare = ("softmax", "fast"), {"frame": "bare", "first_solved": True, "solved": False}
+    late = elsewhere(softmax=False)  # no time was left for the other
+    late["recall"] += [{"mechanism": name, **bare} for name in both]
+    found = alike(both, late)
+    assert found.winner == "softmax" and "it also solves" not in found.text
+    won = elsewhere(softmax=False, fast=True)
+    won["recall"] += late["recall"][1:]
+    assert "unlike softmax it also solves recall in the frame own;" in alike(both, won).text.replace(".", ";")
+    crossed = {
+        "recall": elsewhere(softmax=False, fast=True)["recall"],
+        "copying": elsewhere(softmax=False, fast=True)["recall"],
+    }
+    crossed["order"] = elsewhere(softmax=True, fast=False)["recall"]
+    assert (
+        "unlike softmax it also solves recall in the frame own and copying in the frame own"
+        in alike(both, crossed).text
+    )
+
+
 def test_a_best_rate_at_an_end_qualifies_the_headline_of_the_winner_alone():
     slow, fast = (
         advise(edges={("text", edge): 3e-2}, text=case({"slow": 1.0, "fast": 2.0})) for edge in ("slow", "fast")
