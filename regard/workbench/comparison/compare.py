@@ -227,10 +227,12 @@ class _Runner:
         self.trainer.advance(after)
         self.trainer.reserved = self.trainer.beside = 0.0
         found = Conclusions(self.works, self.settings, runs, costs, self.matched)
-        self._in_other_frames(found, self.settings.frames[1:2])  # which time is kept for
+        for name in self._framed_leaders(found):
+            for frame in self.settings.frames[1:2]:  # which time is kept for
+                self._train_in_frame(frame, name)
         if (more := self._with_time_left(runs)) is not None:
             found = Conclusions(self.works, self.settings, more, costs, self.matched)
-        found.look_beside(self._in_other_frames(found, self.settings.frames[1:]))
+        found.look_beside(self._in_other_frames(found))
         self.trainer.progress.done = self.trainer.progress.total
         self.trainer.watch(self.trainer.progress)
         return self._conclude(found, costs)
@@ -276,18 +278,21 @@ class _Runner:
         return self.trainer.train(work, names)
 
     def _beside_seconds(self, work: Work) -> float:
-        """Planned seconds of a task's runs in the frames after the first."""
+        """Planned seconds of a task's runs in the further frame that time is kept for."""
         return (work.all_runs - work.runs * len(work.configs)) * statistics.fmean(map(work.run_seconds, work.configs))
 
-    def _in_other_frames(self, found: Conclusions, frames: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-        """Rows of those that lead, trained in frames after the first where time is left; by task."""
+    def _framed_leaders(self, found: Conclusions) -> list[str]:
+        """Those that lead and have frames."""
+        return [name for name in found.leaders() if self.settings.variants[name].backbone is None]
+
+    def _in_other_frames(self, found: Conclusions) -> dict[str, list[dict[str, Any]]]:
+        """Rows of those that lead, trained in the frames after the first where time is left; by task."""
         self.beside = []
         rows: dict[str, list[dict[str, Any]]] = {work.task.name: [] for work in self.works}
-        leaders = [name for name in found.leaders() if self.settings.variants[name].backbone is None]
-        for frame in frames:
+        for frame in self.settings.frames[1:]:
             late = []
-            for name in leaders:
-                if (frame, name) not in self.framed and not self._train_in_frame(frame, name):
+            for name in self._framed_leaders(found):
+                if not self._train_in_frame(frame, name):
                     late.append(name)
                     continue
                 self.beside += self.framed[frame, name]
@@ -300,7 +305,9 @@ class _Runner:
         return rows
 
     def _train_in_frame(self, frame: str, name: str) -> bool:
-        """Train a mechanism on every task in another frame; False where no time is left for that."""
+        """Train a mechanism on every task in another frame, once; False where no time is left for that."""
+        if (frame, name) in self.framed:
+            return True
         works = [Work(work.task, self.settings, frame, [name]) for work in self.works]
         for other, work in zip(works, self.works, strict=True):
             other.follow(work)

@@ -122,6 +122,10 @@ def test_frames_beyond_the_second_are_trained_where_time_is_left_and_each_that_i
     assert {entry["frame"] for entry in outcome.beside["recall"]} == {"convolution"}
     late = [note for note in outcome.recommendation.notes if "No time was left" in note]
     assert len(late) == 1 and re.search("for .* and .* in the frame unnormed; a larger --budget has it", late[0])
+    monkeypatch.setattr(Trainer, "affords", lambda *_: False)
+    outcome = compare([recall()], settings(mechanisms=("linear", "softmax"), frames=frames), tmp_path / "late")
+    late = [note for note in outcome.recommendation.notes if "No time was left" in note]
+    assert [note.partition("in the frame ")[2].partition(";")[0] for note in late] == ["convolution", "unnormed"]
 
 
 def test_rates_go_on_beyond_an_end_until_the_best_lies_between(tmp_path):
