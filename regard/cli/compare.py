@@ -15,6 +15,7 @@ from regard.cli.options import (
     DATA,
     DEVICE,
     ENGINE,
+    FRAMES,
     JSON,
     LENGTH,
     MODEL,
@@ -82,8 +83,8 @@ def compare(
     frame: Annotated[
         str,
         typer.Option(
-            help="What surrounds each mechanism in its layer: bare, convolution, unnormed or own. Of several, all are compared in the "
-            "first, and those that lead in the others too."
+            help=f"What surrounds each mechanism in its layer: {FRAMES}. Of several, all are compared in the first, and those "
+            "that lead in the others too."
         ),
     ] = "convolution,bare,unnormed",
     leaders: Annotated[int, typer.Option(help="How many that lead are compared in the other frames.")] = 2,

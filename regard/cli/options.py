@@ -54,6 +54,8 @@ def _there(device: str) -> str:
     return device
 
 
+FRAMES = "bare, convolution, unnormed or own"
+FRAME = Annotated[str, typer.Option(help=f"What surrounds the mechanism in its layer: {FRAMES}.")]
 DEVICE = Annotated[str, typer.Option(help="Device, as torch names it: cpu, cuda.", callback=_there)]
 SKIP_UNREADABLE = Annotated[
     bool,

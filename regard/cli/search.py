@@ -14,6 +14,7 @@ from regard.cli.console import console, emit, load_plugins, plain
 from regard.cli.options import (
     DATA,
     DEVICE,
+    FRAME,
     JSON,
     LENGTH,
     PLUGINS,
@@ -67,9 +68,7 @@ def search(
     seed: Annotated[int, typer.Option(help="Seed of the supernet, the draws and the first run.")] = 0,
     learning_rate: Annotated[float, typer.Option(help="Learning rate of all training.")] = 3e-3,
     batch_tokens: Annotated[int, typer.Option(help="Tokens in a training step.")] = 4096,
-    frame: Annotated[
-        str, typer.Option(help="What surrounds the mechanism in its layer: bare, convolution, unnormed or own.")
-    ] = "bare",
+    frame: FRAME = "bare",
     separate: Annotated[
         bool, typer.Option("--separate", help="Give each mechanism projections of its own in the supernet.")
     ] = False,

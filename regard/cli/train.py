@@ -22,6 +22,7 @@ from regard.cli.console import console, emit, load_plugins, plain
 from regard.cli.options import (
     DATA,
     DEVICE,
+    FRAME,
     JSON,
     LENGTH,
     MODEL,
@@ -91,9 +92,7 @@ def train(
     layers: Annotated[int, typer.Option(help="Layers of the backbone.")] = 4,
     heads: Annotated[int, typer.Option(help="Heads of a layer.")] = 4,
     batch_tokens: Annotated[int, typer.Option(help="Tokens in a training step.")] = 4096,
-    frame: Annotated[
-        str, typer.Option(help="What surrounds the mechanism in its layer: bare, convolution, unnormed or own.")
-    ] = "convolution",
+    frame: FRAME = "convolution",
     exits: Annotated[
         str | None,
         typer.Option(

@@ -11,9 +11,10 @@ gate on the output. Papers choose them differently, and they can matter more tha
 - ``own``: what each paper's layer has, which differs.
 
 The norm is in the first two, since a recurrence that sums without a denominator needs it, and without it softmax learns to
-recall at a third of the learning rates. It is not neutral: what gates its state may be better without. A mechanism keeps what belongs to
-it: a mixer such as Mamba its whole block, scores that are made of positions their positions, a gate that says how much of a
-head counts the size of its output, which a norm would undo. :func:`layer_parts` says what a layer came to have.
+recall at a third of the learning rates. It is not neutral: what gates its state may be better without. A mechanism keeps
+what belongs to it: a mixer such as Mamba its whole block, scores that are made of positions their positions, a gate that
+says how much of a head counts the size of its output, which a norm would undo. :func:`layer_parts` says what a layer came
+to have.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ BARE: Mapping[str, Any] = {
     "key_expand": 1.0,
     "value_expand": 1.0,
 }
+CONVOLUTION: Mapping[str, Any] = {**BARE, "short_convolution": 4}
 FRAMES: Mapping[str, Mapping[str, Any]] = {
     "bare": BARE,
-    "convolution": {**BARE, "short_convolution": 4},
-    "unnormed": {**BARE, "short_convolution": 4, "output_norm": None},
+    "convolution": CONVOLUTION,
+    "unnormed": {**CONVOLUTION, "output_norm": None},
     "own": {},
 }
 MEANINGS = {

@@ -142,8 +142,8 @@ def prefill(models: Models, ids: Int[Tensor, " n"], length: int) -> dict[str, An
 @torch.no_grad()
 def decoding(models: Models, ids: Int[Tensor, " n"], length: int) -> dict[str, Any]:
     """Seconds to go on by one token after a prompt, as `generate` does: with the model's cache, and the bytes that it then
-    holds, or without one by reading everything again. Models take turns, token by token. All but the original
-    decode in few native calls, as `regard generate` has them, and regard's softmax has a cache that is not copied at each token."""
+    holds, or without one by reading everything again. Models take turns, token by token. All but the original decode in few
+    native calls, as `regard generate` has them, and regard's softmax has a cache that is not copied at each token."""
     from regard.integrations.transformers import fuse_layers, unfuse_layers
 
     prompt, own = _prompt(ids, length), [model for name, model in models.items() if name != ORIGINAL]

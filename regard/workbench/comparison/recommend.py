@@ -346,7 +346,8 @@ def _least_bound(alike: list[str], beside: Mapping[str, Sequence[Mapping[str, An
                 lost[f"{task} in the frame {frame}"] = of
     count = {name: sum(bool(of[name]) for of in lost.values()) for name in alike}
     fewest = min(count.values(), default=0)
-    kept, others = ([name for name in alike if (count[name] == fewest) is least] for least in (True, False))
+    kept = [name for name in alike if count[name] == fewest]
+    others = [name for name in alike if name not in kept]
     if not others:
         return alike, ""
     where = [w for w, of in lost.items() if any(of[n] for n in others) and not any(of[n] for n in kept)]
