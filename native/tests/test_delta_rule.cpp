@@ -86,8 +86,10 @@ void run(const Case& c) {
     for (size_t t = 0; t < n; ++t) {
       const auto kt = [&](size_t d) { return k[(pair * n + t) * K + d]; };
       Doubles error(V);
-      for (size_t d = 0; d < K; ++d)
-        for (size_t e = 0; e < V; ++e) s[d * V + e] *= gate(t, d);
+      for (size_t d = 0; d < K; ++d) {
+        const double kept = gate(t, d);
+        for (size_t e = 0; e < V; ++e) s[d * V + e] *= kept;
+      }
       befores.push_back(s);
       for (size_t e = 0; e < V; ++e) {
         error[e] = v[(pair * n + t) * V + e];
@@ -130,11 +132,13 @@ void run(const Case& c) {
       }
       beta_terms = fmax(beta_terms, terms);
       if (c.read && !c.inclusive) read();
-      for (size_t d = 0; d < K; ++d)
+      for (size_t d = 0; d < K; ++d) {
+        const double kept = gate(t, d);
         for (size_t e = 0; e < V; ++e) {
           if (G) dg[(pair * n + t) * G + (G == 1 ? 0 : d)] += ds[d * V + e] * befores[t][d * V + e];
-          ds[d * V + e] *= gate(t, d);
+          ds[d * V + e] *= kept;
         }
+      }
     }
     std::copy(ds.begin(), ds.end(), dstate.begin() + pair * K * V);
   }

@@ -113,11 +113,13 @@ void run(const Case& c) {
     std::vector<Doubles> states_after;
     for (int64_t t = 0; t < c.tokens; ++t) {
       Doubles read(columns);
-      for (int64_t d = 0; d < c.keys; ++d)
+      for (int64_t d = 0; d < c.keys; ++d) {
+        const double kd = key(t, d), qd = query(t, d);
         for (int64_t e = 0; e < columns; ++e) {
-          s[d * columns + e] += key(t, d) * value(t, e);
-          read[e] += query(t, d) * s[d * columns + e];
+          s[d * columns + e] += kd * value(t, e);
+          read[e] += qd * s[d * columns + e];
         }
+      }
       states_after.push_back(s);
       const double denominator = c.normalize ? read[c.values] + eps : 1;
       double* grad = grad_read.data() + t * columns;
@@ -132,12 +134,13 @@ void run(const Case& c) {
     Doubles r(grad_final.data() + head * matrix, grad_final.data() + (head + 1) * matrix);
     for (int64_t t = c.tokens - 1; t >= 0; --t)
       for (int64_t d = 0; d < c.keys; ++d) {
+        const double kd = key(t, d), qd = query(t, d);
         double of_query = 0, of_key = 0;
         for (int64_t e = 0; e < columns; ++e) {
           of_query += states_after[t][d * columns + e] * grad_read[t * columns + e];
-          r[d * columns + e] += query(t, d) * grad_read[t * columns + e];
+          r[d * columns + e] += qd * grad_read[t * columns + e];
           of_key += r[d * columns + e] * value(t, e);
-          if (e < c.values) grad_v_[(head * c.tokens + t) * c.values + e] += key(t, d) * r[d * columns + e];
+          if (e < c.values) grad_v_[(head * c.tokens + t) * c.values + e] += kd * r[d * columns + e];
         }
         const int64_t at = (own * c.tokens + t) * c.keys + d;
         grad_q_[at] += of_query * scale * slope(c.map, double(scale) * qh[t * c.keys + d]);

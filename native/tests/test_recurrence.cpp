@@ -92,8 +92,10 @@ void run(const Case& c) {
     Doubles s(state.data() + head * matrix, state.data() + (head + 1) * matrix);
     std::vector<Doubles> before;  // decayed, not yet written
     for (int64_t t = 0; t < c.tokens; ++t) {
-      for (int64_t d = 0; d < c.keys; ++d)
-        for (int64_t e = 0; e < c.values; ++e) s[d * c.values + e] *= decay(t, d);
+      for (int64_t d = 0; d < c.keys; ++d) {
+        const double kept = decay(t, d);
+        for (int64_t e = 0; e < c.values; ++e) s[d * c.values + e] *= kept;
+      }
       before.push_back(s);
       for (int64_t d = 0; d < c.keys; ++d)
         for (int64_t e = 0; e < c.values; ++e) s[d * c.values + e] += double(kh[t * c.keys + d]) * vh[t * c.values + e];
@@ -118,13 +120,15 @@ void run(const Case& c) {
           grad_v_[(head * c.tokens + t) * c.values + e] += r[d * c.values + e] * kh[t * c.keys + d];
         }
       if (!c.inclusive) reads();
-      for (int64_t d = 0; d < c.keys; ++d)
+      for (int64_t d = 0; d < c.keys; ++d) {
+        const double kept = decay(t, d);
         for (int64_t e = 0; e < c.values; ++e) {
           if (c.decay != 0)
             grad_g_[(head * c.tokens + t) * gate + (gate == 1 ? 0 : d)] +=
                 before[t][d * c.values + e] * r[d * c.values + e];
-          r[d * c.values + e] *= decay(t, d);
+          r[d * c.values + e] *= kept;
         }
+      }
     }
     for (int64_t i = 0; i < matrix; ++i) grad_state_[head * matrix + i] = r[i];
   }
@@ -164,12 +168,11 @@ void step(const Case& c, bool correcting) {
   Doubles o_(o.size()), new_(state.size());
   for (int64_t head = 0; head < rows; ++head) {
     const int64_t own = head / c.heads * c.groups + head % c.heads / (c.heads / c.groups);
+    Doubles kept(c.keys, 1.);
+    for (int64_t d = 0; c.decay != 0 && d < c.keys; ++d) kept[d] = exp(double(g[head * gate + (gate == 1 ? 0 : d)]));
     for (int64_t e = 0; e < c.values; ++e) {
       double u = v[head * c.values + e], found = 0;
-      auto decayed = [&](int64_t d) {
-        return state[head * matrix + d * c.values + e] *
-               (c.decay == 0 ? 1. : exp(double(g[head * gate + (gate == 1 ? 0 : d)])));
-      };
+      auto decayed = [&](int64_t d) { return state[head * matrix + d * c.values + e] * kept[d]; };
       for (int64_t d = 0; d < c.keys; ++d) found += decayed(d) * k[own * c.keys + d];
       if (correcting) u = beta[head] * (u - found);
       for (int64_t d = 0; d < c.keys; ++d) {
