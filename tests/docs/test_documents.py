@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import json
@@ -81,10 +82,15 @@ def test_snippet_runs(code, tmp_path, monkeypatch):
     execute(code, tmp_path)
 
 
+@functools.cache
+def commands():
+    return typer.main.get_command(app).commands
+
+
 @pytest.mark.parametrize("line", COMMANDS)
 def test_command_exists_with_these_options(line):
     words = shlex.split(line.split(">")[0])
-    command = typer.main.get_command(app).commands[words[1]]
+    command = commands()[words[1]]
     options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     assert {word for word in words[2:] if word.startswith("--")} <= options
     if "--mechanisms" in words:

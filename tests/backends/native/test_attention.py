@@ -131,7 +131,7 @@ def test_every_mask_and_option_equals_the_definition(instruction_set, dtype):
 @both_dtypes
 def test_clipped_weights_equal_the_definition_under_every_mask_and_option(instruction_set, dtype):
     clipped = torch.zeros(3, dtype=torch.int64)
-    for seed in range(60):
+    for seed in range(24):
         stretch = random.Random(seed).choice(STRETCHES)
         problem = replace(random_problem(seed, dtype), rule="softmax", shift=0.0, sink=None, stretch=stretch)
         check(problem, False)
@@ -141,7 +141,7 @@ def test_clipped_weights_equal_the_definition_under_every_mask_and_option(instru
         weights = weights[whole > 0]
         kinds = weights == 0, weights == 1, (weights > 0) & (weights < 1)
         clipped += torch.stack([kind.sum() for kind in kinds])
-    assert (clipped > 5_000).all()  # at 0, at 1 and between
+    assert (clipped > 2_000).all()  # at 0, at 1 and between
 
 
 @pytest.mark.parametrize("rule", [*RULES, (0.0, 1.0), *STRETCHES], ids=str)

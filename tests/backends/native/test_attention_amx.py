@@ -44,7 +44,7 @@ def check(problem: Problem) -> None:
 
 
 def test_many_keys_under_every_mask_equal_the_definition():
-    for seed in range(40):
+    for seed in range(16):
         problem = random_problem(
             seed, torch.bfloat16, (50, 130, LONG), (LONG,), (40, 48), block=(7, 32, 48, 64)[seed % 4]
         )

@@ -259,12 +259,14 @@ def test_threads_change_no_result_and_gradients_by_rounding_alone(name):
 @each_case
 @pytest.mark.usefixtures("_any_memory")
 def test_operators_are_well_formed(name):
+    """With gradients the whole of torch's check, which compiles; for what has none, what it says of schemas and shapes."""
     for operator, arguments, _, _ in calls_of(name, 20):
-        torch.library.opcheck(operator, arguments)
-        if not operator._opname.endswith("_backward") and name in FUNCTIONS:
-            floating = [isinstance(x, Tensor) and x.is_floating_point() for x in arguments]
-            leaves = [x.clone().requires_grad_() if y else x for x, y in zip(arguments, floating, strict=True)]
-            torch.library.opcheck(operator, leaves)
+        if operator._opname.endswith("_backward") or name not in FUNCTIONS:
+            torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+            continue
+        floating = [isinstance(x, Tensor) and x.is_floating_point() for x in arguments]
+        leaves = [x.clone().requires_grad_() if y else x for x, y in zip(arguments, floating, strict=True)]
+        torch.library.opcheck(operator, leaves)
 
 
 @each_function
