@@ -80,7 +80,7 @@ def test_what_a_card_waives_is_refused_with_its_reason(name, waiver):
         make(layer, torch.randn(2, 20, 16))
 
 
-@pytest.mark.parametrize("name", ["gated_linear", "delta_rule", "mamba"])
+@pytest.mark.parametrize("name", ["gated_linear", "delta_rule"])
 def test_a_recurrence_is_exported_by_torch_alone_without_gradients_and_refused_with_them(name):
     layer, x = create_layer(name, 8, 2).eval(), torch.randn(1, 5, 8)
     with pytest.raises(Unsupported, match=r"a program of a recurrence with gradients.*no_grad"):
