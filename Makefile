@@ -12,9 +12,10 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/include/* native/src/
 compare: $(VENV)/.data  ## Train four mechanisms on embedded data and say which to take (under 10 minutes on 2 cores)
 	$(BIN)/regard compare --budget 8m --output runs/compare
 
-# Threads that wait would spin on the core that another worker needs; compiled modules serve the commands that tests start.
-test: $(VENV)/.dev  ## Lint, check types and import order, and run all tests (under 20 minutes on 2 cores)
-	$(MAKE) --jobs=2 --output-sync=target lint native-test
+# The kernels' own tests are built while what the others need is fetched and installed. Threads that wait would spin on the
+# core that another worker needs; compiled modules serve the commands that tests start.
+test:  ## Lint, check types and import order, and run all tests (under 20 minutes on 2 cores)
+	$(MAKE) --jobs=2 --output-sync=target native-test lint
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n auto --dist loadgroup
 
 lint: $(VENV)/.dev  ## Lint, check types and import order
@@ -30,7 +31,7 @@ native: $(VENV)/.dev  ## Build the kernels again after a change; only what chang
 	$(BIN)/pip install --quiet --no-deps -e .
 
 # Threads share work alike under every instruction set: their sanitizer sees one of them.
-native-test: $(VENV)/.dev  ## The kernels' own tests, under the address, undefined-behaviour and thread sanitizers
+native-test: $(VENV)/.cmake  ## The kernels' own tests, under the address, undefined-behaviour and thread sanitizers
 	for kind in address,undefined thread; do \
 	  folder=build/sanitize-$${kind%%,*} && \
 	  case $$kind in thread) only=ON ;; *) only=OFF ;; esac && \
@@ -81,7 +82,11 @@ $(VENV)/.data: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/pip install --quiet -e '.[data]'
 	touch $@
 
-$(VENV)/.dev: $(VENV)/bin/python $(SOURCES)
+$(VENV)/.cmake: $(VENV)/bin/python
+	$(BIN)/pip install --quiet 'cmake>=3.20' 'ninja>=1.11'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.cmake $(SOURCES)
 	$(BIN)/pip install --quiet -e '.[dev]'
 	touch $@
 
