@@ -46,7 +46,7 @@ def test_generation_through_the_state_equals_recomputing(plan, text):
     assert history.finished and history.final_loss < history.curve[0].loss - 0.5
     prompt = text.training_batch(0, 1, 2).inputs[:, :30]
     # a barely trained model's likeliest text may repeat itself; drawn text may not, and shows any drift of the logits
-    drawn = check_generation(model.double().eval(), prompt, 100, 1.0)  # past blocks and windows of 32, 64 and 128
+    drawn = check_generation(model.double().eval(), prompt, 110, 1.0)  # past blocks and windows of 32, 64 and 128
     assert drawn.unique().numel() > 10
 
 
