@@ -7,11 +7,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import typer
 from command_line import answer, run
 
 from regard import Unsupported, get_mechanism, list_mechanisms
-from regard.cli.app import COMMANDS, app
+from regard.cli.app import COMMANDS, parser
 from regard.cli.arguments import read_lengths
 from regard.contract import Pattern
 from regard.tasks import list_tasks
@@ -51,7 +50,7 @@ def test_a_device_that_is_not_there_is_one_sentence(capsys, tmp_path, command):
 def test_help_says_all_that_is_written_for_it(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "2000")
     _, text, _ = run(capsys, f"{command} --help")
-    options = [option.help for option in typer.main.get_command(app).commands[command].params if option.help]
+    options = [option.help for option in parser.commands[command].params if option.help]
     prose = inspect.cleandoc(COMMANDS[command].__doc__).partition("Examples:")[0].split("\n\n")
     for said in [*options, *(" ".join(paragraph.split()) for paragraph in prose)]:
         assert said.replace("\\[", "[") in text

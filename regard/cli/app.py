@@ -97,11 +97,15 @@ def common(
     """The attention workbench: list, verify, profile, advise on and compare attention mechanisms on your data and machine."""
 
 
+parser = typer.main.get_command(app)
+"""Made once: to make it takes longer than many a command."""
+
+
 def main() -> None:
     """Entry point: a request that cannot be honoured ends with exit code 2 and one clear line."""
     keep_freed_memory()
     try:
-        app(standalone_mode=True)
+        parser(standalone_mode=True)
     except Unsupported as error:
         errors.print(plain(f"regard: {error}"), soft_wrap=True)
         raise SystemExit(2) from None

@@ -79,20 +79,26 @@ def regard_version() -> str:
 
 
 def git_revision() -> str | None:
-    """The commit of the checkout that regard runs from, with ``+changes`` when tracked files differ from it.
+    """The commit of the checkout that regard runs from, with ``+changes`` when tracked files differ from it; both as the
+    process first asked, since what was changed later does not run in it.
 
     None for an installed package, even when it is installed inside some other project's repository.
     """
-    root = _git("rev-parse", "--show-toplevel")
-    if root is None or Path(root).resolve() != CHECKOUT:
+    return _revision(CHECKOUT)
+
+
+@functools.cache
+def _revision(checkout: Path) -> str | None:
+    root = _git(checkout, "rev-parse", "--show-toplevel")
+    if root is None or Path(root).resolve() != checkout:
         return None
-    commit = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain", "--untracked-files=no")
+    commit = _git(checkout, "rev-parse", "HEAD")
+    changes = _git(checkout, "status", "--porcelain", "--untracked-files=no")
     return f"{commit}+changes" if commit and changes else commit
 
 
-def _git(*arguments: str) -> str | None:
-    return _output("git", "-C", str(CHECKOUT), *arguments)
+def _git(checkout: Path, *arguments: str) -> str | None:
+    return _output("git", "-C", str(checkout), *arguments)
 
 
 def _output(*command: str) -> str | None:

@@ -212,6 +212,6 @@ REPRODUCTION = Reproduction(
         Check("on 8 x 8 above rotary", more_right("grid rotary", at=8), above=0.0),
         Check("on 8 x 8 above without its losses", more_right("grid seqpe without losses", at=8), above=0.0),
     ),
-    smoke={"steps": 10, "batch_size": 2, "items": 4},
+    smoke={"steps": 4, "batch_size": 2, "items": 4},
     seconds=60,
 )

@@ -125,6 +125,6 @@ REPRODUCTION = Reproduction(
         "organs, instruments and cells: no such images in any package; a head with its tissues is the reproduction umamba_heads",
         "volumes, deep supervision and the thousand epochs of nnU-Net: out of reach",
     ),
-    smoke={"steps": 2, "batch_size": 2, "items": 4, "size": 32},
+    smoke={"steps": 1, "batch_size": 2, "items": 2, "size": 32},
     seconds=200,
 )

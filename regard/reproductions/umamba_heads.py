@@ -39,7 +39,7 @@ REPRODUCTION = Reproduction(
         ),
     ),
     left_out=("patients, organs and volumes: no such images in any package",),
-    smoke={"steps": 2, "batch_size": 2, "items": 4, "size": 32},
+    smoke={"steps": 1, "batch_size": 2, "items": 2, "size": 32},
     seeds=5,
     seconds=150,
 )

@@ -203,7 +203,7 @@ REPRODUCTION = Reproduction(
     ),
     timings=frozenset(name for name in SETTINGS if name.startswith("time: ")),
     more_seeds={f"documents: softmax {shape(*WIDE)}{suffix}": 8 for suffix in ("", ", wider feed-forward")},
-    smoke={"steps": 2, "batch_size": 2, "items": 8, "seconds": 0.01},
+    smoke={"steps": 1, "batch_size": 2, "items": 4, "seconds": 0.01},
     seconds=30,
     table=table,
 )

@@ -141,7 +141,7 @@ def profile(settings: ProfileSettings, *, on_length: Callable[[str, int], None] 
     names = [known_name(n) for n in settings.mechanisms]
     subjects = {name: _subject(name, settings) for name in dict.fromkeys((REFERENCE, *names))}
     measurements: list[Measurement] = []
-    peak = None if library.why_missing() else machine.fma_peak()
+    peak = None if library.why_missing() else _peak(torch.get_num_threads())
     skipped: dict[str, str] = {}
     for what in settings.what:
         able = {n: s for n, s in subjects.items() if what != "decode" or _decodes(s)}
@@ -152,6 +152,12 @@ def profile(settings: ProfileSettings, *, on_length: Callable[[str, int], None] 
             if on_length is not None:
                 on_length(what, length)
     return Profile(settings, measurements, _efficiency(measurements, list(subjects)), skipped, peak)
+
+
+@functools.cache
+def _peak(threads: int) -> float:
+    """Measured once in a process, which may profile many lengths one by one."""
+    return machine.fma_peak()
 
 
 @dataclass(frozen=True)

@@ -242,7 +242,7 @@ WRITE_MANY = """
 
 def test_two_writers_open_a_new_store_and_share_it(path):
     writers = [start(WRITE_MANY, path, name) for name in "ab"]
-    counts = [list(map(int, writer.communicate(timeout=60)[0].split())) for writer in writers]
+    counts = [list(map(int, writer.communicate(timeout=600)[0].split())) for writer in writers]
     assert [writer.returncode for writer in writers] == [0, 0]
     assert sum(shared for shared, _ in counts) == 25
     assert [own for _, own in counts] == [25, 25]

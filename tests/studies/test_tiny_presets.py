@@ -33,9 +33,12 @@ ENTER = {
 
 SHORTER = {
     "architecture-search": [(architecture_search.SIZES, {"steps": 8, "retrain": 8, "evaluations": 40, "items": 16})],
-    "in-context-functions": [(in_context_functions.SIZES, {"steps": 25, "items": 32})],
-    "softmax-regression": [(softmax_regression.PRESETS, {"steps": 25, "items": 64, "draws": 100})],
-    "training-dynamics": [(training_dynamics.PRESETS, {"seeds": 2}), (training_dynamics.TEXTS, {"steps": 30})],
+    "in-context-functions": [(in_context_functions.SIZES, {"steps": 8, "items": 16})],
+    "softmax-regression": [(softmax_regression.PRESETS, {"steps": 8, "items": 64, "draws": 30})],
+    "training-dynamics": [
+        (training_dynamics.PRESETS, {"seeds": 2, "ratios": [1, 10], "batches": [8, 64]}),
+        (training_dynamics.TEXTS, {"steps": 12}),
+    ],
 }
 """What is smaller in `make test`, which does not ask what was learned; `make test-all` has the presets as they are."""
 ALL = bool(os.environ.get("REGARD_TEST_ALL"))
@@ -55,8 +58,10 @@ def test_these_are_all_studies_with_a_tiny_preset():
 
 @pytest.mark.parametrize("name", ENTER if ALL else sorted({*ENTER} - {"cab"}))
 def test_a_tiny_preset_runs_whole_and_shows_the_mechanism_of_the_user(capsys, tmp_path, monkeypatch, name):
-    for sizes, fewer in SHORTER.get(name, []) if not ALL else []:
-        monkeypatch.setitem(sizes, "tiny", sizes["tiny"] | fewer)
+    if not ALL:
+        monkeypatch.setattr("regard.workbench.search.predictor.STEPS", 20)
+        for sizes, fewer in SHORTER.get(name, []):
+            monkeypatch.setitem(sizes, "tiny", sizes["tiny"] | fewer)
     line = f"study {name} --preset tiny --output {tmp_path}"
     line += f" --plugin {PLUGIN} --mechanisms {ENTER[name]}" if ENTER[name] else ""
     found = told(answer, capsys, line)

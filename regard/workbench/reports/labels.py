@@ -90,6 +90,8 @@ def _boxes_around(point: Point, radius: float, width: float) -> Iterable[tuple[f
 
 def collision(a: Box, b: Box) -> float:
     """The penalty of two overlapping boxes: more than any place without overlap, and the more the larger the overlap."""
+    if a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]:  # nearly all pairs
+        return 0.0
     area = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     return 300 + 3 * area if area else 0.0
 

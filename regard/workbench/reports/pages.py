@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from regard.workbench.reports.markers import COLOURS
 from regard.workbench.reports.scales import Formatter, is_number
 
 
+@functools.cache
 def pages(*folders: Path) -> Environment:
-    """Templates of pages: those of reports, with their style, and those in other folders."""
+    """Templates of pages: those of reports, with their style, and those in other folders; compiled once in a process."""
     environment = Environment(
         loader=FileSystemLoader([*folders, Path(__file__).parent / "templates"]),
         autoescape=True,
