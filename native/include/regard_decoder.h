@@ -1,5 +1,5 @@
 /* Layers of a Llama-like decoder, for few tokens: the two parts of one, what comes before attention and what comes after it,
- * between which the caller puts keys and values into a cache and attends; and whole layers with their caches. */
+ * between which the caller puts keys and values into a cache and attends; and whole layers with their caches or states. */
 #ifndef REGARD_DECODER_H
 #define REGARD_DECODER_H
 
@@ -50,8 +50,24 @@ typedef struct {
 } regard_decoder_outputs_args;
 REGARD_API int regard_decoder_outputs(const regard_decoder_outputs_args *args);
 
+/* In the place of softmax attention: the recurrence of regard_gated_recurrence_step, of values, gates and rates of G heads that
+ * each serve as many query heads, from the layer's normed input u:
+ *
+ *     z = gates_1(gates_0(u)),     g = max(least, -exp(log_rates) softplus(sign z)),     beta = most_beta sigmoid(beta(u)).
+ */
+typedef struct {
+  regard_weight gates[2];  /* n 0: none; without both, softplus is 1. z: one number or head_width of them for each of the G */
+  const float *log_rates;  /* (G,); NULL: no decay */
+  float sign, least;
+  int64_t steps;           /* whether values are multiplied with softplus(sign z), one number a head */
+  regard_weight beta;      /* to one number for each of the G; n 0: none */
+  float most_beta;
+  float eps[2];            /* queries, and keys, become x / sqrt(sum(x^2) + eps) for each head; negative: they stay */
+} regard_decoder_recurrence;
+
 /* A whole layer: weights of queries, keys, values, output, gate, up and down, and its part of the cache. Query i of a row sees
- * the row's keys up to its own, at most `left` before it (-1: all); scores are multiplied with `scale`. */
+ * the row's keys up to its own, at most `left` before it (-1: all). Scores, or the queries of a recurrence, are multiplied with
+ * `scale`. */
 typedef struct {
   float eps[2];
   const float *norms[2];
@@ -60,17 +76,25 @@ typedef struct {
   int64_t left;
   float *keys, *values;
   int64_t keys_strides[3], values_strides[3]; /* row or page, head, token or slot; features are contiguous */
+  const regard_decoder_recurrence *recurrence; /* NULL: softmax; otherwise `left`, keys and values are not used */
 } regard_decoder_layer;
 
-/* Layers one after the other, and a norm of the last one's answer if asked for; token i of row b is number lengths_b + i of its row. Without pages all rows have room for as
- * many tokens as the longest; with them, token t of row b has its place as in regard_attention_decode. Nothing is written
- * when an argument is bad. */
+/* (batch, query heads, head_width, head_width) contiguous, each in memory of its own. */
+typedef struct {
+  const float *before;
+  float *after;
+} regard_decoder_state;
+
+/* Layers one after the other, and a norm of the last one's answer if asked for; token i of row b is number lengths_b + i of its
+ * row. Without pages all rows have room for as many tokens as the longest; with them, token t of row b has its place as in
+ * regard_attention_decode. Nothing is written when an argument is bad. */
 typedef struct {
   int64_t size;
   int64_t threads;
   int64_t batch, n, width, head_width;
   int64_t count;
   const regard_decoder_layer *layers;
+  const regard_decoder_state *states; /* one for each layer with a recurrence, in their order */
   const int64_t *lengths;         /* (batch,) tokens before */
   const int64_t *pages;           /* (batch, pages_stride); NULL for none */
   int64_t pages_stride, page_size;

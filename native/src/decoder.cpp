@@ -4,6 +4,7 @@
 #include "regard_attention.h"
 #include "regard_decoder.h"
 #include "regard_quantized_linear.h"
+#include "regard_recurrence.h"
 
 #include "elementwise.h"
 #include "vector.h"
@@ -124,6 +125,107 @@ void put_tokens(const regard_decoder_layers_args& a, const float* from, int64_t 
     }
 }
 
+// Heads multiplied with `scale` and, unless eps is negative, divided by their lengths.
+void scale_heads(int64_t count, int64_t width, float eps, float scale, float* x) {
+  for (int64_t h = 0; h < count; ++h, x += width) {
+    float factor = scale;
+    if (eps >= 0) {
+      Vec squares = zero();
+      over_vectors(width, [&](int64_t i, int lanes, auto full) __attribute__((always_inline)) {
+        constexpr bool FULL = decltype(full)::value;
+        const Vec v = take<FULL>(x + i, lanes);
+        squares = fma(v, v, squares);
+      });
+      factor /= __builtin_sqrtf(sum(squares) + eps);
+    }
+    over_vectors(width, [&](int64_t i, int lanes, auto full) __attribute__((always_inline)) {
+      constexpr bool FULL = decltype(full)::value;
+      put<FULL>(x + i, take<FULL>(x + i, lanes) * factor, lanes);
+    });
+  }
+}
+
+int64_t gates_of(const regard_decoder_recurrence& r) { return r.gates[1].n != 0 ? r.gates[1].n : r.gates[0].n; }
+
+// From z, `each` numbers a head, the logarithms of decays in its place, and values times their steps.
+void decay(const regard_decoder_recurrence& r, int64_t m, int64_t heads, int64_t each, int64_t width, float* z, float* v) {
+  const bool gated = gates_of(r) != 0;
+  for (int64_t t = 0; t < m; ++t)
+    for (int64_t h = 0; h < heads; ++h, z += each, v += width) {
+      const float rate = exp(r.log_rates[h]);
+      if (r.steps) scale_heads(1, width, -1.f, softplus(broadcast(r.sign * z[0])).value[0], v);
+      over_vectors(each, [&](int64_t i, int lanes, auto full) __attribute__((always_inline)) {
+        constexpr bool FULL = decltype(full)::value;
+        const Vec strength = gated ? softplus(take<FULL>(z + i, lanes) * r.sign).value : broadcast(1.f);
+        put<FULL>(z + i, maximum(broadcast(r.least), strength * -rate), lanes);
+      });
+    }
+}
+
+// What the heads of a layer read from its state, which steps on; q, k and v are changed.
+int recur(const regard_decoder_layers_args& a, const regard_decoder_layer& layer, const regard_decoder_state& state,
+          const float* normed, float* q, float* k, float* v, float* read) {
+  const regard_decoder_recurrence& r = *layer.recurrence;
+  const int64_t tokens = a.batch * a.n, heads = layer.weights[0].n / a.head_width, own = layer.weights[1].n / a.head_width;
+  const int64_t each = most<int64_t>(1, gates_of(r) / own);
+  const size_t low = static_cast<size_t>(tokens * r.gates[0].n), gates = static_cast<size_t>(tokens * own * each);
+  const size_t rates = static_cast<size_t>(tokens * own), widest = static_cast<size_t>(tokens * most(a.width, r.gates[0].n));
+  Workspace workspace(Workspace::bytes_of<float>(low) + Workspace::bytes_of<float>(gates) +
+                      Workspace::bytes_of<float>(rates) + Workspace::bytes_of<float>(widest));
+  if (!workspace) return REGARD_OUT_OF_MEMORY;
+  float *const between = workspace.take<float>(low), *const g = workspace.take<float>(gates);
+  float *const beta = workspace.take<float>(rates), *const scaled = workspace.take<float>(widest);
+  int status = REGARD_OK;
+  if (r.gates[0].n != 0) {
+    const bool two = r.gates[1].n != 0;
+    status = apply(a.threads, tokens, normed, scaled, {Product{&r.gates[0], two ? between : g}});
+    if (status == REGARD_OK && two) status = apply(a.threads, tokens, between, scaled, {Product{&r.gates[1], g}});
+  }
+  if (status == REGARD_OK && r.beta.n != 0) status = apply(a.threads, tokens, normed, scaled, {Product{&r.beta, beta}});
+  if (status != REGARD_OK) return status;
+  if (r.log_rates != nullptr) decay(r, tokens, own, each, a.head_width, g, v);
+  if (r.beta.n != 0)
+    over_vectors(tokens * own, [&](int64_t i, int lanes, auto full) __attribute__((always_inline)) {
+      constexpr bool FULL = decltype(full)::value;
+      put<FULL>(beta + i, sigmoid(take<FULL>(beta + i, lanes)) * r.most_beta, lanes);
+    });
+  scale_heads(tokens * heads, a.head_width, r.eps[0], layer.scale, q);
+  if (r.eps[1] >= 0) scale_heads(tokens * own, a.head_width, r.eps[1], 1.f, k);
+
+  regard_gated_recurrence_step_args step{};
+  step.size = sizeof step;
+  step.threads = a.threads;
+  step.batch = a.batch;
+  step.heads = heads;
+  step.key_width = step.value_width = a.head_width;
+  step.decay = r.log_rates == nullptr ? REGARD_DECAY_NONE : each == 1 ? REGARD_DECAY_SCALAR : REGARD_DECAY_VECTOR;
+  step.new_state = state.after;
+  for (int64_t t = 0; t < a.n; ++t) {
+    const auto rows = [&](float* x, int64_t count, int64_t width) {
+      return regard_sequence{x + t * count * width, REGARD_FLOAT32, count, a.n * count * width, width, 0};
+    };
+    step.q = rows(q, heads, a.head_width);
+    step.k = rows(k, own, a.head_width);
+    step.v = rows(v, own, a.head_width);
+    step.o = rows(read, heads, a.head_width);
+    if (r.log_rates != nullptr) step.g = rows(g, own, each);
+    if (r.beta.n != 0) step.beta = rows(beta, own, 1);
+    step.state = t == 0 ? state.before : state.after;
+    status = regard_gated_recurrence_step(&step);
+    if (status != REGARD_OK) return status;
+  }
+  return REGARD_OK;
+}
+
+bool wrong(const regard_decoder_recurrence& r, int64_t width, int64_t heads, int64_t head_width) {
+  const int64_t gates = gates_of(r);
+  if (r.gates[0].n != 0 ? wrong(r.gates[0], width) : gates != 0) return true;
+  if (r.gates[1].n != 0 && wrong(r.gates[1], r.gates[0].n)) return true;
+  if (gates != 0 && gates != heads && gates != heads * head_width) return true;
+  if (r.log_rates == nullptr ? gates != 0 || r.steps : r.steps && gates != heads) return true;
+  return r.beta.n != 0 && (wrong(r.beta, width) || r.beta.n != heads);
+}
+
 bool wrong(const regard_decoder_layers_args& a) {
   if (a.threads < 1 || a.batch < 0 || a.n < 0 || a.count < 0 || a.width < 1 || a.head_width < 2 || a.head_width % 2) return true;
   if (a.pages != nullptr && a.page_size < 1) return true;
@@ -134,6 +236,9 @@ bool wrong(const regard_decoder_layers_args& a) {
     for (int j = 0; j < 6; ++j)
       if (j != 3 && wrong(w[j], a.width)) return true;
     if (wrong(w[3], w[0].n) || wrong(w[6], w[4].n) || w[3].n != a.width || w[5].n != w[4].n || w[6].n != a.width) return true;
+    const regard_decoder_layer& layer = a.layers[i];
+    if (layer.recurrence == nullptr) continue;
+    if (a.n < 1 || a.states == nullptr || wrong(*layer.recurrence, a.width, kv_heads, a.head_width)) return true;
   }
   return false;
 }
@@ -192,12 +297,15 @@ int decoder_layers(const regard_decoder_layers_args* args) {
   if (wrong(a)) return REGARD_BAD_ARGUMENT;
   const int64_t tokens = a.batch * a.n;
   int64_t queries = 0, keys = 0, longest = 0;
+  bool recurrent = false;
   for (int64_t i = 0; i < a.count; ++i) {
+    recurrent = recurrent || a.layers[i].recurrence != nullptr;
     queries = most(queries, a.layers[i].weights[0].n);
     keys = most(keys, a.layers[i].weights[1].n);
   }
   Workspace workspace(2 * Workspace::bytes_of<float>(static_cast<size_t>(tokens * queries)) +
                       2 * Workspace::bytes_of<float>(static_cast<size_t>(tokens * keys)) +
+                      Workspace::bytes_of<float>(static_cast<size_t>(recurrent ? tokens * a.width : 0)) +
                       Workspace::bytes_of<int64_t>(static_cast<size_t>(tokens)) +
                       Workspace::bytes_of<int64_t>(static_cast<size_t>(a.batch)));
   if (!workspace) return REGARD_OUT_OF_MEMORY;
@@ -205,6 +313,7 @@ int decoder_layers(const regard_decoder_layers_args* args) {
   float* const attended = workspace.take<float>(static_cast<size_t>(tokens * queries));
   float *const k = workspace.take<float>(static_cast<size_t>(tokens * keys));
   float* const v = workspace.take<float>(static_cast<size_t>(tokens * keys));
+  float* const normed = workspace.take<float>(static_cast<size_t>(recurrent ? tokens * a.width : 0));
   int64_t* const ranks = workspace.take<int64_t>(static_cast<size_t>(tokens));
   int64_t* const lengths = workspace.take<int64_t>(static_cast<size_t>(a.batch));
   for (int64_t b = 0; b < a.batch; ++b) {
@@ -249,23 +358,7 @@ int decoder_layers(const regard_decoder_layers_args* args) {
   decode.page_size = a.page_size;
   decode.lengths = lengths;
 
-  regard_decoder_outputs_args after{};
-  after.size = sizeof after;
-  after.threads = a.threads;
-  after.m = tokens;
-  after.width = a.width;
-  after.x = a.x;
-  after.attended = attended;
-  after.y = a.x;
-
-  for (int64_t i = 0; i < a.count; ++i) {
-    const regard_decoder_layer& layer = a.layers[i];
-    before.eps = layer.eps[0];
-    before.norm = layer.norms[0];
-    for (int j = 0; j < 3; ++j) before.projections[j] = layer.weights[j];
-    int status = decoder_inputs(&before);
-    if (status != REGARD_OK) return status;
-
+  const auto attend = [&](const regard_decoder_layer& layer) {
     attention.heads = layer.weights[0].n / a.head_width;
     attention.kv_heads = layer.weights[1].n / a.head_width;
     put_tokens(a, k, attention.kv_heads, layer.keys, layer.keys_strides);
@@ -281,7 +374,28 @@ int decoder_layers(const regard_decoder_layers_args* args) {
     }
     attention.scale = layer.scale;
     attention.visibility.left = layer.left;
-    status = regard_attention_decode(&decode);
+    return regard_attention_decode(&decode);
+  };
+
+  regard_decoder_outputs_args after{};
+  after.size = sizeof after;
+  after.threads = a.threads;
+  after.m = tokens;
+  after.width = a.width;
+  after.x = a.x;
+  after.attended = attended;
+  after.y = a.x;
+
+  const regard_decoder_state* state = a.states;
+  for (int64_t i = 0; i < a.count; ++i) {
+    const regard_decoder_layer& layer = a.layers[i];
+    before.eps = layer.eps[0];
+    before.norm = layer.norms[0];
+    for (int j = 0; j < 3; ++j) before.projections[j] = layer.weights[j];
+    before.normed = layer.recurrence == nullptr ? nullptr : normed;
+    int status = decoder_inputs(&before);
+    if (status != REGARD_OK) return status;
+    status = layer.recurrence == nullptr ? attend(layer) : recur(a, layer, *state++, normed, q, k, v, attended);
     if (status != REGARD_OK) return status;
 
     after.eps = layer.eps[1];

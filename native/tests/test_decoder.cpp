@@ -1,5 +1,5 @@
-// The two parts of a decoder's layer, and whole layers with their caches, against plain loops in double, with weights of each
-// kind, in buffers of exactly their size.
+// The two parts of a decoder's layer, and whole layers with their caches or states, against plain loops in double, with weights
+// of each kind, in buffers of exactly their size.
 
 #include "regard_decoder.h"
 #include "testing.h"
@@ -277,6 +277,133 @@ void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads) {
     }
 }
 
+enum Kind { OF_FEATURES, OF_HEADS, STEPS, FIXED, RATES, KINDS };
+
+// Layers of 4 heads, with recurrences of 2, of one kind and the next.
+void check_recurrences(int64_t bits, int64_t n, int kind, int64_t threads) {
+  const int64_t batch = 2, width = 70, head = 10, hidden = 90, heads = 4, own = 2, tokens = batch * n, rank = 33;
+  now("recurrences from %d, %d bits, %d tokens", kind, int(bits), int(n));
+  Floats x = numbers(tokens * width);
+  const Floats cosine = numbers(tokens * head), sine = numbers(tokens * head);
+  Doubles expected(x.begin(), x.end());
+  regard_decoder_layer layers[2]{};
+  regard_decoder_recurrence recurrences[2]{};
+  regard_decoder_state given_states[2]{};
+  std::vector<std::unique_ptr<Weight>> kept;
+  const auto weight = [&](int64_t rows, int64_t columns, bool offsets) -> const Weight& {
+    kept.emplace_back(new Weight(bits, rows, columns, offsets));
+    return *kept.back();
+  };
+  Floats norms[4], rates[2], before[2], after[2];
+  Doubles states[2];
+  for (int i = 0; i < 2; ++i) {
+    const int here = (kind + i) % KINDS;
+    const bool odd = i == 1;
+    const Weight& wq = weight(heads * head, width, odd);
+    const Weight &wk = weight(own * head, width, odd), &wv = weight(own * head, width, odd);
+    const Weight &wo = weight(width, heads * head, odd), &gate = weight(hidden, width, odd), &up = weight(hidden, width, odd);
+    const Weight &down = weight(width, hidden, odd), &low = weight(rank, width, odd), &high = weight(own * head, rank, odd);
+    const Weight &of_heads = weight(own, width, odd), &beta = weight(own, width, odd);
+    const Weight* const weights[] = {&wq, &wk, &wv, &wo, &gate, &up, &down};
+    regard_decoder_layer& layer = layers[i];
+    regard_decoder_recurrence& r = recurrences[i];
+    for (int j = 0; j < 7; ++j) layer.weights[j] = weights[j]->given;
+    for (int j = 0; j < 2; ++j) {
+      norms[2 * i + j] = numbers(width);
+      layer.eps[j] = 1e-5f;
+      layer.norms[j] = norms[2 * i + j].data();
+    }
+    const size_t size = batch * heads * head * head;
+    rates[i] = numbers(own);
+    before[i] = numbers(size);
+    after[i] = unwritten(size);
+    layer.scale = .3f;
+    layer.recurrence = &r;
+    given_states[i] = {before[i].data(), after[i].data()};
+    r.eps[0] = r.eps[1] = -1;
+    r.least = here == OF_FEATURES ? -.9f : -INFINITY;
+    r.sign = here == STEPS ? 1 : -1;
+    r.steps = here == STEPS;
+    if (here == OF_FEATURES) r.gates[0] = low.given, r.gates[1] = high.given;
+    if (here == OF_HEADS || here == STEPS) r.gates[0] = of_heads.given;
+    if (here != RATES) r.log_rates = rates[i].data();
+    if (here == RATES) r.beta = beta.given, r.most_beta = 2, r.eps[0] = 1e-3f, r.eps[1] = 1e-4f;
+
+    const Doubles u = normed(expected, norms[2 * i], layer.eps[0]);
+    Doubles q = turned(wq(u), heads * head, head, cosine, sine), k = turned(wk(u), own * head, head, cosine, sine), v = wv(u);
+    const Doubles z = here == OF_FEATURES ? high(low(u)) : of_heads(u), b = beta(u);
+    const int64_t each = here == OF_FEATURES ? head : 1;
+    const auto unit = [&](Doubles& y, int64_t first, double eps) {
+      double squares = 0;
+      for (int64_t d = 0; d < head; ++d) squares += y[first + d] * y[first + d];
+      for (int64_t d = 0; d < head; ++d) y[first + d] /= eps < 0 ? 1 : sqrt(squares + eps);
+    };
+    for (int64_t t = 0; t < tokens * heads; ++t) unit(q, t * head, r.eps[0]);
+    for (int64_t t = 0; t < tokens * own; ++t) unit(k, t * head, r.eps[1]);
+    Doubles read(tokens * heads * head);
+    states[i].assign(before[i].begin(), before[i].end());
+    for (int64_t row = 0; row < batch; ++row)
+      for (int64_t t = row * n; t < row * n + n; ++t)
+        for (int64_t h = 0; h < heads; ++h) {
+          const int64_t of = t * own + h / (heads / own);
+          double* const s = &states[i][(row * heads + h) * head * head];
+          const auto strength = [&](int64_t at) { return here == FIXED ? 1 : log1p(exp(r.sign * z[at])); };
+          Doubles values(v.begin() + of * head, v.begin() + (of + 1) * head);
+          for (double& value : values) value *= here == STEPS ? strength(of) : 1;
+          for (int64_t d = 0; d < head; ++d) {
+            const double rate = here == RATES ? 0 : exp(double(rates[i][h / (heads / own)]));
+            const double g = fmax(double(r.least), -rate * strength(each == 1 ? of : of * head + d));
+            for (int64_t e = 0; e < head; ++e) s[d * head + e] *= exp(g);
+          }
+          for (int64_t e = 0; here == RATES && e < head; ++e) {
+            double found = 0;
+            for (int64_t d = 0; d < head; ++d) found += s[d * head + e] * k[of * head + d];
+            values[e] = 2 / (1 + exp(-b[of])) * (values[e] - found);
+          }
+          for (int64_t d = 0; d < head; ++d)
+            for (int64_t e = 0; e < head; ++e) {
+              s[d * head + e] += k[of * head + d] * values[e];
+              read[(t * heads + h) * head + e] += .3f * q[(t * heads + h) * head + d] * s[d * head + e];
+            }
+        }
+    expected = outputs_of(expected, read, wo, gate, up, down, norms[2 * i + 1], layer.eps[1]);
+  }
+  const std::vector<int64_t> lengths(batch, 5);
+  regard_decoder_layers_args a{};
+  a.size = sizeof a;
+  a.threads = threads;
+  a.batch = batch;
+  a.n = n;
+  a.width = width;
+  a.head_width = head;
+  a.count = 2;
+  a.layers = layers;
+  a.states = given_states;
+  a.lengths = lengths.data();
+  a.cosine = cosine.data();
+  a.sine = sine.data();
+  a.x = x.data();
+  const Floats given = x;
+  const auto refused = [&](const char* what, auto change) {
+    const regard_decoder_recurrence recurrence = recurrences[1];
+    change(recurrences[1]);
+    must(what, regard_decoder_layers(&a), REGARD_BAD_ARGUMENT);
+    a.states = given_states;
+    recurrences[1] = recurrence;
+    if (x != given) fail("something was written");
+  };
+  refused("no states", [&](auto&) { a.states = nullptr; });
+  refused("gates of no heads", [&](auto& r) { r.gates[0] = kept[9]->given, r.gates[0].n = 3, r.gates[1].n = 0; });
+  refused("gates without rates", [&](auto& r) { r.gates[0] = kept[9]->given, r.log_rates = nullptr; });
+  refused("rates of other heads", [&](auto& r) { r.beta = kept[9]->given, r.beta.n = 3; });
+  must("recurrences are taken", regard_decoder_layers(&a));
+  compare("recurrences", Doubles(x.begin(), x.end()), expected, 1e-5, 1);
+  for (int i = 0; i < 2; ++i) {
+    compare("a state", Doubles(after[i].begin(), after[i].end()), states[i], 1e-5, 1);
+    if (Doubles(before[i].begin(), before[i].end()) == states[i]) fail("a state is as it was");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -286,5 +413,7 @@ int main() {
         check(bits, m, m == 1 ? 1 : 3);
         check_layers(bits, m == 1 ? 1 : 4, m == 1, m == 1 ? 1 : 3);
       }
+    for (int kind = 0; kind < KINDS; ++kind)
+      for (int64_t n : {1, 3}) check_recurrences(kind == RATES ? 8 : 32, n, kind, n == 1 ? 1 : 3);
   });
 }

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float, Int
 
+    from regard.engines.decoder_layer import Recurrence
+
 
 @dataclass(frozen=True)
 class LayerCall:
@@ -72,6 +74,10 @@ class Projection(nn.Module):
     def forward(self, heads: Tensors, call: LayerCall) -> tuple[Tensors, State | None]:
         """The inputs, and the state after these tokens where it keeps one."""
         return self.inputs(heads, call), call.state
+
+    def recurrence(self) -> Recurrence[nn.Module] | None:
+        """The mechanism with these inputs as the recurrence of its state (a `MatrixState`); None where it is something else."""
+        return None
 
 
 class Merge(nn.Module):

@@ -70,6 +70,7 @@ from regard.contract import (
 )
 from regard.core.precision import wide, wide_dtype
 from regard.engines import recurrent_forms
+from regard.engines.decoder_layer import Recurrence
 from regard.engines.feature_maps import FEATURE_MAPS
 from regard.engines.recurrent_forms import MatrixState
 from regard.layers.parts import LayerCall, Projection
@@ -348,6 +349,15 @@ class RateProjection(Projection):
             step_size = step_size.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (b, h, m, 1 | k)
             heads["log_decay"] = -self.log_strength.to(dtype).exp()[:, None, None] * step_size
         return heads
+
+    def recurrence(self) -> Recurrence[nn.Module] | None:
+        config = self.config
+        if self.rate is None or self.gate is not None or config.vector_beta:
+            return None
+        if config.feature_map != "identity" or config.norm != "l2":
+            return None
+        eps = config.eps if config.normalize_queries else None, config.eps if config.normalize_keys else None
+        return Recurrence(beta=self.rate, most_beta=2.0 if config.allow_negative_eigenvalues else 1.0, eps=eps)
 
 
 def cost(shape: Shape, config: Config) -> Cost:

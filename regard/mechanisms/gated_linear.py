@@ -43,6 +43,7 @@ have eps 1e-6 (1e-5 in the official layer, 1e-6 in its model).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,7 @@ from regard.contract import (
 )
 from regard.core.precision import wide, wide_dtype
 from regard.engines import recurrent_forms
+from regard.engines.decoder_layer import Recurrence
 from regard.engines.feature_maps import FEATURE_MAPS
 from regard.engines.recurrent_forms import MatrixState
 from regard.layers.linear import make_linear
@@ -306,13 +308,29 @@ class GateProjection(Projection):
             heads["log_decay"] = -step * wide(self.A_log).exp()[:, None, None]
             heads["v"] = (step * wide(heads["v"])).to(heads["v"].dtype)
         elif self.config.gate == "fixed":
-            dtype = wide_dtype(source)
-            halvings = 5 + torch.arange(self.heads, device=source.device, dtype=dtype)
-            g = torch.log1p(-torch.exp2(-halvings))
+            g = self._fixed(source.device, wide_dtype(source))
             heads["log_decay"] = g[None, :, None, None].expand(*heads["k"].shape[:3], 1)
         if self.value_gate is not None:
             heads["value_log_decay"] = self._gate(self.value_gate, source)
         return heads
+
+    def recurrence(self) -> Recurrence[nn.Module] | None:
+        if self.config.feature_map != "identity" or self.value_gate is not None:
+            return None
+        bound = -math.inf if self.config.clamp_min is None else self.config.clamp_min
+        if self.step is not None:
+            return Recurrence((self.step,), self.A_log, least=bound, steps=True)
+        if self.config.gate == "none":
+            return Recurrence()
+        if self.key_gate is None:
+            return Recurrence(log_rates=(-self._fixed("cpu", torch.float32)).log(), least=bound)
+        gates = tuple(self.key_gate) if isinstance(self.key_gate, nn.Sequential) else (self.key_gate,)
+        rates = torch.full((self.heads,), -math.log(self.config.gate_normalizer), device="cpu", dtype=torch.float32)
+        return Recurrence(gates, rates, sign=-1.0, least=bound)
+
+    def _fixed(self, device: torch.device | str, dtype: torch.dtype) -> Float[Tensor, " h"]:
+        halvings = 5 + torch.arange(self.heads, device=device, dtype=dtype)
+        return torch.log1p(-torch.exp2(-halvings))
 
     def _gate(self, module: nn.Module, source: Tensor) -> Tensor:
         z = module(source)

@@ -1,5 +1,5 @@
-"""Decoders of transformers in one native call, their layers in two, and hybrids in both: what they give, and when they step
-aside."""
+"""Decoders of transformers in one native call, their layers in two, and hybrids in either or both: what they give, and when they
+step aside."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from models import GREEDY, LEFT, SIZES, disturb, gpt2, ids, llama, mistral, near
 
 import regard
 from regard.backends.native import library
-from regard.engines.decoder_layer import Places
+from regard.engines.decoder_layer import Places, Recurrence, Weight, unfit
 from regard.integrations.collecting import collect_losses
 
 transformers = pytest.importorskip("transformers")
@@ -292,7 +292,16 @@ def test_compiled_models_do_not_notice(calls):
 
 
 UNTURNED = "core_context:group=2,window=3,pool_keys=pre_rope"
-MECHANISMS = [UNTURNED, "gated_linear", "delta_rule", "mixture_of_heads", "selective_temperature"]
+MECHANISMS = [UNTURNED, "gated_linear:feature_map=elu", "mixture_of_heads", "selective_temperature"]
+RECURRENCES = [
+    "gated_linear",
+    "gated_linear:gate=scalar,clamp_min=-0.5,gate_normalizer=1",
+    "gated_linear:gate=step",
+    "gated_linear:gate=fixed",
+    "gated_linear:gate=none",
+    "delta_rule",
+    "delta_rule:allow_negative_eigenvalues=true,normalize_queries=false",
+]
 ALONE = ["decoder_inputs", "decoder_outputs"]
 
 
@@ -328,6 +337,118 @@ def test_a_hybrid_decodes_its_kept_layers_in_runs_and_each_other_in_two_calls(me
     near(stepped(model, tokens), expected)
 
 
+@pytest.mark.parametrize(
+    ("mechanism", "recipe"),
+    [(x, "") for x in RECURRENCES] + [("gated_linear", "int8"), ("delta_rule", "int4:group=32")],
+)
+def test_a_hybrid_of_recurrences_decodes_in_one_call(mechanism, recipe, monkeypatch, calls):
+    if recipe:  # sizes at which groups fill rows
+        monkeypatch.setitem(SIZES, "hidden_size", 64)
+        monkeypatch.setitem(SIZES, "intermediate_size", 96)
+    model, tokens = hybrid(monkeypatch, mechanism), ids()
+    if recipe:
+        regard.compress(model, recipe, [ids(2, 8)])
+    settings = {"attention_mask": LEFT, "max_new_tokens": 6, "num_beams": 2, **GREEDY}
+    expected, written = stepped(model, tokens), model.generate(tokens, **settings)
+    assert bridge.fuse_layers(model) == 5
+    calls.clear()
+    near(stepped(model, tokens), expected)
+    # the first token has no state yet
+    assert of_decoders(calls) == 5 * ALONE + ["decoder_layers"] * (tokens.shape[1] - 1)
+    assert torch.equal(model.generate(tokens, **settings), written)
+    calls.clear()
+    del settings["attention_mask"]
+    assert model.generate(tokens, **settings).shape == (3, 15) and of_decoders(calls) == ["decoder_layers"] * 5
+
+
+def test_a_state_is_not_changed_by_the_tokens_after_it(monkeypatch, calls):
+    model, tokens = hybrid(monkeypatch), ids(2, 12)
+    with torch.inference_mode():
+        expected = model(tokens).logits
+    bridge.fuse_layers(model)
+
+    def read(cache, given):
+        with torch.inference_mode():
+            return model(given, **{bridge.CACHE: cache}, use_cache=True).logits
+
+    cache = transformers.DynamicCache(config=model.config)
+    read(cache, tokens[:, :6])
+    read(cache, tokens[:, 6:7])
+    state = cache.layers[2].state
+    kept, other = state.mechanism.memory.clone(), copy.deepcopy(cache)
+    near(read(cache, tokens[:, 7:9]), expected[:, 7:9])
+    assert torch.equal(state.mechanism.memory, kept)
+    assert torch.equal(cache.layers[4].state.length, torch.tensor([9, 9])) and cache.get_seq_length() == 9
+    near(read(other, tokens[:, 7:12]), expected[:, 7:12])
+    near(read(cache, tokens[:, 9:12]), expected[:, 9:12])
+    cache.reorder_cache(torch.tensor([1, 1]))
+    again = torch.cat([tokens[[1, 1]], tokens[:, :1]], 1)
+    with torch.inference_mode():
+        near(read(cache, tokens[:, :1]), model(again, use_cache=False).logits[:, 12:])
+    assert calls.count("decoder_layers") == 5
+
+
+def test_what_a_recurrence_has_now_is_what_it_computes_with(monkeypatch, calls):
+    model, tokens = hybrid(monkeypatch, "gated_linear:gate=step"), ids()
+    bridge.fuse_layers(model)
+    stepped(model, tokens)
+    projection = model.model.layers[2].self_attn.regard.projection
+    other = hybrid(monkeypatch, "gated_linear:gate=step").model.layers[4].self_attn.regard.projection
+    for change in (
+        lambda: projection.A_log.data.add_(0.3),
+        lambda: setattr(projection, "A_log", other.A_log),
+        lambda: setattr(projection.step.weight, "data", torch.randn_like(projection.step.weight)),
+        lambda: setattr(projection, "step", other.step),
+        lambda: model.double().float(),
+    ):
+        change()
+        calls.clear()
+        found = stepped(model, tokens)
+        assert calls.count("decoder_layers") == tokens.shape[1] - 1
+        with torch.inference_mode():
+            near(found, model(tokens, use_cache=False).logits)
+
+
+def test_hybrids_of_other_dtypes_go_their_usual_way(monkeypatch, calls):
+    model, tokens = hybrid(monkeypatch), ids()
+    for dtype in (torch.bfloat16, torch.float64):
+        model.to(dtype)
+        bridge.unfuse_layers(model)
+        expected = stepped(model, tokens)
+        bridge.fuse_layers(model)
+        assert torch.equal(stepped(model, tokens), expected) and not of_decoders(calls)
+
+
+def test_recurrences_that_the_kernel_does_not_have_are_told():
+    model = llama()
+    bridge.fuse_layers(model)
+    stepped(model, ids(1, 2))
+    layer = model.model.forward._last.seen.natives[0]  # of 32 features, with two heads of eight for keys
+    to_heads, to_features, rates = Weight(torch.rand(2, 32)), Weight(torch.rand(16, 32)), torch.rand(2)
+    low, high = Weight(torch.rand(3, 32)), Weight(torch.rand(16, 3))
+    for taken in (
+        Recurrence(),
+        Recurrence(log_rates=rates),
+        Recurrence((low, high), rates),
+        Recurrence((to_heads,), rates, steps=True, beta=to_heads),
+    ):
+        assert not unfit(taken, layer)
+    for refused in (
+        Recurrence((to_heads,)),
+        Recurrence((low,), rates),
+        Recurrence((high,), rates),
+        Recurrence((low, high, high), rates),
+        Recurrence((to_features,), rates, steps=True),
+        Recurrence(log_rates=rates, steps=True),
+        Recurrence(log_rates=rates.double()),
+        Recurrence(log_rates=torch.rand(4)),
+        Recurrence(beta=to_features),
+        Recurrence(beta=Weight(torch.rand(2, 32).double())),
+        Recurrence(beta=Weight(torch.rand(32, 2).T)),
+    ):
+        assert unfit(refused, layer)
+
+
 def test_local_layers_that_follow_each_other_take_one_call_once_their_windows_are_full(monkeypatch, calls):
     model, tokens = hybrid(monkeypatch, "local:window=3", swapped=(1, 2, 4)), ids(2, 30)
     settings = {"max_new_tokens": 9, "num_beams": 3, **GREEDY}
@@ -356,17 +477,20 @@ def test_local_layers_that_follow_each_other_take_one_call_once_their_windows_ar
 
 
 @pytest.mark.parametrize("swapped", [(0,), (1, 2), (0, 1, 2, 3, 4)])
-def test_the_last_norm_comes_once_whatever_the_last_layer_is(swapped, monkeypatch, calls):
-    model, tokens = hybrid(monkeypatch, swapped=swapped), ids()
+@pytest.mark.parametrize("mechanism", ["gated_linear", "selective_temperature"])
+def test_the_last_norm_comes_once_whatever_the_last_layer_is(mechanism, swapped, monkeypatch, calls):
+    model, tokens = hybrid(monkeypatch, mechanism, swapped), ids()
     expected = stepped(model, tokens)
     bridge.fuse_layers(model)
     near(stepped(model, tokens), expected)
-    runs = {(0,): 1, (1, 2): 2}.get(swapped, 0)
+    runs = 1 if mechanism == "gated_linear" else {(0,): 1, (1, 2): 2}.get(swapped, 0)
     assert of_decoders(calls).count("decoder_layers") == runs * (tokens.shape[1] - 1)
 
 
-@pytest.mark.parametrize("mechanism", [UNTURNED, "gated_linear", "local:window=3"])
-def test_several_tokens_of_a_hybrid_at_once_are_those_of_the_whole(mechanism, monkeypatch, calls):
+@pytest.mark.parametrize(
+    ("mechanism", "runs"), [(UNTURNED, 2), ("gated_linear", 1), ("delta_rule", 1), ("local:window=3", 4)]
+)
+def test_several_tokens_of_a_hybrid_at_once_are_those_of_the_whole(mechanism, runs, monkeypatch, calls):
     model, tokens = hybrid(monkeypatch, mechanism), ids(2, 31)
     with torch.inference_mode():
         expected = model(tokens).logits
@@ -379,7 +503,7 @@ def test_several_tokens_of_a_hybrid_at_once_are_those_of_the_whole(mechanism, mo
         at += count
     near(torch.cat(found, 1), expected)
     # not of the first, and not of 18 rows
-    assert calls.count("decoder_layers") == (4 if mechanism == "local:window=3" else 2) * 5
+    assert calls.count("decoder_layers") == runs * 5
 
 
 def test_mechanisms_that_are_put_in_taken_out_or_changed_are_those_that_decode(monkeypatch, calls):
@@ -387,7 +511,8 @@ def test_mechanisms_that_are_put_in_taken_out_or_changed_are_those_that_decode(m
     bridge.fuse_layers(model)
     stepped(model, tokens)
     for change, runs in (
-        (lambda: regard.swap(model, "delta_rule", only="*.layers.2.*"), 2),
+        (lambda: regard.swap(model, "delta_rule", only="*.layers.2.*"), 1),
+        (lambda: regard.swap(model, "selective_temperature", only="*.layers.2.*"), 2),
         (lambda: regard.integrations.change_options(model, "*.layers.4.*", gate_normalizer=8.0), 2),
         (lambda: regard.unswap(model, "*.layers.4.*"), 2),
         (lambda: regard.swap(model, "softmax", only="*.layers.2.*"), 1),
@@ -407,11 +532,17 @@ def test_hooks_in_a_hybrid_are_called_and_turn_fusing_off_for_what_they_see(monk
     expected = stepped(model, tokens)
     bridge.fuse_layers(model)
     layer = model.model.layers[2]
+    for part in (layer.self_attn.regard, layer.self_attn.regard.projection.key_gate[0]):  # which are called as ever
+        seen.clear()
+        calls.clear()
+        hook = part.register_forward_hook(lambda *_: seen.append(1))
+        near(stepped(model, tokens), expected)
+        assert len(seen) == tokens.shape[1] and calls.count("decoder_layers") == 2 * (tokens.shape[1] - 1)
+        hook.remove()
     calls.clear()
-    hook = layer.self_attn.regard.register_forward_hook(lambda *_: seen.append(1))  # which is called as ever
-    near(stepped(model, tokens), expected)
-    assert len(seen) == tokens.shape[1] and calls.count("decoder_layers") == 2 * (tokens.shape[1] - 1)
-    hook.remove()
+    with collect_losses(model):
+        near(stepped(model, tokens), expected)
+    assert calls.count("decoder_layers") == 2 * (tokens.shape[1] - 1)
     for part in (layer, layer.self_attn, layer.self_attn.q_proj):
         seen.clear()
         calls.clear()
@@ -441,8 +572,9 @@ def test_windows_of_the_model_stay_in_a_hybrid(calls):
     near(pieces(), expected)
 
 
-def test_hybrids_that_are_saved_copied_or_trained_give_the_same(monkeypatch, calls, tmp_path):
-    model, tokens = hybrid(monkeypatch, UNTURNED), ids()
+@pytest.mark.parametrize(("mechanism", "runs"), [(UNTURNED, 2), ("gated_linear", 1)])
+def test_hybrids_that_are_saved_copied_or_trained_give_the_same(mechanism, runs, monkeypatch, calls, tmp_path):
+    model, tokens = hybrid(monkeypatch, mechanism), ids()
     expected = stepped(model, tokens)
     bridge.fuse_layers(model)
     stepped(model, tokens)
@@ -452,7 +584,7 @@ def test_hybrids_that_are_saved_copied_or_trained_give_the_same(monkeypatch, cal
     for other in (copy.deepcopy(model), loaded):
         calls.clear()
         near(stepped(other, tokens), expected)
-        assert calls.count("decoder_layers") == 2 * (tokens.shape[1] - 1)
+        assert calls.count("decoder_layers") == runs * (tokens.shape[1] - 1)
     calls.clear()
     model(tokens[:, :1]).logits.sum().backward()
     assert model.model.layers[2].self_attn.q_proj.weight.grad is not None and not of_decoders(calls)

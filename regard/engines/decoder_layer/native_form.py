@@ -116,7 +116,7 @@ class DecoderLayer:
         self.reason = library.why_missing() or self._misfit(norms, weights)
         if self.reason:
             return
-        q, k, v, output, gate, up, down = self.weights = [*map(_struct, weights)]
+        q, k, v, output, gate, up, down = self.weights = [*map(struct_of, weights)]
         self.eps, self.norms = [*eps], [*map(pointer, norms)]
         self._sizes = q.n, k.n, v.n
         self._inputs = DecoderInputs(
@@ -138,10 +138,10 @@ class DecoderLayer:
         if self.head_width < 2 or self.head_width % 2:
             return "heads of an odd width"
         for weight in weights:
-            reason = _unfit(weight)
+            reason = unfit_weight(weight)
             if reason:
                 return reason
-        q, k, v, output, gate, up, down = map(_struct, weights)
+        q, k, v, output, gate, up, down = map(struct_of, weights)
         fits = q.n % self.head_width == k.n % self.head_width == 0 and k.n == v.n and output.k == q.n
         fits = fits and {q.k, k.k, v.k, gate.k, up.k, output.n, down.n} == {self.width} and gate.n == up.n == down.k
         return "" if fits else "sizes that do not belong together"
@@ -202,9 +202,9 @@ def of_rows(x: Float[Tensor, "c n d"], rows: int) -> Float[Tensor, "b n d"]:
     return (x if x.shape[0] == rows else x.expand(rows, -1, -1)).contiguous()
 
 
-def _unfit(weight: Weight) -> str:
+def unfit_weight(weight: Weight) -> str:
     """Why the kernels do not take a weight; empty where they do."""
-    bits, given = KINDS.get(weight.codes.dtype), _struct(weight)
+    bits, given = KINDS.get(weight.codes.dtype), struct_of(weight)
     if bits is None or weight.codes.ndim != 2 or not weight.codes.numel():
         return "weights that are neither in float32 nor in codes"
     held = [x for x in (weight.scale, weight.offset) if x is not None]
@@ -223,7 +223,8 @@ def _unfit(weight: Weight) -> str:
     return "" if fits else "biases of other shapes"
 
 
-def _struct(weight: Weight) -> Any:
+def struct_of(weight: Weight) -> Any:
+    """The struct; the weight's tensors are to be kept as long."""
     bits = KINDS.get(weight.codes.dtype, 0)
     n, columns = weight.codes.shape[0], weight.codes.shape[-1] * (2 if bits == 4 else 1)
     group = columns // weight.scale.shape[-1] if bits == 4 and weight.scale is not None else columns

@@ -1,4 +1,5 @@
-"""Layers of a decoder one after the other in C++, their caches and softmax attention too (`native/src/decoder.cpp`)."""
+"""Layers of a decoder one after the other in C++, their softmax attention to caches and their recurrences of states too
+(`native/src/decoder.cpp`)."""
 
 from __future__ import annotations
 
@@ -15,25 +16,28 @@ from regard.backends.native.library import pointer
 from regard.backends.operators import PLAIN
 from regard.contract import Unsupported
 from regard.engines.attention.paged import check_pages
-from regard.engines.decoder_layer.native_form import DecoderLayer, WeightArguments, of_rows
+from regard.engines.decoder_layer.native_form import DecoderLayer, Weight, WeightArguments, of_rows
+from regard.engines.decoder_layer.recurrence import Recurrence, RecurrenceArguments, arguments_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 
 class Places(NamedTuple):
-    """Where the keys and values of a batch lie, and where those of its next tokens go.
+    """Where the keys and values of a batch lie, and where those of its next tokens go; and its states.
 
     Attributes:
-        caches: keys and values of each layer, float32 with contiguous features: (B, G, slots, D), or pages
+        caches: keys and values of each layer with softmax, float32 with contiguous features: (B, G, slots, D), or pages
             (pages, G, page size, D).
         lengths: tokens of each row before.
         table: (B, most) int64, contiguous: the pages of each row in order; None where there are none.
+        states: of each layer with a recurrence, now and where the next one goes, (B, H, D, D) float32, contiguous.
     """
 
     caches: Sequence[tuple[Tensor, Tensor]]
     lengths: Sequence[int]
     table: Int[Tensor, "b most"] | None = None
+    states: Sequence[tuple[Tensor, Tensor]] = ()
 
 
 class _Layer(ctypes.Structure):
@@ -47,7 +51,12 @@ class _Layer(ctypes.Structure):
         ("values", ctypes.c_void_p),
         ("keys_strides", ctypes.c_int64 * 3),
         ("values_strides", ctypes.c_int64 * 3),
+        ("recurrence", ctypes.POINTER(RecurrenceArguments)),
     )
+
+
+class _State(ctypes.Structure):
+    _fields_ = (("before", ctypes.c_void_p), ("after", ctypes.c_void_p))
 
 
 class DecoderLayersArguments(library.Arguments):
@@ -62,6 +71,7 @@ class DecoderLayersArguments(library.Arguments):
         ("head_width", ctypes.c_int64),
         ("count", ctypes.c_int64),
         ("layers", ctypes.POINTER(_Layer)),
+        ("states", ctypes.POINTER(_State)),
         ("lengths", ctypes.c_void_p),
         ("pages", ctypes.c_void_p),
         ("pages_stride", ctypes.c_int64),
@@ -75,13 +85,15 @@ class DecoderLayersArguments(library.Arguments):
 
 
 class DecoderLayers:
-    """Whole layers that attend by softmax to what their rows have in a cache.
+    """Whole layers that attend by softmax to what their rows have in a cache, or have a recurrence in the place of it.
 
     Args:
         layers: whose :attr:`DecoderLayer.reason` is empty, all of the same width and width of heads.
-        scales: of each layer, by which scores are multiplied.
+        scales: of each layer, by which scores, or the queries of a recurrence, are multiplied.
         windows: of each, most tokens before its own that a query sees; None for all.
         norm: weight (width,) float32 and eps of an RMS norm of the last layer's answer; None for none.
+        recurrences: of each, one that :func:`regard.engines.decoder_layer.unfit` finds nothing wrong with, or None for softmax;
+            None where all have softmax.
     """
 
     def __init__(
@@ -90,15 +102,21 @@ class DecoderLayers:
         scales: Sequence[float],
         windows: Sequence[int | None],
         norm: tuple[Tensor, float] | None = None,
+        recurrences: Sequence[Recurrence[Weight] | None] | None = None,
     ) -> None:
-        self._kept = layers, norm  # and with them the tensors that the structs point at
+        recurrences = [None] * len(layers) if recurrences is None else recurrences
         self.width, self.head_width = layers[0].width, layers[0].head_width
         self._layers = (_Layer * len(layers))()
-        for to, layer, scale, window in zip(self._layers, layers, scales, windows, strict=True):
+        own = [None if x is None else arguments_of(x) for x in recurrences]
+        for to, layer, scale, window, recurrence in zip(self._layers, layers, scales, windows, own, strict=True):
             to.eps[:], to.norms[:], to.weights[:] = layer.eps, layer.norms, layer.weights
             to.scale, to.left = scale, -1 if window is None else min(window, library.MOST)
+            if recurrence is not None:
+                to.recurrence = ctypes.pointer(recurrence)
+        self._kept = layers, norm, recurrences, own  # and with them all that the structs point at
         self._norm = {} if norm is None else {"norm": pointer(norm[0]), "eps": norm[1]}
-        self._kv_heads = [layer.weights[1].n // self.head_width for layer in layers]
+        self._attending = {i: layers[i].weights[1].n // self.head_width for i, x in enumerate(own) if x is None}
+        self._recurring = [layers[i].weights[0].n // self.head_width for i, x in enumerate(own) if x is not None]
         self._last: _Pointed | None = None
 
     def __call__(
@@ -108,14 +126,16 @@ class DecoderLayers:
         sine: Float[Tensor, "c n d"],
         places: Places,
     ) -> Float[Tensor, "b n width"]:
-        """The answer for tokens that :func:`few_tokens` takes; their keys and values are in the cache then.
+        """The answer for tokens that :func:`few_tokens` takes; their keys and values are in the cache then, and states where
+        the next ones go.
 
         Raises:
-            Unsupported: for a cache that does not fit; then nothing was written.
+            Unsupported: for a cache or states that do not fit; then nothing was written.
         """
         batch, n = x.shape[:2]
         pointed = self._pointed_at(places.caches)
         pointed.check(places, batch, n)
+        states = self._states(places.states, batch)
         cosine, sine, y, table = of_rows(cosine, batch), of_rows(sine, batch), x.clone(), places.table
         lengths = (ctypes.c_int64 * batch)(*places.lengths)
         library.call(
@@ -127,6 +147,7 @@ class DecoderLayers:
                 head_width=self.head_width,
                 count=len(pointed.layers),
                 layers=pointed.layers,
+                states=states,
                 lengths=ctypes.addressof(lengths),
                 pages=pointer(table),
                 pages_stride=0 if table is None else table.shape[1],
@@ -146,7 +167,8 @@ class DecoderLayers:
         if last is not None and len(caches) == len(last.caches) and all(map(operator.is_, caches, last.caches)):
             return last
         layers = type(self._layers).from_buffer_copy(self._layers)
-        for layer, heads, (keys, values) in zip(layers, self._kv_heads, caches, strict=True):
+        for (number, heads), (keys, values) in zip(self._attending.items(), caches, strict=True):
+            layer = layers[number]
             for x in (keys, values):
                 fits = x.ndim == 4 and x.shape[1] == heads and x.shape[3] == self.head_width and x.stride(3) == 1
                 if not fits or type(x) not in PLAIN or x.dtype != torch.float32:
@@ -157,8 +179,23 @@ class DecoderLayers:
             layer.keys, layer.values = pointer(keys), pointer(values)
             layer.keys_strides[:], layer.values_strides[:] = keys.stride()[:3], values.stride()[:3]
         rows, slots = ({x.shape[axis] for pair in caches for x in pair} for axis in (0, 2))
-        found = _Pointed(caches, layers, min(rows), min(slots), len(slots))
+        found = _Pointed(caches, layers, min(rows, default=0), min(slots, default=0), len(slots))
         self._last = found
+        return found
+
+    def _states(self, states: Sequence[tuple[Tensor, Tensor]], batch: int) -> Any:
+        """The structs of a call's states."""
+        if len(states) != len(self._recurring):
+            raise Unsupported(f"{len(states)} states of {len(self._recurring)} layers")
+        found = (_State * len(states))()
+        for to, heads, pair in zip(found, self._recurring, states, strict=True):
+            shape = batch, heads, self.head_width, self.head_width
+            for x in pair:
+                if x.shape != shape or x.dtype != torch.float32 or type(x) not in PLAIN or not x.is_contiguous():
+                    raise Unsupported(
+                        f"a state {tuple(x.shape)} in {str(x.dtype)[6:]}", supported=f"{shape} in float32, contiguous"
+                    )
+            to.before, to.after = map(pointer, pair)
         return found
 
 
@@ -179,6 +216,8 @@ class _Pointed(NamedTuple):
 
     def check(self, places: Places, batch: int, n: int) -> None:
         """Raise Unsupported where the places are none that the caches have."""
+        if not self.caches:
+            return
         lengths, table, slots = places.lengths, places.table, self.slots
         if len(lengths) != batch or (table is None and self.rows < batch):
             raise Unsupported(f"{len(lengths)} lengths and {self.rows} rows of a cache for {batch} rows")

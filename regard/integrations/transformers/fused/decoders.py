@@ -1,8 +1,10 @@
-"""The layers of a decoder in few native calls: one for each run of layers that attend by softmax, to all tokens or to windows,
-caches and attention inside it, and two for each layer that attends in another way."""
+"""The layers of a decoder in few native calls: one for each run of layers that attend by softmax or are gated recurrences, and
+for each run of those that attend to windows, with caches and states inside it; and two for each layer that attends in another
+way."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -12,10 +14,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from regard.backends.linear.product import FEW_ROWS
 from regard.backends.operators import runs_plainly
-from regard.engines.decoder_layer import DecoderLayer, DecoderLayers, few_tokens
+from regard.engines.decoder_layer import DecoderLayer, DecoderLayers, Places, Recurrence, Weight, few_tokens
+from regard.integrations.collecting import is_collecting
 from regard.integrations.transformers.attending import PLACE, PREFIX, SWAPPED, UNPLACED
 from regard.integrations.transformers.caches import CACHE, places
 from regard.integrations.transformers.fused.layers import FusedLayer, unwatched
+from regard.integrations.transformers.fused.recurrences import Recurrences
 from regard.integrations.transformers.fused.snapshot import Snapshot, family_of, is_known, window_of
 from regard.integrations.transformers.fused.windows import Windows, slots_of
 from regard.integrations.transformers.placing import is_swapped
@@ -26,17 +30,30 @@ SOFTMAX = {"eager", "sdpa", f"{PREFIX}softmax"}
 TAKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", CACHE}
 
 
+class Member(NamedTuple):
+    """A layer as the kernels take it.
+
+    Attributes:
+        recurrence: what it does in the place of softmax; None for softmax, and for what the kernels do not have.
+    """
+
+    layer: Any
+    native: DecoderLayer
+    recurrence: Recurrence[Weight] | None
+
+
 class Run(NamedTuple):
-    """Layers one after the other that attend by softmax.
+    """Layers one after the other that attend by softmax or are recurrences.
 
     Attributes:
         layers: in one native call.
-        first, end: which they are, of all such layers.
+        caches: which they are, of all layers of the first kind.
+        states: of all of the second.
     """
 
     layers: DecoderLayers
-    first: int
-    end: int
+    caches: slice
+    states: slice
 
 
 class Alone(NamedTuple):
@@ -53,18 +70,25 @@ class Local(NamedTuple):
     layers: list[Alone]
 
 
+Part = Run | Local | Alone
+
+
 class Stack(NamedTuple):
     """All layers of a decoder that attends as `attention` names it, as they were when they were `seen`.
 
     Attributes:
         parts: in their order; none where a layer is not for the kernels.
-        indices: of all layers in runs, in a cache.
+        indices: of all layers in runs that attend by softmax, in a cache.
+        recurrences: all others in runs; None where there are none.
+        apart: the parts where each of those is alone.
     """
 
     seen: Snapshot
     attention: str
-    parts: list[Run | Local | Alone]
+    parts: Sequence[Part]
     indices: list[int]
+    recurrences: Recurrences | None = None
+    apart: Sequence[Part] = ()
 
 
 class FusedDecoder:
@@ -103,21 +127,27 @@ class FusedDecoder:
         cosine, sine = decoder.rotary_emb(x, position_ids=positions)
         if not few_tokens(x, cosine, sine) or not stack.seen.natives[0].fits(x, cosine):
             return None
-        where = places(cache, stack.indices, rows, tokens) if stack.indices else None
-        if stack.indices and where is None:
+        states = None
+        if stack.recurrences is not None and not (is_collecting() or stack.seen.is_overheard()):
+            states = stack.recurrences.states(cache, rows)
+        parts = stack.apart if stack.recurrences is not None and states is None else stack.parts
+        where = places(cache, stack.indices, rows, tokens) if stack.indices else Places([], [0] * rows)
+        if where is None:
             return None
         told = {ANGLES: (cosine, sine), "position_ids": positions, CACHE: cache, "use_cache": True}
-        for part in stack.parts:
+        for part in parts:
             found = part.windows(x, cosine, sine, cache) if isinstance(part, Local) else None
             if found is not None:
                 x = found
-            elif not isinstance(part, Run):
+            elif isinstance(part, Run):
+                own = where._replace(caches=where.caches[part.caches], states=(states or [])[part.states])
+                x = part.layers(x, cosine, sine, own)
+            else:
                 for alone in part.layers if isinstance(part, Local) else [part]:
                     x = alone.layer.decode(alone.native, x, told)
-            elif where is not None:
-                caches = where.caches[part.first : part.end]
-                x = part.layers(x, cosine, sine, where._replace(caches=caches))
-        x = x if isinstance(stack.parts[-1], Run) else decoder.norm(x)
+        if stack.recurrences is not None and states is not None:
+            stack.recurrences.take(cache, states, tokens)
+        x = x if isinstance(parts[-1], Run) else decoder.norm(x)
         return BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: cache})
 
     def _asks_plainly(self, options: dict[str, Any], cache: Any) -> bool:
@@ -152,26 +182,50 @@ class FusedDecoder:
             return found
         if len({(len(weight), natives[0].head_width), *((x.width, x.head_width) for x in natives)}) > 1:
             return found
-        parts, indices = list[Run | Local | Alone](), list[int]()
-        for slots, group in groupby(zip(layers, natives, strict=True), lambda both: _slots(both[0], attention)):
-            members = [*group]
-            attentions = [layer.self_attn for layer, _ in members]
-            windows = [window_of(x) for x in attentions]
-            if slots == 0:
-                before = [None if w is None else w - 1 for w in windows]
-                ends = (weight, norm.variance_epsilon) if members[-1][0] is layers[-1] else None
-                run = DecoderLayers([x for _, x in members], [x.scaling for x in attentions], before, ends)
-                parts.append(Run(run, len(indices), len(indices) + len(members)))
-                indices += [x.layer_idx for x in attentions]
-            elif attention == SWAPPED and windows.count(None) == len(windows):
-                alone = [Alone(native, layer.forward) for layer, native in members]
-                if slots is None:
-                    parts += alone
-                else:
-                    parts.append(Local(Windows([x for _, x in members], attentions, slots), alone))
+        members = [*map(Member, layers, natives, seen.recurrences)]
+        if attention != SWAPPED:
+            members = [x._replace(recurrence=None) for x in members]
+        ends = weight, norm.variance_epsilon
+        parts = _parts(members, attention, ends)
+        if parts is None:
+            return found
+        recurring = [x.layer.self_attn for x in members if x.recurrence is not None]
+        indices = [x.self_attn.layer_idx for x in layers if _by_softmax(x, attention)]
+        if not recurring:
+            return Stack(seen, attention, parts, indices)
+        apart = _parts([x._replace(recurrence=None) for x in members], attention, ends) or []
+        return Stack(seen, attention, parts, indices, Recurrences(recurring), apart)
+
+
+def _parts(members: list[Member], attention: str, ends: tuple[Tensor, float]) -> list[Part] | None:
+    """The parts of a decoder whose last norm is `ends`; None where one of the layers is for none of them."""
+    parts, caches, states = list[Part](), 0, 0
+    for slots, group in groupby(members, lambda member: _slots(member, attention)):
+        some = [*group]
+        attentions, natives = [x.layer.self_attn for x in some], [x.native for x in some]
+        windows = [window_of(x) for x in attentions]
+        if slots == 0:
+            recurrences = [x.recurrence for x in some]
+            attending = recurrences.count(None)
+            run = DecoderLayers(
+                natives,
+                [x.scaling for x in attentions],
+                [None if w is None else w - 1 for w in windows],
+                ends if some[-1] is members[-1] else None,
+                recurrences,
+            )
+            first, caches = caches, caches + attending
+            begin, states = states, states + len(some) - attending
+            parts.append(Run(run, slice(first, caches), slice(begin, states)))
+        elif attention == SWAPPED and windows.count(None) == len(windows):
+            alone = [Alone(x.native, x.layer.forward) for x in some]
+            if slots is None:
+                parts += alone
             else:
-                return found
-        return Stack(seen, attention, parts, indices)
+                parts.append(Local(Windows(natives, attentions, slots), alone))
+        else:
+            return None
+    return parts
 
 
 def _by_softmax(layer: Any, attention: str) -> bool:
@@ -182,10 +236,11 @@ def _by_softmax(layer: Any, attention: str) -> bool:
     return placed is None or (placed is not UNPLACED and placed.chosen.plain)
 
 
-def _slots(layer: Any, attention: str) -> int | None:
-    """0 for a layer that attends to all that is in a cache; of one that attends to a window, the tokens that it keeps; None for
-    others."""
-    if _by_softmax(layer, attention):
+def _slots(member: Member, attention: str) -> int | None:
+    """0 for a layer that attends to all that is in a cache or is a recurrence; of one that attends to a window, the tokens that
+    it keeps; None for others."""
+    layer = member.layer
+    if member.recurrence is not None or _by_softmax(layer, attention):
         return 0
     return slots_of(layer.self_attn) if attention == SWAPPED and is_swapped(layer.self_attn) else None
 

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from regard.engines.decoder_layer import DecoderLayer, Weight
+from regard.engines.decoder_layer import DecoderLayer, Recurrence, Weight, unfit
+from regard.integrations.transformers.fused.recurrences import recurrence_of
 from regard.integrations.transformers.placing import is_swapped
 from regard.layers.linear import Linear
 from regard.layers.quantized import QuantizedLinear
@@ -34,11 +35,16 @@ class Snapshot:
 
     Attributes:
         natives: of each layer; none where a layer's weights are not for the kernels.
+        recurrences: of each layer beside it, None where its mechanism is none that the kernels have.
     """
 
     def __init__(self, layers: Sequence[Any], around: Sequence[nn.Module] = ()) -> None:
         self._homes = [x._modules for layer in layers for x in (layer, layer.self_attn, layer.mlp)]
         self._homes += [x._modules for x in around]
+        known = [recurrence_of(x.self_attn) for x in layers]
+        placed = [x.self_attn.regard for x, recurrence in zip(layers, known, strict=True) if recurrence is not None]
+        recurring = [part for x in placed for part in x.modules()]
+        self._homes += [x._modules for x in recurring]
         self._parts = self._found_parts()
         swapped = [x.self_attn for x in layers if is_swapped(x.self_attn)]
         beside = {id(x) for attention in swapped for x in attention.regard.modules()}  # they are called as ever
@@ -46,12 +52,15 @@ class Snapshot:
         self._hooks = [x for part in (*inside, *around) for x in (part._forward_hooks, part._forward_pre_hooks)]
         self._ours = len(swapped)  # hooks through which swapped attention is told of its call
         self._attributes = [part.__dict__ for part in (*inside, *around)]
+        self._heard = [x for part in recurring for x in (part._forward_hooks, part._forward_pre_hooks)]
+        self._recurring = [part.__dict__ for part in recurring]
         read = [part for layer in layers for part in (*_norms(layer), *_linears(layer))]
-        self._holders = [x for part in (*read, *around) for x in (part._parameters, part._buffers) if x]
+        self._holders = [x for part in (*read, *around, *recurring) for x in (part._parameters, part._buffers) if x]
         self._places = self._found_places()
         plain = all(_is_plain(x) for layer in layers for x in _linears(layer))
         natives = [*map(_native, layers)] if plain else []
         self.natives = [] if any(x.reason for x in natives) else natives
+        self.recurrences = [*map(_recurrence, known, self.natives)]
 
     def is_current(self) -> bool:
         """Whether the layers have the parts that they had, and their tensors lie where they were."""
@@ -61,6 +70,10 @@ class Snapshot:
         """Whether somebody sees what goes through the parts, or computes it in another way."""
         hooked = sum(map(len, self._hooks)) > self._ours
         return hooked or any(map(operator.contains, self._attributes, itertools.repeat("forward")))
+
+    def is_overheard(self) -> bool:
+        """Likewise of the mechanisms of `recurrences`, which are called then."""
+        return any(self._heard) or any(map(operator.contains, self._recurring, itertools.repeat("forward")))
 
     def _found_parts(self) -> list[nn.Module | None]:
         return [*itertools.chain.from_iterable(map(dict.values, self._homes))]
@@ -128,3 +141,10 @@ def _weight(linear: Any) -> Weight:
     if isinstance(linear, QuantizedLinear):
         return Weight(linear.codes, linear.scale, linear.offset, linear.bias, linear.input_scale, linear.format.dynamic)
     return Weight(linear.weight, bias=linear.bias)
+
+
+def _recurrence(known: Recurrence[Any] | None, native: DecoderLayer) -> Recurrence[Weight] | None:
+    if known is None or not all(map(_is_plain, known.linears)):
+        return None
+    found = known.map(_weight)
+    return None if unfit(found, native) else found
