@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from regard.core.files import write_atomically
 from regard.measurement import units
 from regard.measurement.statistics import pareto_front
-from regard.models.weights import write_atomically
 from regard.workbench import side_effects
 from regard.workbench.lighter.study import Row, Study, caution, recommend
 from regard.workbench.reports import charts

@@ -21,10 +21,11 @@ from torch import nn
 from regard.compression import Compressed, Recipe, compress
 from regard.compression.layers import find_layers
 from regard.contract import Unsupported
+from regard.core.files import write_atomically
 from regard.measurement import provenance, units
 from regard.measurement.budget import Budget
 from regard.measurement.timing import calm_clock, rounds
-from regard.models.weights import weights_bytes, weights_digest, write_atomically
+from regard.models.weights import weights_bytes, weights_digest
 from regard.workbench.lighter.subjects import Subject
 from regard.workbench.side_effects import Effects, Probes
 

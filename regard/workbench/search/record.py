@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from regard.core.files import write_atomically
 from regard.measurement import provenance
 from regard.measurement.statistics import Comparison, Scores, items_array
-from regard.models.weights import write_atomically
 from regard.tasks import Task
 from regard.workbench.search.costs import CostTable
 from regard.workbench.search.predictor import Judged
