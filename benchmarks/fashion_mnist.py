@@ -26,13 +26,13 @@ from typing import Any
 import torch
 
 from regard.contract import Context, Unsupported, closest
+from regard.core.files import write_atomically
 from regard.measurement import provenance, units
 from regard.measurement.budget import Budget
 from regard.measurement.timing import interleaved
 from regard.models import build_model
 from regard.models.image_model import ImageModelConfig
 from regard.models.variants import Variant
-from regard.models.weights import write_atomically
 from regard.tasks import Task, create_task
 from regard.training import TrainConfig, peak_memory, train
 from regard.workbench.comparison.settings import CompareSettings

@@ -26,10 +26,11 @@ from torch.nn import functional as F
 
 from regard.compression import compress, text_windows
 from regard.compression.sparse import at_compression, sparsely
+from regard.core.files import write_atomically
 from regard.integrations.transformers import CACHE
 from regard.measurement import provenance
 from regard.measurement.timing import calm_clock, rounds
-from regard.models.weights import weights_bytes, write_atomically
+from regard.models.weights import weights_bytes
 from regard.tasks.packaged import package_folder, read_verse_pairs
 from regard.training import keep_freed_memory
 from regard.workbench.lighter.subjects.language import CausalModel

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from regard.contract import Unsupported, closest
+from regard.core.files import write_atomically
 from regard.measurement import provenance
-from regard.models.weights import write_atomically
 from regard.reproductions.framework.training import classifier, score
 from regard.reproductions.seqpe import NumberedByPlace
 from regard.tasks.images import ImagesTask

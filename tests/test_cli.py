@@ -10,7 +10,7 @@ import pytest
 from command_line import answer, run
 
 from regard import Unsupported, get_mechanism, list_mechanisms
-from regard.cli.app import COMMANDS, parser
+from regard.cli.app import COMMANDS, SECONDS_FOR_THE_FIRST, parser
 from regard.cli.arguments import read_lengths
 from regard.contract import Pattern
 from regard.tasks import list_tasks
@@ -251,6 +251,7 @@ BAD_INPUT = {
     "verify fnet --random 4 --pattern causal-self": ("fnet in the pattern causal-self", "try noncausal-self"),
     "verify local --random 4 --property step": ("--property with --random", "--property step"),
     "verify local --random 4 --full": ("--full with --random",),
+    "verify softmax --property step --case {}": ("--property, mechanisms with --case",),
     "verify --case {}": ("the case '{}'", "--random"),
     "report other": ("results.db",),
     "reproduce nonsense --output out": ("supported",),
@@ -283,7 +284,16 @@ def test_bad_input_ends_with_two_and_one_clear_line(capsys, tmp_path, monkeypatc
     message = messages.strip().splitlines()[-1]
     assert message.startswith("regard: ") and "Traceback" not in messages
     assert all(word in message for word in BAD_INPUT[line]), message
-    assert not (tmp_path / "out" / ("report.html" if line.startswith("compare") else "")).exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_processes_that_are_refused_alike_the_first_speaks_and_the_others_wait_to_be_ended(capsys, monkeypatch):
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    for rank, before in (("0", []), ("1", [SECONDS_FOR_THE_FIRST])):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        code, _, messages = run(capsys, "show nonsense")
+        assert code == 2 and "nonsense" in messages and waited == before
 
 
 def test_reproduce_runs_goes_on_and_judges(capsys, tmp_path):

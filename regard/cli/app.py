@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import time
 from collections.abc import Callable
 from typing import Annotated
 
@@ -70,6 +72,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+SECONDS_FOR_THE_FIRST = 5.0
+"""That the first of several processes has to say what was wrong, and to be seen to have ended."""
+
 
 def _flowing(docstring: str) -> str:
     """A command's docstring with a line for each paragraph, which the terminal breaks, and examples under their heading."""
@@ -102,11 +107,17 @@ parser = typer.main.get_command(app)
 
 
 def main() -> None:
-    """Entry point: a request that cannot be honoured ends with exit code 2 and one clear line."""
+    """Entry point: a request that cannot be honoured ends with exit code 2 and one clear line.
+
+    Of the processes of torchrun on a machine, which are mostly refused alike, the first speaks, and torchrun then ends the
+    others; one that is still there after a while speaks for itself.
+    """
     keep_freed_memory()
     try:
         parser(standalone_mode=True)
     except Unsupported as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(SECONDS_FOR_THE_FIRST)
         errors.print(plain(f"regard: {error}"), soft_wrap=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -52,7 +52,7 @@ def explain(
     import torch
 
     from regard.contract import Context
-    from regard.models.weights import write_atomically
+    from regard.core.files import write_atomically
     from regard.tasks.segmentation import MaskReader
     from regard.tasks.segmentation.folders import PICTURES, files_of
     from regard.tasks.segmentation_3d import VolumeReader

@@ -14,12 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from regard.catalogue import list_mechanisms
+from regard.cli.arguments import given_options, spelled_option
 from regard.cli.console import console, emit, load_plugins
 from regard.cli.options import JSON, PLUGINS
 from regard.cli.progress import progress
 
 
 def verify(
+    context: typer.Context,
     mechanisms: Annotated[
         list[str] | None,
         typer.Argument(help="Mechanisms, with options as in local:window=4; all of them when none is named."),
@@ -73,6 +75,14 @@ def verify(
 
     modules = load_plugins(plugin)
     if case is not None:
+        others = [name for name in given_options(context) if name not in ("case", "plugin", "as_json")]
+        if others:
+            spelled = {"mechanisms": "mechanisms", "prop": "--property"}
+            raise Unsupported(
+                f"{', '.join(spelled.get(name, spelled_option(name)) for name in others)} with --case, which says all of a case",
+                supported="--plugin and --json with it",
+                nearest="regard verify --case CASE",
+            )
         _one_case(case, as_json)
         return
     if not mechanisms and modules:

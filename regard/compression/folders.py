@@ -34,12 +34,13 @@ from regard.compression.programs import remove_programs
 from regard.compression.pruning.records import restore, structure
 from regard.compression.tokens.applied import all_tokens, put_on, tokens_record
 from regard.contract import Unsupported
+from regard.core.files import write_atomically
 from regard.integrations.timm_places import is_of_timm, timm_folders
 from regard.layers.quantized import quantized_record, restore_layers
 from regard.models import save_pretrained
 from regard.models.pretrained import CONFIG, read_pretrained
 from regard.models.registry import MODELS
-from regard.models.weights import distinct_tensors, load_tensors, read_tensors, write_atomically
+from regard.models.weights import distinct_tensors, load_tensors, read_tensors
 
 if TYPE_CHECKING:
     from regard.compression.compress import Compressed

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from regard.compression.layers import Run, answers_of
 from regard.compression.steps import Export
 from regard.contract import Unsupported
+from regard.core.files import write_atomically
 from regard.integrations.export import check_packages, refuse_waived, without_warnings
-from regard.models.weights import weights_bytes, write_atomically
+from regard.models.weights import weights_bytes
 from regard.tasks.protocol import Batch
 
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from regard.compression.layer_work import LayerReport, with_weight
 from regard.contract import Unsupported
+from regard.core.files import write_atomically
 from regard.layers.quantized import Format, QuantizedLinear
-from regard.models.weights import distinct_tensors, load_tensors, read_tensors, write_atomically
+from regard.models.weights import distinct_tensors, load_tensors, read_tensors
 
 RUN = "run.json"
 """In the folder of a run that goes on: what it does to what."""

@@ -244,7 +244,8 @@ class HeadAttention(nn.Module):
         if not keys.whole:
             heads = {name: self._gather(name, x, queries, keys) for name, x in heads.items()}
             x = None if x is None else queries.gather(x, axis=1)
-            source = None if source is None else keys.gather(source, axis=1)
+            # beside a cache it has the new tokens alone
+            source = None if source is None or source.shape[1] != m else keys.gather(source, axis=1)
             context = context.replace(mask=mask) if together else context
         before = None if state is None else state.projection
         call = LayerCall(

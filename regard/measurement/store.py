@@ -17,7 +17,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -93,7 +93,8 @@ class Row:
 class Store:
     """Rows in one SQLite file, created when it does not exist.
 
-    A store is used by the thread that opened it; other threads and processes open their own.
+    A store is used by the thread that opened it; other threads and processes open their own. As a context that an error ends, it
+    takes back a file that it made and that has no rows, with the folders made for it.
 
     Args:
         path: the file. Its folder is created when missing.
@@ -114,6 +115,7 @@ class Store:
         self.command = command or " ".join(map(_quoted, [Path(sys.argv[0]).name, *sys.argv[1:]]))
         self._regard_version, self._git_revision = provenance.regard_version(), provenance.git_revision()
         self._machine: str | None = None
+        self._made = [] if read_only else [path for path in (self.path, *self.path.parents) if not path.exists()]
         self._connection = _open_to_read(self.path) if read_only else _open(self.path)
 
     def put(self, kind: str, key: Mapping[str, Any], payload: Any) -> bool:
@@ -192,7 +194,22 @@ class Store:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and self._made and not self._is_shared_or_has_rows():
+            self.path.unlink()
+            self.close()
+            with suppress(OSError):  # where others have files there
+                for folder in self._made[1:]:
+                    folder.rmdir()
         self.close()
+
+    def _is_shared_or_has_rows(self) -> bool:
+        try:
+            self._connection.execute("PRAGMA busy_timeout = 0")
+            self._connection.execute("PRAGMA journal_mode = DELETE")  # only who has a file alone may leave the log
+            self._connection.execute("BEGIN EXCLUSIVE")
+            return self._connection.execute("SELECT 1 FROM rows LIMIT 1").fetchone() is not None
+        except sqlite3.Error:
+            return True
 
     def _select(self, where: str, *values: str) -> list[Row]:
         with _told_plainly(self.path, "read"):

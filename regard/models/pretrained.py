@@ -19,9 +19,10 @@ from torch import nn
 
 import regard
 from regard.contract import Unsupported, closest
+from regard.core.files import write_atomically
 from regard.layers.quantized import quantized_record, restore_layers
 from regard.models.registry import MODELS, model_classes
-from regard.models.weights import distinct_tensors, load_tensors, read_tensors, write_atomically
+from regard.models.weights import distinct_tensors, load_tensors, read_tensors
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 QUANTIZED = "quantized"

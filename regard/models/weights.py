@@ -1,10 +1,9 @@
-"""Weights of a module as named tensors, and files that are replaced in one step."""
+"""Weights of a module as named tensors."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,25 +97,3 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise Unsupported(f"{path} ({error})", supported="a safetensors file") from error
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write(temporary_path)`` and move the result to `path` in one step, through to the disk.
-
-    Raises:
-        Unsupported: where it cannot be written, or the disk is full; an older file is still there then.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(temporary)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise Unsupported(
-            f"{path}, which cannot be written ({error})", supported="a folder that can be written, on a disk with room"
-        ) from error

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from regard.models.weights import write_atomically
+from regard.core.files import write_atomically
 from regard.retrofit.folder import Folder
 
 LOOKS, APART = 4, 20

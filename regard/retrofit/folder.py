@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.contract import Unsupported
-from regard.models.weights import write_atomically
+from regard.core.files import write_atomically
 
 WORK, RECORD, LOCK = ".retrofit", "retrofit.json", "lock"
 """The folder inside that holds checkpoints and results of parts, the file that says what came of it, and the one that a process

@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from regard.contract import Unsupported
+from regard.core.files import write_atomically
 from regard.measurement import provenance
 from regard.measurement.budget import Budget
-from regard.models.weights import write_atomically
 from regard.retrofit import card
 from regard.retrofit.best import Best
 from regard.retrofit.folder import RECORD, Folder

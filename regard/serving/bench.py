@@ -23,8 +23,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from regard.contract import Unsupported, at_least
+from regard.core.files import write_atomically
 from regard.measurement import provenance, units
-from regard.models.weights import write_atomically
 from regard.workbench.reports import charts
 from regard.workbench.reports.pages import pages
 from regard.workbench.reports.scales import Axis

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from regard.contract import Unsupported
-from regard.models.weights import distinct_tensors, load_tensors, part_of, read_tensors, whole, write_atomically
+from regard.core.files import write_atomically
+from regard.models.weights import distinct_tensors, load_tensors, part_of, read_tensors, whole
 
 FORMAT = "regard-checkpoint-1"
 

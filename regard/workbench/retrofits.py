@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from regard.core.files import write_atomically
 from regard.measurement import units
 from regard.measurement.budget import Budget
 from regard.models.variants import Variant
-from regard.models.weights import write_atomically
 from regard.retrofit import card, open_host, retrofit
 from regard.retrofit.measures import ORIGINAL, RETROFIT, change, kind_of, measures_of
 from regard.retrofit.measures.language import mean_recall

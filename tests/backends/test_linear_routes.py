@@ -327,6 +327,13 @@ def test_without_a_folder_to_write_in_the_choice_lasts_as_long_as_the_process(
     assert choices.route(LARGE) == choices.route(LARGE)
 
 
+def test_a_choice_that_cannot_be_stored_leaves_no_file(monkeypatch: pytest.MonkeyPatch, choices: Choices) -> None:
+    monkeypatch.setattr("regard.backends.linear.choices.choice", lambda product: ("torch", True))
+    cache_file().mkdir(parents=True)  # which no file takes the place of
+    assert choices.route(LARGE) in AVAILABLE
+    assert list(cache_file().parent.iterdir()) == [cache_file()]
+
+
 def test_threads_that_ask_at_once_get_one_answer(monkeypatch: pytest.MonkeyPatch, choices: Choices) -> None:
     asked: list[Product] = []
     monkeypatch.setattr(

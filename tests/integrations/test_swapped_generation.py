@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import GREEDY, KEPT, LEFT, bart, disturb, gpt2, ids, llama, near
+from models import GREEDY, KEPT, LEFT, bart, disturb, gpt2, ids, llama, mistral, near
 
 import regard
 from regard import Unsupported
@@ -86,6 +86,17 @@ def test_a_chat_goes_on_and_a_prefix_is_used_again(mechanism):
     chat = torch.cat([chat, first], 1)
     found = model.generate(chat, max_new_tokens=4, **GREEDY, **{bridge.CACHE: kept})
     assert torch.equal(found, model.generate(chat, max_new_tokens=4, **GREEDY, use_cache=False))
+
+
+@pytest.mark.parametrize("mechanism", ["linear", "sigmoid"])
+def test_a_cache_may_keep_more_than_the_window_of_the_model(mechanism):
+    model, tokens = swapped(mistral, mechanism), ids(2, 7)
+    assert model.config.sliding_window < 7
+    every, windows = transformers.DynamicCache(), new_cache(model)
+    for at in range(7):
+        found, _ = after(model, tokens[:, at : at + 1], every)
+        near(found, after(model, tokens[:, at : at + 1], windows)[0])
+    assert every.layers[0].keys.shape[2] > windows.layers[0].keys.shape[2]
 
 
 def test_rows_of_a_state_are_chosen_and_repeated():

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +154,34 @@ def test_what_is_no_store_is_refused_and_left_alone(path, make, told):
     with pytest.raises(Unsupported, match=told):
         Store(made)
     assert before is None or path.read_bytes() == before
+
+
+def test_an_error_before_the_first_row_leaves_no_file_and_no_folder(tmp_path):
+    def fails(path, *rows):
+        with suppress(KeyError), Store(path) as store:
+            for row in rows:
+                store.put("run", {"run": row}, row)
+            raise KeyError
+        return path.exists()
+
+    assert not fails(tmp_path / "made" / "here" / "store.db") and not list(tmp_path.iterdir())
+    there = tmp_path / "there"
+    there.mkdir()
+    assert not fails(there / "store.db") and there.exists()
+    assert fails(there / "row.db", 1)
+    empty = there / "empty.db"
+    Store(empty).close()
+    assert fails(empty)
+
+
+def test_an_error_leaves_a_store_that_another_has_open(path):
+    with suppress(KeyError), Store(path):
+        other = Store(path)
+        raise KeyError
+    other.put("run", {}, 1)
+    other.close()
+    with Store(path) as store:
+        assert len(store.rows("run")) == 1
 
 
 def test_a_full_disk_is_said_and_keeps_the_rows(path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import itertools
 import json
 import os
@@ -323,15 +324,16 @@ def read_all(connection):
 LONG = {"prompt": "a", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
 
 
-def test_clients_that_go_away_are_forgotten_and_too_many_are_turned_away():
-    made = server(SlowReader(), limits=Limits(rows=1, waiting=1))
+def test_clients_that_go_away_are_forgotten_and_too_many_are_turned_away(monkeypatch):
+    monkeypatch.setattr("regard.serving.connections.ASK_AGAIN", 0.01)
+    made = server(SlowReader(context=9000, pages=3000), limits=Limits(rows=1, waiting=1))
     listening = listen("127.0.0.1", 0)
     address = listening.getsockname()
     with Running(made, listening):
-        engine = made.service.engine
-        streaming = send(address, LONG | {"stream": True})
+        engine, longer = made.service.engine, LONG | {"max_tokens": 8000}
+        streaming = send(address, longer | {"stream": True})
         until(lambda: len(engine.active) == 1)
-        whole = send(address, LONG)
+        whole = send(address, longer)
         until(lambda: made.service.waiting == 1)
         with send(address, LONG) as third:
             answer = third.recv(1 << 16)
@@ -342,6 +344,23 @@ def test_clients_that_go_away_are_forgotten_and_too_many_are_turned_away():
         until(lambda: not engine.active)
         with send(address, LONG | {"max_tokens": 2}) as last:
             assert b'"completion_tokens":2' in read_all(last)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_sends_nothing_after_its_request_gets_its_answer(monkeypatch, stream):
+    monkeypatch.setattr("regard.serving.connections.ASK_AGAIN", 0.01)
+    listening = listen("127.0.0.1", 0)
+    with Running(server(SlowReader()), listening):
+        with send(listening.getsockname(), {"prompt": "a", "max_tokens": 5, "stream": stream}) as asking:
+            asking.shutdown(socket.SHUT_WR)
+            answer = http.client.HTTPResponse(asking)
+            answer.begin()
+            assert answer.status == 200 and (b"[DONE]" if stream else b'"completion_tokens":5') in answer.read()
+            assert asking.recv(1) == b""  # nothing can follow
+        with socket.create_connection(listening.getsockname()) as several:
+            several.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n" + request({"prompt": "a", "max_tokens": 3}))
+            several.shutdown(socket.SHUT_WR)
+            assert b'"completion_tokens":3' in read_all(several)
 
 
 def test_as_many_requests_are_taken_as_there_are_places_also_in_the_middle_of_a_step():

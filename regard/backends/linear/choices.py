@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import platform
-import tempfile
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,6 +17,8 @@ import torch
 from regard.backends.linear.measuring import SMALLEST_WORK, choice
 from regard.backends.linear.product import Product
 from regard.backends.linear.routes import LOCAL, ROUTES, available_routes, lasting
+from regard.contract import Unsupported
+from regard.core.files import write_atomically
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -114,9 +115,6 @@ def _read_cache() -> dict[str, dict[str, list[str]]]:
 
 def _write_cache(stored: dict[str, dict[str, list[str]]]) -> None:
     """Whole or not at all; where nothing can be written, choices last as long as the process."""
-    with suppress(OSError):
-        file = cache_file()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as made:
-            made.write(json.dumps(stored, indent=1, sort_keys=True))
-        os.replace(made.name, file)
+    text = json.dumps(stored, indent=1, sort_keys=True)
+    with suppress(Unsupported):
+        write_atomically(cache_file(), lambda file: file.write_text(text))

@@ -17,7 +17,7 @@ from regard.compression.pruning.losses import Losses
 from regard.compression.pruning.records import structure
 from regard.compression.pruning.scores import choose
 from regard.compression.pruning.steps import AxFormer, Structured
-from regard.models.weights import write_atomically
+from regard.core.files import write_atomically
 
 TRIALS = "trials.json"
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from regard.models.weights import write_atomically
+from regard.core.files import write_atomically
 from regard.reproductions.framework.judging import Outcome
 from regard.reproductions.framework.telling import measured_words, remarks
 from regard.workbench.reports.pages import pages

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +22,8 @@ import torch
 
 from regard.backends.native import library
 from regard.catalogue import get_mechanism
+from regard.contract import Unsupported
+from regard.core.files import write_atomically
 from regard.measurement import provenance
 from regard.measurement.timing import Timing, calm_clock, rounds
 from regard.workbench.advice.layer_work import Decoding, LayerSettings, LayerWork
@@ -195,16 +196,9 @@ class Cache:
             for name, lengths in names.items()
             for n, sample in lengths.items()
         }
-        with suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
-            try:
-                with os.fdopen(handle, "w") as file:
-                    json.dump({"identity": self.identity, "samples": flat}, file)
-                os.replace(temporary, self.path)
-            except BaseException:
-                os.unlink(temporary)
-                raise
+        text = json.dumps({"identity": self.identity, "samples": flat})
+        with suppress(Unsupported):
+            write_atomically(self.path, lambda file: file.write_text(text))
 
 
 @dataclass

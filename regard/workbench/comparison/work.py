@@ -73,7 +73,7 @@ class Work:
         self.items = sum(batch.size for batch in task.evaluation_batches(64))
         choosing = choosing or len(settings.rates) > 1
         self.search_items = max(1, self.items // 4) if self.items > 1 and choosing else 0
-        self.baseline = self._baseline()
+        self.baseline = rule_after(task, self.items, self.search_items)
         self.identity = {
             "task": task.name,
             "metric": task.metric,
@@ -200,18 +200,6 @@ class Work:
         runner.evaluate(model, self.task, self.scored_at_once, last=some)
         return step, (time.monotonic() - started) * max(1.0, self.items / max(1, some))
 
-    def _baseline(self) -> Baseline | None:
-        """The task's rule, on the held-out items that are the result."""
-        found: Baseline | None = getattr(self.task, "baseline", None)
-        if found is None:
-            return None
-        if len(found.items) != self.items:
-            raise Unsupported(
-                f"the task {self.task.name} with {len(found.items)} scores of its baseline for {self.items} held-out items",
-                supported="a score of each held-out item, in their order",
-            )
-        return found.after(self.search_items)
-
     @property
     def kind(self) -> tuple[str, Pattern]:
         """Tasks of one kind share a backbone, whose costs are measured once."""
@@ -300,6 +288,23 @@ class Work:
         with backends.only("torch"), flop_counter() as counter:
             runner_of(self.task).train(model, self.task, config)
         return float(counter.get_total_flops())
+
+
+def rule_after(task: Task, items: int, chosen: int) -> Baseline | None:
+    """The task's rule without training, on its `items` held-out items but the first `chosen`, which something is chosen by.
+
+    Raises:
+        Unsupported: for a rule with another number of scores.
+    """
+    found: Baseline | None = getattr(task, "baseline", None)
+    if found is None:
+        return None
+    if len(found.items) != items:
+        raise Unsupported(
+            f"the task {task.name} with {len(found.items)} scores of its baseline for {items} held-out items",
+            supported="a score of each held-out item, in their order",
+        )
+    return found.after(chosen)
 
 
 def data_digest(task: Task) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from regard.core.files import write_atomically
 from regard.measurement import units
 from regard.measurement.statistics import pareto_front
-from regard.models.weights import write_atomically
 from regard.workbench import side_effects
-from regard.workbench.lighter.study import Row, Study, caution, recommend
+from regard.workbench.lighter.study import Row, Study, caution, quality_in_words, recommend
 from regard.workbench.reports import charts
 from regard.workbench.reports.charts import Figure, ScatterPoint
 from regard.workbench.reports.markers import glyph
@@ -31,12 +31,18 @@ def labels(study: Study) -> list[str]:
 def cells(study: Study, row: Row) -> list[str]:
     """A row of the table, in words."""
     timed = [
-        f"{units.milliseconds(row.milliseconds[name])}, {row.speedup[name]:.2f}x"
+        f"{units.milliseconds(_paced(study, row, name))}, {row.speedup[name]:.2f}x"
         for name in study.original.milliseconds
     ]
     size = f"{units.size(row.bytes)}, {study.original.bytes / row.bytes:.2f}x"
-    lost = "" if row is study.original else f"{row.loss:+.2%}"
-    return [row.recipe, units.number(row.quality), lost, size, *timed]
+    lost = "" if row is study.original else "0.00%" if abs(row.loss) < 5e-5 else f"{row.loss:+.2%}"
+    return [row.recipe, quality_in_words(row.quality), lost, size, *timed]
+
+
+def _paced(study: Study, row: Row, name: str) -> float:
+    """Milliseconds of a recipe at the pace that the machine had for the original, which drifts between recipes: where the
+    median of the ratios within turns puts it."""
+    return study.original.milliseconds[name] / row.speedup[name]
 
 
 def effects_table(study: Study) -> tuple[list[str], list[list[str]]]:
@@ -89,9 +95,7 @@ def _figures(study: Study, best: str | None) -> list[Figure]:
     ]
     for name in study.original.milliseconds:
         axis = Axis(f"time of {name}, faster →", units.milliseconds, log=True, rising=False)
-        # the machine's pace drifts between recipes: each stands where its ratio to the original puts it
-        at = study.original.milliseconds[name]
-        costs.append((name.replace(" ", "-"), name, axis, [at / row.speedup[name] for row in everything]))
+        costs.append((name.replace(" ", "-"), name, axis, [_paced(study, row, name) for row in everything]))
     found = []
     for identity, caption, axis, values in costs:
         sign = 1.0 if study.higher_is_better else -1.0
@@ -107,7 +111,7 @@ def _figures(study: Study, best: str | None) -> list[Figure]:
                 everything[i].quality,
                 front=str(i) in front,
                 winner=everything[i].recipe == best,
-                detail=f"{everything[i].recipe}: {units.number(everything[i].quality)} {study.metric}, {axis.format(values[i])}",
+                detail=f"{everything[i].recipe}: {quality_in_words(everything[i].quality)} {study.metric}, {axis.format(values[i])}",
             )
             for i in shown
         ]

@@ -21,10 +21,11 @@ from torch import nn
 from regard.compression import Compressed, Recipe, compress
 from regard.compression.layers import find_layers
 from regard.contract import Unsupported
+from regard.core.files import write_atomically
 from regard.measurement import provenance, units
 from regard.measurement.budget import Budget
 from regard.measurement.timing import calm_clock, rounds
-from regard.models.weights import weights_bytes, weights_digest, write_atomically
+from regard.models.weights import weights_bytes, weights_digest
 from regard.workbench.lighter.subjects import Subject
 from regard.workbench.side_effects import Effects, Probes
 
@@ -36,7 +37,7 @@ FEWEST_CALIBRATION, MOST_CALIBRATION = 4, 32
 TIMING_SECONDS = 6.0
 """Of each recipe's timings at the most."""
 
-NOTICEABLE = 1.02
+NOTICEABLE = 1.05
 """From which ratio on one is called faster than the other."""
 
 OF_WHOLE_ITEMS = ("accuracy", "agreement")
@@ -310,7 +311,8 @@ def recommend(found: Study, tolerance: float = 0.01) -> tuple[str | None, str]:
         speed = f"{smaller}, but {slower} in {main} (no recipe that loses so little is faster)"
     return best.recipe, (
         f"Use {best.recipe}{'' if faster > NOTICEABLE else ' where size matters'}: {speed}, with "
-        f"{units.number(best.quality)} {found.metric} against {units.number(found.original.quality)} ({_changed(best.loss)})."
+        f"{quality_in_words(best.quality)} {found.metric} against {quality_in_words(found.original.quality)} "
+        f"({_changed(best.loss)})."
     )
 
 
@@ -323,6 +325,11 @@ def caution(found: Study, tolerance: float = 0.01) -> str:
         f"{found.items} items are few: a single one is worth {worth:.1%} of the {found.metric}, more than the tolerance of "
         f"{100 * tolerance:.2g} %, so that small differences are chance. More data tell more."
     )
+
+
+def quality_in_words(quality: float) -> str:
+    """Four digits or more, by which a loss of a tenth of a percent shows."""
+    return f"{quality:,.4g}" if abs(quality) < 1000 else units.number(quality)
 
 
 def _changed(loss: float) -> str:

@@ -6,10 +6,9 @@ says of them, :mod:`regard.workbench.reports.drawings` its charts.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from regard.contract import Unsupported
+from regard.core.files import write_atomically
 from regard.workbench.reports.drawings import Drawings
 from regard.workbench.reports.markers import glyph
 from regard.workbench.reports.pages import pages
@@ -30,20 +29,7 @@ def write_report(path: str | Path, measured: Measured) -> Path:
     """
     path = Path(path)
     page = render(measured)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(page, encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise Unsupported(
-            f"{path} as a report: it cannot be written ({error.strerror})",
-            supported="a file in a folder that can be written",
-            nearest="--output ./report.html",
-        ) from error
+    write_atomically(path, lambda file: file.write_text(page, encoding="utf-8"))
     return path
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from markupsafe import Markup
 
 from regard.catalogue import list_mechanisms
+from regard.core.files import write_atomically
 from regard.measurement import units
 from regard.models.variants import read_variant
-from regard.models.weights import write_atomically
 from regard.retrofit import card, read_record
 from regard.retrofit.measures import MODELS, change, kind_of, measures_of
 from regard.workbench.reports import charts

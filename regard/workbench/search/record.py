@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from regard.core.files import write_atomically
 from regard.measurement import provenance
 from regard.measurement.statistics import Comparison, Scores, items_array
-from regard.models.weights import write_atomically
 from regard.tasks import Task
 from regard.workbench.search.costs import CostTable
 from regard.workbench.search.predictor import Judged
@@ -61,7 +62,9 @@ def record_of(search: Search, found: Found) -> Row:
     task, space, settings, unit = search.task, search.space, search.settings, search.settings.budget.unit
     rows, plan = found.entrants, search.output / PLAN
     write_plan(space, tuple(rows[0]["genes"]), plan)
-    compared = _compared(rows)
+    comparison = _comparison(rows)
+    compared = {} if comparison is None else _beside(comparison)
+    unlearned = "" if comparison is None or REFERENCE not in compared else _unlearned(search, comparison)
     return {
         "task": task.name,
         "described": task.describe(),
@@ -89,7 +92,7 @@ def record_of(search: Search, found: Found) -> Row:
         "entrants": [{**row, "cost": row[_COLUMN[unit]]} for row in rows],
         "against": compared,
         "left_out": found.left_out,
-        "verdict": _verdict(search, rows, compared),
+        "verdict": _verdict(search, rows, compared) + unlearned,
         "plan": str(plan),
         "commands": _commands(search, rows[0]),
         "machine": provenance.fingerprint()["cpu"],
@@ -166,24 +169,44 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _compared(rows: Sequence[Row]) -> dict[str, Row]:
-    """The first entrant's score minus each other's, paired over seeds and items; empty without runs."""
+def _comparison(rows: Sequence[Row]) -> Comparison | None:
+    """The scores of the first entrant and of those beside it, by seeds and items; None where it or they have no runs."""
     scores = {}
     for row in rows:
         runs = {run["seed"]: items_array(run["items"]) for run in row["runs"] if not run["diverged"]}
         if runs:
             scores[row["name"]] = Scores(runs)
-    first = rows[0]["name"]
-    if first not in scores or len(scores) < 2:
-        return {}
-    comparison, found = Comparison(scores), {}
-    for name in scores:
-        if name != first:
-            difference = comparison.difference(first, name)
-            finite = math.isfinite(difference.resolved)
-            found[name] = {
-                "mean": difference.mean,
-                "standard_error": difference.standard_error if finite else None,
-                "resolved": difference.resolved if finite else None,
-            }
+    return Comparison(scores) if rows[0]["name"] in scores and len(scores) > 1 else None
+
+
+def _beside(comparison: Comparison) -> dict[str, Row]:
+    """The first entrant's score minus each other's, paired over seeds and items."""
+    first, *others = comparison.scores
+    found = {}
+    for name in others:
+        difference = comparison.difference(first, name)
+        finite = math.isfinite(difference.resolved)
+        found[name] = {
+            "mean": difference.mean,
+            "standard_error": difference.standard_error if finite else None,
+            "resolved": difference.resolved if finite else None,
+        }
     return found
+
+
+def _unlearned(search: Search, comparison: Comparison) -> str:
+    """That neither the first entrant nor the reference is shown to do better than what needs no training; empty where one is,
+    and where the task says of no such thing."""
+    first, chance = next(iter(comparison.scores)), getattr(search.task, "chance", None)
+    if search.rule is not None:
+        told, score, items = f"a rule without training, {search.rule.name}", search.rule.score, search.rule.items
+    elif chance is not None:
+        weights = next(iter(comparison.scores[first].items.values()))[:, 1]
+        told, score, items = "chance", chance, np.stack([chance * weights, weights], 1)
+    else:
+        return ""
+    for name in (first, REFERENCE):
+        over = comparison.against(name, items)
+        if over.separable and (over.mean > 0) == search.task.higher_is_better:
+            return ""
+    return f" Neither is shown to be better than {told} ({score:.4g}): train longer, with --retrain."

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from regard.core.files import write_atomically
 from regard.measurement import units
 from regard.measurement.statistics import pareto_front
-from regard.models.weights import write_atomically
 from regard.workbench.reports import charts
 from regard.workbench.reports.charts import Figure, ScatterPoint
 from regard.workbench.reports.pages import pages

@@ -30,7 +30,7 @@ from regard.tasks import Batch, Task
 from regard.training import TrainConfig, runner_of
 from regard.training.step import answered, batch_context
 from regard.workbench.comparison.task_models import build
-from regard.workbench.comparison.work import data_digest
+from regard.workbench.comparison.work import data_digest, rule_after
 from regard.workbench.search.costs import MEASURES, CostTable, count_flops, time_models, worded
 from regard.workbench.search.predictor import KINDS, Judged, Predictor, judge, prune
 from regard.workbench.search.record import CHOICES, REFERENCE, Found, Row, record_of
@@ -89,6 +89,7 @@ class Search:
                 f"a search on {self.items} held-out items", supported="two or more: some choose, some judge"
             )
         self.choosing = max(1, self.items // 4)
+        self.rule = rule_after(task, self.items, self.choosing)
         self.reference = self.space.uniform(choices.names[0])
         self.identity = {
             "task": task.name,

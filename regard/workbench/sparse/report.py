@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from regard.core.files import write_atomically
 from regard.measurement import units
-from regard.models.weights import write_atomically
 from regard.workbench import side_effects
 from regard.workbench.reports import charts
 from regard.workbench.reports.charts import Figure, ScatterPoint, Series

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from regard.contract import Unsupported
+from regard.core.files import write_atomically
 from regard.models import LanguageModel, LanguageModelConfig
 from regard.models.pretrained import CONFIG, from_pretrained, save_pretrained
-from regard.models.weights import write_atomically
 from regard.tasks.long_context import LONG_TASKS, brief_words, create_long_task
 from regard.tasks.long_context.samples import draws
 from regard.training.checkpoint import load_checkpoint, restore, save_checkpoint

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import Context, Result, Unsupported, valid_from_lengths
+from regard.core.files import write_atomically
 from regard.core.ragged import gathering
 from regard.layers.attention import AttentionLayer
 from regard.models.evaluating import evaluation_mode
-from regard.models.weights import write_atomically
 from regard.tasks import Task
 from regard.training.step import batch_context, run_model
 from regard.workbench.reports.pages import pages

@@ -12,7 +12,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from regard.models.weights import distinct_tensors, load_tensors, read_tensors, write_atomically
+from regard.core.files import write_atomically
+from regard.models.weights import distinct_tensors, load_tensors, read_tensors
 from regard.tasks import Task
 from regard.training import WeightAverage, runner_of
 from regard.training.step import Alone

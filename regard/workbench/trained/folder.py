@@ -14,7 +14,7 @@ from torch import nn
 
 from regard.compression.folders import load_own
 from regard.contract import Unsupported
-from regard.models.weights import write_atomically
+from regard.core.files import write_atomically
 from regard.tasks import Task, create_task
 from regard.tasks.documents import nearest_path
 from regard.tasks.images import ImageReader

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from regard.core.files import write_atomically
 from regard.measurement import provenance
 from regard.measurement.statistics import score_of_items
 from regard.models import count_parameters, save_pretrained
-from regard.models.weights import write_atomically
 from regard.tasks import Task
 from regard.tasks.tokenizer import BpeTokenizer
 from regard.training import Evaluation, History

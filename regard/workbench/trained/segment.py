@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.contract import Context, Unsupported
+from regard.core.files import write_atomically
 from regard.core.patches import joined
-from regard.models.weights import write_atomically
 from regard.tasks.image_files import unused_name
 from regard.tasks.protocol import IGNORED
 from regard.tasks.segmentation import MaskReader

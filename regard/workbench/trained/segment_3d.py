@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import Context
+from regard.core.files import write_atomically
 from regard.core.patches import joined
-from regard.models.weights import write_atomically
 from regard.tasks.segmentation.nifti import Scan, packed, written
 from regard.tasks.segmentation_3d import VolumeReader
 from regard.tasks.segmentation_3d.windows import in_windows

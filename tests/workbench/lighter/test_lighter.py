@@ -17,6 +17,7 @@ from regard.contract import Unsupported
 from regard.measurement.budget import Budget
 from regard.workbench.lighter import evaluated
 from regard.workbench.lighter import study as studies
+from regard.workbench.lighter.report import cells
 from regard.workbench.lighter.study import Row, Study, caution, loss_of, recommend, study
 from regard.workbench.lighter.subjects import open_subject
 
@@ -111,6 +112,7 @@ def row(recipe: str, quality: float, size: int, speed: float) -> Row:
             "a",
             "where size matters: 4 times smaller, but 2 times slower",
         ),
+        ([row("a", 10.05, 250, 1.03)], "a", "4 times smaller, but no faster .* 10.05 perplexity against 10 "),
         ([row("a", 10.2, 250, 2.0), row("b", 11.0, 125, 3.0)], None, "Keep the original.*a loses least"),
     ],
 )
@@ -119,6 +121,12 @@ def test_the_fastest_is_recommended_of_those_that_lose_little(rows, chosen, word
     best, sentence = recommend(found, 0.01)
     assert best == chosen and re.search(words, sentence)
     assert not caution(found, 0.01), "perplexity is no count of items"
+
+
+def test_times_in_the_table_are_those_of_the_ratios_and_no_loss_is_below_zero_by_rounding():
+    slowed = Row("a", 10.0, -1e-6, 250, {"decode": 3.0}, {"decode": 2.0}, 1.0, {}, 3)  # where the original took 6
+    found = Study("x", "perplexity", False, 3, 3, row("original", 10.0, 1000, 1.0), [slowed], {}, None, 1)
+    assert cells(found, slowed)[2:] == ["0.00%", "250 B, 4.00x", "500 µs, 2.00x"]
 
 
 @pytest.mark.parametrize(("items", "careful"), [(30, True), (300, False)])

@@ -368,6 +368,7 @@ def test_a_search_leads_to_a_plan_that_train_and_compare_take_and_goes_on_where_
         "random, ranker",
         "evolution, regression",
     }
+    assert "Neither is shown to be better than chance (0.0" in found["verdict"], "three steps teach nothing"
     page = (place / "search.html").read_text()
     assert found["verdict"].split(" has ")[0] in page
     assert page.count("<svg") >= 2

@@ -1,0 +1,33 @@
+"""Files that are replaced in one step: there whole, or as they were."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from regard.contract import Unsupported
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call ``write(temporary_path)`` and move the result to `path` in one step, through to the disk.
+
+    Raises:
+        Unsupported: where it cannot be written, or the disk is full; an older file is still there then.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise Unsupported(
+            f"{path}, which cannot be written ({error})", supported="a folder that can be written, on a disk with room"
+        ) from error
