@@ -117,12 +117,20 @@ def test_a_plain_layer_drops_nothing():
     assert gated.eval()(torch.randn(2, 9, 16)).shape == (2, 9, 16)
 
 
-@pytest.mark.parametrize("image", [torch.randn(1, 3, 16, 16), torch.randn(3, 3, 16, 16)], ids=["one", "three"])
-def test_a_program_of_a_backbone_takes_batches_of_any_size(image):
-    model = create_backbone("vit_nano", image_size=16, num_classes=4, dim=8, num_layers=1, num_heads=2).eval()
-    program = export(model, image).module()
-    for batch in (1, 5):
-        images = torch.randn(batch, 3, 16, 16)
+ONE_STAGE = {"widths": (8,), "depths": (1,), "heads": (2,)}
+BACKBONES = [
+    ("vit_nano", 1, {"dim": 8, "num_layers": 1, "num_heads": 2}),
+    ("pvt_nano", 3, {**ONE_STAGE, "reductions": (1,), "expansions": (1,)}),  # with a class token
+    ("swin_nano", 1, {**ONE_STAGE, "depths": (2,), "window": 2}),  # with shifted windows
+]
+
+
+@pytest.mark.parametrize(("name", "batch", "options"), BACKBONES, ids=[name for name, *_ in BACKBONES])
+def test_a_program_of_a_backbone_takes_batches_of_any_size(name, batch, options):
+    model = create_backbone(name, image_size=16, num_classes=4, **options).eval()
+    program = export(model, torch.randn(batch, 3, 16, 16)).module()
+    for size in (1, 5):
+        images = torch.randn(size, 3, 16, 16)
         torch.testing.assert_close(program(images), model(images))
     with pytest.raises(Exception, match=r"size\(\)\[2\] == 16"):
         program(torch.randn(1, 3, 32, 32))

@@ -251,7 +251,7 @@ class Stage(nn.Module):
         height, width = x.shape[2:]
         x = self.embedding_norm(tokens_of(x))
         if class_token is not None:
-            x = torch.cat([class_token.expand(len(x), -1, -1).to(x.dtype), x], 1)
+            x = torch.cat([class_token.expand(x.shape[0], -1, -1).to(x.dtype), x], 1)
         positions = resize_positions(self.positions, self.before, self.grid, (height, width), "bilinear")
         x = self.dropout(x + positions.to(x.dtype))
         losses: dict[str, Loss] = {}
