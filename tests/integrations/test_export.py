@@ -11,6 +11,7 @@ import torch
 from support import close
 
 from regard import Context, Mask, Unsupported, create_layer, get_mechanism, list_mechanisms
+from regard.engines import scan
 from regard.integrations.export import export, export_onnx
 from regard.models import LanguageModel, LanguageModelConfig
 from regard.models.vision import create_backbone
@@ -81,13 +82,24 @@ def test_what_a_card_waives_is_refused_with_its_reason(name, waiver):
 
 
 @pytest.mark.parametrize("name", ["gated_linear", "delta_rule", "mamba"])
-def test_a_recurrence_is_exported_by_torch_alone_without_gradients_and_refused_with_them(name):
+def test_a_recurrence_of_many_chunks_is_exported_by_torch_alone_without_gradients_and_refused_with_them(
+    name, monkeypatch
+):
+    monkeypatch.setattr(scan, "MOST_IN_A_ROW", 0)
     layer, x = create_layer(name, 8, 2).eval(), torch.randn(1, 5, 8)
     with pytest.raises(Unsupported, match=r"a program of a recurrence with gradients.*no_grad"):
         torch.export.export(layer, (x,), strict=False)
     with torch.no_grad():
         found = torch.export.export(layer, (x,), strict=False).module()(x).output
         torch.testing.assert_close(found, layer(x).output)
+
+
+@pytest.mark.parametrize("name", ["gated_linear", "mamba"])
+def test_a_program_for_one_length_has_few_chunks_one_after_the_other(name):
+    layer, x = create_layer(name, 8, 2).eval(), torch.randn(1, 70, 8)
+    program = export(layer, x, lengths=False)
+    assert not [node for node in program.graph.nodes if node.target is torch.ops.higher_order.scan]
+    torch.testing.assert_close(program.module()(x).output, layer(x).output)
 
 
 def test_onnx_of_torch_alone_is_refused_where_it_lacks_an_operator():
