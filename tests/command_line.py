@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shlex
 from typing import Any
 
 import pytest
-import typer.main
 
 from regard.cli import main
 
 SMALL_COMPARISON = "--mechanisms softmax --seeds 1 --dim 16 --layers 1 --rates 0.01 --lengths 16,32 --at-length 32"
-
-
-made_once = functools.cache(typer.main.get_command)
-"""The parser of all commands, which takes longer to make than most commands take."""
 
 
 def run(capsys: pytest.CaptureFixture[str], line: str, *more: object) -> tuple[int, str, str]:
@@ -24,7 +18,6 @@ def run(capsys: pytest.CaptureFixture[str], line: str, *more: object) -> tuple[i
     code: Any = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["regard", *shlex.split(line), *map(str, more)])
-        patch.setattr("typer.main.get_command", made_once)
         try:
             main()
         except SystemExit as stop:

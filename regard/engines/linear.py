@@ -6,7 +6,7 @@ A route is chosen by a short measurement that is remembered; the environment var
 
 from __future__ import annotations
 
-from regard.backends.linear import linear, use_route, which_route
+from regard.backends.linear import chosen_routes, linear, take_routes, use_route, which_route
 from regard.backends.linear.routes import FrozenWeights
 
-__all__ = ["FrozenWeights", "linear", "use_route", "which_route"]
+__all__ = ["FrozenWeights", "chosen_routes", "linear", "take_routes", "use_route", "which_route"]

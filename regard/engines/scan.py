@@ -1,5 +1,6 @@
 """Steps that follow one another, along an axis of pieces: a loop, or in an exported program one operator that loops,
-so that the program is as long as its step and takes sequences of every length."""
+so that the program is as long as its step and takes sequences of every length. A program for one length has a few steps one
+after the other, which takes the exporter far less time."""
 
 from __future__ import annotations
 
@@ -19,13 +20,17 @@ Step = Callable[..., tuple[tuple[Tensor, ...], Tensor]]
 """(carry, *pieces) -> (carry, output)"""
 
 
+MOST_IN_A_ROW = 8
+"""Steps that a program has one after the other."""
+
+
 def fold(
     step: Step, carry: tuple[Tensor, ...], tensors: Sequence[Shaped[Tensor, ...] | None], axis: int
 ) -> tuple[tuple[Tensor, ...], Shaped[Tensor, ...]]:
     """The last carry, and the outputs of all pieces stacked along `axis`, where `tensors` have the pieces."""
-    if torch.compiler.is_exporting():
-        return _fold_in_graph(step, carry, tensors, axis)
     count = next(x.shape[axis] for x in tensors if x is not None)
+    if loops_in_graph(count, 1):
+        return _fold_in_graph(step, carry, tensors, axis)
     outputs = []
     for i in range(count):
         carry, output = step(carry, *(None if x is None else x.select(axis, i) for x in tensors))
@@ -47,7 +52,7 @@ def fold_chunks(
         fills: for each of `tensors`, what a token has that changes nothing; a program has them after the last.
     """
     n = next(x.shape[axis] for x in tensors if x is not None)
-    if torch.compiler.is_exporting():
+    if loops_in_graph(n, size):
         count = chunk_count(n, size)
         padded = [
             None if x is None else in_chunks(x, axis, count, size, fill) for x, fill in zip(tensors, fills, strict=True)
@@ -73,8 +78,17 @@ def in_chunks(x: Tensor, axis: int, count: int, size: int, fill: float = 0.0) ->
 
 
 def chunk_count(n: int, size: int) -> int:
-    """Chunks that hold n tokens; in an exported program at least two, because one could not become several."""
-    return n // size + 2 if torch.compiler.is_exporting() else -(-n // size)
+    """Chunks that hold n tokens; in an exported program for every length at least two: one could not become several."""
+    return n // size + 2 if loops_in_graph(n, size) else -(-n // size)
+
+
+def loops_in_graph(n: int, size: int) -> bool:
+    """Whether chunks of `size` of n tokens are to be one operator that loops: in an exported program for more than a few."""
+    if not torch.compiler.is_exporting():
+        return False
+    # dynamo shows a symbol as the number that it is in the example
+    fixed = isinstance(n, int) and not torch.compiler.is_dynamo_compiling()
+    return not fixed or n > MOST_IN_A_ROW * size
 
 
 def _fold_in_graph(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from regard.contract import Context, Mask, Pattern, State, Unsupported
 
@@ -57,3 +57,16 @@ def check_memory_mask(context: Context) -> None:
     mask = context.memory_mask
     if mask is not None and (mask.bias is not None or mask.blocks is not None):
         raise Unsupported("a memory mask with bias or blocks", supported="bias and blocks on mask, which has the pairs")
+
+
+def check_repeatable(layers: nn.Module) -> None:
+    """Raise Unsupported for layers that the backward pass cannot compute again, since they change themselves."""
+    for module in layers.modules():
+        options = getattr(module, "config", None)
+        for name in ("redraw", "redraw_every"):
+            if getattr(options, name, 0):
+                raise Unsupported(
+                    f"{name}={getattr(options, name)} in layers that the backward pass computes again",
+                    supported="layers that do not change themselves from call to call",
+                    nearest=f"{name}=0",
+                )

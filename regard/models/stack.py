@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from regard.contract import Context, Loss, Mask, Result, Unsupported, at_least, check_options, one_of
 from regard.layers.attention import AttentionLayer
+from regard.layers.checks import check_repeatable
 from regard.models.blocks import FEED_FORWARD_OPTIONS, Block, check_roles, run_blocks
 from regard.models.branches import (
     Branch,
@@ -211,7 +212,7 @@ class Stack(nn.ModuleList):
         if self.config.share != "none":
             self._share()
         if self.config.reversible or self.config.checkpoint_layers:
-            self._check_repeatable()
+            check_repeatable(self)
 
     def tell(self, passed: Tensor) -> None:
         """Hand the numbers of layers that have been passed to whoever asked."""
@@ -245,17 +246,6 @@ class Stack(nn.ModuleList):
                     )
                 block.feed_forward, block.feed_forward_norm = first.feed_forward, first.feed_forward_norm
                 block.feed_forward_end = first.feed_forward_end
-
-    def _check_repeatable(self) -> None:
-        for module in self.modules():
-            options = getattr(module, "config", None)
-            for name in ("redraw", "redraw_every"):
-                if getattr(options, name, 0):
-                    raise Unsupported(
-                        f"{name}={getattr(options, name)} in a stack that computes layers again in the backward pass",
-                        supported="layers that do not change themselves from call to call",
-                        nearest=f"{name}=0",
-                    )
 
     def run(
         self,

@@ -2,8 +2,9 @@
 
 Everything random in step s is drawn from (seed, s): the batch by the task, dropout and the layers' draws from
 generators seeded here. So there is no random state to carry over, and a run resumed from a checkpoint equals the
-undisturbed one bit for bit, on the same machine with the same number of threads. On CUDA a few of torch's backward
-kernels add in an order that varies; see `torch.use_deterministic_algorithms`.
+undisturbed one bit for bit, on the same machine with the same number of threads; the routes of linear layers, which
+a process chooses by measuring, are in the checkpoint. On CUDA a few of torch's backward kernels add in an order that
+varies; see `torch.use_deterministic_algorithms`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import Unsupported, at_least, one_of
+from regard.engines.linear import chosen_routes, take_routes
 from regard.measurement.memory import peak_memory
 from regard.models.evaluating import evaluation_mode
 from regard.tasks.protocol import Batch, Task
@@ -232,6 +234,7 @@ def train(
         if path is not None:
             nonlocal saved
             record: dict[str, Any] = {"run": identity, "history": asdict(history), "scaler": scaler.state_dict()}
+            record["routes"] = chosen_routes()
             mean = None if average is None else average.tensors
             if average is not None:
                 record["updates"] = average.updates
@@ -361,6 +364,8 @@ def _resume(
         run, history = dict(found.record["run"]), History.from_record(found.record["history"])
         scale = dict(found.record["scaler"])
         updates = int(found.record.get("updates", 0))
+        if "routes" in found.record:
+            take_routes(found.record["routes"])
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(path, f"{type(error).__name__}: {error}") from error
     for name, value in identity.items():

@@ -249,6 +249,19 @@ def test_a_route_is_believed_after_two_processes_have_measured_it(monkeypatch: p
     assert len(json.loads(cache_file().read_text())) == 2
 
 
+def test_routes_of_another_process_are_taken_where_none_is_chosen_yet_and_the_machine_is_the_same(
+    choices: Choices,
+) -> None:
+    one, other = (1, 5, 5, 5, "rows", "rows", False), (1, 6, 6, 6, "rows", "columns", True)
+    record = json.loads(json.dumps(Choices(known={one: AVAILABLE[-1], other: AVAILABLE[-1]}).as_record()))
+    entry.take_routes(record | {"machine": "another"})
+    assert not choices.known
+    choices.known[one] = "torch"
+    entry.take_routes(record)
+    assert choices.known == {one: "torch", other: AVAILABLE[-1]}
+    assert entry.chosen_routes()["routes"] == [[*one, "torch"], [*other, AVAILABLE[-1]]]
+
+
 def test_a_doubtful_measurement_is_torch_s_and_is_not_kept(monkeypatch: pytest.MonkeyPatch, choices: Choices) -> None:
     measured = measured_as(monkeypatch, 0.5, 1.5, 0.5)
     assert choices.route(LARGE) == "torch" and not cache_file().exists()

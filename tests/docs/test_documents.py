@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import inspect
 import json
@@ -16,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import typer
 from command_line import answer
 
 from regard import catalogue, get_mechanism, list_mechanisms
-from regard.cli import app
+from regard.cli.app import parser
 from regard.contract import Kind, Pattern
 from regard.models.variants import read_variant
 from regard.reproductions import list_reproductions
@@ -82,15 +80,10 @@ def test_snippet_runs(code, tmp_path, monkeypatch):
     execute(code, tmp_path)
 
 
-@functools.cache
-def commands():
-    return typer.main.get_command(app).commands
-
-
 @pytest.mark.parametrize("line", COMMANDS)
 def test_command_exists_with_these_options(line):
     words = shlex.split(line.split(">")[0])
-    command = commands()[words[1]]
+    command = parser.commands[words[1]]
     options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     assert {word for word in words[2:] if word.startswith("--")} <= options
     if "--mechanisms" in words:

@@ -11,6 +11,7 @@ import torch
 from support import close
 
 from regard import Context, Mask, Unsupported, create_layer, get_mechanism, list_mechanisms
+from regard.engines import scan
 from regard.integrations.export import export, export_onnx
 from regard.models import LanguageModel, LanguageModelConfig
 from regard.models.vision import create_backbone
@@ -81,13 +82,24 @@ def test_what_a_card_waives_is_refused_with_its_reason(name, waiver):
 
 
 @pytest.mark.parametrize("name", ["gated_linear", "delta_rule"])
-def test_a_recurrence_is_exported_by_torch_alone_without_gradients_and_refused_with_them(name):
+def test_a_recurrence_of_many_chunks_is_exported_by_torch_alone_without_gradients_and_refused_with_them(
+    name, monkeypatch
+):
+    monkeypatch.setattr(scan, "MOST_IN_A_ROW", 0)
     layer, x = create_layer(name, 8, 2).eval(), torch.randn(1, 5, 8)
     with pytest.raises(Unsupported, match=r"a program of a recurrence with gradients.*no_grad"):
         torch.export.export(layer, (x,), strict=False)
     with torch.no_grad():
         found = torch.export.export(layer, (x,), strict=False).module()(x).output
         torch.testing.assert_close(found, layer(x).output)
+
+
+@pytest.mark.parametrize("name", ["gated_linear", "mamba"])
+def test_a_program_for_one_length_has_few_chunks_one_after_the_other(name):
+    layer, x = create_layer(name, 8, 2).eval(), torch.randn(1, 70, 8)
+    program = export(layer, x, lengths=False)
+    assert not [node for node in program.graph.nodes if node.target is torch.ops.higher_order.scan]
+    torch.testing.assert_close(program.module()(x).output, layer(x).output)
 
 
 def test_onnx_of_torch_alone_is_refused_where_it_lacks_an_operator():
@@ -117,12 +129,20 @@ def test_a_plain_layer_drops_nothing():
     assert gated.eval()(torch.randn(2, 9, 16)).shape == (2, 9, 16)
 
 
-@pytest.mark.parametrize("image", [torch.randn(1, 3, 16, 16), torch.randn(3, 3, 16, 16)], ids=["one", "three"])
-def test_a_program_of_a_backbone_takes_batches_of_any_size(image):
-    model = create_backbone("vit_nano", image_size=16, num_classes=4, dim=8, num_layers=1, num_heads=2).eval()
-    program = export(model, image).module()
-    for batch in (1, 5):
-        images = torch.randn(batch, 3, 16, 16)
+ONE_STAGE = {"widths": (8,), "depths": (1,), "heads": (2,)}
+BACKBONES = [
+    ("vit_nano", 1, {"dim": 8, "num_layers": 1, "num_heads": 2}),
+    ("pvt_nano", 3, {**ONE_STAGE, "reductions": (1,), "expansions": (1,)}),  # with a class token
+    ("swin_nano", 1, {**ONE_STAGE, "depths": (2,), "window": 2}),  # with shifted windows
+]
+
+
+@pytest.mark.parametrize(("name", "batch", "options"), BACKBONES, ids=[name for name, *_ in BACKBONES])
+def test_a_program_of_a_backbone_takes_batches_of_any_size(name, batch, options):
+    model = create_backbone(name, image_size=16, num_classes=4, **options).eval()
+    program = export(model, torch.randn(batch, 3, 16, 16)).module()
+    for size in (1, 5):
+        images = torch.randn(size, 3, 16, 16)
         torch.testing.assert_close(program(images), model(images))
     with pytest.raises(Exception, match=r"size\(\)\[2\] == 16"):
         program(torch.randn(1, 3, 32, 32))

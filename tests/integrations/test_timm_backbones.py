@@ -130,8 +130,6 @@ def test_all_maps_come_where_a_backbone_has_fewer_levels_than_timm_asks_for() ->
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
 def test_what_a_backbone_cannot_do_for_timm_is_said() -> None:
     model = timm.create_model("regard_van_nano")
-    model.set_grad_checkpointing(False)
-    refused("gradient checkpointing of a VAN", model.set_grad_checkpointing)
     refused("TorchScript of a VAN", torch.jit.script, model)
     refused("TorchScript of a VAN", torch.jit.trace, model, torch.randn(1, 3, 32, 32))
     refused("global_pool='avg'", model.reset_classifier, 5, "avg")

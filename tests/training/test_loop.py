@@ -18,6 +18,8 @@ from small_runs import (
     train_until,
 )
 
+from regard.backends import linear
+from regard.backends.linear.choices import Choices
 from regard.contract import Result, Unsupported
 from regard.tasks.protocol import cross_entropy_by_item, mean_loss
 from regard.training import PRECISIONS, History, TrainConfig, evaluate, train
@@ -79,6 +81,14 @@ def test_a_run_interrupted_at_any_step_resumes_to_the_undisturbed_one(any_task, 
     assert curves[0] == curves[1]
     assert (history.tokens, history.finished) == (expected.tokens, True)
     assert history.peak_memory == expected.peak_memory
+
+
+def test_a_resumed_run_goes_on_with_the_routes_of_linear_layers_that_it_began_with(task, build, tmp_path, monkeypatch):
+    product = (torch.get_num_threads(), 7, 11, 10, "rows", "rows", False)
+    for stop_after, known in ((3, {product: "torch"}), (4, {})):  # in two processes
+        monkeypatch.setattr(linear, "CHOICES", Choices(known=known))
+        train_until(stop_after, build(), task, CONFIG, tmp_path / "run")
+    assert linear.CHOICES.known[product] == "torch"
 
 
 def test_an_interrupt_while_weights_change_keeps_the_last_whole_checkpoint(

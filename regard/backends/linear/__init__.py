@@ -22,7 +22,7 @@ again.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -160,6 +160,19 @@ def _unmodified() -> bool:
     return not (
         torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting() or in_transform() or in_forward_mode()
     )
+
+
+def chosen_routes() -> dict[str, Any]:
+    """The routes chosen so far in this process, for JSON."""
+    return CHOICES.as_record()
+
+
+def take_routes(record: Mapping[str, Any]) -> None:
+    """Go on with the :func:`chosen_routes` of another process, so that a run that it began rounds as it did there.
+
+    Classes of products that this process has chosen for keep their routes, and so do all on another machine or torch.
+    """
+    CHOICES.take(record)
 
 
 def which_route(rows: int, in_features: int, out_features: int) -> str:

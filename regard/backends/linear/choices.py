@@ -7,10 +7,11 @@ import json
 import os
 import platform
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -45,8 +46,11 @@ def _processor() -> str:
 
 def machine(threads: int) -> str:
     """The conditions that choices hold for."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{_processor()} | {capability} | torch {torch.__version__} | threads {threads} | {', '.join(available_routes())}"
+    return f"{_machine()} | threads {threads} | {', '.join(available_routes())}"
+
+
+def _machine() -> str:
+    return f"{_processor()} | {torch.backends.cpu.get_cpu_capability()} | torch {torch.__version__}"
 
 
 @dataclass
@@ -64,6 +68,17 @@ class Choices:
         """Send every product to the route `name`; None lets each class have its own again."""
         self.forced = name
         self.smallest_work = SMALLEST_WORK if name is None else 1
+
+    def as_record(self) -> dict[str, Any]:
+        """The choices of this process for JSON, and the machine that they hold for."""
+        return {"machine": _machine(), "routes": [[*key, name] for key, name in self.known.items()]}
+
+    def take(self, record: Mapping[str, Any]) -> None:
+        """Choose as a record says, where nothing is chosen yet; nothing of one of another machine."""
+        if record["machine"] == _machine():
+            for *key, name in record["routes"]:
+                if name in available_routes():
+                    self.known.setdefault(tuple(key), name)
 
     def find(self, x: Matrix, weight: Matrix) -> str:
         """The name of the route that x W^T takes."""

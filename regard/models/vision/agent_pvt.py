@@ -43,6 +43,7 @@ from regard.mechanisms.agent import BiasTables
 from regard.models.layer_plan import read_plan
 from regard.models.losses import add_losses
 from regard.models.vision.backbone import Level, map_of, tokens_of
+from regard.models.vision.blocks import Blocks
 from regard.models.vision.patch_tokens import (
     agent_table,
     check_divisible,
@@ -240,7 +241,7 @@ class Stage(nn.Module):
         self.positions = nn.Parameter(torch.empty(self.before + math.prod(self.grid), width))
         nn.init.trunc_normal_(self.positions, std=0.02)
         self.dropout = nn.Dropout(config.branch_dropout)
-        self.blocks = nn.ModuleList(Block(config, number, rate) for rate in rates)
+        self.blocks = Blocks(Block(config, number, rate) for rate in rates)
 
     def forward(
         self, x: Float[Tensor, "b c h w"], class_token: Float[Tensor, "1 width"] | None = None
@@ -250,12 +251,12 @@ class Stage(nn.Module):
         height, width = x.shape[2:]
         x = self.embedding_norm(tokens_of(x))
         if class_token is not None:
-            x = torch.cat([class_token.expand(len(x), -1, -1).to(x.dtype), x], 1)
+            x = torch.cat([class_token.expand(x.shape[0], -1, -1).to(x.dtype), x], 1)
         positions = resize_positions(self.positions, self.before, self.grid, (height, width), "bilinear")
         x = self.dropout(x + positions.to(x.dtype))
         losses: dict[str, Loss] = {}
         for block in self.blocks:
-            result = block(x, (height, width))
+            result = self.blocks.run(block, x, (height, width))
             add_losses(losses, result.losses)
             x = result.output
         return Result(x, None, losses), (height, width)

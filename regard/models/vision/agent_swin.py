@@ -243,7 +243,7 @@ class Block(PlannedBlock):
         windows = self.windows
         if windows is None:
             return super().attend(x, grid)
-        context = Context(grid=windows.sides_on(grid), mask=Mask(bias=windows.bias(grid, len(x))))
+        context = Context(grid=windows.sides_on(grid), mask=Mask(bias=windows.bias(grid, x.shape[0])))
         mixed = self.attention(windows.split(x, grid), context=context)
         return Result(windows.join(mixed.output, grid), None, mixed.losses)
 

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from regard.contract import Result, Unsupported, at_least
 from regard.contract.types import types_of
+from regard.layers.checks import check_repeatable
 from regard.layers.linear import make_linear
+from regard.models.vision.blocks import Blocks
 from regard.models.vision.released import load_released
 
 if TYPE_CHECKING:
@@ -234,13 +236,16 @@ class Backbone(nn.Module):
         self.head = head.to(device=some.device, dtype=some.dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """timm's name for computing blocks again in the backward pass; raises Unsupported where it is to be enabled."""
+        """Whether only the inputs of blocks are kept for gradients, for which they are computed again (:class:`Blocks`).
+
+        Raises:
+            Unsupported: for layers that change themselves from call to call.
+        """
         if enable:
-            raise Unsupported(
-                f"gradient checkpointing of a {type(self).__name__}",
-                supported="enable=False",
-                nearest="a smaller batch",
-            )
+            check_repeatable(self)
+        for module in self.modules():
+            if isinstance(module, Blocks):
+                module.recomputed = enable
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script` asks for first; raises Unsupported, where it would fail at a type that it does not know."""

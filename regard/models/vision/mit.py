@@ -23,6 +23,7 @@ from regard.layers.norms import LayerNorm
 from regard.models.losses import add_losses
 from regard.models.vision import agent_pvt
 from regard.models.vision.backbone import tokens_of
+from regard.models.vision.blocks import Blocks
 from regard.models.vision.patch_tokens import initialise_convolution
 from regard.models.vision.van import ConvolutionalMLP
 
@@ -129,7 +130,7 @@ class Stage(nn.Module):
         width, stride = config.widths[number], 2 if number else config.patch
         kernel = 2 * stride - 1
         self.embedding, self.embedding_norm = nn.Conv2d(channels, width, kernel, stride, kernel // 2), LayerNorm(width)
-        self.blocks = nn.ModuleList(Block(config, number, rate) for rate in rates)
+        self.blocks = Blocks(Block(config, number, rate) for rate in rates)
         self.norm = LayerNorm(width, eps=1e-6)
 
     def forward(self, x: Float[Tensor, "b c h w"], class_token: None = None) -> tuple[Result, tuple[int, int]]:
@@ -139,7 +140,7 @@ class Stage(nn.Module):
         x = self.embedding_norm(tokens_of(x))
         losses: dict[str, Loss] = {}
         for block in self.blocks:
-            result = block(x, (height, width))
+            result = self.blocks.run(block, x, (height, width))
             add_losses(losses, result.losses)
             x = result.output
         return Result(self.norm(x), None, losses), (height, width)

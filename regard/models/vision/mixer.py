@@ -35,6 +35,7 @@ from regard.layers.feed_forward import MLP
 from regard.layers.norms import LayerNorm
 from regard.mechanisms.mlp_mixer import lecun_normal_
 from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of, tokens_of
+from regard.models.vision.blocks import Blocks
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -95,7 +96,7 @@ class PatchNetwork(Backbone):
         super().__init__(config)
         self.fixed = fixed
         self.embedding = nn.Conv2d(config.channels, config.width, config.patch, config.patch)
-        self.blocks, self.norm = nn.ModuleList(blocks), norm
+        self.blocks, self.norm = Blocks(blocks), norm
         self.levels = [Level(config.width, config.patch)] * config.depth
 
     def encode(
@@ -106,7 +107,7 @@ class PatchNetwork(Backbone):
         grid, maps = (embedded.shape[2], embedded.shape[3]), {}
         x, context = tokens_of(embedded), Context(grid=grid)
         for number, block in enumerate(self.blocks):
-            x = block(x, context)
+            x = self.blocks.run(block, x, context)
             if number in keep:
                 maps[number] = map_of(x, grid)
         return self.norm(x), maps

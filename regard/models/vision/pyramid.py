@@ -16,6 +16,7 @@ from regard.layers.norms import LayerNorm
 from regard.models.layer_plan import check_plan, read_plan
 from regard.models.losses import add_losses
 from regard.models.vision.backbone import BackboneConfig, Pyramid, check_stages, map_of, tokens_of
+from regard.models.vision.blocks import Blocks
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -61,7 +62,7 @@ class Stage(nn.Module):
 
     def __init__(self, embedding: nn.Module, blocks: Iterable[nn.Module], norm: nn.Module | None = None) -> None:
         super().__init__()
-        self.embedding, self.blocks, self.norm = embedding, nn.ModuleList(blocks), norm
+        self.embedding, self.blocks, self.norm = embedding, Blocks(blocks), norm
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Result:
         x = self.embedding(x)
@@ -69,7 +70,7 @@ class Stage(nn.Module):
         tokens = tokens_of(x)
         losses: dict[str, Loss] = {}
         for block in self.blocks:
-            result = block(tokens, grid)
+            result = self.blocks.run(block, tokens, grid)
             add_losses(losses, result.losses)
             tokens = result.output
         return Result(map_of(tokens if self.norm is None else self.norm(tokens), grid), None, losses)

@@ -29,6 +29,7 @@ from regard.layers.drop_path import drop_path_rates
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
 from regard.models.vision.backbone import Backbone, BackboneConfig, Level, check_stages, map_of, tokens_of
+from regard.models.vision.blocks import Blocks
 from regard.models.vision.tnt import (
     BLOCK_NAMES,
     Block,
@@ -281,7 +282,7 @@ class Stage(nn.Module):
             widths, inner_widths = (config.widths[before], width), (config.inner_widths[before], inner_width)
             self.merge = Merge(config.grids[before], widths, inner_widths)
         heads, reduction = config.heads[number], config.reductions[number]
-        self.blocks = nn.ModuleList()
+        self.blocks = Blocks()
         for index, rate in enumerate(drop_path):
             shared: dict[str, Any] = {
                 "expansion": config.expansion,
@@ -312,7 +313,7 @@ class Stage(nn.Module):
         mask = None if self.pair_scores is None else Mask(bias=self.pair_scores)
         context = Context(grid=self.grid, mask=mask)
         for block in self.blocks:
-            words, sentences = block(words, sentences, context)
+            words, sentences = self.blocks.run(block, words, sentences, context)
         return words, sentences
 
 

@@ -35,6 +35,7 @@ from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
 from regard.models.layer_plan import check_plan, read_plan
 from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of, tokens_of
+from regard.models.vision.blocks import Blocks
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -144,7 +145,7 @@ class TNT(Backbone):
         self.embedding = Fusion(config.words, config.inner_width, width, bias=True)
         self.dropout = nn.Dropout(config.branch_dropout)
         rates = drop_path_rates(config.drop_path, (config.depth,))[0]
-        self.blocks = nn.ModuleList(self._block(config, index, rate) for index, rate in enumerate(rates))
+        self.blocks = Blocks(self._block(config, index, rate) for index, rate in enumerate(rates))
         self.norm = LayerNorm(width)
         self.levels = [Level(width, config.patch)] * config.depth
         initialise(self)
@@ -179,7 +180,7 @@ class TNT(Backbone):
         context = Context() if self.prefix else Context(grid=grid)
         words, sentences = self.embed(images)
         for number, block in enumerate(self.blocks):
-            words, sentences = block(words, sentences, context)
+            words, sentences = self.blocks.run(block, words, sentences, context)
             if number in keep:
                 maps[number] = map_of(sentences[:, self.prefix :].contiguous(), grid)
         return self.norm(sentences), maps

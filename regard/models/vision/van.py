@@ -26,6 +26,7 @@ from regard.layers.drop_path import DropPath, drop_path_rates
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm, LayerScale
 from regard.models.vision.backbone import BackboneConfig, Level, Pyramid, check_stages, map_of, tokens_of
+from regard.models.vision.blocks import Blocks
 from regard.models.vision.patch_tokens import initialise_convolution
 
 if TYPE_CHECKING:
@@ -144,13 +145,13 @@ class Stage(nn.Module):
     def __init__(self, embedding: nn.Conv2d, blocks: Iterable[nn.Module], width: int) -> None:
         super().__init__()
         self.embedding, self.embedding_norm = embedding, nn.BatchNorm2d(width)
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = Blocks(blocks)
         self.norm = LayerNorm(width, eps=1e-6)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
         x = self.embedding_norm(self.embedding(x))
         for block in self.blocks:
-            x = block(x)
+            x = self.blocks.run(block, x)
         return map_of(self.norm(tokens_of(x)), x.shape[2:])
 
 

@@ -30,6 +30,7 @@ from regard.layers.drop_path import DropPath, drop_path_rates
 from regard.layers.norms import RMSNorm
 from regard.layers.patches import PatchEmbedding
 from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of
+from regard.models.vision.blocks import Blocks
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -89,7 +90,7 @@ class Vim(Backbone):
         self.class_token = None if self.place is None else nn.Parameter(torch.empty(1, 1, width))
         self.positions = nn.Parameter(torch.empty(1, patches + (self.place is not None), width))
         rates = drop_path_rates(config.drop_path, (config.depth,))[0]
-        self.blocks = nn.ModuleList(Block(width, config.mixer or {}, rate) for rate in rates)
+        self.blocks = Blocks(Block(width, config.mixer or {}, rate) for rate in rates)
         self.levels = [Level(width, config.stride)] * config.depth
         self.norm = RMSNorm(width, eps=1e-5)
         self._initialise()
@@ -119,7 +120,7 @@ class Vim(Backbone):
             x = torch.cat([x[:, : self.place], token, x[:, self.place :]], 1)
         x, maps = wide(x + self.positions), {}
         for number, block in enumerate(self.blocks):
-            x = block(x)
+            x = self.blocks.run(block, x)
             if number in keep:
                 maps[number] = map_of(self._patches(x), self.grid).to(self.positions.dtype)
         return x, maps

@@ -43,6 +43,7 @@ from regard.models.losses import add_losses
 from regard.models.placing import input_positions
 from regard.models.stack import StackConfig
 from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of
+from regard.models.vision.blocks import Blocks
 from regard.models.vision.patch_tokens import agent_table, context_of, fit_tables, options_on
 from regard.positions import Sinusoidal
 
@@ -170,7 +171,7 @@ class VisionTransformer(Backbone):
             self.sinusoids = Sinusoidal(dim=width // 2)
         shape = _BlockShape(config)
         rates = drop_path_rates(config.drop_path, [len(config.plan)])[0]
-        self.blocks = nn.ModuleList(
+        self.blocks = Blocks(
             VisionBlock(_entry(entry, config), shape, before, rate)
             for entry, rate in zip(config.plan, rates, strict=True)
         )
@@ -203,7 +204,7 @@ class VisionTransformer(Backbone):
         maps: dict[int, Tensor] = {}
         losses: dict[str, Loss] = {}
         for number, block in enumerate(self.blocks):
-            result = block(x, context=context)
+            result = self.blocks.run(block, x, context=context)
             x = result.output
             add_losses(losses, result.losses)
             if number in keep:

@@ -33,6 +33,7 @@ from regard.layers.feed_forward import MLP
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
 from regard.models.vision.backbone import BackboneConfig, Level, Pyramid, check_stages, map_of, tokens_of
+from regard.models.vision.blocks import Blocks
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -164,12 +165,12 @@ class Stage(nn.Module):
 
     def __init__(self, embedding: nn.Module, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.embedding, self.blocks = embedding, nn.ModuleList(blocks)
+        self.embedding, self.blocks = embedding, Blocks(blocks)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
         x = self.embedding(x)
         for block in self.blocks:
-            x = block(x)
+            x = self.blocks.run(block, x)
         return x
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import os
@@ -80,14 +81,42 @@ def test_a_row_of_a_batch_is_what_it_is_alone_and_float64_agrees_with_float32(na
 
 
 @each_family
-def test_gradients_reach_every_parameter_and_bfloat16_autocast_runs(name: str) -> None:
-    model = create_backbone(name, num_classes=5, image_size=WIDE).train()
+def test_gradients_reach_every_parameter_in_bfloat16_autocast_and_again_where_blocks_are_computed_again(
+    name: str,
+) -> None:
+    model = create_backbone(name, num_classes=5, image_size=WIDE, drop_path=0.3).train()
+    again = copy.deepcopy(model)
+    again.set_grad_checkpointing()
     images = torch.randn(2, model.config.channels, WIDE, WIDE)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model(images).float().square().sum()
-    loss.backward()
+    for each in (model, again):
+        torch.manual_seed(0)  # of what drop_path leaves out
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = each(images).float().square().sum()
+        loss.backward()
     without = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not without
+    gradients = {key: parameter.grad for key, parameter in again.named_parameters()}
+    assert [key for key, p in model.named_parameters() if not torch.equal(p.grad, gradients[key])] == []
+    statistics = dict(again.named_buffers())
+    assert [key for key, buffer in model.named_buffers() if not torch.equal(buffer, statistics[key])] == []
+
+
+def test_of_blocks_that_are_computed_again_the_inputs_alone_are_kept() -> None:
+    model, images = small("vit_nano"), torch.randn(8, 3, WIDE, WIDE)
+
+    def kept() -> int:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
+            model(images)
+        return sum(sizes)
+
+    every = kept()
+    model.set_grad_checkpointing()
+    assert kept() < every / 4
+    model.set_grad_checkpointing(False)
+    assert kept() == every
+    redrawing = create_backbone("vit_nano", plan="performer")
+    refused("redraw=1000.*try redraw=0", redrawing.set_grad_checkpointing)
 
 
 @each_family
