@@ -31,7 +31,7 @@ def _at_most(seconds: float, rounds: Callable[..., dict[str, list[float]]]) -> C
     return few
 
 
-timing.rounds = _at_most(0.05, timing.rounds)  # no test asks how long anything takes; before other modules import it
+timing.rounds = _at_most(0.005, timing.rounds)  # no test asks how long anything takes; before other modules import it
 
 
 if (
@@ -45,6 +45,7 @@ def _short_calibrations() -> Iterator[None]:
     """Of a comparison, which then tells another remaining time and nothing else."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("regard.workbench.comparison.planning.CALIBRATION_SECONDS", 0.4)
+        patch.setattr("regard.workbench.comparison.work.LEAST_SECONDS", 0.02)
         yield
 
 

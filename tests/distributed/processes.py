@@ -194,6 +194,7 @@ def train_a_folder(rank: int, folder: Path) -> None:
     settings = replace(settings, batch_tokens=64, lengths=(12,))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("regard.workbench.comparison.planning.CALIBRATION_SECONDS", 0.4)
+        patch.setattr("regard.workbench.comparison.work.LEAST_SECONDS", 0.02)
         found = train_model(Repeating(), settings, folder / "sharded", best_of=4, parallel="fsdp")
         expected = train_model(Repeating(), settings, folder / f"alone-{rank}", best_of=4)
     assert found.record["score"] == pytest.approx(expected.record["score"], abs=1e-5)

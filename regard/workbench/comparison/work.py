@@ -39,6 +39,8 @@ from regard.workbench.comparison.task_models import (
 GENERATED_AT_ONCE = 32
 EXTENSION = 0.4
 """Runs of each mechanism that are allowed for learning rates beyond the grid."""
+LEAST_SECONDS = 0.2
+"""Of training steps, from which their pace is told."""
 
 
 class Work:
@@ -192,7 +194,7 @@ class Work:
         runner = runner_of(self.task)
         runner.train(model, self.task, replace(timed, steps=2))
         began = time.monotonic()
-        history = runner.train(model, self.task, timed, deadline=max(began + 0.2, started + 0.7 * seconds))
+        history = runner.train(model, self.task, timed, deadline=max(began + LEAST_SECONDS, started + 0.7 * seconds))
         # with the making of its batch, which takes a while where images are varied
         step = (time.monotonic() - began) / len(history.curve) * 1.15 if history.curve else seconds
         some = next((batch.size for batch in self.task.evaluation_batches(self.scored_at_once)), 0)

@@ -32,7 +32,7 @@ MECHANISMS = ("softmax", "linear", "gated_linear")
 def settings(**changes):
     small = {"dim": 16, "layers": 1, "heads": 2, "seeds": 2, "batch_tokens": 256, "lengths": (16,), "at_length": 32}
     small |= {"frames": ("bare",), "rates": (3e-3,)}
-    return CompareSettings(**{"mechanisms": MECHANISMS, "budget": Budget.parse("8k tokens"), **small, **changes})
+    return CompareSettings(**{"mechanisms": MECHANISMS, "budget": Budget.parse("20 steps"), **small, **changes})
 
 
 def recall(items=32):
@@ -330,12 +330,31 @@ def test_a_size_that_a_mechanism_refuses_is_refused_with_sizes_it_takes(mechanis
 
 
 LINE = """compare --task recall:pairs=2,queries=4,vocab_size=16,evaluation_items=32 --length 16 --mechanisms softmax,linear
---budget '60k tokens' --seeds 2 --dim 16 --layers 1 --heads 2 --lengths 16,32 --at-length 32 --frame convolution
+--budget '20 steps' --seeds 2 --dim 16 --layers 1 --heads 2 --lengths 16,32 --at-length 32 --frame convolution
 --rates 0.003,0.01 --output"""
-PROGRAM = """from regard.cli import main
-from regard.workbench.comparison import planning
-planning.CALIBRATION_SECONDS = 0.4
-main()"""
+KILLED = """
+import os, signal
+from regard.cli import main
+from regard.workbench.comparison import planning, work
+from regard.workbench.comparison.trainer import Trainer
+
+planning.CALIBRATION_SECONDS, work.LEAST_SECONDS = 0.4, 0.02
+whole, begun = Trainer._on_step, []
+
+def on_step(trainer, work, name):
+    begun.append(name)
+    told = whole(trainer, work, name)
+
+    def step(point):
+        told(point)
+        if len(begun) == 3 and point.step == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return step
+
+Trainer._on_step = on_step
+main()
+"""
 SCHEMA = Path(__file__).parents[3] / "docs" / "schema" / "compare.json"
 TYPES = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool}
 TYPES |= {"null": type(None)}
@@ -378,19 +397,13 @@ def one_thread():
 
 def test_killed_and_resumed_equals_undisturbed(tmp_path, capsys, one_thread):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [sys.executable, "-c", PROGRAM, *shlex.split(LINE), str(killed)]
-    process = subprocess.Popen(command, env=one_thread, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if (killed / "results.db").exists() and len(quality(killed)) >= 2:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command = [sys.executable, "-c", KILLED, *shlex.split(LINE), str(killed)]
+    process = subprocess.run(command, env=one_thread, capture_output=True, check=False)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
     before = quality(killed)
     answer(capsys, LINE, killed)
     assert differences(answer(capsys, LINE, whole), json.loads(SCHEMA.read_text())) == []
-    assert 1 <= len(before) < len(quality(whole))
+    assert len(before) == 2 < len(quality(whole)), "it was killed in the third run"
     assert quality(killed) == quality(whole)
     assert all(quality(killed)[cell] == row for cell, row in before.items())
 

@@ -141,7 +141,8 @@ def test_what_is_lost_is_counted_in_the_direction_of_the_metric():
     assert loss_of(0.9, 1.0, higher_is_better=True) == pytest.approx(0.1)
 
 
-def test_a_model_of_regard_train_is_compressed_and_used_on_the_command_line(capsys, trained, tmp_path):
+def test_a_model_of_regard_train_is_compressed_and_used_on_the_command_line(capsys, trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # or names are folded where times have many digits
     model, _ = trained
     found = answer(capsys, "compress --recipe gptq:group=64 --calibration 4", model, "--output", tmp_path / "small")
     assert found["recipe"] == "gptq:group=64" and found["bytes_after"] < found["bytes_before"] / 2
