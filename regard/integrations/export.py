@@ -96,8 +96,18 @@ def export_onnx(
     check_packages()
     refuse_waived(module, "layer_onnx", "an ONNX program", "regard.integrations.export.export")
     program = export(module, *inputs, context=context, state=state, lengths=lengths)
-    with without_warnings():
-        return torch.onnx.export(program, **{"verbose": False, **options})
+    try:
+        with without_warnings():
+            return torch.onnx.export(program, **{"verbose": False, **options})
+    except torch.onnx.OnnxExporterError as error:
+        why: BaseException = error
+        while why.__cause__ is not None:
+            why = why.__cause__
+        raise Unsupported(
+            f"an ONNX program of a {type(module).__name__} ({str(why).strip().splitlines()[0]})",
+            supported="torch.export",
+            nearest="regard.integrations.export.export",
+        ) from error
 
 
 def check_packages() -> None:

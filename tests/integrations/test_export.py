@@ -156,3 +156,12 @@ def test_onnx_runtime_segments_as_the_network_does():
     (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     with torch.no_grad():
         close(torch.from_numpy(found), model(images), 1e-4)
+
+
+def test_an_operator_that_onnx_lacks_is_named_in_one_sentence():
+    class Sorted(torch.nn.Module):
+        def forward(self, x):
+            return torch.sort(x, stable=True).values
+
+    with pytest.raises(Unsupported, match=r"an ONNX program of a Sorted \(.*sort.*\); supported: torch.export"):
+        export_onnx(Sorted().eval(), torch.randn(2, 5, 3), lengths=False)
