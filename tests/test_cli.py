@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import re
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from command_line import answer, run
 from regard import Unsupported, get_mechanism, list_mechanisms
 from regard.cli.app import COMMANDS, SECONDS_FOR_THE_FIRST, parser
 from regard.cli.arguments import read_lengths
+from regard.cli.sweeps import printing_apart
 from regard.contract import Pattern
 from regard.tasks import list_tasks
 from regard.workbench.packages import OPTIONAL
@@ -294,6 +296,13 @@ def test_of_processes_that_are_refused_alike_the_first_speaks_and_the_others_wai
         monkeypatch.setenv("LOCAL_RANK", rank)
         code, _, messages = run(capsys, "show nonsense")
         assert code == 2 and "nonsense" in messages and waited == before
+
+
+def test_what_is_printed_during_a_sweep_is_no_part_of_the_output(capsys):
+    with printing_apart(nullcontext("joined")) as joined:
+        print("a worker was lost")
+    print("{}")
+    assert (joined, *capsys.readouterr()) == ("joined", "{}\n", "a worker was lost\n")
 
 
 def test_reproduce_runs_goes_on_and_judges(capsys, tmp_path):

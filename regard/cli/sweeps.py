@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,4 +53,12 @@ def sweep_of(
         return nullcontext()
     from regard.measurement.sweeps import Plugins, RaySweep
 
-    return RaySweep(address, Plugins.read(enter_plugins, plugins or ()))
+    return printing_apart(RaySweep(address, Plugins.read(enter_plugins, plugins or ())))
+
+
+@contextmanager
+def printing_apart(sweep: AbstractContextManager[Sweep]) -> Iterator[Sweep]:
+    """A sweep during which standard output is standard error: Ray prints there of machines and workers that are lost, whatever it
+    is asked to log, and would spoil what a program reads."""
+    with redirect_stdout(sys.stderr), sweep as joined:
+        yield joined
