@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from regard.contract import Context, Unsupported, closest
-from regard.core.files import write_atomically
+from regard.core.files import write_text_atomically
 from regard.measurement import provenance, units
 from regard.measurement.budget import Budget
 from regard.measurement.timing import interleaved
@@ -90,7 +90,7 @@ def read() -> dict[str, Any]:
 
 def write(table: dict[str, Any]) -> None:
     text = json.dumps(table, indent=1) + "\n"
-    write_atomically(TABLE, lambda path: path.write_text(text))
+    write_text_atomically(TABLE, text)
 
 
 def done(table: dict[str, Any], name: str, seed: int, minutes: float, items: int) -> dict[str, Any] | None:

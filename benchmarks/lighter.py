@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from regard.compression import compress, text_windows
 from regard.compression.sparse import at_compression, sparsely
-from regard.core.files import write_atomically
+from regard.core.files import write_text_atomically
 from regard.integrations.transformers import CACHE
 from regard.measurement import provenance
 from regard.measurement.timing import calm_clock, rounds
@@ -205,7 +205,7 @@ def main() -> None:
         found = measured(row, model, subject, windows, data)
         told = {key: value for key, value in asdict(row).items() if key != "change"}
         kept["rows"].append({**told, **found})
-        write_atomically(options.output, lambda path: path.write_text(json.dumps(kept, indent=1) + "\n"))
+        write_text_atomically(options.output, json.dumps(kept, indent=1) + "\n")
         faster = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in found["faster"].items())
         print(f"{row.name}: perplexity {found['perplexity']:.3f}; {faster}", flush=True)
 

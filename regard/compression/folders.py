@@ -34,7 +34,7 @@ from regard.compression.programs import remove_programs
 from regard.compression.pruning.records import restore, structure
 from regard.compression.tokens.applied import all_tokens, put_on, tokens_record
 from regard.contract import Unsupported
-from regard.core.files import write_atomically
+from regard.core.files import write_atomically, write_text_atomically
 from regard.integrations.timm_places import is_of_timm, timm_folders
 from regard.layers.quantized import quantized_record, restore_layers
 from regard.models import save_pretrained
@@ -107,7 +107,7 @@ def save_compressed(compressed: Compressed, folder: str | os.PathLike[str], *, t
                 timm_folders().write_config(model, place, None if plain else OWN_TIMM)
     if compressed.program is not None:
         compressed.program.save(place)
-    write_atomically(place / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text_atomically(place / RECORD, text)
 
 
 def loads_elsewhere(record: Mapping[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from regard.compression.layer_work import LayerReport, with_weight
 from regard.contract import Unsupported
-from regard.core.files import write_atomically
+from regard.core.files import write_atomically, write_text_atomically
 from regard.layers.quantized import Format, QuantizedLinear
 from regard.models.weights import distinct_tensors, load_tensors, read_tensors
 
@@ -62,7 +62,7 @@ def begin(folder: Path, identity: Mapping[str, Any]) -> None:
                 nearest="another folder",
             )
         return
-    write_atomically(file, lambda path: path.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8"))
+    write_text_atomically(file, json.dumps(identity, indent=2) + "\n")
 
 
 def write_block(file: Path, made: Sequence[tuple[nn.Module, LayerReport]]) -> None:

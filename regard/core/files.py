@@ -31,3 +31,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise Unsupported(
             f"{path}, which cannot be written ({error})", supported="a folder that can be written, on a disk with room"
         ) from error
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Replace a file by a text in UTF-8, as :func:`write_atomically` does."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

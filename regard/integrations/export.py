@@ -103,8 +103,9 @@ def export_onnx(
         why: BaseException = error
         while why.__cause__ is not None:
             why = why.__cause__
+        reason = str(why).strip().partition("\n")[0]
         raise Unsupported(
-            f"an ONNX program of a {type(module).__name__} ({str(why).strip().splitlines()[0]})",
+            f"an ONNX program of a {type(module).__name__} ({reason})",
             supported="torch.export",
             nearest="regard.integrations.export.export",
         ) from error

@@ -19,7 +19,7 @@ from torch import nn
 
 import regard
 from regard.contract import Unsupported, closest
-from regard.core.files import write_atomically
+from regard.core.files import write_atomically, write_text_atomically
 from regard.layers.quantized import quantized_record, restore_layers
 from regard.models.registry import MODELS, model_classes
 from regard.models.weights import distinct_tensors, load_tensors, read_tensors
@@ -61,7 +61,7 @@ def save_pretrained(
     place = Path(folder)
     tensors = distinct_tensors(model)
     write_atomically(place / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt", "record": text}))
-    write_atomically(place / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text_atomically(place / CONFIG, text)
 
 
 def from_pretrained(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> nn.Module:

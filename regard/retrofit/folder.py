@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.contract import Unsupported
-from regard.core.files import write_atomically
+from regard.core.files import write_text_atomically
 
 WORK, RECORD, LOCK = ".retrofit", "retrofit.json", "lock"
 """The folder inside that holds checkpoints and results of parts, the file that says what came of it, and the one that a process
@@ -77,7 +77,7 @@ class Folder:
     def write(self, name: str, value: Any) -> None:
         """Keep the result of a part, which replaces an older one in one step."""
         text = json.dumps(value, indent=1, ensure_ascii=False)
-        write_atomically(self.work / f"{name}.json", lambda file: file.write_text(text, encoding="utf-8"))
+        write_text_atomically(self.work / f"{name}.json", text)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """The result of a part, made where there is none yet."""

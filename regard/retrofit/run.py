@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regard.contract import Unsupported
-from regard.core.files import write_atomically
+from regard.core.files import write_text_atomically
 from regard.measurement import provenance
 from regard.measurement.budget import Budget
 from regard.retrofit import card
@@ -332,8 +332,8 @@ class _Run:
         for file in sorted(made.iterdir()):
             os.replace(file, place / file.name)
         made.rmdir()
-        write_atomically(place / "README.md", lambda file: file.write_text(card.readme(record), encoding="utf-8"))
-        write_atomically(place / RECORD, lambda file: file.write_text(card.as_json(record), encoding="utf-8"))
+        write_text_atomically(place / "README.md", card.readme(record))
+        write_text_atomically(place / RECORD, card.as_json(record))
         for checkpoint in self.folder.work.glob("*.safetensors"):
             checkpoint.unlink()
 

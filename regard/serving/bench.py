@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from regard.contract import Unsupported, at_least
-from regard.core.files import write_atomically
+from regard.core.files import write_text_atomically
 from regard.measurement import provenance, units
 from regard.workbench.reports import charts
 from regard.workbench.reports.pages import pages
@@ -283,7 +283,7 @@ def save(rows: Sequence[dict[str, Any]], load: Load, folder: Path, model: str = 
     ]
     template = pages(Path(__file__).parent / "templates").get_template("load.html.j2")
     page = template.render(**record, figures=figures, cells=cells)
-    write_atomically(folder / PAGE, lambda path: path.write_text(page, encoding="utf-8"))
+    write_text_atomically(folder / PAGE, page)
     text = json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n"
-    write_atomically(folder / FIGURES, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text_atomically(folder / FIGURES, text)
     return folder / PAGE

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from regard.core.files import write_atomically
+from regard.core.files import write_text_atomically
 from regard.measurement import units
 from regard.measurement.budget import Budget
 from regard.models.variants import Variant
@@ -79,9 +79,9 @@ def compare_retrofits(
     first = next(iter(records.values()))
     told = {"model": first["from"]["name"], "retrofits": records, "recommendation": recommend(records)}
     text = json.dumps(told, indent=1, ensure_ascii=False)
-    write_atomically(place / RECORD, lambda file: file.write_text(text, encoding="utf-8"))
+    write_text_atomically(place / RECORD, text)
     page = render(told)
-    write_atomically(place / "report.html", lambda file: file.write_text(page, encoding="utf-8"))
+    write_text_atomically(place / "report.html", page)
     return told
 
 

@@ -47,14 +47,12 @@ def test_modules_in_two_places_are_stored_once():
 
 def test_a_save_interrupted_between_its_files_is_noticed(tmp_path, monkeypatch):
     save_pretrained(language_model(), tmp_path)
-    write = module.write_atomically
 
-    def stop_at_config(path, function):
-        if path.name == "config.json":
-            raise KeyboardInterrupt
-        write(path, function)
+    def stop(path, text):
+        assert path.name == "config.json"
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "write_atomically", stop_at_config)
+    monkeypatch.setattr(module, "write_text_atomically", stop)
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(language_model("linear"), tmp_path)
     with pytest.raises(Unsupported, match="different saves"):

@@ -19,7 +19,7 @@ from regard.backends.linear.measuring import SMALLEST_WORK, choice
 from regard.backends.linear.product import Product
 from regard.backends.linear.routes import LOCAL, ROUTES, available_routes, lasting
 from regard.contract import Unsupported
-from regard.core.files import write_atomically
+from regard.core.files import write_text_atomically
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -132,4 +132,4 @@ def _write_cache(stored: dict[str, dict[str, list[str]]]) -> None:
     """Whole or not at all; where nothing can be written, choices last as long as the process."""
     text = json.dumps(stored, indent=1, sort_keys=True)
     with suppress(Unsupported):
-        write_atomically(cache_file(), lambda file: file.write_text(text))
+        write_text_atomically(cache_file(), text)

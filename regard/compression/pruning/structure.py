@@ -17,7 +17,7 @@ from regard.compression.pruning.losses import Losses
 from regard.compression.pruning.records import structure
 from regard.compression.pruning.scores import choose
 from regard.compression.pruning.steps import AxFormer, Structured
-from regard.core.files import write_atomically
+from regard.core.files import write_text_atomically
 
 TRIALS = "trials.json"
 
@@ -50,7 +50,7 @@ def take_parts(
         def remember(trial: Trial) -> None:
             known.append(asdict(trial))
             if file is not None:
-                write_atomically(file, lambda path: path.write_text(json.dumps(known), encoding="utf-8"))
+                write_text_atomically(file, json.dumps(known))
 
         found = search(
             host,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from regard.core.files import write_atomically
+from regard.core.files import write_text_atomically
 from regard.reproductions.framework.judging import Outcome
 from regard.reproductions.framework.telling import measured_words, remarks
 from regard.workbench.reports.pages import pages
@@ -24,7 +24,7 @@ def write_study_report(record: Mapping[str, Any], path: str | os.PathLike[str]) 
     """
     place = Path(path)
     page = render_study(record)
-    write_atomically(place, lambda file: file.write_text(page, encoding="utf-8"))
+    write_text_atomically(place, page)
     return place
 
 

@@ -23,7 +23,7 @@ import torch
 from regard.backends.native import library
 from regard.catalogue import get_mechanism
 from regard.contract import Unsupported
-from regard.core.files import write_atomically
+from regard.core.files import write_text_atomically
 from regard.measurement import provenance
 from regard.measurement.timing import Timing, calm_clock, rounds
 from regard.workbench.advice.layer_work import Decoding, LayerSettings, LayerWork
@@ -198,7 +198,7 @@ class Cache:
         }
         text = json.dumps({"identity": self.identity, "samples": flat})
         with suppress(Unsupported):
-            write_atomically(self.path, lambda file: file.write_text(text))
+            write_text_atomically(self.path, text)
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from regard.core.files import write_atomically
+from regard.core.files import write_text_atomically
 from regard.measurement import units
 from regard.measurement.statistics import pareto_front
 from regard.workbench import side_effects
@@ -77,7 +77,7 @@ def write_page(study: Study, path: Path, *, command: Callable[[str], str], toler
             effects_measured=side_effects.MEASURED,
         )
     )
-    write_atomically(path, lambda partial: partial.write_text(page, encoding="utf-8"))
+    write_text_atomically(path, page)
     return path
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from regard.compression import Compressed, Recipe, compress
 from regard.compression.layers import find_layers
 from regard.contract import Unsupported
-from regard.core.files import write_atomically
+from regard.core.files import write_text_atomically
 from regard.measurement import provenance, units
 from regard.measurement.budget import Budget
 from regard.measurement.timing import calm_clock, rounds
@@ -142,7 +142,7 @@ def study(
     def keep() -> None:
         state["spent"] = used()
         text = json.dumps(state, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(folder / RESULTS, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text_atomically(folder / RESULTS, text)
 
     if "original" not in state:
         on_progress("the original", 0, len(recipes))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from regard.core.files import write_atomically
+from regard.core.files import write_text_atomically
 from regard.workbench.reports.drawings import Drawings
 from regard.workbench.reports.markers import glyph
 from regard.workbench.reports.pages import pages
@@ -29,7 +29,7 @@ def write_report(path: str | Path, measured: Measured) -> Path:
     """
     path = Path(path)
     page = render(measured)
-    write_atomically(path, lambda file: file.write_text(page, encoding="utf-8"))
+    write_text_atomically(path, page)
     return path
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from regard.catalogue import list_mechanisms
-from regard.core.files import write_atomically
+from regard.core.files import write_text_atomically
 from regard.measurement import units
 from regard.models.variants import read_variant
 from regard.retrofit import card, read_record
@@ -56,7 +56,7 @@ def write_retrofit_report(folder: str | os.PathLike[str], path: str | os.PathLik
     """
     place = Path(folder) / "report.html" if path is None else Path(path)
     page = render_retrofit(read_record(folder))
-    write_atomically(place, lambda file: file.write_text(page, encoding="utf-8"))
+    write_text_atomically(place, page)
     return place
 
 

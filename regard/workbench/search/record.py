@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from regard.core.files import write_atomically
+from regard.core.files import write_text_atomically
 from regard.measurement import provenance
 from regard.measurement.statistics import Comparison, Scores, items_array
 from regard.tasks import Task
@@ -114,7 +114,7 @@ def write_plan(space: Space, genes: Genes, path: Path) -> None:
     for stack, layers in variant.record().items():
         plan[stack] = [{"mechanism": name, "options": options} for name, options in layers]
     text = json.dumps(plan, indent=2) + "\n"
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text_atomically(path, text)
 
 
 def _commands(search: Search, winner: Row) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from regard.core.files import write_atomically
+from regard.core.files import write_text_atomically
 from regard.measurement import units
 from regard.measurement.statistics import pareto_front
 from regard.workbench.reports import charts
@@ -71,7 +71,7 @@ def write_page(record: Record, path: Path) -> Path:
             importance=[(name, f"{value:+.3f}") for name, value in importance],
         )
     )
-    write_atomically(path, lambda partial: partial.write_text(page, encoding="utf-8"))
+    write_text_atomically(path, page)
     return path
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from regard.core.files import write_atomically
+from regard.core.files import write_text_atomically
 from regard.measurement import units
 from regard.workbench import side_effects
 from regard.workbench.reports import charts
@@ -213,5 +213,5 @@ def write_isoflops(
 
 def _write(path: Path, **given: Any) -> Path:
     page = pages().get_template("sparse.html.j2").render(**given)
-    write_atomically(path, lambda partial: partial.write_text(page, encoding="utf-8"))
+    write_text_atomically(path, page)
     return path

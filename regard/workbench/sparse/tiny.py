@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from regard.contract import Unsupported
-from regard.core.files import write_atomically
+from regard.core.files import write_text_atomically
 from regard.models import LanguageModel, LanguageModelConfig
 from regard.models.pretrained import CONFIG, from_pretrained, save_pretrained
 from regard.tasks.long_context import LONG_TASKS, brief_words, create_long_task
@@ -172,5 +172,5 @@ def train(
     model.eval()
     save_pretrained(model, folder)
     told = json.dumps({"settings": settings, "done": step + 1, "loss": loss}, indent=2) + "\n"
-    write_atomically(record, lambda partial: partial.write_text(told, encoding="utf-8"))
+    write_text_atomically(record, told)
     return model

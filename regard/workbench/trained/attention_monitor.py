@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import Context, Result, Unsupported, valid_from_lengths
-from regard.core.files import write_atomically
+from regard.core.files import write_text_atomically
 from regard.core.ragged import gathering
 from regard.layers.attention import AttentionLayer
 from regard.models.evaluating import evaluation_mode
@@ -118,7 +118,7 @@ class AttentionMonitor:
         }
         if self.path is not None:
             text = json.dumps(self.as_record()) + "\n"
-            write_atomically(self.path, lambda path: path.write_text(text, encoding="utf-8"))
+            write_text_atomically(self.path, text)
 
     @torch.no_grad()
     def _weights(self, model: nn.Module) -> dict[str, Tensor]:
@@ -224,7 +224,7 @@ class AttentionMonitor:
     def write_page(self, path: Path, title: str) -> Path:
         """The sections as one HTML file."""
         page = pages().get_template("attention.html.j2").render(title=title, sections=parts_of_page(self.sections()))
-        write_atomically(path, lambda file: file.write_text(page, encoding="utf-8"))
+        write_text_atomically(path, page)
         return path
 
     def _scanned(self, names: Sequence[str], looks: Sequence[dict[str, Any]]) -> Iterator[Section]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from regard.compression.folders import load_own
 from regard.contract import Unsupported
-from regard.core.files import write_atomically
+from regard.core.files import write_text_atomically
 from regard.tasks import Task, create_task
 from regard.tasks.documents import nearest_path
 from regard.tasks.images import ImageReader
@@ -167,7 +167,7 @@ def read_record(place: Path) -> dict[str, Any] | None:
 def write_record(place: Path, record: Mapping[str, Any]) -> None:
     """Replace the record of a folder in one step."""
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(place / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text_atomically(place / RECORD, text)
 
 
 def _not_trained(place: Path, supported: str) -> Unsupported:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from regard.core.files import write_atomically
+from regard.core.files import write_atomically, write_text_atomically
 from regard.measurement import provenance
 from regard.measurement.statistics import score_of_items
 from regard.models import count_parameters, save_pretrained
@@ -92,6 +92,6 @@ def keep(folder: Path, model: nn.Module, task: Task, record: Mapping[str, Any]) 
         tokenizer = getattr(task, "tokenizer", None)
         if isinstance(tokenizer, BpeTokenizer):
             write_atomically(folder / TOKENIZER, tokenizer.save)
-    write_atomically(folder / CARD, lambda path: path.write_text(card(folder, record), encoding="utf-8"))
+    write_text_atomically(folder / CARD, card(folder, record))
     write_record(folder, record)
     return TrainedModel(folder, record)
