@@ -103,10 +103,14 @@ def recommend(
     winner, why = _settled(summary, metrics, alike, beside or {}, published or {})
     measured = _value(summary, winner, column)
     notes += _ties(summary, comparisons, metrics, kept, budget)
+    notes += _overtaken(summary, comparisons, metrics, [name for name in scored if name not in kept], winner)
     where = "" if prefer in OF_TRAINING else _at_lengths(at_length)
     costs = math.isfinite(measured)
     cost = prefer + where if costs else ""
-    text = f"Take {winner}: " + _headline(scored, kept, alike, comparisons, cost, why, proven=not unproven)
+    solved = _solved(summary, winner)
+    rest = [task for task in summary if task not in solved]
+    quality = _equal_quality(kept, solved, rest, comparisons)
+    text = f"Take {winner}: " + _headline(scored, kept, alike, quality, cost, why, len(summary), proven=not unproven)
     at_edge = {task: rate for (task, name), rate in (edges or {}).items() if name == winner}
     if at_edge:
         ends = " and ".join(f"{rate:g} on {task}" for task, rate in at_edge.items())
@@ -116,10 +120,10 @@ def recommend(
         notes.append(
             f"The best learning rate is at the end of those tried for {listed(others)}: they may do better too."
         )
-    own = [f"solves {listed(solved)}"] if (solved := _solved(summary, winner)) else []
+    own = [f"solves {listed(solved)}"] if solved else []
     if costs:
         own.append(f"{'reaches' if more else 'needs'} {wording.format(measured)}{where}")
-    steps = steps or [_no_steps(scored, comparisons)]
+    steps = steps or [_no_steps(scored, solved, rest, comparisons)]
     reason = "; ".join([*steps, f"{winner} {' and '.join(own)}"] if own else steps)
     if frame:
         reason += f". All were compared in the frame {frame}"
@@ -130,9 +134,10 @@ def _headline(
     scored: Sequence[str],
     kept: Sequence[str],
     alike: Sequence[str],
-    comparisons: Mapping[str, Comparison],
+    quality: str,
     cost: str,
     why: str,
+    tasks: int,
     *,
     proven: bool,
 ) -> str:
@@ -141,23 +146,48 @@ def _headline(
         return "it is the only mechanism with a score on every task."
     if len(kept) == 1:
         behind = "surely behind it" + ("" if proven else " or not shown to beat a rule without training")
-        return f"every other is {behind}{' on some task' if len(comparisons) > 1 else ''}."
-    if any(comparison.degrees < 1 for comparison in comparisons.values()):
-        said = "with a single seed no difference in quality counts"
-    else:
-        said = f"of {listed(kept)}, none is surely behind the best"
+        return f"every other is {behind}{' on some task' if tasks > 1 else ''}."
     if not cost:
-        return f"{said}, and no cost was measured to decide; {why}."
+        return f"{quality}, and no cost was measured to decide; {why}."
     if len(alike) == 1:
-        return f"{said}, and it is the cheapest in {cost}."
+        return f"{quality}, and it is the cheapest in {cost}."
     whose = "their costs" if len(alike) == len(kept) else f"the costs of {listed(alike)}, the cheapest,"
-    return f"{said}, and {whose} in {cost} are about the same; {why}."
+    return f"{quality}, and {whose} in {cost} are about the same; {why}."
 
 
-def _no_steps(scored: Sequence[str], comparisons: Mapping[str, Comparison]) -> str:
-    if len(scored) > 1 and any(comparison.degrees < 1 for comparison in comparisons.values()):
-        return "two seeds or more would tell differences from chance"
-    return "every mechanism reached the same quality within the noise"
+def _equal_quality(
+    kept: Sequence[str], solved: Sequence[str], rest: Sequence[str], comparisons: Mapping[str, Comparison]
+) -> str:
+    """Why quality does not decide between those that are left, which all solve the same tasks and not the `rest`."""
+    if not rest:
+        return f"{listed(kept)} solve {listed(solved)}"
+    where = f" on {listed(rest)}" if solved else ""
+    if _single_seed(rest, comparisons):
+        unsure = f"with a single seed no difference in quality{where} counts"
+        return f"{listed(kept)} solve {listed(solved)}, {unsure}" if solved else unsure
+    if solved:
+        return f"{listed(kept)} solve {listed(solved)}, none is surely behind the best{where}"
+    return f"of {listed(kept)}, none is surely behind the best"
+
+
+def _no_steps(
+    scored: Sequence[str], solved: Sequence[str], rest: Sequence[str], comparisons: Mapping[str, Comparison]
+) -> str:
+    """Why nothing took a mechanism out of the race."""
+    if len(scored) == 1:
+        return "there was nothing to choose between"
+    said = f"every mechanism solves {listed(solved)}, where scores decide no further" if solved else ""
+    if rest and _single_seed(rest, comparisons):
+        unsure = "two seeds or more would tell differences from chance"
+        return f"{said}; {unsure}" if said else unsure
+    if rest:
+        same = "the same quality within the noise"
+        return f"{said}; on {listed(rest)} all reached {same}" if said else f"every mechanism reached {same}"
+    return said
+
+
+def _single_seed(tasks: Sequence[str], comparisons: Mapping[str, Comparison]) -> bool:
+    return any(comparisons[task].degrees < 1 for task in tasks)
 
 
 def _at_lengths(at_length: Mapping[str, int] | None) -> str:
@@ -241,6 +271,29 @@ def _ties(
         best = _best(summary, metrics, task, kept)
         if best is not None:
             found.append(_inseparable(task, best, [m for m in kept if m != best], comparisons[task], budget))
+    return found
+
+
+def _overtaken(
+    summary: Mapping[str, Sequence[Mapping[str, Any]]],
+    comparisons: Mapping[str, Comparison],
+    metrics: Mapping[str, tuple[str, bool]],
+    left: Sequence[str],
+    winner: str,
+) -> list[str]:
+    """Says on which tasks mechanisms that left for another reason are surely ahead of the winner."""
+    found = []
+    for task in summary:
+        if _best(summary, metrics, task, [winner]) is None:
+            continue
+        ahead = [
+            name
+            for name in left
+            if _best(summary, metrics, task, [winner, name]) == name
+            and comparisons[task].difference(name, winner).separable
+        ]
+        if ahead:
+            found.append(f"On {task} {winner} is surely behind {listed(ahead)}, which left for what is said above.")
     return found
 
 

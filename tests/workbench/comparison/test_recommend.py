@@ -87,6 +87,31 @@ def test_a_single_seed_ranks_nothing():
     assert "within the noise" in advise(text=case({"slow": 1.0, "fast": 1.0})).reason
 
 
+def test_who_is_ahead_of_the_winner_on_another_task_is_said():
+    """Tasks decide one after the other; a mechanism that left on the first may lead on the second."""
+    one, other = case({"slow": 1.0, "fast": 2.0, "toy": 2.0}), case({"slow": 2.0, "fast": 1.0, "toy": 3.0})
+    assert advise(one=one, other=other).notes == [
+        "On other slow is surely behind fast, which left for what is said above."
+    ]
+    recall = case({"slow": 0.99, "fast": 0.2, "toy": 0.2}, solved={"slow"})
+    assert advise(recall=recall, other=other).notes == advise(one=one, other=other).notes
+    assert not advise(recall=recall, other=one).notes
+
+
+def test_where_all_solve_a_task_a_sure_difference_is_not_called_noise():
+    """0.997 of recall is surely below 0.9999, and both solve it: neither decides, and neither sentence says otherwise."""
+    scores = {"slow": 0.9999, "fast": 0.997}
+    recall = case(scores, solved=set(scores), noise=1e-5)
+    assert recall[1].difference("slow", "fast").separable
+    found = advise(recall=recall)
+    assert found.winner == "fast"
+    assert found.text == "Take fast: slow and fast solve recall, and it is the cheapest in inference at 2048 tokens."
+    assert found.reason.startswith("Every mechanism solves recall, where scores decide no further; fast solves recall")
+    found = advise(recall=recall, text=case({"slow": 1.0, "fast": 1.0}))
+    assert "slow and fast solve recall, none is surely behind the best on text, and it is" in found.text
+    assert "decide no further; on text all reached the same quality within the noise; fast" in found.reason
+
+
 def test_nobody_solving_is_said_and_does_not_exclude():
     found = advise(recall=case({"slow": 0.3, "fast": 0.3}, solved=set()))
     assert found.winner is not None
@@ -126,6 +151,16 @@ CASES = {
     ),
     "nothing is solved": lambda: advise(recall=case(LEVEL, solved=set())),
     "all is solved": lambda: advise(recall=case(LEVEL, solved=set(TIMES))),
+    "all is solved, one surely better": lambda: advise(
+        recall=case({"slow": 1.0, "fast": 0.99, "toy": 0.97}, solved=set(TIMES))
+    ),
+    "all is solved, by a single seed": lambda: advise(recall=case(LEVEL, solved=set(TIMES), seeds=1)),
+    "some solve, none leads": lambda: advise(
+        recall=case({"slow": 1.0, "fast": 1.0, "toy": 0.2}, solved={"slow", "fast"}), text=case(LEVEL)
+    ),
+    "all solve, one leads": lambda: advise(
+        recall=case(LEVEL, solved=set(TIMES)), text=case({"slow": 1.0, "fast": 2.0, "toy": 2.0})
+    ),
     "one solves, another leads": lambda: advise(
         recall=case({"slow": 0.99, "fast": 0.2, "toy": 0.2}, solved={"slow"}),
         text=case({"slow": 2.0, "fast": 1.0, "toy": 1.0}),
@@ -147,7 +182,9 @@ def test_no_sentence_contradicts_another(name):
     assert found.text.startswith(f"Take {found.winner}: ")
     assert found.text.count("Take ") == 1 and found.text.endswith(".")
     assert not (alone and tied)
-    assert alone or tied or "none is surely behind" in found.text or "single seed" in found.text
+    equal = "none is surely behind" in found.text or "within the noise" in found.reason
+    assert tied or not equal
+    assert alone or equal or "single seed" in found.text or " solve " in found.text
     left = {m for m in TIMES if f"ahead of {m}" in found.reason or f"not solved by {m}" in found.reason}
     assert found.winner not in left
     assert "cheapest" not in found.text or " at 2048 tokens" in found.text
