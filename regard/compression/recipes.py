@@ -439,16 +439,18 @@ def _with_rounding(one: tuple[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _check_order(steps: list[tuple[str, Any]]) -> None:
-    placed = [(name, step.stage, list(STAGES).index(step.stage)) for name, step in steps if step.stage in STAGES]
-    for (first, stage, a), (second, _, b) in itertools.pairwise(placed):
-        if a == b:
+    order = list(STAGES)
+    for (first, one), (second, other) in itertools.pairwise(step for step in steps if step[1].stage in STAGES):
+        if one.stage == other.stage:
             raise Unsupported(
-                f"{first} and {second} in one recipe, which both {STAGES[stage]}", supported="one of them"
+                f"{first} and {second} in one recipe, which both {STAGES[one.stage]}", supported="one of them"
             )
-        if a > b:
-            before = "the step that rounds" if stage == "round" else first
+        if order.index(one.stage) > order.index(other.stage):
+            before = "the step that rounds" if one.stage == "round" else first
             raise Unsupported(
-                f"{second} after {first}", supported=f"{second} before {before}", nearest=f'"{second} + {first}"'
+                f"{second} after {first}",
+                supported=f"{second} before {before}",
+                nearest=f'"{_written(second, other)} + {_written(first, one)}"',
             )
     for (before, one), (name, step) in itertools.pairwise(steps):
         if not isinstance(step, Distil):

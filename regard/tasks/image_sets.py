@@ -52,10 +52,10 @@ def load_images(data: Any, validation: Any, size: int | None, channels: int | No
                 nearest=f"no {option}",
             )
     side = None if size is None else check_integer("size", size, 4, 1024)
-    if name == "digits":
-        return _resized(_load_digits(), side)
-    if name == FASHION_MNIST and not has_idx(folder):
-        return _resized(load_fashion_mnist(), side)
+    if name in NAMED and not has_idx(folder):
+        images = _resized(_load_digits() if name == "digits" else load_fashion_mnist(), side)
+        passed_over = [f"the folder {folder} is passed over; ./{folder} reads it"] if folder.is_dir() else []
+        return replace(images, notes=[*images.notes, *passed_over])
     if not folder.is_dir():
         wrong = "is not a folder" if folder.exists() else "does not exist"
         near = closest(str(data), NAMED) or ("" if folder.exists() else nearest_path(folder))

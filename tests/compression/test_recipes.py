@@ -8,6 +8,7 @@ import pytest
 from support import refused
 
 from regard.compression.recipes import ALL, STEPS, Gptq, read_recipe, read_recipes
+from regard.contract import Unsupported
 from regard.layers.quantized import Format
 
 
@@ -46,6 +47,14 @@ def test_a_recipe_reads_back_from_its_name(name):
 def test_a_step_that_does_not_round_gets_the_usual_one_that_does():
     assert read_recipe("awq").name == "awq + int4:calibrate=mse"
     assert read_recipe("smoothquant:alpha=0.7").name == "smoothquant:alpha=0.7 + w8a8"
+
+
+def test_the_order_that_is_suggested_keeps_the_options_and_is_accepted():
+    with pytest.raises(Unsupported) as refused:
+        read_recipe("gptq:bits=4,order=columns + structured:layers=1")
+    suggested = refused.value.nearest.strip('"')
+    assert [name for name, _ in read_recipe(suggested).steps] == ["structured", "gptq"]
+    assert suggested == "structured:layers=1 + gptq:order=columns"
 
 
 def test_a_list_of_recipes_keeps_options_with_their_step():

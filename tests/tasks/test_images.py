@@ -210,6 +210,14 @@ def test_a_task_on_data_by_name_is_made_again_from_its_record_in_any_folder(tmp_
     )
 
 
+def test_a_folder_with_the_name_of_a_known_set_is_said_to_be_passed_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "passed over" not in images("digits").describe()
+    (tmp_path / "digits").mkdir()
+    told = images("digits").describe()
+    assert "scikit-learn's digits" in told and "the folder digits is passed over; ./digits reads it" in told
+
+
 def test_idx_and_digits_are_resized_on_demand(idx):
     task = images(idx, size=40)
     assert (task.grid, task.features) == ((10, 10), 16)
