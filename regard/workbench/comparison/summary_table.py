@@ -47,18 +47,19 @@ def terminal_table(
     costs = [cost for cost in COSTS if any(is_number(entry.get(cost[1])) for entry in every)]
     costs = costs if width >= 104 else costs[:FITS_80_COLUMNS]
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("", "score", "rank"):
-        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
-    for heading, _, _ in costs:
+    table.add_column("")
+    table.add_column("", overflow="fold")  # no name loses its options
+    for heading in ("score", "rank", *(heading for heading, _, _ in costs)):
         table.add_column(heading, justify="right", no_wrap=True)
     for task, entries in summary.items():
-        table.add_row(Text(task, style="bold"))
+        table.add_row("", Text(task, style="bold"))
         for entry in with_rule(entries, (baselines or {}).get(task)):
             if "rule" in entry:
-                table.add_row(*_rule(entry))
+                table.add_row("", *_rule(entry))
                 continue
             table.add_row(
-                Text(("★ " if entry.get("on_front") else "  ") + entry["mechanism"]),
+                "★" if entry.get("on_front") else "",
+                Text(entry["mechanism"]),
                 Text(_score(entry)),
                 _rank(entry),
                 *(_value(entry, name, form) for _, name, form in costs),
@@ -74,7 +75,7 @@ def figures_table(summary: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table |
     if not names:
         return None
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
     for name in names:
         table.add_column(Text(name), justify="right")
     for task, entries in told.items():
@@ -88,7 +89,7 @@ def figures_table(summary: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table |
 
 
 def _rule(rule: Mapping[str, Any]) -> tuple[Text, Text, Text]:
-    name = Text(f"  {short(rule['rule'], LONGEST_RULE)}", style="italic")
+    name = Text(short(rule["rule"], LONGEST_RULE), style="italic")
     return name, Text(units.number(rule["mean"])), Text("rule", style="dim")
 
 

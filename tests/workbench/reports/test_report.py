@@ -378,6 +378,15 @@ def test_a_rule_with_a_long_name_leaves_room_for_the_costs(rows):
     assert "a rule with many words to…" in text and "decode/s" in text
 
 
+def test_a_terminal_of_80_columns_shows_names_whole_in_as_many_lines_as_they_need(rows):
+    name = "gated_linear:output_norm=null,gate=swish*3+softmax"
+    summary = {task: [{**entry, "mechanism": name} for entry in entries] for task, entries in rows["summary"].items()}
+    lines = printed(terminal_table(summary), width=80).splitlines()
+    assert name in "".join(line.replace("★", " ").split()[0] for line in lines if line.strip())
+    assert max(map(len, lines)) <= 80
+    assert all("gated_linear:" in line for line in lines if " ± " in line)
+
+
 def test_terminal_table_has_the_rule_in_its_place(rows):
     summary = {
         task: sorted(entries, key=lambda e: e["mean"] if task == "language_model" else -e["mean"])
