@@ -333,10 +333,17 @@ class Reach:
 
     def of(self, mutant: Mutant, source: str) -> dict[str, float]:
         """The tests that may notice a mutant, and the seconds of each."""
-        lines = self.lines.get(mutant.module, {})
-        names = {name for line in statement(source, mutant.line) for name in lines.get(line, ())}
+        names = self._names(mutant, source)
         found = {name: x for name, x in self.seconds.items() if "" in names or name in names}
         return found or self.seconds
+
+    def at_import(self, mutant: Mutant, source: str) -> bool:
+        """Whether a mutant changes what runs while the package is imported, so that what it made stays as it was where functions alone are replaced."""
+        return "" in self._names(mutant, source)
+
+    def _names(self, mutant: Mutant, source: str) -> set[str]:
+        lines = self.lines.get(mutant.module, {})
+        return {name for line in statement(source, mutant.line) for name in lines.get(line, ())}
 
 
 def statement(source: str, line: int) -> range:
@@ -416,6 +423,8 @@ def tried(mutant: Mutant, folder: Path, reach: Reach, session: Any = None) -> di
 
     path = folder / mutant.module
     source = path.read_text()
+    if session is not None and reach.at_import(mutant, source):
+        return None
     changed = mutate_code(source, get_operator(mutant.operator)(), mutant.occurrence)
     assert changed is not None, mutant
     diff = [x for x in difflib.unified_diff(source.split("\n"), changed.split("\n"), n=0, lineterm="")][3:]

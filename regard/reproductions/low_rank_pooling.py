@@ -140,7 +140,7 @@ REPRODUCTION = Reproduction(
     ),
     smoke={"steps": 2, "batch_size": 2, "items": 8},
     seeds=4,
-    more_seeds=dict.fromkeys(("LAMA", "single head", "SAN", "Transformer layer"), 10),
+    more_seeds=dict.fromkeys(("LAMA", "single head", "SAN", "Transformer layer"), 24),
     seconds=10,
     protocol=2,
 )

@@ -9,7 +9,8 @@ import torch
 import torch.utils._pytree as pytree
 
 from regard import get_mechanism
-from regard.contract import BlockMask, Context, Mask, Unsupported
+from regard.contract import BlockMask, Context, Mask, State, Unsupported
+from regard.contract.types import Types
 from regard.core.ragged import gathering
 
 
@@ -19,6 +20,45 @@ from regard.core.ragged import gathering
 def test_a_mask_is_of_booleans_a_row_and_token(valid):
     with pytest.raises(Unsupported, match=r"boolean \(B, N\)"):
         Mask(valid=valid)
+
+
+@pytest.mark.parametrize("name", ["lengths", "cu_seqlens"])
+@pytest.mark.parametrize("wrong", [torch.tensor([0.0, 2.0]), torch.tensor([[0, 2]])], ids=["floating", "two axes"])
+def test_lengths_are_integers_with_one_axis(name, wrong):
+    with pytest.raises(Unsupported, match=rf"mask\.{name} that is not an integer"):
+        Mask(**{name: wrong})
+
+
+def test_what_to_try_is_said_of_tokens_where_it_would_do():
+    for valid, nearest in ((torch.ones(2, 3), "valid.bool()"), (torch.ones(2, 3, 1), "Mask(bias=...)")):
+        with pytest.raises(Unsupported) as refused:
+            Mask(valid=valid)
+        assert refused.value.nearest.startswith(nearest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Halves(State):
+    sums: torch.Tensor
+    most: torch.Tensor = dataclasses.field(metadata={"fill": -torch.inf})
+
+
+def test_rows_of_a_state_begin_anew_with_zeros_or_what_a_field_says():
+    state = Halves(torch.rand(2, 3), torch.rand(2, 3))
+    fresh = state.reset(torch.tensor([True, False]))
+    assert fresh.sums[0].eq(0).all() and fresh.most[0].isneginf().all()
+    assert fresh.sums[1].equal(state.sums[1]) and fresh.most[1].equal(state.most[1])
+
+
+def test_the_bytes_of_a_state_are_those_of_its_tensors():
+    assert Halves(torch.rand(2, 3), torch.rand(2, 5, dtype=torch.float64)).nbytes == 6 * 4 + 10 * 8
+
+
+@pytest.mark.parametrize("sides", [(3,), (3, 4, 5)])
+def test_options_that_are_so_many_numbers_are_refused_with_more_or_fewer(sides):
+    check = Types({"sides": tuple[int, int]}).check
+    check("grids", {"sides": (3, 4)})
+    with pytest.raises(Unsupported, match="sides of tuple of grids"):
+        check("grids", {"sides": sides})
 
 
 def test_what_to_try_is_said_of_blocks_where_it_would_do():
