@@ -72,9 +72,11 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if parametric else None
 
     def forward(self, x: Float[Tensor, "... c"]) -> Float[Tensor, "... c"]:
-        dtype = wide_dtype(x)
-        weight, bias = _in_float32(self.weight, dtype), _in_float32(self.bias, dtype)
-        return F.layer_norm(x.to(dtype), (self.dim,), weight, bias, self.eps).to(x.dtype)
+        weight, bias, dtype = self.weight, self.bias, wide_dtype(x)
+        if x.dtype == dtype and (weight is None or weight.dtype == dtype):
+            return F.layer_norm(x, (self.dim,), weight, bias, self.eps)
+        wide = (_in_float32(weight, dtype), _in_float32(bias, dtype))
+        return F.layer_norm(x.to(dtype), (self.dim,), *wide, self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}, parametric={self.weight is not None}"

@@ -361,6 +361,26 @@ def test_threads_that_ask_at_once_get_one_answer(monkeypatch: pytest.MonkeyPatch
     assert len(asked) == len(choices.known)
 
 
+def test_products_that_go_to_torch_are_remembered_until_a_route_is_forced(monkeypatch, choices) -> None:
+    asked: list[Product] = []
+    find = choices.find
+    monkeypatch.setattr(choices, "find", lambda x, weight: (asked.append(x.shape), find(x, weight))[1])
+    monkeypatch.setattr(measuring, "probe", lambda product: {"torch": 0.5, AVAILABLE[-1]: 1.0})
+    x, weight, bias = sample(64, 512, 1024)
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    for given in (x, x, x.mT.contiguous().mT):  # laid out in another way it is another product
+        near(linear(given, weight, bias), expected)
+    assert len(asked) == 2
+    with use_route(FORCED[-1]):
+        near(linear(x, weight, bias), expected)
+    assert len(asked) > 2, "not asked which route is forced"
+    monkeypatch.setattr("regard.backends.linear.choices.MOST_REMEMBERED", 3)
+    for rows in range(64, 74):
+        near(linear(x[:1].expand(rows, -1).contiguous(), weight, bias), expected[:1].expand(rows, -1))
+    assert len(choices.torchs) <= 3
+    assert linear(x.to_sparse(), weight).shape == expected.shape  # has no strides
+
+
 def test_measuring_leaves_no_trace(choices: Choices) -> None:
     generator = torch.get_rng_state()
     x, weight = torch.randn(64, 512), torch.randn(1024, 512, requires_grad=True)

@@ -323,7 +323,8 @@ def test_patch_embedding_equals_a_strided_convolution(
     image = torch.randn(2, 3, height, width, dtype=float64)
     weight = embed.projection.weight.view(5, 3, patch, patch)
     expected = F.conv2d(image, weight, embed.projection.bias, stride=stride or patch, padding=padding)
-    close(embed(image), expected.flatten(2).mT)
+    for given in (image, image.contiguous(memory_format=torch.channels_last)):
+        close(embed(given), expected.flatten(2).mT)
     assert embed.grid(height, width) == tuple(expected.shape[2:])
 
 

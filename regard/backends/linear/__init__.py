@@ -33,7 +33,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from regard.backends.linear.choices import Choices
 from regard.backends.linear.product import FEW_ROWS, FEW_ROWS_WEIGHT, Product
-from regard.backends.linear.routes import ROUTES, checked_route
+from regard.backends.linear.routes import LOCAL, ROUTES, checked_route
 from regard.backends.native.few_rows import few_rows
 from regard.backends.operators import PLAIN, in_forward_mode, in_transform, operator, runs_plainly
 
@@ -103,15 +103,33 @@ def linear(
     x: Float[Tensor, "*b k"], weight: Float[Tensor, "n k"], bias: Float[Tensor, " n"] | None = None
 ) -> Float[Tensor, "*b n"]:
     """`torch.nn.functional.linear`, by a route of its own where that is faster: plain float32 tensors on a CPU."""
+    product = None
     if torch.compiler.is_compiling():  # how many rows there are may not be known
         large = weight.numel() >= TRACED_WEIGHT
     else:  # asked first, because most layers of small models end here
         large = type(x) in PLAIN and 2 * x.numel() * weight.shape[0] >= CHOICES.smallest_work
+        product = _told(x, weight) if large else None
+        if product in CHOICES.torchs:
+            return F.linear(x, weight, bias)
         if _are_few(x, weight) and _fits(x, weight, bias) and _takes_native(x, weight, bias):
             return few_rows(x, weight, bias)
-    if large and _fits(x, weight, bias) and _has_own_route(x, weight) and _unmodified():
-        return _product(x.reshape(-1, x.shape[-1]), weight, bias).reshape(*x.shape[:-1], weight.shape[0])
+    if large and _fits(x, weight, bias):
+        if not _has_own_route(x, weight):
+            if product is not None:
+                CHOICES.remember(product)
+        elif _unmodified():
+            return _product(x.reshape(-1, x.shape[-1]), weight, bias).reshape(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight, bias)
+
+
+def _told(x: Tensor, weight: Tensor) -> tuple[Any, ...] | None:
+    """What a product is remembered by; None for tensors without strides, and for weights that are packed, which have routes
+    of their own."""
+    if LOCAL.frozen is not None or type(weight) not in PLAIN or x.is_nested:
+        return None
+    if x.layout is not torch.strided or weight.layout is not torch.strided:
+        return None
+    return x.shape, x.stride(), weight.shape, weight.stride(), torch.get_num_threads()
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -53,13 +53,23 @@ def _machine() -> str:
     return f"{_processor()} | {torch.backends.cpu.get_cpu_capability()} | torch {torch.__version__}"
 
 
+MOST_REMEMBERED = 4096
+"""Products that are remembered as torch's."""
+
+
 @dataclass
 class Choices:
-    """The route of each class, by number of threads and class."""
+    """The route of each class, by number of threads and class.
+
+    Attributes:
+        torchs: products, by shapes and strides, that are known to go to torch, as most do: of a model's many small products
+            each costs more than a hundredth of its time to be classed again.
+    """
 
     forced: str | None = None
     known: dict[tuple[int | str, ...], str] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    torchs: set[tuple[Any, ...]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.force(self.forced)
@@ -67,6 +77,7 @@ class Choices:
     def force(self, name: str | None) -> None:
         """Send every product to the route `name`; None lets each class have its own again."""
         self.forced = name
+        self.torchs.clear()
         self.smallest_work = SMALLEST_WORK if name is None else 1
 
     def as_record(self) -> dict[str, Any]:
@@ -79,6 +90,12 @@ class Choices:
             for *key, name in record["routes"]:
                 if name in available_routes():
                     self.known.setdefault(tuple(key), name)
+
+    def remember(self, product: tuple[Any, ...]) -> None:
+        """That a product goes to torch."""
+        if len(self.torchs) >= MOST_REMEMBERED:
+            self.torchs.clear()
+        self.torchs.add(product)
 
     def find(self, x: Matrix, weight: Matrix) -> str:
         """The name of the route that x W^T takes."""

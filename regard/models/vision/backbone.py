@@ -99,6 +99,7 @@ class Backbone(nn.Module):
         sizes: options of each published size, by name.
         scales: the options that are widths, and what each is a multiple of: a number, or the name of an option with the
             number of heads.
+        channels_last: whether images are laid out so before the first layer, for its convolutions.
         config: its own.
         levels: the maps that it can give, from the finest to the last.
         num_features: width of a pooled vector.
@@ -108,6 +109,7 @@ class Backbone(nn.Module):
     Config: ClassVar[type[BackboneConfig]]
     sizes: ClassVar[Mapping[str, Mapping[str, Any]]]
     scales: ClassVar[Mapping[str, str | int]] = {}
+    channels_last: ClassVar[bool] = True
     levels: Sequence[Level]
 
     def __init__(self, config: BackboneConfig) -> None:
@@ -263,7 +265,8 @@ class Backbone(nn.Module):
         return set()
 
     def check_images(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Images in the channels-last format; raises Unsupported for another shape than it takes, and in `torch.jit.trace`."""
+        """Images as the first layer reads them fastest; raises Unsupported for another shape than it takes, and in
+        `torch.jit.trace`."""
         if torch.jit.is_tracing():  # where sizes are tensors
             raise self._no_script()
         if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
@@ -278,7 +281,7 @@ class Backbone(nn.Module):
                 nearest=f"channels={images.shape[1]}",
             )
         self.check_size(images.shape[2], images.shape[3])
-        return images.contiguous(memory_format=torch.channels_last)
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
     def check_size(self, height: int, width: int) -> None:
         """Raise Unsupported for a height and width that it cannot take; any by default."""

@@ -73,6 +73,7 @@ class Vim(Backbone):
 
     Config = VimConfig
     scales: ClassVar = {"width": 4}
+    channels_last = False  # patches are cut out of any layout
     sizes: ClassVar = {
         "vim_nano": {"image_size": 32, "patch": 4, "stride": 4, "width": 96, "depth": 6},
         "vim_t": {"width": 192, "drop_path": 0.1},

@@ -129,6 +129,7 @@ class VisionTransformer(Backbone):
 
     Config = VisionTransformerConfig
     scales: ClassVar = {"dim": "num_heads"}
+    channels_last = False  # patches are cut out of any layout
     config: VisionTransformerConfig
     sizes: ClassVar = {
         "vit_nano": {"image_size": 32, "patch": 4, "dim": 96, "num_layers": 6, "num_heads": 3},
