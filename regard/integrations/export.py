@@ -53,6 +53,13 @@ def export(
         raise Unsupported(
             "a program of a module in training mode", supported="evaluation mode", nearest="module.eval()"
         )
+    for x in inputs:
+        if not isinstance(x, Tensor | None):
+            raise Unsupported(
+                f"an input of type {type(x).__name__}",
+                supported="tensors, one after another",
+                nearest="export(module, x)",
+            )
     given: dict[str, Any] = {}
     longer: dict[str, Any] = {}
     images = isinstance(module, Backbone | Segmenter)

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.contract import Context, LayerSpec, Mask, Pattern, Result, Role, Tensors, Unsupported, valid_from_lengths
-from regard.core.ragged import Gathering, gathering, gathering_in_place
+from regard.core.ragged import Gathering, gathering, gathering_in_place, values_known
 from regard.layers.parts import LayerCall, Merge
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Int
+    from jaxtyping import Bool, Float, Int
 
 
 class GridConvolution(Merge):
@@ -59,6 +59,12 @@ class GridConvolution(Merge):
             v = heads["v"]
             v = v if v.shape[1] == self.heads else v.repeat_interleave(self.heads // v.shape[1], 1)
             source = v.transpose(1, 2).flatten(2)
+        whole = lengths is None and (context.mask is None or not context.mask.ragged)
+        first = leading(n, context.grid, context.roles) if whole else None
+        if first is not None:
+            sides = self._sides(context.grid, n, torch.full((1, 1), n - first, device="cpu"), padded=False)
+            local = F.pad(self._convolved(source[:, first:], sides), (0, 0, first, 0))
+            return output + local.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         layout = self._layout(x, context, lengths)
         placed = layout.gather(source, axis=1)
         total = torch.full((1, 1), n, device="cpu") if layout.lengths is None else layout.lengths[:, None]
@@ -66,10 +72,15 @@ class GridConvolution(Merge):
         spare = n - height * width
         if spare:
             placed = F.pad(placed, (0, 0, 0, -spare))  # a negative pad cuts slots that hold no token
-        local = self.convolution(placed.mT.unflatten(-1, (height, width))).flatten(2).mT
+        local = self._convolved(placed, (height, width))
         if spare:
             local = F.pad(local, (0, 0, 0, spare))
         return output + layout.scatter(local, axis=1).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def _convolved(self, placed: Float[Tensor, "b n c"], sides: tuple[int, int]) -> Float[Tensor, "b n c"]:
+        """Of the places of a whole grid, row by row."""
+        assert self.convolution is not None
+        return self.convolution(placed.mT.unflatten(-1, sides)).flatten(2).mT
 
     @staticmethod
     def _layout(x: Tensor, context: Context, lengths: Tensor | None) -> Gathering:
@@ -87,6 +98,23 @@ class GridConvolution(Merge):
             )
         check_grid(grid, total, padded=padded)
         return (1, grid[0]) if len(grid) == 1 else (grid[0], grid[1])
+
+
+def leading(n: int, grid: tuple[int, ...] | None, roles: Int[Tensor, "b n"] | None) -> int | None:
+    """Of `n` tokens a row, none of which is padding, how many come before those that fill the grid, such as a class token.
+
+    None where tokens lie in another way, and where roles may not be looked at: in a graph, or on a device that would have to
+    be waited for.
+    """
+    places = n if grid is None else math.prod(grid)
+    if not 0 < places <= n:
+        return None
+    if roles is None:
+        return 0 if places == n else None
+    if not roles.is_cpu or not values_known(roles):
+        return None
+    on = roles == int(Role.TOKEN)
+    return n - places if bool(on[:, n - places :].all()) and not bool(on[:, : n - places].any()) else None
 
 
 def grid_tokens(context: Context, x: Tensor, lengths: Tensor | None) -> Bool[Tensor, "b n"] | None:

@@ -113,6 +113,11 @@ def test_training_is_not_exported():
         export(create_layer("softmax", 16, 2), torch.randn(2, 20, 16))
 
 
+def test_inputs_in_a_tuple_as_torch_takes_them_are_refused_with_the_call_that_was_meant():
+    with pytest.raises(Unsupported, match=r"type tuple.*export\(module, x\)"):
+        export(create_layer("softmax", 16, 2).eval(), (torch.randn(2, 20, 16),))
+
+
 def test_a_plain_layer_is_one_of_a_sequence():
     layer = create_layer("gated_linear", 16, 2, plain=True).double()
     x = torch.randn(2, 9, 16, dtype=torch.float64)

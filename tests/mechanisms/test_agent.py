@@ -420,6 +420,24 @@ def test_calls_that_do_not_fit_are_refused(call, words):
     refused(words, agent_attention, *sample(), **{"pattern": SELF, **call})
 
 
+@pytest.mark.parametrize("first", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("source", "bias", "grid"), [("pool_q", "all", (5, 7)), ("conv", "block", (4, 4)), ("pool_q", "lines", (3, 5))]
+)
+def test_class_tokens_may_come_first_or_elsewhere(source: str, bias: str, grid: tuple[int, int], first: int) -> None:
+    """First is the short way, without a look at where each token lies: agents, biases and convolutions are the same."""
+    n = math.prod(grid)
+    lines = {} if bias == "block" else {"bias_grid": grid}
+    layer = shaken(make_layer(agent_source=source, num_agents=4, agent_bias=bias, **lines))
+    x = randn(2, first + n, 8)
+    order = torch.cat([torch.arange(first, first + n - 3), torch.arange(first), torch.arange(first + n - 3, first + n)])
+    roles = torch.zeros(2, first + n, dtype=torch.long)
+    roles[:, :first] = Role.CLS
+    found = layer(x, context=Context(grid=grid, roles=roles if first else None)).output
+    elsewhere = Context(Mask(lengths=torch.full((2,), first + n)), grid=grid, roles=roles[:, order])
+    close(found[:, order], layer(x[:, order], context=elsewhere).output)
+
+
 @pytest.mark.parametrize("kind", ["block", "lines", "all"])
 def test_biases_of_a_whole_map_are_those_of_its_places(kind: str) -> None:
     """On maps smaller and larger than the tables, of one row too; numbers of tokens off the map have gradients of 0."""

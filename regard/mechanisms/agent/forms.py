@@ -23,7 +23,7 @@ from regard.core.ragged import gathering, place_queries, take_queries
 from regard.engines import softmax_scan as scan
 from regard.engines.recurrent_forms import length_after
 from regard.engines.softmax_scan import ScanState
-from regard.layers.grid_convolution import check_grid, tokens_alone
+from regard.layers.grid_convolution import check_grid, leading, tokens_alone
 from regard.mechanisms.agent.definition import agent_sides, check, drop, repeat_groups
 
 if TYPE_CHECKING:
@@ -175,6 +175,9 @@ def _row_agents(
 ) -> tuple[Float[Tensor, "b h a d"], Bool[Tensor, "b a"] | None]:
     """Agents of each row, which are means of its queries unless given, and which of them have a token (None: all)."""
     number, n = call.config.num_agents if row_agents is None else row_agents.shape[2], q.shape[2]
+    if source != "token_merge" and call.lengths is None and (first := leading(n, call.grid, call.roles)) is not None:
+        sides = agent_sides(number, call.grid)
+        return _pooled(_float(q)[:, :, first:], call.grid, sides) if row_agents is None else _float(row_agents), None
     tokens = tokens_alone(call.valid_queries(n), call.roles)
     if source == "token_merge":
         inside, all_exist = _merged(tokens, q, number), tokens is None and n >= number
@@ -187,6 +190,16 @@ def _row_agents(
         return _float(row_agents), exists
     x = _float(q)
     return (inside.to(x.dtype) / counts.clamp(min=1)[..., None])[:, None] @ x, exists
+
+
+def _pooled(
+    x: Float[Tensor, "b h n d"], grid: tuple[int, ...] | None, sides: tuple[int, ...]
+) -> Float[Tensor, "b h a d"]:
+    """Means over the bins of a grid that tokens fill, which are those of adaptive pooling: see :func:`_bins`."""
+    # heads side by side after their tokens, as layers have them, is the layout that pooling is fastest in
+    maps = x.transpose(1, 2).flatten(2).mT.unflatten(-1, grid or (x.shape[2],))
+    pooled = F.adaptive_avg_pool2d(maps, sides) if len(sides) == 2 else F.adaptive_avg_pool1d(maps, sides[0])
+    return pooled.flatten(2).unflatten(1, (x.shape[1], x.shape[3])).mT
 
 
 def _bins(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +16,7 @@ from regard.contract import (
     Unsupported,
 )
 from regard.core.precision import wide, wide_dtype
-from regard.layers.grid_convolution import GridConvolution, grid_tokens
+from regard.layers.grid_convolution import GridConvolution, grid_tokens, leading
 from regard.layers.parts import LayerCall, Projection
 from regard.mechanisms.agent.definition import Config, agent_sides
 from regard.mechanisms.agent.forms import _bins, _places
@@ -77,16 +76,18 @@ class BiasTables(nn.Module):
         tables = [table for table in (self.other[..., None], block, self.rows, self.columns) if table is not None]
         return torch.einsum("haf,bnf->bhan", torch.cat(tables, -1), shares)
 
-    def on_map(self, rows: int, columns: int) -> Float[Tensor, "h a n"]:
-        """The bias of each place of a map, row by row: what :meth:`forward` gives where every place has a token, for less."""
-        found = 0 * wide(self.other)[..., None, None]  # nothing is off the map; its gradient is 0, and not missing
+    def on_map(self, rows: int, columns: int, off: int = 0) -> Float[Tensor, "h a n"]:
+        """The bias of `off` tokens that lie nowhere and then of each place of a map, row by row: what :meth:`forward` gives
+        where every place has a token, for less."""
+        found = 0 * wide(self.other)[..., None, None]  # no place is off the map; its gradient is 0, and not missing
         if self.block is not None:
             found = found + F.interpolate(wide(self.block), (rows, columns), mode="bilinear", align_corners=False)
         if self.rows is not None:
             found = found + F.interpolate(wide(self.rows), rows, mode="linear", align_corners=False)[..., None]
         if self.columns is not None:
             found = found + F.interpolate(wide(self.columns), columns, mode="linear", align_corners=False)[..., None, :]
-        return found.flatten(2).to(self.other.dtype)
+        on = found.flatten(2).to(self.other.dtype)
+        return torch.cat([self.other[..., None].expand(-1, -1, off), on], -1) if off else on
 
 
 def _interpolation(place: Tensor, extent: Tensor, size: int, on: Tensor) -> Float[Tensor, "b n size"]:
@@ -176,13 +177,17 @@ class AgentInputs(Projection):
         if self.gather_bias is None or self.share_bias is None or x is None:
             return heads
         batch, n = x.shape[:2]
-        tokens, grid = grid_tokens(context, x, lengths), _two_sides(context.grid)
-        if tokens is None and grid is not None and n == math.prod(grid) > 0:
-            sides = (1, *grid) if len(grid) == 1 else grid
+        grid = _two_sides(context.grid)
+        whole = lengths is None and (context.mask is None or not context.mask.ragged)
+        first = leading(n, grid, context.roles) if whole else None
+        if first is not None and grid is not None:
+            rows, columns = (1, grid[0]) if len(grid) == 1 else grid
             gather, share = (
-                table.on_map(*sides).expand(batch, -1, -1, -1) for table in (self.gather_bias, self.share_bias)
+                table.on_map(rows, columns, first).expand(batch, -1, -1, -1)
+                for table in (self.gather_bias, self.share_bias)
             )
             return {**heads, "gather_bias": gather, "share_bias": share.mT}
+        tokens = grid_tokens(context, x, lengths)
         places = _places(tokens, n, grid, x.device, padded=lengths is not None)
         off = torch.zeros(1, n, dtype=torch.bool, device=x.device) if tokens is None else ~tokens
         shares = self.gather_bias.shares(*places, off)
