@@ -107,8 +107,10 @@ def test_gatings_and_sigmoid():
 
 @pytest.mark.parametrize("axes", [1, 2, 3])
 @pytest.mark.parametrize("missing", ["depthwise", "dilated", "pointwise", "nothing"])
-def test_grids_of_one_two_and_three_axes_equal_the_definition(missing, axes):
-    options, grid = {"kernel": 7, "dilation": 2}, (7, 5, 4)[:axes]
+@pytest.mark.parametrize(("kernel", "dilation"), [(7, 2), (9, 3)], ids=["even", "odd"])
+def test_grids_of_one_two_and_three_axes_equal_the_definition(kernel, dilation, missing, axes):
+    """Dilated filters of an even side and of an odd one, on sides that the dilation divides and on others."""
+    options, grid = {"kernel": kernel, "dilation": dilation}, (7, 6, 4)[:axes]
     x = inputs(math.prod(grid), axes=axes, **options)
     kept = {name: t for name, t in x.items() if not name.startswith(missing)}
     found = run(kept, options, grid=grid).output

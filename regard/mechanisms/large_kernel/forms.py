@@ -133,10 +133,35 @@ def _convolve(
         return a
     filters = weight.to(a.dtype).unflatten(1, (side,) * len(sides))[:, None]
     bias = None if bias is None else bias.to(a.dtype)
-    image, padding = a.mT.unflatten(2, sides), dilation * (side - 1) // 2
+    image = a.mT.unflatten(2, sides)
+    if dilation > 1 and side % 2 and a.is_cpu and not torch.compiler.is_compiling():
+        return _by_phases(image, filters, bias, dilation).flatten(2).mT
+    padding = dilation * (side - 1) // 2
     convolution = CONVOLUTIONS[len(sides)]
-    y = convolution(image, filters, bias, padding=padding, dilation=dilation, groups=a.shape[-1])
-    return y.flatten(2).mT
+    return convolution(image, filters, bias, padding=padding, dilation=dilation, groups=a.shape[-1]).flatten(2).mT
+
+
+def _by_phases(
+    image: Float[Tensor, "b c *sides"], filters: Float[Tensor, "c 1 *kernel"], bias: Tensor | None, dilation: int
+) -> Float[Tensor, "b c *sides"]:
+    """A dilated convolution of odd side as one without gaps.
+
+    Places see those alone whose numbers on each side leave the same rest on division by the dilation, so each such part of an
+    image is one of its own. Processors' libraries take five to eight times as long for the gaps.
+    """
+    batch, channels, *sides = image.shape
+    axes = range(len(sides))
+    spare = [-side % dilation for side in sides]
+    parts = F.pad(image, [number for extra in reversed(spare) for number in (0, extra)])
+    for axis in reversed(axes):
+        parts = parts.unflatten(2 + axis, (-1, dilation))
+    parts = parts.permute(0, *(3 + 2 * i for i in axes), *(2 + 2 * i for i in axes), 1).flatten(0, len(sides))
+    y = CONVOLUTIONS[len(sides)](parts.movedim(-1, 1), filters, bias, padding=filters.shape[-1] // 2, groups=channels)
+    y = y.movedim(1, -1).unflatten(0, (batch, *[dilation] * len(sides)))
+    y = y.permute(0, *(1 + i + part for i in axes for part in (len(sides), 0)), -1)
+    for axis in axes:
+        y = y.flatten(1 + axis, 2 + axis).narrow(1 + axis, 0, sides[axis])
+    return y.movedim(-1, 1)
 
 
 def _correlate(
