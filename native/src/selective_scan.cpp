@@ -109,17 +109,6 @@ void store_states(const float* from, int count, int states, float* to) {
     for (int k = 0; k < states; ++k) to[i * states + k] = from[k * LANES + i];
 }
 
-// b or c of some tokens, in float32 and padded to whole quads of states.
-template <class T>
-void load_keys(const T* from, int64_t token, int count, int states, int padded, float* to) {
-  for (int t = 0; t < count; ++t, from += token, to += padded) {
-    int k = 0;
-    for (; k + LANES <= states; k += LANES) store(to + k, load(from + k));
-    for (; k < states; ++k) to[k] = to_float(from[k]);
-    for (; k < padded; ++k) to[k] = 0.f;
-  }
-}
-
 // Some consecutive channels of a row, all of one group, as vectors of channels.
 struct Part {
   int64_t row, group, first;
@@ -170,16 +159,19 @@ struct Keys {
 };
 
 // Memory that is wanted soon, one line of each tensor while a token is computed: rows are too far apart in (B, N, C) for
-// the processor to see them coming.
+// the processor to see them coming. Not for tokens in another order than they lie in.
 struct Ahead {
   static constexpr int MOST = 8;
+  bool wanted;
   uintptr_t at[MOST];
   int64_t token[MOST];
   int tensors = 0;
 
+  explicit Ahead(const Args& x) : wanted(x.order == nullptr) {}
+
   template <class T>
   void add(const T* first, int64_t stride) {
-    if (first == nullptr) return;
+    if (!wanted || first == nullptr) return;
     at[tensors] = reinterpret_cast<uintptr_t>(first);
     token[tensors++] = stride * static_cast<int64_t>(sizeof(T));
   }
@@ -334,20 +326,33 @@ void store_all_states(const Args& x, const Part& part, const float* from, int pa
     store_states(from + j * padded * LANES, part.lanes(j), states, to + (part.first + j * LANES) * states);
 }
 
+// Where the token lies that is visited as the t-th.
+REGARD_INLINE int64_t place(const Args& x, int64_t t) { return x.order == nullptr ? t : x.order[t]; }
+
+// b or c of some tokens, in float32 and padded to whole quads of states.
 template <class T>
-const T* keys_of(const void* keys, const int64_t* strides, const Part& part, int64_t begin) {
-  return static_cast<const T*>(keys) + part.row * strides[0] + begin * strides[1] + part.group * strides[2];
+void load_keys(const Args& x, const void* keys, const int64_t* strides, const Part& part, int64_t begin, int count,
+               int padded, float* to) {
+  const int states = static_cast<int>(x.states);
+  const T* const all = static_cast<const T*>(keys) + part.row * strides[0] + part.group * strides[2];
+  for (int t = 0; t < count; ++t, to += padded) {
+    const T* const from = all + place(x, begin + t) * strides[1];
+    int k = 0;
+    for (; k + LANES <= states; k += LANES) store(to + k, load(from + k));
+    for (; k < states; ++k) to[k] = to_float(from[k]);
+    for (; k < padded; ++k) to[k] = 0.f;
+  }
 }
-// A part's channels at a token of a (B, N, C) tensor; nullptr of none.
+// A part's channels at the t-th token of a (B, N, C) tensor; nullptr of none.
 template <class T>
-const T* channels_of(const void* tensor, const int64_t* strides, const Part& part, int64_t token) {
+const T* channels_of(const Args& x, const void* tensor, const int64_t* strides, const Part& part, int64_t t) {
   if (tensor == nullptr) return nullptr;
-  return static_cast<const T*>(tensor) + part.row * strides[0] + token * strides[1] + part.first;
+  return static_cast<const T*>(tensor) + part.row * strides[0] + place(x, t) * strides[1] + part.first;
 }
 template <class T>
-T* result_of(const Args& x, void* tensor, const Part& part, int64_t token) {
+T* result_of(const Args& x, void* tensor, const Part& part, int64_t t) {
   if (tensor == nullptr) return nullptr;
-  return static_cast<T*>(tensor) + (part.row * x.n + token) * x.channels + part.first;
+  return static_cast<T*>(tensor) + (part.row * x.n + place(x, t)) * x.channels + part.first;
 }
 
 // skip or dt_bias of a part, as whole vectors; zeros for none.
@@ -387,11 +392,11 @@ bool forward_part(const Args& x, const Part& part) {
     const int count = static_cast<int>(least<int64_t>(EVERY, part.length - begin));
     if (x.kept != nullptr)
       store_all_states(x, part, h, padded, x.kept + (part.row * blocks + begin / EVERY) * whole);
-    load_keys(keys_of<T>(x.b, x.b_strides, part, begin), x.b_strides[1], count, states, padded, b);
-    if (x.c != nullptr) load_keys(keys_of<T>(x.c, x.c_strides, part, begin), x.c_strides[1], count, states, padded, c);
+    load_keys<T>(x, x.b, x.b_strides, part, begin, count, padded, b);
+    if (x.c != nullptr) load_keys<T>(x, x.c, x.c_strides, part, begin, count, padded, c);
     for (int t = 0; t < count; ++t) {
-      const T* const inputs = channels_of<T>(x.x, x.x_strides, part, begin + t);
-      const T* const dts = channels_of<T>(x.dt, x.dt_strides, part, begin + t);
+      const T* const inputs = channels_of<T>(x, x.x, x.x_strides, part, begin + t);
+      const T* const dts = channels_of<T>(x, x.dt, x.dt_strides, part, begin + t);
       for (int j = 0; j < part.vectors; ++j) {
         Token& token = all[j * tokens + t];
         const Vec input = take(inputs + j * LANES, part.lanes(j));
@@ -402,12 +407,12 @@ bool forward_part(const Args& x, const Part& part) {
         store(token.y, x.skip == nullptr ? zero() : load(skip + j * LANES) * input);
       }
     }
-    Ahead ahead;
-    ahead.add(channels_of<T>(z, x.z_strides, part, begin), x.z_strides[1]);
+    Ahead ahead(x);
+    ahead.add(channels_of<T>(x, z, x.z_strides, part, begin), x.z_strides[1]);
     ahead.add(result_of<T>(x, x.y, part, begin), x.channels);
     if (begin + EVERY < part.length) {
-      ahead.add(channels_of<T>(x.x, x.x_strides, part, begin + EVERY), x.x_strides[1]);
-      ahead.add(channels_of<T>(x.dt, x.dt_strides, part, begin + EVERY), x.dt_strides[1]);
+      ahead.add(channels_of<T>(x, x.x, x.x_strides, part, begin + EVERY), x.x_strides[1]);
+      ahead.add(channels_of<T>(x, x.dt, x.dt_strides, part, begin + EVERY), x.dt_strides[1]);
     }
     auto* const run = x.c == nullptr ? scan_all<Read::NOTHING>
                       : x.inclusive  ? scan_all<Read::AFTER>
@@ -415,7 +420,7 @@ bool forward_part(const Args& x, const Part& part) {
     for (int j = 0; j < part.vectors; ++j)
       run(count, all + j * tokens, keys, rates + j * one, h + j * one, ahead, j * LANES * sizeof(T));
     for (int t = 0; x.c != nullptr && t < count; ++t) {
-      const T* const zs = channels_of<T>(z, x.z_strides, part, begin + t);
+      const T* const zs = channels_of<T>(x, z, x.z_strides, part, begin + t);
       T* const to = result_of<T>(x, x.y, part, begin + t);
       for (int j = 0; j < part.vectors; ++j) {
         Vec y = load(all[j * tokens + t].y);
@@ -488,17 +493,17 @@ bool backward_part(const BackwardArgs& g, const Part& part, const Shares& shares
   for (int64_t begin = (part.length - 1) / EVERY * EVERY; begin >= 0 && part.length > 0; begin -= EVERY) {
     const int count = static_cast<int>(least<int64_t>(EVERY, part.length - begin));
     const float* const kept = x.kept + (part.row * blocks + begin / EVERY) * whole + part.first * states;
-    load_keys(keys_of<T>(x.b, x.b_strides, part, begin), x.b_strides[1], count, states, padded, b);
-    if (x.c != nullptr) load_keys(keys_of<T>(x.c, x.c_strides, part, begin), x.c_strides[1], count, states, padded, c);
+    load_keys<T>(x, x.b, x.b_strides, part, begin, count, padded, b);
+    if (x.c != nullptr) load_keys<T>(x, x.c, x.c_strides, part, begin, count, padded, c);
     if (option.keys) {
       memset(grad_b, 0, of_sums * sizeof(float));
       memset(grad_c, 0, of_sums * sizeof(float));
     }
     for (int t = 0; t < count; ++t) {
-      const T* const inputs = channels_of<T>(x.x, x.x_strides, part, begin + t);
-      const T* const dts = channels_of<T>(x.dt, x.dt_strides, part, begin + t);
-      const T* const zs = channels_of<T>(z, x.z_strides, part, begin + t);
-      const T* const grad_ys = channels_of<T>(g.grad_y, g.grad_y_strides, part, begin + t);
+      const T* const inputs = channels_of<T>(x, x.x, x.x_strides, part, begin + t);
+      const T* const dts = channels_of<T>(x, x.dt, x.dt_strides, part, begin + t);
+      const T* const zs = channels_of<T>(x, z, x.z_strides, part, begin + t);
+      const T* const grad_ys = channels_of<T>(x, g.grad_y, g.grad_y_strides, part, begin + t);
       for (int j = 0; j < part.vectors; ++j) {
         BackwardToken& token = all[j * tokens + t];
         const Vec input = take(inputs + j * LANES, part.lanes(j));
@@ -523,15 +528,15 @@ bool backward_part(const BackwardArgs& g, const Part& part, const Shares& shares
         store(token.grad_step, zero());
       }
     }
-    Ahead ahead;
+    Ahead ahead(x);
     ahead.add(result_of<T>(x, g.grad_x, part, begin), x.channels);
     ahead.add(result_of<T>(x, g.grad_dt, part, begin), x.channels);
     if (option.read) ahead.add(result_of<T>(x, g.grad_z, part, begin), x.channels);
     if (begin > 0) {
-      ahead.add(channels_of<T>(x.x, x.x_strides, part, begin - EVERY), x.x_strides[1]);
-      ahead.add(channels_of<T>(x.dt, x.dt_strides, part, begin - EVERY), x.dt_strides[1]);
-      ahead.add(channels_of<T>(z, x.z_strides, part, begin - EVERY), x.z_strides[1]);
-      ahead.add(channels_of<T>(g.grad_y, g.grad_y_strides, part, begin - EVERY), g.grad_y_strides[1]);
+      ahead.add(channels_of<T>(x, x.x, x.x_strides, part, begin - EVERY), x.x_strides[1]);
+      ahead.add(channels_of<T>(x, x.dt, x.dt_strides, part, begin - EVERY), x.dt_strides[1]);
+      ahead.add(channels_of<T>(x, z, x.z_strides, part, begin - EVERY), x.z_strides[1]);
+      ahead.add(channels_of<T>(x, g.grad_y, g.grad_y_strides, part, begin - EVERY), g.grad_y_strides[1]);
     }
     for (int j = 0; j < part.vectors; ++j) {
       load_states(kept + j * LANES * states, part.lanes(j), states, padded, h);
@@ -544,8 +549,8 @@ bool backward_part(const BackwardArgs& g, const Part& part, const Shares& shares
       }
     }
     for (int t = 0; t < count; ++t) {
-      const T* const zs = option.read ? channels_of<T>(z, x.z_strides, part, begin + t) : nullptr;
-      const T* const grad_ys = channels_of<T>(g.grad_y, g.grad_y_strides, part, begin + t);
+      const T* const zs = option.read ? channels_of<T>(x, z, x.z_strides, part, begin + t) : nullptr;
+      const T* const grad_ys = channels_of<T>(x, g.grad_y, g.grad_y_strides, part, begin + t);
       T* const to_x = result_of<T>(x, g.grad_x, part, begin + t);
       T* const to_dt = result_of<T>(x, g.grad_dt, part, begin + t);
       T* const to_z = result_of<T>(x, g.grad_z, part, begin + t);
@@ -623,7 +628,7 @@ int backward(const BackwardArgs& g) {
       for (int keys = 0; keys < 2; ++keys) {
         T* to = static_cast<T*>(keys == 0 ? g.grad_b : g.grad_c);
         if (to == nullptr) continue;
-        to += ((part.row * x.n + t) * x.groups + part.group) * x.states;
+        to += ((part.row * x.n + place(x, t)) * x.groups + part.group) * x.states;
         const float* from = (keys == 0 ? shares.b : shares.c) + sum_number * division.parts * share + t * padded;
         for (int64_t k = 0; k < x.states; k += QUAD) {
           float total[QUAD] = {0.f, 0.f, 0.f, 0.f};

@@ -28,6 +28,10 @@ void run(const Case& c) {
   std::vector<int64_t> lengths(B);
   for (size_t row = 0; row < B; ++row) lengths[row] = c.ragged ? static_cast<int64_t>(row * N / 2) : c.n;
 
+  const bool ordered = !c.ragged && c.n % 2 == 1;
+  std::vector<int64_t> order(N);  // backwards, from the middle
+  for (size_t t = 0; t < N; ++t) order[t] = ordered ? static_cast<int64_t>((N / 2 + N - t) % N) : static_cast<int64_t>(t);
+
   const int64_t every = REGARD_SELECTIVE_SCAN_EVERY;
   Tensor y(tokens, half);
   Floats last = unwritten(states), kept = unwritten(B * ((N + every - 1) / every) * C * K);
@@ -51,6 +55,7 @@ void run(const Case& c) {
   args.z = c.surrounded ? z.data() : nullptr;
   args.state = c.surrounded ? state.data() : nullptr;
   args.lengths = c.ragged ? lengths.data() : nullptr;
+  args.order = ordered ? order.data() : nullptr;
   args.y = c.read ? y.data() : nullptr;
   args.last = last.data();
   args.kept = kept.data();
@@ -89,7 +94,7 @@ void run(const Case& c) {
       for (size_t k = 0; k < K; ++k) h[k] = c.surrounded ? state[(row * C + e) * K + k] : 0;
       const auto step_of = [&](size_t i) { return c.surrounded ? log1p(exp(dt[i] + bias[e])) : dt[i]; };
       for (size_t t = 0; t < length; ++t) {
-        const size_t i = (row * N + t) * C + e, key = ((row * N + t) * G + group) * K;
+        const size_t token = row * N + order[t], i = token * C + e, key = (token * G + group) * K;
         const double step = step_of(i);
         for (size_t k = 0; k < K; ++k) {
           before[t * K + k] = exp(step * a[e * K + k]) * h[k];
@@ -105,7 +110,7 @@ void run(const Case& c) {
         d[k] = grad_last[(row * C + e) * K + k];
       }
       for (size_t t = length; t-- > 0;) {
-        const size_t i = (row * N + t) * C + e, key = ((row * N + t) * G + group) * K;
+        const size_t token = row * N + order[t], i = token * C + e, key = (token * G + group) * K;
         const double step = step_of(i), s = sigmoid(z[i]), gate = c.surrounded ? z[i] * s : 1;
         const double gy = c.read ? grad_y[i] * gate : 0;
         double dw = 0, ds = 0;

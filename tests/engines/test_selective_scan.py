@@ -37,6 +37,21 @@ def test_a_length_beyond_the_tokens_counts_all_of_them():
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["torch", None])
+def test_an_order_is_that_in_which_tokens_are_visited(backend):
+    x, dt, a, b, c = sample(37, dtype=torch.float32)
+    order = torch.randperm(37)
+    leaves = [t.requires_grad_() for t in (x, dt, a, b, c)]
+    y, last = selective_scan(*leaves, order=order, backend=backend)
+    expected, after = selective_scan(*(t if t is a else t[:, order] for t in leaves), backend="torch")
+    close(last, after, 2e-6)
+    close(y[:, order], expected, 2e-6)
+    weights = torch.randn_like(y)
+    found = torch.autograd.grad((y * weights).sum(), leaves)
+    for grad, same in zip(found, torch.autograd.grad((expected * weights[:, order]).sum(), leaves), strict=True):
+        close(grad, same, 2e-5)
+
+
 def test_strong_decays_stay_finite_and_accurate_with_finite_gradients():
     """A difference of cumulative sums would lose all digits here, or overflow."""
     x, dt, a, b, c = sample(130, dtype=torch.float32)
@@ -66,6 +81,10 @@ def test_what_cannot_be_honoured_is_refused():
             selective_scan(x, dt, a, b, c, **options)
     with pytest.raises(Unsupported, match="groups"):
         selective_scan(x[..., :5], dt[..., :5], a[:5], b, c)
+    with pytest.raises(Unsupported, match=r"an order of shape \(5,\)"):
+        selective_scan(x, dt, a, b, c, order=torch.arange(5))
+    with pytest.raises(Unsupported, match="an order beside lengths"):
+        selective_scan(x, dt, a, b, c, order=torch.arange(37), lengths=torch.tensor([37, 5]))
 
 
 @pytest.mark.parametrize("name", ["mamba_scan", "mamba_scan_strong_decay"])

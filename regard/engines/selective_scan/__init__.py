@@ -45,6 +45,7 @@ def selective_scan(
     z: Float[Tensor, "b n c"] | None = None,
     state: Float[Tensor, "b c k"] | None = None,
     lengths: Int[Tensor, " b"] | None = None,
+    order: Int[Tensor, " n"] | None = None,
     chunk_size: int = 64,
     inclusive: bool = True,
     backend: str | None = None,
@@ -65,6 +66,8 @@ def selective_scan(
         z: gate; multiplies y_t + D x_t by silu(z_t).
         state: h_0, zero when None; kept in at least float32.
         lengths: valid tokens of each right-padded row. Tokens beyond neither decay nor write, and give 0.
+        order: the tokens in the order in which the recurrence visits them, each once, in all rows; y is in their own order.
+            Not with `lengths`.
         chunk_size: tokens computed together. Changes rounding only.
         inclusive: whether y_t sees x_t through h_t; otherwise it reads exp(dt_t A) h_{t-1}, before the write.
         backend: see :func:`regard.which_backend`.
@@ -73,16 +76,20 @@ def selective_scan(
         y in the dtype of x (None without c) and h_N in at least float32.
 
     Raises:
-        Unsupported: for a chunk of no tokens, groups that do not divide the channels, or lengths out of range.
+        Unsupported: for a chunk of no tokens, groups that do not divide the channels, lengths out of range, or an order of
+            another shape or beside lengths.
     """
     at_least("chunk_size", chunk_size, 1)
+    if order is not None and (lengths is not None or order.shape != x.shape[1:2]):
+        beside = f"of shape {tuple(order.shape)}" if lengths is None else "beside lengths"
+        raise Unsupported(f"an order {beside}", supported=f"an order ({x.shape[1]},) of rows without padding")
     channels, groups = x.shape[-1], b.shape[2]
     if groups < 1 or channels % groups:
         raise Unsupported(f"b with {groups} groups for {channels} channels", supported=f"a divisor of {channels}")
     wide = wide_dtype(x)
     a_ = a.to(wide)
     skip_, dt_bias_, state_ = (None if t is None else t.to(wide) for t in (skip, dt_bias, state))
-    problem = Problem(x, dt, a_, b, c, skip_, dt_bias_, z, state_, lengths, inclusive)
+    problem = Problem(x, dt, a_, b, c, skip_, dt_bias_, z, state_, lengths, order, inclusive)
     with without_autocast(x.device):
         return execute("selective_scan", backend, x.device, x.dtype, problem, chunk_size)
 

@@ -45,6 +45,7 @@ class Scan(library.Arguments):
         ("z_strides", ctypes.c_int64 * 2),
         ("state", ctypes.c_void_p),
         ("lengths", ctypes.c_void_p),
+        ("order", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
         ("last", ctypes.c_void_p),
         ("kept", ctypes.c_void_p),
@@ -103,6 +104,9 @@ def _refusal(p: Problem) -> str | None:
     lengths = p.lengths
     if lengths is not None and (lengths.dtype != torch.int64 or lengths.device.type != "cpu"):
         return "lengths in another dtype than int64 or on another device"
+    order = p.order
+    if order is not None and (order.dtype != torch.int64 or order.device.type != "cpu"):
+        return "an order in another dtype than int64 or on another device"
     if p.x.ndim != 3 or p.a.ndim != 2 or p.b.ndim != 4:
         return "inputs of other than 3 axes, or b of other than 4"
     batch, n, channels = p.x.shape
@@ -114,6 +118,7 @@ def _refusal(p: Problem) -> str | None:
     found = found and (p.z is None or p.z.shape == p.x.shape)
     found = found and (p.state is None or p.state.shape == (batch, channels, states))
     found = found and (lengths is None or lengths.shape == (batch,))
+    found = found and (order is None or (order.shape == (n,) and lengths is None))
     return None if found else "shapes that do not belong together"
 
 
@@ -134,7 +139,8 @@ class _Call:
         c, z = (None if t is None else rows_contiguous(t) for t in (p.c, p.z))
         a, skip, dt_bias, state = (None if t is None else t.contiguous() for t in (p.a, p.skip, p.dt_bias, p.state))
         lengths = None if p.lengths is None else p.lengths.clamp(0, n)  # nobody reads beyond a row, whatever they say
-        self.tensors = (x, dt, a, b, c, skip, dt_bias, z, state, lengths)
+        order = None if p.order is None else p.order.clamp(0, n - 1).contiguous()  # nor outside the sequence
+        self.tensors = (x, dt, a, b, c, skip, dt_bias, z, state, lengths, order)
         self.struct = Scan(
             threads=torch.get_num_threads(),
             dtype=library.DTYPES[x.dtype],
@@ -150,6 +156,7 @@ class _Call:
             dt_bias=pointer(dt_bias),
             state=pointer(state),
             lengths=pointer(lengths),
+            order=pointer(order),
         )
 
 

@@ -23,6 +23,7 @@ class Problem(Packed):
     z: Tensor | None
     state: Tensor | None
     lengths: Tensor | None
+    order: Tensor | None
     inclusive: bool
 
     @property

@@ -7,6 +7,7 @@ tokens. Decays over a stride are exponentials of sums of steps, all of one sign.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from regard.contract import valid_from_lengths
+from regard.core.reordering import opposite, reorder
 from regard.engines.scan import fold_chunks, in_chunks
 from regard.engines.selective_scan.problem import Problem
 
@@ -100,8 +102,21 @@ def _chunk(part: Problem, valid: Bool[Tensor, "b q"] | None) -> tuple[Tensor | N
     return y.to(part.x.dtype), state
 
 
+def _visited(problem: Problem) -> Problem:
+    """The same with its tokens in the order in which they are visited."""
+    order, p = problem.order, problem
+    assert order is not None
+    back = opposite(order)
+    x, dt, b = (reorder(t, order, back) for t in (p.x, p.dt, p.b))
+    c, z = (None if t is None else reorder(t, order, back) for t in (p.c, p.z))
+    return replace(p, x=x, dt=dt, b=b, c=c, z=z, order=None)
+
+
 def run(problem: Problem, chunk_size: int) -> tuple[Tensor | None, Tensor]:
     """See :func:`regard.engines.selective_scan.selective_scan`."""
+    if problem.order is not None:
+        visited, last = run(_visited(problem), chunk_size)
+        return (None if visited is None else reorder(visited, opposite(problem.order), problem.order)), last
     x, a, c, state, lengths = problem.x, problem.a, problem.c, problem.state, problem.lengths
     n = x.shape[1]
     if state is None:
@@ -117,7 +132,7 @@ def run(problem: Problem, chunk_size: int) -> tuple[Tensor | None, Tensor]:
 
     def tokens(state: Tensor, *own: Any) -> tuple[Tensor | None, Tensor]:
         x_, dt_, b_, c_, z_, valid_ = own
-        part = Problem(x_, dt_, a, b_, c_, problem.skip, problem.dt_bias, z_, state, None, problem.inclusive)
+        part = replace(problem, x=x_, dt=dt_, b=b_, c=c_, z=z_, state=state, lengths=None)
         return _chunk(part, valid_)
 
     def chunk(carry: tuple[Tensor, ...], *own: Any) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -12,6 +12,7 @@ from regard.contract import (
     Call,
 )
 from regard.core.precision import wide
+from regard.core.reordering import opposite, reorder
 from regard.engines.selective_scan import selective_scan
 from regard.mechanisms.bidirectional_mamba.definition import Config, _combine, check_paths, scan_orders
 
@@ -21,38 +22,6 @@ if TYPE_CHECKING:
 
 ROWS_FIRST = ("forward", "bidirectional", "cross", "slices")
 """Scans whose first path takes the tokens as they are numbered."""
-
-
-class _Reordered(torch.autograd.Function):
-    """Tokens in an order that has each of them once, (B, N, ...) -> (B, N, ...).
-
-    Its gradient is the opposite order. That of `index_select` is a sum over places that might come twice, which takes
-    many times as long.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, order: Tensor, opposite: Tensor) -> Tensor:
-        return x.index_select(1, order)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-        ctx.save_for_forward(*inputs[1:])
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return _reorder(tangent, *ctx.saved_tensors)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        order, opposite = ctx.saved_tensors
-        return _reorder(grad, opposite, order), None, None
-
-
-def _reorder(x: Tensor, order: Tensor, opposite: Tensor) -> Tensor:
-    return x.index_select(1, order) if torch.compiler.is_compiling() else _Reordered.apply(x, order, opposite)
 
 
 @dataclass(frozen=True)
@@ -74,7 +43,7 @@ class Path:
         if self.places is None:
             return x
         if self.opposite is not None:
-            return _reorder(x, self.places, self.opposite)
+            return reorder(x, self.places, self.opposite)
         if self.places.ndim == 1:
             return x.index_select(1, self.places)
         return x.gather(1, self._index(x)) if x.shape[1] else x
@@ -84,7 +53,7 @@ class Path:
         if self.places is None:
             return y
         if self.opposite is not None:
-            return _reorder(y, self.opposite, self.places)
+            return reorder(y, self.opposite, self.places)
         empty = y.new_zeros(y.shape[0], n, *y.shape[2:])
         if self.places.ndim == 1:
             return empty.index_copy(1, self.places, y)
@@ -116,8 +85,7 @@ def find_paths(
             found.append(Path(None, None))
         elif valid is None:
             whole = config.scan != "strided"
-            opposite = torch.zeros_like(order).scatter(0, order, torch.arange(n, device=device)) if whole else None
-            found.append(Path(order, None, opposite))
+            found.append(Path(order, None, opposite(order) if whole else None))
         elif forward and lengths is not None:
             found.append(Path(None, lengths))
         else:
@@ -154,7 +122,8 @@ def parallel(
     own = [_of_each(t, 0, len(paths)) for t in (a, skip, dt_bias)]
     outputs = []
     for p, path in enumerate(paths):
-        taken = [path.take(parts[p]) for parts in by_token]
+        order = None if path.opposite is None else path.places  # whole orders are visited where the tokens lie
+        taken = [parts[p] if order is not None else path.take(parts[p]) for parts in by_token]
         rates, skipped, bias = (parts[p] for parts in own)
         y, _ = selective_scan(
             taken[0],
@@ -165,9 +134,10 @@ def parallel(
             skip=skipped,
             dt_bias=bias,
             lengths=path.lengths,
+            order=order,
             chunk_size=call.chunk_size or call.config.chunk_size,
             backend=call.backend,
         )
         assert y is not None  # there is a c
-        outputs.append(path.put(y, n))
+        outputs.append(y if order is not None else path.put(y, n))
     return _combine(call, outputs, z, mix).to(x.dtype)

@@ -191,7 +191,7 @@ class BidirectionalMambaLayer(StateSpaceLayer):
         dt, b, c = ([_total(t)] if strided else t for t in map(list, zip(*found, strict=True)))
         a = -wide(self.A_log).exp()
         own: dict[str, Tensor | None] = {"a": a, "skip": self.D, "dt_bias": self.dt_bias}
-        # stacked as the first axis, so that what a path has is contiguous: it is copied in the path's order
+        # stacked as the first axis, so that what a path has is contiguous, as scans read it fastest
         inputs = {name: torch.stack(t).transpose(0, 1) for name, t in (("x", xs), ("dt", dt), ("b", b), ("c", c))}
         chosen = {name: t if t.shape[0] == 1 else t[sets[0] : sets[-1] + 1] for name, t in own.items() if t is not None}
         return {**inputs, **chosen}

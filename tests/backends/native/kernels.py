@@ -239,8 +239,10 @@ def linear(
 # The selective scan.
 
 
-def _selective_scan(form, x, dt, a, b, c, skip, dt_bias, z, state, lengths=None, inclusive=True, chunk=64) -> Tensors:
-    problem = selective_scan.Problem(x, dt, a, b, c, skip, dt_bias, z, state, lengths, inclusive)
+def _selective_scan(
+    form, x, dt, a, b, c, skip, dt_bias, z, state, lengths=None, order=None, inclusive=True, chunk=64
+) -> Tensors:
+    problem = selective_scan.Problem(x, dt, a, b, c, skip, dt_bias, z, state, lengths, order, inclusive)
     o, last = form.run(problem, chunk)
     return {"o": o, "last": last}
 

@@ -28,6 +28,14 @@ def test_outputs_states_and_gradients_equal_float64(dtype):
         SELECTIVE.check_every_set(x, inclusive=n % 2 == 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_visited_in_another_order_stay_where_they_are(dtype):
+    for n, groups in itertools.product((1, 63, 64, 131), (1, 3)):
+        torch.set_num_threads(1 + n % 3)
+        x = selective(n, 3, 33, groups, 5, dtype=dtype) | {"order": torch.randperm(n)}
+        SELECTIVE.check_every_set(x)
+
+
 @pytest.mark.parametrize("inclusive", [True, False])
 @pytest.mark.parametrize("read", [True, False])
 def test_each_option_alone_and_all_together(inclusive, read):
@@ -82,16 +90,19 @@ def test_backward_keeps_the_inputs_and_few_states():
     leaves = {name: t.requires_grad_() for name, t in selective(256, 1, 64, 1, 16).items()}
     kept = sum(saved_for_backward(lambda: SELECTIVE.run(leaves)))
     assert kept == sum(4 * t.numel() for t in leaves.values()) + 4 * 256 // native.EVERY * 64 * 16
-    assert native._scan(Problem(*(t.detach() for t in leaves.values()), None, True), False)[2].numel() == 0
+    assert native._scan(Problem(*(t.detach() for t in leaves.values()), None, None, True), False)[2].numel() == 0
 
 
 def test_what_does_not_fit_is_left_to_torch():
     good = selective(9, 2, 8, 2, 4, lengths=[9, 1])
-    assert native.refuses(Problem(*good.values(), True), 64) is None
+    assert native.refuses(Problem(*good.values(), None, True), 64) is None
     for change in (
         {"x": torch.randn(2, 9, 6)},
         {"b": torch.randn(2, 9, 2, 4).half()},
         {"a": torch.randn(8, 4).double()},
         {"lengths": torch.tensor([9, 1], dtype=torch.int32)},
     ):
-        assert native.refuses(Problem(*(good | change).values(), True), 64) is not None
+        assert native.refuses(Problem(*(good | change).values(), None, True), 64) is not None
+    for order in (torch.arange(9), torch.arange(8), torch.arange(9, dtype=torch.int32)):
+        assert native.refuses(Problem(*(good | {"lengths": order.new_tensor([9, 1])}).values(), order, True), 64)
+    assert native.refuses(Problem(*(good | {"lengths": None}).values(), torch.randperm(9), True), 64) is None
