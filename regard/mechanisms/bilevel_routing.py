@@ -28,7 +28,8 @@ regions are segments of a sequence. Regions that a side does not fill are smalle
 are: they count in no mean and are no keys, and a region without a token is not chosen. Without one, padding is gathered
 away, and `windows` divides each row's own length. In cross patterns both sequences have regions, of their own sizes.
 Keys of the chosen regions are copied for each region of queries, k / S^2 of the pairs are scored, and nothing of size N x M
-is made; where no region is left out it is softmax attention to all keys, without copies.
+is made; where no region is left out it is softmax attention to all keys, without copies, and on native kernels from a quarter
+of them on a mask hides the others, without copies too.
 Deviations: the authors' older code pads x, before its projection, to a multiple of S, which adds keys; their newer code has
 regions of floor(side / S) places, so more than S a side (`region_size` says so), and pads with keys of zeros, which
 ``padded_keys=True`` keeps. Sequences, cross patterns, routing by head and the forced own region are not in the paper; its
@@ -39,14 +40,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regard.backends import prefers_native
 from regard.contract import (
+    BlockMask,
     Call,
     Cost,
     Kind,
@@ -365,7 +370,27 @@ def _attend(
         regions.split(x.transpose(1, 2).flatten(2)) for x, regions in ((q, own), (k, others), (v, others))
     )
     chosen = _chosen(call.config, queries, keys, own, others, (k.shape[1], heads // k.shape[1], q.shape[3]))
-    rows = (chosen + torch.arange(batch, device=q.device)[:, None, None] * others.count).flatten()
+    run = _hidden if _are_many(call, own, others, q) else _gathered
+    attend = partial(attention, visibility=Visibility(), scale=scale, backend=call.backend)
+    output = run(call, queries, keys, values, chosen, own, others, (heads, k.shape[1]), attend)
+    output = output.transpose(1, 2).reshape(batch, own.count, own.room, -1)
+    return own.join(output).unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def _gathered(
+    call: Call,
+    queries: Float[Tensor, "b regions room h*d"],
+    keys: Float[Tensor, "b regions2 room2 g*d"],
+    values: Float[Tensor, "b regions2 room2 g*v"],
+    chosen: Int[Tensor, "b regions k"],
+    own: Tiles | Segments,
+    others: Tiles | Segments,
+    heads: tuple[int, int],
+    attend: Callable[..., Any],
+) -> Float[Tensor, "b*regions h room v"]:
+    """Each region of queries as a row, with copies of the keys of its regions."""
+    batch = queries.shape[0]
+    rows = (chosen + torch.arange(batch, device=chosen.device)[:, None, None] * others.count).flatten()
 
     def taken(x: Shaped[Tensor, "b regions room c"]) -> Shaped[Tensor, "b*regions k*room c"]:
         found = x.reshape(batch * others.count, -1).index_select(0, rows)
@@ -373,23 +398,48 @@ def _attend(
 
     where: Ranks
     if others.holds is None:
-        where = CountedRanks(own.room, chosen.shape[2] * others.room, 0, True, q.device)
+        where = CountedRanks(own.room, chosen.shape[2] * others.room, 0, True, chosen.device)
     else:
         seen = others.holds
         if call.config.padded_keys:
             seen = seen.any(-1, keepdim=True).expand_as(seen)
         where = _ranks_of(own.room, taken(seen.expand(batch, -1, -1)[..., None])[..., 0])
-    output, _, _ = attention(
-        queries.flatten(0, 1).unflatten(2, (heads, -1)).transpose(1, 2),
-        taken(keys).unflatten(2, (k.shape[1], -1)).transpose(1, 2),
-        taken(values).unflatten(2, (k.shape[1], -1)).transpose(1, 2),
-        where,
-        visibility=Visibility(),
-        scale=scale,
-        backend=call.backend,
-    )
-    output = output.transpose(1, 2).reshape(batch, own.count, own.room, -1)
-    return own.join(output).unflatten(2, (heads, -1)).transpose(1, 2)
+    q, k, v = queries.flatten(0, 1), taken(keys), taken(values)
+    return attend(_split_heads(q, heads[0]), _split_heads(k, heads[1]), _split_heads(v, heads[1]), where)[0]
+
+
+def _hidden(
+    call: Call,
+    queries: Float[Tensor, "b regions room h*d"],
+    keys: Float[Tensor, "b regions2 room g*d"],
+    values: Float[Tensor, "b regions2 room g*v"],
+    chosen: Int[Tensor, "b regions k"],
+    own: Tiles | Segments,
+    others: Tiles | Segments,
+    heads: tuple[int, int],
+    attend: Callable[..., Any],
+) -> Float[Tensor, "b h regions*room v"]:
+    """The regions one after the other, with a mask that hides those that are not read."""
+    seen = torch.zeros(*chosen.shape[:2], others.count, dtype=torch.bool).scatter(2, chosen, True)
+    where = CountedRanks(own.count * own.room, others.count * others.room, 0, True, chosen.device)
+    q, k, v = (x.flatten(1, 2) for x in (queries, keys, values))
+    blocks = BlockMask(seen[:, None], others.room)
+    return attend(
+        _split_heads(q, heads[0]), _split_heads(k, heads[1]), _split_heads(v, heads[1]), where, blocks=blocks
+    )[0]
+
+
+def _split_heads(x: Float[Tensor, "b n h*d"], heads: int) -> Float[Tensor, "b h n d"]:
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def _are_many(call: Call, own: Tiles | Segments, others: Tiles | Segments, q: Tensor) -> bool:
+    """Whether so many regions are read that the kernel passes over the others sooner than these are copied."""
+    if not (own.holds is others.holds is None and own.room == others.room and 4 * call.config.top >= others.count):
+        return False
+    if not q.is_cpu or q.dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
+        return False
+    return call.backend != "torch" and prefers_native()
 
 
 def _chosen(

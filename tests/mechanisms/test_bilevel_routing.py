@@ -11,7 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from regard import create_layer
 from regard.apply import apply
+from regard.backends import NATIVE
 from regard.contract import Call, Context, Mask, Pattern
+from regard.mechanisms import bilevel_routing
 from regard.mechanisms.bilevel_routing import MECHANISM, Config, read_regions
 
 SELF, CROSS = "noncausal-self", "noncausal-cross"
@@ -47,6 +49,19 @@ def test_gathered_regions_are_dense_attention_with_the_others_hidden(scale_by):
     expected = (scale * q @ k.mT).masked_fill(~visible, -torch.inf).softmax(-1) @ v
     found = run(inputs, {"region_size": (2, 4), "top": 3, "scale_by": scale_by}, grid=(6, 8)).output
     close_gradients(found, expected, inputs)
+
+
+@pytest.mark.skipif(NATIVE.missing is not None, reason="needs the native library")
+@pytest.mark.parametrize("routing", ["shared", "head"])
+@pytest.mark.parametrize("pattern", [SELF, CROSS])
+def test_where_a_quarter_of_the_regions_is_read_nothing_is_copied(routing, pattern, monkeypatch):
+    """In float32, on the kernels that pass over what is hidden; the same as with copies, in float64, gradients too."""
+    inputs = {name: x.requires_grad_() for name, x in qkv(40, heads=4, groups=2).items()}
+    options = {"pattern": pattern, "config": Config(region_size=5, top=2, routing=routing)}
+    expected = apply(MECHANISM, inputs, **options).output
+    monkeypatch.setattr(bilevel_routing, "_gathered", None)
+    found = apply(MECHANISM, {name: x.float() for name, x in inputs.items()}, **options).output
+    close_gradients(found.double(), expected, inputs, 1e-5)
 
 
 @pytest.mark.parametrize("routing", ["shared", "head"])
