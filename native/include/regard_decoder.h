@@ -53,7 +53,8 @@ REGARD_API int regard_decoder_outputs(const regard_decoder_outputs_args *args);
 /* In the place of softmax attention: the recurrence of regard_gated_recurrence_step, of values, gates and rates of G heads that
  * each serve as many query heads, from the layer's normed input u:
  *
- *     z = gates_1(gates_0(u)),     g = max(least, -exp(log_rates) softplus(sign z)),     beta = most_beta sigmoid(beta(u)).
+ *     z = gates_1(gates_0(u)) + gate_bias,     g = max(least, -exp(log_rates) softplus(sign z)),
+ *     beta = most_beta sigmoid(beta(u)).
  *
  * It is of phi(k) and of phi(q) times `scale`. Normalized, values have a one behind them, so that a query reads the sum of its
  * weights too, and what it reads of values is divided by that sum plus `divisor` (0 where that is 0). With a window the key and
@@ -61,6 +62,7 @@ REGARD_API int regard_decoder_outputs(const regard_decoder_outputs_args *args);
  * the query's own token included, has before it is divided: exp(w + score - the largest score), w of `log_window_weights`. */
 typedef struct {
   regard_weight gates[2];  /* n 0: none; without both, softplus is 1. z: one number or head_width of them for each of the G */
+  const float *gate_bias;  /* as many numbers as the gates make; NULL: none */
   const float *log_rates;  /* (G,); NULL: no decay */
   float sign, least;
   int64_t steps;           /* whether values are multiplied with softplus(sign z), one number a head */

@@ -151,6 +151,7 @@ int64_t gates_of(const regard_decoder_recurrence& r) { return r.gates[1].n != 0 
 // From z, `each` numbers a head, the logarithms of decays in its place, and values times their steps.
 void decay(const regard_decoder_recurrence& r, int64_t m, int64_t heads, int64_t each, int64_t width, float* z, float* v) {
   const bool gated = gates_of(r) != 0;
+  for (int64_t t = 0; r.gate_bias != nullptr && t < m; ++t) add(heads * each, r.gate_bias, z + t * heads * each);
   for (int64_t t = 0; t < m; ++t)
     for (int64_t h = 0; h < heads; ++h, z += each, v += width) {
       const float rate = exp(r.log_rates[h]);
@@ -376,6 +377,7 @@ bool wrong(const regard_decoder_recurrence& r, int64_t width, int64_t heads, int
   if (r.gates[0].n != 0 ? wrong(r.gates[0], width) : gates != 0) return true;
   if (r.gates[1].n != 0 && wrong(r.gates[1], r.gates[0].n)) return true;
   if (gates != 0 && gates != heads && gates != heads * head_width) return true;
+  if (gates == 0 && r.gate_bias != nullptr) return true;
   if (r.log_rates == nullptr ? gates != 0 || r.steps : r.steps && gates != heads) return true;
   if (r.beta.n != 0 && (wrong(r.beta, width) || r.beta.n != heads)) return true;
   const bool mapped = r.maps[0] != nullptr, plain = r.feature_map <= REGARD_FEATURES_IDENTITY;

@@ -296,7 +296,7 @@ void check_recurrences(int64_t bits, int64_t n, int kind, int64_t threads) {
     kept.emplace_back(new Weight(bits, rows, columns, offsets));
     return *kept.back();
   };
-  Floats norms[4], rates[2], before[2], after[2], maps[2][2], weights_of_windows[2], windows[2][2];
+  Floats norms[4], rates[2], gate_biases[2], before[2], after[2], maps[2][2], weights_of_windows[2], windows[2][2];
   Doubles states[2], written[2][2];
   for (int i = 0; i < 2; ++i) {
     const int here = (kind + i) % KINDS;
@@ -361,11 +361,15 @@ void check_recurrences(int64_t bits, int64_t n, int kind, int64_t threads) {
     if (here == OF_FEATURES) r.gates[0] = low.given, r.gates[1] = high.given;
     if (here == OF_HEADS || here == STEPS) r.gates[0] = of_heads.given;
     if (here < RATES) r.log_rates = rates[i].data();
+    gate_biases[i] = numbers(here == OF_FEATURES ? own * head : own);
+    if (here <= OF_HEADS) r.gate_bias = gate_biases[i].data();
     if (here == RATES) r.beta = beta.given, r.most_beta = 2, r.eps[0] = 1e-3f, r.eps[1] = 1e-4f;
 
     const Doubles u = normed(expected, norms[2 * i], layer.eps[0]);
     Doubles q = turned(wq(u), heads * head, head, cosine, sine), k = turned(wk(u), own * head, head, cosine, sine), v = wv(u);
-    const Doubles z = here == OF_FEATURES ? high(low(u)) : of_heads(u), b = beta(u);
+    Doubles z = here == OF_FEATURES ? high(low(u)) : of_heads(u);
+    const Doubles b = beta(u);
+    for (size_t j = 0; here <= OF_HEADS && j < z.size(); ++j) z[j] += gate_biases[i][j % gate_biases[i].size()];
     const int64_t each = here == OF_FEATURES ? head : 1;
     const auto unit = [&](Doubles& y, int64_t first, double eps) {
       double squares = 0;
@@ -479,6 +483,10 @@ void check_recurrences(int64_t bits, int64_t n, int kind, int64_t threads) {
   refused("gates of no heads", [&](auto& r) { r.gates[0] = kept[9]->given, r.gates[0].n = 3, r.gates[1].n = 0; });
   refused("gates without rates", [&](auto& r) { r.gates[0] = kept[9]->given, r.log_rates = nullptr; });
   refused("rates of other heads", [&](auto& r) { r.beta = kept[9]->given, r.beta.n = 3; });
+  refused("a bias without gates", [&](auto& r) {
+    r.gate_bias = norms[0].data();
+    r.gates[0].n = r.gates[1].n = r.steps = 0;
+  });
   refused("another feature map", [&](auto& r) { r.feature_map = 8; });
   refused("one map", [&](auto& r) { r.maps[1] = r.maps[0] == nullptr ? norms[0].data() : nullptr; });
   refused("a window without maps", [&](auto& r) { r.window = 2, r.maps[0] = r.maps[1] = nullptr; });

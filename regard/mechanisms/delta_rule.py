@@ -352,12 +352,16 @@ class RateProjection(Projection):
 
 
 def recurrence(config: Config, rates: RateProjection) -> Recurrence[nn.Module] | None:
-    """The layer as the recurrence of its state; decays, a beta for each value and norms by sums are none."""
-    if rates.rate is None or rates.gate is not None or config.vector_beta or config.norm != "l2":
+    """The layer as the recurrence of its state; a beta of 1 or for each value and norms by sums are none."""
+    if rates.rate is None or config.vector_beta or config.norm != "l2":
         return None
     eps = config.eps if config.normalize_queries else None, config.eps if config.normalize_keys else None
     most = 2.0 if config.allow_negative_eigenvalues else 1.0
-    return Recurrence(beta=rates.rate, most_beta=most, eps=eps, feature_map=config.feature_map)
+    plain: Recurrence[nn.Module] = Recurrence(beta=rates.rate, most_beta=most, eps=eps, feature_map=config.feature_map)
+    if rates.gate is None:
+        return plain
+    gates = tuple(rates.gate) if isinstance(rates.gate, nn.Sequential) else (rates.gate,)
+    return plain._replace(gates=gates, log_rates=rates.log_strength, gate_bias=rates.gate_bias)
 
 
 def cost(shape: Shape, config: Config) -> Cost:

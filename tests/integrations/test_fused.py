@@ -301,6 +301,8 @@ RECURRENCES = [
     "gated_linear:gate=none,feature_map=relu_squared",
     "delta_rule",
     "delta_rule:allow_negative_eigenvalues=true,normalize_queries=false,feature_map=silu",
+    "delta_rule:gated=true",
+    "delta_rule:gated=true,gate=diagonal",
     *(f"linear:feature_map={name}" for name in ("elu", "relu,eps=0.1", "sigmoid", "exp", "silu,normalize=false")),
     "lolcats",
     "lolcats:window=3,features=5",
@@ -475,13 +477,16 @@ def test_recurrences_that_the_kernel_does_not_have_are_told():
         Recurrence(),
         Recurrence(log_rates=rates),
         Recurrence((low, high), rates),
-        Recurrence((to_heads,), rates, steps=True, beta=to_heads),
+        Recurrence((to_heads,), rates, steps=True, beta=to_heads, gate_bias=torch.rand(2)),
     ):
         assert not unfit(taken, layer)
     for refused in (
         Recurrence((to_heads,)),
         Recurrence((low,), rates),
         Recurrence((high,), rates),
+        Recurrence((to_heads,), rates, gate_bias=torch.rand(16)),
+        Recurrence((to_heads,), rates, gate_bias=torch.rand(2).double()),
+        Recurrence(log_rates=rates, gate_bias=rates),
         Recurrence((low, high, high), rates),
         Recurrence((to_features,), rates, steps=True),
         Recurrence(log_rates=rates, steps=True),

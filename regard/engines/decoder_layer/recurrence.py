@@ -28,7 +28,8 @@ V = TypeVar("V")
 class Recurrence(NamedTuple, Generic[W]):
     """What a layer does with its queries, keys and values in the place of softmax attention to a cache:
 
-        S' = exp(g) S + phi(k) (a v)^T,    o = scale S'^T phi(q),    z = gates(u),    g = max(least, -exp(log_rates) softplus(sign z)),
+        S' = exp(g) S + phi(k) (a v)^T,    o = scale S'^T phi(q),
+        z = gates(u) + gate_bias,    g = max(least, -exp(log_rates) softplus(sign z)),
 
     with u the layer's normed input, G heads of keys, values and gates that each serve as many query heads, softplus 1 without
     gates, and a softplus(z) in `steps`, otherwise 1. With a beta, a v becomes b (v - exp(g) S^T phi(k)), b = most_beta
@@ -52,6 +53,7 @@ class Recurrence(NamedTuple, Generic[W]):
         divisor: added to the sum of weights; None for no division.
         window: w, the token's own included; 0 for none. Needs maps and a divisor.
         log_window_weights: (H,) float32; None for 0.
+        gate_bias: of z, float32; None for none.
     """
 
     gates: tuple[W, ...] = ()
@@ -68,6 +70,7 @@ class Recurrence(NamedTuple, Generic[W]):
     divisor: float | None = None
     window: int = 0
     log_window_weights: Tensor | None = None
+    gate_bias: Tensor | None = None
 
     @property
     def linears(self) -> tuple[W, ...]:
@@ -108,6 +111,7 @@ class RecurrenceArguments(ctypes.Structure):
 
     _fields_ = (
         ("gates", WeightArguments * 2),
+        ("gate_bias", ctypes.c_void_p),
         ("log_rates", ctypes.c_void_p),
         ("sign", ctypes.c_float),
         ("least", ctypes.c_float),
@@ -144,7 +148,7 @@ def unfit(recurrence: Recurrence[Weight], layer: DecoderLayer) -> str:
     """Why the kernel does not take a recurrence in a layer; empty where it does."""
     rates, heads, own = recurrence.log_rates, *(layer.weights[i].n // layer.head_width for i in (0, 1))
     of_heads = [*(recurrence.maps or ()), recurrence.log_window_weights]
-    held = [x for weight in recurrence.linears for x in weight.tensors] + [rates, *of_heads]
+    held = [x for weight in recurrence.linears for x in weight.tensors] + [rates, recurrence.gate_bias, *of_heads]
     if not all(x is None or (type(x) in PLAIN and x.is_cpu and x.is_contiguous()) for x in held):
         return "weights that are not plain, contiguous and on the processor"
     reason = next(filter(None, map(unfit_weight, recurrence.linears)), "")
@@ -159,7 +163,8 @@ def unfit(recurrence: Recurrence[Weight], layer: DecoderLayer) -> str:
     chained = [layer.width, *(n for n, _ in sizes)]
     fits = len(sizes) <= 2 and [k for _, k in sizes] == chained[:-1] and (not sizes or chained[-1] in ends)
     fits = fits and (rates is not None or not (sizes or recurrence.steps)) and (bool(sizes) or not recurrence.steps)
-    beta = None if recurrence.beta is None else struct_of(recurrence.beta)
+    bias, beta = recurrence.gate_bias, None if recurrence.beta is None else struct_of(recurrence.beta)
+    fits = fits and (bias is None or (bool(sizes) and bias.shape == (chained[-1],) and bias.dtype == torch.float32))
     fits = fits and (beta is None or (beta.n, beta.k) == (own, layer.width))
     if recurrence.maps is not None:
         shapes = {x.shape for x in recurrence.maps}
@@ -186,6 +191,7 @@ def arguments_of(recurrence: Recurrence[Weight], scale: float) -> RecurrenceArgu
         scale: of the layer's scores.
     """
     made = RecurrenceArguments(
+        gate_bias=pointer(recurrence.gate_bias),
         log_rates=pointer(recurrence.log_rates),
         sign=recurrence.sign,
         least=recurrence.least,
