@@ -53,21 +53,35 @@ REGARD_API int regard_decoder_outputs(const regard_decoder_outputs_args *args);
 /* In the place of softmax attention: the recurrence of regard_gated_recurrence_step, of values, gates and rates of G heads that
  * each serve as many query heads, from the layer's normed input u:
  *
- *     z = gates_1(gates_0(u)),     g = max(least, -exp(log_rates) softplus(sign z)),     beta = most_beta sigmoid(beta(u)).
- */
+ *     z = gates_1(gates_0(u)) + gate_bias,     g = max(least, -exp(log_rates) softplus(sign z)),
+ *     beta = most_beta sigmoid(beta(u)).
+ *
+ * It is of phi(k) and of phi(q) times `scale`. Normalized, values have a one behind them, so that a query reads the sum of its
+ * weights too, and what it reads of values is divided by that sum plus `divisor` (0 where that is 0). With a window the key and
+ * the value that are written are those that leave it, and to what is read and to its sum comes what a softmax over the window,
+ * the query's own token included, has before it is divided: exp(w + score - the largest score), w of `log_window_weights`. */
 typedef struct {
   regard_weight gates[2];  /* n 0: none; without both, softplus is 1. z: one number or head_width of them for each of the G */
+  const float *gate_bias;  /* as many numbers as the gates make; NULL: none */
   const float *log_rates;  /* (G,); NULL: no decay */
   float sign, least;
   int64_t steps;           /* whether values are multiplied with softplus(sign z), one number a head */
   regard_weight beta;      /* to one number for each of the G; n 0: none */
   float most_beta;
-  float eps[2];            /* queries, and keys, become x / sqrt(sum(x^2) + eps) for each head; negative: they stay */
+  float eps[2];            /* phi of queries, and of keys, becomes y / sqrt(sum(y^2) + eps) for each head; negative: it stays */
+  int64_t feature_map;     /* phi: a regard_feature_map */
+  const float *maps[2];    /* phi(x) = [softmax(x W), softmax(-x W)] with W of queries, and of keys, of each query head: (query
+                              heads, head_width, features) contiguous, without gates, rates and another phi; NULL: none */
+  int64_t features;
+  float scale;
+  int64_t normalized;
+  float divisor;
+  int64_t window;          /* tokens; 0: none. With maps and normalized only */
+  const float *log_window_weights; /* (query heads,); NULL: 0 */
 } regard_decoder_recurrence;
 
 /* A whole layer: weights of queries, keys, values, output, gate, up and down, and its part of the cache. Query i of a row sees
- * the row's keys up to its own, at most `left` before it (-1: all). Scores, or the queries of a recurrence, are multiplied with
- * `scale`. */
+ * the row's keys up to its own, at most `left` before it (-1: all). Scores, a window's too, are multiplied with `scale`. */
 typedef struct {
   float eps[2];
   const float *norms[2];
@@ -79,10 +93,14 @@ typedef struct {
   const regard_decoder_recurrence *recurrence; /* NULL: softmax; otherwise `left`, keys and values are not used */
 } regard_decoder_layer;
 
-/* (batch, query heads, head_width, head_width) contiguous, each in memory of its own. */
+/* (batch, query heads, head_width or 2 features, head_width or one more where normalized) contiguous, each in memory of its
+ * own. Of a recurrence with a window, also the window's tokens before these, right-aligned, and room for these behind them. */
 typedef struct {
   const float *before;
   float *after;
+  float *keys, *values;  /* (batch, query heads, window + n, head_width), features contiguous */
+  int64_t keys_strides[3], values_strides[3]; /* row, head, token */
+  const int64_t *lengths; /* (batch,) tokens before of each row; slots of the window before its first are not read */
 } regard_decoder_state;
 
 /* Layers one after the other, and a norm of the last one's answer if asked for; token i of row b is number lengths_b + i of its

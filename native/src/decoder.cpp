@@ -7,8 +7,9 @@
 #include "regard_recurrence.h"
 
 #include "elementwise.h"
-#include "vector.h"
+#include "feature_maps.h"
 
+#include "parallel.h"
 #include "workspace.h"
 
 namespace REGARD_ISA {
@@ -150,6 +151,7 @@ int64_t gates_of(const regard_decoder_recurrence& r) { return r.gates[1].n != 0 
 // From z, `each` numbers a head, the logarithms of decays in its place, and values times their steps.
 void decay(const regard_decoder_recurrence& r, int64_t m, int64_t heads, int64_t each, int64_t width, float* z, float* v) {
   const bool gated = gates_of(r) != 0;
+  for (int64_t t = 0; r.gate_bias != nullptr && t < m; ++t) add(heads * each, r.gate_bias, z + t * heads * each);
   for (int64_t t = 0; t < m; ++t)
     for (int64_t h = 0; h < heads; ++h, z += each, v += width) {
       const float rate = exp(r.log_rates[h]);
@@ -162,57 +164,210 @@ void decay(const regard_decoder_recurrence& r, int64_t m, int64_t heads, int64_t
     }
 }
 
+void map_numbers(int64_t map, int64_t count, float* x) {
+  if (map <= REGARD_FEATURES_IDENTITY) return;
+  with_feature_map(map, [&](auto phi) __attribute__((always_inline)) {
+    over_vectors(count, [&](int64_t i, int lanes, auto full) __attribute__((always_inline)) {
+      constexpr bool FULL = decltype(full)::value;
+      put<FULL>(x + i, feature<decltype(phi)::value>(take<FULL>(x + i, lanes)), lanes);
+    });
+  });
+}
+
+// exp(sign x - the largest sign x) in `to`, which may be x; their sum comes back.
+float weigh(int64_t count, float sign, const float* x, float* to) {
+  Vec top = broadcast(-__builtin_inff()), total = zero();
+  over_vectors(count, [&](int64_t i, int lanes, auto full) __attribute__((always_inline)) {
+    constexpr bool FULL = decltype(full)::value;
+    const Vec v = take<FULL>(x + i, lanes) * sign;
+    top = maximum(top, FULL ? v : select(lane_numbers() < lanes, v, top));
+  });
+  const Vec highest = broadcast(largest(top));
+  over_vectors(count, [&](int64_t i, int lanes, auto full) __attribute__((always_inline)) {
+    constexpr bool FULL = decltype(full)::value;
+    const Vec e = exp(take<FULL>(x + i, lanes) * sign - highest);
+    put<FULL>(to + i, e, lanes);
+    total += FULL ? e : select(lane_numbers() < lanes, e, zero());
+  });
+  return sum(total);
+}
+
+// [softmax(x W), softmax(-x W)] of one head.
+void map_head(const float* x, int64_t width, const float* w, int64_t features, float* to) {
+  over_vectors(features, [&](int64_t i, int lanes, auto full) __attribute__((always_inline)) {
+    constexpr bool FULL = decltype(full)::value;
+    Vec y = zero();
+    for (int64_t d = 0; d < width; ++d) y = fma(broadcast(x[d]), take<FULL>(w + d * features + i, lanes), y);
+    put<FULL>(to + i, y, lanes);
+  });
+  scale_heads(1, features, -1.f, 1.f / weigh(features, -1.f, to, to + features), to + features);
+  scale_heads(1, features, -1.f, 1.f / weigh(features, 1.f, to, to), to);
+}
+
+// What a query reads of `count` tokens with weights factor exp(score - the largest), and behind it the sum of the weights.
+void attend_window(const float* q, int64_t width, float scale, float factor, int64_t count, const float* keys,
+                   int64_t key_stride, const float* values, int64_t value_stride, float* scores, float* to) {
+  for (int64_t j = 0; j < count; ++j) {
+    Vec products = zero();
+    over_vectors(width, [&](int64_t i, int lanes, auto full) __attribute__((always_inline)) {
+      constexpr bool FULL = decltype(full)::value;
+      products = fma(take<FULL>(q + i, lanes), take<FULL>(keys + j * key_stride + i, lanes), products);
+    });
+    scores[j] = scale * sum(products);
+  }
+  to[width] = factor * weigh(count, 1.f, scores, scores);
+  over_vectors(width, [&](int64_t i, int lanes, auto full) __attribute__((always_inline)) {
+    constexpr bool FULL = decltype(full)::value;
+    Vec y = zero();
+    for (int64_t j = 0; j < count; ++j)
+      y = fma(broadcast(scores[j]), take<FULL>(values + j * value_stride + i, lanes), y);
+    put<FULL>(to + i, y * factor, lanes);
+  });
+}
+
+// New keys or values, (batch, n, own heads, width), to their slots behind a window, for each query head.
+void put_behind(const regard_decoder_layers_args& a, int64_t window, const float* from, int64_t heads, int64_t own, float* to,
+                const int64_t (&strides)[3]) {
+  for (int64_t b = 0; b < a.batch; ++b)
+    for (int64_t t = 0; t < a.n; ++t)
+      for (int64_t h = 0; h < heads; ++h)
+        __builtin_memcpy(to + b * strides[0] + h * strides[1] + (window + t) * strides[2],
+                         from + ((b * a.n + t) * own + h / (heads / own)) * a.head_width,
+                         static_cast<size_t>(a.head_width) * sizeof(float));
+}
+
+// Queries, keys and values of new tokens, and room for what maps, normaliser and window make of them: of each token and each of
+// `writers` heads, `features` of queries and keys and `columns` of values and of what is read of the window.
+struct Prepared {
+  const float *q, *k, *v;
+  int64_t own, writers, features, columns;
+  float *queries, *keys, *values, *near, *scores;
+};
+
+// Of token i / writers and head i % writers: what is written, and what its query becomes and reads of the window.
+void prepare(const regard_decoder_layers_args& a, const regard_decoder_layer& layer, const regard_decoder_state& state,
+             const Prepared& p, int64_t i) {
+  const FlushDenormals flush;
+  const regard_decoder_recurrence& r = *layer.recurrence;
+  const int64_t width = a.head_width, token = i / p.writers, h = i % p.writers, b = token / a.n, t = token % a.n;
+  const int64_t from = (token * p.own + h / (p.writers / p.own)) * width;
+  const float *key = p.k + from, *value = p.v + from;
+  bool there = true;
+  if (r.window != 0) {
+    const auto slot = [&](const float* x, const int64_t (&strides)[3], int64_t j) {
+      return x + b * strides[0] + h * strides[1] + j * strides[2];
+    };
+    const int64_t first = r.window - state.lengths[b], seen = most(t + 1, first);
+    const float factor = r.log_window_weights == nullptr ? 1.f : exp(r.log_window_weights[h]);
+    attend_window(p.q + i * width, width, layer.scale, factor, t + 1 + r.window - seen,
+                  slot(state.keys, state.keys_strides, seen), state.keys_strides[2],
+                  slot(state.values, state.values_strides, seen), state.values_strides[2], p.scores + i * r.window,
+                  p.near + i * p.columns);
+    key = slot(state.keys, state.keys_strides, t);
+    value = slot(state.values, state.values_strides, t);
+    there = t >= first;
+  }
+  float *const key_features = p.keys + i * p.features, *const columns = p.values + i * p.columns;
+  if (r.maps[0] != nullptr) {
+    const int64_t map = h * width * r.features;
+    map_head(p.q + i * width, width, r.maps[0] + map, r.features, p.queries + i * p.features);
+    if (there) map_head(key, width, r.maps[1] + map, r.features, key_features);
+  }
+  if (r.normalized) {
+    if (there) __builtin_memcpy(columns, value, static_cast<size_t>(width) * sizeof(float));
+    columns[width] = 1;
+  }
+  if (there) return;
+  __builtin_memset(key_features, 0, static_cast<size_t>(p.features) * sizeof(float));
+  __builtin_memset(columns, 0, static_cast<size_t>(p.columns) * sizeof(float));
+}
+
 // What the heads of a layer read from its state, which steps on; q, k and v are changed.
 int recur(const regard_decoder_layers_args& a, const regard_decoder_layer& layer, const regard_decoder_state& state,
           const float* normed, float* q, float* k, float* v, float* read) {
   const regard_decoder_recurrence& r = *layer.recurrence;
   const int64_t tokens = a.batch * a.n, heads = layer.weights[0].n / a.head_width, own = layer.weights[1].n / a.head_width;
-  const int64_t each = most<int64_t>(1, gates_of(r) / own);
-  const size_t low = static_cast<size_t>(tokens * r.gates[0].n), gates = static_cast<size_t>(tokens * own * each);
-  const size_t rates = static_cast<size_t>(tokens * own), widest = static_cast<size_t>(tokens * most(a.width, r.gates[0].n));
-  Workspace workspace(Workspace::bytes_of<float>(low) + Workspace::bytes_of<float>(gates) +
-                      Workspace::bytes_of<float>(rates) + Workspace::bytes_of<float>(widest));
+  const int64_t each = most<int64_t>(1, gates_of(r) / own), width = a.head_width;
+  const bool mapped = r.maps[0] != nullptr, normalized = r.normalized != 0;
+  const int64_t writers = mapped ? heads : own, features = mapped ? 2 * r.features : width, columns = width + normalized;
+  enum { BETWEEN, GATES, RATES, SCALED, QUERIES, KEYS, VALUES, SUMS, NEAR, SCORES, PARTS };
+  const int64_t sizes[PARTS] = {tokens * r.gates[0].n,
+                                tokens * own * each,
+                                tokens * own,
+                                tokens * most(a.width, r.gates[0].n),
+                                mapped ? tokens * heads * features : 0,
+                                mapped ? tokens * heads * features : 0,
+                                normalized ? tokens * writers * columns : 0,
+                                normalized ? tokens * heads * columns : 0,
+                                r.window != 0 ? tokens * heads * columns : 0,
+                                tokens * heads * r.window};
+  size_t bytes = 0;
+  for (const int64_t size : sizes) bytes += Workspace::bytes_of<float>(static_cast<size_t>(size));
+  Workspace workspace(bytes);
   if (!workspace) return REGARD_OUT_OF_MEMORY;
-  float *const between = workspace.take<float>(low), *const g = workspace.take<float>(gates);
-  float *const beta = workspace.take<float>(rates), *const scaled = workspace.take<float>(widest);
+  float* parts[PARTS];
+  for (int i = 0; i < PARTS; ++i) parts[i] = workspace.take<float>(static_cast<size_t>(sizes[i]));
+  float *const g = parts[GATES], *const beta = parts[RATES], *const scaled = parts[SCALED], *const near = parts[NEAR];
   int status = REGARD_OK;
   if (r.gates[0].n != 0) {
     const bool two = r.gates[1].n != 0;
-    status = apply(a.threads, tokens, normed, scaled, {Product{&r.gates[0], two ? between : g}});
-    if (status == REGARD_OK && two) status = apply(a.threads, tokens, between, scaled, {Product{&r.gates[1], g}});
+    status = apply(a.threads, tokens, normed, scaled, {Product{&r.gates[0], two ? parts[BETWEEN] : g}});
+    if (status == REGARD_OK && two) status = apply(a.threads, tokens, parts[BETWEEN], scaled, {Product{&r.gates[1], g}});
   }
   if (status == REGARD_OK && r.beta.n != 0) status = apply(a.threads, tokens, normed, scaled, {Product{&r.beta, beta}});
   if (status != REGARD_OK) return status;
-  if (r.log_rates != nullptr) decay(r, tokens, own, each, a.head_width, g, v);
+  if (r.log_rates != nullptr) decay(r, tokens, own, each, width, g, v);
   if (r.beta.n != 0)
     over_vectors(tokens * own, [&](int64_t i, int lanes, auto full) __attribute__((always_inline)) {
       constexpr bool FULL = decltype(full)::value;
       put<FULL>(beta + i, sigmoid(take<FULL>(beta + i, lanes)) * r.most_beta, lanes);
     });
-  scale_heads(tokens * heads, a.head_width, r.eps[0], layer.scale, q);
-  if (r.eps[1] >= 0) scale_heads(tokens * own, a.head_width, r.eps[1], 1.f, k);
 
+  if (r.window != 0) {
+    put_behind(a, r.window, k, heads, own, state.keys, state.keys_strides);
+    put_behind(a, r.window, v, heads, own, state.values, state.values_strides);
+  }
+  const Prepared prepared{q, k, v, own, writers, features, columns, parts[QUERIES], parts[KEYS], parts[VALUES],
+                          near, parts[SCORES]};
+  if (mapped || normalized)  // without maps it is no more than a copy
+    parallel_tasks(mapped ? static_cast<int>(a.threads) : 1, static_cast<long>(tokens * writers),
+                   [&](long i) { prepare(a, layer, state, prepared, i); });
+  if (mapped) q = parts[QUERIES], k = parts[KEYS];
+  if (normalized) v = parts[VALUES];
+  map_numbers(r.feature_map, tokens * heads * features, q);
+  map_numbers(r.feature_map, tokens * writers * features, k);
+  if (r.eps[0] >= 0 || r.scale != 1.f) scale_heads(tokens * heads, features, r.eps[0], r.scale, q);
+  if (r.eps[1] >= 0) scale_heads(tokens * own, features, r.eps[1], 1.f, k);
+
+  float* const sums = normalized ? parts[SUMS] : read;
   regard_gated_recurrence_step_args step{};
   step.size = sizeof step;
   step.threads = a.threads;
   step.batch = a.batch;
   step.heads = heads;
-  step.key_width = step.value_width = a.head_width;
+  step.key_width = features;
+  step.value_width = columns;
   step.decay = r.log_rates == nullptr ? REGARD_DECAY_NONE : each == 1 ? REGARD_DECAY_SCALAR : REGARD_DECAY_VECTOR;
   step.new_state = state.after;
   for (int64_t t = 0; t < a.n; ++t) {
-    const auto rows = [&](float* x, int64_t count, int64_t width) {
-      return regard_sequence{x + t * count * width, REGARD_FLOAT32, count, a.n * count * width, width, 0};
+    const auto rows = [&](float* x, int64_t count, int64_t size) {
+      return regard_sequence{x + t * count * size, REGARD_FLOAT32, count, a.n * count * size, size, 0};
     };
-    step.q = rows(q, heads, a.head_width);
-    step.k = rows(k, own, a.head_width);
-    step.v = rows(v, own, a.head_width);
-    step.o = rows(read, heads, a.head_width);
+    step.q = rows(q, heads, features);
+    step.k = rows(k, writers, features);
+    step.v = rows(v, normalized ? writers : own, columns);
+    step.o = rows(sums, heads, columns);
     if (r.log_rates != nullptr) step.g = rows(g, own, each);
     if (r.beta.n != 0) step.beta = rows(beta, own, 1);
     step.state = t == 0 ? state.before : state.after;
     status = regard_gated_recurrence_step(&step);
     if (status != REGARD_OK) return status;
+  }
+  for (int64_t i = 0; normalized && i < tokens * heads; ++i) {
+    if (r.window != 0) add(columns, near + i * columns, sums + i * columns);
+    const float total = sums[i * columns + width] + r.divisor;
+    __builtin_memcpy(read + i * width, sums + i * columns, static_cast<size_t>(width) * sizeof(float));
+    scale_heads(1, width, -1.f, total == 0 ? 0.f : 1.f / total, read + i * width);
   }
   return REGARD_OK;
 }
@@ -222,13 +377,25 @@ bool wrong(const regard_decoder_recurrence& r, int64_t width, int64_t heads, int
   if (r.gates[0].n != 0 ? wrong(r.gates[0], width) : gates != 0) return true;
   if (r.gates[1].n != 0 && wrong(r.gates[1], r.gates[0].n)) return true;
   if (gates != 0 && gates != heads && gates != heads * head_width) return true;
+  if (gates == 0 && r.gate_bias != nullptr) return true;
   if (r.log_rates == nullptr ? gates != 0 || r.steps : r.steps && gates != heads) return true;
-  return r.beta.n != 0 && (wrong(r.beta, width) || r.beta.n != heads);
+  if (r.beta.n != 0 && (wrong(r.beta, width) || r.beta.n != heads)) return true;
+  const bool mapped = r.maps[0] != nullptr, plain = r.feature_map <= REGARD_FEATURES_IDENTITY;
+  if (r.feature_map < REGARD_FEATURES_AS_THEY_ARE || r.feature_map > REGARD_FEATURES_SILU) return true;
+  if (mapped != (r.maps[1] != nullptr) || (mapped && (r.features < 1 || !plain))) return true;
+  if (mapped && (r.log_rates != nullptr || r.beta.n != 0 || r.eps[1] >= 0)) return true;
+  return r.window < 0 || (r.window > 0 && !(mapped && r.normalized));
+}
+
+bool wrong(const regard_decoder_recurrence& r, const regard_decoder_state& state) {
+  if (state.before == nullptr || state.after == nullptr) return true;
+  return r.window > 0 && (state.keys == nullptr || state.values == nullptr || state.lengths == nullptr);
 }
 
 bool wrong(const regard_decoder_layers_args& a) {
   if (a.threads < 1 || a.batch < 0 || a.n < 0 || a.count < 0 || a.width < 1 || a.head_width < 2 || a.head_width % 2) return true;
   if (a.pages != nullptr && a.page_size < 1) return true;
+  const regard_decoder_state* state = a.states;
   for (int64_t i = 0; i < a.count; ++i) {
     const auto& w = a.layers[i].weights;
     const int64_t heads = w[0].n / a.head_width, kv_heads = w[1].n / a.head_width;
@@ -239,6 +406,7 @@ bool wrong(const regard_decoder_layers_args& a) {
     const regard_decoder_layer& layer = a.layers[i];
     if (layer.recurrence == nullptr) continue;
     if (a.n < 1 || a.states == nullptr || wrong(*layer.recurrence, a.width, kv_heads, a.head_width)) return true;
+    if (wrong(*layer.recurrence, *state++)) return true;
   }
   return false;
 }

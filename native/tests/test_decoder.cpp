@@ -2,6 +2,7 @@
 // of each kind, in buffers of exactly their size.
 
 #include "regard_decoder.h"
+#include "regard_recurrence.h"
 #include "testing.h"
 
 #include <algorithm>
@@ -277,11 +278,12 @@ void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads) {
     }
 }
 
-enum Kind { OF_FEATURES, OF_HEADS, STEPS, FIXED, RATES, KINDS };
+enum Kind { OF_FEATURES, OF_HEADS, STEPS, FIXED, RATES, NORMALIZED, MAPPED, WINDOWED, KINDS };
 
-// Layers of 4 heads, with recurrences of 2, of one kind and the next.
+// Layers of 4 heads, with recurrences of 2, of one kind and the next; windows of two rows, one of which is not full yet.
 void check_recurrences(int64_t bits, int64_t n, int kind, int64_t threads) {
   const int64_t batch = 2, width = 70, head = 10, hidden = 90, heads = 4, own = 2, tokens = batch * n, rank = 33;
+  const int64_t lengths[] = {5, 1}, window = 3, slots = window + n + 1, mapped_to = 19;
   now("recurrences from %d, %d bits, %d tokens", kind, int(bits), int(n));
   Floats x = numbers(tokens * width);
   const Floats cosine = numbers(tokens * head), sine = numbers(tokens * head);
@@ -294,8 +296,8 @@ void check_recurrences(int64_t bits, int64_t n, int kind, int64_t threads) {
     kept.emplace_back(new Weight(bits, rows, columns, offsets));
     return *kept.back();
   };
-  Floats norms[4], rates[2], before[2], after[2];
-  Doubles states[2];
+  Floats norms[4], rates[2], gate_biases[2], before[2], after[2], maps[2][2], weights_of_windows[2], windows[2][2];
+  Doubles states[2], written[2][2];
   for (int i = 0; i < 2; ++i) {
     const int here = (kind + i) % KINDS;
     const bool odd = i == 1;
@@ -313,25 +315,61 @@ void check_recurrences(int64_t bits, int64_t n, int kind, int64_t threads) {
       layer.eps[j] = 1e-5f;
       layer.norms[j] = norms[2 * i + j].data();
     }
-    const size_t size = batch * heads * head * head;
+    const bool normalized = here >= NORMALIZED, mapped = here >= MAPPED, windowed = here == WINDOWED;
+    const int64_t features = mapped ? 2 * mapped_to : head, columns = head + normalized;
+    const size_t size = batch * heads * features * columns;
     rates[i] = numbers(own);
-    before[i] = numbers(size);
+    before[i] = normalized ? numbers(size, .5f, 2) : numbers(size);
     after[i] = unwritten(size);
-    layer.scale = .3f;
+    layer.scale = windowed ? 2 : 7;
     layer.recurrence = &r;
-    given_states[i] = {before[i].data(), after[i].data()};
+    given_states[i].before = before[i].data();
+    given_states[i].after = after[i].data();
+    r.scale = .3f;
+    r.normalized = normalized;
+    r.divisor = here == NORMALIZED ? .25f : 0;
+    if (here == NORMALIZED) r.feature_map = REGARD_FEATURES_ELU;
+    if (here == FIXED) r.feature_map = REGARD_FEATURES_SILU;
+    for (int j = 0; mapped && j < 2; ++j) {
+      maps[i][j] = numbers(heads * head * mapped_to, -.5f, .5f);
+      r.maps[j] = maps[i][j].data();
+      r.features = mapped_to;
+    }
+    if (windowed) {
+      r.window = window;
+      weights_of_windows[i] = numbers(heads);
+      r.log_window_weights = weights_of_windows[i].data();
+      given_states[i].lengths = lengths;
+      for (int j = 0; j < 2; ++j) {
+        windows[i][j] = unwritten(batch * heads * slots * head);
+        for (int64_t row = 0; row < batch; ++row)
+          for (int64_t h = 0; h < heads; ++h)
+            for (int64_t s = std::max<int64_t>(0, window - lengths[row]); s < window; ++s)
+              for (int64_t d = 0; d < head; ++d) windows[i][j][((row * heads + h) * slots + s) * head + d] = uniform();
+        int64_t* const strides = j == 0 ? given_states[i].keys_strides : given_states[i].values_strides;
+        strides[0] = heads * slots * head;
+        strides[1] = slots * head;
+        strides[2] = head;
+      }
+      given_states[i].keys = windows[i][0].data();
+      given_states[i].values = windows[i][1].data();
+    }
     r.eps[0] = r.eps[1] = -1;
     r.least = here == OF_FEATURES ? -.9f : -INFINITY;
     r.sign = here == STEPS ? 1 : -1;
     r.steps = here == STEPS;
     if (here == OF_FEATURES) r.gates[0] = low.given, r.gates[1] = high.given;
     if (here == OF_HEADS || here == STEPS) r.gates[0] = of_heads.given;
-    if (here != RATES) r.log_rates = rates[i].data();
+    if (here < RATES) r.log_rates = rates[i].data();
+    gate_biases[i] = numbers(here == OF_FEATURES ? own * head : own);
+    if (here <= OF_HEADS) r.gate_bias = gate_biases[i].data();
     if (here == RATES) r.beta = beta.given, r.most_beta = 2, r.eps[0] = 1e-3f, r.eps[1] = 1e-4f;
 
     const Doubles u = normed(expected, norms[2 * i], layer.eps[0]);
     Doubles q = turned(wq(u), heads * head, head, cosine, sine), k = turned(wk(u), own * head, head, cosine, sine), v = wv(u);
-    const Doubles z = here == OF_FEATURES ? high(low(u)) : of_heads(u), b = beta(u);
+    Doubles z = here == OF_FEATURES ? high(low(u)) : of_heads(u);
+    const Doubles b = beta(u);
+    for (size_t j = 0; here <= OF_HEADS && j < z.size(); ++j) z[j] += gate_biases[i][j % gate_biases[i].size()];
     const int64_t each = here == OF_FEATURES ? head : 1;
     const auto unit = [&](Doubles& y, int64_t first, double eps) {
       double squares = 0;
@@ -340,35 +378,84 @@ void check_recurrences(int64_t bits, int64_t n, int kind, int64_t threads) {
     };
     for (int64_t t = 0; t < tokens * heads; ++t) unit(q, t * head, r.eps[0]);
     for (int64_t t = 0; t < tokens * own; ++t) unit(k, t * head, r.eps[1]);
+    const auto phi = [&](const Doubles& y, int64_t first, int64_t h, int which) {
+      Doubles found(y.begin() + first, y.begin() + first + head);
+      for (double& x : found) {
+        if (r.feature_map == REGARD_FEATURES_ELU) x = x > 0 ? x + 1 : exp(x);
+        if (r.feature_map == REGARD_FEATURES_SILU) x = x / (1 + exp(-x));
+      }
+      if (!mapped) return found;
+      Doubles both(features);
+      double sums[2] = {0, 0};
+      for (int64_t f = 0; f < mapped_to; ++f) {
+        double x = 0;
+        for (int64_t d = 0; d < head; ++d) x += found[d] * maps[i][which][(h * head + d) * mapped_to + f];
+        for (int j = 0; j < 2; ++j) sums[j] += both[j * mapped_to + f] = exp(j == 0 ? x : -x);
+      }
+      for (int64_t f = 0; f < features; ++f) both[f] /= sums[f / mapped_to];
+      return both;
+    };
+    for (int j = 0; j < 2; ++j) {
+      written[i][j].assign(windows[i][j].begin(), windows[i][j].end());
+      for (int64_t row = 0; windowed && row < batch; ++row)
+        for (int64_t t = 0; t < n; ++t)
+          for (int64_t h = 0; h < heads; ++h)
+            for (int64_t d = 0; d < head; ++d)
+              written[i][j][((row * heads + h) * slots + window + t) * head + d] =
+                  (j == 0 ? k : v)[((row * n + t) * own + h / (heads / own)) * head + d];
+    }
     Doubles read(tokens * heads * head);
     states[i].assign(before[i].begin(), before[i].end());
     for (int64_t row = 0; row < batch; ++row)
       for (int64_t t = row * n; t < row * n + n; ++t)
         for (int64_t h = 0; h < heads; ++h) {
-          const int64_t of = t * own + h / (heads / own);
-          double* const s = &states[i][(row * heads + h) * head * head];
+          const int64_t of = t * own + h / (heads / own), slot = ((row * heads + h) * slots + t - row * n) * head;
+          double* const s = &states[i][(row * heads + h) * features * columns];
           const auto strength = [&](int64_t at) { return here == FIXED ? 1 : log1p(exp(r.sign * z[at])); };
+          const Doubles query = phi(q, (t * heads + h) * head, h, 0);
+          Doubles key = windowed ? phi(written[i][0], slot, h, 1) : phi(k, of * head, h, 1);
           Doubles values(v.begin() + of * head, v.begin() + (of + 1) * head);
+          if (windowed) values.assign(written[i][1].begin() + slot, written[i][1].begin() + slot + head);
           for (double& value : values) value *= here == STEPS ? strength(of) : 1;
-          for (int64_t d = 0; d < head; ++d) {
-            const double rate = here == RATES ? 0 : exp(double(rates[i][h / (heads / own)]));
-            const double g = fmax(double(r.least), -rate * strength(each == 1 ? of : of * head + d));
-            for (int64_t e = 0; e < head; ++e) s[d * head + e] *= exp(g);
+          if (normalized) values.push_back(1);
+          if (windowed && lengths[row] + t - row * n < window) {  // nothing leaves
+            std::fill(key.begin(), key.end(), 0);
+            std::fill(values.begin(), values.end(), 0);
+          }
+          for (int64_t d = 0; d < features; ++d) {
+            const double rate = here < RATES ? exp(double(rates[i][h / (heads / own)])) : 0;
+            const double g = rate == 0 ? 0 : fmax(double(r.least), -rate * strength(each == 1 ? of : of * head + d));
+            for (int64_t e = 0; e < columns; ++e) s[d * columns + e] *= exp(g);
           }
           for (int64_t e = 0; here == RATES && e < head; ++e) {
             double found = 0;
-            for (int64_t d = 0; d < head; ++d) found += s[d * head + e] * k[of * head + d];
+            for (int64_t d = 0; d < head; ++d) found += s[d * head + e] * key[d];
             values[e] = 2 / (1 + exp(-b[of])) * (values[e] - found);
           }
-          for (int64_t d = 0; d < head; ++d)
-            for (int64_t e = 0; e < head; ++e) {
-              s[d * head + e] += k[of * head + d] * values[e];
-              read[(t * heads + h) * head + e] += .3f * q[(t * heads + h) * head + d] * s[d * head + e];
+          Doubles sums(columns);
+          for (int64_t d = 0; d < features; ++d)
+            for (int64_t e = 0; e < columns; ++e) {
+              s[d * columns + e] += key[d] * values[e];
+              sums[e] += .3f * query[d] * s[d * columns + e];
             }
+          double most_score = -INFINITY;
+          const int64_t from = std::max<int64_t>(1, window - lengths[row] - (t - row * n));
+          const auto score = [&](int64_t j) {
+            double found = 0;
+            for (int64_t d = 0; d < head; ++d) found += q[(t * heads + h) * head + d] * written[i][0][slot + j * head + d];
+            return layer.scale * found;
+          };
+          for (int64_t j = from; windowed && j <= window; ++j) most_score = fmax(most_score, score(j));
+          for (int64_t j = from; windowed && j <= window; ++j) {
+            const double weight = exp(weights_of_windows[i][h] + score(j) - most_score);
+            for (int64_t e = 0; e < head; ++e) sums[e] += weight * written[i][1][slot + j * head + e];
+            sums[head] += weight;
+          }
+          for (int64_t e = 0; e < head; ++e)
+            read[(t * heads + h) * head + e] = sums[e] / (normalized ? sums[head] + r.divisor : 1);
         }
     expected = outputs_of(expected, read, wo, gate, up, down, norms[2 * i + 1], layer.eps[1]);
   }
-  const std::vector<int64_t> lengths(batch, 5);
   regard_decoder_layers_args a{};
   a.size = sizeof a;
   a.threads = threads;
@@ -379,7 +466,7 @@ void check_recurrences(int64_t bits, int64_t n, int kind, int64_t threads) {
   a.count = 2;
   a.layers = layers;
   a.states = given_states;
-  a.lengths = lengths.data();
+  a.lengths = lengths;
   a.cosine = cosine.data();
   a.sine = sine.data();
   a.x = x.data();
@@ -396,11 +483,25 @@ void check_recurrences(int64_t bits, int64_t n, int kind, int64_t threads) {
   refused("gates of no heads", [&](auto& r) { r.gates[0] = kept[9]->given, r.gates[0].n = 3, r.gates[1].n = 0; });
   refused("gates without rates", [&](auto& r) { r.gates[0] = kept[9]->given, r.log_rates = nullptr; });
   refused("rates of other heads", [&](auto& r) { r.beta = kept[9]->given, r.beta.n = 3; });
+  refused("a bias without gates", [&](auto& r) {
+    r.gate_bias = norms[0].data();
+    r.gates[0].n = r.gates[1].n = r.steps = 0;
+  });
+  refused("another feature map", [&](auto& r) { r.feature_map = 8; });
+  refused("one map", [&](auto& r) { r.maps[1] = r.maps[0] == nullptr ? norms[0].data() : nullptr; });
+  refused("a window without maps", [&](auto& r) { r.window = 2, r.maps[0] = r.maps[1] = nullptr; });
+  refused("a window without a normaliser", [&](auto& r) { r.window = 2, r.normalized = 0; });
   must("recurrences are taken", regard_decoder_layers(&a));
   compare("recurrences", Doubles(x.begin(), x.end()), expected, 1e-5, 1);
   for (int i = 0; i < 2; ++i) {
     compare("a state", Doubles(after[i].begin(), after[i].end()), states[i], 1e-5, 1);
     if (Doubles(before[i].begin(), before[i].end()) == states[i]) fail("a state is as it was");
+    for (int j = 0; j < 2; ++j) {
+      Doubles found(windows[i][j].begin(), windows[i][j].end());
+      for (size_t at = 0; at < found.size(); ++at)
+        if (std::isnan(found[at]) && std::isnan(written[i][j][at])) found[at] = written[i][j][at] = 0;  // nobody's
+      compare("a window", found, written[i][j], 1e-5, 1);
+    }
   }
 }
 

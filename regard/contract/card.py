@@ -17,6 +17,7 @@ from regard.contract.state import State, Tensors
 from regard.contract.types import Types, types_of
 
 if TYPE_CHECKING:
+    from regard.engines.decoder_layer import Recurrence
     from regard.layers.parts import Merge, Projection
 
 
@@ -201,6 +202,9 @@ class Mechanism:
         sample_context: makes what else a call needs in tests (roles), as tensors by name.
         projection: makes the mechanism's inputs of the shell's q, k, v and tokens (:mod:`regard.layers.parts`).
         merge: changes the head outputs before the output projection.
+        recurrence: of options and the layer's projection (None without one), the mechanism in causal-self as the recurrence of
+            its state, in whose `memory` S is (and a window's tokens in `k` and `v`); None where these options are something
+            else. What says it decodes inside the native call of a decoder's layers.
         module: the whole layer, for mixers, poolings, projections and wrappers; of attention a class derived from the
             shell, where it must see layer inputs again.
         prepare: inserts the tokens it needs: ids -> (ids, roles).
@@ -246,6 +250,7 @@ class Mechanism:
     sample_context: Callable[..., Tensors] | None = None
     projection: type[Projection] | None = None
     merge: type[Merge] | None = None
+    recurrence: Callable[[Any, Any], Recurrence[nn.Module] | None] | None = None
     module: type[nn.Module] | None = None
     prepare: Callable[..., tuple[Tensor, Tensor]] | None = None
     layer_defaults: Mapping[str, Any] = field(default_factory=dict)

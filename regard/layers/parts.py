@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float, Int
 
-    from regard.engines.decoder_layer import Recurrence
-
 
 @dataclass(frozen=True)
 class LayerCall:
@@ -74,10 +72,6 @@ class Projection(nn.Module):
     def forward(self, heads: Tensors, call: LayerCall) -> tuple[Tensors, State | None]:
         """The inputs, and the state after these tokens where it keeps one."""
         return self.inputs(heads, call), call.state
-
-    def recurrence(self) -> Recurrence[nn.Module] | None:
-        """The mechanism with these inputs as the recurrence of its state (a `MatrixState`); None where it is something else."""
-        return None
 
 
 class Merge(nn.Module):

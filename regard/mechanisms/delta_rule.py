@@ -350,14 +350,18 @@ class RateProjection(Projection):
             heads["log_decay"] = -self.log_strength.to(dtype).exp()[:, None, None] * step_size
         return heads
 
-    def recurrence(self) -> Recurrence[nn.Module] | None:
-        config = self.config
-        if self.rate is None or self.gate is not None or config.vector_beta:
-            return None
-        if config.feature_map != "identity" or config.norm != "l2":
-            return None
-        eps = config.eps if config.normalize_queries else None, config.eps if config.normalize_keys else None
-        return Recurrence(beta=self.rate, most_beta=2.0 if config.allow_negative_eigenvalues else 1.0, eps=eps)
+
+def recurrence(config: Config, rates: RateProjection) -> Recurrence[nn.Module] | None:
+    """The layer as the recurrence of its state; a beta of 1 or for each value and norms by sums are none."""
+    if rates.rate is None or config.vector_beta or config.norm != "l2":
+        return None
+    eps = config.eps if config.normalize_queries else None, config.eps if config.normalize_keys else None
+    most = 2.0 if config.allow_negative_eigenvalues else 1.0
+    plain: Recurrence[nn.Module] = Recurrence(beta=rates.rate, most_beta=most, eps=eps, feature_map=config.feature_map)
+    if rates.gate is None:
+        return plain
+    gates = tuple(rates.gate) if isinstance(rates.gate, nn.Sequential) else (rates.gate,)
+    return plain._replace(gates=gates, log_rates=rates.log_strength, gate_bias=rates.gate_bias)
 
 
 def cost(shape: Shape, config: Config) -> Cost:
@@ -455,6 +459,7 @@ MECHANISM = Mechanism(
     domains={"beta": "unit", "log_decay": "log_decay", "value_beta": "unit"},
     sample_inputs=sample_inputs,
     projection=RateProjection,
+    recurrence=recurrence,
     layer_defaults={"short_convolution": 4, "output_norm": "rms"},
     waivers=(
         Waiver("layer_onnx", "ONNX has no solver of triangular systems"),

@@ -308,35 +308,41 @@ class GateProjection(Projection):
             heads["log_decay"] = -step * wide(self.A_log).exp()[:, None, None]
             heads["v"] = (step * wide(heads["v"])).to(heads["v"].dtype)
         elif self.config.gate == "fixed":
-            g = self._fixed(source.device, wide_dtype(source))
+            g = fixed_decays(self.heads, source.device, wide_dtype(source))
             heads["log_decay"] = g[None, :, None, None].expand(*heads["k"].shape[:3], 1)
         if self.value_gate is not None:
             heads["value_log_decay"] = self._gate(self.value_gate, source)
         return heads
-
-    def recurrence(self) -> Recurrence[nn.Module] | None:
-        if self.config.feature_map != "identity" or self.value_gate is not None:
-            return None
-        bound = -math.inf if self.config.clamp_min is None else self.config.clamp_min
-        if self.step is not None:
-            return Recurrence((self.step,), self.A_log, least=bound, steps=True)
-        if self.config.gate == "none":
-            return Recurrence()
-        if self.key_gate is None:
-            return Recurrence(log_rates=(-self._fixed("cpu", torch.float32)).log(), least=bound)
-        gates = tuple(self.key_gate) if isinstance(self.key_gate, nn.Sequential) else (self.key_gate,)
-        rates = torch.full((self.heads,), -math.log(self.config.gate_normalizer), device="cpu", dtype=torch.float32)
-        return Recurrence(gates, rates, sign=-1.0, least=bound)
-
-    def _fixed(self, device: torch.device | str, dtype: torch.dtype) -> Float[Tensor, " h"]:
-        halvings = 5 + torch.arange(self.heads, device=device, dtype=dtype)
-        return torch.log1p(-torch.exp2(-halvings))
 
     def _gate(self, module: nn.Module, source: Tensor) -> Tensor:
         z = module(source)
         z = wide(z)
         g = F.logsigmoid(z) / self.config.gate_normalizer
         return g.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (b, h, m, features)
+
+
+def fixed_decays(heads: int, device: torch.device | str, dtype: torch.dtype) -> Float[Tensor, " h"]:
+    """Log decays of ``gate="fixed"``."""
+    halvings = 5 + torch.arange(heads, device=device, dtype=dtype)
+    return torch.log1p(-torch.exp2(-halvings))
+
+
+def recurrence(config: Config, gates: GateProjection) -> Recurrence[nn.Module] | None:
+    """The layer as the recurrence of its state; gates on values are none."""
+    if gates.value_gate is not None:
+        return None
+    plain: Recurrence[nn.Module] = Recurrence(feature_map=config.feature_map)
+    bound = -math.inf if config.clamp_min is None else config.clamp_min
+    if gates.step is not None:
+        return plain._replace(gates=(gates.step,), log_rates=gates.A_log, least=bound, steps=True)
+    if config.gate == "none":
+        return plain
+    if gates.key_gate is None:
+        fixed = fixed_decays(gates.heads, "cpu", torch.float32)
+        return plain._replace(log_rates=(-fixed).log(), least=bound)
+    linears = tuple(gates.key_gate) if isinstance(gates.key_gate, nn.Sequential) else (gates.key_gate,)
+    rates = torch.full((gates.heads,), -math.log(config.gate_normalizer), device="cpu", dtype=torch.float32)
+    return plain._replace(gates=linears, log_rates=rates, sign=-1.0, least=bound)
 
 
 def _low_rank(spec: LayerSpec, head_features: int) -> nn.Module:
@@ -427,6 +433,7 @@ MECHANISM = Mechanism(
     domains={"log_decay": "log_decay", "value_log_decay": "log_decay"},
     sample_inputs=sample_inputs,
     projection=GateProjection,
+    recurrence=recurrence,
     layer_defaults={"key_expand": 0.5, "value_expand": 1.0, "output_norm": "rms", "output_gate": "swish"},
     waivers=(Waiver("extremes", "exp of features above 88 is not finite in float32", variants=("exp",)),),
 )

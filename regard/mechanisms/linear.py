@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regard.contract import (
     ALL_PATTERNS,
@@ -45,6 +45,7 @@ from regard.contract import (
 )
 from regard.core.precision import without_autocast
 from regard.engines import recurrent_forms
+from regard.engines.decoder_layer import Recurrence
 from regard.engines.feature_maps import FEATURE_MAPS, NONNEGATIVE
 from regard.engines.linear_attention import Rule, divide, linear_attention, map_memory, map_queries, small_step
 from regard.engines.recurrent_forms import MatrixState
@@ -158,6 +159,11 @@ def _rule(call: Call) -> Rule:
     return Rule(config.feature_map, call.scale, config.eps if config.normalize else None)
 
 
+def recurrence(config: Config, _: None) -> Recurrence[nn.Module]:
+    """The layer, whose scale is 1, as the recurrence of its state."""
+    return Recurrence(feature_map=config.feature_map, scale=1.0, divisor=config.eps if config.normalize else None)
+
+
 def cost(shape: Shape, config: Config) -> Cost:
     """Cost of the causal pattern in chunks of 64: a token meets 32 of its own chunk on average, and S. The normaliser
     is one more column."""
@@ -202,6 +208,7 @@ MECHANISM = Mechanism(
     engine="linear_attention",
     state=MatrixState,
     combines="sum",
+    recurrence=recurrence,
     cost=cost,
     default_scale=1.0,
     weights="implicit",

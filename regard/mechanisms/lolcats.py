@@ -55,6 +55,7 @@ from regard.contract import (
 from regard.core.precision import wide, without_autocast
 from regard.engines import recurrent_forms
 from regard.engines.cache import last_slots
+from regard.engines.decoder_layer import Recurrence
 from regard.engines.gated_recurrence import gated_recurrence
 from regard.layers.parts import LayerCall, Projection
 
@@ -258,6 +259,17 @@ class FeatureMaps(Projection):
         return heads
 
 
+def recurrence(config: Config, maps: FeatureMaps) -> Recurrence[nn.Module]:
+    """The layer as the recurrence of its state, with the window before it."""
+    return Recurrence(
+        maps=(maps.q_map, maps.k_map),
+        scale=1.0,
+        divisor=0.0,
+        window=config.window,
+        log_window_weights=maps.log_window_weight,
+    )
+
+
 def cost(shape: Shape, config: Config) -> Cost:
     """The window's softmax, and linear attention with 2 F features and a normaliser, mapped from D."""
     features = 2 * (config.features or shape.dim_key)
@@ -327,6 +339,7 @@ MECHANISM = Mechanism(
     domains={"window_weight": "positive"},
     sample_inputs=sample_inputs,
     projection=FeatureMaps,
+    recurrence=recurrence,
     waivers=(
         Waiver(
             "gradient",

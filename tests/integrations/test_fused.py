@@ -13,7 +13,7 @@ from models import GREEDY, LEFT, SIZES, disturb, gpt2, ids, llama, mistral, near
 
 import regard
 from regard.backends.native import library
-from regard.engines.decoder_layer import Places, Recurrence, Weight, unfit
+from regard.engines.decoder_layer import Places, Recurrence, State, Weight, unfit
 from regard.integrations.collecting import collect_losses
 
 transformers = pytest.importorskip("transformers")
@@ -292,15 +292,21 @@ def test_compiled_models_do_not_notice(calls):
 
 
 UNTURNED = "core_context:group=2,window=3,pool_keys=pre_rope"
-MECHANISMS = [UNTURNED, "gated_linear:feature_map=elu", "mixture_of_heads", "selective_temperature"]
+MECHANISMS = [UNTURNED, "gated_linear:value_gate=true", "mixture_of_heads", "selective_temperature"]
 RECURRENCES = [
     "gated_linear",
     "gated_linear:gate=scalar,clamp_min=-0.5,gate_normalizer=1",
     "gated_linear:gate=step",
     "gated_linear:gate=fixed",
-    "gated_linear:gate=none",
+    "gated_linear:gate=none,feature_map=relu_squared",
     "delta_rule",
-    "delta_rule:allow_negative_eigenvalues=true,normalize_queries=false",
+    "delta_rule:allow_negative_eigenvalues=true,normalize_queries=false,feature_map=silu",
+    "delta_rule:gated=true",
+    "delta_rule:gated=true,gate=diagonal",
+    *(f"linear:feature_map={name}" for name in ("elu", "relu,eps=0.1", "sigmoid", "exp", "silu,normalize=false")),
+    "lolcats",
+    "lolcats:window=3,features=5",
+    "hedgehog",
 ]
 ALONE = ["decoder_inputs", "decoder_outputs"]
 
@@ -361,8 +367,9 @@ def test_a_hybrid_of_recurrences_decodes_in_one_call(mechanism, recipe, monkeypa
     assert model.generate(tokens, **settings).shape == (3, 15) and of_decoders(calls) == ["decoder_layers"] * 5
 
 
-def test_a_state_is_not_changed_by_the_tokens_after_it(monkeypatch, calls):
-    model, tokens = hybrid(monkeypatch), ids(2, 12)
+@pytest.mark.parametrize("mechanism", ["gated_linear", "lolcats:window=4"])
+def test_a_state_is_not_changed_by_the_tokens_after_it(mechanism, monkeypatch, calls):
+    model, tokens = hybrid(monkeypatch, mechanism), ids(2, 12)
     with torch.inference_mode():
         expected = model(tokens).logits
     bridge.fuse_layers(model)
@@ -374,10 +381,10 @@ def test_a_state_is_not_changed_by_the_tokens_after_it(monkeypatch, calls):
     cache = transformers.DynamicCache(config=model.config)
     read(cache, tokens[:, :6])
     read(cache, tokens[:, 6:7])
-    state = cache.layers[2].state
-    kept, other = state.mechanism.memory.clone(), copy.deepcopy(cache)
+    state = cache.layers[2].state.mechanism
+    kept, other = copy.deepcopy(vars(state)), copy.deepcopy(cache)
     near(read(cache, tokens[:, 7:9]), expected[:, 7:9])
-    assert torch.equal(state.mechanism.memory, kept)
+    assert all(torch.equal(vars(state)[name], x) for name, x in kept.items())
     assert torch.equal(cache.layers[4].state.length, torch.tensor([9, 9])) and cache.get_seq_length() == 9
     near(read(other, tokens[:, 7:12]), expected[:, 7:12])
     near(read(cache, tokens[:, 9:12]), expected[:, 9:12])
@@ -388,17 +395,22 @@ def test_a_state_is_not_changed_by_the_tokens_after_it(monkeypatch, calls):
     assert calls.count("decoder_layers") == 5
 
 
-def test_what_a_recurrence_has_now_is_what_it_computes_with(monkeypatch, calls):
-    model, tokens = hybrid(monkeypatch, "gated_linear:gate=step"), ids()
+@pytest.mark.parametrize(
+    ("mechanism", "parameter", "module"),
+    [("gated_linear:gate=step", "A_log", "step"), ("lolcats:window=4", "log_window_weight", None)],
+)
+def test_what_a_recurrence_has_now_is_what_it_computes_with(mechanism, parameter, module, monkeypatch, calls):
+    model, tokens = hybrid(monkeypatch, mechanism), ids()
     bridge.fuse_layers(model)
     stepped(model, tokens)
     projection = model.model.layers[2].self_attn.regard.projection
-    other = hybrid(monkeypatch, "gated_linear:gate=step").model.layers[4].self_attn.regard.projection
+    other = hybrid(monkeypatch, mechanism).model.layers[4].self_attn.regard.projection
+    matrix = getattr(projection, module).weight if module else projection.k_map
     for change in (
-        lambda: projection.A_log.data.add_(0.3),
-        lambda: setattr(projection, "A_log", other.A_log),
-        lambda: setattr(projection.step.weight, "data", torch.randn_like(projection.step.weight)),
-        lambda: setattr(projection, "step", other.step),
+        lambda: getattr(projection, parameter).data.add_(0.3),
+        lambda: setattr(projection, parameter, getattr(other, parameter)),
+        lambda: setattr(matrix, "data", torch.randn_like(matrix)),
+        lambda: module and setattr(projection, module, getattr(other, module)),
         lambda: model.double().float(),
     ):
         change()
@@ -407,6 +419,36 @@ def test_what_a_recurrence_has_now_is_what_it_computes_with(monkeypatch, calls):
         assert calls.count("decoder_layers") == tokens.shape[1] - 1
         with torch.inference_mode():
             near(found, model(tokens, use_cache=False).logits)
+
+
+def test_states_of_other_recurrences_are_refused(monkeypatch):
+    model = hybrid(monkeypatch, "lolcats:window=2", swapped=(0, 1, 2, 3, 4))
+    bridge.fuse_layers(model)
+    stepped(model, ids(2, 2))
+    layers = model.model.forward._last.parts[0].layers
+    x, turned = torch.rand(2, 1, 32), torch.rand(1, 1, 8)
+
+    def state(slots=3, width=8, **options):
+        memory, window = (torch.rand(2, 4, 16, 9) for _ in range(2)), (torch.rand(2, 4, slots, width) for _ in range(2))
+        return State(*memory, (*window,), torch.tensor([2, 1]))._replace(**options)
+
+    def read(*states):
+        return layers(x, turned, turned, Places([], [0, 0], states=states))
+
+    assert read(*(state() for _ in range(5))).shape == x.shape
+    for wrong, said in (
+        (state(after=torch.rand(2, 4, 16, 8)), "a state .2, 4, 16, 8."),
+        (state(before=torch.rand(2, 4, 16, 9).double()), "float64"),
+        (state(window=None), "without its window"),
+        (state(lengths=None), "without its window"),
+        (state(lengths=torch.tensor([2])), "without its window"),
+        (state(slots=2), "without its window"),
+        (state(width=7), "without its window"),
+    ):
+        with pytest.raises(regard.Unsupported, match=said):
+            read(*(state() for _ in range(4)), wrong)
+    with pytest.raises(regard.Unsupported, match="4 states of 5 layers"):
+        read(*(state() for _ in range(4)))
 
 
 def test_hybrids_of_other_dtypes_go_their_usual_way(monkeypatch, calls):
@@ -426,17 +468,25 @@ def test_recurrences_that_the_kernel_does_not_have_are_told():
     layer = model.model.forward._last.seen.natives[0]  # of 32 features, with two heads of eight for keys
     to_heads, to_features, rates = Weight(torch.rand(2, 32)), Weight(torch.rand(16, 32)), torch.rand(2)
     low, high = Weight(torch.rand(3, 32)), Weight(torch.rand(16, 3))
+    maps = torch.rand(4, 8, 5), torch.rand(4, 8, 5)
+    windowed = Recurrence(maps=maps, divisor=0.0, window=3, log_window_weights=torch.rand(4))
     for taken in (
+        windowed,
+        windowed._replace(window=0, log_window_weights=None, divisor=None),
+        Recurrence(feature_map="silu", log_rates=rates, divisor=0.1),
         Recurrence(),
         Recurrence(log_rates=rates),
         Recurrence((low, high), rates),
-        Recurrence((to_heads,), rates, steps=True, beta=to_heads),
+        Recurrence((to_heads,), rates, steps=True, beta=to_heads, gate_bias=torch.rand(2)),
     ):
         assert not unfit(taken, layer)
     for refused in (
         Recurrence((to_heads,)),
         Recurrence((low,), rates),
         Recurrence((high,), rates),
+        Recurrence((to_heads,), rates, gate_bias=torch.rand(16)),
+        Recurrence((to_heads,), rates, gate_bias=torch.rand(2).double()),
+        Recurrence(log_rates=rates, gate_bias=rates),
         Recurrence((low, high, high), rates),
         Recurrence((to_features,), rates, steps=True),
         Recurrence(log_rates=rates, steps=True),
@@ -445,6 +495,16 @@ def test_recurrences_that_the_kernel_does_not_have_are_told():
         Recurrence(beta=to_features),
         Recurrence(beta=Weight(torch.rand(2, 32).double())),
         Recurrence(beta=Weight(torch.rand(32, 2).T)),
+        Recurrence(feature_map="cosine"),
+        windowed._replace(divisor=None),
+        windowed._replace(maps=None),
+        windowed._replace(maps=(maps[0], torch.rand(4, 8, 6))),
+        windowed._replace(maps=(maps[0][:2], maps[1][:2])),
+        windowed._replace(maps=(torch.rand(4, 9, 5), torch.rand(4, 9, 5))),
+        windowed._replace(maps=(maps[0].mT, maps[1].mT)),
+        windowed._replace(log_window_weights=torch.rand(4).double()),
+        windowed._replace(log_rates=rates),
+        windowed._replace(feature_map="elu"),
     ):
         assert unfit(refused, layer)
 
@@ -488,7 +548,15 @@ def test_the_last_norm_comes_once_whatever_the_last_layer_is(mechanism, swapped,
 
 
 @pytest.mark.parametrize(
-    ("mechanism", "runs"), [(UNTURNED, 2), ("gated_linear", 1), ("delta_rule", 1), ("local:window=3", 4)]
+    ("mechanism", "runs"),
+    [
+        (UNTURNED, 2),
+        ("gated_linear", 1),
+        ("delta_rule", 1),
+        ("linear", 1),
+        ("lolcats:window=5", 1),
+        ("local:window=3", 4),
+    ],
 )
 def test_several_tokens_of_a_hybrid_at_once_are_those_of_the_whole(mechanism, runs, monkeypatch, calls):
     model, tokens = hybrid(monkeypatch, mechanism), ids(2, 31)
@@ -516,7 +584,8 @@ def test_mechanisms_that_are_put_in_taken_out_or_changed_are_those_that_decode(m
         (lambda: regard.integrations.change_options(model, "*.layers.4.*", gate_normalizer=8.0), 2),
         (lambda: regard.unswap(model, "*.layers.4.*"), 2),
         (lambda: regard.swap(model, "softmax", only="*.layers.2.*"), 1),
-        (lambda: regard.swap(model, "linear"), 0),
+        (lambda: regard.swap(model, "linear"), 1),
+        (lambda: regard.swap(model, "selective_temperature"), 0),
         (lambda: regard.unswap(model), 1),
     ):
         change()
@@ -572,7 +641,7 @@ def test_windows_of_the_model_stay_in_a_hybrid(calls):
     near(pieces(), expected)
 
 
-@pytest.mark.parametrize(("mechanism", "runs"), [(UNTURNED, 2), ("gated_linear", 1)])
+@pytest.mark.parametrize(("mechanism", "runs"), [(UNTURNED, 2), ("gated_linear", 1), ("lolcats:window=4", 1)])
 def test_hybrids_that_are_saved_copied_or_trained_give_the_same(mechanism, runs, monkeypatch, calls, tmp_path):
     model, tokens = hybrid(monkeypatch, mechanism), ids()
     expected = stepped(model, tokens)

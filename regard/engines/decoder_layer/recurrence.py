@@ -1,12 +1,12 @@
-"""The gated recurrence of a state as layers of a decoder have it in C++ (`native/src/decoder.cpp`), with gates and rates that are
-made of the layer's input."""
+"""The gated recurrence of a state as layers of a decoder have it in C++ (`native/src/decoder.cpp`): gates and rates that are made
+of the layer's input, feature maps, a normaliser, and a window of softmax before the state."""
 
 from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,10 +14,12 @@ from torch import Tensor
 from regard.backends.native import recycled
 from regard.backends.native.library import pointer
 from regard.backends.operators import PLAIN
+from regard.contract import Unsupported
 from regard.engines.decoder_layer.native_form import DecoderLayer, Weight, WeightArguments, struct_of, unfit_weight
+from regard.engines.linear_attention.native_form import FEATURE_MAPS
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 W = TypeVar("W")
 V = TypeVar("V")
@@ -26,10 +28,14 @@ V = TypeVar("V")
 class Recurrence(NamedTuple, Generic[W]):
     """What a layer does with its queries, keys and values in the place of softmax attention to a cache:
 
-        S' = exp(g) S + k (a v)^T,    o = S'^T q,    z = gates(u),    g = max(least, -exp(log_rates) softplus(sign z)),
+        S' = exp(g) S + phi(k) (a v)^T,    o = scale S'^T phi(q),
+        z = gates(u) + gate_bias,    g = max(least, -exp(log_rates) softplus(sign z)),
 
     with u the layer's normed input, G heads of keys, values and gates that each serve as many query heads, softplus 1 without
-    gates, and a softplus(z) in `steps`, otherwise 1. With a beta, a v becomes b (v - exp(g) S^T k), b = most_beta sigmoid(beta(u)).
+    gates, and a softplus(z) in `steps`, otherwise 1. With a beta, a v becomes b (v - exp(g) S^T phi(k)), b = most_beta
+    sigmoid(beta(u)). With a divisor, values have a one behind them, and o is divided by the sum of weights that is read of it.
+    With a window of w tokens, k and v are those of w tokens before, and weights exp(c + score - largest score) of the w last
+    tokens count beside those of the state, c of `log_window_weights`.
 
     Attributes:
         gates: linear layers one after the other, none, one or two, to one number or D of them for each of the G heads.
@@ -39,7 +45,15 @@ class Recurrence(NamedTuple, Generic[W]):
         steps: whether softplus(z), one number a head, also scales values.
         beta: a linear layer to one number for each of the G heads; None for none.
         most_beta: see above.
-        eps: of queries and of keys, which become x / sqrt(sum(x^2) + eps); None for those that stay as they are.
+        eps: of phi(q) and of phi(k), which become y / sqrt(sum(y^2) + eps); None for those that stay as they are.
+        feature_map: phi, a name in :data:`regard.engines.feature_maps.FEATURE_MAPS`.
+        maps: (H, D, F) float32 each: phi(x) is [softmax(x W), softmax(-x W)], with W of each query head for its queries and for
+            the keys that it reads; None for none. Then there are neither gates nor a decay, a beta and another feature map.
+        scale: see above; None for that of the layer's scores.
+        divisor: added to the sum of weights; None for no division.
+        window: w, the token's own included; 0 for none. Needs maps and a divisor.
+        log_window_weights: (H,) float32; None for 0.
+        gate_bias: of z, float32; None for none.
     """
 
     gates: tuple[W, ...] = ()
@@ -50,6 +64,13 @@ class Recurrence(NamedTuple, Generic[W]):
     beta: W | None = None
     most_beta: float = 1.0
     eps: tuple[float | None, float | None] = (None, None)
+    feature_map: str = "identity"
+    maps: tuple[Tensor, Tensor] | None = None
+    scale: float | None = None
+    divisor: float | None = None
+    window: int = 0
+    log_window_weights: Tensor | None = None
+    gate_bias: Tensor | None = None
 
     @property
     def linears(self) -> tuple[W, ...]:
@@ -58,8 +79,31 @@ class Recurrence(NamedTuple, Generic[W]):
 
     def map(self, function: Callable[[W], V]) -> Recurrence[V]:
         """The same with `function` of each linear layer in its place."""
+        found: Any = self
         beta = None if self.beta is None else function(self.beta)
-        return Recurrence(tuple(map(function, self.gates)), *self[1:5], beta, *self[6:])
+        mapped: Recurrence[V] = found._replace(gates=tuple(map(function, self.gates)), beta=beta)
+        return mapped
+
+    def state_shape(self, heads: int, width: int) -> tuple[int, int, int]:
+        """Of the state of a row: (heads, features of keys, features of values)."""
+        features = width if self.maps is None else 2 * self.maps[0].shape[2]
+        return heads, features, width + (self.divisor is not None)
+
+
+class State(NamedTuple):
+    """What a recurrence goes on from, and where what comes after it goes.
+
+    Attributes:
+        before, after: (B, H, K, V) float32, contiguous, as :meth:`Recurrence.state_shape` says.
+        window: keys and values of the window's tokens and room for the new ones behind them, (B, H, window + N, D) float32 with
+            contiguous features, right-aligned; None without a window.
+        lengths: (B,) int64, contiguous: tokens before; used with a window.
+    """
+
+    before: Float[Tensor, "b h k v"]
+    after: Float[Tensor, "b h k v"]
+    window: tuple[Float[Tensor, "b h slots d"], Float[Tensor, "b h slots d"]] | None = None
+    lengths: Int[Tensor, " b"] | None = None
 
 
 class RecurrenceArguments(ctypes.Structure):
@@ -67,6 +111,7 @@ class RecurrenceArguments(ctypes.Structure):
 
     _fields_ = (
         ("gates", WeightArguments * 2),
+        ("gate_bias", ctypes.c_void_p),
         ("log_rates", ctypes.c_void_p),
         ("sign", ctypes.c_float),
         ("least", ctypes.c_float),
@@ -74,48 +119,134 @@ class RecurrenceArguments(ctypes.Structure):
         ("beta", WeightArguments),
         ("most_beta", ctypes.c_float),
         ("eps", ctypes.c_float * 2),
+        ("feature_map", ctypes.c_int64),
+        ("maps", ctypes.c_void_p * 2),
+        ("features", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("normalized", ctypes.c_int64),
+        ("divisor", ctypes.c_float),
+        ("window", ctypes.c_int64),
+        ("log_window_weights", ctypes.c_void_p),
+    )
+
+
+class StateArguments(ctypes.Structure):
+    """`regard_decoder_state`."""
+
+    _fields_ = (
+        ("before", ctypes.c_void_p),
+        ("after", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("keys_strides", ctypes.c_int64 * 3),
+        ("values_strides", ctypes.c_int64 * 3),
+        ("lengths", ctypes.c_void_p),
     )
 
 
 def unfit(recurrence: Recurrence[Weight], layer: DecoderLayer) -> str:
     """Why the kernel does not take a recurrence in a layer; empty where it does."""
-    held = [x for weight in recurrence.linears for x in weight.tensors if x is not None]
-    rates, own = recurrence.log_rates, layer.weights[1].n // layer.head_width
-    held += [] if rates is None else [rates]
-    if not all(type(x) in PLAIN and x.is_cpu and x.is_contiguous() for x in held):
+    rates, heads, own = recurrence.log_rates, *(layer.weights[i].n // layer.head_width for i in (0, 1))
+    of_heads = [*(recurrence.maps or ()), recurrence.log_window_weights]
+    held = [x for weight in recurrence.linears for x in weight.tensors] + [rates, recurrence.gate_bias, *of_heads]
+    if not all(x is None or (type(x) in PLAIN and x.is_cpu and x.is_contiguous()) for x in held):
         return "weights that are not plain, contiguous and on the processor"
     reason = next(filter(None, map(unfit_weight, recurrence.linears)), "")
     if reason:
         return reason
     if rates is not None and (rates.dtype != torch.float32 or rates.shape != (own,)):
         return "rates of other heads, or not in float32"
+    if any(x is not None and (x.dtype != torch.float32 or len(x) != heads) for x in of_heads):
+        return "maps or weights of windows of other heads, or not in float32"
     sizes = [(x.n, x.k) for x in map(struct_of, recurrence.gates)]
     ends = (own,) if recurrence.steps else (own, own * layer.head_width)
     chained = [layer.width, *(n for n, _ in sizes)]
     fits = len(sizes) <= 2 and [k for _, k in sizes] == chained[:-1] and (not sizes or chained[-1] in ends)
     fits = fits and (rates is not None or not (sizes or recurrence.steps)) and (bool(sizes) or not recurrence.steps)
-    beta = None if recurrence.beta is None else struct_of(recurrence.beta)
+    bias, beta = recurrence.gate_bias, None if recurrence.beta is None else struct_of(recurrence.beta)
+    fits = fits and (bias is None or (bool(sizes) and bias.shape == (chained[-1],) and bias.dtype == torch.float32))
     fits = fits and (beta is None or (beta.n, beta.k) == (own, layer.width))
-    return "" if fits else "sizes that do not belong together"
+    if recurrence.maps is not None:
+        shapes = {x.shape for x in recurrence.maps}
+        fits = fits and len(shapes) == 1 and recurrence.maps[0].shape[1:-1] == (layer.head_width,)
+    if not fits:
+        return "sizes that do not belong together"
+    plain = rates is None and beta is None and recurrence.feature_map == "identity" and recurrence.eps[1] is None
+    if recurrence.feature_map not in FEATURE_MAPS or (recurrence.maps is not None and not plain):
+        return "features that it does not have, or has not beside others, a decay or a beta"
+    if recurrence.window and (recurrence.maps is None or recurrence.divisor is None):
+        return "a window without maps and a divisor"
+    return ""
 
 
-def room_after(state: Float[Tensor, "b h d d"]) -> Float[Tensor, "b h d d"]:
+def room_after(state: Float[Tensor, "b h k v"]) -> Float[Tensor, "b h k v"]:
     """Where the state that comes after another may go, uninitialised."""
     return recycled.empty(state.shape)
 
 
-def arguments_of(recurrence: Recurrence[Weight]) -> RecurrenceArguments:
-    """The struct; the recurrence is to be kept as long."""
+def arguments_of(recurrence: Recurrence[Weight], scale: float) -> RecurrenceArguments:
+    """The struct; the recurrence is to be kept as long.
+
+    Args:
+        scale: of the layer's scores.
+    """
     made = RecurrenceArguments(
+        gate_bias=pointer(recurrence.gate_bias),
         log_rates=pointer(recurrence.log_rates),
         sign=recurrence.sign,
         least=recurrence.least,
         steps=recurrence.steps,
         most_beta=recurrence.most_beta,
         eps=(ctypes.c_float * 2)(*(-1 if x is None else x for x in recurrence.eps)),
+        feature_map=1 + FEATURE_MAPS.index(recurrence.feature_map),
+        scale=scale if recurrence.scale is None else recurrence.scale,
+        normalized=recurrence.divisor is not None,
+        divisor=recurrence.divisor or 0.0,
+        window=recurrence.window,
+        log_window_weights=pointer(recurrence.log_window_weights),
     )
     for number, weight in enumerate(recurrence.gates):
         made.gates[number] = struct_of(weight)
     if recurrence.beta is not None:
         made.beta = struct_of(recurrence.beta)
+    if recurrence.maps is not None:
+        made.maps[:], made.features = [*map(pointer, recurrence.maps)], recurrence.maps[0].shape[2]
     return made
+
+
+def states_of(
+    recurrences: Sequence[tuple[Recurrence[Weight], int]], states: Sequence[State], batch: int, n: int, width: int
+) -> Any:
+    """The structs of a call's states.
+
+    Args:
+        recurrences: each with its query heads.
+        width: of a head.
+
+    Raises:
+        Unsupported: for states of others.
+    """
+    if len(states) != len(recurrences):
+        raise Unsupported(f"{len(states)} states of {len(recurrences)} layers")
+    found = (StateArguments * len(states))()
+    for to, (recurrence, heads), state in zip(found, recurrences, states, strict=True):
+        shape = batch, *recurrence.state_shape(heads, width)
+        for x in state[:2]:
+            if x.shape != shape or x.dtype != torch.float32 or type(x) not in PLAIN or not x.is_contiguous():
+                raise Unsupported(
+                    f"a state {tuple(x.shape)} in {str(x.dtype)[6:]}", supported=f"{shape} in float32, contiguous"
+                )
+        to.before, to.after = map(pointer, state[:2])
+        if recurrence.window:
+            _put_window(to, state, (batch, heads, recurrence.window + n, width))
+    return found
+
+
+def _put_window(to: StateArguments, state: State, shape: tuple[int, ...]) -> None:
+    around, lengths = state.window or (), state.lengths
+    counted = lengths is not None and lengths.dtype == torch.int64 and lengths.shape == shape[:1]
+    fits = [type(x) in PLAIN and x.shape == shape and x.dtype == torch.float32 and x.stride(3) == 1 for x in around]
+    if lengths is None or not (counted and lengths.is_contiguous()) or fits != [True, True]:
+        raise Unsupported("a state without its window", supported=f"keys and values {shape} in float32, and lengths")
+    (to.keys, to.values), to.lengths = map(pointer, around), pointer(lengths)
+    to.keys_strides[:], to.values_strides[:] = (x.stride()[:3] for x in around)

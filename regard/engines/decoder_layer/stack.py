@@ -17,7 +17,14 @@ from regard.backends.operators import PLAIN
 from regard.contract import Unsupported
 from regard.engines.attention.paged import check_pages
 from regard.engines.decoder_layer.native_form import DecoderLayer, Weight, WeightArguments, of_rows
-from regard.engines.decoder_layer.recurrence import Recurrence, RecurrenceArguments, arguments_of
+from regard.engines.decoder_layer.recurrence import (
+    Recurrence,
+    RecurrenceArguments,
+    State,
+    StateArguments,
+    arguments_of,
+    states_of,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -31,13 +38,13 @@ class Places(NamedTuple):
             (pages, G, page size, D).
         lengths: tokens of each row before.
         table: (B, most) int64, contiguous: the pages of each row in order; None where there are none.
-        states: of each layer with a recurrence, now and where the next one goes, (B, H, D, D) float32, contiguous.
+        states: of each layer with a recurrence.
     """
 
     caches: Sequence[tuple[Tensor, Tensor]]
     lengths: Sequence[int]
     table: Int[Tensor, "b most"] | None = None
-    states: Sequence[tuple[Tensor, Tensor]] = ()
+    states: Sequence[State] = ()
 
 
 class _Layer(ctypes.Structure):
@@ -55,10 +62,6 @@ class _Layer(ctypes.Structure):
     )
 
 
-class _State(ctypes.Structure):
-    _fields_ = (("before", ctypes.c_void_p), ("after", ctypes.c_void_p))
-
-
 class DecoderLayersArguments(library.Arguments):
     """`regard_decoder_layers_args`."""
 
@@ -71,7 +74,7 @@ class DecoderLayersArguments(library.Arguments):
         ("head_width", ctypes.c_int64),
         ("count", ctypes.c_int64),
         ("layers", ctypes.POINTER(_Layer)),
-        ("states", ctypes.POINTER(_State)),
+        ("states", ctypes.POINTER(StateArguments)),
         ("lengths", ctypes.c_void_p),
         ("pages", ctypes.c_void_p),
         ("pages_stride", ctypes.c_int64),
@@ -89,7 +92,7 @@ class DecoderLayers:
 
     Args:
         layers: whose :attr:`DecoderLayer.reason` is empty, all of the same width and width of heads.
-        scales: of each layer, by which scores, or the queries of a recurrence, are multiplied.
+        scales: of each layer, by which scores are multiplied.
         windows: of each, most tokens before its own that a query sees; None for all.
         norm: weight (width,) float32 and eps of an RMS norm of the last layer's answer; None for none.
         recurrences: of each, one that :func:`regard.engines.decoder_layer.unfit` finds nothing wrong with, or None for softmax;
@@ -107,7 +110,7 @@ class DecoderLayers:
         recurrences = [None] * len(layers) if recurrences is None else recurrences
         self.width, self.head_width = layers[0].width, layers[0].head_width
         self._layers = (_Layer * len(layers))()
-        own = [None if x is None else arguments_of(x) for x in recurrences]
+        own = [None if x is None else arguments_of(x, scale) for x, scale in zip(recurrences, scales, strict=True)]
         for to, layer, scale, window, recurrence in zip(self._layers, layers, scales, windows, own, strict=True):
             to.eps[:], to.norms[:], to.weights[:] = layer.eps, layer.norms, layer.weights
             to.scale, to.left = scale, -1 if window is None else min(window, library.MOST)
@@ -116,7 +119,8 @@ class DecoderLayers:
         self._kept = layers, norm, recurrences, own  # and with them all that the structs point at
         self._norm = {} if norm is None else {"norm": pointer(norm[0]), "eps": norm[1]}
         self._attending = {i: layers[i].weights[1].n // self.head_width for i, x in enumerate(own) if x is None}
-        self._recurring = [layers[i].weights[0].n // self.head_width for i, x in enumerate(own) if x is not None]
+        heads = [x.weights[0].n // self.head_width for x in layers]
+        self._recurring = [(x, count) for x, count in zip(recurrences, heads, strict=True) if x is not None]
         self._last: _Pointed | None = None
 
     def __call__(
@@ -135,7 +139,7 @@ class DecoderLayers:
         batch, n = x.shape[:2]
         pointed = self._pointed_at(places.caches)
         pointed.check(places, batch, n)
-        states = self._states(places.states, batch)
+        states = states_of(self._recurring, places.states, batch, n, self.head_width)
         cosine, sine, y, table = of_rows(cosine, batch), of_rows(sine, batch), x.clone(), places.table
         lengths = (ctypes.c_int64 * batch)(*places.lengths)
         library.call(
@@ -181,21 +185,6 @@ class DecoderLayers:
         rows, slots = ({x.shape[axis] for pair in caches for x in pair} for axis in (0, 2))
         found = _Pointed(caches, layers, min(rows, default=0), min(slots, default=0), len(slots))
         self._last = found
-        return found
-
-    def _states(self, states: Sequence[tuple[Tensor, Tensor]], batch: int) -> Any:
-        """The structs of a call's states."""
-        if len(states) != len(self._recurring):
-            raise Unsupported(f"{len(states)} states of {len(self._recurring)} layers")
-        found = (_State * len(states))()
-        for to, heads, pair in zip(found, self._recurring, states, strict=True):
-            shape = batch, heads, self.head_width, self.head_width
-            for x in pair:
-                if x.shape != shape or x.dtype != torch.float32 or type(x) not in PLAIN or not x.is_contiguous():
-                    raise Unsupported(
-                        f"a state {tuple(x.shape)} in {str(x.dtype)[6:]}", supported=f"{shape} in float32, contiguous"
-                    )
-            to.before, to.after = map(pointer, pair)
         return found
 
 

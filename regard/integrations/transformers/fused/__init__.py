@@ -17,14 +17,14 @@ def fuse_layers(model: nn.Module) -> int:
 
     Layers that follow each other and attend by softmax to all that their rows have in a cache of keys and values
     (`DynamicCache`, :class:`regard.integrations.transformers.GrowingCache`, the pages of `regard serve`) take one call together,
-    caches and attention inside it. In a model that :func:`regard.swap` changed, layers of `gated_linear` and `delta_rule` are in
-    the same call, with their states, after the first token: those without a feature map or gates on values, and of `delta_rule`
-    without any gates. Layers of local attention (`form="window"`) that follow each other take one of their own once their
-    windows are full. A layer with another mechanism takes two, around the mechanism's own step, and so does one whose mechanism
-    has hooks or is asked for losses. Elsewhere (padding, other caches) each layer takes two, and attention and cache are the
-    model's own. Longer texts, training, other dtypes than float32, layers with hooks (transformers leaves some in models that
-    were asked for hidden states or attentions) and layers whose parts were replaced go their usual way. Results are the same
-    but for float32's rounding.
+    caches and attention inside it. In a model that :func:`regard.swap` changed, layers of `linear`, `lolcats` (its window too),
+    `gated_linear` and `delta_rule` are in the same call, with their states, after the first token; not `gated_linear` with gates
+    on values, and not `delta_rule` whose rate is 1 or one for each value, or whose norm is a sum. Layers of local attention
+    (`form="window"`) that follow each other take one of their own once their windows are full. A layer with another mechanism
+    takes two, around the mechanism's own step, and so does one whose mechanism has hooks or is asked for losses. Elsewhere
+    (padding, other caches) each layer takes two, and attention and cache are the model's own. Longer texts, training, other
+    dtypes than float32, layers with hooks (transformers leaves some in models that were asked for hidden states or attentions)
+    and layers whose parts were replaced go their usual way. Results are the same but for float32's rounding.
 
     Args:
         model: of transformers; Llama (SmolLM2 and others have its architecture), Mistral or Qwen2. In others nothing happens.

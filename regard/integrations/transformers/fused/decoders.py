@@ -129,7 +129,7 @@ class FusedDecoder:
             return None
         states = None
         if stack.recurrences is not None and not (is_collecting() or stack.seen.is_overheard()):
-            states = stack.recurrences.states(cache, rows)
+            states = stack.recurrences.states(cache, rows, tokens)
         parts = stack.apart if stack.recurrences is not None and states is None else stack.parts
         where = places(cache, stack.indices, rows, tokens) if stack.indices else Places([], [0] * rows)
         if where is None:
@@ -189,12 +189,12 @@ class FusedDecoder:
         parts = _parts(members, attention, ends)
         if parts is None:
             return found
-        recurring = [x.layer.self_attn for x in members if x.recurrence is not None]
+        recurring = [(x.layer.self_attn, x.recurrence) for x in members if x.recurrence is not None]
         indices = [x.self_attn.layer_idx for x in layers if _by_softmax(x, attention)]
         if not recurring:
             return Stack(seen, attention, parts, indices)
         apart = _parts([x._replace(recurrence=None) for x in members], attention, ends) or []
-        return Stack(seen, attention, parts, indices, Recurrences(recurring), apart)
+        return Stack(seen, attention, parts, indices, Recurrences(*zip(*recurring, strict=True)), apart)
 
 
 def _parts(members: list[Member], attention: str, ends: tuple[Tensor, float]) -> list[Part] | None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from regard.backends.operators import runs_plainly
-from regard.engines.decoder_layer import Recurrence, room_after
-from regard.engines.recurrent_forms import MatrixState
+from regard.engines.cache import newest, with_room
+from regard.engines.decoder_layer import Recurrence, State, Weight, room_after
 from regard.integrations.transformers.caches import StateLayer
 from regard.integrations.transformers.placing import is_swapped
 from regard.layers.attention import LayerState
@@ -21,42 +22,60 @@ class Recurrences:
 
     Args:
         attentions: their modules, into which a mechanism was put that :func:`recurrence_of` knows.
+        recurrences: of each.
     """
 
-    def __init__(self, attentions: Sequence[Any]) -> None:
-        specs = [x.regard.spec for x in attentions]
-        self._places = [x.regard.placement.layer for x in attentions]
-        self._shapes = [(spec.heads, spec.head_dim, spec.value_dim) for spec in specs]
+    def __init__(self, attentions: Sequence[Any], recurrences: Sequence[Recurrence[Weight]]) -> None:
+        placed = [x.regard for x in attentions]
+        self._places = [x.placement.layer for x in placed]
+        self._kinds = [x.card.state for x in placed]
+        self._windows = [x.window for x in recurrences]
+        shapes = zip(recurrences, placed, strict=True)
+        self._shapes = [recurrence.state_shape(x.spec.heads, x.spec.head_dim) for recurrence, x in shapes]
 
-    def states(self, cache: Any, rows: int) -> list[tuple[Tensor, Tensor]] | None:
-        """Of each layer, its state in a cache and room for the next one; None where one is not there or of another kind."""
+    def states(self, cache: Any, rows: int, tokens: int) -> list[State] | None:
+        """Of each layer, its state in a cache and room for the one after so many tokens of each row; None where one is not there
+        or of another kind."""
         layers = getattr(cache, "layers", ())
         if len(layers) <= max(self._places):
             return None
         found = []
-        for place, shape in zip(self._places, self._shapes, strict=True):
-            layer = layers[place]
-            memory = layer.state.mechanism.memory if _is_matrix(layer) else None
-            if memory is None or memory.shape != (rows, *shape) or memory.dtype != torch.float32:
+        for place, kind, window, shape in zip(self._places, self._kinds, self._windows, self._shapes, strict=True):
+            state = layers[place].state if isinstance(layers[place], StateLayer) else None
+            if state is None or not isinstance(state.mechanism, kind):
                 return None
-            found.append(memory)
-        if not runs_plainly(*found) or not all(memory.is_contiguous() for memory in found):
+            held = state.mechanism
+            seen = (held.memory, held.k, held.v) if window else (held.memory,)
+            if held.memory.shape != (rows, *shape) or any(x.dtype != torch.float32 for x in seen):
+                return None
+            found.append((state.length, seen))
+        if not runs_plainly(*(x for _, seen in found for x in seen)):
             return None
-        return [(memory, room_after(memory)) for memory in found]
+        if not all(memory.is_contiguous() for _, (memory, *_) in found):
+            return None
+        return [_with_room(length, tokens, *seen) for length, seen in found]
 
-    def take(self, cache: Any, states: Sequence[tuple[Tensor, Tensor]], tokens: int) -> None:
+    def take(self, cache: Any, states: Sequence[State], tokens: int) -> None:
         """Let the cache have the next states, after so many tokens of each row."""
         after: dict[int, Tensor] = {}
         counted: list[tuple[Tensor, Tensor]] = []
-        for place, (_, memory) in zip(self._places, states, strict=True):
+        for place, size, state in zip(self._places, self._windows, states, strict=True):
             layer = cache.layers[place]
             length = layer.state.length
             if id(length) not in after:  # equal ones are one from now on
                 same = next((new for old, new in counted if torch.equal(old, length)), None)
                 after[id(length)] = length + tokens if same is None else same
                 counted.append((length, after[id(length)]))
-            length = after[id(length)]
-            layer.take(LayerState(MatrixState(memory, length), length), tokens, None)
+            held: dict[str, Tensor] = {"memory": state.after, "length": after[id(length)]}
+            if state.window is not None:
+                held["k"], held["v"] = (newest(x, 2, size) for x in state.window)
+            layer.take(LayerState(replace(layer.state.mechanism, **held), held["length"]), tokens, None)
+
+
+def _with_room(length: Tensor, tokens: int, memory: Tensor, *window: Tensor) -> State:
+    keys, values = (with_room(x, tokens, 2) for x in window) if window else (None, None)
+    around = None if keys is None or values is None else (keys, values)
+    return State(memory, room_after(memory), around, length)
 
 
 def recurrence_of(attention: Any) -> Recurrence[nn.Module] | None:
@@ -64,13 +83,9 @@ def recurrence_of(attention: Any) -> Recurrence[nn.Module] | None:
     if not is_swapped(attention):
         return None
     placed, placement = attention.regard, attention.regard.placement
-    if placed.projection is None or placed.merge is not None or placement.layer is None or placement.rotary is not None:
+    if placed.card.recurrence is None or placed.merge is not None:
         return None
-    if placed.card.state is not MatrixState or placed.card.default_scale != "rsqrt":
+    if placement.layer is None or placement.rotary is not None:
         return None
-    found: Recurrence[nn.Module] | None = placed.projection.recurrence()
+    found: Recurrence[nn.Module] | None = placed.card.recurrence(placed.config, placed.projection)
     return found
-
-
-def _is_matrix(layer: Any) -> bool:
-    return isinstance(layer, StateLayer) and layer.state is not None and isinstance(layer.state.mechanism, MatrixState)
