@@ -123,7 +123,7 @@ def parameters_of(variant: Variant, task: Task, settings: CompareSettings, frame
     try:
         return count_parameters(config)
     except Unsupported as error:
-        sizes = _other_sizes(variant, task, settings, frame)
+        sizes = [] if variant.backbone is not None else _other_sizes(variant, task, settings, frame)
         if not sizes:  # another width would not help
             raise
         raise Unsupported(
