@@ -52,10 +52,11 @@ def load_images(data: Any, validation: Any, size: int | None, channels: int | No
                 nearest=f"no {option}",
             )
     side = None if size is None else check_integer("size", size, 4, 1024)
-    if name == "digits":
-        return _resized(_load_digits(), side)
-    if name == FASHION_MNIST and not has_idx(folder):
-        return _resized(load_fashion_mnist(), side)
+    if name == "digits" or (name == FASHION_MNIST and not has_idx(folder)):
+        images = _load_digits() if name == "digits" else load_fashion_mnist()
+        if folder.is_dir():
+            images.notes.append(f"not the folder {data}, which is read as ./{data}")
+        return _resized(images, side)
     if not folder.is_dir():
         wrong = "is not a folder" if folder.exists() else "does not exist"
         near = closest(str(data), NAMED) or ("" if folder.exists() else nearest_path(folder))

@@ -202,6 +202,14 @@ def test_fashion_mnist_is_read_where_debian_puts_it(idx, monkeypatch):
         assert "Fashion-MNIST" in told and "ankle boot 4" in told
 
 
+def test_a_folder_that_has_the_name_of_a_data_set_is_told_of(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "note:" not in images("digits").describe()
+    photos(tmp_path / "digits")
+    assert "note: not the folder digits, which is read as ./digits" in images("digits").describe()
+    assert "images: digits, 32x32 pixels, colour" in images("./digits").describe()
+
+
 def test_a_task_on_data_by_name_is_made_again_from_its_record_in_any_folder(tmp_path, monkeypatch):
     task = create_task("images", data="digits", patch=2)
     monkeypatch.chdir(tmp_path)
