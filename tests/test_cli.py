@@ -289,6 +289,17 @@ def test_bad_input_ends_with_two_and_one_clear_line(capsys, tmp_path, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("line", "further"), [("compare", "; the same command goes on where it stopped"), ("list", "")]
+)
+def test_ctrl_c_is_one_line_that_says_whether_the_same_command_goes_on(capsys, monkeypatch, line, further):
+    def stopped(**options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parser.commands[line], "callback", stopped)
+    assert run(capsys, line) == (130, "", f"regard: interrupted{further}\n")
+
+
 def test_of_processes_that_are_refused_alike_the_first_speaks_and_the_others_wait_to_be_ended(capsys, monkeypatch):
     waited = []
     monkeypatch.setattr("time.sleep", waited.append)

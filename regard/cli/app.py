@@ -6,9 +6,10 @@ import inspect
 import os
 import time
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from regard.cli.advise import advise_command
 from regard.cli.catalogue import list_command, show
@@ -64,8 +65,25 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 """In the order in which the help lists them."""
 
+GO_ON = frozenset({"compare", "search", "train", "compress", "sparse", "retrofit", "reproduce", "study"})
+"""Those that go on where they were stopped."""
+
+
+class Commands(TyperGroup):
+    """The commands; Ctrl-C is told here, since typer ends without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            further = "; the same command goes on where it stopped" if ctx.invoked_subcommand in GO_ON else ""
+            errors.print(f"regard: interrupted{further}")
+            raise SystemExit(130) from None
+
+
 app = typer.Typer(
     name="regard",
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -120,6 +138,3 @@ def main() -> None:
             time.sleep(SECONDS_FOR_THE_FIRST)
         errors.print(plain(f"regard: {error}"), soft_wrap=True)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        errors.print("regard: interrupted; the same command goes on where it stopped")
-        raise SystemExit(130) from None

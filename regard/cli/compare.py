@@ -69,7 +69,7 @@ def compare(
     match: Annotated[
         str | None,
         typer.Option(
-            help="What image backbones are made equal in, by scaling their widths to come near the first: parameters, flops or "
+            help="What image backbones, or networks that segment, are made equal in, by scaling their widths to come near the first: parameters, flops or "
             "time (of a training step). As published when not given."
         ),
     ] = None,

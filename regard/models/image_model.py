@@ -9,7 +9,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -66,7 +67,8 @@ class ImageModelConfig:
         for name in (*given, "num_classes"):
             if name in self.options:
                 raise Unsupported(f"{name} of {self.backbone}, which the task says", supported=f"no {name}")
-        return read_backbone(self.backbone, **given, num_classes=self.num_classes, **self.options)
+        with _named(self.backbone):
+            return read_backbone(self.backbone, **given, num_classes=self.num_classes, **self.options)
 
     @classmethod
     def for_task(cls, task: Task, backbone: str, options: Mapping[str, Any]) -> ImageModelConfig:
@@ -102,14 +104,32 @@ def patches_of(task: Task, name: str) -> tuple[int, int]:
     )
 
 
+@contextmanager
+def _named(backbone: str) -> Iterator[None]:
+    """Refusals that say which backbone of several it is."""
+    try:
+        yield
+    except Unsupported as error:
+        if backbone in error.asked:
+            raise
+        raise Unsupported(f"{backbone} with {error.asked}", supported=error.supported, nearest=error.nearest) from None
+
+
 class ImageModel(nn.Module):
-    """Patches put together to images, and the backbone; see :class:`ImageModelConfig`."""
+    """Patches put together to images, and the backbone; see :class:`ImageModelConfig`.
+
+    Raises:
+        Unsupported: for images of a size that the backbone cannot take.
+    """
 
     def __init__(self, config: ImageModelConfig) -> None:
         super().__init__()
         self.config = config
         backbone, inner = config.read()
-        self.backbone = backbone(inner)
+        with _named(config.backbone):
+            self.backbone = backbone(inner)
+            if isinstance(self.backbone, Backbone):  # a segmenter's config has checked it
+                self.backbone.check_size(*config.image_size)
 
     def forward(self, inputs: Float[Tensor, "b n f"], *, context: Context | None = None) -> Result:
         """Logits of the classes.

@@ -244,7 +244,7 @@ def read_image(path: Path, size: tuple[int, int], channels: int, *, stretch: boo
         Unsupported: for a file that is no image, is cut, or is smaller than 2x2 or larger than 89 million pixels.
     """
     require_pillow()
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
@@ -256,8 +256,10 @@ def read_image(path: Path, size: tuple[int, int], channels: int, *, stretch: boo
                 turned = ImageOps.exif_transpose(opened)
                 deep = turned.mode[0] in "IF"
                 image = Image.fromarray(np.asarray(turned, dtype=np.float32)) if deep else turned.convert("RGBA")
-    except Image.DecompressionBombWarning:
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):  # beyond the limit, and beyond twice of it
         raise unreadable(path, f"it has more than {(Image.MAX_IMAGE_PIXELS or 0) // 10**6} million pixels") from None
+    except UnidentifiedImageError:
+        raise unreadable(path, "it is of no known kind" if path.stat().st_size else "it is empty") from None
     except Exception as error:  # decoders raise whatever a damaged file leads them to
         raise unreadable(path, error) from None
     if min(image.size) < 2:

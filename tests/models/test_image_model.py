@@ -60,6 +60,12 @@ def test_what_an_image_model_cannot_take_is_refused() -> None:
     refused("van_nano", config_for, create_task("images"), "softmax", "van_nan")
 
 
+@pytest.mark.parametrize("name", ["mixer_nano", "vit_nano", "pvt_nano", "vmamba_t_v0"])
+def test_a_size_that_a_backbone_cannot_take_is_refused_by_its_name_when_it_is_built(name: str) -> None:
+    with torch.device("meta"):
+        refused(f"{name} with ", lambda: ImageModel(ImageModelConfig(name, num_classes=3, grid=(6, 6), patch=5)))
+
+
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes: bright above, and bright below."""

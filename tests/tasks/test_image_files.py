@@ -86,7 +86,17 @@ def gigantic(path):
     path.write_bytes(raw[:12] + head + zlib.crc32(head).to_bytes(4, "big") + raw[33:])
 
 
-BAD = [empty, cut, one_pixel, gigantic]
+def text(path):
+    path.write_text("no image")
+
+
+BAD = {
+    empty: "it is empty",
+    cut: "truncated",
+    one_pixel: "pixels small",
+    gigantic: "it has more than 89 million pixels",
+    text: "it is of no known kind",
+}
 
 
 @pytest.mark.parametrize("make", BAD)
@@ -96,17 +106,18 @@ def test_a_bad_image_is_one_line_and_nothing_is_written(folder, tmp_path, capsys
         options = f"vit_nano --task images {folder} --budget '40 steps' --output {tmp_path / 'out'}"
         code, _, said = run(capsys, f"{command} {options}")
         assert code == 2 and "bad.png, which cannot be read as an image" in said and "--skip-unreadable" in said
+        assert BAD[make] in said
         assert len(said.strip().splitlines()) == 1, said
     assert not (tmp_path / "out").exists()
 
 
 def test_bad_images_are_named_and_left_out_on_demand(folder):
     whole = create_task("images", data=folder, size=8)
-    for i, make in enumerate(BAD * 2):
+    for i, make in enumerate([*BAD] * 2):
         make(folder / ("cat", "dog")[i % 2] / f"bad{i}.png")
     task = create_task("images", data=folder, size=8, skip_unreadable=True)
     told = task.describe()
-    assert told.count("left out: bad") == 5 and "8 files that cannot be read left out" in told
+    assert told.count("left out: bad") == 5 and "10 files that cannot be read left out" in told
     for one, other in zip(task.evaluation_batches(8), whole.evaluation_batches(8), strict=True):
         assert torch.equal(one.inputs, other.inputs) and torch.equal(one.targets, other.targets)
     (folder / "eel").mkdir()

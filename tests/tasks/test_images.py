@@ -202,20 +202,20 @@ def test_fashion_mnist_is_read_where_debian_puts_it(idx, monkeypatch):
         assert "Fashion-MNIST" in told and "ankle boot 4" in told
 
 
+def test_a_folder_that_has_the_name_of_a_data_set_is_told_of(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "note:" not in images("digits").describe()
+    photos(tmp_path / "digits")
+    assert "note: the folder digits is passed over; ./digits reads it" in images("digits").describe()
+    assert "images: digits, 32x32 pixels, colour" in images("./digits").describe()
+
+
 def test_a_task_on_data_by_name_is_made_again_from_its_record_in_any_folder(tmp_path, monkeypatch):
     task = create_task("images", data="digits", patch=2)
     monkeypatch.chdir(tmp_path)
     assert items([create_task("images", **task.origin).training_batch(0, 0, 4)]) == items(
         [task.training_batch(0, 0, 4)]
     )
-
-
-def test_a_folder_with_the_name_of_a_known_set_is_said_to_be_passed_over(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert "passed over" not in images("digits").describe()
-    (tmp_path / "digits").mkdir()
-    told = images("digits").describe()
-    assert "scikit-learn's digits" in told and "the folder digits is passed over; ./digits reads it" in told
 
 
 def test_idx_and_digits_are_resized_on_demand(idx):

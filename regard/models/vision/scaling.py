@@ -1,11 +1,14 @@
-"""Backbones of other widths than the published ones, for comparisons of models of equal size or cost."""
+"""Networks of other widths than the published ones, for comparisons of models of equal size or cost."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regard.contract import Unsupported
-from regard.models.vision.backbone import Backbone
+
+if TYPE_CHECKING:
+    from regard.models.vision.backbone import Backbone
+    from regard.models.vision.segmentation import Segmenter
 
 STEP = 1.01
 """From one factor that is tried to the next."""
@@ -13,8 +16,8 @@ REACH = 140
 """Steps up, and down: factors from a quarter to four."""
 
 
-def scaled_widths(backbone: type[Backbone], config: Any) -> list[dict[str, Any]]:
-    """Options of a backbone from a quarter of its widths to four times them, in rising order, its own as they are.
+def scaled_widths(backbone: type[Backbone | Segmenter], config: Any) -> list[dict[str, Any]]:
+    """Options of a backbone or segmenter from a quarter of its widths to four times them, in rising order, its own as they are.
 
     Depths, and numbers of heads, stay; a width stays a multiple of what the backbone says (`Backbone.scales`).
 

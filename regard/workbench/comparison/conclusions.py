@@ -71,6 +71,7 @@ class Conclusions:
             self.metrics,
             prefer=self.settings.prefer,
             budget=str(self.settings.budget),
+            seeds=self.settings.seeds,
             at_length=at,
             frame=frame,
             edges=edges,

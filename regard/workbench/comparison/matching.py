@@ -1,4 +1,4 @@
-"""Image backbones of equal size or cost: their widths are scaled until one quantity is near that of the first.
+"""Image backbones, or networks that segment, of equal size or cost: widths are scaled until one quantity is near the first's.
 
 Depths and everything else stay as published. A backbone whose widths come in large steps is matched as nearly as they allow,
 and how nearly is told. Times are measured in turn with the first one's, since machines change their pace; the nearest are measured
@@ -27,6 +27,7 @@ from regard.models.vision.scaling import scaled_widths
 from regard.tasks import Task
 from regard.training import TrainConfig, runner_of
 from regard.workbench.comparison.settings import MATCHED, CompareSettings
+from regard.workbench.comparison.task_models import network_config
 
 STEPS = 3
 """Training steps that a time is the median of."""
@@ -106,7 +107,7 @@ def _plain(value: Any) -> str:
 
 def _config(variant: Variant, task: Task, options: Mapping[str, Any] | None = None) -> ImageModelConfig:
     name, given = variant.backbone or ("", {})
-    return ImageModelConfig.for_task(task, name, {**given, **(options or {})})
+    return network_config(name, {**given, **(options or {})}, task)
 
 
 def _tried(variant: Variant, task: Task, beside: Callable[[ImageModelConfig], tuple[float, float]]) -> list[Matched]:

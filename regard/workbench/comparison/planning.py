@@ -103,11 +103,11 @@ def _count_steps(works: Sequence[Work], settings: CompareSettings, spent: float)
             work.steps = {name: work.steps_for(name, settings.budget) for name in work.configs}
     for work in works:
         if min(work.steps.values()) < FEWEST_STEPS:
-            least = _least_budget(works, settings, spent)
+            kept = "" if settings.match is None else ", which goes on with the widths that were found"
             raise Unsupported(
                 f"budget {settings.budget}, which leaves fewer than {FEWEST_STEPS} steps a run on {work.task.name}",
                 supported="a larger budget, fewer mechanisms, tasks or seeds",
-                nearest=f"--budget {least}",
+                nearest=f"--budget {_least_budget(works, settings)}{kept}",
             )
 
 
@@ -125,7 +125,8 @@ def cost_seconds(works: Sequence[Work], settings: CompareSettings) -> float:
     return len(kinds) * (len(settings.lengths) + 1) * 0.5 * len(settings.mechanisms) + 5.0
 
 
-def _least_budget(works: Sequence[Work], settings: CompareSettings, spent: float) -> Budget:
+def _least_budget(works: Sequence[Work], settings: CompareSettings) -> Budget:
+    """With twice the fewest steps. What widths were matched in is not spent again: they are in the store."""
     if settings.budget.unit == "steps":
         return Budget("steps", 2.0 * FEWEST_STEPS)
     if settings.budget.unit == "tokens":
@@ -133,5 +134,6 @@ def _least_budget(works: Sequence[Work], settings: CompareSettings, spent: float
     if settings.budget.unit == "flops":
         return Budget("flops", max(2 * FEWEST_STEPS * w.flops_a_step(n) for w in works for n in w.configs))
     work = max(w.seconds_besides() + 2 * FEWEST_STEPS * w.seconds_a_step() for w in works)
-    minutes = math.ceil((work * len(works) + cost_seconds(works, settings) + spent) / SAFETY / 60)
+    seconds = work * len(works) + cost_seconds(works, settings) + CALIBRATION_SECONDS
+    minutes = math.ceil(seconds / SAFETY / 60)
     return Budget("seconds", 60.0 * minutes)

@@ -60,6 +60,7 @@ def recommend(
     *,
     prefer: str = "inference",
     budget: str = "",
+    seeds: int = 1,
     at_length: Mapping[str, int] | None = None,
     frame: str = "",
     edges: Mapping[tuple[str, str], float] | None = None,
@@ -83,6 +84,7 @@ def recommend(
         metrics: name of each task's metric and whether higher is better.
         prefer: one of `PREFERENCES`.
         budget: as the user gave it, to say what larger one would separate.
+        seeds: as the user gave them, though time may not have been left for more than one.
         at_length: of each task the length at which inference, decoding and state were measured.
         frame: in which the mechanisms were compared.
         edges: task and mechanism of which the best learning rate is at an end of those tried, with the rate.
@@ -102,7 +104,7 @@ def recommend(
     alike = _cheapest(summary, [name for name in named or scored if name in kept], column, more)
     winner, why = _settled(summary, metrics, alike, beside or {}, published or {})
     measured = _value(summary, winner, column)
-    notes += _ties(summary, comparisons, metrics, kept, budget)
+    notes += _ties(summary, comparisons, metrics, kept, budget, seeds)
     notes += _overtaken(summary, comparisons, metrics, [name for name in scored if name not in kept], winner)
     where = "" if prefer in OF_TRAINING else _at_lengths(at_length)
     costs = math.isfinite(measured)
@@ -262,6 +264,7 @@ def _ties(
     metrics: Mapping[str, tuple[str, bool]],
     kept: list[str],
     budget: str,
+    asked: int,
 ) -> list[str]:
     """Says what the scores leave open among those that stay, and what would settle it."""
     if len(kept) < 2:
@@ -270,7 +273,7 @@ def _ties(
     for task in summary:
         best = _best(summary, metrics, task, kept)
         if best is not None:
-            found.append(_inseparable(task, best, [m for m in kept if m != best], comparisons[task], budget))
+            found.append(_inseparable(task, best, [m for m in kept if m != best], comparisons[task], budget, asked))
     return found
 
 
@@ -409,13 +412,14 @@ def _least_bound(alike: list[str], beside: Mapping[str, Sequence[Mapping[str, An
     return kept, f"unlike {listed(others)} it also solves {listed(where)}"
 
 
-def _inseparable(task: str, best: str, tied: list[str], comparison: Comparison, budget: str) -> str:
+def _inseparable(task: str, best: str, tied: list[str], comparison: Comparison, budget: str, asked: int) -> str:
     """Says what the scores of a task leave open, and what would separate the most distant of those tied."""
     said = f"Cannot separate {best} from {listed(tied)} on {task} at this budget"
     far = max(tied, key=lambda other: abs(comparison.difference(best, other).mean))
     difference = comparison.difference(best, far)
     if not math.isfinite(difference.resolved):
-        return said + ": with a single seed nothing can be separated; use --seeds 2 or more."
+        more = "use --seeds 2 or more" if asked == 1 else "a larger --budget has time for more"
+        return f"{said}: with a single seed nothing can be separated; {more}."
     size = f"difference {'up to ' if len(tied) > 1 else ''}{abs(difference.mean):.2g}"
     said += f" ({size}, smallest resolved {difference.resolved:.2g})"
     seeds = len(comparison.seeds)

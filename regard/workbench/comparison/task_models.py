@@ -97,8 +97,13 @@ def backbone_config(variant: Variant, task: Task, settings: CompareSettings, lon
     name, options = variant.backbone or ("", {})
     if settings.model is not None or settings.stack != StackConfig():
         raise Unsupported(f"{name} with --model or --stack", supported="the layers that it has")
-    config = (SegmentationModelConfig if name in SEGMENTERS else ImageModelConfig).for_task(task, name, options)
+    config = network_config(name, options, task)
     return config if longest is None else replace(config, grid=square_grid(longest, len(config.grid)))
+
+
+def network_config(name: str, options: Mapping[str, Any], task: Task) -> ImageModelConfig:
+    """An image backbone, or a network that segments, with these options for a task."""
+    return (SegmentationModelConfig if name in SEGMENTERS else ImageModelConfig).for_task(task, name, options)
 
 
 def square_grid(length: int, axes: int) -> tuple[int, ...]:
@@ -123,7 +128,7 @@ def parameters_of(variant: Variant, task: Task, settings: CompareSettings, frame
     try:
         return count_parameters(config)
     except Unsupported as error:
-        sizes = _other_sizes(variant, task, settings, frame)
+        sizes = [] if variant.backbone is not None else _other_sizes(variant, task, settings, frame)
         if not sizes:  # another width would not help
             raise
         raise Unsupported(

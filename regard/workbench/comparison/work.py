@@ -133,7 +133,7 @@ class Work:
         """Whether every model takes inputs of a length, as networks for images of some sizes do not."""
         try:
             for name in self.configs:
-                self.config_for(name, length)
+                count_parameters(self.config_for(name, length))  # of networks that are built, which refuse more
         except Unsupported:
             return False
         return True

@@ -14,6 +14,7 @@ from regard.contract import Unsupported
 from regard.measurement.budget import Budget
 from regard.models import build_model, count_parameters
 from regard.models.image_model import ImageModelConfig
+from regard.models.segmentation_model import SegmentationModelConfig
 from regard.models.vision import list_backbones, read_backbone
 from regard.models.vision.scaling import scaled_widths
 from regard.models.vision.vit import VisionTransformer
@@ -48,6 +49,22 @@ def test_small_backbones_come_within_a_tenth_of_another_ones_parameters(task):
         assert abs(found[name]["off"]) < 0.1, name
         config = ImageModelConfig.for_task(task, *variant.backbone)
         assert count_parameters(config) == found[name]["value"]
+
+
+@pytest.mark.parametrize(
+    ("task", "names"),
+    [
+        (("segmentation", 32), ("unet_nano", "segformer_nano", "vm_unet_nano")),
+        (("segmentation_3d", 16), ("unet_nano_3d", "segmamba_nano")),
+    ],
+)
+def test_networks_that_segment_come_within_a_tenth_too(task, names):
+    task = create_task(task[0], size=task[1], evaluation_items=2)
+    asked = settings(*names)
+    for variant in with_options(asked, match(task, asked)).variants.values():
+        count = count_parameters(SegmentationModelConfig.for_task(task, *variant.backbone))
+        first = count_parameters(SegmentationModelConfig.for_task(task, names[0], {}))
+        assert abs(count / first - 1) < 0.1, variant.name
 
 
 @pytest.mark.parametrize("name", ["van_nano", "tnt_nano", "biformer_nano", "vit_nano", "pvt_nano", "mixer_nano"])

@@ -30,13 +30,14 @@ def case(scores, inference=TIMES, solved=None, seeds=3, noise=0.001):
     return summary, Comparison(by_name)
 
 
-def advise(beside=None, named=(), edges=None, published=None, **tasks):
+def advise(beside=None, named=(), edges=None, published=None, seeds=1, **tasks):
     """What is recommended after these tasks; accuracy is the metric of recall, bits of the others."""
     return recommend(
         {name: summary for name, (summary, _) in tasks.items()},
         {name: comparison for name, (_, comparison) in tasks.items()},
         {name: ACCURACY if name == "recall" else BITS for name in tasks},
         budget="8m",
+        seeds=seeds,
         at_length=dict.fromkeys(tasks, 2048),
         frame="bare",
         beside=beside,
@@ -83,6 +84,9 @@ def test_what_is_not_shown_to_beat_the_rule_is_not_taken_where_others_are():
 def test_a_single_seed_ranks_nothing():
     found = advise(text=case({"slow": 1.0, "fast": 9.0}, seeds=1))
     assert any("single seed" in note for note in found.notes) and "single seed" in found.text
+    assert found.notes[0].endswith("use --seeds 2 or more.")
+    late = advise(seeds=3, text=case({"slow": 1.0, "fast": 9.0}, seeds=1))
+    assert late.notes[0].endswith("nothing can be separated; a larger --budget has time for more.")
     assert "within the noise" not in found.reason and "two seeds or more" in found.reason.lower()
     assert "within the noise" in advise(text=case({"slow": 1.0, "fast": 1.0})).reason
 

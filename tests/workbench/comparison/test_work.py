@@ -11,7 +11,7 @@ from regard.models import StackConfig
 from regard.tasks import create_task
 from regard.training import Supervised, TrainConfig
 from regard.training.loop import History, Point
-from regard.workbench.comparison.planning import best_threads
+from regard.workbench.comparison.planning import _count_steps, best_threads
 from regard.workbench.comparison.settings import CompareSettings
 from regard.workbench.comparison.work import Work
 
@@ -40,3 +40,21 @@ def test_what_no_other_size_would_help_is_not_told_as_a_question_of_sizes():
     with pytest.raises(Unsupported) as found:
         Work(create_task("copying", length=32), settings)
     assert "exits" in str(found.value) and "--dim" not in str(found.value)
+
+
+def test_lengths_whose_squares_a_backbone_cannot_take_are_known_before_its_cost_is_measured():
+    names = ("van_nano:widths=[8,8,8]", "agent_pvt_nano:widths=[8,8,8]")
+    one = Work(create_task("images", size=16, patch=4), CompareSettings(names, Budget.parse("20 steps")))
+    assert one.takes(1024) and not one.takes(2048)  # of 128 x 128 pixels, and of 180 x 180
+
+
+def test_a_budget_that_would_do_leaves_out_what_matching_took_which_the_store_keeps():
+    settings = CompareSettings(("van_nano:widths=[8,8,8]", "vit_nano"), Budget.parse("10s"), match="parameters")
+    one = Work(create_task("images", size=16), settings)
+    one.step_seconds, one.evaluation_seconds = dict.fromkeys(one.configs, 0.1), dict.fromkeys(one.configs, 0.1)
+    told = []
+    for spent in (1.0, 1000.0):
+        with pytest.raises(Unsupported) as found:
+            _count_steps([one], settings, spent)
+        told.append(found.value.nearest)
+    assert told[0] == told[1] and told[0].endswith("s, which goes on with the widths that were found")

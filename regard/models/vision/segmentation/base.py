@@ -40,11 +40,13 @@ class Segmenter(nn.Module):
     Attributes:
         Config: class of its config.
         sizes: options of each named size.
+        scales: as of :class:`regard.models.vision.Backbone`.
         config: its own.
     """
 
     Config: ClassVar[type[SegmenterConfig]]
     sizes: ClassVar[Mapping[str, Mapping[str, Any]]]
+    scales: ClassVar[Mapping[str, str | int]] = {}
 
     def __init__(self, config: SegmenterConfig) -> None:
         super().__init__()

@@ -68,6 +68,7 @@ class SegFormer(Segmenter):
     """See the module; sizes ``segformer_b0`` to ``segformer_b2`` and ``segformer_nano``."""
 
     Config = SegFormerConfig
+    scales: ClassVar = {"widths": "heads", "decoder_width": 4}
     sizes: ClassVar = {
         "segformer_nano": {**mit.NANO, "decoder_width": 64, "image_size": 64, "drop_path": 0.0},
         **{

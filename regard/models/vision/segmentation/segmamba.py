@@ -60,6 +60,7 @@ class SegMamba(Segmenter):
     """See the module; sizes ``segmamba`` and ``segmamba_nano``."""
 
     Config = SegMambaConfig
+    scales: ClassVar = {"widths": 4, "bottom": 4}
     sizes: ClassVar = {
         "segmamba": {},
         "segmamba_nano": {"widths": (12, 24, 48), "depths": (1, 1, 1), "bottom": 48},

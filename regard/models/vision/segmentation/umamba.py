@@ -100,6 +100,7 @@ class UMamba(Segmenter):
     both (``unet_nano``, ``unet_nano_3d``)."""
 
     Config = UMambaConfig
+    scales: ClassVar = {"widths": 4}
     sizes: ClassVar = {
         f"{name}_{size}": {
             "axes": axes,

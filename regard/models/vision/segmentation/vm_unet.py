@@ -55,6 +55,7 @@ class VMUNet(Segmenter):
     """See the module; sizes ``vm_unet`` and ``vm_unet_nano``. Grey images are repeated where it has three channels, as in the code."""
 
     Config = VMUNetConfig
+    scales: ClassVar = {"widths": 4}
     sizes: ClassVar = {
         "vm_unet_nano": {"widths": (24, 48, 96), "depths": (1, 1, 1), "decoder_depths": (1, 1, 1), "drop_path": 0.0},
         "vm_unet": {},
