@@ -196,6 +196,8 @@ def _list_folders(folder: Path) -> tuple[list[str], list[Path], list[int], list[
         others += len(files) - len(kept)
         paths += kept
         labels += [i] * len(kept)
+    if classes == ["images", "masks"]:
+        notes.append("classes named images and masks: where these belong together, --task segmentation reads them")
     if others:
         notes.append(f"{names_of(folder)}: {others} files that are not images not read")
     return classes, paths, labels, notes

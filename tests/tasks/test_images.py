@@ -210,6 +210,12 @@ def test_a_folder_that_has_the_name_of_a_data_set_is_told_of(tmp_path, monkeypat
     assert "images: digits, 32x32 pixels, colour" in images("./digits").describe()
 
 
+def test_images_with_masks_read_as_two_classes_are_told_of(tmp_path):
+    for i in range(6):
+        photo(tmp_path / ("images", "masks")[i % 2] / f"{i}.png", i)
+    assert "note: classes named images and masks: where" in images(tmp_path).describe()
+
+
 def test_a_task_on_data_by_name_is_made_again_from_its_record_in_any_folder(tmp_path, monkeypatch):
     task = create_task("images", data="digits", patch=2)
     monkeypatch.chdir(tmp_path)

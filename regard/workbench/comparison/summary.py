@@ -144,7 +144,7 @@ def beside_baseline(task: str, entries: Sequence[Mapping[str, Any]], baseline: B
         if names or standing == "ahead":
             said += f" {words}: {', '.join(names) or 'none'}."
         if winner in names and standing != "ahead":
-            said += f" So {winner} is not shown to beat it: a larger --budget may help."
+            said += f" So {winner} is not shown to beat it: a larger --budget, or more held-out items, may help."
     return said
 
 
