@@ -139,7 +139,7 @@ def split_images(images: Images, share: float, seed: int) -> tuple[Int[np.ndarra
         missing = [name for i, name in enumerate(images.classes) if not (images.labels[training] == i).any()]
         if missing:
             raise Unsupported(
-                f"held-out images that hold all training images of {missing[0]}",
+                f"held-out images that include every training image of the class {missing[0]}",
                 supported="other images to score on than to train on",
             )
         return training, images.held_out
