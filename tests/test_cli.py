@@ -44,8 +44,20 @@ def test_help_names_every_step_and_every_method(capsys):
 
 @pytest.mark.parametrize("command", ["generate", "evaluate", "serve"])
 def test_a_device_that_is_not_there_is_one_sentence(capsys, tmp_path, command):
-    code, out, said = run(capsys, f"{command} {tmp_path} --device nowhere")
-    assert (code, out) == (2, "") and "device 'nowhere'; supported: cpu" in said
+    for device in ("nowhere", "meta"):
+        code, out, said = run(capsys, f"{command} {tmp_path} --device {device}")
+        assert (code, out) == (2, "") and f"device '{device}'; supported: cpu" in said
+
+
+SEEDED = {command: "--seed" for command in ("detect-patterns", "generate", "retrofit", "search", "train", "verify")}
+
+
+@pytest.mark.parametrize(("command", "option"), [*SEEDED.items(), ("compare", "--seed-offset")])
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_beyond_those_of_generators_is_refused(capsys, command, option, seed):
+    line = f"{command} {option} {seed}" + " --mechanism linear --output out nowhere" * (command == "retrofit")
+    code, out, said = run(capsys, line + " nowhere nothing" * (command == "generate"))
+    assert (code, out) == (2, "") and f"Invalid value for '{option}'" in said
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -40,14 +40,14 @@ def closest(word: str, choices: Iterable[str]) -> str:
     """The choice spelled most like `word`, or ``""`` when none is close.
 
     Close are spellings that share three fifths of their letters, in order, and names that begin with the same word or
-    hold all words of `word`. Fewer letters in common are common by chance.
+    hold all words of `word`. Fewer letters in common are common by chance. Capitals and small letters are the same.
     """
-    word, names = str(word), list(choices)
+    word, names = str(word).lower(), {name.lower(): name for name in choices}
     words = _words(word)
     alike = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     kin = [name for name in names if words and (_words(name)[:1] == words[:1] or set(words) <= set(_words(name)))]
     found = alike or difflib.get_close_matches(word, kin, n=1, cutoff=0.0)
-    return found[0] if found else ""
+    return names[found[0]] if found else ""
 
 
 def _words(name: str) -> list[str]:
