@@ -95,6 +95,7 @@ def compress(
         regard compress timm:vit_small_patch16_224 --data photos/ --recipes "int8,w8a8,tokens:method=tome"
     """
     from regard.compression.recipes import read_recipe, read_recipes
+    from regard.core.files import check_folder
     from regard.measurement.budget import Budget
     from regard.workbench.lighter.subjects import open_subject
 
@@ -115,6 +116,7 @@ def compress(
         _one(subject, one, output, calibration, asked, as_json)
         return
     several, time = read_recipes(recipes or "all"), Budget.parse(budget)
+    check_folder(output or OUTPUT)
     subject = open_subject(model, data or None, length, several)
     asked = _probes(subject, effects, length, data)
     _several(subject, several, output or OUTPUT, time, _command(model, data, length), tolerance, asked, as_json)
@@ -279,11 +281,11 @@ def _data(data: list[str] | None, model: Path, *, needed: bool) -> Any:
 
 def _check_output(output: Path, model: Path) -> None:
     from regard.compression.folders import RECORD, is_compressed, library_of_place
+    from regard.core.files import check_folder
 
     if output.resolve() == model.resolve():
         raise Unsupported(f"{output} as the output, which is the model itself", supported="another folder")
-    if output.is_file():
-        raise Unsupported(f"{output} as the output, which is a file", supported="a folder")
+    check_folder(output)
     strange = output.is_dir() and any(output.iterdir()) and not {RECORD, WORK} & {p.name for p in output.iterdir()}
     if strange:
         raise Unsupported(

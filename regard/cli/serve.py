@@ -116,8 +116,11 @@ def serve(
         torch.set_num_threads(threads)
     load: Load | None = None
     if bench:
+        from regard.core.files import check_folder
         from regard.serving.bench import Load
 
+        if output is not None:
+            check_folder(output)
         load = Load(read_integers("--clients", clients), requests, prompt_tokens, new_tokens, shared_tokens)
     if folder is None:
         assert url is not None and load is not None

@@ -396,7 +396,7 @@ def _unusable(path: Path, doing: str, error: Exception) -> Unsupported:
     return Unsupported(
         f"{path} as a store: it cannot be {doing} ({error})",
         supported="a file in a folder that can be written, on a disk with room; the rows that it has are kept",
-        nearest="--output ./regard.sqlite",
+        nearest="another --output",
     )
 
 

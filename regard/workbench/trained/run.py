@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from regard.contract import Unsupported, at_least
+from regard.core.files import check_folder
 from regard.distributed import train_together
 from regard.models import save_pretrained
 from regard.models.pretrained import CONFIG, WEIGHTS
@@ -293,7 +294,8 @@ def _planned(work: Work, name: str, looks: int, say: Callable[[str], None]) -> d
 
 
 def _check_free(place: Path) -> None:
-    """Raise Unsupported for a folder without a run whose files the model would replace."""
+    """Raise Unsupported for a folder that cannot be written in, or has no run but files that the model would replace."""
+    check_folder(place)
     taken = [name for name in (CARD, CONFIG, WEIGHTS, TOKENIZER, LAST) if (place / name).exists()]
     if taken:
         raise Unsupported(
