@@ -83,6 +83,17 @@ def at_least(name: str, value: float, low: float) -> None:
         raise Unsupported(f"{name}={value}", supported=f"{name} >= {low}", nearest=f"{name}={low}")
 
 
+NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed", "out of memory")
+"""What torch, CUDA and the native library say."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Is it that there was too little memory, on whatever device?"""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    )
+
+
 def spelled(options: Mapping[str, Any]) -> str:
     """Options as a call has them."""
     return ", ".join(f"{name}={value!r}" for name, value in options.items())
