@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from regard.cli.arguments import only_beside
 from regard.cli.console import console, emit
 from regard.cli.options import JSON
 from regard.cli.progress import progress
@@ -28,6 +29,7 @@ WORK = ".work"
 
 
 def compress(
+    context: typer.Context,
     model: Annotated[
         Path,
         typer.Argument(
@@ -105,6 +107,7 @@ def compress(
     if recipe is not None and recipes is not None:
         raise Unsupported("both --recipe and --recipes", supported="--recipe for one model, --recipes to compare some")
     if recipe is not None:
+        only_beside(context, "--recipes", ["budget", "tolerance"])
         if output is None:
             raise Unsupported(
                 "--recipe without --output", supported="a folder for the model", nearest="--output small/"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
+from regard.cli.arguments import only_beside
 from regard.cli.console import emit, errors
 from regard.cli.options import DEVICE, JSON, LARGEST_SEED
 from regard.contract import Unsupported
@@ -28,6 +29,7 @@ UNFINISHED = "\ufffd"
 
 
 def generate(
+    context: typer.Context,
     folder: Annotated[
         Path,
         typer.Argument(
@@ -106,6 +108,8 @@ def generate(
     if not prompt:
         raise Unsupported("an empty text", supported="one character or more")
     check_sampling(temperature, top_k, top_p)
+    if draft is None:
+        only_beside(context, "--draft", ["proposals"])
     generator = torch.Generator(device).manual_seed(seed)
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
     if cache is not None and draft is not None:

@@ -90,6 +90,7 @@ def test_what_cannot_be_served_is_said_before_anything_starts(capsys, tmp_path, 
             "--url http://127.0.0.1:1 --bench": "no server tells",
             "--url nowhere --bench": "http://HOST:PORT",
             "--url http://127.0.0.1:1": "try --bench",
+            f"{trained} --output {tmp_path}": "--output without --bench",
         }.items():
             code, out, errors = run(capsys, f"serve --port 0 {words}")
             assert code == 2 and out == "" and message in errors and errors.count("\n") == 1, (words, errors)
