@@ -139,6 +139,9 @@ def test_train_evaluate_and_generate_on_the_command_line(corpus, tmp_path, capsy
     assert score == pytest.approx(open_trained(folder).record["score"], rel=1e-6)
     code, out, _ = run(capsys, "evaluate", folder, tmp_path / "other.txt")
     assert code == 0 and "bits per byte" in out
+    (tmp_path / "one.txt").write_text("one item of text.")
+    alone = answer(capsys, "evaluate", folder, tmp_path / "one.txt")
+    assert (alone["items"], alone["standard_error"]) == (1, None)
     generate = f"generate {folder} Zwölf --tokens 30 --temperature 1"
     assert run(capsys, generate)[1] == f"Zwölf{answer(capsys, generate)['text']}\n"
     greedy = f"generate {folder} Zwölf --tokens 30 --temperature 0"
