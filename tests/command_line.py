@@ -29,4 +29,8 @@ def answer(capsys: pytest.CaptureFixture[str], line: str, *more: object) -> Any:
     """What a command that must succeed prints as JSON."""
     code, out, messages = run(capsys, line, *more, "--json")
     assert code == 0, out[-2000:] + messages
-    return json.loads(out)
+    return json.loads(out, parse_constant=_refuse)
+
+
+def _refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is no JSON")

@@ -31,6 +31,8 @@ def test_engines_and_aliases_have_backends_too():
         ("gated", ("gated_linear", "gated_softmax", "linear"), "gated_linear"),
         ("state", ("exact", "constant-state"), "constant-state"),
         ("share_all", ("exits", "share_groups"), "share_groups"),
+        ("LINEAR", ("windowed_linear", "linear"), "linear"),
+        ("SEQPE", ("rotary", "SeqPE"), "SeqPE"),
         ("missing.txt", ("good.txt", "other.csv"), ""),
         ("nonsense", ("constant-state", "any-length", "exact"), ""),
         ("", ("exact",), ""),

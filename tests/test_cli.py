@@ -44,8 +44,20 @@ def test_help_names_every_step_and_every_method(capsys):
 
 @pytest.mark.parametrize("command", ["generate", "evaluate", "serve"])
 def test_a_device_that_is_not_there_is_one_sentence(capsys, tmp_path, command):
-    code, out, said = run(capsys, f"{command} {tmp_path} --device nowhere")
-    assert (code, out) == (2, "") and "device 'nowhere'; supported: cpu" in said
+    for device in ("nowhere", "meta"):
+        code, out, said = run(capsys, f"{command} {tmp_path} --device {device}")
+        assert (code, out) == (2, "") and f"device '{device}'; supported: cpu" in said
+
+
+SEEDED = {command: "--seed" for command in ("detect-patterns", "generate", "retrofit", "search", "train", "verify")}
+
+
+@pytest.mark.parametrize(("command", "option"), [*SEEDED.items(), ("compare", "--seed-offset")])
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_beyond_those_of_generators_is_refused(capsys, command, option, seed):
+    line = f"{command} {option} {seed}" + " --mechanism linear --output out nowhere" * (command == "retrofit")
+    code, out, said = run(capsys, line + " nowhere nothing" * (command == "generate"))
+    assert (code, out) == (2, "") and f"Invalid value for '{option}'" in said
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -217,9 +229,21 @@ BAD_INPUT = {
     "compare good.txt --heads 3 --dim 32": ("--heads 2, or --dim 33",),
     "compare good.txt --precision int3": ("int3", "bfloat16"),
     "compare good.txt --frame golden": ("golden", "bare"),
+    "compare good.txt --rates 0.01,nan": ("rates=(0.01, nan)", "positive learning rates"),
+    "train good.txt --learning-rate inf --output out": ("positive learning rates",),
+    "train good.txt --dim 1000000000000 --output out": ("not enough memory",),
+    "profile linear --lengths 1000000000000": ("linear: training at", "more memory than there is"),
+    "detect-patterns softmax --length 1000000000000": ("not enough memory (233 TiB at once)",),
     "compare good.txt --budget some": ("budget", "try 8m"),
     "compare good.txt --budget '1 tokens'": ("budget",),
     "compare good.txt --output blocked": ("blocked",),
+    "train good.txt --output blocked/model": ("blocked/model as the output, where blocked is a file",),
+    "compress nowhere --recipe int8 --output blocked/small": ("where blocked is a file",),
+    "compress nowhere --recipe int8 --tolerance 0.1 --output out": ("--tolerance without --recipes",),
+    "generate nowhere Once --proposals 3": ("--proposals without --draft",),
+    "train good.txt --exits all --layers 1 --output out": ("--exits all of 1 layer", "try --layers 2"),
+    "compress nowhere --recipes int8 --output blocked": ("where blocked is a file",),
+    "sparse nowhere --output blocked": ("where blocked is a file",),
     "compare good.txt --plugin raises.py": ("broken plugin", "ValueError"),
     "compare good.txt --plugin task.py": ("recall", "--task"),
     "compare good.txt --task recall": ("recall",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import time
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -34,8 +35,8 @@ from regard.cli.sparse import sparse
 from regard.cli.study import study
 from regard.cli.train import train
 from regard.cli.verify import verify
-from regard.contract import Unsupported
-from regard.measurement import provenance
+from regard.contract import Unsupported, out_of_memory
+from regard.measurement import provenance, units
 from regard.measurement.memory import keep_freed_memory
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -127,7 +128,7 @@ parser = typer.main.get_command(app)
 def main() -> None:
     """Entry point: a request that cannot be honoured ends with exit code 2 and one clear line.
 
-    Of the processes of torchrun on a machine, which are mostly refused alike, the first speaks, and torchrun then ends the
+    What does not fit into memory ends so too. Of the processes of torchrun on a machine, which are mostly refused alike, the first speaks, and torchrun then ends the
     others; one that is still there after a while speaks for itself.
     """
     keep_freed_memory()
@@ -137,4 +138,11 @@ def main() -> None:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(SECONDS_FOR_THE_FIRST)
         errors.print(plain(f"regard: {error}"), soft_wrap=True)
+        raise SystemExit(2) from None
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        asked = re.search(r"tried to allocate (\d+) bytes", str(error))
+        wanted = f" ({units.size(int(asked[1]))} at once)" if asked else ""
+        errors.print(f"regard: not enough memory{wanted}: take less at a time, or something smaller", soft_wrap=True)
         raise SystemExit(2) from None

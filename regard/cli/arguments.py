@@ -18,6 +18,15 @@ def given_options(context: typer.Context) -> list[str]:
     return [name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
 
 
+def only_beside(context: typer.Context, option: str, names: Sequence[str]) -> None:
+    """Raise Unsupported for one of `names` on a command line without the option beside which alone it means something."""
+    for name in given_options(context):
+        if name in names:
+            raise Unsupported(
+                f"{spelled_option(name)} without {option}", supported=f"{option} beside it", nearest=option
+            )
+
+
 def spelled_option(name: str) -> str:
     """An option as it stands on the command line."""
     return "--" + name.replace("_", "-")
@@ -139,6 +148,8 @@ def read_exits(text: str, layers: int, objective: str, stack: Any) -> Any:
     places, _, kind = text.partition(":")
     one_of(f"--exits {places}:", kind, ("", "own", "halting"))
     exits = tuple(range(1, layers)) if places == "all" else read_integers("--exits", places.replace("+", ","))
+    if layers == 1:
+        raise Unsupported(f"--exits {text} of 1 layer", supported="two layers or more", nearest="--layers 2")
     if not exits or not 1 <= exits[0] <= exits[-1] < layers:
         raise Unsupported(f"--exits {text} of {layers} layers", supported=f"layers from 1 to {layers - 1}, or all")
     if kind == "own" and objective != "classification":

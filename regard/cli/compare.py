@@ -17,6 +17,7 @@ from regard.cli.options import (
     ENGINE,
     FRAMES,
     JSON,
+    LARGEST_SEED,
     LENGTH,
     MODEL,
     PLUGINS,
@@ -78,7 +79,8 @@ def compare(
     ] = "8m",
     seeds: Annotated[int, typer.Option(help="Runs of each mechanism; two or more to judge differences.")] = 3,
     seed_offset: Annotated[
-        int, typer.Option(help="The lowest seed: another repeats the comparison by other draws.")
+        int,
+        typer.Option(min=0, max=LARGEST_SEED, help="The lowest seed: another repeats the comparison by other draws."),
     ] = 0,
     frame: Annotated[
         str,

@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from regard.cli.arguments import only_beside
 from regard.cli.console import console, emit
 from regard.cli.options import JSON
 from regard.cli.progress import progress
@@ -28,6 +29,7 @@ WORK = ".work"
 
 
 def compress(
+    context: typer.Context,
     model: Annotated[
         Path,
         typer.Argument(
@@ -95,6 +97,7 @@ def compress(
         regard compress timm:vit_small_patch16_224 --data photos/ --recipes "int8,w8a8,tokens:method=tome"
     """
     from regard.compression.recipes import read_recipe, read_recipes
+    from regard.core.files import check_folder
     from regard.measurement.budget import Budget
     from regard.workbench.lighter.subjects import open_subject
 
@@ -104,6 +107,7 @@ def compress(
     if recipe is not None and recipes is not None:
         raise Unsupported("both --recipe and --recipes", supported="--recipe for one model, --recipes to compare some")
     if recipe is not None:
+        only_beside(context, "--recipes", ["budget", "tolerance"])
         if output is None:
             raise Unsupported(
                 "--recipe without --output", supported="a folder for the model", nearest="--output small/"
@@ -115,6 +119,7 @@ def compress(
         _one(subject, one, output, calibration, asked, as_json)
         return
     several, time = read_recipes(recipes or "all"), Budget.parse(budget)
+    check_folder(output or OUTPUT)
     subject = open_subject(model, data or None, length, several)
     asked = _probes(subject, effects, length, data)
     _several(subject, several, output or OUTPUT, time, _command(model, data, length), tolerance, asked, as_json)
@@ -279,11 +284,11 @@ def _data(data: list[str] | None, model: Path, *, needed: bool) -> Any:
 
 def _check_output(output: Path, model: Path) -> None:
     from regard.compression.folders import RECORD, is_compressed, library_of_place
+    from regard.core.files import check_folder
 
     if output.resolve() == model.resolve():
         raise Unsupported(f"{output} as the output, which is the model itself", supported="another folder")
-    if output.is_file():
-        raise Unsupported(f"{output} as the output, which is a file", supported="a folder")
+    check_folder(output)
     strange = output.is_dir() and any(output.iterdir()) and not {RECORD, WORK} & {p.name for p in output.iterdir()}
     if strange:
         raise Unsupported(

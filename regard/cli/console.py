@@ -41,5 +41,7 @@ def plain(text: str) -> Text:
 
 
 def emit(value: Any) -> None:
-    """Print a value as JSON."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    """Print a value as JSON, which has no infinite numbers and no NaN: they are null."""
+    from regard.measurement.store import plain_values
+
+    print(json.dumps(plain_values(value), indent=2, ensure_ascii=False, allow_nan=False, default=str))

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from regard.cli.console import console, emit, load_plugins
-from regard.cli.options import JSON, PLUGINS
+from regard.cli.options import JSON, LARGEST_SEED, PLUGINS
 from regard.contract import Unsupported
 
 
@@ -39,7 +39,7 @@ def detect_patterns(
         list[str] | None,
         typer.Option(help="A pattern that it must have, or the command ends with exit code 1. Repeatable."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the random inputs.")] = 0,
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:

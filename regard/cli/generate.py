@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
+from regard.cli.arguments import only_beside
 from regard.cli.console import emit, errors
-from regard.cli.options import DEVICE, JSON
+from regard.cli.options import DEVICE, JSON, LARGEST_SEED
 from regard.contract import Unsupported
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ UNFINISHED = "\ufffd"
 
 
 def generate(
+    context: typer.Context,
     folder: Annotated[
         Path,
         typer.Argument(
@@ -35,13 +37,13 @@ def generate(
         ),
     ],
     text: Annotated[str, typer.Argument(help="What the model goes on from; - reads standard input.")],
-    tokens: Annotated[int, typer.Option(help="New tokens.")] = 200,
+    tokens: Annotated[int, typer.Option(min=0, help="New tokens.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; 1 draws as the model says.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Draw among this many of the likeliest tokens.")] = None,
     top_p: Annotated[
         float | None, typer.Option(help="Draw among the likeliest tokens that together have this probability.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the draws.")] = 0,
     exit_rule: Annotated[
         str | None,
         typer.Option(
@@ -58,7 +60,7 @@ def generate(
             "the folder of a smaller model with the same tokens, or lookup: what followed last time."
         ),
     ] = None,
-    proposals: Annotated[int, typer.Option(help="Tokens that a draft proposes at once.")] = 4,
+    proposals: Annotated[int, typer.Option(min=1, help="Tokens that a draft proposes at once.")] = 4,
     cache: Annotated[
         str | None,
         typer.Option(
@@ -99,11 +101,15 @@ def generate(
     import torch
 
     from regard.models import LanguageModel, exit_layers
+    from regard.models.generation import check_sampling
     from regard.workbench.trained.folder import beyond, trained_length
 
     prompt = sys.stdin.read() if text == "-" else text
     if not prompt:
         raise Unsupported("an empty text", supported="one character or more")
+    check_sampling(temperature, top_k, top_p)
+    if draft is None:
+        only_beside(context, "--draft", ["proposals"])
     generator = torch.Generator(device).manual_seed(seed)
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
     if cache is not None and draft is not None:
@@ -256,10 +262,15 @@ def _speculation(model: Any, draft: str, device: str, proposals: int) -> Specula
 
 
 def write(tokenizer: Tokenizer, stream: Iterable[Tensor], show: Callable[[str], None], prompt: str) -> str:
-    """The text of a stream of tokens; what is new of it is shown as it comes, once its characters are whole."""
+    """The text of a stream of tokens; what is new of it is shown as it comes, once its characters are whole.
+
+    The prompt is shown with the first token, so that a refusal has nothing before it.
+    """
+    coming = iter(stream)
+    first = list(itertools.islice(coming, 1))
     show(prompt)
     written, waiting = "", list[int]()
-    for token in stream:
+    for token in itertools.chain(first, coming):
         waiting.append(int(token))
         part = tokenizer.decode(waiting)
         if not part.endswith(UNFINISHED):

@@ -54,6 +54,8 @@ def _there(device: str) -> str:
     return device
 
 
+LARGEST_SEED = 2**32 - 1
+"""Every generator takes it, also with a count added to it."""
 FRAMES = "bare, convolution, unnormed or own"
 FRAME = Annotated[str, typer.Option(help=f"What surrounds the mechanism in its layer: {FRAMES}.")]
 DEVICE = Annotated[str, typer.Option(help="Device, as torch names it: cpu, cuda.", callback=_there)]

@@ -95,13 +95,14 @@ def profile_command(
             table.add_column(heading, justify="right")
         for length in settings.lengths:
             at = {m.mechanism: m for m in rows if m.length == length}
-            table.add_row(str(length), *(_measurement(at[n]) for n in names))
+            table.add_row(str(length), *(_measurement(at[n]) if n in at else "" for n in names))
         console.print(table)
         console.print()
     for line_ in _speeds(found):
         console.print(line_)
     for name, crossing in found.efficiency.items():
-        said = ", ".join(f"{k} from {v}" if v else f"{k} not by {max(settings.lengths)}" for k, v in crossing.items())
+        farthest = max((m.length for m in found.measurements if m.mechanism == name), default=0)
+        said = ", ".join(f"{k} from {v}" if v else f"{k} not by {farthest}" for k, v in crossing.items())
         console.print(f"{name} beats softmax: {said}")
     for name, p in grown.items():
         console.print(

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from regard.cli.arguments import read_lengths
 from regard.cli.console import console, emit, load_plugins, plain
-from regard.cli.options import JSON, PLUGINS
+from regard.cli.options import JSON, LARGEST_SEED, PLUGINS
 from regard.cli.progress import progress
 from regard.measurement import units
 
@@ -75,7 +75,10 @@ def retrofit(
             help="Most blocks (or batches of images) of each source in the evaluation; as the budget allows when not given."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the order of blocks and of weights that start at random.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=LARGEST_SEED, help="Seed of the order of blocks and of weights that start at random."),
+    ] = 0,
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:

@@ -16,6 +16,7 @@ from regard.cli.options import (
     DEVICE,
     FRAME,
     JSON,
+    LARGEST_SEED,
     LENGTH,
     PLUGINS,
     PRECISION,
@@ -65,7 +66,9 @@ def search(
         int, typer.Option(help="Steps of training from scratch for what was chosen; 0 for none.")
     ] = 1500,
     seeds: Annotated[int, typer.Option(help="Runs from scratch of each; two or more to judge differences.")] = 3,
-    seed: Annotated[int, typer.Option(help="Seed of the supernet, the draws and the first run.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the supernet, the draws and the first run.")
+    ] = 0,
     learning_rate: Annotated[float, typer.Option(help="Learning rate of all training.")] = 3e-3,
     batch_tokens: Annotated[int, typer.Option(help="Tokens in a training step.")] = 4096,
     frame: FRAME = "bare",

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from regard.cli.arguments import read_integers
+from regard.cli.arguments import only_beside, read_integers
 from regard.cli.console import console, emit, errors, load_plugins
 from regard.cli.options import DEVICE, JSON, PLUGINS
 from regard.contract import Unsupported, one_of
@@ -25,7 +25,11 @@ KEY = "REGARD_API_KEY"
 LOOPBACK = "127.0.0.1"
 
 
+OF_BENCH = ("clients", "requests", "prompt_tokens", "new_tokens", "shared_tokens", "url", "output")
+
+
 def serve(
+    given: typer.Context,
     folder: Annotated[
         Path | None, typer.Argument(help="Folder of regard train, a folder of transformers, or a .gguf file.")
     ] = None,
@@ -107,8 +111,8 @@ def serve(
         raise Unsupported("no model to serve", supported="regard serve FOLDER, or --bench --url URL")
     if folder is not None and url is not None:
         raise Unsupported("a folder beside --url", supported="one of them")
-    if url is not None and not bench:
-        raise Unsupported("--url without --bench", supported="a folder to serve", nearest="--bench")
+    if not bench:
+        only_beside(given, "--bench", OF_BENCH)
     import torch
 
     one_of("dtype", dtype, ("float32", "bfloat16"))
@@ -116,8 +120,11 @@ def serve(
         torch.set_num_threads(threads)
     load: Load | None = None
     if bench:
+        from regard.core.files import check_folder
         from regard.serving.bench import Load
 
+        if output is not None:
+            check_folder(output)
         load = Load(read_integers("--clients", clients), requests, prompt_tokens, new_tokens, shared_tokens)
     if folder is None:
         assert url is not None and load is not None

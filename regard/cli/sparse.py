@@ -79,6 +79,7 @@ def sparse(
         regard sparse constructed
     """
     from regard.compression.sparse.catalogue import read_names
+    from regard.core.files import check_folder
     from regard.measurement.budget import Budget
 
     if samples is not None:
@@ -92,8 +93,7 @@ def sparse(
             raise Unsupported(f"budget {budget}", supported="a time: 90s, 20m, 2h", nearest="20m")
         seconds = parsed.amount
     counts = None if lengths is None else read_lengths(lengths)
-    if output.is_file():
-        raise Unsupported(f"{output} as the output, which is a file", supported="a folder")
+    check_folder(output)
     if model in PRESETS:
         taken = OF_CONSTRUCTED if model == "constructed" else OF_PRESETS
         for name in given_options(context):

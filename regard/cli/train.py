@@ -24,6 +24,7 @@ from regard.cli.options import (
     DEVICE,
     FRAME,
     JSON,
+    LARGEST_SEED,
     LENGTH,
     MODEL,
     PLUGINS,
@@ -109,7 +110,9 @@ def train(
         ),
     ] = None,
     stack: STACK = "",
-    seed: Annotated[int, typer.Option(help="Seed of the weights, the batches and the draws.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the weights, the batches and the draws.")
+    ] = 0,
     precision: PRECISION = "float32",
     ema: Annotated[
         float | None,

@@ -16,7 +16,7 @@ from rich.text import Text
 from regard.catalogue import list_mechanisms
 from regard.cli.arguments import given_options, spelled_option
 from regard.cli.console import console, emit, load_plugins
-from regard.cli.options import JSON, PLUGINS
+from regard.cli.options import JSON, LARGEST_SEED, PLUGINS
 from regard.cli.progress import progress
 
 
@@ -40,7 +40,7 @@ def verify(
         ),
     ] = 0,
     case: Annotated[str | None, typer.Option(help="Try one case instead, as --random prints those that fail.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the random cases.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the random cases.")] = 0,
     full: Annotated[
         bool,
         typer.Option(

@@ -22,7 +22,15 @@ from regard.contract.card import (
     Waiver,
 )
 from regard.contract.context import WANTS, BlockMask, Context, Mask, Role, check_mask
-from regard.contract.errors import Unsupported, at_least, check_options, closest, one_of, spelled
+from regard.contract.errors import (
+    Unsupported,
+    at_least,
+    check_options,
+    closest,
+    one_of,
+    out_of_memory,
+    spelled,
+)
 from regard.contract.patterns import ALL_PATTERNS, Kind, Pattern
 from regard.contract.spelling import read_options, split_list
 from regard.contract.state import Loss, Result, State, Tensors, state_field
@@ -61,6 +69,7 @@ __all__ = [
     "closest",
     "lengths_after",
     "one_of",
+    "out_of_memory",
     "read_options",
     "register_pytree",
     "spelled",

@@ -40,14 +40,14 @@ def closest(word: str, choices: Iterable[str]) -> str:
     """The choice spelled most like `word`, or ``""`` when none is close.
 
     Close are spellings that share three fifths of their letters, in order, and names that begin with the same word or
-    hold all words of `word`. Fewer letters in common are common by chance.
+    hold all words of `word`. Fewer letters in common are common by chance. Capitals and small letters are the same.
     """
-    word, names = str(word), list(choices)
+    word, names = str(word).lower(), {name.lower(): name for name in choices}
     words = _words(word)
     alike = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     kin = [name for name in names if words and (_words(name)[:1] == words[:1] or set(words) <= set(_words(name)))]
     found = alike or difflib.get_close_matches(word, kin, n=1, cutoff=0.0)
-    return found[0] if found else ""
+    return names[found[0]] if found else ""
 
 
 def _words(name: str) -> list[str]:
@@ -81,6 +81,17 @@ def at_least(name: str, value: float, low: float) -> None:
         enough = False
     if not enough:
         raise Unsupported(f"{name}={value}", supported=f"{name} >= {low}", nearest=f"{name}={low}")
+
+
+NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed", "out of memory")
+"""What torch, CUDA and the native library say."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Is it that there was too little memory, on whatever device?"""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    )
 
 
 def spelled(options: Mapping[str, Any]) -> str:

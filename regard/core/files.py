@@ -1,4 +1,4 @@
-"""Files that are replaced in one step: there whole, or as they were."""
+"""Files that are replaced in one step, there whole or as they were; and folders that can have some."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from regard.contract import Unsupported
+
+
+def check_folder(folder: Path) -> None:
+    """Raise Unsupported unless a folder can be written in, or made: what takes long is not begun for one that cannot."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise Unsupported(f"{folder} as the output, where {there} is a file", supported="a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise Unsupported(f"{folder} as the output, where nothing can be written", supported="a folder of yours")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -131,7 +131,7 @@ class Store:
             False when the store has this key already: nothing is written then, and the first row stays.
         """
         _require_kind(kind)
-        named, said = canonical_key(key), json.dumps(_plain(payload), ensure_ascii=False, allow_nan=False)
+        named, said = canonical_key(key), json.dumps(plain_values(payload), ensure_ascii=False, allow_nan=False)
         with _told_plainly(self.path, "written"):
             machine = self._machine or self._record_machine()
             who = (provenance.now(), self.run, self._regard_version, self._git_revision, machine, self.command)
@@ -279,15 +279,15 @@ def _settings(value: Any, where: str) -> Any:
     raise Unsupported(f"{where} of type {type(value).__name__}", supported="text, numbers, lists and mappings")
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
     """`value` as JSON can say it, non-finite numbers as None."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): plain_values(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain_values(item) for item in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
-    return _plain(value.tolist()) if hasattr(value, "tolist") else value
+    return plain_values(value.tolist()) if hasattr(value, "tolist") else value
 
 
 def _require_kind(kind: str) -> None:
@@ -396,7 +396,7 @@ def _unusable(path: Path, doing: str, error: Exception) -> Unsupported:
     return Unsupported(
         f"{path} as a store: it cannot be {doing} ({error})",
         supported="a file in a folder that can be written, on a disk with room; the rows that it has are kept",
-        nearest="--output ./regard.sqlite",
+        nearest="another --output",
     )
 
 

@@ -198,8 +198,9 @@ class Speculation:
             temperature, top_k, top_p, stop_tokens, generator: as there. The draft draws by them too.
 
         Raises:
-            Unsupported: for several prompts.
+            Unsupported: for several prompts, and fewer than no tokens.
         """
+        at_least("max_new_tokens", max_new_tokens, 0)
         check_sampling(temperature, top_k, top_p)
         check_ids(ids)
         if ids.shape[0] != 1 or ids.shape[1] < 1:

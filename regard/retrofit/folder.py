@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.contract import Unsupported
-from regard.core.files import write_text_atomically
+from regard.core.files import check_folder, write_text_atomically
 
 WORK, RECORD, LOCK = ".retrofit", "retrofit.json", "lock"
 """The folder inside that holds checkpoints and results of parts, the file that says what came of it, and the one that a process
@@ -30,8 +30,7 @@ class Folder:
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self.path, self.work = path, path / WORK
         identity = json.loads(json.dumps(identity))
-        if path.exists() and not path.is_dir():
-            raise Unsupported(f"{path} as an output folder: it is a file", supported="a folder")
+        check_folder(path)
         known = self.read("identity")
         if known is None and path.is_dir() and any(path.iterdir()):
             raise Unsupported(

@@ -17,7 +17,7 @@ import torch
 from regard.backends import watch_backends
 from regard.backends.native import library, machine
 from regard.catalogue import get_mechanism
-from regard.contract import Kind, Pattern, Shape, Unsupported, at_least, one_of
+from regard.contract import Kind, Pattern, Shape, Unsupported, at_least, one_of, out_of_memory
 from regard.measurement.memory import peak_memory
 from regard.measurement.statistics import growth_exponent
 from regard.measurement.timing import Timing, calm_clock, efficiency_length, interleaved, rounds
@@ -129,10 +129,12 @@ class Profile:
 
 
 def profile(settings: ProfileSettings, *, on_length: Callable[[str, int], None] | None = None) -> Profile:
-    """Measure. Mechanisms that lack a kind of work (no state to decode with) are listed in `skipped`, with the reason.
+    """Measure. Mechanisms that lack a kind of work (no state to decode with), and lengths at which the memory does not
+    suffice, are listed in `skipped`, with the reason.
 
     Raises:
-        Unsupported: for an unknown mechanism, one without the pattern, or the function of a wrapper.
+        Unsupported: for an unknown mechanism, one without the pattern, or the function of a wrapper; where nothing could be
+            measured.
     """
     if not isinstance(settings, ProfileSettings):
         raise Unsupported(
@@ -148,9 +150,15 @@ def profile(settings: ProfileSettings, *, on_length: Callable[[str, int], None] 
         for name in subjects.keys() - able.keys():
             skipped[f"{name} {what}"] = f"{name} has no state that decodes in {settings.pattern.value}"
         for length in settings.lengths:
-            measurements += _at(what, length, able, settings, peak)
+            found, too_large = _at(what, length, able, settings, peak)
+            measurements += found
+            for name in too_large:
+                reason = f"{what} at {length:,} tokens needs more memory than there is"
+                skipped[f"{name} {what} at {length}"] = f"{name}: {reason}"
             if on_length is not None:
                 on_length(what, length)
+    if not measurements:
+        raise Unsupported("; ".join(skipped.values()), supported="shorter lengths, fewer heads or a smaller batch")
     return Profile(settings, measurements, _efficiency(measurements, list(subjects)), skipped, peak)
 
 
@@ -252,11 +260,21 @@ def _decodes(subject: Subject | LayerWork) -> bool:
 
 def _at(
     what: str, length: int, subjects: Mapping[str, Subject | LayerWork], settings: ProfileSettings, peak: float | None
-) -> list[Measurement]:
-    actions = {name: _action(what, length, subject, settings) for name, subject in subjects.items()}
-    measured = {name: measure_memory(action, settings.device) for name, action in actions.items()}
+) -> tuple[list[Measurement], list[str]]:
+    """The measurements at one length, and the names for which there is too little memory."""
+    actions, measured, too_large = dict[str, Callable[[], Any]](), dict[str, tuple[int, str]](), list[str]()
+    for name, subject in subjects.items():
+        try:
+            action = _action(what, length, subject, settings)
+            measured[name] = measure_memory(action, settings.device)
+            actions[name] = action
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            too_large.append(name)
     device = torch.device(settings.device)
-    timings = interleaved(actions, seconds=settings.seconds, device=device, clock=calm_clock(device))
+    clock = calm_clock(device)
+    timings = interleaved(actions, seconds=settings.seconds, device=device, clock=clock) if actions else {}
     found = []
     for name, timing in timings.items():
         subject, (memory, backend) = subjects[name], measured[name]
@@ -269,7 +287,7 @@ def _at(
         found.append(
             Measurement(name, what, length, *_milliseconds(timing), timing.repeats, memory, rate, share, backend, state)
         )
-    return found
+    return found, too_large
 
 
 def measure_memory(action: Callable[[], Any], device: str = "cpu") -> tuple[int, str]:

@@ -85,10 +85,12 @@ def test_what_cannot_be_served_is_said_before_anything_starts(capsys, tmp_path, 
             f"{trained} --timeout 0": "seconds >= 0.001",
             f"{trained} --dtype int8": "float32, bfloat16",
             f"{trained} --bench --clients none": "whole numbers",
+            f"{trained} --bench --output {template}/load": "is a file",
             f"{trained} --bench --shared-tokens 9 --prompt-tokens 3": "0 to 3",
             "--url http://127.0.0.1:1 --bench": "no server tells",
             "--url nowhere --bench": "http://HOST:PORT",
             "--url http://127.0.0.1:1": "try --bench",
+            f"{trained} --output {tmp_path}": "--output without --bench",
         }.items():
             code, out, errors = run(capsys, f"serve --port 0 {words}")
             assert code == 2 and out == "" and message in errors and errors.count("\n") == 1, (words, errors)

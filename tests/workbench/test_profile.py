@@ -46,6 +46,14 @@ def test_memory_grows_as_what_is_stored():
     assert [p.memory for p in growth(long).values()] == pytest.approx([1, 2], abs=0.1)
 
 
+def test_a_length_that_does_not_fit_takes_nothing_of_those_that_do():
+    found = profile(dataclasses.replace(SMALL, lengths=(16, 10**14), what=("forward", "decode")))
+    assert {(m.mechanism, m.what, m.length) for m in found.measurements} == {
+        (name, what, 16) for name in ("linear", "softmax") for what in ("forward", "decode")
+    }
+    assert found.skipped["linear forward at 100000000000000"].endswith("needs more memory than there is")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -92,9 +92,9 @@ class LayerSettings:
 
 
 def check_device(device: str) -> None:
-    """Raises Unsupported for a device that torch does not know or this machine lacks."""
+    """Raises Unsupported for a device that torch does not know, this machine lacks, or that holds no numbers (meta)."""
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
         found = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
         raise Unsupported(f"device {device!r}", supported=", ".join(found), nearest="cpu") from error

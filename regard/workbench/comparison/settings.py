@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -104,7 +105,7 @@ class CompareSettings:
                 )
         one_of("precision", self.precision, PRECISIONS)
         check_device(self.device)
-        if not self.rates or min(self.rates) <= 0:
+        if not self.rates or not all(0 < rate < math.inf for rate in self.rates):
             raise Unsupported(f"rates={self.rates}", supported="positive learning rates", nearest=f"rates={RATES}")
         for length in (*self.lengths, *([] if self.at_length is None else [self.at_length])):
             at_least("length", length, 1)

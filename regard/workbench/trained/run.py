@@ -19,8 +19,10 @@ import torch
 from torch import nn
 
 from regard.contract import Unsupported, at_least
+from regard.core.files import check_folder
 from regard.distributed import train_together
 from regard.models import save_pretrained
+from regard.models.pretrained import CONFIG, WEIGHTS
 from regard.models.weights import distinct_tensors, load_tensors, sharded
 from regard.tasks import Task
 from regard.training import Point, WeightAverage, runner_of
@@ -31,7 +33,17 @@ from regard.workbench.comparison.settings import CompareSettings
 from regard.workbench.comparison.task_models import build
 from regard.workbench.comparison.work import Work
 from regard.workbench.trained.best_weights import MOMENTS, BestWeights, moments
-from regard.workbench.trained.folder import BEGUN, CHECKPOINT, LAST, RECORD, TrainedModel, read_record, write_record
+from regard.workbench.trained.folder import (
+    BEGUN,
+    CARD,
+    CHECKPOINT,
+    LAST,
+    RECORD,
+    TOKENIZER,
+    TrainedModel,
+    read_record,
+    write_record,
+)
 from regard.workbench.trained.records import described, keep, outcome
 
 if TYPE_CHECKING:
@@ -100,7 +112,8 @@ def train_model(
         The folder, whose record's `state` is ``diverged`` where a loss stopped being finite: then there is no model.
 
     Raises:
-        Unsupported: for more than one mechanism, a budget too small, a folder with another run, and `ema` of a task that
+        Unsupported: for more than one mechanism, a budget too small, a folder with another run or with files of others that
+            the model would replace, and `ema` of a task that
             trains in a way of its own, and for a teacher whose method does not fit the model; for what `parallel` cannot do.
     """
     if len(settings.names) != 1 or settings.seeds != 1 or len(settings.rates) != 1:
@@ -139,6 +152,7 @@ def train_model(
         record = before
         say(f"going on with the run in {place}")
     else:
+        _check_free(place)
         looks = best_of * (2 if ema is not None else 1) if work.search_items else 0
         record["settings"] |= together.agreed(_planned(work, name, looks, say))
         if together.writes:
@@ -277,6 +291,18 @@ def _planned(work: Work, name: str, looks: int, say: Callable[[str], None]) -> d
         )
     say(f"{steps} steps of {work.batch} ({steps * work.batch_size * work.item_tokens:,} tokens)")
     return {"steps": steps, "step_seconds": step, "threads": threads}
+
+
+def _check_free(place: Path) -> None:
+    """Raise Unsupported for a folder that cannot be written in, or has no run but files that the model would replace."""
+    check_folder(place)
+    taken = [name for name in (CARD, CONFIG, WEIGHTS, TOKENIZER, LAST) if (place / name).exists()]
+    if taken:
+        raise Unsupported(
+            f"a model in {place} over its {taken[0]}, which is not of a training",
+            supported="a new folder, or that of the same run",
+            nearest="another --output",
+        )
 
 
 def _check_same(place: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

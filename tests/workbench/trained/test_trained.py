@@ -139,6 +139,9 @@ def test_train_evaluate_and_generate_on_the_command_line(corpus, tmp_path, capsy
     assert score == pytest.approx(open_trained(folder).record["score"], rel=1e-6)
     code, out, _ = run(capsys, "evaluate", folder, tmp_path / "other.txt")
     assert code == 0 and "bits per byte" in out
+    (tmp_path / "one.txt").write_text("one item of text.")
+    alone = answer(capsys, "evaluate", folder, tmp_path / "one.txt")
+    assert (alone["items"], alone["standard_error"]) == (1, None)
     generate = f"generate {folder} Zwölf --tokens 30 --temperature 1"
     assert run(capsys, generate)[1] == f"Zwölf{answer(capsys, generate)['text']}\n"
     greedy = f"generate {folder} Zwölf --tokens 30 --temperature 0"
@@ -152,6 +155,18 @@ def test_train_evaluate_and_generate_on_the_command_line(corpus, tmp_path, capsy
     assert "beyond" not in answer(capsys, f"generate {folder} Zwölf --tokens 10")
     code, _, said = run(capsys, f"{train} --dim 32")
     assert code == 2 and "dim=16" in said
+    for asked in ("--temperature -1", "--top-p 2", "--tokens -5", "--seed 4294967296", "--draft lookup --tokens -5"):
+        code, out, said = run(capsys, f"generate {folder} Zwölf {asked}")
+        assert (code, out) == (2, "") and "Traceback" not in said, "a refusal has nothing before it"
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors", "tokenizer.json"])
+def test_what_a_folder_has_of_others_is_not_overwritten_by_a_model(corpus, tmp_path, capsys, name):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / name).write_text("of somebody else")
+    code, _, said = run(capsys, f"train {corpus} {SMALL} --output {tmp_path / 'model'}")
+    assert code == 2 and f"{name}, which is not of a training" in said and "calibrating" not in said
+    assert [(path.name, path.read_text()) for path in (tmp_path / "model").iterdir()] == [(name, "of somebody else")]
 
 
 def test_a_folder_that_is_not_whole_is_told_from_one_that_is_none(tmp_path, capsys):
