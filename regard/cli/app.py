@@ -128,8 +128,8 @@ parser = typer.main.get_command(app)
 def main() -> None:
     """Entry point: a request that cannot be honoured ends with exit code 2 and one clear line.
 
-    What does not fit into memory ends so too. Of the processes of torchrun on a machine, which are mostly refused alike, the first speaks, and torchrun then ends the
-    others; one that is still there after a while speaks for itself.
+    What does not fit into memory ends so too. Of the processes of torchrun on a machine, which are mostly refused alike, the
+    first speaks, and torchrun then ends the others; one that is still there after a while speaks for itself.
     """
     keep_freed_memory()
     try:

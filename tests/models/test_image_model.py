@@ -95,7 +95,10 @@ def test_train_evaluate_and_predict_from_the_command_line(
             picture = (photographs / name / f"{number}.png").read_bytes()
             (tmp_path / "more" / name / f"{number}.png").write_bytes(picture)
     assert answer(capsys, f"evaluate {folder} {tmp_path / 'more'}")["shared"] == 6
-    assert "held-out images that include every training image of the class" in run(capsys, f"evaluate {folder} {photographs}")[2]
+    assert (
+        "held-out images that include every training image of the class"
+        in run(capsys, f"evaluate {folder} {photographs}")[2]
+    )
     (tmp_path / "broken.png").write_text("no picture")
     above, broken = photographs / "above" / "0.png", tmp_path / "broken.png"
     told = answer(capsys, f"predict {folder} {above} {broken} --skip-unreadable")
