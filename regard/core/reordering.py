@@ -48,4 +48,5 @@ def reorder(
 
 def opposite(order: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     """The order that undoes one."""
-    return torch.zeros_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device))
+    places = order.long()
+    return torch.zeros_like(places).scatter(0, places, torch.arange(order.shape[0], device=order.device))

@@ -193,7 +193,6 @@ def with_room(
     grown = memory.slots.narrow(axis, start, end)
     _MEMORIES[grown] = found
     return grown
-    return grown
 
 
 def newest(x: Shaped[Tensor, "..."], axis: int, count: int) -> Shaped[Tensor, "..."]:

@@ -28,8 +28,8 @@ regions are segments of a sequence. Regions that a side does not fill are smalle
 are: they count in no mean and are no keys, and a region without a token is not chosen. Without one, padding is gathered
 away, and `windows` divides each row's own length. In cross patterns both sequences have regions, of their own sizes.
 Keys of the chosen regions are copied for each region of queries, k / S^2 of the pairs are scored, and nothing of size N x M
-is made; where no region is left out it is softmax attention to all keys, without copies, and on native kernels from a quarter
-of them on a mask hides the others, without copies too.
+is made; where no region is left out it is softmax attention to all keys, without copies. Where a quarter or more is read, native
+kernels read keys where they lie and pass over blocks of others.
 Deviations: the authors' older code pads x, before its projection, to a multiple of S, which adds keys; their newer code has
 regions of floor(side / S) places, so more than S a side (`region_size` says so), and pads with keys of zeros, which
 ``padded_keys=True`` keeps. Sequences, cross patterns, routing by head and the forced own region are not in the paper; its
@@ -50,6 +50,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.backends import prefers_native
+from regard.backends.operators import transformed
 from regard.contract import (
     BlockMask,
     Call,
@@ -370,7 +371,7 @@ def _attend(
         regions.split(x.transpose(1, 2).flatten(2)) for x, regions in ((q, own), (k, others), (v, others))
     )
     chosen = _chosen(call.config, queries, keys, own, others, (k.shape[1], heads // k.shape[1], q.shape[3]))
-    run = _hidden if _are_many(call, own, others, q) else _gathered
+    run = _hidden if _are_many(call, own, others, values) else _gathered
     attend = partial(attention, visibility=Visibility(), scale=scale, backend=call.backend)
     output = run(call, queries, keys, values, chosen, own, others, (heads, k.shape[1]), attend)
     output = output.transpose(1, 2).reshape(batch, own.count, own.room, -1)
@@ -433,13 +434,14 @@ def _split_heads(x: Float[Tensor, "b n h*d"], heads: int) -> Float[Tensor, "b h 
     return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-def _are_many(call: Call, own: Tiles | Segments, others: Tiles | Segments, q: Tensor) -> bool:
-    """Whether so many regions are read that the kernel passes over the others sooner than these are copied."""
+def _are_many(call: Call, own: Tiles | Segments, others: Tiles | Segments, values: Tensor) -> bool:
+    """Whether so many regions are read that the kernel passes over the others sooner than these are copied. It multiplies
+    values that are hidden by 0, which must be finite."""
     if not (own.holds is others.holds is None and own.room == others.room and 4 * call.config.top >= others.count):
         return False
-    if not q.is_cpu or q.dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
+    if not values.is_cpu or values.dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
         return False
-    return call.backend != "torch" and prefers_native()
+    return call.backend != "torch" and prefers_native() and not transformed() and bool(values.sum().isfinite())
 
 
 def _chosen(

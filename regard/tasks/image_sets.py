@@ -52,7 +52,7 @@ def load_images(data: Any, validation: Any, size: int | None, channels: int | No
                 nearest=f"no {option}",
             )
     side = None if size is None else check_integer("size", size, 4, 1024)
-    if name in NAMED and not has_idx(folder):
+    if name == "digits" or (name == FASHION_MNIST and not has_idx(folder)):
         images = _resized(_load_digits() if name == "digits" else load_fashion_mnist(), side)
         passed_over = [f"the folder {folder} is passed over; ./{folder} reads it"] if folder.is_dir() else []
         return replace(images, notes=[*images.notes, *passed_over])

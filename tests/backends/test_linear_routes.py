@@ -374,7 +374,14 @@ def test_products_that_go_to_torch_are_remembered_until_a_route_is_forced(monkey
     with use_route(FORCED[-1]):
         near(linear(x, weight, bias), expected)
     assert len(asked) > 2, "not asked which route is forced"
-    monkeypatch.setattr("regard.backends.linear.choices.MOST_REMEMBERED", 3)
+    linear(x, weight, bias)
+    asked.clear()
+    with FrozenWeights():  # in which packed weights have a route of their own
+        linear(x, torch.nn.Parameter(weight), bias)
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    linear(x, weight, bias)
+    assert len(asked) == 2
+    monkeypatch.setattr("regard.backends.linear.MOST_REMEMBERED", 3)
     for rows in range(64, 74):
         near(linear(x[:1].expand(rows, -1).contiguous(), weight, bias), expected[:1].expand(rows, -1))
     assert len(choices.torchs) <= 3

@@ -438,6 +438,11 @@ def test_class_tokens_may_come_first_or_elsewhere(source: str, bias: str, grid: 
     close(found[:, order], layer(x[:, order], context=elsewhere).output)
 
 
+def test_more_tokens_than_the_grid_has_places_are_not_taken_for_class_tokens():
+    roles = torch.zeros(2, 13, dtype=torch.long)
+    refused("grid", make_layer(), randn(2, 13, 8), context=Context(grid=(3, 4), roles=roles))
+
+
 @pytest.mark.parametrize("kind", ["block", "lines", "all"])
 def test_biases_of_a_whole_map_are_those_of_its_places(kind: str) -> None:
     """On maps smaller and larger than the tables, of one row too; numbers of tokens off the map have gradients of 0."""

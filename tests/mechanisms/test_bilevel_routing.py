@@ -64,6 +64,32 @@ def test_where_a_quarter_of_the_regions_is_read_nothing_is_copied(routing, patte
     close_gradients(found.double(), expected, inputs, 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("n", "m", "config"),
+    [
+        (40, 40, Config(region_size=5, top=1)),
+        (24, 40, Config(windows=4, top=2)),
+        (43, 43, Config(region_size=5, top=3)),
+    ],
+    ids=["few", "of other sizes", "not filled"],
+)
+def test_where_regions_are_few_or_unlike_they_are_copied(n, m, config):
+    inputs = qkv(n, m, heads=2)
+    pattern = SELF if n == m else CROSS
+    expected = apply(MECHANISM, inputs, pattern=pattern, config=config).output
+    found = apply(MECHANISM, {name: x.float() for name, x in inputs.items()}, pattern=pattern, config=config).output
+    close(found.double(), expected, 1e-5)
+
+
+@pytest.mark.parametrize("spoilt", [torch.inf, torch.nan])
+def test_values_that_are_not_finite_reach_no_query_that_does_not_read_them(spoilt):
+    inputs = {name: x.float() for name, x in qkv(40, heads=2).items()}
+    options = {"pattern": SELF, "config": Config(region_size=5, top=2)}
+    inputs["v"][:, :, 12] = spoilt
+    found, expected = (apply(MECHANISM, inputs, form=form, **options).output for form in ("parallel", "reference"))
+    assert torch.equal(found.isfinite(), expected.isfinite()) and found.isfinite().any()
+
+
 @pytest.mark.parametrize("routing", ["shared", "head"])
 @pytest.mark.parametrize("pattern", [SELF, CROSS])
 def test_the_regions_that_are_told_are_those_that_are_read(routing, pattern):

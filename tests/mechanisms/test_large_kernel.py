@@ -118,6 +118,20 @@ def test_grids_of_one_two_and_three_axes_equal_the_definition(kernel, dilation, 
     assert axes > 1 or torch.equal(run(kept, options).output, found)  # a sequence
 
 
+@pytest.mark.parametrize("grid", [(7,), (3, 4), (3, 3, 3)])
+def test_autocast_does_not_reach_the_convolutions(grid):
+    """torch's gradients of depthwise convolutions of small volumes in bfloat16 are wrong."""
+    layer = make_layer(axes=len(grid)).float()
+    x, gradients = torch.randn(2, math.prod(grid), 6), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = layer(x, context=Context(grid=grid)).output
+        filters = [p for name, p in layer.named_parameters() if "dilated" in name or "depthwise" in name]
+        gradients.append(torch.autograd.grad(y.float().square().sum(), filters))
+    for found, expected in zip(*gradients, strict=True):
+        assert (found - expected).norm() <= 0.03 * expected.norm()
+
+
 def test_invalid_places_stay_where_they_are_and_are_zeroed_before_each_convolution():
     x = inputs(56)
     valid = torch.rand(2, 56) < 0.7

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from regard.backends.linear.choices import Choices
+from regard.backends.linear.choices import MOST_REMEMBERED, Choices
 from regard.backends.linear.product import FEW_ROWS, FEW_ROWS_WEIGHT, Product
 from regard.backends.linear.routes import LOCAL, ROUTES, checked_route
 from regard.backends.native.few_rows import few_rows
@@ -103,20 +103,22 @@ def linear(
     x: Float[Tensor, "*b k"], weight: Float[Tensor, "n k"], bias: Float[Tensor, " n"] | None = None
 ) -> Float[Tensor, "*b n"]:
     """`torch.nn.functional.linear`, by a route of its own where that is faster: plain float32 tensors on a CPU."""
-    product = None
+    product, torchs = None, CHOICES.torchs
     if torch.compiler.is_compiling():  # how many rows there are may not be known
         large = weight.numel() >= TRACED_WEIGHT
     else:  # asked first, because most layers of small models end here
         large = type(x) in PLAIN and 2 * x.numel() * weight.shape[0] >= CHOICES.smallest_work
         product = _told(x, weight) if large else None
-        if product in CHOICES.torchs:
+        if product in torchs:
             return F.linear(x, weight, bias)
         if _are_few(x, weight) and _fits(x, weight, bias) and _takes_native(x, weight, bias):
             return few_rows(x, weight, bias)
     if large and _fits(x, weight, bias):
         if not _has_own_route(x, weight):
             if product is not None:
-                CHOICES.remember(product)
+                if len(torchs) >= MOST_REMEMBERED:
+                    torchs.clear()
+                torchs.add(product)
         elif _unmodified():
             return _product(x.reshape(-1, x.shape[-1]), weight, bias).reshape(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight, bias)

@@ -77,7 +77,7 @@ class Choices:
     def force(self, name: str | None) -> None:
         """Send every product to the route `name`; None lets each class have its own again."""
         self.forced = name
-        self.torchs.clear()
+        self.torchs = set()  # and not cleared: what is asked for by another thread now is remembered in the old one
         self.smallest_work = SMALLEST_WORK if name is None else 1
 
     def as_record(self) -> dict[str, Any]:
@@ -90,12 +90,6 @@ class Choices:
             for *key, name in record["routes"]:
                 if name in available_routes():
                     self.known.setdefault(tuple(key), name)
-
-    def remember(self, product: tuple[Any, ...]) -> None:
-        """That a product goes to torch."""
-        if len(self.torchs) >= MOST_REMEMBERED:
-            self.torchs.clear()
-        self.torchs.add(product)
 
     def find(self, x: Matrix, weight: Matrix) -> str:
         """The name of the route that x W^T takes."""

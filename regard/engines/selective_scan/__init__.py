@@ -66,8 +66,8 @@ def selective_scan(
         z: gate; multiplies y_t + D x_t by silu(z_t).
         state: h_0, zero when None; kept in at least float32.
         lengths: valid tokens of each right-padded row. Tokens beyond neither decay nor write, and give 0.
-        order: the tokens in the order in which the recurrence visits them, each once, in all rows; y is in their own order.
-            Not with `lengths`.
+        order: the tokens in the order in which the recurrence visits them, each once (which is not checked), in all rows; y
+            is in their own order. Not with `lengths`.
         chunk_size: tokens computed together. Changes rounding only.
         inclusive: whether y_t sees x_t through h_t; otherwise it reads exp(dt_t A) h_{t-1}, before the write.
         backend: see :func:`regard.which_backend`.

@@ -178,8 +178,7 @@ class AgentInputs(Projection):
             return heads
         batch, n = x.shape[:2]
         grid = _two_sides(context.grid)
-        whole = lengths is None and (context.mask is None or not context.mask.ragged)
-        first = leading(n, grid, context.roles) if whole else None
+        first = leading(n, grid, context.roles) if lengths is None else None
         if first is not None and grid is not None:
             rows, columns = (1, grid[0]) if len(grid) == 1 else grid
             gather, share = (

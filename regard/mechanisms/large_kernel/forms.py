@@ -15,7 +15,7 @@ from regard.contract import (
     State,
     state_field,
 )
-from regard.core.precision import wide, wide_dtype
+from regard.core.precision import wide, wide_dtype, without_autocast
 from regard.engines.linear import linear
 from regard.mechanisms.large_kernel.definition import CONVOLUTIONS, GATINGS, Config, _sides
 
@@ -133,12 +133,21 @@ def _convolve(
         return a
     filters = weight.to(a.dtype).unflatten(1, (side,) * len(sides))[:, None]
     bias = None if bias is None else bias.to(a.dtype)
-    image = a.mT.unflatten(2, sides)
-    if dilation > 1 and side % 2 and a.is_cpu and not torch.compiler.is_compiling():
-        return _by_phases(image, filters, bias, dilation).flatten(2).mT
-    padding = dilation * (side - 1) // 2
-    convolution = CONVOLUTIONS[len(sides)]
-    return convolution(image, filters, bias, padding=padding, dilation=dilation, groups=a.shape[-1]).flatten(2).mT
+    with without_autocast(a.device):  # torch's gradients of convolutions of volumes in bfloat16 are wrong
+        return _convolved(a.mT.unflatten(2, sides), filters, bias, side, dilation).flatten(2).mT
+
+
+def _convolved(
+    image: Float[Tensor, "b c *sides"],
+    filters: Float[Tensor, "c 1 *kernel"],
+    bias: Tensor | None,
+    side: int,
+    dilation: int,
+) -> Float[Tensor, "b c *sides"]:
+    if dilation > 1 and side % 2 and image.is_cpu and not torch.compiler.is_compiling():
+        return _by_phases(image, filters, bias, dilation)
+    convolution, padding = CONVOLUTIONS[image.ndim - 2], dilation * (side - 1) // 2
+    return convolution(image, filters, bias, padding=padding, dilation=dilation, groups=image.shape[1])
 
 
 def _by_phases(

@@ -418,7 +418,12 @@ def _inseparable(task: str, best: str, tied: list[str], comparison: Comparison, 
     far = max(tied, key=lambda other: abs(comparison.difference(best, other).mean))
     difference = comparison.difference(best, far)
     if not math.isfinite(difference.resolved):
-        more = "use --seeds 2 or more" if asked == 1 else "a larger --budget has time for more"
+        if asked == 1:
+            more = "use --seeds 2 or more"
+        elif _longer(budget, 1):
+            more = "a larger --budget has time for more"
+        else:
+            more = "of the others not all have a score"
         return f"{said}: with a single seed nothing can be separated; {more}."
     size = f"difference {'up to ' if len(tied) > 1 else ''}{abs(difference.mean):.2g}"
     said += f" ({size}, smallest resolved {difference.resolved:.2g})"

@@ -22,8 +22,8 @@ COSTS = (
     ("in training", "training_memory_bytes", units.size),
 )
 LONGEST_RULE = 26
-FITS_80_COLUMNS = 3
-"""Costs shown on a narrow terminal, of those that were measured; the report has all of them."""
+FITS = ((104, len(COSTS)), (76, 3), (56, 1), (0, 0))
+"""Costs shown on a terminal of so many columns or more, of those that were measured; the report has all of them."""
 
 
 def terminal_table(
@@ -45,10 +45,10 @@ def terminal_table(
     """
     every = [entry for entries in summary.values() for entry in entries]
     costs = [cost for cost in COSTS if any(is_number(entry.get(cost[1])) for entry in every)]
-    costs = costs if width >= 104 else costs[:FITS_80_COLUMNS]
+    costs = costs[: next(number for columns, number in FITS if width >= columns)]
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("")
-    table.add_column("", overflow="fold")  # no name loses its options
+    table.add_column("", min_width=1)
+    table.add_column("", min_width=12, overflow="fold")  # no name loses its options
     for heading in ("score", "rank", *(heading for heading, _, _ in costs)):
         table.add_column(heading, justify="right", no_wrap=True)
     for task, entries in summary.items():

@@ -385,6 +385,8 @@ def test_a_terminal_of_80_columns_shows_names_whole_in_as_many_lines_as_they_nee
     assert name in "".join(line.replace("★", " ").split()[0] for line in lines if line.strip())
     assert max(map(len, lines)) <= 80
     assert all("gated_linear:" in line for line in lines if " ± " in line)
+    narrow = printed(terminal_table(summary, width=40), width=40).splitlines()
+    assert all("gated_linear" in line for line in narrow if "." in line)
 
 
 def test_terminal_table_has_the_rule_in_its_place(rows):
