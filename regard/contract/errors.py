@@ -88,7 +88,7 @@ NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed", "ou
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Is it that there was too little memory, on whatever device?"""
+    """Whether an error says that there was too little memory, on whatever device."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
     )

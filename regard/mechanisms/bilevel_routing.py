@@ -49,8 +49,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.backends import prefers_native
-from regard.backends.operators import transformed
 from regard.contract import (
     BlockMask,
     Call,
@@ -70,7 +68,7 @@ from regard.contract import (
 from regard.core.precision import wide, without_autocast
 from regard.core.ragged import take_tokens
 from regard.core.visibility import CountedRanks
-from regard.engines.attention import Ranks, Visibility, attention, ranks
+from regard.engines.attention import Ranks, Visibility, attention, ranks, skips_blocks
 from regard.layers.grid_convolution import GridConvolution
 
 if TYPE_CHECKING:
@@ -439,9 +437,7 @@ def _are_many(call: Call, own: Tiles | Segments, others: Tiles | Segments, value
     values that are hidden by 0, which must be finite."""
     if not (own.holds is others.holds is None and own.room == others.room and 4 * call.config.top >= others.count):
         return False
-    if not values.is_cpu or values.dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
-        return False
-    return call.backend != "torch" and prefers_native() and not transformed() and bool(values.sum().isfinite())
+    return skips_blocks(values, call.backend) and bool(values.sum().isfinite())
 
 
 def _chosen(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from regard.backends import Engine, add_engine, execute, prefers_native, which_backend
+from regard.backends.operators import transformed
 from regard.contract import BlockMask, Cost, Shape
 from regard.core.ragged import check_pairs
 from regard.core.visibility import CountedRanks, PositionBias, Ranks, Visibility, masked_scores_bias, ranks
@@ -121,6 +122,16 @@ def has_kernel(q: Float[Tensor, "b h n d"], backend: str | None = None) -> bool:
     return which_backend("attention", device=q.device, dtype=q.dtype, backend=backend).name != "torch"
 
 
+def skips_blocks(q: Float[Tensor, "b h n d"], backend: str | None = None) -> bool:
+    """Whether a kernel computes :func:`attention` of such queries with `blocks`, which passes over those that are hidden: not in
+    a graph, for forward-mode derivatives, or in functions that `torch.func` makes of others.
+
+    Raises:
+        Unsupported: as :func:`has_kernel`.
+    """
+    return q.is_cpu and not torch.compiler.is_compiling() and not transformed() and has_kernel(q, backend)
+
+
 def part_gradients(
     grad: Float[Tensor, "b h n v"],
     q: Float[Tensor, "b h n d"],
@@ -204,4 +215,5 @@ __all__ = [
     "only_largest",
     "part_gradients",
     "ranks",
+    "skips_blocks",
 ]
