@@ -40,10 +40,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -369,67 +368,44 @@ def _attend(
         regions.split(x.transpose(1, 2).flatten(2)) for x, regions in ((q, own), (k, others), (v, others))
     )
     chosen = _chosen(call.config, queries, keys, own, others, (k.shape[1], heads // k.shape[1], q.shape[3]))
-    run = _hidden if _are_many(call, own, others, values) else _gathered
-    attend = partial(attention, visibility=Visibility(), scale=scale, backend=call.backend)
-    output = run(call, queries, keys, values, chosen, own, others, (heads, k.shape[1]), attend)
+    blocks = None
+    if _are_many(call, own, others, values):  # region by region, with a mask that hides those that are not read
+        rows = [x.flatten(1, 2) for x in (queries, keys, values)]
+        where: Ranks = CountedRanks(own.count * own.room, others.count * others.room, 0, True, q.device)
+        seen = torch.zeros(batch, own.count, others.count, dtype=torch.bool).scatter(2, chosen, True)
+        blocks = BlockMask(seen[:, None], others.room)
+    else:
+        gathered, where = _gathered(call, (keys, values), chosen, own, others)
+        rows = [queries.flatten(0, 1), *gathered]
+    counts = (heads, k.shape[1], k.shape[1])
+    q, k, v = (x.unflatten(2, (count, -1)).transpose(1, 2) for x, count in zip(rows, counts, strict=True))
+    output = attention(q, k, v, where, visibility=Visibility(), scale=scale, blocks=blocks, backend=call.backend)[0]
     output = output.transpose(1, 2).reshape(batch, own.count, own.room, -1)
     return own.join(output).unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 def _gathered(
     call: Call,
-    queries: Float[Tensor, "b regions room h*d"],
-    keys: Float[Tensor, "b regions2 room2 g*d"],
-    values: Float[Tensor, "b regions2 room2 g*v"],
+    parts: Sequence[Float[Tensor, "b regions2 room2 c"]],
     chosen: Int[Tensor, "b regions k"],
     own: Tiles | Segments,
     others: Tiles | Segments,
-    heads: tuple[int, int],
-    attend: Callable[..., Any],
-) -> Float[Tensor, "b*regions h room v"]:
-    """Each region of queries as a row, with copies of the keys of its regions."""
-    batch = queries.shape[0]
+) -> tuple[list[Float[Tensor, "b*regions k*room2 c"]], Ranks]:
+    """Copies of the regions that each region of queries, a row of its own, reads; and the ranks of such a row."""
+    batch = chosen.shape[0]
     rows = (chosen + torch.arange(batch, device=chosen.device)[:, None, None] * others.count).flatten()
 
-    def taken(x: Shaped[Tensor, "b regions room c"]) -> Shaped[Tensor, "b*regions k*room c"]:
+    def taken(x: Shaped[Tensor, "b regions2 room2 c"]) -> Shaped[Tensor, "b*regions k*room2 c"]:
         found = x.reshape(batch * others.count, -1).index_select(0, rows)
         return found.view(batch * own.count, -1, x.shape[3])
 
-    where: Ranks
+    copies = [taken(x) for x in parts]
     if others.holds is None:
-        where = CountedRanks(own.room, chosen.shape[2] * others.room, 0, True, chosen.device)
-    else:
-        seen = others.holds
-        if call.config.padded_keys:
-            seen = seen.any(-1, keepdim=True).expand_as(seen)
-        where = _ranks_of(own.room, taken(seen.expand(batch, -1, -1)[..., None])[..., 0])
-    q, k, v = queries.flatten(0, 1), taken(keys), taken(values)
-    return attend(_split_heads(q, heads[0]), _split_heads(k, heads[1]), _split_heads(v, heads[1]), where)[0]
-
-
-def _hidden(
-    call: Call,
-    queries: Float[Tensor, "b regions room h*d"],
-    keys: Float[Tensor, "b regions2 room g*d"],
-    values: Float[Tensor, "b regions2 room g*v"],
-    chosen: Int[Tensor, "b regions k"],
-    own: Tiles | Segments,
-    others: Tiles | Segments,
-    heads: tuple[int, int],
-    attend: Callable[..., Any],
-) -> Float[Tensor, "b h regions*room v"]:
-    """The regions one after the other, with a mask that hides those that are not read."""
-    seen = torch.zeros(*chosen.shape[:2], others.count, dtype=torch.bool).scatter(2, chosen, True)
-    where = CountedRanks(own.count * own.room, others.count * others.room, 0, True, chosen.device)
-    q, k, v = (x.flatten(1, 2) for x in (queries, keys, values))
-    blocks = BlockMask(seen[:, None], others.room)
-    return attend(
-        _split_heads(q, heads[0]), _split_heads(k, heads[1]), _split_heads(v, heads[1]), where, blocks=blocks
-    )[0]
-
-
-def _split_heads(x: Float[Tensor, "b n h*d"], heads: int) -> Float[Tensor, "b h n d"]:
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+        return copies, CountedRanks(own.room, chosen.shape[2] * others.room, 0, True, chosen.device)
+    seen = others.holds
+    if call.config.padded_keys:
+        seen = seen.any(-1, keepdim=True).expand_as(seen)
+    return copies, _ranks_of(own.room, taken(seen.expand(batch, -1, -1)[..., None])[..., 0])
 
 
 def _are_many(call: Call, own: Tiles | Segments, others: Tiles | Segments, values: Tensor) -> bool:

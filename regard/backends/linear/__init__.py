@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from regard.backends.linear.choices import MOST_REMEMBERED, Choices
+from regard.backends.linear.choices import Choices
 from regard.backends.linear.product import FEW_ROWS, FEW_ROWS_WEIGHT, Product
 from regard.backends.linear.routes import LOCAL, ROUTES, checked_route
 from regard.backends.native.few_rows import few_rows
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 TRACED_WEIGHT = 1 << 16
 """Entries of the smallest weight for which a traced graph has the operator; row counts may be symbols there."""
 
+
+MOST_REMEMBERED = 4096
+"""Products that are remembered as torch's."""
 
 CHOICES = Choices(checked_route(os.environ.get("REGARD_LINEAR_ROUTE")))
 
@@ -103,12 +106,12 @@ def linear(
     x: Float[Tensor, "*b k"], weight: Float[Tensor, "n k"], bias: Float[Tensor, " n"] | None = None
 ) -> Float[Tensor, "*b n"]:
     """`torch.nn.functional.linear`, by a route of its own where that is faster: plain float32 tensors on a CPU."""
-    product, torchs = None, CHOICES.torchs
+    product = None
     if torch.compiler.is_compiling():  # how many rows there are may not be known
         large = weight.numel() >= TRACED_WEIGHT
     else:  # asked first, because most layers of small models end here
         large = type(x) in PLAIN and 2 * x.numel() * weight.shape[0] >= CHOICES.smallest_work
-        product = _told(x, weight) if large else None
+        product, torchs = _told(x, weight) if large else None, CHOICES.torchs
         if product in torchs:
             return F.linear(x, weight, bias)
         if _are_few(x, weight) and _fits(x, weight, bias) and _takes_native(x, weight, bias):

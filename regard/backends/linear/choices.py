@@ -53,10 +53,6 @@ def _machine() -> str:
     return f"{_processor()} | {torch.backends.cpu.get_cpu_capability()} | torch {torch.__version__}"
 
 
-MOST_REMEMBERED = 4096
-"""Products that are remembered as torch's."""
-
-
 @dataclass
 class Choices:
     """The route of each class, by number of threads and class.

@@ -113,8 +113,8 @@ def train_model(
 
     Raises:
         Unsupported: for more than one mechanism, a budget too small, a folder with another run or with files of others that
-            the model would replace, and `ema` of a task that
-            trains in a way of its own, and for a teacher whose method does not fit the model; for what `parallel` cannot do.
+            the model would replace, and `ema` of a task that trains in a way of its own, and for a teacher whose method does
+            not fit the model; for what `parallel` cannot do.
     """
     if len(settings.names) != 1 or settings.seeds != 1 or len(settings.rates) != 1:
         raise Unsupported(
