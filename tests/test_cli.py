@@ -230,6 +230,7 @@ BAD_INPUT = {
     "compare good.txt --precision int3": ("int3", "bfloat16"),
     "compare good.txt --frame golden": ("golden", "bare"),
     "compare good.txt --rates 0.01,nan": ("rates=(0.01, nan)", "positive learning rates"),
+    "compare good.txt --rates nan,0.01": ("rates=(nan, 0.01)", "positive learning rates"),
     "train good.txt --learning-rate inf --output out": ("positive learning rates",),
     "train good.txt --dim 1000000000000 --output out": ("not enough memory",),
     "profile linear --lengths 1000000000000": ("linear: training at", "more memory than there is"),

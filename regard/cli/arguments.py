@@ -64,7 +64,7 @@ def read_lengths(text: str, name: str = "lengths") -> tuple[int, ...]:
 def read_numbers(name: str, text: str) -> tuple[float, ...]:
     """Numbers of a list with commas, each once, in order; raises Unsupported, which calls them `name`."""
     try:
-        return tuple(sorted({float(part) for part in text.split(",") if part.strip()}))
+        return tuple(sorted(dict.fromkeys(float(part) for part in text.split(",") if part.strip())))
     except ValueError:
         raise Unsupported(f"{name} {text!r}", supported="comma-separated numbers", nearest="0.003,0.01") from None
 
