@@ -281,6 +281,8 @@ BAD_INPUT = {
     "verify softmax --property step --case {}": ("--property, mechanisms with --case",),
     "verify --case {}": ("the case '{}'", "--random"),
     "report other": ("results.db",),
+    "search good.txt --dims 32 --layers 0,2 --output out": ("--layers=0", "try --layers=1"),
+    "search good.txt --feed-forward , --output out": ("--feed-forward ','", "whole numbers"),
     "reproduce nonsense --output out": ("supported",),
     "reproduce mamba --shard 3/2 --output out": ("supported",),
     "reproduce mamba --seeds 0 --output out": ("supported",),
@@ -361,8 +363,9 @@ def test_reproduce_runs_goes_on_and_judges(capsys, tmp_path):
         object.__setattr__(reproduction, "settings", before)
 
 
-def test_reproduce_lists_without_running(capsys, tmp_path):
-    code, out, _ = run(capsys, "reproduce --list --output", tmp_path / "runs")
+@pytest.mark.parametrize("line", ["reproduce --list", "reproduce"])
+def test_reproduce_lists_without_running(capsys, tmp_path, line):
+    code, out, _ = run(capsys, f"{line} --output", tmp_path / "runs")
     assert code == 0 and "token_parameter" in out
     assert not (tmp_path / "runs").exists()
 

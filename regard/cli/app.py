@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import re
@@ -138,6 +139,12 @@ def main() -> None:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(SECONDS_FOR_THE_FIRST)
         errors.print(plain(f"regard: {error}"), soft_wrap=True)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        errors.print(plain(f"regard: no space left on the device{where}"), soft_wrap=True)
         raise SystemExit(2) from None
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):

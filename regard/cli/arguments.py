@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from regard.catalogue import list_mechanisms
-from regard.contract import Kind, Pattern, Unsupported, closest, read_options
+from regard.contract import Kind, Pattern, Unsupported, at_least, closest, read_options
 
 
 def given_options(context: typer.Context) -> list[str]:
@@ -40,13 +40,17 @@ def read_names(text: str) -> tuple[str, ...]:
 
 
 def read_integers(name: str, text: str) -> tuple[int, ...]:
-    """Whole numbers of a list with commas, each once, in order; raises Unsupported, which calls them `name`."""
+    """Whole numbers from 1 of a list with commas, each once, in order; raises Unsupported, which calls them `name`."""
     try:
-        return tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
+        found = tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
     except ValueError:
         raise Unsupported(
             f"{name} {text!r}", supported="comma-separated whole numbers", nearest="256,1024,4096"
         ) from None
+    if not found:
+        raise Unsupported(f"{name} {text!r}", supported="one or more whole numbers with commas")
+    at_least(name, found[0], 1)
+    return found
 
 
 def read_lengths(text: str, name: str = "lengths") -> tuple[int, ...]:
@@ -150,7 +154,7 @@ def read_exits(text: str, layers: int, objective: str, stack: Any) -> Any:
     exits = tuple(range(1, layers)) if places == "all" else read_integers("--exits", places.replace("+", ","))
     if layers == 1:
         raise Unsupported(f"--exits {text} of 1 layer", supported="two layers or more", nearest="--layers 2")
-    if not exits or not 1 <= exits[0] <= exits[-1] < layers:
+    if exits[-1] >= layers:
         raise Unsupported(f"--exits {text} of {layers} layers", supported=f"layers from 1 to {layers - 1}, or all")
     if kind == "own" and objective != "classification":
         raise Unsupported(

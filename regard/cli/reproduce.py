@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 def reproduce(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Reproductions, or mechanisms they are about; all when none is named.")
+        list[str] | None,
+        typer.Argument(help="Reproductions, or mechanisms they are about, or all, which takes days; none lists them."),
     ] = None,
     seeds: Annotated[
         int | None, typer.Option(help="Runs of each setting; each reproduction's own when not given.")
@@ -68,6 +69,7 @@ def reproduce(
 
     sweeps = sweep_of(engine, address)
     wanted = list_reproductions() if not names or "all" in names else [get_reproduction(n).name for n in names]
+    listing = listing or not (names or table or pilot)
     if not (listing or table):
         cells = plan(wanted, pilot=pilot) if pilot is not None else plan(wanted, seeds, timings=timings)
         with sweeps as sweep:

@@ -136,9 +136,12 @@ def search(
     tasks = read_tasks(chosen, data, validation, length, tokenizer, modules, recognised, skip_unreadable)
     if len(tasks) != 1:
         raise Unsupported(f"a search for {len(tasks)} tasks", supported="one task")
-    sizes = {"dims": dims, "depths": layers, "heads": heads, "feed_forward": feed_forward}
     choices = Choices(
-        tuple(_variants(mechanisms, tasks)), **{name: read_integers(name, text) for name, text in sizes.items()}
+        tuple(_variants(mechanisms, tasks)),
+        dims=read_integers("--dims", dims),
+        depths=read_integers("--layers", layers),
+        heads=read_integers("--heads", heads),
+        feed_forward=read_integers("--feed-forward", feed_forward),
     )
     if not as_json:
         console.print(plain(tasks[0].describe()))

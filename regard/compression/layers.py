@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 from regard.layers.linear import Linear
 from regard.layers.quantized import QuantizedLinear
 from regard.mechanisms.gated_softmax import GatePredictor
@@ -76,7 +76,7 @@ def find_layers(model: nn.Module, keep: Callable[[str, nn.Module], bool] = lambd
             tied.append(name)
     if not body:
         raise Unsupported(
-            f"quantization of a {type(model).__name__} without linear layers"
+            f"quantization of {an_instance(model)} without linear layers"
             + (f" but {next(iter(kept))} ({next(iter(kept.values()))})" if kept else ""),
             supported="models of torch.nn.Linear",
         )
@@ -107,7 +107,7 @@ def _reason_to_keep(name: str, module: nn.Module, keep: Callable[[str, nn.Module
         return "a predictor of gates, which is small"
     if isinstance(module, nn.Linear):
         if type(module) not in (nn.Linear, Linear):
-            return f"a {type(module).__qualname__} may compute something else"
+            return f"{an_instance(module)} may compute something else"
         if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
             return "its forward was replaced, or has hooks"
         if HEAD.search(name) and not head:

@@ -26,6 +26,7 @@ from regard.compression.steps import Export
 from regard.contract import Unsupported
 from regard.core.files import write_atomically
 from regard.integrations.export import check_packages, refuse_waived, without_warnings
+from regard.integrations.onnx_forms import as_onnx
 from regard.models.weights import weights_bytes
 from regard.tasks.protocol import Batch
 
@@ -120,9 +121,7 @@ def make_program(model: nn.Module, step: Export, batch: Any, run: Run, *, rounds
         with without_warnings(), _quiet():
             program = torch.export.export(answers, given, dynamic_shapes=(shapes,), strict=False)
             onnx = (
-                torch.onnx.export(program, verbose=False, input_names=list(tensors), output_names=["output"])
-                if step.format == "onnx"
-                else None
+                as_onnx(program, input_names=list(tensors), output_names=["output"]) if step.format == "onnx" else None
             )
     except Exception as error:
         raise Unsupported(

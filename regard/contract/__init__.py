@@ -24,6 +24,7 @@ from regard.contract.card import (
 from regard.contract.context import WANTS, BlockMask, Context, Mask, Role, check_mask
 from regard.contract.errors import (
     Unsupported,
+    an_instance,
     at_least,
     check_options,
     closest,
@@ -35,7 +36,7 @@ from regard.contract.patterns import ALL_PATTERNS, Kind, Pattern
 from regard.contract.spelling import read_options, split_list
 from regard.contract.state import Loss, Result, State, Tensors, state_field
 from regard.contract.trees import register_pytree
-from regard.contract.types import NUMBERS, Types, types_of
+from regard.contract.types import NUMBERS, Types, check_types, types_of
 
 __all__ = [
     "ACTS_LIKE",
@@ -63,9 +64,11 @@ __all__ = [
     "Types",
     "Unsupported",
     "Waiver",
+    "an_instance",
     "at_least",
     "check_mask",
     "check_options",
+    "check_types",
     "closest",
     "lengths_after",
     "one_of",

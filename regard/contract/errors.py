@@ -94,6 +94,12 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
+def an_instance(value: object) -> str:
+    """The type of a value with its article, as "an Encoder"."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}"
+
+
 def spelled(options: Mapping[str, Any]) -> str:
     """Options as a call has them."""
     return ", ".join(f"{name}={value!r}" for name, value in options.items())

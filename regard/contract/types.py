@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.contract.errors import Unsupported
+from regard.contract.errors import Unsupported, an_instance
 
 
 class Types:
@@ -41,6 +41,12 @@ def types_of(annotated: Any) -> Types:
         return Types(typing.get_type_hints(annotated))
     except (NameError, AttributeError):  # names that only a type checker imports
         return Types({})
+
+
+def check_types(config: Any) -> None:
+    """Raise Unsupported for an option of another type than the dataclass `config` says."""
+    kind: Any = type(config)
+    types_of(kind).check(an_instance(config), vars(config))
 
 
 def _exact(hint: Any) -> set[type]:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from regard.contract import Context, Mask, Mechanism, State, Unsupported
+from regard.contract import Context, Mask, Mechanism, State, Unsupported, an_instance
+from regard.integrations.onnx_forms import as_onnx
 from regard.models.vision import Backbone
 from regard.models.vision.segmentation import Segmenter
 
@@ -105,14 +106,14 @@ def export_onnx(
     program = export(module, *inputs, context=context, state=state, lengths=lengths)
     try:
         with without_warnings():
-            return torch.onnx.export(program, **{"verbose": False, **options})
+            return as_onnx(program, **options)
     except torch.onnx.OnnxExporterError as error:
         why: BaseException = error
         while why.__cause__ is not None:
             why = why.__cause__
         reason = str(why).strip().partition("\n")[0]
         raise Unsupported(
-            f"an ONNX program of a {type(module).__name__} ({reason})",
+            f"an ONNX program of {an_instance(module)} ({reason})",
             supported="torch.export",
             nearest="regard.integrations.export.export",
         ) from error

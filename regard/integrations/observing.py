@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from regard.contract import Context, Loss, Unsupported
+from regard.contract import Context, Loss, Unsupported, an_instance
 from regard.core.ragged import gathering
 from regard.integrations.collecting import collect_losses
 
@@ -91,7 +91,7 @@ def observe(
         output = model(input_ids=ids, output_hidden_states=True, **options)
     if getattr(output, "logits", None) is None:
         raise Unsupported(
-            f"a {type(model).__name__}, which gives no logits",
+            f"{an_instance(model)}, which gives no logits",
             supported="models with a language modelling head",
             nearest="AutoModelForCausalLM",
         )

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from regard.catalogue import get_mechanism
-from regard.contract import Mechanism, Pattern, Unsupported
+from regard.contract import Mechanism, Pattern, Unsupported, an_instance
 from regard.integrations.chosen import Chosen
 from regard.integrations.heads import HeadAttention
 from regard.integrations.torch_modules import MultiheadAttention, Swapped, VisionAttention
@@ -148,7 +148,7 @@ def swap(
     """
     if not isinstance(model, nn.Module):
         raise Unsupported(
-            f"swapping attention in a {type(model).__name__}",
+            f"swapping attention in {an_instance(model)}",
             supported="a torch module",
             nearest="swap(model, 'linear')",
         )
@@ -183,7 +183,7 @@ def swap(
             nearest="only=..., to change other modules, or softmax",
         )
     if not plan and not report.kept:
-        raise Unsupported(f"a {type(model).__name__} without attention modules that are known", supported=KNOWN)
+        raise Unsupported(f"{an_instance(model)} without attention modules that are known", supported=KNOWN)
     if unused or not plan:
         raise Unsupported(
             f"{', '.join(map(repr, unused)) or 'a mapping'}, which chooses no attention module of this "
@@ -236,8 +236,7 @@ def unswap(model: nn.Module, only: str | None = None) -> SwapReport:
         report.changed[path] = type(module).__name__
     if not report.changed:
         raise Unsupported(
-            f"unswap of a {type(model).__name__} without swapped modules"
-            + ("" if only is None else f" under {only!r}"),
+            f"unswap of {an_instance(model)} without swapped modules" + ("" if only is None else f" under {only!r}"),
             supported="models that regard.swap has changed",
         )
     if bridge is not None:
@@ -266,7 +265,7 @@ def change_options(model: nn.Module, only: str | None = None, **options: Any) ->
             fresh[path] = attend.with_options(**options)
     if not fresh:
         raise Unsupported(
-            f"other options of a {type(model).__name__} without swapped modules",
+            f"other options of {an_instance(model)} without swapped modules",
             supported="models that regard.swap has changed",
         )
     for path, attend in fresh.items():

@@ -26,7 +26,7 @@ from timm.models import get_model_args, load_pretrained, register_model, save_fo
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 from regard.integrations.chosen import Chosen
 from regard.integrations.swap import mechanism_in, swap
 
@@ -79,7 +79,7 @@ def arguments(model: Any) -> dict[str, Any]:
     architecture = config.get("architecture")
     if not architecture:
         raise Unsupported(
-            f"a {type(model).__name__} that timm does not know by a name", supported="models of timm.create_model"
+            f"{an_instance(model)} that timm does not know by a name", supported="models of timm.create_model"
         )
     args = get_model_args(model)
     known = args.pop(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from regard.contract import Unsupported, at_least, closest
+from regard.contract import Unsupported, an_instance, at_least, closest
 from regard.engines.linear import linear
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _reason_to_keep(module: nn.Module) -> str:
     if not isinstance(module, nn.Linear) or type(module) is Linear:
         return ""
     if type(module) is not nn.Linear:
-        return f"a {type(module).__qualname__} may compute something else"
+        return f"{an_instance(module)} may compute something else"
     if "forward" in vars(module):
         return "its forward was replaced"
     return ""

@@ -462,7 +462,6 @@ MECHANISM = Mechanism(
     recurrence=recurrence,
     layer_defaults={"short_convolution": 4, "output_norm": "rms"},
     waivers=(
-        Waiver("layer_onnx", "ONNX has no solver of triangular systems"),
         Waiver(
             "extremes",
             "keys longer than the root of 2 make the state grow without bound",

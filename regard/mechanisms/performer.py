@@ -61,7 +61,6 @@ from regard.contract import (
     State,
     Tensors,
     Unsupported,
-    Waiver,
     at_least,
     one_of,
     state_field,
@@ -471,5 +470,4 @@ MECHANISM = Mechanism(
     weights="implicit",
     sample_inputs=sample_inputs,
     projection=RandomFeatures,
-    waivers=(Waiver("layer_onnx", "ONNX has no cumulative maximum"),),
 )

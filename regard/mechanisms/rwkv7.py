@@ -457,8 +457,5 @@ MECHANISM = Mechanism(
     projection=Rates,
     merge=Output,
     module=TimeMixing,
-    waivers=(
-        Waiver("layer_lengths", "its chunks are counted when the program is made"),
-        Waiver("layer_onnx", "ONNX has no triangular solve"),
-    ),
+    waivers=(Waiver("layer_lengths", "its chunks are counted when the program is made"),),
 )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from regard.contract import Context, Pattern, Result, Unsupported, at_least, one_of
+from regard.contract import Context, Pattern, Result, Unsupported, at_least, check_types, one_of
 from regard.layers.checks import given_context
 from regard.layers.linear import make_linear
 from regard.models.blocks import Block, check_sequences, run_blocks
@@ -81,6 +81,7 @@ class AlgorithmicNetworkConfig:
     serves: ClassVar = ((Pattern.NONCAUSAL_SELF, "regression"),)
 
     def __post_init__(self) -> None:
+        check_types(self)
         one_of("encoding", self.encoding, ENCODINGS)
         at_least("features", self.features, 1)
         at_least("places", self.places, 1)

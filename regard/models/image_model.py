@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from regard.contract import Context, Result, Unsupported, at_least
+from regard.contract import Context, Result, Unsupported, at_least, check_types
 from regard.core.patches import joined
 from regard.layers.checks import given_context
 from regard.models.vision import Backbone, read_backbone
@@ -50,6 +50,7 @@ class ImageModelConfig:
     feed_forward: ClassVar[None] = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         at_least("num_classes", self.num_classes, 1)
         at_least("patch", self.patch, 1)
         at_least("channels", self.channels, 1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.contract import Context, Pattern, Result, Unsupported
+from regard.contract import Context, Pattern, Result, Unsupported, check_types
 from regard.core.precision import wide
 from regard.core.ragged import gathering
 from regard.layers.checks import given_context
@@ -68,6 +68,7 @@ class ReplacedTokenConfig:
     serves: ClassVar = ((Pattern.NONCAUSAL_SELF, "replaced-token"),)
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name, most in (("share", 1.0), ("generator", 1.0)):
             value = getattr(self, name)
             if not 0 < value <= most:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from regard.contract import Context, Loss, Mask, Result, Unsupported, at_least, check_options, one_of
+from regard.contract import Context, Loss, Mask, Result, Unsupported, at_least, check_options, check_types, one_of
 from regard.layers.attention import AttentionLayer
 from regard.layers.checks import check_repeatable
 from regard.models.blocks import FEED_FORWARD_OPTIONS, Block, check_roles, run_blocks
@@ -102,6 +102,7 @@ class StackConfig:
     branch_norm: str = "none"
 
     def __post_init__(self) -> None:
+        check_types(self)
         one_of("share", self.share, SHARES)
         one_of("branch_norm", self.branch_norm, PARTS)
         if self.layer_scale is not None:
@@ -172,6 +173,7 @@ class LayersConfig:
     stack: Any = StackConfig()
 
     def __post_init__(self) -> None:
+        check_types(self)
         object.__setattr__(self, "stack", StackConfig.read(self.stack))
 
 

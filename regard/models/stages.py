@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from regard.contract import Context, Pattern, Result, Unsupported, at_least, check_options, one_of
+from regard.contract import Context, Pattern, Result, Unsupported, at_least, check_options, check_types, one_of
 from regard.create import create_layer
 from regard.layers.checks import given_context
 from regard.layers.linear import make_linear
@@ -64,6 +64,7 @@ class StageConfig:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_types(self)
         at_least("layers", self.layers, 0)
         one_of("shortening", self.shortening, ("none", *SHORTENINGS, "funnel"))
         at_least("size", self.size, 2)

@@ -69,5 +69,6 @@ REPRODUCTION = Reproduction(
     smoke=SMALL_PICTURES,
     left_out=("CIFAR-10 and CIFAR-100: those images are not installed from the registries",),
     seeds=6,
+    more_seeds={"ninformer": 43, "mixer": 14, "mixer of as many parameters": 43},
     seconds=25,
 )

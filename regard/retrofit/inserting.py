@@ -13,7 +13,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from regard.catalogue import get_mechanism
-from regard.contract import Mechanism, Unsupported
+from regard.contract import Mechanism, Unsupported, an_instance
 from regard.models.variants import read_variant
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def rebuilt(host: Host, numbers: Sequence[int], mechanism: str) -> tuple[Any, li
     layers = [(name, options) if layer.number in numbers else ("softmax", {}) for layer in host.layers]
     dtype = next(host.model.parameters()).dtype
     model, new = converted(
-        config.to_dict(), host.model.state_dict(), dtype=dtype, layers=layers, source=f"a {type(host.model).__name__}"
+        config.to_dict(), host.model.state_dict(), dtype=dtype, layers=layers, source=an_instance(host.model)
     )
     settings = {f.name: getattr(model.config, f.name) for f in fields(model.config) if f.name != "vocab_size"}
     told: dict[str, Any] = {name: getattr(config, name, None) for name in KEPT_IDS}

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from model_checks import FUNNELS, made, ragged, randomize_ends, read_by, small, without_gradient
+from model_checks import FUNNELS, KINDS, made, ragged, randomize_ends, read_by, small, without_gradient
 from torch.nn.functional import cross_entropy
 
 from regard.catalogue import get_mechanism, list_mechanisms
@@ -150,6 +150,12 @@ def test_an_encoder_layer_for_grids_is_refused_when_the_model_is_built(kind):
         made(kind, encoder_plan=["softmax", "large_kernel"])
     assert caught.value.nearest.startswith("('large_kernel', {'axes': 1})")
     made(kind, encoder_plan=["softmax", ("large_kernel", {"axes": 1})])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_option_of_another_type_is_refused_and_its_config_named(kind):
+    with pytest.raises(Unsupported, match=r"dim=10\.5 of an? \w+Config; supported: int"):
+        small(kind, dim=10.5)
 
 
 REFUSED = [

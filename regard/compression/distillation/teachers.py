@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regard.compression.folders import is_compressed, library_of, library_of_place, load_compressed, load_own
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 from regard.integrations.encoders import auto_class, kind_of
 from regard.integrations.timm_places import PREFIX, load_timm
 from regard.tasks.documents import nearest_path
@@ -29,7 +29,7 @@ def open_teacher(place: str, model: nn.Module) -> nn.Module:
     library, path = library_of(model), Path(place)
     if library == "other":
         raise Unsupported(
-            f"a {type(model).__name__} with a teacher in a folder",
+            f"{an_instance(model)} with a teacher in a folder",
             supported="models of regard, transformers and timm",
             nearest="teacher=MODEL of regard.compress",
         )

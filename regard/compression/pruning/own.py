@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.compression.pruning.anatomy import KNOWN, Cut, Layer, Undo, check_cuts, left, spans
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 from regard.layers.attention import AttentionLayer
 from regard.layers.feed_forward import MLP, SwiGLU
 from regard.layers.linear import Linear
@@ -32,7 +32,7 @@ class OwnModel:
 
     def __init__(self, model: nn.Module) -> None:
         if type(model) not in (LanguageModel, Encoder):
-            raise Unsupported(f"taking heads, neurons or layers out of a {type(model).__name__}", supported=KNOWN)
+            raise Unsupported(f"taking heads, neurons or layers out of {an_instance(model)}", supported=KNOWN)
         own: Any = model
         self.model = own
         if own.config.stack.share != "none":
@@ -95,7 +95,7 @@ def _layer(name: str, block: Any) -> Layer:
     if network is not None:
         branches["feed_forward"], ends["feed_forward"] = network, block.feed_forward_end
         if type(network) is not MLP and not isinstance(network, SwiGLU):
-            fixed["neurons"] = f"a {type(network).__name__} has no hidden width"
+            fixed["neurons"] = f"{an_instance(network)} has no hidden width"
         elif not all(_is_plain(linear) for linear in network.children()):
             fixed["neurons"] = "its projections are not plain"
         else:

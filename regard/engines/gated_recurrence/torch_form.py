@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.contract import Unsupported
 from regard.core.precision import wide_dtype
 from regard.engines.gated_recurrence.problem import Problem
 from regard.engines.scan import chunk_count, fold, in_chunks
@@ -45,17 +44,30 @@ def segment_sum(g: Float[Tensor, "... n d"]) -> Float[Tensor, "... d n n"]:
 
 
 def solve_unit(lower: Float[Tensor, "... c c"], right: Float[Tensor, "... c v"]) -> Float[Tensor, "... c v"]:
-    """X of (I + L) X = R, with L strictly below the diagonal.
-
-    Raises:
-        Unsupported: in a program for ONNX, which could not be made in the end.
-    """
+    """X of (I + L) X = R, with L strictly below the diagonal."""
     if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
-        raise Unsupported(
-            "ONNX of a delta rule, a system of triangular equations that ONNX has no solver of",
-            supported="torch.export",
-        )
+        return solve_unit_by_products(lower, right)
     return torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
+
+
+def solve_unit_by_products(
+    lower: Float[Tensor, "... c c"], right: Float[Tensor, "... c v"]
+) -> Float[Tensor, "... c v"]:
+    """The same by products alone, for ONNX, which has no solver.
+
+    Blocks of the diagonal are inverted, twice as large each time: the inverse of [[A, 0], [C, D]] has -D^-1 C A^-1 below,
+    which is a product of the inverses so far with the matrix where C stands.
+    """
+    size = lower.shape[-1]
+    place = torch.arange(size, device=lower.device)
+    inverse = torch.eye(size, dtype=lower.dtype, device=lower.device).expand_as(lower)
+    width = 1
+    while width < size:
+        row, column = place[:, None] // width, place // width
+        below = (row == column + 1) & (row // 2 == column // 2)
+        inverse = inverse - inverse @ torch.where(below, lower, 0) @ inverse
+        width *= 2
+    return inverse @ right
 
 
 def suffix_sum(g: Float[Tensor, "... n d"]) -> Float[Tensor, "... n d"]:
@@ -79,7 +91,7 @@ def decayed_product(
         part = slice(start, min(start + sub_chunk, length))
         x_here, y_here, g_here = x[..., part, :], y[..., part, :], g[..., part, :]
         seen = y_here.mT[..., None, :] * segment_sum(g_here).exp()  # (..., k, i, j)
-        near = torch.einsum("...ik,...kij->...ij", x_here, seen).tril()
+        near = (x_here[..., None, :] @ seen.movedim(-3, -2))[..., 0, :].tril()
         row = [near]
         if past is not None:
             row.insert(0, (x_here * g_here.cumsum(-2).exp()) @ past.mT)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.catalogue import get_mechanism
-from regard.contract import Pattern, Unsupported
+from regard.contract import Pattern, Unsupported, an_instance
 from regard.engines.attention import decode
 from regard.integrations.chosen import Chosen
 from regard.integrations.collecting import context_of, hand_back, is_collecting
@@ -134,7 +134,7 @@ def swapped_forward(
     placed = getattr(module, PLACE, UNPLACED)
     if placed is UNPLACED:
         raise Unsupported(
-            f"a {type(module).__name__} for which the config of the swapped model names no mechanism",
+            f"{an_instance(module)} for which the config of the swapped model names no mechanism",
             supported="the class of model that was swapped and saved",
             nearest="load the model that was swapped, and regard.unswap(model)",
         )

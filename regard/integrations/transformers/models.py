@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from regard.contract import Context, Mask, Unsupported
+from regard.contract import Context, Mask, Unsupported, an_instance
 from regard.integrations.transformers.caches import CACHE
 from regard.models import LanguageModel, LanguageModelConfig, ModelState
 
@@ -127,7 +127,7 @@ class RegardForCausalLM(PreTrainedModel, GenerationMixin):
         cache = past_key_values if cache is None else cache
         if not isinstance(cache, RegardCache | None):
             raise Unsupported(
-                f"a {type(cache).__name__} for a language model of regard, which goes on from its state",
+                f"{an_instance(cache)} for a language model of regard, which goes on from its state",
                 supported="the cache that a call with use_cache=True returns",
                 nearest=f"{CACHE}=None",
             )

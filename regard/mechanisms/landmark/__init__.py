@@ -259,7 +259,6 @@ MECHANISM = Mechanism(
     prepare=prepare,
     waivers=(
         Waiver("layer_lengths", "its number of blocks is a constant of the program"),
-        Waiver("layer_onnx", "ONNX has no binary search"),
         _waiver("chunk_size", "a chunk sees itself whole, but of the blocks before it only those it retrieves"),
         _waiver("step", "a step retrieves among all complete blocks, a whole call attends to all of them"),
         _waiver("split_resume", "what comes after a split retrieves blocks that the whole call attends to"),

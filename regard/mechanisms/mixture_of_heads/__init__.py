@@ -157,7 +157,6 @@ MECHANISM = Mechanism(
         "active_heads": -(-3 * heads // 4) - heads // 2,
     },
     waivers=(
-        Waiver("layer_onnx", "ONNX has no stable sort"),
         Waiver(
             "gradient",
             "gates of 0 and 1 have the gradient of probabilities, which numerical derivatives do not see",

@@ -126,10 +126,7 @@ MECHANISM = Mechanism(
     honours=frozenset({"dropout"}),
     weights="exact",
     projection=Rotations,
-    waivers=(
-        Waiver("layer_lengths", "its number of buckets is a constant of the program"),
-        Waiver("layer_onnx", "ONNX has no stable sort"),
-    ),
+    waivers=(Waiver("layer_lengths", "its number of buckets is a constant of the program"),),
 )
 
 

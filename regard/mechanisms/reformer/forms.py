@@ -222,7 +222,8 @@ def _pairs(call: Call, tokens: _Sorted) -> _Pairs:
         apart = count + lookback + 1
         address = address + apart * tokens.bucket
         nowhere = apart * (tokens.buckets + 2)
-    short = torch.int16 if 2 * (nowhere + count + lookback) < 1 << 15 else torch.int32
+    exporting = torch.compiler.is_exporting()  # to ONNX Runtime perhaps, which chooses among no short integers
+    short = torch.int32 if exporting or 2 * (nowhere + count + lookback) >= 1 << 15 else torch.int16
     return _Pairs(
         near,
         exists.flatten(2)[:, None, :, None],

@@ -113,10 +113,7 @@ MECHANISM = Mechanism(
     honours=frozenset({"dropout"}),
     weights="exact",
     projection=Centroids,
-    waivers=(
-        Waiver("layer_lengths", "its tokens in a cluster are a constant of the program"),
-        Waiver("layer_onnx", "ONNX has no stable sort"),
-    ),
+    waivers=(Waiver("layer_lengths", "its tokens in a cluster are a constant of the program"),),
 )
 
 

@@ -150,7 +150,6 @@ MECHANISM = Mechanism(
     projection=Estimator,
     waivers=(
         Waiver("layer_lengths", "the size of its estimated map is a constant of the program"),
-        Waiver("layer_onnx", "ONNX has no stable sort"),
         Waiver("layer_gradient", "without a teacher of its own the map learns from none", variants=("cosines",)),
     ),
 )

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.contract import Result, Unsupported, at_least
-from regard.contract.types import types_of
+from regard.contract import Result, Unsupported, at_least, check_types
 from regard.layers.checks import check_repeatable
 from regard.layers.linear import make_linear
 from regard.models.vision.blocks import Blocks
@@ -47,7 +46,7 @@ class BackboneConfig:
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_network(self)
         size = (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
         if len(size) != 2 or not all(isinstance(side, int) and side >= 1 for side in size):
             raise Unsupported(f"image_size={self.image_size!r}", supported="a side in pixels, or (height, width)")
@@ -61,10 +60,9 @@ class BackboneConfig:
         return self.image_size  # type: ignore[return-value]
 
 
-def check_types(config: Any) -> None:
+def check_network(config: Any) -> None:
     """Raise Unsupported for an option of another type than its config says, or a dropout that is no probability."""
-    kind: Any = type(config)
-    types_of(kind).check(f"a {kind.__name__}", vars(config))
+    check_types(config)
     for name, value in vars(config).items():
         if name.endswith("dropout") and not 0 <= value <= 1:
             raise Unsupported(f"{name}={value}", supported="probabilities from 0 to 1")

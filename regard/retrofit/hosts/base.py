@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.contract import Pattern, Unsupported
+from regard.contract import Pattern, Unsupported, an_instance
 from regard.integrations.swap import mechanism_in, reader_of, swap
 from regard.models.evaluating import evaluation_mode
 from regard.retrofit.settings import RetrofitSettings, as_papers_begin, check_mechanism
@@ -226,7 +226,7 @@ class Host(ABC):
             difference = apart(self.answers(made, batch), expected)
             if not difference <= SAME:
                 raise Unsupported(
-                    f"a {type(self.model).__name__} whose attention is not softmax of its queries and keys (with it the "
+                    f"{an_instance(self.model)} whose attention is not softmax of its queries and keys (with it the "
                     f"answers differ by {difference:.2g} of the largest)",
                     supported="models that regard.swap(model, 'softmax') leaves as they are",
                 )
@@ -262,7 +262,7 @@ class Host(ABC):
         for number, times in calls.items():
             if times != 1:
                 raise Unsupported(
-                    f"a retrofit of a {type(self.model).__name__}, which calls {self.layers[number].path} {times} times",
+                    f"a retrofit of {an_instance(self.model)}, which calls {self.layers[number].path} {times} times",
                     supported="layers with weights of their own, each called once",
                 )
 

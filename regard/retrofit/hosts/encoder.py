@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.contract import Pattern, Unsupported
+from regard.contract import Pattern, Unsupported, an_instance
 from regard.integrations.encoders import (
     UNASKED,
     architecture_of,
@@ -66,13 +66,13 @@ class EncoderHost(TextHost):
     def settled(self, settings: RetrofitSettings) -> RetrofitSettings:
         if not self.distributes and settings.distil != 1:
             raise Unsupported(
-                f"distil={settings.distil} of a {type(self.model).__name__}, which says no tokens that it could be trained on",
+                f"distil={settings.distil} of {an_instance(self.model)}, which says no tokens that it could be trained on",
                 supported="distil=1, its own hidden states",
                 nearest="distil=1",
             )
         if self.distributes and getattr(self.tokenizer, "mask_token_id", None) is None:
             raise Unsupported(
-                f"a {type(self.model).__name__} without a tokenizer that has a mask token",
+                f"{an_instance(self.model)} without a tokenizer that has a mask token",
                 supported="a folder with its tokenizer, or tokenizer=...",
             )
         found = super().settled(settings)

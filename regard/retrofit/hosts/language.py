@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.contract import Pattern, Unsupported
+from regard.contract import Pattern, Unsupported, an_instance
 from regard.integrations.swap import swap
 from regard.retrofit.corpus import Corpus, even_blocks
 from regard.retrofit.hosts.base import SAME, Batch, apart
@@ -97,7 +97,7 @@ class LanguageHost(TextHost):
         other[:, -1] = (other[:, -1] + 1) % self.model.get_input_embeddings().num_embeddings
         if apart(self.answers(self.model, replace(batch, inputs=other)), expected) > AHEAD:
             raise Unsupported(
-                f"a retrofit of a {type(self.model).__name__} whose tokens read those after them",
+                f"a retrofit of {an_instance(self.model)} whose tokens read those after them",
                 supported="causal language models, and encoders of transformers as such",
                 nearest="the same weights in AutoModelForMaskedLM",
             )
@@ -105,7 +105,7 @@ class LanguageHost(TextHost):
             difference = apart(self.answers(rebuilt(self, (), mechanism)[0], batch), expected)
             if not difference <= SAME:
                 raise Unsupported(
-                    f"a {type(self.model).__name__} as a language model of regard, whose answers differ by "
+                    f"{an_instance(self.model)} as a language model of regard, whose answers differ by "
                     f"{difference:.2g} of the largest",
                     supported="models of the kind of Llama",
                 )

@@ -352,8 +352,21 @@ class _Runner:
                     named = {"task": work.task.name, "mechanism": name, "pattern": str(work.task.pattern)}
                     self.store.put("cost", keys[name], named | cost)
                 rows = {name: self.store.get("cost", key) for name, key in keys.items()}
-            found += [row.payload for row in rows.values() if row is not None]
+            costed = [row.payload for row in rows.values() if row is not None]
+            self._say_too_long(work.task, costed)
+            found += costed
         return found
+
+    def _say_too_long(self, task: Task, costs: Sequence[Mapping[str, Any]]) -> None:
+        """Which lengths the memory did not suffice for, and of whom."""
+        names: dict[int, list[str]] = {}
+        for cost in costs:
+            for length in cost.get("too_long", ()):
+                names.setdefault(length, []).append(cost["mechanism"])
+        for length, found in names.items():
+            self.trainer.say(
+                f"{task.name}: no costs of {listed(found)} at {length:,} tokens: there is too little memory"
+            )
 
     def _conclude(self, found: Conclusions, costs: list[dict[str, Any]]) -> Outcome:
         settings, advice = self.settings, found.advice

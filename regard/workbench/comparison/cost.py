@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from regard.backends import watch_backends
 from regard.backends.native import library
-from regard.contract import Context
+from regard.contract import Context, out_of_memory
 from regard.measurement.memory import peak_memory
 from regard.measurement.timing import Timing, calm_clock, efficiency_length, interleaved
 from regard.models import EncoderDecoder, LanguageModel
 
 REFERENCE = "softmax"
 DECODE_STEPS = 8
+LISTS = ("latency", "decode", "memory", "state_bytes", "backends", "too_long")
 
 
 def model_costs(
@@ -40,29 +41,28 @@ def model_costs(
 
     Returns:
         For each model the payload of a ``cost`` row: latency (length, ms, low, high), decode (length, tokens/s), memory
-        and state_bytes (length, bytes), the efficiency lengths, and the backends that ran its engines.
+        and state_bytes (length, bytes), the efficiency lengths, the backends that ran its engines, and the lengths that are
+        too long for the memory, at which the model has no costs.
     """
     found: dict[str, dict[str, Any]] = {}
     with torch.no_grad():
         for length in lengths:
-            models = models_for(length)
-            for name, model in models.items():
-                model.eval()
-                lists = ("latency", "decode", "memory", "state_bytes", "backends")
-                found.setdefault(name, {key: [] for key in lists})
-            inputs, context = make_input(length)
-            forward = {n: functools.partial(m, *inputs, context=context) for n, m in models.items()}
-            device = inputs[0].device
-            timings = interleaved(forward, seconds=seconds, device=device, clock=calm_clock(device))
-            for name, timing in timings.items():
-                found[name]["latency"].append([length, *_milliseconds(timing)])
-            for name, action in forward.items():
-                library.workspace_peak(reset=True)
-                with watch_backends() as ran:
-                    memory = peak_memory(action, device=inputs[0].device).bytes + library.workspace_peak()
-                found[name]["memory"].append([length, memory])
-                found[name]["backends"] = sorted(ran.backends.union(found[name]["backends"]))
-            _decoding(models, length, inputs, context, found, seconds)
+            models = {name: model.eval() for name, model in models_for(length).items()}
+            for name in models:
+                found.setdefault(name, {key: [] for key in LISTS})
+            try:
+                inputs, context = make_input(length)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                fitting = {}
+            else:
+                fitting = _memory(models, length, inputs, context, found)
+            for name in models.keys() - fitting.keys():
+                found[name]["too_long"].append(length)
+            if fitting:
+                _latency(fitting, length, inputs, context, found, seconds)
+                _decoding(fitting, length, inputs, context, found, seconds)
             if on_length is not None:
                 on_length(length)
     for name, costs in found.items():
@@ -72,6 +72,46 @@ def model_costs(
                 own, reference = ({row[0]: row[1] for row in found[n][source]} for n in (name, REFERENCE))
                 costs[target] = efficiency_length(own, reference)
     return found
+
+
+def _memory(
+    models: Mapping[str, nn.Module],
+    length: int,
+    inputs: tuple[Tensor, ...],
+    context: Context,
+    found: dict[str, dict[str, Any]],
+) -> dict[str, nn.Module]:
+    """The models for whose forward pass the memory suffices; their peaks, and the backends that ran them, go into `found`."""
+    fitting = {}
+    for name, model in models.items():
+        forward = functools.partial(model, *inputs, context=context)
+        try:
+            forward()  # what is kept from the first call on is no part of the peak
+            library.workspace_peak(reset=True)
+            with watch_backends() as ran:
+                peak = peak_memory(forward, device=inputs[0].device)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            continue
+        found[name]["memory"].append([length, peak.bytes + library.workspace_peak()])
+        found[name]["backends"] = sorted(ran.backends.union(found[name]["backends"]))
+        fitting[name] = model
+    return fitting
+
+
+def _latency(
+    models: Mapping[str, nn.Module],
+    length: int,
+    inputs: tuple[Tensor, ...],
+    context: Context,
+    found: dict[str, dict[str, Any]],
+    seconds: float,
+) -> None:
+    forward = {name: functools.partial(model, *inputs, context=context) for name, model in models.items()}
+    device = inputs[0].device
+    for name, timing in interleaved(forward, seconds=seconds, device=device, clock=calm_clock(device)).items():
+        found[name]["latency"].append([length, *_milliseconds(timing)])
 
 
 def _decoding(

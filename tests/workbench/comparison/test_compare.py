@@ -12,13 +12,14 @@ import pytest
 import torch
 from command_line import answer
 
-from regard import Unsupported
+from regard import Context, Unsupported
 from regard.measurement.budget import Budget
 from regard.measurement.statistics import FEWEST_ITEMS
 from regard.measurement.store import Store
 from regard.models import StackConfig, count_parameters, from_pretrained
 from regard.tasks import create_task
 from regard.workbench.comparison.compare import compare, render_report, train_share
+from regard.workbench.comparison.cost import model_costs
 from regard.workbench.comparison.planning import OF_SOLVABLE, share_steps
 from regard.workbench.comparison.settings import MORE_RATES, CompareSettings
 from regard.workbench.comparison.task_models import build, fitting
@@ -408,6 +409,42 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path, capsys, one_thread):
     assert len(before) == 2 < len(quality(whole)), "it was killed in the third run"
     assert quality(killed) == quality(whole)
     assert all(quality(killed)[cell] == row for cell, row in before.items())
+
+
+def test_lengths_that_are_too_long_for_the_memory_are_left_out_and_said(tmp_path):
+    said = []
+    chosen = settings(mechanisms=("softmax", "linear"), seeds=1, lengths=(16, 10**15))
+    outcome = compare([recall()], chosen, tmp_path, say=said.append)
+    told = "recall: no costs of softmax and linear at 1,000,000,000,000,000 tokens: there is too little memory"
+    assert told in said and outcome.report.is_file()
+    assert [[length for length, *_ in row["latency"]] for row in rows(outcome, "cost")] == [[16, 32], [16, 32]]
+
+
+def test_a_model_that_a_length_is_too_long_for_leaves_its_costs_to_the_others():
+    class Quadratic(torch.nn.Module):
+        def forward(self, x, context):
+            if x.shape[1] > 64:
+                raise MemoryError
+            return x
+
+    class Linear(torch.nn.Module):
+        def forward(self, x, context):
+            return x
+
+    models = {"softmax": Quadratic(), "linear": Linear()}
+    costs = model_costs(lambda length: models, (32, 128), lambda n: ((torch.randn(1, n, 4),), Context()))
+    assert [[row[0] for row in costs[name]["latency"]] for name in models] == [[32], [32, 128]]
+    assert [[row[0] for row in costs[name]["memory"]] for name in models] == [[32], [32, 128]]
+    assert [costs[name]["too_long"] for name in models] == [[128], []]
+
+
+def test_an_error_that_is_not_about_memory_is_not_hidden():
+    class Broken(torch.nn.Module):
+        def forward(self, x, context):
+            raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        model_costs(lambda length: {"softmax": Broken()}, (32,), lambda n: ((torch.randn(1, n, 4),), Context()))
 
 
 def test_a_moment_in_which_the_machine_is_busy_does_not_count_in_the_calibration(monkeypatch):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from regard.contract import Unsupported, at_least
-from regard.models.vision.backbone import check_types
+from regard.models.vision.backbone import check_network
 from regard.models.vision.released import load_released
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class SegmenterConfig:
     num_classes: int = 2
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_network(self)
         at_least("channels", self.channels, 1)
         at_least("num_classes", self.num_classes, 1)
 

@@ -1,0 +1,88 @@
+"""Operators that ONNX lacks, in words that it has.
+
+They are taken into a program before it becomes one of ONNX, so that mechanisms need not know of it. Searches and running
+maxima compare all pairs of what they read: their memory grows with the square of the length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.contract import Unsupported
+from regard.engines.gated_recurrence.torch_form import solve_unit_by_products
+
+
+def sort_stable(x: Tensor, *, stable: bool | None, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
+    """``torch.sort(x, stable=True)``: equal values of ONNX's TopK come in the order of their places, unlike PyTorch's."""
+    whole = x if x.is_floating_point() or x.dtype in (torch.int32, torch.int64) else x.to(torch.int32)
+    values, order = torch.topk(whole, x.shape[dim], dim, largest=descending, sorted=True)
+    return values.to(x.dtype), order
+
+
+def argsort_stable(x: Tensor, *, stable: bool, dim: int = -1, descending: bool = False) -> Tensor:
+    """``torch.argsort(x, stable=True)``."""
+    return sort_stable(x, stable=stable, dim=dim, descending=descending)[1]
+
+
+def search_sorted(
+    ordered: Tensor,
+    values: Tensor,
+    *,
+    out_int32: bool = False,
+    right: bool = False,
+    side: str | None = None,
+    sorter: Tensor | None = None,
+) -> Tensor:
+    """``torch.searchsorted``: how many of `ordered` come before each value."""
+    if sorter is not None:
+        ordered = ordered.gather(-1, sorter)
+    of_each, value = ordered.unsqueeze(-2), values.unsqueeze(-1)
+    before = of_each <= value if right or side == "right" else of_each < value
+    return before.sum(-1, dtype=torch.int32 if out_int32 else torch.int64)
+
+
+def running_maximum(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """``torch.cummax``: the largest so far, and the last place that has it."""
+    moved = x.movedim(dim, -1)
+    place = torch.arange(moved.shape[-1], device=x.device)
+    seen = place <= place[:, None]
+    lowest = -torch.inf if x.is_floating_point() else torch.iinfo(x.dtype).min
+    of_each = moved.unsqueeze(-2)
+    values = torch.where(seen, of_each, lowest).amax(-1)
+    places = torch.where(seen & (of_each == values.unsqueeze(-1)), place, 0).amax(-1)
+    return values.movedim(-1, dim), places.movedim(-1, dim)
+
+
+def running_minimum(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """``torch.cummin``."""
+    values, places = running_maximum(-x, dim)
+    return -values, places
+
+
+def solve_triangular(
+    matrix: Tensor, right: Tensor, *, upper: bool, left: bool = True, unitriangular: bool = False
+) -> Tensor:
+    """``torch.linalg.solve_triangular`` of lower triangles with a diagonal of ones."""
+    if upper or not left or not unitriangular:
+        raise Unsupported("this triangular system in ONNX", supported="lower triangles with a diagonal of ones")
+    return solve_unit_by_products(matrix, right)
+
+
+FORMS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.sort.stable: sort_stable,
+    torch.ops.aten.argsort.stable: argsort_stable,
+    torch.ops.aten.searchsorted.Tensor: search_sorted,
+    torch.ops.aten.cummax.default: running_maximum,
+    torch.ops.aten.cummin.default: running_minimum,
+    torch.ops.aten.linalg_solve_triangular.default: solve_triangular,
+}
+"""By the operator that each stands for, as ``ExportedProgram.run_decompositions`` takes them."""
+
+
+def as_onnx(program: torch.export.ExportedProgram, **options: Any) -> Any:
+    """A program as a `torch.onnx.ONNXProgram`, with the forms above for what ONNX lacks; options of `torch.onnx.export`."""
+    return torch.onnx.export(program.run_decompositions(dict(FORMS)), **{"verbose": False, **options})
