@@ -1,5 +1,6 @@
 """Every command as a user meets it, and every kind of bad input: exit code 2 and one clear line."""
 
+import errno
 import importlib.util
 import inspect
 import re
@@ -361,6 +362,35 @@ def test_reproduce_runs_goes_on_and_judges(capsys, tmp_path):
         assert found["claim"][:40] in out
     finally:
         object.__setattr__(reproduction, "settings", before)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("compress loop --recipe int8 --output small", "loop, which does not exist"),
+        ("compress nowhere --recipe int8 --output loop", "loop is a link to nothing"),
+        ("retrofit loop --mechanism linear --data good.txt --output small", "loop"),
+        ("train good.txt --output loop/model", "loop is a link to nothing"),
+        ("evaluate loop", "loop, which does not exist"),
+    ],
+)
+def test_links_in_a_circle_are_refused_like_what_is_not_there(capsys, tmp_path, monkeypatch, line, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good.txt").write_bytes(FILES["good.txt"])
+    (tmp_path / "loop").symlink_to("back")
+    (tmp_path / "back").symlink_to("loop")
+    code, _, messages = run(capsys, line)
+    message = messages.strip().splitlines()[-1]
+    assert code == 2 and words in message and "try loop" not in message, messages
+
+
+def test_a_full_disk_is_told_in_a_sentence(capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "table.json")
+
+    monkeypatch.setattr("regard.cli.catalogue.console.print", full)
+    code, _, messages = run(capsys, "list")
+    assert code == 2 and messages.strip() == "regard: no space left on the device for table.json"
 
 
 @pytest.mark.parametrize("line", ["reproduce --list", "reproduce"])

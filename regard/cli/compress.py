@@ -284,9 +284,9 @@ def _data(data: list[str] | None, model: Path, *, needed: bool) -> Any:
 
 def _check_output(output: Path, model: Path) -> None:
     from regard.compression.folders import RECORD, is_compressed, library_of_place
-    from regard.core.files import check_folder
+    from regard.core.files import check_folder, is_same_place
 
-    if output.resolve() == model.resolve():
+    if is_same_place(output, model):
         raise Unsupported(f"{output} as the output, which is the model itself", supported="another folder")
     check_folder(output)
     strange = output.is_dir() and any(output.iterdir()) and not {RECORD, WORK} & {p.name for p in output.iterdir()}

@@ -13,11 +13,18 @@ from regard.contract import Unsupported
 
 def check_folder(folder: Path) -> None:
     """Raise Unsupported unless a folder can be written in, or made: what takes long is not begun for one that cannot."""
-    there = next(place for place in (folder, *folder.parents) if place.exists())
+    there = next(place for place in (folder, *folder.parents) if place.exists() or place.is_symlink())
+    if there.is_symlink() and not there.exists():
+        raise Unsupported(f"{folder} as the output, where {there} is a link to nothing", supported="a folder")
     if not there.is_dir():
         raise Unsupported(f"{folder} as the output, where {there} is a file", supported="a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise Unsupported(f"{folder} as the output, where nothing can be written", supported="a folder of yours")
+
+
+def is_same_place(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one place, which need not be there."""
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

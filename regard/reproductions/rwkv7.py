@@ -43,5 +43,6 @@ REPRODUCTION = Reproduction(
         "language models of up to 2.9B parameters as good as others with fewer tokens: out of reach",
     ),
     smoke={"steps": 2, "batch_size": 2, "items": 8},
+    more_seeds={"rwkv7": 16, "gated_linear": 16},
     seconds=40,
 )

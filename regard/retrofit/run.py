@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regard.contract import Unsupported
-from regard.core.files import write_text_atomically
+from regard.core.files import is_same_place, write_text_atomically
 from regard.measurement import provenance
 from regard.measurement.budget import Budget
 from regard.retrofit import card
@@ -114,7 +114,7 @@ def retrofit(
         )
     chosen = RetrofitSettings(mechanism, keep, parsed, **settings)
     place = Path(output)
-    if isinstance(model, (str, os.PathLike)) and Path(model).resolve() == place.resolve():
+    if isinstance(model, (str, os.PathLike)) and is_same_place(Path(model), place):
         raise Unsupported(f"{place} as both model and output", supported="an output folder of its own")
     host = open_host(model, tokenizer)
     chosen = host.begun(chosen)

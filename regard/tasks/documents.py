@@ -165,7 +165,7 @@ def nearest_path(path: Path) -> str:
         names = sorted(os.listdir(parent))
     except OSError:
         return ""
-    name = closest(missing.name, names)
+    name = closest(missing.name, (name for name in names if name != missing.name))
     return str(parent / name) if name else ""
 
 

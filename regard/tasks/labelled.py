@@ -91,8 +91,9 @@ class LabelledTask(Task):
         shared = len({item.texts for item in training}) - len(kept)
         if shared and not kept:
             raise Unsupported(
-                "validation that holds all of the training data" + (f": {names_of(validation)}" if validation else ""),
-                supported="held-out items of its own, or none, which splits some off",
+                "held-out data that holds all of the training data"
+                + (f": {names_of(validation)}" if validation else ""),
+                supported="items that nothing is trained on, or none: some are held out then",
             )
         if shared:
             first = next(item for item in training if item.texts in taken)

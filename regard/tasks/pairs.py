@@ -194,8 +194,8 @@ class TextPairsTask(Task):
                 raise Unsupported(f"{names_of(validation)}, which holds no pairs", supported="held-out pairs")
             if not training:
                 raise Unsupported(
-                    f"validation that holds all of the training data: {names_of(validation)}",
-                    supported="held-out pairs of its own, or none, which splits some off",
+                    f"held-out data that holds all of the training data: {names_of(validation)}",
+                    supported="pairs that nothing is trained on, or none: some are held out then",
                 )
             if overlap := [pair for pair in distinct if pair.source in sources]:
                 self._notes.append(overlap_note(len(overlap), "pairs", validation, overlap[0].source))

@@ -149,8 +149,8 @@ class TextTask(Task):
         shared = [document for document in training if document.digest in taken]
         if not self.training_documents:
             raise Unsupported(
-                f"validation that holds all of the training data: {names_of(validation)}",
-                supported="held-out text of its own, or none, which splits some off",
+                f"held-out data that holds all of the training data: {names_of(validation)}",
+                supported="text that nothing is trained on, or none: some is held out then",
             )
         if shared:
             self._notes.append(overlap_note(len(shared), "documents", validation, shared[0].name))

@@ -145,7 +145,10 @@ class TimeSeriesTask(Task):
         distinct = self._distinct(training)
         kept = [item for item in distinct if item.values.tobytes() not in taken]
         if not kept:
-            raise Unsupported("validation that holds all of the training data", supported="series of its own, or none")
+            raise Unsupported(
+                "held-out data that holds all of the training data",
+                supported="series that nothing is trained on, or none: some are held out then",
+            )
         if shared := len(distinct) - len(kept):
             first = next(item for item in distinct if item.values.tobytes() in taken)
             self._notes.append(overlap_note(shared, "series", validation, f"class {first.label}"))
