@@ -113,6 +113,8 @@ def recommend(
     rest = [task for task in summary if task not in solved]
     quality = _equal_quality(kept, solved, rest, comparisons)
     text = f"Take {winner}: " + _headline(scored, kept, alike, quality, cost, why, len(summary), proven=not unproven)
+    if level := _not_above_rules(summary, winner):
+        text += f" But on {listed(level)} a rule without training is not surely beaten: nothing may have been learned there."
     at_edge = {task: rate for (task, name), rate in (edges or {}).items() if name == winner}
     if at_edge:
         ends = " and ".join(f"{rate:g} on {task}" for task, rate in at_edge.items())
@@ -236,6 +238,11 @@ def _without_unproven(
             steps.append(f"on {task} not shown to beat a rule without training: {listed(lost)}")
             kept = ahead
     return kept, steps
+
+
+def _not_above_rules(summary: Mapping[str, Sequence[Mapping[str, Any]]], winner: str) -> list[str]:
+    """Tasks with a rule without training that the winner does not surely beat."""
+    return [task for task in summary if _entry(summary, task, winner).get("beside_baseline") in ("level", "behind")]
 
 
 def _without_beaten(
@@ -425,6 +432,8 @@ def _inseparable(task: str, best: str, tied: list[str], comparison: Comparison, 
         else:
             more = "of the others not all have a score"
         return f"{said}: with a single seed nothing can be separated; {more}."
+    if not difference.mean and not difference.resolved:
+        return f"On {task} all of {listed([best, *tied])} score exactly the same."
     size = f"difference {'up to ' if len(tied) > 1 else ''}{abs(difference.mean):.2g}"
     said += f" ({size}, smallest resolved {difference.resolved:.2g})"
     seeds = len(comparison.seeds)

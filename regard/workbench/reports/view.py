@@ -273,7 +273,7 @@ class View:
         else:
             said = [f"{best} is ahead of every other."]
         smallest = (self.run.get("resolution") or {}).get(task)
-        if is_number(smallest):
+        if is_number(smallest) and smallest > 0:
             said.append(f"Differences below {smallest:.2g} in {self.metric(task).name} are beyond this budget.")
         lost = [row["mechanism"] for row in self.quality if row["task"] == task and not is_number(row["score"])]
         if lost:

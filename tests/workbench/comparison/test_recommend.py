@@ -72,13 +72,21 @@ def test_what_is_not_shown_to_beat_the_rule_is_not_taken_where_others_are():
     for entry, standing in zip(summary, ("ahead", "ahead", "level"), strict=True):
         entry["beside_baseline"] = standing
     found = advise(text=(summary, comparison))
-    assert found.winner == "fast"
+    assert found.winner == "fast" and "nothing may have been learned" not in found.text
     assert "not shown to beat a rule without training: toy" in found.reason
     summary[1]["beside_baseline"] = "level"
     assert "Take slow: every other is surely behind it or not shown to" in advise(text=(summary, comparison)).text
     for entry in summary:
         entry["beside_baseline"] = "level"
-    assert advise(text=(summary, comparison)).winner == "toy"
+    found = advise(text=(summary, comparison))
+    assert found.winner == "toy"
+    assert "on text a rule without training is not surely beaten: nothing may have been learned there." in found.text
+
+
+def test_scores_that_are_exactly_the_same_are_called_so():
+    """As where every model says the most frequent class."""
+    found = advise(text=case(LEVEL, noise=0.0))
+    assert found.notes == ["On text all of slow, fast and toy score exactly the same."]
 
 
 def test_a_single_seed_ranks_nothing():
@@ -182,7 +190,7 @@ def test_no_sentence_contradicts_another(name):
     """A winner that is alone ahead is nowhere said to be inseparable, and one that is not is nowhere said to be alone."""
     found = CASES[name]()
     alone = "surely behind it" in found.text or "only mechanism" in found.text
-    tied = any("Cannot separate" in note for note in found.notes)
+    tied = any("Cannot separate" in note or "exactly the same" in note for note in found.notes)
     assert found.text.startswith(f"Take {found.winner}: ")
     assert found.text.count("Take ") == 1 and found.text.endswith(".")
     assert not (alone and tied)
