@@ -27,7 +27,6 @@ def model_costs(
     make_input: Callable[[int], tuple[tuple[Tensor, ...], Context]],
     *,
     seconds: float = 1.0,
-    on_length: Callable[[int], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Costs of several models of one backbone, interleaved at each length. Batch 1, no gradients.
 
@@ -37,7 +36,6 @@ def model_costs(
         lengths: of the input, or of the memory.
         make_input: an input of a given length (or an input, and a memory of that length) and its context.
         seconds: of timing at each length.
-        on_length: called after each length.
 
     Returns:
         For each model the payload of a ``cost`` row: latency (length, ms, low, high), decode (length, tokens/s), memory
@@ -48,99 +46,75 @@ def model_costs(
     with torch.no_grad():
         for length in lengths:
             models = {name: model.eval() for name, model in models_for(length).items()}
+            measured = _at(models, functools.partial(make_input, length), seconds)
             for name in models:
-                found.setdefault(name, {key: [] for key in LISTS})
-            try:
-                inputs, context = make_input(length)
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                fitting = {}
-            else:
-                fitting = _memory(models, length, inputs, context, found)
-            for name in models.keys() - fitting.keys():
-                found[name]["too_long"].append(length)
-            if fitting:
-                _latency(fitting, length, inputs, context, found, seconds)
-                _decoding(fitting, length, inputs, context, found, seconds)
-            if on_length is not None:
-                on_length(length)
+                own = found.setdefault(name, {key: [] for key in LISTS})
+                if name not in measured:
+                    own["too_long"].append(length)
+                for key, row in measured.get(name, {}).items():
+                    own[key].append([length, *row])
     for name, costs in found.items():
+        costs["backends"] = sorted({backend for _, *backends in costs["backends"] for backend in backends})
         for source, target in (("latency", "efficiency_length_time"), ("memory", "efficiency_length_memory")):
             costs[target] = None
             if REFERENCE in found and name != REFERENCE:
-                own, reference = ({row[0]: row[1] for row in found[n][source]} for n in (name, REFERENCE))
-                costs[target] = efficiency_length(own, reference)
+                each, reference = ({row[0]: row[1] for row in found[n][source]} for n in (name, REFERENCE))
+                costs[target] = efficiency_length(each, reference)
     return found
 
 
-def _memory(
-    models: Mapping[str, nn.Module],
-    length: int,
-    inputs: tuple[Tensor, ...],
-    context: Context,
-    found: dict[str, dict[str, Any]],
-) -> dict[str, nn.Module]:
-    """The models for whose forward pass the memory suffices; their peaks, and the backends that ran them, go into `found`."""
-    fitting = {}
-    for name, model in models.items():
-        forward = functools.partial(model, *inputs, context=context)
-        try:
-            forward()  # what is kept from the first call on is no part of the peak
-            library.workspace_peak(reset=True)
-            with watch_backends() as ran:
-                peak = peak_memory(forward, device=inputs[0].device)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            continue
-        found[name]["memory"].append([length, peak.bytes + library.workspace_peak()])
-        found[name]["backends"] = sorted(ran.backends.union(found[name]["backends"]))
-        fitting[name] = model
-    return fitting
-
-
-def _latency(
-    models: Mapping[str, nn.Module],
-    length: int,
-    inputs: tuple[Tensor, ...],
-    context: Context,
-    found: dict[str, dict[str, Any]],
-    seconds: float,
-) -> None:
+def _at(
+    models: Mapping[str, nn.Module], make_input: Callable[[], tuple[tuple[Tensor, ...], Context]], seconds: float
+) -> dict[str, dict[str, Any]]:
+    """The costs with one input of those models whose forward pass the memory suffices for."""
+    try:
+        inputs, context = make_input()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return {}
+    device = inputs[0].device
     forward = {name: functools.partial(model, *inputs, context=context) for name, model in models.items()}
-    device = inputs[0].device
-    for name, timing in interleaved(forward, seconds=seconds, device=device, clock=calm_clock(device)).items():
-        found[name]["latency"].append([length, *_milliseconds(timing)])
+    found = {name: costs for name, action in forward.items() if (costs := _memory(action, device)) is not None}
+    timed = functools.partial(interleaved, device=device, clock=calm_clock(device))
+    if found:
+        for name, timing in timed({name: forward[name] for name in found}, seconds=seconds).items():
+            found[name]["latency"] = _milliseconds(timing)
+    decoding = {}
+    for name, costs in found.items():
+        if (state := _state(models[name], inputs, context)) is not None:
+            costs["state_bytes"] = [state.nbytes]
+            decoding[name] = functools.partial(_decode, models[name], inputs[0][:, :1], state)
+    if decoding:
+        for name, timing in timed(decoding, seconds=seconds / 2).items():
+            found[name]["decode"] = [DECODE_STEPS / timing.median]
+    return found
 
 
-def _decoding(
-    models: Mapping[str, nn.Module],
-    length: int,
-    inputs: tuple[Tensor, ...],
-    context: Context,
-    found: dict[str, dict[str, Any]],
-    seconds: float,
-) -> None:
-    """Tokens per second of one sequence after `inputs`, and the bytes of its state, which has absorbed any memory."""
-    actions = {}
-    for name, model in models.items():
-        if not isinstance(model, LanguageModel | EncoderDecoder):
-            return
-        if not all(block.continues for block in model.blocks):
-            continue  # nothing to decode from
-        state = model(*inputs, context=context.replace(want=frozenset({"state"}))).state
-        found[name]["state_bytes"].append([length, state.nbytes])
+def _memory(forward: Callable[[], Any], device: torch.device) -> dict[str, Any] | None:
+    """The peak of a forward pass, and the backends that run it; None where the memory does not suffice."""
+    try:
+        forward()  # what is kept from the first call on is no part of the peak
+        library.workspace_peak(reset=True)
+        with watch_backends() as ran:
+            peak = peak_memory(forward, device=device)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return None
+    return {"memory": [peak.bytes + library.workspace_peak()], "backends": sorted(ran.backends)}
 
-        def steps(model: nn.Module = model, state: Any = state) -> None:
-            for _ in range(DECODE_STEPS):
-                state = model(inputs[0][:, :1], state=state).state
 
-        actions[name] = steps
-    device = inputs[0].device
-    timings = interleaved(actions, seconds=seconds / 2, device=device, clock=calm_clock(device)) if actions else {}
-    for name, timing in timings.items():
-        found[name]["decode"].append([length, DECODE_STEPS / timing.median])
+def _state(model: nn.Module, inputs: tuple[Tensor, ...], context: Context) -> Any:
+    """The state of one sequence after `inputs`, which has absorbed any memory; None of models that nothing is decoded with."""
+    if not isinstance(model, LanguageModel | EncoderDecoder) or not all(block.continues for block in model.blocks):
+        return None
+    return model(*inputs, context=context.replace(want=frozenset({"state"}))).state
+
+
+def _decode(model: nn.Module, token: Tensor, state: Any) -> None:
+    for _ in range(DECODE_STEPS):
+        state = model(token, state=state).state
 
 
 def _milliseconds(timing: Timing) -> tuple[float, float, float]:
