@@ -140,7 +140,6 @@ REPRODUCTION = Reproduction(
         "enwik8 at 1.024 bits: at this size the model over-fits 8 KB instead",
     ),
     seeds=4,
-    more_seeds={"dense": 23, "unbiased": 23},
     smoke={"steps": 20, "batch_size": 1, "windows": 4, "items": 4, "every": 5, "length": 64},
     seconds=12,
     protocol=2,
