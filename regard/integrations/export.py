@@ -128,16 +128,18 @@ def check_packages() -> None:
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """PyTorch's exporters warn of what their own code does, and log that a result has parts that are None."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """PyTorch's exporters warn of what their own code does, and log that a result has parts, and sizes, that are None."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _differing(

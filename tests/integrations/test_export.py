@@ -51,7 +51,8 @@ def test_saved_programs_read_prompts_and_steps_of_any_length():
 
 def test_onnx_runtime_continues_a_state_of_any_length(monkeypatch):
     logged = []
-    monkeypatch.setattr(logging.getLogger("torch.onnx._internal.exporter._core"), "handle", logged.append)
+    for name in ("torch.onnx._internal.exporter._core", "torch.export.dynamic_shapes"):
+        monkeypatch.setattr(logging.getLogger(name), "handle", logged.append)
     model = small_model(["softmax"])
     program = export_onnx(model, ids(1), state=model(ids(6), context=Context(want=STATE)).state, optimize=False)
     assert not logged  # what the exporter says of its own parts concerns no caller
