@@ -285,6 +285,8 @@ BAD_INPUT = {
     "search good.txt --dims 32 --layers 0,2 --output out": ("--layers=0", "try --layers=1"),
     "search good.txt --feed-forward , --output out": ("--feed-forward ','", "whole numbers"),
     "reproduce nonsense --output out": ("supported",),
+    "reproduce --pilot 0 --output out": ("--pilot without names", "try regard reproduce all"),
+    "reproduce --shard 3/2 --output out": ("--shard without names",),
     "reproduce mamba --shard 3/2 --output out": ("supported",),
     "reproduce mamba --seeds 0 --output out": ("supported",),
     "reproduce mamba --engine rey --output out": ("engine", "try ray"),
@@ -369,7 +371,7 @@ def test_reproduce_runs_goes_on_and_judges(capsys, tmp_path):
     [
         ("compress loop --recipe int8 --output small", "loop, which does not exist"),
         ("compress nowhere --recipe int8 --output loop", "loop is a link to nothing"),
-        ("retrofit loop --mechanism linear --data good.txt --output small", "loop"),
+        ("retrofit loop --mechanism linear --data good.txt --output small", "loop, which"),
         ("train good.txt --output loop/model", "loop is a link to nothing"),
         ("evaluate loop", "loop, which does not exist"),
     ],

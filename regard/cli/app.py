@@ -141,7 +141,7 @@ def main() -> None:
         errors.print(plain(f"regard: {error}"), soft_wrap=True)
         raise SystemExit(2) from None
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" for {error.filename}" if error.filename else ""
         errors.print(plain(f"regard: no space left on the device{where}"), soft_wrap=True)

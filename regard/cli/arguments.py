@@ -39,8 +39,8 @@ def read_names(text: str) -> tuple[str, ...]:
     return tuple(variant.name for variant in read_variants(text))
 
 
-def read_integers(name: str, text: str) -> tuple[int, ...]:
-    """Whole numbers from 1 of a list with commas, each once, in order; raises Unsupported, which calls them `name`."""
+def read_integers(name: str, text: str, least: int = 1) -> tuple[int, ...]:
+    """Whole numbers of a list with commas, each once, in order; raises Unsupported, which calls them `name`."""
     try:
         found = tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
     except ValueError:
@@ -49,7 +49,7 @@ def read_integers(name: str, text: str) -> tuple[int, ...]:
         ) from None
     if not found:
         raise Unsupported(f"{name} {text!r}", supported="one or more whole numbers with commas")
-    at_least(name, found[0], 1)
+    at_least(name, found[0], least)
     return found
 
 
@@ -151,10 +151,10 @@ def read_exits(text: str, layers: int, objective: str, stack: Any) -> Any:
 
     places, _, kind = text.partition(":")
     one_of(f"--exits {places}:", kind, ("", "own", "halting"))
-    exits = tuple(range(1, layers)) if places == "all" else read_integers("--exits", places.replace("+", ","))
+    exits = tuple(range(1, layers)) if places == "all" else read_integers("--exits", places.replace("+", ","), least=0)
     if layers == 1:
         raise Unsupported(f"--exits {text} of 1 layer", supported="two layers or more", nearest="--layers 2")
-    if exits[-1] >= layers:
+    if not 1 <= exits[0] <= exits[-1] < layers:
         raise Unsupported(f"--exits {text} of {layers} layers", supported=f"layers from 1 to {layers - 1}, or all")
     if kind == "own" and objective != "classification":
         raise Unsupported(

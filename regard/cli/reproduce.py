@@ -15,6 +15,7 @@ from regard.cli.console import console, emit
 from regard.cli.options import ADDRESS, ENGINE, JSON, SHARD, TIMINGS
 from regard.cli.progress import progress
 from regard.cli.sweeps import sweep_of
+from regard.contract import Unsupported
 from regard.measurement import units
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ def reproduce(
 
     sweeps = sweep_of(engine, address)
     wanted = list_reproductions() if not names or "all" in names else [get_reproduction(n).name for n in names]
-    listing = listing or not (names or table or pilot)
+    if not (names or listing or table):
+        _check_listing(seeds=seeds, shard=only, timings=timings, pilot=pilot, address=address)
+        listing = True
     if not (listing or table):
         cells = plan(wanted, pilot=pilot) if pilot is not None else plan(wanted, seeds, timings=timings)
         with sweeps as sweep:
@@ -86,6 +89,15 @@ def reproduce(
         tell_listed(found)
     else:
         tell_judged(found)
+
+
+def _check_listing(**given: Any) -> None:
+    """Raise Unsupported for an option of runs where nothing is named, and so nothing is run."""
+    asked = [name for name, value in given.items() if value is not None]
+    if asked:
+        raise Unsupported(
+            f"--{asked[0]} without names", supported="reproductions, mechanisms, or all", nearest="regard reproduce all"
+        )
 
 
 def cells_in(output: Path) -> AbstractContextManager[Store | None]:

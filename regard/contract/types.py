@@ -9,6 +9,7 @@ import typing
 from collections.abc import Collection, Mapping, Set
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,6 +60,7 @@ def _exact(hint: Any) -> set[type]:
 
 
 NUMBERS: Mapping[Any, tuple[type, ...]] = {
+    bool: (bool, np.bool_),
     int: (numbers.Integral, torch.SymInt),
     float: (numbers.Real, torch.SymInt, torch.SymFloat),
 }
@@ -76,7 +78,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is Any:
         return True
     if hint in NUMBERS:
-        return isinstance(value, NUMBERS[hint]) and not isinstance(value, bool)
+        return isinstance(value, NUMBERS[hint]) and (hint is bool or not isinstance(value, bool | np.bool_))
     expected = origin or hint
     return not isinstance(expected, type) or isinstance(value, expected)
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.contract import Unsupported
 from regard.engines.gated_recurrence.torch_form import solve_unit_by_products
 
 
@@ -41,34 +40,38 @@ def search_sorted(
     if sorter is not None:
         ordered = ordered.gather(-1, sorter)
     of_each, value = ordered.unsqueeze(-2), values.unsqueeze(-1)
-    before = of_each <= value if right or side == "right" else of_each < value
-    return before.sum(-1, dtype=torch.int32 if out_int32 else torch.int64)
+    after = of_each > value if right or side == "right" else of_each >= value
+    places = (~after).sum(-1, dtype=torch.int32 if out_int32 else torch.int64)  # NaN comes after all that is ordered
+    return places.view(values.shape)
 
 
 def running_maximum(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """``torch.cummax``: the largest so far, and the last place that has it."""
-    moved = x.movedim(dim, -1)
-    place = torch.arange(moved.shape[-1], device=x.device)
-    seen = place <= place[:, None]
-    lowest = -torch.inf if x.is_floating_point() else torch.iinfo(x.dtype).min
-    of_each = moved.unsqueeze(-2)
-    values = torch.where(seen, of_each, lowest).amax(-1)
-    places = torch.where(seen & (of_each == values.unsqueeze(-1)), place, 0).amax(-1)
-    return values.movedim(-1, dim), places.movedim(-1, dim)
+    return _running(x, dim, -torch.inf if x.is_floating_point() else torch.iinfo(x.dtype).min, torch.amax)
 
 
 def running_minimum(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """``torch.cummin``."""
-    values, places = running_maximum(-x, dim)
-    return -values, places
+    """``torch.cummin``: the smallest so far, and the last place that has it."""
+    return _running(x, dim, torch.inf if x.is_floating_point() else torch.iinfo(x.dtype).max, torch.amin)
+
+
+def _running(x: Tensor, dim: int, unseen: float, most: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    of_each = x.movedim(dim, -1).unsqueeze(-2)
+    place = torch.arange(of_each.shape[-1], device=x.device)
+    seen = place <= place[:, None]
+    values = most(torch.where(seen, of_each, unseen), -1)
+    so_far = values.unsqueeze(-1)
+    has_it = (of_each == so_far) | ((of_each != of_each) & (so_far != so_far))
+    places = torch.where(seen & has_it, place, 0).amax(-1)
+    return values.movedim(-1, dim), places.movedim(-1, dim)
 
 
 def solve_triangular(
     matrix: Tensor, right: Tensor, *, upper: bool, left: bool = True, unitriangular: bool = False
 ) -> Tensor:
-    """``torch.linalg.solve_triangular`` of lower triangles with a diagonal of ones."""
+    """``torch.linalg.solve_triangular`` of lower triangles with a diagonal of ones; others are left as they are."""
     if upper or not left or not unitriangular:
-        raise Unsupported("this triangular system in ONNX", supported="lower triangles with a diagonal of ones")
+        return NotImplemented
     return solve_unit_by_products(matrix, right)
 
 

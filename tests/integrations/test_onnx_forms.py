@@ -8,7 +8,13 @@ import torch
 
 from regard import Unsupported
 from regard.integrations.export import export_onnx
-from regard.integrations.onnx_forms import running_maximum, search_sorted, solve_triangular, sort_stable
+from regard.integrations.onnx_forms import (
+    running_maximum,
+    running_minimum,
+    search_sorted,
+    solve_triangular,
+    sort_stable,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # PyTorch's own code
 
@@ -21,30 +27,40 @@ def test_products_solve_triangular_systems(size):
     torch.testing.assert_close(solve_triangular(matrix, right, upper=False, unitriangular=True), expected)
 
 
-@pytest.mark.parametrize("other", [{"upper": True}, {"left": False}, {"unitriangular": False}])
-def test_other_triangular_systems_are_refused(other):
-    with pytest.raises(Unsupported, match="triangular system"):
-        solve_triangular(torch.eye(3), torch.eye(3), **{"upper": False, "unitriangular": True} | other)
+class SolvesUpper(torch.nn.Module):
+    def forward(self, x):
+        return torch.linalg.solve_triangular(x, x, upper=True)
 
 
-@pytest.mark.parametrize("right", [False, True])
-def test_comparisons_find_places(right):
-    ordered = torch.randint(9, (3, 20)).sort(-1).values
-    values = torch.randint(-2, 11, (3, 7))
-    torch.testing.assert_close(
-        search_sorted(ordered, values, right=right), torch.searchsorted(ordered, values, right=right)
-    )
-    torch.testing.assert_close(
-        search_sorted(ordered[0], values, right=right), torch.searchsorted(ordered[0], values, right=right)
-    )
+def test_other_triangular_systems_are_refused_in_one_sentence():
+    with pytest.raises(Unsupported, match=r"ONNX program of a SolvesUpper .*solve_triangular") as caught:
+        export_onnx(SolvesUpper().eval(), torch.eye(3)[None], lengths=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"right": True}, {"side": "right"}, {"out_int32": True}])
+@pytest.mark.parametrize("make", [lambda *n: torch.randint(9, n), lambda *n: torch.randn(n).round()])
+def test_comparisons_find_places(options, make):
+    ordered, values = make(3, 20).sort(-1).values, make(3, 7)
+    if values.is_floating_point():
+        values[0, 0] = torch.nan
+    for rows, of in ((ordered, values), (ordered[0], values), (ordered[0], values[1, 1])):
+        torch.testing.assert_close(search_sorted(rows, of, **options), torch.searchsorted(rows, of, **options))
+    rows = make(3, 20)
+    order = rows.argsort(-1)
+    found = search_sorted(rows, values, sorter=order, **options)
+    torch.testing.assert_close(found, torch.searchsorted(rows, values, sorter=order, **options))
 
 
 @pytest.mark.parametrize("dim", [-1, 1])
-@pytest.mark.parametrize("make", [lambda *n: torch.randint(-5, 5, n), lambda *n: torch.randn(n).round()])
-def test_the_largest_so_far_and_where_it_was_last(dim, make):
-    x = make(2, 9, 8)
-    for found, expected in zip(running_maximum(x, dim), x.cummax(dim), strict=True):
-        torch.testing.assert_close(found, expected)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.uint8])
+@pytest.mark.parametrize(("form", "name"), [(running_maximum, "cummax"), (running_minimum, "cummin")])
+def test_the_extreme_so_far_and_where_it_was_last(form, name, dtype, dim):
+    x = torch.randint(6, (2, 9, 8)).to(dtype)
+    if dtype is torch.float64:
+        x[0, 4, 3] = torch.nan
+    for found, expected in zip(form(x, dim), getattr(x, name)(dim), strict=True):
+        torch.testing.assert_close(found, expected, equal_nan=True)
 
 
 class Sorts(torch.nn.Module):
@@ -54,7 +70,14 @@ class Sorts(torch.nn.Module):
         up, places = torch.sort(x, stable=True)
         down = torch.argsort(x, descending=True, stable=True)
         false_first = torch.argsort(x > 1, stable=True)
-        return places, down, false_first, torch.searchsorted(up, x), torch.cummax(x, -1).values
+        return (
+            places,
+            down,
+            false_first,
+            torch.searchsorted(up, x),
+            torch.cummax(x, -1).values,
+            torch.cummin(x, -1).indices,
+        )
 
 
 def test_equal_values_keep_their_order_in_onnx_runtime_at_any_length():

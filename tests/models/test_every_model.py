@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import pkgutil
 from itertools import pairwise
 
 import pytest
@@ -9,8 +12,9 @@ import torch
 from model_checks import FUNNELS, KINDS, made, ragged, randomize_ends, read_by, small, without_gradient
 from torch.nn.functional import cross_entropy
 
+from regard import models
 from regard.catalogue import get_mechanism, list_mechanisms
-from regard.contract import Context, Mask, Unsupported
+from regard.contract import Context, Mask, Unsupported, types_of
 
 MIXED = ["softmax", "linear"]
 POOLS = ("mean", "first", "last", "max", "additive", "structured", "low_rank_pooling")
@@ -156,6 +160,20 @@ def test_an_encoder_layer_for_grids_is_refused_when_the_model_is_built(kind):
 def test_an_option_of_another_type_is_refused_and_its_config_named(kind):
     with pytest.raises(Unsupported, match=r"dim=10\.5 of an? \w+Config; supported: int"):
         small(kind, dim=10.5)
+
+
+def configs():
+    """All dataclasses of the package whose names say that they are configurations."""
+    for module in pkgutil.walk_packages(models.__path__, "regard.models."):
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, type) and dataclasses.is_dataclass(value) and value.__name__.endswith("Config"):
+                yield value
+
+
+@pytest.mark.parametrize("config", sorted(set(configs()), key=lambda c: c.__name__), ids=lambda c: c.__name__)
+def test_the_types_of_all_options_are_known_when_they_are_checked(config):
+    """Not so where a type is imported for type checkers alone: then nothing is checked."""
+    assert {option.name for option in dataclasses.fields(config)} <= types_of(config).hints.keys()
 
 
 REFUSED = [

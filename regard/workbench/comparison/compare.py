@@ -347,26 +347,13 @@ class _Runner:
             if any(row is None for row in rows.values()):
                 self.trainer.doing(f"{work.task.name}: time and memory against length")
                 make_input = functools.partial(_input, work.task, device=self.settings.device)
-                costs = model_costs(_models_for(work), lengths, make_input, seconds=0.5)
+                costs = model_costs(tuple(work.configs), _model_for(work), lengths, make_input, seconds=0.5)
                 for name, cost in costs.items():
                     named = {"task": work.task.name, "mechanism": name, "pattern": str(work.task.pattern)}
                     self.store.put("cost", keys[name], named | cost)
                 rows = {name: self.store.get("cost", key) for name, key in keys.items()}
-            costed = [row.payload for row in rows.values() if row is not None]
-            self._say_too_long(work.task, costed)
-            found += costed
+            found += [row.payload for row in rows.values() if row is not None]
         return found
-
-    def _say_too_long(self, task: Task, costs: Sequence[Mapping[str, Any]]) -> None:
-        """Which lengths the memory did not suffice for, and of whom."""
-        names: dict[int, list[str]] = {}
-        for cost in costs:
-            for length in cost.get("too_long", ()):
-                names.setdefault(length, []).append(cost["mechanism"])
-        for length, found in names.items():
-            self.trainer.say(
-                f"{task.name}: no costs of {listed(found)} at {length:,} tokens: there is too little memory"
-            )
 
     def _conclude(self, found: Conclusions, costs: list[dict[str, Any]]) -> Outcome:
         settings, advice = self.settings, found.advice
@@ -457,16 +444,16 @@ def render_report(store: Store, path: Path, run: str | None = None) -> Path:
     return write_report(path, measured)
 
 
-def _models_for(work: Work) -> Callable[[int], dict[str, nn.Module]]:
+def _model_for(work: Work) -> Callable[[str, int], nn.Module]:
     """A comparison's models for inputs of a length: the same for all, but for mechanisms with a greatest length."""
     device = work.settings.device
     kept = {name: build(config, 0, device) for name, config in work.configs.items()}
 
-    def models(length: int) -> dict[str, nn.Module]:
-        made = {name: work.config_for(name, length) for name in kept}
-        return {n: kept[n] if config is work.configs[n] else build(config, 0, device) for n, config in made.items()}
+    def model(name: str, length: int) -> nn.Module:
+        config = work.config_for(name, length)
+        return kept[name] if config is work.configs[name] else build(config, 0, device)
 
-    return models
+    return model
 
 
 def _input(task: Task, length: int, device: str = "cpu") -> tuple[tuple[Tensor, ...], Context]:

@@ -15,6 +15,7 @@ from regard.workbench.comparison.summary import (
     rates_on_edge,
     skipped_steps,
     summarise,
+    too_long,
 )
 from regard.workbench.comparison.trainer import Runs
 from regard.workbench.comparison.work import Work
@@ -41,6 +42,7 @@ class Conclusions:
         self.rules = {w.task.name: w.baseline for w in works if w.baseline is not None}
         self.metrics = {w.task.name: (w.task.metric, w.task.higher_is_better) for w in works}
         self.left_out = [said for made in runs.values() for said in (*made.left_out, *made.longer, made.fewer) if said]
+        self.left_out += too_long(costs)
         kind = {w.task.name: w.kind for w in works}
         cost_of = {(kind[row["task"]], row["mechanism"]): row for row in costs}
         self.summary = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,16 @@ from regard.measurement.memory import peak_memory
 from regard.measurement.timing import Timing, calm_clock, efficiency_length, interleaved
 from regard.models import EncoderDecoder, LanguageModel
 
+T = TypeVar("T")
+
 REFERENCE = "softmax"
 DECODE_STEPS = 8
 LISTS = ("latency", "decode", "memory", "state_bytes", "backends", "too_long")
 
 
 def model_costs(
-    models_for: Callable[[int], Mapping[str, nn.Module]],
+    names: Sequence[str],
+    model_for: Callable[[str, int], nn.Module],
     lengths: Sequence[int],
     make_input: Callable[[int], tuple[tuple[Tensor, ...], Context]],
     *,
@@ -31,8 +34,8 @@ def model_costs(
     """Costs of several models of one backbone, interleaved at each length. Batch 1, no gradients.
 
     Args:
-        models_for: the models for inputs of a length, by mechanism; with `softmax` among them efficiency lengths are
-            found.
+        names: of the models, as of their mechanisms; with `softmax` among them efficiency lengths are found.
+        model_for: the model of a name for inputs of a length.
         lengths: of the input, or of the memory.
         make_input: an input of a given length (or an input, and a memory of that length) and its context.
         seconds: of timing at each length.
@@ -42,13 +45,12 @@ def model_costs(
         and state_bytes (length, bytes), the efficiency lengths, the backends that ran its engines, and the lengths that are
         too long for the memory, at which the model has no costs.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {name: {key: [] for key in LISTS} for name in names}
     with torch.no_grad():
         for length in lengths:
-            models = {name: model.eval() for name, model in models_for(length).items()}
+            models = {name: functools.partial(model_for, name, length) for name in names}
             measured = _at(models, functools.partial(make_input, length), seconds)
-            for name in models:
-                own = found.setdefault(name, {key: [] for key in LISTS})
+            for name, own in found.items():
                 if name not in measured:
                     own["too_long"].append(length)
                 for key, row in measured.get(name, {}).items():
@@ -64,44 +66,54 @@ def model_costs(
 
 
 def _at(
-    models: Mapping[str, nn.Module], make_input: Callable[[], tuple[tuple[Tensor, ...], Context]], seconds: float
+    makers: Mapping[str, Callable[[], nn.Module]],
+    make_input: Callable[[], tuple[tuple[Tensor, ...], Context]],
+    seconds: float,
 ) -> dict[str, dict[str, Any]]:
     """The costs with one input of those models whose forward pass the memory suffices for."""
-    try:
-        inputs, context = make_input()
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
+    given = _fitting(make_input)
+    if given is None:
         return {}
+    inputs, context = given
     device = inputs[0].device
-    forward = {name: functools.partial(model, *inputs, context=context) for name, model in models.items()}
-    found = {name: costs for name, action in forward.items() if (costs := _memory(action, device)) is not None}
     timed = functools.partial(interleaved, device=device, clock=calm_clock(device))
-    if found:
-        for name, timing in timed({name: forward[name] for name in found}, seconds=seconds).items():
-            found[name]["latency"] = _milliseconds(timing)
+    models, found = {}, {}
+    for name, make in makers.items():
+        if (model := _fitting(make)) is None:
+            continue
+        if (costs := _fitting(functools.partial(_memory, model.eval(), inputs, context))) is not None:
+            models[name], found[name] = model, costs
+    forward = {name: functools.partial(model, *inputs, context=context) for name, model in models.items()}
+    for name, timing in (timed(forward, seconds=seconds) if forward else {}).items():
+        found[name]["latency"] = _milliseconds(timing)
     decoding = {}
-    for name, costs in found.items():
-        if (state := _state(models[name], inputs, context)) is not None:
-            costs["state_bytes"] = [state.nbytes]
-            decoding[name] = functools.partial(_decode, models[name], inputs[0][:, :1], state)
-    if decoding:
-        for name, timing in timed(decoding, seconds=seconds / 2).items():
-            found[name]["decode"] = [DECODE_STEPS / timing.median]
+    for name, model in models.items():
+        if (state := _fitting(functools.partial(_state, model, inputs, context))) is not None:
+            found[name]["state_bytes"] = [state.nbytes]
+            decoding[name] = functools.partial(_decode, model, inputs[0][:, :1], state)
+    decoded = _fitting(functools.partial(timed, decoding, seconds=seconds / 2)) if decoding else None
+    for name, timing in (decoded or {}).items():
+        found[name]["decode"] = [DECODE_STEPS / timing.median]
     return found
 
 
-def _memory(forward: Callable[[], Any], device: torch.device) -> dict[str, Any] | None:
-    """The peak of a forward pass, and the backends that run it; None where the memory does not suffice."""
+def _fitting(action: Callable[[], T]) -> T | None:
+    """What an action gives; None where the memory does not suffice."""
     try:
-        forward()  # what is kept from the first call on is no part of the peak
-        library.workspace_peak(reset=True)
-        with watch_backends() as ran:
-            peak = peak_memory(forward, device=device)
+        return action()
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         return None
+
+
+def _memory(model: nn.Module, inputs: tuple[Tensor, ...], context: Context) -> dict[str, Any]:
+    """The peak of a forward pass, and the backends that run it."""
+    forward = functools.partial(model, *inputs, context=context)
+    forward()  # what is kept from the first call on is no part of the peak
+    library.workspace_peak(reset=True)
+    with watch_backends() as ran:
+        peak = peak_memory(forward, device=inputs[0].device)
     return {"memory": [peak.bytes + library.workspace_peak()], "backends": sorted(ran.backends)}
 
 

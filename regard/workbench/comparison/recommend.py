@@ -113,8 +113,9 @@ def recommend(
     rest = [task for task in summary if task not in solved]
     quality = _equal_quality(kept, solved, rest, comparisons)
     text = f"Take {winner}: " + _headline(scored, kept, alike, quality, cost, why, len(summary), proven=not unproven)
-    if level := _not_above_rules(summary, winner):
-        text += f" But on {listed(level)} a rule without training is not surely beaten: nothing may have been learned there."
+    for standing, words in (("level", "is not surely beaten"), ("behind", "is better")):
+        if tasks := [task for task in rest if _entry(summary, task, winner).get("beside_baseline") == standing]:
+            text += f" But on {listed(tasks)} a rule without training {words}: it may have learned nothing there."
     at_edge = {task: rate for (task, name), rate in (edges or {}).items() if name == winner}
     if at_edge:
         ends = " and ".join(f"{rate:g} on {task}" for task, rate in at_edge.items())
@@ -238,11 +239,6 @@ def _without_unproven(
             steps.append(f"on {task} not shown to beat a rule without training: {listed(lost)}")
             kept = ahead
     return kept, steps
-
-
-def _not_above_rules(summary: Mapping[str, Sequence[Mapping[str, Any]]], winner: str) -> list[str]:
-    """Tasks with a rule without training that the winner does not surely beat."""
-    return [task for task in summary if _entry(summary, task, winner).get("beside_baseline") in ("level", "behind")]
 
 
 def _without_beaten(

@@ -9,6 +9,7 @@ from typing import Any
 from regard.measurement.statistics import Comparison, Scores, items_array, pareto_front
 from regard.tasks import Baseline
 from regard.training.loop import History, Point
+from regard.workbench.comparison.recommend import listed
 from regard.workbench.reports.scales import is_number
 
 CURVE_POINTS = 100
@@ -146,6 +147,18 @@ def beside_baseline(task: str, entries: Sequence[Mapping[str, Any]], baseline: B
         if winner in names and standing != "ahead":
             said += f" So {winner} is not shown to beat it: a larger --budget, or more held-out items, may help."
     return said
+
+
+def too_long(costs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sentences about lengths that the memory did not suffice for, and of whom."""
+    names: dict[tuple[str, int], list[str]] = {}
+    for cost in costs:
+        for length in cost.get("too_long", ()):
+            names.setdefault((cost["task"], length), []).append(cost["mechanism"])
+    return [
+        f"{task}: no costs of {listed(those)} at {length:,} tokens, which need more memory than there was."
+        for (task, length), those in names.items()
+    ]
 
 
 def skipped_steps(task: str, rows: Sequence[Mapping[str, Any]]) -> str:

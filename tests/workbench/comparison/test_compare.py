@@ -412,39 +412,63 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path, capsys, one_thread):
 
 
 def test_lengths_that_are_too_long_for_the_memory_are_left_out_and_said(tmp_path):
-    said = []
     chosen = settings(mechanisms=("softmax", "linear"), seeds=1, lengths=(16, 10**15))
-    outcome = compare([recall()], chosen, tmp_path, say=said.append)
-    told = "recall: no costs of softmax and linear at 1,000,000,000,000,000 tokens: there is too little memory"
-    assert told in said and outcome.report.is_file()
+    outcome = compare([recall()], chosen, tmp_path)
+    told = (
+        "recall: no costs of softmax and linear at 1,000,000,000,000,000 tokens, which need more memory than there was."
+    )
+    assert told in outcome.recommendation.notes
+    assert outcome.report.is_file()
     assert [[length for length, *_ in row["latency"]] for row in rows(outcome, "cost")] == [[16, 32], [16, 32]]
 
 
-def test_a_model_that_a_length_is_too_long_for_leaves_its_costs_to_the_others():
-    class Quadratic(torch.nn.Module):
-        def forward(self, x, context):
-            if x.shape[1] > 64:
-                raise MemoryError
-            return x
+class Costly(torch.nn.Module):
+    """Fails at more than `most` tokens."""
 
-    class Linear(torch.nn.Module):
-        def forward(self, x, context):
-            return x
+    def __init__(self, most, error):
+        super().__init__()
+        self.most, self.error = most, error
 
-    models = {"softmax": Quadratic(), "linear": Linear()}
-    costs = model_costs(lambda length: models, (32, 128), lambda n: ((torch.randn(1, n, 4),), Context()))
-    assert [[row[0] for row in costs[name]["latency"]] for name in models] == [[32], [32, 128]]
-    assert [[row[0] for row in costs[name]["memory"]] for name in models] == [[32], [32, 128]]
-    assert [costs[name]["too_long"] for name in models] == [[128], []]
+    def forward(self, x, context):
+        if x.shape[1] > self.most:
+            raise self.error
+        return x
+
+
+def costs_of(model_for, names=("softmax", "linear")):
+    return model_costs(names, model_for, (32, 128), lambda n: ((torch.randn(1, n, 4),), Context()))
+
+
+@pytest.mark.parametrize("when", ["built", "run"])
+def test_a_model_that_a_length_is_too_long_for_leaves_its_costs_to_the_others(when):
+    def model_for(name, length):
+        if when == "built" and name == "softmax" and length > 64:
+            raise MemoryError
+        return Costly(64 if name == "softmax" else 1000, MemoryError())
+
+    costs = costs_of(model_for)
+    for kind in ("latency", "memory"):
+        assert [[row[0] for row in costs[name][kind]] for name in costs] == [[32], [32, 128]]
+    assert [costs[name]["too_long"] for name in costs] == [[128], []]
+
+
+def test_a_state_that_does_not_fit_costs_the_decoding_alone(monkeypatch):
+    model = build(Work(recall(), settings(mechanisms=("softmax",))).configs["softmax"], 0)
+    whole = model.forward
+
+    def forward(x, context):
+        if "state" in context.want:
+            raise RuntimeError("CUDA out of memory")
+        return whole(x, context=context)
+
+    monkeypatch.setattr(model, "forward", forward)
+    costs = model_costs(("softmax",), lambda *_: model, (8,), lambda n: ((torch.randint(9, (1, n)),), Context()))
+    assert costs["softmax"]["latency"] and not costs["softmax"]["decode"] and not costs["softmax"]["too_long"]
 
 
 def test_an_error_that_is_not_about_memory_is_not_hidden():
-    class Broken(torch.nn.Module):
-        def forward(self, x, context):
-            raise RuntimeError("shapes differ")
-
     with pytest.raises(RuntimeError, match="shapes differ"):
-        model_costs(lambda length: {"softmax": Broken()}, (32,), lambda n: ((torch.randn(1, n, 4),), Context()))
+        costs_of(lambda *_: Costly(0, RuntimeError("shapes differ")))
 
 
 def test_a_moment_in_which_the_machine_is_busy_does_not_count_in_the_calibration(monkeypatch):

@@ -72,7 +72,7 @@ def test_what_is_not_shown_to_beat_the_rule_is_not_taken_where_others_are():
     for entry, standing in zip(summary, ("ahead", "ahead", "level"), strict=True):
         entry["beside_baseline"] = standing
     found = advise(text=(summary, comparison))
-    assert found.winner == "fast" and "nothing may have been learned" not in found.text
+    assert found.winner == "fast" and "without training" not in found.text
     assert "not shown to beat a rule without training: toy" in found.reason
     summary[1]["beside_baseline"] = "level"
     assert "Take slow: every other is surely behind it or not shown to" in advise(text=(summary, comparison)).text
@@ -80,7 +80,13 @@ def test_what_is_not_shown_to_beat_the_rule_is_not_taken_where_others_are():
         entry["beside_baseline"] = "level"
     found = advise(text=(summary, comparison))
     assert found.winner == "toy"
-    assert "on text a rule without training is not surely beaten: nothing may have been learned there." in found.text
+    assert "on text a rule without training is not surely beaten: it may have learned nothing there." in found.text
+    for entry in summary:
+        entry["beside_baseline"] = "behind"
+    assert "on text a rule without training is better" in advise(text=(summary, comparison)).text
+    for entry in summary:
+        entry["solved"] = True  # whatever too few items say of the rule
+    assert "without training" not in advise(text=(summary, comparison)).text
 
 
 def test_scores_that_are_exactly_the_same_are_called_so():
