@@ -254,6 +254,10 @@ class View:
         mean, error = units.with_error(entry["mean"], entry["standard_error"])
         return Markup("{} <small>± {}</small>").format(mean, error)
 
+    def sentence(self, text: str) -> str:
+        """A text with a capital at its start, but for the name of a mechanism, which is spelled as it is."""
+        return text if text.startswith(tuple(self.mechanisms)) else text[:1].upper() + text[1:]
+
     def tied(self, task: str) -> list[str]:
         """Mechanisms that cannot be told apart from the best one of a task, whose rank they share."""
         return [e["mechanism"] for e in self.ranked(task) if self.standing(task, e) == "tied"]

@@ -275,6 +275,19 @@ def test_ties_are_named(rows, tied, told):
     assert told in Page(render(Measured(**changed))).text
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("Take softmax: it is the cheapest.", "It is the cheapest."),
+        ("Take softmax: gated_linear and softmax solve recall.", "gated_linear and softmax solve recall."),
+    ],
+)
+def test_a_sentence_begins_with_a_capital_and_a_mechanism_as_it_is_spelled(rows, text, told):
+    changed = copy.deepcopy(rows)
+    changed["run"]["recommendation"] = {"winner": "softmax", "text": text}
+    assert f'<p class="why">{told}</p>' in render(Measured(**changed))
+
+
 def test_rate_at_the_edge_of_its_grid_is_warned_of(rows):
     def told(chosen):
         """What is said of the rates when this one was chosen, by task and mechanism."""
