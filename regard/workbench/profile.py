@@ -14,16 +14,15 @@ from typing import Any
 
 import torch
 
-from regard.backends import watch_backends
 from regard.backends.native import library, machine
 from regard.catalogue import get_mechanism
-from regard.contract import Kind, Pattern, Shape, Unsupported, at_least, one_of, out_of_memory
-from regard.measurement.memory import peak_memory
+from regard.contract import Kind, Pattern, Shape, Unsupported, at_least, one_of
 from regard.measurement.statistics import growth_exponent
 from regard.measurement.timing import Timing, calm_clock, efficiency_length, interleaved, rounds
 from regard.models.variants import known_name
 from regard.workbench.advice.layer_work import DTYPES, WHAT, Decoding, LayerSettings, LayerWork, check_device
 from regard.workbench.comparison.cost import REFERENCE
+from regard.workbench.memory import if_it_fits, peak_and_backends
 from regard.workbench.verification.subjects import Subject
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
@@ -264,14 +263,11 @@ def _at(
     """The measurements at one length, and the names for which there is too little memory."""
     actions, measured, too_large = dict[str, Callable[[], Any]](), dict[str, tuple[int, str]](), list[str]()
     for name, subject in subjects.items():
-        try:
-            action = _action(what, length, subject, settings)
-            measured[name] = measure_memory(action, settings.device)
-            actions[name] = action
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
+        fitting = if_it_fits(functools.partial(_measured, what, length, subject, settings))
+        if fitting is None:
             too_large.append(name)
+        else:
+            actions[name], measured[name] = fitting
     device = torch.device(settings.device)
     clock = calm_clock(device)
     timings = interleaved(actions, seconds=settings.seconds, device=device, clock=clock) if actions else {}
@@ -290,13 +286,18 @@ def _at(
     return found, too_large
 
 
+def _measured(
+    what: str, length: int, subject: Subject | LayerWork, settings: ProfileSettings
+) -> tuple[Callable[[], Any], tuple[int, str]]:
+    """An action, and what :func:`measure_memory` says of it."""
+    action = _action(what, length, subject, settings)
+    return action, measure_memory(action, settings.device)
+
+
 def measure_memory(action: Callable[[], Any], device: str = "cpu") -> tuple[int, str]:
     """Peak bytes of an action, after a first call, and the backends that ran its engines."""
-    action()
-    library.workspace_peak(reset=True)
-    with watch_backends() as ran:
-        memory = peak_memory(action, device=device).bytes + library.workspace_peak()
-    return memory, "+".join(sorted(ran.backends)) or "torch"
+    memory, backends = peak_and_backends(action, device)
+    return memory, "+".join(backends) or "torch"
 
 
 def _inputs(subject: Subject, n: int, settings: ProfileSettings) -> dict[str, torch.Tensor]:

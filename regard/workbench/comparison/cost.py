@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from regard.backends import watch_backends
-from regard.backends.native import library
-from regard.contract import Context, out_of_memory
-from regard.measurement.memory import peak_memory
+from regard.contract import Context
 from regard.measurement.timing import Timing, calm_clock, efficiency_length, interleaved
 from regard.models import EncoderDecoder, LanguageModel
-
-T = TypeVar("T")
+from regard.workbench.memory import if_it_fits, peak_and_backends
 
 REFERENCE = "softmax"
 DECODE_STEPS = 8
@@ -53,10 +49,11 @@ def model_costs(
             for name, own in found.items():
                 if name not in measured:
                     own["too_long"].append(length)
-                for key, row in measured.get(name, {}).items():
+                costs = measured.get(name, {})
+                own["backends"] = sorted({*own["backends"], *costs.pop("backends", ())})
+                for key, row in costs.items():
                     own[key].append([length, *row])
     for name, costs in found.items():
-        costs["backends"] = sorted({backend for _, *backends in costs["backends"] for backend in backends})
         for source, target in (("latency", "efficiency_length_time"), ("memory", "efficiency_length_memory")):
             costs[target] = None
             if REFERENCE in found and name != REFERENCE:
@@ -71,50 +68,30 @@ def _at(
     seconds: float,
 ) -> dict[str, dict[str, Any]]:
     """The costs with one input of those models whose forward pass the memory suffices for."""
-    given = _fitting(make_input)
+    given = if_it_fits(make_input)
     if given is None:
         return {}
     inputs, context = given
     device = inputs[0].device
     timed = functools.partial(interleaved, device=device, clock=calm_clock(device))
-    models, found = {}, {}
+    models, forward, found = {}, {}, dict[str, dict[str, Any]]()
     for name, make in makers.items():
-        if (model := _fitting(make)) is None:
+        if (model := if_it_fits(make)) is None:
             continue
-        if (costs := _fitting(functools.partial(_memory, model.eval(), inputs, context))) is not None:
-            models[name], found[name] = model, costs
-    forward = {name: functools.partial(model, *inputs, context=context) for name, model in models.items()}
+        action = functools.partial(model.eval(), *inputs, context=context)
+        if (peak := if_it_fits(functools.partial(peak_and_backends, action, device))) is not None:
+            models[name], forward[name], found[name] = model, action, {"memory": [peak[0]], "backends": peak[1]}
     for name, timing in (timed(forward, seconds=seconds) if forward else {}).items():
         found[name]["latency"] = _milliseconds(timing)
     decoding = {}
     for name, model in models.items():
-        if (state := _fitting(functools.partial(_state, model, inputs, context))) is not None:
+        if (state := if_it_fits(functools.partial(_state, model, inputs, context))) is not None:
             found[name]["state_bytes"] = [state.nbytes]
             decoding[name] = functools.partial(_decode, model, inputs[0][:, :1], state)
-    decoded = _fitting(functools.partial(timed, decoding, seconds=seconds / 2)) if decoding else None
+    decoded = if_it_fits(functools.partial(timed, decoding, seconds=seconds / 2)) if decoding else None
     for name, timing in (decoded or {}).items():
         found[name]["decode"] = [DECODE_STEPS / timing.median]
     return found
-
-
-def _fitting(action: Callable[[], T]) -> T | None:
-    """What an action gives; None where the memory does not suffice."""
-    try:
-        return action()
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        return None
-
-
-def _memory(model: nn.Module, inputs: tuple[Tensor, ...], context: Context) -> dict[str, Any]:
-    """The peak of a forward pass, and the backends that run it."""
-    forward = functools.partial(model, *inputs, context=context)
-    forward()  # what is kept from the first call on is no part of the peak
-    library.workspace_peak(reset=True)
-    with watch_backends() as ran:
-        peak = peak_memory(forward, device=inputs[0].device)
-    return {"memory": [peak.bytes + library.workspace_peak()], "backends": sorted(ran.backends)}
 
 
 def _state(model: nn.Module, inputs: tuple[Tensor, ...], context: Context) -> Any:
