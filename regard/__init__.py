@@ -24,6 +24,7 @@ from regard.contract import (
     Unsupported,
 )
 from regard.create import create_layer
+from regard.version import VERSION
 
 if TYPE_CHECKING:  # what is imported when it is asked for, for editors and type checkers
     from regard import distributed as distributed
@@ -37,7 +38,7 @@ if TYPE_CHECKING:  # what is imported when it is asked for, for editors and type
     from regard.workbench.profile import profile as profile
     from regard.workbench.verification.verify import verify as verify
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _LAZY = {
     "accelerate": "regard.layers.linear",

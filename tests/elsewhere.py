@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from regard.measurement import provenance
 from regard.measurement.sweeps import Origin, Plugins, made, take_over
+from regard.version import VERSION
 
 NO_PLUGINS = Plugins(list)
 
@@ -15,7 +15,7 @@ class Elsewhere:
         self.cells = []
 
     def run(self, make, shared, cells, store, *, threads=1, device="cpu", on_done=lambda cell, left: None):
-        origin = Origin(store.run, store.command, provenance.regard_version(), NO_PLUGINS)
+        origin = Origin(store.run, store.command, VERSION, NO_PLUGINS)
         for left, cell in reversed(list(enumerate(cells))):
             take_over(made(make, shared, cell, origin, threads), store)
             self.cells.append(cell)

@@ -37,8 +37,9 @@ from regard.cli.study import study
 from regard.cli.train import train
 from regard.cli.verify import verify
 from regard.contract import Unsupported, out_of_memory
-from regard.measurement import provenance, units
+from regard.measurement import units
 from regard.measurement.memory import keep_freed_memory
+from regard.version import VERSION
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "list": list_command,
@@ -109,7 +110,7 @@ for name, command in COMMANDS.items():
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"regard {provenance.regard_version()}")
+        print(f"regard {VERSION}")
         raise typer.Exit
 
 

@@ -28,7 +28,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import regard
 from regard.compression.layers import comes_from_transformers
 from regard.compression.programs import remove_programs
 from regard.compression.pruning.records import restore, structure
@@ -41,6 +40,7 @@ from regard.models import save_pretrained
 from regard.models.pretrained import CONFIG, read_pretrained
 from regard.models.registry import MODELS
 from regard.models.weights import distinct_tensors, load_tensors, read_tensors
+from regard.version import VERSION
 
 if TYPE_CHECKING:
     from regard.compression.compress import Compressed
@@ -78,7 +78,7 @@ def save_compressed(compressed: Compressed, folder: str | os.PathLike[str], *, t
     model, place = compressed.model, Path(folder)
     library = library_of(model)
     record = {
-        "regard": regard.__version__,
+        "regard": VERSION,
         "library": library,
         "architecture": _architecture(model, library),
         "structure": structure(model),

@@ -32,7 +32,9 @@ from regard.contract.errors import (
     out_of_memory,
     spelled,
 )
+from regard.contract.parts import LayerCall, Merge, Projection
 from regard.contract.patterns import ALL_PATTERNS, Kind, Pattern
+from regard.contract.recurrence import Recurrence
 from regard.contract.spelling import read_options, split_list
 from regard.contract.state import Loss, Result, State, Tensors, state_field
 from regard.contract.trees import register_pytree
@@ -50,12 +52,16 @@ __all__ = [
     "Context",
     "Cost",
     "Kind",
+    "LayerCall",
     "LayerSpec",
     "Loss",
     "Mask",
     "Mechanism",
+    "Merge",
     "Paper",
     "Pattern",
+    "Projection",
+    "Recurrence",
     "Result",
     "Role",
     "Shape",

@@ -17,8 +17,8 @@ from regard.contract.state import State, Tensors
 from regard.contract.types import Types, types_of
 
 if TYPE_CHECKING:
-    from regard.engines.decoder_layer import Recurrence
-    from regard.layers.parts import Merge, Projection
+    from regard.contract.parts import Merge, Projection
+    from regard.contract.recurrence import Recurrence
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class Mechanism:
             have smaller ones.
         sample_inputs: makes inputs for tests, when `domains` is not enough.
         sample_context: makes what else a call needs in tests (roles), as tensors by name.
-        projection: makes the mechanism's inputs of the shell's q, k, v and tokens (:mod:`regard.layers.parts`).
+        projection: makes the mechanism's inputs of the shell's q, k, v and tokens (:mod:`regard.contract.parts`).
         merge: changes the head outputs before the output projection.
         recurrence: of options and the layer's projection (None without one), the mechanism in causal-self as the recurrence of
             its state, in whose `memory` S is (and a window's tokens in `k` and `v`); None where these options are something

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from regard.apply import apply
-from regard.contract import Context, LayerSpec, Mask, Pattern, Result, Tensors, Unsupported, lengths_after
+from regard.contract import (
+    Context,
+    LayerCall,
+    LayerSpec,
+    Mask,
+    Merge,
+    Pattern,
+    Projection,
+    Result,
+    Tensors,
+    Unsupported,
+    lengths_after,
+)
 from regard.core.ragged import Gathering, gathering, gathering_in_place, inner_mask
 from regard.integrations.chosen import Chosen
 from regard.integrations.collecting import is_collecting
@@ -18,7 +30,6 @@ from regard.integrations.masks import Visible
 from regard.layers.attention import LayerState
 from regard.layers.feed_forward import dropout as drop
 from regard.layers.linear import make_linear
-from regard.layers.parts import LayerCall, Merge, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

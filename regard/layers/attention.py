@@ -1,7 +1,7 @@
 """The shell of attention mechanisms: projections, heads, positions, padding, cache and the four patterns, written once.
 
-A mechanism adds what is its own through two optional modules on its card: a :class:`regard.layers.parts.Projection` makes
-inputs beside the heads (gates, agents, a learned query), a :class:`regard.layers.parts.Merge` changes the head outputs
+A mechanism adds what is its own through two optional modules on its card: a :class:`regard.contract.Projection` makes
+inputs beside the heads (gates, agents, a learned query), a :class:`regard.contract.Merge` changes the head outputs
 before the output projection.
 """
 
@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from regard.apply import absorb, apply
 from regard.contract import (
     Context,
+    LayerCall,
     LayerSpec,
     Loss,
     Mask,
     Mechanism,
+    Merge,
     Pattern,
+    Projection,
     Result,
     State,
     Tensors,
@@ -49,7 +52,6 @@ from regard.layers.options import (
     NormOptions,
     PositionOptions,
 )
-from regard.layers.parts import LayerCall, Merge, Projection
 from regard.positions import Positions, create_positions, why_refused
 
 if TYPE_CHECKING:

@@ -12,9 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.contract import Context, LayerSpec, Mask, Pattern, Result, Role, Tensors, Unsupported, valid_from_lengths
+from regard.contract import (
+    Context,
+    LayerCall,
+    LayerSpec,
+    Mask,
+    Merge,
+    Pattern,
+    Result,
+    Role,
+    Tensors,
+    Unsupported,
+    valid_from_lengths,
+)
 from regard.core.ragged import Gathering, gathering, gathering_in_place, values_known
-from regard.layers.parts import LayerCall, Merge
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from regard.contract import LayerSpec
-from regard.layers.parts import Merge
+from regard.contract import LayerSpec, Merge
 
 if TYPE_CHECKING:
     from jaxtyping import Float

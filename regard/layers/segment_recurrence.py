@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from regard.contract import Context, Loss, Result, State, Tensors, Unsupported, lengths_after, state_field
+from regard.contract import Context, LayerCall, Loss, Result, State, Tensors, Unsupported, lengths_after, state_field
 from regard.engines.cache import last_slots
 from regard.layers.attention import AttentionLayer, LayerState
 from regard.layers.checks import check_state
-from regard.layers.parts import LayerCall
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -13,12 +13,13 @@ import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+
+from regard.version import VERSION
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -51,7 +52,7 @@ def fingerprint() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
-        "regard": regard_version(),
+        "regard": VERSION,
     }
     return {"machine_id": machine_id(facts), **facts}
 
@@ -63,19 +64,6 @@ def machine_id(facts: dict[str, Any]) -> str:
         # Kernels reserve slightly different amounts at each boot.
         hardware["memory_bytes"] = round(hardware["memory_bytes"] / 2**30)
     return hashlib.sha256(json.dumps(hardware, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def regard_version() -> str:
-    """The version of the running package, ``"unknown"`` where it declares none."""
-    import regard  # here, because the package may still be importing this module
-
-    declared = getattr(regard, "__version__", None)
-    if declared:
-        return declared
-    try:
-        return metadata.version("regard")
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def git_revision() -> str | None:

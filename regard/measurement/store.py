@@ -25,6 +25,7 @@ from typing import Any, Self
 
 from regard.contract import Unsupported, closest
 from regard.measurement import provenance
+from regard.version import VERSION
 
 SCHEMA_VERSION = 1
 KINDS = (
@@ -113,7 +114,7 @@ class Store:
         self.path = Path(path)
         self.run = run or uuid.uuid4().hex[:12]
         self.command = command or " ".join(map(_quoted, [Path(sys.argv[0]).name, *sys.argv[1:]]))
-        self._regard_version, self._git_revision = provenance.regard_version(), provenance.git_revision()
+        self._git_revision = provenance.git_revision()
         self._machine: str | None = None
         self._made = [] if read_only else [path for path in (self.path, *self.path.parents) if not path.exists()]
         self._connection = _open_to_read(self.path) if read_only else _open(self.path)
@@ -134,7 +135,7 @@ class Store:
         named, said = canonical_key(key), json.dumps(plain_values(payload), ensure_ascii=False, allow_nan=False)
         with _told_plainly(self.path, "written"):
             machine = self._machine or self._record_machine()
-            who = (provenance.now(), self.run, self._regard_version, self._git_revision, machine, self.command)
+            who = (provenance.now(), self.run, VERSION, self._git_revision, machine, self.command)
             written = self._connection.execute(
                 "INSERT INTO rows (kind, key, created, run, regard_version, git_revision, machine, command, payload)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (kind, key) DO NOTHING",

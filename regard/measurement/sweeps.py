@@ -21,8 +21,8 @@ from typing import Any, Protocol, Self
 import torch
 
 from regard.contract import Unsupported
-from regard.measurement import provenance
 from regard.measurement.store import Store
+from regard.version import VERSION
 
 RESULTS = "results.db"
 TRIES_AGAIN = 3
@@ -148,10 +148,9 @@ def take_over(files: Files, store: Store) -> None:
 def _unpacked(packed: bytes, cell: bytes, origin: bytes, threads: int) -> Files:
     """:func:`made`, where what was sent may be of plugins, which are entered first."""
     came = pickle.loads(origin)
-    here = provenance.regard_version()
-    if came.version != here:
+    if came.version != VERSION:
         raise Unsupported(
-            f"a worker with regard {here} for cells of regard {came.version}",
+            f"a worker with regard {VERSION} for cells of regard {came.version}",
             supported="the same version on all machines",
         )
     came.plugins.enter()
@@ -220,7 +219,7 @@ class RaySweep:
         ray, pack = self.ray, self.ray.cloudpickle.dumps
         accelerators = 0 if device == "cpu" else 1
         self._check_room(threads, accelerators)
-        origin = pack(Origin(store.run, store.command, provenance.regard_version(), self.plugins))
+        origin = pack(Origin(store.run, store.command, VERSION, self.plugins))
         function = ray.remote(num_cpus=threads, num_gpus=accelerators, max_retries=TRIES_AGAIN)(_unpacked)
         packed = ray.put(pack((make, shared)))
         under_way = {function.remote(packed, pack(cell), origin, threads): cell for cell in cells}

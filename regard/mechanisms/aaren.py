@@ -47,10 +47,13 @@ from regard.contract import (
     Call,
     Cost,
     Kind,
+    LayerCall,
     LayerSpec,
     Mechanism,
+    Merge,
     Paper,
     Pattern,
+    Projection,
     Result,
     Shape,
     Tensors,
@@ -64,7 +67,6 @@ from regard.core.sampling import normals
 from regard.engines import softmax_scan as scan
 from regard.engines.recurrent_forms import length_after
 from regard.engines.softmax_scan import Carry, ScanState
-from regard.layers.parts import LayerCall, Merge, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped

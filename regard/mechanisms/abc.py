@@ -38,10 +38,12 @@ from regard.contract import (
     Call,
     Cost,
     Kind,
+    LayerCall,
     LayerSpec,
     Mechanism,
     Paper,
     Pattern,
+    Projection,
     Result,
     Shape,
     State,
@@ -57,7 +59,6 @@ from regard.engines import softmax_scan as scan
 from regard.engines.attention import Visibility, attention, ranks
 from regard.engines.recurrent_forms import length_after
 from regard.engines.softmax_scan import Carry
-from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

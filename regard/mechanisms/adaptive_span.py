@@ -44,10 +44,12 @@ from regard.contract import (
     Call,
     Cost,
     Kind,
+    LayerCall,
     LayerSpec,
     Mechanism,
     Paper,
     Pattern,
+    Projection,
     Result,
     Shape,
     Tensors,
@@ -61,7 +63,6 @@ from regard.core.visibility import DistanceBias, PositionBias
 from regard.engines import attention_forms
 from regard.engines.attention import Ranks, Visibility, attention_cost, attention_reference, masked_scores_bias, ranks
 from regard.engines.cache import WindowState, extend_window
-from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -62,10 +62,12 @@ from regard.contract import (
     Call,
     Cost,
     Kind,
+    LayerCall,
     LayerSpec,
     Mechanism,
     Paper,
     Pattern,
+    Projection,
     Result,
     Shape,
     Tensors,
@@ -78,7 +80,6 @@ from regard.core.visibility import block_visibility
 from regard.engines.attention import Ranks, Visibility, attention_reference, masked_scores_bias, ranks
 from regard.engines.attention_forms import attend
 from regard.engines.cache import CountedState, extend_counted, read_on
-from regard.layers.parts import LayerCall, Projection
 from regard.mechanisms.softmax import sample_inputs, sink_weights
 
 if TYPE_CHECKING:

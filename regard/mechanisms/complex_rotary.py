@@ -51,9 +51,11 @@ from regard.contract import (
     Call,
     Cost,
     Kind,
+    LayerCall,
     LayerSpec,
     Mechanism,
     Paper,
+    Projection,
     Result,
     Shape,
     Tensors,
@@ -66,7 +68,6 @@ from regard.engines.attention import Ranks, masked_scores_bias, ranks
 from regard.engines.attention_forms import attend, by_pattern
 from regard.engines.cache import CountedState, extend_counted, read_on
 from regard.engines.layers import rotary
-from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -56,6 +56,7 @@ from regard.contract import (
     Call,
     Cost,
     Kind,
+    LayerCall,
     LayerSpec,
     Loss,
     Mechanism,
@@ -77,7 +78,6 @@ from regard.engines.attention import Ranks, Visibility, attention
 from regard.engines.cache import take
 from regard.engines.segment_attention import GroupState, Reach, segment_attention, windows
 from regard.layers.attention import LayerState
-from regard.layers.parts import LayerCall
 from regard.layers.segment_recurrence import InputState, SegmentLayer, last_inputs
 from regard.mechanisms.transformer_xl import NO_PLACE, RelativeScores, read_optional, relative_rows
 from regard.mechanisms.transformer_xl import sample_inputs as sample_tokens

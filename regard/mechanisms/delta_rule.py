@@ -57,10 +57,13 @@ from regard.contract import (
     Call,
     Cost,
     Kind,
+    LayerCall,
     LayerSpec,
     Mechanism,
     Paper,
     Pattern,
+    Projection,
+    Recurrence,
     Result,
     Shape,
     Tensors,
@@ -70,10 +73,8 @@ from regard.contract import (
 )
 from regard.core.precision import wide, wide_dtype
 from regard.engines import recurrent_forms
-from regard.engines.decoder_layer import Recurrence
 from regard.engines.feature_maps import FEATURE_MAPS
 from regard.engines.recurrent_forms import MatrixState
-from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -46,9 +46,12 @@ from regard.contract import (
     Call,
     Cost,
     Kind,
+    LayerCall,
     LayerSpec,
     Mechanism,
+    Merge,
     Paper,
+    Projection,
     Result,
     Shape,
     Tensors,
@@ -63,7 +66,6 @@ from regard.engines.attention import Ranks, attention_cost, attention_reference,
 from regard.engines.attention_forms import attend, by_pattern
 from regard.engines.cache import KeyValueState, extend
 from regard.layers.norms import RMSNorm
-from regard.layers.parts import LayerCall, Merge, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float

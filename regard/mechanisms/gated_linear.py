@@ -57,9 +57,12 @@ from regard.contract import (
     Call,
     Cost,
     Kind,
+    LayerCall,
     LayerSpec,
     Mechanism,
     Paper,
+    Projection,
+    Recurrence,
     Result,
     Shape,
     Tensors,
@@ -70,11 +73,9 @@ from regard.contract import (
 )
 from regard.core.precision import wide, wide_dtype
 from regard.engines import recurrent_forms
-from regard.engines.decoder_layer import Recurrence
 from regard.engines.feature_maps import FEATURE_MAPS
 from regard.engines.recurrent_forms import MatrixState
 from regard.layers.linear import make_linear
-from regard.layers.parts import LayerCall, Projection
 from regard.layers.state_space import draw_dt_bias, without_weight_decay
 
 if TYPE_CHECKING:

@@ -46,10 +46,12 @@ from regard.contract import (
     Context,
     Cost,
     Kind,
+    LayerCall,
     LayerSpec,
     Mechanism,
     Paper,
     Pattern,
+    Projection,
     Result,
     Shape,
     Tensors,
@@ -64,7 +66,6 @@ from regard.engines.attention import attention_reference, masked_scores_bias, ra
 from regard.engines.attention_forms import by_pattern
 from regard.engines.cache import KeyValueState, absorb
 from regard.layers.linear import make_linear
-from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -47,9 +47,11 @@ from regard.contract import (
     Call,
     Cost,
     Kind,
+    LayerCall,
     LayerSpec,
     Mechanism,
     Paper,
+    Projection,
     Result,
     Shape,
     State,
@@ -66,7 +68,6 @@ from regard.engines.attention_forms import attend, by_pattern
 from regard.engines.cache import append
 from regard.layers.attention import AttentionLayer
 from regard.layers.norms import RMSNorm
-from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

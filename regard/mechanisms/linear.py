@@ -37,6 +37,7 @@ from regard.contract import (
     Mechanism,
     Paper,
     Pattern,
+    Recurrence,
     Result,
     Shape,
     Unsupported,
@@ -45,7 +46,6 @@ from regard.contract import (
 )
 from regard.core.precision import without_autocast
 from regard.engines import recurrent_forms
-from regard.engines.decoder_layer import Recurrence
 from regard.engines.feature_maps import FEATURE_MAPS, NONNEGATIVE
 from regard.engines.linear_attention import Rule, divide, linear_attention, map_memory, map_queries, small_step
 from regard.engines.recurrent_forms import MatrixState

@@ -38,10 +38,12 @@ from regard.contract import (
     Call,
     Cost,
     Kind,
+    LayerCall,
     LayerSpec,
     Mechanism,
     Paper,
     Pattern,
+    Projection,
     Result,
     Shape,
     State,
@@ -55,7 +57,6 @@ from regard.core.precision import wide_dtype, without_autocast
 from regard.core.sampling import attention_shapes, normals
 from regard.engines.attention import Visibility, attention, ranks
 from regard.engines.recurrent_forms import length_after
-from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

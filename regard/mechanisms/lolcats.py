@@ -40,10 +40,13 @@ from regard.contract import (
     Call,
     Cost,
     Kind,
+    LayerCall,
     LayerSpec,
     Mechanism,
     Paper,
     Pattern,
+    Projection,
+    Recurrence,
     Result,
     Shape,
     State,
@@ -55,9 +58,7 @@ from regard.contract import (
 from regard.core.precision import wide, without_autocast
 from regard.engines import recurrent_forms
 from regard.engines.cache import last_slots
-from regard.engines.decoder_layer import Recurrence
 from regard.engines.gated_recurrence import gated_recurrence
-from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

@@ -45,10 +45,12 @@ from regard.contract import (
     Call,
     Cost,
     Kind,
+    LayerCall,
     LayerSpec,
     Mechanism,
     Paper,
     Pattern,
+    Projection,
     Result,
     Shape,
     State,
@@ -68,7 +70,6 @@ from regard.engines.attention import Ranks, Visibility, attention_reference
 from regard.engines.attention_forms import attend_to_part
 from regard.engines.cache import WindowState, append_rows, extend_window
 from regard.engines.merging import merge
-from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -42,10 +42,12 @@ from regard.contract import (
     Call,
     Cost,
     Kind,
+    LayerCall,
     LayerSpec,
     Mechanism,
     Paper,
     Pattern,
+    Projection,
     Result,
     Role,
     Shape,
@@ -60,7 +62,6 @@ from regard.engines.attention import Ranks, Visibility, attention_reference, ran
 from regard.engines.attention_forms import attend_to_part
 from regard.engines.cache import WindowState, extend_window
 from regard.engines.merging import merge
-from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

@@ -46,9 +46,11 @@ from regard.contract import (
     Call,
     Cost,
     Kind,
+    LayerCall,
     LayerSpec,
     Mechanism,
     Paper,
+    Projection,
     Result,
     Shape,
     State,
@@ -63,7 +65,6 @@ from regard.core.ragged import flip_rows
 from regard.engines import recurrent_forms
 from regard.engines.gated_recurrence import gated_recurrence
 from regard.layers.linear import make_linear
-from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

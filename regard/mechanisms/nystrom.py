@@ -41,10 +41,12 @@ from regard.contract import (
     Call,
     Cost,
     Kind,
+    LayerCall,
     LayerSpec,
     Mechanism,
     Paper,
     Pattern,
+    Projection,
     Shape,
     Tensors,
     Unsupported,
@@ -55,7 +57,6 @@ from regard.core.precision import wide_dtype, without_autocast
 from regard.core.sampling import attention_shapes, normals
 from regard.engines.attention import Visibility, attention, ranks
 from regard.engines.segments import segment_means
-from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float

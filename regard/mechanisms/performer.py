@@ -52,10 +52,12 @@ from regard.contract import (
     Call,
     Cost,
     Kind,
+    LayerCall,
     LayerSpec,
     Mechanism,
     Paper,
     Pattern,
+    Projection,
     Result,
     Shape,
     State,
@@ -69,7 +71,6 @@ from regard.core.precision import wide, wide_dtype, without_autocast
 from regard.core.sampling import normals
 from regard.engines import recurrent_forms
 from regard.engines.gated_recurrence import gated_recurrence, gated_recurrence_step
-from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

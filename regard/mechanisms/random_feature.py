@@ -42,10 +42,12 @@ from regard.contract import (
     Call,
     Cost,
     Kind,
+    LayerCall,
     LayerSpec,
     Mechanism,
     Paper,
     Pattern,
+    Projection,
     Result,
     Shape,
     Tensors,
@@ -57,7 +59,6 @@ from regard.core.sampling import normals
 from regard.engines import recurrent_forms
 from regard.engines.recurrent_forms import MatrixState
 from regard.layers.linear import make_linear
-from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float

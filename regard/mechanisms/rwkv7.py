@@ -56,9 +56,12 @@ from regard.contract import (
     Call,
     Cost,
     Kind,
+    LayerCall,
     LayerSpec,
     Mechanism,
+    Merge,
     Paper,
+    Projection,
     Result,
     Shape,
     State,
@@ -77,7 +80,6 @@ from regard.engines.layers import short_convolution
 from regard.engines.recurrent_forms import MatrixState
 from regard.layers.attention import AttentionLayer
 from regard.layers.linear import make_linear
-from regard.layers.parts import LayerCall, Merge, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -51,10 +51,12 @@ from regard.contract import (
     Call,
     Cost,
     Kind,
+    LayerCall,
     LayerSpec,
     Mechanism,
     Paper,
     Pattern,
+    Projection,
     Result,
     Shape,
     Tensors,
@@ -68,7 +70,6 @@ from regard.core.visibility import DistanceBias
 from regard.engines.attention import Ranks, Visibility, attention_cost, masked_scores_bias, ranks
 from regard.engines.attention_forms import attend, check_window
 from regard.engines.cache import KeyValueState, extend
-from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

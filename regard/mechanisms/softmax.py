@@ -51,10 +51,12 @@ from regard.contract import (
     Call,
     Cost,
     Kind,
+    LayerCall,
     LayerSpec,
     Mechanism,
     Paper,
     Pattern,
+    Projection,
     Result,
     Shape,
     Tensors,
@@ -65,7 +67,6 @@ from regard.core.sampling import attention_shapes, normals
 from regard.engines import attention_forms
 from regard.engines.attention import Visibility, attention_cost, attention_reference, masked_scores_bias, ranks
 from regard.engines.cache import KeyValueState, absorb
-from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float

@@ -48,10 +48,12 @@ from regard.contract import (
     Call,
     Cost,
     Kind,
+    LayerCall,
     LayerSpec,
     Mechanism,
     Paper,
     Pattern,
+    Projection,
     Result,
     Shape,
     State,
@@ -67,7 +69,6 @@ from regard.core.precision import wide_dtype, without_autocast
 from regard.engines.attention import Ranks, Visibility, ranks
 from regard.engines.cache import append
 from regard.engines.recurrent_forms import length_after
-from regard.layers.parts import LayerCall, Projection
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped

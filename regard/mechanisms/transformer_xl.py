@@ -52,10 +52,12 @@ from regard.contract import (
     Call,
     Cost,
     Kind,
+    LayerCall,
     LayerSpec,
     Mechanism,
     Paper,
     Pattern,
+    Projection,
     Result,
     Shape,
     Tensors,
@@ -66,7 +68,6 @@ from regard.contract import (
 from regard.core.sampling import attention_shapes, normals
 from regard.engines.cache import WindowState
 from regard.engines.segment_attention import Distances, Reach, segment_attention
-from regard.layers.parts import LayerCall, Projection
 from regard.layers.segment_recurrence import SegmentLayer
 
 if TYPE_CHECKING:

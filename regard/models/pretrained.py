@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import regard
 from regard.contract import Unsupported, closest
 from regard.core.files import write_atomically, write_text_atomically
 from regard.layers.quantized import quantized_record, restore_layers
 from regard.models.registry import MODELS, model_classes
 from regard.models.weights import distinct_tensors, load_tensors, read_tensors
+from regard.version import VERSION
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 QUANTIZED = "quantized"
@@ -51,7 +51,7 @@ def save_pretrained(
         raise Unsupported(
             f"saving options that JSON cannot hold ({error})", supported="numbers, strings, lists"
         ) from error
-    record = {"model": name, "regard": regard.__version__, "config": json.loads(config)}
+    record = {"model": name, "regard": VERSION, "config": json.loads(config)}
     quantized = quantized_record(model)
     if quantized:
         record[QUANTIZED] = quantized

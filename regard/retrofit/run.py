@@ -30,6 +30,7 @@ from regard.retrofit.stage import Progress, Stage, Watch
 from regard.retrofit.transfer import held_out_losses, transfer
 from regard.retrofit.tune import held_out_loss, tune
 from regard.tasks.documents import Paths
+from regard.version import VERSION
 
 Say = Callable[[str], None]
 
@@ -290,7 +291,7 @@ class _Run:
         results = evaluate(self.host, student, self.data, self.settings, plan.windows, self.folder, self.watch)
         work = self.host.work(self.settings)
         return {
-            "regard": provenance.regard_version(),
+            "regard": VERSION,
             "made": provenance.now(),
             "kind": self.host.kind,
             "counts": self.host.counts,

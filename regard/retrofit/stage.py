@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regard.contract import Unsupported
-from regard.layers.parts import Projection
+from regard.contract import Projection, Unsupported
 from regard.retrofit.best import Best
 from regard.retrofit.folder import Folder
 from regard.training.checkpoint import load_checkpoint, restore, save_checkpoint

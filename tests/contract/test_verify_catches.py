@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from regard import get_mechanism
-from regard.contract import Pattern, Result, State, Waiver, state_field
+from regard.contract import Pattern, Projection, Result, State, Waiver, state_field
 from regard.core.ragged import Gathering
 from regard.engines import recurrent_forms
 from regard.engines.recurrent_forms import MatrixState
-from regard.layers.parts import Projection
 from regard.mechanisms import linear, softmax
 from regard.workbench.verification.verify import PROPERTIES, Place, check
 

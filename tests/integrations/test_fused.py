@@ -13,7 +13,8 @@ from models import GREEDY, LEFT, SIZES, disturb, gpt2, ids, llama, mistral, near
 
 import regard
 from regard.backends.native import library
-from regard.engines.decoder_layer import Places, Recurrence, State, Weight, unfit
+from regard.contract import Recurrence
+from regard.engines.decoder_layer import Places, State, Weight, unfit
 from regard.integrations.collecting import collect_losses
 
 transformers = pytest.importorskip("transformers")

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from support import check_recorded, close, close_gradients, load, qkv, refused, shaken
 
-from regard.contract import ALL_PATTERNS, Context, Mask, Pattern, Role, Shape
+from regard.contract import ALL_PATTERNS, Context, LayerCall, Mask, Pattern, Role, Shape
 from regard.create import create_layer
 from regard.functional import agent_attention
-from regard.layers.parts import LayerCall
 from regard.mechanisms.agent import MECHANISM, BiasTables, Config
 from regard.workbench.verification.properties.layers import layer_padding
 from regard.workbench.verification.subjects import Subject

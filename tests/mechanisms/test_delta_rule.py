@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from support import calls, close, cut, in_pieces, load, refused
 from torch import Tensor
 
-from regard.contract import Context
+from regard.contract import Context, LayerCall
 from regard.create import create_layer
 from regard.engines.gated_recurrence import gated_recurrence
 from regard.engines.recurrent_forms import MatrixState
-from regard.layers.parts import LayerCall
 from regard.mechanisms.delta_rule import MECHANISM, Config, sample_inputs
 
 RAW = {"normalize_queries": False, "normalize_keys": False}

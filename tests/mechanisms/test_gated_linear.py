@@ -11,11 +11,10 @@ from support import calls, close, cut, in_pieces, load, refused
 from torch import Tensor
 
 from regard.apply import absorb
-from regard.contract import Context
+from regard.contract import Context, LayerCall
 from regard.create import create_layer
 from regard.engines.recurrent_forms import MatrixState
 from regard.functional import gated_linear_attention, mamba2
-from regard.layers.parts import LayerCall
 from regard.mechanisms.gated_linear import MECHANISM, Config, sample_inputs
 
 run = calls(MECHANISM)

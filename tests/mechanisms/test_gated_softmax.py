@@ -8,9 +8,8 @@ from support import calls, check_recorded, close, load, qkv, refused
 from torch import Tensor
 
 from regard.catalogue import get_mechanism
-from regard.contract import ALL_PATTERNS, Context, Mask
+from regard.contract import ALL_PATTERNS, Context, LayerCall, Mask
 from regard.create import create_layer
-from regard.layers.parts import LayerCall
 from regard.mechanisms.gated_softmax import MECHANISM, PREDICTORS
 from regard.training.optimizer import parameter_groups
 

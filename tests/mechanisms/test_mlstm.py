@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from support import calls, close
 from torch import Tensor
 
-from regard.contract import Context, Pattern
+from regard.contract import Context, LayerCall, Pattern
 from regard.create import create_layer
-from regard.layers.parts import LayerCall
 from regard.mechanisms.mlstm import MECHANISM, MemoryState
 from regard.workbench.verification.subjects import Subject, in_float64
 

@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from support import WANT_STATE, check_recorded, close, close_gradients, load, refused
 
-from regard.contract import ALL_PATTERNS, Context, Mask, Pattern
+from regard.contract import ALL_PATTERNS, Context, LayerCall, Mask, Pattern
 from regard.core.visibility import CountedRanks
 from regard.create import create_layer
 from regard.engines.linear_attention import linear_attention
 from regard.engines.pixel_attention import Problem, torch_form
 from regard.functional import sea_attention, softmax_attention
 from regard.layers.attention_map import CausalMap, NoncausalMap, softmax_features
-from regard.layers.parts import LayerCall
 from regard.mechanisms.sea import MECHANISM, Estimator
 from regard.mechanisms.sea import layer as estimation
 from regard.training import peak_memory

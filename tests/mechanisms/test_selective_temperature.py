@@ -11,9 +11,8 @@ from support import calls, close, load, qkv, refused, shaken
 
 from regard.apply import absorb
 from regard.catalogue import get_mechanism
-from regard.contract import ALL_PATTERNS, Context, Mask, Pattern
+from regard.contract import ALL_PATTERNS, Context, LayerCall, Mask, Pattern
 from regard.create import create_layer
-from regard.layers.parts import LayerCall
 from regard.mechanisms.selective_temperature import MECHANISM
 from regard.training.optimizer import parameter_groups
 from regard.workbench.verification.subjects import Subject

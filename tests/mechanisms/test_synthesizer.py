@@ -10,9 +10,8 @@ import torch
 from support import calls, close, cut, qkv, refused
 from torch import Tensor
 
-from regard.contract import ALL_PATTERNS, Context, Mask
+from regard.contract import ALL_PATTERNS, Context, LayerCall, Mask
 from regard.create import create_layer
-from regard.layers.parts import LayerCall
 from regard.mechanisms.synthesizer import MECHANISM
 
 SCORES = ("dense", "random", "products")

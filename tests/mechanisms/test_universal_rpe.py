@@ -12,11 +12,10 @@ from support import calls, check_gradients, close, load, qkv, refused
 from torch import Tensor
 
 from regard.backends import NATIVE, watch_backends
-from regard.contract import ALL_PATTERNS, BlockMask, Context, Mask
+from regard.contract import ALL_PATTERNS, BlockMask, Context, LayerCall, Mask
 from regard.core.visibility import DistanceBias
 from regard.create import create_layer
 from regard.functional import softmax_attention
-from regard.layers.parts import LayerCall
 from regard.mechanisms.universal_rpe import MECHANISM
 from regard.mechanisms.universal_rpe import forms as universal_rpe
 from regard.positions import Relative

@@ -30,7 +30,9 @@ from regard.contract import (
     Context,
     Cost,
     Kind,
+    LayerCall,
     Mechanism,
+    Merge,
     Paper,
     Pattern,
     Result,
@@ -39,7 +41,6 @@ from regard.contract import (
     Unsupported,
 )
 from regard.layers.attention import AttentionLayer, LayerState
-from regard.layers.parts import LayerCall, Merge
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,13 @@ There is no form in PyTorch: what else computes such a layer is the model it is 
 """
 
 from regard.engines.decoder_layer.native_form import DecoderLayer, Weight, few_tokens
-from regard.engines.decoder_layer.recurrence import Recurrence, State, room_after, unfit
+from regard.engines.decoder_layer.recurrence import State, room_after, unfit
 from regard.engines.decoder_layer.stack import DecoderLayers, Places
 
 __all__ = [
     "DecoderLayer",
     "DecoderLayers",
     "Places",
-    "Recurrence",
     "State",
     "Weight",
     "few_tokens",

@@ -14,11 +14,10 @@ from torch import Tensor
 from regard.backends.native import library
 from regard.backends.native.library import pointer
 from regard.backends.operators import PLAIN
-from regard.contract import Unsupported
+from regard.contract import Recurrence, Unsupported
 from regard.engines.attention.paged import check_pages
 from regard.engines.decoder_layer.native_form import DecoderLayer, Weight, WeightArguments, of_rows
 from regard.engines.decoder_layer.recurrence import (
-    Recurrence,
     RecurrenceArguments,
     State,
     StateArguments,

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from regard.contract import (
     Context,
+    LayerCall,
     LayerSpec,
     Pattern,
+    Projection,
     Tensors,
     Unsupported,
 )
 from regard.core.precision import wide, wide_dtype
 from regard.layers.grid_convolution import GridConvolution, grid_tokens, leading
-from regard.layers.parts import LayerCall, Projection
 from regard.mechanisms.agent.definition import Config, agent_sides
 from regard.mechanisms.agent.forms import _bins, _places
 

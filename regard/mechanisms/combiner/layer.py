@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import (
+    LayerCall,
     LayerSpec,
+    Projection,
     Tensors,
 )
-from regard.layers.parts import LayerCall, Projection
 from regard.mechanisms.combiner.definition import Config, check_pattern
 
 

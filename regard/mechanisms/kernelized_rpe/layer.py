@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import (
+    LayerCall,
     LayerSpec,
     Pattern,
+    Projection,
     Tensors,
     Unsupported,
     at_least,
 )
 from regard.core.precision import wide_dtype
-from regard.layers.parts import LayerCall, Projection
 from regard.mechanisms.kernelized_rpe.definition import POSITIVE_RANDOM, Config
 from regard.positions.alibi import Alibi
 from regard.positions.protocol import Positions

@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from regard.contract import (
+    LayerCall,
     LayerSpec,
     Pattern,
+    Projection,
     Tensors,
     Unsupported,
 )
-from regard.layers.parts import LayerCall, Projection
 
 
 class MissKey(Projection):

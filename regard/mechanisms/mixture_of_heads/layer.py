@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from regard.contract import (
     Call,
     Context,
+    LayerCall,
     LayerSpec,
     Mechanism,
+    Merge,
     Pattern,
     Result,
     Tensors,
@@ -25,7 +27,6 @@ from regard.core.ragged import values_known
 from regard.layers.attention import AttentionLayer, LayerState
 from regard.layers.base import Layer
 from regard.layers.linear import make_linear
-from regard.layers.parts import LayerCall, Merge
 from regard.mechanisms.mixture_of_heads.definition import Config, _straight_through
 from regard.mechanisms.mixture_of_heads.forms import gates_of
 

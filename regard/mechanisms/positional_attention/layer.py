@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import (
+    LayerCall,
     LayerSpec,
+    Projection,
     Tensors,
     Unsupported,
 )
-from regard.layers.parts import LayerCall, Projection
 from regard.mechanisms.positional_attention.definition import Config
 
 if TYPE_CHECKING:

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from regard.contract import (
+    LayerCall,
     LayerSpec,
+    Projection,
     Tensors,
 )
-from regard.layers.parts import LayerCall, Projection
 from regard.mechanisms.reformer.definition import Config
 
 

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.contract import (
+    LayerCall,
     LayerSpec,
     Mask,
+    Projection,
     Tensors,
     valid_from_lengths,
 )
-from regard.layers.parts import LayerCall, Projection
 from regard.mechanisms.routing.definition import Config, _scores
 
 if TYPE_CHECKING:

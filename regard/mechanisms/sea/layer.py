@@ -10,13 +10,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from regard.contract import LayerSpec, Pattern, State, Tensors, Unsupported, lengths_after, state_field
+from regard.contract import (
+    LayerCall,
+    LayerSpec,
+    Pattern,
+    Projection,
+    State,
+    Tensors,
+    Unsupported,
+    lengths_after,
+    state_field,
+)
 from regard.core.precision import wide, without_autocast
 from regard.engines.linear_attention import Rule, divide, linear_attention, map_memory, map_queries
 from regard.engines.recomputed import recomputed
 from regard.layers.attention_map import CausalMap, CodebookMap, NoncausalMap, orthogonal_features, softmax_features
 from regard.layers.linear import Linear
-from regard.layers.parts import LayerCall, Projection
 from regard.mechanisms.sea.definition import Config
 
 if TYPE_CHECKING:

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.contract import (
+    LayerCall,
     LayerSpec,
+    Projection,
     Tensors,
 )
 from regard.core.precision import wide, wide_dtype
 from regard.layers.linear import make_linear
-from regard.layers.parts import LayerCall, Projection
 from regard.mechanisms.selective_temperature.definition import POSITION_FORMS, Config
 
 if TYPE_CHECKING:

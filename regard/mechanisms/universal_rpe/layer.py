@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract import (
+    LayerCall,
     LayerSpec,
     Pattern,
+    Projection,
     Tensors,
     Unsupported,
 )
-from regard.layers.parts import LayerCall, Projection
 from regard.mechanisms.universal_rpe.definition import ACTIVATIONS, Config
 from regard.positions.relative import Relative
 from regard.positions.toeplitz import Toeplitz

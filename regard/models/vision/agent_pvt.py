@@ -31,14 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.catalogue import get_mechanism
-from regard.contract import Context, Loss, Pattern, Result, Tensors, Unsupported, one_of
+from regard.contract import Context, LayerCall, Loss, Merge, Pattern, Projection, Result, Tensors, Unsupported, one_of
 from regard.create import create_layer
 from regard.layers.attention import AttentionLayer
 from regard.layers.base import Layer
 from regard.layers.drop_path import DropPath, drop_path_rates
 from regard.layers.feed_forward import MLP
 from regard.layers.norms import LayerNorm
-from regard.layers.parts import LayerCall, Merge, Projection
 from regard.mechanisms.agent import BiasTables
 from regard.models.layer_plan import read_plan
 from regard.models.losses import add_losses

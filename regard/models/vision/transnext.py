@@ -35,14 +35,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.contract import Context, LayerSpec, Pattern, Result, Unsupported, at_least
+from regard.contract import Context, LayerCall, LayerSpec, Pattern, Result, Unsupported, at_least
 from regard.core.precision import wide_dtype
 from regard.engines.aggregated_attention import Problem, aggregated_attention, biases_of_places
 from regard.functional import softmax_attention
 from regard.layers.drop_path import DropPath, drop_path_rates
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
-from regard.layers.parts import LayerCall
 from regard.mechanisms.mixture_of_heads import Config as HeadConfig
 from regard.mechanisms.mixture_of_heads import HeadRouter
 from regard.models.vision.backbone import BackboneConfig, Level, check_stages, map_of, tokens_of

@@ -8,8 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
-import regard
 from regard.measurement import units
+from regard.version import VERSION
 from regard.workbench.reports.markers import COLOURS
 from regard.workbench.reports.scales import Formatter, is_number
 
@@ -32,7 +32,7 @@ def pages(*folders: Path) -> Environment:
         "tick": or_dash(units.tick),
         "sortable": lambda value: value if is_number(value) else "",
     }
-    environment.globals |= {"colours": range(COLOURS), "version": regard.__version__}
+    environment.globals |= {"colours": range(COLOURS), "version": VERSION}
     return environment
 
 

@@ -15,6 +15,7 @@ from regard.models import count_parameters, save_pretrained
 from regard.tasks import Task
 from regard.tasks.tokenizer import BpeTokenizer
 from regard.training import Evaluation, History
+from regard.version import VERSION
 from regard.workbench.comparison.summary import by_tokens, thin
 from regard.workbench.comparison.work import Work
 from regard.workbench.trained.card import card
@@ -37,7 +38,7 @@ def described(work: Work, name: str, rate: float, seed: int) -> dict[str, Any]:
         "first_item": work.search_items,
     }
     return {
-        "regard": provenance.regard_version(),
+        "regard": VERSION,
         "task": {
             "name": getattr(task, "registered", None) or task.name,
             "options": getattr(task, "origin", None),

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import regard
+from regard.measurement import provenance
 from regard.workbench.advice import samples
 from regard.workbench.advice.layer_work import LayerSettings
 from regard.workbench.advice.probe import bumps, probe
@@ -82,7 +82,7 @@ def test_another_size_thread_count_kernel_or_version_is_another_file(monkeypatch
         torch.set_num_threads(before)
     for where, name, value in (
         (samples.library, "why_missing", lambda: "no library"),
-        (regard, "__version__", "9.9"),
+        (provenance, "VERSION", "9.9"),
         (torch, "__version__", "9.9"),
     ):
         monkeypatch.setattr(where, name, value)

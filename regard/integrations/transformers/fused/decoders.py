@@ -14,7 +14,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from regard.backends.linear.product import FEW_ROWS
 from regard.backends.operators import runs_plainly
-from regard.engines.decoder_layer import DecoderLayer, DecoderLayers, Places, Recurrence, Weight, few_tokens
+from regard.contract import Recurrence
+from regard.engines.decoder_layer import DecoderLayer, DecoderLayers, Places, Weight, few_tokens
 from regard.integrations.collecting import is_collecting
 from regard.integrations.transformers.attending import PLACE, PREFIX, SWAPPED, UNPLACED
 from regard.integrations.transformers.caches import CACHE, places

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from regard.backends.operators import runs_plainly
+from regard.contract import Recurrence
 from regard.engines.cache import newest, with_room
-from regard.engines.decoder_layer import Recurrence, State, Weight, room_after
+from regard.engines.decoder_layer import State, Weight, room_after
 from regard.integrations.transformers.caches import StateLayer
 from regard.integrations.transformers.placing import is_swapped
 from regard.layers.attention import LayerState

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from regard.engines.decoder_layer import DecoderLayer, Recurrence, Weight, unfit
+from regard.contract import Recurrence
+from regard.engines.decoder_layer import DecoderLayer, Weight, unfit
 from regard.integrations.transformers.fused.recurrences import recurrence_of
 from regard.integrations.transformers.placing import is_swapped
 from regard.layers.linear import Linear

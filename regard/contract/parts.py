@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from regard.contract import Context, Pattern, Result, State, Tensors
+from regard.contract.context import Context
+from regard.contract.patterns import Pattern
+from regard.contract.state import Result, State, Tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
