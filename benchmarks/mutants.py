@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import ast
 import compileall
+import contextlib
 import difflib
 import gc
 import inspect
@@ -34,6 +35,7 @@ import tempfile
 import time
 import traceback
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,7 +154,7 @@ GROUPS: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
     ),
     "transnext": (
         ["regard/models/vision/transnext.py", "regard/engines/aggregated_attention/torch_form.py"],
-        [["tests/models/vision/test_transnext.py"]],
+        [["tests/models/vision/test_transnext.py"], ["tests/models/vision/test_backbones.py", "-k", "transnext"]],
     ),
 }
 """Of each group: the modules that are changed, and the tests that may notice, as arguments of some runs of pytest."""
@@ -216,8 +218,36 @@ def drawn(groups: Iterable[str], count: int, seed: int) -> list[Mutant]:
         random.Random(f"{seed} {group}").shuffle(found)
     chosen: list[Mutant] = []
     while len(chosen) < count and any(each.values()):
-        chosen += [found.pop() for found in each.values() if found]
+        next_ones = (next_that_compiles(found) for found in each.values())
+        chosen += [mutant for mutant in next_ones if mutant is not None]
     return chosen[:count]
+
+
+def next_that_compiles(found: list[Mutant]) -> Mutant | None:
+    """The last one, taken away, without those that are no Python, such as a `+` for the `*` of keyword-only arguments."""
+    while found:
+        mutant = found.pop()
+        with contextlib.suppress(SyntaxError):
+            compiled(HERE / mutant.module, changed(mutant, (HERE / mutant.module).read_text()))
+            return mutant
+    return None
+
+
+def changed(mutant: Mutant, source: str) -> str:
+    """The source of a module with a mutant's change."""
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
+
+    code = mutate_code(source, get_operator(mutant.operator)(), mutant.occurrence)
+    assert code is not None, mutant
+    return code
+
+
+def compiled(path: Path, source: str) -> types.CodeType:
+    """The code of a module, without a word of `is` beside a literal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        return compile(source, str(path), "exec", dont_inherit=True)
 
 
 def copied(folder: Path) -> Path:
@@ -316,7 +346,7 @@ def run(folder: Path, arguments: Sequence[str], plugin: Tests) -> int:
     os.dup2(silent, 2)
     os.chdir(folder)
     sys.path.insert(0, str(folder))
-    return int(pytest.main(["-q", *arguments], plugins=[plugin]))
+    return int(pytest.main(["-q", "-W", "ignore::SyntaxWarning", *arguments], plugins=[plugin]))
 
 
 @dataclass
@@ -403,7 +433,7 @@ def replaced(path: Path, before: str, after: str) -> bool:
                 return False
         return all(map(alike, *inner))
 
-    if not alike(*(compile(source, str(path), "exec", dont_inherit=True) for source in (before, after))):
+    if not alike(*(compiled(path, source) for source in (before, after))):
         return False
     for x in gc.get_objects():
         if type(x) is types.FunctionType and x.__code__.co_filename == str(path) and x.__code__ in codes:
@@ -418,34 +448,30 @@ def tried(mutant: Mutant, folder: Path, reach: Reach, session: Any = None) -> di
         session: of pytest, in which the package is imported and tests are collected. It answers None of a mutant for which
             they would have to be imported again.
     """
-    from cosmic_ray.mutating import mutate_code
-    from cosmic_ray.plugins import get_operator
-
     path = folder / mutant.module
     source = path.read_text()
     if session is not None and reach.at_import(mutant, source):
         return None
-    changed = mutate_code(source, get_operator(mutant.operator)(), mutant.occurrence)
-    assert changed is not None, mutant
-    diff = [x for x in difflib.unified_diff(source.split("\n"), changed.split("\n"), n=0, lineterm="")][3:]
+    after = changed(mutant, source)
+    diff = [x for x in difflib.unified_diff(source.split("\n"), after.split("\n"), n=0, lineterm="")][3:]
     plugin, started = Tests(wanted=reach.of(mutant, source)), time.monotonic()
 
     def noticed() -> str:
         if session is None:
             code = run(folder, ["-x", *plugin.files], plugin)
             return plugin.failed or ("" if code in (0, 5) else "cannot be imported")  # 5: there are no such tests now
-        if not replaced(path, source, changed):
+        if not replaced(path, source, after):
             return "imported again"
         session.config.pluginmanager.register(plugin)
         items = list(session.items)
         plugin.pytest_collection_modifyitems(items)
-        for item, after in zip(items, [*items[1:], None], strict=True):
-            session.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             if plugin.failed:
                 break
         return plugin.failed
 
-    path.write_text(changed)
+    path.write_text(after)
     try:
         caught = apart(noticed, seconds=SECONDS + 10 * sum(plugin.wanted.values()))
     finally:
@@ -477,8 +503,18 @@ def tried_of(chosen: Sequence[Mutant], folder: Path, output: Path) -> None:
 
     def at_once() -> list[Mutant]:
         left: list[Mutant] = []
-        plugin = Tests(wanted=reach.seconds, instead=lambda session: left.extend(each(chosen, session)))
+        wrong: list[str] = []  # pytest would keep it to itself, and the mutants that are left would be forgotten
+
+        def instead(session: Any) -> None:
+            try:
+                left.extend(each(chosen, session))
+            except Exception:
+                wrong.append(traceback.format_exc())
+
+        plugin = Tests(wanted=reach.seconds, instead=instead)
         run(folder, plugin.files, plugin)
+        if wrong:
+            raise RuntimeError(wrong[0])
         return left
 
     each(apart(at_once))

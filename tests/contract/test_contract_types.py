@@ -9,7 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from regard import get_mechanism
-from regard.contract import BlockMask, Context, Mask, State, Unsupported
+from regard.contract import BlockMask, Context, Mask, Pattern, State, Unsupported, check_options
 from regard.contract.types import Types
 from regard.core.ragged import gathering
 
@@ -27,6 +27,12 @@ def test_a_mask_is_of_booleans_a_row_and_token(valid):
 def test_lengths_are_integers_with_one_axis(name, wrong):
     with pytest.raises(Unsupported, match=rf"mask\.{name} that is not an integer"):
         Mask(**{name: wrong})
+
+
+def test_a_bias_has_an_axis_for_rows_heads_queries_and_keys():
+    for axes in (3, 5):
+        with pytest.raises(Unsupported, match=f"mask.bias of dtype torch.float32 and {axes} axes"):
+            Mask(bias=torch.zeros((1,) * axes))
 
 
 def test_what_to_try_is_said_of_tokens_where_it_would_do():
@@ -74,6 +80,44 @@ def test_a_refused_pattern_comes_with_the_cards_reason():
     with pytest.raises(Unsupported) as refused:
         card.require_pattern(pattern)
     assert reason in str(refused.value) and pattern.value in str(refused.value)
+
+
+def test_a_refused_pattern_comes_with_one_of_its_kind_that_is_there():
+    card = dataclasses.replace(get_mechanism("softmax"), patterns=(Pattern.CAUSAL_CROSS, Pattern.NONCAUSAL_SELF))
+    for pattern, nearest in (
+        (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF),
+        (Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS),
+    ):
+        with pytest.raises(Unsupported) as refused:
+            card.require_pattern(pattern)
+        assert refused.value.nearest == nearest.value
+
+
+def test_an_unknown_option_comes_with_what_it_was_meant_to_be():
+    with pytest.raises(Unsupported) as refused:
+        check_options(get_mechanism("local").config, ["window", "windo"], "local")
+    assert "'windo' of local" in str(refused.value) and refused.value.nearest == "window"
+
+
+def test_a_card_takes_a_scheme_of_positions_that_acts_like_those_it_names_and_like_no_others():
+    card = dataclasses.replace(get_mechanism("softmax"), accepts_positions=("none", "rotary"), honours=frozenset())
+    assert set(card.accepts_positions) == {"none", "rotary", "lrpe", "seqpe_mul", "seqpe_add"}
+
+
+@pytest.mark.parametrize(
+    ("name", "patterns"),
+    [
+        ("landmark", {Pattern.CAUSAL_SELF}),
+        ("norm_linear", {Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF}),
+        ("softmax", set()),
+    ],
+)
+def test_a_card_places_its_keys_where_it_rotates_them_itself(name, patterns):
+    assert {pattern for pattern in Pattern if get_mechanism(name).places_keys(pattern)} == patterns
+
+
+def test_tokens_keep_their_places_on_a_grid_alone():
+    assert get_mechanism("mlp_mixer").keeps_places and not get_mechanism("softmax").keeps_places
 
 
 def test_contexts_of_the_same_wishes_are_equal_whoever_laid_them_out():

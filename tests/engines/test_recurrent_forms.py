@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from regard import functional
+from regard.engines.gated_recurrence.torch_form import solve_unit, solve_unit_by_products
 from regard.engines.recurrent_forms import readable, scaled
 
 CALLS = {
@@ -67,3 +68,12 @@ def test_only_what_engines_widen_themselves_stays_narrow():
     }
     wide = torch.zeros(1, dtype=torch.float64)
     assert readable(wide) is wide
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 16, 21])
+def test_products_solve_a_triangular_system_as_substitution_does(size):
+    lower, right = (
+        torch.randn(2, size, size, dtype=torch.float64).tril(-1),
+        torch.randn(2, size, 3, dtype=torch.float64),
+    )
+    torch.testing.assert_close(solve_unit_by_products(lower, right), solve_unit(lower, right), rtol=1e-10, atol=1e-10)

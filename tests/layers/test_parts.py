@@ -207,6 +207,13 @@ def test_norms_equal_their_definitions(name: str) -> None:
     assert torch.autograd.gradcheck(norm, x)
 
 
+def test_a_layer_scale_multiplies_each_feature_in_the_dtype_of_what_comes_in() -> None:
+    scale, x = LayerScale(5, initial=0.5), torch.randn(2, 3, 5, dtype=float64)
+    nn.init.normal_(scale.factors)
+    close(scale(x), x * scale.factors.double())
+    assert scale(x.bfloat16()).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("norm", [RMSNorm(64), LayerNorm(64)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_norms_of_low_precision_are_computed_in_float32(norm: nn.Module, dtype: torch.dtype) -> None:
@@ -351,6 +358,7 @@ REFUSED = [
     (lambda: ShortConvolution(3)(X, cache=X), r"\(2, 3, 3\)"),
     (lambda: ShortConvolution(3, causal=False)(X, cache=X[:, :3]), "noncausal"),
     (lambda: ShortConvolution(3, activation="sily"), "try silu"),
+    (lambda: ShortConvolution(3, 0), "width >= 1"),
     (lambda: FeatureEmbedding(3, 5)(X[..., :2]), "3 features"),
     (lambda: PatchEmbedding(1, 2, 2)(torch.zeros(1, 1, 4, 5)), "try width 6"),  # pixels would be lost
     (lambda: PatchEmbedding(1, 2, 8).grid(7, 8), "try height 8"),

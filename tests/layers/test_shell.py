@@ -186,7 +186,7 @@ def read_again():
 
 REFUSED = [
     # options
-    (lambda: double("softmax", heads=5), "head_dim"),
+    (lambda: double("softmax", heads=5), "over num_heads=5; supported.*head_dim"),
     (lambda: double("softmax", num_kv_heads=3), "num_kv_heads"),
     (lambda: double("softmax", dropout=1.5), "dropout"),
     (lambda: double("softmax", positions="rotery"), "rotery.*supported"),

@@ -646,6 +646,9 @@ def test_what_cannot_be_honoured_is_refused(words, changed, options, call):
 def test_other_calls_that_cannot_be_honoured_are_refused():
     state = run(sample(9), roles=ROLES, return_state=True).state
     refused("beside a state", run, sample(9), roles=ROLES, state=state, **BIAS)
+    full, plain = {"block": 4, "top_k": 2}, torch.zeros(2, 9, dtype=torch.long)
+    state = run(cut(sample(9), slice(0, 4)), full, roles=plain[:, :4], return_state=True).state
+    refused("a block of 5 tokens", run, cut(sample(9), slice(4, 5)), full, roles=plain[:, 4:5], state=state)
     refused("phase", prepare, torch.zeros(1, 4, dtype=torch.long), Config(block=3), phase=3)
     refused("miss=True", create_layer, "landmark", 16, 2, pattern="noncausal-self", miss=True)
     layer, positions = create_layer("landmark", 16, 2, positions="rotary"), torch.arange(9).expand(2, -1)

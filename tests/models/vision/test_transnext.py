@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -141,6 +142,15 @@ def test_stages_with_a_reduction_aggregate_and_the_last_one_reads_all() -> None:
         for b, *_ in (s.blocks for s in stages)
     ]
     assert found == [(4, 0), (8, 0), (4, 8), (5, 16)]
+
+
+def test_temperatures_and_reductions_begin_as_in_the_official_code() -> None:
+    attention = AggregatedAttention(TransNeXtConfig(), 0)
+    close(F.softplus(attention.temperature), torch.full_like(attention.temperature, 1 / 0.24), tolerance=1e-6)
+    with torch.no_grad():
+        fresh = TransNeXt(TransNeXtConfig(**{**TINY, "widths": (96, 16, 24, 32)})).stages[0].blocks[0].attention
+    deviation = fresh.reduction.weight.std() * math.sqrt(96 / 2)
+    assert 0.95 < deviation < 1.05  # of 96 x 96 draws
 
 
 def test_what_cannot_be_done_is_refused() -> None:
