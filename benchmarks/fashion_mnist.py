@@ -2,6 +2,7 @@
 
     pip install 'regard[vision]'
     python benchmarks/fashion_mnist.py                             # 20 minutes each; the same command goes on where it stopped
+    python benchmarks/fashion_mnist.py --precision bfloat16        # up to twice the steps where a processor computes in it
     python benchmarks/fashion_mnist.py --models van_nano,vit_nano --minutes 5
     python benchmarks/fashion_mnist.py --best 5 --seeds 3          # more seeds for the five that are best so far
     python benchmarks/fashion_mnist.py --timings                   # speed and memory alone, all models in one process
@@ -15,6 +16,7 @@ docs/data/fashion_mnist.json, from which `python docs/generate.py` writes the pa
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import statistics
@@ -34,7 +36,7 @@ from regard.models import build_model
 from regard.models.image_model import ImageModelConfig
 from regard.models.variants import Variant
 from regard.tasks import Task, create_task
-from regard.training import TrainConfig, peak_memory, train
+from regard.training import PRECISIONS, TrainConfig, peak_memory, train
 from regard.workbench.comparison.settings import CompareSettings
 from regard.workbench.trained.folder import DIVERGED
 from regard.workbench.trained.run import train_model
@@ -72,7 +74,7 @@ def task_of(data: str, items: int) -> Task:
     return create_task("images", data=data, size=32, augment="light", evaluation_items=items)
 
 
-def settings_of(name: str, task: Task, seed: int, minutes: float) -> CompareSettings:
+def settings_of(name: str, task: Task, seed: int, minutes: float, precision: str) -> CompareSettings:
     return CompareSettings(
         (Variant(name, (), MODELS[name]),),
         Budget("seconds", 60 * minutes),
@@ -81,6 +83,7 @@ def settings_of(name: str, task: Task, seed: int, minutes: float) -> CompareSett
         rates=(RATE,),
         batch_tokens=BATCH * task.length,
         lengths=(task.length,),
+        precision=precision,
     )
 
 
@@ -93,13 +96,13 @@ def write(table: dict[str, Any]) -> None:
     write_text_atomically(TABLE, text)
 
 
-def done(table: dict[str, Any], name: str, seed: int, minutes: float, items: int) -> dict[str, Any] | None:
-    wanted = {"model": name, "seed": seed, "minutes": minutes, "items": items}
+def done(table: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any] | None:
     return next((cell for cell in table["cells"] if wanted.items() <= cell.items()), None)
 
 
-def train_cell(task: Task, name: str, seed: int, minutes: float, items: int, work: Path) -> dict[str, Any]:
+def train_cell(task: Task, wanted: dict[str, Any], work: Path) -> dict[str, Any]:
     """One training run, from where it stopped."""
+    name, seed = wanted["model"], wanted["seed"]
     last = 0.0
 
     def tell(point: Any, steps: int, left: float) -> None:
@@ -112,14 +115,11 @@ def train_cell(task: Task, name: str, seed: int, minutes: float, items: int, wor
                 flush=True,
             )
 
-    folder = work / f"{name}-{seed}-{minutes:g}-{items}"
-    settings = settings_of(name, task, seed, minutes)
+    folder = work / "-".join(f"{x:g}" if isinstance(x, float) else str(x) for x in wanted.values())
+    settings = settings_of(name, task, seed, wanted["minutes"], wanted["precision"])
     record = train_model(task, settings, folder, best_of=0, on_step=tell, say=partial(print, flush=True)).record
     return {
-        "model": name,
-        "seed": seed,
-        "minutes": minutes,
-        "items": items,
+        **wanted,
         "accuracy": None if record["state"] == DIVERGED else record["score"],
         "parameters": record["parameters"],
         "steps": record["steps"],
@@ -130,15 +130,15 @@ def train_cell(task: Task, name: str, seed: int, minutes: float, items: int, wor
     }
 
 
-def measure_speeds(task: Task, names: list[str], seconds: float) -> dict[str, Any]:
-    """Images/s and peak bytes of training and inference, at the batch of the training, all models in turn."""
+def measure_speeds(task: Task, names: list[str], seconds: float, precision: str) -> dict[str, Any]:
+    """Images/s and peak bytes of training and of inference in float32, at the batch of the training, all models in turn."""
     batch = task.training_batch(0, 0, BATCH)
     models = {name: build_model(ImageModelConfig.for_task(task, *MODELS[name])) for name in names}
-    steps = TrainConfig(steps=1, batch_size=BATCH, learning_rate=RATE, measure_memory=False)
+    steps = TrainConfig(steps=1, batch_size=BATCH, learning_rate=RATE, precision=precision, measure_memory=False)
     training = interleaved({n: partial(train, model, task, steps) for n, model in models.items()}, seconds=seconds)
     found = {}
     for name, model in models.items():
-        history = train(model, task, TrainConfig(steps=2, batch_size=BATCH, learning_rate=RATE))
+        history = train(model, task, dataclasses.replace(steps, steps=2, measure_memory=True))
         found[name] = {"training_bytes": history.peak_memory, "training": BATCH / training[name].median}
     with torch.inference_mode():
         calls = {n: partial(m.eval(), batch.inputs, context=Context(grid=task.grid)) for n, m in models.items()}
@@ -146,7 +146,12 @@ def measure_speeds(task: Task, names: list[str], seconds: float) -> dict[str, An
         for name, call in calls.items():
             found[name] |= {"inference": BATCH / inference[name].median, "inference_bytes": peak_memory(call).bytes}
     facts = provenance.fingerprint()
-    told = {"cpu": facts["cpu"], "threads": torch.get_num_threads(), "date": provenance.now()[:10]}
+    told = {
+        "cpu": facts["cpu"],
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "date": provenance.now()[:10],
+    }
     return {name: {**one, **told} for name, one in found.items()}
 
 
@@ -167,6 +172,7 @@ def main() -> None:
     parser.add_argument(
         "--items", type=int, default=10_000, help="test images that are scored, balanced over the classes"
     )
+    parser.add_argument("--precision", default="float32", choices=PRECISIONS, help="of training")
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--work", type=Path, default=Path("runs/fashion_mnist"), help="folder of the runs")
     parser.add_argument("--seconds", type=float, default=60.0, help="of each of the two kinds of timings")
@@ -182,17 +188,19 @@ def main() -> None:
     if arguments.best is not None:
         names = [name for name in best(table, arguments.best, arguments.minutes) if name in names]
     if arguments.timings:
-        table["speeds"] |= measure_speeds(task, names, arguments.seconds)
+        table["speeds"] |= measure_speeds(task, names, arguments.seconds, arguments.precision)
         write(table)
         return
     for seed in range(arguments.seeds):
         for name in names:
-            if done(table, name, seed, arguments.minutes, arguments.items) is None:
-                cell = train_cell(task, name, seed, arguments.minutes, arguments.items, arguments.work)
+            wanted = {"model": name, "seed": seed}
+            wanted |= {x: getattr(arguments, x) for x in ("minutes", "items", "precision")}
+            if done(table, wanted) is None:
+                cell = train_cell(task, wanted, arguments.work)
                 table = read()  # another process may have added cells of its own
                 table["cells"].append(cell)
                 write(table)
-            cell = done(table, name, seed, arguments.minutes, arguments.items) or {}
+            cell = done(table, wanted) or {}
             print(f"{name}, seed {seed}: {cell['accuracy']}", flush=True)
 
 

@@ -246,7 +246,7 @@ def test_growth_is_shown_beside_what_the_card_says_and_what_was_refused_is_named
 
 
 def test_backbones_are_in_the_order_of_their_accuracy_with_its_error():
-    who = {"cpu": "a CPU", "threads": 2, "parameters": 1000, "steps": 50}
+    who = {"cpu": "a CPU", "threads": 2, "precision": "bfloat16", "parameters": 1000, "steps": 50}
 
     def cell(model, seed, accuracy, minutes=20.0):
         return {"model": model, "seed": seed, "accuracy": accuracy, "minutes": minutes, "items": 10_000, **who}
@@ -259,6 +259,7 @@ def test_backbones_are_in_the_order_of_their_accuracy_with_its_error():
     assert rows[0].startswith("| `vit_nano` | 93.00% ± 1.00% | 2 | 1,000 | 50 | — |")
     assert rows[1].startswith("| `van_nano` | 90.00% ± 0.30% | 1 |") and rows[1].endswith("| 1,200 | 5,000 | 32 | 8 |")
     assert "vim_nano` | diverged" in rows[2] and len(rows) == 3
+    assert "20 minutes a run; 10,000 test images; trained in bfloat16 on a CPU with 2 threads." in page
     assert "python benchmarks/resolution.py" in page and "benchmarks/fashion_mnist.py` does it" not in page
 
 
