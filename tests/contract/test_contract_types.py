@@ -29,6 +29,11 @@ def test_lengths_are_integers_with_one_axis(name, wrong):
         Mask(**{name: wrong})
 
 
+def test_a_mask_says_in_one_way_what_is_valid():
+    with pytest.raises(Unsupported, match="both valid and lengths"):
+        Mask(valid=torch.ones(2, 3, dtype=torch.bool), lengths=torch.tensor([3, 3]))
+
+
 def test_a_bias_has_an_axis_for_rows_heads_queries_and_keys():
     for axes in (3, 5):
         with pytest.raises(Unsupported, match=f"mask.bias of dtype torch.float32 and {axes} axes"):

@@ -346,6 +346,7 @@ REFUSED = [
     (lambda: make_linear(3, 2, kind="dence"), "try dense"),
     (lambda: make_linear(3, 2, rank=4), "no options"),
     (lambda: make_linear(0, 2), "in_features >= 1"),
+    (lambda: RMSNorm(5)(X[0, :, :3]), "a norm over 3 features"),
     (lambda: make_feed_forward("swigly", 4), "try swiglu"),
     (lambda: make_feed_forward("token_parametre", 4), "try token_parameter"),
     (lambda: make_feed_forward("gelu", 4, bais=True), "try bias"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
+import itertools
 from typing import Any
 
 import torch
@@ -128,26 +129,20 @@ def layer_padding(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def layer_decoding(subject: Subject, dtype: torch.dtype) -> float:
-    """Prefill, then one token at a time, equals the whole; in cross patterns on memory absorbed once."""
+    """A prompt, a few tokens more, then one at a time, equal the whole; in cross patterns on memory absorbed once."""
     if not subject.layer_decodes:
         raise NotApplicable
     layer = LayerSubject(subject, dtype)
     if layer.cross and not hasattr(layer.layer, "encode_memory"):
         raise NotApplicable
-    n = 11
-    x, memory, roles, expected = _whole(layer, n)
-    outputs = []
+    x, memory, roles, expected = _whole(layer, 11)
+    outputs, state = [], None
     if layer.cross:
         state = layer.layer.encode_memory(memory, context=Context(roles=roles))  # type: ignore[arg-type]
-        start = 0
-    else:
-        head = None if roles is None else roles[:, :4]
-        first = layer(x[:, :4], roles=head, want=frozenset({"state"}))
-        outputs.append(first.output)
-        state, start = first.state, 4
-    for t in range(start, n):
-        now = None if roles is None or layer.cross else roles[:, t : t + 1]
-        result = layer(x[:, t : t + 1], state=state, roles=now)
+    for start, end in itertools.pairwise((0, 4, 7, 8, 9, 10, 11)):
+        some = slice(start, end)
+        now = None if roles is None or layer.cross else roles[:, some]
+        result = layer(x[:, some], state=state, roles=now, want=frozenset({"state"}))
         outputs.append(result.output)
         state = result.state
     error = relative_error(torch.cat(outputs, 1), expected)
@@ -382,7 +377,7 @@ DOUBLE_SINGLE = (torch.float64, torch.float32)
 
 LAYER_PROPERTIES = [
     Property("layer_padding", "the layer on padded rows equals each row alone", layer_padding, DOUBLE_SINGLE, "layer"),
-    Property("layer_decoding", "prefill then steps equals the whole", layer_decoding, DOUBLE_SINGLE, "layer"),
+    Property("layer_decoding", "a prompt, a piece and steps equal the whole", layer_decoding, DOUBLE_SINGLE, "layer"),
     Property("layer_ragged", "padded rows, then steps, equal each row alone", layer_ragged, DOUBLE_SINGLE, "layer"),
     Property("layer_packing", "packed documents equal separate ones", layer_packing, (torch.float64,), "layer"),
     Property("layer_causality", "later tokens have no effect", layer_causality, (torch.float64,), "layer"),
