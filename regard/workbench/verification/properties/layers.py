@@ -136,7 +136,8 @@ def layer_decoding(subject: Subject, dtype: torch.dtype) -> float:
     if layer.cross and not hasattr(layer.layer, "encode_memory"):
         raise NotApplicable
     x, memory, roles, expected = _whole(layer, 11)
-    outputs, state = [], None
+    state: Any = None
+    outputs = []
     if layer.cross:
         state = layer.layer.encode_memory(memory, context=Context(roles=roles))  # type: ignore[arg-type]
     for start, end in itertools.pairwise((0, 4, 7, 8, 9, 10, 11)):
