@@ -108,7 +108,7 @@ GROUPS: dict[str, tuple[Sequence[str], Sequence[Sequence[str]]]] = {
             "regard/layers/norms.py",
         ],
         [
-            ["tests/layers", "tests/contract/test_layer_options.py"],
+            ["tests/layers", "tests/positions", "tests/contract/test_layer_options.py"],
             cells("softmax", "gated_linear", only="layer"),
         ],
     ),

@@ -104,8 +104,9 @@ typedef struct {
 } regard_decoder_state;
 
 /* Layers one after the other, and a norm of the last one's answer if asked for; token i of row b is number lengths_b + i of its
- * row. Without pages all rows have room for as many tokens as the longest; with them, token t of row b has its place as in
- * regard_attention_decode. Nothing is written when an argument is bad. */
+ * row. Without pages all rows have room for as many tokens as the longest, and the first `padding_b` of a row may be none, which
+ * nobody sees; with pages, token t of row b has its place as in regard_attention_decode. Nothing is written when an argument is
+ * bad. */
 typedef struct {
   int64_t size;
   int64_t threads;
@@ -113,7 +114,8 @@ typedef struct {
   int64_t count;
   const regard_decoder_layer *layers;
   const regard_decoder_state *states; /* one for each layer with a recurrence, in their order */
-  const int64_t *lengths;         /* (batch,) tokens before */
+  const int64_t *lengths;         /* (batch,) tokens before, padding among them */
+  const int64_t *padding;         /* (batch,); NULL for none. Not with pages */
   const int64_t *pages;           /* (batch, pages_stride); NULL for none */
   int64_t pages_stride, page_size;
   const float *cosine, *sine;     /* (batch, n, head_width) contiguous */

@@ -394,7 +394,7 @@ bool wrong(const regard_decoder_recurrence& r, const regard_decoder_state& state
 
 bool wrong(const regard_decoder_layers_args& a) {
   if (a.threads < 1 || a.batch < 0 || a.n < 0 || a.count < 0 || a.width < 1 || a.head_width < 2 || a.head_width % 2) return true;
-  if (a.pages != nullptr && a.page_size < 1) return true;
+  if (a.pages != nullptr && (a.page_size < 1 || a.padding != nullptr)) return true;
   const regard_decoder_state* state = a.states;
   for (int64_t i = 0; i < a.count; ++i) {
     const auto& w = a.layers[i].weights;
@@ -471,11 +471,14 @@ int decoder_layers(const regard_decoder_layers_args* args) {
     queries = most(queries, a.layers[i].weights[0].n);
     keys = most(keys, a.layers[i].weights[1].n);
   }
+  for (int64_t b = 0; b < a.batch; ++b) longest = most(longest, a.lengths[b] + a.n);
+  const int64_t slots = a.padding == nullptr ? 0 : a.batch * longest;
   Workspace workspace(2 * Workspace::bytes_of<float>(static_cast<size_t>(tokens * queries)) +
                       2 * Workspace::bytes_of<float>(static_cast<size_t>(tokens * keys)) +
                       Workspace::bytes_of<float>(static_cast<size_t>(recurrent ? tokens * a.width : 0)) +
                       Workspace::bytes_of<int64_t>(static_cast<size_t>(tokens)) +
-                      Workspace::bytes_of<int64_t>(static_cast<size_t>(a.batch)));
+                      Workspace::bytes_of<int64_t>(static_cast<size_t>(a.batch)) +
+                      Workspace::bytes_of<int64_t>(static_cast<size_t>(slots)));
   if (!workspace) return REGARD_OUT_OF_MEMORY;
   float *const q = workspace.take<float>(static_cast<size_t>(tokens * queries));
   float* const attended = workspace.take<float>(static_cast<size_t>(tokens * queries));
@@ -484,10 +487,14 @@ int decoder_layers(const regard_decoder_layers_args* args) {
   float* const normed = workspace.take<float>(static_cast<size_t>(recurrent ? tokens * a.width : 0));
   int64_t* const ranks = workspace.take<int64_t>(static_cast<size_t>(tokens));
   int64_t* const lengths = workspace.take<int64_t>(static_cast<size_t>(a.batch));
+  int64_t* const keys_there = workspace.take<int64_t>(static_cast<size_t>(slots));
   for (int64_t b = 0; b < a.batch; ++b) {
     for (int64_t t = 0; t < a.n; ++t) ranks[b * a.n + t] = a.lengths[b] + t;
     lengths[b] = a.lengths[b] + a.n;
-    longest = most(longest, lengths[b]);
+  }
+  for (int64_t i = 0; i < slots; ++i) {
+    const int64_t b = i / longest, slot = i % longest;
+    keys_there[i] = slot < a.padding[b] || slot >= lengths[b] ? -1 : slot;
   }
 
   regard_decoder_inputs_args before{};
@@ -524,7 +531,12 @@ int decoder_layers(const regard_decoder_layers_args* args) {
   decode.pages = a.pages;
   decode.pages_stride = a.pages_stride;
   decode.page_size = a.page_size;
-  decode.lengths = lengths;
+  if (a.padding == nullptr) {
+    decode.lengths = lengths;
+  } else {
+    attention.visibility.key_ranks = keys_there;
+    attention.visibility.key_ranks_stride = longest;
+  }
 
   const auto attend = [&](const regard_decoder_layer& layer) {
     attention.heads = layer.weights[0].n / a.head_width;

@@ -161,11 +161,12 @@ void check(int64_t bits, int64_t m, int64_t threads) {
   must("keys that are no heads", regard_decoder_inputs(&a), REGARD_BAD_ARGUMENT);
 }
 
-// Layers of 4 heads that share 2 of keys, after rows of different lengths, the second layer with a window.
+// Layers of 4 heads that share 2 of keys, after rows of different lengths, the second layer with a window; without pages and in
+// few bits the first row begins with padding.
 void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads) {
   const int64_t batch = 2, width = 70, head = 10, hidden = 90, heads = 4, kv = 2, tokens = batch * n, page_size = 3, most = 3;
   const int64_t lengths[] = {5, 2}, lefts[] = {-1, 3}, pages[] = {4, 0, 3, 1, 2, 5};
-  const int64_t slots = paged ? page_size : 9, places = paged ? 6 : batch;
+  const int64_t slots = paged ? page_size : 9, places = paged ? 6 : batch, padding[] = {paged || bits == 32 ? 0 : 4, 0};
   now("layers, %d bits, %d tokens, %s", int(bits), int(n), paged ? "pages" : "rows");
   Floats x = numbers(tokens * width);
   const Floats cosine = numbers(tokens * head), sine = numbers(tokens * head);
@@ -225,7 +226,7 @@ void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads) {
     for (int64_t b = 0; b < batch; ++b)
       for (int64_t t = 0; t < n; ++t)
         for (int64_t h = 0; h < heads; ++h) {
-          const int64_t at = lengths[b] + t, from = lefts[i] < 0 ? 0 : std::max<int64_t>(0, at - lefts[i]);
+          const int64_t at = lengths[b] + t, from = lefts[i] < 0 ? padding[b] : std::max(padding[b], at - lefts[i]);
           const size_t query = ((b * n + t) * heads + h) * head;
           double total = 0;
           for (int64_t j = from; j <= at; ++j) {
@@ -250,6 +251,7 @@ void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads) {
   a.count = 2;
   a.layers = layers;
   a.lengths = lengths;
+  a.padding = padding[0] ? padding : nullptr;
   a.pages = paged ? pages : nullptr;
   a.pages_stride = most;
   a.page_size = page_size;
@@ -261,6 +263,9 @@ void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads) {
     a.eps = 1e-5f;
     a.norm = norm.data();
     expected = normed(expected, norm, a.eps);
+    a.padding = padding;
+    must("padding beside pages", regard_decoder_layers(&a), REGARD_BAD_ARGUMENT);
+    a.padding = nullptr;
   }
   std::swap(layers[1].weights[5].n, layers[1].weights[5].k);
   must("a weight of another size", regard_decoder_layers(&a), REGARD_BAD_ARGUMENT);

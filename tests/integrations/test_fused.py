@@ -368,6 +368,48 @@ def test_a_hybrid_of_recurrences_decodes_in_one_call(mechanism, recipe, monkeypa
     assert model.generate(tokens, **settings).shape == (3, 15) and of_decoders(calls) == ["decoder_layers"] * 5
 
 
+@pytest.mark.parametrize("mechanism", ["softmax", "gated_linear", "lolcats:window=4"])
+def test_padded_prompts_are_gone_on_from_in_one_call(mechanism, monkeypatch, calls):
+    model, tokens, more = hybrid(monkeypatch, mechanism), ids(3, 9), ids(3, 4)
+    mask = torch.ones(3, 13, dtype=torch.long)
+    mask[1, :3], mask[2, :9] = 0, 0  # a row whose prompt is all padding
+
+    def read():
+        with torch.inference_mode():
+            options = {"use_cache": True, "attention_mask": mask[:, :9], "position_ids": ranks[:, :9]}
+            cache, found = getattr(model(tokens, **options), bridge.CACHE), []
+            for some in (slice(9, 10), slice(10, 11), slice(11, 13)):
+                options = {"attention_mask": mask[:, : some.stop], "position_ids": ranks[:, some]}
+                here = model(
+                    more[:, some.start - 9 : some.stop - 9], **{bridge.CACHE: cache}, use_cache=True, **options
+                )
+                cache = getattr(here, bridge.CACHE)
+                found.append(here.logits)
+        return torch.cat(found, 1)
+
+    ranks = (mask.cumsum(1) - 1).clamp(min=0)
+    expected = read()
+    bridge.fuse_layers(model)
+    calls.clear()
+    near(read(), expected)
+    assert of_decoders(calls) == ["decoder_layers"] * 3
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [[[1, 0, 1, 1, 1], [1, 1, 1, 1, 1]], [[0, 0, 0, 0, 0], [1, 1, 1, 1, 1]]],
+    ids=["a gap", "a new token"],
+)
+def test_padding_elsewhere_is_for_the_models_own_way(mask, monkeypatch, calls):
+    model, tokens = llama(), ids(2, 5)
+    bridge.fuse_layers(model)
+    with torch.inference_mode():
+        cache = getattr(model(tokens[:, :4], use_cache=True), bridge.CACHE)
+        calls.clear()
+        model(tokens[:, 4:], **{bridge.CACHE: cache}, attention_mask=torch.tensor(mask))
+    assert of_decoders(calls) == ALONE * 2
+
+
 @pytest.mark.parametrize("mechanism", ["gated_linear", "lolcats:window=4"])
 def test_a_state_is_not_changed_by_the_tokens_after_it(mechanism, monkeypatch, calls):
     model, tokens = hybrid(monkeypatch, mechanism), ids(2, 12)

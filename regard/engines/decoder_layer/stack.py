@@ -38,12 +38,14 @@ class Places(NamedTuple):
         lengths: tokens of each row before.
         table: (B, most) int64, contiguous: the pages of each row in order; None where there are none.
         states: of each layer with a recurrence.
+        padding: slots of each row before its first token, of `lengths`, which nobody sees; none where there are pages.
     """
 
     caches: Sequence[tuple[Tensor, Tensor]]
     lengths: Sequence[int]
     table: Int[Tensor, "b most"] | None = None
     states: Sequence[State] = ()
+    padding: Sequence[int] | None = None
 
 
 class _Layer(ctypes.Structure):
@@ -75,6 +77,7 @@ class DecoderLayersArguments(library.Arguments):
         ("layers", ctypes.POINTER(_Layer)),
         ("states", ctypes.POINTER(StateArguments)),
         ("lengths", ctypes.c_void_p),
+        ("padding", ctypes.c_void_p),
         ("pages", ctypes.c_void_p),
         ("pages_stride", ctypes.c_int64),
         ("page_size", ctypes.c_int64),
@@ -141,6 +144,7 @@ class DecoderLayers:
         states = states_of(self._recurring, places.states, batch, n, self.head_width)
         cosine, sine, y, table = of_rows(cosine, batch), of_rows(sine, batch), x.clone(), places.table
         lengths = (ctypes.c_int64 * batch)(*places.lengths)
+        padding = None if places.padding is None else (ctypes.c_int64 * batch)(*places.padding)
         library.call(
             DecoderLayersArguments(
                 threads=torch.get_num_threads(),
@@ -152,6 +156,7 @@ class DecoderLayers:
                 layers=pointed.layers,
                 states=states,
                 lengths=ctypes.addressof(lengths),
+                padding=None if padding is None else ctypes.addressof(padding),
                 pages=pointer(table),
                 pages_stride=0 if table is None else table.shape[1],
                 page_size=pointed.slots,
@@ -206,7 +211,13 @@ class _Pointed(NamedTuple):
         """Raise Unsupported where the places are none that the caches have."""
         if not self.caches:
             return
-        lengths, table, slots = places.lengths, places.table, self.slots
+        lengths, table, slots, padding = places.lengths, places.table, self.slots, places.padding
+        if padding is not None:
+            inside = len(padding) == len(lengths) and all(0 <= p <= n for p, n in zip(padding, lengths, strict=True))
+            if table is not None or not inside:
+                raise Unsupported(
+                    f"padding {list(padding)}", supported="as many numbers as rows, up to their lengths, without pages"
+                )
         if len(lengths) != batch or (table is None and self.rows < batch):
             raise Unsupported(f"{len(lengths)} lengths and {self.rows} rows of a cache for {batch} rows")
         if table is not None:

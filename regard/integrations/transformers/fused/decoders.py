@@ -113,9 +113,12 @@ class FusedDecoder:
         given = ids if x is None else x
         if cache is None or given is None or (ids is not None and x is not None):
             return None
-        if not unwatched(decoder) or not self._asks_plainly(options, cache):
+        if not unwatched(decoder) or not self._asks_plainly(options):
             return None
         rows, tokens = given.shape[:2]
+        padding = _padding(options.get("attention_mask"), rows, tokens, cache.get_seq_length())
+        if padding is None:
+            return None
         if not 0 < rows * tokens <= FEW_ROWS or not runs_plainly(given):
             return None
         stack = self._native(f"{PREFIX}softmax" if hasattr(cache, "places") else decoder.config._attn_implementation)
@@ -132,6 +135,8 @@ class FusedDecoder:
         if stack.recurrences is not None and not (is_collecting() or stack.seen.is_overheard()):
             states = stack.recurrences.states(cache, rows, tokens)
         parts = stack.apart if stack.recurrences is not None and states is None else stack.parts
+        if any(padding) and (hasattr(cache, "places") or not all(isinstance(part, Run) for part in parts)):
+            return None
         where = places(cache, stack.indices, rows, tokens) if stack.indices else Places([], [0] * rows)
         if where is None:
             return None
@@ -142,6 +147,7 @@ class FusedDecoder:
                 x = found
             elif isinstance(part, Run):
                 own = where._replace(caches=where.caches[part.caches], states=(states or [])[part.states])
+                own = own._replace(padding=padding) if any(padding) and own.caches else own
                 x = part.layers(x, cosine, sine, own)
             else:
                 for alone in part.layers if isinstance(part, Local) else [part]:
@@ -151,16 +157,14 @@ class FusedDecoder:
         x = x if isinstance(parts[-1], Run) else decoder.norm(x)
         return BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: cache})
 
-    def _asks_plainly(self, options: dict[str, Any], cache: Any) -> bool:
-        """Whether all that is wanted is what the last layer gives, of rows without padding."""
-        config, mask, kept = self.decoder.config, options.get("attention_mask"), options.get("use_cache")
+    def _asks_plainly(self, options: dict[str, Any]) -> bool:
+        """Whether all that is wanted is what the last layer gives."""
+        config, kept = self.decoder.config, options.get("use_cache")
         if any(x is not None and x is not False for name, x in options.items() if name not in TAKEN):
             return False
         if config.output_hidden_states or config.output_attentions or not (config.use_cache if kept is None else kept):
             return False
-        if not getattr(config, "is_causal", True):
-            return False
-        return mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and runs_plainly(mask) and bool(mask.all()))
+        return getattr(config, "is_causal", True)
 
     def _native(self, attention: str) -> Stack | None:
         """All layers as the kernels take them, as they are now, for a model that attends so; None where one of them is not for
@@ -227,6 +231,22 @@ def _parts(members: list[Member], attention: str, ends: tuple[Tensor, float]) ->
         else:
             return None
     return parts
+
+
+def _padding(mask: Any, rows: int, tokens: int, past: int) -> list[int] | None:
+    """How many tokens of each row are padding before its others; None where padding is elsewhere, or among those that are new."""
+    if mask is None:
+        return [0] * rows
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != rows or not runs_plainly(mask):
+        return None
+    valid = mask != 0
+    if bool(valid.all()):
+        return [0] * rows
+    first = (~valid).sum(1)
+    behind = torch.arange(mask.shape[1], device=mask.device) >= first[:, None]
+    if mask.shape[1] != past + tokens or not torch.equal(behind, valid) or int(first.max()) > past:
+        return None
+    return first.tolist()
 
 
 def _by_softmax(layer: Any, attention: str) -> bool:
