@@ -16,7 +16,7 @@ from rich.text import Text
 from regard.cli.arguments import only_beside
 from regard.cli.console import emit, errors
 from regard.cli.options import DEVICE, JSON, LARGEST_SEED
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -172,7 +172,7 @@ def _leave_early(model: Any, rule: str) -> None:
     from regard.models import LanguageModel, set_exit_rule
 
     if not isinstance(model, LanguageModel):
-        raise Unsupported(f"--exit {rule} of a {type(model).__name__}", supported="models of regard train --exits")
+        raise Unsupported(f"--exit {rule} of {an_instance(model)}", supported="models of regard train --exits")
     set_exit_rule(model, rule)
 
 
@@ -197,7 +197,7 @@ def _opened(folder: Path, device: str) -> tuple[Any, Any]:
         model = trained.model(device)
         if not isinstance(model, LanguageModel):
             raise Unsupported(
-                f"text from a {type(model).__name__}, as {folder} holds",
+                f"text from {an_instance(model)}, as {folder} holds",
                 supported="models of the task text (LanguageModel)",
             )
         return model, trained.tokenizer

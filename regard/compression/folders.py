@@ -32,7 +32,7 @@ from regard.compression.layers import comes_from_transformers
 from regard.compression.programs import remove_programs
 from regard.compression.pruning.records import restore, structure
 from regard.compression.tokens.applied import all_tokens, put_on, tokens_record
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 from regard.core.files import write_atomically, write_text_atomically
 from regard.integrations.timm_places import is_of_timm, timm_folders
 from regard.layers.quantized import quantized_record, restore_layers
@@ -184,7 +184,7 @@ def load_causal_model(
     with quietly():
         model: Any = load_compressed(place)
     if library_of(model) != "transformers" or not model.can_generate():
-        raise Unsupported(f"text from a {type(model).__name__}, as {place} holds", supported=supported or SUPPORTED)
+        raise Unsupported(f"text from {an_instance(model)}, as {place} holds", supported=supported or SUPPORTED)
     return model
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from regard.compression.layers import Run, answers_of
 from regard.compression.steps import Export
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 from regard.core.files import write_atomically
 from regard.integrations.export import check_packages, refuse_waived, without_warnings
 from regard.integrations.onnx_forms import as_onnx
@@ -195,9 +195,7 @@ def _tensor(found: Any) -> Tensor:
     answers = answers_of(found)
     if answers is not None:
         return answers
-    raise Unsupported(
-        f"a program of a model that returns a {type(found).__name__}", supported="logits or hidden states"
-    )
+    raise Unsupported(f"a program of a model that returns {an_instance(found)}", supported="logits or hidden states")
 
 
 def _longer(given: Sequence[Tensor], shapes: Sequence[Mapping[int, Any]], axes: Sequence[int]) -> tuple[Tensor, ...]:

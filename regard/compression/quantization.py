@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from regard.contract import Unsupported, at_least
+from regard.contract import Unsupported, an_instance, at_least
 from regard.core.precision import wide
 from regard.measurement.outliers import is_norm
 from regard.mechanisms.gated_softmax import GatePredictor
@@ -251,7 +251,7 @@ def _modules(
             norms[name] = module
     if not linears:
         raise Unsupported(
-            f"quantization of a {type(model).__name__} without linear layers", supported="models of torch.nn.Linear"
+            f"quantization of {an_instance(model)} without linear layers", supported="models of torch.nn.Linear"
         )
     return linears, norms, tables
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 from regard.models.encoder import Encoder
 from regard.models.language_model import LanguageModel
 from regard.positions.learned import Learned
@@ -36,7 +36,7 @@ def change_plan(model: nn.Module, plan: str | Sequence[Any]) -> None:
             nothing is changed then.
     """
     if not isinstance(model, LanguageModel | Encoder):
-        raise Unsupported(f"another plan for a {type(model).__name__}", supported="LanguageModel, Encoder")
+        raise Unsupported(f"another plan for {an_instance(model)}", supported="LanguageModel, Encoder")
     own = model.state_dict(keep_vars=True)
     some = next(model.parameters())
     with torch.random.fork_rng(devices=[some.device] if some.device.type == "cuda" else []):

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from regard.contract import Context, Result, Unsupported
+from regard.contract import Context, Result, Unsupported, an_instance
 from regard.core.precision import wide
 from regard.layers.norms import make_norm
 from regard.models.blocks import valid_tokens
@@ -273,7 +273,7 @@ def set_exit_rule(model: nn.Module, rule: str | None) -> None:
     asked = None if rule is None else ExitRule.read(rule)
     if asked is not None and not len(getattr(model, "exits", ())):
         raise Unsupported(
-            f"the exit rule {rule} of a {type(model).__name__} without exits",
+            f"the exit rule {rule} of {an_instance(model)} without exits",
             supported="models with exits in their stack",
             nearest="regard train --exits all",
         )

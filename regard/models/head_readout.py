@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from regard.contract import Context, Unsupported
+from regard.contract import Context, Unsupported, an_instance
 from regard.layers.attention import AttentionLayer
 from regard.layers.checks import given_context
 from regard.layers.norms import LayerNorm, RMSNorm
@@ -114,7 +114,7 @@ def _blocks(model: Encoder) -> list[Block]:
     if not isinstance(model, Encoder) or model.config.pool not in LINEAR_POOLS:
         pool = f" with pool={model.config.pool!r}" if isinstance(model, Encoder) else ""
         raise Unsupported(
-            f"the heads of a {type(model).__name__}{pool}", supported=f"an Encoder with pool={', '.join(LINEAR_POOLS)}"
+            f"the heads of {an_instance(model)}{pool}", supported=f"an Encoder with pool={', '.join(LINEAR_POOLS)}"
         )
     if model.config.stack != StackConfig():
         raise Unsupported(f"the heads of a model with stack={model.config.stack}", supported="the default stack")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 from regard.serving.engine import Reader
 from regard.serving.text import PlainText, Text, TransformersText
 from regard.workbench.trained.folder import RECORD, beyond, open_trained, trained_length
@@ -84,7 +84,7 @@ def _open_trained(place: Path, device: str, template: str | None, dtype: torch.d
     model = trained.model(device)
     if not isinstance(model, LanguageModel):
         raise Unsupported(
-            f"answers from a {type(model).__name__}, as {place} holds",
+            f"answers from {an_instance(model)}, as {place} holds",
             supported="language models: folders of regard train on the task text",
         )
     text = PlainText(trained.tokenizer, template)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from regard.contract import Call, Pattern, Unsupported
+from regard.contract import Call, Pattern, Unsupported, an_instance
 from regard.core.visibility import Visibility
 from regard.engines import attention_forms
 from regard.engines.decoder_layer import Places
@@ -186,7 +186,7 @@ def _check_cache(model: PreTrainedModel) -> None:
     for layer in DynamicCache(config=model.config).layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise Unsupported(
-                f"serving a {type(model).__name__}, whose layers keep a {type(layer).__name__}",
+                f"serving {an_instance(model)}, whose layers keep {an_instance(layer)}",
                 supported="models whose layers keep keys and values",
                 nearest="regard.models.from_transformers, for mamba and mamba2",
             )

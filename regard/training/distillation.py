@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.contract import Context, Result, Unsupported
+from regard.contract import Context, Result, Unsupported, an_instance
 from regard.core.precision import wide_dtype
 from regard.core.ragged import gathering
 from regard.integrations.observing import Observed, is_transformers_model, observe, swapped_paths
@@ -128,7 +128,7 @@ def distillation_loss(
         observed = _observe_transformers
         if targets is None and not student.can_generate():
             raise Unsupported(
-                f"distillation of a {type(student).__name__}, which predicts no next token, without targets",
+                f"distillation of {an_instance(student)}, which predicts no next token, without targets",
                 supported="targets=..., -100 where none is predicted",
             )
     else:
@@ -162,7 +162,7 @@ def _check(*models: Any) -> None:
     for model in models:
         if not isinstance(model, LanguageModel):
             raise Unsupported(
-                f"distillation between layers of a {type(model).__name__}, whose layers neither give their weights nor learn "
+                f"distillation between layers of {an_instance(model)}, whose layers neither give their weights nor learn "
                 "from others",
                 supported="two of regard.models.LanguageModel, or two models of transformers",
                 nearest="torch.nn.functional.kl_div of its logits and the teacher's",
@@ -217,7 +217,7 @@ def _observe_transformers(
     learning = swapped_paths(student)
     if not learning:
         raise Unsupported(
-            f"distillation of a {type(student).__name__} that has its own attention",
+            f"distillation of {an_instance(student)} that has its own attention",
             supported="a student that regard.swap has changed",
             nearest='regard.swap(student, "sea")',
         )

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from regard.contract import Unsupported, closest
+from regard.contract import Unsupported, an_instance, closest
 from regard.mechanisms.token_parameter import MECHANISM, TokenParameter
 from regard.models.blocks import Block
 from regard.models.evaluating import evaluation_mode
@@ -249,6 +249,6 @@ def _check(model: nn.Module, config: Any, after: Tokens) -> None:
         if not same or made[name].config.frozen_tokens != wanted["frozen_tokens"]:
             raise Unsupported(
                 f"{wanted['num_tokens']} parameter tokens ({wanted['frozen_tokens']} of them frozen) in {name}, which the "
-                f"config of a {type(model).__name__} cannot say{reason}",
+                f"config of {an_instance(model)} cannot say{reason}",
                 supported="one number for all projections of a layer's mixer, and one for its feed-forward network",
             )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.catalogue import get_mechanism
-from regard.contract import Kind, Unsupported
+from regard.contract import Kind, Unsupported, an_instance
 from regard.layers.attention import AttentionLayer
 from regard.models.blocks import FEED_FORWARD_OPTIONS
 from regard.models.evaluating import evaluation_mode
@@ -101,7 +101,7 @@ def mix_heads(
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "plan"):
-        raise Unsupported(f"mixing the heads of a {type(model).__name__}", supported="LanguageModel, Encoder")
+        raise Unsupported(f"mixing the heads of {an_instance(model)}", supported="LanguageModel, Encoder")
     plan, wrapped = [], set()
     for i, (name, given) in enumerate(config.plan):
         if get_mechanism(name).kind is not Kind.ATTENTION:
@@ -145,7 +145,7 @@ def skip_attention(model: nn.Module) -> tuple[str, ...]:
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, AttentionLayer)}
     if not layers:
-        raise Unsupported(f"skipping the attention of a {type(model).__name__}", supported="layers of kind attention")
+        raise Unsupported(f"skipping the attention of {an_instance(model)}", supported="layers of kind attention")
     for layer in layers.values():
         layer.requires_grad_(False)
         for parameter in layer.output.parameters():
@@ -160,5 +160,5 @@ def _keep(outputs: dict[int, Tensor], layer: int, _: nn.Module, given: tuple[Ten
 def _blocks(model: nn.Module) -> Sequence[Any]:
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, nn.ModuleList | list):
-        raise Unsupported(f"heads of a {type(model).__name__}", supported="models with blocks")
+        raise Unsupported(f"heads of {an_instance(model)}", supported="models with blocks")
     return list(blocks)

@@ -101,7 +101,7 @@ def test_a_model_of_another_kind_is_refused(tmp_path, trained):
 
     save_pretrained(Encoder(EncoderConfig(num_classes=2, vocab_size=9, dim=8, plan=["softmax"], num_heads=1)), tmp_path)
     (tmp_path / "training.json").write_text((trained / "training.json").read_text())
-    with pytest.raises(Unsupported, match="answers from a Encoder"):
+    with pytest.raises(Unsupported, match="answers from an Encoder"):
         open_model(tmp_path)
 
 

@@ -22,7 +22,7 @@ from regard.compression.descent import by_path, descend, mean_loss
 from regard.compression.distillation.losses import feature_loss, response_loss
 from regard.compression.layers import Run
 from regard.compression.pruning.anatomy import Undo
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 from regard.core.precision import wide
 from regard.measurement import units
 from regard.models.evaluating import evaluation_mode
@@ -195,7 +195,7 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     ]
     if not rows:
         raise Unsupported(
-            f"features of a {type(model).__name__} without a row of layers",
+            f"features of {an_instance(model)} without a row of layers",
             supported="kind=response",
             nearest="kind=response",
         )
@@ -221,9 +221,7 @@ def _answers(found: Any, batch: Any) -> tuple[Tensor, bool]:
         return wide(states), False
     output = next((x for x in (getattr(found, name, None) for name in ("output", "logits")) if x is not None), found)
     if not isinstance(output, Tensor):
-        raise Unsupported(
-            f"distil of a model that returns a {type(found).__name__}", supported="logits or hidden states"
-        )
+        raise Unsupported(f"distil of a model that returns {an_instance(found)}", supported="logits or hidden states")
     output = wide(output)
     if isinstance(batch, Batch):
         if batch.targets.is_floating_point():

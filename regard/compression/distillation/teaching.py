@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from regard.compression.distillation.losses import positive, response_loss
 from regard.compression.distillation.transkd import TransKD, TransKDConfig, encoder_of, recorded
-from regard.contract import Context, Result, Unsupported, at_least, check_options, closest, read_options
+from regard.contract import Context, Result, Unsupported, an_instance, at_least, check_options, closest, read_options
 from regard.models.evaluating import evaluation_mode
 from regard.tasks import Task
 
@@ -125,7 +125,7 @@ class Taught(nn.Module):
             self.beside = TransKD(own, told, method).to(some.device, some.dtype)  # type: ignore[arg-type]
         if isinstance(method, TokenConfig) and getattr(_backbone(student), "distillation_head", None) is None:
             raise Unsupported(
-                f"distillation by a token of a {type(_backbone(student)).__name__} without one",
+                f"distillation by a token of {an_instance(_backbone(student))} without one",
                 supported="vision transformers with distillation_token=true",
                 nearest='--model "deit_t:distillation_token=true"',
             )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.compression.layers import comes_from_transformers
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 from regard.integrations.timm_places import is_of_timm
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def find_host(model: nn.Module) -> Host:
         return TransformersModel(model)
     if is_of_timm(model):
         return TimmModel(model)
-    raise Unsupported(f"taking heads, neurons or layers out of a {type(model).__name__}", supported=KNOWN)
+    raise Unsupported(f"taking heads, neurons or layers out of {an_instance(model)}", supported=KNOWN)
 
 
 def check_cuts(layers: Sequence[Layer], cuts: Sequence[Cut]) -> list[Cut]:

@@ -30,7 +30,7 @@ from regard.compression.pruning.anatomy import (
     staying,
 )
 from regard.compression.pruning.records import check_whole, entry_of, note
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 from regard.layers.linear import Linear
 
 
@@ -131,7 +131,7 @@ class TransformersModel:
         ]
         if len(found) != 1:
             raise Unsupported(
-                f"taking heads, neurons or layers out of a {type(model).__name__} with {len(found)} stacks of known layers",
+                f"taking heads, neurons or layers out of {an_instance(model)} with {len(found)} stacks of known layers",
                 supported=KNOWN,
             )
         self.path, self.kind, self.stack = found[0]

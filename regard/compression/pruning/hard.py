@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from regard.compression.pruning.anatomy import Undo
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 from regard.core.precision import wide
 from regard.engines.attention import only_largest
 
@@ -34,11 +34,9 @@ def harden_module(module: Any, keys: int) -> Undo:
     config = module.config
     for option in ("attn_logit_softcapping", "sliding_window"):
         if getattr(module, option, None) or getattr(config, option, None):
-            raise Unsupported(f"hard attention in a {type(module).__name__} with {option}", supported="plain attention")
+            raise Unsupported(f"hard attention in {an_instance(module)} with {option}", supported="plain attention")
     if not hasattr(module, "scaling"):
-        raise Unsupported(
-            f"hard attention in a {type(module).__name__}", supported="modules of transformers' interface"
-        )
+        raise Unsupported(f"hard attention in {an_instance(module)}", supported="modules of transformers' interface")
     AttentionInterface.register(NAME, hard_forward)
     own = copy.copy(config)
     own._attn_implementation = NAME

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.compression.layers import Run
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 from regard.core.precision import wide
 from regard.tasks.protocol import IGNORED, Batch
 
@@ -56,7 +56,7 @@ def _output(found: Any) -> Tensor:
             return wide(getattr(found, name))
     if isinstance(found, Tensor):
         return wide(found)
-    raise Unsupported(f"the losses of a model that returns a {type(found).__name__}", supported="logits; or losses=")
+    raise Unsupported(f"the losses of a model that returns {an_instance(found)}", supported="logits; or losses=")
 
 
 def _predicts_next(model: Any) -> bool:

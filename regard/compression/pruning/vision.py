@@ -29,7 +29,7 @@ from regard.compression.pruning.anatomy import (
     staying,
 )
 from regard.compression.pruning.records import check_whole, entry_of, note
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 
 
 class TimmModel:
@@ -41,12 +41,12 @@ class TimmModel:
         check_whole(model)
         timm: Any = sys.modules.get("timm.models.vision_transformer")
         if timm is None or not isinstance(model, timm.VisionTransformer):
-            raise Unsupported(f"taking heads, neurons or layers out of a {type(model).__name__}", supported=KNOWN)
+            raise Unsupported(f"taking heads, neurons or layers out of {an_instance(model)}", supported=KNOWN)
         for block in own.blocks:
             for module, plain in ((block, timm.Block), (block.attn, timm.Attention), (block.mlp, timm.Mlp)):
                 if type(module) is not plain:
                     raise Unsupported(
-                        f"taking heads, neurons or layers out of a {type(model).__name__} with a {type(module).__name__}",
+                        f"taking heads, neurons or layers out of {an_instance(model)} with {an_instance(module)}",
                         supported="blocks of timm's plain attention and Mlp",
                     )
         self.layers = [_layer(f"blocks.{i}", block) for i, block in enumerate(own.blocks)]

@@ -22,7 +22,7 @@ from regard.compression.sparse.evicting import H2O, TOVA, SnapKV
 from regard.compression.sparse.method import Combined, Method
 from regard.compression.sparse.paging import Quest
 from regard.compression.sparse.prefilling import BlockSparse, FlexPrefill, VerticalSlash
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 from regard.models import LanguageModel
 
 
@@ -67,7 +67,7 @@ class Sizes:
             )
         config: Any = getattr(model, "config", None)
         if getattr(config, "num_attention_heads", None) is None or getattr(config, "num_hidden_layers", None) is None:
-            raise Unsupported(f"the cost of a {type(model).__name__}", supported="language models")
+            raise Unsupported(f"the cost of {an_instance(model)}", supported="language models")
         heads = config.num_attention_heads
         return cls(
             weights,

@@ -13,7 +13,7 @@ from torch import nn
 from regard.compression.sparse.card import CARD, Config
 from regard.compression.sparse.catalogue import read_method
 from regard.compression.sparse.method import PHASES, Meter, Method, Place
-from regard.contract import Pattern, Unsupported
+from regard.contract import Pattern, Unsupported, an_instance
 from regard.layers.attention import AttentionLayer
 from regard.models import LanguageModel
 
@@ -81,7 +81,7 @@ def sparsify(model: nn.Module, method: Method | str) -> Sparse:
         return _in_own(model, method)
     if hasattr(model, "set_attn_implementation"):
         return _in_transformers(model, method)
-    raise Unsupported(f"sparse attention in a {type(model).__name__}", supported=KNOWN)
+    raise Unsupported(f"sparse attention in {an_instance(model)}", supported=KNOWN)
 
 
 @contextmanager
@@ -130,7 +130,7 @@ def _in_transformers(model: Any, method: Method) -> Sparse:
     check_interface(model)
     if getattr(model.config, RECORD, None) is not None:
         raise Unsupported(
-            f"sparse attention in a {type(model).__name__} whose attention was swapped",
+            f"sparse attention in {an_instance(model)} whose attention was swapped",
             supported="softmax",
             nearest="regard.unswap(model)",
         )
@@ -141,7 +141,7 @@ def _in_transformers(model: Any, method: Method) -> Sparse:
         known = hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
         if index is None or not known or not keeps_every_key(module.config, index):
             raise Unsupported(
-                f"sparse attention in {name}, a {type(module).__name__}",
+                f"sparse attention in {name}, {an_instance(module)}",
                 supported="causal layers whose cache keeps every key and that have no window of their own",
             )
     sparse = Sparse(model, method, len(found))
@@ -179,4 +179,4 @@ def _config(sparse: Sparse, number: int) -> Config:
 
 def _check_found(model: nn.Module, found: Sequence[Any]) -> None:
     if not found:
-        raise Unsupported(f"sparse attention in a {type(model).__name__} without attention layers", supported=KNOWN)
+        raise Unsupported(f"sparse attention in {an_instance(model)} without attention layers", supported=KNOWN)

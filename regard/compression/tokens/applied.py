@@ -27,7 +27,7 @@ from regard.compression.sparse.catalogue import make
 from regard.compression.steps import CACHES, IMAGES, KEEP, TEXTS, FewerTokens
 from regard.compression.tokens.hosts import Reduction, blocks_of, reduce_tokens
 from regard.compression.tokens.text import PrunedTokens, layers_of
-from regard.contract import Context, Result, Unsupported
+from regard.contract import Context, Result, Unsupported, an_instance
 from regard.models import LanguageModel
 from regard.models.image_model import ImageModel
 
@@ -78,7 +78,7 @@ def settle(model: nn.Module, step: FewerTokens) -> str:
     method = step.named or KINDS[kind][0]
     if method not in KINDS[kind]:
         raise Unsupported(
-            f"tokens by {method} in a {type(model).__name__}",
+            f"tokens by {method} in {an_instance(model)}",
             supported=", ".join(KINDS[kind]),
             nearest=f"tokens:method={KINDS[kind][0]}",
         )
@@ -180,7 +180,7 @@ def let_go(model: nn.Module, step: FewerTokens, batches: Sequence[Any], run: Run
         found = _shape(run(model, batches[0])) if batches else None
         if found != expected:
             raise Unsupported(
-                f"fewer tokens in a {type(model).__name__} whose outputs are those of tokens: {expected} became {found}",
+                f"fewer tokens in {an_instance(model)} whose outputs are those of tokens: {expected} became {found}",
                 supported="models with one answer for an input",
             )
     except BaseException:

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from regard.compression.tokens.hosts import blocks_of
 from regard.compression.tokens.phases import Batches, Phase, run_phases
 from regard.compression.tokens.schedules import quarters
-from regard.contract import Context, Unsupported
+from regard.contract import Context, Unsupported, an_instance
 from regard.core.precision import wide
 from regard.layers.attention import AttentionLayer
 from regard.layers.linear import make_linear
@@ -123,7 +123,7 @@ class DynamicTransformer(nn.Module):
         own, protected = blocks_of(model)
         if not isinstance(model, VisionTransformer) or protected != 1 or not all(_is_plain(b.mixer) for b in own):
             raise Unsupported(
-                f"predictors in a {type(model).__name__} of another kind",
+                f"predictors in {an_instance(model)} of another kind",
                 supported="VisionTransformer with pool='class' and plain softmax attention",
             )
         stages = quarters(len(own)) if blocks is None else sorted(set(blocks))

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.compression.prompts import check_share
-from regard.contract import Unsupported, at_least
+from regard.contract import Unsupported, an_instance, at_least
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -114,9 +114,9 @@ def _layers(model: Any) -> list[Any]:
         attention = getattr(one, "self_attn", None)
         rotary = hasattr(sys.modules.get(type(attention).__module__), "apply_rotary_pos_emb")
         if attention is None or not rotary or not hasattr(attention, "q_proj") or not hasattr(attention, "k_proj"):
-            raise Unsupported(f"fewer tokens in a {type(one).__name__}", supported=KNOWN)
+            raise Unsupported(f"fewer tokens in {an_instance(one)}", supported=KNOWN)
     if not layers:
-        raise Unsupported(f"fewer tokens in a {type(model).__name__}", supported=KNOWN)
+        raise Unsupported(f"fewer tokens in {an_instance(model)}", supported=KNOWN)
     return layers
 
 

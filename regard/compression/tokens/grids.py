@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.contract import Context, Mask, Result, Unsupported, at_least
+from regard.contract import Context, Mask, Result, Unsupported, an_instance, at_least
 from regard.core.precision import wide
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ class _Around:
         context = named.get("context") or Context()
         if not _is_softmax(module):
             raise Unsupported(
-                f"proportional=True in a {type(module).__name__}",
+                f"proportional=True in {an_instance(module)}",
                 supported="softmax attention of this project, and torch's MultiheadAttention",
                 nearest="proportional=False",
             )
@@ -302,7 +302,7 @@ def merge_on_grid(
     if not found:
         names = ", ".join(PARTS["attention"])
         raise Unsupported(
-            f"merging in a {type(model).__name__} without a block", supported=f"modules with a part called {names}"
+            f"merging in {an_instance(model)} without a block", supported=f"modules with a part called {names}"
         )
     for block in found:
         if getattr(block, "_merges_on_grid", False):

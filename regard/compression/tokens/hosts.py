@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from regard.compression.tokens.reducers import METHODS, Evidence, Tokens
 from regard.compression.tokens.schedules import Removal, removals
-from regard.contract import Context, Mask, Result, Unsupported, one_of
+from regard.contract import Context, Mask, Result, Unsupported, an_instance, one_of
 from regard.layers.attention import AttentionLayer
 from regard.models.vision.vit import VisionBlock, VisionTransformer
 
@@ -149,14 +149,14 @@ def blocks_of(model: nn.Module) -> tuple[list[Any], int]:
         blocks, protected = list(model.blocks), model.num_prefix_tokens
         wrong = [b for b in blocks if type(b) is not timm.Block and not isinstance(b, _reduced_timm_block())]
     else:
-        raise Unsupported(f"fewer tokens in a {type(model).__name__}", supported=HOSTS)
+        raise Unsupported(f"fewer tokens in {an_instance(model)}", supported=HOSTS)
     if wrong:
         raise Unsupported(
-            f"fewer tokens in a {type(model).__name__} with {type(wrong[0]).__name__} of another kind of attention",
+            f"fewer tokens in {an_instance(model)} with {type(wrong[0]).__name__} of another kind of attention",
             supported="softmax attention without positions of its own in every block",
         )
     if not protected:
-        raise Unsupported(f"fewer tokens in a {type(model).__name__} without a class token", supported=HOSTS)
+        raise Unsupported(f"fewer tokens in {an_instance(model)} without a class token", supported=HOSTS)
     return blocks, protected
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard.contract import Unsupported, at_least
+from regard.contract import Unsupported, an_instance, at_least
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -99,7 +99,7 @@ def encode_fewer(
     block: Any = blocks[-1] if blocks is not None and len(blocks) else None
     if block is None or not hasattr(getattr(block, "attn", None), "qkv") or getattr(model, "cls_token", None) is None:
         raise Unsupported(
-            f"fewer tokens of a {type(model).__name__}", supported="timm's VisionTransformer with a class token"
+            f"fewer tokens of {an_instance(model)}", supported="timm's VisionTransformer with a class token"
         )
     found: list[Tensor] = []
     handle = block.register_forward_pre_hook(lambda module, given: found.append(given[0]))

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from regard.compression.pruning.masks import replace_forward
 from regard.compression.tokens.reducers import Tokens
-from regard.contract import Unsupported, at_least
+from regard.contract import Unsupported, an_instance, at_least
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -186,7 +186,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     ]
     if len(found) != 1:
         raise Unsupported(
-            f"fewer tokens in a {type(model).__name__}", supported="encoders of transformers with layers as BERT's"
+            f"fewer tokens in {an_instance(model)}", supported="encoders of transformers with layers as BERT's"
         )
     return found[0]
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 from regard.engines.cache import Memory, grows_in_place
 from regard.engines.decoder_layer import Places
 from regard.layers.attention import LayerState
@@ -259,7 +259,7 @@ def state_layer(cache: Any, index: int, mechanism: str) -> StateLayer:
         return found
     if type(found) not in (DynamicLayer, GrowingLayer):
         raise Unsupported(
-            f"a cache with a {type(found).__name__} for the state of {mechanism}",
+            f"a cache with {an_instance(found)} for the state of {mechanism}",
             supported="DynamicCache, GrowingCache",
             nearest="DynamicCache(config=model.config)",
         )

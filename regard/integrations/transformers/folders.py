@@ -14,7 +14,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 from regard.tasks.documents import nearest_path
 
 SUPPORTED = "a folder of save_pretrained with its tokenizer, or a GGUF file"
@@ -68,7 +68,7 @@ def load_model(place: Path, *, of: Any = None, dtype: torch.dtype = torch.float3
     missing = sorted(found["missing_keys"])
     if missing:
         raise Unsupported(
-            f"the model in {place}, which lacks {len(missing)} weights of a {type(model).__name__} (as {missing[0]})",
+            f"the model in {place}, which lacks {len(missing)} weights of {an_instance(model)} (as {missing[0]})",
             supported=supported,
         )
     return model.eval()
@@ -103,7 +103,7 @@ def check_positions(model: Any, tokens: int) -> None:
             model(torch.zeros_like(last), position_ids=last)
     except IndexError:
         raise Unsupported(
-            f"{tokens} tokens, prompt and reply together, of a {type(model).__name__}",
+            f"{tokens} tokens, prompt and reply together, of {an_instance(model)}",
             supported=f"as many as it has positions, {reach}",
             nearest="a shorter text or fewer tokens",
         ) from None

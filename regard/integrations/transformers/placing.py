@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from regard.catalogue import get_mechanism, list_mechanisms
-from regard.contract import Kind, Pattern, Unsupported
+from regard.contract import Kind, Pattern, Unsupported, an_instance
 from regard.integrations.chosen import Chosen, check_swappable
 from regard.integrations.heads import HeadAttention
 from regard.integrations.swap import Choice, reader_of
@@ -100,7 +100,7 @@ def _check_bias(model: nn.Module, path: str, module: Any, attend: HeadAttention)
     ):
         return
     raise Unsupported(
-        f"{attend.chosen.name}, whose scores take no bias, in a {type(module).__name__}, which adds one for relative "
+        f"{attend.chosen.name}, whose scores take no bias, in {an_instance(module)}, which adds one for relative "
         "positions",
         supported="mechanisms that take a bias (honours of regard show --json)",
         nearest="softmax",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 from regard.integrations.transformers.caches import CACHE, StateLayer
 
 if TYPE_CHECKING:
@@ -46,6 +46,6 @@ class ReadCausalModel:
         if fixed or not hasattr(self.cache, "crop"):
             what = type(fixed[0]).__name__ if fixed else type(self.cache).__name__
             raise Unsupported(
-                f"speculation with a {type(self.model).__name__} whose cache ({what}) cannot be cut back",
+                f"speculation with {an_instance(self.model)} whose cache ({what}) cannot be cut back",
                 supported="models whose layers all keep keys and values, and every language model of regard",
             )

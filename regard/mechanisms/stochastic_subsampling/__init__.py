@@ -63,6 +63,7 @@ from regard.contract import (
     Shape,
     Unsupported,
     Waiver,
+    an_instance,
     at_least,
     one_of,
 )
@@ -118,7 +119,7 @@ def subsampled(model: nn.Module, ratio: float | None = None, **options: Any) -> 
     layers = [m for m in model.modules() if isinstance(m, AttentionLayer) and m.card.name == MECHANISM.name]
     if not layers:
         raise Unsupported(
-            f"subsampling a {type(model).__name__} without layers of {MECHANISM.name}",
+            f"subsampling {an_instance(model)} without layers of {MECHANISM.name}",
             supported=f'create_layer("{MECHANISM.name}", ...) or a plan with it',
         )
     changes = {"in_evaluation": True, "steps": None, "anneal": False, **options}

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.contract import Result, Unsupported, at_least, check_types
+from regard.contract import Result, Unsupported, an_instance, at_least, check_types
 from regard.layers.checks import check_repeatable
 from regard.layers.linear import make_linear
 from regard.models.vision.blocks import Blocks
@@ -203,7 +203,7 @@ class Backbone(nn.Module):
         wanted = range(count - indices, count) if isinstance(indices, int) else indices
         chosen = [index + count if index < 0 else index for index in wanted]
         if not all(0 <= index < count for index in chosen):
-            raise Unsupported(f"maps {indices} of a {type(self).__name__}", supported=f"0 to {count - 1}")
+            raise Unsupported(f"maps {indices} of {an_instance(self)}", supported=f"0 to {count - 1}")
         return sorted(chosen)
 
     @property
@@ -253,7 +253,7 @@ class Backbone(nn.Module):
 
     def _no_script(self) -> Unsupported:
         return Unsupported(
-            f"TorchScript of a {type(self).__name__}",
+            f"TorchScript of {an_instance(self)}",
             supported="torch.compile, torch.export and ONNX",
             nearest="regard.integrations.export.export",
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """What `DistributedDataParallel`, `torch.compile` and Lightning put before every name."""
@@ -44,7 +44,7 @@ def weights_of(checkpoint: Any) -> dict[str, Tensor]:
     """
     if not isinstance(checkpoint, Mapping):
         nearest = "its state_dict()" if isinstance(checkpoint, nn.Module) else "torch.load(path, weights_only=True)"
-        raise Unsupported(f"weights as a {type(checkpoint).__name__}", supported="a state dict", nearest=nearest)
+        raise Unsupported(f"weights as {an_instance(checkpoint)}", supported="a state dict", nearest=nearest)
     state: Mapping[Any, Any] = checkpoint
     if not _is_state(checkpoint):
         states = [str(name) for name, entry in checkpoint.items() if _is_state(entry) and entry]

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 from regard.integrations.encoders import is_masked_lm
 from regard.integrations.timm_places import is_of_timm
 from regard.retrofit.hosts.base import Batch, Host, Layer, layers_of
@@ -42,12 +42,12 @@ def open_host(model: Any, tokenizer: Any = None) -> Host:
     check_whole(opened)
     layers = layers_of(
         opened,
-        f"a retrofit of a {type(opened).__name__}",
+        f"a retrofit of {an_instance(opened)}",
         "models of transformers that dispatch through its attention interface",
     )
     if kind is EncoderHost and any(getattr(opened.get_submodule(layer.path), "is_causal", False) for layer in layers):
         raise Unsupported(
-            f"a retrofit of a {type(opened).__name__}, whose tokens do not read those after them and which says no next ones",
+            f"a retrofit of {an_instance(opened)}, whose tokens do not read those after them and which says no next ones",
             supported=SUPPORTED,
         )
     own = copy.deepcopy(opened) if opened is model else opened
@@ -57,7 +57,7 @@ def open_host(model: Any, tokenizer: Any = None) -> Host:
 def _kind_of(model: Any) -> type[LanguageHost] | type[EncoderHost]:
     from transformers import PreTrainedModel
 
-    what = f"a retrofit of a {type(model).__name__}"
+    what = f"a retrofit of {an_instance(model)}"
     if not isinstance(model, PreTrainedModel):
         raise Unsupported(what, supported=f"of transformers: {SUPPORTED}; of timm: ViT and DeiT; or a folder of one")
     if getattr(model.config, "is_encoder_decoder", False):

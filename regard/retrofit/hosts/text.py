@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 from regard.models.weights import weights_digest
 from regard.retrofit.corpus import Corpus, read_corpus
 from regard.retrofit.hosts.base import Host
@@ -69,7 +69,7 @@ class TextHost(Host):
         for place in (*_places(data), *_places(validation)):
             if Path(place).is_dir() and recognise(place)[0] == "images":
                 raise Unsupported(
-                    f"{place}, a folder of images, as data of a {type(self.model).__name__}",
+                    f"{place}, a folder of images, as data of {an_instance(self.model)}",
                     supported="text files and folders",
                 )
         vocabulary = self.model.get_input_embeddings().num_embeddings
@@ -109,7 +109,7 @@ def check_whole(model: Any) -> None:
     """Raise Unsupported for models of transformers with quantized weights or adapters, and for those swapped before."""
     from regard.integrations.transformers import RECORD
 
-    what = f"a retrofit of a {type(model).__name__}"
+    what = f"a retrofit of {an_instance(model)}"
     if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) is not None:
         raise Unsupported(f"{what} with quantized weights", supported="weights in floating point")
     if hasattr(model, "peft_config"):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regard.compression.folders import is_compressed
-from regard.contract import Pattern, Unsupported
+from regard.contract import Pattern, Unsupported, an_instance
 from regard.integrations.encoders import UNASKED
 from regard.integrations.swap import swap
 from regard.integrations.timm_places import load_timm, name_of, timm_folders
@@ -64,14 +64,14 @@ class VisionHost(Host):
         for name in ("length", "lengths"):
             if getattr(settings, name):
                 raise Unsupported(
-                    f"{name}={getattr(settings, name)} of a {type(self.model).__name__}, whose images have one size",
+                    f"{name}={getattr(settings, name)} of {an_instance(self.model)}, whose images have one size",
                     supported=f"no {name}",
                 )
         if settings.budget.unit == "tokens":
             raise Unsupported(f"a budget of {settings.budget} for images", supported="a time or steps", nearest="60m")
         if settings.distil != 1 and not self.distributes:
             raise Unsupported(
-                f"distil={settings.distil} of a {type(self.model).__name__} without classes",
+                f"distil={settings.distil} of {an_instance(self.model)} without classes",
                 supported="distil=1",
                 nearest="distil=1",
             )
@@ -170,7 +170,7 @@ def open_vision(model: Any) -> VisionHost:
         name, opened = name_of(model), load_timm(model, supported=SUPPORTED)
     else:
         name, opened = type(model).__name__, copy.deepcopy(model)
-    what = f"a retrofit of a {type(opened).__name__}"
+    what = f"a retrofit of {an_instance(opened)}"
     if quantized_record(opened):
         raise Unsupported(f"{what} with quantized weights", supported="weights in floating point")
     layers = layers_of(opened, what, SUPPORTED)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.catalogue import get_mechanism, run_file
-from regard.contract import Context, Mask, Pattern, Unsupported, closest
+from regard.contract import Context, Mask, Pattern, Unsupported, an_instance, closest
 from regard.models.variants import known_name
 from regard.workbench.advice.layer_work import MIXING, LayerSettings, LayerWork
 from regard.workbench.detection.patterns import LENGTH, MEMORY_LENGTH, Probe, Suspect, first_line
@@ -198,7 +198,7 @@ class Arguments:
                 raise Unsupported(f"{type(error).__name__}: {first_line(error)}") from error
         if not isinstance(made, nn.Module):
             raise Unsupported(
-                f"{self.name}, which makes a {type(made).__name__}", supported="a class or function that makes a module"
+                f"{self.name}, which makes {an_instance(made)}", supported="a class or function that makes a module"
             )
         return made
 

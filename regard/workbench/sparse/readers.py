@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 from regard.integrations.encoders import architecture_of, kind_of, read_config
 from regard.integrations.timm_places import is_of_timm
 from regard.models import LanguageModel
@@ -167,7 +167,7 @@ def open_reader(path: Path) -> Reader:
         trained = open_trained(path)
         model, tokenizer = trained.model(), trained.tokenizer
         if not isinstance(model, LanguageModel):
-            raise Unsupported(f"{path}, which holds a {type(model).__name__}", supported=MODELS)
+            raise Unsupported(f"{path}, which holds {an_instance(model)}", supported=MODELS)
         return OfRegard(model, tokenizer, f"{path.name} ({trained.record['mechanism']})", trained_length(path, model))
     from regard.compression.folders import load_causal_model
     from regard.integrations.transformers.folders import load_tokenizer

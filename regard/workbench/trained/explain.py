@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from regard.apply import apply
 from regard.compression.tokens.hosts import blocks_of
 from regard.compression.tokens.reducers import DROPPED
-from regard.contract import Call, Context, Mechanism, Pattern, Result, Role, Unsupported, at_least, closest
+from regard.contract import Call, Context, Mechanism, Pattern, Result, Role, Unsupported, an_instance, at_least, closest
 from regard.layers.attention import AttentionLayer
 from regard.mechanisms.agent.forms import gathering_weights
 from regard.mechanisms.bilevel_routing import Tiles, read_regions
@@ -196,7 +196,7 @@ def _rolls_out(model: nn.Module) -> bool:
 def _without(method: str | None, model: nn.Module) -> Unsupported:
     shown = model.backbone if isinstance(model, ImageModel) else model
     return Unsupported(
-        f"method={method!r} of a {type(shown).__name__}",
+        f"method={method!r} of {an_instance(shown)}",
         supported="occlusion, of any model; rollout, of vision transformers with softmax attention; regions, of models that "
         "route (BiFormer); agents, of models with agent attention on a grid",
         nearest="occlusion",

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from regard.compression.tokens import METHODS, Reduction, reduce_tokens
-from regard.contract import Context, Unsupported, closest, read_options
+from regard.contract import Context, Unsupported, an_instance, closest, read_options
 from regard.measurement.timing import calm_clock, interleaved
 from regard.models.image_model import ImageModel
 
@@ -90,7 +90,7 @@ def reduced(model: nn.Module, text: str) -> Reduced:
         )
     if not isinstance(model, ImageModel):
         raise Unsupported(
-            f"--reduce with a {type(model).__name__}",
+            f"--reduce with {an_instance(model)}",
             supported="models of images that are vision transformers with a class token",
             nearest="regard train --task images --model vit_nano",
         )

@@ -232,7 +232,7 @@ def test_what_cannot_be_taken_is_refused_with_the_reason():
     refused("hard attention in a model of timm", find_host(vit()).compact, [Cut(hard=2), *[Cut()] * 3])
     other = vit()
     other.blocks[1].attn = torch.nn.Identity()
-    refused("VisionTransformer with a Identity", find_host, other)
+    refused("VisionTransformer with an Identity", find_host, other)
     refused("out of a ResNet", find_host, pytest.importorskip("timm").create_model("test_resnet"))
     refused("neurons", find_host(language_model()).compact, [Cut(neurons=(24,)), Cut(), Cut(), Cut()])
     refused("cuts of 1 layers", find_host(language_model()).compact, [Cut()])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from regard.compression import Compressed
 from regard.compression.layers import answers_of, run_batch
-from regard.contract import Unsupported
+from regard.contract import Unsupported, an_instance
 from regard.measurement.timing import Action
 from regard.workbench.lighter.subjects.base import CHOOSING
 from regard.workbench.lighter.subjects.items import LABELS, Items
@@ -118,7 +118,7 @@ class Answering:
     def _answers(self, model: nn.Module, batch: Any) -> Tensor:
         found = answers_of(self.run(model, batch))
         if found is None:
-            raise Unsupported(f"the answers of a {type(model).__name__}", supported="logits, hidden states or features")
+            raise Unsupported(f"the answers of {an_instance(model)}", supported="logits, hidden states or features")
         return found
 
     def timed(self, model: nn.Module) -> dict[str, Action]:
@@ -136,7 +136,7 @@ class Answering:
         return {"one item": action(1), f"{AT_ONCE} items": action(AT_ONCE)}
 
     def reader(self, model: nn.Module) -> Reader:
-        raise Unsupported(f"side effects of a {type(model).__name__}", supported="models that write text")
+        raise Unsupported(f"side effects of {an_instance(model)}", supported="models that write text")
 
     def save(self, compressed: Compressed, folder: Path) -> None:
         compressed.save(folder, tokenizer=self.tokenizer)

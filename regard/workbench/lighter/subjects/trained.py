@@ -14,7 +14,7 @@ from regard.compression.folders import copy_training, is_compressed
 from regard.compression.layers import run_batch
 from regard.compression.steps import Distil
 from regard.compression.tokens.applied import read_in_turn
-from regard.contract import Context, Unsupported
+from regard.contract import Context, Unsupported, an_instance
 from regard.measurement.timing import Action
 from regard.models import LanguageModel
 from regard.tasks.documents import Paths
@@ -102,7 +102,7 @@ class Trained:
 
     def reader(self, model: nn.Module) -> Reader:
         if not isinstance(model, LanguageModel):
-            raise Unsupported(f"side effects of a {type(model).__name__}", supported="models that write text")
+            raise Unsupported(f"side effects of {an_instance(model)}", supported="models that write text")
         return OfRegard(model, self.trained.tokenizer, self.folder.name)
 
     def save(self, compressed: Compressed, folder: Path) -> None:
