@@ -140,6 +140,18 @@ def test_dropout_spares_the_far_weights():
     assert (diagonal > 0).any()
 
 
+def test_dropout_spares_the_far_weights_of_a_step_too():
+    config, call, units = Config("axial_vertical", 4), calls(MECHANISM), torch.eye(9, dtype=torch.float64)
+    inputs = sample(9, config) | {"v": units.expand(2, 2, 9, 9)}
+    state = call(cut(inputs, slice(0, 8)), config=config, return_state=True).state
+    kept, dropped = (
+        call(cut(inputs, slice(8, 9)), config=config, state=state, dropout=rate).output[:, :, 0] for rate in (0.0, 0.9)
+    )
+    direct, far = [0, 4, 8], [1, 2, 3, 5, 6, 7]  # its own column and itself, and what is read of the others in sums
+    close(dropped[..., far], kept[..., far])
+    assert (dropped[..., direct] == 0).any() and (kept[..., direct] > 0).all()
+
+
 # States
 
 
