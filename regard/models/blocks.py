@@ -30,6 +30,7 @@ from regard.layers.feed_forward import (
     make_feed_forward,
 )
 from regard.layers.norms import LayerScale, make_norm
+from regard.layers.residual import fused_attention, fused_feed_forward
 from regard.models.layer_plan import layer_accepts, mixing_card
 from regard.models.losses import add_losses
 from regard.models.placing import SHARED_POSITIONS, layer_positions
@@ -102,11 +103,46 @@ class Block(nn.Module):
         state: Any = None,
     ) -> Result:
         """Right-padded `x` (and memory, in a cross pattern whose state has not absorbed it); the output is (B, N, C)."""
-        mixed = self.mix(x, memory, context=context, state=state)
-        x = x + mixed.output
+        mixed = self.add_mixed(x, memory, context=context, state=state)
+        x = mixed.output
         if self.feed_forward is not None:
-            x = x + self.feed(x, context=context, losses=mixed.losses)
+            x = self.add_fed(x, context=context, losses=mixed.losses)
         return Result(x, mixed.state, mixed.losses, mixed.extras)
+
+    def add_mixed(
+        self,
+        x: Float[Tensor, "b n c"],
+        memory: Float[Tensor, "b m c"] | None = None,
+        *after: nn.Module,
+        context: Context,
+        state: Any = None,
+    ) -> Result:
+        """`x` with the mixer's addition, which passes `after` first, as the output."""
+        if context.roles is not None and not self.takes_roles:
+            context = context.replace(roles=None)
+        if memory is None and state is None and not (self.training and self.dropout):
+            found = fused_attention(x, self.mixer_norm, self.mixer, self.mixer_end, *after, context=context)
+            if found is not None:
+                return Result(found)
+        mixed = self.mix(x, memory, context=context, state=state)
+        mixed.output = x + _passed(mixed.output, after)
+        return mixed
+
+    def add_fed(
+        self,
+        x: Float[Tensor, "b n c"],
+        *after: nn.Module,
+        context: Context,
+        losses: dict[str, Loss] | None = None,
+    ) -> Float[Tensor, "b n c"]:
+        """`x` with the addition of the feed-forward network, which passes `after` first, in a block that has one."""
+        norm, network, end = self.feed_forward_norm, self.feed_forward, self.feed_forward_end
+        assert norm is not None and network is not None and end is not None
+        if not (self.training and self.dropout):
+            found = fused_feed_forward(x, norm, network, end, *after)
+            if found is not None:
+                return found
+        return x + _passed(self.feed(x, context=context, losses=losses), after)
 
     def mix(
         self,
@@ -158,6 +194,12 @@ class Block(nn.Module):
         else:
             update = end(network(norm(x)))
         return dropout(update, self.dropout, training=self.training, generator=context.generator)
+
+
+def _passed(update: Tensor, modules: Iterable[nn.Module]) -> Tensor:
+    for module in modules:
+        update = module(update)
+    return update
 
 
 def _set_positions(card: Mechanism, name: str, options: dict[str, Any], config: Any, pattern: Pattern) -> None:

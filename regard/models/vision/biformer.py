@@ -24,6 +24,7 @@ from regard.layers.drop_path import DropPath, drop_path_rates
 from regard.layers.feed_forward import MLP
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
+from regard.layers.residual import add_feed_forward
 from regard.models.vision.backbone import BackboneConfig, Level, Pyramid, check_stages, map_of, tokens_of
 from regard.models.vision.blocks import Blocks
 from regard.models.vision.patch_tokens import initialise_linear
@@ -209,4 +210,4 @@ class Block(nn.Module):
         grid, tokens = tuple(x.shape[2:]), tokens_of(x)
         mixed = self.attention(self.norm1(tokens), context=Context(grid=grid)).output
         tokens = tokens + self.drop_path(mixed)
-        return map_of(tokens + self.drop_path(self.mlp(self.norm2(tokens))), grid)
+        return map_of(add_feed_forward(tokens, self.norm2, self.mlp, self.drop_path), grid)

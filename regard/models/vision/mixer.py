@@ -33,6 +33,7 @@ from regard.create import create_layer
 from regard.layers.drop_path import DropPath, drop_path_rates
 from regard.layers.feed_forward import MLP
 from regard.layers.norms import LayerNorm
+from regard.layers.residual import add_feed_forward
 from regard.mechanisms.mlp_mixer import lecun_normal_
 from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of, tokens_of
 from regard.models.vision.blocks import Blocks
@@ -198,7 +199,7 @@ class MixerBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n c"], context: Context) -> Float[Tensor, "b n c"]:
         x = x + self.drop_path(self.tokens(self.norm1(x), context=context).output)
-        return x + self.drop_path(self.dropout(self.channels(self.norm2(x))))
+        return add_feed_forward(x, self.norm2, self.channels, self.dropout, self.drop_path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,7 +320,7 @@ class GatedBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n c"], context: Context) -> Float[Tensor, "b n c"]:
         x = x + self.drop_path(self.unit(self.norm(x), context=context).output)
-        return x if self.mlp is None else x + self.drop_path(self.dropout(self.mlp(self.norm(x))))
+        return x if self.mlp is None else add_feed_forward(x, self.norm, self.mlp, self.dropout, self.drop_path)
 
 
 OFFICIAL = (

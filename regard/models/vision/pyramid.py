@@ -13,6 +13,7 @@ from regard.contract import Context, Loss, Pattern, Result, at_least
 from regard.layers.drop_path import DropPath
 from regard.layers.feed_forward import MLP
 from regard.layers.norms import LayerNorm
+from regard.layers.residual import add_feed_forward
 from regard.models.layer_plan import check_plan, read_plan
 from regard.models.losses import add_losses
 from regard.models.vision.backbone import BackboneConfig, Pyramid, check_stages, map_of, tokens_of
@@ -163,7 +164,7 @@ class PlannedBlock(nn.Module):
         """Tokens as the output, with the losses of the layer."""
         mixed = self.attend(self.norm1(x), grid)
         x = x + self.drop_path(self.dropout(mixed.output))
-        return Result(x + self.drop_path(self.dropout(self.mlp(self.norm2(x)))), None, mixed.losses)
+        return Result(add_feed_forward(x, self.norm2, self.mlp, self.dropout, self.drop_path), None, mixed.losses)
 
     def attend(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Result:
         """The attention branch on normed tokens, without the residual."""

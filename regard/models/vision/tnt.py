@@ -33,6 +33,7 @@ from regard.layers.drop_path import DropPath, drop_path_rates
 from regard.layers.feed_forward import MLP
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
+from regard.layers.residual import add_feed_forward, fused_attention
 from regard.models.layer_plan import check_plan, read_plan
 from regard.models.vision.backbone import Backbone, BackboneConfig, Level, map_of, tokens_of
 from regard.models.vision.blocks import Blocks
@@ -325,8 +326,11 @@ class TransformerBlock(nn.Module):
         self.dropout, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "b n c"], context: Context | None = None) -> Float[Tensor, "b n c"]:
-        x = x + self.drop_path(self.dropout(self.attention(self.norm1(x), context=context).output))
-        return x + self.drop_path(self.excitation(self.dropout(self.mlp(self.norm2(x)))))
+        end = self.dropout, self.drop_path
+        mixed = fused_attention(x, self.norm1, self.attention, *end, context=context)
+        if mixed is None:
+            mixed = x + self.drop_path(self.dropout(self.attention(self.norm1(x), context=context).output))
+        return add_feed_forward(mixed, self.norm2, self.mlp, self.dropout, self.excitation, self.drop_path)
 
 
 class SqueezeExcitation(nn.Module):

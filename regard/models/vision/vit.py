@@ -37,6 +37,7 @@ from regard.layers.drop_path import DropPath, drop_path_rates
 from regard.layers.feed_forward import MLP
 from regard.layers.norms import LayerNorm
 from regard.layers.patches import PatchEmbedding
+from regard.layers.residual import Branch, fused, runs_plainly
 from regard.models.blocks import Block, check_sequences
 from regard.models.layer_plan import check_plan, read_plan
 from regard.models.losses import add_losses
@@ -204,6 +205,9 @@ class VisionTransformer(Backbone):
         context = context_of(grid, before, x)
         maps: dict[int, Tensor] = {}
         losses: dict[str, Loss] = {}
+        found = None if keep else fused_blocks(self.blocks, x)
+        if found is not None:
+            return self.norm(found), maps, losses
         for number, block in enumerate(self.blocks):
             result = self.blocks.run(block, x, context=context)
             x = result.output
@@ -348,13 +352,25 @@ class VisionBlock(Block):
         state: Any = None,
     ) -> Result:
         """Tokens as the output, with the losses of the layer; a layer that cannot make use of the grid sees a row."""
-        mixed = self.mix(
-            x, memory, context=context if self.sees_grid else context.replace(grid=None, roles=None), state=state
-        )
-        x = x + self.drop_path(mixed.output)
+        seen = context if self.sees_grid else context.replace(grid=None, roles=None)
+        mixed = self.add_mixed(x, memory, self.drop_path, context=seen, state=state)
+        x = mixed.output
         if self.feed_forward is not None:
-            x = x + self.drop_path(self.feed(x, context=context))
+            x = self.add_fed(x, self.drop_path, context=context)
         return Result(x, mixed.state, mixed.losses, mixed.extras)
+
+
+def fused_blocks(blocks: Blocks, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"] | None:
+    """What all blocks make of tokens, each branch in one native call; None where some have none for it."""
+    branches: list[Branch] = []
+    for block in blocks:
+        if type(block) is not VisionBlock or not runs_plainly(block) or (block.training and block.dropout):
+            return None
+        branches.append((block.mixer_norm, block.mixer, (block.mixer_end, block.drop_path)))
+        norm, network, end = block.feed_forward_norm, block.feed_forward, block.feed_forward_end
+        if norm is not None and network is not None and end is not None:
+            branches.append((norm, network, (end, block.drop_path)))
+    return fused(x, branches)
 
 
 class _BlockShape:

@@ -32,6 +32,7 @@ from regard.layers.drop_path import DropPath, drop_path_rates
 from regard.layers.feed_forward import MLP
 from regard.layers.linear import make_linear
 from regard.layers.norms import LayerNorm
+from regard.layers.residual import add_feed_forward
 from regard.models.vision.backbone import BackboneConfig, Level, Pyramid, check_stages, map_of, tokens_of
 from regard.models.vision.blocks import Blocks
 
@@ -198,7 +199,7 @@ class Block(nn.Module):
         tokens = tokens_of(x)
         tokens = tokens + self.drop_path(self.mixer(self.norm1(tokens), context=Context(grid=grid)).output)
         if self.norm2 is not None and self.mlp is not None:
-            tokens = tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+            tokens = add_feed_forward(tokens, self.norm2, self.mlp, self.drop_path)
         return map_of(tokens, grid)
 
 

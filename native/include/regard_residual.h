@@ -1,0 +1,62 @@
+/* Branches of a pre-norm transformer block that end in an addition to their input, in float32: a feed-forward network, and
+ * softmax attention of a sequence to itself. */
+#ifndef REGARD_RESIDUAL_H
+#define REGARD_RESIDUAL_H
+
+#include "regard.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* y = x W^T + bias. */
+typedef struct {
+  int64_t n, k;         /* of W, (n, k) contiguous; n = 0: there is none */
+  const float *weight;
+  const float *bias;    /* (n,); NULL for none */
+} regard_dense;
+
+/* What a branch reads of x, (m, width): each row by itself, less its mean where `centred`, over the root of its mean square
+ * + eps, times weight, plus bias. */
+typedef struct {
+  int64_t centred;
+  float eps;
+  const float *weight, *bias; /* (width,); NULL for ones and zeros */
+} regard_row_norm;
+
+/* y = x + scale * (the branch of the norm of x). */
+typedef struct {
+  int64_t width;
+  const float *x;       /* rows `x_stride` apart */
+  int64_t x_stride;
+  float *y;             /* (m, width) contiguous, no part of x */
+  regard_row_norm norm;
+  const float *scale;   /* (width,); NULL for ones */
+} regard_residual;
+
+/* down(gelu(up z)) with the exact erf, or down(silu(gate z) * up z) where there is a gate. */
+typedef struct {
+  int64_t size;
+  int64_t threads;
+  int64_t m;
+  regard_residual around;
+  regard_dense gate, up, down;
+} regard_residual_feed_forward_args;
+REGARD_API int regard_residual_feed_forward(const regard_residual_feed_forward_args *args);
+
+/* output(heads of softmax(scale_of_scores q k^T) v) of each of `batch` sequences of `n` rows, whose rows follow each other. */
+typedef struct {
+  int64_t size;
+  int64_t threads;
+  int64_t batch, n;
+  int64_t heads, kv_heads;
+  float scale_of_scores;
+  regard_residual around;
+  regard_dense query, key, value, output;
+} regard_residual_attention_args;
+REGARD_API int regard_residual_attention(const regard_residual_attention_args *args);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

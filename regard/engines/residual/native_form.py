@@ -1,0 +1,273 @@
+"""Branches of a pre-norm block in C++ (`native/src/residual.cpp`), in float32 and without gradients."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from regard.backends import prefers_native
+from regard.backends.native import library
+from regard.backends.native.library import pointer
+from regard.backends.operators import PLAIN, runs_plainly
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+FEWEST_ROWS = 32
+"""Rows of the smallest input: weights are packed in every call, which takes as long as the product with so many."""
+
+MOST_WEIGHTS = 3 << 19
+"""Numbers of the largest weights of a branch together: larger ones do not stay in a core's cache from one block of rows to the
+next, and libraries that divide them as well are faster by up to a tenth."""
+
+
+class Dense(NamedTuple):
+    """A linear layer x W^T + bias: weight (N, K) and bias (N,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class RowNorm(NamedTuple):
+    """LayerNorm, or where not `centred` RMSNorm, of the last axis.
+
+    Attributes:
+        weight, bias: (width,), or None for ones and zeros.
+        eps: added to the variance, or the mean square.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    centred: bool
+
+
+class DenseArguments(ctypes.Structure):
+    """`regard_dense`."""
+
+    _fields_ = (
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    )
+
+
+class NormArguments(ctypes.Structure):
+    """`regard_row_norm`."""
+
+    _fields_ = (
+        ("centred", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    )
+
+
+class ResidualArguments(ctypes.Structure):
+    """`regard_residual`."""
+
+    _fields_ = (
+        ("width", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        ("x_stride", ctypes.c_int64),
+        ("y", ctypes.c_void_p),
+        ("norm", NormArguments),
+        ("scale", ctypes.c_void_p),
+    )
+
+
+class FeedForwardArguments(library.Arguments):
+    """`regard_residual_feed_forward_args`."""
+
+    kernel = "residual_feed_forward"
+    _fields_ = (
+        ("threads", ctypes.c_int64),
+        ("m", ctypes.c_int64),
+        ("around", ResidualArguments),
+        ("gate", DenseArguments),
+        ("up", DenseArguments),
+        ("down", DenseArguments),
+    )
+
+
+class AttentionArguments(library.Arguments):
+    """`regard_residual_attention_args`."""
+
+    kernel = "residual_attention"
+    _fields_ = (
+        ("threads", ctypes.c_int64),
+        ("batch", ctypes.c_int64),
+        ("n", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("scale_of_scores", ctypes.c_float),
+        ("around", ResidualArguments),
+        ("query", DenseArguments),
+        ("key", DenseArguments),
+        ("value", DenseArguments),
+        ("output", DenseArguments),
+    )
+
+
+def plain(x: Tensor) -> bool:
+    """Whether an input is in float32 on the CPU, without a gradient, and nobody watches operators or backends: no mode, transform,
+    autocast or trace."""
+    if type(x) not in PLAIN or x.is_nested or x.dtype is not torch.float32 or x.layout is not torch.strided:
+        return False
+    return prefers_native() and runs_plainly(x) and not torch.is_autocast_enabled("cpu")
+
+
+class _Branch:
+    """The learned tensors of a branch and the struct that points at them.
+
+    It reads the tensors where they lay when it was made: :meth:`is_current` says whether they still do.
+
+    Attributes:
+        reason: why the kernels do not take them; empty where they do.
+    """
+
+    def __init__(self, norm: RowNorm, scale: Tensor | None, layers: Sequence[Dense]) -> None:
+        self.width = layers[-1].weight.shape[0]
+        self._beside = [x for x in (norm.weight, norm.bias, scale) if x is not None]
+        self._learned = [*self._beside, *(x for layer in layers for x in layer if x is not None)]
+        self._places = self._found_places()
+        self.reason = library.why_missing() or self._misfit(layers)
+
+    def is_current(self) -> bool:
+        """Whether the tensors lie where they were, and are what they were."""
+        return self._found_places() == self._places
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the kernel computes the branch of an input that is :func:`plain`: at least 32 rows, and no gradient recorded."""
+        if self.reason or x.ndim < 2 or x.shape[-1] != self.width or x.numel() < FEWEST_ROWS * self.width:
+            return False
+        return not (torch.is_grad_enabled() and any(t.requires_grad for t in self._learned))
+
+    def _found_places(self) -> list[Any]:
+        return [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in self._learned]
+
+    def _misfit(self, layers: Sequence[Dense]) -> str:
+        if not all(type(x) in PLAIN and x.is_cpu and x.layout is torch.strided for x in self._learned):
+            return "weights that are not plain and on the processor"
+        if not all(x.dtype is torch.float32 and x.is_contiguous() and not x.is_neg() for x in self._learned):
+            return "weights that are not contiguous in float32"
+        if any(x.shape != (self.width,) for x in self._beside):
+            return "norms or factors of other widths"
+        for weight, bias in layers:
+            if weight.ndim != 2 or not weight.numel() > 0 or max(weight.shape) > library.MOST:
+                return "weights that are no matrices, empty or too large"
+            if bias is not None and bias.shape != weight.shape[:1]:
+                return "biases of other widths"
+        if sum(layer.weight.numel() for layer in layers) > MOST_WEIGHTS:
+            return "weights that are faster elsewhere"
+        return ""
+
+    def _around(self, norm: RowNorm, scale: Tensor | None) -> Any:
+        normed = NormArguments(norm.centred, norm.eps, pointer(norm.weight), pointer(norm.bias))
+        return ResidualArguments(width=self.width, x_stride=self.width, norm=normed, scale=pointer(scale))
+
+
+class FeedForward(_Branch):
+    """x + scale * down(gelu(up(norm(x)))); with a `gate`, x + scale * down(silu(gate z) * up z) of z = norm(x).
+
+    Args:
+        norm: of rows.
+        up, down, gate: linear layers.
+        scale: (width,); ones when None.
+    """
+
+    def __init__(
+        self, norm: RowNorm, up: Dense, down: Dense, gate: Dense | None = None, scale: Tensor | None = None
+    ) -> None:
+        super().__init__(norm, scale, [x for x in (gate, up, down) if x is not None])
+        hidden = up.weight.shape[0]
+        inside = up.weight.shape == (hidden, self.width) and down.weight.shape == (self.width, hidden)
+        if not self.reason and not (inside and (gate is None or gate.weight.shape == up.weight.shape)):
+            self.reason = "sizes that do not belong together"
+        if self.reason:
+            return
+        self._arguments = FeedForwardArguments(
+            around=self._around(norm, scale),
+            gate=DenseArguments() if gate is None else _struct(gate),
+            up=_struct(up),
+            down=_struct(down),
+        )
+
+    def __call__(self, x: Float[Tensor, "*b n c"]) -> Float[Tensor, "*b n c"]:
+        """Of a :func:`plain` input that it :meth:`takes`."""
+        x, arguments = x.contiguous(), FeedForwardArguments.from_buffer_copy(self._arguments)
+        y = torch.empty_like(x)
+        arguments.threads, arguments.m = torch.get_num_threads(), x.numel() // self.width
+        arguments.around.x, arguments.around.y = pointer(x), pointer(y)
+        library.call(arguments)
+        return y
+
+
+class Attention(_Branch):
+    """x + scale * output(softmax(scale_of_scores q k^T) v) of heads of q, k and v, linear maps of norm(x); every token sees all
+    tokens of its sequence.
+
+    Args:
+        norm: of rows.
+        query, key, value, output: linear layers.
+        heads, kv_heads: of the queries, and of keys and values.
+        scale_of_scores: positive.
+        scale: (width,); ones when None.
+    """
+
+    def __init__(
+        self,
+        norm: RowNorm,
+        query: Dense,
+        key: Dense,
+        value: Dense,
+        output: Dense,
+        *,
+        heads: int,
+        kv_heads: int,
+        scale_of_scores: float,
+        scale: Tensor | None = None,
+    ) -> None:
+        super().__init__(norm, scale, [query, key, value, output])
+        self.reason = self.reason or self._wrong_sizes(query, key, value, output, heads, kv_heads)
+        if self.reason:
+            return
+        self._arguments = AttentionArguments(
+            heads=heads,
+            kv_heads=kv_heads,
+            scale_of_scores=scale_of_scores,
+            around=self._around(norm, scale),
+            query=_struct(query),
+            key=_struct(key),
+            value=_struct(value),
+            output=_struct(output),
+        )
+
+    def _wrong_sizes(self, query: Dense, key: Dense, value: Dense, output: Dense, heads: int, kv_heads: int) -> str:
+        (q, _), (k, _), (v, _), (_, read) = (x.weight.shape for x in (query, key, value, output))
+        fits = heads >= 1 and kv_heads >= 1 and not (heads % kv_heads or q % heads or k % kv_heads or v % kv_heads)
+        fits = fits and q // heads == k // kv_heads and read == v // kv_heads * heads
+        fits = fits and all(x.weight.shape[1] == self.width for x in (query, key, value))
+        return "" if fits else "sizes that do not belong together"
+
+    def __call__(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        """Of a :func:`plain` input that it :meth:`takes`."""
+        x, arguments = x.contiguous(), AttentionArguments.from_buffer_copy(self._arguments)
+        y = torch.empty_like(x)
+        arguments.threads, arguments.batch, arguments.n = torch.get_num_threads(), x.shape[0], x.shape[1]
+        arguments.around.x, arguments.around.y = pointer(x), pointer(y)
+        library.call(arguments)
+        return y
+
+    def takes(self, x: Tensor) -> bool:
+        """As of any branch; (B, N, width)."""
+        return x.ndim == 3 and x.shape[1] <= library.MOST and super().takes(x)
+
+
+def _struct(layer: Dense) -> Any:
+    return DenseArguments(*layer.weight.shape, pointer(layer.weight), pointer(layer.bias))
