@@ -74,7 +74,7 @@ def fused(x: Float[Tensor, "b n c"], branches: Iterable[Branch]) -> Float[Tensor
     All are looked at before the first runs: what Python reads is out of the processor's cache after a call, and looking at a
     branch then takes several times as long.
     """
-    if torch.compiler.is_compiling() or not residual.plain(x):
+    if not may_be_fused(x) or not residual.plain(x):
         return None
     natives = []
     for norm, inner, after in branches:
@@ -85,6 +85,11 @@ def fused(x: Float[Tensor, "b n c"], branches: Iterable[Branch]) -> Float[Tensor
     for native in natives:
         x = native(x)
     return x
+
+
+def may_be_fused(x: Tensor) -> bool:
+    """Whether there may be native calls for branches of `x`: asked first, so that single tokens take no longer for it."""
+    return not (torch.compiler.is_compiling() or residual.is_small(x))
 
 
 def runs_plainly(module: nn.Module) -> bool:

@@ -30,7 +30,7 @@ from regard.layers.feed_forward import (
     make_feed_forward,
 )
 from regard.layers.norms import LayerScale, make_norm
-from regard.layers.residual import fused_attention, fused_feed_forward
+from regard.layers.residual import fused_attention, fused_feed_forward, may_be_fused
 from regard.models.layer_plan import layer_accepts, mixing_card
 from regard.models.losses import add_losses
 from regard.models.placing import SHARED_POSITIONS, layer_positions
@@ -120,12 +120,14 @@ class Block(nn.Module):
         """`x` with the mixer's addition, which passes `after` first, as the output."""
         if context.roles is not None and not self.takes_roles:
             context = context.replace(roles=None)
-        if memory is None and state is None and not (self.training and self.dropout):
+        if memory is None and state is None and may_be_fused(x) and not (self.training and self.dropout):
             found = fused_attention(x, self.mixer_norm, self.mixer, self.mixer_end, *after, context=context)
             if found is not None:
                 return Result(found)
         mixed = self.mix(x, memory, context=context, state=state)
-        mixed.output = x + _passed(mixed.output, after)
+        for module in after:
+            mixed.output = module(mixed.output)
+        mixed.output = x + mixed.output
         return mixed
 
     def add_fed(
@@ -136,13 +138,16 @@ class Block(nn.Module):
         losses: dict[str, Loss] | None = None,
     ) -> Float[Tensor, "b n c"]:
         """`x` with the addition of the feed-forward network, which passes `after` first, in a block that has one."""
-        norm, network, end = self.feed_forward_norm, self.feed_forward, self.feed_forward_end
-        assert norm is not None and network is not None and end is not None
-        if not (self.training and self.dropout):
+        if may_be_fused(x) and not (self.training and self.dropout):
+            norm, network, end = self.feed_forward_norm, self.feed_forward, self.feed_forward_end
+            assert norm is not None and network is not None and end is not None
             found = fused_feed_forward(x, norm, network, end, *after)
             if found is not None:
                 return found
-        return x + _passed(self.feed(x, context=context, losses=losses), after)
+        update = self.feed(x, context=context, losses=losses)
+        for module in after:
+            update = module(update)
+        return x + update
 
     def mix(
         self,
@@ -194,12 +199,6 @@ class Block(nn.Module):
         else:
             update = end(network(norm(x)))
         return dropout(update, self.dropout, training=self.training, generator=context.generator)
-
-
-def _passed(update: Tensor, modules: Iterable[nn.Module]) -> Tensor:
-    for module in modules:
-        update = module(update)
-    return update
 
 
 def _set_positions(card: Mechanism, name: str, options: dict[str, Any], config: Any, pattern: Pattern) -> None:

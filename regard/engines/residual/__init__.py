@@ -4,6 +4,6 @@ In PyTorch such a branch is ten operators, and what lies between its products is
 form in PyTorch: what else computes a branch is the block that it is of.
 """
 
-from regard.engines.residual.native_form import Attention, Dense, FeedForward, RowNorm, plain
+from regard.engines.residual.native_form import Attention, Dense, FeedForward, RowNorm, is_small, plain
 
-__all__ = ["Attention", "Dense", "FeedForward", "RowNorm", "plain"]
+__all__ = ["Attention", "Dense", "FeedForward", "RowNorm", "is_small", "plain"]

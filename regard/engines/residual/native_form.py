@@ -25,6 +25,11 @@ MOST_WEIGHTS = 3 << 19
 next, and libraries that divide them as well are faster by up to a tenth."""
 
 
+def is_small(x: Tensor) -> bool:
+    """Whether an input has too few rows for the kernels, as single tokens have: asked before anything that takes longer."""
+    return x.ndim < 2 or x.numel() < FEWEST_ROWS * x.shape[-1]
+
+
 class Dense(NamedTuple):
     """A linear layer x W^T + bias: weight (N, K) and bias (N,) or None."""
 
@@ -143,8 +148,8 @@ class _Branch:
         return self._found_places() == self._places
 
     def takes(self, x: Tensor) -> bool:
-        """Whether the kernel computes the branch of an input that is :func:`plain`: at least 32 rows, and no gradient recorded."""
-        if self.reason or x.ndim < 2 or x.shape[-1] != self.width or x.numel() < FEWEST_ROWS * self.width:
+        """Whether the kernel computes the branch of an input that is :func:`plain` and not small: no gradient recorded."""
+        if self.reason or x.shape[-1] != self.width:
             return False
         return not (torch.is_grad_enabled() and any(t.requires_grad for t in self._learned))
 
