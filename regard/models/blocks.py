@@ -118,17 +118,15 @@ class Block(nn.Module):
         state: Any = None,
     ) -> Result:
         """`x` with the mixer's addition, which passes `after` first, as the output."""
-        if context.roles is not None and not self.takes_roles:
-            context = context.replace(roles=None)
         if memory is None and state is None and may_be_fused(x) and not (self.training and self.dropout):
             found = fused_attention(x, self.mixer_norm, self.mixer, self.mixer_end, *after, context=context)
             if found is not None:
                 return Result(found)
         mixed = self.mix(x, memory, context=context, state=state)
+        update = mixed.output
         for module in after:
-            mixed.output = module(mixed.output)
-        mixed.output = x + mixed.output
-        return mixed
+            update = module(update)
+        return Result(x + update, mixed.state, mixed.losses, mixed.extras)
 
     def add_fed(
         self,
@@ -162,8 +160,8 @@ class Block(nn.Module):
             context = context.replace(roles=None)
         mixed = self.mixer(self.mixer_norm(x), memory, context=context, state=state)
         update = self.mixer_end(mixed.output)
-        mixed.output = dropout(update, self.dropout, training=self.training, generator=context.generator)
-        return mixed
+        update = dropout(update, self.dropout, training=self.training, generator=context.generator)
+        return Result(update, mixed.state, mixed.losses, mixed.extras)
 
     def take_up(self, x: Float[Tensor, "b n c"], *, context: Context, state: Any = None) -> Any:
         """The mixer's state after tokens of which it adds nothing to the stream, where that takes less than :meth:`mix`; None

@@ -418,3 +418,13 @@ def test_tokens_that_leave_have_the_gradients_of_kept_layers_when_checkpointed()
         twin(ids).output.square().sum().backward()
         found.append({name: p.grad for name, p in twin.named_parameters()})
     assert_same(*found)
+
+
+def test_a_result_that_somebody_keeps_of_a_layer_stays_what_it_was():
+    model, kept = language_model("softmax", stack=ENDS).eval(), []
+    model.blocks[0].mixer.register_forward_hook(
+        lambda module, given, result: kept.append((result, result.output.clone()))
+    )
+    model(torch.randint(11, (2, 5)))
+    (result, output), *_ = kept
+    assert torch.equal(result.output, output)
