@@ -92,7 +92,7 @@ def may_be_fused(x: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or residual.is_small(x))
 
 
-def runs_plainly(module: nn.Module) -> bool:
+def is_called_plainly(module: nn.Module) -> bool:
     """Whether a module's call comes to the ``forward`` of its class and nothing else."""
     return not (
         module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or _has_any_global_hook()

@@ -37,7 +37,7 @@ from regard.layers.drop_path import DropPath, drop_path_rates
 from regard.layers.feed_forward import MLP
 from regard.layers.norms import LayerNorm
 from regard.layers.patches import PatchEmbedding
-from regard.layers.residual import Branch, fused, runs_plainly
+from regard.layers.residual import Branch, fused, is_called_plainly
 from regard.models.blocks import Block, check_sequences
 from regard.models.layer_plan import check_plan, read_plan
 from regard.models.losses import add_losses
@@ -364,7 +364,7 @@ def fused_blocks(blocks: Blocks, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b 
     """What all blocks make of tokens, each branch in one native call; None where some have none for it."""
     branches: list[Branch] = []
     for block in blocks:
-        if type(block) is not VisionBlock or not runs_plainly(block) or (block.training and block.dropout):
+        if type(block) is not VisionBlock or not is_called_plainly(block) or (block.training and block.dropout):
             return None
         branches.append((block.mixer_norm, block.mixer, (block.mixer_end, block.drop_path)))
         norm, network, end = block.feed_forward_norm, block.feed_forward, block.feed_forward_end

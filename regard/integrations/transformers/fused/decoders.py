@@ -140,6 +140,8 @@ class FusedDecoder:
         where = places(cache, stack.indices, rows, tokens) if stack.indices else Places([], [0] * rows)
         if where is None:
             return None
+        if any(padding):
+            where = where._replace(padding=padding)
         told = {ANGLES: (cosine, sine), "position_ids": positions, CACHE: cache, "use_cache": True}
         for part in parts:
             found = part.windows(x, cosine, sine, cache) if isinstance(part, Local) else None
@@ -147,7 +149,6 @@ class FusedDecoder:
                 x = found
             elif isinstance(part, Run):
                 own = where._replace(caches=where.caches[part.caches], states=(states or [])[part.states])
-                own = own._replace(padding=padding) if any(padding) and own.caches else own
                 x = part.layers(x, cosine, sine, own)
             else:
                 for alone in part.layers if isinstance(part, Local) else [part]:
