@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from regard.contract import Context, Mechanism, Result, Unsupported
 
 FIXTURES = Path(__file__).parent / "parity" / "fixtures"
 WANT_STATE = Context(want=frozenset({"state"}))
+GRAPH = "aot_eager" if os.environ.get("REGARD_TEST_ALL") else "eager"
+"""How what is made of mechanisms is compiled: into one graph, which runs as it is, twice as fast to make as one that AOTAutograd
+takes apart. The mechanisms in it, and their operators, are taken apart in tests of their own."""
 
 
 def load(name: str) -> dict[str, Tensor]:

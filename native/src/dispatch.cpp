@@ -37,13 +37,18 @@ constexpr int SETS = 4;
 
 bool has(int set) {
   __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   switch (set) {
     case 0:
       return true;
     case 1:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#if defined(REGARD_WITHOUT_AVX2)
+      return false;
+#else
+      return avx2;
+#endif
     case 2:
-      return has(1) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     case 3:
       return has(2) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
@@ -102,6 +107,9 @@ extern "C" int regard_set_instruction_set(const char* name) {
 // REGARD_KERNEL(name, Args): regard_name(const Args*) runs name of the chosen set. Sources that gain nothing from
 // bfloat16 instructions, or dot products of bytes, are not compiled for them and run their AVX-512 version there.
 #if defined(REGARD_X86)
+#if defined(REGARD_WITHOUT_AVX2)
+#define isa_avx2 isa_avx512  // never chosen
+#endif
 #define REGARD_DECLARE(isa, name, Args) \
   namespace isa {                       \
   int name(const Args*);                \

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from support import GRAPH
 from torch import nn
 
 import regard
@@ -317,7 +318,7 @@ def test_models_without_attention_are_refused():
 def test_a_swapped_encoder_compiles_whole():
     _, model = both(encoder(), "softmax")
     x = random(2, 9, 16)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=GRAPH)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x))
 

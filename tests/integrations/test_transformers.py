@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from models import GREEDY, KEPT, LEFT, SIZES, bart, bert, disturb, ids, llama, mistral, near
+from support import GRAPH
 
 import regard
 from regard import Unsupported
@@ -429,7 +430,7 @@ def test_a_swapped_model_is_compiled_whole_and_in_parts_where_it_has_to_look_at_
     model, x = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 1})), ids()
     disturb(model)
     regard.swap(model, "linear")
-    whole, parts = (torch.compile(model, fullgraph=full, backend="aot_eager") for full in (True, False))
+    whole, parts = (torch.compile(model, fullgraph=full, backend=GRAPH) for full in (True, False))
     with torch.no_grad():
         near(whole(x).logits, model(x).logits)
         near(parts(x, attention_mask=KEPT).logits[KEPT == 1], model(x, attention_mask=KEPT).logits[KEPT == 1])

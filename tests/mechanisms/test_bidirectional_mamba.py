@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import calls, close, close_gradients, load, refused, shaken
+from support import GRAPH, calls, close, close_gradients, load, refused, shaken
 
 from regard.apply import apply
 from regard.catalogue import get_mechanism
@@ -352,7 +352,7 @@ def test_shared_sets_are_there_once():
 def test_a_masked_grid_compiles_whole(options):
     layer, x = make_layer(**options), randn(2, 12, 6)
     context = Context(grid=(3, 4), mask=Mask(valid=torch.rand(2, 12) < 0.7))
-    compiled = torch.compile(lambda x, c: layer(x, context=c).output, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda x, c: layer(x, context=c).output, fullgraph=True, backend=GRAPH)
     close(compiled(x, context), layer(x, context=context).output)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import (
+    GRAPH,
     calls,
     check_recorded,
     close,
@@ -241,7 +242,7 @@ def test_continuing_compiles_whole(pattern):
         return result.output, result.state
 
     torch.compiler.reset()
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=GRAPH)
     for _ in range(2):
         (found, found_state), (expected, state) = compiled(new, state), function(new, state)
         close(found, expected)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import calls, close, cut, in_pieces, load, qkv, refused
+from support import GRAPH, calls, close, cut, in_pieces, load, qkv, refused
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -431,7 +431,7 @@ def test_retrieval_compiles_whole():
         return result.output, result.state
 
     torch.compiler.reset()
-    output, after = torch.compile(step, fullgraph=True, backend="aot_eager")(token, state)
+    output, after = torch.compile(step, fullgraph=True, backend=GRAPH)(token, state)
     expected, wanted = step(token, state)
     close(output, expected)
     for name, tensor in wanted.tensors().items():

@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 from model_checks import FUNNELS, KINDS, made, ragged, randomize_ends, read_by, small, without_gradient
+from support import GRAPH
 from torch.nn.functional import cross_entropy
 
 from regard import models
@@ -127,7 +128,7 @@ def test_compiled_whole_equals_eager(kind):
     inputs = read_by(model.config)
     context = masked([ragged(x.shape[:2]) for x in inputs])
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=GRAPH)
     with torch.no_grad():
         expected = model(*inputs, context=context).output
         torch.testing.assert_close(compiled(*inputs, context=context).output, expected)

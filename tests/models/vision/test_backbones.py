@@ -11,7 +11,7 @@ import re
 
 import pytest
 import torch
-from support import close, refused
+from support import GRAPH, close, refused
 
 from regard import backends
 from regard.catalogue import find_mechanism
@@ -159,7 +159,7 @@ def test_a_compiled_backbone_is_the_eager_one(name: str, options: dict[str, obje
     torch.compiler.reset()  # the method that all share would be compiled too often
     model = create_backbone(name, num_classes=5, image_size=WIDE, **options).eval()
     images = torch.randn(2, model.config.channels, WIDE, WIDE)
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend=GRAPH)
     with torch.no_grad():
         close(compiled(images), model(images), 1e-5)
 

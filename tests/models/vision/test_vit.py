@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support import close, load, recorded_state, refused, shaken
+from support import GRAPH, close, load, recorded_state, refused, shaken
 from torch import Tensor, nn
 
 from regard.contract import Context
@@ -120,7 +120,7 @@ def test_layers_may_have_any_mechanism(plan: object, options: dict[str, object])
 def test_layers_that_are_told_the_class_token_are_compiled(entry: object) -> None:
     model, x = tiny(plan=[entry], num_layers=1), images()
     with torch.no_grad():
-        close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
+        close(torch.compile(model, backend=GRAPH, fullgraph=True)(x), model(x))
 
 
 @pytest.mark.parametrize("positions", ["sinusoidal", "none", "rotary"])
