@@ -356,7 +356,7 @@ class VisionBlock(Block):
         mixed = self.add_mixed(x, memory, self.drop_path, context=seen, state=state)
         x = mixed.output
         if self.feed_forward is not None:
-            x = self.add_fed(x, self.drop_path, context=context)
+            x = self.add_fed(x, self.drop_path, context=context, losses=mixed.losses)
         return Result(x, mixed.state, mixed.losses, mixed.extras)
 
 

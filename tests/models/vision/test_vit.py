@@ -170,6 +170,25 @@ def test_mixture_of_heads_with_even_routers_and_all_heads_active_is_attention() 
     assert not plain.forward_with_losses(x).losses
 
 
+def test_losses_of_experts_are_added_over_the_layers() -> None:
+    model = tiny(
+        plan=[
+            ("softmax", {"feed_forward_kind": "mixture_of_experts"}),
+            "softmax",
+            ("linear", {"feed_forward_kind": "mixture_of_experts"}),
+        ]
+    )
+    pixels, wanted = images(), {}
+    x = model.embed(pixels)
+    for block in model.blocks:
+        x = x + block.mix(x, context=Context()).output
+        x = x + block.feed(x, context=Context(), losses=wanted)
+    found = model.forward_with_losses(pixels).losses
+    assert found.keys() == wanted.keys() == {"load_balance"}
+    for one, other in zip(found["load_balance"], wanted["load_balance"], strict=True):
+        close(one, other)
+
+
 def test_stochastic_depth_leaves_out_each_branch_of_each_example_alone() -> None:
     model = tiny(drop_path=0.6)
     assert [block.drop_path.probability for block in model.blocks] == pytest.approx([0.0, 0.3, 0.6])
