@@ -301,12 +301,12 @@ class Gates(Projection):
         if source is None:
             return heads
         forget = self._capped(self.forget_gate(source))
-        heads["log_input"] = self._capped(self.input_gate(source))
-        heads["log_forget"] = forget if self.config.forget_gate == "exp" else F.logsigmoid(forget)
+        heads["log_input"] = self._capped(self.input_gate(source)).mT
+        heads["log_forget"] = (forget if self.config.forget_gate == "exp" else F.logsigmoid(forget)).mT
         return heads
 
-    def _capped(self, x: Float[Tensor, "b m h"]) -> Float[Tensor, "b h m"]:
-        x, cap = wide(x).mT, self.config.gate_cap
+    def _capped(self, x: Float[Tensor, "b m h"]) -> Float[Tensor, "b m h"]:
+        x, cap = wide(x), self.config.gate_cap
         return x if cap is None else cap * torch.tanh(x / cap)
 
 
