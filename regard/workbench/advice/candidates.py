@@ -56,7 +56,8 @@ def candidates_of(settings: AdviseSettings) -> tuple[list[str], dict[str, str]]:
 def able_mechanisms(settings: AdviseSettings) -> tuple[dict[str, list[str]], dict[str, str], LayerMeasure]:
     """The candidates that can do each kind of work, the reasons why others cannot, and the layers.
 
-    The deciding work comes first, in case the time runs out before the rest."""
+    The deciding work comes first, in case the time runs out before the rest.
+    """
     names, rejected = candidates_of(settings)
     layers = LayerMeasure(settings.layer)
     built, decoding = [], []

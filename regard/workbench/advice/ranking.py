@@ -98,7 +98,8 @@ class Ranking:
         """Mechanisms that qualify, best first: those with known results before the others, each group by time.
 
         If softmax is among those with known results, or no results are given, the first is the fastest mechanism that
-        is surely faster than softmax, or softmax if none is."""
+        is surely faster than softmax, or softmax if none is.
+        """
         chosen = [n for n in self.names if self.obstacle(n, conditions, lengths) is None]
         times = {n: self.seconds(n, lengths) for n in chosen}
         unknown = {n: bool(self.quality.said) and n not in self.quality.said for n in chosen}
@@ -118,7 +119,8 @@ class Ranking:
     def winners(self) -> list[tuple[str, int]]:
         """The winners along the lengths, each with the length up to which it wins, by predictions.
 
-        Needs are judged at the longest length that was asked for. A winner stays until another is clearly faster."""
+        Needs are judged at the longest length that was asked for. A winner stays until another is clearly faster.
+        """
         octaves = math.log2(self.horizon / LENGTHS[0])
         found: list[tuple[str, int]] = []
         for i in range(math.ceil(octaves * STEPS_AN_OCTAVE) + 1):

@@ -32,7 +32,7 @@ PREFERENCES = {
 """Tie-breakers among mechanisms of equal quality: column of the summary, whether higher is better, and wording."""
 
 ALIKE = 1.1
-"""Costs below this multiple of the least count as equal: timings of the same work differ by some percent between runs."""
+"""Costs within this factor of the lowest are equal: timings of the same work differ by some percent between runs."""
 
 OF_TRAINING = ("training", "training-memory")
 """Preferences that are measured in the training runs, so at the task's own length."""
@@ -43,7 +43,8 @@ class Recommendation:
     """A recommendation, with its reasons.
 
     `winner` is None if no mechanism has a score. `notes` say what could not be separated, and what would separate it.
-    `alike` are the mechanisms, including the winner, between which neither quality nor cost decides."""
+    `alike` are the mechanisms, including the winner, between which neither quality nor cost decides.
+    """
 
     text: str
     reason: str
@@ -249,7 +250,7 @@ def _without_beaten(
     metrics: Mapping[str, tuple[str, bool]],
     kept: list[str],
 ) -> tuple[list[str], list[str]]:
-    """Mechanisms that are not surely behind the best of those left, task by task, and why the others left."""
+    """The mechanisms that are not surely behind the best left, task by task, and why others were eliminated."""
     steps = []
     for task in summary:
         best = _best(summary, metrics, task, kept)
@@ -399,7 +400,8 @@ def published_means(frame: str) -> dict[str, dict[str, float]]:
 def _least_bound(alike: list[str], beside: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[str], str]:
     """The mechanisms that lose the fewest tasks in the further frames that all were trained in, and why they lead.
 
-    All of them, without a reason, if there is no such frame."""
+    All of them, without a reason, if there is no such frame.
+    """
     lost: dict[str, dict[str, bool]] = {}
     for task, entries in beside.items():
         for frame in dict.fromkeys(entry["frame"] for entry in entries):

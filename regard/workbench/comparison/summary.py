@@ -129,7 +129,7 @@ def rank(entries: list[dict[str, Any]], comparison: Comparison) -> None:
 
 
 def with_rule(entries: Sequence[Mapping[str, Any]], rule: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """Entries of a task, best first, with its rule in its place: ``{"rule": name, "mean": score}``, after its equals."""
+    """The entries of a task, best first, with its rule inserted in order: ``{"rule": name, "mean": score}``."""
     if rule is None:
         return list(entries)
     sign = 1 if rule["higher_is_better"] else -1

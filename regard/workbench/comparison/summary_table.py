@@ -23,7 +23,7 @@ COSTS = (
 )
 LONGEST_RULE = 26
 FITS = ((104, len(COSTS)), (76, 3), (56, 1), (0, 0))
-"""Costs shown on a terminal of so many columns or more, of those that were measured; the report has all of them."""
+"""(columns, costs): a terminal with at least so many columns shows so many costs; the report has all of them."""
 
 
 def terminal_table(
@@ -69,7 +69,7 @@ def terminal_table(
 
 
 def figures_table(summary: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table | None:
-    """What tasks tell beside their scores, a row for each mechanism and a column for each figure; None where none does."""
+    """Figures that tasks report in addition to scores: a row per mechanism, a column per figure; None without any."""
     told = {task: [e for e in entries if e.get("figures")] for task, entries in summary.items()}
     names = list(dict.fromkeys(name for entries in told.values() for e in entries for name in e["figures"]))
     if not names:

@@ -1,4 +1,4 @@
-"""The models that a comparison trains on a task: each mechanism's backbone, all of about the same number of parameters."""
+"""The models that a comparison trains on a task: the backbone with each mechanism, all of about equal size."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _plan(
 
 
 def backbone_config(variant: Variant, task: Task, settings: CompareSettings, longest: int | None) -> ImageModelConfig:
-    """An image backbone or segmenter of its published size for a task, or for squares or cubes of about `longest` patches."""
+    """An image backbone or segmenter in its published size for a task, or for a square or cube of `longest` patches."""
     name, options = variant.backbone or ("", {})
     if settings.model is not None or settings.stack != StackConfig():
         raise Unsupported(f"{name} with --model or --stack", supported="the layers that it has")
@@ -113,7 +113,7 @@ def square_grid(length: int, axes: int) -> tuple[int, ...]:
 
 
 def matched(variant: Variant, task: Task, settings: CompareSettings, frame: str, target: int) -> Any:
-    """The backbone of a task with about `target` parameters; an image backbone, and a plan with all its widths, as it is."""
+    """The backbone with about `target` parameters; unchanged for image backbones and plans that give all widths."""
     config = model_config(variant, task, settings, frame)
     return config if variant.backbone is not None or variant.sized else match_parameters(config, target)
 
@@ -139,7 +139,7 @@ def parameters_of(variant: Variant, task: Task, settings: CompareSettings, frame
 
 
 def _other_sizes(variant: Variant, task: Task, settings: CompareSettings, frame: str) -> list[str]:
-    """What to ask for instead of sizes that a mechanism refuses: heads for its width, and a width for its heads."""
+    """Options to suggest when a mechanism refuses its sizes: heads for its width, and a width for its heads."""
     found = []
     for name, asked, reach in (("heads", settings.heads, settings.heads), ("dim", settings.dim, 2 * settings.heads)):
         for value in sorted(range(max(1, asked - reach), asked + reach + 1), key=lambda value: abs(value - asked)):

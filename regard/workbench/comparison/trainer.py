@@ -138,7 +138,8 @@ class Trainer:
     def replan(self, works: Sequence[Work]) -> str:
         """Reduce or raise the steps of the remaining tasks to fit the remaining time, if the plan is off.
 
-        Returns a sentence if the first of them gets fewer steps, otherwise an empty string."""
+        Returns a sentence if the first of them gets fewer steps, otherwise an empty string.
+        """
         first, key = (
             works[0],
             {**works[0].identity, "replanned": str(self.settings.budget), "mechanisms": [*works[0].configs]},

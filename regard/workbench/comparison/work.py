@@ -141,7 +141,8 @@ class Work:
     def parts(self) -> dict[str, dict[str, str]]:
         """The parts of each model's layers other than the mechanism, with alternatives where layers of a hybrid differ.
 
-        Empty for image models, which have layers of their own."""
+        Empty for image models, which have layers of their own.
+        """
         found: dict[str, dict[str, str]] = {}
         for name, config in self.configs.items():
             if isinstance(config, ImageModelConfig):
@@ -160,7 +161,7 @@ class Work:
 
     @functools.cached_property
     def published(self) -> str:
-        """What is not matched, image backbones and plans with all their widths, with its parameters; empty without any."""
+        """The unmatched models (image backbones, plans that give all widths) with their sizes; empty without any."""
         named = {name: config for name, config in self.configs.items() if name in self.settings.unmatched}
         return ", ".join(f"{name} has {count_parameters(config):,} parameters" for name, config in named.items())
 
