@@ -47,7 +47,7 @@ MOST_HEADS, MOST_TOKENS = 12, 24
 
 
 def snapped(changes: Sequence[float], share: float = STILL) -> int | None:
-    """The first moment after the fastest change from which on all changes are below a share of it; None where there is none."""
+    """The first index after the fastest change from which all changes stay below a share of it; None if none exists."""
     fastest = max(changes, default=0.0)
     if not fastest > 0:
         return None
