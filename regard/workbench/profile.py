@@ -96,7 +96,7 @@ class Measurement:
     memory_bytes: int | None
     """Peak bytes of tensors plus those of kernels' workspaces: an upper bound for both together."""
     gflops: float | None
-    """Floating-point operations that the card's cost counts, per second; forward only."""
+    """GFLOP/s, by the operations that the card's cost counts; forward only."""
     peak_share: float | None
     """That rate as a share of `Profile.peak_gflops`."""
     backend: str

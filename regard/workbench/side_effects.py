@@ -1,7 +1,7 @@
 """Side effects of cheaper inference: what scores do not show about a model that was compressed or that reads only part
 of its cache.
 
-For every sample number a model answers four prompts greedily, the same ones before and after:
+For every sample number a model answers four prompts greedily, the same ones before and after the change:
 
 - to continue a text: *repeated* is the share of 4-grams in the continuation that it has already written (seq-rep-4 of
   Welleck et al., arXiv 1908.04319), reported next to that of the text itself;

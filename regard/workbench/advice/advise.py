@@ -1,10 +1,9 @@
 """`regard advise`: which mechanism will be fastest and smallest, before anything is trained.
 
-Among the mechanisms that meet the needs (:mod:`regard.workbench.advice.needs`) and fit in memory, time decides: that of
-whole layers, measured on this machine at the lengths and for the use that were asked for. Measurements at shorter
-lengths show which mechanisms are worth measuring there (:mod:`regard.workbench.advice.probe`); everything else in the
-answer is predicted (:mod:`regard.workbench.advice.prediction`). Quality is known only from stored results of `regard
-compare`.
+Among the mechanisms that meet the needs (:mod:`regard.workbench.advice.needs`) and fit in memory, time decides: whole
+layers are timed on this machine, at the lengths and for the use that were asked for. Measurements at shorter lengths
+show which mechanisms are worth timing there (:mod:`regard.workbench.advice.probe`); everything else in the answer is
+predicted (:mod:`regard.workbench.advice.prediction`). Quality is known only from stored results of `regard compare`.
 """
 
 from __future__ import annotations

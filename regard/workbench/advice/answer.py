@@ -18,7 +18,7 @@ from regard.workbench.advice.settings import AdviseSettings
 from regard.workbench.comparison.cost import REFERENCE
 
 SAID = {"training": "a training step", "forward": "a forward call", "decode": "a decoding step"}
-"""How each kind of work is called in a sentence."""
+"""Names of the kinds of work, for use in a sentence."""
 
 
 @dataclass(frozen=True)

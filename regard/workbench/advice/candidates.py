@@ -1,4 +1,4 @@
-"""The candidates: mechanisms with the right pattern whose layers can have the size, and which needs they meet."""
+"""The candidates: mechanisms with the right pattern whose layers can have the size, and the needs that they meet."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Ranking:
         known: times and memory, measured and predicted.
         able: the mechanisms that can do each kind of work.
         rejected: why others are excluded.
-        findings: of each mechanism that can do the deciding work, by need.
+        findings: for each mechanism that can do the deciding work, its findings by need.
     """
 
     def __init__(

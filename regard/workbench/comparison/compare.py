@@ -265,7 +265,7 @@ class _Runner:
         return runs
 
     def _with_time_left(self, runs: Mapping[str, Runs]) -> dict[str, Runs] | None:
-        """The runs plus those that other work has left time for after all; None if there are none."""
+        """The runs, plus further ones if other work took less time than was reserved; None if nothing was added."""
         more = dict(runs)
         for work in self.works:
             before = runs[work.task.name]

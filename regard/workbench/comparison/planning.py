@@ -24,7 +24,7 @@ SAFETY = 0.93
 """Share of a time budget that is planned; the rest is a reserve in case the machine slows down."""
 OF_SOLVABLE = 1.5
 """Relative time for a task that can be solved, against 1 for an open-ended one. Until it is solved, its scores say
-little, and with half the steps that it needs they mislead; half the text only makes all models equally worse."""
+little, and with half the steps that it needs they mislead, while half the text just makes all models equally worse."""
 
 
 def plan(

@@ -33,9 +33,9 @@ class CompareSettings:
         mechanisms: variants, or strings that :func:`regard.models.variants.read_model` parses; `softmax`, or the first
             if it is missing, sets the number of parameters.
         budget: time for the whole comparison, or steps, tokens or FLOPs for each run.
-        seeds: runs of each mechanism on each task; differences can be judged from two on. With four mechanisms, the
-            smallest difference that can be told from noise is 3.2 times the noise of a run with two seeds, 2.0 times
-            with three, 1.6 times with four.
+        seeds: runs of each mechanism on each task; with two or more, differences can be judged. With four mechanisms,
+            the smallest difference that can be told from noise is 3.2 times the noise of a run with two seeds, 2.0
+            times with three, 1.6 times with four.
         first_seed: the lowest seed; another one changes the initial weights and the order of the data.
         frames: the parts around the mechanisms in their layers, see :mod:`regard.models.frames`. All mechanisms are
             compared in the first frame; the leading ones are then trained in the others too. Part of a time budget is

@@ -129,7 +129,7 @@ class Trainer:
         self.reserved = 0.0
         """Planned seconds to leave for the work that follows the current task."""
         self.beside = 0.0
-        """The part of them for further frames, to which further seeds in the first frame have priority."""
+        """The part of them for further frames; further seeds in the first frame take priority over these."""
         self._planned = self._taken = 0.0
         self._told: set[str] = set()
         self.counted: set[tuple[str, str, str, float, int]] = set()

@@ -56,8 +56,8 @@ class Row:
         quality: quality by the subject's metric.
         loss: relative loss of quality against the original; negative for a gain.
         bytes: size of the model.
-        milliseconds, speedup: by timed action: time, and the original's time, measured in turns, divided by the
-            recipe's.
+        milliseconds, speedup: by action, its time, and the original's time (measured in turns with it) divided by that
+            time.
         seconds: duration of the compression.
         kept: for each layer that was left unchanged, the reason.
         layers: number of quantized layers.

@@ -127,7 +127,7 @@ class View:
 
     @property
     def kind(self) -> str:
-        """What is compared: ``mechanism`` in a shared frame, or whole ``model``."""
+        """What is compared: ``mechanism`` (in a shared frame) or ``model`` (whole models)."""
         return "model" if self.run.get("whole_models") else "mechanism"
 
     @property
@@ -175,7 +175,7 @@ class View:
         return with_rule(self.ranked(task), self.rule(task))
 
     def figures(self, task: str) -> dict[str, Any] | None:
-        """What a task tells beside the score: the figures' names, and the entries that have some; None for nothing."""
+        """Figures that a task reports in addition to scores: names, and entries that have them; None without any."""
         entries = [e for e in self.ranked(task) if e.get("figures")]
         names = list(dict.fromkeys(name for e in entries for name in e["figures"]))
         return {"names": names, "entries": entries} if names else None
@@ -226,7 +226,7 @@ class View:
         return [{"mechanism": name, **row[what]} for name, row in self._with(task, what)]
 
     def masks(self, task: str) -> dict[str, Any] | None:
-        """Images, masks and predictions of a task that segments, see :func:`regard.workbench.reports.mask_pictures.table`."""
+        """Images, masks and predictions for a segmentation task; see :mod:`regard.workbench.reports.mask_pictures`."""
         return mask_pictures.table((self.run.get("masks") or {}).get(task), self._with(task, "masks"))
 
     def _with(self, task: str, key: str) -> list[tuple[str, Payload]]:

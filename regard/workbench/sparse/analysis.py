@@ -19,7 +19,7 @@ def mean_and_variance(scores: Sequence[float]) -> tuple[float, float]:
 
 
 def loss_z(dense: Sequence[float], sparse: Sequence[float]) -> float:
-    """By how many standard errors the mean of the sparse scores is below the dense one; infinite if neither varies."""
+    """Number of standard errors by which the mean sparse score is below the dense one; infinite if neither varies."""
     (a, var_a), (b, var_b) = mean_and_variance(dense), mean_and_variance(sparse)
     error = math.sqrt(var_a / len(dense) + var_b / len(sparse))
     if error == 0:
@@ -84,7 +84,7 @@ def larger_and_sparse(points: Sequence[Point]) -> list[tuple[Point, Point | None
 
 
 def crossing_length(by_length: Mapping[int, Sequence[Point]]) -> int | None:
-    """The smallest length at which a larger sparse model surely beats a dense one that costs as much; None for none."""
+    """The smallest length at which a larger sparse model surely beats a dense one at no more cost; None without one."""
     for length in sorted(by_length):
         for dense, rival in larger_and_sparse(by_length[length]):
             if rival is not None and loss_z(rival.scores, dense.scores) >= NOTICED:

@@ -10,7 +10,7 @@ query over the n keys it sees:
 - change: the mean of |w - w before| / 2 over queries, per step: how fast the head's attention moves.
 
 A head has snapped at the first look from which its change stays below a tenth of the fastest one. (With learning rates
-that decay to 0 every head settles in the end; what is informative is when.)
+that decay to 0 every head settles in the end; what matters is the time at which it does.)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What in a picture a trained model's class depends on, as a map and drawn over the picture.
+"""The parts of a picture that a trained model's class depends on, as a map and drawn over the picture.
 
 ``occlusion`` (Zeiler & Fergus, arXiv 1311.2901, section 4.2) works for any model: windows of patches are replaced by
 the mean colour of the training images, one after another, and a place counts by how much the class probability falls.

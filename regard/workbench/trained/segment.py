@@ -109,6 +109,6 @@ def place_of(output: Path, path: Path, taken: set[str], kind: Kind) -> Path:
 
 
 def described(shares: dict[str, float], count: int = 8) -> str:
-    """A sentence part with the largest shares."""
+    """The largest shares, in words."""
     told = [f"{name} {share:.1%}" for name, share in list(shares.items())[:count]]
     return ", ".join([*told, "..."] if len(shares) > count else told)

@@ -17,7 +17,7 @@ PRIME = 13
 
 
 class NotApplicable(Exception):
-    """The card claims nothing that this property could test."""
+    """Raised when the card claims nothing that this property could test."""
 
 
 class Broken(Exception):

@@ -267,7 +267,7 @@ def sequences(layer: LayerSubject, n: int, **more: Any) -> tuple[tuple[Tensor, .
 
 
 def layer_compile(subject: Subject, dtype: torch.dtype, backend: str = "aot_eager") -> float:
-    """The difference of the layer compiled without a graph break from the eager one."""
+    """The difference between the layer compiled without a graph break and the eager one."""
     layer = LayerSubject(subject, dtype)
     inputs, context = sequences(layer, 10)
 
