@@ -35,7 +35,7 @@ FEWEST = 2
 
 GROUP_SECONDS = 0.5
 LONG_ROUND = 2.0
-"""A round of calls that takes this many seconds or more is run twice only."""
+"""A round of calls that takes this many seconds or more need only be run twice."""
 
 DOUBTFUL = 0.2
 """A measurement with a larger spread is repeated, and not kept."""

@@ -192,7 +192,7 @@ def _match(store: Store, work: Work, say: Callable[[str], None]) -> Any:
     row = store.get("match", key)
     if row is None:
         say(f"scaling the backbones to equal {MATCHED[settings.match or '']}")
-        if settings.match == "time":  # a busy machine may train a backbone fastest with fewer threads
+        if settings.match == "time":  # more threads than a busy machine has free cores would distort the times
             torch.set_num_threads(best_threads(work))
         store.put("match", key, match(work.task, settings))
         row = store.get("match", key)
