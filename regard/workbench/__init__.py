@@ -1,1 +1,1 @@
-"""The main job: compare, profile, verify and report."""
+"""The workbench: compare, advise, profile, verify and report."""

@@ -1,4 +1,4 @@
-"""What an action needs of the memory, and actions that there may be too little of it for."""
+"""Peak memory of an action, and actions that may run out of memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def peak_and_backends(action: Callable[[], Any], device: torch.device | str = "cpu") -> tuple[int, list[str]]:
-    """Peak bytes of an action, after a first call, and the backends that ran its engines, sorted."""
+    """Peak bytes of a second call of an action, and the sorted backends that ran its engines in that call."""
     action()
     library.workspace_peak(reset=True)
     with watch_backends() as ran:
@@ -25,7 +25,7 @@ def peak_and_backends(action: Callable[[], Any], device: torch.device | str = "c
 
 
 def if_it_fits(action: Callable[[], T]) -> T | None:
-    """What an action gives; None where the memory does not suffice."""
+    """Return the result of an action, or None if it runs out of memory."""
     try:
         return action()
     except (RuntimeError, MemoryError) as error:

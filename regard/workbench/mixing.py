@@ -1,11 +1,13 @@
-"""Mixing matrices: how much of each token's value each output takes, of every mechanism on one input (arXiv 2302.06218).
+"""Mixing matrices: how much of each token's value goes into each output, for every mechanism on one input (arXiv
+2302.06218).
 
-Where outputs are linear in the values, row i and column j is the output i for values that are a unit vector at token j alone:
-outputs are the matrix times the values. Elsewhere it is the derivative of output i by the value j at the given values, and
-said to be one. What is told of a matrix is measured on it, not claimed by a card.
+If outputs are linear in the values, entry (i, j) is output i for values that are a unit vector at token j and 0
+elsewhere: outputs are the matrix times the values. Otherwise it is the derivative of output i with respect to value j
+at the given values, and is labelled as a derivative. All properties reported for a matrix are measured on it, not taken
+from a card.
 
-Tokens are the same for all mechanisms: a phrase that comes again and again, slightly varied each time, so that a mechanism
-that looks for what is alike shows stripes. Inputs that are not queries and keys are drawn as the card says.
+Tokens are the same for all mechanisms: a repeated phrase, slightly varied each time, so that mechanisms that look for
+similar tokens show stripes. Inputs other than queries and keys are sampled as the card says.
 """
 
 from __future__ import annotations
@@ -24,13 +26,13 @@ from regard.create import create_layer
 from regard.workbench.verification.subjects import Subject
 
 TOKENS, PHRASE = 24, 8
-"""Tokens of the input, and of the phrase that it repeats."""
+"""Number of tokens in the input, and in the phrase that it repeats."""
 SAMENESS = 0.3
-"""Size of what varies between repetitions, beside what they have in common."""
+"""Size of the variation between repetitions, relative to the repeated part."""
 SHARPNESS = 4.0
-"""Length of queries and keys."""
+"""Norm of queries and keys."""
 EXACT = 1e-9
-"""Relative size below which a number counts as rounding."""
+"""Relative size below which a number counts as a rounding error."""
 SHORT = {
     **dict.fromkeys(("window", "segment", "memory", "projected"), 6),
     **dict.fromkeys(("block", "block_size", "group"), 3),
@@ -40,7 +42,7 @@ SHORT = {
     **dict.fromkeys(("factor", "random_blocks", "columns"), 1),
     "estimate_length": 16,
 }
-"""Options of sizes, where the default is greater: what so few tokens can show."""
+"""Values for size options whose default is larger: few enough to matter with so few tokens."""
 
 FIXED, SPARSE, SEMISEPARABLE, LOW_RANK, DENSE, NONLINEAR = (
     "the same for every input",
@@ -60,23 +62,23 @@ STRUCTURES = {
     NONLINEAR: "Values decide about weights too, so that no matrix is the mechanism. Drawn is the derivative of each output by "
     "each value, at one input.",
 }
-"""What a matrix can be, in the order in which they are shown."""
+"""The structures that a matrix can have, in the order in which they are shown."""
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """A mixing matrix and what is measured on it.
+    """A mixing matrix and its measured properties.
 
     Attributes:
-        mechanism, pattern: whose it is.
-        weights: (outputs, tokens), of the first head and feature; norms over features where it is a derivative.
+        mechanism, pattern: what the matrix belongs to.
+        weights: (outputs, tokens), for the first head and feature; norms over features if it is a derivative.
         structure: one of `STRUCTURES`.
         linear: whether outputs are the matrix times the values.
         normalised: whether no weight is negative and rows add up to 1.
-        per_feature: whether features have matrices of their own, or are mixed too.
-        rank: of the matrix; in causal patterns the greatest of a block below its diagonal.
-        seen: share of the visible pairs that have a weight.
-        options: that are not the default ones.
+        per_feature: whether features have different matrices, or are mixed with each other.
+        rank: rank of the matrix; in causal patterns, the largest rank of a block below its diagonal.
+        seen: share of the visible pairs with a nonzero weight.
+        options: options that differ from the default ones.
     """
 
     mechanism: str
@@ -91,7 +93,7 @@ class Mixing:
     options: Mapping[str, Any]
 
     def facts(self) -> list[str]:
-        """What is measured, in words."""
+        """The measured properties, in words."""
         causal = "blocks below the diagonal have rank" if self.pattern.causal else "rank"
         told = [f"{causal} {self.rank}", f"{self.seen:.0%} of the pairs"]
         told += [", ".join(f"{name} {value}" for name, value in self.options.items())] * bool(self.options)
@@ -100,20 +102,22 @@ class Mixing:
 
 
 def mixed_mechanisms() -> list[str]:
-    """Mechanisms of the catalogue that mix tokens by themselves: none that goes around another one or is a linear layer."""
+    """Mechanisms of the catalogue that mix tokens themselves: all except wrappers and linear layers."""
     return list_mechanisms(where=lambda card: card.kind not in (Kind.WRAPPER, Kind.PROJECTION))
 
 
 def mixing_of(name: str, pattern: str | Pattern | None = None, *, seed: int = 0) -> Mixing:
-    """The mixing matrix of a mechanism in float64.
+    """Compute the mixing matrix of a mechanism in float64.
 
     Args:
-        name: with options or without, as ``local:window=4``; options that are not given are those of a short sequence.
-        pattern: a self pattern; causal-self when None, where the mechanism has it.
-        seed: of the input.
+        name: a mechanism, optionally with options, as in ``local:window=4``; other options are chosen for a short
+            sequence.
+        pattern: a self pattern; when None, causal-self if the mechanism has it.
+        seed: seed of the input.
 
     Raises:
-        Unsupported: for a mechanism that does not mix tokens by itself, and a pattern that it lacks or that reads a memory.
+        Unsupported: for a mechanism that does not mix tokens itself, and for a pattern that it lacks or that reads a
+            memory.
     """
     card, options = resolve(name)
     card.options(**options)
@@ -139,7 +143,7 @@ def mixing_of(name: str, pattern: str | Pattern | None = None, *, seed: int = 0)
 
 
 def _short_options(card: Mechanism, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those given and `SHORT`, as far as the mechanism has these options and takes them together."""
+    """The given options and those of `SHORT` that the mechanism has and accepts together."""
     defaults, found = card.config(), dict(given)
     for name, value in SHORT.items():
         default = getattr(defaults, name, None)
@@ -151,7 +155,7 @@ def _short_options(card: Mechanism, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _values(card: Mechanism) -> str | None:
-    """The input that is mixed; None where it is not laid out as tokens by features."""
+    """The name of the input that is mixed; None if no input has the layout tokens by features."""
     for name in ("v", "x"):
         axes = card.axes.get(name, "")
         if len(axes) in (3, 4) and axes[0] == "b" and axes[-2] in "nm" and all(axis in "hg" for axis in axes[1:-2]):
@@ -160,16 +164,16 @@ def _values(card: Mechanism) -> str | None:
 
 
 def _content(phrase: int, width: int) -> Tensor:
-    """Vectors (tokens, width) of a phrase that is repeated with variations."""
+    """Vectors (tokens, width) for a phrase that is repeated with variations."""
     generator = torch.Generator().manual_seed(phrase)
     words = torch.randn(PHRASE, width, dtype=torch.float64, generator=generator)
     varied = torch.randn(TOKENS, width, dtype=torch.float64, generator=generator)
-    tokens = (words[torch.arange(TOKENS) % PHRASE] + SAMENESS * varied).abs()  # rectified features keep all
+    tokens = (words[torch.arange(TOKENS) % PHRASE] + SAMENESS * varied).abs()  # positive: rectifiers change nothing
     return SHARPNESS * tokens / tokens.norm(dim=-1, keepdim=True)
 
 
 def _inputs(subject: Subject, phrase: int) -> dict[str, Tensor]:
-    """One row of inputs of one head, or of two where two make one map; parameters are the same for every phrase."""
+    """Inputs for one row and one head, or two heads if two make one map; parameters are the same for every phrase."""
     inputs = _inputs_of(subject, phrase, 1)
     try:
         subject.run(inputs)
@@ -187,7 +191,7 @@ def _inputs_of(subject: Subject, phrase: int, heads: int) -> dict[str, Tensor]:
             found[name] = drawn[name]
         if name.split("_")[0] in ("q", "k") and axes[-2:-1] in ("n", "m") and found[name].shape[-2] == TOKENS:
             found[name] = _content(phrase, found[name].shape[-1]).expand(found[name].shape).clone()
-    # a segment before this one would be other tokens, a null key is none, and an option that is off has no input
+    # drop earlier segments (other tokens), null keys (no token) and inputs of options that are off
     return {
         name: x
         for name, x in found.items()
@@ -196,14 +200,14 @@ def _inputs_of(subject: Subject, phrase: int, heads: int) -> dict[str, Tensor]:
 
 
 def _with_values(subject: Subject, inputs: dict[str, Tensor], name: str, values: Tensor) -> dict[str, Tensor]:
-    """Inputs for rows of values (rows, tokens, features); other projections of the values are theirs too."""
+    """Inputs for rows of values (rows, tokens, features); other projections of the values are replaced too."""
     given = {}
     for other, x in inputs.items():
         axes = subject.card.axes.get(other, "b")
         if other == name or (other.startswith(f"{name}_") and axes == subject.card.axes[name]):
             heads = x.shape[1:-2]
             given[other] = values.view(len(values), *(1,) * len(heads), *values.shape[1:]).expand(-1, *heads, -1, -1)
-            if x.shape[-2] != values.shape[-2]:  # of an earlier segment, whose tokens are others
+            if x.shape[-2] != values.shape[-2]:  # belongs to an earlier segment, which has other tokens
                 given[other] = x.new_zeros(len(values), *x.shape[1:])
         elif axes.startswith("b"):
             given[other] = x.expand(len(values), *x.shape[1:])
@@ -213,7 +217,7 @@ def _with_values(subject: Subject, inputs: dict[str, Tensor], name: str, values:
 
 
 def _outputs(subject: Subject, inputs: dict[str, Tensor], name: str, values: Tensor) -> Tensor:
-    """(rows, outputs, features) of the first head."""
+    """Outputs (rows, outputs, features) of the first head."""
     output = subject.run(_with_values(subject, inputs, name, values)).output
     return output[:, 0] if output.ndim == 4 else output
 
@@ -226,7 +230,7 @@ def _is_linear(subject: Subject, inputs: dict[str, Tensor], name: str) -> bool:
 
 
 def _by_units(subject: Subject, inputs: dict[str, Tensor], name: str) -> tuple[Tensor, bool]:
-    """The matrix of the first feature, and whether other features have others or are mixed with it."""
+    """The matrix of the first feature, and whether others have different matrices or are mixed with it."""
     count, width = inputs[name].shape[-2:]
     units = torch.zeros(2 * count, count, width, dtype=torch.float64)
     tokens = torch.arange(count)
@@ -242,7 +246,7 @@ def _by_units(subject: Subject, inputs: dict[str, Tensor], name: str) -> tuple[T
 
 
 def _derivative(subject: Subject, inputs: dict[str, Tensor], name: str | None) -> Mixing:
-    """Norms of the derivatives of outputs by values, or of a layer by its input where that is not laid out as values."""
+    """Norms of the derivatives of outputs with respect to values, or to a layer's input if it has no values."""
     if name is None or subject.card.kind is not Kind.ATTENTION:
         return _of_layer(subject)
     values = inputs[name].flatten(0, -3)[0]
@@ -261,7 +265,7 @@ def _of_layer(subject: Subject) -> Mixing:
 
 
 def _slopes(run: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-    """(outputs, tokens) norms over features of the derivative, one row of a batch for each number that comes out."""
+    """Norms (outputs, tokens), over features, of the derivative; uses one batch row per output number."""
     with torch.no_grad():
         outputs, features = run(values[None]).shape[1:]
     rows = outputs * features
@@ -281,7 +285,7 @@ def _measured(subject: Subject, weights: Tensor, *, linear: bool, fixed: bool, p
         visible = visible.tril()
         blocks = [weights[i:, :i] for i in range(1, rows)]
     rank = max(int(torch.linalg.matrix_rank(block, atol=EXACT * size, rtol=0.0)) for block in blocks)
-    floor = EXACT * size if fixed or not linear else 0.0  # transforms and derivatives round what is 0
+    floor = EXACT * size if fixed or not linear else 0.0  # zeros of transforms and derivatives are rounded
     seen = float((weights[visible].abs() > floor).double().mean())
     sums = weights.sum(1)
     normalised = bool((weights >= -EXACT * size).all()) and float((sums - 1).abs().max()) < 1e-6
@@ -310,7 +314,7 @@ SHADES = " ░▒▓█"
 
 
 def as_text(weights: Tensor) -> list[str]:
-    """A line for each output, two letters for each token: the larger the weight, in its row, the darker."""
+    """One line per output, two characters per token: the larger the weight relative to its row, the darker."""
     sizes = weights.abs()
     shares = sizes / sizes.amax(1, keepdim=True).clamp(min=1e-300)
     levels = (shares * (len(SHADES) - 1)).ceil().long()
@@ -318,12 +322,12 @@ def as_text(weights: Tensor) -> list[str]:
 
 
 LEVELS: Sequence[float] = (0.02, 0.15, 0.35, 0.6, 0.85)
-"""Shares of a row's largest weight from which on a shade is darker."""
+"""Shares of a row's largest weight at which the next darker shade begins."""
 
 
 def as_svg(mixing: Mixing, side: int = 6) -> str:
-    """The matrix as a picture: rows are outputs, columns are tokens, shades are shares of the largest weight of the row;
-    negative weights have the class ``negative``."""
+    """The matrix as an SVG picture: rows are outputs, columns are tokens, shades are shares of the row's largest
+    weight; negative weights have the class ``negative``."""
     weights = mixing.weights
     shares = weights / weights.abs().amax(1, keepdim=True).clamp(min=1e-300)
     rows, columns = shares.shape

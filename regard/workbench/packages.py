@@ -1,4 +1,4 @@
-"""Packages that regard does without: what brings each, and what it is needed for."""
+"""Optional packages: what installs each, and what it is needed for."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ class Package:
     """An optional package.
 
     Attributes:
-        name: as pip knows it.
-        module: what Python imports.
-        install: what to say after ``pip install``.
-        needed_for: what is lost without it.
+        name: the name that pip knows.
+        module: the module that Python imports.
+        install: what goes after ``pip install``.
+        needed_for: what does not work without it.
     """
 
     name: str
@@ -24,7 +24,7 @@ class Package:
 
     @property
     def installed(self) -> bool:
-        """Whether Python would find it; it is not imported."""
+        """Whether Python would find the module; it is not imported."""
         return importlib.util.find_spec(self.module) is not None
 
 

@@ -1,7 +1,7 @@
-"""`regard profile`: time and memory of mechanisms against length, interleaved with softmax in one run.
+"""`regard profile`: time and memory of mechanisms as functions of the length, interleaved with softmax in one run.
 
-What is timed is the function of the mechanism (no projections), on random inputs of the same batch, heads and widths;
-or, on request, its layer, which is what attention and mixers have in common.
+By default the mechanism's function is timed (no projections), on random inputs with the same batch size, heads and
+widths; on request its layer, which attention and mixers have in common.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class ProfileSettings:
     """Mechanisms to profile, and how.
 
     Attributes:
-        mechanisms: names; `softmax` is added, since everything is measured beside it.
-        pattern: one pattern that all of them have.
-        lengths: of queries and keys.
-        what: of ``forward``, ``training`` (forward + backward) and ``decode`` (one token after that many).
-        batch, heads: of the inputs.
+        mechanisms: names; `softmax` is added, since everything is compared with it.
+        pattern: a pattern that all of them have.
+        lengths: number of queries and of keys.
+        what: any of ``forward``, ``training`` (forward + backward) and ``decode`` (one more token after a sequence).
+        batch, heads: sizes of the inputs.
         head_dim: width of a head; dim / heads when None, or 64 without `dim`.
         dtype: ``float32``, ``bfloat16`` or ``float64``.
-        seconds: of timing for each length.
+        seconds: timing budget for each length.
         layer: measure layers (:func:`regard.create_layer`) rather than functions.
         dim: width of the layers; heads * head_dim when None.
-        device: a device of torch.
-        short_convolution: of the layers, as in :class:`regard.workbench.advice.layer_work.LayerSettings`.
+        device: a torch device.
+        short_convolution: for the layers, as in :class:`regard.workbench.advice.layer_work.LayerSettings`.
     """
 
     mechanisms: tuple[str, ...]
@@ -76,7 +76,7 @@ class ProfileSettings:
 
     @property
     def head_width(self) -> int:
-        """Width of the inputs of functions, and of the cards' costs."""
+        """Width of a head in the inputs of functions, and for the cards' costs."""
         if self.head_dim is not None:
             return self.head_dim
         return 64 if self.dim is None else max(1, self.dim // max(1, self.heads))
@@ -84,7 +84,7 @@ class ProfileSettings:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One mechanism at one length. Times are medians in milliseconds with the middle half of the repeats."""
+    """One mechanism at one length. Times are medians in milliseconds; `low` and `high` are quartiles of the repeats."""
 
     mechanism: str
     what: str
@@ -94,30 +94,30 @@ class Measurement:
     high: float
     repeats: int
     memory_bytes: int | None
-    """Most that tensors held at one time, and kernels' workspaces: an upper bound of both together."""
+    """Peak bytes of tensors plus those of kernels' workspaces: an upper bound for both together."""
     gflops: float | None
-    """Rate of the work that the card's cost counts, forward only."""
+    """GFLOP/s, by the operations that the card's cost counts; forward only."""
     peak_share: float | None
     """That rate as a share of `Profile.peak_gflops`."""
     backend: str
-    """The backend that ran its engines; ``"torch"`` too where it has none."""
+    """The backend that ran its engines; ``"torch"`` if it has none."""
     state_bytes: int | None = None
-    """Bytes of the state that decoding continues from, which `memory_bytes` does not include."""
+    """Size of the state that decoding continues from, which `memory_bytes` does not include."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """All measurements, and for each mechanism and kind of work the length from which it beats softmax."""
+    """All measurements, and for each mechanism and kind of work the length beyond which it beats softmax."""
 
     settings: ProfileSettings
     measurements: list[Measurement]
     efficiency: dict[str, dict[str, int | None]]
     skipped: dict[str, str]
     peak_gflops: float | None
-    """Fused multiply-adds in registers on the threads in use, float32; None without the native library."""
+    """Fused multiply-adds in registers on the current number of threads, float32; None without the native library."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The measurements as plain data, as JSON has them."""
+        """The measurements as plain data, for JSON."""
         return {
             "settings": {**asdict(self.settings), "pattern": self.settings.pattern.value},
             "measurements": [asdict(m) for m in self.measurements],
@@ -128,12 +128,14 @@ class Profile:
 
 
 def profile(settings: ProfileSettings, *, on_length: Callable[[str, int], None] | None = None) -> Profile:
-    """Measure. Mechanisms that lack a kind of work (no state to decode with), and lengths at which the memory does not
-    suffice, are listed in `skipped`, with the reason.
+    """Run all measurements.
+
+    Kinds of work that a mechanism lacks (no state to decode with), and lengths for which memory is insufficient, are
+    listed in `skipped`, with the reason.
 
     Raises:
-        Unsupported: for an unknown mechanism, one without the pattern, or the function of a wrapper; where nothing could be
-            measured.
+        Unsupported: for an unknown mechanism, one without the pattern, or the function of a wrapper; and if nothing
+            could be measured.
     """
     if not isinstance(settings, ProfileSettings):
         raise Unsupported(
@@ -163,20 +165,20 @@ def profile(settings: ProfileSettings, *, on_length: Callable[[str, int], None] 
 
 @functools.cache
 def _peak(threads: int) -> float:
-    """Measured once in a process, which may profile many lengths one by one."""
+    """Peak GFLOP/s; cached, since a process may profile many lengths one by one."""
     return machine.fma_peak()
 
 
 @dataclass(frozen=True)
 class Growth:
-    """How the forward pass of a mechanism grows with the length: exponents p of what it takes ~ length^p.
+    """Growth of a forward pass with the length: exponents p in cost ~ length^p.
 
     Attributes:
-        time: measured: the median over rounds...
-        low, high: ...and their middle half.
-        time_by_cost: of the operations that the card counts.
-        memory: of the most that tensors and kernels' workspaces held at one time.
-        memory_by_cost: of the temporary numbers that the card counts, and the output, which is none to the card.
+        time: measured time: the median over rounds...
+        low, high: ...and its quartiles.
+        time_by_cost: the operations that the card counts.
+        memory: measured peak memory of tensors and kernels' workspaces.
+        memory_by_cost: the temporary numbers that the card counts, plus the output, which the card does not count.
     """
 
     time: float
@@ -190,11 +192,12 @@ class Growth:
 def growth(settings: ProfileSettings) -> dict[str, Growth]:
     """Measure the growth of each mechanism, fitted over `settings.lengths`.
 
-    On one thread and by its clock, all lengths in turn in each round, so that neither a drift of the machine's speed nor
-    the start of threads is taken for growth.
+    Runs on one thread and its own clock, with all lengths in turn in each round, so that neither drift in the machine's
+    speed nor the start of threads is mistaken for growth.
 
     Raises:
-        Unsupported: as :func:`profile`; for layers, whose projections the cards do not count; for a single length.
+        Unsupported: as for :func:`profile`; for layers, whose projections the cards do not count; and for a single
+            length.
     """
     if settings.layer:
         raise Unsupported("growth of layers", supported="growth of functions", nearest="layer=False")
@@ -260,7 +263,7 @@ def _decodes(subject: Subject | LayerWork) -> bool:
 def _at(
     what: str, length: int, subjects: Mapping[str, Subject | LayerWork], settings: ProfileSettings, peak: float | None
 ) -> tuple[list[Measurement], list[str]]:
-    """The measurements at one length, and the names for which there is too little memory."""
+    """The measurements at one length, and the names of mechanisms that need too much memory."""
     actions, measured, too_large = dict[str, Callable[[], Any]](), dict[str, tuple[int, str]](), list[str]()
     for name, subject in subjects.items():
         fitting = if_it_fits(functools.partial(_measured, what, length, subject, settings))
@@ -289,13 +292,13 @@ def _at(
 def _measured(
     what: str, length: int, subject: Subject | LayerWork, settings: ProfileSettings
 ) -> tuple[Callable[[], Any], tuple[int, str]]:
-    """An action, and what :func:`measure_memory` says of it."""
+    """An action, and the result of :func:`measure_memory` on it."""
     action = _action(what, length, subject, settings)
     return action, measure_memory(action, settings.device)
 
 
 def measure_memory(action: Callable[[], Any], device: str = "cpu") -> tuple[int, str]:
-    """Peak bytes of an action, after a first call, and the backends that ran its engines."""
+    """Peak bytes of a second call of an action, and the backends that ran its engines."""
     memory, backends = peak_and_backends(action, device)
     return memory, "+".join(backends) or "torch"
 
@@ -362,7 +365,7 @@ def _rate(subject: Subject, n: int, settings: ProfileSettings, timing: Timing) -
 
 
 def _efficiency(measurements: Sequence[Measurement], names: Sequence[str]) -> dict[str, dict[str, int | None]]:
-    """By mechanism: efficiency length for the time of each kind of work, and for memory (forward and training)."""
+    """Efficiency lengths by mechanism: for the time of each kind of work, and for memory (forward and training)."""
     found: dict[str, dict[str, int | None]] = {}
     kinds = dict.fromkeys(m.what for m in measurements)
     for name in names:

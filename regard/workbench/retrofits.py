@@ -1,4 +1,4 @@
-"""Retrofits of one model beside each other and beside the original."""
+"""Several retrofits of one model, compared with each other and with the original."""
 
 from __future__ import annotations
 
@@ -43,20 +43,21 @@ def compare_retrofits(
     say: Say = lambda sentence: None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Retrofit a model with each of several mechanisms, each in a folder of its own, and say which to take.
+    """Retrofit a model with each of several mechanisms, each in its own folder, and recommend one.
 
     Args:
-        model, data, tokenizer, settings: of :func:`regard.retrofit.retrofit`.
-        variants: mechanisms, each of one kind of layer: which layers change is the retrofit's to choose.
-        output: folder of the results. The same call goes on where a killed one stopped.
-        budget: a time for everything, of which each has an equal share; tokens or steps are those of each.
-        watch, say: called with the progress, and with sentences.
+        model, data, tokenizer, settings: as in :func:`regard.retrofit.retrofit`.
+        variants: the mechanisms, each for one kind of layer; the retrofit itself chooses which layers change.
+        output: folder for the results. If a run is killed, the same call resumes it.
+        budget: a total time, shared equally; or tokens or steps for each mechanism.
+        watch, say: called with the progress, and with status messages.
 
     Returns:
-        What ``retrofits.json`` in the folder holds: `model`, `retrofits` (a record each, by mechanism), `recommendation`.
+        The contents of ``retrofits.json``: `model`, `retrofits` (one record per mechanism) and `recommendation`.
 
     Raises:
-        Unsupported: before anything is trained, for a mechanism that cannot enter, and as :func:`regard.retrofit.retrofit`.
+        Unsupported: before any training, for a mechanism that cannot be used in the model; and as for
+            :func:`regard.retrofit.retrofit`.
     """
     names = [variant.name for variant in variants]
     for name in names:
@@ -86,18 +87,18 @@ def compare_retrofits(
 
 
 def folder_of(name: str) -> str:
-    """The folder of a mechanism's retrofit."""
+    """The name of the folder for a mechanism's retrofit."""
     return re.sub(r"[^A-Za-z0-9_.=-]+", "-", name)
 
 
 def judged(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Perplexity on the text that decides: the last, which is of another source where there is one."""
+    """The perplexities that decide: those on the last text, which is from another source if there is one."""
     found: Mapping[str, Any] = list(record["results"]["perplexity"].values())[-1]
     return found
 
 
 def recommend(records: Mapping[str, Any]) -> str:
-    """Which to take: of those that are worth it, the one that loses least."""
+    """Recommend one retrofit: of those that are worth taking (or of all, if none is), the one that loses least."""
     worth = [name for name, record in records.items() if record["recommendation"]["take"]]
     losses = {name: measures_of(record).loss(record["results"]) for name, record in records.items()}
     best = min(worth or records, key=lambda name: losses[name][0])
@@ -116,7 +117,7 @@ def recommend(records: Mapping[str, Any]) -> str:
 
 
 def rows(records: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for the original and for each retrofit."""
+    """One table row for the original and one for each retrofit."""
     first = next(iter(records.values()))
     if kind_of(first) != "language":
         return _rows(records)
@@ -140,7 +141,7 @@ def rows(records: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _rows(records: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Likewise, of other models than language models."""
+    """The same for models other than language models."""
     told = {name: measures_of(record).rows(record["results"]) for name, record in records.items()}
     original = {what: before for what, before, _ in next(iter(told.values()))}
     found: list[dict[str, Any]] = [{"attention": "original", **original, "new layers": "none"}]
@@ -151,7 +152,7 @@ def _rows(records: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def sections(records: Mapping[str, Any]) -> list[Section]:
-    """What the report shows."""
+    """The sections of the report."""
     first = next(iter(records.values()))
     if kind_of(first) != "language":
         return [Section("Beside each other", SAYS, [], rows(records))]
@@ -186,7 +187,7 @@ def sections(records: Mapping[str, Any]) -> list[Section]:
 
 
 def render(told: Mapping[str, Any]) -> str:
-    """The page as text."""
+    """The report page as HTML text."""
     records = told["retrofits"]
     first = next(iter(records.values()))
     return (

@@ -1,4 +1,4 @@
-"""`regard new`: the file of a mechanism that is to be written, with a definition that fails until it is."""
+"""`regard new`: writes the file of a new mechanism, with a definition that raises until it is written."""
 
 from __future__ import annotations
 
@@ -66,17 +66,17 @@ MECHANISM = Mechanism(
 
 
 def new_mechanism(name: str, folder: str | Path = ".") -> Path:
-    """Write ``NAME.py``, a card with everything but its definition.
+    """Write ``NAME.py``, a mechanism card that is complete except for its definition.
 
     Args:
-        name: of the mechanism: lower case, digits and underscores.
-        folder: where to write it.
+        name: the mechanism's name: lower case, digits and underscores.
+        folder: the folder to write to.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
-        Unsupported: for a name that is taken or is none, and a file that exists or cannot be written.
+        Unsupported: if the name is invalid or taken, or the file exists or cannot be written.
     """
     if not name.isidentifier() or not name.islower() or keyword.iskeyword(name):
         plain = "".join(letter if letter.isalnum() else "_" for letter in name.lower()).strip("_")

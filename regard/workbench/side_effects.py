@@ -1,16 +1,17 @@
-"""Side effects of cheaper inference: what scores do not show of a model that was compressed, or that reads a part of its cache.
+"""Side effects of cheaper inference: what scores do not show about a model that was compressed or that reads only part
+of its cache.
 
-For every number a model is asked four times, greedily, before and after the same:
+For every sample number a model answers four prompts greedily, the same ones before and after the change:
 
-- to go on with a text: *repeated* is the share of the 4-grams of what it writes that it has written before (seq-rep-4 of
-  Welleck et al., arXiv 1908.04319), beside that of the text itself;
-- for a fact among two others, and for the same fact among as many as fit: *lost among others* is the share that is right alone
-  and wrong there, less what is the other way round. What is wrong among many is *mixed up*, the value of another key, or
-  *invented*, what the context does not have;
-- for what the context does not have, after an example of how to decline: *made up* is the share that gets a value.
+- to continue a text: *repeated* is the share of 4-grams in the continuation that it has already written (seq-rep-4 of
+  Welleck et al., arXiv 1908.04319), reported next to that of the text itself;
+- for a fact among two others, and for the same fact among as many as fit: *lost among others* is the share answered
+  right only among few, minus the share answered right only among many. A wrong answer among many is *mixed up*, the
+  value of another key, or *invented*, a value that the context does not have;
+- for something the context does not have, after an example of how to decline: *made up* is the share that gets a value.
 
-Facts are those of :class:`regard.tasks.long_context.Facts`. That token reduction should be judged by such effects too is the
-proposal of arXiv 2505.18227; the probes are ours.
+The facts come from :class:`regard.tasks.long_context.Facts`. arXiv 2505.18227 proposes to judge token reduction by such
+effects too; the probes are ours.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from regard.workbench.sparse.readers import Reader, reply
 from regard.workbench.sparse.texts import Continuation
 
 CONTINUED = 64
-"""Tokens that a model writes after a text."""
+"""Tokens that a model writes to continue a text."""
 GRAM = 4
 FEW = 2
-"""Facts beside the one that is asked for alone."""
+"""Number of other facts in the prompt with few facts."""
 SURE = 1.645
-"""A change is told where z is beyond this, one-sided."""
+"""A change is reported if its z is beyond this (one-sided test)."""
 FEWEST = 4
-"""Numbers without which no change is judged."""
+"""The fewest samples for which a change is judged."""
 
 NAMES = ("repeated", "lost among others", "mixed up", "invented", "made up")
 MEASURED = (
@@ -50,11 +51,12 @@ MEASURED = (
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model has answered to one number.
+    """A model's answers for one sample number.
 
     Attributes:
-        repeated: of what it wrote; text: of the text that is there in its place.
-        alone, among, absent: what its answers are, in the words of :meth:`regard.tasks.long_context.Facts.outcome`.
+        repeated: the repetition in what the model wrote.
+        text: the repetition in the true continuation of the text.
+        alone, among, absent: outcomes of the answers, in the words of :meth:`regard.tasks.long_context.Facts.outcome`.
     """
 
     repeated: float
@@ -73,13 +75,13 @@ class Answers:
 
 @dataclass(frozen=True)
 class Effects:
-    """The answers of one model to numbers 0, 1, ..."""
+    """The answers of one model to sample numbers 0, 1, ..."""
 
     answers: tuple[Answers, ...]
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]]) -> Effects:
-        """From answers as dictionaries."""
+        """Build the effects from answers stored as dictionaries."""
         return cls(tuple(Answers(**row) for row in rows))
 
     def mean(self, name: str) -> float:
@@ -87,11 +89,11 @@ class Effects:
         return statistics.fmean(one.shares()[name] for one in self.answers)
 
     def right(self, where: str) -> float:
-        """The share of right answers, ``alone`` or ``among`` many."""
+        """The share of right answers, with ``alone`` (few) or ``among`` (many) other facts."""
         return statistics.fmean(getattr(one, where) == RIGHT for one in self.answers)
 
     def grown(self, before: Effects) -> dict[str, float]:
-        """What has grown beyond chance, and by how much: z of the differences by number is above :data:`SURE`."""
+        """The effects that have grown beyond chance (z of paired differences above :data:`SURE`), and by how much."""
         pairs = list(zip(before.answers, self.answers, strict=False))
         found = {}
         for name in NAMES if len(pairs) >= FEWEST else ():
@@ -102,7 +104,7 @@ class Effects:
         return found
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: means, and all answers."""
+        """The means and all answers, for JSON."""
         return {
             **{name.replace(" ", "_"): self.mean(name) for name in NAMES},
             "right_alone": self.right("alone"),
@@ -113,12 +115,12 @@ class Effects:
 
 
 class Probes:
-    """What models of one tokenizer are asked.
+    """The prompts for models that share one tokenizer.
 
     Args:
-        reader: one of them.
+        reader: one of the models.
         length: tokens of a context.
-        data: text that is gone on with; Python's language reference when None.
+        data: text to continue; Python's language reference when None.
 
     Raises:
         Unsupported: for a length beyond the model's positions, or too short for a fact or a continuation.
@@ -133,10 +135,10 @@ class Probes:
             raise Unsupported(f"side effects in {length} tokens", supported=f"{2 * CONTINUED} tokens or more")
         self.length, self.text = length, Continuation(reader, data, CONTINUED)
         self.present, self.absent = Facts(), Facts(absent=True)
-        self.present.sample(0, length, lambda text: len(reader.encode(text)))  # refused before anything is asked
+        self.present.sample(0, length, lambda text: len(reader.encode(text)))  # refuse before anything is asked
 
     def ask(self, reader: Reader, number: int) -> Answers:
-        """The answers of a model, as it is now, to a number."""
+        """The answers of a model, in its current state, for one sample number."""
 
         def count(text: str) -> int:
             return len(reader.encode(text))
@@ -154,7 +156,7 @@ class Probes:
 
 
 def repeated(tokens: Sequence[int], gram: int = GRAM) -> float:
-    """The share of n-grams that came before; 0 of fewer tokens than one has."""
+    """The share of n-grams that occurred before; 0 for fewer tokens than one n-gram."""
     grams = [tuple(tokens[i : i + gram]) for i in range(len(tokens) - gram + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
@@ -163,7 +165,7 @@ HEADINGS = [*NAMES, "right alone", "right among others"]
 
 
 def cells(effects: Effects) -> list[str]:
-    """In the order of :data:`HEADINGS`."""
+    """The table cells of a model, in the order of :data:`HEADINGS`."""
     shares = [effects.mean(name) for name in NAMES] + [effects.right("alone"), effects.right("among")]
     return [f"{share:.0%}" for share in shares]
 
@@ -175,7 +177,7 @@ def rows(original: str, found: Mapping[str, Effects]) -> list[list[str]]:
 
 
 def sentence(original: str, found: Mapping[str, Effects]) -> str:
-    """What has grown beyond chance, in words; empty where nothing was compared."""
+    """A sentence that says which effects have grown beyond chance; empty if nothing was compared."""
     before = found[original]
     several = {name: one.grown(before) for name, one in found.items() if name != original}
     if not several:

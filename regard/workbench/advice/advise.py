@@ -1,9 +1,9 @@
 """`regard advise`: which mechanism will be fastest and smallest, before anything is trained.
 
-Time decides among the mechanisms that have what is needed (:mod:`regard.workbench.advice.needs`) and fit in the memory: that of
-whole layers, measured on this machine at the lengths and in the use that were asked for. Which of them are worth measuring
-there follows from shorter lengths (:mod:`regard.workbench.advice.probe`); what else is told is predicted
-(:mod:`regard.workbench.advice.prediction`). Quality is known only from stored results of `regard compare`.
+Among the mechanisms that meet the needs (:mod:`regard.workbench.advice.needs`) and fit in memory, time decides: whole
+layers are timed on this machine, at the lengths and for the use that were asked for. Measurements at shorter lengths
+show which mechanisms are worth timing there (:mod:`regard.workbench.advice.probe`); everything else in the answer is
+predicted (:mod:`regard.workbench.advice.prediction`). Quality is known only from stored results of `regard compare`.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ def advise(
     measure: Measure | None = None,
     **options: Any,
 ) -> Advice:
-    """Answer a question; measures what is not known yet, for about ``settings.seconds``.
+    """Answer a question; what is not known yet is measured first, for about ``settings.seconds``.
 
     Args:
         settings: the question, or its fields as keywords: ``advise(lengths=4096, use="train", needs="recall")``.
-        results: output folder of a comparison, which informs quality.
-        fresh: measure again what is known.
-        say: told before anything is measured what will be.
-        on_sample: called as measurements end (see :func:`regard.workbench.advice.probe.probe`).
-        measure: measures layers; for tests.
+        results: output folder of a comparison, used to judge quality.
+        fresh: ignore cached measurements.
+        say: called, before anything is measured, with a sentence on what will be.
+        on_sample: called after each group of measurements (see :func:`regard.workbench.advice.probe.probe`).
+        measure: replaces the measurement of layers, in tests.
 
     Raises:
         Unsupported: for values that cannot be honoured.

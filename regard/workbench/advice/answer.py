@@ -18,7 +18,7 @@ from regard.workbench.advice.settings import AdviseSettings
 from regard.workbench.comparison.cost import REFERENCE
 
 SAID = {"training": "a training step", "forward": "a forward call", "decode": "a decoding step"}
-"""Kinds of work in a sentence."""
+"""Names of the kinds of work, for use in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Estimate:
     """The cost of one kind of work at one length.
 
     Attributes:
-        milliseconds: of one call of the layer.
-        low, high: the interval in which that is known, wider the farther the nearest measured length is.
-        memory_bytes: peak of what the call holds beside weights and input; of decoding, with the state.
-        state_bytes: of decoding: the state alone.
+        milliseconds: time of one call of the layer.
+        low, high: the interval around the time; it widens with the distance to the nearest measured length.
+        memory_bytes: peak memory of a call in addition to weights and input; for decoding, including the state.
+        state_bytes: size of the state alone, for decoding; None otherwise.
         basis: ``measured``, ``interpolated`` between measured lengths, or ``extrapolated`` beyond them.
     """
 
@@ -45,9 +45,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A mechanism that qualifies, with its place in the order, its costs, and lines to paste.
+    """A mechanism that qualifies, with its rank, its costs and code to paste.
 
-    `milliseconds` are the geometric mean over the lengths of what decides, `low` and `high` the interval around it.
+    `milliseconds` is the geometric mean over the lengths of the time that decides; `low` and `high` are the interval
+    around it.
     """
 
     mechanism: str
@@ -64,15 +65,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Advice:
-    """The answer.
+    """The answer to a question.
 
     Attributes:
         pick: the mechanism to use; None when none qualifies.
-        text: one sentence.
-        candidates: those that qualify, best first.
-        rejected: those that do not, with the reason.
+        text: the answer in one sentence.
+        candidates: the mechanisms that qualify, best first.
+        rejected: the mechanisms that do not qualify, with the reason.
         changes: what would change the answer.
-        notes: what the figures rest on.
+        notes: how the figures were obtained.
     """
 
     settings: AdviseSettings
@@ -84,7 +85,7 @@ class Advice:
     notes: list[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """The advice as plain data, as JSON has it."""
+        """The advice as plain data, for JSON."""
         settings = asdict(self.settings) | {"pattern": self.settings.pattern.value}
         return {
             "settings": settings,
@@ -98,7 +99,7 @@ class Advice:
 
 
 def answer(ranking: Ranking) -> Advice:
-    """What the ranking says to the question that was asked."""
+    """Turn a ranking into the answer to the question that was asked."""
     order = ranking.ranked(ranking.asked)
     out = {n: ranking.obstacle(n, ranking.asked) or "" for n in ranking.names if n not in order}
     pick = order[0] if order else None
@@ -209,7 +210,7 @@ def _along_lengths(ranking: Ranking) -> list[str]:
 
 
 def _other(ranking: Ranking, pick: str | None, conditions: Conditions) -> str | None:
-    """The best mechanism under other conditions; None where it is the same, or there is none."""
+    """The best mechanism under other conditions; None if it is the same one or none qualifies."""
     best = next(iter(ranking.ranked(conditions)), None)
     return None if best == pick else best
 

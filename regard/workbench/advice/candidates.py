@@ -1,4 +1,4 @@
-"""The mechanisms in question: those that have the pattern and a layer of the size, and what they have of the needs."""
+"""The candidates: mechanisms with the right pattern whose layers can have the size, and the needs that they meet."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from regard.workbench.advice.settings import AdviseSettings
 from regard.workbench.comparison.cost import REFERENCE
 
 FEW = 64
-"""Tokens at which it is measured whether a mechanism mixes them."""
+"""Tokens at which mixers are checked for mixing tokens at all."""
 
 
 def candidates_of(settings: AdviseSettings) -> tuple[list[str], dict[str, str]]:
-    """The mechanisms in question, and why others that were named or have the pattern are not."""
+    """The candidates, and the reason for each other mechanism that was named or has the pattern."""
     excluded = {known_name(name) for name in settings.exclude}
     if settings.mechanisms is None:
         names = list_mechanisms(pattern=settings.pattern, where=lambda c: c.kind in MIXING)
@@ -54,8 +54,10 @@ def candidates_of(settings: AdviseSettings) -> tuple[list[str], dict[str, str]]:
 
 
 def able_mechanisms(settings: AdviseSettings) -> tuple[dict[str, list[str]], dict[str, str], LayerMeasure]:
-    """The candidates that can do each kind of work (what decides first, should the time not suffice for the rest), why
-    others cannot, and their layers."""
+    """The candidates that can do each kind of work, the reasons why others cannot, and the layers.
+
+    The deciding work comes first, in case the time runs out before the rest.
+    """
     names, rejected = candidates_of(settings)
     layers = LayerMeasure(settings.layer)
     built, decoding = [], []
@@ -78,11 +80,11 @@ def able_mechanisms(settings: AdviseSettings) -> tuple[dict[str, list[str]], dic
 
 
 Findings = dict[str, dict[str, Finding]]
-"""By mechanism and need."""
+"""Findings by mechanism and need."""
 
 
 def findings_of(settings: AdviseSettings, names: Sequence[str], quality: Quality) -> Findings:
-    """What is found of each of these mechanisms for each need."""
+    """Find out whether each of these mechanisms meets each need."""
     longest = settings.lengths[-1]
     return {
         name: {
@@ -94,12 +96,12 @@ def findings_of(settings: AdviseSettings, names: Sequence[str], quality: Quality
 
 
 def lack(findings: Mapping[str, Finding], needs: Sequence[str]) -> str | None:
-    """The first need that a mechanism does not have, with the reason; None when it has all."""
+    """The first need that a mechanism does not meet, with the reason; None if it meets all."""
     missing = next((need for need in needs if not findings[need].holds), None)
     return missing and f"{missing}: {findings[missing].reason} ({findings[missing].source})"
 
 
 def likely(settings: AdviseSettings, findings: Findings, quality: Quality) -> list[str]:
-    """Who may be taken, whatever the time: of those that qualify the ones that results know, where there are such."""
+    """The mechanisms that may be picked, whatever their times: those that qualify, with known results if there are any."""
     able = [n for n in findings if lack(findings[n], settings.needs) is None and n not in quality.behind]
     return [name for name in able if name in quality.said] or able

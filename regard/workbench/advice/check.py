@@ -1,4 +1,4 @@
-"""How right the predictions of `regard advise` are on this machine: against `regard profile --layer` at other lengths."""
+"""The accuracy of `regard advise` on this machine: its predictions against `regard profile --layer` at other lengths."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from regard.workbench.advice.settings import AdviseSettings
 from regard.workbench.profile import ProfileSettings, profile
 
 UNSEEN = (96, 320, 768, 1536, 3072)
-"""Lengths at which nothing is measured for predicting."""
+"""Lengths at which nothing is measured for the predictions."""
 
 SECONDS = 0.5
 """Seconds of timing for each kind of work and length."""
 
 PASSES = ("profiled", "profiled-again")
-"""What is compared with predictions is measured twice, some minutes apart: of hundreds of timings another program of the
-machine disturbs some, and hardly the same ones twice."""
+"""Each measurement that predictions are compared with is made twice, some minutes apart: among hundreds of timings
+other programs disturb a few, but rarely the same ones twice."""
 
 
 @dataclass(frozen=True)
 class Errors:
     """Relative errors of the predictions of one quantity.
 
-    `where` is the mechanism and length of the worst; `inside` the share of times in the interval that was told for them, None
-    of memory.
+    `where` is the mechanism and length of the worst error; `inside` is the share of times within their predicted
+    interval, None for memory.
     """
 
     what: str
@@ -58,7 +58,7 @@ def profiled(
     seconds: float = SECONDS,
     section: str = PASSES[0],
 ) -> dict[str, Sample]:
-    """Measurements of `regard profile --layer`, kept on disk so that a check goes on where it stopped."""
+    """Measure with `regard profile --layer`; results are kept on disk, so an interrupted check resumes."""
     cache = Cache(settings, section=section, fresh=fresh)
     kept = cache.read().get(what, {})
     missing = [name for name in names if length not in kept.get(name, {})]
@@ -94,7 +94,7 @@ def errors_of(known: Probe, measured: dict[tuple[str, str, int], Sample]) -> lis
     """Errors of time and memory, for each kind of work.
 
     Args:
-        measured: by kind of work, mechanism and length.
+        measured: samples by kind of work, mechanism and length.
     """
     found = []
     for what in dict.fromkeys(key[0] for key in measured):
@@ -123,13 +123,13 @@ def check(
     say: Callable[[str], None] = lambda _: None,
     on_step: Callable[[str, int, int], None] | None = None,
 ) -> list[Errors]:
-    """Predict and measure all candidates at lengths that were not probed.
+    """Predict and measure all candidates at lengths that were not used for the predictions.
 
     Args:
         settings: sizes, candidates and the time for probing; its own lengths do not matter.
-        fresh: measure everything again. Otherwise a check that was interrupted goes on.
-        say: told before anything is measured.
-        on_step: called with what was done, and how many steps of how many.
+        fresh: measure everything again instead of resuming an interrupted check.
+        say: called, before anything is measured, with a sentence on what will be.
+        on_step: called after each step with its name, its number and the number of steps.
     """
     able, _, layers = able_mechanisms(settings)
     known = probe(

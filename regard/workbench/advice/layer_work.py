@@ -1,8 +1,8 @@
-"""The work of a layer, ready to be timed: a forward call, a training step, a decoding step, at any length.
+"""The work of a layer that can be timed at any length: a forward call, a training step, a decoding step.
 
-The layer is what a user runs, with its projections, and so what attention, mixers and wrappers have in common. It is
-built as a model builds it: with rotary positions where the mechanism takes them (self patterns), with the tokens that
-the mechanism inserts, and on a grid where it needs one.
+The layer is the one that a user runs, including its projections, so attention, mixers and wrappers can be compared. It
+is built as a model builds it: with rotary positions where the mechanism accepts them (self patterns), with the tokens
+that the mechanism inserts, and on a grid where it needs one.
 """
 
 from __future__ import annotations
@@ -32,16 +32,15 @@ class LayerSettings:
     """Sizes of a layer and of its input.
 
     Attributes:
-        pattern: of the layer; in cross patterns the memory is as long as the queries and as wide.
+        pattern: the layer's pattern; in cross patterns the memory has the length and width of the queries.
         dim: width of the input and output.
-        heads: of mechanisms that have heads.
-        head_dim: width of a head; what the mechanism's layer makes of `dim` and `heads` when None, or when it is
-            dim / heads.
-        batch: sequences.
-        dtype: ``float32``, ``bfloat16`` or ``float64``, of weights and input.
-        device: a device of torch.
-        short_convolution: width of the short convolutions of every layer that takes them, 0 for none; as each mechanism's
-            layer has them when None.
+        heads: number of heads, for mechanisms that have heads.
+        head_dim: width of a head; when None, or equal to dim / heads, the layer's own choice for `dim` and `heads`.
+        batch: number of sequences.
+        dtype: ``float32``, ``bfloat16`` or ``float64``, for weights and input.
+        device: a torch device.
+        short_convolution: width of the short convolutions in every layer that accepts them, 0 for none; each
+            mechanism's own default when None.
     """
 
     pattern: Pattern = Pattern.CAUSAL_SELF
@@ -73,7 +72,7 @@ class LayerSettings:
             )
 
     def options(self, card: Mechanism) -> dict[str, Any]:
-        """Arguments of :func:`regard.create_layer` beside the pattern."""
+        """Arguments for :func:`regard.create_layer` in addition to the pattern."""
         options: dict[str, Any] = {}
         if not self.pattern.cross and layer_accepts(card, "positions"):
             scheme = layer_positions(card, "auto")
@@ -86,13 +85,13 @@ class LayerSettings:
         return options
 
     def shape(self, length: int) -> Shape:
-        """For the card's cost."""
+        """The shape of one call, for the cost function of a card."""
         width = self.dim // self.heads if self.head_dim is None else self.head_dim
         return Shape(self.batch, self.heads, length, length, width, width)
 
 
 def check_device(device: str) -> None:
-    """Raises Unsupported for a device that torch does not know, this machine lacks, or that holds no numbers (meta)."""
+    """Raise Unsupported if torch does not know the device, this machine lacks it, or it holds no data (meta)."""
     try:
         torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
@@ -101,14 +100,14 @@ def check_device(device: str) -> None:
 
 
 ROOM = 1 << 14
-"""Tokens that may be decoded after a prompt, in a layer that has a greatest length and is made for the prompt."""
+"""Tokens that can be decoded after the prompt when a layer has a maximum length and is built for that prompt."""
 
 
 class LayerWork:
     """The layer of a mechanism, and the actions that are timed.
 
     Raises:
-        Unsupported: for a mechanism that lacks the pattern, or sizes that its layer cannot have.
+        Unsupported: if the mechanism lacks the pattern or its layer cannot have these sizes.
     """
 
     def __init__(self, card: Mechanism, settings: LayerSettings) -> None:
@@ -132,11 +131,11 @@ class LayerWork:
 
     @property
     def decodes(self) -> bool:
-        """Whether one token can follow a state."""
+        """Whether the layer can decode one token at a time from a state."""
         return self.subject.layer_decodes and (not self.settings.pattern.cross or hasattr(self.layer, "encode_memory"))
 
     def inputs(self, length: int) -> tuple[Tensor, Tensor | None, Context]:
-        """The input, the memory and the context of a call of `length` tokens; inserted tokens come on top of those."""
+        """Input, memory and context for a call with `length` tokens; inserted tokens are added to those."""
         settings, roles = self.settings, None
         n = m = length
         if self.card.prepare is not None:
@@ -154,9 +153,10 @@ class LayerWork:
         return x, memory, Context(grid=self.subject.grid(n), roles=roles)
 
     def action(self, what: str, length: int) -> Callable[[], Any]:
-        """Work to be timed: a forward call, a training step (no optimizer), or one more token after `length`.
+        """Work to be timed: a forward call, a training step (without optimizer), or decoding one more token after
+        `length`.
 
-        A layer with a greatest length, which may decide about its cost, is built for the length asked for.
+        A layer with a maximum length, which may affect its cost, is built for the length asked for.
         """
         most = length + ROOM if what == "decode" else length
         if self.longest is not None and most != self.longest:
@@ -197,11 +197,12 @@ class LayerWork:
 class Decoding:
     """An action that decodes one token after another.
 
-    Each call continues from the state of the last, as decoding does: continued twice from one state, a cache would be
-    copied each time. The first token, which gives the cache of the prompt room to grow, is not among the calls.
+    Each call continues from the state that the last one returned, as in real decoding: continuing twice from the same
+    state would copy the cache each time. The first token, after which the prompt's cache has room to grow, is decoded
+    at construction.
 
     Attributes:
-        state_bytes: of the state after the prompt.
+        state_bytes: size of the state after the prompt.
     """
 
     def __init__(self, step: Callable[[Any], Any], state: Any) -> None:

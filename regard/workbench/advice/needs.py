@@ -1,6 +1,6 @@
-"""Needs of applications, and how it is known whether a mechanism meets them.
+"""Needs of applications, and how to tell whether a mechanism meets them.
 
-Nothing here is an opinion: each need is read off the card, or measured on a small layer with random weights.
+Nothing here is an opinion: each need is read from the card, or measured on a small layer with random weights.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NEEDS = {
 """The closed list of needs with their meanings."""
 
 LONGEST = 1024
-"""Tokens at which reach and equality are measured at most."""
+"""The most tokens at which reach and equality are measured."""
 
 SMALL = {"dim": 32, "heads": 2, "dtype": "float64"}
 EQUAL = 1e-9
@@ -46,7 +46,7 @@ EQUAL = 1e-9
 
 @dataclass(frozen=True)
 class Finding:
-    """Whether a mechanism has what is needed, why, and where that comes from: ``card``, ``measured`` or ``results``."""
+    """Whether a mechanism meets a need, why, and the source: ``card``, ``measured`` or ``results``."""
 
     holds: bool
     reason: str
@@ -54,7 +54,7 @@ class Finding:
 
 
 def parse_needs(needs: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
-    """Needs from names or comma-separated names; an unknown one raises Unsupported."""
+    """Parse needs, given as a sequence or a comma-separated string; an unknown one raises Unsupported."""
     parts = needs.split(",") if isinstance(needs, str) else list(needs)
     names = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
     for name in names:
@@ -72,12 +72,12 @@ def _read_table() -> dict[str, dict[str, float]]:
 
 
 RECALL = _read_table()
-"""Accuracy of each mechanism on the recall task, by its best run, ``without`` and ``with`` a short convolution
+"""Each mechanism's accuracy on the recall task in its best run, ``without`` and ``with`` a short convolution
 (``benchmarks/recall.py``)."""
 
 
 def convolved(card: Mechanism, width: int | None = None) -> bool:
-    """Whether a mechanism's layers have short convolutions: those of a width, or the layer's own when None."""
+    """Whether a mechanism's layers have short convolutions, given a width, or by the layer's default when None."""
     if width is None or not layer_accepts(card, "short_convolution"):
         return bool(card.layer_defaults.get("short_convolution", 0))
     return width > 0
@@ -91,12 +91,12 @@ def find(
     solved: Mapping[str, bool] | None = None,
     convolution: int | None = None,
 ) -> Finding:
-    """Whether a mechanism has what is needed at a length.
+    """Find out whether a mechanism meets a need at a length.
 
     Args:
         need: one of `NEEDS`.
-        solved: of a recall task in stored results, whether each mechanism that was trained on it solved it.
-        convolution: width of the short convolutions of its layers; the layer's own when None.
+        solved: for each mechanism trained on a recall task in stored results, whether it solved the task.
+        convolution: width of the layers' short convolutions; the layer's default when None.
     """
     card, measured_at = get_mechanism(name), min(length, LONGEST)
     if need == "exact":
@@ -136,10 +136,10 @@ def _recall(card: Mechanism, pattern: Pattern, length: int, solved: Mapping[str,
     known = RECALL.get(card.name, {})
     frames = {"with": "with a short convolution", "without": "without a short convolution"}
     own, other = ("with", "without") if convolution else ("without", "with")
-    if pattern is not Pattern.CAUSAL_SELF or own not in known:  # what no task tells
+    if pattern is not Pattern.CAUSAL_SELF or own not in known:  # the recall task says nothing about this case
         return _keeps_all(card, pattern, length)
     seen, total = reach(card.name, pattern, length)
-    if seen < total and length > RecallTask().length:  # up to there the task itself has told
+    if seen < total and length > RecallTask().length:  # up to its own length, the task has already shown this
         return Finding(False, f"a token sees {seen} of {total} tokens", "measured")
     said = f"accuracy {known[own]:.2f} on the recall task {frames[own]}"
     if known[own] < SOLVED <= known.get(other, 0.0):
@@ -162,11 +162,11 @@ def _keeps_all(card: Mechanism, pattern: Pattern, length: int) -> Finding:
 
 @functools.cache
 def difference_from_softmax(name: str, pattern: Pattern, length: int) -> float | None:
-    """Largest difference from softmax attention on the same random q, k, v, relative to its largest output, in float64,
-    with the optional inputs that its card samples.
+    """Largest difference from softmax attention on the same random q, k, v, in float64, relative to its largest output.
 
-    In training too, where a mechanism may be another function. None for one that is not a function of queries, keys and
-    values for every head, or whose layer learns more than these.
+    The optional inputs that the card samples are passed too, and training mode, where some mechanisms differ, is
+    included. None if the mechanism does not take queries, keys and values for every head, or if its layer learns more
+    than these.
     """
     card = get_mechanism(name)
     taken = {n: card.inputs.get(n, "") for n in ("q", "k", "v")}
@@ -191,10 +191,10 @@ def difference_from_softmax(name: str, pattern: Pattern, length: int) -> float |
 
 
 def _learns_more(card: Mechanism, pattern: Pattern) -> bool:
-    """Whether a layer has parameters of this mechanism beside its projections."""
+    """Whether a layer with this mechanism has parameters beyond its projections."""
     try:
         heads = HeadAttention(Chosen.of(card), dim=32, heads=2, head_dim=16, pattern=pattern)
-    except Unsupported:  # what a layer alone can give it
+    except Unsupported:  # needs an input that only a layer can give
         return card.projection is not None
     return heads.adds
 
@@ -206,16 +206,16 @@ def _small(name: str, pattern: Pattern) -> LayerWork:
 
 
 def _query(pattern: Pattern, count: int) -> int:
-    """The token that is looked at: the last, or the middle one where tokens see both ways."""
+    """The position to look at: the last, or the middle one when tokens see in both directions."""
     return count // 2 if pattern is Pattern.NONCAUSAL_SELF else count - 1
 
 
 @functools.cache
 def reach(name: str, pattern: Pattern, length: int) -> tuple[int, int]:
-    """How many tokens (of the memory, in cross patterns) one output depends on in a layer, and how many there are.
+    """How many tokens (memory tokens in cross patterns) one output of a layer depends on, and how many there are.
 
-    Counted by gradients that are not zero, of the sequence's own tokens. The output is that of the last token, or of the
-    middle one in noncausal-self.
+    Counts nonzero gradients of the sequence's own tokens. The output is that of the last token, or of the middle one in
+    noncausal-self.
     """
     work = _small(name, pattern)
     x, memory, context = work.inputs(length)
@@ -232,11 +232,12 @@ def reach(name: str, pattern: Pattern, length: int) -> tuple[int, int]:
 
 @functools.cache
 def looks_up(name: str, pattern: Pattern) -> bool:
-    """Whether what a token takes of the others depends on what it holds and on what they hold together.
+    """Whether what a token takes from other tokens depends jointly on its own content and on theirs.
 
-    The output's change when both change, beyond what each change does alone, must be there, and must not be linear in the
-    others' change: weights that only places or only the reader decide take twice as much of a token twice as large.
-    That is necessary, not sufficient: a fixed mixture inside an activation passes, and a normaliser that both share.
+    Both inputs are changed, separately and together. The joint effect beyond the two separate ones must be nonzero, and
+    not linear in the change of the other tokens: weights that depend only on positions or on the reader take twice as
+    much from a token twice as large. This is necessary, not sufficient: a fixed mixture inside an activation passes,
+    and so does a normaliser that both share.
     """
     work = _small(name, pattern)
     x, memory, context = work.inputs(12)
@@ -267,7 +268,7 @@ def looks_up(name: str, pattern: Pattern) -> bool:
 
 @functools.cache
 def tells_order(name: str, pattern: Pattern) -> bool:
-    """Whether a layer's output changes when two tokens near the one that is looked at change places."""
+    """Whether a layer's output changes when two tokens just before the one looked at are swapped."""
     work = _small(name, pattern)
     x, memory, context = work.inputs(12)
 

@@ -1,4 +1,4 @@
-"""Lines to paste: a layer, and a model where there is one, with the settings that advice was asked for."""
+"""Code to paste: a layer, and a model if there is one, with the settings that were asked for."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ VOCABULARY = 256
 
 
 def code_for(name: str, settings: LayerSettings, use: str, length: int) -> str:
-    """Python that builds and calls the layer, decodes with it when it is to serve, and builds a model of it.
+    """Python code that builds and calls the layer, decodes with it for ``serve``, and builds a model with it.
 
     Args:
         use: ``train``, ``infer`` or ``serve``.
-        length: of the input in the example.
+        length: length of the input in the example.
     """
     card, pattern = get_mechanism(name), settings.pattern
     longest = {"length": length + ROOM * (use == "serve")} if card.length == "max" else {}
@@ -40,7 +40,7 @@ def code_for(name: str, settings: LayerSettings, use: str, length: int) -> str:
         context.append("roles=roles")
         with_inserted = "roles.shape[1]"
     own = length if pattern.cross else with_inserted
-    graph = ", requires_grad=True" if use == "train" else ""  # as inside a model; a layer may have no parameters
+    graph = ", requires_grad=True" if use == "train" else ""  # as inside a model: the layer may have no parameters
     lines.append(f"x = torch.randn({settings.batch}, {own}, {settings.dim}{where}{kind}{graph})")
     if pattern.cross:
         lines.append(f"memory = torch.randn({settings.batch}, {with_inserted}, {settings.dim}{where}{kind})")
@@ -74,7 +74,7 @@ def _model(
     where: str,
     grid: tuple[int, ...] | None,
 ) -> list[str]:
-    """Lines for a model; there is none of noncausal cross attention, and only language models insert tokens."""
+    """Code for a model; empty for noncausal cross attention, and for inserted tokens outside language models."""
     causal, cross = settings.pattern.causal, settings.pattern.cross
     if settings.pattern is not Pattern.CAUSAL_SELF and (
         get_mechanism(name).prepare is not None or (cross and not causal)

@@ -1,9 +1,9 @@
-"""Time or memory at any length, from measurements at a few.
+"""Predictions of time or memory at any length, from measurements at a few.
 
-The model is  y(N) = a + b N + c g(N)  with a, b, c >= 0: what a call costs whatever its length, what each token costs
-(projections), and what the mechanism's card says of how its cost grows (g). It is fitted to relative errors. What it
-leaves at the measured lengths is interpolated on logarithmic axes and multiplied back, so that a prediction at a measured
-length is the measurement; beyond the measured lengths the model goes on from the last one.
+The model is  y(N) = a + b N + c g(N)  with a, b, c >= 0: a fixed cost per call, a cost per token (projections), and g,
+the growth of the cost according to the mechanism's card. It is fitted by relative errors. Its residuals at the measured
+lengths are interpolated on logarithmic axes and multiplied back, so a prediction at a measured length equals the
+measurement; beyond the measured lengths the last residual is kept.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ TINY = 1e-30
 
 
 class Curve:
-    """A fitted cost.
+    """A cost as a function of the length, fitted to measurements.
 
     Args:
         measured: cost by length, two lengths or more, all positive.
-        growth: g, how the card says that the cost grows; any unit.
+        growth: g, the growth of the cost according to the card; in any unit.
     """
 
     def __init__(self, measured: Mapping[int, float], growth: Callable[[int], float]) -> None:

@@ -1,7 +1,8 @@
-"""The measurements of `regard advise`: which it makes, in which order, and which again.
+"""The measurements of `regard advise`: which ones it makes, in which order, and which it repeats.
 
-What decides comes first, at the lengths that were asked for, then what the rest is predicted from. A measurement that
-spreads, or that is impossible beside others, is made again; see :mod:`regard.workbench.advice.samples` for what is kept.
+The deciding work comes first, at the lengths that were asked for, then whatever the other predictions need. A
+measurement with a large spread, or one that contradicts others, is repeated; see :mod:`regard.workbench.advice.samples`
+for what is kept.
 """
 
 from __future__ import annotations
@@ -26,28 +27,29 @@ from regard.workbench.advice.samples import (
 LENGTHS = (32, 64, 128, 256, 512, 2048, 8192)
 
 RUNS = 6
-"""Calls that a measurement takes: two for the memory, three or more to time."""
+"""Calls per measurement: two for the memory, at least three for the time."""
 
 LARGEST_SHARE = 1 / 20
-"""The most that a measurement which does not decide may take of the time for probing; longer lengths are extrapolated."""
+"""Largest share of the probing time for one measurement that does not decide; longer lengths are extrapolated."""
 
 IMPOSSIBLE = 1.2
-"""How many times as long a forward call may seem to take as a training step, or a short input as a longer one: beyond that
-the longer time was a disturbance, and is measured again."""
+"""Largest plausible ratio of a forward call to a training step, or of a shorter input to a longer one. Beyond it the
+longer time was a disturbance and is measured again."""
 
 BUMP = 1.25
-"""How many times as long as between its neighbours on logarithmic axes a call may seem to take. What a call costs, each token
-and each pair of tokens make a curve that lies below those lines, so that more was a disturbance, or a step of the kernel's."""
+"""Largest plausible ratio of a time to the line between its neighbours on logarithmic axes. The costs per call, per
+token and per pair of tokens add up to a curve below those lines, so a larger ratio means a disturbance or a step in the
+kernel's cost."""
 
 FAR = 8
-"""How many times longer than the two shortest lengths the first length is at which who may be the fastest is measured on the
-way to the lengths that were asked for."""
+"""Contenders are first measured at lengths from this multiple of the second-shortest length on, on the way to the
+lengths that were asked for."""
 
 TRIES = 3
-"""How often it is looked whether others may be the fastest after all."""
+"""How often the set of contenders is checked again for new ones."""
 
 SAME = 1.1
-"""Measurements beside pulses that differ by less were made on an equally fast machine."""
+"""Measurements whose pulses differ by a smaller ratio were made on an equally fast machine."""
 
 
 def probe(
@@ -67,26 +69,25 @@ def probe(
 ) -> Probe:
     """Measure what is not known yet.
 
-    First what nothing can be predicted without: what decides, at the two shortest lengths. Then what decides at the lengths
-    that were asked for, of those mechanisms that may still be the fastest, whom longer and longer lengths leave: see
-    :meth:`Probe.contenders`. Then the rest, short lengths first.
+    First the deciding work at the two shortest lengths, without which nothing can be predicted. Then the deciding work
+    at the lengths that were asked for, for the mechanisms that may still be the fastest; they become fewer as the
+    lengths grow (see :meth:`Probe.contenders`). Then the rest, short lengths first.
 
     Args:
         settings: sizes of the layers.
-        able: the mechanisms that can do each kind of work; the first kind decides.
-        seconds: no measurement starts that would end later, by what the shorter lengths took; nor one of the rest that
-            would take more than a twentieth of this. Without the first two lengths nothing can be predicted: see `always`.
-        asked: the lengths at which the fastest is wanted.
-        likely: who may be the fastest; all that can do what decides when None.
-        cap: most bytes that the fastest may hold.
-        lengths: at which to measure. Without `asked` nothing is known of others, whatever was measured before.
-        always: the kinds of work that are measured at the first two lengths however long it takes; when empty the first
-            kind of `able`.
-        measure: what measures; the layers themselves when None.
-        fresh: measure again what is known.
-        say: told once, before anything is measured, how much there is to do and how long it may take.
-        on_sample: called after each group with the kind of work, the length, and how many measurements of how many are
-            done.
+        able: the mechanisms that can do each kind of work; the first kind is the deciding one.
+        seconds: time limit. No measurement starts that would, judging by shorter lengths, end later; nor one of the
+            rest that would take more than a twentieth of this. The first two lengths are exempt: see `always`.
+        asked: the lengths at which the fastest mechanism is wanted.
+        likely: mechanisms that may be picked; all that can do the deciding work when None.
+        cap: most bytes that the pick may hold.
+        lengths: lengths to measure at. Without `asked`, cached measurements at other lengths are ignored.
+        always: the kinds of work that are measured at the first two lengths however long it takes; the first kind of
+            `able` when empty.
+        measure: replaces the measurement of layers.
+        fresh: ignore cached measurements.
+        say: called once, before anything is measured, with how much there is to do and how long it may take.
+        on_sample: called after each group with the kind of work, the length, the measurements done and their total.
     """
     deciding = next(iter(able))
     names = able[deciding] if likely is None else likely
@@ -133,7 +134,7 @@ def probe(
 
 
 def bumps(seconds: Mapping[int, float]) -> Iterator[int]:
-    """The lengths at which times lie far above the line between their neighbours, on logarithmic axes."""
+    """The lengths whose times are far above the line between their neighbours on logarithmic axes."""
     lengths = sorted(seconds)
     for shorter, n, longer in zip(lengths, lengths[1:], lengths[2:], strict=False):
         part = math.log(n / shorter) / math.log(longer / shorter)
@@ -142,7 +143,7 @@ def bumps(seconds: Mapping[int, float]) -> Iterator[int]:
 
 
 class _Probing:
-    """The measurements that are made, when there is time for them, and kept."""
+    """The measurements: made while there is time for them, and cached."""
 
     def __init__(
         self,
@@ -178,7 +179,7 @@ class _Probing:
         return [name for name in names if length not in self.found.samples[what][name]]
 
     def take(self, what: str, length: int, names: Sequence[str], *, seconds: float, each: float = math.inf) -> int:
-        """Measure those that are not known, the first of them first, as far as time and memory go; how many were not known."""
+        """Measure the mechanisms not known yet, in order, as time and memory permit; return how many were not known."""
         missing = self.missing(what, length, names)
         chosen, spent = [], 0.0
         for name in missing:
@@ -204,7 +205,7 @@ class _Probing:
         self.cache.add(what, length, {name: s for name, s in samples.items() if calm(s, self.best)})
 
     def doubtful(self, what: str, length: int, names: Sequence[str]) -> dict[tuple[str, int], list[str]]:
-        """Which measurements are to be made again, once: of a large spread, or impossible beside those of `names`."""
+        """Measurements to repeat, each at most once: those with a large spread, or that contradict those of `names`."""
         found: dict[tuple[str, int], list[str]] = {}
         for name in names:
             for kind, n in self.suspects(what, name, length):
@@ -230,8 +231,8 @@ class _Probing:
             yield "forward", length
 
     def settle(self, what: str, names: Sequence[str], asked: Sequence[int], cap: int | None) -> None:
-        """Measure those that may be the fastest after all, since others took longer than was expected; then all of them once
-        more, in turn, where they were measured on a machine that was not equally fast."""
+        """Measure mechanisms that have become contenders because others were slower than expected. Then measure all
+        contenders once more, interleaved, if the machine was not equally fast for all of them."""
         for _ in range(TRIES):
             close = self.found.contenders(what, names, asked, cap)
             if not sum(self.take(what, n, close, seconds=self.remaining()) for n in asked):
@@ -244,7 +245,7 @@ class _Probing:
                 self.store(what, n, list(samples))
 
     def expected(self, what: str, name: str, length: int) -> float:
-        """Seconds that a measurement will take; where too little is known, those of a shorter length or of other work."""
+        """Expected seconds of a measurement; if too little is known, judged by other lengths or other kinds of work."""
         samples = self.found.samples[what][name]
         if length in samples:
             return samples[length].setup + RUNS * samples[length].seconds

@@ -1,4 +1,4 @@
-"""The quality of mechanisms, as far as stored results of `regard compare` know it."""
+"""The quality of mechanisms, as far as it is known from stored results of `regard compare`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Quality:
     """Scores of mechanisms in stored results.
 
     Attributes:
-        said: of each mechanism its scores in words.
-        behind: why a mechanism is not as good as the best.
-        solved: of a recall task, who solved it.
-        source: the folder.
+        said: each mechanism's scores in words.
+        behind: for each mechanism that is worse than the best, the reason.
+        solved: for each mechanism trained on a recall task, whether it solved the task.
+        source: the folder of the results.
     """
 
     said: Mapping[str, str] = field(default_factory=dict)
@@ -28,10 +28,10 @@ class Quality:
 
 
 def read_quality(folder: str | Path) -> Quality:
-    """Scores of the newest comparison in the output folder of `regard compare`, or in its ``results.db``.
+    """Read scores from the newest comparison in the output folder of `regard compare`, or in its ``results.db``.
 
     Raises:
-        Unsupported: when there is none.
+        Unsupported: if there is none.
     """
     path = Path(folder)
     file = path / "results.db" if path.is_dir() else path

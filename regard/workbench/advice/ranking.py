@@ -1,4 +1,4 @@
-"""The order of mechanisms, by what is known of their times: for the question, and for those beside it."""
+"""Mechanisms ranked by known and predicted times, for the question asked and for variations of it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from regard.workbench.advice.settings import AdviseSettings
 from regard.workbench.comparison.cost import REFERENCE
 
 TIE = 1.05
-"""Along the lengths a winner stays one until another is faster by more than this."""
+"""Along the lengths, a winner is replaced only by a mechanism that is faster by more than this."""
 
 STEPS_AN_OCTAVE = 4
-"""Lengths tried to find where another mechanism wins."""
+"""Lengths per octave that are tried to find where another mechanism wins."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Conditions:
 
     Attributes:
         cap: most bytes that the deciding work may hold; None for no limit.
-        needs: of the question, or fewer.
-        results: whether it must not be behind others in stored results.
+        needs: the needs of the question, or fewer.
+        results: whether mechanisms that are behind others in stored results are excluded.
     """
 
     cap: int | None
@@ -37,13 +37,13 @@ class Conditions:
 
 
 class Ranking:
-    """The mechanisms of a question whose deciding time is known, and why others are out.
+    """The mechanisms whose deciding time is known, and why others are excluded.
 
     Args:
         known: times and memory, measured and predicted.
         able: the mechanisms that can do each kind of work.
-        rejected: why others are out.
-        findings: of each mechanism that can do the deciding work.
+        rejected: why others are excluded.
+        findings: for each mechanism that can do the deciding work, its findings by need.
     """
 
     def __init__(
@@ -69,15 +69,15 @@ class Ranking:
                 self.names.append(name)
 
     def seconds(self, name: str, lengths: Sequence[int] | None = None) -> float:
-        """Geometric mean of the deciding time at some lengths, or at those of the question."""
+        """Geometric mean of the deciding time over some lengths, those of the question by default."""
         return self.known.time(self.settings.deciding, name, lengths or self.settings.lengths)[0]
 
     def memory(self, name: str, lengths: Sequence[int] | None = None) -> float:
-        """The most that the deciding work holds."""
+        """The most bytes that the deciding work holds."""
         return self.known.memory(self.settings.deciding, name, lengths or self.settings.lengths)
 
     def surely_faster(self, name: str, other: str, lengths: Sequence[int] | None = None) -> bool:
-        """Whether the intervals of the deciding times leave no doubt."""
+        """Whether `name` is faster than `other` beyond doubt: their intervals do not overlap."""
         lengths = lengths or self.settings.lengths
         (own, width), (rival, width_of_rival) = (
             self.known.time(self.settings.deciding, n, lengths) for n in (name, other)
@@ -85,7 +85,7 @@ class Ranking:
         return math.log(rival / own) > width + width_of_rival
 
     def obstacle(self, name: str, conditions: Conditions, lengths: Sequence[int] | None = None) -> str | None:
-        """Why a mechanism does not qualify; None when it does."""
+        """The reason why a mechanism does not qualify; None if it does."""
         if (missing := lack(self.findings[name], conditions.needs)) is not None:
             return missing
         if conditions.results and name in self.quality.behind:
@@ -95,8 +95,11 @@ class Ranking:
         return None
 
     def ranked(self, conditions: Conditions, lengths: Sequence[int] | None = None) -> list[str]:
-        """Mechanisms that qualify, best first: what results know before what they do not, then by time; in front the
-        fastest that is surely faster than softmax, and softmax where none is."""
+        """Mechanisms that qualify, best first: those with known results before the others, each group by time.
+
+        If softmax is among those with known results, or no results are given, the first is the fastest mechanism that
+        is surely faster than softmax, or softmax if none is.
+        """
         chosen = [n for n in self.names if self.obstacle(n, conditions, lengths) is None]
         times = {n: self.seconds(n, lengths) for n in chosen}
         unknown = {n: bool(self.quality.said) and n not in self.quality.said for n in chosen}
@@ -110,12 +113,14 @@ class Ranking:
 
     @property
     def horizon(self) -> int:
-        """The longest length at which winners are looked for."""
+        """The longest length at which winners are determined."""
         return max(LENGTHS[-1], 4 * self.settings.lengths[-1])
 
     def winners(self) -> list[tuple[str, int]]:
-        """Who wins up to which length, by predictions; needs are judged at the longest length that was asked for. A winner
-        stays one until another is clearly faster."""
+        """The winners along the lengths, each with the length up to which it wins, by predictions.
+
+        Needs are judged at the longest length that was asked for. A winner stays until another is clearly faster.
+        """
         octaves = math.log2(self.horizon / LENGTHS[0])
         found: list[tuple[str, int]] = []
         for i in range(math.ceil(octaves * STEPS_AN_OCTAVE) + 1):

@@ -1,8 +1,8 @@
-"""Short measurements of layers, kept on disk, and what `regard advise` predicts of others from them.
+"""Short measurements of layers, kept on disk, and the predictions that `regard advise` makes from them.
 
-Measurements are kept in ``$XDG_CACHE_HOME/regard/probes/`` (``~/.cache`` when the variable is not set), one file for each
-machine, version, number of threads and size of layer. Each is written as soon as it is made, so that a probe that is
-interrupted goes on where it stopped; a file that cannot be read counts as empty.
+Measurements are kept in ``$XDG_CACHE_HOME/regard/probes/`` (``~/.cache`` if the variable is not set), one file for each
+machine, version, number of threads and layer size. Each is written as soon as it is made, so an interrupted probe
+resumes; an unreadable file counts as empty.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from regard.workbench.advice.prediction import Curve
 from regard.workbench.profile import measure_memory
 
 FEWEST = 2
-"""Measured lengths without which nothing is predicted."""
+"""The fewest measured lengths from which anything is predicted."""
 
 GROUP_SECONDS = 0.5
 LONG_ROUND = 2.0
-"""Seconds of a round of calls from which two rounds are enough."""
+"""A round of calls that takes this many seconds or more need only be run twice."""
 
 DOUBTFUL = 0.2
-"""A measurement of a larger spread is made again, and is not kept."""
+"""A measurement with a larger spread is repeated, and not kept."""
 
 CALM = 1.25
-"""A measurement is not kept either when a fixed product took this many times as long meanwhile as it takes at best."""
+"""Nor is a measurement kept if a fixed matrix product took this many times its best time meanwhile."""
 
 SURE = 0.03
 """Relative half-width of the interval around the best measurement..."""
@@ -54,14 +54,14 @@ class Sample:
     """One measurement.
 
     Attributes:
-        seconds: the lower quartile of the calls: of other work on the machine it sees the least but for the minimum,
-            which is as much an accident as the maximum.
-        memory: bytes of the peak.
+        seconds: lower quartile of the times of the calls: less affected by other work than the median, and less
+            accidental than the minimum.
+        memory: peak bytes.
         state: bytes of the state.
-        backend: what ran its engines.
-        spread: how much longer the median call took, relatively.
-        setup: seconds until the first call could start; of decoding, the tokens before.
-        pulse: seconds of :func:`pulse` meanwhile; 0 when it was not taken.
+        backend: the backend that ran the mechanism's engines.
+        spread: relative excess of the median over the lower quartile.
+        setup: seconds until the first call could start; for decoding, the prefill.
+        pulse: seconds that :func:`pulse` took around the measurement; 0 if it was not run.
     """
 
     seconds: float
@@ -74,7 +74,7 @@ class Sample:
 
     @classmethod
     def read(cls, stored: Any) -> Sample | None:
-        """The sample of a cache entry; None for anything that is not one."""
+        """Read the sample of a cache entry; None for anything that is not a sample."""
         if not isinstance(stored, dict):
             return None
         numbers = [stored.get(name) for name in ("seconds", "memory", "state", "spread", "setup", "pulse")]
@@ -87,32 +87,32 @@ class Sample:
         return cls(seconds, int(memory), int(state), backend, spread, setup, beat)
 
     def agreeing(self, other: Sample) -> Sample:
-        """The faster of two measurements of the same work, which was disturbed less; as sure as the two agree."""
+        """The faster, less disturbed of two measurements of the same work; its spread is at most their difference."""
         least, most = sorted((self, other), key=lambda sample: sample.seconds)
         return replace(least, spread=min(least.spread, most.seconds / least.seconds - 1))
 
 
 def pulse() -> float:
-    """Seconds that a fixed product takes here and now: the median of a few."""
+    """Seconds that a fixed matrix product takes at the moment: the median of a few runs."""
     a = torch.full((256, 256), 0.5, dtype=torch.float32, device="cpu")
     times = rounds({"product": lambda: torch.mm(a, a)}, most=15, clock=calm_clock())
     return Timing.of(times["product"]).median
 
 
 Samples = dict[str, dict[str, dict[int, Sample]]]
-"""By kind of work, mechanism and length."""
+"""Samples by kind of work, mechanism and length."""
 
 Measure = Callable[[str, int, Sequence[str]], Mapping[str, Sample]]
-"""Measures some mechanisms at one kind of work and length, interleaved."""
+"""Measures some mechanisms for one kind of work at one length, interleaved."""
 
 
 def cache_folder() -> Path:
-    """Where measurements are kept between calls, for this user."""
+    """The folder of cached measurements, for this user."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regard" / "probes"
 
 
 def identity(settings: LayerSettings) -> dict[str, Any]:
-    """The conditions that measurements hold for: the machine, the software, the threads, the backend, the sizes."""
+    """The conditions under which measurements are valid: machine, software, threads, backend and sizes."""
     facts = provenance.fingerprint()
     names = ("machine_id", "torch", "regard", "threads", "usable_cores")
     kernels = "missing" if library.why_missing() else library.instruction_set()
@@ -126,7 +126,7 @@ def identity(settings: LayerSettings) -> dict[str, Any]:
 
 
 def room() -> float:
-    """Bytes that a measurement may hold: half of the machine's memory, where that is known."""
+    """Bytes that a measurement may hold: half of the machine's memory; infinite if that is not known."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
     except (AttributeError, ValueError):
@@ -134,13 +134,13 @@ def room() -> float:
 
 
 def best_pulse(samples: Samples) -> float:
-    """The shortest pulse beside which something was measured."""
+    """The shortest pulse of all samples."""
     every = (s.pulse for names in samples.values() for lengths in names.values() for s in lengths.values())
     return min((beat for beat in every if beat > 0), default=math.inf)
 
 
 def calm(sample: Sample, best: float) -> bool:
-    """Whether nothing disturbed a measurement, as far as is known."""
+    """Whether a measurement was, as far as is known, undisturbed."""
     return sample.spread <= DOUBTFUL and sample.pulse <= CALM * best
 
 
@@ -149,8 +149,8 @@ class Cache:
 
     Args:
         settings: sizes of the layers.
-        section: ``probe``, or another name for samples that are not to be mixed with those.
-        fresh: forget what was kept.
+        section: ``probe``, or another name for samples to be kept apart from those.
+        fresh: delete what was kept.
     """
 
     def __init__(self, settings: LayerSettings, *, section: str = "probe", fresh: bool = False) -> None:
@@ -162,8 +162,8 @@ class Cache:
                 self.path.unlink(missing_ok=True)
 
     def read(self) -> Samples:
-        """All samples but those that a busy machine made, as others tell; none when the file is missing, damaged, or of
-        something else."""
+        """All samples except those that appear to come from a busy machine; none if the file is missing, damaged, or
+        belongs to another identity."""
         try:
             stored = json.loads(self.path.read_text())
         except (OSError, ValueError):
@@ -185,8 +185,8 @@ class Cache:
         }
 
     def add(self, what: str, length: int, samples: Mapping[str, Sample]) -> None:
-        """Keep samples beside those that are there, also those that another process wrote meanwhile. A folder that cannot
-        be written keeps nothing."""
+        """Add samples to the file, keeping those already there, including any that another process has just written. If
+        the folder cannot be written, nothing is kept."""
         every = self.read()
         for name, sample in samples.items():
             every.setdefault(what, {}).setdefault(name, {})[length] = sample
@@ -210,14 +210,14 @@ class LayerMeasure:
     works: dict[str, LayerWork] = field(default_factory=dict)
 
     def work(self, name: str) -> LayerWork:
-        """The layer of a mechanism with the actions that are timed, built at the first call."""
+        """The layer of a mechanism with the actions that are timed; built at the first call and kept."""
         if name not in self.works:
             self.works[name] = LayerWork(get_mechanism(name), self.settings)
         return self.works[name]
 
     def __call__(self, what: str, length: int, names: Sequence[str]) -> dict[str, Sample]:
         device = torch.device(self.settings.device)
-        # a work's actions of training and of the rest set its layer's mode: each group is of one kind
+        # preparing an action sets the layer's training mode, so each group has one kind of work only
         actions, setup, memory, first = {}, {}, {}, 0.0
         for name in names:
             started = time.perf_counter()
@@ -244,11 +244,11 @@ class Probe:
     """Measurements of some mechanisms, and predictions from them.
 
     Attributes:
-        samples: all that were measured, now or before.
+        samples: all measurements, from now or from disk.
         measured: how many were measured now.
         recalled: how many came from disk.
-        seconds: that measuring took now.
-        left: (what, mechanism, length) that were not measured for lack of time or memory.
+        seconds: time spent on measuring now.
+        left: (what, mechanism, length) of measurements skipped for lack of time or memory.
     """
 
     settings: LayerSettings
@@ -260,15 +260,15 @@ class Probe:
     _curves: dict[tuple[str, str, str], Curve | None] = field(default_factory=dict)
 
     def add(self, what: str, name: str, length: int, sample: Sample) -> None:
-        """Know one more; of two of the same length, what both tell."""
+        """Add a sample; if the length already has one, the two are combined."""
         samples = self.samples[what][name]
         samples[length] = sample.agreeing(samples[length]) if length in samples else sample
         for of in ("seconds", "memory", "state"):
             self._curves.pop((what, name, of), None)
 
     def curve(self, what: str, name: str, of: str) -> Curve | None:
-        """The prediction of ``seconds``, ``memory`` (of decoding: with the state) or ``state``; None when too little
-        was measured."""
+        """The prediction of ``seconds``, ``memory`` (with the state, for decoding) or ``state``; None if too little was
+        measured."""
         key = what, name, of
         if key not in self._curves:
             samples = self.samples.get(what, {}).get(name, {})
@@ -280,17 +280,18 @@ class Probe:
     def width(self, what: str, name: str, length: int) -> float:
         """Half-width of the interval around a predicted time, on a logarithmic axis.
 
-        That of the nearest measurement, and more with each octave to it: little between measured lengths, much beyond.
+        It is that of the nearest measurement plus an amount per octave of distance: little between measured lengths,
+        much beyond.
         """
         samples = self.samples[what][name]
         nearest = min(samples, key=lambda n: abs(math.log(n / length)))
         return max(SURE, samples[nearest].spread) + self.away(what, name, length)
 
     def away(self, what: str, name: str, length: int) -> float:
-        """The part of :meth:`width` that the distance from the nearest measured length adds; 0 at a measured one.
+        """The part of :meth:`width` due to the distance from the nearest measured length; 0 at a measured one.
 
-        Beyond the longest it holds too what the errors of two measurements may hide: an overhead that seems to be all there
-        is to a call of 64 tokens says little about thousands.
+        Beyond the longest measured length it includes an error that two measurements may hide: if a fixed overhead
+        seems to be the whole cost at 64 tokens, that says little about thousands.
         """
         known = self.samples[what][name]
         rate = INSIDE if min(known) <= length <= max(known) else OUTSIDE
@@ -301,7 +302,7 @@ class Probe:
         """Geometric mean of the times at some lengths, and the half-width of its interval on a logarithmic axis.
 
         Raises:
-            KeyError: where too little was measured.
+            KeyError: if too little was measured.
         """
         curve = self.curve(what, name, "seconds")
         if curve is None:
@@ -310,17 +311,17 @@ class Probe:
         return mean, sum(self.width(what, name, n) for n in lengths) / len(lengths)
 
     def memory(self, what: str, name: str, lengths: Sequence[int]) -> float:
-        """The most memory at some lengths."""
+        """The largest memory at some lengths."""
         curve = self.curve(what, name, "memory")
         if curve is None:
             raise KeyError(name)
         return max(curve(n) for n in lengths)
 
     def contenders(self, what: str, names: Sequence[str], lengths: Sequence[int], cap: int | None = None) -> list[str]:
-        """Which of some mechanisms may be the fastest at some lengths by what is known, the most likely first.
+        """The mechanisms that, as far as is known, may be the fastest at some lengths, the most likely first.
 
-        Left out are those that surely take longer than one that surely fits in `cap` bytes, and those that surely do not
-        fit.
+        Excluded are those that surely take longer than one that surely fits in `cap` bytes, and those that surely do
+        not fit.
         """
         times = {n: self.time(what, n, lengths) for n in names if self.curve(what, n, "seconds") is not None}
         least = math.inf

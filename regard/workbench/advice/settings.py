@@ -9,7 +9,7 @@ from regard.workbench.advice.layer_work import WHAT, LayerSettings
 from regard.workbench.advice.needs import parse_needs
 
 USES = {"train": "training", "infer": "forward", "serve": "decode"}
-"""Uses of a mechanism, each with the kind of work whose time then decides."""
+"""Uses of a mechanism, each with the kind of work whose time decides."""
 
 LONGEST = 1 << 20
 
@@ -19,18 +19,18 @@ class AdviseSettings:
     """The question.
 
     Attributes:
-        lengths: one or several, from 1 to 2^20; with several, the geometric mean of the times decides.
+        lengths: one or more, from 1 to 2^20; with several, the geometric mean of the times decides.
         use: ``train``, ``infer`` or ``serve`` (one token after another, from a state).
-        needs: of :data:`regard.workbench.advice.needs.NEEDS`.
-        memory: most bytes that one layer may hold beside its weights and its input, at every length; None for no limit.
-            Of serving it is the state and what a step needs.
+        needs: names from :data:`regard.workbench.advice.needs.NEEDS`.
+        memory: most bytes that one layer may hold in addition to its weights and input, at every length; None for no
+            limit. For serving: the state and the memory of a step.
         pattern, dim, heads, head_dim, batch, dtype, device, short_convolution: as in
             :class:`regard.workbench.advice.layer_work.LayerSettings`.
-        mechanisms: candidates; all that mix tokens and have the pattern when None.
-        exclude: no candidates.
-        what: kinds of work that are predicted; that of `use` is among them in any case.
-        seconds: time to measure. What decides is measured at 32 and 64 tokens however long it takes, since nothing can be
-            predicted without.
+        mechanisms: the candidates; by default all that mix tokens and have the pattern.
+        exclude: mechanisms that are not candidates.
+        what: kinds of work to predict; that of `use` is always included.
+        seconds: time for measurements. The deciding work is measured at 32 and 64 tokens however long it takes, since
+            nothing can be predicted without.
     """
 
     lengths: tuple[int, ...] = (1024,)
@@ -78,7 +78,7 @@ class AdviseSettings:
 
     @property
     def layer(self) -> LayerSettings:
-        """Settings with which measured layers are built and called."""
+        """Settings with which the measured layers are built and called."""
         sizes = (self.dim, self.heads, self.head_dim, self.batch)
         return LayerSettings(self.pattern, *sizes, self.dtype, self.device, self.short_convolution)
 

@@ -1,4 +1,4 @@
-"""Advice, and the errors of its predictions, for a terminal."""
+"""Advice, and the errors of its predictions, as text for a terminal."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from regard.workbench.advice.check import Errors
 
 MARKS = {"measured": "", "interpolated": "~", "extrapolated": "≈"}
 SHOWN, CHANGES = 5, 3
-"""Mechanisms and changes in the short form."""
+"""Mechanisms and changes shown in the short form."""
 
 
 def short_text(advice: Advice) -> Iterator[Any]:
-    """The answer in at most twenty lines of a wide terminal: the first mechanisms, what would change it, a line to paste."""
+    """The answer in at most twenty lines on a wide terminal: top mechanisms, what would change it, a line to paste."""
     yield Text(advice.text, style="bold")
     if advice.candidates:
         yield ""
@@ -41,7 +41,7 @@ def short_text(advice: Advice) -> Iterator[Any]:
 
 
 def _first(advice: Advice) -> Table:
-    """The first candidates: of each length the time that decides, with its interval, and the memory."""
+    """The first candidates, with the deciding time, its interval and the memory at each length."""
     settings = advice.settings
     headings = [settings.deciding]
     for length in settings.lengths:
@@ -55,7 +55,7 @@ def _first(advice: Advice) -> Table:
             cells += [time if estimate is None else f"{time} ± {estimate.high / estimate.milliseconds - 1:.0%}", memory]
         rows.append(cells)
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for i, heading in enumerate(headings):  # the reason gives way where the terminal is narrow
+    for i, heading in enumerate(headings):  # the reason is cut off if the terminal is narrow
         width = max(len(row[i]) for row in [headings, *rows])
         table.add_column(heading, justify="right" if i else "left", no_wrap=True, min_width=width)
     table.add_column("", no_wrap=True)
@@ -65,8 +65,7 @@ def _first(advice: Advice) -> Table:
 
 
 def advice_text(advice: Advice) -> Iterator[Any]:
-    """All there is to say, in order: the answer, a table for each length, the reasons, what would change it, lines to
-    paste."""
+    """The full text: the answer, a table per length, the reasons, what would change the answer, and code to paste."""
     yield Text(advice.text, style="bold")
     yield ""
     for length in advice.settings.lengths:

@@ -1,1 +1,1 @@
-"""`regard compare`: mechanisms trained on the same work, judged together, and one recommended."""
+"""`regard compare`: train mechanisms on the same work, judge them together, and recommend one."""

@@ -1,8 +1,9 @@
-"""The training runs of a comparison made on other processes, ahead of the comparison, which then finds their rows.
+"""The training runs of a comparison made ahead on other processes; the comparison then finds their rows.
 
-It decides as :class:`regard.workbench.comparison.trainer.Trainer` does, which goes through all runs afterwards and makes those
-that are missing: rates for all mechanisms at once, then those beyond of all whose best is at an end, then all other seeds, then
-the longer runs of those that failed where others solved the task.
+Decisions are those of :class:`regard.workbench.comparison.trainer.Trainer`, which afterwards goes through all runs and
+makes the missing ones: first the given learning rates for all mechanisms at once, then further rates where the best is
+at an end of the range, then all other seeds, then longer runs for the failed seeds of mechanisms that solved the task
+with others.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Run = tuple[str, float, int]
 
 
 def make_ahead(sweep: Sweep, trainer: Trainer, work: Work, names: Sequence[str]) -> None:
-    """Make the runs of these mechanisms on a task that the store lacks."""
+    """Make the runs of these mechanisms on a task that are not in the store."""
     settings, first = trainer.settings, trainer.settings.first_seed
     rates = {name: list(settings.rates) for name in names}
 
@@ -71,6 +72,6 @@ def _fill(sweep: Sweep, trainer: Trainer, work: Work, runs: Sequence[Run]) -> No
 
 
 def make_run(work: Work, run: Run, store: Store, folder: Path) -> None:
-    """One run, with its row and, where models are kept, its model."""
+    """Make one run and store its row and, if models are kept, its model."""
     quiet = Trainer(store, work.settings, folder, store.command, lambda _: None, lambda _: None, None)
     quiet.run(work, *run)

@@ -1,9 +1,9 @@
-"""`regard compare`: train mechanisms on the same work, measure quality and cost on this machine, and say which to take.
+"""`regard compare`: train mechanisms on the same work, measure quality and cost on this machine, and recommend one.
 
-Every mechanism gets the same backbone at the same number of parameters (the feed-forward width absorbs the difference),
-the same parts around it (see :mod:`regard.models.frames`), the same batches in the same order, the same learning-rate search
-and the same budget. Each measurement is a row of
-the store the moment it exists, so a comparison that is killed goes on with the same command.
+Every mechanism gets the same backbone with the same number of parameters (the feed-forward width absorbs the
+difference), the same surrounding parts (see :mod:`regard.models.frames`), the same batches in the same order, the same
+learning-rate search and the same budget. Each measurement is stored as a row as soon as it exists, so the same command
+resumes a comparison that was killed.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class Outcome:
     """The findings of a comparison.
 
     Attributes:
-        summary: of each task, an entry for each mechanism.
-        recommendation: which to take, why, and what could not be separated.
-        report: the HTML file.
-        store: the rows behind it.
-        models: the winner's model of each task, where models are kept.
-        baselines: name and score of the simple rule of each task that has one, and whether higher is better.
-        beside: of each task, what the mechanisms that lead score in further frames.
+        summary: for each task, one entry per mechanism.
+        recommendation: which mechanism to take, why, and what could not be separated.
+        report: path of the HTML report.
+        store: path of the database with the rows.
+        models: for each task, the folder of the winner's model, if models are kept.
+        baselines: for each task with a simple rule, the rule's name and score and whether higher is better.
+        beside: for each task, the scores of the leading mechanisms in further frames.
     """
 
     summary: dict[str, list[dict[str, Any]]]
@@ -80,20 +80,22 @@ def compare(
     command: str | None = None,
     sweep: Sweep | None = None,
 ) -> Outcome:
-    """Run a comparison, or go on with one.
+    """Run a comparison, or resume one.
 
     Args:
-        tasks: each is trained on by every mechanism.
+        tasks: tasks on which every mechanism is trained.
         settings: see :class:`CompareSettings`.
-        output: folder of the store (``results.db``), the report and kept models. Rows that it has are not measured again.
+        output: folder for the store (``results.db``), the report and kept models. Rows already stored are not measured
+            again.
         watch: called with the progress several times a second.
-        say: called with sentences about what happens.
-        command: command line to record and to print beside each row; that of the process when None.
-        sweep: where training runs are made; costs are measured here, and so are runs when None.
+        say: called with messages about what happens.
+        command: command line to record and to print next to each row; that of the process when None.
+        sweep: runs the training on other machines; costs are always measured on this one. When None, everything runs
+            here.
 
     Raises:
-        Unsupported: before any training, for a mechanism that a task's pattern or size rules out, a budget that is too
-            small, or an output folder that cannot be written; for a budget of time beside `sweep`.
+        Unsupported: before any training: if a task's pattern or size rules out a mechanism, the budget is too small,
+            the output folder cannot be written, or a time budget is combined with `sweep`.
     """
     if sweep is not None and settings.budget.unit == "seconds":
         raise Unsupported(
@@ -116,19 +118,19 @@ def train_share(
     say: Callable[[str], None] | None = None,
     command: str | None = None,
 ) -> list[str]:
-    """Only the training runs of some of a comparison's mechanisms, beside processes that do the others'.
+    """Make only the training runs of a share of the mechanisms, while other processes make the rest.
 
-    :func:`compare` with the same tasks, settings and folder then finds their rows, and measures costs, which such
-    processes would disturb for each other.
+    :func:`compare` with the same tasks, settings and folder then finds their rows. It measures the costs, since
+    parallel processes would disturb each other's measurements.
 
     Args:
-        share: ``"i/n"`` for share i of n of the mechanisms.
+        share: ``"i/n"``, share i of n of the mechanisms.
 
     Returns:
-        The mechanisms of the share.
+        The names of the mechanisms in the share.
 
     Raises:
-        Unsupported: as :func:`compare`, and for a share of another form.
+        Unsupported: as for :func:`compare`, and for a malformed share.
     """
     names = shard(settings.names, share)
     with _begun(tasks, settings, output, watch, say, command) as runner:
@@ -145,7 +147,7 @@ def _begun(
     say: Callable[[str], None] | None,
     command: str | None,
 ) -> Iterator[_Runner]:
-    """A comparison whose work is planned and whose store is open."""
+    """A comparison with its work planned and its store open."""
     if not tasks:
         raise Unsupported("a comparison on no tasks", supported="one task or more")
     names = [task.name for task in tasks]
@@ -182,7 +184,7 @@ def _begun(
 
 
 def _match(store: Store, work: Work, say: Callable[[str], None]) -> Any:
-    """The options that match the backbones, which a comparison that goes on finds in the store."""
+    """The options that match the backbones; a resumed comparison finds them in the store."""
     settings = work.settings
     key = {**work.identity, "quantity": settings.match, "backbones": [v.backbone for v in settings.variants.values()]}
     if settings.match == "time":
@@ -190,7 +192,7 @@ def _match(store: Store, work: Work, say: Callable[[str], None]) -> Any:
     row = store.get("match", key)
     if row is None:
         say(f"scaling the backbones to equal {MATCHED[settings.match or '']}")
-        if settings.match == "time":  # which is another one with as many threads as a busy machine has no cores for
+        if settings.match == "time":  # more threads than a busy machine has free cores would distort the times
             torch.set_num_threads(best_threads(work))
         store.put("match", key, match(work.task, settings))
         row = store.get("match", key)
@@ -215,9 +217,9 @@ class _Runner:
         self.trainer, self.beginning, self.matched = trainer, beginning, matched
         self.costed: list[dict[str, Any]] = []
         self.framed: dict[tuple[str, str], list[Runs]] = {}
-        """Of a frame after the first and a mechanism, its runs on each task..."""
+        """Runs on each task, by frame after the first and mechanism..."""
         self.beside: list[Runs] = []
-        """...and those of the mechanisms that lead."""
+        """...and those of the leading mechanisms."""
         self.sweep: Sweep | None = None
 
     def run(self) -> Outcome:
@@ -228,7 +230,7 @@ class _Runner:
         self.trainer.reserved = self.trainer.beside = 0.0
         found = Conclusions(self.works, self.settings, runs, costs, self.matched)
         for name in self._framed_leaders(found):
-            for frame in self.settings.frames[1:2]:  # which time is kept for
+            for frame in self.settings.frames[1:2]:  # for which time is reserved
                 self._train_in_frame(frame, name)
         if (more := self._with_time_left(runs)) is not None:
             found = Conclusions(self.works, self.settings, more, costs, self.matched)
@@ -240,10 +242,11 @@ class _Runner:
     def train_all(self, names: Sequence[str], after: float = 0.0) -> dict[str, Runs]:
         """All runs of these mechanisms in the first frame, by task.
 
-        Tasks that can be solved come first, before the time of others is planned anew: fewer steps would change what they say.
+        Tasks that can be solved come first, before the time of the others is planned anew: with fewer steps their
+        verdict could change.
 
         Args:
-            after: planned seconds of what follows.
+            after: planned seconds of the work that follows.
         """
         trainer = self.trainer
         runs = {work.task.name: Runs() for work in self.works}
@@ -262,7 +265,7 @@ class _Runner:
         return runs
 
     def _with_time_left(self, runs: Mapping[str, Runs]) -> dict[str, Runs] | None:
-        """The runs, and what no time was left for until other work took less than was kept for it; None without more."""
+        """The runs, plus further ones if other work took less time than was reserved; None if nothing was added."""
         more = dict(runs)
         for work in self.works:
             before = runs[work.task.name]
@@ -278,15 +281,15 @@ class _Runner:
         return self.trainer.train(work, names)
 
     def _beside_seconds(self, work: Work) -> float:
-        """Planned seconds of a task's runs in the further frame that time is kept for."""
+        """Planned seconds of a task's runs in the further frame for which time is reserved."""
         return (work.all_runs - work.runs * len(work.configs)) * statistics.fmean(map(work.run_seconds, work.configs))
 
     def _framed_leaders(self, found: Conclusions) -> list[str]:
-        """Those that lead and have frames."""
+        """The leading mechanisms that are used in frames."""
         return [name for name in found.leaders() if self.settings.variants[name].backbone is None]
 
     def _in_other_frames(self, found: Conclusions) -> dict[str, list[dict[str, Any]]]:
-        """Rows of those that lead, trained in the frames after the first where time is left; by task."""
+        """Rows of the leading mechanisms, trained in further frames while time is left; by task."""
         self.beside = []
         rows: dict[str, list[dict[str, Any]]] = {work.task.name: [] for work in self.works}
         for frame in self.settings.frames[1:]:
@@ -305,7 +308,7 @@ class _Runner:
         return rows
 
     def _train_in_frame(self, frame: str, name: str) -> bool:
-        """Train a mechanism on every task in another frame, once; False where no time is left for that."""
+        """Train a mechanism once on every task in another frame; return False if there is no time for it."""
         if (frame, name) in self.framed:
             return True
         works = [Work(work.task, self.settings, frame, [name]) for work in self.works]
@@ -319,7 +322,7 @@ class _Runner:
         return True
 
     def _costs(self) -> list[dict[str, Any]]:
-        """Inference, decoding, memory and state, once for each kind of backbone, all mechanisms interleaved."""
+        """Inference, decoding, memory and state: once for each kind of backbone, with all mechanisms interleaved."""
         found = []
         for kind in dict.fromkeys(work.kind for work in self.works):
             works = [work for work in self.works if work.kind == kind]
@@ -392,7 +395,7 @@ class _Runner:
         return Outcome(found.summary, advice, report, self.store.path, models, run["baselines"], found.beside)
 
     def _kept_models(self, found: Conclusions) -> dict[str, Path]:
-        """The winner's model of each task; the lines that load it go into the notes."""
+        """The winner's model for each task; the code that loads it is added to the notes."""
         advice, kept = found.advice, {}
         if not self.settings.keep_models or advice.winner is None:
             return {}
@@ -415,10 +418,10 @@ class _Runner:
 
 
 def render_report(store: Store, path: Path, run: str | None = None) -> Path:
-    """Write the report of a finished comparison from its rows: the one of id `run`, or the newest.
+    """Write the report of a finished comparison from its rows: of the one with id `run`, or of the newest.
 
     Raises:
-        Unsupported: when the store holds no finished comparison, or the file cannot be written.
+        Unsupported: if the store holds no finished comparison, or the file cannot be written.
     """
     finished = store.rows("run", run)
     if not finished:
@@ -445,7 +448,7 @@ def render_report(store: Store, path: Path, run: str | None = None) -> Path:
 
 
 def _model_for(work: Work) -> Callable[[str, int], nn.Module]:
-    """A comparison's models for inputs of a length: the same for all, but for mechanisms with a greatest length."""
+    """Maps mechanism and input length to a model: one per mechanism, unless the mechanism has a maximum length."""
     device = work.settings.device
     kept = {name: build(config, 0, device) for name, config in work.configs.items()}
 
@@ -457,7 +460,7 @@ def _model_for(work: Work) -> Callable[[str, int], nn.Module]:
 
 
 def _input(task: Task, length: int, device: str = "cpu") -> tuple[tuple[Tensor, ...], Context]:
-    """Inputs of `length` tokens; in a cross pattern the task's own, and a memory of `length`."""
+    """Inputs of `length` tokens; in cross patterns, inputs of the task's length and a memory of `length` tokens."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(count: int, vocab_size: int | None, features: int | None) -> Tensor:

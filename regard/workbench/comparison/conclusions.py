@@ -1,4 +1,4 @@
-"""What the runs and costs of a comparison say together: scores, comparisons, the recommendation and its notes."""
+"""Conclusions from the runs and costs of a comparison: scores, comparisons, the recommendation and its notes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Conclusions:
     """Conclusions from the runs: summaries, comparisons and the recommendation.
 
     Attributes:
-        beside: of each task, what the mechanisms that lead score in further frames, see :func:`beside_frames`.
+        beside: for each task, scores of the leading mechanisms in further frames, see :func:`beside_frames`.
         left_out: sentences about what there was no time for.
     """
 
@@ -83,7 +83,7 @@ class Conclusions:
         )
 
     def leaders(self) -> list[str]:
-        """The recommended mechanism, those like it, the best of each task, softmax, the next: as many as the settings say."""
+        """The winner, its equals, the best of each task, softmax, then the next best: as many as `settings.leaders`."""
         ranked = [[e["mechanism"] for e in entries if e["mean"] is not None] for entries in self.summary.values()]
         named = [self.advice.winner, *self.advice.alike, *(names[0] for names in ranked if names), "softmax"]
         named += [name for names in ranked for name in names]
@@ -91,7 +91,7 @@ class Conclusions:
         return known[: self.settings.leaders]
 
     def look_beside(self, rows: Mapping[str, list[dict[str, Any]]]) -> None:
-        """Take the rows of further frames in, which may decide between what is alike, and complete the notes."""
+        """Add the rows of further frames, which may decide between equals, and complete the notes."""
         for task, made in rows.items():
             if made:
                 self.beside[task] = beside_frames(self.runs[task].rows, made)

@@ -1,4 +1,4 @@
-"""The cost of a model against the length of its input: inference time, decoding speed, memory and state."""
+"""The cost of a model as a function of the input length: inference time, decoding speed, memory and state."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ def model_costs(
     *,
     seconds: float = 1.0,
 ) -> dict[str, dict[str, Any]]:
-    """Costs of several models of one backbone, interleaved at each length. Batch 1, no gradients.
+    """Costs of several models with one kind of backbone, interleaved at each length; batch 1, no gradients.
 
     Args:
-        names: of the models, as of their mechanisms; with `softmax` among them efficiency lengths are found.
-        model_for: the model of a name for inputs of a length.
-        lengths: of the input, or of the memory.
-        make_input: an input of a given length (or an input, and a memory of that length) and its context.
-        seconds: of timing at each length.
+        names: names of the models, which are those of their mechanisms; efficiency lengths are found if `softmax` is
+            one.
+        model_for: returns the model with a name for inputs of a length.
+        lengths: lengths of the input, or of the memory in cross patterns.
+        make_input: returns an input of a given length (or an input, and a memory of that length) and its context.
+        seconds: timing budget at each length.
 
     Returns:
         For each model the payload of a ``cost`` row: latency (length, ms, low, high), decode (length, tokens/s), memory
-        and state_bytes (length, bytes), the efficiency lengths, the backends that ran its engines, and the lengths that are
-        too long for the memory, at which the model has no costs.
+        and state_bytes (length, bytes), the efficiency lengths, the backends that ran its engines, and the lengths at
+        which it ran out of memory and has no costs.
     """
     found: dict[str, dict[str, Any]] = {name: {key: [] for key in LISTS} for name in names}
     with torch.no_grad():
@@ -67,7 +68,7 @@ def _at(
     make_input: Callable[[], tuple[tuple[Tensor, ...], Context]],
     seconds: float,
 ) -> dict[str, dict[str, Any]]:
-    """The costs with one input of those models whose forward pass the memory suffices for."""
+    """The costs at one input, for those models whose forward pass fits in memory."""
     given = if_it_fits(make_input)
     if given is None:
         return {}
@@ -95,7 +96,7 @@ def _at(
 
 
 def _state(model: nn.Module, inputs: tuple[Tensor, ...], context: Context) -> Any:
-    """The state of one sequence after `inputs`, which has absorbed any memory; None of models that nothing is decoded with."""
+    """The state after one sequence, including any memory; None for models that do not decode."""
     if not isinstance(model, LanguageModel | EncoderDecoder) or not all(block.continues for block in model.blocks):
         return None
     return model(*inputs, context=context.replace(want=frozenset({"state"}))).state

@@ -1,8 +1,10 @@
-"""Image backbones, or networks that segment, of equal size or cost: widths are scaled until one quantity is near the first's.
+"""Matching of image backbones or segmentation networks: widths are scaled until size or cost is close to the first
+one's.
 
-Depths and everything else stay as published. A backbone whose widths come in large steps is matched as nearly as they allow,
-and how nearly is told. Times are measured in turn with the first one's, since machines change their pace; the nearest are measured
-again and judged by medians, since of several noisy figures the nearest looks nearer than it is.
+Depths and everything else stay as published. A backbone whose widths change in large steps is matched as closely as
+they allow, and the remaining difference is reported. Times are measured in turn with the first backbone's, since the
+speed of machines drifts. The closest candidates are measured again and judged by medians, since the closest of several
+noisy measurements looks closer than it is.
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ from regard.workbench.comparison.settings import MATCHED, CompareSettings
 from regard.workbench.comparison.task_models import network_config
 
 STEPS = 3
-"""Training steps that a time is the median of."""
+"""Training steps whose median time is taken."""
 NEAREST, AGAIN = 2, 3
-"""Widths whose time is measured again, and how often."""
+"""Number of widths whose time is measured again, and how often."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,10 @@ class Matched:
     """A backbone after matching.
 
     Attributes:
-        options: those that differ from its published size.
-        value: of the quantity.
-        off: relative difference from the first backbone's.
-        fixed: whether its widths cannot be changed.
+        options: the options that differ from the published ones.
+        value: the matched quantity.
+        off: relative difference from the first backbone.
+        fixed: True if its widths cannot be changed.
     """
 
     options: Mapping[str, Any]
@@ -53,10 +55,10 @@ class Matched:
 
 
 def match(task: Task, settings: CompareSettings) -> dict[str, dict[str, Any]]:
-    """Options of each backbone of the settings with which `settings.match` is nearest to that of the first; as JSON.
+    """Find the options for each backbone with which `settings.match` is closest to that of the first; as JSON.
 
     Raises:
-        Unsupported: for sizes that a backbone cannot take.
+        Unsupported: for sizes that a backbone does not support.
     """
     assert settings.match is not None
     measure = _measures(task, settings)[settings.match]
@@ -65,7 +67,7 @@ def match(task: Task, settings: CompareSettings) -> dict[str, dict[str, Any]]:
     fixed = measure(target)
 
     def beside(config: ImageModelConfig) -> tuple[float, float]:
-        """What is measured of it, and over that of the first."""
+        """The quantity of a backbone, and its ratio to that of the first."""
         value = measure(config)
         return value, value / (measure(target) if settings.match == "time" else fixed)
 
@@ -79,7 +81,7 @@ def match(task: Task, settings: CompareSettings) -> dict[str, dict[str, Any]]:
 
 
 def with_options(settings: CompareSettings, found: Mapping[str, Mapping[str, Any]]) -> CompareSettings:
-    """The settings with the backbones that :func:`match` found, under their names."""
+    """The settings with the backbones that :func:`match` found, under the same names."""
     variants = []
     for name, variant in settings.variants.items():
         backbone, options = variant.backbone or ("", {})
@@ -88,7 +90,7 @@ def with_options(settings: CompareSettings, found: Mapping[str, Mapping[str, Any
 
 
 def sentence(quantity: str, found: Mapping[str, Mapping[str, Any]]) -> str:
-    """What was matched, and how nearly."""
+    """A sentence on what was matched, and how closely."""
     first, *others = found
     shown = {"parameters": units.count, "flops": units.count, "time": units.duration}[quantity]
     parts = []
@@ -111,7 +113,7 @@ def _config(variant: Variant, task: Task, options: Mapping[str, Any] | None = No
 
 
 def _tried(variant: Variant, task: Task, beside: Callable[[ImageModelConfig], tuple[float, float]]) -> list[Matched]:
-    """The backbone as it is, and with the widths of a bisection, since what is measured rises with them."""
+    """The backbone as it is, and with the widths of a bisection; the quantity grows with the widths."""
     value, ratio = beside(_config(variant, task))
     try:
         candidates = scaled_widths(*_config(variant, task).read())
@@ -123,7 +125,7 @@ def _tried(variant: Variant, task: Task, beside: Callable[[ImageModelConfig], tu
         middle = (low + high) // 2
         try:
             value, ratio = beside(_config(variant, task, candidates[middle]))
-        except Unsupported:  # widths that do not go together
+        except Unsupported:  # incompatible widths
             del candidates[middle]
             high -= 1
             continue
@@ -142,7 +144,7 @@ def _distance(one: Matched) -> float:
 def _again(
     one: Matched, variant: Variant, task: Task, beside: Callable[[ImageModelConfig], tuple[float, float]]
 ) -> Matched:
-    """With medians of further measurements."""
+    """The same widths with medians of further measurements."""
     values, ratios = zip(*(beside(_config(variant, task, one.options)) for _ in range(AGAIN)), strict=True)
     return replace(one, value=statistics.median(values), off=statistics.median(ratios) - 1)
 
@@ -167,11 +169,11 @@ def _measures(task: Task, settings: CompareSettings) -> dict[str, Callable[[Imag
 
 
 def flops(config: ImageModelConfig) -> float:
-    """FLOPs of the products and convolutions of one image, as torch counts them."""
+    """FLOPs of the matrix products and convolutions for one image, as counted by torch."""
     with torch.device("meta"):
         model = build_model(config).eval()
         inputs = torch.empty(1, math.prod(config.grid), config.patch ** len(config.grid) * config.channels)
-    # of tensors without values, which no fused kernel takes that the counter does not know
+    # on meta tensors, which fused kernels unknown to the counter do not accept
     with torch.no_grad(), backends.only("torch"), FlopCounterMode(display=False) as counter:
         model(inputs, context=Context(grid=config.grid))
     return float(counter.get_total_flops())

@@ -1,4 +1,4 @@
-"""The plan of a comparison: threads, and how many steps each run takes within the budget."""
+"""The plan of a comparison: the number of threads, and how many steps each run gets within the budget."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from regard.workbench.comparison.work import Work
 CALIBRATION_SECONDS = 20.0
 FEWEST_STEPS = 20
 SAFETY = 0.93
-"""Part of a time budget that is planned; the rest absorbs a machine that slows down."""
+"""Share of a time budget that is planned; the rest is a reserve in case the machine slows down."""
 OF_SOLVABLE = 1.5
-"""Time of a task that can be solved, where an open-ended one has 1: before it is solved it tells little, and with half the
-steps that it needs it tells the wrong thing, while half the text only makes models worse alike."""
+"""Relative time for a task that can be solved, against 1 for an open-ended one. Until it is solved, its scores say
+little, and with half the steps that it needs they mislead, while half the text just makes all models equally worse."""
 
 
 def plan(
     store: Store, works: Sequence[Work], settings: CompareSettings, started: float, say: Callable[[str], None]
 ) -> None:
-    """Decide how many steps each run takes; with a time budget this is stored, so that a resumed comparison agrees."""
+    """Decide how many steps each run gets; the plan is stored, so that a resumed comparison uses the same."""
     key = {
         "works": [w.identity for w in works],
         "mechanisms": list(settings.names),
@@ -71,8 +71,8 @@ def plan(
 def best_threads(work: Work) -> int:
     """The number of threads that trains the first model fastest, right now.
 
-    More threads than idle cores can be many times slower than one, since they wait for each other in every operator.
-    The number is part of the plan: sums are split over threads, so scores depend on it in their last digits.
+    Threads in excess of idle cores can be many times slower than one thread, since they wait for each other in every
+    operator. The number is part of the plan: sums are split over threads, so the last digits of scores depend on it.
     """
     counts = sorted({1, torch.get_num_threads()})
     if len(counts) == 1:
@@ -84,13 +84,13 @@ def best_threads(work: Work) -> int:
         few = TrainConfig(steps=6, batch_size=work.batch_size, measure_memory=False)
         model = work.prepare(build(config, 0, work.settings.device))
         history = runner_of(work.task).train(model, work.task, few, deadline=time.monotonic() + 5.0)
-        # on a machine so busy that no step was done in time, any number is as good
+        # if the machine is too busy for a single step in time, any number will do
         seconds[count] = statistics.median(point.seconds for point in history.curve) if history.curve else math.inf
     return min(seconds, key=lambda count: seconds[count])
 
 
 def calibration_seconds(budget: Budget) -> float:
-    """Work that is counted in tokens or FLOPs needs the calibration only to tell the remaining time."""
+    """Seconds of calibration; budgets in tokens, steps or FLOPs need it only to estimate the remaining time."""
     share = CALIBRATION_SECONDS / 4 if budget.unit != "seconds" else 0.1 * budget.amount
     return min(CALIBRATION_SECONDS, share)
 
@@ -112,7 +112,7 @@ def _count_steps(works: Sequence[Work], settings: CompareSettings, spent: float)
 
 
 def share_steps(works: Sequence[Work], seconds: float) -> None:
-    """Give each of these tasks its share of the seconds, and all runs of a task the same number of steps."""
+    """Divide the seconds among these tasks, and give all runs of a task the same number of steps."""
     shares = [OF_SOLVABLE if work.task.solved is not None else 1.0 for work in works]
     for work, share in zip(works, shares, strict=True):
         steps = int((seconds * share / sum(shares) - work.seconds_besides()) / work.seconds_a_step())
@@ -120,13 +120,13 @@ def share_steps(works: Sequence[Work], seconds: float) -> None:
 
 
 def cost_seconds(works: Sequence[Work], settings: CompareSettings) -> float:
-    """A generous estimate of the time that measuring costs takes: it is bounded by its own settings."""
+    """A generous estimate of the seconds that measuring costs takes, which the settings bound."""
     kinds = {work.kind for work in works}
     return len(kinds) * (len(settings.lengths) + 1) * 0.5 * len(settings.mechanisms) + 5.0
 
 
 def _least_budget(works: Sequence[Work], settings: CompareSettings) -> Budget:
-    """With twice the fewest steps. What widths were matched in is not spent again: they are in the store."""
+    """A budget for twice the fewest steps; time already spent on matching widths is excluded, since they are stored."""
     if settings.budget.unit == "steps":
         return Budget("steps", 2.0 * FEWEST_STEPS)
     if settings.budget.unit == "tokens":

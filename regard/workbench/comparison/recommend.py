@@ -1,10 +1,11 @@
-"""Which mechanism to take, in two sentences, without ranking noise.
+"""Recommendation of one mechanism in two sentences, without ranking noise.
 
-First quality decides: where a task can be solved, only mechanisms that solve it stay; where some surely beat the simple
-rule of a task, only these; then those remain that cannot be told apart from the best score of
-the other tasks. Only among what remains does cost decide, and only where it differs by more than timings do from one run to
-the next. What neither decides is decided by what depends least on the frame, then by what is plainest, then by the mean
-score in the ranking that regard publishes, so that two runs which cannot tell give one answer, then by the run's own.
+First quality decides. If some mechanisms solve a task, only those stay; if some surely beat the simple rule of a task,
+only those stay; then only those stay that cannot be told apart from the best score on the other tasks. Among the
+mechanisms that remain, cost decides, and only where costs differ by more than timings vary between runs. If neither
+decides, the mechanism that depends least on the frame is taken, then the plainest, then the one with the best mean
+score in the ranking that regard publishes, so that two runs that leave the order open agree, then the one with the best
+mean in this run.
 """
 
 from __future__ import annotations
@@ -28,19 +29,22 @@ PREFERENCES = {
     "inference-memory": ("inference_memory_bytes", False, "{:,.0f} bytes of peak memory in inference"),
     "state": ("state_bytes", False, "{:,.0f} bytes of state a sequence"),
 }
-"""Tie-breakers among mechanisms of equal quality: column of the summary, whether higher is better, wording."""
+"""Tie-breakers among mechanisms of equal quality: column of the summary, whether higher is better, and wording."""
 
 ALIKE = 1.1
-"""Costs below this multiple of the least count as equal: timings of the same work differ by some percent between runs."""
+"""Costs within this factor of the lowest are equal: timings of the same work differ by some percent between runs."""
 
 OF_TRAINING = ("training", "training-memory")
-"""Preferences that are measured in the training runs, whose length is the task's."""
+"""Preferences that are measured in the training runs, so at the task's own length."""
 
 
 @dataclass
 class Recommendation:
-    """`winner` is None when no mechanism has a score. `notes` say what could not be separated, and what would. `alike` are
-    those, the winner among them, between which neither quality nor cost decides."""
+    """A recommendation, with its reasons.
+
+    `winner` is None if no mechanism has a score. `notes` say what could not be separated, and what would separate it.
+    `alike` are the mechanisms, including the winner, between which neither quality nor cost decides.
+    """
 
     text: str
     reason: str
@@ -68,29 +72,28 @@ def recommend(
     named: Sequence[str] = (),
     published: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Recommendation:
-    """The recommendation for a comparison.
+    """Make the recommendation for a comparison.
 
-    A mechanism leaves the race where something that is sure speaks against it: it does not solve what others solve, it is
-    not shown to beat a rule that others surely beat, or it is surely behind the best of those left. Nothing else removes one,
-    so of those that stay none is surely better, and the cheapest is taken. Among those of about the same cost it is the one
-    that, in the further frames that they were all trained in, leaves the fewest tasks unsolved that it solves in the
-    first; then softmax; then the one with the best mean on most of the tasks that are not solved, which is the likelier to be
-    better though it is not sure: in the published ranking where that has them all, else in this comparison; then the first
-    that was named.
+    A mechanism is eliminated only on sure evidence: it does not solve a task that others solve, it is not shown to beat
+    a rule that others surely beat, or it is surely behind the best of those left. So among those that stay none is
+    surely better, and the cheapest is taken. Ties in cost are broken in this order: the mechanism that, in the further
+    frames that all of them were trained in, loses the fewest of the tasks that it solves in the first frame; softmax;
+    the one with the best mean on most of the unsolved tasks, likely but not surely better, by the published ranking if
+    it has them all and by this comparison otherwise; the first that was named.
 
     Args:
-        summary: of each task, one entry a mechanism.
-        comparisons: the paired scores of each task.
-        metrics: name of each task's metric and whether higher is better.
+        summary: for each task, one entry per mechanism.
+        comparisons: the paired scores for each task.
+        metrics: for each task, its metric and whether higher is better.
         prefer: one of `PREFERENCES`.
-        budget: as the user gave it, to say what larger one would separate.
-        seeds: as the user gave them, though time may not have been left for more than one.
-        at_length: of each task the length at which inference, decoding and state were measured.
-        frame: in which the mechanisms were compared.
-        edges: task and mechanism of which the best learning rate is at an end of those tried, with the rate.
-        beside: what mechanisms score in further frames, as :func:`regard.workbench.comparison.summary.beside_frames` tells it.
-        named: the mechanisms in the order in which they were given; that of the summary when empty.
-        published: means of mechanisms by task in the same frame, see :func:`published_means`.
+        budget: the budget as the user gave it, to say what a larger one would separate.
+        seeds: the number of seeds that the user asked for, though time may not have sufficed for more than one.
+        at_length: for each task, the length at which inference, decoding and state were measured.
+        frame: the frame in which the mechanisms were compared.
+        edges: the best learning rate by task and mechanism, where it is at an end of the rates that were tried.
+        beside: scores in further frames, as returned by :func:`regard.workbench.comparison.summary.beside_frames`.
+        named: the mechanisms in the order in which they were given; the order of the summary when empty.
+        published: mean scores by task and mechanism in the same frame, see :func:`published_means`.
     """
     scored = _scored_everywhere(summary)
     if not scored:
@@ -146,7 +149,7 @@ def _headline(
     *,
     proven: bool,
 ) -> str:
-    """Why the winner, in half a sentence, for every case there is."""
+    """Why the winner won, in half a sentence, for every case."""
     if len(scored) == 1:
         return "it is the only mechanism with a score on every task."
     if len(kept) == 1:
@@ -163,7 +166,7 @@ def _headline(
 def _equal_quality(
     kept: Sequence[str], solved: Sequence[str], rest: Sequence[str], comparisons: Mapping[str, Comparison]
 ) -> str:
-    """Why quality does not decide between those that are left, which all solve the same tasks and not the `rest`."""
+    """Why quality does not decide among the mechanisms left, which all solve the same tasks and none of the `rest`."""
     if not rest:
         return f"{listed(kept)} solve {listed(solved)}"
     where = f" on {listed(rest)}" if solved else ""
@@ -178,7 +181,7 @@ def _equal_quality(
 def _no_steps(
     scored: Sequence[str], solved: Sequence[str], rest: Sequence[str], comparisons: Mapping[str, Comparison]
 ) -> str:
-    """Why nothing took a mechanism out of the race."""
+    """Why no mechanism was eliminated."""
     if len(scored) == 1:
         return "there was nothing to choose between"
     said = f"every mechanism solves {listed(solved)}, where scores decide no further" if solved else ""
@@ -210,7 +213,7 @@ def _solved(summary: Mapping[str, Sequence[Mapping[str, Any]]], mechanism: str) 
 def _without_unsolved(
     summary: Mapping[str, Sequence[Mapping[str, Any]]], kept: list[str]
 ) -> tuple[list[str], list[str], list[str]]:
-    """Mechanisms that solve what others solve, why the others left, and notes."""
+    """Keep the mechanisms that solve what others solve; return them, why others were eliminated, and notes."""
     steps, notes = [], []
     for task, entries in summary.items():
         if all(e.get("solved") is None for e in entries):
@@ -230,7 +233,7 @@ def _without_unsolved(
 def _without_unproven(
     summary: Mapping[str, Sequence[Mapping[str, Any]]], kept: list[str]
 ) -> tuple[list[str], list[str]]:
-    """Mechanisms that surely beat a task's rule where some do, and why the others left."""
+    """Keep the mechanisms that surely beat a task's rule if any do; return them and why others were eliminated."""
     steps = []
     for task in summary:
         ahead = [m for m in kept if _entry(summary, task, m).get("beside_baseline") == "ahead"]
@@ -247,7 +250,7 @@ def _without_beaten(
     metrics: Mapping[str, tuple[str, bool]],
     kept: list[str],
 ) -> tuple[list[str], list[str]]:
-    """Mechanisms that are not surely behind the best of those left, task by task, and why the others left."""
+    """The mechanisms that are not surely behind the best left, task by task, and why others were eliminated."""
     steps = []
     for task in summary:
         best = _best(summary, metrics, task, kept)
@@ -269,7 +272,7 @@ def _ties(
     budget: str,
     asked: int,
 ) -> list[str]:
-    """Says what the scores leave open among those that stay, and what would settle it."""
+    """Sentences on what the scores leave open among the mechanisms left, and what would settle it."""
     if len(kept) < 2:
         return []
     found = []
@@ -287,7 +290,7 @@ def _overtaken(
     left: Sequence[str],
     winner: str,
 ) -> list[str]:
-    """Says on which tasks mechanisms that left for another reason are surely ahead of the winner."""
+    """Sentences on the tasks where mechanisms eliminated for another reason are surely ahead of the winner."""
     found = []
     for task in summary:
         if _best(summary, metrics, task, [winner]) is None:
@@ -309,7 +312,7 @@ def _best(
     task: str,
     kept: Sequence[str],
 ) -> str | None:
-    """The one of `kept` with the best score; None where the task is solved, so that scores no longer decide."""
+    """The one of `kept` with the best score; None if the task is solved, so that scores no longer decide."""
     entries = [_entry(summary, task, m) for m in kept]
     if any(e.get("solved") for e in entries):
         return None
@@ -342,7 +345,7 @@ def _value(summary: Mapping[str, Sequence[Mapping[str, Any]]], mechanism: str, c
 def _cheapest(
     summary: Mapping[str, Sequence[Mapping[str, Any]]], names: list[str], column: str, more: bool
 ) -> list[str]:
-    """The cheapest and those of about its cost, in the order of `names`; all where no cost is known."""
+    """The cheapest mechanism and those of about the same cost, in the order of `names`; all if no cost is known."""
     costs = {name: _value(summary, name, column) for name in names}
     known = {name: 1 / cost if more else cost for name, cost in costs.items() if math.isfinite(cost)}
     if not known:
@@ -357,7 +360,7 @@ def _settled(
     beside: Mapping[str, Sequence[Mapping[str, Any]]],
     published: Mapping[str, Mapping[str, float]],
 ) -> tuple[str, str]:
-    """Which of the mechanisms that are alike to take, and why."""
+    """The mechanism to take among equals, and why."""
     least, why = _least_bound(alike, beside)
     if len(least) == 1:
         return least[0], why
@@ -378,7 +381,7 @@ def _settled(
 
 
 def _leader(means: Mapping[str, float], higher_is_better: bool, names: Sequence[str]) -> str | None:
-    """The one with the best mean; None where another has the same."""
+    """The mechanism with the best mean; None if several share it."""
     values = {name: means[name] for name in names}
     best = (max if higher_is_better else min)(values.values())
     leading = [name for name, value in values.items() if value == best]
@@ -389,14 +392,16 @@ PUBLISHED = Path(__file__).with_name("published.json")
 
 
 def published_means(frame: str) -> dict[str, dict[str, float]]:
-    """Means by task and mechanism in the ranking of the documentation, in a frame; empty for frames that it does not have."""
+    """Mean scores by task and mechanism in the documentation's ranking; empty for frames that it does not have."""
     found = json.loads(PUBLISHED.read_text(encoding="utf-8")) if PUBLISHED.is_file() else {}
     return dict(found.get("means", {})) if found.get("frame") == frame else {}
 
 
 def _least_bound(alike: list[str], beside: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[str], str]:
-    """Mechanisms that lose the fewest tasks in the further frames that all of them were trained in, and what the others lose;
-    all of them where there is no such frame."""
+    """The mechanisms that lose the fewest tasks in the further frames that all were trained in, and why they lead.
+
+    All of them, without a reason, if there is no such frame.
+    """
     lost: dict[str, dict[str, bool]] = {}
     for task, entries in beside.items():
         for frame in dict.fromkeys(entry["frame"] for entry in entries):
@@ -416,7 +421,7 @@ def _least_bound(alike: list[str], beside: Mapping[str, Sequence[Mapping[str, An
 
 
 def _inseparable(task: str, best: str, tied: list[str], comparison: Comparison, budget: str, asked: int) -> str:
-    """Says what the scores of a task leave open, and what would separate the most distant of those tied."""
+    """A sentence on what the scores of a task leave open, and what would separate the most distant of those tied."""
     said = f"Cannot separate {best} from {listed(tied)} on {task} at this budget"
     far = max(tied, key=lambda other: abs(comparison.difference(best, other).mean))
     difference = comparison.difference(best, far)
@@ -450,5 +455,5 @@ def _longer(budget: str, factor: float) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names in a sentence: a, b and c."""
+    """Join names in a sentence: a, b and c."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -16,13 +16,13 @@ from regard.workbench.advice.layer_work import check_device
 from regard.workbench.comparison.recommend import PREFERENCES
 
 RATES = (3e-3, 1e-2, 3e-2)
-"""Of 96 best rates of 48 mechanisms on recall and text, all lay from 0.003 to 0.1, and half of them at 0.01."""
+"""For 48 mechanisms on recall and text, all 96 best rates were between 0.003 and 0.1, and half of them were 0.01."""
 MORE_RATES = 3
-"""Rates that are tried beyond those given, one at a time, while the best is at an end."""
+"""Rates beyond the given ones that are tried, one at a time, while the best is at an end of the range."""
 
 
 MATCHED = {"parameters": "parameters", "flops": "FLOPs of an image", "time": "time of a training step"}
-"""What image backbones may be matched in, in words."""
+"""Quantities in which image backbones can be matched, in words."""
 
 
 @dataclass(frozen=True)
@@ -30,29 +30,32 @@ class CompareSettings:
     """Mechanisms to compare, and how.
 
     Attributes:
-        mechanisms: variants, or texts that :func:`regard.models.variants.read_model` reads; `softmax`, or else the
-            first, sets the number of parameters.
-        budget: time of the whole comparison, or tokens or FLOPs of each run.
-        seeds: runs of each mechanism on each task; two or more let differences be judged. With four mechanisms two seeds tell
-            differences apart that are 3.2 times the noise of a run, three 2.0 times, four 1.6 times.
-        first_seed: the lowest of them; another gives other initial weights and another order of the data.
-        frames: what surrounds the mechanisms in their layers, see :mod:`regard.models.frames`. All are compared in the
-            first; those that lead are then trained in the others too. Of a budget of time a part is kept for the second; what
-            follows is trained where time is left.
-        leaders: how many of them.
-        dim, layers, heads: of the backbone.
-        batch_tokens: tokens of a training step; the batch size follows from the task's length.
-        rates: learning rates tried, in full runs of the first seed; the best one trains the other seeds. While the best
-            is at an end of them, the next one beyond is tried, at most `MORE_RATES` times; a single rate is kept.
-        lengths: at which inference, decoding, memory and state are measured, beside the tasks' own.
+        mechanisms: variants, or strings that :func:`regard.models.variants.read_model` parses; `softmax`, or the first
+            if it is missing, sets the number of parameters.
+        budget: time for the whole comparison, or steps, tokens or FLOPs for each run.
+        seeds: runs of each mechanism on each task; with two or more, differences can be judged. With four mechanisms,
+            the smallest difference that can be told from noise is 3.2 times the noise of a run with two seeds, 2.0
+            times with three, 1.6 times with four.
+        first_seed: the lowest seed; another one changes the initial weights and the order of the data.
+        frames: the parts around the mechanisms in their layers, see :mod:`regard.models.frames`. All mechanisms are
+            compared in the first frame; the leading ones are then trained in the others too. Part of a time budget is
+            reserved for the second frame; further frames are trained if time is left.
+        leaders: number of leading mechanisms that are trained in further frames.
+        dim, layers, heads: sizes of the backbone.
+        batch_tokens: tokens per training step; the batch size follows from the task's length.
+        rates: learning rates, each tried in a full run of the first seed; the best one trains the other seeds. While
+            the best is at an end of the range, the next one beyond is tried, at most `MORE_RATES` times. A single rate
+            is not varied.
+        lengths: lengths, in addition to the tasks' own, at which inference, decoding, memory and state are measured.
         at_length: the length that the table and the recommendation use; each task's own when None.
-        prefer: what decides among mechanisms of equal quality; one of `PREFERENCES`.
-        keep_models: keep the winner's weights of the first seed.
-        stack: how the backbone's blocks are stacked, as in the models' configs.
-        precision: of training, as in :class:`regard.training.TrainConfig`.
-        device: a device of torch, on which models are trained and measured.
-        match: what image backbones are made equal in by scaling their widths, one of `MATCHED`; as published when None.
-        model: the backbone, a name of :mod:`regard.models.registry`; the first that serves a task when None.
+        prefer: the cost that decides among mechanisms of equal quality; one of `PREFERENCES`.
+        keep_models: whether to keep the winner's weights of the first seed.
+        stack: how the backbone's blocks are stacked, as in model configs.
+        precision: training precision, as in :class:`regard.training.TrainConfig`.
+        device: torch device on which models are trained and measured.
+        match: the quantity in which image backbones are made equal by scaling their widths, one of `MATCHED`; None to
+            leave them as published.
+        model: the backbone, a name in :mod:`regard.models.registry`; the first that serves a task when None.
     """
 
     mechanisms: tuple[str | Variant, ...]
@@ -83,7 +86,7 @@ class CompareSettings:
         object.__setattr__(self, "mechanisms", read)
         given = [variant.name for variant in read]
         if self.all_backbones:
-            object.__setattr__(self, "frames", ("own",))  # their layers are theirs
+            object.__setattr__(self, "frames", ("own",))  # whole backbones bring their own layers
         twice = {name for name in given if given.count(name) > 1}
         if twice:
             raise Unsupported(f"mechanism {sorted(twice)[0]!r} twice", supported="each mechanism once")
@@ -117,12 +120,12 @@ class CompareSettings:
 
     @property
     def all_backbones(self) -> bool:
-        """Whether whole image models are compared, and no mechanisms."""
+        """Whether whole image models are compared, not mechanisms."""
         return all(variant.backbone is not None for variant in self.variants.values())
 
     @property
     def unmatched(self) -> set[str]:
-        """Names of image backbones, and of plans with all their widths, whose parameters are not matched."""
+        """Names of image backbones, and of plans that give all their widths, whose parameters are not matched."""
         return {name for name, variant in self.variants.items() if variant.backbone is not None or variant.sized}
 
     @property
@@ -131,9 +134,9 @@ class CompareSettings:
         return tuple(self.variants)
 
     def only(self, names: Iterable[str]) -> CompareSettings:
-        """The same for some of the mechanisms, by name."""
+        """The same settings with only these mechanisms."""
         return replace(self, mechanisms=tuple(self.variants[name] for name in names))
 
     def measured_at(self, own: int) -> int:
-        """The length whose cost counts for a task whose own length is `own`."""
+        """The length at which costs count for a task with length `own`."""
         return own if self.at_length is None else self.at_length

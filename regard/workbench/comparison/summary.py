@@ -1,4 +1,4 @@
-"""From rows of the store to what a comparison says: one entry for each task and mechanism."""
+"""Summaries of a comparison from the rows of the store: one entry for each task and mechanism."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ CURVE_POINTS = 100
 
 
 def by_tokens(history: History) -> list[tuple[int, Point]]:
-    """Points of a training curve, each with the tokens seen until then; all steps count alike."""
+    """The points of a training curve, each with the number of tokens seen so far; all steps count alike."""
     each = history.tokens / max(1, len(history.curve))
     return [(round(each * (i + 1)), point) for i, point in enumerate(history.curve)]
 
 
 def thin(points: list[list[float]]) -> list[list[float]]:
-    """At most CURVE_POINTS points, each the mean of a stretch of steps."""
+    """Reduce to at most CURVE_POINTS points, each the mean over a stretch of steps."""
     size = max(1, math.ceil(len(points) / CURVE_POINTS))
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     return [[part[-1][0], sum(loss for _, loss in part) / len(part)] for part in parts]
 
 
 def comparison_of(rows: Sequence[Mapping[str, Any]]) -> Comparison:
-    """Scores by mechanism and seed from rows of one task; runs that gave no score are left out."""
+    """Scores by mechanism and seed from the rows of one task; runs without a score are left out."""
     items: dict[str, dict[int, Any]] = {}
     for row in rows:
         if row["score"] is not None:
@@ -48,14 +48,14 @@ def summarise(
     at_length: int,
     baseline: Baseline | None = None,
 ) -> list[dict[str, Any]]:
-    """One entry a mechanism, best first.
+    """One entry per mechanism, best first.
 
     Args:
-        rows: of all seeds.
-        comparison: of their scores.
-        costs: of each mechanism; empty where none were measured.
+        rows: the rows of all seeds.
+        comparison: the comparison of their scores.
+        costs: costs by mechanism; empty for one whose costs were not measured.
         at_length: the length whose costs count.
-        baseline: the task's rule.
+        baseline: the task's simple rule.
     """
     higher = rows[0]["higher_is_better"]
     entries = []
@@ -110,7 +110,7 @@ def summarise(
 
 
 def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """What the task tells beside the score, by name: means over the runs; None where a run has none."""
+    """Figures that the task reports in addition to the score, by name: means over the runs; None if a run lacks one."""
     found: dict[str, float | None] = {}
     for name in dict.fromkeys(name for row in rows for name in row.get("figures") or {}):
         values = [((row.get("figures") or {}).get(name) or [None])[0] for row in rows]
@@ -120,7 +120,7 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 
 
 def rank(entries: list[dict[str, Any]], comparison: Comparison) -> None:
-    """Give entries, best first, their ranks: those that cannot be told apart from the first of a group share its rank."""
+    """Rank the entries, best first: those that cannot be told apart from the first of a group share its rank."""
     first, place = None, 0
     for index, entry in enumerate(e for e in entries if e["mean"] is not None):
         if first is None or comparison.difference(first, entry["mechanism"]).separable:
@@ -129,7 +129,7 @@ def rank(entries: list[dict[str, Any]], comparison: Comparison) -> None:
 
 
 def with_rule(entries: Sequence[Mapping[str, Any]], rule: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """Entries of a task, best first, with its rule in its place: ``{"rule": name, "mean": score}``, after its equals."""
+    """The entries of a task, best first, with its rule inserted in order: ``{"rule": name, "mean": score}``."""
     if rule is None:
         return list(entries)
     sign = 1 if rule["higher_is_better"] else -1
@@ -138,7 +138,7 @@ def with_rule(entries: Sequence[Mapping[str, Any]], rule: Mapping[str, Any] | No
 
 
 def beside_baseline(task: str, entries: Sequence[Mapping[str, Any]], baseline: Baseline, winner: str | None) -> str:
-    """Which mechanisms are better than the rule of a task and which are not, the recommended one above all."""
+    """Sentences on which mechanisms beat the rule of a task, and whether the recommended one does."""
     said = f"On {task} a rule without training, {baseline.name}, scores {baseline.score:.4g}."
     for standing, words in (("ahead", "Better"), ("level", "Not told apart from it"), ("behind", "Worse")):
         names = [entry["mechanism"] for entry in entries if entry["beside_baseline"] == standing]
@@ -150,7 +150,7 @@ def beside_baseline(task: str, entries: Sequence[Mapping[str, Any]], baseline: B
 
 
 def too_long(costs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Sentences about lengths that the memory did not suffice for, and of whom."""
+    """Sentences about lengths at which mechanisms ran out of memory."""
     names: dict[tuple[str, int], list[str]] = {}
     for cost in costs:
         for length in cost.get("too_long", ()):
@@ -162,7 +162,7 @@ def too_long(costs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def skipped_steps(task: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """How many steps of the runs of a task were skipped, since their gradients overflowed; empty for none."""
+    """A sentence on the training steps skipped because gradients overflowed; empty if there were none."""
     counts: dict[str, int] = {}
     for row in rows:
         counts[row["mechanism"]] = counts.get(row["mechanism"], 0) + row.get("skipped", 0)
@@ -171,7 +171,7 @@ def skipped_steps(task: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def rates_on_edge(trials: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Mechanisms of a task whose best rate is the lowest or the highest that was tried, with that rate."""
+    """Mechanisms whose best rate on a task is the lowest or the highest that was tried, with that rate."""
     found = {}
     for name in dict.fromkeys(trial["mechanism"] for trial in trials):
         own = [trial for trial in trials if trial["mechanism"] == name]
@@ -185,16 +185,16 @@ def rates_on_edge(trials: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def beside_frames(rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Scores of mechanisms in further frames, beside the first.
+    """Scores of mechanisms in further frames, next to the first.
 
     Args:
-        rows: of a task in the first frame.
-        others: of some of the mechanisms in other frames.
+        rows: rows of one task in the first frame.
+        others: rows of some of the mechanisms in other frames.
 
     Returns:
-        For each mechanism and further frame: score and standard error, ``first`` (the score in the first frame), whether
-        the two can be told apart, whether each solves the task, and ``overtaken``: those that it surely beats there and that
-        surely beat it in the first, or the other way round.
+        For each mechanism and further frame: score and standard error, ``first`` (the score in the first frame),
+        whether the two can be told apart, whether each solves the task, and ``overtaken``: the mechanisms whose order
+        with this one is sure in both frames, but reversed.
     """
     names = {row["mechanism"] for row in others}
     labelled = [{**row, "mechanism": (row["mechanism"], row["frame"])} for row in (*rows, *others)]
@@ -235,7 +235,7 @@ def beside_frames(rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[st
 def frames_sentences(
     beside: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Mapping[str, tuple[str, bool]], first: str
 ) -> list[str]:
-    """The effects of the frame and of the mechanism, in words: a sentence for each further frame, and what follows from it."""
+    """Sentences that separate the effects of frame and mechanism: one per further frame, and what follows from them."""
     said = []
     for frame in dict.fromkeys(entry["frame"] for entries in beside.values() for entry in entries):
         told, owed, turned = [], [], []

@@ -23,7 +23,7 @@ COSTS = (
 )
 LONGEST_RULE = 26
 FITS = ((104, len(COSTS)), (76, 3), (56, 1), (0, 0))
-"""Costs shown on a terminal of so many columns or more, of those that were measured; the report has all of them."""
+"""(columns, costs): a terminal with at least so many columns shows so many costs; the report has all of them."""
 
 
 def terminal_table(
@@ -32,23 +32,23 @@ def terminal_table(
     *,
     width: int = 80,
 ) -> Table:
-    """One row for each mechanism under the name of its task, in the order given, the simple rule of the task in its place.
+    """One row per mechanism under the name of its task, in the order given, with the task's simple rule at its rank.
 
     Args:
-        summary: of each task, one entry a mechanism, as the report receives it.
-        baselines: of each task with a rule its name, its score and whether higher is better.
+        summary: for each task, one entry per mechanism, as the report receives it.
+        baselines: for each task with a rule, the rule's name and score and whether higher is better.
         width: columns of the terminal; a narrow one shows fewer costs.
 
     Returns:
-        The table. Those that cannot be told apart share a rank. A star marks the Pareto front; what was not measured is a
-        dash.
+        The table. Mechanisms that cannot be told apart share a rank, a star marks the Pareto front, and a dash stands
+        for what was not measured.
     """
     every = [entry for entries in summary.values() for entry in entries]
     costs = [cost for cost in COSTS if any(is_number(entry.get(cost[1])) for entry in every)]
     costs = costs[: next(number for columns, number in FITS if width >= columns)]
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("", min_width=1)
-    table.add_column("", min_width=12, overflow="fold")  # no name loses its options
+    table.add_column("", min_width=12, overflow="fold")  # fold, so that no name loses its options
     for heading in ("score", "rank", *(heading for heading, _, _ in costs)):
         table.add_column(heading, justify="right", no_wrap=True)
     for task, entries in summary.items():
@@ -69,7 +69,7 @@ def terminal_table(
 
 
 def figures_table(summary: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table | None:
-    """What tasks tell beside their scores, a row for each mechanism and a column for each figure; None where none does."""
+    """Figures that tasks report in addition to scores: a row per mechanism, a column per figure; None without any."""
     told = {task: [e for e in entries if e.get("figures")] for task, entries in summary.items()}
     names = list(dict.fromkeys(name for entries in told.values() for e in entries for name in e["figures"]))
     if not names:

@@ -1,4 +1,4 @@
-"""The models that a comparison trains on a task: each mechanism's backbone, all of about the same number of parameters."""
+"""The models that a comparison trains on a task: the backbone with each mechanism, all of about equal size."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from regard.workbench.comparison.settings import CompareSettings
 def model_config(
     variant: Variant, task: Task, settings: CompareSettings, frame: str, longest: int | None = None
 ) -> Any:
-    """The backbone of a task with `variant` in its place: in every layer, as the pool, or as the projections.
+    """The backbone for a task with `variant` in place: in every layer, as the pool, or as the projections.
 
-    A mechanism with a constant that follows the training length gets the task's, or `longest`.
+    A mechanism with a constant that depends on the training length gets the task's length, or `longest`.
 
-    In a cross pattern it is between the two sequences, and softmax stays within each: one pattern is replaced at a
-    time, as in the Comprehensive Attention Benchmark (arXiv 2210.07661).
+    In a cross pattern the variant is used between the two sequences, and softmax within each: one pattern is replaced
+    at a time, as in the Comprehensive Attention Benchmark (arXiv 2210.07661).
     """
     if variant.backbone is not None:
         return backbone_config(variant, task, settings, longest)
-    # what a pixel or patch means depends on where it is, which relative positions along the rows do not tell
+    # the meaning of a pixel or patch depends on its place, which relative positions along the rows do not give
     placed = task.grid is not None and all("sinusoidal" in card.accepts_positions for card in variant.cards)
     plan = _plan(variant, variant.plan(settings.layers), task, task.pattern, frame, placed, longest)
     sizes: dict[str, Any] = {"dim": settings.dim, "num_layers": settings.layers, "num_heads": settings.heads}
@@ -65,7 +65,7 @@ def _plan(
     placed: bool,
     longest: int | None,
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Layers of one pattern in their frame, with the lengths and axes of a task."""
+    """The layers for one pattern in their frame, with the lengths and axes of a task."""
     plan = []
     lengths = {Pattern.NONCAUSAL_SELF: task.memory_length, Pattern.CAUSAL_SELF: task.length}
     own_length = task.length if not task.pattern.cross else lengths.get(pattern, task.memory_length)
@@ -93,7 +93,7 @@ def _plan(
 
 
 def backbone_config(variant: Variant, task: Task, settings: CompareSettings, longest: int | None) -> ImageModelConfig:
-    """An image backbone or segmenter of its published size for a task, or for squares or cubes of about `longest` patches."""
+    """An image backbone or segmenter in its published size for a task, or for a square or cube of `longest` patches."""
     name, options = variant.backbone or ("", {})
     if settings.model is not None or settings.stack != StackConfig():
         raise Unsupported(f"{name} with --model or --stack", supported="the layers that it has")
@@ -102,27 +102,27 @@ def backbone_config(variant: Variant, task: Task, settings: CompareSettings, lon
 
 
 def network_config(name: str, options: Mapping[str, Any], task: Task) -> ImageModelConfig:
-    """An image backbone, or a network that segments, with these options for a task."""
+    """An image backbone or segmentation network with these options for a task."""
     return (SegmentationModelConfig if name in SEGMENTERS else ImageModelConfig).for_task(task, name, options)
 
 
 def square_grid(length: int, axes: int) -> tuple[int, ...]:
-    """The sides of the largest square or cube of at most `length` tokens."""
+    """The sides of the largest square or cube with at most `length` tokens."""
     side = round(length ** (1 / axes))
     return (side - (side**axes > length),) * axes
 
 
 def matched(variant: Variant, task: Task, settings: CompareSettings, frame: str, target: int) -> Any:
-    """The backbone of a task with about `target` parameters; an image backbone, and a plan with all its widths, as it is."""
+    """The backbone with about `target` parameters; unchanged for image backbones and plans that give all widths."""
     config = model_config(variant, task, settings, frame)
     return config if variant.backbone is not None or variant.sized else match_parameters(config, target)
 
 
 def parameters_of(variant: Variant, task: Task, settings: CompareSettings, frame: str) -> int:
-    """Parameters of the backbone before it is matched.
+    """Parameter count of the backbone before matching.
 
     Raises:
-        Unsupported: for a width or a number of heads that the mechanism cannot have, with others that it can.
+        Unsupported: for a width or a number of heads that the mechanism cannot have; suggests others that it can.
     """
     config = model_config(variant, task, settings, frame)
     try:
@@ -139,7 +139,7 @@ def parameters_of(variant: Variant, task: Task, settings: CompareSettings, frame
 
 
 def _other_sizes(variant: Variant, task: Task, settings: CompareSettings, frame: str) -> list[str]:
-    """What to ask for instead of sizes that a mechanism refuses: heads for its width, and a width for its heads."""
+    """Options to suggest when a mechanism refuses its sizes: heads for its width, and a width for its heads."""
     found = []
     for name, asked, reach in (("heads", settings.heads, settings.heads), ("dim", settings.dim, 2 * settings.heads)):
         for value in sorted(range(max(1, asked - reach), asked + reach + 1), key=lambda value: abs(value - asked)):
@@ -154,24 +154,24 @@ def _other_sizes(variant: Variant, task: Task, settings: CompareSettings, frame:
 
 
 def target_of(task: Task, settings: CompareSettings) -> int:
-    """The number of parameters of every model: that of softmax, or else of the first mechanism, in the first frame."""
+    """The parameter count of every model: that of softmax, or else of the first mechanism, in the first frame."""
     names = [name for name in settings.names if name not in settings.unmatched] or settings.names
     measure = "softmax" if "softmax" in names else names[0]
     return parameters_of(settings.variants[measure], task, settings, settings.frames[0])
 
 
 DEFAULTS = ("softmax", "local", "gated_linear", "delta_rule", "linear", "flow_attention")
-"""Exact attention, attention to neighbours, and recurrences: the kinds whose costs and whose recall differ most."""
+"""Exact attention, local attention, and recurrences: the kinds that differ most in cost and recall."""
 
 
 def default_mechanisms(*tasks: Task) -> tuple[str, ...]:
-    """The mechanisms compared where none is named: the first four of `DEFAULTS` that have the pattern of every task."""
+    """The mechanisms compared if none is named: the first four of `DEFAULTS` that have the patterns of all tasks."""
     patterns = {task.pattern for task in tasks}
     return tuple(name for name in DEFAULTS if patterns <= set(get_mechanism(name).patterns))[:4]
 
 
 def fitting(tasks: Sequence[Task], settings: CompareSettings) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Names of the settings' mechanisms that every task has a matched model for, and why not of the others."""
+    """Names of the mechanisms that have a matched model for every task, and the reasons why others do not."""
     targets = [target_of(task, settings) for task in tasks]
     kept, refused = [], {}
     for name, variant in settings.variants.items():
@@ -186,7 +186,7 @@ def fitting(tasks: Sequence[Task], settings: CompareSettings) -> tuple[tuple[str
 
 
 def build(config: Any, seed: int, device: str = "cpu") -> nn.Module:
-    """A model with the initial weights of a seed, which are the same on every device."""
+    """Build a model with the initial weights of a seed, which are the same on every device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_model(config).to(device)

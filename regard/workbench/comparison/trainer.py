@@ -1,7 +1,8 @@
-"""The training runs of a comparison: of each mechanism one a learning rate, then one a seed, each a row of the store.
+"""The training runs of a comparison: for each mechanism one per learning rate, then one per seed, each a row of the
+store.
 
-A run that has a row is not made again. Where the budget is a time, what is optional is made only while time is left for all
-that is not: rates beyond the grid, further seeds, further frames. What was left out is said.
+A run that has a row is not made again. With a time budget, optional runs (rates beyond the grid, further seeds, further
+frames) are made only while time is left for all the required ones. What was left out is reported.
 """
 
 from __future__ import annotations
@@ -33,34 +34,34 @@ from regard.workbench.trained.records import described, figures_of, keep, outcom
 Row = dict[str, Any]
 
 REPLANNED = 0.1
-"""Relative change of the number of steps from which a new plan is made, and said."""
+"""A new plan is made, and reported, if the number of steps changes by at least this fraction."""
 
 HALF_LIFE = 30.0
-"""Planned seconds after which a run tells half as much of the machine's pace."""
+"""Half-life of a run's weight in the estimated pace of the machine, in planned seconds."""
 
 LONGER = 2
-"""Steps, over those planned, of a run that does not solve what others of its mechanism solve."""
+"""Factor on the planned steps of a run that does not solve a task that other runs of its mechanism solve."""
 
 MARGIN = 0.97
-"""Part of the time that is left which is planned anew."""
+"""Share of the remaining time that a new plan uses."""
 
 SAMPLE_PROMPT, SAMPLE_TOKENS = 48, 120
-"""Tokens of a held-out text that a language model is given, and that it writes."""
+"""Tokens of a held-out text that a language model is given, and tokens that it writes."""
 
 OVERTIME = 1.05
-"""Part of the budget that a round of seeds may end at."""
+"""Share of the budget by which a round of further seeds must end."""
 
 
 @dataclass
 class Progress:
-    """Where a comparison stands, for whoever shows it.
+    """The state of a comparison, for progress displays.
 
     Attributes:
-        doing: the cell in flight, in words.
-        done: planned seconds of work that are behind (estimates from the calibration).
+        doing: the current work, in words.
+        done: planned seconds of work already done (estimates from the calibration).
         total: planned seconds of work.
-        pace: seconds that a planned second has taken so far.
-        loss: of the last training step.
+        pace: actual seconds per planned second so far.
+        loss: loss of the last training step.
     """
 
     doing: str = ""
@@ -71,7 +72,7 @@ class Progress:
 
     @property
     def remaining(self) -> float:
-        """Seconds, at the pace so far."""
+        """Expected remaining seconds, at the pace so far."""
         return max(0.0, self.total - self.done) * self.pace
 
 
@@ -80,12 +81,12 @@ class Runs:
     """The outcome of training on a task.
 
     Attributes:
-        rows: of each mechanism's seeds at its best rate.
-        trials: of each rate of the first seed.
-        rates: the best rate of each mechanism.
+        rows: rows of each mechanism's seeds at its best rate.
+        trials: rows of each rate with the first seed.
+        rates: the best learning rate for each mechanism.
         left_out: sentences about what there was no time for.
         cells: keys of the rows in the store, by kind.
-        fewer: a sentence about steps that the plan had and the runs do not; empty where they have them.
+        fewer: a sentence about runs with fewer steps than first planned; empty if none have.
         longer: sentences about runs that were given more steps than the others.
     """
 
@@ -102,13 +103,13 @@ class Trainer:
     """Makes the runs that are missing from the store.
 
     Args:
-        store: where rows are.
-        settings: of the comparison.
-        output: folder for models.
-        command: to print beside each row.
-        watch: told of the progress.
-        say: told in sentences what is decided.
-        deadline: on the clock of `time.monotonic`; None where the budget is not a time.
+        store: the store of the rows.
+        settings: settings of the comparison.
+        output: folder for the models.
+        command: command line to print next to each row.
+        watch: called with the progress.
+        say: called with sentences on what was decided.
+        deadline: time on the clock of `time.monotonic`; None if the budget is not a time.
     """
 
     def __init__(
@@ -126,17 +127,19 @@ class Trainer:
         self.began = time.monotonic()
         self.progress = Progress()
         self.reserved = 0.0
-        """Planned seconds that should be left for what follows the task in hand."""
+        """Planned seconds to leave for the work that follows the current task."""
         self.beside = 0.0
-        """Those of them for further frames, which further seeds in the first come before."""
+        """The part of them for further frames; further seeds in the first frame take priority over these."""
         self._planned = self._taken = 0.0
         self._told: set[str] = set()
         self.counted: set[tuple[str, str, str, float, int]] = set()
-        """Runs whose time the progress has, though they may have been made by another process."""
+        """Runs already counted in the progress, though another process may have made them."""
 
     def replan(self, works: Sequence[Work]) -> str:
-        """Give the tasks that are left the steps that fit in the time that is left, if they no longer fit; what to know of it,
-        where the first of them gets fewer."""
+        """Reduce or raise the steps of the remaining tasks to fit the remaining time, if the plan is off.
+
+        Returns a sentence if the first of them gets fewer steps, otherwise an empty string.
+        """
         first, key = (
             works[0],
             {**works[0].identity, "replanned": str(self.settings.budget), "mechanisms": [*works[0].configs]},
@@ -166,11 +169,11 @@ class Trainer:
 
     @property
     def pace(self) -> float:
-        """Seconds that a planned second of training takes, of late above all: a machine that was busy may be so no more."""
+        """Seconds per planned second of training, weighting recent runs most: a busy machine may become idle."""
         return self._taken / self._planned if self._planned > 0 else 1.0
 
     def train(self, work: Work, names: Sequence[str] | None = None) -> Runs:
-        """All runs of these mechanisms (all when None) on a task."""
+        """Make all runs of these mechanisms (all when None) on a task."""
         names = list(work.configs) if names is None else list(names)
         first, runs = self.settings.first_seed, Runs()
         rounds = self.settings.seeds - 1
@@ -196,8 +199,8 @@ class Trainer:
         return runs
 
     def longer(self, work: Work, rows: Sequence[Row]) -> tuple[Work, list[int]]:
-        """The work with more steps, and the rows that get them: those without a solution of mechanisms that solve the task in
-        others, since it is the budget that they lack."""
+        """The work with more steps, and the indices of the rows that get them: unsolved rows of mechanisms that solve
+        the task in other runs, so that presumably the budget was too small."""
         longer = copy.copy(work)
         longer.steps = {name: LONGER * steps for name, steps in work.steps.items()}
         if work.task.solved is None or work.frame != self.settings.frames[0]:
@@ -206,7 +209,7 @@ class Trainer:
         return longer, [i for i, row in enumerate(rows) if not row["solved"] and row["mechanism"] in solving]
 
     def affords_run(self, work: Work, name: str) -> bool:
-        """Whether time is left for one run."""
+        """Whether there is time for one run."""
         return self._affords(work.run_seconds(name))
 
     def _insist(self, work: Work, runs: Runs) -> None:
@@ -240,8 +243,8 @@ class Trainer:
         return row
 
     def _extend(self, work: Work, name: str, tried: list[Row], runs: Runs, after: int) -> tuple[Row, float | None]:
-        """The run with the lowest loss on the items kept for the choice, with rates beyond while it is at an end; and the
-        rate that there was no time for."""
+        """The run with the lowest loss on the items for choosing, after trying further rates while the best is at an
+        end of the range; and the rate for which there was no time."""
         tried = list(tried)
         for _ in range(MORE_RATES if len(tried) > 1 else 0):
             rate = further_rate(tried)
@@ -255,7 +258,7 @@ class Trainer:
         return best_of(tried), None
 
     def affords(self, works: Sequence[Work], name: str) -> bool:
-        """Whether time is left for all runs of a mechanism on these tasks."""
+        """Whether there is time for all runs of a mechanism on these tasks."""
         return self._affords(sum(work.runs * work.run_seconds(name) for work in works))
 
     def _affords(self, planned: float, share: float = 1.0) -> bool:
@@ -284,12 +287,12 @@ class Trainer:
         }
 
     def stored(self, work: Work, name: str, rate: float, seed: int) -> Row | None:
-        """The stored result of a run; None while there is none."""
+        """The stored result of a run; None if there is none."""
         row = self.store.get("quality", self._key(work, name, rate, seed))
         return None if row is None else row.payload
 
     def run(self, work: Work, name: str, rate: float, seed: int) -> Row:
-        """One full run, from its row where there is one."""
+        """The row of one full run, from the store if it is there."""
         row = self.stored(work, name, rate, seed)
         cell = (work.task.name, work.frame, name, rate, seed)
         counted = cell in self.counted
@@ -307,13 +310,13 @@ class Trainer:
         self._planned = faded * self._planned + work.run_seconds(name)
         self.progress.pace = self.pace
         self.store.put("quality", self._key(work, name, rate, seed), measured)
-        self.advance(work.evaluation_seconds[name])  # its steps have advanced the progress one by one
+        self.advance(work.evaluation_seconds[name])  # its steps have already been counted one by one
         row = self.stored(work, name, rate, seed)
         assert row is not None
         return row
 
     def _measure(self, work: Work, name: str, rate: float, seed: int) -> Row:
-        """Train and score: the first held-out items choose the learning rate, the others are the result."""
+        """Train and score: the first held-out items choose the learning rate, the remaining ones give the result."""
         task = work.task
         model = build(work.configs[name], seed, self.settings.device)
         config = work.train_config(rate, seed, work.steps[name])
@@ -359,7 +362,7 @@ class Trainer:
         }
 
     def model_folder(self, work: Work, name: str, rate: float) -> Path:
-        """Where the model of a run is kept."""
+        """The folder in which a run's model is kept."""
         plain = "".join(letter if letter.isalnum() or letter in "_-." else "_" for letter in name)
         return self.output / "models" / f"{work.task.name}-{plain}-{rate:g}"
 
@@ -370,14 +373,14 @@ class Trainer:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def doing(self, what: str) -> None:
-        """Announce what is done next."""
+        """Announce the next piece of work."""
         self.progress.doing, self.progress.loss = what, math.nan
         self.watch(self.progress)
 
     def advance(self, seconds: float) -> None:
-        """Count planned seconds of work that is done."""
+        """Count planned seconds of work as done."""
         self.progress.done += seconds
-        self.progress.total = max(self.progress.total, self.progress.done)  # more may be tried than was planned
+        self.progress.total = max(self.progress.total, self.progress.done)  # more runs than planned may be tried
         self.watch(self.progress)
 
     def _on_step(self, work: Work, name: str) -> Callable[[Any], None]:
@@ -389,7 +392,7 @@ class Trainer:
 
 
 def written(model: nn.Module, task: Task) -> dict[str, str] | None:
-    """How a language model goes on from the beginning of the first held-out text; None for other tasks."""
+    """A language model's continuation of the first held-out text; None for other tasks."""
     if not isinstance(task, TextTask) or not isinstance(model, LanguageModel):
         return None
     device = next(model.parameters()).device
@@ -401,14 +404,14 @@ def written(model: nn.Module, task: Task) -> dict[str, str] | None:
 
 
 def beyond(rate: float, *, up: bool) -> float:
-    """The next rate of the ladder 1, 3, 10, 30, ..., each with one digit."""
+    """The next rate up or down the ladder 1, 3, 10, 30, ..., rounded to one digit."""
     halves = 2 * math.log10(rate)
     step = math.floor(halves + 0.3) + 1 if up else math.ceil(halves - 0.3) - 1
     return float(f"{10 ** (step / 2):.1g}")
 
 
 def further_rate(tried: Sequence[Row]) -> float | None:
-    """The rate to try next, where the best of those tried is at an end of them; else None."""
+    """The rate to try next if the best one is at an end of those tried; otherwise None."""
     best, rates = best_of(tried)["lr"], [row["lr"] for row in tried]
     return beyond(best, up=best == max(rates)) if best in (min(rates), max(rates)) else None
 

@@ -1,4 +1,4 @@
-"""The work of a comparison on one task: matched models, steps, and what they take."""
+"""The work of a comparison on one task: matched models, number of steps, and their times."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ from regard.workbench.comparison.task_models import (
 
 GENERATED_AT_ONCE = 32
 EXTENSION = 0.4
-"""Runs of each mechanism that are allowed for learning rates beyond the grid."""
+"""Runs per mechanism reserved for learning rates beyond the grid."""
 LEAST_SECONDS = 0.2
-"""Of training steps, from which their pace is told."""
+"""Least duration of the training steps from which their pace is measured."""
 
 
 class Work:
-    """One task's share of a comparison in one frame: matched models, step counts and the cells to measure.
+    """One task's share of a comparison in one frame: matched models, step counts and times.
 
     Args:
-        task, settings: of the comparison.
-        frame: one of the settings'; the first when None.
-        names: of the mechanisms; all when None.
-        choosing: whether held-out items are kept for a choice even where one learning rate is given.
-        prepare: what a model is trained in, as beside its teacher, where that is not the model alone.
+        task, settings: the task and settings of the comparison.
+        frame: one of the settings' frames; the first when None.
+        names: the mechanisms' names; all when None.
+        choosing: whether held-out items are reserved for a choice even if there is a single learning rate.
+        prepare: wraps a model for training, for example together with its teacher.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Work:
         self.configs = {name: self._matched(name) for name in (settings.names if names is None else names)}
         self.item_tokens = task.length + (task.memory_length or 0)
         self.batch_size = max(1, settings.batch_tokens // self.item_tokens)
-        # generating token by token takes about as long for many items as for few
+        # generation token by token takes about as long for many items as for few
         self.scored_at_once = max(self.batch_size, GENERATED_AT_ONCE) if task.generates else self.batch_size
         self.items = sum(batch.size for batch in task.evaluation_batches(64))
         choosing = choosing or len(settings.rates) > 1
@@ -119,7 +119,7 @@ class Work:
             ) from None
 
     def config_for(self, name: str, length: int) -> Any:
-        """The backbone whose costs are measured at a length: where the mechanism has a greatest length, made for this
+        """The backbone whose costs are measured at a length, which sets the maximum length of mechanisms that have
         one."""
         variant, config = self.settings.variants[name], self.configs[name]
         if variant.backbone is not None:
@@ -130,17 +130,19 @@ class Work:
         return replace(made, feed_forward=config.feed_forward)
 
     def takes(self, length: int) -> bool:
-        """Whether every model takes inputs of a length, as networks for images of some sizes do not."""
+        """Whether every model accepts inputs of a length; networks for images of certain sizes do not."""
         try:
             for name in self.configs:
-                count_parameters(self.config_for(name, length))  # of networks that are built, which refuse more
+                count_parameters(self.config_for(name, length))  # builds the networks, some of which refuse more
         except Unsupported:
             return False
         return True
 
     def parts(self) -> dict[str, dict[str, str]]:
-        """The parts of each model's layers beside the mechanism, none of image models, whose layers are their own; layers of a
-        hybrid that differ are told apart."""
+        """The parts of each model's layers other than the mechanism, with alternatives where layers of a hybrid differ.
+
+        Empty for image models, which have layers of their own.
+        """
         found: dict[str, dict[str, str]] = {}
         for name, config in self.configs.items():
             if isinstance(config, ImageModelConfig):
@@ -159,13 +161,13 @@ class Work:
 
     @functools.cached_property
     def published(self) -> str:
-        """What is not matched, image backbones and plans with all their widths, with its parameters; empty without any."""
+        """The unmatched models (image backbones, plans that give all widths) with their sizes; empty without any."""
         named = {name: config for name, config in self.configs.items() if name in self.settings.unmatched}
         return ", ".join(f"{name} has {count_parameters(config):,} parameters" for name, config in named.items())
 
     @property
     def sizes(self) -> str:
-        """Parameters of the models, in words."""
+        """The models' parameter counts, in words."""
         others = f"{self.target:,} parameters" if set(self.configs) - self.settings.unmatched else ""
         if not self.published:
             return others
@@ -173,12 +175,12 @@ class Work:
 
     @property
     def own_length(self) -> int:
-        """Tokens of an item; in cross patterns of its memory."""
+        """Tokens in an item; in cross patterns, tokens in its memory."""
         return self.task.memory_length if self.task.memory_length is not None else self.task.length
 
     def calibrate(self, seconds: float) -> None:
-        """Time training steps and an evaluation of each model, twice: the smaller times count, since what disturbs the machine
-        for a moment would take steps from all models."""
+        """Time training steps and an evaluation of each model twice and keep the smaller times, since a momentary
+        disturbance of the machine would cost all models steps."""
         share = seconds / len(self.configs) / 2
         names = list(self.configs)
         for name in (*names, *reversed(names)):
@@ -187,7 +189,7 @@ class Work:
             self.evaluation_seconds[name] = min(evaluation, self.evaluation_seconds.get(name, math.inf))
 
     def _timed(self, config: Any, seconds: float) -> tuple[float, float]:
-        """Seconds of a training step, with a little to spare, and of an evaluation."""
+        """Seconds of a training step, with a small reserve, and of an evaluation."""
         model = self.prepare(build(config, 0, self.settings.device))
         timed = replace(self.train_config(TrainConfig.learning_rate, 0, 1_000_000), measure_memory=False)
         started = time.monotonic()
@@ -195,7 +197,7 @@ class Work:
         runner.train(model, self.task, replace(timed, steps=2))
         began = time.monotonic()
         history = runner.train(model, self.task, timed, deadline=max(began + LEAST_SECONDS, started + 0.7 * seconds))
-        # with the making of its batch, which takes a while where images are varied
+        # including the making of the batch, which takes a while if images are augmented
         step = (time.monotonic() - began) / len(history.curve) * 1.15 if history.curve else seconds
         some = next((batch.size for batch in self.task.evaluation_batches(self.scored_at_once)), 0)
         started = time.monotonic()
@@ -204,18 +206,18 @@ class Work:
 
     @property
     def kind(self) -> tuple[str, Pattern]:
-        """Tasks of one kind share a backbone, whose costs are measured once."""
+        """Objective and pattern; tasks of the same kind share a backbone, whose costs are measured once."""
         return self.task.objective, self.task.pattern
 
     @property
     def batch(self) -> str:
-        """The size of a training step, in words."""
+        """The size of a training batch, in words."""
         memory = "" if self.task.memory_length is None else f"{self.task.memory_length} + "
         return f"{self.batch_size} x {memory}{self.task.length} tokens"
 
     @property
     def few_items(self) -> str:
-        """A warning where few held-out items decide; empty where enough do."""
+        """A warning if few held-out items decide; empty if there are enough."""
         count = self.items - self.search_items
         if count >= FEWEST_ITEMS:
             return ""
@@ -229,42 +231,42 @@ class Work:
 
     @property
     def runs(self) -> float:
-        """Full runs of each mechanism: one a rate with the first seed, then the other seeds at the best rate; and what is
-        allowed for rates beyond the grid."""
+        """Full runs per mechanism: one per rate with the first seed, one per further seed at the best rate, and a
+        reserve for rates beyond the grid."""
         rates = len(self.settings.rates)
         return rates + self.settings.seeds - 1 + (EXTENSION if rates > 1 else 0)
 
     @property
     def all_runs(self) -> float:
-        """Full runs of all mechanisms, and of those that lead in the other frames that time is kept for; a backbone has no
-        other frame."""
+        """Full runs of all mechanisms, plus those of the leading ones in the further frames for which time is reserved;
+        image backbones have no other frame."""
         framed = [name for name in self.configs if self.settings.variants[name].backbone is None]
         frames = len(self.settings.frames) - 1
         kept = min(frames, 1) if self.settings.budget.unit == "seconds" else frames
         return self.runs * (len(self.configs) + min(self.settings.leaders, len(framed)) * kept)
 
     def seconds_a_step(self) -> float:
-        """Seconds of all runs of the task for each of their steps."""
+        """Seconds that one training step takes, summed over all runs of the task."""
         return self.all_runs * statistics.fmean(self.step_seconds.values())
 
     def seconds_besides(self) -> float:
-        """Seconds of all evaluations."""
+        """Seconds of all evaluations, over all runs."""
         return self.all_runs * statistics.fmean(self.evaluation_seconds.values())
 
     def follow(self, other: Work) -> None:
-        """Take the steps of the same mechanisms in another frame, and what they take."""
+        """Copy the number of steps and the times of the same mechanisms from another frame."""
         for name in self.configs:
             self.steps[name], self.step_seconds[name] = other.steps[name], other.step_seconds[name]
             self.evaluation_seconds[name] = other.evaluation_seconds[name]
 
     def run_seconds(self, name: str) -> float:
-        """Seconds that one run is planned to take."""
+        """Planned seconds of one run."""
         return self.steps[name] * self.step_seconds[name] + self.evaluation_seconds[name]
 
     def train_config(
         self, rate: float, seed: int, steps: int, checkpoint_every: int = TrainConfig.checkpoint_every
     ) -> TrainConfig:
-        """How a run of so many steps is trained, with the batch size and precision of this comparison."""
+        """The training config for a run of `steps` steps, with the batch size and precision of this comparison."""
         return TrainConfig(
             steps=steps,
             batch_size=self.batch_size,
@@ -275,7 +277,7 @@ class Work:
         )
 
     def steps_for(self, name: str, budget: Budget) -> int:
-        """Steps of a run whose budget is not a time."""
+        """Steps of a run, for a budget that is not a time."""
         if budget.unit == "steps":
             return round(budget.amount)
         if budget.unit == "tokens":
@@ -286,17 +288,18 @@ class Work:
         """FLOPs of one training step of a mechanism's model, counted in PyTorch's own operators."""
         model = self.prepare(build(self.configs[name], 0, self.settings.device))
         config = replace(self.train_config(TrainConfig.learning_rate, 0, 1), measure_memory=False)
-        # of the same operators on every machine: torch does not look into a native kernel
+        # with the same operators on every machine: torch cannot count inside a native kernel
         with backends.only("torch"), flop_counter() as counter:
             runner_of(self.task).train(model, self.task, config)
         return float(counter.get_total_flops())
 
 
 def rule_after(task: Task, items: int, chosen: int) -> Baseline | None:
-    """The task's rule without training, on its `items` held-out items but the first `chosen`, which something is chosen by.
+    """The task's rule without training, on its `items` held-out items except the first `chosen`, which serve for
+    choices.
 
     Raises:
-        Unsupported: for a rule with another number of scores.
+        Unsupported: if the rule does not have one score per held-out item.
     """
     found: Baseline | None = getattr(task, "baseline", None)
     if found is None:
@@ -310,7 +313,7 @@ def rule_after(task: Task, items: int, chosen: int) -> Baseline | None:
 
 
 def data_digest(task: Task) -> str:
-    """A fingerprint of the task's data, however they were made: a hash of training and held-out batches."""
+    """A fingerprint of the task's data: a hash of training and held-out batches."""
     digest = hashlib.blake2b(digest_size=12)
     batches = [task.training_batch(step, seed, 4) for step, seed in ((0, 0), (1, 0), (0, 1))]
     for batch in [*batches, *task.evaluation_batches(64)]:

@@ -1,1 +1,1 @@
-"""`regard detect-patterns`: what a module of somebody's own sees, and the module as a mechanism."""
+"""`regard detect-patterns`: finds out what a user's module sees, and makes the module a mechanism."""

@@ -1,7 +1,7 @@
-"""Somebody's module in the catalogue of this process, in the patterns that were found of it.
+"""A user's module as a mechanism in this process's catalogue, with the patterns that were detected in it.
 
-It is called as :mod:`regard.workbench.detection.suspects` calls it, and has what models and studies ask of a layer. It has no forms, no
-state and no cost, so that it cannot be verified or advised on; a card of its own gives it these.
+It is called as :mod:`regard.workbench.detection.suspects` calls it, and has what models and studies need of a layer. It
+has no forms, state or cost, so it cannot be verified or advised on; for that, it needs a card of its own.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """A module of somebody's file has no options here: its own have their defaults."""
+    """No options: the module's own arguments keep their defaults."""
 
 
 def adopt(path: str, name: str | None = None) -> Mechanism:
-    """Add a class of a file to the catalogue of this process, under its own name.
+    """Add a class from a file to the catalogue of this process, under its own name.
 
     Args:
-        path: of the Python file.
-        name: of the class, or of a function that makes a module.
+        path: path of the Python file.
+        name: name of the class, or of a function that makes a module.
 
     Raises:
-        Unsupported: as :func:`regard.workbench.detection.suspects.module_suspect`, for a module that has no pattern, and for a name
-            that another mechanism has.
+        Unsupported: as for :func:`regard.workbench.detection.suspects.module_suspect`, for a module that has no
+            pattern, and for a name that another mechanism has.
     """
     suspect = module_suspect(path, name, {})
     findings = detect(suspect)
@@ -93,7 +93,7 @@ def _unknown(shape: Shape, config: Any) -> Cost:
 
 
 class _Adopted(Layer):
-    """The module in a pattern, with the masks that it takes."""
+    """The module in a pattern, with the masks that it accepts."""
 
     takes_padding = False
 

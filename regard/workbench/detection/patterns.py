@@ -1,12 +1,12 @@
-"""Which of the four patterns a module has, found by changing what it must not see.
+"""Which of the four patterns a module has, detected by changing inputs that it must not see.
 
 The patterns and the prefix test are those of the Comprehensive Attention Benchmark (Zhang et al., arXiv 2210.07661). A
-module has *causal-self* when output i is the same whatever follows token i, and when the prefix alone gives it, so that
-neither later tokens nor their number count; *noncausal-self* when outputs see what follows; *noncausal-cross* when they see
-the memory, and not through a triangular mask; *causal-cross* when, besides, no query sees a later one. Values and gradients
-are looked at, in float64 where the module takes it.
+module has *causal-self* if output i is the same whatever follows token i, and if the prefix alone gives it, so that
+neither the values nor the number of later tokens matter; *noncausal-self* if outputs see later tokens;
+*noncausal-cross* if they see the memory, and not through a triangular mask; *causal-cross* if, in addition, no query
+sees a later one. Both values and gradients are checked, in float64 if the module accepts it.
 
-It is a test of samples: a leak below the tolerance, or one that waits for an input of its own, is not found.
+This tests samples: a leak below the tolerance, or one that only certain inputs trigger, is not found.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-5}
-"""Changes below this share of the largest output are rounding: some modules compute in float32 whatever they are given."""
+"""Changes below this share of the largest output are rounding: some modules compute in float32 whatever the input."""
 CUTS = 6
-"""Places where a sequence is cut."""
+"""Number of places at which a sequence is cut."""
 LENGTH, MEMORY_LENGTH = 24, 20
 PADDED = 3
 
 
 class Probe(Protocol):
-    """A module in one pattern, the same at every call."""
+    """A module in one pattern that behaves the same at every call."""
 
     dtype: torch.dtype
     takes_padding: bool
@@ -42,19 +42,19 @@ class Probe(Protocol):
     def __call__(
         self, x: Float[Tensor, "b n c"], memory: Float[Tensor, "b m c"] | None = None, *, padded: int = 0
     ) -> Tensor:
-        """Its output. The last `padded` keys (those of `x` without a memory) are padding."""
+        """The module's output. The last `padded` keys (those of `x` without a memory) are padding."""
         ...
 
 
 @dataclass(frozen=True)
 class Suspect:
-    """What is to be probed.
+    """A module to probe.
 
     Attributes:
-        name: in reports.
+        name: its name in reports.
         dim: width of its input and memory.
-        make: the module in a pattern; raises Unsupported with the reason where it refuses the pattern.
-        claims: the patterns that it says it has; None where it says nothing.
+        make: makes the module in a pattern; raises Unsupported with the reason if it refuses the pattern.
+        claims: the patterns that it claims to have; None if it makes no claims.
     """
 
     name: str
@@ -65,16 +65,17 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of a module in a pattern.
+    """The result for a module in one pattern.
 
     Attributes:
-        pattern: that was tried.
+        pattern: the pattern that was tried.
         has: whether the module has it.
-        why: in words.
-        claimed: whether the module says that it has it; None where it says nothing.
-        leak: the largest change of an output by what it must not see, as a share of the largest output; None where nothing
-            was tried.
-        padding: whether what padding holds leaves the other outputs alone; None for a module that takes no padding mask.
+        why: the reason, in words.
+        claimed: whether the module claims to have it; None if it makes no claims.
+        leak: the largest change in an output caused by what it must not see, as a share of the largest output; None if
+            not tested.
+        padding: whether the content of padding leaves the other outputs unchanged; None if the module accepts no
+            padding mask.
     """
 
     pattern: Pattern
@@ -86,7 +87,7 @@ class Finding:
 
     @property
     def agrees(self) -> bool:
-        """Whether the module is what it says."""
+        """Whether the module does what it claims."""
         return self.claimed in (None, self.has) and not (self.has and self.padding is False)
 
 
@@ -98,15 +99,15 @@ def detect(
     memory_length: int = MEMORY_LENGTH,
     seed: int = 0,
 ) -> list[Finding]:
-    """A finding for each pattern.
+    """Return a finding for each pattern.
 
     Args:
-        length, memory_length: tokens of the inputs; longer ones than the windows and chunks of the module tell more.
-        seed: of the inputs.
+        length, memory_length: tokens of the inputs; lengths beyond the module's windows and chunks reveal more.
+        seed: seed of the inputs.
 
     Raises:
-        Unsupported: for a module that runs in no pattern, returns another shape, gives two answers to one question, or
-            keeps something between calls.
+        Unsupported: for a module that runs in no pattern, returns another shape, gives different outputs for the same
+            input, or keeps state between calls.
     """
     at_least("length", length, 4)
     at_least("memory_length", memory_length, 4)
@@ -136,7 +137,7 @@ def detect(
 
 
 class Unfit(Unsupported):
-    """A module of which nothing can be found out."""
+    """A module that cannot be tested."""
 
 
 class _Raised(Exception):
@@ -148,7 +149,7 @@ class _Raised(Exception):
 
 
 class _Trial:
-    """A module in a pattern, fit to be probed, and its inputs."""
+    """A module in one pattern, checked to be testable, and its inputs."""
 
     def __init__(self, name: str, probe: Probe, pattern: Pattern, dim: int, n: int, m: int, seed: int) -> None:
         self.name, self.probe, self.pattern, self.n, self.m = name, probe, pattern, n, m
@@ -170,7 +171,7 @@ class _Trial:
             raise _Raised(f"raises {type(error).__name__}: {first_line(error)}") from error
 
     def fit(self) -> Tensor:
-        """The output, of a module that can be probed: as long and as wide as its input, finite, and always the same."""
+        """The output, checked to be as long and wide as the input, finite, and reproducible."""
         y = self.call(self.x, self.memory)
         if not isinstance(y, Tensor) or y.shape != self.x.shape:
             shape = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"type {type(y).__name__}"
@@ -203,7 +204,7 @@ class _Trial:
             return self.call(x, memory)
 
     def finding(self) -> Finding:
-        """What the probes found."""
+        """The result of the probes."""
         try:
             padding, note = self.padding(), ""
         except _Raised as error:
@@ -242,7 +243,7 @@ class _Trial:
         return float((found - expected).abs().max()) / self.scale if expected.numel() else 0.0
 
     def cuts(self, n: int) -> list[int]:
-        """Lengths of prefixes, shorter than n, spread over it."""
+        """Prefix lengths, shorter than n and spread over it."""
         return sorted({1 + round(i * (n - 2) / (CUTS - 1)) for i in range(CUTS)})
 
     def _replaced(self, x: Tensor, begin: int, end: int | None = None) -> Tensor:
@@ -251,7 +252,7 @@ class _Trial:
         return changed
 
     def ahead(self) -> _Ahead:
-        """Whether outputs depend on later tokens (of the queries): by value, by their number, by gradient."""
+        """Whether outputs depend on later tokens (queries, in cross patterns): on value, number, or by gradient."""
         worst, why, prefixes = 0.0, "", []
         for cut in self.cuts(self.n):
             change = self.changed(self.call(self._replaced(self.x, cut), self.memory)[:, :cut], self.y[:, :cut])
@@ -280,14 +281,14 @@ class _Trial:
         return "queries" if self.pattern.cross else "tokens"
 
     def slope(self) -> float:
-        """The largest gradient of a middle output by a later token, as a share of the largest by any; 0 without gradients."""
+        """Largest gradient of a middle output by a later token, as a share of that by any; 0 without gradients."""
         x = self.x.clone().requires_grad_()
         middle = self.n // 2
         try:
             y = self.probe(x, self.memory)[:, middle].sum()
             (gradient,) = torch.autograd.grad(y, x) if y.requires_grad else (None,)
         except Exception:
-            return 0.0  # a module for inference alone
+            return 0.0  # an inference-only module
         largest = 0.0 if gradient is None else float(gradient.abs().max())
         if gradient is None or not largest:
             return 0.0
@@ -296,9 +297,9 @@ class _Trial:
         return float(gradient[:, middle + 1 :].abs().max()) / largest
 
     def triangular(self) -> bool:
-        """Whether late memory is hidden from early queries alone, from more of them the later it is."""
+        """Whether late memory is hidden from early queries only, and from more of them the later it is."""
         assert self.memory is not None
-        first = []  # the first output that sees the memory from a cut on
+        first = []  # the first output that sees the memory after each cut
         for cut in self.cuts(self.m):
             y = self.call(self.x, self._replaced(self.memory, cut))
             sees = (y - self.y).abs().amax((0, 2)) > self.tolerance * self.scale
@@ -309,7 +310,7 @@ class _Trial:
         return first == sorted(first) and any(0 < at < self.n for at in first)
 
     def padding(self) -> bool | None:
-        """Whether the other outputs leave alone what padding holds."""
+        """Whether the content of padding leaves the other outputs unchanged."""
         if not self.probe.takes_padding:
             return None
         keys = self.x if self.memory is None else self.memory
@@ -330,6 +331,6 @@ class _Ahead:
 
 
 def first_line(error: BaseException) -> str:
-    """Of its message, at most 200 characters."""
+    """The first line of an error's message, at most 200 characters."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else "without a word"

@@ -1,9 +1,10 @@
-"""What :mod:`regard.workbench.detection.patterns` probes: layers of the catalogue, and modules of somebody's own file.
+"""The modules that :mod:`regard.workbench.detection.patterns` probes: layers from the catalogue, and modules from a
+user's file.
 
-A class of a file is made by the names of its constructor's arguments: a width (``dim``, ``embed_dim``, ``d_model``, ...),
-heads (``num_heads``, ``nhead``, ...), and, where it takes them, ``causal`` and ``cross`` or ``pattern``, so that it is made
-once for each pattern. It is called with tokens (B, N, C), alone, with a memory, or as query, key and value, by the names of
-``forward``'s arguments.
+A class from a file is constructed by the names of its arguments: a width (``dim``, ``embed_dim``, ``d_model``, ...),
+heads (``num_heads``, ``nhead``, ...), and, if it accepts them, ``causal`` and ``cross`` or ``pattern``, so it is made
+once for each pattern. It is called with tokens (B, N, C), alone, with a memory, or as query, key and value, according
+to the names of ``forward``'s arguments.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ WIDTHS = (
 HEAD_COUNTS = ("num_heads", "heads", "n_heads", "nhead", "n_head", "num_attention_heads")
 CAUSAL, CROSS = ("causal", "is_causal"), ("cross", "is_cross", "cross_attention")
 MEMORIES = ("memory", "context", "encoder", "source", "src", "kv", "cond", "y", "other", "key_value")
-"""Beginnings of names of a second sequence that holds keys and values."""
+"""Prefixes of argument names for a second sequence, which holds keys and values."""
 KEYS, VALUES = ("key", "keys", "k"), ("value", "values", "v")
 
 
 def catalogue_suspect(name: str, *, dim: int = DIM, heads: int = HEADS) -> Suspect:
-    """A mechanism of the catalogue, with options where the name has some, as a layer with random weights.
+    """A mechanism from the catalogue, with options if the name has some, as a layer with random weights.
 
     Raises:
-        Unsupported: for an unknown name, and for poolings and projections, which do not mix a sequence.
+        Unsupported: for an unknown name, and for poolings and projections, which do not mix tokens of a sequence.
     """
     card = get_mechanism(known_name(name))
     if card.kind not in MIXING:
@@ -54,7 +55,7 @@ def catalogue_suspect(name: str, *, dim: int = DIM, heads: int = HEADS) -> Suspe
 
 
 class _LayerProbe:
-    """A layer of the catalogue, with the grid and the inserted tokens that it needs."""
+    """A layer from the catalogue, with the grid and the inserted tokens that it needs."""
 
     dtype = torch.float64
     takes_padding = True
@@ -67,7 +68,7 @@ class _LayerProbe:
             for parameter in work.layer.parameters():
                 parameter.add_(
                     0.1 * torch.randn_like(parameter)
-                )  # weights that begin at zero would hide what they weigh
+                )  # weights initialised to zero would hide what they multiply
         work.layer.eval()
 
     def __call__(self, x: Tensor, memory: Tensor | None = None, *, padded: int = 0) -> Tensor:
@@ -87,7 +88,7 @@ class _LayerProbe:
         return output
 
     def _roles(self, keys: Tensor) -> Tensor | None:
-        """Roles of so many tokens: those of a longer text, cut."""
+        """Roles for as many tokens as `keys` has: those for a longer text, cut."""
         make = self.work.card.sample_context
         if make is None:
             return None
@@ -99,30 +100,30 @@ class _LayerProbe:
 def module_suspect(
     path: str, name: str | None, given: Mapping[str, Any], *, dim: int = DIM, heads: int = HEADS, seeded: bool = False
 ) -> Suspect:
-    """A module of somebody's file.
+    """A module from a user's file.
 
     Args:
-        path: of the Python file, which is run.
-        name: of a class, of a function that makes a module, or of a module; None where the file has one class of modules.
-        given: arguments of the constructor.
-        dim: width of its input.
-        heads: of attention.
-        seeded: seed torch before each call, for a module that draws random numbers.
+        path: path of the Python file, which is executed.
+        name: name of a class, a function that makes a module, or a module; None if the file has a single module class.
+        given: arguments for the constructor.
+        dim: width of the module's input.
+        heads: number of attention heads.
+        seeded: seed torch before each call, for modules that draw random numbers.
 
     Raises:
-        Unsupported: for a file that does not run or has no such module, and arguments that are not known.
+        Unsupported: for a file that does not run or has no such module, and for unknown arguments.
     """
     name, maker = find_maker(path, name)
     if isinstance(maker, nn.Module):
         only = maker
         return Suspect(name, dim, lambda pattern: _ModuleProbe(only, pattern, dim, seeded))
     arguments = Arguments(name, maker, {**given}, dim, heads)
-    arguments.of(Pattern.CAUSAL_SELF)  # what cannot be known is said before anything runs
+    arguments.of(Pattern.CAUSAL_SELF)  # report unknown arguments before anything runs
     return Suspect(name, dim, lambda pattern: _ModuleProbe(arguments.make(pattern), pattern, dim, seeded))
 
 
 def find_maker(path: str, name: str | None) -> tuple[str, Any]:
-    """The name and the class, function or module of a file; see :func:`module_suspect`."""
+    """The name, and the class, function or module of that name in a file; see :func:`module_suspect`."""
     module = run_file(path, "module file")
     if name is None:
         own = [
@@ -145,7 +146,7 @@ def find_maker(path: str, name: str | None) -> tuple[str, Any]:
 
 
 class Arguments:
-    """What a constructor is called with."""
+    """The arguments with which a constructor is called."""
 
     def __init__(self, name: str, maker: Callable[..., Any], given: dict[str, Any], dim: int, heads: int) -> None:
         self.name, self.maker, self.given, self.dim, self.heads = name, maker, given, dim, heads
@@ -160,10 +161,11 @@ class Arguments:
                 )
 
     def of(self, pattern: Pattern) -> dict[str, Any]:
-        """Arguments by name for a pattern: those given, then sizes and flags by the names that layers usually have.
+        """Arguments by name for a pattern: the given ones, then sizes and flags under the names that layers usually
+        use.
 
         Raises:
-            Unsupported: for an argument that has no default and a name of no known meaning.
+            Unsupported: for an argument without default whose name has no known meaning.
         """
         known: dict[str, Any] = dict.fromkeys(WIDTHS, self.dim) | dict.fromkeys(HEAD_COUNTS, self.heads)
         known |= dict.fromkeys(CAUSAL, pattern.causal) | dict.fromkeys(CROSS, pattern.cross)
@@ -187,7 +189,7 @@ class Arguments:
         return chosen | {name: value for name, value in self.given.items() if name not in chosen}
 
     def make(self, pattern: Pattern) -> nn.Module:
-        """The module in a pattern; in each the same weights, as far as it has the same parts."""
+        """The module for a pattern; its weights are the same in every pattern, as far as its parts are the same."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             try:
@@ -204,7 +206,7 @@ class Arguments:
 
 
 def _parameters(maker: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """What a constructor takes, and, where it hands the rest on, what those of the classes above it take."""
+    """The parameters of a constructor, plus those of its base classes if it passes keyword arguments on."""
     found: dict[str, inspect.Parameter] = {}
     makers: list[Any] = [maker]
     if isinstance(maker, type):
@@ -222,10 +224,10 @@ def _parameters(maker: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 class Called:
-    """Somebody's module in a pattern, called by the names of its forward's arguments.
+    """A user's module in a pattern, called according to the names of its forward's arguments.
 
     Attributes:
-        takes_padding: whether its forward takes a `key_padding_mask`, True where a key is padding.
+        takes_padding: whether its forward accepts a `key_padding_mask`, True where a key is padding.
     """
 
     def __init__(self, module: nn.Module, pattern: Pattern, seeded: bool = False) -> None:
@@ -241,7 +243,7 @@ class Called:
         self.keywords = self._keywords()
 
     def _keywords(self) -> tuple[str, ...]:
-        """Names of the arguments that hold the memory; in self patterns those that must be given."""
+        """Names of the arguments for the memory; in self patterns, of further required arguments, which get `x` too."""
         others = self.names[1:]
         if not self.pattern.cross:
             return tuple(others[: max(self.needed - 1, 0)])
@@ -255,7 +257,7 @@ class Called:
         return tuple(one)
 
     def run(self, x: Tensor, memory: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
-        """Its output; `hidden` (B, M) is True where a key is padding."""
+        """The module's output; `hidden` (B, M) is True where a key is padding."""
         keys = x if memory is None else memory
         more = self.more if hidden is None else {**self.more, "key_padding_mask": hidden}
         with torch.random.fork_rng(devices=[], enabled=self.seeded):
@@ -268,7 +270,7 @@ class Called:
 
 
 class _ModuleProbe(Called):
-    """Somebody's module, in float64 where it takes that."""
+    """A user's module, in float64 if it accepts that."""
 
     def __init__(self, module: nn.Module, pattern: Pattern, dim: int, seeded: bool) -> None:
         super().__init__(module.eval(), pattern, seeded)
@@ -278,7 +280,7 @@ class _ModuleProbe(Called):
         self.module.to(self.dtype)
 
     def _runs(self, dim: int) -> bool:
-        """Whether the module takes float64."""
+        """Whether the module accepts float64."""
         x = torch.zeros(1, LENGTH, dim, dtype=torch.float64)
         memory = torch.zeros(1, MEMORY_LENGTH, dim, dtype=torch.float64) if self.pattern.cross else None
         with contextlib.suppress(Exception), torch.no_grad():
@@ -296,16 +298,16 @@ class _ModuleProbe(Called):
 
 
 FILE = re.compile(r"(?P<path>.+\.py)(?::(?P<name>\w+))?")
-"""How a module of somebody's file is named."""
+"""The format in which a module of a user's file is given."""
 
 
 def suspect(
     target: str, given: Mapping[str, Any], *, dim: int = DIM, heads: int = HEADS, seeded: bool = False
 ) -> Suspect:
-    """What a target names: ``file.py``, ``file.py:Class``, or a mechanism as `regard compare` takes it.
+    """The suspect for a target: ``file.py``, ``file.py:Class``, or a mechanism as `regard compare` accepts it.
 
     Raises:
-        Unsupported: as :func:`module_suspect` and :func:`catalogue_suspect`.
+        Unsupported: as for :func:`module_suspect` and :func:`catalogue_suspect`.
     """
     file = FILE.fullmatch(target)
     if file is not None:

@@ -1,1 +1,1 @@
-"""Recipes of compression measured on a model: what each costs in quality, and what it gives in size and time, here."""
+"""Compression recipes measured on a model and this machine: their cost in quality, and their gain in size and time."""

@@ -1,4 +1,4 @@
-"""Models of transformers and timm, compressed or as they were, scored on a user's data: quality, size and time."""
+"""Quality, size and time of transformers and timm models, compressed or not, on a user's data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from regard.workbench.lighter.subjects.opened import open_encoder, open_vision
 from regard.workbench.lighter.subjects.scores import CrossEntropy
 
 TIMING_SECONDS = 2.0
-"""Of all timings of a model together."""
+"""Timing budget of a model, for all its timings."""
 
 WANTED = {
     "language": "a text: files or folders",
@@ -37,23 +37,23 @@ WANTED = {
     "classes": "texts with their classes, as reviews.csv with the columns text and label",
     "images": "a folder of images with a sub-folder for each class of the model",
 }
-"""Data that tell right answers from wrong ones, by the kind of model."""
+"""The data needed to know which answers are right, by the kind of model."""
 
 COMPARED = "regard compress ORIGINAL --recipes ..., which compares answers with the original's"
-"""What to do instead where nothing says which answers are right."""
+"""The alternative to suggest if it is not known which answers are right."""
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What a model does on data.
+    """The results of a model on data.
 
     Attributes:
         described: model and data in words.
-        metric, score, standard_error: its quality; the error over the items, nan with a single one.
-        loss: nats of a right answer, the mean.
-        items: how many were scored.
-        bytes: of the weights, what is shared counted once.
-        milliseconds: of what takes time, by name.
+        metric, score, standard_error: its quality, and the error over the items (nan for a single one).
+        loss: mean nats of the right answers.
+        items: number of scored items.
+        bytes: size of the weights; shared ones count once.
+        milliseconds: time of each action, by name.
     """
 
     described: str
@@ -66,7 +66,7 @@ class Evaluated:
     milliseconds: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, with None for an error that is not known."""
+        """The results for JSON; an unknown error becomes None."""
         error = None if math.isnan(self.standard_error) else self.standard_error
         return {**asdict(self), "standard_error": error}
 
@@ -78,15 +78,15 @@ def evaluate(
     device: str = "cpu",
     on_items: Callable[[int, int], None] = lambda done, count: None,
 ) -> Evaluated:
-    """Score a model of transformers or timm on all of the data, of long texts on windows spread over them.
+    """Score a transformers or timm model on all of the data; on windows spread over it if it is a long text.
 
     Args:
         place: a folder, compressed or not, a GGUF file, or ``timm:NAME``.
-        device: of causal language models that are not compressed; others run on the processor.
-        on_items: told how many items are scored, and of how many.
+        device: for causal language models that are not compressed; others run on the CPU.
+        on_items: called with the number of scored items and their total.
 
     Raises:
-        Unsupported: for no data, and data that do not tell which answers are right.
+        Unsupported: if there are no data, or they do not tell which answers are right.
     """
     kind = "images" if is_of_timm(place) else known_kind(place)
     if kind == "bare":
@@ -121,8 +121,8 @@ def evaluate(
 
 
 def _language(place: Path, data: Paths, device: str, on_items: Callable[[int, int], None]) -> Evaluated:
-    """The perplexity of a causal language model on a text; where its cache keeps a part of a prompt, of the first half of a
-    window as one."""
+    """The perplexity of a causal language model on a text. If its cache keeps only part of a prompt, the first half of
+    each window is read as a prompt."""
     subject = CausalModel(place, (), None)
     ids = read_ids(data, subject.tokenizer)
     model = load_causal_model(place, device=device)
@@ -148,7 +148,7 @@ def _evaluated(
     items: int,
     device: str = "cpu",
 ) -> Evaluated:
-    """The scores of a model with its size, and its times where it is."""
+    """The results of a model: its scores, size and times."""
     where = torch.device(device)
     timed = interleaved(subject.timed(model), seconds=TIMING_SECONDS, device=where, clock=calm_clock(where))
     milliseconds = {name: 1e3 * timing.median for name, timing in timed.items()}

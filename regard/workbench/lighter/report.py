@@ -1,4 +1,4 @@
-"""The page of a study of compression, and the rows of its table."""
+"""The report page of a compression study, and the rows of its table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from regard.workbench.reports.scales import Axis, is_number
 
 
 def labels(study: Study) -> list[str]:
-    """Headings of the table."""
+    """Column headings of the table."""
     return [
         "recipe",
         study.metric,
@@ -29,7 +29,7 @@ def labels(study: Study) -> list[str]:
 
 
 def cells(study: Study, row: Row) -> list[str]:
-    """A row of the table, in words."""
+    """The cells of a table row."""
     timed = [
         f"{units.milliseconds(_paced(study, row, name))}, {row.speedup[name]:.2f}x"
         for name in study.original.milliseconds
@@ -40,22 +40,22 @@ def cells(study: Study, row: Row) -> list[str]:
 
 
 def _paced(study: Study, row: Row, name: str) -> float:
-    """Milliseconds of a recipe at the pace that the machine had for the original, which drifts between recipes: where the
-    median of the ratios within turns puts it."""
+    """Milliseconds of a recipe, corrected for drift in the machine's speed between recipes: the original's time divided
+    by the median ratio within turns."""
     return study.original.milliseconds[name] / row.speedup[name]
 
 
 def effects_table(study: Study) -> tuple[list[str], list[list[str]]]:
-    """Side effects of the original, of each recipe, and the text's own."""
+    """Headings and rows of the table of side effects: for the original, for each recipe, and for the text itself."""
     return ["recipe", *side_effects.HEADINGS], side_effects.rows("original", study.effects)
 
 
 def write_page(study: Study, path: Path, *, command: Callable[[str], str], tolerance: float) -> Path:
-    """Write the HTML page of a study, which needs nothing else.
+    """Write the HTML page of a study as a single, self-contained file.
 
     Args:
-        command: from a recipe to the command that makes its model.
-        tolerance: of :func:`regard.workbench.lighter.study.recommend`.
+        command: returns the command that makes the model of a recipe.
+        tolerance: as in :func:`regard.workbench.lighter.study.recommend`.
     """
     best, sentence = recommend(study, tolerance)
     everything = [study.original, *study.rows]

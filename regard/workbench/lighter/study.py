@@ -1,6 +1,7 @@
-"""Recipes tried on one model: quality, size and time of each beside the original, in a folder from which the study goes on.
+"""Compression recipes tried on one model: quality, size and time of each compared with the original, in a resumable
+folder.
 
-``results.json`` in the folder has what is done; a recipe that was stopped in the midst goes on at the block it had reached.
+``results.json`` in the folder holds the finished results; an interrupted recipe resumes at the block it had reached.
 """
 
 from __future__ import annotations
@@ -31,34 +32,35 @@ from regard.workbench.side_effects import Effects, Probes
 
 RESULTS, REPORT, WORK = "results.json", "report.html", "work"
 SCORING, CALIBRATING = 0.35, 0.3
-"""Shares of the budget for scores, and for calibration."""
+"""Shares of the budget for scoring and for calibration."""
 FEWEST_ITEMS, MOST_ITEMS = 2, 256
 FEWEST_CALIBRATION, MOST_CALIBRATION = 4, 32
 TIMING_SECONDS = 6.0
-"""Of each recipe's timings at the most."""
+"""Timing budget of each recipe."""
 
 NOTICEABLE = 1.05
-"""From which ratio on one is called faster than the other."""
+"""Ratio from which one is called faster than the other."""
 
 OF_WHOLE_ITEMS = ("accuracy", "agreement")
-"""Metrics that count items that are right."""
+"""Metrics that count right items."""
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a recipe does to the model.
+    """The effect of a recipe on the model.
 
     Attributes:
-        recipe: as it is written; ``original`` for the model itself.
-        quality: by the subject's metric.
-        loss: the share of the original's quality that is lost; below 0 for what is gained.
-        bytes: of the model.
-        milliseconds, speedup: by what is timed; of the original, measured in turns with it, over the recipe's.
-        seconds: that compressing took.
-        kept: why layers were left as they are.
-        layers: how many are quantized.
+        recipe: the recipe as text; ``original`` for the model itself.
+        quality: quality by the subject's metric.
+        loss: relative loss of quality against the original; negative for a gain.
+        bytes: size of the model.
+        milliseconds, speedup: by action, its time, and the original's time (measured in turns with it) divided by that
+            time.
+        seconds: duration of the compression.
+        kept: for each layer that was left unchanged, the reason.
+        layers: number of quantized layers.
     """
 
     recipe: str
@@ -74,17 +76,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Study:
-    """The recipes that were tried on a model.
+    """The results of all recipes tried on a model.
 
     Attributes:
-        described, metric, higher_is_better: of the subject.
-        items, calibration: on how many items it was scored and calibrated.
-        original: the model as it was.
-        rows: of recipes, as they were asked for.
-        refused: why others cannot be done to this model, or were not.
-        machine: where it was measured.
-        threads: of torch.
-        effects: side effects, of the original first; empty where they were not asked for.
+        described, metric, higher_is_better: as in the subject.
+        items, calibration: number of items for scoring and for calibration.
+        original: the row of the uncompressed model.
+        rows: the rows of the recipes, in the order requested.
+        refused: for each recipe without a row, the reason.
+        machine: the CPU that it was measured on.
+        threads: number of torch threads.
+        effects: side effects, with those of the original first; empty if they were not requested.
     """
 
     described: str
@@ -100,7 +102,7 @@ class Study:
     effects: dict[str, Effects] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The study as data for JSON."""
         effects = {name: found.as_dict() for name, found in self.effects.items()}
         return {**asdict(replace(self, effects={})), "side_effects": effects or None}
 
@@ -116,17 +118,18 @@ def study(
     say: Say = lambda sentence: None,
     on_progress: Callable[[str, int, int], None] = lambda doing, done, count: None,
 ) -> Study:
-    """Try recipes on a model.
+    """Try compression recipes on a model.
 
     Args:
-        folder: for the results, where the same call goes on.
-        budget: a time; it sets on how much data is scored and calibrated, and recipes that it has no time for are left out.
-        probes, effects: of side effects, and by how many numbers they are asked for; 0 for none.
-        say: told in sentences what is decided.
-        on_progress: told what is done now, how many recipes are done, and of how many.
+        folder: folder for the results; the same call resumes there.
+        budget: a time. It determines how many items are scored and calibrated with; recipes for which no time is left
+            are skipped.
+        probes, effects: the probes for side effects, and the number of samples; 0 for none.
+        say: called with sentences on what was decided.
+        on_progress: called with the current work, the number of finished recipes, and their total.
 
     Raises:
-        Unsupported: for a budget that is no time, a folder with another study, and a model that cannot be quantized.
+        Unsupported: for a budget that is not a time, a folder with another study, or a model that cannot be quantized.
     """
     if budget.unit != "seconds":
         raise Unsupported(f"budget {budget}", supported="a time: 90s, 20m, 2h", nearest="20m")
@@ -216,20 +219,20 @@ def study(
 
 
 def calibration_data(subject: Subject, recipe: Recipe, count: int) -> list[Any] | None:
-    """What a recipe is calibrated with, `count` items in all, or what it searches by; None where it needs no data."""
+    """The batches for a recipe's calibration (`count` items in all) or search; None if it needs no data."""
     if "loss" in recipe.needs:
         return subject.choosing()
     return subject.calibration(count) if recipe.needs - {"training"} else None
 
 
 def training_data(subject: Subject, recipe: Recipe) -> list[Any] | None:
-    """What a recipe trains on; None where it does not."""
+    """The batches for a recipe's training; None if it does not train."""
     steps = [step.steps for _, step in recipe.steps if "training" in step.needs]
     return subject.training(max(steps)) if steps else None
 
 
 def _planned(subject: Subject, model: nn.Module, recipes: Sequence[Recipe], budget: Budget, say: Say) -> dict[str, Any]:
-    """How many items are scored and calibrated with."""
+    """Choose the number of items for scoring and for calibration."""
     few = min(FEWEST_ITEMS, subject.items)
     subject.quality(model, few)
     started = time.monotonic()
@@ -269,13 +272,13 @@ def _measured(subject: Subject, model: nn.Module, original: Row, changed: Compre
 
 
 def loss_of(quality: float, original: float, *, higher_is_better: bool) -> float:
-    """The share of the original's quality that is lost."""
+    """Relative loss of quality against the original."""
     change = quality - original if not higher_is_better else original - quality
     return change / max(abs(original), 1e-12)
 
 
 def _timed_original(original: Row, rows: Sequence[Row]) -> Row:
-    """With the times that were measured beside the recipes."""
+    """The original with the times that were measured in turns with the recipes."""
     names = [name for name in (rows[0].milliseconds if rows else ()) if name.startswith("original ")]
     times = {name.removeprefix("original "): _middle([row.milliseconds[name] for row in rows]) for name in names}
     return Row(**{**asdict(original), "milliseconds": times, "speedup": dict.fromkeys(times, 1.0)})
@@ -284,7 +287,8 @@ def _timed_original(original: Row, rows: Sequence[Row]) -> Row:
 def recommend(found: Study, tolerance: float = 0.01) -> tuple[str | None, str]:
     """The recipe to use, or None for the original, and a sentence that says so.
 
-    Of those that lose no more than `tolerance`, the one that is fastest; the smallest where none is faster.
+    Among the recipes that lose no more than `tolerance`, it is the fastest, or the smallest if none is noticeably
+    faster.
     """
     if not found.rows:
         return None, "Keep the original: no recipe was measured."
@@ -317,7 +321,7 @@ def recommend(found: Study, tolerance: float = 0.01) -> tuple[str | None, str]:
 
 
 def caution(found: Study, tolerance: float = 0.01) -> str:
-    """What the scores cannot tell, in a sentence; nothing where they are fine enough for the tolerance."""
+    """A sentence if the scores are too coarse for the tolerance; otherwise empty."""
     worth = 1 / (found.items * max(found.original.quality, 1 / found.items)) if found.items else 0.0
     if found.metric not in OF_WHOLE_ITEMS or worth <= tolerance:
         return ""
@@ -328,7 +332,7 @@ def caution(found: Study, tolerance: float = 0.01) -> str:
 
 
 def quality_in_words(quality: float) -> str:
-    """Four digits or more, by which a loss of a tenth of a percent shows."""
+    """The quality with at least four digits, enough to show a loss of a tenth of a percent."""
     return f"{quality:,.4g}" if abs(quality) < 1000 else units.number(quality)
 
 
@@ -339,7 +343,7 @@ def _changed(loss: float) -> str:
 
 
 def _opened(file: Path, subject: Subject, model: nn.Module) -> dict[str, Any]:
-    """What is done in a folder; raises Unsupported where another model or other data were studied there."""
+    """The state of the study in a folder; raises Unsupported if another model or other data were studied there."""
     identity = {"subject": subject.described, "items": subject.items, "model": weights_digest(model)}
     if not file.is_file():
         return {"identity": identity, "rows": {}, "refused": {}, "spent": 0.0}

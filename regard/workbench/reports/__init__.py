@@ -1,1 +1,1 @@
-"""Pages of results: charts, tables and pictures as HTML that needs nothing else."""
+"""Result pages: charts, tables and pictures as self-contained HTML."""

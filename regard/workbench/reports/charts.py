@@ -1,8 +1,8 @@
-"""Charts as inline SVG: no script, no fonts, no colours of their own.
+"""Charts as inline SVG, without scripts, fonts or colours of their own.
 
-Colours, weights and the two themes are in the style sheet of the report; a mark carries ``data-m``, the number of its
-mechanism, which decides its colour and its shape everywhere in a report. Charts are drawn about as wide as a phone, so
-their text stays readable there, and they scale through ``viewBox``.
+Colours, line weights and the two themes are in the report's style sheet; a mark has the attribute ``data-m``, the
+number of its mechanism, which determines its colour and shape throughout a report. Charts are about as wide as a
+phone's screen, so their text stays readable there, and scale through ``viewBox``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LONGEST_RULE = 32
 
 
 class Figure(NamedTuple):
-    """A picture with its words; ``chart`` is None where there is nothing to draw."""
+    """A picture with caption and note; ``chart`` is None if there is nothing to draw."""
 
     caption: str
     chart: Markup | None
@@ -35,16 +35,16 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart.
+    """One line in a chart.
 
     Attributes:
-        number: of its mechanism: decides colour and shape.
-        name: of its mechanism.
-        points: (x, y), y None where nothing could be measured: the line breaks there.
-        ranges: (low, high) at an x, drawn as a whisker.
-        rings: x of points to mark.
-        crossing: x where it crosses the reference, marked on the line and, where the line is named, on the axis.
-        label: whether to write the name at its end; a mechanism with one line a seed is named once.
+        number: number of its mechanism, which determines colour and shape.
+        name: name of its mechanism.
+        points: (x, y); y is None if nothing could be measured, which breaks the line.
+        ranges: (low, high) by x, drawn as whiskers.
+        rings: x values of points to mark with a ring.
+        crossing: x at which it crosses the reference, marked on the line and, if the line is labelled, on the axis.
+        label: whether to write the name at its end; a mechanism with one line per seed is named once.
     """
 
     number: int
@@ -58,16 +58,16 @@ class Series:
 
 @dataclass(frozen=True)
 class ScatterPoint:
-    """One mechanism in the picture of quality against speed.
+    """One mechanism in a picture of quality against cost.
 
     Attributes:
-        x, y: speed and mean quality.
+        x, y: cost and mean quality.
         error: half the height of the error bar; None without one.
         seeds: quality of each seed.
-        front: whether it lies on the Pareto front.
-        winner: whether it is the recommended one.
-        detail: text of its tooltip.
-        label: whether to write its name beside it.
+        front: whether it is on the Pareto front.
+        winner: whether it is the recommended mechanism.
+        detail: tooltip text.
+        label: whether to write its name next to it.
     """
 
     number: int
@@ -125,10 +125,10 @@ def scatter(
     *,
     rule: tuple[str, float] | None = None,
 ) -> Markup:
-    """Quality against speed: error bars, the single seeds, the Pareto front and labels beside the points.
+    """Quality against cost, with error bars, individual seeds, the Pareto front and labels next to the points.
 
     Args:
-        rule: name and quality of something without a speed: a dashed line, or a name at the edge when it is far off.
+        rule: name and quality of something without a cost: drawn as a dashed line, or as a name at the edge if far off.
     """
     right, bottom = WIDTH - 14, HEIGHT - BOTTOM
     x = x_axis.scale([p.x for p in points], LEFT + 16, right - 16)
@@ -173,7 +173,7 @@ def scatter(
             parts.append(Markup('<circle class="halo" cx="{:.1f}" cy="{:.1f}" r="12"/>').format(at, height))
         parts.append(marker(p.number, at, height, 6 if p.front else 4.8, "point"))
         if beside is not None:
-            # Anchored at the side of the point, so that narrower letters stay beside it.
+            # Anchored at the side facing the point, so that narrower letters stay next to it.
             side, anchor = min((abs(beside[0] - at), beside[0], ""), (abs(beside[2] - at), beside[2], " end"))[1:]
             if beside[0] < at < beside[2]:
                 side, anchor = (beside[0] + beside[2]) / 2, " middle"
@@ -186,7 +186,7 @@ def scatter(
 def _rule(
     name: str, value: float, y: Scale, right: float, near: bool, taken: Sequence[Box]
 ) -> tuple[list[Markup], Box]:
-    """A dashed line with its name at one of its ends, or only the name and an arrow; and the room of the name."""
+    """A dashed line with its name at one end, or only the name and an arrow; and the box of the name."""
     at = y.inside(value)
     text = f"{short(name, LONGEST_RULE)} {units.number(value)}"
     if not near:
@@ -200,7 +200,7 @@ def _rule(
     ]
     box = min(boxes, key=lambda box: sum(collision(box, other) for other in taken))
     body = [_line("rule", LEFT, at, right, at)] if near else []
-    # narrower letters than reckoned stay at their end of the line
+    # letters narrower than estimated stay at their end of the line
     left, end = (box[0], "") if box[0] == LEFT + 4 else (box[2], " end")
     return [*body, _text(left, box[3] - 3, text, "note" + end)], box
 
@@ -236,14 +236,14 @@ def lines(
     markers: bool = True,
     missing: str = "",
 ) -> Markup | None:
-    """Lines named at their ends.
+    """A line chart with names at the ends of the lines.
 
     Args:
-        markers: mark every point.
-        missing: what a point without a value means; when given, such points are crosses along the bottom.
+        markers: whether to mark every point.
+        missing: meaning of a point without a value; if given, such points are drawn as crosses along the bottom.
 
     Returns:
-        The chart; None when there is nothing to draw.
+        The chart; None if there is nothing to draw.
     """
     kept = [(s, [(px, py) for px, py in s.points if x_axis.usable(px)]) for s in series]
     values = [py for _, points in kept for _, py in points if y_axis.usable(py)]
@@ -283,7 +283,7 @@ def _draw_series(
     markers: bool,
     lost_at: float | None,
 ) -> tuple[list[Markup], Point | None]:
-    """The marks of one series and the pixel where it ends."""
+    """The marks of one series, and the pixel where it ends."""
     colour = f"k{series.number % COLOURS}"
     parts = [Markup("<title>{}</title>").format(series.name)]
     runs: list[list[Point]] = [[]]
@@ -328,7 +328,7 @@ def _draw_series(
 
 
 def _height_at(at: float, runs: Sequence[Sequence[Point]]) -> float | None:
-    """Where a drawn line passes a horizontal pixel."""
+    """The height of a drawn line at a horizontal pixel position."""
     for run in runs:
         for (x0, y0), (x1, y1) in itertools.pairwise(run):
             if x0 <= at <= x1:
@@ -337,7 +337,7 @@ def _height_at(at: float, runs: Sequence[Sequence[Point]]) -> float | None:
 
 
 def _crossings(series: Sequence[Series], x: Scale, bottom: float) -> Iterable[Markup]:
-    """A dashed line and its length on the axis wherever lines with a name cross the reference."""
+    """A dashed line, and its length on the axis, wherever labelled lines cross the reference."""
     shown = sorted({s.crossing for s in series if s.label and s.crossing is not None and x.low <= s.crossing <= x.high})
     gap = max((len(units.tokens(c)) for c in shown), default=0) * CHARACTER + 4
     places = spread([x(c) for c in shown], gap, LEFT, x.end)

@@ -1,4 +1,4 @@
-"""The charts of a comparison's report."""
+"""The charts in a comparison's report."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from regard.workbench.reports.view import COSTS, REFERENCE, Payload, View
 
 
 class Drawings:
-    """The charts that the template asks for, task by task, of what a view has."""
+    """The charts that the template needs, task by task, from a view's data."""
 
     def __init__(self, view: View) -> None:
         self.view = view
 
     def pictures(self, task: str) -> list[dict[str, Any]]:
-        """Quality against each cost that was measured: the name of the cost, the chart, and who is missing from it."""
+        """Quality against each measured cost: the cost's name, the chart, and a note on mechanisms missing from it."""
         found = []
         for name, column, axis in COSTS:
             entries = [
@@ -74,7 +74,7 @@ class Drawings:
         return scores if len(scores) > 1 else []
 
     def costs(self, task: str) -> list[dict[str, Any]]:
-        """Charts of what grows with the length, each with the sentence below it."""
+        """Charts of costs that grow with the length, each with a sentence below it."""
         latency = Axis("less is better ↓", units.milliseconds, log=True)
         memory = Axis("less is better ↓", units.size, log=True, base=2)
         decode = Axis("tokens per second, more is better ↑", units.count, log=True)
@@ -88,7 +88,7 @@ class Drawings:
         what = "memory" if cross else "input"
         length = Axis(f"length of the {what}, tokens →", units.tokens, log=True, base=2)
         if len(self.view.costed) > 1:
-            wanted = wanted[:3]  # one row of the page a task; the table has the state
+            wanted = wanted[:3]  # one row of the page per task; the table has the state
         drawn = []
         for name, source, axis, crossing in wanted:
             series = [self._cost_series(row, source, crossing) for row in self.view.cost if row["task"] == task]
@@ -139,7 +139,7 @@ class Drawings:
         return "Engines ran on " + "; ".join(f"{name}: {', '.join(who)}" for name, who in by_backend.items())
 
     def curves(self, task: str) -> Markup | None:
-        """Training loss against tokens, a line a seed."""
+        """Training loss against tokens, one line per seed."""
         rows = [row for row in self.view.quality if row["task"] == task and row.get("curve")]
         losses = [loss for row in rows for _, loss in row["curve"] if is_number(loss)]
         firsts = [next((loss for _, loss in row["curve"] if is_number(loss)), None) for row in rows]
@@ -147,7 +147,7 @@ class Drawings:
         if not losses:
             return None
         log = min(losses) > 0
-        # A run that blows up must not flatten all the others.
+        # a run that blows up must not flatten all the others
         axis = Axis("training loss ↓", log=log, limit=max(starts) * 1.2 if log else None)
         lines = [(row["mechanism"], [(tokens, loss) for tokens, loss in row["curve"]]) for row in rows]
         return charts.lines(
@@ -161,7 +161,7 @@ class Drawings:
         )
 
     def searches(self, task: str) -> Markup | None:
-        """Score against learning rate, the chosen one ringed."""
+        """Score against learning rate, with the chosen rate ringed."""
         cells: dict[tuple[str, Any], list[Payload]] = {}
         for row in self.view.search:
             if row["task"] == task:
@@ -189,7 +189,7 @@ class Drawings:
         *,
         rings: Mapping[str, tuple[float, ...]] | None = None,
     ) -> list[Series]:
-        """Lines of mechanisms, of which the first alone has the mechanism's name, and each its rings."""
+        """Lines of mechanisms, each with its rings; only the first line of a mechanism is labelled."""
         rings, first = rings or {}, set()
         series = []
         for name, points in lines:

@@ -1,4 +1,4 @@
-"""What models draw: held-out images whose upper half is given, gone on with pixel by pixel."""
+"""Images that models complete: held-out images whose upper half is given, continued pixel by pixel."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from regard.workbench.reports.png import address
 from regard.workbench.reports.predicted_images import LARGEST
 
 SHOWN = 6
-"""Held-out images that are gone on with."""
+"""Number of held-out images that are completed."""
 LONGEST = 4096
-"""Tokens of an image from which drawing takes too long."""
+"""Most tokens in an image; drawing more takes too long."""
 
 
 @torch.no_grad()
 def completed(model: nn.Module, task: Task) -> dict[str, Any] | None:
-    """Held-out images as they are and as a model completes their upper half, as JSON takes them; None for other tasks, and for
-    images that take too long.
+    """Held-out images, and a model's completions of their upper halves, for JSON; None for other tasks, and for images
+    that take too long.
 
     Returns:
         ``truths`` and ``drawings``, PNGs as data URIs.
@@ -33,7 +33,7 @@ def completed(model: nn.Module, task: Task) -> dict[str, Any] | None:
     batch = next(iter(task.evaluation_batches(SHOWN)))
     given = task.length // task.sides[0] * (task.sides[0] // 2)
     generator = torch.Generator(device).manual_seed(0)
-    known = batch.inputs[:, : given + 1].to(device)  # the sequence begins with a token that is no pixel
+    known = batch.inputs[:, : given + 1].to(device)  # the sequence begins with a token that is not a pixel
     new = model.generate(known, task.length - given, temperature=1.0, generator=generator).cpu()
     whole = torch.cat([batch.targets[:, :given], new], dim=1)
     truths, drawings = (task.pictures(tokens.numpy()) for tokens in (batch.targets, whole))

@@ -1,4 +1,4 @@
-"""Where the names in a chart stand: beside what they name, whole, and not on each other."""
+"""Positions of the labels in a chart: next to what they name, fully visible, and without overlaps."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 
 CHARACTER = 7.0
-"""Mean width of a character of a label."""
+"""Mean width of a character in a label."""
 LINE = 14.0
-"""Height of a line of labels."""
+"""Height of a line in a label."""
 LONGEST_LABEL = 24
 
 Point = tuple[float, float]
@@ -16,20 +16,20 @@ Box = tuple[float, float, float, float]
 
 
 def short(name: str, longest: int = LONGEST_LABEL) -> str:
-    """A name that fits beside a mark."""
+    """Shorten a name so that it fits next to a mark."""
     return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions at least `gap` apart inside [low, high], as near to the wanted ones as that allows (least squares).
+    """Positions at least `gap` apart inside [low, high], as close to the wanted ones as possible (least squares).
 
-    Labels in one column keep the order of what they name. When they cannot all fit, they are spaced evenly.
+    Labels in a column keep the order of what they name. If they do not all fit, they are spaced evenly.
     """
     if not wanted:
         return []
     gap = min(gap, (high - low) / max(len(wanted) - 1, 1))
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    # With the gaps taken out this is a regression onto sequences that never fall: pool neighbours that do.
+    # Without the gaps this is isotonic regression: pool neighbours that are out of order.
     pools: list[list[float]] = []
     for rank, index in enumerate(order):
         pools.append([wanted[index] - rank * gap, 1])
@@ -47,17 +47,17 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 def place_labels(
     points: Sequence[Point], radii: Sequence[float], widths: Sequence[float], taken: Sequence[Box], frame: Box
 ) -> list[Box]:
-    """A box beside each point, chosen greedily, most crowded first, to overlap as little as possible.
+    """A box next to each point, chosen greedily, most crowded point first, to overlap as little as possible.
 
     Args:
-        points: what is labelled.
-        radii: how much room each point takes.
+        points: points to label.
+        radii: radii of the points' marks.
         widths: widths of the labels.
-        taken: boxes that labels should not cover: marks, error bars.
-        frame: what labels must stay inside.
+        taken: boxes that labels should not cover, such as marks and error bars.
+        frame: box that labels must stay inside.
 
     Returns:
-        (x0, y0, x1, y1) of each label, in the order of `points`.
+        The box (x0, y0, x1, y1) of each label, in the order of `points`.
     """
 
     def crowd(i: int) -> float:
@@ -75,7 +75,7 @@ def place_labels(
 
 
 def _boxes_around(point: Point, radius: float, width: float) -> Iterable[tuple[float, Box]]:
-    """Candidate boxes with what each costs by itself: near is cheap, and right is cheaper than left."""
+    """Candidate boxes, each with its own cost: close is cheap, and right is cheaper than left."""
     x, y = point
     for away in (4.0, 12.0, 22.0, 36.0, 52.0):
         distance = radius + away
@@ -89,7 +89,7 @@ def _boxes_around(point: Point, radius: float, width: float) -> Iterable[tuple[f
 
 
 def collision(a: Box, b: Box) -> float:
-    """The penalty of two overlapping boxes: more than any place without overlap, and the more the larger the overlap."""
+    """The penalty for two overlapping boxes: more than for any place without overlap, and growing with the overlap."""
     if a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]:  # nearly all pairs
         return 0.0
     area = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))

@@ -1,4 +1,4 @@
-"""Which colour and shape a mechanism has, and its marker."""
+"""Colours, shapes and markers of mechanisms."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SHAPES: tuple[Sequence[Point] | None, ...] = (
     _polygon(6, 0, grow=1.15),
     _polygon(4, math.pi / 4, inner=0.4, grow=1.5),
 )
-"""Outlines of the markers, in units of the radius. Nine shapes and eight colours repeat together after 72."""
+"""Outlines of the markers, in units of the radius. Pairs of the nine shapes and eight colours repeat after 72."""
 
 
 def marker(number: int, x: float, y: float, radius: float, name: str = "marker") -> Markup:
@@ -59,14 +59,16 @@ def marker(number: int, x: float, y: float, radius: float, name: str = "marker")
 
 
 FIRST = ("softmax", "gated_linear", "delta_rule", "local", "linear", "mamba2", "mamba", "sigmoid")
-"""Those that are met most often: a colour for each."""
+"""The most common mechanisms: each gets a colour of its own."""
 
 
 def numbers(names: Sequence[str], catalogue: Sequence[str]) -> dict[str, int]:
-    """Numbers that decide the colour and the shape of each mechanism: the same in every report, as far as no two are alike.
+    """Numbers that determine the colour and shape of each mechanism: the same in every report, unless two would be
+    equal.
 
     Args:
-        names: of a report. What begins like a mechanism's (``local:window=32``) takes its number, if it is free.
+        names: names in a report. One that begins with a mechanism's name (``local:window=32``) gets its number, if it
+            is free.
         catalogue: all mechanisms, sorted.
     """
     order = [*FIRST, *(name for name in catalogue if name not in FIRST)]
@@ -82,7 +84,7 @@ def numbers(names: Sequence[str], catalogue: Sequence[str]) -> dict[str, int]:
 
 
 def glyph(number: int) -> Markup:
-    """The marker of mechanism `number` by itself, to stand in a line of text."""
+    """The marker of mechanism `number` by itself, for use within a line of text."""
     return Markup('<svg class="glyph" viewBox="-7 -7 14 14" aria-hidden="true">{}</svg>').format(
         marker(number, 0, 0, 5)
     )

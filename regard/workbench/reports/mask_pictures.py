@@ -1,4 +1,4 @@
-"""Images, masks and predictions beside each other in a report, as small pictures inside of it."""
+"""Images, masks and predictions side by side in a report, as small embedded pictures."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from regard.workbench.reports.png import address
 from regard.workbench.trained.segment import mask_image
 
 SHOWN = 4
-"""Held-out images that are shown."""
+"""Number of held-out images shown."""
 SIDE = 160
-"""Pixels of a picture's longer side, to which larger ones are reduced."""
+"""Length in pixels of a picture's longer side; larger pictures are downscaled."""
 
 
 def shown(task: Task) -> dict[str, Any] | None:
-    """The images that a report shows, slices of volumes, with their masks, and names and colours of the classes in them; None
-    for other tasks."""
+    """The images (slices, for volumes) that a report shows, with masks, and the names and colours of the classes in
+    them; None for other tasks."""
     if not isinstance(task, MaskTask):
         return None
     chosen, reader = _chosen(task), task.reader
@@ -38,7 +38,7 @@ def shown(task: Task) -> dict[str, Any] | None:
 
 
 def predicted(model: nn.Module, task: Task) -> dict[str, Any] | None:
-    """The masks that a model gives for the images of :func:`shown`, and their scores; None for other tasks."""
+    """A model's masks for the images in :func:`shown`, and their scores; None for other tasks."""
     if not isinstance(task, MaskTask):
         return None
     device, masks, scores = next(model.parameters()).device, list[str](), list[float]()
@@ -56,11 +56,11 @@ def predicted(model: nn.Module, task: Task) -> dict[str, Any] | None:
 
 
 def table(pictures: Mapping[str, Any] | None, found: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any] | None:
-    """What a report shows of a task: rows of an image, its mask, and picture and score of each model.
+    """The table for a task in a report: each row has an image, its mask, and the picture and score of each model.
 
     Args:
-        pictures: of :func:`shown`, if there are some.
-        found: names and rows of models, whose ``masks`` are those of :func:`predicted`; the first columns first.
+        pictures: the result of :func:`shown`, if any.
+        found: names and rows of models, in column order, with the result of :func:`predicted` under ``masks``.
     """
     drawn = [(name, row) for name, row in found if row.get("masks")]
     if not pictures or not drawn:
@@ -77,7 +77,7 @@ def table(pictures: Mapping[str, Any] | None, found: Sequence[tuple[str, Mapping
 
 
 def _chosen(task: MaskTask) -> list[Batch]:
-    """Some held-out items, evenly spread over those after the first quarter, which may have chosen a learning rate."""
+    """Some held-out items, evenly spaced after the first quarter, which may have chosen a learning rate."""
     count = sum(batch.size for batch in task.evaluation_batches(1))
     chosen = set((count // 4 + spread(count - count // 4, SHOWN)).tolist())
     return [batch for i, batch in enumerate(task.evaluation_batches(1)) if i in chosen]

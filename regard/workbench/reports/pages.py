@@ -1,4 +1,4 @@
-"""The templates of pages, and how they write numbers."""
+"""The templates of pages, and their number formats."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from regard.workbench.reports.scales import Formatter, is_number
 
 @functools.cache
 def pages(*folders: Path) -> Environment:
-    """Templates of pages: those of reports, with their style, and those in other folders; compiled once in a process."""
+    """The template environment: report templates with their style, and other folders; compiled once per process."""
     environment = Environment(
         loader=FileSystemLoader([*folders, Path(__file__).parent / "templates"]),
         autoescape=True,
@@ -37,5 +37,5 @@ def pages(*folders: Path) -> Environment:
 
 
 def or_dash(form: Formatter) -> Any:
-    """What writes a number by `form`, and anything else as a dash."""
+    """A filter that formats a number with `form`, and anything else as a dash."""
     return lambda value: form(value) if is_number(value) else "—"

@@ -1,4 +1,4 @@
-"""Pictures as PNG, in files and inside of reports. No package is needed for it."""
+"""Pictures as PNG, for files and reports, without additional packages."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 def png(pixels: UInt8[np.ndarray, "h w *c"], palette: UInt8[np.ndarray, "k 3"] | None = None) -> bytes:
-    """A PNG of grey or coloured pixels, or of numbers of the colours of a palette."""
+    """Encode grey or RGB pixels, or indices into a palette, as PNG."""
     height, width = pixels.shape[:2]
-    rows = np.zeros((height, 1 + pixels.size // height), dtype=np.uint8)  # a 0 before each row: it is not filtered
+    rows = np.zeros((height, 1 + pixels.size // height), dtype=np.uint8)  # a 0 in front of each row: no filter
     rows[:, 1:] = pixels.reshape(height, -1)
 
     def chunk(name: bytes, data: bytes) -> bytes:
         body = name + data
         return len(data).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
 
-    kind = 3 if palette is not None else 2 if pixels.shape[2:] == (3,) else 0  # of 8 bits each
+    kind = 3 if palette is not None else 2 if pixels.shape[2:] == (3,) else 0  # palette, RGB or grey, with 8 bits each
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, kind, 0, 0, 0]))
@@ -37,7 +37,7 @@ def png(pixels: UInt8[np.ndarray, "h w *c"], palette: UInt8[np.ndarray, "k 3"] |
 def address(
     pixels: UInt8[np.ndarray, "h w *c"], palette: UInt8[np.ndarray, "k 3"] | None = None, *, largest: int
 ) -> str:
-    """A PNG as an address that holds it, made smaller where its longer side has more than `largest` pixels."""
+    """A PNG as a data URI, downscaled if its longer side has more than `largest` pixels."""
     height, width = pixels.shape[:2]
     if max(height, width) > largest:
         sides = [max(1, round(side * largest / max(height, width))) for side in (height, width)]

@@ -1,4 +1,4 @@
-"""What models say of single held-out images: samples, the mistakes they are surest of, and which classes they confuse."""
+"""A model's predictions for single held-out images: samples, its most confident mistakes, and a confusion matrix."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from regard.training.step import batch_context, run_model
 from regard.workbench.reports.png import address
 
 MOST = 512
-"""Held-out images that are looked at."""
+"""Most held-out images that are used."""
 SAMPLES, MISTAKES = 10, 10
 MOST_CLASSES = 20
-"""Classes of which a table of confusions is kept."""
+"""Most classes for which a confusion matrix is kept."""
 LARGEST = 64
-"""Pixels of a picture's longer side; a larger image is made smaller."""
+"""Length in pixels of a picture's longer side; larger pictures are downscaled."""
 
 
 @torch.no_grad()
 def predicted(model: nn.Module, task: Task, at_once: int, first: int = 0) -> dict[str, Any] | None:
-    """Samples, mistakes and confusions of a model, as JSON takes them; None for tasks that classify no images.
+    """Samples, mistakes and confusion matrix of a model, for JSON; None for tasks other than image classification.
 
     Args:
-        at_once: images of a batch.
-        first: number of the first held-out item that is looked at.
+        at_once: images per batch.
+        first: index of the first held-out item that is used.
 
     Returns:
-        ``classes``, their names; ``images``, how many were looked at; ``samples`` and ``mistakes``, lists of ``picture`` (a
-        PNG as a data URI), ``truth``, ``prediction`` (numbers of classes) and ``confidence`` (its probability); and
+        ``classes``, their names; ``images``, the number used; ``samples`` and ``mistakes``, lists of ``picture`` (a PNG
+        as a data URI), ``truth``, ``prediction`` (class indices) and ``confidence`` (the prediction's probability); and
         ``confusion``, counts by true and predicted class, None for more than 20 classes.
     """
     reader = getattr(task, "reader", None)

@@ -1,7 +1,7 @@
-"""The report of a comparison: one HTML file that needs nothing else, drawn from rows of the store.
+"""The report of a comparison: a self-contained HTML file, made from rows of the store.
 
-Means, standard errors and the Pareto front come in ready made; :mod:`regard.workbench.reports.view` has what the template
-says of them, :mod:`regard.workbench.reports.drawings` its charts.
+Means, standard errors and the Pareto front are passed in; :mod:`regard.workbench.reports.view` prepares texts and
+tables for the template, and :mod:`regard.workbench.reports.drawings` its charts.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from regard.workbench.reports.view import REFERENCE, Measured, View
 
 
 def write_report(path: str | Path, measured: Measured) -> Path:
-    """Write the report of one run, replacing the file in one step.
+    """Write the report of one run, replacing the file atomically.
 
     Args:
-        path: the HTML file. Its folder is created when missing.
+        path: path of the HTML file. Its folder is created if missing.
 
     Returns:
-        The path.
+        The path of the file.
 
     Raises:
-        Unsupported: the file cannot be written.
+        Unsupported: if the file cannot be written.
     """
     path = Path(path)
     page = render(measured)
@@ -34,7 +34,7 @@ def write_report(path: str | Path, measured: Measured) -> Path:
 
 
 def render(measured: Measured) -> str:
-    """The page as text."""
+    """The page as HTML text."""
     view, run = View(measured), measured.run
     return (
         pages()

@@ -1,4 +1,4 @@
-"""The page of a retrofit: one HTML file that needs nothing else, drawn from the record in its folder."""
+"""The report page of a retrofit: a self-contained HTML file, made from the record in its folder."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ COSTS = {
 
 
 def write_retrofit_report(folder: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> Path:
-    """Write the report of a finished retrofit, replacing the file in one step.
+    """Write the report of a finished retrofit, replacing the file atomically.
 
     Args:
-        folder: of the retrofit.
-        path: the HTML file; ``report.html`` in the folder when None.
+        folder: the retrofit's folder.
+        path: path of the HTML file; ``report.html`` in the folder when None.
 
     Raises:
-        Unsupported: for a folder without a finished retrofit, or where it cannot be written.
+        Unsupported: for a folder without a finished retrofit, or if the file cannot be written.
     """
     place = Path(folder) / "report.html" if path is None else Path(path)
     page = render_retrofit(read_record(folder))
@@ -61,7 +61,7 @@ def write_retrofit_report(folder: str | os.PathLike[str], path: str | os.PathLik
 
 
 def render_retrofit(record: Mapping[str, Any]) -> str:
-    """The page of a record as text."""
+    """The report page of a record as HTML text."""
     view, kind = _View(record), kind_of(record)
     quality, costs = {
         "language": (view.positions, view.costs),
@@ -112,7 +112,7 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 class _View:
-    """The charts of a record."""
+    """The charts for a record."""
 
     def __init__(self, record: Mapping[str, Any]) -> None:
         self.record, self.results = record, record["results"]
@@ -123,7 +123,7 @@ class _View:
         )
 
     def positions(self) -> list[Figure]:
-        """A chart of perplexity for each text."""
+        """Charts of perplexity by position, one per text."""
         found = []
         for at, (source, its) in enumerate(self.results["perplexity"].items()):
             bins = its["by_position"]
@@ -135,7 +135,7 @@ class _View:
         return found
 
     def costs(self) -> list[Figure]:
-        """State, prompt and token by length."""
+        """Charts by length of the state, the time of a prompt and the time of a token."""
         length = Axis("tokens", units.tokens, log=True, base=2)
         state = [self._series(m, [(int(n), s[m]) for n, s in self.results["state"].items()]) for m in MODELS]
         size = Axis("↑ bytes (less is up)", units.size, log=True, base=2, rising=False)
@@ -151,10 +151,10 @@ class _View:
         return found
 
     def layers(self) -> list[Figure]:
-        """A chart for each text of what is kept after each layer."""
+        """Charts of the share of variance kept after each layer, one per text."""
         found = []
         for at, (source, its) in enumerate(self.results["quality"].items()):
-            if "by_layer" not in its:  # which records of earlier versions lack, of vision transformers
+            if "by_layer" not in its:  # missing for vision transformers in records of earlier versions
                 continue
             points = list(enumerate(its["by_layer"]))
             series = [Series(self.numbers["retrofit"], "retrofit", points, rings=self.record["swapped"])]
@@ -166,9 +166,9 @@ class _View:
         return found
 
     def images(self) -> list[Figure]:
-        """Time of an image by how many are read at once, and operations by the size of images."""
+        """Charts of the time per image by batch size, and of operations by image size."""
         found = []
-        if times := self.results.get("time_by_batch"):  # which records of earlier versions lack
+        if times := self.results.get("time_by_batch"):  # missing in records of earlier versions
             series = [
                 self._series(m, [(int(n), 1000 * its[m]["median"] / int(n)) for n, its in times.items()])
                 for m in MODELS
@@ -186,7 +186,7 @@ class _View:
         return found
 
     def reading(self) -> list[Figure]:
-        """Time and operations by length."""
+        """Charts of time and operations by length."""
         length, found = Axis("tokens", units.tokens, log=True, base=2), []
         for what, words, factor, tick in (
             ("time", "time of a text", 1000.0, units.milliseconds),
@@ -202,7 +202,7 @@ class _View:
         return found
 
     def training(self) -> list[Figure]:
-        """Losses of the stages, and what each layer loses alone."""
+        """Charts of the losses in each stage, and of each layer's sensitivity."""
         losses, found = self.record["losses"], []
         step = Axis("step", units.tick)
         layers = list(losses["transfer"][0]) if losses["transfer"] else []
@@ -220,7 +220,7 @@ class _View:
             chart = self._lines("transfer", "attention transfer", curves, step, share)
             found.append(Figure("attention transfer", chart))
         tuned = [Series(1, "loss", list(enumerate(losses["tune"], 1)))]
-        looks = losses.get("held_out", {}).get("tune", [])  # which records of earlier versions lack
+        looks = losses.get("held_out", {}).get("tune", [])  # missing in records of earlier versions
         if looks:
             tuned.append(Series(2, "held out", [(done, found[0]) for done, found in looks]))
         unit = self.record.get("unit", "nats a token")

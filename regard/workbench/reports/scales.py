@@ -1,4 +1,4 @@
-"""How the quantities of a chart become pixels: scales, their ticks, and axes."""
+"""Conversion of quantities in a chart to pixels: scales, ticks and axes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Formatter = Callable[[float], str]
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value of a row can be drawn: JSON has null for what could not be measured."""
+    """Whether a value can be drawn; JSON has null for what could not be measured."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps a quantity to pixels, linearly or by its logarithm.
+    """Maps a quantity to pixels, linearly or logarithmically.
 
     Attributes:
         low, high: ends of the data range; positive when `log`.
-        start, end: their pixels.
+        start, end: pixels of these ends.
         ticks: values to mark.
     """
 
@@ -41,12 +41,12 @@ class Scale:
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
     def inside(self, value: float) -> float:
-        """The pixel of a value, that of the nearest end for a value outside."""
+        """The pixel of a value, clamped to the range."""
         return self(min(max(value, self.low), self.high))
 
 
 def linear_scale(values: Iterable[float], start: float, end: float, label: Formatter, *, pad: float = 0.08) -> Scale:
-    """A linear scale around all values, about five round ticks on it; at least one value.
+    """A linear scale that covers all values (at least one), with about five round ticks.
 
     Args:
         pad: share of the range left free at each end.
@@ -63,7 +63,8 @@ def linear_scale(values: Iterable[float], start: float, end: float, label: Forma
 def log_scale(
     values: Iterable[float], start: float, end: float, label: Formatter, *, base: int = 10, pad: float = 0.06
 ) -> Scale:
-    """A logarithmic scale around all values, which are positive; ticks are powers of `base`, or finer where few fit.
+    """A logarithmic scale that covers all values (positive), with ticks at powers of `base`, or finer if few of them
+    fit.
 
     Args:
         pad: share of the range left free at each end.
@@ -104,16 +105,16 @@ def _log_ticks(low: float, high: float, base: int, most: int = 6) -> tuple[float
 
 @dataclass(frozen=True)
 class Axis:
-    """How one direction of a chart reads.
+    """One axis of a chart.
 
     Attributes:
-        label: what it shows, unit and better direction included.
-        format: text of a tick.
-        log: logarithmic.
-        base: of logarithmic ticks.
-        rising: False puts small values at the top, where better is smaller.
-        limit: values beyond it are drawn at the edge.
-        ticks: values to mark instead of round ones.
+        label: its label, including the unit and which direction is better.
+        format: formats the text of a tick.
+        log: whether it is logarithmic.
+        base: base of logarithmic ticks.
+        rising: False puts small values at the top, for quantities where smaller is better.
+        limit: larger values are drawn at the edge.
+        ticks: values to mark in place of round ones.
     """
 
     label: str
@@ -125,11 +126,11 @@ class Axis:
     ticks: tuple[float, ...] = ()
 
     def usable(self, value: object) -> TypeGuard[float]:
-        """Whether the axis has a place for a value."""
+        """Whether a value can be placed on the axis."""
         return is_number(value) and (not self.log or value > 0)
 
     def scale(self, values: Iterable[float], start: float, end: float) -> Scale:
-        """The scale of values from the pixel `start` to the pixel `end`."""
+        """The scale for some values, from pixel `start` to pixel `end`."""
         shown = [v if self.limit is None else min(v, self.limit) for v in values]
         if not self.rising:
             start, end = end, start

@@ -1,4 +1,4 @@
-"""Sections of a report as HTML: their tables, and their pictures as SVG."""
+"""Sections of a report as HTML: tables, and pictures as SVG."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from regard.workbench.reports.scales import Axis, is_number
 from regard.workbench.reports.sections import Curves, Heat, Picture, Section
 
 MOST_MARKED = 24
-"""Points of a curve beyond which they are not marked one by one."""
+"""Most points on a curve for which they are marked individually."""
 
 
 def parts_of_page(sections: Sequence[Section]) -> list[dict[str, Any]]:
-    """What ``sections.html.j2`` draws: of each section its words, pictures and rows."""
+    """Data for ``sections.html.j2``: the text, pictures and rows of each section."""
     names = _names([picture for part in sections for picture in part.pictures])
     return [
         {
@@ -42,7 +42,7 @@ def parts_of_page(sections: Sequence[Section]) -> list[dict[str, Any]]:
 
 
 def cell(value: Any) -> str:
-    """A value of a table as text."""
+    """Format a table value as text."""
     if value is None:
         return "—"
     if isinstance(value, bool):
@@ -53,11 +53,11 @@ def cell(value: Any) -> str:
 
 
 def draw(picture: Picture, identity: str, names: Mapping[str, int] | None = None) -> Markup | None:
-    """A picture as SVG; None where there is nothing to draw.
+    """Draw a picture as SVG; None if there is nothing to draw.
 
     Args:
-        identity: of its title, different for each picture of a page.
-        names: numbers of what it draws, which decide colours and shapes.
+        identity: prefix of its element ids, different for each picture on a page.
+        names: number of each name that it draws, which determines colour and shape.
     """
     own = _names([picture]) if names is None else names
     if isinstance(picture, Heat):
@@ -92,7 +92,7 @@ def _identity(title: str) -> str:
 
 
 def _heat(picture: Heat, identity: str) -> Markup | None:
-    """Shades of one colour, with the value of each field when the pointer rests on it."""
+    """A grid in shades of one colour, with each field's value as a tooltip."""
     known = [v for row in picture.values for v in row if is_number(v)]
     if not known:
         return None

@@ -1,4 +1,4 @@
-"""What a study shows: tables and pictures as plain data, so that a report, a page of the documentation and JSON hold the same."""
+"""Sections of a study's result: tables and pictures as plain data, for reports, documentation pages and JSON."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 Row = Mapping[str, Any]
-"""Values by heading: words, numbers, and None for what was not measured."""
+"""Values by heading: strings, numbers, or None for what was not measured."""
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Lines over a common axis.
+    """Lines over a shared x axis.
 
     Attributes:
-        caption: above the picture.
-        x, y: what the axes show, units included.
-        curves: points by name; None for a value that was not measured.
-        note: below the picture.
-        log_x, log_y: logarithmic axes.
-        rising: False where smaller is better, which is drawn higher.
+        caption: text above the picture.
+        x, y: axis labels, including units.
+        curves: points by name; y is None if it was not measured.
+        note: text below the picture.
+        log_x, log_y: whether the axes are logarithmic.
+        rising: False if smaller is better; smaller values are then drawn higher.
     """
 
     kind: ClassVar[str] = "curves"
@@ -38,7 +38,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Points:
-    """A point for each name.
+    """One point per name.
 
     Attributes:
         caption, x, y, note, log_x, log_y, rising: as in :class:`Curves`.
@@ -59,12 +59,12 @@ class Points:
 
 @dataclass(frozen=True)
 class Heat:
-    """A grid of shades from the smallest value to the largest.
+    """A grid of shades, from the smallest value to the largest.
 
     Attributes:
-        caption, note: above and below the picture.
-        rows, columns: names.
-        values: of each row, one a column; None for what was not measured.
+        caption, note: texts above and below the picture.
+        rows, columns: their names.
+        values: for each row, one value per column; None for what was not measured.
     """
 
     kind: ClassVar[str] = "heat"
@@ -82,13 +82,13 @@ _KINDS: dict[str, type[Any]] = {one.kind: one for one in (Curves, Points, Heat)}
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a report.
+    """A section of a report.
 
     Attributes:
-        title: of the part.
-        says: what it shows and what follows, in a sentence or two.
-        pictures: at most three stand beside each other.
-        rows: of its table; all have the same headings.
+        title: its heading.
+        says: what it shows and what follows from it, in a sentence or two.
+        pictures: its pictures; at most three are placed side by side.
+        rows: rows of its table, all with the same headings.
     """
 
     title: str
@@ -97,13 +97,13 @@ class Section:
     rows: Sequence[Row] = field(default_factory=tuple)
 
     def plain(self) -> dict[str, Any]:
-        """The section as JSON could hold it; :func:`section` reads it back."""
+        """The section as JSON data; :func:`section` restores it."""
         pictures = [{"kind": one.kind, **dataclasses.asdict(one)} for one in self.pictures]
         return {"title": self.title, "says": self.says, "pictures": pictures, "rows": [dict(row) for row in self.rows]}
 
 
 def section(plain: Mapping[str, Any]) -> Section:
-    """A section from what :meth:`Section.plain` made."""
+    """Restore a section from the result of :meth:`Section.plain`."""
     pictures = [
         _KINDS[one["kind"]](**{name: value for name, value in one.items() if name != "kind"})
         for one in plain["pictures"]

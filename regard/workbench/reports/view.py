@@ -1,4 +1,4 @@
-"""What the template of a comparison's report asks for beside its charts: ranks, words and tables, task by task."""
+"""Data for the template of a comparison's report, except charts: ranks, texts and tables, task by task."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from regard.workbench.reports.scales import Axis, is_number
 
 Payload = Mapping[str, Any]
 REFERENCE = "softmax"
-"""The mechanism that efficiency lengths are counted against."""
+"""The mechanism against which efficiency lengths are measured."""
 
 SCHEMA = 2
-"""Version of the JSON that a report holds and that ``regard compare --json`` prints (docs/schema/compare.json); it rises
-when a name in it changes its meaning."""
+"""Version of the JSON that a report contains and that ``regard compare --json`` prints (docs/schema/compare.json);
+increased when a name in it changes its meaning."""
 
 COSTS = (
     (
@@ -51,7 +51,7 @@ COSTS = (
     ),
     ("state", "state_bytes", Axis("state of a sequence, less →", units.size, log=True, base=2, rising=False)),
 )
-"""Axes beside quality in charts: name, column of the summary, axis. The first that was measured is shown first."""
+"""Cost axes of the charts of quality: name, column of the summary, axis. The first measured one is shown first."""
 
 FIGURES = (
     ("Training, tokens/s", "tokens_per_second", units.count),
@@ -61,21 +61,21 @@ FIGURES = (
     ("Memory, inference", "inference_memory_bytes", units.size),
     ("State", "state_bytes", units.size),
 )
-"""Costs in the table: heading, column of the summary, and how it is written."""
+"""Costs in the table: heading, column of the summary, and formatter."""
 
 MOST_NAMED = 14
-"""Mechanisms whose names have room in a chart; of more, only what matters most is named."""
+"""Most mechanisms whose names fit in a chart; beyond that, only the most important ones are named."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a report is made of.
+    """The data of a report.
 
     Attributes:
-        run, quality, cost, search: payloads of the rows of those kinds.
-        summary: of each task, one entry a mechanism.
-        machine: :func:`regard.measurement.provenance.fingerprint` of where it was measured.
-        revision: of the code that measured; None when it was not recorded.
+        run, quality, cost, search: payloads of the rows of these kinds.
+        summary: for each task, one entry per mechanism.
+        machine: :func:`regard.measurement.provenance.fingerprint` of the machine that measured.
+        revision: revision of the code that measured; None if it was not recorded.
     """
 
     run: Payload
@@ -89,20 +89,20 @@ class Measured:
 
 @dataclass(frozen=True)
 class Metric:
-    """How the quality of a task is measured."""
+    """The quality metric of a task."""
 
     name: str
     higher_is_better: bool
 
     @property
     def axis(self) -> Axis:
-        """The axis of charts; better is always up."""
+        """The chart axis of the metric; better is always up."""
         name = f"↑ {self.name}" + ("" if self.higher_is_better else " (lower is better, so low is up)")
         return Axis(name, units.tick, rising=self.higher_is_better)
 
 
 class View:
-    """The values that the template asks for, task by task."""
+    """The values that the template needs, task by task."""
 
     def __init__(self, measured: Measured) -> None:
         run, summary = measured.run, measured.summary
@@ -127,12 +127,12 @@ class View:
 
     @property
     def kind(self) -> str:
-        """What is compared: mechanisms in one frame, or models as they are."""
+        """What is compared: ``mechanism`` (in a shared frame) or ``model`` (whole models)."""
         return "model" if self.run.get("whole_models") else "mechanism"
 
     @property
     def columns(self) -> list[tuple[str, str, Any]]:
-        """Of `FIGURES` those that some entry has: models of images neither decode nor keep a state."""
+        """The `FIGURES` for which some mechanism has a value: image models neither decode nor keep a state."""
         entries = [entry for entries in self.summary.values() for entry in entries]
         return [
             (heading, column, or_dash(written))
@@ -141,7 +141,7 @@ class View:
         ]
 
     def counted(self) -> str:
-        """The costs that count at a length, in words."""
+        """The costs that depend on the length, in words."""
         words = {
             "inference_ms": "inference",
             "decode_tokens_per_second": "decoding",
@@ -152,7 +152,7 @@ class View:
         return f"{', '.join(first)} and {last}" if first else last
 
     def number(self, mechanism: str) -> int:
-        """Decides the colour and the shape of a mechanism."""
+        """The number that determines a mechanism's colour and shape."""
         return self.numbers[mechanism]
 
     def metric(self, task: str) -> Metric:
@@ -166,22 +166,22 @@ class View:
         return sorted(entries, key=lambda e: (0, sign * e["mean"]) if is_number(e["mean"]) else (1, 0.0))
 
     def rule(self, task: str) -> Payload | None:
-        """Name and score of the simple rule of a task."""
+        """The name and score of a task's simple rule."""
         found = (self.run.get("baselines") or {}).get(task)
         return found if found is not None and is_number(found["score"]) else None
 
     def ranked_with_rule(self, task: str) -> list[Mapping[str, Any]]:
-        """As :meth:`ranked`, with the rule, which has no mechanism, in its place."""
+        """The result of :meth:`ranked`, with the rule, which has no mechanism, inserted in order."""
         return with_rule(self.ranked(task), self.rule(task))
 
     def figures(self, task: str) -> dict[str, Any] | None:
-        """What a task tells beside the score: the figures' names, and the entries that have some; None for nothing."""
+        """Figures that a task reports in addition to scores: names, and entries that have them; None without any."""
         entries = [e for e in self.ranked(task) if e.get("figures")]
         names = list(dict.fromkeys(name for e in entries for name in e["figures"]))
         return {"names": names, "entries": entries} if names else None
 
     def standing(self, task: str, entry: Payload) -> str:
-        """How a mechanism compares with the best one of the task."""
+        """The standing of a mechanism relative to the best one on the task."""
         if not is_number(entry["mean"]):
             return "no score"
         if entry is self.ranked(task)[0]:
@@ -192,7 +192,7 @@ class View:
         return "behind" if separable else "tied"
 
     def parts(self) -> list[dict[str, Any]]:
-        """The parts of layers beside their mechanisms, one entry for all that have the same: names and parts."""
+        """The parts of layers other than the mechanism: one entry, with names and parts, per group with equal parts."""
         groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
         for by_name in (self.run.get("parts") or {}).values():
             for name, parts in by_name.items():
@@ -203,7 +203,7 @@ class View:
         return [{"names": names, "parts": dict(parts)} for parts, names in groups.items()]
 
     def differences(self) -> str:
-        """The differences between the models of a comparison, beside what was chosen for them."""
+        """What differs between the models of a comparison, apart from what was tuned for each."""
         if self.kind == "model":
             return "the model, with layers of its own"
         groups = self.parts()
@@ -216,21 +216,21 @@ class View:
         return f"the mechanism, and of the parts around it {', '.join(differing)}, as the table of parts shows"
 
     def beside(self) -> list[dict[str, Any]]:
-        """Scores in further frames beside those in the first, for each task and mechanism that was trained in them."""
+        """Scores in further frames next to those in the first, for each task and mechanism trained in them."""
         return [
             {"task": task, **entry} for task, entries in (self.run.get("beside") or {}).items() for entry in entries
         ]
 
     def kept(self, task: str, what: str) -> list[dict[str, Any]]:
-        """An entry of the rows, such as ``sample``, of each mechanism's best run that has it, best mechanism first."""
+        """A field of the rows, such as ``sample``, from each mechanism's best run that has it; best mechanism first."""
         return [{"mechanism": name, **row[what]} for name, row in self._with(task, what)]
 
     def masks(self, task: str) -> dict[str, Any] | None:
-        """Images, masks and predictions of a task that segments, see :func:`regard.workbench.reports.mask_pictures.table`."""
+        """Images, masks and predictions for a segmentation task; see :mod:`regard.workbench.reports.mask_pictures`."""
         return mask_pictures.table((self.run.get("masks") or {}).get(task), self._with(task, "masks"))
 
     def _with(self, task: str, key: str) -> list[tuple[str, Payload]]:
-        """The first row at its best rate that has something to show, of each mechanism that has one, best first."""
+        """For each mechanism, best first, the first row at its best rate that has a value for `key`."""
         found = []
         for entry in self.ranked(task):
             name, rate = entry["mechanism"], self.chosen_rate(task, entry["mechanism"])
@@ -239,14 +239,14 @@ class View:
         return found
 
     def lengths(self) -> str:
-        """The lengths at which costs count, in words."""
+        """The lengths at which costs are compared, in words."""
         at = self.run.get("at_length") or {}
         if len(set(at.values())) == 1:
             return f"{next(iter(at.values())):,} tokens"
         return ", ".join(f"{length:,} tokens for {task}" for task, length in at.items())
 
     def score(self, entry: Payload) -> Markup:
-        """The mean with its standard error."""
+        """The mean with its standard error, as HTML."""
         if not is_number(entry["mean"]):
             return Markup("—")
         if not is_number(entry.get("standard_error")):
@@ -255,15 +255,15 @@ class View:
         return Markup("{} <small>± {}</small>").format(mean, error)
 
     def sentence(self, text: str) -> str:
-        """A text with a capital at its start, but for the name of a mechanism, which is spelled as it is."""
+        """Capitalise the first letter of a text, unless it starts with the name of a mechanism."""
         return text if text.startswith(tuple(self.mechanisms)) else text[:1].upper() + text[1:]
 
     def tied(self, task: str) -> list[str]:
-        """Mechanisms that cannot be told apart from the best one of a task, whose rank they share."""
+        """Mechanisms that cannot be told apart from the best one on a task, whose rank they share."""
         return [e["mechanism"] for e in self.ranked(task) if self.standing(task, e) == "tied"]
 
     def told_apart(self, task: str) -> list[str]:
-        """Sentences on what the scores of a task can and cannot say."""
+        """Sentences on what the scores for a task can and cannot tell."""
         ranked = [entry for entry in self.ranked(task) if is_number(entry["mean"])]
         if not ranked:
             return ["no mechanism has a score."]
@@ -285,7 +285,7 @@ class View:
         return said
 
     def table(self) -> str:
-        """The figures as CSV, a line for each task and mechanism."""
+        """The figures as CSV, one line per task and mechanism."""
         columns = (
             "mean",
             "standard_error",
@@ -307,7 +307,7 @@ class View:
         return written.getvalue()
 
     def data(self) -> str:
-        """All that the report is made of but the scores and pictures of single items, as JSON."""
+        """The data of the report as JSON, without the scores and pictures of single items."""
         large = ("items", "predicted", "completed")
         quality = [{key: value for key, value in row.items() if key not in large} for row in self.quality]
         rows = {"quality": quality, "cost": self.cost, "search": self.search, "summary": self.summary}
@@ -316,7 +316,7 @@ class View:
 
     @property
     def costed(self) -> list[str]:
-        """Tasks whose backbone was measured; all of them when none was."""
+        """Tasks whose models were measured; all tasks if none was."""
         measured = {row["task"] for row in self.cost}
         return [task for task in self.tasks if task in measured] or self.tasks
 
@@ -325,7 +325,7 @@ class View:
         return next((row["lr"] for row in rows if is_number(row.get("lr"))), None)
 
     def edges(self, task: str) -> list[str]:
-        """Mechanisms whose chosen rate is at an end of its grid: a better one may lie beyond."""
+        """Mechanisms whose chosen rate is the lowest or highest tried, so that a better one may be beyond it."""
         found = []
         for mechanism in self.mechanisms:
             rates = {row["lr"] for row in self.search if (row["task"], row["mechanism"]) == (task, mechanism)}

@@ -1,8 +1,9 @@
-"""What networks cost: parameters, FLOPs or milliseconds, and the budget that they have to keep.
+"""Costs of networks in parameters, FLOPs or milliseconds, and the budget that they have to keep.
 
-A cost is a constant for each width plus an amount for each layer, which is exact for parameters and FLOPs and near for times.
-So a few networks are measured, and the amounts that explain them best are those of all networks of the space. Of times this is
-an estimate: :mod:`regard.workbench.search.run` measures the networks that it may choose, whole and beside softmax's.
+A cost is modelled as a constant per width plus an amount per layer, which is exact for parameters and FLOPs and
+approximate for times. So a few networks are measured, and the amounts that fit them best give the costs of all networks
+in the space. For times this is an estimate: :mod:`regard.workbench.search.run` measures the candidates for the final
+choice as whole networks, next to the reference.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ ACCEPTED = "what a network may cost: 60% time, 60% flops, 4.5ms, 20M flops or 30
 
 @dataclass(frozen=True)
 class NetworkBudget:
-    """What a network may cost.
+    """The highest cost that a network may have.
 
     Attributes:
-        unit: ``milliseconds`` of reading one item, ``flops`` of the same, or ``parameters``.
-        amount: how many; of the largest network of the first mechanism, where it is a share.
-        share: whether it is one.
+        unit: ``milliseconds`` or ``flops`` for reading one item, or ``parameters``.
+        amount: the limit, in the unit or as a share of the cost of the first mechanism's largest network.
+        share: whether the amount is such a share.
     """
 
     unit: str
@@ -55,7 +56,7 @@ class NetworkBudget:
 
     @classmethod
     def parse(cls, text: str) -> NetworkBudget:
-        """Raises Unsupported for anything else than a positive share or amount of a unit."""
+        """Parse a positive share or an amount with a unit; raises Unsupported for anything else."""
         match = FORM.fullmatch(text)
         unit = None if match is None else UNITS.get(match[4].lower())
         if match is None or unit is None or float(match[1]) <= 0:
@@ -71,7 +72,7 @@ class NetworkBudget:
         return cls(unit, float(match[1]) * FACTORS[match[3]])
 
     def limit(self, reference: float) -> float:
-        """The greatest cost, where the reference network has this one."""
+        """The highest allowed cost, given the cost of the reference network."""
         return self.amount * reference if self.share else self.amount
 
     def __str__(self) -> str:
@@ -91,16 +92,16 @@ def worded(unit: str, value: float) -> str:
 
 
 Measure = Callable[[Sequence[Genes]], Sequence[float]]
-"""The costs of networks."""
+"""Measures the costs of networks."""
 
 
 class CostTable:
-    """The cost of every network of a space, from amounts for its layers.
+    """The cost of every network in a space, from amounts for its layers.
 
     Args:
         space: the networks.
-        amounts: by (width, stack, mechanism, heads, feed-forward width) of a layer, and by (width,) alone, each as numbers of
-            choices.
+        amounts: by (width, stack, mechanism, heads, feed-forward width) of a layer, and by (width,) for the constant,
+            all given as indices of choices.
     """
 
     def __init__(self, space: Space, amounts: Mapping[tuple[Any, ...], float]) -> None:
@@ -108,7 +109,7 @@ class CostTable:
 
     @classmethod
     def of(cls, space: Space, measure: Measure) -> CostTable:
-        """From measurements of the networks of :meth:`design`, by least squares within each width."""
+        """Fit the amounts to measurements of the networks in :meth:`design`, by least squares within each width."""
         networks = cls.design(space)
         costs = np.asarray(measure(networks), dtype=np.float64)
         amounts: dict[tuple[Any, ...], float] = {}
@@ -123,7 +124,7 @@ class CostTable:
 
     @staticmethod
     def design(space: Space) -> list[Genes]:
-        """Networks that tell the amounts: in every width each kind of layer throughout a stack, at two depths of it."""
+        """Networks that determine the amounts: for every width, each kind of layer filling a stack, at two depths."""
         ends = sorted({0, len(space.choices.depths) - 1})
         found = []
         for stack in space.stacks:
@@ -144,7 +145,7 @@ class CostTable:
         return sum(self.amounts[part] for part in _parts(self.space, genes))
 
     def cheapest(self, space: Space) -> Genes:
-        """The network of a part of the space that costs least."""
+        """The network with the lowest cost in a part of the space."""
         best: tuple[float, Genes] | None = None
         depths = [space.at(name) for name in dict.fromkeys(stack.depth for stack in space.stacks)]
         for dim in space.allowed[0]:
@@ -168,7 +169,7 @@ class CostTable:
 
 
 def _layers(space: Space) -> list[tuple[int, ...]]:
-    """The places of the genes of each layer."""
+    """The gene indices of each layer."""
     named: dict[tuple[str, int], list[int]] = {}
     for at, gene in enumerate(space.genes):
         if gene.layer >= 0:
@@ -177,7 +178,7 @@ def _layers(space: Space) -> list[tuple[int, ...]]:
 
 
 def _parts(space: Space, genes: Genes) -> list[tuple[Any, ...]]:
-    """The constant of the width, and the layers, by which a table names its amounts."""
+    """The keys of a network's amounts in a table: the constant of its width, and its layers."""
     active, dim = space.active(genes), genes[0]
     found: list[tuple[Any, ...]] = [(dim,)]
     for places in _layers(space):
@@ -192,24 +193,24 @@ def parameters(space: Space, networks: Sequence[Genes]) -> list[float]:
 
 
 def flops(space: Space, networks: Sequence[Genes]) -> list[float]:
-    """Multiplications and additions of matrix products with which each network reads one item, projections included, as
-    torch's own operators compute them."""
+    """FLOPs of the matrix products with which each network reads one item, including projections, as counted in torch's
+    own operators."""
     return [count_flops(build(space.config(genes), 0), space.task) for genes in networks]
 
 
 @torch.no_grad()
 def count_flops(model: nn.Module, task: Task) -> float:
-    """FLOPs of reading the first held-out item."""
+    """FLOPs for reading the first held-out item."""
     batch = next(iter(task.evaluation_batches(1)))
     model.eval()
-    # of the same operators on every machine: torch does not look into a native kernel
+    # with the same operators on every machine: torch cannot count inside a native kernel
     with backends.only("torch"), flop_counter() as counter:
         run_model(model, batch, batch_context(batch))
     return float(counter.get_total_flops())
 
 
 def milliseconds(space: Space, networks: Sequence[Genes], *, seconds: float = 0.15, least: int = 5) -> list[float]:
-    """The median time in which each network reads one item on this machine, all of them measured in turns."""
+    """The median time in which each network reads one item on this machine; all networks are measured in turns."""
     timed = time_models(
         {str(i): build(space.config(genes), 0) for i, genes in enumerate(networks)}, space, seconds, least
     )
@@ -218,11 +219,11 @@ def milliseconds(space: Space, networks: Sequence[Genes], *, seconds: float = 0.
 
 @torch.no_grad()
 def time_models(models: Mapping[str, nn.Module], space: Space, seconds: float, least: int = 5) -> dict[str, Timing]:
-    """Times of reading one item, measured in turns.
+    """Times for reading one item, measured in turns.
 
     Args:
-        seconds: for each model.
-        least: turns at the least.
+        seconds: timing budget per model.
+        least: minimum number of turns.
     """
     device = torch.device(space.settings.device)
     batch = next(iter(space.task.evaluation_batches(1))).to(device)

@@ -1,12 +1,13 @@
-"""Which of two networks is better, learned from few that were tried: RankNAS (Hu et al., arXiv 2109.07383).
+"""Predicts which of two networks is better, learned from a few evaluated ones: RankNAS (Hu et al., arXiv 2109.07383).
 
-A scalar score g of a network's features is learned so that P(a is better than b) = sigmoid(g(a) - g(b)): the loss is the
-logistic one over all ordered pairs of the networks tried. The order is what a search needs, and it is easier to learn than
-the loss itself, by which the same g is learned as a baseline (``kind="regression"``). Here g is a linear function plus a small
-network with one hidden layer, the mean of a few; the paper has gradient-boosted trees.
+A scalar score g of a network's features is learned such that P(a is better than b) = sigmoid(g(a) - g(b)): the loss is
+the logistic loss over all ordered pairs of the evaluated networks. A search needs only the order, which is easier to
+learn than the loss itself; learning the loss with the same g is the baseline (``kind="regression"``). Here g is a
+linear function plus a small network with one hidden layer, averaged over a few members; the paper uses gradient-boosted
+trees.
 
-Features: one for each choice of each gene (of silent genes none), and for each stack the share of its layers that each
-mechanism has.
+Features: a one-hot encoding of each gene (zero for silent genes), and for each stack the share of its layers that use
+each mechanism.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ HIDDEN, STEPS, RATE, DECAY, MEMBERS = 24, 200, 0.02, 0.02, 3
 
 
 def features(space: Space, networks: Sequence[Genes]) -> np.ndarray:
-    """A row a network, float32."""
+    """One row of features per network, float32."""
     genes = np.asarray(networks)  # (networks, genes)
     depths = np.asarray(space.choices.depths)
     layers = {stack.name: depths[genes[:, space.at(stack.depth)]] for stack in space.stacks}
@@ -46,12 +47,12 @@ def features(space: Space, networks: Sequence[Genes]) -> np.ndarray:
 
 
 class Predictor:
-    """Scores networks, higher for better ones.
+    """Scores networks; higher is better.
 
     Args:
-        space: of the networks.
+        space: the space of the networks.
         kind: ``ranker``, or ``regression`` on the losses.
-        seed: of its first weights.
+        seed: seed of the initial weights.
     """
 
     def __init__(self, space: Space, kind: str = "ranker", seed: int = 0) -> None:
@@ -59,7 +60,7 @@ class Predictor:
         self.space, self.kind, self.seed = space, kind, seed
 
     def fit(self, networks: Sequence[Genes], losses: Sequence[float]) -> Predictor:
-        """Learn from networks and their losses, which are better the lower they are."""
+        """Learn from networks and their losses (lower is better)."""
         learned, self.mean, self.spread = _learned(
             features(self.space, networks), np.asarray(losses), [np.arange(len(networks))], self.kind, self.seed
         )
@@ -67,23 +68,23 @@ class Predictor:
         return self
 
     def score(self, networks: Sequence[Genes]) -> np.ndarray:
-        """A number for each network, float64."""
+        """One score per network, float64."""
         return _told(self.members, features(self.space, networks), self.mean, self.spread)
 
     def probability(self, first: Genes, second: Genes) -> float:
-        """That the first network is better than the second."""
+        """The probability that the first network is better than the second."""
         a, b = self.score([first, second])
         return float(1 / (1 + np.exp(b - a)))
 
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Of some members: linear (K, F), up (K, F, H), its bias (K, 1, H), down (K, H)."""
+"""Weights of some members: linear (K, F), up (K, F, H), its bias (K, 1, H), down (K, H)."""
 
 
 def _learned(
     x: np.ndarray, losses: np.ndarray, subsets: Sequence[np.ndarray], kind: str, seed: int
 ) -> tuple[list[Weights], np.ndarray, np.ndarray]:
-    """Members for each subset of the networks, all trained at once, and what features are shifted and divided by."""
+    """Members for each subset of the networks, all trained at once, and the mean and spread used to scale features."""
     mean, spread = x.mean(0), x.std(0) + 1e-3
     scaled = torch.from_numpy(((x - mean) / spread).astype(np.float32))
     count, width = len(subsets) * MEMBERS, x.shape[1]
@@ -99,7 +100,7 @@ def _learned(
         within[members, subset] = 1.0
         part = y[subset]
         targets[members] = (-(y - part.mean()) / part.std(correction=0).clamp(min=1e-12)).float()
-    better = (y[:, None] < y[None]).float()  # of row over column
+    better = (y[:, None] < y[None]).float()  # row better than column
     pairs = within[:, :, None] * within[:, None] * better
     optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=DECAY)
     for step in range(STEPS):
@@ -131,7 +132,7 @@ def _told(members: Weights, x: np.ndarray, mean: np.ndarray, spread: np.ndarray)
 
 
 def pair_accuracy(scores: Numbers, losses: Numbers) -> float:
-    """Share of the pairs of networks with different losses whose order the scores tell; ties count half. nan without pairs."""
+    """Share of pairs with different losses that the scores order correctly; ties count half. nan without such pairs."""
     told, order = _pairs(scores, losses)
     return float(((told == order) + 0.5 * (told == 0)).mean()) if len(order) else float("nan")
 
@@ -143,7 +144,7 @@ def kendall_tau(scores: Numbers, losses: Numbers) -> float:
 
 
 def _pairs(scores: Numbers, losses: Numbers) -> tuple[np.ndarray, np.ndarray]:
-    """Signs of which of two is better, as the scores and as the losses say."""
+    """Signs for which network in each pair is better, by scores and by losses."""
     s, y = np.asarray(scores, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     i, j = np.triu_indices(len(y), 1)
     order = np.sign(y[j] - y[i])
@@ -153,12 +154,12 @@ def _pairs(scores: Numbers, losses: Numbers) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Judged:
-    """How well a predictor orders networks that it has not learned from, in folds of them.
+    """How well a predictor orders held-out networks, by cross-validation.
 
     Attributes:
-        tau, tau_error: Kendall's tau within the networks held out, mean over the folds and its standard error.
-        accuracy: share of the pairs told rightly.
-        importance: by gene, how much that share falls when the gene is shuffled among the networks held out.
+        tau, tau_error: Kendall's tau among held-out networks, mean over the folds and standard error.
+        accuracy: share of pairs ordered correctly.
+        importance: for each gene, how much the accuracy falls if the gene is shuffled among the held-out networks.
     """
 
     tau: float
@@ -177,7 +178,7 @@ def judge(
     shuffles: int = 3,
     seed: int = 0,
 ) -> Judged:
-    """Learn from all folds but one and order that one, for each fold. With fewer than two networks a fold nan."""
+    """Cross-validate: for each fold, learn from the others and order it. nan with fewer than two networks per fold."""
     rng = np.random.default_rng(seed)
     order, y, x = rng.permutation(len(networks)), np.asarray(losses, dtype=np.float64), features(space, networks)
     parts = [(order[fold::folds], np.delete(order, np.s_[fold::folds])) for fold in range(folds)]
@@ -210,8 +211,8 @@ def judge(
 
 
 def prune(space: Space, predictor: Predictor, importance: dict[str, float], keep: int, seed: int = 0) -> Space:
-    """The space with the `keep` genes that matter most left open, and each other at the choice that scores best on average
-    over networks drawn from the space."""
+    """The space with only the `keep` most important genes left open; each other gene is fixed at the choice that scores
+    best on average over networks drawn from the space."""
     rng = random.Random(seed)
     drawn = [space.draw(rng) for _ in range(200)]
     ranked = sorted(importance, key=lambda name: -importance[name])

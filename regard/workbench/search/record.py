@@ -1,4 +1,4 @@
-"""What a search came to: its record, its verdict, the plan as a file, and commands that go on with it."""
+"""The results of a search: its record, its verdict, the plan as a file, and commands for further use."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 PLAN, REFERENCE = "plan.json", "reference"
 CHOICES = ("dims", "depths", "heads", "feed_forward")
-"""What is chosen beside mechanisms."""
+"""The choices other than mechanisms."""
 
 _COLUMN = {"milliseconds": "ms", "flops": "flops", "parameters": "parameters"}
 _SAID = {"ms": "time", "flops": "FLOPs", "parameters": "parameters"}
@@ -36,16 +36,16 @@ _SAID = {"ms": "time", "flops": "FLOPs", "parameters": "parameters"}
 
 @dataclass(frozen=True)
 class Found:
-    """The steps of a search, done.
+    """The finished steps of a search.
 
     Attributes:
-        table: costs.
-        limit: the most that a network may have.
-        tried: networks and their losses with the supernet's weights.
-        judged: how well each predictor does.
-        methods: what each method came to.
-        entrants: what was chosen, first the winner and last the reference.
-        left_out: spaces without a network that keeps the budget.
+        table: the cost table.
+        limit: the highest cost that a network may have.
+        tried: evaluated networks and their losses with the supernet's weights.
+        judged: the quality of each predictor.
+        methods: the result of each search method.
+        entrants: the chosen networks; the winner is first and the reference last.
+        left_out: sentences on the spaces without a network that keeps the budget.
     """
 
     table: CostTable
@@ -58,7 +58,7 @@ class Found:
 
 
 def record_of(search: Search, found: Found) -> Row:
-    """The record of a search, and its plan in a file."""
+    """Make the record of a search, and write its plan to a file."""
     task, space, settings, unit = search.task, search.space, search.settings, search.settings.budget.unit
     rows, plan = found.entrants, search.output / PLAN
     write_plan(space, tuple(rows[0]["genes"]), plan)
@@ -101,14 +101,14 @@ def record_of(search: Search, found: Found) -> Row:
 
 
 def _mixture(space: Space, genes: Genes) -> str:
-    """The mechanism of all layers, or that there are several."""
+    """The mechanism of all layers, or ``mixed`` if there are several."""
     names = [layer.mechanism for layers in space.network(genes).stacks.values() for layer in layers]
     kinds = dict.fromkeys(names)
     return next(iter(kinds)) if len(kinds) == 1 else "mixed"
 
 
 def write_plan(space: Space, genes: Genes, path: Path) -> None:
-    """The plan as a file that :func:`regard.models.variants.read_variant` reads."""
+    """Write the plan as a file that :func:`regard.models.variants.read_variant` can parse."""
     variant = space.variant(genes)
     plan: Row = {"name": "found"}
     for stack, layers in variant.record().items():
@@ -130,7 +130,7 @@ def _commands(search: Search, winner: Row) -> list[str]:
 
 
 def task_in_words(task: Task) -> str:
-    """What makes a command read the same data: files, the task with its options, held-out files and the tokenizer."""
+    """Command-line arguments for the same data: files, the task with its options, held-out files, the tokenizer."""
     origin = dict(getattr(task, "origin", None) or {})
     files = {name: origin.pop(name, None) or [] for name in ("data", "validation")}
     data, held_out = ([paths] if isinstance(paths, str) else list(paths) for paths in files.values())
@@ -170,7 +170,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _comparison(rows: Sequence[Row]) -> Comparison | None:
-    """The scores of the first entrant and of those beside it, by seeds and items; None where it or they have no runs."""
+    """Scores of the winner and the other entrants, by seeds and items; None if it or all of them lack runs."""
     scores = {}
     for row in rows:
         runs = {run["seed"]: items_array(run["items"]) for run in row["runs"] if not run["diverged"]}
@@ -180,7 +180,7 @@ def _comparison(rows: Sequence[Row]) -> Comparison | None:
 
 
 def _beside(comparison: Comparison) -> dict[str, Row]:
-    """The first entrant's score minus each other's, paired over seeds and items."""
+    """The winner's score minus each other entrant's, paired over seeds and items."""
     first, *others = comparison.scores
     found = {}
     for name in others:
@@ -195,8 +195,8 @@ def _beside(comparison: Comparison) -> dict[str, Row]:
 
 
 def _unlearned(search: Search, comparison: Comparison) -> str:
-    """That neither the first entrant nor the reference is shown to do better than what needs no training; empty where one is,
-    and where the task says of no such thing."""
+    """A sentence if neither the winner nor the reference is shown to beat a rule without training, or chance; otherwise
+    empty, also if the task has neither."""
     first, chance = next(iter(comparison.scores)), getattr(search.task, "chance", None)
     if search.rule is not None:
         told, score, items = f"a rule without training, {search.rule.name}", search.rule.score, search.rule.items

@@ -1,4 +1,4 @@
-"""The page of a search, and the rows of its table."""
+"""The report page of a search, and the rows of its table."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ AXES = {
 
 
 def labels(record: Record) -> list[str]:
-    """Headings of the table of what was chosen; ± is the standard error over seeds, the share that of the reference's cost."""
+    """Column headings: ± is the standard error over seeds, and share the cost relative to the reference's."""
     return ["", record["metric"], "±", "loss", "parameters", "FLOPs", "time", "share", "plan"]
 
 
 def cells(record: Record, row: Mapping[str, Any]) -> list[str]:
-    """A row of the table, in words."""
+    """The cells of a table row."""
     done = [run for run in row["runs"] if not run["diverged"]]
     score, error = _mean_and_error([run["score"] for run in done])
     loss, _ = _mean_and_error([run["loss"] for run in done])
@@ -48,7 +48,7 @@ def cells(record: Record, row: Mapping[str, Any]) -> list[str]:
 
 
 def write_page(record: Record, path: Path) -> Path:
-    """Write the HTML page of a search's record, which needs nothing else."""
+    """Write the record of a search as a self-contained HTML page."""
     entrants = record["entrants"]
     judged = record["judged"]
     importance = sorted(judged["ranker"]["importance"].items(), key=lambda item: -item[1])
@@ -84,7 +84,7 @@ def _figures(record: Record) -> list[Figure]:
 
 
 def _tried(record: Record, axis: Axis) -> Any:
-    """Losses of the networks that the ranker learned from, against their costs; the front is named."""
+    """Losses of the networks that the ranker learned from, against costs; those on the Pareto front are labelled."""
     shown = [one for one in record["tried"] if is_number(one["loss"]) and axis.usable(one["cost"])]
     if len(shown) < 2:
         return None
@@ -138,7 +138,7 @@ def _chosen(record: Record, axis: Axis) -> Any:
 
 
 def _mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and standard error; nan where there are too few."""
+    """Mean and standard error; nan if there are too few values."""
     if not values:
         return math.nan, math.nan
     mean = sum(values) / len(values)

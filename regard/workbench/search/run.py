@@ -1,12 +1,12 @@
-"""A search from its space to a plan that `regard train` and `regard compare` take.
+"""A search, from its space to a plan for `regard train` and `regard compare`.
 
-In order: the cost of every network, from a few that are measured; the supernet; networks tried with its weights, by which a
-ranker is learned and genes that matter less are fixed; searchers that follow the ranker within the budget; the finalists tried
-with the supernet's weights and, where the budget is a time, timed whole; the best of them and of each mechanism alone, trained
-from scratch beside the largest network of the first mechanism.
+Its steps: a cost table for every network, from a few measured ones; the supernet; networks evaluated with its weights,
+from which a ranker learns and which show the less important genes, to be fixed; searchers that follow the ranker within
+the budget; finalists evaluated with the supernet's weights and, for a time budget, timed as whole networks; the best of
+all and the best with each single mechanism, trained from scratch along with the largest network of the first mechanism.
 
-The first quarter of the held-out items chooses; the others judge what was chosen. Every step is a row of the store or a
-checkpoint, so the same call goes on where one was stopped.
+The first quarter of the held-out items is used for choices; the others judge the chosen networks. Every step is a
+stored row or a checkpoint, so the same call resumes an interrupted search.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ TIMING_SECONDS = 0.5
 
 @dataclass
 class Watch:
-    """Whom a search tells.
+    """Callbacks that follow a search.
 
     Attributes:
-        say: sentences about what is decided.
-        doing: what is done now, and which share of it is done.
+        say: called with sentences on what was decided.
+        doing: called with the current work, and the finished share of it.
     """
 
     say: Callable[[str], None] = lambda sentence: None
@@ -57,18 +57,18 @@ class Watch:
 
 
 class Search:
-    """A search for a task.
+    """An architecture search for a task.
 
     Args:
-        task: what the networks are for.
-        choices: what there is to choose.
-        settings: how.
-        output: folder for everything that is written.
-        watch: whom to tell.
+        task: the task that the networks are for.
+        choices: the choices that span the space.
+        settings: the settings of the search.
+        output: folder for all output.
+        watch: callbacks that follow the search.
 
     Raises:
-        Unsupported: for a task without a model whose layers can be chosen, sizes that a mechanism cannot have, and a space in
-            which no network keeps the budget.
+        Unsupported: for a task with its own training, sizes that a mechanism cannot have, and a space in which no
+            network keeps the budget.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Search:
         }
 
     def run(self) -> Row:
-        """The whole search; its record, as :func:`regard.workbench.search.report.write_page` and JSON take it."""
+        """Run the whole search; returns its record, for :func:`regard.workbench.search.report.write_page` and JSON."""
         with Store(self.output / STORE) as store:
             self.store = store
             return self._run()
@@ -162,8 +162,8 @@ class Search:
         return CostTable(self.space, {tuple(part): amount for part, amount in self._stored("cost", key, measured)})
 
     def _spaces(self, table: CostTable, limit: float) -> tuple[dict[str, Space], list[str]]:
-        """The space, and the part of it with each mechanism alone where there are several; those without a network that keeps
-        the budget are left out, and told."""
+        """The whole space and, if there are several mechanisms, its part for each single one; parts in which no network
+        keeps the budget are left out, with a sentence on each."""
         spaces, left_out = {FOUND: self.space}, []
         if len(self.choices.names) > 1:
             for number, name in enumerate(self.choices.names):
@@ -212,7 +212,7 @@ class Search:
         return supernet.eval()
 
     def inherited(self, genes: Genes) -> float:
-        """The loss of a network with the supernet's weights on the items that choose."""
+        """The loss of a network with the supernet's weights, on the items for choices."""
         key = {"search": "inherited", **self.of_supernet, "items": self.choosing, "genes": list(genes)}
 
         def measured() -> float:
@@ -222,10 +222,11 @@ class Search:
         return math.inf if loss is None else loss
 
     def _tried(self, table: CostTable, limit: float) -> tuple[dict[Genes, float], Space, dict[str, Judged]]:
-        """Networks and their losses, the space with the genes that still count, and how the predictors do.
+        """The evaluated networks with their losses, the space with the genes still open, and the quality of the
+        predictors.
 
-        The first round draws from the whole space. Later ones draw from what the last left open, within the budget where
-        such networks are found.
+        The first round draws from the whole space. Later rounds draw from what the last one left open, within the
+        budget if such networks are found.
         """
         settings = self.settings
         rng, tried, space = random.Random(f"{settings.seed} tried"), dict[Genes, float](), self.space
@@ -245,7 +246,7 @@ class Search:
                 importance = judged["ranker"].importance
                 keep = max(1, math.ceil(settings.keep * len(importance)))
                 pruned = prune(self.space, self._fitted("ranker", tried), importance, keep, settings.seed)
-                # fixing genes may fix them where the budget does not reach
+                # the genes may have been fixed such that no network keeps the budget
                 space = pruned if table(table.cheapest(pruned)) <= limit else space
         return tried, space, judged
 
@@ -261,7 +262,7 @@ class Search:
         limit: float,
         tried: Mapping[Genes, float],
     ) -> tuple[dict[str, Genes | None], list[Row]]:
-        """The network chosen in each space, None where no finalist keeps the budget; and what each method came to."""
+        """The network chosen in each space (None if no finalist keeps the budget), and the results of the methods."""
         settings, ranker, methods = self.settings, predictors["ranker"], list[Row]()
         within = sorted((genes for genes in tried if table(genes) <= limit), key=lambda genes: tried[genes])
         finalists: dict[str, dict[Genes, None]] = {}
@@ -282,7 +283,7 @@ class Search:
                 if within:
                     methods.append(self._method("best of those tried", within[0], ranker, len(within)))
         for name in finalists:
-            finalists[FOUND] |= finalists[name]  # what is of one mechanism is of the space
+            finalists[FOUND] |= finalists[name]  # networks with a single mechanism are in the whole space too
         kept = set(self._keeping(list(finalists[FOUND]), limit))
         chosen = {
             name: min((genes for genes in several if genes in kept), key=self.inherited, default=None)
@@ -309,8 +310,8 @@ class Search:
         }
 
     def _keeping(self, finalists: Sequence[Genes], limit: float) -> list[Genes]:
-        """The finalists that keep the budget when they are measured whole: of times beside the reference, whose own time is
-        what a share is of."""
+        """The finalists whose measured cost keeps the budget; times are measured along with the reference's, to which a
+        share refers."""
         budget = self.settings.budget
         if budget.unit != "milliseconds":
             return list(finalists)
@@ -330,7 +331,7 @@ class Search:
         most = budget.limit(own) if budget.share else limit
         return [genes for genes, time in zip(finalists, times, strict=True) if time <= most]
 
-    # what is chosen, from scratch
+    # the chosen networks, trained from scratch
 
     def _entrants(self, entrants: Mapping[str, Genes]) -> list[Row]:
         settings, rows = self.settings, []
@@ -388,7 +389,7 @@ class Search:
         return self._stored("quality", key, measured)
 
     def _costs(self, entrants: Mapping[str, Genes]) -> dict[str, Row]:
-        """Parameters, FLOPs and time of each, the times measured in turns."""
+        """Parameters, FLOPs and time of each network; times are measured in turns."""
         key = {
             "search": "entrants",
             **self.identity,
@@ -411,7 +412,7 @@ class Search:
         return {name: costs[self.space.describe(genes)] for name, genes in entrants.items()}
 
     def _stored(self, kind: str, key: Mapping[str, Any], measured: Callable[[], Any]) -> Any:
-        """The payload of a row, made where there is none."""
+        """The payload of a stored row, measured first if it is missing."""
         row = self.store.get(kind, key)
         if row is None:
             self.store.put(kind, key, {"value": measured()})
@@ -426,8 +427,8 @@ _WORD = {"milliseconds": "time", "flops": "flops", "parameters": "parameters"}
 
 @torch.no_grad()
 def _loss(supernet: Supernet, genes: Genes, task: Task, batch_size: int, last: int) -> float:
-    """The mean loss of a network with the supernet's weights on the first held-out items. Nothing is generated, which some
-    tasks score."""
+    """The mean loss of a network with the supernet's weights on the first held-out items; unlike scoring, this never
+    generates."""
 
     def run(part: Batch) -> Tensor:
         memory = () if part.memory is None else (part.memory,)
@@ -445,7 +446,7 @@ def _loss(supernet: Supernet, genes: Genes, task: Task, batch_size: int, last: i
 
 
 def _columns(tried: Mapping[Genes, float]) -> tuple[list[Genes], list[float]]:
-    """Networks and losses; a loss that is not finite is as bad as the worst that is."""
+    """Networks and losses; losses that are not finite are replaced by the worst finite one."""
     known = [loss for loss in tried.values() if math.isfinite(loss)]
     worst = max(known, default=0.0)
     return list(tried), [loss if math.isfinite(loss) else worst for loss in tried.values()]

@@ -1,7 +1,8 @@
-"""Searchers: each looks for the network with the highest score among those that a budget allows, by as many scores.
+"""Searchers: each looks for the highest-scoring network within a budget, with a limited number of scores.
 
-`evolution` is that of the Hardware-Aware Transformer (Wang et al., arXiv 2005.14187): parents, mutants, crossovers. `random`
-draws. `optuna` is the library's tree-structured Parzen estimator over the same genes (``pip install 'regard[search]'``).
+`evolution` is the search of the Hardware-Aware Transformer (Wang et al., arXiv 2005.14187): parents, mutants,
+crossovers. `random` draws networks at random. `optuna` is that library's tree-structured Parzen estimator over the same
+genes (``pip install 'regard[search]'``).
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from regard.contract import Unsupported
 from regard.workbench.search.space import Genes, Space
 
 POPULATION, LEAST_POPULATION = 125, 10
-"""Of a generation: a fifth of it parents, the others half mutants and half crossovers. Smaller where few scores are given, so
-that there are eight generations."""
+"""Size of a generation: a fifth are parents, the rest half mutants and half crossovers. Smaller if few scores are
+allowed, so that there are eight generations."""
 MUTATION = 0.3
 TRIES = 40
-"""Draws for each network that is wanted, before fewer are taken."""
+"""Draws per requested network before giving up on the full number."""
 
 Score = Callable[[Sequence[Genes]], np.ndarray]
 Fits = Callable[[Genes], bool]
@@ -29,10 +30,10 @@ Fits = Callable[[Genes], bool]
 
 @dataclass(frozen=True)
 class Found:
-    """What a search came to.
+    """The result of a search.
 
     Attributes:
-        best: networks and their scores, the best first, each once.
+        best: networks and their scores, best first, without duplicates.
         scored: how many networks were scored.
     """
 
@@ -41,7 +42,7 @@ class Found:
 
 
 class Scored:
-    """Scores of networks, each asked for once, up to a number of them."""
+    """Scores of networks, each computed once, up to a maximum number."""
 
     def __init__(self, score: Score, fits: Fits, most: int) -> None:
         self.score, self.fits, self.most = score, fits, most
@@ -49,25 +50,25 @@ class Scored:
 
     @property
     def left(self) -> int:
-        """Networks that may still be scored."""
+        """Number of networks that may still be scored."""
         return self.most - len(self.known)
 
     def add(self, networks: Sequence[Genes]) -> None:
-        """Score those that fit and are new, as many as are left."""
+        """Score the networks that are new and fit the budget, up to the number left."""
         new = [genes for genes in dict.fromkeys(networks) if genes not in self.known and self.fits(genes)][: self.left]
         if new:
             self.known |= dict(zip(new, map(float, self.score(new)), strict=True))
 
     def found(self) -> Found:
-        """All that were scored, the best first."""
+        """All scored networks, best first."""
         return Found(sorted(self.known.items(), key=lambda item: (-item[1], item[0])), len(self.known))
 
 
 def evolution(
     space: Space, score: Score, fits: Fits, evaluations: int, seed: int, start: Sequence[Genes] = ()
 ) -> Found:
-    """Generations of the best networks so far, mutants of them (each gene drawn anew with probability 0.3), and crossovers
-    (each gene from either of two)."""
+    """Generations of the best networks so far, their mutants (each gene redrawn with probability 0.3) and crossovers
+    (each gene from either of two parents)."""
     rng, scored = random.Random(seed), Scored(score, fits, evaluations)
     population = min(POPULATION, max(LEAST_POPULATION, evaluations // 8))
     kept, made = population // 5, 2 * population // 5
@@ -89,14 +90,14 @@ def evolution(
         parents, before = [genes for genes, _ in scored.found().best[:kept]], len(scored.known)
         scored.add([*_drawn(mutant, scored, made), *_drawn(crossover, scored, made)])
         if len(scored.known) == before:
-            break  # nothing new is near: all there is has been scored, or all that parents lead to
+            break  # the space, or all that the parents lead to, is exhausted
     return scored.found()
 
 
 def at_random(
     space: Space, score: Score, fits: Fits, evaluations: int, seed: int, start: Sequence[Genes] = ()
 ) -> Found:
-    """Networks drawn evenly."""
+    """Networks drawn uniformly."""
     rng, scored = random.Random(seed), Scored(score, fits, evaluations)
     scored.add([*start, *_drawn(lambda: space.draw(rng), scored, evaluations)])
     return scored.found()
@@ -105,10 +106,10 @@ def at_random(
 def with_optuna(
     space: Space, score: Score, fits: Fits, evaluations: int, seed: int, start: Sequence[Genes] = ()
 ) -> Found:
-    """Optuna's sampler, with one categorical a gene that counts; networks beyond the budget are pruned trials.
+    """Optuna's sampler, with one categorical parameter per active gene; networks beyond the budget are pruned trials.
 
     Raises:
-        Unsupported: where optuna is not installed.
+        Unsupported: if optuna is not installed.
     """
     optuna = _optuna()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -132,7 +133,7 @@ def with_optuna(
     for genes in start:
         named = zip(space.genes, genes, space.active(genes), strict=True)
         study.enqueue_trial({gene.name: number for gene, number, counts in named if counts})
-    for _ in range(2 * evaluations):  # of pruned and repeated trials no score is asked for
+    for _ in range(2 * evaluations):  # pruned and repeated trials use up no scores
         if not scored.left:
             break
         study.optimize(objective, n_trials=1)
@@ -143,7 +144,7 @@ SEARCHERS: dict[str, Callable[..., Found]] = {"evolution": evolution, "random": 
 
 
 def check_searchers(names: Sequence[str]) -> None:
-    """Raises Unsupported for an unknown searcher, and for one whose package is missing."""
+    """Raise Unsupported for an unknown searcher, and for one whose package is missing."""
     unknown = [name for name in names if name not in SEARCHERS]
     if unknown or not names:
         raise Unsupported(f"searchers {', '.join(names) or 'none'}", supported=", ".join(SEARCHERS))
@@ -162,7 +163,7 @@ def _optuna() -> Any:
 
 
 def _drawn(draw: Callable[[], Genes], scored: Scored, count: int) -> list[Genes]:
-    """As many new networks that fit as are wanted, or as a number of draws gives."""
+    """Up to `count` new networks that fit the budget; fewer if the limit of draws is reached."""
     found: dict[Genes, None] = {}
     for _ in range(TRIES * count):
         if len(found) >= count:

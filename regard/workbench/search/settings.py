@@ -1,4 +1,4 @@
-"""How a search is made."""
+"""The settings of an architecture search."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ from regard.workbench.search.searchers import check_searchers
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How a search is made.
+    """Settings of an architecture search.
 
     Attributes:
-        budget: of a network.
-        steps: of the supernet's training, each of which trains four networks.
-        learning_rate: of all training.
-        batch_tokens: tokens of a step.
-        networks: how many are tried with the supernet's weights, for the ranker to learn from.
-        rounds: in which they are drawn; after each but the last the genes that matter less are fixed.
+        budget: the highest cost that a network may have.
+        steps: training steps for the supernet, each on four networks.
+        learning_rate: learning rate of all training.
+        batch_tokens: tokens per training step.
+        networks: number of networks evaluated with the supernet's weights, from which the ranker learns.
+        rounds: number of rounds in which they are drawn; after each except the last, the less important genes are
+            fixed.
         keep: share of the genes that stay open after a round.
-        searchers: of :data:`regard.workbench.search.searchers.SEARCHERS`.
-        evaluations: networks that each of them scores.
-        finalists: of them that are tried with the supernet's weights.
-        retrain_steps: of the chosen networks, from scratch; 0 for no retraining.
-        seeds: runs of each of them.
-        seed: of the supernet, the draws and the first run.
-        share: whether the mechanisms of a layer have their projections in common.
-        frame: of :data:`regard.models.frames.FRAMES`.
-        precision, device: of training and times.
+        searchers: names in :data:`regard.workbench.search.searchers.SEARCHERS`.
+        evaluations: number of networks that each searcher scores.
+        finalists: number of each searcher's best networks that are evaluated with the supernet's weights.
+        retrain_steps: training steps for the chosen networks from scratch; 0 for no retraining.
+        seeds: number of training runs for each chosen network.
+        seed: seed of the supernet, the draws and the first run.
+        share: whether the mechanisms in a layer share their projections.
+        frame: a name in :data:`regard.models.frames.FRAMES`.
+        precision, device: for training and timing.
     """
 
     budget: NetworkBudget
@@ -75,7 +76,7 @@ class SearchSettings:
         check_device(self.device)
 
     def models(self, task: Task, mechanisms: Sequence[Variant]) -> CompareSettings:
-        """What a comparison of these mechanisms on a task would build its models by."""
+        """The settings with which a comparison of these mechanisms on a task would build its models."""
         return CompareSettings(
             tuple(mechanisms),
             Budget("steps", float(self.steps)),

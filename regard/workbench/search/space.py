@@ -1,8 +1,9 @@
-"""The space of networks: genes, each a choice among few, and the models that they stand for.
+"""The search space: genes, each a choice among a few values, and the models that they encode.
 
-A network has one width, and in each of its stacks a number of layers; each layer has a mechanism, a number of heads and,
-where the stack's blocks have one, a feed-forward network of some hidden width. Genes of layers beyond the number of layers
-are silent: two networks that differ in those alone are the same, and :meth:`Space.canonical` spells both alike.
+A network has one width, and for each of its stacks a number of layers; each layer has a mechanism, a number of heads
+and, if the stack's blocks have one, a feed-forward network of some hidden width. Genes of layers beyond the number of
+layers are silent: networks that differ only in those are the same, and :meth:`Space.canonical` gives them the same
+genes.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from regard.workbench.comparison.settings import CompareSettings
 from regard.workbench.comparison.task_models import model_config
 
 Genes = tuple[int, ...]
-"""For each gene of a space the number of its choice."""
+"""For each gene in a space, the index of its choice."""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers of a network that read the same sequence.
+    """Layers of a network that process the same sequence.
 
     Attributes:
-        name: what its genes are called by.
-        pattern: of its mechanisms.
-        depth: name of the gene that says how many layers it has.
+        name: prefix of its genes' names.
+        pattern: pattern of its mechanisms.
+        depth: name of the gene for its number of layers.
         feed_forward: whether its blocks have a feed-forward network.
     """
 
@@ -46,8 +47,8 @@ ENCODER, DECODER, CROSS = "encoder", "decoder", "cross"
 
 
 def stacks_of(pattern: Pattern) -> tuple[Stack, ...]:
-    """The stacks of a model for tasks of a pattern: in causal-cross those of an encoder-decoder; in noncausal-cross, as in
-    comparisons, the layers between the two sequences."""
+    """The stacks in a model for tasks with a pattern: in causal-cross those of an encoder-decoder; in noncausal-cross,
+    as in comparisons, only the layers between the two sequences."""
     if pattern is not Pattern.CAUSAL_CROSS:
         return (Stack("layer", pattern),)
     return (
@@ -59,14 +60,14 @@ def stacks_of(pattern: Pattern) -> tuple[Stack, ...]:
 
 @dataclass(frozen=True)
 class Gene:
-    """One choice.
+    """One choice in a network.
 
     Attributes:
-        name: ``dim``, ``depth``, ``layer 2 mechanism``.
-        choices: what may be chosen, the smallest first where they are sizes.
+        name: its name, such as ``dim``, ``depth`` or ``layer 2 mechanism``.
+        choices: the possible values; sizes in ascending order.
         kind: ``dim``, ``depth``, ``mechanism``, ``heads`` or ``feed_forward``.
-        stack: of a layer's gene; "" of the others.
-        layer: its number from 0, of a layer's gene; -1 of the others.
+        stack: the stack of a layer's gene; "" for other genes.
+        layer: the index, from 0, of a layer's gene; -1 for other genes.
     """
 
     name: str
@@ -78,7 +79,7 @@ class Gene:
 
 @dataclass(frozen=True)
 class Layer:
-    """What a layer has been chosen to be; `feed_forward` is None in stacks without."""
+    """The choices for a layer; `feed_forward` is None in stacks without feed-forward networks."""
 
     mechanism: str
     heads: int
@@ -87,13 +88,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Network:
-    """A network in words and numbers: its width, and the layers of each stack."""
+    """A network as data: its width, and the layers of each stack."""
 
     dim: int
     stacks: Mapping[str, tuple[Layer, ...]]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The network as data for JSON."""
         return {
             "dim": self.dim,
             **{name: [dataclasses.asdict(layer) for layer in layers] for name, layers in self.stacks.items()},
@@ -102,12 +103,12 @@ class Network:
 
 @dataclass(frozen=True)
 class Choices:
-    """What a search chooses among.
+    """The values that a search chooses from.
 
     Attributes:
-        mechanisms: one-layer variants, as :func:`regard.models.variants.read_variant` reads them.
-        dims, depths, heads, feed_forward: numbers, of which each network has one width, each stack one depth, and each layer
-            one of the others.
+        mechanisms: one-layer variants, as parsed by :func:`regard.models.variants.read_variant`.
+        dims, depths, heads, feed_forward: possible sizes: one width per network, one depth per stack, and the others
+            per layer.
     """
 
     mechanisms: tuple[Variant, ...]
@@ -149,21 +150,21 @@ class Choices:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Mechanisms to choose from, by name."""
+        """The mechanisms to choose from, by name."""
         return tuple(variant.name for variant in self.mechanisms)
 
 
 class Space:
-    """The networks for a task among some choices.
+    """The networks for a task that some choices span.
 
     Args:
-        task: says what goes in and out.
+        task: the task, which determines inputs and outputs.
         choices: see :class:`Choices`.
-        settings: of the models around the chosen layers; its frame is the first.
-        allowed: for each gene the numbers of the choices that are left; all when None.
+        settings: settings for the models around the chosen layers; the first frame is used.
+        allowed: for each gene the indices of the choices that are left; all when None.
 
     Attributes:
-        genes: one for the width, then for each stack its depth (once for stacks that share it), and for each of its layers the
+        genes: one for the width; then one depth for each stack (stacks may share one); then for each layer the
             mechanism, the heads and the feed-forward width.
     """
 
@@ -196,24 +197,24 @@ class Space:
         self._depth_of = {stack.name: self._at[stack.depth] for stack in self.stacks}
 
     def at(self, name: str) -> int:
-        """The place of a gene."""
+        """The index of a gene by name."""
         return self._at[name]
 
     def active(self, genes: Genes) -> tuple[bool, ...]:
-        """Which genes count: those of the width, the depths, and the layers that there are."""
+        """Whether each gene counts: those for the width, the depths, and the existing layers do."""
         return tuple(gene.layer < 0 or gene.layer < self._depth(genes, gene.stack) for gene in self.genes)
 
     def canonical(self, genes: Genes) -> Genes:
-        """The same network, with silent genes at their first choice."""
+        """The same network with silent genes set to their first choice."""
         return tuple(number if counts else 0 for number, counts in zip(genes, self.active(genes), strict=True))
 
     def nearest(self, genes: Genes) -> Genes:
-        """The network with the first choice that is left for each gene whose choice is not."""
+        """The network in which genes whose choice is not allowed take the first allowed one."""
         kept = tuple(n if n in left else left[0] for n, left in zip(genes, self.allowed, strict=True))
         return self.canonical(kept)
 
     def network(self, genes: Genes) -> Network:
-        """What the genes stand for."""
+        """Decode the genes."""
         stacks = {}
         for stack in self.stacks:
             layers = []
@@ -230,7 +231,7 @@ class Space:
         """The canonical genes of a network; the inverse of :meth:`network`.
 
         Raises:
-            Unsupported: for a network that is not of this space.
+            Unsupported: for a network that is not in this space.
         """
         wanted: dict[str, Any] = {"dim": network.dim}
         for stack in self.stacks:
@@ -245,14 +246,14 @@ class Space:
         return self.canonical(found)
 
     def holds(self, genes: Genes) -> bool:
-        """Whether all choices that count are left."""
+        """Whether all genes that count have an allowed choice."""
         return all(
             number in left or not counts
             for number, left, counts in zip(genes, self.allowed, self.active(genes), strict=True)
         )
 
     def restricted(self, left: Mapping[str, Sequence[int]]) -> Space:
-        """The part of the space in which some genes, by name or by kind, have fewer choices left."""
+        """The part of the space in which some genes, given by name or kind, have fewer choices."""
         allowed = []
         for gene, before in zip(self.genes, self.allowed, strict=True):
             wanted = left.get(gene.name, left.get(gene.kind))
@@ -264,7 +265,7 @@ class Space:
 
     @property
     def size(self) -> int:
-        """The number of networks."""
+        """The number of networks in the space."""
         count = len(self.allowed[self.at("dim")])
         for depth in dict.fromkeys(stack.depth for stack in self.stacks):
             total = 0
@@ -279,7 +280,7 @@ class Space:
         return count
 
     def every(self) -> Iterator[Genes]:
-        """All networks, each once."""
+        """All networks in the space, each once."""
         seen = set()
         for genes in itertools.product(*self.allowed):
             canonical = self.canonical(genes)
@@ -288,11 +289,11 @@ class Space:
                 yield canonical
 
     def draw(self, rng: random.Random) -> Genes:
-        """A network with every gene drawn evenly."""
+        """A network with every gene drawn uniformly."""
         return self.canonical(tuple(rng.choice(left) for left in self.allowed))
 
     def extreme(self, rng: random.Random, *, largest: bool) -> Genes:
-        """A network of the greatest or the least sizes, its mechanisms and heads drawn."""
+        """A network with the largest or smallest sizes, and with random mechanisms and heads."""
         at = -1 if largest else 0
         return self.canonical(
             tuple(
@@ -302,8 +303,8 @@ class Space:
         )
 
     def corners(self) -> Iterator[Genes]:
-        """Networks of the greatest depth and feed-forward width, among which each mechanism is in each layer with each
-        number of heads in each width."""
+        """Networks of the largest depth and feed-forward width that together have each mechanism in each layer, with
+        each number of heads and each width."""
         of = {
             kind: next(len(g.choices) for g in self.genes if g.kind == kind) for kind in ("dim", "mechanism", "heads")
         }
@@ -312,7 +313,7 @@ class Space:
             yield tuple(numbers.get(gene.kind, len(gene.choices) - 1) for gene in self.genes)
 
     def uniform(self, mechanism: str) -> Genes:
-        """The largest network with one mechanism everywhere, and the most heads."""
+        """The largest network with a single mechanism, and with the most heads."""
         number = self.choices.names.index(mechanism)
         return tuple(number if g.kind == "mechanism" else len(g.choices) - 1 for g in self.genes)
 
@@ -330,7 +331,7 @@ class Space:
         )
 
     def config(self, genes: Genes) -> Any:
-        """The config of the model, which `regard train` makes of the same plan and width."""
+        """The model config, the same that `regard train` makes from this plan and width."""
         settings = self.sized(genes)
         return model_config(self.variant(genes), self.task, settings, settings.frames[0])
 
@@ -341,7 +342,7 @@ class Space:
         return dataclasses.replace(self.settings, dim=network.dim, layers=len(layers), heads=layers[0].heads)
 
     def describe(self, genes: Genes) -> str:
-        """A network on a line."""
+        """A one-line description of a network."""
         return f"{self.variant(genes).name} (width {self.network(genes).dim})"
 
     def _plan(self, layers: Sequence[Layer]) -> Layers:

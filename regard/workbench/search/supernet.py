@@ -1,17 +1,17 @@
-"""A network that holds all networks of a space: each is a leading slice of the same weights.
+"""A supernet that contains all networks of a space: each is a leading slice of the same weights.
 
-A network of the space is the model that `regard train` would make of it, called with slices of the supernet's tensors in the
-place of its own, so it cannot differ from the network that stands alone with those weights. What is sliced:
+A network from the space is the model that `regard train` would build for it, called with slices of the supernet's
+tensors in place of its own, so it computes exactly what a standalone network with those weights does. What is sliced:
 
-- everything outside the mechanisms (embedding, norms, feed-forward networks, head) along each axis;
-- the projections of queries, keys, values and outputs of attention layers, which all mechanisms of a layer share
-  (arXiv 2207.13955): the number of heads only cuts the same channels otherwise;
-- what else belongs to a mechanism is not sliced: a matrix that holds several projections side by side, as those of Mamba,
-  would be cut in the midst of one. There are own tensors for each mechanism and each of its shapes.
+- everything outside the mechanisms (embedding, norms, feed-forward networks, head) is sliced along each axis;
+- the projections of queries, keys, values and outputs in attention layers are sliced, and shared by all mechanisms of a
+  layer (arXiv 2207.13955): the number of heads only splits the same channels differently;
+- other weights of a mechanism are not sliced: a matrix that holds several projections side by side, as in Mamba, would
+  be cut in the middle of one. There are separate tensors for each mechanism and each of its shapes.
 
-Depth is the first layers. A step of training is a sandwich (Yu & Huang, arXiv 1903.05134): the largest network, the smallest,
-and a few drawn evenly, with the mean of their losses; without the first two a network that is deep or wide is trained more
-rarely than a small one and ranked too low.
+A smaller depth uses the first layers. A training step follows the sandwich rule (Yu & Huang, arXiv 1903.05134): the
+largest network, the smallest, and a few drawn uniformly, with the mean of their losses; without the first two, deep and
+wide networks would be trained less often than small ones, and ranked too low.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from regard.workbench.search.space import Genes, Space
 MIXER = re.compile(r"(?P<block>(?:\w+\.)*\d+)\.mixer\.(?P<inside>.+)")
 SHARED = re.compile(r"(query|key|value|output)\.(weight|bias)")
 KEPT = 128
-"""Models without weights that are kept, since making one takes about as long as a small step."""
+"""Weightless models that are cached, since building one takes about as long as a small step."""
 
 
 class Supernet(nn.Module):
-    """The weights of all networks of a space.
+    """The weights of all networks in a space.
 
     Args:
         space: the networks.
-        seed: of the initial weights, and of the networks that are drawn in training.
-        device: of torch.
-        draws: networks of a step beside the largest and the smallest.
-        share: whether mechanisms have the projections of queries, keys, values and outputs in common.
+        seed: seed of the initial weights, and of the networks drawn in training.
+        device: a torch device.
+        draws: networks per step in addition to the largest and the smallest.
+        share: whether mechanisms share the projections of queries, keys, values and outputs.
     """
 
     def __init__(self, space: Space, seed: int, device: str = "cpu", *, draws: int = 2, share: bool = True) -> None:
@@ -70,8 +70,8 @@ class Supernet(nn.Module):
             self.tensors[key]._no_weight_decay = True
 
     def key(self, model: nn.Module, name: str) -> str:
-        """Under which name the supernet has what a network calls `name`."""
-        plain = name.replace(".", "/")  # no dots in the names of a ParameterDict
+        """The supernet's key for the parameter that a network calls `name`."""
+        plain = name.replace(".", "/")  # ParameterDict keys must not have dots
         match = MIXER.fullmatch(name)
         if match is None:
             return plain
@@ -85,7 +85,7 @@ class Supernet(nn.Module):
         return own if sliced else f"{own}|{'x'.join(map(str, model.get_parameter(name).shape))}"
 
     def slices(self, genes: Genes) -> dict[str, Tensor]:
-        """The weights of a network by the names that it has for them, differentiable with respect to the supernet's."""
+        """The weights of a network under its own names for them, differentiable with respect to the supernet's."""
         model, found = self.model(genes), {}
         for name, parameter in model.named_parameters():
             whole = self.tensors[self.key(model, name)]
@@ -94,7 +94,7 @@ class Supernet(nn.Module):
         return found
 
     def model(self, genes: Genes) -> nn.Module:
-        """The model of a network, whose own weights mean nothing."""
+        """The model of a network; its own weights are unused."""
         if genes not in self._models:
             if len(self._models) >= KEPT:
                 self._models.pop(next(iter(self._models)))
@@ -102,13 +102,13 @@ class Supernet(nn.Module):
         return self._models[genes]
 
     def run(self, genes: Genes, *inputs: Tensor, context: Context) -> Result:
-        """A network on some inputs, with the supernet's weights."""
+        """Run a network on some inputs with the supernet's weights."""
         model = self.model(genes)
         model.train(self.training)
         return functional_call(model, self.slices(genes), inputs, {"context": context})
 
     def alone(self, genes: Genes) -> nn.Module:
-        """The network with a copy of its weights, to stand alone."""
+        """A standalone network with a copy of its weights."""
         model = self._built(genes).to(self.device)
         with torch.no_grad():
             slices = self.slices(genes)
@@ -117,14 +117,14 @@ class Supernet(nn.Module):
         return model
 
     def drawn(self, step: int) -> list[Genes]:
-        """The networks of a step of training."""
+        """The networks for a training step."""
         rng = random.Random(f"{self.seed} {step}")
         both = [self.space.extreme(rng, largest=largest) for largest in (True, False)]
         return list(dict.fromkeys([*both, *(self.space.draw(rng) for _ in range(self.draws))]))
 
     def forward(self, *inputs: Tensor, context: Context) -> Result:
-        """In training the outputs of a step's networks: the largest one's, and the others' as those of exits of the same
-        weight, so that training minimises the mean of their losses. Otherwise that of the largest network."""
+        """In training, the output of the largest network, with those of the step's other networks as exits of equal
+        weight, so that the mean of their losses is minimised. In evaluation, the output of the largest network."""
         step = int(context.progress or 0)
         first, *others = self.drawn(step)
         result = self.run(first, *inputs, context=context)
@@ -149,7 +149,7 @@ class Supernet(nn.Module):
 
 
 def _grown(before: Tensor | None, part: Tensor, generator: torch.Generator) -> Tensor:
-    """A tensor as large as both in every axis: the larger one's numbers, and draws like them where neither has any."""
+    """A tensor of the larger size in every axis: the larger tensor's numbers, filled up with similar random draws."""
     if before is None:
         return part.clone()
     sizes = [max(a, b) for a, b in zip(before.shape, part.shape, strict=True)]

@@ -1,1 +1,1 @@
-"""Sparse attention of a trained model, measured on long tasks: what is safe, and what it saves."""
+"""Sparse attention in a trained model, measured on long tasks: how much is safe, and what it saves."""

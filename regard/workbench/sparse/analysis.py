@@ -1,4 +1,4 @@
-"""What scores at several compressions say: which are safe, what is best at a cost, and how scores follow sizes."""
+"""Conclusions from scores at several compressions: which are safe, what is best at a cost, how scores scale."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 import numpy as np
 
 NOTICED = 1.645
-"""A score of z from which a loss counts: one-sided, at 5 %."""
+"""z-score from which a loss counts: one-sided, at 5 %."""
 
 
 def mean_and_variance(scores: Sequence[float]) -> tuple[float, float]:
-    """Mean, and the unbiased variance (0 of a single score)."""
+    """Mean, and unbiased variance (0 for a single score)."""
     values = np.asarray(scores, dtype=np.float64)
     return float(values.mean()), float(values.var(ddof=1)) if len(values) > 1 else 0.0
 
 
 def loss_z(dense: Sequence[float], sparse: Sequence[float]) -> float:
-    """How many standard errors the mean of sparse scores is below that of dense ones; infinite where neither scatters."""
+    """Number of standard errors by which the mean sparse score is below the dense one; infinite if neither varies."""
     (a, var_a), (b, var_b) = mean_and_variance(dense), mean_and_variance(sparse)
     error = math.sqrt(var_a / len(dense) + var_b / len(sparse))
     if error == 0:
@@ -28,7 +28,7 @@ def loss_z(dense: Sequence[float], sparse: Sequence[float]) -> float:
 
 
 def safe_compression(dense: Sequence[float], by_ratio: Mapping[float, Sequence[float]]) -> float:
-    """The largest compression at which, and at all smaller ones, no loss is noticed; 1 where already the smallest loses."""
+    """The largest compression with no noticeable loss there or at any smaller one; 1 if already the smallest loses."""
     safe = 1.0
     for ratio in sorted(by_ratio):
         if loss_z(dense, by_ratio[ratio]) >= NOTICED:
@@ -38,19 +38,19 @@ def safe_compression(dense: Sequence[float], by_ratio: Mapping[float, Sequence[f
 
 
 def noticeable_loss(dense: Sequence[float]) -> float:
-    """The loss of the mean that such scores would just notice, where sparse ones scatter as dense ones do."""
+    """The smallest noticeable loss of the mean, if sparse scores vary as much as these dense ones."""
     return NOTICED * math.sqrt(2 * mean_and_variance(dense)[1] / len(dense))
 
 
 @dataclass(frozen=True)
 class Point:
-    """A model at a sparsity.
+    """A model at one compression.
 
     Attributes:
-        size: what the model is ordered by (parameters, or a width).
-        ratio: of compression; 1 for dense.
-        cost: of an answer.
-        scores: of the samples.
+        size: the size by which models are ordered (parameters, or a width).
+        ratio: the compression; 1 for dense.
+        cost: the cost of an answer.
+        scores: the scores of the samples.
     """
 
     size: float
@@ -60,12 +60,12 @@ class Point:
 
     @property
     def score(self) -> float:
-        """Mean over the samples."""
+        """Mean score over the samples."""
         return mean_and_variance(self.scores)[0]
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
-    """Points that no other beats at the same cost or less, from cheap to dear."""
+    """Points that no other point beats at the same or lower cost, from cheap to expensive."""
     best, found = -math.inf, []
     for point in sorted(points, key=lambda p: (p.cost, -p.score)):
         if point.score > best:
@@ -75,7 +75,7 @@ def frontier(points: Sequence[Point]) -> list[Point]:
 
 
 def larger_and_sparse(points: Sequence[Point]) -> list[tuple[Point, Point | None]]:
-    """For each dense model the best larger one that is sparse and costs no more; None where none is so cheap."""
+    """For each dense model, the best larger sparse one that costs no more; None if there is none."""
     found = []
     for dense in sorted((p for p in points if p.ratio == 1), key=lambda p: p.size):
         rivals = [p for p in points if p.ratio > 1 and p.size > dense.size and p.cost <= dense.cost]
@@ -84,7 +84,7 @@ def larger_and_sparse(points: Sequence[Point]) -> list[tuple[Point, Point | None
 
 
 def crossing_length(by_length: Mapping[int, Sequence[Point]]) -> int | None:
-    """The smallest length at which a larger sparse model surely beats a dense one that costs as much; None for none."""
+    """The smallest length at which a larger sparse model surely beats a dense one at no more cost; None without one."""
     for length in sorted(by_length):
         for dense, rival in larger_and_sparse(by_length[length]):
             if rival is not None and loss_z(rival.scores, dense.scores) >= NOTICED:
@@ -94,7 +94,7 @@ def crossing_length(by_length: Mapping[int, Sequence[Point]]) -> int | None:
 
 @dataclass(frozen=True)
 class Observation:
-    """A score of a model with so many parameters, at a length and a compression."""
+    """The score of a model with a number of parameters, at a length and a compression."""
 
     parameters: float
     length: float
@@ -107,8 +107,8 @@ class ScalingLaw:
     """log score = constant + parameters log P + length log N + compression log C, by least squares.
 
     Attributes:
-        held_out: R^2 on the part that was left out of a fit: the largest model, length or compression. Those that have no
-            two values, or where nothing varies, are not among them.
+        held_out: R^2 on the largest model, length or compression when it is left out of the fit; only for those with
+            two or more values and varying scores.
     """
 
     constant: float
@@ -118,18 +118,18 @@ class ScalingLaw:
     held_out: Mapping[str, float]
 
     def predict(self, at: Observation) -> float:
-        """The score that the law expects."""
+        """The score predicted by the law."""
         logs = (math.log(at.parameters), math.log(at.length), math.log(at.compression))
         slopes = (self.parameters, self.length, self.compression)
         return math.exp(self.constant + sum(a * b for a, b in zip(slopes, logs, strict=True)))
 
 
 FEWEST_SCORES = 1e-3
-"""Scores are counted as no lower: a logarithm is taken of them."""
+"""Lowest score that is used, since its logarithm is taken."""
 
 
 def scaling_law(observations: Sequence[Observation]) -> ScalingLaw | None:
-    """Fitted to all, and to all but the largest of each kind in turn; None of fewer than four."""
+    """Fit the law to all observations, and without the largest of each kind in turn; None for fewer than four."""
     if len(observations) < 4:
         return None
     axes: dict[str, Callable[[Observation], float]] = {

@@ -1,4 +1,4 @@
-"""The layer made by hand at several widths and compressions."""
+"""Retrieval by a hand-constructed layer, at several widths and compression ratios."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def isoflops(
     topics: bool = True,
     on_point: Callable[[int, int, float], None] = lambda length, width, ratio: None,
 ) -> dict[int, list[Point]]:
-    """All widths at all compressions, by length."""
+    """Costs and scores for all widths and all compression ratios, by length."""
     found: dict[int, list[Point]] = {}
     for n in lengths:
         found[n] = []

@@ -1,4 +1,4 @@
-"""Language models that are asked: their tokens, and their replies token by token."""
+"""Language models as readers of prompts: their tokens, and replies token by token."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ MODELS = "a folder of `regard train` on text, a causal language model of transfo
 
 
 class Reader(Protocol):
-    """A model that reads text and answers.
+    """A model that reads text and answers it.
 
     Attributes:
-        name: in words.
-        model: what attention is made sparse in.
-        longest: tokens that it reads; None for no limit.
-        trained: tokens at a time that it was trained on; None where nothing says so.
+        name: description of the model.
+        model: the module whose attention is made sparse.
+        longest: most tokens that it can read; None for no limit.
+        trained: the sequence length that it was trained on; None if unknown.
         stops: tokens that end a reply.
     """
 
@@ -39,30 +39,30 @@ class Reader(Protocol):
     stops: frozenset[int]
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text, without those that a model begins with."""
+        """Token ids of a text, without the model's start tokens."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens."""
+        """Decode token ids to text."""
         ...
 
     def prompt(self, text: str) -> str:
-        """A prompt as the model wants to be asked."""
+        """Format a prompt as the model expects it, for example with a chat template."""
         ...
 
     def step(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Logits (vocab,) after new tokens (1, n), and the state after them."""
+        """Logits (vocab,) after new tokens (1, n), and the state after these tokens."""
         ...
 
 
 @dataclass
 class Reply:
-    """What a model wrote.
+    """A model's reply.
 
     Attributes:
-        tokens: of it.
-        prefill, decode: seconds of the prompt, and of all tokens after the first together.
-        steps: how many those are.
+        tokens: its token ids.
+        prefill, decode: seconds for the prompt, and for all tokens after the first together.
+        steps: number of tokens after the first.
     """
 
     tokens: list[int]
@@ -73,11 +73,11 @@ class Reply:
 
 @torch.inference_mode()
 def reply(reader: Reader, prompt: Sequence[int], most: int, *, forced: Sequence[int] = (), until: str = "") -> Reply:
-    """The likeliest tokens after a prompt.
+    """Reply greedily to a prompt.
 
     Args:
-        most: tokens at the most.
-        forced: what is read in the place of the model's own tokens; the reply still has its choices.
+        most: maximum number of tokens.
+        forced: tokens to read instead of the model's own; the reply still holds the model's choices.
         until: a text that ends the reply.
     """
     ids, chosen = torch.tensor([list(prompt)]), list[int]()
@@ -132,7 +132,7 @@ class OfTransformers:
 
 
 class OfRegard:
-    """A language model of regard with a tokenizer."""
+    """A regard language model with its tokenizer."""
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, name: str, trained: int | None = None) -> None:
         self.model: nn.Module = model
@@ -156,10 +156,10 @@ class OfRegard:
 
 
 def open_reader(path: Path) -> Reader:
-    """The model in a folder or a GGUF file.
+    """Open the model in a folder or a GGUF file.
 
     Raises:
-        Unsupported: for another, and for models that are quantized or read no text.
+        Unsupported: for anything else, and for models that are quantized or do not read text.
     """
     if not path.exists():
         raise Unsupported(f"{path}, which does not exist", supported=MODELS)
@@ -178,7 +178,7 @@ def open_reader(path: Path) -> Reader:
 
 
 def _check_writes(path: Path) -> None:
-    """Raise Unsupported for models of timm, and encoders of transformers, which do not go on from a text."""
+    """Raise Unsupported for timm models and for encoders of transformers, which cannot continue a text."""
     if is_of_timm(path):
         raise Unsupported(f"{path}, a model of images", supported=MODELS)
     if (path / "config.json").is_file() and kind_of(path) != "language":

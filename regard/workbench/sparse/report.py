@@ -1,4 +1,4 @@
-"""The page of a study of sparse attention, and the rows of its tables."""
+"""The report page of a sparse attention study, and the rows of its tables."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MEASURED = (
 
 
 def safe_table(found: Found) -> tuple[list[str], list[list[str]]]:
-    """Headings, and for each method its safe compression at each length and what the worst task keeps at it."""
+    """Headings and rows: for each method its safe compression at each length, and what the worst task keeps there."""
     safe, _ = recommend(found)
     lengths = found.lengths()
     headings = ["method", "saves in", *(f"safe at {units.tokens(n)}" for n in lengths)]
@@ -48,7 +48,7 @@ def safe_table(found: Found) -> tuple[list[str], list[list[str]]]:
 
 
 def effects_table(found: Found) -> tuple[list[str], list[list[str]]]:
-    """Side effects of dense attention, of each method, and the text's own."""
+    """Headings and rows for side effects: of dense attention, of each method, and of the text itself."""
     return ["method", *side_effects.HEADINGS], side_effects.rows("dense", found.effects)
 
 
@@ -70,7 +70,7 @@ CELLS = [
 
 
 def cell_row(cell: Cell) -> list[str]:
-    """A row of the table of all cells, in words."""
+    """The cells of a row in the table of all measurements."""
     token = "" if cell.token_seconds is None else units.milliseconds(1e3 * cell.token_seconds)
     return [
         cell.method,
@@ -90,7 +90,7 @@ def cell_row(cell: Cell) -> list[str]:
 
 
 def write_page(found: Found, path: Path) -> Path:
-    """Write the HTML page of a study, which needs nothing else."""
+    """Write the HTML page of a study as a single, self-contained file."""
     _, sentence = recommend(found)
     headings, rows = safe_table(found)
     cells = sorted(found.cells, key=lambda c: (c.length, c.task, c.method != "dense", c.method, c.ratio))
@@ -143,7 +143,7 @@ def _figures(found: Found) -> list[Figure]:
 
 
 def isoflops_rows(by_length: Mapping[int, Sequence[Point]]) -> tuple[list[str], list[list[str]]]:
-    """For each length and dense model, the best larger sparse one that costs no more."""
+    """Headings and rows: for each length and dense model, the best larger sparse one that costs no more."""
     rows = []
     for length, points in sorted(by_length.items()):
         for dense, rival in larger_and_sparse(points):
@@ -157,7 +157,7 @@ def isoflops_rows(by_length: Mapping[int, Sequence[Point]]) -> tuple[list[str], 
 
 
 def isoflops_sentence(by_length: Mapping[int, Sequence[Point]], what: str) -> str:
-    """What the comparison at equal cost says."""
+    """A sentence with the result of the comparison at equal cost."""
     crossing = crossing_length(by_length)
     lengths = ", ".join(units.tokens(n) for n in sorted(by_length))
     if crossing is None:
@@ -168,10 +168,10 @@ def isoflops_sentence(by_length: Mapping[int, Sequence[Point]], what: str) -> st
 def write_isoflops(
     groups: Mapping[str, Mapping[int, Sequence[Point]]], path: Path, *, title: str, measured: Sequence[str]
 ) -> Path:
-    """The page of models of several sizes.
+    """Write the page that compares models of several sizes.
 
     Args:
-        groups: points by length, of one or more settings by name.
+        groups: points by length, for each setting by name.
     """
     figures, tables = [], []
     for name, by_length in groups.items():

@@ -1,4 +1,4 @@
-"""A model asked long questions, dense and with each sparse method at several compressions, one stored row a reply."""
+"""A study that asks a model long questions, dense and with each sparse method at several compressions."""
 
 from __future__ import annotations
 
@@ -40,30 +40,30 @@ KIND, EFFECTS = "sparse", "side_effects"
 RATIOS = (2.0, 4.0, 8.0, 16.0)
 TASKS = (*LONG_TASKS, TEXT)
 CONTINUED = 32
-"""Tokens of a text that are predicted, each after the ones before it."""
+"""Tokens of a text that are predicted, each given those before it."""
 ABLE = 0.1
-"""A task says something of a model whose dense score is at least so high."""
+"""Dense score from which a task is used to judge a model."""
 NOTICEABLE = 1.02
-"""From which ratio on one is called faster than the other."""
+"""Ratio from which one is called faster than the other."""
 FEWEST = 4
-"""Samples of a task without which no loss is judged."""
+"""Fewest samples of a task for which a loss is judged."""
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked.
+    """What a study asks.
 
     Attributes:
-        lengths: tokens of prompts.
-        methods: names of :data:`regard.compression.sparse.METHODS`, or two with `` + `` between.
-        ratios: compressions.
-        tasks: of :data:`TASKS`.
-        wording: of prompts, ``full`` or ``brief``.
-        samples: of each task at each length.
+        lengths: prompt lengths in tokens.
+        methods: names in :data:`regard.compression.sparse.METHODS`, or two joined by `` + ``.
+        ratios: compression ratios.
+        tasks: names in :data:`TASKS`.
+        wording: wording of the prompts, ``full`` or ``brief``.
+        samples: samples per task and length.
         data: text, or questions in SQuAD's format.
-        effects: numbers that side effects are asked by, at the longest length; 0 for none.
+        effects: samples for the side effects, at the longest length; 0 for none.
     """
 
     lengths: tuple[int, ...]
@@ -78,14 +78,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Cell:
-    """A method at a compression, on a task at a length.
+    """A method at one compression, on one task at one length.
 
     Attributes:
-        scores: of the samples.
-        prefill, decode: sparsity of each phase, as measured, the mean over samples and layers.
-        cache: share of the prompt that stayed in the cache.
-        prefill_seconds, token_seconds: medians; of tokens without the first.
-        flops: of a prompt; token_flops and token_bytes: of a token after it.
+        scores: scores of the samples.
+        prefill, decode: measured sparsity of each phase, averaged over samples and layers.
+        cache: share of the prompt that stays in the cache.
+        prefill_seconds, token_seconds: medians; for tokens, without the first.
+        flops: FLOPs for a prompt; token_flops and token_bytes: for one token after it.
     """
 
     method: str
@@ -105,22 +105,22 @@ class Cell:
 
     @property
     def score(self) -> float:
-        """Mean over the samples."""
+        """Mean score over the samples."""
         return mean_and_variance(self.scores)[0]
 
 
 @dataclass(frozen=True)
 class Found:
-    """What was found of a model.
+    """The results for a model.
 
     Attributes:
-        name: of the model.
-        weights: numbers in its matrices.
-        cells: of every method, ``dense`` among them at compression 1.
-        refused: why tasks at some lengths are left out.
-        beyond: a sentence, where the longest prompts are longer than what the model was trained on.
-        over: whether the budget ended before all was asked.
-        effects: side effects of every method at every compression, ``dense`` first.
+        name: name of the model.
+        weights: number of weights in its matrices.
+        cells: cells of every method, including ``dense`` at compression 1.
+        refused: for each task and length left out, the reason.
+        beyond: a warning if the longest prompts exceed the length that the model was trained on.
+        over: whether the budget ran out before everything was asked.
+        effects: side effects of every method at every compression, with ``dense`` first.
     """
 
     name: str
@@ -133,20 +133,20 @@ class Found:
     beyond: str = ""
 
     def cell(self, method: str, ratio: float, task: str, length: int) -> Cell | None:
-        """The cell of these; None where it was not run."""
+        """The matching cell; None if it was not run."""
         keys = (method, ratio, task, length)
         return next((c for c in self.cells if (c.method, c.ratio, c.task, c.length) == keys), None)
 
     def able(self, length: int) -> list[str]:
-        """Tasks that the dense model can do at a length, with samples enough to judge a loss."""
+        """Tasks that the dense model can do at a length, with enough samples to judge a loss."""
         return [c.task for c in self.cells if _judged(c) and c.length == length]
 
     def lengths(self) -> list[int]:
-        """Lengths that were run, in order."""
+        """The lengths that were run, in ascending order."""
         return sorted({c.length for c in self.cells})
 
     def safe(self, method: str, length: int) -> dict[str, float]:
-        """The largest compression of a method at which a task shows no loss, by task."""
+        """For each task, the largest compression of a method without a noticeable loss."""
         found = {}
         for task in self.able(length):
             dense = self.cell("dense", 1.0, task, length)
@@ -161,7 +161,7 @@ class Found:
         return found
 
     def relative(self, method: str, ratio: float, length: int) -> dict[str, float]:
-        """Scores over those of the dense model, by task."""
+        """Scores divided by those of the dense model, by task."""
         found = {}
         for task in self.able(length):
             dense, cell = self.cell("dense", 1.0, task, length), self.cell(method, ratio, task, length)
@@ -170,7 +170,7 @@ class Found:
         return found
 
     def faster(self, method: str, ratio: float, length: int, phase: str) -> float | None:
-        """How many times faster than dense a phase is: the median over tasks, whose replies were timed in turns."""
+        """Speedup of a phase over dense: the median over tasks, whose replies were timed in turns."""
         name = "prefill_seconds" if phase == "prefill" else "token_seconds"
         ratios = []
         for cell in self.cells:
@@ -183,7 +183,7 @@ class Found:
         return statistics.median(ratios) if ratios else None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The results for JSON."""
         cells = [
             {**asdict(c), "score": c.score, "variance": mean_and_variance(c.scores)[1], "samples": len(c.scores)}
             for c in self.cells
@@ -214,15 +214,16 @@ def study(
     say: Say = lambda sentence: None,
     on_progress: Callable[[str, int, int], None] = lambda doing, done, count: None,
 ) -> Found:
-    """Ask all questions of a plan; replies that the store has are not asked for again.
+    """Ask all questions of a plan, except for replies that are already stored.
 
-    Samples come one after another, so that when the time is over all methods have answered about as many.
+    All methods answer a sample before the next one is asked, so that they have answered about as many when the time is
+    over.
 
     Args:
-        seconds: when to stop; None for never.
+        seconds: time limit; None for no limit.
 
     Raises:
-        Unsupported: for lengths beyond the model's positions, and models whose attention cannot be made sparse.
+        Unsupported: for lengths beyond the model's positions, and for models whose attention cannot be made sparse.
     """
     sizes = Sizes.of(reader.model)
     sparsify(reader.model, Method()).undo()
@@ -310,7 +311,7 @@ def _effects(
     late: Callable[[], bool],
     on_progress: Callable[[str, int, int], None],
 ) -> tuple[dict[str, Effects], bool]:
-    """Side effects by variant, of as many numbers as all have answered; and whether it became late."""
+    """Side effects by variant, for as many samples as all variants have answered; and whether the time ran out."""
     length = probes.length
     found: dict[tuple[str, float], list[dict[str, Any]]] = {variant: [] for variant in variants}
     total, over = plan.effects * len(variants), False
@@ -337,7 +338,7 @@ def _effects(
 
 
 def _data(given: Paths | None) -> str | None:
-    """Tells the user's data apart by what is in it."""
+    """A digest of the user's data."""
     if given is None:
         return None
     documents, _ = read_documents(given, "text")
@@ -350,7 +351,7 @@ def _task(name: str, plan: Plan) -> LongTask:
 
 
 def _prepared(reader: Reader, task: Any, number: int, length: int) -> tuple[list[int], Any]:
-    """Tokens of a prompt, and what a reply is scored by."""
+    """The token ids of a prompt, and what its reply is scored against."""
     if isinstance(task, Continuation):
         return task.sample(number, length)
     framed = (lambda text: text) if task.brief else reader.prompt
@@ -361,7 +362,7 @@ def _prepared(reader: Reader, task: Any, number: int, length: int) -> tuple[list
 def _asked(
     reader: Reader, task: Any, asked: tuple[list[int], Any], method: str, ratio: float, length: int
 ) -> dict[str, Any]:
-    """A reply, its score and what was measured."""
+    """A reply's score and measurements."""
     prompt, expected = asked
     chosen = at_compression(method, ratio, length)
     with sparsely(reader.model, chosen) as sparse:
@@ -411,14 +412,14 @@ def _cell(sizes: Sizes, method: str, ratio: float, task: str, length: int, paylo
 
 
 def phases_of(method: str) -> tuple[str, ...]:
-    """The phases in which a method, or two, save work."""
+    """The phases in which a method, or a pair of methods, saves work."""
     return tuple(phase for part in method.split(" + ") for phase in METHODS[part].phases)
 
 
 def recommend(found: Found) -> tuple[dict[str, dict[str, float]], str]:
-    """The safe compression of each method at each length, and sentences that say what to use at the longest.
+    """The safe compression of each method at each length, and sentences on what to use at the longest length.
 
-    A compression is safe where no task that the dense model can do shows a loss, at it and at smaller ones.
+    A compression is safe if no task that the dense model can do shows a loss there or at smaller ones.
     """
     safe = {
         method: {str(n): min(by_task.values()) for n in found.lengths() if (by_task := found.safe(method, n))}
@@ -466,8 +467,8 @@ def recommend(found: Found) -> tuple[dict[str, dict[str, float]], str]:
 
 
 def points(studies: Iterable[Found], method: str) -> dict[int, list[Point]]:
-    """Models of several sizes, dense and with one method: the mean of each sample number over tasks, and the cost of a prompt
-    with its reply, by length."""
+    """Points by length for models of several sizes, dense and with one method: scores are averaged over tasks for each
+    sample number; the cost is that of a prompt and one more token."""
     found: dict[int, list[Point]] = {}
     for one in studies:
         for length in one.lengths():
@@ -484,7 +485,7 @@ def points(studies: Iterable[Found], method: str) -> dict[int, list[Point]]:
 
 
 def observations(studies: Iterable[Found], method: str) -> list[Observation]:
-    """What a scaling law of a method is fitted to: the mean over tasks of each size, length and compression."""
+    """The data for a method's scaling law: mean scores over tasks for each size, length and compression."""
     return [
         Observation(point.size, length, point.ratio, point.score)
         for length, at in points(studies, method).items()

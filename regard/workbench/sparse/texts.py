@@ -1,4 +1,4 @@
-"""Texts that a model goes on with."""
+"""Texts for a model to continue."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from regard.tasks.long_context.samples import draws
 from regard.workbench.sparse.readers import Reader
 
 TEXT = "text"
-"""A tenth task: the next tokens of a text, after as much of it as fits."""
+"""Name of an additional task: the next tokens of a text, after as much of it as fits."""
 
 
 class Continuation:
-    """The next tokens of a text, each after those before it: the share that is predicted right.
+    """The next tokens of a text, each given those before it; scored by the share predicted correctly.
 
     Args:
-        reader: whose tokens they are.
+        reader: the reader whose tokens are used.
         data: the text; Python's language reference when None.
-        continued: how many tokens follow a prompt.
+        continued: number of tokens that follow the prompt.
     """
 
     name = TEXT
@@ -32,7 +32,7 @@ class Continuation:
         self.ids = reader.encode("\n\n".join(paragraphs(given, 20, 10**6)))
 
     def sample(self, number: int, length: int) -> tuple[list[int], list[int]]:
-        """Tokens of a prompt, and those that follow: `length` together."""
+        """The prompt's tokens and those that follow; `length` tokens together."""
         room, continued = len(self.ids) - length, self.continued
         if room < continued:
             raise Unsupported(

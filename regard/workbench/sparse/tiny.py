@@ -1,7 +1,7 @@
-"""Small decoders of three sizes, trained here on the tasks that need no text, in the brief wording.
+"""Small decoders in three sizes, trained here on the tasks that need no text, in the brief wording.
 
-A token is a word. Only answers have a loss, and prompts grow from a hundred tokens to 512 while training goes on. A model that
-is trained is kept in its folder, and one that was stopped goes on from its checkpoint.
+A token is a word. Only answers have a loss, and prompts grow from about a hundred tokens to 512 during training. A
+trained model is kept in its folder, and an interrupted training resumes from its checkpoint.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from regard.training.optimizer import scheduled_rate
 from regard.workbench.sparse.readers import OfRegard
 
 SHORTEST, LONGEST = 112, 512
-"""Tokens of prompts at the beginning and at the end of the training."""
+"""Prompt length in tokens, at the start and at the end of the training."""
 GROWING = 0.6
-"""Share of the training in which prompts grow."""
+"""Share of the training during which prompts grow."""
 BATCH, RATE, WARMUP = 16, 2e-3, 0.05
 CHECK_EVERY = 50
 FIRST = 1 << 20
-"""Numbers of training samples begin here: those that are asked come before."""
+"""Numbers of training samples start here; evaluation uses those below."""
 END = "."
 TRAINED = "training.json"
 TINY_TASKS = tuple(name for name in LONG_TASKS if not name.startswith("qa_"))
@@ -40,13 +40,13 @@ TINY_TASKS = tuple(name for name in LONG_TASKS if not name.startswith("qa_"))
 
 @dataclass(frozen=True)
 class Size:
-    """The size of a decoder with rotary positions and two query heads a kv head."""
+    """The size of a decoder with rotary positions and two query heads per key/value head."""
 
     dim: int
     layers: int
 
     def config(self, vocabulary: int) -> LanguageModelConfig:
-        """The configuration of a model with so large a vocabulary."""
+        """The config of a model with a given vocabulary size."""
         return LanguageModelConfig(
             vocab_size=vocabulary, dim=self.dim, plan="softmax", num_layers=self.layers, num_heads=4, num_kv_heads=2
         )
@@ -54,11 +54,11 @@ class Size:
 
 SIZES = {"S": Size(64, 2), "M": Size(128, 2), "L": Size(192, 3)}
 PRESETS = {"tiny": (1500, 120.0), "small": (20000, 3600.0)}
-"""Steps of each size, and seconds after which a training stops where it is."""
+"""Steps for each size, and seconds after which training stops."""
 
 
 class Words:
-    """A tokenizer of whole words, of those that the brief wording has."""
+    """A tokenizer of whole words: those in the brief wording."""
 
     name = "words"
 
@@ -68,17 +68,17 @@ class Words:
         self.vocab_size = len(self.words)
 
     def ids(self, text: str) -> list[int]:
-        """Tokens; a new line is one, and words that are not known are left out."""
+        """Token ids; a new line is a token, and unknown words are dropped."""
         parts = text.replace("\n", " \n ").split(" ")
         return [self.numbers[word] for word in parts if word in self.numbers]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The words with spaces between them, whatever stood there."""
+        """The words joined by spaces, whatever separated them in the original."""
         return " ".join(self.words[number] for number in ids)
 
 
 class WordReader(OfRegard):
-    """A decoder of words; a full stop ends its replies."""
+    """A decoder of words whose replies end with a full stop."""
 
     def __init__(self, model: LanguageModel, name: str) -> None:
         self.model, self.name, self.words = model, name, Words()
@@ -87,7 +87,7 @@ class WordReader(OfRegard):
         self.read = model.reader()
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text; unknown words are left out."""
+        """Token ids of a text; unknown words are dropped."""
         return self.words.ids(text)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -95,7 +95,7 @@ class WordReader(OfRegard):
 
 
 def training_batch(step: int, length: int, words: Words) -> tuple[Tensor, Tensor]:
-    """Prompts with answers of one task, and targets that are -100 but for the answers."""
+    """Prompts with answers for one task, and targets that are -100 everywhere except at the answers."""
     name = TINY_TASKS[step % len(TINY_TASKS)]
     task = create_long_task(name, "brief")
     rows, targets = [], []
@@ -109,7 +109,7 @@ def training_batch(step: int, length: int, words: Words) -> tuple[Tensor, Tensor
 
 
 def length_at(step: int, steps: int) -> int:
-    """Tokens of prompts at a step: drawn between the shortest and what the curriculum has reached."""
+    """Prompt length at a step: drawn between the shortest and the curriculum's current maximum."""
     reached = SHORTEST + (LONGEST - SHORTEST) * min(1.0, step / max(GROWING * steps, 1))
     return round(draws(step, "length").uniform(SHORTEST, reached))
 
@@ -123,13 +123,13 @@ def train(
     seed: int = 0,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> LanguageModel:
-    """The decoder of a size, from its folder where it is trained already.
+    """The trained decoder of a size, loaded from its folder if it is there.
 
     Args:
-        seconds: after which the training stops where it is, and counts as done.
+        seconds: time after which the training stops, and counts as finished.
 
     Raises:
-        Unsupported: for a folder with another training.
+        Unsupported: for a folder with a different training.
     """
     words = Words()
     settings = {"size": size, "steps": steps, "seed": seed, "vocabulary": words.vocab_size}

@@ -1,1 +1,1 @@
-"""`regard train` and what is done with its result: one model in a folder, looked at, reduced, asked."""
+"""`regard train` and the uses of its result, one model in a folder: explain it, reduce its tokens, query it."""

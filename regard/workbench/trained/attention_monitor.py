@@ -1,15 +1,16 @@
-"""Which tokens the heads of a model look at while it is trained, and when that comes to rest: on any run, of any model here.
+"""Which tokens a model's attention heads look at during training, and when that settles; for any run of any model here.
 
-At moments of the run the same held-out items are read, and the weights of every attention layer that has some are taken; those below 0
-count as 0, and they are divided by their sum. Of each head, with w the weights of a query over the n keys it sees:
+At certain steps of the run the same held-out items are read, and the weights of every attention layer that returns them
+are taken; negative weights count as 0, and the weights are divided by their sum. For each head, with w the weights of a
+query over the n keys it sees:
 
-- entropy: the mean of H(w) / log n over queries: 1 looks at all keys alike, 0 at one.
-- lift of a token: the share of all weights that goes to it, over the share that equal weights would give it. Above 1 it is
-  looked at, below 1 looked away from.
-- change: the mean over queries of |w - w before| / 2, per step: how fast the head's attention moves.
+- entropy: the mean of H(w) / log n over queries: 1 for equal weights on all keys, 0 for all weight on one.
+- lift of a token: the share of all weights that goes to it, divided by its share under equal weights. A token with lift
+  above 1 is attended to, one below 1 is avoided.
+- change: the mean of |w - w before| / 2 over queries, per step: how fast the head's attention moves.
 
-The head has snapped from the first moment on at which its change, and every later one, is below a tenth of the fastest. (With
-learning rates that fall to 0 every head comes to rest in the end: it is the moment that tells.)
+A head has snapped at the first look from which its change stays below a tenth of the fastest one. (With learning rates
+that decay to 0 every head settles in the end; what matters is the time at which it does.)
 """
 
 from __future__ import annotations
@@ -36,17 +37,17 @@ from regard.workbench.reports.section_pages import parts_of_page
 from regard.workbench.reports.sections import Curves, Heat, Section
 
 LOOKS = 20
-"""Looks that are evenly spread over a run; as many again come close together at its beginning."""
+"""Looks that are spread evenly over a run; as many again are concentrated at its beginning."""
 ITEMS, TOKENS = 8, 40
-"""Items that are read, and tokens of which the lift is told: the most frequent in them."""
+"""Items that are read, and tokens for which the lift is reported: the most frequent ones in the items."""
 STILL = 0.1
-"""Share of the fastest change below which attention counts as frozen."""
+"""Share of the fastest change below which attention counts as settled."""
 MOST_HEADS, MOST_TOKENS = 12, 24
-"""Heads and tokens of a picture."""
+"""Most heads and tokens in a picture."""
 
 
 def snapped(changes: Sequence[float], share: float = STILL) -> int | None:
-    """The first moment after the fastest change from which on all changes are below a share of it; None where there is none."""
+    """The first index after the fastest change from which all changes stay below a share of it; None if none exists."""
     fastest = max(changes, default=0.0)
     if not fastest > 0:
         return None
@@ -55,15 +56,15 @@ def snapped(changes: Sequence[float], share: float = STILL) -> int | None:
 
 
 class AttentionMonitor:
-    """Looks at a model's attention during a run.
+    """Records a model's attention during a run.
 
     Args:
-        task: the first of its held-out items are read.
-        items: how many.
-        path: file of what was seen, from which a run that is resumed goes on; None for none.
+        task: the task whose first held-out items are read.
+        items: number of items.
+        path: file for the records, with which a resumed run continues; None to write none.
 
     Raises:
-        Unsupported: for a task whose inputs are no tokens, or that reads a memory.
+        Unsupported: for a task whose inputs are not tokens, or that reads a memory.
     """
 
     def __init__(self, task: Task, *, items: int = ITEMS, path: Path | None = None) -> None:
@@ -75,7 +76,7 @@ class AttentionMonitor:
             )
         rows, n = self.batch.inputs.shape
         layout = gathering(batch_context(self.batch).mask, rows, n, self.batch.inputs.device)
-        self.ids = layout.gather(self.batch.inputs, axis=1)  # as the layers see them, right-padded
+        self.ids = layout.gather(self.batch.inputs, axis=1)  # right-padded, as the layers see them
         n = self.ids.shape[1]
         full = torch.ones(self.ids.shape, dtype=torch.bool)
         self.valid = full if layout.lengths is None else valid_from_lengths(layout.lengths, n)
@@ -89,13 +90,13 @@ class AttentionMonitor:
             self.looks = {look["step"]: look for look in told["looks"]} if told["tokens"] == self.names else {}
 
     def due(self, steps: int) -> frozenset[int]:
-        """The steps after which to look, 0 among them."""
+        """The steps after which to look, including 0."""
         even = (round(steps * (i + 1) / LOOKS) for i in range(LOOKS))
         early = (round(steps ** (i / LOOKS)) for i in range(LOOKS))
         return frozenset([0, *even, *early])
 
     def check(self, model: nn.Module) -> None:
-        """Raise Unsupported for a model none of whose layers has weights of tokens."""
+        """Raise Unsupported for a model in which no layer returns attention weights."""
         if not any(True for _ in _layers(model)):
             raise Unsupported(
                 "--monitor attention of a model without attention weights",
@@ -104,7 +105,7 @@ class AttentionMonitor:
             )
 
     def look(self, model: nn.Module, step: int) -> None:
-        """Read the items with the weights after so many steps."""
+        """Read the items with the current weights, after `step` steps."""
         heads: dict[str, dict[str, Any]] = {}
         weights = self._weights(model)
         for layer, found in weights.items():
@@ -122,7 +123,7 @@ class AttentionMonitor:
 
     @torch.no_grad()
     def _weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """Weights (B, H, N, M) by layer."""
+        """Attention weights (B, H, N, M) by layer."""
         found: dict[str, Tensor] = {}
         device = next(model.parameters()).device
         with evaluation_mode(model), ExitStack() as hooks:
@@ -135,7 +136,7 @@ class AttentionMonitor:
         return {name: w / w.sum(-1, keepdim=True).clamp(min=1e-30) for name, w in kept.items()}
 
     def _of_head(self, w: Tensor, before: Tensor | None) -> dict[str, Any]:
-        """The numbers of a head's weights (B, N, N)."""
+        """Entropy, lift and change for a head's weights (B, N, N)."""
         seen = w > 0
         rows = self.valid & (w.sum(-1) > 0)
         visible = seen.sum(-1)
@@ -152,17 +153,17 @@ class AttentionMonitor:
         }
 
     def _by_token(self, w: Tensor, rows: Tensor) -> list[float]:
-        """The share of weights that goes to each of the tokens."""
+        """The share of the weights that goes to each of the tokens."""
         of_keys = torch.where(rows[..., None], w, 0).sum(1)  # (B, M)
         total = of_keys.sum().clamp(min=1e-12)
         return [float(of_keys[self.ids == token].sum() / total) for token in self.tokens]
 
     def as_record(self) -> dict[str, Any]:
-        """What was seen, for JSON."""
+        """All records, for JSON."""
         return {"tokens": self.names, "looks": [self.looks[step] for step in sorted(self.looks)]}
 
     def heads(self) -> list[dict[str, Any]]:
-        """A row for each head: entropy at the first and the last look, when it snapped, and what it looks at."""
+        """A row for each head: entropy at the first and the last look, when it snapped, and what it attends to."""
         looks = self.as_record()["looks"]
         rows = []
         for name in looks[-1]["heads"] if looks else ():
@@ -186,7 +187,7 @@ class AttentionMonitor:
         return rows
 
     def _changes(self, name: str) -> list[tuple[int, float | None]]:
-        """Change per step of a head, by the step of a look; the first has none."""
+        """Change per step of a head, with the step of each look except the first."""
         looks = self.as_record()["looks"]
         found = [(look, look["heads"].get(name, {}).get("change")) for look in looks[1:]]
         return [
@@ -195,7 +196,7 @@ class AttentionMonitor:
         ]
 
     def sections(self) -> list[Section]:
-        """Pictures and a table."""
+        """The report sections: pictures and a table."""
         looks, rows = self.as_record()["looks"], self.heads()
         shown = [row["head"] for row in rows][:MOST_HEADS]
         entropies = {
@@ -222,7 +223,7 @@ class AttentionMonitor:
         return [course, *self._scanned(shown, looks)]
 
     def write_page(self, path: Path, title: str) -> Path:
-        """The sections as one HTML file."""
+        """Write the sections as one HTML file."""
         page = pages().get_template("attention.html.j2").render(title=title, sections=parts_of_page(self.sections()))
         write_text_atomically(path, page)
         return path

@@ -1,4 +1,4 @@
-"""The best weights of a run: those that score highest, at some of its steps, on held-out items kept for this choice."""
+"""The best weights of a run: those that scored highest, at some of its steps, on held-out items kept for this."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from regard.training import WeightAverage, runner_of
 from regard.training.step import Alone
 
 MOMENTS = 8
-"""Steps at which a run looks for its best weights where nobody says how many."""
+"""Default number of looks for the best weights in a run."""
 
 
 def moments(steps: int, count: int) -> frozenset[int]:
-    """The steps (counted from 1), evenly spread and the last among them, after which a run looks."""
+    """The steps (counted from 1) after which a run looks: evenly spaced, including the last."""
     return frozenset(round(steps * (i + 1) / count) for i in range(count)) - {0}
 
 
 @dataclass(frozen=True)
 class Found:
-    """Weights that were looked at: after which step, whether they are the running mean, and how they score."""
+    """A candidate for the best weights: its step, whether it is the running mean, and its score."""
 
     step: int
     averaged: bool
@@ -44,13 +44,14 @@ class Found:
 
 
 class BestWeights:
-    """Keeps the best weights so far in a file, which a run that is resumed goes on with.
+    """Keeps the best weights so far in a file, with which a resumed run continues.
 
     Args:
-        path: of the file.
-        task: its first `items` held-out items choose, `at_once` at a time: by score, and where that is equal by loss.
-        average: of the run, looked at beside the weights themselves; None for none.
-        together: the processes that look, of which one writes; one when None.
+        path: path of the file.
+        task: the task whose first `items` held-out items choose, in batches of `at_once`: by score and, if equal, by
+            loss.
+        average: the run's running mean of the weights, which is a candidate too; None for none.
+        together: the processes that look together, of which one writes; a single process when None.
     """
 
     def __init__(
@@ -69,9 +70,9 @@ class BestWeights:
             self.found = Found(**json.loads(read_tensors(path)[1]["found"]))
 
     def look(self, model: nn.Module, step: int) -> None:
-        """Score the weights after so many steps, and their mean, and keep what is better than all before.
+        """Score the weights after `step` steps, and their mean, and keep them if they are the best so far.
 
-        An interruption comes through when that is done, since a run that goes on does not look at this step again.
+        An interruption is raised only after this is done, since a resumed run does not look at this step again.
         """
         try:
             self._look(model, step)
@@ -88,8 +89,8 @@ class BestWeights:
                     self._keep(model, found)
 
     def take(self, model: nn.Module) -> None:
-        """Put the best weights into `model`."""
-        self.together.wait()  # for the one that writes
+        """Load the best weights into `model`."""
+        self.together.wait()  # until the writing process is done
         load_tensors(model, read_tensors(self.path)[0], source=str(self.path))
 
     def _order(self, found: Found) -> tuple[float, float]:
@@ -104,5 +105,5 @@ class BestWeights:
         self.found = found
 
     def as_record(self) -> dict[str, Any] | None:
-        """Numbers for JSON; None where nothing was looked at."""
+        """The best candidate's numbers for JSON; None if there is none."""
         return None if self.found is None else asdict(self.found)

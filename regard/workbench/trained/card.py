@@ -1,4 +1,4 @@
-"""The README of a trained model's folder."""
+"""The README in a trained model's folder."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from regard.workbench.trained.best_weights import Found
 from regard.workbench.trained.folder import DIVERGED, LAST
 
 UNTOLD = ("steps", "step_seconds", "first_item")
-"""Settings that a reader of the card has no use for."""
+"""Settings that are left out of the README."""
 
 
 def card(folder: Path, record: Mapping[str, Any]) -> str:
-    """The folder's README: what was trained, how well it does, and how to use it."""
+    """The README's text: what was trained, how well it does, and how to use it."""
     title = f"# {record['mechanism']} on {record['task']['name']}"
     if record["state"] == DIVERGED:
         rate = record["settings"]["learning_rate"]
@@ -58,14 +58,14 @@ def card(folder: Path, record: Mapping[str, Any]) -> str:
 
 
 def chosen_weights(record: Mapping[str, Any]) -> str:
-    """Which weights of a run were kept, in words."""
+    """A description of the weights of a run that were kept."""
     found = Found(**record["weights"])
     others = found.averaged or found.step < record["steps"]
     return f"{found}" + (f"; the last ones are in {LAST}/" if others else "")
 
 
 def learned_from(record: Mapping[str, Any]) -> str:
-    """What a student learned from, in words."""
+    """A description of a student's teacher."""
     told = record["teacher"]
     return (
         f"Distilled by {record['settings']['distil']} from {record['settings']['teacher']}: {told['mechanism']}, "

@@ -1,4 +1,4 @@
-"""A trained model that is left early, beside itself with all layers: ``entropy:0.3``, ``patience:2``."""
+"""A trained model with early exits, compared with itself using all layers: ``entropy:0.3``, ``patience:2``."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
     from regard.workbench.trained.folder import TrainedModel
 
 OF_CLASSES = ("classification", "next-token", "masked-token")
-"""Objectives whose models give classes, which rules can judge."""
+"""Objectives whose models output classes, which exit rules can judge."""
 AT_ONCE = 16
-"""Items of a timed batch, where there are so many."""
+"""Most items in a timed batch."""
 SECONDS = 2.0
-"""About the time that the comparison of speeds takes."""
+"""Timing budget for the comparison of speeds."""
 
 
 @dataclass(frozen=True)
 class Exited:
-    """What a rule costs and saves.
+    """What an exit rule costs in score and saves in time.
 
     Attributes:
-        rule: as it is written.
-        found: the score and loss.
-        layers: of the model.
-        passed: the share of tokens, or of sequences that leave whole, that has passed so many layers.
-        seconds: of a batch with all layers and with the rule, measured in turn.
-        batch: items of it.
+        rule: the rule, as written.
+        found: the score and loss with the rule.
+        layers: number of layers in the model.
+        passed: the share of tokens (or of sequences, if these exit as a whole) that passed each number of layers.
+        seconds: time per batch with all layers and with the rule, measured in turn.
+        batch: number of items in that batch.
     """
 
     rule: str
@@ -53,16 +53,16 @@ class Exited:
 
     @property
     def depth(self) -> float:
-        """Layers that are passed on average."""
+        """Average number of layers passed."""
         return sum(layer * share for layer, share in self.passed.items())
 
     @property
     def speedup(self) -> float:
-        """How many times as fast as with all layers."""
+        """Speed relative to using all layers."""
         return self.seconds["all"] / self.seconds["early"]
 
     def as_dict(self) -> dict[str, Any]:
-        """The row as plain data, as JSON has it."""
+        """The results as plain data, for JSON."""
         return {
             "rule": self.rule,
             "score": self.found.score,
@@ -77,7 +77,7 @@ class Exited:
         }
 
     def told(self, metric: str) -> str:
-        """The same in words."""
+        """The results in words."""
         shares = ", ".join(f"{share:.0%} after {layer}" for layer, share in self.passed.items())
         return (
             f"{self.found.score:.4g} {metric} with {self.rule}: {self.depth:.2f} of {self.layers} layers on average ({shares}), "
@@ -86,7 +86,7 @@ class Exited:
 
 
 def leaving(model: nn.Module, rule: str) -> nn.Module:
-    """A copy of the model that is left by a rule; raises Unsupported as :func:`regard.models.set_exit_rule`."""
+    """A copy of the model with an exit rule; raises Unsupported as :func:`regard.models.set_exit_rule` does."""
     early = copy.deepcopy(model)
     set_exit_rule(early, rule)
     return early
@@ -95,17 +95,17 @@ def leaving(model: nn.Module, rule: str) -> nn.Module:
 def exited(
     trained: TrainedModel, model: nn.Module, rule: str, task: Task, *, own: bool = True, device: str = "cpu"
 ) -> Exited:
-    """Score a trained model that is left by a rule, and time it beside itself with all layers.
+    """Score a trained model with an exit rule, and compare its time with that of all layers.
 
     Args:
-        trained: its folder.
-        model: that of the folder, on the device.
-        rule: of :mod:`regard.models.exit_rules`.
-        task: whose held-out items are scored.
-        own: whether it is the task that the model was trained on, of which some items chose its weights.
+        trained: the model's folder.
+        model: the model in that folder, on the device.
+        rule: a rule of :mod:`regard.models.exit_rules`.
+        task: the task whose held-out items are scored.
+        own: whether the model was trained on this task, with some held-out items having chosen its weights.
 
     Raises:
-        Unsupported: for a model without exits, another rule, and a rule about classes on a task without.
+        Unsupported: for a model without exits, an unknown rule, and a rule about classes for a task without them.
     """
     early = leaving(model, rule)
     if not ExitRule.read(rule).halts and task.objective not in OF_CLASSES:
@@ -134,7 +134,7 @@ def exited(
 
 
 def shares(passed: Sequence[Tensor]) -> dict[int, float]:
-    """Which share has passed so many layers."""
+    """The share of tokens (or sequences) for each number of layers passed."""
     every = torch.cat([one.flatten() for one in passed])
     layers, counts = every.unique(return_counts=True)
     return {int(layer): int(count) / len(every) for layer, count in zip(layers, counts, strict=True)}

@@ -1,17 +1,17 @@
-"""What in a picture a trained model's class rests on, as a map and drawn over the picture.
+"""The parts of a picture that a trained model's class depends on, as a map and drawn over the picture.
 
-``occlusion`` (Zeiler & Fergus, arXiv 1311.2901, section 4.2) takes any model: windows of patches are made the mean colour of
-the training images, one after another, and a place counts by how much the probability of the class falls. ``rollout`` (Abnar
-& Zuidema, arXiv 2005.00928, section 3) takes a vision transformer of softmax attention with a class token: the weights of
-all blocks, averaged over the heads and half identity for the residual, are multiplied, and a patch counts by what of it
-comes to the class token.
+``occlusion`` (Zeiler & Fergus, arXiv 1311.2901, section 4.2) works for any model: windows of patches are replaced by
+the mean colour of the training images, one after another, and a place counts by how much the class probability falls.
+``rollout`` (Abnar & Zuidema, arXiv 2005.00928, section 3) needs a vision transformer with softmax attention and a class
+token: the attention weights of all blocks, averaged over the heads and mixed half and half with the identity for the
+residual branch, are multiplied, and a patch counts by how much of it reaches the class token.
 
-``regions`` and ``agents`` show what two mechanisms read, whatever the class: by how many regions each one is read in the last
-block that leaves some out (BiFormer, arXiv 2303.08810), and what each agent gathers, a map for each, in the last block with less
-than half as many agents as places (Agent Attention, arXiv 2312.08874).
+``regions`` and ``agents`` show what two mechanisms read, whatever the class: the share of regions that read each
+region, in the last block that leaves some out (BiFormer, arXiv 2303.08810); and what each agent gathers, one map per
+agent, in the last block with less than half as many agents as places (Agent Attention, arXiv 2312.08874).
 
-Where a model goes on with fewer tokens (:func:`regard.compression.tokens.reduce_tokens`), :func:`draw_tokens` draws where each
-patch went: those that were merged have one colour, their mean, with a line around them, and those that were dropped are dark.
+For a model with token reduction (:func:`regard.compression.tokens.reduce_tokens`), :func:`draw_tokens` draws where each
+patch went: merged patches share their mean colour, with a line around them, and dropped patches are dark.
 """
 
 from __future__ import annotations
@@ -41,28 +41,28 @@ if TYPE_CHECKING:
     from PIL import Image
 
 OWN = {"regions": "bilevel_routing", "agents": "agent"}
-"""Methods that show what a mechanism reads."""
+"""Methods that show what a mechanism reads, with the mechanism."""
 METHODS = ("occlusion", "rollout", *OWN)
 AT_ONCE = 64
-"""Images of a batch."""
+"""Images per batch."""
 COLD, HOT = (20, 20, 90), (255, 210, 60)
-"""Colours of the least and the most that a place counts."""
+"""Colours for the lowest and the highest value of a map."""
 EDGE = 255
-"""Grey of the lines between tokens."""
+"""Grey value of the lines between tokens."""
 
 
 @torch.no_grad()
 def occlusion(
     model: nn.Module, inputs: Float[Tensor, "n f"], grid: tuple[int, int], label: int, *, window: int = 3
 ) -> Float[Tensor, "rows columns"]:
-    """How much of the class's probability goes with each place: the mean over the windows that hold it.
+    """How much of the class probability depends on each place: the mean loss over the windows that cover it.
 
     Args:
-        model: of the task images.
-        inputs: the patches of one image, row by row.
-        grid: rows and columns of patches.
-        label: the class.
-        window: rows and columns of patches that are hidden at once; at the border fewer.
+        model: a model for the task images.
+        inputs: the patches of one image, in row-major order.
+        grid: number of rows and of columns of patches.
+        label: the class index.
+        window: rows and columns of patches that are hidden at once; fewer at the border.
     """
     at_least("window", window, 1)
     rows, columns = grid
@@ -83,10 +83,10 @@ def occlusion(
 
 @torch.no_grad()
 def rollout(model: VisionTransformer, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b rows columns"]:
-    """What of each patch comes to the class token; each map adds up to less than 1.
+    """How much of each patch reaches the class token; the sum of each map is below 1.
 
     Raises:
-        Unsupported: for other attention than softmax, and without a class token.
+        Unsupported: for attention other than softmax, and without a class token.
     """
     blocks, before = blocks_of(model)
     x = model.embed(model.check_images(images))
@@ -102,7 +102,7 @@ def rollout(model: VisionTransformer, images: Float[Tensor, "b c h w"]) -> Float
 def regions(
     model: nn.Module, inputs: Float[Tensor, "n f"], grid: tuple[int, int]
 ) -> Float[Tensor, "rows columns"] | None:
-    """By how many of all regions each place is read, as a share, in the last layer that leaves regions out; None without one."""
+    """The share of regions that read each place, in the last layer that leaves regions out; None if no layer does."""
     found = []
 
     def look(call: Call, q: Tensor, k: Tensor) -> None:
@@ -122,8 +122,10 @@ def regions(
 def agents(
     model: nn.Module, inputs: Float[Tensor, "n f"], grid: tuple[int, int]
 ) -> Float[Tensor, "agents rows columns"] | None:
-    """What each agent takes of each place, the mean of the heads, in the last layer on a grid with less than half as many agents
-    as places (else the last one); None without one."""
+    """What each agent gathers from each place, averaged over heads; None without agents on a grid.
+
+    Taken from the last layer with less than half as many agents as places, or else from the last one.
+    """
     found: list[Tensor] = []
 
     def look(call: Call, share_bias: Tensor | None = None, **tensors: Tensor) -> None:
@@ -142,7 +144,7 @@ def agents(
 def _run_watched(
     model: nn.Module, inputs: Float[Tensor, "n f"], grid: tuple[int, int], name: str, look: Callable[..., None]
 ) -> None:
-    """Run the model on one image; `look` is given the call and the tensors, but for values, of each layer of a mechanism."""
+    """Run the model on one image; `look` gets the call and tensors, except values, of each layer with the mechanism."""
     layers = [m for m in model.modules() if isinstance(m, AttentionLayer) and m.card.name == name]
     if not layers:
         return
@@ -166,8 +168,10 @@ def _run_watched(
 def explain(
     model: nn.Module, inputs: Float[Tensor, "n f"], grid: tuple[int, int], label: int, method: str | None = None
 ) -> tuple[str, Float[Tensor, "... rows columns"]]:
-    """The method, and its map of one image (``agents``: a map for each); when None the first that the model has of ``rollout``,
-    ``regions``, ``agents`` and ``occlusion``."""
+    """The name of the method and its map for one image (one map per agent for ``agents``).
+
+    When `method` is None, the first one that suits the model: ``rollout``, ``regions``, ``agents`` or ``occlusion``.
+    """
     if method not in (None, *METHODS):
         raise Unsupported(f"method={method!r}", supported=", ".join(METHODS), nearest=closest(str(method), METHODS))
     if method == "rollout" or (method is None and _rolls_out(model)):
@@ -206,14 +210,15 @@ def _without(method: str | None, model: nn.Module) -> Unsupported:
 def draw(
     picture: Image.Image, weight: Float[Tensor, "... rows columns"], *, side: int = SHOWN, smooth: bool = True
 ) -> Image.Image:
-    """The picture, and beside it the same under the map: dark where a place counts little.
+    """Draw the picture, and next to it the same picture under the map: dark where a place counts little.
 
     Args:
-        picture: as it was read.
-        weight: from which the lowest and highest are the two ends of the colours; of several maps, which are laid out row by
-            row, each has its own.
-        side: shorter side in pixels, to which the picture is resized; several maps share it, each with a third or more.
-        smooth: shades between the places; without, each place is of one shade.
+        picture: the original picture.
+        weight: the map; its lowest and highest value get the two end colours. Several maps are laid out row by row,
+            each with its own colour scale.
+        side: shorter side in pixels, to which the picture is resized; several maps share it, each with at least about a
+            third.
+        smooth: interpolate between places; otherwise each place has a single shade.
     """
     from PIL import Image
 
@@ -240,11 +245,11 @@ def _under(plain: Image.Image, weight: Float[Tensor, "rows columns"], smooth: bo
 
 
 def draw_tokens(picture: Image.Image, places: Int[Tensor, "rows columns"], *, side: int = SHOWN) -> Image.Image:
-    """The picture, and beside it the same as the tokens that are left show it; see the module.
+    """Draw the picture, and next to it the same picture as the remaining tokens represent it; see the module docstring.
 
     Args:
-        picture: as it was read.
-        places: the token in which each patch is, or -1 where it was dropped.
+        picture: the original picture.
+        places: the index of each patch's token, or -1 if it was dropped.
         side: as in :func:`draw`.
     """
     import numpy as np

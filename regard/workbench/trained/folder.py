@@ -1,4 +1,4 @@
-"""The folder of a trained model: its record, and the model, the task and the score that come out of it again."""
+"""The folder of a trained model: its record, and from it the model, the task and the score."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from regard.training import Evaluation, runner_of
 
 RECORD, CHECKPOINT, TOKENIZER, CARD = "training.json", "checkpoint.safetensors", "tokenizer.json", "README.md"
 LAST = "last"
-"""The folder of the last weights, where others were better."""
+"""The subfolder with the last weights, if earlier ones were better."""
 FINISHED, DIVERGED, BEGUN = "finished", "diverged", "begun"
 SUPPORTED = "a folder written by `regard train`"
 UNFINISHED = {"retrofit": (".retrofit", "retrofit.json"), "compress": (".work", "compression.json")}
-"""Of commands that leave their work in a folder until they are done: its name, and the file that comes last."""
+"""Commands that keep their work in a folder until they are done: the work's name, and the file that is written last."""
 STATISTICS = ("mean", "deviation", "scale")
-"""Of a reader: what it normalises by."""
+"""Fields of a reader used for normalisation."""
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,20 @@ class TrainedModel:
     """A folder with a trained model.
 
     Attributes:
-        folder: its place.
-        record: what ``training.json`` says.
+        folder: the path of the folder.
+        record: the contents of ``training.json``.
     """
 
     folder: Path
     record: Mapping[str, Any]
 
     def model(self, device: torch.device | str = "cpu") -> nn.Module:
-        """The model, in evaluation mode."""
+        """Load the model in evaluation mode."""
         return load_own(self.folder, device=device)
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the text was read with; raises Unsupported where the task reads no text."""
+        """The tokenizer that the model was trained with; raises Unsupported if the task does not read text."""
         name = self.record["tokenizer"]
         if name is None:
             raise Unsupported(
@@ -63,7 +63,7 @@ class TrainedModel:
 
     @property
     def reader(self) -> ImageReader | VolumeReader:
-        """What turns files of images or volumes into inputs; raises Unsupported where the task reads no images."""
+        """The reader that turns image or volume files into inputs; raises Unsupported if the task reads no images."""
         record = self.record.get("reader")
         if record is None:
             raise Unsupported(
@@ -75,11 +75,10 @@ class TrainedModel:
         return (MaskReader if "colours" in record else ImageReader).of_record(record)
 
     def task(self, data: str | list[str] | None = None) -> Task:
-        """The task that it was trained on, with `data` instead of its held-out items where given.
+        """The task that the model was trained on, with `data` in place of its held-out items if given.
 
         Raises:
-            Unsupported: for a task of a plugin, for data that are no longer where they were, and for new data of a task that
-                makes its own.
+            Unsupported: for a plugin's task, for data that have moved, and for new data if the task generates its own.
         """
         name, options = self.record["task"]["name"], self.record["task"]["options"]
         if options is None:
@@ -92,7 +91,7 @@ class TrainedModel:
         return task
 
     def _read_as_trained(self, task: Any) -> None:
-        """Let a task normalise as in training: what is held out now, and so what is not, may be others than then."""
+        """Make a task normalise as in training, since the split into training and held-out data may differ now."""
         known, now = self.reader, task.reader
         statistics = {name: getattr(known, name) for name in STATISTICS if hasattr(known, name)}
         if dataclasses.replace(now, **statistics) != known:
@@ -104,14 +103,14 @@ class TrainedModel:
 
     @property
     def chosen_by(self) -> int:
-        """The first so many held-out items of its own, which the weights were chosen by; no score counts them."""
+        """Number of the first held-out items, which the weights were chosen by; they never count in scores."""
         return int(self.record["settings"]["first_item"])
 
     def score(
         self, task: Task | None = None, *, device: torch.device | str = "cpu", model: nn.Module | None = None
     ) -> Evaluation:
-        """Score and loss on the held-out items of a task, or on those of its own that no weights were chosen by; of
-        another form of the model where there is one."""
+        """Score and loss on the held-out items of `task`, or by default on those items of its own task that did not
+        choose weights; of `model`, if given, in place of the folder's."""
         first = self.chosen_by if task is None else 0
         chosen = self.task() if task is None else task
         return runner_of(chosen).evaluate(
@@ -120,11 +119,11 @@ class TrainedModel:
 
 
 def open_trained(folder: Path | str, *, supported: str = SUPPORTED) -> TrainedModel:
-    """The model that a finished :func:`regard.workbench.trained.run.train_model` wrote; `supported` is what to say of a place
-    without one.
+    """Open the folder of a finished :func:`regard.workbench.trained.run.train_model`; `supported` is used in the error
+    for other folders.
 
     Raises:
-        Unsupported: where there is none, or its training is not finished.
+        Unsupported: if there is no trained model, or its training is not finished.
     """
     found = read_record(Path(folder))
     if found is None:
@@ -137,21 +136,21 @@ def open_trained(folder: Path | str, *, supported: str = SUPPORTED) -> TrainedMo
 
 
 def trained_length(folder: Path, model: nn.Module) -> int | None:
-    """Tokens at a time that the model of a folder was trained on, as its record or its config says; None where none does."""
+    """The sequence length that a folder's model was trained on, from its record or config; None if neither has it."""
     if (folder / RECORD).is_file():
         return open_trained(folder).record["settings"].get("length")
     return getattr(model.config, "max_position_embeddings", None)
 
 
 def beyond(trained: int | None, asked: int) -> str:
-    """What to say where a model is asked for more tokens than it was trained on; nothing elsewhere."""
+    """A warning if a model is run on more tokens than it was trained on; otherwise empty."""
     if trained is None or asked <= trained:
         return ""
     return f"The model was trained on {trained} tokens at a time: what it does with {asked} it has not learned."
 
 
 def read_record(place: Path) -> dict[str, Any] | None:
-    """What the record of a folder says; None where it has none, and Unsupported for one that is no record."""
+    """Read the record of a folder; None if it has none, and Unsupported if it is invalid."""
     file = place / RECORD
     if not file.is_file():
         return None
@@ -165,13 +164,13 @@ def read_record(place: Path) -> dict[str, Any] | None:
 
 
 def write_record(place: Path, record: Mapping[str, Any]) -> None:
-    """Replace the record of a folder in one step."""
+    """Replace the record of a folder atomically."""
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     write_text_atomically(place / RECORD, text)
 
 
 def _not_trained(place: Path, supported: str) -> Unsupported:
-    """What a place is that has no record of a training."""
+    """The error for a path without a training record."""
     if not place.exists():
         return Unsupported(f"{place}, which does not exist", supported=supported, nearest=nearest_path(place))
     if not place.is_dir():

@@ -1,4 +1,4 @@
-"""A trained model whose layers stay as they are while exits learn to read them (DeeBERT, Xin et al., arXiv 2004.12993)."""
+"""A trained model whose layers stay frozen while exits are trained on them (DeeBERT, Xin et al., arXiv 2004.12993)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from regard.models.variants import Variant
 from regard.workbench.trained.folder import TrainedModel, open_trained
 
 LEARNING = "exits."
-"""How the names of the parameters begin that are trained."""
+"""Prefix of the names of the parameters that are trained."""
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """The model of an earlier run.
+    """The model of an earlier run, to be frozen.
 
     Attributes:
-        trained: its folder.
-        model: what is in it.
+        trained: the folder of the run.
+        model: the model in that folder.
     """
 
     trained: TrainedModel
@@ -32,7 +32,7 @@ class Frozen:
 
     @classmethod
     def read(cls, folder: Path | str, device: str = "cpu") -> Frozen:
-        """Raises Unsupported for a folder without a finished run, and for a model that has no place for exits."""
+        """Open a folder; raises Unsupported if it has no finished run, or a model without a place for exits."""
         trained = open_trained(folder)
         model = trained.model(device)
         if not isinstance(model, LanguageModel | Encoder | EncoderDecoder):
@@ -43,7 +43,7 @@ class Frozen:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """Settings of a run that the model decides."""
+        """The settings of a run that the frozen model determines."""
         record = self.trained.record
         layers: dict[str, Any] = {
             stack: tuple((name, options) for name, options in record.get(stack, ()))
@@ -57,7 +57,7 @@ class Frozen:
         }
 
     def config(self, stack: StackConfig) -> Any:
-        """The config of the same model with the exits of a stack."""
+        """The config of the frozen model with the exits of a stack."""
         own = dataclasses.replace(
             self.model.config.stack, exits=stack.exits, exit_rule=stack.exit_rule, exit_heads=stack.exit_heads
         )
@@ -70,7 +70,7 @@ class Frozen:
         return dataclasses.replace(self.model.config, stack=own)
 
     def take_over(self, model: nn.Module) -> nn.Module:
-        """Put the weights into a model of :meth:`config`, where nothing but its exits learns from here on."""
+        """Load the frozen weights into a model of :meth:`config`, and leave only its exits trainable."""
         model.load_state_dict(
             {name: tensor for name, tensor in self.model.state_dict().items() if not name.startswith(LEARNING)},
             strict=False,

@@ -1,4 +1,4 @@
-"""Files that a trained model is asked about, looked at before anything is written."""
+"""Check of the input files of a trained model before anything is written."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from regard.tasks.segmentation_3d import VolumeReader
 
 
 def readable(reader: ImageReader | VolumeReader, paths: Sequence[Path], skipped: list[str] | None) -> list[Path]:
-    """The files that a model can read; what is wrong with the others is added to `skipped`.
+    """The files that a model can read; the problems with the other files are appended to `skipped`.
 
     Raises:
-        Unsupported: for a file that it cannot read, where `skipped` is None; where there is no other.
+        Unsupported: for a file that cannot be read if `skipped` is None; and if none can be read.
     """
     kept = []
     for path in paths:

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: a record of what it is and what came of it, and the model."""
+"""What a run leaves in its folder: a record of its settings and results, and the model."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def described(work: Work, name: str, rate: float, seed: int) -> dict[str, Any]:
 
 
 def outcome(work: Work, model: nn.Module, history: History, found: Evaluation | None) -> dict[str, Any]:
-    """Results of a run; `found` is None where it diverged."""
+    """The results of a run; `found` is None if it diverged."""
     task, rule = work.task, work.baseline
     return {
         "state": DIVERGED if found is None else FINISHED,
@@ -69,12 +69,12 @@ def outcome(work: Work, model: nn.Module, history: History, found: Evaluation | 
 
 
 def figures_of(found: Evaluation | None) -> dict[str, list[float]]:
-    """What a task tells beside its score: mean over the held-out items and its standard error, by name."""
+    """Figures that a task reports in addition to its score: mean over the held-out items and standard error."""
     return {} if found is None else {name: list(score_of_items(items)) for name, items in found.figures.items()}
 
 
 def ran(task: Task, model: nn.Module, history: History) -> dict[str, Any]:
-    """The scores of a run, and by which measure."""
+    """The metric, size, duration and loss curve of a run."""
     return {
         "metric": task.metric,
         "higher_is_better": task.higher_is_better,
@@ -87,7 +87,7 @@ def ran(task: Task, model: nn.Module, history: History) -> dict[str, Any]:
 
 
 def keep(folder: Path, model: nn.Module, task: Task, record: Mapping[str, Any]) -> TrainedModel:
-    """Write a model into its folder; of one that diverged the record alone. The record comes last."""
+    """Write a model, or only the record if it diverged, into its folder. The record is written last."""
     if record["state"] == FINISHED:
         save_pretrained(model, folder)
         tokenizer = getattr(task, "tokenizer", None)

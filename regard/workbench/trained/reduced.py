@@ -1,4 +1,4 @@
-"""A trained image model on fewer tokens, beside itself on all of them: ``tome:remove=4``, ``evit:keep=0.7``."""
+"""A trained image model with fewer tokens, compared with itself on all tokens: ``tome:remove=4``, ``evit:keep=0.7``."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 OPTIONS = ("remove", "keep", "blocks", "proportional", "metric")
 AT_ONCE = 16
-"""Images of a timed batch, where there are so many."""
+"""Most images in a timed batch."""
 SECONDS = 2.0
-"""About the time that the comparison of speeds takes."""
+"""Timing budget for the comparison of speeds."""
 
 
 @dataclass(frozen=True)
 class Reduced:
-    """A copy of a model that goes on with fewer tokens, and the reduction at work in it."""
+    """A copy of a model with token reduction, and the reduction that is active in it."""
 
     described: str
     plain: nn.Module
@@ -36,15 +36,15 @@ class Reduced:
     reduction: Reduction
 
     def patches(self, grid: tuple[int, int]) -> Int[Tensor, "b rows columns"]:
-        """Where each patch went in the last call of the reduced model: the number of a token, or -1."""
+        """Where each patch went in the reduced model's last call: a token's index, or -1 if it was dropped."""
         tokens = self.reduction.tokens
         return tokens.places[:, tokens.protected :].unflatten(1, grid)
 
     def speeds(self, inputs: Float[Tensor, "b n f"], grid: tuple[int, ...] | None) -> dict[str, Any]:
-        """Images a second with all tokens and with fewer, measured in turn on a batch of at most `AT_ONCE`.
+        """Images per second with all tokens and with fewer, measured in turn on a batch of at most `AT_ONCE`.
 
-        ``batch``, ``images_per_second`` of ``all`` and ``reduced``, their ratio ``speedup``, and ``tokens``, those that each
-        block gave on.
+        Returns ``batch``, ``images_per_second`` for ``all`` and ``reduced``, their ratio ``speedup``, and ``tokens``,
+        the number that each block passed on.
         """
         inputs = inputs[:AT_ONCE]
         context = Context(grid=grid)
@@ -66,11 +66,12 @@ class Reduced:
 
 
 def reduced(model: nn.Module, text: str) -> Reduced:
-    """The model beside a copy with ``NAME:option=value,option=value`` of :func:`regard.compression.tokens.reduce_tokens`.
+    """Copy a model and apply ``NAME:option=value,option=value`` of :func:`regard.compression.tokens.reduce_tokens` to
+    the copy.
 
     Raises:
-        Unsupported: for unknown names, values that do not fit, a method without a word on how many tokens go, and models
-            that are no vision transformers with a class token.
+        Unsupported: for unknown names, unsuitable values, a method without the number of tokens to drop, and models
+            that are not vision transformers with a class token.
     """
     name, _, rest = text.partition(":")
     name = name.strip()
@@ -99,7 +100,7 @@ def reduced(model: nn.Module, text: str) -> Reduced:
 
 
 def told(speeds: dict[str, Any]) -> str:
-    """Both rates in words."""
+    """Both rates and their ratio, in words."""
     rates = speeds["images_per_second"]
     return (
         f"{rates['reduced']:,.0f} images/s, {speeds['speedup']:.2f} times as many as the {rates['all']:,.0f} with all tokens "

@@ -1,9 +1,9 @@
-"""One model trained on one task, in a folder that it can be loaded from, scored again and written with.
+"""One model trained on one task, in a folder from which it can be loaded, evaluated and sampled.
 
-The folder holds ``model.safetensors`` and ``config.json`` (:func:`regard.models.from_pretrained`), ``training.json`` (what was
-trained on what, and what came of it), ``README.md`` (the same for a reader) and ``tokenizer.json`` where the tokenizer was
-trained too; ``last`` has the last weights where others were better. While the run lasts there are
-``checkpoint.safetensors``, from which the same call goes on, and ``best.safetensors``.
+The folder holds ``model.safetensors`` and ``config.json`` (:func:`regard.models.from_pretrained`), ``training.json``
+(what was trained on what, and the results), ``README.md`` (the same for humans) and, if a tokenizer was trained too,
+``tokenizer.json``; ``last`` holds the last weights if earlier ones were better. During the run there are also
+``checkpoint.safetensors``, from which the same call resumes, and ``best.safetensors``.
 """
 
 from __future__ import annotations
@@ -51,25 +51,25 @@ if TYPE_CHECKING:
     from regard.workbench.trained.teacher import Teacher
 
 BEST = "best.safetensors"
-"""The best weights so far, while the run lasts."""
+"""The file with the best weights so far, during the run."""
 
 CHECKPOINT_SECONDS = 30.0
-"""About the time between checkpoints, which is what a killed run loses at most."""
+"""Approximate time between checkpoints, and so the most that a killed run loses."""
 
 
 class Monitor(Protocol):
-    """Looks at a model while it is trained."""
+    """Observes a model during training."""
 
     def check(self, model: nn.Module) -> None:
-        """Raise Unsupported for a model in which it sees nothing."""
+        """Raise Unsupported for a model that it cannot observe."""
         ...
 
     def due(self, steps: int) -> Collection[int]:
-        """The steps of a run of `steps` after which it looks; 0 is before the first."""
+        """The steps, in a run of `steps`, after which it looks; 0 is before the first step."""
         ...
 
     def look(self, model: nn.Module, step: int) -> None:
-        """Look at the model after so many steps; a run that is resumed may come by a step again."""
+        """Look at the model after `step` steps; a resumed run may repeat a step."""
         ...
 
 
@@ -87,34 +87,34 @@ def train_model(
     on_step: Callable[[Point, int, float], None] = lambda point, steps, left: None,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> TrainedModel:
-    """Train the one mechanism of `settings` on a task, at its first rate and seed, in its first frame.
+    """Train the single mechanism in `settings` on a task, with its first learning rate, seed and frame.
 
-    The same call goes on where an earlier one was stopped, at most half a minute back. With a budget of time the number of
-    steps is measured once, and then stays.
+    The same call resumes an interrupted run, losing at most half a minute. With a time budget, the number of steps is
+    determined once and then kept.
 
     Args:
-        folder: for everything that is written; a run with other settings or data is not overwritten.
-        ema: decay of a mean of the weights (:class:`regard.training.WeightAverage`), which is looked at beside them.
-        best_of: steps at which the first quarter of the held-out items chooses the best weights, which is then not scored; 0
-            keeps the last weights. When None 8, and 0 for tasks that generate or train in a way of their own, but 1 with
-            `ema`.
-        monitor: looks at the model during the run, which it does not change.
-        teacher: which the model learns from beside the task; nothing of it is in the folder.
-        frozen: a model of the same settings whose layers are taken over and stay as they are: the exits alone learn, and the
-            last weights are kept.
-        parallel: how the processes of torch's default group train the model together, all of which make this call with a
-            folder that all can read and the first one writes; see :func:`regard.distributed.train_together`. A run may go on
-            in another number of processes, or in one.
-        on_step: called after each step with it, the number of steps, and the seconds that are left at the pace so far.
-        say: told in sentences what is decided.
+        folder: folder for all output; a run with other settings or data is not overwritten.
+        ema: decay of a running mean of the weights (:class:`regard.training.WeightAverage`), which is a candidate for
+            the best weights too.
+        best_of: number of times in the run that the first quarter of the held-out items, which is then not scored,
+            chooses the best weights; 0 keeps the last weights. When None: 8; but for tasks that generate or have their
+            own training, 0, or 1 with `ema`.
+        monitor: observes the model during the run, without changing it.
+        teacher: a model that the student also learns from; it is not saved in the folder.
+        frozen: a trained model whose layers are copied and frozen: only the exits learn, and the last weights are kept.
+        parallel: how the processes in torch's default group train the model together. All of them make this call with a
+            folder that all can read and the first one writes; see :func:`regard.distributed.train_together`. A run can
+            be resumed with another number of processes, or with one.
+        on_step: called after each step with its point, the number of steps, and the expected remaining seconds.
+        say: called with sentences on what was decided.
 
     Returns:
-        The folder, whose record's `state` is ``diverged`` where a loss stopped being finite: then there is no model.
+        The folder; `state` in its record is ``diverged`` if a loss was not finite: then there is no model.
 
     Raises:
-        Unsupported: for more than one mechanism, a budget too small, a folder with another run or with files of others that
-            the model would replace, and `ema` of a task that trains in a way of its own, and for a teacher whose method does
-            not fit the model; for what `parallel` cannot do.
+        Unsupported: for more than one mechanism, a budget that is too small, a folder with another run or with other
+            files that the model would replace, `ema` for a task with its own training, a teacher whose method does not
+            fit the model, and combinations that `parallel` does not support.
     """
     if len(settings.names) != 1 or settings.seeds != 1 or len(settings.rates) != 1:
         raise Unsupported(
@@ -185,7 +185,7 @@ def train_model(
     try:
         history = runner.train(trainee, task, config, checkpoint=place / CHECKPOINT, on_step=watch, **more)
     except Unsupported:
-        if together.writes and not (place / CHECKPOINT).exists():  # nothing is there that could be gone on with
+        if together.writes and not (place / CHECKPOINT).exists():  # there is nothing to resume from
             (place / RECORD).unlink()
         raise
     found = None
@@ -198,7 +198,7 @@ def train_model(
         found = runner.evaluate(model, task, work.scored_at_once, first=work.search_items)
     trained = _whole(model, work.configs[name])
     record = {**record, **outcome(work, trained, history, found), "weights": best.as_record()}
-    together.wait()  # all have read what is deleted here
+    together.wait()  # until all have read the files that are deleted here
     if together.writes:
         keep(place, trained, task, record)
         for file in (CHECKPOINT, BEST):
@@ -208,7 +208,7 @@ def train_model(
 
 
 def _looks(task: Task, best_of: int | None, ema: float | None, frozen: Frozen | None) -> int:
-    """The steps at which held-out items choose the best weights; raises Unsupported where they cannot."""
+    """How often held-out items choose the best weights; raises Unsupported if they cannot."""
     own_way = getattr(task, "runner", None) is not None
     if ema is not None and check_decay(ema) and own_way:
         raise Unsupported(f"ema={ema} on {task.name}, which trains in a way of its own", supported="no ema")
@@ -258,7 +258,7 @@ def _check_together(task: Task, settings: CompareSettings, parallel: str, others
 
 
 def _whole(model: nn.Module, config: Any) -> nn.Module:
-    """The model, or where several processes have shards of its weights a copy with whole ones; all of them call."""
+    """The model, or a copy with whole weights if they are sharded over processes; all processes must call this."""
     if not any(map(sharded, model.parameters())):
         return model
     copy = build(config, 0)
@@ -267,9 +267,9 @@ def _whole(model: nn.Module, config: Any) -> nn.Module:
 
 
 def _planned(work: Work, name: str, looks: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Steps, and how long one takes, where the items that choose are scored `looks` times."""
+    """Number of steps, and seconds per step, if the choosing items are scored `looks` times."""
     started, budget = time.monotonic(), work.settings.budget
-    # where the budget is not a time, the time of a step only says how often to save and what is left
+    # unless the budget is a time, the step time only determines checkpoint intervals and the remaining time
     seconds = calibration_seconds(budget) / (1 if budget.unit == "seconds" else 5)
     say(f"calibrating for about {seconds:.0f} s")
     threads = best_threads(work)
@@ -294,7 +294,7 @@ def _planned(work: Work, name: str, looks: int, say: Callable[[str], None]) -> d
 
 
 def _check_free(place: Path) -> None:
-    """Raise Unsupported for a folder that cannot be written in, or has no run but files that the model would replace."""
+    """Raise Unsupported if a folder is not writable, or has no run but files that the model would replace."""
     check_folder(place)
     taken = [name for name in (CARD, CONFIG, WEIGHTS, TOKENIZER, LAST) if (place / name).exists()]
     if taken:
@@ -306,7 +306,7 @@ def _check_free(place: Path) -> None:
 
 
 def _check_same(place: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise Unsupported unless a run that was begun there is the one that is asked for."""
+    """Raise Unsupported unless the run begun in the folder is the requested one."""
     pairs = {key: (before[key], now[key]) for key in ("mechanism", "layers")}
     pairs["task"] = (before["task"]["name"], now["task"]["name"])
     pairs["data"] = (before["task"]["data"], now["task"]["data"])

@@ -1,4 +1,4 @@
-"""Masks by a trained model: the class of each pixel of a picture, as a picture and as shares."""
+"""Segmentation of pictures by a trained model: the class of each pixel, as a picture and as shares."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from regard.tasks.segmentation_3d import VolumeReader
 
 VOID = (224, 224, 224)
-"""Colour of ignored pixels."""
+"""Colour for ignored pixels."""
 
 
 @torch.inference_mode()
 def segment(
     model: nn.Module, reader: MaskReader, path: Path, device: torch.device | str = "cpu"
 ) -> tuple[Int[np.ndarray, "h w"], dict[str, float]]:
-    """Number of the class of each pixel of a picture, in its own size, and the share of each class, the largest first.
+    """The class index of each pixel, in the picture's own size, and the share of each class, largest first.
 
-    The picture is read in the model's size; its logits are interpolated (bilinearly) to that of the picture.
+    The picture is resized to the model's size; logits are interpolated (bilinearly) back to the picture's size.
 
     Raises:
         Unsupported: for a file that cannot be read.
@@ -51,13 +51,13 @@ def segment(
 
 
 def shares_of(classes: Int[np.ndarray, "..."], names: Sequence[str]) -> dict[str, float]:
-    """The share of each class by its name, the largest first."""
+    """The share of each class by name, largest first."""
     shares = np.bincount(classes.ravel(), minlength=len(names)) / classes.size
     return {names[i]: float(shares[i]) for i in np.argsort(-shares, kind="stable") if shares[i]}
 
 
 def likeliest(logits: Float[Tensor, "k *sides"], size: tuple[int, ...]) -> Int[Tensor, "*sides2"]:
-    """The class with the largest logit at each place of another size, class by class, since all at once may be large."""
+    """The class with the largest logit at each place of another size; done class by class to save memory."""
     if tuple(logits.shape[1:]) == tuple(size):
         return logits.argmax(0)
     how = "bilinear" if len(size) == 2 else "trilinear"
@@ -71,7 +71,7 @@ def likeliest(logits: Float[Tensor, "k *sides"], size: tuple[int, ...]) -> Int[T
 
 
 def write(place: Path, classes: Int[np.ndarray, "h w"], reader: MaskReader) -> None:
-    """A mask as a PNG, see :func:`mask_image`."""
+    """Write the mask as a PNG file, see :func:`mask_image`."""
     data = png(*mask_image(classes, reader))
     write_atomically(place, lambda path: path.write_bytes(data))
 
@@ -79,7 +79,7 @@ def write(place: Path, classes: Int[np.ndarray, "h w"], reader: MaskReader) -> N
 def mask_image(
     classes: Int[np.ndarray, "h w"], reader: MaskReader | VolumeReader
 ) -> tuple[UInt8[np.ndarray, "h w"], UInt8[np.ndarray, "256 3"]]:
-    """A mask as numbers and their palette, whose values and colours are those of the masks that the model was trained on."""
+    """The mask as palette indices, and the palette; values and colours are those of the masks trained on."""
     table = np.zeros(256, dtype=np.uint8)
     table[: len(reader.values)] = reader.values
     palette = np.zeros((256, 3), dtype=np.uint8)
@@ -90,7 +90,7 @@ def mask_image(
 
 
 def check_output(output: Path, count: int, kind: Kind, what: str = "mask") -> None:
-    """Raise Unsupported for a place that what is made of `count` files cannot be written to."""
+    """Raise Unsupported if the results for `count` files cannot be written to `output`."""
     suffix = suffix_of(output)
     if suffix and (suffix not in kind.written or count > 1) and not output.is_dir():
         raise Unsupported(
@@ -101,7 +101,7 @@ def check_output(output: Path, count: int, kind: Kind, what: str = "mask") -> No
 
 
 def place_of(output: Path, path: Path, taken: set[str], kind: Kind) -> Path:
-    """Where what is made of a file is written: the file, or one named like it in the folder."""
+    """The path for the result of a file: `output` itself, or a file with a similar name in that folder."""
     if suffix_of(output) in kind.written and not output.is_dir():
         return output
     stem = path.name[: len(path.name) - len(suffix_of(path))]
@@ -109,6 +109,6 @@ def place_of(output: Path, path: Path, taken: set[str], kind: Kind) -> Path:
 
 
 def described(shares: dict[str, float], count: int = 8) -> str:
-    """The largest shares in words."""
+    """The largest shares, in words."""
     told = [f"{name} {share:.1%}" for name, share in list(shares.items())[:count]]
     return ", ".join([*told, "..."] if len(shares) > count else told)

@@ -1,4 +1,4 @@
-"""Masks of volumes by a trained model: the class of each voxel of a NIfTI file, as a NIfTI file and as shares."""
+"""Segmentation of volumes by a trained model: the class of each voxel in a NIfTI file, as a file and as shares."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Segmented:
-    """Number of the class of each voxel of a scan."""
+    """The class index of each voxel in a scan."""
 
     classes: Int[np.ndarray, "x y z"]
     scan: Scan
@@ -34,12 +34,13 @@ class Segmented:
 def segment(
     model: nn.Module, reader: VolumeReader, path: Path, device: torch.device | str = "cpu"
 ) -> tuple[Segmented, dict[str, float]]:
-    """The class of each voxel of a file, and the share of each class, the largest first.
+    """The class of each voxel in a file, and the share of each class, largest first.
 
-    The volume is read in the model's spacing and windows; its logits are interpolated (linearly) to the voxels of the file.
+    The volume is resampled to the model's spacing and read in windows; logits are interpolated (linearly) to the file's
+    voxels.
 
     Raises:
-        Unsupported: for a file that cannot be read, and a volume smaller than a window or of other channels.
+        Unsupported: for a file that cannot be read, and a volume smaller than a window or with other channels.
     """
     inputs, grid, sides, scan = reader.read(path)
 
@@ -54,7 +55,7 @@ def segment(
 
 
 def write(place: Path, found: Segmented, reader: VolumeReader) -> None:
-    """A mask as a NIfTI file of the scan's shape and affine, whose values are those of the masks that were trained on."""
+    """Write the mask as a NIfTI file with the scan's shape and affine, and the mask values of the training data."""
     values = np.array(reader.values, dtype=np.uint8)[found.classes]
     data = packed(place, written(values, found.scan), found.scan.stored.affine)
     write_atomically(place, lambda path: path.write_bytes(data))

@@ -1,4 +1,4 @@
-"""The teacher of a run of `regard train`: a model that an earlier run has left in a folder."""
+"""The teacher in a run of `regard train`: a model that an earlier run left in a folder."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from regard.workbench.trained.folder import TOKENIZER, TrainedModel, open_traine
 
 @dataclass(frozen=True)
 class Teacher:
-    """A trained model of a task, and how a student learns from it.
+    """A trained model for a task, and how a student learns from it.
 
     Attributes:
-        trained: its folder.
-        method: of distillation.
-        written: the method, as it was asked for.
-        task: of both.
-        device: where they are trained.
+        trained: the teacher's folder.
+        method: the distillation method.
+        written: the method as the user wrote it.
+        task: the task of teacher and student.
+        device: the device for training.
     """
 
     trained: TrainedModel
@@ -41,11 +41,11 @@ class Teacher:
 
     @classmethod
     def read(cls, folder: Path | str, written: str, task: Task, device: str = "cpu") -> Teacher:
-        """From a folder and a method, as they are written.
+        """Read a teacher from a folder and a method, as the user wrote them.
 
         Raises:
-            Unsupported: for an unknown method, a folder without a finished run, a task whose models train in a way of their
-                own, and a teacher that reads other images or has other classes than the task.
+            Unsupported: for an unknown method, a folder without a finished run, a task with its own training, and a
+                teacher that reads other images or has other classes than the task.
         """
         method, own = read_method(written), getattr(task, "reader", None)
         if task.objective == "next-token" and hasattr(task, "tokenizer"):
@@ -60,31 +60,31 @@ class Teacher:
 
     @functools.cached_property
     def model(self) -> nn.Module:
-        """The teacher."""
+        """The teacher model."""
         return self.trained.model(self.device)
 
     def teach(self, student: nn.Module, seed: int) -> Taught:
-        """The student with what is trained beside it, whose initial weights are of the seed."""
-        teacher = self.model  # before the seed is set, since loading draws numbers too
+        """The student together with parts that are trained along with it, whose initial weights are set by the seed."""
+        teacher = self.model  # load before setting the seed, since loading draws random numbers too
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return Taught(student, teacher, self.method, self.task)
 
     @property
     def settings(self) -> dict[str, str]:
-        """What a run with another teacher has otherwise."""
+        """Settings of a run that depend on the teacher."""
         weights = weights_digest(self.model)
         return {"teacher": str(self.trained.folder.resolve()), "teacher_weights": weights, "distil": self.written}
 
     @property
     def described(self) -> dict[str, Any]:
-        """Facts about it for the student's record."""
+        """Facts about the teacher, for the student's record."""
         record = self.trained.record
         return {key: record[key] for key in ("mechanism", "parameters", "score", "metric")}
 
 
 def check_inputs(folder: Path | str, task: Task) -> None:
-    """Raise Unsupported where the model in a folder was trained on other tokens, images or classes than a task has."""
+    """Raise Unsupported if the model in a folder was trained on other tokens, images or classes than the task's."""
     own = getattr(task, "reader", None)
     if hasattr(task, "tokenizer"):
         _of_text(folder, task)

@@ -1,4 +1,4 @@
-"""Failures of a verification in words: equal ones together, with their most likely cause."""
+"""Failures of a verification in words: similar failures are grouped, with their most likely cause."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CAUSES = {
 
 @dataclass
 class Group:
-    """Failures that say the same."""
+    """Failures with the same cause."""
 
     cells: list[Cell] = field(default_factory=list)
 
@@ -52,14 +52,14 @@ class Group:
 
 
 def kind(cell: Cell) -> tuple[str, str, str]:
-    """A key that equal failures share: they differ in numbers alone, or are one exception of one mechanism."""
+    """A key that similar failures share: they differ only in numbers, or are the same exception in one mechanism."""
     plain = re.sub(r"[-+]?\d[\d.e+-]*", "#", cell.detail)
     raised = re.match(r"\w+(Error|Exception|Unsupported)\b", plain) is not None
     return cell.mechanism, "" if raised else cell.property, plain
 
 
 def grouped(cells: Sequence[Cell]) -> list[Group]:
-    """The failures among the cells, those of one kind together, the most frequent first."""
+    """The failures among the cells, similar ones grouped, the largest group first."""
     groups: dict[tuple[str, str, str], Group] = {}
     for cell in cells:
         if cell.status == "fail":

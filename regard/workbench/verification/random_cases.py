@@ -1,7 +1,7 @@
-"""`regard verify --random`: options, sizes, padding and split points drawn at random, and what fails shrunk to the smallest case.
+"""`regard verify --random`: random options, sizes, padding and split points; failures are shrunk to the smallest case.
 
-A case is one call of a mechanism. Its padded rows have to equal the definition on each row alone; a sequence or memory read in
-pieces, and gradients, have to equal the definition too. Cases are drawn by Hypothesis.
+A case is one call of a mechanism. Its padded rows must equal the definition on each row alone; a sequence or memory
+read in pieces, and gradients, must equal the definition too. Hypothesis draws the cases.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 PADDINGS = ("none", "right", "left", "inside", "packed")
 LONGEST = 24
 MOST = {torch.float64: 1e-9, torch.float32: 2e-4}
-"""The largest error of a case. Cases look for wrong results; rounding, which small denominators enlarge, is the matrix's."""
+"""The largest error allowed. Cases look for wrong results, not for rounding, which small denominators amplify."""
 
 
 def option_names(card: Mechanism, option: str) -> list[str]:
-    """Names that an option accepts, as its refusal of another lists them; none where it does not take names."""
+    """Names that an option accepts, taken from its error for an unknown name; empty if it does not take names."""
     try:
         card.options(**{option: "no such value"})
     except Unsupported as refusal:
@@ -42,7 +42,7 @@ def option_names(card: Mechanism, option: str) -> list[str]:
 
 
 def unreached_options(card: Mechanism) -> list[str]:
-    """Options, and names that options accept, which no variant of the card has beside the default: the matrix misses them."""
+    """Options, and names that options accept, for which no variant differs from the default: the matrix misses them."""
     missing = []
     for option in dataclasses.fields(card.config):
         default = getattr(card.config(), option.name)
@@ -56,20 +56,20 @@ def unreached_options(card: Mechanism) -> list[str]:
 
 @dataclass(frozen=True)
 class Case:
-    """One call.
+    """One call, as data.
 
     Attributes:
-        variant: of the card, from which `options` come but for a few; it says whether there is a grid.
-        lengths: valid tokens of each row; on a grid its height and width.
-        memory: valid tokens of each row's memory, in cross patterns.
-        padding: where the rest of a row is, of `PADDINGS`; ``packed`` documents lie in one row.
+        variant: variant of the card from which most of `options` come; it also determines whether there is a grid.
+        lengths: number of valid tokens in each row; on a grid, its height and width.
+        memory: number of valid memory tokens for each row, in cross patterns.
+        padding: position of the padding, one of `PADDINGS`; ``packed`` documents are in one row.
         room: places beyond the longest row.
-        splits: where the sequence (or memory) is cut to be read in pieces.
-        heads, groups: query heads, and key/value heads, a divisor.
-        width, value_width: features of a head.
-        chunk_size: of the chunked form.
+        splits: points at which the sequence (or memory) is split to be read in pieces.
+        heads, groups: number of query heads, and of key/value heads, which divides it.
+        width, value_width: features per head of keys and values.
+        chunk_size: chunk size of the chunked form.
         backend: ``torch`` (in float64) or ``native`` (in float32).
-        seed: of the numbers.
+        seed: seed of the random numbers.
     """
 
     mechanism: str
@@ -91,10 +91,10 @@ class Case:
 
     @classmethod
     def read(cls, text: str) -> Case:
-        """The case that :meth:`__str__` wrote.
+        """Parse a case that :meth:`__str__` wrote.
 
         Raises:
-            Unsupported: for another text.
+            Unsupported: if the text is not a case.
         """
         try:
             found = json.loads(text)
@@ -114,7 +114,7 @@ class Case:
 
     @property
     def command(self) -> str:
-        """The command that runs it again."""
+        """The command that runs this case again."""
         return f"regard verify --case '{self}'"
 
 
@@ -139,11 +139,11 @@ def _values(card: Mechanism, option: dataclasses.Field[Any]) -> list[Any]:
 def drawn_from(
     card: Mechanism, patterns: Iterable[Pattern] | None = None, variants: Iterable[str] = ()
 ) -> dict[Pattern, list[str]]:
-    """Variants of a mechanism that its random cases begin with, by pattern; ``""`` is the default options.
+    """The variants from which a mechanism's random cases are drawn, by pattern; ``""`` is the default options.
 
     Args:
         patterns: only these patterns.
-        variants: only these variants; all, and the default options, when empty or where ``"all"`` is one.
+        variants: only these variants; all, and the default options, when empty or if ``"all"`` is among them.
     """
     chosen, asked = None if patterns is None else tuple(patterns), tuple(variants)
     found = {}
@@ -163,10 +163,10 @@ def cases(
     variants: Iterable[str] = (),
     backend: str = "torch",
 ) -> SearchStrategy[Case]:
-    """Valid cases of a mechanism, the simplest of which are the default options on a short sequence.
+    """A strategy for valid cases of a mechanism; the simplest ones have default options and a short sequence.
 
     Raises:
-        Unsupported: where :func:`drawn_from` has nothing to begin with.
+        Unsupported: if :func:`drawn_from` returns nothing.
     """
     from hypothesis import assume
     from hypothesis import strategies as st
@@ -223,8 +223,8 @@ def run_case(case: Case) -> float:
     """The largest error of a case, as a fraction of the largest output.
 
     Raises:
-        Broken: where something is wrong that has no size, or is larger than the card's tolerance.
-        Unsupported: where the mechanism refuses the case.
+        Broken: if an exact check fails or an error is too large.
+        Unsupported: if the mechanism refuses the case.
     """
     card, pattern = get_mechanism(case.mechanism), Pattern.parse(case.pattern)
     if case.padding not in PADDINGS:
@@ -245,8 +245,8 @@ def run_case(case: Case) -> float:
 
 
 def _waived(subject: Subject, names: Iterable[str], dtype: torch.dtype, backend: str) -> bool:
-    """Whether the card waives one of some properties in a dtype, on a backend, with options like these: such as only waived
-    variants have."""
+    """Whether the card waives any of these properties for a dtype and backend with options like these: those that only
+    waived variants have."""
     card = subject.card
     for waiver in card.waivers:
         anywhere = dataclasses.replace(waiver, variants=())
@@ -270,7 +270,7 @@ def _longest(case: Case) -> tuple[int, int]:
 
 
 def check_rows(case: Case, subject: Subject, dtype: torch.dtype) -> float:
-    """Rows padded, packed or whole, against the definition on each alone."""
+    """Padded, packed or whole rows against the definition on each row alone."""
     if subject.on_grid:
         height, width = case.lengths[:2]
         inputs = _sampled(case, subject, height * width, height * width, 2, dtype)
@@ -342,8 +342,11 @@ def check_pieces(case: Case, subject: Subject, dtype: torch.dtype) -> float:
 
 
 def check_gradients(case: Case, subject: Subject, dtype: torch.dtype) -> float:
-    """Gradients of the usual form against the definition's, as fractions of the largest, or of what the sizes of output and
-    inputs make of one: where they cancel (of one number over its own norm), what is left is rounding."""
+    """Gradients of the default form against the definition's, as fractions of the largest one.
+
+    The scale is at least the ratio of the largest output to the largest input: where gradients cancel (a single number
+    divided by its own norm), only rounding is left.
+    """
     n, m = _longest(case)
     if subject.on_grid:
         n = m = case.lengths[0] * case.lengths[1]
@@ -361,7 +364,7 @@ def _largest(tensors: Iterable[torch.Tensor]) -> float:
 
 
 def _gradients(subject: Subject, inputs: Tensors, form: str | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The output, and gradients of the sum of its numbers with random weights."""
+    """The output, and the gradients of its sum with random weights."""
     leaves = {k: t.clone().requires_grad_() if t.is_floating_point() else t for k, t in inputs.items()}
     output = subject.run(leaves, form=form).output
     rng = torch.Generator().manual_seed(subject.seed)
@@ -381,18 +384,18 @@ WAIVERS = {
     "pieces": ("step", "split_resume", "state", "memory"),
     "gradients": ("gradient",),
 }
-"""Properties of the matrix whose waivers hold for a check too."""
+"""For each check, the properties of the matrix whose waivers apply to it too."""
 
 
 @dataclass
 class Found:
-    """The findings of a search.
+    """The result of a search.
 
     Attributes:
-        ran: cases that were measured.
-        refused: cases that the mechanism refused.
-        case: the smallest that fails; None when none does.
-        detail: how it fails.
+        ran: number of cases that were run.
+        refused: number of cases that the mechanism refused.
+        case: the smallest failing case; None if there is none.
+        detail: how the case fails.
     """
 
     ran: int = 0
@@ -411,17 +414,17 @@ def search(
     seed: int = 0,
     on_case: Callable[[Case], None] | None = None,
 ) -> Found:
-    """Try random cases of a mechanism until one fails, and shrink that.
+    """Try random cases of a mechanism until one fails, then shrink it.
 
     Args:
-        count: cases to draw.
+        count: number of cases to draw.
         patterns, variants: see :func:`drawn_from`.
         backend: ``torch`` or ``native``.
-        seed: of the draw; the same seed draws the same cases.
+        seed: seed of the draw; the same seed draws the same cases.
         on_case: called with each case before it runs.
 
     Raises:
-        Unsupported: where Hypothesis is missing, and as :func:`cases` does.
+        Unsupported: if Hypothesis is missing, and as for :func:`cases`.
     """
     try:
         from hypothesis import HealthCheck, Phase, given, settings
@@ -451,7 +454,7 @@ def search(
         except Unsupported:
             found.refused += 1
         except Exception as failure:
-            found.case = case  # the last to fail is the smallest
+            found.case = case  # the last failure is the smallest
             found.detail = str(failure) if isinstance(failure, Broken) else f"{type(failure).__name__}: {failure}"
             raise
 

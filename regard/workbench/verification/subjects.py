@@ -1,4 +1,4 @@
-"""The subject of `verify` and `profile`: a mechanism in one pattern, its inputs sampled, cut, padded and packed by its card."""
+"""The subject of `verify` and `profile`: a mechanism in one pattern, with inputs that its card samples and cuts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from regard.apply import absorb, apply
 from regard.contract import Call, Kind, Mask, Mechanism, Pattern, Result, Tensors, Unsupported
 
 SIZES = {"h": 2, "g": 2, "d": 8, "k": 8, "v": 6, "e": 6, "c": 8}
-"""Width of each axis letter in sampled inputs; letters not listed get 4."""
+"""Size of each axis letter in sampled inputs; letters not listed get 4."""
 
 DOMAINS: dict[str, Callable[[Tensor], Tensor]] = {
     "normal": lambda x: x,
@@ -27,7 +27,7 @@ DOMAINS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def axes_of(card: Mechanism, name: str) -> str:
-    """Letters of an input's axes, as the card has them."""
+    """The letters of an input's axes on the card."""
     return card.axes[name]
 
 
@@ -41,7 +41,7 @@ def sample_inputs(
     dtype: torch.dtype = torch.float64,
     sizes: dict[str, int] | None = None,
 ) -> Tensors:
-    """Fresh random inputs by the card's axes and domains. `sizes` overrides the width of an axis letter."""
+    """Random inputs with the card's axes and domains. `sizes` overrides the size of an axis letter."""
     widths = {**SIZES, **(sizes or {}), "b": batch, "n": n, "m": m}
     found = {}
     for declared, axes in card.inputs.items():
@@ -53,7 +53,7 @@ def sample_inputs(
 
 
 def in_float64(inputs: Tensors) -> Tensors:
-    """The same numbers in the dtype of definitions; what is no float stays."""
+    """The same numbers in float64, the dtype of definitions; non-float inputs are unchanged."""
     return {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
 
 
@@ -62,8 +62,8 @@ class Subject:
     """A mechanism in one pattern with given options, ready to be run on sampled inputs.
 
     Attributes:
-        options: of the mechanism, and of its layer, which functions do not have.
-        variant: the card's name of the options, ``""`` for the default ones or others.
+        options: options of the mechanism and of its layer; functions ignore the latter.
+        variant: name of the options on the card; ``""`` for the default options, or for options without a name.
     """
 
     card: Mechanism
@@ -74,37 +74,37 @@ class Subject:
 
     @classmethod
     def of(cls, card: Mechanism, pattern: Pattern, variant: str = "", *, seed: int = 0) -> Subject:
-        """A mechanism with the options of one of its variants; ``""`` for the default ones."""
+        """The subject with the options of one of the card's variants; ``""`` for the default options."""
         options = dict(card.variants[variant]) if variant else {}
         return cls(card, pattern, options, seed, variant)
 
     @property
     def config(self) -> Any:
-        """Options of the mechanism, without those of the layer."""
+        """The mechanism's options, without those of the layer."""
         names = self.card.config.__dataclass_fields__  # type: ignore[attr-defined]
         return self.card.options(**{name: value for name, value in self.options.items() if name in names})
 
     def rng(self) -> torch.Generator:
-        """A generator at the subject's seed, anew at each call."""
+        """A new generator with the subject's seed."""
         return torch.Generator().manual_seed(self.seed)
 
     @property
     def grids(self) -> bool:
-        """Whether it is measured on grids where that is a choice."""
+        """Whether it is measured on grids although a sequence would be possible too."""
         return self.variant in self.card.grid_variants
 
     def waives(self, property_name: str) -> bool:
-        """Whether the card says that it never has a property."""
+        """Whether the card waives a property without settings under which it holds."""
         waived = (w for w in self.card.waivers if w.concerns(property_name, self.pattern, self.variant))
         return any(w.holds_with is None for w in waived)
 
     @property
     def on_grid(self) -> bool:
-        """Whether tokens have places on a grid; in other patterns than noncausal-self they have an order instead."""
+        """Whether tokens have positions on a grid, which is only the case in noncausal-self."""
         return (self.card.length == "grid" or self.grids) and self.pattern is Pattern.NONCAUSAL_SELF
 
     def grid(self, n: int) -> tuple[int, ...] | None:
-        """The grid of `n` tokens, for mechanisms that need one: as square as n allows."""
+        """The grid for `n` tokens, as square as n allows; None if the mechanism needs no grid."""
         if not self.on_grid:
             return None
         height = next(h for h in range(int(n**0.5) or 1, 0, -1) if n % h == 0)
@@ -120,7 +120,7 @@ class Subject:
         seed: int = 0,
         **sizes: int,
     ) -> Tensors:
-        """Sampled inputs; `roles` among them where the mechanism reads roles. In self patterns m = n unless given."""
+        """Sampled inputs, including `roles` if the mechanism reads roles. In self patterns m = n unless given."""
         generator = torch.Generator().manual_seed(1000 * self.seed + seed)
         m = (n if not self.pattern.cross else n + 4) if m is None else m
         if "num_heads" in self.options:
@@ -136,7 +136,7 @@ class Subject:
         return found
 
     def run(self, inputs: Tensors, **call: Any) -> Result:
-        """Call the mechanism as a user does, with the same random draws each time."""
+        """Call the mechanism as a user does, with the same random draws in each call."""
         inputs = dict(inputs)
         if not torch.compiler.is_compiling():
             call.setdefault("generator", self.rng())
@@ -153,7 +153,7 @@ class Subject:
         return self.run(doubled, form="reference", **call).output
 
     def absorb(self, inputs: Tensors, **call: Any) -> Any:
-        """The state of a memory, to be read with queries."""
+        """The state after absorbing a memory, which queries then read."""
         inputs = dict(inputs)
         if "roles" in inputs:
             call["roles"] = inputs.pop("roles")
@@ -164,7 +164,7 @@ class Subject:
         return next((n for n in inputs if n != "roles" and "n" in axes_of(self.card, n)), None)
 
     def positions(self, name: str) -> dict[str, int]:
-        """Where the token axes n and m are in an input."""
+        """The indices of the token axes n and m in an input."""
         axes = "bm" if name == "roles" else axes_of(self.card, name)
         return {letter: axes.index(letter) for letter in "nm" if letter in axes}
 
@@ -178,7 +178,7 @@ class Subject:
         return found
 
     def cut(self, inputs: Tensors, n: slice | Tensor, m: slice | Tensor | None = None) -> Tensors:
-        """The tokens `n` of the queries and `m` of the keys (as `n` in self patterns)."""
+        """The tokens `n` of queries and `m` of keys; in self patterns, `m` defaults to `n`."""
         keys = n if m is None and not self.pattern.cross else m
         slices = {"n": n, "m": slice(None) if keys is None else keys}
 
@@ -188,7 +188,7 @@ class Subject:
         return self.map_tokens(inputs, change)
 
     def rows(self, inputs: Tensors, index: Tensor | slice) -> Tensors:
-        """The chosen batch rows."""
+        """The inputs of the chosen batch rows."""
         found = {}
         for name, tensor in inputs.items():
             axes = "bm" if name == "roles" else axes_of(self.card, name)
@@ -196,7 +196,7 @@ class Subject:
         return found
 
     def place(self, inputs: Tensors, valid: Tensor, total: int, letters: str = "nm") -> Tensors:
-        """Spread each row's tokens over `total` places where `valid`, with NaN in the padding (0 in integer inputs)."""
+        """Spread each row's tokens over the `valid` places of `total`; padding is NaN (0 in integer inputs)."""
         batch = valid.shape[0]
 
         def change(x: Tensor, axis: int, letter: str) -> Tensor:
@@ -213,7 +213,7 @@ class Subject:
         return self.map_tokens(inputs, change)
 
     def join(self, first: Tensors, second: Tensors) -> Tensors:
-        """The tokens of one after those of the other; inputs without tokens are the first's."""
+        """Append the tokens of `second` to those of `first`; inputs without tokens are those of `first`."""
         joined = {}
         for name, tensor in first.items():
             where = self.positions(name)
@@ -221,11 +221,11 @@ class Subject:
         return joined
 
     def output_axis(self) -> int | None:
-        """The axis n of the output, if it has one."""
+        """The index of the token axis n in the output, if it has one."""
         return self.card.output.index("n") if "n" in self.card.output else None
 
     def take_output(self, output: Tensor, index: Any) -> Tensor:
-        """Tokens of the output; the whole output when it has no token axis."""
+        """Tokens of the output; the whole output if it has no token axis."""
         axis = self.output_axis()
         if axis is None:
             return output
@@ -233,28 +233,28 @@ class Subject:
 
     @property
     def stateful(self) -> bool:
-        """Whether functions continue a causal sequence from a state."""
+        """Whether functions can continue a causal sequence from a state."""
         has = self.card.state is not None and "chunked" in self.card.forms
         return has and self.pattern is Pattern.CAUSAL_SELF and not self.waives("state")
 
     @property
     def reads_memory(self) -> bool:
-        """Whether its functions are given memory; a wrapper's see only what the wrapped mechanism made of it."""
+        """Whether its functions take memory; those of a wrapper get only what the wrapped mechanism made of it."""
         return self.pattern.cross and bool(self.card.memory_inputs)
 
     @property
     def absorbs(self) -> bool:
-        """Whether functions absorb a memory and read it later."""
+        """Whether functions can absorb a memory and read it later."""
         return self.pattern.cross and "absorb" in self.card.forms and not self.waives("memory")
 
     @property
     def layer_decodes(self) -> bool:
-        """Whether its layer continues from a state; a wrapper's state is that of the layer it wraps."""
+        """Whether its layer can continue from a state; a wrapper's state is that of the layer it wraps."""
         wraps = self.card.kind is Kind.WRAPPER and self.card.state is not None
         return self.stateful or self.absorbs or (wraps and self.pattern is not Pattern.NONCAUSAL_SELF)
 
     def with_options(self, options: dict[str, Any]) -> Subject:
-        """The subject with more options, or others."""
+        """The subject with some options added or changed."""
         return dataclasses.replace(self, options={**self.options, **options})
 
 

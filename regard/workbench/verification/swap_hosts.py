@@ -1,4 +1,4 @@
-"""Small models of other libraries, in which mechanisms are swapped: how they are built and run, and where their attention is."""
+"""Small models of other libraries in which attention is swapped: how to build and run them, and where attention is."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from regard.contract import Context, Mask, Pattern, Role
 DIM, HEADS, GROUPS, TOKENS, SIDE = 64, 8, 2, 21, 4
 
 SIZES = {"vocab_size": 64, "hidden_size": DIM, "intermediate_size": 48, "num_hidden_layers": 2}
-"""Of transformers' configs."""
+"""Sizes for the configs of transformers."""
 
 Map = tuple[Tensor, Tensor | None]
-"""Weights and biases of a linear map."""
+"""Weight and bias of a linear map."""
 
 
 class Host(ABC):
     """A small model of another library.
 
     Attributes:
-        title: what it is.
+        title: description of the model.
         package: the library it needs.
-        pattern: of its attention modules.
-        only: paths of those that are swapped; None for all.
+        pattern: pattern of its attention modules.
+        only: glob for the paths of the modules that are swapped; None for all.
         rotates: whether it has rotary positions.
-        groups: key/value heads.
-        pads: whether its tokens may be padded.
-        generates: whether it goes on from a cache.
+        groups: number of key/value heads.
+        pads: whether its tokens can be padded.
+        generates: whether it can continue from a cache.
     """
 
     title: ClassVar[str]
@@ -46,11 +46,11 @@ class Host(ABC):
 
     @abstractmethod
     def build(self) -> nn.Module:
-        """The model, with random weights."""
+        """Build the model with random weights."""
 
     @abstractmethod
     def run(self, model: Any, x: Tensor, valid: Tensor | None = None, **options: Any) -> Tensor:
-        """Hidden states (B, N, C) of the inputs `x`, of which those not `valid` are padding."""
+        """Hidden states (B, N, C) for the inputs `x`; tokens that are not `valid` are padding."""
 
     @abstractmethod
     def attention(self, model: Any) -> dict[str, Any]:
@@ -58,22 +58,22 @@ class Host(ABC):
 
     @abstractmethod
     def maps(self, module: Any) -> list[Map]:
-        """Weights (out, in) and biases of queries, keys, values and output."""
+        """Weights (out, in) and biases for queries, keys, values and output."""
 
     @abstractmethod
     def placed(self, module: Any) -> nn.Module:
-        """The mechanism in a swapped module."""
+        """The module with the mechanism inside a swapped module."""
 
     @abstractmethod
     def call_own(self, layer: Callable[..., Tensor], args: tuple[Any, ...], given: Mapping[str, Any]) -> Any:
-        """A call of an attention module by an own layer of (x, memory), with what the module returns."""
+        """Answer an attention module's call with one of regard's layers, a function of (x, memory), in its format."""
 
     def inputs(self) -> Tensor:
-        """Random inputs in float64: embedded tokens, where a model does not say otherwise."""
+        """Random float64 inputs; embedded tokens unless overridden."""
         return torch.randn(3, TOKENS, DIM, dtype=torch.float64)
 
     def context(self, valid: Tensor | None, x: Tensor) -> Context:
-        """The context of an own layer."""
+        """The context for one of regard's layers."""
         mask = None if valid is None else Mask(valid=valid)
         return Context(memory_mask=mask) if self.pattern.cross else Context(mask=mask)
 
@@ -131,7 +131,7 @@ class Llama(Transformers):
 
 
 class GPT2(Transformers):
-    """Causal, with learned positions and one map for queries, keys and values."""
+    """Causal, with learned positions and a single map for queries, keys and values."""
 
     title = "GPT-2 (transformers)"
     pattern, generates = Pattern.CAUSAL_SELF, True
@@ -162,7 +162,7 @@ class GPT2(Transformers):
 
 
 class Bert(Transformers):
-    """Noncausal; the output map stands outside the attention module."""
+    """Noncausal; the output map is outside the attention module."""
 
     title = "BERT (transformers)"
 
@@ -181,12 +181,12 @@ class Bert(Transformers):
 
 
 class ViT(Host):
-    """Noncausal on patches, with a class token before them."""
+    """Noncausal on image patches, with a class token before them."""
 
     title = "ViT (timm)"
     package, pads = "timm", False
     before: ClassVar[int] = 1
-    """Tokens before the patches."""
+    """Number of tokens before the patches."""
 
     def build(self) -> nn.Module:
         import timm
@@ -221,14 +221,14 @@ class ViT(Host):
 
 
 class ViTWithoutClass(ViT):
-    """The same without a class token."""
+    """The same ViT without a class token."""
 
     title = "ViT without a class token (timm)"
     before = 0
 
 
 class TorchEncoder(Host):
-    """Noncausal; the one map of torch's attention holds queries, keys and values."""
+    """Noncausal; a single map in torch's attention holds queries, keys and values."""
 
     title = "nn.TransformerEncoder"
 
@@ -254,7 +254,7 @@ class TorchEncoder(Host):
 
 
 class TorchDecoder(TorchEncoder):
-    """The causal self attention of a decoder, whose cross attention stays."""
+    """The causal self attention of a decoder; its cross attention is not swapped."""
 
     title = "nn.TransformerDecoder, its self attention"
     pattern, only = Pattern.CAUSAL_SELF, "*.self_attn"
@@ -274,7 +274,7 @@ class TorchDecoder(TorchEncoder):
 
 
 class TorchCross(TorchDecoder):
-    """The cross attention of a decoder, whose self attention stays."""
+    """The cross attention of a decoder; its self attention is not swapped."""
 
     title = "nn.TransformerDecoder, its cross attention"
     pattern, only, PART = Pattern.NONCAUSAL_CROSS, "*.multihead_attn", "multihead_attn"
@@ -298,5 +298,5 @@ HOSTS: dict[str, Host] = {
 
 
 def hosts() -> dict[str, Host]:
-    """The models whose libraries are installed."""
+    """The models whose libraries are installed, by name."""
     return {name: host for name, host in HOSTS.items() if importlib.util.find_spec(host.package)}

@@ -1,7 +1,9 @@
-"""Every mechanism in the modules of other libraries: is a swapped model what the project's own layers make of its weights?
+"""Every mechanism in modules of other libraries: does a swapped model compute what regard's own layers do with its
+weights?
 
-:func:`check_swap` fills one cell of that table: a small model of another library is swapped, a copy of it gets layers of
-:func:`regard.create_layer` in the place of its attention modules, with the same weights, and both are run.
+:func:`check_swap` fills one cell of that table: it swaps a mechanism into a small model of another library, replaces
+the attention modules in a copy of the model by layers of :func:`regard.create_layer` with the same weights, and runs
+both.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from regard.models.losses import add_losses, auxiliary_loss
 from regard.workbench.verification.swap_hosts import DIM, HEADS, HOSTS, TOKENS, Host, hosts
 
 ROUNDINGS = 4
-"""Gradients may differ by this many times what the last digit of the input changes, where that is more than is allowed."""
+"""Allowed ratio of the gradients' difference to the change caused by the input's last digit, if above the tolerance."""
 PROGRESS = 10.0
-"""Steps of training, for schedules."""
+"""Training steps done so far, for schedules."""
 SPREAD = 0.15
 """Standard deviation of all weights: scores of a few units, and states that stay finite in float32."""
 TOLERANCES = {
@@ -34,7 +36,7 @@ TOLERANCES = {
     "training": 1e-8,
     "cache": 1e-10,
 }
-"""Largest difference allowed, as a fraction of the largest number there."""
+"""Largest difference allowed, as a fraction of the largest expected number."""
 
 MEANINGS = {
     "float64": "the hidden states in float64",
@@ -52,22 +54,22 @@ SHELL = {
     "value_expand": None,
     "bias": True,
 }
-"""What own layers have beside their mechanism and other libraries' modules have not."""
+"""Options that make regard's layers, apart from the mechanism, like the attention modules of other libraries."""
 
 Losses = dict[str, Loss]
 
 
 @dataclass
 class SwapCell:
-    """A mechanism in a model.
+    """One mechanism in one model.
 
     Attributes:
-        model: name of the model, of :func:`hosts`.
-        mechanism, variant: name, and set of options; "" for the default ones.
-        refused: why it is not swapped; "" where it is.
-        errors: the largest difference of each check, as a fraction of the largest number there.
-        withheld: why a check was refused, by its name.
-        cache: what generation goes on from: ``state``, ``keys`` or "" where it reads whole sequences.
+        model: name of the model in :func:`hosts`.
+        mechanism, variant: names of the mechanism and of its set of options; "" for the default options.
+        refused: the reason why it cannot be swapped; "" if it can.
+        errors: for each check, the largest difference as a fraction of the largest expected number.
+        withheld: for each check that was refused, the reason.
+        cache: what generation continues from: ``state``, ``keys``, or "" if it reads whole sequences.
     """
 
     model: str
@@ -80,11 +82,11 @@ class SwapCell:
 
     @property
     def failures(self) -> list[str]:
-        """Checks whose difference is too large."""
+        """The checks whose difference is too large."""
         return [name for name, error in self.errors.items() if not error <= TOLERANCES[name]]
 
     def row(self) -> dict[str, Any]:
-        """As JSON has it: what there is."""
+        """The cell as JSON data, without empty fields."""
         return {name: value for name, value in asdict(self).items() if value or name in ("model", "mechanism")}
 
 
@@ -92,10 +94,10 @@ def check_swap(model: str, mechanism: str, variant: str = "", *, checks: Sequenc
     """Measure one cell.
 
     Args:
-        model: of :func:`hosts`.
-        mechanism: name.
-        variant: of the mechanism's variants; "" for the default options.
-        checks: some of `MEANINGS`; those that the model has are made.
+        model: name of the model in :func:`hosts`.
+        mechanism: name of the mechanism.
+        variant: one of the mechanism's variants; "" for the default options.
+        checks: names in `MEANINGS`; those that apply to the model are made.
     """
     host, card = HOSTS[model], get_mechanism(mechanism)
     if host.package == "transformers":
@@ -143,12 +145,12 @@ def check_swap(model: str, mechanism: str, variant: str = "", *, checks: Sequenc
 
 @dataclass
 class _Told:
-    """What own layers are told of a call, and the losses that they tell of it.
+    """The context that regard's layers get in a call, and the losses that they return.
 
     Attributes:
-        host: whose model they are in.
-        knows_tokens: whether they are told which tokens are what: the grid that they lie on, and their roles.
-        valid: tokens that are no padding; None where all are.
+        host: the model that they are in.
+        knows_tokens: whether they get the grid and the roles of the tokens.
+        valid: True for tokens that are not padding; None if none are padding.
     """
 
     host: Host
@@ -157,17 +159,17 @@ class _Told:
     losses: Losses = field(default_factory=dict)
 
     def begin(self, valid: Tensor | None) -> None:
-        """Another call, with this padding."""
+        """Start another call, with this padding."""
         self.valid, self.losses = valid, {}
 
     def context(self, x: Tensor) -> Context:
-        """Of a layer that is given `x`."""
+        """The context for a layer called on `x`."""
         found = self.host.context(self.valid, x)
         return found if self.knows_tokens else found.replace(grid=None, roles=None)
 
 
 class _Own(nn.Module):
-    """An own layer, called as the module in whose place it is."""
+    """One of regard's layers, called like the module that it replaces."""
 
     batch_first = True
     _qkv_same_embed_dim = False
@@ -190,7 +192,7 @@ class _Own(nn.Module):
 def _with_own_layers(
     swapped: nn.Module, card: Mechanism, inner: Mechanism, options: Mapping[str, Any], told: _Told
 ) -> nn.Module:
-    """A copy of a swapped model with own layers in the place of its attention modules; `inner` is what a wrapper wraps."""
+    """A copy of a swapped model with regard's layers as attention modules; `inner` is the mechanism in a wrapper."""
     host = told.host
     shell: dict[str, Any] = {n: x for n, x in SHELL.items() if n not in inner.config.__dataclass_fields__}  # type: ignore[attr-defined]
     shell["num_kv_heads"] = host.groups
@@ -210,7 +212,7 @@ def _with_own_layers(
                 linear.bias.copy_(torch.zeros(len(weight)) if bias is None else bias)
         for part in ("projection", "merge"):
             made, learned = getattr(attention, part), getattr(host.placed(module), part)
-            if made is not None:  # biases that follow the shell's are those of its own projections
+            if made is not None:  # biases that only regard's layers have are set to 0
                 for name in made.load_state_dict(learned.state_dict(), strict=False).missing_keys:
                     nn.init.zeros_(made.get_parameter(name))
         parent, _, name = path.rpartition(".")
@@ -227,7 +229,7 @@ def _single(model: nn.Module) -> nn.Module:
 
 
 def _run(host: Host, model: nn.Module, x: Tensor, valid: Tensor | None) -> Tensor:
-    torch.manual_seed(1)  # some draw in evaluation too
+    torch.manual_seed(1)  # some mechanisms draw random numbers in evaluation too
     return host.run(model, x, valid)
 
 
@@ -241,10 +243,11 @@ def _compare_outputs(swapped: nn.Module, own: nn.Module, told: _Told, x: Tensor,
 
 
 def _compare_gradients(swapped: nn.Module, own: nn.Module, told: _Told, x: Tensor) -> float:
-    """The difference of the gradients of the input, in training mode.
+    """The relative difference of the input's gradients, in training mode.
 
     Raises:
-        Unsupported: where they differ by more than is allowed, but by no more than what the last digit of the input changes.
+        Unsupported: if they differ by more than the tolerance, but not by much more than a change in the last digit of
+            the input causes.
     """
     told.begin(None)
 
@@ -302,7 +305,7 @@ def _cache_of(host: Host, notes: Sequence[str]) -> str:
 
 
 def _reason(error: Unsupported) -> str:
-    """What was asked, without the path of the module that was first asked for it."""
+    """What was refused, without the path of the module where it was refused first."""
     text = str(error)
     if text.count("not supported: ") > 1:
         text = text.split("not supported: ")[2]
@@ -316,7 +319,7 @@ def swap_cells(
 
     Args:
         models, mechanisms: names; all when None.
-        variants: whether each set of options of a mechanism has a cell of its own.
+        variants: whether to yield a cell for each variant of a mechanism, too.
     """
     for mechanism in list_mechanisms() if mechanisms is None else mechanisms:
         for model in hosts() if models is None else models:
@@ -327,7 +330,7 @@ def swap_cells(
 
 
 def swap_variants(mechanism: str) -> list[str]:
-    """Variants of a mechanism whose options are its own, so that they can be given to :func:`regard.swap`."""
+    """Variants of a mechanism with options of the mechanism only, which :func:`regard.swap` accepts."""
     card = get_mechanism(mechanism)
     own = {*card.config.__dataclass_fields__, "num_heads"}  # type: ignore[attr-defined]
     return [name for name, options in card.variants.items() if options.keys() <= own]

@@ -1,5 +1,5 @@
-"""`regard verify`: the equality matrix, with the observed errors: every mechanism with its default options and with those of
-each of its variants, in every pattern, property, dtype and backend."""
+"""`regard verify`: measures the equality matrix: every mechanism, with its default options and those of each variant,
+in every pattern, property, dtype and backend."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from regard.workbench.verification.subjects import Subject
 
 PROPERTIES = [*FUNCTION_PROPERTIES, *LAYER_PROPERTIES]
 PROGRAMS = frozenset({"compile", "layer_compile", "layer_recompile", "layer_export", "layer_lengths", "layer_onnx"})
-"""Properties of compiled and exported programs, which take seconds each and tell no more with other numbers."""
+"""Properties of compiled and exported programs, which take seconds each; other random numbers show nothing new."""
 
 DTYPE_NAMES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 KEY = ("mechanism", "variant", "pattern", "property", "dtype", "backend")
-"""Names that identify a cell of the matrix: the first attributes of a :class:`Cell`."""
+"""The names that identify a cell of the matrix: the first attributes of a :class:`Cell`."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Cell:
     """One measured cell of the matrix.
 
     Attributes:
-        variant: the card's name of the options it was measured with; ``""`` for the default ones.
-        status: ``pass``, ``fail``, or ``waived`` (with the reason in `detail`; where the card names settings under which
+        variant: name of the options on the card; ``""`` for the default options.
+        status: ``pass``, ``fail``, or ``waived`` (with the reason in `detail`; if the card names settings under which
             the property holds, the cell was measured with them).
-        error: largest error, as a fraction of the largest output; None when the check did not finish.
+        error: largest error, as a fraction of the largest output; None if the check did not finish.
         tolerance: largest error allowed.
     """
 
@@ -59,7 +59,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a cell is in the matrix."""
+    """The position of a cell in the matrix."""
 
     card: Mechanism
     pattern: Pattern
@@ -76,13 +76,13 @@ class Place:
 
 
 def check(place: Place, *, seed: int = 0, asked: dict[tuple[Any, ...], set[str]] | None = None) -> Cell | None:
-    """Measure one cell; None where the property does not apply, or nothing in it runs on the backend.
+    """Measure one cell; None if the property does not apply, or nothing in it runs on the backend.
 
-    On ``torch`` nothing else runs; on another backend, what it cannot run is left to torch.
+    On ``torch`` everything runs in torch; on another backend, torch runs what that backend cannot.
 
     Args:
-        asked: engines that cells on torch asked for, to which those of this cell are added: where they asked for none, no
-            other backend has anything to run.
+        asked: the engines used by cells on torch, to which this cell's are added. If a cell on torch used none, the
+            other backends have nothing to run.
     """
     if place.prop.level == "function" and place.variant in place.card.layer_variants:
         return None
@@ -125,7 +125,7 @@ def check(place: Place, *, seed: int = 0, asked: dict[tuple[Any, ...], set[str]]
         asked.setdefault(everywhere, set()).update(ran.asked)
     if (
         backend not in ran.backends and backend != "torch" and prop.name not in PROGRAMS
-    ):  # what is compiled tells nothing
+    ):  # compiled programs do not record their backends
         return None
     seconds = time.perf_counter() - started
     if error is not None and not math.isfinite(error):
@@ -134,16 +134,18 @@ def check(place: Place, *, seed: int = 0, asked: dict[tuple[Any, ...], set[str]]
 
 
 def _runs_on(backend: str, subject: Subject, dtype: torch.dtype) -> bool:
-    """Whether a call has anything that runs on a backend: to know it, nothing need be compiled. One that fails does so with
-    its own error, without a compiler's around it."""
+    """Whether a call runs anything on a backend. It runs uncompiled: a call that fails raises its own error, not
+    wrapped in a compiler's."""
     with only(backend, "torch"), watch_backends() as ran:
         subject.run(subject.inputs(12, dtype=dtype))
     return backend == "torch" or backend in ran.backends
 
 
 def _told(failure: Exception) -> str:
-    """An exception in a line: its type, the first line of what it says, and where it was raised; of a compiler's, which fill
-    a page, what it met and where in the code that it read."""
+    """An exception in one line: its type, the first line of its message, and where it was raised.
+
+    For compiler errors, which fill a page: the unsupported operation, and its place in the user's code.
+    """
     message, *more = str(failure).strip().splitlines() or [""]
     last = traceback.extract_tb(failure.__traceback__)[-1]
     where = f"{last.name}, line {last.lineno}"
@@ -156,12 +158,12 @@ def _told(failure: Exception) -> str:
 
 
 def definition_alone(card: Mechanism) -> bool:
-    """Whether a card has no form but its definition, which computes padded rows one by one and so is no program."""
+    """Whether a card has no form except its definition, which loops over padded rows and so cannot be one program."""
     return set(card.forms) == {"reference"}
 
 
 def verified_backends() -> list[str]:
-    """Backends that have cells here: torch, and others that are not missing."""
+    """Backends that are measured here: torch, and the others that are available."""
     return ["torch", *(b.name for b in BACKENDS if b.name != "torch" and b.missing is None)]
 
 
@@ -172,10 +174,10 @@ def plan(
     properties: Iterable[str] | None = None,
     variants: Iterable[str] = (),
 ) -> Iterator[Place]:
-    """The cells that would be measured, as :func:`verify` takes them.
+    """The cells that :func:`verify` would measure with the same arguments.
 
     Raises:
-        Unsupported: for a property that does not exist, a variant or patterns that none of the mechanisms has.
+        Unsupported: for an unknown property, or a variant or patterns that none of the mechanisms has.
     """
     chosen = None if patterns is None else [Pattern.parse(p) for p in _several(patterns)]
     cards = [get_mechanism(known_name(name)) for name in (list_mechanisms() if names is None else _several(names))]
@@ -213,11 +215,11 @@ def plan(
 def unmeasured(
     names: Iterable[str], cells: Iterable[Cell], *, patterns: Iterable[str | Pattern] | None = None
 ) -> list[str]:
-    """Sentences about mechanisms that have no cells in a pattern that was asked for, or none at all.
+    """Sentences about mechanisms that have no cells in a requested pattern, or no cells at all.
 
     Args:
-        names, patterns: as :func:`verify` was given them.
-        cells: what it measured.
+        names, patterns: as passed to :func:`verify`.
+        cells: the measured cells.
     """
     measured = {name for cell in cells for name in (cell.mechanism, (cell.mechanism, cell.pattern))}
     said = []
@@ -238,7 +240,7 @@ def unmeasured(
 
 
 def _several(words: Iterable[Any]) -> Iterable[Any]:
-    """One word is itself, not its letters."""
+    """Treat a single word as a list of one, not as its letters."""
     return [words] if isinstance(words, str) else words
 
 
@@ -256,21 +258,22 @@ def verify(
     """Measure the equality matrix.
 
     Args:
-        names: mechanisms, or one, with options or without, as ``local:window=32``; all when None.
-        patterns: only these patterns.
-        properties: only these properties.
-        variants: with the options of these variants (:attr:`regard.Mechanism.variants`), ``""`` for the default options,
-            ``"all"`` for both; the default options when empty.
+        names: one or several mechanisms, optionally with options, as in ``local:window=32``; all when None.
+        patterns: measure only these patterns.
+        properties: measure only these properties.
+        variants: measure with the options of these variants (:attr:`regard.Mechanism.variants`); ``""`` stands for the
+            default options, ``"all"`` for the default options and all variants. Only the default options when empty.
         full: compile with inductor, and repeat each cell with two more seeds.
         on_cell: called with each cell as it is measured.
-        on_place: called with each place of :func:`plan` before its turn, also where nothing is to be measured.
-        done: says of a cell's key that it need not be measured again (to resume).
+        on_place: called before each place of :func:`plan`, even if nothing is measured there.
+        done: returns True for the key of a cell that need not be measured again (to resume).
 
     Returns:
-        The cells measured; all is well when none has status ``fail``.
+        The measured cells; everything holds if none has status ``fail``.
 
     Raises:
-        Unsupported: for names, patterns, properties and variants that do not exist, or that none of the mechanisms has.
+        Unsupported: for unknown names, patterns, properties and variants, and for those that none of the mechanisms
+            has.
     """
     cells = []
     asked: dict[tuple[Any, ...], set[str]] = {}

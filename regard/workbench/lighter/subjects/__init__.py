@@ -1,4 +1,4 @@
-"""Models in folders that can be compressed: read, given calibration data, scored and timed."""
+"""Models in folders that can be compressed: opened, given calibration data, scored and timed."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from regard.workbench.trained.folder import RECORD as TRAINING
 
 
 def open_subject(model: Path, data: Paths | None, length: int | None, recipes: Sequence[Recipe] = ()) -> Subject:
-    """The model of a folder of `regard train`, of transformers or of timm.
+    """Open a model from a folder of `regard train`, of transformers or of timm.
 
     Args:
         model: a folder, a GGUF file, or ``timm:NAME``.
-        data: text, labelled texts or images to calibrate with and to score on; None for those of a folder of `regard train`;
-            empty for none, with which a model of transformers or timm can be loaded and saved alone.
-        length: tokens of a window; the model's or :data:`regard.workbench.lighter.subjects.base.LENGTH` when None.
-        recipes: what is going to be done to it: for those that search, items are set aside.
+        data: text, labelled texts or images for calibration and scoring; None for the data that a folder of `regard
+            train` was trained with; empty for none, which only allows loading and saving a model of transformers or
+            timm.
+        length: tokens in a window; by default the model's, or :data:`regard.workbench.lighter.subjects.base.LENGTH`.
+        recipes: the recipes to be applied; if one of them searches, items are set aside for it.
 
     Raises:
-        Unsupported: for another folder.
+        Unsupported: for any other folder.
     """
     if not str(model).startswith(PREFIX) and not model.exists():
         raise Unsupported(f"{model}, which does not exist", supported=MODELS, nearest=nearest_path(model))
@@ -44,7 +45,7 @@ def open_subject(model: Path, data: Paths | None, length: int | None, recipes: S
 
 
 def known_kind(model: Path, *, nearest: str = "") -> str:
-    """The kind of a model of transformers in a folder or file, ``language`` or one of
+    """The kind of a transformers model in a folder or file: ``language`` or one of
     :data:`regard.integrations.encoders.CLASSES`; raises Unsupported for encoders with other heads."""
     kind = kind_of(model) if (model / "config.json").is_file() else "language"
     if kind == "other":

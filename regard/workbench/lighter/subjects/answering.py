@@ -1,4 +1,4 @@
-"""Models that answer each item at once, as encoders, classifiers and vision transformers do."""
+"""Models that answer an item in a single pass: encoders, classifiers and vision transformers."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from regard.workbench.lighter.subjects.scores import Score, Sum
 from regard.workbench.sparse.readers import Reader
 
 AT_ONCE = 16
-"""Items of a batch to train on or to score."""
+"""Items per batch for training and scoring."""
 
 
 @dataclass(frozen=True)
 class Answering:
-    """A model of transformers or timm with data, as :class:`regard.workbench.lighter.subjects.base.Subject` says.
+    """A transformers or timm model with data; implements :class:`regard.workbench.lighter.subjects.base.Subject`.
 
     Attributes:
-        of: model and data in words.
-        opened: makes the model.
-        score: of its quality.
-        before, held_out: items to calibrate and train with, and to score on; None where no data were given.
-        tokenizer: of transformers, to be written beside the model.
+        of: description of model and data.
+        opened: loads the model.
+        score: how its answers are scored.
+        before, held_out: items for calibration and training, and items for scoring; None if no data were given.
+        tokenizer: tokenizer of a transformers model, saved with the model.
     """
 
     of: str
@@ -45,34 +45,34 @@ class Answering:
 
     @property
     def described(self) -> str:
-        """Model and data, and by what answers are judged where no right ones are known."""
+        """A description of model and data, which also says if answers are compared with the original's."""
         return self.of if self.score.known else f"{self.of}; answers beside the original's"
 
     @property
     def metric(self) -> str:
-        """Of the score."""
+        """The score's metric."""
         return self.score.metric
 
     @property
     def higher_is_better(self) -> bool:
-        """Which way the score is better."""
+        """Whether higher scores are better."""
         return self.score.higher_is_better
 
     @property
     def items(self) -> int:
-        """How many items are held out."""
+        """Number of held-out items."""
         return 0 if self.held_out is None else len(self.held_out)
 
     @staticmethod
     def run(model: nn.Module, batch: Any) -> Any:
-        """What a model says of a batch, whose right answers it is not told."""
+        """Run the model on a batch, without the right answers."""
         return run_batch(model, {name: value for name, value in batch.items() if name != LABELS})
 
     def load(self) -> nn.Module:
         return self.opened().eval()
 
     def calibration(self, count: int) -> list[Any]:
-        """One item a batch, so that none is padded."""
+        """Calibration batches of one item each, so that none is padded."""
         assert self.before is not None
         kept = min(count, len(self.before))
         return [self.before.batch([i * len(self.before) // kept]) for i in range(kept)]
@@ -98,11 +98,11 @@ class Answering:
         original: nn.Module | None = None,
         on_items: Callable[[int], None] = lambda done: None,
     ) -> tuple[Sum, ...]:
-        """Sums with the answers of a model to the first items that are held out.
+        """Add the model's answers for the first held-out items to some sums.
 
         Args:
-            original: whose answers stand for the right ones, where none are known.
-            on_items: told how many items are done.
+            original: model whose answers stand in for the right ones, if those are not known.
+            on_items: called with the number of items done.
         """
         assert self.held_out is not None
         done = 0
@@ -143,7 +143,7 @@ class Answering:
 
 
 def _batches(items: Items, most: int) -> Iterator[dict[str, Tensor]]:
-    """So many items, in order."""
+    """The first `most` items in batches, in order."""
     count = min(most, len(items))
     for first in range(0, count, AT_ONCE):
         yield items.batch(range(first, min(first + AT_ONCE, count)))

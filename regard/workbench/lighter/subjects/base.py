@@ -1,4 +1,4 @@
-"""What a study of recipes asks of a model, whatever kind it is."""
+"""The interface that a study of compression recipes needs from a model of any kind."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from regard.measurement.timing import Action
 from regard.workbench.sparse.readers import Reader
 
 HELD_OUT = 0.5
-"""Share of a user's data that is scored; calibration has the part before it."""
+"""Share of a user's data that is held out for scoring; calibration uses the part before it."""
 
 LENGTH = 512
-"""Tokens of a window."""
+"""Tokens in a window."""
 
 SPREAD = 64
-"""Windows of a text, spread over it, that a model is scored on where all of the text counts."""
+"""Number of windows, spread over a whole text, on which a model is scored."""
 
 CHOOSING, SHARE = 512, 0.25
-"""Items that a search goes by at the most, and their share of held-out ones where none were set aside in training."""
+"""Most items that a search may use, and their share of the held-out items if none were set aside in training."""
 
 MODELS = (
     "a folder of `regard train`; a causal language model, encoder or text classifier of transformers (config.json, or a .gguf "
@@ -30,60 +30,60 @@ MODELS = (
 
 
 class Subject(Protocol):
-    """A model that is compressed."""
+    """A model to compress."""
 
     @property
     def metric(self) -> str:
-        """Of its quality."""
+        """The metric of its quality."""
         ...
 
     @property
     def higher_is_better(self) -> bool:
-        """Which way."""
+        """Whether higher values of the metric are better."""
         ...
 
     @property
     def described(self) -> str:
-        """Model and data in words."""
+        """A description of model and data."""
         ...
 
     @property
     def items(self) -> int:
-        """How many items its quality can be measured on."""
+        """Number of items on which its quality can be measured."""
         ...
 
     def run(self, model: nn.Module, batch: Any) -> Any:
-        """Give the model, as it is or compressed, a batch."""
+        """Run the model, original or compressed, on a batch."""
         ...
 
     def load(self) -> nn.Module:
-        """The model in floating point, in evaluation mode."""
+        """Load the model in floating point and evaluation mode."""
         ...
 
     def calibration(self, count: int) -> list[Any]:
-        """Batches, at most so many items in all."""
+        """Calibration batches with at most `count` items in all."""
         ...
 
     def training(self, steps: int) -> list[Any]:
-        """Batches to train on, one a step, or as many as there are."""
+        """Training batches, one per step, or as many as there are."""
         ...
 
     def choosing(self) -> list[Any]:
-        """Batches that a search may go by: of items that the model was not trained on, and that its quality leaves out."""
+        """Batches that a search may use: items that were neither trained on nor count for the quality."""
         ...
 
     def quality(self, model: nn.Module, items: int) -> float:
-        """By the first items that are held out."""
+        """The quality on the first `items` held-out items."""
         ...
 
     def timed(self, model: nn.Module) -> dict[str, Action]:
-        """What is timed, by name; the first decides what is fastest."""
+        """Actions to time, by name; the first one decides which recipe is fastest."""
         ...
 
     def reader(self, model: nn.Module) -> Reader:
-        """The model, as it is or compressed, as one that reads text and answers; raises Unsupported where it does not."""
+        """The model, original or compressed, as a reader that answers prompts; raises Unsupported for other models."""
         ...
 
     def save(self, compressed: Compressed, folder: Path) -> None:
-        """Write a compressed model so that it can be used as this one."""
+        """Write a compressed model so that it can be used like the original."""
         ...

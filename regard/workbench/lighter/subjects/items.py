@@ -1,4 +1,4 @@
-"""A user's data as a model of transformers or timm is called with them: windows of text, texts with classes, images."""
+"""A user's data as inputs for transformers and timm models: windows of text, texts with classes, images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jaxtyping import Int
 
 LABELS = "labels"
-"""What a batch calls right answers, as transformers does."""
+"""The key for right answers in a batch, as in transformers."""
 TABLES = (
     "a table with the columns text and label (or first, second and label), a folder with a sub-folder for each class, or text "
     "without classes"
@@ -30,18 +30,18 @@ TABLES = (
 
 
 class Items(Protocol):
-    """Items that a model is called with."""
+    """Items on which a model is run."""
 
     def __len__(self) -> int: ...
 
     def batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """Arguments of a model for some of them, and :data:`LABELS` where right answers are known."""
+        """Model arguments for the items with these numbers, and :data:`LABELS` if right answers are known."""
         ...
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Pieces of a text, framed, and what is asked of each token where some are hidden."""
+    """Windows of a text, with special tokens, and the target for each token if some are masked."""
 
     ids: Int[Tensor, "w n"]
     targets: Int[Tensor, "w n"] | None = None
@@ -57,7 +57,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts, or pairs of them, cut after so many tokens, and the class of each where it counts."""
+    """Texts, or pairs of texts, truncated to `length` tokens, and their classes if these matter."""
 
     items: Sequence[Labelled]
     classes: Sequence[int] | None
@@ -83,7 +83,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Images:
-    """Images as a model of timm reads them, and their classes where they are the model's."""
+    """Images as a timm model reads them, and their classes if they are the model's."""
 
     some: Some
     view: View
@@ -98,10 +98,10 @@ class Images:
 
 
 def read_labelled(data: Paths) -> list[Labelled] | None:
-    """Texts with classes, each once; None where the data are text without classes.
+    """Read texts with classes, without duplicates; None if the data are text without classes.
 
     Raises:
-        Unsupported: for tables without such columns, and files that are no text.
+        Unsupported: for tables without such columns, and for files that are not text.
     """
     places = [data] if isinstance(data, str | Path) else list(data)
     options: dict[str, Any] = {}
@@ -124,10 +124,10 @@ def read_labelled(data: Paths) -> list[Labelled] | None:
 
 
 def classes_of(items: Sequence[Labelled], config: Any) -> list[int]:
-    """The numbers that the classes of texts have in a model of transformers, by its names for them, or numbers.
+    """The class indices of texts in a transformers model, looked up by class name or number.
 
     Raises:
-        Unsupported: for classes that it does not know.
+        Unsupported: for classes that the model does not know.
     """
     names = {str(name).casefold(): int(number) for number, name in config.id2label.items()}
     names |= {str(number): int(number) for number in config.id2label}

@@ -1,4 +1,4 @@
-"""Causal language models of transformers, on text."""
+"""Causal language models of transformers on text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from regard.workbench.sparse.readers import OfTransformers, Reader
 
 
 class CausalModel:
-    """A causal language model of transformers, on text."""
+    """A causal transformers model on text; implements :class:`regard.workbench.lighter.subjects.base.Subject`."""
 
     metric = "perplexity"
     higher_is_better = False
@@ -92,10 +92,10 @@ class CausalModel:
 
 
 def halves(data: Paths, tokenizer: Any, length: int) -> tuple[Tensor, Tensor]:
-    """Tokens of a text to calibrate with and to score on, a window of so many or more of each.
+    """Split a text into tokens for calibration and tokens for scoring, each at least one window long.
 
     Raises:
-        Unsupported: for a text that is shorter.
+        Unsupported: if the text is too short.
     """
     ids = read_ids(data, tokenizer)
     if len(ids) < 2 * length:
@@ -109,19 +109,19 @@ def halves(data: Paths, tokenizer: Any, length: int) -> tuple[Tensor, Tensor]:
 
 
 def read_ids(data: Paths, tokenizer: Any) -> Tensor:
-    """Tokens of a text in files or folders."""
+    """The tokens of a text in files or folders."""
     documents, _ = read_documents(data, "text")
     return encode(tokenizer, b"".join(document.text for document in documents).decode())
 
 
 def perplexity(model: nn.Module, windows: list[Tensor]) -> float:
-    """``exp`` of the mean nats of each token but the first of each window."""
+    """``exp`` of the mean nats over all tokens except the first in each window."""
     nats, tokens = map(sum, zip(*nats_of_windows(model, windows), strict=True))
     return math.exp(min(nats / tokens, 700.0))
 
 
 def nats_of_windows(model: nn.Module, windows: list[Tensor]) -> list[tuple[float, int]]:
-    """For each window the nats of all tokens but the first, and how many these are."""
+    """For each window, the summed nats of all tokens except the first, and the number of these tokens."""
     found = []
     with torch.inference_mode():
         for ids in windows:
@@ -131,18 +131,18 @@ def nats_of_windows(model: nn.Module, windows: list[Tensor]) -> list[tuple[float
 
 
 def encode(tokenizer: Any, text: str) -> Tensor:
-    """Tokens of a text, without a beginning or an end of its own."""
+    """The tokens of a text, without special tokens."""
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
 
 
 def stream_text(
     model: Any, ids: Tensor, tokens: int, *, generator: torch.Generator, **sampling: Any
 ) -> Iterator[Tensor]:
-    """New tokens of a causal language model of transformers, one at a time, through its cache.
+    """Yield new tokens from a causal transformers model one at a time, using its cache.
 
     Args:
-        ids: (1, N).
-        sampling: of :func:`regard.models.generation.sample`.
+        ids: prompt tokens (1, N).
+        sampling: arguments of :func:`regard.models.generation.sample`.
     """
     from regard.integrations.transformers import CACHE, GrowingCache
     from regard.integrations.transformers.folders import stop_tokens
@@ -161,7 +161,7 @@ def stream_text(
 
 
 def open_of_transformers(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
-    """Model and tokenizer of a causal language model of transformers, compressed or not."""
+    """The model and tokenizer of a causal transformers model, compressed or not."""
     from regard.integrations.transformers.folders import load_tokenizer
 
     tokenizer = load_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""Encoders and classifiers of transformers and vision transformers of timm, opened with a user's data."""
+"""Encoders and classifiers of transformers, and vision transformers of timm, opened with a user's data."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ from regard.workbench.lighter.subjects.scores import ACCURACY, AGREEMENT, KEPT, 
 def open_encoder(
     path: Path, kind: str, data: Paths | None, length: int | None, *, held_out: float = HELD_OUT
 ) -> Answering:
-    """An encoder of transformers, compressed or not.
+    """Open an encoder of transformers, compressed or not.
 
     Args:
-        kind: of :data:`regard.integrations.encoders.CLASSES`.
-        data: text; of a classifier also texts with their classes. Empty for none.
-        length: tokens of a window, framed; :data:`LENGTH` or what its positions reach when None.
-        held_out: share of the data that is scored; with 1 a text may be shorter than a window, and :data:`SPREAD` windows of a
-            longer one are taken.
+        kind: a key of :data:`regard.integrations.encoders.CLASSES`.
+        data: text; for a classifier, also texts with classes. Empty for none.
+        length: tokens in a window, including special tokens; when None, :data:`LENGTH` or as many as its positions
+            allow.
+        held_out: share of the data that is scored. With 1, a text may be shorter than a window, and at most
+            :data:`SPREAD` windows of a longer one are used.
 
     Raises:
-        Unsupported: for no data, data that are too short or whose classes the model has not, and a model without a tokenizer.
+        Unsupported: for missing data, data that are too short or have unknown classes, and a model without a tokenizer.
     """
     from regard.integrations.transformers.folders import has_tokenizer, load_model, load_tokenizer
 
@@ -64,15 +65,15 @@ def open_encoder(
 
 
 def open_vision(path: Path, data: Paths | None, length: int | None, *, held_out: float = HELD_OUT) -> Answering:
-    """A vision transformer, or another model of timm, compressed or not.
+    """Open a vision transformer, or another timm model, compressed or not.
 
     Args:
         path: a folder, or ``timm:NAME``.
-        data: a folder of images, with a sub-folder for each class or without. Empty for none.
+        data: a folder of images, optionally with a subfolder for each class. Empty for none.
         held_out: share of the data that is scored.
 
     Raises:
-        Unsupported: for no images, and a length.
+        Unsupported: if there are no images, or a length is given.
     """
     if length is not None:
         raise Unsupported(f"length={length} of a model of images", supported="no length")
@@ -95,7 +96,7 @@ def open_vision(path: Path, data: Paths | None, length: int | None, *, held_out:
 
 
 def _opened(path: Path, plain: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """What makes the model of a place, from `plain` where it is not compressed."""
+    """A function that loads the model: `plain` if it is not compressed."""
     return partial(load_compressed, path) if is_compressed(path) else plain
 
 
@@ -105,7 +106,7 @@ def _wanted(kind: str) -> str:
 
 
 def _score(model: Any, kind: str) -> Score:
-    """Where no right answers are known."""
+    """The score to use if right answers are not known."""
     if kind == "classes":
         config = model.config
         one = config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
@@ -127,7 +128,7 @@ def _length(model: Any, tokenizer: Any, length: int | None) -> int:
 
 
 def _windows(data: Paths, tokenizer: Any, length: int, held_out: float, *, hide: bool) -> list[Windows]:
-    """The text before the border and behind it, in windows with their frames."""
+    """The text before and after the border, in windows with special tokens."""
     if hide and getattr(tokenizer, "mask_token_id", None) is None:
         raise Unsupported("an encoder whose tokenizer has no mask token", supported="a folder with its own tokenizer")
     content = length - (0 if frame_of(tokenizer) is None else 2)
@@ -147,7 +148,7 @@ def _windows(data: Paths, tokenizer: Any, length: int, held_out: float, *, hide:
 def _shuffled(
     labelled: Any, numbers: list[int] | None, tokenizer: Any, length: int, name: str, held_out: float
 ) -> list[Texts]:
-    """Texts in another order, of which the first are not scored."""
+    """The texts in shuffled order, split in two parts; only the second is scored."""
     border = int((1 - held_out) * len(labelled))
     if not border and held_out < 1:
         raise Unsupported(f"{name} of {len(labelled)} texts", supported="2 or more, to calibrate with and to score on")

@@ -1,4 +1,4 @@
-"""How good answers are: by right ones, or by the answers of the original where none are known."""
+"""Scores of answers, against the right ones or, if those are not known, against the original model's."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 
 
 class Sum(Protocol):
-    """Answers of some batches, added up."""
+    """A running sum of scores over batches."""
 
     def add(self, found: Tensor, right: Tensor) -> None:
-        """Those of a batch beside the right ones, or those of the original."""
+        """Add a batch of answers, given the right ones or the original's."""
         ...
 
     def value(self) -> tuple[float, float]:
-        """The score of all, and its standard error over the items; nan where that is not known."""
+        """The score over all batches, and its standard error over the items; nan if that is not known."""
         ...
 
 
 @dataclass(frozen=True)
 class Score:
-    """How answers are scored.
+    """A kind of score.
 
     Attributes:
-        metric, higher_is_better: of it.
-        known: whether right answers are; those of the original stand for them otherwise.
-        begin: a sum of nothing.
+        metric, higher_is_better: name of the metric, and whether higher is better.
+        known: whether right answers are known; otherwise the original's take their place.
+        begin: starts an empty sum.
     """
 
     metric: str
@@ -49,7 +49,7 @@ class Score:
 
 
 class CrossEntropy:
-    """Nats of right answers, the mean over all that is asked."""
+    """Mean nats of the right answers, over all positions that are asked for."""
 
     def __init__(self) -> None:
         self.items: list[tuple[float, float]] = []
@@ -66,7 +66,7 @@ class CrossEntropy:
 
 
 class _Perplexity(CrossEntropy):
-    """``exp`` of the mean nats of what is asked."""
+    """``exp`` of the mean nats."""
 
     def value(self) -> tuple[float, float]:
         nats, error = super().value()
@@ -75,7 +75,7 @@ class _Perplexity(CrossEntropy):
 
 
 class _Same:
-    """The share of items of the same class: of the right one, or of the original's, whose logits are given."""
+    """The share of items with the right class, or with the same class as the original, whose logits are given."""
 
     def __init__(self) -> None:
         self.items: list[tuple[float, float]] = []
@@ -89,7 +89,7 @@ class _Same:
 
 
 class _Kept:
-    """The share of the variance of the original's numbers that is kept."""
+    """The share of the variance in the original's outputs that is kept."""
 
     def __init__(self) -> None:
         self.closeness = Closeness()

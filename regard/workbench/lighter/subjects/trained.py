@@ -1,4 +1,4 @@
-"""Models that `regard train` made, on their task."""
+"""Models made by `regard train`, on their task."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from regard.workbench.trained.teacher import check_inputs
 
 
 class Trained:
-    """A model that `regard train` made, on its task."""
+    """A `regard train` model on its task; implements :class:`regard.workbench.lighter.subjects.base.Subject`."""
 
     run = staticmethod(run_batch)
 

@@ -1,8 +1,8 @@
 """The properties of the equality matrix, each a function that measures an error.
 
 A property returns the largest error found, as a fraction of the largest output (or of the largest gradient), or raises:
-:class:`NotApplicable` where the card claims nothing of the kind, any other exception as a failure. Exact properties
-return 0 or 1 through `exactly`.
+:class:`NotApplicable` if the card makes no such claim; any other exception is a failure. Exact properties return 0 or
+raise, through `exactly`.
 """
 
 from __future__ import annotations

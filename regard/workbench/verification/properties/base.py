@@ -1,4 +1,4 @@
-"""What the properties share: a row of the equality matrix, how errors are measured, and what a subject claims."""
+"""What the properties share: a row of the equality matrix, the measurement of errors, and the claims of a subject."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ PRIME = 13
 
 
 class NotApplicable(Exception):
-    """The card claims nothing that this property could test."""
+    """Raised when the card claims nothing that this property could test."""
 
 
 class Broken(Exception):
-    """A property that is not a matter of degree does not hold."""
+    """Raised when an exact property does not hold."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Property:
     """One row of the equality matrix.
 
     Attributes:
-        name: what reports, waivers and tests call it.
-        meaning: one sentence.
-        check: measures the error of a subject.
-        dtypes: dtypes in which it is measured.
-        level: ``function``, ``layer``.
-        native: whether native kernels have a part in it.
+        name: name in reports, waivers and tests.
+        meaning: the property in one sentence.
+        check: function that measures the error for a subject.
+        dtypes: dtypes in which the property is measured.
+        level: ``function`` or ``layer``.
+        native: whether native kernels can be involved.
     """
 
     name: str
@@ -45,8 +45,8 @@ class Property:
     native: bool = True
 
     def dtypes_on(self, backend: str) -> tuple[torch.dtype, ...]:
-        """Dtypes in which it is measured on a backend. Native kernels compute in float32, so they are held to the
-        tolerance of float32 (and of bfloat16) in every property."""
+        """Dtypes in which the property is measured on a backend. Native kernels compute in float32, so they are held to
+        the tolerance of float32 (and of bfloat16) in every property."""
         if backend != "native":
             return self.dtypes
         return (torch.float32, *(d for d in self.dtypes if d is torch.bfloat16)) if self.native else ()
@@ -66,15 +66,15 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def worst(errors: list[float]) -> float:
-    """The largest error; 0 of none."""
+    """The largest error; 0 if there are none."""
     return max(errors, default=0.0)
 
 
 def exactly(condition: Any, failure: str) -> float:
-    """0 where a condition holds that knows no degrees.
+    """Return 0 if an exact condition holds.
 
     Raises:
-        Broken: where it does not.
+        Broken: if it does not.
     """
     if not bool(condition):
         raise Broken(failure)
@@ -82,18 +82,18 @@ def exactly(condition: Any, failure: str) -> float:
 
 
 def copies(tensors: Tensors) -> Tensors:
-    """Inputs as they were before a call; see :func:`left_as_they_were`."""
+    """Copies of inputs before a call; see :func:`left_as_they_were`."""
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def left_as_they_were(tensors: Tensors, copies: Tensors, what: str) -> None:
-    """A caller may use what it gave to a call again."""
+    """Check that a call has not changed its inputs, which the caller may use again."""
     for name, tensor in tensors.items():
         exactly(torch.equal(tensor, copies[name]), f"a call changes {name} of {what} in place")
 
 
 def fast_forms(subject: Subject) -> list[str]:
-    """Forms beside the definition that a pattern of the subject has; ``absorb+read`` where a memory may be absorbed first."""
+    """The fast forms that the subject's pattern has; ``absorb+read`` if a memory can be absorbed first."""
     if subject.pattern is Pattern.CAUSAL_SELF:
         forms = ("parallel",) if subject.waives("state") else ("parallel", "chunked")
         return [f for f in forms if f in subject.card.forms]
@@ -106,12 +106,12 @@ def fast_forms(subject: Subject) -> list[str]:
 
 
 def batched(subject: Subject, name: str) -> bool:
-    """Whether an input has an entry for each row of the batch."""
+    """Whether an input has an entry for each row in the batch."""
     return name == "roles" or axes_of(subject.card, name).startswith("b")
 
 
 def as_leaves(inputs: Tensors) -> Tensors:
-    """Copies of inputs of which gradients are asked."""
+    """Copies of inputs for which gradients are computed."""
     return {k: t.clone().requires_grad_() if t.is_floating_point() else t for k, t in inputs.items()}
 
 

@@ -19,8 +19,8 @@ from regard.workbench.verification.subjects import Subject, in_float64
 
 
 def gradients_equal_reference(subject: Subject, dtype: torch.dtype) -> float:
-    """Gradients of the usual form along random directions against numerical ones, which the definition cannot share an error
-    with, then each number of each fast form's gradients against the reference's."""
+    """Gradients of the default form against numerical ones in random directions, which would reveal an error in the
+    definition too; then every gradient entry of each fast form against the reference."""
     n, m = (6, 6) if not subject.pattern.cross else (4, 6)
     errors = []
     inputs = subject.inputs(n, m, batch=1, dtype=dtype, d=3, k=3, v=2, e=2)
@@ -29,7 +29,7 @@ def gradients_equal_reference(subject: Subject, dtype: torch.dtype) -> float:
     def function(*tensors: Tensor) -> Tensor:
         return subject.run({**inputs, **dict(zip(names, tensors, strict=True))}).output
 
-    if dtype is torch.float64:  # the steps of numerical derivatives need it
+    if dtype is torch.float64:  # numerical derivatives need its precision
         leaves = [inputs[k].clone().requires_grad_() for k in names]
         torch.autograd.gradcheck(function, leaves, eps=1e-6, atol=1e-6, rtol=1e-4, fast_mode=True)
     inputs = subject.inputs(*((20, 20) if not subject.pattern.cross else (12, 20)), dtype=dtype)
@@ -51,7 +51,7 @@ def _gradients(subject: Subject, inputs: Tensors, form: str | None) -> list[Tens
 
 
 def padding_gets_no_gradient(subject: Subject, dtype: torch.dtype) -> float:
-    """Gradients of padded tokens, which are exactly 0."""
+    """Padded tokens receive a gradient of exactly 0."""
     if subject.on_grid:
         raise NotApplicable
     n = 9
@@ -70,7 +70,7 @@ def padding_gets_no_gradient(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def forward_derivatives(subject: Subject, dtype: torch.dtype) -> float:
-    """A derivative in one direction, forward and as the product of reverse-mode gradients with the direction."""
+    """A directional derivative in forward mode against the product of reverse-mode gradients and the direction."""
     inputs = subject.inputs(9, dtype=dtype)
     names = [k for k, t in inputs.items() if t.is_floating_point()]
     rng = torch.Generator().manual_seed(4)
@@ -93,7 +93,7 @@ def forward_derivatives(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def second_derivatives(subject: Subject, dtype: torch.dtype) -> float:
-    """Gradients of gradients, against the definition's; where those are rounding alone, as fractions of the gradient."""
+    """Gradients of gradients against the definition's; relative to the gradient if they are mere rounding."""
     inputs = subject.inputs(9, dtype=dtype)
 
     def second(tensors: Tensors, form: str | None) -> tuple[list[Tensor], float]:

@@ -1,4 +1,4 @@
-"""Properties of calls at the edge: nothing, NaN, and very large inputs."""
+"""Properties of edge cases: empty inputs, NaN, and very large inputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from regard.workbench.verification.subjects import Subject
 
 
 def nothing_gives_nothing(subject: Subject, dtype: torch.dtype) -> float:
-    """No rows, no queries, no keys: outputs of the right shape that gradients flow through, and gradients of 0."""
+    """No rows, no queries or no keys: outputs have the right shape and pass gradients on, and gradients are finite."""
     sizes: list[tuple[int, int, int | None]] = [(0, 5, None)]
     if not subject.on_grid:
         sizes += [(2, 0, 4), (2, 3, 0)] if subject.pattern.cross else [(2, 0, None)]
@@ -30,9 +30,10 @@ def nothing_gives_nothing(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def nan_is_seen(subject: Subject, dtype: torch.dtype) -> float:
-    """NaN at a token shows in the token's output where it does by the definition, and in no other row.
+    """NaN in a token shows in the token's output if it does by the definition, and in no other row.
 
-    A definition's weights of 0 times NaN do not count: the output has to depend on the token.
+    NaN that reaches the definition's output only through a weight of 0 does not count: the output has to depend on the
+    token.
     """
     if subject.output_axis() is None:
         raise NotApplicable
@@ -59,7 +60,7 @@ def nan_is_seen(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def extremes_stay_finite(subject: Subject, dtype: torch.dtype) -> float:
-    """Tokens a thousand times as large as usual give finite outputs and gradients; what is no token is a parameter."""
+    """Tokens a thousand times larger than usual give finite outputs and gradients; inputs without tokens stay small."""
     inputs = subject.inputs(20, dtype=dtype)
     free = [
         k for k in inputs if inputs[k].is_floating_point() and subject.positions(k) and not subject.card.domains.get(k)

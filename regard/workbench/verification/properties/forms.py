@@ -1,4 +1,4 @@
-"""Properties of what a mechanism computes: each fast form, chunk size, compilation and thread equals the definition."""
+"""Properties of the output: forms, chunk sizes, compilation and threads all give the definition's result."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _sizes(subject: Subject) -> list[tuple[int, int]]:
 
 
 def forms_equal_reference(subject: Subject, dtype: torch.dtype) -> float:
-    """Every fast form against the definition in float64; outputs keep the dtype and inputs stay as they were."""
+    """Every fast form against the definition in float64; outputs keep the dtype and inputs are not changed."""
     errors = []
     sizes = _sizes(subject) if dtype is torch.float64 else [(37, 37 if not subject.pattern.cross else 29)]
     if subject.on_grid and dtype is not torch.float64:
@@ -56,7 +56,7 @@ def forms_equal_reference(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def any_chunk_size(subject: Subject, dtype: torch.dtype) -> float:
-    """The chunked form in chunks of 1 to more tokens than there are."""
+    """The chunked form with chunk sizes from 1 to beyond the sequence length."""
     if "chunked" not in fast_forms(subject) or subject.pattern is not Pattern.CAUSAL_SELF:
         raise NotApplicable
     inputs = subject.inputs(37, dtype=dtype)
@@ -67,7 +67,7 @@ def any_chunk_size(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def compiles_whole(subject: Subject, dtype: torch.dtype, backend: str = "aot_eager") -> float:
-    """A compiled call with a mask against the eager one, without a graph break."""
+    """A call with a mask, compiled without a graph break, against the eager one."""
     inputs = subject.inputs(12, dtype=dtype)
     mask = None if subject.on_grid else Mask(lengths=torch.tensor([12, 7]))
 
@@ -79,7 +79,7 @@ def compiles_whole(subject: Subject, dtype: torch.dtype, backend: str = "aot_eag
 
 
 def grouped_heads(subject: Subject, dtype: torch.dtype) -> float:
-    """Fewer key/value heads than query heads equal the same with the groups repeated."""
+    """Fewer key/value heads than query heads equal the call with repeated key/value heads."""
     axes = subject.card.inputs.values()
     if not any("g" in a for a in axes):
         raise NotApplicable
@@ -92,7 +92,7 @@ def grouped_heads(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def defaults_change_nothing(subject: Subject, dtype: torch.dtype) -> float:
-    """The same results where the user has another default device and another default dtype."""
+    """The user's default device and default dtype do not change results."""
     inputs = subject.inputs(12, dtype=dtype)
     mask = None if subject.on_grid else Mask(lengths=torch.tensor([12, 7]))
 
@@ -116,7 +116,7 @@ def defaults_change_nothing(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def threads_do_not_meet(subject: Subject, dtype: torch.dtype) -> float:
-    """Calls from several threads at once give what they give one after another."""
+    """Concurrent calls from several threads give the results of sequential calls."""
     given = [subject.inputs(n, dtype=dtype, seed=n) for n in (12, 12, 1, 6)]
 
     def work(inputs: Tensors) -> list[Tensor]:
@@ -129,7 +129,7 @@ def threads_do_not_meet(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def in_threads(work: Callable[[Any], list[Tensor]], given: Sequence[Any]) -> float:
-    """The error of three times the same work on each of what is given, all in threads, beside doing it alone."""
+    """The error of repeated concurrent work on all given values, compared with doing each alone."""
     expected = [work(x) for x in given]
     with ThreadPoolExecutor(len(given)) as pool:
         found = list(pool.map(lambda x: [work(x) for _ in range(3)], given))
@@ -144,7 +144,7 @@ def in_threads(work: Callable[[Any], list[Tensor]], given: Sequence[Any]) -> flo
 
 
 def refuses_what_it_lacks(subject: Subject, dtype: torch.dtype) -> float:
-    """Patterns that the card lacks, wrong shapes and unknown options raise Unsupported."""
+    """Patterns missing on the card, wrong shapes and unknown options raise Unsupported."""
     card = subject.card
     for pattern in Pattern:
         if pattern not in card.patterns:

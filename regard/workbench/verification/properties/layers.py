@@ -1,4 +1,4 @@
-"""The properties of the equality matrix that concern a mechanism's layer: projections, caches and padding included."""
+"""The properties of the equality matrix for a mechanism's layer, including projections, caches and padding."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DIM, HEADS, MEMORY_DIM = 16, 2, 12
 
 
 class LayerSubject:
-    """A layer of the subject's mechanism with random weights (none left at zero), and sequences for it."""
+    """A layer with the subject's mechanism and random weights (none left at zero), and sequences for it."""
 
     def __init__(self, subject: Subject, dtype: torch.dtype) -> None:
         self.subject, self.dtype = subject, dtype
@@ -56,12 +56,12 @@ class LayerSubject:
         return torch.randn(batch, n, DIM, generator=generator, dtype=torch.float64).to(self.dtype)
 
     def memory(self, m: int = 9, batch: int = 2) -> Tensor:
-        """Tokens of a memory (batch, m, memory_dim), always the same."""
+        """Memory tokens (batch, m, memory_dim), always the same."""
         generator = torch.Generator().manual_seed(200)
         return torch.randn(batch, m, self.memory_dim, generator=generator, dtype=torch.float64).to(self.dtype)
 
     def roles(self, n: int, batch: int = 2) -> Tensor | None:
-        """Roles (batch, n), where the mechanism has some."""
+        """Roles (batch, n), if the mechanism has any."""
         card = self.subject.card
         if card.sample_context is None:
             return None
@@ -69,7 +69,7 @@ class LayerSubject:
         return card.sample_context(rng, batch=batch, n=n, m=n, pattern=self.subject.pattern).get("roles")
 
     def context(self, n: int, roles: Tensor | None = None, **more: Any) -> Context:
-        """A context of `n` tokens, with fixed draws and a progress after all warm-ups."""
+        """A context for `n` tokens, with fixed random draws and training progress past all warm-ups."""
         more = {"generator": torch.Generator().manual_seed(400), **more}
         return Context(grid=self.subject.grid(n), roles=roles, progress=1000.0, **more)
 
@@ -97,7 +97,7 @@ def _pooled(subject: Subject) -> bool:
 
 
 def _spread(x: Tensor, valid: Tensor, fill: float = float("nan")) -> Tensor:
-    """The first tokens of each row at its valid places, and the filling elsewhere."""
+    """Place the first tokens of each row at its valid positions, and the fill value elsewhere."""
     spread = x.new_full((*valid.shape, *x.shape[2:]), fill)
     for row, places in enumerate(valid):
         spread[row, places] = x[row, : int(places.sum())]
@@ -105,7 +105,7 @@ def _spread(x: Tensor, valid: Tensor, fill: float = float("nan")) -> Tensor:
 
 
 def layer_padding(subject: Subject, dtype: torch.dtype) -> float:
-    """Padded left, right and inside, NaN in the padding, equals each row alone."""
+    """Rows padded left, right and inside, with NaN in the padding, equal each row alone."""
     if subject.on_grid:
         raise NotApplicable
     layer = LayerSubject(subject, dtype)
@@ -129,7 +129,7 @@ def layer_padding(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def layer_decoding(subject: Subject, dtype: torch.dtype) -> float:
-    """A prompt, a few tokens more, then one at a time, equal the whole; in cross patterns on memory absorbed once."""
+    """A prompt, a few more tokens, then single tokens equal the whole; in cross patterns memory is absorbed once."""
     if not subject.layer_decodes:
         raise NotApplicable
     layer = LayerSubject(subject, dtype)
@@ -154,7 +154,7 @@ def layer_decoding(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def layer_ragged(subject: Subject, dtype: torch.dtype) -> float:
-    """Rows of unequal length, padded, then one token at a time, equal each row alone."""
+    """Padded rows of unequal length, then single tokens, equal each row alone."""
     if not subject.layer_decodes:
         raise NotApplicable
     layer = LayerSubject(subject, dtype)
@@ -207,7 +207,7 @@ def layer_packing(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def layer_causality(subject: Subject, dtype: torch.dtype) -> float:
-    """How far the outputs before a token move when it and all later ones are replaced."""
+    """The change in the outputs before a token when that token and all later ones are replaced."""
     if not subject.pattern.causal or _pooled(subject):
         raise NotApplicable
     layer = LayerSubject(subject, dtype)
@@ -218,8 +218,8 @@ def layer_causality(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def layer_save(subject: Subject, dtype: torch.dtype) -> float:
-    """Weights saved as safetensors and loaded strictly into a fresh layer give the same output; no call changes them, nor
-    its sequences."""
+    """Weights saved as safetensors and loaded strictly into a new layer give the same output; a call changes neither
+    weights nor inputs."""
     layer = LayerSubject(subject, dtype)
     x, memory, roles, expected = _whole(layer, 10)
     weights = load(save({k: t.contiguous() for k, t in layer.layer.state_dict().items()}))
@@ -237,8 +237,8 @@ def layer_save(subject: Subject, dtype: torch.dtype) -> float:
 def layer_gradients(subject: Subject, dtype: torch.dtype) -> float:
     """Every parameter, the memory and the input receive finite gradients.
 
-    In a cross pattern without an input of the queries' axis (a learned query) the output does not depend on the
-    queries' sequence.
+    In a cross pattern whose mechanism has no input along the queries' axis (a learned query), the output does not
+    depend on the queries' sequence.
     """
     layer = LayerSubject(subject, dtype)
     layer.layer.train()
@@ -260,14 +260,14 @@ def layer_gradients(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def sequences(layer: LayerSubject, n: int, **more: Any) -> tuple[tuple[Tensor, ...], Context]:
-    """Sequences of n tokens, and of a few more in memory, with the context that a program is made with: no generator."""
+    """A sequence of n tokens and a slightly longer memory, with a context for making a program (no generator)."""
     m = n + 3 if layer.cross else n
     inputs = (layer.x(n), layer.memory(m)) if layer.cross else (layer.x(n),)
     return inputs, layer.context(n, layer.roles(m), generator=None, **more)
 
 
 def layer_compile(subject: Subject, dtype: torch.dtype, backend: str = "aot_eager") -> float:
-    """How far the compiled layer, without a graph break, is from the eager one."""
+    """The difference between the layer compiled without a graph break and the eager one."""
     layer = LayerSubject(subject, dtype)
     inputs, context = sequences(layer, 10)
 
@@ -280,7 +280,7 @@ def layer_compile(subject: Subject, dtype: torch.dtype, backend: str = "aot_eage
 
 
 def layer_recompile(subject: Subject, dtype: torch.dtype, backend: str = "aot_eager") -> float:
-    """Without a break, at three lengths, with a padded row; where there is a state after the tokens, it goes on alike."""
+    """Compiled without a graph break, at three lengths, with a padded row; a state then continues as in eager mode."""
     if subject.on_grid:
         raise NotApplicable
     layer = LayerSubject(subject, dtype)
@@ -297,19 +297,19 @@ def layer_recompile(subject: Subject, dtype: torch.dtype, backend: str = "aot_ea
         inputs, context = sequences(layer, n, mask=Mask(lengths=torch.tensor([n, 4])), want=want)
         (found, after), (expected, wanted) = compiled(inputs, context), call(inputs, context)
         errors.append(relative_error(found, expected))
-        if want:  # states may have other empty slots
+        if want:  # states may differ in their empty slots
             errors.append(relative_error(*(layer.layer.step(inputs[0][:, 0], state)[0] for state in (after, wanted))))
     return worst(errors)
 
 
 def _one_length(subject: Subject) -> bool:
-    """Whether a program is for the length of its example, by the card or as every grid is."""
+    """Whether a program serves only the length of its example, according to the card or because it works on a grid."""
     waived = (w for w in subject.card.waivers if not w.variants)
     return subject.on_grid or any(w.concerns("layer_lengths", subject.pattern) for w in waived)
 
 
 def layer_export(subject: Subject, dtype: torch.dtype) -> float:
-    """Where no program serves every length: `layer_lengths` says more."""
+    """An exported program at its example's length, for mechanisms whose program does not serve every length."""
     if not _one_length(subject):
         raise NotApplicable
     layer = LayerSubject(subject, dtype)
@@ -320,7 +320,7 @@ def layer_export(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def layer_lengths(subject: Subject, dtype: torch.dtype) -> float:
-    """Shorter and longer sequences than those that the program was made of, past the blocks that a mechanism works in."""
+    """One exported program on shorter and longer sequences than its example, past a mechanism's block size."""
     if subject.on_grid:
         raise NotApplicable
     layer = LayerSubject(subject, dtype)
@@ -335,7 +335,7 @@ def layer_lengths(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def layer_onnx(subject: Subject, dtype: torch.dtype) -> float:
-    """In ONNX Runtime, at the example's length, in the first of a mechanism's patterns, but in causal-self if it has it."""
+    """The layer in ONNX Runtime at the example's length; in causal-self, or else in the first of its patterns."""
     patterns = subject.card.patterns
     first = Pattern.CAUSAL_SELF if Pattern.CAUSAL_SELF in patterns else patterns[0]
     if subject.pattern is not first or importlib.util.find_spec("onnxruntime") is None:
@@ -355,7 +355,7 @@ def layer_onnx(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def layer_low_precision(subject: Subject, dtype: torch.dtype) -> float:
-    """In bfloat16 the layer runs, keeps its dtype and stays finite."""
+    """The layer runs in bfloat16, keeps its dtype and stays finite."""
     layer = LayerSubject(subject, dtype)
     _, _, _, output = _whole(layer, 10)
     exactly(output.dtype == dtype, f"output of {output.dtype} for {dtype}")
@@ -363,7 +363,7 @@ def layer_low_precision(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def layer_threads(subject: Subject, dtype: torch.dtype) -> float:
-    """Calls of one layer from several threads at once give what they give one after another."""
+    """Concurrent calls of one layer from several threads give the results of sequential calls."""
     layer = LayerSubject(subject, dtype)
     memory = layer.memory() if layer.cross else None
 

@@ -1,4 +1,4 @@
-"""Properties of states: steps, resuming, memory in pieces, and a state as data."""
+"""Properties of states: steps, resuming, memory in pieces, and saving, selecting and resetting."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from regard.workbench.verification.subjects import Subject
 
 
 def steps_equal_reference(subject: Subject, dtype: torch.dtype) -> float:
-    """A few tokens at once and then one by one, against the definition of the whole."""
+    """A few tokens at once, then single tokens, against the definition on the whole sequence."""
     if not subject.stateful:
         raise NotApplicable
     n = 19
@@ -39,7 +39,7 @@ def steps_equal_reference(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def split_and_resume(subject: Subject, dtype: torch.dtype) -> float:
-    """Two rows of unequal length, split at several places; an empty continuation changes nothing."""
+    """A sequence split at several places and resumed equals the whole; also with rows that advance unequally."""
     if not subject.stateful:
         raise NotApplicable
     n = 23
@@ -58,7 +58,7 @@ def split_and_resume(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def _ragged_resume(subject: Subject, inputs: Tensors, expected: Tensor) -> float:
-    """Rows advance by different numbers of tokens in each call, some by none."""
+    """The error when rows advance by different numbers of tokens in each call, some by none."""
     n = expected.shape[subject.output_axis() or 0]
     batch = 2
     done = torch.zeros(batch, dtype=torch.long)
@@ -80,7 +80,7 @@ def _ragged_resume(subject: Subject, inputs: Tensors, expected: Tensor) -> float
 
 
 def _next_tokens(subject: Subject, inputs: Tensors, done: Tensor, counts: Tensor, of_memory: bool = False) -> Tensors:
-    """As many tokens as `counts` says after the first `done` ones of each row, padded with NaN to the longest."""
+    """The next `counts` tokens of each row after its first `done`, padded with NaN to the longest."""
     width, parts = int(counts.max()), []
     for row in range(len(counts)):
         part = slice(int(done[row]), int(done[row] + counts[row]))
@@ -92,7 +92,7 @@ def _next_tokens(subject: Subject, inputs: Tensors, done: Tensor, counts: Tensor
 
 
 def state_is_data(subject: Subject, dtype: torch.dtype) -> float:
-    """A state saved and loaded without pickle continues alike; rows are selected, repeated and reset."""
+    """A state saved and loaded without pickle continues the same way; rows can be selected, repeated and reset."""
     if not subject.stateful:
         raise NotApplicable
     head, tail = subject.inputs(9, dtype=dtype), subject.inputs(5, dtype=dtype, seed=1)
@@ -110,7 +110,7 @@ def state_is_data(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def state_keeps_precision(subject: Subject, dtype: torch.dtype) -> float:
-    """Whatever the model's dtype, accumulators are at least float32 and the state's dtypes never change."""
+    """The state's dtypes never change, nor, if recurrent, its sizes."""
     if not subject.stateful:
         raise NotApplicable
     inputs = subject.inputs(8, dtype=dtype)
@@ -128,7 +128,7 @@ def state_keeps_precision(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def memory_in_pieces(subject: Subject, dtype: torch.dtype) -> float:
-    """Absorbing memory in pieces, then reading queries a few at a time, equals the whole call; also in unequal rows."""
+    """Memory absorbed in pieces, then read a few queries at a time, equals the whole call; also in unequal rows."""
     if not subject.absorbs:
         raise NotApplicable
     n, m = 7, 16
@@ -151,7 +151,7 @@ def memory_in_pieces(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def _ragged_memory(subject: Subject, inputs: Tensors, memory: Tensors, queries: Tensors) -> list[float]:
-    """Rows whose memory, and then whose queries, advance by different numbers of tokens in each call, some by none."""
+    """Errors when the memory, and then the queries, of rows advance by different numbers of tokens, some by none."""
     state, errors = None, []
     done, read = torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.long)
     for advance in ((2, 5), (9, 0), (0, 3), (5, 1)):

@@ -1,4 +1,4 @@
-"""Properties of who sees whom: padding, packed documents, causality, alignment, hidden rows and masks of pairs."""
+"""Properties of visibility between tokens: padding, packing, causality, alignment, hidden rows and pair masks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from regard.workbench.verification.subjects import Subject
 
 
 def padded_layouts(counts: Tensor, total: int) -> dict[str, Tensor]:
-    """Which of `total` places are valid in rows with `counts` tokens, padded ``right``, ``left`` and ``inside``."""
+    """Valid places out of `total` for rows with `counts` tokens, padded ``right``, ``left`` and ``inside``."""
     places = torch.arange(total)
     right = places < counts[:, None]
     left = places >= total - counts[:, None]
@@ -33,7 +33,7 @@ def padded_layouts(counts: Tensor, total: int) -> dict[str, Tensor]:
 
 
 def padded_equals_unpadded(subject: Subject, dtype: torch.dtype) -> float:
-    """Rows of unequal length, one of them empty, with NaN around them, against each row alone."""
+    """Padded rows of unequal length, one of them empty, with NaN in the padding, against each row alone."""
     if subject.on_grid:
         return _masked_grid(subject, dtype)
     counts, total = torch.tensor([11, 6, 0]), 14
@@ -67,7 +67,7 @@ def padded_equals_unpadded(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def _masked_grid(subject: Subject, dtype: torch.dtype) -> float:
-    """On a grid, masked bottom rows behave like the edge of a smaller grid, whatever they hold."""
+    """On a grid, masked bottom rows act like the border of a smaller grid, whatever they contain."""
     height, width, kept = 6, 5, 4
     inputs = subject.inputs(height * width, dtype=dtype)
     valid = (torch.arange(height * width) < kept * width).expand(2, -1)
@@ -83,7 +83,7 @@ def _masked_grid(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def packed_equals_separate(subject: Subject, dtype: torch.dtype) -> float:
-    """Documents in one row, an empty one among them; one state a document."""
+    """Packed documents in one row, one of them empty, against each alone; the state has one row per document."""
     if subject.on_grid or subject.pattern.cross:
         raise NotApplicable
     lengths = [5, 0, 9, 1]
@@ -112,7 +112,7 @@ def packed_equals_separate(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def row_equals_alone(subject: Subject, dtype: torch.dtype) -> float:
-    """Three rows together against each one by itself."""
+    """A batch of three rows against each row alone."""
     inputs = subject.inputs(12, batch=3, dtype=dtype)
     output = subject.run(inputs).output
     alone = [subject.run(subject.rows(inputs, slice(r, r + 1))).output for r in range(3)]
@@ -120,7 +120,7 @@ def row_equals_alone(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def later_tokens_have_no_effect(subject: Subject, dtype: torch.dtype) -> float:
-    """A large finite change from token t on leaves the outputs before t as they were."""
+    """A large finite change from token t on leaves the outputs before t unchanged."""
     if not subject.pattern.causal or subject.output_axis() is None:
         raise NotApplicable
     n, errors = 24, []
@@ -209,7 +209,7 @@ def hidden_rows_give_zero(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def _poison(subject: Subject, inputs: Tensors, valid: Tensor, letters: str) -> Tensors:
-    """NaN at invalid places, keeping gradients to the valid ones."""
+    """Put NaN at invalid places, keeping gradients to the valid ones."""
     poisoned = {}
     for name, x in inputs.items():
         for letter, axis in subject.positions(name).items():
@@ -223,7 +223,7 @@ def _poison(subject: Subject, inputs: Tensors, valid: Tensor, letters: str) -> T
 
 
 def pair_masks(subject: Subject, dtype: torch.dtype) -> float:
-    """Additive bias and block masks equal the definition, or are refused where the card does not list them."""
+    """Additive bias and block masks give the definition's result, or are refused if the card does not list them."""
     n, m = 11, 11 if not subject.pattern.cross else 15
     inputs = subject.inputs(n, m, dtype=dtype)
     rng = torch.Generator().manual_seed(1)
@@ -252,7 +252,7 @@ def pair_masks(subject: Subject, dtype: torch.dtype) -> float:
 
 
 def _biased_rows(subject: Subject, inputs: Tensors, mask: Mask, places: Tensor) -> float:
-    """The error of the second row, whose valid places these are, beside the definition on them alone."""
+    """The error of the second row, valid at `places` only, against the definition on those places."""
     bias = mask.bias
     assert bias is not None
     found = subject.run(inputs, mask=mask).output[1:2]
