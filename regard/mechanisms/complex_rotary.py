@@ -1,5 +1,4 @@
-r"""Complex rotary attention (ComplexFormer's CMHA): rotary attention in which each head rescales the angle of the
-content.
+r"""Complex rotary attention (ComplexFormer's CMHA): rotary attention whose heads rescale the angle of the content.
 
 When to pick it: as a generalisation of rotary attention, with two extra parameters per head and plane, when a head
 should be able to balance content against position. With `delta="ones"` it starts as rotary attention.

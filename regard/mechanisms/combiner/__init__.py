@@ -45,7 +45,7 @@ Deviations: the two axial patterns that the paper names, but has no code for, ar
 Empty parts are masked, and in noncausal axial patterns a token's own row and column count once; the original masks
 neither. `logn` has bit_length(N - 1) levels; the original's ceil(log2(N - 1)) loses the top one when N - 1 is a power
 of two. In noncausal `axial_rowmajor`, columns without a token in an incomplete row use the summary of the row's last
-token. Dropout applies to direct weights and on weights inside groups. Learned partitions are left out: a learned
+token. Dropout applies to direct weights and to weights inside groups. Learned partitions are left out: a learned
 cluster holds tokens on both sides of a query, so under causality each query would need its own summaries, while those
 of rows and blocks are complete when first read, and shared. (`routing` attends within learned clusters.)
 """
