@@ -29,8 +29,8 @@ Deviations: `forget` multiplies the weights of earlier tokens by lambda at each 
 well); `noncausal="bidirectional"` gives each position the outputs of its prefix and its suffix, which the layer
 projects back to V features. Rotary positions are refused: they are relative to a query that has no position.
 Left out: queries that depend on the position but not on the token, for which each position would need its own scan over
-all earlier tokens and the state every key (use `softmax` with queries computed from positions); and gated recurrences
-like minGRU, which weight tokens by gates instead of a query's scores and are a different mechanism.
+all earlier tokens, and the state would hold every key (use `softmax` with queries computed from positions); and gated
+recurrences like minGRU, which weight tokens by gates instead of a query's scores and are a different mechanism.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 BLOCK = 256
-"""Tokens per block of a causal pass; the slots of one block, c vectors per token, are in memory at the same time."""
+"""Tokens per block of a causal pass: the slots of a block, c vectors per token, are in memory at the same time."""
 
 
 @dataclass(frozen=True)

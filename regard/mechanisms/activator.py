@@ -18,7 +18,7 @@ with one norm, over the hidden width, in both places. In u the activation comes 
 | hidden_dim | `hidden` (F) |
 | (a repair, not the paper's) | `mixing`, before the rest; `filter` (C, taps), `filter_bias` |
 
-Layout: tokens (B, N, C); both self patterns are the same map, and as published there is no state to keep between
+Layout: tokens (B, N, C); as published, both self patterns are the same map and there is no state to keep between
 tokens. `mixing` replaces x by a depthwise convolution with 3 taps per axis, or by a shift: the channels are divided in
 order into equal parts, of which one stays and one comes from each neighbour (before and after; on a `grid` along each
 axis; in causal-self only the previous token). Both see zeros beyond the ends and at masked places of a grid. In
@@ -122,7 +122,7 @@ class Config:
 
 @dataclass(frozen=True)
 class RecentTokens(State):
-    """The last inputs, which mixing the next token needs, with zeros before the first; empty without `mixing`."""
+    """The last inputs, needed to mix the next token, with zeros before the first; empty without `mixing`."""
 
     inputs: Float[Tensor, "b reach d"] = state_field()
     length: Int[Tensor, " b"] = state_field()

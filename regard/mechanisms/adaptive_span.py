@@ -101,7 +101,7 @@ def reference(
     v: Float[Tensor, "b g m v"],
     span: Float[Tensor, " h"],
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     config: Config = call.config
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     distance = (where.queries[:, :, None] - where.keys[:, None, :]).abs()[:, None]

@@ -67,7 +67,7 @@ class Config:
     """Options.
 
     Attributes:
-        block: b, tokens a block, >= 1.
+        block: b, tokens per block, >= 1.
         neighbours: w, blocks seen on either side, >= 0.
         random_blocks: r, blocks drawn for each head and block of queries, >= 0.
         first_blocks: g_1, >= 0: this many blocks at the start see, and are seen by, all blocks.
@@ -97,7 +97,7 @@ class Config:
 def reference(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n v"]
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     blocks = _blocks(call, q)
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     visible, bias = masked_scores_bias(where, Visibility(), call.bias, call.position_bias, blocks, q.dtype)
@@ -107,7 +107,7 @@ def reference(
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n v"]
 ) -> Result:
-    """Softmax attention under a mask of blocks; a kernel that skips hidden blocks takes time in proportion to N."""
+    """Softmax attention under a mask of blocks; a kernel that skips hidden blocks takes time proportional to N."""
     return attention_forms.parallel(call, q, k, v, visibility=Visibility(), blocks=_blocks(call, q))
 
 
@@ -124,7 +124,7 @@ def _blocks(call: Call, q: Tensor) -> BlockMask | None:
 def visible_blocks(
     config: Config, lengths: Int[Tensor, " b"], count: int, heads: int
 ) -> Bool[Tensor, "b #h blocks blocks"]:
-    """Blocks of keys that each block of queries sees, in rows of `lengths` tokens on an axis of `count` blocks."""
+    """Blocks of keys that each block of queries sees, in rows of `lengths` tokens, padded to `count` blocks."""
     blocks = (-(-lengths // config.block))[:, None, None]
     beta = torch.arange(count, device=lengths.device)[:, None]
     gamma = beta.T

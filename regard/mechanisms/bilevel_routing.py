@@ -17,7 +17,7 @@ No gradient flows through the choice. A region need not choose itself.
 
 | paper | here |
 |---|---|
-| S regions a side | `windows`: a region has ceil(side / S) places per side, so there are at most S |
+| S regions per side | `windows`: a region has ceil(side / S) places per side, so there are at most S |
 | k | `top` |
 | Q^r, K^r, A^r, I^r | q', k', s and I, in at least float32; the same for all heads unless ``routing="head"`` |
 | the scale C^-1/2 | ``scale_by="dim"``: the call's scale, by default d^-1/2, divided by sqrt(m) |
@@ -253,12 +253,12 @@ class Tiles:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Regions along each side."""
+        """Number of regions along each side."""
         return tuple(-(-side // size) for side, size in zip(self.sides, self.sizes, strict=True))
 
     @property
     def count(self) -> int:
-        """Regions in all."""
+        """Number of regions."""
         return math.prod(self.counts)
 
     @property

@@ -38,7 +38,7 @@ only clear bits of beta, would not connect them.
 Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). i and j are ranks: they count the valid
 tokens of a row or document, cached ones included; in causal-self queries count from M - N. In cross patterns both
 sides count from 0, so the layouts suit memories whose blocks correspond to those of the queries; of a shorter memory,
-later queries see the global blocks. A query that sees no key gives 0, and its LSE is -inf.
+later queries may see only the global blocks. A query that sees no key gives 0, and its LSE is -inf.
 State: every key and value, and the number of queries that have read a memory, from which the next queries are counted.
 Deviations: the official kernel has no causal form, and blocks of 16 queries by 256 keys; blocks here are square, so
 express rectangular ones in the smaller size, repeating entries along the longer side. The random layout draws each pair
@@ -95,7 +95,7 @@ class Config:
 
     Attributes:
         layout: ``butterfly``, ``local_global``, ``random`` or ``user``.
-        block_size: b, tokens a block, >= 1.
+        block_size: b, tokens per block, >= 1.
         global_blocks: g, >= 0: this many blocks at the start see, and are seen by, every block; not with ``user``.
         neighbours: blocks seen on either side in ``local_global``, >= 0.
         density: probability that a block is visible in ``random``, 0 to 1; a block always sees itself.
@@ -158,7 +158,7 @@ def reference(
     v: Float[Tensor, "b g m v"],
     sink: Float[Tensor, " h"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     n, m = q.shape[2], k.shape[2]
     _check_extent(call, n, m)
     where = ranks(call, n, m, q.device)
@@ -304,7 +304,7 @@ def visible_blocks(
 
 
 def _hash(x: Int[Tensor, "*axes"]) -> Int[Tensor, "*axes"]:
-    """32 random-looking bits of an integer >= 0: draws that depend on nothing but their place."""
+    """Hash of an integer >= 0 to 32 random-looking bits: draws that depend on nothing but their position."""
     x = (x + 0x9E3779B9) & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF

@@ -20,7 +20,7 @@ Definition (Bondarenko, Nagel, Blankevoort, arXiv 2306.12929, equation 4):
 C_ij is 0 where P_ij <= -gamma / (zeta - gamma), and 1 where P_ij >= (1 - gamma) / (zeta - gamma). A row of C sums to at
 most 1 when zeta = 1. Gradients are (zeta - gamma) times those of softmax where nothing is clipped and 0 elsewhere.
 gamma is a constant of the layer and never follows the keys of a call: early rows of a causal model, decoding and padding
-have the same one. An alpha that works at one length works at others: give `alpha` and `length` rather than `gamma`.
+all use the same one. An alpha that works at one length works at others: give `alpha` and `length` rather than `gamma`.
 
 A row of equal weights over M keys is clipped to 0 when 1 / M <= -gamma / (1 - gamma), that is when alpha >= M / (M - 1)
 at M = `length`, and then no gradient reaches q, k or v. With the paper's alphas (2 to 12) a newly initialised head,
@@ -115,7 +115,7 @@ class Config:
 def reference(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     gamma, zeta = call.config.stretch(call.progress)
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     visible, bias = masked_scores_bias(where, by_pattern(call), call.bias, call.position_bias, call.blocks, q.dtype)
@@ -237,7 +237,7 @@ MECHANISM = Mechanism(
         "by length": {"alpha": 1.0, "length": 16, "warmup": 0.5},
         "plain": {"gamma": 0.0},
     },
-    layer_defaults={"output_norm": None},  # the size of an output says how much of the head is kept
+    layer_defaults={"output_norm": None},  # the size of an output shows how much of the head is kept
     engine="attention",
     state=KeyValueState,
     cost=cost,

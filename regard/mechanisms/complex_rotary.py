@@ -84,7 +84,7 @@ class Config:
         position: ``rotary`` (g from `base`), ``learned`` (a layer learns g, starting from `base`) or ``none`` (g = 0).
         base: > 1; the slowest plane turns by one radian in about `base` tokens.
         score_scale: ``one``, as in the authors' code, or ``rsqrt``: D^-0.5, as in rotary attention.
-        delta: initial delta of a layer: ``normal`` (the authors' N(0, 2 / D), a variance), ``ones`` (rotary) or
+        delta: initial delta of a layer: ``normal`` (the authors' N(0, 2 / D), of variance 2 / D), ``ones`` (rotary) or
             ``zeros``.
         learn_phase: whether a layer learns b, initialised to 0.
         per_head: whether each head of a layer has its own delta, b and g; otherwise all heads share them.

@@ -7,7 +7,7 @@ context.
 Definition (Rae et al., arXiv 1911.05507, section 3), for a segment of L tokens with inputs h:
 
     m    = SG(the last M inputs of this layer before the segment)
-    z    = SG of the last C of f_c(consecutive groups of c inputs before the memory)
+    z    = SG of the last C of f_c(groups of c inputs, one after the other, that lie before the memory)
     q    = h W_q^T,     k, v = [z; m; h] W_k^T, [z; m; h] W_v^T
     A_ij = tau ((q_i + u) . k_j + (q_i + w) . W_r r_{i-j})
     o_i  = softmax over j of A_ij, j <= i, times v_j
@@ -97,7 +97,7 @@ class Config:
         compressed: C >= 1, slots of the compressed memory.
         ratio: c >= 1, tokens per slot.
         compression: f_c of a layer: ``conv``, ``mean`` or ``max``.
-        clamp: >= 0, distance at which all farther slots are counted; None for true distances.
+        clamp: >= 0, slots farther away count as if at this distance; None for no clamp.
     """
 
     segment: int = 32

@@ -76,7 +76,7 @@ class Config:
     """Options.
 
     Attributes:
-        length: M, the reach of the cosine and the greatest position, >= 1; None for the number of tokens of each row in
+        length: M, the reach of the cosine and the largest position, >= 1; None for the number of tokens of each row in
             noncausal-self and 65536 elsewhere.
         eps: smallest denominator, > 0 and finite.
     """
@@ -103,7 +103,7 @@ class CosformerState(State):
 def reference(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     n, m = q.shape[2], k.shape[2]
     reach = _reach(call, n)
     _check(call, max(n, m))

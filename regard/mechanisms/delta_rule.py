@@ -368,7 +368,7 @@ def recurrence(config: Config, rates: RateProjection) -> Recurrence[nn.Module] |
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Cost of the causal pattern in chunks of 64; with a vector beta each of the V columns is a head of its own."""
+    """Cost of the causal pattern in chunks of 64; with a vector beta each of the V columns is a separate head."""
     key, value, columns = shape.dim_key, shape.dim_value, 1
     if config.vector_beta:
         value, columns = 1, shape.dim_value

@@ -15,9 +15,9 @@ Definition (Lee-Thorp et al., arXiv 2105.03824, section 3; survey arXiv 2103.146
 
 Layout: (B, N, D), features last; features are not split into heads, so `num_heads` has no effect.
 Padding: valid tokens are gathered, and each row or document is transformed at its own length, whatever it is batched with.
-Other implementations transform the padding as well, so a row's output depends on how far it is padded. Scale: y grows
-as sqrt(L D), which the paper's norm after each residual removes. `orthonormal=True` divides by that, for pre-norm
-blocks. The call's scale, 1 by default, multiplies y.
+Other implementations transform the padding as well, so a row's output depends on how far it is padded.
+Scale: y grows as sqrt(L D), which the paper's norm after each residual removes. `orthonormal=True` divides by that, for
+pre-norm blocks. The call's scale, 1 by default, multiplies y.
 Deviations: rows of unequal length are transformed by convolution with a chirp (Bluestein), at the cost of two
 transforms of twice the length, on half the features since x is real.
 """
@@ -52,7 +52,7 @@ class Config:
 
 
 def reference(call: Call, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-    """The definition, with the whole matrices of cosines and sines."""
+    """The definition, with full matrices of cosines and sines."""
     n, width = x.shape[1:]
     if x.numel() == 0:
         return x
@@ -74,7 +74,7 @@ def parallel(call: Call, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
     else:
         count = call.lengths.clamp(min=1)
         y = transform_rows(torch.fft.rfft(tokens).mT, call.lengths).real.mT
-        # x is real: feature D - e at place -j is the conjugate of feature e at place j
+        # x is real: feature D - e at position -j is the conjugate of feature e at position j
         places = torch.arange(n, device=x.device)
         opposite = torch.where(places < count[:, None], (count[:, None] - places) % count[:, None], places)
         rest = y[..., 1 : (width + 1) // 2].flip(-1)

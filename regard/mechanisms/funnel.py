@@ -1,4 +1,4 @@
-r"""Funnel pooling: attention layers that halve the sequence again and again and return its first token.
+r"""Funnel pooling: attention layers that repeatedly halve the sequence and return its first token.
 
 When to pick it: classifying long texts, where pooling should keep mixing tokens while it reduces their number: each
 block costs half as much as the one before.
@@ -16,7 +16,7 @@ distance,
 
     a_ij = tau ((W_Q h'_i + u) . W_K h_j + (W_Q h'_i + w) . (W_R R_{t_i - t_j})),    R_t = [sin(t f), cos(t f)]
 
-where t is the position of the first of the tokens that were pooled, and pairs with cls have no second term. The output
+where t is the position of the first of the tokens pooled into one, and pairs with cls have no second term. The output
 is the last h_0.
 
 | paper | here |
@@ -205,7 +205,7 @@ def upsample(h: Float[Tensor, "b s d"], lengths: Int[Tensor, " b"], n: int, conf
 
     Returns:
         Each token 2^blocks times, at the positions that it was pooled from; the first only once if it is apart. Zero at
-            the last positions if `truncate` has dropped them, and arbitrary in the padding.
+        the last positions if `truncate` has dropped them, and arbitrary in the padding.
     """
     apart = int(config.separate_first)
     source = apart + block_numbers(torch.arange(n, device=h.device) - apart, 2**config.blocks)
@@ -374,8 +374,7 @@ class FunnelPooling(nn.Module):
     def shorten(
         self, x: Float[Tensor, "b n d"], lengths: Int[Tensor, " b"] | None = None
     ) -> tuple[Float[Tensor, "b s d"], Int[Tensor, " b"]]:
-        """Run all blocks on right-padded tokens; return the pooled tokens and their number in each row. See
-        :func:`upsample`.
+        """Pool right-padded tokens by all blocks; return them and their number in each row. See :func:`upsample`.
 
         Args:
             x: right-padded tokens.

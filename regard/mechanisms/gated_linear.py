@@ -28,7 +28,7 @@ depends on the token is the decay of Mamba-2 (`gate="scalar"`). In Mamba-2 the d
 scales what is written (`gate="step"`; arXiv 2405.21060, and 2408.15237 for queries, keys and values of a trained
 model):
 
-    Delta_t = softplus(W x_t + b),     S_t = exp(Delta_t A) S_{t-1} + k_t (Delta_t v_t)^T,     A < 0 a head
+    Delta_t = softplus(W x_t + b),     S_t = exp(Delta_t A) S_{t-1} + k_t (Delta_t v_t)^T,     A < 0 per head
 
 which is the recurrence of `mamba2` with q, k and v as its C, B and x; the block of `mamba2` also has a convolution, a
 skip connection past the state and a gated norm.

@@ -89,7 +89,8 @@ class Config:
         fine_tune: whether to multiply gates by 1 / `initial_gate`, which must be given, so that a layer with the
             weights of softmax attention starts out equal to it.
         initial_std: initial standard deviation of the weights of the gate logits, >= 0; if None, 0.01 with `fine_tune`
-            (the paper's for BERT; 0.001 for OPT), else torch's initialisation. 0 makes `fine_tune` start exactly equal.
+            (the paper's for BERT; 0.001 for OPT), else torch's initialisation. With 0, `fine_tune` starts exactly
+            equal.
     """
 
     predictor: str = "linear"
@@ -114,7 +115,7 @@ class Config:
 
     @property
     def gate_scale(self) -> float:
-        """s."""
+        """The factor s."""
         return 1 / self.initial_gate if self.fine_tune and self.initial_gate is not None else 1.0
 
 
@@ -125,7 +126,7 @@ def reference(
     v: Float[Tensor, "b g m v"],
     log_gate: Float[Tensor, "b h n"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     visible, bias = masked_scores_bias(where, by_pattern(call), call.bias, call.position_bias, call.blocks, q.dtype)
     output = attention_reference(q, k, v, visible, lambda scores: scores.softmax(-1), call.scale, bias)
@@ -321,7 +322,7 @@ MECHANISM = Mechanism(
     variant_patterns={
         "mean gate": (Pattern.NONCAUSAL_SELF, Pattern.NONCAUSAL_CROSS),
     },
-    layer_defaults={"output_norm": None},  # the size of an output says how much of the head is kept
+    layer_defaults={"output_norm": None},  # the size of an output shows how much of the head is kept
     in_trained_models=lambda length, heads: {"initial_gate": 0.25, "fine_tune": True, "initial_std": 0.001},
     engine="attention",
     state=KeyValueState,

@@ -40,8 +40,8 @@ in its current form also `gate=False, d_state=1, conv_bias=False`):
 | z | `z` (B, N, E) |
 | weights of paths | `mix` (B, P, N): y = sum_p softmax_p(mix) y_p, with `combine="gate"` |
 
-U, W, Q, S, T, R are each the number of paths P, or 1 where the paths share the tensor.
-Layout: tokens (B, N, E), channels last, row by row on the `grid` of the call. Without a grid they are a sequence.
+U, W, Q, S, T and R are each the number of paths P, or 1 if the paths share the tensor.
+Layout: tokens (B, N, E), channels last, row by row on the `grid` of the call. Without a grid the tokens are a sequence.
 Padding is skipped, on a grid too: every path goes from valid token to valid token, and its convolution sees only those.
 So the reversed path starts at the last valid token, and a grid with masked rows or columns at its border equals the
 smaller grid.

@@ -52,7 +52,7 @@ class Config:
         copies: number of copies of each path, with separate weights, >= 1 (VMamba's controls of equal size).
         combine: ``mean``, ``sum``, ``gate`` (weights for each token, softmax over paths), or ``concat`` (the output
             projection is P times as wide). Strided scans, whose paths share no token, need ``sum``.
-        shared: of ``conv``, ``x_proj``, ``dt``, ``A``, ``D``: the parameters that all paths share.
+        shared: the parameters that all paths share, of ``conv``, ``x_proj``, ``dt``, ``A`` and ``D``.
         convolution: ``path`` (each path convolves its own order, causally), ``once`` (one causal convolution, row by
             row), or ``grid`` (centred, along every axis).
         conv_width: taps of the convolution, or its side on a grid (odd there), >= 1; 0 for none.

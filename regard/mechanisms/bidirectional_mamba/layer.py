@@ -206,7 +206,7 @@ class BidirectionalMambaLayer(StateSpaceLayer):
         self, x: Float[Tensor, "b n e"], tokens: Tokens, grid: tuple[int, ...] | None
     ) -> Float[Tensor, "b n e"]:
         """Scan every row as a sequence, then every column; each stage starts with a layer norm without weights."""
-        assert grid is not None  # checked with its axes
+        assert grid is not None  # checked by _check_grid
         y = self._convolve(x, tokens, grid, [])[0]
         config = dataclasses.replace(self.config, scan="bidirectional")
         valid = None if tokens.valid is None else tokens.valid.view(-1, *grid)

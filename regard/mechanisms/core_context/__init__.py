@@ -28,9 +28,9 @@ State: the last max(s, 1) + g - 2 keys and values, and the cores of all complete
 Rotary positions: `post_rope` pools rotated keys, as the authors' code does; `pre_rope` pools unrotated keys, weighted
 by unrotated queries, and rotates the core to the position of its group's last token; the last g - 1 unrotated keys are
 then in the state as well.
-Deviations: cores are computed when their group is complete, not when it leaves the window, so that no query is kept.
-The defaults of the code are groups of 16 and a window of 1024. `fusion="gated"`, two softmaxes with a learned gate,
-interprets a sentence of the paper's first version. Not in the paper: noncausal-self, where groups within s tokens
+Deviations: cores are computed when their group is complete, not when it leaves the window, so no query needs to be
+kept. The defaults of the code are groups of 16 and a window of 1024. `fusion="gated"`, two softmaxes with a learned
+gate, interprets a sentence of the paper's first version. Not in the paper: noncausal-self, where groups within s tokens
 (rounded up to whole groups) are read token by token and all others, including the unfinished one, through cores; and
 cross patterns, which read only cores of the memory, weighted by the mean of the group's keys in place of a query.
 """

@@ -31,7 +31,7 @@ class Config:
     """Options.
 
     Attributes:
-        group: g >= 1, tokens that a core stands for.
+        group: g >= 1, tokens per core.
         window: s >= 0, latest tokens that are always read individually; with 0 even a group's last token reads its
             group through the core.
         pool: ``cca`` (weighted by a query), ``mean`` or ``max``.

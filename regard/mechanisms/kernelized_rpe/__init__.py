@@ -2,7 +2,7 @@ r"""Kernelized attention with relative positions: a product of feature maps time
 
 When to pick it: long sequences, or images, that need a learned bias for each relative position without a matrix of all
 pairs; training linear attention from scratch, which unit-norm queries and keys make stable.
-When not: exact recall of single tokens (features blur what they weigh), or relative terms that depend on the query.
+When not: exact recall of single tokens (random features blur the weights), or relative terms that depend on the query.
 
 Definition (Luo et al., arXiv 2106.12566, section 3), with b_{j-i} a number for each offset (key minus query):
 

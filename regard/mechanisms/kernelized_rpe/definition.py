@@ -110,7 +110,7 @@ def reference(
     log_temperature: Float[Tensor, " h"] | None = None,
     class_bias: Float[Tensor, " h"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     n, m = q.shape[2], k.shape[2]
     c, outside = offset_weights(call, q, offset_bias, grid_bias, class_bias)
     i, j = torch.arange(n, device=q.device), torch.arange(m, device=q.device)

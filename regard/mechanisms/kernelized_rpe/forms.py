@@ -237,7 +237,7 @@ def _by_blocks(
     causal: bool,
     memory: Float[Tensor, "b h f v"] | None = None,
 ) -> tuple[Float[Tensor, "b h n v"], Float[Tensor, "b h f v"] | None]:
-    """Weighted sums over near keys by pairs, and over far ones, which share a weight, by recurrence; and the new
+    """Weighted sums over near keys by pairs, and over far ones, which share a weight, by recurrence; also the new
     memory.
 
     Args:

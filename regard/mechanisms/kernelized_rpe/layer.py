@@ -45,7 +45,7 @@ def draw_features(
         return torch.randn(heads, features, dim, generator=generator)
     groups = math.ceil(features / dim)
     q, r = torch.linalg.qr(torch.randn(heads, groups, dim, dim, generator=generator))
-    directions = (q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]).mT  # uniform, whatever QR's signs
+    directions = (q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]).mT  # uniform, whichever signs QR chose
     norms = torch.randn(heads, features, dim, generator=generator).norm(dim=-1, keepdim=True)
     return norms * directions.flatten(1, 2)[:, :features]
 
@@ -91,7 +91,7 @@ class Offsets(Projection):
         return draw_features(features, self.head_dim, heads=heads, orthogonal=config.orthogonal, generator=generator)
 
     def redraw(self, generator: torch.Generator | None = None) -> None:
-        """Replace the random features by new ones."""
+        """Replace the random features with new ones."""
         if self.random_features is not None:
             self.random_features.copy_(self._draw(generator))
 
