@@ -14,7 +14,7 @@ and the loss `losses["span"]`, the mean of z / S over the heads.
 
 | paper | here |
 |---|---|
-| z, learned | `span`, one number per head, kept in [0, S]; a parameter of the layer |
+| z, learned | `span`, one number per head, kept in [0, S]; learned by the layer |
 | S, the longest span | `longest` |
 | R, 32 | `ramp` |
 | lambda / M sum z | `losses["span"]` times its weight in the model, usually 0.01 |

@@ -164,9 +164,9 @@ def silent_rows(weights: Float[Tensor, "b h n m"]) -> Int[Tensor, " h"]:
 class SilentRows:
     """Tracks the rows of attention weights that are all 0, on one batch that is measured repeatedly during training.
 
-    A single measurement cannot tell a dead row from one that does nothing by choice: both have evenly spread weights
-    and get no gradient. Over time they differ: a row that is silent in every measurement never had weights to learn
-    from, one that fell silent gave them up. In the first measurement of an untrained model, all silent rows are dead.
+    A single measurement cannot tell a dead row from one that does nothing by choice: both have evenly spread scores and
+    get no gradient. Over time they differ: a row that is silent in every measurement never had weights to learn from,
+    one that fell silent gave them up. In the first measurement of an untrained model, all silent rows are dead.
 
     Attributes:
         valid: whether each query of the batch counts, (B, N); all do when None. Queries that see no key are always

@@ -28,10 +28,9 @@ Causal, with all sums over tokens up to t, n_t = t tokens seen, and every C_t fi
 Layout: (B, H, N, D); no 1 / sqrt(d), so the default scale is 1. eps is added to vectors, as in the released code.
 Deviations: the causal normaliser sum e^{O^} is kept as its maximum and the sum relative to it (4 D + 2 numbers in
 addition to the matrix, instead of 4 D + 1), so that any clamp is safe. The causal form continues from a state and never
-stores a (D, V) matrix for each token. The released module drops 5 % of its output; the layer's dropout is 0 unless
-given.
-L and S count valid tokens of each row. The released clamp at 1 cuts about half of the O^ in self-attention; -10 to 10 is
-the released setting for reinforcement learning, None turns it off.
+stores a (D, V) matrix for each token. The released module drops 5 % of its output; the layer's dropout is 0 by default.
+L and S count valid tokens of each row. The released clamp at 1 cuts about half of the O^ in self-attention; -10 to 10
+is the released setting for reinforcement learning, None turns it off.
 """
 
 from __future__ import annotations
