@@ -1,9 +1,9 @@
 r"""Aaren: softmax attention whose query is learned, not computed from the token, which makes it an RNN with a small state.
 
-When to pick it: streams (sensors, events, control), where every token must be taken in at constant time and memory, and
-the question asked of the past is always the same. The state is a vector: 2 + V numbers a head.
-When not: looking something up. The query cannot depend on the token, so associative recall fails; see `softmax`,
-`gated_linear`, `delta_rule`.
+When to pick it: streams (sensors, events, control), where every token must be processed in constant time and memory,
+and the question asked of the past is always the same. The state is a vector of 2 + V numbers per head.
+When not: retrieval. The query cannot depend on the token, so associative recall fails; see `softmax`, `gated_linear`,
+`delta_rule`.
 
 Definition (Feng et al., arXiv 2405.13956, sections 3.1-3.3), for one head with query q, scores s_i = tau <q, k_i>:
 
@@ -19,18 +19,18 @@ All prefixes come from one associative scan over (m, u, w): :mod:`regard.engines
 | tau = d^-0.5 | `scale` |
 | (m, c, a), in the scan (m, u, w) | `ScanState.m`, `.u`, `.w`, with G groups of H / G queries |
 
-Layout: q (H, D), k and v (B, G, M, D) with G a divisor of H. No input has the queries' axis, so `slots`, a tensor (B, N)
-whose values are not read, says how many outputs are wanted. Without it: one a key in self patterns, one in all in cross
-patterns. Outputs (B, H, N, V): causal-self has the N last prefixes (bottom-right); the other patterns pool all keys, and
-each of the N outputs is the same.
-Several query tokens that read the same keys and values are heads that share them: `query_tokens=R` in the layer makes
-H = R G queries from R tokens and one W_q, and wants `num_kv_heads` = H / R.
-Deviations: `forget` multiplies the weights of earlier tokens by lambda at each token (order then matters, in memory too);
-`noncausal="bidirectional"` gives each position its prefix and its suffix, which the layer projects back to V features.
-Rotary positions are refused: they are relative to a query that has no position.
-Queries that depend on the position, but not on the token, are left out: each position would need a scan of its own over
-all earlier tokens, and the state every key. That is `softmax` with queries made of positions. So are gated recurrences
-like minGRU, which weigh tokens by gates instead of a query's scores: another mechanism.
+Layout: q (H, D), k and v (B, G, M, D) with G a divisor of H. No input has a query axis, so the number of outputs is the
+length of `slots`, a tensor (B, N) whose values are not read. Without it there is one output per key in self patterns,
+and a single one in cross patterns. Outputs (B, H, N, V): causal-self returns the last N prefixes (bottom-right
+aligned); the other patterns pool all keys, so all N outputs are the same.
+Several query tokens that read the same keys and values are heads that share them: `query_tokens=R` in the layer makes H
+= R G queries from R tokens and one W_q, and requires `num_kv_heads` = H / R.
+Deviations: `forget` multiplies the weights of earlier tokens by lambda at each token (so order matters, in memory as
+well); `noncausal="bidirectional"` gives each position the outputs of its prefix and its suffix, which the layer
+projects back to V features. Rotary positions are refused: they are relative to a query that has no position.
+Left out: queries that depend on the position but not on the token, for which each position would need its own scan over
+all earlier tokens, and the state would hold every key (use `softmax` with queries computed from positions); and gated
+recurrences like minGRU, which weight tokens by gates instead of a query's scores and are a different mechanism.
 """
 
 from __future__ import annotations
@@ -78,11 +78,12 @@ class Config:
 
     Attributes:
         forget: lambda in (0, 1], multiplies the weights of all earlier tokens at each token; 1 forgets nothing.
-        query_tokens: learned query tokens a layer, >= 1; more than one needs as many heads to each key/value head.
-        noncausal: what noncausal-self gives each position: ``last`` (the softmax over all tokens, the same everywhere)
-            or ``bidirectional`` (its prefix and its suffix, side by side: 2 V features).
-        scan: ``exact``, or ``global_shift``: two cumulative sums relative to the largest score, which lose early
-            prefixes where scores range over more than 87 (float32) or 700 (float64); without `forget`.
+        query_tokens: learned query tokens per layer, >= 1; if more than one, each key/value head must serve as many
+            heads.
+        noncausal: the output of each position in noncausal-self: ``last`` (the softmax over all tokens, the same
+            everywhere) or ``bidirectional`` (its prefix and its suffix, side by side: 2 V features).
+        scan: ``exact``, or ``global_shift``: two cumulative sums relative to the largest score, which underflow in
+            early prefixes where scores span more than 87 (float32) or 700 (float64); not with `forget`.
     """
 
     forget: float = 1.0
@@ -109,7 +110,7 @@ def reference(
     v: Float[Tensor, "b g m v"],
     slots: Shaped[Tensor, "b n"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """The definition: softmax over each prefix, one query row for all."""
+    """The definition: softmax over each prefix, with one query shared by all positions."""
     config: Config = call.config
     groups = q.shape[0] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -139,7 +140,7 @@ def parallel(
     v: Float[Tensor, "b g m v"],
     slots: Shaped[Tensor, "b n"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """Whole sequences: prefixes in causal-self, else one softmax over the keys."""
+    """Whole sequences: softmax over each prefix (each prefix and suffix if bidirectional), or over all keys."""
     if call.pattern is Pattern.CAUSAL_SELF:
         return chunked(call, q, k, v, slots).output
     if _bidirectional(call):
@@ -157,7 +158,7 @@ def chunked(
     v: Float[Tensor, "b g m v"],
     slots: Shaped[Tensor, "b n"] | None = None,
 ) -> Result:
-    """Causal-self with state in and out: chunks scanned with a carry. Also the step."""
+    """Causal-self from state to state: chunks are scanned with a carry. Also the step."""
     output, carry = _prefixes(call, q, k, v)
     n, m = _outputs(call, slots, k), k.shape[2]
     if n != m or call.lengths is not call.memory_lengths:
@@ -166,13 +167,13 @@ def chunked(
 
 
 def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], q: Float[Tensor, "h d"]) -> ScanState:
-    """Memory into (m, u, w); more may follow."""
+    """Absorb memory into (m, u, w); may be called repeatedly."""
     carry = scan.absorb(_scores(call, q, k), v, state=_carry(call), log_decay=_log_decay(call, k))
     return ScanState(*carry, length_after(call, k))
 
 
 def read(call: Call, q: Float[Tensor, "h d"], slots: Shaped[Tensor, "b n"] | None = None) -> Result:
-    """The memory's softmax for each query position."""
+    """Return the softmax over the absorbed memory, repeated for each query position."""
     return Result(_repeat(call.state, 1 if slots is None else slots.shape[1]).to(q.dtype), call.state)
 
 
@@ -230,7 +231,7 @@ class LearnedQuery(Projection):
     """Learned query tokens and their projection W_q, the same at all positions.
 
     Args:
-        spec: of the layer; its config's `query_tokens` R share one W_q (dim -> H / R heads).
+        spec: the layer's specification; the R = `query_tokens` tokens share one W_q (dim -> H / R heads).
     """
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -257,7 +258,7 @@ class LearnedQuery(Projection):
 
 
 class JoinDirections(Merge):
-    """Prefix and suffix of each position, (B, H, N, 2 V), back to (B, H, N, V); nothing to do elsewhere."""
+    """Projects the prefix and suffix of each position, (B, H, N, 2 V), back to (B, H, N, V); else does nothing."""
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
@@ -309,7 +310,7 @@ def cost(shape: Shape, config: Any) -> Cost:
 
 
 def combines(config: Config) -> str:
-    """A running softmax, whose states would have to tell how much was forgotten."""
+    """How states combine: as running softmaxes, but not with `forget`, whose decay states do not record."""
     return "" if config.forget < 1 else "softmax"
 
 

@@ -16,13 +16,13 @@ softmax for each slot: :mod:`regard.engines.softmax_scan`.
 |---|---|
 | n slots (CAB: c = 16 landmarks) | c; `slots` of a layer |
 | W_phi, control vectors phi | `slots_k` (D, c), `slots_v` (V, c): shared by all heads of a layer |
-| K~, V~ | `SlotState`: for each slot the largest score so far, the sum of exponentials and that times vectors |
+| K~, V~ | `SlotState`: for each slot the largest score so far, the sums of exponentials and of exponentials times vectors |
 
 Layout: q (B, H, N, D), k and v (B, G, M, D). In cross patterns queries see all of the memory, which may stream in.
-Deviations: keys and values have control vectors of their own, as in the benchmark's code. That code does not accumulate over
-the past in causal attention (only the current token's share of each slot enters), so its results there are not comparable.
-Dropout is applied to the layer's output. The paper's other controls (windows, clusters, Linformer) are mechanisms of
-their own.
+Deviations: keys and values have separate control vectors, as in the benchmark's code. That code does not accumulate
+over the past in causal attention (only the current token's share of each slot enters), so its results there are not
+comparable. Dropout is applied to the layer's output. The paper's other controls (windows, clusters, Linformer) are
+separate mechanisms.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 BLOCK = 256
-"""Tokens whose slots, c vectors each, exist at the same time in a causal pass."""
+"""Tokens per block of a causal pass: the slots of a block, c vectors per token, are in memory at the same time."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Config:
     """Options.
 
     Attributes:
-        slots: c of a layer, >= 1; a function takes it from the shapes of `slots_k` and `slots_v`.
+        slots: c of a layer, >= 1; functions take it from the shapes of `slots_k` and `slots_v`.
     """
 
     slots: int = 16
@@ -83,7 +83,7 @@ class Config:
 
 @dataclass(frozen=True)
 class SlotState(State):
-    """Both running softmaxes, in at least float32, and the tokens in them."""
+    """The running softmaxes over keys and values, in at least float32, and the number of tokens in them."""
 
     key_m: Float[Tensor, "b g c"] = state_field(fill=-torch.inf)
     key_u: Float[Tensor, "b g c"] = state_field()
@@ -95,7 +95,7 @@ class SlotState(State):
 
     @property
     def keys(self) -> Carry:
-        """The running softmax over keys, as the engine takes it."""
+        """The running softmax over keys, in the engine's form."""
         return Carry(self.key_m, self.key_u, self.key_w)
 
     @property
@@ -133,7 +133,7 @@ def parallel(
     slots_k: Float[Tensor, "d c"],
     slots_v: Float[Tensor, "v c"],
 ) -> Float[Tensor, "b h n v"]:
-    """Noncausal: the slots first. Causal: the chunked form."""
+    """Noncausal patterns fill the slots, then read them; causal-self uses the chunked form."""
     if call.pattern is Pattern.CAUSAL_SELF:
         return chunked(call, q, k, v, slots_k, slots_v).output
     return read(call.replace(state=absorb(call.replace(state=None), k, v, slots_k, slots_v)), q).output
@@ -147,7 +147,7 @@ def chunked(
     slots_k: Float[Tensor, "d c"],
     slots_v: Float[Tensor, "v c"],
 ) -> Result:
-    """Causal-self with state in and out. Also the step."""
+    """Causal-self from state to state. Also the step."""
     state: SlotState | None = call.state
     n, m, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     aligned = n == m and call.lengths is call.memory_lengths
@@ -165,7 +165,7 @@ def chunked(
     )
     if not aligned:
         output = take_queries(output, n, call.lengths, call.memory_lengths)
-    values = Carry(*(x[:, ::groups] for x in values))  # heads of a group have written the same
+    values = Carry(*(x[:, ::groups] for x in values))  # all heads of a group hold the same
     return Result(output.to(v.dtype), SlotState(*keys, *values, length_after(call, k)))
 
 
@@ -176,7 +176,7 @@ def absorb(
     slots_k: Float[Tensor, "d c"],
     slots_v: Float[Tensor, "v c"],
 ) -> SlotState:
-    """Memory into the slots; more may follow, in any order."""
+    """Absorb memory into the slots; may be called repeatedly, in any order."""
     state: SlotState | None = call.state
     keys = scan.absorb(_scores(call, k, slots_k), k, state=None if state is None else state.keys)
     values = scan.absorb(_scores(call, v, slots_v), v, state=None if state is None else state.values)
@@ -189,7 +189,7 @@ def read(
     slots_k: Float[Tensor, "d c"] | None = None,
     slots_v: Float[Tensor, "v c"] | None = None,
 ) -> Result:
-    """Queries on the slots; the control vectors play no part any more."""
+    """Attend to the slots; the control vectors are no longer needed."""
     state: SlotState = call.state
     keys = scan.normalized(state.key_u, state.key_w)
     values = scan.normalized(state.value_u, state.value_w)
@@ -205,7 +205,7 @@ def read(
 def _shares(
     call: Call, q: Float[Tensor, "b h m d"], k: Float[Tensor, "b g m d"], slots_k: Float[Tensor, "d c"]
 ) -> tuple[Float[Tensor, "b h m c"], Carry]:
-    """Weights of the slots for a query beside each key, block by block, and the keys' softmax after the last token."""
+    """Slot weights for the query aligned with each key, block by block, and the keys' running softmax at the end."""
     scores, groups = _scores(call, k, slots_k), k.shape[1]
     carry = scan.empty_carry(scores, k) if call.state is None else call.state.keys
     found = []
@@ -225,7 +225,7 @@ def _shares(
 
 
 def _scores(call: Call, x: Float[Tensor, "b g m d"], slots: Float[Tensor, "d c"]) -> Float[Tensor, "b g m c"]:
-    """Logarithms of the weights with which tokens enter the slots; -inf at padding."""
+    """Log weights with which tokens enter the slots; -inf at padding."""
     with without_autocast(x.device):
         scores = _float(x) @ _float(slots)
     valid = call.valid_keys(x.shape[2])
@@ -240,7 +240,7 @@ class SlotControl(Projection):
     """Gives the heads of a layer the control vectors of its slots.
 
     Args:
-        spec: of the layer.
+        spec: the layer's specification.
     """
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -265,7 +265,7 @@ def sample_inputs(
     config: Config,
     sizes: dict[str, int] | None = None,
 ) -> Tensors:
-    """Normal inputs for tests, with as many slots as the option says."""
+    """Normal inputs for tests, with the configured number of slots."""
     widths = {"h": 2, "g": 2, "d": 8, "v": 6, **(sizes or {})}
     shapes = attention_shapes(batch, n, m, widths) | {
         "slots_k": (widths["d"], config.slots),

@@ -1,15 +1,15 @@
-r"""Activator: a gated feed-forward network with norms inside, in the place of attention. As published it mixes no tokens.
+r"""Activator: a gated feed-forward network with norms inside, in place of attention. As published it mixes no tokens.
 
-When to pick it: as the control that shows how much of a score comes from mixing tokens at all: with it a vision transformer
-is a bag of patches, which meet in the last mean alone. With ``mixing="convolution"`` or ``"shift"``, a cheap mixer of
-neighbours.
-When not: as published, whenever the relation of two tokens matters: which comes first cannot be told from the output.
+When to pick it: as a control that shows how much of a model's score comes from mixing tokens at all: with it a vision
+transformer is a bag of patches that meet only in the final mean. With ``mixing="convolution"`` or ``"shift"`` it is a
+cheap mixer of neighbouring tokens.
+When not: as published, whenever relations between tokens matter: the output cannot tell which token comes first.
 
 Definition (Abdullah & Aydin, Activator, arXiv 2405.15953), for each token alone:
 
     u = LN(gelu(W_1 x + b_1)),   v = LN(W_2 x + b_2),   y = W_3 (u * v) + b_3
 
-with one norm, of the hidden width, in both places. On the way of u the activation comes before the norm.
+with one norm, over the hidden width, in both places. In u the activation comes before the norm.
 
 | paper | here |
 |---|---|
@@ -18,15 +18,15 @@ with one norm, of the hidden width, in both places. On the way of u the activati
 | hidden_dim | `hidden` (F) |
 | (a repair, not the paper's) | `mixing`, before the rest; `filter` (C, taps), `filter_bias` |
 
-Layout: tokens (B, N, C); every pattern of one sequence is the same map, and as published there is nothing to keep between
-tokens. `mixing` puts in the place of x a depthwise convolution of 3 taps an axis, or a shift: of the channels, in order, a
-part stays, and a part comes from each neighbour (before and after; on a `grid` along each axis; in causal-self the token
-before). Both see zeros beyond the ends and in the places of masked tokens on a grid. In causal-self the convolution looks
-back only, and the state is the last inputs that it needs.
-Deviations: `mixing`, which is not the paper's, and `glu`, `norm` and separate norms as ablations. The convolution of a layer
-starts as the identity, which is the published unit. The norm before the unit, which in the official block is the same module
-as that before the feed-forward network, belongs to the block (`regard.models.vision.mixer`). As a function, a norm that is
-not given is left out.
+Layout: tokens (B, N, C); as published, both self patterns are the same map and there is no state to keep between
+tokens. `mixing` replaces x by a depthwise convolution with 3 taps per axis, or by a shift: the channels are divided in
+order into equal parts, of which one stays and one comes from each neighbour (before and after; on a `grid` along each
+axis; in causal-self only the previous token). Both see zeros beyond the ends and at masked places of a grid. In
+causal-self the convolution only looks back, and the state is the last inputs that it needs.
+Deviations: `mixing`, which is not in the paper; `glu`, `norm` and separate norms, as ablations. A layer's convolution
+is initialised to the identity, which gives the published unit. The norm before the unit, which the official block
+shares with its feed-forward network, belongs to the block (`regard.models.vision.mixer`). The function omits norms that
+it is not given.
 """
 
 from __future__ import annotations
@@ -70,15 +70,15 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 EPS = 1e-5
-"""Of the norms inside."""
+"""Epsilon of the layer norms."""
 
 GLUS: dict[str, Callable[[Tensor], Tensor]] = {"geglu": F.gelu, "swiglu": F.silu, "reglu": F.relu}
 NORMS = ("shared", "separate", "none")
 REACH = {"none": 0, "shift": 1, "convolution": 2}
-"""Tokens that the causal form of each mixing keeps."""
+"""Past tokens that the causal form of each mixing keeps in its state."""
 
 SIDE = 3
-"""Taps an axis of a layer's convolution."""
+"""Taps per axis of a layer's convolution."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,11 @@ class Config:
     """Options. Functions use `glu` and `mixing`, and the weights that they are given.
 
     Attributes:
-        hidden: F, the width inside, >= 1; twice the channels when None, as published.
+        hidden: F, the hidden width, >= 1; twice the channels when None, as published.
         glu: activation of the gate: ``geglu``, ``swiglu`` or ``reglu``.
-        norm: of the layer: ``shared`` by both factors, ``separate``, or ``none``.
-        mixing: of tokens, before everything else: ``none`` as published, ``convolution`` or ``shift``.
+        norm: the layer's norms: ``shared`` by both factors, ``separate``, or ``none``.
+        mixing: how neighbouring tokens mix, before everything else: ``none`` as published, ``convolution`` or
+            ``shift``.
     """
 
     hidden: int | None = None
@@ -108,7 +109,7 @@ class Config:
         return 2 * width if self.hidden is None else self.hidden
 
     def shapes(self, width: int, axes: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the weights by their names, for `width` channels and a filter on grids of so many axes."""
+        """Shapes of the weights by name, for `width` channels; a filter is for grids of `axes` axes."""
         hidden = self.hidden_of(width)
         found: dict[str, tuple[int, ...]] = {"gate": (hidden, width), "gate_bias": (hidden,)}
         found |= {"value": (hidden, width), "value_bias": (hidden,), "down": (width, hidden), "down_bias": (width,)}
@@ -121,7 +122,7 @@ class Config:
 
 @dataclass(frozen=True)
 class RecentTokens(State):
-    """The last inputs, zeros before the first, that the mixing of the next token needs; none as published."""
+    """The last inputs, needed to mix the next token, with zeros before the first; empty without `mixing`."""
 
     inputs: Float[Tensor, "b reach d"] = state_field()
     length: Int[Tensor, " b"] = state_field()
@@ -143,7 +144,7 @@ def reference(
     filter: Float[Tensor, "d w"] | None = None,
     filter_bias: Float[Tensor, " d"] | None = None,
 ) -> Float[Tensor, "b n d"]:
-    """The definition, the mixing as a sum over the taps of the shifted sequence or grid."""
+    """The definition, with mixing as a sum over taps of shifted copies of the sequence or grid."""
     taps = _taps(call, x, filter, filter_bias)
     if taps is not None:
         sides = (x.shape[1],) if call.grid is None else tuple(call.grid)
@@ -175,7 +176,7 @@ def parallel(call: Call, x: Float[Tensor, "b n d"], **weights: Tensor) -> Float[
 
 
 def chunked(call: Call, x: Float[Tensor, "b n d"], **weights: Tensor) -> Result:
-    """Causal-self from a state; tokens are computed at once, however many there are."""
+    """Causal-self from a state; all new tokens are computed at once."""
     filter, bias = weights.pop("filter", None), weights.pop("filter_bias", None)
     taps, mixed = _taps(call, x, filter, bias), wide(x)
     state: RecentTokens | None = call.state
@@ -221,7 +222,7 @@ def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 
 def _taps(call: Call, x: Tensor, filter: Tensor | None, bias: Tensor | None) -> Float[Tensor, "d w"] | None:
-    """The filter by which tokens mix; raises Unsupported where the weights are not those of the mixing."""
+    """The filter that mixes tokens, if there is one; raises Unsupported if the weights do not fit `mixing`."""
     mixing = call.config.mixing
     if (mixing == "convolution") != (filter is not None) or (bias is not None and filter is None):
         given = " and ".join(name for name, w in (("filter", filter), ("filter_bias", bias)) if w is not None)
@@ -239,7 +240,7 @@ def _taps(call: Call, x: Tensor, filter: Tensor | None, bias: Tensor | None) -> 
 
 
 def shift(x: Float[Tensor, "b n d"], axes: int, causal: bool) -> Float[Tensor, "d w"]:
-    """The shift as a filter: a tap of one for each channel, of which an equal part stays and comes from each neighbour."""
+    """The shift as a one-hot filter per channel: equal parts of the channels stay or come from each neighbour."""
     side = 2 if causal else 3
     strides = [0, -1] if causal else [0, *(sign * 3**axis for axis in range(axes) for sign in (-1, 1))]
     taps = torch.tensor([side**axes // 2 + stride for stride in strides], device=x.device)
@@ -249,7 +250,7 @@ def shift(x: Float[Tensor, "b n d"], axes: int, causal: bool) -> Float[Tensor, "
 
 
 def _side(call: Call, taps: Float[Tensor, "d w"]) -> int:
-    """Taps an axis; raises Unsupported for a filter that has no centre, or not as many for each axis."""
+    """Taps per axis; raises Unsupported for a filter without a centre, or with unequal numbers of taps per axis."""
     axes = 1 if call.grid is None else len(call.grid)
     side = round(taps.shape[1] ** (1 / axes))
     if side < 1 or side**axes != taps.shape[1] or (side % 2 == 0 and not call.pattern.causal):
@@ -258,7 +259,7 @@ def _side(call: Call, taps: Float[Tensor, "d w"]) -> int:
 
 
 def _convolve(call: Call, x: Float[Tensor, "b n d"], taps: Tensor, bias: Tensor | None) -> Float[Tensor, "b n d"]:
-    """Depthwise and centred, on the grid of the call."""
+    """Centred depthwise convolution on the call's grid."""
     if x.numel() == 0:
         return x
     grid, side = tuple(call.grid or ()), _side(call, taps)
@@ -274,9 +275,9 @@ class ActivatorLayer(MixerLayer):
     Args:
         card: the mechanism.
         dim: width C of the input and output.
-        num_heads: accepted for the catalogue's sake.
-        pattern: noncausal-self or causal-self, which are the same map where no tokens mix.
-        axes: axes of the grids that a convolution is given, 1 for sequences; the other mixings take any.
+        num_heads: unused; accepted for a uniform signature.
+        pattern: noncausal-self or causal-self, which are the same map unless tokens mix.
+        axes: number of grid axes of the convolution, 1 for sequences; the other mixings take any grid.
         config: see :class:`Config`.
     """
 
@@ -300,7 +301,7 @@ class ActivatorLayer(MixerLayer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As torch initialises linear layers and norms; the convolution is the identity."""
+        """Initialise weights as torch does for linear layers and norms, and the convolution as the identity."""
         initialise_as_torch(self.weights)
         if "filter" in self.weights:
             centre = SIDE - 1 if self.pattern.causal else SIDE**self.axes // 2
@@ -320,7 +321,7 @@ class ActivatorLayer(MixerLayer):
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Cost of a sequence of tokens; the taps of a filter on a grid of two axes are not counted."""
+    """Cost of the gating unit; the filter's taps are not counted."""
     width = shape.heads * shape.dim_value
     hidden = config.hidden_of(width)
     each = 6.0 * hidden * width
@@ -333,7 +334,7 @@ def cost(shape: Shape, config: Config) -> Cost:
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
-    """Features of the tokens, and of the unit inside."""
+    """Width of the tokens and hidden width."""
     width = shape.heads * shape.dim_value
     return {"f": config.hidden_of(width), "d": width}
 

@@ -1,11 +1,11 @@
 r"""Adaptive span: each head learns how far back it looks, and a loss makes it look no farther than it needs.
 
-When to pick it: language models on long text, in which most heads need little: what lies beyond the longest span of a layer is
-not computed, and the cache has a fixed size. To find out how far heads look.
-When not: lookups at any distance (`softmax`), windows that are known beforehand (`local`, without anything to learn).
+When to pick it: language models on long text, where most heads need little context: nothing beyond the longest span of
+a layer is computed, and the cache has a fixed size. Also to find out how far heads look.
+When not: lookups at any distance (`softmax`), windows that are known in advance (`local`, which has nothing to learn).
 
-Definition (Sukhbaatar et al., arXiv 1905.07799, equations 3 to 5; survey arXiv 2103.14636, B6), x = |i - j| the distance of two
-tokens, z the span of a head, R the width of the ramp:
+Definition (Sukhbaatar et al., arXiv 1905.07799, equations 3 to 5; survey arXiv 2103.14636, B6), x = |i - j| the
+distance between two tokens, z the span of a head, R the width of the ramp:
 
     m_z(x) = clamp((R + z - x) / R, 0, 1)
     a_ij = m_z(x) exp(s_ij) / sum_l m_z(|i - l|) exp(s_il),   o_i = sum_j a_ij v_j,   j <= i when causal
@@ -14,21 +14,21 @@ and the loss `losses["span"]`, the mean of z / S over the heads.
 
 | paper | here |
 |---|---|
-| z, learned | `span`, one number a head, kept in [0, S]; of a layer |
+| z, learned | `span`, one number per head, kept in [0, S]; learned by the layer |
 | S, the longest span | `longest` |
 | R, 32 | `ramp` |
-| lambda / M sum z | `losses["span"]` times its weight in a model, 0.01 as a rule |
+| lambda / M sum z | `losses["span"]` times its weight in the model, usually 0.01 |
 
-m is a bias log m of the scores, which a position scheme may have others beside: keys that are S + R or farther away are
-never seen. With z >= N - 1 it is softmax attention; with z = w and a ramp of 1 it is a window of w + 1 keys.
+m acts as a bias log m on the scores, to which a position scheme may add its own; keys at a distance of S + R or more
+are never seen. With z >= N - 1 it is softmax attention; with z = w and a ramp of 1 it is a window of w + 1 keys.
 
 Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). Distances count valid tokens. A query that
 sees no key gives 0.
-State: the last S + R - 1 keys; its size never changes. What a call computes reaches as far as the longest of its spans.
-Deviations: the layer keeps z in [0, S] in the forward pass and lets gradients pass there. The paper's code clips the parameter
-after each step, and hides what is S or farther away; here the ramp goes on behind a span of S. Noncausal self, which is not
-in the paper, looks as far ahead as back. A bias tensor of pairs (not a position bias) is refused with a state, whose keys
-its columns could not name.
+State: the last S + R - 1 keys, a fixed size. A call computes scores only as far away as the longest of its spans.
+Deviations: the layer clamps z to [0, S] in the forward pass and lets gradients pass through the clamp. The paper's code
+clips the parameter after each step, and hides keys at a distance of S or more; here the ramp continues beyond a span of
+S. Noncausal self, which is not in the paper, looks as far ahead as back. A pairwise bias tensor (not a position bias)
+is refused with a state, since its columns could not be matched to the cached keys.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ class Config:
     """Options.
 
     Attributes:
-        longest: S, ranks that a span may have, >= 1.
-        ramp: R, ranks over which weights fall to 0 behind the span, >= 1.
-        initial: span of a layer's heads at the start, as a share of S, 0 to 1.
+        longest: S, the longest span in tokens, >= 1.
+        ramp: R, tokens over which weights fall to 0 beyond the span, >= 1.
+        initial: initial span of a layer's heads, as a fraction of S, 0 to 1.
     """
 
     longest: int = 256
@@ -90,7 +90,7 @@ class Config:
 
     @property
     def cached(self) -> int:
-        """Keys that the token after a sequence may reach."""
+        """Number of past keys that the next token can reach."""
         return self.longest + self.ramp - 1
 
 
@@ -101,7 +101,7 @@ def reference(
     v: Float[Tensor, "b g m v"],
     span: Float[Tensor, " h"],
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     config: Config = call.config
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     distance = (where.queries[:, :, None] - where.keys[:, None, :]).abs()[:, None]
@@ -126,7 +126,7 @@ def parallel(
     span: Float[Tensor, " h"],
 ) -> Result:
     """Softmax attention in a window as wide as the longest span, with log m added to the scores: its time grows with
-    that span, and no N x M matrix is made. The span loss comes with it."""
+    that span, and no N x M matrix is made. The result includes the span loss."""
     return _with_loss(call, span, attention_forms.parallel(call, q, k, v, **_within(call, span)))
 
 
@@ -151,7 +151,7 @@ def _with_loss(call: Call, span: Float[Tensor, " h"], result: Result) -> Result:
 
 
 def _within(call: Call, span: Float[Tensor, " h"]) -> dict[str, Any]:
-    """What of attention differs: how far queries see, and log m beside the position bias of the call."""
+    """Options for the attention engine: how far queries see, and log m added to the call's position bias."""
     config: Config = call.config
     z = wide(span).clamp(0, config.longest)
     reach = config.cached
@@ -164,7 +164,7 @@ def _within(call: Call, span: Float[Tensor, " h"]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _LogRamp:
-    """log m of distances (...), for each head: -inf where m is 0."""
+    """log m at distances (...), for each head; -inf where m is 0."""
 
     span: Float[Tensor, " h"]
     ramp: int
@@ -176,7 +176,7 @@ class _LogRamp:
 
 
 def _beside(given: PositionBias | None, ramp: _LogRamp) -> PositionBias:
-    """The sum of a position bias and the ramp; by distance alone where both are."""
+    """The sum of a position bias and the ramp; a function of distance alone if both are."""
     if given is None:
         return DistanceBias(ramp)
     if isinstance(given, DistanceBias):
@@ -191,10 +191,10 @@ def _pairs(call: Call, where: Ranks, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 
 class Spans(Projection):
-    """Gives the heads of a layer the spans that it learns.
+    """Gives the heads of a layer their learned spans.
 
     Args:
-        spec: of the layer.
+        spec: the layer's specification.
     """
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -204,7 +204,7 @@ class Spans(Projection):
         self.share = nn.Parameter(torch.full((spec.heads,), float(config.initial)))
 
     def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
-        kept = self.share + (self.share.clamp(0, 1) - self.share).detach()  # gradients pass the borders
+        kept = self.share + (self.share.clamp(0, 1) - self.share).detach()  # straight-through: gradients pass the clamp
         return heads | {"span": self.longest * kept}
 
 
@@ -228,7 +228,7 @@ def sample_inputs(
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Cost with spans at their longest."""
+    """Cost with all spans at their longest."""
     near = attention_cost(shape, config.cached + 1)
     width = shape.dim_key + shape.dim_value
     return Cost(

@@ -1,18 +1,18 @@
 r"""BigBird: blocks of queries see their neighbours, the first and the last block, and a few blocks at random.
 
-When to pick it: encoders of long documents, above all where a trained softmax model is to be carried over; any two
-tokens are connected within two layers, and time is linear in N.
+When to pick it: encoders of long documents, especially to convert a trained softmax model; any two tokens are connected
+within two layers, and time is linear in N.
 When not: generation (it looks ahead), cross attention, exact recall from anywhere in one layer (`softmax`), sequences
-shorter than a dozen blocks, on which it is full attention.
+shorter than a dozen blocks, for which it is full attention.
 
-Definition (Zaheer et al., arXiv 2007.14062, section 2 and appendix D; survey arXiv 2103.14636, B3). Let beta and gamma
-be the blocks of query and key, of b tokens each, n of them in a row, the last one of what is left. Softmax attention over
-the pairs with
+Definition (Zaheer et al., arXiv 2007.14062, section 2 and appendix D; survey arXiv 2103.14636, B3). Tokens are divided
+into blocks of b, of which the last may be shorter. With beta and gamma the blocks of query and key, it is softmax
+attention over the pairs with
 
     beta or gamma among the first g_1 or the last g_2 blocks, or |beta - gamma| <= w, or gamma in R(beta),
 
-R(beta) being r blocks drawn without replacement from those that beta does not see otherwise. A row of fewer than
-(1 + 2w + g_1 + g_2 + 2r) b tokens has full attention.
+where R(beta) is r blocks drawn without replacement from those that beta does not otherwise see. Full attention is used
+in rows of fewer than (1 + 2w + g_1 + g_2 + 2r) b tokens.
 
 | paper | here |
 |---|---|
@@ -20,18 +20,18 @@ R(beta) being r blocks drawn without replacement from those that beta does not s
 | r, random blocks | `random_blocks`, 3 |
 | w, window (3 blocks in all) | `neighbours`, 1: blocks on either side |
 | g, global blocks of the internal construction (ITC) | `first_blocks` and `last_blocks`, 1 and 1 |
-| extra global tokens (ETC) | tokens of the user's at the front, `first_blocks` to hold them, `last_blocks=0` |
+| extra global tokens (ETC) | the user's own tokens at the front, enough `first_blocks` to hold them, `last_blocks=0` |
 | 1 / sqrt(d) | `scale` |
 
-R is drawn for each head from `seed` and the number of blocks of the row, so that a padded row has the blocks that it has
-alone. Layers of a stack should have different seeds.
+R is drawn for each head from `seed` and the number of blocks of the row, so that a padded row draws the same blocks as
+it does alone. The layers of a stack should have different seeds.
 
 Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). Blocks count valid tokens. A query that sees
 no key gives 0.
-Deviations: in transformers' code (5.24) R is the first block, r times over, whenever the model does not train, and a
-block seen twice counts twice; here a block counts once, and R is the same in training and after. A causal form does not
-exist: the last block and random later ones are seen by all. PyTorch's backend computes hidden blocks too, a block of
-queries at a time.
+Deviations: in the code of transformers (5.24) R is the first block, r times over, whenever the model is not training,
+and a block seen twice counts twice; here a block counts once, and R is the same in training and inference. There is no
+causal form: all queries see the last block, and random blocks may be later ones. PyTorch's backend computes hidden
+blocks too, a block of queries at a time.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ class Config:
     """Options.
 
     Attributes:
-        block: b, tokens a block, >= 1.
+        block: b, tokens per block, >= 1.
         neighbours: w, blocks seen on either side, >= 0.
         random_blocks: r, blocks drawn for each head and block of queries, >= 0.
-        first_blocks: g_1, >= 0: the first so many blocks see and are seen by all.
-        last_blocks: g_2, >= 0: likewise the last.
-        seed: of the draws.
+        first_blocks: g_1, >= 0: this many blocks at the start see, and are seen by, all blocks.
+        last_blocks: g_2, >= 0: likewise at the end.
+        seed: seed of the draws.
     """
 
     block: int = 64
@@ -89,7 +89,7 @@ class Config:
 
     @property
     def shortest(self) -> int:
-        """Tokens from which on a row has fewer than all pairs."""
+        """Number of tokens from which a row has hidden pairs."""
         seen = 1 + 2 * self.neighbours + self.first_blocks + self.last_blocks
         return (seen + 2 * self.random_blocks) * self.block
 
@@ -97,7 +97,7 @@ class Config:
 def reference(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n v"]
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     blocks = _blocks(call, q)
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     visible, bias = masked_scores_bias(where, Visibility(), call.bias, call.position_bias, blocks, q.dtype)
@@ -107,12 +107,12 @@ def reference(
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n v"]
 ) -> Result:
-    """Softmax attention under a mask of blocks; a kernel that skips hidden blocks takes time in proportion to N."""
+    """Softmax attention under a mask of blocks; a kernel that skips hidden blocks takes time proportional to N."""
     return attention_forms.parallel(call, q, k, v, visibility=Visibility(), blocks=_blocks(call, q))
 
 
 def _blocks(call: Call, q: Tensor) -> BlockMask | None:
-    """The layout of each row; None where no row can have fewer than all pairs."""
+    """The block layout of each row; None if every row is too short to have hidden pairs."""
     _, heads, n, _ = q.shape
     config: Config = call.config
     if n < config.shortest:
@@ -124,7 +124,7 @@ def _blocks(call: Call, q: Tensor) -> BlockMask | None:
 def visible_blocks(
     config: Config, lengths: Int[Tensor, " b"], count: int, heads: int
 ) -> Bool[Tensor, "b #h blocks blocks"]:
-    """Blocks of keys that each block of queries sees, in rows of `lengths` tokens on an axis of `count` blocks."""
+    """Blocks of keys that each block of queries sees, in rows of `lengths` tokens, padded to `count` blocks."""
     blocks = (-(-lengths // config.block))[:, None, None]
     beta = torch.arange(count, device=lengths.device)[:, None]
     gamma = beta.T
@@ -137,7 +137,7 @@ def visible_blocks(
     if config.random_blocks == 0:
         return seen
     head = torch.arange(heads, device=lengths.device)[:, None, None]
-    # a second round with the number of blocks, so that rows of different lengths are drawn differently
+    # the number of blocks is hashed too, so that rows of different lengths are drawn differently
     draws = _hash(_hash(_hash(_hash(head + (config.seed & 0xFFFFFFFF)) + beta) + gamma) + blocks[:, None])
     draws = draws.masked_fill(seen | (gamma >= blocks)[:, None], 1 << 32)
     chosen = draws.argsort(dim=-1, stable=True)[..., : config.random_blocks]
@@ -146,7 +146,7 @@ def visible_blocks(
 
 
 def _hash(x: Int[Tensor, "*axes"]) -> Int[Tensor, "*axes"]:
-    """32 random-looking bits of an integer >= 0: draws that depend on nothing but their place."""
+    """Hash of an integer >= 0 to 32 random-looking bits: draws that depend on nothing but their position."""
     x = (x + 0x9E3779B9) & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
@@ -154,14 +154,14 @@ def _hash(x: Int[Tensor, "*axes"]) -> Int[Tensor, "*axes"]:
 
 
 def visible_pairs(config: Config, n: int) -> int:
-    """Pairs of query and key in a row of `n` tokens; with no global block at the end, up to the part of a block by which
-    the last one is short."""
+    """Number of visible pairs of query and key in a row of `n` tokens; random blocks count as full ones, although the
+    last block may be shorter if it is not global."""
     if n < config.shortest:
         return n * n
     size, count = config.block, math.ceil(n / config.block)
 
     def tokens(first: int, last: int) -> int:
-        """In the blocks first ... last - 1."""
+        """Number of tokens in the blocks first ... last - 1."""
         return max(0, min(last * size, n) - max(first, 0) * size)
 
     begin, end = config.first_blocks, count - config.last_blocks
@@ -174,7 +174,7 @@ def visible_pairs(config: Config, n: int) -> int:
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Hidden blocks are skipped. A step is not defined: its operations are those of a whole call."""
+    """Cost with hidden blocks skipped. There is no step: its operations are those of a whole call."""
     heads = shape.batch * shape.heads
     flops = 2.0 * heads * visible_pairs(config, shape.m) * shape.n / max(shape.m, 1) * (shape.dim_key + shape.dim_value)
     blocks = math.ceil(shape.m / config.block)

@@ -1,8 +1,8 @@
-r"""Bi-level routing attention: each region of an image reads the tokens of the few regions whose mean key it likes best.
+r"""Bi-level routing attention: each region of an image reads the few regions whose mean keys match its mean query best.
 
-When to pick it: images and other grids at high resolution, in which what matters may be anywhere; within the chosen regions
-it is dense attention.
-When not: tokens that come one by one, or no more regions than are chosen (`softmax` is the same then).
+When to pick it: high-resolution images and other grids, where what matters may be anywhere; within the chosen regions
+attention is dense.
+When not: tokens that arrive one by one, or no more regions than are chosen (it is then the same as `softmax`).
 
 Definition (Zhu et al., BiFormer, arXiv 2303.08810, equations 3-7), R_a the tokens of region a, C = m d for m heads of width d:
 
@@ -17,23 +17,24 @@ No gradient flows through the choice. A region need not choose itself.
 
 | paper | here |
 |---|---|
-| S regions a side | `windows`: ceil(side / S) places a region and side, so that there are at most S |
+| S regions per side | `windows`: a region has ceil(side / S) places per side, so there are at most S |
 | k | `top` |
 | Q^r, K^r, A^r, I^r | q', k', s and I, in at least float32; the same for all heads unless ``routing="head"`` |
-| the scale C^-1/2 | ``scale_by="dim"``: the call's scale, d^-1/2 unless it says another, divided by sqrt(m) |
+| the scale C^-1/2 | ``scale_by="dim"``: the call's scale, by default d^-1/2, divided by sqrt(m) |
 | LCE, 5 x 5 depthwise | `lce` of the layer: `merge.convolution`; without `grid` a sequence is a grid of one row |
 
 Layout: q (B, H, N, D), k and v (B, G, M, D), on the `grid` of the call, of any number of axes, row by row; without a grid
-regions are segments of a sequence. Regions that a side does not fill are smaller. On a grid invalid places stay where they
-are: they count in no mean and are no keys, and a region without a token is not chosen. Without one, padding is gathered
-away, and `windows` divides each row's own length. In cross patterns both sequences have regions, of their own sizes.
-Keys of the chosen regions are copied for each region of queries, k / S^2 of the pairs are scored, and nothing of size N x M
-is made; where no region is left out it is softmax attention to all keys, without copies. Where a quarter or more is read, native
-kernels read keys where they lie and pass over blocks of others.
-Deviations: the authors' older code pads x, before its projection, to a multiple of S, which adds keys; their newer code has
-regions of floor(side / S) places, so more than S a side (`region_size` says so), and pads with keys of zeros, which
-``padded_keys=True`` keeps. Sequences, cross patterns, routing by head and the forced own region are not in the paper; its
-pooled keys within regions and weights on the chosen ones, which no released model has, are not here.
+regions are segments of a sequence. The last regions of a side may be smaller. On a grid, invalid places stay where they
+are: they are left out of means and keys, and a region without a token is not chosen. Without a grid, padding is
+gathered away, and `windows` divides each row's own length. In cross patterns both sequences have regions, each with its
+own sizes. The keys of the chosen regions are copied for each region of queries, k / S^2 of the pairs are scored, and no
+N x M matrix is made; if no region is left out, it is softmax attention to all keys, without copies. If a quarter of the
+regions or more are read, native kernels read the keys in place and skip the blocks of other regions.
+Deviations: the authors' older code pads x to a multiple of S before the projection, which adds keys; their newer code
+has regions of floor(side / S) places, so possibly more than S per side (set `region_size` for this), and pads with zero
+keys, which ``padded_keys=True`` reproduces. Sequences, cross patterns, routing by head and the forced own region are
+not in the paper. Left out are the paper's pooling of keys within regions and its weights on the chosen regions, which
+no released model has.
 """
 
 from __future__ import annotations
@@ -76,18 +77,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """Options. `lce` and `lce_of` are the layer's.
+    """Options. `lce` and `lce_of` belong to the layer.
 
     Attributes:
-        windows: S >= 1, regions along each side, at most; 7 where `region_size` decides.
-        region_size: places of a region along each side (or one number for all sides); None where `windows` divides.
-        top: k >= 1, regions that a region reads.
+        windows: S >= 1, the largest number of regions along each side; must be 7 if `region_size` is given.
+        region_size: places of a region along each side (or one number for all sides); None to derive it from `windows`.
+        top: k >= 1, number of regions that each region reads.
         routing: ``shared``: all heads read the same regions; ``head``: each head chooses its own.
-        include_self: whether a region always reads itself, as one of the k; in noncausal-self.
-        scale_by: ``dim`` (all heads' width together, as the released weights have it) or ``head_dim``.
-        padded_keys: whether places of chosen regions that hold no token are keys of zeros, as in the authors' newer code.
+        include_self: whether a region always reads itself, as one of the k; noncausal-self only.
+        scale_by: the width in the scale: ``dim`` (all heads together, as in the released weights) or ``head_dim``.
+        padded_keys: whether empty places of chosen regions are zero keys, as in the authors' newer code.
         lce: side of the depthwise convolution, odd; 0 for none, None for 5 in noncausal-self and none in cross patterns.
-        lce_of: what it is of: ``value``, or ``input`` of the layer.
+        lce_of: what is convolved: ``value``, or ``input``, the layer's input.
     """
 
     windows: int = 7
@@ -124,7 +125,7 @@ class Config:
             raise Unsupported(f"lce={self.lce}", supported="an odd side, or 0 for none", nearest=f"lce={self.lce + 1}")
 
     def sizes(self, sides: tuple[int, ...]) -> tuple[int, ...]:
-        """Places of a region along each side of a grid; raises Unsupported for a grid of other axes than `region_size`."""
+        """Places of a region along each side; raises Unsupported if `region_size` does not fit the grid's axes."""
         if self.region_size is None:
             return tuple(max(-(-side // self.windows), 1) for side in sides)
         found = (self.region_size,) * len(sides) if isinstance(self.region_size, int) else self.region_size
@@ -172,7 +173,7 @@ def reference(
 
 
 def _regions_of(call: Call, n: int, valid: list[bool] | None) -> tuple[list[list[int]], int]:
-    """The tokens of each region that has any, and how many it has room for."""
+    """The tokens of each region that has any, and the number of places of a region."""
     sides = (n,) if call.grid is None else tuple(call.grid)
     sizes = call.config.sizes(sides)
     regions: dict[tuple[int, ...], list[int]] = {}
@@ -202,7 +203,7 @@ def _check(call: Call) -> None:
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Float[Tensor, "b h n v"]:
-    """The keys of the chosen regions, gathered for each region of queries."""
+    """Attention to the keys of the chosen regions, gathered for each region of queries."""
     config, scale = call.config, _scale(call, q.shape[1])
     _check(call)
     (batch, heads, n, _), m = q.shape, k.shape[2]
@@ -215,7 +216,7 @@ def parallel(
             if not by_head:
                 return _attend(call, q, k, v, own, others, scale)
             k, v = (x.repeat_interleave(heads // k.shape[1], 1) for x in (k, v))
-            q, k, v = (x.flatten(0, 1)[:, None] for x in (q, k, v))  # rows of one head each, which choose alone
+            q, k, v = (x.flatten(0, 1)[:, None] for x in (q, k, v))  # one row per head: each head chooses alone
             return _attend(call, q, k, v, own, others, scale).view(batch, heads, n, v.shape[3])
     where = ranks(call, n, m, q.device) if call.valid is None else _ranks_of(n, call.valid)
     return attention(q, k, v, where, visibility=Visibility(), scale=scale, backend=call.backend)[0]
@@ -224,7 +225,7 @@ def parallel(
 def read_regions(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"]
 ) -> tuple[Int[Tensor, "b*heads regions k"], Tiles | Segments]:
-    """The regions that each region of queries reads, and the regions of keys; a row for each head where heads route alone."""
+    """Regions that each region of queries reads, and the regions of keys; one row per head if heads choose alone."""
     heads, config = q.shape[1], call.config
     rows = heads if config.routing == "head" else 1
     own = regions_of(call, q.shape[2], call.lengths, rows, q.device)
@@ -242,8 +243,8 @@ class Tiles:
     """Regions of equal size on a grid, or of a sequence.
 
     Attributes:
-        sides, sizes: of the grid and of a region.
-        holds: which places of regions hold a token; None when all do.
+        sides, sizes: sides of the grid, and of a region.
+        holds: whether each place of each region holds a token; None when all do.
     """
 
     sides: tuple[int, ...]
@@ -252,12 +253,12 @@ class Tiles:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Regions along each side."""
+        """Number of regions along each side."""
         return tuple(-(-side // size) for side, size in zip(self.sides, self.sizes, strict=True))
 
     @property
     def count(self) -> int:
-        """Regions in all."""
+        """Number of regions."""
         return math.prod(self.counts)
 
     @property
@@ -266,7 +267,7 @@ class Tiles:
         return math.prod(self.sizes)
 
     def split(self, x: Shaped[Tensor, "b n c"]) -> Shaped[Tensor, "b regions room c"]:
-        """Tokens by region, zeros where there is none."""
+        """Group tokens by region, with zeros at empty places."""
         axes = len(self.sides)
         missing = [count * size - side for side, size, count in zip(self.sides, self.sizes, self.counts, strict=True)]
         x = x.unflatten(1, self.sides)
@@ -278,7 +279,7 @@ class Tiles:
         return x.reshape(x.shape[0], self.count, self.room, -1)
 
     def join(self, y: Shaped[Tensor, "b regions room c"]) -> Shaped[Tensor, "b n c"]:
-        """The way back."""
+        """The inverse of :meth:`split`."""
         axes = len(self.sides)
         y = y.view(y.shape[0], *self.counts, *self.sizes, -1)
         y = y.permute(0, *itertools.chain.from_iterable((axis, axis + axes) for axis in range(1, axes + 1)), -1)
@@ -288,13 +289,13 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Segments:
-    """As many segments in each right-padded row as its own length has, of its own size.
+    """Segments of right-padded rows, whose number and size depend on each row's own length.
 
     Attributes:
-        count, room: segments a row, and places of the longest.
-        holds: which places hold a token.
-        token: of each place.
-        place: of each token, likewise in range where there is none.
+        count, room: the largest number of segments per row, and of places per segment.
+        holds: whether each place holds a token.
+        token: index of the token at each place, in range even if the place is empty.
+        place: index of the place of each token, in range even for padding.
     """
 
     count: int
@@ -305,7 +306,7 @@ class Segments:
 
     @classmethod
     def of(cls, lengths: Int[Tensor, " b"], n: int, windows: int) -> Segments:
-        """The segments of rows of `lengths` tokens on an axis of `n`, up to `windows` of them a row."""
+        """The segments of rows of `lengths` tokens, padded to `n`: up to `windows` per row."""
         count, room = min(windows, n), -(-n // windows)
         size = (lengths[:, None] + windows - 1) // windows
         size = size.clamp(min=1)
@@ -318,19 +319,19 @@ class Segments:
         return cls(count, room, holds, token, place)
 
     def split(self, x: Shaped[Tensor, "b n c"]) -> Shaped[Tensor, "b regions room c"]:
-        """Tokens by segment, zeros where there is none."""
+        """Group tokens by segment, with zeros at empty places."""
         x = take_tokens(x[:, None], self.token[:, None]).view(x.shape[0], self.count, self.room, -1)
         return torch.where(self.holds[..., None], x, x.new_zeros(()))
 
     def join(self, y: Shaped[Tensor, "b regions room c"]) -> Shaped[Tensor, "b n c"]:
-        """Tokens in their own order again."""
+        """The inverse of :meth:`split`."""
         return take_tokens(y.flatten(1, 2)[:, None], self.place[:, None])[:, 0]
 
 
 def regions_of(
     call: Call, n: int, lengths: Int[Tensor, " b"] | None, rows: int, device: torch.device
 ) -> Tiles | Segments:
-    """The regions of `n` tokens on the grid of the call, or in sequences of such lengths, each of which is `rows` rows."""
+    """The regions of `n` tokens on the call's grid, or of sequences of `lengths`; each sequence has `rows` rows."""
     config: Config = call.config
     if lengths is not None:
         lengths = lengths.repeat_interleave(rows)
@@ -362,14 +363,14 @@ def _attend(
     others: Tiles | Segments,
     scale: float,
 ) -> Float[Tensor, "b h n v"]:
-    """Attention of each region as a row of its own, to the regions that it chooses with all heads together."""
+    """Attention of each region, as a separate row, to the regions chosen for all heads together."""
     batch, heads = q.shape[:2]
     queries, keys, values = (
         regions.split(x.transpose(1, 2).flatten(2)) for x, regions in ((q, own), (k, others), (v, others))
     )
     chosen = _chosen(call.config, queries, keys, own, others, (k.shape[1], heads // k.shape[1], q.shape[3]))
     blocks = None
-    if _are_many(call, own, others, values):  # region by region, with a mask that hides those that are not read
+    if _are_many(call, own, others, values):  # ordered by region, with a mask that hides regions that are not read
         rows = [x.flatten(1, 2) for x in (queries, keys, values)]
         where: Ranks = CountedRanks(own.count * own.room, others.count * others.room, 0, True, q.device)
         seen = torch.zeros(batch, own.count, others.count, dtype=torch.bool).scatter(2, chosen, True)
@@ -391,7 +392,7 @@ def _gathered(
     own: Tiles | Segments,
     others: Tiles | Segments,
 ) -> tuple[list[Float[Tensor, "b*regions k*room2 c"]], Ranks]:
-    """Copies of the regions that each region of queries, a row of its own, reads; and the ranks of such a row."""
+    """Copies of the regions that each region of queries, as a row of its own, reads; and the ranks of such a row."""
     batch = chosen.shape[0]
     rows = (chosen + torch.arange(batch, device=chosen.device)[:, None, None] * others.count).flatten()
 
@@ -409,8 +410,8 @@ def _gathered(
 
 
 def _are_many(call: Call, own: Tiles | Segments, others: Tiles | Segments, values: Tensor) -> bool:
-    """Whether so many regions are read that the kernel passes over the others sooner than these are copied. It multiplies
-    values that are hidden by 0, which must be finite."""
+    """Return whether so many regions are read that a kernel skips the others faster than it takes to copy these. The
+    kernel multiplies hidden values by 0, so all values must be finite."""
     if not (own.holds is others.holds is None and own.room == others.room and 4 * call.config.top >= others.count):
         return False
     return skips_blocks(values, call.backend) and bool(values.sum().isfinite())
@@ -424,10 +425,10 @@ def _chosen(
     others: Tiles | Segments,
     heads: tuple[int, int, int],
 ) -> Int[Tensor, "b regions k"]:
-    """The regions of keys that each region of queries reads; `heads` are those of keys, queries of each, and their width."""
+    """The regions of keys that each region of queries reads; `heads` is (key heads, queries per key head, width)."""
     with torch.no_grad(), without_autocast(queries.device):
         query_means = _means(queries, own.holds)
-        if heads[1] > 1:  # a key head's product with each of its query heads, added up
+        if heads[1] > 1:  # summed over the query heads of each key head
             query_means = query_means.unflatten(2, heads).sum(3).flatten(2)
         affinity = query_means @ _means(keys, others.holds).mT
         if config.include_self:
@@ -440,15 +441,15 @@ def _chosen(
 def _means(
     x: Float[Tensor, "b regions room c"], holds: Bool[Tensor, "#b regions room"] | None
 ) -> Float[Tensor, "b regions c"]:
-    """The mean of each region's tokens, in at least float32; places without one hold zeros."""
+    """The mean of each region's tokens, in at least float32; empty places hold zeros."""
     if holds is None:
         return wide(x).mean(2)
     return wide(x).sum(2) / holds.sum(-1, keepdim=True).clamp(min=1)
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Cost of a sequence: scores of regions, and `top` regions of keys for each query. On a grid of two axes `windows`
-    makes windows^2 regions."""
+    """Cost for a sequence: scores of regions, and `top` regions of keys for each query. (On a grid of two axes there
+    would be windows^2 regions.)"""
     size = config.region_size
     room = math.ceil(shape.m / config.windows) if size is None else math.prod(size) if isinstance(size, tuple) else size
     regions = [math.ceil(tokens / max(room, 1)) for tokens in (shape.n, shape.m)]
@@ -467,7 +468,7 @@ class LocalEnhancement(GridConvolution):
     """LCE: a depthwise convolution of the values (or of the layer's input) on the grid, added to the head outputs.
 
     Args:
-        spec: of the layer, in whose config `lce` is the side and `lce_of` says of what.
+        spec: the layer's specification; in its config `lce` is the side and `lce_of` what is convolved.
     """
 
     def __init__(self, spec: LayerSpec) -> None:

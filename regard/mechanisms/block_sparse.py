@@ -1,49 +1,50 @@
-r"""Softmax attention within a layout of blocks: a block of queries sees some blocks of keys.
+r"""Softmax attention within a layout of blocks: each block of queries sees some blocks of keys.
 
 When to pick it: long sequences for which you know which blocks matter, or want every pair connected within a few layers
-at a small share of the pairs (butterfly); time is in proportion to the visible blocks where the backend skips the rest.
+while computing a small share of the pairs (butterfly); time is proportional to the visible blocks if the backend skips
+the rest.
 When not: exact recall from anywhere in one layer (`softmax`), a plain window (`local`, whose state has a fixed size),
-or streams without end, since the state keeps every key.
+or endless streams, since the state keeps every key.
 
 Definition (block-sparse FlashAttention, arXiv 2205.14135, section 3.3):
 
     S = cap(tau Q K^T) + bias, -inf where M[floor(i/b), floor(j/b)] = 0 or the pattern hides (i, j)
     P_ij = exp(S_ij) / (exp(a) + exp(LSE_i)),   LSE_i = log sum_l exp(S_il),   O = P V
 
-with cap(s) = c tanh(s / c) where there is a softcap c, else s; and exp(a) only where there is a sink a, one number a
-head. With beta = floor(i/b) and gamma = floor(j/b), and g the global blocks, the layouts are:
+with cap(s) = c tanh(s / c) if there is a softcap c, else s; and exp(a) only if there is a sink a, one number per head.
+With beta = floor(i/b), gamma = floor(j/b) and g global blocks, the layouts are:
 
 | `layout` | M[beta, gamma] = 1 where beta < g or gamma < g, or |
 |---|---|
 | `butterfly` | beta = gamma, or beta and gamma differ in one bit; in causal-self beta - gamma is 0 or a power of two |
 | `local_global` | abs(beta - gamma) <= `neighbours` |
 | `random` | beta = gamma, or with probability `density`, drawn for each head and pair of blocks from `seed` |
-| `user` | exactly where `visible` says so (no global blocks), or else where the call's `mask.blocks` does |
+| `user` | exactly where `visible` says so (no global blocks) or, without it, where the call's `mask.blocks` does |
 
-None of them depends on the length of the sequence, so that decoding, padding and packing see the same layout. ceil(log2
-n) layers of a butterfly connect all of its n blocks; the noncausal form would not under causality, where it only clears
-bits of beta.
+No layout depends on the length of the sequence, so decoding, padding and packing see the same one. ceil(log2 n)
+butterfly layers connect all n blocks. Causal-self has its own butterfly because the noncausal one, which could then
+only clear bits of beta, would not connect them.
 
 | paper | here |
 |---|---|
-| M, the block mask | `layout` and `visible`, both AND the call's `mask.blocks` |
+| M, the block mask | `layout` and `visible`, each combined by AND with the call's `mask.blocks` |
 | B_r = B_c, rows and columns of a block | b, `block_size` |
 | Q, K, V | `q`, `k`, `v` |
 | tau | `scale`, D^-0.5 by default |
 | c, softcap of the scores | `softcap` |
-| a, logit of an attention sink | `sink`; a layer has it with `learn_sink` |
-| LSE | `extras["lse"]` with `want={"lse"}`: (B, H, N), in at least float32, of the keys alone without the sink |
+| a, logit of an attention sink | `sink`; a parameter of the layer with `learn_sink` |
+| LSE | `extras["lse"]` with `want={"lse"}`: (B, H, N), in at least float32, over the keys without the sink |
 
 Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). i and j are ranks: they count the valid
 tokens of a row or document, cached ones included; in causal-self queries count from M - N. In cross patterns both
-sides count from 0, so that the layouts suit memories whose blocks stand beside those of the queries; the global blocks
-are what every query sees of a shorter memory. A query that sees no key gives 0, and its LSE is -inf.
-State: every key and value, and the number of queries that have read a memory, from which the next ones count on.
-Deviations: the official kernel has no causal form, and blocks of 16 queries by 256 keys; blocks here are square, and
-unequal ones are written with the smaller size, repeating the entries along the longer side. The random layout draws
-each pair by itself rather than a fixed number a row, which could not be the same at every length. A `mask.blocks` of
-another block size is combined on blocks of the greatest common divisor, so keep one a multiple of the other. PyTorch's
-backend computes hidden blocks too, a block of queries at a time.
+sides count from 0, so the layouts suit memories whose blocks correspond to those of the queries; of a shorter memory,
+later queries may see only the global blocks. A query that sees no key gives 0, and its LSE is -inf.
+State: every key and value, and the number of queries that have read a memory, from which the next queries are counted.
+Deviations: the official kernel has no causal form, and blocks of 16 queries by 256 keys; blocks here are square, so
+express rectangular ones in the smaller size, repeating entries along the longer side. The random layout draws each pair
+independently rather than a fixed number per row, which could not be the same at every length. A `mask.blocks` of
+another block size is combined on blocks of the greatest common divisor, so make one size a multiple of the other.
+PyTorch's backend computes hidden blocks too, a block of queries at a time.
 """
 
 from __future__ import annotations
@@ -94,16 +95,17 @@ class Config:
 
     Attributes:
         layout: ``butterfly``, ``local_global``, ``random`` or ``user``.
-        block_size: b, tokens a block, >= 1.
-        global_blocks: g, >= 0: the first so many blocks see and are seen by every block; not of ``user``.
+        block_size: b, tokens per block, >= 1.
+        global_blocks: g, >= 0: this many blocks at the start see, and are seen by, every block; not with ``user``.
         neighbours: blocks seen on either side in ``local_global``, >= 0.
-        density: probability of a block in ``random``, 0 to 1; its own is always seen.
-        seed: of the draws of ``random``.
-        visible: the layout of ``user``: booleans (or 0 and 1) by query block and key block, or by head before them, as
-            nested sequences or a tensor; kept as nested tuples by head (one for all, or one a head). Sequences must fit
-            in it. Without it, calls of ``user`` must give `mask.blocks`.
+        density: probability that a block is visible in ``random``, 0 to 1; a block always sees itself.
+        seed: seed of the draws of ``random``.
+        visible: the layout of ``user``: booleans (or 0 and 1) indexed by query block and key block, or by head, query
+            block and key block, as nested sequences or a tensor; stored as nested tuples by head (one layout for all
+            heads, or one per head). Input sequences must fit in it. Without it, each call with ``user`` must pass
+            `mask.blocks`.
         softcap: c > 0 bounds the scores to (-c, c) before biases; None for no bound.
-        learn_sink: a layer learns the sink, 0 at the start; functions are given it as the tensor `sink`.
+        learn_sink: whether a layer learns the sink, initialised to 0; functions take it as the tensor `sink`.
     """
 
     layout: str = "butterfly"
@@ -132,7 +134,7 @@ class Config:
 
 
 def _nested(visible: Any) -> tuple[tuple[tuple[bool, ...], ...], ...]:
-    """Booleans by head, query block and key block from what a user writes."""
+    """Convert a user's layout to booleans by head, query block and key block."""
     table = visible.tolist() if hasattr(visible, "tolist") else visible
     try:
         heads = table if isinstance(table[0][0], (list, tuple)) else (table,)
@@ -156,7 +158,7 @@ def reference(
     v: Float[Tensor, "b g m v"],
     sink: Float[Tensor, " h"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     n, m = q.shape[2], k.shape[2]
     _check_extent(call, n, m)
     where = ranks(call, n, m, q.device)
@@ -173,10 +175,10 @@ def parallel(
     v: Float[Tensor, "b g m v"],
     sink: Float[Tensor, " h"] | None = None,
 ) -> Result:
-    """Softmax attention under the mask of blocks; a kernel takes time in proportion to the visible ones.
+    """Softmax attention under the block mask; a kernel's time is proportional to the number of visible blocks.
 
     Raises:
-        Unsupported: for a row with more blocks than a user's layout has, or a layout of another number of heads.
+        Unsupported: if a row has more blocks than the user's layout, or the layout is for another number of heads.
     """
     n, m = q.shape[2], k.shape[2]
     _check_extent(
@@ -202,7 +204,7 @@ def chunked(
     if n != 1:
         blocks = _block_mask(call, slots, slots, heads, q.device)
         return _attend(call, q, state.k, state.v, sink, where, blocks, state, causal=True)
-    # no key is later than the last token: one row of blocks will do, instead of the square of all
+    # no key is later than the last token, so one row of blocks is enough instead of the full square
     last = (state.length - 1).clamp(min=0)
     blocks = _block_mask(call, 1, slots, heads, q.device, last)
     call, where = _from_row(call, where, last)
@@ -210,12 +212,12 @@ def chunked(
 
 
 def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> CountedState:
-    """Memory into a cache; more may follow."""
+    """Absorb memory into a cache; may be called repeatedly."""
     return extend_counted(call, k, v, 0)[0]
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"], sink: Float[Tensor, " h"] | None = None) -> Result:
-    """Queries on absorbed memory, counted on from those that have read it before."""
+    """Attend to absorbed memory; queries are counted on from those that have read it before."""
     n, before = q.shape[2], call.state.queries
     call, state, where = read_on(call, n, q.device)
     _check_extent(call, state.queries, state.length)
@@ -225,8 +227,8 @@ def read(call: Call, q: Float[Tensor, "b h n d"], sink: Float[Tensor, " h"] | No
 
 
 def _from_row(call: Call, where: Ranks, before: Int[Tensor, " b"]) -> tuple[Call, Ranks]:
-    """The call and its ranks with queries that count from the block of rank `before`, as a mask of blocks does whose
-    first row is that block; position biases are still given the ranks as they were."""
+    """The call and its ranks with queries counted from the block of rank `before`, to match a block mask whose first
+    row is that block; position biases still receive the original ranks."""
     start = (before - before % _common_size(call))[:, None]
     if call.position_bias is not None:
         by_rank = call.position_bias
@@ -235,7 +237,7 @@ def _from_row(call: Call, where: Ranks, before: Int[Tensor, " b"]) -> tuple[Call
 
 
 def _common_size(call: Call) -> int:
-    """Tokens a block of the mask that combines the layout with the call's own blocks."""
+    """Block size of the mask that combines the layout with the call's own blocks."""
     config: Config = call.config
     if call.blocks is None:
         return config.block_size
@@ -252,15 +254,15 @@ def _block_mask(
     device: torch.device,
     before: Int[Tensor, " b"] | None = None,
 ) -> BlockMask:
-    """The layout and the call's own blocks as one mask for `queries` ranks of queries and `keys` ranks of keys.
+    """Combine the layout and the call's own blocks into one mask for `queries` query ranks and `keys` key ranks.
 
-    Row 0 is the block of rank 0, or that of rank `before` where queries go on from there.
+    Row 0 is the block of rank 0, or that of rank `before` if queries continue from there.
     """
     config: Config = call.config
     size = _common_size(call)
     i = torch.arange(math.ceil(queries / size), device=device)[None] * size
     if before is not None:
-        i = i + before[:, None]  # any rank of a block stands for it
+        i = i + before[:, None]  # any rank of a block may represent it
     j = torch.arange(math.ceil(keys / size), device=device)[None] * size
     visible = None if call.blocks is None else block_visibility(call.blocks, Ranks(i, j, None, None, False))
     if config.layout != "user" or config.visible is not None:
@@ -279,10 +281,10 @@ def _block_mask(
 def visible_blocks(
     config: Config, i: Int[Tensor, "#b q_blocks"], j: Int[Tensor, "#b k_blocks"], *, heads: int, causal: bool
 ) -> Bool[Tensor, "#b #h q_blocks k_blocks"]:
-    """The layout M at query blocks `i` and key blocks `j`; of a causal one, what is before the query's block.
+    """The layout M at query blocks `i` and key blocks `j`; if `causal`, entries after the query's block are arbitrary.
 
     Raises:
-        Unsupported: for a user's layout of another number of heads.
+        Unsupported: if a user's layout is for another number of heads.
     """
     if config.visible is not None:
         _check_heads(config, heads)
@@ -291,7 +293,7 @@ def visible_blocks(
     i, j = i[:, None, :, None], j[:, None, None, :]
     if config.layout == "butterfly":
         apart = i - j if causal else i ^ j
-        visible = (apart & (apart - 1)) == 0  # 0 and powers of two: no negative number
+        visible = (apart & (apart - 1)) == 0  # 0 and powers of two, but no negative number
     elif config.layout == "local_global":
         visible = (i - j).abs() <= config.neighbours
     else:
@@ -302,7 +304,7 @@ def visible_blocks(
 
 
 def _hash(x: Int[Tensor, "*axes"]) -> Int[Tensor, "*axes"]:
-    """32 random-looking bits of an integer >= 0: draws that depend on nothing but their place."""
+    """Hash of an integer >= 0 to 32 random-looking bits: draws that depend on nothing but their position."""
     x = (x + 0x9E3779B9) & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
@@ -318,7 +320,7 @@ def _check_heads(config: Config, heads: int) -> None:
 
 
 def _check_extent(call: Call, queries: Int[Tensor, " b"] | int, keys: Int[Tensor, " b"] | int) -> None:
-    """Refuse sequences that a user's layout has no blocks for (of unequal lengths only known outside a graph)."""
+    """Raise Unsupported for sequences beyond a user's layout (lengths held in tensors are not checked in a graph)."""
     config: Config = call.config
     if config.visible is None:
         return
@@ -355,7 +357,7 @@ def _attend(
 
 
 class Sink(Projection):
-    """Gives a layer's heads their learned sinks, when `learn_sink` asks for them."""
+    """Gives a layer's heads their learned sinks, if `learn_sink` is set."""
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
@@ -367,7 +369,7 @@ class Sink(Projection):
 
 
 def _row(config: Config, beta: int) -> tuple[float, float]:
-    """Blocks before block `beta` that it sees in causal-self, and whether it sees itself; means over heads."""
+    """Number of earlier blocks that block `beta` sees in causal-self, and whether it sees itself; means over heads."""
     if config.visible is not None:
         rows = [head[beta] for head in config.visible if beta < len(head)]
         before, own = sum(sum(row[:beta]) for row in rows), sum(sum(row[beta : beta + 1]) for row in rows)
@@ -384,8 +386,8 @@ def _row(config: Config, beta: int) -> tuple[float, float]:
 
 
 def visible_pairs(config: Config, n: int) -> float:
-    """Pairs of query and key that causal-self computes in a sequence of `n` tokens: their mean over the heads, and over
-    the draws of a random layout. Full causal attention has n (n + 1) / 2."""
+    """Number of pairs of query and key that causal-self computes in a sequence of `n` tokens, averaged over the heads
+    and over the draws of a random layout. Full causal attention has n (n + 1) / 2."""
     size, pairs = config.block_size, 0.0
     for beta in range(math.ceil(n / size)):
         tokens = min(size, n - beta * size)

@@ -1,10 +1,10 @@
-r"""Clipped softmax: attention weights are stretched past [0, 1] and clipped, so that they can be exactly 0 and 1.
+r"""Clipped softmax: attention weights are stretched past [0, 1] and clipped, so that they can be exactly 0 or 1.
 
-When to pick it: a model that is trained to be quantized afterwards. A head that should do nothing can do so at finite
-scores, and so it has no reason to grow the outliers that ruin 8-bit activations (`gated_softmax` is the other remedy).
-When not: quality alone (plain `softmax`), speed (the normaliser must be known before the clip: half as much work again as
-softmax where there is a fused kernel, on CPUs, and far more elsewhere), or fine-tuning a model that was trained with
-softmax (the paper only trains from scratch).
+When to pick it: a model that will be quantized after training. A head that should do nothing can do so at finite
+scores, so it has no reason to grow the outliers that ruin 8-bit activations (`gated_softmax` is the other remedy).
+When not: quality alone (plain `softmax`), speed (the normaliser must be known before the clip: 1.5 times the work of
+softmax with a fused kernel, on CPUs, and far more elsewhere), or fine-tuning a model that was trained with softmax (the
+paper only trains from scratch).
 
 Definition (Bondarenko, Nagel, Blankevoort, arXiv 2306.12929, equation 4):
 
@@ -20,20 +20,22 @@ Definition (Bondarenko, Nagel, Blankevoort, arXiv 2306.12929, equation 4):
 C_ij is 0 where P_ij <= -gamma / (zeta - gamma), and 1 where P_ij >= (1 - gamma) / (zeta - gamma). A row of C sums to at
 most 1 when zeta = 1. Gradients are (zeta - gamma) times those of softmax where nothing is clipped and 0 elsewhere.
 gamma is a constant of the layer and never follows the keys of a call: early rows of a causal model, decoding and padding
-have the same one. A good alpha at one length is good at others: give `alpha` and `length` rather than `gamma`.
+all use the same one. An alpha that works at one length works at others: give `alpha` and `length` rather than `gamma`.
 
 A row of equal weights over M keys is clipped to 0 when 1 / M <= -gamma / (1 - gamma), that is when alpha >= M / (M - 1)
-at M = `length`, and then no gradient reaches q, k or v. With the paper's alphas (2 to 12) a fresh head with scores near 0
-is dead in many rows until some scores spread, long rows first: in fresh language models (3 layers of width 64, rotary
-positions) on 512 random tokens, with `length` = 512, about 1% of all rows with alpha = 2, 22% with 3.2, 82% with 12, and none
-with 1; of the last quarter of the rows 4%, 71% and 100%. There is no warning of it, since every alpha of the paper would raise
-one: :class:`SilentRows` tells the share of such rows, and of those that fell silent later, and `warmup` avoids them.
+at M = `length`, and then no gradient reaches q, k or v. With the paper's alphas (2 to 12) a newly initialised head,
+with scores near 0, is dead in many rows until some scores spread, long rows first: in untrained language models (3
+layers of width 64, rotary positions) on 512 random tokens, with `length` = 512, about 1% of all rows with alpha = 2,
+22% with 3.2, 82% with 12, and none with 1; of the last quarter of the rows 4%, 71% and 100%. There is no warning, since
+every alpha of the paper would trigger it: :class:`SilentRows` reports the share of such rows and of those that fell
+silent later, and `warmup` avoids them.
 
-:func:`regard.compression.quantize` simulates 8-bit weights and activations, for which this is made.
+:func:`regard.compression.quantize` simulates 8-bit weights and activations, the use that this is made for.
 
 Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). A query that sees no key gives 0. The
-softmax, the stretch and the clip are in at least float32. Dropout comes after the clip. The native kernel goes over the
-keys twice, for the normalisers and for the output; PyTorch computes whole blocks of weights, an order of magnitude slower.
+softmax, the stretch and the clip are in at least float32. Dropout comes after the clip. The native kernel passes over
+the keys twice, once for the normalisers and once for the output; PyTorch computes whole blocks of weights, which is an
+order of magnitude slower.
 Deviations: the default gamma, -0.001, is milder than the paper's, since no length is known: rows of up to 1000 equal
 weights survive. `warmup`, which is not in the paper, lets gamma grow from 0 with the call's `progress`.
 """
@@ -70,8 +72,8 @@ class Config:
         alpha: gamma = -alpha / length, finite and >= 0; only with `length`, and then 3.2 when None.
         length: the training length T, >= 1, a constant of the layer; only without `gamma`.
         zeta: the upper end, finite and >= 1.
-        warmup: progress at which gamma is reached, >= 0: before it gamma is multiplied by progress / warmup. Calls that
-            tell no progress have the whole gamma.
+        warmup: progress at which gamma is reached, >= 0: before it gamma is multiplied by progress / warmup. Calls
+            without a progress use the full gamma.
     """
 
     gamma: float | None = None
@@ -101,7 +103,7 @@ class Config:
             )
 
     def stretch(self, progress: float | None = None) -> tuple[float, float]:
-        """(gamma, zeta) at a progress; those after the warm-up when None."""
+        """(gamma, zeta) at a training progress; None means after the warm-up."""
         gamma = MILD_GAMMA if self.gamma is None else self.gamma
         if self.length is not None:
             gamma = -(USUAL_ALPHA if self.alpha is None else self.alpha) / self.length
@@ -113,7 +115,7 @@ class Config:
 def reference(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     gamma, zeta = call.config.stretch(call.progress)
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     visible, bias = masked_scores_bias(where, by_pattern(call), call.bias, call.position_bias, call.blocks, q.dtype)
@@ -127,7 +129,7 @@ def reference(
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Result:
-    """By the attention engine, whose native kernel reads the keys twice: a row's normaliser must be known before its
+    """Attention by the engine, whose native kernel reads the keys twice: a row's normaliser must be known before its
     weights are clipped."""
     return attention_forms.parallel(call, q, k, v, **_options(call))
 
@@ -140,7 +142,7 @@ def chunked(
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"]) -> Result:
-    """Queries on absorbed memory."""
+    """Attend to absorbed memory."""
     return attention_forms.read(call, q, **_options(call))
 
 
@@ -150,30 +152,32 @@ def _options(call: Call) -> dict[str, Any]:
 
 
 def silent_rows(weights: Float[Tensor, "b h n m"]) -> Int[Tensor, " h"]:
-    """Counts the rows of wanted weights that are 0 throughout, by head: such heads do nothing there, and learn nothing.
+    """Count the all-zero rows of attention weights, by head: there the head does nothing and learns nothing.
 
-    Early in training they are dead; later they may be meant. Padded queries and those that see no key count too.
+    Early in training such rows are dead; later they may be intended. Padded queries and those that see no key count
+    too.
     """
     return (weights == 0).all(-1).sum((0, 2))
 
 
 @dataclass
 class SilentRows:
-    """Shares of the rows of wanted weights that are 0 throughout, on one batch that is measured again during training.
+    """Tracks the rows of attention weights that are all 0, on one batch that is measured repeatedly during training.
 
-    A row alone does not tell whether it is dead or does nothing by choice: both are spread out and get no gradient. Over
-    time it does: a row that has been silent in every measurement never had weights to learn from, one that fell silent
-    gave them up. In the first measurement, of a fresh model, all silent rows are dead.
+    A single measurement cannot tell a dead row from one that does nothing by choice: both have evenly spread scores and
+    get no gradient. Over time they differ: a row that is silent in every measurement never had weights to learn from,
+    one that fell silent gave them up. In the first measurement of an untrained model, all silent rows are dead.
 
     Attributes:
-        valid: queries of the batch that count, (B, N); all when None. Those that see no key are silent for good.
+        valid: whether each query of the batch counts, (B, N); all do when None. Queries that see no key are always
+            silent.
     """
 
     valid: Bool[Tensor, "b n"] | None = None
     _spoke: Bool[Tensor, "b h n"] | None = None
 
     def measure(self, weights: Float[Tensor, "b h n m"]) -> tuple[Float[Tensor, " h"], Float[Tensor, " h"]]:
-        """For each head the share of rows that have been silent so far, and of those that fell silent after they spoke.
+        """Return, for each head, the share of rows that have always been silent, and of those that fell silent later.
 
         Raises:
             Unsupported: for weights of another batch.
@@ -205,7 +209,7 @@ def sample_inputs(
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Two products with each pair."""
+    """Cost of two products for each pair of query and key."""
     return attention_cost(shape)
 
 
@@ -233,7 +237,7 @@ MECHANISM = Mechanism(
         "by length": {"alpha": 1.0, "length": 16, "warmup": 0.5},
         "plain": {"gamma": 0.0},
     },
-    layer_defaults={"output_norm": None},  # the size of an output says how much of the head is kept
+    layer_defaults={"output_norm": None},  # the size of an output shows how much of the head is kept
     engine="attention",
     state=KeyValueState,
     cost=cost,

@@ -1,8 +1,9 @@
-r"""Complex rotary attention (ComplexFormer's CMHA): rotary positions whose angle of content each head rescales.
+r"""Complex rotary attention (ComplexFormer's CMHA): rotary attention whose heads rescale the angle of the content.
 
-When to pick it: as a generalisation of rotary attention, at two numbers for each head and plane, when a head should be able
-to weigh what tokens say against where they are. Started at `delta="ones"` it is rotary attention.
-When not: as a proven improvement. The paper is marked as withdrawn, has no tables, and nobody has replicated it.
+When to pick it: as a generalisation of rotary attention, with two extra parameters per head and plane, when a head
+should be able to balance content against position. With `delta="ones"` it starts as rotary attention.
+When not: if you need a proven improvement. The paper is marked as withdrawn, has no tables, and has not been
+replicated.
 
 Definition (arXiv 2505.10222), for a head of width d whose features j and j + d/2 are the real and imaginary part of a number
 u_j with the magnitude rho(u) = sqrt(|u|^2 + 1e-9) and the phase phi(u) = atan2(Im u, Re u):
@@ -10,7 +11,7 @@ u_j with the magnitude rho(u) = sqrt(|u|^2 + 1e-9) and the phase phi(u) = atan2(
     S_mn = sum_j rho(q_mj) rho(k_nj) cos(delta_j (phi(q_mj) - phi(k_nj)) + b_j + (m - n) g_j),   g_j = 10000^(-2 j / d)
     A = softmax(tau S + bias),   O = A V
 
-It is computed in its factorised form, in which S is an ordinary product and a key depends on its own position alone:
+It is computed in its factorised form, in which S is an ordinary dot product and a key depends only on its own position:
 
     q~ = rho(q) (cos t, sin t),  t = delta phi(q) + b + m g
     k~ = rho(k) (cos s, sin s),  s = delta phi(k) + n g,      S = q~ k~^T
@@ -22,19 +23,19 @@ It is computed in its factorised form, in which S is an ordinary product and a k
 | rho, phi | half-split, as `rotary` positions pair features |
 | tau | `scale`, times D^-0.5 with ``score_scale="rsqrt"``; the authors' code has tau = 1 |
 
-Layout: (B, H, N, D), D even; keys and values may have fewer heads (grouped queries), and then delta and g belong to
-key/value heads. Ranks count valid tokens; in cross patterns both sides count from 0. The state is a cache of k~ and v, k~ in
-at least float32: scores without D^-0.5 are large, and keys rounded to bfloat16 would show in them.
+Layout: (B, H, N, D), D even; keys and values may have fewer heads (grouped queries), in which case delta and g belong
+to key/value heads. Ranks count valid tokens; in cross patterns both sides count from 0. The state is a cache of k~ and
+v, k~ in at least float32: scores without D^-0.5 are large, and rounding the keys to bfloat16 would distort them.
 
-With delta = 1 and b = 0 it is attention with rotary positions, also without g: plain attention. With delta = 0 content
-counts by magnitude alone. A phase jumps by a turn where u crosses the negative real axis, and with it S by at most
-2 rho(q_j) rho(k_j) |sin(pi delta)|, which only whole numbers delta make 0. The slope of phi is taken with the same 1e-9 as
-rho, so that gradients stay finite for vanishing u.
+With delta = 1 and b = 0 it is attention with rotary positions, and plain attention if g = 0 too. With delta = 0 content
+counts only by magnitude. A phase jumps by a full turn where u crosses the negative real axis, and S with it by at most
+2 rho(q_j) rho(k_j) |sin(pi delta)|, which is 0 only for integer delta. The gradient of phi uses the same 1e-9 as rho,
+so that gradients stay finite for vanishing u.
 
-Deviations: the authors' cache holds raw keys and rotates all of them at every step; their attention has no causal mask of
-its own, here the pattern says. Their block (branches scaled by 0.2, one norm for both) is not part of the mechanism.
-EulerFormer's variant, one delta and b for all heads, is `per_head=False` with ``delta="zeros"`` and ``score_scale="rsqrt"``,
-without its factors of 100 and 1000 on the parameters and its shifted phase.
+Deviations: the authors' cache holds raw keys and rotates all of them at every step; their attention has no causal mask
+of its own; here the pattern decides. Their block (branches scaled by 0.2, one norm for both) is not part of the
+mechanism. EulerFormer's variant, one delta and b for all heads, is `per_head=False` with ``delta="zeros"`` and
+``score_scale="rsqrt"``, without its factors of 100 and 1000 on the parameters and its shifted phase.
 """
 
 from __future__ import annotations
@@ -80,12 +81,13 @@ class Config:
     """Options.
 
     Attributes:
-        position: ``rotary`` (g from `base`), ``learned`` (a layer learns g, which starts there) or ``none`` (g = 0).
-        base: > 1; the slowest plane turns by one radian in about so many tokens.
-        score_scale: ``one``, as the authors' code, or ``rsqrt``, D^-0.5, as rotary attention.
-        delta: start of a layer's delta: ``normal`` (the authors' N(0, 2 / D), in variance), ``ones`` (rotary) or ``zeros``.
-        learn_phase: whether a layer learns b, 0 at the start.
-        per_head: whether each head of a layer has its own delta, b and g; otherwise all have the same.
+        position: ``rotary`` (g from `base`), ``learned`` (a layer learns g, starting from `base`) or ``none`` (g = 0).
+        base: > 1; the slowest plane turns by one radian in about `base` tokens.
+        score_scale: ``one``, as in the authors' code, or ``rsqrt``: D^-0.5, as in rotary attention.
+        delta: initial delta of a layer: ``normal`` (the authors' N(0, 2 / D), of variance 2 / D), ``ones`` (rotary) or
+            ``zeros``.
+        learn_phase: whether a layer learns b, initialised to 0.
+        per_head: whether each head of a layer has its own delta, b and g; otherwise all heads share them.
     """
 
     position: str = "rotary"
@@ -171,7 +173,7 @@ def absorb(
     angle_scale: Float[Tensor, "g f"] | None = None,
     frequencies: Float[Tensor, "g f"] | None = None,
 ) -> CountedState:
-    """Memory into a cache, turned by its positions; more may follow."""
+    """Absorb memory into a cache, rotated by its positions; may be called repeatedly."""
     _check(k, angle_scale, frequencies)
     return extend_counted(call, _placed(call, k, angle_scale, frequencies), v, 0)[0]
 
@@ -183,7 +185,7 @@ def read(
     phase: Float[Tensor, "h f"] | None = None,
     frequencies: Float[Tensor, "g f"] | None = None,
 ) -> Result:
-    """Queries on absorbed memory, counted on from those that have read it before."""
+    """Attend to absorbed memory; queries are counted on from those that have read it before."""
     _check(q, angle_scale, phase, frequencies)
     call, state, where = read_on(call, q.shape[2], q.device)
     return _attend(call, q, state.k, state.v, angle_scale, phase, frequencies, where, state)
@@ -194,7 +196,7 @@ def _scale(call: Call, q: Tensor) -> float:
 
 
 def _by_head(x: Tensor, heads: int, axis: int = 0) -> Tensor:
-    """A tensor of key/value heads, repeated for each query head."""
+    """Repeat a tensor of key/value heads for each query head."""
     return x if x.shape[axis] == heads else x.repeat_interleave(heads // x.shape[axis], axis)
 
 
@@ -216,10 +218,10 @@ def _check(x: Tensor, *angles: Tensor | None) -> None:
 
 
 def phase_of(imaginary: Tensor, real: Tensor) -> Tensor:
-    """atan2 whose slope at u is that of a number of the magnitude sqrt(|u|^2 + EPS)."""
-    y, x = imaginary.detach(), real.detach()  # not by no_grad, which forward-mode derivatives pass
+    """atan2 whose gradient at u is that of a number of magnitude sqrt(|u|^2 + EPS)."""
+    y, x = imaginary.detach(), real.detach()  # forward-mode derivatives ignore no_grad
     square = x.square() + y.square()
-    gone = square < torch.finfo(square.dtype).tiny  # its inverse overflows, where the slope is below 1e-9
+    gone = square < torch.finfo(square.dtype).tiny  # its inverse overflows; the gradient there is below 1e-9
     value = torch.atan2(y, x)
     share = torch.where(square > 1, 1.0, square / (square + EPS))  # squares may overflow
     angle = torch.atan2(imaginary.masked_fill(gone, 0), real.masked_fill(gone, 1))
@@ -260,7 +262,7 @@ def _turned(
 
 
 def _placed(call: Call, k: Tensor, angle_scale: Tensor | None, frequencies: Tensor | None) -> Tensor:
-    """k~ of the keys that come after those of the state."""
+    """k~ of new keys, at positions after those of the state."""
     positions = torch.arange(k.shape[2], device=k.device)[None]
     if call.state is not None:
         positions = positions + call.state.length[:, None]
@@ -292,7 +294,7 @@ def _attend(
 
 
 class Angles(Projection):
-    """Gives a layer's heads their delta, b and learned frequencies, which weight decay leaves alone."""
+    """Gives a layer's heads their delta, b and learned frequencies, which are exempt from weight decay."""
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
@@ -346,7 +348,7 @@ def sample_inputs(
     sizes: dict[str, int] | None = None,
     **_: Any,
 ) -> Tensors:
-    """Inputs for tests and timings; heads have an even width, and no number lies near the negative real axis."""
+    """Inputs for tests and timings; heads have an even width, and no number is near the negative real axis."""
     size = {"h": 2, "g": 2, "d": 8, "v": 6} | (sizes or {})
     heads, groups, width = size["h"], size["g"], size["d"] + size["d"] % 2
     shapes: dict[str, tuple[int, ...]] = {
@@ -362,7 +364,7 @@ def sample_inputs(
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """As softmax attention, and about forty operations for the polar form and the turn of each pair of features."""
+    """Cost of softmax attention, plus about forty operations to convert and rotate each pair of features."""
     width = shape.dim_key + shape.dim_value
     heads = shape.batch * shape.heads
     return Cost(

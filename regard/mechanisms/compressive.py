@@ -1,7 +1,8 @@
-r"""Compressive Transformer: what leaves the memory of earlier segments is compressed, not forgotten.
+r"""Compressive Transformer: inputs that leave the memory of earlier segments are compressed, not forgotten.
 
-When to pick it: as `transformer_xl`, where something should be kept of c times as many tokens for each slot of state.
-When not: where exact recall of far tokens matters (a group of c tokens has one key), or where there is nothing far.
+When to pick it: like `transformer_xl`, but where each slot of state should summarise c times as many tokens.
+When not: where exact recall of far tokens matters (a group of c tokens has one key), or where there is no distant
+context.
 
 Definition (Rae et al., arXiv 1911.05507, section 3), for a segment of L tokens with inputs h:
 
@@ -13,7 +14,7 @@ Definition (Rae et al., arXiv 1911.05507, section 3), for a segment of L tokens 
 
 SG stops gradients; i - j counts slots of [z; m; h], and r is the sinusoid of `transformer_xl`. At the end of each segment
 the L oldest inputs o of the memory are compressed into L / c slots. f_c is a convolution of width and stride c, a mean, or a
-maximum. The convolution learns from the reconstruction of what attention would have read there, and from nothing else
+maximum. The convolution learns only to reconstruct what attention would have read from the inputs
 (`losses["reconstruction"]`, in training):
 
     mean over queries and features of (a(q, o W_k^T, o W_v^T) - a(q, f_c(o) W_k^T, f_c(o) W_v^T))^2,
@@ -26,19 +27,19 @@ maximum. The convolution learns from the reconstruction of what attention would 
 | n_cm | `compressed`: slots |
 | c | `ratio`, a divisor of `segment` and `memory` |
 | f_c | `compression`: ``conv``, ``mean`` or ``max`` |
-| cm W_k^T, cm W_v^T | `k_compressed`, `v_compressed`: at each token the slot of the c tokens that end there, read where they are a group |
-| SG(h) W_k^T, SG(h) W_v^T | `k_past`, `v_past`: what later segments read in place of `k` and `v` (of equal values) |
+| cm W_k^T, cm W_v^T | `k_compressed`, `v_compressed`: at each token, the slot of the c tokens that end there; read only where these are a group |
+| SG(h) W_k^T, SG(h) W_v^T | `k_past`, `v_past`: read by later segments in place of `k` and `v` (with equal values) |
 | tau | `scale`, D^-0.5 by default |
 
-Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). Groups are of ranks 0 to c - 1, c to 2 c - 1,
-..., which borders of segments and of the memory never cut. In noncausal-self a token sees all of its segment.
-State: keys and values of the last M + L - 1 tokens, and of the groups that may yet be read, C + (M + L) / c - 1; the layer
-adds the inputs of the unfinished group. In training it adds the inputs behind all of these, as `transformer_xl` does.
+Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). Groups are ranks 0 to c - 1, c to 2 c - 1,
+..., and are never cut by borders of segments or of the memory. In noncausal-self a token sees all of its segment.
+State: keys and values of the last M + L - 1 tokens, and of the C + (M + L) / c - 1 groups that may yet be read; the
+layer adds the inputs of the unfinished group and, in training, the inputs of all of these, as `transformer_xl` does.
 Deviations: each group is compressed when it is complete; it is read, and its reconstruction is learned, when it leaves
-the memory. The memory of a layer in a model is the input of its mixer, after the norm. Queries whose segment pushes
-nothing out have no part in the loss, nor has a call in training that begins inside a segment. Models add the loss with the
-weight 1, as the paper does; nothing but f_c sees it. Dilated convolutions and most-used tokens as f_c, and its
-reconstruction of inputs, are left out.
+the memory. In a model, the memory of a layer holds inputs of its mixer, after the norm. Queries whose segment pushes
+nothing out of the memory do not contribute to the loss, nor does a training call that begins inside a segment. Models
+add the loss with weight 1, as the paper does; it trains only f_c. Dilated convolutions and most-used tokens as f_c, and
+the paper's reconstruction of inputs, are left out.
 """
 
 from __future__ import annotations
@@ -94,9 +95,9 @@ class Config:
         segment: L >= 1, a multiple of `ratio`.
         memory: M >= L, a multiple of `ratio`.
         compressed: C >= 1, slots of the compressed memory.
-        ratio: c >= 1, tokens a slot.
+        ratio: c >= 1, tokens per slot.
         compression: f_c of a layer: ``conv``, ``mean`` or ``max``.
-        clamp: >= 0, farther slots count as if at this distance; None for all as they are.
+        clamp: >= 0, slots farther away count as if at this distance; None for no clamp.
     """
 
     segment: int = 32
@@ -123,12 +124,12 @@ class Config:
 
     @property
     def cached(self) -> int:
-        """Tokens that the one after a sequence may see."""
+        """Number of past tokens that the next token may see."""
         return self.reach.cached
 
     @property
     def reach(self) -> Reach:
-        """Segment, memory and compressed memory, as the engine takes them."""
+        """Segment, memory and compressed memory, in the engine's form."""
         return Reach(self.segment, self.memory, self.compressed, self.ratio)
 
 
@@ -187,7 +188,7 @@ def parallel(
     k_past: Float[Tensor, "b g m d"] | None = None,
     v_past: Float[Tensor, "b g m v"] | None = None,
 ) -> Result:
-    """All segments side by side; in causal-self from a state and to the state after it, by any number of tokens."""
+    """All segments in parallel; in causal-self from state to state, by any number of tokens."""
     config: Config = call.config
     distances, past = read_optional("compressive", q, k, w, relative, k_past, v_past, config.clamp)
     groups = (k_compressed, v_compressed)
@@ -201,7 +202,7 @@ class Compression(RelativeScores):
         super().__init__(spec)
         config: Config = spec.config
         self.compression, width = config.compression, config.ratio * spec.dim
-        # inputs of a group side by side: a convolution as wide as its stride
+        # on a group's inputs side by side, which is a convolution as wide as its stride
         self.convolution = spec.linear(width, spec.dim, bias=True) if config.compression == "conv" else None
 
     def compress(self, groups: Float[Tensor, "b e c d"]) -> Float[Tensor, "b e d"]:
@@ -219,7 +220,7 @@ class TrainingState(InputState):
 
 
 class CompressiveLayer(SegmentLayer):
-    """A layer that compresses its inputs. In training, a call that begins inside a segment has no part in the loss."""
+    """A layer that compresses its inputs. In training, calls that begin inside a segment add nothing to the loss."""
 
     takes_convolutions = False
     projection: Compression
@@ -262,7 +263,7 @@ class CompressiveLayer(SegmentLayer):
         return bool((old.length % self.config.segment == 0).all())
 
     def _new_heads(self, heads: dict[str, Tensor], x: Tensor, old: InputState | None) -> dict[str, Tensor]:
-        """Keys and values of the groups that end within a call; zeros where none does, as in most steps."""
+        """Keys and values of the groups that end within a call; zeros if none does, as in most steps."""
         if old is not None and not torch.compiler.is_compiling():
             ratio = self.config.ratio
             if not bool((old.length % ratio + x.shape[1] >= ratio).any()):
@@ -270,17 +271,17 @@ class CompressiveLayer(SegmentLayer):
         return self._compressed_heads(self._at_ends(self._new_groups(x, old), x.shape[1], old))
 
     def _new_groups(self, x: Float[Tensor, "b n c"], old: InputState | None) -> Float[Tensor, "b e c"]:
-        """Compressed groups that end within a call; what comes after a row's last one is of no use."""
+        """Compressed groups that end within a call; entries after a row's last group are meaningless."""
         ratio, n = self.config.ratio, x.shape[1]
         if old is None:
             return self.projection.compress(_groups(x, ratio))
         x = torch.cat([old.inputs[:, old.inputs.shape[1] - (ratio - 1) :], x.to(old.inputs.dtype)], 1)
-        begin = ratio - 1 - old.length % ratio  # of the unfinished group
+        begin = ratio - 1 - old.length % ratio  # start of the unfinished group
         place = begin[:, None] + torch.arange(-(-n // ratio) * ratio, device=x.device)
         return self.projection.compress(_groups(take(x[:, None], place.clamp(max=max(x.shape[1] - 1, 0)))[:, 0], ratio))
 
     def _at_ends(self, compressed: Float[Tensor, "b e c"], n: int, old: InputState | None) -> Float[Tensor, "b n c"]:
-        """Each of the groups that end within a call at all of its tokens there."""
+        """Repeat each group that ends within a call at all of its tokens in the call."""
         ratio, device = self.config.ratio, compressed.device
         if compressed.shape[1] == 0:
             return compressed.new_zeros(compressed.shape[0], n, compressed.shape[2])
@@ -290,7 +291,7 @@ class CompressiveLayer(SegmentLayer):
         return take(compressed[:, None], index)[:, 0]
 
     def _compressed_heads(self, compressed: Float[Tensor, "b e c"], *, frozen: bool = False) -> dict[str, Tensor]:
-        """Keys and values of compressed inputs; `frozen` lets no gradient reach the projections."""
+        """Keys and values of compressed inputs; with `frozen`, no gradient reaches the projections."""
         found = {}
         for name, module, norm in (("k", self.key, self.key_norm), ("v", self.value, self.value_norm)):
             assert module is not None
@@ -307,7 +308,7 @@ class CompressiveLayer(SegmentLayer):
     def _queue(
         self, x: Tensor, old: InputState | None, in_memory: Float[Tensor, "b e c"] | None
     ) -> Float[Tensor, "b groups c"]:
-        """The groups of a state, those in the memory as they are compressed now."""
+        """The compressed groups of a state; `in_memory`, if given, replaces those in the memory."""
         queued = self.config.reach.queued
         if old is None:
             return x.new_zeros(x.shape[0], queued, x.shape[2])
@@ -337,10 +338,10 @@ class CompressiveLayer(SegmentLayer):
         lengths: Int[Tensor, " b"] | None,
         state: LayerState | None,
     ) -> Loss:
-        """Queries on what leaves the memory at the end of their segment, against the same on its groups.
+        """Squared error between queries' attention to the inputs that leave the memory, and to their groups.
 
         Args:
-            groups: keys and values of the groups in the memory, `first` of them, and of the call's.
+            groups: keys and values of the `first` groups in the memory, then of the call's groups.
         """
         config: Config = self.config
         reach, ratio, size = config.reach, config.ratio, config.segment
@@ -372,7 +373,7 @@ class CompressiveLayer(SegmentLayer):
 
 
 def _groups(x: Float[Tensor, "b n d"], ratio: int) -> Float[Tensor, "b e c d"]:
-    """The whole groups of tokens."""
+    """Split tokens into complete groups."""
     return x[:, : x.shape[1] // ratio * ratio].unflatten(1, (x.shape[1] // ratio, ratio))
 
 
@@ -407,13 +408,13 @@ def sample_inputs(
 
 
 def visible_slots(config: Config, i: int) -> int:
-    """Slots that token i of a causal sequence sees."""
+    """Number of slots that token i of a causal sequence sees."""
     start = i // config.segment * config.segment
     return i + 1 - max(0, start - config.memory) + min(config.compressed, max(0, start - config.memory) // config.ratio)
 
 
 def visible_pairs(config: Config, n: int) -> int:
-    """Pairs of query and slot in a causal sequence of `n` tokens, exactly."""
+    """Exact number of pairs of query and slot in a causal sequence of `n` tokens."""
     pairs = 0
     for start in range(0, n, config.segment):
         size = min(config.segment, n - start)

@@ -1,9 +1,9 @@
-r"""cosFormer: linear attention of rectified features whose weights fall with the distance as a cosine does.
+r"""cosFormer: linear attention with rectified features, whose weights fall with distance like a cosine.
 
 When to pick it: long sequences where near tokens matter more; it is linear, keeps weights positive without exponentials,
-and has a constant state.
-When not: recall of distant tokens, or sequences whose greatest length is not known: the reach of the cosine must be fixed
-before decoding. See `linear` and `gated_linear`.
+and has a constant-size state.
+When not: recall of distant tokens, or sequences whose maximum length is not known: the reach of the cosine must be
+fixed before decoding. See `linear` and `gated_linear`.
 
 Definition (Qin et al., arXiv 2202.08791, equations 8-12; search arXiv 2207.13955, section 3), positions i, j = 1, 2, ...:
 
@@ -17,19 +17,19 @@ and in causal-self a gated recurrence without decay: :mod:`regard.engines.gated_
 
 | paper | here |
 |---|---|
-| M | `length`; None for the number of tokens of each row in noncausal-self, and 65536 elsewhere |
+| M | `length`; by default the number of tokens of each row in noncausal-self, and 65536 elsewhere |
 | S, with z as last column | `CosformerState.memory`, in at least float32 |
 | eps, 1e-6 | `eps`: denominators below it are raised to it |
 
-Give `length=` the longest sequence wherever it is not taken from the row: with a reach far beyond the sequence all cosines
-are near 1, and the distance plays no part. Positions beyond M, where weights would be negative, are refused.
+Set `length=` to the longest sequence wherever it is not taken from the row: with a reach far beyond the sequence all
+cosines are near 1, and distance has no effect. Positions beyond M, where weights would be negative, are refused.
 
-Layout: (B, H, N, D). The scale multiplies q before relu and is 1 by default; being positive it cancels, but for eps. Ranks
-of valid tokens are the positions; in cross patterns queries and memory both count from 1. A query whose features are all
-zero gives 0, as does one that sees no key.
-Deviations: the official code has M = max(N, M) of the call everywhere, so that in causal attention outputs depend on the
-number of tokens to come, and decoding disagrees with training; here M is a constant wherever a state or a causal query
-exists, and in noncausal-cross, whose memory may be absorbed before the queries come.
+Layout: (B, H, N, D). The scale multiplies q before relu and is 1 by default; being positive it cancels, except for eps.
+Positions are the ranks of valid tokens; in cross patterns queries and memory both count from 1. A query whose features
+are all zero gives 0, as does one that sees no key.
+Deviations: the official code has M = max(N, M) of the call everywhere, so in causal attention outputs depend on the
+number of tokens still to come, and decoding disagrees with training; here M is a constant wherever there is a state or
+causality, and in noncausal-cross, whose memory may be absorbed before the queries are known.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ class Config:
     """Options.
 
     Attributes:
-        length: M, the reach of the cosine and the greatest position, >= 1; None for the number of tokens of each row in
+        length: M, the reach of the cosine and the largest position, >= 1; None for the number of tokens of each row in
             noncausal-self and 65536 elsewhere.
-        eps: least denominator, > 0 and finite.
+        eps: smallest denominator, > 0 and finite.
     """
 
     length: int | None = None
@@ -93,7 +93,7 @@ class Config:
 
 @dataclass(frozen=True)
 class CosformerState(State):
-    """S with z as its last column, in at least float32; in cross patterns also the queries that came so far."""
+    """S with z as its last column, in at least float32; in cross patterns also the number of queries so far."""
 
     memory: Float[Tensor, "b h k c"] = state_field()
     queries: Int[Tensor, " b"] = state_field()
@@ -103,7 +103,7 @@ class CosformerState(State):
 def reference(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     n, m = q.shape[2], k.shape[2]
     reach = _reach(call, n)
     _check(call, max(n, m))
@@ -119,7 +119,7 @@ def reference(
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]
 ) -> Float[Tensor, "b h n v"]:
-    """Noncausal: sums over all keys first. Causal: the chunked form."""
+    """Noncausal patterns sum over all keys, then read the sums; causal-self uses the chunked form."""
     if call.pattern is Pattern.CAUSAL_SELF:
         return chunked(call, q, k, v).output
     return read(call.replace(state=absorb(call.replace(state=None), k, v)), q).output
@@ -128,7 +128,7 @@ def parallel(
 def chunked(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]
 ) -> Result:
-    """Causal-self with state in and out, by the gated recurrence."""
+    """Causal-self from state to state, by the gated recurrence."""
     o, state = recurrent_forms.chunked(call, *_mapped(call, q, k, v))
     return Result(_divide(call, o).to(v.dtype), _state(call, state))
 
@@ -140,7 +140,7 @@ def step(call: Call, q: Float[Tensor, "b h 1 d"], k: Float[Tensor, "b h 1 d"], v
 
 
 def absorb(call: Call, k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]) -> CosformerState:
-    """Memory into S and z, in order; more may follow."""
+    """Absorb memory into S and z, in order; may be called repeatedly."""
     state: CosformerState | None = call.state
     after = recurrent_forms.length_after(call, k)
     _check(call, k.shape[2] if call.memory_lengths is None and state is None else after)
@@ -153,7 +153,7 @@ def absorb(call: Call, k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"])
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"]) -> Result:
-    """Queries on absorbed memory, each at the position that follows those before it."""
+    """Attend to absorbed memory; positions of queries are counted on from earlier ones."""
     state: CosformerState = call.state
     queries = lengths_after(state.queries, call.lengths, q.shape[0], q.shape[2], q.device)
     _check(call, queries)
@@ -163,7 +163,7 @@ def read(call: Call, q: Float[Tensor, "b h n d"]) -> Result:
 
 
 def _reach(call: Call, n: int) -> float | Float[Tensor, "b 1 1 1"]:
-    """M: of each row where it is the number of its tokens."""
+    """M, per row if it is the row's number of tokens."""
     config: Config = call.config
     if config.length is not None:
         return float(config.length)
@@ -173,7 +173,7 @@ def _reach(call: Call, n: int) -> float | Float[Tensor, "b 1 1 1"]:
 
 
 def _check(call: Call, last: int | Int[Tensor, " b"]) -> None:
-    """Refuse positions beyond M. Those that only tensors know are not checked in a graph."""
+    """Raise Unsupported for positions beyond M; positions held in tensors are not checked in a graph."""
     config: Config = call.config
     if config.length is None and call.pattern is Pattern.NONCAUSAL_SELF:
         return
@@ -209,7 +209,7 @@ def _mapped(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
 
 
 def _positions(x: Float[Tensor, "b h n d"], before: Int[Tensor, " b"] | None) -> Int[Tensor, "#b 1 n 1"]:
-    """The position of each token, after those before: 1, 2, ..."""
+    """The position of each token, counted on from `before`: 1, 2, ..."""
     position = torch.arange(1, x.shape[2] + 1, device=x.device)[None, None, :, None]
     return position if before is None else position + before[:, None, None, None]
 

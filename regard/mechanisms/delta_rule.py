@@ -1,7 +1,7 @@
-r"""Delta rule: a matrix memory that is edited; writing under a key first takes away what is stored there.
+r"""Delta rule: a matrix memory that can be edited; writing under a key first removes what is stored there.
 
-When to pick it: associative recall where keys are overwritten, or tracking a state, with linear time and a state of
-fixed size.
+When to pick it: associative recall where keys are overwritten, or state tracking, with linear time and a state of fixed
+size.
 When not: forgetting that depends on age rather than on keys (`gated_linear`, or `gated=True` here); exact recall of more
 items than a key has features (softmax).
 
@@ -13,7 +13,7 @@ Definition (Schlag et al., arXiv 2102.11174, section 4; trained in chunks by Yan
 which is one step of gradient descent, of size beta_t, on 1/2 |S^T k_t - v_t|^2. With a gate (gated delta rule,
 arXiv 2412.06464, section 3) exp(g_t) S_{t-1} takes the place of S_{t-1}. In a chunk the u solve a triangular system
 (UT transform): U = (I + tril(diag(beta) K K^T, -1))^-1 diag(beta) (V - K S). Kimi delta attention (arXiv 2510.26692,
-section 3) has a gate of its own for each key feature, Diag(exp(g_t)) S_{t-1}: the same recurrence with a wider g.
+section 3) has a separate gate for each key feature, Diag(exp(g_t)) S_{t-1}: the same recurrence with a wider g.
 
 | paper | here |
 |---|---|
@@ -26,9 +26,9 @@ Layout: (B, H, N, D), heads before time.
 
 Queries and keys: **the function normalises both**, after the feature map, as the layer of the paper does: y / sqrt(sum
 y^2 + eps). Give `normalize_queries=False` or `normalize_keys=False` to keep them as they are. Keys that are not unit
-vectors make I - beta k k^T expand: 64 raw normal keys of width 64 overflow float32, and 37 of width 8 float16. The layer convolves and activates q, k and v
-first (`short_convolution=4`); leaving that out costs recall. The layer of Kimi Linear is `gated=True,
-gate="diagonal", output_gate="sigmoid", output_gate_rank=` the width of a value head.
+vectors let I - beta k k^T expand: 64 raw normal keys of width 64 overflow float32, and 37 of width 8 float16. The layer
+convolves and activates q, k and v first (`short_convolution=4`); leaving that out costs recall. The layer of Kimi
+Linear is `gated=True, gate="diagonal", output_gate="sigmoid"`, with `output_gate_rank` the width of a value head.
 
 Noncausal-self is a forward pass that reads after writing plus a backward pass that reads before. In cross patterns the
 memory is absorbed in order and every query reads the last state: the order of the memory matters.
@@ -36,9 +36,9 @@ memory is absorbed in order and every query reads the last state: the order of t
 Deviations: a causal-self call without state is computed in chunks; `chunk_size` = N gives the full parallel form. A
 vector beta costs as much as V heads. With `short_convolution` and a feature map other than SiLU the official layer
 still has SiLU on v; here `convolution_activation` is the same for q, k and v. The layer's norms have eps 1e-6
-(official: 1e-5). The sum norm has eps too, so that a key of zeros stays zero. The layer writes one key a token; a
-function call writes several (a product of as many Householder matrices) when each token comes as often, with its query
-repeated, and the output of its last copy is read.
+(official: 1e-5). The sum norm has eps too, so that a key of zeros stays zero. The layer writes one key per token; to
+write several with the function (a product of as many Householder matrices), repeat each token and its query, and read
+the output of the last copy.
 """
 
 from __future__ import annotations
@@ -90,16 +90,17 @@ class Config:
     """Options.
 
     Attributes:
-        feature_map: of queries and keys, before the norm: ``identity``, ``silu``, ``relu`` or ``elu`` (elu + 1).
+        feature_map: the map of queries and keys, before the norm: ``identity``, ``silu``, ``relu`` or ``elu`` (elu +
+            1).
         norm: ``l2``, or ``sum`` (features sum to one; needs ``relu`` or ``elu``).
         normalize_queries, normalize_keys: whether `norm` applies to them.
         eps: inside the root of the l2 norm, or added to the sum, > 0.
         use_beta: whether the layer learns beta; otherwise beta is 1 and none may be given.
-        allow_negative_eigenvalues: whether the layer's beta lies in (0, 2) rather than (0, 1).
-        vector_beta: whether the layer learns a beta for each value feature rather than one a head.
+        allow_negative_eigenvalues: whether the layer's beta is in (0, 2) rather than (0, 1).
+        vector_beta: whether the layer learns a beta for each value feature rather than one per head.
         gated: whether the layer learns decays (gated delta rule).
-        gate: what `gated` has one decay for: ``scalar``, each head, or ``diagonal``, each key feature (Kimi delta
-            attention), from two projections with as many features between them as a value head.
+        gate: the decays of `gated`: ``scalar``, one per head, or ``diagonal``, one per key feature (Kimi delta
+            attention), from two projections with a bottleneck as wide as a value head.
     """
 
     feature_map: str = "identity"
@@ -204,7 +205,7 @@ def chunked(
     log_decay: Float[Tensor, "b h m #k"] | None = None,
     value_beta: Float[Tensor, "b h m v"] | None = None,
 ) -> Result:
-    """Causal-self with state in and out, in chunks of 64 unless the call says otherwise, by the UT transform."""
+    """Causal-self from state to state, in chunks of 64 unless the call sets another size, by the UT transform."""
     if value_beta is not None:
         return _by_columns(chunked, call, (q, k), v, beta, log_decay, value_beta)
     output, state = recurrent_forms.chunked(call, _queries(call, q), *_writes(call, k, v, beta, log_decay))
@@ -235,7 +236,7 @@ def absorb(
     log_decay: Float[Tensor, "b h m #k"] | None = None,
     value_beta: Float[Tensor, "b h m v"] | None = None,
 ) -> MatrixState:
-    """Memory into S, in order; more may follow."""
+    """Absorb memory into S, in order; may be called repeatedly."""
     if value_beta is not None:
 
         def form(call: Call, k: Tensor, v: Tensor, rate: Tensor, g: Tensor | None) -> Result:
@@ -246,12 +247,12 @@ def absorb(
 
 
 def read(call: Call, q: Float[Tensor, "b h n k"]) -> Result:
-    """Queries on absorbed memory."""
+    """Attend to absorbed memory."""
     return Result(recurrent_forms.read(call, _queries(call, q)).to(q.dtype), call.state)
 
 
 def _features(call: Call, x: Tensor, normalize: bool, scale: float = 1.0) -> Tensor:
-    """Activation, norm and scale, in at least float32 unless none of them computes."""
+    """Feature map, norm and scale, in at least float32 if there is a map or a norm."""
     config: Config = call.config
     if not normalize and config.feature_map == "identity":
         return recurrent_forms.scaled(x, scale)
@@ -270,7 +271,7 @@ def _queries(call: Call, q: Tensor) -> Tensor:
 def _writes(
     call: Call, k: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Keys, values, gates and rates; keys and rates of padding are zero, so it changes nothing."""
+    """Keys, values, gates and rates; keys and rates of padding are zero, so padding changes nothing."""
     if beta is not None and not call.config.use_beta:
         raise Unsupported("beta with use_beta=False", supported="no beta, which is 1 then", nearest="use_beta=True")
     if log_decay is not None and log_decay.shape[-1] not in (1, k.shape[-1]):
@@ -296,7 +297,7 @@ def _by_columns(
     log_decay: Tensor | None,
     value_beta: Tensor,
 ) -> Result:
-    """A form with a rate for each value feature: every column of S is a head with its own beta."""
+    """Run a form with a rate for each value feature: every column of S is a head with its own beta."""
 
     def run(call: Call, *tensors: Tensor) -> Result:
         *keys, g, v, rate = tensors
@@ -307,12 +308,13 @@ def _by_columns(
 
 
 class RateProjection(Projection):
-    """The layer's beta and decay, from the sequence that is written: adds `beta` (or `value_beta`) and `log_decay`.
+    """Computes the layer's beta and decay from the sequence that is written: adds `beta` (or `value_beta`) and
+    `log_decay`.
 
     beta = sigmoid(W x), twice that with negative eigenvalues. The decay of ``gated=True`` is that of the gated delta
-    rule and of Mamba-2: g = -exp(A) softplus(W x + b), with exp(A) from 1 to 16 and softplus(b) from 0.001 to 0.1 at
-    the start; with ``gate="diagonal"``, W = W_2 W_1 and b are for each key feature, A still for each head. Key/value
-    heads have them; the query heads of a group share them.
+    rule and of Mamba-2: g = -exp(A) softplus(W x + b), with exp(A) from 1 to 16 and softplus(b) from 0.001 to 0.1
+    initially; with ``gate="diagonal"``, W = W_2 W_1 and b are per key feature, A still per head. Each key/value head
+    has its own; the query heads of a group share them.
     """
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -353,7 +355,7 @@ class RateProjection(Projection):
 
 
 def recurrence(config: Config, rates: RateProjection) -> Recurrence[nn.Module] | None:
-    """The layer as the recurrence of its state; a beta of 1 or for each value and norms by sums are none."""
+    """The layer as a recurrence of its state; None if beta is 1 or per value feature, or the norm is a sum."""
     if rates.rate is None or config.vector_beta or config.norm != "l2":
         return None
     eps = config.eps if config.normalize_queries else None, config.eps if config.normalize_keys else None
@@ -366,7 +368,7 @@ def recurrence(config: Config, rates: RateProjection) -> Recurrence[nn.Module] |
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Cost of the causal pattern in chunks of 64; with a vector beta each of the V columns is a head of its own."""
+    """Cost of the causal pattern in chunks of 64; with a vector beta each of the V columns is a separate head."""
     key, value, columns = shape.dim_key, shape.dim_value, 1
     if config.vector_beta:
         value, columns = 1, shape.dim_value
@@ -407,11 +409,11 @@ def sample_inputs(
 
 
 KIMI_DELTA = {"gated": True, "gate": "diagonal", "output_gate": "sigmoid"}
-"""Kimi Delta Attention (arXiv 2510.26692); its output gate has the rank of a value head besides (`output_gate_rank`)."""
+"""Kimi Delta Attention (arXiv 2510.26692); its output gate also has the rank of a value head (`output_gate_rank`)."""
 
 
 def combines(config: Config) -> str:
-    """Products of matrices; with a rate for each value feature they would differ between these."""
+    """How states combine: by matrix products, except with `vector_beta`, where they differ between value features."""
     return "" if config.vector_beta else "matrix"
 
 

@@ -1,9 +1,9 @@
-r"""DiagAttention: attention inside blocks that do not overlap, with weights by softmax or by ReLU and an output norm.
+r"""DiagAttention: attention inside blocks that do not overlap, with softmax or ReLU weights and an output norm.
 
-When to pick it: the first layers of a stack, to look at what is near, below layers of `norm_linear` that carry the rest
+When to pick it: the first layers of a stack, for local context, below `norm_linear` layers that carry the rest
 (TransNormer; :func:`regard.models.transnormer_plan`); time is linear in N, the state has a fixed size.
-When not: alone, since nothing ever crosses the border of a block; where blocks should overlap (`local`), cross attention
-(memory has no place near a query).
+When not: alone, since no information ever crosses the border of a block; where blocks should overlap (`local`); cross
+attention (memory has no position near a query).
 
 Definition (TransNormer, Qin et al., arXiv 2210.10340, section 4.2), with blocks of c tokens:
 
@@ -16,20 +16,20 @@ with Norm over all heads of a token together.
 |---|---|
 | block size | c, `block` |
 | T1, T2 | `activation="relu"`, `"softmax"` |
-| SimpleRMSNorm, x / (norm(x) D^-1/2 + 1e-8) | `output_norm="simple_rms"`, as None is with ReLU; also `rms`, `layer` |
+| SimpleRMSNorm, x / (norm(x) D^-1/2 + 1e-8) | `output_norm="simple_rms"`, the default with ReLU; also `rms`, `layer` |
 | LRPE | `positions="lrpe"` of the layer |
 | tau | `scale`, D^-0.5 by default |
 
-`form="window"` sees the last c keys instead of the block (c before and after in noncausal-self), which lets what is near
-cross borders.
+`form="window"` sees the last c keys instead of the block (c before and after in noncausal-self), which lets local
+context cross borders.
 
-Layout: (B, H, N, D), all heads in one call where there is a norm; keys and values may have fewer heads (grouped
-queries). Blocks count valid tokens, so padding does not move their borders, and no padded key is in a softmax.
-State: the last c - 1 keys; its size never changes. A block's keys are forgotten when the next begins.
-Deviations: of the code in the authors' repositories, one applies the causal mask after the softmax, whose denominator then
-sees later keys, and one leaves the zeros that pad the last block in the softmax; here neither takes part. Hidden keys
-have weight 0 under ReLU. A bias tensor of pairs (not a position bias) is refused with a state, whose keys its columns
-could not name. Projections are initialised as in other layers (the paper: Xavier).
+Layout: (B, H, N, D), all heads in one call if there is a norm; keys and values may have fewer heads (grouped queries).
+Blocks count valid tokens, so padding does not move their borders, and no padded key is in a softmax.
+State: the last c - 1 keys, a fixed size. A block's keys are forgotten when the next begins.
+Deviations: of the authors' repositories, one applies the causal mask after the softmax, whose denominator then sees
+later keys, and one leaves the zeros that pad the last block in the softmax; here both are excluded. Hidden keys have
+weight 0 under ReLU. A pairwise bias tensor (not a position bias) is refused with a state, since its columns could not
+be matched to the cached keys. Projections are initialised as in other layers (the paper: Xavier).
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class Config:
     """Options.
 
     Attributes:
-        block: c, tokens a block, >= 1.
+        block: c, tokens per block, >= 1.
         activation: ``softmax`` or ``relu``.
-        output_norm: of all heads together: ``simple_rms``, or ``rms`` and ``layer``, whose learned weights a layer has,
-            or ``none``; None for ``simple_rms`` with relu and ``none`` with softmax.
+        output_norm: norm over all heads together: ``simple_rms``, or ``rms`` and ``layer``, which have learned weights
+            in a layer, or ``none``; None means ``simple_rms`` with relu and ``none`` with softmax.
         form: ``block``, or ``window`` for the last `block` keys.
     """
 
@@ -77,14 +77,14 @@ class Config:
 
     @property
     def norm(self) -> str:
-        """`output_norm` with the activation's own for None."""
+        """`output_norm`, or the activation's default if it is None."""
         return self.output_norm or ("simple_rms" if self.activation == "relu" else "none")
 
 
 def reference(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     visible, bias = masked_scores_bias(where, _visibility(call), call.bias, call.position_bias, call.blocks, q.dtype)
     weights = torch.relu if call.config.activation == "relu" else lambda scores: scores.softmax(-1)
@@ -94,7 +94,7 @@ def reference(
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Result:
-    """Attention in blocks, or in windows, without an N x N matrix: time is in proportion to N times the block."""
+    """Attention in blocks, or in windows, without an N x N matrix: time is proportional to N times the block size."""
     return _attend(call, q, k, v, ranks(call, q.shape[2], k.shape[2], q.device))
 
 

@@ -1,10 +1,10 @@
-r"""Differential attention: what a second softmax map attends to is subtracted from what the first does.
+r"""Differential attention: the weights of a second softmax map are subtracted from those of the first.
 
 When to pick it: models trained from scratch on inputs in which little is relevant and much distracts: the weight that both
 maps spread over everything cancels.
 When not: few heads (two of them make one map), pretrained weights (`softmax`), or speed: each map reads values twice as wide.
 
-Definition (Ye et al., arXiv 2410.05258, equations 1-3), of H pairs of heads, with tau = d^-0.5:
+Definition (Ye et al., arXiv 2410.05258, equations 1-3), for H pairs of heads, with tau = d^-0.5:
 
     o_i = (softmax(tau Q_i K_i^T) - lambda softmax(tau Q_{H+i} K_{H+i}^T)) [V_i, V_{H+i}]
     lambda = exp(l_q1 . l_k1) - exp(l_q2 . l_k2) + lambda_init
@@ -17,17 +17,18 @@ The function computes the first line, the layer all three. The norm is over the 
 | Q_1, K_1 and Q_2, K_2 of head i | heads i and H + i of `q`, `k` |
 | V of head i, 2 d wide | heads i and H + i of `v`, side by side |
 | h, heads | H, half of the heads of `q` |
-| lambda | `lam` (H); of a layer one number for all of its heads |
+| lambda | `lam` (H); in a layer, one number for all heads |
 | lambda_q1, lambda_k1, lambda_q2, lambda_k2 | `projection.q1`, `.k1`, `.q2`, `.k2` of the layer |
-| lambda_init = 0.8 - 0.6 exp(-0.3 (l - 1)) | :func:`depth_lambda` of layer l, which `regard.models.plans.differential_plan` gives to each |
+| lambda_init = 0.8 - 0.6 exp(-0.3 (l - 1)) | :func:`depth_lambda` of layer l, which `regard.models.plans.differential_plan` sets in each |
 
 Layout: q (B, 2H, N, d), k (B, 2G, M, d), v (B, 2G, M, e), output (B, 2H, N, e); G divides H (grouped queries). A layer
-with as many heads as one of softmax attention has as many parameters, but for 4 d + 2 e. Weights, where wanted, are (B, H,
+has as many parameters as one of softmax attention with as many heads, plus 4 d + 2 e. Weights, if requested, are (B, H,
 N, M); rows sum to 1 - lambda. A query that sees no key gives 0.
-State: keys and values, those of a pair side by side.
-Deviations: the authors' code has the two maps of a head next to each other, which is another order of the rows of W_q, W_k
-and W_v and of the columns of W_o. Their first implementation shares keys among grouped queries before it makes pairs, so
-that both maps of a head may have one key; here, as in those for FlashAttention, a group shares both keys.
+State: keys and values, the values of a pair side by side.
+Deviations: the authors' code puts the two maps of a head next to each other, which permutes the rows of W_q, W_k and
+W_v and the columns of W_o. Their first implementation repeats keys for grouped queries before it pairs heads, so that
+both maps of a head may have the same key; here, as in their implementations with FlashAttention, a group shares both
+keys.
 """
 
 from __future__ import annotations
@@ -72,17 +73,18 @@ if TYPE_CHECKING:
 
 
 def depth_lambda(layer: int) -> float:
-    """lambda_init of the paper for a layer, counted from 1: 0.2 there, towards 0.8 in deep ones."""
+    """lambda_init of the paper for a layer, counted from 1: 0.2 in the first, towards 0.8 in deep ones."""
     at_least("layer", layer, 1)
     return 0.8 - 0.6 * math.exp(-0.3 * (layer - 1))
 
 
 @dataclass(frozen=True)
 class Config:
-    """Options, all of the layer: functions are given `lam`.
+    """Options, all of them the layer's; functions take `lam`.
 
     Attributes:
-        lambda_init: 0 <= lambda_init < 1, about where lambda starts. In the paper a constant is nearly as good as its schedule.
+        lambda_init: approximate initial lambda, 0 <= lambda_init < 1. In the paper a constant is nearly as good as its
+            schedule.
     """
 
     lambda_init: float = 0.8
@@ -142,13 +144,13 @@ def chunked(
 
 
 def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> KeyValueState:
-    """Memory into a cache; more may follow."""
+    """Absorb memory into a cache; may be called repeatedly."""
     _check(k.shape[1], k.shape[1], None)
     return cache.absorb(call, k, _side_by_side(v))
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"], lam: Float[Tensor, " p"]) -> Result:
-    """Queries on absorbed memory."""
+    """Attend to absorbed memory."""
     state: KeyValueState = call.state
     _check(q.shape[1], state.k.shape[1], lam)
     return _attend(call, q, state.k, state.v, lam, ranks(call, q.shape[2], 0, q.device, state.ranks), state)
@@ -170,7 +172,7 @@ def _check(heads: int, kv_heads: int, lam: Tensor | None) -> None:
 
 
 def _side_by_side(x: Float[Tensor, "b h m v"]) -> Float[Tensor, "b h/2 m 2*v"]:
-    """The heads of each pair as one."""
+    """Join the heads of each pair into one."""
     return torch.cat(x.chunk(2, 1), -1)
 
 
@@ -179,7 +181,7 @@ def _apart(x: Float[Tensor, "b h/2 n 2*v"]) -> Float[Tensor, "b h n v"]:
 
 
 def _half(x: Any, i: int) -> Any:
-    """Heads of the first or the second maps; all of what is one for all heads, or None."""
+    """Heads of the first or the second maps; None and tensors shared by all heads are returned unchanged."""
     return x if x is None or x.shape[1] == 1 else x.chunk(2, 1)[i]
 
 
@@ -220,7 +222,7 @@ def _attend(
 
 
 class Lambda(Projection):
-    """A layer's lambda, from four vectors of the width of a head: adds `lam` to the heads.
+    """Computes a layer's lambda from four vectors as wide as a head: adds `lam` to the heads.
 
     Raises:
         Unsupported: for an odd number of heads, or of key/value heads.
@@ -241,7 +243,7 @@ class Lambda(Projection):
 class PairNorm(Merge):
     """The norm of each pair's output, times 1 - lambda_init."""
 
-    each_token_alone = True  # so padding may lie anywhere
+    each_token_alone = True  # so padding may be anywhere
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
@@ -274,7 +276,7 @@ def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Two maps for each pair of heads, on values of two heads; pairs of values and both maps' outputs are stored."""
+    """Cost of two maps per pair of heads, on values of both; paired values and both maps' outputs are stored."""
     both = attention_cost(dataclasses.replace(shape, dim_value=2 * shape.dim_value))
     heads = shape.batch * shape.heads
     return Cost(

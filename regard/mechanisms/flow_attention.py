@@ -2,8 +2,8 @@ r"""Flow attention: linear attention in which keys compete and queries accept, b
 
 When to pick it: long encoder inputs and cross-attention at linear cost, where plain linear attention spreads its weights
 too evenly; no recency or locality is built in.
-When not: exact recall of single tokens, decoding on a cross memory (the competition of its keys needs all queries first),
-or rows with N != M in causal-self.
+When not: exact recall of single tokens, decoding with a cross memory (the competition of its keys needs all queries
+first), or rows with N != M in causal-self.
 
 Definition (Wu et al., arXiv 2202.06258, section 3), Q = phi(tau q), K = phi(k), noncausal with L queries and S keys:
 
@@ -25,12 +25,12 @@ Causal, with all sums over tokens up to t, n_t = t tokens seen, and every C_t fi
 | allocation A, competition C | `allocation`, `competition` (off: A = 1, C = 1) |
 | sums over the past | `FlowState`: keys, queries, conserved_keys, conserved_queries, (maximum, normalizer), memory, length |
 
-Layout: (B, H, N, D); no 1 / sqrt(d), so the default scale is 1. eps is added to vectors, as released.
-Deviations: the causal normaliser sum e^{O^} is kept as its maximum and the sum relative to it (4 D + 2 numbers beside the
-matrix instead of 4 D + 1), so that any clamp is safe. The causal form continues from a state and never stores a (D, V)
-matrix for each token. The released module drops 5 % of its output; the layer's dropout is 0 unless given.
-L and S count valid tokens of each row. The released clamp at 1 cuts about half of the O^ in self-attention; -10 to 10 is
-the released setting for reinforcement learning, None is without.
+Layout: (B, H, N, D); no 1 / sqrt(d), so the default scale is 1. eps is added to vectors, as in the released code.
+Deviations: the causal normaliser sum e^{O^} is kept as its maximum and the sum relative to it (4 D + 2 numbers in
+addition to the matrix, instead of 4 D + 1), so that any clamp is safe. The causal form continues from a state and never
+stores a (D, V) matrix for each token. The released module drops 5 % of its output; the layer's dropout is 0 by default.
+L and S count valid tokens of each row. The released clamp at 1 cuts about half of the O^ in self-attention; -10 to 10
+is the released setting for reinforcement learning, None turns it off.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class Config:
     Attributes:
         phi: feature map of queries and keys, one of `PHI`; never negative.
         competition: whether keys compete (C); without it C = 1.
-        allocation: whether queries accept in part (A); without it A = 1. Without both: normalised linear attention.
+        allocation: whether queries accept only in part (A); without it A = 1. Without both it is normalised linear
+            attention.
         clamp: range (low, high) of the conserved sources, low < high; None for no clamp.
         temperature: divides the conserved sources in the competition's softmax, > 0.
         length_factor: whether the allocation's sigmoid has the factor L / S (noncausal patterns; L = S in causal-self).
@@ -122,7 +123,7 @@ class FlowState(State):
 
     @property
     def sums(self) -> Sums:
-        """Sums, maximum and normaliser stacked as the recurrence takes them."""
+        """Sums, maximum and normaliser, stacked in the recurrence's form."""
         totals = torch.stack([self.keys, self.queries, self.conserved_keys, self.conserved_queries])
         return Sums(totals, self.maximum, self.normalizer, self.length)
 
@@ -166,7 +167,7 @@ def reference(
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]
 ) -> Float[Tensor, "b h n v"]:
-    """Noncausal: sums over all tokens. Causal: the chunked form."""
+    """Noncausal patterns use sums over all tokens; causal-self uses the chunked form."""
     if call.pattern is Pattern.CAUSAL_SELF:
         return chunked(call, q, k, v).output
     config: Config = call.config
@@ -195,7 +196,7 @@ def parallel(
 def chunked(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n v"]
 ) -> Result:
-    """Causal-self with state in and out: running sums, then causal linear attention. Also the step."""
+    """Causal-self from state to state: running sums, then causal linear attention. Also the step."""
     config: Config = call.config
     n = q.shape[2]
     if n != k.shape[2] or call.lengths is not call.memory_lengths:
@@ -259,7 +260,7 @@ def _competition_logits(config: Config, conserved_sources: Tensor) -> Tensor:
 
 
 def _softmax(logits: Float[Tensor, "b h m"], valid: Bool[Tensor, "b m"] | None) -> Float[Tensor, "b h m"]:
-    """Over valid keys; 0 in a row without any."""
+    """Softmax over valid keys; 0 in a row without any."""
     if valid is None:
         return logits.softmax(-1)
     weights = logits.masked_fill(~valid[:, None], torch.finfo(logits.dtype).min).softmax(-1)
@@ -267,7 +268,7 @@ def _softmax(logits: Float[Tensor, "b h m"], valid: Bool[Tensor, "b m"] | None) 
 
 
 def cost(shape: Shape, config: Any) -> Cost:
-    """Sums over tokens for the flows, and causal linear attention."""
+    """Cost of sums over tokens for the flows, and of causal linear attention."""
     heads = shape.batch * shape.heads
     matrix = shape.dim_key * shape.dim_value
     flows = 8 * shape.dim_key

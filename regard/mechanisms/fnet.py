@@ -1,8 +1,8 @@
-r"""FNet: tokens are mixed by a discrete Fourier transform over places and features, without parameters.
+r"""FNet: tokens are mixed by a discrete Fourier transform over positions and features, without parameters.
 
-When to pick it: as the cheapest mixing there is in an encoder, O(N log N) and nothing to learn or keep; as the control that
-shows how much of a score attention brings.
-When not: decoding (each output holds all tokens), or finding single tokens: nothing that it does depends on contents.
+When to pick it: as the cheapest mixing in an encoder, O(N log N) with nothing to learn or cache; as a control that
+shows how much of a score attention contributes.
+When not: decoding (each output depends on all tokens), or finding single tokens: the mixing does not depend on content.
 
 Definition (Lee-Thorp et al., arXiv 2105.03824, section 3; survey arXiv 2103.14636, C7), for a sequence of L tokens
 
@@ -15,11 +15,11 @@ Definition (Lee-Thorp et al., arXiv 2105.03824, section 3; survey arXiv 2103.146
 
 Layout: (B, N, D), features last; features are not split into heads, so `num_heads` has no effect.
 Padding: valid tokens are gathered, and each row or document is transformed at its own length, whatever it is batched with.
-Known implementations transform the padding as well, so that there a row's output depends on how far it is padded.
-Scale: y grows as sqrt(L D), which the paper's norm after each residual takes out. `orthonormal=True` divides by that, for
-blocks with the norm before. The call's scale multiplies y and is 1.
-Deviations: rows of unequal length are convolved with a chirp (Bluestein), at the price of two transforms of twice the
-length, of half the features since x is real.
+Other implementations transform the padding as well, so a row's output depends on how far it is padded.
+Scale: y grows as sqrt(L D), which the paper's norm after each residual removes. `orthonormal=True` divides by that, for
+pre-norm blocks. The call's scale, 1 by default, multiplies y.
+Deviations: rows of unequal length are transformed by convolution with a chirp (Bluestein), at the cost of two
+transforms of twice the length, on half the features since x is real.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class Config:
     """Options.
 
     Attributes:
-        orthonormal: divide by sqrt(L D), so that outputs are as large as inputs.
+        orthonormal: whether to divide by sqrt(L D), so that outputs are as large as inputs.
     """
 
     orthonormal: bool = False
 
 
 def reference(call: Call, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-    """The definition, with the whole matrices of cosines and sines."""
+    """The definition, with full matrices of cosines and sines."""
     n, width = x.shape[1:]
     if x.numel() == 0:
         return x
@@ -64,7 +64,7 @@ def reference(call: Call, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
 
 
 def parallel(call: Call, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-    """Fast transforms, over features and then over places."""
+    """Fast transforms, over features and then over positions."""
     batch, n, width = x.shape
     if x.numel() == 0:
         return x
@@ -74,7 +74,7 @@ def parallel(call: Call, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
     else:
         count = call.lengths.clamp(min=1)
         y = transform_rows(torch.fft.rfft(tokens).mT, call.lengths).real.mT
-        # x is real: feature D - e at place -j is the conjugate of feature e at place j
+        # x is real: feature D - e at position -j is the conjugate of feature e at position j
         places = torch.arange(n, device=x.device)
         opposite = torch.where(places < count[:, None], (count[:, None] - places) % count[:, None], places)
         rest = y[..., 1 : (width + 1) // 2].flip(-1)
@@ -85,7 +85,7 @@ def parallel(call: Call, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """The cost of rows without padding, whose D features are those of all heads together."""
+    """Cost of rows without padding, with D the features of all heads together."""
     width, n = shape.heads * shape.dim_value, max(shape.n, 1)
     across = 2.5 * n * width * math.log2(max(width, 2))
     along = 5.0 * (width // 2 + 1) * n * math.log2(max(n, 2))
@@ -100,7 +100,7 @@ class FNetLayer(MixerLayer):
     Args:
         card: the mechanism.
         dim: width D of the input and output.
-        num_heads: accepted for the catalogue's sake.
+        num_heads: unused; accepted for a uniform signature.
         pattern: noncausal-self.
         config: see :class:`Config`.
     """

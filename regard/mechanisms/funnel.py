@@ -1,21 +1,23 @@
-r"""Funnel pooling: attention layers that halve the sequence, of which the first token is left.
+r"""Funnel pooling: attention layers that repeatedly halve the sequence and return its first token.
 
-When to pick it: classifying long texts, where the pool should still mix tokens while it thins them out: each block costs half
-of the one before.
-When not: a pool that should cost next to nothing (`low_rank_pooling`, the mean). For an output for each token,
-`regard.models.FunnelEncoder` has the decoder that goes back to the full length, and
-`regard.models.PyramidEncoder` has funnels between stages of any mechanism.
+When to pick it: classifying long texts, where pooling should keep mixing tokens while it reduces their number: each
+block costs half as much as the one before.
+When not: pooling that should cost next to nothing (`low_rank_pooling`, the mean). For one output per token,
+`regard.models.FunnelEncoder` has a decoder that returns to the full length, and `regard.models.PyramidEncoder` has
+funnels between stages of any mechanism.
 
 Definition (Dai et al., arXiv 2006.03236, section 2; survey arXiv 2103.14636, D3). Each block begins with
 
     h' = pool(h) by pairs of tokens, the first token (cls) apart:  h'_0 = h_0,  h'_j = mean(h_{2j-1}, h_{2j})
     h  = FF(LN(h' + Attention(Q = h', K = V = h)))                 (pool query only; the residual is the pooled h')
 
-and goes on with layers in which K = V = h'. FF(x) = LN(x + W_2 gelu(W_1 x)). Scores, with R_t the sinusoid of a distance,
+and continues with layers in which K = V = h'. FF(x) = LN(x + W_2 gelu(W_1 x)). Scores, with R_t the sinusoid of a
+distance,
 
     a_ij = tau ((W_Q h'_i + u) . W_K h_j + (W_Q h'_i + w) . (W_R R_{t_i - t_j})),    R_t = [sin(t f), cos(t f)]
 
-where t is the place of a pooled token's first token, and pairs with cls have no second term. The output is h_0 of the end.
+where t is the position of the first of the tokens pooled into one, and pairs with cls have no second term. The output
+is the last h_0.
 
 | paper | here |
 |---|---|
@@ -29,12 +31,12 @@ where t is the place of a pooled token's first token, and pairs with cls have no
 
 Layout: the output (B, 1, D) has no token axis; packed documents give one row each. A sequence without tokens gives 0.
 Padding is gathered away, and each row is pooled at its own length: the last token may be alone in its pair.
-Distances are between sequences of any length at a cost of O(N D): sin and cos of a difference are sums of products, which
-widen queries and keys by D.
-Deviations: the paper's first block, before any pooling, is the encoder's. `truncate=True` leaves out the last token of each
-sequence that is pooled, as the authors' code does where the first is apart; here it is kept. There are no segment
-embeddings, nor a bias of keys, which would add the same to all scores of a query. Without `separate_first` the output is
-the mean of what is left.
+Distances cost O(N D) at any length: sin and cos of a difference are sums of products, which widen queries and keys by
+D.
+Deviations: the paper's first block, before any pooling, belongs to the encoder. `truncate=True` drops the last token of
+each sequence that is pooled, as the authors' code does when the first is kept apart; by default it is kept. There are
+no segment embeddings, and no bias of keys, which would add the same to all scores of a query. Without `separate_first`
+the output is the mean of the remaining tokens.
 """
 
 from __future__ import annotations
@@ -79,12 +81,12 @@ class Config:
     """Options.
 
     Attributes:
-        blocks: how often the sequence is halved, >= 1.
-        layers: layers of a block, >= 1.
+        blocks: number of blocks, each of which halves the sequence, >= 1.
+        layers: layers per block, >= 1.
         pool: ``mean`` or ``max`` of two tokens.
-        query_only: whether the first layer of a block reads the sequence that has not been pooled.
+        query_only: whether the first layer of a block reads the sequence before pooling.
         separate_first: whether the first token is kept apart and is the output.
-        truncate: leave out the last token where the first is apart.
+        truncate: whether to drop the last token; needs `separate_first`.
         positions: whether scores depend on distances.
         norm_eps: added to the variance, > 0.
     """
@@ -155,8 +157,8 @@ def reference(call: Call, x: Float[Tensor, "b n d"], **weights: Tensor) -> Float
 
 def parallel(call: Call, x: Float[Tensor, "b n d"], **weights: Tensor) -> Float[Tensor, "b 1 d"]:
     """All blocks on gathered rows, each half as long as the one before; distances enter by products of sines and
-    cosines, so that no N x N x D tensor is made. The output (B, 1, D) is the first token, or the mean of what is
-    left."""
+    cosines, so that no N x N x D tensor is made. The output (B, 1, D) is the first token, or the mean of the remaining
+    ones."""
     h, lengths = _shortened(call, x, weights)
     if h.shape[1] == 0:
         return x.new_zeros(x.shape[0], 1, x.shape[2])
@@ -193,17 +195,17 @@ def _shortened(
 
 
 def upsample(h: Float[Tensor, "b s d"], lengths: Int[Tensor, " b"], n: int, config: Config) -> Float[Tensor, "b n d"]:
-    """Pooled sequences at their full length again.
+    """Repeat the tokens of pooled sequences to their full length.
 
     Args:
-        h: right-padded tokens that all blocks leave.
-        lengths: how many of them each row has.
-        n: tokens before the first block.
-        config: of the funnel, with its `blocks`, and `separate_first`.
+        h: right-padded tokens after all blocks.
+        lengths: number of tokens in each row of `h`.
+        n: number of tokens before the first block.
+        config: options of the funnel; `blocks` and `separate_first` are used.
 
     Returns:
-        Each token 2^blocks times, at the places that it was pooled from; the first once where it is apart. Zero at the
-        last places where `truncate` has left nothing of them, and anything in the padding.
+        Each token 2^blocks times, at the positions that it was pooled from; the first only once if it is apart. Zero at
+        the last positions if `truncate` has dropped them, and arbitrary in the padding.
     """
     apart = int(config.separate_first)
     source = apart + block_numbers(torch.arange(n, device=h.device) - apart, 2**config.blocks)
@@ -238,7 +240,7 @@ def _layer_norm(config: Config, x: Float[Tensor, "b n d"], w: Tensors, which: in
 def _pooled(
     config: Config, h: Float[Tensor, "b n d"], place: Int[Tensor, " n"], lengths: Int[Tensor, " b"]
 ) -> tuple[Float[Tensor, "b s d"], Int[Tensor, " s"], Int[Tensor, " b"]]:
-    """Pairs of each row's valid tokens, the places of their first ones, and the new lengths."""
+    """Pool pairs of each row's valid tokens; return them, the positions of their first tokens, and the new lengths."""
     apart, n = int(config.separate_first), h.shape[1]
     end = lengths - 1 if config.truncate else lengths
     end = torch.where(lengths > 2, end, lengths) if config.truncate else end
@@ -257,7 +259,7 @@ def _pooled(
 def _attended(
     call: Call, w: Tensors, h: Tensor, place: Tensor, source: Tensor, known: Tensor, lengths: Tensor
 ) -> Float[Tensor, "b s d"]:
-    """The attention of a layer with its projections; distances as features of queries and keys."""
+    """The attention of a layer with its projections; distances enter as features of queries and keys."""
     config: Config = call.config
     q = torch.einsum("bnd,hde->bhne", h, w["q"])
     k = torch.einsum("bnd,hde->bhne", source, w["k"])
@@ -270,7 +272,7 @@ def _attended(
         told = torch.cat([there.cos(), there.sin()], -1).to(h.dtype)
         by_place = torch.einsum("bhne,hde->bhnd", q + w["distance_bias"][:, None], w["r"])
         of_sine, of_cosine = by_place[..., :half], by_place[..., half:]
-        # of sin and cos of a difference, what is multiplied by cos and by sin of the key's place
+        # sin and cos of a difference: the factors of the cos and sin of the key's position
         asked = torch.cat([of_sine * sine + of_cosine * cosine, of_cosine * sine - of_sine * cosine], -1)
         if config.separate_first:
             asked, told = (F.pad(t[..., 1:, :], (0, 0, 1, 0)) for t in (asked, told))
@@ -284,7 +286,7 @@ def _attended(
 
 
 def _angles(places: Int[Tensor, " n"], half: int) -> Float[Tensor, "n half"]:
-    """t f of each place and frequency, in float64 where there is one: a phase has to be exact to a part of a turn."""
+    """t f for each position and frequency, in float64 if available: phases must be exact to a fraction of a turn."""
     dtype = torch.float32 if places.device.type == "mps" else torch.float64
     exponent = -torch.arange(half, dtype=dtype, device=places.device) / half
     return places[:, None] * torch.pow(torch.full_like(exponent, 10000.0), exponent)
@@ -331,7 +333,7 @@ class FunnelPooling(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Matrices normal with the variance 1 / fan-in, norms 1, all biases 0."""
+        """Initialise matrices as normal with variance 1 / fan-in, norms to 1, all biases to 0."""
         for name, parameter in self.weights.items():
             if name == "norm_weight":
                 nn.init.ones_(parameter)
@@ -349,7 +351,7 @@ class FunnelPooling(nn.Module):
             x: tokens, padded anywhere or packed, as `context.mask` says.
 
         Returns:
-            output (B, 1, D), one row a document when packed.
+            output (B, 1, D), one row per document when packed.
 
         Raises:
             Unsupported: for memory, a state, roles, or masks on pairs.
@@ -372,11 +374,11 @@ class FunnelPooling(nn.Module):
     def shorten(
         self, x: Float[Tensor, "b n d"], lengths: Int[Tensor, " b"] | None = None
     ) -> tuple[Float[Tensor, "b s d"], Int[Tensor, " b"]]:
-        """What all blocks leave of right-padded tokens, and how many each row has; :func:`upsample` goes back.
+        """Pool right-padded tokens by all blocks; return them and their number in each row. See :func:`upsample`.
 
         Args:
             x: right-padded tokens.
-            lengths: how many each row has; None when all are valid.
+            lengths: number of tokens in each row; None when all are valid.
         """
         scale = self.weights["k"].shape[-1] ** -0.5
         h, left = _shortened(Call(self.pattern, self.config, scale=scale, lengths=lengths), x, {**self.weights})
@@ -433,12 +435,12 @@ def sample_inputs(
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
-    """Features inside the feed-forward part: four times those of a token."""
+    """Hidden width of the feed-forward part: four times the width of a token."""
     return {"f": 4 * shape.heads * shape.dim_value}
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """All layers with their projections; heads are as wide as values, and the feed-forward part 4 times as wide as x."""
+    """Cost of all layers with projections; heads are as wide as values, the feed-forward part 4 times as wide as x."""
     heads, dim = shape.heads, shape.heads * shape.dim_value
     flops, memory, n = 0.0, 0.0, float(shape.n)
     for _ in range(config.blocks):
@@ -446,7 +448,7 @@ def cost(shape: Shape, config: Config) -> Cost:
             source, n = (n, (n + 1) / 2) if layer == 0 else (n, n)
             source = source if config.query_only else n
             extra = dim if config.positions else 0
-            flops += 2 * n * source * (2 * dim + heads * extra)  # scores and their sums of values
+            flops += 2 * n * source * (2 * dim + heads * extra)  # scores and weighted sums of values
             flops += 2 * dim * dim * ((3 if config.positions else 2) * n + 2 * source + 8 * n)
             memory += (n + source) * (2 * dim + heads * extra) + 4 * n * dim
     return Cost(flops=shape.batch * flops, memory=shape.batch * memory, state=0.0, step_flops=0.0)

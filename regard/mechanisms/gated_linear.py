@@ -1,4 +1,4 @@
-r"""Gated linear attention: a matrix of key-value products that forgets, each key feature at its own rate.
+r"""Gated linear attention: a matrix of key-value products in which each key feature is forgotten at its own rate.
 
 When to pick it: long sequences and streams where the model must choose what to forget; linear time, a state of fixed
 size, and training by matrix products.
@@ -16,29 +16,30 @@ A token is written after the decay and is seen by its own query. General form (s
 
 | paper | here |
 |---|---|
-| log alpha_t | `log_decay` (B, H, M, K), natural logarithms <= 0, -inf forgets all; (B, H, M, 1) for one gate a head |
+| log alpha_t | `log_decay` (B, H, M, K), natural logarithms <= 0, -inf forgets all; (B, H, M, 1) for one gate per head |
 | log beta_t | `value_log_decay` (B, H, M, V); absent in the paper's layer |
 | S | `MatrixState.memory`, (B, H, K, V) |
 | tau | `gate_normalizer` |
 | W_1, W_2, b | `GateProjection` |
 
 Layout: (B, H, N, D), heads before time. Without `log_decay` nothing is forgotten: linear attention with no denominator.
-One constant gate a head is retention (arXiv 2307.08621, without its rotation; `gate="fixed"`); one gate a head that
-depends on the token is the decay of Mamba-2 (`gate="scalar"`). There the decay is that of a step, which also scales what
-is written (`gate="step"`; arXiv 2405.21060, and 2408.15237 for queries, keys and values of a trained model):
+One constant gate per head is retention (arXiv 2307.08621, without its rotation; `gate="fixed"`); one gate per head that
+depends on the token is the decay of Mamba-2 (`gate="scalar"`). In Mamba-2 the decay comes from a step size, which also
+scales what is written (`gate="step"`; arXiv 2405.21060, and 2408.15237 for queries, keys and values of a trained
+model):
 
-    Delta_t = softplus(W x_t + b),     S_t = exp(Delta_t A) S_{t-1} + k_t (Delta_t v_t)^T,     A < 0 a head
+    Delta_t = softplus(W x_t + b),     S_t = exp(Delta_t A) S_{t-1} + k_t (Delta_t v_t)^T,     A < 0 per head
 
-which is the recurrence of `mamba2` with q, k and v as its C, B and x; its block has a convolution, a skip past the state
-and a gated norm besides.
+which is the recurrence of `mamba2` with q, k and v as its C, B and x; the block of `mamba2` also has a convolution, a
+skip connection past the state and a gated norm.
 
 Noncausal-self is a forward pass that reads after writing plus a backward pass that reads before. In cross patterns the
 memory is absorbed in order, gates and all, and every query reads the last state: the order of the memory matters.
 
 Deviations: exponents are sums over the segment between two tokens, never differences of cumulative sums, which lose a
-hundredfold in float32 at strong gates. The parallel form of causal-self is the chunked one; `chunk_size` = N makes it
-quadratic. Gates on values cost as much as V heads: each value feature runs as a head of its own. The layer's norms
-have eps 1e-6 (1e-5 in the official layer, 1e-6 in its model).
+factor of 100 in accuracy in float32 with strong gates. The parallel form of causal-self is the chunked one;
+`chunk_size` = N makes it quadratic. Gates on values cost as much as V heads: each value feature runs as a separate
+head. The layer's norms have eps 1e-6 (1e-5 in the official layer, 1e-6 in its model).
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ if TYPE_CHECKING:
 
 GATES = ("diagonal", "scalar", "step", "fixed", "none")
 STEPS = (1e-3, 1e-1)
-"""The layer's steps at the start, log-uniform, as in Mamba-2."""
+"""Range of the layer's initial steps, log-uniform, as in Mamba-2."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,15 @@ class Config:
     Attributes:
         feature_map: phi of queries and keys, before the scale: ``identity``, ``silu``, ``relu``, ``elu`` (elu + 1), or
             another of :data:`regard.mechanisms.linear.FEATURE_MAPS`.
-        clamp_min: lowest log decay of an entry of S (the sum of its key's and its value's), <= 0; None for no bound.
-        gate: the layer's gates: ``diagonal`` (one for each key feature), ``scalar`` (one a head), ``step`` (one a head, of a
-            step that also scales the values), ``fixed`` (head h decays by 1 - 2^-(5 + h)) or ``none``. Functions take the
-            gates and values that they are given.
+        clamp_min: lower bound of the log decay of each entry of S (the sum of its key's and its value's), <= 0; None
+            for no bound.
+        gate: the layer's gates: ``diagonal`` (one for each key feature), ``scalar`` (one per head), ``step`` (one per
+            head, from a step that also scales the values), ``fixed`` (head h decays by 1 - 2^-(5 + h)) or ``none``.
+            Functions use the gates and values that they are given.
         gate_rank: width of the diagonal gate's bottleneck, >= 1.
-        gate_normalizer: tau, which divides the log-sigmoid of learned gates, > 0: 1, 16 or 32, the slower the larger.
-        value_gate: whether the layer also has gates on values, made like the diagonal ones.
+        gate_normalizer: tau, which divides the log-sigmoid of learned gates, > 0; usually 1, 16 or 32: the larger, the
+            slower it forgets.
+        value_gate: whether the layer also has gates on values, computed like the diagonal ones.
     """
 
     feature_map: str = "identity"
@@ -190,7 +193,7 @@ def chunked(
     log_decay: Float[Tensor, "b h m #k"] | None = None,
     value_log_decay: Float[Tensor, "b h m v"] | None = None,
 ) -> Result:
-    """Causal-self with state in and out, in chunks of 64 unless the call says otherwise; no cumulative sums of gates
+    """Causal-self from state to state, in chunks of 64 unless the call sets another size; no cumulative sums of gates
     are subtracted."""
     if value_log_decay is not None:
         return _by_columns(chunked, call, (q, k), v, log_decay, value_log_decay)
@@ -220,7 +223,7 @@ def absorb(
     log_decay: Float[Tensor, "b h m #k"] | None = None,
     value_log_decay: Float[Tensor, "b h m v"] | None = None,
 ) -> MatrixState:
-    """Memory into S, in order; more may follow."""
+    """Absorb memory into S, in order; may be called repeatedly."""
     if value_log_decay is not None:
 
         def form(call: Call, k: Tensor, v: Tensor, g: Tensor) -> Result:
@@ -231,7 +234,7 @@ def absorb(
 
 
 def read(call: Call, q: Float[Tensor, "b h n k"]) -> Result:
-    """Queries on absorbed memory."""
+    """Attend to absorbed memory."""
     return Result(recurrent_forms.read(call, _queries(call, q)).to(q.dtype), call.state)
 
 
@@ -250,7 +253,7 @@ def _writes(call: Call, k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple
 
 
 def _mapped(call: Call, x: Tensor) -> Tensor:
-    """phi(x), in at least float32 where phi computes."""
+    """phi(x), in at least float32 unless phi is the identity."""
     name = call.config.feature_map
     return x if name == "identity" else FEATURE_MAPS[name](wide(x))
 
@@ -262,7 +265,7 @@ def _bounded(call: Call, g: Tensor) -> Tensor:
 def _by_columns(
     form: Callable[..., Result], call: Call, keys: tuple[Tensor, ...], v: Tensor, log_decay: Tensor | None, c: Tensor
 ) -> Result:
-    """A form with gates `c` on values: every column of S is a head whose gates are those of its keys plus its own."""
+    """Run a form with gates `c` on values: every column of S is a head whose gates add its own to those of its keys."""
 
     def run(call: Call, *tensors: Tensor) -> Result:
         *keys, g, v, c = tensors
@@ -272,12 +275,13 @@ def _by_columns(
 
 
 class GateProjection(Projection):
-    """The layer's gates, from the sequence that is written: adds `log_decay` (and `value_log_decay`) to the heads.
+    """Computes the layer's gates from the sequence that is written: adds `log_decay` (and `value_log_decay`) to the
+    heads.
 
-    Learned gates are ``logsigmoid(z) / gate_normalizer``, with z = W_2 W_1 x + b for one gate a feature (W_1 maps to
-    `gate_rank` features) and z = W x + b for one gate a head. b starts at 0, so that the decay starts near
-    2^(-1 / gate_normalizer). Steps begin between 0.001 and 0.1 and A at -1, so that their decay starts near 1. Key/value
-    heads have the gates; the query heads of a group share them.
+    Learned gates are ``logsigmoid(z) / gate_normalizer``, with z = W_2 W_1 x + b for one gate per feature (W_1 maps to
+    `gate_rank` features) and z = W x + b for one gate per head. b starts at 0, so that the decay starts near 2^(-1 /
+    gate_normalizer). Steps start between 0.001 and 0.1 and A at -1, so that their decay starts near 1. Each key/value
+    head has its own gates; the query heads of a group share them.
     """
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -329,7 +333,7 @@ def fixed_decays(heads: int, device: torch.device | str, dtype: torch.dtype) -> 
 
 
 def recurrence(config: Config, gates: GateProjection) -> Recurrence[nn.Module] | None:
-    """The layer as the recurrence of its state; gates on values are none."""
+    """The layer as a recurrence of its state; None if it has gates on values."""
     if gates.value_gate is not None:
         return None
     plain: Recurrence[nn.Module] = Recurrence(feature_map=config.feature_map)
@@ -384,7 +388,7 @@ def sample_inputs(
     sizes: dict[str, int] | None = None,
     **_: Any,
 ) -> Tensors:
-    """Inputs for tests, with the gates that the options say, from nearly 1 to nearly 0."""
+    """Inputs for tests, with the gates that the options have, from nearly 1 to nearly 0."""
     size = {"h": 2, "k": 8, "v": 6} | (sizes or {})
     heads, width = size["h"], size["k"]
 

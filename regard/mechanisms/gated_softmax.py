@@ -1,8 +1,8 @@
-r"""Gated softmax attention: a gate, learned from the query's token, decides how much of a head's output to keep.
+r"""Gated softmax attention: a gate, computed from the query's token, decides how much of a head's output to keep.
 
-When to pick it: a model that is trained, or fine-tuned, to be quantized afterwards. A head that should do nothing closes
-its gate, and so it has no reason to grow the outliers that ruin 8-bit activations. Any softmax kernel runs it.
-When not: exact zeros in the weights (`clipped_softmax`); a plain yardstick (`softmax`).
+When to pick it: a model that will be quantized after training or fine-tuning. A head that should do nothing closes its
+gate, so it has no reason to grow the outliers that ruin 8-bit activations. Any softmax kernel can run it.
+When not: exact zeros in the weights (`clipped_softmax`); a plain baseline (`softmax`).
 
 Definition (Bondarenko, Nagel, Blankevoort, arXiv 2306.12929, equations 5-6), for each head h and query i:
 
@@ -12,22 +12,23 @@ Definition (Bondarenko, Nagel, Blankevoort, arXiv 2306.12929, equations 5-6), fo
 |---|---|
 | log pi_i | `log_gate` (B, H, N), natural logarithms <= 0; without it every gate is open |
 | G_h | `predictor`: `linear`, `mlp`, `mlp2`, `all_features`, `head` or `head_mean`; the module :class:`GatePredictor` |
-| b_init, pi_init (the gate at the start) | `initial_gate`: the last bias is its logit |
+| b_init, pi_init (the initial gate) | `initial_gate`: the last bias is its logit |
 | 1 / pi_init, for fine-tuning (appendix B) | s: 1 / `initial_gate` with `fine_tune`, else 1 |
 
-x is the layer's input (after the block's norm where it has one), and gates read it, not the attention's output. The
-predictor of head h reads features h D/H ... (h + 1) D/H - 1 of x: a slice, mixed arbitrarily, as in the authors' code.
-A gate depends on its own token only, so decoding caches keys and values and nothing else. In cross patterns gates are
-those of the queries. Extra parameters of a layer: H (D/H + 1) for `linear`, H (D + 1) for `all_features`.
+x is the layer's input (after the block's norm if it has one); gates read it, not the attention's output. The predictor
+of head h reads features h D/H ... (h + 1) D/H - 1 of x: an arbitrary slice, as in the authors' code. A gate depends on
+its own token only, so decoding caches keys and values and nothing else. In cross patterns gates come from the queries.
+Extra parameters of a layer: H (D/H + 1) for `linear`, H (D + 1) for `all_features`.
 
-:func:`regard.compression.quantize` simulates 8-bit weights and activations, and leaves the predictors of gates as they are.
+:func:`regard.compression.quantize` simulates 8-bit weights and activations, and leaves the gate predictors as they are.
 
 Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). A query that sees no key gives 0.
-Deviations: gates are natural logarithms, as everywhere in regard. Weights are given with the gate and s on them. The
-authors' code sets the first bias for `linear` only; here all predictors have it. With `fine_tune` the output is divided by
-the first gate whatever the predictor; theirs leaves it out for the gate of a head alone (`head`). `head_mean` averages over the valid
-tokens of a call, where theirs counts padding too (as it does after `regard.swap`, which tells layers of no padding); it
-looks ahead and is refused in causal patterns, and on memory that was absorbed before, where queries may come in pieces.
+Deviations: gates are passed as natural logarithms, as everywhere in regard. Returned weights include the gate and s.
+The authors' code sets the initial bias for `linear` only; here all predictors have it. With `fine_tune` the output is
+divided by the initial gate for every predictor; theirs leaves this out for a gate of the head alone (`head`).
+`head_mean` averages over the valid tokens of a call, where theirs counts padding too (as does this one after
+`regard.swap`, which does not pass padding to layers); it looks ahead, so it is refused in causal patterns, and on
+previously absorbed memory, where queries may come in pieces.
 """
 
 from __future__ import annotations
@@ -78,16 +79,18 @@ class Config:
     """Options.
 
     Attributes:
-        predictor: a layer's G: ``linear`` (one map a head, from its slice of x), ``mlp`` (the same with one hidden layer
-            of a quarter of the slice's features, at least 1), ``mlp2`` (as many as the slice), ``all_features`` (one map
-            from the whole x), ``head`` (one number a head, whatever x is), ``head_mean`` (``linear``, averaged over
-            tokens before the sigmoid; noncausal patterns only). Functions take the gates that they are given.
-        initial_gate: pi at the start, between 0 and 1; where None, biases start as torch's linear layers do, and at a gate
-            of one half for ``head``.
-        fine_tune: multiply gates by 1 / `initial_gate`, which must be given, so that a layer with the weights of softmax
-            attention starts as that.
-        initial_std: standard deviation of the weights that give the logits, >= 0; where None, 0.01 with `fine_tune` (the
-            paper's for BERT; 0.001 for OPT), else torch's own start. 0 makes the start of `fine_tune` exact.
+        predictor: a layer's G: ``linear`` (one map per head, from its slice of x), ``mlp`` (the same with one hidden
+            layer of a quarter of the slice's features, at least 1), ``mlp2`` (a hidden layer as wide as the slice),
+            ``all_features`` (one map from all of x), ``head`` (one number per head, independent of x), ``head_mean``
+            (``linear``, averaged over tokens before the sigmoid; noncausal patterns only). Functions use the gates that
+            they are given.
+        initial_gate: initial pi, between 0 and 1; if None, biases start as in torch's linear layers, and ``head`` at a
+            gate of one half.
+        fine_tune: whether to multiply gates by 1 / `initial_gate`, which must be given, so that a layer with the
+            weights of softmax attention starts out equal to it.
+        initial_std: initial standard deviation of the weights of the gate logits, >= 0; if None, 0.01 with `fine_tune`
+            (the paper's for BERT; 0.001 for OPT), else torch's initialisation. With 0, `fine_tune` starts exactly
+            equal.
     """
 
     predictor: str = "linear"
@@ -112,7 +115,7 @@ class Config:
 
     @property
     def gate_scale(self) -> float:
-        """s."""
+        """The factor s."""
         return 1 / self.initial_gate if self.fine_tune and self.initial_gate is not None else 1.0
 
 
@@ -123,7 +126,7 @@ def reference(
     v: Float[Tensor, "b g m v"],
     log_gate: Float[Tensor, "b h n"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     visible, bias = masked_scores_bias(where, by_pattern(call), call.bias, call.position_bias, call.blocks, q.dtype)
     output = attention_reference(q, k, v, visible, lambda scores: scores.softmax(-1), call.scale, bias)
@@ -138,7 +141,7 @@ def parallel(
     v: Float[Tensor, "b g m v"],
     log_gate: Float[Tensor, "b h n"] | None = None,
 ) -> Result:
-    """Softmax attention, block by block, whose outputs are multiplied by the gates."""
+    """Softmax attention, block by block, with outputs multiplied by the gates."""
     return _gated(call, attention_forms.parallel(call, q, k, v), log_gate)
 
 
@@ -154,12 +157,12 @@ def chunked(
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"], log_gate: Float[Tensor, "b h n"] | None = None) -> Result:
-    """Queries on absorbed memory, times their gates."""
+    """Attend to absorbed memory, with outputs multiplied by the gates."""
     return _gated(call, attention_forms.read(call, q), log_gate)
 
 
 def _gated(call: Call, result: Result, log_gate: Float[Tensor, "b h n"] | None) -> Result:
-    """The output and the weights times the gates."""
+    """Multiply the output and the weights by the gates."""
     gate: float | Tensor = call.config.gate_scale
     if log_gate is not None:
         gate = (gate * log_gate.to(wide_dtype(result.output)).exp())[..., None]
@@ -172,13 +175,13 @@ def _gated(call: Call, result: Result, log_gate: Float[Tensor, "b h n"] | None) 
 
 
 class GatePredictor(Projection):
-    """A layer's gates, from the tokens of its queries: adds `log_gate` (B, H, N) to the heads.
+    """Computes a layer's gates from the tokens of its queries: adds `log_gate` (B, H, N) to the heads.
 
-    The maps of all heads are one tensor each, with the head in front; they start as separate linear layers would.
+    The maps of all heads are stacked in one tensor, head axis first, and initialised like separate linear layers.
 
     Raises:
-        Unsupported: for `dim` that the heads do not divide, where each has its slice; for ``head_mean`` in a causal pattern
-            and on absorbed memory.
+        Unsupported: if the heads do not divide `dim` for a predictor that reads slices; for ``head_mean`` in a causal
+            pattern and on absorbed memory.
     """
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -248,7 +251,7 @@ class GatePredictor(Projection):
 
 
 class HeadLinear(nn.Module):
-    """A linear map of its own for each head: (B, H, N, in) -> (B, H, N, out), begun as torch's linear layers are."""
+    """A separate linear map for each head, (B, H, N, in) -> (B, H, N, out), initialised as in torch's linear layers."""
 
     def __init__(self, heads: int, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -262,7 +265,7 @@ class HeadLinear(nn.Module):
 
 
 def _mean_over_tokens(logits: Float[Tensor, "b h n"], context: Context) -> Float[Tensor, "b h n"]:
-    """The mean over each row's valid tokens, which come first, in the place of every token."""
+    """The mean over each row's valid tokens, which come first, repeated for every token."""
     n, mask = logits.shape[-1], context.mask
     if mask is None or not mask.ragged or n == 0:
         return logits.mean(-1, keepdim=True).expand_as(logits)
@@ -279,7 +282,7 @@ def _mean_over_tokens(logits: Float[Tensor, "b h n"], context: Context) -> Float
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Softmax attention's, and a product for each output number."""
+    """Cost of softmax attention, plus one product per output number."""
     width = shape.dim_key + shape.dim_value
     heads = shape.batch * shape.heads
     return Cost(
@@ -319,7 +322,7 @@ MECHANISM = Mechanism(
     variant_patterns={
         "mean gate": (Pattern.NONCAUSAL_SELF, Pattern.NONCAUSAL_CROSS),
     },
-    layer_defaults={"output_norm": None},  # the size of an output says how much of the head is kept
+    layer_defaults={"output_norm": None},  # the size of an output shows how much of the head is kept
     in_trained_models=lambda length, heads: {"initial_gate": 0.25, "fine_tune": True, "initial_std": 0.001},
     engine="attention",
     state=KeyValueState,

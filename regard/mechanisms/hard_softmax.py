@@ -1,26 +1,26 @@
-r"""Hard attention: softmax of which each query reads its k largest weights alone.
+r"""Hard attention: softmax of which each query keeps only its k largest weights.
 
-When to pick it: in some layers of a model that was trained with softmax and fine-tuned on few data, where many keys with small
-weights are noise; :mod:`regard.compression.pruning.axformer` finds out in which.
-When not: for speed. All scores are computed, and choosing takes longer than the products that it saves.
+When to pick it: in some layers of a model that was trained with softmax and fine-tuned on little data, where many keys
+with small weights are noise; :mod:`regard.compression.pruning.axformer` finds the layers.
+When not: for speed. All scores are computed, and selecting the largest takes longer than the products that it saves.
 
 Definition (AxFormer, Nagarajan et al., arXiv 2010.03688, selective hard attention):
 
     P = softmax(tau Q K^T + bias),   C_ij = P_ij where it is one of the k largest of row i, 0 elsewhere,   O = C V
 
-Nothing is divided again: the weights of a row sum to the mass that is kept, at most 1. With k = 1 a query gives P_max v_argmax,
-and not v_argmax; with k of all keys or more this is softmax.
+The kept weights are not normalised again: those of a row sum to at most 1. With k = 1 a query gives P_max v_argmax, not
+v_argmax; with k >= M this is softmax.
 
 | paper | here |
 |---|---|
 | k, 30 in the authors' code | `keys` |
 | 1 / sqrt(d) | `scale` |
 
-Dropout comes before the choice, as in that code: a weight that was dropped makes room for another.
+Dropout comes before the selection, as in the authors' code: a dropped weight makes room for another.
 
 Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). A query that sees no key gives 0; one that sees
-fewer than k reads them all. The softmax is in at least float32. Which of equal weights are read is not said.
-Deviations: that code stops with an error where there are fewer than k keys.
+fewer than k reads them all. The softmax is in at least float32. Which of equal weights are kept is not specified.
+Deviations: the authors' code raises an error where there are fewer than k keys.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Config:
 def reference(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     visible, bias = masked_scores_bias(where, by_pattern(call), call.bias, call.position_bias, call.blocks, q.dtype)
 
@@ -74,7 +74,7 @@ def reference(
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Result:
-    """Softmax over all keys, a block of queries at a time, and then the k largest weights of each row."""
+    """Softmax over all keys, a block of queries at a time, keeping the k largest weights of each row."""
     return attention_forms.parallel(call, q, k, v, largest=call.config.keys)
 
 
@@ -86,7 +86,7 @@ def chunked(
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"]) -> Result:
-    """Queries on absorbed memory."""
+    """Attend to absorbed memory."""
     return attention_forms.read(call, q, largest=call.config.keys)
 
 
@@ -99,7 +99,7 @@ def sample_inputs(
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Two products with each pair: all weights are there before some are chosen."""
+    """Cost of two products for each pair of query and key: all weights are computed before some are chosen."""
     return attention_cost(shape)
 
 

@@ -12,39 +12,43 @@ Definition (Han et al., arXiv 2312.08874, equations 4-7), s the scale, A the n a
 |---|---|
 | A: average pooling of Q | `agent_source="pool_q"`: adaptive pooling over valid ranks, or over `grid`, per row |
 | any other down-sampling of the tokens | `agent_source`: ``conv`` (strided convolution of x), ``token_merge`` (of Q) |
-| n (agent_num) | `num_agents`; on a grid of two sides a square, but for ``token_merge`` |
+| n (agent_num) | `num_agents`; a square number on a grid of two sides, except with ``token_merge`` |
 | B_1, B_2 (agent bias) | `gather_bias` (B, H, n, M), `share_bias` (B, H, N, n); `agent_bias` of the layer makes them |
 | their 7 x 7 tables, row and column terms, class token's | `projection.gather_bias`, `projection.share_bias`: `block`, `rows`, `columns`, `other` |
 | DWC, 3 x 3 depthwise | `dwc` of the layer: `merge.convolution`; without `grid` a sequence is a grid of one row |
 | k2 = 0.3, k_shortcut = 0.075 (AgentSD) | `second_scale_exponent` (p), `k_shortcut`; 1 and 0 by default |
 
-Layout: q (B, H, N, D), k and v (B, G, M, D), agents (H, n, D) for learned agents and row_agents (B, H, n, D) for those that
-a layer convolves (one row of them for all packed documents), both of which then have their own number.
-Learned agents (not in the paper) exist in all four patterns. In causal-self step 1 is a running softmax over the keys for
-each agent, with a state of n (m, u) and n vectors a head; in cross patterns memory streams into the same state. All
-others look at the whole sequence of the queries, so they exist in noncausal patterns only, and cannot absorb memory before
-the queries come.
-With a grid the valid tokens of a row fill it row by row; tokens whose role is not TOKEN (a class token) are keys and
-queries but are neither pooled, convolved nor merged. Places of a grid without a token belong to no agent.
+Layout: q (B, H, N, D), k and v (B, G, M, D), agents (H, n, D) if they are learned, row_agents (B, H, n, D) if a layer
+convolves them (in a packed call, one row of them serves all documents); both set n by their shape.
+Learned agents (not in the paper) exist in all four patterns. In causal-self, gathering is a running softmax over the
+keys for each agent, whose state is n pairs (m, u) and n vectors per head; in cross patterns memory streams into the
+same state. All other agents depend on the whole sequence of queries, so they exist in noncausal patterns only, and
+cannot absorb memory before the queries are known.
+With a grid, the valid tokens of a batch row fill the grid row by row; tokens whose role is not TOKEN (such as a class
+token) are keys and queries but are not pooled, convolved or merged. Grid places without a token belong to no agent.
 
-``conv``: for s the `conv_stride`, x is averaged over s times as many adaptive bins along each side as there are agents, and
-a depthwise convolution of kernel and stride s, then a linear map, makes an agent of each s x s bins. So there are exactly n
-on any length or grid, and where the sides are s times the agents' it is an ordinary strided convolution. Bins without a
-token count as zeros; an agent exists where one of its bins has a token. A sequence is a grid of one row, which all s rows
-of bins then read. Position schemes that rotate queries do not rotate these agents, nor learned ones.
-``token_merge`` (bipartite matching of ToMe, Bolya et al., arXiv 2210.09461, section 3): in each round the tokens go by turns
-into two sets, each of the first links to the one of the second with the greatest cosine of their queries (of all heads
-together), and the r links of greatest cosine merge theirs, r such that no more than n are left and at most half go. A merged
-token is the mean of all its tokens (so two are weighed by their sizes) and takes the place of the one linked to; the order
-is kept. The agents are those left: fewer than n when a row has fewer tokens. Choosing has no gradient, and costs a quarter
-of N^2 cosines in the first round. Unlike ToMe's own, it compares queries, not keys, and the sizes do not enter the softmax.
+``conv``: with s the `conv_stride`, x is averaged over adaptive bins, s times as many along each side as there are
+agents; a depthwise convolution of kernel and stride s, then a linear map, turns each s x s bins into an agent. So there
+are exactly n agents for any length or grid, and where each side is s times the number of agents along it, this is an
+ordinary strided convolution. Bins without a token count as zeros; an agent exists if any of its bins has a token. A
+sequence is a grid of one row, which all s rows of bins read. Position schemes that rotate queries rotate neither these
+agents nor learned ones.
+``token_merge`` (bipartite matching of ToMe, Bolya et al., arXiv 2210.09461, section 3): in each round the tokens are
+dealt alternately into two sets, each token of the first links to the token of the second whose query (all heads
+together) has the greatest cosine similarity with its own, and the r most similar pairs merge, where r is half the
+number of tokens, or less if that is enough to leave n. A merged token is the mean of all its original tokens (so a pair
+is weighted by size) and takes the place of the second set's token; the order is kept. The agents are the tokens left:
+fewer than n when a row has fewer tokens. The choice has no gradient, and costs N^2 / 4 cosines in the first round.
+Unlike in ToMe, queries are compared, not keys, and the sizes do not enter the softmax.
 
-The bias of a token is the 7 x 7 table of each agent, read bilinearly (pixel centres, borders repeated) at its place on the
-grid, plus a term of its row and one of its column; a token off the grid has one number. The row and column terms are
-stored for `bias_grid` and read linearly on other grids; a sequence without `grid` is a grid of one row, of its own length.
-Deviations: the agent bias is off unless `agent_bias` says so. Pooling is done after the head split, which is the same, since it is linear in
-every channel. Dropout falls on both weight matrices as in the paper, but a running softmax (causal-self, absorbed memory)
-keeps all its weights, and there only those of the queries are dropped. DWC exists in noncausal-self only.
+For each agent, the bias of a token is a 7 x 7 table, interpolated bilinearly (pixel centres, borders repeated) at the
+token's place on the grid, plus a row term and a column term; tokens off the grid share a single number. The row and
+column terms are stored for `bias_grid` and interpolated linearly on other grids; a sequence without `grid` is a grid of
+one row, of its own length.
+Deviations: the agent bias is off unless `agent_bias` turns it on. Pooling is done after the head split, which gives the
+same result, since it acts on each channel alone. Dropout applies to both weight matrices as in the paper, but a running
+softmax (causal-self, absorbed memory) keeps all its weights, so only the queries' weights are dropped there. DWC exists
+in noncausal-self only.
 """
 
 from __future__ import annotations
@@ -83,7 +87,7 @@ def sample_inputs(
     sizes: dict[str, int] | None = None,
     **_: Any,
 ) -> Tensors:
-    """Normal inputs for tests: agents where the options and the pattern do not pool them, and the biases of both
+    """Normal inputs for tests: agents, unless the options and the pattern pool them, and the biases of both
     softmaxes."""
     widths = {"h": 2, "g": 2, "d": 8, "v": 6, "a": 5, **(sizes or {})}
     shapes = attention_shapes(batch, n, m, widths)
@@ -99,13 +103,13 @@ def sample_inputs(
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
-    """Agents of a head."""
+    """Number of agents."""
     return {"a": config.num_agents}
 
 
 def cost(shape: Shape, config: Any) -> Cost:
-    """Two softmax products with the agents, one for all keys and one for all queries, and the similarities that merging
-    computes."""
+    """Cost of two softmax products with the agents, one over keys and one over queries, and of the similarities that
+    merging computes."""
     heads, width = shape.batch * shape.heads, shape.dim_key + shape.dim_value
     merging = config.agent_source == "token_merge"
     pairs = [width**2 / 4 for width in _widths(shape.n, config.num_agents)[:-1]] if merging else []

@@ -1,4 +1,4 @@
-"""The definition of agent: its options and what they mean, and its reference, written for reading."""
+"""The definition of agent attention: its options and a reference implementation written for readability."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ class Config:
     """Options.
 
     Attributes:
-        num_agents: agents that are pooled, convolved or left by merging, or that the layer learns; >= 1. Agents given as a
-            tensor count themselves.
+        num_agents: number of agents that are pooled, convolved, left by merging or learned by the layer; >= 1. Agents
+            given as a tensor set it by their shape.
         agent_source: ``pool_q`` (means of queries over bins), ``learned``, ``conv`` (a strided convolution of the layer's
-            input; a function is given its `row_agents`), ``token_merge`` (means of similar queries), or ``auto``: as a
-            function learned when `agents` are given, of ``conv`` when `row_agents` are, else pooled; in a layer pooled in
-            noncausal-self, learned elsewhere (where they keep a state). Causal patterns have learned agents only.
-        conv_stride: of the layer, of ``conv``: kernel and stride, in bins along each side; >= 1.
-        second_scale_exponent: p, the power of the scale that multiplies the queries; > 0.
+            input; a function is given its `row_agents`), ``token_merge`` (means of similar queries), or ``auto``: in a
+            function, learned if `agents` are given, ``conv`` if `row_agents` are, else pooled; in a layer, pooled in
+            noncausal-self and learned elsewhere (where they keep a state). Causal patterns have learned agents only.
+        conv_stride: kernel and stride of the layer's ``conv``, in bins along each side; >= 1.
+        second_scale_exponent: p, the exponent of the scale by which queries are multiplied to read the agents; > 0.
         k_shortcut: weight of each token's own value added to its output; 0 in cross patterns.
-        agent_bias: of the layer, in noncausal-self: ``none``, ``block`` (the 7 x 7 tables), ``lines`` (rows and columns) or
-            ``all``.
-        bias_grid: rows and columns that ``lines`` and ``all`` have a number for.
-        dwc: of the layer: depthwise convolution on ``value`` or ``input``, ``none``, or ``auto``: on the values in
+        agent_bias: the layer's agent bias, in noncausal-self only: ``none``, ``block`` (the 7 x 7 tables), ``lines``
+            (rows and columns) or ``all``.
+        bias_grid: rows and columns for which ``lines`` and ``all`` store a term.
+        dwc: the layer's depthwise convolution: of ``value`` or ``input``, ``none``, or ``auto``: of the values in
             noncausal-self, none elsewhere.
     """
 
@@ -94,7 +94,7 @@ def reference(
     share_bias: Float[Tensor, "b h n a"] | None = None,
     row_agents: Float[Tensor, "b h a d"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """The definition; in causal-self every query reads agents that have gathered from its own prefix."""
+    """The definition; in causal-self every query reads agents that have gathered from its prefix only."""
     source = check(call, agents, row_agents)
     k, v, n, m = repeat_groups(k, q.shape[1]), repeat_groups(v, q.shape[1]), q.shape[2], k.shape[2]
     given = agents if row_agents is None else row_agents
@@ -127,7 +127,7 @@ def reference(
 def _agents_of_row(
     call: Call, source: str, q: Float[Tensor, "h n d"], row: int, row_agents: Float[Tensor, "b h a d"] | None
 ) -> Float[Tensor, "h a d"]:
-    """Agents of one row's tokens; none when it has no token."""
+    """Agents of one batch row; none if it has no tokens."""
     tokens, number = q if call.roles is None else q[:, call.roles[row] == Role.TOKEN], call.config.num_agents
     if tokens.shape[1] == 0:
         return tokens
@@ -159,7 +159,7 @@ def _merge_reference(tokens: Float[Tensor, "h l d"], number: int) -> Float[Tenso
 
 
 def check(call: Call, agents: Tensor | None, row_agents: Tensor | None) -> str:
-    """The source of the agents; refuses what it cannot do in this pattern."""
+    """Return the source of the agents; raises Unsupported where the call's pattern or options do not allow it."""
     config, pattern, source = call.config, call.pattern, call.config.agent_source
     if source == "auto":
         source = "learned" if agents is not None else "pool_q" if row_agents is None else "conv"

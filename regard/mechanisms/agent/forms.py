@@ -1,4 +1,4 @@
-"""The forms of agent that are run: parallel, in chunks, and from a state."""
+"""The fast forms of agent attention: parallel, chunked, and stepwise from a state."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def parallel(
     share_bias: Float[Tensor, "b h n a"] | None = None,
     row_agents: Float[Tensor, "b h a d"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """Two softmax products; causal-self: the chunked form."""
+    """Two softmax products; causal-self uses the chunked form."""
     if call.pattern is Pattern.CAUSAL_SELF:
         return chunked(call, q, k, v, agents, gather_bias, share_bias, row_agents).output
     weights, a, exists = gathering_weights(call, q, k, agents, gather_bias, row_agents)
@@ -60,7 +60,7 @@ def gathering_weights(
     gather_bias: Float[Tensor, "b h a m"] | None = None,
     row_agents: Float[Tensor, "b h a d"] | None = None,
 ) -> tuple[Float[Tensor, "#b h a m"], Float[Tensor, "..."], Bool[Tensor, "b a"] | None]:
-    """What each agent takes of each key; the agents; and which of them have a token (None: all). Not causal."""
+    """The agents' weights over the keys, the agents, and which of them have a token (None: all). Noncausal only."""
     source = check(call, agents, row_agents)
     a, exists = (_float(agents), None) if agents is not None else _row_agents(call, source, q, row_agents)
     valid = call.valid_keys(k.shape[2])
@@ -78,7 +78,7 @@ def chunked(
     share_bias: Float[Tensor, "b h n a"] | None = None,
     row_agents: Float[Tensor, "b h a d"] | None = None,
 ) -> Result:
-    """Causal-self with state in and out, for learned agents: a running softmax for each agent. Also the step."""
+    """Causal-self from state to state, for learned agents: a running softmax for each agent. Also the step."""
     check(call, agents, row_agents)
     assert agents is not None
     n, m = q.shape[2], k.shape[2]
@@ -109,7 +109,7 @@ def absorb(
     agents: Float[Tensor, "h a d"] | None = None,
     gather_bias: Float[Tensor, "b h a m"] | None = None,
 ) -> ScanState:
-    """Memory into the running softmax of each learned agent; more may follow."""
+    """Absorb memory into the running softmax of each learned agent; may be called repeatedly."""
     if agents is None:
         raise Unsupported(
             "absorbing memory with agents that are not learned, which need the queries first",
@@ -132,7 +132,7 @@ def read(
     share_bias: Float[Tensor, "b h n a"] | None = None,
     row_agents: Float[Tensor, "b h a d"] | None = None,
 ) -> Result:
-    """Queries on what the agents have gathered."""
+    """Read what the agents have gathered from the memory."""
     check(call, agents, row_agents)
     assert agents is not None
     gathered = scan.normalized(call.state.u, call.state.w)
@@ -144,7 +144,7 @@ def _float(x: Tensor) -> Tensor:
 
 
 def _softmax(scores: Tensor, visible: Bool[Tensor, "..."] | None) -> Tensor:
-    """Over visible entries of the last axis; 0 where there are none."""
+    """Softmax over the visible entries of the last axis; 0 if there are none."""
     if visible is None:
         return scores.softmax(-1)
     weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1)
@@ -173,7 +173,7 @@ def _shares(
 def _row_agents(
     call: Call, source: str, q: Float[Tensor, "b h n d"], row_agents: Float[Tensor, "b h a d"] | None = None
 ) -> tuple[Float[Tensor, "b h a d"], Bool[Tensor, "b a"] | None]:
-    """Agents of each row, which are means of its queries unless given, and which of them have a token (None: all)."""
+    """Agents of each row (means of its queries, unless given) and which of them have a token (None: all)."""
     number, n = call.config.num_agents if row_agents is None else row_agents.shape[2], q.shape[2]
     if source != "token_merge" and call.lengths is None and (first := leading(n, call.grid, call.roles)) is not None:
         sides = agent_sides(number, call.grid)
@@ -195,8 +195,8 @@ def _row_agents(
 def _pooled(
     x: Float[Tensor, "b h n d"], grid: tuple[int, ...] | None, sides: tuple[int, ...]
 ) -> Float[Tensor, "b h a d"]:
-    """Means over the bins of a grid that tokens fill, which are those of adaptive pooling: see :func:`_bins`."""
-    # heads side by side after their tokens, as layers have them, is the layout that pooling is fastest in
+    """Means over the bins of adaptive pooling (see :func:`_bins`), for a grid that the tokens fill."""
+    # channels-last, as layers lay out their heads, is the layout in which pooling is fastest
     maps = x.transpose(1, 2).flatten(2).mT.unflatten(-1, grid or (x.shape[2],))
     pooled = F.adaptive_avg_pool2d(maps, sides) if len(sides) == 2 else F.adaptive_avg_pool1d(maps, sides[0])
     return pooled.flatten(2).unflatten(1, (x.shape[1], x.shape[3])).mT
@@ -208,7 +208,7 @@ def _bins(
     extents: list[Int[Tensor, "#b 1"]],
     tokens: Bool[Tensor, "b n"] | None,
 ) -> Bool[Tensor, "#b a n"]:
-    """Which tokens each bin holds: bin i of c holds places floor(i L / c) to ceil((i + 1) L / c) - 1 of a side L."""
+    """Mask of the tokens in each bin: bin i of c holds places floor(i L / c) to ceil((i + 1) L / c) - 1 of a side L."""
     inside = None
     for count, place, extent in zip(sides, places, extents, strict=True):
         i = torch.arange(count, device=place.device)
@@ -221,7 +221,7 @@ def _bins(
 
 @torch.no_grad()
 def _merged(tokens: Bool[Tensor, "b n"] | None, q: Float[Tensor, "b h n d"], number: int) -> Bool[Tensor, "b a n"]:
-    """Which tokens each agent holds after rounds of bipartite merging down to `number`."""
+    """Mask of the tokens in each agent after rounds of bipartite merging down to `number`."""
     batch, _, n, _ = q.shape
     layout = gathering(None if tokens is None else Mask(valid=tokens), batch, n, q.device)
     # the cosine of two means is that of their sums, so sizes need not be carried along
@@ -249,7 +249,7 @@ def _merged(tokens: Bool[Tensor, "b n"] | None, q: Float[Tensor, "b h n d"], num
 
 
 def _widths(n: int, number: int) -> list[int]:
-    """Tokens before each round of merging down to `number`, and after the last."""
+    """Number of tokens before each round of merging down to `number`, and after the last."""
     widths = [n]
     while widths[-1] > number:
         widths.append(max(-(-widths[-1] // 2), number))
@@ -259,7 +259,7 @@ def _widths(n: int, number: int) -> list[int]:
 def _places(
     tokens: Bool[Tensor, "b n"] | None, n: int, grid: tuple[int, ...] | None, device: torch.device, *, padded: bool
 ) -> tuple[list[Int[Tensor, "#b n"]], list[Int[Tensor, "#b 1"]]]:
-    """Where each token lies along each side of its grid, and how long the sides are; a sequence is a grid of one side."""
+    """Each token's coordinate along each side of its grid, and the lengths of the sides; a sequence has one side."""
     if tokens is None:
         rank = torch.arange(n, device=device)[None]
         counted = torch.full((1, 1), n, device="cpu")

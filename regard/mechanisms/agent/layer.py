@@ -1,4 +1,4 @@
-"""The modules of agent in its layer."""
+"""Modules of the agent attention layer: learned or convolved agents, agent bias, depthwise convolution."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 
 
 def _with_one_row(places: list[Tensor], extents: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """A sequence as a grid of one row."""
+    """Turn the coordinates of a sequence into those of a grid of one row."""
     return [torch.zeros_like(places[0]), *places], [torch.ones_like(extents[0]), *extents]
 
 
 BLOCK = 7
-"""Rows and columns of an agent's table of biases."""
+"""Rows and columns of an agent's bias table."""
 
 
 class BiasTables(nn.Module):
-    """Numbers of each head and agent, from which the bias of a place on the grid is read.
+    """Learned tables for each head and agent, from which the bias at a place on the grid is interpolated.
 
     Args:
-        heads, agents: how many.
+        heads, agents: number of heads and of agents.
         kind: ``block``, ``lines`` or ``all``.
-        grid: rows and columns of ``lines``.
+        grid: rows and columns for which ``lines`` and ``all`` store a term; None for ``block``.
     """
 
     def __init__(self, heads: int, agents: int, kind: str, grid: tuple[int, int] | None) -> None:
@@ -58,7 +58,7 @@ class BiasTables(nn.Module):
     def shares(
         self, places: list[Int[Tensor, "#b n"]], extents: list[Int[Tensor, "#b 1"]], off: Bool[Tensor, "#b n"]
     ) -> Float[Tensor, "#b n f"]:
-        """How much of each number of a head and agent is in the bias of a token: at its place, or off the grid of `other`."""
+        """Weights of the table entries in each token's bias: interpolated at its place, or `other` off the grid."""
         if len(places) == 1:
             places, extents = _with_one_row(places, extents)
         shares = [off[..., None].to(self.other.dtype)]
@@ -72,15 +72,15 @@ class BiasTables(nn.Module):
         return torch.cat(shares, -1)
 
     def forward(self, shares: Float[Tensor, "#b n f"]) -> Float[Tensor, "#b h a n"]:
-        """The bias of each token; `shares` of one table serve all of the same kind and grid."""
+        """The bias of each token; `shares` can be reused by all tables of the same kind and grid."""
         block = None if self.block is None else self.block.flatten(2)
         tables = [table for table in (self.other[..., None], block, self.rows, self.columns) if table is not None]
         return torch.einsum("haf,bnf->bhan", torch.cat(tables, -1), shares)
 
     def on_map(self, rows: int, columns: int, off: int = 0) -> Float[Tensor, "h a n"]:
-        """The bias of `off` tokens that lie nowhere and then of each place of a map, row by row: what :meth:`forward` gives
-        where every place has a token, for less."""
-        found = 0 * wide(self.other)[..., None, None]  # no place is off the map; its gradient is 0, and not missing
+        """The bias of `off` tokens outside the grid, then of each place of a map, row by row: equal to :meth:`forward`
+        where every place has a token, at a lower cost."""
+        found = 0 * wide(self.other)[..., None, None]  # `other` gets a gradient of 0, not none
         if self.block is not None:
             found = found + F.interpolate(wide(self.block), (rows, columns), mode="bilinear", align_corners=False)
         if self.rows is not None:
@@ -92,9 +92,9 @@ class BiasTables(nn.Module):
 
 
 def _interpolation(place: Tensor, extent: Tensor, size: int, on: Tensor) -> Float[Tensor, "b n size"]:
-    """Shares of `size` numbers, spread evenly over `extent` places, in the one at `place`; 0 off the grid.
+    """Linear interpolation weights, at `place`, of `size` numbers spread evenly over `extent` places; 0 off the grid.
 
-    As `torch.nn.functional.interpolate` resizes in its linear modes, without aligned corners.
+    Equal to `torch.nn.functional.interpolate` in its linear modes with ``align_corners=False``.
     """
     place = place.to(wide_dtype(on))
     at = ((place + 0.5) * size / extent.clamp(min=1) - 0.5).clamp(min=0, max=size - 1)
@@ -103,10 +103,11 @@ def _interpolation(place: Tensor, extent: Tensor, size: int, on: Tensor) -> Floa
 
 
 class ConvolvedAgents(nn.Module):
-    """Agents of a layer's input: a depthwise convolution of kernel and stride `conv_stride` over bins, then a linear map.
+    """Computes agents from a layer's input: a depthwise convolution of kernel and stride `conv_stride` over bins, then
+    a linear map.
 
     Args:
-        spec: of the layer.
+        spec: the layer's specification.
     """
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -121,7 +122,7 @@ class ConvolvedAgents(nn.Module):
     ) -> Float[Tensor, "b h a d"]:
         """Agents of each row of a right-padded `x`, on the grid of the context, if there is one."""
         if self.cross:
-            context = context.replace(roles=None)  # they are the memory's, and refused where it is read
+            context = context.replace(roles=None)  # the roles are the memory's; the forms refuse them
         tokens = grid_tokens(context, x, lengths)
         sides = agent_sides(self.number, context.grid)
         places, extents = _places(tokens, x.shape[1], context.grid, x.device, padded=lengths is not None)
@@ -135,11 +136,11 @@ class ConvolvedAgents(nn.Module):
 
 
 class AgentInputs(Projection):
-    """Learned or convolved agents where the layer has them (agents of queries need nothing), and its agent bias.
+    """Provides the layer's learned or convolved agents (pooled and merged ones need no weights) and its agent bias.
 
     Args:
-        spec: of the layer; its config's `agent_source` may ask for agents that are not learned in noncausal patterns only,
-            its `agent_bias` for one in noncausal-self only.
+        spec: the layer's specification. Agents that are not learned need a noncausal pattern, an `agent_bias`
+            noncausal-self.
     """
 
     mixes_tokens = True
@@ -208,7 +209,7 @@ class DepthwiseConvolution(GridConvolution):
     """Adds a 3 x 3 depthwise convolution of the values (or of the layer's input) on the grid to the head outputs.
 
     Args:
-        spec: of the layer; its config's `dwc` says of what, and `input` needs dim = heads * value_dim.
+        spec: the layer's specification; ``input`` as its `dwc` needs dim = heads * value_dim.
     """
 
     def __init__(self, spec: LayerSpec) -> None:

@@ -1,53 +1,54 @@
-r"""Bidirectional Mamba: the selective scan along several paths through a sequence or a grid, which are then combined.
+r"""Bidirectional Mamba: the selective scan along several paths through a sequence or a grid, then combined.
 
-When to pick it: encoders of long sequences, images at high resolution and volumes, at a cost linear in the tokens.
+When to pick it: encoders of long sequences, high-resolution images and volumes, at a cost linear in the number of
+tokens.
 When not: generation (`mamba`, the forward path alone, decodes with a state); short inputs, where softmax attention
-costs no more and finds single tokens exactly.
+costs no more and retrieves single tokens exactly.
 
 Definition (survey arXiv 2406.03430; Vim, arXiv 2401.09417, algorithm 1; VMamba, arXiv 2401.10166, section 4). A path p
-visits the tokens in the order pi_p. With the selective scan S6 of `mamba`, its own skip D included,
+visits the tokens in the order pi_p. With S6 the selective scan of `mamba`, including its skip D,
 
     y_p[pi_p(t)] = S6(x_p[pi_p(1 ... t)]; dt_p, A_p, B_p, C_p, D_p),     y = combine(y_1, ..., y_P)
 
-All paths include the token itself, so with two of them it is counted twice (`mean` halves the sum); `mamba` in
-noncausal-self counts it once.
+Every path includes the token itself, so two paths count it twice (`mean` halves the sum); `mamba` in noncausal-self
+counts it once.
 
 | `scan` | paths | from |
 |---|---|---|
 | ``forward`` | row by row | Mamba |
-| ``reverse`` | row by row, from the last token; after a layer of forward: pairs of layers | Vim |
-| ``bidirectional`` | row by row, and that reversed | Vim |
-| ``columns``, ``columns_reverse`` | column by column, and from the last; layers alternate; two axes | Mamba-ND |
-| ``cross`` | with each axis as the fastest (rows; columns), and these reversed: 2 for each axis of the grid | VMamba |
-| ``snake`` | as cross, with every second line reversed, so that each token follows a neighbour; two axes | PlainMamba |
-| ``slices`` | row by row, that reversed, and across the slices of the first axis | SegMamba |
+| ``reverse`` | row by row, from the last token; alternates with ``forward`` layers, in pairs | Vim |
+| ``bidirectional`` | row by row, and its reverse | Vim |
+| ``columns``, ``columns_reverse`` | column by column, and its reverse; in alternating layers; two axes | Mamba-ND |
+| ``cross`` | one path with each axis as the fastest (rows; columns), and their reverses: 2 per axis of the grid | VMamba |
+| ``snake`` | as ``cross``, with every second line reversed, so that each token follows a neighbour; two axes | PlainMamba |
+| ``slices`` | row by row, its reverse, and across the slices of the first axis | SegMamba |
 | ``strided`` | four interleaved grids, two by rows and two by columns, each token on one; two axes | EfficientVMamba |
-| ``windows`` | window by window, row by row in each, and that reversed; two axes | LocalMamba |
+| ``windows`` | window by window, row by row in each, and its reverse; two axes | LocalMamba |
 | ``cascade`` | every row in both directions, then every column of the result; two axes; the layer only | VMamba |
 
-The block around (Vim version 2, the default; version 1 is `convolution="once", combine="sum", shared=("conv", "x_proj", "dt",
-"D")`; VMamba's SS2D is `scan="cross", combine="sum", convolution="grid", conv_width=3, norm="layer"`, in its current form
-also `gate=False, d_state=1, conv_bias=False`):
+The surrounding block (Vim version 2, the default; version 1 is `convolution="once", combine="sum", shared=("conv",
+"x_proj", "dt", "D")`; VMamba's SS2D is `scan="cross", combine="sum", convolution="grid", conv_width=3, norm="layer"`,
+in its current form also `gate=False, d_state=1, conv_bias=False`):
 
     [x, z] = W_in u,   x_p = silu(conv_p(x)),   [delta, B, C]_p = W_p x_p,   dt_p = softplus(W_{dt,p} delta_p + bias_p)
     out = W_out (norm(y) * silu(z))
 
 | paper | here |
 |---|---|
-| x, Delta, B, C of a path | `x` (B, U, N, E), `dt` (B, W, N, E), `b`, `c` (B, Q, N, G, K): tokens in their own order |
+| x, Delta, B, C of a path | `x` (B, U, N, E), `dt` (B, W, N, E), `b`, `c` (B, Q, N, G, K): tokens in their original order |
 | A, D, bias of Delta | `a` (S, E, K), `skip` (T, E), `dt_bias` (R, E) |
 | z | `z` (B, N, E) |
 | weights of paths | `mix` (B, P, N): y = sum_p softmax_p(mix) y_p, with `combine="gate"` |
 
-U, W, Q, S, T, R are each the number of paths P, or 1 where the paths share the tensor.
-Layout: tokens (B, N, E), channels last, row by row on the `grid` of the call. Without a grid they are a sequence.
-Padding is skipped, on a grid too: every path goes from valid token to valid token, and its convolution sees these only.
+U, W, Q, S, T and R are each the number of paths P, or 1 if the paths share the tensor.
+Layout: tokens (B, N, E), channels last, row by row on the `grid` of the call. Without a grid the tokens are a sequence.
+Padding is skipped, on a grid too: every path goes from valid token to valid token, and its convolution sees only those.
 So the reversed path starts at the last valid token, and a grid with masked rows or columns at its border equals the
 smaller grid.
-Patterns: noncausal-self. Deviations: the originals take no masks. In VMamba's code the reversed scans of a cascade are
-added without being turned back; here they are turned back. dt's bias is drawn alike for all paths, unless
-`symmetric_dt_init=False` (Vim's code leaves it 0 but for the first). PlainMamba's direction vectors and Mamba-2 in the
-place of S6 are left out, and a class token is the host's affair.
+Patterns: noncausal-self. Deviations: the originals take no masks. In VMamba's code the outputs of a cascade's reversed
+scans are added in reversed order; here they are turned back first. The bias of dt is drawn in the same way for all
+paths, unless `symmetric_dt_init=False` (Vim's code leaves it 0 for all but the first). PlainMamba's direction vectors
+and Mamba-2 in place of S6 are left out, and a class token is left to the model.
 """
 
 from __future__ import annotations
@@ -85,13 +86,13 @@ from regard.mechanisms.bidirectional_mamba.layer import (
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
-    """Channels, one group of B and C, and states of a channel."""
+    """Number of channels, of groups of B and C (one), and of states per channel."""
     return {"e": shape.heads * shape.dim_value, "g": 1, "k": config.d_state}
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """The channels are H heads of dim_value features; grids have two axes. Without a kernel three numbers for each state
-    and token of a chunk come on top of the memory."""
+    """Cost with H heads of dim_value features as channels, on grids of two axes. Without a kernel, three numbers for
+    each state and token of a chunk add to the memory."""
     channels, paths = shape.heads * shape.dim_value, count_paths(config, 2)
     visits = shape.batch * shape.n * (1 if config.scan == "strided" else paths)
     state = channels * config.d_state
@@ -115,7 +116,7 @@ def sample_inputs(
     sizes: dict[str, int] | None = None,
     grid: tuple[int, ...] = (0,),
 ) -> Tensors:
-    """Random inputs for tests, with weights of its own for each path: steps like those of trained layers."""
+    """Random inputs for tests, with separate weights for each path and steps like those of trained layers."""
     widths = {"e": 8, "g": 2, "k": 4, **(sizes or {}), "b": batch, "n": n}
     widths["e"] = max(widths["e"], 2 * widths["g"])  # groups may be doubled and still divide the channels
     paths = count_paths(config, len(grid))

@@ -1,4 +1,4 @@
-"""The definition of bidirectional_mamba: its options and what they mean, and its reference, written for reading."""
+"""The definition of bidirectional_mamba: its options and a reference implementation written for readability."""
 
 from __future__ import annotations
 
@@ -43,27 +43,28 @@ SETS = ("conv", "x_proj", "dt", "A", "D")
 
 @dataclass(frozen=True)
 class Config:
-    """Options. Functions use `scan`, `window`, `copies`, `combine` and `chunk_size`; the rest is the layer's.
+    """Options. Functions use `scan`, `window`, `copies`, `combine` and `chunk_size`; the others belong to the layer.
 
     Attributes:
-        scan: the paths: see the table.
-        window: rows and columns of the windows of ``windows``, >= 1, (7, 7) when None; those at the border are what is left.
-        copies: how often each path is there, with weights of its own, >= 1 (VMamba's controls of equal size).
+        scan: the paths; see the table of the package.
+        window: rows and columns of the windows of ``windows``, >= 1, (7, 7) when None; windows at the border may be
+            smaller.
+        copies: number of copies of each path, with separate weights, >= 1 (VMamba's controls of equal size).
         combine: ``mean``, ``sum``, ``gate`` (weights for each token, softmax over paths), or ``concat`` (the output
-            projection is P times as wide). ``sum`` with strided scans, whose paths share no token.
-        shared: of ``conv``, ``x_proj``, ``dt``, ``A``, ``D``: the parameters that all paths have in common.
+            projection is P times as wide). Strided scans, whose paths share no token, need ``sum``.
+        shared: the parameters that all paths share, of ``conv``, ``x_proj``, ``dt``, ``A`` and ``D``.
         convolution: ``path`` (each path convolves its own order, causally), ``once`` (one causal convolution, row by
             row), or ``grid`` (centred, along every axis).
         conv_width: taps of the convolution, or its side on a grid (odd there), >= 1; 0 for none.
         conv_bias: whether the convolution adds a learned vector.
-        d_state: states of a channel, >= 1.
-        expand: width of the block's inside, E = expand * dim, > 0.
-        dt_rank: features from which the steps are projected, >= 1; None for dim / 16, rounded up.
+        d_state: states per channel, >= 1.
+        expand: ratio of the inner width to dim: E = expand * dim, > 0.
+        dt_rank: features from which dt is projected, >= 1; None for dim / 16, rounded up.
         gate: whether silu(z) multiplies the combined output.
         skip: whether D x is added on each path.
-        norm: of the combined output, before the gate: ``none``, ``layer``, ``rms``.
-        dt_init: range of dt at the start, log-uniform, 0 < low <= high.
-        symmetric_dt_init: whether the bias of dt is drawn for every path, instead of for the first alone.
+        norm: norm of the combined output, before the gate: ``none``, ``layer``, ``rms``.
+        dt_init: range of the initial dt, log-uniform, 0 < low <= high.
+        symmetric_dt_init: whether the bias of dt is drawn for every path instead of only the first.
         chunk_size: tokens computed together, >= 1.
     """
 
@@ -139,15 +140,15 @@ class Config:
 def scan_orders(
     config: Config, sides: Sequence[int], device: torch.device | None = None
 ) -> list[Int[Tensor, " visited"]]:
-    """The places that each path visits, in its order, on a grid whose tokens are numbered row by row.
+    """The places that each path visits, in order, on a grid whose tokens are numbered row by row.
 
     Args:
         config: its `scan` (see the table of the module; ``cascade`` has no paths through the whole grid), `window` and
             `copies`.
-        sides: of the grid; (N,) for a sequence.
+        sides: sides of the grid; (N,) for a sequence.
 
     Raises:
-        Unsupported: for a grid that the scan does not have.
+        Unsupported: for a grid on which the scan is not defined.
     """
     axes, scan = len(sides), config.scan
     if (scan in TWO_AXES and axes != 2) or (scan in ("cross", "slices") and axes < 2):
@@ -159,7 +160,7 @@ def scan_orders(
     if scan == "cascade":
         raise Unsupported("the paths of scan='cascade'", supported="the layer", nearest="scan='cross'")
     places = torch.arange(math.prod(sides), device=device).view(*sides)
-    lines = [places.movedim(axis, -1) for axis in reversed(range(axes))]  # of the last axis first: rows, then columns
+    lines = [places.movedim(axis, -1) for axis in reversed(range(axes))]  # the last axis first: rows, then columns
     if scan == "snake":
         odd = [torch.arange(x.shape[0], device=device)[:, None] % 2 == 1 for x in lines]
         lines = [torch.where(turned, x.flip(-1), x) for x, turned in zip(lines, odd, strict=True)]
@@ -199,7 +200,7 @@ def reference(
     z: Float[Tensor, "b n e"] | None = None,
     mix: Float[Tensor, "b p n"] | None = None,
 ) -> Float[Tensor, "b n f"]:
-    """The recurrence along each path, token by token; invalid places of a grid are passed over."""
+    """The recurrence along each path, token by token; invalid places of a grid are skipped."""
     n, channels = x.shape[2:]
     orders = scan_orders(call.config, (n,) if call.grid is None else call.grid, x.device)
     check_paths(call, len(orders), x, dt, a, b, c, skip, dt_bias, mix)
@@ -222,7 +223,7 @@ def reference(
 
 
 def of_path(tensor: Tensor, p: int, axis: int) -> Tensor:
-    """The entry of path `p` along an axis that has one for each path, or a single one for all."""
+    """The entry of path `p` along an axis with one entry per path, or a single one for all paths."""
     return tensor.select(axis, p if tensor.shape[axis] > 1 else 0)
 
 

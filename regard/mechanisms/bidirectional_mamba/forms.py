@@ -1,4 +1,4 @@
-"""The forms of bidirectional_mamba that are run: parallel, in chunks, and from a state."""
+"""The fast form of bidirectional_mamba: one selective scan per path, over whole sequences."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 ROWS_FIRST = ("forward", "bidirectional", "cross", "slices")
-"""Scans whose first path takes the tokens as they are numbered."""
+"""Scans whose first path visits the tokens in their original order."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Path:
 
     Attributes:
         places: (L,), or (B, L) where the rows of a batch differ; None for all tokens as they are.
-        lengths: valid ones of each row; None when all are.
-        opposite: the way back, (N,), of a path that visits every token once; None of others.
+        lengths: number of valid places of each row; None when all are valid.
+        opposite: the inverse order, (N,), if the path visits every token once; else None.
     """
 
     places: Int[Tensor, "..."] | None
@@ -49,7 +49,7 @@ class Path:
         return x.gather(1, self._index(x)) if x.shape[1] else x
 
     def put(self, y: Float[Tensor, "b visited ..."], n: int) -> Float[Tensor, "b n ..."]:
-        """Back to the order of the tokens; 0 for those that the path does not visit."""
+        """Return to the order of the tokens; 0 for tokens that the path does not visit."""
         if self.places is None:
             return y
         if self.opposite is not None:
@@ -96,7 +96,7 @@ def find_paths(
 
 
 def _of_each(tensor: Tensor | None, axis: int, paths: int) -> tuple[Any, ...]:
-    """What each path has of a tensor. Unbound, and not selected: the gradient is one stack then, not a sum over paths."""
+    """Each path's part of a tensor. Unbinding, unlike selecting, makes the gradient one stack, not a sum over paths."""
     parts: tuple[Any, ...] = (None,) if tensor is None else tensor.unbind(axis)
     return parts if len(parts) == paths else parts * paths
 
@@ -113,16 +113,16 @@ def parallel(
     z: Float[Tensor, "b n e"] | None = None,
     mix: Float[Tensor, "b p n"] | None = None,
 ) -> Float[Tensor, "b n f"]:
-    """A scan for each path, on tokens in its order."""
+    """One scan per path, over the tokens in its order."""
     n = x.shape[2]
     paths = find_paths(call.config, n, call.grid, call.lengths, call.valid, x.device)
     check_paths(call, len(paths), x, dt, a, b, c, skip, dt_bias, mix)
-    # each path would be rounded on its own
+    # wide, or the output of each path would be rounded
     by_token = [_of_each(t, 1, len(paths)) for t in (wide(x), dt, b, call.scale * c)]
     own = [_of_each(t, 0, len(paths)) for t in (a, skip, dt_bias)]
     outputs = []
     for p, path in enumerate(paths):
-        order = None if path.opposite is None else path.places  # whole orders are visited where the tokens lie
+        order = None if path.opposite is None else path.places  # full orders are scanned in place
         taken = [parts[p] if order is not None else path.take(parts[p]) for parts in by_token]
         rates, skipped, bias = (parts[p] for parts in own)
         y, _ = selective_scan(

@@ -1,4 +1,4 @@
-"""The modules of bidirectional_mamba in its layer."""
+"""The layer of bidirectional_mamba and its modules."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ GRID_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d,
 
 
 def count_paths(config: Config, axes: int) -> int:
-    """P on grids of so many axes; for a cascade those of both of its stages."""
+    """Number of paths P on grids of `axes` axes; a cascade counts the paths of both of its stages."""
     if config.scan == "cascade":
         return 4
     return len(scan_orders(config, (2,) * (1 if config.scan in ANY_AXES else axes)))
@@ -55,11 +55,11 @@ class BidirectionalMambaLayer(StateSpaceLayer):
     Args:
         card: the mechanism.
         dim: width C of the input and output.
-        num_heads: accepted for the catalogue's sake; every channel has a state of its own.
+        num_heads: unused, accepted for a uniform signature; every channel has its own state.
         pattern: noncausal-self.
-        axes: axes of the grids it will be given (1 for sequences), where the number of its weights depends on them:
-            ``cross`` scans and the convolution on a grid. None for those of its scan: 2, or 1 for ``forward``,
-            ``reverse`` and ``bidirectional``, which take any grid where the convolution does.
+        axes: number of axes of the grids that it will be given (1 for sequences), which sets the number of weights of
+            ``cross`` scans and of the convolution on a grid. None for the scan's default: 2, or 1 for ``forward``,
+            ``reverse`` and ``bidirectional``, which take any grid if the convolution does.
         linear: kind of the projections (``dense`` or a projection mechanism).
         config: see :class:`Config`.
     """
@@ -112,7 +112,7 @@ class BidirectionalMambaLayer(StateSpaceLayer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A = -1, -2, ..., -d_state (S4D-real), D, dt, and equal weights of paths; the rest has its own."""
+        """Initialise A = -1, -2, ..., -d_state (S4D-real), D, dt and equal path weights; submodules do the rest."""
         draw_dt_bias(self.dt_bias, *self.config.dt_init)
         with torch.no_grad():
             if not self.config.symmetric_dt_init:
@@ -162,7 +162,7 @@ class BidirectionalMambaLayer(StateSpaceLayer):
         return apply(self.card, inputs, pattern=self.pattern, mask=mask, grid=grid, config=config).output
 
     def _convolve(self, x: Tensor, tokens: Tokens, grid: tuple[int, ...] | None, paths: list[Path]) -> list[Tensor]:
-        """silu of the convolution, for each path that has its own."""
+        """SiLU of the convolution: one result per path, or a single one for all."""
         if self.grid_conv is not None:
             return [self.grid_conv(x, (x.shape[1],) if grid is None else grid, tokens)]
         if not self.convs:
@@ -191,13 +191,13 @@ class BidirectionalMambaLayer(StateSpaceLayer):
         dt, b, c = ([_total(t)] if strided else t for t in map(list, zip(*found, strict=True)))
         a = -wide(self.A_log).exp()
         own: dict[str, Tensor | None] = {"a": a, "skip": self.D, "dt_bias": self.dt_bias}
-        # stacked as the first axis, so that what a path has is contiguous, as scans read it fastest
+        # stacked along the first axis, so that each path's part is contiguous, which scans read fastest
         inputs = {name: torch.stack(t).transpose(0, 1) for name, t in (("x", xs), ("dt", dt), ("b", b), ("c", c))}
         chosen = {name: t if t.shape[0] == 1 else t[sets[0] : sets[-1] + 1] for name, t in own.items() if t is not None}
         return {**inputs, **chosen}
 
     def _project(self, x: Float[Tensor, "b n e"], p: int) -> tuple[Tensor, ...]:
-        """dt without its bias, B and C of a path, these with an axis of one group."""
+        """dt (without its bias), B and C of a path, the latter two with a group axis of size 1."""
         x_proj, dt_proj = (modules[p if len(modules) > 1 else 0] for modules in (self.x_proj, self.dt_proj))
         parts = split(x_proj, self.selected, x)
         return dt_proj(parts["dt"]), parts["B"].unsqueeze(2), parts["C"].unsqueeze(2)
@@ -205,8 +205,8 @@ class BidirectionalMambaLayer(StateSpaceLayer):
     def _cascade(
         self, x: Float[Tensor, "b n e"], tokens: Tokens, grid: tuple[int, ...] | None
     ) -> Float[Tensor, "b n e"]:
-        """Every row as a sequence of its own, then every column; each stage is normalised first, without weights."""
-        assert grid is not None  # checked with its axes
+        """Scan every row as a sequence, then every column; each stage starts with a layer norm without weights."""
+        assert grid is not None  # checked by _check_grid
         y = self._convolve(x, tokens, grid, [])[0]
         config = dataclasses.replace(self.config, scan="bidirectional")
         valid = None if tokens.valid is None else tokens.valid.view(-1, *grid)
@@ -233,12 +233,12 @@ class BidirectionalMambaLayer(StateSpaceLayer):
 
 
 class GridConvolution(nn.Module):
-    """silu of a depthwise convolution along every axis of a grid, centred, with zeros around it and at invalid places.
+    """SiLU of a centred depthwise convolution over all axes of a grid, with zeros around it and at invalid places.
 
     Args:
         channels: E.
         side: taps along each axis, odd.
-        axes: of the grid, 1 to 3.
+        axes: number of axes of the grid, 1 to 3.
         bias: whether it adds a learned vector (E,).
     """
 
@@ -256,7 +256,7 @@ class GridConvolution(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Float[Tensor, "b n e"], sides: tuple[int, ...], tokens: Tokens) -> Float[Tensor, "b n e"]:
-        """x has zeros at invalid places already; what the bias and neighbours write there is taken out again."""
+        """Convolve `x`, which is 0 at invalid places; the scans ignore what the bias and neighbours write there."""
         if x.numel() == 0:
             return x
         image, filters = x.mT.unflatten(2, sides), self.weight.to(x.dtype).unflatten(1, (self.side,) * self.axes)

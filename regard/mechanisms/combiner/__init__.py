@@ -1,31 +1,31 @@
-r"""Combiner: near tokens are attended to directly, all others through summaries of the groups they lie in.
+r"""Combiner: near tokens are attended to directly, all others through summaries of their groups.
 
-When to pick it: a sparse pattern (blocks, log-sparse, axial) is affordable, but no position may be out of reach in one
-layer.
-When not: exact recall of far tokens (a group of any size weighs as much as one token and has one key), short inputs.
+When to pick it: a sparse pattern (blocks, log-sparse, axial) is what you can afford, but every position must be within
+reach in one layer.
+When not: exact recall of far tokens (a group of any size counts as one token, with one key), short inputs.
 
-Definition (Ren et al., arXiv 2107.05768, section 3, and the authors' code). With q scaled by tau, token i attends directly to
-D_i and through summaries to groups G, which together hold every token that it may see:
+Definition (Ren et al., arXiv 2107.05768, section 3, and the authors' code). With q scaled by tau, token i attends to
+the tokens D_i directly and to groups G through summaries; together they cover every token that it may see:
 
     kappa_G = pool over j in G of k_j,    rho_G = pool over j in G of q_j
     nu_G    = sum_{j in G} softmax_j(rho_G . k_j) v_j,       the same for every query
     p_i     = softmax over { q_i . k_j, j in D_i } and { q_i . kappa_G },    one softmax for both
     o_i     = sum_{j in D_i} p_ij v_j + sum_G p_iG nu_G
 
-Tokens are laid out row by row in rows of s = `segment`; i lies in row r, column c; the last row may be unfinished.
+Tokens are laid out in rows of s = `segment`; token i is in row r, column c; the last row may be incomplete.
 
 | `factorization` | directly | groups (causal) | noncausal |
 |---|---|---|---|
-| `fixed` | own row, up to i | each earlier row | own row whole; every row, the own one too |
-| `logn` | i | for each bit l of i the 2^l tokens before i - i mod 2^l | none |
-| `axial_vertical` | own row up to i, own column above | of other columns the part above row r | and the part below |
-| `axial_horizontal` | as above | of rows above the parts left and right of column c | of rows below too |
+| `fixed` | own row, up to i | each earlier row | whole own row; every row, its own included |
+| `logn` | i | for each set bit l of i, the 2^l tokens before i - i mod 2^l | none |
+| `axial_vertical` | own row up to i, own column above | the part of each other column above row r | and the part below |
+| `axial_horizontal` | as above | the parts of each row above, left and right of column c | of rows below too |
 | `axial_mixture` | as above | both of these | both |
-| `axial_rowmajor` | own row, up to i | each earlier row t, as (t, c) sees it | every row, the own one too |
+| `axial_rowmajor` | own row, up to i | each earlier row t, summarised by the query of (t, c) | every row, its own included |
 
-In `axial_rowmajor` a summary is asked by the query of its own column: nu_tc = sum over row t of softmax(q_tc . k_j) v_j,
-and its key is, by `row_keys`: k_tc (`none`), the same sum over k (`wsum`), W' LN(x_tc + W nu_tc) (`proj`), or that with
-the sum over k in place of nu (`wsum_proj`).
+In `axial_rowmajor` each row is summarised once per column, by that column's query: nu_tc = sum over row t of
+softmax(q_tc . k_j) v_j, and its key depends on `row_keys`: k_tc (`none`), the same sum over k (`wsum`), W' LN(x_tc + W
+nu_tc) (`proj`), or that with the sum over k in place of nu (`wsum_proj`).
 
 | paper | here |
 |---|---|
@@ -33,19 +33,21 @@ the sum over k in place of nu (`wsum_proj`).
 | max pooling of phi(Omega_r) | `reduce` and `pool`: relu or a learned map with relu may come first |
 | L^(1/2), span of `fixed` | `segment`, s |
 
-Layout: (B, H, N, D), as many key as query heads; any length. N = M in causal-self, since groups have queries.
-State: `fixed`: the open row and one key and value for each finished row. Axial: the open row, and for each finished token
-its key and value and those of the parts of its row (`axial_rowmajor`: of its summary). `logn`: all keys and values and
-log2(N) summaries, each computed when its block is complete. More than one token on a state: `fixed` at once, the others
-one after the other.
-Cross patterns (not in the paper): `fixed` only; groups are rows of the memory, asked by their own pooled keys.
-Deviations: the two axial patterns that the paper names without code are the mixture without the other family. Empty
-parts are masked, and in noncausal axial patterns a token's own row and column count once; the original masks neither.
-`logn` has bit_length(N - 1) levels; the original's ceil(log2(N - 1)) loses the top one when N - 1 is a power of two.
-Of an unfinished row in noncausal `axial_rowmajor`, columns without a token take the summary of the row's last token.
-Dropout falls on direct weights and on weights inside groups. Learned partitions are left out: a learned cluster holds
-tokens on both sides of a query, so that under causality each query would need summaries of its own, while those of rows
-and blocks are complete when they are first seen, and shared. (`routing` attends within learned clusters.)
+Layout: (B, H, N, D), with as many key heads as query heads; any length. N = M in causal-self, since groups have
+queries.
+State: `fixed`: the open row and one key and value for each finished row. Axial: the open row and, for each token of a
+finished row, its key and value and those of the parts of its row (`axial_rowmajor`: only those of its summary). `logn`:
+all keys and values and log2(N) summaries, each computed when its block is complete. Several tokens after a state are
+computed at once by `fixed`, one after the other by the rest.
+Cross patterns (not in the paper): `fixed` only; groups are rows of the memory, summarised by their own pooled keys in
+place of queries.
+Deviations: the two axial patterns that the paper names, but has no code for, are the mixture without the other family.
+Empty parts are masked, and in noncausal axial patterns a token's own row and column count once; the original masks
+neither. `logn` has bit_length(N - 1) levels; the original's ceil(log2(N - 1)) loses the top one when N - 1 is a power
+of two. In noncausal `axial_rowmajor`, columns without a token in an incomplete row use the summary of the row's last
+token. Dropout applies to direct weights and to weights inside groups. Learned partitions are left out: a learned
+cluster holds tokens on both sides of a query, so under causality each query would need its own summaries, while those
+of rows and blocks are complete when first read, and shared. (`routing` attends within learned clusters.)
 """
 
 from __future__ import annotations
@@ -94,7 +96,7 @@ def sample_inputs(
     config: Config,
     sizes: dict[str, int] | None = None,
 ) -> Tensors:
-    """Normal inputs for tests, with the learned maps that the options ask for and no others."""
+    """Normal inputs for tests, with just the learned maps that the options need."""
     widths = {"h": 2, "d": 8, "v": 6, "c": 5, **(sizes or {})}
     heads, d, value, c = (widths[letter] for letter in "hdvc")
     shapes: dict[str, tuple[int, ...]] = {

@@ -1,4 +1,4 @@
-"""The definition of combiner: its options and what they mean, and its reference, written for reading."""
+"""The definition of combiner: its options and a reference implementation written for readability."""
 
 from __future__ import annotations
 
@@ -41,12 +41,13 @@ class Config:
         factorization: ``fixed``, ``logn``, ``axial_vertical``, ``axial_horizontal``, ``axial_mixture`` or
             ``axial_rowmajor``.
         segment: s >= 1, tokens in a row; not used by ``logn``.
-        pool: what is pooled: ``identity``, ``relu``, or ``deepset``, relu of a learned map; ``identity`` in
+        pool: the map before pooling: ``identity``, ``relu``, or ``deepset``, relu of a learned map; ``identity`` in
             ``axial_rowmajor``, which pools nothing.
-        reduce: how it is pooled: ``max``, ``mean`` or ``sum``.
-        share_pool: whether queries and keys have one learned map, in a layer with ``deepset``.
-        exclude_self_segment: in noncausal ``fixed`` and ``axial_rowmajor``, whether the own row is no group of its own.
-        row_keys: of ``axial_rowmajor``: ``none``, ``wsum``, ``proj`` or ``wsum_proj``.
+        reduce: the pooling: ``max``, ``mean`` or ``sum``.
+        share_pool: whether queries and keys share one learned map, in a layer with ``deepset``.
+        exclude_self_segment: in noncausal ``fixed`` and ``axial_rowmajor``, whether a token's own row is left out of
+            its groups.
+        row_keys: keys of the summaries in ``axial_rowmajor``: ``none``, ``wsum``, ``proj`` or ``wsum_proj``.
     """
 
     factorization: str = "fixed"
@@ -92,13 +93,13 @@ class Config:
 
     @property
     def projected(self) -> bool:
-        """Whether the keys of rows are made by learned maps."""
+        """Whether learned maps compute the keys of rows."""
         return self.factorization == "axial_rowmajor" and self.row_keys in ("proj", "wsum_proj")
 
 
 @dataclass(frozen=True)
 class Learned:
-    """The learned maps of a call, where its options have any."""
+    """The learned maps of a call; None for those that its options do not have."""
 
     pool_q: Float[Tensor, "d d"] | None = None
     pool_k: Float[Tensor, "d d"] | None = None
@@ -110,14 +111,14 @@ class Learned:
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks of the tokens that a summary stands for, and of the token that asks for it (None: the pooled query)."""
+    """Ranks of a summary's tokens, and of the token whose query summarises them (None: the pooled query)."""
 
     members: range
     asker: int | None = None
 
 
 def partition(config: Config, causal: bool, i: int, n: int) -> tuple[list[int], list[Group]]:
-    """Ranks that token i of n attends to directly, and the groups that it attends to through summaries."""
+    """Return the ranks that token i of n attends to directly, and the groups that it attends to through summaries."""
     s = config.segment
     r, c = divmod(i, s)
     rows = [range(start, min(start + s, n)) for start in range(0, n, s)]
@@ -195,7 +196,7 @@ def reference(
 
 
 def check(call: Call, q: Tensor, k: Tensor, residual: Tensor | None, given: dict[str, Any]) -> Learned:
-    """Refuse what the options cannot do; the learned maps, where there are some."""
+    """Return the call's learned maps; raises Unsupported if its inputs do not fit the options."""
     config, given = call.config, {name: x for name, x in given.items() if x is not None}
     check_pattern(config, call.pattern)
     if call.pattern is Pattern.CAUSAL_SELF and q.shape[2] != k.shape[2]:
@@ -214,7 +215,7 @@ def check(call: Call, q: Tensor, k: Tensor, residual: Tensor | None, given: dict
 
 
 def check_pattern(config: Config, pattern: Pattern) -> None:
-    """Refuse a factorization in a pattern that it does not have."""
+    """Raise Unsupported if the factorization does not exist in `pattern`."""
     if pattern.cross and config.factorization != "fixed":
         raise Unsupported(
             f"combiner's {config.factorization} in {pattern.value}, where queries have no place in the memory",
@@ -228,14 +229,14 @@ def check_pattern(config: Config, pattern: Pattern) -> None:
 
 
 def activated(config: Config, x: Tensor, weight: Tensor | None) -> Tensor:
-    """What is pooled of each token: relu(W x), relu(x) without a map, or x itself with ``pool="identity"``."""
+    """Map tokens before pooling: relu(W x), relu(x) without a map, or x itself with ``pool="identity"``."""
     if config.pool == "identity":
         return x
     return F.relu(x if weight is None else x @ weight.to(x.dtype))
 
 
 def _pooled(config: Config, x: Float[Tensor, "... t d"], weight: Tensor | None) -> Float[Tensor, "... d"]:
-    """One vector for all tokens, which all exist."""
+    """Pool tokens, all of which exist, into one vector."""
     x = activated(config, x, weight)
     if config.reduce == "max":
         return x.amax(-2)

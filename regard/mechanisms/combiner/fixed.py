@@ -44,7 +44,7 @@ def whole(call: Call, q: Tensor, k: Tensor, v: Tensor, maps: Learned) -> Float[T
     slots, row = torch.arange(n, device=device)[None], torch.arange(keys.shape[2], device=device)[None]
     near = Ranks(slots, torch.where(valid, slots, -1), 0, 0, plain=call.lengths is None)
     causal, own = call.pattern.causal, block_numbers(slots, config.segment)
-    # the rank of a row before the own one is at most that of the query
+    # in causal-self a query sees the rows up to the one before its own
     far = Ranks(own - 1 if causal else own, torch.where(exists, row, -1), None, None, plain=False)
     hidden = None
     if config.exclude_self_segment and not causal:
@@ -53,14 +53,14 @@ def whole(call: Call, q: Tensor, k: Tensor, v: Tensor, maps: Learned) -> Float[T
 
 
 def continued(call: Call, q: Tensor, k: Tensor, v: Tensor, maps: Learned) -> Result:
-    """Any number of tokens after a state of finished rows."""
+    """Continue a state of finished rows by any number of tokens."""
     s, n, device = call.config.segment, q.shape[2], q.device
     found = _extend(call, q, k, v, maps)
     places = found.open[:, None] + torch.arange(n, device=device)
     near = Ranks(places, torch.arange(s + n, device=device)[None], None, None, plain=False)
     finished = (found.state.length - new_tokens(call, k)) // s
     keys, values = found.state.keys[:, :, :, 0], found.state.values[:, :, :, 0]
-    # rows that a sequence of the batch lacks come after its queries
+    # slots beyond a sequence's finished rows rank after its queries, and are hidden
     rows = torch.arange(keys.shape[2], device=device)[None]
     far = Ranks(places // s + finished[:, None] - 1, rows, None, None, plain=False)
     return Result(_near_and_far(call, q, (found.k, found.v, near), (keys, values, far)), found.state)
@@ -74,13 +74,13 @@ def absorb(
     pool_q: Float[Tensor, "d d"] | None = None,
     pool_k: Float[Tensor, "d d"] | None = None,
 ) -> RowState:
-    """Memory into rows; more may follow."""
+    """Absorb memory into rows; may be called repeatedly."""
     maps = check(call, k, k, residual, {"pool_q": pool_q, "pool_k": pool_k})
     return _extend(call, k, k, v, maps).state
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"], **learned: Tensor) -> Result:
-    """Queries on the summaries of absorbed memory, the open row's among them."""
+    """Attend to the summaries of absorbed memory, including that of the open row."""
     state: RowState = call.state
     maps = check(call, q, q, None, learned)
     s = call.config.segment
@@ -119,7 +119,7 @@ def _near_and_far(
     far: tuple[Tensor, Tensor, Ranks],
     blocks: BlockMask | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """One softmax over tokens of the own row and the summaries of others: two attentions, joined by their sums."""
+    """One softmax over the own row's tokens and other rows' summaries: two attentions merged by their log-sum-exps."""
     causal, dtype = call.pattern.causal, q.dtype
     q = wide(q)
     direct, direct_sum = attend_to_part(call, q, *near, Visibility(causal=causal, block=call.config.segment))
@@ -139,8 +139,8 @@ def _far_only(call: Call, q: Tensor, keys: Tensor, values: Tensor, exists: Tenso
 
 @dataclass(frozen=True)
 class _Extended:
-    """A state of finished rows with new tokens, and what the new queries see: `k` and `v` from the start of the row that
-    was open, whose first `open` slots came before."""
+    """A state extended by new tokens, and the keys and values near their queries: `k` and `v` from the start of the row
+    that was open, whose first `open` slots are older tokens."""
 
     state: RowState
     k: Tensor
@@ -149,7 +149,7 @@ class _Extended:
 
 
 def _extend(call: Call, q: Tensor, k: Tensor, v: Tensor, maps: Learned) -> _Extended:
-    """Finish rows with new tokens. Rows of the batch need not be at the same place."""
+    """Extend a state by new tokens and finish its full rows. Sequences of the batch may have different lengths."""
     s, batch, m, device = call.config.segment, k.shape[0], k.shape[2], k.device
     past: RowState = _no_rows(call, q, k, v) if call.state is None else call.state
     new = torch.full((batch,), m, device=device) if call.memory_lengths is None else call.memory_lengths

@@ -1,4 +1,4 @@
-"""The forms of combiner that are run: whole sequences, and tokens after a state. Each factorization has its own module."""
+"""The fast forms of combiner: whole sequences, and tokens after a state. Factorizations have their own modules."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def chunked(
     residual: Float[Tensor, "b m c"] | None = None,
     **learned: Tensor,
 ) -> Result:
-    """Causal-self with state in and out; also the step."""
+    """Causal-self from state to state; also the step."""
     maps = check(call, q, k, residual, learned)
     factorization = call.config.factorization
     if factorization == "fixed":

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def whole(
     call: Call, q: Tensor, k: Tensor, v: Tensor, residual: Tensor | None, maps: Learned
 ) -> tuple[Float[Tensor, "b h n v"], tuple[Tensor, Tensor]]:
-    """Whole sequences on a grid of rows; and what a state keeps of each row."""
+    """Outputs of whole sequences on a grid of rows, and the keys and values that a state keeps of each row."""
     config, n, device, dtype = call.config, q.shape[2], q.device, v.dtype
     s, causal = config.segment, call.pattern.causal
     exists = in_rows(valid_tokens(call.lengths, n, device), s, 1)[:, None]  # (b, 1, rows, s)
@@ -77,7 +77,7 @@ def whole(
 
 @dataclass(frozen=True)
 class _Part:
-    """Scores of one part of the joint softmax, what they weigh, and how weights and values are multiplied."""
+    """One part of the joint softmax: its scores, the values they weight, and how weights and values are multiplied."""
 
     scores: Float[Tensor, "b h rows s width"]
     visible: Bool[Tensor, "#b #h #rows #s width"]
@@ -109,9 +109,9 @@ def _joint(call: Call, parts: list[_Part], n: int) -> Float[Tensor, "b h n v"]:
 def _beside(
     call: Call, q: Tensor, k: Tensor, v: Tensor, exists: Tensor, maps: Learned, reverse: bool
 ) -> tuple[Float[Tensor, "b h lines c d"], Float[Tensor, "b h lines c v"], Bool[Tensor, "b 1 lines c"]]:
-    """For each cell of each line, key and value of the cells before it (with `reverse` after it), and if there are any.
+    """Summary key and value of the cells before each cell of a line (after it with `reverse`), and if there are any.
 
-    Queries are scaled.
+    The queries are already scaled.
     """
     config, cells = call.config, torch.arange(q.shape[3], device=q.device)
     before = cells > cells[:, None] if reverse else cells < cells[:, None]
@@ -133,7 +133,7 @@ def _beside(
 def _row_summaries(
     call: Call, q: Tensor, k: Tensor, v: Tensor, exists: Tensor, residual: Tensor | None, maps: Learned
 ) -> tuple[Float[Tensor, "b h rows s d"], Float[Tensor, "b h rows s v"]]:
-    """Keys and values of whole rows as each column asks for them. Queries are scaled."""
+    """Summary keys and values of whole rows, for each column's query. The queries are already scaled."""
     config: Config = call.config
     weights = drop(call, softmax_over(q @ k.mT, exists[..., None, :]))
     values, keys = weights @ v, k
@@ -190,7 +190,7 @@ def rows_so_far(
 def _column_values(
     call: Call, asked: Tensor, keys: Tensor, values: Tensor, finished: Bool[Tensor, "b rows"]
 ) -> Float[Tensor, "b h s v"]:
-    """Values of the columns of finished rows, whose own keys and values come first in the state's."""
+    """Summary values of the columns of finished rows, whose tokens come first in `keys` and `values`."""
     s = call.config.segment
     asked = finish(call.config, asked, finished.sum(-1)[:, None, None])
     k, v = (x[:, :, :, :s].transpose(2, 3) for x in (keys, values))
@@ -217,7 +217,7 @@ def step(
 
     earlier = torch.arange(state.keys.shape[2], device=device) < finished[:, None]
     keys, values, visible = [wide(row_k)], [wide(row_v)], [slots <= open_[:, None]]
-    for part in range(state.keys.shape[3] // s):  # own tokens (or summaries), what is left of the column, what is right
+    for part in range(state.keys.shape[3] // s):  # the column's tokens (or summaries), parts left, parts right
         at = (part * s + open_)[:, None, None, None, None]
         for found, x in ((keys, state.keys), (values, state.values)):
             found.append(x.gather(3, at.expand(*x.shape[:3], 1, x.shape[4]))[:, :, :, 0])
@@ -241,7 +241,7 @@ def step(
 
 
 def _close(call: Call, state: RowState, closes: Tensor, finished: Tensor, maps: Learned) -> RowState:
-    """The open rows that are full become finished ones."""
+    """Turn open rows that are full into finished ones."""
     config, device = call.config, state.k.device
     q, k, v = (wide(x)[:, :, None] for x in (call.scale * wide(state.q), state.k, state.v))
     exists = torch.ones(1, 1, 1, config.segment, dtype=torch.bool, device=device)

@@ -1,4 +1,4 @@
-"""The modules of combiner in its layer."""
+"""The learned maps of the combiner layer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from regard.mechanisms.combiner.definition import Config, check_pattern
 
 
 class LearnedMaps(Projection):
-    """The learned maps of a layer, where its options have any: of `deepset` pools, and of projected row keys.
+    """The learned maps of a layer, if its options have any: for `deepset` pooling and projected row keys.
 
     Args:
-        spec: of the layer; its config says which maps there are.
+        spec: the layer's specification; its config decides which maps there are.
     """
 
     def __init__(self, spec: LayerSpec) -> None:

@@ -1,4 +1,4 @@
-"""The factorization ``logn``: the token itself, and of each level of blocks of 1, 2, 4, ... tokens at most one."""
+"""The factorization ``logn``: the token itself, and at most one block of each level of 1, 2, 4, ... tokens."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def whole(call: Call, q: Tensor, k: Tensor, v: Tensor, maps: Learned) -> tuple[F
     """Whole sequences, and the state after them."""
     config, n, device = call.config, q.shape[2], q.device
     length, rank = new_tokens(call, k), torch.arange(n, device=device)
-    after = -n % (1 << max(n.bit_length() - 4, 0))  # so that most levels part whole blocks
+    after = -n % (1 << max(n.bit_length() - 4, 0))  # so that most levels divide into whole blocks
     queries, keys, values = (F.pad(x, (0, 0, 0, after)) for x in (call.scale * wide(q), wide(k), wide(v)))
     asking, telling = activated(config, queries, maps.pool_q), activated(config, keys, maps.pool_k)
     scores, blocks, last = [(queries * keys).sum(-1)], [], []
     for level in range(n.bit_length()):
         size = 1 << level
-        # Of each two blocks the tokens of the second read the summary of the first.
+        # In each pair of blocks, the tokens of the second read the summary of the first.
         asked, told, k_first, v_first = (_halves(x, size)[:, :, :, 0] for x in (asking, telling, keys, values))
         asked, told = (x.amax(3) if config.reduce == "max" else x.sum(3) for x in (asked, told))
         count = torch.tensor(size, device=device)
@@ -52,7 +52,7 @@ def whole(call: Call, q: Tensor, k: Tensor, v: Tensor, maps: Learned) -> tuple[F
 
 
 def step(call: Call, q: Tensor, k: Tensor, v: Tensor, maps: Learned) -> tuple[Float[Tensor, "b h 1 v"], BlockState]:
-    """One token after a state of blocks: it reads the blocks of its bits, then completes one."""
+    """One token after a state of blocks: it reads the blocks of its rank's set bits, then completes a block."""
     config, state, device = call.config, call.state, q.device
     new = new_tokens(call, k)
     rank, active = state.length, new > 0
@@ -69,7 +69,7 @@ def step(call: Call, q: Tensor, k: Tensor, v: Tensor, maps: Learned) -> tuple[Fl
     weights = torch.cat([drop(call, weights[..., :1]), weights[..., 1:]], -1)
     output = (weights @ torch.cat([value, values], 2)).to(v.dtype)
 
-    # The blocks of the levels below the lowest zero bit of the rank, and the token, make the block that is complete now.
+    # The token and the blocks of the levels below the lowest zero bit of its rank form the block that is now complete.
     below = (~bits).long().cumsum(-1) == 0
     top = below.sum(-1)  # its level
     width = ranks.shape[1]
@@ -99,11 +99,11 @@ def step(call: Call, q: Tensor, k: Tensor, v: Tensor, maps: Learned) -> tuple[Fl
 
 
 def _halves(x: Float[Tensor, "b h n d"], size: int) -> Float[Tensor, "b h pairs 2 size d"]:
-    """Tokens by pairs of blocks, with zeros after the last one."""
+    """Group tokens into pairs of blocks, with zeros after the last token."""
     after = -x.shape[2] % (2 * size)
     return (F.pad(x, (0, 0, 0, after)) if after else x).unflatten(2, (-1, 2, size))
 
 
 def _products(x: Float[Tensor, "... size d"], y: Float[Tensor, "... d"]) -> Float[Tensor, "... size"]:
-    """x_i . y; many small matrix products would cost more than the numbers between."""
+    """x_i . y; for small blocks elementwise, since many tiny matrix products would cost more."""
     return (x @ y[..., None])[..., 0] if x.shape[-2] >= 16 else (x * y[..., None, :]).sum(-1)

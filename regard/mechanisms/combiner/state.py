@@ -15,18 +15,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CombinerState(State):
-    """The part that both kinds of state share: the tokens of each row so far."""
+    """The part that both kinds of state share: the number of tokens of each batch row so far."""
 
     length: Int[Tensor, " b"] = state_field()
 
 
 @dataclass(frozen=True)
 class RowState(CombinerState):
-    """Open and finished rows of s tokens: token t of the open row is in slot t, and row g of the finished ones in slot g.
+    """Open and finished rows of s tokens: token t of the open row is in slot t, finished row g in slot g.
 
-    `keys` and `values` have one entry for each finished row (`fixed`), one for each of its columns (`axial_rowmajor`), or
-    those of its tokens, then of the parts left of each column, then right (axial). `asked` and `told` are the running
-    reductions of queries and keys over finished rows in each column, `column_values` the summaries that go with them.
+    For each finished row, `keys` and `values` have one entry (`fixed`), one per column (`axial_rowmajor`), or those of
+    its tokens, then of the parts left of each column, then of the parts right of it (axial). `asked` and `told` are the
+    running reductions, by column, of the queries and keys of finished rows; `column_values` are the values of these
+    summaries.
     """
 
     q: Float[Tensor, "b h s d"] = state_field()
@@ -42,8 +43,8 @@ class RowState(CombinerState):
 
 @dataclass(frozen=True)
 class BlockState(CombinerState):
-    """State of `logn`: all keys and values, with the rank of each slot (-1: empty), and of each level the last block of an even
-    number: running reductions of its queries and keys, and its value."""
+    """State of `logn`: all keys and values, with the rank of each slot (-1: empty), and for each level the last block
+    of even index: running reductions of its queries and keys, and its value."""
 
     k: Float[Tensor, "b h past d"] = state_field()
     v: Float[Tensor, "b h past v"] = state_field()

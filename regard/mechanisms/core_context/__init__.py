@@ -1,8 +1,9 @@
-r"""Core context aware attention: the last tokens are read exactly, groups of earlier ones through one core each.
+r"""Core context aware attention: the last tokens are read exactly, each group of earlier ones through one core.
 
-When to pick it: long contexts in a pretrained decoder, whose cache and attention should shrink by the group size with no
-new parameter, after a short fine-tuning.
-When not: exact recall of far tokens (a group has one key, weighed by its last token before the question is known).
+When to pick it: long contexts in a pretrained decoder, whose cache and attention should shrink by the group size
+without new parameters, after a short fine-tuning.
+When not: exact recall of far tokens (a group has one key, weighted by its last token's query before any later query is
+known).
 
 Definition (Chen et al., arXiv 2412.12465, and the authors' code), ranks from 1, g = `group`, s = `window`, tau the scale:
 
@@ -12,7 +13,7 @@ Definition (Chen et al., arXiv 2412.12465, and the authors' code), ranks from 1,
     j(i)  = max(0, floor((i - s) / g))
     o_i   = softmax over { k^G_1, ..., k^G_{j(i)} } and { k_t, j(i) g < t <= i } of tau q_i . k,  with v^G and v
 
-Cores and tokens part the past exactly: s + ((i - s) mod g) tokens are read one by one, once i > s.
+Cores and tokens partition the past exactly: s + ((i - s) mod g) tokens are read individually once i > s.
 
 | paper | here |
 |---|---|
@@ -21,17 +22,17 @@ Cores and tokens part the past exactly: s + ((i - s) mod g) tokens are read one 
 | globality-aware pooling | `pool="cca"`; `mean` and `max` are its ablations |
 | core token c_r W^K | pooled keys: the same by linearity, before rotation (`pool_keys="pre_rope"`) |
 
-Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries), and then each query head has its cores unless
-`share_gqa`. N = M in causal-self, since groups have queries.
-State: the last max(s, 1) + g - 2 keys and values, and the cores of all groups that are complete.
-Rotary positions: `post_rope` pools rotated keys, as the authors' code does; `pre_rope` pools keys before rotation, weighed
-by queries before rotation, and rotates the core to its group's last place; the state then has the last g - 1 keys before
-rotation too.
-Deviations: cores are computed when their group is complete, not when it leaves the window, so that no query is kept.
-The defaults of the code are groups of 16 and a window of 1024. `fusion="gated"`, two softmaxes under a learned gate, is a
-reading of a sentence of the paper's first version. Not in the paper: noncausal-self, where groups less than s tokens away
-(in whole groups) are read one by one and all others through cores, the unfinished one too; and cross patterns, which read
-cores of the memory alone, weighed by the mean of the group's keys in place of a query.
+Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries), in which case each query head has its own
+cores unless `share_gqa`. N = M in causal-self, since groups have queries.
+State: the last max(s, 1) + g - 2 keys and values, and the cores of all complete groups.
+Rotary positions: `post_rope` pools rotated keys, as the authors' code does; `pre_rope` pools unrotated keys, weighted
+by unrotated queries, and rotates the core to the position of its group's last token; the last g - 1 unrotated keys are
+then in the state as well.
+Deviations: cores are computed when their group is complete, not when it leaves the window, so no query needs to be
+kept. The defaults of the code are groups of 16 and a window of 1024. `fusion="gated"`, two softmaxes with a learned
+gate, interprets a sentence of the paper's first version. Not in the paper: noncausal-self, where groups within s tokens
+(rounded up to whole groups) are read token by token and all others, including the unfinished one, through cores; and
+cross patterns, which read only cores of the memory, weighted by the mean of the group's keys in place of a query.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def sample_inputs(
     config: Config,
     sizes: dict[str, int] | None = None,
 ) -> Tensors:
-    """Normal inputs for tests, with the heads' `gate` where the options fuse by one."""
+    """Normal inputs for tests, with a `gate` for the heads if the fusion is gated."""
     widths = {"h": 2, "g": 2, "d": 8, "v": 6, **(sizes or {})}
     shapes = attention_shapes(batch, n, m, widths)
     if config.fusion == "gated":

@@ -1,4 +1,4 @@
-"""The definition of core_context: its options and what they mean, and its reference, written for reading."""
+"""The definition of core_context: its options and a reference implementation written for readability."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Config:
     """Options.
 
     Attributes:
-        group: g >= 1, tokens that a core stands for.
-        window: s >= 0, latest tokens that are always read one by one; 0 where a group's last token, too, reads its group
-            through the core.
-        pool: ``cca`` (weighed by a query), ``mean`` or ``max``.
-        pool_query: of ``cca``: query of the group's ``last`` token, or the ``mean`` of its queries.
+        group: g >= 1, tokens per core.
+        window: s >= 0, latest tokens that are always read individually; with 0 even a group's last token reads its
+            group through the core.
+        pool: ``cca`` (weighted by a query), ``mean`` or ``max``.
+        pool_query: the query of ``cca``: that of the group's ``last`` token, or the ``mean`` of its queries.
         pool_keys: ``post_rope`` or ``pre_rope``; the latter in causal-self only, where the mechanism rotates.
-        fusion: ``joint`` for one softmax over cores and tokens, ``gated`` for two and a gate.
-        share_gqa: whether query heads that share keys share cores, made by their mean query.
+        fusion: ``joint`` for one softmax over cores and tokens, ``gated`` for two softmaxes and a gate.
+        share_gqa: whether query heads that share keys share cores, weighted by their mean query.
     """
 
     group: int = 8
@@ -65,7 +65,7 @@ class Config:
 
     @property
     def cached(self) -> int:
-        """Tokens that the one after a sequence may read one by one, or that are in the unfinished group."""
+        """Number of past tokens that the next token may read individually or that are in the unfinished group."""
         return max(self.window, 1) + self.group - 2
 
 
@@ -138,7 +138,7 @@ def reference(
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"]) -> Result:
-    """Queries on the cores of absorbed memory, that of the unfinished group among them."""
+    """Attend to the cores of absorbed memory, including that of the unfinished group."""
     config, state, device = call.config, call.state, q.device
     keys, values = state.keys, state.values
     complete, width = state.length // config.group, config.cached
@@ -156,7 +156,7 @@ def read(call: Call, q: Float[Tensor, "b h n d"]) -> Result:
 
 
 def check(config: Config, pattern: Pattern, n: int, m: int, gate: Tensor | None) -> None:
-    """Refuse what the options cannot do in a pattern."""
+    """Raise Unsupported if the options, lengths and gate do not fit the pattern."""
     check_pattern(config, pattern)
     if pattern is Pattern.CAUSAL_SELF and n != m:
         raise Unsupported(f"core_context with {n} queries and {m} keys", supported="a query for each key")
@@ -169,7 +169,7 @@ def check(config: Config, pattern: Pattern, n: int, m: int, gate: Tensor | None)
 
 
 def check_pattern(config: Config, pattern: Pattern) -> None:
-    """Refuse options that a pattern does not have."""
+    """Raise Unsupported for options that do not exist in `pattern`."""
     if config.pool_keys == "pre_rope" and pattern is not Pattern.CAUSAL_SELF:
         raise Unsupported(
             f"pool_keys='pre_rope' in {pattern.value}, whose keys come rotated",
@@ -197,9 +197,9 @@ def _cores(
     v: Float[Tensor, "b g groups size v"],
     exists: Bool[Tensor, "b groups size"],
 ) -> tuple[Float[Tensor, "b c groups d"], Float[Tensor, "b c groups v"]]:
-    """Keys and values of groups of tokens, for each query head (c = h) or each key head (c = g).
+    """Keys and values of the cores of groups, for each query head (c = h) or each key head (c = g).
 
-    Without queries the mean key asks, where the pool asks.
+    Without `queries`, ``cca`` is weighted by the group's mean key.
     """
     config: Config = call.config
     k, v, exists = wide(k), wide(v), exists[:, None]
@@ -217,7 +217,7 @@ def _cores(
     queries = queries.unflatten(1, (k.shape[1], -1))  # (b, g, heads that share keys, groups, d)
     if config.share_gqa:
         queries = queries.mean(2, keepdim=True)
-    k, v = k.contiguous(), v.contiguous()  # which each product would see to anew
+    k, v = k.contiguous(), v.contiguous()  # or each product would copy them
     with without_autocast(k.device):
         scores = call.scale * wide(queries).transpose(2, 3) @ k.mT  # (b, g, groups, heads that share keys, size)
         weights = normalized(torch.where(exists[..., None, :], scores, -torch.inf))

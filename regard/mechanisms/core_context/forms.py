@@ -1,4 +1,4 @@
-"""The forms of core_context that are run: parallel, in chunks, and from a state."""
+"""The fast forms of core_context: parallel, chunked, and stepwise from a state."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CoreState(State):
-    """The last tokens, and the cores of complete groups: slot r of a row holds its group r; others are beyond its groups.
+    """The last tokens, and the cores of complete groups: slot r of a row holds the core of its group r; later slots are
+    unused.
 
-    `plain` are the last keys, as many as an unfinished group may have, before their rotation: where cores are made of such.
-    `queries` is the sum of queries in the unfinished group, where the pool needs it.
+    `plain` are the last unrotated keys, as many as an unfinished group may have, if cores are made from unrotated keys.
+    `queries` is the sum of the queries in the unfinished group, if the pooling needs it.
     """
 
     window: WindowState
@@ -52,8 +53,8 @@ class _Turned:
     """New tokens of a causal-self call.
 
     Attributes:
-        q, k, v: what attends, rotated where the call rotates.
-        asking, told: queries and keys as cores are made of them.
+        q, k, v: queries, keys and values for attention, rotated if the call rotates.
+        asking, told: queries and keys from which cores are made.
     """
 
     q: Float[Tensor, "b h n d"]
@@ -79,7 +80,7 @@ def _places(call: Call, k: Float[Tensor, "b g n d"]) -> Int[Tensor, "b n"]:
 
 
 def _pools_plain(call: Call) -> bool:
-    """Whether cores are made of keys before their rotation."""
+    """Return whether cores are made from unrotated keys."""
     return call.rotate is not None and call.config.pool_keys == "pre_rope"
 
 
@@ -90,7 +91,7 @@ def parallel(
     v: Float[Tensor, "b g m v"],
     gate: Float[Tensor, " h"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """Two attentions joined by their log-sum-exps: a window on tokens, and cores; causal-self: the chunked form."""
+    """Attention to a window of tokens and to cores, merged by log-sum-exps; causal-self uses the chunked form."""
     if call.pattern is Pattern.CAUSAL_SELF:
         return chunked(call, q, k, v, gate).output
     config: Config = call.config
@@ -138,7 +139,7 @@ def chunked(
     v: Float[Tensor, "b g m v"],
     gate: Float[Tensor, " h"] | None = None,
 ) -> Result:
-    """Causal-self with state in and out, by any number of tokens; also the step."""
+    """Causal-self from state to state, by any number of tokens; also the step."""
     config: Config = call.config
     check(config, call.pattern, q.shape[2], k.shape[2], gate)
     g, s = config.group, config.window
@@ -148,8 +149,8 @@ def chunked(
         return found
     state, keys, values, where = _extend(call, tokens.asking, tokens.k, v, tokens.told)
     q = tokens.q
-    # A key is read by itself while its group is not before that of the rank s - 1 places back, which is
-    # what a rule on groups says of queries moved back by so much.
+    # A key is read individually while its group is not before that of the rank s - 1 places back:
+    # the rule on groups, for queries moved back by s - 1.
     back = max(s - 1, 0)
     asks = Ranks(
         where.queries - back,
@@ -158,7 +159,7 @@ def chunked(
         None if where.first is None else where.first - back,
         plain=False,
     )
-    if s == 0:  # as with a window of 1, but that the last query of a group reads no key by itself
+    if s == 0:  # as with a window of 1, except that the last query of a group reads no key individually
         asks = Ranks(torch.where((where.queries + 1) % g == 0, -1, where.queries), where.keys, None, None, plain=False)
     near = _attend(call, q, keys, values, asks, Visibility(right=back, block=g, lookahead=back // g + 1))
     # the first rank that reads each core
@@ -175,8 +176,8 @@ def chunked(
 
 
 def _next_token(call: Call, tokens: _Turned, gate: Tensor | None) -> Result | None:
-    """One more token of rows that have as many each: it reads the last slots of the window and the first of the cores, which are
-    cut out, and nothing else is looked at or moved. None for other calls."""
+    """One more token for rows of equal lengths: it reads slices of the last slots of the window and the first cores,
+    and nothing else is read or moved. None for other calls."""
     config, past = call.config, call.state
     g, s = config.group, config.window
     if past is None or call.dropout:
@@ -232,13 +233,13 @@ def _read(
 
 
 def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> CoreState:
-    """Memory into cores; more may follow."""
+    """Absorb memory into cores; may be called repeatedly."""
     check(call.config, call.pattern, 0, k.shape[2], None)
     return _extend(call, None, k, v, k)[0]
 
 
 def _fused(gate: Tensor | None, near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor]) -> Float[Tensor, "b h n v"]:
-    """The values read from tokens and from cores, in one softmax or under a gate."""
+    """Combine the outputs from tokens and from cores, in one softmax or by a gate."""
     if gate is None:
         return merge(*zip(near, far, strict=True))
     share = torch.sigmoid(wide(gate))[:, None, None].to(near[0].dtype)
@@ -249,11 +250,11 @@ def _fused(gate: Tensor | None, near: tuple[Tensor, Tensor], far: tuple[Tensor, 
 def _extend(
     call: Call, q: Tensor | None, k: Tensor, v: Tensor, told: Tensor
 ) -> tuple[CoreState, Tensor, Tensor, Ranks]:
-    """The state with new tokens; and keys, values and ranks with which their queries are answered.
+    """The state extended by new tokens, and the keys, values and ranks that their queries read.
 
     Args:
-        q: queries that pool; None in cross patterns.
-        told: keys that are pooled.
+        q: queries for pooling; None in cross patterns.
+        told: keys to pool.
     """
     config, past, device = call.config, call.state, k.device
     g, m = config.group, k.shape[2]
@@ -315,7 +316,7 @@ def _extend(
 def _queries(
     config: Config, q: Tensor, place: Int[Tensor, "b tokens"], summed: Tensor | None, g: int
 ) -> Float[Tensor, "b h groups d"]:
-    """Query of each group, whose tokens are at `place` among the new queries; those before them are in `summed`."""
+    """Pooling query of each group, whose tokens are at `place` among the new queries; `summed` sums earlier ones."""
     last = place.unflatten(1, (-1, g))[..., -1]
     if config.pool_query == "last":
         return _take(q, last.clamp(0, q.shape[2] - 1))

@@ -1,4 +1,4 @@
-"""The modules of core_context in its layer."""
+"""The gate of the core_context layer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from regard.mechanisms.core_context.definition import check_pattern
 
 
 class Gate(Projection):
-    """A layer's gate between tokens and cores, one number a head, when `fusion` asks for it.
+    """A layer's gate between tokens and cores, one number per head, if the fusion is gated.
 
     Args:
-        spec: of the layer.
+        spec: the layer's specification.
     """
 
     def __init__(self, spec: LayerSpec) -> None:

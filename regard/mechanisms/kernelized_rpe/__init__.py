@@ -1,8 +1,8 @@
 r"""Kernelized attention with relative positions: a product of feature maps times a learned weight for each offset.
 
-When to pick it: long sequences, or images, that want a learned bias for each relative position without a matrix of all
-pairs; training linear attention from scratch, which unit queries and keys make stable.
-When not: exact recall of single tokens (features blur what they weigh), or relative terms that depend on the query.
+When to pick it: long sequences, or images, that need a learned bias for each relative position without a matrix of all
+pairs; training linear attention from scratch, which unit-norm queries and keys make stable.
+When not: exact recall of single tokens (random features blur the weights), or relative terms that depend on the query.
 
 Definition (Luo et al., arXiv 2106.12566, section 3), with b_{j-i} a number for each offset (key minus query):
 
@@ -16,31 +16,32 @@ each pair of a feature and a value column.
 
 | paper | here |
 |---|---|
-| b_{j-i} | `offset_bias` (H, 2 R + 1): offsets -R ... R; farther ones have the weight of R |
+| b_{j-i} | `offset_bias` (H, 2 R + 1): offsets -R ... R; farther ones share the weight of R |
 | w | `random_features` (H, F, D), drawn by :func:`draw_features`; a buffer of the layer |
 | m, number of features | F: `features`, the width of a head by default |
 | phi | `feature_map`: ``positive_random``, or elu + 1, relu, ... which need no `random_features` |
 | NKA | `normalize`; sharpness then comes from b, and from `log_temperature` (H) where it is learned |
 | c_{j-i} on images | `grid_bias` (H, 2 R_y + 1, 2 R_x + 1) with `grid` (rows, columns), in self patterns |
-| weight of a class token | e^a, `class_bias` a (H), 0 where not given; a layer has it with `learn_class_bias` |
+| weight of a class token | e^a, `class_bias` a (H), 0 if not given; a layer learns it with `learn_class_bias` |
 
-Layout: (B, H, N, D). The scale (1 by default; e^log_temperature multiplies it) is that of q . k: its root multiplies both
-sides before phi. Ranks count valid tokens; in causal-self keys after the query have weight 0. In cross patterns both
-sides count from 0, which suits a memory that runs beside the queries. On a grid the tokens fill it row by row, and an
-earlier token is one of a row above or to the left, which the offset alone decides: so causality is half of the table.
-Tokens whose role is not TOKEN (a class token) have no place: all their pairs have the weight e^a.
+Layout: (B, H, N, D). The scale (1 by default; e^log_temperature multiplies it) applies to q . k: its square root
+multiplies q and k before phi. Ranks count valid tokens; in causal-self keys after the query have weight 0. In cross
+patterns both sides count from 0, which suits a memory that is aligned with the queries. On a grid the tokens fill it
+row by row, and earlier tokens are those in a row above or to the left, which the offset alone decides: so causality
+uses half of the table.
+Tokens whose role is not TOKEN (such as a class token) have no position: all their pairs have the weight e^a.
 
-Since far offsets share a weight, the sum over them is linear attention's, and only the near ones are pairs: the causal
-state is that sum and the last R - 1 tokens, of constant size. The same split computes whole sequences by blocks, which is
-chosen instead of the FFT where it takes less time (`method`): on a CPU for all but long sequences whose offsets all have
-weights of their own. The error of an FFT is relative to the largest of its numbers, so it is computed in float64.
-On a grid far offsets share a weight by column at best: whole grids take the FFT, the state is every token, and a step
-weighs all of them. With tokens that have no place there is no state, since places of later tokens depend on how many of
-the earlier ones have one.
+Since far offsets share a weight, the sum over them is linear attention, and only near keys are computed by pairs: the
+causal state is that sum and the last R - 1 tokens, of constant size. The same split computes whole sequences by blocks,
+which is chosen instead of the FFT where it is faster (`method`): on a CPU for all but long sequences whose offsets all
+have separate weights. The error of an FFT is relative to the largest of its values, so it is computed in float64.
+On a grid, far offsets share a weight per column at best: whole grids use the FFT, the state holds every token, and a
+step weights all of them. With tokens that have no position there is no state, since the positions of later tokens
+depend on how many of the earlier ones have one.
 
-Deviations: the paper gives every offset of a sequence its own number; here that is R >= N - 1. Weights e^b and the
+Deviations: the paper gives every offset of a sequence its own number; here that takes R >= N - 1. Weights e^b and the
 features of each query are divided by their largest, which cancels; `eps` bounds the denominator after that. Without
-normalisation the Performer scales by D^-0.5: that is `scale`. Dropout is that of the layer's output.
+normalisation the Performer scales by D^-0.5, which is `scale` here. Dropout applies to the layer's output.
 """
 
 from __future__ import annotations
@@ -106,17 +107,17 @@ def sample_inputs(
 
 
 def _farthest(config: Config) -> int:
-    """Largest offset with a number of its own, on any side of a grid."""
+    """Largest offset with its own weight, along any side of a grid."""
     return config.max_offset if isinstance(config.max_offset, int) else max(config.max_offset)
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
-    """Offsets with a number of their own, from the farthest before to the farthest after."""
+    """Number of offsets with their own weight, from the farthest before to the farthest after."""
     return {"o": 2 * _farthest(config) + 1}
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Cost of causal-self by the method that is chosen; on a grid (a tuple `max_offset`) of as many places as keys."""
+    """Cost of causal-self by the chosen method; a grid (a tuple `max_offset`) has as many places as keys."""
     reach = _farthest(config)
     features = config.features if config.features and config.feature_map == POSITIVE_RANDOM else shape.dim_key
     width = shape.dim_value + 1

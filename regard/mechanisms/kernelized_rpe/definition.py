@@ -1,4 +1,4 @@
-"""The definition of kernelized_rpe: its options and what they mean, and its reference, written for reading."""
+"""The definition of kernelized_rpe: its options and a reference implementation written for readability."""
 
 from __future__ import annotations
 
@@ -42,20 +42,21 @@ class Config:
     Attributes:
         feature_map: ``positive_random``, or a map that is never negative: ``elu``, ``relu``, ``relu_squared``,
             ``sigmoid``, ``exp``.
-        normalize: divide each query and key by its norm.
-        eps: least denominator, > 0 and finite.
-        method: how whole sequences are computed: ``fft``, ``blocks`` (pairs near, a running sum far), or ``auto``. Grids
-            and sequences with roles are always computed by FFT.
-        features: F of a layer's random features, >= 1; the width of a head when None.
+        normalize: whether to divide each query and key by its norm.
+        eps: smallest denominator, > 0 and finite.
+        method: how whole sequences are computed: ``fft``, ``blocks`` (near keys by pairs, far keys by a running sum),
+            or ``auto``. Grids and sequences with roles are always computed by FFT.
+        features: F, number of a layer's random features, >= 1; the width of a head when None.
         orthogonal: whether random features of a layer are orthogonal, D at a time.
         share_features: whether all heads of a layer have the same random features.
-        redraw: a layer in training draws new features every so many calls; 0 for never.
-        offsets: b of a layer: ``learned`` (one number an offset, 0 at the start), ``bucketed`` (T5's buckets), ``alibi``
-            (fixed slopes), ``power`` (e^b = (1 + distance)^-a with a learned a >= 0 for each head, 1 at the start) or ``none``.
+        redraw: number of training calls after which a layer draws new features; 0 for never.
+        offsets: b of a layer: ``learned`` (one number per offset, initially 0), ``bucketed`` (T5's buckets), ``alibi``
+            (fixed slopes), ``power`` (e^b = (1 + distance)^-a with a learned a >= 0 for each head, initially 1) or
+            ``none``.
         share_offsets: whether all heads of a layer have the same ``learned`` b.
         max_offset: R of a layer, >= 1; or (R_y, R_x) for learned offsets on a grid.
-        learn_temperature: whether a layer learns log_temperature, 0 at the start.
-        learn_class_bias: whether a layer learns class_bias, 0 at the start.
+        learn_temperature: whether a layer learns log_temperature, initially 0.
+        learn_class_bias: whether a layer learns class_bias, initially 0.
     """
 
     feature_map: str = POSITIVE_RANDOM
@@ -109,7 +110,7 @@ def reference(
     log_temperature: Float[Tensor, " h"] | None = None,
     class_bias: Float[Tensor, " h"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     n, m = q.shape[2], k.shape[2]
     c, outside = offset_weights(call, q, offset_bias, grid_bias, class_bias)
     i, j = torch.arange(n, device=q.device), torch.arange(m, device=q.device)
@@ -122,7 +123,7 @@ def reference(
         token = with_place(call, grid, k)
         places: tuple[Tensor, ...] = torch.unravel_index((token.cumsum(-1) - 1).clamp(min=0), tuple(grid))
         sides = zip(places, c.shape[1:], strict=True)
-        i = i.clamp(min=0)  # of queries before the first key, which see nothing
+        i = i.clamp(min=0)  # queries before the first key see nothing
         at: tuple[Any, ...] = (slice(None), *(index(p[:, None] - p[:, i, None], size) for p, size in sides))
         both = token[:, None] & token[:, i, None]
         by_offset = torch.where(both, c[at], outside[:, None, None, None])  # (h, b, n, m)
@@ -137,7 +138,7 @@ def reference(
 def _mapped(
     call: Call, x: Tensor, random_features: Tensor | None, log_temperature: Tensor | None
 ) -> tuple[Float[Tensor, "b h n f"], Float[Tensor, "b h n 1"]]:
-    """The arguments of phi, in at least float32: projections on the random features, or phi itself; and |x|^2 / 2."""
+    """Projections on the random features, and |x|^2 / 2; for other maps phi itself. In at least float32."""
     config: Config = call.config
     if call.scale < 0:
         raise Unsupported(f"kernelized_rpe with scale={call.scale}", supported="scale >= 0", nearest="scale=1.0")
@@ -159,7 +160,7 @@ def _mapped(
 
 
 def _queries(call: Call, q: Tensor, random_features: Tensor | None, log_temperature: Tensor | None) -> Tensor:
-    """phi(q); of random features relative to the largest of each query."""
+    """phi(q); random features are relative to the largest of each query."""
     found, _ = _mapped(call, q, random_features, log_temperature)
     if call.config.feature_map != POSITIVE_RANDOM:
         return found
@@ -176,7 +177,7 @@ def _keys(call: Call, k: Tensor, random_features: Tensor | None, log_temperature
 
 
 def check_roles(call: Call) -> None:
-    """Refuse roles in cross patterns."""
+    """Raise Unsupported for roles in cross patterns."""
     if call.roles is not None and call.pattern.cross:
         raise Unsupported(
             f"kernelized_rpe with roles in {call.pattern.value}",
@@ -188,7 +189,7 @@ def check_roles(call: Call) -> None:
 def offset_weights(
     call: Call, q: Tensor, offset_bias: Tensor | None, grid_bias: Tensor | None, class_bias: Tensor | None
 ) -> tuple[Float[Tensor, "h *offsets"], Float[Tensor, " h"]]:
-    """e^b of each offset and e^a, relative to the largest that is used; 0 of offsets that the pattern does not see."""
+    """e^b for each offset, and e^a, relative to the largest used; 0 for offsets that the pattern does not see."""
     check_roles(call)
     table = offset_bias if grid_bias is None else grid_bias
     if grid_bias is not None and (call.grid is None or call.pattern.cross):
@@ -206,7 +207,7 @@ def offset_weights(
     dtype = wide_dtype(q)
     flat = table.to(dtype).flatten(1)
     if call.pattern is Pattern.CAUSAL_SELF:
-        # in a table, as in a sequence or on a grid, what comes after the middle comes later
+        # in a table, as in a sequence or on a grid, entries after the middle are of later keys
         later = torch.arange(flat.shape[1], device=flat.device) > flat.shape[1] // 2
         flat = flat.masked_fill(later, -torch.inf)
     outside = flat.new_zeros(1) if class_bias is None else class_bias.to(dtype)
@@ -218,12 +219,12 @@ def offset_weights(
 
 
 def index(offsets: Int[Tensor, "..."], size: int) -> Int[Tensor, "..."]:
-    """Where a table of `size` offsets has each offset."""
+    """Index of each offset in a table of `size` offsets."""
     return (offsets + size // 2).clamp(0, size - 1)
 
 
 def _grid(call: Call, c: Float[Tensor, "h *offsets"], n: int) -> tuple[int, ...] | None:
-    """Sides of the grid that tokens fill: (rows, columns), or (n,) where some tokens have no place; None for a plain
+    """Sides of the grid that tokens fill: (rows, columns), or (n,) if some tokens have no position; None for a plain
     sequence."""
     if c.ndim == 2:
         return None if call.roles is None else (n,)
@@ -233,7 +234,7 @@ def _grid(call: Call, c: Float[Tensor, "h *offsets"], n: int) -> tuple[int, ...]
 
 
 def with_place(call: Call, grid: Sequence[int], k: Float[Tensor, "b h m d"]) -> Bool[Tensor, "b m"]:
-    """Tokens that have a place on the grid."""
+    """Mask of the tokens that have a place on the grid."""
     batch, m = k.shape[0], k.shape[2]
     token = k.new_ones(batch, m, dtype=torch.bool) if call.roles is None else call.roles == int(Role.TOKEN)
     valid = call.valid_keys(m)

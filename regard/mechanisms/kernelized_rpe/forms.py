@@ -1,4 +1,4 @@
-"""The forms of kernelized_rpe that are run: parallel, in chunks, and from a state."""
+"""The fast forms of kernelized_rpe: parallel, chunked, and stepwise from a state."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ if TYPE_CHECKING:
 
 
 NUMBERS_AT_ONCE = 1 << 22
-"""Numbers of one product of features and values that are transformed at once."""
+"""Largest number of elements of an intermediate tensor that is computed at once."""
 
 
 @dataclass(frozen=True)
 class KernelizedState(KeyValueState):
-    """State of causal-self: mapped keys and values (with a column of ones) of the last R - 1 tokens, right-aligned, and the sum
-    `memory` of phi(k) v^T over those before; on a grid those of every token. Of cross patterns: the whole memory, and the
-    queries that have read it."""
+    """In causal-self, mapped keys and values (with a column of ones) of the last R - 1 tokens, right-aligned, and the
+    sum `memory` of phi(k) v^T over earlier ones; on a grid, keys and values of every token. In cross patterns, the
+    whole memory, and the number of queries that have read it."""
 
     memory: Float[Tensor, "b h f v"] = state_field()
     queries: Int[Tensor, " b"] = state_field()
@@ -93,7 +93,7 @@ def _on_sequence(
     v: Float[Tensor, "b h m v"],
     c: Float[Tensor, "h offsets"],
 ) -> Float[Tensor, "b h slots v"]:
-    """Sums of a call of n queries over a plain sequence, by the method that takes less time."""
+    """Weighted sums of a call with n queries over a plain sequence, by the faster method."""
     m, causal = k.shape[2], call.pattern is Pattern.CAUSAL_SELF
     reach = min(c.shape[-1] // 2, max(n, m, 1))
     c = c[:, c.shape[-1] // 2 - reach : c.shape[-1] // 2 + reach + 1]  # no pair is farther apart
@@ -117,7 +117,7 @@ def chunked(
     log_temperature: Float[Tensor, " h"] | None = None,
     class_bias: Float[Tensor, " h"] | None = None,
 ) -> Result:
-    """Causal-self with state in and out, by blocks; on a grid by pairs. Also the step."""
+    """Causal-self from state to state, by blocks; on a grid by pairs. Also the step."""
     n, m = q.shape[2], k.shape[2]
     if call.roles is not None:
         raise Unsupported(
@@ -154,7 +154,7 @@ def absorb(
     random_features: Float[Tensor, "h f d"] | None = None,
     log_temperature: Float[Tensor, " h"] | None = None,
 ) -> KernelizedState:
-    """Mapped memory into a cache; more may follow."""
+    """Absorb mapped memory into a cache; may be called repeatedly."""
     check_roles(call)
     with without_autocast(k.device):
         keys, values = _keys(call, k, random_features, log_temperature), _with_ones(v)
@@ -172,7 +172,7 @@ def read(
     log_temperature: Float[Tensor, " h"] | None = None,
     class_bias: Float[Tensor, " h"] | None = None,
 ) -> Result:
-    """Queries on absorbed memory, counted on from those that have read it before."""
+    """Attend to absorbed memory; queries are counted on from those that have read it before."""
     state: KernelizedState = call.state
     n = q.shape[2]
     with without_autocast(q.device):
@@ -237,10 +237,11 @@ def _by_blocks(
     causal: bool,
     memory: Float[Tensor, "b h f v"] | None = None,
 ) -> tuple[Float[Tensor, "b h n v"], Float[Tensor, "b h f v"] | None]:
-    """Sums over near keys by pairs and over far ones, which share a weight, by recurrence; and the memory after them.
+    """Weighted sums over near keys by pairs, and over far ones, which share a weight, by recurrence; also the new
+    memory.
 
     Args:
-        k: query i is at the slot i + R - 1, and `memory` holds what came before the first slot.
+        k: keys, with query i at slot i + R - 1; `memory` is the sum over tokens before the first slot.
     """
     n, reach = q.shape[2], c.shape[-1] // 2 - 1
     if n == 0:
@@ -257,7 +258,7 @@ def _by_blocks(
     if memory is None and n <= reach + 1:
         return output, None
 
-    # the last key that is far from a query is in the slot before the query's; a row's memory ends with its queries
+    # the last key that is far from query i is in slot i - 1; a row's memory ends with its queries
     valid, past = call.valid_keys(n), k[:, :, :n]
     past = past if valid is None else torch.where(valid[:, None, :, None], past, 0)
     before, memory = gated_recurrence(q, past, v[:, :, :n], state=memory, inclusive=False, backend=call.backend)
@@ -278,7 +279,7 @@ def _by_pairs(
     c: Float[Tensor, "h offsets"],
     at: Int[Tensor, "#b n m"],
 ) -> Float[Tensor, "b h n v"]:
-    """Every pair, some queries at a time; `at` says where c has its weight."""
+    """Weighted sums over all pairs, some queries at a time; `at` is the index in c of each pair's weight."""
     rows = max(1, NUMBERS_AT_ONCE // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
 
     def mix(q: Tensor, k: Tensor, v: Tensor, c: Tensor, at: Tensor) -> Tensor:
@@ -291,7 +292,7 @@ def _by_pairs(
 
 
 def _mixed(mix: Callable[..., Tensor], again: bool, *tensors: Tensor) -> Tensor:
-    """``mix(*tensors)``; with `again` its inner numbers are not kept for a backward pass, but computed again."""
+    """``mix(*tensors)``; with `again`, its intermediates are recomputed in the backward pass instead of stored."""
     if again and torch.is_grad_enabled():
         return checkpoint(mix, *tensors, use_reentrant=False)
     return mix(*tensors)
@@ -321,7 +322,7 @@ def _by_fft(
         kernel = kernel.index_select(axis, index(offsets, c.shape[axis]))
         kernel = torch.where((offsets < side).view(-1, *[1] * (c.ndim - 1 - axis)), kernel, 0)
     axes = tuple(range(-len(sizes), 0))
-    spectrum = torch.fft.rfftn(kernel, dim=axes)[:, None, None]  # of (h, 1 feature, 1 column, *grid)
+    spectrum = torch.fft.rfftn(kernel, dim=axes)[:, None, None]  # (h, 1 feature, 1 column, *grid)
     q, k, v = (F.pad(x, (0, 0, 0, places - x.shape[2])).mT.unflatten(-1, tuple(grid)) for x in (q, k, v))
 
     def mix(columns: Float[Tensor, "b h columns *grid"], q: Tensor, k: Tensor, spectrum: Tensor) -> Tensor:
@@ -345,7 +346,7 @@ def _on_grid(
     outside: Float[Tensor, " h"],
     grid: Sequence[int],
 ) -> Float[Tensor, "b h n v"]:
-    """Tokens with a place by FFT; pairs with a token that has none weigh `outside`."""
+    """Weighted sums over tokens with a position by FFT; pairs with a token that has none have the weight `outside`."""
     token = with_place(call, grid, k)
     if call.roles is None:
         output = _by_fft(q, k, v, c, grid)
@@ -365,7 +366,7 @@ def _on_grid(
         assert output is not None
         return output
 
-    # all queries read the tokens without a place, and those without one the others too
+    # all queries read the tokens without a position, and queries without one read the others too
     pairs = read(q, torch.where(token, 0, k)) + read(torch.where(token, 0, q), torch.where(token, k, 0))
     return inside + outside[:, None, None] * pairs
 
@@ -377,7 +378,7 @@ def _continued_on_grid(
     v: Float[Tensor, "b h m v"],
     c: Float[Tensor, "h rows columns"],
 ) -> tuple[Float[Tensor, "b h n v"], KernelizedState]:
-    """Sums over every token of a grid so far, and the state that holds them all."""
+    """Weighted sums over every token of a grid so far, and the state that holds those tokens."""
     if call.state is not None and call.state.memory.shape[2] != 0:
         raise Unsupported(
             "kernelized_rpe with grid_bias and the state of a plain sequence", supported="the state of a grid"
@@ -394,7 +395,7 @@ def _continued_on_grid(
     def between(place: Callable[[Tensor], Tensor], size: int) -> Int[Tensor, "b n m"]:
         return index(place(where.keys)[:, None] - place(where.queries)[:, :, None], size)
 
-    # an empty slot has a key of zeros, and a query before the first key only offsets that are not seen
+    # an empty slot has a key of zeros, and a query before the first key has only offsets that are not seen
     rows = between(lambda rank: rank // grid[1], c.shape[1])
     at = rows * c.shape[2] + between(lambda rank: rank % grid[1], c.shape[2])
     output = _by_pairs(q, cache.k, cache.v, c.flatten(1), at)
@@ -403,19 +404,19 @@ def _continued_on_grid(
 
 
 FFT_SLOWNESS = 8.0
-"""Time of an operation of an FFT over that of a matrix product, on one core."""
+"""Time of an operation in an FFT relative to one in a matrix product, on one core."""
 
 
 def fft_operations(size: int, f: int, v: int) -> float:
-    """Multiply-adds counted twice of one head's transforms of `size` points."""
+    """Operations (two per multiply-add) of one head's transforms of `size` points."""
     rounds = 0
-    while 1 << rounds < size:  # the logarithm, also of a size that is a symbol of a graph
+    while 1 << rounds < size:  # the logarithm, which works for symbolic sizes too
         rounds += 1
     return f * v * (5.0 * size * rounds + 8.0 * size)
 
 
 def operations(n: int, m: int, f: int, v: int, reach: int, *, causal: bool) -> tuple[float, float]:
-    """Multiply-adds counted twice of one head: by FFT, and by blocks."""
+    """Operations (two per multiply-add) of one head: by FFT, and by blocks."""
     longest = max(n, m, 1)
     fft = fft_operations(2 * longest, f, v)
     near = 64 + min(reach, longest) * (1 if causal else 2)
@@ -424,8 +425,8 @@ def operations(n: int, m: int, f: int, v: int, reach: int, *, causal: bool) -> t
 
 
 def fft_is_best(config: Config, n: int, m: int, f: int, v: int, reach: int, *, causal: bool) -> bool:
-    """Whether `method` is ``fft``, or ``auto`` and the transforms would take less time than blocks, for `f` features,
-    `v` values and numbers of their own up to the offset `reach`."""
+    """Return whether `method` is ``fft``, or ``auto`` and the transforms would be faster than blocks, for `f` features,
+    `v` values and separate weights up to the offset `reach`."""
     if config.method != "auto":
         return config.method == "fft"
     fft, blocks = operations(n, m, f, v, reach, causal=causal)

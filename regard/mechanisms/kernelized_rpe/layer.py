@@ -1,4 +1,4 @@
-"""The modules of kernelized_rpe in its layer."""
+"""Random features and offset biases of the kernelized_rpe layer."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ if TYPE_CHECKING:
 def draw_features(
     features: int, dim: int, *, heads: int = 1, orthogonal: bool = False, generator: torch.Generator | None = None
 ) -> Float[Tensor, "heads features dim"]:
-    """Directions w of positive random features, N(0, I) each, in float32.
+    """Draw the directions w of positive random features, N(0, I) each, in float32.
 
     Args:
         features: F, >= 1.
         dim: width of a head.
-        heads: independent draws; 1 serves all heads.
-        orthogonal: directions orthogonal within each group of `dim`, with norms drawn as those of independent ones.
+        heads: number of independent draws; 1 serves all heads.
+        orthogonal: whether directions are orthogonal within each group of `dim`, with norms drawn as for independent
+            ones.
         generator: source of the draws.
     """
     at_least("features", features, 1)
@@ -44,13 +45,13 @@ def draw_features(
         return torch.randn(heads, features, dim, generator=generator)
     groups = math.ceil(features / dim)
     q, r = torch.linalg.qr(torch.randn(heads, groups, dim, dim, generator=generator))
-    directions = (q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]).mT  # uniform, whatever QR's signs
+    directions = (q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]).mT  # uniform, whichever signs QR chose
     norms = torch.randn(heads, features, dim, generator=generator).norm(dim=-1, keepdim=True)
     return norms * directions.flatten(1, 2)[:, :features]
 
 
 class Offsets(Projection):
-    """Gives a layer's heads their random features, biases of offsets and temperature."""
+    """Gives a layer's heads their random features, offset biases and temperature."""
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
@@ -90,7 +91,7 @@ class Offsets(Projection):
         return draw_features(features, self.head_dim, heads=heads, orthogonal=config.orthogonal, generator=generator)
 
     def redraw(self, generator: torch.Generator | None = None) -> None:
-        """Replace the random features by new ones."""
+        """Replace the random features with new ones."""
         if self.random_features is not None:
             self.random_features.copy_(self._draw(generator))
 
