@@ -1,5 +1,4 @@
-r"""Longformer: softmax over a window around each token, plus a few global tokens that see all tokens and are seen by
-all.
+r"""Longformer: softmax over a window around each token, plus a few global tokens that see and are seen by all.
 
 When to pick it: long documents where a few tokens must gather the rest (a class token, a question), or a window that
 should not forget the first tokens of a stream; time is linear in N, and the causal state has a fixed size.
@@ -29,8 +28,8 @@ State: the last (w - 1) g keys, and two keys of each global token; its size neve
 Deviations: no sequence is padded to a multiple of the window. The projections of global tokens start with their own
 random weights; the paper copies those of the other tokens from a trained model, as :func:`copy_projections` does.
 Rotary positions rotate q and k, but not the global projections. In causal-self only first tokens can be global, since a
-state cannot go back to what preceded any other global token. In a compiled graph with roles, attention from global
-tokens is computed for all tokens, since a graph cannot know how many are global.
+state cannot go back to what preceded any other global token. In a compiled graph with roles, the global part
+is computed for all tokens, since a graph cannot know how many are global.
 """
 
 from __future__ import annotations
