@@ -24,7 +24,7 @@ takes the form that needs fewer multiplications: this one for few queries, expli
 | W^UK, W^UV | `up_k` (H, D, C), `up_v` (H, V, C); `projection.up_k`, `.up_v` of a layer |
 | W^DKV, W^KR | `projection.down` and `key` of a layer |
 | W^UQ and W^QR, together | `projection.query`; each head's D content features come first |
-| W^DQ, d'_c wide | `projection.query_down`, where a layer has a `query_latent_dim` |
+| W^DQ, d'_c wide | `projection.query_down`, if a layer has a `query_latent_dim` |
 
 Layout: (B, H, N, D). The layer's position scheme rotates `q` and `k` and nothing else; without one, k^R is a part of
 the key that all heads share. State: (C + R) numbers per token, and the tokens' ranks.

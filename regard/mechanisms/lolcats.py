@@ -19,7 +19,7 @@ Definition (LoLCATs, Zhang et al., arXiv 2410.10254, section 3; feature maps of 
 | sum of phi(k) v^T and of phi(k) | `WindowedState.memory`, (B, H, 2F, V + 1); the sum of phi(k) is its last column |
 | tau | `scale`, D^-0.5 by default |
 
-Layout: (B, H, N, D). Queries and keys come rotated where the model rotates them, in both parts. Ranks count valid
+Layout: (B, H, N, D). If the model rotates queries and keys, it does so in both parts. Ranks count valid
 tokens. With a window of N or more the weights are those of softmax. Only causal-self: a token is written into the state
 when it leaves the window, and other patterns have no such order.
 State: the last w keys and values, right-aligned, and the sums over all tokens before them.

@@ -1,5 +1,4 @@
-r"""Long-short attention: one softmax over nearby tokens and over landmarks, weighted means of all tokens or of
-segments.
+r"""Long-short attention: one softmax over nearby tokens and landmarks, weighted means of all tokens or of segments.
 
 When to pick it: long texts where detail matters nearby and the rest can be summarised in a few vectors; time is linear
 in N (noncausal), or N times the few landmarks of the past (causal).

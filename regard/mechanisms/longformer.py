@@ -28,8 +28,8 @@ State: the last (w - 1) g keys, and two keys of each global token; its size neve
 Deviations: no sequence is padded to a multiple of the window. The projections of global tokens start with their own
 random weights; the paper copies those of the other tokens from a trained model, as :func:`copy_projections` does.
 Rotary positions rotate q and k, but not the global projections. In causal-self only first tokens can be global, since a
-state cannot go back to what preceded any other global token. In a compiled graph with roles, the global part
-is computed for all tokens, since a graph cannot know how many are global.
+state cannot go back to what preceded any other global token. In a compiled graph with roles, the global part is
+computed for all tokens, since a graph cannot know how many are global.
 """
 
 from __future__ import annotations

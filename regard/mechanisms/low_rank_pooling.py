@@ -1,5 +1,4 @@
-r"""Low-rank pooling (LAMA): m attention heads pool a sequence into m vectors; each scores tokens by a rank-1 bilinear
-form.
+r"""Low-rank pooling (LAMA): m attention heads pool a sequence into m vectors, scoring tokens by rank-1 bilinear forms.
 
 When to pick it: a small classifier of texts or time series that should look at several aspects of its input with almost
 no parameters (2 D m, plus D for the context), and show which tokens it used.
@@ -23,7 +22,7 @@ With m = 1 the norm over heads is omitted: it would make every score +-1 with ze
 With a learned context each head is an online softmax with a state of m (D + 2) numbers in all: `stream`, and the
 layer's `state`, pool a sequence in pieces. Other contexts change with every token, so the past would have to be scored
 again.
-Deviations: the norm is divided by max(||f||, eps) (a token of zeros has ||f|| = 0); rank r > 1 sums r products before
+Deviations: f is divided by max(||f||, eps) (a token of zeros has ||f|| = 0); rank r > 1 sums r products before
 the tanh (low-rank bilinear pooling); `temperature` divides f and `scale` multiplies it; `norm="tokens"` divides by the
 norm over tokens; `diversity=True` returns ||A A^T - I||_F^2, averaged over sequences (structured self-attention, Lin et
 al., arXiv 1703.03130). The context is pooled from `x` itself, not from word embeddings below an encoder.

@@ -26,6 +26,7 @@ needs no separate code.
 Layout: (B, H, N, D), heads before time. Noncausal-self adds a forward pass that reads after writing and a backward pass
 that reads before writing, numerators and normalisers alike, and divides once. In cross patterns the memory is absorbed
 in order and every query reads the final state: the order of the memory matters.
+
 Deviations: m_0 is -1e30 in place of minus infinity (official code: 0, with the same outputs). No 1e-6 is added to the
 normaliser. The layer computes its gates from its input, as in xLSTM-7B, with that model's soft cap as an option; the
 paper's block computes them from the convolved q, k and v. Heads share the weights of their norm. sLSTM, which is not a

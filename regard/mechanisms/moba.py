@@ -1,12 +1,11 @@
-r"""Mixture of block attention: each query attends to its own block of keys and the few blocks whose mean key scores
-highest.
+r"""Mixture of block attention: each query attends to its own block of keys and the few with the best mean keys.
 
 When to pick it: long contexts in which a query needs only a few places, wherever they are, in a model that was or will
 be trained with it; it adds no parameters to softmax attention, so layers can switch between the two.
 When not: short contexts (`softmax` is cheaper, and identical up to `top` blocks), or a cache of constant size.
 
-Definition (Lu et al., arXiv 2502.13189, equations 2-9), ranks from 0, b = `block_size`, B_r the tokens r b ... r b + b
-- 1:
+Definition (Lu et al., arXiv 2502.13189, equations 2-9), ranks from 0, b = `block_size`, B_r the tokens r b to r b + b -
+1:
 
     s_ir = q_i . mean of k_j over j in B_r
     R_i  = { floor(i / b) } and the k - 1 blocks r < floor(i / b) of the highest s_ir
@@ -19,7 +18,7 @@ Blocks are chosen for each query and head, and no gradient flows through the cho
 | B, block size | `block_size` |
 | k, of top-k gating | `top`, including the query's own block |
 | s_i, affinity scores | dot products with the means of rotated keys, in at least float32 |
-| g_i, gates | being among the highest scores |
+| g_i, gates | whether a block is among the highest scores |
 
 Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries); each query head still chooses its own
 blocks. A query that sees no key gives 0. Nothing of size N x M is materialised: there are N M / b block scores, and

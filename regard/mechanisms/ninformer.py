@@ -23,8 +23,8 @@ Layout: tokens (B, N, C), with N at most L, placed as in `mlp_mixer`: the tokens
 places on a `grid`, count as zeros after the first norm. `x` produces the gate; `value` may come from another sequence
 of the same length.
 Deviations: inputs of fewer than L tokens, and masks. `gate`, `inner`, `combine` and `activation` are ablations: with
-``inner="channel"`` tokens do not mix, with ``combine="add"`` nothing is more dynamic than in a Mixer. In the function,
-a network that is not passed is omitted, and so is a norm. The norm that the official block applies before the unit and
+``inner="channel"`` tokens do not mix, with ``combine="add"`` mixing is as static as in a Mixer. In the function, a
+network that is not passed is omitted, and so is a norm. The norm that the official block applies before the unit and
 before its feed-forward network (one shared module) belongs to the block (`regard.models.vision.mixer`).
 """
 

@@ -21,8 +21,8 @@ With c tokens or fewer the output is exact softmax attention. The second factor 
 | skip connection, depthwise convolution of V | `convolution` (H, W), one odd kernel per head; `projection.convolution` of the layer |
 
 Layout: q (B, H, N, D), k and v (B, G, M, D). Noncausal patterns only; in noncausal-cross (not in the paper) queries and
-keys are segmented separately, each within its row. Padding enters neither means nor Z. Whether a row
-has c tokens or fewer is decided for each row. The convolution exists only in noncausal-self.
+keys are segmented separately, each within its row. Padding enters neither means nor Z. Whether a row has c tokens or
+fewer is decided for each row. The convolution exists only in noncausal-self.
 Deviations: Z_0 of each matrix has its own factor; the original code shares the largest one over the batch and the
 heads, so that rows of a batch affect each other. The benchmark's code scales scores by 1 / D instead of s. Dropout is
 applied to the layer's output.

@@ -1,5 +1,4 @@
-r"""Performer (FAVOR+): random positive features estimate the softmax kernel, so attention becomes a recurrence on a
-matrix.
+r"""Performer (FAVOR+): random positive features estimate the softmax kernel, which turns attention into a matrix recurrence.
 
 When to pick it: softmax-like attention at linear cost over long inputs with small scores; the weights of a trained
 softmax model can be transferred to it and fine-tuned.

@@ -20,7 +20,7 @@ on its two sides (`regard.engines.generalized_delta`):
 |---|---|
 | r_t, receptance | `q` (B, H, N, K), not scaled |
 | k~_t, replacement key | `k` (B, H, M, K) |
-| kappa_t, removal key | `removal_key` (B, H, M, K); the function divides it by its length |
+| kappa_t, removal key | `removal_key` (B, H, M, K); the function divides it by its norm |
 | a_t, in-context learning rate | `rate` (B, H, M, K), 0 to 1, or to 2 for negative eigenvalues |
 | log w_t | `log_decay` (B, H, M, K) or (B, H, M, 1), natural logarithms <= 0; no decay when not given |
 | wkv_t (V x K) | `MatrixState.memory`, (B, H, K, V) |

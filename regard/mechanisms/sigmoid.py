@@ -20,6 +20,7 @@ Definition (Ramapuram et al., arXiv 2409.04431, equations 3-4):
 
 c_i is the number of keys that query i may see by pattern, window and length (i + 1 in causal-self; all valid keys in
 noncausal patterns); keys hidden by a bias of -inf or a block mask are included.
+
 Without a bias and with scores near 0, a row of weights sums to n/2 instead of 1 and early training suffers: pass
 `length=` with the training length, or `schedule="position"`, whenever there are more than a few keys. The bias is never
 derived from the call's N, which differs between decoding and prefill; at lengths beyond `length`, row sums grow by N/n.

@@ -1,5 +1,4 @@
-r"""Sinkhorn attention: each block of queries sees its own block and a mixture of all blocks given by a soft
-permutation.
+r"""Sinkhorn attention: each block of queries sees its own block and a mix of all blocks by a soft permutation.
 
 When to pick it: long sequences where a block needs one distant block as a whole, at twice the cost of local attention;
 with `sortcut`, encoders for which a few blocks of the whole sequence are enough.

@@ -9,9 +9,9 @@ Definition (Vaswani et al., arXiv 1706.03762; computed by blocks as in FlashAtte
     P_ij = exp(S_ij) / (exp(a) + exp(LSE_i)),   O = P V
 
 with cap(s) = c tanh(s / c) if there is a softcap c, else s; the term exp(a) is present only with a sink a, one number
-per head: with it the weights of a query sum to sigmoid(LSE_i - a) instead of 1, so that a head may attend to little. In
-causal-self key j is visible to query i iff j <= i + M - N (bottom-right). A query that sees no key gives 0, and its LSE
-is -inf.
+per head: with it the weights of a query sum to sigmoid(LSE_i - a) instead of 1, so that a head may attend to little.
+In causal-self key j is visible to query i iff j <= i + M - N (bottom-right). A query that sees no key gives 0, and its
+LSE is -inf.
 
 | paper | here |
 |---|---|

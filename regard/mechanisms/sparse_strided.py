@@ -2,8 +2,8 @@ r"""Sparse Transformer: attention to nearby tokens, and to every s-th earlier to
 
 When to pick it: sequences with a period (rows of an image, samples of a sound: `strided`), or text where the state must
 keep every token (`fixed`); with s near sqrt(N) time grows as N^1.5, and any two tokens are connected within two layers.
-When not: endless streams (every key is kept), cross attention (memory has no place near a query), or sequences not
-much longer than s.
+When not: endless streams (every key is kept), cross attention (memory has no place near a query), or sequences not much
+longer than s.
 
 Definition (Child et al., arXiv 1904.10509, section 4; survey arXiv 2103.14636, B1). Softmax attention, for causal-self
 over keys j <= i, in two patterns:

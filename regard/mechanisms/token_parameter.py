@@ -1,5 +1,4 @@
-r"""Token-parameter attention (Pattention): a linear layer replaced by attention from each token to learned parameter
-tokens.
+r"""Token-parameter attention (Pattention): a linear layer replaced by attention to learned parameter tokens.
 
 When to pick it: models that grow. The number n of parameter tokens does not depend on the layer's widths, so a trained
 model gains capacity by adding rows. Also if a projection should be modular (masked or routed rows).

@@ -1,13 +1,12 @@
 r"""Transformer-XL: segments that read a memory of the preceding segment, with scores that depend on distance.
 
-When to pick it: language models over texts longer than the training window, where a state of fixed size should pass on
-earlier segments: over l layers information travels about l M tokens. Relative scores need no positions and extrapolate
-to lengths never trained on.
+When to pick it: language models over texts longer than the training window, where a state of fixed size should carry
+information from earlier segments: over l layers information travels about l M tokens. Relative scores need no positions
+and extrapolate to lengths never trained on.
 When not: exact recall beyond the combined reach of the layers; on a CPU, `local` with rotary positions reaches as far
 and is faster, since its scores need no second product.
 
-Definition (Dai et al., arXiv 1901.02860, section 3), for a segment of L tokens with inputs h, after the segments before
-it:
+Definition (Dai et al., arXiv 1901.02860, section 3), for a segment of L tokens with inputs h, given the earlier segments:
 
     m    = SG(the last M inputs of this layer before the segment)
     q    = h W_q^T,     k, v = [m; h] W_k^T, [m; h] W_v^T

@@ -1,5 +1,4 @@
-r"""Landmark attention: a landmark token after each block gates attention to the block, and later retrieves it from a
-cache.
+r"""Landmark attention: a landmark token after each block gates attention to it, and later retrieves it from a cache.
 
 When to pick it: to use a context far longer than the one trained on, with a bounded number of attended tokens for each
 query and every past token still reachable.
@@ -29,7 +28,7 @@ C_ij = S_{i,landmark(c)} - LSE_ic for j in another block c, and 0 for j in the q
 Retrieval (section 3.3; causal-self with a state, `top_k` = k): the state keeps keys before rotation, values, and which
 tokens are landmarks. A call is processed as one chunk, or in chunks of `chunk_size` (an argument of the call) or
 `chunk` (an option). Each token and head attends to the k blocks with the highest landmark scores among the complete
-blocks cached before the chunk, together with the incomplete block and the chunk. `selection` makes the choice common:
+blocks cached before the chunk, together with the incomplete block and the chunk. `selection` can make the choice joint:
 with the softmax of a token's and head's scores over the landmarks, it takes the k blocks with the largest maximum over
 the heads, or over the tokens of the chunk. The latter lets later tokens of a chunk influence which blocks an earlier
 one sees; `offload` needs it, so that few blocks are moved per chunk. With rotary positions, blocks occupy slots of

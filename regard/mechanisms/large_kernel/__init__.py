@@ -1,5 +1,4 @@
-r"""Large kernel attention: a gate from a large neighbourhood, computed by two small depthwise convolutions and a
-pointwise one.
+r"""Large kernel attention: a gate from a large neighbourhood, by two small depthwise convolutions and a pointwise one.
 
 When to pick it: images and other grids at high resolution, where the cost must stay linear in the number of pixels and
 the neighbourhood matters; the gate differs by position and by channel.

@@ -9,8 +9,7 @@ Definition (Dao & Gu, arXiv 2405.21060, state-space duality; survey arXiv 2408.0
 
     a_t = dt_t A,   S_t = exp(a_t) S_{t-1} + dt_t B_t x_t^T,   y_t = S_t^T C_t + D * x_t,      A < 0, dt_t >= 0
 
-or, as masked linear attention, y = (L * C B^T)(dt x) with L_ij = exp(sum of a over (j, i]) for j <= i. The block around
-it:
+or, as masked linear attention, y = (L * C B^T)(dt x) with L_ij = exp(sum of a over (j, i]) for j <= i. Its block:
 
     [z, x, B, C, dt] = W_in u,   (x, B, C) = silu(conv(x, B, C)),   dt = clip(softplus(dt + dt_bias)),   A = -exp(A_log)
     out = W_out RMSNorm(y * silu(z)),      the norm over each group of d_ssm / groups features

@@ -8,9 +8,9 @@ Definition (Back de Luca et al., arXiv 2410.01686), for a head with positional e
 
     Q = P W_Q + b_Q,   K = P W_K + b_K,   A = softmax(Q K^T / sqrt(D)),   O = A V
 
-A has no batch axis, and O is linear in V: up to 2^15 pairs A is computed once for all rows; beyond, where reading a
-stored matrix costs more than recomputing its weights, by the kernels of softmax attention, row by row. In causal-self A
-is masked before the softmax; in cross patterns queries use the positions of their own sequence and keys those of the
+A has no batch axis, and O is linear in V: up to 2^15 pairs A is computed once for all rows; beyond that, where reading
+a stored matrix costs more than recomputing its weights, by the kernels of softmax attention, row by row. In causal-self
+A is masked before the softmax; in cross patterns queries use the positions of their own sequence and keys those of the
 memory.
 
 | paper | here |
@@ -25,8 +25,9 @@ P is refused. `slots` (B, N), whose values are not read, gives the number of out
 keys. The paper's extra node is put first here instead of last, so that it keeps its row of P at every length. The scale
 multiplies D^-0.5 (1 by default). Scores are computed as (Q W_K^T) P^T, so that no key is ever projected, and the state
 holds only values. With padding in noncausal patterns each row has its own weights, since its padding must not be
-counted. Hybrid heads: `content_query` and `content_key` (B, C, N, E) are queries and keys of C additional heads of
-softmax attention, the last of V's heads; `content_heads` in a layer.
+counted.
+Hybrid heads: `content_query` and `content_key` (B, C, N, E) are queries and keys of C additional heads of softmax
+attention, the last of V's heads; `content_heads` in a layer.
 
 The paper's layer concatenates, MLP([x ; W_O O]), instead of using a residual and a norm, and without any biases it is
 positively homogeneous: f(a x) = a f(x). This is what generalises to larger values, and what a norm, or P in the values,

@@ -24,7 +24,7 @@ A query without a key gives 0.
 | moving average of the centroids | `decay`; in training, towards the normalised mean of the nearest unit tokens |
 | spherical k-means loss | `losses["commitment"]`, mean squared distance of a unit token to its centroid; its weight in a model is 1e-4 |
 | null memory (public code) | `null_k` (H, C, D), `null_v` (H, C, V); `null_memory` in a layer |
-| half of the heads local | `local_heads`: this number of first heads attends to the last w keys, or to w around the query |
+| half of the heads local | `local_heads`: number of first heads that attend to the last w keys, or to w around the query |
 
 Layout: q (B, H, N, D), k and v (B, H, M, D). State, in causal-self and in cross patterns: w keys and values of each
 cluster, which is all that a later query can see; its size never changes.

@@ -46,10 +46,11 @@ without a teacher, the layer's own exact weights, without gradient, replace A, a
 
 Layout: (B, H, N, D), `estimate` (B, H, N, K); keys and values may have fewer heads. n_t is the query's own number of
 keys, never N. The selection is not differentiated: e learns from the distillation and, in noncausal-self, from the
-mean. Cost: only the keys of kept pixels are read. A native kernel reads k + n_t / (H K) keys per query and stores
-nothing besides the output, in training too. In PyTorch (float64, and if weights are requested) keys are gathered once
-that is less work than masked products over all keys; both work on blocks of queries. `grouping` by heads or maps sorts
-all probabilities of a head or map in PyTorch. If n_t exceeds H k K, the one pixel that is kept grows with n_t. The loss
+mean.
+Cost: only the keys of kept pixels are read. A native kernel reads k + n_t / (H K) keys per query and stores nothing
+besides the output, in training too. In PyTorch (float64, and if weights are requested) keys are gathered once that is
+less work than masked products over all keys; both work on blocks of queries. `grouping` by heads or maps sorts all
+probabilities of a head or map in PyTorch. If n_t exceeds H k K, the one pixel that is kept grows with n_t. The loss
 compares the map with all exact scores: one of the seven products of training softmax attention, or four with a teacher;
 nothing as wide as the keys is stored except the teacher's weights. The map, its gradient and the sums of its pixels, K
 numbers per query each, add to what training stores with softmax. A causal layer estimates 512 queries at a time, and

@@ -1,5 +1,4 @@
-r"""Stochastically subsampled attention (SSA): in training each layer sees a random subset of the keys, at test time all
-keys.
+r"""Stochastically subsampled attention (SSA): in training each layer sees a random subset of the keys, at test time all.
 
 When to pick it: attention dominates the cost of training, or the model overfits; a model that should be its own
 ensemble.
@@ -15,9 +14,9 @@ keys of the same window:
     pi = argsort(j + sigma noise_j)
 
 The softmax runs over the remaining keys; nothing is multiplied by 1 / rho. Masks, biases and positions are those of the
-original places. Every layer and call draws anew; heads share a draw, and so do the sequences of a batch if none
-is padded. sigma = 0 is attention in blocks, and an infinite sigma makes the windows unbiased samples. In causal-self
-the query's own key is always added, so that no query is left without keys.
+original places. Every layer and call draws anew; heads share a draw, and so do the sequences of a batch if none is
+padded. sigma = 0 is attention in blocks, and an infinite sigma makes the windows unbiased samples. In causal-self the
+query's own key is always added, so that no query is left without keys.
 
 Training (section 4.3): most of it with rho < 1, then a short part with all keys, in which the many sub-networks
 consolidate. `steps` and `finetune` schedule this by `context.progress`, the training step; or use :func:`subsampled`.
