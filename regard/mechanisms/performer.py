@@ -1,4 +1,4 @@
-r"""Performer (FAVOR+): random positive features estimate the softmax kernel, which turns attention into a matrix recurrence.
+r"""Performer (FAVOR+): random positive features estimate the softmax kernel, so the past fits in one matrix per head.
 
 When to pick it: softmax-like attention at linear cost over long inputs with small scores; the weights of a trained
 softmax model can be transferred to it and fine-tuned.

@@ -6,7 +6,8 @@ and extrapolate to lengths never trained on.
 When not: exact recall beyond the combined reach of the layers; on a CPU, `local` with rotary positions reaches as far
 and is faster, since its scores need no second product.
 
-Definition (Dai et al., arXiv 1901.02860, section 3), for a segment of L tokens with inputs h, given the earlier segments:
+Definition (Dai et al., arXiv 1901.02860, section 3), for a segment of L tokens with inputs h, given the earlier
+segments:
 
     m    = SG(the last M inputs of this layer before the segment)
     q    = h W_q^T,     k, v = [m; h] W_k^T, [m; h] W_v^T
