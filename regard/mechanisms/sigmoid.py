@@ -91,7 +91,7 @@ class Config:
         log_temperature: t, any finite number.
         norm: ``none``, ``seq`` or ``sqrt``; all but ``none`` need b = 0.
         activation: ``sigmoid``, ``relu`` or ``relu_squared``.
-        window: how many ranks (before, after) itself a query sees; None for no limit. Self patterns only; in
+        window: how many ranks (before, after) its own a query sees; None for no limit. Self patterns only; in
             causal-self a query sees nothing after itself, so the second entry is None or 0 there.
     """
 

@@ -78,8 +78,8 @@ class Config:
     """Options.
 
     Attributes:
-        window: how many ranks (left, right) of itself a query sees, each >= 0 or None for no limit; None for no window.
-            Self patterns only; in causal-self a query sees nothing after itself, so right is None or 0 there.
+        window: how many ranks (left, right) of its own a query sees, each >= 0 or None for no limit; None for no
+            window. Self patterns only; in causal-self a query sees nothing after itself, so right is None or 0 there.
         softcap: c > 0 bounds the scores to (-c, c) before biases; None for no bound.
         learn_sink: whether a layer learns the sink, initially 0; functions take it as the tensor `sink`.
     """

@@ -346,7 +346,7 @@ def _visible_scores(scores: Float[Tensor, "b h c n"], valid: Bool[Tensor, "b n"]
 
 
 def _commitment(call: Call, q: Tensor, k: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over tokens of the mean squared distance to the nearest centroid, and the number of tokens."""
+    """Sum over tokens and heads of the mean squared distance to the nearest centroid, and the number of terms."""
     sums, counts = [], []
     for x, valid in ((q, call.valid_queries(q.shape[2])), (k, call.valid_keys(k.shape[2]))):
         unit = F.normalize(wide(x), dim=-1)

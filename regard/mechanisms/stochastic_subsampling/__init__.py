@@ -1,4 +1,4 @@
-r"""Stochastically subsampled attention (SSA): layers train on random subsets of the keys, and use all keys at test time.
+r"""Stochastically subsampled attention (SSA): layers train on random subsets of the keys and use all at test time.
 
 When to pick it: attention dominates the cost of training, or the model overfits; a model that should be its own
 ensemble.

@@ -32,8 +32,8 @@ log-sum-exp:
     O = sum_P c_P e^{L_P - L} O_P,    L = log sum_P e^{L_P}
 
 Keys R or more before the query form one part, with the c of -R, and keys R or more after it another, with the c of R.
-Nearer keys are in two parts with factors kappa and -kappa, which share the weights as p and 1 - p, where kappa (2 p -
-1) is their c; kappa > |c|, and log p and log(1 - p) are biases by offset. So it costs softmax attention plus a second
+Nearer keys are in two parts with factors kappa and -kappa, which share the weights as p and 1 - p: their c is kappa (2
+p - 1), with kappa > |c|, and log p and log(1 - p) are biases by offset. So it costs softmax attention plus a second
 pass over the window, if B depends only on distance and a kernel has enough pairs to be worthwhile (`FEWEST_WEIGHTS`).
 Everything else (`grid_factors`, `pair_factors`, dropout, requested weights, `mask.bias`, blocks) uses explicit weights,
 computed for some queries at a time and again in the backward pass.
