@@ -1,1 +1,1 @@
-"""One module a mechanism. Adding a mechanism = adding one file here that defines ``MECHANISM``; see CONTRIBUTING.md."""
+"""One module per mechanism. To add a mechanism, add one file here that defines ``MECHANISM``; see CONTRIBUTING.md."""

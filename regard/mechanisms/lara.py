@@ -1,9 +1,9 @@
-r"""Linear randomised attention (LARA): several proposals of random features, each near other tokens, and every query mixes them
-by how well they suit it.
+r"""Linear randomised attention (LARA): several proposals of random features, each centred near different tokens; every
+query mixes the proposals by how well they suit it.
 
-When to pick it: long noncausal inputs at a linear cost, closer to softmax than features drawn in one place for all queries
-(`performer`) at the same number.
-When not: causal models (a proposal knows later tokens), lookups of single tokens through few proposals.
+When to pick it: long noncausal inputs at linear cost, with a closer approximation of softmax than the same number of
+features drawn from one distribution for all queries (`performer`).
+When not: causal models (a proposal depends on later tokens), or lookups of single tokens through few proposals.
 
 Definition (Zheng et al., arXiv 2204.04667; benchmark arXiv 2210.07661, CAB), t the scale, c proposals:
 
@@ -12,20 +12,20 @@ Definition (Zheng et al., arXiv 2204.04667; benchmark arXiv 2210.07661, CAB), t 
     o_i = sum_c softmax_c( t mu_c . q_i + log phi_{w_c}(q_i) + logsumexp_j log phi_{w_c}(k_j) - log phi_{w_c}(mu_c) )
           softmax_j( log phi_{w_c}(k_j) ) v_j
 
-The term |q_i|^2 is the same for all proposals of a query and falls out.
+The term |q_i|^2 is the same for all proposals of a query and cancels.
 
 | paper | here |
 |---|---|
-| C proposals N(mu_c, I), one sample each | `landmarks` (c); of a row with fewer tokens, one a token |
-| omega_c | w: drawn when the call is for training, with standard deviation `noise` |
+| C proposals N(mu_c, I), one sample each | `landmarks` (c); a row with fewer tokens has one per token |
+| omega_c | w: drawn in training with standard deviation `noise`; equal to mu otherwise |
 | alpha, the share of a proposal | the outer softmax |
 
-Layout: q (B, H, N, D), k and v (B, G, M, D). Segments of a row's valid tokens differ by one token at most, the shorter ones
-first. In noncausal-cross (not in the paper) queries and keys have segments of their own, equally many. Padding enters
-neither segments nor sums; the benchmark's code averages padded tokens.
-Deviations: one sample a proposal, without its antithetic twin; segment means without learned projections. Rows weigh
-their keys by each proposal, so outputs are means of values, but the implied weights are not those of softmax attention
-however many proposals there are. Dropout is applied to the layer's output.
+Layout: q (B, H, N, D), k and v (B, G, M, D). A row's valid tokens are split into segments whose sizes differ by at most
+one token, the shorter ones first. In noncausal-cross (not in the paper) queries and keys are segmented separately, into
+equally many segments. Padding enters neither segments nor sums; the benchmark's code averages padded tokens.
+Deviations: one sample per proposal, without its antithetic twin; segment means without learned projections. Each
+proposal's weights over the keys sum to 1, so outputs are means of values, but the implied weights are not those of
+softmax attention however many proposals there are. Dropout is applied to the layer's output.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Config:
     """Options.
 
     Attributes:
-        landmarks: c, proposals, >= 1.
+        landmarks: c, the number of proposals, >= 1.
         noise: standard deviation of w around mu in training, >= 0 and finite; 0 for none.
     """
 
@@ -66,7 +66,7 @@ class Config:
 def reference(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, one proposal after the other."""
+    """The definition, one proposal at a time."""
     _check(call)
     groups, t = q.shape[1] // k.shape[1], call.scale
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -97,7 +97,7 @@ def reference(
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Float[Tensor, "b h n v"]:
-    """Proposals gather from the keys, and queries read the proposals."""
+    """Each proposal averages the values over all keys, then queries mix the proposals."""
     _check(call)
     dtype, t, groups = wide_dtype(q), call.scale, q.shape[1] // k.shape[1]
     q, k, values = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -117,7 +117,7 @@ def parallel(
 
 
 def _proposals(call: Call, q: Tensor, k: Tensor) -> tuple[Float[Tensor, "b h c d"], Bool[Tensor, "b c"] | None]:
-    """mu, and which proposals a row has (None when all do)."""
+    """mu, and which proposals each row has (None when every row has all of them)."""
     most, groups = min(call.config.landmarks, q.shape[2], k.shape[2]), q.shape[1] // k.shape[1]
     if call.lengths is None and call.memory_lengths is None:
         return segment_means(q, most) + segment_means(k, most).repeat_interleave(groups, 1), None
@@ -132,7 +132,7 @@ def _proposals(call: Call, q: Tensor, k: Tensor) -> tuple[Float[Tensor, "b h c d
 
 
 def _noise(call: Call, q: Tensor) -> Float[Tensor, "b h c d"] | None:
-    """The noise on mu in training; the same draws whatever the lengths."""
+    """The noise on mu in training, or None outside it; the draws do not depend on the lengths."""
     config: Config = call.config
     if not (call.training and config.noise):
         return None
@@ -142,7 +142,7 @@ def _noise(call: Call, q: Tensor) -> Float[Tensor, "b h c d"] | None:
 
 
 def _softmax(scores: Float[Tensor, "b h n c"], exists: Bool[Tensor, "b c"] | None) -> Float[Tensor, "b h n c"]:
-    """Over the proposals that a row has; 0 where it has none."""
+    """Softmax over the proposals that a row has; the others get 0."""
     if exists is None:
         return scores.softmax(-1)
     exists = exists[:, None, None]
@@ -155,7 +155,7 @@ def _check(call: Call) -> None:
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Each of the c landmarks with every query and every key."""
+    """Cost of pairing each of the c landmarks with every query and every key."""
     heads, width = shape.batch * shape.heads, shape.dim_key + shape.dim_value
     c = min(config.landmarks, shape.n, shape.m)
     return Cost(

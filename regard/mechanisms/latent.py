@@ -1,9 +1,9 @@
-r"""Latent attention: keys and values of all heads are made of one small vector a token, and only that is cached.
+r"""Latent attention: the keys and values of all heads come from one small vector per token, and only that is cached.
 
-When to pick it: decoding of long contexts with many heads. A token's cache is C + R numbers, whatever the number of heads,
-without the loss of quality of fewer key/value heads.
-When not: short contexts, or little decoding: whole sequences cost what softmax attention of the same heads does, and the
-products that make their keys and values.
+When to pick it: decoding long contexts with many heads. The cache holds C + R numbers per token, whatever the number of
+heads, without the quality loss of fewer key/value heads.
+When not: short contexts, or little decoding: a whole sequence costs as much as softmax attention with the same heads,
+plus the products that compute its keys and values.
 
 Definition (multi-head latent attention of DeepSeek-V2, arXiv 2405.04434, equations 9-19), for each head i:
 
@@ -11,9 +11,9 @@ Definition (multi-head latent attention of DeepSeek-V2, arXiv 2405.04434, equati
     q_{t,i} = [W_{UQ,i} c^Q_t; RoPE(W_{QR,i} c^Q_t)],   c^Q_t = RMSNorm(W_DQ x_t)
     o_{t,i} = sum_j softmax_j(tau q_{t,i} . k_{j,i}) v_{j,i},   tau = (D + R)^-0.5
 
-Decoding makes no key and no value: q^C_{t,i} . W_{UK,i} c_j = (W_{UK,i}^T q^C_{t,i}) . c_j, and sum_j p_j W_{UV,i} c_j
-= W_{UV,i} sum_j p_j c_j. So all heads read one key [c; k^R] of C + R numbers a token, and one value c. Each call takes
-the form that needs fewer multiplications: this one for few queries, keys and values for many.
+Decoding computes no keys or values: q^C_{t,i} . W_{UK,i} c_j = (W_{UK,i}^T q^C_{t,i}) . c_j, and sum_j p_j W_{UV,i} c_j
+= W_{UV,i} sum_j p_j c_j. So all heads read one key [c; k^R] of C + R numbers per token, and one value c. Each call
+takes the form that needs fewer multiplications: this one for few queries, explicit keys and values for many.
 
 | paper | here |
 |---|---|
@@ -23,14 +23,14 @@ the form that needs fewer multiplications: this one for few queries, keys and va
 | q^C_{t,i}, d_h wide | `q_content` (B, H, N, D); `content_dim` of a layer |
 | W^UK, W^UV | `up_k` (H, D, C), `up_v` (H, V, C); `projection.up_k`, `.up_v` of a layer |
 | W^DKV, W^KR | `projection.down` and `key` of a layer |
-| W^UQ and W^QR, together | `projection.query`; of each head its D content features come first |
-| W^DQ, d'_c wide | `projection.query_down`, where a layer has a `query_latent_dim` |
+| W^UQ and W^QR, together | `projection.query`; each head's D content features come first |
+| W^DQ, d'_c wide | `projection.query_down`, if a layer has a `query_latent_dim` |
 
-Layout: (B, H, N, D). The position scheme of a layer turns `q` and `k` and nothing else; without one k^R is a part of the key
-that all heads share. State: (C + R) numbers a token, and their ranks.
-Deviations: without `query_latent_dim` queries are made of x_t itself, as in DeepSeek-V2-Lite. The paper names the norms of
-c and c^Q apart from its equations. Of half precision it computes in float32, since products of rounded products would lose
-the tolerance; the cache stays as it is.
+Layout: (B, H, N, D). The layer's position scheme rotates `q` and `k` and nothing else; without one, k^R is a part of
+the key that all heads share. State: (C + R) numbers per token, and the tokens' ranks.
+Deviations: without `query_latent_dim` queries are computed from x_t itself, as in DeepSeek-V2-Lite. The paper gives the
+norms of c and c^Q in the text rather than in its equations. Half-precision inputs are computed in float32, because
+products of rounded products would exceed the tolerance; the cache keeps its dtype.
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """Options, all of the layer: a function takes them from the shapes of its inputs.
+    """Options, all for the layer; a function reads them from the shapes of its inputs.
 
     Attributes:
-        latent_dim: C >= 1, numbers from which a token's keys and values are made; 4 D when None, as in the paper.
-        content_dim: D >= 1, features of a query and a key without positions; as wide as a value head when None.
-        query_latent_dim: numbers >= 1 from which a token's queries are made, to have fewer weights and activations; None
-            for queries made of the layer's input.
+        latent_dim: C >= 1, numbers per token that keys and values are computed from; 4 D when None, as in the paper.
+        content_dim: D >= 1, features of a query or key without positions; the width of a value head when None.
+        query_latent_dim: numbers >= 1 per token from which queries are computed, which saves weights and activations;
+            None computes queries from the layer's input.
     """
 
     latent_dim: int | None = None
@@ -95,7 +95,7 @@ class Config:
                 at_least(name, value, 1)
 
     def widths(self, value_dim: int) -> tuple[int, int]:
-        """D and C of a layer."""
+        """D and C, the content and latent widths of a layer."""
         content = value_dim if self.content_dim is None else self.content_dim
         return content, 4 * content if self.latent_dim is None else self.latent_dim
 
@@ -123,7 +123,7 @@ def reference(
     up_k: Float[Tensor, "h d c"],
     up_v: Float[Tensor, "h v c"],
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the keys and values of every head."""
+    """The definition, with explicit keys and values for every head."""
     _check(k)
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     visible, bias = masked_scores_bias(where, by_pattern(call), call.bias, call.position_bias, call.blocks, q.dtype)
@@ -142,8 +142,8 @@ def parallel(
     up_k: Float[Tensor, "h d c"],
     up_v: Float[Tensor, "h v c"],
 ) -> Result:
-    """Softmax attention by the cheaper of two ways (:func:`absorbs`): with keys and values made for every head, or on
-    the latents themselves as the keys and values of one head, with the maps applied to queries and outputs instead."""
+    """Softmax attention by the cheaper of two ways (:func:`absorbs`): with keys and values computed for every head, or
+    with the latents as the keys and values of a single head and the maps applied to queries and outputs instead."""
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     return _attend(call, q, q_content, _joined(k, latent), up_k, up_v, where)
 
@@ -157,13 +157,13 @@ def chunked(
     up_k: Float[Tensor, "h d c"],
     up_v: Float[Tensor, "h v c"],
 ) -> Result:
-    """Continue a cached sequence by any number of tokens; also the step."""
+    """Continue a cached sequence by any number of tokens; also used as the step."""
     state, where = _extend(call, _joined(k, latent), q.shape[2])
     return _attend(call, q, q_content, state.latent, up_k, up_v, where, state)
 
 
 def absorb(call: Call, k: Float[Tensor, "b 1 m r"], latent: Float[Tensor, "b m c"]) -> LatentState:
-    """Memory into a cache; more may follow."""
+    """Append memory to the cache; more may follow."""
     return _extend(call, _joined(k, latent), 0)[0]
 
 
@@ -174,7 +174,7 @@ def read(
     up_k: Float[Tensor, "h d c"],
     up_v: Float[Tensor, "h v c"],
 ) -> Result:
-    """Queries on absorbed memory."""
+    """Attend from queries to absorbed memory."""
     state: LatentState = call.state
     where = ranks(call, q.shape[2], 0, q.device, state.ranks)
     return _attend(call, q, q_content, state.latent, up_k, up_v, where, state)
@@ -188,13 +188,13 @@ def _check(k: Tensor) -> None:
 
 
 def _joined(k: Float[Tensor, "b 1 m r"], latent: Float[Tensor, "b m c"]) -> Float[Tensor, "b 1 m c+r"]:
-    """The cache: the latent of each token."""
+    """The cache entry of each token: its latent, then its rotated key."""
     _check(k)
     return torch.cat([latent[:, None], k], -1)
 
 
 def _extend(call: Call, joined: Float[Tensor, "b 1 m c+r"], n: int) -> tuple[LatentState, Ranks]:
-    """The cache of `call.state` followed by new tokens, and the ranks of the `n` queries that come with them."""
+    """The cache of `call.state` with the new tokens appended, and the ranks of the `n` queries that come with them."""
     past: LatentState | None = call.state
     batch, _, m, _ = joined.shape
     length = lengths_after(None if past is None else past.length, call.memory_lengths, batch, m, joined.device)
@@ -233,12 +233,12 @@ def _attend(
 
 
 def absorbs(n: int, m: int, d: int, v: int, r: int, c: int) -> bool:
-    """Whether `n` queries on `m` tokens take fewer multiplications without keys and values than with them."""
+    """Return whether `n` queries on `m` tokens need fewer multiplications without explicit keys and values."""
     return n * (m * (2 * c + r) + c * (d + v)) < m * (c * (d + v) + n * (d + r + v))
 
 
 class Latents(Projection):
-    """A layer's queries in both parts, the latents of its tokens, and the matrices that make keys and values of them.
+    """A layer's queries in both parts, its tokens' latents, and the matrices that map latents to keys and values.
 
     Raises:
         Unsupported: for more than one key head.
@@ -278,7 +278,7 @@ class Latents(Projection):
 
 
 class LatentLayer(AttentionLayer):
-    """The shell, without short convolutions: there are neither keys nor values that they could change."""
+    """The attention shell without short convolutions, since there are no keys or values to convolve."""
 
     takes_convolutions = False
 
@@ -293,7 +293,7 @@ def sample_inputs(
     sizes: dict[str, int] | None = None,
     **_: Any,
 ) -> Tensors:
-    """Inputs for tests and timings, with matrices whose keys and values are as large as what they are made of."""
+    """Inputs for tests and timings; the matrices preserve scale from latents to keys and values."""
     size = {"h": 2, "d": 8, "v": 6, "r": 4, "c": 24} | (sizes or {})
     h, d, v, r, c = (size[letter] for letter in "hdvrc")
     shapes = {
@@ -310,13 +310,13 @@ def sample_inputs(
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
-    """The cost of a layer whose rotated part is half as wide as a value head, as without options."""
+    """Axis sizes of a layer whose rotated part is half as wide as a value head, the default."""
     content, latent = config.widths(shape.dim_value)
     return {"r": max(1, shape.dim_key // 2), "d": content, "c": latent}
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """The cheaper form's products, with the making of keys and values or without."""
+    """Cost of the cheaper form, including the computation of keys and values if it makes them."""
     size = axis_sizes(shape, config)
     d, v, r, c = size["d"], shape.dim_value, size["r"], size["c"]
     heads = shape.batch * shape.heads

@@ -14,9 +14,9 @@ Definition (Katharopoulos et al., arXiv 2006.16236, equations 4-7, 18-20; survey
 | eps | `eps`, 1e-6 |
 
 Layout: (B, H, N, D). The scale multiplies q before phi and is 1 by default: elu + 1 is not homogeneous, so a scale
-changes the kernel. Padded keys are left out after phi, since phi(0) is not 0. A query that sees no key gives 0.
+changes the kernel. Padded keys are masked after phi, since phi(0) is not 0. A query that sees no key gives 0.
 Deviations: `normalize=False` leaves out the denominator (then o_i = phi(q_i) S_i). With feature maps that take both
-signs (silu, identity) the denominator may vanish; they are accepted only without it.
+signs (silu, identity) the denominator may vanish; they are accepted only with `normalize=False`.
 Noncausal patterns sum over all keys; in cross patterns the order of the memory does not matter.
 """
 
@@ -59,11 +59,11 @@ class Config:
     """Options.
 
     Attributes:
-        feature_map: phi: ``elu`` (elu(x) + 1), ``relu``, ``relu_squared``, ``sigmoid``, ``exp`` (sums overflow where
-            features near 88), ``silu`` or ``identity``.
+        feature_map: phi: ``elu`` (elu(x) + 1), ``relu``, ``relu_squared``, ``sigmoid``, ``exp`` (sums overflow when
+            features approach 88), ``silu`` or ``identity``.
         normalize: divide by phi(q) . z + eps; needs a feature map that is never negative.
-        eps: added to the denominator, > 0 and finite. Where features vanish, as with ``relu``, a query whose weights are of
-            the order of eps enlarges the rounding of its projection; a larger eps does not.
+        eps: added to the denominator, > 0 and finite. Where features vanish, as with ``relu``, a query whose weights
+            are of the order of eps amplifies the rounding error of its projection; a larger eps avoids this.
     """
 
     feature_map: str = "elu"
@@ -85,7 +85,7 @@ class Config:
 def reference(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     config: Config = call.config
     phi = FEATURE_MAPS[config.feature_map]
     weights = phi(call.scale * q) @ phi(k).mT
@@ -139,7 +139,7 @@ def step(call: Call, q: Float[Tensor, "b h 1 d"], k: Float[Tensor, "b h 1 d"], v
 
 
 def absorb(call: Call, k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]) -> MatrixState:
-    """Memory into S and z; more may follow."""
+    """Add memory to S and z; more may follow."""
     keys, values = map_memory(k, v, _rule(call), call.memory_lengths)
     with without_autocast(k.device):
         memory = keys.mT @ values
@@ -149,7 +149,7 @@ def absorb(call: Call, k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"])
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"]) -> Result:
-    """Queries on absorbed memory."""
+    """Read absorbed memory with queries."""
     rule = _rule(call)
     return Result(divide(recurrent_forms.read(call, map_queries(q, rule)), rule).to(q.dtype), call.state)
 
@@ -160,13 +160,13 @@ def _rule(call: Call) -> Rule:
 
 
 def recurrence(config: Config, _: None) -> Recurrence[nn.Module]:
-    """The layer, whose scale is 1, as the recurrence of its state."""
+    """Describe the layer, whose scale is 1, as a recurrence over its state."""
     return Recurrence(feature_map=config.feature_map, scale=1.0, divisor=config.eps if config.normalize else None)
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Cost of the causal pattern in chunks of 64: a token meets 32 of its own chunk on average, and S. The normaliser
-    is one more column."""
+    """Cost of the causal pattern in chunks of 64: each token pairs with 32 tokens of its chunk on average, and with S.
+    The normaliser is one more column."""
     width = shape.dim_value + config.normalize
     matrix = shape.dim_key * width
     tokens = shape.batch * shape.heads * shape.m

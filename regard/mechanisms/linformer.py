@@ -1,8 +1,8 @@
-r"""Linformer: learned matrices mix all keys, and all values, into a few, and softmax attention reads those.
+r"""Linformer: learned matrices mix all keys, and all values, into a few, and softmax attention reads these mixtures.
 
-When to pick it: encoders for inputs of a known greatest length, where a fixed number of mixtures of the tokens is enough.
+When to pick it: encoders for inputs with a known maximum length, where a fixed number of token mixtures is enough.
 When not: causal models (each mixture holds later tokens), lengths beyond those trained on, or inputs where what matters
-may be anywhere: the mixtures know places, not contents. See `abc` for mixtures that know contents.
+may be anywhere: the mixtures depend on position, not on content. See `abc` for mixtures that depend on content.
 
 Definition (Wang et al., arXiv 2006.04768, equation 7; survey arXiv 2103.14636, C1):
 
@@ -10,20 +10,20 @@ Definition (Wang et al., arXiv 2006.04768, equation 7; survey arXiv 2103.14636, 
 
 | paper | here |
 |---|---|
-| E, F | `e`, `f` (S, L, P): S = 1 for all heads, or one matrix a key/value head; `projection.e`, `.f` of the layer |
+| E, F | `e`, `f` (S, L, P): S = 1 for all heads, or one matrix per key/value head; `projection.e`, `.f` of the layer |
 | k, the projected dimension | `projected` (P) |
-| n, the greatest length | `length` (L) |
+| n, the maximum length | `length` (L) |
 | headwise sharing | `sharing="headwise"`: one E and one F for all heads of a layer |
-| key-value sharing | `sharing="key-value"`: E = F; as a function, leave out `f` |
+| key-value sharing | `sharing="key-value"`: E = F; in the function, omit `f` |
 | no sharing | `sharing="none"`: an E and an F for each key/value head |
-| layerwise sharing | ``stack={"share": "tables"}`` of a model; as a function, give every layer the same `e` |
+| layerwise sharing | ``stack={"share": "tables"}`` of a model; in the function, pass the same `e` for every layer |
 
-Layout: q (B, H, N, D), k and v (B, G, M, D). Row j of E belongs to the token of rank j among the valid ones of its row,
-so padding takes part in nothing. Noncausal-self, and both cross patterns: queries do not meet, and memory that streams in
-is added to K' and V', which are the state.
-Deviations: masked tokens are left out; the official code lets padding into E K. E and F are drawn as in public code, from
-+-P^-1/2 uniformly. Dropout is applied to the layer's output, not to the weights. The paper's convolution and pooling in
-place of E are not here.
+Layout: q (B, H, N, D), k and v (B, G, M, D). Row j of E belongs to the token of rank j among the valid tokens of its
+row, so padding has no effect. Noncausal-self, and both cross patterns: queries do not interact, and streamed memory is
+added to K' and V', which are the state.
+Deviations: masked tokens are left out; the official code lets padding into E K. E and F are initialised uniformly in
++-P^-1/2, as in public code. Dropout is applied to the layer's output, not to the weights. The paper's convolution and
+pooling as alternatives to E are not implemented.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ SHARING = ("headwise", "key-value", "none")
 
 @dataclass(frozen=True)
 class Config:
-    """Options, all of the layer: a function takes them from the shapes of `e` and `f`.
+    """Options, all for the layer; a function reads them from the shapes of `e` and `f`.
 
     Attributes:
-        length: L, the most keys that a sequence may have, >= 1.
+        length: L, the maximum number of keys in a sequence, >= 1.
         projected: P, the number of mixtures, >= 1.
         sharing: ``headwise``, ``key-value`` or ``none``.
     """
@@ -86,7 +86,7 @@ class Config:
 
 @dataclass(frozen=True)
 class ProjectedState(State):
-    """K' and V' so far, in at least float32, and the tokens in them."""
+    """K' and V' so far, in at least float32, and the number of tokens in them."""
 
     k: Float[Tensor, "b g p d"] = state_field()
     v: Float[Tensor, "b g p v"] = state_field()
@@ -117,7 +117,7 @@ def parallel(
     e: Float[Tensor, "s l p"],
     f: Float[Tensor, "s l p"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """Keys and values mixed into P rows each, then softmax attention to these: N P pairs instead of N M."""
+    """Mix keys and values into P rows each, then attend to these: N P pairs instead of N M."""
     return read(call.replace(state=absorb(call.replace(state=None), k, v, e, f)), q).output
 
 
@@ -128,7 +128,7 @@ def absorb(
     e: Float[Tensor, "s l p"],
     f: Float[Tensor, "s l p"] | None = None,
 ) -> ProjectedState:
-    """Memory into K' and V'; more may follow."""
+    """Add memory to K' and V'; more may follow."""
     f, state = e if f is None else f, call.state
     after = length_after(call, k)
     _check(e, k.shape[1], k.shape[2], call.memory_lengths if state is None else after)
@@ -142,7 +142,7 @@ def read(
     e: Float[Tensor, "s l p"] | None = None,
     f: Float[Tensor, "s l p"] | None = None,
 ) -> Result:
-    """Queries on absorbed memory; `e` and `f` play no part any more."""
+    """Attend from queries to absorbed memory; `e` and `f` are ignored."""
     state: ProjectedState = call.state
     cross = call.replace(pattern=Pattern.NONCAUSAL_CROSS, state=None, memory_lengths=None)
     where = ranks(cross, q.shape[2], state.k.shape[2], q.device)
@@ -153,7 +153,7 @@ def read(
 
 
 def _mix(call: Call, e: Float[Tensor, "s l p"], x: Float[Tensor, "b g m d"]) -> Float[Tensor, "b g p d"]:
-    """E^T x with the rows of E that belong to the ranks of x, whose padding holds zeros."""
+    """E^T x, with the rows of E selected by the ranks of x; padded rows of x must be zero."""
     dtype = wide_dtype(x)
     m, longest = x.shape[2], e.shape[1]
     if call.state is None:
@@ -166,7 +166,7 @@ def _mix(call: Call, e: Float[Tensor, "s l p"], x: Float[Tensor, "b g m d"]) -> 
 
 
 def _check(e: Tensor, groups: int, m: int, lengths: Int[Tensor, " b"] | None = None) -> None:
-    """Refuse more keys than E has rows for, and matrices for another number of heads."""
+    """Refuse more keys than E has rows for, or matrices for a different number of heads."""
     if e.shape[0] not in (1, groups):
         raise Unsupported(
             f"linformer with e for {e.shape[0]} heads and {groups} key/value heads", supported="1 or equal"
@@ -181,10 +181,10 @@ def _check(e: Tensor, groups: int, m: int, lengths: Int[Tensor, " b"] | None = N
 
 
 class SequenceProjections(Projection):
-    """Gives the heads of a layer their E and F.
+    """Supplies E and F to the heads of a layer.
 
     Args:
-        spec: of the layer.
+        spec: the layer's specification.
     """
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -211,8 +211,8 @@ def sample_inputs(
     config: Config,
     sizes: dict[str, int] | None = None,
 ) -> Tensors:
-    """Random inputs for tests, with matrices whose mixtures are as large as what they mix: larger scores than a model's would
-    cost digits."""
+    """Random inputs for tests, with matrices that preserve scale: scores larger than those of a model would cost
+    precision."""
     widths = {"h": 2, "g": 2, "d": 8, "v": 6, **(sizes or {})}
     matrix = (1, m + 3, min(config.projected, m + 1))
     shapes = attention_shapes(batch, n, m, widths) | {
@@ -228,7 +228,7 @@ def sample_inputs(
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """P mixtures of all keys and values, and softmax attention to them."""
+    """Cost of the P mixtures of all keys and values, and of softmax attention to them."""
     heads, width = shape.batch * shape.heads, shape.dim_key + shape.dim_value
     return Cost(
         flops=2.0 * heads * config.projected * (shape.n + shape.m) * width,

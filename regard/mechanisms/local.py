@@ -2,7 +2,7 @@ r"""Local attention: softmax over the keys near the query only.
 
 When to pick it: long sequences where most of what matters is close by, or most layers of a stack in which a few full
 layers carry information further (MASFormer); time is linear in N and the state has a fixed size.
-When not: recall across more than the layers' joint reach, cross attention (memory has no place near a query).
+When not: recall beyond the combined reach of the layers, or cross attention (memory has no place near a query).
 
 Definition (MASFormer, arXiv 2310.12442, section 3; the `local` baseline of CAB, arXiv 2210.07661):
 
@@ -21,14 +21,15 @@ Definition (MASFormer, arXiv 2310.12442, section 3; the `local` baseline of CAB,
 | tau | `scale`, D^-0.5 by default |
 
 The two forms differ at block starts: the first query of a block sees p b + 1 keys, the last (p + 1) b. With p = 0
-blocks are independent of each other. Over L causal layers information travels at most L (w - 1) or L p b + b - 1 ranks.
+blocks are independent. Over L causal layers information travels at most L (w - 1) or L p b + b - 1 ranks.
 
 Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). Ranks count valid tokens, so a window
 covers w valid keys whatever padding lies between.
 State: the keys the next token may reach, w - 1 or (p + 1) b - 1 of them, right-aligned; its size never changes.
-Deviations: which layers of a stack stay full is the plan of a model (:func:`regard.models.masformer_plan`), not of this
-mechanism. The CAB code combines window and padding with AND, so that padded keys leak; here both must allow a key. A
-bias tensor of pairs (not a position bias) is refused with a state, whose keys its columns could not name.
+Deviations: which layers of a stack use full attention is decided by the model (:func:`regard.models.masformer_plan`),
+not by this mechanism. The CAB code combines window and padding with AND, so that padded keys leak; here both must allow
+a key. A tensor bias over pairs (not a position bias) is refused with a state, because its columns could not refer to
+cached keys.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Config:
         form: ``window`` or ``block``.
         window: w of the window form, >= 1.
         block: b of the block form, >= 1.
-        lookback: p of the block form, >= 0: blocks seen before the query's own (and after it, when noncausal).
+        lookback: p of the block form, >= 0: blocks seen before the query's own block (and after it, when noncausal).
     """
 
     form: str = "window"
@@ -86,11 +87,11 @@ class Config:
 
     @property
     def cached(self) -> int:
-        """Keys that the token after a sequence may reach."""
+        """The number of past keys to keep: all that the next token may reach."""
         return self.window - 1 if self.form == "window" else (self.lookback + 1) * self.block - 1
 
     def reached(self, count: int) -> int:
-        """Keys that the last of `count` tokens reads."""
+        """The number of keys that the last of `count` tokens attends to."""
         if self.form == "window":
             return min(count, self.window)
         return min(count, self.lookback * self.block + (count - 1) % self.block + 1)
@@ -99,7 +100,7 @@ class Config:
 def reference(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     visible, bias = masked_scores_bias(where, _visibility(call), call.bias, call.position_bias, call.blocks, q.dtype)
     return attention_reference(q, k, v, visible, lambda scores: scores.softmax(-1), call.scale, bias)
@@ -108,14 +109,14 @@ def reference(
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Result:
-    """Softmax attention that computes the visible blocks alone: time is in proportion to N times the window."""
+    """Softmax attention that computes only visible blocks: time is proportional to N times the window."""
     return attention_forms.parallel(call, q, k, v, visibility=_visibility(call))
 
 
 def chunked(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Result:
-    """Continue from the last keys by any number of tokens; also the step."""
+    """Continue from the cached keys by any number of tokens; also used as the step."""
     if call.state is not None and call.bias is not None:
         raise Unsupported("local attention with a bias of pairs and a state", supported="a position bias, or no state")
     if call.position_bias is call.blocks is None and not call.want:
@@ -142,9 +143,9 @@ def _visibility(call: Call) -> Visibility:
 
 
 def visible_pairs(config: Config, n: int) -> int:
-    """Pairs of query and key that causal local attention computes in a sequence of `n` tokens, exactly.
+    """The exact number of query-key pairs that causal local attention computes for a sequence of `n` tokens.
 
-    Full causal attention has n (n + 1) / 2; their ratio is the saving of a local layer.
+    Full causal attention has n (n + 1) / 2; the ratio of the two is the saving of a local layer.
     """
     if config.form == "window":
         full = min(config.window, n)
@@ -160,7 +161,7 @@ def visible_pairs(config: Config, n: int) -> int:
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Cost of the causal pattern with N = M (n of M queries in proportion)."""
+    """Cost of the causal pattern with N = M (scaled in proportion for n < M queries)."""
     width = shape.dim_key + shape.dim_value
     heads = shape.batch * shape.heads
     pairs = visible_pairs(config, shape.m) * shape.n / max(shape.m, 1)

@@ -1,8 +1,8 @@
-r"""Linear attention with learned feature maps beside a softmax window: what a pretrained softmax layer can be turned into.
+r"""Linear attention with learned feature maps plus a softmax window: what pretrained softmax layers can become.
 
-When to pick it: to give layers of a pretrained model a state of fixed size (`regard retrofit`): near tokens keep their
-softmax, far ones are read through feature maps that learn to copy it.
-When not: training from nothing, where `gated_linear` and `delta_rule` learn what to forget.
+When to pick it: to give the layers of a pretrained model a state of fixed size (`regard retrofit`): near tokens keep
+their softmax, far ones are read through feature maps that learn to imitate it.
+When not: training from scratch, where `gated_linear` and `delta_rule` learn what to forget.
 
 Definition (LoLCATs, Zhang et al., arXiv 2410.10254, section 3; feature maps of Hedgehog, arXiv 2402.04347):
 
@@ -13,17 +13,17 @@ Definition (LoLCATs, Zhang et al., arXiv 2410.10254, section 3; feature maps of 
 | paper | here |
 |---|---|
 | w | `window`; 0 for the linear state alone, which is Hedgehog |
-| gamma, a head | `window_weight` (H,), positive; 1 when not given. The layer learns its logarithm, 0 at the start |
+| gamma, per head | `window_weight` (H,), positive; 1 when not given. The layer learns its logarithm, 0 at the start |
 | W_q, W_k | `q_map`, `k_map` (H, D, F); the identity when not given. The layer learns them, from the identity |
-| F | `features` a head before the two signs; D when None |
-| sum of phi(k) v^T and of phi(k) | `WindowedState.memory`, (B, H, 2F, V + 1), the second as its last column |
+| F | `features` per head, before the two signs; D when None |
+| sum of phi(k) v^T and of phi(k) | `WindowedState.memory`, (B, H, 2F, V + 1); the sum of phi(k) is its last column |
 | tau | `scale`, D^-0.5 by default |
 
-Layout: (B, H, N, D). Queries and keys come rotated where the model rotates them, in both parts. Ranks count valid tokens.
-With a window of N or more the weights are those of softmax. Causal self attention alone: a token that leaves the window
-is written into the state, and there is no such order in other patterns.
-State: the last w keys and values, right-aligned, and the sums over all before them.
-Deviations: every query head has maps of its own, also where heads share keys. The official code trains with windows that
+Layout: (B, H, N, D). If the model rotates queries and keys, it does so in both parts. Ranks count valid
+tokens. With a window of N or more the weights are those of softmax. Only causal-self: a token is written into the state
+when it leaves the window, and other patterns have no such order.
+State: the last w keys and values, right-aligned, and the sums over all tokens before them.
+Deviations: every query head has its own maps, even where heads share keys. The official code trains with windows that
 grow inside blocks for speed; here each query has its w keys, as in the paper's equation.
 """
 
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 SMALLEST_BLOCK = 16
-"""Queries whose windows are computed together, at least."""
+"""The smallest number of queries whose windows are computed together."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class Config:
     """Options.
 
     Attributes:
-        window: w, keys of the softmax, the query's own included; 0 for none.
-        features: F, of the layer's learned maps, >= 1; as wide as a head when None.
+        window: w, the keys in the softmax, including the query's own; 0 for none.
+        features: F, the output width of the layer's learned maps, >= 1; the head width when None.
     """
 
     window: int = 64
@@ -87,12 +87,13 @@ class Config:
 
 @dataclass(frozen=True)
 class WindowedState(State):
-    """What a sequence goes on from.
+    """The state from which a sequence continues.
 
     Attributes:
         memory: sums over the tokens before the window, in at least float32.
-        k, v: the window's, right-aligned: the last slot holds the row's last token, those before its first are zero.
-        length: tokens of each row.
+        k, v: keys and values of the window, right-aligned: the last slot holds the row's last token; slots before its
+            first token are zero.
+        length: number of tokens in each row.
     """
 
     memory: Float[Tensor, "b h f v"] = state_field()
@@ -102,7 +103,7 @@ class WindowedState(State):
 
 
 def phi(x: Float[Tensor, "b h n d"], map_: Float[Tensor, "h d f"] | None) -> Float[Tensor, "b h n g"]:
-    """Hedgehog's features of mapped queries or keys."""
+    """Hedgehog's feature map, applied to queries or keys after their learned linear map."""
     mapped = x if map_ is None else x @ map_.to(x.dtype)
     return torch.cat([mapped.softmax(-1), (-mapped).softmax(-1)], -1)
 
@@ -116,7 +117,7 @@ def reference(
     k_map: Float[Tensor, "h d f"] | None = None,
     window_weight: Float[Tensor, " h"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     n, m = q.shape[2], k.shape[2]
     pairs = torch.ones(n, m, dtype=torch.bool, device=q.device)
     far = pairs.tril(m - n - call.config.window)
@@ -143,14 +144,14 @@ def chunked(
     v: Float[Tensor, "b h m v"],
     **learned: Tensor,
 ) -> Result:
-    """Go on from the window and the sums by any number of tokens."""
+    """Continue from the window and the sums by any number of tokens."""
     return _continued(call, q, k, v, max(call.config.window, SMALLEST_BLOCK), **learned)
 
 
 def step(
     call: Call, q: Float[Tensor, "b h 1 d"], k: Float[Tensor, "b h 1 d"], v: Float[Tensor, "b h 1 v"], **learned: Tensor
 ) -> Result:
-    """One token: a softmax over the window, and what leaves the window is added to the sums."""
+    """One token: softmax over the window; the token that leaves the window is added to the sums."""
     return _continued(call, q, k, v, 1, **learned)
 
 
@@ -172,7 +173,7 @@ def _continued(
         else:
             keys, values = torch.cat([past.k, k.to(past.k.dtype)], 2), torch.cat([past.v, v.to(past.v.dtype)], 2)
         queries = wide(recurrent_forms.beside_keys(call, q, m))
-        exists = _exists(call, window, m, k)  # of the cached slots and the new ones
+        exists = _exists(call, window, m, k)  # for cached and new slots
         written = exists[:, :m] & _among(call, m, k)
         features = torch.where(written[:, None, :, None], phi(wide(keys[:, :, :m]), k_map), 0)
         ones = values.new_ones(*values.shape[:2], m, 1)
@@ -199,14 +200,14 @@ def _continued(
 
 
 def _exists(call: Call, window: int, m: int, k: Tensor) -> Bool[Tensor, "b slots"]:
-    """Whether a slot, of the window before and of the new tokens, holds a token or comes after one."""
+    """Return, for each cached and new slot, whether it is at or after the row's first token."""
     slots = torch.arange(-window, m, device=k.device)
     before = torch.zeros(k.shape[0], dtype=torch.long, device=k.device) if call.state is None else call.state.length
     return slots + before[:, None] >= 0
 
 
 def _among(call: Call, m: int, k: Tensor) -> Bool[Tensor, "b m"]:
-    """Whether a new token is one: each that comes moves another out of the window."""
+    """Return whether each new slot holds a valid token; each valid token moves another out of the window."""
     valid = call.valid_keys(m)
     return torch.ones(k.shape[0], m, dtype=torch.bool, device=k.device) if valid is None else valid
 
@@ -220,13 +221,14 @@ def _window(
     block: int,
     scale: float,
 ) -> tuple[Float[Tensor, "b h m v"], Float[Tensor, "b h m 1"]]:
-    """Sums of exp(score - largest score) times values, and without them: query i has the slots from i to i + window - 1.
+    """Sums over each query's window of exp(score - largest score), with and without values as factors.
 
-    A block of queries shares the keys that any of them sees, so that memory grows with N alone.
+    Query i attends to slots i to i + window - 1. A block of queries shares the keys that any of them sees, so memory
+    grows only with N.
     """
     m, reach = q.shape[2], block + window - 1
     after = -m % block if m else block
-    if torch.compiler.is_compiling():  # one program for all lengths has two blocks or more
+    if torch.compiler.is_compiling():  # a program for all lengths needs at least two blocks
         after += 2 * block
     q = F.pad(q, (0, 0, 0, after)).unflatten(2, (-1, block))
     k, v = (F.pad(x, (0, 0, 0, after)).unfold(2, reach, block) for x in (k, v))  # (b, h, blocks, features, reach)
@@ -241,8 +243,8 @@ def _window(
 
 
 class FeatureMaps(Projection):
-    """A layer's learned maps, the identity at the start (its first columns where there are fewer features), and the
-    logarithm of the window's weight, 0 at the start."""
+    """A layer's learned maps, initialised to the identity (its first columns if there are fewer features), and the
+    logarithm of the window's weight, initialised to 0."""
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
@@ -261,7 +263,7 @@ class FeatureMaps(Projection):
 
 
 def recurrence(config: Config, maps: FeatureMaps) -> Recurrence[nn.Module]:
-    """The layer as the recurrence of its state, with the window before it."""
+    """Describe the layer as a recurrence over its state, preceded by the window."""
     return Recurrence(
         maps=(maps.q_map, maps.k_map),
         scale=1.0,
@@ -272,7 +274,7 @@ def recurrence(config: Config, maps: FeatureMaps) -> Recurrence[nn.Module]:
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """The window's softmax, and linear attention with 2 F features and a normaliser, mapped from D."""
+    """Cost of the window's softmax and of linear attention with 2 F mapped features and a normaliser."""
     features = 2 * (config.features or shape.dim_key)
     heads = shape.batch * shape.heads
     token = 4.0 * features * (shape.dim_value + 1) + 2.0 * features * shape.dim_key
@@ -298,7 +300,7 @@ def sample_inputs(
     sizes: dict[str, int] | None = None,
     **_: Any,
 ) -> Tensors:
-    """Inputs for tests: maps near the size that keeps features apart, and weights of both sides of 1."""
+    """Inputs for tests: maps of a scale that keeps features distinct, and window weights on both sides of 1."""
     size = {"h": 2, "d": 8, "v": 6} | (sizes or {})
     heads, width = size["h"], size["d"]
     features = config.features or size.get("f", width)

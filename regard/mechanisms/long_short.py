@@ -1,35 +1,35 @@
-r"""Long-short attention: one softmax over the tokens near a query and over landmarks, weighted means of all or of segments.
+r"""Long-short attention: one softmax over nearby tokens and landmarks, weighted means of all tokens or of segments.
 
-When to pick it: long texts whose detail is near and whose rest can be told in a few vectors; time is linear in N
-(noncausal), or N times the few landmarks of the past (causal).
-When not: exact recall of far tokens (a landmark is a mean, weighed before the question is known), cross attention.
+When to pick it: long texts where detail matters nearby and the rest can be summarised in a few vectors; time is linear
+in N (noncausal), or N times the few landmarks of the past (causal).
+When not: exact recall of far tokens (a landmark is a mean, weighted before the query is known), or cross attention.
 
-Definition (Zhu et al., arXiv 2107.02192, section 3; the `LongShort` of CAB, arXiv 2210.07661). With scores p_j of r
-landmarks a head, a linear map of token j,
+Definition (Zhu et al., arXiv 2107.02192, section 3; the `LongShort` of CAB, arXiv 2210.07661). With scores p_j for r
+landmarks per head, linear in token j,
 
     K~ = sum_j softmax_j(p_j) k_j,   V~ = sum_j softmax_j(p_j) v_j             over all j, or over the j of each segment
     o_i = softmax of tau q_i . k over { LN(k_j), j near i } and { LN'(K~) }, with LN(v_j) and LN'(V~)
 
 | | noncausal-self | causal-self |
 |---|---|---|
-| near i | its segment of w tokens and max(1, floor(w / 2)) on each side of it | the last w tokens, i included |
-| landmarks | r of all tokens (`landmarks`) | r of each segment of l tokens (`rank`, `segment`) before that of i |
+| near i | its segment of w tokens and max(1, floor(w / 2)) tokens on each side | the last w tokens, i included |
+| landmarks | r of all tokens (`landmarks`) | r of each segment of l tokens (`rank`, `segment`) before the segment of i |
 
 | paper | here |
 |---|---|
 | w, l | `window` (None for CAB's 15 and 256), `segment` |
 | r of each | `landmarks`, `rank` |
 | logits of P (dynamic projection) | `p` (B, H, M, r) |
-| LN_L, LN_G (DualLN) | norms of tokens, made by the layer, and of landmarks: `norm_weight`, `norm_bias` (H, D) |
-| K, V before LN_L | `k_raw`, `v_raw`, of which landmarks are made; k and v when left out |
+| LN_L, LN_G (DualLN) | norms of tokens, applied by the layer, and of landmarks: `norm_weight`, `norm_bias` (H, D) |
+| K, V before LN_L | `k_raw`, `v_raw`, from which landmarks are computed; k and v when omitted |
 
-Layout: (B, H, N, D). Both norms are over all heads together, with one set of weights for keys and values, so values are as
-wide as keys where there is a norm. Ranks and segments count valid tokens.
-State: the last w - 1 tokens, the landmarks of segments that are complete, and the sums of the one that is not.
-Deviations: scores are a linear map of the layer's input, as in the authors' code, where the paper's are one of the keys.
-Noncausal code normalises tokens before it makes landmarks of them: `normalize_first`. Causal code begins with a memory of
-zeros, which are keys with weights of their own; here nothing is before the first token. The relative positions of
-Transformer-XL in it are not here: positions are added to tokens.
+Layout: (B, H, N, D). Both norms are over all heads together, with one set of weights for keys and values, so values
+must be as wide as keys when there is a norm. Ranks and segments count valid tokens.
+State: the last w - 1 tokens, the landmarks of complete segments, and the sums of the incomplete one.
+Deviations: scores are a linear map of the layer's input, as in the authors' code; in the paper, of the keys.
+The authors' noncausal code normalises tokens before it computes landmarks from them: `normalize_first`. Their causal
+code begins with a memory of zeros, which are keys with weights of their own; here nothing precedes the first token. Its
+Transformer-XL relative positions are not implemented: positions are added to tokens.
 """
 
 from __future__ import annotations
@@ -81,11 +81,11 @@ class Config:
 
     Attributes:
         window: w >= 1; None for 15 in noncausal-self and 256 in causal-self.
-        landmarks: r of the whole sequence in noncausal-self, >= 1.
-        segment: l >= 1, tokens that the landmarks of causal-self are made of.
-        rank: r of a segment in causal-self, >= 1.
+        landmarks: r for the whole sequence in noncausal-self, >= 1.
+        segment: l >= 1, tokens per segment in causal-self.
+        rank: r for each segment in causal-self, >= 1.
         dual_norm: whether the layer normalises tokens and landmarks.
-        normalize_first: whether landmarks are made of normalised tokens.
+        normalize_first: whether landmarks are computed from normalised tokens.
         norm_eps: added to the variance, > 0.
     """
 
@@ -110,19 +110,19 @@ class Config:
             )
 
     def width(self, pattern: Pattern) -> int:
-        """w."""
+        """w, the window width for a pattern."""
         if self.window is not None:
             return self.window
         return 256 if pattern.causal else 15
 
     def count(self, pattern: Pattern) -> int:
-        """r."""
+        """r, the number of landmarks for a pattern."""
         return self.rank if pattern.causal else self.landmarks
 
 
 @dataclass(frozen=True)
 class Segment(State):
-    """Sums over the tokens of an unfinished segment, each times exp(p - top): of weights, keys and values."""
+    """Sums over an incomplete segment's tokens of exp(p - top), alone and times keys and values."""
 
     top: Float[Tensor, "b h r"] = state_field(fill=-torch.inf)
     weight: Float[Tensor, "b h r"] = state_field()
@@ -132,7 +132,7 @@ class Segment(State):
 
 @dataclass(frozen=True)
 class LongShortState(WindowState):
-    """The last tokens, landmarks of complete segments, in as many slots of a row as it has, and the last segment."""
+    """The last tokens, the landmarks of complete segments in each row's first slots, and the incomplete segment."""
 
     segment: Segment = state_field()
     keys: Float[Tensor, "b h slots d"] = state_field()
@@ -185,7 +185,7 @@ def parallel(
     norm_weight: Float[Tensor, "h d"] | None = None,
     norm_bias: Float[Tensor, "h d"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """Two attentions joined by their log-sum-exps: segments of tokens with what is around them, and landmarks."""
+    """Two attentions merged by their log-sum-exps: segments with their surroundings, and landmarks."""
     if call.pattern.causal:
         return chunked(call, q, k, v, p, k_raw, v_raw, norm_weight, norm_bias).output
     config, n = _checked(call, v, p, norm_weight, norm_bias), q.shape[2]
@@ -218,7 +218,7 @@ def chunked(
     norm_weight: Float[Tensor, "h d"] | None = None,
     norm_bias: Float[Tensor, "h d"] | None = None,
 ) -> Result:
-    """Causal-self with state in and out, by any number of tokens; also the step."""
+    """Causal-self with state in and out, for any number of tokens; also used as the step."""
     config, w = _checked(call, v, p, norm_weight, norm_bias), call.config.width(call.pattern)
     window, keys, values, where = extend_window(call, k, v, q.shape[2], w - 1)
     raw = (k if k_raw is None else k_raw), (v if v_raw is None else v_raw)
@@ -264,7 +264,7 @@ def _normalized(
 def _near(
     call: Call, q: Tensor, k: Tensor, v: Tensor, lengths: Int[Tensor, " b"]
 ) -> tuple[Float[Tensor, "b h n v"], Float[Tensor, "b h n"]]:
-    """Each segment of w tokens reads itself and the tokens around it; segments are rows of one attention."""
+    """Each segment of w tokens attends to itself and the tokens around it; segments are batched as rows."""
     w = call.config.width(call.pattern)
     side, n = max(1, w // 2), q.shape[2]
     count = -(-n // w)
@@ -288,7 +288,7 @@ def _near(
 def _extend_landmarks(
     call: Call, k: Tensor, v: Tensor, p: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[tuple[Tensor, Tensor], Segment]:
-    """Landmarks of all segments that are complete once new tokens have come, and the sums of the one that is not."""
+    """Landmarks of all segments complete after the new tokens, and the sums of the incomplete segment."""
     config: Config = call.config
     past: LongShortState | None = call.state
     size, r, m = config.segment, config.rank, k.shape[2]
@@ -296,7 +296,7 @@ def _extend_landmarks(
     before = torch.zeros_like(new) if past is None else past.length
     complete = before // size
     closed = (before + new) // size - complete
-    count = (m + size - 1) // size + 1  # segments that may have new tokens, and one that is not begun
+    count = (m + size - 1) // size + 1  # segments that may have new tokens, and one not yet begun
     place = complete[:, None] * size + torch.arange(count * size, device=k.device) - before[:, None]
     inside = ((place >= 0) & (place < new[:, None]))[:, None, :, None]
     index = place.clamp(0, max(m - 1, 0))
@@ -330,7 +330,7 @@ def _extend_landmarks(
             for x, y in zip((past.keys, past.values), landmarks, strict=True)
         ]
     elif values_known(closed):
-        # one segment at least, though nobody may see it yet: scores get a gradient of 0, not none
+        # at least one segment, even if no query sees it yet, so that scores get a zero gradient rather than None
         most = max(int(closed.max()) if closed.numel() else 0, 1)
         landmarks = [x[:, :, : most * r] for x in landmarks]
 
@@ -342,13 +342,13 @@ def _extend_landmarks(
 
 
 class DualNorm(Projection):
-    """Gives a layer's heads the scores of their landmarks, and both norms.
+    """Supplies a layer's heads with landmark scores and both norms.
 
     Args:
-        spec: of the layer.
+        spec: the layer's specification.
     """
 
-    for_one_pattern = True  # which decides how many landmarks there are
+    for_one_pattern = True  # the pattern decides how many landmarks there are
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
@@ -397,7 +397,7 @@ def sample_inputs(
     config: Config,
     sizes: dict[str, int] | None = None,
 ) -> Tensors:
-    """Random inputs for tests: all of them, with values as wide as keys."""
+    """Random inputs for tests, optional ones included; values are as wide as keys."""
     widths = {"h": 2, "d": 8} | (sizes or {})
     heads, width = widths["h"], widths["d"]
     keys = (batch, heads, m, width)
@@ -415,7 +415,7 @@ def sample_inputs(
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Cost of the causal pattern with N = M (n of M queries in proportion)."""
+    """Cost of the causal pattern with N = M (scaled in proportion for n < M queries)."""
     width, heads, m = shape.dim_key + shape.dim_value, shape.batch * shape.heads, shape.m
     w = config.width(Pattern.CAUSAL_SELF)
     full = min(w, m)

@@ -1,33 +1,35 @@
-r"""Longformer: softmax over a window around each token, beside a few global tokens that see and are seen by all.
+r"""Longformer: softmax over a window around each token, plus a few global tokens that see and are seen by all.
 
-When to pick it: long documents of which a few tokens must gather the rest (a class token, a question), or a window that
+When to pick it: long documents where a few tokens must gather the rest (a class token, a question), or a window that
 should not forget the first tokens of a stream; time is linear in N, and the causal state has a fixed size.
-When not: recall of single tokens beyond the layers' joint reach, cross attention (memory has no place near a query).
+When not: recall of single tokens beyond the combined reach of the layers, or cross attention (memory has no place near
+a query).
 
 Definition (Beltagy et al., arXiv 2004.05150, section 3; survey arXiv 2103.14636, B2). With the set G of global tokens,
-a token i outside it has the weights of one softmax over
+the weights of a token i outside G are one softmax over
 
     keys near it:    |i - j| <= g w / 2 and g divides i - j, in causal-self 0 <= i - j <= (w - 1) g
     and all of G,    in causal-self those with j <= i,
 
-in which a global token that is also near counts once. A global token sees all tokens (in causal-self those with j <= i),
-by queries, keys and values of its own: softmax(tau q^g_i . k^g_j) v^g_j.
+where a global token that is also near counts once. A global token sees all tokens (in causal-self those with j <= i),
+through its own queries, keys and values: softmax(tau q^g_i . k^g_j) v^g_j.
 
 | paper | here |
 |---|---|
-| w, attention window, half of it on each side | `window`; in causal-self w keys, the query's own included |
+| w, attention window, half of it on each side | `window`; in causal-self w keys, including the query's own |
 | dilation of a head | g, `dilation` |
 | global attention on chosen tokens | roles `Role.CLS` (noncausal-self), and the first `global_tokens` tokens |
-| Q_g, K_g, V_g | `q_global`, `k_global`, `v_global`; a layer has them unless `separate_projections=False` |
+| Q_g, K_g, V_g | `q_global`, `k_global`, `v_global`; computed by a layer unless `separate_projections=False` |
 | 1 / sqrt(d) | `scale` |
 
-Layout: (B, H, N, D). Ranks count valid tokens, so windows and first tokens do not move with padding. A query that sees no
-key gives 0. Without `q_global` and its kin, global tokens use q, k and v.
+Layout: (B, H, N, D). Ranks count valid tokens, so windows and first tokens do not move with padding. A query that sees
+no key gives 0. Without `q_global`, `k_global` and `v_global`, global tokens use q, k and v.
 State: the last (w - 1) g keys, and two keys of each global token; its size never changes.
-Deviations: no sequence is padded to a multiple of the window. The projections of global tokens begin with weights of their
-own; the paper copies those of the other tokens, from a trained model: :func:`copy_projections` does. Positions that rotate turn q and k, but not what global tokens use. In causal-self only first tokens can be
-global, as a state could not go back to what came before another. Windows of a compiled graph with roles are computed
-beside all tokens, since a graph cannot know how many are global.
+Deviations: no sequence is padded to a multiple of the window. The projections of global tokens start with their own
+random weights; the paper copies those of the other tokens from a trained model, as :func:`copy_projections` does.
+Rotary positions rotate q and k, but not the global projections. In causal-self only first tokens can be global, since a
+state cannot go back to what preceded any other global token. In a compiled graph with roles, the global part is
+computed for all tokens, since a graph cannot know how many are global.
 """
 
 from __future__ import annotations
@@ -73,9 +75,9 @@ class Config:
 
     Attributes:
         window: w, even and >= 2: half of it on each side, or w keys in causal-self.
-        dilation: g, >= 1, one number or one a head: keys of a window are so many ranks apart.
-        global_tokens: the first so many tokens are global, >= 0.
-        separate_projections: whether a layer has projections for global tokens.
+        dilation: g, >= 1, one number or one per head: the distance in ranks between neighbouring keys of a window.
+        global_tokens: number of first tokens that are global, >= 0.
+        separate_projections: whether a layer has separate projections for global tokens.
     """
 
     window: int = 32
@@ -100,20 +102,21 @@ class Config:
 
     @property
     def dilations(self) -> tuple[int, ...]:
-        """g: one number, or one a head."""
+        """g: one number, or one per head."""
         return (self.dilation,) if isinstance(self.dilation, int) else self.dilation
 
     @property
     def cached(self) -> int:
-        """Keys that the token after a sequence may reach by its window."""
+        """The number of past keys to keep: all that the next token's window may reach."""
         return (self.window - 1) * max(self.dilations)
 
 
 @dataclass(frozen=True)
 class LongformerState(WindowState):
-    """The last keys and values of each row, and those of its first tokens: as others see them, and as they see others.
+    """The last keys and values of each row, and two sets for its first tokens: for other tokens' queries, and for their
+    own.
 
-    Slot r of the first tokens is that of rank r; slots of tokens to come are zero.
+    Slot r of the first tokens belongs to rank r; slots of future tokens are zero.
     """
 
     first_k: Float[Tensor, "b h first d"] = state_field()
@@ -131,7 +134,7 @@ def reference(
     k_global: Float[Tensor, "b h m d"] | None = None,
     v_global: Float[Tensor, "b h m v"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrices."""
+    """The definition, with the full weight matrices."""
     config, n, m = _checked(call, q), q.shape[2], k.shape[2]
     where = ranks(call, n, m, q.device)
     i, j = where.queries[0, :, None], where.keys[0, None]
@@ -161,8 +164,8 @@ def parallel(
     k_global: Float[Tensor, "b h m d"] | None = None,
     v_global: Float[Tensor, "b h m v"] | None = None,
 ) -> Result:
-    """Windows, global keys and the queries of global tokens are calls of softmax attention of their own, the first two
-    joined by their log-sum-exps. Time grows as N times the window and the number of global tokens."""
+    """Windows, global keys and the queries of global tokens are separate calls of softmax attention, the first two
+    merged by their log-sum-exps. Time grows as N times the window plus the number of global tokens."""
     config, n, m = _checked(call, q), q.shape[2], k.shape[2]
     if n != m or call.lengths is not call.memory_lengths:
         return _beside_keys(parallel, call, q, k, v, q_global, k_global, v_global)
@@ -183,7 +186,7 @@ def parallel(
     local = _local(call, q, k, v, near, picked[:2], places)
     if places.shape[1] == 0:
         return Result(local)
-    # a global token that does not exist has rank -1: it sees nothing, and is put nowhere
+    # a missing global token has rank -1: it sees nothing and is written nowhere
     there = Ranks(places, where.keys, None, None, plain=False)
     seen_by, far_k, far_v = picked[2], own[1], own[2]
     far = attend_to_part(call, seen_by, far_k, far_v, there, Visibility(causal=call.pattern.causal))[0]
@@ -192,7 +195,7 @@ def parallel(
         local[:, :, :count] = torch.where(valid, far.to(local.dtype), local[:, :, :count])
         return Result(local)
     index = torch.where(places >= 0, places, m)[:, None, :, None].expand(-1, q.shape[1], -1, v.shape[3])
-    room = torch.cat([local, local[:, :, :1]], 2)  # one more slot takes the tokens that do not exist
+    room = torch.cat([local, local[:, :, :1]], 2)  # the extra slot takes missing tokens
     return Result(room.scatter(2, index, far.to(local.dtype))[:, :, :m])
 
 
@@ -205,7 +208,7 @@ def chunked(
     k_global: Float[Tensor, "b h m d"] | None = None,
     v_global: Float[Tensor, "b h m v"] | None = None,
 ) -> Result:
-    """Continue from the last keys and the first ones by any number of tokens; also the step."""
+    """Continue from the last and first keys by any number of tokens; also used as the step."""
     config, n, m = _checked(call, q), q.shape[2], k.shape[2]
     if n != m or call.lengths is not call.memory_lengths:
         return _beside_keys(chunked, call, q, k, v, q_global, k_global, v_global)
@@ -221,7 +224,7 @@ def chunked(
         return Result(_local(call, q, keys, values, where, [], where.keys[:, :0]), state)
     places = torch.arange(count, device=q.device)[None]
     local = _local(call, q, keys, values, _without(where, None, count), kept[:2], places)
-    # of a row that has its first tokens behind it none is left; how many rows have is not known without looking
+    # rows past their first tokens have no global queries; checking for that would need the values
     among = Ranks(where.queries, places, None, None, plain=False)
     far = attend_to_part(call, own[0], kept[2], kept[3], among, Visibility(causal=True))[0]
     is_global = (where.queries >= 0) & (where.queries < count)
@@ -257,7 +260,7 @@ def _own(
 
 
 def _beside_keys(form: object, call: Call, q: Tensor, *rest: Tensor | None) -> Result:
-    """A form with one query beside each key, where the call has fewer, more or others."""
+    """Run a form with one query per key when the call's queries differ from its keys."""
     k, v, q_global, k_global, v_global = rest
     assert k is not None and v is not None and callable(form)
     n, m = q.shape[2], k.shape[2]
@@ -271,7 +274,7 @@ def _beside_keys(form: object, call: Call, q: Tensor, *rest: Tensor | None) -> R
 
 
 def _global_keys(call: Call, k: Tensor) -> Bool[Tensor, "b m"]:
-    """Which keys are global tokens."""
+    """True for keys that are global tokens."""
     m = k.shape[2]
     chosen = (torch.arange(m, device=k.device) < call.config.global_tokens).expand(k.shape[0], -1)
     if call.roles is not None:
@@ -281,14 +284,14 @@ def _global_keys(call: Call, k: Tensor) -> Bool[Tensor, "b m"]:
 
 
 def _global_queries(call: Call, chosen: Bool[Tensor, "b m"], i: Int[Tensor, "1 n"]) -> Bool[Tensor, "b n"]:
-    """Which queries are global tokens; those before the first key are none."""
+    """True for queries that are global tokens; queries before the first key are not."""
     if call.pattern.causal:
         return ((i >= 0) & (i < call.config.global_tokens)).expand(chosen.shape[0], -1)
     return chosen
 
 
 def _gather_slots(chosen: Bool[Tensor, "b m"]) -> tuple[Int[Tensor, "b count"], Bool[Tensor, "b count"]]:
-    """Slots of each row's global tokens, in order, and which of them there are."""
+    """Slots of each row's global tokens, in order, and a mask of the slots that exist."""
     most = chosen.shape[1]
     if values_known(chosen):
         most = int(chosen.sum(-1).max()) if chosen.numel() else 0
@@ -297,7 +300,7 @@ def _gather_slots(chosen: Bool[Tensor, "b m"]) -> tuple[Int[Tensor, "b count"], 
 
 
 def _without(where: Ranks, chosen: Tensor | None, first: int) -> Ranks:
-    """The ranks, with global keys as slots that hold no token."""
+    """The ranks, with global keys marked as empty slots."""
     keys = where.keys
     keys = torch.where(keys < first if chosen is None else chosen, -1, keys)
     return Ranks(where.queries, keys, where.offset, where.first, plain=False)
@@ -306,9 +309,9 @@ def _without(where: Ranks, chosen: Tensor | None, first: int) -> Ranks:
 def _local(
     call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, first: list[Tensor], places: Int[Tensor, "#b count"]
 ) -> Tensor:
-    """Outputs of queries that are not global: their window, and the global keys `first` at the ranks `places`."""
+    """Outputs of queries that are not global: over their window and the global keys `first` at ranks `places`."""
     config, heads, dtype = call.config, q.shape[1], v.dtype
-    if places.shape[1]:  # parts that are rounded before they are put together would be rounded twice
+    if places.shape[1]:  # avoids rounding the parts before they are merged
         wide = wide_dtype(q)
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
         first = [x.to(wide) for x in first]
@@ -329,7 +332,7 @@ def _local(
 
 
 def _windows(call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, dilation: int) -> tuple[Tensor, Tensor]:
-    """Outputs and log-sum-exps over the window, in which query slot t is key slot m - n + t."""
+    """Outputs and log-sum-exps over the window; query slot t is key slot m - n + t."""
     config: Config = call.config
     side = config.window // 2
     rule = Visibility(causal=True, left=config.window - 1) if call.pattern.causal else Visibility(left=side, right=side)
@@ -339,7 +342,7 @@ def _windows(call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, dilation
     output = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide_dtype(q))
     for residue in range(min(dilation, n)):
-        # among slots of one residue a dilated window is a plain one, on their own count
+        # among the slots of one residue, a dilated window is an ordinary window
         start = (m - n + residue) % dilation
         part, keys = slice(residue, None, dilation), slice(start, None, dilation)
         offset = (m - n + residue - start) // dilation
@@ -355,7 +358,7 @@ def _windows(call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, dilation
 def _first(
     config: Config, before: Int[Tensor, " b"], lengths: Int[Tensor, " b"] | None, new: Tensor, known: Tensor | None
 ) -> Tensor:
-    """The first tokens' keys, or values, once `new` ones have come to the tokens `before` them."""
+    """The first tokens' keys, or values, after `new` ones follow the first `before` tokens."""
     m = new.shape[2]
     if known is None:
         known = new.new_zeros(*new.shape[:2], config.global_tokens, new.shape[3])
@@ -396,13 +399,13 @@ class GlobalProjections(Projection):
 
 
 def copy_projections(model: nn.Module) -> nn.Module:
-    """Begin the projections of global tokens with a copy of their layers' own ones, as the paper does with a trained model.
+    """Copy each layer's projections to its projections of global tokens, as the paper does with a trained model.
 
     Returns:
         The model, changed in place.
 
     Raises:
-        Unsupported: for modules of another library, whose own projections have no common names.
+        Unsupported: for modules of other libraries, whose projections have no common names.
     """
     for layer in model.modules():
         projection = getattr(layer, "projection", None)
@@ -420,11 +423,11 @@ def copy_projections(model: nn.Module) -> nn.Module:
 
 
 def visible_pairs(config: Config, n: int) -> float:
-    """Pairs of query and key in a causal sequence of `n` tokens, exactly, as a mean over the heads."""
+    """The exact number of query-key pairs for a causal sequence of `n` tokens, averaged over heads."""
     first, window = min(config.global_tokens, n), config.window
     local, near = n - first, 0
     for dilation in config.dilations:
-        # token t after the first ones sees t // g + 1 of them by its window, but no more than w
+        # by its window, token t after the first ones sees t // g + 1 tokens, but no more than w
         rounds, rest = divmod(local, dilation)
         growing = min(rounds, window)
         near += dilation * (growing * (growing + 1) // 2 + (rounds - growing) * window)
@@ -433,7 +436,7 @@ def visible_pairs(config: Config, n: int) -> float:
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Cost of the causal pattern with N = M (n of M queries in proportion)."""
+    """Cost of the causal pattern with N = M (scaled in proportion for n < M queries)."""
     width = shape.dim_key + shape.dim_value
     heads = shape.batch * shape.heads
     first = min(config.global_tokens, shape.m)
@@ -448,7 +451,7 @@ def cost(shape: Shape, config: Config) -> Cost:
 
 
 def sample_context(generator: torch.Generator, *, batch: int, n: int, m: int, pattern: Pattern) -> Tensors:
-    """Roles (batch, m) with global tokens at random places, where there may be any."""
+    """Roles (batch, m) with global tokens at random places, if the pattern allows them."""
     if pattern is not Pattern.NONCAUSAL_SELF:
         return {}
     return {"roles": (torch.rand(batch, m, generator=generator) < 0.15).long() * int(Role.CLS)}

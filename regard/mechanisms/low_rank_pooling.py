@@ -1,9 +1,9 @@
-r"""Low-rank pooling (LAMA): m attention heads pool a sequence into m vectors; each scores tokens by a rank-1 bilinear form.
+r"""Low-rank pooling (LAMA): m attention heads pool a sequence into m vectors, scoring tokens by rank-1 bilinear forms.
 
-When to pick it: a small classifier of texts or series that should look at several aspects of its input with almost no
-parameters (2 D m, and D for the context), and show which tokens it used.
+When to pick it: a small classifier of texts or time series that should look at several aspects of its input with almost
+no parameters (2 D m, plus D for the context), and show which tokens it used.
 When not: mixing tokens with each other (it is a pooler, not self-attention), or long inputs where single tokens matter:
-scores lie in [-1, 1], so no weight exceeds e^2 times another; a learned `temperature` lifts that.
+scores are in [-1, 1], so no weight exceeds e^2 times another; a learned `temperature` lifts this limit.
 
 Definition (Mehta et al., arXiv 1912.00835; version 1, equation 3.13), for context c and tokens h_t:
 
@@ -13,15 +13,16 @@ Definition (Mehta et al., arXiv 1912.00835; version 1, equation 3.13), for conte
 |---|---|
 | H, rows h_t (B, N, D) | `x` |
 | P, Q (D, m) | `p` (E, m, r), `q` (D, m, r), with r = 1 |
-| c | `c` (E,), learned; or made of the tokens with `context="mean"` (LAMA + ctx), `"max"`, `"last"` |
+| c | `c` (E,), learned; or computed from the tokens with `context="mean"` (LAMA + ctx), `"max"`, `"last"` |
 | A (B, m, N) | `extras["weights"]` with `want={"weights"}`, on right-padded tokens |
 | M (B, m, D) | the output |
 
 Layout: the output (B, m, D) has no token axis; packed documents give one row each. A sequence without tokens gives 0.
-With m = 1 the norm over heads is left out: it would make every score +-1 and its gradient 0.
-A learned context makes each head an online softmax, whose state has m (D + 2) numbers: `stream`, and the layer's `state`,
-pool a sequence in pieces. Other contexts change with every token, so the past would have to be scored again.
-Deviations: the norm is divided by max(||f||, eps) (a token of zeros has ||f|| = 0); rank r > 1 sums r products before
+With m = 1 the norm over heads is omitted: it would make every score +-1 with zero gradient.
+With a learned context each head is an online softmax with a state of m (D + 2) numbers in all: `stream`, and the
+layer's `state`, pool a sequence in pieces. Other contexts change with every token, so the past would have to be scored
+again.
+Deviations: f is divided by max(||f||, eps) (a token of zeros has ||f|| = 0); rank r > 1 sums r products before
 the tanh (low-rank bilinear pooling); `temperature` divides f and `scale` multiplies it; `norm="tokens"` divides by the
 norm over tokens; `diversity=True` returns ||A A^T - I||_F^2, averaged over sequences (structured self-attention, Lin et
 al., arXiv 1703.03130). The context is pooled from `x` itself, not from word embeddings below an encoder.
@@ -75,10 +76,11 @@ class Config:
 
     Attributes:
         context: c is ``learned``, or the ``mean``, ``max`` or ``last`` of the valid tokens.
-        activation: ``tanh``, or None for the bilinear form itself.
-        norm: f is divided by its norm over ``heads`` (of each token), over ``tokens`` (of each head), or not (None).
-        diversity: return the penalty ||A A^T - I||_F^2 of each sequence as the loss ``diversity``.
-        eps: smallest norm that is divided by, > 0.
+        activation: ``tanh``, or None to use the bilinear form itself.
+        norm: divide f by its norm over ``heads`` (for each token), over ``tokens`` (for each head), or not at all
+            (None).
+        diversity: return each sequence's penalty ||A A^T - I||_F^2 as the loss ``diversity``.
+        eps: lower bound of the norm in the division, > 0.
     """
 
     context: str = "learned"
@@ -103,7 +105,7 @@ def reference(
     c: Float[Tensor, " e"] | None = None,
     temperature: Float[Tensor, " s"] | None = None,
 ) -> Float[Tensor, "b s d"]:
-    """The definition, with each head's whole bilinear matrix P_i Q_i^T (E, D)."""
+    """The definition, with each head's full bilinear matrix P_i Q_i^T (E, D)."""
     config: Config = call.config
     _check(config, x, p, q, c)
     batch, n, dim = x.shape
@@ -130,7 +132,7 @@ def parallel(
     c: Float[Tensor, " e"] | None = None,
     temperature: Float[Tensor, " s"] | None = None,
 ) -> Result:
-    """Scores of every token and one softmax over the tokens: O(m N D), with the weights (B, m, N) in memory."""
+    """Score every token, then one softmax over the tokens: O(m N D), with the weights (B, m, N) in memory."""
     scores, valid = _scores(call, x, p, q, c, temperature), call.valid_queries(x.shape[1])
     return pool_by_scores(x, scores, valid, diversity=call.config.diversity, want=call.want)
 
@@ -143,10 +145,11 @@ def stream(
     c: Float[Tensor, " e"] | None = None,
     temperature: Float[Tensor, " s"] | None = None,
 ) -> Result:
-    """Take in any number of tokens after those of `call.state`: the pool of all tokens so far, and the new state.
+    """Continue with any number of tokens after those of `call.state`: return the pool of all tokens so far and the new
+    state.
 
     Raises:
-        Unsupported: unless the context is learned and the norm is not over tokens, or for extras that need all weights.
+        Unsupported: unless the context is learned and the norm is not over tokens, or if extras need all weights.
     """
     config: Config = call.config
     if config.context != "learned" or config.norm == "tokens":
@@ -168,17 +171,17 @@ def stream(
 
 
 def _scores(call: Call, x: Tensor, p: Tensor, q: Tensor, c: Tensor | None, temperature: Tensor | None) -> Tensor:
-    """f of each head and token, (B, m, N), in at least float32."""
+    """f for each head and token, (B, m, N), in at least float32."""
     config: Config = call.config
     _check(config, x, p, q, c)
     dtype = wide_dtype(x)
     x, p, q = x.to(dtype), p.to(dtype), q.to(dtype)
     context = _pool_context(call, x) if c is None else c.to(dtype).expand(x.shape[0], -1)
     projected = torch.einsum("be,esr->bsr", context, p)
-    f = torch.einsum("bsr,dsr,bnd->bsn", projected, q, x).to(dtype)  # narrow under autocast
+    f = torch.einsum("bsr,dsr,bnd->bsn", projected, q, x).to(dtype)  # autocast narrows it
     if config.activation == "tanh":
         f = f.tanh()
-    # A squared norm that is clamped has gradient 0 at f = 0, where that of the norm is not defined.
+    # Clamping the squared norm gives gradient 0 at f = 0, where the gradient of the norm is undefined.
     if config.norm == "heads" and f.shape[1] > 1:
         f = f * f.square().sum(1, keepdim=True).clamp(min=config.eps**2).rsqrt()
     if config.norm == "tokens":
@@ -199,7 +202,7 @@ def _check(config: Config, x: Tensor, p: Tensor, q: Tensor, c: Tensor | None) ->
 
 
 def _pool_context(call: Call, x: Tensor) -> Tensor:
-    """The mean, maximum or last of the valid tokens; zero for a row without tokens."""
+    """The mean, maximum or last of each row's valid tokens; zero for a row without tokens."""
     batch, n, dim = x.shape
     if n == 0:
         return x.new_zeros(batch, dim)
@@ -223,13 +226,13 @@ class LowRankPooling(nn.Module):
     Args:
         card: the mechanism.
         dim: width D of the tokens.
-        num_heads: number of slots m, unless `slots` says otherwise.
+        num_heads: number of slots m, unless `slots` is given.
         pattern: noncausal-self.
         slots: number of slots; `num_heads` when None.
         rank: r of each head's bilinear form.
-        temperature: learn a temperature for each slot, 1 at the start.
-        init: bound of the uniform P and Q: ``kaiming``, 1 / sqrt(m r) (the bound of the known implementation, whose fan-in
-            is m), or ``dim``, 1 / sqrt(D), which keeps scores alike at every width.
+        temperature: whether to learn a temperature for each slot, initially 1.
+        init: bound of the uniform initialisation of P and Q: ``kaiming``, 1 / sqrt(m r) (the bound of the known
+            implementation, whose fan-in is m), or ``dim``, 1 / sqrt(D), which keeps the scale of scores at every width.
         config: the mechanism's options.
     """
 
@@ -270,12 +273,12 @@ class LowRankPooling(nn.Module):
         """Pool each sequence.
 
         Args:
-            x: tokens, padded anywhere or packed, as `context.mask` says.
-            state: continue from it. The output is then the pool of all tokens so far, and the result has the new state;
-                ``want={"state"}`` starts one.
+            x: tokens, padded anywhere or packed, as described by `context.mask`.
+            state: state to continue from. The output is then the pool of all tokens so far, and the result has the new
+                state; ``want={"state"}`` starts one.
 
         Returns:
-            output (B, slots, D), one row a document when packed.
+            output (B, slots, D), one row per document when packed.
         """
         context = given_context(context)
         check_state(state, ScanState, self.card.name)
@@ -306,7 +309,7 @@ class LowRankPooling(nn.Module):
 
 
 def slot_logits(pooled: Float[Tensor, "b s d"], head: nn.Linear) -> Float[Tensor, "b s classes"]:
-    """The part of each slot in the logits of a linear classifier of the slots laid side by side (its bias left out)."""
+    """Each slot's contribution to the logits of a linear classifier on concatenated slots, without the bias."""
     weight = head.weight.unflatten(1, pooled.shape[1:])  # (classes, s, d)
     return torch.einsum("bsd,csd->bsc", pooled, weight)
 
@@ -322,7 +325,7 @@ def sample_inputs(
     config: Config,
     sizes: dict[str, int],
 ) -> Tensors:
-    """Inputs for tests: three slots of rank 2, and a context where the options want one."""
+    """Inputs for tests: three slots of rank 2, and a context if the options need one."""
     dim, slots, rank = sizes.get("d", 8), sizes.get("s", 3), sizes.get("r", 2)
     width = dim if config.context != "learned" else dim + 1
 
@@ -336,12 +339,12 @@ def sample_inputs(
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
-    """As many slots as heads, of rank 1."""
+    """Axis sizes: as many slots as heads, with rank 1."""
     return {"s": shape.heads, "r": 1}
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Scores and pooled sums; as a stream, a running softmax for each slot."""
+    """Cost of scores and pooled sums; when streaming, of a running softmax for each slot."""
     work = shape.batch * shape.heads * shape.dim_value
     return Cost(
         flops=4.0 * work * shape.n,

@@ -1,8 +1,8 @@
-r"""MLP-Mixer: a small feed-forward network along the tokens, the same for every channel, in the place of attention.
+r"""MLP-Mixer: a small feed-forward network along the tokens, shared by all channels, in place of attention.
 
-When to pick it: images of one size, cut into patches whose places mean the same in every image; the control that shows what
-a static mixture of places achieves.
-When not: inputs of many lengths, looking anything up by content, or causal models: its matrices know places alone.
+When to pick it: images of one size, cut into patches whose positions mean the same in every image; the baseline that
+shows what a static mixture of positions achieves.
+When not: inputs of many lengths, lookups by content, or causal models: its matrices depend on position alone.
 
 Definition (Tolstikhin et al., MLP-Mixer, arXiv 2105.01601, equation 1), for the tokens x_c of each channel c:
 
@@ -14,13 +14,13 @@ Definition (Tolstikhin et al., MLP-Mixer, arXiv 2105.01601, equation 1), for the
 | S, the number of patches | `length` (L) |
 | D_S | `hidden` (T) |
 
-Layout: tokens (B, N, C), with N at most L. The token of rank j among the valid ones of its row has column j of W_1 and row j
-of W_2; those that a shorter row lacks count as zeros and have no output. So a row's output does not depend on what it is
-batched with. On a `grid` tokens have the numbers of their places, row by row, and masked ones count as zeros.
-Deviations: inputs of fewer than L tokens, which the paper does not have. GELU is exact, as in timm; the official code has
-JAX's approximation by tanh. Layers drop numbers after both matrices, as timm's do; the paper drops whole blocks alone. The
-norm before it, the residual and the network over channels are a block's. Channels share the network, so `num_heads` has no
-effect.
+Layout: tokens (B, N, C), with N at most L. The token of rank j among the valid ones of its row uses column j of W_1 and
+row j of W_2; the tokens that a shorter row lacks count as zeros and have no output, so a row's output does not depend
+on the rest of its batch. On a `grid`, tokens are numbered by their places, row by row, and masked ones count as zeros.
+Deviations: inputs of fewer than L tokens, which the paper does not have. GELU is exact, as in timm; the official code
+uses JAX's tanh approximation. Layers apply dropout to single numbers after both matrices, as timm does; the paper drops
+only whole blocks. The preceding norm, the residual and the channel-mixing network belong to a block, not to this
+mechanism. Channels share the network, so `num_heads` has no effect.
 """
 
 from __future__ import annotations
@@ -62,12 +62,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.
 
 @dataclass(frozen=True)
 class Config:
-    """Options. A function takes `length` and `hidden` from the shapes of its matrices.
+    """Options. A function reads `length` and `hidden` from the shapes of its matrices.
 
     Attributes:
-        length: L, the most tokens that a sequence or grid may have, >= 1.
+        length: L, the maximum number of tokens in a sequence or grid, >= 1.
         hidden: T, the width between the two matrices, >= 1; half the channels when None, as in the published sizes.
-        activation: between them: ``gelu``, ``relu``, or ``none``, which makes the mechanism linear.
+        activation: function between the two matrices: ``gelu``, ``relu``, or ``none``, which makes the mechanism
+            linear.
     """
 
     length: int = 1024
@@ -80,7 +81,7 @@ class Config:
         one_of("activation", self.activation, ACTIVATIONS)
 
     def hidden_of(self, width: int) -> int:
-        """T for `width` channels."""
+        """T, the hidden width, for `width` channels."""
         return max(1, width // 2) if self.hidden is None else self.hidden
 
 
@@ -92,7 +93,7 @@ def reference(
     down: Float[Tensor, "l j"],
     down_bias: Float[Tensor, " l"],
 ) -> Float[Tensor, "b n d"]:
-    """The definition, on the columns and rows of the tokens that are there."""
+    """The definition, using only the columns and rows of existing tokens."""
     check_length("mlp_mixer", call, x.shape[1], up.shape[1])
     n = x.shape[1]
     hidden = torch.einsum("jn,bnd->bjd", up[:, :n], x) + up_bias[:, None]
@@ -121,11 +122,11 @@ def mix_tokens(
     down: Float[Tensor, "l j"],
     down_bias: Float[Tensor, " l"],
 ) -> Float[Tensor, "b n d"]:
-    """The network along the tokens of `x`, which has zeros in its padding; beyond L there is nothing else."""
+    """Apply the network along the tokens of `x`, whose padding holds zeros; outputs beyond L are zero."""
     n, longest = x.shape[1], up.shape[1]
     if n > longest:
         return F.pad(mix_tokens(call, x[:, :longest], up, up_bias, down, down_bias), (0, 0, 0, n - longest))
-    if torch.compiler.is_compiling():  # one program for all lengths multiplies by weights of one shape
+    if torch.compiler.is_compiling():  # a program for all lengths needs weights of one shape
         whole = F.pad(x, (0, 0, 0, longest - n))
         return feed_forward(call, whole.mT, up, up_bias, down, down_bias).mT[:, :n]
     return feed_forward(call, x.mT, up[:, :n], up_bias, down[:n], down_bias[:n]).mT
@@ -139,7 +140,8 @@ def feed_forward(
     down: Float[Tensor, "i j"],
     down_bias: Float[Tensor, " i"],
 ) -> Float[Tensor, "... i"]:
-    """``W_2 act(W_1 x + b_1) + b_2`` over the last axis, in the dtype of `x`, with the call's dropout after both maps."""
+    """``W_2 act(W_1 x + b_1) + b_2`` over the last axis, in the dtype of `x`, with the call's dropout after both
+    maps."""
     up, up_bias, down, down_bias = (weight.to(x.dtype) for weight in (up, up_bias, down, down_bias))
     hidden = dropped(call, ACTIVATIONS[call.config.activation](linear(x, up, up_bias)))
     return dropped(call, linear(hidden, down, down_bias))
@@ -151,7 +153,7 @@ def dropped(call: Call, x: Float[Tensor, ...]) -> Float[Tensor, ...]:
 
 
 def check_length(name: str, call: Call, n: int, longest: int) -> None:
-    """Refuse more tokens than there are columns; lengths that only tensors know are not looked at in a graph."""
+    """Refuse more tokens than there are columns; lengths in tensors are not checked in a graph."""
     if call.lengths is not None and not torch.compiler.is_compiling():
         n = int(call.lengths.max()) if call.lengths.numel() else 0
     if n > longest:
@@ -161,14 +163,14 @@ def check_length(name: str, call: Call, n: int, longest: int) -> None:
 
 
 class TokenMixingLayer(MixerLayer):
-    """The token-mixing network as a layer, (B, N, C) -> (B, N, C), without norm and residual.
+    """The token-mixing network as a layer, (B, N, C) -> (B, N, C), without norm or residual.
 
     Args:
         card: the mechanism.
         dim: width C of the input and output.
-        num_heads: accepted for the catalogue's sake; all channels share the network.
+        num_heads: accepted for a uniform signature; all channels share the network.
         pattern: noncausal-self.
-        dropout: probability of dropping a number after each of the two matrices while training.
+        dropout: dropout probability after each of the two matrices, in training.
         config: see :class:`Config`.
     """
 
@@ -190,7 +192,7 @@ class TokenMixingLayer(MixerLayer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As in the official code: LeCun's normal distribution, and biases of 0."""
+        """Initialise as the official code does: weights with the LeCun normal distribution, biases with 0."""
         for parameter in self.weights.values():
             if parameter.ndim == 1:
                 nn.init.zeros_(parameter)
@@ -208,13 +210,13 @@ def feed_forward_shapes(width: int, hidden: int) -> dict[str, tuple[int, ...]]:
 
 
 def lecun_normal_(weight: Tensor) -> None:
-    """A normal distribution of variance 1 / fan-in, cut at two standard deviations of what it is cut from."""
+    """Fill with a normal distribution of variance 1 / fan-in after truncation at two of its standard deviations."""
     std = weight[0].numel() ** -0.5 / 0.87962566103423978
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Two products along the tokens for each channel."""
+    """Cost of two products along the tokens for each channel."""
     width = shape.heads * shape.dim_value
     tokens, hidden = shape.batch * width, config.hidden_of(width)
     return Cost(
@@ -226,7 +228,7 @@ def cost(shape: Shape, config: Config) -> Cost:
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
-    """Hidden features, places, and features of the tokens."""
+    """Axis sizes: hidden features, places, and features of the tokens."""
     width = shape.heads * shape.dim_value
     return {"j": config.hidden_of(width), "l": shape.n, "d": width}
 
@@ -243,14 +245,14 @@ def sample_inputs(
     sizes: dict[str, int] | None = None,
     grid: tuple[int, ...] | None = None,
 ) -> Tensors:
-    """Random inputs for tests, whose matrices have columns for a few more tokens."""
+    """Random inputs for tests, with matrices that have columns for a few extra tokens."""
     size = {"d": 8, "j": 5, "l": n + 3, **(sizes or {})}
     shapes = {"x": (batch, n, size["d"]), **feed_forward_shapes(max(size["l"], n), size["j"])}
     return scaled_normals(generator, shapes, dtype)
 
 
 def scaled_normals(generator: torch.Generator, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Tensors:
-    """Normal tensors, of which matrices keep the size of what they multiply."""
+    """Normal tensors; matrices are scaled to preserve the variance of their inputs."""
     found = normals(generator, shapes, torch.float64)
     return {name: (x * x.shape[1] ** -0.5 if x.ndim == 2 else x).to(dtype) for name, x in found.items()}
 

@@ -1,17 +1,18 @@
-r"""mLSTM, the matrix memory of xLSTM: gated linear attention whose input gate is an exponential, with a normaliser.
+r"""mLSTM, the matrix memory of xLSTM: gated linear attention with an exponential input gate and a normaliser.
 
-When to pick it: streams in which one token may have to outweigh all that came before; linear time, a state of fixed size.
-When not: overwriting what is stored under a key (`delta_rule`); gates that differ between key features (`gated_linear`).
+When to pick it: streams in which one token may have to outweigh all earlier ones; linear time, a state of fixed size.
+When not: overwriting the value stored under a key (`delta_rule`); gates that differ between key features
+(`gated_linear`).
 
 Definition (Beck et al., arXiv 2405.04517, section 2.3):
 
     C_t = f_t C_{t-1} + i_t k_t v_t^T,   n_t = f_t n_{t-1} + i_t k_t,   i_t = exp(i~_t),   f_t = sigmoid(f~_t) or exp(f~_t)
     o_t = C_t^T q_t / max(|n_t . q_t|, 1)
 
-Computed with C and n divided by exp(m_t), m_t = max(log f_t + m_{t-1}, log i_t), which changes nothing but keeps every
-number in range (section 2.2; 1 becomes exp(-m_t)): what is left is a gated recurrence with the decay
-log f_t + m_{t-1} - m_t <= 0 and keys exp(log i_t - m_t) k_t. An exponential forget gate, which may be above 1, takes no
-other code.
+It is computed with C and n divided by exp(m_t), m_t = max(log f_t + m_{t-1}, log i_t), which leaves the output
+unchanged but keeps every number in range (section 2.2; 1 becomes exp(-m_t)). The result is a gated recurrence with
+decay log f_t + m_{t-1} - m_t <= 0 and keys exp(log i_t - m_t) k_t. An exponential forget gate, which may exceed 1,
+needs no separate code.
 
 | paper | here |
 |---|---|
@@ -23,13 +24,13 @@ other code.
 | o_t, output gate | `output_gate="sigmoid"` of the layer |
 
 Layout: (B, H, N, D), heads before time. Noncausal-self adds a forward pass that reads after writing and a backward pass
-that reads before, numerators and normalisers alike, and divides once. In cross patterns the memory is absorbed in order
-and every query reads the last state: the order of the memory matters.
+that reads before writing, numerators and normalisers alike, and divides once. In cross patterns the memory is absorbed
+in order and every query reads the final state: the order of the memory matters.
 
-Deviations: m_0 is -1e30 for minus infinity (official code: 0, with the same outputs). No 1e-6 is added to the
-normaliser. The gates of the layer read its input, as in xLSTM-7B, with its soft cap as an option; in the paper's block
-they read the convolved q, k and v. Heads share the weights of their norm. sLSTM, which is not a map of queries and keys,
-is not here.
+Deviations: m_0 is -1e30 in place of minus infinity (official code: 0, with the same outputs). No 1e-6 is added to the
+normaliser. The layer computes its gates from its input, as in xLSTM-7B, with that model's soft cap as an option; the
+paper's block computes them from the convolved q, k and v. Heads share the weights of their norm. sLSTM, which is not a
+map of queries and keys, is not implemented.
 """
 
 from __future__ import annotations
@@ -71,12 +72,12 @@ if TYPE_CHECKING:
 
 FORGET_GATES = ("sigmoid", "exp")
 NOTHING = -1e30
-"""m of an empty memory: lower than any gate, and unlike minus infinity it can be subtracted from itself."""
+"""m of an empty memory: lower than any gate, but finite, so that it can be subtracted from itself."""
 
 
 @dataclass(frozen=True)
 class MemoryState(State):
-    """C with n as its last column, both times exp(-m), in at least float32; m, in float64; and the tokens written."""
+    """C with n as its last column, both times exp(-m), in at least float32; m, in float64; and the token count."""
 
     memory: Float[Tensor, "b h k v+1"] = state_field()
     stabilizer: Float[Tensor, "b h"] = state_field()
@@ -88,8 +89,8 @@ class Config:
     """Options.
 
     Attributes:
-        forget_gate: of the layer: ``sigmoid``, or ``exp`` (which may be above 1).
-        gate_cap: c of the layer's soft cap c tanh(x / c) on what its gates are made of, > 0; None for none.
+        forget_gate: forget gate of the layer: ``sigmoid``, or ``exp`` (which may exceed 1).
+        gate_cap: c of the layer's soft cap c tanh(x / c) on the gates' pre-activations, > 0; None for no cap.
     """
 
     forget_gate: str = "sigmoid"
@@ -109,13 +110,13 @@ def reference(
     log_input: Float[Tensor, "b h m"],
     log_forget: Float[Tensor, "b h m"],
 ) -> Float[Tensor, "b h n v"]:
-    """The recurrence, token by token, without a stabiliser: for gates whose exponentials the dtype holds."""
+    """The recurrence, token by token, without a stabiliser: for gates whose exponentials fit the dtype."""
     n, m = q.shape[2], k.shape[2]
     values = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     empty = torch.zeros_like(k[..., None] * values[..., None, :]).sum(2)  # (b, h, k, v + 1): C and n
 
     def write(order: range) -> list[tuple[Tensor, Tensor]]:
-        """The memory decayed for each token, and after its write."""
+        """For each token, the decayed memory before its write and the memory after it."""
         memory, memories = empty, []
         for t in order:
             before = log_forget[:, :, t, None, None].exp() * memory
@@ -174,7 +175,7 @@ def chunked(
     log_input: Float[Tensor, "b h m"],
     log_forget: Float[Tensor, "b h m"],
 ) -> Result:
-    """Causal-self with state in and out, by the gated recurrence under a running stabiliser."""
+    """Causal-self with state in and out, computed as a gated recurrence with a running stabiliser."""
     writes, m = _writes(call, k, v, log_input, log_forget)
     o, memory = gated_recurrence(
         recurrent_forms.beside_keys(call, _queries(call, q), k.shape[2]),
@@ -197,7 +198,7 @@ def step(
     log_input: Float[Tensor, "b h 1"],
     log_forget: Float[Tensor, "b h 1"],
 ) -> Result:
-    """One token of :func:`chunked` by the recurrence itself."""
+    """One token of :func:`chunked` computed by the recurrence itself."""
     writes, m = _writes(call, k, v, log_input, log_forget)
     o, state = recurrent_forms.step(call, _queries(call, q), *writes)
     return Result(_normalized(o, m).to(v.dtype), _state(call, state, m))
@@ -210,13 +211,13 @@ def absorb(
     log_input: Float[Tensor, "b h m"],
     log_forget: Float[Tensor, "b h m"],
 ) -> MemoryState:
-    """Memory into C and n, in order; more may follow."""
+    """Write memory to C and n, in order; more may follow."""
     writes, m = _writes(call, k, v, log_input, log_forget)
     return _state(call, recurrent_forms.absorb(call, *writes), m)
 
 
 def read(call: Call, q: Float[Tensor, "b h n k"]) -> Result:
-    """Queries on absorbed memory."""
+    """Read absorbed memory with queries."""
     o = recurrent_forms.read(call, _queries(call, q))
     return Result(_normalized(o, call.state.stabilizer[..., None]).to(q.dtype), call.state)
 
@@ -228,10 +229,10 @@ def _queries(call: Call, q: Tensor) -> Tensor:
 def _writes(
     call: Call, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Float[Tensor, "b h m"]]:
-    """Keys times exp(log i - m), values with a column of ones and log decays for the gated recurrence; and m.
+    """Inputs of the gated recurrence, and m: keys times exp(log i - m), values with a column of ones, and log decays.
 
-    The outputs do not depend on m, so it is a constant to derivatives. It is summed in float64 where there is any: the
-    decays are differences of it.
+    The outputs do not depend on m, so it is a constant for derivatives. It is accumulated in float64 where available,
+    because the decays are differences of it.
     """
     gates = torch.float32 if k.device.type == "mps" else torch.float64
     write, forget = log_input.to(gates), log_forget.to(gates)
@@ -241,7 +242,7 @@ def _writes(
     start = write.new_full(write.shape[:2], NOTHING) if call.state is None else call.state.stabilizer.to(gates)
     m = _stabilizer(write.detach(), forget.detach(), start.detach())
     decay = forget + (torch.cat([start[..., None], m[..., :-1]], -1) - m)
-    decay = decay - decay.detach().clamp(min=0)  # by rounding
+    decay = decay - decay.detach().clamp(min=0)  # positive only through rounding
     k, v = wide(k), wide(v)
     keys = k * (write - m).exp().to(k.dtype)[..., None]
     return (keys, torch.cat([v, torch.ones_like(v[..., :1])], -1), decay.to(k.dtype)[..., None]), m
@@ -250,7 +251,7 @@ def _writes(
 def _stabilizer(
     write: Float[Tensor, "b h m"], forget: Float[Tensor, "b h m"], start: Float[Tensor, "b h"]
 ) -> Float[Tensor, "b h m"]:
-    """m_t = max(log f_t + m_{t-1}, log i_t), in log2(M) doublings: differences of sums of log f would turn -inf into NaN."""
+    """m_t = max(log f_t + m_{t-1}, log i_t), in log2(M) doublings: if log f is -inf, differences of sums are NaN."""
     m, sums, reach = write.clamp(min=NOTHING), forget, 1
     while reach < m.shape[-1]:
         m = torch.maximum(m, F.pad(m[..., :-reach] + sums[..., reach:], (reach, 0), value=-torch.inf))
@@ -277,11 +278,11 @@ def _state(call: Call, state: recurrent_forms.MatrixState, m: Float[Tensor, "b h
 
 
 class Gates(Projection):
-    """The layer's gates, from the sequence that is written: adds `log_input` and `log_forget`.
+    """The layer's gates: computes `log_input` and `log_forget` from the sequence that is written.
 
-    Both are affine in x, under a soft cap if there is one. At the start their weights are 0, the input gate is near 1
-    and the forget gates lie between sigmoid(3) and sigmoid(6), as in the official code; exponential forget gates start
-    at the same values. Key/value heads have them; the query heads of a group share them.
+    Both are affine in x, under a soft cap if there is one. Their weights are initialised to 0; the input gate starts
+    near 1 and the forget gates between sigmoid(3) and sigmoid(6), as in the official code; exponential forget gates
+    start at the same values. There is one pair of gates per key/value head, shared by the query heads of its group.
     """
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -334,7 +335,7 @@ def sample_inputs(
 ) -> Tensors:
     """Inputs for tests, with both gates below and above 1.
 
-    Stronger ones make sums n . q whose terms cancel: float32 then loses more than 2e-6 in the definition itself.
+    Stronger gates make terms of n . q cancel: float32 then loses more than 2e-6 in the definition itself.
     """
     size = {"h": 2, "k": 8, "v": 6} | (sizes or {})
 

@@ -1,31 +1,32 @@
-r"""Mixture of block attention: each query reads the few blocks of keys whose mean key it likes best, and its own.
+r"""Mixture of block attention: each query attends to its own block of keys and the few with the best mean keys.
 
-When to pick it: long contexts in which a query needs few places, wherever they are, in a model that was or will be trained
-with it; nothing is learned beyond softmax attention's weights, so that layers can be of either kind.
-When not: short contexts (`softmax` is cheaper, and the same up to `top` blocks), or a cache of constant size.
+When to pick it: long contexts in which a query needs only a few places, wherever they are, in a model that was or will
+be trained with it; it adds no parameters to softmax attention, so layers can switch between the two.
+When not: short contexts (`softmax` is cheaper, and identical up to `top` blocks), or a cache of constant size.
 
-Definition (Lu et al., arXiv 2502.13189, equations 2-9), ranks from 0, b = `block_size`, B_r the tokens r b ... r b + b - 1:
+Definition (Lu et al., arXiv 2502.13189, equations 2-9), ranks from 0, b = `block_size`, B_r the tokens r b to r b + b -
+1:
 
     s_ir = q_i . mean of k_j over j in B_r
     R_i  = { floor(i / b) } and the k - 1 blocks r < floor(i / b) of the highest s_ir
     o_i  = sum_j softmax_j(tau q_i . k_j) v_j over the keys j <= i in the blocks R_i
 
-Choices are made for each query and head, and no gradient flows through them.
+Blocks are chosen for each query and head, and no gradient flows through the choice.
 
 | paper | here |
 |---|---|
 | B, block size | `block_size` |
-| k, of top-k gating | `top`, the query's own block among them |
+| k, of top-k gating | `top`, including the query's own block |
 | s_i, affinity scores | dot products with the means of rotated keys, in at least float32 |
-| g_i, gates | a place among the highest scores |
+| g_i, gates | whether a block is among the highest scores |
 
-Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries), whose blocks each query head chooses alone.
-A query that sees no key gives 0. Nothing of size N x M is made: scores of blocks are N M / b numbers, and each query has its
-softmax in two parts, its own block and the others, joined by their log-sum-exps.
+Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries); each query head still chooses its own
+blocks. A query that sees no key gives 0. Nothing of size N x M is materialised: there are N M / b block scores, and
+each query's softmax is computed in two parts, its own block and the others, merged by their log-sum-exps.
 State: keys, values, and the sum of each block's keys; a step reads the sums, and the keys and values of `top` blocks.
-Deviations: the paper has causal-self alone. In noncausal-self the other blocks may also come later, and in cross patterns
-all of the `top` blocks are chosen; the mean of a last, shorter block is over the tokens that it has. The paper's blocks
-are of 512 tokens with k = 3 and more.
+Deviations: the paper has only causal-self. In noncausal-self the other blocks may also come later, and in cross
+patterns all `top` blocks are chosen by score; the mean of a shorter last block is over the tokens that it has. The
+paper's blocks have 512 tokens, with k = 3 and more.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 QUERIES_AT_ONCE = 64
-"""Queries of a tile on one block of keys."""
+"""Maximum number of queries in a tile, which shares one block of keys."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ class Config:
     """Options.
 
     Attributes:
-        block_size: b >= 1, tokens a block.
-        top: k >= 1, blocks that a query reads.
+        block_size: b >= 1, tokens per block.
+        top: k >= 1, blocks that a query attends to.
     """
 
     block_size: int = 64
@@ -96,7 +97,7 @@ class BlockState(KeyValueState):
 def reference(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     size, n, m = call.config.block_size, q.shape[2], k.shape[2]
     keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     i, j = torch.arange(n, device=q.device)[:, None] + m - n, torch.arange(m, device=q.device)
@@ -119,8 +120,8 @@ def reference(
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Float[Tensor, "b h n v"]:
-    """Scores of blocks (N M / b of them), then one softmax over each query's own block and one over those that it
-    chose, with queries gathered by block; the two are joined by their log-sum-exps."""
+    """Score blocks (N M / b scores), then take one softmax over each query's own block and one over the blocks that it
+    chose, with queries gathered by block; the two are merged by their log-sum-exps."""
     m, size = k.shape[2], call.config.block_size
     length = lengths_after(None, call.memory_lengths, k.shape[0], m, k.device)
     with torch.no_grad():
@@ -131,25 +132,25 @@ def parallel(
 def chunked(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Result:
-    """Continue a cached sequence by any number of tokens; also the step."""
+    """Continue a cached sequence by any number of tokens; also used as the step."""
     state, where = _extend(call, k, v, q.shape[2])
     return Result(_attend(call, q, state.k, state.v, state.sums, state.length, where, _slots(state)), state)
 
 
 def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> BlockState:
-    """Memory into a cache; more may follow."""
+    """Append memory to the cache; more may follow."""
     return _extend(call, k, v, 0)[0]
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"]) -> Result:
-    """Queries on absorbed memory."""
+    """Attend from queries to absorbed memory."""
     state: BlockState = call.state
     where = ranks(call, q.shape[2], 0, q.device, state.ranks)
     return Result(_attend(call, q, state.k, state.v, state.sums, state.length, where, _slots(state)), state)
 
 
 def _extend(call: Call, k: Tensor, v: Tensor, n: int) -> tuple[BlockState, Ranks]:
-    """The cache followed by new keys and values, whose sums grow with them."""
+    """The cache with new keys and values appended and the block sums updated."""
     past: BlockState | None = call.state
     cache, where = extend(call, k, v, n)
     count = -(-cache.k.shape[2] // call.config.block_size)
@@ -164,7 +165,7 @@ def _extend(call: Call, k: Tensor, v: Tensor, n: int) -> tuple[BlockState, Ranks
 
 
 def _slots(state: BlockState) -> Int[Tensor, "b past"]:
-    """The slot of each rank of a cache."""
+    """The cache slot of each rank."""
     total = state.ranks.shape[1]
     slot = torch.arange(total, device=state.ranks.device).expand_as(state.ranks)
     places = torch.where(state.ranks < 0, total, state.ranks)
@@ -181,7 +182,7 @@ def _attend(
     where: Ranks,
     slots: Int[Tensor, "b m"] | None,
 ) -> Float[Tensor, "b h n v"]:
-    """Softmax attention to the blocks that are chosen, of keys whose slots are their ranks unless `slots` says others."""
+    """Softmax attention to the chosen blocks; keys are stored at their ranks unless `slots` maps ranks to slots."""
     config: Config = call.config
     causal, n = call.pattern is Pattern.CAUSAL_SELF, q.shape[2]
     if n == 0 or sums.shape[2] <= config.top:
@@ -190,7 +191,7 @@ def _attend(
     size, heads = config.block_size, q.shape[1]
     own = None if call.pattern.cross else block_numbers(where.queries, size)
     chosen = _chosen(config, q, sums, length, own, causal=causal)
-    if n == 1:  # all of its blocks as one row of keys
+    if n == 1:  # the query's blocks form one row of keys
         if own is not None:
             chosen = torch.cat([own[:, None, :, None].expand(chosen.shape[0], heads, -1, -1), chosen], 3)
         last = torch.minimum(length[:, None], where.queries + 1) if causal else length[:, None]
@@ -220,7 +221,7 @@ def _chosen(
     *,
     causal: bool,
 ) -> Int[Tensor, "b h n picks"]:
-    """The blocks of each query beside its own; as many as there are blocks stands for none."""
+    """The blocks that each query chooses besides its own; the number of blocks marks an empty choice."""
     block = torch.arange(sums.shape[2], device=q.device)
     tokens = (length[:, None] - block * config.block_size).clamp(0, config.block_size)
     eligible = (tokens > 0)[:, None]
@@ -242,7 +243,7 @@ def _on_blocks(
     stop: Int[Tensor, "b 1"],
     slots: Int[Tensor, "b m"] | None,
 ) -> tuple[Float[Tensor, "b h tiles s v"], Float[Tensor, "b h tiles s"]]:
-    """Each tile of queries on blocks of its own, up to the rank `stop` of its row; and their log-sum-exps."""
+    """Attend from each tile of queries to its own blocks, below the row's rank `stop`; with log-sum-exps."""
     size = call.config.block_size
     place = (blocks[..., None] * size + torch.arange(size, device=q.device)).flatten(3)
     exists = (place >= 0) & (place < stop[..., None, None])
@@ -266,7 +267,7 @@ def _on_blocks(
 def _taken_blocks(
     x: Float[Tensor, "b g m d"], blocks: Int[Tensor, "b h tiles c"], size: int
 ) -> Float[Tensor, "b h tiles c*size d"]:
-    """Blocks for each query head of keys (or values) that lie at their ranks; of a block that is none, any."""
+    """Gather blocks of keys (or values) stored at their ranks, per query head; an empty choice gives any block."""
     x = F.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size))
     batch, groups, count, _, width = x.shape
     heads = blocks.shape[1]
@@ -279,7 +280,7 @@ def _taken_blocks(
 def _taken_tokens(
     x: Float[Tensor, "b g m d"], place: Int[Tensor, "b h tiles t"], slots: Int[Tensor, "b m"]
 ) -> Float[Tensor, "b h tiles t d"]:
-    """Tokens for each query head of a cache, by rank; of ranks that it lacks, any. It may be a part of longer memory."""
+    """Gather cached tokens by rank, per query head; missing ranks give any token. `slots` may cover longer memory."""
     batch, heads = place.shape[:2]
     row = torch.arange(batch, device=x.device)[:, None, None]
     group = torch.arange(heads, device=x.device)[:, None] // (heads // x.shape[1])
@@ -288,7 +289,7 @@ def _taken_tokens(
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Scores of blocks, and `top` blocks of keys for each query."""
+    """Cost of block scores, and of `top` blocks of keys for each query."""
     size, width = config.block_size, shape.dim_key + shape.dim_value
     heads, blocks = shape.batch * shape.heads, math.ceil(shape.m / config.block_size)
     seen = min(shape.m, config.top * size)

@@ -1,30 +1,31 @@
-r"""NiNformer: a block of MLP-Mixer inside a gating unit, whose output multiplies a projection of the tokens.
+r"""NiNformer: an MLP-Mixer block inside a gating unit; the Mixer's output multiplies a projection of the tokens.
 
-When to pick it: images of one small size without attention, where a static mixture of places is not enough: what a place
-gets of another one depends on what both hold.
-When not: inputs of many lengths, causal models, or a comparison of equal widths: it contains a Mixer, so a Mixer of as many
-parameters is the control.
+When to pick it: images of one small size without attention, where a static mixture of positions is not enough: here,
+how much a position receives from another depends on the contents of both.
+When not: inputs of many lengths, causal models, or comparisons at equal width: it contains a Mixer, so the right
+baseline is a Mixer with as many parameters.
 
-Definition (Abdullah & Aydin, NiNformer, arXiv 2403.02411, section 3), with the feed-forward networks T along the tokens of a
-channel (`mlp_mixer`) and C along the channels of a token:
+Definition (Abdullah & Aydin, NiNformer, arXiv 2403.02411, section 3), with the feed-forward networks T along the tokens
+of each channel (`mlp_mixer`) and C along the channels of each token:
 
     X_1 = X + T(LN(X)),   M = X_1 + C(LN(X_1)),   Y = (X W_p + b_p) * M
 
-The gate M is unbounded and signed; its residual streams make Y grow with the square of X where no norm comes before it.
+The gate M is unbounded and signed; without a norm before it, its residual streams make Y grow with the square of X.
 
 | paper | here |
 |---|---|
-| X W_p + b_p | `value` (B, N, C): a function is given it, a layer has it from `project` |
+| X W_p + b_p | `value` (B, N, C): an argument of the function; a layer computes it with `project` |
 | Mixer | `token_norm`, `token_up`, `token_down`, `channel_norm`, `channel_up`, `channel_down`, each with its `..._bias` |
 | sequence length | `length` (L): the columns of `token_up` |
 | token_dim, channel_dim (both d_ffn) | `token_hidden`, `channel_hidden` |
 
-Layout: tokens (B, N, C), with N at most L, in places as those of `mlp_mixer`: shorter rows count as zeros after the first
-norm, on a `grid` masked places do. `x` makes the gate, and may be of another sequence of as many tokens than `value` is.
+Layout: tokens (B, N, C), with N at most L, placed as in `mlp_mixer`: the tokens that a shorter row lacks, and masked
+places on a `grid`, count as zeros after the first norm. `x` produces the gate; `value` may come from another sequence
+of the same length.
 Deviations: inputs of fewer than L tokens, and masks. `gate`, `inner`, `combine` and `activation` are ablations: with
-``inner="channel"`` no tokens mix, with ``combine="add"`` nothing is dynamic that a Mixer has not. As a function, a network
-that is not given is left out, and so is a norm. The norm that the official block has before the unit and before its
-feed-forward network, one module in both places, belongs to the block (`regard.models.vision.mixer`).
+``inner="channel"`` tokens do not mix, with ``combine="add"`` mixing is as static as in a Mixer. In the function, a
+network that is not passed is omitted, and so is a norm. The norm that the official block applies before the unit and
+before its feed-forward network (one shared module) belongs to the block (`regard.models.vision.mixer`).
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 EPS = 1e-5
-"""Of both norms."""
+"""The eps of both norms."""
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda m: m,
@@ -85,16 +86,16 @@ COMBINATIONS = ("multiply", "add")
 
 @dataclass(frozen=True)
 class Config:
-    """Options. Functions use `gate`, `combine` and `activation`, and the networks that they are given.
+    """Options. Functions use `gate`, `combine` and `activation`, and the networks passed to them.
 
     Attributes:
-        length: L, the most tokens that a sequence or grid may have, >= 1.
-        token_hidden, channel_hidden: widths of the networks along tokens and along channels, >= 1; twice the channels when
-            None, as published.
+        length: L, the maximum number of tokens in a sequence or grid, >= 1.
+        token_hidden, channel_hidden: widths of the networks along tokens and along channels, >= 1; twice the channels
+            when None, as published.
         inner: the networks of the gate: ``mixer`` (both), ``token``, or ``channel``, with which no tokens mix.
-        gate: what the gate goes through: ``none``, ``sigmoid``, ``tanh`` or ``gelu``.
+        gate: function applied to the gate: ``none``, ``sigmoid``, ``tanh`` or ``gelu``.
         combine: ``multiply`` the projection by the gate, or ``add`` it.
-        activation: of the networks: ``gelu``, ``relu`` or ``none``.
+        activation: activation of the networks: ``gelu``, ``relu`` or ``none``.
     """
 
     length: int = 1024
@@ -115,12 +116,12 @@ class Config:
         one_of("activation", self.activation, ACTIVATIONS)
 
     def hidden_of(self, width: int) -> tuple[int, int]:
-        """Widths of the networks along tokens and along channels, for `width` channels."""
+        """Hidden widths of the networks along tokens and along channels, for `width` channels."""
         along, across = (2 * width if hidden is None else hidden for hidden in (self.token_hidden, self.channel_hidden))
         return along, across
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the weights of the gate, by their names, for `width` channels."""
+        """Shapes of the gate's weights by name, for `width` channels."""
         found: dict[str, tuple[int, ...]] = {}
         along, across = self.hidden_of(width)
         sizes = {"token": (self.length, along), "channel": (width, across)}
@@ -152,7 +153,7 @@ def reference(
 def parallel(
     call: Call, x: Float[Tensor, "b n d"], value: Float[Tensor, "b n d"], **weights: Tensor
 ) -> Float[Tensor, "b n d"]:
-    """In at least float32, since the product of two residual streams is what overflows first."""
+    """Compute in at least float32, since the product of two residual streams overflows first."""
     _check(call, x, weights)
     valid = call.valid_queries(x.shape[1]) if call.valid is None else call.valid
     m = wide(x)
@@ -171,7 +172,7 @@ def _combined(call: Call, value: Tensor, m: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor, weights: Tensors, network: str) -> Tensor:
-    """The norm before a network; nothing where none is given."""
+    """The norm before a network; `x` itself if no norm is given."""
     weight, bias = weights.get(f"{network}_norm"), weights.get(f"{network}_norm_bias")
     if weight is None and bias is None:
         return x
@@ -184,7 +185,7 @@ def _network(weights: Tensors, network: str) -> list[Tensor]:
 
 
 def _check(call: Call, x: Tensor, weights: Tensors) -> None:
-    """Refuse a network in parts, none at all, and more tokens than places."""
+    """Refuse an incomplete network, no network at all, or more tokens than places."""
     for network in INNER["mixer"]:
         names = [f"{network}_{name}" for name in feed_forward_shapes(1, 1)]
         missing = [name for name in names if name not in weights]
@@ -199,15 +200,15 @@ def _check(call: Call, x: Tensor, weights: Tensors) -> None:
 
 
 class NiNformerLayer(MixerLayer):
-    """The gating unit as a layer, (B, N, C) -> (B, N, C), without the block's norm and residual.
+    """The gating unit as a layer, (B, N, C) -> (B, N, C), without the block's norm or residual.
 
     Args:
         card: the mechanism.
         dim: width C of the input and output.
-        num_heads: accepted for the catalogue's sake.
+        num_heads: accepted for a uniform signature; has no effect.
         pattern: noncausal-self.
-        dropout: probability of dropping a number after each map of both networks while training.
-        linear: kind of the projection that is gated (``dense`` or a projection mechanism).
+        dropout: dropout probability after each matrix of both networks, in training.
+        linear: kind of the gated projection (``dense`` or a projection mechanism).
         config: see :class:`Config`.
     """
 
@@ -231,7 +232,7 @@ class NiNformerLayer(MixerLayer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As torch initialises linear layers and norms; the projection has its own."""
+        """Initialise as torch does for linear layers and norms; the projection initialises itself."""
         initialise_as_torch(self.weights)
 
     def mix(self, tokens: Tokens, memory: Tokens | None, context: Context, state: Any) -> Result:
@@ -240,7 +241,7 @@ class NiNformerLayer(MixerLayer):
 
 
 def initialise_as_torch(weights: nn.ParameterDict) -> None:
-    """Matrices and the biases of the same name uniform in +-fan-in^-1/2, as `torch.nn.Linear` has them; norms of one."""
+    """Initialise matrices and their biases uniformly in +-fan-in^-1/2, as `torch.nn.Linear` does, norms with 1."""
     for name, parameter in weights.items():
         matrix = parameter if parameter.ndim == 2 else weights.get(name.removesuffix("_bias"))
         if matrix is not None and matrix.ndim == 2:
@@ -251,8 +252,8 @@ def initialise_as_torch(weights: nn.ParameterDict) -> None:
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Products of the inner Mixer, along tokens and along channels as far as the options have them; the projection is
-    not counted."""
+    """Cost of the inner Mixer's products along tokens and along channels, as far as the options include them; the
+    projection is not counted."""
     width, inner = shape.heads * shape.dim_value, INNER[config.inner]
     along, across = config.hidden_of(width)
     hidden = ("token" in inner) * along + ("channel" in inner) * across
@@ -266,7 +267,7 @@ def cost(shape: Shape, config: Config) -> Cost:
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
-    """Hidden features along tokens and along channels, places, and features of the tokens."""
+    """Axis sizes: hidden features along tokens and along channels, places, and features of the tokens."""
     width = shape.heads * shape.dim_value
     along, across = config.hidden_of(width)
     return {"j": along, "f": across, "l": shape.n, "d": width}
@@ -284,7 +285,7 @@ def sample_inputs(
     sizes: dict[str, int] | None = None,
     grid: tuple[int, ...] | None = None,
 ) -> Tensors:
-    """Random inputs for tests, whose token network has places for a few more tokens."""
+    """Random inputs for tests, with a token network that has places for a few extra tokens."""
     size = {"d": 8, "j": 5, "f": 7, "l": n + 3, **(sizes or {})}
     small = Config(max(size["l"], n, 1), size["j"], size["f"], inner=config.inner)
     tokens = {name: (batch, n, size["d"]) for name in ("x", "value")}

@@ -1,30 +1,30 @@
 r"""NormAttention: linear attention whose output is normalised instead of being divided by a sum of weights.
 
-When to pick it: in place of `linear` wherever that trains unsteadily, in the later layers of a stack whose first layers
-look at what is near (`diagonal`; :func:`regard.models.transnormer_plan`).
-When not: exact recall of single tokens (nothing is ever forgotten or overwritten: `gated_linear`, `delta_rule`).
+When to pick it: in place of `linear` wherever `linear` trains unstably, in the later layers of a stack whose first
+layers attend locally (`diagonal`; :func:`regard.models.transnormer_plan`).
+When not: exact recall of single tokens (nothing is ever forgotten or overwritten; see `gated_linear`, `delta_rule`).
 
 Definition (TransNormer, Qin et al., arXiv 2210.10340, section 4.1):
 
     S_i = sum_{j<=i} k'_j v_j^T,   o_i = Norm(q'_i S_i),   q'_i = R_i f(q_i),   k'_j = R_j f(k_j)
 
 with Norm over all heads of a token together, and noncausal patterns summing over all keys. Dividing by the sum of the
-scores (`linear`) puts a factor 1 / score into the derivative of a weight, which has no bound; without the denominator it
-is not there (section 3.1). The norm brings it back where all scores of a query shrink together, since the output then
-stays as it is; its bound there is that of the norm's eps.
+scores (`linear`) puts an unbounded factor 1 / score into the derivative of a weight; without the denominator this
+factor disappears (section 3.1). The norm brings it back if all scores of a query shrink together, since the output then
+does not change; there the norm's eps bounds it.
 
 | paper | here |
 |---|---|
 | f: elu (variant T1), 1 + elu (T2) | `feature_map="plain_elu"`, `"elu"`: named as in `linear`; and others |
 | SimpleRMSNorm, x / (norm(x) D^-1/2 + 1e-8) | `output_norm="simple_rms"`; also `rms` and `layer` with learned weights |
-| LRPE, R | `positions="lrpe"` of the layer, after f; `rotary` too |
+| LRPE, R | `positions="lrpe"` of the layer, after f; also `rotary` |
 | S | `MatrixState.memory`, in at least float32 |
 
-Layout: (B, H, N, D), all heads in one call, since the norm is over all of them. The scale multiplies q before f and is 1
-by default. Padded keys are left out after f, since 1 + elu(0) is not 0. A query that sees no key gives 0.
-Deviations: `denominator=True` is the ablation: weights divided by their sum before the norm; it needs f >= 0 and takes
-no rotation, under which sums may vanish. Projections are initialised as in other layers (the paper: Xavier with gain
-2^-1/2 for q, k and v, of nearly the same width). In cross patterns there are no positions.
+Layout: (B, H, N, D), all heads in one call, since the norm is over all of them. The scale multiplies q before f and is
+1 by default. Padded keys are masked after f, since 1 + elu(0) is not 0. A query that sees no key gives 0.
+Deviations: `denominator=True` is the ablation: weights are divided by their sum before the norm. It needs f >= 0 and
+refuses rotation, under which sums may vanish. Projections are initialised as in other layers (the paper: Xavier with
+gain 2^-1/2 for q, k and v, of nearly the same spread). Cross patterns have no positions.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 MAPS = {**FEATURE_MAPS, "plain_elu": F.elu}
 
 EPS = 1e-6
-"""Added to denominators, where there are any."""
+"""Added to the denominator, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class Config:
 
     Attributes:
         feature_map: f: ``elu`` (1 + elu), ``plain_elu`` (elu), ``relu``, ``relu_squared``, ``sigmoid``, ``silu``,
-            ``identity`` or ``exp`` (sums overflow where features near 88).
-        output_norm: of all heads together: ``simple_rms``, or ``rms`` and ``layer``, whose learned weights a layer has,
-            or ``none``.
+            ``identity`` or ``exp`` (sums overflow when features approach 88).
+        output_norm: norm over all heads together: ``simple_rms``; ``rms`` or ``layer``, whose learned weights belong to
+            the layer; or ``none``.
         denominator: divide by the sum of the weights before the norm; needs a feature map that is never negative.
     """
 
@@ -96,7 +96,7 @@ class Config:
 def reference(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     config: Config = call.config
     _check(call)
     f = MAPS[config.feature_map]
@@ -128,7 +128,7 @@ def parallel(
 def chunked(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]
 ) -> Result:
-    """Causal-self with state in and out, in chunks of 64 unless the call says otherwise; the norm follows."""
+    """Causal-self with state in and out, in chunks of 64 unless the call says otherwise; then the norm."""
     q, k = _mapped(call, q, k)
     o, memory = linear_attention(
         recurrent_forms.beside_keys(call, q, k.shape[2]),
@@ -146,7 +146,7 @@ def chunked(
 
 
 def step(call: Call, q: Float[Tensor, "b h 1 d"], k: Float[Tensor, "b h 1 d"], v: Float[Tensor, "b h 1 v"]) -> Result:
-    """One token of :func:`chunked` by the recurrence itself."""
+    """One token of :func:`chunked` computed by the recurrence itself."""
     q, k = _mapped(call, q, k)
     rule = _rule(call)
     o, state = recurrent_forms.step(call, map_queries(q, rule), *map_memory(k, wide(v), rule, call.memory_lengths))
@@ -154,7 +154,7 @@ def step(call: Call, q: Float[Tensor, "b h 1 d"], k: Float[Tensor, "b h 1 d"], v
 
 
 def absorb(call: Call, k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]) -> MatrixState:
-    """Memory into S; more may follow, in any order."""
+    """Add memory to S; more may follow, in any order."""
     memory = _written(call, _mapped_keys(call, k), v)
     if call.state is not None:
         memory = memory + call.state.memory
@@ -162,7 +162,7 @@ def absorb(call: Call, k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"])
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"]) -> Result:
-    """Queries on absorbed memory."""
+    """Read absorbed memory with queries."""
     o = recurrent_forms.read(call, map_queries(_mapped_queries(call, q), _rule(call)))
     return Result(_normalized(call, o, q.dtype), call.state)
 
@@ -177,7 +177,7 @@ def _check(call: Call) -> None:
 
 
 def _engine_maps(call: Call) -> bool:
-    """Whether the engine applies f; otherwise it is given what is mapped, and rotated."""
+    """Return whether the engine applies f; otherwise its inputs are already mapped and rotated."""
     return call.rotate is None and call.config.feature_map in FEATURE_MAPS
 
 
@@ -195,31 +195,31 @@ def _mapped_keys(call: Call, k: Tensor) -> Tensor:
 
 
 def _mapped(call: Call, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys as the engine is given them: rotated by their ranks, if they are."""
+    """Queries and keys for the engine, rotated by their ranks if the call rotates."""
     _check(call)
     queries, keys = _mapped_queries(call, q), _mapped_keys(call, k)
     if call.rotate is None:
         return queries, keys
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     before = 0 if call.state is None else call.state.length[:, None]
-    # padding has rank -1, and is left out by the engine
+    # padding has rank -1, and the engine masks it
     return call.rotate(queries, where.queries + before), call.rotate(keys, where.keys.clamp(min=0) + before)
 
 
 def _written(call: Call, keys: Tensor, v: Tensor) -> Tensor:
-    """S of all keys."""
+    """S summed over all keys."""
     keys, values = map_memory(keys, wide(v), _rule(call), call.memory_lengths)
     with without_autocast(v.device):
         return keys.mT @ values
 
 
 def _normalized(call: Call, o: Tensor, dtype: torch.dtype) -> Tensor:
-    """The norm of what queries read, after the denominator where there is one."""
+    """The normalised output, after division by the denominator if there is one."""
     return norm_over_heads(divide(o, _rule(call)), call.config.output_norm).to(dtype)
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """As linear attention's; the norm is a few operations for each number of the output."""
+    """Cost of linear attention; the norm adds only a few operations per output number."""
     width = shape.dim_value + config.denominator
     matrix = shape.dim_key * width
     tokens = shape.batch * shape.heads * shape.m

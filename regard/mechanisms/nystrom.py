@@ -1,31 +1,31 @@
-r"""Nystrom attention: a few mean queries and keys stand for all, and the softmax matrix is rebuilt from its rows and columns
-there.
+r"""Nystrom attention: a few mean queries and keys act as landmarks, from whose rows and columns the softmax matrix is
+rebuilt.
 
 When to pick it: long noncausal inputs, with softmax weights that vary smoothly along the sequence; a trained softmax
 encoder that should become linear with little fine-tuning.
-When not: causal models (a mean holds later tokens), or lookups of single tokens, which a mean blurs.
+When not: causal models (a mean contains later tokens), or lookups of single tokens, which a mean blurs.
 
-Definition (Xiong et al., arXiv 2102.03902, equations 9-15; survey arXiv 2103.14636, C2). With segment means Q~ and K~ of
-c segments of queries and keys, and the scale s:
+Definition (Xiong et al., arXiv 2102.03902, equations 9-15; survey arXiv 2103.14636, C2). With segment means Q~ and K~
+of c segments of queries and keys, and the scale s:
 
     O = softmax(s Q K~^T) Z softmax(s Q~ K^T) V (+ DWC(V)),      A = softmax(s Q~ K~^T),   Z ≈ A^+
     Z_0 = A^T / (max_j sum_i |A_ij| max_i sum_j |A_ij|),   Z <- 0.25 Z (13 I - A Z (15 I - A Z (7 I - A Z))),  six times
 
-With c tokens or fewer it is softmax attention itself. The second factor of Z_0 is 1, since rows of A sum to 1.
+With c tokens or fewer the output is exact softmax attention. The second factor of Z_0 is 1, since rows of A sum to 1.
 
 | paper | here |
 |---|---|
 | m landmarks | `landmarks` (c) |
-| segment means | segments of a row's valid tokens that differ by one token at most, the shorter ones first |
+| segment means | segments of a row's valid tokens whose sizes differ by at most one, the shorter ones first |
 | Z^* after 6 iterations | `iterations`; None for the exact pseudoinverse |
-| skip connection, depthwise convolution of V | `convolution` (H, W), one odd kernel a head; `projection.convolution` of the layer |
+| skip connection, depthwise convolution of V | `convolution` (H, W), one odd kernel per head; `projection.convolution` of the layer |
 
-Layout: q (B, H, N, D), k and v (B, G, M, D). Noncausal patterns: in noncausal-cross (not in the paper) queries and keys
-have segments of their own, of a row each. Padding enters neither means nor Z. Whether a row has c tokens or fewer is asked
-of each row. The convolution exists in noncausal-self only.
-Deviations: Z_0 of each matrix has its own factor; the original code shares the largest one over the batch and the heads,
-which lets rows of a batch change each other. The benchmark's code scales scores by 1 / D instead of s. Dropout is applied
-to the layer's output.
+Layout: q (B, H, N, D), k and v (B, G, M, D). Noncausal patterns only; in noncausal-cross (not in the paper) queries and
+keys are segmented separately, each within its row. Padding enters neither means nor Z. Whether a row has c tokens or
+fewer is decided for each row. The convolution exists only in noncausal-self.
+Deviations: Z_0 of each matrix has its own factor; the original code shares the largest one over the batch and the
+heads, so that rows of a batch affect each other. The benchmark's code scales scores by 1 / D instead of s. Dropout is
+applied to the layer's output.
 """
 
 from __future__ import annotations
@@ -67,9 +67,10 @@ class Config:
     """Options.
 
     Attributes:
-        landmarks: c, segments of the queries and of the keys, >= 1; the paper has 32 to 64.
-        iterations: of the pseudoinverse, >= 1; None for the exact one, which is slower and has unstable gradients.
-        convolution: width of a layer's convolution of the values, odd, or 0 for none; None for 33 in noncausal-self
+        landmarks: c, the number of segments of the queries and of the keys, >= 1; the paper has 32 to 64.
+        iterations: iterations for the pseudoinverse, >= 1; None for the exact one, which is slower and has unstable
+            gradients.
+        convolution: width of the layer's convolution over the values, odd, or 0 for none; None for 33 in noncausal-self
             and none elsewhere.
     """
 
@@ -131,7 +132,7 @@ def parallel(
     v: Float[Tensor, "b g m v"],
     convolution: Float[Tensor, "h w"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """Two products of softmax attention with c keys, or c queries, around the pseudoinverse."""
+    """Softmax attention to c keys and from c queries, with the pseudoinverse between the two."""
     _check(call, convolution)
     dtype, heads = wide_dtype(q), q.shape[1]
     out_dtype, q, k, v = v.dtype, q.to(dtype), k.to(dtype), v.to(dtype)
@@ -146,10 +147,10 @@ def parallel(
 
 
 def _rebuilt(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "b h n v"]:
-    """With more than c queries and keys, though a padded row may have fewer, and then its softmax attention.
+    """The output for more than c queries and keys; padded rows with c or fewer get exact softmax attention.
 
-    A row of c keys or fewer has a landmark for each: what the queries read of the landmarks is then softmax attention,
-    with the values in place of Z softmax(s Q~ K^T) V. A row of c queries or fewer is what its landmarks read.
+    A row of c keys or fewer has a landmark for each key: attention from queries to landmarks is then exact, with the
+    values in place of Z softmax(s Q~ K^T) V. For a row of c queries or fewer, the output is that of its landmarks.
     """
     config: Config = call.config
     c, heads = config.landmarks, q.shape[1]
@@ -174,10 +175,10 @@ def _rebuilt(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "b h 
 
 
 def pseudoinverse(a: Float[Tensor, "b h c c"], iterations: int | None) -> Float[Tensor, "b h c c"]:
-    """Z of stochastic matrices, by a third-order iteration from A^T over its largest column sum."""
+    """Z for row-stochastic matrices, by a third-order iteration from A^T over its largest column sum."""
     identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     if iterations is None:
-        finite = a.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)  # no decomposition takes others
+        finite = a.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)  # decompositions need finite entries
         return torch.where(finite, torch.linalg.pinv(torch.where(finite, a, identity)), torch.nan)
     z = a.mT / a.sum(-2, keepdim=True).amax(-1, keepdim=True)
     for _ in range(iterations):
@@ -207,10 +208,10 @@ def _check(call: Call, convolution: Tensor | None) -> None:
 
 
 class ValueConvolution(Projection):
-    """Gives the heads of a layer the kernels of their convolution, where it has one.
+    """Supplies a layer's heads with their convolution kernels, if there are any.
 
     Args:
-        spec: of the layer.
+        spec: the layer's specification.
     """
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -242,7 +243,7 @@ def sample_inputs(
     config: Config,
     sizes: dict[str, int] | None = None,
 ) -> Tensors:
-    """Normal inputs for tests, with taps of a convolution where the options have one."""
+    """Normal inputs for tests, with convolution kernels if the options have them."""
     widths = {"h": 2, "g": 2, "d": 8, "v": 6, **(sizes or {})}
     shapes = attention_shapes(batch, n, m, widths)
     if pattern is Pattern.NONCAUSAL_SELF and config.convolution != 0:
@@ -251,8 +252,8 @@ def sample_inputs(
 
 
 def cost(shape: Shape, config: Any) -> Cost:
-    """Three softmax products with c landmarks; each iteration towards the pseudoinverse is four products of c x c
-    matrices."""
+    """Cost of three softmax products with c landmarks, and of the iterations for the pseudoinverse: four products of c
+    x c matrices each."""
     heads, width = shape.batch * shape.heads, shape.dim_key + shape.dim_value
     c = min(config.landmarks, shape.n, shape.m)
     steps = 6 if config.iterations is None else config.iterations

@@ -1,9 +1,9 @@
-r"""Performer (FAVOR+): random positive features estimate the softmax kernel, so attention becomes a recurrence on a matrix.
+r"""Performer (FAVOR+): random positive features estimate the softmax kernel, so the past fits in one matrix per head.
 
-When to pick it: softmax-like attention at a linear cost over long inputs whose scores are small; softmax weights of a
-trained model can be moved into it and fine-tuned.
-When not: sharp attention. The variance of the estimate grows exponentially with |q + k|^2, so a few large scores drown in
-noise; see `softmax`, or `linear` for a cheaper kernel that estimates nothing.
+When to pick it: softmax-like attention at linear cost over long inputs with small scores; the weights of a trained
+softmax model can be transferred to it and fine-tuned.
+When not: sharp attention. The variance of the estimate grows exponentially with |q + k|^2, so a few large scores drown
+in noise; see `softmax`, or `linear` for a cheaper kernel without random estimates.
 
 Definition (Choromanski et al., arXiv 2009.14794, lemma 1 and section 2.4; survey arXiv 2103.14636, C4). With random
 features w_1 ... w_R and x' = sqrt(s) x for the scale s, so that exp(s q . k) = E[ phi(q) . phi(k) ]:
@@ -12,29 +12,30 @@ features w_1 ... w_R and x' = sqrt(s) x for the scale s, so that exp(s q . k) = 
     o_i = (sum_j (phi(q_i) . phi(k_j)) v_j) / (sum_j phi(q_i) . phi(k_j) + eps)
 
 - c of a query is the largest exponent among its own features. c of a key is the largest exponent among all features of
-  all keys that query i sees, hence in causal-self a running maximum: nothing of a later key enters, and padding neither.
-  But for e and eps it cancels.
+  all keys that query i sees, hence a running maximum in causal-self: later keys do not enter it, nor does padding.
+  It cancels except for e and eps.
 - relu kernel: phi_r(x) = relu(w_r . x') + e, without a maximum.
 
-In causal-self S_t = exp(c_{t-1} - c_t) S_{t-1} + exp(l_t - c_t) v_t^T for the exponents l_t of key t is a gated recurrence;
-what e adds to every feature alike is a running sum of values.
+In causal-self S_t = exp(c_{t-1} - c_t) S_{t-1} + exp(l_t - c_t) v_t^T for the exponents l_t of key t is a gated
+recurrence; the contribution of e, the same for every feature, is a running sum of values.
 
 | paper | here |
 |---|---|
-| omega_1 ... omega_m | `w` (R, D); :func:`draw_features` draws them |
+| omega_1 ... omega_m | `w` (R, D); drawn by :func:`draw_features` |
 | m random features | R; `num_features` of a layer, floor(D ln D) when None |
 | orthogonal features (R-ORF-PRF) | `orthogonal`: blocks of D orthogonal rows with the norms of Gaussian vectors |
 | feature redrawing | `redraw`: training calls of a layer between two draws |
 | epsilon added to the features | `feature_eps` (e) |
-| S, and the sums of phi and v | `PerformerState.memory`, with the sum of features as last column, and `.total` |
+| S, and the sums of phi and v | `PerformerState.memory`, with the sum of features as the last column, and `.total` |
 
-Layout: (B, H, N, D), one `w` for all heads. Masked keys have no features. A query that sees no key gives 0.
-Deviations: public implementations share one maximum over all keys in causal attention too, which lets e carry a little
-of the future into the past, or over the padding; here the maximum is that of the keys seen. It keeps its gradient, since
-e makes it count. `least_denominator` and `fresh` are settings of the Comprehensive Attention Benchmark (0.1, and features
-drawn anew at each training call), whose outputs are not these all the same: it subtracts the largest w_r . x' alone, without
-|x'|^2 / 2, beside which e weighs exp(|x'|^2 / 2) times as much. Its causal form is the prefix sum that it leaves out.
-Trigonometric features are not here.
+Layout: (B, H, N, D), one `w` for all heads. Masked keys have zero features. A query that sees no key gives 0.
+Deviations: in causal attention too, public implementations share one maximum over all keys, which lets e carry a little
+of the future into the past, or over padding as well; here the maximum is over the keys seen. The maximum keeps its
+gradient, since with e it affects the output. `least_denominator` and `fresh` correspond to settings of the
+Comprehensive Attention Benchmark (0.1, and features redrawn at each training call), but do not reproduce its outputs:
+it subtracts only the largest w_r . x', without |x'|^2 / 2, which makes e weigh exp(|x'|^2 / 2) times as much. The
+causal form here is the prefix sum that the benchmark omits.
+Trigonometric features are not implemented.
 """
 
 from __future__ import annotations
@@ -88,10 +89,10 @@ class Config:
         num_features: R of a layer, >= 1; floor(D ln D) when None.
         feature_eps: e, >= 0 and finite; 1e-4 with softmax and 1e-3 with relu when None.
         eps: added to the denominator, >= 0 and finite.
-        least_denominator: denominators below it are raised to it, >= 0 and finite.
+        least_denominator: lower bound of the denominator, >= 0 and finite.
         orthogonal: whether a layer's features are orthogonal in blocks of D; else independent Gaussian vectors.
-        redraw: training calls of a layer after which its features are drawn anew, >= 0; 0 for never.
-        fresh: whether each training call of a layer has Gaussian features of its own, used once; without `redraw`.
+        redraw: number of training calls after which a layer redraws its features, >= 0; 0 for never.
+        fresh: whether a layer draws new Gaussian features for each training call; `redraw` then has no effect.
     """
 
     kernel: str = "softmax"
@@ -115,22 +116,22 @@ class Config:
 
     @property
     def offset(self) -> float:
-        """e."""
+        """e, the offset of the features."""
         return FEATURE_EPS[self.kernel] if self.feature_eps is None else self.feature_eps
 
     def features(self, width: int) -> int:
-        """R for heads of a width."""
+        """R for heads of the given width."""
         return max(1, int(width * math.log(width))) if self.num_features is None else self.num_features
 
 
 @dataclass(frozen=True)
 class PerformerState(State):
-    """The recurrence's matrix and what the offset of the features needs beside it, in at least float32."""
+    """The recurrence's matrix and the sums needed for the feature offset, in at least float32."""
 
     memory: Float[Tensor, "b h r c"] = state_field()
-    """Sum of exp(l - peak) times values and a one, or of relu features times them."""
+    """Sum of features, exp(l - peak) or relu, times values with a column of ones."""
     total: Float[Tensor, "b h c"] = state_field()
-    """Sum of the values, and their number."""
+    """Sum of the values, then their number."""
     peak: Float[Tensor, "b h"] = state_field(fill=-torch.inf)
     """Largest exponent of a key so far; -inf before the first one, and with the relu kernel."""
     length: Int[Tensor, " b"] = state_field()
@@ -149,7 +150,7 @@ def draw_features(
 
     Args:
         orthogonal: whether each block of `width` vectors is orthogonal; else all are independent.
-        generator: source of the draws, on `device`.
+        generator: random generator, on `device`.
     """
     w = torch.randn(count, width, generator=generator, device=device, dtype=dtype)
     if not orthogonal:
@@ -169,7 +170,7 @@ def reference(
     v: Float[Tensor, "b h m v"],
     w: Float[Tensor, "r d"],
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, one query after the other."""
+    """The definition, one query at a time."""
     config: Config = call.config
     n, m = q.shape[2], k.shape[2]
     queries, keys = exponents(call, q, w), exponents(call, k, w)
@@ -212,7 +213,7 @@ def chunked(
     v: Float[Tensor, "b h m v"],
     w: Float[Tensor, "r d"],
 ) -> Result:
-    """Causal-self with state in and out, by the gated recurrence."""
+    """Causal-self with state in and out, computed as a gated recurrence."""
     keys, log_decay, peak = _relative_to_running_peak(call, k, w)
     values = _values(call, v)
     total = values.cumsum(2)
@@ -242,7 +243,7 @@ def step(
     v: Float[Tensor, "b h 1 v"],
     w: Float[Tensor, "r d"],
 ) -> Result:
-    """One token of :func:`chunked` by the recurrence itself."""
+    """One token of :func:`chunked` computed by the recurrence itself."""
     state: PerformerState = call.state
     keys, log_decay, peak = _relative_to_running_peak(call, k, w)
     values = _values(call, v)
@@ -257,7 +258,7 @@ def step(
 def absorb(
     call: Call, k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"], w: Float[Tensor, "r d"]
 ) -> PerformerState:
-    """Memory into the sums; more may follow, in any order."""
+    """Add memory to the sums; more may follow, in any order."""
     x, values = _projected(call, k, w), _values(call, v)
     before = _empty_or(call, values, features=w.shape[0])
     peak = before.peak
@@ -275,7 +276,7 @@ def absorb(
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"], w: Float[Tensor, "r d"]) -> Result:
-    """Queries on absorbed memory."""
+    """Read absorbed memory with queries."""
     state: PerformerState = call.state
     phi = _map_queries(call, q, w)
     output = _divide(call, recurrent_forms.read(call, phi), phi, state.total[:, :, None])
@@ -302,11 +303,11 @@ def _half_square(call: Call, x: Tensor) -> Float[Tensor, "b h n 1"]:
 
 
 def _map_queries(call: Call, q: Tensor, w: Tensor) -> Float[Tensor, "b h n r"]:
-    """phi(q); with the softmax kernel times R^-1/2, which the keys then lack."""
+    """phi(q); with the softmax kernel it includes the R^-1/2 of the keys."""
     x, features = _projected(call, q, w), w.shape[0]
     if call.config.kernel == "relu":
         return x.relu() + call.config.offset
-    # |q'|^2 / 2 is the same for all features of a query, so it falls out of the differences to the largest
+    # |q'|^2 / 2 is the same for all features of a query, so it cancels in differences to the largest
     mapped = (x - (x.amax(-1, keepdim=True) + math.log(features))).exp_()
     return mapped + call.config.offset / features if call.config.offset else mapped
 
@@ -314,7 +315,7 @@ def _map_queries(call: Call, q: Tensor, w: Tensor) -> Float[Tensor, "b h n r"]:
 def _relative_to_running_peak(
     call: Call, k: Tensor, w: Tensor
 ) -> tuple[Float[Tensor, "b h m r"], Float[Tensor, "b h m 1"] | None, Float[Tensor, "b h"]]:
-    """Features of the keys without their offset, the log-decays that keep earlier ones on the same scale, the last peak."""
+    """Key features without offset, log decays that rescale earlier features to the running peak, and the last peak."""
     x = _projected(call, k, w)
     before = _empty_or(call, x).peak
     if call.config.kernel == "relu":
@@ -335,7 +336,7 @@ def _peaks(
 
 
 def _empty_or(call: Call, like: Tensor, features: int = 0) -> PerformerState:
-    """The state of the call, or that of an empty sequence with the columns of `like`."""
+    """The call's state, or the state of an empty sequence with the columns of `like`."""
     if call.state is not None:
         return call.state
     lead, columns = like.shape[:2], like.shape[-1]
@@ -348,7 +349,7 @@ def _empty_or(call: Call, like: Tensor, features: int = 0) -> PerformerState:
 
 
 def _values(call: Call, v: Float[Tensor, "b h m v"]) -> Float[Tensor, "b h m c"]:
-    """Values and a column of ones, which is zero at padding."""
+    """Values with a column of ones, both zero at padding."""
     values = F.pad(wide(v), (0, 1), value=1.0)
     return _where_valid(call, values, 0.0)
 
@@ -359,7 +360,7 @@ def _where_valid(call: Call, x: Float[Tensor, "b h m c"], otherwise: float) -> F
 
 
 def _divide(call: Call, o: Tensor, phi: Tensor, total: Tensor) -> Float[Tensor, "b h n v"]:
-    """Outputs from what queries read of the memory and, through the offset of the keys' features, of the totals."""
+    """Outputs from the memory that queries read and, through the key features' offset, from the totals."""
     config: Config = call.config
     if config.offset:
         o = o + config.offset * phi.sum(-1, keepdim=True) * total
@@ -368,13 +369,13 @@ def _divide(call: Call, o: Tensor, phi: Tensor, total: Tensor) -> Float[Tensor, 
 
 
 class RandomFeatures(Projection):
-    """Gives the heads of a layer their random features, and draws them anew now and then in training.
+    """Supplies a layer's heads with random features, and redraws them periodically in training.
 
-    Calls are counted where a graph is not being compiled. A compiled layer, or one whose activations are recomputed in
-    the backward pass, should have ``redraw=0``; call :meth:`draw` between steps instead.
+    Calls are not counted while compiling a graph. A compiled layer, or one whose activations are recomputed in the
+    backward pass, should have ``redraw=0``; call :meth:`draw` between steps instead.
 
     Args:
-        spec: of the layer.
+        spec: the layer's specification.
     """
 
     features: Tensor
@@ -389,7 +390,7 @@ class RandomFeatures(Projection):
         self.draw()
 
     def draw(self, generator: torch.Generator | None = None) -> None:
-        """New features, in a new tensor: a graph that is still to be differentiated keeps the old ones."""
+        """Draw new features into a new tensor, so that a graph awaiting its backward pass keeps the old ones."""
         self.features = self._drawn(self.config.orthogonal, generator)
 
     def _drawn(self, orthogonal: bool, generator: torch.Generator | None) -> Tensor:
@@ -419,7 +420,7 @@ def sample_inputs(
     config: Config,
     sizes: dict[str, int] | None = None,
 ) -> Tensors:
-    """Normal inputs for tests, with the random matrix `w` of as many rows as there are features."""
+    """Normal inputs for tests, with the random matrix `w`, one row per feature."""
     widths = {"h": 2, "d": 8, "v": 6, **(sizes or {})}
     shapes: dict[str, tuple[int, ...]] = {
         "q": (batch, widths["h"], n, widths["d"]),
@@ -431,7 +432,7 @@ def sample_inputs(
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Features of all queries and keys, and causal linear attention with them in chunks of 64."""
+    """Cost of the features of all queries and keys, and of causal linear attention in chunks of 64."""
     features, width = config.features(shape.dim_key), shape.dim_value + 1
     heads = shape.batch * shape.heads
     mapping = 2.0 * features * shape.dim_key

@@ -1,11 +1,12 @@
 r"""ProbSparse attention: only the queries whose scores stand out attend; the others get the mean of the values.
 
-When to pick it: long noncausal inputs, as in forecasting, where a few queries have something to look for.
-When not: causal models (who attends depends on later queries), short inputs (nearly all queries are chosen), or where every
-token must look something up.
+When to pick it: long noncausal inputs, as in forecasting, where only a few queries need to look something up.
+When not: causal models (who attends depends on later queries), short inputs (nearly all queries are chosen), or where
+every token must look something up.
 
-Definition (Zhou et al., arXiv 2012.07436, equations 2-4 and algorithm 1; benchmark arXiv 2210.07661, CAB), for factor f and
-scale s, with u = min(m, f ceil(ln m)) keys sampled out of m, and t = min(n, f ceil(ln n)) of n queries, at least one each:
+Definition (Zhou et al., arXiv 2012.07436, equations 2-4 and algorithm 1; benchmark arXiv 2210.07661, CAB), for factor f
+and scale s, with u = min(m, f ceil(ln m)) keys sampled out of m, and t = min(n, f ceil(ln n)) of n queries, at least
+one each:
 
     M_i = max over sampled j of q_i . k_j - 1 / m sum over sampled j of q_i . k_j
     o_i = softmax_j(s q_i . k_j) v_j over all keys    for the t queries of largest M_i
@@ -17,12 +18,12 @@ scale s, with u = min(m, f ceil(ln m)) keys sampled out of m, and t = min(n, f c
 | U = L_K ln L_Q sampled pairs | u keys, the same for all queries of a row |
 | M-bar, the max-mean measurement | M_i |
 
-Layout: q (B, H, N, D), k and v (B, G, M, D). Numbers of keys and queries are those of each row, and padding is neither
-sampled nor averaged (the benchmark's code does both). Each head chooses for itself. Choices have no gradient.
-Deviations: the original draws u keys for each query, with repetition and at every call, also in evaluation. Here the sample is
-shared by the queries, so that M is one small matrix product, and spread evenly over the row: key floor((i + r_i) m / u) for i < u,
-with r_i = 1/2, or drawn from [0, 1) in training when `jitter`. The masked form of the original is refused: which
-queries it chooses depends on later ones. Dropout is applied to the layer's output.
+Layout: q (B, H, N, D), k and v (B, G, M, D). m and n are counted per row, and padding is neither sampled nor averaged
+(the benchmark's code does both). Each head chooses separately. The choice has no gradient.
+Deviations: the original draws u keys for each query, with repetition and at every call, even in evaluation. Here
+queries share the sample, so that M is one small matrix product, and it is spread evenly over the row: key floor((i +
+r_i) m / u) for i < u, with r_i = 1/2, or drawn from [0, 1) in training with `jitter`. The masked form of the original
+is refused: which queries it chooses depends on later ones. Dropout is applied to the layer's output.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Config:
     """Options.
 
     Attributes:
-        factor: f, >= 1: keys sampled and queries chosen, for each unit of ceil(ln length).
-        jitter: whether sampled keys move within their strata in training.
+        factor: f, >= 1: keys sampled and queries chosen per unit of ceil(ln length).
+        jitter: whether sampled keys move randomly within their strata in training.
     """
 
     factor: int = 5
@@ -58,14 +59,14 @@ class Config:
         at_least("factor", self.factor, 1)
 
     def count(self, length: int) -> int:
-        """The number of `length` tokens that are sampled or chosen."""
+        """How many of `length` tokens are sampled or chosen."""
         return min(length, max(1, self.factor * math.ceil(math.log(length)))) if length else 0
 
 
 def reference(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     config: Config = call.config
     n, m, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     if n == 0 or m == 0:
@@ -107,7 +108,7 @@ def parallel(
 
 @torch.no_grad()
 def _choose(call: Call, q: Tensor, k: Tensor) -> tuple[Int[Tensor, "b h t"], Tensor | None]:
-    """Queries of largest M, as many as the longest row chooses, and which of them a row chooses (None: all)."""
+    """The queries of largest M, as many as the longest row chooses, and a mask of each row's choices (None: all)."""
     config: Config = call.config
     n, m, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     total = call.memory_lengths
@@ -133,20 +134,20 @@ def _choose(call: Call, q: Tensor, k: Tensor) -> tuple[Int[Tensor, "b h t"], Ten
 
 
 def _counts(config: Config, lengths: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
-    """:meth:`Config.count` of each row; 1 of an empty one."""
+    """:meth:`Config.count` for each row; 1 for an empty row."""
     logarithm = lengths.clamp(min=1).double().log().ceil().long()
     return torch.minimum((config.factor * logarithm).clamp(min=1), lengths.clamp(min=1))
 
 
 def _places(call: Call, u: int, device: torch.device) -> Float[Tensor, " u"]:
-    """Where each sampled key lies within its stratum, from 0 to 1."""
+    """The position of each sampled key within its stratum, from 0 to 1."""
     if not (call.training and call.config.jitter):
         return torch.full((u,), 0.5, device=device, dtype=torch.float64)
     return torch.rand(u, generator=call.generator, device=device, dtype=torch.float64)
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Sampled scores of every query, and softmax attention of the chosen ones."""
+    """Cost of every query's sampled scores, and of softmax attention for the chosen queries."""
     heads, width = shape.batch * shape.heads, shape.dim_key + shape.dim_value
     keys, queries = config.count(shape.m), config.count(shape.n)
     return Cost(

@@ -1,13 +1,13 @@
-r"""Random feature attention (RFA): sines and cosines of random projections estimate softmax between unit vectors; a gate may
-let the past fade.
+r"""Random feature attention (RFA): sines and cosines of random projections estimate softmax between unit vectors; a
+gate may let the past fade.
 
-When to pick it: the `gate` in a language model, as a recurrence that forgets and whose weights stay near a bounded softmax; the
-history of linear attention.
-When not: as an estimate of softmax (`performer`, whose features are positive: here a sum of weights may come out near 0 or
-below, where little is similar), sharp attention, long recall.
+When to pick it: with `gate`, in a language model, as a recurrence that forgets and whose weights approximate a bounded
+softmax; or as a historical baseline of linear attention.
+When not: as an estimate of softmax (use `performer`, whose features are positive: here a sum of weights may be near 0
+or negative when no key is similar), sharp attention, long recall.
 
-Definition (Peng et al., arXiv 2103.02143, equations 3 to 7; survey arXiv 2103.14636, C5). With x^ = x / |x|, R random vectors w_r
-and the scale t:
+Definition (Peng et al., arXiv 2103.02143, equations 3 to 7; survey arXiv 2103.14636, C5). With x^ = x / |x|, R random
+vectors w_r and the scale t:
 
     phi(x) = R^-1/2 [sin(t^1/2 w_r . x^), cos(t^1/2 w_r . x^)]_r,    E[phi(q) . phi(k)] = exp(t q^ . k^ - t) for normal w_r
     S_t = g_t S_{t-1} + (1 - g_t) phi(k_t) v_t^T,   z_t = g_t z_{t-1} + (1 - g_t) phi(k_t)     with a gate, else sums
@@ -15,16 +15,16 @@ and the scale t:
 
 | paper | here |
 |---|---|
-| w_1 ... w_D | `w` (H, R, D), R = `num_features` of a layer, D when None: 2 R features |
-| sigma, learned | of a layer: `w` is a fixed normal draw times 1 / sigma, one for each head and feature |
-| g_t = sigmoid(w_g . x_t + b_g) | `log_gate` = log g, which a layer has with `gate` |
-| 1 / sigma^2 | `scale`, 1 by default, beside the learned sigma |
+| w_1 ... w_D | `w` (H, R, D), R = `num_features` of a layer, D when None; gives 2 R features |
+| sigma, learned | in a layer, `w` is a fixed normal draw times 1 / sigma, with one sigma per head and feature |
+| g_t = sigmoid(w_g . x_t + b_g) | `log_gate` = log g, computed by a layer with `gate` |
+| 1 / sigma^2 | `scale`, 1 by default, in addition to the learned sigma |
 
-Layout: (B, H, N, D), random vectors of each head its own. Masked keys have no features. A query that sees no key gives 0. The
-gate goes with the order of tokens, so it is for causal-self alone.
-State: S and z of each head, 2 R numbers by V + 1.
-Deviations: the paper draws other vectors from a pool during training; a layer here keeps its first draw. The denominator is
-kept at `eps` where an estimate falls below. The arc-cosine features of the paper are not here.
+Layout: (B, H, N, D), with separate random vectors for each head. Masked keys have zero features. A query that sees no
+key gives 0. The gate depends on the order of tokens, so it exists only in causal-self.
+State: S and z of each head, 2 R by V + 1 numbers.
+Deviations: the paper draws other vectors from a pool during training; a layer here keeps its first draw. The
+denominator is clamped to at least `eps`. The paper's arc-cosine features are not implemented.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 SMALLEST_NORM = 1e-6
-"""Shorter vectors are not made longer than they are by dividing by less."""
+"""Lower bound of the norm that vectors are divided by, so that shorter ones are not scaled to unit length."""
 GATE_BIAS = 3.0
-"""Of a layer's gates in the beginning: a token is half forgotten after 14 others."""
+"""Initial bias of a layer's gates: a token's weight halves after 14 further tokens."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class Config:
 
     Attributes:
         num_features: R of a layer, >= 1; D when None.
-        gate: whether a layer lets the past fade; causal-self only.
-        learn_sigma: whether a layer learns sigma, which begins at 1.
-        eps: least denominator, > 0 and finite.
+        gate: whether a layer lets the past fade with a learned gate; causal-self only.
+        learn_sigma: whether a layer learns sigma, starting at 1.
+        eps: lower bound of the denominator, > 0 and finite.
     """
 
     num_features: int | None = None
@@ -100,15 +100,15 @@ def reference(
     w: Float[Tensor, "h r d"],
     log_gate: Float[Tensor, "b h m"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     n, m = q.shape[2], k.shape[2]
     weights = features(call, q, w) @ features(call, k, w).mT
     if log_gate is not None:
         _check_gate(call)
-        since = log_gate.cumsum(-1)  # of all gates up to a token
+        since = log_gate.cumsum(-1)  # over all gates up to a token
         kept = torch.arange(m, device=q.device) <= torch.arange(m, device=q.device)[:, None]
         fading = torch.where(kept, (since[..., :, None] - since[..., None, :]).exp(), 0)
-        own = (1 - log_gate.exp())[:, :, None] * fading  # (B, H, M, M), of key tokens
+        own = (1 - log_gate.exp())[:, :, None] * fading  # (B, H, M, M), between key tokens
         weights = weights * F.pad(own, (0, 0, max(n - m, 0), 0))[:, :, max(m - n, 0) :]
     if call.pattern is Pattern.CAUSAL_SELF:
         weights = weights.tril(m - n)
@@ -137,7 +137,7 @@ def chunked(
     w: Float[Tensor, "h r d"],
     log_gate: Float[Tensor, "b h m"] | None = None,
 ) -> Result:
-    """Causal-self with state in and out, by the gated recurrence."""
+    """Causal-self with state in and out, computed as a gated recurrence."""
     output, state = recurrent_forms.chunked(call, features(call, q, w), *_written(call, k, v, w, log_gate))
     return Result(_divide(call, output).to(v.dtype), state)
 
@@ -150,7 +150,7 @@ def step(
     w: Float[Tensor, "h r d"],
     log_gate: Float[Tensor, "b h 1"] | None = None,
 ) -> Result:
-    """One token of :func:`chunked` by the recurrence itself."""
+    """One token of :func:`chunked` computed by the recurrence itself."""
     output, state = recurrent_forms.step(call, features(call, q, w), *_written(call, k, v, w, log_gate))
     return Result(_divide(call, output).to(v.dtype), state)
 
@@ -162,7 +162,7 @@ def absorb(
     w: Float[Tensor, "h r d"],
     log_gate: Float[Tensor, "b h m"] | None = None,
 ) -> MatrixState:
-    """Memory into S and z; more may follow."""
+    """Add memory to S and z; more may follow."""
     keys, values, _ = _written(call, k, v, w, log_gate)
     with without_autocast(k.device):
         memory = keys.mT @ values
@@ -172,7 +172,7 @@ def absorb(
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"], w: Float[Tensor, "h r d"]) -> Result:
-    """Queries on absorbed memory."""
+    """Read absorbed memory with queries."""
     return Result(_divide(call, recurrent_forms.read(call, features(call, q, w))).to(q.dtype), call.state)
 
 
@@ -192,7 +192,7 @@ def features(call: Call, x: Float[Tensor, "b h n d"], w: Float[Tensor, "h r d"])
 def _written(
     call: Call, k: Tensor, v: Tensor, w: Tensor, log_gate: Tensor | None
 ) -> tuple[Float[Tensor, "b h m f"], Float[Tensor, "b h m c"], Float[Tensor, "b h m 1"] | None]:
-    """Features of the keys, values with a column of ones, and log-decays; padding writes nothing."""
+    """Features of the keys, values with a column of ones, and log decays; padding writes nothing."""
     keys, values = features(call, k, w), F.pad(wide(v), (0, 1), value=1.0)
     decay = None
     if log_gate is not None:
@@ -217,10 +217,10 @@ def _divide(call: Call, o: Float[Tensor, "b h n c"]) -> Float[Tensor, "b h n v"]
 
 
 class RandomVectors(Projection):
-    """Gives the heads of a layer their random vectors over sigma, and their gates; see the card.
+    """Supplies a layer's heads with random vectors divided by sigma, and with gates.
 
     Args:
-        spec: of the layer.
+        spec: the layer's specification.
     """
 
     drawn: Tensor
@@ -258,7 +258,7 @@ def sample_inputs(
     sizes: dict[str, int] | None = None,
     **_: object,
 ) -> Tensors:
-    """Inputs for tests and timings: random vectors so short that no denominator is near 0."""
+    """Inputs for tests and timings; random vectors are short enough to keep denominators away from 0."""
     size = {"h": 2, "d": 8, "v": 6} | (sizes or {})
     count = size["d"] if config.num_features is None else config.num_features
     shapes: dict[str, tuple[int, ...]] = {
@@ -277,7 +277,7 @@ def sample_inputs(
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Sines and cosines of all queries and keys, and causal linear attention with them in chunks of 64."""
+    """Cost of the sines and cosines of all queries and keys, and of causal linear attention in chunks of 64."""
     features, width = 2 * (config.num_features or shape.dim_key), shape.dim_value + 1
     heads = shape.batch * shape.heads
     mapping = features * shape.dim_key

@@ -1,18 +1,18 @@
-r"""RWKV-7: a delta rule that forgets, erases and writes under keys of their own, each key feature at its own rate.
+r"""RWKV-7: a delta rule that forgets, erases and writes under separate keys, each key feature at its own rate.
 
 When to pick it: tracking a state over long sequences (permutations, regular languages), with linear time and a state of
 fixed size.
-When not: on a CPU where one key for erasing and writing will do (`delta_rule` with a diagonal gate has native kernels);
-exact recall of more items than a key has features (softmax).
+When not: on a CPU, if one key for both erasing and writing is enough (`delta_rule` with a diagonal gate has native
+kernels); exact recall of more items than a key has features (softmax).
 
 Definition (the time mixing of Peng et al., arXiv 2503.14456):
 
     S_t = S_{t-1} (diag(w_t) - kappa_t^T (a_t * kappa_t)) + v_t^T k_t,     o_t = r_t S_t^T
 
-with row vectors and kappa of unit length: what the memory holds under kappa is read *before* it decays and is taken away
-along a * kappa. The transition diag(w) - kappa^T (a * kappa) is not symmetric: it can copy one feature of the memory over
-another, as no single step of the delta rule can. The triangular system of a chunk has other keys on its two sides
-(`regard.engines.generalized_delta`):
+with row vectors and kappa of unit length: the value stored under kappa is read *before* the memory decays, and is
+subtracted along a * kappa. The transition diag(w) - kappa^T (a * kappa) is not symmetric: it can copy one feature of
+the memory over another, which no single step of the delta rule can. The triangular system of a chunk has different keys
+on its two sides (`regard.engines.generalized_delta`):
 
     (I + A(kappa, a * kappa)) U = A(kappa, k) V + ...
 
@@ -20,23 +20,23 @@ another, as no single step of the delta rule can. The triangular system of a chu
 |---|---|
 | r_t, receptance | `q` (B, H, N, K), not scaled |
 | k~_t, replacement key | `k` (B, H, M, K) |
-| kappa_t, removal key | `removal_key` (B, H, M, K); the function divides it by its length |
+| kappa_t, removal key | `removal_key` (B, H, M, K); the function divides it by its norm |
 | a_t, in-context learning rate | `rate` (B, H, M, K), 0 to 1, or to 2 for negative eigenvalues |
 | log w_t | `log_decay` (B, H, M, K) or (B, H, M, 1), natural logarithms <= 0; no decay when not given |
 | wkv_t (V x K) | `MatrixState.memory`, (B, H, K, V) |
 | bonus, g_t and LayerNorm of the heads | the layer's `Output` |
 
 Layout: (B, H, N, D), heads before time. Noncausal-self is a forward pass that reads after writing plus a backward pass
-that reads before (the decayed state). In cross patterns the memory is absorbed in order and every query reads the last
-state: the order of the memory matters.
+that reads before writing (the decayed state). In cross patterns the memory is absorbed in order and every query reads
+the final state: the order of the memory matters.
 
-The layer: log w = -exp(-1/2) sigmoid(low-rank(x)), a = sigmoid(low-rank(x)), kappa = xi * k, k~ = k (1 + (a - 1) alpha),
-and in self patterns the output of a head is (LayerNorm(o) + (r . (rho * k~)) v) * g with a low-rank gate g.
+The layer: log w = -exp(-1/2) sigmoid(low-rank(x)), a = sigmoid(low-rank(x)), kappa = xi * k, k~ = k (1 + (a - 1)
+alpha), and in self patterns the output of a head is (LayerNorm(o) + (r . (rho * k~)) v) * g with a low-rank gate g.
 
 Each of r, k, v, w and a is projected from its own mixture of x_t and x_{t-1} (token shift).
 
 Deviations: the output gate reads x_t without a token shift. Values are not mixed with those of the first layer, since a
-layer sees its own input alone. In other patterns than causal-self, which the paper does not have, tokens are shifted in
+layer sees only its own input. In patterns other than causal-self, which the paper does not have, tokens are shifted in
 the same direction, and cross patterns have no bonus.
 """
 
@@ -90,8 +90,8 @@ class Config:
     """Options.
 
     Attributes:
-        eps: inside the root of the length of removal keys, > 0.
-        gate_rank: features between the two projections of each of the layer's decay, rate and output gate, >= 1.
+        eps: added under the square root in the norm of removal keys, > 0.
+        gate_rank: rank of the two projections of each of the layer's decay, rate and output gate, >= 1.
     """
 
     eps: float = 1e-12
@@ -120,7 +120,7 @@ def reference(
     empty = torch.zeros_like(k[..., None] * v[..., None, :]).sum(2)  # (b, h, k, v)
 
     def write(order: range) -> list[tuple[Tensor, Tensor]]:
-        """S decayed for each token, and after its write."""
+        """For each token, the decayed S before its write and S after it."""
         state, states = empty, []
         for t in order:
             stored = kappa[:, :, t, None] @ state  # (b, h, 1, v)
@@ -189,7 +189,7 @@ def step(
     rate: Float[Tensor, "b h 1 k"],
     log_decay: Float[Tensor, "b h 1 #k"] | None = None,
 ) -> Result:
-    """One token of :func:`chunked` by the recurrence itself."""
+    """One token of :func:`chunked` computed by the recurrence itself."""
     inputs = _queries(call, q), *_writes(call, k, v, removal_key, rate, log_decay)
     token = [None if x is None else x[:, :, 0] for x in inputs]
     output, memory = generalized_delta_step(*token, call.state.memory, backend=call.backend)  # type: ignore[arg-type, misc]
@@ -204,13 +204,13 @@ def absorb(
     rate: Float[Tensor, "b h m k"],
     log_decay: Float[Tensor, "b h m #k"] | None = None,
 ) -> MatrixState:
-    """Memory into S, in order; more may follow."""
+    """Write memory to S, in order; more may follow."""
     _, memory = _run(call, None, *_writes(call, k, v, removal_key, rate, log_decay))
     return MatrixState(memory, recurrent_forms.length_after(call, k))
 
 
 def read(call: Call, q: Float[Tensor, "b h n k"]) -> Result:
-    """Queries on absorbed memory."""
+    """Read absorbed memory with queries."""
     return Result(recurrent_forms.read(call, _queries(call, q)).to(q.dtype), call.state)
 
 
@@ -221,8 +221,8 @@ def _queries(call: Call, q: Tensor) -> Tensor:
 def _writes(
     call: Call, k: Tensor, v: Tensor, removal_key: Tensor, rate: Tensor, log_decay: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Keys, values, removal keys, what they erase along, and decays, in at least float32. Padding, which holds zeros,
-    changes nothing."""
+    """Keys, values, removal keys, erase directions and log decays, in at least float32. Padding holds zeros and has no
+    effect."""
     if log_decay is not None and log_decay.shape[-1] not in (1, k.shape[-1]):
         raise Unsupported(
             f"log_decay with {log_decay.shape[-1]} features for keys with {k.shape[-1]}",
@@ -262,8 +262,8 @@ class TokenShift(nn.Module):
     """Mixes each token with the one before it: x_t + mix (x_{t-1} - x_t), with a learned share for each channel.
 
     Args:
-        dim: channels.
-        power: the shares start at 1 - (c / C)^power for channel c of C.
+        dim: number of channels C.
+        power: the shares start at 1 - (c / C)^power for channel c.
     """
 
     def __init__(self, dim: int, power: float) -> None:
@@ -273,24 +273,24 @@ class TokenShift(nn.Module):
     def forward(
         self, x: Float[Tensor, "b n c"], lengths: Int[Tensor, " b"] | None, cache: Float[Tensor, "b 1 c"] | None
     ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b 1 c"] | None]:
-        """The mixed tokens, zero past a row's length, and the last valid token of each row."""
+        """The mixed tokens, zero beyond a row's length, and the last valid token of each row."""
         taps = torch.stack([self.mix, 1 - self.mix], -1)
         return short_convolution(x, taps, cache=cache, lengths=lengths, silu=False)
 
 
 @dataclass(frozen=True)
 class ShiftState(State):
-    """The last token of each row and how many there were."""
+    """The last token of each row and the number of tokens so far."""
 
     last: Float[Tensor, "b 1 c"] = state_field()
     length: Int[Tensor, " b"] = state_field()
 
 
 class Rates(Projection):
-    """The layer's removal keys, rates, decays and replacement keys, from the sequence that is written.
+    """The layer's removal keys, rates, decays and replacement keys, computed from the sequence that is written.
 
-    Key/value heads have them; the query heads of a group share them. Biases and factors start as in the first layer of
-    the official code.
+    There is one set per key/value head, shared by the query heads of its group. Biases and factors start as in the
+    first layer of the official code.
     """
 
     mixes_tokens = True
@@ -310,7 +310,7 @@ class Rates(Projection):
         self.replacement = nn.Parameter(torch.full((width,), 1.02))
 
     def forward(self, heads: Tensors, call: LayerCall) -> tuple[Tensors, ShiftState | None]:
-        """The heads with what is learned of the tokens written, and the state after them."""
+        """The heads with removal keys, rates and decays added and keys replaced, and the new shift state."""
         source, memory_lengths, state = call.memory, call.memory_lengths, call.state
         if source is None:
             return heads, state
@@ -334,7 +334,7 @@ class Rates(Projection):
 
 
 class Output(Merge):
-    """The norm of each head with weights of its own, the bonus of the token itself (self patterns), and the gate."""
+    """Output norm with weights per head, the current token's bonus (self patterns only), and the output gate."""
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
@@ -358,7 +358,7 @@ class Output(Merge):
 
 
 class TimeMixing(AttentionLayer):
-    """The shell with a token shift before each of its projections of r, k and v."""
+    """The attention shell with a token shift before each of the projections of r, k and v."""
 
     takes_convolutions: ClassVar[bool] = False
 

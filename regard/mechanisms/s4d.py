@@ -1,20 +1,20 @@
-r"""S4D: a diagonal state space with fixed complex rates a channel, a convolution as long as the sequence.
+r"""S4D: a diagonal state space with fixed complex rates per channel; a convolution as long as the sequence.
 
-When to pick it: signals and long sequences in which what matters is how long ago something was (audio, series, pixels),
-trained in O(N log N) and decoded with a constant state; as the control without selection beside `mamba`.
-When not: recall of what was said (a kernel knows distances, not contents), and cross attention.
+When to pick it: signals and long sequences where what matters is how long ago something happened (audio, series,
+pixels), trained in O(N log N) and decoded with a constant state; as a baseline without selection for `mamba`.
+When not: recall of contents (a kernel depends only on distance), and cross attention.
 
 Definition (Gu et al., arXiv 2206.11893, section 3; the S4D of CAB, arXiv 2210.07661). For channel e and state k
 
     h_t[e,k] = exp(dt_e A_ek) h_{t-1}[e,k] + A_ek^-1 (exp(dt_e A_ek) - 1) x_t[e],   y_t[e] = 2 Re sum_k C_ek h_t[e,k] + D_e x_t[e]
 
-with complex A, Re A < 0, and C; B is 1, since only its product with C matters, and the conjugates of the K states stand in
-the factor 2 Re. That is the zero-order hold; `discretization="bilinear"` takes
+with complex C and A, Re A < 0; B is 1, since only its product with C matters, and the factor 2 Re accounts for the
+conjugates of the K states. This is the zero-order hold; `discretization="bilinear"` uses
 
     h_t = (1 - dt A / 2)^-1 ((1 + dt A / 2) h_{t-1} + dt x_t)
 
-As a convolution, y_t = sum_{s<=t} K_{t-s} x_s + D x_t with K_t = 2 Re sum_k C_k Bbar_k Abar_k^t. The layer around (with
-`glu` the gated linear unit of twice as many features instead of W):
+As a convolution, y_t = sum_{s<=t} K_{t-s} x_s + D x_t with K_t = 2 Re sum_k C_k Bbar_k Abar_k^t. The layer around it
+(with `glu`, a gated linear unit of twice as many features replaces W):
 
     out = W gelu(y) + b
 
@@ -27,14 +27,14 @@ As a convolution, y_t = sum_{s<=t} K_{t-s} x_s + D x_t with K_t = 2 Re sum_k C_k
 | S4D-Inv, S4D-Lin, S4D-LegS | `init`: ``inverse``, ``linear``, ``legs`` |
 | tied A (n_ssm = 1 in the code) | `tied` |
 
-Layout: (B, N, C), channels last, for functions too. Noncausal-self is bidirectional: a second kernel, with the same A and dt
-and with a C of its own, adds sum_{s>t} K'_{s-t-1} x_s, so that its first number belongs to the next token and a token
-counts itself once. Without `c_back` it is c. The scale multiplies C and is 1.
-Padding is gathered away and documents begin with an empty state. The state is h, K complex numbers a channel.
-Deviations: kernels are computed from powers in float64, as two factors of about sqrt(N) powers each, so no numbers of size
-C x K x N are made; they are shared by the whole batch. CAB's code reads every state `num_heads` times and widens
-the output projection as much; here channels are not split into heads and `num_heads` has no effect. Its A is one
-for all channels, as with `tied`.
+Layout: (B, N, C), channels last, in functions too. Noncausal-self is bidirectional: a second kernel, with the same A
+and dt and its own C, adds sum_{s>t} K'_{s-t-1} x_s; its first entry belongs to the next token, so a token counts itself
+once. Without `c_back` both directions use c. The scale multiplies C and is 1.
+Padding is gathered away and documents begin with an empty state. The state is h, K complex numbers per channel.
+Deviations: kernels are computed from powers in float64, as two factors of about sqrt(N) powers each, so that nothing of
+size C x K x N is materialised; they are shared by the whole batch. CAB's code reads every state `num_heads` times and
+widens the output projection accordingly; here channels are not split into heads and `num_heads` has no effect. CAB's A
+is shared by all channels, as with `tied`.
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ DISCRETIZATIONS = ("zoh", "bilinear")
 
 @dataclass(frozen=True)
 class Config:
-    """Options, all of the layer but `discretization`.
+    """Options, all for the layer except `discretization`.
 
     Attributes:
-        d_state: states of a channel with their conjugates, even and >= 2.
-        init: A at the start: ``inverse``, ``linear`` or ``legs``.
+        d_state: states per channel including their conjugates, even and >= 2.
+        init: the initial A: ``inverse``, ``linear`` or ``legs``.
         discretization: ``zoh`` or ``bilinear``.
-        dt_init: range of dt at the start, log-uniform, 0 < low <= high.
-        tied: one A for all channels.
+        dt_init: range of the initial dt, log-uniform, 0 < low <= high.
+        tied: share one A among all channels.
         glu: whether the output projection is a gated linear unit.
     """
 
@@ -129,7 +129,7 @@ def reference(
     c_back: Float[Tensor, "c k 2"] | None = None,
     skip: Float[Tensor, " c"] | None = None,
 ) -> Float[Tensor, "b n c"]:
-    """The recurrence, token by token; noncausal with a second one from the end, read before each token is written."""
+    """The recurrence, token by token; noncausal adds a second one from the end, read before each write."""
     _check(call, a, c_back)
     rate = torch.complex(a[..., 0], a[..., 1])
     forward = torch.complex(c[..., 0], c[..., 1])
@@ -164,7 +164,7 @@ def parallel(
     c_back: Float[Tensor, "c k 2"] | None = None,
     skip: Float[Tensor, " c"] | None = None,
 ) -> Float[Tensor, "b n c"]:
-    """A convolution by FFT. Padding is zero and on the right, where it adds nothing."""
+    """A convolution by FFT. Padding holds zeros on the right, where it has no effect."""
     _check(call, a, c_back)
     if x.numel() == 0:
         return x
@@ -181,7 +181,7 @@ def chunked(
     c_back: Float[Tensor, "c k 2"] | None = None,
     skip: Float[Tensor, " c"] | None = None,
 ) -> Result:
-    """Causal-self with state in and out. Memory is linear in N as it is, so a chunk of any size is computed at once."""
+    """Causal-self with state in and out. Memory is already linear in N, so a chunk of any size is computed at once."""
     _check(call, a, c_back)
     batch, n, precise = x.shape[0], x.shape[1], wide_dtype(x)
     power, write = _discretized(call.config, dt, a)
@@ -191,7 +191,7 @@ def chunked(
         memory = x.new_zeros(batch, *a.shape, dtype=precise) if before is None else before.memory
         return Result(x, DiagonalState(memory, length))
     y = _convolved(call, x, power, write, c, None, skip)
-    # rows aligned at their ends are weighed by the same powers
+    # rows aligned at their ends share the same powers as weights
     tokens = x if call.lengths is None else place_queries(x, n, call.lengths, None, axis=1)
     h = _to(precise, write)[:, None] * _weighed(tokens.to(precise).permute(2, 0, 1), power)
     if before is not None:
@@ -209,7 +209,7 @@ def step(
     c_back: Float[Tensor, "c k 2"] | None = None,
     skip: Float[Tensor, " c"] | None = None,
 ) -> Result:
-    """One token of the recurrence; a row without one keeps its state."""
+    """One token of the recurrence; a row without a token keeps its state."""
     _check(call, a, c_back)
     before: DiagonalState = call.state
     precise = wide_dtype(x)
@@ -248,19 +248,19 @@ def _to(dtype: torch.dtype, x: Complex[Tensor, "..."]) -> Complex[Tensor, "..."]
 def _discretized(
     config: Config, dt: Float[Tensor, " c"], a: Float[Tensor, "c k 2"]
 ) -> tuple[Complex[Tensor, "c k"], Complex[Tensor, "c k"]]:
-    """log Abar and Bbar, in float64 where there is one: a phase is a product with up to N steps."""
+    """log Abar and Bbar, in float64 where available, since phases are multiplied by up to N steps."""
     dtype = torch.float32 if a.device.type == "mps" else torch.float64
     rate, step = _complex(a.to(dtype)), dt.to(dtype)[:, None]
     half = step * rate / 2
     if config.discretization == "bilinear":
         return torch.log((1 + half) / (1 - half)), step / (1 - half)
-    # e^z - 1 = 2 e^(z/2) sinh(z/2) keeps its digits where z is small
+    # e^z - 1 = 2 e^(z/2) sinh(z/2) keeps precision for small z
     return 2 * half, 2 * half.exp() * half.sinh() / rate
 
 
 def _factors(power: Complex[Tensor, "c k"], n: int) -> tuple[Complex[Tensor, "c t k"], Complex[Tensor, "c s k"]]:
-    """Powers 0, s, ..., (t - 1) s and 0, ..., s - 1 of Abar, about sqrt(n) each: t s >= n. s is a power of two, so that a
-    graph serves many n."""
+    """Powers 0, s, ..., (t - 1) s and 0, ..., s - 1 of Abar, about sqrt(n) each, with t s >= n. s is a power of two, so
+    that one graph serves many n."""
     size = 1
     while size * size < n:
         size *= 2
@@ -292,7 +292,7 @@ def _weighed(x: Float[Tensor, "c b n"], power: Complex[Tensor, "c k"]) -> Comple
 def _convolved(
     call: Call, x: Tensor, power: Tensor, write: Tensor, c: Tensor, c_back: Tensor | None, skip: Tensor | None
 ) -> Float[Tensor, "b n c"]:
-    """y of tokens, with what a state brings to them."""
+    """The outputs y, including the contribution of the call's state."""
     n, precise = x.shape[1], wide_dtype(x)
     reads = [call.scale * _complex(t.to(power.real.dtype)) for t in (c, c_back) if t is not None]
     kernels = _geometric(power, torch.stack([read * write for read in reads], 1), n, precise)
@@ -306,15 +306,15 @@ def _convolved(
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
-    """States of a channel: one of each conjugate pair."""
+    """Axis sizes: states per channel, one of each conjugate pair."""
     return {"k": config.d_state // 2}
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """The channels are H heads of dim_value features, all of them with kernels of their own, as many as in causal-self."""
+    """Cost with H heads of dim_value features as channels, each with one kernel, as in causal-self."""
     channels, pairs = shape.heads * shape.dim_value, config.d_state // 2
     size = fast_size(max(2 * shape.n - 1, 1))
-    transforms = 2.5 * size * math.log2(max(size, 2))  # of real numbers
+    transforms = 2.5 * size * math.log2(max(size, 2))  # of real inputs
     return Cost(
         flops=channels * (shape.batch * (2 * transforms + 3.0 * size) + transforms + 4.0 * shape.n * pairs),
         memory=float(channels * (shape.batch + 1) * (size + shape.n)),
@@ -324,14 +324,14 @@ def cost(shape: Shape, config: Config) -> Cost:
 
 
 class S4DLayer(StateSpaceLayer):
-    """S4D with its nonlinearity and output projection, (B, N, C) -> (B, N, C), without norm and residual.
+    """S4D with its nonlinearity and output projection, (B, N, C) -> (B, N, C), without norm or residual.
 
     A, dt and D stay in float32 when the layer is cast to a narrower dtype; A and dt have no weight decay.
 
     Args:
         card: the mechanism.
         dim: width C of the input and output.
-        num_heads: accepted for the catalogue's sake; every channel has states of its own.
+        num_heads: accepted for a uniform signature; every channel has its own states.
         pattern: causal-self, or noncausal-self with a kernel for each direction.
         linear: kind of the output projection (``dense`` or a projection mechanism).
         config: see :class:`Config`.
@@ -364,7 +364,7 @@ class S4DLayer(StateSpaceLayer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A as `init` says, dt log-uniform, C normal with kernels whose sum over time has variance 1, D normal."""
+        """Initialise A by `init`, dt log-uniformly, C (a kernel's sum over time has variance 1) and D normally."""
         config: Config = self.config
         a = initial_rates(config)
         with torch.no_grad():
@@ -394,7 +394,7 @@ class S4DLayer(StateSpaceLayer):
 
 
 def initial_rates(config: Config) -> Complex[Tensor, " k"]:
-    """A of one channel at the start (section 4 of the paper), the half with imaginary parts >= 0, in complex128."""
+    """Initial A of one channel (section 4 of the paper), the half with imaginary parts >= 0, in complex128."""
     size = config.d_state
     k = torch.arange(size // 2, dtype=torch.float64)
     if config.init == "linear":
@@ -419,7 +419,7 @@ def sample_inputs(
     config: Config,
     sizes: dict[str, int] | None = None,
 ) -> Tensors:
-    """Random inputs for tests: steps and rates like those of trained layers, and c_back where there may be one."""
+    """Random inputs for tests: steps and rates as in trained layers, and c_back where it is allowed."""
     widths = {"c": 6, "k": 4, **(sizes or {})}
     rates = (widths["c"], widths["k"], 2)
     shapes = {"x": (batch, n, widths["c"]), "dt": rates[:1], "a": rates, "c": rates, "skip": rates[:1]}

@@ -1,8 +1,8 @@
-r"""Sigmoid attention: every key gets its own weight between 0 and 1, whatever the other keys are.
+r"""Sigmoid attention: every key gets its own weight between 0 and 1, independently of the other keys.
 
 When to pick it: softmax quality without competition between keys (a head may attend to nothing), simpler kernels, and
 partial outputs that merge by addition.
-When not: long streams (the state grows with every token), or when no training length is known and rows may differ
+When not: long streams (the state grows with every token), or if the training length is unknown and rows may differ
 widely in length (see `length` and `schedule`).
 
 Definition (Ramapuram et al., arXiv 2409.04431, equations 3-4):
@@ -11,7 +11,7 @@ Definition (Ramapuram et al., arXiv 2409.04431, equations 3-4):
 
 | paper | here |
 |---|---|
-| sigma | `activation="sigmoid"`; also `relu`, `relu_squared` (prior art: with `norm="seq"` they are relu / n) |
+| sigma | `activation="sigmoid"`; also `relu`, `relu_squared` (prior art: with `norm="seq"` these are relu / n) |
 | b | `sigmoid_bias`, or -ln(`length`); `schedule="position"` for b_i = -ln c_i; plus `head_bias` |
 | n in b = -ln n | `length`: the training length, a constant of the layer |
 | t | `log_temperature` |
@@ -19,22 +19,24 @@ Definition (Ramapuram et al., arXiv 2409.04431, equations 3-4):
 | tau | `scale`, D^-0.5 by default |
 
 c_i is the number of keys that query i may see by pattern, window and length (i + 1 in causal-self; all valid keys in
-noncausal patterns); keys hidden by a bias of -inf or a block mask count.
+noncausal patterns); keys hidden by a bias of -inf or a block mask are included.
 
-Without a bias and with scores near 0 a row of weights sums to n/2 instead of 1 and early training suffers: give
-`length=` the training length, or `schedule="position"`, whenever there are more than a few keys. The bias is never
-taken from the call's N, where decoding and prefill would disagree; at lengths beyond `length`, row sums grow by N/n.
+Without a bias and with scores near 0, a row of weights sums to n/2 instead of 1 and early training suffers: pass
+`length=` with the training length, or `schedule="position"`, whenever there are more than a few keys. The bias is never
+derived from the call's N, which differs between decoding and prefill; at lengths beyond `length`, row sums grow by N/n.
 
-Sensitivity: with inputs of norms up to R as queries, keys and values and `scale=1` the Jacobian's largest singular value
-is at most 1 + R^2 / 2 with `norm="seq"`, however many keys there are, and at most n (1 + R^2 / 2) without a norm, whatever
-the bias. That of softmax passes the first bound: two clusters of exp(R^2 / 4) tokens bring it to about R^2 exp(R^2 / 8).
+Sensitivity: with queries, keys and values from inputs of norms up to R and `scale=1`, the Jacobian's largest singular
+value is at most 1 + R^2 / 2 with `norm="seq"`, however many keys there are, and at most n (1 + R^2 / 2) without a norm,
+whatever the bias. That of softmax can exceed the first bound: two clusters of exp(R^2 / 4) tokens raise it to about R^2
+exp(R^2 / 8).
 
 Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). A query that sees no key gives 0.
-Deviations: `learn_bias` gives a layer one bias a head, trained as the difference from b. What the paper recommends around
-the mechanism are options elsewhere: of the layer `query_key_norm="layer"` (before any rotation), and `value_norm="layer"`
-in cross patterns, where the authors' code always has it; of a model's `stack` `layer_scale=1e-4` (vision) and
-`branch_norm="mixer"`, the hybrid norm x + norm(attend(norm(x))) (larger language models). ALiBi in noncausal patterns falls
-with distance on both sides, where the authors' code lets keys after the query gain. Windows do not trim the cache of keys.
+Deviations: `learn_bias` gives a layer one bias per head, trained as the difference from b. The paper's recommendations
+around the mechanism are options elsewhere: of the layer, `query_key_norm="layer"` (before any rotation), and
+`value_norm="layer"` in cross patterns, where the authors' code always has it; of a model's `stack`, `layer_scale=1e-4`
+(vision) and `branch_norm="mixer"`, the hybrid norm x + norm(attend(norm(x))) (larger language models). ALiBi in
+noncausal patterns decreases with distance on both sides, where in the authors' code keys after the query gain. Windows
+do not trim the cache of keys.
 """
 
 from __future__ import annotations
@@ -82,15 +84,15 @@ class Config:
     """Options.
 
     Attributes:
-        sigmoid_bias: b, one finite number or one a head; None for -ln(`length`), or 0 without a length.
-        length: the training length n of b = -ln n, >= 1; only without `sigmoid_bias`.
+        sigmoid_bias: b, one finite number or one per head; None for -ln(`length`), or 0 without a length.
+        length: the training length n in b = -ln n, >= 1; only without `sigmoid_bias`.
         schedule: ``constant`` for b as above; ``position`` for b_i = -ln c_i, only without `sigmoid_bias` and `length`.
-        learn_bias: a layer learns one number a head, added to b and 0 at the start.
+        learn_bias: whether a layer learns one number per head, added to b and initially 0.
         log_temperature: t, any finite number.
         norm: ``none``, ``seq`` or ``sqrt``; all but ``none`` need b = 0.
         activation: ``sigmoid``, ``relu`` or ``relu_squared``.
-        window: most ranks (before, after) the query that it sees; None for no limit. Self patterns only; after a query
-            nothing is seen in causal-self, so None or 0 there.
+        window: how many ranks (before, after) its own a query sees; None for no limit. Self patterns only; in
+            causal-self a query sees nothing after itself, so the second entry is None or 0 there.
     """
 
     sigmoid_bias: float | tuple[float, ...] | None = None
@@ -135,7 +137,7 @@ class Config:
 
     @property
     def biases(self) -> tuple[float, ...]:
-        """b: one number, or one a head."""
+        """b: one number, or one per head."""
         if self.sigmoid_bias is None:
             return (0.0 if self.length is None else -math.log(self.length),)
         return self.sigmoid_bias if isinstance(self.sigmoid_bias, tuple) else (self.sigmoid_bias,)
@@ -148,7 +150,7 @@ def reference(
     v: Float[Tensor, "b g m v"],
     head_bias: Float[Tensor, " h"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     config: Config = call.config
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     rule = _visibility(call)
@@ -177,8 +179,8 @@ def parallel(
     v: Float[Tensor, "b g m v"],
     head_bias: Float[Tensor, " h"] | None = None,
 ) -> Result:
-    """Attention by the engine, with the weights' rule in the place of the softmax: outputs of blocks of keys add up, no
-    normaliser is kept."""
+    """Attention by the engine, with the activation in place of the softmax: outputs of blocks of keys add up without a
+    normaliser."""
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     return _attend(call, q, k, v, head_bias, where, _totals(call, k))
 
@@ -190,7 +192,7 @@ def chunked(
     v: Float[Tensor, "b g m v"],
     head_bias: Float[Tensor, " h"] | None = None,
 ) -> Result:
-    """Continue a cached sequence by any number of tokens; also the step."""
+    """Continue a cached sequence by any number of tokens; also used as the step."""
     state, where = extend(call, k, v, q.shape[2])
     return _attend(call, q, state.k, state.v, head_bias, where, state.length, state)
 
@@ -198,12 +200,12 @@ def chunked(
 def absorb(
     call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], head_bias: Float[Tensor, " h"] | None = None
 ) -> KeyValueState:
-    """Memory into a cache; more may follow. `head_bias` plays no part until queries come."""
+    """Append memory to the cache; more may follow. `head_bias` is ignored; it only affects queries."""
     return extend(call, k, v, 0)[0]
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"], head_bias: Float[Tensor, " h"] | None = None) -> Result:
-    """Queries on absorbed memory."""
+    """Attend from queries to absorbed memory."""
     state: KeyValueState = call.state
     where = ranks(call, q.shape[2], 0, q.device, state.ranks, state.length)
     return _attend(call, q, state.k, state.v, head_bias, where, state.length, state)
@@ -217,7 +219,7 @@ def _visibility(call: Call) -> Visibility:
 
 
 def _totals(call: Call, k: Tensor) -> Int[Tensor, " b"]:
-    """Keys of each row."""
+    """The number of keys in each row."""
     if call.memory_lengths is not None:
         return call.memory_lengths
     return torch.full((k.shape[0],), k.shape[2], device=k.device)
@@ -237,7 +239,7 @@ def _attend(
     visibility = _visibility(call)
     temperature = math.exp(config.log_temperature)
     narrow, dtype = q.dtype, wide_dtype(q)
-    if config.norm != "none":  # sums are rounded once, after they are divided
+    if config.norm != "none":  # round sums once, after the division
         q, k, v = wide(q), wide(k), wide(v)
     counts = visibility.count(where.queries, totals[:, None]).clamp(min=1)[:, None, :, None].to(dtype)
 
@@ -273,7 +275,7 @@ def _attend(
 
 
 def _bias_terms(config: Config, head_bias: Tensor | None, counts: Tensor, q: Tensor) -> list[Tensor]:
-    """The parts of b that are not one constant: by head (1, h, 1, 1) or by query (b, 1, n, 1)."""
+    """The parts of b that vary by head (1, h, 1, 1) or by query (b, 1, n, 1)."""
     terms = []
     if len(config.biases) > 1:
         if len(config.biases) != q.shape[1]:
@@ -290,7 +292,7 @@ def _bias_terms(config: Config, head_bias: Tensor | None, counts: Tensor, q: Ten
 
 
 class HeadBias(Projection):
-    """Gives a layer's heads their learned bias, when `learn_bias` asks for it."""
+    """Supplies a layer's heads with a learned bias if `learn_bias` is set."""
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
@@ -307,7 +309,7 @@ class HeadBias(Projection):
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """As softmax attention's: a window narrows the pairs, not the cache."""
+    """Cost as for softmax attention: a window reduces the pairs, not the cache."""
     left, right = config.window
     near = math.inf if left is None else left + 1 + (0 if right is None else right)
     return attention_cost(shape, near)

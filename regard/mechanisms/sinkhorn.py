@@ -1,11 +1,12 @@
-r"""Sinkhorn attention: each block of queries sees its own block and one that is mixed from all blocks by a soft permutation.
+r"""Sinkhorn attention: each block of queries sees its own block and a mix of all blocks by a soft permutation.
 
-When to pick it: long sequences where a block needs one distant block as a whole, at the cost of twice local attention; with
-`sortcut`, encoders that can do with a few blocks of the whole sequence.
-When not: lookups of single tokens (a mixed block blurs what its blocks hold at the same place), short sequences (`softmax`).
+When to pick it: long sequences where a block needs one distant block as a whole, at twice the cost of local attention;
+with `sortcut`, encoders for which a few blocks of the whole sequence are enough.
+When not: lookups of single tokens (a mixed block blurs tokens at the same place of different blocks), or short
+sequences (`softmax`).
 
-Definition (Tay et al., arXiv 2002.11296, section 3; survey arXiv 2103.14636, B10). Blocks of b tokens; p_i and r_j are the
-summaries of block i of the queries and block j of the keys, s the scale:
+Definition (Tay et al., arXiv 2002.11296, section 3; survey arXiv 2103.14636, B10). Blocks of b tokens; p_i and r_j are
+summaries of query block i and key block j, s is the scale:
 
     A_ij = (ln(relu(s p_i . r_j) + 1e-6) + G_ij) / tau,       G Gumbel noise, in training only
     P    = exp of A after `iterations` times: every row, then every column, divided by its sum
@@ -13,13 +14,15 @@ summaries of block i of the queries and block j of the keys, s the scale:
     O_i  = softmax(s Q_i [K'_i; K_i]^T) [V'_i; V_i]
 
 - noncausal-self: summaries are means over blocks.
-- causal-self: P_ij = 0 unless j < i, and in its own block a token sees those up to itself. p_i is the mean of all queries
-  up to the first of block i, r_j that of all keys up to the last of block j; the sum of a column goes over rows up to
-  i. So all that block i uses is known when its first token comes. Block 0 sees itself only.
-- noncausal-cross: O_i = softmax(s Q_i K'_i^T) V'_i; P has a row for each block of queries and a column for each of the memory.
+- causal-self: P_ij = 0 unless j < i, and in its own block a token sees the tokens up to itself. p_i is the mean of all
+  queries up to the first of block i, r_j the mean of all keys up to the last of block j; the sum of a column runs over
+  rows up to i. So everything block i needs is known at its first token. Block 0 sees only itself.
+- noncausal-cross: O_i = softmax(s Q_i K'_i^T) V'_i; P has a row for each block of queries and a column for each block
+  of the memory.
 - with `sortcut`, in noncausal patterns, every query sees [K'_1; ...; K'_c] of the first c sorted blocks instead.
 
-The last block may be short. Places that it lacks add nothing to a mixed block, and a place that no block has is not seen.
+The last block may be short. The places that it lacks add nothing to a mixed block, and a place that no block has is not
+visible.
 
 | paper | here |
 |---|---|
@@ -29,12 +32,13 @@ The last block may be short. Places that it lacks add nothing to a mixed block, 
 | N_k, Sinkhorn iterations | `iterations` |
 | SortCut, n | `sortcut` |
 
-Layout: (B, H, N, D). State (causal-self): every key and value, a summary of each block, and the mixed block of the last token, so
-that P is computed once for each block.
-Deviations: the paper's SortNet is a small network on sums of a block's tokens; the public code has the one above too. The paper
-divides columns by sums over all rows in causal attention, which lets later blocks decide what earlier ones see. Public code
-(lucidrains, 0.11.4) gives mixed keys as mixed values too in its noncausal form, draws noise after training, and in its causal
-form takes the one or two best blocks instead of P, and has a null block in front.
+Layout: (B, H, N, D). State (causal-self): every key and value, a summary of each block, and the mixed block of the last
+token, so that P is computed once per block.
+Deviations: the paper's SortNet is a small network on the sum of a block's tokens; the public code also offers the one
+used here. In causal attention the paper divides columns by sums over all rows, which lets later blocks decide what
+earlier ones see. Public code (lucidrains, 0.11.4) uses mixed keys also as mixed values in its noncausal form, draws
+noise after training too, and in its causal form takes the one or two best blocks instead of P, with a null block in
+front.
 """
 
 from __future__ import annotations
@@ -72,10 +76,10 @@ if TYPE_CHECKING:
 
 EPS = 1e-6
 HIDDEN = -1e30
-"""Logarithm of what is 0. Not infinite, since infinities have no differences."""
+"""Stands for log 0. Finite, so that differences are defined."""
 
 SORTING = torch.float64
-"""Dtype of all that P is made from, which is small: ln(x + 1e-6) makes rounding errors up to a million times larger."""
+"""Dtype of the (small) tensors that P is computed from: ln(x + 1e-6) can amplify rounding a million times."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,9 @@ class Config:
     Attributes:
         block: b, >= 1.
         temperature: tau, > 0.
-        iterations: of the balancing, >= 0.
-        sortcut: sorted blocks that every query sees, >= 1, in noncausal patterns; None for its own and one mixed block.
+        iterations: number of row and column normalisations, >= 0.
+        sortcut: number of sorted blocks that every query sees, >= 1, in noncausal patterns; None for the query's own
+            block and one mixed block.
         noise: whether Gumbel noise is added in training.
     """
 
@@ -107,7 +112,7 @@ class Config:
 
 @dataclass(frozen=True)
 class SinkhornState(KeyValueState):
-    """Every key and value so far, and what sorts them. Sums and summaries are in float64."""
+    """Every key and value so far, and the summaries that sort them. Sums and summaries are in float64."""
 
     query_sum: Float[Tensor, "b h d"] = state_field()
     key_sum: Float[Tensor, "b h d"] = state_field()
@@ -163,8 +168,8 @@ def reference(
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]
 ) -> Result:
-    """Blocks of keys are mixed by the sorting weights, and each block of queries attends to its mixed block and its
-    own: 2 N b pairs and (N / b)^2 weights."""
+    """Mix blocks of keys by the sorting weights, then let each block of queries attend to its mixed block and its own
+    block: 2 N b pairs and (N / b)^2 weights."""
     _check(call)
     if q.shape[2] == 0 or k.shape[2] == 0:
         return Result(v.new_zeros(*q.shape[:3], v.shape[3]))
@@ -175,7 +180,7 @@ def parallel(
 def chunked(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]
 ) -> Result:
-    """Causal-self with state in and out, by any number of tokens; also the step."""
+    """Causal-self with state in and out, for any number of tokens; also used as the step."""
     _check(call)
     state = _state(call, q, k, v)
     past: SinkhornState | None = call.state
@@ -190,7 +195,7 @@ def chunked(
         return Result(_step(call, q, state, places), state)
     every = torch.arange(total, device=q.device).expand(q.shape[0], -1)
     keys, values = (_at_ranks(state, x, every) for x in (state.k, state.v))
-    at = places.clamp(max=total)[:, None, :, None].expand_as(q)  # padding may lie beyond the last
+    at = places.clamp(max=total)[:, None, :, None].expand_as(q)  # padding may be beyond the last
     placed = q.new_zeros(*q.shape[:2], total + 1, q.shape[3]).scatter(2, at, q)[:, :, :total]
     weights = sorting_weights(call.replace(training=False), state.query_summaries, state.key_summaries)
     whole = _by_blocks(call, placed, keys, values, weights, None)
@@ -223,7 +228,7 @@ def sorting_weights(
 
 
 def _noisy(call: Call, scores: Float[Tensor, "b h rows columns"]) -> Float[Tensor, "b h rows columns"]:
-    """A. The noise is drawn in float32 by every form."""
+    """A, the logits of P. Every form draws the noise in float32."""
     logits = (scores + EPS).log()
     if call.training and call.config.noise:
         uniform = torch.rand(scores.shape, generator=call.generator, device=scores.device).clamp(1e-6, 1 - 1e-6)
@@ -239,13 +244,13 @@ def _summaries(call: Call, q: Tensor, k: Tensor) -> tuple[Float[Tensor, "b h row
         before = F.pad(sums.cumsum(2)[:, :, :-1], (0, 0, 1, 0))
         count = size * torch.arange(sums.shape[2], device=q.device)[:, None] + 1
         p = (before + q[:, :, ::size]) / count
-        # blocks that are not full come last and sort nothing
+        # incomplete blocks come last and sort nothing
         r = r.cumsum(2) / torch.arange(1, r.shape[2] + 1, device=k.device)[:, None]
     return p, r
 
 
 def _means(x: Float[Tensor, "b h n d"], size: int, lengths: Int[Tensor, " b"] | None) -> Float[Tensor, "b h blocks d"]:
-    """Over the tokens that each block has."""
+    """Means over the tokens that each block has."""
     blocks = _blocks(x, size)
     start = size * torch.arange(blocks.shape[2], device=x.device)
     total = torch.full((1,), x.shape[2], device=x.device) if lengths is None else lengths
@@ -261,7 +266,7 @@ def _blocks(x: Float[Tensor, "b h n d"], size: int) -> Float[Tensor, "b h blocks
 def _by_blocks(
     call: Call, q: Tensor, k: Tensor, v: Tensor, weights: Float[Tensor, "b h rows columns"], lengths: Tensor | None
 ) -> Float[Tensor, "b h n v"]:
-    """Whole rows: blocks of queries on mixed blocks of keys, and on their own."""
+    """Attend in whole rows from blocks of queries to their mixed blocks and their own blocks."""
     config: Config = call.config
     size, n, own = config.block, q.shape[2], not call.pattern.cross
     causal = call.pattern.causal
@@ -270,7 +275,7 @@ def _by_blocks(
     mixed_k, mixed_v = ((weights.to(dtype) @ x.flatten(3)).unflatten(3, x.shape[3:]) for x in (keys, values))
     total = torch.full((1,), k.shape[2], device=device) if lengths is None else lengths
     place, block = torch.arange(size, device=device), torch.arange(weights.shape[2], device=device)
-    present = place < total[:, None]  # in the first block, hence in some
+    present = place < total[:, None]  # in the first block, hence in some block
     if config.sortcut is not None:
         cut = slice(config.sortcut)
         queries = torch.full((1,), n, device=device) if call.lengths is None else call.lengths
@@ -321,7 +326,7 @@ def _softmax(
 def _step(
     call: Call, q: Float[Tensor, "b h 1 d"], state: SinkhornState, place: Int[Tensor, "b 1"]
 ) -> Float[Tensor, "b h 1 v"]:
-    """One token on the mixed block and its own."""
+    """Attend from one token to its mixed block and its own block."""
     size, dtype = call.config.block, state.mixed_k.dtype
     block = place.div(size, rounding_mode="floor")
     wanted = block * size + torch.arange(size, device=q.device)
@@ -344,7 +349,7 @@ def _state(call: Call, q: Tensor, k: Tensor, v: Tensor) -> SinkhornState:
     valid = torch.ones_like(rank, dtype=torch.bool) if valid is None else valid
 
     def add(x: Tensor, place: int, total: Tensor | None, table: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The sum of all tokens, and the means up to that place of each block."""
+        """The sum of all tokens, and for each block the mean of all tokens up to its place `place`."""
         x = x.to(SORTING)
         total = x.new_zeros(batch, heads, width) if total is None else total
         table = x.new_zeros(batch, heads, 0, width) if table is None else table
@@ -375,7 +380,7 @@ def _state(call: Call, q: Tensor, k: Tensor, v: Tensor) -> SinkhornState:
 
 
 def _mix(call: Call, state: SinkhornState) -> SinkhornState:
-    """The state with the mixed block of each row's last token."""
+    """The state with updated mixed blocks, those of each row's last token."""
     size, dtype = call.config.block, state.mixed_k.dtype
     p, r = state.query_summaries, state.key_summaries
     count = p.shape[2]
@@ -395,7 +400,7 @@ def _mix(call: Call, state: SinkhornState) -> SinkhornState:
 def _at_ranks(
     state: SinkhornState, x: Float[Tensor, "b h past d"], wanted: Int[Tensor, "b w"]
 ) -> Float[Tensor, "b h w d"]:
-    """Cached tokens by rank; some token for a rank that there is not."""
+    """Gather cached tokens by rank; a rank that does not exist gives an arbitrary token."""
     slots = x.shape[2]
     at = torch.where(state.ranks >= 0, state.ranks, slots)
     found = torch.zeros(at.shape[0], slots + 1, dtype=torch.long, device=x.device)
@@ -414,7 +419,7 @@ def _check(call: Call) -> None:
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Cost of self patterns. The blocks are sorted once for each block of steps."""
+    """Cost of self patterns. In decoding, blocks are sorted once per block of steps."""
     width, heads = shape.dim_key + shape.dim_value, shape.batch * shape.heads
     rows, columns = -(-shape.n // config.block), -(-shape.m // config.block)
     keys = config.block * (2 if config.sortcut is None else min(config.sortcut, rows))

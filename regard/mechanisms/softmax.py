@@ -1,6 +1,6 @@
-r"""Softmax attention: every query looks at every key; weights are positive and sum to one.
+r"""Softmax attention: every query attends to every key; weights are positive and sum to one.
 
-When to pick it: up to about a thousand tokens, when exact recall of any earlier token matters, or as the yardstick.
+When to pick it: up to about a thousand tokens, when exact recall of any earlier token matters, or as the baseline.
 When not: long sequences (time grows with N M) and streams (the state grows with every token).
 
 Definition (Vaswani et al., arXiv 1706.03762; computed by blocks as in FlashAttention, arXiv 2205.14135):
@@ -8,8 +8,8 @@ Definition (Vaswani et al., arXiv 1706.03762; computed by blocks as in FlashAtte
     S = cap(tau Q K^T) + bias,   LSE_i = log sum_l exp(S_il) over visible keys l
     P_ij = exp(S_ij) / (exp(a) + exp(LSE_i)),   O = P V
 
-with cap(s) = c tanh(s / c) where there is a softcap c, else s; and exp(a) only where there is a sink a, one number a
-head: with it the weights of a query sum to sigmoid(LSE_i - a) instead of 1, so that a head may attend to little.
+with cap(s) = c tanh(s / c) if there is a softcap c, else s; the term exp(a) is present only with a sink a, one number
+per head: with it the weights of a query sum to sigmoid(LSE_i - a) instead of 1, so that a head may attend to little.
 In causal-self key j is visible to query i iff j <= i + M - N (bottom-right). A query that sees no key gives 0, and its
 LSE is -inf.
 
@@ -18,9 +18,9 @@ LSE is -inf.
 | Q, K, V | `q`, `k`, `v` |
 | tau | `scale`, D^-0.5 by default |
 | c, softcap of the scores | `softcap` |
-| a, logit of an attention sink | `sink`; a layer has it with `learn_sink` |
+| a, logit of an attention sink | `sink`; learned by a layer with `learn_sink` |
 | (left, right) of a sliding window | `window` |
-| queries that are computed in each head, 0 elsewhere (a mixture of heads) | `chosen`, boolean |
+| queries computed in each head, with output 0 elsewhere (a mixture of heads) | `chosen`, boolean |
 | block mask (block-sparse FlashAttention, section 3.3) | `mask.blocks`; patterns in `regard.engines.block_patterns` |
 | LSE | `extras["lse"]` with `want={"lse"}`: (B, H, N), in at least float32, of the keys alone without the sink |
 
@@ -29,11 +29,12 @@ With LSE, outputs over separate parts of the keys merge: O = sum_p exp(LSE_p) O_
 Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries).
 Deviations: the paper applies the block mask only without causality; here both combine. The native kernel skips blocks
 that the mask hides; torch computes and hides them, in the tiles of PyTorch's `scaled_dot_product_attention`, or in
-blocks of queries for a softcap, LSE, weights and dropout on a CPU or with a generator, with memory still linear in N.
-Windows do not trim the cache of keys (`local` does). Gradients of gradients are not promised: the kernels refuse them.
-Queries that are not `chosen` cost nothing where no bias, block mask, sink or dropout differs from head to head, and no
-weights are wanted; a program that is compiled computes and hides them.
-How many numbers tiles and stored scores move between slow and fast memory: :func:`regard.measurement.memory_traffic.io_count`.
+blocks of queries for a softcap, LSE, weights, and dropout on a CPU or with a generator; memory stays linear in N.
+Windows do not trim the cache of keys (`local` does). Second derivatives are not supported: the kernels refuse them.
+Queries that are not `chosen` cost nothing if no bias, block mask, sink or dropout differs between heads and no
+weights are requested; a compiled program computes and hides them.
+For the traffic of tiles and stored scores between slow and fast memory see
+:func:`regard.measurement.memory_traffic.io_count`.
 """
 
 from __future__ import annotations
@@ -77,10 +78,10 @@ class Config:
     """Options.
 
     Attributes:
-        window: most ranks (left, right) of the query that it sees, each >= 0 or None for no limit; None for no window.
-            Self patterns only; after a query nothing is seen in causal-self, so right is None or 0 there.
+        window: how many ranks (left, right) of its own a query sees, each >= 0 or None for no limit; None for no
+            window. Self patterns only; in causal-self a query sees nothing after itself, so right is None or 0 there.
         softcap: c > 0 bounds the scores to (-c, c) before biases; None for no bound.
-        learn_sink: a layer learns the sink, 0 at the start; functions are given it as the tensor `sink`.
+        learn_sink: whether a layer learns the sink, initially 0; functions take it as the tensor `sink`.
     """
 
     window: tuple[int | None, int | None] | None = None
@@ -106,7 +107,7 @@ def reference(
     sink: Float[Tensor, " h"] | None = None,
     chosen: Bool[Tensor, "b h n"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     visible, bias = masked_scores_bias(where, _visibility(call), call.bias, call.position_bias, call.blocks, q.dtype)
     o = attention_reference(q, k, v, visible, partial(sink_weights, sink), call.scale, bias, call.config.softcap)
@@ -114,7 +115,7 @@ def reference(
 
 
 def sink_weights(sink: Float[Tensor, " h"] | None, scores: Float[Tensor, "b h n m"]) -> Float[Tensor, "b h n m"]:
-    """Softmax of scores, and of the sink where there is one, whose weight is left out."""
+    """Softmax over the scores and, if there is one, the sink, whose weight is left out."""
     if sink is None:
         return scores.softmax(-1)
     column = sink[None, :, None, None].expand(*scores.shape[:-1], 1)
@@ -141,7 +142,7 @@ def chunked(
     sink: Float[Tensor, " h"] | None = None,
     chosen: Bool[Tensor, "b h n"] | None = None,
 ) -> Result:
-    """Continue a cached sequence by any number of tokens; also the step."""
+    """Continue a cached sequence by any number of tokens; also used as the step."""
     return attention_forms.chunked(call, q, k, v, **_options(call, sink, chosen))
 
 
@@ -151,7 +152,7 @@ def read(
     sink: Float[Tensor, " h"] | None = None,
     chosen: Bool[Tensor, "b h n"] | None = None,
 ) -> Result:
-    """Queries on absorbed memory."""
+    """Attend from queries to absorbed memory."""
     return attention_forms.read(call, q, **_options(call, sink, chosen))
 
 
@@ -166,7 +167,7 @@ def _visibility(call: Call) -> Visibility:
 
 
 class Sink(Projection):
-    """Gives a layer's heads their learned sinks, when `learn_sink` asks for them."""
+    """Supplies a layer's heads with learned sinks if `learn_sink` is set."""
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
@@ -188,7 +189,7 @@ def sample_inputs(
     sizes: dict[str, int] | None = None,
     **_: Any,
 ) -> Tensors:
-    """Inputs for tests and timings; a sink only where the options have one, since plain attention is the yardstick."""
+    """Inputs for tests and timings; a sink only if the options have one, since plain attention is the baseline."""
     size = {"h": 2, "g": 2, "d": 8, "v": 6} | (sizes or {})
     shapes = attention_shapes(batch, n, m, size)
     if config.learn_sink:
@@ -197,7 +198,7 @@ def sample_inputs(
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Two products with each pair; a window narrows the pairs (counted as in causal-self), not the cache."""
+    """Cost of two products per pair; a window reduces the pairs (counted as in causal-self), not the cache."""
     left, right = config.window or (None, None)
     near = math.inf if left is None else left + 1 + (0 if right is None else right)
     return attention_cost(shape, near)

@@ -1,33 +1,34 @@
-r"""Sparse Transformer: what is near, and every s-th token (or the last few of every s) before.
+r"""Sparse Transformer: attention to nearby tokens, and to every s-th earlier token (or the last few of every s).
 
-When to pick it: sequences with a period (rows of an image, samples of a sound: `strided`), or text with a state that must
+When to pick it: sequences with a period (rows of an image, samples of a sound: `strided`), or text where the state must
 keep every token (`fixed`); with s near sqrt(N) time grows as N^1.5, and any two tokens are connected within two layers.
-When not: streams without end (every key is kept), cross attention (memory has no place near a query), sequences so short
-that s is most of them.
+When not: endless streams (every key is kept), cross attention (memory has no place near a query), or sequences not much
+longer than s.
 
-Definition (Child et al., arXiv 1904.10509, section 4; survey arXiv 2103.14636, B1). Softmax attention, for causal-self over
-keys j <= i, in two patterns:
+Definition (Child et al., arXiv 1904.10509, section 4; survey arXiv 2103.14636, B1). Softmax attention, for causal-self
+over keys j <= i, in two patterns:
 
 | `layout` | first | second |
 |---|---|---|
 | `strided` | abs(i - j) < s | s divides i - j |
 | `fixed` | floor(i/s) = floor(j/s) | j mod s >= s - c |
 
-which `combine` puts together: one softmax over the union of both (the paper's merged head), `heads` of which the first
-half has the first pattern, or one pattern in the whole layer (`first`, `second`: alternate them in a plan of layers).
+which `combine` merges: one softmax over the union of both (``union``, the paper's merged head), one pattern per head,
+the first half of the heads having the first (``heads``), or one pattern for the whole layer (``first``, ``second``:
+alternate them in a plan of layers).
 
 | paper | here |
 |---|---|
 | l, stride | s, `stride`, near the square root of the length |
 | c | `columns` |
-| attention to different blocks of l columns by different heads | `head_columns`: head h has the c columns before those of head h - 1, from the last ones on and around again |
+| attention to different blocks of l columns by different heads | `head_columns`: head h has the c columns before those of head h - 1, starting from the last ones and wrapping around |
 | d_k^-1/2 | `scale` |
 
-Layout: (B, H, N, D). Ranks count valid tokens, so that padding moves no pattern. A query that sees no key gives 0, as the
-first queries of `second` with `fixed` do. noncausal-self drops j <= i.
-State: every key and value. A step reads s + N / s of them (c N / s with `fixed`), and counts all ranks to find them.
-Deviations: kernels of the paper take both patterns in one pass; here each is a call of blocked attention on keys that lie
-together (every s-th token on an axis of its own), and the two are put together by their log-sum-exps. A continuation by
+Layout: (B, H, N, D). Ranks count valid tokens, so padding does not shift the patterns. A query that sees no key gives
+0, as do the first queries of `second` with `fixed`. noncausal-self drops j <= i.
+State: every key and value. A step reads s + N / s of them (c N / s with `fixed`), and scans all ranks to find them.
+Deviations: the paper's kernels compute both patterns in one pass; here each is a call of blocked attention on
+contiguous keys (every s-th token on a separate axis), and the two are merged by their log-sum-exps. A continuation by
 several tokens at once computes hidden pairs too.
 """
 
@@ -77,7 +78,7 @@ class Config:
         stride: s, >= 1.
         columns: c of the fixed layout, 1 to `stride`.
         combine: ``union``, ``heads``, ``first`` or ``second``.
-        head_columns: whether heads have columns of their own in the fixed layout.
+        head_columns: whether each head has its own columns in the fixed layout.
     """
 
     layout: str = "strided"
@@ -100,12 +101,12 @@ class Config:
             raise Unsupported("head_columns with the strided layout", supported="layout='fixed'")
 
     def places(self, head: int) -> tuple[int, int]:
-        """The columns of a head, first and one past the last, as places in a block of `stride`."""
+        """A head's columns as places in a block of `stride`: the first, and one past the last."""
         group = head % (self.stride // self.columns) if self.head_columns else 0
         return self.stride - self.columns * (group + 1), self.stride - self.columns * group
 
     def patterns(self, heads: int) -> list[tuple[str, list[int], tuple[int, int]]]:
-        """Heads that are computed together: ``first``, ``second`` or ``union``, which heads, and their columns."""
+        """Groups of heads computed together: ``first``, ``second`` or ``union``, the heads, and their columns."""
         half = -(-heads // 2)
         found: dict[tuple[str, tuple[int, int]], list[int]] = {}
         for head in range(heads):
@@ -120,7 +121,7 @@ class Config:
 def reference(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     visible = pattern_mask(call.config, where.queries, where.keys, heads=q.shape[1])
     if call.pattern.causal:
@@ -131,7 +132,7 @@ def reference(
 def pattern_mask(
     config: Config, i: Int[Tensor, "#b n"], j: Int[Tensor, "#b m"], *, heads: int
 ) -> Bool[Tensor, "#b h n m"]:
-    """The patterns of all heads at ranks of queries and keys, j <= i left aside."""
+    """The patterns of all heads at ranks of queries and keys, without the condition j <= i."""
     i, j = i[:, None, :, None], j[:, None, None, :]
     s = config.stride
     if config.layout == "strided":
@@ -152,8 +153,8 @@ def pattern_mask(
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"]
 ) -> Result:
-    """Each pattern is a call of softmax attention on keys that lie together, and the two are joined by their
-    log-sum-exps: N (s + N / s) pairs with ``strided``."""
+    """Each pattern is a call of softmax attention on contiguous keys, and the two are merged by their log-sum-exps:
+    N (s + N / s) pairs with ``strided``."""
     n, m = q.shape[2], k.shape[2]
     if n != m or call.lengths is not call.memory_lengths:
         placed = place_queries(q, m, call.lengths, call.memory_lengths)
@@ -182,7 +183,7 @@ def step(call: Call, q: Float[Tensor, "b h 1 d"], k: Float[Tensor, "b h 1 d"], v
     """One token: only the keys that it sees are read."""
     state, where = extend(call, k, v, 1)
     slots = state.ranks.shape[1]
-    # the slot of each rank; slots that hold no token go to one more rank, which nobody asks for
+    # the slot of each rank; empty slots go to an extra rank, which is never requested
     at = torch.where(state.ranks >= 0, state.ranks, slots)
     found = torch.zeros(at.shape[0], slots + 1, dtype=torch.long, device=q.device)
     found = found.scatter(1, at, torch.arange(slots, device=q.device).expand_as(at))
@@ -202,7 +203,7 @@ def step(call: Call, q: Float[Tensor, "b h 1 d"], k: Float[Tensor, "b h 1 d"], v
 def _seen_by(
     config: Config, i: Int[Tensor, "b 1"], total: int, kind: str, columns: tuple[int, int]
 ) -> Int[Tensor, "b seen"]:
-    """Ranks of the keys that queries of rank `i` < `total` see in causal-self; -1 for none."""
+    """Ranks of the keys that queries of rank `i` < `total` see in causal-self; -1 for no key."""
     s, wanted = config.stride, []
     count = -(-total // s)
     if config.layout == "strided":
@@ -235,7 +236,7 @@ def _by_heads(
     v: Tensor,
     attend: Callable[[Call, Tensor, Tensor, Tensor, str, tuple[int, int]], Tensor],
 ) -> Tensor:
-    """Outputs of all heads, those of one pattern together."""
+    """Outputs of all heads; heads with the same pattern are computed together."""
     patterns = call.config.patterns(q.shape[1])
     if len(patterns) == 1:
         kind, _, columns = patterns[0]
@@ -249,26 +250,26 @@ def _by_heads(
 
 
 def _heads(x: Tensor, group: list[int]) -> Tensor:
-    """Some heads, as a view where they lie together."""
+    """Select a group of heads, as a view if they are contiguous."""
     whole = group == list(range(group[0], group[-1] + 1))
     return x[:, group[0] : group[-1] + 1] if whole else x[:, group]
 
 
 def _whole(call: Call, q: Tensor, k: Tensor, v: Tensor, kind: str, columns: tuple[int, int]) -> Tensor:
-    """A pattern on a whole sequence, in which query and key of a slot are the same token."""
+    """Apply a pattern to a whole sequence, where the query and key of a slot are the same token."""
     if kind == "first":
         return _near(call, q, k, v)[0]
     second = _strided if call.config.layout == "strided" else _fixed
     if kind == "second":
         return second(call, q, k, v, columns, others=False)[0]
-    dtype = v.dtype  # parts that are rounded before they are put together would be rounded twice
+    dtype = v.dtype  # avoids rounding the parts before they are merged
     q, k, v = (wide(x) for x in (q, k, v))
     outputs, lses = zip(_near(call, q, k, v), second(call, q, k, v, columns, others=True), strict=True)
     return merge(outputs, lses).to(dtype)
 
 
 def _near(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The first pattern."""
+    """Apply the first pattern."""
     size, causal = call.config.stride, call.pattern.causal
     if call.config.layout == "fixed":
         rule = Visibility(causal=causal, block=size)
@@ -280,9 +281,9 @@ def _near(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _strided(
     call: Call, q: Tensor, k: Tensor, v: Tensor, columns: tuple[int, int], *, others: bool
 ) -> tuple[Tensor, Tensor]:
-    """The second pattern of the strided layout; of `others` it leaves out the query's own key, which is near.
+    """Apply the second pattern of the strided layout; with `others`, without the query's own key, which is near.
 
-    Tokens a stride apart are a sequence of their own."""
+    Tokens a stride apart form a separate sequence."""
     batch, _, n, _ = q.shape
     size, causal, device = call.config.stride, call.pattern.causal, q.device
     rows = -(-n // size)
@@ -293,7 +294,7 @@ def _strided(
 
     where: Ranks
     blocks = None
-    if causal:  # padding comes after all queries that count
+    if causal:  # padding comes after all valid queries
         where = CountedRanks(rows, rows, -1 if others else 0, True, device)
     else:
         counts = torch.full((1,), n, device=device) if call.lengths is None else call.lengths
@@ -310,7 +311,7 @@ def _strided(
 def _fixed(
     call: Call, q: Tensor, k: Tensor, v: Tensor, columns: tuple[int, int], *, others: bool
 ) -> tuple[Tensor, Tensor]:
-    """The second pattern of the fixed layout; of `others` it leaves out the query's own block, which is near."""
+    """Apply the second pattern of the fixed layout; with `others`, without the query's own block, which is near."""
     n, size, device = q.shape[2], call.config.stride, q.device
     count = -(-n // size)
     slots = _column_slots(count, size, columns, device)
@@ -323,7 +324,7 @@ def _fixed(
 
 
 def _seen(config: Config, kind: str, columns: tuple[int, int], block: int, place: int) -> int:
-    """Keys that the query at `place` of a block sees in causal-self."""
+    """The number of keys that the query at `place` of a block sees in causal-self."""
     if config.layout == "strided":
         first = config.stride if block else place + 1
         return {"first": first, "second": block + 1, "union": first + block}[kind]
@@ -333,14 +334,14 @@ def _seen(config: Config, kind: str, columns: tuple[int, int], block: int, place
 
 
 def count_pairs(config: Config, n: int, heads: int) -> float:
-    """Pairs of query and key in a causal sequence of `n` tokens, exactly, as a mean over the heads."""
+    """The exact number of query-key pairs for a causal sequence of `n` tokens, averaged over heads."""
     blocks, rest = divmod(n, config.stride)
     total = 0
     for kind, group, columns in config.patterns(heads):
         pairs = 0
         for place in range(min(config.stride, n)):
             count = blocks + (place < rest)
-            # from the second block on, a block more is as many keys more as the one before
+            # from the second block on, each block adds the same number of keys
             pairs += _seen(config, kind, columns, 0, place)
             once = _seen(config, kind, columns, 1, place)
             more = _seen(config, kind, columns, 2, place) - once
@@ -350,7 +351,7 @@ def count_pairs(config: Config, n: int, heads: int) -> float:
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Cost of the causal pattern with N = M (n of M queries in proportion)."""
+    """Cost of the causal pattern with N = M (scaled in proportion for n < M queries)."""
     width = shape.dim_key + shape.dim_value
     heads = shape.batch * shape.heads
     pairs = count_pairs(config, shape.m, shape.heads) * shape.n / max(shape.m, 1)

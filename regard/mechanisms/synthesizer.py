@@ -1,11 +1,11 @@
-r"""Synthesizer: scores of places, made of the query token alone or learned outright, instead of dot products with keys.
+r"""Synthesizer: scores of positions, computed from the query token alone or learned directly, instead of dot products.
 
-When to pick it: to ask whether a task needs token-to-token scores at all; inputs of a known greatest length whose places
-have fixed meanings.
-When not: looking anything up by content, or lengths beyond those trained on: scores belong to places. Its cost is
-quadratic like that of softmax attention.
+When to pick it: to ask whether a task needs token-to-token scores at all; inputs with a known maximum length whose
+positions have fixed meanings.
+When not: lookups by content, or lengths beyond those trained on: scores belong to positions. Its cost is quadratic,
+like that of softmax attention.
 
-Definition (Tay et al., arXiv 2005.00743, equations 1-8; survey arXiv 2103.14636, C6), for query i and the place j of a key:
+Definition (Tay et al., arXiv 2005.00743, equations 1-8; survey arXiv 2103.14636, C6), for query i and key position j:
 
     S_ij = (W_2 relu(W_1 x_i))_j                      `dense`
     S_ij = R_ij, trained or not                       `random`
@@ -20,17 +20,17 @@ with linear maps a to A features and b to B features.
 | paper | here |
 |---|---|
 | the kinds of S, and their mixture | `kinds`: one, or several to mix; `projection.mix` of the layer holds w |
-| l, the greatest length | `length` (L) |
+| l, the maximum length | `length` (L) |
 | k, the rank of factorised random scores | `rank` |
-| scores of all L places | `dense` (B, H, N, L), `random` (H, L, L): given to a function as they are, and added |
+| scores of all L places | `dense` (B, H, N, L), `random` (H, L, L): passed to a function as they are, and added |
 | dot products | `query` (B, H, N, D), `key` (B, G, M, D), added too |
 
-Layout: v (B, G, M, V). A place is a rank among the valid tokens of a row; in cross patterns places of queries and of memory
-count from 0 each, and all four patterns exist. `slots` (B, N), whose values are not read, says how many queries there are
-where nothing else does. The scale multiplies dot products and is 1 by default: a layer scales its queries by D^-0.5. The
-state caches values (and keys of dot products).
-Deviations: the factorised dense scores are the outer product of both factors, so that each place has its own pair; tiling
-both, as the paper's text has it, gives some places equal scores. Dropout is applied to the layer's output.
+Layout: v (B, G, M, V). A position is a rank among the valid tokens of a row; in cross patterns queries and memory are
+each counted from 0, and all four patterns exist. `slots` (B, N), whose values are not read, gives the number of queries
+if no other input does. The scale multiplies dot products and is 1 by default: a layer scales its queries by D^-0.5. The
+state caches values (and keys for dot products).
+Deviations: the factorised dense scores are the outer product of both factors, so that each position has its own pair;
+tiling both, as in the paper's text, gives some positions equal scores. Dropout is applied to the layer's output.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ KINDS = ("dense", "random", "factorised_dense", "factorised_random", "dot")
 
 @dataclass(frozen=True)
 class Config:
-    """Options, all of the layer: a function is given scores.
+    """Options, all for the layer; a function takes scores.
 
     Attributes:
         kinds: one or several of ``dense``, ``random``, ``factorised_dense``, ``factorised_random`` and ``dot``.
-        length: L, the most keys that a sequence may have, and with random scores the most queries; >= 1.
-        rank: of factorised random scores, >= 1.
+        length: L, the maximum number of keys in a sequence, and with random scores also of queries; >= 1.
+        rank: rank of factorised random scores, >= 1.
         train_random: whether random scores are trained.
     """
 
@@ -105,13 +105,13 @@ class Config:
 
 @dataclass(frozen=True)
 class PlaceState(State):
-    """Values so far, with keys where there are dot products (else of width 0). A slot without a token has rank -1."""
+    """Values so far, with keys if there are dot products (else of width 0). An empty slot has rank -1."""
 
     v: Float[Tensor, "b g past v"] = state_field()
     key: Float[Tensor, "b g past d"] = state_field()
     ranks: Int[Tensor, "b past"] = state_field(fill=-1)
     queries: Int[Tensor, " b"] = state_field()
-    """Queries that came so far, in cross patterns."""
+    """Number of queries so far, in cross patterns."""
     length: Int[Tensor, " b"] = state_field()
 
 
@@ -124,7 +124,7 @@ def reference(
     key: Float[Tensor, "b g m d"] | None = None,
     slots: Shaped[Tensor, "b n"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, one query after the other."""
+    """The definition, one query at a time."""
     n, m, heads = _queries(call, v, dense, query, slots), v.shape[2], _heads(v, dense, random, query)
     _check(dense, random, query, key, m, n)
     v = v.repeat_interleave(heads // v.shape[1], 1)
@@ -156,7 +156,7 @@ def parallel(
     """All scores and their softmax at once: O(N M) time and memory.
 
     Raises:
-        Unsupported: without scores, with one of `query` and `key`, or for places that have no score.
+        Unsupported: without scores, with one of `query` and `key`, or for positions that have no score.
     """
     n, m = _queries(call, v, dense, query, slots), v.shape[2]
     keys = m if call.memory_lengths is None else call.memory_lengths
@@ -174,7 +174,7 @@ def chunked(
     key: Float[Tensor, "b g m d"] | None = None,
     slots: Shaped[Tensor, "b n"] | None = None,
 ) -> Result:
-    """Continue a cached sequence by any number of tokens; also the step."""
+    """Continue a cached sequence by any number of tokens; also used as the step."""
     state, where = _extend(call, v, key, _queries(call, v, dense, query, slots))
     _check(dense, random, query, key, state.length)
     result = _attend(call, where, state.v, dense, random, query, None if key is None else state.key)
@@ -183,7 +183,7 @@ def chunked(
 
 
 def absorb(call: Call, v: Float[Tensor, "b g m v"], key: Float[Tensor, "b g m d"] | None = None) -> PlaceState:
-    """Memory into a cache; more may follow."""
+    """Append memory to the cache; more may follow."""
     return _extend(call, v, key, 0)[0]
 
 
@@ -194,7 +194,7 @@ def read(
     query: Float[Tensor, "b h n d"] | None = None,
     slots: Shaped[Tensor, "b n"] | None = None,
 ) -> Result:
-    """Queries on absorbed memory, each at the place that follows those before it."""
+    """Read absorbed memory with queries, whose positions continue those of earlier queries."""
     state: PlaceState = call.state
     n = _queries(call, state.v, dense, query, slots)
     queries = lengths_after(state.queries, call.lengths, state.v.shape[0], n, state.v.device)
@@ -207,7 +207,7 @@ def read(
 
 
 def _queries(call: Call, v: Tensor, *of_queries: Tensor | None) -> int:
-    """How many queries there are: as their inputs say, else one a key, or one in cross patterns."""
+    """The number of queries: from their inputs, else one per key, or one in cross patterns."""
     dense, query, slots = of_queries
     if slots is not None:
         return slots.shape[1]
@@ -223,7 +223,7 @@ def _heads(v: Tensor, dense: Tensor | None, random: Tensor | None, query: Tensor
 
 
 def _extend(call: Call, v: Tensor, key: Tensor | None, n: int) -> tuple[PlaceState, Ranks]:
-    """The cache of `call.state` followed by new values and keys, and the ranks of `n` queries that come with them."""
+    """The cache of `call.state` with new values and keys appended, and the ranks of `n` queries that come with them."""
     past: PlaceState | None = call.state
     length, m = length_after(call, v), v.shape[2]
     key = v.new_zeros(*v.shape[:3], 0) if key is None else key
@@ -272,7 +272,7 @@ def _attend(
 
 
 def _at_keys(x: Float[Tensor, "#b h n l"], where: Ranks, *, cached: bool) -> Float[Tensor, "#b h n m"]:
-    """Scores of places, for the ranks that key slots have."""
+    """Scores of positions, selected by the ranks of the key slots."""
     m = where.keys.shape[1]
     if not cached:
         return x[..., :m] if m <= x.shape[3] else F.pad(x, (0, m - x.shape[3]))
@@ -289,7 +289,7 @@ def _check(
     keys: int | Tensor,
     queries: int | Tensor = 0,
 ) -> None:
-    """Refuse calls without scores, and places that have none. Those that only tensors know are not checked in a graph."""
+    """Refuse calls without scores and positions without a score; positions in tensors are not checked in a graph."""
     if dense is None and random is None and query is None:
         raise Unsupported(
             "synthesizer without scores", supported="dense, random, or query and key", nearest="dense=..."
@@ -310,10 +310,10 @@ def _check(
 
 
 class Scores(Projection):
-    """Makes the scores of a layer, of each kind that its options name.
+    """Computes a layer's scores, of each kind in its options.
 
     Args:
-        spec: of the layer.
+        spec: the layer's specification.
     """
 
     random: Tensor
@@ -394,7 +394,7 @@ def sample_inputs(
     config: Config,
     sizes: dict[str, int] | None = None,
 ) -> Tensors:
-    """Normal inputs for tests: scores of at least 96 places of the kinds that the options mix, and `slots`."""
+    """Normal inputs for tests: scores of at least 96 positions, of the kinds in the options, and `slots`."""
     widths = {"h": 2, "g": 2, "d": 8, "v": 6, **(sizes or {})}
     places = max(96, m)
     shapes: dict[str, tuple[int, ...]] = {"v": (batch, widths["g"], m, widths["v"])}
@@ -411,7 +411,7 @@ def sample_inputs(
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Scores are given, but for dot products."""
+    """Cost with given scores; only dot products are computed."""
     heads, width = shape.batch * shape.heads, shape.dim_value + ("dot" in config.kinds) * shape.dim_key
     return Cost(
         flops=2.0 * heads * shape.n * shape.m * width,

@@ -1,8 +1,8 @@
-r"""Token-parameter attention (Pattention): a linear layer replaced by attention from each token to learned parameter tokens.
+r"""Token-parameter attention (Pattention): a linear layer replaced by attention to learned parameter tokens.
 
-When to pick it: models that grow. The number n of parameter tokens is free of the layer's widths, so a trained model gains
-capacity by more rows. Also where a projection should be modular (masked or routed rows).
-When not: for speed. At n = D a projection D -> D has twice the parameters and the time of a linear layer.
+When to pick it: models that grow. The number n of parameter tokens does not depend on the layer's widths, so a trained
+model gains capacity by adding rows. Also if a projection should be modular (masked or routed rows).
+When not: for speed. At n = D a projection D -> D has twice the parameters and twice the time of a linear layer.
 
 Definition (TokenFormer, Wang et al., arXiv 2410.23168), for each token x alone:
 
@@ -19,20 +19,22 @@ with Theta named by the option `theta`:
 |---|---|
 | X (B, N, D_in) | `x` |
 | K_P (n, D_in), V_P (n, D_out) | `keys`, `values`; `key_tokens`, `value_tokens` of the module |
-| tau | `tau`, sqrt(n) by default: then the entries of Theta are of the order of 1 |
+| tau | `tau`, sqrt(n) by default: then the entries of Theta are of order 1 |
 | the scale of the scores in the authors' code, 1 | `scale`; it is not tau |
 
-Tokens do not mix: causal or not is the same, and cross attention uses it on both sides. The GELU is exact (erf).
-A parameter token where `token_mask` is False has its score multiplied by 0, which adds nothing to a GELU or a norm; under
-softmax its score is -inf. A token without parameter tokens gives 0. `top_k` masks all but the k largest scores of a token.
-`tau_mode="fixed"` keeps tau in a buffer, so rows with zero keys that are added later change nothing (with softmax, masked
-ones); ``"sqrt_n"`` takes sqrt of the rows used in the call, as the authors' code does: then growing changes the function.
-:meth:`TokenParameter.grow` appends rows, :meth:`TokenParameter.shrink` keeps the most important ones;
-:func:`regard.training.grow` and :func:`regard.training.shrink` do so in a whole model. A model of nothing else is
-:func:`regard.models.tokenformer_plan`.
-Deviations: norms are at least eps (a token of zeros gives 0, not NaN) and are taken in at least float32. In terms of tau the
-softmax is multiplied by tau^2, which is n. `identity` makes any linear layer expressible (`TokenParameter.from_linear`).
-There are no heads, as in the released models: h of them would be h modules on slices of the features that never meet.
+Tokens do not mix: causal and noncausal are the same, and cross attention uses it on both sides. The GELU is exact
+(erf). If `token_mask` is False for a parameter token, its score is multiplied by 0, which adds nothing to a GELU or a
+norm; under softmax its score is -inf. A token whose parameter tokens are all masked gives 0. `top_k` masks all but the
+k largest scores of a token.
+`tau_mode="fixed"` keeps tau in a buffer, so rows with zero keys that are added later have no effect (with softmax,
+masked rows); ``"sqrt_n"`` uses the square root of the number of rows in the call, as the authors' code does: then
+growing changes the function. :meth:`TokenParameter.grow` appends rows, :meth:`TokenParameter.shrink` keeps the most
+important ones; :func:`regard.training.grow` and :func:`regard.training.shrink` do so in a whole model. For a model
+built entirely from this layer, see :func:`regard.models.tokenformer_plan`.
+Deviations: norms are at least eps (a token of zeros gives 0, not NaN) and are computed in at least float32. In terms of
+tau the softmax is multiplied by tau^2, which is n. `identity` can express any linear layer
+(`TokenParameter.from_linear`). There are no heads, as in the released models: h heads would be h modules on separate
+slices of the features.
 """
 
 from __future__ import annotations
@@ -74,15 +76,15 @@ class Config:
     """Options.
 
     Attributes:
-        theta: from scores to weights, one of `THETAS`.
-        eps: smallest norm that is divided by, > 0.
-        num_tokens: parameter tokens of the module, >= 1; its out_features when None.
-        tau_mode: ``fixed``, a buffer of the module with sqrt(num_tokens) of its first day, or ``sqrt_n``, of each call.
-        num_layers: depth L of the model, for values drawn with the standard deviation 2 / (L sqrt(out_features));
-            0.02, as the keys, when None.
-        frozen_tokens: parameter tokens of the module, the first ones, that do not learn; fewer than `num_tokens`.
-        top_k: parameter tokens that each token uses, those of its largest scores, >= 1; all when None. Every score is
-            computed all the same, so this saves no time.
+        theta: function from scores to weights, one of `THETAS`.
+        eps: lower bound of the norm in divisions, > 0.
+        num_tokens: number of parameter tokens of the module, >= 1; its out_features when None.
+        tau_mode: ``fixed``, a buffer with the initial sqrt(num_tokens), or ``sqrt_n``, computed in each call.
+        num_layers: depth L of the model, for values initialised with the standard deviation 2 / (L sqrt(out_features));
+            when None 0.02, as for keys.
+        frozen_tokens: number of first parameter tokens that are not trained; fewer than `num_tokens`.
+        top_k: number of parameter tokens that each token uses, those with the largest scores, >= 1; all when None.
+            Every score is still computed, so this saves no time.
     """
 
     theta: str = "l2_norm_gelu"
@@ -106,26 +108,26 @@ class Config:
 
 
 def _divide_by_norm(s: Tensor, eps: float) -> Tensor:
-    # A squared norm that is clamped has a gradient at s = 0, where that of the norm is not defined. Under autocast scores
-    # are narrow whatever they are made of, and squares below 6e-8 are 0 in float16.
+    # A clamped squared norm has a gradient at s = 0, where that of the norm is undefined. Under autocast scores are
+    # narrow whatever their inputs, and squares below 6e-8 are 0 in float16.
     s = wide(s)
     return s * s.square().sum(-1, keepdim=True).clamp(min=eps**2).rsqrt()
 
 
 def _gelu(s: Tensor) -> Tensor:
-    # 1 + erf, as torch has it, cancels for scores below 0: where all scores are, the norm divides by what is left
+    # torch's 1 + erf cancels for negative scores; if all scores are negative, the norm would divide by the residue
     return s * torch.erfc(-math.sqrt(0.5) * s) / 2
 
 
 def _softmax(s: Tensor, kept: Tensor | None) -> Tensor:
     if kept is None:
         return s.softmax(-1)
-    opened = kept | ~kept.any(-1, keepdim=True)  # -inf throughout a row would make its gradient NaN
+    opened = kept | ~kept.any(-1, keepdim=True)  # a row of only -inf would have NaN gradients
     return torch.where(kept, s.masked_fill(~opened, -torch.inf).softmax(-1), 0)
 
 
 def _largest(s: Tensor, kept: Tensor | None, count: int | None) -> Tensor | None:
-    """The kept scores that are among the `count` largest; all of them when None."""
+    """A mask of the kept scores that are among the `count` largest; `kept` itself when `count` is None."""
     if count is None or count >= s.shape[-1]:
         return kept
     places = (s if kept is None else s.masked_fill(~kept, -torch.inf)).topk(count, dim=-1).indices
@@ -153,7 +155,7 @@ def reference(
     tau: Float[Tensor, ""] | None = None,
     token_mask: Bool[Tensor, "b n t"] | None = None,
 ) -> Float[Tensor, "b n e"]:
-    """The definition, token by token and from elementary functions."""
+    """The definition, token by token, written with elementary functions."""
     config: Config = call.config
     tau = x.new_tensor(keys.shape[0]).sqrt() if tau is None else tau
 
@@ -203,7 +205,7 @@ def attend_to_parameters(
     token_mask: Bool[Tensor, "*#batch t"] | None = None,
     scale: float = 1.0,
 ) -> Float[Tensor, "... e"]:
-    """The mechanism on any leading axes; `tau` is sqrt(t) when None.
+    """Apply the mechanism with any leading axes; `tau` is sqrt(t) when None.
 
     Raises:
         Unsupported: for a `token_mask` that is not boolean.
@@ -221,7 +223,7 @@ def parameter_weights(
     token_mask: Bool[Tensor, "*#batch t"] | None = None,
     scale: float = 1.0,
 ) -> Float[Tensor, "... t"]:
-    """Theta of each token, in at least float32; arguments as of :func:`attend_to_parameters`."""
+    """Theta of each token, in at least float32; arguments as for :func:`attend_to_parameters`."""
     if token_mask is not None and token_mask.dtype != torch.bool:
         raise Unsupported(f"token_mask of dtype {token_mask.dtype}", supported="booleans, True where a row is used")
     dtype = wide_dtype(x)
@@ -232,7 +234,7 @@ def parameter_weights(
 
 
 class TokenParameter(nn.Module):
-    """A projection (..., in_features) -> (..., out_features) through attention to parameter tokens.
+    """A projection (..., in_features) -> (..., out_features) by attention to parameter tokens.
 
     Keys are drawn from N(0, 0.02^2); for values see `num_layers` of :class:`Config`.
 
@@ -276,30 +278,30 @@ class TokenParameter(nn.Module):
 
     @property
     def keys(self) -> Float[Tensor, "t c"]:
-        """K_P: the frozen rows, then those that learn."""
+        """K_P: the frozen rows, then the trainable ones."""
         return self.key_tokens if self.frozen_keys is None else torch.cat([self.frozen_keys, self.key_tokens])
 
     @property
     def values(self) -> Float[Tensor, "t out"]:
-        """V_P, as :attr:`keys`."""
+        """V_P, in the order of :attr:`keys`."""
         return self.value_tokens if self.frozen_values is None else torch.cat([self.frozen_values, self.value_tokens])
 
     @torch.no_grad()
     def grow(self, num_tokens: int, *, preserve: bool = True, freeze: bool = False) -> None:
-        """Append parameter tokens until there are `num_tokens`, in place.
+        """Append parameter tokens in place until there are `num_tokens`.
 
-        The parameters are new objects: build the optimizer again. Values are drawn as at first, keys are zero: the
-        output stays what it was, the gradient of a new key is not zero, and that of a new value becomes so with its key.
+        The parameters are new objects: rebuild the optimizer. Values are drawn as at initialisation, keys are zero: the
+        output does not change, the gradient of a new key is nonzero, and so is that of a new value once its key is.
 
         Args:
-            num_tokens: more than there are.
-            preserve: keep the function. Possible with a fixed tau, or where the weights are proportional to tau
-                (gelu_l2_norm, whose old values are then scaled); not with softmax or a `top_k`. False draws the new keys
-                as well.
-            freeze: let only the new rows learn; otherwise all rows do, those frozen before too.
+            num_tokens: new number of parameter tokens, more than the current one.
+            preserve: whether to preserve the function. Possible with a fixed tau, or if the weights are proportional to
+                tau (gelu_l2_norm, whose old values are then scaled); not with softmax or a `top_k`. False draws the new
+                keys as well.
+            freeze: whether to train only the new rows; otherwise all rows are trained, even those frozen before.
 
         Raises:
-            Unsupported: where the function cannot be kept, or for no more tokens than there are.
+            Unsupported: if the function cannot be preserved, or `num_tokens` is not larger than the current number.
         """
         self.check_growth(num_tokens, preserve=preserve)
         keys, values, config = self.keys, self.values, self.config
@@ -314,7 +316,7 @@ class TokenParameter(nn.Module):
         self.config = replace(config, num_tokens=num_tokens, frozen_tokens=count if freeze else 0)
 
     def check_growth(self, num_tokens: int, *, preserve: bool = True) -> None:
-        """Raise Unsupported where :meth:`grow` does."""
+        """Raise Unsupported if :meth:`grow` would."""
         count, config = self.keys.shape[0], self.config
         if num_tokens <= count:
             raise Unsupported(f"growing {count} tokens to {num_tokens}", supported=f"more than {count}")
@@ -342,16 +344,17 @@ class TokenParameter(nn.Module):
     def shrink(self, num_tokens: int, *, importance: Float[Tensor, " t"] | None = None) -> None:
         """Keep the `num_tokens` most important parameter tokens, in their order, in place.
 
-        The parameters are new objects, and all rows learn, those frozen before too. A fixed tau stays, so that dropping
-        rows whose keys are zero changes nothing; where it follows the number of rows and the weights are proportional to
-        it (gelu_l2_norm), values are scaled, as in :meth:`grow`.
+        The parameters are new objects, and all rows are trained, even those frozen before. A fixed tau stays, so that
+        dropping rows whose keys are zero has no effect; if tau follows the number of rows and the weights are
+        proportional to it (gelu_l2_norm), values are scaled, as in :meth:`grow`.
 
         Args:
-            num_tokens: fewer than there are, >= 1.
-            importance: of each parameter token, such as :func:`regard.training.token_usage`; the norm of its key when None.
+            num_tokens: new number of parameter tokens, >= 1 and smaller than the current one.
+            importance: importance of each parameter token, such as :func:`regard.training.token_usage`; the norm of its
+                key when None.
 
         Raises:
-            Unsupported: for as many tokens or none, or an importance of another shape.
+            Unsupported: if `num_tokens` is out of range, or `importance` has another shape.
         """
         self.check_shrinking(num_tokens, importance=importance)
         importance = self.keys.norm(dim=1) if importance is None else importance.to(self.keys.device)
@@ -361,7 +364,7 @@ class TokenParameter(nn.Module):
         self.config = replace(self.config, num_tokens=num_tokens, frozen_tokens=0)
 
     def check_shrinking(self, num_tokens: int, *, importance: Float[Tensor, " t"] | None = None) -> None:
-        """Raise Unsupported where :meth:`shrink` does."""
+        """Raise Unsupported if :meth:`shrink` would."""
         count = self.keys.shape[0]
         if not 1 <= num_tokens < count:
             raise Unsupported(f"shrinking {count} tokens to {num_tokens}", supported=f"from 1 to {count - 1}")
@@ -369,13 +372,13 @@ class TokenParameter(nn.Module):
             raise Unsupported(f"an importance of shape {tuple(importance.shape)}", supported=f"({count},)")
 
     def _rescaling(self, num_tokens: int) -> float:
-        """The scale of the values, where tau follows the number of rows and the weights are proportional to it."""
+        """The factor for values: not 1 if tau follows the number of rows and the weights are proportional to it."""
         follows = self.config.theta == "gelu_l2_norm" and self.config.tau_mode == "sqrt_n"
         return math.sqrt(self.keys.shape[0] / num_tokens) if follows else 1.0
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> TokenParameter:
-        """The same map with one parameter token for each input feature: K_P = I, V_P = W^T, Theta the identity."""
+        """Convert a linear layer, one parameter token per input feature: K_P = I, V_P = W^T, Theta the identity."""
         config = Config(theta="identity", num_tokens=linear.in_features)
         made = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, config=config)
         made.to(linear.weight)
@@ -396,7 +399,7 @@ class TokenParameter(nn.Module):
         Args:
             x: (..., in_features).
             token_mask: parameter tokens that each token may use, (t,) or (..., t).
-            rows: numbers of the parameter tokens that the call uses; all when None. `token_mask` then refers to them.
+            rows: indices of the parameter tokens that the call uses; all when None. `token_mask` then refers to them.
         """
         keys, values = self.keys, self.values
         if rows is not None:
@@ -410,7 +413,7 @@ class TokenParameter(nn.Module):
         token_mask: Bool[Tensor, "*#batch t"] | None = None,
         rows: Int[Tensor, " t"] | None = None,
     ) -> Float[Tensor, "... t"]:
-        """Theta of each token, by which :meth:`forward` weighs the values; arguments as there."""
+        """Theta of each token, the weights of the values in :meth:`forward`; same arguments."""
         keys = self.keys if rows is None else self.keys[rows]
         return parameter_weights(x, keys, self.config, tau=self.tau, token_mask=token_mask)
 
@@ -445,12 +448,12 @@ def sample_inputs(
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
-    """Parameter tokens."""
+    """Axis sizes: the number of parameter tokens."""
     return {"t": shape.dim_value if config.num_tokens is None else config.num_tokens}
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Two products with all parameter tokens for each token."""
+    """Cost of two products with all parameter tokens for each token."""
     rows = shape.dim_value if config.num_tokens is None else config.num_tokens
     token = 2.0 * shape.batch * rows * (shape.dim_key + shape.dim_value)
     return Cost(flops=token * shape.n, memory=2.0 * shape.batch * shape.n * rows, state=0.0, step_flops=token)

@@ -1,43 +1,45 @@
-r"""Transformer-XL: segments that read a memory of the one before them, with scores that know distances.
+r"""Transformer-XL: segments that read a memory of the preceding segment, with scores that depend on distance.
 
-When to pick it: language models over texts longer than the training window, where a state of fixed size should pass on what
-earlier segments said: over l layers information travels about l M tokens. Relative scores need no positions and hold for
-lengths that were never trained.
-When not: exact recall beyond the layers' joint reach; on a CPU `local` with rotary positions reaches as far and is faster,
-since its scores need no second product.
+When to pick it: language models over texts longer than the training window, where a state of fixed size should carry
+information from earlier segments: over l layers information travels about l M tokens. Relative scores need no positions
+and extrapolate to lengths never trained on.
+When not: exact recall beyond the combined reach of the layers; on a CPU, `local` with rotary positions reaches as far
+and is faster, since its scores need no second product.
 
-Definition (Dai et al., arXiv 1901.02860, section 3), for a segment of L tokens with inputs h, after the segments before it:
+Definition (Dai et al., arXiv 1901.02860, section 3), for a segment of L tokens with inputs h, given the earlier
+segments:
 
     m    = SG(the last M inputs of this layer before the segment)
     q    = h W_q^T,     k, v = [m; h] W_k^T, [m; h] W_v^T
     A_ij = tau ((q_i + u) . k_j + (q_i + w) . W_r r_{i-j}),     r_d = [sin, cos](d 10000^(-2 c / C)), c = 0 ... C/2 - 1
     o_i  = softmax over j of A_ij, j <= i, times v_j
 
-SG stops gradients. So token i sees the tokens from M before its segment's first to itself, at most M + L of them, and a
-whole sequence read at once is what its segments give one after the other: a layer's memory is made of that layer's inputs,
-so all segments of a call are computed side by side.
+SG stops gradients. So token i sees the tokens from M before the start of its segment up to itself, at most M + L of
+them. A whole sequence read at once gives the same as its segments one after the other: a layer's memory depends only on
+that layer's inputs, so all segments of a call are computed in parallel.
 
 | paper | here |
 |---|---|
 | L, segment length | `segment` |
 | M, memory length | `memory` |
-| SG(h) W_k^T, SG(h) W_v^T | `k_past`, `v_past`: what later segments read in place of `k` and `v` (of equal values) |
+| SG(h) W_k^T, SG(h) W_v^T | `k_past`, `v_past`: read by later segments in place of `k` and `v` (with equal values) |
 | u, v (biases of the two parts) | `u`, `w`: (H, D) |
-| W_{k,R} | `relative`: (H, C, D), a matrix of each head from sinusoids of width C |
+| W_{k,R} | `relative`: (H, C, D), a matrix per head that maps sinusoids of width C |
 | clamp_len (of the authors' code) | `clamp` |
 | tau | `scale`, D^-0.5 by default |
 
-Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). Ranks count valid tokens. Segments begin at
-ranks 0, L, 2 L, ..., whatever calls a sequence is cut into. Function calls leave gradients alone: give `k_past` and
-`v_past` to stop them. In noncausal-self a token sees all of its segment (the two-way attention of XLNet, arXiv 1906.08237,
-of which this is the content stream).
-State: keys and values of the last M + L - 1 tokens, so that any number of tokens may follow; no gradient passes through a
-layer's state. In training it holds the layer's inputs too, as the paper's does, and the next call projects them by its own
-weights. No weight depends on L, M or `clamp`: as in the paper, a model may be built anew with a longer memory for evaluation
-and take those of the trained one. A layer stops gradients in training mode only: in evaluation mode they tell what an output
-depends on.
-Deviations: the memory of a layer in a model is the input of its mixer, after the norm. The authors' models share u and w
-among layers: :func:`share_biases` does. Sinusoids have no dropout. Relative scores are computed in at least float32.
+Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). Ranks count valid tokens. Segments begin
+at ranks 0, L, 2 L, ..., however a sequence is split into calls. The function does not stop gradients itself: pass
+detached `k_past` and `v_past`. In noncausal-self a token sees its whole segment (the two-way attention of XLNet, arXiv
+1906.08237, of which this is the content stream).
+State: keys and values of the last M + L - 1 tokens, so that any number of tokens may follow; no gradient passes through
+a layer's state. In training it also holds the layer's inputs, as in the paper, and the next call projects them with its
+own weights. No weight depends on L, M or `clamp`: as in the paper, a model may be rebuilt with a longer memory for
+evaluation and load the trained weights. A layer stops gradients only in training mode: in evaluation mode gradients
+show what an output depends on.
+Deviations: the memory of a layer in a model is the input of its mixer, after the norm. The authors' models share u and
+w among layers; for this, use :func:`share_biases`. Sinusoids have no dropout. Relative scores are computed in at least
+float32.
 """
 
 from __future__ import annotations
@@ -81,9 +83,9 @@ class Config:
     """Options.
 
     Attributes:
-        segment: L >= 1.
-        memory: M >= 0.
-        clamp: >= 0, farther keys count as if at this distance; None for all as they are.
+        segment: L, the segment length, >= 1.
+        memory: M, the memory length, >= 0.
+        clamp: >= 0, distances beyond this count as this distance; None for no clamping.
     """
 
     segment: int = 32
@@ -98,12 +100,12 @@ class Config:
 
     @property
     def cached(self) -> int:
-        """Tokens that the one after a sequence may see."""
+        """The number of past tokens to keep: all that the next token may see."""
         return self.reach.cached
 
     @property
     def reach(self) -> Reach:
-        """Segment and memory, as the engine takes them."""
+        """Segment and memory lengths for the engine."""
         return Reach(self.segment, self.memory)
 
 
@@ -118,7 +120,7 @@ def reference(
     k_past: Float[Tensor, "b g m d"] | None = None,
     v_past: Float[Tensor, "b g m v"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, one segment after the other."""
+    """The definition, one segment at a time."""
     config: Config = call.config
     groups = q.shape[1] // k.shape[1]
     k_past, v_past = k if k_past is None else k_past, v if v_past is None else v_past
@@ -148,7 +150,7 @@ def reference(
 def relative_rows(
     distance: Tensor, relative: Float[Tensor, "h c d"], clamp: int | None = None
 ) -> Float[Tensor, "h *distance d"]:
-    """W_r r of each head at distances of any shape."""
+    """W_r r for each head, at distances of any shape."""
     width = relative.shape[1]
     distance = distance if clamp is None else distance.clamp(-clamp, clamp)
     frequency = 10_000.0 ** (-torch.arange(0, width, 2, device=relative.device, dtype=relative.dtype) / width)
@@ -168,7 +170,7 @@ def parallel(
     k_past: Float[Tensor, "b g m d"] | None = None,
     v_past: Float[Tensor, "b g m v"] | None = None,
 ) -> Result:
-    """All segments side by side; in causal-self from a state and to the state after it, by any number of tokens."""
+    """All segments in parallel; in causal-self with state in and out, for any number of tokens."""
     config: Config = call.config
     distances, past = read_optional("transformer_xl", q, k, w, relative, k_past, v_past, config.clamp)
     return segment_attention(call, q, k, v, config.reach, u=u, distances=distances, past=past)
@@ -184,10 +186,11 @@ def read_optional(
     v_past: Tensor | None,
     clamp: int | None,
 ) -> tuple[Distances | None, tuple[Tensor, Tensor] | None]:
-    """How scores depend on distances, and what later segments read, of the inputs of the mechanism `name`.
+    """The distance part of the scores, and the keys and values for later segments, from the inputs of the mechanism
+    `name`.
 
     Raises:
-        Unsupported: for inputs that do not go together.
+        Unsupported: for inconsistent inputs.
     """
     if q.shape[2] != k.shape[2]:
         raise Unsupported(f"{name} with {q.shape[2]} queries and {k.shape[2]} keys", supported="a query for each key")
@@ -200,7 +203,7 @@ def read_optional(
 
 
 class RelativeScores(Projection):
-    """A layer's u, w and W_r. Sinusoids are as wide as the layer."""
+    """A layer's u, w and W_r. Sinusoids have the layer's width."""
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
@@ -220,7 +223,7 @@ class RelativeScores(Projection):
 
 
 def share_biases(model: nn.Module) -> nn.Module:
-    """Give all layers of a model that have them the u and w of the first, as the authors' models do.
+    """Share the first layer's u and w among all layers of a model that have them, as in the authors' models.
 
     Returns:
         The model, changed in place.
@@ -246,7 +249,7 @@ def sample_inputs(
     sizes: dict[str, int] | None = None,
     **_: object,
 ) -> Tensors:
-    """Inputs for tests and timings, without `k_past` and `v_past`, which equal k and v."""
+    """Inputs for tests and timings, without `k_past` and `v_past`, which default to k and v."""
     size = {"h": 2, "g": 2, "d": 8, "v": 6, "c": 12} | (sizes or {})
     heads, width = size["h"], size["d"]
     shapes = attention_shapes(batch, n, m, size) | {"u": (heads, width), "w": (heads, width)}
@@ -255,7 +258,7 @@ def sample_inputs(
 
 
 def visible_pairs(config: Config, n: int) -> int:
-    """Pairs of query and key in a causal sequence of `n` tokens, exactly."""
+    """The exact number of query-key pairs for a causal sequence of `n` tokens."""
     whole, rest = divmod(n, config.segment)
     sizes = [config.segment] * whole + [rest]
     own = sum(size * (size + 1) // 2 for size in sizes)
@@ -263,7 +266,7 @@ def visible_pairs(config: Config, n: int) -> int:
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Cost of the causal pattern with N = M (n of M queries in proportion); W_r r counts as a projection."""
+    """Cost of the causal pattern with N = M (scaled in proportion for n < M queries); W_r r counts as a projection."""
     width, heads = 2 * shape.dim_key + shape.dim_value, shape.batch * shape.heads
     pairs = visible_pairs(config, shape.m) * shape.n / max(shape.m, 1)
     start = shape.m // config.segment * config.segment

@@ -1,11 +1,11 @@
-r"""Landmark attention: a landmark token after each block gates attention to the block, and later finds it in a cache.
+r"""Landmark attention: a landmark token after each block gates attention to it, and later retrieves it from a cache.
 
-When to pick it: to use a context far longer than the one trained on, at a bounded number of attended tokens for each
-query, with every past token still reachable.
-When not: short sequences (plain softmax is cheaper: landmarks lengthen the sequence by a token a block), or when the
-state must not grow (`cache_blocks` bounds it by forgetting the oldest blocks).
+When to pick it: to use a context far longer than the one trained on, with a bounded number of attended tokens for each
+query and every past token still reachable.
+When not: short sequences (plain softmax is cheaper: landmarks lengthen the sequence by one token per block), or when
+the state must not grow (`cache_blocks` bounds it by dropping the oldest blocks).
 
-Definition (Mohtashami and Jaggi, arXiv 2305.16300, sections 3.1-3.3). A landmark belongs to the block that it closes.
+Definition (Mohtashami and Jaggi, arXiv 2305.16300, sections 3.1-3.3). A landmark belongs to the block that it ends.
 With S = tau Q K^T, for query i in block b, over visible keys:
 
     t_i   = softmax of S_i over { normal tokens of block b } and { landmarks of the other blocks that hold tokens }
@@ -14,60 +14,63 @@ With S = tau Q K^T, for query i in block b, over visible keys:
           = t_{i,landmark(c)} u_ij^c  for normal j in another block c
           = 0                         for landmarks,                      O = W V
 
-Rows sum to 1, except for a query without keys, which gives 0. The fast forms use the same thing in one softmax: with
+Rows sum to 1, except that a query without keys gives 0. The fast forms compute the same weights with one softmax: with
 LSE_ic the log-sum-exp of S_i over the normal tokens of block c, W_i = softmax over normal tokens of S_ij + C_ij, where
-C_ij = S_{i,landmark(c)} - LSE_ic for j in another block c and 0 in the query's own.
+C_ij = S_{i,landmark(c)} - LSE_ic for j in another block c, and 0 for j in the query's own block.
 
-- A query never attends to the landmark of its own block, and a landmark never to itself: a landmark query reads its
-  block's tokens and the earlier blocks.
-- causal-self: other blocks are the earlier ones. noncausal-self: all others. Cross patterns: all blocks of the memory
-  are gated; tokens after its last landmark cannot be reached, so end the memory with a landmark.
-- A block of which the query sees no token (an empty one, or one hidden by a bias) loses its landmark too; a block whose
-  landmark is hidden loses its tokens.
+- A query never attends to the landmark of its own block, and a landmark never attends to itself: a landmark query reads
+  its block's tokens and the earlier blocks.
+- causal-self: the other blocks are the earlier ones. noncausal-self: all others. Cross patterns: all blocks of the
+  memory are gated; tokens after its last landmark cannot be reached, so end the memory with a landmark.
+- If the query sees no token of a block (the block is empty, or hidden by a bias), it does not see the block's landmark
+  either; if a block's landmark is hidden, so are its tokens.
 
 Retrieval (section 3.3; causal-self with a state, `top_k` = k): the state keeps keys before rotation, values, and which
-tokens are landmarks. A call is one chunk, or is read in chunks of `chunk_size` (of a call, or the option `chunk`). For each token and head the k blocks of
-highest landmark score, among the complete blocks cached before the chunk, are attended to together with the incomplete
-block and the chunk. `selection` shares the choice: with the softmax of a token's and head's scores over the landmarks,
-the k blocks of the largest maximum over the heads, or over the tokens of the chunk. The latter lets later tokens of a
-chunk influence which blocks an earlier one sees; it is what `offload` needs, so that few blocks are moved for a chunk. With rotary positions blocks take slots of `block` + 1 positions instead of their distant true
-places: to be scored, the k newest blocks have the slots 1 to k and older ones slot 0; the m-th chosen block in order of
-time (from 0) has slot m, or m + 1 if it is one of the k newest; the incomplete block follows at slot k + 1. While no
-more than k blocks are cached, slots are true places. So positions never exceed (k + 1)(`block` + 1) + `block` + chunk.
-In cross patterns each query and head chooses k blocks of the memory (of its newest `cache_blocks`), in whole calls and from a
-state alike, by keys at their true places; not by `max_over_tokens`, with which queries that are read one by one would see
-other blocks than together.
-noncausal-self has nothing to choose from: each call sees its sequence whole, and no state goes on from it.
+tokens are landmarks. A call is processed as one chunk, or in chunks of `chunk_size` (an argument of the call) or
+`chunk` (an option). Each token and head attends to the k blocks with the highest landmark scores among the complete
+blocks cached before the chunk, together with the incomplete block and the chunk. `selection` can make the choice joint:
+with the softmax of a token's and head's scores over the landmarks, it takes the k blocks with the largest maximum over
+the heads, or over the tokens of the chunk. The latter lets later tokens of a chunk influence which blocks an earlier
+one sees; `offload` needs it, so that few blocks are moved per chunk. With rotary positions, blocks occupy slots of
+`block` + 1 positions instead of their distant true positions: for scoring, the k newest blocks have slots 1 to k and
+older ones slot 0; the m-th chosen block in temporal order (from 0) has slot m, or m + 1 if it is one of the k newest;
+the incomplete block follows at slot k + 1. While no more than k blocks are cached, slots are true positions. So
+positions never exceed (k + 1)(`block` + 1) + `block` + chunk.
+In cross patterns each query and head chooses k blocks of the memory (of its newest `cache_blocks`), both in whole calls
+and from a state, by keys at their true positions. `max_over_tokens` is refused there: queries read one by one would see
+other blocks than queries read together.
+noncausal-self has no retrieval: each call sees its whole sequence and leaves no state.
 
-Miss token (of the authors' code, after the paper): a key, the same for all queries and rotated as at position -1, whose
-score r_i joins the softmax t_i. The landmarks C that it controls leave t_i for a softmax of their own,
+Miss token (from the authors' code, later than the paper): a key, the same for all queries and rotated as at position
+-1, whose score r_i joins the softmax t_i. The landmarks C that it controls leave t_i for a separate softmax,
 
     z_i = softmax of S_i over C,     the gate of c in C: t_{i,miss} z_ic,
 
-so that a query which wants none of them lets t_{i,miss} fall. Rows sum to 1, or without a landmark in C to 1 - t_{i,miss}.
-Controlled are the landmarks of retrieved blocks, and in training each landmark with the probability `miss_share`; outside
-training a t_{i,miss} below `miss_cutoff` opens no gate.
+so that a query which needs none of these blocks can lower t_{i,miss}. Rows sum to 1, or to 1 - t_{i,miss} if C is
+empty. The miss token controls the landmarks of retrieved blocks and, in training, each landmark with probability
+`miss_share`; outside training a t_{i,miss} below `miss_cutoff` is set to 0, which closes all these gates.
 
 | paper | here |
 |---|---|
-| context miss token; t_{i,miss} | `miss` (G, D), one key a head, which the layer learns with `miss=True`; its weight |
+| context miss token; t_{i,miss} | `miss` (G, D), one key per head, learned by the layer with `miss=True`; its weight |
 | block length l_block | `block`: normal tokens before each landmark |
 | k retrieved blocks | `top_k`; None attends to all cached blocks, which is W above |
 | memory size (cache of blocks) | `cache_blocks`; the oldest complete block is dropped first; None keeps all |
 | landmark token | `roles == Role.LANDMARK`; :func:`prepare` inserts them |
 | GroupedSoftmax | `softmax="grouped"`; "ignore" hides landmarks, "plain" treats them as normal tokens |
 
-Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). `roles` (B, M) goes with the keys. Blocks
-may have any length in whole calls that attend to all of them; with `top_k` a block has exactly `block` tokens (the first
-of a sequence may have fewer), and with `cache_blocks` at most `block`.
+Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). `roles` (B, M) belongs to the keys. Blocks
+may have any length in whole calls that attend to all of them; with `top_k` a block has exactly `block` tokens (the
+first of a sequence may have fewer), and with `cache_blocks` at most `block`.
 Deviations: noncausal and cross patterns are not in the paper. Blocks without a visible token lose their landmark; the
-original code lets an empty block keep its share, so that rows sum to less than 1. The miss token's key is a parameter of the
-layer; there it is the key of a token that no layer lets attend, which is a constant too. There landmarks of the chunk may be
-controlled outside training as well. Models always leave inserted tokens out of the loss, where there an option decides. They
-draw the embedding of a landmark like any other; the new token that the authors add to a pretrained vocabulary starts as the
-mean of the existing embeddings, but no pretrained model is given landmarks here.
-`group_dropout` drops gates (not the own block), `position_jump` adds a random number below it to the positions after
-each landmark; both act in training only.
+original code lets an empty block keep its share, so that rows sum to less than 1. The miss token's key is a parameter
+of the layer; in the original it is the key of a token that attends to nothing in any layer, which is a constant too.
+The original may also control landmarks of the chunk outside training. Models always exclude inserted tokens from the
+loss; the original has an option. Models initialise the embedding of a landmark like any other; the new token that the
+authors add to a pretrained vocabulary starts as the mean of the existing embeddings, but landmarks are not added to
+pretrained models here.
+`group_dropout` drops gates (except that of the own block), and `position_jump` adds a random number below it to the
+positions after each landmark; both act in training only.
 """
 
 from __future__ import annotations
@@ -111,14 +114,14 @@ def prepare(
 ) -> tuple[Int[Tensor, "b n2"], Int[Tensor, "b n2"]]:
     """Insert a landmark after every `config.block` tokens.
 
-    What is inserted after a token is read together with it, so a stream may be cut anywhere.
+    A landmark stays in the same call as the token before it, so a stream may be split anywhere.
 
     Args:
         ids: tokens, right-padded.
-        config: gives the block length.
+        config: provides the block length.
         landmark_id: id of the inserted tokens.
-        lengths: valid tokens of each row; all when None.
-        phase: tokens of the incomplete block that came before, from 0 to block - 1: the number of tokens read so far
+        lengths: number of valid tokens in each row; all when None.
+        phase: tokens already read of the incomplete block, from 0 to block - 1: the number of tokens read so far
             modulo `config.block`.
 
     Returns:
@@ -136,7 +139,7 @@ def prepare(
     longest = phase if isinstance(phase, int) else config.block - 1
     place = torch.arange(n + (longest + n) // config.block, device=ids.device)
     landmark = (before + place) % size == config.block
-    token = place - (before + place) // size  # normal tokens of this call before each place
+    token = place - (before + place) // size  # number of normal tokens of this call before each place
     valid = torch.full((batch, 1), n, device=ids.device) if lengths is None else lengths[:, None]
     inside = torch.where(landmark, token <= valid, token < valid)
     taken = F.pad(ids, (0, 1)).gather(1, token.clamp(max=n))
@@ -159,7 +162,7 @@ def sample_inputs(
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Cost of all pairs, as training has them; a step and the state are those of retrieval where there is a `top_k`."""
+    """Cost of all pairs, as in training; with `top_k`, step and state are those of retrieval."""
     pairs = shape.batch * shape.heads * shape.n * shape.m
     width = shape.dim_key + shape.dim_value
     size = config.block + 1
@@ -172,7 +175,7 @@ def cost(shape: Shape, config: Config) -> Cost:
     return Cost(
         flops=2.0 * pairs * width,
         memory=3.0 * shape.batch * shape.heads * (shape.n + shape.m),
-        state=float(shape.heads * (past * width + scored * shape.dim_key)),  # with the landmarks of complete blocks
+        state=float(shape.heads * (past * width + scored * shape.dim_key)),  # plus the landmarks of complete blocks
         step_flops=2.0 * step,
     )
 

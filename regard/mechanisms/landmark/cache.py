@@ -1,4 +1,4 @@
-"""The cache of landmark: tokens as they came, and the landmarks of the blocks that they have closed."""
+"""The cache of landmark: all tokens in order, and the landmarks of complete blocks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class LandmarkState(State):
     """Cached tokens of each row: complete blocks, then the incomplete one.
 
-    The last `cached` slots of a row hold tokens, in order; the slots before them are empty. Keys are rotated at their
-    ranks, but with `top_k`, where they take other places each time that their block is retrieved, they are not.
+    The last `cached` slots of a row hold tokens, in order; the slots before them are empty. Keys are rotated by their
+    ranks, except with `top_k`: there they get new positions each time their block is retrieved, and are kept unrotated.
     """
 
     k: Float[Tensor, "b g past d"] = state_field(newest_last=True)
@@ -32,9 +32,9 @@ class LandmarkState(State):
     cached: Int[Tensor, " b"] = state_field()
     length: Int[Tensor, " b"] = state_field()
     marks: Float[Tensor, "b g blocks d"] | None = state_field(newest_last=True, default=None)
-    """With `top_k` the landmarks' keys of the complete blocks that hold a token, the newest last; k and v have them too."""
+    """With `top_k`, the landmark keys of complete nonempty blocks, newest last; k and v hold them too."""
     closed: Int[Tensor, "b blocks"] | None = state_field(fill=-1, newest_last=True, default=None)
-    """The ranks of these landmarks; -1 where a row has fewer."""
+    """The ranks of the landmarks in `marks`; -1 where a row has fewer."""
 
     def select(self, indices: Int[Tensor, " rows"]) -> LandmarkState:
         return self._map(lambda t, _: t.index_select(0, indices.to(t.device)))
@@ -47,7 +47,7 @@ class LandmarkState(State):
         return self._map(emptied)
 
     def present(self) -> Bool[Tensor, "b past"]:
-        """Slots that hold a token."""
+        """True for slots that hold a token."""
         past = self.k.shape[2]
         return torch.arange(past, device=self.cached.device) >= past - self.cached[:, None]
 
@@ -59,7 +59,7 @@ class LandmarkState(State):
 
 
 def past_of(call: Call, k: Tensor, v: Tensor) -> LandmarkState:
-    """The state that a call continues: an empty one at the start of a sequence."""
+    """The state that a call continues; an empty state at the start of a sequence."""
     if call.state is not None:
         return call.state
     none = torch.zeros(k.shape[0], dtype=torch.long, device=k.device)
@@ -71,7 +71,7 @@ def past_of(call: Call, k: Tensor, v: Tensor) -> LandmarkState:
 
 
 def _moved(x: Tensor, call: Call) -> Tensor:
-    """Where the cache is."""
+    """Move a tensor to the device of the cache."""
     offload = call.config.offload
     return x if offload is None else x.to("cpu" if offload == DISK else offload)
 
@@ -79,24 +79,24 @@ def _moved(x: Tensor, call: Call) -> Tensor:
 def extended(
     past: LandmarkState, k: Tensor, v: Tensor, landmark: Tensor, lengths: Tensor | None, config: Config
 ) -> LandmarkState:
-    """The cache with new tokens, of which `lengths` of each row are valid, and without the oldest blocks when it is full."""
+    """Append each row's `lengths` valid new tokens to the cache, and drop the oldest blocks when it is full."""
     return settled(grown(past, k, v, landmark, lengths, config), k, lengths, config)
 
 
 def grown(
     past: LandmarkState, k: Tensor, v: Tensor, landmark: Tensor, lengths: Tensor | None, config: Config
 ) -> LandmarkState:
-    """The cache with new tokens, but with the landmarks of the blocks that were closed before."""
+    """Append new tokens to the cache, without updating the landmarks of complete blocks."""
     m = k.shape[2]
     empty = mapped if config.offload == DISK else Tensor.new_empty
     keys, values = append(past.k, k.to(past.k), 2, empty), append(past.v, v.to(past.v), 2, empty)
     flags = append(past.landmark, landmark, 1)
     if lengths is not None and flags.shape[1]:
-        # Move each row to the right over its padding, so that tokens stay next to each other.
+        # Shift each row right by its padding, so that its tokens stay contiguous.
         index = torch.arange(flags.shape[1], device=k.device) - (m - lengths)[:, None]
         first = index.clamp(min=0)
         keys, values = (take(x, first.to(x.device)) for x in (keys, values))
-        # The first slot is copied over the slots that become empty: a landmark there must not count again.
+        # Vacated slots are copies of the first slot: a landmark in them must not count again.
         flags = flags.gather(1, first) & (index >= 0)
     new = m if lengths is None else lengths
     return LandmarkState(keys, values, flags, past.cached + new, past.length + new, past.marks, past.closed)
@@ -105,13 +105,13 @@ def grown(
 def settled(
     state: LandmarkState, k: Tensor, lengths: Tensor | None, config: Config, *, closes: bool = True
 ) -> LandmarkState:
-    """A :func:`grown` cache with the landmarks of the blocks that its newest tokens close, and without the oldest blocks when
-    it is full.
+    """Update a :func:`grown` cache: add the landmarks of the blocks that its newest tokens close, and drop the oldest
+    blocks when it is full.
 
     Args:
         k: keys of the newest tokens.
-        lengths: as many of them as are valid; all when None.
-        closes: whether they may close a block; where not, each is known to fit the incomplete one.
+        lengths: how many of them are valid in each row; all when None.
+        closes: whether the newest tokens may close a block; if False, each is known to fit in the incomplete block.
     """
     if not config.bounded:
         return state
@@ -131,9 +131,9 @@ def settled(
 
 
 def _closed(state: LandmarkState, k: Tensor, lengths: Tensor | None, config: Config) -> LandmarkState:
-    """The state with the marks of the blocks that its newest tokens close, which are the last ones of `k`.
+    """The state with the landmarks of the blocks that its newest tokens, the last ones of `k`, close.
 
-    What it takes does not grow with the cache. A landmark right after another, or before any token, closes nothing.
+    The work does not grow with the cache. A landmark right after another, or before any token, closes nothing.
     """
     assert state.marks is not None and state.closed is not None
     m, slots, old = k.shape[2], state.k.shape[2], state.closed.shape[1]
@@ -145,11 +145,11 @@ def _closed(state: LandmarkState, k: Tensor, lengths: Tensor | None, config: Con
     landmark = state.landmark[:, slots - width :]
     token = (place >= slots - state.cached[:, None]) & ~landmark
     fresh = landmark & F.pad(token[:, :-1], (1, 0)) & (place >= slots - new[:, None])
-    added = fresh.sum(-1)  # of each row
+    added = fresh.sum(-1)  # per row
     most = (m + 1) // 2 if torch.compiler.is_compiling() or not k.shape[0] else int(added.max())
     if most == 0:
         return state
-    order = fresh.int().argsort(dim=-1, descending=True, stable=True)[:, :most]  # places of the fresh ones first
+    order = fresh.int().argsort(dim=-1, descending=True, stable=True)[:, :most]  # places of fresh landmarks first
     ranks = (place + (state.length - slots)[:, None]).gather(1, order)
     keys = take(k, (order - width + new[:, None]).clamp(0, m - 1)).to(state.marks.dtype)
     if not torch.compiler.is_compiling() and bool((added == most).all()):
@@ -166,12 +166,12 @@ def _closed(state: LandmarkState, k: Tensor, lengths: Tensor | None, config: Con
 
 
 def _most_blocks(past: int, config: Config) -> int:
-    """Most complete blocks among `past` slots."""
+    """The maximum number of complete blocks among `past` slots."""
     return past // (config.block + 1) + 1 if config.cache_blocks is None else min(config.cache_blocks, past)
 
 
 def _check_blocks(state: LandmarkState, m: int, config: Config) -> None:
-    """Refuse blocks, of which some have tokens among the `m` last slots, that are not as long as the options say."""
+    """Refuse blocks with tokens among the last `m` slots whose length differs from what the options require."""
     past = state.k.shape[2]
     if torch.compiler.is_compiling() or state.landmark.numel() == 0:
         return

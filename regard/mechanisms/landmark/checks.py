@@ -1,4 +1,4 @@
-"""Calls of landmark that are refused, with what is accepted instead."""
+"""Checks that refuse invalid calls of landmark and name what is supported instead."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def check_choice(call: Call) -> None:
 
 
 def check(call: Call, miss: Tensor | None) -> None:
-    """Refuse calls that landmark cannot answer, with the miss key or the choice of blocks (:func:`check_choice`),
-    rotation or grouping without roles in cross patterns, and jumps of positions that are not rotary."""
+    """Refuse calls that landmark cannot answer: invalid uses of the miss key or of block choice (:func:`check_choice`),
+    cross patterns with rotation or with grouping but no roles, and position jumps without rotary positions."""
     config: Config = call.config
     check_miss(call, miss)
     check_choice(call)
@@ -62,7 +62,7 @@ def check(call: Call, miss: Tensor | None) -> None:
 
 
 def check_plain(call: Call) -> None:
-    """Refuse what choosing among blocks, or dropping them, does not honour."""
+    """Refuse features that are not supported when blocks are chosen or dropped."""
     if call.bias is not None or call.blocks is not None or call.position_bias is not None or "weights" in call.want:
         raise Unsupported(
             "landmark with a bias, a block mask, position biases or weights under top_k or cache_blocks",
@@ -71,7 +71,7 @@ def check_plain(call: Call) -> None:
 
 
 def check_continued(call: Call, miss: Tensor | None) -> None:
-    """Refuse what a call that keeps a state does not honour."""
+    """Refuse features that are not supported in calls that keep a state."""
     if call.state is not None and (call.bias is not None or call.blocks is not None):
         raise Unsupported("landmark with a bias or a block mask beside a state", supported="whole calls")
     if call.config.position_jump and call.training:

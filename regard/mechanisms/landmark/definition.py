@@ -1,4 +1,4 @@
-"""The definition of landmark: its options and what they mean, and its reference, written for reading."""
+"""The definition of landmark: its options and its reference, written to be read."""
 
 from __future__ import annotations
 
@@ -31,19 +31,20 @@ class Config:
         top_k: blocks that each token and head retrieves from the cache, >= 1; None for all.
         cache_blocks: complete blocks that are cached, >= 1; None for all.
         group_dropout: probability in [0, 1) of dropping the gate of a block, in training.
-        softmax: ``grouped``, ``ignore`` (softmax over normal tokens) or ``plain`` (landmarks are tokens like others).
-        position_jump: in training, positions after a landmark grow by a random integer below it; 0 for none.
-        selection: how the retrieved blocks are chosen: ``per_token_and_head``, ``max_over_heads`` (one set for all heads
-            of a token) or ``max_over_tokens`` (one set for all tokens of a chunk, for each head), by the largest share
-            that a block's landmark has among the landmarks.
-        offload: device that holds the cached keys and values, as ``"cpu"``, or ``"disk"`` for a memory-mapped file, with
-            ``selection="max_over_tokens"``; only landmark keys, the incomplete block and the retrieved blocks are read. None
-            for the call's device.
-        chunk: tokens (landmarks among them) that are read at once where a state is kept, >= 1, with `top_k` or
-            `cache_blocks`; None for as many as a call has.
+        softmax: ``grouped``, ``ignore`` (softmax over normal tokens) or ``plain`` (landmarks are treated as normal
+            tokens).
+        position_jump: in training, positions after a landmark grow by a random integer below this value; 0 for none.
+        selection: how the retrieved blocks are chosen: ``per_token_and_head``, ``max_over_heads`` (one set for all
+            heads of a token) or ``max_over_tokens`` (one set for all tokens of a chunk, for each head), by the largest
+            share that a block's landmark has in the softmax over landmarks.
+        offload: device that holds the cached keys and values, such as ``"cpu"``, or ``"disk"`` for a memory-mapped
+            file, with ``selection="max_over_tokens"``; only landmark keys, the incomplete block and the retrieved
+            blocks are read from it. None for the call's device.
+        chunk: number of tokens, including landmarks, processed at once when a state is kept, >= 1, with `top_k` or
+            `cache_blocks`; None for all tokens of a call.
         miss: whether the layer learns a miss key, in causal-self.
         miss_share: share of the landmarks that a miss key controls in training, from 0 to 1.
-        miss_cutoff: see Miss token; 0 for none.
+        miss_cutoff: outside training, a smaller weight of the miss key is set to 0 (see Miss token); 0 for no cutoff.
     """
 
     block: int = 50
@@ -85,7 +86,7 @@ class Config:
 
     @property
     def bounded(self) -> bool:
-        """Whether a continued sequence sees less than its whole past."""
+        """Whether a continued sequence may see less than its whole past."""
         return self.top_k is not None or self.cache_blocks is not None
 
 
@@ -96,7 +97,7 @@ def reference(
     v: Float[Tensor, "b g m v"],
     miss: Float[Tensor, "g d"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the two levels of softmax one block after the other."""
+    """The definition, with both levels of softmax, one block at a time."""
     check(call, miss)
     n, m = q.shape[2], k.shape[2]
     landmark = landmarks_of(call, k)[:, None, None]  # (b, 1, 1, m)
@@ -151,7 +152,7 @@ def _best(call: Call, share: Tensor, every: Tensor) -> Bool[Tensor, "b h n m"]:
 
 
 def landmarks_of(call: Call, k: Tensor) -> Bool[Tensor, "b m"]:
-    """True where a key is a landmark by the call's roles; nowhere without roles."""
+    """True where a key is a landmark by the call's roles; False everywhere without roles."""
     batch, m = k.shape[0], k.shape[2]
     if call.roles is None:
         return torch.zeros(batch, m, dtype=torch.bool, device=k.device)
@@ -159,7 +160,7 @@ def landmarks_of(call: Call, k: Tensor) -> Bool[Tensor, "b m"]:
 
 
 def rotated(call: Call, q: Tensor, k: Tensor, where: Ranks, landmark: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys turned by their ranks, with the jumps of training at landmarks; unchanged without `rotate`."""
+    """Queries and keys rotated by their ranks, in training with jumps at landmarks; unchanged without `rotate`."""
     if call.rotate is None:
         return q, k
     queries, keys = where.queries.clamp(min=0), where.keys.clamp(min=0)
@@ -175,13 +176,13 @@ def rotated(call: Call, q: Tensor, k: Tensor, where: Ranks, landmark: Tensor) ->
 
 
 def dropout_of(call: Call) -> Dropout:
-    """The call's dropout of weights, and in training that of whole groups."""
+    """The call's dropout of weights and, in training, of whole groups."""
     gates = call.config.group_dropout if call.training and call.config.softmax == "grouped" else 0.0
     return Dropout(call.dropout, gates, call.generator)
 
 
 def controlled_by_miss(call: Call, landmark: Bool[Tensor, "..."], miss: Tensor | None) -> Bool[Tensor, "..."]:
-    """Landmarks of a whole call that the miss key controls: in training, at random."""
+    """Landmarks of a whole call that the miss key controls: a random share in training, else none."""
     if miss is None or not call.training:
         return torch.zeros_like(landmark)
     draw = torch.rand(landmark.shape, generator=call.generator, device=landmark.device)
@@ -189,7 +190,7 @@ def controlled_by_miss(call: Call, landmark: Bool[Tensor, "..."], miss: Tensor |
 
 
 def miss_scores(call: Call, q: Float[Tensor, "b h n d"], miss: Float[Tensor, "g d"]) -> Float[Tensor, "b h n"]:
-    """Scores of the miss key, for rotated queries."""
+    """Scores of the miss key, given rotated queries."""
     key = wide(miss)[None, :, None]  # (1, g, 1, d)
     if call.rotate is not None:
         key = call.rotate(key, torch.full((1, 1), -1, device=q.device))
@@ -197,12 +198,12 @@ def miss_scores(call: Call, q: Float[Tensor, "b h n d"], miss: Float[Tensor, "g 
 
 
 def opened(call: Call, share: Float[Tensor, "b h n 1"]) -> Float[Tensor, "b h n 1"]:
-    """The share that the weight of the miss key leaves to the blocks that it controls."""
+    """The miss key's weight as the gate of the blocks it controls; outside training, 0 below `miss_cutoff`."""
     if call.training:
         return share
     return share.masked_fill(share < call.config.miss_cutoff, 0.0)
 
 
 def from_end(ends: Bool[Tensor, "b past"]) -> Int[Tensor, "b past"]:
-    """Ends of blocks in or after each slot: 0 in the incomplete block, 1 in the newest complete block, and so on."""
+    """The number of block ends in or after each slot: 0 in the incomplete block, 1 in the newest complete one, ..."""
     return ends.long().flip(-1).cumsum(-1).flip(-1)

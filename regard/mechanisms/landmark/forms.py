@@ -1,4 +1,4 @@
-"""The forms of landmark that are run: parallel, in chunks, and from a state."""
+"""The fast forms of landmark: parallel, chunked, and reading from a state."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def parallel(
     v: Float[Tensor, "b g m v"],
     miss: Float[Tensor, "g d"] | None = None,
 ) -> Result:
-    """Grouped softmax over all keys, block by block, without an N x M matrix; in cross patterns that choose blocks, the
-    memory absorbed and then read."""
+    """Grouped softmax over all keys, block by block, without an N x M matrix; cross patterns that choose blocks absorb
+    the memory and then read it."""
     check(call, miss)
     if call.pattern.cross and call.config.bounded:
         return read(call.replace(state=absorb(call, k, v)), q)
@@ -60,10 +60,10 @@ def chunked(
     v: Float[Tensor, "b g m v"],
     miss: Float[Tensor, "g d"] | None = None,
 ) -> Result:
-    """Continue a cached sequence by any number of tokens, in chunks of `call.chunk_size`, or of the option
-    `chunk`; also the step.
+    """Continue a cached sequence by any number of tokens, in chunks of `call.chunk_size` or of the option `chunk`; also
+    used as the step.
 
-    The chunk size matters only where the past is not seen whole (`top_k`, `cache_blocks`).
+    The chunk size matters only if the past is not fully visible (`top_k`, `cache_blocks`).
     """
     check(call, miss)
     check_continued(call, miss)
@@ -100,13 +100,13 @@ def absorb(
     v: Float[Tensor, "b g m v"],
     miss: Float[Tensor, "g d"] | None = None,
 ) -> LandmarkState:
-    """Memory with its landmarks into a cache; more may follow."""
+    """Append memory with its landmarks to the cache; more may follow."""
     check(call, miss)
     return extended(past_of(call, k, v), k, v, landmarks_of(call, k), call.memory_lengths, call.config)
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"], miss: Float[Tensor, "g d"] | None = None) -> Result:
-    """Queries on absorbed memory; with `top_k` each on the blocks that it chooses."""
+    """Attend from queries to absorbed memory; with `top_k`, each query to the blocks that it chooses."""
     check_miss(call, miss)
     check_choice(call)
     state: LandmarkState = call.state
@@ -155,7 +155,7 @@ def _attend_missing(
     miss: Tensor,
     state: LandmarkState | None,
 ) -> Result:
-    """Grouped softmax beside a miss key, which in training controls some landmarks."""
+    """Grouped softmax with a miss key, which in training controls some landmarks."""
     controlled = controlled_by_miss(call, landmark[:, None, None], miss)[:, 0, 0]
     slots = torch.arange(k.shape[2], device=k.device)
     closing = torch.where(landmark, slots, k.shape[2] - 1).flip(-1).cummin(-1).values.flip(-1)
@@ -202,7 +202,7 @@ def _continue(call: Call, q: Tensor, k: Tensor, v: Tensor, miss: Tensor | None) 
     q, turned = rotated(call, q, k, new, landmark)
     state = extended(past, turned if config.top_k is None else k, v, landmark, call.memory_lengths, config)
     if config.bounded or call.memory_lengths is not None:
-        # the state has lost what this call still sees, or has it in other slots
+        # the state may have dropped tokens that this call still sees, or moved them to other slots
         keys = torch.cat([past.k.to(k.device), turned.to(past.k.dtype)], 2)
         values = torch.cat([past.v.to(v.device), v.to(past.v.dtype)], 2)
         landmark = torch.cat([past.landmark, landmark], -1)

@@ -1,4 +1,4 @@
-"""The modules of landmark in its layer."""
+"""Modules of landmark's layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from regard.contract import (
 
 
 class MissKey(Projection):
-    """Gives a layer's heads their learned miss keys, when `miss` asks for them."""
+    """Supplies a layer's heads with learned miss keys if `miss` is set."""
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Retrieval: blocks of the cache that queries choose by their landmarks, beside what is near."""
+"""Retrieval: attention to cached blocks chosen by their landmarks, in addition to nearby tokens."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 def ranks_of(queries: Tensor, keys: Tensor) -> Ranks:
-    """Ranks of queries and keys in any order, of which nothing may be assumed."""
+    """Ranks of queries and keys in arbitrary order."""
     return Ranks(queries, keys, offset=None, first=None, plain=False)
 
 
 def groups_of(call: Call, landmark: Tensor, where: Ranks) -> tuple[Ranks, Tensor, Tensor | None]:
-    """Ranks, landmarks and own groups that the engine is given: without a second level, one group that is everyone's."""
+    """Ranks, landmarks and own groups for the engine; softmax without groups is one group shared by all."""
     if call.config.softmax == "grouped":
         return where, landmark, None if call.pattern.cross else own_groups(where, landmark)
     if call.config.softmax == "ignore":
@@ -40,11 +40,11 @@ def groups_of(call: Call, landmark: Tensor, where: Ranks) -> tuple[Ranks, Tensor
 def continue_retrieving(
     call: Call, q: Tensor, k: Tensor, v: Tensor, landmark: Tensor, past: LandmarkState, miss: Tensor | None
 ) -> Result:
-    """One chunk after a cache: attend to the blocks that are retrieved and to what is near, then cache the chunk."""
+    """Process one chunk after a cache: attend to retrieved blocks and nearby tokens, then cache the chunk."""
     config, lengths = call.config, call.memory_lengths
     state = grown(past, k, v, landmark, lengths, config)
     alone = lengths is None and miss is None and call.backend is None
-    if alone and q.shape[2] == 1 and config.selection != "max_over_heads":  # of one token the others choose alike
+    if alone and q.shape[2] == 1 and config.selection != "max_over_heads":  # for one token the other selections agree
         step = retrieving_step(q, state.k, state.v, problem_of(call, state))
         if step is not None:
             closes = any(step.closes) or max(step.open, default=0) >= config.block
@@ -54,14 +54,14 @@ def continue_retrieving(
 
 
 def read_blocks(call: Call, q: Tensor, memory: LandmarkState) -> Float[Tensor, "b h n v"]:
-    """Grouped softmax over the blocks of a memory that each query and head chooses."""
+    """Grouped softmax over the memory blocks that each query and head chooses."""
     problem = problem_of(call, memory)
     problem = replace(problem, chosen=_chosen(call, q, problem))
     return retrieved_attention(wide(q), memory.k, memory.v, problem, call.backend)[0].to(memory.v.dtype)
 
 
 def problem_of(call: Call, state: LandmarkState) -> retrieved.Problem:
-    """What the engine is told of a cache and of the options."""
+    """The engine's problem for a cache and the options."""
     config: Config = call.config
     assert config.top_k is not None and state.marks is not None and state.closed is not None
     return retrieved.Problem(
@@ -84,7 +84,7 @@ def _retrieve(
 ) -> Float[Tensor, "b h t v"]:
     """Grouped softmax over the blocks that each token and head retrieves, the incomplete block and the chunk.
 
-    The last two are near: they are attended to by themselves, and the two results merged.
+    The incomplete block and the chunk are attended to separately, and the two results are merged.
     """
     config: Config = call.config
     problem = problem_of(call, past)
@@ -122,7 +122,7 @@ def _retrieve(
 
 
 def _chosen(call: Call, q: Float[Tensor, "b h t d"], problem: retrieved.Problem) -> Int[Tensor, "b h #t k"] | None:
-    """Numbers of the blocks that heads or tokens choose together; None where each chooses alone."""
+    """Indices of the blocks that heads or tokens choose jointly; None if each chooses on its own."""
     config: Config = call.config
     if config.selection == "per_token_and_head":
         return None

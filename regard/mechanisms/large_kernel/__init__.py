@@ -1,34 +1,35 @@
-r"""Large kernel attention: a gate from a large neighbourhood, built of two small depthwise convolutions and a pointwise.
+r"""Large kernel attention: a gate from a large neighbourhood, by two small depthwise convolutions and a pointwise one.
 
 When to pick it: images and other grids at high resolution, where the cost must stay linear in the number of pixels and
-neighbourhood matters; the gate differs by place and by channel.
-When not: dependencies beyond its receptive field (23 x 23 by default); sequences that attend to another one.
+the neighbourhood matters; the gate differs by position and by channel.
+When not: dependencies beyond its receptive field (23 x 23 by default), or sequences that attend to another sequence.
 
 Definition (Guo et al., Visual Attention Network, arXiv 2202.09741, equations 1-2), for X (B, C, H, W):
 
     A = PW(DWD(DW(X))),   LKA(X) = A * X
     Attn(X) = X + W_2 LKA(gelu(W_1 X))       (the layer; the gate multiplies the input of LKA)
 
-Without softmax or sigmoid A is unbounded and signed. DW is depthwise with side k1 = 2d - 1, DWD depthwise with side k2
-= ceil(K / d) and dilation d, PW mixes channels. They are composed, not summed, each with a bias and with zeros around
-its own input. The field of A has side k1 + d (k2 - 1).
+Without softmax or sigmoid, A is unbounded and signed. DW is depthwise with side k1 = 2d - 1, DWD depthwise with side k2
+= ceil(K / d) and dilation d, PW mixes channels. They are composed, not summed, each with a bias and zero padding around
+its own input. The receptive field of A has side k1 + d (k2 - 1).
 
 | paper | here |
 |---|---|
-| K, d | `kernel`, `dilation`: (7, 2), (14, 3), (21, 3) and (28, 4) have fields of 9, 17, 23 and 31 |
-| DW, DWD | `depthwise` (C, k1^axes), `dilated` (C, k2^axes): taps row by row, as tokens are |
+| K, d | `kernel`, `dilation`: (7, 2), (14, 3), (21, 3) and (28, 4) have receptive fields of 9, 17, 23 and 31 |
+| DW, DWD | `depthwise` (C, k1^axes), `dilated` (C, k2^axes): taps in row-major order, like tokens |
 | PW | `pointwise` (C, C): output channel first |
 
-Layout: tokens (B, N, C), row by row on the `grid` of the call, which may have one, two or three axes. Without a grid the
-tokens are a sequence, as with a grid of one axis, except that padding is then gathered away.
-On a grid invalid places stay where they are and are zeroed before each convolution, so masked rows at the border act
+Layout: tokens (B, N, C), in row-major order on the `grid` of the call, which may have one, two or three axes. Without a
+grid the tokens are a sequence, as with a grid of one axis, except that padding is then gathered away.
+On a grid, invalid places keep their positions and are zeroed before each convolution, so masked rows at the border act
 like a smaller grid; the original has no masks.
 Deviations: the causal 1-D form is not in the paper: both convolutions look back only, by k1 - 1 and d (k2 - 1), and the
-state is the last k1 - 1 inputs of DW and the last d (k2 - 1) outputs of DW, 22 C numbers by default. `gating`, `sigmoid`
-and leaving out a convolution are the paper's ablations and their like. The layer keeps the original's inner residual
-(`residual=True`), so that in a residual host block the normed input is added once more; switch it off for the host's
-alone. Channels are not split into heads: `num_heads` has no effect on the layer. LSKA, another paper, has filters that
-are outer products of a row and a column: functions take them as `depthwise` and `dilated`, without its lower cost.
+state is the last k1 - 1 inputs of DW and the last d (k2 - 1) outputs of DW, 22 C numbers by default. `gating`,
+`sigmoid` and omitting a convolution are the paper's ablations and similar ones. The layer keeps the original's inner
+residual (`residual=True`), so in a block with its own residual the normed input is added once more; set it to False to
+keep only the block's residual. Channels are not split into heads: `num_heads` has no effect on the layer. LSKA, another
+paper, uses filters that are outer products of a row and a column: functions accept them as `depthwise` and `dilated`,
+but without LSKA's lower cost.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from regard.mechanisms.large_kernel.layer import LargeKernelLayer
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """For a grid of two axes; a step is one of a sequence."""
+    """Cost on a grid of two axes; a step is a step of a sequence."""
     channels = shape.heads * shape.dim_value
     spatial = {
         "depthwise": (config.depthwise_side, config.depthwise_side - 1),
@@ -79,7 +80,7 @@ def sample_inputs(
     sizes: dict[str, int] | None = None,
     axes: int | None = None,
 ) -> Tensors:
-    """Random inputs for tests, with filters for two axes in noncausal-self unless `axes` says otherwise."""
+    """Random inputs for tests, with filters for two axes in noncausal-self unless `axes` is given."""
     axes = (1 if pattern.causal else 2) if axes is None else axes
     channels = (sizes or {}).get("c", 4)
     taps = (config.depthwise_side**axes, config.dilated_side**axes)

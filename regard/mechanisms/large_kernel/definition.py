@@ -1,4 +1,4 @@
-"""The definition of large_kernel: its options and what they mean, and its reference, written for reading."""
+"""The definition of large_kernel: its options and its reference, written to be read."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F
 
 @dataclass(frozen=True)
 class Config:
-    """Options. Functions use `kernel`, `dilation`, `gating` and `sigmoid`, and the convolutions that they are given.
+    """Options. Functions use `kernel`, `dilation`, `gating` and `sigmoid`, and the convolutions passed to them.
 
     Attributes:
         kernel: K, the side that is decomposed, >= 1.
         dilation: d, >= 1; d (ceil(K / d) - 1) must be even, so that the dilated filter can be centred.
-        gating: what A does to the input: ``multiply``, ``add``, or ``none`` (A is the output).
+        gating: how A is combined with the input: ``multiply``, ``add``, or ``none`` (A is the output).
         sigmoid: whether A goes through a sigmoid first.
-        without: of ``depthwise``, ``dilated``, ``pointwise``: those that the layer does not have; not both of the first.
+        without: those of ``depthwise``, ``dilated`` and ``pointwise`` that the layer omits; not both of the first two.
         residual: whether the layer adds its input to its output.
     """
 
@@ -73,12 +73,12 @@ class Config:
 
     @property
     def depthwise_side(self) -> int:
-        """k1."""
+        """k1, the side of DW."""
         return 2 * self.dilation - 1
 
     @property
     def dilated_side(self) -> int:
-        """k2."""
+        """k2, the side of DWD in taps."""
         return -(-self.kernel // self.dilation)
 
     @property
@@ -128,7 +128,7 @@ def reference(
 
 
 def _sides(call: Call, x: Tensor, *weights: Tensor | None) -> tuple[int, ...]:
-    """Sides of the grid, (N,) for a sequence; raises Unsupported where the grid or the weights do not fit."""
+    """Sides of the grid, (N,) for a sequence; raises Unsupported if the grid or the weights do not fit."""
     config: Config = call.config
     sides = (x.shape[1],) if call.grid is None else tuple(call.grid)
     if call.grid is not None and call.pattern.causal:

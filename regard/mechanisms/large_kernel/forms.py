@@ -1,4 +1,4 @@
-"""The forms of large_kernel that are run: parallel, in chunks, and from a state."""
+"""The fast forms of large_kernel: parallel, chunked and step."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ConvolutionState(State):
-    """The past that the causal form needs; zeros before the first token, and no width without the convolution.
+    """The past inputs that the causal form needs; zeros before the first token, of width 0 for an absent convolution.
 
-    `inputs` are the last inputs of DW in the model's dtype, `mixed` the last outputs of DW in at least float32.
+    `inputs` holds the last inputs of DW in the model's dtype, `mixed` the last outputs of DW in at least float32.
     """
 
     inputs: Float[Tensor, "b k1-1 c"] = state_field()
@@ -71,8 +71,8 @@ def chunked(
     pointwise: Float[Tensor, "o c"] | None = None,
     pointwise_bias: Float[Tensor, " o"] | None = None,
 ) -> Result:
-    """Causal-self with state in and out. Memory is linear in N as it is, so chunks of any size are computed at once;
-    padding is on the right, where no valid token looks."""
+    """Causal-self with state in and out. Memory is already linear in N, so a call is computed at once whatever the
+    chunk size; padding is on the right, where no valid token looks."""
     config: Config = call.config
     _sides(call, x, depthwise, depthwise_bias, dilated, dilated_bias, pointwise, pointwise_bias)
     dtype, n = wide_dtype(x), x.shape[1]
@@ -128,12 +128,12 @@ def step(
 def _convolve(
     a: Float[Tensor, "b n c"], weight: Tensor, bias: Tensor | None, sides: tuple[int, ...], side: int, dilation: int
 ) -> Float[Tensor, "b n c"]:
-    """Depthwise and centred, on a grid."""
+    """Centred depthwise convolution on a grid."""
     if a.numel() == 0:
         return a
     filters = weight.to(a.dtype).unflatten(1, (side,) * len(sides))[:, None]
     bias = None if bias is None else bias.to(a.dtype)
-    with without_autocast(a.device):  # torch's gradients of convolutions of volumes in bfloat16 are wrong
+    with without_autocast(a.device):  # torch computes wrong gradients of 3-D convolutions in bfloat16
         return _convolved(a.mT.unflatten(2, sides), filters, bias, side, dilation).flatten(2).mT
 
 
@@ -153,10 +153,10 @@ def _convolved(
 def _by_phases(
     image: Float[Tensor, "b c *sides"], filters: Float[Tensor, "c 1 *kernel"], bias: Tensor | None, dilation: int
 ) -> Float[Tensor, "b c *sides"]:
-    """A dilated convolution of odd side as one without gaps.
+    """Compute a dilated convolution of odd side as a convolution without gaps.
 
-    Places see those alone whose numbers on each side leave the same rest on division by the dilation, so each such part of an
-    image is one of its own. Processors' libraries take five to eight times as long for the gaps.
+    A place only sees places with the same remainders modulo the dilation along each axis, so the image splits into
+    independent images, one for each combination of remainders. CPU libraries are five to eight times slower with gaps.
     """
     batch, channels, *sides = image.shape
     axes = range(len(sides))
@@ -176,7 +176,7 @@ def _by_phases(
 def _correlate(
     window: Float[Tensor, "b before+n c"], weight: Tensor, bias: Tensor | None, dilation: int
 ) -> Float[Tensor, "b n c"]:
-    """Depthwise over a sequence that already has what comes before it."""
+    """Depthwise convolution over a sequence to which its past is already prepended."""
     bias = None if bias is None else bias.to(window.dtype)
     filters = weight.to(window.dtype)[:, None]
     return F.conv1d(window.mT, filters, bias, dilation=dilation, groups=window.shape[-1]).mT
@@ -185,7 +185,7 @@ def _correlate(
 def _gated(
     call: Call, a: Tensor, x: Tensor, pointwise: Tensor | None, pointwise_bias: Tensor | None
 ) -> Float[Tensor, "b n c"]:
-    """PW, then the gate, in at least float32: the product of two unbounded numbers is what overflows first."""
+    """PW, then the gate, in at least float32: the product of two unbounded numbers overflows first."""
     if pointwise is not None:
         a = linear(a, pointwise.to(a.dtype), None if pointwise_bias is None else pointwise_bias.to(a.dtype))
     a = a.sigmoid() if call.config.sigmoid else a
@@ -208,6 +208,6 @@ def _state(call: Call, x: Tensor, depthwise: Tensor | None, dilated: Tensor | No
 
 
 def _window(x: Float[Tensor, "b width+n c"], new: Int[Tensor, " b"], width: int) -> Float[Tensor, "b width c"]:
-    """The last `width` tokens of each row, of which `new` were added."""
+    """The last `width` tokens of each row after `new` tokens were appended."""
     index = new[:, None] + torch.arange(width, device=x.device)
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))

@@ -1,4 +1,4 @@
-"""The modules of large_kernel in its layer."""
+"""Modules of large_kernel's layer."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from regard.mechanisms.large_kernel.definition import CONVOLUTIONS, Config
 
 
 class LargeKernelLayer(MixerLayer):
-    """The attention module of the Visual Attention Network: x + W_2 LKA(gelu(W_1 x)), without norm and LayerScale.
+    """The attention module of the Visual Attention Network: x + W_2 LKA(gelu(W_1 x)), without norm or LayerScale.
 
     Args:
         card: the mechanism.
         dim: width C of the input and output.
-        num_heads: accepted for the catalogue's sake; every channel has filters of its own.
+        num_heads: accepted for a uniform signature; every channel has its own filters.
         pattern: noncausal-self, for a sequence or the `grid` of the call; causal-self, for a sequence.
-        axes: axes of the grids it will be given; 2 in noncausal-self and 1 in causal-self when None.
+        axes: number of axes of the input grids; 2 in noncausal-self and 1 in causal-self when None.
         linear: kind of the two projections (``dense`` or a projection mechanism).
         config: see :class:`Config`.
     """
@@ -59,7 +59,7 @@ class LargeKernelLayer(MixerLayer):
             "dilated": (dim, config.dilated_side**self.axes),
             "pointwise": (dim, dim),
         }
-        self.weights = nn.ParameterDict()  # by the name of the mechanism's input
+        self.weights = nn.ParameterDict()  # keyed by the mechanism's input names
         for name, shape in shapes.items():
             if name not in config.without:
                 self.weights[name] = nn.Parameter(torch.empty(shape))
@@ -67,7 +67,7 @@ class LargeKernelLayer(MixerLayer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """N(0, 2 / fan-out) as for convolutions, biases 0; projections of another kind than dense keep their own."""
+        """Initialise with N(0, 2 / fan-out) as for convolutions, biases 0; non-dense projections keep their own."""
         dense = [p for p in (self.input_proj, self.output_proj) if isinstance(p, nn.Linear)]
         for parameter in (*self.weights.values(), *(q for p in dense for q in p.parameters())):
             if parameter.ndim == 1:

@@ -1,19 +1,20 @@
-r"""Mamba: a selective state space (S6), a diagonal recurrence for each channel whose step, B and C depend on the token.
+r"""Mamba: a selective state space (S6), a diagonal recurrence per channel whose step, B and C depend on the token.
 
-When to pick it: long sequences with a constant memory for each token decoded, in a block of its own with few
-parameters; signals and features in which channels need different rates of forgetting.
-When not: exact recall of many single tokens (see `delta_rule`, or a few layers of `softmax` between); when training
-speed matters most, `mamba2`: one decay a head makes its recurrence a matrix product, and its state is larger.
+When to pick it: long sequences with constant memory per decoded token, in a self-contained block with few parameters;
+signals and features whose channels need different rates of forgetting.
+When not: exact recall of many single tokens (see `delta_rule`, or interleave a few layers of `softmax`); when training
+speed matters most, use `mamba2`: one decay per head makes its recurrence a matrix product, and its state is larger.
 
 Definition (Gu & Dao, arXiv 2312.00752, equation 2 and algorithm 2; survey arXiv 2408.01129). For channel e and state k
 
     h_t[e,k] = exp(dt_t[e] A[e,k]) h_{t-1}[e,k] + dt_t[e] x_t[e] B_t[k],     y_t[e] = sum_k h_t[e,k] C_t[k] + D[e] x_t[e]
 
-with A < 0 and dt >= 0: exact in A, Euler in B. As hidden attention, a matrix of pairs for each channel,
+with A < 0 and dt >= 0: an exact discretisation of A and an Euler step for B. Written as attention, with one matrix per
+channel,
 
     y_t[e] = sum_{s<=t} (sum_k C_t[k] exp(A[e,k] (dt_{s+1} + ... + dt_t)[e]) B_s[k]) dt_s[e] x_s[e] + D[e] x_t[e]
 
-The block around:
+The block around it:
 
     [x, z] = W_in u,   x = silu(conv(x)),   [delta, B, C] = W_x x,   dt = softplus(W_dt delta + dt_bias),   A = -exp(A_log)
     out = W_out (y * silu(z))
@@ -27,16 +28,16 @@ The block around:
 | h | `SelectiveState.memory` (B, E, K) |
 | N (or n), E, R, w | `d_state`, expand * dim, `dt_rank`, `conv_width` |
 
-Layout: (B, N, E), channels last, for functions too. b and c carry G groups, each for E / G consecutive channels. The
-gate silu(z) comes after D x. The scale is 1.
-Patterns: noncausal-self is a forward pass that reads after writing plus a backward pass that reads before, so that a
-token counts itself once; the block's convolution is then centred, with one more tap before the token than after it when
-`conv_width` is even. In cross patterns the memory is absorbed in order and the queries read the last state: there is no
-D (a query is no token of the memory), z and C come from the queries, x, B and dt from the memory, and only the memory
-is convolved, so queries stay independent of each other.
-Deviations: padding is gathered away, so no step is taken there, where ports that zero the input still decay by
-softplus(dt_bias) and write the convolution's bias. `groups`, `dt_limit`, `norm` and `scalar_a` come from Mamba-2, and
-`constant` (S4D-real, for controls without selection) from S4D.
+Layout: (B, N, E), channels last, in functions too. b and c carry G groups, each shared by E / G consecutive channels.
+The gate silu(z) is applied after D x is added. The scale is 1.
+Patterns: noncausal-self is a forward pass that reads after writing plus a backward pass that reads before writing, so
+that a token counts itself once; the block's convolution is then centred, with one more tap before the token than after
+it when `conv_width` is even. In cross patterns the memory is absorbed in order and the queries read the final state:
+there is no D (a query is not a token of the memory), z and C come from the queries, x, B and dt from the memory, and
+only the memory is convolved, so queries stay independent of each other.
+Deviations: padding is gathered away, so padded tokens leave the state unchanged; ports that zero the input still decay
+by softplus(dt_bias) and write the convolution's bias. `groups`, `dt_limit`, `norm` and `scalar_a` come from Mamba-2,
+and `constant` (S4D-real, for controls without selection) from S4D.
 """
 
 from __future__ import annotations
@@ -61,13 +62,13 @@ from regard.mechanisms.mamba.layer import MambaLayer
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
-    """Channels, groups of B and C, and states of a channel."""
+    """Axis sizes: channels, groups of B and C, and states per channel."""
     return {"e": shape.heads * shape.dim_value, "g": config.groups, "k": config.d_state}
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """The channels are H heads of dim_value features; the states of a channel are the config's. Without a kernel three
-    numbers for each state and token of a chunk come on top of the memory."""
+    """Cost with H heads of dim_value features as channels and the config's states per channel. Without a kernel, add
+    three numbers per state and token of a chunk to the memory."""
     channels = shape.heads * shape.dim_value
     state, tokens = channels * config.d_state, shape.batch * shape.m
     return Cost(
@@ -89,9 +90,9 @@ def sample_inputs(
     config: Config,
     sizes: dict[str, int] | None = None,
 ) -> Tensors:
-    """Random inputs for tests: steps like those of trained layers, and no skip in cross patterns."""
+    """Random inputs for tests: steps as in trained layers, and no skip in cross patterns."""
     widths = {"e": 8, "g": 2, "k": 4, **(sizes or {}), "b": batch, "n": n, "m": m}
-    widths["e"] = max(widths["e"], 2 * widths["g"])  # groups may be doubled and still divide the channels
+    widths["e"] = max(widths["e"], 2 * widths["g"])  # still divisible if the groups are doubled
     found = {}
     for name, axes in MECHANISM.inputs.items():
         shape = [widths[axis] for axis in axes]

@@ -1,4 +1,4 @@
-"""The definition of mamba: its options and what they mean, and its reference, written for reading."""
+"""The definition of mamba: its options and its reference, written to be read."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """Options, all of the layer; functions take their tensors as they are and use `chunk_size` only.
+    """Options, all for the layer; functions take their tensors as given and use only `chunk_size`.
 
     Attributes:
-        d_state: states of a channel, >= 1.
-        expand: width of the block's inside, E = expand * dim, > 0.
+        d_state: states per channel, >= 1.
+        expand: inner width of the block relative to its outer width, E = expand * dim, > 0.
         dt_rank: features from which the steps are projected, >= 1; None for dim / 16, rounded up.
-        groups: sets of B and C, a divisor of E.
+        groups: number of sets of B and C, a divisor of E.
         conv_width: taps of the convolution over x, >= 1; 0 for none.
         gate: whether silu(z) multiplies the output.
         skip: whether D x is added.
-        scalar_a: one A for all states of a channel, as in Mamba-2.
+        scalar_a: share one A among all states of a channel, as in Mamba-2.
         norm: whether there is an RMSNorm before the output projection.
-        norm_before_gate: the norm first, then the gate.
+        norm_before_gate: apply the norm first, then the gate.
         norm_eps: added to the mean square, > 0.
         dt_limit: smallest and largest dt, 0 <= low <= high.
-        dt_init: range of dt at the start, log-uniform, 0 < low <= high.
-        constant: of ``dt``, ``B``, ``C``: those that are learned vectors and do not depend on the token.
-        chunk_size: tokens computed together, >= 1.
+        dt_init: range of the initial dt, log-uniform, 0 < low <= high.
+        constant: those of ``dt``, ``B`` and ``C`` that are learned vectors and do not depend on the token.
+        chunk_size: number of tokens computed together, >= 1.
     """
 
     d_state: int = 16

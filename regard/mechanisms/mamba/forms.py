@@ -1,4 +1,4 @@
-"""The forms of mamba that are run: parallel, in chunks, and from a state."""
+"""The fast forms of mamba: parallel, chunked, step, and reading from a state."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def parallel(
     dt_bias: Float[Tensor, " e"] | None = None,
     z: Float[Tensor, "b n e"] | None = None,
 ) -> Float[Tensor, "b n e"]:
-    """Causal: the chunked form. Noncausal: both directions. Cross: the memory absorbed, then read."""
+    """Causal: the chunked form. Noncausal: both directions. Cross: absorb the memory, then read it."""
     if call.pattern is Pattern.CAUSAL_SELF:
         return chunked(call, x, dt, a, b, c, skip, dt_bias, z).output
     if call.pattern.cross:
         state = absorb(call.replace(state=None), x, dt, a, b, skip, dt_bias)
         return read(call.replace(state=state), c, z=z).output.to(x.dtype)
-    tokens = wide(x)  # each direction would be rounded on its own
+    tokens = wide(x)  # avoids rounding each direction separately
     c = call.scale * c
     forward, _ = _scan(call, tokens, dt, b, c, a, dt_bias, skip=skip)
     tokens, dt, b, c = (flip_rows(t, call.lengths, axis=1) for t in (tokens, dt, b, c))
@@ -58,7 +58,7 @@ def chunked(
     dt_bias: Float[Tensor, " e"] | None = None,
     z: Float[Tensor, "b n e"] | None = None,
 ) -> Result:
-    """Causal-self with state in and out; queries align bottom-right when there are fewer or more than keys."""
+    """Causal-self with state in and out; queries align bottom-right if their number differs from that of the keys."""
     n, m = c.shape[1], x.shape[1]
     c = call.scale * c
     aligned = n == m and call.lengths is call.memory_lengths
@@ -83,7 +83,7 @@ def step(
     dt_bias: Float[Tensor, " e"] | None = None,
     z: Float[Tensor, "b 1 e"] | None = None,
 ) -> Result:
-    """A chunk of one token: the engine has nothing to prepare for it."""
+    """One token, as a chunk: the engine needs no preparation for it."""
     return chunked(call, x, dt, a, b, c, skip, dt_bias, z)
 
 
@@ -96,7 +96,7 @@ def absorb(
     skip: Float[Tensor, " e"] | None = None,
     dt_bias: Float[Tensor, " e"] | None = None,
 ) -> SelectiveState:
-    """Memory into h, in order; more may follow."""
+    """Write memory to h, in order; more may follow."""
     check_skip(call, skip)
     _, memory = _scan(call, x, dt, b, None, a, dt_bias)
     return SelectiveState(memory, _length_after(call, x))
@@ -110,7 +110,7 @@ def read(
     dt_bias: Float[Tensor, " e"] | None = None,
     z: Float[Tensor, "b n e"] | None = None,
 ) -> Result:
-    """Queries on absorbed memory; `a` and `dt_bias` have done their work in the state."""
+    """Read absorbed memory with queries; `a` and `dt_bias` are ignored, the state includes their effect."""
     check_skip(call, skip)
     y = _gate(selective_read(call.state.memory, call.scale * c), z)
     return Result(y.to(c.dtype), call.state)
@@ -147,7 +147,7 @@ def _scan(
 
 
 def _length_after(call: Call, x: Float[Tensor, "b m e"]) -> Int[Tensor, " b"]:
-    """Tokens of each row once those of this call are written."""
+    """The number of tokens in each row after this call."""
     new = call.memory_lengths
     if new is None:
         new = torch.full(x.shape[:1], x.shape[1], device=x.device)

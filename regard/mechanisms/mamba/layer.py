@@ -1,4 +1,4 @@
-"""The modules of mamba in its layer."""
+"""Modules of mamba's layer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class MambaLayer(StateSpaceLayer):
     Args:
         card: the mechanism.
         dim: width C of the input and output.
-        num_heads: accepted for the catalogue's sake; every channel has a state of its own.
+        num_heads: accepted for a uniform signature; every channel has its own state.
         pattern: any of the four.
         memory_dim: width of the memory in cross patterns; `dim` when None.
         linear: kind of the projections (``dense`` or a projection mechanism).
@@ -103,7 +103,7 @@ class MambaLayer(StateSpaceLayer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A = -1, -2, ..., -d_state (S4D-real), D, dt and constants; projections, convolution and norm have their own."""
+        """Initialise A = -1, -2, ..., -d_state (S4D-real), D, dt and constants; submodules initialise themselves."""
         draw_dt_bias(self.dt_bias, *self.config.dt_init)
         rank = self.selected["dt"]
         with torch.no_grad():
@@ -153,7 +153,7 @@ class MambaLayer(StateSpaceLayer):
         return LayerState(absorbed, length, caches)
 
     def _read(self, x: Tensor, z: Tensor | None, tokens: Tokens, state: LayerState) -> Result:
-        """Queries on absorbed memory."""
+        """Read absorbed memory with queries."""
         projected = x if self.query_proj is None else self.query_proj(F.silu(x))
         inputs = {"c": self._keys("C", projected, tokens.x), "z": z}
         result = apply(
@@ -163,7 +163,7 @@ class MambaLayer(StateSpaceLayer):
         return result
 
     def _recur(self, x: Tensor, z: Tensor | None, tokens: Tokens, state: LayerState | None, stateful: bool) -> Result:
-        """Self patterns."""
+        """Run the recurrence of the self patterns."""
         inputs, caches = self._writes(x, tokens, state)
         result = apply(
             self.card,
@@ -182,7 +182,7 @@ class MambaLayer(StateSpaceLayer):
     def _writes(
         self, x: Tensor, tokens: Tokens, state: LayerState | None
     ) -> tuple[dict[str, Tensor | None], tuple[Tensor, ...]]:
-        """The inputs of the recurrence (c too, in self patterns), and the convolution's cache after them."""
+        """The inputs of the recurrence (in self patterns including c), and the updated convolution cache."""
         x, caches = self.convolve(x, tokens, state)
         parts = split(self.x_proj, self.selected, x)
         dt = x.new_zeros(()).expand_as(x) if self.dt_proj is None else self.dt_proj(parts["dt"])
@@ -203,7 +203,7 @@ class MambaLayer(StateSpaceLayer):
         return inputs, caches
 
     def _keys(self, name: str, projected: Tensor, x: Tensor) -> Float[Tensor, "b n g k"]:
-        """B or C by group, from tokens or learned."""
+        """B or C for each group: projected from tokens, or a learned constant."""
         if name in self.constants:
             return self.constants[name].to(x.dtype).expand(*x.shape[:2], -1, -1)
         return projected.unflatten(-1, (self.config.groups, self.config.d_state))

@@ -1,15 +1,15 @@
-r"""Mamba-2: a gated recurrence whose decay and step are one learned number a head and token, inside its own block.
+r"""Mamba-2: a gated recurrence with one learned decay and step per head and token, inside its own block.
 
-When to pick it: long sequences with a constant memory for each token decoded; the strongest plain recurrent mixer for
+When to pick it: long sequences with constant memory per decoded token; the strongest plain recurrent mixer for
 language at equal size. Each head keeps a d_state x head_dim matrix, so a larger d_state remembers more.
-When not: exact recall of many single tokens (see `delta_rule`, or a few layers of `softmax` between); a decay for each
-key feature (see `gated_linear`).
+When not: exact recall of many single tokens (see `delta_rule`, or interleave a few layers of `softmax`); a separate
+decay for each key feature (see `gated_linear`).
 
 Definition (Dao & Gu, arXiv 2405.21060, state-space duality; survey arXiv 2408.01129). For each head
 
     a_t = dt_t A,   S_t = exp(a_t) S_{t-1} + dt_t B_t x_t^T,   y_t = S_t^T C_t + D * x_t,      A < 0, dt_t >= 0
 
-or, as masked linear attention, y = (L * C B^T)(dt x) with L_ij = exp(sum of a over (j, i]) for j <= i. The block around:
+or, as masked linear attention, y = (L * C B^T)(dt x) with L_ij = exp(sum of a over (j, i]) for j <= i. Its block:
 
     [z, x, B, C, dt] = W_in u,   (x, B, C) = silu(conv(x, B, C)),   dt = clip(softplus(dt + dt_bias)),   A = -exp(A_log)
     out = W_out RMSNorm(y * silu(z)),      the norm over each group of d_ssm / groups features
@@ -21,16 +21,16 @@ or, as masked linear attention, y = (L * C B^T)(dt x) with L_ij = exp(sum of a o
 | S (P x N, transposed) | `MatrixState.memory` (B, H, K, V) |
 | N, P, E, G, H, w, Q | `d_state`, `head_dim`, expand * dim, `groups`, heads, `conv_width`, `chunk_size` |
 
-Layout: (B, H, N, D). q and k carry G groups, each for H / G consecutive heads of v (the reverse of grouped queries).
-The scale is 1. A D for each head is ``d[:, None].expand(H, V)``.
-Patterns: noncausal-self is a forward pass that reads after writing plus a backward pass that reads before, so that a
-token counts itself once; the block's convolution is then centred, with one more tap before the token than after it when
-`conv_width` is even. In cross patterns the memory is absorbed in order and the queries read the last state: there is no
-D (a query is no token of the memory), z and C come from the queries, x, B and dt from the memory, and only the memory
-is convolved, so queries stay independent of each other.
-Deviations: the chunk defaults to 64 (256 in the paper), which changes rounding only. Padding is gathered away, so no
-step is taken there, where ports that zero the input still decay by softplus(dt_bias) or write the convolution's bias.
-`constant` (for controls without selection) is not in the paper.
+Layout: (B, H, N, D). q and k carry G groups, each shared by H / G consecutive heads of v (the reverse of grouped
+queries). The scale is 1. For one D per head, pass ``d[:, None].expand(H, V)``.
+Patterns: noncausal-self is a forward pass that reads after writing plus a backward pass that reads before writing, so
+that a token counts itself once; the block's convolution is then centred, with one more tap before the token than after
+it when `conv_width` is even. In cross patterns the memory is absorbed in order and the queries read the final state:
+there is no D (a query is not a token of the memory), z and C come from the queries, x, B and dt from the memory, and
+only the memory is convolved, so queries stay independent of each other.
+Deviations: the chunk defaults to 64 (256 in the paper), which changes only rounding. Padding is gathered away, so
+padded tokens leave the state unchanged; ports that zero the input still decay by softplus(dt_bias) or write the
+convolution's bias. `constant` (for controls without selection) is not in the paper.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from regard.mechanisms.mamba2.layer import Mamba2Layer
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Cost of the causal pattern in chunks of `chunk_size`, of which a token meets half on average."""
+    """Cost of the causal pattern in chunks of `chunk_size`; a token pairs with half a chunk on average."""
     matrix = shape.dim_key * shape.dim_value
     tokens = shape.batch * shape.heads * shape.m
     return Cost(
@@ -77,7 +77,7 @@ def sample_inputs(
     config: Config,
     sizes: dict[str, int] | None = None,
 ) -> Tensors:
-    """Random inputs for tests: steps like those of trained layers, and no skip in cross patterns."""
+    """Random inputs for tests: steps as in trained layers, and no skip in cross patterns."""
     widths = {"h": 4, "g": 2, "k": 8, "v": 6, **(sizes or {}), "b": batch, "n": n, "m": m}
     found = {}
     for name, axes in MECHANISM.inputs.items():

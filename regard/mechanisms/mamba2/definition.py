@@ -1,4 +1,4 @@
-"""The definition of mamba2: its options and what they mean, and its reference, written for reading."""
+"""The definition of mamba2: its options and its reference, written to be read."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ SKIP_KINDS = ("head", "channel", "none")
 
 @dataclass(frozen=True)
 class Config:
-    """Options, all of the layer; functions take q, k, v, dt, a and skip as they are and use `chunk_size` only.
+    """Options, all for the layer; functions take q, k, v, dt, a and skip as given and use only `chunk_size`.
 
     Attributes:
-        d_state: key features of a head, >= 1.
-        expand: width of the block's inside, E = expand * dim, > 0.
-        head_dim: value features of a head, which then sets the number of heads whatever num_heads says; None for
+        d_state: key features per head, >= 1.
+        expand: inner width of the block relative to its outer width, E = expand * dim, > 0.
+        head_dim: value features per head; if given, it sets the number of heads and overrides num_heads. None for
             d_ssm / num_heads.
-        groups: sets of B and C, a divisor of the number of heads.
-        d_ssm: features of E that go through the recurrence, 1 to E; the rest is a gated MLP. None for all.
+        groups: number of sets of B and C, a divisor of the number of heads.
+        d_ssm: how many of the E features go through the recurrence, 1 to E; the rest is a gated MLP. None for all.
         conv_width: taps of the convolution over x, B and C, >= 1; 0 for none.
         gate: whether silu(z) multiplies the output.
-        skip_kind: D for each ``head``, each ``channel``, or ``none``.
+        skip_kind: one D per ``head``, one per ``channel``, or ``none``.
         norm: whether there is an RMSNorm before the output projection.
-        norm_before_gate: the norm first, then the gate.
+        norm_before_gate: apply the norm first, then the gate.
         norm_eps: added to the mean square, > 0.
         dt_limit: smallest and largest dt, 0 <= low <= high.
-        dt_init: range of dt at the start, log-uniform, 0 < low <= high.
-        a_init: range of -A at the start, uniform, 0 < low <= high.
+        dt_init: range of the initial dt, log-uniform, 0 < low <= high.
+        a_init: range of the initial -A, uniform, 0 < low <= high.
         initial_states: whether the state before the first token is learned (not in noncausal-self).
-        constant: of ``dt``, ``B``, ``C``: those that are learned vectors and do not depend on the token.
-        chunk_size: tokens computed together, >= 1.
+        constant: those of ``dt``, ``B`` and ``C`` that are learned vectors and do not depend on the token.
+        chunk_size: number of tokens computed together, >= 1.
     """
 
     d_state: int = 128
@@ -129,7 +129,7 @@ def reference(
 
 
 def repeat(x: Float[Tensor, "b g n k"], heads_of: Float[Tensor, "b h ..."]) -> Float[Tensor, "b h n k"]:
-    """Each group for its heads."""
+    """Repeat each group for the heads that share it."""
     return x.repeat_interleave(heads_of.shape[1] // x.shape[1], 1)
 
 

@@ -1,4 +1,4 @@
-"""The forms of mamba2 that are run: parallel, in chunks, and from a state."""
+"""The fast forms of mamba2: parallel, chunked, step, and reading from a state."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def parallel(
     a: Float[Tensor, " h"],
     skip: Float[Tensor, "h v"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """Causal: the chunked form. Noncausal: both directions. Cross: the memory absorbed, then read."""
+    """Causal: the chunked form. Noncausal: both directions. Cross: absorb the memory, then read it."""
     if call.pattern is Pattern.CAUSAL_SELF:
         return chunked(call, q, k, v, dt, a, skip).output
     if call.pattern.cross:
@@ -62,7 +62,7 @@ def step(
     a: Float[Tensor, " h"],
     skip: Float[Tensor, "h v"] | None = None,
 ) -> Result:
-    """One token of :func:`chunked` by the recurrence itself."""
+    """One token of :func:`chunked` computed by the recurrence itself."""
     y, state = recurrent_forms.step(call, _queries(call, q), *_writes(k, v, dt, a))
     return Result(_skip(call, y, v, skip), state)
 
@@ -75,13 +75,13 @@ def absorb(
     a: Float[Tensor, " h"],
     skip: Float[Tensor, "h v"] | None = None,
 ) -> MatrixState:
-    """Memory into S, in order; more may follow."""
+    """Write memory to S, in order; more may follow."""
     check_skip(call, skip)
     return recurrent_forms.absorb(_chunk(call), *_writes(k, v, dt, a))
 
 
 def read(call: Call, q: Float[Tensor, "b g n k"], a: Tensor | None = None, skip: Tensor | None = None) -> Result:
-    """Queries on absorbed memory; `a` has done its work in the state."""
+    """Read absorbed memory with queries; `a` is ignored, the state includes its effect."""
     check_skip(call, skip)
     y = recurrent_forms.read(call, repeat(_queries(call, q), call.state.memory))
     return Result(y.to(q.dtype), call.state)
@@ -92,7 +92,7 @@ def _queries(call: Call, q: Tensor) -> Tensor:
 
 
 def _writes(k: Tensor, v: Tensor, dt: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, values times dt, and log decays dt a of the recurrence. dt is 0 in the padding: no write and no decay."""
+    """Keys, values times dt, and log decays dt a. In padding dt is 0: no write and no decay."""
     dtype = wide_dtype(v)
     dt = dt.to(dtype)[..., None]
     return recurrent_forms.readable(k), dt * v, dt * a.to(dtype)[:, None, None]

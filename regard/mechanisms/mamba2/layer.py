@@ -1,4 +1,4 @@
-"""The modules of mamba2 in its layer."""
+"""Modules of mamba2's layer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Mamba2Layer(StateSpaceLayer):
     Args:
         card: the mechanism.
         dim: width C of the input and output.
-        num_heads: heads of d_ssm / num_heads features, unless the config gives a head_dim.
+        num_heads: number of heads, each with d_ssm / num_heads features; ignored if the config sets head_dim.
         pattern: any of the four.
         memory_dim: width of the memory in cross patterns; `dim` when None.
         linear: kind of the projections (``dense`` or a projection mechanism).
@@ -82,7 +82,7 @@ class Mamba2Layer(StateSpaceLayer):
         written = {name: 0 if name in config.constant else width for name, width in written.items()}
         if cross:
             outer["C"] = written.pop("C")
-        self.query_widths = outer  # parts of a projection by name, in the order of its features
+        self.query_widths = outer  # widths of a projection's parts by name, in feature order
         self.memory_widths = written
         self.in_proj = self.memory_proj = None
         if not cross:
@@ -113,7 +113,7 @@ class Mamba2Layer(StateSpaceLayer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A, D, dt, initial states and constants; projections, convolution and norm have their own."""
+        """Initialise A, D, dt, initial states and constants; submodules initialise themselves."""
         draw_dt_bias(self.dt_bias, *self.config.dt_init)
         with torch.no_grad():
             self.A_log.uniform_(*self.config.a_init).log_()
@@ -163,7 +163,7 @@ class Mamba2Layer(StateSpaceLayer):
         return LayerState(absorbed, length, caches)
 
     def _read(self, parts: Tensors, tokens: Tokens, state: LayerState) -> Result:
-        """Queries on absorbed memory."""
+        """Read absorbed memory with queries."""
         q = self._keys("C", F.silu(parts["C"]), tokens.x)
         result = apply(
             self.card, {"q": q}, pattern=self.pattern, mask=tokens.mask, state=state.mechanism, config=self.config
@@ -172,7 +172,7 @@ class Mamba2Layer(StateSpaceLayer):
         return result
 
     def _recur(self, parts: Tensors, tokens: Tokens, state: LayerState | None, stateful: bool) -> Result:
-        """Self patterns."""
+        """Run the recurrence of the self patterns."""
         inputs, caches = self._writes(parts, tokens, state)
         skip = None if self.D is None else self.D.view(self.heads, -1).expand(-1, self.head_dim)
         result = apply(
@@ -190,7 +190,7 @@ class Mamba2Layer(StateSpaceLayer):
         return result
 
     def _writes(self, parts: Tensors, tokens: Tokens, state: LayerState | None) -> tuple[Tensors, tuple[Tensor, ...]]:
-        """The inputs of the recurrence (q too, in self patterns), and the convolution's cache after them."""
+        """The inputs of the recurrence (in self patterns including q), and the updated convolution cache."""
         widths = {name: width for name, width in self.memory_widths.items() if name != "dt"}
         y, caches = self.convolve(torch.cat([parts[name] for name in widths], -1), tokens, state)
         convolved = dict(zip(widths, y.split(list(widths.values()), -1), strict=True))
@@ -207,13 +207,13 @@ class Mamba2Layer(StateSpaceLayer):
         return inputs, caches
 
     def _keys(self, name: str, projected: Tensor, x: Tensor) -> Float[Tensor, "b g n k"]:
-        """B or C by group, from tokens or learned."""
+        """B or C for each group: projected from tokens, or a learned constant."""
         if name in self.constants:
             return self.constants[name].to(x.dtype)[:, None].expand(x.shape[0], -1, x.shape[1], -1)
         return projected.unflatten(-1, (self.config.groups, self.config.d_state)).transpose(1, 2)
 
     def _start(self, state: LayerState | None, x: Tensor) -> MatrixState | None:
-        """The mechanism's state to continue from; rows without tokens yet start from the learned one."""
+        """The mechanism's state to continue from; rows that have no tokens yet start from the learned state."""
         before = None if state is None else state.mechanism
         if self.initial_states is None:
             return before
@@ -225,7 +225,7 @@ class Mamba2Layer(StateSpaceLayer):
 
 
 def _heads(config: Config, inner: int, d_ssm: int, num_heads: int) -> tuple[int, int]:
-    """Number of heads and the value features of each."""
+    """The number of heads and of value features per head."""
     if config.head_dim is None:
         at_least("num_heads", num_heads, 1)
     if d_ssm > inner:

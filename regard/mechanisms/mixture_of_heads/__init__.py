@@ -1,11 +1,12 @@
-r"""Mixture of heads (MoH): each token keeps a few of the attention heads, chosen and weighted by routers.
+r"""Mixture of heads (MoH): each token uses a few of the attention heads, chosen and weighted by routers.
 
-When to pick it: attention whose heads should specialise; a trained model that is to use fewer heads a token; long sequences
-read whole, of which a query is computed only in the heads that its token chose.
-When not: for memory, or for time in decoding, which computes and caches all heads, since a later token may choose any.
+When to pick it: attention whose heads should specialise; a trained model that should use fewer heads per token; long
+sequences processed whole, where a query is computed only in the heads that its token chose.
+When not: to save memory, or time in decoding: decoding computes and caches all heads, since a later token may choose
+any.
 
-Definition (Jin et al., arXiv 2410.11842), for the head outputs o_i of a token x, H heads of which the first h_s are shared
-and E = H - h_s routed, k of them active:
+Definition (Jin et al., arXiv 2410.11842), for the head outputs o_i of a token x, with H heads of which the first h_s
+are shared and E = H - h_s are routed, k of them active:
 
     (a_1, a_2) = 2 softmax(x W_0),   shared: g_i = a_1 h_s softmax(x W_s)_i
     p = softmax(x W_r),   T = top-k(p),   routed: g_i = a_2 k p_i / sum_{j in T} p_j for i in T, else 0
@@ -15,28 +16,28 @@ and E = H - h_s routed, k of them active:
 |---|---|
 | o_i | `o` (B, H, N, V), the head outputs of any attention mechanism |
 | x W_r, x W_s, x W_0 | `routed` (B, N, E), `shared` (B, N, h_s), `balance` (B, N, 2) |
-| h_s, k | `shared_heads`, `active_heads`; which heads are shared: the first, or those that `shared_heads` names |
+| h_s, k | `shared_heads`, `active_heads`; which heads are shared: the first, or those listed in `shared_heads` |
 | L_b, k when balanced and E when collapsed | `losses["load_balance"]`, averaged over layers; the paper's weight is 0.01 |
 
-Gates depend on the token alone, the query token in cross attention, so patterns, caches and states are those of the wrapped
-mechanism; padding counts neither in a gate nor in L_b. With equal logits every active head has gate 1. One shared head has
-no W_s; without shared heads, or without routed ones, there is no W_0. Ties in a top-k go to the first head.
-`router="query_norm"` (continued training of a dense model) has no parameters: the score of a routed head is the norm of its
-query over the (unbiased) standard deviation of the routed heads' norms, and the gates are 0 or 1, so the head outputs keep
-their scale; p gets its gradient as if the gates were p (straight-through).
-Where softmax reads many tokens at once, a query is computed in the heads that its token chose alone, in layers and in swapped
-models: the heads that share keys are read together, so that scores and weights of no others are computed. Keys and values are of
-all tokens, since any may be read, and the projections of all heads are one product each: a large one takes less time than small
-ones of tokens that have to be gathered first, and query norms ask for all queries. It is the same function; all heads are computed
-for a single token (those that share keys read them once, whoever asks), for wanted weights, in a compiled program, and for
-straight-through gates in training (whose gradient asks for the heads that were not chosen). Saved are 1 - (h_s + k) / H of the
-scores; within a batch a head's scores are padded to the row of most tokens. `compute="auto"` gathers on a CPU where a query is
-spared 256 keys or more on average: from about 1,000 tokens with 75 % of the heads, from 500 with 50 %;
-`benchmarks/mixture_of_heads.py` measures it.
-`want={"gates"}` gives (B, N, H) on right-padded tokens in `extras["gates"]`; see `head_usage`.
-Deviations: L_b is returned in evaluation too, and is of the local batch when training is distributed. The standard deviation
-is at least eps. `rescale_gates=False` leaves out the factors 2, h_s, k and the division by the sum over T: plain softmax
-products, as the paper's formulas have it. `scale` multiplies the logits of the routers.
+Gates depend only on the token (the query token in cross attention), so patterns, caches and states are those of the
+wrapped mechanism; padding affects neither the gates nor L_b. With equal logits every active head has gate 1. A single
+shared head has no W_s; without shared heads, or without routed ones, there is no W_0. Ties in a top-k go to the first
+head. `router="query_norm"` (for continued training of a dense model) has no parameters: the score of a routed head is
+the norm of its query over the (unbiased) standard deviation of the routed heads' norms, and the gates are 0 or 1, so
+the head outputs keep their scale; p gets its gradient as if the gates were p (straight-through).
+Where softmax attention processes many tokens at once, a query is computed only in the heads that its token chose, in
+layers and in swapped models: heads that share keys are processed together, and no scores or weights of other heads are
+computed. Keys and values are computed for all tokens, since any may be read. The projections of all heads remain one
+product each: one large product is faster than small ones on gathered tokens, and query norms need all queries. The
+result is the same function. All heads are computed for a single token (heads that share keys read them once either
+way), if weights are requested, in a compiled program, and for straight-through gates in training (whose gradient needs
+the heads that were not chosen). This saves 1 - (h_s + k) / H of the scores; within a batch a head's scores are padded
+to the row with the most tokens. `compute="auto"` gathers on a CPU where a query is spared 256 keys or more on average:
+from about 1,000 tokens with 75 % of the heads, from 500 with 50 %; measured by `benchmarks/mixture_of_heads.py`.
+`want={"gates"}` returns (B, N, H) on right-padded tokens in `extras["gates"]`; see `head_usage`.
+Deviations: L_b is also returned in evaluation, and covers the local batch when training is distributed. The standard
+deviation is at least eps. `rescale_gates=False` omits the factors 2, h_s, k and the division by the sum over T: plain
+softmax products, as in the paper's formulas. `scale` multiplies the logits of the routers.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ if TYPE_CHECKING:
 
 
 def head_usage(gates: Float[Tensor, "b n h"], tokens: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, " h"]:
-    """Share of the tokens for which each head is active; `tokens` picks them (not padding, or those of one class)."""
+    """Share of tokens for which each head is active; the mask `tokens` selects tokens (to skip padding, say)."""
     active = (gates != 0).double()
     if tokens is None:
         return active.mean((0, 1))
@@ -76,7 +77,7 @@ def head_usage(gates: Float[Tensor, "b n h"], tokens: Bool[Tensor, "b n"] | None
 
 
 def usage_entropy(usage: Float[Tensor, " e"]) -> Float[Tensor, ""]:
-    """Entropy of how the active places spread over routed heads, as a fraction of log E: 1 even, log k / log E collapsed."""
+    """Entropy of the usage of routed heads as a fraction of log E: 1 if even, log k / log E if collapsed."""
     share = usage / usage.sum()
     return torch.special.entr(share).sum() / math.log(len(usage))
 
@@ -92,7 +93,7 @@ def sample_inputs(
     config: Config,
     sizes: dict[str, int],
 ) -> Tensors:
-    """Inputs for tests: eight heads, and the logits that the options ask for."""
+    """Inputs for tests: eight heads, and the logits that the options need."""
     heads = 8
 
     def normal(*shape: int) -> Tensor:
@@ -106,7 +107,7 @@ def sample_inputs(
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Softmax attention with all heads (whole sequences: with the chosen ones, if they are gathered), and the gates."""
+    """Cost of softmax attention with all heads (for gathered whole sequences, the chosen heads) and of the gates."""
     heads = shape.batch * shape.heads
     width = shape.dim_key + shape.dim_value
     used = 1.0
@@ -150,8 +151,8 @@ MECHANISM = Mechanism(
     sample_inputs=sample_inputs,
     merge=HeadRouter,
     module=MixtureOfHeads,
-    layer_defaults={"output_norm": None},  # routers scale the heads' outputs
-    in_trained_models=lambda length, heads: {  # three quarters of the heads, as of LLaMA3 in the paper
+    layer_defaults={"output_norm": None},  # routers scale the head outputs
+    in_trained_models=lambda length, heads: {  # three quarters of the heads, as for LLaMA3 in the paper
         "router": "query_norm",
         "shared_heads": heads // 2,
         "active_heads": -(-3 * heads // 4) - heads // 2,

@@ -1,4 +1,4 @@
-"""The definition of mixture_of_heads: its options and what they mean, and its reference, written for reading."""
+"""The definition of mixture_of_heads: its options and its reference, written to be read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GATES = ("weighted", "binary", "straight_through")
 COMPUTE = ("auto", "dense", "gather")
 
 SAVED = 256
-"""Keys whose scores a query has to be spared, on average over the heads, for the gathering of queries to pay on a CPU."""
+"""Scores per query, averaged over heads, that gathering must save to be worthwhile on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,21 @@ class Config:
     """Options.
 
     Attributes:
-        shared_heads: h_s, the first heads, active for every token; from 0 to H, a quarter of H (rounded down) when None.
-            Or the numbers of the shared heads, as those of most importance in a trained model
-            (:func:`regard.training.mix_heads`).
-        active_heads: k, routed heads active for a token; from 1 to E, two thirds of E (rounded down, at least 1) when
-            None, and 0 when all heads are shared.
-        router: the routed heads' scores are logits of the ``input`` token, or the ``query_norm``.
-        gates: ``weighted``; ``binary``, 0 or 1 (the router then learns from L_b alone); ``straight_through``, 0 or 1 with
-            the gradient of p. None: weighted with the input router, straight_through with query norms.
+        shared_heads: h_s, the number of leading heads that are active for every token; from 0 to H, a quarter of H
+            (rounded down) when None. Or the indices of the shared heads, such as the most important ones of a trained
+            model (:func:`regard.training.mix_heads`).
+        active_heads: k, the number of routed heads active for a token; from 1 to E, two thirds of E (rounded down, at
+            least 1) when None, and 0 when all heads are shared.
+        router: how routed heads are scored: by logits computed from the ``input`` token, or by the ``query_norm``.
+        gates: ``weighted``; ``binary``, 0 or 1 (the router then learns from L_b alone); ``straight_through``, 0 or 1
+            with the gradient of p. None: weighted with the input router, straight_through with query norms.
         two_stage: weight the two groups of heads by a_1 and a_2; otherwise by 1.
         rescale_gates: multiply softmaxes by the number of their entries; see Deviations.
         noise: standard deviation of normal noise on the routed logits in training, >= 0.
         z_loss: return the mean squared log-sum-exp of the routed logits as the loss ``router_z``.
-        eps: smallest standard deviation that query norms are divided by, > 0.
-        compute: of the layer: ``dense``, all heads and then the gates; ``gather``, chosen heads alone; ``auto``, whichever takes
-            less time (see :meth:`gathers`).
+        eps: lower bound of the standard deviation that divides query norms, > 0.
+        compute: how the layer computes heads: ``dense``, all heads and then the gates; ``gather``, only chosen heads;
+            ``auto``, whichever is faster (see :meth:`gathers`).
     """
 
     shared_heads: int | tuple[int, ...] | None = None
@@ -90,14 +90,14 @@ class Config:
 
     @property
     def weighted(self) -> bool:
-        """Whether gates are numbers that the router gives, by the option or as the default of its router."""
+        """Whether gates are weights from the router, set by the option or as its router's default."""
         return self.gates == "weighted" or (self.gates is None and self.router == "input")
 
     def groups(self, heads: int) -> tuple[int, int, int]:
-        """Shared, routed and active routed heads of `heads`.
+        """The numbers of shared, routed and active routed heads among `heads`.
 
         Raises:
-            Unsupported: when they do not fit, or some head could never be active.
+            Unsupported: when the numbers do not fit, or some head could never be active.
         """
         if isinstance(self.shared_heads, tuple):
             if self.shared_heads and self.shared_heads[-1] >= heads:
@@ -118,21 +118,21 @@ class Config:
         return shared, routed, active
 
     def gathers(self, heads: int, pairs: int, device: str = "cpu") -> bool:
-        """Whether chosen heads alone are computed where that can be, of `heads` for as many queries or keys as there are fewer
-        of: always or never by the option, and by ``auto`` on a CPU from about 1,000 with 75 % of the heads and 500 with
-        50 %."""
+        """Return whether a layer with `heads` heads computes only chosen heads, given the smaller of the numbers of
+        queries and keys: as the option says or, with ``auto``, on a CPU from about 1,000 with 75 % of the heads and 500
+        with 50 %."""
         _, routed, active = self.groups(heads)
         if self.compute != "auto" or active == routed:
             return self.compute == "gather" and routed > 0
         return device == "cpu" and pairs * (routed - active) >= SAVED * heads
 
     def order(self, heads: int) -> list[int]:
-        """The shared heads, then the routed ones."""
+        """Indices of the shared heads, then of the routed ones."""
         shared = self.shared_heads if isinstance(self.shared_heads, tuple) else range(self.groups(heads)[0])
         return [*shared, *(head for head in range(heads) if head not in shared)]
 
     def routers(self, heads: int) -> dict[str, int]:
-        """Width of each router's logits, by name."""
+        """The width of each router's logits, by router name."""
         shared, routed, active = self.groups(heads)
         widths = {"routed": routed}
         if self.weighted:
@@ -183,7 +183,7 @@ def _straight_through(config: Config) -> bool:
 
 
 def check_logits(config: Config, heads: int, given: Mapping[str, Tensor | None]) -> None:
-    """Refuse logits of other widths than `Config.routers` says."""
+    """Refuse logits whose widths differ from `Config.routers`."""
     expected = config.routers(heads)
     widths = {name: logits.shape[-1] for name, logits in given.items() if logits is not None}
     if widths != expected:

@@ -1,4 +1,4 @@
-"""The forms of mixture_of_heads that are run: parallel, in chunks, and from a state."""
+"""The fast form of mixture_of_heads, and the computation of its gates."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def parallel(
     shared: Float[Tensor, "b n s"] | None = None,
     balance: Float[Tensor, "b n t"] | None = None,
 ) -> Result:
-    """Every head's output times its gate, 0 where it is not active; the losses beside it."""
+    """Every head's output times its gate, which is 0 for inactive heads; the result carries the losses."""
     result = Result(o)
     gates = gates_of(call, o.shape[1], {"routed": routed, "shared": shared, "balance": balance}, o[:, 0, :, :0], result)
     result.output = (o.to(gates.dtype) * gates.transpose(1, 2)[..., None]).to(o.dtype)
@@ -42,14 +42,14 @@ def gates_of(
     *,
     keeps_losses: bool = True,
 ) -> Float[Tensor, "b n h"]:
-    """Gates of all heads in at least float32, 0 where one is not active; losses and wanted gates are added to `result`.
+    """Gates of all heads in at least float32, 0 for inactive heads; losses and requested gates are added to `result`.
 
     Args:
         heads: H.
-        logits: of the routers, by name.
-        tokens: for their number, dtype and device.
-        keeps_losses: whether losses are wanted; without them gates of 0 and 1 that nobody differentiates take a comparison
-            of the scores and no more.
+        logits: logits of each router, by name.
+        tokens: determines the number of tokens, dtype and device.
+        keeps_losses: whether losses are needed; without them, gates of 0 and 1 that need no gradient only take a
+            comparison of the scores.
     """
     config: Config = call.config
     batch, n, _ = tokens.shape
@@ -92,7 +92,7 @@ def gates_of(
 
 
 def _top(logits: Tensor, k: int) -> Bool[Tensor, "b n e"]:
-    """True at the k largest of the last axis; the first of equal ones."""
+    """True at the k largest entries of the last axis; ties go to the first."""
     order = logits.detach().argsort(dim=-1, descending=True, stable=True)
     return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order[..., :k], True)
 
@@ -108,7 +108,7 @@ def _routed_gates(config: Config, p: Tensor, active: Tensor, k: int) -> Tensor:
 
 
 def _load_balance(p: Tensor, active: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """E sum_e mean(p_e) mean(active_e) over valid tokens, counted as one layer (none when there is no token)."""
+    """E sum_e mean(p_e) mean(active_e) over valid tokens, with count 1 for this layer (0 without tokens)."""
     routed = p.shape[-1]
     used = active.to(p.dtype)
     if valid is None:

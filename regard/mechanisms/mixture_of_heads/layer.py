@@ -1,4 +1,4 @@
-"""The modules of mixture_of_heads in its layer."""
+"""Modules of mixture_of_heads' layer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def cannot_gather(mechanism: str) -> Unsupported:
-    """The refusal of ``gather`` around a mechanism whose heads cannot be computed for some of the tokens alone."""
+    """The error for ``gather`` with a mechanism whose heads cannot be computed for a subset of tokens."""
     return Unsupported(
         f'compute="gather" with {mechanism}',
         supported="mechanisms with the input chosen, as softmax",
@@ -47,7 +47,7 @@ class HeadRouter(Merge):
     """The routers, as the merge of the attention shell.
 
     Args:
-        spec: of the layer, with the options of this mechanism.
+        spec: the layer's specification, with the options of this mechanism.
         inner: the wrapped mechanism's own merge, which comes first.
     """
 
@@ -62,13 +62,13 @@ class HeadRouter(Merge):
         self.logits = nn.ModuleDict({name: make_linear(spec.dim, width) for name, width in logits.items()})
 
     def choose(self, heads: Tensors, call: LayerCall) -> tuple[Tensors, LayerCall]:
-        """Settle the gates before the heads are computed, where heads with gates of 0 need not be."""
+        """Compute the gates before the heads where that allows skipping heads whose gates are 0."""
         q = heads["q"]
         keys = heads["k"].shape[2] if "k" in heads else q.shape[2]
         whole = q.shape[2] > 1 and call.context.want <= {"gates", "state"} and self.inner is None
         if not whole or not self.config.gathers(q.shape[1], min(q.shape[2], keys), q.device.type):
             return heads, call
-        # the gradient of a score that was not chosen asks for its head's output, and counts are no part of a graph
+        # gradients of unchosen scores need those heads' outputs, and a graph cannot depend on counts
         if (_straight_through(self.config) and torch.is_grad_enabled()) or not values_known(q):
             return heads, call
         told = Result(q)
@@ -81,7 +81,7 @@ class HeadRouter(Merge):
     def forward(
         self, output: Float[Tensor, "b h n v"], heads: Tensors, call: LayerCall, result: Result
     ) -> Float[Tensor, "b h n v"]:
-        """Gate the head outputs; losses and wanted gates are added to `result`."""
+        """Gate the head outputs; losses and requested gates are added to `result`."""
         if self.inner is not None:
             output = self.inner(output, heads, call, result)
         if call.settled is None:
@@ -90,20 +90,20 @@ class HeadRouter(Merge):
             gates, told = call.settled
             result.losses |= told.losses
             result.extras |= told.extras
-            if not self.config.weighted:  # gates of 1 where heads were computed
+            if not self.config.weighted:  # gates are 1 where heads were computed
                 return output
         return (output.to(gates.dtype) * gates.transpose(1, 2)[..., None]).to(output.dtype)
 
     def gates(
         self, heads: Tensors, call: LayerCall, result: Result, count: int | None = None
     ) -> Float[Tensor, "b n h"]:
-        """See :func:`gates_of`.
+        """Compute the gates, see :func:`gates_of`.
 
         Args:
-            count: of the heads; that of the queries when None, which query norms ask for anyway.
+            count: number of heads; that of the queries when None (query norms need queries anyway).
         """
         x = call.x
-        assert x is not None  # outputs are those of tokens
+        assert x is not None  # every output belongs to a token
         logits: dict[str, Tensor | None] = {name: module(x) for name, module in self.logits.items()}
         if self.config.router == "query_norm" and self.routed:
             first, last = self.routed[0], self.routed[-1] + 1
@@ -124,16 +124,16 @@ class HeadRouter(Merge):
 
 
 class MixtureOfHeads(Layer):
-    """An attention layer whose heads are routed, (B, N, C) -> (B, N, C).
+    """An attention layer with routed heads, (B, N, C) -> (B, N, C).
 
     Args:
         card: the mechanism.
         dim: width C of the input and output.
         num_heads: H, query heads.
-        pattern: one that the wrapped mechanism has too.
-        create: makes a layer from the name of a mechanism.
+        pattern: a pattern that the wrapped mechanism supports too.
+        create: creates a layer from the name of a mechanism.
         mechanism: name of the attention mechanism whose heads are routed.
-        positions, position_options, head_dim, num_kv_heads, memory_dim, dropout: of the wrapped layer, see
+        positions, position_options, head_dim, num_kv_heads, memory_dim, dropout: options of the wrapped layer, see
             :mod:`regard.layers.options`; its own defaults when None.
         mechanism_options: any other options of the wrapped layer and mechanism.
         config: the mechanism's options.
@@ -195,13 +195,13 @@ class MixtureOfHeads(Layer):
         context: Context | None = None,
         state: LayerState | None = None,
     ) -> Result:
-        """As :meth:`regard.layers.attention.AttentionLayer.forward`; the result has the loss ``load_balance``."""
+        """Like :meth:`regard.layers.attention.AttentionLayer.forward`, with the loss ``load_balance``."""
         return self.attention(x, memory, context=context, state=state)
 
     def step(
         self, x_t: Float[Tensor, "b c"], state: LayerState | None = None
     ) -> tuple[Float[Tensor, "b c"], LayerState]:
-        """One token: the output and the state after it. Without a state it is the first of its sequence."""
+        """Process one token: return the output and the new state. Without a state, the token starts a sequence."""
         return self.attention.step(x_t, state)
 
     def encode_memory(

@@ -1,38 +1,40 @@
-r"""Positional attention: the weight of a pair depends on its positions alone; only values carry content.
+r"""Positional attention: the weight of a pair depends only on its positions; only values carry content.
 
-When to pick it: numeric and algorithmic regression of bounded length, where the route of data does not depend on the data
-(prefix sums, sorting networks, tournaments), above all when test values are larger than training values.
-When not: lookup, parsing, or anything whose route depends on content; lengths beyond the table, which it has no rows for.
+When to pick it: numeric and algorithmic regression of bounded length, where the flow of data does not depend on the
+data (prefix sums, sorting networks, tournaments), especially if test values are larger than training values.
+When not: lookups, parsing, or anything whose data flow depends on content; lengths beyond the table of encodings.
 
 Definition (Back de Luca et al., arXiv 2410.01686), for a head with positional encodings P, the same in all rows:
 
     Q = P W_Q + b_Q,   K = P W_K + b_K,   A = softmax(Q K^T / sqrt(D)),   O = A V
 
-A has no batch axis, and O is linear in V: up to 2^15 pairs A is computed once for all rows; beyond, where reading a stored
-matrix costs more than making its weights again, by the kernels of softmax attention, row by row. In causal-self A is masked before the
-softmax; in cross patterns queries have the positions of their sequence and keys those of the memory.
+A has no batch axis, and O is linear in V: up to 2^15 pairs A is computed once for all rows; beyond that, where reading
+a stored matrix costs more than recomputing its weights, by the kernels of softmax attention, row by row. In causal-self
+A is masked before the softmax; in cross patterns queries use the positions of their own sequence and keys those of the
+memory.
 
 | paper | here |
 |---|---|
-| P, F features wide | `encodings` (S, F): a row for each of S positions; sinusoids at any position when absent |
-| W_Q, W_K, b_Q | `query_map`, `key_map` (H, F, D), `query_bias` (H, D); b_K adds the same to all scores of a query |
-| P of a layer | `encoding`: one-hot in the paper, which fixes the longest length; sinusoidal, which does not, by default |
-| d_k = width of P for each head | `key_width="encoding"`; ``"split"`` divides it between the heads |
+| P, F features wide | `encodings` (S, F): one row for each of S positions; sinusoids, at any position, when absent |
+| W_Q, W_K, b_Q | `query_map`, `key_map` (H, F, D), `query_bias` (H, D); b_K would add the same to all scores of a query |
+| P of a layer | `encoding`: one-hot in the paper, which fixes the maximum length; by default sinusoidal, which does not |
+| d_k = width of P for each head | `key_width="encoding"`; ``"split"`` divides it among the heads |
 
-Layout: (B, H, N, D). The position of a token is its rank among the valid tokens of its row; one without a row of P is
-refused. `slots` (B, N), whose values are not read, says how many outputs are wanted where they are not as many as keys. The
-paper's extra node, which keeps its row whatever the length, is put first here, not last. The scale multiplies D^-0.5 (1 by
-default). Scores are computed as (Q W_K^T) P^T, so that no key is ever projected, and the state holds values only. With
-padding in noncausal patterns the weights are those of each row, since its padding must not be counted.
-Hybrid heads: `content_query` and `content_key` (B, C, N, E) are queries and keys of C further heads of softmax attention, the
-last of V's heads; `content_heads` in a layer.
+Layout: (B, H, N, D). The position of a token is its rank among the valid tokens of its row; a position without a row of
+P is refused. `slots` (B, N), whose values are not read, gives the number of outputs if it differs from the number of
+keys. The paper's extra node is put first here instead of last, so that it keeps its row of P at every length. The scale
+multiplies D^-0.5 (1 by default). Scores are computed as (Q W_K^T) P^T, so that no key is ever projected, and the state
+holds only values. With padding in noncausal patterns each row has its own weights, since its padding must not be
+counted.
+Hybrid heads: `content_query` and `content_key` (B, C, N, E) are queries and keys of C additional heads of softmax
+attention, the last of V's heads; `content_heads` in a layer.
 
-The paper's layer concatenates, MLP([x ; W_O O]), in place of a residual and a norm, and with no bias anywhere it is
-positively homogeneous: f(a x) = a f(x). That is what carries over to larger values, and what a norm, or P in the values,
-destroys. `regard.models.AlgorithmicNetwork` is the network of such layers.
+The paper's layer concatenates, MLP([x ; W_O O]), instead of using a residual and a norm, and without any biases it is
+positively homogeneous: f(a x) = a f(x). This is what generalises to larger values, and what a norm, or P in the values,
+would destroy. `regard.models.AlgorithmicNetwork` is the network of such layers.
 
-Deviations: each layer has encodings of its own, where they are learned. Maps start as in the paper, the other projections
-as those of all layers here.
+Deviations: each layer has its own encodings if they are learned. Maps are initialised as in the paper, the other
+projections as in all layers here.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def sample_inputs(
     sizes: dict[str, int] | None = None,
     **_: Any,
 ) -> Tensors:
-    """Inputs for tests and timings: encodings with room for sequences that go on, content where the options have heads for it."""
+    """Inputs for tests and timings: encodings with room for continuations, and content for content heads."""
     size = {"h": 2, "d": 8, "v": 6, "f": 5} | (sizes or {})
     heads, content, rows = size["h"], min(config.content_heads, size["h"] - 1), max(80, n, m)
     shapes: dict[str, tuple[int, ...]] = {
@@ -86,12 +88,12 @@ def sample_inputs(
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
-    """Features of a position."""
+    """Axis sizes: features of an encoding."""
     return {"f": config.features}
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """One weight matrix a head for all rows, where it is small, and its product with each."""
+    """Cost of one weight matrix per head, shared by all rows if it is small, and its product with each row."""
     pairs = shape.heads * shape.n * shape.m
     shared = shape.n * shape.m <= SHARED_PAIRS
     rows = 1 if shared else shape.batch

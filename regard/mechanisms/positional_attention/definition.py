@@ -1,4 +1,4 @@
-"""The definition of positional_attention: its options and what they mean, and its reference, written for reading."""
+"""The definition of positional_attention: its options and its reference, written to be read."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """Options, all of layers.
+    """Options, all for the layer.
 
     Attributes:
-        encoding: P: ``sinusoidal`` (`encoding_dim` features, any position), ``one_hot`` (`max_length` features), ``binary`` (the
-            bits of the position as -1 and 1) or ``learned`` (`encoding_dim` features).
-        max_length: positions that have one-hot, binary and learned encodings, >= 1.
+        encoding: P: ``sinusoidal`` (`encoding_dim` features, any position), ``one_hot`` (`max_length` features),
+            ``binary`` (the bits of the position as -1 and 1) or ``learned`` (`encoding_dim` features).
+        max_length: number of positions with one-hot, binary and learned encodings, >= 1.
         encoding_dim: features of sinusoidal and learned encodings, >= 1.
-        key_width: D: ``encoding`` (as many as P has features, in each head) or ``split`` (as many divided by the heads).
-        content_heads: heads whose weights come from content, 0 to all but one of them.
+        key_width: D: ``encoding`` (the number of P's features, in each head) or ``split`` (divided among the heads).
+        content_heads: number of heads whose weights come from content, at most all but one.
     """
 
     encoding: str = "sinusoidal"
@@ -48,7 +48,7 @@ class Config:
 
     @property
     def features(self) -> int:
-        """Features of P."""
+        """The number of features of P."""
         if self.encoding == "one_hot":
             return self.max_length
         return max(1, (self.max_length - 1).bit_length()) if self.encoding == "binary" else self.encoding_dim
@@ -94,7 +94,7 @@ def _outputs(call: Call, slots: Tensor | None, content_query: Tensor | None, key
 
 
 def _split(query_map: Tensor, v: Tensor, content_query: Tensor | None) -> int:
-    """Heads that are positional."""
+    """The number of positional heads."""
     content = 0 if content_query is None else content_query.shape[1]
     if query_map.shape[0] + content != v.shape[1]:
         raise Unsupported(
@@ -105,7 +105,7 @@ def _split(query_map: Tensor, v: Tensor, content_query: Tensor | None) -> int:
 
 
 def of_heads(call: Call, heads: slice) -> Call:
-    """The call as some of its heads see it."""
+    """The call restricted to some of its heads."""
     bias, blocks, told = call.bias, call.blocks, call.position_bias
     if bias is not None and bias.shape[1] > 1:
         bias = bias[:, heads]
@@ -132,7 +132,7 @@ def _by_rank(
 def encoded(
     encodings: Float[Tensor, "s f"] | None, positions: Int[Tensor, "#b n"], like: Float[Tensor, "f d"]
 ) -> Float[Tensor, "#b n f"]:
-    """P at the positions; anything at one that is negative, whose token does not exist or sees nothing."""
+    """P at the positions; arbitrary at negative ones, whose tokens do not exist or see nothing."""
     positions = positions.clamp(min=0)
     if encodings is None:
         dtype = wide_dtype(like)

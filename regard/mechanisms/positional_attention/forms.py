@@ -1,4 +1,4 @@
-"""The forms of positional_attention that are run: parallel, in chunks, and from a state."""
+"""The fast forms of positional_attention: parallel, chunked, and reading from a state."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def parallel(
     content_query: Float[Tensor, "b c n e"] | None = None,
     content_key: Float[Tensor, "b c m e"] | None = None,
 ) -> Result:
-    """One weight matrix a head for all rows, where nothing differs between rows and it is small."""
+    """One weight matrix per head, shared by all rows if it is small and no row differs."""
     where = ranks(call, _outputs(call, slots, content_query, v.shape[2]), v.shape[2], v.device)
     positions = Positions(query_map, key_map, query_bias, encodings)
     return _attend(call, positions, v, content_query, content_key, where)
@@ -52,7 +52,7 @@ def chunked(
     content_query: Float[Tensor, "b c n e"] | None = None,
     content_key: Float[Tensor, "b c m e"] | None = None,
 ) -> Result:
-    """Continue a cached sequence by any number of tokens; also the step."""
+    """Continue a cached sequence by any number of tokens; also used as the step."""
     n = _outputs(call, slots, content_query, v.shape[2])
     state, where = extend_counted(call, v[:, :0] if content_key is None else content_key, v, n)
     positions = Positions(query_map, key_map, query_bias, encodings)
@@ -62,7 +62,7 @@ def chunked(
 def absorb(
     call: Call, v: Float[Tensor, "b h m v"], content_key: Float[Tensor, "b c m e"] | None = None
 ) -> CountedState:
-    """Memory into a cache; more may follow."""
+    """Append memory to the cache; more may follow."""
     return extend_counted(call, v[:, :0] if content_key is None else content_key, v, 0)[0]
 
 
@@ -75,15 +75,16 @@ def read(
     slots: Shaped[Tensor, "b n"] | None = None,
     content_query: Float[Tensor, "b c n e"] | None = None,
 ) -> Result:
-    """Queries on absorbed memory, counted on from those that have read it before."""
+    """Attend from queries to absorbed memory; their positions continue those of earlier queries."""
     call, state, where = read_on(call, _outputs(call, slots, content_query, 1), call.state.v.device)
     positions = Positions(query_map, key_map, query_bias, encodings)
     return _attend(call, positions, state.v, content_query, state.k, where, state)
 
 
 SHARED_PAIRS = 1 << 15
-"""Most queries times keys whose weights are stored for all rows. From 256 tokens on the kernels were faster in most measured
-cases, 1.0 to 1.9 times at 256 tokens and 1 to 32 rows, 5 to 13 times at 2048 and one row; below 128 they were slower."""
+"""Maximum number of queries times keys for which weights are stored for all rows. From 256 tokens the kernels were
+faster in most measured cases, 1.0 to 1.9 times at 256 tokens and 1 to 32 rows, 5 to 13 times at 2048 and one row; below
+128 they were slower."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Positions:
         return q.shape[-1] ** -0.5 * q @ self.key_map.to(dtype).mT
 
     def keys(self, at: Int[Tensor, "#b n"]) -> Float[Tensor, "#b 1 n f"]:
-        """P, which all heads share."""
+        """P, shared by all heads."""
         found = encoded(self.encodings, at, self.query_map[0])
         return wide(found)[:, None]
 
@@ -138,7 +139,7 @@ def _attend(
 
 
 def _same_for_all_rows(call: Call, where: Ranks) -> bool:
-    """Whether all rows have the same weights: padding only matters where it would be counted."""
+    """Return whether all rows have the same weights; padding only matters where it would be counted."""
     pairs = call.bias is not None or call.position_bias is not None or call.blocks is not None
     if pairs or call.dropout > 0:
         return False
@@ -148,17 +149,17 @@ def _same_for_all_rows(call: Call, where: Ranks) -> bool:
 def _shared(
     call: Call, positions: Positions, v: Float[Tensor, "b t m v"], where: Ranks
 ) -> tuple[Float[Tensor, "b t n v"], Float[Tensor, "b t n m"] | None]:
-    """One matrix for each head, and one product of it with the values of all rows."""
+    """One matrix per head, multiplied once with the values of all rows."""
     batch, n, m = v.shape[0], where.queries.shape[1], v.shape[2]
     i = torch.arange(n, device=v.device) + (m - n if call.pattern is Pattern.CAUSAL_SELF else 0)
-    j = torch.arange(m, device=v.device)  # also where a row is shorter
+    j = torch.arange(m, device=v.device)  # also for shorter rows
     if n == 0 or m == 0:
         none = v.new_zeros(*v.shape[:2], n, m)
         return v.new_zeros(*none.shape[:3], v.shape[-1]), none if "weights" in call.want else None
     asked, found = _within(i, call.lengths), _within(j, call.memory_lengths)
     a = (call.scale * positions.queries(asked[None]) @ positions.keys(found[None]).mT)[0]
     if call.pattern is Pattern.CAUSAL_SELF:
-        # of a padded row only queries past its tokens see its padding
+        # only queries beyond a padded row's tokens see its padding
         i = i[:, None]
         a = a.masked_fill((j > i) & (i >= 0), -torch.inf).softmax(-1).masked_fill(i < 0, 0)
     else:
@@ -169,7 +170,7 @@ def _shared(
 
 
 def _within(positions: Int[Tensor, " n"], lengths: Int[Tensor, " b"] | None) -> Int[Tensor, " n"]:
-    """Positions, of which those that are padding in every row are replaced by that of the last token."""
+    """The positions; those that are padding in every row are replaced by that of the last token."""
     if lengths is None or lengths.shape[0] == 0:
         return positions
     return torch.minimum(positions, lengths.amax() - 1)

@@ -1,4 +1,4 @@
-"""The modules of positional_attention in its layer."""
+"""Modules of positional_attention's layer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Maps(Projection):
-    """Gives a layer's heads the encodings of positions and their maps, and content heads their queries and keys."""
+    """Supplies a layer's heads with position encodings and maps, and content heads with queries and keys."""
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Maps(Projection):
                     nearest="key_width='encoding'",
                 )
             self.width = config.features // self.heads
-        # queries and keys of each head side by side, as in the paper's code
+        # each head's query and key maps side by side, as in the paper's code
         self.weight = nn.Parameter(torch.empty(2 * self.heads * self.width, config.features))
         self.bias = nn.Parameter(torch.empty(2 * self.heads * self.width))
         self.encoding = (
@@ -66,7 +66,7 @@ class Maps(Projection):
             nn.init.normal_(self.encoding)
 
     def encodings(self) -> Float[Tensor, "s f"] | None:
-        """P, a row for each position; None for sinusoids, which exist at all positions."""
+        """P, one row per position; None for sinusoids, which exist at all positions."""
         config, device, dtype = self.config, self.weight.device, self.weight.dtype
         if config.encoding == "one_hot":
             return torch.eye(config.max_length, dtype=dtype, device=device)

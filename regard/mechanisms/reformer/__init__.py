@@ -1,40 +1,43 @@
 r"""Reformer attention: tokens whose directions hash alike attend to each other, in several rounds of random hashing.
 
-When to pick it: long sequences where a query needs a few similar tokens from anywhere; more rounds come closer to full
-attention at a time in proportion.
-When not: sequences of less than several thousand tokens (`softmax` is faster, above all than many rounds), cross attention
-(queries and keys are the same vectors), or states of fixed size.
+When to pick it: long sequences where a query needs a few similar tokens from anywhere; more rounds approximate full
+attention better, at a proportional cost.
+When not: sequences shorter than several thousand tokens (`softmax` is faster, especially than many rounds), cross
+attention (queries and keys are the same vectors), or states of fixed size.
 
-Definition (Kitaev et al., arXiv 2001.04451, section 2; survey arXiv 2103.14636, B8). Queries are keys, of unit length as
-keys: k_j = q_j / (|q_j|^2 + D e)^1/2. In round r the bucket of a token is h_r(x) = argmax [x R_r; -x R_r]. P_i^r are the
-other tokens that i sees in round r, P_i their union over rounds:
+Definition (Kitaev et al., arXiv 2001.04451, section 2; survey arXiv 2103.14636, B8). Keys are the queries, normalised
+to unit length: k_j = q_j / (|q_j|^2 + D e)^1/2. In round r the bucket of a token is h_r(x) = argmax [x R_r; -x R_r].
+P_i^r is the set of other tokens that i sees in round r, P_i their union over rounds:
 
     o_i = sum_{j in P_i} softmax_j(s q_i . k_j) v_j,          o_i = v_i when P_i is empty
 
-- noncausal-self: tokens are sorted by (bucket, position) and cut into chunks of m; P_i^r are those of i's chunk and of
-  the `lookback` chunks before it, around the end of the row, and with `same_bucket` only those of its bucket.
-- causal-self: each bucket is cut into chunks of its own, so that the r-th token of a bucket lies in chunk floor(r / m) of
-  it, whatever comes later; P_i^r are the earlier tokens of i's chunk and of the `lookback` chunks of the bucket before it.
+- noncausal-self: tokens are sorted by (bucket, position) and cut into chunks of m; P_i^r contains the tokens of i's
+  chunk and of the `lookback` chunks before it, wrapping around the row, and with `same_bucket` only those in i's
+  bucket.
+- causal-self: each bucket is cut into its own chunks, so that the r-th token of a bucket is in its chunk floor(r / m),
+  whatever comes later; P_i^r contains the earlier tokens of i's chunk and of the bucket's `lookback` chunks before it.
 
-Each round is an attention of its own over the sorted tokens. A pair that an earlier round has is hidden in later ones, so
-rounds are put together exactly by their log-sum-exps.
+Each round is a separate attention over the sorted tokens. A pair that an earlier round has seen is hidden in later
+ones, so rounds are merged exactly by their log-sum-exps.
 
 | paper | here |
 |---|---|
-| R, size (d, b / 2) for each round | `rotations` (H, R, D, P): 2 P buckets; a layer draws `rounds` of them with `buckets` |
-| n_rounds | `rounds`; :func:`draw_rounds` gives a trained model more of them for evaluation |
+| R, size (d, b / 2) for each round | `rotations` (H, R, D, P): 2 P buckets; a layer draws `rounds` of them with `buckets` buckets each |
+| n_rounds | `rounds`; :func:`draw_rounds` adds rounds to a trained model for evaluation |
 | m, chunk length | `chunk` |
-| N_ij, rounds that have a pair | a pair counts once, or N_ij times with `count_duplicates` |
+| N_ij, number of rounds that have a pair | a pair counts once, or N_ij times with `count_duplicates` |
 | s | `scale`, 1 by default |
 
-Layout: q (B, H, N, D), v (B, H, N, V). State: every query and value so far, their buckets, and how many tokens each bucket
-has, so that a step attends to R (`lookback` + 1) m keys at most. Bucket and chunk never change once a token is read.
-Deviations: the paper sorts the whole row in causal attention too. Then later tokens move the borders of earlier chunks, and
-so decide what earlier queries see; here nothing of them does, and another chunk of keys is looked at (and hidden) instead.
-transformers' code (5.24) counts a pair for every round that has it, lets the first chunk of a round look into another
-round, and hides a token from itself by a large number. Rounds are drawn for each head. Where two projections of a token
-are equal but for rounding, forms may hash it differently. In training a layer draws new rotations at each call (`fresh`);
-a call whose activations are computed anew in the backward pass must see the same random numbers, or have ``fresh=False``.
+Layout: q (B, H, N, D), v (B, H, N, V). State: all queries and values so far, their buckets, and the number of tokens in
+each bucket, so that a step attends to at most R (`lookback` + 1) m keys. A token's bucket and chunk never change once
+it is read.
+Deviations: in causal attention too, the paper sorts the whole row. Then later tokens move the borders of earlier chunks
+and so influence what earlier queries see; here they do not, at the cost of one more chunk of keys that is computed and
+hidden. transformers' code (5.24) counts a pair for every round that has it, lets the first chunk of a round look into
+another round, and masks a token from itself with a large finite number. Rounds are drawn for each head. If two
+projections of a token are equal up to rounding, forms may hash it differently. In training a layer draws new rotations
+at each call (`fresh`); with activation checkpointing, the recomputation must see the same random numbers, or use
+``fresh=False``.
 """
 
 from __future__ import annotations
@@ -58,14 +61,14 @@ from regard.mechanisms.reformer.layer import Rotations
 
 
 def draw_rounds(model: nn.Module, rounds: int, generator: torch.Generator | None = None) -> nn.Module:
-    """Give the layers of a trained model another number of rounds, as the paper evaluates with more than it trains with.
+    """Give the layers of a trained model another number of rounds: the paper evaluates with more than it trains with.
 
-    Layers keep the rotations that they have, as many as are wanted, and draw the others. Configs stay as they are: a model
-    that is saved afterwards loads into one of so many rounds.
+    Layers keep their existing rotations, up to the new number, and draw the rest. Configs do not change: a model saved
+    afterwards loads into a model with the new number of rounds.
 
     Args:
-        rounds: of each layer, >= 1.
-        generator: of the draws, on the device of the model.
+        rounds: number of rounds of each layer, >= 1.
+        generator: random generator, on the device of the model.
 
     Returns:
         The model, changed in place.
@@ -83,7 +86,7 @@ def draw_rounds(model: nn.Module, rounds: int, generator: torch.Generator | None
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Cost of the causal pattern, which looks at a chunk more than the noncausal one."""
+    """Cost of the causal pattern, which looks at one chunk more than the noncausal one."""
     width = shape.dim_key + shape.dim_value
     heads = shape.batch * shape.heads
     chunks = -(-shape.n // config.chunk)

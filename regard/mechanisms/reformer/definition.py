@@ -1,4 +1,4 @@
-"""The definition of reformer: its options and what they mean, and its reference, written for reading."""
+"""The definition of reformer: its options and its reference, written to be read."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Config:
     """Options.
 
     Attributes:
-        chunk: m, tokens a chunk, >= 1.
-        lookback: chunks seen before a token's own, >= 0.
-        rounds: of hashing in a layer, >= 1.
-        buckets: of each round in a layer, even and >= 2; about two for each chunk of a training sequence.
+        chunk: m, tokens per chunk, >= 1.
+        lookback: number of chunks seen before a token's own, >= 0.
+        rounds: hashing rounds in a layer, >= 1.
+        buckets: buckets per round in a layer, even and >= 2; about two for each chunk of a training sequence.
         same_bucket: whether tokens of other buckets are hidden in noncausal-self (they always are in causal-self).
         count_duplicates: whether a pair counts as often as rounds have it.
-        eps: e of the length of keys, > 0.
-        fresh: whether each training call of a layer has rotations of its own.
+        eps: e in the norm of keys, > 0.
+        fresh: whether a layer draws new rotations for each training call.
     """
 
     chunk: int = 64
@@ -63,7 +63,7 @@ def reference(
     v: Float[Tensor, "b h n v"],
     rotations: Float[Tensor, "h r d p"],
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     config: Config = call.config
     n = q.shape[2]
     bucket = hash_tokens(q, rotations)
@@ -88,12 +88,12 @@ def hash_tokens(x: Float[Tensor, "b h n d"], rotations: Float[Tensor, "h r d p"]
     """The bucket of each token in each round."""
     dtype = wide_dtype(x)
     turned = x.detach().to(dtype)[:, :, None] @ rotations.detach().to(dtype)
-    longest = turned.abs().argmax(-1)  # of [x R; -x R] the largest is that of x R with its sign
+    longest = turned.abs().argmax(-1)  # the largest of [x R; -x R] is the largest |x R|, with its sign
     opposite = turned.gather(-1, longest[..., None])[..., 0] < 0
     return longest + turned.shape[-1] * opposite
 
 
 def _keys(call: Call, q: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
-    """Unit vectors, in at least float32."""
+    """The queries scaled to unit length, in at least float32."""
     q = wide(q)
     return q * (q.square().sum(-1, keepdim=True) + q.shape[-1] * call.config.eps).rsqrt()

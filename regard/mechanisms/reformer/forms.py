@@ -1,4 +1,4 @@
-"""The forms of reformer that are run: parallel, in chunks, and from a state."""
+"""The fast forms of reformer: parallel, chunked, and from a state."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ NOWHERE = -(1 << 62)
 
 
 BUCKET = 1 << 32
-"""Addresses of a bucket: its chunks are numbered from its own multiple of this."""
+"""Stride of addresses between buckets: the chunks of a bucket are numbered from its multiple of this."""
 
 
 PAIRS_AT_ONCE = 1 << 22
-"""Pairs of new query and cached key above which queries are taken block by block."""
+"""Number of pairs of new queries and cached keys above which queries are processed in blocks."""
 
 
 @dataclass(frozen=True)
 class ReformerState(State):
-    """Every token so far; a row with fewer tokens than others has slots that hold none."""
+    """Every token so far; a row with fewer tokens than others has empty slots."""
 
     q: Float[Tensor, "b h past d"] = state_field()
     v: Float[Tensor, "b h past v"] = state_field()
     addresses: Int[Tensor, "b h r past"] = state_field(fill=NOWHERE)
     """Bucket times `BUCKET` plus the token's chunk in it."""
     counts: Int[Tensor, "b h r buckets"] = state_field()
-    """Tokens of each bucket."""
+    """Number of tokens in each bucket."""
     length: Int[Tensor, " b"] = state_field()
 
 
@@ -61,8 +61,8 @@ def parallel(
     v: Float[Tensor, "b h n v"],
     rotations: Float[Tensor, "h r d p"],
 ) -> Result:
-    """Tokens sorted by bucket; softmax within chunks and those before, for each round, joined by their log-sum-exps:
-    O(R N log N) to sort and O(R N c) pairs."""
+    """Sort tokens by bucket; in each round, softmax within chunks and the chunks before them; merge rounds by their
+    log-sum-exps. O(R N log N) to sort, and O(R N c) pairs."""
     return Result(_attend(call, q, v, _sort(call, q, rotations)))
 
 
@@ -72,7 +72,7 @@ def chunked(
     v: Float[Tensor, "b h n v"],
     rotations: Float[Tensor, "h r d p"],
 ) -> Result:
-    """Causal-self with state in and out, by any number of tokens; also the step."""
+    """Causal-self with state in and out, for any number of tokens; also used as the step."""
     new = _sort(call, q, rotations)
     past: ReformerState | None = call.state
     buckets = 2 * rotations.shape[-1]
@@ -82,7 +82,7 @@ def chunked(
             supported="the rotations that the state was begun with",
         )
     before = new.bucket.new_zeros(*new.bucket.shape[:3], buckets) if past is None else past.counts
-    # padding has a bucket of its own, which is not kept
+    # padding has its own bucket, which is dropped
     rank = new.rank + F.pad(before, (0, 1)).gather(-1, new.bucket)
     chunk = rank.div(call.config.chunk, rounding_mode="floor")
     addresses = torch.where(new.bucket < buckets, new.bucket * BUCKET + chunk, NOWHERE)
@@ -109,9 +109,9 @@ class _Sorted:
     """The tokens of a call in the order of their buckets.
 
     Attributes:
-        buckets: how many there are.
-        bucket: of each token; one more than there are for padding.
-        rank: of each token among those of its bucket.
+        buckets: number of buckets.
+        bucket: bucket of each token; `buckets` for padding.
+        rank: rank of each token within its bucket.
         order: token at each sorted place.
         place: sorted place of each token.
     """
@@ -135,7 +135,7 @@ def _sort(call: Call, q: Tensor, rotations: Tensor) -> _Sorted:
 
 
 def _attend(call: Call, q: Tensor, v: Tensor, tokens: _Sorted) -> Float[Tensor, "b h n v"]:
-    """A whole row: chunks of sorted queries against the chunks of sorted keys that they may see, round by round."""
+    """Attend in whole rows, round by round: chunks of sorted queries to the chunks of sorted keys they may see."""
     config: Config = call.config
     batch, heads, n, _ = q.shape
     if n == 0:
@@ -172,19 +172,20 @@ def _attend(call: Call, q: Tensor, v: Tensor, tokens: _Sorted) -> Float[Tensor, 
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Numbers that say which pairs of sorted query and key see each other.
+    """Integers that encode which pairs of sorted query and key see each other.
 
-    Tokens of a round see each other when the query's address less the key's is from 0 to `lookback`, or is so once
-    `around` is added. Addresses are integers as short as they may be: masks cost more than the attention itself.
+    Tokens of a round see each other when the query's address minus the key's is from 0 to `lookback`, with or without
+    `around` added. Addresses use the shortest possible integers: masks cost more than the attention itself.
 
     Attributes:
-        near: sorted chunks of keys that each sorted chunk of queries looks at.
-        exists: whether they hold a token at each of their places.
-        others: 0 for places that are not the query's own (in causal-self, that come before it), and a large number.
-        addresses: of each token.
-        nowhere: an address that nobody sees.
-        lookback: chunks.
-        around: chunks of each row, where the first come after the last.
+        near: for each sorted chunk of queries, the sorted chunks of keys that it looks at.
+        exists: whether each place of these chunks holds a token.
+        others: 0 for key places other than the query's own (in causal-self, for those before it), else a number >
+            `lookback`.
+        addresses: address of each token.
+        nowhere: an address that no query sees.
+        lookback: number of chunks.
+        around: number of chunks in each row, for wrapping around; None if chunks do not wrap.
     """
 
     near: Int[Tensor, "#b chunks near"]
@@ -197,7 +198,7 @@ class _Pairs:
 
 
 def _pairs(call: Call, tokens: _Sorted) -> _Pairs:
-    """In causal-self chunks of a bucket begin anywhere, so one sorted chunk more is looked at."""
+    """The pairs to consider. In causal-self a bucket's chunks begin anywhere, so one more sorted chunk is needed."""
     size, causal, n = call.config.chunk, call.pattern.causal, tokens.order.shape[-1]
     count, device = -(-n // size), tokens.order.device
     lookback = min(call.config.lookback, count)
@@ -218,11 +219,11 @@ def _pairs(call: Call, tokens: _Sorted) -> _Pairs:
         hidden = (back == 0)[:, None] & (place == place[:, None, None])
     address = (tokens.rank if causal else tokens.place).div(size, rounding_mode="floor")
     nowhere = 3 * count
-    if causal or call.config.same_bucket:  # buckets lie farther apart than chunks that see each other
+    if causal or call.config.same_bucket:  # keep buckets farther apart than chunks that see each other
         apart = count + lookback + 1
         address = address + apart * tokens.bucket
         nowhere = apart * (tokens.buckets + 2)
-    exporting = torch.compiler.is_exporting()  # to ONNX Runtime perhaps, which chooses among no short integers
+    exporting = torch.compiler.is_exporting()  # perhaps to ONNX Runtime, which cannot select int16
     short = torch.int32 if exporting or 2 * (nowhere + count + lookback) >= 1 << 15 else torch.int16
     return _Pairs(
         near,
@@ -244,14 +245,14 @@ def _hiding(
     earlier: bool,
     dtype: torch.dtype,
 ) -> Float[Tensor, "rows 1 size slots"]:
-    """0 where a round has a pair that no round before has (with `earlier`), and -inf elsewhere.
+    """The bias of a round: 0 for its pairs that no earlier round has (with `earlier`), and -inf elsewhere.
 
-    Integers are compared once, at the end, and by arithmetic: comparisons are several times slower.
+    Integers are compared by arithmetic, and only once at the end: comparisons are several times slower.
     """
     reach = pairs.lookback
 
     def distance(of: int) -> Tensor:
-        """Between queries and keys in a round; at most `reach` where they see each other."""
+        """Distance between queries and keys in a round; at most `reach` if they see each other."""
         address = pairs.addresses[:, :, of]
         asked = address.gather(2, queries.flatten(2)).view(*queries.shape, 1)
         found = address.gather(2, keys.flatten(2)).view(*keys.shape[:3], 1, keys.shape[3])
@@ -280,7 +281,7 @@ def _look_up(
     state: ReformerState,
     own: Int[Tensor, " n"],
 ) -> Float[Tensor, "b h n v"]:
-    """New queries, whose own slots are given, on the cached tokens."""
+    """Attend from new queries, whose own slots are given, to the cached tokens."""
     config: Config = call.config
     rounds, n = addresses.shape[2:]
     slots = state.addresses.shape[-1]

@@ -1,4 +1,4 @@
-"""The modules of reformer in its layer."""
+"""Modules of reformer's layer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from regard.mechanisms.reformer.definition import Config
 
 
 class Rotations(Projection):
-    """Gives the heads of a layer their rotations.
+    """Supplies a layer's heads with their rotations.
 
     Args:
-        spec: of the layer.
+        spec: the layer's specification.
     """
 
     rotations: Tensor

@@ -1,4 +1,4 @@
-"""The definition of routing: its options and what they mean, and its reference, written for reading."""
+"""The definition of routing: its options and its reference, written to be read."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Config:
     """Options.
 
     Attributes:
-        window: w, >= 1: keys (and in noncausal-self queries) of a cluster.
-        clusters: C of a layer, >= 1; about the training length over the window.
-        decay: of the moving average of the centroids, in [0, 1]; 1 keeps them.
+        window: w, >= 1: keys (and in noncausal-self queries) per cluster.
+        clusters: C of a layer, >= 1; about the training length divided by the window.
+        decay: decay of the moving average of the centroids, in [0, 1]; 1 keeps them fixed.
         null_memory: whether a layer learns a null memory.
-        local_heads: heads that are local instead, >= 0, in self patterns.
+        local_heads: number of heads that are local instead, >= 0, in self patterns.
     """
 
     window: int = 64
@@ -57,7 +57,7 @@ def reference(
     null_k: Float[Tensor, "h c d"] | None = None,
     null_v: Float[Tensor, "h c v"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, one cluster after the other."""
+    """The definition, one cluster at a time."""
     config: Config = call.config
     check(call, q.shape[1])
     n, m, w = q.shape[2], k.shape[2], config.window
@@ -96,14 +96,14 @@ def _among_highest(scores: Float[Tensor, "b h n"], count: int) -> Bool[Tensor, "
 
 
 def _scores(x: Float[Tensor, "b h n d"], centroids: Float[Tensor, "h c d"]) -> Float[Tensor, "b h c n"]:
-    """Affinities of unit tokens to the centroids. They choose, and have no gradient."""
+    """Scores of normalised tokens at the centroids. They only select, so they have no gradient."""
     dtype = wide_dtype(x)
     with without_autocast(x.device):
         return centroids.detach().to(dtype) @ F.normalize(x.detach().to(dtype), dim=-1).mT
 
 
 def check(call: Call, heads: int) -> None:
-    """Refuse more local heads than there are, and local heads in cross patterns."""
+    """Refuse more local heads than there are heads, and local heads in cross patterns."""
     local = call.config.local_heads
     if local > heads:
         raise Unsupported(f"local_heads={local} of {heads}", supported=f"0 to {heads}", nearest=f"local_heads={heads}")

@@ -1,4 +1,4 @@
-"""The forms of routing that are run: parallel, in chunks, and from a state."""
+"""The fast forms of routing: parallel, chunked, step, and reading from a state."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 
 
 QUERIES_AT_ONCE = 64
-"""Queries that share one table of keys, at most."""
+"""Maximum number of queries that share one table of keys."""
 
 
 @dataclass(frozen=True)
 class RoutingState(State):
-    """The keys of each cluster that later queries can see: the last ones in causal-self, in order and right-aligned, and
-    those of the highest scores in cross patterns."""
+    """The keys of each cluster that later queries can see: in causal-self the last ones, in order and right-aligned; in
+    cross patterns those with the highest scores."""
 
     k: Float[Tensor, "b h c w d"] = state_field()
     v: Float[Tensor, "b h c w v"] = state_field()
     score: Float[Tensor, "b h c w"] = state_field(fill=-torch.inf)
-    """At the cluster's centroid; -inf for a slot that holds no key."""
+    """Scores at the cluster's centroid; -inf for an empty slot."""
     length: Int[Tensor, " b"] = state_field()
 
 
@@ -53,7 +53,7 @@ def parallel(
     null_v: Float[Tensor, "h c v"] | None = None,
 ) -> Result:
     """Softmax within clusters of at most `window` keys, with queries grouped by cluster: about N w pairs and N C scores
-    of centroids. In training the commitment loss comes with it."""
+    at centroids. In training the result includes the commitment loss."""
     check(call, q.shape[1])
     null = _null(null_k, null_v)
     if call.pattern.cross:
@@ -77,7 +77,7 @@ def chunked(
     null_k: Float[Tensor, "h c d"] | None = None,
     null_v: Float[Tensor, "h c v"] | None = None,
 ) -> Result:
-    """Causal-self with state in and out, by any number of tokens."""
+    """Causal-self with state in and out, for any number of tokens."""
     check(call, q.shape[1])
     tokens = _own(call, k, v, centroids)
     past: RoutingState | None = call.state
@@ -105,7 +105,7 @@ def step(
     null_k: Float[Tensor, "h c d"] | None = None,
     null_v: Float[Tensor, "h c v"] | None = None,
 ) -> Result:
-    """One token: its key takes the place of the oldest of its cluster."""
+    """One token: its key replaces the oldest key of its cluster."""
     check(call, q.shape[1])
     past: RoutingState = call.state
     token, clusters = _own(call, k, v, centroids), centroids.shape[1]
@@ -132,7 +132,7 @@ def step(
 def absorb(
     call: Call, k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m v"], centroids: Float[Tensor, "h c d"]
 ) -> RoutingState:
-    """The keys of the memory that score highest at each centroid; more may follow, in any order."""
+    """Keep the memory keys that score highest at each centroid; more may follow, in any order."""
     check(call, k.shape[1])
     scores = _visible_scores(_scores(k, centroids), call.valid_keys(k.shape[2]))
     window, missing = call.config.window, max(0, call.config.window - k.shape[2])
@@ -157,7 +157,7 @@ def read(
     null_k: Float[Tensor, "h c d"] | None = None,
     null_v: Float[Tensor, "h c v"] | None = None,
 ) -> Result:
-    """Queries on absorbed memory: each on the keys of its cluster."""
+    """Attend from each query to its cluster's keys in absorbed memory."""
     check(call, q.shape[1])
     state: RoutingState = call.state
     batch, heads, n, _ = q.shape
@@ -175,7 +175,7 @@ def read(
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Keys of causal-self in order, with their scores at the centroids of their clusters; padding has a cluster more."""
+    """The keys of causal-self in order, with scores at their clusters' centroids; padding has an extra cluster."""
 
     k: Float[Tensor, "b h m d"]
     v: Float[Tensor, "b h m v"]
@@ -193,7 +193,7 @@ def _own(call: Call, k: Tensor, v: Tensor, centroids: Tensor) -> _Tokens:
 
 
 def _local(call: Call, cluster: Int[Tensor, "b h n"]) -> Int[Tensor, "b h n"]:
-    """The last keys of a single cluster are those nearby."""
+    """Put all tokens of local heads in one cluster, whose last keys are then the nearby ones."""
     if not call.config.local_heads:
         return cluster
     local = torch.arange(cluster.shape[1], device=cluster.device) < call.config.local_heads
@@ -203,9 +203,10 @@ def _local(call: Call, cluster: Int[Tensor, "b h n"]) -> Int[Tensor, "b h n"]:
 def _causal(
     call: Call, q: Tensor, k: Tensor, v: Tensor, centroids: Tensor, null: Null, tokens: _Tokens
 ) -> Float[Tensor, "b h n v"]:
-    """Sorted by (cluster, position), what a query sees is a stretch of `window` keys, which ends at its own place among them.
+    """Sort keys by (cluster, position): then a query sees a stretch of `window` keys that ends at its own place.
 
-    Queries whose stretches end in the same chunk of their cluster form blocks, each on the keys of two chunks.
+    Queries whose stretches end in the same chunk of their cluster form blocks, each attending to the keys of two
+    chunks.
     """
     window, clusters = call.config.window, centroids.shape[1]
     batch, heads, n, _ = q.shape
@@ -214,9 +215,9 @@ def _causal(
         return v.new_zeros(batch, heads, n, v.shape[3])
     ordered, order = tokens.cluster.sort(dim=-1, stable=True)
     cluster = _local(call, _scores(q, centroids).argmax(2))
-    seen = ranks(call, n, k.shape[2], q.device).queries + 1  # keys that came before, of the new ones
+    seen = ranks(call, n, k.shape[2], q.device).queries + 1  # number of new keys up to the query
     seen = (seen.clamp(min=0) + (total - k.shape[2]))[:, None]
-    # how many keys belong to earlier clusters, or to the query's and come before it
+    # number of keys in earlier clusters, or in the query's cluster and before it
     stop = torch.searchsorted(ordered * (total + 1) + order, cluster * (total + 1) + seen)
     start = torch.searchsorted(ordered, cluster)
     chunk = (stop - start - 1).clamp(min=0).div(window, rounding_mode="floor")
@@ -236,7 +237,7 @@ def _causal(
 
 
 def _last_of_each(window: int, clusters: int, tokens: _Tokens, length: Tensor) -> RoutingState:
-    """The last keys of each cluster."""
+    """The state with the last keys of each cluster."""
     ordered, order = tokens.cluster.sort(dim=-1, stable=True)
     numbers = torch.arange(clusters, device=order.device).expand(*order.shape[:2], -1).contiguous()
     start, stop = torch.searchsorted(ordered, numbers), torch.searchsorted(ordered, numbers, right=True)
@@ -255,7 +256,7 @@ def _last_of_each(window: int, clusters: int, tokens: _Tokens, length: Tensor) -
 
 
 def _balanced(call: Call, q: Tensor, k: Tensor, v: Tensor, centroids: Tensor, null: Null) -> Float[Tensor, "b h n v"]:
-    """Noncausal-self: each centroid takes as many queries and keys."""
+    """Noncausal-self: each centroid takes the same number of queries and keys."""
     config: Config = call.config
     batch, _, n, _ = q.shape
     local = config.local_heads
@@ -297,7 +298,7 @@ def _balanced(call: Call, q: Tensor, k: Tensor, v: Tensor, centroids: Tensor, nu
 
 
 def block_size(config: Config, n: int) -> int:
-    """How many queries of a cluster are computed together, when there are `n` in all."""
+    """The number of queries of a cluster that are computed together, given `n` in all."""
     return min(config.window, QUERIES_AT_ONCE, n)
 
 
@@ -310,7 +311,7 @@ def _attend(
     null: Null,
     asked: Int[Tensor, "b h blocks"],
 ) -> Float[Tensor, "b h blocks*size v"]:
-    """Softmax attention of each block of queries on keys of its own, and on the null memory of the cluster it asks."""
+    """Softmax attention from each block of queries to its own keys and to its cluster's null memory."""
     dtype = wide_dtype(q)
     if null is not None:
         k, v = (
@@ -345,7 +346,7 @@ def _visible_scores(scores: Float[Tensor, "b h c n"], valid: Bool[Tensor, "b n"]
 
 
 def _commitment(call: Call, q: Tensor, k: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squared distance of each unit token to its nearest centroid, summed, and how many tokens there are."""
+    """Sum over tokens and heads of the mean squared distance to the nearest centroid, and the number of terms."""
     sums, counts = [], []
     for x, valid in ((q, call.valid_queries(q.shape[2])), (k, call.valid_keys(k.shape[2]))):
         unit = F.normalize(wide(x), dim=-1)

@@ -1,4 +1,4 @@
-"""The modules of routing in its layer."""
+"""Modules of routing's layer."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 class Centroids(Projection):
-    """Gives the heads of a layer their centroids and null memories, and moves the centroids in training.
+    """Supplies a layer's heads with centroids and null memories, and moves the centroids in training.
 
-    The centroids of a call are those before it. They stay where they are while a graph is being compiled.
+    A call uses the centroids from before the call. Centroids do not move while a graph is being compiled.
 
     Args:
-        spec: of the layer.
+        spec: the layer's specification.
     """
 
     centroids: Tensor
@@ -74,7 +74,7 @@ class Centroids(Projection):
 
 
 def _lengths(mask: Mask | None) -> Int[Tensor, " b"] | None:
-    """Tokens of each row of the dense layout; None when all are valid."""
+    """The number of tokens in each row of the dense layout; None when all are valid."""
     if mask is None or not mask.ragged:
         return None
     if mask.cu_seqlens is not None:

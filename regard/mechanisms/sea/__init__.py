@@ -1,12 +1,12 @@
-r"""SEA: a linear-cost estimate of the attention map says which few keys each query reads exactly.
+r"""SEA: a linear-cost estimate of the attention map selects the few keys that each query reads exactly.
 
-When to pick it: to turn a pretrained transformer into one of linear cost by distillation, keeping attention weights that
-can be looked at; the number of keys a query reads may be changed later without training.
-When not: without a teacher and at training time, where the map is learned from dense scores at quadratic cost; for a state
-of constant size (exact attention needs every key).
+When to pick it: to turn a pretrained transformer into one of linear cost by distillation, with attention weights that
+can be inspected; the number of keys a query reads can be changed later without training.
+When not: without a teacher or where training time matters, since the map is learned from dense scores at quadratic
+cost; for a state of constant size (exact attention needs every key).
 
-Definition (Lee et al., arXiv 2310.01777, section 3; what the paper leaves open is as in its code). For each head and
-query t with n_t visible keys, an estimated map of K scores e_t, and k keys to read on average:
+Definition (Lee et al., arXiv 2310.01777, section 3; details that the paper leaves open follow its code). For each head
+and query t with n_t visible keys, an estimated map of K scores e_t, and k keys to read on average:
 
     p_t = softmax(e_t),   m_t = round(H k K / n_t), from 1 to H K
     kept_t = the m_t largest of the H K numbers p_t of all heads together
@@ -15,52 +15,55 @@ query t with n_t visible keys, an estimated map of K scores e_t, and k keys to r
     o_t = sigmoid(b_t) sigmoid(a_t) P_t V + (1 - sigmoid(b_t)) mean_t
     mean_t = (sum_{j<=t} v_j) / (t + 1),   in noncausal-self sum_j v_j (mean over queries s of p_s)_{pixel(j)}
 
-A layer makes e, a and b of the tokens (`Estimator`). With [pos, v] the values beside codes of their positions and c linear
-attention over them by random features (FAVOR+, arXiv 2009.14794),
+A layer computes e, a and b from the tokens (`Estimator`). With [pos, v] the values concatenated with codes of their
+positions, and c linear attention over these with random features (FAVOR+, arXiv 2009.14794),
 
     z = gelu(norm(W_e [c, v])),   e = CNN(W_r z) over (query, pixel) with heads as channels,   (a, b) = W_s z
 
-Causal: positions are a learned table; phi(x) = relu(W x d^-1/4) + 10^-3; two dilated convolutions that see queries up to t, on
-K / 4 pixels, a 1 x 1 convolution, and norms before and after. Noncausal-self: positions are the identity matrix, stretched
-over the row; phi is the softmax kernel; three convolutions of which the first halves the queries, on K / 2 pixels.
+Causal: positions are a learned table; phi(x) = relu(W x d^-1/4) + 10^-3; two dilated convolutions that see queries up
+to t, on K / 4 pixels, a 1 x 1 convolution, and norms before and after. Noncausal-self: positions are the identity
+matrix, stretched over the row; phi is the softmax kernel; three convolutions, the first of which halves the queries, on
+K / 2 pixels.
 
-Distillation (`losses["distillation"]`, the mean over layers), A the teacher's weights, o^A its head outputs, R(e) the map of
-scores e_{pixel(t, j)}, KL the mean over heads and queries (in noncausal-self the sum over heads) and MSE the mean over pairs or
-features:
+Distillation (`losses["distillation"]`, the mean over layers), with A the teacher's weights, o^A its head outputs, R(e)
+the map of scores e_{pixel(t, j)}, KL the mean over heads and queries (in noncausal-self the sum over heads) and MSE the
+mean over pairs or features:
 
     loss = 0.1 KL(A, softmax R(e)) + MSE + 0.1 KL(A, softmax of all exact scores) + MSE + MSE(o^A, o)
 
-The teacher is `teacher={"weights": (B, H, N, M), "output": (B, H, N, V)}`, right-padded, "output" optional. In training without
-one, the layer's own exact weights, without gradient, stand for A, and only the first two terms remain (`self_teacher`).
-:func:`regard.training.distillation_loss` distils a whole model.
+The teacher is `teacher={"weights": (B, H, N, M), "output": (B, H, N, V)}`, right-padded, "output" optional. In training
+without a teacher, the layer's own exact weights, without gradient, replace A, and only the first two terms remain
+(`self_teacher`). :func:`regard.training.distillation_loss` distils a whole model.
 
 | paper | here |
 |---|---|
 | T_M, predictor length K | `estimate_length` of a layer; the last axis of `estimate` |
 | k | `top_k`; the code's default 7, its language models use 64 |
-| a, b (scaler) | `row_logit`, `mix_logit` (B, H, N); left out: o_t = P_t V |
+| a, b (scaler) | `row_logit`, `mix_logit` (B, H, N); when omitted, o_t = P_t V |
 | nb_factor f | `feature_divisor`: d ln d / f random features |
-| k_oversample | `oversample`: more pixels, of whose tokens a regular part is read |
+| k_oversample | `oversample`: more pixels, of whose tokens a regular subset is read |
 | causal_batch, k_flatten_dim | `grouping="row"` as above; `query`, `head`, `batch` rank other sets together |
 
-Layout: (B, H, N, D), `estimate` (B, H, N, K); keys and values may have fewer heads. n_t is the query's own number of keys,
-never N. Nothing of the selection is differentiated: e learns from the distillation and, in noncausal-self, from the mean.
-Cost: only the keys of kept pixels are read, where there is a native kernel at k + n_t / (H K) keys a query and without storage
-beside the output, in training too. In PyTorch (float64, and where weights are wanted) they are gathered once that is less work
-than masked products over all keys, both block by block of queries. `grouping` by heads or maps sorts all probabilities of a head
-or map in PyTorch. If n_t is beyond H k K, the one pixel that is kept grows with n_t. The loss compares the map with all exact
-scores: one product of the seven of softmax's training, or, of a teacher, four; nothing as wide as the keys is stored but the
-teacher's weights. The map, its gradient and the sums of its pixels, K numbers a query each, come on top of what training holds
-with softmax. A causal layer estimates 512 queries at a time, and once more for gradients; most of an estimate is its linear
-attention, which `feature_divisor=8` makes eight times cheaper.
-State: every key and value and the sum of the values; of a layer also the sums of the linear attention and the last four
-rows of each convolution.
-Deviations: cross patterns are not in the paper: their estimator is the causal one over the whole memory, with q in place of v
-beside c, and their mean is that of the memory. Keys of padding take no part in the linear attention, nor padded queries in the
-CNN; in the code they do. Equal probabilities, frequent in the causal map, go to the first pixel. A layer estimates for every
-query, since its convolutions and their state go over consecutive queries; functions read one estimate for several queries where
-`estimate` repeats its rows. LoRA, with which the code may train the projections, is not of this mechanism but of any
-layer's projections.
+Layout: (B, H, N, D), `estimate` (B, H, N, K); keys and values may have fewer heads. n_t is the query's own number of
+keys, never N. The selection is not differentiated: e learns from the distillation and, in noncausal-self, from the
+mean.
+Cost: only the keys of kept pixels are read. A native kernel reads k + n_t / (H K) keys per query and stores nothing
+besides the output, in training too. In PyTorch (float64, and if weights are requested) keys are gathered once that is
+less work than masked products over all keys; both work on blocks of queries. `grouping` by heads or maps sorts all
+probabilities of a head or map in PyTorch. If n_t exceeds H k K, the one pixel that is kept grows with n_t. The loss
+compares the map with all exact scores: one of the seven products of training softmax attention, or four with a teacher;
+nothing as wide as the keys is stored except the teacher's weights. The map, its gradient and the sums of its pixels, K
+numbers per query each, add to what training stores with softmax. A causal layer estimates 512 queries at a time, and
+recomputes them for gradients; most of an estimate is its linear attention, which `feature_divisor=8` makes eight times
+cheaper.
+State: every key and value and the sum of the values; for a layer also the sums of the linear attention and the last
+four rows of each convolution.
+Deviations: cross patterns are not in the paper: their estimator is the causal one over the whole memory, with q in
+place of v next to c, and their mean is that of the memory. Padded keys are excluded from the linear attention, and
+padded queries from the CNN; in the original code they are not. Ties between probabilities, frequent in the causal map,
+go to the first pixel. A layer estimates for every query, since its convolutions and their state run over consecutive
+queries; functions use one estimate for several queries if `estimate` repeats rows. LoRA, with which the original code
+can train the projections, is not part of this mechanism; it applies to any layer's projections.
 """
 
 from __future__ import annotations
@@ -74,12 +77,12 @@ from regard.mechanisms.sea.layer import Estimator, EstimatorState
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
-    """Pixels of an estimated row."""
+    """Axis sizes: pixels of an estimated row."""
     return {"c": config.estimate_length}
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """With the estimator of a causal layer."""
+    """Cost including the estimator of a causal layer."""
     d, v, pixels = shape.dim_key, shape.dim_value, config.estimate_length
     heads, rows = shape.batch * shape.heads, shape.batch * shape.heads * shape.n
     features = max(1.0, d * math.log(d) / config.feature_divisor)

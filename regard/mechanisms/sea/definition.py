@@ -1,4 +1,4 @@
-"""The definition of sea: its options and what they mean, and its reference, written for reading."""
+"""The definition of sea: its options and its reference, written to be read."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ class Config:
     """Options.
 
     Attributes:
-        top_k: k, keys that a query reads in each head on average, >= 1. May differ from that in training.
+        top_k: k, the number of keys that a query reads in each head on average, >= 1. May differ from training.
         estimate_length: K, pixels of a layer's map: a multiple of 4, of 2 in noncausal-self, of 16 with the codebook.
-        grouping: which probabilities are ranked together: ``row`` (all heads of a query), ``query`` (one head of a query),
-            ``head`` (one head of all queries) or ``batch`` (a whole map); the last two in noncausal-self only.
-        oversample: >= 1; keeps that many times the pixels, and of their tokens a regular part.
-        row_scale: a layer multiplies P by sigmoid(a).
+        grouping: which probabilities are ranked together: ``row`` (all heads of a query), ``query`` (one head of a
+            query), ``head`` (one head of all queries) or ``batch`` (a whole map); the last two in noncausal-self only.
+        oversample: factor >= 1 for the number of kept pixels, of whose tokens only a regular subset is read.
+        row_scale: whether a layer multiplies P by sigmoid(a).
         estimator: ``cnn`` or ``codebook`` (each 16 pixels are a mixture of 8 learned patches).
-        joint_encoder: one W_e over all heads instead of one for each.
-        kernel: of the linear attention: ``performer`` or ``cosformer`` (relu features turned by position, arXiv
+        joint_encoder: use one W_e over all heads instead of one for each.
+        kernel: kernel of the linear attention: ``performer`` or ``cosformer`` (relu features rotated by position, arXiv
             2202.08791; self patterns only).
         feature_divisor: f > 0.
-        redraw_every: a layer draws new random features after so many calls in training; 0 for never.
-        length: the most keys that a sequence may have, >= 1: rows of the table of positions (no limit in noncausal-self).
-        jitter: probability in [0, 1] that a call in training moves token ranks by up to 3/4 before the pixels.
+        redraw_every: number of training calls after which a layer draws new random features; 0 for never.
+        length: the maximum number of keys in a sequence, >= 1: rows of the table of positions (no limit in
+            noncausal-self).
+        jitter: probability in [0, 1] that a training call shifts token ranks by up to 3/4 before mapping them to
+            pixels.
         self_teacher: in training without a teacher, learn the map from the layer's own exact scores.
     """
 
@@ -121,7 +123,7 @@ def reference(
 
 
 def check_grouping(call: Call) -> None:
-    """Raise Unsupported for what is ranked together where queries would depend on others."""
+    """Raise Unsupported for a grouping that would make queries depend on other queries in this pattern."""
     grouping, pattern = call.config.grouping, call.pattern
     if grouping in ("head", "batch") and pattern is not Pattern.NONCAUSAL_SELF:
         raise Unsupported(

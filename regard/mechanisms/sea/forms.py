@@ -1,4 +1,4 @@
-"""The fast forms of sea: attention to the keys of chosen pixels, the state, and the loss of distillation."""
+"""The fast forms of sea: attention to the keys of chosen pixels, the state, and the distillation loss."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def parallel(
     row_logit: Float[Tensor, "b h n"] | None = None,
     mix_logit: Float[Tensor, "b h n"] | None = None,
 ) -> Result:
-    """Softmax over the keys of each row's chosen pixels alone; no N x M matrix is made."""
+    """Softmax over the keys of each row's chosen pixels, without an N x M matrix."""
     return _attend(call, _Keys.of_call(call, q.shape[2], k, v), q, estimate, row_logit, mix_logit)
 
 
@@ -56,12 +56,12 @@ def chunked(
     row_logit: Float[Tensor, "b h n"] | None = None,
     mix_logit: Float[Tensor, "b h n"] | None = None,
 ) -> Result:
-    """Continue a cached sequence by any number of tokens; also the step."""
+    """Continue a cached sequence by any number of tokens; also used as the step."""
     return _attend(call, _Keys.of_call(call, q.shape[2], k, v), q, estimate, row_logit, mix_logit)
 
 
 def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> SeaState:
-    """Memory into a cache; more may follow."""
+    """Append memory to the cache; more may follow."""
     return _Keys.of_call(call, 0, k, v).state
 
 
@@ -72,7 +72,7 @@ def read(
     row_logit: Float[Tensor, "b h n"] | None = None,
     mix_logit: Float[Tensor, "b h n"] | None = None,
 ) -> Result:
-    """Queries on absorbed memory."""
+    """Attend from queries to absorbed memory."""
     state: SeaState = call.state
     where = ranks(call, q.shape[2], 0, q.device, state.ranks, state.length)
     return _attend(call, _Keys(state, where, None), q, estimate, row_logit, mix_logit)
@@ -85,8 +85,8 @@ class _Keys:
     Attributes:
         state: the keys and values, cached ones first, and the sum of the values.
         where: ranks of the queries and of the key slots.
-        before: the sum of the values before this call's, and their number; None at the start of a sequence.
-        new: keys of this call.
+        before: the sum and the number of the values before this call's; None at the start of a sequence.
+        new: number of keys of this call.
     """
 
     state: SeaState
@@ -115,13 +115,13 @@ class _Keys:
         return _Keys(state, where, (past.total, past.length), m)
 
     def totals(self, call: Call) -> Int[Tensor, "#b #n"]:
-        """n_t: keys that each query may see."""
+        """n_t, the number of keys that each query may see."""
         if call.pattern is Pattern.CAUSAL_SELF:
             return (self.where.queries + 1).clamp(min=0)
         return (self.where.keys >= 0).sum(-1, keepdim=True)
 
     def mean(self, call: Call, totals: Int[Tensor, "#b #n"]) -> Mean:
-        """Mean of the values that each query may see."""
+        """The mean of the values that each query may see."""
         total = self.state.total
         if call.pattern is not Pattern.CAUSAL_SELF:
             return Mean(total / totals.clamp(min=1)[..., None])
@@ -167,7 +167,7 @@ def _attend(
 
 
 def _mean(call: Call, keys: _Keys, estimate: Tensor, totals: Tensor) -> Mean:
-    """The value that a query gets where it does not attend."""
+    """mean_t, the average value that is mixed with the attention output."""
     if call.pattern is not Pattern.NONCAUSAL_SELF:
         return keys.mean(call, totals)
     p = recomputed(_mean_map, estimate, call.valid_queries(estimate.shape[2]))
@@ -178,7 +178,7 @@ def _mean(call: Call, keys: _Keys, estimate: Tensor, totals: Tensor) -> Mean:
 
 
 def _mean_map(estimate: Float[Tensor, "b h n c"], valid: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b h c"]:
-    """The mean over the valid queries of the probabilities of the pixels."""
+    """The mean of the pixels' probabilities over the valid queries."""
     p = wide(estimate).softmax(-1)
     if valid is None:
         return p.mean(2)
@@ -186,7 +186,7 @@ def _mean_map(estimate: Float[Tensor, "b h n c"], valid: Bool[Tensor, "b n"] | N
 
 
 def _draw_jitter(call: Call, batch: int, m: int, device: torch.device) -> Float[Tensor, "b m"] | None:
-    """The shift of the tokens' ranks in training; None outside training."""
+    """Random shifts of the tokens' ranks in training; None outside training."""
     config: Config = call.config
     if not call.training or config.jitter == 0:
         return None
@@ -195,7 +195,7 @@ def _draw_jitter(call: Call, batch: int, m: int, device: torch.device) -> Float[
 
 
 def _fewest_keys(call: Call, n: int, m: int) -> int:
-    """Fewest keys that any query may see, as far as the sizes tell."""
+    """A lower bound of the number of keys that any query may see, from the sizes alone."""
     if call.lengths is not None or call.memory_lengths is not None or call.state is not None:
         return 1
     return max(1, m - n + 1) if call.pattern is Pattern.CAUSAL_SELF else m
@@ -210,7 +210,7 @@ def _distillation(
     totals: Int[Tensor, "#b #n"],
     jitter: Tensor | None,
 ) -> Loss:
-    """The loss of a layer, counted once (not at all where no query sees a key)."""
+    """The distillation loss of a layer, with count 1 (0 if no query sees a key)."""
     batch, heads, n, _ = q.shape
     slots, k = keys.where.keys, keys.state.k
     given = _teacher(call, (batch, heads, n, k.shape[2]), output.shape)
@@ -233,7 +233,7 @@ def _distillation(
 
 
 def _teacher(call: Call, pairs: tuple[int, ...], output: tuple[int, ...]) -> Mapping[str, Tensor]:
-    """The teacher's tensors by name, checked; none where the layer is its own teacher."""
+    """The teacher's tensors by name, with shapes checked; empty if the layer is its own teacher."""
     if call.teacher is None:
         return {}
     expected = {"weights": tuple(pairs), "output": tuple(output)}

@@ -1,4 +1,4 @@
-"""The estimator of sea in its layer: from the heads to the estimated map and the gates."""
+"""The estimator of sea's layer: computes the estimated map and the gates from the heads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 QUERIES_AT_ONCE = 512
-"""Queries that are estimated at once in causal-self."""
+"""Number of queries estimated at once in causal-self."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class EstimatorState(State):
 
     Attributes:
         memory: sums of the linear attention and its normaliser, in at least float32.
-        rows: the last rows that went into each of the two convolutions.
-        length: keys in the sums.
+        rows: the last input rows of each of the two convolutions.
+        length: number of keys in the sums.
     """
 
     memory: Float[Tensor, "b h r c"] = state_field()
@@ -52,12 +52,12 @@ class EstimatorState(State):
 
 
 class Estimator(Projection):
-    """Makes the estimated map and the gates of a layer's queries: a projection of the attention shell, with a state."""
+    """Computes the estimated map and the gates for a layer's queries: a stateful projection of the shell."""
 
     random_features: Tensor | None
     mixes_tokens = True
     reads_unrotated = ("queries and keys", "")
-    # In these the map does no more than choose what is read, which has no gradient.
+    # In these patterns the map only selects keys, which has no gradient.
     learns_from_losses = (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS)
     EPS = 1e-6
     COSFORMER, PERFORMER = Rule("identity", 1.0, EPS), Rule("relu", 1.0, EPS, 1e-3)
@@ -83,7 +83,7 @@ class Estimator(Projection):
 
     @staticmethod
     def check(config: Config, pattern: Pattern) -> None:
-        """Raise Unsupported for options that the pattern's estimator does not have."""
+        """Raise Unsupported for options that the pattern's estimator does not support."""
         factor = 2 if pattern is Pattern.NONCAUSAL_SELF else 4
         factor = CodebookMap.PATCH if config.estimator == "codebook" else factor
         if config.estimate_length % factor:
@@ -100,14 +100,14 @@ class Estimator(Projection):
             )
 
     def redraw(self, generator: torch.Generator | None = None) -> None:
-        """New random features."""
+        """Draw new random features."""
         if self.random_features is not None:
             number, width = self.random_features.shape
             drawn = orthogonal_features(number, width, generator)
             self.random_features = drawn.to(self.random_features)
 
     def forward(self, heads: Tensors, call: LayerCall) -> tuple[Tensors, EstimatorState | None]:
-        """The heads with the estimate and the gates of the queries, and the state after them."""
+        """The heads with the queries' estimate and gates added, and the new state."""
         compiling = torch.compiler.is_compiling()
         if self.training and self.config.redraw_every and not compiling:
             self.training_calls += 1
@@ -119,13 +119,12 @@ class Estimator(Projection):
         return self._estimated(heads, call, self.random_features)
 
     def _in_parts(self, heads: Tensors, call: LayerCall) -> tuple[Tensors, EstimatorState | None]:
-        """As :meth:`_estimated`, some queries after others, so that little lies in between; for gradients it is computed
-        again."""
+        """Like :meth:`_estimated`, for some queries at a time to save memory; gradients recompute it."""
         n, state = heads["q"].shape[2], call.state
         learning = torch.is_grad_enabled()
         cut = [
             x.split(QUERIES_AT_ONCE, 2) for x in heads.values()
-        ]  # gradients of slices would each be as long as the whole
+        ]  # each slice's gradient would be as long as the whole
         parts: dict[str, list[Tensor]] = {}
         for start, pieces in zip(range(0, n, QUERIES_AT_ONCE), zip(*cut, strict=True), strict=True):
             lengths = None if call.lengths is None else (call.lengths - start).clamp(0, QUERIES_AT_ONCE)
@@ -137,7 +136,7 @@ class Estimator(Projection):
                 if learning:
                     parts.setdefault(name, []).append(x)
                     continue
-                if name not in parts:  # all parts beside their whole would be twice as much
+                if name not in parts:  # keeping all parts and the whole would double memory
                     parts[name] = [x.new_empty(*x.shape[:2], n, *x.shape[3:])]
                 parts[name][0][:, :, start : start + QUERIES_AT_ONCE] = x
         return heads | {
@@ -147,7 +146,7 @@ class Estimator(Projection):
     def _estimated(
         self, heads: Tensors, call: LayerCall, features: Tensor | None
     ) -> tuple[Tensors, EstimatorState | None]:
-        """With these random features: new ones may be drawn before it is computed again for gradients."""
+        """Estimate with the given random features; others may be drawn before this is recomputed for gradients."""
         x, memory, lengths, memory_lengths, state = (
             call.x,
             call.memory,
@@ -199,7 +198,7 @@ class Estimator(Projection):
     def _project(
         self, x: Float[Tensor, "b h n d"], features: Tensor | None, turn: Float[Tensor, "#b 1 n 1"] | None = None
     ) -> Tensor:
-        """What its feature map is given; `turn` is the angle of each token in cosFormer."""
+        """Inputs of the feature map; `turn` is the angle of each token in cosFormer."""
         if features is None:
             assert turn is not None
             return torch.cat([x.relu() * turn.cos(), x.relu() * turn.sin()], -1)
@@ -213,9 +212,9 @@ class Estimator(Projection):
     def _keys(
         self, heads: Tensors, state: EstimatorState | None, features: Tensor | None
     ) -> tuple[Float[Tensor, "b h n r"], Float[Tensor, "b h n d+v"], Int[Tensor, "#b n"]]:
-        """Keys before their feature map, values beside the learned codes of their positions, and the positions."""
+        """Keys before their feature map, values concatenated with learned position codes, and the positions."""
         assert self.positions is not None
-        k, v = (wide(heads[name]) for name in ("k", "v"))  # repeated for the heads that share them only when mapped
+        k, v = (wide(heads[name]) for name in ("k", "v"))  # repeated for shared heads only after mapping
         places = torch.arange(k.shape[2], device=k.device)[None]
         if state is not None:
             places = state.length[:, None] + places
@@ -226,7 +225,7 @@ class Estimator(Projection):
         return self._repeat(k), self._repeat(values), places
 
     def _after(self, heads: Tensors, lengths: Tensor | None, state: EstimatorState | None) -> Int[Tensor, " b"]:
-        """Keys of each row with those of this call; refused beyond the table of positions."""
+        """The number of keys in each row after this call; refused beyond the table of positions."""
         assert self.positions is not None
         k, most = heads["k"], self.positions.shape[0]
         length = lengths_after(None if state is None else state.length, lengths, k.shape[0], k.shape[2], k.device)
@@ -267,7 +266,7 @@ class Estimator(Projection):
     def _attend_all(
         self, heads: Tensors, lengths: Tensor | None, features: Tensor | None
     ) -> Float[Tensor, "b h n d+v"]:
-        """Noncausal-self: the softmax kernel, and the identity matrix stretched over the valid tokens."""
+        """Noncausal-self: the softmax kernel, and as codes the identity matrix stretched over the valid tokens."""
         q, k, v = (wide(self._repeat(heads[name])) for name in ("q", "k", "v"))
         n, d = q.shape[2:]
         if n == 0:

@@ -1,8 +1,9 @@
-r"""Selective temperature: softmax attention in which each token sharpens its own query, and turns its value up or down.
+r"""Selective temperature: softmax attention in which each token sharpens its own query and scales its value up or down.
 
-When to pick it: an addition of about two numbers a feature to any softmax attention: queries that are sharp where one token
-matters and broad elsewhere, less flattening in long contexts, noisy values turned down. Any softmax kernel runs it.
-When not: a plain yardstick (`softmax`); weights that should be exactly zero (`clipped_softmax`).
+When to pick it: an addition of about two numbers per feature to any softmax attention: queries that are sharp where one
+token matters and broad elsewhere, less flattening in long contexts, noisy values scaled down. Any softmax kernel runs
+it.
+When not: a plain baseline (`softmax`); weights that should be exactly zero (`clipped_softmax`).
 
 Definition (Selective Self-Attention, Zhang et al., arXiv 2411.12892), for each head:
 
@@ -11,33 +12,36 @@ Definition (Selective Self-Attention, Zhang et al., arXiv 2411.12892), for each 
 
 | paper | here |
 |---|---|
-| tanh(f(x)), the token's term, in (-1, 1) | `q_token`, `k_token`, `v_token`: 0 where they are not given |
-| s, so that 1 + s log n is the position's term | `q_slope`, `k_slope`, `v_slope` >= 0, one number a head: 0 where not given |
+| tanh(f(x)), the token's term, in (-1, 1) | `q_token`, `k_token`, `v_token`: 0 when not given |
+| s, so that 1 + s log n is the position's term | `q_slope`, `k_slope`, `v_slope` >= 0, one number per head; 0 when not given |
 | s = sigmoid(alpha) | `position_form="sigmoid"`; exp(-exp(alpha)) and alpha, both in the authors' code: `double_exp`, `linear` |
 | f(x) = u . gelu(W x) with the head's own W (weight sharing) | `token_features="heads"`: u . gelu(q), u . gelu(v) |
-| f of its own | `token_features="tokens"`: two layers on x |
+| a separate f | `token_features="tokens"`: two layers on x |
 | which of q, k, v have which term | `q_temperature`, `k_temperature`, `v_temperature` |
 | sqrt(1 / d) | `scale`, c |
 
-The temperature of a query multiplies its scores (an inverse temperature), before biases. n is the number of keys in sight: in
-causal-self a token's place, counted from 1 and from the start of the sequence when it is decoded; in the other patterns all
-valid keys, for queries, keys and values alike. Keys that a bias or a block mask hides count. With bounded scores the largest
-weight of n keys stays apart from 1 / n only if tau grows with log n. tau > 0 as long as terms are as declared.
-The features of f are those of the projected heads before rotation and before any temperature. With rotary positions the order
-of rotation and temperature does not matter. A norm of queries (`query_key_norm`) comes before.
+The temperature of a query multiplies its scores (an inverse temperature), before biases. n is the number of visible
+keys: in causal-self a token's position, counted from 1 and, in decoding, from the start of the sequence; in the other
+patterns the number of all valid keys, for queries, keys and values alike. Keys hidden by a bias or a block mask are
+included. With bounded scores the largest weight over n keys stays away from 1 / n only if tau grows with log n. tau > 0
+if the terms are in the ranges above. The features of f are those of the projected heads before rotation and before any
+temperature. With rotary positions the order of rotation and temperature does not matter. A norm of queries
+(`query_key_norm`) is applied before.
 
-State: keys and values, in causal-self with their temperatures; memory keeps the terms of its tokens beside them (one number a
-key), since n is known only once all of it is there. Wanted weights are the softmax's, to be read with v'.
+State: keys and values, in causal-self with their temperatures applied; memory stores its tokens' terms next to them
+(one number per key), since n is only known once the whole memory is there. Requested weights are the softmax's, to be
+applied to v'.
 
 Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). A query that sees no key gives 0.
-A layer shares alpha between q, k and v, as its re-implementations do (a group of heads: the mean of theirs), so that it has
-2 H d + H parameters more. To begin near a trained model use `position_start=-7`; u begins at 0 always. There the authors' code
-trains alpha at a rate of 0.01, a thousand times that of other weights, and so does a retrofit; it has no weight decay here.
-Deviations: the authors publish the position's term for queries only; the rest follows the paper. What noncausal and cross
-patterns do is ours. Of what the paper compares with, a constant temperature (YaRN's too) is the function's `scale`; one by
-the frequency of a token needs counts of ids, which no layer sees, and functions take it as `q_token`; keeping the largest
-scores of a row is an analysis of trained models in the authors' code, not the method, and needs whole rows of scores,
-which softmax kernels do not keep.
+A layer shares alpha between q, k and v, as re-implementations do (a group of heads uses the mean over its query heads),
+so it adds 2 H d + H parameters. To start close to a trained model use `position_start=-7`; u always starts at 0. For
+trained models the authors' code trains alpha at a rate of 0.01, a thousand times that of other weights, and so does a
+retrofit; alpha has no weight decay here.
+Deviations: the authors publish the position term for queries only; the rest follows the paper. Noncausal and cross
+patterns are not in the paper. Of the paper's baselines, a constant temperature (also YaRN's) is the function's `scale`;
+a temperature by token frequency needs counts of ids, which no layer sees, but functions accept it as `q_token`; keeping
+only the largest scores of a row is an analysis of trained models in the authors' code, not the method, and needs whole
+rows of scores, which softmax kernels do not store.
 """
 
 from __future__ import annotations
@@ -82,7 +86,7 @@ def sample_inputs(
 
     shapes = attention_shapes(batch, n, m, size)
     found = {name: normal(*shape) for name, shape in shapes.items()}
-    found["q"] /= 4  # temperatures reach about 4: scores are then no further apart than other mechanisms'
+    found["q"] /= 4  # temperatures reach about 4: keeps scores as close as in other mechanisms
     for name, terms in config.terms.items():
         if terms in ("token", "both"):
             found[f"{name}_token"] = normal(*shapes[name][:3]).tanh()
@@ -92,7 +96,7 @@ def sample_inputs(
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """Softmax attention's, and a product for each number of the queries and values."""
+    """Cost of softmax attention, and of one product per number of the queries and values."""
     width = shape.dim_key + shape.dim_value
     heads = shape.batch * shape.heads
     scaling = shape.n * shape.dim_key + shape.m * shape.dim_value
@@ -177,7 +181,7 @@ MECHANISM = Mechanism(
     accepts_positions=("none", "sinusoidal", "learned", "rotary", "alibi", "relative"),
     domains={"q_token": "tanh", "k_token": "tanh", "v_token": "tanh"},
     sample_inputs=sample_inputs,
-    in_trained_models=lambda length, heads: {"position_start": -7.0},  # a slope of 0.0009; the authors have 0.0006
+    in_trained_models=lambda length, heads: {"position_start": -7.0},  # a slope of 0.0009; the authors use 0.0006
     projection=Temperatures,
 )
 

@@ -1,4 +1,4 @@
-"""The definition of selective_temperature: its options and what they mean, and its reference, written for reading."""
+"""The definition of selective_temperature: its options and its reference, written to be read."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ TERMS = ("none", "position", "token", "both")
 
 
 POSITION_FORMS = {"sigmoid": 0.0, "double_exp": 2.0, "linear": 1e-5}
-"""Forms of s, with where alpha starts."""
+"""Forms of s, with the initial alpha of each."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Options, of layers but for the last: functions take the terms that they are given.
+    """Options, all for the layer except the last; functions take the terms as inputs.
 
     Attributes:
         q_temperature: terms of the queries' temperature: ``none``, ``position``, ``token`` or ``both``.
-        k_temperature: likewise of the keys.
-        v_temperature: likewise of the values.
-        token_features: what f reads: ``heads`` (the head's own query, key or value) or ``tokens`` (the layer's input).
+        k_temperature: likewise for the keys.
+        v_temperature: likewise for the values.
+        token_features: input of f: ``heads`` (the head's own query, key or value) or ``tokens`` (the layer's input).
         hidden: width of f's hidden layer with ``tokens``, >= 1; that of the input when None.
-        share_heads: whether all heads have the same u, with ``heads``.
+        share_heads: whether all heads share u, with ``heads``.
         position_form: s is ``sigmoid`` (of alpha), ``double_exp`` (exp(-exp(alpha))) or ``linear`` (alpha itself, at
             least 0).
-        position_start: alpha at the start, finite (>= 0 with ``linear``); when None 0, 2 and 0.00001 for the three forms.
-        position_granularity: ``head`` for one alpha a head, ``layer`` for one in all.
-        round_scaled: in half precision, round q', k' and v' to the inputs' dtype, so that kernels for it can run. Errors
-            in bfloat16 then are up to twice those published. Otherwise the attention is computed in float32.
+        position_start: initial alpha, finite (>= 0 with ``linear``); when None 0, 2 and 0.00001 for the three forms.
+        position_granularity: ``head`` for one alpha per head, ``layer`` for one in all.
+        round_scaled: in half precision, round q', k' and v' to the inputs' dtype, so that its kernels can run. Errors
+            in bfloat16 are then up to twice the published ones. Otherwise the attention is computed in float32.
     """
 
     q_temperature: str = "both"
@@ -86,7 +86,7 @@ class Config:
 
     @property
     def terms(self) -> dict[str, str]:
-        """By the name of the heads."""
+        """The terms of each temperature, by tensor: ``q``, ``k`` and ``v``."""
         return {"q": self.q_temperature, "k": self.k_temperature, "v": self.v_temperature}
 
 
@@ -102,7 +102,7 @@ def reference(
     k_slope: Float[Tensor, " g"] | None = None,
     v_slope: Float[Tensor, " g"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole score matrix and keys counted one by one."""
+    """The definition, with the full score matrix and keys counted one by one."""
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     rule = by_pattern(call)
     visible, bias = masked_scores_bias(where, rule, call.bias, call.position_bias, call.blocks, q.dtype)

@@ -1,4 +1,4 @@
-"""The forms of selective_temperature that are run: parallel, in chunks, and from a state."""
+"""The fast forms of selective_temperature: parallel, chunked, and reading from a state."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SelectiveState(KeyValueState):
-    """Keys and values so far: with their temperatures in causal-self, without and with their tokens' terms elsewhere."""
+    """Keys and values so far: scaled by temperatures in causal-self, else unscaled and with their tokens' terms."""
 
     k_token: Float[Tensor, "b g past"] | None = state_field()
     v_token: Float[Tensor, "b g past"] | None = state_field()
@@ -44,7 +44,7 @@ def parallel(
     k_slope: Float[Tensor, " g"] | None = None,
     v_slope: Float[Tensor, " g"] | None = None,
 ) -> Result:
-    """Queries, keys and values times their temperatures, then softmax attention."""
+    """Multiply queries, keys and values by their temperatures, then apply softmax attention."""
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     if call.memory_lengths is None:
         totals = torch.full((1,), k.shape[2], device=k.device)
@@ -67,7 +67,7 @@ def chunked(
     k_slope: Float[Tensor, " g"] | None = None,
     v_slope: Float[Tensor, " g"] | None = None,
 ) -> Result:
-    """Continue a cached sequence by any number of tokens; also the step. A token's place counts those before it."""
+    """Continue a cached sequence by any number of tokens; also used as the step. Positions count earlier tokens."""
     places = _key_places(call, k, None)
     k, v = _scaled(call, k, places, k_token, k_slope), _scaled(call, v, places, v_token, v_slope)
     cache, where = extend(call, k, v, q.shape[2])
@@ -82,7 +82,7 @@ def absorb(
     k_token: Float[Tensor, "b g m"] | None = None,
     v_token: Float[Tensor, "b g m"] | None = None,
 ) -> SelectiveState:
-    """Memory into a cache; more may follow. Temperatures wait until the number of keys is known."""
+    """Append memory to the cache; more may follow. Temperatures are applied once the number of keys is known."""
     past: SelectiveState | None = call.state
     cache = extend(call, k, v, 0)[0]
     tokens = {"k_token": k_token, "v_token": v_token}
@@ -99,7 +99,7 @@ def read(
     k_slope: Float[Tensor, " g"] | None = None,
     v_slope: Float[Tensor, " g"] | None = None,
 ) -> Result:
-    """Queries on absorbed memory."""
+    """Attend from queries to absorbed memory."""
     state: SelectiveState = call.state
     where = ranks(call, q.shape[2], 0, q.device, state.ranks)
     n = state.length[:, None]
@@ -114,7 +114,7 @@ def _scaled(
     token: Float[Tensor, "b h n"] | None,
     slope: Float[Tensor, " h"] | None,
 ) -> Float[Tensor, "b h n d"]:
-    """x times 1 + token + slope log(keys), in at least float32 unless it is to be rounded."""
+    """x times 1 + token + slope log(keys), in at least float32 unless `round_scaled`."""
     if token is None and slope is None:
         return x
     dtype = wide_dtype(x)
@@ -128,7 +128,7 @@ def _scaled(
 
 
 def _key_places(call: Call, k: Tensor, totals: Int[Tensor, " b"] | None) -> Int[Tensor, "#b #m"]:
-    """n of new keys: their places, counted from 1, in causal-self, and elsewhere the `totals` of their rows."""
+    """n for new keys: their positions, counted from 1, in causal-self; otherwise the `totals` of their rows."""
     if call.pattern is not Pattern.CAUSAL_SELF:
         assert totals is not None
         return totals[:, None]

@@ -1,4 +1,4 @@
-"""The modules of selective_temperature in its layer."""
+"""Modules of selective_temperature's layer."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 class Temperatures(Projection):
-    """A layer's terms: adds ``q_token``, ``q_slope`` and so on to the heads, as its options ask.
+    """A layer's terms: adds ``q_token``, ``q_slope`` and so on to the heads, as its options require.
 
-    The last weights of every f start at 0, and so do the tokens' terms.
+    The last weights of every f are initialised to 0, so the token terms start at 0.
     """
 
     learning_rates: ClassVar[Mapping[str, float]] = {"alpha": 0.01}
@@ -82,7 +82,7 @@ class Temperatures(Projection):
         return (F.gelu(x.to(dtype)) * u.to(dtype)[:, None]).sum(-1).tanh()
 
     def _slopes(self, heads: int) -> Float[Tensor, " h"]:
-        """s of each head; a head of keys or values that several queries share has the mean alpha of theirs."""
+        """s for each head; a key/value head shared by several query heads uses the mean of their alphas."""
         assert self.alpha is not None
         alpha = wide(self.alpha)
         alpha = alpha.expand(heads) if alpha.shape[0] == 1 else alpha.unflatten(0, (heads, -1)).mean(-1)

@@ -1,25 +1,26 @@
-r"""Stochastically subsampled attention (SSA): in training each layer sees a random part of the keys, at test time all of them.
+r"""Stochastically subsampled attention (SSA): layers train on random subsets of the keys and use all at test time.
 
-When to pick it: attention dominates the cost of training, or the model over-fits; a model that is to be its own ensemble.
-When not: for inference, which is that of softmax attention, or a model that under-fits.
+When to pick it: attention dominates the cost of training, or the model overfits; a model that should be its own
+ensemble.
+When not: for inference, which costs as much as softmax attention, or a model that underfits.
 
 Definition (Hussain, Zaki and Subramanian, arXiv 2306.01705, section 4), with m = rho M of the M keys:
 
     O = softmax(tau Q K_{pi[:m]}^T + B_{:, pi[:m]}) V_{pi[:m]}    with pi drawn among all permutations of the keys (unbiased)
 
-or, locally biased, with queries and permuted keys cut into windows of w, where the queries of a window attend to the keys of
-the same window:
+or, locally biased, with queries and permuted keys split into windows of w, where the queries of a window attend to the
+keys of the same window:
 
     pi = argsort(j + sigma noise_j)
 
-The softmax runs over the keys that are left; nothing is multiplied by 1 / rho. Masks, biases and positions are those of the
-original places. A draw is made anew in every layer and call; heads share it, and so do the sequences of a batch where none
-is padded. sigma = 0 is attention in blocks, sigma without end makes the windows unbiased samples. In causal-self the query's own
-key is always added, so that no query is left without keys.
+The softmax runs over the remaining keys; nothing is multiplied by 1 / rho. Masks, biases and positions are those of the
+original places. Every layer and call draws anew; heads share a draw, and so do the sequences of a batch if none is
+padded. sigma = 0 is attention in blocks, and an infinite sigma makes the windows unbiased samples. In causal-self the
+query's own key is always added, so that no query is left without keys.
 
-Training (section 4.3): most of it with rho < 1, then a short part with all keys, in which the many sub-networks agree.
-`steps` and `finetune` do so by `context.progress`, the training step; or use :func:`subsampled`. At test time the model
-is dense, or the mean of several random passes (:func:`ensemble_predict`).
+Training (section 4.3): most of it with rho < 1, then a short part with all keys, in which the many sub-networks
+consolidate. `steps` and `finetune` schedule this by `context.progress`, the training step; or use :func:`subsampled`.
+At test time the model is dense, or the mean of several random passes (:func:`ensemble_predict`).
 
 | paper | here |
 |---|---|
@@ -27,18 +28,19 @@ is dense, or the mean of several random passes (:func:`ensemble_predict`).
 | w, window of the locally biased form | `window`; round(rho N) when None |
 | sigma, in places | `sigma`; the window when None |
 | B | `bias` of the mask, or a position scheme |
-| pathway | what one pass of `subsampled(model)` runs |
-| consolidation, fine-tuning | the last share `finetune` of `steps` |
+| pathway | the computation of one pass of `subsampled(model)` |
+| consolidation, fine-tuning | the last fraction `finetune` of `steps` |
 
-Layout: (B, H, N, D); keys and values may have fewer heads. With padding m is rho times the valid keys of each row. On a `grid` of
-two sides windows are squares of side `window`: keys are sorted by noisy rows into bands, and in a band by noisy columns.
-`mode="bernoulli"` (source dropout of the authors' TGT, no saving) keeps each key of each sequence with probability rho;
-`host_window` is attention in blocks, as in hosts with windows, each of which is subsampled.
+Layout: (B, H, N, D); keys and values may have fewer heads. With padding m is rho times the number of valid keys in each
+row. On a `grid` of two sides windows are squares of side `window`: keys are sorted by noisy rows into bands, and within
+a band by noisy columns. `mode="bernoulli"` (source dropout of the authors' TGT, saves nothing) keeps each key of each
+sequence with probability rho; `host_window` is attention in blocks, as in host models with windows, each of which is
+subsampled.
 State: every key and value, as in softmax attention; a subsampled step draws among the cached keys.
-Deviations: the causal rule of the own key is ours. The locally biased form needs whole sequences in self patterns; kernels
-for edges of graphs are left out. The noise is normal unless `noise` says otherwise. A key that is not drawn gets no
-gradient in that layer. ``stack={"checkpoint_layers": n}`` of a model draws the same keys again in the backward pass, from a
-`generator` too; under any other checkpointing a `generator` must be restored by the caller.
+Deviations: the causal rule for the query's own key is not in the paper. The locally biased form needs whole sequences
+in self patterns; kernels for edges of graphs are not implemented. The noise is normal unless `noise` is set. A key that
+is not drawn gets no gradient in that layer. A model with ``stack={"checkpoint_layers": n}`` draws the same keys again
+in the backward pass, also from a `generator`; under any other checkpointing the caller must restore a `generator`.
 """
 
 from __future__ import annotations
@@ -94,7 +96,7 @@ def subsample(
     ratio: float = 0.25,
     generator: torch.Generator | None = None,
 ) -> tuple[Float[Tensor, "b g kept d"], Float[Tensor, "b g kept v"], Int[Tensor, " kept"]]:
-    """An unbiased sample of keys and values, shared by sequences and heads, in order, and their places."""
+    """Return an unbiased sample of keys and values, in order and shared by sequences and heads, and its places."""
     config = Config(ratio=ratio)
     call = Call(Pattern.NONCAUSAL_CROSS, config, generator=generator)
     if k.shape[2] == 0:
@@ -106,12 +108,12 @@ def subsample(
 
 @contextmanager
 def subsampled(model: nn.Module, ratio: float | None = None, **options: Any) -> Iterator[nn.Module]:
-    """Inside the block the model's subsampled layers subsample in evaluation too, or are dense with ``ratio=1``.
+    """Within the block the model's subsampled layers also subsample in evaluation, or are dense with ``ratio=1``.
 
     Args:
-        model: has layers of this mechanism.
-        ratio: of all of them; each layer's own when None.
-        options: other options of :class:`Config` to change, such as ``mode``. A schedule is left off.
+        model: a model with layers of this mechanism.
+        ratio: ratio of all these layers; each layer's own when None.
+        options: other options of :class:`Config` to change, such as ``mode``. Schedules are disabled.
 
     Raises:
         Unsupported: for a model without such layers.
@@ -146,12 +148,12 @@ def ensemble_predict(
     context: Context | None = None,
     **options: Any,
 ) -> Float[Tensor, "... classes"]:
-    """Mean of the predictions of several subsampled passes, in evaluation mode.
+    """Average the predictions of several subsampled passes, in evaluation mode.
 
     Args:
-        model: called as ``model(*inputs, context=context)``, whose output are logits.
-        passes: random passes, each of which draws anew in every layer, from ``context.generator`` when there is one.
-        ratio, options: as of :func:`subsampled`.
+        model: called as ``model(*inputs, context=context)``; its output must be logits.
+        passes: number of random passes; each draws anew in every layer, from ``context.generator`` if there is one.
+        ratio, options: as for :func:`subsampled`.
         average: ``probabilities``, or ``logits``.
 
     Returns:
@@ -177,7 +179,7 @@ def ensemble_predict(
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """The cost of evaluation, which is dense unless `in_evaluation` says otherwise: then it costs what training does."""
+    """Cost of evaluation, which is dense unless `in_evaluation` is set; then it costs as much as training."""
     keys: float = shape.m if config.host_window is None else config.host_window
     if config.in_evaluation and config.mode == "local":
         keys = (2 * config.neighbours + 1) * (config.ratio * shape.n if config.window is None else config.window)
@@ -195,7 +197,7 @@ DRAWING = (
     "local, laplace",
     "in windows",
 )
-"""Variants that draw keys in evaluation too."""
+"""Variants that also draw keys in evaluation."""
 
 
 MECHANISM = Mechanism(

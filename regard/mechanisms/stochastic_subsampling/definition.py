@@ -1,4 +1,4 @@
-"""The definition of stochastic_subsampling: its options and what they mean, and its reference, written for reading."""
+"""The definition of stochastic_subsampling: its options and its reference, written to be read."""
 
 from __future__ import annotations
 
@@ -40,20 +40,21 @@ class Config:
     """Options.
 
     Attributes:
-        ratio: rho in (0, 1], keys that are kept in training; 1 for dense attention.
+        ratio: rho in (0, 1], the fraction of keys kept in training; 1 for dense attention.
         mode: ``unbiased``, ``local`` (self patterns) or ``bernoulli``.
         window: w of ``local``, >= 1; the side of a square on a grid of two sides. round(rho N) when None, and on a grid
             round(sqrt(rho) side) along each side.
         sigma: standard deviation of the noise of ``local``, in places, >= 0; the window when None.
         noise: ``normal``, ``uniform`` or ``laplace``.
-        neighbours: windows of keys on each side that a window of queries of ``local`` sees too, >= 0.
-        host_window: attention in blocks of so many tokens, in evaluation too; >= 1, self patterns. None for none.
-        per_sample: a draw for each sequence of a batch.
-        per_head: a draw for each head (not with ``local`` or `host_window`).
+        neighbours: with ``local``, number of windows of keys on each side that a window of queries also sees, >= 0.
+        host_window: size of blocks to which attention is restricted, also in evaluation; >= 1, self patterns. None for
+            no blocks.
+        per_sample: whether to draw for each sequence of a batch.
+        per_head: whether to draw for each head (not with ``local`` or `host_window`).
         steps: training steps of a schedule that follows ``context.progress``; None keeps `ratio` throughout.
-        finetune: share of `steps`, in [0, 1], at the end, in which all keys are seen.
-        anneal: the ratio grows linearly to 1 until then.
-        in_evaluation: subsample in evaluation too.
+        finetune: fraction of `steps`, in [0, 1], at the end, in which all keys are seen.
+        anneal: whether the ratio grows linearly to 1 until then.
+        in_evaluation: whether to subsample in evaluation too.
     """
 
     ratio: float = 0.25
@@ -96,7 +97,7 @@ class Config:
 def reference(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Float[Tensor, "b h n v"]:
-    """The definition: softmax attention over the pairs that are left, with the whole weight matrix."""
+    """The definition: softmax attention over the remaining pairs, with the full weight matrix."""
     n, m = q.shape[2], k.shape[2]
     where = ranks(call, n, m, q.device)
     visible, bias = masked_scores_bias(where, _visibility(call), call.bias, call.position_bias, call.blocks, q.dtype)
@@ -110,7 +111,7 @@ def reference(
 
 
 def _kept_pairs(call: Call, ratio: float, where: Ranks, batch: int, heads: int) -> Bool[Tensor, "#b #h #n m"]:
-    """Pairs of a draw, one by one."""
+    """The pairs of a draw as an explicit mask."""
     n, m = where.queries.shape[1], where.keys.shape[1]
     if not by_windows(call):
         draws = [draw_keys(call, ratio, where.keys, batch) for _ in range(heads if call.config.per_head else 1)]
@@ -137,7 +138,7 @@ def _visibility(call: Call) -> Visibility:
 
 
 def _ratio(call: Call) -> float:
-    """Keys to keep in this call."""
+    """The fraction of keys to keep in this call."""
     config: Config = call.config
     if not (call.training or config.in_evaluation):
         return 1.0
@@ -156,12 +157,12 @@ def _ratio(call: Call) -> float:
 
 
 def by_windows(call: Call) -> bool:
-    """Whether keys are drawn for windows of queries instead of for all queries."""
+    """Return whether keys are drawn per window of queries instead of for all queries."""
     return call.config.mode == "local" or (call.config.host_window is not None and call.config.mode == "unbiased")
 
 
 def draw_keys(call: Call, ratio: float, keys: Int[Tensor, "#b m"], batch: int) -> Bool[Tensor, "#b m"]:
-    """Slots of keys that are kept: a fixed part of those that exist, or each with the probability `ratio`."""
+    """True for the key slots to keep: a fixed fraction of existing keys, or each with probability `ratio`."""
     if call.config.per_sample or call.config.mode == "bernoulli":
         keys = keys.expand(batch, -1)
     exists = keys >= 0
@@ -170,7 +171,7 @@ def draw_keys(call: Call, ratio: float, keys: Int[Tensor, "#b m"], batch: int) -
 
 
 def _lowest(draw: Float[Tensor, "... m"], exists: Bool[Tensor, "... m"], ratio: float) -> Bool[Tensor, "... m"]:
-    """The keys of the lowest draws, `ratio` of those that exist and at least one."""
+    """True for the keys with the lowest draws: a fraction `ratio` of the existing keys, at least one."""
     order = torch.where(exists, draw, torch.inf).argsort(-1)
     place = torch.arange(draw.shape[-1], device=draw.device).expand_as(order)
     kept = (ratio * exists.sum(-1, keepdim=True).double()).round().clamp(min=1)
@@ -178,22 +179,22 @@ def _lowest(draw: Float[Tensor, "... m"], exists: Bool[Tensor, "... m"], ratio: 
 
 
 def _slots(kept: Bool[Tensor, "... m"], ratio: float) -> Int[Tensor, "... kept"]:
-    """Slots of the kept keys in order, as many as there may be; -1 where there are fewer."""
+    """Slots of the kept keys in order, up to their maximum number; -1 where there are fewer."""
     slots = (~kept).long().argsort(dim=-1, stable=True)[..., : max(1, round(ratio * kept.shape[-1]))]
     return torch.where(kept.gather(-1, slots), slots, -1)
 
 
 @dataclass(frozen=True)
 class _Windows:
-    """Slots of the queries and of the keys of each window; -1 where there is none."""
+    """Slots of the queries and keys of each window; -1 for none."""
 
     queries: Int[Tensor, "windows w"]
     keys: Int[Tensor, "#b windows c"]
 
 
 def draw_windows(call: Call, ratio: float, keys: Int[Tensor, "#b m"], batch: int) -> _Windows:
-    """Windows of queries and the keys that each of them keeps, from ranks `keys` of key slots (-1 for none), by the
-    call's generator."""
+    """Draw windows of queries and the keys that each of them keeps, with the call's generator; `keys` are the ranks of
+    key slots (-1 for none)."""
     config: Config = call.config
     if config.per_sample:
         keys = keys.expand(batch, -1)
@@ -224,7 +225,7 @@ def draw_windows(call: Call, ratio: float, keys: Int[Tensor, "#b m"], batch: int
 
 
 def _draw_squares(call: Call, ratio: float, rows: int, device: torch.device) -> _Windows:
-    """Windows on a grid of two sides."""
+    """Draw windows on a grid of two sides."""
     config: Config = call.config
     assert call.grid is not None
     if len(call.grid) > 2 or call.lengths is not None or config.neighbours:
@@ -253,7 +254,7 @@ def _draw_squares(call: Call, ratio: float, rows: int, device: torch.device) -> 
 
 
 def _noise(call: Call, shape: tuple[int, ...], width: int, device: torch.device) -> Float[Tensor, "..."]:
-    """Noise of standard deviation sigma."""
+    """Draw noise of standard deviation sigma."""
     config: Config = call.config
     sigma = width if config.sigma is None else config.sigma
     where: Any = {"generator": call.generator, "device": device, "dtype": torch.float64}

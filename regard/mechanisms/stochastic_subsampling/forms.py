@@ -1,4 +1,4 @@
-"""The forms of stochastic_subsampling that are run: parallel, in chunks, and from a state."""
+"""The fast forms of stochastic_subsampling: parallel, chunked, and reading from a state."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Result:
-    """Softmax attention on the keys that were drawn, a share `ratio` of them; on all of them in evaluation."""
+    """Softmax attention to the drawn keys, a fraction `ratio`; to all keys in evaluation."""
     return _attend(call, q, k, v, ranks(call, q.shape[2], k.shape[2], q.device), k, v)
 
 
 def chunked(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]
 ) -> Result:
-    """Continue a cached sequence by any number of tokens; also the step."""
+    """Continue a cached sequence by any number of tokens; also used as the step."""
     state, where = extend(call, k, v, q.shape[2])
     return _attend(call, q, state.k, state.v, where, k, v, state)
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"]) -> Result:
-    """Queries on absorbed memory."""
+    """Attend from queries to absorbed memory."""
     state: KeyValueState = call.state
     where = ranks(call, q.shape[2], 0, q.device, state.ranks)
     return _attend(call, q, state.k, state.v, where, state.k, state.v, state)
@@ -60,7 +60,7 @@ def _attend(
     new_v: Tensor,
     state: KeyValueState | None = None,
 ) -> Result:
-    """Attention over the keys `k` and values `v`, of which the new ones came with the queries."""
+    """Attend to keys `k` and values `v`; `new_k` and `new_v` are those that came with the queries."""
     ratio = _ratio(call)
     if ratio == 1 or q.numel() == 0 or k.shape[2] == 0:
         return attend(call, q, k, v, where, state, visibility=_visibility(call))
@@ -92,7 +92,7 @@ def _engine(
 
 
 def take(x: Float[Tensor, "b g m d"], slots: Int[Tensor, "#b ..."]) -> Float[Tensor, "b g ... d"]:
-    """Keys or values at slots; anything where a slot is missing."""
+    """Keys or values at slots; arbitrary where a slot is missing."""
     rows, places = slots.shape[0], slots.clamp(min=0).flatten(1)
     if rows == 1:
         taken = x.index_select(2, places[0])
@@ -110,7 +110,7 @@ def _ranks_at(keys: Int[Tensor, "#b m"], slots: Int[Tensor, "#b ..."]) -> Int[Te
 def _sampled(
     call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, ratio: float
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Output, log-sum-exp and whether a query's own key was drawn, for draws that all queries share."""
+    """Output, log-sum-exp, and whether each query's own key was drawn, for draws shared by all queries."""
     if call.config.per_head:
         heads, groups = q.shape[1], k.shape[1]
         shared = call.replace(config=dataclasses.replace(call.config, per_head=False))
@@ -142,7 +142,7 @@ def _sampled(
 
 
 def _of_head(call: Call, head: int) -> Call:
-    """The call with the biases and blocks of one head."""
+    """The call restricted to the biases and blocks of one head."""
     own = slice(head, head + 1)
     bias, blocks, position_bias = call.bias, call.blocks, call.position_bias
     if bias is not None and bias.shape[1] > 1:
@@ -159,7 +159,7 @@ def _of_head(call: Call, head: int) -> Call:
 
 
 def _member(queries: Int[Tensor, "#b n"], keys: Int[Tensor, "#b m"]) -> Bool[Tensor, "#b n"]:
-    """Whether the key of a query's own rank is among `keys`."""
+    """Return, for each query, whether the key of its own rank is among `keys`."""
     rows = torch.broadcast_shapes(queries.shape[:-1], keys.shape[:-1])
     queries, keys = queries.expand(*rows, -1).contiguous(), keys.sort(-1).values.expand(*rows, -1).contiguous()
     place = torch.searchsorted(keys, queries).clamp(max=keys.shape[-1] - 1)
@@ -169,7 +169,7 @@ def _member(queries: Int[Tensor, "#b n"], keys: Int[Tensor, "#b m"]) -> Bool[Ten
 def _windowed(
     call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, ratio: float
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As :func:`_sampled`, by windows: each is a row of a batch of small attentions."""
+    """Like :func:`_sampled`, by windows: each window is a row of a batch of small attentions."""
     batch, n = q.shape[0], q.shape[2]
     windows = draw_windows(call, ratio, where.keys, batch)
     number, width = windows.queries.shape
@@ -218,7 +218,7 @@ def _windowed(
 def _with_own_key(
     call: Call, q: Tensor, k: Tensor, v: Tensor, where: Ranks, output: Tensor, lse: Tensor, member: Tensor
 ) -> Float[Tensor, "b h n v"]:
-    """The output once each query's own key, from the new keys `k`, has joined those that it was given without it."""
+    """Add each query's own key, from the new keys `k`, to outputs that were computed without it."""
     n, heads = q.shape[2], q.shape[1]
     if n != k.shape[2] or call.lengths is not call.memory_lengths:
         k, v = (take_queries(x, n, call.lengths, call.memory_lengths) for x in (k, v))

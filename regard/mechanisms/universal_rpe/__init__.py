@@ -1,45 +1,46 @@
-r"""Universal relative positions (URPE): softmax weights times a learned number for each offset.
+r"""Universal relative positions (URPE): softmax weights multiplied by a learned number for each offset.
 
-When to pick it: a noncausal transformer with relative positions only that must know where its tokens are (positions in
-language, graphs, images), at 2 R + 1 numbers a head.
-When not: causal models, whose mask tells positions already; long sequences where no kernel runs (:func:`regard.which_backend`),
-whose weights are computed one by one.
+When to pick it: a noncausal transformer with only relative positions that must know where its tokens are (positions in
+language, graphs, images), for 2 R + 1 numbers per head.
+When not: causal models, whose mask already reveals positions; long sequences without a kernel
+(:func:`regard.which_backend`), since all weights are then computed explicitly.
 
 Definition (Luo et al., arXiv 2205.13401, section 3), with B and C constant along diagonals:
 
     A = softmax(tau Q K^T + B),     A'_ij = A_ij c_{j-i},     O = A' V
 
-A bias inside the softmax leaves every row of A summing to 1, so tokens that are all equal stay all equal whatever B is: no
-network of such layers, however deep or wide, can tell their positions, nor approximate every continuous function of
-sequences. The rows of A' sum to anything and may be negative. C of ones gives the usual attention.
+A bias inside the softmax leaves every row of A summing to 1, so tokens that are all equal stay equal whatever B is: no
+network of such layers, however deep or wide, can tell their positions apart or approximate every continuous function of
+sequences. The rows of A' have arbitrary sums and may be negative. A C of ones gives ordinary attention.
 
 | paper | here |
 |---|---|
-| B = b_{j-i} | any scheme of the layer that adds to scores; `toeplitz` by default, T5's `relative` where C is bucketed |
-| C = c_{j-i} | `factors` (H, 2 R + 1): offsets -R ... R, key minus query; farther ones have the factor of R |
-| C on images | `grid_factors` (H, 2 R_y + 1, 2 R_x + 1) with `grid`, in whole calls of self patterns, tokens row by row |
+| B = b_{j-i} | any position scheme of the layer that adds to scores; `toeplitz` by default, T5's `relative` if C is bucketed |
+| C = c_{j-i} | `factors` (H, 2 R + 1): offsets -R ... R, key minus query; farther offsets use the factor of R |
+| C on images | `grid_factors` (H, 2 R_y + 1, 2 R_x + 1) with `grid`, in whole calls of self patterns, tokens in row-major order |
 | C on graphs | `pair_factors` (B, H, N, M), a factor for each pair, in whole calls; B is then `mask.bias` |
 | tau | `scale`, D^-0.5 by default |
 
-Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). Ranks count valid tokens. In cross patterns
-both sides count from 0, which suits a memory that runs beside the queries. With ``want={"weights"}`` the extras are A'
-as ``weights`` and A as ``softmax_weights``. A query that sees no key gives 0.
+Layout: (B, H, N, D); keys and values may have fewer heads (grouped queries). Ranks count valid tokens. In cross
+patterns both sides count from 0, which suits a memory aligned with the queries. With ``want={"weights"}`` the extras
+contain A' as ``weights`` and A as ``softmax_weights``. A query that sees no key gives 0.
 
-Nothing is normalised after C, and C cannot be a bias, since its logarithm would enter the normaliser. But with `factors` O is
-a sum over parts P of the keys, of what softmax attention gives of each, an output and a log-sum-exp:
+Nothing is normalised after C, and C cannot be written as a bias, since its logarithm would enter the normaliser. But
+with `factors`, O is a sum over parts P of the keys, where softmax attention to each part gives an output and a
+log-sum-exp:
 
     O = sum_P c_P e^{L_P - L} O_P,    L = log sum_P e^{L_P}
 
-Keys R or more before the query are one part, with the c of -R, and those R or more after it another, with that of R. Nearer
-keys are in two parts, whose factors are kappa and -kappa, by the shares p and 1 - p of their weights, so that kappa (2 p - 1) is
-their c; kappa > |c|, and log p and log(1 - p) are biases by offset. So it takes softmax attention and a window once more, for B
-by distance, and where a kernel has enough pairs to run (`FEWEST_WEIGHTS`). All else (`grid_factors`, `pair_factors`, dropout,
-wanted weights, `mask.bias`, blocks) is computed with explicit weights, for some queries at a time, and the backward pass
-computes their weights again.
+Keys R or more before the query form one part, with the c of -R, and keys R or more after it another, with the c of R.
+Nearer keys are in two parts with factors kappa and -kappa, which share the weights as p and 1 - p: their c is kappa (2
+p - 1), with kappa > |c|, and log p and log(1 - p) are biases by offset. So it costs softmax attention plus a second
+pass over the window, if B depends only on distance and a kernel has enough pairs to be worthwhile (`FEWEST_WEIGHTS`).
+Everything else (`grid_factors`, `pair_factors`, dropout, requested weights, `mask.bias`, blocks) uses explicit weights,
+computed for some queries at a time and again in the backward pass.
 
-Deviations: the official network has one B and one C for all its layers; here each layer has its own without
-``stack={"share": "tables"}`` in the model. A layer learns C - 1, so that weight decay pulls to plain attention, not to none.
-Unused bucket rows are left out, and buckets grow as those of `relative`. Computed in at least float32.
+Deviations: the official network has one B and one C for all its layers; here each layer has its own unless the model
+has ``stack={"share": "tables"}``. A layer learns C - 1, so that weight decay pulls towards plain attention, not towards
+zero. Unused bucket rows are left out, and buckets grow as in `relative`. Computed in at least float32.
 """
 
 from __future__ import annotations
@@ -94,14 +95,14 @@ def sample_inputs(
 
 
 def axis_sizes(shape: Shape, config: Config) -> dict[str, int]:
-    """Factors of offsets, from the farthest before to the farthest after."""
+    """Axis sizes: factors by offset, from the farthest before to the farthest after."""
     distance = config.max_distance
     return {"o": 2 * (distance if isinstance(distance, int) else max(distance)) + 1}
 
 
 def cost(shape: Shape, config: Config) -> Cost:
-    """As softmax attention and a window once more; of few pairs, or on a grid, as softmax attention and a product for each
-    pair. With a kernel, and the factors of a layer."""
+    """Cost with a kernel and a layer's factors: softmax attention plus a second pass over the window; with few pairs,
+    or on a grid, softmax attention plus one product per pair."""
     width = shape.dim_key + shape.dim_value
     heads = shape.batch * shape.heads
     pairs = heads * shape.n * shape.m

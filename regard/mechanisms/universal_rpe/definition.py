@@ -1,4 +1,4 @@
-"""The definition of universal_rpe: its options and what they mean, and its reference, written for reading."""
+"""The definition of universal_rpe: its options and its reference, written to be read."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "relu": (F.relu, 1.0),
     "softplus": (F.softplus, math.log(math.e - 1)),
 }
-"""Functions of C, with where each is 1."""
+"""Activations for C, each with the input at which it is 1."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Options, all of layers.
+    """Options, all for the layer.
 
     Attributes:
-        factors: C of a layer: ``unique`` (one number an offset), ``bucketed`` (one a bucket of offsets) or ``none`` (ones).
-        start: of C: ``ones``, or ``normal``: N(0, 0.02), from which a layer's output starts near 0.
-        activation: of C: ``none``, ``relu`` or ``softplus``.
-        share_heads: whether all heads of a layer have the same ``unique`` C.
-        max_distance: R, >= 1 (``bucketed``: >= num_buckets / 2 + 1, beyond which all offsets share a bucket); or (R_y, R_x)
-            on a grid.
-        num_buckets: buckets of both signs together, even and >= 4.
+        factors: C of a layer: ``unique`` (one number per offset), ``bucketed`` (one per bucket of offsets) or ``none``
+            (ones).
+        start: initial C: ``ones``, or ``normal``: N(0, 0.02), with which a layer's output starts near 0.
+        activation: activation of C: ``none``, ``relu`` or ``softplus``.
+        share_heads: whether all heads of a layer share the ``unique`` C.
+        max_distance: R, >= 1 (``bucketed``: >= num_buckets / 2 + 1, beyond which all offsets share a bucket); or (R_y,
+            R_x) on a grid.
+        num_buckets: number of buckets for both signs together, even and >= 4.
     """
 
     factors: str = "unique"
@@ -65,7 +66,7 @@ class Config:
                 nearest=f"max_distance={max(sides)}",
             )
         if self.factors == "bucketed":
-            Relative(heads=1, num_buckets=self.num_buckets, max_distance=sides[0])  # refuses what it lacks
+            Relative(heads=1, num_buckets=self.num_buckets, max_distance=sides[0])  # refuses invalid options
 
 
 def reference(
@@ -77,7 +78,7 @@ def reference(
     grid_factors: Float[Tensor, "h rows columns"] | None = None,
     pair_factors: Float[Tensor, "b h n m"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole weight matrix."""
+    """The definition, with the full weight matrix."""
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     visible, bias = masked_scores_bias(where, by_pattern(call), call.bias, call.position_bias, call.blocks, q.dtype)
     table = only_one(call, factors, grid_factors, pair_factors)
@@ -97,7 +98,7 @@ def only_one(
     *,
     stateful: bool = False,
 ) -> Tensor | None:
-    """The one input that tells C: a table by offset, by place or by pair (2, 3 or 4 axes); None for ones."""
+    """The one input that specifies C: a table by offset, grid place or pair (2, 3 or 4 axes); None for ones."""
     given = [x for x in (factors, grid_factors, pair_factors) if x is not None]
     if len(given) > 1:
         raise Unsupported("universal_rpe with more than one kind of factors", supported="one of them")
@@ -125,7 +126,7 @@ def only_one(
 
 
 def by_rank(call: Call, table: Float[Tensor, "h *offsets"]) -> PositionBias:
-    """A table of offsets as a function of ranks; on a grid of their places, which tokens fill row by row."""
+    """A table of offsets as a function of ranks; on a grid, of the places that tokens fill in row-major order."""
     if table.ndim == 2:
         return DistanceBias(lambda offsets: at_offsets(table, offsets))
     assert call.grid is not None

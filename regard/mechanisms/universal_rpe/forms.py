@@ -1,4 +1,4 @@
-"""The forms of universal_rpe that are run: parallel, in chunks, and from a state."""
+"""The fast forms of universal_rpe: parallel, chunked, and reading from a state."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 
 NUMBERS_AT_ONCE = 1 << 18
-"""Weights that are computed at once: few enough to stay near a core."""
+"""Number of weights computed at once: few enough to stay in a core's cache."""
 
 
 ABOVE_LARGEST = 1.25
-"""kappa, in units of the largest |c| of a head: the closer to 1 the fewer digits differences lose, but the less of log p."""
+"""kappa relative to a head's largest |c|: closer to 1, differences lose fewer digits, but log p loses more."""
 
 
 FEWEST_WEIGHTS = 1 << 19
-"""Weights, counted in every row and head, from which on O is put together from attention calls. With 8 heads of 64, R of 5 and
-128 and one thread that was 1.1 to 3.4 times as fast from 2^19 weights (256 tokens) on, forward and training; 0.6 to 1.6 times
-at 2^18."""
+"""Number of weights, over all rows and heads, from which O is assembled from attention calls. With 8 heads of 64, R of
+5 and 128 and one thread, that was 1.1 to 3.4 times as fast from 2^19 weights (256 tokens), forward and training, and
+0.6 to 1.6 times at 2^18."""
 
 
 def parallel(
@@ -50,8 +50,8 @@ def parallel(
     grid_factors: Float[Tensor, "h rows columns"] | None = None,
     pair_factors: Float[Tensor, "b h n m"] | None = None,
 ) -> Result:
-    """Where a kernel runs and factors depend on offsets alone, attention to the keys of the band and on either side of
-    it, added up; elsewhere the whole weight matrix."""
+    """If a kernel runs and factors depend only on offsets, the sum of attention to the keys in the band and on either
+    side of it; otherwise explicit weights."""
     where = ranks(call, q.shape[2], k.shape[2], q.device)
     return _attend(call, q, k, v, only_one(call, factors, grid_factors, pair_factors), where)
 
@@ -65,14 +65,14 @@ def chunked(
     grid_factors: Float[Tensor, "h rows columns"] | None = None,
     pair_factors: Float[Tensor, "b h n m"] | None = None,
 ) -> Result:
-    """Continue a cached sequence by any number of tokens; also the step."""
+    """Continue a cached sequence by any number of tokens; also used as the step."""
     table = only_one(call, factors, grid_factors, pair_factors, stateful=True)
     state, where = extend_counted(call, k, v, q.shape[2])
     return _attend(call, q, state.k, state.v, table, where, state)
 
 
 def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> CountedState:
-    """Memory into a cache; more may follow."""
+    """Append memory to the cache; more may follow."""
     return extend_counted(call, k, v, 0)[0]
 
 
@@ -83,7 +83,7 @@ def read(
     grid_factors: Float[Tensor, "h rows columns"] | None = None,
     pair_factors: Float[Tensor, "b h n m"] | None = None,
 ) -> Result:
-    """Queries on absorbed memory, counted on from those that have read it before."""
+    """Attend from queries to absorbed memory; their positions continue those of earlier queries."""
     table = only_one(call, factors, grid_factors, pair_factors, stateful=True)
     call, state, where = read_on(call, q.shape[2], q.device)
     return _attend(call, q, state.k, state.v, table, where, state)
@@ -112,8 +112,8 @@ def _attend(
 
 
 def _has_parts(call: Call, q: Tensor, m: int, table: Tensor | None) -> bool:
-    """Whether O is put together from attention calls: where a kernel runs them, and from `FEWEST_WEIGHTS` on, or when its
-    backend was asked for."""
+    """Return whether to assemble O from attention calls: if a kernel runs them and there are at least `FEWEST_WEIGHTS`
+    weights, or its backend was requested."""
     by_offset = table is None or table.ndim == 2
     by_distance = call.position_bias is None or isinstance(call.position_bias, DistanceBias)
     by_pair = call.bias is not None or call.blocks is not None or call.dropout > 0 or "weights" in call.want
@@ -122,7 +122,7 @@ def _has_parts(call: Call, q: Tensor, m: int, table: Tensor | None) -> bool:
 
 
 def _in_parts(call: Call, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, where: Ranks) -> Tensor:
-    """Keys left of the band, right of it and in it, each by the attention engine: see the module."""
+    """Attend to keys before, after and in the band with the attention engine, see the package's docstring."""
     n, m, causal = q.shape[2], k.shape[2], call.pattern is Pattern.CAUSAL_SELF
     told = call.position_bias
     assert told is None or isinstance(told, DistanceBias)
@@ -137,7 +137,7 @@ def _in_parts(call: Call, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None,
     table, reach = table.to(q.dtype), table.shape[1] // 2
     parts = []
     most = table.detach().abs().amax(1, keepdim=True)
-    kappa = ABOVE_LARGEST * torch.where(most > 0, most, 1)  # without gradient: O is the same for all
+    kappa = ABOVE_LARGEST * torch.where(most > 0, most, 1)  # no gradient: O does not depend on kappa
     for sign in (1, -1):
         shares = (sign * table / kappa).log1p() - math.log(2)
         biased = DistanceBias(partial(_sum_by_distance, shares, told))
@@ -145,12 +145,12 @@ def _in_parts(call: Call, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None,
         parts.append((output, lse, sign * kappa))
     far = Visibility(causal=True)
     if where.first is None or where.first + n > reach:
-        # what is at or before a query whose rank is moved back by R is R or more before the query
+        # keys at or before the query's rank minus R are R or more before the query
         bias = None if told is None else DistanceBias(partial(_by_distance, told, 1, -reach))
         output, lse = attend(q, k, v, _moved_back(where, reach), far, bias)
         parts.append((output, lse, table[:, :1]))
     if not causal and m > reach:
-        # the same, seen from the other end
+        # the same from the other end
         bias = None if told is None else DistanceBias(partial(_by_distance, told, -1, reach))
         output, lse = attend(q.flip(2), k.flip(2), v.flip(2), _moved_back(_from_the_end(where, n, m), reach), far, bias)
         parts.append((output.flip(2), lse.flip(2), table[:, -1:]))
@@ -169,7 +169,7 @@ def _by_distance(told: DistanceBias, sign: int, first: int, distances: Int[Tenso
 
 
 def _moved_back(where: Ranks, by: int) -> Ranks:
-    """Query ranks less `by`."""
+    """The ranks with query ranks reduced by `by`."""
     offset, first = (None if x is None else x - by for x in (where.offset, where.first))
     return Ranks(where.queries - by, where.keys, offset, first, where.plain)
 
@@ -184,7 +184,7 @@ def _from_the_end(where: Ranks, n: int, m: int) -> Ranks:
 def _explicitly(
     call: Call, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, where: Ranks, state: CountedState | None
 ) -> Result:
-    """Blocks of queries, each with the keys that it may see."""
+    """Compute explicit weights for blocks of queries, each with the keys that it may see."""
     batch, heads, n, _ = q.shape
     m, groups = k.shape[2], k.shape[1]
     queries, keys, values = call.scale * q, k.to(q.dtype), v.to(q.dtype)
@@ -209,14 +209,14 @@ def _explicitly(
 def _mixer(
     call: Call, table: Tensor | None, where: Ranks, start: int, stop: int, last: int
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """From the queries start ... stop - 1 and the first `last` keys and values to outputs, and A' and A when wanted."""
+    """Map queries start ... stop - 1 and the first `last` keys and values to outputs, and A' and A if requested."""
     here = Ranks(where.queries[:, start:stop], where.keys[:, :last], None, None, plain=False)
     bias = None if call.bias is None else _part(call.bias, start, stop, last)
     finite = call.bias is None and (call.position_bias is None or isinstance(call.position_bias, DistanceBias))
     everything = where.plain and call.pattern is not Pattern.CAUSAL_SELF and finite and call.blocks is None
     seed = None
     if call.generator is not None and call.dropout > 0:
-        # a block that is computed again must draw the same numbers again
+        # a recomputed block must draw the same numbers
         seed = int(torch.randint(1 << 62, (), generator=call.generator, device=call.generator.device))
 
     def mix(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
@@ -225,7 +225,7 @@ def _mixer(
         scores = scores if added is None else scores + added
         some = visible.any(-1, keepdim=True)
         if not everything:
-            scores = scores.masked_fill(~visible & some, -torch.inf)  # not throughout a row: its gradient would be NaN
+            scores = scores.masked_fill(~visible & some, -torch.inf)  # rows of only -inf have NaN gradients
         softmax = scores.softmax(-1)
         weights = softmax
         if table is not None:
@@ -246,13 +246,13 @@ def _mixer(
 def _factors(
     call: Call, table: Tensor, where: Ranks, here: Ranks, start: int, stop: int, last: int
 ) -> Float[Tensor, "#b h n m"]:
-    """C of one block."""
+    """C for one block of queries."""
     if table.ndim == 4:
         return _part(table, start, stop, last)
     if table.ndim == 2 and where.offset is not None:
         first = start + where.offset
         offsets = torch.arange(1 - first - (stop - start), last - first, device=table.device)
-        return at_offsets(table, offsets).unfold(1, last, 1).flip(1)  # a row for each query is a view of one line
+        return at_offsets(table, offsets).unfold(1, last, 1).flip(1)  # each query's row is a view
     return by_rank(call, table)(here.queries, here.keys)
 
 

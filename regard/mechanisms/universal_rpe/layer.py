@@ -1,4 +1,4 @@
-"""The modules of universal_rpe in its layer."""
+"""Modules of universal_rpe's layer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STD = 0.02
 
 
 class Factors(Projection):
-    """Gives a layer's heads their C."""
+    """Supplies a layer's heads with C."""
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
