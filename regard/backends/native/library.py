@@ -203,7 +203,7 @@ SAMPLED = 1 << 20
 
 
 def layouts(*tensors: Tensor | None) -> tuple[Layout | None, ...]:
-    """Shapes, strides and dtypes of CPU tensors, which determine all checks and, except addresses, all struct fields."""
+    """Shapes, strides and dtypes of CPU tensors, which determine all checks and struct fields except addresses."""
     return tuple([None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors])
 
 
