@@ -31,7 +31,7 @@ class CausalRows(nn.Conv2d):
     def advance(
         self, x: Float[Tensor, "b n w c"], past: Float[Tensor, "b c 4 w"], lengths: Int[Tensor, " b"] | None
     ) -> tuple[Float[Tensor, "b n w c"], Float[Tensor, "b c 4 w"]]:
-        """Convolve the rows that follow `past`; also return the rows that the next call needs. `lengths` None: all valid.
+        """Convolve the rows after `past`, all valid if `lengths` is None; also return the rows that the next call needs.
 
         Channels come last, which halves the time of PyTorch's kernel for so few channels.
         """
@@ -183,7 +183,7 @@ def orthogonal_features(
 def softmax_features(
     q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h n d"], w: Float[Tensor, "r d"], valid: Bool[Tensor, "#b 1 n 1"]
 ) -> tuple[Float[Tensor, "b h n r"], Float[Tensor, "b h n r"]]:
-    """Positive features whose product is exp(q . k d^-1/2) in expectation, up to factors that cancel in the normaliser."""
+    """Positive features with expected product exp(q . k d^-1/2), up to factors that cancel in the normaliser."""
     scaled = [x.shape[-1] ** -0.25 * x for x in (q, k)]
     products = [x @ w.mT for x in scaled]
     norms = [x.square().sum(-1, keepdim=True) / 2 for x in scaled]

@@ -92,7 +92,7 @@ class PackedProblem(PackedHeads):
         return [self.q, self.k, self.v, self.sink, self.bias, self.distance]
 
     def empty_gradients(self, needed: Sequence[bool]) -> list[Tensor]:
-        """Gradients of q, k and v, needed or not, with the heads of a token side by side if the input has them so; of the
+        """Gradients of q, k and v, needed or not, with a token's heads side by side if the inputs have them so; of the
         sink, the bias (B, H, N|1, M|1) and the distances (H, distances) in float32, empty where not needed."""
         batch, heads = self.q.shape[:2]
         shapes = [

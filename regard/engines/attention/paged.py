@@ -33,7 +33,7 @@ def attention_decode(
     softcap: float,
     sink: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of queries (B, H, n, D), pages of keys (P, G, page size, D) and values (P, G, page size, V).
+    """Output and log-sum-exp; q (B, H, n, D), pages of keys (P, G, page size, D) and values (P, G, page size, V).
 
     Args:
         pages: (B, most pages) int64: the pages of each row in order, each with `page size` keys. Entries beyond the
