@@ -31,7 +31,7 @@ class CausalRows(nn.Conv2d):
     def advance(
         self, x: Float[Tensor, "b n w c"], past: Float[Tensor, "b c 4 w"], lengths: Int[Tensor, " b"] | None
     ) -> tuple[Float[Tensor, "b n w c"], Float[Tensor, "b c 4 w"]]:
-        """Convolve the rows after `past`, all valid if `lengths` is None; also return the rows that the next call needs.
+        """Convolve the rows after `past`, all valid if `lengths` is None; also return the rows for the next call.
 
         Channels come last, which halves the time of PyTorch's kernel for so few channels.
         """

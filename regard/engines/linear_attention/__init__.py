@@ -67,7 +67,7 @@ def small_step(
     state: Float[Tensor, "b h k c"],
 ) -> tuple[Float[Tensor, "b h 1 v"], Float[Tensor, "b h k c"]] | None:
     """:func:`linear_attention` of one token by a direct call of the kernel with feature map and division. None if not
-    possible, and for large states, which :func:`regard.engines.gated_recurrence.gated_recurrence_step` updates faster."""
+    possible, and for large states, for which :func:`.gated_recurrence_step` is faster."""
     if state.numel() >= SMALL or not prefers_native():
         return None
     return native_form.plain(q, k, v, rule, state)

@@ -1,4 +1,4 @@
-"""Linear attention in PyTorch: the chunked recurrence of mapped queries and keys, with ones as a column of the values."""
+"""Linear attention in PyTorch: the chunked recurrence of mapped queries and keys, with a column of ones in values."""
 
 from __future__ import annotations
 
