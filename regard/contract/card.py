@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Paper:
-    """Where a mechanism is defined."""
+    """A paper that defines a mechanism."""
 
     title: str
     arxiv: str
@@ -143,7 +143,7 @@ ACTS_LIKE: Mapping[str, tuple[str, ...]] = {
     "seqpe_scalar": ("rotary", "alibi"),
     "toeplitz": ("alibi",),
 }
-"""For some position schemes, those that act in the same way: a mechanism that accepts these accepts the scheme too."""
+"""Position schemes, each with others that act in the same way: mechanisms that accept all of these accept it too."""
 
 
 TURNED_BEFORE = ("seqpe_mul", "seqpe_add", "seqpe_scalar")

@@ -136,7 +136,7 @@ class MixtureOfExperts(nn.Module):
 
     In training an expert may have a capacity: ceil(capacity * active * tokens / experts) tokens of a call. Tokens
     beyond it, ordered by position and then by row, get nothing from this expert, so that no token is dropped in favour
-    of a later one. In evaluation none is dropped, since a token's output must not depend on the rest of the batch.
+    of a later one. In evaluation none is dropped, since a token's output must not depend on the rest of the call.
 
     Args:
         dim, hidden, dropout, bias, linear: options of each expert, as in :class:`SwiGLU`.

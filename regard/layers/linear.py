@@ -1,4 +1,4 @@
-"""The factory for all linear projections.
+"""The factory that makes all linear projections.
 
 A *kind* names a factory ``factory(in_features, out_features, *, bias, **options) -> nn.Module`` that maps the last axis
 from `in_features` to `out_features`. ``dense`` is :class:`Linear`; other kinds are registered from outside (the

@@ -63,7 +63,7 @@ class MixerLayer(Layer):
         config: the mechanism's options.
 
     Attributes:
-        grid_axes: number of grid axes if it only takes inputs with so many (1 for sequences); None if it takes any.
+        grid_axes: number of grid axes that inputs must have (1 for sequences); None for any number.
         state_type: class of its states, for mixers whose states no function checks.
         for_sequences: options with which a grid-only layer would take sequences, for errors.
     """

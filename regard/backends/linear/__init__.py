@@ -199,5 +199,5 @@ def take_routes(record: Mapping[str, Any]) -> None:
 
 
 def which_route(rows: int, in_features: int, out_features: int) -> str:
-    """The name of the route for the forward pass of a linear layer on so many rows; measures if it is not known yet."""
+    """The name of the route for a linear layer's forward pass on `rows` rows; measures if it is not known yet."""
     return CHOICES.route(Product.plain(rows, out_features, in_features))

@@ -21,10 +21,10 @@ GROUPS = (32, 64, 128, 256)
 """Group sizes that torch's operator supports."""
 
 ROW_BLOCK = 16
-"""Torch's operator processes so many rows of a weight at once."""
+"""Number of weight rows that torch's operator processes at once."""
 
 COLUMN_BLOCK = 16
-"""Torch's 8-bit operator processes so many columns at once; with other widths it reads past the end of the weight."""
+"""Number of columns that torch's 8-bit operator processes at once; other widths make it read past the weight's end."""
 
 
 def quantized_linear(p: Problem) -> Tensor:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 FEWEST_ROWS = 32
-"""Rows of the smallest input: each call packs the weights, which takes as long as the product with so many rows."""
+"""Rows of the smallest input: each call packs the weights, which takes as long as a product with this many rows."""
 
 MOST_WEIGHTS = 3 << 19
 """Largest total number of weights in a branch: larger weights do not stay in a core's cache between blocks of rows, and
