@@ -66,8 +66,7 @@ class Visibility:
         causal: only keys at or before the query.
         left: at most this many ranks before the query.
         right: at most this many ranks after the query.
-        block: ranks per block: only keys in the query's block, at most `lookback` blocks before it or at most
-            `lookahead` after it.
+        block: ranks per block; keys in blocks more than `lookback` before or `lookahead` after the query's are hidden.
     """
 
     causal: bool = False

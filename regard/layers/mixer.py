@@ -65,7 +65,7 @@ class MixerLayer(Layer):
     Attributes:
         grid_axes: number of grid axes that inputs must have (1 for sequences); None for any number.
         state_type: class of its states, for mixers whose states no function checks.
-        for_sequences: options with which a grid-only layer would take sequences, for errors.
+        for_sequences: options with which a layer that only takes grids would take sequences.
     """
 
     state_type: type[State] = State

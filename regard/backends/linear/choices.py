@@ -108,7 +108,7 @@ class Choices:
         return self.known[key]
 
     def _found(self, threads: int, product: Product) -> str:
-        """The choice on which the last two processes agreed, or else the one that this process measures."""
+        """The choice on which the last two processes agreed, or else a new one; torch's if that contradicts theirs."""
         stored = _read_cache()
         kept = stored.setdefault(machine(threads), {})
         before = kept.get(str(product), [])

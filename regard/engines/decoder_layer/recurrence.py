@@ -1,5 +1,5 @@
 """The gated recurrence of decoder layers in C++ (`native/src/decoder.cpp`): with gates and rates computed from the
-layer's input, feature maps, a normaliser, and a softmax window in front of the state."""
+layer's input, feature maps, a normaliser, and a softmax window before the state."""
 
 from __future__ import annotations
 

@@ -4,9 +4,9 @@ Inside a chunk, everything is built from one primitive, the decayed product
 
     A(x, y)_ij = sum_d x_id y_jd exp(sum of g_rd for r in (j, i]),      j <= i,
 
-which gives the outputs as A(q, k) and, strictly below the diagonal, the triangular system of the delta rule. Exponents
-are sums of non-positive numbers over the segment itself: differences of cumulative sums would lose two digits for
-strong gates, and would turn -inf gates into NaN.
+which gives the weights A(q, k) of the outputs and, strictly below the diagonal, the triangular system of the delta
+rule. Exponents are sums of non-positive numbers over the segment itself: differences of cumulative sums would lose two
+digits for strong gates, and would turn -inf gates into NaN.
 """
 
 from __future__ import annotations
