@@ -25,7 +25,7 @@ def cut(maps: Shaped[Tensor, "b c *sides"], patch: int) -> Shaped[Tensor, "b n p
 
 
 def joined(patches: Shaped[Tensor, "b n pc"], grid: Sequence[int], patch: int) -> Shaped[Tensor, "b c *sides"]:
-    """Put the patches from :func:`cut` together again; the inverse of it."""
+    """Join the patches of a grid to maps again: the inverse of :func:`cut`."""
     axes = len(grid)
     parts = patches.unflatten(2, (*(patch,) * axes, patches.shape[2] // patch**axes)).unflatten(1, tuple(grid))
     order = (place + axis for axis in range(axes) for place in (1, 1 + axes))

@@ -40,7 +40,7 @@ def chunked(
     if q.shape[2] == 0 and not (call.want or torch.is_grad_enabled()):
         return Result(
             q.new_empty(*q.shape[:3], v.shape[3]), state
-        )  # the general path to an empty result would take longest
+        )  # the general path to an empty result would take longer than the rest
     return attend(call, q, state.k, state.v, where, state, **options)
 
 

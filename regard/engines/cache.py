@@ -148,8 +148,8 @@ class Memory:
         return made
 
     def take(self, used: int, end: int, axis: int) -> bool:
-        """Take the slots from `used` to `end`. Only the first cache of this length succeeds; returns False, and takes
-        nothing, for later ones and if there is too little room."""
+        """Take the slots from `used` to `end`. Only the first caller to continue at `used` succeeds; returns False, and
+        takes nothing, for later callers and if there is too little room."""
         with _LOCK:
             if self.used != used or end > self.slots.shape[axis]:
                 return False

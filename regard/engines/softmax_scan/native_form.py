@@ -209,8 +209,7 @@ def _scan_backward(
         )
     )
     if grad_decay.numel():
-        # the decay at token t shifts the exponents of all earlier tokens; the gradients of an output's exponents sum to
-        # 0
+        # the decay at token t shifts all earlier exponents; the gradients of an output's exponents sum to 0
         by_token = torch.cat([grad_m.double().sum(-1)[..., None], grad_s.double().sum(-1)[:, :, :-1]], -1)
         grad_decay.copy_(by_token.cumsum(-1).sum_to_size(grad_decay.shape))
     return grads
