@@ -165,7 +165,7 @@ def which_backend(
 
 @contextmanager
 def only(*names: str) -> Iterator[None]:
-    """Disable all other backends inside the block, in the whole process, in order to compare them."""
+    """Use only these backends inside the block, in the whole process, to compare one with another."""
     kept = list(BACKENDS)
     BACKENDS[:] = [b for b in kept if b.name in names]
     try:
