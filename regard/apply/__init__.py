@@ -1,8 +1,8 @@
-"""Runs any mechanism on tensors.
+"""Applies any mechanism to tensors.
 
-:func:`apply` does what needs no code of a mechanism's own: it checks a call against the card, moves valid tokens to the
-right-padded layout (so rank equals index inside a mechanism), replaces padding by zeros, chooses the form, and puts
-outputs back in their places.
+:func:`apply` does everything that is the same for all mechanisms: it checks a call against the card, moves valid tokens
+to the right-padded layout (so that rank equals index inside a mechanism), replaces padding by zeros, chooses the form,
+and returns outputs in the caller's layout.
 """
 
 from __future__ import annotations
@@ -47,22 +47,24 @@ def apply(
     config: Any = None,
     **rest: Any,
 ) -> Result:
-    """Run a mechanism on tensors named as on its card.
+    """Apply a mechanism to tensors, named as on its card.
 
     Args:
-        tensors: inputs by name; the memory's may be None when `state` has absorbed it (cross patterns).
-        mask: of the queries, and of the keys in self patterns with N = M.
-        memory_mask: of the keys in cross patterns, and in causal-self with N != M.
-        state: continue from it; the result then has the new state.
-        scale: multiplies the scores; the card's when None. A state is continued with the scale that it was begun with.
-        form: ``reference``, ``parallel``, ``chunked``, ``step`` or ``read`` instead of the usual choice.
+        tensors: inputs by name; those of the memory may be None if `state` has absorbed it (cross patterns).
+        mask: mask of the queries, and of the keys in self patterns with N = M.
+        memory_mask: mask of the keys in cross patterns, and in causal-self with N != M.
+        state: state to continue from; the result then has the new state.
+        scale: factor on the scores; the card's default when None. Continue a state with the scale that it was begun
+            with.
+        form: ``reference``, ``parallel``, ``chunked``, ``step`` or ``read``; None for the usual choice.
         rest: other fields of :class:`regard.contract.Call` (roles, grid, dropout, generator, want, ...).
 
     Returns:
-        The output where the queries are; extras in the right-padded layout, one row a sequence or document.
+        The output, in the layout of the queries. Extras are in the right-padded layout, one row per sequence or
+            document.
 
     Raises:
-        Unsupported: for anything the card does not claim.
+        Unsupported: for anything that the card does not claim.
     """
     wanted = card.require_pattern(pattern)
     given = given_tensors(card, tensors)
@@ -85,7 +87,7 @@ def apply(
         at_least("chunk_size", chunk_size, 1)
     device = next(iter(given.values())).device
     if backend is not None:
-        which_backend(card.engine, device=device, backend=backend)  # also where a form would not ask
+        which_backend(card.engine, device=device, backend=backend)  # checked here since a form may use no engine
     if not sizes.has_memory and memory_mask is not None:
         raise Unsupported(f"{card.name} with a memory mask but no memory", supported="memory_mask=None")
 
@@ -155,16 +157,16 @@ def absorb(
     heads: int | None = None,
     **rest: Any,
 ) -> State:
-    """The state after absorbing memory (cross patterns); call again with `state` as more of it streams in.
+    """The state after absorbing memory (cross patterns); call again with `state` as more memory streams in.
 
     Args:
-        tensors: the memory's inputs by name; others are ignored by the mechanism's ``absorb`` form.
-        memory_mask: of the memory.
-        scale: that of the calls which will read the state: some mechanisms apply it to the memory.
-        heads: query heads, when the memory has fewer: a divisor of them.
+        tensors: the memory's inputs by name; inputs that the mechanism's ``absorb`` form does not take are ignored.
+        memory_mask: mask of the memory.
+        scale: scale of the calls that will read the state: some mechanisms apply it to the memory.
+        heads: number of query heads, if the memory has fewer; the memory's number must divide it.
 
     Raises:
-        Unsupported: when the mechanism cannot absorb memory.
+        Unsupported: if the mechanism cannot absorb memory.
     """
     wanted = card.require_pattern(pattern)
     if "absorb" not in card.forms:

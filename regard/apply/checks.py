@@ -1,4 +1,4 @@
-"""What a call is refused for: inputs, options, masks and states that the card does not claim."""
+"""Checks of a call against the card: inputs, options, masks and states that it does not claim raise Unsupported."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ CALL_TYPES = Types(
         "position_bias": Callable | None,
     }
 )
-"""Types of what accompanies the tensors of a call."""
+"""Types of the keyword arguments of a call."""
 
 KNOWN = CALL_TYPES.hints.keys() | {field.name for field in dataclasses.fields(Call)}
 
 FLOATS = frozenset("qkvx")
-"""Names of inputs that are numbers and never indices, whatever the mechanism."""
+"""Inputs that hold numbers, never indices, in every mechanism."""
 
 IN_WORDS = {
     "bias": "additive scores",
@@ -56,11 +56,11 @@ IN_WORDS = {
     "lse": "the log-sum-exp of scores",
     "rotate": "a rotation of its queries and keys",
 }
-"""Words of :attr:`Mechanism.honours` as a sentence has them, where that differs."""
+"""How error messages phrase words of :attr:`Mechanism.honours`, where the word itself would not do."""
 
 
 def given_tensors(card: Mechanism, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """Inputs that are there, all of them tensors."""
+    """The inputs that are not None; raises Unsupported for anything but tensors."""
     given = {}
     for name, tensor in tensors.items():
         if tensor is None:
@@ -74,7 +74,7 @@ def given_tensors(card: Mechanism, tensors: Mapping[str, Tensor | None]) -> dict
 
 
 def check_options(card: Mechanism, mask: Mask | None, memory_mask: Mask | None, options: dict[str, Any]) -> None:
-    """Refuse what the card does not honour, and options of other types than theirs."""
+    """Raise Unsupported for options that the card does not honour or that have the wrong type."""
     check_mask("mask", mask)
     check_mask("memory_mask", memory_mask)
     for name in options.keys() - KNOWN:
@@ -99,7 +99,7 @@ def check_options(card: Mechanism, mask: Mask | None, memory_mask: Mask | None, 
 
 
 def _asked(mask: Mask | None, options: dict[str, Any]) -> list[str]:
-    """What a mechanism has to honour for this call, in words of :attr:`Mechanism.honours`."""
+    """The features that a call needs, in the words of :attr:`Mechanism.honours`."""
     asked = [word for word in ("weights", "lse") if word in options.get("want", ())]
     asked += [word for word in ("roles", "rotate") if options.get(word) is not None]
     if options.get("dropout", 0.0) > 0:
@@ -112,7 +112,7 @@ def _asked(mask: Mask | None, options: dict[str, Any]) -> list[str]:
 
 
 def check_form(card: Mechanism, form: str, call: Call, n: int, m: int, stateful: bool) -> None:
-    """Refuse a form that was asked for by name where it would compute something else."""
+    """Raise Unsupported for a form, requested by name, that cannot compute this call."""
     name = f"form {form!r} of {card.name}"
     if form in ("reference", "parallel") and stateful:
         raise Unsupported(f"{name} with a state", supported="whole sequences", nearest="form='chunked'")
@@ -125,7 +125,7 @@ def check_form(card: Mechanism, form: str, call: Call, n: int, m: int, stateful:
 
 
 def check_state(card: Mechanism, state: State | None) -> None:
-    """Refuse a state of another mechanism."""
+    """Raise Unsupported for a state of another mechanism."""
     if state is None or (card.state is not None and isinstance(state, card.state)):
         return
     if card.state is None:
@@ -134,12 +134,12 @@ def check_state(card: Mechanism, state: State | None) -> None:
 
 
 def state_rows(state: State) -> int:
-    """Sequences that a state has."""
+    """Number of sequences in a state."""
     return state.length.shape[0]  # type: ignore[attr-defined]
 
 
 def check_rows(card: Mechanism, state: State, batch: int) -> None:
-    """Refuse a state that has not one row for each of `batch` sequences; in a graph sizes may be symbols."""
+    """Raise Unsupported unless a state has one row per sequence. Not checked in a graph, where sizes may be symbols."""
     if torch.compiler.is_compiling() or state_rows(state) == batch:
         return
     raise Unsupported(
@@ -150,7 +150,7 @@ def check_rows(card: Mechanism, state: State, batch: int) -> None:
 
 
 def check_alignment(card: Mechanism, pattern: Pattern, more_queries: bool) -> None:
-    """Refuse what a state of constant size cannot answer: queries before its last token."""
+    """Raise Unsupported for queries that precede the last token of a fixed-size state, which cannot answer them."""
     if pattern is Pattern.CAUSAL_SELF and more_queries and card.recurrent:
         raise Unsupported(
             f"{card.name} continuing with more queries than keys, of which the first precede the state's end",
@@ -160,7 +160,7 @@ def check_alignment(card: Mechanism, pattern: Pattern, more_queries: bool) -> No
 
 
 def check_blocks(blocks: BlockMask, batch: int, heads: int) -> None:
-    """Refuse visible blocks for other rows or heads than the call's."""
+    """Raise Unsupported for visible blocks with another number of rows or heads than the call."""
     rows, columns = blocks.visible.shape[:2]
     if rows not in (1, batch) or columns not in (1, heads):
         raise Unsupported(

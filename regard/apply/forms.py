@@ -1,4 +1,4 @@
-"""Which form of a mechanism runs, and running it on right-padded tensors."""
+"""Choosing the form of a mechanism, and running it on right-padded tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from regard.core.by_rows import by_rows
 def choose_form(
     card: Mechanism, pattern: Pattern, n: int, m: int, *, has_memory: bool, stateful: bool, continuing: bool
 ) -> str:
-    """The form that runs when none is asked for."""
+    """The form to run if the caller requests none."""
     forms = card.forms
     if pattern.cross:
         if continuing and not has_memory:
@@ -58,7 +58,7 @@ def run_form(card: Mechanism, form: str, call: Call, tensors: dict[str, Tensor])
 
 
 def run_on_backend(card: Mechanism, form: str, call: Call, tensors: dict[str, Tensor]) -> Result:
-    """:func:`run_form`; a backend that was asked for but had nothing to run is refused: torch computed the form."""
+    """:func:`run_form`; raises Unsupported if no engine used the requested backend, since torch computed the form."""
     if call.backend is None or torch.compiler.is_compiling():
         return run_form(card, form, call, tensors)
     with watch_backends() as ran:

@@ -1,4 +1,4 @@
-"""The right-padded layout, in which a mechanism sees its tokens: rank equals index there, and padding is zero."""
+"""The right-padded layout in which mechanisms see their tokens: rank equals index, and padding is zero."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from regard.core.ragged import Gathering, check_pairs, gather_pairs, gathering, 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the tokens of a call come to the right-padded layout, and its output back to where the queries are.
+    """How a call's tokens move to the right-padded layout, and its output back to the layout of the queries.
 
     Attributes:
-        queries, keys: the same object where both are the same tokens.
+        queries, keys: layouts of the queries and keys; the same object if they are the same tokens.
         in_place: whether tokens on a grid stay in their places, with padding among them.
     """
 
@@ -27,7 +27,7 @@ class Layout:
     in_place: bool = False
 
     def inputs(self, card: Mechanism, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Inputs in the right-padded layout."""
+        """Move inputs to the right-padded layout."""
         if self.queries.whole and self.keys.whole:
             return tensors
         return {name: self._input(card.axes[name], tensor) for name, tensor in tensors.items()}
@@ -39,13 +39,13 @@ class Layout:
         return tensor
 
     def output(self, card: Mechanism, output: Tensor) -> Tensor:
-        """An output in the layout of the caller's queries."""
+        """Move an output to the layout of the caller's queries."""
         if "n" not in card.output:
             return output
         return self.queries.scatter(output, axis=card.output.index("n"), batch_axis=card.output.index("b"))
 
     def bias(self, bias: Tensor | None, sizes: Sizes, *, continuing: bool) -> Tensor | None:
-        """Additive scores of pairs on ranks; of a state's tokens no more is known than the bias says."""
+        """The bias on pairs, indexed by rank. Its size says how many keys a state holds, which is not checked."""
         if bias is None:
             return None
         known = sizes.m if sizes.has_memory and not continuing else None
@@ -56,7 +56,7 @@ class Layout:
 
     @property
     def more_queries(self) -> bool:
-        """Whether some row has more valid queries than valid keys (of unequal lengths only known outside a graph)."""
+        """True if some row has more valid queries than valid keys (inside a graph only total lengths are compared)."""
         queries, keys = self.queries, self.keys
         if queries.lengths is keys.lengths or torch.compiler.is_compiling():
             return queries.length > keys.length
@@ -77,7 +77,7 @@ def layout_of(
     grid: tuple[int, ...] | None,
     device: torch.device,
 ) -> Layout:
-    """The layout of a call of `batch` rows; in self patterns with N = M one mask speaks for queries and keys."""
+    """The layout of a call with `batch` rows; in self patterns with N = M one mask covers queries and keys."""
     n, m, self_even = sizes.n, sizes.m, not pattern.cross and sizes.n == sizes.m
     if card.keeps_places and pattern is Pattern.NONCAUSAL_SELF and grid is not None:
         places = gathering_in_place(mask, batch, n, grid, device)
@@ -95,7 +95,7 @@ def _same(a: Mask | None, b: Mask | None) -> bool:
 
 
 def expand_heads(card: Mechanism, tensors: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
-    """Inputs with fewer heads repeated to have `heads` of them."""
+    """Repeat inputs with fewer heads until they have `heads`."""
     expanded = {}
     for name, tensor in tensors.items():
         at = card.axes[name].find("h")
@@ -106,7 +106,7 @@ def expand_heads(card: Mechanism, tensors: dict[str, Tensor], heads: int) -> dic
 
 
 def tied(output: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    """An output that no token reached depends on the inputs all the same, as that of torch's functions does."""
+    """Tie an output to the inputs in the autograd graph even if no token reached it, as torch's own functions do."""
     if output.requires_grad or not torch.is_grad_enabled():
         return output
     for x in tensors.values():

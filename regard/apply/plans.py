@@ -1,4 +1,4 @@
-"""The short way of a call of tensors alone, or with a state and a rotation: what shapes decide is remembered."""
+"""The fast path for calls without options, with or without a state and a rotation: caches what the shapes determine."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from regard.contract import Call, Mechanism, Pattern, Result, State
 
 @dataclass(frozen=True)
 class Plan:
-    """What such a call comes to: shapes and options decide it.
+    """The part of a call that its shapes and options determine.
 
     Attributes:
-        form: the form that runs.
-        call: what it gets beside the tensors, but for the state and the rotation.
-        batch: rows that a state must have; None where it alone knows them.
-        heads: what inputs with fewer heads are repeated to; None where all have as many.
+        form: the form to run.
+        call: the form's arguments besides the tensors, still without state and rotation.
+        batch: number of rows that a state must have; None if only the state knows it.
+        heads: number of heads to which inputs with fewer heads are repeated; None if all have the same number.
     """
 
     form: str
@@ -62,12 +62,12 @@ def plan_of(
     continuing: bool,
     return_state: bool,
 ) -> Plan | None:
-    """What is remembered of calls of such tensors; None in a graph, and where sizes or options have no hash."""
+    """The cached plan for a call with such tensors; None in a graph, and if sizes or options cannot be hashed."""
     if torch.compiler.is_compiling():
         return None
     try:
         return _planned(card, shapes_of(tensors), pattern, config, continuing, return_state)
-    except TypeError:  # sizes may be symbols
+    except TypeError:  # symbolic sizes cannot be hashed
         return None
 
 
@@ -79,7 +79,7 @@ def run_plan(
     return_state: bool,
     rotate: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> Result:
-    """Run what was planned."""
+    """Run a call as planned."""
     call = plan.call
     if state is not None and plan.batch is not None:
         check_rows(card, state, plan.batch)
@@ -95,5 +95,5 @@ def run_plan(
 
 
 def rotates_alone(card: Mechanism, rest: dict[str, Any]) -> bool:
-    """Whether a rotation that the card honours is all that accompanies the tensors and the state."""
+    """Return whether the only extra argument is a rotation that the card honours."""
     return rest.keys() == {"rotate"} and callable(rest["rotate"]) and "rotate" in card.honours

@@ -1,4 +1,4 @@
-"""The sizes of a call, read from the shapes of its inputs once those agree with the card and with each other."""
+"""The sizes of a call, read from the shapes of its inputs and checked against the card and against each other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from regard.contract import Mechanism, Pattern, Unsupported, closest
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
-"""Names and shapes of the inputs of a call."""
+"""Names and shapes of a call's inputs."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class Sizes:
     """The sizes of a call.
 
     Attributes:
-        has_memory: whether there is memory beside what a state has absorbed.
-        batch: rows; None where only a state knows.
-        n, m: queries and keys.
-        heads: of all inputs with heads, the most; None without heads.
-        fewer_heads: whether some input has fewer.
-        scale: the card's.
+        has_memory: whether the call has memory inputs (rather than only memory that a state has absorbed).
+        batch: number of rows; None if only a state knows it.
+        n, m: number of queries and of keys.
+        heads: largest number of heads of any input; None if no input has heads.
+        fewer_heads: whether some input has fewer heads than that.
+        scale: the card's default scale.
     """
 
     has_memory: bool
@@ -38,28 +38,28 @@ class Sizes:
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
-    """Names and shapes of inputs, as a key of what is remembered of calls before."""
+    """Names and shapes of inputs, as a cache key."""
     return tuple([(name, tensor.shape) for name, tensor in tensors.items()])
 
 
 def sizes_of(card: Mechanism, tensors: Mapping[str, Tensor], pattern: Pattern, continuing: bool) -> Sizes:
-    """:func:`measure`, remembered for the shapes of calls before."""
+    """:func:`measure`, with a cache by shapes."""
     shapes = shapes_of(tensors)
     if torch.compiler.is_compiling():
         return measure(card, shapes, pattern, continuing)
     try:
         return _measured(card, shapes, pattern, continuing)
-    except TypeError:  # sizes may be symbols, which have no hash
+    except TypeError:  # symbolic sizes cannot be hashed
         return measure(card, shapes, pattern, continuing)
 
 
 def measure(card: Mechanism, shapes: Shapes, pattern: Pattern, continuing: bool) -> Sizes:
-    """The sizes of a call; raises Unsupported where inputs disagree with the card or with each other."""
+    """The sizes of a call; raises Unsupported if inputs disagree with the card or with each other."""
     names = [name for name, _ in shapes]
     has_memory = _check_names(card, names, absorbed=pattern.cross and continuing)
     sizes = axis_sizes(card, shapes)
     m = sizes.get("m", sizes.get("n", 0))
-    n = sizes.get("n", 1 if pattern.cross else m)  # without queries of its own: one output, or one a key
+    n = sizes.get("n", 1 if pattern.cross else m)  # without query inputs there is one output, or one per key
     if n != m and pattern is Pattern.NONCAUSAL_SELF:
         raise Unsupported(
             f"{card.name} in noncausal-self with N = {n} and M = {m}", supported="N = M", nearest="noncausal-cross"
@@ -85,10 +85,10 @@ _measured = lru_cache(maxsize=1024)(measure)
 
 
 def _check_names(card: Mechanism, names: list[str], *, absorbed: bool) -> bool:
-    """Refuse inputs that the card does not have and the lack of those that it needs; whether the memory's are there.
+    """Raise Unsupported for unknown or missing inputs; return whether the memory's inputs are present.
 
     Args:
-        absorbed: whether a state may have the memory, so that its inputs may be missing.
+        absorbed: whether a state may already hold the memory, so that its inputs may be missing.
     """
     for name in names:
         if name not in card.axes:
@@ -106,7 +106,7 @@ def _check_names(card: Mechanism, names: list[str], *, absorbed: bool) -> bool:
 
 
 def axis_sizes(card: Mechanism, shapes: Shapes) -> dict[str, int]:
-    """The size of each axis letter; of heads the most."""
+    """The size of each axis by its letter; for heads, the largest size."""
     sizes: dict[str, int] = {}
     for name, shape in shapes:
         axes = card.axes[name]
@@ -135,7 +135,7 @@ def axis_sizes(card: Mechanism, shapes: Shapes) -> dict[str, int]:
 
 
 def default_scale(card: Mechanism, shapes: Shapes) -> float:
-    """What multiplies the scores where a call does not say."""
+    """The factor on the scores for calls that do not give one."""
     if not callable(card.default_scale) and card.default_scale != "rsqrt":
         return float(card.default_scale)
     widths = {name: shape[-1] for name, shape in shapes if shape}

@@ -1,7 +1,7 @@
-"""How an engine runs: PyTorch everywhere, faster code where there is some for the tensor's device.
+"""Backends, which run engines: PyTorch everywhere, faster code where it exists for the tensors' device.
 
-Dispatch looks at the tensors' device and dtype, at what the call needs and at what was asked for, never at what happens
-to be importable. A backend that was asked for by name never falls back to another.
+Dispatch depends on the tensors' device and dtype, on what the call needs and on the backend requested, never on which
+packages can be imported. A backend requested by name never falls back to another.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from regard.contract import Unsupported, closest
 
 @dataclass(frozen=True)
 class Engine:
-    """One backend's way to run an engine.
+    """One backend's implementation of an engine.
 
     Attributes:
-        run: the engine.
-        refuses: called with the arguments of `run`, why this backend cannot run such a call; None when it can. What it
-            looks at must not depend on the tensors' values.
+        run: the function that computes the engine.
+        refuses: called with the arguments of `run`, gives the reason why this backend cannot run the call; None if it
+            can. Must not depend on the tensors' values.
     """
 
     run: Callable[..., Any]
@@ -39,12 +39,12 @@ class Backend:
     """A way to run engines.
 
     Attributes:
-        name: what users ask for.
-        engines: those that it has.
-        devices: device types it runs on; every device when empty.
-        dtypes: dtypes of the first tensor that it takes; every dtype when empty.
-        missing: why it cannot run at all here; None when it can.
-        transforms: whether its engines have forward-mode derivatives and let themselves be transformed by `torch.func`.
+        name: the name that users request.
+        engines: the engines that it implements.
+        devices: device types that it runs on; every device when empty.
+        dtypes: accepted dtypes of the first tensor; every dtype when empty.
+        missing: why it cannot run at all on this machine; None if it can.
+        transforms: whether its engines support forward-mode derivatives and transforms of `torch.func`.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Backend:
     transforms: bool = True
 
     def lacks(self, engine: str, device: pytorch.device, dtype: pytorch.dtype | None) -> str | None:
-        """Why it cannot run an engine on such tensors, whatever the call; None when it can."""
+        """The reason why it cannot run an engine on such tensors, whatever the call; None if it can."""
         if engine not in self.engines:
             return f"it does not have the engine {engine}" if engine else "plain functions run on torch"
         if self.missing is not None:
@@ -82,11 +82,11 @@ NATIVE = Backend(
 TORCH = Backend("torch", engines={"": Engine(lambda: None)})
 
 BACKENDS = [NATIVE, TORCH]
-"""In order of preference: the first that can run a call runs it."""
+"""Backends in order of preference: a call runs on the first that supports it."""
 
 
 def add_engine(name: str, **forms: Engine) -> None:
-    """Let backends run an engine: called by the engine's package, with its form for each backend that has one."""
+    """Register an engine, with one form for each backend that supports it. Engine packages call this."""
     for backend in (NATIVE, TORCH):
         if backend.name in forms:
             backend.engines[name] = forms[backend.name]
@@ -94,14 +94,14 @@ def add_engine(name: str, **forms: Engine) -> None:
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that would run, and why."""
+    """The backend that a call would run on, and the reason."""
 
     name: str
     reason: str
 
 
 def engine_names() -> list[str]:
-    """Engines that some backend has."""
+    """Names of the engines that some backend has."""
     return sorted({name for backend in BACKENDS for name in backend.engines if name})
 
 
@@ -118,7 +118,7 @@ def _candidates(engine: str, requested: str | None) -> list[Backend]:
 
 
 def _because(passed: list[str]) -> str:
-    """Why a backend runs a call: what the ones before it lack."""
+    """The reason why a backend runs a call: what the preceding ones lack."""
     return "; ".join(passed) or f"the first of {', '.join(b.name for b in BACKENDS)}"
 
 
@@ -141,8 +141,8 @@ def which_backend(
 ) -> Choice:
     """The backend that would run `engine`, one of :func:`engine_names`, and the reason.
 
-    A call may still need something that this backend lacks; then the next one runs it, unless it was asked for by name.
-    An empty name stands for what no engine computes; only torch runs it.
+    A particular call may need something that this backend lacks; the next one then runs it, unless a backend was
+    requested by name. An empty name means plain functions without an engine, which only run on torch.
 
     Raises:
         Unsupported: for an unknown engine, device or backend, or a backend that lacks the engine, device or dtype.
@@ -165,7 +165,7 @@ def which_backend(
 
 @contextmanager
 def only(*names: str) -> Iterator[None]:
-    """No other backends than these for a while, in the whole process: to measure one beside another."""
+    """Use only these backends inside the block, in the whole process, to compare one with another."""
     kept = list(BACKENDS)
     BACKENDS[:] = [b for b in kept if b.name in names]
     try:
@@ -176,7 +176,7 @@ def only(*names: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Ran:
-    """An engine that ran: on which backend, and why on this one."""
+    """An engine that ran, with its backend and the reason for it."""
 
     engine: str
     backend: str
@@ -184,10 +184,11 @@ class Ran:
 
 
 class Record(Counter[Ran]):
-    """How often engines ran, and on what; printed as a line for each.
+    """Counts how often each engine ran, on which backend and why; prints one line for each.
 
     Attributes:
-        asked: engines that a backend was chosen for: those that ran, and those that a mechanism goes without on torch.
+        asked: engines for which a backend was chosen: those that ran, and those that a mechanism skipped in favour of
+            plain torch.
     """
 
     def __init__(self, *counts: Any) -> None:
@@ -196,7 +197,7 @@ class Record(Counter[Ran]):
 
     @property
     def backends(self) -> set[str]:
-        """Backends that ran."""
+        """Backends that some engine ran on."""
         return {ran.backend for ran in self}
 
     def __str__(self) -> str:
@@ -206,7 +207,7 @@ class Record(Counter[Ran]):
 
 
 class _Watchers(threading.local):
-    """The records that fill in this thread, outermost first."""
+    """The active records of this thread, outermost first."""
 
     def __init__(self) -> None:
         self.records: list[Record] = []
@@ -217,9 +218,9 @@ _WATCHERS = _Watchers()
 
 @contextmanager
 def watch_backends() -> Iterator[Record]:
-    """What this thread runs inside the block, engine by engine, with the reason: a :class:`Record` that fills as they run.
+    """Record which engines this thread runs inside the block, and why on this backend, in a :class:`Record`.
 
-    Not in compiled programs, which choose once, while they are traced::
+    Compiled programs are not recorded, since they choose once, while being traced::
 
         with regard.watch_backends() as ran:
             layer(x)
@@ -240,15 +241,15 @@ def _note(engine: str) -> None:
 
 
 def prefers_native() -> bool:
-    """Whether native forms come first here, torch's follow and nobody asks which runs: then a form may be called directly."""
+    """Return whether native comes first, torch last, and nothing is recorded, so that forms may be called directly."""
     return BACKENDS[0] is NATIVE and NATIVE.missing is None and BACKENDS[-1] is TORCH and not _WATCHERS.records
 
 
 def execute(engine: str, requested: str | None, device: pytorch.device, dtype: pytorch.dtype, *arguments: Any) -> Any:
-    """Run `engine` on the backend asked for, or on the first that can run this very call.
+    """Run `engine` on the requested backend, or on the first that supports this call.
 
     Raises:
-        Unsupported: when the backend asked for cannot run it.
+        Unsupported: if the requested backend cannot run the call.
     """
     _note(engine)
     passed: list[str] = []
@@ -265,5 +266,5 @@ def execute(engine: str, requested: str | None, device: pytorch.device, dtype: p
         if requested is not None:
             raise _refusal(engine, requested, reason)
         passed.append(f"{candidate.name}: {reason}")
-    _candidates(engine, requested)  # refuses an engine that nobody has
+    _candidates(engine, requested)  # raises for an engine that no backend has
     raise Unsupported(f"the engine {engine} on {device.type}", supported="a device that some backend has")

@@ -1,11 +1,11 @@
-"""Functions of tensors as operators of torch, at a cost of microseconds.
+"""Functions of tensors as torch operators, with an overhead of microseconds.
 
-An operator is what graphs, exports, profilers and modes of dispatch see of a kernel. `torch.library.custom_op` is one too,
-but spends on a call, and on its gradient more so, what a kernel takes for a short sequence.
+An operator makes a kernel visible to graphs, exports, profilers and dispatch modes. `torch.library.custom_op` does so
+too, but the overhead of a call, and even more of its gradient, is as long as a kernel takes for a short sequence.
 
-What torch has no public word for is asked of its private ones, here alone: modes of dispatch, transforms of `torch.func`,
-the level of forward-mode derivatives, traces, zero tensors, and the guard below the recording of gradients. The tests of this
-module have a case for each, so that a torch that changes one of them shows.
+This is the only module that uses private functions of torch, where there is no public one: for dispatch modes,
+transforms of `torch.func`, the level of forward-mode derivatives, tracing, zero tensors, and the guard below autograd.
+The module's tests cover each of them, so that a change in torch is noticed.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ _LIBRARY = torch.library.Library("regard", "FRAGMENT")
 PLAIN = (Tensor, torch.nn.Parameter)
 
 TRANSFORMS = "forward-mode derivatives or transforms of torch.func"
-"""Derivatives that operators do not have; :func:`transformed` tells when they would be needed."""
+"""Kinds of derivatives that operators do not support; :func:`transformed` says when they would be needed."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Arguments of operators that belong together: the base of frozen dataclasses of tensors and numbers, which an operator
-    takes apart for torch."""
+    """Base of frozen dataclasses of tensors and numbers that group arguments of operators. Torch sees their fields as
+    separate arguments."""
 
     @classmethod
     def places(cls) -> list[str]:
-        """The names of its fields, in the order in which torch sees them."""
+        """Names of the fields, in the order in which torch sees them."""
         return [field.name for field in fields(cls)]
 
     @property
     def learned(self) -> list[Tensor | None]:
-        """The first fields, tensors that may have gradients; a class that has some names them."""
+        """The leading fields that may have gradients, all tensors; to be overridden by classes with such fields."""
         return []
 
     @property
     def records(self) -> bool:
-        """Whether some of them wants a gradient."""
+        """True if one of these tensors requires a gradient."""
         return any(x is not None and x.requires_grad for x in self.learned)
 
     def empty_gradients(self, needed: Sequence[bool]) -> list[Tensor]:
-        """Room for the gradients of what is :attr:`learned`: contiguous, whatever the inputs' strides; empty where not
-        needed."""
+        """Empty tensors for the gradients of :attr:`learned`: contiguous, whatever the inputs' strides; of size 0 where
+        not needed."""
         like = next(x for x in self.learned if x is not None)
         return [
             x.new_empty(x.shape) if want and x is not None else like.new_empty(0)
@@ -62,38 +62,39 @@ class Packed:
         ]
 
     def keep(self, ctx: Any, *results: Tensor | None) -> None:
-        """Save it, and what an operator has found, for a backward function, which asks :meth:`kept` for them."""
+        """Save this object and results of the operator for the backward function, which calls :meth:`kept`."""
         values = [getattr(self, name) for name in self.places()]
         ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in values), *results)
         ctx.numbers = [None if isinstance(x, Tensor) else x for x in values]
 
     @classmethod
     def kept(cls, ctx: Any) -> tuple[Self, list[Any]]:
-        """What :meth:`keep` was given: the object, and the results."""
+        """The object and the results that :meth:`keep` saved."""
         saved, count = ctx.saved_tensors, len(ctx.numbers)
         values = (x if number is None else number for x, number in zip(saved, ctx.numbers, strict=False))
         return cls(*values), list(saved[count:])
 
     def needed(self, ctx: Any) -> list[bool]:
-        """Which gradients of what is :attr:`learned` are asked for, where it is an operator's first argument."""
+        """Which gradients of :attr:`learned` are needed, if this object is the operator's first argument."""
         return list(ctx.needs_input_grad[: len(self.learned)])
 
     def gradients(self, found: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
-        """Gradients of what is :attr:`learned`, as a backward function returns them: None where not needed, and of the
-        other fields."""
+        """Gradients in the form that a backward function returns: None where not needed, and for all fields after
+        :attr:`learned`."""
         grads = [x if need else None for x, need in zip(found, needed, strict=True)]
         return *grads, *[None] * (len(self.places()) - len(grads))
 
 
 class Operator:
-    """``torch.ops.regard.<name>``, and the quick way to call it.
+    """``torch.ops.regard.<name>``, with a faster way to call it.
 
     Args:
-        name: of the operator.
-        run: computes it on the CPU. Its annotations are the schema, in which a :class:`Packed` stands for its fields; it
-            neither changes its inputs nor returns them, has no defaults, and answers every bad call with an exception.
+        name: name of the operator.
+        run: computes it on the CPU. The schema is inferred from its annotations, where a :class:`Packed` stands for its
+            fields; it must not change or return its inputs, has no defaults, and raises an exception for every bad
+            call.
 
-    Every operator wants :meth:`register_fake` and a gradient: :meth:`register_autograd` or :meth:`refuse_gradient`.
+    Every operator needs :meth:`register_fake` and a gradient: :meth:`register_autograd` or :meth:`refuse_gradient`.
     """
 
     def __init__(self, name: str, run: Callable[..., Any]) -> None:
@@ -108,7 +109,7 @@ class Operator:
         self._apply: Callable[..., Any] = self.overload
 
     def __call__(self, *arguments: Any) -> Any:
-        if transformed():  # the dispatcher would drop tangents, and batch by a loop
+        if transformed():  # the dispatcher would lose tangents, and batch by a loop
             raise Unsupported(f"{TRANSFORMS} of the operator {self.name}", nearest="backend='torch'")
         flat = self._flat(arguments) if self._packs else arguments
         if _observed():
@@ -118,18 +119,18 @@ class Operator:
         if not _direct(flat):
             with torch._C._AutoDispatchBelowAutograd():
                 return self.overload(*flat)
-        return self._run(*arguments)  # what the dispatcher would come to
+        return self._run(*arguments)  # where the dispatcher would end up
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorates what makes empty results of the right shapes, dtypes and strides."""
+        """Decorator for the function that makes empty results of the right shapes, dtypes and strides."""
         torch.library.register_fake(f"regard::{self.name}", self._of_flat(function), lib=_LIBRARY)
         return function
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
-        """The gradient, as in `torch.library.register_autograd`; to be differentiated again, it calls operators.
+        """Register a gradient, as in `torch.library.register_autograd`; for double backward, it must call operators.
 
-        `setup_context` gets the inputs as `run` does. `backward` returns a gradient for each argument that torch sees, and
-        `ctx.needs_input_grad` has their order: see :meth:`Packed.places`.
+        `setup_context` gets the inputs as `run` does. `backward` returns a gradient for each argument that torch sees;
+        `ctx.needs_input_grad` has the same order: see :meth:`Packed.places`.
         """
 
         def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -139,7 +140,7 @@ class Operator:
         self._apply = _function(self.name, self.overload, backward, keep)
 
     def _flat(self, arguments: tuple[Any, ...]) -> list[Any]:
-        """The arguments as torch sees them."""
+        """Arguments of `run` as torch sees them."""
         flat: list[Any] = []
         for at, argument in enumerate(arguments):
             if at in self._packs:
@@ -149,7 +150,7 @@ class Operator:
         return flat
 
     def _packed(self, flat: Sequence[Any]) -> tuple[Any, ...]:
-        """The arguments as `run` takes them."""
+        """Arguments that torch sees, as `run` takes them."""
         left, arguments = list(flat), list[Any]()
         while left:
             kind, names = self._packs.get(len(arguments), (None, ("",)))
@@ -161,7 +162,7 @@ class Operator:
         return (lambda *flat: function(*self._packed(flat))) if self._packs else function
 
     def refuse_gradient(self, asked: str, *, supported: str = "", nearest: str = "backend='torch'") -> None:
-        """Raise Unsupported, with these words, where a gradient through the operator is computed."""
+        """Raise Unsupported with this message if a gradient through the operator is computed."""
 
         def refuse(ctx: Any, *grads: Any) -> None:
             raise Unsupported(asked, supported=supported, nearest=nearest)
@@ -174,7 +175,7 @@ def _is_pack(hint: Any) -> bool:
 
 
 def _spread(run: Callable[..., Any], hints: dict[str, Any]) -> Callable[..., Any]:
-    """A function whose signature has the fields of packed arguments in their place, to read a schema from."""
+    """A function with the fields of packed arguments in its signature, from which torch infers a schema."""
     flat: dict[str, Any] = {}
     for name, hint in hints.items():
         flat |= typing.get_type_hints(hint) if _is_pack(hint) else {name: hint}
@@ -189,19 +190,18 @@ def _spread(run: Callable[..., Any], hints: dict[str, Any]) -> Callable[..., Any
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
-    """Decorates the function that computes an :class:`Operator`."""
+    """Decorator that turns a function into an :class:`Operator`."""
     return lambda run: Operator(name, run)
 
 
 def runs_plainly(*arguments: Any) -> bool:
-    """Whether an operator's call comes to nothing but its function: nobody sees it or wants its gradient."""
+    """Return whether calling an operator would do no more than run its function: no observer, no gradient."""
     watched = _observed() or forward_ad._current_level >= 0
     return not (watched or _differentiated(arguments)) and _direct(arguments)
 
 
 def transformed() -> bool:
-    """Whether forward-mode derivatives, or a function made from another by `torch.func`, are being computed; not asked of
-    what a compiler sees."""
+    """Return whether forward-mode derivatives or a transform of `torch.func` are active; False while compiling."""
     if torch.compiler.is_compiling():
         return False
     if not torch._C._are_functorch_transforms_active():
@@ -211,33 +211,33 @@ def transformed() -> bool:
 
 
 def in_transform() -> bool:
-    """Whether a function made from another by `torch.func` runs, functionalization among them."""
+    """Return whether a transform of `torch.func` is active, including functionalization."""
     return torch._C._are_functorch_transforms_active()
 
 
 def in_forward_mode() -> bool:
-    """Whether forward-mode derivatives are being computed."""
+    """Return whether forward-mode derivatives are being computed."""
     return forward_ad._current_level >= 0
 
 
 def _differentiated(arguments: Sequence[Any]) -> bool:
-    """Whether a gradient is recorded."""
+    """Return whether autograd records the call."""
     return torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in arguments])
 
 
 def _direct(arguments: Sequence[Any]) -> bool:
-    """Whether the dispatcher would come to the function on the CPU, and no profiler wants to know of it."""
+    """Return whether the dispatcher would call the CPU function directly, with no profiler active."""
     if torch.autograd._profiler_enabled():
         return False
     for x in arguments:
-        # a tensor's numbers lie in memory as they are: no sign waits to be applied, no zeros to be written
+        # plain memory: no lazy negation, and no zero tensor without storage
         if isinstance(x, Tensor) and (type(x) not in PLAIN or not x.is_cpu or x.is_neg() or x._is_zerotensor()):
             return False
     return True
 
 
 def _observed() -> bool:
-    """Whether something is to see the operator before its gradient is recorded: a compiler, a mode, a transform,
+    """Return whether something must see the operator before autograd does: a compiler, a mode, a transform,
     `torch.jit.trace`."""
     return torch.compiler.is_compiling() or bool(
         torch._C._len_torch_dispatch_stack()
@@ -249,7 +249,7 @@ def _observed() -> bool:
 def _function(
     name: str, overload: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Calls the operator and records its gradient, as the dispatcher would after several layers of Python."""
+    """A function that calls the operator and records its gradient, without the dispatcher's layers of Python."""
 
     def forward(ctx: Any, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():

@@ -1,10 +1,10 @@
-"""The few words everything shares: patterns, masks, context, state, results and the mechanism card.
+"""The vocabulary that all of regard shares: patterns, masks, context, state, results and the mechanism card.
 
 A *mechanism* is described once, by its card (:class:`Mechanism`); everything else in regard (functions, layers, tests,
 documentation, the command line) reads the card. A *form* is one way to compute a mechanism: ``reference`` (the
 definition), ``parallel``, ``chunked``, ``step``, and for cross patterns ``absorb`` and ``read``. Forms receive dense,
-right-padded tensors and a :class:`Call`; the gathering of padding, packing and sanitising happens before them, in
-:mod:`regard.functional`.
+right-padded tensors and a :class:`Call`; :mod:`regard.functional` handles padding, packing and sanitising before it
+calls them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The card of a mechanism, and what stands on it."""
+"""The card of a mechanism and the records it is made of."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Paper:
-    """Where a mechanism is defined."""
+    """A paper that defines a mechanism."""
 
     title: str
     arxiv: str
     year: int
     number: int | None = None
-    """Its number in the list of 55 papers, when it is one of them."""
+    """Its number in the list of 55 papers; None for a paper that is not on it."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of a problem, for cost estimates. `n` queries, `m` keys, `dim_key` and `dim_value` widths of a head."""
+    """The size of a problem, for cost estimates: `n` queries, `m` keys, head widths `dim_key` and `dim_value`."""
 
     batch: int
     heads: int
@@ -49,10 +49,10 @@ class Cost:
     """Analytic cost of one call of the mechanism (projections excluded).
 
     Attributes:
-        flops: multiply-adds counted twice, forward.
-        memory: numbers of temporary storage that grow with the problem, forward.
-        state: numbers kept for each sequence to decode its next token.
-        step_flops: as `flops`, for decoding one token after `m`.
+        flops: floating-point operations of the forward pass; a multiply-add counts as two.
+        memory: temporary numbers stored in the forward pass, as far as they grow with the problem.
+        state: numbers kept per sequence in order to decode its next token.
+        step_flops: as `flops`, for decoding one token after `m` others.
     """
 
     flops: float
@@ -63,16 +63,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class Waiver:
-    """A property of the equality matrix that a mechanism does not have, and where it does hold.
+    """A property of the equality matrix that a mechanism lacks, with the options under which it does hold.
 
     Attributes:
         property: name of the property in :mod:`regard.workbench.verification.verify`.
-        reason: why it cannot hold in general.
-        holds_with: options under which it holds and is tested; None where it never can.
-        patterns: patterns concerned; all when empty.
-        variants: variants concerned (:attr:`Mechanism.variants`); the default options and all variants when empty.
-        dtypes: dtypes concerned; all when empty.
-        backends: backends concerned; all when empty.
+        reason: why the property cannot hold in general.
+        holds_with: options under which the property holds and is tested; None if it never can.
+        patterns: patterns that the waiver covers; all when empty.
+        variants: variants that the waiver covers (:attr:`Mechanism.variants`); the default options and all variants
+            when empty.
+        dtypes: dtypes that the waiver covers; all when empty.
+        backends: backends that the waiver covers; all when empty.
     """
 
     property: str
@@ -91,8 +92,8 @@ class Waiver:
         dtype: torch.dtype | None = None,
         backend: str | None = None,
     ) -> bool:
-        """Whether it waives a property in a pattern, with the options of a variant (``""`` for the default ones), in a
-        dtype and on a backend (None: on any)."""
+        """Return whether this waives a property for a pattern, a variant (``""`` for the default options), a dtype and
+        a backend (None for any)."""
         return (
             self.property == property_name
             and (not self.patterns or pattern in self.patterns)
@@ -108,15 +109,15 @@ PUBLISHED_TOLERANCES: Mapping[torch.dtype, float] = {
     torch.bfloat16: 4e-3,
     torch.float16: 1e-3,
 }
-"""Largest error allowed, as a fraction of the largest output."""
+"""Largest error allowed for each dtype, as a fraction of the largest output."""
 
 
 @dataclass(frozen=True)
 class LayerSpec:
     """The specification that a mechanism's own layer modules are built from. Widths are numbers of features.
 
-    `kv_heads` is the number of key/value heads after projection; groups are expanded by the shell unless the card's
-    axis is ``g``.
+    `kv_heads` is the number of key/value heads after projection; the shell expands groups unless the card's axis is
+    ``g``.
     """
 
     dim: int
@@ -131,7 +132,7 @@ class LayerSpec:
 
 
 FORMS = ("reference", "parallel", "chunked", "step", "absorb", "read")
-"""Names of forms."""
+"""Names of the forms."""
 
 
 ACTS_LIKE: Mapping[str, tuple[str, ...]] = {
@@ -142,78 +143,80 @@ ACTS_LIKE: Mapping[str, tuple[str, ...]] = {
     "seqpe_scalar": ("rotary", "alibi"),
     "toeplitz": ("alibi",),
 }
-"""Position schemes that act where others do: a mechanism that accepts these accepts them too."""
+"""Position schemes, each with others that act in the same way: mechanisms that accept all of these accept it too."""
 
 
 TURNED_BEFORE = ("seqpe_mul", "seqpe_add", "seqpe_scalar")
-"""Those of them that change queries and keys before the call, so not of a mechanism that rotates them itself."""
+"""Schemes of `ACTS_LIKE` that change q and k before the call: not added for mechanisms that rotate them themselves."""
 
 
 @dataclass(frozen=True, eq=False)
 class Mechanism:
-    """The card of a mechanism: all that is claimed of it, and nothing else is claimed anywhere. Equal only to itself.
+    """The card of a mechanism, the only place where regard makes claims about it. Equal only to itself.
 
     Attributes:
-        name: catalogue name.
+        name: name in the catalogue.
         aliases: other names.
-        alias_options: options of the mechanism or its layer for which some of the aliases stand, such as a variant with a
-            name of its own.
-        kind: what it maps.
-        summary: one sentence.
-        paper: where it is defined.
+        alias_options: options of the mechanism or its layer that an alias implies, such as a variant with a name of its
+            own.
+        kind: what the mechanism maps.
+        summary: one sentence about the mechanism.
+        paper: where the mechanism is defined.
         inputs: axes of each tensor. ``b`` batch, ``h`` heads, ``g`` key/value heads (a divisor of h), ``n`` queries,
             ``m`` keys; other letters are widths that must agree. A name ending in ``?`` is optional.
         output: axes of the output.
-        patterns: patterns it has.
-        refused: reason for each pattern that it lacks.
+        patterns: patterns that the mechanism supports.
+        refused: the reason for each pattern that it does not support.
         forms: functions by form name: reference, parallel, chunked, step, absorb, read. The definition alone is enough:
-            then it computes all calls, padded rows one by one.
-        config: frozen dataclass of options.
-        variants: sets of options, by name, which together reach every computation that the options allow: the equality
-            matrix runs each, in sizes small enough for its tests.
-            Options of the layer may be among them.
-        variant_patterns: patterns of the variants that have not all of the card's, or do nothing in some.
+            it then computes all calls, padded rows one by one.
+        config: frozen dataclass of the mechanism's options.
+        variants: named sets of options that together reach every computation the options allow. The equality matrix
+            runs each, in sizes small enough for its tests. They may include options of the layer.
+        variant_patterns: patterns of the variants that do not support all of the card's, or that have no effect in
+            some.
         grid_variants: variants that are measured on grids; `sample_inputs` is then called with a ``grid``.
-        layer_variants: variants that layers have and functions do not.
+        layer_variants: variants that exist for layers but not for functions.
         state: its state class; None when it cannot continue a sequence.
-        combines: how the states of two pieces of a sequence, of which the later began with none, become that of both:
-            ``sum``, ``diagonal``, ``matrix`` or ``softmax`` (see :mod:`regard.distributed.states`), or a function of the
-            config that says it; ``""`` where one has to be handed to the other.
+        combines: how to merge the states of two pieces of a sequence when the later piece started from an empty state:
+            ``sum``, ``diagonal``, ``matrix`` or ``softmax`` (see :mod:`regard.distributed.states`), or a function from
+            the config to one of these; ``""`` if the first piece's state must be passed to the second.
         cost: analytic cost of a problem.
-        default_scale: ``"rsqrt"`` for dim_key ** -0.5, a number, or a function of the last axes of the inputs, by name,
-            whose docstring is the formula.
-        honours: of ``bias``, ``blocks``, ``dropout``, ``weights``, ``lse``, ``roles``, ``rotate`` (it rotates queries and
-            keys itself in causal-self), ``teacher`` (weights and outputs to learn from), ``grid`` (tokens stay in their
-            places on a grid, where there is one): what it takes beside tensors.
+        default_scale: ``"rsqrt"`` for dim_key ** -0.5, a number, or a function of the sizes of the inputs' last axes by
+            name, with the formula as its docstring.
+        honours: what the mechanism takes besides tensors: any of ``bias``, ``blocks``, ``dropout``, ``weights``,
+            ``lse``, ``roles``, ``rotate`` (it rotates queries and keys itself in causal-self), ``teacher`` (weights and
+            outputs to learn from) and ``grid`` (where there is a grid, tokens stay in their places on it).
         weights: whether attention weights are ``exact``, ``implicit`` or ``none``.
-        accepts_positions: position schemes that may be applied to its queries and keys, or to its scores; those of
-            `ACTS_LIKE` are added.
-        refused_positions: why it accepts no other scheme, where it could be thought to. (Schemes that add to scores need
-            ``bias`` in `honours`.)
-        knows_positions: whether it has positions of its own, so that those of a model that rotates are left out for it.
-        maps_before_rotation: with ``rotate`` in `honours`, whether it rotates queries and keys itself in noncausal-self
-            too, after its feature map; in cross patterns nothing rotates them.
-        length: ``any``, ``multiple``, ``max`` (its option ``length`` is the greatest) or ``grid``.
+        accepts_positions: position schemes that may be applied to its queries and keys, or to its scores; `ACTS_LIKE`
+            adds to them.
+        refused_positions: why it accepts no other scheme, if a reader might expect it to. (Schemes that add to scores
+            need ``bias`` in `honours`.)
+        knows_positions: whether it encodes positions itself, so that a model with rotary positions leaves them out for
+            it.
+        maps_before_rotation: with ``rotate`` in `honours`: whether it also rotates queries and keys itself, after its
+            feature map, in noncausal-self. In cross patterns nothing rotates them.
+        length: sequence lengths it takes: ``any``, ``multiple``, ``max`` (at most its option ``length``) or ``grid``.
         uneven: whether the causal-self form is defined for N != M.
-        domains: how to sample an input that is not a plain tensor of normals: ``log_decay``, ``unit``, ``positive``...
-        axis_sizes: widths of axes of `inputs` that options or the shape decide, in a problem as `cost` counts it; tests
-            have smaller ones.
-        sample_inputs: makes inputs for tests, when `domains` is not enough.
-        sample_context: makes what else a call needs in tests (roles), as tensors by name.
-        projection: makes the mechanism's inputs of the shell's q, k, v and tokens (:mod:`regard.contract.parts`).
+        domains: how to sample inputs that are not plain normal tensors: ``log_decay``, ``unit``, ``positive``...
+        axis_sizes: widths of the axes of `inputs` that depend on the options or the shape, for a problem as `cost`
+            counts it; tests use smaller ones.
+        sample_inputs: makes inputs for tests, if `domains` is not enough.
+        sample_context: makes the other tensors that a call needs in tests (roles), by name.
+        projection: makes the mechanism's inputs from the shell's q, k, v and tokens (:mod:`regard.contract.parts`).
         merge: changes the head outputs before the output projection.
-        recurrence: of options and the layer's projection (None without one), the mechanism in causal-self as the recurrence of
-            its state, in whose `memory` S is (and a window's tokens in `k` and `v`); None where these options are something
-            else. What says it decodes inside the native call of a decoder's layers.
-        module: the whole layer, for mixers, poolings, projections and wrappers; of attention a class derived from the
-            shell, where it must see layer inputs again.
-        prepare: inserts the tokens it needs: ids -> (ids, roles).
-        layer_defaults: options of the shell that belong to the mechanism.
-        in_trained_models: options, of a training length and a number of heads, with which it takes the place of softmax in a
-            model that is trained already, where these are not the defaults.
-        engine: what computes its fast forms, as in :func:`regard.which_backend`; ``""`` for plain PyTorch.
+        recurrence: from the options and the layer's projection (None without one), the causal-self mechanism as a
+            recurrence of its state, which holds S in `memory` (and a window's tokens in `k` and `v`); None if these
+            options are not such a recurrence. A mechanism with one can be decoded inside the native call for a
+            decoder's layers.
+        module: the whole layer, for mixers, poolings, projections and wrappers; for attention, a subclass of the shell
+            where the mechanism must see layer inputs again.
+        prepare: inserts the tokens that the mechanism needs: ids -> (ids, roles).
+        layer_defaults: shell options that are part of the mechanism.
+        in_trained_models: from a training length and a number of heads, the options with which the mechanism replaces
+            softmax in an already trained model; None for the defaults.
+        engine: the engine that computes its fast forms, as in :func:`regard.which_backend`; ``""`` for plain PyTorch.
         waivers: properties that do not hold, with reasons.
-        tolerances: largest error by dtype, relative to the largest output.
+        tolerances: largest error for each dtype, relative to the largest output.
     """
 
     name: str
@@ -259,9 +262,9 @@ class Mechanism:
     waivers: tuple[Waiver, ...] = ()
     tolerances: Mapping[torch.dtype, float] = field(default_factory=lambda: PUBLISHED_TOLERANCES)
     axes: Mapping[str, str] = field(init=False, repr=False)
-    """Axes of each input by name, optional ones too. Made from `inputs`."""
+    """Axes of each input by name, including optional inputs. Derived from `inputs`."""
     option_types: Types = field(init=False, repr=False)
-    """Types of the options of `config`."""
+    """Types of the options in `config`."""
 
     def __post_init__(self) -> None:
         if not self.alias_options.keys() <= set(self.aliases):
@@ -291,14 +294,14 @@ class Mechanism:
         object.__setattr__(self, "accepts_positions", (*accepted, *alike))
 
     def spelled_aliases(self) -> list[str]:
-        """Its aliases, with the options for which they stand in parentheses."""
+        """Its aliases, each followed by the options it implies in parentheses."""
         return [
             f"{alias} ({spelled(self.alias_options[alias])})" if alias in self.alias_options else alias
             for alias in self.aliases
         ]
 
     def require_pattern(self, pattern: str | Pattern) -> Pattern:
-        """The parsed pattern; raises Unsupported with the card's reason when the mechanism lacks it."""
+        """Parse a pattern; raise Unsupported with the card's reason if the mechanism lacks it."""
         wanted = pattern if isinstance(pattern, Pattern) else Pattern.parse(pattern)
         if wanted not in self.patterns:
             reason = self.refused.get(wanted, "")
@@ -310,7 +313,7 @@ class Mechanism:
         return wanted
 
     def options(self, **options: Any) -> Any:
-        """The mechanism's `Config` from options; lists are taken as tuples, as JSON has them.
+        """Build the mechanism's `Config` from options; lists become tuples, since JSON only has lists.
 
         Raises:
             Unsupported: for unknown names, numbers that are not finite, and other bad values.
@@ -327,7 +330,7 @@ class Mechanism:
         options = {name: tuple(value) if type(value) is list else value for name, value in options.items()}
         config = self.config(**options)
         for name, value in options.items():
-            if type(value) is float and not -math.inf < value < math.inf:  # math.isfinite breaks graphs
+            if type(value) is float and not -math.inf < value < math.inf:  # math.isfinite causes graph breaks
                 raise Unsupported(
                     f"{name}={value} of {self.name}",
                     supported="a finite number",
@@ -336,47 +339,47 @@ class Mechanism:
         return config
 
     def places_keys(self, pattern: Pattern) -> bool:
-        """Whether it rotates queries and keys itself, in place of its layer: in causal-self, whose cached keys change their
-        places, and in noncausal-self where it maps them before."""
+        """Return whether the mechanism, not its layer, rotates queries and keys: in causal-self, because cached keys
+        change their positions, and in noncausal-self if it applies its feature map first."""
         early = pattern is Pattern.CAUSAL_SELF or (self.maps_before_rotation and not pattern.cross)
         return "rotate" in self.honours and early
 
     @property
     def memory_inputs(self) -> list[str]:
-        """Inputs that belong to the memory (they have the axis m and not n)."""
+        """Inputs that belong to the memory (with an axis m but no n)."""
         return [name for name, axes in self.axes.items() if "m" in axes and "n" not in axes]
 
     @property
     def shared_inputs(self) -> list[str]:
-        """Inputs that belong to no sequence (they have neither n nor m), such as a learned query."""
+        """Inputs that belong to no sequence (with neither n nor m), such as a learned query."""
         return [name for name, axes in self.axes.items() if "m" not in axes and "n" not in axes]
 
     @property
     def absorbed_inputs(self) -> list[str]:
-        """Inputs of the ``absorb`` form: the memory's, and those of no sequence that it names as parameters."""
+        """Inputs of the ``absorb`` form: the memory's, and those of its parameters that belong to no sequence."""
         named = inspect.signature(self.forms["absorb"]).parameters
         return self.memory_inputs + [name for name in self.shared_inputs if name in named]
 
     @property
     def keeps_places(self) -> bool:
-        """Whether tokens on a grid stay in their places, with padding among them, instead of being gathered."""
+        """True if tokens on a grid stay in their places, with padding among them, instead of being gathered."""
         return self.length == "grid" or "grid" in self.honours
 
     def patterns_of(self, variant: str) -> tuple[Pattern, ...]:
-        """Patterns of a variant; the card's for ``""``, the default options."""
+        """Patterns of a variant; ``""`` means the default options, which have the card's patterns."""
         return self.variant_patterns.get(variant, self.patterns)
 
     def combines_with(self, config: Any) -> str:
-        """`combines`, with these options."""
+        """The value of `combines` for these options."""
         return self.combines if isinstance(self.combines, str) else self.combines(config)
 
     @property
     def recurrent(self) -> bool:
-        """Whether its state has a size that does not grow with the sequence."""
+        """True if its state does not grow with the sequence, with the default options."""
         return self.is_recurrent(self.config())
 
     def is_recurrent(self, config: Any) -> bool:
-        """Whether its state has a size that does not grow with the sequence, with these options."""
+        """Return whether its state does not grow with the sequence, with these options."""
         if self.state is None:
             return False
         small, large = (self.cost(Shape(1, 1, n, n, 64, 64), config).state for n in (1 << 12, 1 << 16))

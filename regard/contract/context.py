@@ -1,4 +1,4 @@
-"""What accompanies the tensors of a call: masks, positions and what else is wanted."""
+"""Everything that accompanies the tensors of a call: masks, positions, and the extras to return."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 class BlockMask:
     """Block-sparse visibility on token *ranks* (True = may attend).
 
-    Query rank i lies in block ``i // block_size``. In causal-self, queries count from the offset M - N of the row.
+    Query rank i is in block ``i // block_size``. In causal-self, query ranks start at the row's offset M - N.
 
     Attributes:
-        visible: blocks that may attend, broadcast over batch and heads.
-        block_size: tokens a block, in queries and keys.
+        visible: which blocks may attend to which; broadcast over batch and heads.
+        block_size: tokens per block, for queries and keys alike.
     """
 
     visible: Bool[Tensor, "#b #h q_blocks k_blocks"]
@@ -49,20 +49,20 @@ register_pytree(BlockMask, {"block_size": int})
 
 @dataclass(frozen=True)
 class Mask:
-    """Which tokens of one sequence axis exist, and what pairs of them may see each other. True = may attend.
+    """Which tokens of one sequence axis are valid, and which pairs of them may attend. True = may attend.
 
     Give at most one of `valid`, `lengths`, `cu_seqlens`. `bias` and `blocks` describe pairs and belong to the query
-    side's mask; a mechanism that cannot honour them refuses.
+    side's mask; a mechanism that cannot honour them raises Unsupported.
 
     Attributes:
-        valid: key padding of any shape (left, right, inside).
-        lengths: valid tokens of each right-padded row.
-        cu_seqlens: borders of documents packed into one row (batch size 1), starting with 0.
-        max_length: length of the longest document, as a Python int; computed from `cu_seqlens` when not given.
+        valid: key padding mask of any layout (left, right, inside).
+        lengths: number of valid tokens in each right-padded row.
+        cu_seqlens: boundaries of the documents packed into one row (batch size 1), starting with 0.
+        max_length: length of the longest document, as a Python int; computed from `cu_seqlens` when None.
         bias: added to the scores of exact mechanisms; -inf hides a pair.
         blocks: block-sparse visibility.
-        layout: of a mask that a model or layer makes for what is inside it: how the tokens lie, which is then neither
-            checked nor found again (:func:`regard.core.ragged.inner_mask`). None in masks of callers.
+        layout: the layout of the tokens, in a mask that a model or layer makes for its inner modules, so that it is
+            neither checked nor computed again (:func:`regard.core.ragged.inner_mask`). None in masks that callers make.
     """
 
     valid: Bool[Tensor, "b n"] | None = None
@@ -105,7 +105,7 @@ class Mask:
 
     @property
     def ragged(self) -> bool:
-        """Whether some tokens may be missing (as opposed to pairs being hidden)."""
+        """True if some tokens may be missing (as opposed to pairs being hidden)."""
         return self.valid is not None or self.lengths is not None or self.cu_seqlens is not None
 
 
@@ -113,7 +113,7 @@ register_pytree(Mask, {"max_length": int})
 
 
 def check_mask(name: str, mask: Any) -> None:
-    """Raise Unsupported for anything but a :class:`Mask` or None, with the mask that was meant."""
+    """Raise Unsupported for anything but a :class:`Mask` or None, and suggest the mask that was probably meant."""
     if mask is None or isinstance(mask, Mask):
         return
     meant = "Mask(valid=...)"
@@ -131,7 +131,7 @@ def check_mask(name: str, mask: Any) -> None:
 
 
 class Role(enum.IntEnum):
-    """The purpose of an inserted token; ordinary tokens are 0."""
+    """The purpose of an inserted token; ordinary tokens have role 0."""
 
     TOKEN = 0
     LANDMARK = 1
@@ -141,7 +141,7 @@ class Role(enum.IntEnum):
 
 
 WANTS = ("state", "weights", "lse", "gates")
-"""Extras that a call may be asked for beside its output."""
+"""Extras that a call can be asked to return in addition to its output."""
 
 
 @dataclass(frozen=True)
@@ -149,18 +149,19 @@ class Context:
     """Everything that accompanies the tensors of one call.
 
     Attributes:
-        mask: of the queries (and keys, in self patterns).
-        memory_mask: of the memory, in cross patterns.
-        positions: position of each token; the rank among valid tokens when None.
+        mask: mask of the queries (and of the keys, in self patterns).
+        memory_mask: mask of the memory, in cross patterns.
+        positions: position of each token; None for its rank among the valid tokens.
         memory_positions: likewise for the memory.
-        position_vectors: of a model whose position scheme encodes positions once for all layers: what it made of them.
-        grid: sizes of the image or volume whose tokens are laid out row by row.
-        roles: :class:`Role` of each token; in cross patterns of each token of the memory.
-        generator: source of every random draw of the call.
+        position_vectors: position encodings that a model computed once for all its layers, if its position scheme
+            allows that.
+        grid: sides of the image or volume whose tokens are laid out row by row.
+        roles: :class:`Role` of each token; in cross patterns, of each token of the memory.
+        generator: random generator for every draw of the call.
         progress: training step or diffusion time, for mechanisms that follow a schedule.
-        teacher: tensors of a teacher for distillation losses.
-        want: extras to compute, of `WANTS`: ``"state"`` (continue later), ``"weights"`` (attention weights), ``"lse"``
-            (their log-sum-exp), ``"gates"`` (of a wrapper's routers).
+        teacher: a teacher's tensors, for distillation losses.
+        want: extras to compute, from `WANTS`: ``"state"`` (to continue later), ``"weights"`` (attention weights),
+            ``"lse"`` (their log-sum-exp), ``"gates"`` (of a wrapper's routers).
     """
 
     mask: Mask | None = None
@@ -190,7 +191,7 @@ class Context:
                 )
 
     def replace(self, **changes: Any) -> Context:
-        """The same context with other fields."""
+        """A copy of this context with some fields changed."""
         return dataclasses.replace(self, **changes)
 
 

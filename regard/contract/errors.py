@@ -1,4 +1,4 @@
-"""The one exception for what cannot be honoured, and checks of options that raise it."""
+"""The one exception for unsupported requests, and the option checks that raise it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Unsupported(ValueError):
     Args:
         asked: what was asked for.
         supported: what is accepted instead, in words.
-        nearest: the nearest alternative, ready to use.
+        nearest: the closest supported alternative, ready to use.
     """
 
     def __init__(self, asked: str, *, supported: str = "", nearest: str = "") -> None:
@@ -28,7 +28,7 @@ class Unsupported(ValueError):
         super().__init__("; ".join(parts))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Its parts, of which it is made again in another process."""
+        """Pickle the three parts of the message, from which another process rebuilds the exception."""
         return _unsupported, (type(self), self.asked, self.supported, self.nearest)
 
 
@@ -37,10 +37,11 @@ def _unsupported(kind: type[Unsupported], asked: str, supported: str, nearest: s
 
 
 def closest(word: str, choices: Iterable[str]) -> str:
-    """The choice spelled most like `word`, or ``""`` when none is close.
+    """The choice whose spelling is closest to `word`, or ``""`` when none is close.
 
-    Close are spellings that share three fifths of their letters, in order, and names that begin with the same word or
-    hold all words of `word`. Fewer letters in common are common by chance. Capitals and small letters are the same.
+    A spelling is close if it shares three fifths of its letters with `word`, in order, or if it is a name that begins
+    with the same word as `word` or contains all of its words. With fewer letters in common, matches would often be
+    accidental. Case is ignored.
     """
     word, names = str(word).lower(), {name.lower(): name for name in choices}
     words = _words(word)
@@ -55,7 +56,7 @@ def _words(name: str) -> list[str]:
 
 
 def check_options(config: type[Any], given: Iterable[str], of: str) -> None:
-    """Raise Unsupported for a name that is no option of a config class; `of` says in words whose it would be."""
+    """Raise Unsupported for a name that is not an option of a config class; `of` names the owner in the message."""
     names = [f.name for f in dataclasses.fields(config)]
     for name in given:
         if name not in names:
@@ -63,7 +64,7 @@ def check_options(config: type[Any], given: Iterable[str], of: str) -> None:
 
 
 def one_of(name: str, value: Any, choices: Iterable[Any]) -> None:
-    """Check an option in a Config's ``__post_init__``."""
+    """Check in a Config's ``__post_init__`` that an option is one of the choices."""
     accepted = list(choices)
     if value not in accepted:
         raise Unsupported(
@@ -74,9 +75,9 @@ def one_of(name: str, value: Any, choices: Iterable[Any]) -> None:
 
 
 def at_least(name: str, value: float, low: float) -> None:
-    """Check an option in a Config's ``__post_init__``."""
+    """Check in a Config's ``__post_init__`` that an option is at least `low`."""
     try:
-        enough = value >= low  # NaN is neither
+        enough = value >= low  # False for NaN
     except TypeError:
         enough = False
     if not enough:
@@ -84,22 +85,22 @@ def at_least(name: str, value: float, low: float) -> None:
 
 
 NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed", "out of memory")
-"""What torch, CUDA and the native library say."""
+"""Phrases in the out-of-memory errors of torch, CUDA and the native library."""
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there was too little memory, on whatever device."""
+    """Return whether an error means that memory ran out, on any device."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
     )
 
 
 def an_instance(value: object) -> str:
-    """The type of a value with its article, as "an Encoder"."""
+    """The type name of a value with its article, such as "an Encoder"."""
     name = type(value).__name__
     return f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}"
 
 
 def spelled(options: Mapping[str, Any]) -> str:
-    """Options as a call has them."""
+    """Options written as in a call: ``name=value, name=value``."""
     return ", ".join(f"{name}={value!r}" for name, value in options.items())

@@ -1,4 +1,4 @@
-"""Modules that a mechanism adds to its layer: one makes inputs beside the heads, one changes the heads that come out."""
+"""Modules that a mechanism adds to its layer: a projection makes extra inputs, a merge changes the head outputs."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """A call of a layer as a mechanism's own modules see it: tokens are right-padded, with zeros in the padding.
+    """A layer call as the mechanism's own modules see it: tokens are right-padded, with zeros in the padding.
 
     Attributes:
-        x: the layer's input (B, N, C); None where memory alone is absorbed.
-        memory: the tokens of keys and values (B, M, C2), `x` in self patterns; None where a state has absorbed them.
-        context: of the layer's call; its masks are those of the caller's layout.
-        lengths: valid tokens of each row of `x`; None when all are.
-        memory_lengths: likewise of `memory`.
-        state: the projection's own, after the tokens before; None at the start.
-        settled: what the merge has settled before the heads are computed; None where it does all of it afterwards.
-        keeps_losses: whether somebody takes losses of the result.
+        x: the layer's input (B, N, C); None when only memory is being absorbed.
+        memory: the tokens that keys and values come from (B, M, C2), `x` in self patterns; None if a state has absorbed
+            them.
+        context: context of the layer's call; its masks refer to the caller's layout.
+        lengths: number of valid tokens in each row of `x`; None when all are valid.
+        memory_lengths: likewise for `memory`.
+        state: the projection's own state after the preceding tokens; None at the start.
+        settled: what the merge computed before the heads (:meth:`Merge.choose`); None if it does all its work
+            afterwards.
+        keeps_losses: whether the losses of the result will be used.
     """
 
     x: Float[Tensor, "b n c"] | None
@@ -44,17 +46,18 @@ class LayerCall:
 
 
 class Projection(nn.Module):
-    """Makes a mechanism's inputs: those that the shell has (q, k, v as heads) with its own. Built from a `LayerSpec`.
+    """Computes a mechanism's inputs from those of the shell (q, k, v as heads). Built from a `LayerSpec`.
 
     Attributes:
-        makes_queries: whether it makes the queries too, so that the shell has none.
-        mixes_tokens: whether it reads neighbours, so that padding has to be gathered away first.
-        for_one_pattern: whether what it learns is of one pattern alone.
-        learns_from_losses: patterns in which it learns from the losses of a result, which models of others do not add up.
-        reads_unrotated: what it reads before positions rotate it, and the option that reads something else; None where
-            rotation changes nothing for it.
-        learning_rates: those of Adam that its own parameters need in a model that is trained already, by name, where they
-            are not in proportion to the others'.
+        makes_queries: whether it makes the queries too, so that the shell has no query projection.
+        mixes_tokens: whether it mixes neighbouring tokens, so that padding must be removed first.
+        for_one_pattern: whether its parameters only fit the pattern that it was built for.
+        learns_from_losses: patterns in which it is trained by the auxiliary losses of a result, which third-party
+            models do not add to their loss.
+        reads_unrotated: (the inputs that it reads before positions rotate them, the option that makes it read something
+            else); None if rotation makes no difference to it.
+        learning_rates: Adam learning rates by parameter name, for those of its own parameters that need another rate
+            than the rest when they are added to an already trained model.
     """
 
     makes_queries: ClassVar[bool] = False
@@ -68,19 +71,19 @@ class Projection(nn.Module):
         __call__: Callable[..., tuple[Tensors, State | None]]
 
     def inputs(self, heads: Tensors, call: LayerCall) -> Tensors:
-        """All inputs of the mechanism, by name; without a state this is all there is to write."""
+        """All inputs of the mechanism, by name. A projection without a state only overrides this method."""
         raise NotImplementedError
 
     def forward(self, heads: Tensors, call: LayerCall) -> tuple[Tensors, State | None]:
-        """The inputs, and the state after these tokens where it keeps one."""
+        """The inputs, and the state after these tokens if the projection keeps one."""
         return self.inputs(heads, call), call.state
 
 
 class Merge(nn.Module):
-    """Changes the heads that come out of a mechanism, before the layer's output norm, gate and projection.
+    """Changes the head outputs of a mechanism, before the layer's output norm, gate and projection.
 
     Attributes:
-        each_token_alone: whether it mixes no tokens, so that padding may lie anywhere.
+        each_token_alone: whether each token is processed on its own, so that padding may be anywhere.
     """
 
     each_token_alone: ClassVar[bool] = False
@@ -89,19 +92,19 @@ class Merge(nn.Module):
         __call__: Callable[..., Tensor]
 
     def choose(self, heads: Tensors, call: LayerCall) -> tuple[Tensors, LayerCall]:
-        """The inputs of a mechanism that takes ``chosen``, with it where some tokens need no more than some of the heads, and
-        the call with what is settled by that."""
+        """For mechanisms with an input ``chosen``: the inputs, with ``chosen`` added if some tokens need only some of
+        the heads, and the call, with the merge's intermediate results in `settled`."""
         return heads, call
 
     def forward(
         self, output: Float[Tensor, "b h n v"], heads: Tensors, call: LayerCall, result: Result
     ) -> Float[Tensor, "b h n v2"]:
-        """The changed heads.
+        """Return the changed head outputs.
 
         Args:
-            output: of the mechanism.
-            heads: the inputs that it had.
-            call: of the layer.
-            result: of the mechanism, with its losses and extras.
+            output: output of the mechanism.
+            heads: inputs of the mechanism.
+            call: the layer's call.
+            result: result of the mechanism, with its losses and extras.
         """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""The ways in which attention is used, and kinds of mechanism."""
+"""Patterns, the ways in which attention is used, and the kinds of mechanism."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Pattern(enum.StrEnum):
 
     @classmethod
     def parse(cls, value: str | Pattern) -> Pattern:
-        """A pattern from its name, or itself.
+        """Parse a pattern's name; a pattern is returned as it is.
 
         Raises:
             Unsupported: for another name.

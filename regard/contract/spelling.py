@@ -1,4 +1,4 @@
-"""Options as people write them behind a name: ``option=value,option=value``."""
+"""Parsing of options written after a name: ``option=value,option=value``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from regard.contract.errors import Unsupported
 
 
 def read_options(text: str, name: str, before: str | None = None) -> dict[str, Any]:
-    """From ``option=value,option=value`` of `name`, which stand behind `before` (``name:`` when None).
+    """Parse the options ``option=value,option=value`` of `name`; errors show them after `before` (``name:`` when None).
 
-    Values are JSON, or else words.
+    Values are JSON; anything else is a string.
 
     Raises:
         Unsupported: for a part without a value.
@@ -30,7 +30,7 @@ def read_options(text: str, name: str, before: str | None = None) -> dict[str, A
 
 
 def split_list(text: str) -> list[str]:
-    """At commas outside of brackets."""
+    """Split a string at the commas that are outside brackets."""
     return [part.strip() for part in re.split(r",(?![^\[{]*[\]}])", text)]
 
 

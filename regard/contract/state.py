@@ -1,4 +1,4 @@
-"""What a call gives: results, and states to continue from."""
+"""Results of calls, and states to continue from."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ Tensors = dict[str, Tensor]
 
 
 def state_field(fill: float = 0.0, *, newest_last: bool = False, **given: Any) -> Any:
-    """A field of a :class:`State`.
+    """Define a field of a :class:`State`.
 
     Args:
-        fill: its value in an empty state, and in slots that a row does not have which another has.
-        newest_last: whether those slots come before a row's own, so that the newest is the last of all.
-        given: of `dataclasses.field`.
+        fill: value in an empty state, and in slots that one row lacks and another has.
+        newest_last: whether these padding slots come before the row's own, so that the newest token is always the last
+            one.
+        given: arguments of `dataclasses.field`.
     """
     return field(metadata={"fill": fill, "newest_last": newest_last}, **given)
 
 
 @dataclass(frozen=True)
 class State:
-    """The memory of a sequence for its continuation: a typed tuple of tensors, one row a sequence.
+    """What a sequence must remember in order to be continued: a typed tuple of tensors, one row per sequence.
 
     Subclasses are frozen dataclasses whose fields are tensors (batch first), other states, tuples of states, or None.
-    All are pytrees, so that `torch.export` takes and returns them.
+    All are pytrees, so that `torch.export` accepts and returns them.
     """
 
     def __init_subclass__(cls) -> None:
@@ -57,7 +58,7 @@ class State:
         return dataclasses.replace(self, **changes)
 
     def select(self, indices: Int[Tensor, " rows"]) -> Self:
-        """The state of the chosen rows, in that order; repeats allowed (beam search)."""
+        """The state of the chosen rows, in the given order; rows may repeat (beam search)."""
         return self._map(lambda t, _: t.index_select(0, indices))
 
     def reset(self, rows: Bool[Tensor, " b"]) -> Self:
@@ -65,7 +66,7 @@ class State:
         return self._map(lambda t, fill: torch.where(rows.view(-1, *[1] * (t.ndim - 1)), torch.full_like(t, fill), t))
 
     def detach(self) -> Self:
-        """The state without its history of gradients, as for truncated backpropagation."""
+        """The state detached from the autograd graph, as for truncated backpropagation."""
         return self._map(lambda t, _: t.detach())
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
@@ -74,7 +75,7 @@ class State:
         return self._map(lambda t, _: t.to(where, non_blocking=non_blocking))
 
     def tensors(self, prefix: str = "") -> Tensors:
-        """All tensors by dotted name: what `safetensors` saves."""
+        """All tensors by dotted name, as `safetensors` saves them."""
         found: Tensors = {}
 
         def visit(value: Any, name: str) -> None:
@@ -111,7 +112,7 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Total size of the tensors in bytes."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
 
@@ -124,9 +125,9 @@ class Result:
 
     Attributes:
         output: the mixed sequence.
-        state: to continue the sequence, when wanted.
-        losses: auxiliary losses as (sum, count), added up by the model.
-        extras: anything else that was wanted, such as ``weights``.
+        state: the state to continue from, if requested.
+        losses: auxiliary losses as (sum, count), which the model adds up.
+        extras: other requested values, such as ``weights``.
     """
 
     output: Tensor

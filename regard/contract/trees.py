@@ -1,4 +1,4 @@
-"""What makes dataclasses nodes that torch exports, saves and loads."""
+"""Registration of dataclasses as pytrees that torch can export, save and load."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 
 def register_pytree(cls: type, constants: Mapping[str, Callable[[Any], Any]] | None = None) -> None:
-    """Make a dataclass a node of `torch.utils._pytree`, so that `torch.export` takes and returns it, saves and loads it.
+    """Register a dataclass as a pytree node, so that `torch.export` can accept, return, save and load it.
 
     Args:
-        constants: fields that belong to the structure, not to the data, each with what makes its value of the list,
-            number or None that a saved program has in its place.
+        constants: fields that belong to the tree's structure rather than its data. Each comes with a function that
+            restores its value from the list, number or None that a saved program holds instead.
     """
     fixed = constants or {}
 
@@ -30,7 +30,7 @@ def register_pytree(cls: type, constants: Mapping[str, Callable[[Any], Any]] | N
         return [data for _, data in held], structure
 
     def unflatten(data: Iterable[Any], structure: Any) -> Any:
-        value: Any = object.__new__(cls)  # what torch puts in the place of tensors would not pass the checks of a call
+        value: Any = object.__new__(cls)  # skips __init__, whose checks torch's placeholders for tensors would fail
         names = [f.name for f in dataclasses.fields(cls) if f.name not in fixed]
         for name, held in (*zip(names, data, strict=True), *zip(fixed, structure, strict=True)):
             object.__setattr__(value, name, held)
@@ -42,7 +42,7 @@ def register_pytree(cls: type, constants: Mapping[str, Callable[[Any], Any]] | N
     def load(text: Any) -> Any:
         return tuple(x if x is None else make(x) for make, x in zip(fixed.values(), json.loads(text), strict=True))
 
-    # the name by which callers import it, under which programs are saved
+    # programs are saved under the name by which callers import the class
     name = f"{re.sub(r'^regard[.]contract[.].*', 'regard.contract', cls.__module__)}.{cls.__qualname__}"
     register_pytree_node(
         cls,

@@ -1,4 +1,4 @@
-"""Types of options, checked as they are annotated."""
+"""Type checks of options against their annotations."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from regard.contract.errors import Unsupported, an_instance
 
 
 class Types:
-    """Types of options by name, as annotations have them."""
+    """Types of options by name, taken from annotations."""
 
     def __init__(self, hints: Mapping[str, Any]) -> None:
         self.hints = hints
         self.exact = {name: frozenset(_exact(hint)) for name, hint in hints.items()}
 
     def check(self, owner: str, options: Mapping[str, Any]) -> None:
-        """Raise Unsupported for an option of another type; those without a type are not looked at. Not checked in a graph."""
+        """Raise Unsupported for an option of the wrong type. Skips options without a type; no-op while compiling."""
         if torch.compiler.is_compiling():
             return
         for name, value in options.items():
@@ -37,21 +37,21 @@ class Types:
 
 @functools.cache
 def types_of(annotated: Any) -> Types:
-    """The types that a class or function is annotated with."""
+    """The type annotations of a class or of a function's parameters."""
     try:
         return Types(typing.get_type_hints(annotated))
-    except (NameError, AttributeError):  # names that only a type checker imports
+    except (NameError, AttributeError):  # names imported for type checkers only
         return Types({})
 
 
 def check_types(config: Any) -> None:
-    """Raise Unsupported for an option of another type than the dataclass `config` says."""
+    """Raise Unsupported if a field of the dataclass `config` does not have its annotated type."""
     kind: Any = type(config)
     types_of(kind).check(an_instance(config), vars(config))
 
 
 def _exact(hint: Any) -> set[type]:
-    """Built-in types whose every value fits: for these no closer look is needed."""
+    """Built-in types all of whose values fit the annotation, so that no closer check is needed."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return set().union(*map(_exact, typing.get_args(hint)))
     if hint in (Set, Collection):
@@ -64,7 +64,7 @@ NUMBERS: Mapping[Any, tuple[type, ...]] = {
     int: (numbers.Integral, torch.SymInt),
     float: (numbers.Real, torch.SymInt, torch.SymFloat),
 }
-"""Types whose values are taken for numbers of a type."""
+"""Types accepted where a number type is annotated."""
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -1,1 +1,1 @@
-"""Tools that engines, layers and mechanisms share: rows and padding, visibility, random draws, angles, precision, files."""
+"""Shared utilities of engines, layers and mechanisms: padding, visibility, random draws, angles, precision, files."""

@@ -18,8 +18,8 @@ def angles(
     """``position / stretch * base ** (-2 i / width)`` for i = 0 ... ceil(width / 2) - 1, modulo one turn.
 
     Whole turns are removed in float64, so that float32 is as exact at position 1,000,000 as at position 1 (float32
-    alone would be wrong there by up to 0.03 of a radian). Computed at each call: a
-    buffer would be rounded by ``module.half()``.
+    alone would be off by up to 0.03 radians there). Computed at each call, since ``module.half()`` would round a
+    buffer.
     """
     wide = torch.float32 if positions.device.type == "mps" else torch.float64
     exponents = torch.arange(0, width, 2, dtype=wide, device=positions.device) / width

@@ -1,4 +1,4 @@
-"""A definition, which is one of unpadded tokens, on padded rows: each alone, cut to its tokens."""
+"""Runs a definition, which takes unpadded tokens, on padded rows: one row at a time, cut to its valid tokens."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ BESIDE = ("bias", "blocks", "grid", "roles")
 
 
 def by_rows(card: Mechanism, call: Call, tensors: Tensors) -> Tensor:
-    """The ``reference`` form on right-padded tensors; rows without queries or without keys give 0.
+    """Run the ``reference`` form on right-padded tensors; rows without queries or without keys give 0.
 
     Raises:
-        Unsupported: where the call has more of single tokens than lengths, where the form returns more than an output, and
-            in a compiled program, which cannot cut by lengths.
+        Unsupported: if the call has per-token arguments other than lengths, if the form returns more than an output,
+            and in a compiled program, which cannot cut rows by their lengths.
     """
     if torch.compiler.is_compiling():
         raise _too_much(card, "a compiled program")
@@ -29,7 +29,7 @@ def by_rows(card: Mechanism, call: Call, tensors: Tensors) -> Tensor:
     outputs = []
     for row in range(len(next(iter(counts.values())))):
         own = {letter: count[row] for letter, count in counts.items()}
-        empty = 0 in own.values()  # the definition need not know what is of no token
+        empty = 0 in own.values()  # a definition need not handle empty inputs
         cut = {name: _cut(x, card.axes[name], row, {} if empty else own) for name, x in tensors.items()}
         output = card.forms["reference"](alone, **cut)
         if not isinstance(output, Tensor):
@@ -43,7 +43,7 @@ def by_rows(card: Mechanism, call: Call, tensors: Tensors) -> Tensor:
 
 
 def _cut(x: Tensor, axes: str, row: int, counts: dict[str, int]) -> Tensor:
-    """One row of an input, and as many of its tokens as count."""
+    """One row of an input, cut to its valid tokens."""
     for letter, first, count in (("b", row, 1), *((letter, 0, count) for letter, count in counts.items())):
         if letter in axes:
             x = x.narrow(axes.index(letter), first, count)

@@ -1,4 +1,4 @@
-"""Files that are replaced in one step, there whole or as they were; and folders that can have some."""
+"""Atomic replacement of files, and checks that a folder can be written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from regard.contract import Unsupported
 
 
 def check_folder(folder: Path) -> None:
-    """Raise Unsupported unless a folder can be written in, or made: what takes long is not begun for one that cannot."""
+    """Raise Unsupported unless a folder can be written to or created, so that long work does not start in vain."""
     there = next(place for place in (folder, *folder.parents) if place.exists() or place.is_symlink())
     if there.is_symlink() and not there.exists():
         raise Unsupported(f"{folder} as the output, where {there} is a link to nothing", supported="a folder")
@@ -23,15 +23,15 @@ def check_folder(folder: Path) -> None:
 
 
 def is_same_place(one: Path, other: Path) -> bool:
-    """Whether two paths lead to one place, which need not be there."""
+    """Return whether two paths lead to the same place, which need not exist."""
     return os.path.realpath(one) == os.path.realpath(other)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write(temporary_path)`` and move the result to `path` in one step, through to the disk.
+    """Call ``write(temporary_path)`` and atomically move the result to `path`, synced to disk.
 
     Raises:
-        Unsupported: where it cannot be written, or the disk is full; an older file is still there then.
+        Unsupported: if it cannot be written, or the disk is full; an older file is then left unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -50,5 +50,5 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Replace a file by a text in UTF-8, as :func:`write_atomically` does."""
+    """Atomically replace a file by UTF-8 text; see :func:`write_atomically`."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Images and volumes as tokens, which are square or cubic patches, and back."""
+"""Conversion of images and volumes to tokens, one per square or cubic patch, and back."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def cut(maps: Shaped[Tensor, "b c *sides"], patch: int) -> Shaped[Tensor, "b n pc"]:
-    """Patches of maps, row by row; so are the places of a patch, and the channels of a place lie together.
+    """Cut maps into patches, row by row. Within a patch, places go row by row too, with their channels side by side.
 
     Args:
-        patch: places of a patch along each axis, of which the sides are multiples.
+        patch: side of a patch; the sides of the maps are multiples of it.
     """
     axes, parts = maps.ndim - 2, maps
     for axis in range(axes, 0, -1):
@@ -25,7 +25,7 @@ def cut(maps: Shaped[Tensor, "b c *sides"], patch: int) -> Shaped[Tensor, "b n p
 
 
 def joined(patches: Shaped[Tensor, "b n pc"], grid: Sequence[int], patch: int) -> Shaped[Tensor, "b c *sides"]:
-    """The maps that :func:`cut` has cut into a grid of patches."""
+    """Join the patches of a grid to maps again: the inverse of :func:`cut`."""
     axes = len(grid)
     parts = patches.unflatten(2, (*(patch,) * axes, patches.shape[2] // patch**axes)).unflatten(1, tuple(grid))
     order = (place + axis for axis in range(axes) for place in (1, 1 + axes))

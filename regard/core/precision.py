@@ -1,4 +1,4 @@
-"""The precision of sums: at least float32, whatever the dtype of a call."""
+"""The precision of sums, which is at least float32 whatever the dtype of a call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def wide_dtype(x: Tensor | torch.dtype) -> torch.dtype:
-    """The dtype in which numbers of `x` (or of such a dtype) are added up: its own, or float32 for narrower ones."""
+    """The dtype in which to accumulate numbers like `x` (a tensor or a dtype): its own, or float32 if that is wider."""
     return torch.promote_types(x.dtype if isinstance(x, Tensor) else x, torch.float32)
 
 
@@ -23,6 +23,6 @@ def wide(x: Shaped[Tensor, ...]) -> Shaped[Tensor, ...]:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Keeps products in the dtype of their tensors: a state rounded to bfloat16 at every token would drift."""
+    """Keep products in the dtype of their tensors: a state rounded to bfloat16 at every token would drift."""
     active = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if active else nullcontext()

@@ -1,11 +1,11 @@
-"""Sequences of unequal length: moving valid tokens to the dense, right-padded layout that mechanisms see, and back.
+"""Sequences of unequal length: moves valid tokens to the dense, right-padded layout that mechanisms see, and back.
 
-Inside a mechanism token i of a row has rank i, the first `lengths[row]` tokens are valid and the rest is zero. Whatever
-the caller has instead (padding left or inside, documents packed into one row) is described by a
-:class:`regard.contract.Mask` and undone here. Everything is *selected*, never multiplied by a mask: padding may hold
+Inside a mechanism, token i of a row has rank i, the first `lengths[row]` tokens are valid and the rest are zero. Any
+other layout of the caller's (padding on the left or inside, documents packed into one row) is described by a
+:class:`regard.contract.Mask` and converted here. Tokens are *selected*, never multiplied by a mask: padding may hold
 NaN, and its gradient is exactly zero.
 
-Values of masks are checked when not compiling; sizes are Python integers, so that a graph can be compiled whole.
+Values of masks are checked except while compiling; sizes are Python integers, so that a whole graph can be compiled.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ if TYPE_CHECKING:
 
 
 def lengths_from_valid(valid: Bool[Tensor, "b n"]) -> Int[Tensor, " b"]:
-    """Number of valid tokens of each row."""
+    """Number of valid tokens in each row."""
     return valid.sum(-1)
 
 
 def values_known(x: Tensor) -> bool:
-    """Whether a decision may be made by the values of `x`: not in a graph, nor where tensors have only shapes."""
+    """Return whether the values of `x` can be read: not in a graph, nor for tensors that only have shapes."""
     return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor))
 
 
 def check_lengths(lengths: Int[Tensor, " b"], batch: int, n: int) -> None:
-    """Raise Unsupported unless there is one length for each of `batch` rows, from 0 to `n`. Only where values are known."""
+    """Raise Unsupported unless there are `batch` lengths from 0 to `n`. Values are only checked if known."""
     if not values_known(lengths):
         return
     if lengths.shape != (batch,):
         raise Unsupported(f"lengths of shape {tuple(lengths.shape)} for {batch} rows", supported=f"({batch},)")
     if batch:
-        least, most = torch.stack(lengths.aminmax()).tolist()  # one wait for the device
+        least, most = torch.stack(lengths.aminmax()).tolist()  # a single device synchronisation
         if not 0 <= least <= most <= n:
             raise Unsupported(f"lengths from {least} to {most} for rows of {n} tokens", supported=f"0 to {n}")
 
@@ -58,10 +58,10 @@ def _where(valid: Bool[Tensor, "b n"], x: Tensor, axis: int, batch_axis: int) ->
 def _take(
     x: Tensor, index: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"] | None, axis: int, batch_axis: int
 ) -> Tensor:
-    """Tokens of `x` by their number ``row * n + column`` in (batch, axis) order; zeros where not valid."""
+    """Select tokens of `x` by their number ``row * n + column`` in (batch, axis) order; zeros where not valid."""
     tokens = x.movedim((batch_axis, axis), (0, 1)).flatten(0, 1)
     if tokens.shape[0] == 0:
-        # No token to take: let the clamped index of the invalid places point at a zero.
+        # There is no token to take: add a zero for the clamped indices of invalid places to point at.
         tokens = F.pad(tokens, (0, 0) * (tokens.ndim - 1) + (0, 1))
     taken = tokens.index_select(0, index.flatten()).unflatten(0, index.shape)
     if valid is not None:
@@ -74,16 +74,16 @@ class Gathering:
     """How the valid tokens of a sequence axis move to the dense layout and back. Built by :func:`gathering`.
 
     Attributes:
-        source_batch, source_length: rows and tokens a row in the caller's layout.
-        batch, length: likewise in the dense layout, where each sequence or document has a row.
-        lengths: valid tokens of each dense row (int64); None when every token is valid and the layouts are the same, and
-            on a grid, where tokens stay in their places.
-        dense_index: number (row * source_length + column) of the token that comes to each dense place, and some number
-            in range past the end of a sequence; None when the layouts are the same.
-        valid: valid tokens in the caller's layout; None when all are.
-        index: place of each token in the dense layout (row * length + rank), in range for invalid tokens too;
-            None when the layouts are the same.
-        device: where the tensors are.
+        source_batch, source_length: number of rows, and of tokens per row, in the caller's layout.
+        batch, length: the same in the dense layout, where each sequence or document is a row.
+        lengths: number of valid tokens in each dense row (int64); None if every token is valid and the layouts are the
+            same, and on a grid, where tokens stay in their places.
+        dense_index: for each dense place, the number (row * source_length + column) of the token that moves there, or
+            some number in range past the end of a sequence; None if the layouts are the same.
+        valid: valid tokens in the caller's layout; None when all are valid.
+        index: for each token, its place in the dense layout (row * length + rank), in range for invalid tokens too;
+            None if the layouts are the same.
+        device: device of the tensors.
     """
 
     source_batch: int
@@ -98,26 +98,26 @@ class Gathering:
 
     @property
     def whole(self) -> bool:
-        """Whether the layouts are the same and every token is valid, so that tensors pass as they are."""
+        """True if the layouts are the same and every token is valid, so that tensors need no change."""
         return self.lengths is None and self.valid is None
 
     @property
     def ranks(self) -> Int[Tensor, "source_batch source_length"]:
-        """Rank of each token among the valid tokens of its sequence; 0 for invalid tokens, but for those of a grid."""
+        """Rank of each token among the valid tokens of its sequence; 0 for invalid tokens, except on a grid."""
         if self.index is not None:
             return self.index % max(self.length, 1)
         ranks = torch.arange(self.source_length, device=self.device).expand(self.source_batch, -1)
         return ranks if self.lengths is None else ranks.where(valid_from_lengths(self.lengths, self.length), 0)
 
     def gather(self, x: Shaped[Tensor, ...], axis: int = -2, batch_axis: int = 0) -> Shaped[Tensor, ...]:
-        """To the dense layout: every sequence a row, with zeros in the padding."""
+        """Move tokens to the dense layout: one sequence per row, with zeros in the padding."""
         self._check(x, axis, batch_axis, (self.source_batch, self.source_length), "gather")
         if self.dense_index is None or self.lengths is None:
             return x if self.valid is None else _where(self.valid, x, axis, batch_axis)
         return _take(x, self.dense_index, valid_from_lengths(self.lengths, self.length), axis, batch_axis)
 
     def scatter(self, y: Shaped[Tensor, ...], axis: int = -2, batch_axis: int = 0) -> Shaped[Tensor, ...]:
-        """Back to the caller's layout, with zeros where there is no valid token."""
+        """Move tokens back to the caller's layout, with zeros where there is no valid token."""
         self._check(y, axis, batch_axis, (self.batch, self.length), "scatter")
         if self.index is not None:
             return _take(y, self.index, self.valid, axis, batch_axis)
@@ -125,15 +125,15 @@ class Gathering:
 
     @property
     def dense(self) -> Gathering:
-        """The layout of tokens that lie in the dense one already."""
+        """The layout of tokens that are in the dense layout already."""
         if self.dense_index is None:
             return self
-        assert self.lengths is not None  # tokens that moved have lengths
+        assert self.lengths is not None  # only tokens with lengths are moved
         valid = valid_from_lengths(self.lengths, self.length)
         return Gathering(self.batch, self.length, self.batch, self.length, self.device, self.lengths, valid)
 
     def token_numbers(self) -> Int[Tensor, "batch length"]:
-        """`dense_index`, also where the layouts are the same."""
+        """`dense_index`, or its equivalent if the layouts are the same."""
         if self.dense_index is not None:
             return self.dense_index
         return torch.arange(self.batch * self.length, device=self.device).view(self.batch, self.length)
@@ -147,18 +147,18 @@ class Gathering:
 
 
 def gathering(mask: Mask | None, batch: int, n: int, device: torch.device | str | None = None) -> Gathering:
-    """The :class:`Gathering` of a sequence axis of `n` tokens in `batch` rows.
+    """The :class:`Gathering` for a sequence axis of `n` tokens in `batch` rows.
 
     Args:
-        mask: its `valid`, `lengths` or `cu_seqlens`; pairs (`bias`, `blocks`) play no part.
-        batch: rows in the caller's layout; 1 for packed documents.
-        n: tokens a row in the caller's layout.
-        device: where the tensors are.
+        mask: its `valid`, `lengths` or `cu_seqlens` is used; `bias` and `blocks` are ignored.
+        batch: number of rows in the caller's layout; 1 for packed documents.
+        n: number of tokens per row in the caller's layout.
+        device: device of the tensors.
 
-    A mask by :func:`inner_mask` has its layout, which is found once by whoever is outermost: model, layer or function.
+    A mask from :func:`inner_mask` has its layout already: only the outermost model, layer or function computes it.
 
     Raises:
-        Unsupported: for a mask that does not fit, unless a graph is being compiled.
+        Unsupported: for a mask that does not fit, except while compiling.
     """
     if mask is not None and mask.layout is not None:
         return mask.layout
@@ -170,7 +170,7 @@ def gathering(mask: Mask | None, batch: int, n: int, device: torch.device | str 
         lengths = mask.lengths.to(device, torch.int64)
         check_lengths(lengths, batch, n)
         return Gathering(batch, n, batch, n, device, lengths, valid_from_lengths(lengths, n))
-    assert mask.valid is not None  # `ragged` says that one of the three is given
+    assert mask.valid is not None  # `ragged` means that one of the three is given
     valid = mask.valid.to(device)
     if not torch.compiler.is_compiling() and valid.shape != (batch, n):
         raise Unsupported(f"mask.valid of shape {tuple(valid.shape)}", supported=f"({batch}, {n})")
@@ -190,11 +190,10 @@ def gathering(mask: Mask | None, batch: int, n: int, device: torch.device | str 
 
 
 def inner_mask(layout: Gathering, *, bias: Tensor | None = None, blocks: BlockMask | None = None) -> Mask | None:
-    """The mask of tokens that were moved by `layout`, for what is inside a model or layer; None where there is nothing to
-    tell.
+    """The mask of tokens moved by `layout`, for the inside of a model or layer; None if there is nothing to mask.
 
     Args:
-        bias, blocks: of pairs in the dense layout.
+        bias, blocks: bias and visible blocks of pairs in the dense layout.
     """
     if layout.whole and bias is None and blocks is None:
         return None
@@ -207,7 +206,7 @@ def gathering_in_place(
     """The :class:`Gathering` that leaves tokens in their places on a grid, with zeros at invalid ones.
 
     Args:
-        mask: its `valid` or `lengths`.
+        mask: its `valid` or `lengths` is used.
         grid: sides of the grid that the `n` tokens fill row by row.
 
     Raises:
@@ -222,7 +221,7 @@ def gathering_in_place(
 
 
 def _gathering_of_documents(cu_seqlens: Int[Tensor, " borders"], longest: int | None, batch: int, n: int) -> Gathering:
-    """Documents packed into one row become rows of their own."""
+    """Documents packed into one row become separate rows."""
     lengths = cu_seqlens.diff()
     documents = lengths.shape[0]
     if not torch.compiler.is_compiling():
@@ -230,7 +229,7 @@ def _gathering_of_documents(cu_seqlens: Int[Tensor, " borders"], longest: int | 
     if longest is None:
         longest = int(lengths.max()) if documents else 0
     elif not torch.compiler.is_compiling():
-        longest = min(longest, n)  # no document is longer than all together: nothing is made of the greater size
+        longest = min(longest, n)  # no document is longer than all of them together, so nothing larger is allocated
     token = torch.arange(n, device=cu_seqlens.device)
     # Empty documents start where the next one does; counting the ends passed skips them.
     document = torch.searchsorted(cu_seqlens[1:], token, right=True)
@@ -273,8 +272,8 @@ def _check_documents(
 
 
 def check_pairs(bias: Shaped[Tensor, "b h n m"], *sizes: int | None) -> None:
-    """Raise Unsupported unless each axis of `bias` has its size, or 1; None is a size that is not known. Not in a graph,
-    whose sizes may be symbols that are equal without being known to be."""
+    """Raise Unsupported unless each axis of `bias` has the given size (None: any size) or 1. Not checked in a graph,
+    where equal sizes may be different symbols."""
     if torch.compiler.is_compiling():
         return
     if any(given not in (1, size) for given, size in zip(bias.shape, sizes, strict=True) if size is not None):
@@ -285,7 +284,7 @@ def check_pairs(bias: Shaped[Tensor, "b h n m"], *sizes: int | None) -> None:
 def gather_pairs(
     bias: Shaped[Tensor, "#b #h #n #m"], queries: Gathering, keys: Gathering
 ) -> Shaped[Tensor, "#batch #h #length #key_length"]:
-    """Numbers of pairs of tokens, such as a bias on scores, moved to dense ranks; zeros where a token is not valid."""
+    """Move values for pairs of tokens, such as a bias on scores, to dense ranks; zeros where a token is not valid."""
     if queries.lengths is None and keys.lengths is None:
         return bias
     if bias.shape[-2] not in (1, queries.source_length) or bias.shape[-1] not in (1, keys.source_length):
@@ -318,7 +317,7 @@ def flip_rows(x: Shaped[Tensor, "b ..."], lengths: Int[Tensor, " b"] | None, axi
 
     Args:
         x: batch first, right-padded.
-        lengths: valid tokens of each row; None when all are.
+        lengths: number of valid tokens in each row; None when all are valid.
         axis: the token axis.
     """
     if lengths is None:
@@ -336,13 +335,13 @@ def place_queries(
     key_lengths: Int[Tensor, " b"] | None = None,
     axis: int = -2,
 ) -> Shaped[Tensor, "b ..."]:
-    """Bottom-right alignment: query i of a row goes to key rank i + L_k - L_q on an axis of `m` places of zeros.
+    """Bottom-right alignment: move query i of a row to key rank i + L_k - L_q of `m` places; zeros elsewhere.
 
-    Queries with a negative rank precede every key; they are dropped. :func:`take_queries` is the way back.
+    Queries with a negative rank precede every key and are dropped. :func:`take_queries` is the way back.
 
     Args:
         q: batch first, with n query slots along `axis`, right-padded.
-        m: key slots.
+        m: number of key slots.
         query_lengths: L_q of each row; None for n.
         key_lengths: L_k of each row; None for m.
         axis: the token axis.
@@ -357,11 +356,11 @@ def take_queries(
     key_lengths: Int[Tensor, " b"] | None = None,
     axis: int = -2,
 ) -> Shaped[Tensor, "b ..."]:
-    """Read at the ranks where :func:`place_queries` put `n` query slots; zero for dropped queries and padding.
+    """Take `n` query slots from the ranks where :func:`place_queries` put them; zero for dropped queries and padding.
 
     Args:
         y: batch first, with m key slots along `axis`.
-        n: query slots.
+        n: number of query slots.
         query_lengths: L_q of each row; None for n.
         key_lengths: L_k of each row; None for m.
         axis: the token axis.
@@ -370,7 +369,7 @@ def take_queries(
 
 
 def _shift(x: Tensor, size: int, lengths: Tensor | None, new_lengths: Tensor | None, axis: int) -> Tensor:
-    """Move the valid part of each row so that it ends at `new_lengths` on an axis of `size`; zeros around it."""
+    """Move the valid part of each row so that it ends at `new_lengths` on an axis of `size`; zeros elsewhere."""
     old_size = x.shape[axis]
     if lengths is None and new_lengths is None:
         return F.pad(x.movedim(axis, 0), (0, 0) * (x.ndim - 1) + (size - old_size, 0)).movedim(0, axis)
@@ -382,7 +381,7 @@ def _shift(x: Tensor, size: int, lengths: Tensor | None, new_lengths: Tensor | N
 
 
 def take_tokens(x: Shaped[Tensor, "b h n d"], index: Int[Tensor, "b h slots"]) -> Shaped[Tensor, "b h slots d"]:
-    """The tokens of each head at their places. Whole rows are copied at once, which `gather` does not do."""
+    """Take the tokens at the given indices, for each head. Copies whole rows at once, unlike `gather`."""
     batch, heads, n, width = x.shape
     start = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * n
     taken = x.reshape(-1, width).index_select(0, (index + start).flatten())
@@ -391,12 +390,12 @@ def take_tokens(x: Shaped[Tensor, "b h n d"], index: Int[Tensor, "b h slots"]) -
 
 @dataclass(frozen=True)
 class QueryBlocks:
-    """Queries in blocks of one group each.
+    """Queries sorted into blocks, each of one group.
 
     Attributes:
-        table: the queries of each block; query 0 where a block is short.
-        first: one query of each block, which tells its group.
-        place: of each query in the table, laid out flat.
+        table: indices of the queries in each block; query 0 fills up short blocks.
+        first: index of one query in each block, to look up its group.
+        place: for each query, its place in the flattened table.
     """
 
     table: Int[Tensor, "b h blocks size"]
@@ -405,7 +404,7 @@ class QueryBlocks:
 
 
 def group_queries(group: Int[Tensor, "b h n"], most: int, size: int) -> QueryBlocks:
-    """Blocks of `size` queries for groups that are numbers of any kind, `most` different ones."""
+    """Sort queries into blocks of `size` by their group number, of which there are at most `most` different ones."""
     n = group.shape[2]
     count = min(n, n // size + most)
     ordered, order = group.sort(dim=-1, stable=True)

@@ -1,4 +1,4 @@
-"""Sequences whose tokens are put in another order, with a gradient that is an order too."""
+"""Permutation of a sequence's tokens, with a permutation as its gradient."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 class _Reordered(torch.autograd.Function):
-    """Tokens in an order that has each of them once, (B, N, ...) -> (B, N, ...).
+    """Permutes tokens, (B, N, ...) -> (B, N, ...).
 
-    Its gradient is the opposite order. That of `index_select` is a sum over places that might come twice, which takes
+    The gradient is the inverse permutation. That of `index_select` allows for repeated indices by summing, which takes
     many times as long.
     """
 
@@ -42,11 +42,11 @@ class _Reordered(torch.autograd.Function):
 def reorder(
     x: Shaped[Tensor, "b n ..."], order: Int[Tensor, " n"], opposite: Int[Tensor, " n"]
 ) -> Shaped[Tensor, "b n ..."]:
-    """Tokens in an order that has each of them once; `opposite` is the way back."""
+    """Permute tokens by `order`; `opposite` is its inverse."""
     return x.index_select(1, order) if torch.compiler.is_compiling() else _Reordered.apply(x, order, opposite)
 
 
 def opposite(order: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """The order that undoes one."""
+    """The inverse of a permutation."""
     places = order.long()
     return torch.zeros_like(places).scatter(0, places, torch.arange(order.shape[0], device=order.device))

@@ -13,7 +13,7 @@ def attention_shapes(batch: int, n: int, m: int, widths: Mapping[str, int]) -> d
     """Shapes of q (B, H, N, D), k (B, G, M, D) and v (B, G, M, V).
 
     Args:
-        widths: by axis letter: h, g, d and v.
+        widths: sizes by axis letter: h, g, d and v.
     """
     return {
         "q": (batch, widths["h"], n, widths["d"]),

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 def surely(condition: bool) -> bool:
-    """Whether a condition on sizes holds, whatever values they take where they are symbols of a graph. Unlike `bool` it
-    fixes none of them: the graph that is compiled or exported goes on for every size."""
+    """Return whether a condition on sizes holds for all values that symbolic sizes can take. Unlike `bool`, it does not
+    specialise symbols, so that compiled and exported graphs stay valid for every size."""
     if isinstance(condition, Tensor):  # torch.jit.trace
         return False
     if not torch.compiler.is_compiling() and isinstance(condition, bool):
         return condition
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # sympy is large
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy, which is large
 
     return statically_known_true(condition)
 
@@ -38,10 +38,10 @@ PositionBias = Callable[["Int[Tensor, 'b n']", "Int[Tensor, 'b m']"], "Float[Ten
 
 @dataclass(frozen=True)
 class DistanceBias:
-    """A position bias that depends on the distance, key rank minus query rank, alone: a table tells all of it.
+    """A position bias that only depends on the distance, key rank minus query rank, so that a table can hold it.
 
     Attributes:
-        by_distance: biases (H, ...) of a tensor of distances (...).
+        by_distance: function from a tensor of distances (...) to biases (H, ...).
     """
 
     by_distance: Callable[[Int[Tensor, "..."]], Float[Tensor, "h ..."]]
@@ -50,11 +50,11 @@ class DistanceBias:
         return self.by_distance(keys[:, None, :] - queries[:, :, None]).transpose(0, 1)
 
     def table(self, low: int, high: int, device: torch.device) -> Float[Tensor, "h distances"]:
-        """Biases of the distances low ... high."""
+        """Biases for the distances low ... high."""
         return self.by_distance(torch.arange(low, high + 1, device=device))
 
     def scaled(self, factor: float, dtype: torch.dtype) -> DistanceBias:
-        """Each bias times `factor`, in `dtype`."""
+        """The same bias multiplied by `factor`, in `dtype`."""
         return DistanceBias(lambda distances: factor * self.by_distance(distances).to(dtype))
 
 
@@ -63,10 +63,10 @@ class Visibility:
     """Which key ranks a query rank may attend to. All given limits hold at once.
 
     Attributes:
-        causal: keys at or before the query.
+        causal: only keys at or before the query.
         left: at most this many ranks before the query.
         right: at most this many ranks after the query.
-        block: with `lookback` (and `lookahead`), keys whose block of this many ranks is near the query's block.
+        block: ranks per block; keys in blocks more than `lookback` before or `lookahead` after the query's are hidden.
     """
 
     causal: bool = False
@@ -78,13 +78,13 @@ class Visibility:
 
     @property
     def everything(self) -> bool:
-        """Whether nothing is hidden."""
+        """True if nothing is hidden."""
         return not self.causal and self.left is None and self.right is None and self.block is None
 
     def mask(self, queries: Int[Tensor, "#b n"], keys: Int[Tensor, "#b m"]) -> Bool[Tensor, "b #n m"]:
         """True where the key of rank `keys` is visible; a key of negative rank does not exist.
 
-        Where the rule depends on keys alone, the axis of queries has size 1.
+        If the rule depends on keys alone, the query axis has size 1.
         """
         i, j = queries[:, :, None], keys[:, None, :]
         visible = j >= 0
@@ -100,7 +100,7 @@ class Visibility:
         return visible
 
     def count(self, queries: Int[Tensor, "#b n"], total: Int[Tensor, "#b 1"]) -> Int[Tensor, "b n"]:
-        """Number of keys that each query may see in a row of `total` keys, ranks 0 to total - 1."""
+        """Number of keys that each query can see in a row of `total` keys, ranks 0 to total - 1."""
         first, last = torch.zeros_like(queries), total - 1
         if self.causal:
             last = torch.minimum(last, queries)
@@ -115,7 +115,7 @@ class Visibility:
         return (last - first + 1).clamp(min=0)
 
     def reach(self) -> tuple[int | None, int | None]:
-        """Most ranks a query looks back and ahead; None for no limit."""
+        """How many ranks a query can look back and ahead at most; None for no limit."""
         back, ahead = [self.left], [self.right]
         if self.block is not None:
             back.append((self.lookback + 1) * self.block - 1)
@@ -126,7 +126,7 @@ class Visibility:
 
     def within(self, first: int, n: int, m: int) -> Visibility:
         """The same rule for query ranks first ... first + n - 1 and key ranks 0 ... m - 1, without the limits that
-        surely hide none of their pairs: sizes that are symbols in a graph keep them, and are not fixed by the question."""
+        cannot hide any of these pairs. Symbolic sizes in a graph keep their limits and are not specialised."""
         last = first + n - 1
         causal = self.causal and not surely(m - 1 <= first)
         left = None if self.left is not None and surely(self.left >= last) else self.left
@@ -144,22 +144,22 @@ def _least(limits: list[int | None]) -> int | None:
 
 
 def block_numbers(ranks: Int[Tensor, "..."], size: int) -> Int[Tensor, "..."]:
-    """Which block of `size` tokens each rank is in."""
+    """The block of `size` tokens that each rank is in."""
     if torch.compiler.is_compiling() and ranks.is_cpu:
-        # inductor (torch 2.13) gives the last entries of arange(17) // 16 wrong numbers; this is exact to 2^53
+        # inductor (torch 2.13) computes the last entries of arange(17) // 16 wrongly; this is exact up to 2^53
         return (ranks.double() / size).floor().long()
     return ranks.div(size, rounding_mode="floor")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Ranks of the query and key slots of one call; negative for a key slot that holds no token.
+    """Ranks of the query and key slots of one call; negative for key slots without a token.
 
     Attributes:
-        offset: rank of query slot 0 minus rank of key slot 0, where it is the same for all rows and both count up by
-            one a slot (negative ranks of empty leading slots included); None otherwise.
-        first: rank of query slot 0, where it is known and the same for all rows; None otherwise.
-        plain: no key slot is empty, except after the last query of its row in causal-self.
+        offset: rank of query slot 0 minus rank of key slot 0, if it is the same in all rows and ranks increase by one
+            per slot (including negative ranks of empty leading slots); None otherwise.
+        first: rank of query slot 0, if it is known and the same in all rows; None otherwise.
+        plain: whether no key slot is empty, except after the last query of its row in causal-self.
     """
 
     queries: Int[Tensor, "#b n"]
@@ -171,7 +171,7 @@ class Ranks:
 
 @dataclass(frozen=True, init=False)
 class CountedRanks(Ranks):
-    """Ranks of `n` queries that count up from `first` and of `m` keys from 0, tensors only when they are asked for."""
+    """Ranks of `n` queries counting from `first` and of `m` keys counting from 0; tensors are only made on access."""
 
     first: int
     n: int
@@ -184,12 +184,12 @@ class CountedRanks(Ranks):
 
     @property  # type: ignore[misc]
     def queries(self) -> Int[Tensor, "1 n"]:
-        """Ranks of the queries, made when asked for."""
+        """Ranks of the queries, made on access."""
         return torch.arange(self.n, device=self.device)[None] + self.first
 
     @property  # type: ignore[misc]
     def keys(self) -> Int[Tensor, "1 m"]:
-        """Ranks of the keys, made when asked for."""
+        """Ranks of the keys, made on access."""
         return torch.arange(self.m, device=self.device)[None]
 
 
@@ -204,11 +204,11 @@ def ranks(
     """The ranks of `n` new queries against `m` keys, or against `cached` keys followed by the m new ones.
 
     In self patterns the last query is aligned with the last key of its row. In cross patterns queries and keys are not
-    aligned: both count from 0, and ranks only tell which keys exist (and what a position bias is given).
+    aligned: both count from 0, and ranks only say which keys exist (and serve as input to a position bias).
 
     Args:
-        cached: ranks of the cached key slots, negative where a slot is empty.
-        before: tokens of each row before the new keys; one more than the largest cached rank when None.
+        cached: ranks of the cached key slots, negative for empty slots.
+        before: number of tokens in each row before the new keys; one more than the largest cached rank when None.
     """
     together = call.lengths is call.memory_lengths
     plain = together and call.lengths is None and not call.pattern.cross
@@ -222,7 +222,7 @@ def ranks(
     queries = torch.arange(n, device=device)[None]
     if not call.pattern.cross:
         if together:
-            # all tokens, or equal lengths of n == m slots
+            # no padding, or equal lengths with n == m slots
             queries = queries + (m - n)
         else:
             valid_n = n if call.lengths is None else call.lengths[:, None]
@@ -246,7 +246,7 @@ def ranks(
 
 
 def block_visibility(blocks: BlockMask, ranks: Ranks) -> Bool[Tensor, "b #h n m"]:
-    """The block mask looked up at each pair of ranks; pairs beyond its last block are hidden."""
+    """Look up the block mask for each pair of ranks; pairs outside the mask are hidden."""
     size, visible = blocks.block_size, blocks.visible
     rows, columns = visible.shape[-2:]
     if rows == 0 or columns == 0:
@@ -269,9 +269,9 @@ def masked_scores_bias(
     blocks: BlockMask | None,
     dtype: torch.dtype,
 ) -> tuple[Bool[Tensor, "#b #h #n m"], Float[Tensor, "#b #h #n #m"] | None]:
-    """Visible pairs, and the sum of the additive biases (None without any). A bias of -inf hides its pair.
+    """The visible pairs and the sum of the additive biases (None without any). A bias of -inf hides its pair.
 
-    The sum is in `dtype`, or in float32 where that is more precise: bfloat16 cannot tell large distances apart.
+    The sum is in `dtype`, or in float32 if that is wider: bfloat16 cannot tell large distances apart.
     """
     dtype = wide_dtype(dtype)
     visible = visibility.mask(ranks.queries, ranks.keys)[:, None]

@@ -1,6 +1,6 @@
-"""Mathematics that several mechanisms share. An engine is a package: its words, its form in PyTorch, its native form.
+"""Engines: computations that several mechanisms share, one package each, with a form in PyTorch and a native form.
 
-Importing this package lets the backends know all of them.
+Importing this package registers all engines with the backends.
 """
 
 from regard.engines import (

@@ -1,8 +1,8 @@
-"""The forms of every mechanism that is attention to all keys so far: parallel, chunked and read; and attention as a call
-asks for it, for mechanisms whose forms are their own.
+"""The parallel, chunked and read forms of mechanisms that attend to all keys so far, and attention with the arguments
+of a call, for mechanisms with forms of their own.
 
-A mechanism says what differs, in options of :func:`regard.engines.attention.attention` that take the place of the call's,
-and changes keys and values before and outputs after. Its `absorb` is :func:`regard.engines.cache.absorb`.
+A mechanism passes its differences as options of :func:`regard.engines.attention.attention`, which override those of the
+call, and changes keys and values before and outputs after it. Its `absorb` is :func:`regard.engines.cache.absorb`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 def parallel(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], **options: Any
 ) -> Result:
-    """Without a state."""
+    """Attention without a state."""
     return attend(call, q, k, v, ranks(call, q.shape[2], k.shape[2], q.device), **options)
 
 
 def chunked(
     call: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], **options: Any
 ) -> Result:
-    """Continue a cached sequence by any number of tokens; also the step."""
+    """Continue a cached sequence by any number of tokens; also serves as the step."""
     if isinstance(call.state, PagedState):
         output = _attend_pages(call, q, k, v, **options)
         if output is not None:
@@ -40,7 +40,7 @@ def chunked(
     if q.shape[2] == 0 and not (call.want or torch.is_grad_enabled()):
         return Result(
             q.new_empty(*q.shape[:3], v.shape[3]), state
-        )  # the long way to nothing takes longer than the rest
+        )  # the general path to an empty result would take longer than the rest
     return attend(call, q, state.k, state.v, where, state, **options)
 
 
@@ -57,7 +57,7 @@ def _attend_pages(
     largest: int | None = None,
     chosen: Bool[Tensor, "b h n"] | None = None,
 ) -> Result | None:
-    """The call on a pool of pages, read where they lie; None where they must be gathered first."""
+    """The call on a paged cache, read in place; None if the pages must be gathered first."""
     if not (stretch is largest is chosen is call.bias is call.position_bias is call.blocks is None):
         return None
     if call.dropout or call.want or call.backend is not None:
@@ -68,7 +68,7 @@ def _attend_pages(
 
 
 def read(call: Call, q: Float[Tensor, "b h n d"], **options: Any) -> Result:
-    """Queries on absorbed memory."""
+    """Attend from queries to absorbed memory."""
     state: KeyValueState = call.state
     where = ranks(call, q.shape[2], 0, q.device, state.ranks)
     return attend(call, q, state.k, state.v, where, state, **options)
@@ -85,7 +85,7 @@ def attend(
     chosen: Bool[Tensor, "b h n"] | None = None,
     **options: Any,
 ) -> Result:
-    """The output with the weights and the log-sum-exp that the call wants, and `state`; 0 for queries that are not
+    """The output, `state`, and the weights and log-sum-exp if the call wants them; 0 for queries that are not
     `chosen`."""
     asked: dict[str, Any] = {
         "visibility": by_pattern(call),
@@ -116,8 +116,8 @@ def attend_to_part(
     visibility: Visibility,
     **options: Any,
 ) -> tuple[Float[Tensor, "b h n v"], Float[Tensor, "b h n"]]:
-    """Output and log-sum-exp of softmax over some of the keys, for :func:`regard.engines.merging.merge`; without the call's
-    biases and blocks."""
+    """Output and log-sum-exp of softmax over part of the keys, for :func:`regard.engines.merging.merge`; ignores the
+    call's biases and blocks."""
     asked: dict[str, Any] = {"dropout": call.dropout, "generator": call.generator, "backend": call.backend}
     output, _, lse = attention(
         q, k, v, where, visibility=visibility, scale=call.scale, want_lse=True, **asked | options
@@ -127,15 +127,15 @@ def attend_to_part(
 
 
 def by_pattern(call: Call) -> Visibility:
-    """All keys; in causal-self those at or before the query."""
+    """All keys; in causal-self, only those up to the query."""
     return Visibility(causal=call.pattern is Pattern.CAUSAL_SELF)
 
 
 def check_window(what: str, window: tuple[int | None, int | None] | None, pattern: Pattern, none: str) -> None:
-    """Refuse a window (before, after) where it means nothing: in cross patterns, and after the query in causal-self.
+    """Raise Unsupported for windows (before, after) without meaning: in cross patterns, and after causal-self queries.
 
     Args:
-        none: no window, as the option has it.
+        none: the option's value for no window, for errors.
     """
     if window is None or window == (None, None):
         return

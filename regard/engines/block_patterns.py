@@ -1,7 +1,7 @@
-"""Block masks for sparse attention: which blocks of keys a block of queries may see.
+"""Block masks for sparse attention, which say which blocks of keys a block of queries may see.
 
-Patterns are square, over the ranks of the keys (queries of causal-self count from M - N), and a causal mechanism hides
-later keys of the blocks that it sees. Every block sees itself, so that no query loses all its keys to the pattern.
+Patterns are square, over the ranks of the keys (queries of causal-self count from M - N); a causal mechanism also hides
+later keys inside visible blocks. Every block sees itself, so that no query loses all its keys to the pattern.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ def butterfly_blocks(
     global_blocks: int = 1,
     device: torch.device | str | None = None,
 ) -> BlockMask:
-    """The flat block butterfly with a global part (arXiv 2205.14135, section 3.3): about log2(n) of n blocks a row.
+    """The flat block butterfly with a global part (arXiv 2205.14135, section 3.3): about log2(n) of n blocks per row.
 
     Block i of n = ceil(length / block_size) sees itself and the blocks i XOR 2^t, so that ceil(log2 n) layers connect
-    every pair. Together with causality this would connect i only to the blocks j whose bits are among those of i;
-    the causal pattern takes the blocks i - 2^t instead, and the same number of layers connects every pair j <= i.
-    In both, what two blocks may see of each other does not depend on the length.
+    every pair. With causality, this would only connect i to blocks j whose bits are among those of i; the causal
+    pattern uses the blocks i - 2^t instead, with which the same number of layers connects every pair j <= i. In both
+    patterns, whether two blocks see each other does not depend on the length.
 
     Args:
-        causal: for causal-self.
-        global_blocks: the first so many blocks see every block and are seen by every block.
+        causal: whether the pattern is for causal-self.
+        global_blocks: how many of the first blocks see every block and are seen by every block.
 
     Raises:
         Unsupported: for sizes that are too small.
@@ -72,12 +72,12 @@ def random_blocks(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> BlockMask:
-    """Each block sees itself and `others` blocks drawn without replacement, or all there are.
+    """Each block sees itself and `others` blocks drawn without replacement, or all if there are fewer.
 
     Args:
-        heads: patterns to draw: one for all heads, or one a head.
-        causal: draw from earlier blocks only.
-        generator: source of the draws, on the CPU.
+        heads: number of patterns to draw: 1 for all heads, or one per head.
+        causal: whether to draw from earlier blocks only.
+        generator: random generator, on the CPU.
 
     Raises:
         Unsupported: for sizes that are too small.
@@ -87,7 +87,7 @@ def random_blocks(
     at_least("heads", heads, 1)
     draws = torch.rand(heads, i.shape[0], j.shape[1], generator=generator, dtype=torch.float32, device="cpu")
     excluded = (j > i) if causal else torch.zeros_like(i == j)
-    draws = draws.masked_fill(excluded, -1.0).masked_fill(i == j, 2.0)  # the block itself comes first
+    draws = draws.masked_fill(excluded, -1.0).masked_fill(i == j, 2.0)  # ranks the block itself first
     place = draws.argsort(-1, descending=True).argsort(-1)
     return BlockMask(((place <= others) & ~excluded)[None].to(device or "cpu"), block_size)
 

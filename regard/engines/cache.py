@@ -1,7 +1,7 @@
-"""Caches of keys and values as states.
+"""KV caches as states.
 
-A state is data: whoever continues it leaves it as it was. Copying a whole cache for each new token would however cost
-more than to attend to it, so without gradients a cache grows inside memory that has room (:func:`append`).
+A state is immutable data: continuing it does not change it. Copying a whole cache for each new token would cost more
+than attending to it, however, so without gradients a cache grows inside memory with spare room (:func:`append`).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
 
 ROOM = 4
-"""A cache that is copied gets room for a part of its length: one in so many."""
+"""A cache is copied to memory with spare room for 1 / ROOM of its length."""
 
 
 @dataclass(frozen=True)
 class KeyValueState(State):
-    """Every key and value so far. A row with fewer tokens than others has empty slots, whose rank is -1.
+    """All keys and values so far. Rows with fewer tokens than others have empty slots, whose rank is -1.
 
-    Keys and values may be parts of longer memory (:func:`append`), and then they are not contiguous."""
+    Keys and values may be views of longer memory (:func:`append`), and are then not contiguous."""
 
     k: Float[Tensor, "b g past d"] = state_field()
     v: Float[Tensor, "b g past v"] = state_field()
@@ -46,7 +46,7 @@ class KeyValueState(State):
     def extended(
         self, call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], n: int
     ) -> tuple[KeyValueState, Ranks]:
-        """See :func:`extend`; the new keys and values are in the order of the cache's slots, behind it."""
+        """See :func:`extend`; the new keys and values follow the cache's slots, in the same order."""
         where = _ranks_after(call, self, n, k.shape[2])
         length = lengths_after(self.length, call.memory_lengths, k.shape[0], k.shape[2], k.device)
         k, v = append(self.k, k.to(self.k.dtype), 2), append(self.v, v.to(self.v.dtype), 2)
@@ -65,14 +65,14 @@ class WindowState(State):
 
 @dataclass(frozen=True)
 class CountedState(KeyValueState):
-    """Every key and value so far, and the queries that have read them in cross patterns (0 in self patterns): for
-    mechanisms to which the place of a query matters."""
+    """All keys and values so far, and the number of queries that have read them in cross patterns (0 in self patterns),
+    for mechanisms that depend on a query's position."""
 
     queries: Int[Tensor, " b"] = state_field()
 
 
 def extend(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], n: int) -> tuple[KeyValueState, Ranks]:
-    """The cache of `call.state` followed by new keys and values, and the ranks of `n` queries that come with them.
+    """Append new keys and values to the cache of `call.state`; also return the ranks of their `n` queries.
 
     In self patterns the last query is aligned with the last of the new keys.
     """
@@ -85,8 +85,8 @@ def extend(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"],
 
 
 def _ranks_after(call: Call, past: KeyValueState, n: int, m: int) -> Ranks:
-    """The ranks of `n` queries against the cache followed by `m` keys; counted where no row has an empty slot, which is
-    looked at where that costs nothing: then kernels need no ranks, and nothing else for decoding."""
+    """The ranks of `n` queries against the cache followed by `m` keys. They are counted if no row has an empty slot, as
+    far as that can be tested cheaply: kernels then need no rank tensors, and decoding needs nothing else."""
     length, slots = past.length, past.k.shape[2]
     whole = call.lengths is call.memory_lengths is None and not call.pattern.cross
     if whole and runs_plainly(length) and length.tolist() == [slots] * length.shape[0]:
@@ -95,52 +95,52 @@ def _ranks_after(call: Call, past: KeyValueState, n: int, m: int) -> Ranks:
 
 
 def absorb(call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> KeyValueState:
-    """Memory into a cache; more may follow."""
+    """Absorb memory into a cache; more may follow."""
     return extend(call, k, v, 0)[0]
 
 
 def extend_counted(
     call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], n: int
 ) -> tuple[CountedState, Ranks]:
-    """:func:`extend` for a state that counts its queries, which stay as many."""
+    """:func:`extend` for a state that counts its queries; their number stays the same."""
     cache, where = extend(call, k, v, n)
     queries = torch.zeros_like(cache.length) if call.state is None else call.state.queries
     return CountedState(cache.k, cache.v, cache.ranks, cache.length, queries), where
 
 
 def read_on(call: Call, n: int, device: torch.device) -> tuple[Call, CountedState, Ranks]:
-    """`n` queries of a cross pattern, counted on from those that have read the memory of `call.state` before.
+    """Let `n` more queries of a cross pattern read the memory of `call.state`, counted on from earlier queries.
 
     Returns:
-        The call, whose position bias takes these ranks; the state after the queries; and the ranks.
+        The call, with a position bias that takes these ranks; the state after the queries; and the ranks.
     """
     state: CountedState = call.state
     before = state.queries[:, None]
     where = ranks(call, n, 0, device, state.ranks, state.length)
     where = Ranks(where.queries + before, where.keys, None, None, plain=False)
     if call.position_bias is not None:
-        told = call.position_bias  # of earlier queries, by the layer
+        told = call.position_bias  # the layer's bias adds the earlier queries already
         call = call.replace(position_bias=lambda i, j: told(i - before, j))
     after = state.queries + (n if call.lengths is None else call.lengths)
     return call, CountedState(state.k, state.v, state.ranks, state.length, after), where
 
 
 Empty = Callable[[Tensor, Sequence[int]], Tensor]
-"""Makes memory of a shape, of the dtype and on the device of a tensor."""
+"""Makes memory with a shape, and with the dtype and device of a tensor."""
 
 _LOCK = threading.Lock()
 
 
 @dataclass
 class Memory:
-    """Where a cache lies. Slots from `used` on belong to nobody yet."""
+    """The memory that caches are views of. Slots from `used` on are free."""
 
     slots: Tensor
     used: int
 
     @classmethod
     def of(cls, past: Tensor, end: int, axis: int, empty: Empty = Tensor.new_empty) -> Memory:
-        """Memory that begins with `past`, whose first `end` slots along an axis are in use, with room behind them."""
+        """Memory that starts with `past`, with its first `end` slots along an axis in use and spare room after."""
         shape = list(past.shape)
         shape[axis] = end + end // ROOM
         made = cls(empty(past, shape), end)
@@ -148,35 +148,35 @@ class Memory:
         return made
 
     def take(self, used: int, end: int, axis: int) -> bool:
-        """The slots behind the first `used`, up to `end`, for the first to come of those who know of so many; False, and nothing
-        is taken, for the others, and where there are not as many."""
+        """Take the slots from `used` to `end`. Only the first caller to continue at `used` succeeds; returns False, and
+        takes nothing, for later callers and if there is too little room."""
         with _LOCK:
             if self.used != used or end > self.slots.shape[axis]:
                 return False
             if self.slots.is_inference() and not torch.is_inference_mode_enabled():
-                return False  # such tensors refuse to be written elsewhere
+                return False  # inference tensors cannot be written outside inference mode
             self.used = end
             return True
 
 
 _MEMORIES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Of each cache its memory, and the slot there in which it begins."""
+"""The memory of each cache, and the slot at which the cache begins in it."""
 
 
 def append(
     past: Shaped[Tensor, "..."], new: Shaped[Tensor, "..."], axis: int, empty: Empty = Tensor.new_empty
 ) -> Shaped[Tensor, "..."]:
-    """`past` followed by `new` along an axis, as `torch.cat`, in time that does not grow with `past` most times.
+    """Like `torch.cat` of `past` and `new` along an axis, but usually in time that does not grow with `past`.
 
-    A result that this function returned lies in memory with room behind it. The first to continue it writes there and
-    gets a longer view of the same memory; whoever continues it after that, or a tensor from elsewhere, gets a copy with
-    new room. So what was returned never changes. Gradients and compiled graphs take `torch.cat`. `axis` is not negative.
-    `empty` makes the memory: :func:`mapped` in a file.
+    Results of this function are views of memory with spare room. The first call that continues a result writes into
+    that room and returns a longer view of the same memory; later calls that continue it, and calls with other tensors,
+    copy to new memory with room. Results therefore never change. With gradients and in compiled graphs, `torch.cat` is
+    used. `axis` must not be negative. `empty` makes the memory, for example :func:`mapped` in a file.
     """
     if not grows_in_place(past, new, axis):
         return torch.cat([past, new], axis)
     grown = with_room(past, new.shape[axis], axis, empty)
-    # `data`: what others saved for a backward pass lies in other slots, and does not count as changed
+    # `data`: tensors saved for backward are in other slots and must not count as modified
     grown.data.narrow(axis, past.shape[axis], new.shape[axis]).copy_(new)
     return grown
 
@@ -184,7 +184,7 @@ def append(
 def with_room(
     past: Shaped[Tensor, "..."], count: int, axis: int, empty: Empty = Tensor.new_empty
 ) -> Shaped[Tensor, "..."]:
-    """`past` followed by `count` slots along an axis that the caller writes, in memory as :func:`append` takes it."""
+    """`past` followed by `count` slots along an axis for the caller to write, in memory as in :func:`append`."""
     end = past.shape[axis] + count
     found: tuple[Memory, int] | None = _MEMORIES.get(past)
     if found is None or not found[0].take(found[1] + past.shape[axis], found[1] + end, axis):
@@ -196,8 +196,8 @@ def with_room(
 
 
 def newest(x: Shaped[Tensor, "..."], axis: int, count: int) -> Shaped[Tensor, "..."]:
-    """The last `count` slots along an axis, all where there are fewer. A cache that :func:`append` returned goes on in its
-    memory without those before them, which are given up when it moves to new memory."""
+    """The last `count` slots along an axis, or all if there are fewer. A cache from :func:`append` stays in its memory;
+    the dropped slots are freed when it moves to new memory."""
     dropped = x.shape[axis] - count
     if dropped <= 0:
         return x
@@ -209,8 +209,8 @@ def newest(x: Shaped[Tensor, "..."], axis: int, count: int) -> Shaped[Tensor, ".
 
 
 def mapped(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Memory on the CPU that lies in a file of its own, which has no name any more and goes with the tensor: what is not read
-    need not be in memory."""
+    """CPU memory in a file of its own, which is unlinked at once and disappears with the tensor: parts that are not
+    read need not stay in RAM."""
     count = math.prod(shape)
     handle, path = tempfile.mkstemp(prefix="regard-cache-")
     os.close(handle)
@@ -222,7 +222,7 @@ def mapped(like: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def grows_in_place(past: Tensor, new: Tensor, axis: int) -> bool:
-    """Whether memory behind `past` may be written in place of joining both: nobody records or compiles, and they fit."""
+    """Return whether `new` can be written behind `past` in memory: no gradients, no graph, matching tensors."""
     if torch.compiler.is_compiling() or in_transform():
         return False
     if torch.is_grad_enabled() and (past.requires_grad or new.requires_grad):
@@ -234,8 +234,8 @@ def grows_in_place(past: Tensor, new: Tensor, axis: int) -> bool:
 def extend_window(
     call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], n: int, width: int
 ) -> tuple[WindowState, Tensor, Tensor, Ranks]:
-    """The state that keeps the last `width` tokens of each row once new keys and values have come; and the keys, the
-    values and the ranks with which the `n` queries that come with them are answered.
+    """Append new keys and values to a window: the state with the last `width` tokens of each row, and the keys, values
+    and ranks for the `n` queries that come with them.
 
     The last query is aligned with the last of the new keys.
     """
@@ -246,7 +246,7 @@ def extend_window(
         cached = past.length[:, None] + torch.arange(-width, 0, device=k.device)
         where = ranks(call, n, k.shape[2], k.device, cached, past.length)
         if call.lengths is call.memory_lengths:
-            # every row's query slot 0 comes right after its cached slots (n = m, or bottom-right of them)
+            # in each row, query slot 0 follows the cached slots directly (n = m, or bottom-right aligned)
             where = Ranks(where.queries, where.keys, width + k.shape[2] - n, None, plain=False)
         keys, values = _followed(past.k, k), _followed(past.v, v)
     before = None if past is None else past.length
@@ -258,8 +258,8 @@ def extend_window(
 def next_in_window(
     call: Call, past: WindowState | None, k: Float[Tensor, "b g 1 d"], v: Float[Tensor, "b g 1 v"], width: int
 ) -> tuple[WindowState, Tensor, Tensor, int] | None:
-    """:func:`extend_window` by one token, where every row has as many tokens and it costs nothing to see it: how many there are
-    now, instead of ranks, so that what the token reads can be cut out. None elsewhere."""
+    """:func:`extend_window` by one token, for rows that have the same number of tokens, if that can be tested cheaply:
+    returns this number instead of ranks, so that the keys to read can be sliced. None otherwise."""
     if past is None or k.shape[2] != 1 or not (call.lengths is call.memory_lengths is None and k.shape[0]):
         return None
     if not runs_plainly(past.length):
@@ -273,7 +273,7 @@ def next_in_window(
 
 
 def _followed(past: Float[Tensor, "b g width d"], new: Float[Tensor, "b g m d"]) -> Float[Tensor, "b g both d"]:
-    """The slots of a window and new tokens; few of them in its memory, which moves to new memory now and then."""
+    """The slots of a window followed by new tokens; if these are few, in the same memory, replaced now and then."""
     new = new.to(past.dtype)
     return append(past, new, 2) if new.shape[2] <= past.shape[2] else torch.cat([past, new], 2)
 
@@ -281,11 +281,11 @@ def _followed(past: Float[Tensor, "b g width d"], new: Float[Tensor, "b g m d"])
 def last_slots(
     x: Float[Tensor, "b g m d"], lengths: Int[Tensor, " b"] | None, width: int, cached: bool
 ) -> Float[Tensor, "b g width d"]:
-    """The last `width` tokens of each row, right-aligned, zero where there are fewer.
+    """The last `width` tokens of each row, right-aligned, with zeros if there are fewer.
 
     Args:
-        x: new tokens, after `width` right-aligned ones that were `cached`, if they were.
-        lengths: valid new tokens of each row; all when None.
+        x: new tokens; if `cached`, after `width` right-aligned earlier ones.
+        lengths: number of valid new tokens in each row; None for all.
     """
     if lengths is not None:
         x = x if cached else F.pad(x, (0, 0, width, 0))
@@ -293,11 +293,11 @@ def last_slots(
     if x.shape[2] < width:
         return F.pad(x, (0, 0, width - x.shape[2], 0))
     kept = newest(x, 2, width)
-    return kept if x.shape[2] <= 2 * width + 1 else kept.clone()  # the state of a long sequence must not hold all of it
+    return kept if x.shape[2] <= 2 * width + 1 else kept.clone()  # a view would keep a long sequence in memory
 
 
 def take(x: Float[Tensor, "b g m d"], slots: Int[Tensor, "b width"]) -> Float[Tensor, "b g width d"]:
-    """Slots of each row, the same in all its heads."""
+    """Select slots in each row, the same ones in all heads."""
     return x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
@@ -307,9 +307,10 @@ def append_rows(
     new: Shaped[Tensor, "b h new d"],
     new_counts: Int[Tensor, " b"],
 ) -> Shaped[Tensor, "b h both d"]:
-    """The first `counts` slots of each row of `past`, then the first `new_counts` of `new`.
+    """Join the first `counts` slots of each row of `past` and the first `new_counts` of `new`.
 
-    As many slots as the longest row needs; as `past` and `new` have together where counts are not known.
+    The result has as many slots as the longest row needs; if counts are not known, as many as `past` and `new`
+    together.
     """
     width = past.shape[2] + new.shape[2]
     if values_known(counts):

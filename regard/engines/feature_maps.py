@@ -1,4 +1,4 @@
-"""Feature maps phi of linear attention and its relatives, by name. They act on each feature alone."""
+"""Feature maps phi of linear attention and related mechanisms, by name. They act elementwise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
-    "elu": lambda x: torch.where(x > 0, x + 1, x.clamp(max=0).exp()),  # elu(x) + 1 without its cancellation
+    "elu": lambda x: torch.where(x > 0, x + 1, x.clamp(max=0).exp()),  # elu(x) + 1 without cancellation
     "relu": F.relu,
     "relu_squared": lambda x: F.relu(x).square(),
     "sigmoid": torch.sigmoid,
@@ -19,4 +19,4 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 NONNEGATIVE = ("elu", "relu", "relu_squared", "sigmoid", "exp")
-"""Those whose normaliser cannot vanish by cancellation."""
+"""Feature maps whose normaliser cannot vanish by cancellation."""

@@ -1,4 +1,4 @@
-"""Discrete Fourier transforms along a sequence: their sizes, convolutions as long as it, and rows of unequal length."""
+"""Discrete Fourier transforms along a sequence: sizes, convolutions of full length, and rows of unequal length."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def fast_size(least: int) -> int:
-    """The smallest size from `least` on that is a power of two, or that times 3, 5, 9 or 15."""
+    """The smallest size of at least `least` that is a power of two, or one times 3, 5, 9 or 15."""
     found = []
     for size in (1, 3, 5, 9, 15):
         while size < least:
@@ -30,13 +30,13 @@ def long_convolution(
 
     Args:
         x: float32 or float64, with n >= 1.
-        forward: filters over the past and the token itself, lag 0 first.
-        backward: filters over what follows, lag 1 first; nothing that follows is seen when None.
+        forward: filters for the past and the current token, lag 0 first.
+        backward: filters for the future, lag 1 first; None to ignore the future.
     """
     n = x.shape[-1]
     size = fast_size(2 * n - 1)
     filters = forward
-    if backward is not None:  # on the circle, lag -s lies s places before the end
+    if backward is not None:  # in circular order, lag -s is s places before the end
         filters = torch.cat(
             [forward, forward.new_zeros(len(forward), size - 2 * n + 1), backward[:, : n - 1].flip(1)], 1
         )
@@ -46,8 +46,8 @@ def long_convolution(
 def transform_rows(x: Complex[Tensor, "b c n"], lengths: Int[Tensor, " b"]) -> Complex[Tensor, "b c n"]:
     """sum_{t<L} exp(-2 pi i j t / L) x_t for j < L, the transform of each row at its own length L.
 
-    By Bluestein's identity j t = (j^2 + t^2 - (j - t)^2) / 2 it is a convolution with a chirp, whose size is the same for
-    all rows, so that nothing in the graph depends on a length. What is returned beyond L means nothing.
+    By Bluestein's identity j t = (j^2 + t^2 - (j - t)^2) / 2 it is a convolution with a chirp, with the same size for
+    all rows, so that nothing in the graph depends on a length. Results beyond L are meaningless.
 
     Args:
         x: zero beyond each row's length; n >= 1.
@@ -57,7 +57,7 @@ def transform_rows(x: Complex[Tensor, "b c n"], lengths: Int[Tensor, " b"]) -> C
     size = fast_size(2 * n - 1)
     row = lengths.clamp(min=1)[:, None]
     t = torch.arange(n, device=x.device)
-    # the phase of a square is known exactly in integers, and is not in floating point where n is large
+    # the phase of a square is exact in integers, but not in floating point for large n
     angle = ((t * t) % (2 * row)).to(x.real.dtype) / row * math.pi
     chirp = torch.polar(torch.ones_like(angle), angle)[:, None]  # (b, 1, n)
     around = torch.cat([chirp, F.pad(chirp[..., 1:].flip(-1), (size - 2 * n + 1, 0))], -1)

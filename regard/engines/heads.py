@@ -1,4 +1,4 @@
-"""Queries, keys and values of heads as attention kernels take them: how their structs begin, and where gradients go."""
+"""Queries, keys and values as attention kernels take them: the leading fields of their structs, and gradients."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ HEADS = (
     ("v_strides", Strides),
     ("out_strides", Strides),
 )
-"""How the structs of all attention begin."""
+"""The leading fields of all attention structs."""
 
 
 def heads_arguments(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> dict[str, Any]:
-    """The fields of :data:`HEADS`; features are contiguous, and the caller keeps the tensors."""
+    """Values of the fields :data:`HEADS`; features must be contiguous, and the caller must keep the tensors alive."""
     return {
         "threads": torch.get_num_threads(),
         "dtype": library.DTYPES[q.dtype],
@@ -65,12 +65,12 @@ HEAD_GRADIENTS = (
     ("grad_k_strides", Strides),
     ("grad_v_strides", Strides),
 )
-"""What follows the forward struct where queries, keys and values alone have gradients."""
+"""The fields after the forward struct for kernels with gradients of queries, keys and values alone."""
 
 
 @dataclass(frozen=True)
 class PackedHeads(Packed):
-    """The base of problems of which queries, keys and values alone have gradients."""
+    """Base of problems in which only queries, keys and values have gradients."""
 
     q: Tensor
     k: Tensor
@@ -81,12 +81,12 @@ class PackedHeads(Packed):
         return [self.q, self.k, self.v]
 
     def empty_gradients(self, needed: Sequence[bool]) -> list[Tensor]:
-        """With the heads of a token side by side where they are in the input."""
+        """Empty gradients with the heads of a token side by side if the input has them so."""
         inputs = (self.q, self.k, self.v)
         return [empty_gradient(x) if need else x.new_empty(0) for x, need in zip(inputs, needed, strict=True)]
 
     def heads_misfit(self) -> str | None:
-        """The mismatch among queries, keys and values of four axes, in words; None when they belong together."""
+        """The mismatch among queries, keys and values of four axes, in words; None if they fit together."""
         batch, heads, n, width = self.q.shape
         kv_heads, m, value_width = self.v.shape[1:]
         same = self.k.shape == (batch, kv_heads, m, width) and self.v.shape[0] == batch
@@ -108,19 +108,19 @@ class PackedHeads(Packed):
 
 
 def empty_output(q: Tensor, v: Tensor) -> Tensor:
-    """(B, H, N, V) with the heads of a token side by side, as the output projection wants them."""
+    """An empty (B, H, N, V) with the heads of a token side by side, as the output projection reads them."""
     batch, heads, n, _ = q.shape
     width = v.shape[3]
     return v.new_empty_strided((batch, heads, n, width), (heads * n * width, width, heads * width, 1))
 
 
 def by_row(x: Tensor) -> int:
-    """Elements from row to row of the batch; 0 where all rows share them."""
+    """The stride between rows of the batch; 0 if all rows share the tensor."""
     return x.stride(0) if x.shape[0] > 1 else 0
 
 
 def empty_gradient(x: Tensor) -> Tensor:
-    """Like x, with the heads of a token side by side where they are in x, and contiguous features."""
+    """An empty tensor like x, with the heads of a token side by side if x has them so, and contiguous features."""
     if x.stride(1) < x.stride(2):
         return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
     return x.new_empty(x.shape)

@@ -1,6 +1,6 @@
-"""Linear maps at the speed of the machine: the product x W^T + b by the route that is fastest here.
+"""The product x W^T + b at the speed of the machine, by the route that is fastest here.
 
-A route is chosen by a short measurement that is remembered; the environment variable ``REGARD_LINEAR_ROUTE`` or
+Routes are chosen by a short measurement, which is remembered; the environment variable ``REGARD_LINEAR_ROUTE`` or
 :func:`use_route` forces one. See :mod:`regard.backends.linear`.
 """
 

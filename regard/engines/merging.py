@@ -1,4 +1,4 @@
-"""Softmax attention over keys in several parts, put together from the parts' outputs and log-sum-exps.
+"""Softmax attention over keys in several parts, merged from the parts' outputs and log-sum-exps.
 
 LSE = log sum_p exp(LSE_p),   O = sum_p c_p exp(LSE_p - LSE) O_p,   c_p = 1 for softmax attention to all keys
 """
@@ -20,19 +20,19 @@ def merge(
     lses: Sequence[Float[Tensor, "b h n"]],
     factors: Sequence[Float[Tensor, "#b #h #n"]] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """The output over all keys, of which each is in one part; 0 for a query that sees none, with finite gradients.
+    """The output over all keys, each of which is in one part; 0 for a query that sees none, with finite gradients.
 
-    Without gradients it is written over the first of `outputs`.
+    Without gradients, the first of `outputs` is overwritten with the result.
 
     Args:
-        factors: c of each part; 1 without.
+        factors: c of each part; ones when None.
     """
     if len(outputs) == 1 and factors is None:
         return outputs[0]
     lse = torch.stack(list(lses))
     empty = lse == -torch.inf
     nothing = empty.all(0)
-    # the gradient of a softmax over -inf alone is NaN
+    # a softmax over -inf only would have NaN gradients
     shares = torch.where(empty, 0, torch.where(nothing, 0, lse).softmax(0)).to(outputs[0].dtype)[..., None]
     if factors is not None:
         shares = torch.stack([share * c[..., None] for share, c in zip(shares, factors, strict=True)])
@@ -50,12 +50,12 @@ def merge(
 def merge_states(
     m: Float[Tensor, "parts *q"], total: Float[Tensor, "parts *q"], o: Float[Tensor, "parts *q v"]
 ) -> tuple[Float[Tensor, "*q"], Float[Tensor, "*q"], Float[Tensor, "*q v"]]:
-    """The states of queries on separate parts of the keys as one: associative, and in any order.
+    """Merge the states of queries on disjoint parts of the keys: associative, in any order.
 
     Args:
-        m: the largest score of a part, or any other number near it; -inf for a part of which a query sees nothing.
+        m: the largest score of a part, or any number near it; -inf for a part of which a query sees nothing.
         total: sum of exp(score - m).
-        o: sum of exp(score - m) times the value.
+        o: sum of exp(score - m) times value.
     """
     largest = m.amax(0)
     factors = (m - torch.where(largest == -torch.inf, 0, largest)).exp()

@@ -1,8 +1,8 @@
-"""Keys and values of many sequences in pages of one pool, as in PagedAttention (arXiv 2309.06180), and attention to them.
+"""KV cache of many sequences in pages of one pool, as in PagedAttention (arXiv 2309.06180), and attention to it.
 
-A sequence holds pages for the tokens that it has and no more, whatever the lengths of the others, and gives them back
-when it ends. Unlike a :class:`regard.contract.State`, which is data, a pool is written in place: a server owns one for
-each layer::
+A sequence holds pages only for the tokens that it has, whatever the lengths of other sequences, and returns them when
+it ends. Unlike a :class:`regard.contract.State`, which is immutable data, a pool is written in place; a server owns one
+per layer::
 
     cache = PagedCache(rows=8, kv_heads=8, width=64, pages=512)
     cache.append(k, v, lengths)             # prompts, right-padded
@@ -32,21 +32,21 @@ if TYPE_CHECKING:
 
 
 class PagedCache:
-    """Pages of keys and values, and which of them each row has.
+    """Pages of keys and values, and the pages that each row has.
 
     Args:
-        rows: sequences at one time.
-        kv_heads: heads of keys and values.
-        width: features of a key.
-        value_width: features of a value; those of a key when None.
-        pages: pages in the pool, for all rows together.
-        page_size: tokens a page.
+        rows: number of simultaneous sequences.
+        kv_heads: number of key/value heads.
+        width: number of key features.
+        value_width: number of value features; that of a key when None.
+        pages: number of pages in the pool, for all rows together.
+        page_size: tokens per page.
 
     Attributes:
         k, v: the pool, (pages, kv_heads, page_size, width) and (..., value_width).
-        table: (rows, most pages a row has had) int64, on the CPU: the pages of each row in order; -1 where it has none.
-        lengths: (rows,) int64, on the CPU: tokens of each row.
-        free: pages that no row has.
+        table: (rows, most pages a row has had) int64, on the CPU: the pages of each row in order; -1 for no page.
+        lengths: (rows,) int64, on the CPU: number of tokens in each row.
+        free: pages that no row uses.
 
     Raises:
         Unsupported: for sizes below 1.
@@ -82,7 +82,7 @@ class PagedCache:
 
     @property
     def page_size(self) -> int:
-        """Tokens of a page."""
+        """Number of tokens per page."""
         return self.k.shape[2]
 
     def append(
@@ -91,11 +91,10 @@ class PagedCache:
         v: Float[Tensor, "rows g n v"],
         lengths: Int[Tensor, " rows"] | None = None,
     ) -> None:
-        """Add new tokens to each row: its first `lengths` of the n given (all when None; 0 for rows that wait).
+        """Append new tokens to each row: the first `lengths` of the n given (None for all n; 0 leaves a row unchanged).
 
         Raises:
-            Unsupported: for tensors that do not fit the pool, or when the pool has too few pages left; then no row has
-                changed.
+            Unsupported: for tensors that do not fit the pool, or if too few pages are free; no row has changed then.
         """
         rows, n = self.lengths.shape[0], k.shape[2] if k.ndim == 4 else 0
         for name, x, pool in (("k", k, self.k), ("v", v, self.v)):
@@ -119,7 +118,7 @@ class PagedCache:
         self.lengths = total
 
     def reset(self, rows: Bool[Tensor, " rows"]) -> None:
-        """Empty the marked rows; their pages are free again."""
+        """Empty the marked rows and free their pages."""
         if rows.shape != self.lengths.shape or rows.dtype != torch.bool:
             raise Unsupported(
                 f"rows of shape {tuple(rows.shape)}", supported=f"a boolean for each of {len(self.lengths)}"
@@ -127,18 +126,18 @@ class PagedCache:
         rows = rows.cpu()
         pages = self.table[rows]
         self.free.extend(pages[pages >= 0].tolist())
-        # not in place: calls that were given the tables before keep theirs
+        # not in place: earlier calls may still hold the old tables
         self.table = self.table.masked_fill(rows[:, None], -1)
         self.lengths = self.lengths.masked_fill(rows, 0)
 
     def gather(self) -> tuple[Float[Tensor, "rows g m d"], Float[Tensor, "rows g m v"], Int[Tensor, "rows m"]]:
-        """Keys and values of all rows right-padded to the longest with zeros, and their ranks, -1 in padding."""
+        """Keys and values of all rows, right-padded with zeros to the longest, and their ranks, -1 in the padding."""
         ranks = _slots(self.lengths)
         k, v = (gather(x, self.table, ranks) for x in (self.k, self.v))
         return k, v, ranks.to(self.k.device)
 
     def _take_pages(self, lengths: Tensor) -> None:
-        """Give each row the pages for so many tokens."""
+        """Give each row enough pages for `lengths` tokens."""
         size = self.page_size
         had, needed = -(-self.lengths // size), -(-lengths // size)
         missing = int((needed - had).sum())
@@ -150,7 +149,7 @@ class PagedCache:
             )
         table = self.table
         if int(needed.max()) > table.shape[1]:
-            # room for more, so that the table is not copied at each page
+            # with spare room, so that the table is not copied for each new page
             table = torch.nn.functional.pad(table, (0, 2 * int(needed.max()) - table.shape[1]), value=-1)
         table = table.clone() if missing and table is self.table else table
         for row in (needed > had).nonzero()[:, 0].tolist():
@@ -171,23 +170,23 @@ def paged_attention(
     want_lse: bool = False,
     backend: str | None = None,
 ) -> Float[Tensor, "rows h n v"] | tuple[Float[Tensor, "rows h n v"], Float[Tensor, "rows h n"]]:
-    """Softmax attention of the last n tokens of each row, whose keys the cache already has, to the row's tokens.
+    """Softmax attention of the last n tokens of each row, whose keys are already in the cache, to the row's tokens.
 
-    The native kernel reads the pages where they lie. Elsewhere, with gradients, or with many queries (a prompt), pages
-    are gathered into one tensor first.
+    The native kernel reads pages in place. On other devices, with gradients, or with many queries (a prompt), pages are
+    first gathered into one tensor.
 
     Args:
-        causal: a query sees the tokens up to its own; otherwise all of the row.
-        window: most tokens before itself that a query sees; None for no limit.
-        scale: multiplies the scores; D^-0.5 when None.
+        causal: whether a query only sees the tokens up to its own; otherwise it sees all of the row.
+        window: how many tokens before its own a query sees; None for no limit.
+        scale: factor on the scores; D^-0.5 when None.
         softcap, sink: as in :func:`regard.engines.attention.attention`.
-        want_lse: also return the log-sum-exp of the scores, in at least float32, without the sink.
-        backend: ``native`` or ``torch``; the fastest that can when None.
+        want_lse: whether to return also the log-sum-exp of the scores, in at least float32, without the sink.
+        backend: ``native`` or ``torch``; None for the fastest that supports the call.
 
-    A row with fewer than n tokens gives 0 for the queries before its first.
+    In rows with fewer than n tokens, the outputs of the queries before the first token are 0.
 
     Raises:
-        Unsupported: for queries that do not fit the cache, or a backend that cannot answer the call.
+        Unsupported: for queries that do not fit the cache, or a backend that cannot run the call.
     """
     pool = cache.k
     rows, width = cache.lengths.shape[0], pool.shape[3]
@@ -218,13 +217,13 @@ def paged_attention(
         backend=backend,
     )
     if not causal and bool((queries < 0).any()):
-        absent = (queries < 0)[:, None].to(q.device)  # which would see all of the row
+        absent = (queries < 0)[:, None].to(q.device)  # without a causal mask they would see all of the row
         output, lse = output.masked_fill(absent[..., None], 0), lse.masked_fill(absent, -torch.inf)
     return (output, lse) if want_lse else output
 
 
 Pool = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Pages of keys and of values, the table of each row's pages, and each row's tokens; the last two on the CPU."""
+"""Pages of keys and of values, each row's pages, and each row's number of tokens; the last two on the CPU."""
 
 
 def attend(
@@ -239,7 +238,7 @@ def attend(
     want_lse: bool = False,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "rows h n v"], Float[Tensor, "rows h n"]]:
-    """Output and log-sum-exp of queries of these ranks (on the CPU) on rows of a pool; see :func:`paged_attention`."""
+    """Output and log-sum-exp of queries, with ranks on the CPU, on the rows of a pool; see :func:`paged_attention`."""
     k, v, table, lengths = pool
     reason = "asked for torch" if backend == "torch" else _refusal(q, pool, visibility, sink)
     if reason is None:
@@ -268,11 +267,11 @@ def attend(
 
 @dataclass(eq=False)
 class Rows:
-    """Which pages rows have in pools of the same layout, as those of a model's layers.
+    """The pages of rows in several pools of the same layout, such as those of a model's layers.
 
     Attributes:
-        table: (rows, most) pages of each row, enough for its tokens and for those that come; on the CPU.
-        counts: (rows,) tokens of each row; on the CPU.
+        table: (rows, most) pages of each row, enough for its current and its new tokens; on the CPU.
+        counts: (rows,) number of tokens in each row; on the CPU.
     """
 
     table: Int[Tensor, "rows most"]
@@ -280,7 +279,7 @@ class Rows:
     _added: tuple[Any, ...] = ()
 
     def add(self, n: int, lengths: Int[Tensor, " rows"] | None, page_size: int, device: torch.device) -> Added:
-        """Where the first `lengths` of n new tokens of each row go (all when None); remembered for the next layer."""
+        """Find places for the first `lengths` (None: all) of n new tokens in each row; cached for the next layer."""
         if self._added[:4] == (n, id(lengths), page_size, device):
             return self._added[4]
         slots, new, counts = torch.arange(n, device="cpu"), None, torch.full_like(self.counts, n)
@@ -299,7 +298,7 @@ class Rows:
 
 
 class Added(NamedTuple):
-    """Rows after new tokens, and the tokens' places: page and slot of those that are valid, and which are (None: all)."""
+    """Rows after new tokens, with the page and slot of each valid new token, and which are valid (None for all)."""
 
     rows: Rows
     page: Tensor
@@ -308,7 +307,7 @@ class Added(NamedTuple):
     lengths: Tensor | None
 
     def write(self, pool: Float[Tensor, "pages g page_size d"], x: Float[Tensor, "rows g n d"]) -> None:
-        """Put the new tokens into a pool."""
+        """Write the new tokens into a pool."""
         tokens = x.transpose(1, 2)
         with torch.no_grad():
             pool[self.page, :, self.slot] = (tokens if self.valid is None else tokens[self.valid]).to(pool.dtype)
@@ -317,7 +316,7 @@ class Added(NamedTuple):
 def gather(
     pool: Float[Tensor, "pages g page_size d"], table: Int[Tensor, "rows most"], ranks: Int[Tensor, "rows m"]
 ) -> Float[Tensor, "rows g m d"]:
-    """Tokens of all rows right-padded with zeros, where ranks are -1."""
+    """Tokens of all rows, right-padded with zeros, where ranks are -1."""
     pages = table[:, : -(-ranks.shape[1] // pool.shape[2])].clamp(min=0).to(pool.device)
     found = pool[pages].transpose(1, 2).flatten(2, 3)[:, :, : ranks.shape[1]]
     if bool((ranks[:, -1:] >= 0).all()):
@@ -326,36 +325,36 @@ def gather(
 
 
 def _slots(lengths: Int[Tensor, " rows"]) -> Int[Tensor, "rows m"]:
-    """Ranks of the tokens of rows, as many as the longest has; -1 in padding."""
+    """Ranks of the tokens in each row, padded with -1 to the longest row."""
     slots = torch.arange(int(lengths.max()) if lengths.numel() else 0, device="cpu")
     return torch.where(slots < lengths[:, None], slots, -1)
 
 
 @dataclass(frozen=True)
 class PagedState(KeyValueState):
-    """Sequences whose keys and values are in a pool that the owner of the state gives pages from and that is written in
-    place: unlike other states it is not data, and a state that was continued must not be continued again.
+    """Sequences whose keys and values are in a pool. The owner of the state assigns the pages, and the pool is written
+    in place: unlike other states, this one is not immutable, and must not be continued more than once.
 
-    It has the place of a :class:`regard.engines.cache.KeyValueState` in a call. Attention by softmax reads the pages where
-    they lie (:func:`regard.engines.attention_forms.chunked`); for other mechanisms they are gathered.
+    It replaces a :class:`regard.engines.cache.KeyValueState` in a call. Softmax attention reads the pages in place
+    (:func:`regard.engines.attention_forms.chunked`); for other mechanisms they are gathered.
 
     Attributes:
         k, v: the pool.
-        ranks: none, since those of a row count up: (b, 0).
-        length: tokens of each row.
-        rows: their pages.
+        ranks: empty (b, 0), since ranks in a row count up.
+        length: number of tokens in each row.
+        rows: the rows' pages.
     """
 
     rows: Rows = field(kw_only=True)
 
     @classmethod
     def of(cls, k: Tensor, v: Tensor, rows: Rows) -> PagedState:
-        """Rows in a pool."""
+        """The state for rows in a pool."""
         length = rows.counts.to(k.device)
         return cls(k, v, length.new_zeros((len(length), 0)), length, rows=rows)
 
     def appended(self, call: Call, k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"]) -> PagedState:
-        """The state after the new tokens of a call, which are written into their pages."""
+        """Write the new tokens of a call into their pages; return the state after them."""
         places = self.rows.add(k.shape[2], call.memory_lengths, self.k.shape[2], self.k.device)
         places.write(self.k, k)
         places.write(self.v, v)
@@ -363,7 +362,7 @@ class PagedState(KeyValueState):
 
     @property
     def pool(self) -> Pool:
-        """Keys and values of all pages, the pages of each row, and its tokens."""
+        """Keys and values of all pages, the pages of each row, and the number of tokens in each row."""
         return self.k, self.v, self.rows.table, self.rows.counts
 
     def extended(
@@ -389,8 +388,8 @@ class PagedState(KeyValueState):
         softcap: float | None = None,
         sink: Float[Tensor, " h"] | None = None,
     ) -> tuple[Float[Tensor, "b h n v"], PagedState] | None:
-        """Softmax attention of a call's queries, as many as its keys or none, where few are read in their pages; None, and
-        nothing is written, where they are not."""
+        """Softmax attention of a call's queries, one per new key or none, if they are few enough to read pages in
+        place; otherwise None, and nothing is written."""
         if q.shape[2] == 0:
             return q.new_empty(*q.shape[:3], v.shape[3]), self.appended(call, k, v)
         few = 0 < q.shape[2] == k.shape[2] <= DECODED_LONG
@@ -403,7 +402,7 @@ class PagedState(KeyValueState):
 
 
 def _refusal(q: Tensor, pool: Pool, visibility: Visibility, sink: Tensor | None) -> str | None:
-    """Why the native kernel does not answer these queries; None when it does."""
+    """The reason why the native kernel cannot answer these queries; None if it can."""
     missing = NATIVE.missing
     if missing is not None:
         return missing

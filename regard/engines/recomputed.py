@@ -1,4 +1,4 @@
-"""What is computed again for gradients rather than kept."""
+"""Recomputation in the backward pass instead of storing intermediate results."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from regard.backends.operators import in_transform
 
 
 def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
-    """``function(*inputs)``, of which only the inputs are kept for gradients. It draws no random numbers.
+    """``function(*inputs)``, storing only the inputs for the backward pass. The function must not draw random numbers.
 
-    All is kept inside functions made by `torch.func`, which have no such thing, and in compiled programs, which decide
-    themselves what they compute again.
+    Under transforms of `torch.func`, which do not support this, intermediate results are stored; compiled programs
+    decide for themselves what to recompute.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform():
         return function(*inputs)

@@ -1,7 +1,7 @@
-"""The forms of every mechanism built on the gated recurrence: chunked, step, bidirectional, absorb and read.
+"""The forms of mechanisms built on the gated recurrence: chunked, step, bidirectional, absorb and read.
 
-A mechanism computes its queries, keys, values and gates from its inputs (scale, feature maps and normalisers are its
-own, and keys of padding must be zero, their decay and beta too) and calls these.
+A mechanism computes its queries, keys, values and gates from its inputs (including scale, feature maps and normalisers;
+keys, decay and beta must be zero at padding) and calls these functions.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MatrixState(State):
-    """S of each head, in at least float32, and the tokens written into it."""
+    """S of each head, in at least float32, and the number of tokens written into it."""
 
     memory: Float[Tensor, "b h k v"] = state_field()
     length: Int[Tensor, " b"] = state_field()
 
 
 def readable(x: Tensor) -> Tensor:
-    """`x` in a dtype that engines read without loss: bfloat16, which they widen themselves, or at least float32."""
+    """`x` in a dtype that engines read without loss: bfloat16, which they convert themselves, or at least float32."""
     return x if x.dtype in (torch.float32, torch.bfloat16) else wide(x)
 
 
 def scaled(q: Tensor, scale: float) -> Tensor:
-    """`scale` q for an engine; in bfloat16 where that rounds nothing, which a power of two does not."""
+    """`scale` q for an engine; in bfloat16 if the product is exact, as for powers of two."""
     if scale == 1:
         return readable(q)
     exact = math.frexp(scale)[0] == 0.5
@@ -52,7 +52,7 @@ def chunked(
     log_decay: Float[Tensor, "b h m #k"] | None = None,
     beta: Float[Tensor, "b h m"] | None = None,
 ) -> tuple[Float[Tensor, "b h n v"], MatrixState]:
-    """Causal-self with state in and out; queries align bottom-right when there are fewer or more than keys."""
+    """Causal-self with state in and out; queries are aligned bottom-right if their number differs from that of keys."""
     o, memory = gated_recurrence(
         beside_keys(call, q, k.shape[2]),
         k,
@@ -68,14 +68,14 @@ def chunked(
 
 
 def beside_keys(call: Call, q: Float[Tensor, "b h n k"], m: int) -> Float[Tensor, "b h m k"]:
-    """The queries one beside each of `m` keys, aligned bottom-right; zeros beside keys that come before all queries."""
+    """Queries aligned bottom-right with the `m` keys; zeros at keys that precede all queries."""
     if q.shape[2] == m and call.lengths is call.memory_lengths:
         return q
     return place_queries(q, m, call.lengths, call.memory_lengths)
 
 
 def of_queries(call: Call, o: Float[Tensor, "b h m v"], n: int) -> Float[Tensor, "b h n v"]:
-    """The outputs of the `n` queries, of outputs beside keys (:func:`beside_keys`)."""
+    """The outputs of the `n` queries, from outputs aligned with keys (:func:`beside_keys`)."""
     if o.shape[2] == n and call.lengths is call.memory_lengths:
         return o
     return take_queries(o, n, call.lengths, call.memory_lengths)
@@ -89,7 +89,7 @@ def step(
     log_decay: Float[Tensor, "b h 1 #k"] | None = None,
     beta: Float[Tensor, "b h 1"] | None = None,
 ) -> tuple[Float[Tensor, "b h 1 v"], MatrixState]:
-    """One token of :func:`chunked` by the recurrence itself."""
+    """One token of :func:`chunked`, by the recurrence itself."""
     decay = None if log_decay is None else log_decay.select(2, 0)
     rate = None if beta is None else beta.select(2, 0)
     token = q.select(2, 0), k.select(2, 0), v.select(2, 0)
@@ -105,8 +105,8 @@ def bidirectional(
     log_decay: Float[Tensor, "b h n #k"] | None = None,
     beta: Float[Tensor, "b h n"] | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """Noncausal-self: a forward pass that reads after writing plus a backward pass that reads before, so that a token
-    counts itself once. In at least float32, since the two are added."""
+    """Noncausal-self: a forward pass that reads after writing plus a backward pass that reads before writing, so that a
+    token counts itself once. In at least float32, since the results are added."""
     v = wide(v)
     size = call.chunk_size or 64
     forward, _ = gated_recurrence(q, k, v, log_decay, beta, chunk_size=size, backend=call.backend)
@@ -123,7 +123,7 @@ def absorb(
     log_decay: Float[Tensor, "b h m #k"] | None = None,
     beta: Float[Tensor, "b h m"] | None = None,
 ) -> MatrixState:
-    """Memory into S, in order; more may follow."""
+    """Write memory into S, in order; more may follow."""
     _, memory = gated_recurrence(
         None, k, v, log_decay, beta, state=memory_of(call), chunk_size=call.chunk_size or 64, backend=call.backend
     )
@@ -131,32 +131,32 @@ def absorb(
 
 
 def read(call: Call, q: Float[Tensor, "b h n k"]) -> Float[Tensor, "b h n v"]:
-    """Queries on absorbed memory, in the state's dtype."""
+    """Read absorbed memory with queries, in the state's dtype."""
     with without_autocast(q.device):
         return q.to(call.state.memory.dtype) @ call.state.memory
 
 
 def length_after(call: Call, k: Float[Tensor, "b h m k"]) -> Int[Tensor, " b"]:
-    """Tokens of each row once the keys of this call are written."""
+    """Number of tokens in each row after the keys of this call."""
     before = None if call.state is None else call.state.length
     return lengths_after(before, call.memory_lengths, k.shape[0], k.shape[2], k.device)
 
 
 def memory_of(call: Call) -> Tensor | None:
-    """S that a call continues from."""
+    """The S that a call continues from."""
     return None if call.state is None else call.state.memory
 
 
 def by_columns(
     form: Callable[..., Result], call: Call, shared: tuple[Tensor | None, ...], columns: tuple[Tensor, ...]
 ) -> Result:
-    """A form with every column of S as a head of its own, for gates or rates that differ between value features.
+    """Run a form with every column of S as a head of its own, for gates or rates that differ between value features.
 
-    It costs as much as V heads.
+    This costs as much as V times as many heads.
 
     Args:
         form: called as ``form(call, *shared, *columns)`` with H * V heads and values one feature wide.
-        shared: what columns have in common, (B, H, N, width) each or None.
+        shared: inputs that all columns share, (B, H, N, width) each or None.
         columns: (B, H, N, V) each; every column becomes a head with (B, H * V, N, 1).
     """
     width = columns[0].shape[-1]

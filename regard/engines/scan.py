@@ -1,6 +1,6 @@
-"""Steps that follow one another, along an axis of pieces: a loop, or in an exported program one operator that loops,
-so that the program is as long as its step and takes sequences of every length. A program for one length has a few steps one
-after the other, which takes the exporter far less time."""
+"""Sequential steps along an axis: a Python loop or, in an exported program, one looping operator, so that the program
+has the size of one step and takes sequences of any length. Programs for a fixed length unroll a few steps, which
+exports far faster."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Step = Callable[..., tuple[tuple[Tensor, ...], Tensor]]
 
 
 MOST_IN_A_ROW = 8
-"""Steps that a program has one after the other."""
+"""Maximum number of steps that a program unrolls."""
 
 
 def fold(
     step: Step, carry: tuple[Tensor, ...], tensors: Sequence[Shaped[Tensor, ...] | None], axis: int
 ) -> tuple[tuple[Tensor, ...], Shaped[Tensor, ...]]:
-    """The last carry, and the outputs of all pieces stacked along `axis`, where `tensors` have the pieces."""
+    """Run `step` on each piece of `tensors` along `axis`; return the last carry and the stacked outputs."""
     count = next(x.shape[axis] for x in tensors if x is not None)
     if loops_in_graph(count, 1):
         return _fold_in_graph(step, carry, tensors, axis)
@@ -46,10 +46,10 @@ def fold_chunks(
     size: int,
     axis: int,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The same for chunks of `size` along an axis of at least one token; outputs side by side.
+    """:func:`fold` for chunks of `size` along an axis with at least one token; outputs are concatenated.
 
     Args:
-        fills: for each of `tensors`, what a token has that changes nothing; a program has them after the last.
+        fills: for each of `tensors`, a value with which a token changes nothing, used as padding in a program.
     """
     n = next(x.shape[axis] for x in tensors if x is not None)
     if loops_in_graph(n, size):
@@ -68,25 +68,25 @@ def fold_chunks(
 
 
 def in_chunks(x: Tensor, axis: int, count: int, size: int, fill: float = 0.0) -> Tensor:
-    """`axis` as (count, size), filled up at its end.
+    """Split `axis` into (count, size), padding it at the end.
 
-    Padding by nothing keeps the strides of a tensor, but a compiler with a symbol for the length takes the result to be
-    contiguous: so is what is padded here.
+    Without any padding, `F.pad` keeps a tensor's strides, but a compiler with a symbolic length assumes a contiguous
+    result: hence the input is made contiguous.
     """
     padding = (*(0, 0) * (x.ndim - 1 - axis), 0, count * size - x.shape[axis])
     return F.pad(x.contiguous(), padding, value=fill).unflatten(axis, (count, size))
 
 
 def chunk_count(n: int, size: int) -> int:
-    """Chunks that hold n tokens; in an exported program for every length at least two: one could not become several."""
+    """Number of chunks for n tokens; at least two when exporting for any length, as a size of one would be fixed."""
     return n // size + 2 if loops_in_graph(n, size) else -(-n // size)
 
 
 def loops_in_graph(n: int, size: int) -> bool:
-    """Whether chunks of `size` of n tokens are to be one operator that loops: in an exported program for more than a few."""
+    """Return whether chunks of `size` of n tokens become one looping operator: for more than a few, in an export."""
     if not torch.compiler.is_exporting():
         return False
-    # dynamo shows a symbol as the number that it is in the example
+    # dynamo shows symbolic sizes as the example's numbers
     fixed = isinstance(n, int) and not torch.compiler.is_dynamo_compiling()
     return not fixed or n > MOST_IN_A_ROW * size
 
@@ -94,7 +94,7 @@ def loops_in_graph(n: int, size: int) -> bool:
 def _fold_in_graph(
     step: Step, carry: tuple[Tensor, ...], tensors: Sequence[Tensor | None], axis: int
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    from torch._higher_order_ops.scan import scan  # the compiler is large
+    from torch._higher_order_ops.scan import scan  # imports the compiler, which is large
 
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*carry, *tensors)):
         raise Unsupported(

@@ -1,14 +1,14 @@
-"""Softmax attention in segments that reach back into a memory, with scores that know the distance of each key.
+"""Softmax attention in segments that reach back into a memory, with scores that depend on the distance of each key.
 
-A sequence is read in segments of L tokens (ranks 0 to L - 1, L to 2 L - 1, ...). A token sees its own segment (up to itself
-in causal patterns), the M tokens before its segment, and, where groups of c tokens have been compressed into one slot each,
-the C groups before those. The slots that a token sees are ordered [groups; memory; segment], and the distance to one of
-them counts slots:
+A sequence is processed in segments of L tokens (ranks 0 to L - 1, L to 2 L - 1, ...). A token sees its own segment (up
+to itself in causal patterns), the M tokens before its segment, and, if groups of c tokens have been compressed into one
+slot each, the C groups before those. The visible slots are ordered [groups; memory; segment], and distances count
+slots:
 
     score_ij = tau ((q_i + u) . k_j + (q_i + w) . W_r r(distance)),     r = [sin, cos](distance 10000^(-2 c / width))
 
-Segments of one call are independent once keys are there, and so they are computed side by side. Nothing of size N x N is
-made: time and memory grow with N (L + M + C).
+Given the keys, the segments of a call are independent and are computed in parallel. Nothing of size N x N is stored:
+time and memory grow with N (L + M + C).
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 PAIRS_AT_ONCE = 1 << 22
-"""Scores that are computed at once."""
+"""Number of scores to compute at once."""
 
 BASE = 10_000.0
 
 
 @dataclass(frozen=True)
 class Reach:
-    """The tokens in sight of one: `segment` L, `memory` M, and `groups` C compressed groups of `ratio` c tokens before those.
+    """What a token can see: `segment` L, `memory` M, and `groups` C compressed groups of `ratio` c tokens before those.
 
-    With groups, L and M are multiples of c, so that no group lies across a border.
+    With groups, L and M must be multiples of c, so that no group crosses a border.
     """
 
     segment: int
@@ -54,23 +54,23 @@ class Reach:
 
     @property
     def cached(self) -> int:
-        """Tokens that the token after a sequence may see."""
+        """Number of tokens that the token after a sequence may see."""
         return self.memory + self.segment - 1
 
     @property
     def queued(self) -> int:
-        """Groups that the token after a sequence, or a later one, may see."""
+        """Number of groups that the token after a sequence, or a later one, may see."""
         return self.groups + self.cached // self.ratio if self.groups else 0
 
 
 @dataclass(frozen=True)
 class Distances:
-    """How a score depends on the distance of its key: (q + w) . W_r r(distance).
+    """The part of a score that depends on the distance of its key: (q + w) . W_r r(distance).
 
     Attributes:
         weights: W_r of each head, from sinusoids to keys.
-        w: added to queries; nothing when None.
-        clamp: farther keys, on either side, count as if at this distance; None for no limit.
+        w: added to queries; None for zero.
+        clamp: largest distance in either direction; farther keys are treated as if at this distance. None for no limit.
     """
 
     weights: Float[Tensor, "h c d"]
@@ -78,18 +78,18 @@ class Distances:
     clamp: int | None = None
 
     def asking(self, q: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
-        """Queries as distances meet them, q + w."""
+        """Queries for the distance term, q + w."""
         return q if self.w is None else q + wide(self.w)[:, None]
 
     def table(self, high: int, low: int) -> Float[Tensor, "h distances+1 d"]:
-        """Zeros, then W_r r of the distances high, high - 1, ... low."""
+        """Zeros, then W_r r for the distances high, high - 1, ... low."""
         return F.pad(self._sinusoids(high, low) @ wide(self.weights), (0, 0, 1, 0))
 
     def scores(self, q: Float[Tensor, "b h n d"], high: int) -> Float[Tensor, "b h n distances+1"]:
-        """Zeros, then scores of the distances high, high - 1, ... 0."""
+        """Zeros, then scores for the distances high, high - 1, ... 0."""
         if q.shape[2] >= min(high, self.weights.shape[2]):
             return self.asking(q) @ self.table(high, 0).mT
-        # W_r meets the queries, which are fewer than distances
+        # apply W_r to the queries, since they are fewer than the distances
         return F.pad((self.asking(q) @ wide(self.weights).mT) @ self._sinusoids(high, 0).mT, (1, 0))
 
     def _sinusoids(self, high: int, low: int) -> Float[Tensor, "distances c"]:
@@ -110,8 +110,8 @@ def _sinusoids(
 
 @lru_cache(maxsize=16)
 def _kept_sinusoids(*known: Any) -> Tensor:
-    """Constants that every layer and every step of decoding asks for again; not those that a mode or transform of torch
-    made, which are of no use after it."""
+    """Constants for every layer and every decoding step. Not used under modes and transforms of torch, whose tensors
+    would be invalid afterwards."""
     with torch.inference_mode(False), torch.no_grad():
         return _sinusoids(*known)
 
@@ -154,15 +154,15 @@ def segment_attention(
     past: tuple[Tensor, Tensor] | None = None,
     groups: tuple[Tensor, Tensor] | None = None,
 ) -> Result:
-    """Self attention of a call, from its state to the state after it; with weights when wanted.
+    """Self attention for a call, from its state to the next one; with weights if requested.
 
     Args:
-        u: added to queries before they meet keys.
-        distances: the second part of the scores; none when None.
-        past: keys and values that later segments read, and a state holds, in place of k and v: equal to them, with
-            gradients of their own.
-        groups: keys and values of the group of c tokens that ends at each token; what stands at other tokens is not looked
-            at. Needed where `reach` has groups.
+        u: added to the queries for their products with keys.
+        distances: the distance term of the scores; None for no such term.
+        past: keys and values that later segments read, and that the state holds, instead of k and v: equal to them, but
+            with separate gradients.
+        groups: keys and values of the group of c tokens that ends at each token; values at other tokens are ignored.
+            Required if `reach` has groups.
     """
     n = q.shape[2]
     window, *read = extend_window(call, *((k, v) if past is None else past), n, reach.cached)[:3]
@@ -177,9 +177,9 @@ def segment_attention(
 
 
 def _extend_groups(call: Call, reach: Reach, groups: _Slots, window: WindowState) -> tuple[_Slots, GroupState]:
-    """The queue of the state followed by the new groups, and the state after them.
+    """Append the new groups to the state's queue; return the queue, and the state after them.
 
-    Slot s of the queue holds the group of number ``start // c - queued + s``.
+    Slot s of the queue holds group number ``start // c - queued + s``.
     """
     old: GroupState | None = call.state
     c, queued, m = reach.ratio, reach.queued, groups.k.shape[2]
@@ -201,8 +201,8 @@ class _Sequence:
     """The keys and values that the queries of a call read.
 
     Attributes:
-        read: the tokens of the state, then those of the call.
-        new: those of the call as their own segment reads them, where that differs.
+        read: the tokens of the state, followed by those of the call.
+        new: the call's tokens as read within their own segment, if different.
         queue: compressed groups, see :func:`_extend_groups`.
     """
 
@@ -228,7 +228,7 @@ class _Sequence:
         return self.anywhere(q)
 
     def in_segments(self, q: Float[Tensor, "b h n d"]) -> tuple[Float[Tensor, "b h n v"], Tensor | None]:
-        """All segments at once, where every row begins with a whole one."""
+        """All segments in parallel, for rows that each begin at the start of a segment."""
         reach, causal, weighed = self.reach, self.call.pattern is Pattern.CAUSAL_SELF, "weights" in self.call.want
         batch, heads, n, _ = q.shape
         size = min(n, reach.segment)
@@ -238,7 +238,7 @@ class _Sequence:
         total = slots.k.shape[3]
         table = None if self.distances is None else self.distances.table(total - 1, 0 if causal else 1 - size)
         step = max(1, PAIRS_AT_ONCE // (batch * heads * size * total))
-        # what is computed again in the backward pass must not draw other numbers
+        # recomputing in backward must not draw other numbers
         again = step < count and torch.is_grad_enabled() and not weighed and self.call.dropout == 0
         mix, pieces = partial(self._mix_segments, causal), []
         for first in range(0, count, step):
@@ -274,7 +274,7 @@ class _Sequence:
         return reduce(lambda before, part: before.followed_by(part, 3), parts)
 
     def _existing(self, count: int, size: int) -> Bool[Tensor, "b count slots"]:
-        """Which slots of each segment hold a token or a group; in causal-self the last `size` always do."""
+        """Which slots of each segment hold a token or a group; in causal-self the last `size` are all assumed to."""
         reach, device = self.reach, self.read.k.device
         start = self.start
         first = torch.arange(0, count * size, size, device=device) + (0 if start is None else start[:, None])
@@ -290,7 +290,7 @@ class _Sequence:
     def _mix_segments(
         self, causal: bool, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, table: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Segments as rows: q (b, h, s, size, d) and its slots, of which those before `size` precede the segment."""
+        """Attend with segments as rows: q (b, h, s, size, d); all but the last `size` slots precede the segment."""
         batch, _, count, size, _ = q.shape
         rows, keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         m = keys.shape[2]
@@ -306,13 +306,13 @@ class _Sequence:
         return back[0], back[1]  # type: ignore[return-value]
 
     def anywhere(self, q: Float[Tensor, "b h n d"]) -> tuple[Float[Tensor, "b h n v"], Tensor | None]:
-        """At most a segment of queries at a time, wherever in its segment each row is; causal-self with a state."""
+        """At most a segment of queries at a time, for rows at any place in their segments; causal-self with a state."""
         parts = [self._part(q, first) for first in range(0, q.shape[2], self.reach.segment)]
         output = torch.cat([output for output, _ in parts], 2)
         return output, torch.cat([w for _, w in parts if w is not None], 2) if "weights" in self.call.want else None
 
     def _part(self, q: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
-        """The queries from `first` on, at most a segment of them."""
+        """The queries from `first` on, at most as many as a segment has."""
         reach, device, start = self.reach, q.device, self.call.state.length[:, None]
         n = q.shape[2]
         q = q[:, :, first : first + reach.segment]
@@ -326,19 +326,19 @@ class _Sequence:
         scores = q.new_zeros(1, 1, 1, farthest + 2).expand(q.shape[0], -1, size, -1)
         if self.distances is not None:
             scores = self.call.scale * self.distances.scores(q, farthest)
-        by_token = _shifted(scores[..., farthest + 1 - m :])  # with one more in front, of no use
+        by_token = _shifted(scores[..., farthest + 1 - m :])  # with an unused entry in front
         slots, visible, biases = self.read.part(first, m), [seen], [by_token]
         if self.new is not None:
             own = self.read.part(0, reach.cached).followed_by(self.new).part(first, m)
             slots = slots.followed_by(own)
             visible, biases = [seen & (token < begin), seen & (token >= begin)], [by_token, by_token]
         if self.queue is not None:
-            # groups that the first query sees, and those that a query of the next segment would see beside them
+            # groups that the first query sees, and further ones that queries of the next segment would see
             border = (start + first) // reach.segment * reach.segment - reach.memory
             number = border // reach.ratio + torch.arange(-reach.groups, reach.segment // reach.ratio, device=device)
             place = (number - start // reach.ratio + reach.queued).clamp(0, self.queue.k.shape[2] - 1)
             slots = slots.followed_by(self.queue.map(partial(take, slots=place)))
-            ahead = (begin - reach.memory) // reach.ratio - number[:, None]  # groups from there to the memory
+            ahead = (begin - reach.memory) // reach.ratio - number[:, None]  # number of groups from there to the memory
             visible.append((ahead > 0) & (ahead <= reach.groups) & (number >= 0)[:, None])
             distance = (rank - begin + reach.memory + ahead).clamp(0, farthest)[:, None]
             biases.append(scores.gather(3, farthest + 1 - distance.expand(*scores.shape[:2], -1, -1)))
@@ -372,14 +372,15 @@ class _Sequence:
 
 
 def windows(x: Float[Tensor, "b g m d"], width: int, step: int, count: int) -> Float[Tensor, "b g count width d"]:
-    """`count` windows of slots, each `step` after the one before."""
+    """`count` windows of `width` slots, each `step` after the previous one."""
     return x[:, :, : (count - 1) * step + width].unfold(2, width, step).mT
 
 
 def _shifted(x: Float[Tensor, "*b n m+1"]) -> Float[Tensor, "*b n m"]:
-    """From scores by distance, the farthest first after one of no use, to scores by slot, for consecutive queries.
+    """Turn scores by distance (the farthest first, after an unused entry) into scores by slot, for consecutive queries.
 
-    Row i is moved left by n - 1 - i, for which row i + 1 stands behind it in memory; what comes in from there is of no use.
+    Row i moves left by n - 1 - i. The entries that move in come from row i + 1, which follows in memory, and are
+    unused.
     """
     n, m = x.shape[-2], x.shape[-1] - 1
     return x.flatten(-2)[..., n:].unflatten(-1, (n, m))

@@ -17,16 +17,16 @@ def segment_means(
     lengths: Int[Tensor, " b"] | None = None,
     segments: Int[Tensor, " b"] | None = None,
 ) -> Float[Tensor, "b h s d"]:
-    """Means of the tokens of each segment. Segments differ by one token at most; the shorter ones come first.
+    """Mean of the tokens in each segment. Segments differ by at most one token; the shorter ones come first.
 
     Args:
         x: right-padded.
-        most: segments of a row that has as many tokens; a row of fewer tokens has a segment for each.
-        lengths: valid tokens of each row; None when all are.
-        segments: of each row, from 1 to its tokens, instead of `most`; with `lengths`.
+        most: number of segments in a row; a row with fewer tokens has one segment per token.
+        lengths: number of valid tokens in each row; None when all are valid.
+        segments: number of segments in each row, from 1 to its number of tokens, instead of `most`; with `lengths`.
 
     Returns:
-        min(most, n) segments without `lengths`, else `most`, of which those that a row lacks are zero.
+        min(most, n) segments without `lengths`, else `most`, where those that a row lacks are zero.
     """
     if lengths is None:
         most = min(most, x.shape[2])
@@ -45,7 +45,7 @@ def segment_means(
 
 
 def _of_whole_rows(x: Float[Tensor, "b h n d"], count: int) -> Float[Tensor, "b h s d"]:
-    size, longer = x.shape[2] // count, x.shape[2] % count  # `divmod` knows no symbols
+    size, longer = x.shape[2] // count, x.shape[2] % count  # `divmod` does not support symbolic sizes
     border = (count - longer) * size
     means = [x[:, :, :border].unflatten(2, (count - longer, size)).mean(3)]
     if longer:

@@ -1,1 +1,1 @@
-"""Modules: a shell for each kind of mechanism, and the parts they are built from."""
+"""Layers as `nn.Module`: a shell for each kind of mechanism, and the parts that shells are built from."""

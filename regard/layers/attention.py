@@ -1,8 +1,8 @@
-"""The shell of attention mechanisms: projections, heads, positions, padding, cache and the four patterns, written once.
+"""The shell of attention mechanisms: projections, heads, positions, padding, KV cache and the four patterns.
 
-A mechanism adds what is its own through two optional modules on its card: a :class:`regard.contract.Projection` makes
-inputs beside the heads (gates, agents, a learned query), a :class:`regard.contract.Merge` changes the head outputs
-before the output projection.
+A mechanism adds its own parts through two optional modules on its card: a :class:`regard.contract.Projection` makes
+further inputs (gates, agents, a learned query), a :class:`regard.contract.Merge` changes the head outputs before the
+output projection.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerState(State):
-    """The state of a layer for each sequence: the mechanism's, the count of queries, convolution caches, and the
-    projection's state, if it keeps one."""
+    """A layer's state for each sequence: the mechanism's state, the number of queries so far, convolution caches, and
+    the projection's state if it keeps one."""
 
     mechanism: Any
     length: Int[Tensor, " b"] = state_field()
@@ -70,13 +70,13 @@ class LayerState(State):
 
 
 class Side(NamedTuple):
-    """The queries' tokens or the memory's, as a layer reads them.
+    """The tokens that queries, or keys and values, are projected from.
 
     Attributes:
         tokens: (B, N, C) in the dense layout.
-        layout: how they came there.
-        positions: theirs, or vectors that a scheme makes of them; None where nobody asks for them.
-        losses: of the position scheme.
+        layout: how they were moved to that layout.
+        positions: their positions, or vectors that a position scheme makes from them; None if nothing needs them.
+        losses: auxiliary losses of the position scheme.
     """
 
     tokens: Tensor
@@ -90,18 +90,18 @@ class AttentionLayer(Layer):
 
     Args:
         card: the mechanism.
-        dim: width C of the input and output.
-        num_heads: query heads.
+        dim: width C of input and output.
+        num_heads: number of query heads.
         pattern: one of the mechanism's patterns.
         memory_dim: width of the memory in cross patterns; `dim` when None.
-        dropout: of the attention weights where the mechanism has exact weights, else of the output.
+        dropout: dropout probability, of the attention weights if the mechanism supports that, else of the output.
         heads, positions, norms, gate, convolution, projections: see :mod:`regard.layers.options`.
         config: the mechanism's options.
     """
 
     takes_convolutions: ClassVar[bool] = True
     mix: Callable[..., Result] = staticmethod(apply)
-    """What mixes the heads; another function for a while where ranks share a sequence."""
+    """The function that mixes the heads; replaced temporarily where several ranks share a sequence."""
 
     def __init__(
         self,
@@ -229,10 +229,10 @@ class AttentionLayer(Layer):
         """Mix a sequence.
 
         Args:
-            x: input; in cross patterns the queries' sequence.
+            x: input; in cross patterns, the sequence that queries come from.
             memory: the other sequence of cross patterns; None when `state` has absorbed it.
-            context: masks, positions, grid, roles, generator, and what is wanted.
-            state: continue from it; the result then carries the new state.
+            context: masks, positions, grid, roles, generator, and the extras to return.
+            state: state to continue from; the result then has the new state.
         """
         context = given_context(context)
         check_state(state, LayerState, self.card.name)
@@ -295,9 +295,8 @@ class AttentionLayer(Layer):
     def take_up(
         self, x: Float[Tensor, "b n c"], *, context: Context, state: LayerState | None = None
     ) -> LayerState | None:
-        """The state after tokens of which no output is wanted: the keys and values of `x` are kept, and there are no queries,
-        no attention and no output projection. None where a token leaves more behind than that, and :meth:`forward` has to
-        say what."""
+        """The state after tokens whose output is not needed: stores their keys and values, but computes no queries,
+        attention or output projection. None if the state needs more than keys and values; call :meth:`forward` then."""
         card, cross = self.card, self.pattern.cross
         by_query = {name for name, axes in card.axes.items() if "n" in axes and "m" not in axes}
         keeps_pairs = card.state in (KeyValueState, WindowState) and card.uneven and by_query - {"chosen"} == {"q"}
@@ -332,7 +331,7 @@ class AttentionLayer(Layer):
     def encode_memory(
         self, memory: Float[Tensor, "b m c2"], *, context: Context | None = None, state: LayerState | None = None
     ) -> LayerState:
-        """Absorb memory once, for decoding in a cross pattern; call again with `state` as more of it streams in."""
+        """Absorb memory once, for decoding in a cross pattern; call again with `state` as more memory streams in."""
         if not self.pattern.cross:
             raise Unsupported(f"encode_memory in {self.pattern.value}", supported="cross patterns", nearest="layer(x)")
         if "absorb" not in self.card.forms:
@@ -375,12 +374,12 @@ class AttentionLayer(Layer):
         *,
         before: Int[Tensor, " b"] | None = None,
     ) -> Side:
-        """A sequence of queries: its tokens gathered and placed.
+        """Prepare the tokens that queries come from: gather them into the dense layout and assign positions.
 
         Args:
             tokens: padded or packed, as the mask says.
-            positions: theirs; None for ranks.
-            before: tokens that came before, in each row.
+            positions: their positions; None for ranks.
+            before: number of earlier tokens in each row.
         """
         movable = positions is None and before is None and not self.pattern.cross
         found = self._side(tokens, mask, positions, context, before, movable=movable)
@@ -391,7 +390,7 @@ class AttentionLayer(Layer):
     def memory_side(
         self, memory: Float[Tensor, "b m c2"], context: Context, before: Int[Tensor, " b"] | None = None
     ) -> Side:
-        """The memory of a cross pattern likewise; positions of the queries' input are not for it."""
+        """Prepare the memory of a cross pattern likewise. Position embeddings of the input apply to queries only."""
         check_tokens(memory, self.spec.memory_dim, "memory")
         return self._side(memory, context.memory_mask, context.memory_positions, context, before, movable=False)
 
@@ -417,12 +416,12 @@ class AttentionLayer(Layer):
     def _project(
         self, heads: Tensors, call: LayerCall, state: LayerState | None
     ) -> tuple[Tensors, State | None, dict[str, Loss]]:
-        """The mechanism's inputs, the state of a projection that keeps one, and losses that a derived layer adds."""
+        """The mechanism's inputs, the new state of a projection that keeps one, and losses added by subclasses."""
         projection = self.projection
         return (heads, None, {}) if projection is None else (*projection(heads, call), {})
 
     def gated(self, y: Float[Tensor, "b n h v"], x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n h*v"]:
-        """The output norm and the output gate."""
+        """Apply the output norm and the output gate."""
         norm, gated = self.output_norm, self.gate
         if gated is None or self.gate_activation is None:
             return (y if norm is None else norm(y)).flatten(2)
@@ -447,7 +446,7 @@ class AttentionLayer(Layer):
         """Project (index 0 query, 1 key, 2 value), convolve, and split into heads. Updates the convolution's cache."""
         y = module(x)
         if caches:
-            # without some of q, k and v there are fewer convolutions
+            # the index among the convolutions that exist: some of q, k and v may have none
             own = sum(projection is not None for projection in (self.query, self.key, self.value)[:index])
             y, caches[own] = self.convolutions[own](y, lengths, caches[own])
         return y.view(*y.shape[:-1], heads, y.shape[-1] // heads).transpose(1, 2)
@@ -466,7 +465,7 @@ class AttentionLayer(Layer):
         return x if norm is None else norm(x)
 
     def _positions(self, given: Tensor | None, layout: Gathering, x: Tensor, before: Tensor | None) -> Tensor | None:
-        """Positions of the dense layout: ranks unless given; 0 in the padding. None where nobody asks for them."""
+        """Positions in the dense layout: ranks unless given; 0 in the padding. None if nothing needs them."""
         if given is not None:
             return layout.gather(given, axis=1)
         scheme = self.positions
@@ -482,7 +481,7 @@ class AttentionLayer(Layer):
     def _prepare(
         self, positions: Tensor | None, context: Context, *, movable: bool
     ) -> tuple[Tensor | None, dict[str, Loss]]:
-        """Vectors of positions, where the scheme makes them, and its losses."""
+        """Position vectors, if the scheme makes them, and the scheme's losses."""
         if positions is None or self.positions.prepare is None:
             return positions, {}
         if self.positions.shared and context.position_vectors is not None:
@@ -514,7 +513,7 @@ class AttentionLayer(Layer):
                 )
             causal, bias = self.pattern is Pattern.CAUSAL_SELF, scheme.bias
             if state is not None and self.pattern.cross:
-                # the mechanism's state counts the memory, so what queries came before is told here
+                # the mechanism's state counts memory tokens, so the number of earlier queries is added here
                 before = state.length[:, None]
                 functions["position_bias"] = lambda i, j: bias(i + before, j, causal)
             elif scheme.by_distance is not None:
@@ -524,7 +523,7 @@ class AttentionLayer(Layer):
         return functions
 
     def _beside(self, context: Context, keys: Gathering | None) -> dict[str, Any]:
-        """What accompanies the heads: only what there is, since a call of tensors and a state alone goes a shorter way."""
+        """Keyword arguments besides the heads; only those that are set, since calls without any take a faster path."""
         names = ("generator", "grid", "progress", "teacher")
         beside = {name: x for name in names if (x := getattr(context, name)) is not None}
         if context.roles is not None and keys is not None:
@@ -548,7 +547,7 @@ class AttentionLayer(Layer):
     def _inner_mask(self, context: Context, layout: Gathering, keys: Gathering | None) -> Mask | None:
         mask, bias = context.mask, None
         if mask is not None and mask.bias is not None:
-            if keys is None:  # absorbed before, in the dense layout
+            if keys is None:  # the memory was absorbed earlier, in the dense layout
                 keys = gathering(None, layout.batch, mask.bias.shape[-1], mask.bias.device)
             bias = gather_pairs(mask.bias, layout, keys)
         return inner_mask(layout, bias=bias, blocks=None if mask is None else mask.blocks)

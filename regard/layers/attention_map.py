@@ -1,7 +1,7 @@
-"""Estimates of an attention map: from features of the queries to scores of pixels, as SEA makes them (arXiv 2310.01777).
+"""Estimates of an attention map: from features of the queries to scores of pixels, as in SEA (arXiv 2310.01777).
 
-A map has a row for each query and head, and a fixed number of pixels in it, each of which stands for a part of the keys. Also
-the random features of the linear attention that the estimate begins with (arXiv 2009.14794).
+A map has one row per query and head, with a fixed number of pixels, each of which covers a part of the keys. The random
+features of the linear attention that the estimate starts from (arXiv 2009.14794) are here too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class CausalRows(nn.Conv2d):
-    """3 x 3 convolution, dilated by 2, that sees the rows t, t - 2 and t - 4, zeros before the first row."""
+    """3 x 3 convolution with dilation 2 over the rows t, t - 2 and t - 4; zeros before the first row."""
 
     PAST = 4
 
@@ -31,9 +31,9 @@ class CausalRows(nn.Conv2d):
     def advance(
         self, x: Float[Tensor, "b n w c"], past: Float[Tensor, "b c 4 w"], lengths: Int[Tensor, " b"] | None
     ) -> tuple[Float[Tensor, "b n w c"], Float[Tensor, "b c 4 w"]]:
-        """The rows after `past`, and what those that follow need; `lengths` rows are valid, all when None.
+        """Convolve the rows after `past`, all valid if `lengths` is None; also return the rows for the next call.
 
-        Channels come last: PyTorch's kernel for so few of them takes half the time then.
+        Channels come last, which halves the time of PyTorch's kernel for so few channels.
         """
         n = x.shape[1]
         x = torch.cat([past.to(x.dtype).permute(0, 2, 3, 1), x], 1).permute(0, 3, 1, 2)
@@ -45,7 +45,7 @@ class CausalRows(nn.Conv2d):
 
 
 class CausalMap(nn.Module):
-    """From features of the queries to scores of pixels; row t sees the queries t - 8, t - 6, ... t."""
+    """Maps features of the queries to scores of pixels; row t depends on the queries t - 8, t - 6, ... t."""
 
     CHANNELS, SHRINK = 2, 4
 
@@ -66,27 +66,28 @@ class CausalMap(nn.Module):
     def forward(
         self, z: Float[Tensor, "b h n z"], lengths: Int[Tensor, " b"] | None, past: tuple[Tensor, ...]
     ) -> tuple[Float[Tensor, "b h n c"], tuple[Tensor, ...]]:
-        """Scores, and the rows that the next queries need."""
+        """The scores, and the rows that the next queries need."""
         x = self.first_norm(self.expand(z).unflatten(-1, (self.CHANNELS, -1)))  # (b, h, n, 2, w)
         x, rows = x.permute(0, 2, 4, 1, 3).flatten(3), []  # (b, n, w, 2 h)
         for i, convolution in enumerate(self.convolutions):
             x, kept = convolution.advance(x, past[i], lengths)  # type: ignore[operator]
             x = x.relu()
             rows.append(kept)
-        # the same beyond the edge, where the map is zero, as inside: averages of the bias are the bias
+        # the bias is added after averaging, which leaves a constant as it is, so that it also reaches the zeros at the
+        # edges
         assert self.merge.bias is not None
         x = F.linear(x, self.merge.weight.flatten(1)).permute(0, 3, 1, 2)  # (b, h, n, w)
         return self.last_norm(x @ self._stretched(x) + self.merge.bias[:, None, None]), tuple(rows)
 
     def _stretched(self, x: Float[Tensor, "b h n w"]) -> Float[Tensor, "w c"]:
-        """The share of each pixel of the small map in those of the large one: each is repeated, a zero is put on either side,
-        and neighbours are averaged."""
+        """Weights of each pixel of the small map in the pixels of the large one: pixels are repeated, padded with a
+        zero on either side, and averaged with their neighbours."""
         repeated = torch.eye(x.shape[-1], dtype=wide_dtype(x), device=x.device).repeat_interleave(self.SHRINK, -1)
         return F.interpolate(F.pad(repeated, (1, 1))[None], size=self.pixels, mode="area")[0].to(x.dtype)
 
 
 class NoncausalMap(nn.Module):
-    """From features of the queries to scores of pixels, through a map of half the queries and half the pixels."""
+    """Maps features of the queries to scores of pixels, through a map with half the queries and half the pixels."""
 
     CHANNELS, SHRINK = 4, 2
 
@@ -100,13 +101,13 @@ class NoncausalMap(nn.Module):
         self.pixels = pixels
 
     def start(self, like: Float[Tensor, "b ..."]) -> tuple[Tensor, ...]:
-        """Nothing: no query sees rows of another call."""
+        """An empty tuple: no query sees rows of another call."""
         return ()
 
     def forward(
         self, z: Float[Tensor, "b h n z"], lengths: Int[Tensor, " b"] | None, past: tuple[Tensor, ...]
     ) -> tuple[Float[Tensor, "b h n c"], tuple[Tensor, ...]]:
-        """Scores. Rows beyond a sequence are zeros to every convolution, as beyond the edge."""
+        """The scores. For the convolutions, rows past the end of a sequence are zeros, as at the map's edge."""
         n = z.shape[2]
         halves = None if lengths is None else (lengths + 1).div(2, rounding_mode="floor")
         x = self.expand(z).unflatten(-1, (self.CHANNELS, -1)).transpose(2, 3).flatten(1, 2)
@@ -118,7 +119,7 @@ class NoncausalMap(nn.Module):
 
     @staticmethod
     def _stretch(x: Float[Tensor, "b h n1 c"], n: int, lengths: Int[Tensor, " b"] | None) -> Float[Tensor, "b h n c"]:
-        """The first 2 ceil(length / 2) rows as `length` rows, by bilinear interpolation."""
+        """Resize the first 2 ceil(length / 2) rows to `length` rows by bilinear interpolation."""
         count = torch.full((1,), n, device=x.device) if lengths is None else lengths
         count = count.clamp(min=1)[:, None]
         source = count + count % 2
@@ -134,12 +135,12 @@ class NoncausalMap(nn.Module):
 
 
 def _only(x: Float[Tensor, "b c n w"], lengths: Int[Tensor, " b"] | None) -> Float[Tensor, "b c n w"]:
-    """The valid rows, zeros elsewhere."""
+    """Set the rows that are not valid to zero."""
     return x if lengths is None else torch.where(valid_from_lengths(lengths, x.shape[2])[:, None, :, None], x, 0)
 
 
 class CodebookMap(nn.Module):
-    """Each patch of pixels is a mixture of learned patches."""
+    """Maps features of the queries to scores of pixels; each patch of pixels is a mixture of learned patches."""
 
     BOOK, PATCH = 8, 16
 
@@ -149,7 +150,7 @@ class CodebookMap(nn.Module):
         self.patches = nn.Parameter(torch.randn(self.BOOK, self.PATCH))
 
     def start(self, like: Float[Tensor, "b ..."]) -> tuple[Tensor, ...]:
-        """Nothing: no query sees rows of another call."""
+        """An empty tuple: no query sees rows of another call."""
         return ()
 
     def forward(
@@ -172,7 +173,7 @@ def orthogonal_features(
 
     def directions() -> Tensor:
         q, r = torch.linalg.qr(normal(width))
-        return (q * r.diagonal().sign()).mT  # uniform, whatever QR's signs
+        return (q * r.diagonal().sign()).mT  # a uniform distribution, whatever signs QR chooses
 
     blocks = [directions() for _ in range(-(-number // width))]
     rows = normal(number).norm(dim=1, keepdim=True) * torch.cat(blocks)[:number]
@@ -182,7 +183,7 @@ def orthogonal_features(
 def softmax_features(
     q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h n d"], w: Float[Tensor, "r d"], valid: Bool[Tensor, "#b 1 n 1"]
 ) -> tuple[Float[Tensor, "b h n r"], Float[Tensor, "b h n r"]]:
-    """Positive features whose product is in expectation exp(q . k d^-1/2), up to factors that the normaliser cancels."""
+    """Positive features with expected product exp(q . k d^-1/2), up to factors that cancel in the normaliser."""
     scaled = [x.shape[-1] ** -0.25 * x for x in (q, k)]
     products = [x @ w.mT for x in scaled]
     norms = [x.square().sum(-1, keepdim=True) / 2 for x in scaled]

@@ -1,4 +1,4 @@
-"""The interface of every layer, whatever is inside."""
+"""The interface that all layers share."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Layer(nn.Module):
         __call__: Callable[..., Result]
 
     def step(self, x_t: Float[Tensor, "b c"], state: Any = None) -> tuple[Float[Tensor, "b c"], Any]:
-        """One token: the output and the state after it. Without a state it is the first of its sequence.
+        """Process one token: return its output and the new state. Without a state it is the first of its sequence.
 
         Raises:
-            Unsupported: where the mechanism cannot go on from a state, and for more axes than (B, C).
+            Unsupported: if the mechanism cannot continue from a state, or for more axes than (B, C).
         """
         if isinstance(x_t, Tensor) and x_t.ndim != 2:
             raise Unsupported(f"a step on x_t of shape {tuple(x_t.shape)}", supported="one token a row, (B, C)")
@@ -37,7 +37,7 @@ class Layer(nn.Module):
     def encode_memory(
         self, memory: Float[Tensor, "b m c2"], *, context: Context | None = None, state: Any = None
     ) -> Any:
-        """Absorb memory once, for decoding in a cross pattern; call again with `state` as more of it streams in.
+        """Absorb memory once, for decoding in a cross pattern; call again with `state` as more memory streams in.
 
         Raises:
             Unsupported: in self patterns, and for mechanisms that cannot absorb memory.

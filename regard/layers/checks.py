@@ -1,4 +1,4 @@
-"""Checks of the shells before anything runs."""
+"""Argument checks that the shells make before computing anything."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from regard.contract import Context, Mask, Pattern, State, Unsupported
 
 
 def given_context(context: Context | None) -> Context:
-    """The context of a call, an empty one for None; anything else raises Unsupported."""
+    """The context of a call, or an empty one for None; anything else raises Unsupported."""
     if context is None:
         return Context()
     if not isinstance(context, Context):
@@ -22,7 +22,7 @@ def given_context(context: Context | None) -> Context:
 
 
 def check_state(state: Any, expected: type[State] | None, name: str) -> None:
-    """Raise Unsupported for a state that is not of the expected class; None is a sequence's start."""
+    """Raise Unsupported for a state of the wrong class; None, at the start of a sequence, is fine."""
     if state is not None and (expected is None or not isinstance(state, expected)):
         raise Unsupported(
             f"{name} with a state of type {type(state).__name__}",
@@ -31,7 +31,7 @@ def check_state(state: Any, expected: type[State] | None, name: str) -> None:
 
 
 def check_tokens(x: Tensor, width: int, name: str = "x") -> None:
-    """Raise Unsupported unless `x` holds tokens of `width` floats."""
+    """Raise Unsupported unless `x` holds floating-point tokens of `width` features."""
     if not isinstance(x, Tensor):
         raise Unsupported(f"{name} of type {type(x).__name__}", supported=f"a tensor of floats (B, N, {width})")
     if x.ndim != 3 or x.shape[-1] != width or not x.is_floating_point():
@@ -39,7 +39,7 @@ def check_tokens(x: Tensor, width: int, name: str = "x") -> None:
 
 
 def check_memory(pattern: Pattern, memory: Tensor | None, context: Context, state: Any) -> None:
-    """Raise Unsupported where memory, its mask and positions, and a state do not go together."""
+    """Raise Unsupported if memory, its mask and positions, and the state do not fit together."""
     if memory is None and pattern.cross and state is None:
         raise Unsupported(f"{pattern.value} without memory", supported="memory, or a state from encode_memory")
     if memory is not None and not pattern.cross:
@@ -53,14 +53,14 @@ def check_memory(pattern: Pattern, memory: Tensor | None, context: Context, stat
 
 
 def check_memory_mask(context: Context) -> None:
-    """Raise Unsupported for numbers of pairs on the memory's side."""
+    """Raise Unsupported if the memory's mask has `bias` or `blocks`, which belong to the query side."""
     mask = context.memory_mask
     if mask is not None and (mask.bias is not None or mask.blocks is not None):
         raise Unsupported("a memory mask with bias or blocks", supported="bias and blocks on mask, which has the pairs")
 
 
 def check_repeatable(layers: nn.Module) -> None:
-    """Raise Unsupported for layers that the backward pass cannot compute again, since they change themselves."""
+    """Raise Unsupported for layers that change themselves in forward, so that backward cannot recompute them."""
     for module in layers.modules():
         options = getattr(module, "config", None)
         for name in ("redraw", "redraw_every"):

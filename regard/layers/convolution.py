@@ -1,7 +1,7 @@
-"""Short depthwise convolution along the sequence, as gated recurrences use it before their queries, keys and values.
+"""Short depthwise convolution along the sequence, as gated recurrences apply it to their queries, keys and values.
 
-``y_t = activation(bias + sum_j weight_j * x_{t - left + j})`` for each channel alone, over the *valid* tokens of a row.
-In causal form left = width - 1 and what must be kept to go on is the last width - 1 valid inputs.
+``y_t = activation(bias + sum_j weight_j * x_{t - left + j})``, each channel on its own, over the *valid* tokens of a
+row. In the causal form left = width - 1, and continuing a sequence needs its last width - 1 valid inputs.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 class ShortConvolution(nn.Module):
-    """Depthwise 1-D convolution over (B, N, C), right-padded.
+    """Depthwise 1-D convolution over right-padded tokens (B, N, C).
 
     Args:
-        channels: C.
-        width: taps of the filter.
-        bias: whether it adds a learned vector (C,).
+        channels: number of channels C.
+        width: number of filter taps.
+        bias: whether to add a learned vector (C,).
         activation: ``"silu"`` or None.
-        causal: see `width` - 1 tokens back; otherwise the filter is centred (one more tap before the token than after
-            it when `width` is even), and there is nothing to continue from.
+        causal: look back `width` - 1 tokens; otherwise the filter is centred (with one more tap before the token than
+            after it when `width` is even), and sequences cannot be continued.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class ShortConvolution(nn.Module):
         """Convolve a sequence, or continue one from `cache`; a single token is a sequence of one.
 
         Args:
-            x: inputs; those past a row's length may hold anything.
-            lengths: valid tokens of each row; None when all are.
-            cache: what the call on the tokens before returned; None at the start of a sequence.
+            x: inputs; values past a row's length are ignored.
+            lengths: number of valid tokens in each row; None when all are valid.
+            cache: the cache returned by the call on the preceding tokens; None at the start of a sequence.
 
         Returns:
-            Outputs, zero past a row's length, and the cache for the tokens that follow (None in noncausal form).
+            Outputs, zero past a row's length, and the cache for the next tokens (None in noncausal form).
 
         Raises:
             Unsupported: for shapes that do not fit, or a cache in noncausal form.

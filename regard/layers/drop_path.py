@@ -1,7 +1,7 @@
-"""Stochastic depth of single examples: a residual branch is left out for some rows of the batch while training.
+"""Stochastic depth per example: during training, a residual branch is dropped for some rows of the batch.
 
-``x + DropPath(p)(branch(x))`` (Huang et al., arXiv 1603.09382; drawn for each example as vision transformers do): a row is
-zero with probability p, and divided by 1 - p otherwise, so that its mean is what it is in evaluation.
+``x + DropPath(p)(branch(x))`` (Huang et al., arXiv 1603.09382; drawn for each example as in vision transformers): a row
+is set to zero with probability p and divided by 1 - p otherwise, so that its expectation is its value in evaluation.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class DropPath(nn.Module):
-    """Zeroes whole examples of a branch while training; the identity in evaluation.
+    """Zeroes whole examples of a residual branch during training; the identity in evaluation.
 
     Args:
-        probability: of leaving a row out, in [0, 1).
+        probability: probability of dropping a row, in [0, 1).
     """
 
     def __init__(self, probability: float = 0.0) -> None:
@@ -34,7 +34,7 @@ class DropPath(nn.Module):
     def forward(
         self, x: Float[torch.Tensor, "b ..."], *, generator: torch.Generator | None = None
     ) -> Float[torch.Tensor, "b ..."]:
-        """Rows of `x` kept and scaled up, or zero; draws come from `generator` when there is one."""
+        """Drop rows of `x` and scale up the rest; `generator`, if given, is used for the draws."""
         if not self.training or self.probability == 0:
             return x
         draw = torch.rand(x.shape[0], *(1,) * (x.ndim - 1), generator=generator, device=x.device)
@@ -45,7 +45,7 @@ class DropPath(nn.Module):
 
 
 def drop_path_rates(last: float, depths: Sequence[int]) -> list[list[float]]:
-    """Probabilities of all blocks, stage by stage, rising evenly from 0 in the first block to `last` in the last."""
+    """Drop probabilities of all blocks, stage by stage, rising evenly from 0 (first block) to `last` (last block)."""
     total = sum(depths)
     rates = [last * i / max(total - 1, 1) for i in range(total)]
     starts = [sum(depths[:stage]) for stage in range(len(depths))]

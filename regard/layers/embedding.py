@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class FactorisedEmbedding(nn.Module):
-    """Vectors of `width` numbers, which a projection takes to `dim`: V width + width dim parameters instead of V dim.
+    """Embeddings of `width` features, projected to `dim`: V width + width dim parameters instead of V dim.
 
-    Entries are of size 1 in the beginning, as those of a table.
+    Entries of the output have variance 1 at initialisation, like those of a plain table.
 
     Args:
-        tokens: V, rows of the table.
-        width: of the table.
-        dim: of the output.
+        tokens: V, the number of rows in the table.
+        width: width of the table.
+        dim: width of the output.
     """
 
     def __init__(self, tokens: int, width: int, dim: int) -> None:
@@ -35,7 +35,7 @@ class FactorisedEmbedding(nn.Module):
 
     @property
     def num_embeddings(self) -> int:
-        """V."""
+        """V, the number of rows in the table."""
         return self.table.num_embeddings
 
     @property
@@ -48,7 +48,7 @@ class FactorisedEmbedding(nn.Module):
 
 
 def make_embedding(tokens: int, dim: int, width: int | None = None) -> nn.Embedding | FactorisedEmbedding:
-    """An embedding of `tokens` with normal entries of size 1; factorised where `width` is given."""
+    """A token embedding with normal entries of variance 1, factorised if `width` is given."""
     if width is not None:
         return FactorisedEmbedding(tokens, width, dim)
     table = nn.Embedding(tokens, dim)
@@ -59,7 +59,7 @@ def make_embedding(tokens: int, dim: int, width: int | None = None) -> nn.Embedd
 def tied_logits(
     x: Float[Tensor, "*b c"], embedding: nn.Embedding | FactorisedEmbedding, tokens: int
 ) -> Float[Tensor, "*b v"]:
-    """How much hidden states are like the vectors of the first `tokens` tokens, over the root of the width."""
+    """Logits of the first `tokens` tokens, with the embedding as output weights, divided by the root of the width."""
     scale = x.shape[-1] ** -0.5
     if isinstance(embedding, FactorisedEmbedding):
         up: Tensor = embedding.up.weight  # type: ignore[assignment]

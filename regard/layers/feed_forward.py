@@ -1,11 +1,10 @@
-"""Feed-forward networks: what a transformer does to each token alone.
+"""Feed-forward networks, which transform each token of a transformer on its own.
 
-``gelu``: ``W2 gelu(W1 x)`` (Hendrycks & Gimpel, arXiv 1606.08415, exact erf form).
-``swiglu``: ``W2 (silu(Wg x) * Wu x)`` (Shazeer, arXiv 2002.05202, equation 6).
-``bilinear``: ``W2 (Wg x * Wu x)`` (the same equation), which TransNormer's code computes (arXiv 2210.10340).
-``mixture_of_experts``: several of these networks, of which each token has a few (Shazeer et al., arXiv 1701.06538; Switch,
-arXiv 2101.03961).
-A kind of projection is one too, from the width to itself: ``token_parameter`` is that of TokenFormer (arXiv 2410.23168).
+``gelu``: ``W2 gelu(W1 x)`` (Hendrycks & Gimpel, arXiv 1606.08415, exact erf form). ``swiglu``:
+``W2 (silu(Wg x) * Wu x)`` (Shazeer, arXiv 2002.05202, equation 6). ``bilinear``: ``W2 (Wg x * Wu x)`` (the same
+equation), as in TransNormer's code (arXiv 2210.10340). ``mixture_of_experts``: several of these networks, a few of
+which process each token (Shazeer et al., arXiv 1701.06538; Switch, arXiv 2101.03961). Any kind of projection can serve
+as well, with equal input and output widths: ``token_parameter`` is TokenFormer's (arXiv 2410.23168).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def check_dropout(probability: float) -> None:
-    """Raise Unsupported unless it is in [0, 1)."""
+    """Raise Unsupported for a probability outside [0, 1)."""
     if not 0 <= probability < 1:
         raise Unsupported(f"dropout={probability}", supported="0 <= dropout < 1", nearest="dropout=0.0")
 
@@ -37,7 +36,7 @@ def check_dropout(probability: float) -> None:
 def dropout(
     x: Float[Tensor, ...], probability: float, *, training: bool, generator: torch.Generator | None = None
 ) -> Float[Tensor, ...]:
-    """Zero each number with a probability and scale up the others; draws come from `generator` when there is one."""
+    """Zero each number with a probability and scale up the rest; `generator`, if given, is used for the draws."""
     if not training or probability == 0:
         return x
     if generator is None:
@@ -47,13 +46,13 @@ def dropout(
 
 
 class MLP(nn.Module):
-    """Two projections with a GELU between them.
+    """Two linear projections with a GELU between them.
 
     Args:
         dim: width of input and output.
-        hidden: width between; 4 dim when None.
-        dropout: probability of dropping a hidden number while training.
-        bias: whether the projections add learned vectors.
+        hidden: width of the hidden layer; 4 dim when None.
+        dropout: dropout probability of the hidden layer.
+        bias: whether the projections have biases.
         linear: builds the projections: ``linear(in_features, out_features, bias=...)``.
     """
 
@@ -80,11 +79,12 @@ class MLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Two projections multiplied, one of them through a SiLU, and a third one back.
+    """Two linear projections, multiplied after a SiLU on one of them, and a third back to `dim`.
 
     Args:
         dim: width of input and output.
-        hidden: width between; 8/3 dim rounded up to a multiple of 16 when None, which has the size of an MLP of 4 dim.
+        hidden: width of the hidden layer; when None, 8/3 dim rounded up to a multiple of 16, for the size of an MLP of
+            4 dim.
         dropout, bias, linear: as in :class:`MLP`.
     """
 
@@ -111,38 +111,38 @@ class SwiGLU(nn.Module):
         return self.down(dropout(hidden, self.dropout, training=self.training, generator=generator))
 
     def gated(self, x: Float[Tensor, "... c"]) -> Float[Tensor, "... hidden"]:
-        """silu(gate x) times up x."""
+        """silu(gate(x)) * up(x)."""
         return gated_product(self.up(x), self.gate(x))
 
 
 class Bilinear(SwiGLU):
-    """Two projections multiplied, without an activation, and a third one back; arguments as of :class:`SwiGLU`."""
+    """As :class:`SwiGLU`, without an activation: two linear projections, multiplied, and a third back to `dim`."""
 
     def gated(self, x: Float[Tensor, "... c"]) -> Float[Tensor, "... hidden"]:
         return self.up(x) * self.gate(x)
 
 
 SIMPLE: dict[str, type[MLP] | type[SwiGLU]] = {"swiglu": SwiGLU, "gelu": MLP, "bilinear": Bilinear}
-"""Networks that compute every token alike."""
+"""Networks that transform every token in the same way."""
 
 
 class MixtureOfExperts(nn.Module):
-    """Several feed-forward networks, of which each token has the few that its router gives the largest probabilities::
+    """Several feed-forward networks; each token is processed by the few with the largest router probabilities::
 
         p = softmax(W_r x)                                  in at least float32
         y = sum over the `active` largest e of g_e FFN_e(x)  g_e = p_e with one active expert, else p_e over their sum
 
-    The tokens of an expert are gathered, so that the others are not computed for it.
+    Tokens are gathered by expert, so that each expert computes its own tokens only.
 
-    In training an expert may have a capacity: ceil(capacity * active * tokens / experts) tokens of a call. Those beyond it, by
-    position and then by row, get nothing from it; so no token is left out for the sake of a later one. In evaluation none is
-    left out, since what a token gets must not depend on what it is read with.
+    In training an expert may have a capacity: ceil(capacity * active * tokens / experts) tokens of a call. Tokens
+    beyond it, ordered by position and then by row, get nothing from this expert, so that no token is dropped in favour
+    of a later one. In evaluation none is dropped, since a token's output must not depend on the rest of the call.
 
     Args:
-        dim, hidden, dropout, bias, linear: of each expert, as in :class:`SwiGLU`.
-        experts: how many there are.
-        active: how many of them a token has, from 1 to `experts`.
-        capacity: factor of an expert's capacity in training, above 0; None for none.
+        dim, hidden, dropout, bias, linear: options of each expert, as in :class:`SwiGLU`.
+        experts: number of experts.
+        active: number of experts per token, from 1 to `experts`.
+        capacity: capacity factor of the experts in training, above 0; None for no limit.
         network: ``swiglu``, ``gelu`` or ``bilinear``.
     """
 
@@ -179,14 +179,14 @@ class MixtureOfExperts(nn.Module):
         valid: Bool[Tensor, "b n"] | None = None,
         losses: dict[str, Loss] | None = None,
     ) -> Float[Tensor, "b n c"]:
-        """The experts' outputs for each token.
+        """The sum of the active experts' outputs for each token.
 
         Args:
-            valid: tokens that count; the others have no expert and get 0. All when None.
-            losses: gets ``load_balance``: experts * sum_e (share of the tokens that have e) * (mean of p_e), which is `active`
-                when tokens are spread evenly, counted as one layer.
+            valid: mask of the tokens to process; other tokens have no expert and get 0. None for all.
+            losses: receives ``load_balance``: experts * sum_e (share of the tokens that expert e processes) * (mean of
+                p_e), which is `active` for evenly spread tokens, with a count of one layer.
         """
-        tokens = x.transpose(0, 1).flatten(0, 1)  # by position, then by row
+        tokens = x.transpose(0, 1).flatten(0, 1)  # ordered by position, then by row
         counted = None if valid is None else valid.T.flatten()
         with without_autocast(x.device):
             p = F.linear(wide(tokens), wide(self.router.weight)).softmax(-1)  # (T, E)
@@ -221,7 +221,7 @@ FEED_FORWARDS: dict[str, type[nn.Module]] = {**SIMPLE, "mixture_of_experts": Mix
 
 
 def feed_forward_options(name: str) -> list[str]:
-    """Options of a network of `FEED_FORWARDS`."""
+    """Option names of a network in `FEED_FORWARDS`."""
     return [p.name for p in inspect.signature(FEED_FORWARDS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
 
@@ -238,12 +238,12 @@ def make_feed_forward(
     """A feed-forward network by name: one of `FEED_FORWARDS`, or a kind of :func:`regard.layers.linear.make_linear`.
 
     Args:
-        name: a kind of projection maps `dim` to itself, once; it has no hidden width and no dropout.
-        dim, hidden, dropout, bias, linear: as of :class:`SwiGLU`.
-        options: of the mixture of experts, or of the kind of projection.
+        name: name of the network. A kind of projection maps `dim` to itself, without hidden width or dropout.
+        dim, hidden, dropout, bias, linear: as in :class:`SwiGLU`.
+        options: options of the mixture of experts, or of the kind of projection.
 
     Raises:
-        Unsupported: for another name, or what it does not take.
+        Unsupported: for another name, or for options that the network does not take.
     """
     if name in FEED_FORWARDS:
         own = feed_forward_options(name)

@@ -1,6 +1,7 @@
-"""A depthwise convolution of values on their grid, added to the heads that come out of a mechanism.
+"""Depthwise convolution of the values on their grid, added to the head outputs of a mechanism.
 
-Agent attention's DWC (arXiv 2312.08874, equation 8) and BiFormer's local context enhancement (arXiv 2303.08810, equation 7).
+This is agent attention's DWC (arXiv 2312.08874, equation 8) and BiFormer's local context enhancement (arXiv 2303.08810,
+equation 7).
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ if TYPE_CHECKING:
 class GridConvolution(Merge):
     """Adds a depthwise convolution of the values (or of the layer's input) on the grid to the head outputs.
 
-    A sequence without a grid is one row of a grid. Places without a token are zeros.
+    A sequence without a grid counts as a grid with one row. Places without a token are zeros.
 
     Args:
-        spec: of the layer.
-        side: of the filters, odd, with zeros around the grid; 0 for none.
+        spec: the layer's specification.
+        side: side of the filters, odd, with zero padding; 0 for no convolution.
         of: ``value``, or ``input``, which needs dim = heads * value_dim.
-        asked: the option that asks for it, as a call has it.
-        without: the option that does not.
+        asked: the option that turns it on, as written in a call, for errors.
+        without: the option that turns it off.
 
     Raises:
-        Unsupported: in other patterns than noncausal-self, and for inputs and values of unequal width.
+        Unsupported: in patterns other than noncausal-self, and for inputs and values of unequal width.
     """
 
     def __init__(self, spec: LayerSpec, side: int, of: str, *, asked: str, without: str) -> None:
@@ -61,7 +62,7 @@ class GridConvolution(Merge):
 
     def forward(self, output: Tensor, heads: Tensors, call: LayerCall, result: Result) -> Tensor:
         x, context, lengths = call.x, call.context, call.lengths
-        assert x is not None  # outputs are those of tokens
+        assert x is not None  # there is an output for each token, so there are tokens
         if self.convolution is None or x.shape[1] == 0:
             return output
         n = x.shape[1]
@@ -89,13 +90,13 @@ class GridConvolution(Merge):
         return output + layout.scatter(local, axis=1).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def _convolved(self, placed: Float[Tensor, "b n c"], sides: tuple[int, int]) -> Float[Tensor, "b n c"]:
-        """Of the places of a whole grid, row by row."""
+        """Convolve the places of a whole grid, given row by row."""
         assert self.convolution is not None
         return self.convolution(placed.mT.unflatten(-1, sides)).flatten(2).mT
 
     @staticmethod
     def _layout(x: Tensor, context: Context, lengths: Tensor | None) -> Gathering:
-        if lengths is None and context.roles is None and context.grid is not None:  # the tokens are in their places
+        if lengths is None and context.roles is None and context.grid is not None:  # already in place
             return gathering_in_place(context.mask, x.shape[0], x.shape[1], context.grid, x.device)
         tokens = grid_tokens(context, x, lengths)
         return gathering(None if tokens is None else Mask(valid=tokens), x.shape[0], x.shape[1], x.device)
@@ -112,10 +113,9 @@ class GridConvolution(Merge):
 
 
 def leading(n: int, grid: tuple[int, ...] | None, roles: Int[Tensor, "b n"] | None) -> int | None:
-    """Of `n` tokens a row, none of which is padding, how many come before those that fill the grid, such as a class token.
+    """How many of the `n` tokens in each row (no padding) precede those of the grid, such as a class token.
 
-    None where tokens lie in another way, and where roles may not be looked at: in a graph, or on a device that would have to
-    be waited for.
+    None if tokens are ordered differently, and if reading the roles would break a graph or wait for a device.
     """
     places = n if grid is None else math.prod(grid)
     if not 0 < places <= n:
@@ -129,7 +129,7 @@ def leading(n: int, grid: tuple[int, ...] | None, roles: Int[Tensor, "b n"] | No
 
 
 def grid_tokens(context: Context, x: Tensor, lengths: Tensor | None) -> Bool[Tensor, "b n"] | None:
-    """Tokens of a layer's right-padded `x` that lie on the grid; None when all do."""
+    """Mask of the tokens in a layer's right-padded `x` that lie on the grid; None when all do."""
     roles = context.roles
     if roles is not None:
         roles = gathering(context.mask, roles.shape[0], roles.shape[1], roles.device).gather(roles, axis=1)
@@ -137,17 +137,18 @@ def grid_tokens(context: Context, x: Tensor, lengths: Tensor | None) -> Bool[Ten
 
 
 def tokens_alone(valid: Bool[Tensor, "b n"] | None, roles: Int[Tensor, "b n"] | None) -> Bool[Tensor, "b n"] | None:
-    """Valid tokens whose role is TOKEN; None when all are."""
+    """Mask of the valid tokens with the role TOKEN; None when all have it."""
     if roles is None:
         return valid
-    ordinary = roles == int(Role.TOKEN)  # a graph would compare with the name, not the number
+    ordinary = roles == int(Role.TOKEN)  # int(): a graph would compare with the name, not the number
     return ordinary if valid is None else valid & ordinary
 
 
 def check_grid(grid: tuple[int, ...], total: Int[Tensor, "#b 1"], *, padded: bool) -> None:
-    """Raise Unsupported unless each row's tokens fill the grid (a padded row: at most fill it).
+    """Raise Unsupported unless each row's tokens fill the grid (padded rows may fill less of it).
 
-    Not checked in a graph, nor without numbers. A `total` that is known without looking is on the CPU, where nothing waits.
+    Not checked in a graph, or while values are unknown. A `total` that is known without reading the mask is on the CPU,
+    so checking it waits for no device.
     """
     if torch.compiler.is_compiling() or total.is_meta or total.numel() == 0:
         return

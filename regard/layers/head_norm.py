@@ -1,4 +1,4 @@
-"""Normalisation of the outputs of all heads together, as if they were concatenated."""
+"""Normalisation over the outputs of all heads together, as if they were concatenated."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 HEAD_NORMS = ("simple_rms", "rms", "layer", "none")
 
 WITH_PARAMETERS = ("rms", "layer")
-"""Norms after which a layer multiplies by a learned weight (and adds a bias, after ``layer``)."""
+"""Norms that a layer follows with a learned weight (and a bias, for ``layer``)."""
 
 EPS = {"simple_rms": 1e-8, "rms": 1e-6, "layer": 1e-5}
 
 
 def norm_over_heads(o: Float[Tensor, "b h n v"], name: str) -> Float[Tensor, "b h n v"]:
-    """Each token's outputs normalised over its heads and features; zeros stay zeros, with finite gradients.
+    """Normalise each token's outputs over its heads and features; zeros stay zeros, with finite gradients.
 
     ``simple_rms``: o / (rms + 1e-8) (TransNormer, arXiv 2210.10340); ``rms``: o / sqrt(rms^2 + 1e-6); ``layer``:
     centred, then divided by sqrt(var + 1e-5). In the dtype of `o`, which should be at least float32.
@@ -31,14 +31,14 @@ def norm_over_heads(o: Float[Tensor, "b h n v"], name: str) -> Float[Tensor, "b 
     if name == "layer":
         o = o - o.mean((1, 3), keepdim=True)
     if name == "simple_rms":
-        # the gradient of vector_norm at zeros is 0, that of a square root is not finite
+        # at zeros vector_norm has the gradient 0, a square root an infinite one
         length = torch.linalg.vector_norm(o, dim=(1, 3), keepdim=True)
         return o / (length * (o.shape[1] * o.shape[3]) ** -0.5 + EPS[name])
     return o * torch.rsqrt(o.square().mean((1, 3), keepdim=True) + EPS[name])
 
 
 class HeadNormWeights(Merge):
-    """The learned part of a norm over heads (`spec.config.output_norm`): a merge of the attention shell."""
+    """The learned part of a norm over heads (`spec.config.output_norm`), as a merge for the attention shell."""
 
     each_token_alone = True  # so padding may lie anywhere
 

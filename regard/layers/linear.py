@@ -1,8 +1,8 @@
-"""The one place through which every projection is built.
+"""The factory that makes all linear projections.
 
 A *kind* names a factory ``factory(in_features, out_features, *, bias, **options) -> nn.Module`` that maps the last axis
-from `in_features` to `out_features`. ``dense`` is :class:`Linear`; whoever has other kinds registers them
-(the catalogue its projection mechanisms), so that layers need not know them.
+from `in_features` to `out_features`. ``dense`` is :class:`Linear`; other kinds are registered from outside (the
+catalogue registers projection mechanisms), so that layers need not know them.
 
 :func:`accelerate` gives the linear layers of any other model the same speed.
 """
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` with its product computed by the route that is fastest on this machine.
+    """`torch.nn.Linear` with its matrix product computed by the route that is fastest on this machine.
 
-    Parameters, their names and their initialisation are those of `torch.nn.Linear`. Other routes than torch's are for
-    plain float32 tensors on a CPU, without autocast, in products that are large enough; everything else is torch's own.
-    See :mod:`regard.engines.linear`.
+    Parameters, their names and their initialisation are those of `torch.nn.Linear`. Routes other than torch's are used
+    for plain float32 tensors on a CPU, without autocast, if the product is large enough; all else is left to torch. See
+    :mod:`regard.engines.linear`.
     """
 
     def forward(self, input: Float[Tensor, "*b c"]) -> Float[Tensor, "*b out"]:
-        """x W^T + b, by the fastest route that is known for such a product."""
+        """x W^T + b, by the fastest known route for a product of this shape."""
         return linear(input, self.weight, self.bias)
 
 
@@ -43,8 +43,8 @@ class Acceleration:
 
     Attributes:
         changed: names of the modules that became :class:`Linear`; ``""`` is the model itself.
-        kept: the reason for each linear layer that was left as it was, by name.
-        modules: the changed modules.
+        kept: by name, the reason why a linear layer was left unchanged.
+        modules: the changed modules themselves.
     """
 
     changed: tuple[str, ...]
@@ -52,7 +52,7 @@ class Acceleration:
     modules: tuple[nn.Module, ...]
 
     def undo(self) -> None:
-        """Make the changed modules `torch.nn.Linear` again."""
+        """Turn the changed modules back into `torch.nn.Linear`."""
         for module in self.modules:
             if type(module) is Linear:
                 module.__class__ = nn.Linear  # type: ignore[assignment]
@@ -63,15 +63,15 @@ class Acceleration:
 
 
 def accelerate(model: nn.Module) -> Acceleration:
-    """Make every `torch.nn.Linear` in a model a :class:`Linear`, in place.
+    """Turn every `torch.nn.Linear` in a model into a :class:`Linear`, in place.
 
-    The modules stay the objects they are, with their parameters, hooks and names; only their class changes. So optimizers,
-    tied weights, checkpoints and references from elsewhere stay valid. Layers that compute something of their own
-    (subclasses, parametrized layers, a replaced `forward`) are kept and reported. Tools that look for the exact class
-    `torch.nn.Linear`, as torch's quantization does, want :meth:`Acceleration.undo` first.
+    Modules keep their identity, parameters, hooks and names; only their class changes. Optimizers, tied weights,
+    checkpoints and other references to them therefore stay valid. Layers that compute something else (subclasses,
+    parametrized layers, a replaced `forward`) are left unchanged and reported. Before using tools that look for the
+    exact class `torch.nn.Linear`, such as torch's quantization, call :meth:`Acceleration.undo`.
 
     Returns:
-        What was changed and what was not; its `undo` reverses.
+        The changed and the unchanged layers; its `undo` reverses the change.
     """
     changed: dict[str, nn.Module] = {}
     kept: dict[str, str] = {}
@@ -107,18 +107,18 @@ ALIASES: dict[str, str] = {}
 """Other names of kinds."""
 
 SOURCES: list[Callable[[], None]] = []
-"""Functions that register more kinds, called when all kinds, or one that is not registered, are asked for."""
+"""Functions that register more kinds. They run when all kinds are listed, or when an unregistered one is requested."""
 
 
 def register_linear(kind: str, factory: Callable[..., nn.Module], *, aliases: Sequence[str] = ()) -> None:
-    """Make projections of a kind available to :func:`make_linear`. The same kind and factory may be given again.
+    """Register a kind of projection for :func:`make_linear`. Registering the same kind and factory again is harmless.
 
     Args:
-        kind, factory: see above.
-        aliases: other names that :func:`make_linear` takes.
+        kind, factory: see the module's docstring.
+        aliases: other names that :func:`make_linear` accepts.
 
     Raises:
-        Unsupported: when the kind belongs to another factory.
+        Unsupported: if the kind is registered with another factory.
     """
     if FACTORIES.setdefault(kind, factory) is not factory:
         raise Unsupported(f"a second factory for linear kind {kind!r}", supported="one factory a kind")
@@ -132,7 +132,7 @@ def list_linears() -> list[str]:
 
 
 def is_linear(name: Any) -> bool:
-    """Whether it names a kind, or is an alias of one."""
+    """Return whether a name is a kind of linear layer or an alias of one."""
     if name not in FACTORIES and name not in ALIASES:
         _register_all()
     return name in FACTORIES or name in ALIASES
@@ -149,13 +149,13 @@ def make_linear(
     """A projection (..., in_features) -> (..., out_features).
 
     Args:
-        in_features, out_features: widths.
-        bias: whether it adds a learned vector; a factory that cannot refuses.
-        kind: one of :func:`list_linears`, or an alias: those of a mechanism are its kind's.
-        options: the kind's own.
+        in_features, out_features: input and output widths.
+        bias: whether to add a learned vector; factories that cannot do so raise Unsupported.
+        kind: one of :func:`list_linears`, or an alias; the aliases of a projection mechanism are aliases of its kind.
+        options: options of the kind.
 
     Raises:
-        Unsupported: for an unknown kind or options that its factory does not take.
+        Unsupported: for an unknown kind, or options that its factory does not take.
     """
     if not is_linear(kind):
         known = (*FACTORIES, *ALIASES)

@@ -1,7 +1,7 @@
-"""The shell of mixers: padding, patterns and states around a layer whose inside is its own.
+"""The shell of mixers: handles padding, patterns and states around a layer with an architecture of its own.
 
-A mixer inherits from :class:`MixerLayer` and says what it does with dense tokens (`mix`), and with memory where it has
-cross patterns (`absorb`).
+A mixer inherits from :class:`MixerLayer` and defines what it does with dense tokens (`mix`) and, if it has cross
+patterns, with memory (`absorb`).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A sequence as a mixer sees it: zeros in the padding, which is on the right, or in places of a grid.
+    """A sequence as a mixer sees it: zeros in the padding, which is on the right or at invalid places of a grid.
 
     Attributes:
         x: (B, N, C).
-        lengths: valid tokens of each row; None when all are, and on a grid.
-        valid: valid places of a grid; None when all are, and without a grid.
-        mask: for :func:`regard.apply.apply`.
+        lengths: number of valid tokens in each row; None when all are valid, and on a grid.
+        valid: valid places of a grid; None when all are valid, and without a grid.
+        mask: mask for :func:`regard.apply.apply`.
     """
 
     x: Float[Tensor, "b n c"]
@@ -42,12 +42,12 @@ class Tokens:
 
     @classmethod
     def laid_out(cls, x: Float[Tensor, "b n c"], layout: Gathering) -> Tokens:
-        """Tokens of the caller moved by a layout."""
+        """Move the caller's tokens into a layout."""
         on_grid = layout.valid if layout.lengths is None else None
         return cls(layout.gather(x, axis=1), layout.lengths, on_grid, inner_mask(layout))
 
     def count(self) -> Int[Tensor, " b"]:
-        """Valid tokens of each row of a sequence."""
+        """Number of valid tokens in each row of a sequence."""
         if self.lengths is not None:
             return self.lengths
         return torch.full(self.x.shape[:1], self.x.shape[1], device=self.x.device)
@@ -58,14 +58,14 @@ class MixerLayer(Layer):
 
     Args:
         card: the mechanism.
-        dim: width C of the input and output.
+        dim: width C of input and output.
         pattern: one of the mechanism's patterns.
         config: the mechanism's options.
 
     Attributes:
-        grid_axes: axes of the only inputs that it takes, 1 for sequences and 2 or 3 for grids; None where it takes any.
-        state_type: class of its states, where no function checks them.
-        for_sequences: options by which a layer for grids alone would take sequences.
+        grid_axes: number of grid axes that inputs must have (1 for sequences); None for any number.
+        state_type: class of its states, for mixers whose states no function checks.
+        for_sequences: options with which a layer that only takes grids would take sequences.
     """
 
     state_type: type[State] = State
@@ -78,13 +78,13 @@ class MixerLayer(Layer):
         self.config = card.options() if config is None else config
 
     def mix(self, tokens: Tokens, memory: Tokens | None, context: Context, state: Any) -> Result:
-        """Output on dense tokens, with the state after them when `state` is given or ``"state"`` is wanted."""
+        """Mix dense tokens; the result has a state if `state` is given or ``"state"`` is wanted."""
         raise NotImplementedError
 
     def call(
         self, inputs: Mapping[str, Tensor | None], tokens: Tokens, context: Context, state: Any, *, dropout: float = 0.0
     ) -> Result:
-        """The mechanism on dense tokens, on the grid of the call where tokens keep their places."""
+        """Call the mechanism on dense tokens, with the call's grid if tokens keep their places."""
         return apply(
             self.card,
             inputs,
@@ -99,7 +99,7 @@ class MixerLayer(Layer):
         )
 
     def absorb(self, memory: Tokens, state: Any) -> Any:
-        """The state after memory, continuing `state`; only mixers with cross patterns have it."""
+        """The state after memory, continuing `state`; only for mixers with cross patterns."""
         raise Unsupported(f"absorbing memory with {self.card.name}", supported="layer(x)", nearest="softmax")
 
     def forward(
@@ -113,13 +113,13 @@ class MixerLayer(Layer):
         """Mix a sequence.
 
         Args:
-            x: input; in cross patterns the queries' sequence.
+            x: input; in cross patterns, the sequence that queries come from.
             memory: the other sequence of cross patterns; None when `state` has absorbed it.
-            context: masks, grid, generator, and what is wanted.
-            state: continue from it; the result then carries the new state.
+            context: masks, grid, generator, and the extras to return.
+            state: state to continue from; the result then has the new state.
 
         Raises:
-            Unsupported: for what the pattern or the mechanism does not have.
+            Unsupported: for anything that the pattern or the mechanism does not support.
         """
         context = given_context(context)
         check_state(state, self.state_type, self.card.name)
@@ -136,7 +136,7 @@ class MixerLayer(Layer):
     def encode_memory(
         self, memory: Float[Tensor, "b m c2"], *, context: Context | None = None, state: Any = None
     ) -> Any:
-        """Absorb memory once, for decoding in a cross pattern; call again with `state` as more of it streams in."""
+        """Absorb memory once, for decoding in a cross pattern; call again with `state` as more memory streams in."""
         if not self.pattern.cross:
             raise Unsupported(f"encode_memory in {self.pattern.value}", supported="cross patterns", nearest="layer(x)")
         context = given_context(context)

@@ -1,8 +1,8 @@
 """Normalisation and scaling over the last axis, with statistics in at least float32.
 
 RMSNorm: ``x / sqrt(mean(x^2) + eps) * weight`` (Zhang & Sennrich, arXiv 1910.07467, equation 4). LayerNorm:
-``(x - mean) / sqrt(var + eps) * weight + bias`` (Ba et al., arXiv 1607.06450), here also without weight and bias, as
-models that grow by parameter tokens want it (TokenFormer, arXiv 2410.23168). LayerScale: ``x * factors`` (Touvron et al.,
+``(x - mean) / sqrt(var + eps) * weight + bias`` (Ba et al., arXiv 1607.06450), also available without weight and bias,
+for models that grow by parameter tokens (TokenFormer, arXiv 2410.23168). LayerScale: ``x * factors`` (Touvron et al.,
 arXiv 2103.17239, equation 4).
 """
 
@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
     Args:
         dim: width of the last axis.
         eps: added to the mean square; positive, so that a row of zeros stays zero with finite gradients.
-        parametric: multiply by a learned weight (dim,), ones at the start.
+        parametric: whether to multiply by a learned weight (dim,), initially ones.
     """
 
     def __init__(self, dim: int, *, eps: float = 1e-6, parametric: bool = True) -> None:
@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim)) if parametric else None
 
     def forward(self, x: Float[Tensor, "... c"], z: Float[Tensor, "... c"] | None = None) -> Float[Tensor, "... c"]:
-        """The norm, times silu(z) when there is a gate z."""
+        """The norm, times silu(z) if a gate z is given."""
         if x.shape[-1] != self.dim:
             raise Unsupported(f"a norm over {x.shape[-1]} features", supported=f"{self.dim} features")
         return rms_norm(x, self.weight, z=z, eps=self.eps, norm_before_gate=True)
@@ -60,7 +60,7 @@ class LayerNorm(nn.Module):
     Args:
         dim: width of the last axis.
         eps: added to the variance.
-        parametric: learned weight (dim,), ones at the start, and bias (dim,), zeros.
+        parametric: whether to have a learned weight (dim,), initially ones, and bias (dim,), initially zeros.
     """
 
     def __init__(self, dim: int, *, eps: float = 1e-5, parametric: bool = True) -> None:
@@ -87,7 +87,7 @@ class LayerScale(nn.Module):
 
     Args:
         dim: width of the last axis.
-        initial: all factors at the start, >= 0.
+        initial: initial value of all factors, >= 0.
     """
 
     def __init__(self, dim: int, initial: float = 1e-4) -> None:
@@ -98,7 +98,7 @@ class LayerScale(nn.Module):
         self.factors = nn.Parameter(torch.full((dim,), float(initial)))
 
     def forward(self, x: Float[Tensor, "... c"]) -> Float[Tensor, "... c"]:
-        """In the dtype of `x`."""
+        """Scale `x`, keeping its dtype."""
         return x * self.factors.to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -117,7 +117,7 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
 def make_norm(name: str, dim: int) -> nn.Module:
     """A norm over a last axis of `dim`: ``rms``, ``layer``, each also ``_nonparametric``, or ``none``.
 
-    What is added to the mean square may follow, as in ``rms:1e-5``.
+    An eps may follow the name, as in ``rms:1e-5``.
 
     Raises:
         Unsupported: for another name, or a number that is not positive.

@@ -1,7 +1,7 @@
 """The options of a layer's shell, in groups.
 
-:func:`regard.create_layer` takes every option by its name, flat; a shell's constructor takes the groups, each of which
-checks what belongs together.
+:func:`regard.create_layer` takes all options as flat keyword arguments; a shell's constructor takes the groups, each of
+which checks its own options.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from regard.contract import Types, Unsupported, at_least, one_of
 from regard.layers.linear import make_linear
 
 GATES = {"swish": "silu", "sigmoid": "sigmoid"}
-"""Output gates, with their functions' names in :func:`regard.engines.layers.gated_product`."""
+"""Output gates and the names of their functions in :func:`regard.engines.layers.gated_product`."""
 
 
 class Group:
-    """Options that belong together: a frozen dataclass, whose fields :func:`regard.create_layer` takes by name."""
+    """A frozen dataclass of related options, whose fields :func:`regard.create_layer` takes by name."""
 
 
 @dataclass(frozen=True)
 class HeadOptions(Group):
-    """How many heads keys have, and how wide heads are.
+    """The number of key/value heads and the widths of heads.
 
     Attributes:
         head_dim: width of a query/key head; key_expand * dim / num_heads when None.
         value_dim: width of a value head; value_expand * dim / num_heads when None, or `head_dim` without value_expand.
         key_expand: width of all query heads together, as a fraction of `dim`. Used when `head_dim` is None.
         value_expand: width of all value heads together, as a fraction of `dim`. Used when `value_dim` is None.
-        num_kv_heads: key/value heads, a divisor of `num_heads`; as many when None.
+        num_kv_heads: number of key/value heads, a divisor of `num_heads`; `num_heads` when None.
     """
 
     head_dim: int | None = None
@@ -46,7 +46,7 @@ class HeadOptions(Group):
     num_kv_heads: int | None = None
 
     def sizes(self, dim: int, num_heads: int) -> tuple[int, int, int]:
-        """Key/value heads, the width of a query/key head and that of a value head."""
+        """Number of key/value heads, width of a query/key head, and width of a value head."""
         at_least("num_heads", num_heads, 1)
         head_dim, value_dim = self.head_dim, self.value_dim
         if head_dim is None:
@@ -65,7 +65,7 @@ class PositionOptions(Group):
     """The position scheme.
 
     Attributes:
-        positions: its name, one that the mechanism accepts; None for none.
+        positions: name of a scheme that the mechanism accepts; None for no positions.
         position_options: options of the scheme.
         max_length: longest sequence, for learned positions.
     """
@@ -77,12 +77,12 @@ class PositionOptions(Group):
 
 @dataclass(frozen=True)
 class NormOptions(Group):
-    """Norms of heads: ``rms``, ``layer`` or None.
+    """Norms of the heads: ``rms``, ``layer`` or None.
 
     Attributes:
-        query_key_norm: of each query and key head.
-        value_norm: of each value head.
-        output_norm: of each output head.
+        query_key_norm: norm of each query and key head.
+        value_norm: norm of each value head.
+        output_norm: norm of each output head.
     """
 
     query_key_norm: str | None = None
@@ -96,7 +96,7 @@ class GateOptions(Group):
 
     Attributes:
         output_gate: ``swish`` or ``sigmoid`` of a projection of x multiplies the output; None for none.
-        output_gate_rank: features between the two projections of a low-rank output gate; None for one projection.
+        output_gate_rank: rank of a low-rank output gate, made of two projections; None for one full projection.
     """
 
     output_gate: str | None = None
@@ -117,11 +117,11 @@ class GateOptions(Group):
 
 @dataclass(frozen=True)
 class ConvolutionOptions(Group):
-    """Short convolutions.
+    """Short convolutions on queries, keys and values.
 
     Attributes:
-        short_convolution: width of causal depthwise convolutions on q, k and v; 0 for none.
-        convolution_activation: ``silu`` or None, after each of them.
+        short_convolution: filter width of causal depthwise convolutions on q, k and v; 0 for none.
+        convolution_activation: activation after each of them, ``silu`` or None.
     """
 
     short_convolution: int = 0
@@ -133,9 +133,9 @@ class LinearOptions(Group):
     """The layer's projections.
 
     Attributes:
-        linear: their kind (``dense`` or a projection mechanism).
+        linear: kind of the projections (``dense`` or a projection mechanism).
         linear_options: options of that kind.
-        bias: whether they have biases.
+        bias: whether the projections have biases.
     """
 
     linear: str = "dense"
@@ -143,13 +143,13 @@ class LinearOptions(Group):
     bias: bool = False
 
     def make(self, in_features: int, out_features: int, **others: Any) -> nn.Module:
-        """One projection; `others` go before these options."""
+        """Make one projection; `others` override these options."""
         options = {"bias": self.bias, "kind": self.linear, **(self.linear_options or {}), **others}
         return make_linear(in_features, out_features, **options)
 
 
 def shell_options(shell: type[nn.Module]) -> Mapping[str, type[Group] | None]:
-    """The options of a layer class by name, with the group of those that are in one."""
+    """All options of a layer class by name, each with its group (None for those without one)."""
     return _options(cast(Any, shell))
 
 
@@ -166,7 +166,7 @@ def _options(shell: Any) -> Mapping[str, type[Group] | None]:
 
 
 def shell_types(shell: type[nn.Module]) -> Types:
-    """Types of the options of a layer class."""
+    """Types of a layer class's options."""
     return _types(cast(Any, shell))
 
 
@@ -177,13 +177,13 @@ def _types(shell: Any) -> Types:
     for one in annotated:
         try:
             hints |= typing.get_type_hints(one.__init__)
-        except (NameError, AttributeError):  # names that only a type checker imports
+        except (NameError, AttributeError):  # names imported for type checkers only
             continue
     return Types(hints)
 
 
 def in_groups(shell: type[nn.Module], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat options as the arguments of a layer class."""
+    """Convert flat options to the constructor arguments of a layer class."""
     groups, found = shell_options(shell), dict(options)
     for name, parameter in inspect.signature(shell).parameters.items():
         if isinstance(parameter.default, Group):
@@ -194,7 +194,7 @@ def in_groups(shell: type[nn.Module], options: Mapping[str, Any]) -> dict[str, A
 
 def _head_width(dim: int, heads: int, expand: float, option: str) -> int:
     width = expand * dim / heads
-    if not (width >= 1 and width % 1 == 0):  # NaN and infinity are neither
+    if not (width >= 1 and width % 1 == 0):  # False for NaN and infinity too
         raise Unsupported(
             f"dim={dim} over num_heads={heads}" + (f" with an expansion of {expand}" if expand != 1 else ""),
             supported="heads of equal whole widths",

@@ -1,4 +1,4 @@
-"""From measurements and images to tokens."""
+"""Embeddings that turn measurements and images into tokens."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 class FeatureEmbedding(nn.Module):
-    """One token for each time step: (B, N, features) -> (B, N, dim), a projection.
+    """One token per time step, by a linear projection: (B, N, features) -> (B, N, dim).
 
     Args:
-        features: numbers measured at each step.
+        features: number of measurements at each step.
         dim: width of a token.
-        bias: whether the projection adds a learned vector.
+        bias: whether the projection has a bias.
         linear: builds the projection.
     """
 
@@ -39,15 +39,15 @@ class FeatureEmbedding(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """One token for each square patch of an image: (B, channels, H, W) -> (B, rows * columns, dim), row by row.
+    """One token per square patch of an image: (B, channels, H, W) -> (B, rows * columns, dim), row by row.
 
     Args:
-        channels: channels of the image.
+        channels: number of image channels.
         dim: width of a token.
         patch: side of a patch in pixels.
-        stride: pixels from patch to patch; `patch` when None. A smaller one makes patches overlap.
-        padding: zero pixels on each side.
-        bias: whether the projection adds a learned vector.
+        stride: distance between patches in pixels; `patch` when None. A smaller stride makes patches overlap.
+        padding: number of zero pixels added on each side.
+        bias: whether the projection has a bias.
         linear: builds the projection from the channels * patch^2 numbers of a patch (channel first, then row, column).
     """
 
@@ -77,10 +77,10 @@ class PatchEmbedding(nn.Module):
         self.projection = linear(channels * patch * patch, dim, bias=bias)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tokens of an image: the `grid` of its :class:`regard.contract.Context`.
+        """Rows and columns of tokens for an image: the `grid` of its :class:`regard.contract.Context`.
 
         Raises:
-            Unsupported: when pixels of the image would be left over.
+            Unsupported: if pixels of the image would be left over.
         """
         sides = []
         for name, side in (("height", height), ("width", width)):
@@ -102,7 +102,7 @@ class PatchEmbedding(nn.Module):
         rows, columns = self.grid(image.shape[2], image.shape[3])
         if self.padding or self.stride != self.patch:
             patches = F.unfold(image, self.patch, padding=self.padding, stride=self.stride).mT
-        else:  # the same without the way over columns, which takes several times as long
+        else:  # equal to the above, but avoids im2col, which takes several times as long
             pixels = image.unflatten(3, (columns, self.patch)).unflatten(2, (rows, self.patch))
             patches = pixels.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         return self.projection(patches)

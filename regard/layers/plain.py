@@ -1,4 +1,4 @@
-"""A layer as a function of tensors, for `nn.Sequential` and whatever else passes on what a module returns."""
+"""A layer that takes and returns plain tensors, for `nn.Sequential` and other code that passes outputs on unchanged."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class PlainLayer(nn.Module):
-    """A layer that returns its output alone.
+    """Wraps a layer to return its output tensor alone.
 
     Args:
-        layer: what returns a :class:`regard.Result`; stays at hand as ``layer``, with its ``step``.
+        layer: a layer that returns a :class:`regard.Result`; available as the attribute ``layer``, with its ``step``.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -33,7 +33,7 @@ class PlainLayer(nn.Module):
         """The layer's output.
 
         Raises:
-            Unsupported: for what a plain tensor has no room for: anything that `context` wants, and auxiliary losses in
+            Unsupported: for results that do not fit in one tensor: extras that `context` wants, and auxiliary losses in
                 training.
         """
         if context is not None and context.want:

@@ -1,6 +1,6 @@
-r"""Pools that a pooling mechanism should beat: N tokens become one vector, or m of them.
+r"""Baseline pools for pooling mechanisms to beat: N tokens become one vector, or m of them.
 
-Of the valid tokens h_t of a sequence, the rows of H (N, D):
+For the valid tokens h_t of a sequence, the rows of H (N, D):
 
 | pool | output | options |
 |---|---|---|
@@ -9,11 +9,12 @@ Of the valid tokens h_t of a sequence, the rows of H (N, D):
 | ``additive`` | sum_t a_t h_t with a = softmax over t of w^T tanh(W h_t + b) | `hidden` |
 | ``structured`` | A H with A = softmax over t of W_2 tanh(W_1 H^T), m rows | `slots`, `hidden`, `diversity` |
 
-``additive`` is one head of additive attention (Bahdanau et al., arXiv 1409.0473) with a learned query; ``structured`` the
-structured self-attention of Lin et al. (arXiv 1703.03130, equations 6 and 8), without biases as there.
+``additive`` is one head of additive attention (Bahdanau et al., arXiv 1409.0473) with a learned query; ``structured``
+is the structured self-attention of Lin et al. (arXiv 1703.03130, equations 6 and 8), without biases, as in the paper.
 
-Each is a layer as those of the pooling mechanisms are: ``layer(x, context=Context(mask=...))`` returns a ``Result`` with
-(B, m, D), a row a document when packed, and 0 for a sequence without tokens. :func:`make_pooling` builds them by name.
+Pools have the same interface as the layers of pooling mechanisms: ``layer(x, context=Context(mask=...))`` returns a
+``Result`` with (B, m, D), one row per document when packed, and 0 for a sequence without tokens. :func:`make_pooling`
+builds them by name.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ if TYPE_CHECKING:
 
 
 class Pooling(nn.Module):
-    """The base of this module's pools: masks and refusals.
+    """Base class of this module's pools: handles masks and rejects unsupported arguments.
 
     Args:
-        name: of the pool, for errors.
+        name: name of the pool, for errors.
         dim: width D of the tokens.
-        slots: vectors m of each sequence.
+        slots: number of output vectors m per sequence.
     """
 
     gives_weights = False
@@ -58,15 +59,15 @@ class Pooling(nn.Module):
 
         Args:
             x: tokens, padded anywhere or packed, as `context.mask` says.
-            context: its mask; with ``want={"weights"}`` the pools that have weights give them.
+            context: only its mask is used; with ``want={"weights"}``, pools that have weights return them.
 
         Returns:
-            output (B, slots, D), one row a document when packed. Extras: ``weights`` (B, slots, N) of right-padded
-            tokens, zero at padding. Losses: ``diversity``, where the pool was built with it.
+            output (B, slots, D), one row per document when packed. Extras: ``weights`` (B, slots, N) of right-padded
+            tokens, zero at padding. Losses: ``diversity``, if the pool was built with it.
 
         Raises:
-            Unsupported: for inputs that are not floats (B, N, D), memory, a state, roles, masks on pairs, or weights of
-                a pool that has none.
+            Unsupported: for inputs that are not floats (B, N, D), for memory, a state, roles or masks on pairs, and if
+                weights are wanted from a pool that has none.
         """
         context = given_context(context)
         check_tokens(x, self.dim)
@@ -75,7 +76,7 @@ class Pooling(nn.Module):
         return self.pool(layout.gather(x, axis=1), layout.lengths, context.want)
 
     def pool(self, x: Float[Tensor, "b n d"], lengths: Int[Tensor, " b"] | None, want: Set[str]) -> Result:
-        """The pool of right-padded rows with zeros in the padding."""
+        """Pool right-padded rows with zeros in the padding."""
         raise NotImplementedError
 
     def _check(self, memory: Any, context: Context, state: Any) -> None:
@@ -104,9 +105,9 @@ class SimplePooling(Pooling):
     """The ``mean``, ``max``, ``first`` or ``last`` of the valid tokens, (B, N, D) -> (B, 1, D); see the module.
 
     Args:
-        how: one of the four.
+        how: ``mean``, ``max``, ``first`` or ``last``.
         dim: width D of the tokens.
-        num_heads: plays no part.
+        num_heads: ignored.
     """
 
     def __init__(self, how: str, dim: int, num_heads: int = 1) -> None:
@@ -135,8 +136,8 @@ class AdditivePooling(Pooling):
 
     Args:
         dim: width D of the tokens.
-        num_heads: plays no part.
-        hidden: rows of W; `dim` when None.
+        num_heads: ignored.
+        hidden: number of rows of W; `dim` when None.
     """
 
     gives_weights = True
@@ -157,10 +158,10 @@ class StructuredPooling(Pooling):
 
     Args:
         dim: width D of the tokens.
-        num_heads: number of slots m, unless `slots` says otherwise.
+        num_heads: number of slots m, unless `slots` is given.
         slots: number of slots; `num_heads` when None.
-        hidden: rows d_a of W_1; `dim` when None.
-        diversity: return the penalty ||A A^T - I||_F^2 of each sequence as the loss ``diversity``.
+        hidden: number of rows d_a of W_1; `dim` when None.
+        diversity: whether to return the penalty ||A A^T - I||_F^2 of each sequence as the loss ``diversity``.
     """
 
     gives_weights = True
@@ -201,11 +202,11 @@ def make_pooling(name: str, dim: int, num_heads: int = 1, **options: Any) -> Poo
     Args:
         name: ``mean``, ``max``, ``first``, ``last``, ``additive`` or ``structured``.
         dim: width D of the tokens.
-        num_heads: slots of ``structured`` when its `slots` are not given.
-        options: the pool's own.
+        num_heads: number of slots of ``structured`` if `slots` is not given.
+        options: options of the pool.
 
     Raises:
-        Unsupported: for an unknown name, options that the pool does not take, or sizes that are not whole and positive.
+        Unsupported: for an unknown name, options that the pool does not take, or sizes that are not positive integers.
     """
     if name not in POOLINGS:
         raise Unsupported(f"pool {name!r}", supported=", ".join(POOLINGS), nearest=closest(str(name), POOLINGS))
@@ -221,7 +222,7 @@ def make_pooling(name: str, dim: int, num_heads: int = 1, **options: Any) -> Poo
 
 
 def check_size(name: str, value: Any) -> int:
-    """`value`, unless it is no whole number of at least 1."""
+    """Return `value` if it is an integer of at least 1; raise Unsupported otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise Unsupported(f"{name}={value!r}", supported=f"a whole number {name} >= 1", nearest=f"{name}=1")
     return value
@@ -235,14 +236,15 @@ def pool_by_scores(
     diversity: bool = False,
     want: Set[str] = frozenset(),
 ) -> Result:
-    """A X with A = softmax over tokens of the scores, in at least float32.
+    """A X, where A is the softmax of the scores over the tokens, in at least float32.
 
     Args:
         x: tokens, with zeros where they are not valid.
-        scores: of each slot and token.
-        valid: tokens that there are; None when all are.
-        diversity: give the sum over sequences that have tokens of ||A A^T - I||_F^2, and their number, as a loss.
-        want: with ``"weights"`` the extras have A.
+        scores: score of each token for each slot.
+        valid: mask of the valid tokens; None when all are valid.
+        diversity: whether to return as a loss the sum of ||A A^T - I||_F^2 over sequences that have tokens, with their
+            number.
+        want: extras to return; with ``"weights"``, they contain A.
 
     Returns:
         output (B, S, D) in the dtype of `x`, 0 for a row without tokens.
@@ -251,7 +253,7 @@ def pool_by_scores(
     if valid is None:
         weights = scores.softmax(-1)
     else:
-        opened = valid | ~valid.any(-1, keepdim=True)  # -inf throughout a row would make its gradient NaN
+        opened = valid | ~valid.any(-1, keepdim=True)  # a row of -inf only would have NaN gradients
         weights = scores.masked_fill(~opened[:, None], -torch.inf).softmax(-1)
         weights = torch.where(valid[:, None], weights, 0)
     result = Result((weights @ x.to(weights.dtype)).to(x.dtype))
@@ -268,7 +270,7 @@ def pool_by_scores(
 
 
 def _overlap(weights: Float[Tensor, "b s n"], some: Bool[Tensor, " b"] | None) -> Float[Tensor, ""]:
-    """Sum over rows that have tokens of ||A A^T - I||_F^2."""
+    """The sum of ||A A^T - I||_F^2 over rows that have tokens."""
     if weights.shape[-1] == 0:
         return weights.sum()
     identity = torch.eye(weights.shape[1], dtype=weights.dtype, device=weights.device)

@@ -1,4 +1,4 @@
-"""The shell of projection mechanisms: what replaces a linear layer, as a layer like the others.
+"""The shell of projection mechanisms: gives a replacement for linear layers the interface of any other layer.
 
 A projection mechanism's module is built as ``module(in_features, out_features, *, bias, config)`` and maps the last axis.
 """
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class ProjectionLayer(Layer):
-    """Applies a projection mechanism to every token alone, (B, N, C) -> (B, N, out_features).
+    """Applies a projection mechanism to each token on its own, (B, N, C) -> (B, N, out_features).
 
     Args:
         card: the mechanism.
         dim: width C of the input.
-        pattern: any that the mechanism has; tokens do not mix, so all are the same.
+        pattern: any pattern that the mechanism supports; tokens do not mix, so all patterns compute the same.
         out_features: width of the output; `dim` when None.
-        bias: whether a learned vector is added, where the mechanism can.
+        bias: whether to add a learned vector, if the mechanism supports it.
         config: the mechanism's options.
     """
 
@@ -51,7 +51,7 @@ class ProjectionLayer(Layer):
     def forward(
         self, x: Float[Tensor, "b n c"], memory: None = None, *, context: Context | None = None, state: None = None
     ) -> Result:
-        """Project each valid token; padding gives 0."""
+        """Project each valid token; padding becomes 0."""
         if memory is not None or state is not None:
             raise Unsupported(f"{self.card.name} with memory or state", supported="layer(x): tokens do not mix")
         check_tokens(x, self.dim)
@@ -63,7 +63,7 @@ class ProjectionLayer(Layer):
 
 
 def projection_factory(card: Mechanism) -> Callable[..., nn.Module]:
-    """``factory(in_features, out_features, *, bias, **options)`` of a projection mechanism, for `make_linear`."""
+    """A projection mechanism's ``factory(in_features, out_features, *, bias, **options)``, for `make_linear`."""
     assert card.module is not None  # a card of this kind always has one; checked by regard verify
     module = card.module
 

@@ -1,6 +1,6 @@
-"""Linear layers whose weights are held in 8 or 4 bits and computed with as they are.
+"""Linear layers that store their weights in 8 or 4 bits and compute with them in that form.
 
-:mod:`regard.compression` makes them of trained layers; here is how they run, and how a saved model gets them back.
+:mod:`regard.compression` makes them from trained layers; this module runs them and restores them in saved models.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ GROUPS = (32, 64, 128)
 
 @dataclass(frozen=True)
 class Format:
-    """How the numbers of a weight are held.
+    """The number format of a quantized weight.
 
     Attributes:
-        bits: of a code: 8, 4, 3 or 2. Codes of 3 and 2 bits take the room of 4.
-        group: columns of a row with one scale: 32, 64 or 128; None for whole rows, as 8 bits have them.
-        symmetric: whether 0 is in the middle of each grid; otherwise a group has an offset too.
-        dynamic: whether each row of the inputs is rounded to 8 bits as well; of 8-bit weights.
+        bits: bits per code: 8, 4, 3 or 2. Codes of 3 and 2 bits are stored in 4.
+        group: columns of a row that share one scale: 32, 64 or 128; None for whole rows, as with 8 bits.
+        symmetric: whether 0 is in the middle of each grid; otherwise each group has an offset as well.
+        dynamic: whether each row of the inputs is rounded to 8 bits too; for 8-bit weights.
     """
 
     bits: int = 8
@@ -57,12 +57,12 @@ class Format:
 
     @property
     def codes(self) -> tuple[int, int]:
-        """Least and largest code, counted from the middle."""
+        """Smallest and largest code, counted from the middle."""
         half = 2 ** (self.bits - 1)
         return -half, half - 1
 
     def columns(self, given: int) -> int:
-        """Columns of codes for a weight with so many: the last group is whole."""
+        """Number of code columns for a weight with that many columns: the last group is padded to full size."""
         return given if self.group is None else -(-given // self.group) * self.group
 
     def __str__(self) -> str:
@@ -72,12 +72,12 @@ class Format:
 
 @dataclass(frozen=True)
 class Codes:
-    """A weight on its grids: ``values * scale + offset`` in each group.
+    """The quantized values of a weight, which are ``values * scale + offset`` in each group.
 
     Attributes:
-        values: (N, K) int8 counted from the middle; K as :meth:`Format.columns` says.
+        values: (N, K) int8 counted from the middle, with K from :meth:`Format.columns`.
         scale: (N, groups) bfloat16.
-        offset: the same, where the grids are not symmetric.
+        offset: (N, groups) bfloat16; None for symmetric grids.
     """
 
     values: Int[Tensor, "n k"]
@@ -85,21 +85,21 @@ class Codes:
     offset: Float[Tensor, "n g"] | None
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "n k"]:
-        """In floating point, with the columns that pad the last group."""
+        """The weight in floating point, including the columns that pad the last group."""
         grouped = self.values.to(dtype).unflatten(1, (self.scale.shape[1], -1)) * self.scale.to(dtype)[..., None]
         return (grouped if self.offset is None else grouped + self.offset.to(dtype)[..., None]).flatten(1)
 
 
 class QuantizedLinear(nn.Module):
-    """y = x W^T + b with W as a :class:`Format` holds it.
+    """y = x W^T + b with W stored as a :class:`Format` says.
 
     Args:
-        in_features, out_features, bias: as of `torch.nn.Linear`.
-        format: of the weight.
-        scaled_inputs: whether column j of x is multiplied with ``input_scale[j]`` first, and W is what that makes of it.
-        float_columns: columns of x that keep a weight in floating point, beside the others.
+        in_features, out_features, bias: as in `torch.nn.Linear`.
+        format: number format of the weight.
+        scaled_inputs: whether column j of x is first multiplied by ``input_scale[j]``, with W adjusted to match.
+        float_columns: input columns whose weights are kept in floating point in addition to the quantized ones.
 
-    A new one holds no weight: :meth:`fill` it, or load it.
+    A new layer holds no weight: call :meth:`fill`, or load one.
     """
 
     scale: Tensor
@@ -146,11 +146,11 @@ class QuantizedLinear(nn.Module):
         input_scale: Float[Tensor, " k"] | None = None,
         float_columns: Int[Tensor, " c"] | None = None,
     ) -> QuantizedLinear:
-        """A linear layer with `codes` for its weight.
+        """A quantized version of a linear layer, with `codes` as its weight.
 
         Args:
-            input_scale: see the class; the codes are those of ``weight / input_scale``.
-            float_columns: whose weights stay; their codes must be 0.
+            input_scale: see the class; the codes then represent ``weight / input_scale``.
+            float_columns: columns whose weights are kept in floating point; their codes must be 0.
         """
         count = 0 if float_columns is None else len(float_columns)
         made = cls(
@@ -173,7 +173,7 @@ class QuantizedLinear(nn.Module):
         return made.train(linear.training)
 
     def fill(self, codes: Codes) -> None:
-        """Take these codes."""
+        """Copy codes into this layer."""
         if self.format.bits == 8:
             self.codes.copy_(codes.values)
         else:
@@ -200,7 +200,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "n k"]:
-        """W in floating point, as it acts on x: for code that reads weights itself. Computed each time."""
+        """W in floating point, as applied to x, for code that reads weights. Computed on each access."""
         return self.dequantized()
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "n k"]:
@@ -214,7 +214,7 @@ class QuantizedLinear(nn.Module):
         return weight
 
     def record(self) -> dict[str, Any]:
-        """What :func:`restore_layers` makes such a layer of, for JSON."""
+        """The arguments from which :func:`restore_layers` builds such a layer, for JSON."""
         return {
             **asdict(self.format),
             "in_features": self.in_features,
@@ -225,8 +225,8 @@ class QuantizedLinear(nn.Module):
         }
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As of every module, but scales and offsets stay in bfloat16: the codes were chosen for them, and kernels read
-        no others."""
+        """As for any module, but scales and offsets stay in bfloat16: the codes were chosen for these, and kernels read
+        nothing else."""
         kept = {name: getattr(self, name) for name in ("scale", "offset")}
         super()._apply(fn, recurse)
         for name, before in kept.items():
@@ -239,9 +239,9 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedEmbedding(nn.Module):
-    """A table that is a quantized head's weight: rows are looked up in the head's codes.
+    """An embedding table tied to a quantized output head: looks up rows in the head's codes.
 
-    The head is not a part of it, so that its codes are held and saved once.
+    The head is not registered as a submodule, so that its codes are stored and saved only once.
     """
 
     def __init__(self, head: QuantizedLinear) -> None:
@@ -250,22 +250,22 @@ class QuantizedEmbedding(nn.Module):
 
     @property
     def head(self) -> QuantizedLinear:
-        """The layer whose codes are read."""
+        """The linear layer that holds the codes."""
         return self._head[0]
 
     @property
     def num_embeddings(self) -> int:
-        """Rows of the table."""
+        """Number of rows of the table."""
         return self.head.out_features
 
     @property
     def embedding_dim(self) -> int:
-        """Columns of the table."""
+        """Number of columns of the table."""
         return self.head.in_features
 
     @property
     def weight(self) -> Float[Tensor, "n k"]:
-        """The table in floating point. Computed each time."""
+        """The table in floating point. Computed on each access."""
         return self.head.weight
 
     def forward(self, ids: Int[Tensor, "*b"]) -> Float[Tensor, "*b k"]:
@@ -274,7 +274,7 @@ class QuantizedEmbedding(nn.Module):
 
 
 def quantized_record(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The quantized layers of a model by name, as :func:`restore_layers` takes them."""
+    """The quantized layers of a model by name, in the form that :func:`restore_layers` takes."""
     names = {module: name for name, module in model.named_modules()}
     found: dict[str, dict[str, Any]] = {}
     for module, name in names.items():
@@ -286,13 +286,13 @@ def quantized_record(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def restore_layers(model: nn.Module, record: Mapping[str, Mapping[str, Any]], *, source: str) -> None:
-    """Put empty quantized layers where a model had them when `record` was made; its weights are loaded afterwards.
+    """Put empty quantized layers where a model had them when `record` was made; load its weights afterwards.
 
     Args:
-        source: where the record is from, for errors.
+        source: where the record comes from, for errors.
 
     Raises:
-        Unsupported: for a record that is not of such a model.
+        Unsupported: for a record that does not fit the model.
     """
     linears = {name: entry for name, entry in record.items() if "head" not in entry}
     for name, entry in linears.items():
@@ -329,7 +329,7 @@ def _submodule(model: nn.Module, name: str, source: str) -> nn.Module:
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` is in a model; raises Unsupported for the model itself."""
+    """Replace `old` by `new` wherever it occurs in a model; raise Unsupported if `old` is the model itself."""
     places = [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is old]
     if not places:
         raise Unsupported("a model that is one layer itself", supported="a model that has layers in it")

@@ -1,7 +1,8 @@
-"""Residual branches of pre-norm blocks: x + after(branch(norm(x))), in one native call where that computes the same.
+"""Residual branches of pre-norm blocks, x + after(branch(norm(x))), in one native call where the result is the same.
 
-In inference of plain float32 tensors on a CPU a branch of plain parts goes to the kernels of :mod:`regard.engines.residual`. A
-part that is another kind of module, has hooks or another ``forward``, or drops something out, is called as ever.
+In inference on a CPU with plain float32 tensors, branches of standard parts go to the kernels of
+:mod:`regard.engines.residual`. Parts of another class, with hooks or a ``forward`` of their own, or with active
+dropout, are called as usual.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 Branch = tuple[nn.Module, nn.Module, tuple[nn.Module, ...]]
-"""A norm, a feed-forward network or a layer, and what the addition passes then."""
+"""A norm, a feed-forward network or layer, and the modules applied to its output before the addition."""
 
 LINEARS = (Linear, nn.Linear)
 IDENTITIES = {DropPath: "probability", nn.Dropout: "p", nn.Identity: ""}
-"""Modules that leave all as it is, in training where this attribute is 0."""
+"""Modules that are the identity in evaluation, and in training if this attribute is 0."""
 
 
 def add_feed_forward(
     x: Float[Tensor, "... n c"], norm: nn.Module, network: nn.Module, *after: nn.Module
 ) -> Float[Tensor, "... n c"]:
-    """x + after(network(norm(x))), the modules of `after` one after the other."""
+    """x + after(network(norm(x))), with the modules of `after` applied in turn."""
     found = fused_feed_forward(x, norm, network, *after)
     if found is not None:
         return found
@@ -54,25 +55,25 @@ def add_feed_forward(
 def fused_feed_forward(
     x: Float[Tensor, "... n c"], norm: nn.Module, network: nn.Module, *after: nn.Module
 ) -> Float[Tensor, "... n c"] | None:
-    """:func:`add_feed_forward` in one native call; None where there is none for it."""
+    """:func:`add_feed_forward` in one native call; None if there is no kernel for it."""
     return fused(x, [(norm, network, after)])
 
 
 def fused_attention(
     x: Float[Tensor, "b n c"], norm: nn.Module, layer: nn.Module, *after: nn.Module, context: Context | None = None
 ) -> Float[Tensor, "b n c"] | None:
-    """x + after(layer(norm(x))) of softmax attention of a sequence to itself, in one native call; None where there is none for it:
-    masks, windows, positions, gates and whatever else a layer may have."""
+    """x + after(layer(norm(x))) for softmax self-attention, in one native call; None if there is no kernel for it, as
+    for masks, windows, positions and gates."""
     if context is not None and (context.want or any(getattr(context, name) is not None for name in TOLD)):
         return None
     return fused(x, [(norm, layer, after)])
 
 
 def fused(x: Float[Tensor, "b n c"], branches: Iterable[Branch]) -> Float[Tensor, "b n c"] | None:
-    """What branches, one after the other, make of `x`, each in one native call; None where one of them has none.
+    """Apply branches to `x` one after the other, each in one native call; None if there is no kernel for one of them.
 
-    All are looked at before the first runs: what Python reads is out of the processor's cache after a call, and looking at a
-    branch then takes several times as long.
+    All branches are inspected before the first one runs: a native call evicts Python's data from the processor's cache,
+    and inspecting a branch afterwards takes several times as long.
     """
     if not may_be_fused(x) or not residual.plain(x):
         return None
@@ -88,26 +89,26 @@ def fused(x: Float[Tensor, "b n c"], branches: Iterable[Branch]) -> Float[Tensor
 
 
 def may_be_fused(x: Tensor) -> bool:
-    """Whether there may be native calls for branches of `x`: asked first, so that single tokens take no longer for it."""
+    """Return whether branches of `x` may have native calls; a cheap first test that keeps single tokens fast."""
     return not (torch.compiler.is_compiling() or residual.is_small(x))
 
 
 def is_called_plainly(module: nn.Module) -> bool:
-    """Whether a module's call comes to the ``forward`` of its class and nothing else."""
+    """Return whether calling a module runs the ``forward`` of its class and nothing else."""
     return not (
         module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or _has_any_global_hook()
     )
 
 
 TOLD = ("mask", "memory_mask", "positions", "memory_positions", "roles", "teacher")
-"""What a context may have that such attention does not look at."""
+"""Fields of a context that the fused attention does not support."""
 
 
 class _Parts:
-    """The modules of a branch as they were when its struct was made.
+    """The modules of a branch, as they were when its native struct was made.
 
     Attributes:
-        native: what computes the branch; None where the kernels do not.
+        native: computes the branch; None if there is no kernel for it.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class _Parts:
     ) -> None:
         ends = [x for module in after for x in ([module, *module] if type(module) is nn.Sequential else [module])]
         self._given, self._options = (norm, *after), options
-        self._modules = [norm, *inner.children(), *ends]  # not the one that this is kept for as long as it lives
+        self._modules = [norm, *inner.children(), *ends]  # without inner, its weak key
         self._types = [*map(type, self._modules)]
         sequences = [x for x in after if type(x) is nn.Sequential]
         self._homes = [x._modules for x in (inner, *sequences)] + [x._parameters for x in self._modules]
@@ -135,7 +136,7 @@ class _Parts:
         self.native = None if make is None else make(norm, inner, scales[0].factors if scales else None)
 
     def are_current(self, norm: nn.Module, after: tuple[nn.Module, ...], options: tuple[Any, ...]) -> bool:
-        """Whether these modules are still the branch, with the same tensors where they were."""
+        """Return whether the branch still has these modules, with the same tensors in the same places."""
         return (
             _same((norm, *after), self._given)
             and options == self._options
@@ -146,11 +147,11 @@ class _Parts:
         )
 
     def _found(self) -> list[Any]:
-        """The modules inside of others, and the tensors of all."""
+        """All modules inside the given ones, and the tensors of all of them."""
         return [*itertools.chain.from_iterable(map(dict.values, self._homes))]
 
     def run_plainly(self) -> bool:
-        """Whether no module has hooks or a ``forward`` of its own, or drops something out."""
+        """Return whether no module has hooks, a ``forward`` of its own, or active dropout."""
         if (
             any(self._hooks)
             or any(map(operator.contains, self._attributes, itertools.repeat("forward")))
@@ -161,13 +162,13 @@ class _Parts:
 
 
 _PARTS: WeakKeyDictionary[nn.Module, _Parts] = WeakKeyDictionary()
-"""Of the feed-forward networks and layers that were last called so."""
+"""The parts of each feed-forward network or layer, from its latest call."""
 
 
 def _native(
     norm: nn.Module, inner: nn.Module, after: tuple[nn.Module, ...]
 ) -> residual.FeedForward | residual.Attention | None:
-    """What computes a branch now; None where the modules do."""
+    """The native form of a branch; None if its modules must be called."""
     options: tuple[Any, ...] = ()
     if isinstance(inner, AttentionLayer):
         options = inner.card, inner.config, inner.pattern, inner.num_heads, inner.kv_heads, inner.head_dim, inner.mix

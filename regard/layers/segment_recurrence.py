@@ -1,8 +1,8 @@
-"""The shell of mechanisms whose memory holds layer inputs of earlier segments, through which no gradient flows in training.
+"""The shell of mechanisms whose memory holds layer inputs of earlier segments, detached in training.
 
-Keys and values of the memory are projections of those inputs. Their gradient reaches the projections and stops there:
-inside a call as across calls. A state holds keys and values, which decode fastest; in training it holds layer inputs too,
-so that the next call projects them with the weights of then.
+Keys and values of the memory are projections of those inputs. Their gradient reaches the projections and stops there,
+within a call as well as across calls. A state holds keys and values, for fast decoding; in training it holds layer
+inputs too, so that the next call can project them with its current weights.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class InputState(State):
 
 
 def last_inputs(old: Any, x: Float[Tensor, "b n c"], lengths: Int[Tensor, " b"] | None, width: int) -> InputState:
-    """The last `width` inputs after new ones; `old`, if there is one, has no fewer."""
+    """The last `width` inputs once `x` is appended to `old`, which holds at least as many if given."""
     total = lengths_after(None if old is None else old.length, lengths, x.shape[0], x.shape[1], x.device)
     if old is not None:
         x = torch.cat([old.inputs[:, old.inputs.shape[1] - width :], x.to(old.inputs.dtype)], 1)
@@ -40,10 +40,10 @@ def last_inputs(old: Any, x: Float[Tensor, "b n c"], lengths: Int[Tensor, " b"] 
 
 
 class SegmentLayer(AttentionLayer):
-    """An attention layer with a memory of its inputs; its config says in `cached` how many the next token may see.
+    """An attention layer with a memory of its inputs; `cached` in its config is the number that the next token may see.
 
-    What a state carries has no gradient. In training mode a state also holds inputs, and one that was begun in evaluation
-    mode is refused. In evaluation mode gradients within a call are those of its outputs, with nothing stopped.
+    Gradients do not flow through states. In training mode a state also holds inputs, and states begun in evaluation
+    mode are rejected. In evaluation mode, gradients within a call are those of its outputs, with nothing detached.
     """
 
     def forward(
@@ -78,7 +78,7 @@ class SegmentLayer(AttentionLayer):
         return heads, last_inputs(old, stopped, call.lengths, self.config.cached), losses
 
     def _projected_again(self, state: LayerState) -> LayerState:
-        """The state with keys and values of the inputs that it holds, by the weights of now."""
+        """The state with its keys and values recomputed from its inputs, with the current weights."""
         if not isinstance(state.projection, InputState):
             raise Unsupported(
                 f"{self.card.name} in training with a state that was begun in evaluation mode",

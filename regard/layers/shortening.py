@@ -1,7 +1,7 @@
-"""Between two stages of a model: tokens become fewer, and perhaps wider.
+"""Downsampling between two stages of a model: fewer tokens, which may be wider.
 
-A sequence, or a grid of one to three axes, is cut into windows of `size` tokens along each axis; what is left over at an end
-is a smaller window. Each window becomes one token:
+A sequence, or a grid of one to three axes, is cut into windows of `size` tokens along each axis; windows at an end may
+be smaller. Each window becomes one token:
 
 | kind | a window of tokens x_1 ... x_w becomes |
 |---|---|
@@ -9,7 +9,8 @@ is a smaller window. Each window becomes one token:
 | ``convolution`` | a convolution around its first token, as wide as 2 size - 1 along each axis, and a norm: overlapping patches (PVTv2, arXiv 2106.13797; VAN, arXiv 2202.09741) |
 | ``mean``, ``max`` | their mean, or the largest of each feature; a projection follows where the width changes |
 
-Places without a token, at an end or in the padding, count as zeros in the first two and not at all in the others.
+Places without a token, at an end or in the padding, count as zeros in the first two kinds and are ignored in the
+others.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ SHORTENINGS = ("merge", "convolution", "mean", "max")
 
 
 class Shortening(nn.Module):
-    """The base: fewer tokens on the way in, and each vector back at the tokens that it was made from on the way out.
+    """Base class: shortens the sequence on the way in; on the way out, copies vectors back to the original tokens.
 
     A subclass defines :meth:`shorten` and :meth:`back`.
     """
@@ -45,7 +46,7 @@ class Shortening(nn.Module):
 
         Args:
             x: right-padded tokens.
-            context: its mask has lengths or nothing, its grid the sides; the rest goes on as it is.
+            context: its mask has lengths or nothing, its grid the sides; other fields are passed on unchanged.
         """
         lengths = None if context.mask is None else context.mask.lengths
         shorter, left, grid = self.shorten(x, lengths, context.grid)
@@ -58,7 +59,7 @@ class Shortening(nn.Module):
     def shorten(
         self, x: Float[Tensor, "b n c"], lengths: Int[Tensor, " b"] | None, grid: tuple[int, ...] | None
     ) -> tuple[Float[Tensor, "b s e"], Int[Tensor, " b"] | None, tuple[int, ...] | None]:
-        """The shorter sequence, its lengths and its grid; lengths are None where they were, and likewise the grid."""
+        """The shorter sequence, its lengths and its grid; lengths and grid are None if they were None before."""
         raise NotImplementedError
 
     def back(
@@ -68,30 +69,30 @@ class Shortening(nn.Module):
         lengths: Int[Tensor, " b"] | None,
         grid: tuple[int, ...] | None,
     ) -> Float[Tensor, "b n e"]:
-        """Vectors of the shorter sequence, each at all the places that it was made from.
+        """Copy each vector of the shorter sequence to all the places that it was made from.
 
         Args:
-            y: of the shorter sequence.
-            n: tokens before it was shortened.
-            lengths: valid tokens of the shorter rows; None where all are.
-            grid: sides before it was shortened.
+            y: vectors of the shorter sequence.
+            n: number of tokens before shortening.
+            lengths: number of valid tokens in the shorter rows; None when all are valid.
+            grid: sides of the grid before shortening.
         """
         raise NotImplementedError
 
 
 class Windows(Shortening):
-    """Windows of `size` tokens along each axis become one token each.
+    """Turns windows of `size` tokens along each axis into one token each.
 
     Args:
         kind: one of `SHORTENINGS`.
-        dim: width of the tokens.
-        out_dim: width of the new ones.
-        size: of a window along each axis, >= 2.
-        axes: of the inputs: 1 for sequences, 2 or 3 for grids.
-        norm: of ``merge`` and ``convolution``, as in :func:`regard.layers.norms.make_norm`.
+        dim: width of the input tokens.
+        out_dim: width of the output tokens.
+        size: size of a window along each axis, >= 2.
+        axes: number of axes of the inputs: 1 for sequences, 2 or 3 for grids.
+        norm: norm of ``merge`` and ``convolution``, as in :func:`regard.layers.norms.make_norm`.
 
     Raises:
-        Unsupported: for another kind, or sizes out of range; in a call, for a grid of another number of axes.
+        Unsupported: for another kind, or sizes out of range; when called, for a grid with another number of axes.
     """
 
     def __init__(self, kind: str, dim: int, out_dim: int, *, size: int = 2, axes: int = 1, norm: str = "layer") -> None:
@@ -122,9 +123,9 @@ class Windows(Shortening):
             valid = valid_from_lengths(lengths, x.shape[1])[..., None]
             x = torch.where(valid, x, 0)
             exists = windows(valid, sides, self.size)
-            left = exists.any(2).sum((1, 2))  # in a grid read row by row too, the windows with a token come first
+            left = exists.any(2).sum((1, 2))  # windows that contain a token come first, even in a grid read row by row
         if self.kind == "convolution" and x.shape[1] == 0:
-            y = x.new_zeros(x.shape[0], 0, self.out_dim)  # torch convolves nothing that is shorter than a filter
+            y = x.new_zeros(x.shape[0], 0, self.out_dim)  # torch cannot convolve inputs shorter than the filter
         elif self.kind == "convolution":
             y = self.projection(x.mT.unflatten(2, sides)).flatten(2).mT
             y = self.norm(y)
@@ -168,11 +169,11 @@ class Windows(Shortening):
 
 
 def windows(x: Shaped[Tensor, "b n c"], sides: Sequence[int], size: int) -> Shaped[Tensor, "b s w c"]:
-    """Tokens by windows of `size` along each axis of a grid, row by row within a window; zeros beyond the ends."""
+    """Group tokens by windows of `size` along each grid axis, row by row within a window; zeros beyond the ends."""
     axes = len(sides)
     x = x.unflatten(1, tuple(sides))
     x = F.pad(x, [0, 0, *(end for side in reversed(sides) for end in (0, -(-side // size) * size - side))])
     for axis, side in enumerate(sides):
         x = x.unflatten(1 + 2 * axis, (-(-side // size), size))
-    x = x.permute(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)  # windows, places, features
+    x = x.permute(0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)  # (windows, places, features)
     return x.flatten(1 + axes, 2 * axes).flatten(1, axes)

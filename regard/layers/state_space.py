@@ -1,4 +1,4 @@
-"""Parts that blocks of selective state-space models share (Mamba, arXiv 2312.00752; Mamba-2, arXiv 2405.21060)."""
+"""Building blocks that selective state-space models share (Mamba, arXiv 2312.00752; Mamba-2, arXiv 2405.21060)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 SELECTIONS = ("dt", "B", "C")
-"""Parameters that depend on the token, and may be held constant for controls."""
+"""Parameters that depend on the token, and can be held constant in ablations."""
 
 
 def check_range(config: Any, name: str, *, zero: bool = False) -> None:
-    """Check an option that is (low, high) in a Config's ``__post_init__``: 0 < low <= high (0 <= low with `zero`)."""
+    """Check in a Config's ``__post_init__`` that an option (low, high) has 0 < low <= high (0 <= low with `zero`)."""
     low, high = getattr(config, name)
     if not 0 <= low <= high or (low == 0 and not zero):
         default = getattr(type(config), name)
@@ -36,33 +36,33 @@ def check_range(config: Any, name: str, *, zero: bool = False) -> None:
 
 
 def draw_dt_bias(bias: nn.Parameter, low: float, high: float) -> None:
-    """Fill with the inverse softplus of steps that are log-uniform from `low` to `high`, at least 1e-4."""
+    """Fill `bias` with the inverse softplus of log-uniform steps from `low` to `high`, at least 1e-4."""
     with torch.no_grad():
         dt = torch.empty_like(bias).uniform_(math.log(low), math.log(high)).exp().clamp(min=1e-4)
         bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
 
 def without_weight_decay(*parameters: Tensor | None) -> None:
-    """Mark parameters for the optimizer (None is skipped)."""
+    """Exempt parameters from the optimizer's weight decay (None is skipped)."""
     for parameter in parameters:
         if parameter is not None:
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
 
 def split(projection: nn.Module | None, widths: dict[str, int], x: Float[Tensor, "b n c"]) -> Tensors:
-    """The parts of a projection by name, in the order of its features; without a projection all are 0 wide."""
+    """Split a projection of `x` into named parts, in the order of its features; all are 0 wide without a projection."""
     y = x[..., :0] if projection is None else projection(x)
     return dict(zip(widths, y.split(list(widths.values()), -1), strict=True))
 
 
 class GatedRMSNorm(nn.Module):
-    """RMSNorm of each group of features, and the gate silu(z) before or after it.
+    """RMSNorm of each group of features, with a gate silu(z) before or after it.
 
     Args:
         dim: width of the last axis, a multiple of `groups`.
-        groups: groups with a root mean square of their own.
+        groups: number of groups, each with its own root mean square.
         eps: added to the mean square.
-        norm_before_gate: norm(y) silu(z) instead of norm(y silu(z)).
+        norm_before_gate: compute norm(y) silu(z) instead of norm(y silu(z)).
     """
 
     def __init__(self, dim: int, groups: int = 1, *, eps: float = 1e-5, norm_before_gate: bool = False) -> None:
@@ -73,12 +73,12 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, y: Float[Tensor, "... c"], z: Float[Tensor, "... c"] | None) -> Float[Tensor, "... c"]:
-        """Computed in at least float32, in the dtype of y."""
+        """Normalise and gate, in at least float32; the result has the dtype of y."""
         return rms_norm(y, self.weight, z=z, groups=self.groups, eps=self.eps, norm_before_gate=self.norm_before_gate)
 
 
 class StateSpaceLayer(MixerLayer):
-    """A block around a state-space recurrence: time constants that keep float32, and a convolution with its cache.
+    """A block around a state-space recurrence: keeps time constants in float32, and has a convolution with a cache.
 
     Subclasses set `A_log`, `dt_bias`, `D` (None without a skip) and `conv` (None without a convolution).
     """
@@ -88,7 +88,7 @@ class StateSpaceLayer(MixerLayer):
     conv: ShortConvolution | None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Casts and moves, but never narrows the parameters of `FLOAT32`."""
+        """Cast and move as usual, but never narrow the parameters in `FLOAT32`."""
         before = {name: getattr(self, name).data for name in self.FLOAT32 if getattr(self, name) is not None}
         super()._apply(fn, recurse)
         for name, value in before.items():
@@ -100,7 +100,7 @@ class StateSpaceLayer(MixerLayer):
     def convolve(
         self, x: Float[Tensor, "b n c"], tokens: Tokens, state: LayerState | None
     ) -> tuple[Float[Tensor, "b n c"], tuple[Tensor, ...]]:
-        """silu of the convolution of tokens, and its cache after them (none in noncausal form)."""
+        """silu of the convolved tokens, and the convolution's cache after them (None in noncausal form)."""
         if self.conv is None:
             return F.silu(x), ()
         y, cache = self.conv(x, tokens.lengths, state.convolutions[0] if state is not None else None)

@@ -1,22 +1,21 @@
-"""x W^T + b in float32 on a CPU by the fastest of several libraries, as one differentiable operator.
+"""x W^T + b in float32 on a CPU, by the fastest of several libraries, as one differentiable operator.
 
-A *route* computes the product; which one is fastest depends on the machine (MKL keeps part of its code from processors of
-other makers), on the sizes and on how the operands lie in memory, so a route is chosen by measuring. Products of one
-*class* have the same layouts, and sizes between the same powers of two; the first product of a class is measured, with
-its own sizes and strides, twice (a tenth of a second together, at most a second). Another route than torch's is taken
-only where both measurements say so. Within a process the choice for a class never changes. Weights that few rows meet are
-measured out of the cache, as a model's are when decoding comes to them.
+A *route* computes the product. Which one is fastest depends on the machine (MKL withholds some of its code from
+processors of other makers), on the sizes and on the memory layout of the operands, so routes are chosen by measuring.
+Products of one *class* have the same layouts, and sizes between the same powers of two; the first product of a class is
+measured twice, with its own sizes and strides (a tenth of a second together, at most a second). A route other than
+torch's is chosen only if both measurements favour it. Within a process the choice for a class never changes. Weights
+that are multiplied by few rows are measured uncached, as a model's weights are in decoding.
 
-A choice on which both measurements agree is kept in ``$XDG_CACHE_HOME/regard/linear_routes.json`` (``~/.cache`` when the
-variable is not set) for this processor, version of torch, number of threads and list of routes. It is believed once
-another process has measured the same, so that what one process measured beside a busy neighbour does not last.
+A choice on which both measurements agree is stored in ``$XDG_CACHE_HOME/regard/linear_routes.json`` (``~/.cache`` if
+the variable is not set) for this processor, torch version, number of threads and list of routes. It is trusted once a
+second process has come to the same choice, so that a measurement disturbed by other load does not last.
 
-The environment variable ``REGARD_LINEAR_ROUTE``, or :func:`use_route`, forces a route by name: ``torch`` is then plain
+The environment variable ``REGARD_LINEAR_ROUTE``, or :func:`use_route`, forces a route by name; ``torch`` is plain
 ``torch.nn.functional.linear``.
 
-The operator is ``regard::linear(x, weight, bias)`` on matrices. Its gradients are products of the same kind,
-dX = dY (W^T)^T and dW = dY^T (X^T)^T, with transposed views, so they take routes of their own and can be differentiated
-again.
+The operator is ``regard::linear(x, weight, bias)`` on matrices. Its gradients are products of the same kind, dX = dY
+(W^T)^T and dW = dY^T (X^T)^T, with transposed views, so they are routed separately and can be differentiated again.
 """
 
 from __future__ import annotations
@@ -43,18 +42,18 @@ if TYPE_CHECKING:
     Matrix = Float[Tensor, "n k"]
 
 TRACED_WEIGHT = 1 << 16
-"""Entries of the smallest weight for which a traced graph has the operator; row counts may be symbols there."""
+"""Smallest number of weight entries for which a traced graph uses the operator; row counts may be symbolic there."""
 
 
 MOST_REMEMBERED = 4096
-"""Products that are remembered as torch's."""
+"""Maximum number of products remembered as going to torch."""
 
 CHOICES = Choices(checked_route(os.environ.get("REGARD_LINEAR_ROUTE")))
 
 
 @contextmanager
 def use_route(name: str | None) -> Iterator[None]:
-    """Force a route in all threads, wherever it applies, whatever the size; ``auto`` or None to choose by measuring.
+    """Force a route in all threads, for all products that it supports; ``auto`` or None to choose by measuring.
 
     Raises:
         Unsupported: for an unknown route, or one that this machine lacks.
@@ -69,7 +68,7 @@ def use_route(name: str | None) -> Iterator[None]:
 
 @operator("linear")
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A product of matrices by the route of its class."""
+    """Compute a product of matrices by the route of its class."""
     return ROUTES[CHOICES.find(x, weight)].run(x, weight, bias)
 
 
@@ -105,11 +104,11 @@ _product.register_autograd(_gradients, setup_context=_save)
 def linear(
     x: Float[Tensor, "*b k"], weight: Float[Tensor, "n k"], bias: Float[Tensor, " n"] | None = None
 ) -> Float[Tensor, "*b n"]:
-    """`torch.nn.functional.linear`, by a route of its own where that is faster: plain float32 tensors on a CPU."""
+    """`torch.nn.functional.linear`, with faster routes for plain float32 tensors on a CPU."""
     product = None
-    if torch.compiler.is_compiling():  # how many rows there are may not be known
+    if torch.compiler.is_compiling():  # the number of rows may be unknown
         large = weight.numel() >= TRACED_WEIGHT
-    else:  # asked first, because most layers of small models end here
+    else:  # tested first, because most layers of small models end here
         large = type(x) in PLAIN and 2 * x.numel() * weight.shape[0] >= CHOICES.smallest_work
         product, torchs = _told(x, weight) if large else None, CHOICES.torchs
         if product in torchs:
@@ -128,8 +127,8 @@ def linear(
 
 
 def _told(x: Tensor, weight: Tensor) -> tuple[Any, ...] | None:
-    """What a product is remembered by; None for tensors without strides, and for weights that are packed, which have routes
-    of their own."""
+    """The key under which a product is remembered; None for tensors without strides, and with packed weights, which
+    have routes of their own."""
     if LOCAL.frozen is not None or type(weight) not in PLAIN or x.is_nested:
         return None
     if x.layout is not torch.strided or weight.layout is not torch.strided:
@@ -138,7 +137,7 @@ def _told(x: Tensor, weight: Tensor) -> tuple[Any, ...] | None:
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether routes are for such tensors; also False for what `F.linear` refuses, so that it says why."""
+    """Return whether routes support such tensors; False for what `F.linear` rejects, to get its error message."""
     if type(x) not in PLAIN or type(weight) not in PLAIN:
         return False
     return (
@@ -157,14 +156,14 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _are_few(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product is one of few rows and a weight that is worth reading fast."""
+    """Return whether a product has few rows and a weight large enough for the kernel that reads it once."""
     if x.dim() == 0 or weight.dim() != 2 or weight.numel() < FEW_ROWS_WEIGHT:
         return False
     return 0 < x.numel() <= FEW_ROWS * x.shape[-1]
 
 
 def _takes_native(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether few rows go to the kernel by the shortest way: nobody watches, and it is the fastest."""
+    """Return whether to call the few-rows kernel directly: nothing observes the call, and it is the fastest."""
     given = (x, weight) if bias is None else (x, weight, bias)
     if not runs_plainly(*given) or not all(t.is_contiguous() for t in given) or not _unmodified():
         return False
@@ -172,14 +171,14 @@ def _takes_native(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _has_own_route(x: Tensor, weight: Tensor) -> bool:
-    """Whether another route than torch's computes the product."""
-    if torch.compiler.is_compiling():  # nothing is measured here: the operator does that when it runs
+    """Return whether a route other than torch's computes the product."""
+    if torch.compiler.is_compiling():  # not measured here: the operator does so when it runs
         return True
     return CHOICES.find(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), weight) != "torch"
 
 
 def _unmodified() -> bool:
-    """Whether nothing (autocast, export, transforms of functions, forward derivatives) changes what operators do."""
+    """Return whether nothing (autocast, export, function transforms, forward derivatives) changes what operators do."""
     return not (
         torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting() or in_transform() or in_forward_mode()
     )
@@ -191,13 +190,14 @@ def chosen_routes() -> dict[str, Any]:
 
 
 def take_routes(record: Mapping[str, Any]) -> None:
-    """Go on with the :func:`chosen_routes` of another process, so that a run that it began rounds as it did there.
+    """Adopt the :func:`chosen_routes` of another process, so that a run continued from there rounds in the same way.
 
-    Classes of products that this process has chosen for keep their routes, and so do all on another machine or torch.
+    Classes that already have a route in this process keep it. Records from another machine or torch version are
+    ignored.
     """
     CHOICES.take(record)
 
 
 def which_route(rows: int, in_features: int, out_features: int) -> str:
-    """The name of the route that a linear layer's forward takes for so many rows; measures if that is not known yet."""
+    """The name of the route for a linear layer's forward pass on `rows` rows; measures if it is not known yet."""
     return CHOICES.route(Product.plain(rows, out_features, in_features))

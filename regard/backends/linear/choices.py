@@ -1,4 +1,4 @@
-"""The route of each class of products, and the file in which choices are kept between runs."""
+"""The route of each class of products, and the file that stores choices between runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def cache_file() -> Path:
-    """Where choices are kept between runs."""
+    """The file that stores choices between runs."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regard" / "linear_routes.json"
 
 
@@ -45,7 +45,7 @@ def _processor() -> str:
 
 
 def machine(threads: int) -> str:
-    """The conditions that choices hold for."""
+    """The conditions under which stored choices are valid."""
     return f"{_machine()} | threads {threads} | {', '.join(available_routes())}"
 
 
@@ -58,8 +58,8 @@ class Choices:
     """The route of each class, by number of threads and class.
 
     Attributes:
-        torchs: products, by shapes and strides, that are known to go to torch, as most do: of a model's many small products
-            each costs more than a hundredth of its time to be classed again.
+        torchs: shapes and strides of products that are known to go to torch, as most do: for a model's many small
+            products, looking up the class each time would cost more than a hundredth of their time.
     """
 
     forced: str | None = None
@@ -71,30 +71,30 @@ class Choices:
         self.force(self.forced)
 
     def force(self, name: str | None) -> None:
-        """Send every product to the route `name`; None lets each class have its own again."""
+        """Send every product to the route `name`; None restores each class's own route."""
         self.forced = name
-        self.torchs = set()  # and not cleared: what is asked for by another thread now is remembered in the old one
+        self.torchs = set()  # a new set: another thread may still add products to the old one
         self.smallest_work = SMALLEST_WORK if name is None else 1
 
     def as_record(self) -> dict[str, Any]:
-        """The choices of this process for JSON, and the machine that they hold for."""
+        """The choices of this process, with the machine that they are for, as JSON data."""
         return {"machine": _machine(), "routes": [[*key, name] for key, name in self.known.items()]}
 
     def take(self, record: Mapping[str, Any]) -> None:
-        """Choose as a record says, where nothing is chosen yet; nothing of one of another machine."""
+        """Adopt a record's choices for classes that have none yet; ignore records from another machine."""
         if record["machine"] == _machine():
             for *key, name in record["routes"]:
                 if name in available_routes():
                     self.known.setdefault(tuple(key), name)
 
     def find(self, x: Matrix, weight: Matrix) -> str:
-        """The name of the route that x W^T takes."""
+        """The name of the route for x W^T."""
         (m, k), n = x.shape, weight.shape[0]
         frozen = LOCAL.frozen is not None and lasting(weight)
         return self.route(Product(m, n, k, x.stride(), weight.stride(), frozen))
 
     def route(self, product: Product) -> str:
-        """The name of the route that a product takes; measures when it is the first of its class."""
+        """The name of the route for a product; measures if it is the first of its class."""
         if product.work < self.smallest_work and not product.reads_once:
             return "torch"
         if self.forced is not None:
@@ -108,7 +108,7 @@ class Choices:
         return self.known[key]
 
     def _found(self, threads: int, product: Product) -> str:
-        """The choice on which two processes agreed one after the other, or else the one that this process finds."""
+        """The choice on which the last two processes agreed, or else a new one; torch's if that contradicts theirs."""
         stored = _read_cache()
         kept = stored.setdefault(machine(threads), {})
         before = kept.get(str(product), [])
@@ -122,7 +122,7 @@ class Choices:
 
 
 def _read_cache() -> dict[str, dict[str, list[str]]]:
-    """By machine and class: the last choices of one or two processes."""
+    """The stored choices of the last one or two processes, by machine and class."""
     try:
         stored = json.loads(cache_file().read_text())
     except (OSError, ValueError):
@@ -136,7 +136,7 @@ def _read_cache() -> dict[str, dict[str, list[str]]]:
 
 
 def _write_cache(stored: dict[str, dict[str, list[str]]]) -> None:
-    """Whole or not at all; where nothing can be written, choices last as long as the process."""
+    """Write atomically; if the file cannot be written, choices last as long as the process."""
     text = json.dumps(stored, indent=1, sort_keys=True)
     with suppress(Unsupported):
         write_text_atomically(cache_file(), text)

@@ -1,4 +1,4 @@
-"""Which route is the fastest for a product, by measuring."""
+"""Measurement of the fastest route for a product."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from regard.backends.linear.product import Product
 from regard.backends.linear.routes import ROUTES, FrozenWeights, available_routes
 
 SMALLEST_WORK = 1 << 23
-"""Products with fewer operations are torch's: the time they take is mostly that of a call."""
+"""Products with fewer operations go to torch: most of their time is call overhead."""
 
 CALL_OVERHEAD = 100e-6
 FROZEN_CALL_OVERHEAD = 50e-6
-"""Seconds that a product takes beyond its route when Python is not in the cache, because large products were there before;
-half of it is the recording for gradients. A route has to make up for them."""
+"""Seconds of overhead of a call by a route other than torch's if Python's code is not cached, because large products
+ran before; half of it is autograd recording. A route must be faster by more than this."""
 
 MARGIN = 0.95
-"""A route is chosen when its time is below this fraction of torch's."""
+"""A route is chosen if its time is below this fraction of torch's."""
 
 COLD_BYTES = 1 << 26
-"""Of weights, read in turn, when such a product is measured: a model's are in no cache when they are asked for."""
+"""Bytes of weights to cycle through when measuring few rows: in decoding, a model's weights are not cached."""
 
 
 def fastest(seconds: dict[str, float], overhead: float = CALL_OVERHEAD) -> str:
-    """The route to take, given the time of each, and what taking another than torch's costs."""
+    """The route to take, given the time of each route and the overhead of not using torch's."""
     needed = {name: spent if name == "torch" else spent + overhead for name, spent in seconds.items()}
     best = min(needed, key=needed.__getitem__)
     return best if needed[best] < MARGIN * needed["torch"] else "torch"
 
 
 def choice(product: Product) -> tuple[str, bool]:
-    """The route for the class of a product, and whether two measurements agree on it; torch's where they do not.
+    """The route for the class of a product, and whether two measurements agree on it; torch's if they do not.
 
-    The smallest product of the class decides, in which the overhead of a call weighs most.
+    The overhead of a call is counted as for the smallest product of the class, where it weighs most.
     """
     measured = product.measured()
     least = max(SMALLEST_WORK, 2 << sum(size.bit_length() - 1 for size in (product.m, product.n, product.k)))
@@ -48,7 +48,7 @@ def choice(product: Product) -> tuple[str, bool]:
 def probe(product: Product) -> dict[str, float]:
     """Seconds that each route takes for a product: the least of several interleaved runs.
 
-    It is measured in a thread of its own, which no mode of the caller (tracing, counting, transforms, autocast) reaches.
+    Measured in a separate thread, which the caller's modes (tracing, counting, transforms, autocast) do not affect.
     """
     measured: dict[str, float] = {}
     errors: list[BaseException] = []
@@ -71,7 +71,7 @@ def _time_routes(product: Product) -> dict[str, float]:
     x, weight = product.operands()
     copies = COLD_BYTES // (4 * weight.numel()) if product.reads_once else 0
     weights = itertools.cycle([weight, *(weight.clone() for _ in range(copies))])
-    # Time of the thread does not count interruptions, but counts one thread only.
+    # thread_time excludes interruptions, but only covers one thread
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     names = [name for name in available_routes() if ROUTES[name].applies(product)]
     least = dict.fromkeys(names, float("inf"))

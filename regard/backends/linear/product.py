@@ -1,4 +1,4 @@
-"""A product of matrices as far as the choice of a route depends on it."""
+"""The properties of a matrix product that the choice of a route depends on."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 FEW_ROWS = 16
-"""Rows of the largest product for which reading the weight is what takes the time."""
+"""Largest number of rows for which reading the weight dominates the time."""
 
 FEW_ROWS_WEIGHT = 1 << 17
-"""Entries of the smallest weight that few rows may take a route of their own to: smaller ones are soon read."""
+"""Smallest number of weight entries for a separate few-rows route: smaller weights are read quickly anyway."""
 
 PROBED_WORK = 1 << 30
-"""Operations of the largest product that is measured; of larger ones a smaller one speaks for."""
+"""Number of operations of the largest product that is measured; larger ones are represented by a smaller one."""
 
 
 def layout_of(rows: int, columns: int, strides: tuple[int, ...]) -> str:
-    """How a matrix lies in memory: ``rows`` or ``columns`` one after another, with ``gaps`` between them, or ``scattered``."""
+    """A matrix's memory layout: contiguous ``rows`` or ``columns``, the same ``with gaps``, or ``scattered``."""
     down, along = strides
     if along == 1 or columns <= 1:
         return "rows" if down == columns or rows <= 1 else "rows with gaps"
@@ -28,12 +28,12 @@ def layout_of(rows: int, columns: int, strides: tuple[int, ...]) -> str:
 
 
 def _strides(layout: str, rows: int, columns: int, before: tuple[int, ...]) -> tuple[int, ...]:
-    """The layout of a part of a matrix that lies as the whole does."""
+    """Strides of a smaller matrix with the same layout."""
     return {"rows": (columns, 1), "columns": (1, rows)}.get(layout, before)
 
 
 class Product(NamedTuple):
-    """(m, k) times the transpose of (n, k), with the strides of both: what a choice depends on."""
+    """(m, k) times the transpose of (n, k), with the strides of both."""
 
     m: int
     n: int
@@ -44,37 +44,37 @@ class Product(NamedTuple):
 
     @classmethod
     def plain(cls, m: int, n: int, k: int, *, frozen: bool = False) -> Product:
-        """The layouts of contiguous operands."""
+        """A product of contiguous operands."""
         return cls(m, n, k, (k, 1), (k, 1), frozen)
 
     @property
     def work(self) -> int:
-        """Multiply-adds, counted twice."""
+        """Number of operations; a multiply-add counts as two."""
         return 2 * self.m * self.n * self.k
 
     @property
     def x_layout(self) -> str:
-        """How the left operand lies in memory, as far as choices tell layouts apart."""
+        """Memory layout of the left operand."""
         return layout_of(self.m, self.k, self.x_strides)
 
     @property
     def weight_layout(self) -> str:
-        """How the right operand lies in memory."""
+        """Memory layout of the right operand."""
         return layout_of(self.n, self.k, self.weight_strides)
 
     @property
     def reads_once(self) -> bool:
-        """Whether few rows meet a weight that lies as the kernel for them reads it."""
+        """True if there are few rows and the weight has the layout that their kernel needs."""
         return self.m <= FEW_ROWS and self.weight_layout == "rows" and self.n * self.k >= FEW_ROWS_WEIGHT
 
     def size_class(self) -> tuple[int | str, ...]:
         """The class of products that share a choice: sizes up to a power of two, both layouts, and whether the weight
-        lasts."""
+        is frozen."""
         sizes = (self.m.bit_length(), self.n.bit_length(), self.k.bit_length())
         return (*sizes, self.x_layout, self.weight_layout, self.frozen)
 
     def measured(self) -> Product:
-        """The product that is measured for it: a smaller one of the same layouts where it is large."""
+        """The product that is measured in its place: a smaller one with the same layouts if it is large."""
         m, n, k = self.m, self.n, self.k
         while 2 * m * n * k > PROBED_WORK:
             m, n, k = (size // 2 if size == max(m, n, k) else size for size in (m, n, k))
@@ -83,7 +83,7 @@ class Product(NamedTuple):
         return Product(m, n, k, x_strides, weight_strides, self.frozen)
 
     def operands(self) -> tuple[Tensor, Tensor]:
-        """Tensors of such a product."""
+        """Example tensors for such a product."""
 
         def made(shape: tuple[int, int], strides: tuple[int, ...]) -> Tensor:
             last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
@@ -92,6 +92,6 @@ class Product(NamedTuple):
         return made((self.m, self.k), self.x_strides), made((self.n, self.k), self.weight_strides)
 
     def __str__(self) -> str:
-        """Its class, in words."""
+        """The product's class, in words."""
         m, n, k = (f"2^{size.bit_length() - 1}" for size in (self.m, self.n, self.k))
         return f"{m}x{k} {self.x_layout}, {n}x{k} {self.weight_layout}{', frozen' if self.frozen else ''}"

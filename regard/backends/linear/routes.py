@@ -1,4 +1,4 @@
-"""The ways to compute a product, by several libraries, and the copies of weights that one of them wants."""
+"""The routes, which compute a product by various libraries, and the packed weights that one of them needs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from regard.backends.native.few_rows import few_rows
 from regard.contract import Unsupported, closest
 
 PACKED_ROWS = 64
-"""Rows of the largest product that takes a packed weight."""
+"""Largest number of rows for which packed weights are used."""
 
 
 @dataclass(frozen=True)
 class Route:
-    """A way to compute the product.
+    """One way to compute the product.
 
     Attributes:
-        run: (x (m, k), weight (n, k), bias (n,) or None) -> (m, n) row by row, a new tensor; any strides.
-        available: whether this build of torch and this processor have it.
-        applies: whether it computes a product.
+        run: (x (m, k), weight (n, k), bias (n,) or None) -> (m, n), a new contiguous tensor; operands may have any
+            strides.
+        available: returns whether this build of torch and this processor support it.
+        applies: returns whether it supports a product.
     """
 
     run: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -36,7 +37,7 @@ class Route:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """oneDNN has only a plain loop for a weight with gaps, thousands of times slower than its kernels: it is copied first."""
+    """Copies weights with gaps first: oneDNN only has a plain loop for them, thousands of times slower."""
     n, k = weight.shape
     if layout_of(n, k, weight.stride()) not in ("rows", "columns"):
         weight = weight.contiguous()
@@ -61,8 +62,8 @@ def _has_onednn() -> bool:
 ROUTES: dict[str, Route] = {
     "torch": Route(F.linear),
     "onednn": Route(_onednn, _has_onednn),
-    # Packing pays where few rows meet a large weight again and again, in decoding: up to twice as fast at 8 rows,
-    # 5% at 1024.
+    # Packing pays off if few rows are multiplied by a large weight again and again, as in decoding: up to twice as fast
+    # at 8 rows, 5% at 1024.
     "onednn_packed": Route(
         _onednn_packed,
         _has_onednn,
@@ -70,15 +71,15 @@ ROUTES: dict[str, Route] = {
     ),
     "native": Route(_few_rows, lambda: library.why_missing() is None, lambda product: product.reads_once),
 }
-"""By name, torch first: it is what the others have to beat."""
+"""Routes by name. Torch comes first, as the one to beat."""
 
 
 class FrozenWeights:
-    """Keeps copies of weights in the layout that a library wants, while the weights do not change.
+    """Keeps copies of weights in a library's own layout, as long as the weights do not change.
 
-    ``with packs:`` lets products inside take packed routes, in this thread. The copies live as long as this object,
-    and cost the memory of the weights once more; a weight that was changed by an operation of torch is packed again. What
-    torch does not see (``weight.data`` and shared memory written to) must not happen while it is in use.
+    ``with packs:`` enables packed routes for products in the block, in this thread. The copies live as long as this
+    object, and take as much memory as the weights; a weight changed by an operation of torch is packed again. Do not
+    change weights behind torch's back (through ``weight.data`` or shared memory) while the object is in use.
     """
 
     def __init__(self) -> None:
@@ -94,9 +95,9 @@ class FrozenWeights:
         LOCAL.frozen = self._outer.pop()
 
     def packed(self, weight: Tensor) -> Tensor:
-        """The packed copy of a weight that :func:`lasting` is true of."""
+        """The packed copy of a weight, for which :func:`lasting` must be true."""
         where = (weight.data_ptr(), tuple(weight.shape), weight.stride())
-        # the weight is kept beside its copy, so that its address stays its own
+        # the entry holds the weight too, so that its address is not reused
         known = self._packs.get(where)
         if known is not None and known[0] == weight._version:
             return known[2]
@@ -113,18 +114,18 @@ LOCAL = _Local()
 
 
 def lasting(weight: Tensor) -> bool:
-    """Whether it is a parameter or a part of one, whose changes torch counts: what is computed anew is not worth a copy."""
+    """Return whether a weight is (part of) a parameter whose changes torch counts: others are not worth a copy."""
     owner = weight._base if weight._is_view() else weight
     return isinstance(owner, nn.Parameter) and not weight.is_inference()
 
 
 def available_routes() -> tuple[str, ...]:
-    """Names of those that this build of torch and this processor have, torch first."""
+    """Names of the routes that this build of torch and this processor support, torch first."""
     return tuple(name for name, route in ROUTES.items() if route.available())
 
 
 def checked_route(name: str | None) -> str | None:
-    """A route of this machine by name; None for one to choose by measuring.
+    """Check the name of a route; None means that routes are chosen by measuring.
 
     Raises:
         Unsupported: for an unknown route, or one that this machine lacks.

@@ -1,1 +1,1 @@
-"""Engines in C++ for CPUs, from one shared library with a plain C interface (see `native/`)."""
+"""Engines in C++ for CPUs, from a shared library with a plain C interface (see `native/`)."""

@@ -1,4 +1,4 @@
-"""Few rows times a weight, which is read once: in C++ (`native/src/quantized_linear.cpp`)."""
+"""Products of few rows with a weight that is read only once, in C++ (`native/src/quantized_linear.cpp`)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class QuantizedLinear(library.Arguments):
 def few_rows(
     x: Float[Tensor, "*b k"], weight: Float[Tensor, "n k"], bias: Float[Tensor, " n"] | None
 ) -> Float[Tensor, "*b n"]:
-    """x W^T + bias; all float32 and contiguous, on the CPU."""
+    """x W^T + bias, where all tensors are float32 and contiguous, on the CPU."""
     n, k = weight.shape
     y = x.new_empty((*x.shape[:-1], n))
     sizes = x.numel() // k, n, k, k, k

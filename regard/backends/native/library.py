@@ -1,7 +1,7 @@
-"""The shared library of native kernels: found, loaded, told which threads to use, and called.
+"""The shared library of native kernels: finds and loads it, sets its thread pool, and calls its kernels.
 
-Kernels take one C struct each. A :class:`Arguments` subclass is that struct; :func:`call` runs a kernel on it. Tensors'
-shapes, dtypes and strides are checked by the callers before a pointer is passed: a bad call must never crash.
+Each kernel takes one C struct, for which there is a subclass of :class:`Arguments`; :func:`call` runs the kernel on it.
+Callers check shapes, dtypes and strides of tensors before passing pointers: a bad call must never crash.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ STATUS = {1: "library and package do not belong together: install regard again",
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Dtypes that kernels read and write, with their numbers in the C interface."""
 MOST = 1 << 30
-"""The largest size or rank that kernels take: in them, and in sums of two, these are 32-bit numbers."""
+"""The largest size or rank that kernels take, so that it and the sum of two such numbers fit in 32 bits."""
 
 
 class Arguments(ctypes.Structure):
-    """Arguments of a kernel, in the order of its C struct after `size`; what is not given is 0.
+    """Arguments of a kernel, in the order of its C struct after `size`; those not given are 0.
 
-    ``native/include`` says what each of them is: the fields of a class are those of the struct `regard_KERNEL_args`.
+    ``native/include`` documents them: the fields of a class are those of the struct `regard_KERNEL_args`.
     """
 
     kernel: ClassVar[str]
@@ -43,18 +43,18 @@ class Arguments(ctypes.Structure):
 
 
 class Missing(RuntimeError):
-    """Why there is no library."""
+    """The library cannot be used; the message says why."""
 
 
 @lru_cache(maxsize=1)
 def load() -> ctypes.CDLL:
-    """The library.
+    """Load the library.
 
-    The environment variable REGARD_NATIVE_LIBRARY names another file, or with ``off`` none; REGARD_INSTRUCTION_SET
-    takes another instruction set than the processor's best.
+    The environment variable REGARD_NATIVE_LIBRARY names another file, or disables the library with ``off``;
+    REGARD_INSTRUCTION_SET selects another instruction set than the processor's best.
 
     Raises:
-        Missing: when there is none, or it is another version's.
+        Missing: if there is no library, or it belongs to another version.
     """
     given = os.environ.get("REGARD_NATIVE_LIBRARY", "")
     if given.lower() in ("off", "0", "none"):
@@ -76,7 +76,8 @@ def load() -> ctypes.CDLL:
     if not right:
         raise Missing(f"{paths[0].name} is another version's: install regard again")
     runtime = ctypes.CDLL(None)
-    # PyTorch loads its OpenMP runtime for everybody to see. GOMP_parallel is GNU's entry, which LLVM's and Intel's have too.
+    # PyTorch loads its OpenMP runtime with global visibility. GOMP_parallel is GNU's entry point, which LLVM's and
+    # Intel's runtimes have too.
     if hasattr(runtime, "GOMP_parallel") and hasattr(runtime, "omp_get_thread_num"):
         library.regard_set_thread_pool(runtime.GOMP_parallel, runtime.omp_get_thread_num)
     forced = os.environ.get("REGARD_INSTRUCTION_SET")
@@ -86,14 +87,14 @@ def load() -> ctypes.CDLL:
 
 
 def _candidates() -> list[Path]:
-    # an editable installation has the library in another folder of the package's path than its Python files
+    # in an editable installation the library and the Python files are in different folders of the package's path
     spec = importlib.util.find_spec("regard.backends.native")
     folders = [Path(root) for root in (spec.submodule_search_locations if spec else None) or ()]
     return [folder / name for folder in folders for name in NAMES if (folder / name).exists()]
 
 
 def why_missing() -> str | None:
-    """None when the library is there; otherwise the reason."""
+    """The reason why the library is missing; None if it is loaded."""
     try:
         load()
     except Missing as error:
@@ -107,13 +108,13 @@ def instruction_set() -> str:
 
 
 def instruction_sets() -> list[str]:
-    """Instruction sets that work here, the best last."""
+    """Instruction sets that this machine supports, the best one last."""
     return load().regard_instruction_sets().decode().split(",")
 
 
 @contextmanager
 def using_instruction_set(name: str) -> Iterator[None]:
-    """Another instruction set for a while, in the whole process.
+    """Use another instruction set inside the block, in the whole process.
 
     Raises:
         Unsupported: for one that the library or the processor lacks.
@@ -133,7 +134,7 @@ def _set(library: ctypes.CDLL, name: str) -> None:
 
 @contextmanager
 def poisoned_workspaces() -> Iterator[None]:
-    """Kernels' workspaces are filled with NaN before use, for tests."""
+    """Fill the kernels' workspaces with NaN before use inside the block, for tests."""
     load().regard_set_poison(1)
     try:
         yield
@@ -142,7 +143,7 @@ def poisoned_workspaces() -> Iterator[None]:
 
 
 def workspace_peak(*, reset: bool = False) -> int:
-    """The most bytes that kernels' workspaces held at one time since the last call with `reset`; 0 without a library."""
+    """Peak size of the kernels' workspaces in bytes since the last call with `reset`; 0 without a library."""
     return 0 if why_missing() else load().regard_workspace_peak(int(reset))
 
 
@@ -155,10 +156,11 @@ def _function(kernel: str) -> Any:
 
 
 def call(arguments: Arguments) -> None:
-    """Run the kernel of these arguments. Releases the interpreter lock while it runs.
+    """Run the kernel that these arguments are for. Releases the GIL while it runs.
 
     Raises:
-        RuntimeError: when the kernel refuses, which callers' checks should have prevented, or is out of memory.
+        RuntimeError: if the kernel rejects its arguments, which the callers' checks should prevent, or is out of
+            memory.
     """
     status = _function(arguments.kernel)(ctypes.byref(arguments))
     if status:
@@ -169,13 +171,13 @@ def call(arguments: Arguments) -> None:
 def pointer(x: Tensor | None) -> int | None:
     """The address of a tensor's data for a field of type `c_void_p`; None for no tensor.
 
-    No other code asks for addresses, so that no kernel is given one that is not the processor's.
+    This is the only code that reads addresses, so that no kernel is given one outside the CPU's memory.
     """
     if x is None:
         return None
     try:
         address = x.data_ptr()
-    except RuntimeError as error:  # of batched gradients, for one
+    except RuntimeError as error:  # as for batched gradients
         raise Unsupported(
             "a native kernel on a tensor without memory", supported="plain tensors", nearest="backend='torch'"
         ) from error
@@ -185,8 +187,8 @@ def pointer(x: Tensor | None) -> int | None:
 
 
 def strided(**tensors: Tensor | None) -> dict[str, Any]:
-    """Fields of a struct: the address of each tensor that there is and, as ``<name>_strides``, those of all its axes but the
-    last. The caller keeps the tensors."""
+    """Struct fields for tensors: their addresses and, as ``<name>_strides``, the strides of all axes but the last. The
+    caller must keep the tensors alive."""
     fields: dict[str, Any] = {}
     for name, x in tensors.items():
         if x is not None:
@@ -197,29 +199,29 @@ def strided(**tensors: Tensor | None) -> dict[str, Any]:
 Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
 SAMPLED = 1 << 20
-"""Numbers of the largest tensor that :func:`samples` makes: calls of more take longer than the way to their kernels."""
+"""Largest number of elements in a tensor from :func:`samples`: larger calls take longer than their dispatch anyway."""
 
 
 def layouts(*tensors: Tensor | None) -> tuple[Layout | None, ...]:
-    """What the checks of a call of tensors on the CPU look at, and all that its struct has of them but their addresses."""
+    """Shapes, strides and dtypes of CPU tensors, which determine all checks and struct fields except addresses."""
     return tuple([None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors])
 
 
 def _span(layout: Layout) -> int:
-    """Numbers from the first to the last of a tensor."""
+    """Number of elements from the first to the last of a tensor, including gaps."""
     shape, strides, _ = layout
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 def samples(layouts: tuple[Layout | None, ...]) -> list[Tensor | None] | None:
-    """Tensors of these layouts, for a struct that many calls begin with; None where some would be large."""
+    """Tensors with these layouts, to make a struct template from; None if some would be large."""
     if any(x is not None and _span(x) > SAMPLED for x in layouts):
         return None
     return [None if x is None else torch.empty_strided(x[0], x[1], dtype=x[2], device="cpu") for x in layouts]
 
 
 def within_range(*numbers: Tensor | int | None, least: int = -MOST) -> bool:
-    """Whether integers, and those in tensors, are no less than `least` and no more than :data:`MOST`."""
+    """Return whether integers, and all elements of integer tensors, are between `least` and :data:`MOST`."""
     for x in numbers:
         if isinstance(x, Tensor):
             low, high = torch.aminmax(x) if x.numel() else (0, 0)
@@ -232,12 +234,12 @@ def within_range(*numbers: Tensor | int | None, least: int = -MOST) -> bool:
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
-    """`x` itself when its last axis is contiguous, otherwise one copy: kernels take any other strides."""
+    """`x` itself if its last axis is contiguous, otherwise a copy: kernels take any strides of the other axes."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 def same(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Raise Unsupported unless a tensor on the CPU has this shape and dtype."""
+    """Raise Unsupported unless a tensor has this shape and dtype and is on the CPU."""
     if x.shape != shape or x.dtype != dtype or not x.is_cpu:
         raise Unsupported(
             f"{name} of shape {tuple(x.shape)} in {str(x.dtype)[6:]} on {x.device.type}",

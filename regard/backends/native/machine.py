@@ -1,4 +1,4 @@
-"""The roofline of this machine, measured by the library, which kernels are judged against."""
+"""The roofline of this machine, measured by the library, against which kernels are judged."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class Bandwidth(library.Arguments):
 
 
 def fma_peak(seconds: float = 0.2) -> float:
-    """GFLOP/s in float32 of fused multiply-adds that stay in registers, on torch's number of threads."""
+    """Peak GFLOP/s of float32 fused multiply-adds on registers, on as many threads as torch uses."""
     gflops = ctypes.c_double()
     library.call(FmaPeak(threads=torch.get_num_threads(), seconds=seconds, gflops=ctypes.pointer(gflops)))
     return gflops.value
 
 
 def bandwidth(bytes_touched: int, *, write: bool = False, seconds: float = 0.2) -> float:
-    """Bytes per second over a working set of that size: read, or with `write` read from one half and written to the other."""
+    """Bytes per second for a working set of this size: read, or with `write` copied from one half to the other."""
     count = max(1, bytes_touched // (8 if write else 4))
     source = torch.ones(count, dtype=torch.float32, device="cpu")
     target = torch.empty(count, dtype=torch.float32, device="cpu") if write else None

@@ -1,8 +1,8 @@
-"""Large results in memory that is used again.
+"""Reuse of memory for large results.
 
-The system's allocator gives blocks above 32 MiB back to the kernel as soon as they are freed, and faults and clears
-their pages anew at the next allocation, which takes several times as long as writing them. A recurrent step that
-returns a new state each time would spend most of its time there.
+The system's allocator returns blocks above 32 MiB to the kernel as soon as they are freed, and faults in and clears new
+pages at the next allocation, which takes several times as long as writing them. A recurrent step that returns a new
+state each time would spend most of its time on this.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 THRESHOLD = 1 << 25
-"""Bytes above which memory is kept: the largest threshold of glibc for blocks that it maps."""
+"""Size in bytes above which memory is reused: the largest threshold from which glibc maps blocks."""
 
 _kept: list[mmap.mmap] = []
 
@@ -24,14 +24,14 @@ _kept: list[mmap.mmap] = []
 def empty(shape: tuple[int, ...]) -> Tensor:
     """An uninitialised float32 tensor.
 
-    A large one lies in a block of its own, which serves the next tensor of the same size once no tensor or view uses
-    it any more. At most one unused block is kept.
+    Large tensors get a block of their own, which is reused for the next tensor of the same size once no tensor or view
+    uses it any more. At most one unused block is kept.
     """
     size = 4 * math.prod(shape)
     if size <= THRESHOLD or not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.empty(shape, dtype=torch.float32, device="cpu")
     try:
-        block = _kept.pop()  # at once, so that no other thread takes it too
+        block = _kept.pop()  # popped in one step, so that no other thread gets it too
     except IndexError:
         block = None
     if block is None or len(block) != size:

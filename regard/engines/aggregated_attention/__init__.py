@@ -1,8 +1,8 @@
 """Softmax over a window around each place of a map and over the map pooled to fewer places.
 
-The keys of a query, a place of the map, are those of the window around it that lie on the map, and those of all pooled places;
-L is their number. With d(x) = x / |x| and B a bias for each place of the window, or for how far a pooled place lies (Shi, arXiv
-2311.17132, section 3.3):
+A query is a place of the map. Its keys are the places of the window around it that are on the map, and all pooled
+places; L is their number. With d(x) = x / |x| and B a bias for each place of the window, or for the offset of a pooled
+place (Shi, arXiv 2311.17132, section 3.3):
 
     s_ij = slope log(L_i) (d(q_i) + moved) . d(k_j) + B_ij
     o_i  = sum_j softmax(s_i)_j v_j + sum over the window of (d(q_i) . t_p + b_p) v_j

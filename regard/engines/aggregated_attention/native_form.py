@@ -58,7 +58,7 @@ class AggregatedAttentionBackward(library.Arguments):
 
 @dataclass(frozen=True)
 class PackedProblem(Packed):
-    """A :class:`regard.engines.aggregated_attention.problem.Problem` as the operators have it, with the heads."""
+    """A :class:`regard.engines.aggregated_attention.problem.Problem` with its heads, as the operators take it."""
 
     q: Tensor
     k: Tensor
@@ -78,7 +78,7 @@ class PackedProblem(Packed):
 
     @classmethod
     def of(cls, heads: tuple[Tensor, ...], p: Problem) -> PackedProblem:
-        """The problem as the operator takes it: heads in one dtype, what is learned in float32."""
+        """Convert a problem to the operator's form: heads in one dtype, learned tensors in float32."""
         dtype = heads[0].dtype if len({x.dtype for x in heads}) == 1 else torch.float32
         q, k, v, far_k, far_v = (x.to(dtype) for x in heads)
         learned = {name: getattr(p, name).float() for name in LEARNED}
@@ -92,7 +92,7 @@ class PackedProblem(Packed):
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
-        """What is learned, in the order of the struct."""
+        """The learned tensors, in the order of the struct."""
         return self.moved, self.slope, self.near_bias, self.near_tokens, self.near_weights, self.table
 
     @property
@@ -100,14 +100,14 @@ class PackedProblem(Packed):
         return [*self.heads, *self.parameters]
 
     def empty_gradients(self, needed: Sequence[bool]) -> list[Tensor]:
-        """Those of heads with the heads of a token side by side where they are in the input, others contiguous."""
+        """Gradients of heads keep the heads of a token side by side if the input has them so; others are contiguous."""
         made = [empty_gradient(x) if need else x.new_empty(0) for x, need in zip(self.heads, needed, strict=False)]
         rest = zip(self.parameters, needed[len(made) :], strict=True)
         return made + [x.new_empty(x.shape if need else (0,)) for x, need in rest]
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, problem: Problem) -> str | None:
-    """Why the kernel does not take such a call; None when it does."""
+    """The reason why the kernel cannot run a call; None if it can."""
     heads = (q, k, v, far_k, far_v)
     if any(x.dtype not in library.DTYPES for x in (*heads, *problem.tensors)):
         return "tensors in another dtype than float32 and bfloat16"
@@ -117,7 +117,7 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, probl
 
 
 def _misfit(p: PackedProblem) -> str | None:
-    """The mismatch among the tensors, in words; None when they belong together."""
+    """The mismatch among the tensors, in words; None if they fit together."""
     sides = (p.rows, p.columns, p.factor, p.window)
     if not (0 <= p.rows <= MOST_SIDE and 0 <= p.columns <= MOST_SIDE and p.factor >= 1 and 1 <= p.window <= MOST_SIDE):
         return f"a map, squares and windows of sides {sides}, or more than {MOST_SIDE} places to a side"
@@ -147,7 +147,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, problem: 
 
 
 def _check(p: PackedProblem) -> None:
-    """Raise Unsupported for tensors that the kernel must not be given."""
+    """Raise Unsupported for tensors that are unsafe to pass to the kernel."""
     reason = _misfit(p)
     if reason is None and (p.q.dtype not in library.DTYPES or any(x.dtype != p.q.dtype for x in p.heads)):
         reason = "heads in other dtypes than one of float32 and bfloat16"
@@ -158,7 +158,7 @@ def _check(p: PackedProblem) -> None:
 
 
 def _arguments(p: PackedProblem, out: Tensor | None, lse: Tensor) -> tuple[AggregatedAttention, list[Tensor]]:
-    """The forward struct, and the tensors whose memory it points at."""
+    """The forward struct, and the tensors that it points to."""
     heads = [library.rows_contiguous(x) for x in p.heads]
     parameters = [x.contiguous() for x in p.parameters]
     batch, count, _, width = p.q.shape
@@ -204,7 +204,7 @@ def _(problem: PackedProblem, keep: bool) -> tuple[Tensor, Tensor]:
 def _aggregated_attention_backward(
     grad_out: Tensor, problem: PackedProblem, lse: Tensor, needed: list[bool]
 ) -> list[Tensor]:
-    """Gradients of the heads and of what is learned, in the order of the fields; empty tensors for those not needed."""
+    """Gradients of the heads and of the learned tensors, in the order of the fields; empty where not needed."""
     _check(problem)
     library.same("grad_out", grad_out, tuple(problem.q.shape), problem.v.dtype)
     library.same("lse", lse, tuple(problem.q.shape[:3]), torch.float32)

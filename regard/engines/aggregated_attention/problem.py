@@ -1,4 +1,4 @@
-"""What aggregated attention has beside queries, keys and values, as an object that the engine's forms share."""
+"""The arguments of aggregated attention besides queries, keys and values, shared by the engine's forms."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Problem:
-    """Which keys, and what is learned of them.
+    """Which keys a query attends to, and the learned parameters.
 
     Attributes:
-        grid: rows and columns of the map, whose places the queries are, row by row.
-        factor: sides of the squares of places that are pooled to one; divides both.
+        grid: rows and columns of the map, whose places, row by row, are the queries.
+        factor: side of the square of places that is pooled into one; divides rows and columns.
         window: side of the window around each place, odd; it has P = window^2 places.
-        moved: added to the directions of queries.
-        slope: of scores by the logarithm of the number of keys.
-        near_bias: of scores, for each place of the window.
-        near_tokens, near_weights: t and b of the window's learned weights.
-        table: biases of pooled places by how far they lie: of place y, x and pooled place a, b those at
-            y - factor a + rows - factor, x - factor b + columns - factor.
+        moved: added to the directions of the queries.
+        slope: factor on the scores, in addition to the logarithm of the number of keys.
+        near_bias: bias on the scores of each place of the window.
+        near_tokens, near_weights: t and b, the window's learned weights.
+        table: biases of pooled places by their offset: place y, x and pooled place a, b use the entry y - factor a +
+            rows - factor, x - factor b + columns - factor.
     """
 
     grid: tuple[int, int]

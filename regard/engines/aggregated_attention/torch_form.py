@@ -1,4 +1,4 @@
-"""Aggregated attention in PyTorch: the window a place at a time, the pooled places by products."""
+"""Aggregated attention in PyTorch: the window one place at a time, the pooled places by matrix products."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, problem: 
 
 
 def _around(x: Float[Tensor, "b h n d"], p: Problem) -> list[Float[Tensor, "b h rows columns d"]]:
-    """What lies at each place of the window around each place of the map, zeros beyond its borders."""
+    """The neighbours of each place of the map, one slice for each place of the window; zeros beyond the map."""
     border, (rows, columns) = p.window // 2, p.grid
     padded = F.pad(x.unflatten(2, p.grid), (0, 0, border, border, border, border))
     sides = range(p.window)
@@ -55,7 +55,7 @@ def _inside(p: Problem, device: torch.device) -> Bool[Tensor, "n places"]:
 def biases_of_places(
     table: Float[Tensor, "h down across"], grid: tuple[int, int], factor: int
 ) -> Float[Tensor, "h n m"]:
-    """The bias of each place of a map and each pooled place, from the table of a :class:`Problem`."""
+    """The bias for each place of a map and each pooled place, from the table of a :class:`Problem`."""
     down, across = (
         torch.arange(side - factor, 2 * side - factor, device=table.device)[:, None]
         - factor * torch.arange(side // factor, device=table.device)

@@ -1,4 +1,4 @@
-"""Attention with explicit weights: a visibility rule on ranks times a rule from scores to weights."""
+"""Attention with explicit weights: a visibility rule on ranks and a rule that turns scores into weights."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ def attention(
     want_lse: bool = False,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "b h n v"], Float[Tensor, "b h n m"] | None, Float[Tensor, "b h n"] | None]:
-    """Output, and the weights or the log-sum-exp of the scores when wanted.
+    """Compute the output and, if requested, the weights or the log-sum-exp of the scores.
 
     Args:
         ranks, visibility, scale, ...: see :class:`regard.engines.attention.problem.Problem`.
         backend: see :func:`regard.which_backend`.
 
-    A query that sees no key gives 0.
+    The output of a query that sees no key is 0.
 
     Raises:
-        Unsupported: as `Problem` does, and for a bias that does not fit.
+        Unsupported: as in `Problem`, and for a bias that does not fit.
     """
     if bias is not None:
         check_pairs(bias, *q.shape[:3], k.shape[2])
@@ -85,15 +85,15 @@ def attention(
         want_weights,
         want_lse,
     )
-    k, v = k.to(q.dtype), v.to(q.dtype)  # a cache keeps the dtype that it was begun in
+    k, v = k.to(q.dtype), v.to(q.dtype)  # a cache keeps the dtype that it was created with
     return execute("attention", backend, q.device, q.dtype, q, k, v, problem)
 
 
 def decode(
     q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], scale: float
 ) -> Float[Tensor, "b h n v"] | None:
-    """:func:`attention` by softmax of few queries that see every key, where there is a shorter way to it than the
-    general one, which takes longer than the work; None where there is not."""
+    """Softmax :func:`attention` of few queries that see every key, by a faster path than the general one, whose
+    overhead exceeds the work; None if there is no such path for the call."""
     if not prefers_native():
         return None
     where = CountedRanks(q.shape[2], k.shape[2], 0, True, q.device)
@@ -103,7 +103,7 @@ def decode(
 def decode_part(
     q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], scale: float
 ) -> tuple[Float[Tensor, "b h n v"], Float[Tensor, "b h n"]] | None:
-    """:func:`decode` with the log-sum-exp of the scores, for keys that are not all there are."""
+    """:func:`decode` with the log-sum-exp of the scores, if these are only some of the keys."""
     if not prefers_native():
         return None
     where = CountedRanks(q.shape[2], k.shape[2], 0, True, q.device)
@@ -113,21 +113,21 @@ def decode_part(
 
 
 def has_kernel(q: Float[Tensor, "b h n d"], backend: str | None = None) -> bool:
-    """Whether code of its own computes :func:`attention` of such queries, and not PyTorch's operators, whose log-sum-exp
-    takes explicit weights: for mechanisms that could as well make weights themselves.
+    """Return whether a native kernel computes :func:`attention` of such queries. PyTorch's operators only give a
+    log-sum-exp from explicit weights, which mechanisms can then just as well compute themselves.
 
     Raises:
-        Unsupported: when the backend asked for cannot run here, or not in this dtype.
+        Unsupported: if the requested backend cannot run here, or not in this dtype.
     """
     return which_backend("attention", device=q.device, dtype=q.dtype, backend=backend).name != "torch"
 
 
 def skips_blocks(q: Float[Tensor, "b h n d"], backend: str | None = None) -> bool:
-    """Whether a kernel computes :func:`attention` of such queries with `blocks`, which passes over those that are hidden: not in
-    a graph, for forward-mode derivatives, or in functions that `torch.func` makes of others.
+    """Return whether :func:`attention` of such queries runs on a kernel that skips the hidden blocks of `blocks`: not
+    in a graph, for forward-mode derivatives, or under transforms of `torch.func`.
 
     Raises:
-        Unsupported: as :func:`has_kernel`.
+        Unsupported: as in :func:`has_kernel`.
     """
     return q.is_cpu and not torch.compiler.is_compiling() and not transformed() and has_kernel(q, backend)
 
@@ -144,13 +144,13 @@ def part_gradients(
     scale: float,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b g m d"], Float[Tensor, "b g m v"]]:
-    """Gradients of softmax attention to all keys by the queries and by some of the keys and values, which are given.
+    """Gradients of softmax attention to all keys, for the queries and for the given part of the keys and values.
 
-    Those of q are summed over the parts of the keys; those of k and v are what these queries add.
+    Add up those of q over all parts of the keys; those of k and v are the contributions of these queries.
 
     Args:
-        out, lse: of attention to all keys, not to these alone.
-        causal: query i sees keys 0 to i of these, else all.
+        out, lse: results of attention to all keys, not just to these.
+        causal: query i sees the keys 0 to i of this part; otherwise all of them.
     """
     visibility = Visibility(causal=causal)
     where = CountedRanks(q.shape[2], k.shape[2], 0, True, q.device)
@@ -168,19 +168,19 @@ def attention_reference(
     bias: Float[Tensor, "#b #h #n #m"] | None = None,
     softcap: float | None = None,
 ) -> Float[Tensor, "b h n v"]:
-    """The definition, with the whole score matrix: hidden scores are -inf before `scores_to_weights`, and a query that
-    sees nothing has weights 0."""
+    """The definition, with the whole score matrix: hidden scores are -inf before `scores_to_weights`, and the weights
+    of a query that sees nothing are 0."""
     groups = q.shape[1] // k.shape[1]
     scores = scale * q @ k.repeat_interleave(groups, 1).mT
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     scores = scores if bias is None else scores + bias
-    opened = visible | ~visible.any(-1, keepdim=True)  # -inf throughout a row would make its gradient NaN
+    opened = visible | ~visible.any(-1, keepdim=True)  # a row of -inf only would have NaN gradients
     weights = torch.where(visible, scores_to_weights(scores.masked_fill(~opened, -torch.inf)), 0)
     return weights @ v.repeat_interleave(groups, 1)
 
 
 def attention_cost(shape: Shape, keys: float | None = None) -> Cost:
-    """Two products of each query with `keys` keys (None: with all), and a cache of all keys and values."""
+    """The cost of two products of each query with `keys` keys (None for all), and of a cache of all keys and values."""
     keys = shape.m if keys is None else min(shape.m, keys)
     width = shape.dim_key + shape.dim_value
     heads = shape.batch * shape.heads

@@ -1,7 +1,7 @@
-"""Attention of which each token is a query only in the heads that it chose.
+"""Attention in which each token is a query only in the heads that it has chosen.
 
-Of a head's work the scores and weights, which grow with the square of the tokens, are computed for the tokens that chose it.
-The heads that share keys are read together, token by token, so that a tile of queries sees nearly the same keys.
+Scores and weights, the part of a head's work that grows quadratically, are only computed for the tokens that chose it.
+Heads that share keys are processed together, token by token, so that a tile of queries sees nearly the same keys.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def attend_in_chosen(
     visibility: Visibility,
     **options: Any,
 ) -> tuple[Float[Tensor, "b h n v"], Float[Tensor, "b h n m"] | None, Float[Tensor, "b h n"] | None]:
-    """As `attend`, :func:`regard.engines.attention.attention`, with 0 for the queries that are not chosen (their log-sum-exp
-    is -inf).
+    """`attend` (:func:`regard.engines.attention.attention`) with outputs of 0, and log-sum-exps of -inf, for queries
+    not chosen.
 
-    With options that differ from head to head, and where weights, their dropout or the log-sum-exp are asked for, all
-    queries are computed and those that are not chosen hidden.
+    With options that differ between heads, and if weights, their dropout or the log-sum-exp are requested, all queries
+    are computed and those not chosen are hidden afterwards.
     """
     if not (values_known(chosen) and _alike_in_all_heads(options)):
         output, weights, lse = attend(q, k, v, ranks, visibility=visibility, **options)
@@ -81,8 +81,8 @@ def _alike_in_all_heads(options: dict[str, Any]) -> bool:
 def _in_rows(
     q: Float[Tensor, "chosen d"], place: Int[Tensor, " chosen"], counts: Int[Tensor, " b"], n: int
 ) -> tuple[Float[Tensor, "b most d"], Int[Tensor, "b most"], Int[Tensor, " chosen"] | None]:
-    """Queries of a batch in a row each, right-padded; their places in it, of `n`; and where each is in the flat result, None
-    where there is no padding."""
+    """Pad the queries of each batch row to a common number; also return their indices in the row (of `n`), and the flat
+    slot of each query, None if there is no padding."""
     batch = len(counts)
     most = len(place) if batch == 1 else int(counts.max())
     if batch * most == len(place):

@@ -1,8 +1,8 @@
 """Blocked attention in C++ (see `native/src/attention.cpp` and `native/src/attention_backward.cpp`).
 
-Scores are computed a tile at a time and never stored; tiles that hide all their pairs are not computed. Softmax weights
-that are stretched and clipped take a pass more, for the normalisers. Everything is read where it lies: grouped heads, any
-strides with contiguous features, broadcast biases.
+Scores are computed tile by tile and never stored; tiles with all pairs hidden are skipped. Stretched and clipped
+softmax weights take another pass, for the normalisers. Inputs are read in place: grouped heads, any strides with
+contiguous features, broadcast biases.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from regard.engines.attention.torch_form import of_no_pairs
 from regard.engines.heads import HEADS, Strides, by_row, empty_output, heads_arguments
 
 KEPT_RANKS = 1 << 14
-"""Ranks that are counted once."""
+"""Number of ranks that are precomputed."""
 
 FIRST_RANKS = (ctypes.c_int64 * KEPT_RANKS)(*range(KEPT_RANKS))
-"""Not a tensor, which would be made where a default device or another mode of torch says."""
+"""A ctypes array, since a tensor would depend on torch's default device and modes."""
 
 DECODED, DECODED_LONG, LONG = 8, 16, 4096
-"""Queries of a head up to which softmax runs on the kernel for decoding, which reads keys once for all heads that share
-them and divides them among threads: any number of keys, and from so many keys on."""
+"""Softmax runs on the decoding kernel, which reads keys once for all heads that share them and splits them among
+threads, for up to DECODED queries per head, or DECODED_LONG with at least LONG keys."""
 
 
 class VisibilityArguments(ctypes.Structure):
@@ -117,7 +117,7 @@ class AttentionDecode(library.Arguments):
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> str | None:
-    """Why the kernel does not take such a call; None when it does."""
+    """The reason why the kernel cannot run a call; None if it can."""
     if problem.dropout > 0:
         return "it has no dropout"
     if problem.want_weights:
@@ -174,7 +174,7 @@ def _broadcast_strides(x: Tensor) -> list[int]:
 
 
 def _counted(first: int, count: int) -> tuple[Tensor | None, int | None]:
-    """A tensor of the ranks first, first + 1, ..., unless they are kept anyway, and where they begin."""
+    """A tensor of the ranks first, first + 1, ..., and its address; no tensor if the precomputed ranks contain them."""
     if first >= 0 and first + count <= KEPT_RANKS:
         return None, ctypes.addressof(FIRST_RANKS) + ctypes.sizeof(ctypes.c_int64) * first
     ranks = torch.arange(first, first + count, device="cpu")
@@ -182,7 +182,7 @@ def _counted(first: int, count: int) -> tuple[Tensor | None, int | None]:
 
 
 def _arguments(p: PackedProblem, out: Tensor, lse: Tensor) -> tuple[Attention, tuple[Any, ...]]:
-    """The forward struct, and the tensors whose memory it points at. All are checked before."""
+    """The forward struct, and the tensors that it points to. The tensors have been checked before."""
     q, k, v = map(library.rows_contiguous, (p.q, p.k, p.v))
     sink = None if p.sink is None else p.sink.contiguous()
     distance = None if p.distance is None else library.rows_contiguous(p.distance)
@@ -232,7 +232,7 @@ def _empty_results(p: PackedProblem) -> tuple[Tensor, Tensor]:
 
 @operator("attention")
 def _attention(problem: PackedProblem) -> tuple[Tensor, Tensor]:
-    """Output, and of softmax, clipped or not, the log-sum-exp (of other rules an empty tensor)."""
+    """Output and, for softmax, clipped or not, the log-sum-exp (an empty tensor for other rules)."""
     check(problem)
     out, lse = _empty_results(problem)
     arguments, kept = _arguments(problem, out, lse)
@@ -255,7 +255,7 @@ def _template(
     right: int | None,
     threads: int,
 ) -> bytes:
-    """The forward struct of a plain call, but for what changes from call to call."""
+    """The forward struct of a plain call, except for the fields that differ from call to call."""
     batch, heads, n, width = query_shape
     where = ctypes.addressof(FIRST_RANKS)
     limits = limits_of(Visibility(causal, left, right))
@@ -280,13 +280,13 @@ def _template(
 def plain(
     q: Tensor, k: Tensor, v: Tensor, ranks: Ranks, visibility: Visibility, scale: float, lse: Tensor | None = None
 ) -> Tensor | None:
-    """Softmax attention of tensors and a rule on ranks that count up, by the shortest way to the kernel; None for other
-    calls, and where a gradient is recorded or somebody watches.
+    """Softmax attention without options and with consecutive ranks, by a direct kernel call; None for all other calls,
+    including those that autograd, a profiler or a mode must see.
 
-    Of few tokens, the general way through Python takes longer than the kernel.
+    For few tokens, the general path through Python takes longer than the kernel.
 
     Args:
-        lse: where to write the log-sum-exp, (B, H, N) in float32, contiguous.
+        lse: tensor for the log-sum-exp, (B, H, N) in float32, contiguous.
     """
     if not isinstance(ranks, CountedRanks) or not runs_plainly(q, k, v):
         return None
@@ -323,7 +323,7 @@ def plain(
 
 
 def _run_forward(arguments: Attention, n: int, m: int) -> None:
-    """The kernel for few queries where there are few, of softmax without a block mask; otherwise the general one."""
+    """Run the decoding kernel for few queries, otherwise the general one; for softmax without a block mask."""
     if n <= (DECODED if m < LONG else DECODED_LONG):
         library.call(AttentionDecode(forward=ctypes.addressof(arguments)))
     else:
@@ -344,8 +344,8 @@ def _attention_backward(
     lse: Tensor,
     needed: list[bool],
 ) -> list[Tensor]:
-    """Gradients of q, k, v, whether needed or not, sink, bias (B, H, N|1, M|1) and distances (H, distances); empty tensors
-    for those not needed."""
+    """Gradients of q, k, v (whether needed or not), sink, bias (B, H, N|1, M|1) and distances (H, distances); empty
+    tensors for those of the last three that are not needed."""
     check(problem)
     check_results(problem, grad_out, grad_lse, out, lse)
     out, lse = library.rows_contiguous(out), lse.contiguous()
@@ -395,7 +395,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     needed = problem.needed(ctx)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grads = _attention_backward(grad_out, grad_lse, problem, out, lse, needed)
-    # of what rows, heads or tokens share
+    # sum over the rows, heads or tokens that share an input
     summed = [
         grad.sum_to_size(x.shape) if x is not None and need else grad
         for grad, x, need in zip(grads, problem.learned, needed, strict=True)

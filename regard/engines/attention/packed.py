@@ -1,4 +1,4 @@
-"""A call of attention as the operator of its kernel has it, and what it must not hold."""
+"""The arguments of attention as its kernel's operator takes them, and their checks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from regard.engines.attention.problem import RULES, Problem
 from regard.engines.heads import PackedHeads, empty_gradient
 
 SOFTMAX, CLIPPED = RULES.index("softmax"), len(RULES)
-"""Numbers of softmax, and of softmax with stretched and clipped weights."""
+"""Rule numbers of softmax, and of softmax with stretched and clipped weights."""
 
 WITH_LSE = (SOFTMAX, CLIPPED)
 """Numbers of the rules that have a log-sum-exp."""
@@ -23,16 +23,16 @@ WITH_LSE = (SOFTMAX, CLIPPED)
 
 @dataclass(frozen=True)
 class PackedProblem(PackedHeads):
-    """A :class:`regard.engines.attention.problem.Problem` as the operator has it, with its queries, keys and values.
+    """A :class:`regard.engines.attention.problem.Problem` with its queries, keys and values, as the operator takes it.
 
     Attributes:
-        query_ranks, key_ranks: None where queries count up from `first_rank` and keys from 0.
-        limits: of the visibility, see :func:`limits_of`.
-        blocks: where a block mask lets blocks of `block_size` see each other.
-        rule: its number: in `RULES`, or `CLIPPED`.
+        query_ranks, key_ranks: ranks; None if queries count up from `first_rank` and keys from 0.
+        limits: the visibility's limits, see :func:`limits_of`.
+        blocks: block mask that says which blocks of `block_size` may see each other.
+        rule: its number: an index of `RULES`, or `CLIPPED`.
         softcap: 0 for none.
-        distance: biases (H or 1, distances) by key rank minus query rank, of which `distance_zero` is the place of 0.
-        stretch: of clipped weights alone, low and high.
+        distance: biases (H or 1, distances) by key rank minus query rank; `distance_zero` is the index of distance 0.
+        stretch: low and high, for clipped weights only.
     """
 
     sink: Tensor | None
@@ -53,10 +53,10 @@ class PackedProblem(PackedHeads):
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> PackedProblem:
-        """The problem as the operator takes it."""
+        """Convert a problem to the operator's form."""
         n, m = q.shape[2], k.shape[2]
         ranks, visibility, stretch = problem.ranks, problem.visibility, problem.stretch
-        # then ranks need not be kept for the backward pass: what padding sees in causal attention does not matter
+        # backward then need not keep ranks; what padding sees in causal attention does not matter
         counting = ranks.plain and ranks.first is not None and (visibility.causal or visibility.everything)
         if ranks.first is not None:
             visibility = visibility.within(ranks.first, n, m)
@@ -92,8 +92,8 @@ class PackedProblem(PackedHeads):
         return [self.q, self.k, self.v, self.sink, self.bias, self.distance]
 
     def empty_gradients(self, needed: Sequence[bool]) -> list[Tensor]:
-        """Those of q, k and v whether needed or not, with the heads of a token side by side where theirs are; of the sink,
-        the bias (B, H, N|1, M|1) and the distances (H, distances) in float32, empty where not needed."""
+        """Gradients of q, k and v, needed or not, with a token's heads side by side if the inputs have them so; of the
+        sink, the bias (B, H, N|1, M|1) and the distances (H, distances) in float32, empty where not needed."""
         batch, heads = self.q.shape[:2]
         shapes = [
             (heads,) if self.sink is not None and needed[3] else (0,),
@@ -118,11 +118,11 @@ def limits_of(visibility: Visibility) -> list[int]:
 
 
 def _distances(ranks: Ranks, visibility: Visibility, n: int, m: int) -> tuple[int, int]:
-    """The least and the largest key rank minus query rank of visible pairs, without looking at the ranks' values."""
+    """The smallest and the largest key rank minus query rank of visible pairs, without reading the ranks' values."""
     if ranks.offset is not None:
         low, high = -(ranks.offset + n - 1), m - 1 - ranks.offset
     else:
-        low, high = -(m + n), m + n  # rows count their tokens, of which there are no more than slots
+        low, high = -(m + n), m + n  # ranks count a row's tokens, of which there are at most as many as slots
     back, ahead = visibility.reach()
     low = low if back is None else max(low, -back)
     high = high if ahead is None else min(high, ahead)
@@ -130,7 +130,7 @@ def _distances(ranks: Ranks, visibility: Visibility, n: int, m: int) -> tuple[in
 
 
 def check(p: PackedProblem) -> None:
-    """Raise Unsupported for tensors that the kernel must not be given."""
+    """Raise Unsupported for tensors that are unsafe to pass to the kernel."""
     q, k, v = p.q, p.k, p.v
     if len(p.limits) != 6 or not 0 <= p.rule <= CLIPPED:
         raise Unsupported(f"native attention with limits {list(p.limits)} and rule {p.rule}", supported="six limits")
@@ -179,7 +179,7 @@ def _is_stretch(stretch: Sequence[float]) -> bool:
 
 
 def _reaches(p: PackedProblem, table: int, n: int, m: int) -> bool:
-    """Whether the table has the distance of every pair that is seen."""
+    """Return whether the table contains the distance of every visible pair."""
     if n == 0 or m == 0:
         return True
     first, last, highest = p.first_rank, p.first_rank + n - 1, m - 1
@@ -195,7 +195,7 @@ def _reaches(p: PackedProblem, table: int, n: int, m: int) -> bool:
 
 
 def check_results(p: PackedProblem, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> None:
-    """Raise Unsupported for results and gradients that are not those of a call that :func:`check` accepts."""
+    """Raise Unsupported for results and gradients that do not belong to a call that :func:`check` accepts."""
     by_query = tuple(p.q.shape[:3])
     by_feature = (*by_query, p.v.shape[3])
     kept = by_query if p.rule in WITH_LSE else (0,)
@@ -210,7 +210,7 @@ def check_results(p: PackedProblem, grad_out: Tensor, grad_lse: Tensor | None, o
 
 
 def _fits(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Whether x has this shape, axes of size 1 broadcast, and this dtype."""
+    """Return whether x has this dtype and broadcasts to this shape."""
     if x.dtype != dtype or not x.is_cpu or x.ndim != len(shape):
         return False
     return all(a in (1, b) for a, b in zip(x.shape, shape, strict=True))

@@ -1,6 +1,6 @@
-"""Few queries against a cache in pages, in C++ (see `native/src/attention_decode.cpp`): softmax, without gradients.
+"""Softmax attention of few queries to a paged cache in C++ (`native/src/attention_decode.cpp`), without gradients.
 
-The same kernel answers few queries on keys in one tensor: :mod:`regard.engines.attention.native_form` calls it there.
+The same kernel serves few queries on keys in one tensor, by :mod:`regard.engines.attention.native_form`.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def attention_decode(
     softcap: float,
     sink: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of queries (B, H, n, D) on pages of keys (P, G, page size, D) and values (P, G, page size, V).
+    """Output and log-sum-exp; q (B, H, n, D), pages of keys (P, G, page size, D) and values (P, G, page size, V).
 
     Args:
-        pages: (B, most pages) int64: where the first, second, ... `page size` keys of each row lie. Those beyond the
-            last key of a row may be any number.
-        lengths: (B,) int64 keys of each row, whose ranks are 0, 1, ...
+        pages: (B, most pages) int64: the pages of each row in order, each with `page size` keys. Entries beyond the
+            last key of a row are ignored.
+        lengths: (B,) int64: number of keys in each row, with the ranks 0, 1, ...
         query_ranks: (B or 1, n) int64.
         limits: causal (0 or 1), left, right (-1 for no limit), block (0 for no limit), lookback, lookahead, as in
             :class:`regard.core.visibility.Visibility`.
@@ -141,8 +141,8 @@ def _check(
 
 
 def check_pages(pages: Tensor, lengths: Tensor, page_size: int, held: int) -> None:
-    """Raise Unsupported where one of the pages (B, most) that rows of such lengths read is none of the `held`; those behind a
-    row's last token may be any number."""
+    """Raise Unsupported if one of the pages (B, most) that rows of these lengths read is not among the `held` ones;
+    entries past a row's last token are ignored."""
     firsts = torch.arange(pages.shape[1], device=lengths.device) * page_size
     used = pages[firsts < lengths[:, None]]
     if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < held:

@@ -1,4 +1,4 @@
-"""A call of attention as one object, which the engine's forms share."""
+"""The arguments of attention as one object, which the engine's forms share."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 RULES = ("softmax", "sigmoid", "relu", "relu_squared")
-"""From scores to weights, in the order of the kernels' numbers."""
+"""Rules that turn scores into weights, in the order of the kernels' numbers."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What attention computes, beside its queries, keys and values.
+    """The arguments of attention besides queries, keys and values.
 
     Attributes:
-        ranks: of the queries and the keys.
-        visibility: which key ranks a query rank may see.
-        scale: multiplies the scores.
-        rule: from scores to weights: ``softmax``, or one number at a time: ``sigmoid``, ``relu``, ``relu_squared`` of
-            score + shift.
-        shift: see `rule`; 0 for softmax, which it would not change.
+        ranks: ranks of the queries and the keys.
+        visibility: which key ranks each query rank may see.
+        scale: factor on the scores.
+        rule: turns scores into weights: ``softmax``, or elementwise ``sigmoid``, ``relu`` or ``relu_squared`` of score
+            + shift.
+        shift: see `rule`; 0 for softmax, which does not depend on it.
         softcap: c > 0 replaces each score s = scale q . k by c tanh(s / c), before biases.
-        sink: of softmax: one more logit a head in the denominator, that of a key with the value 0.
-        stretch: of softmax: (low, high), low <= 0 and high >= 1, to which the range of the weights is stretched before
+        sink: for softmax: one more logit per head in the denominator, as of a key with the value 0.
+        stretch: for softmax: (low, high), low <= 0 and high >= 1, to which the range of the weights is stretched before
             they are clipped to [0, 1]. A weight of 0 stays 0.
-        largest: of softmax: how many weights of a query stay, the largest, those that dropout has left in training; the others
-            are 0, and nothing is divided again. None for all.
-        bias: added to the scores, by slot (of the cached keys too); axes of size 1 broadcast.
+        largest: for softmax: how many of the largest weights of each query to keep, after dropout in training; the rest
+            become 0 without renormalisation. None for all.
+        bias: added to the scores, by slot (including cached keys); axes of size 1 broadcast.
         position_bias: the same as a function of ranks.
-        blocks: block-sparse visibility, on ranks.
+        blocks: block-sparse visibility, by rank.
         dropout: probability of dropping a weight (after normalisation).
-        generator: source of the dropout's draws.
-        want_weights: whether the weights, those before dropout, are wanted.
-        want_lse: whether the log-sum-exp of the scores is, of softmax: that of the keys without the sink, in at least
-            float32; -inf for a query that sees no key.
+        generator: random generator for dropout.
+        want_weights: whether to return the weights, before dropout.
+        want_lse: whether to return the log-sum-exp of the scores, for softmax: of the keys without the sink, in at
+            least float32; -inf for a query that sees no key.
 
     Raises:
-        Unsupported: for an unknown rule, a softcap that is not positive, a stretch that is none, and the log-sum-exp, a
-            sink or a stretch of another rule than softmax.
+        Unsupported: for an unknown rule, a softcap that is not positive, an invalid stretch, and the log-sum-exp, a
+            sink or a stretch with another rule than softmax.
     """
 
     ranks: Ranks

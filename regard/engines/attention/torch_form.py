@@ -1,10 +1,10 @@
 """Attention with explicit weights in PyTorch.
 
-Softmax goes through `scaled_dot_product_attention`, which never stores the scores; other rules, and what that function
-does not give (weights, log-sum-exp, softcap, clipped weights, seeded dropout), compute the weights themselves. Long sequences are taken
-one block of queries at a time, with only the keys in reach, and the backward pass computes a block's mask and scores
-again, so that nothing of size N x M outlives a block. Under a window, many blocks of queries with their overlapping
-keys are one batched product.
+Softmax uses `scaled_dot_product_attention`, which never stores the scores; other rules, and what that function does not
+support (weights, log-sum-exp, softcap, clipped weights, seeded dropout), compute the weights explicitly. Long sequences
+are processed one block of queries at a time, with only the keys in reach, and the backward pass recomputes a block's
+mask and scores, so that nothing of size N x M outlives a block. Under a window, many blocks of queries with their
+overlapping keys form one batched product.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 PAIRS_AT_ONCE = 1 << 22
-"""Pairs, counted in every row and head for which numbers are stored, that are computed at once."""
+"""Number of pairs to compute at once, counted in every row and head that stores numbers for them."""
 SMALLEST_BLOCK = 64
 LARGEST_BAND = 512
-"""Queries in one block of a window, unless the visibility rule has larger blocks of its own."""
+"""Largest block of queries under a window, unless the visibility rule itself has larger blocks."""
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -42,11 +42,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Weighting:
-    """From queries and keys to outputs, for one block of pairs."""
+    """Computes outputs from queries and keys, for one block of pairs."""
 
     problem: Problem
     explicit: bool
-    """Whether weights are computed here rather than inside `scaled_dot_product_attention`."""
+    """Whether to compute weights explicitly rather than inside `scaled_dot_product_attention`."""
 
     def __call__(
         self,
@@ -58,14 +58,14 @@ class Weighting:
         sink: Tensor | None,
         seed: int | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Output, and of explicit weightings the weights and the log-sum-exp; 0 for a query that sees nothing."""
+        """The output and, if weights are explicit, the weights and the log-sum-exp; 0 for a query that sees nothing."""
         if self.explicit:
             return self._explicit(q, k, v, visible, added, sink, seed)
         some = visible.any(-1, keepdim=True)
         opened = visible | ~some
         mask = opened if added is None else torch.where(opened, added, -torch.inf)
         if added is not None and q.device.type != "cpu":
-            mask = mask.to(q.dtype)  # a wider mask would rule out the kernels that do not store the scores
+            mask = mask.to(q.dtype)  # a wider mask would exclude the kernels that do not store scores
         if sink is not None:
             q, k, v = with_sink(q, k, v, sink, self.problem.scale)
             mask = F.pad(mask, (1, 0), value=float(added is None))
@@ -126,12 +126,12 @@ def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tens
     scale, dropout, generator = problem.scale, problem.dropout, problem.generator
     if ranks.first is not None:
         visibility = visibility.within(ranks.first, n, m)
-    # the dropout of scaled_dot_product_attention knows no generator, and on a CPU it stores all scores
+    # dropout in scaled_dot_product_attention takes no generator, and on a CPU it stores all scores
     dropped = dropout > 0 and (generator is not None or q.device.type == "cpu")
     explicit = problem.rule != "softmax" or want_weights or want_lse or dropped
     explicit = explicit or any(x is not None for x in (problem.softcap, problem.stretch, problem.largest))
     explicit = explicit or (problem.sink is not None and scale == 0)  # `with_sink` divides by the scale
-    explicit = explicit or transformed()  # kernels have no forward-mode derivatives, and are batched by a loop
+    explicit = explicit or transformed()  # kernels lack forward-mode derivatives, and are batched by a loop
     sink = None if problem.sink is None else problem.sink[None, :, None, None]
     by_head = explicit or bias is not None or position_bias is not None
     if not by_head and blocks is None and ranks.plain:
@@ -141,7 +141,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tens
 
     weighting = Weighting(problem, explicit)
     rows = batch * heads if by_head else max(ranks.queries.shape[0], ranks.keys.shape[0])
-    whole = torch.compiler.is_exporting()  # one block, so that the program does not depend on the length
+    whole = torch.compiler.is_exporting()  # as one block, so that the program does not depend on the length
     if blocks is None and not want_weights and (bias is None or bias.shape[-1] == 1) and not whole:
         band = Band.of(visibility, ranks, n, m)
         if band is not None:
@@ -152,14 +152,14 @@ def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tens
 
     back, ahead = visibility.reach()
     step = max(SMALLEST_BLOCK, PAIRS_AT_ONCE // (rows * m))
-    one_row = visibility.everything and not by_head and blocks is None  # in the mask
+    one_row = visibility.everything and not by_head and blocks is None  # one mask row serves all queries
     at_once = whole or one_row or n <= step
     pieces = []
     for start in (0,) if at_once else range(0, n, step):
         stop = n if at_once else min(start + step, n)
         first, last = 0, m
         if ranks.offset is not None and not whole:
-            # keys in reach, and one where there are none
+            # only the keys in reach, but at least one
             first = 0 if back is None else min(max(0, start + ranks.offset - back), m - 1)
             last = m if ahead is None else max(first + 1, min(m, stop + ranks.offset + ahead))
         here = Ranks(ranks.queries[:, start:stop], ranks.keys[:, first:last], None, None, False)
@@ -195,7 +195,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tens
 def part_gradients(
     q: Tensor, k: Tensor, v: Tensor, problem: Problem, grad: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`regard.engines.attention.part_gradients`: by explicit weights, a block of queries at a time."""
+    """See :func:`regard.engines.attention.part_gradients`: uses explicit weights, one block of queries at a time."""
     dtype = wide_dtype(q)
     groups, m = k.shape[1], k.shape[2]
     wide_k, wide_v = grouped(k, q.shape[1]).to(dtype), grouped(v, q.shape[1]).to(dtype)
@@ -219,8 +219,8 @@ def part_gradients(
 
 
 def only_largest(weights: Float[Tensor, "*b m"], count: int) -> Float[Tensor, "*b m"]:
-    """The largest weights of each row, and 0 elsewhere."""
-    wide = F.pad(weights, (0, count))  # as many as there are to choose, whatever the number of keys
+    """Keep the `count` largest weights of each row and set the rest to 0."""
+    wide = F.pad(weights, (0, count))  # so that topk always finds `count` entries, even with fewer keys
     found, places = wide.topk(count, dim=-1)
     return torch.zeros_like(wide).scatter(-1, places, found)[..., : weights.shape[-1]]
 
@@ -228,8 +228,8 @@ def only_largest(weights: Float[Tensor, "*b m"], count: int) -> Float[Tensor, "*
 def of_no_pairs(
     q: Tensor, k: Tensor, v: Tensor, want_weights: bool, want_lse: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The result of :func:`run` without rows, queries or keys: 0, through which gradients flow as elsewhere."""
-    weights = q.to(v.dtype) @ grouped(k, q.shape[1]).to(v.dtype).mT  # not one
+    """The result of :func:`run` without rows, queries or keys: zeros, with gradients as in any other call."""
+    weights = q.to(v.dtype) @ grouped(k, q.shape[1]).to(v.dtype).mT  # has no elements
     lse = weights.to(wide_dtype(q)).logsumexp(-1) if want_lse else None
     return weights @ grouped(v, q.shape[1]), weights if want_weights else None, lse
 
@@ -238,7 +238,7 @@ def of_no_pairs(
 class Band:
     """Blocks of `size` query slots, each with the key slots from `back` before it to `ahead` after it.
 
-    `lead` empty slots come before the first query, so that blocks start where the visibility rule's own blocks do.
+    `lead` empty slots precede the first query, so that blocks are aligned with those of the visibility rule.
     """
 
     size: int
@@ -248,7 +248,7 @@ class Band:
 
     @classmethod
     def of(cls, visibility: Visibility, ranks: Ranks, n: int, m: int) -> Band | None:
-        """The blocks for a visibility rule of limited reach; None where they would save nothing."""
+        """The blocks for a visibility rule of limited reach; None if they would save nothing."""
         back, ahead = visibility.reach()
         if ranks.offset is None or back is None or ahead is None:
             return None
@@ -263,7 +263,7 @@ class Band:
 
     @property
     def extent(self) -> int:
-        """Key slots beside a block of queries."""
+        """Number of key slots for each block of queries."""
         return self.back + self.size + self.ahead
 
     def queries(self, x: Tensor, axis: int) -> Tensor:
@@ -296,7 +296,7 @@ def _in_bands(
     by_head: bool,
     rows: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """Output and log-sum-exp where `band` holds every visible pair: blocks take the place of heads, (B H, blocks, size)."""
+    """Output and log-sum-exp if `band` covers all visible pairs; blocks replace heads, (B H, blocks, size)."""
     batch, heads, n, _ = q.shape
     assert ranks.offset is not None
     q = band.queries(q, 2).flatten(0, 1)  # b*h c s d
@@ -348,30 +348,30 @@ def _in_bands(
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, causal: bool, dropout: float, scale: float) -> Tensor:
-    """Softmax attention to all keys, or to those at or before the query."""
+    """Softmax attention to all keys or, if causal, to those up to the query."""
     hidden = None
     if q.device.type == "cpu":
-        # without a mask the kernel for CPUs gives 0 for many a row whose scores are NaN
+        # without a mask the CPU kernel returns 0 for many rows whose scores are NaN
         keys = grouped(k, q.shape[1]).isnan().any(-1)
         keys = keys.cumsum(-1) > 0 if causal else keys.any(-1, keepdim=True)
         hidden = torch.where(q.isnan().any(-1) | keys, torch.nan, 0.0).to(v.dtype)[..., None]
     if sink is not None:
         q, k, v = with_sink(q, k, v, sink, scale)
         if causal:
-            q = F.pad(q, (0, 0, 1, 0))  # a first query for the sink's place, so that all others see the sink
+            q = F.pad(q, (0, 0, 1, 0))  # a leading query for the sink, so that all other queries see the sink
     output = sdpa(q, k, v, dropout=dropout, causal=causal, scale=scale)
     output = output[:, :, 1:] if causal and sink is not None else output
     return output if hidden is None else output + hidden
 
 
 def with_sink(q: Tensor, k: Tensor, v: Tensor, sink: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values with a first key whose score is the sink (broadcast over queries) and whose value is 0.
+    """Prepend a key whose score is the sink (the same for all queries) and whose value is 0.
 
-    The score comes from a feature that only this key has, so that heads may go on sharing keys.
+    The score comes from an additional feature that only this key has, so that heads can still share keys.
     """
     width = q.shape[-1]
-    extra = 8 - width % 8  # kernels want widths that are multiples of 8
-    feature = _finite((sink / scale).to(q.dtype))  # an infinite one times the other keys' 0 is NaN
+    extra = 8 - width % 8  # kernels need widths that are multiples of 8
+    feature = _finite((sink / scale).to(q.dtype))  # infinity times the other keys' 0 would be NaN
     q = F.pad(torch.cat([q, feature.expand(*q.shape[:-1], 1)], -1), (0, extra - 1))
     unit = (torch.arange(width + extra, device=k.device) == width).to(k.dtype)
     k = torch.cat([unit.expand(*k.shape[:-2], 1, -1), F.pad(k, (0, extra))], -2)
@@ -386,21 +386,21 @@ def _finite(x: Tensor) -> Tensor:
 def _maybe_again(
     attend: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]], tensors: tuple[Tensor, ...], again: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Run one block; with `again` its intermediate results are not kept but computed again in the backward pass."""
+    """Run one block; with `again`, backward recomputes its intermediate results instead of storing them."""
     if again and torch.is_grad_enabled() and not transformed():
         return checkpoint(attend, *tensors, use_reentrant=False)
     return attend(*tensors)
 
 
 def _seed(generator: torch.Generator | None, dropout: float) -> int | None:
-    """A seed for one block's dropout: a block that is computed again must draw the same numbers again."""
+    """A seed for one block's dropout, so that recomputing the block draws the same numbers."""
     if generator is None or dropout == 0:
         return None
     return int(torch.randint(1 << 62, (), generator=generator, device=generator.device))
 
 
 def grouped(x: Tensor, heads: int) -> Tensor:
-    """Each key/value head repeated for the query heads that share it."""
+    """Repeat each key/value head for the query heads that share it."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
@@ -414,15 +414,16 @@ def sdpa(
     dropout: float = 0.0,
     causal: bool = False,
 ) -> Tensor:
-    """`scaled_dot_product_attention` for grouped heads and values of any width, in their dtype, with second derivatives.
+    """`scaled_dot_product_attention` for grouped heads, values of any width (in their dtype) and second derivatives.
 
-    Its CPU kernel needs values as wide as keys; otherwise the whole score matrix would be stored.
+    Pads keys or values to equal widths on a CPU: its kernel needs that, and would otherwise store the whole score
+    matrix.
     """
     width, wanted, dtype = q.shape[-1], v.shape[-1], v.dtype
     if q.device.type == "cpu" and width != wanted:
         q, k, v = (F.pad(x, (0, max(width, wanted) - x.shape[-1])) for x in (q, k, v))
     groups = False
-    if k.shape[1] != q.shape[1]:  # of symbols torch takes no bool, but a branch on them
+    if k.shape[1] != q.shape[1]:  # for symbolic sizes torch accepts a branch, but no bool
         groups = True
     if _runs_cpu_kernel(q, k, v, mask, dropout, causal, scale, groups):
         if groups:
@@ -432,13 +433,13 @@ def sdpa(
         output = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=groups
         )
-    return output[..., :wanted].to(dtype)  # autocast computes in another
+    return output[..., :wanted].to(dtype)  # autocast may compute in another dtype
 
 
 def _runs_cpu_kernel(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool, scale: float, groups: bool
 ) -> bool:
-    """Whether PyTorch would run its CPU kernel, whose gradients have none; in what else it has, they do."""
+    """Return whether PyTorch would choose its CPU flash kernel, which alone has no second derivatives."""
     if q.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
@@ -450,7 +451,7 @@ def _runs_cpu_kernel(
 
 
 class _CpuKernel(torch.autograd.Function):
-    """PyTorch's CPU kernel; where gradients of its gradients are wanted, by explicit weights."""
+    """PyTorch's CPU kernel; its second derivatives are computed with explicit weights."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
@@ -469,7 +470,7 @@ class _CpuKernel(torch.autograd.Function):
             kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
             found = kernel(grad, q, k, v, output, lse, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale)
             return (*found, None, None, None)
-        inputs = q, k, v = tuple(x.view_as(x) for x in (q, k, v))  # one may have been given twice
+        inputs = q, k, v = tuple(x.view_as(x) for x in (q, k, v))  # q, k and v may be one tensor
         again = _with_weights(q, k, v, mask, causal=ctx.causal, scale=ctx.scale)
         wanted = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
         slopes = iter(torch.autograd.grad(again, wanted, grad, create_graph=True))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def empty_sums(sinks: Float[Tensor, "b h n d"]) -> Sums:
-    """Before the first token."""
+    """The sums before the first token."""
     batch, heads, _, width = sinks.shape
     return Sums(
         sinks.new_zeros(4, batch, heads, width),
@@ -47,14 +47,14 @@ def conserved_flows(
     valid: Int[Tensor, " b"] | None = None,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "b h n"], Float[Tensor, "b h n"], Sums]:
-    """Competition, acceptance, and the sums after the last token (their `length` is the one given).
+    """Competition, acceptance, and the sums after the last token (whose `length` is the given one).
 
     Args:
         sinks: phi of the queries; zero at padding.
         sources: phi of the keys; zero at padding.
-        sums: to continue from.
-        rule: what competes and how.
-        valid: tokens of each row that exist; those after them do not compete. None: all.
+        sums: the sums to continue from.
+        rule: which tokens compete, and how.
+        valid: number of valid tokens in each row; those after them do not compete. None for all.
     """
     problem = Problem(sinks, sources, *sums, valid)
     return execute("conserved_flows", backend, sinks.device, sinks.dtype, problem, rule)

@@ -1,4 +1,4 @@
-"""Conserved flows in C++ (`native/src/conserved_flows.cpp`): all in one pass over sinks and sources."""
+"""Conserved flows in C++ (`native/src/conserved_flows.cpp`), in a single pass over sinks and sources."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def run(problem: Problem, rule: Rule) -> tuple[Tensor, Tensor, Sums]:
 
 
 def refuses(problem: Problem, rule: Rule) -> str | None:
-    """Why a call is left to another backend."""
+    """The reason to leave a call to another backend; None if there is none."""
     return _refusal(problem)
 
 
@@ -99,7 +99,7 @@ def _check(p: Problem) -> None:
 
 
 def _arguments(p: Problem, rule: Rule, flows: Tensor) -> tuple[Flows, list[Tensor | None]]:
-    """The struct without outputs but the flows, and the tensors that it points to."""
+    """The struct, with the flows as its only outputs, and the tensors that it points to."""
     batch, heads, n, width = p.sinks.shape
     sinks, sources = rows_contiguous(p.sinks), rows_contiguous(p.sources)
     rest = [None if x is None else x.contiguous() for x in (p.totals, p.maximum, p.normalizer, p.length, p.valid)]
@@ -167,7 +167,7 @@ def _flows_backward(
     problem: Problem,
     rule: Rule,
 ) -> list[Tensor]:
-    """Gradients of what the problem has learned."""
+    """Gradients of the problem's learned tensors."""
     _check(problem)
     given = [grad_competition, grad_acceptance, flows, grad_totals, grad_normalizer]
     for x, y in zip(given, _empty_outputs(problem)[:5], strict=True):
@@ -208,7 +208,7 @@ def _differentiate(
     maximum: Tensor,
     normalizer: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Its arguments are gradients of the results."""
+    """The arguments are gradients of the results."""
     problem, (kept,) = Problem.kept(ctx)
     grads = _flows_backward(competition, acceptance, totals, normalizer, kept, problem, ctx.rule)
     return *problem.gradients(grads, problem.needed(ctx)), *[None] * len(Rule.places())

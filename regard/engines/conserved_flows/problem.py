@@ -1,4 +1,4 @@
-"""A call of conserved flows as one object, which the engine's forms and its operators share."""
+"""The arguments of conserved flows as one object, which the engine's forms and operators share."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Sums(NamedTuple):
     totals: Tensor
     """Sums of sources, sinks, weighted sources and weighted sinks, (4, B, H, D)."""
     maximum: Tensor
-    """Largest l_t, (B, H); -inf where there was none."""
+    """Largest l_t, (B, H); -inf if there was none."""
     normalizer: Tensor
     """Sum of exp(l_t - maximum), (B, H)."""
     length: Tensor
-    """Tokens seen before, (B,)."""
+    """Number of tokens seen before, (B,)."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Rule(Packed):
     """How flows become weights.
 
     Attributes:
-        competition: whether sources compete; 1 without.
-        allocation: whether the conserved sinks enter the acceptance; 1 / incoming without.
+        competition: whether sources compete; without it, the competition is 1.
+        allocation: whether the conserved sinks enter the acceptance; without it, the acceptance is 1 / incoming.
         clamp: range of the conserved sources; None for no clamp.
-        temperature: divides them, > 0.
-        eps: added to the vectors of both factors of each flow.
+        temperature: divisor of the conserved sources, > 0.
+        eps: added to both vectors in the product of each flow.
     """
 
     competition: bool
@@ -45,7 +45,7 @@ class Rule(Packed):
 
 @dataclass(frozen=True)
 class Problem(Packed):
-    """What :func:`regard.engines.conserved_flows.conserved_flows` is given beside the rule."""
+    """The arguments of :func:`regard.engines.conserved_flows.conserved_flows` besides the rule."""
 
     sinks: Tensor
     sources: Tensor

@@ -1,8 +1,7 @@
-"""Layers of a Llama-like decoder for few tokens: each in two native calls around an attention of any kind, or all in one where
-they attend by softmax or are gated recurrences. At that size the way from one operation to the next takes longer than most
-operations.
+"""Layers of a Llama-like decoder for few tokens: two native calls around any attention, or a single one for all layers
+if they use softmax attention or gated recurrences. At that size, dispatching operations takes longer than most of them.
 
-There is no form in PyTorch: what else computes such a layer is the model it is in.
+There is no form in PyTorch: otherwise the model itself computes the layer.
 """
 
 from regard.engines.decoder_layer.native_form import DecoderLayer, Weight, few_tokens

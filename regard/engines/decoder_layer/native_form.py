@@ -1,4 +1,4 @@
-"""A decoder's layer in C++ (`native/src/decoder.cpp`), in float32, with weights in float32 or in codes."""
+"""A decoder layer in C++ (`native/src/decoder.cpp`), in float32, with weights in float32 or quantized."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 KINDS = {torch.float32: 32, torch.int8: 8, torch.uint8: 4}
-"""Bits of a number of a weight."""
+"""Bits per number of a weight, by dtype."""
 
 
 class Weight(NamedTuple):
-    """The weight of a linear layer: as it is, or as codes that :func:`regard.engines.quantized_linear.quantized_linear` takes.
+    """The weight of a linear layer: float32, or codes as in :func:`regard.engines.quantized_linear.quantized_linear`.
 
     Attributes:
         codes: (N, K) float32 or int8, or (N, columns / 2) uint8, contiguous.
-        scale, offset: of codes, (N, groups) bfloat16.
+        scale, offset: of quantized weights, (N, groups) bfloat16.
         bias: (N,) float32.
-        input_scale: (K,) float32, by which columns of the input are multiplied first.
-        rounded: whether rows of the input are rounded to 8 bits next, as
-            :func:`regard.engines.quantized_linear.dynamic_linear` does.
+        input_scale: (K,) float32, factors on the columns of the input.
+        rounded: whether rows of the input are then rounded to 8 bits, as in
+            :func:`regard.engines.quantized_linear.dynamic_linear`.
     """
 
     codes: Tensor
@@ -43,12 +43,12 @@ class Weight(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All that it consists of."""
+        """All its tensors."""
         return self.codes, self.scale, self.offset, self.bias, self.input_scale
 
 
 class WeightArguments(ctypes.Structure):
-    """`regard_weight`, as several kernels take it."""
+    """The struct `regard_weight`, which several kernels take."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("bits", "n", "k", "columns", "group", "rounded")),
@@ -97,15 +97,15 @@ class DecoderLayer:
 
     Args:
         norms: weights of both RMS norms, (width,) float32.
-        eps: of each.
-        head_width: features of a head, all of which rotary positions turn.
-        weights: of queries, keys, values, output, gate, up and down.
+        eps: eps of both RMS norms.
+        head_width: features per head, all of which are rotated by their positions.
+        weights: weights of queries, keys, values, output, gate, up and down.
 
-    It reads the tensors where they lie now: make another one when they move. :attr:`reason` says why the kernels do not take
-    them, and is empty where they do.
+    Holds pointers to the tensors: make a new object when they move. :attr:`reason` says why the kernels do not support
+    them, and is empty if they do.
 
     Attributes:
-        eps, norms, weights: as the kernels take them.
+        eps, norms, weights: the arguments in the form that the kernels take.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class DecoderLayer:
         return "" if fits else "sizes that do not belong together"
 
     def fits(self, x: Tensor, cosine: Tensor) -> bool:
-        """Whether tokens that :func:`few_tokens` takes are of this layer's sizes."""
+        """Return whether tokens that :func:`few_tokens` accepts have this layer's sizes."""
         return not self.reason and x.shape[2] == self.width and cosine.shape[2] == self.head_width
 
     def inputs(
@@ -157,8 +157,8 @@ class DecoderLayer:
         sine: Float[Tensor, "c n d"],
         normed: Float[Tensor, "b n width"] | None = None,
     ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b g n d"], Float[Tensor, "b g n d"]]:
-        """Queries and keys, turned by their positions, and values; what they are made of is written to `normed` where that is
-        given, a contiguous tensor."""
+        """Rotated queries and keys, and values; the normed input is written to `normed`, a contiguous tensor, if
+        given."""
         rows = x.shape[0], x.shape[1]
         cosine, sine = of_rows(cosine, rows[0]), of_rows(sine, rows[0])
         outputs = [x.new_empty((*rows, size)) for size in self._sizes]
@@ -172,7 +172,7 @@ class DecoderLayer:
         return q, k, v
 
     def outputs(self, x: Float[Tensor, "b n width"], attended: Float[Tensor, "b n k"]) -> Float[Tensor, "b n width"]:
-        """The layer's answer, given what its heads read."""
+        """The layer's output, given the output of its heads."""
         attended, y = attended.contiguous(), torch.empty_like(x)
         arguments = DecoderOutputs.from_buffer_copy(self._outputs)
         arguments.threads, arguments.m = torch.get_num_threads(), x.shape[0] * x.shape[1]
@@ -182,8 +182,8 @@ class DecoderLayer:
 
 
 def few_tokens(x: Tensor, cosine: Tensor, sine: Tensor) -> bool:
-    """Whether tokens (B, N, width) with their positions (B or 1, N, D) can go this way: few, in float32, with nobody watching
-    and no gradient recorded."""
+    """Return whether tokens (B, N, width) with their positions (B or 1, N, D) are supported: few, in float32, without
+    gradients, and with no profiler or mode active."""
     return (
         x.ndim == cosine.ndim == 3
         and 0 < x.shape[0] * x.shape[1] <= FEW_ROWS
@@ -198,12 +198,12 @@ def few_tokens(x: Tensor, cosine: Tensor, sine: Tensor) -> bool:
 
 
 def of_rows(x: Float[Tensor, "c n d"], rows: int) -> Float[Tensor, "b n d"]:
-    """Positions of all rows, contiguous, where one may stand for all."""
+    """Positions for all rows, contiguous, expanded if all rows share them."""
     return (x if x.shape[0] == rows else x.expand(rows, -1, -1)).contiguous()
 
 
 def unfit_weight(weight: Weight) -> str:
-    """Why the kernels do not take a weight; empty where they do."""
+    """The reason why the kernels do not support a weight; empty if they do."""
     bits, given = KINDS.get(weight.codes.dtype), struct_of(weight)
     if bits is None or weight.codes.ndim != 2 or not weight.codes.numel():
         return "weights that are neither in float32 nor in codes"
@@ -224,7 +224,7 @@ def unfit_weight(weight: Weight) -> str:
 
 
 def struct_of(weight: Weight) -> Any:
-    """The struct; the weight's tensors are to be kept as long."""
+    """The struct of a weight, whose tensors must be kept alive as long."""
     bits = KINDS.get(weight.codes.dtype, 0)
     n, columns = weight.codes.shape[0], weight.codes.shape[-1] * (2 if bits == 4 else 1)
     group = columns // weight.scale.shape[-1] if bits == 4 and weight.scale is not None else columns

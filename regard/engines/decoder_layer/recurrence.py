@@ -1,5 +1,5 @@
-"""The gated recurrence of a state as layers of a decoder have it in C++ (`native/src/decoder.cpp`): gates and rates that are made
-of the layer's input, feature maps, a normaliser, and a window of softmax before the state."""
+"""The gated recurrence of decoder layers in C++ (`native/src/decoder.cpp`): with gates and rates computed from the
+layer's input, feature maps, a normaliser, and a softmax window before the state."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 class State(NamedTuple):
-    """What a recurrence goes on from, and where what comes after it goes.
+    """The state that a recurrence continues from, and memory for the state after it.
 
     Attributes:
-        before, after: (B, H, K, V) float32, contiguous, as :meth:`Recurrence.state_shape` says.
-        window: keys and values of the window's tokens and room for the new ones behind them, (B, H, window + N, D) float32 with
-            contiguous features, right-aligned; None without a window.
-        lengths: (B,) int64, contiguous: tokens before; used with a window.
+        before, after: (B, H, K, V) float32, contiguous, with the shape of :meth:`Recurrence.state_shape`.
+        window: keys and values of the window's tokens, followed by room for the new ones, (B, H, window + N, D) float32
+            with contiguous features, right-aligned; None without a window.
+        lengths: (B,) int64, contiguous: number of earlier tokens; used with a window.
     """
 
     before: Float[Tensor, "b h k v"]
@@ -38,7 +38,7 @@ class State(NamedTuple):
 
 
 class RecurrenceArguments(ctypes.Structure):
-    """`regard_decoder_recurrence`."""
+    """The struct `regard_decoder_recurrence`."""
 
     _fields_ = (
         ("gates", WeightArguments * 2),
@@ -62,7 +62,7 @@ class RecurrenceArguments(ctypes.Structure):
 
 
 class StateArguments(ctypes.Structure):
-    """`regard_decoder_state`."""
+    """The struct `regard_decoder_state`."""
 
     _fields_ = (
         ("before", ctypes.c_void_p),
@@ -76,7 +76,7 @@ class StateArguments(ctypes.Structure):
 
 
 def unfit(recurrence: Recurrence[Weight], layer: DecoderLayer) -> str:
-    """Why the kernel does not take a recurrence in a layer; empty where it does."""
+    """The reason why the kernel does not support a recurrence in a layer; empty if it does."""
     rates, heads, own = recurrence.log_rates, *(layer.weights[i].n // layer.head_width for i in (0, 1))
     of_heads = [*(recurrence.maps or ()), recurrence.log_window_weights]
     held = [x for weight in recurrence.linears for x in weight.tensors] + [rates, recurrence.gate_bias, *of_heads]
@@ -111,15 +111,15 @@ def unfit(recurrence: Recurrence[Weight], layer: DecoderLayer) -> str:
 
 
 def room_after(state: Float[Tensor, "b h k v"]) -> Float[Tensor, "b h k v"]:
-    """Where the state that comes after another may go, uninitialised."""
+    """Uninitialised memory for the state that follows another."""
     return recycled.empty(state.shape)
 
 
 def arguments_of(recurrence: Recurrence[Weight], scale: float) -> RecurrenceArguments:
-    """The struct; the recurrence is to be kept as long.
+    """The struct of a recurrence, which must be kept alive as long.
 
     Args:
-        scale: of the layer's scores.
+        scale: scale of the layer's scores.
     """
     made = RecurrenceArguments(
         gate_bias=pointer(recurrence.gate_bias),
@@ -151,11 +151,11 @@ def states_of(
     """The structs of a call's states.
 
     Args:
-        recurrences: each with its query heads.
-        width: of a head.
+        recurrences: each with its number of query heads.
+        width: width of a head.
 
     Raises:
-        Unsupported: for states of others.
+        Unsupported: for states that do not fit the recurrences.
     """
     if len(states) != len(recurrences):
         raise Unsupported(f"{len(states)} states of {len(recurrences)} layers")

@@ -1,4 +1,4 @@
-"""Layers of a decoder one after the other in C++, their softmax attention to caches and their recurrences of states too
+"""Consecutive decoder layers in C++, including softmax attention to their caches or the recurrences of their states
 (`native/src/decoder.cpp`)."""
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
 
 class Places(NamedTuple):
-    """Where the keys and values of a batch lie, and where those of its next tokens go; and its states.
+    """The caches and states of a batch, with room for those of its next tokens.
 
     Attributes:
         caches: keys and values of each layer with softmax, float32 with contiguous features: (B, G, slots, D), or pages
             (pages, G, page size, D).
-        lengths: tokens of each row before.
-        table: (B, most) int64, contiguous: the pages of each row in order; None where there are none.
-        states: of each layer with a recurrence.
-        padding: slots of each row before its first token, of `lengths`, which nobody sees; none where there are pages.
+        lengths: number of earlier tokens in each row.
+        table: (B, most) int64, contiguous: the pages of each row in order; None without pages.
+        states: state of each layer with a recurrence.
+        padding: how many of the `lengths` slots of each row precede its first token and are hidden; None with pages.
     """
 
     caches: Sequence[tuple[Tensor, Tensor]]
@@ -64,7 +64,7 @@ class _Layer(ctypes.Structure):
 
 
 class DecoderLayersArguments(library.Arguments):
-    """`regard_decoder_layers_args`."""
+    """The struct `regard_decoder_layers_args`."""
 
     kernel = "decoder_layers"
     _fields_ = (
@@ -90,15 +90,15 @@ class DecoderLayersArguments(library.Arguments):
 
 
 class DecoderLayers:
-    """Whole layers that attend by softmax to what their rows have in a cache, or have a recurrence in the place of it.
+    """Whole layers with softmax attention to a cache, or with a recurrence instead.
 
     Args:
-        layers: whose :attr:`DecoderLayer.reason` is empty, all of the same width and width of heads.
-        scales: of each layer, by which scores are multiplied.
-        windows: of each, most tokens before its own that a query sees; None for all.
-        norm: weight (width,) float32 and eps of an RMS norm of the last layer's answer; None for none.
-        recurrences: of each, one that :func:`regard.engines.decoder_layer.unfit` finds nothing wrong with, or None for softmax;
-            None where all have softmax.
+        layers: layers with an empty :attr:`DecoderLayer.reason`, all of the same width and head width.
+        scales: scale of the scores in each layer.
+        windows: how many earlier tokens a query sees in each layer; None for all.
+        norm: weight (width,) float32 and eps of an RMS norm after the last layer; None for no norm.
+        recurrences: for each layer, a recurrence that :func:`regard.engines.decoder_layer.unfit` accepts, or None for
+            softmax; None if all have softmax.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class DecoderLayers:
             to.scale, to.left = scale, -1 if window is None else min(window, library.MOST)
             if recurrence is not None:
                 to.recurrence = ctypes.pointer(recurrence)
-        self._kept = layers, norm, recurrences, own  # and with them all that the structs point at
+        self._kept = layers, norm, recurrences, own  # everything that the structs point to
         self._norm = {} if norm is None else {"norm": pointer(norm[0]), "eps": norm[1]}
         self._attending = {i: layers[i].weights[1].n // self.head_width for i, x in enumerate(own) if x is None}
         heads = [x.weights[0].n // self.head_width for x in layers]
@@ -132,11 +132,11 @@ class DecoderLayers:
         sine: Float[Tensor, "c n d"],
         places: Places,
     ) -> Float[Tensor, "b n width"]:
-        """The answer for tokens that :func:`few_tokens` takes; their keys and values are in the cache then, and states where
-        the next ones go.
+        """The output for tokens that :func:`few_tokens` accepts; writes their keys and values to the cache, and the new
+        states.
 
         Raises:
-            Unsupported: for a cache or states that do not fit; then nothing was written.
+            Unsupported: for a cache or states that do not fit; nothing has been written then.
         """
         batch, n = x.shape[:2]
         pointed = self._pointed_at(places.caches)
@@ -169,8 +169,8 @@ class DecoderLayers:
         return y
 
     def _pointed_at(self, caches: Sequence[tuple[Tensor, Tensor]]) -> _Pointed:
-        """The layers' structs with the places of the caches, which most often are where they were. Structs that were made are
-        not changed: other threads may have others."""
+        """The layers' structs with pointers to the caches, reused as long as the caches stay the same. Existing structs
+        are never changed, since other threads may use them."""
         last = self._last
         if last is not None and len(caches) == len(last.caches) and all(map(operator.is_, caches, last.caches)):
             return last
@@ -193,12 +193,12 @@ class DecoderLayers:
 
 
 class _Pointed(NamedTuple):
-    """Layers' structs that point at caches.
+    """Layers' structs with pointers to caches.
 
     Attributes:
-        rows: or pages, the fewest of a layer.
-        slots: of a row or a page, the fewest.
-        sizes: how many numbers of slots there are.
+        rows: the smallest number of rows (or pages) of any layer.
+        slots: the smallest number of slots per row (or page) of any layer.
+        sizes: how many different numbers of slots there are.
     """
 
     caches: Sequence[tuple[Tensor, Tensor]]
@@ -208,7 +208,7 @@ class _Pointed(NamedTuple):
     sizes: int
 
     def check(self, places: Places, batch: int, n: int) -> None:
-        """Raise Unsupported where the places are none that the caches have."""
+        """Raise Unsupported for places outside the caches."""
         if not self.caches:
             return
         lengths, table, slots, padding = places.lengths, places.table, self.slots, places.padding

@@ -3,8 +3,8 @@
     S_t = exp(g_t) S_{t-1} + k_t u_t^T,     o_t = S_t^T q_t,
     u_t = v_t,  or  u_t = beta_t (v_t - (exp(g_t) S_{t-1})^T k_t)      (delta rule)
 
-Scale, feature map, normaliser and skip connection are outside (without decay, :mod:`regard.engines.linear_attention` has
-the first three).
+Scale, feature map, normaliser and skip connection are left to the caller (:mod:`regard.engines.linear_attention`
+includes the first three, without decay).
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ def gated_recurrence(
     inclusive: bool = True,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "b h n v"] | None, Float[Tensor, "b h k v"]]:
-    """Outputs and final state, computed chunk by chunk.
+    """Compute outputs and final state, chunk by chunk.
 
-    Numerically safe at any length and any gate: no difference of cumulative sums is ever formed, and autocast does not
-    reach in.
+    Numerically safe for any length and any gates: no differences of cumulative sums are formed, and autocast is
+    disabled inside.
 
     Args:
-        q: queries; None computes the final state only. Queries and keys may be shared: with G of them for H heads of
-            values, each serves H / G consecutive heads.
-        log_decay: g, natural logarithms <= 0, one for each key feature or one for all (last axis 1); -inf forgets
-            everything, exactly as `reset` does. None for no decay.
-        beta: step of the delta rule; None for plain writes.
+        q: queries; None to compute only the final state. Queries and keys may be shared: with G heads of them for H
+            heads of values, each serves H / G consecutive heads.
+        log_decay: g, natural logarithms <= 0, per key feature or per head (last axis 1); -inf forgets everything,
+            exactly as `reset` does. None for no decay.
+        beta: step size of the delta rule; None for plain writes.
         state: S_0, zero when None; kept in at least float32.
-        reset: True where a document starts: the state before that token is dropped.
-        chunk_size: tokens computed together. Changes rounding only.
-        sub_chunk: tokens for which exponents are formed pair by pair when the decay differs between features.
+        reset: True where a document starts: the state is cleared before that token.
+        chunk_size: number of tokens computed together. Only affects rounding.
+        sub_chunk: number of tokens for which exponents are formed pair by pair, if the decay differs between features.
         inclusive: whether o_t sees k_t; otherwise it reads exp(g_t) S_{t-1}, before the write.
         backend: see :func:`regard.which_backend`.
 
@@ -93,7 +93,7 @@ def gated_recurrence_step(
     *,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "b h v"], Float[Tensor, "b h k v"]]:
-    """One token of :func:`gated_recurrence` (inclusive): the output and the next state.
+    """Process one token of :func:`gated_recurrence` (inclusive); return the output and the next state.
 
     Accumulates in the state's dtype; the output has the dtype of v.
     """

@@ -1,4 +1,4 @@
-"""The delta rule in C++ (see `native/src/delta_rule.cpp`): the gated recurrence with a beta."""
+"""The delta rule in C++ (see `native/src/delta_rule.cpp`): the gated recurrence with beta."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from regard.engines.gated_recurrence.problem import Problem, differentiate, save
 from regard.engines.heads import Strides
 
 SEGMENT = 256
-"""Tokens between two states that a forward call keeps for its backward call, as in `regard_delta_rule.h`."""
+"""Number of tokens between the states that forward stores for backward, as in `regard_delta_rule.h`."""
 
 
 class DeltaRule(library.Arguments):
@@ -68,11 +68,11 @@ class DeltaRuleBackward(library.Arguments):
 
 
 LEARNED = ("q", "k", "v", "log_decay", "beta", "state")
-"""Names of what a problem has learned, which a compiler need not ask the class for."""
+"""Names of the problem's learned tensors, as a constant so that compiled graphs need not query the class."""
 
 
 def refuses(problem: Problem) -> str | None:
-    """Why the kernel does not take such a call; None when it does."""
+    """The reason why the kernel cannot run a call; None if it can."""
     p = problem
     if p.beta is None:
         return "it is the recurrence without a delta rule"
@@ -114,8 +114,8 @@ def _bad_shape(p: Problem) -> str | None:
 def run(problem: Problem) -> tuple[Tensor | None, Tensor]:
     """See :func:`regard.engines.gated_recurrence.gated_recurrence`, with beta.
 
-    q, k and v are read where they lie when all are float32 or all bfloat16; otherwise they become float32. Gates, rates
-    and state become float32. The kernel has chunk sizes of its own.
+    q, k and v are read in place if all are float32 or all are bfloat16; otherwise they are converted to float32. Gates,
+    rates and state are converted to float32. The kernel chooses its own chunk sizes.
     """
     p, dtype = problem, problem.v.dtype
     q, k, v = p.q, p.k, p.v
@@ -129,7 +129,7 @@ def run(problem: Problem) -> tuple[Tensor | None, Tensor]:
 
 @operator("delta_rule")
 def _delta_rule(problem: Problem, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs (without features when q is None), the final state, and with `keep` what backward needs of the states."""
+    """Outputs (without features if q is None), the final state, and with `keep` the states that backward needs."""
     _check(problem)
     out, final_state, kept = _empty_results(problem.q, problem.k, problem.v, keep)
     if problem.k.shape[2] == 0:
@@ -144,8 +144,8 @@ def _delta_rule(problem: Problem, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 @lru_cache(maxsize=256)
 def _template(layouts: tuple[library.Layout | None, ...], inclusive: bool, threads: int) -> bytes | None:
-    """The struct of a call of tensors that lie so (those that a problem has learned), but for where; None where the
-    kernel does not take them as they are."""
+    """The struct for learned tensors with these layouts, without addresses; None if the kernel cannot read them as they
+    are."""
     found = library.samples(layouts)
     if found is None:
         return None
@@ -170,7 +170,7 @@ def plain(
     state: Tensor | None,
     inclusive: bool,
 ) -> tuple[Tensor, Tensor] | None:
-    """See :func:`regard.engines.gated_recurrence.native_form.plain`, which has looked whether somebody watches."""
+    """See :func:`regard.engines.gated_recurrence.native_form.plain`, which checks whether a direct call is safe."""
     template = _template(library.layouts(q, k, v, log_decay, beta, state), inclusive, torch.get_num_threads())
     if template is None:
         return None
@@ -206,7 +206,7 @@ def _kept_states(n: int) -> int:
 def _delta_rule_backward(
     grad_out: Tensor | None, grad_final_state: Tensor | None, problem: Problem, kept: Tensor, needed: list[bool]
 ) -> list[Tensor]:
-    """Gradients of what the problem has learned; empty where not needed."""
+    """Gradients of the problem's learned tensors; empty where not needed."""
     _check(problem)
     q, k, v = problem.q, problem.k, problem.v
     batch, heads, n, width = k.shape
@@ -259,7 +259,7 @@ def _check(problem: Problem) -> None:
 
 def _arguments(p: Problem, kept: Tensor | None) -> tuple[DeltaRule, list[Tensor | None]]:
     """The forward call's struct without its results, and the tensors that it points to."""
-    assert p.beta is not None  # checked
+    assert p.beta is not None  # checked before
     q, k, v, log_decay, state = alive = [
         None if x is None else library.rows_contiguous(x) for x in (p.q, p.k, p.v, p.log_decay, p.state)
     ]

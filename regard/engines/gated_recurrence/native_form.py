@@ -1,4 +1,4 @@
-"""The gated recurrence in C++ (see `native/src/recurrence.cpp`). With a beta: `delta_rule`; one token of it: `step`."""
+"""The gated recurrence in C++ (`native/src/recurrence.cpp`). With beta, see `delta_rule`; for one token, see `step`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from regard.engines.gated_recurrence.problem import Problem, differentiate, save
 from regard.engines.gated_recurrence.torch_form import for_each_head
 
 CHECKPOINT_EVERY = 256
-"""Tokens between two states that a forward call keeps for its backward call: a quarter of the size of v when K = V = 64."""
+"""Tokens between the states that forward stores for backward; they take a quarter of the size of v if K = V = 64."""
 
 
 class Sequence(ctypes.Structure):
-    """The struct `regard_sequence`: a tensor by token, in either dtype."""
+    """The struct `regard_sequence`: a tensor with one row per token, in either dtype."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -85,8 +85,8 @@ class GatedRecurrenceBackward(library.Arguments):
 def run(problem: Problem, chunk_size: int, sub_chunk: int) -> tuple[Tensor | None, Tensor]:
     """See :func:`regard.engines.gated_recurrence.gated_recurrence`.
 
-    Inputs are read where they lie, float32 or bfloat16 each. The kernel has blocks of its own: `chunk_size` and
-    `sub_chunk` would change rounding only.
+    Inputs are read in place, each in float32 or bfloat16. The kernel chooses its own blocks: `chunk_size` and
+    `sub_chunk` would only affect rounding.
     """
     if problem.beta is not None:
         return delta_rule.run(_for_each_head(problem))
@@ -97,12 +97,12 @@ def run(problem: Problem, chunk_size: int, sub_chunk: int) -> tuple[Tensor | Non
 
 
 def _for_each_head(p: Problem) -> Problem:
-    """With queries and keys of their own for each head of values, as the delta rule's kernel has them."""
+    """Repeat queries and keys for each head of values, as the delta rule's kernel needs them."""
     return replace(p, q=None if p.q is None else for_each_head(p.q, p.v), k=for_each_head(p.k, p.v))
 
 
 def refuses(problem: Problem, chunk_size: int, sub_chunk: int) -> str | None:
-    """Why the kernel does not take such a call; None when it does."""
+    """The reason why the kernel cannot run a call; None if it can."""
     reason = _refusal(problem)
     return delta_rule.refuses(_for_each_head(problem)) if reason is None and problem.beta is not None else reason
 
@@ -122,11 +122,11 @@ def refusal(
     state: Tensor | None,
     more_columns: int = 0,
 ) -> str | None:
-    """Why the kernels do not read such tensors; None when they do.
+    """The reason why the kernels cannot read such tensors; None if they can.
 
     Args:
         lead: (B, H, N), or (B, H) for one token.
-        more_columns: of states than value features.
+        more_columns: number of columns that states have beyond the value features.
     """
     for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", g), ("state", state)):
         if x is None or (x.is_cpu and x.dtype in library.DTYPES):
@@ -168,7 +168,7 @@ def _check(p: Problem) -> None:
 
 
 def sequence(x: Tensor | None) -> Sequence:
-    """A tensor (B, heads, N, width) with a contiguous last axis; the caller keeps it alive."""
+    """The struct for a tensor (B, heads, N, width) with a contiguous last axis, which the caller must keep alive."""
     if x is None:
         return Sequence()
     batch, head, token, _ = x.stride()
@@ -176,14 +176,14 @@ def sequence(x: Tensor | None) -> Sequence:
 
 
 def sizes(k: Tensor, v: Tensor, g: Tensor | None, inclusive: bool) -> tuple[int, ...]:
-    """The numbers that stand first in the structs of both directions."""
+    """The leading numbers of the structs of both directions."""
     batch, heads, tokens, value_width = v.shape
     widths = k.shape[-1], value_width
     return torch.get_num_threads(), batch, heads, tokens, *widths, decay_kind(g), int(inclusive), CHECKPOINT_EVERY
 
 
 def decay_kind(g: Tensor | None) -> int:
-    """0, 1 or 2 for no decay, one of each head, or one of each feature."""
+    """0 for no decay, 1 for one decay per head, 2 for one per feature."""
     return 0 if g is None else 1 if g.shape[-1] == 1 else 2
 
 
@@ -203,13 +203,13 @@ def _empty_state(k: Tensor, v: Tensor) -> Tensor:
 
 
 def checkpoint_count(tokens: int) -> int:
-    """States that the forward pass keeps for the gradient: one before every `CHECKPOINT_EVERY` tokens but the first."""
+    """Number of states that forward stores for backward: one every `CHECKPOINT_EVERY` tokens, except at the start."""
     return max(0, (tokens - 1) // CHECKPOINT_EVERY)
 
 
 @operator("gated_recurrence")
 def _gated_recurrence(problem: Problem, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs (empty when q is None), the final state, and with `keep` the states that backward starts from."""
+    """Outputs (empty if q is None), the final state, and with `keep` the states that backward starts from."""
     _check(problem)
     laid_out = _laid_out(problem)
     results = _empty_results(*laid_out[:3], keep)
@@ -243,8 +243,8 @@ def _arguments(
 
 @lru_cache(maxsize=256)
 def _template(layouts: tuple[library.Layout | None, ...], inclusive: bool, threads: int) -> bytes | None:
-    """The struct of a call of tensors that lie so (q, k, v, log_decay and state), but for where; None where the kernel
-    does not take them as they are."""
+    """The struct for tensors (q, k, v, log_decay and state) with these layouts, without addresses; None if the kernel
+    cannot read them as they are."""
     found = library.samples(layouts)
     if found is None:
         return None
@@ -268,10 +268,10 @@ def plain(
     state: Tensor | None,
     inclusive: bool,
 ) -> tuple[Tensor, Tensor] | None:
-    """:func:`run` by the shortest way to the kernel; None for calls that have none, and where a gradient is recorded or
-    somebody watches.
+    """:func:`run` by a direct kernel call; None for calls that need the general path, such as those that autograd, a
+    profiler or a mode must see.
 
-    Of few tokens, the general way through Python takes longer than the kernel.
+    For few tokens, the general path through Python takes longer than the kernel.
     """
     if not runs_plainly(q, k, v, log_decay, beta, state):
         return None
@@ -290,7 +290,7 @@ def plain(
 
 
 def _laid_out(p: Problem) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """q, k, v, log_decay and state as the kernels read them."""
+    """q, k, v, log_decay and state in the layouts that the kernels read."""
     state = None if p.state is None else p.state.contiguous()
     return rows(p.q), rows_contiguous(p.k), rows_contiguous(p.v), rows(p.log_decay), state
 
@@ -304,7 +304,7 @@ def _(problem: Problem, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
 def _gated_recurrence_backward(
     grad_o: Tensor | None, grad_final_state: Tensor | None, problem: Problem, checkpoints: Tensor, needed: list[bool]
 ) -> list[Tensor]:
-    """Gradients of what the problem has learned, empty where not needed."""
+    """Gradients of the problem's learned tensors; empty where not needed."""
     _check(problem)
     q, k, v, g, state = _laid_out(problem)
     batch, heads, tokens, value_width = v.shape

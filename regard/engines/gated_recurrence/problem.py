@@ -1,4 +1,4 @@
-"""A call of the gated recurrence as one object, which the engine's forms and its operators share."""
+"""The arguments of the gated recurrence as one object, which the engine's forms and operators share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from regard.contract import Unsupported
 
 @dataclass(frozen=True)
 class Problem(Packed):
-    """What :func:`regard.engines.gated_recurrence.gated_recurrence` is given; a `reset` is in `log_decay`."""
+    """The arguments of :func:`regard.engines.gated_recurrence.gated_recurrence`; `reset` is merged into `log_decay`."""
 
     q: Tensor | None
     k: Tensor
@@ -25,12 +25,12 @@ class Problem(Packed):
 
     @property
     def learned(self) -> list[Tensor | None]:
-        """The inputs that have gradients: those before `inclusive`."""
+        """The inputs that have gradients: the fields before `inclusive`."""
         return [self.q, self.k, self.v, self.log_decay, self.beta, self.state]
 
 
 def save(ctx: Any, inputs: tuple[Problem, bool], output: tuple[Tensor, ...]) -> None:
-    """Keeps what :func:`differentiate` needs."""
+    """Save what :func:`differentiate` needs."""
     problem, ctx.keep = inputs
     problem.keep(ctx, output[2])
     ctx.set_materialize_grads(False)
@@ -39,7 +39,7 @@ def save(ctx: Any, inputs: tuple[Problem, bool], output: tuple[Tensor, ...]) -> 
 def differentiate(
     backward: Operator, ctx: Any, grad_o: Tensor | None, grad_final_state: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of a problem and of `keep`, by its backward operator."""
+    """Gradients of a problem, and None for `keep`, computed by the backward operator."""
     if grad_o is None and grad_final_state is None:
         return (None,) * len(ctx.needs_input_grad)
     if not ctx.keep:

@@ -1,4 +1,4 @@
-"""One token of the gated recurrence in C++ (see `native/src/recurrence.cpp`), with a beta or without."""
+"""One token of the gated recurrence in C++ (see `native/src/recurrence.cpp`), with or without beta."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run_step(
 def refuses(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor
 ) -> str | None:
-    """Why the kernel does not take such a step; None when it does."""
+    """The reason why the kernel cannot run a step; None if it can."""
     if v.ndim != 3:
         return f"v has {v.ndim} axes, not 3"
     if state.dtype != torch.float32:
@@ -58,7 +58,7 @@ def refuses(
 
 
 def _row(x: Tensor | None) -> Sequence:
-    """A tensor (B, heads, width) with a contiguous last axis, or (B, heads)."""
+    """The struct for a tensor (B, heads, width) with a contiguous last axis, or (B, heads)."""
     if x is None:
         return Sequence()
     batch, head = x.stride()[:2]
@@ -82,7 +82,7 @@ def _step(
 def _laid_out(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """As the kernel reads them."""
+    """The tensors in the layouts that the kernel reads."""
     return rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), rows(g), state.contiguous()
 
 
@@ -114,8 +114,8 @@ def _arguments(
 
 @lru_cache(maxsize=256)
 def _template(layouts: tuple[library.Layout | None, ...], threads: int) -> bytes | None:
-    """The struct of a step of tensors that lie so (q, k, v, log_decay, beta and state), but for where; None where the kernel
-    does not take them as they are."""
+    """The struct for tensors (q, k, v, log_decay, beta and state) with these layouts, without addresses; None if the
+    kernel cannot read them as they are."""
     found = library.samples(layouts)
     if found is None:
         return None
@@ -132,8 +132,8 @@ def _template(layouts: tuple[library.Layout | None, ...], threads: int) -> bytes
 def plain(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """:func:`run_step` by the shortest way to the kernel; None for steps that have none, and where a gradient is recorded or
-    somebody watches."""
+    """:func:`run_step` by a direct kernel call; None for steps that need the general path, such as those that autograd,
+    a profiler or a mode must see."""
     if not runs_plainly(q, k, v, log_decay, beta, state):
         return None
     template = _template(library.layouts(q, k, v, log_decay, beta, state), torch.get_num_threads())
@@ -158,7 +158,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad_o: Tensor, grad_new_state: Tensor) -> tuple[Tensor | None, ...]:
-    """One step back, with the states' products in torch: training does not go token by token."""
+    """The backward pass of one step, in torch operators: training does not go token by token."""
     inputs = q, k, v, g, beta, state = ctx.saved_tensors
     decay = None if g is None else g.float().exp()[..., None]
     decayed = state if decay is None else decay * state
@@ -184,7 +184,7 @@ def _differentiate(ctx: Any, grad_o: Tensor, grad_new_state: Tensor) -> tuple[Te
 
 
 def _by_head(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of heads that others shared."""
+    """The gradient of shared heads: the sum over the heads that share them."""
     return grad if grad.shape == x.shape else grad.unflatten(1, (x.shape[1], -1)).sum(2)
 
 

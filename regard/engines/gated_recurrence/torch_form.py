@@ -1,12 +1,12 @@
-"""Chunked gated recurrence in PyTorch.
+"""The gated recurrence in PyTorch, chunk by chunk.
 
 Inside a chunk, everything is built from one primitive, the decayed product
 
     A(x, y)_ij = sum_d x_id y_jd exp(sum of g_rd for r in (j, i]),      j <= i,
 
-which gives the read A(q, k) and, strictly below the diagonal, the triangular system of the delta rule. Exponents are
-sums of non-positive numbers over the segment itself: subtracting cumulative sums would lose a hundredfold at strong
-gates, and would turn -inf gates into NaN.
+which gives the weights A(q, k) of the outputs and, strictly below the diagonal, the triangular system of the delta
+rule. Exponents are sums of non-positive numbers over the segment itself: differences of cumulative sums would lose two
+digits for strong gates, and would turn -inf gates into NaN.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 
 FORGET = -1e4
-"""Stands for -inf in log decays: its exponential is exactly 0 in every dtype, and 0 * FORGET is 0, not NaN."""
+"""Replaces -inf in log decays: its exponential is exactly 0 in every dtype, and 0 * FORGET is 0, not NaN."""
 
 
 def segment_sum(g: Float[Tensor, "... n d"]) -> Float[Tensor, "... d n n"]:
     """Sums of finite g over (j, i], 0 where i <= j: a product with constant zeros and ones, so nothing is subtracted.
 
-    Features come before the pair of tokens, so that what is done with the result runs along memory for any width.
+    Features precede the pair of tokens, so that later operations on the result access contiguous memory for any width.
     """
     n = g.shape[-2]
     place = torch.arange(n, device=g.device)
@@ -44,7 +44,7 @@ def segment_sum(g: Float[Tensor, "... n d"]) -> Float[Tensor, "... d n n"]:
 
 
 def solve_unit(lower: Float[Tensor, "... c c"], right: Float[Tensor, "... c v"]) -> Float[Tensor, "... c v"]:
-    """X of (I + L) X = R, with L strictly below the diagonal."""
+    """Solve (I + L) X = R for X, with L strictly below the diagonal."""
     if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         return solve_unit_by_products(lower, right)
     return torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
@@ -53,10 +53,10 @@ def solve_unit(lower: Float[Tensor, "... c c"], right: Float[Tensor, "... c v"])
 def solve_unit_by_products(
     lower: Float[Tensor, "... c c"], right: Float[Tensor, "... c v"]
 ) -> Float[Tensor, "... c v"]:
-    """The same by products alone, for ONNX, which has no solver.
+    """:func:`solve_unit` by products alone, for ONNX, which has no triangular solver.
 
-    Blocks of the diagonal are inverted, twice as large each time: the inverse of [[A, 0], [C, D]] has -D^-1 C A^-1 below,
-    which is a product of the inverses so far with the matrix where C stands.
+    Inverts diagonal blocks of doubling size: the inverse of [[A, 0], [C, D]] has -D^-1 C A^-1 in place of C, a product
+    of the inverses found so far with C.
     """
     size = lower.shape[-1]
     place = torch.arange(size, device=lower.device)
@@ -71,7 +71,7 @@ def solve_unit_by_products(
 
 
 def suffix_sum(g: Float[Tensor, "... n d"]) -> Float[Tensor, "... n d"]:
-    """Sums of g over the tokens after each token: (j, end]."""
+    """Sums of g over the tokens after each token j: (j, end]."""
     shifted = F.pad(g[..., 1:, :], (0, 0, 0, 1))
     return shifted.flip(-2).cumsum(-2).flip(-2)
 
@@ -102,7 +102,7 @@ def decayed_product(
 
 
 def for_each_head(x: Float[Tensor, "b g *n k"], v: Float[Tensor, "b h *n v"]) -> Float[Tensor, "b h *n k"]:
-    """Queries or keys that H / G consecutive heads of values share, once for each."""
+    """Repeat queries or keys that H / G consecutive heads of values share, once for each head."""
     return x if x.shape[1] == v.shape[1] else x.repeat_interleave(v.shape[1] // x.shape[1], 1)
 
 
@@ -122,7 +122,7 @@ def run(problem: Problem, chunk_size: int, sub_chunk: int) -> tuple[Tensor | Non
     count = chunk_count(n, size)
 
     def chunks(x: Tensor | None) -> Tensor | None:
-        # (b, h, n, d) -> (b, h, chunks, size, d); padding with zeros neither writes nor decays
+        # (b, h, n, d) -> (b, h, chunks, size, d); zero padding neither writes nor decays
         return None if x is None else in_chunks(x.to(dtype), 2, count, size)
 
     q_, k_, v_ = chunks(q), chunks(k), chunks(v)
@@ -136,7 +136,7 @@ def run(problem: Problem, chunk_size: int, sub_chunk: int) -> tuple[Tensor | Non
         q_in = None if q_ is None else q_ * from_start
         total = g.sum(-2).exp()[..., None]
     if beta_ is not None:
-        # (I + L) u = beta (v - k_in S): solved for v and k_in at once, before the states are known
+        # (I + L) u = beta (v - k_in S): solved for v and k_in together, before the states are known
         lower = beta_ * decayed_product(k_, k_, g, sub_chunk).tril(-1)
         right = beta_ * torch.cat([v_, k_in], -1)
         solved = solve_unit(lower, right)

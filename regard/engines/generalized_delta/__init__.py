@@ -1,9 +1,10 @@
-"""The generalised delta rule behind RWKV-7: a decayed memory from which what one key reads is taken away along another.
+"""The generalised delta rule behind RWKV-7: a decaying memory that erases along one key what it reads along another.
 
     S_t = exp(g_t) S_{t-1} - e_t (r_t^T S_{t-1}) + k_t v_t^T,     o_t = S_t^T q_t
 
-With e_t = exp(g_t) beta_t r_t and k_t = beta_t r_t it is the gated delta rule of :mod:`regard.engines.gated_recurrence`,
-which is faster where it suffices: no diagonal change of basis makes e_t and r_t the same without growing exponentials.
+With e_t = exp(g_t) beta_t r_t and k_t = beta_t r_t it is the gated delta rule of
+:mod:`regard.engines.gated_recurrence`, which is faster where it suffices: making e_t and r_t equal by a diagonal change
+of basis would need growing exponentials.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ def generalized_delta(
     inclusive: bool = True,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "b h n v"] | None, Float[Tensor, "b h k v"]]:
-    """Outputs and final state, computed chunk by chunk, in at least float32.
+    """Compute outputs and final state, chunk by chunk, in at least float32.
 
     Args:
-        q: queries; None computes the final state only.
-        probe: r, the keys under which the memory is read before it decays.
-        erase: e, the keys along which that reading is taken away.
-        log_decay: g, natural logarithms <= 0, one for each key feature or one for all (last axis 1); -inf forgets
-            everything. None for no decay.
+        q: queries; None to compute only the final state.
+        probe: r, the keys with which the memory is read before it decays.
+        erase: e, the keys along which that reading is subtracted.
+        log_decay: g, natural logarithms <= 0, per key feature or per head (last axis 1); -inf forgets everything. None
+            for no decay.
         state: S_0, zero when None; kept in at least float32.
         chunk_size, sub_chunk, inclusive, backend: as in :func:`regard.engines.gated_recurrence.gated_recurrence`; an
             exclusive output reads exp(g_t) S_{t-1}.

@@ -1,11 +1,11 @@
-"""Chunked generalised delta rule in PyTorch.
+"""The generalised delta rule in PyTorch, chunk by chunk.
 
-Inside a chunk what the probes read solves a triangular system: with A of :mod:`regard.engines.gated_recurrence.torch_form`
-between the state *before* a token and the writes before it,
+Inside a chunk, the readings of the probes solve a triangular system: with A of
+:mod:`regard.engines.gated_recurrence.torch_form` between the state *before* a token and the writes before it,
 
     (I + A(r, e)) U = A(r, k) V + R S,      S_i = E_i S + sum_{j <= i} E_ij (k_j v_j^T - e_j u_j^T),
 
-so that outputs and the state after the chunk are those of a gated recurrence with two writes a token.
+so that outputs and the state after the chunk are those of a gated recurrence with two writes per token.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def run(
     count = -(-n // size)
 
     def chunks(x: Tensor) -> Tensor:
-        # (b, h, n, d) -> (b, h, chunks, size, d); padding with zeros neither reads, writes nor decays
+        # (b, h, n, d) -> (b, h, chunks, size, d); zero padding neither reads, writes nor decays
         return in_chunks(x.to(dtype), 2, count, size)
 
     k_, v_, r, e = map(chunks, (k, v, probe, erase))
     q_ = None if q is None else chunks(q)
     g = None if log_decay is None else chunks(log_decay.clamp(min=FORGET))
-    r_next = F.pad(r[..., 1:, :], (0, 0, 0, 1))  # beside the token before, whose state it reads
+    r_next = F.pad(r[..., 1:, :], (0, 0, 0, 1))  # aligned with the preceding token, whose state it reads
     readers = torch.stack([r_next] if q_ is None else [r_next, q_])[:, None]
     near = decayed_product(readers, torch.stack([k_, e]), g, sub_chunk)  # (readers, writes, b, h, chunks, size, size)
     before = F.pad(near[0, :, ..., :-1, :], (0, 0, 1, 0))
@@ -73,7 +73,7 @@ def run(
         after = torch.cat([read_by[0], -read_by[1]], -1)
 
     def each(x: Tensor | None) -> Sequence[Any]:
-        # one chunk after the other; indexing them would make gradients as long as the sequence for each
+        # unbind: indexing would make a gradient as long as the sequence for each chunk
         return (None,) * k_.shape[2] if x is None else x.unbind(2)
 
     outputs = []

@@ -1,7 +1,7 @@
-"""Softmax in two levels over groups of keys: a landmark's weight is shared out among the tokens of its group.
+"""Softmax in two levels over groups of keys: a landmark's weight is distributed among the tokens of its group.
 
-The key slots of a row fall in groups: each landmark closes one, and what follows the last landmark is a group too. With
-S = scale Q K^T + biases over visible keys, for query i (Mohtashami and Jaggi, arXiv 2305.16300, section 3.2):
+The key slots of a row form groups: each landmark closes one, and the slots after the last landmark are a group too.
+With S = scale Q K^T + biases over visible keys, for query i (Mohtashami and Jaggi, arXiv 2305.16300, section 3.2):
 
     t_i   = softmax of S_i over { tokens of its own group } and { landmarks of the other groups that hold a token }
     u_i^c = softmax of S_i over the tokens of group c,            for each other group c
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def own_groups(ranks: Ranks, landmark: Bool[Tensor, "b m"]) -> Int[Tensor, "b n"]:
-    """The group that each query lies in: the landmarks before it are counted. A landmark lies in the group it closes."""
+    """Each query's group, as the number of landmarks before it. A landmark is in the group that it closes."""
     last = torch.iinfo(torch.long).max
     places = torch.where(landmark, ranks.keys, last).sort(-1).values
     return torch.searchsorted(places, ranks.queries.expand(landmark.shape[0], -1).contiguous())
@@ -39,11 +39,11 @@ def grouped_attention(
     problem: Problem,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "b h n v"], Float[Tensor, "b h n m"] | None, Float[Tensor, "b h n"] | None]:
-    """Output in the dtype of v; and when wanted the weights, and the log-sum-exp of the upper level (-inf where nothing is
-    seen).
+    """Output in the dtype of v and, if requested, the weights and the log-sum-exp of the upper level (-inf if nothing
+    is seen).
 
-    A query that sees no key gives 0. A group of which the query sees no token loses its landmark too; tokens of another
-    group whose landmark is hidden, or is missing, have no weight.
+    The output of a query that sees no key is 0. If a query sees no token of a group, it loses the group's landmark too;
+    tokens of another group whose landmark is hidden or missing have no weight.
     """
     return execute("grouped_attention", backend, q.device, q.dtype, q, k, v, problem)
 

@@ -1,4 +1,4 @@
-"""Softmax in two levels in C++ (`native/src/grouped_attention.cpp`): scores of whole groups at a time, never all."""
+"""Softmax in two levels in C++ (`native/src/grouped_attention.cpp`), with the scores of a few groups at a time."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class GroupedAttentionBackward(library.Arguments):
 
 @dataclass(frozen=True)
 class PackedProblem(PackedHeads):
-    """A :class:`regard.engines.grouped_attention.problem.Problem` as the operator has it, with its queries, keys and
-    values."""
+    """A :class:`regard.engines.grouped_attention.problem.Problem` with its queries, keys and values, as the operator
+    takes it."""
 
     query_ranks: Tensor
     key_ranks: Tensor
@@ -62,12 +62,12 @@ class PackedProblem(PackedHeads):
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, p: Problem) -> PackedProblem:
-        """The problem as the operator takes it."""
+        """Convert a problem to the operator's form."""
         return cls(q, k, v, p.ranks.queries, p.ranks.keys, p.landmark, p.own, p.causal, float(p.scale))
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> str | None:
-    """Why the kernel does not take such a call; None when it does."""
+    """The reason why the kernel cannot run a call; None if it can."""
     p = problem
     if p.dropout.random:
         return "it has no dropout"
@@ -85,7 +85,7 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> str | None:
 
 
 def _misfit(p: PackedProblem) -> str | None:
-    """The mismatch among the tensors, in words; None when they belong together."""
+    """The mismatch among the tensors, in words; None if they fit together."""
     q, k, v = p.q, p.k, p.v
     if not q.ndim == k.ndim == v.ndim == 4:
         return "q, k and v that do not have four axes"
@@ -110,7 +110,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, None
 
 
 def _check(p: PackedProblem) -> None:
-    """Raise Unsupported for tensors that the kernel must not be given."""
+    """Raise Unsupported for tensors that are unsafe to pass to the kernel."""
     reason = _misfit(p)
     if reason is None and (p.q.dtype not in library.DTYPES or not p.q.dtype == p.k.dtype == p.v.dtype):
         reason = "q, k and v in other dtypes than one of float32 and bfloat16"
@@ -121,7 +121,7 @@ def _check(p: PackedProblem) -> None:
 
 
 def _arguments(p: PackedProblem, out: Tensor, lse: Tensor) -> tuple[GroupedAttention, list[Tensor]]:
-    """The forward struct, and the tensors whose memory it points at."""
+    """The forward struct, and the tensors that it points to."""
     q, k, v = map(library.rows_contiguous, (p.q, p.k, p.v))
     arguments = GroupedAttention(**heads_arguments(q, k, v, out, lse), scale=p.scale, causal=p.causal)
     kept = [q, k, v, out, lse]

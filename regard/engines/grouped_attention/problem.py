@@ -1,4 +1,4 @@
-"""A call of softmax in two levels as one object, which the engine's forms share."""
+"""The arguments of softmax in two levels as one object, which the engine's forms share."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dropout:
-    """The draws of dropout.
+    """Dropout of weights and of groups.
 
     Attributes:
         weights: probability of dropping a weight.
-        gates: probability of dropping the gate of a group, not of the own one.
-        generator: source of the draws.
+        gates: probability of dropping the gate of a group other than the query's own.
+        generator: random generator.
     """
 
     weights: float = 0.0
@@ -32,18 +32,18 @@ class Dropout:
 
     @property
     def random(self) -> bool:
-        """Whether anything is drawn."""
+        """True if anything is drawn."""
         return self.weights > 0 or self.gates > 0
 
     def of_weights(self, weights: Tensor) -> Tensor:
-        """Weights with some of them dropped."""
+        """Drop some of the weights and scale up the rest."""
         if self.weights == 0:
             return weights
         kept = torch.rand(weights.shape, generator=self.generator, device=weights.device, dtype=weights.dtype)
         return weights * (kept >= self.weights) / (1 - self.weights)
 
     def of_gates(self, shape: torch.Size, like: Tensor) -> Tensor | None:
-        """0 or 1 / (1 - gates) for each gate; None when no gate is dropped."""
+        """Factors of 0 or 1 / (1 - gates) for each gate; None if no gate is dropped."""
         if self.gates == 0:
             return None
         kept = torch.rand(shape, generator=self.generator, device=like.device, dtype=wide(like).dtype) >= self.gates
@@ -52,20 +52,20 @@ class Dropout:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is computed, beside its queries, keys and values.
+    """The arguments of the engine besides queries, keys and values.
 
     Attributes:
-        ranks: of the queries and the keys.
-        landmark: key slots that close a group.
-        own: number of each query's own group, counted from 0 along the slots; None where queries have none, so that all
+        ranks: ranks of the queries and the keys.
+        landmark: mask of the key slots that close a group.
+        own: number of each query's own group, counted from 0 along the slots; None if queries have none, so that all
             groups are gated.
-        causal: only keys at or before the query are visible.
-        scale: multiplies the scores.
-        dropout: what is dropped at random.
+        causal: whether only keys at or before the query are visible.
+        scale: factor on the scores.
+        dropout: dropout of weights and gates.
         bias: added to the scores, by slot; axes of size 1 broadcast; -inf hides.
         position_bias: the same as a function of ranks.
-        blocks: block-sparse visibility, on ranks.
-        want_weights, want_lse: whether the weights, and the log-sum-exp of the upper level, are wanted.
+        blocks: block-sparse visibility, by rank.
+        want_weights, want_lse: whether to return the weights, and the log-sum-exp of the upper level.
     """
 
     ranks: Ranks

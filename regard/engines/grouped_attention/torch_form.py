@@ -1,4 +1,4 @@
-"""Softmax in two levels in PyTorch: pairs of positions of some queries at a time."""
+"""Softmax in two levels in PyTorch: all pairs of positions, for some queries at a time."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 PAIRS_AT_ONCE = 1 << 18
-"""Pairs of positions above which queries are taken block by block."""
+"""Number of pairs of positions above which queries are processed in blocks."""
 
 
 def product(a: Float[Tensor, "b h n x"], b: Float[Tensor, "b g x y"]) -> Float[Tensor, "b h n y"]:
-    """a @ b, each group of b with its h / g heads of a."""
+    """a @ b, where each group of b serves h / g heads of a."""
     groups = b.shape[1]
     if a.shape[1] == groups:
         return a @ b
@@ -33,10 +33,10 @@ def product(a: Float[Tensor, "b h n x"], b: Float[Tensor, "b g x y"]) -> Float[T
 def logits(
     q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], problem: Problem
 ) -> tuple[Float[Tensor, "b h n m"], Float[Tensor, "b h n m"] | None]:
-    """S + C, whose softmax is W, with -inf where W is 0; and factors of the weights when gates are dropped.
+    """S + C, whose softmax is W, with -inf where W is 0; and factors for the weights if gates are dropped.
 
-    C_ij is 0 for tokens of the own group, and the landmark's score minus the log-sum-exp of the group's tokens for
-    others. Every key points to the landmark that closes its group; tables over groups are tables over landmark slots,
+    C_ij is 0 for tokens of the own group; for others it is the landmark's score minus the log-sum-exp of the group's
+    tokens. Every key points to the landmark that closes its group; tables over groups are tables over landmark slots,
     filled by scattering along these pointers.
     """
     p, landmark, own = problem, problem.landmark, problem.own
@@ -46,7 +46,7 @@ def logits(
     scores = scores if added is None else scores + added
     marks = landmark[:, None, None]
     slots = torch.arange(k.shape[2], device=k.device)
-    # Without a landmark after it a key points to the last slot, which does not open a gate unless it is a landmark.
+    # Without a landmark after it, a key points to the last slot, which opens no gate unless it is a landmark.
     closing = torch.where(landmark, slots, k.shape[2] - 1).flip(-1).cummin(-1).values.flip(-1)
     tokens = visible & ~marks
     opened = (visible & marks).expand(landmark.shape[0], -1, scores.shape[2], -1)
@@ -62,7 +62,7 @@ def logits(
     peak = torch.full_like(scores, -torch.inf).scatter_reduce(-1, index, inner.detach(), "amax").detach()
     peak = peak.masked_fill(peak == -torch.inf, 0.0)
     total = torch.zeros_like(scores).scatter_add(-1, index, (inner - peak.gather(-1, index)).exp())
-    gate = scores - peak - torch.where(total > 0, total, 1.0).log()  # C, where the slot is a landmark
+    gate = scores - peak - torch.where(total > 0, total, 1.0).log()  # C, at the slots of landmarks
     found = torch.where(gated, scores + gate.gather(-1, index), torch.where(local, scores, -torch.inf))
     kept = p.dropout.of_gates(scores.shape, q)
     return found, None if kept is None else torch.where(gated, kept.gather(-1, index), 1.0)
@@ -75,7 +75,7 @@ def normalized(logits: Tensor) -> Tensor:
 
 
 def log_sum(logits: Float[Tensor, "*q m"]) -> Float[Tensor, "*q"]:
-    """Log-sum-exp; -inf where all logits are, without a gradient."""
+    """Log-sum-exp; -inf, without a gradient, if all logits are -inf."""
     some = (logits != -torch.inf).any(-1)
     return torch.where(some, torch.where(some[..., None], logits, 0.0).logsumexp(-1), -torch.inf)
 
@@ -112,7 +112,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tens
             return product(found, wide(v_)).to(v_.dtype), found, lse
 
         arguments = (q[:, :, rows], k[:, :, columns], v[:, :, columns])
-        # A second draw from an explicit generator would differ: random weights are kept instead of computed again.
+        # An explicit generator would draw other numbers when recomputing: random weights are stored instead.
         if size < n and torch.is_grad_enabled() and not dropout.random and not want_weights:
             output, found, lse = checkpoint(attend, *arguments, use_reentrant=False)
         else:

@@ -1,6 +1,6 @@
-"""Operations around the products of a layer, each in one pass over memory where there is a kernel for it.
+"""The operations around the matrix products of a layer, each in one pass over memory if there is a kernel for it.
 
-In plain operators these passes are bound by memory: a norm with its gate reads and writes its tensors eight times.
+With plain operators they are limited by memory: a norm with its gate reads and writes its tensors eight times.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ def short_convolution(
     causal: bool = True,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b w-1 c"] | None]:
-    """``y_t = act(bias + sum_j weight_j x_{t - left + j})`` for each channel alone, over the valid tokens of a row.
+    """``y_t = act(bias + sum_j weight_j x_{t - left + j})``, each channel on its own, over the valid tokens of a row.
 
-    Autocast does not reach in.
+    Autocast is disabled inside.
 
     Args:
-        x: inputs; those past a row's length may hold anything.
-        weight: w taps for each channel, cast to the dtype of x as `bias` and `cache` are.
-        cache: the inputs before the first; zeros when None. Only in causal form.
-        lengths: valid tokens of each right-padded row; None when all are.
-        silu: whether act is SiLU; otherwise it is nothing.
+        x: inputs; values past a row's length are ignored.
+        weight: w taps per channel; weight, `bias` and `cache` are cast to the dtype of x.
+        cache: the inputs before the first; None for zeros. Only in causal form.
+        lengths: number of valid tokens in each right-padded row; None when all are valid.
+        silu: whether act is SiLU; otherwise it is the identity.
         causal: left = w - 1; otherwise the filter is centred, left = w - 1 - (w - 1) // 2.
         backend: see :func:`regard.which_backend`.
 
@@ -79,17 +79,17 @@ def rms_norm(
     norm_before_gate: bool = False,
     backend: str | None = None,
 ) -> Float[Tensor, "... c"]:
-    """``u / sqrt(mean(u^2) + eps) * weight`` of each group of the last axis, computed in at least float32.
+    """``u / sqrt(mean(u^2) + eps) * weight`` for each group of the last axis, computed in at least float32.
 
-    Zhang & Sennrich, arXiv 1910.07467, equation 4; with a gate as in Mamba-2, arXiv 2405.21060: u = x silu(z), or u = x
-    and the norm times silu(z) with `norm_before_gate`.
+    Zhang & Sennrich, arXiv 1910.07467, equation 4. With a gate z as in Mamba-2, arXiv 2405.21060: u = x silu(z) or,
+    with `norm_before_gate`, u = x and the norm is multiplied by silu(z).
 
     Args:
-        x: any leading axes.
-        weight: ones when None.
-        z: gate; none when None.
-        groups: a divisor of the last axis.
-        eps: positive.
+        x: input with any leading axes.
+        weight: factors on the result; ones when None.
+        z: gate; None for no gate.
+        groups: number of groups, a divisor of the last axis.
+        eps: added to the mean square; positive.
         backend: see :func:`regard.which_backend`.
 
     Returns:
@@ -106,7 +106,7 @@ def rms_norm(
         weight = weight.to(wide_dtype(x))
     problem = RMSNorm(x, weight, z, groups, eps, norm_before_gate)
     if backend is None and prefers_native() and small("rms_norm", x):
-        return torch_form.rms_norm(problem)  # what the choice below comes to
+        return torch_form.rms_norm(problem)  # the backend that the dispatch below would choose
     return execute("rms_norm", backend, x.device, x.dtype, problem)
 
 
@@ -119,10 +119,10 @@ def rotary(
     stretch: float = 1.0,
     backend: str | None = None,
 ) -> Float[Tensor, "b h n d"]:
-    """Features i and i + rotated / 2 of each head turned by position / stretch * base^(-2 i / rotated).
+    """Rotate features i and i + rotated / 2 of each head by position / stretch * base^(-2 i / rotated).
 
-    Su et al., arXiv 2104.09864, equation 34. Computed in at least float32, angles modulo one turn in float64; returned
-    in the dtype of x. Features from `rotated` (even) on pass unchanged.
+    Su et al., arXiv 2104.09864, equation 34. Computed in at least float32, with angles modulo one turn in float64;
+    returned in the dtype of x. Features from index `rotated` (even) on are unchanged.
     """
     if backend is None and prefers_native():
         found = rotation.plain(x, positions, rotated, base, stretch)

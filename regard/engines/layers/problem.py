@@ -1,4 +1,4 @@
-"""Calls of the operations around the products of a layer as objects, which their forms and operators share."""
+"""The arguments of the operations around the matrix products of a layer as objects, which forms and operators share."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 from regard.backends.operators import Packed
 
 GATE_FUNCTIONS = ("silu", "sigmoid")
-"""In the order of the kernel's numbers."""
+"""Gate functions, in the order of the kernel's numbers."""
 
 
 @dataclass(frozen=True)
 class ShortConvolution(Packed):
-    """What :func:`regard.engines.layers.short_convolution` is given, all in the dtype of x; with taps `after` the token
-    there are no last inputs."""
+    """The arguments of :func:`regard.engines.layers.short_convolution`, all in the dtype of x; with taps `after` the
+    token there are no last inputs."""
 
     x: Tensor
     weight: Tensor
@@ -32,7 +32,7 @@ class ShortConvolution(Packed):
 
 @dataclass(frozen=True)
 class RMSNorm(Packed):
-    """What :func:`regard.engines.layers.rms_norm` is given; the weight has at least float32."""
+    """The arguments of :func:`regard.engines.layers.rms_norm`; the weight is in at least float32."""
 
     x: Tensor
     weight: Tensor | None
@@ -48,7 +48,7 @@ class RMSNorm(Packed):
 
 @dataclass(frozen=True)
 class GatedProduct(Packed):
-    """What :func:`regard.engines.layers.gated_product` is given; `function` is a place in `GATE_FUNCTIONS`."""
+    """The arguments of :func:`regard.engines.layers.gated_product`; `function` is an index of `GATE_FUNCTIONS`."""
 
     x: Tensor
     gate: Tensor

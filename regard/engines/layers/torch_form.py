@@ -1,4 +1,4 @@
-"""Operations around the products of a layer, in PyTorch: short convolution, RMSNorm, rotary positions, gates."""
+"""The operations around a layer's matrix products in PyTorch: short convolution, RMSNorm, rotary positions, gates."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def short_convolution(problem: ShortConvolution) -> tuple[Float[Tensor, "b n c"]
         x = torch.where(valid, x, x.new_zeros(()))
     before = x.new_zeros(batch, kept - after, channels) if cache is None else cache
     extended = torch.cat([before, x, x.new_zeros(batch, after, channels)], dim=1)
-    # conv1d refuses inputs shorter than its filter, which is how a sequence without tokens looks to it.
+    # conv1d rejects inputs shorter than its filter, such as a sequence without tokens.
     y = F.conv1d(extended.mT, weight[:, None], problem.bias, groups=channels).mT if n else x
     if problem.silu:
         y = F.silu(y)
@@ -37,7 +37,7 @@ def short_convolution(problem: ShortConvolution) -> tuple[Float[Tensor, "b n c"]
 
 
 def _last_inputs(extended: Tensor, lengths: Tensor | None, kept: int) -> Tensor:
-    """The last valid inputs of each row; they reach into the tokens before when the row is short."""
+    """The last valid inputs of each row, which include earlier tokens if the row is short."""
     if lengths is None:
         return extended[:, extended.shape[1] - kept :]
     index = lengths[:, None] + torch.arange(kept, device=lengths.device)

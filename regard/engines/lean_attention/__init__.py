@@ -1,20 +1,20 @@
-r"""LeanAttention: softmax attention of ragged batches whose work is cut into equal spans (Sanovar et al., arXiv 2405.10480).
+r"""LeanAttention: softmax attention of ragged batches in equal spans of work (Sanovar et al., arXiv 2405.10480).
 
-In decoding there is one query a request, and a worker for each head leaves most of a machine idle, or waits for the longest
-request. Here all tiles of keys of all requests and heads lie in one line, each worker has an equal span, and outputs that
-were cut are put together from their states:
+Decoding has one query per request, so that one worker per head leaves most of a machine idle, or waits for the longest
+request. Here the key tiles of all requests and heads form one line, each worker gets an equal span of it, and outputs
+that were cut are merged from their states:
 
     m = max tau q.k,   l = sum exp(tau q.k - m),   o = sum exp(tau q.k - m) v;    O = o / l,   LSE = m + ln l
 
-Merging states is associative, and exact for parts of any lengths (:func:`regard.engines.merging.merge_states`). The result
-is that of softmax attention, whoever computes what::
+Merging states is associative, and exact for parts of any length (:func:`regard.engines.merging.merge_states`). The
+result is that of softmax attention, however the work is divided::
 
     output = lean_attention(q, k, v, lengths, workers=4)                           # (B, H, N, V)
     output = lean_attention(q, k, v, lengths, workers=4, scheme="per_head")        # as FlashAttention-2 divides the work
     makespans(lengths, kv_heads=8, workers=108)                                    # tiles of the busiest worker, by scheme
 
-The native kernel for decoding (:mod:`regard.engines.attention.paged`), which `regard serve` runs, divides its own work like
-that, among the threads of one call.
+The native kernel for decoding (:mod:`regard.engines.attention.paged`), which `regard serve` uses, divides its own work
+in this way among the threads of one call.
 
 | paper | here |
 |---|---|
@@ -23,8 +23,8 @@ that, among the threads of one call.
 | G, grid size | `workers` |
 | host block | the worker with the first tile of a unit; here units that were cut are merged when all workers are done |
 
-Deviations: two phases instead of waiting for flags, which would never come where workers run one after another; a worker's
-tiles of one unit are computed several at a time.
+Deviations: there are two phases, since waiting for flags would deadlock if workers run one after another; a worker
+computes several tiles of one unit at a time.
 """
 
 from __future__ import annotations
@@ -69,25 +69,26 @@ def lean_attention(
     backend: str = "threads",
     want_lse: bool = False,
 ) -> Float[Tensor, "b h n v"] | tuple[Float[Tensor, "b h n v"], Float[Tensor, "b h n"]]:
-    """Softmax attention of n queries of each request to the first `lengths` of its keys.
+    """Softmax attention of n queries in each request to the first `lengths` of its keys.
 
     Args:
-        lengths: keys of each request; all of m when None.
-        scheme: how the work is divided: ``lean``, ``per_head`` or ``fixed_split``.
-        workers: among how many; the machine's processors when None.
-        splits: of ``fixed_split``; by FlashDecoding's heuristic when None.
-        tile: keys of a tile; 256 for heads up to 64 wide, 128 up to 128, 64 beyond when None.
-        rows: queries of a unit; all in decoding, 64 heads and queries together in prefill, when None.
-        causal: the last query is aligned with the last key of its request, and sees none after its own place.
-        scale: multiplies the scores; D^-0.5 when None.
-        mask: keys that may be seen, beside `lengths`.
-        pages: where k and v are pools, the pages of each request in order.
-        backend: ``loop`` runs one worker after another, ``threads`` each in a thread with one thread of torch, ``native``
-            likewise with the kernel for decoding, without gradients.
-        want_lse: also return the log-sum-exp of the scores, in at least float32; -inf for a query that sees no key.
+        lengths: number of keys in each request; None for all m.
+        scheme: how to divide the work: ``lean``, ``per_head`` or ``fixed_split``.
+        workers: number of workers; that of the machine's processors when None.
+        splits: number of splits for ``fixed_split``; by FlashDecoding's heuristic when None.
+        tile: keys per tile; when None, 256 for heads up to 64 wide, 128 for up to 128, else 64.
+        rows: queries per unit; when None, all in decoding, and 64 heads and queries together in prefill.
+        causal: align the last query with the last key of its request, and hide the keys after each query.
+        scale: factor on the scores; D^-0.5 when None.
+        mask: mask of the visible keys, in addition to `lengths`.
+        pages: the pages of each request in order, if k and v are pools.
+        backend: ``loop`` runs one worker after another, ``threads`` runs each in a thread with one thread of torch,
+            ``native`` does the same with the kernel for decoding, without gradients.
+        want_lse: whether to return also the log-sum-exp of the scores, in at least float32; -inf for a query that sees
+            no key.
 
     Raises:
-        Unsupported: for shapes that do not fit, and calls that the native kernel does not take.
+        Unsupported: for shapes that do not fit, and calls that the native kernel does not support.
     """
     one_of("backend", backend, BACKENDS)
     cache = Cache.of(q, k, v, lengths, pages, mask)
@@ -112,7 +113,7 @@ State = tuple[Tensor, Tensor, Tensor]
 
 
 def _run(plan: Schedule, work: Work, backend: str) -> dict[Part, State]:
-    """The state of each part."""
+    """Compute the state of each part."""
     compute = native_part if backend == "native" else torch_part
     if backend == "native":
         work.check_native()
@@ -125,7 +126,7 @@ def _run(plan: Schedule, work: Work, backend: str) -> dict[Part, State]:
     grad, threads = torch.is_grad_enabled(), torch.get_num_threads()
 
     def alone(parts: Sequence[Part]) -> list[tuple[Part, State]]:
-        with torch.set_grad_enabled(grad):  # which a thread does not inherit
+        with torch.set_grad_enabled(grad):  # threads do not inherit this mode
             return worker(parts)
 
     torch.set_num_threads(1)
@@ -137,7 +138,7 @@ def _run(plan: Schedule, work: Work, backend: str) -> dict[Part, State]:
 
 
 def _gathered(plan: Schedule, work: Work, states: dict[Part, State]) -> tuple[Tensor, Tensor]:
-    """Outputs and log-sum-exps from the states of parts; those of units that were cut are merged."""
+    """Outputs and log-sum-exps from the states of parts; merges those of units that were cut."""
     parts: dict[int, list[State]] = {}
     for part, state in states.items():
         parts.setdefault(part.unit, []).append(state)
@@ -167,12 +168,12 @@ def makespans(
     causal: bool = False,
     splits: int | None = None,
 ) -> dict[str, int]:
-    """Tiles of the busiest worker by each scheme: what times should be proportional to.
+    """The number of tiles of the busiest worker under each scheme, to which run times should be proportional.
 
     Args:
-        workers: processors at one time (thread blocks of a GPU, threads of a CPU).
-        splits: of ``fixed_split``; by FlashDecoding's heuristic when None.
-        others: as of :func:`lean_attention`.
+        workers: number of simultaneous workers (thread blocks of a GPU, threads of a CPU).
+        splits: number of splits for ``fixed_split``; by FlashDecoding's heuristic when None.
+        others: as in :func:`lean_attention`.
     """
     units = Units(tuple(lengths), kv_heads, queries, tile, rows or max(1, queries), causal)
     given = {"fixed_split": splits}

@@ -1,4 +1,4 @@
-"""The state of a part of a unit: in PyTorch, and by the native kernel for decoding."""
+"""The state of part of a unit: in PyTorch, and by the native kernel for decoding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 TOGETHER = 8
-"""Tiles of a part that are computed at a time."""
+"""Number of tiles of a part to compute at a time."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Cache:
 
     Attributes:
         k, v: (B, G, M, D), or a pool (pages, G, page size, D).
-        lengths: keys of each request.
-        pages: of each request, in a pool; on the CPU.
-        mask: keys that may be seen.
+        lengths: number of keys in each request.
+        pages: pages of each request, for a pool; on the CPU.
+        mask: mask of the visible keys.
     """
 
     k: Tensor
@@ -51,7 +51,7 @@ class Cache:
         pages: Tensor | None,
         mask: Tensor | None,
     ) -> Cache:
-        """Checks that all fits."""
+        """Check the arguments and build a cache."""
         if not q.ndim == k.ndim == v.ndim == 4:
             raise Unsupported("q, k or v without four axes", supported="(B, H, N, D), (B, G, M, D), (B, G, M, V)")
         batch, slots = q.shape[0], k.shape[2] if pages is None else k.shape[2] * pages.shape[-1]
@@ -75,7 +75,7 @@ class Cache:
         return cls(k, v, found, None if pages is None else pages.cpu(), mask)
 
     def read(self, request: int, head: int, first: int, end: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [first, end) of a request's head."""
+        """Keys and values [first, end) of one head of keys in a request."""
         if self.pages is None:
             return self.k[request, head, first:end], self.v[request, head, first:end]
         size = self.k.shape[2]
@@ -86,10 +86,10 @@ class Cache:
 
 @dataclass(frozen=True)
 class Work:
-    """A call.
+    """The arguments of a call.
 
     Attributes:
-        q: (B, G, heads of a group, N, D).
+        q: (B, G, heads per group, N, D).
     """
 
     q: Float[Tensor, "b g r n d"]
@@ -98,19 +98,19 @@ class Work:
     scale: float
 
     def queries(self, unit: int) -> tuple[int, int, slice, Float[Tensor, "r i d"]]:
-        """Request, head of keys, places and queries of a unit."""
+        """Request, head of keys, query indices and queries of a unit."""
         request, head, block = self.units.at(unit)
         at = slice(block * self.units.rows, min((block + 1) * self.units.rows, self.units.queries))
         return request, head, at, self.q[request, head, :, at]
 
     def nothing(self, unit: int) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp of queries that see no key."""
+        """Output and log-sum-exp for queries that see no key."""
         q = self.queries(unit)[3]
         none = wide(q).new_full(q.shape[:2], -torch.inf)
         return wide(q).new_zeros((*q.shape[:2], self.cache.v.shape[3])), none
 
     def assembled(self, by_unit: list[Tensor]) -> Tensor:
-        """What units have of each query, (r, i, ...), as (B, H, N, ...)."""
+        """Join the results of all units, (r, i, ...) each, to (B, H, N, ...)."""
         batch, kv_heads = self.q.shape[:2]
         blocks = self.units.blocks
         lines = [torch.cat(by_unit[i : i + blocks], 1) for i in range(0, len(by_unit), blocks)]
@@ -118,7 +118,7 @@ class Work:
         return found.to(self.q.dtype) if found.ndim == 4 else found
 
     def check_native(self) -> None:
-        """Raise Unsupported for a call that the kernel does not take."""
+        """Raise Unsupported for a call that the kernel does not support."""
         k, v, q, tile = self.cache.k, self.cache.v, self.q, self.units.tile
         reason = NATIVE.missing
         size = k.shape[2]
@@ -145,7 +145,7 @@ class Work:
 
 
 def torch_part(work: Work, part: Part) -> tuple[Tensor, Tensor, Tensor]:
-    """The state (m, l, o) of the queries of a unit on some of its tiles: (r, i), (r, i), (r, i, V), at least float32."""
+    """The state (m, l, o) of a unit's queries on some of its tiles: (r, i), (r, i), (r, i, V), at least float32."""
     request, head, at, q = work.queries(part.unit)
     units, cache = work.units, work.cache
     length, tile = cache.lengths[request], units.tile
@@ -177,7 +177,7 @@ def torch_part(work: Work, part: Part) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def native_part(work: Work, part: Part) -> tuple[Tensor, Tensor, Tensor]:
-    """The same by the kernel for decoding, whose outputs are normalised: m is then the log-sum-exp, and l 1."""
+    """:func:`torch_part` by the kernel for decoding. Its outputs are normalised: m is the log-sum-exp, and l is 1."""
     request, head, at, q = work.queries(part.unit)
     units, cache = work.units, work.cache
     length, tile = cache.lengths[request], units.tile

@@ -1,12 +1,12 @@
-"""Who computes which tiles: pure integers, no tensors.
+"""Schedules, which say who computes which tiles; integers only, no tensors.
 
-A *unit* is an output tile: a request, a head of keys and a block of queries; it has as many tiles of keys as its queries
-reach. A schedule gives each worker parts of units.
+A *unit* is an output tile: a request, a head of keys and a block of queries; its number of key tiles depends on how
+many keys the queries reach. A schedule assigns parts of units to workers.
 
 - ``per_head``: whole units, each to the worker that is free first (FlashAttention-2 in decoding);
-- ``fixed_split``: each unit in equally many parts, likewise (FlashDecoding);
-- ``lean``: all tiles in one line, cut into equal spans (stream-K; LeanAttention, arXiv 2405.10480): loads differ by at most
-  one tile, and a worker goes on with at most one unit that another began.
+- ``fixed_split``: each unit in the same number of parts, assigned likewise (FlashDecoding);
+- ``lean``: all tiles in one line, cut into equal spans (stream-K; LeanAttention, arXiv 2405.10480): loads differ by at
+  most one tile, and each worker continues at most one unit that another began.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from regard.contract import Unsupported, at_least, one_of
 
 SCHEMES = ("per_head", "fixed_split", "lean")
 GOOD_ENOUGH, BUSY_ENOUGH, MOST_SPLITS = 0.85, 0.8, 128
-"""Of the heuristic for splits: the share of the best wave that will do, the share of workers that units alone keep busy, and
-the most splits."""
+"""Constants of the heuristic for splits: how full the last wave must be relative to the best choice, how many units per
+worker need no splits, and the largest number of splits."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Schedule:
 
     Attributes:
         scheme: one of `SCHEMES`.
-        counts: tiles of each unit.
-        workers: parts of each worker.
+        counts: number of tiles in each unit.
+        workers: the parts of each worker.
     """
 
     scheme: str
@@ -52,12 +52,12 @@ class Schedule:
 
     @cached_property
     def loads(self) -> tuple[int, ...]:
-        """Tiles of each worker."""
+        """Number of tiles of each worker."""
         return tuple(sum(part.end - part.first for part in parts) for parts in self.workers)
 
     @property
     def makespan(self) -> int:
-        """Tiles of the worker that has most: what the time is proportional to where a tile takes equally long anywhere."""
+        """Tiles of the busiest worker, to which the run time is proportional if all tiles take equally long."""
         return max(self.loads, default=0)
 
     @cached_property
@@ -71,15 +71,15 @@ def lean_schedule(counts: Sequence[int], workers: int) -> Schedule:
     """Equal spans of the line of all tiles.
 
     Args:
-        counts: tiles of each unit.
-        workers: at most; fewer where there are fewer tiles.
+        counts: number of tiles in each unit.
+        workers: largest number of workers; fewer are used if there are fewer tiles.
     """
     at_least("workers", workers, 1)
     ends = list(accumulate(counts))
     total = ends[-1] if ends else 0
     count = max(1, min(workers, total))
     most = -(-total // count)
-    high = total - (most - 1) * count  # workers with `most` tiles; the others have one less
+    high = total - (most - 1) * count  # workers with `most` tiles; the others have one fewer
     made, start = [], 0
     for worker in range(count):
         end = start + (most if worker < high else most - 1)
@@ -95,7 +95,7 @@ def lean_schedule(counts: Sequence[int], workers: int) -> Schedule:
 
 
 def split_schedule(counts: Sequence[int], workers: int, splits: int = 1) -> Schedule:
-    """Each unit in so many parts of equal length (the last may be shorter), one after another to the worker that is free
+    """Cut each unit into `splits` parts of equal length (the last may be shorter), each for the worker that is free
     first."""
     at_least("workers", workers, 1)
     at_least("splits", splits, 1)
@@ -112,8 +112,8 @@ def split_schedule(counts: Sequence[int], workers: int, splits: int = 1) -> Sche
 
 
 def choose_splits(units: int, tiles: int, workers: int) -> int:
-    """The heuristic of FlashDecoding for `units` of so many `tiles`: the fewest splits that fill the last wave of workers
-    nearly as well as any number does."""
+    """FlashDecoding's heuristic for `units` of `tiles` tiles each: the smallest number of splits that fills the last
+    wave of workers nearly as well as the best one."""
     if units >= BUSY_ENOUGH * workers:
         return 1
     candidates = [
@@ -128,13 +128,13 @@ def choose_splits(units: int, tiles: int, workers: int) -> int:
 
 
 def make_schedule(counts: Sequence[int], workers: int, *, scheme: str = "lean", splits: int | None = None) -> Schedule:
-    """A schedule by name.
+    """Make a schedule by the name of its scheme.
 
     Args:
-        splits: of ``fixed_split``; by :func:`choose_splits` for the longest unit when None.
+        splits: number of splits for ``fixed_split``; from :func:`choose_splits` for the longest unit when None.
 
     Raises:
-        Unsupported: for an unknown scheme, and for splits of another one.
+        Unsupported: for an unknown scheme, or `splits` with a scheme other than ``fixed_split``.
     """
     one_of("scheme", scheme, SCHEMES)
     if splits is not None and scheme != "fixed_split":
@@ -147,8 +147,8 @@ def make_schedule(counts: Sequence[int], workers: int, *, scheme: str = "lean", 
 
 
 def worker_count(counts: Sequence[int], processors: int, *, least_tiles: int = 2, most_splits: int = 32) -> int:
-    """How many workers the authors' code launches: each with `least_tiles` or more where there is little work, else two on
-    each processor; no unit in more than `most_splits` parts on average."""
+    """The number of workers that the authors' code launches: with little work, as many as get at least `least_tiles`
+    each; else two per processor. On average, no unit has more than `most_splits` parts."""
     total, longest = sum(counts), max(counts, default=0)
     if not total:
         return 1
@@ -161,14 +161,14 @@ def worker_count(counts: Sequence[int], processors: int, *, least_tiles: int = 2
 
 @dataclass(frozen=True)
 class Units:
-    """The units of a call, in the order of the line: request, head of keys, block of queries.
+    """The units of a call, ordered by request, head of keys and block of queries.
 
     Attributes:
-        lengths: keys of each request.
-        kv_heads: heads of keys.
-        queries: of each request; the last one is aligned with its last key where `causal`.
-        tile: keys of a tile.
-        rows: queries of a block.
+        lengths: number of keys in each request.
+        kv_heads: number of key heads.
+        queries: number of queries in each request; if `causal`, the last one is aligned with the last key.
+        tile: keys per tile.
+        rows: queries per block.
     """
 
     lengths: tuple[int, ...]
@@ -187,11 +187,11 @@ class Units:
 
     @property
     def blocks(self) -> int:
-        """Blocks of queries of a request and head."""
+        """Number of query blocks per request and head."""
         return -(-self.queries // self.rows)
 
     def keys(self, request: int, block: int) -> int:
-        """Keys that the queries of a block reach."""
+        """Number of keys that the queries of a block reach."""
         length = self.lengths[request]
         if not self.causal:
             return length
@@ -200,7 +200,7 @@ class Units:
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """Tiles of each unit."""
+        """Number of tiles in each unit."""
         return tuple(
             -(-self.keys(request, block) // self.tile)
             for request in range(len(self.lengths))

@@ -3,7 +3,7 @@
 S_t = S_{t-1} + phi(k_t) v_t^T,   z_t = z_{t-1} + phi(k_t),
 o_t = S_t^T phi(scale q_t) / (z_t . phi(scale q_t) + eps)
 
-A shift, where there is one, belongs to phi.
+If there is a shift, it is part of phi.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ add_engine("linear_attention", torch=Engine(torch_form.run), native=Engine(nativ
 __all__ = ["Problem", "Rule", "divide", "linear_attention", "map_memory", "map_queries", "small_step"]
 
 SMALL = 1 << 17
-"""Numbers of the smallest state that the kernel for whole sequences continues more slowly than that for one token."""
+"""Number of elements in a state from which the step kernel is faster than the kernel for whole sequences."""
 
 
 def linear_attention(
@@ -41,13 +41,13 @@ def linear_attention(
     chunk_size: int = 64,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "b h n v"], Float[Tensor, "b h k c"]]:
-    """Outputs in the dtype of v, and the final state in at least float32.
+    """Compute outputs in the dtype of v, and the final state in at least float32.
 
     Args:
-        rule: the feature map and whether and how the outputs are divided.
-        state: S before the first token, with z as one more column where normalized; zero when None.
-        valid: keys of each row that exist, the first ones; the others write nothing. None: all.
-        chunk_size: tokens computed together. Changes rounding only.
+        rule: the feature map, and whether and how the outputs are divided.
+        state: S before the first token, with z as an additional column if outputs are normalised; zero when None.
+        valid: number of valid keys in each row; the keys after them write nothing. None for all.
+        chunk_size: number of tokens computed together. Only affects rounding.
         backend: see :func:`regard.which_backend`.
     """
     if valid is backend is None and prefers_native():
@@ -66,8 +66,8 @@ def small_step(
     rule: Rule,
     state: Float[Tensor, "b h k c"],
 ) -> tuple[Float[Tensor, "b h 1 v"], Float[Tensor, "b h k c"]] | None:
-    """:func:`linear_attention` of one token by the shortest way, in which the kernel maps and divides; None where there
-    is none, and for large states, which :func:`regard.engines.gated_recurrence.gated_recurrence_step` continues faster."""
+    """:func:`linear_attention` of one token by a direct call of the kernel with feature map and division. None if not
+    possible, and for large states, for which :func:`.gated_recurrence_step` is faster."""
     if state.numel() >= SMALL or not prefers_native():
         return None
     return native_form.plain(q, k, v, rule, state)

@@ -1,5 +1,5 @@
-"""Causal linear attention in C++ (see `native/src/recurrence.cpp`): the gated recurrence without decay, which maps
-queries and keys as it loads them and divides outputs before it stores them."""
+"""Causal linear attention in C++ (see `native/src/recurrence.cpp`): the gated recurrence without decay, with the
+feature map applied on loading queries and keys, and the division before storing outputs."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from regard.engines.gated_recurrence.native_form import (
 from regard.engines.linear_attention.problem import Problem, Rule
 
 FEATURE_MAPS = ("identity", "elu", "relu", "relu_squared", "sigmoid", "exp", "silu")
-"""In the order of their numbers in `regard_recurrence.h`, from 1 on."""
+"""Feature maps in the order of their numbers in `regard_recurrence.h`, from 1 on."""
 
 
 class Options(ctypes.Structure):
-    """The struct of a rule and of the tokens that count, beside the recurrence."""
+    """The struct with a rule and the number of valid tokens, in addition to the recurrence."""
 
     _fields_ = (
         ("feature_map", ctypes.c_int64),
@@ -56,7 +56,7 @@ class LinearAttentionBackward(library.Arguments):
 
 
 def run(problem: Problem, rule: Rule, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """See :func:`regard.engines.linear_attention.linear_attention`. `chunk_size` would change rounding only."""
+    """See :func:`regard.engines.linear_attention.linear_attention`. `chunk_size` would only affect rounding."""
     state = None if problem.state is None else problem.state.float()
     keep = torch.is_grad_enabled() and problem.records
     o, final_state, *_ = _linear_attention(replace(problem, state=state), rule, keep)
@@ -64,7 +64,7 @@ def run(problem: Problem, rule: Rule, chunk_size: int) -> tuple[Tensor, Tensor]:
 
 
 def refuses(problem: Problem, rule: Rule, chunk_size: int) -> str | None:
-    """Why the kernel does not take such a call; None when it does."""
+    """The reason why the kernel cannot run a call; None if it can."""
     return _refusal(problem, rule)
 
 
@@ -88,7 +88,7 @@ def _check(p: Problem, rule: Rule) -> None:
 
 
 def _laid_out(p: Problem) -> Problem:
-    """As the kernels read it."""
+    """The tensors in the layouts that the kernel reads."""
     state, valid = (None if x is None else x.contiguous() for x in (p.state, p.valid))
     return Problem(rows_contiguous(p.q), rows_contiguous(p.k), rows_contiguous(p.v), state, valid)
 
@@ -100,7 +100,7 @@ def _options(rule: Rule, valid: Tensor | None, inverse: Tensor) -> Options:
 
 
 def _empty_state(k: Tensor, v: Tensor, rule: Rule) -> Tensor:
-    """With the normaliser as one more column."""
+    """An empty state, with the normaliser as an additional column."""
     return v.new_empty((*v.shape[:2], k.shape[-1], v.shape[-1] + (rule.eps is not None)), dtype=torch.float32)
 
 
@@ -117,7 +117,7 @@ def _empty_results(p: Problem, rule: Rule, keep: bool) -> tuple[Tensor, Tensor, 
 
 @operator("linear_attention")
 def _linear_attention(problem: Problem, rule: Rule, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Outputs, the final state, and with `keep` the states that backward starts from and inverse denominators."""
+    """Outputs, the final state, and with `keep` the states that backward starts from and the inverse denominators."""
     _check(problem, rule)
     p = _laid_out(problem)
     results = _empty_results(p, rule, keep)
@@ -144,7 +144,7 @@ def _arguments(
 
 @lru_cache(maxsize=256)
 def _template(layouts: tuple[library.Layout | None, ...], rule: Rule, threads: int) -> bytes | None:
-    """The struct of a call of tensors that lie so (q, k, v and state), but for where; None where the kernel does not take
+    """The struct for tensors (q, k, v and state) with these layouts, without addresses; None if the kernel cannot read
     them as they are."""
     found = library.samples(layouts)
     if found is None:
@@ -160,10 +160,10 @@ def _template(layouts: tuple[library.Layout | None, ...], rule: Rule, threads: i
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, rule: Rule, state: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """:func:`run` by the shortest way to the kernel; None for calls that have none, and where a gradient is recorded or
-    somebody watches.
+    """:func:`run` by a direct kernel call; None for calls that need the general path, such as those that autograd, a
+    profiler or a mode must see.
 
-    Of few tokens, the general way through Python takes longer than the kernel.
+    For few tokens, the general path through Python takes longer than the kernel.
     """
     if not runs_plainly(q, k, v, state):
         return None
@@ -195,7 +195,7 @@ def _linear_attention_backward(
     rule: Rule,
     needed: list[bool],
 ) -> list[Tensor]:
-    """Gradients of q, k, v and state, empty where not needed."""
+    """Gradients of q, k, v and state; empty where not needed."""
     _check(problem, rule)
     normalized = rule.eps is not None
     batch, heads, tokens, value_width = problem.v.shape

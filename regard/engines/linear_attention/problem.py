@@ -1,4 +1,4 @@
-"""A call of linear attention as one object, which the engine's forms and its operators share."""
+"""The arguments of linear attention as one object, which the engine's forms and operators share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Rule(Packed):
 
     Attributes:
         feature_map: phi, a name in :data:`regard.engines.feature_maps.FEATURE_MAPS`.
-        scale: multiplies queries before phi.
+        scale: factor on the queries before phi.
         eps: added to the denominators; None for no denominators.
         shift: added to phi.
     """
@@ -28,7 +28,7 @@ class Rule(Packed):
 
 @dataclass(frozen=True)
 class Problem(Packed):
-    """What :func:`regard.engines.linear_attention.linear_attention` is given beside the rule."""
+    """The arguments of :func:`regard.engines.linear_attention.linear_attention` besides the rule."""
 
     q: Tensor
     k: Tensor

@@ -1,4 +1,4 @@
-"""Linear attention in PyTorch: the chunked recurrence of mapped queries and keys, with a column of ones on the values."""
+"""Linear attention in PyTorch: the chunked recurrence of mapped queries and keys, with a column of ones in values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(problem: Problem, rule: Rule, chunk_size: int) -> tuple[Tensor, Tensor]:
 
 
 def map_queries(q: Float[Tensor, "b h n k"], rule: Rule) -> Float[Tensor, "b h n k"]:
-    """Mapped queries, in at least float32."""
+    """Queries after the feature map, in at least float32."""
     dtype = wide_dtype(q)
     return _mapped(rule.scale * q.to(dtype), rule)
 
@@ -42,7 +42,7 @@ def _mapped(x: Float[Tensor, "b h n k"], rule: Rule) -> Float[Tensor, "b h n k"]
 def map_memory(
     k: Float[Tensor, "b h n k"], v: Float[Tensor, "b h n v"], rule: Rule, valid: Int[Tensor, " b"] | None
 ) -> tuple[Float[Tensor, "b h n k"], Float[Tensor, "b h n c"]]:
-    """Mapped keys (zero at padding, where phi(0) is not) and values with a column of ones for the denominator."""
+    """Mapped keys (zeroed at padding, as phi(0) need not be 0) and values with a column of ones for the denominator."""
     dtype = wide_dtype(k)
     keys, values = _mapped(k.to(dtype), rule), v.to(dtype)
     if valid is not None:
@@ -51,5 +51,5 @@ def map_memory(
 
 
 def divide(o: Float[Tensor, "b h n c"], rule: Rule) -> Float[Tensor, "b h n v"]:
-    """Outputs from what queries read of values and of the column of ones."""
+    """Divide what queries read from the values by what they read from the column of ones."""
     return o if rule.eps is None else o[..., :-1] / (o[..., -1:] + rule.eps)

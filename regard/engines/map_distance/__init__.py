@@ -1,13 +1,13 @@
-"""How far an estimated map of attention is from exact attention: what SEA's estimate learns from (Lee et al., arXiv 2310.01777).
+"""The distance of an estimated attention map from exact attention, SEA's training loss (Lee et al., arXiv 2310.01777).
 
-For a query with the scores e of the pixels of its map, weights p of the keys that it sees, and pixels as in
+For a query with scores e for the pixels of its map, weights p of the keys that it sees, and pixels as in
 :mod:`regard.engines.pixel_attention`:
 
     r_j     = exp(e_pixel(j)) / sum over visible i of exp(e_pixel(i))
     kl      = KL(p, r),   squares = sum_j (p_j - r_j)^2
 
-p are the weights of a teacher; then w, the softmax of scale q . k, learns too: kl + KL(p, w), squares + sum_j (p_j - w_j)^2.
-Without a teacher w itself, without a gradient, is p.
+With a teacher, p are the teacher's weights, and w, the softmax of scale q . k, is trained too: kl + KL(p, w), squares +
+sum_j (p_j - w_j)^2. Without a teacher, p is w itself, without a gradient.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def map_distance(
     problem: Problem,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "b h n"], Float[Tensor, "b h n"]]:
-    """kl and squares of each query in at least float32; 0 where it sees no key."""
+    """kl and squares for each query in at least float32; 0 if it sees no key."""
     with without_autocast(q.device):
         return execute("map_distance", backend, q.device, q.dtype, q, k, estimate, problem)
 

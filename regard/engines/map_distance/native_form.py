@@ -1,5 +1,5 @@
-"""The distance of an estimated map from exact attention in C++ (`native/src/map_distance.cpp`): scores are computed a tile at
-a time and never stored. Without a teacher the sums of the pixels are kept, and backward computes no score again."""
+"""The distance of an estimated map from exact attention in C++ (`native/src/map_distance.cpp`): scores are computed
+tile by tile and never stored. Without a teacher, the sums over pixels are kept, and backward recomputes no scores."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class MapDistanceBackward(library.Arguments):
 
 @dataclass(frozen=True)
 class PackedProblem(Packed):
-    """A :class:`regard.engines.map_distance.problem.Problem` as the operators have it, with the queries, keys and maps."""
+    """A :class:`regard.engines.map_distance.problem.Problem` with queries, keys and maps, as the operators take it."""
 
     estimate: Tensor
     q: Tensor
@@ -83,7 +83,7 @@ class PackedProblem(Packed):
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, estimate: Tensor, p: Problem) -> PackedProblem:
-        """The problem as the operator takes it: maps in float32, and q and k as constants where the target is given."""
+        """Convert a problem to the operator's form: maps in float32, and q and k as constants without a teacher."""
         dtype = q.dtype if q.dtype == k.dtype else torch.float32
         if p.target is None:
             q, k = q.detach(), k.detach()
@@ -103,14 +103,14 @@ class PackedProblem(Packed):
         return [self.estimate, self.q, self.k]
 
     def empty_gradients(self, needed: Sequence[bool]) -> list[Tensor]:
-        """The estimate's contiguous, those of queries and keys with the heads of a token side by side where theirs are."""
+        """Contiguous for the estimate; for queries and keys, a token's heads are side by side if the inputs' are."""
         made = [self.estimate.new_empty(self.estimate.shape) if needed[0] else self.estimate.new_empty(0)]
         of_scores = zip((self.q, self.k), needed[1:], strict=True)
         return made + [empty_gradient(x) if need else x.new_empty(0) for x, need in of_scores]
 
 
 def refuses(q: Tensor, k: Tensor, estimate: Tensor, problem: Problem) -> str | None:
-    """Why the kernel does not take such a call; None when it does."""
+    """The reason why the kernel cannot run a call; None if it can."""
     p = problem
     given = [x for x in (q, k, estimate, p.target) if x is not None]
     if any(x.dtype not in library.DTYPES for x in given):
@@ -123,7 +123,7 @@ def refuses(q: Tensor, k: Tensor, estimate: Tensor, problem: Problem) -> str | N
 
 
 def _misfit(p: PackedProblem) -> str | None:
-    """The mismatch among the tensors, in words; None when they belong together."""
+    """The mismatch among the tensors, in words; None if they fit together."""
     if not p.q.ndim == p.k.ndim == 4:
         return "heads that do not have four axes"
     if (reason := PackedHeads(p.q, p.k, p.k).heads_misfit()) is not None:
@@ -144,7 +144,7 @@ def run(q: Tensor, k: Tensor, estimate: Tensor, problem: Problem) -> tuple[Tenso
 
 
 def _check(p: PackedProblem) -> None:
-    """Raise Unsupported for tensors that the kernel must not be given."""
+    """Raise Unsupported for tensors that are unsafe to pass to the kernel."""
     reason = _misfit(p)
     if reason is None and (p.q.dtype not in library.DTYPES or p.q.dtype != p.k.dtype):
         reason = "q and k in other dtypes than one of float32 and bfloat16"
@@ -155,7 +155,7 @@ def _check(p: PackedProblem) -> None:
 
 
 def _arguments(p: PackedProblem, mass: Tensor, rows: Tensor, **results: Tensor) -> tuple[MapDistance, list[Any]]:
-    """The forward struct, and the tensors whose memory it points at."""
+    """The forward struct, and the tensors that it points to."""
     q, k = map(library.rows_contiguous, (p.q, p.k))
     target = None if p.target is None else library.rows_contiguous(p.target)
     fields, held = map_arguments(p.estimate, p.totals, p.slots, p.jitter)
@@ -192,8 +192,8 @@ def _empty_results(p: PackedProblem, keep: bool) -> tuple[Tensor, Tensor, Tensor
 
 @operator("map_distance")
 def _map_distance(problem: PackedProblem, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """kl and squares (B, H, N), and with `keep` what backward starts from: the sum of the weights of each pixel
-    (B, H, N, C), and three numbers of each query with a teacher (B, H, N, 3)."""
+    """kl and squares (B, H, N), and with `keep` the input of backward: the sum of weights for each pixel (B, H, N, C),
+    and with a teacher three numbers per query (B, H, N, 3)."""
     _check(problem)
     kl, squares, mass, rows = results = _empty_results(problem, keep)
     arguments, held = _arguments(problem, mass, rows, kl=kl, squares=squares)

@@ -1,4 +1,4 @@
-"""What an estimated map is compared with, as an object that the engine's forms share."""
+"""The weights that an estimated map is compared with, as an object that the engine's forms share."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Problem:
-    """Which weights, of which keys.
+    """The keys that queries see, and their weights.
 
     Attributes:
-        totals: keys that each query sees, those of the lowest ranks.
-        ranks: of the key slots.
-        scale: multiplies the scores.
-        jitter: shifts of the ranks of the keys in each slot before the pixels are found, less than 1.
-        target: the weights of a teacher; where None, those of the scores.
+        totals: number of keys that each query sees, those with the lowest ranks.
+        ranks: ranks of the key slots.
+        scale: factor on the scores.
+        jitter: shifts of the ranks of the keys in each slot, less than 1, applied before the pixels are determined.
+        target: the weights of a teacher; None for those of the scores.
     """
 
     totals: Int[Tensor, "#b n"]

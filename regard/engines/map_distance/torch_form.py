@@ -1,4 +1,4 @@
-"""The distance of an estimated map from exact attention in PyTorch: all scores, block by block of queries."""
+"""The distance of an estimated map from exact attention in PyTorch: all scores, one block of queries at a time."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def _map_distances(
     pixel: Int[Tensor, "b n m"],
     visible: Bool[Tensor, "b n m"],
 ) -> tuple[Float[Tensor, "b h n"], Float[Tensor, "b h n"]]:
-    """KL(p, r) and sum (p - r)^2 of each row, for r the softmax over visible tokens of the score of their pixel.
+    """KL(p, r) and sum (p - r)^2 for each row, where r is the softmax over visible tokens of the score of their pixel.
 
-    All tokens of a pixel have the same r, so sums over pixels do, and nothing as wide as the tokens needs a gradient.
+    All tokens of a pixel have the same r, so that sums over pixels suffice and no gradient is as wide as the tokens.
     """
     counts = torch.zeros_like(estimate[:, 0]).scatter_add(-1, pixel, visible.to(estimate.dtype))[:, None]
     mass = torch.zeros_like(estimate).scatter_add(-1, pixel[:, None].expand_as(p), p)

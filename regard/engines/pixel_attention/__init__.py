@@ -1,7 +1,7 @@
-"""Softmax over the keys of chosen pixels: an estimated map, K pixels wide for any number of keys, says which are read.
+"""Softmax over the keys of chosen pixels: an estimated map, K pixels wide for any number of keys, chooses them.
 
-For a query that sees the keys of ranks 0 to n - 1, with the scores e of the pixels of its map (Lee et al., arXiv 2310.01777,
-section 3.3):
+For a query that sees the keys of ranks 0 to n - 1, with scores e for the pixels of its map (Lee et al., arXiv
+2310.01777, section 3.3):
 
     pixel(j) = floor((j + 1/2) K / n - 10^-4), at least 0, for the key of rank j
     kept     = the pixels of highest softmax of e, round(k K / n) a head on average, at least 1
@@ -31,7 +31,7 @@ def pixel_attention(
     mix: Mix,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "b h n v"], Float[Tensor, "b h n m"] | None]:
-    """Output in the dtype of v or a wider one, and P times its factor sigmoid(row_logit) when wanted."""
+    """Output in at least the dtype of v and, if requested, P multiplied by its factor sigmoid(row_logit)."""
     return execute("pixel_attention", backend, q.device, q.dtype, q, k, v, problem, mix)
 
 

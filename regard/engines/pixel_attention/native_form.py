@@ -1,5 +1,5 @@
-"""Attention to chosen pixels in C++ (`native/src/pixel_attention.cpp`): only kept keys are read. The choice, attention, the
-gates and the mean are one pass, and for gradients nothing is kept but the log-sum-exp of a query and a bit for each pixel."""
+"""Attention to chosen pixels in C++ (`native/src/pixel_attention.cpp`): only kept keys are read. Choice, attention,
+gates and mean are one pass; for gradients, only the log-sum-exp of each query and one bit per pixel are stored."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ class PixelAttentionBackward(library.Arguments):
 
 @dataclass(frozen=True)
 class PackedProblem(PackedHeads):
-    """A :class:`regard.engines.pixel_attention.problem.Problem` and its `Mix` as the operators have them, with the queries,
-    keys and values."""
+    """A :class:`regard.engines.pixel_attention.problem.Problem` and its `Mix` with the queries, keys and values, as the
+    operators take them."""
 
     row_logit: Tensor | None
     mix_logit: Tensor | None
@@ -89,7 +89,7 @@ class PackedProblem(PackedHeads):
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, p: Problem, mix: Mix) -> PackedProblem:
-        """The problem as the operator takes it: the estimate and the mix in float32, and q, k and v in one dtype."""
+        """Convert a problem to the operator's form: estimate and mix in float32, and q, k and v in one dtype."""
         dtype = v.dtype if q.dtype == k.dtype == v.dtype else torch.float32
         row_logit, mix_logit, first = (None if x is None else x.float() for x in mix.tensors)
         mean = None if mix_logit is None else mix.mean
@@ -126,12 +126,12 @@ class PackedProblem(PackedHeads):
 
     @property
     def kept_shape(self) -> tuple[int, ...]:
-        """The shape of the bits that say which pixels are kept, 32 in a number."""
+        """The shape of the bit mask of kept pixels, with 32 bits per number."""
         return (*self.estimate.shape[:3], -(-self.estimate.shape[3] // 32))
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, problem: Problem, mix: Mix) -> str | None:
-    """Why the kernel does not take such a call; None when it does."""
+    """The reason why the kernel cannot run a call; None if it can."""
     p = problem
     if p.want_weights:
         return "it does not store the weights"
@@ -144,7 +144,7 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, problem: Problem, mix: Mix) -> str 
 
 
 def _misfit(p: PackedProblem) -> str | None:
-    """The mismatch among the tensors, in words; None when they belong together."""
+    """The mismatch among the tensors, in words; None if they fit together."""
     if p.v.ndim != 4:
         return "values that do not have four axes"
     if (reason := p.heads_misfit() if p.q.ndim == p.k.ndim == 4 else "heads that do not have four axes") is not None:
@@ -161,7 +161,7 @@ def _misfit(p: PackedProblem) -> str | None:
 def map_misfit(
     q: Tensor, k: Tensor, estimate: Tensor, totals: Tensor, slots: Tensor | None, jitter: Tensor | None
 ) -> str | None:
-    """The mismatch among heads, which belong together, and a map and the keys that it is of, in words; None without one."""
+    """The mismatch between heads (already checked), a map, and the map's keys, in words; None if there is none."""
     batch, n, m = q.shape[0], q.shape[2], k.shape[2]
     if estimate.ndim != 4 or estimate.shape[:3] != q.shape[:3] or estimate.dtype != torch.float32:
         return "an estimate that does not belong to the queries"
@@ -179,7 +179,7 @@ def map_misfit(
 
 
 def map_out_of_range(m: int, totals: Tensor, slots: Tensor | None, jitter: Tensor | None) -> str | None:
-    """The number in the tensors that :func:`map_misfit` has accepted that a kernel must not be given, in words."""
+    """The unsafe value, in words, in tensors that :func:`map_misfit` has accepted; None if there is none."""
     if not library.within_range(totals):
         return f"numbers of keys beyond {library.MOST}"
     if slots is not None and slots.numel():
@@ -196,7 +196,7 @@ def map_out_of_range(m: int, totals: Tensor, slots: Tensor | None, jitter: Tenso
 def map_arguments(
     estimate: Tensor, totals: Tensor, slots: Tensor | None, jitter: Tensor | None
 ) -> tuple[dict[str, Any], list[Tensor | None]]:
-    """The fields of a struct that a map and the keys that it is of have, and the tensors whose memory it points at."""
+    """The struct fields of a map and its keys, and the tensors that they point to."""
     estimate, totals = library.rows_contiguous(estimate), library.rows_contiguous(totals)
     slots, jitter = (None if x is None else library.rows_contiguous(x) for x in (slots, jitter))
     fields = {
@@ -234,19 +234,19 @@ def _mix_misfit(p: PackedProblem) -> str | None:
 def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem, mix: Mix) -> tuple[Tensor, None]:
     """See :func:`regard.engines.pixel_attention.pixel_attention`."""
     packed = PackedProblem.of(q, k, v, problem, mix)
-    if problem.grouping not in ("row", "query"):  # the kernel ranks the pixels of one query together
+    if problem.grouping not in ("row", "query"):  # the kernel only ranks the pixels of single queries
         packed = replace(packed, chosen=_bits(kept_pixels(problem)))
     return _pixel_attention(packed, torch.is_grad_enabled() and packed.records)[0], None
 
 
 def _bits(kept: Tensor) -> Tensor:
-    """Booleans of an axis as bits, 32 in a number."""
+    """Pack booleans along the last axis into bits, 32 per number."""
     padded = F.pad(kept, (0, -kept.shape[-1] % 32)).unflatten(-1, (-1, 32)).int()
     return (padded << torch.arange(32, dtype=torch.int32, device=kept.device)).sum(-1, dtype=torch.int32)
 
 
 def _check(p: PackedProblem) -> None:
-    """Raise Unsupported for tensors that the kernel must not be given."""
+    """Raise Unsupported for tensors that are unsafe to pass to the kernel."""
     reason = _misfit(p)
     if reason is None and (p.q.dtype not in library.DTYPES or not p.q.dtype == p.k.dtype == p.v.dtype):
         reason = "q, k and v in other dtypes than one of float32 and bfloat16"
@@ -259,7 +259,7 @@ def _check(p: PackedProblem) -> None:
 
 
 def _arguments(p: PackedProblem, out: Tensor, lse: Tensor, kept: Tensor) -> tuple[PixelAttention, list[Tensor | None]]:
-    """The forward struct, and the tensors whose memory it points at."""
+    """The forward struct, and the tensors that it points to."""
     q, k, v = map(library.rows_contiguous, (p.q, p.k, p.v))
     fields, held = map_arguments(p.estimate, p.totals, p.slots, p.jitter)
     given = {name: getattr(p, name) for name in ("row_logit", "mix_logit", "first", "before", "chosen")}
@@ -286,7 +286,7 @@ def _empty_results(p: PackedProblem, keep: bool) -> tuple[Tensor, Tensor, Tensor
 
 @operator("pixel_attention")
 def _pixel_attention(problem: PackedProblem, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The output (B, H, N, V), and with `keep` the log-sum-exp of the scores (B, H, N) and the bits of the kept pixels."""
+    """The output (B, H, N, V), and with `keep` the log-sum-exp of the scores (B, H, N) and the kept pixels' bits."""
     _check(problem)
     results = _empty_results(problem, keep)
     arguments, held = _arguments(problem, *results)
@@ -311,7 +311,7 @@ def _pixel_attention_backward(
     library.same("lse", lse, tokens, torch.float32)
     library.same("kept", kept, problem.kept_shape, torch.int32)
     grad_out, lse, kept = library.rows_contiguous(grad_out), lse.contiguous(), kept.contiguous()
-    forward, held = _arguments(problem, grad_out, lse, kept)  # the output has its shape, and is not written
+    forward, held = _arguments(problem, grad_out, lse, kept)  # grad_out stands in for the output, which is not written
     grads = problem.empty_gradients(needed)
     there = [
         x if need and old is not None else None for x, need, old in zip(grads, needed, problem.learned, strict=True)

@@ -1,4 +1,4 @@
-"""A call of attention to chosen pixels as objects, which the engine's forms share."""
+"""The arguments of attention to chosen pixels as objects, which the engine's forms share."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 GROUPINGS = ("row", "query", "head", "batch")
-"""Which probabilities are ranked together: those of all heads of a query, of one head of a query, of one head of all
+"""Which probabilities are ranked together: those of all heads of a query, of one head of a query, of one head for all
 queries, or of a whole map."""
 
 
 def slots_by_rank(ranks: Ranks, batch: int) -> Int[Tensor, "b m"] | None:
-    """Slot of the key of each rank; None where it is the rank."""
+    """The slot of the key with each rank; None if slots and ranks are equal."""
     if ranks.offset is not None or ranks.plain:
         return None
     keys = ranks.keys
     rows, m = keys.shape
-    # one row without an empty slot, as in decoding
+    # a single row without empty slots, as in decoding
     if rows == 1 and m and values_known(keys) and int(keys[0, -1]) == m - 1:
         return None
     named = torch.where(keys < 0, m, keys)
@@ -39,17 +39,17 @@ class Problem:
     """Which keys are read, and how.
 
     Attributes:
-        estimate: scores of the pixels of each query's map; never differentiated.
-        totals: keys that each query sees, those of the lowest ranks.
-        ranks: of the key slots.
-        top_k: keys that a query reads in each head on average.
-        oversample: keeps that many times the pixels, and reads a regular part of their keys.
-        grouping: of :data:`GROUPINGS`.
-        scale: multiplies the scores.
-        fewest: the fewest keys that any query sees, as far as the sizes tell.
-        valid: queries that count where `grouping` ranks several; all when None.
-        jitter: shifts of the ranks of the keys in each slot before the pixels are found, less than 1.
-        want_weights: whether the weights are wanted.
+        estimate: scores of the pixels of each query's map; no gradient flows through them.
+        totals: number of keys that each query sees, those with the lowest ranks.
+        ranks: ranks of the key slots.
+        top_k: average number of keys that a query reads per head.
+        oversample: keeps that many times as many pixels, and reads an evenly spaced part of their keys.
+        grouping: one of :data:`GROUPINGS`.
+        scale: factor on the scores.
+        fewest: lower bound on the number of keys that any query sees, as far as sizes determine it.
+        valid: valid queries, if `grouping` ranks several together; None when all are valid.
+        jitter: shifts of the ranks of the keys in each slot, less than 1, applied before the pixels are determined.
+        want_weights: whether to return the weights.
     """
 
     estimate: Float[Tensor, "b h n c"]
@@ -67,11 +67,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Mean:
-    """The value that a query gets beside attention.
+    """The mean value that is mixed with the output of attention.
 
     Attributes:
-        first: the same for all queries; or, with `before`, the sum of so many values before those of the last `count` slots,
-            and a query's is the mean of that sum and the values that it sees of these.
+        first: the mean itself, the same for all queries; or, with `before`, the sum of that many values that precede
+            the last `count` slots. A query's mean is then over these and the values that it sees in the last slots.
     """
 
     first: Float[Tensor, "b #h v"]
@@ -79,7 +79,7 @@ class Mean:
     count: int = 0
 
     def of(self, v: Float[Tensor, "b g m v"], totals: Int[Tensor, "#b n"]) -> Float[Tensor, "b #h #n v"]:
-        """The mean of the values that each query sees, `totals` of them."""
+        """The mean of the `totals` values that each query sees."""
         if self.before is None:
             return self.first[:, :, None]
         new = wide(v[:, :, v.shape[2] - self.count :])
@@ -91,8 +91,8 @@ class Mean:
 
 @dataclass(frozen=True)
 class Mix:
-    """What becomes of P V: sigmoid(mix_logit) sigmoid(row_logit) P V + (1 - sigmoid(mix_logit)) mean; a factor whose logit
-    is None is left out. A query that sees no key gets 0."""
+    """How P V is scaled and mixed: sigmoid(mix_logit) sigmoid(row_logit) P V + (1 - sigmoid(mix_logit)) mean; a factor
+    whose logit is None is left out. The output of a query that sees no key is 0."""
 
     row_logit: Float[Tensor, "b h n"] | None = None
     mix_logit: Float[Tensor, "b h n"] | None = None
@@ -100,5 +100,5 @@ class Mix:
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Tensors that may have gradients."""
+        """The tensors that may have gradients."""
         return self.row_logit, self.mix_logit, None if self.mean is None else self.mean.first

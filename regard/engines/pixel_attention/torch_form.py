@@ -1,4 +1,4 @@
-"""Attention to chosen pixels in PyTorch: kept keys are gathered, or all keys are multiplied where that is less work."""
+"""Attention to chosen pixels in PyTorch: kept keys are gathered, or all keys are multiplied if that is less work."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 NUMBERS_AT_ONCE = 1 << 22
-"""Scores or gathered features above which queries are taken block by block."""
+"""Number of scores or gathered features above which queries are processed in blocks."""
 
 DENSE_ADVANTAGE = 32
-"""How much cheaper a masked product over all keys is than the gathering of one key, a pair."""
+"""How much cheaper one pair of a masked product over all keys is than gathering one key."""
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem, mix: Mix) -> tuple[Tensor, Tensor | None]:
@@ -42,7 +42,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem, mix: Mix) -> tuple[Te
 def mixed(
     output: Float[Tensor, "b h n v"], weights: Float[Tensor, "b h n m"] | None, v: Tensor, problem: Problem, mix: Mix
 ) -> tuple[Float[Tensor, "b h n v"], Float[Tensor, "b h n m"] | None]:
-    """P V, and P, with what `mix` says."""
+    """Apply `mix` to P V, and the row factor to P."""
     if mix.row_logit is not None:
         scale = wide(mix.row_logit).sigmoid()[..., None]
         output, weights = scale * output, None if weights is None else scale * weights
@@ -54,7 +54,7 @@ def mixed(
 
 
 def kept_pixels(p: Problem) -> Bool[Tensor, "b h n c"]:
-    """The pixels of highest probability; the first of equal ones. In float64, so that all forms keep the same."""
+    """Mask of the pixels with the highest probabilities; ties keep the first. In float64, so that all forms agree."""
     batch, heads, n, pixels = p.estimate.shape
     scores = p.estimate.detach().double()
     scores = scores - scores.logsumexp(-1, keepdim=True)
@@ -85,11 +85,11 @@ def kept_pixels(p: Problem) -> Bool[Tensor, "b h n c"]:
 def pixels_of_keys(
     keys: Int[Tensor, "#b m"], totals: Int[Tensor, "#b #n"], pixels: int, jitter: Float[Tensor, "b m"] | None = None
 ) -> tuple[Int[Tensor, "#b #n m"], Bool[Tensor, "#b #n m"]]:
-    """Pixel of each key in the map of each query, and whether the query sees the key."""
+    """The pixel of each key in the map of each query, and whether the query sees the key."""
     j, total = keys[:, None, :], totals[:, :, None]
     visible = (j >= 0) & (j < total)
     if jitter is None:
-        # floor((j + 1/2) K / n - 1e-4) in whole numbers
+        # floor((j + 1/2) K / n - 1e-4) in integers
         pixel = ((2 * j + 1) * (5000 * pixels) - total).div(10000 * total.clamp(min=1), rounding_mode="floor")
     else:
         pixel = (((j + jitter[:, None] + 0.5) / total.clamp(min=1)) * pixels - 1e-4).floor().long()
@@ -97,7 +97,7 @@ def pixels_of_keys(
 
 
 def first_keys(totals: Int[Tensor, "b n"], pixels: int) -> Int[Tensor, "b n c1"]:
-    """Rank of the first key of each pixel, and the number of keys after the last."""
+    """The rank of the first key of each pixel, followed by the number of keys."""
     total = totals[..., None]
     pixel = torch.arange(pixels + 1, device=totals.device)
     first = -((5000 * pixels - total * (10000 * pixel + 1)).div(10000 * pixels, rounding_mode="floor"))
@@ -105,7 +105,7 @@ def first_keys(totals: Int[Tensor, "b n"], pixels: int) -> Int[Tensor, "b n c1"]
 
 
 def read_regularly(top_k: int, oversample: float, keys: Tensor, totals: Tensor) -> Bool[Tensor, "..."]:
-    """With oversampling, which of the keys of kept pixels are read: about one in `oversample`, evenly."""
+    """Which keys of kept pixels are read when oversampling: about one in `oversample`, evenly spaced."""
     if oversample == 1:
         return torch.ones_like(keys, dtype=torch.bool)
     total = totals.double()
@@ -116,12 +116,12 @@ def read_regularly(top_k: int, oversample: float, keys: Tensor, totals: Tensor) 
 
 
 def most_read(grouping: str, each: float, heads: int, pixels: int, fewest: int, most: int) -> int:
-    """A bound on the keys that all heads of a query read together, for `fewest` to `most` visible keys, when `each` head
-    wants so many."""
+    """An upper bound on the keys that all heads of a query read together, if it sees `fewest` to `most` keys and each
+    head wants `each` of them."""
     groups = heads if grouping == "query" else 1
     wanted = heads * each
     bound = wanted + most / pixels * groups + wanted * pixels / max(fewest, pixels) + groups
-    if fewest < pixels:  # a pixel has one token or none
+    if fewest < pixels:  # a pixel has at most one token
         bound = max(bound, heads * math.sqrt(each * pixels) + groups)
     every = heads * most
     return every if grouping in ("head", "batch") else min(every, math.ceil(bound))
@@ -133,14 +133,13 @@ Compute = Callable[..., tuple[Tensor, ...]]
 def by_rows(
     compute: Compute, numbers: int, totals: Tensor, whole: tuple[Tensor, ...], by_query: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    """``compute(totals, *whole, *by_query)``, where a query has about so many numbers of temporary storage.
+    """``compute(totals, *whole, *by_query)``, where each query needs about `numbers` temporary numbers.
 
-    It is done on blocks of queries when there are many numbers, and then what lies in between is computed again for
-    gradients.
+    If that is too much memory, queries are processed in blocks, and backward recomputes intermediate results.
     """
     n = totals.shape[1]
     size = max(1, NUMBERS_AT_ONCE // max(numbers, 1))
-    with without_autocast(totals.device):  # all of it is in float32 at least
+    with without_autocast(totals.device):  # everything inside is in at least float32
         if size >= n:
             return compute(totals, *whole, *by_query)
         parts = []
@@ -152,7 +151,7 @@ def by_rows(
 
 
 def _dense_rows(p: Problem) -> Compute:
-    """Products with all keys, of which only the kept ones count."""
+    """Products with all keys, masked to the kept ones."""
     ranks = p.ranks.keys
 
     def compute(totals: Tensor, k: Tensor, v: Tensor, kept: Tensor, q: Tensor) -> tuple[Tensor, ...]:
@@ -172,7 +171,7 @@ def _dense_rows(p: Problem) -> Compute:
 
 
 def _gathered_rows(p: Problem, most: int) -> Compute:
-    """Products with the kept keys alone: at most `most` for each query, those of one head after those of another."""
+    """Products with the kept keys only: at most `most` for each query, ordered by head."""
     slots = slots_by_rank(p.ranks, p.estimate.shape[0])
 
     def compute(totals: Tensor, k: Tensor, v: Tensor, kept: Tensor, q: Tensor) -> tuple[Tensor, ...]:

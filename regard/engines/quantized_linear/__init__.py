@@ -1,13 +1,13 @@
-"""x W^T of a weight that is held in 8 or 4 bits: few rows read the codes as they are, many rows a copy in floating point.
+"""x W^T with a weight stored in 8 or 4 bits: reads the codes directly for few rows, a floating-point copy for many.
 
-A weight (N, K) is held as
+A weight (N, K) is stored as
 
     W = code * scale + offset
 
-with a scale (and an offset, where the grid is not symmetric) for each group of a row, or for each row. Codes of 8 bits are
-int8, with one scale a row. Those of 4 bits are 0 to 15, which stand for -8 to 7, two in a byte: column 2 i in the low half,
-2 i + 1 in the high half. Scales and offsets are bfloat16, and codes are chosen for the rounded ones, so that a weight is
-exactly what it says in every dtype that computes with it.
+with a scale (and an offset, if the grid is not symmetric) for each group of a row, or for each row. Codes of 8 bits are
+int8, with one scale per row. Codes of 4 bits are 0 to 15, which represent -8 to 7, two in a byte: column 2 i in the low
+half, 2 i + 1 in the high half. Scales and offsets are bfloat16, and codes are chosen for the rounded ones, so that a
+weight has the same value in every dtype that computes with it.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ def quantized_linear(
     *,
     backend: str | None = None,
 ) -> Float[Tensor, "*b n"]:
-    """x W^T + b with a weight of codes.
+    """x W^T + b with a quantized weight.
 
-    A native kernel reads the codes of up to 16 rows of x in float32. Without it torch's own operators do, which round
-    activations and results to bfloat16, with sums in float32. All other calls compute in the dtype of x with a copy of the
-    weight. Gradients reach x alone.
+    For up to 16 rows of x in float32, a native kernel reads the codes. Without the kernel, torch's own operators do,
+    which round activations and results to bfloat16, with sums in float32. All other calls make a copy of the weight and
+    compute in the dtype of x. Only x gets a gradient.
 
     Args:
-        x: with fewer columns than the codes have where the last group is padded.
-        codes, scale, offset: as the module says; scale and offset in bfloat16.
-        bias: in the dtype of x.
+        x: inputs; may have fewer columns than the codes, whose last group may be padded.
+        codes, scale, offset: the weight, as described in the module; scale and offset in bfloat16.
+        bias: bias in the dtype of x.
         backend: see :func:`regard.which_backend`.
     """
     if backend is None and prefers_native():
@@ -63,10 +63,10 @@ def dynamic_linear(
     scale: Float[Tensor, "n 1"],
     bias: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, "*b n"]:
-    """x W^T + b with both operands in 8 bits: each row of `x` is rounded to a grid of its own, -127 to 127.
+    """x W^T + b with both operands in 8 bits: each row of `x` is rounded to its own grid, -127 to 127.
 
-    Products are summed as integers, exactly, and scaled in float32. A native kernel for up to 16 rows sums them in float32 on
-    processors without dot products of bytes. Gradients do not pass.
+    Products are summed exactly, as integers, and scaled in float32. On processors without dot products of bytes, the
+    native kernel for up to 16 rows sums in float32. There are no gradients.
     """
     if prefers_native():
         found = native_form.plain(x, codes, scale, None, bias, rounded=True)

@@ -1,4 +1,4 @@
-"""Few rows times a weight of codes in C++ (`native/src/quantized_linear.cpp`), at the speed of reading the codes, in float32."""
+"""Products of few rows with a quantized weight in C++ (`native/src/quantized_linear.cpp`), in float32."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def quantized_linear(problem: Problem) -> Tensor:
 
 
 def refuses(p: Problem) -> str | None:
-    """Why a call is left to another backend."""
+    """The reason to leave a call to another backend; None if there is none."""
     if p.x.requires_grad and torch.is_grad_enabled():
         return "it has no gradients"
     return _misfit(p)
 
 
 def _misfit(p: Problem) -> str | None:
-    """Why the kernel does not take such tensors."""
+    """The reason why the kernel cannot take such tensors; None if it can."""
     tensors = [x for x in (p.x, p.codes, p.scale, p.offset, p.bias) if x is not None]
     if not all(x.is_cpu for x in tensors):
         return "it runs on the processor"
@@ -40,7 +40,7 @@ def _misfit(p: Problem) -> str | None:
 
 
 def _unfit(p: Problem) -> str | None:
-    """The same of what lies on the processor; of more than a few rows it would be slow."""
+    """:func:`_misfit` for tensors on the CPU; rejects more than a few rows, for which the kernel would be slow."""
     if p.x.dtype != torch.float32 or p.x.ndim < 1:
         return f"it computes in float32, not in {str(p.x.dtype)[6:]}"
     if p.rows > FEW_ROWS:
@@ -102,7 +102,7 @@ _product.refuse_gradient("gradients of a native product with a quantized weight"
 
 @lru_cache(maxsize=256)
 def _template(layouts: tuple[library.Layout | None, ...], rounded: bool, threads: int) -> bytes | None:
-    """The struct of a call of tensors that lie so, but for where; None where the kernel does not take them as they are."""
+    """The struct for tensors with these layouts, without addresses; None if the kernel cannot read them as they are."""
     given: list[Any] = [
         None if layout is None else torch.empty_strided(layout[0], layout[1], dtype=layout[2], device="meta")
         for layout in layouts
@@ -118,8 +118,8 @@ def _template(layouts: tuple[library.Layout | None, ...], rounded: bool, threads
 def plain(
     x: Tensor, codes: Tensor, scale: Tensor, offset: Tensor | None, bias: Tensor | None, *, rounded: bool = False
 ) -> Tensor | None:
-    """:func:`quantized_linear`, or :func:`dynamic_linear` where inputs are `rounded`, by the shortest way to the kernel; None
-    for calls that have none, and where a gradient is recorded or somebody watches."""
+    """:func:`quantized_linear`, or :func:`dynamic_linear` if inputs are `rounded`, by a direct kernel call; None for
+    calls that need the general path, such as those that autograd, a profiler or a mode must see."""
     if not runs_plainly(x, codes, scale, *[t for t in (offset, bias) if t is not None]):
         return None
     layouts = library.layouts(x, codes, scale, offset, bias)

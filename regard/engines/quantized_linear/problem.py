@@ -1,4 +1,4 @@
-"""A product with a quantized weight as an object, which its forms and its operator share."""
+"""The arguments of a product with a quantized weight as one object, which forms and operator share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from regard.backends.operators import Packed
 
 @dataclass(frozen=True)
 class Problem(Packed):
-    """What :func:`regard.engines.quantized_linear.quantized_linear` is given, with as many columns of x as it has."""
+    """The arguments of :func:`regard.engines.quantized_linear.quantized_linear`, with x not yet padded."""
 
     x: Tensor
     codes: Tensor
@@ -22,24 +22,24 @@ class Problem(Packed):
 
     @property
     def bits(self) -> int:
-        """Bits of a code."""
+        """Number of bits per code."""
         return 8 if self.codes.dtype == torch.int8 else 4
 
     @property
     def columns(self) -> int:
-        """Columns of the codes, those that pad the last group among them."""
+        """Number of code columns, including those that pad the last group."""
         return self.codes.shape[1] * (8 // self.bits)
 
     @property
     def group(self) -> int:
-        """Columns with one scale."""
+        """Number of columns that share one scale."""
         return self.columns // self.scale.shape[1] if self.scale.shape[1] else 0
 
     @property
     def rows(self) -> int:
-        """Rows of x."""
+        """Number of rows of x."""
         return self.x.shape[:-1].numel()
 
     def empty(self) -> Tensor:
-        """A result that nothing is written to."""
+        """An uninitialised result."""
         return self.x.new_empty((*self.x.shape[:-1], self.codes.shape[0]))

@@ -1,4 +1,4 @@
-"""The products in PyTorch. Of few rows, torch's operators for processors read the codes and compute in bfloat16."""
+"""The products in PyTorch. For few rows on a CPU, torch's operators read the codes and compute in bfloat16."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from regard.engines.quantized_linear.packing import dequantize, padded, unpack
 from regard.engines.quantized_linear.problem import Problem
 
 TINY = 1e-30
-"""The least largest number of a row, so that a row of zeros has a grid too."""
+"""Lower bound for the largest number of a row, so that a row of zeros has a grid too."""
 
 GROUPS = (32, 64, 128, 256)
-"""Sizes of a group that torch's operator takes."""
+"""Group sizes that torch's operator supports."""
 
 ROW_BLOCK = 16
-"""Rows of a weight that it takes at once."""
+"""Number of weight rows that torch's operator processes at once."""
 
 COLUMN_BLOCK = 16
-"""Columns that torch's operator for 8 bits takes at once; with others it reads beyond the weight's end."""
+"""Number of columns that torch's 8-bit operator processes at once; other widths make it read past the weight's end."""
 
 
 def quantized_linear(p: Problem) -> Tensor:
@@ -37,8 +37,8 @@ def quantized_linear(p: Problem) -> Tensor:
 
 
 def reads_codes(x: Tensor) -> bool:
-    """Whether a product of x may read codes: of few rows, without gradients, in float32 or bfloat16 on the CPU."""
-    if torch.compiler.is_compiling():  # a trace knows no memory, and may be for all numbers of rows
+    """Return whether a product of x may read codes: few rows, no gradients, float32 or bfloat16 on the CPU."""
+    if torch.compiler.is_compiling():  # a traced program may run elsewhere, and on any number of rows
         return False
     if x.dtype not in (torch.float32, torch.bfloat16) or not x.is_cpu or (x.requires_grad and torch.is_grad_enabled()):
         return False
@@ -46,7 +46,7 @@ def reads_codes(x: Tensor) -> bool:
 
 
 def _by_codes(x: Tensor, p: Problem) -> Tensor | None:
-    """Without bias; None where torch has no operator for such a weight."""
+    """The product without bias; None if torch has no operator for such a weight."""
     if not p.codes.is_cpu:
         return None
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(torch.bfloat16)
@@ -63,18 +63,18 @@ def _by_codes(x: Tensor, p: Problem) -> Tensor | None:
 
 
 class Layout(NamedTuple):
-    """A 4-bit weight as torch's operator reads it."""
+    """A 4-bit weight in the layout of torch's operator."""
 
     codes: Tensor
     scale_and_offset: Tensor
 
 
 _LAYOUTS = WeakIdKeyDictionary()
-"""By the tensor of codes: its version, and its copy in that layout."""
+"""For each tensor of codes, its version and its copy in that layout."""
 
 
 def _packed(p: Problem) -> Layout | None:
-    """None for sizes that the operator does not take."""
+    """The weight in the operator's layout; None for sizes that the operator does not support."""
     if p.codes.shape[0] % ROW_BLOCK or p.group not in GROUPS:
         return None
     known = _LAYOUTS.get(p.codes)
@@ -97,7 +97,7 @@ def integer_product(x: Tensor, codes: Tensor) -> Tensor:
 
 @functools.cache
 def _sums_are_exact(device: str) -> bool:
-    """Whether torch's product of int8 is there and does not saturate, as pairs of products do on some processors."""
+    """Return whether torch's int8 product exists and does not saturate, as sums of pairs do on some processors."""
     if device != "cpu":
         return False
     high = torch.full((3, 512), 127, dtype=torch.int8, device=device)

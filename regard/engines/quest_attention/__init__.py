@@ -1,11 +1,11 @@
-"""Attention of a token to the pages of a cache that may hold its largest scores (Quest, Tang et al., arXiv 2406.10774).
+"""Attention of one token to the cache pages that may hold its largest scores (Quest, Tang et al., arXiv 2406.10774).
 
-The smallest and the largest entries of a page's keys bound every score in it:
+The smallest and the largest entries of a page's keys bound all scores in it:
 
     q . k <= sum_d max(q_d low_d, q_d high_d)        for low_d <= k_d <= high_d
 
-Of the pages before the newest key's, those of the largest bounds are read, with the newest key's page: softmax of scale q . k
-over their keys.
+Of the pages before the newest key's, those with the largest bounds are read, together with the newest key's page:
+softmax of scale q . k over their keys.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ def quest_attention(
     scale: float,
     backend: str | None = None,
 ) -> Float[Tensor, "b h 1 e"]:
-    """Softmax attention of one token to some pages of each kv head.
+    """Softmax attention of one token to some pages of each key/value head.
 
-    On a processor, in float32 and bfloat16, one call of a kernel scores pages, chooses them and reads their keys where they
-    lie; it has no gradients. Elsewhere the keys of the chosen pages are gathered.
+    On a CPU, in float32 and bfloat16, a single kernel call scores the pages, chooses some and reads their keys in
+    place; it has no gradients. On other devices the keys of the chosen pages are gathered.
 
     Args:
-        k, v: slots, of which the first `counts` hold keys and values.
-        low, high: the smallest and the largest entries of the keys of each page of `page` slots, p = s / page. Only those of
-            whole pages are read.
-        counts: int64, on the CPU; a head without keys gives 0.
-        chosen: pages that are read beside that of the newest key; all where there are no more.
-        shared: whether the query heads of a kv head read the same pages, those of the largest sums of bounds.
-        scale: of the scores.
+        k, v: cache slots, the first `counts` of which hold keys and values.
+        low, high: the smallest and the largest entries of the keys in each page of `page` slots, p = s / page. Only
+            those of full pages are used.
+        counts: number of keys, int64, on the CPU; the output of a head without keys is 0.
+        chosen: number of pages to read besides that of the newest key; all if there are no more.
+        shared: whether the query heads of a key/value head read the same pages, those with the largest sums of bounds.
+        scale: factor on the scores.
         backend: see :func:`regard.which_backend`.
 
     Raises:
-        Unsupported: for tensors that do not fit each other.
+        Unsupported: for tensors that do not fit together.
     """
     problem = Problem(q, k, v, low, high, counts, page, chosen, shared, scale)
     if backend is None and prefers_native():

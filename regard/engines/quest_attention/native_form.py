@@ -1,4 +1,4 @@
-"""Attention to chosen pages in C++ (see `native/src/quest_attention.cpp`): one call for bounds, choice and attention."""
+"""Attention to chosen pages in C++ (`native/src/quest_attention.cpp`): one call for bounds, choice and attention."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(problem: Problem) -> Tensor:
 
 
 def refuses(p: Problem) -> str | None:
-    """Why a call is left to another backend; its tensors fit each other."""
+    """The reason to leave a call, whose tensors fit together, to another backend; None if there is none."""
     if p.records and torch.is_grad_enabled():
         return "it has no gradients"
     tensors = (p.k, p.v, p.low, p.high)
@@ -81,7 +81,7 @@ _attention.refuse_gradient("the gradient of native attention to pages", supporte
 def _template(
     layouts: tuple[Any, ...], page: int, chosen: int, shared: bool, scale: float, threads: int
 ) -> bytes | None:
-    """The struct of a call of tensors that lie so, but for where; None where the kernel does not take them as they are."""
+    """The struct for tensors with these layouts, without addresses; None if the kernel cannot read them as they are."""
     given = [torch.empty_strided(shape, strides, dtype=dtype, device="meta") for shape, strides, dtype in layouts[:5]]
     q, k, v, low, high = given
     counts = torch.empty_strided(*layouts[5][:2], dtype=layouts[5][2], device="cpu")
@@ -89,7 +89,7 @@ def _template(
     if min(page, chosen + 1) < 1 or problem.misfit() is not None:
         return None
     batch, heads, _, width = q.shape
-    apart = q.stride(1) if heads > 1 else q.stride(0)  # of heads, also from row to row
+    apart = q.stride(1) if heads > 1 else q.stride(0)  # stride between heads, also across rows
     evenly = batch <= 1 or q.stride(0) == heads * apart
     if not evenly or (width > 1 and q.stride(3) != 1) or q.dtype not in library.DTYPES or not q.numel():
         return None
@@ -129,8 +129,8 @@ def _call(template: bytes, tensors: tuple[Tensor, ...], out: Tensor) -> None:
 
 
 def plain(p: Problem) -> Tensor | None:
-    """The shortest way to the kernel; None for calls that have none, and where a gradient is recorded or somebody
-    watches."""
+    """A direct kernel call; None for calls that need the general path, such as those that autograd, a profiler or a
+    mode must see."""
     tensors = (p.q, p.k, p.v, p.low, p.high, p.counts)
     if not runs_plainly(*tensors):
         return None

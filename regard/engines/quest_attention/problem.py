@@ -1,4 +1,4 @@
-"""A call of attention to pages as one object, which its forms and its operator share."""
+"""The arguments of attention to pages as one object, which forms and operator share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from regard.contract import Unsupported, at_least
 
 @dataclass(frozen=True)
 class Problem(Packed):
-    """What :func:`regard.engines.quest_attention.quest_attention` is given."""
+    """The arguments of :func:`regard.engines.quest_attention.quest_attention`."""
 
     q: Tensor
     k: Tensor
@@ -31,7 +31,7 @@ class Problem(Packed):
         return [self.q, self.k, self.v]
 
     def misfit(self) -> str | None:
-        """Which tensors do not belong together, without a look at their numbers; None when they do."""
+        """The mismatch among the tensors, without reading their values; None if they fit together."""
         q, k, v = self.q, self.k, self.v
         if not q.ndim == k.ndim == v.ndim == 4 or q.shape[2] != 1:
             return "q, k and v that are not those of a token: (B, H, 1, D), (B, G, S, D) and (B, G, S, E)"
@@ -51,7 +51,7 @@ class Problem(Packed):
         return None
 
     def check(self) -> None:
-        """Raise Unsupported for sizes that are none and tensors that do not fit."""
+        """Raise Unsupported for invalid sizes and for tensors that do not fit together."""
         at_least("page", self.page, 1)
         at_least("chosen", self.chosen, 0)
         reason = self.misfit()
@@ -59,5 +59,5 @@ class Problem(Packed):
             raise Unsupported(f"attention to pages with {reason}", supported="what quest_attention says")
 
     def empty(self) -> Tensor:
-        """An output that nothing is written to."""
+        """An uninitialised output."""
         return self.q.new_empty(*self.q.shape[:3], self.v.shape[3])

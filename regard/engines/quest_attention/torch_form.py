@@ -1,4 +1,4 @@
-"""Attention to chosen pages in PyTorch: the definition, whose keys are gathered."""
+"""Attention to chosen pages in PyTorch: the definition, with the keys of these pages gathered."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def page_bounds(
     q: Float[Tensor, "b h 1 d"], low: Float[Tensor, "b g p d"], high: Float[Tensor, "b g p d"]
 ) -> Float[Tensor, "b g r p"]:
-    """The largest score that a key of each page could have with each query, of the r heads of a kv head, without the
-    scale; at least in float32."""
+    """The upper bound on the scores of each page's keys with each query, for the r heads of a key/value head, without
+    the scale; in at least float32."""
     wide = torch.promote_types(q.dtype, torch.float32)
     query = q[:, :, 0].to(wide).unflatten(1, (low.shape[1], -1))
     # max(q low, q high) is q high where q > 0 and q low where q < 0
@@ -43,6 +43,6 @@ def run(p: Problem) -> Tensor:
     there = (slots < counts)[..., None]
     k, v = (torch.where(there, x[row, head, slots].to(wide), 0) for x in (p.k, p.v))
     query = p.q.to(wide).reshape(batch, groups, table.shape[2], -1, p.q.shape[3])
-    hidden = ~there.mT & (counts > 0)[..., None]  # a head without keys sees zeros, whose sum is 0
+    hidden = ~there.mT & (counts > 0)[..., None]  # a head without keys sees zero values, whose sum is 0
     weights = (p.scale * query @ k.mT).masked_fill(hidden, -torch.inf).softmax(-1)
     return (weights @ v).reshape(*p.q.shape[:3], -1).to(p.q.dtype)

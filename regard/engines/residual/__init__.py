@@ -1,7 +1,7 @@
-"""Branches of a pre-norm block, from the norm to the sum with their input, each in one native call.
+"""Residual branches of pre-norm blocks, from the norm to the sum with the input, each in one native call.
 
-In PyTorch such a branch is ten operators, and what lies between its products is written to memory and read again. There is no
-form in PyTorch: what else computes a branch is the block that it is of.
+In PyTorch such a branch is ten operators, whose intermediate results are written to memory and read again. There is no
+form in PyTorch: otherwise the block itself computes its branches.
 """
 
 from regard.engines.residual.native_form import Attention, Dense, FeedForward, RowNorm, is_small, plain

@@ -1,4 +1,4 @@
-"""Branches of a pre-norm block in C++ (`native/src/residual.cpp`), in float32 and without gradients."""
+"""Residual branches of pre-norm blocks in C++ (`native/src/residual.cpp`), in float32 and without gradients."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 FEWEST_ROWS = 32
-"""Rows of the smallest input: weights are packed in every call, which takes as long as the product with so many."""
+"""Rows of the smallest input: each call packs the weights, which takes as long as a product with this many rows."""
 
 MOST_WEIGHTS = 3 << 19
-"""Numbers of the largest weights of a branch together: larger ones do not stay in a core's cache from one block of rows to the
-next, and libraries that divide them as well are faster by up to a tenth."""
+"""Largest total number of weights in a branch: larger weights do not stay in a core's cache between blocks of rows, and
+libraries that also split them are up to a tenth faster."""
 
 
 def is_small(x: Tensor) -> bool:
-    """Whether an input has too few rows for the kernels, as single tokens have: asked before anything that takes longer."""
+    """Return whether an input has too few rows for the kernels, as single tokens do; tested before anything slower."""
     return x.ndim < 2 or x.numel() < FEWEST_ROWS * x.shape[-1]
 
 
@@ -38,11 +38,11 @@ class Dense(NamedTuple):
 
 
 class RowNorm(NamedTuple):
-    """LayerNorm, or where not `centred` RMSNorm, of the last axis.
+    """LayerNorm of the last axis or, if not `centred`, RMSNorm.
 
     Attributes:
-        weight, bias: (width,), or None for ones and zeros.
-        eps: added to the variance, or the mean square.
+        weight, bias: (width,); None for ones and zeros.
+        eps: added to the variance or the mean square.
     """
 
     weight: Tensor | None
@@ -52,7 +52,7 @@ class RowNorm(NamedTuple):
 
 
 class DenseArguments(ctypes.Structure):
-    """`regard_dense`."""
+    """The struct `regard_dense`."""
 
     _fields_ = (
         ("n", ctypes.c_int64),
@@ -63,7 +63,7 @@ class DenseArguments(ctypes.Structure):
 
 
 class NormArguments(ctypes.Structure):
-    """`regard_row_norm`."""
+    """The struct `regard_row_norm`."""
 
     _fields_ = (
         ("centred", ctypes.c_int64),
@@ -74,7 +74,7 @@ class NormArguments(ctypes.Structure):
 
 
 class ResidualArguments(ctypes.Structure):
-    """`regard_residual`."""
+    """The struct `regard_residual`."""
 
     _fields_ = (
         ("width", ctypes.c_int64),
@@ -87,7 +87,7 @@ class ResidualArguments(ctypes.Structure):
 
 
 class FeedForwardArguments(library.Arguments):
-    """`regard_residual_feed_forward_args`."""
+    """The struct `regard_residual_feed_forward_args`."""
 
     kernel = "residual_feed_forward"
     _fields_ = (
@@ -101,7 +101,7 @@ class FeedForwardArguments(library.Arguments):
 
 
 class AttentionArguments(library.Arguments):
-    """`regard_residual_attention_args`."""
+    """The struct `regard_residual_attention_args`."""
 
     kernel = "residual_attention"
     _fields_ = (
@@ -120,20 +120,20 @@ class AttentionArguments(library.Arguments):
 
 
 def plain(x: Tensor) -> bool:
-    """Whether an input is in float32 on the CPU, without a gradient, and nobody watches operators or backends: no mode, transform,
-    autocast or trace."""
+    """Return whether an input is in float32 on the CPU, without a gradient, and nothing observes operators or backends:
+    no mode, transform, autocast or trace."""
     if type(x) not in PLAIN or x.is_nested or x.dtype is not torch.float32 or x.layout is not torch.strided:
         return False
     return prefers_native() and runs_plainly(x) and not torch.is_autocast_enabled("cpu")
 
 
 class _Branch:
-    """The learned tensors of a branch and the struct that points at them.
+    """The learned tensors of a branch and the struct that points to them.
 
-    It reads the tensors where they lay when it was made: :meth:`is_current` says whether they still do.
+    The struct keeps the addresses from when it was made: :meth:`is_current` says whether they are still valid.
 
     Attributes:
-        reason: why the kernels do not take them; empty where they do.
+        reason: why the kernels do not support the tensors; empty if they do.
     """
 
     def __init__(self, norm: RowNorm, scale: Tensor | None, layers: Sequence[Dense]) -> None:
@@ -144,11 +144,11 @@ class _Branch:
         self.reason = library.why_missing() or self._misfit(layers)
 
     def is_current(self) -> bool:
-        """Whether the tensors lie where they were, and are what they were."""
+        """Return whether the tensors still have the same addresses, dtypes, shapes and strides."""
         return self._found_places() == self._places
 
     def takes(self, x: Tensor) -> bool:
-        """Whether the kernel computes the branch of an input that is :func:`plain` and not small: no gradient recorded."""
+        """Return whether the kernel supports a :func:`plain` and large enough input: it fits, and has no gradients."""
         if self.reason or x.shape[-1] != self.width:
             return False
         return not (torch.is_grad_enabled() and any(t.requires_grad for t in self._learned))
@@ -178,12 +178,12 @@ class _Branch:
 
 
 class FeedForward(_Branch):
-    """x + scale * down(gelu(up(norm(x)))); with a `gate`, x + scale * down(silu(gate z) * up z) of z = norm(x).
+    """x + scale * down(gelu(up(norm(x)))); with a `gate`, x + scale * down(silu(gate z) * up z), where z = norm(x).
 
     Args:
-        norm: of rows.
+        norm: norm of the input's rows.
         up, down, gate: linear layers.
-        scale: (width,); ones when None.
+        scale: (width,); None for ones.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class FeedForward(_Branch):
         )
 
     def __call__(self, x: Float[Tensor, "*b n c"]) -> Float[Tensor, "*b n c"]:
-        """Of a :func:`plain` input that it :meth:`takes`."""
+        """Compute the branch for a :func:`plain` input that it :meth:`takes`."""
         x, arguments = x.contiguous(), FeedForwardArguments.from_buffer_copy(self._arguments)
         y = torch.empty_like(x)
         arguments.threads, arguments.m = torch.get_num_threads(), x.numel() // self.width
@@ -214,15 +214,15 @@ class FeedForward(_Branch):
 
 
 class Attention(_Branch):
-    """x + scale * output(softmax(scale_of_scores q k^T) v) of heads of q, k and v, linear maps of norm(x); every token sees all
-    tokens of its sequence.
+    """x + scale * output(softmax(scale_of_scores q k^T) v) for heads of q, k and v, which are linear maps of norm(x);
+    every token sees all tokens of its sequence.
 
     Args:
-        norm: of rows.
+        norm: norm of the input's rows.
         query, key, value, output: linear layers.
-        heads, kv_heads: of the queries, and of keys and values.
-        scale_of_scores: positive.
-        scale: (width,); ones when None.
+        heads, kv_heads: number of query heads, and of key/value heads.
+        scale_of_scores: factor on the scores, positive.
+        scale: (width,); None for ones.
     """
 
     def __init__(
@@ -261,7 +261,7 @@ class Attention(_Branch):
         return "" if fits else "sizes that do not belong together"
 
     def __call__(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        """Of a :func:`plain` input that it :meth:`takes`."""
+        """Compute the branch for a :func:`plain` input that it :meth:`takes`."""
         x, arguments = x.contiguous(), AttentionArguments.from_buffer_copy(self._arguments)
         y = torch.empty_like(x)
         arguments.threads, arguments.batch, arguments.n = torch.get_num_threads(), x.shape[0], x.shape[1]
@@ -270,7 +270,7 @@ class Attention(_Branch):
         return y
 
     def takes(self, x: Tensor) -> bool:
-        """As of any branch; (B, N, width)."""
+        """As for any branch, with inputs (B, N, width)."""
         return x.ndim == 3 and x.shape[1] <= library.MOST and super().takes(x)
 
 

@@ -1,15 +1,16 @@
-"""Attention to the blocks of a cache that queries retrieve by their landmarks (Mohtashami and Jaggi, arXiv 2305.16300,
+"""Attention to the cache blocks that queries retrieve by their landmarks (Mohtashami and Jaggi, arXiv 2305.16300,
 section 3.3).
 
-A block is closed by a landmark, whose score opens it. For query i and its chosen blocks c, with S = scale Q K^T:
+Each block ends with a landmark, whose score is the block's gate. For query i and its chosen blocks c, with S = scale Q
+K^T:
 
     u_i^c = softmax of S_i over the tokens of block c
     o_i   = sum over c of softmax over the chosen blocks of S_i,landmark(c), times sum_j u_ij^c v_j
 
-Chosen are the `top_k` blocks whose landmarks score highest. With rotary positions blocks take slots of `block` + 1 positions,
-with the landmark in the last one: to be scored, the `top_k` newest have the slots 1 to `top_k` and older ones slot 0; the m-th
-chosen block in order of time (from 0) has slot m, or m + 1 if it is one of the newest. While a row has no more than `top_k`
-blocks, their numbers are their slots.
+The `top_k` blocks whose landmarks score highest are chosen. With rotary positions, blocks are assigned to slots of
+`block` + 1 positions, with the landmark at the last one. For scoring, the `top_k` newest blocks have the slots 1 to
+`top_k`, and older ones slot 0; for reading, the m-th chosen block in order of time (from 0) has slot m, or m + 1 if it
+is one of the newest. As long as a row has no more than `top_k` blocks, their numbers are their slots.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ def retrieved_attention(
     problem: Problem,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "b h n v"], Float[Tensor, "b h n"]]:
-    """Output and log-sum-exp of the chosen landmarks' scores, in at least float32; 0 and -inf for a query without blocks.
+    """Output, and log-sum-exp of the chosen landmarks' scores, in at least float32; 0 and -inf without blocks.
 
     Args:
-        q: turned to the places of the queries.
-        k, v: the cache, not turned; on any device.
+        q: queries, rotated by their positions.
+        k, v: the cache, not rotated; on any device.
     """
     return execute("retrieved_attention", backend, q.device, k.dtype, q, k, v, problem)
 
@@ -47,11 +48,11 @@ def retrieved_attention(
 def retrieving_step(
     q: Float[Tensor, "b h 1 d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m v"], problem: Problem
 ) -> Step | None:
-    """One query of each row, whose own token is the last of the cache: it attends to the blocks that it retrieves and to the
-    tokens after the last landmark. None for calls that have no such short way, and where somebody watches.
+    """Attention of one query per row, whose token is the last in the cache, to the blocks that it retrieves and to the
+    tokens after the last landmark. None for calls that need the general path, such as under a profiler or a mode.
 
     Args:
-        q: not turned.
+        q: queries, not rotated.
     """
     return native_form.step(q, k, v, problem) if prefers_native() else None
 

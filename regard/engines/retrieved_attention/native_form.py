@@ -1,5 +1,5 @@
-"""Attention to retrieved blocks in C++ (`native/src/retrieved_attention.cpp`), without gradients: a block's keys are loaded
-once for all queries that read it, and nothing of the size of the cache is made."""
+"""Attention to retrieved blocks in C++ (`native/src/retrieved_attention.cpp`), without gradients: a block's keys are
+loaded once for all queries that read it, and no temporary is as large as the cache."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from regard.engines.heads import HEADS, Strides, by_row, heads_arguments
 from regard.engines.retrieved_attention.problem import Problem
 
 NUMBERS_AT_ONCE = 1 << 24
-"""Numbers that pairs of a query and a block may find before queries are taken in parts: 64 MiB."""
+"""Number of elements for pairs of a query and a block above which queries are processed in parts: 64 MiB."""
 
 MOST_TOKENS = 1 << 15
-"""The longest block, and the most blocks that a query reads."""
+"""The longest block, and the largest number of blocks that a query reads."""
 
 
 class RetrievedAttention(library.Arguments):
@@ -52,8 +52,8 @@ class RetrievedAttention(library.Arguments):
 
 @dataclass(frozen=True)
 class PackedProblem(Packed):
-    """A :class:`regard.engines.retrieved_attention.problem.Problem` as the operator has it, with its queries in float32 and
-    the cache. `turns` are the cosines and sines of all positions that blocks may take."""
+    """A :class:`regard.engines.retrieved_attention.problem.Problem` with its queries in float32 and the cache, as the
+    operator takes it. `turns` are the cosines and sines of all positions that blocks may take."""
 
     q: Tensor
     k: Tensor
@@ -71,34 +71,34 @@ class PackedProblem(Packed):
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, p: Problem) -> PackedProblem:
-        """The problem as the operator takes it, with the angles of the places that retrieved tokens may take."""
+        """Convert a problem to the operator's form, with the angles of all positions that retrieved tokens may take."""
         turns = None if p.rotate is None else _turns_of(p.rotate)(_positions(p.top_k, p.block))
         state = (p.marks, p.closed, p.landmark, p.cached, p.length)
         return cls(q.float(), k, v, *state, p.chosen, turns, p.block, p.top_k, float(p.scale))
 
     @property
     def picks(self) -> int:
-        """Blocks that a query reads, at most."""
+        """The largest number of blocks that a query reads."""
         return min(self.top_k, self.closed.shape[1]) if self.chosen is None else self.chosen.shape[3]
 
 
 def _turns_of(rotate: Any) -> Any:
-    """What tabulates a rotation: the method `turns` of a position scheme whose method `rotate` is given; None for others."""
+    """The method `turns`, a table of rotations, of the position scheme with the method `rotate`; None without one."""
     return getattr(getattr(rotate, "__self__", None), "turns", None)
 
 
 def _positions(top_k: int, block: int) -> int:
-    """Positions that keys and the query of a step may take."""
+    """The number of positions that keys and the query of a step may take."""
     return (top_k + 2) * (block + 1)
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> str | None:
-    """Why the kernel does not take such a call; None when it does."""
+    """The reason why the kernel cannot run a call; None if it can."""
     return _lacks(q, k, v, problem) or _misfit(PackedProblem.of(q, k, v, problem))
 
 
 def _lacks(q: Tensor, k: Tensor, v: Tensor, p: Problem) -> str | None:
-    """What the kernel does not have, of what a call asks for."""
+    """The feature of a call that the kernel does not support; None if it supports all."""
     if p.dropout.random:
         return "it has no dropout"
     if p.softmax != "grouped":
@@ -118,7 +118,7 @@ def _lacks(q: Tensor, k: Tensor, v: Tensor, p: Problem) -> str | None:
 
 
 def _misfit(p: PackedProblem) -> str | None:
-    """The mismatch among the tensors, in words; None when they belong together."""
+    """The mismatch among the tensors, in words; None if they fit together."""
     q, k, v, marks, chosen, turns = p.q, p.k, p.v, p.marks, p.chosen, p.turns
     if not q.ndim == k.ndim == v.ndim == marks.ndim == 4 or p.closed.ndim != 2:
         return "q, k, v and marks that do not have four axes, or ranks that do not have two"
@@ -174,7 +174,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tens
 
 
 def _arguments(p: PackedProblem, out: Tensor, lse: Tensor) -> tuple[RetrievedAttention, list[Tensor | None]]:
-    """The struct, and the tensors whose memory it points at."""
+    """The struct, and the tensors that it points to."""
     q, k, v, marks, closed, landmark = map(library.rows_contiguous, (p.q, p.k, p.v, p.marks, p.closed, p.landmark))
     cached, length = p.cached.contiguous(), p.length.contiguous()
     chosen = None if p.chosen is None else library.rows_contiguous(p.chosen)
@@ -237,12 +237,12 @@ _retrieved_attention.refuse_gradient("the gradient of native attention to retrie
 
 
 class Step(NamedTuple):
-    """A step's output, and what it has found.
+    """The output of a step, and what the kernel found in the cache.
 
     Attributes:
         output: (B, H, 1, V) in float32.
-        open: of each row, tokens after the last landmark before the query's own.
-        closes: of each row, whether the query's own token is a landmark.
+        open: for each row, the number of tokens between the last landmark and the query's own token.
+        closes: for each row, whether the query's own token is a landmark.
     """
 
     output: Tensor

@@ -1,4 +1,4 @@
-"""A call of attention to retrieved blocks as one object, which the engine's forms share."""
+"""The arguments of attention to retrieved blocks as one object, which the engine's forms share."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is computed, beside its queries, and the keys and values of the cache.
+    """The arguments of the engine besides queries and the cache's keys and values.
 
     Attributes:
-        marks: keys of the landmarks that close a block with a token, the newest last; as the cache has them too.
-        closed: their ranks, ascending; below the first cached rank where a row has fewer blocks.
-        landmark: slots that hold a landmark.
-        cached: tokens of each row, which lie in its last slots.
-        length: tokens of each row so far: the last slot holds the one of rank length - 1.
-        block: most tokens before a landmark.
-        top_k: most blocks of a query and head.
-        scale: multiplies the scores.
-        rotate: turns keys to the places that their blocks take, see :mod:`regard.engines.retrieved_attention`; None where
-            they are read as they are.
-        chosen: numbers of the blocks that each query reads, in order of time, -1 for none; None for those of the highest
-            scores.
-        softmax: ``grouped``, ``ignore`` (softmax over normal tokens) or ``plain`` (landmarks are tokens like others).
-        dropout: what is dropped at random.
+        marks: keys of the landmarks that close a block with a token, the newest last; the cache contains them too.
+        closed: ranks of these landmarks, ascending; below the first cached rank if a row has fewer blocks.
+        landmark: mask of the slots that hold a landmark.
+        cached: number of tokens in each row, which are in its last slots.
+        length: number of tokens in each row so far: the last slot holds the one of rank length - 1.
+        block: largest number of tokens before a landmark.
+        top_k: largest number of blocks per query and head.
+        scale: factor on the scores.
+        rotate: rotates keys to the positions of their blocks, see :mod:`regard.engines.retrieved_attention`; None to
+            read keys unchanged.
+        chosen: numbers of the blocks that each query reads, in order of time, -1 for none; None for those with the
+            highest scores.
+        softmax: ``grouped``, ``ignore`` (softmax over normal tokens) or ``plain`` (landmarks are treated like other
+            tokens).
+        dropout: dropout of weights and gates.
     """
 
     marks: Float[Tensor, "b g blocks d"]

@@ -1,4 +1,4 @@
-"""Attention to retrieved blocks in PyTorch: the keys and values that some queries retrieve are gathered at a time."""
+"""Attention to retrieved blocks in PyTorch: gathers the keys and values that some of the queries retrieve at a time."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 NUMBERS_AT_ONCE = 1 << 24
-"""Numbers of retrieved keys above which queries are taken block by block."""
+"""Number of elements in retrieved keys above which queries are processed in blocks."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The complete blocks of a cache that hold a token, in order of time: the newest is the last column.
+    """The complete blocks of a cache that contain a token, in order of time: the newest is the last column.
 
     Attributes:
-        count: how many there are.
-        begins, ends: slot before each one's tokens, and of its landmark.
-        exists: whether a column is a block; there may be fewer blocks than columns.
+        count: number of blocks.
+        begins, ends: the slot before each block's tokens, and the slot of its landmark.
+        exists: whether a column holds a block; a row may have fewer blocks than columns.
     """
 
     count: Int[Tensor, " b"]
@@ -46,7 +46,7 @@ def blocks_of(p: Problem) -> Blocks:
 
 
 def landmark_scores(q: Float[Tensor, "b h n d"], p: Problem, blocks: Blocks) -> Float[Tensor, "b h n blocks"]:
-    """Scores by which blocks are chosen, without gradients; -inf where there is no block."""
+    """Landmark scores by which blocks are chosen, without gradients; -inf where there is no block."""
     keys = wide(p.marks)
     if p.rotate is not None:
         total = p.closed.shape[1]
@@ -57,7 +57,7 @@ def landmark_scores(q: Float[Tensor, "b h n d"], p: Problem, blocks: Blocks) -> 
 
 
 def best(scores: Float[Tensor, "b h n blocks"], top_k: int) -> Int[Tensor, "b h n picks"]:
-    """Columns of the highest scores, in order of time; -1 where there are fewer."""
+    """Columns with the highest scores, in order of time; -1 if there are fewer."""
     found = scores.topk(min(top_k, scores.shape[-1]), -1)
     return torch.where(found.values != -torch.inf, found.indices, -1).sort(-1).values
 
@@ -87,8 +87,9 @@ class _Gathered:
     """Tokens of retrieved blocks, on the device of the call.
 
     Attributes:
-        keys, values: placed keys, and values; the axis of queries has size 1 where all retrieve the same.
-        inside: whether a place holds a token of its block, or its landmark, which is the last.
+        keys, values: keys rotated to their places, and values; the query axis has size 1 if all queries retrieve the
+            same.
+        inside: whether a place holds a token of its block, or the block's landmark, which comes last.
         found: whether there is a block.
     """
 
@@ -110,7 +111,7 @@ class _Gathered:
 
 
 def _gathered(block: Int[Tensor, "b h #n picks"], k: Tensor, v: Tensor, p: Problem, blocks: Blocks) -> _Gathered:
-    """The tokens of the chosen blocks, in the places that they take."""
+    """The tokens of the chosen blocks, rotated to their places."""
     total, size, picks = blocks.ends.shape[1], p.block + 1, block.shape[-1]
     found, block = block >= 0, block.clamp(min=0)
     row = torch.arange(block.shape[0], device=block.device)[:, None, None, None]
@@ -141,7 +142,7 @@ def _gathered(block: Int[Tensor, "b h #n picks"], k: Tensor, v: Tensor, p: Probl
 def _logits(
     q: Float[Tensor, "b h n d"], taken: _Gathered, p: Problem
 ) -> tuple[Float[Tensor, "b h n r"], Float[Tensor, "b h n r"] | None]:
-    """Logits of the tokens of retrieved blocks, for each query and head; factors when gates are dropped."""
+    """Logits of the tokens in retrieved blocks, by query and head; factors for the weights if gates are dropped."""
     scores, inside = p.scale * taken.scores(q), taken.inside
     if p.softmax != "grouped":
         return scores.masked_fill(~inside, -torch.inf).flatten(3), None

@@ -1,10 +1,11 @@
-"""The selective scan (S6) behind Mamba: a diagonal recurrence for each channel, whose decays differ between states.
+"""The selective scan (S6) behind Mamba: a diagonal recurrence for each channel, with a different decay for each state.
 
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,     y_t = h_t C_t        (h is C x K; dt_t and x_t scale its rows)
 
-Mamba, arXiv 2312.00752, equation 2 with the discretisation of its code: exact for A, Euler for B. What surrounds the
-recurrence at every token is part of the engine, because it costs a pass over the (B, N, C) tensors where a fused kernel
-gets it for nothing: softplus(dt + dt_bias), the skip D x_t and the gate silu(z_t), in the order (y_t + D x_t) silu(z_t).
+Mamba, arXiv 2312.00752, equation 2 with the discretisation of its code: exact for A, Euler for B. Elementwise
+operations around the recurrence are part of the engine, because they would cost a pass over the (B, N, C) tensors but
+are free in a fused kernel: softplus(dt + dt_bias), the skip D x_t and the gate silu(z_t), in the order (y_t + D x_t)
+silu(z_t).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SelectiveState(State):
-    """h of each channel, in at least float32, and the tokens written into it."""
+    """h of each channel, in at least float32, and the number of tokens written into it."""
 
     memory: Float[Tensor, "b c k"] = state_field()
     length: Int[Tensor, " b"] = state_field()
@@ -50,25 +51,26 @@ def selective_scan(
     inclusive: bool = True,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "b n c"] | None, Float[Tensor, "b c k"]]:
-    """Outputs and final state, computed chunk by chunk; backward recomputes a chunk from the state before it.
+    """Compute outputs and final state, chunk by chunk; backward recomputes each chunk from the state before it.
 
-    Numerically safe at any length and any step: exponents are products of steps with A, no difference of cumulative
-    sums is ever formed, and autocast does not reach in.
+    Numerically safe for any length and any step size: exponents are products of steps and A, no differences of
+    cumulative sums are formed, and autocast is disabled inside.
 
     Args:
-        x: what is written.
-        dt: steps >= 0, or any numbers when `dt_bias` is given.
-        a: A < 0, natural-logarithmic decay of each state for a step of 1.
-        b, c: what writes and reads, each of their G groups (a divisor of C) for C / G consecutive channels. Without `c`
-            only the final state is computed.
-        skip: D; adds D x_t to y_t.
-        dt_bias: when given, the steps are softplus(dt + dt_bias) (zeros for softplus alone).
-        z: gate; multiplies y_t + D x_t by silu(z_t).
+        x: inputs, which are written into the state.
+        dt: steps >= 0, or any numbers if `dt_bias` is given.
+        a: A < 0, the log decay of each state for a step of 1.
+        b, c: write and read vectors; each of their G groups (a divisor of C) serves C / G consecutive channels. Without
+            `c`, only the final state is computed.
+        skip: D; D x_t is added to y_t.
+        dt_bias: if given, the steps are softplus(dt + dt_bias) (pass zeros for softplus alone).
+        z: gate; y_t + D x_t is multiplied by silu(z_t).
         state: h_0, zero when None; kept in at least float32.
-        lengths: valid tokens of each right-padded row. Tokens beyond neither decay nor write, and give 0.
-        order: the tokens in the order in which the recurrence visits them, each once (which is not checked), in all rows; y
-            is in their own order. Not with `lengths`.
-        chunk_size: tokens computed together. Changes rounding only.
+        lengths: number of valid tokens in each right-padded row. Later tokens neither decay nor write, and their output
+            is 0.
+        order: permutation (not checked) in which the recurrence visits the tokens of all rows; y is in the original
+            order. Excludes `lengths`.
+        chunk_size: number of tokens computed together. Only affects rounding.
         inclusive: whether y_t sees x_t through h_t; otherwise it reads exp(dt_t A) h_{t-1}, before the write.
         backend: see :func:`regard.which_backend`.
 
@@ -76,8 +78,8 @@ def selective_scan(
         y in the dtype of x (None without c) and h_N in at least float32.
 
     Raises:
-        Unsupported: for a chunk of no tokens, groups that do not divide the channels, lengths out of range, or an order of
-            another shape or beside lengths.
+        Unsupported: for chunks without tokens, groups that do not divide the channels, lengths out of range, or an
+            order of another shape or together with lengths.
     """
     at_least("chunk_size", chunk_size, 1)
     if order is not None and (lengths is not None or order.shape != x.shape[1:2]):
@@ -95,7 +97,7 @@ def selective_scan(
 
 
 def selective_read(state: Float[Tensor, "b c k"], c: Float[Tensor, "b n g k"]) -> Float[Tensor, "b n c"]:
-    """y_t = h C_t for any number of readers of one state, in the state's dtype."""
+    """Compute y_t = h C_t for any number of readers of one state, in the state's dtype."""
     groups = c.shape[2]
     with without_autocast(c.device):
         rows = state.unflatten(1, (groups, -1))  # (b, g, c / g, k)
@@ -112,7 +114,7 @@ def selective_scan_reference(
     state: Float[Tensor, "b c k"] | None = None,
     inclusive: bool = True,
 ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b c k"]]:
-    """The recurrence, token by token, without what surrounds it."""
+    """The recurrence token by token, without the elementwise operations around it."""
     b, c = (t.repeat_interleave(x.shape[-1] // t.shape[2], 2) for t in (b, c))  # (b, n, c, k)
     h = x.new_zeros(x.shape[0], *a.shape) if state is None else state
     outputs = [x[:, :0]]

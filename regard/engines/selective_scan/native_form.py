@@ -1,4 +1,4 @@
-"""The selective scan in C++ (`native/src/selective_scan.cpp`): states stay in registers, and backward computes them again."""
+"""The selective scan in C++ (`native/src/selective_scan.cpp`): states stay in registers; backward recomputes them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from regard.contract import Unsupported
 from regard.engines.selective_scan.problem import Problem
 
 EVERY = 64
-"""Tokens between the states that are kept for backward: REGARD_SELECTIVE_SCAN_EVERY."""
+"""Number of tokens between the states that are stored for backward: REGARD_SELECTIVE_SCAN_EVERY."""
 
 
 class Scan(library.Arguments):
@@ -72,9 +72,9 @@ class ScanBackward(library.Arguments):
 
 
 def run(problem: Problem, chunk_size: int) -> tuple[Tensor | None, Tensor]:
-    """See :func:`regard.engines.selective_scan.selective_scan`; `chunk_size` is the kernel's own."""
+    """See :func:`regard.engines.selective_scan.selective_scan`; the kernel chooses its own `chunk_size`."""
     dtype, keep = problem.x.dtype, torch.is_grad_enabled() and problem.records
-    if any(t is not None and t.dtype != dtype for t in _by_token(problem)):  # the kernel reads one dtype
+    if any(t is not None and t.dtype != dtype for t in _by_token(problem)):  # the kernel reads a single dtype
         p = problem
         c, z = (None if t is None else t.float() for t in (p.c, p.z))
         problem = replace(p, x=p.x.float(), dt=p.dt.float(), b=p.b.float(), c=c, z=z)
@@ -87,7 +87,7 @@ def _by_token(p: Problem) -> list[Tensor | None]:
 
 
 def refuses(problem: Problem, chunk_size: int) -> str | None:
-    """Why a call is left to another backend."""
+    """The reason to leave a call to another backend; None if there is none."""
     return _refusal(problem)
 
 
@@ -131,15 +131,15 @@ def _check(p: Problem) -> None:
 
 
 class _Call:
-    """The struct of a call, and the tensors it points to."""
+    """The struct of a call, and the tensors that it points to."""
 
     def __init__(self, p: Problem) -> None:
         batch, n, channels = p.x.shape
         x, dt, b = rows_contiguous(p.x), rows_contiguous(p.dt), rows_contiguous(p.b)
         c, z = (None if t is None else rows_contiguous(t) for t in (p.c, p.z))
         a, skip, dt_bias, state = (None if t is None else t.contiguous() for t in (p.a, p.skip, p.dt_bias, p.state))
-        lengths = None if p.lengths is None else p.lengths.clamp(0, n)  # nobody reads beyond a row, whatever they say
-        order = None if p.order is None else p.order.clamp(0, n - 1).contiguous()  # nor outside the sequence
+        lengths = None if p.lengths is None else p.lengths.clamp(0, n)  # clamped: the kernel must not read beyond a row
+        order = None if p.order is None else p.order.clamp(0, n - 1).contiguous()  # nor beyond the sequence
         self.tensors = (x, dt, a, b, c, skip, dt_bias, z, state, lengths, order)
         self.struct = Scan(
             threads=torch.get_num_threads(),
@@ -187,13 +187,13 @@ def _(problem: Problem, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
 def _scan_backward(
     grad_y: Tensor, grad_last: Tensor, problem: Problem, kept: Tensor, needed: list[bool]
 ) -> list[Tensor]:
-    """Gradients of what the problem has learned, empty where not needed."""
+    """Gradients of the problem's learned tensors; empty where not needed."""
     _check(problem)
     for found, expected in zip((grad_y, grad_last, kept), _empty_outputs(problem, True), strict=True):
         if found.shape != expected.shape or found.dtype != expected.dtype or found.device != expected.device:
             raise Unsupported("gradients or states that are not the selective scan's", nearest="backend='torch'")
     grads = problem.empty_gradients(needed)
-    if problem.x.shape[0] * problem.x.shape[2] == 0:  # the kernel has nothing to run over
+    if problem.x.shape[0] * problem.x.shape[2] == 0:  # nothing for the kernel to iterate over
         return [grad.zero_() for grad in grads]
     call = _Call(problem)
     grad_y, grad_last, kept = rows_contiguous(grad_y), grad_last.contiguous(), kept.contiguous()

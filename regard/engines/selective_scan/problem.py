@@ -1,4 +1,4 @@
-"""A call of the selective scan as one object, which the engine's forms and its operators share."""
+"""The arguments of the selective scan as one object, which the engine's forms and operators share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from regard.backends.operators import Packed
 
 @dataclass(frozen=True)
 class Problem(Packed):
-    """What :func:`regard.engines.selective_scan.selective_scan` is given; `a`, `skip`, `dt_bias` and `state` are wide."""
+    """The arguments of :func:`regard.engines.selective_scan.selective_scan`; `a`, `skip`, `dt_bias` and `state` are in
+    at least float32."""
 
     x: Tensor
     dt: Tensor
@@ -28,5 +29,5 @@ class Problem(Packed):
 
     @property
     def learned(self) -> list[Tensor | None]:
-        """The inputs that have gradients: those before `lengths`."""
+        """The inputs that have gradients: the fields before `lengths`."""
         return [self.x, self.dt, self.a, self.b, self.c, self.skip, self.dt_bias, self.z, self.state]

@@ -1,8 +1,8 @@
-"""Chunked selective scan in PyTorch.
+"""The selective scan in PyTorch, chunk by chunk.
 
-A chunk is cut into strides of a few tokens. All strides of the chunk advance together, first from an empty state to find
-what each leaves behind, then from the true state before each: twice the additions, but every operator works on many
-tokens. Decays over a stride are exponentials of sums of steps, all of one sign.
+A chunk is cut into strides of a few tokens. All strides of the chunk advance in parallel, first from an empty state to
+find the contribution of each, then from the true state before each: twice the additions, but every operator processes
+many tokens. Decays over a stride are exponentials of sums of steps, all of one sign.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 STRIDE = 8
-"""Tokens that follow each other one by one."""
+"""Number of tokens that are processed one after another."""
 
 
 def _recur(
@@ -36,7 +36,7 @@ def _recur(
     state: Float[Tensor, "b c k"],
     inclusive: bool,
 ) -> tuple[Float[Tensor, "b q c"] | None, Float[Tensor, "b c k"]]:
-    """The bare recurrence over a chunk, all in the dtype of the state."""
+    """The recurrence alone over a chunk, all in the dtype of the state."""
     n, groups = x.shape[1], b.shape[2]
     stride = min(STRIDE, n)
     count = -(-n // stride)
@@ -49,7 +49,7 @@ def _recur(
         return t.unflatten(-1, (groups, -1))[..., None]  # (..., g, c / g, 1)
 
     steps, rates = channels(strides(dt)), a.unflatten(0, (groups, -1))
-    # unbind rather than indexing: its gradient is one stack, not a tensor of zeros for each token
+    # unbind instead of indexing: the gradient is a single stack, not a tensor of zeros per token
     keep = (steps * rates).exp().unbind()  # by place in the stride: (b, strides, g, c / g, k)
     write = (channels(strides(dt * x)) * strides(b)[..., None, :]).unbind()
     start = state.unflatten(1, (groups, -1))
@@ -72,7 +72,7 @@ def _recur(
         before = keep[j] * h
         h = before + write[j]
         reads.append(h if inclusive else before)
-    # the last row of several strides would keep them all in memory
+    # a view of the last row would keep all strides in memory
     last = (start if several else h[:, 0]).flatten(1, 2)
     if c is None:
         return None, last
@@ -81,7 +81,7 @@ def _recur(
 
 
 def _chunk(part: Problem, valid: Bool[Tensor, "b q"] | None) -> tuple[Tensor | None, Tensor]:
-    """The tokens of one chunk, from the state before it."""
+    """Process one chunk from the state before it."""
     assert part.state is not None
     dtype = part.state.dtype
     wide, steps = part.x.to(dtype), part.dt.to(dtype)
@@ -103,7 +103,7 @@ def _chunk(part: Problem, valid: Bool[Tensor, "b q"] | None) -> tuple[Tensor | N
 
 
 def _visited(problem: Problem) -> Problem:
-    """The same with its tokens in the order in which they are visited."""
+    """The problem with its tokens in the order of visits."""
     order, p = problem.order, problem
     assert order is not None
     back = opposite(order)
@@ -125,9 +125,9 @@ def run(problem: Problem, chunk_size: int) -> tuple[Tensor | None, Tensor]:
         return (None if c is None else x), state
     valid = None if lengths is None else valid_from_lengths(lengths, n)
     if valid is None and torch.compiler.is_exporting():
-        valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)  # but not what the scan adds
+        valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)  # excludes the scan's padding
     if x.is_meta:
-        chunk_size = n  # the sizes of one chunk are asked for sooner than those of many
+        chunk_size = n  # fewer shapes to infer in one chunk than in many
     recompute = torch.is_grad_enabled() and problem.records and not torch.compiler.is_exporting()
 
     def tokens(state: Tensor, *own: Any) -> tuple[Tensor | None, Tensor]:

@@ -1,13 +1,13 @@
-"""The running softmax of attention with queries that do not depend on the position, as a scan over (m, u, w).
+"""The running softmax of attention with position-independent queries, as a scan over (m, u, w).
 
 For scores s_t and values v_t: m_t the running maximum, u_t = sum_{j<=t} exp(s_j - m_t), w_t = sum_{j<=t} exp(s_j - m_t) v_j;
 the output is w_t / u_t. Pairs merge associatively (Attention as an RNN, arXiv 2405.13956, section 3.2),
 
     (m, u, w) + (m', u', w') = (M, u e^(m - M) + u' e^(m' - M), w e^(m - M) + w' e^(m' - M)),   M = max(m, m'),
 
-so prefixes are found in chunks with a carried (m, u, w), or by merging neighbours, then neighbours of those (the parallel
-prefix scan, :mod:`regard.engines.softmax_scan.pairs_form`). Scores keep their gradients; a merged maximum only rescales, so it
-is held constant.
+so prefixes are computed in chunks with a carried (m, u, w), or by merging neighbours, then neighbours of those (the
+parallel prefix scan, :mod:`regard.engines.softmax_scan.pairs_form`). Scores have gradients; a merged maximum only
+rescales, so it is held constant.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 
 CHUNK = 64
-"""Tokens of a chunk where none is asked for."""
+"""Default number of tokens per chunk."""
 PAIRS_FROM = 1 << 12
-"""Scores of a call from which merging in pairs takes less time than chunks, and no more memory, on a CPU."""
+"""Number of scores in a call from which, on a CPU, merging in pairs is faster than chunks and no larger."""
 
 
 @dataclass(frozen=True)
 class ScanState(State):
-    """A :class:`Carry` of q queries in each of h groups of heads, and the tokens it has seen."""
+    """A :class:`Carry` for q queries in each of h groups of heads, and the number of tokens that it has seen."""
 
     m: Float[Tensor, "b h q"] = state_field(fill=-torch.inf)
     u: Float[Tensor, "b h q"] = state_field()
@@ -72,21 +72,21 @@ def softmax_scan(
     chunk_size: int | None = None,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "b h n q v"] | Float[Tensor, "b h n v"], Carry]:
-    """Prefix outputs of q fixed queries and the carry after the last token. Autocast does not reach in.
+    """Prefix outputs of q fixed queries and the carry after the last token. Autocast is disabled inside.
 
     Args:
-        s: scores of each token for each of the q queries; -inf skips the token.
+        s: score of each token for each of the q queries; -inf skips the token.
         v: values, shared by the queries.
-        state: carry to continue from.
-        log_decay: <= 0; before token t is added, the weights of all tokens before it are multiplied by its exponential.
-            Zero at tokens that are skipped.
+        state: the carry to continue from.
+        log_decay: <= 0; before token t is added, the weights of all earlier tokens are multiplied by its exponential.
+            Must be zero at skipped tokens.
         mix: weights of the q prefix outputs at each token. The outputs are then their weighted sums (B, H, N, V), and
-            the q outputs of a token are never stored.
-        chunk_size: tokens computed together; None for 64, or for merging in pairs (:mod:`.pairs_form`) where torch computes
-            and that is faster. Changes rounding only.
+            the q separate outputs of a token are never stored.
+        chunk_size: number of tokens computed together; None for 64 or, on the torch backend if faster, for merging in
+            pairs (:mod:`.pairs_form`). Only affects rounding.
 
     Returns:
-        Outputs in the dtype of v (0 where no token was seen yet); the carry in at least float32.
+        Outputs in the dtype of v (0 before the first token seen); the carry in at least float32.
     """
     if chunk_size is not None and chunk_size < 1:
         raise Unsupported(f"chunk_size={chunk_size}", supported="a positive integer")
@@ -100,8 +100,8 @@ def softmax_scan_shifted(
 ) -> tuple[Float[Tensor, "b h n q v"], Carry]:
     """The scan as two cumulative sums relative to the largest score of the call.
 
-    Fewer operations than :func:`softmax_scan`, but exp underflows where early scores lie far below the largest one (by
-    87 in float32, 700 in float64): those prefixes lose precision, and in the end give 0.
+    Needs fewer operations than :func:`softmax_scan`, but exp underflows if early scores are far below the largest one
+    (by 87 in float32, 700 in float64): those prefixes lose precision, and eventually become 0.
     """
     m, u, w = empty_carry(s, v) if state is None else state
     scores = s.to(u.dtype)
@@ -122,7 +122,7 @@ def absorb(
     state: Carry | None = None,
     log_decay: Float[Tensor, "#b #h n"] | None = None,
 ) -> Carry:
-    """The carry of :func:`softmax_scan` without its outputs: one block merged into the carry."""
+    """The carry of :func:`softmax_scan` without its outputs: merges one block into the carry."""
     m, u, w = empty_carry(s, v) if state is None else state
     scores = s.to(u.dtype).mT
     if log_decay is not None and s.shape[2]:
@@ -137,7 +137,7 @@ def absorb(
 
 
 def merge(first: Carry, second: Carry) -> Carry:
-    """The carry of two disjoint sets of tokens (associative; an empty carry is its identity)."""
+    """Merge the carries of two disjoint sets of tokens (associative; an empty carry is the identity)."""
     m = torch.maximum(first.m, second.m).detach()
     a, b = exponentials(first.m, m), exponentials(second.m, m)
     return Carry(m, a * first.u + b * second.u, a[..., None] * first.w + b[..., None] * second.w)
@@ -145,7 +145,7 @@ def merge(first: Carry, second: Carry) -> Carry:
 
 def _run_in_torch(problem: Problem, chunk_size: int | None) -> tuple[Tensor, Carry]:
     s = problem.s
-    # measured on CPUs alone; a compiled program must not depend on how often the tokens can be halved
+    # only measured on CPUs; a compiled program must not depend on how often the tokens can be halved
     unrolled = s.device.type != "cpu" or torch.compiler.is_compiling() or torch.compiler.is_exporting()
     if chunk_size is not None or problem.mix is not None or unrolled or s.numel() < PAIRS_FROM:
         return torch_form.run(problem, chunk_size or CHUNK)

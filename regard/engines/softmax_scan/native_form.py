@@ -1,4 +1,4 @@
-"""The softmax scan in C++ (`native/src/softmax_scan.cpp`): one pass over the values, and gradients without stored states."""
+"""The softmax scan in C++ (`native/src/softmax_scan.cpp`): one pass over the values, no states stored for gradients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from regard.contract import Unsupported
 from regard.engines.softmax_scan.problem import Carry, Problem
 
 SCORES = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes of scores, decays and mixing weights: all are read in float32."""
+"""Dtypes of scores, decays and mixing weights, which are all read as float32."""
 
 
 class Scan(library.Arguments):
@@ -66,14 +66,14 @@ class ScanBackward(library.Arguments):
 
 
 def run(problem: Problem, chunk_size: int | None) -> tuple[Tensor, Carry]:
-    """See :func:`regard.engines.softmax_scan.softmax_scan`; `chunk_size` is the kernel's own."""
+    """See :func:`regard.engines.softmax_scan.softmax_scan`; the kernel chooses its own `chunk_size`."""
     log_decay, mix = (None if x is None else x.float() for x in (problem.log_decay, problem.mix))
     out, m, u, w = _scan(replace(problem, s=problem.s.float(), log_decay=log_decay, mix=mix))
     return (out if mix is not None else out.transpose(2, 3)), Carry(m.detach(), u, w)
 
 
 def refuses(problem: Problem, chunk_size: int | None) -> str | None:
-    """Why a call is left to another backend."""
+    """The reason to leave a call to another backend; None if there is none."""
     p = problem
     if p.v.dtype not in library.DTYPES:
         return f"values in {p.v.dtype}"
@@ -107,13 +107,13 @@ def _check(p: Problem) -> None:
 
 
 def _laid_out(p: Problem) -> Problem:
-    """As the kernels read it."""
+    """The tensors in the layouts that the kernel reads."""
     m, u, w = (x.contiguous() for x in p.carry)
     return replace(p, v=rows_contiguous(p.v), m=m, u=u, w=w)
 
 
 def _arguments(p: Problem, out: Tensor) -> Scan:
-    """The struct without the carry out. The caller keeps the tensors."""
+    """The struct without the final carry. The caller must keep the tensors alive."""
     batch, heads, n, queries = p.s.shape
     gates: dict[str, Any] = {}
     if p.log_decay is not None:
@@ -140,7 +140,7 @@ def _arguments(p: Problem, out: Tensor) -> Scan:
 
 
 def _shared(x: Tensor) -> tuple[int, ...]:
-    """Strides that do not move along axes of size 1."""
+    """Strides, with 0 for axes of size 1."""
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
@@ -153,7 +153,7 @@ def _empty_outputs(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @operator("softmax_scan")
 def _scan(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Outputs (B, H, Q, N, V), with mix (B, H, N, V), and the carry (m, u, w)."""
+    """Outputs (B, H, Q, N, V) or, with mix, (B, H, N, V), and the carry (m, u, w)."""
     _check(problem)
     given = _laid_out(problem)
     out, m_out, u_out, w_out = _empty_outputs(problem)
@@ -169,7 +169,7 @@ def _(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _empty_gradients(p: Problem, needed: list[bool]) -> list[Tensor]:
-    # those of decays are sums of those of scores and of the carry
+    # gradients of decays are sums of those of scores and of the carry
     return p.empty_gradients([needed[0] or needed[2], *needed[1:4], True, True, True])
 
 
@@ -177,9 +177,9 @@ def _empty_gradients(p: Problem, needed: list[bool]) -> list[Tensor]:
 def _scan_backward(
     grad_out: Tensor, grad_u: Tensor, grad_w: Tensor, problem: Problem, out: Tensor | None, needed: list[bool]
 ) -> list[Tensor]:
-    """Gradients of what the problem has learned, empty where not needed; of the carry always.
+    """Gradients of the problem's learned tensors, empty where not needed; those of the carry always.
 
-    `out`: unless the outputs are mixed."""
+    `out` is needed unless the outputs are mixed."""
     _check(problem)
     expected, _, expected_u, expected_w = _empty_outputs(problem)
     results = [(grad_out, expected), (grad_u, expected_u), (grad_w, expected_w)]
@@ -209,7 +209,7 @@ def _scan_backward(
         )
     )
     if grad_decay.numel():
-        # what decays at token t are the exponents of all tokens before it, and an output's exponents' gradients sum to 0
+        # the decay at token t shifts all earlier exponents; the gradients of an output's exponents sum to 0
         by_token = torch.cat([grad_m.double().sum(-1)[..., None], grad_s.double().sum(-1)[:, :, :-1]], -1)
         grad_decay.copy_(by_token.cumsum(-1).sum_to_size(grad_decay.shape))
     return grads

@@ -1,8 +1,8 @@
 """The softmax scan in pairs of tokens: the parallel prefix scan of Attention as an RNN (arXiv 2405.13956, section 3.2).
 
-Neighbours are merged, prefixes of what is merged are found in the same way, and each token between two of them takes in the
-one before it: 2 N merges in 2 log2 N steps (Blelloch, Prefix sums and their applications, 1990), each for all rows and heads
-at once. Nothing is made for pairs of tokens, as the chunked form does.
+Neighbours are merged, prefixes of the merged ones are found recursively, and each token in between is merged with the
+prefix before it: 2 N merges in 2 log2 N steps (Blelloch, Prefix sums and their applications, 1990), each for all rows
+and heads at once. Unlike in the chunked form, nothing is stored for pairs of tokens.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from regard.engines.softmax_scan.torch_form import exponentials, normalized
 
 @dataclass(frozen=True)
 class Runs:
-    """Sums over runs of tokens, one run after another along axis 2.
+    """Sums over runs of consecutive tokens, with the runs along axis 2.
 
     Attributes:
-        m: (B, H, N, Q) largest exponent of each query, a constant that only rescales the others.
-        u: (B, H, N, Q) sum of the exponentials relative to it.
-        w: (B, H, N, Q, V) the same times values.
-        log_decay: (B, H, N, 1) what a run adds to the exponents of all before it; None for nothing.
+        m: (B, H, N, Q) largest exponent for each query, a constant that only rescales the other sums.
+        u: (B, H, N, Q) sum of the exponentials relative to m.
+        w: (B, H, N, Q, V) sum of the exponentials times values.
+        log_decay: (B, H, N, 1) what a run adds to the exponents of all earlier tokens; None for no decay.
     """
 
     m: Tensor
@@ -41,7 +41,7 @@ class Runs:
         return Runs(self.m[:, :, places], self.u[:, :, places], self.w[:, :, places], decay)
 
     def before(self, following: Runs) -> Runs:
-        """Each run together with the one that follows it."""
+        """Merge each run with the corresponding run of `following`."""
         faded, decay = self.m, following.log_decay
         if self.log_decay is not None and decay is not None:
             faded, decay = faded + decay, self.log_decay + decay
@@ -51,11 +51,11 @@ class Runs:
         return Runs(m, a * self.u + b * following.u, w, decay)
 
     def and_then(self, *others: Runs) -> Runs:
-        """These runs, then those of the others."""
+        """Concatenate these runs and the others."""
         return _side_by_side(lambda tensors: torch.cat(tensors, 2), (self, *others))
 
     def in_turn(self, others: Runs) -> Runs:
-        """The first of these, the first of the others, the second of these, ...; as many of both."""
+        """Interleave with the same number of other runs: first of these, first of the others, second of these, ..."""
         return _side_by_side(lambda tensors: torch.stack(tensors, 3).flatten(2, 3), (self, others))
 
 
@@ -66,22 +66,22 @@ def _side_by_side(lay: Callable[[list[Tensor]], Tensor], parts: Sequence[Runs]) 
 
 
 def prefixes(runs: Runs) -> Runs:
-    """Each run together with all before it."""
+    """Merge each run with all runs before it."""
     if len(runs) < 2:
         return runs
     first, second = runs[0::2], runs[1::2]
-    whole = prefixes(first[: len(second)].before(second))  # with each second one
+    whole = prefixes(first[: len(second)].before(second))  # prefixes that end at every second run
     firsts = first[:1].and_then(whole[: len(first) - 1].before(first[1:]))
     found = firsts[: len(whole)].in_turn(whole)
     return found.and_then(firsts[len(whole) :]) if len(firsts) > len(whole) else found
 
 
 def run(problem: Problem) -> tuple[Tensor, Carry]:
-    """See :func:`regard.engines.softmax_scan.softmax_scan`; of at least one token, without `mix`."""
+    """See :func:`regard.engines.softmax_scan.softmax_scan`; for at least one token, without `mix`."""
     dtype = problem.u.dtype
     scores, values = problem.s.to(dtype), problem.v.to(dtype)
     m = scores.detach()
-    u = exponentials(scores, m)  # 1, with the gradient of the score; 0 where the token is skipped
+    u = exponentials(scores, m)  # 1, with the gradient of the score; 0 if the token is skipped
     decay = problem.log_decay
     if decay is not None:
         decay = decay.to(dtype).expand(*scores.shape[:3])[..., None]

@@ -1,4 +1,4 @@
-"""A call of the softmax scan as one object, which the engine's forms and its operators share."""
+"""The arguments of the softmax scan as one object, which the engine's forms and operators share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Carry(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem(Packed):
-    """What :func:`regard.engines.softmax_scan.softmax_scan` is given."""
+    """The arguments of :func:`regard.engines.softmax_scan.softmax_scan`."""
 
     s: Tensor
     v: Tensor

@@ -1,5 +1,5 @@
-"""Chunked softmax scan in PyTorch: inside a chunk each prefix is a masked product with its own running maximum, and what
-chunks leave to each other is found by merging in pairs."""
+"""The softmax scan in PyTorch, chunk by chunk: inside a chunk each prefix is a masked product with its own running
+maximum, and the carries between chunks are found by merging in pairs."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
 
 
 PAIRS_AT_ONCE = 1 << 22
-"""Pairs of tokens of a chunk, in every row, head and query, that are computed at once."""
+"""Number of pairs of tokens within chunks, over all rows, heads and queries, to compute at once."""
 
 
 def exponentials(x: Tensor, maximum: Tensor) -> Tensor:
-    """exp(x - maximum), and 0 where both are -inf."""
+    """exp(x - maximum), or 0 if both are -inf."""
     return (x - maximum.masked_fill(maximum == -torch.inf, 0.0)).exp()
 
 
 def normalized(u: Float[Tensor, "..."], w: Float[Tensor, "... v"]) -> Float[Tensor, "... v"]:
-    """w / u, and 0 where no token was seen."""
-    seen = u != 0  # NaN is seen
+    """w / u, or 0 if no token was seen."""
+    seen = u != 0  # NaN counts as seen
     return torch.where(seen[..., None], w / torch.where(seen, u, 1)[..., None], 0)
 
 
 def prefix_weights(
     scores: Float[Tensor, "*b q c"], log_decay: Float[Tensor, "*#b c"] | None, m: Float[Tensor, "*b q"]
 ) -> tuple[Float[Tensor, "*b q c"], Float[Tensor, "*b q c c"], Float[Tensor, "*b q c"]]:
-    """Running maximum at each token t of a chunk; weights of tokens j <= t, and of what came before, relative to it."""
+    """Running maximum at each token t of a chunk and, relative to it, the weights of tokens j <= t and of the carry."""
     c = scores.shape[-1]
     exponents, before = scores[..., None, :], m[..., None]
     if log_decay is not None:
@@ -54,8 +54,8 @@ def carries(
     log_decay: Tensor | None,
     values: Float[Tensor, "b chunks h c v"],
 ) -> Carry:
-    """The carry before each chunk and after the last, in the logarithm of their number of steps: each takes in what twice
-    as many chunks before it have left behind (Hillis and Steele, Data parallel algorithms, 1986)."""
+    """The carry before each chunk and after the last one, in logarithmically many steps: each step merges a carry with
+    one that covers twice as many earlier chunks as before (Hillis and Steele, Data parallel algorithms, 1986)."""
     total = None
     if log_decay is not None:
         scores = scores + suffix_sum(log_decay[..., None]).mT
@@ -79,7 +79,7 @@ def carries(
 
 
 def run(problem: Problem, chunk_size: int) -> tuple[Tensor, Carry]:
-    """See :func:`regard.engines.softmax_scan.softmax_scan`. Chunks are computed side by side, as many as memory allows."""
+    """See :func:`regard.engines.softmax_scan.softmax_scan`. Computes as many chunks in parallel as memory allows."""
     s, v, carry = problem.s, problem.v, problem.carry
     batch, heads, n, queries = s.shape
     if n == 0:
@@ -102,7 +102,7 @@ def run(problem: Problem, chunk_size: int) -> tuple[Tensor, Carry]:
 def _span(
     s: Tensor, v: Tensor, log_decay: Tensor | None, mix: Tensor | None, carry: Carry, size: int
 ) -> tuple[Tensor, Carry]:
-    """Some chunks of `size` tokens, the last perhaps shorter."""
+    """Process some chunks of `size` tokens; the last one may be shorter."""
     n = s.shape[2]
 
     def chunks(x: Tensor, fill: float = 0.0) -> Tensor:
@@ -129,7 +129,7 @@ def _span(
 
 
 def _folded(p: Problem, chunk_size: int) -> tuple[Tensor, Carry]:
-    """As :func:`run`, one chunk after another: an exported program does not know how many there are."""
+    """:func:`run` one chunk after another, for exported programs, in which the number of chunks is unknown."""
     dtype = p.u.dtype
 
     def chunk(

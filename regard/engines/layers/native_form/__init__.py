@@ -1,5 +1,5 @@
-"""Operations around the products of a layer, in C++ (`native/src/layers.cpp`): each a single pass over memory.
+"""The operations around the matrix products of a layer in C++ (`native/src/layers.cpp`), each in one pass over memory.
 
-Backward computes what it needs again from the inputs. Where torch has a single operator, small inputs are left to it:
-there a call of one of these, about 20 us and 100 us more with gradients, costs more than it saves.
+Backward recomputes what it needs from the inputs. Where torch has a single operator, small inputs are left to it: the
+overhead of a native call, about 20 us, or 100 us more with gradients, would exceed the gain.
 """

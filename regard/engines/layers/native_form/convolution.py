@@ -16,7 +16,7 @@ from regard.engines.layers.native_form.common import addresses, differentiate, r
 from regard.engines.layers.problem import ShortConvolution
 
 WIDEST = 16
-"""Taps of the widest filter: REGARD_SHORT_CONVOLUTION_WIDEST."""
+"""Number of taps of the widest filter: REGARD_SHORT_CONVOLUTION_WIDEST."""
 
 Two = ctypes.c_int64 * 2
 
@@ -65,7 +65,7 @@ def short_convolution(problem: ShortConvolution) -> tuple[Tensor, Tensor | None]
 
 
 def refuses(problem: ShortConvolution) -> str | None:
-    """Why a call is left to another backend."""
+    """The reason to leave a call to another backend; None if there is none."""
     return unreadable(problem.x, problem.weight, problem.bias, problem.cache) or _misfit(problem)
 
 
@@ -97,7 +97,7 @@ def _arguments(p: ShortConvolution) -> tuple[Convolution, list[Tensor | None]]:
     """The struct, and the tensors that it points to."""
     batch, n, channels = p.x.shape
     x = rows_contiguous(p.x)
-    lengths = None if p.lengths is None else p.lengths.clamp(0, n)  # nobody reads beyond a row, whatever they say
+    lengths = None if p.lengths is None else p.lengths.clamp(0, n)  # the kernel must not read beyond a row
     rest = [None if t is None else t.contiguous() for t in (p.weight, p.bias, p.cache, lengths)]
     weight, bias, cache, valid = map(pointer, rest)
     arguments = Convolution(
@@ -125,7 +125,7 @@ def _empty_results(p: ShortConvolution) -> tuple[Tensor, Tensor]:
 
 @operator("short_convolution")
 def _convolution(problem: ShortConvolution) -> tuple[Tensor, Tensor]:
-    """y (B, N, C) and the last inputs (B, width - 1, C), empty when there are taps after the token."""
+    """y (B, N, C) and the last inputs (B, width - 1, C), empty if there are taps after the token."""
     _check(problem)
     arguments, alive = _arguments(problem)
     y, last = _empty_results(problem)
@@ -144,7 +144,7 @@ def _(problem: ShortConvolution) -> tuple[Tensor, Tensor]:
 def _convolution_backward(
     grad_y: Tensor, grad_last: Tensor, problem: ShortConvolution, needed: list[bool]
 ) -> list[Tensor]:
-    """Gradients of x, weight, bias and cache, empty where not needed."""
+    """Gradients of x, weight, bias and cache; empty where not needed."""
     _check(problem)
     for found, expected in zip((grad_y, grad_last), _empty_results(problem), strict=True):
         if found.shape != expected.shape or found.dtype != expected.dtype or found.device != expected.device:

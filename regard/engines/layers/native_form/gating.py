@@ -42,7 +42,7 @@ def gated_product(problem: GatedProduct) -> Tensor:
 
 
 def refuses(problem: GatedProduct) -> str | None:
-    """Why a call is left to another backend."""
+    """The reason to leave a call to another backend; None if there is none."""
     return small("gated_product", problem.x) or _misfit(problem.x, problem.gate)
 
 
@@ -53,7 +53,7 @@ def _misfit(x: Tensor, *others: Tensor) -> str | None:
 
 
 def _matrix(x: Tensor) -> Tensor:
-    """Rows at one stride: a copy only where the leading axes are not."""
+    """A matrix whose rows have one stride; copies only if the leading axes do not."""
     return rows_contiguous(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
 
 
@@ -91,7 +91,7 @@ def _(problem: GatedProduct) -> Tensor:
 
 @operator("gated_product_backward")
 def _product_backward(grad_y: Tensor, problem: GatedProduct, needed: list[bool]) -> list[Tensor]:
-    """Gradients of x and the gate, empty where not needed."""
+    """Gradients of x and the gate; empty where not needed."""
     refuse(_misfit(problem.x, problem.gate, grad_y), "product with a gate")
     grads = problem.empty_gradients(needed)
     grad_x, grad_gate = addresses(grads)

@@ -56,7 +56,7 @@ def rms_norm(problem: RMSNorm) -> Tensor:
 
 
 def refuses(problem: RMSNorm) -> str | None:
-    """Why a call is left to another backend."""
+    """The reason to leave a call to another backend; None if there is none."""
     return small("rms_norm", problem.x) or _misfit(problem)
 
 
@@ -73,7 +73,7 @@ def _misfit(p: RMSNorm) -> str | None:
 
 
 def _three_axes(x: Tensor) -> Tensor:
-    """Rows numbered by three axes, their features contiguous; a copy only of what has more."""
+    """Rows in three leading axes, with contiguous features; copies only what needs more axes."""
     x = rows_contiguous(x)
     if x.ndim > 4:
         return x.reshape(-1, 1, 1, x.shape[-1])
@@ -115,7 +115,7 @@ def _(problem: RMSNorm) -> Tensor:
 
 @operator("rms_norm_backward")
 def _norm_backward(grad_y: Tensor, problem: RMSNorm, needed: list[bool]) -> list[Tensor]:
-    """Gradients of x, weight and z, empty where not needed."""
+    """Gradients of x, weight and z; empty where not needed."""
     reason = _misfit(problem) or unreadable(problem.x, grad_y)
     if reason is None and grad_y.shape != problem.x.shape:
         reason = "a gradient of another shape than its output's"

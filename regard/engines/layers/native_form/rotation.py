@@ -1,4 +1,4 @@
-"""Rotary positions; the gradient is the rotation back."""
+"""Rotary positions; the gradient is the rotation in reverse."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Rotary(library.Arguments):
 
 @lru_cache(maxsize=64)
 def _frequencies(rotated: int, base: float, stretch: float) -> ctypes.Array[ctypes.c_double]:
-    """Turns per position of each plane."""
+    """Turns per position for each plane of rotation."""
     return (ctypes.c_double * (rotated // 2))(
         *(base ** -(i / rotated) / (2 * pi * stretch) for i in range(0, rotated, 2))
     )
@@ -53,7 +53,7 @@ def rotary(x: Tensor, positions: Tensor, rotated: int, base: float, stretch: flo
 
 
 def refuses(x: Tensor, positions: Tensor, rotated: int, base: float, stretch: float) -> str | None:
-    """Why a call is left to another backend."""
+    """The reason to leave a call to another backend; None if there is none."""
     return _misfit(x, positions, rotated)
 
 
@@ -69,14 +69,14 @@ def _misfit(x: Tensor, positions: Tensor, rotated: int) -> str | None:
 
 
 def _empty_rotated(x: Tensor, reverse: bool) -> Tensor:
-    """Rows of a head together, as attention reads them; a gradient as it will be flattened for the projection before."""
+    """An empty result with a head's tokens contiguous, as attention reads them; in reverse, with a token's heads."""
     batch, heads, n, width = x.shape
     return x.new_empty(batch, n, heads, width).transpose(1, 2) if reverse else x.new_empty(x.shape)
 
 
 @operator("rotary")
 def _rotary(x: Tensor, positions: Tensor, rotated: int, base: float, stretch: float, reverse: bool) -> Tensor:
-    """Its gradient is the same with `reverse` negated, so it may be differentiated again and again."""
+    """Its gradient is the same operator with `reverse` negated, so it can be differentiated any number of times."""
     refuse(_misfit(x, positions, rotated), "rotary positions")
     x = rows_contiguous(x)
     y = _empty_rotated(x, reverse)
@@ -108,8 +108,8 @@ def _arguments(
 def _template(
     layouts: tuple[library.Layout | None, ...], rotated: int, base: float, stretch: float, threads: int
 ) -> tuple[bytes, Any] | None:
-    """The struct of a call of tensors that lie so (x and positions), but for where, and what it points at; None where the
-    kernel does not take them as they are."""
+    """The struct for x and positions with these layouts, without addresses, and the data that it points to; None if the
+    kernel cannot read them as they are."""
     found = library.samples(layouts)
     if found is None:
         return None
@@ -123,8 +123,8 @@ def _template(
 
 
 def plain(x: Tensor, positions: Tensor, rotated: int, base: float, stretch: float) -> Tensor | None:
-    """:func:`rotary` by the shortest way to the kernel; None for calls that have none, and where a gradient is recorded or
-    somebody watches."""
+    """:func:`rotary` by a direct kernel call; None for calls that need the general path, such as those that autograd, a
+    profiler or a mode must see."""
     if not runs_plainly(x, positions):
         return None
     layouts = library.layouts(x, positions)
