@@ -148,8 +148,7 @@ def load_compressed(folder: str | os.PathLike[str], *, into: nn.Module | None = 
 
 
 def load_own(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> nn.Module:
-    """Load a model of regard, compressed or not, in evaluation mode; raises like
-    :func:`regard.models.from_pretrained`."""
+    """Load a model of regard, compressed or not, in evaluation mode; see :func:`regard.models.from_pretrained`."""
     model, tokens = read_pretrained(folder, device=device)
     return _with_tokens(model, tokens, Path(folder) / CONFIG)
 

@@ -170,8 +170,7 @@ class Gptq(Rounding):
 
 @dataclass(frozen=True)
 class Lsq(Rounding):
-    """Weights in 8 to 2 bits, trained together with the step sizes of their grids; see
-    :mod:`regard.compression.weights.learned`.
+    """Weights in 8 to 2 bits, trained with the steps of their grids; see :mod:`regard.compression.weights.learned`.
 
     It trains on the data with the model's own loss, so use items that the model is not tested on.
 

@@ -1,5 +1,4 @@
-"""How the states of pieces of a sequence combine into the state of the whole, for mechanisms that declare it on their
-card.
+"""How states of pieces of a sequence combine into that of the whole, for mechanisms that declare it on their card.
 
 S is the state after a piece that began with an empty state, and A is the piece's effect on the state before it:
 

@@ -35,8 +35,7 @@ def started_ranks() -> int:
 
 @contextmanager
 def joined(device: str) -> Iterator[bool]:
-    """Join the process group of torchrun's processes; yields whether this is the first process, which does the
-    reporting.
+    """Join the process group of torchrun's processes; yields whether this is the first, which does the reporting.
 
     Raises:
         Unsupported: in a process that torchrun has not started.

@@ -19,8 +19,7 @@ LOOKS, APART = 4, 20
 
 
 class Best:
-    """Keeps, for each module that a stage trains, the weights with the lowest loss on held-out data, including the
-    initial ones.
+    """Keeps the weights with the lowest held-out loss, initial ones included, for each module that a stage trains.
 
     New attention often starts close to what it should learn, and a few hundred small batches can move it away: then the
     stage ends with the best weights, not with the last.

@@ -224,8 +224,7 @@ def as_papers_begin(written: str, length: int, heads: int, pattern: Pattern = Pa
 
 
 def check_mechanism(written: str, pattern: Pattern | None = None) -> None:
-    """Raise Unsupported, naming the nearest alternative, for a mechanism that cannot take a model's queries, keys and
-    values.
+    """Raise Unsupported, with the nearest alternative, unless a mechanism can take a model's queries, keys and values.
 
     Args:
         pattern: pattern of the model's attention; None if not known yet.

@@ -25,8 +25,7 @@ POOLED = (4, 2, 1)
 def response_loss(
     student: Float[Tensor, "... k"], teacher: Float[Tensor, "... k"], temperature: float = 1.0
 ) -> Float[Tensor, ""]:
-    """T^2 KL(softmax(teacher / T), softmax(student / T)), averaged over all but the last axis (Hinton et al., arXiv
-    1503.02531).
+    """T^2 KL(softmax(teacher / T), softmax(student / T)), averaged over all but the last axis (Hinton et al., arXiv 1503.02531).
 
     Args:
         student, teacher: logits, classes last.
@@ -70,8 +69,7 @@ def relation_loss(
     teacher: Float[Tensor, "b h n e"],
     mask: Float[Tensor, "b #h #n n"] | None = None,
 ) -> Float[Tensor, ""]:
-    """KL(teacher, student) of relations between values, softmax(V V^T / sqrt(width)), over queries and heads (MiniLM,
-    arXiv 2002.10957).
+    """KL(teacher, student) of value relations softmax(V V^T / sqrt(width)), by query and head (MiniLM, arXiv 2002.10957).
 
     MiniLM adds it to :func:`attention_transfer_loss` for the same layer, the last of both models. The widths of heads
     may differ, so the student can be as narrow and shallow as desired, but the number of heads must be equal.

@@ -49,8 +49,7 @@ class ResponseConfig:
 
 @dataclass(frozen=True)
 class TokenConfig:
-    """The student's distillation token learns the teacher's classes, the class token those of the data (DeiT, arXiv
-    2012.12877).
+    """The student's distillation token learns the teacher's classes, the class token the data's (DeiT, arXiv 2012.12877).
 
     This is the paper's hard distillation: CE(class token, label) + CE(distillation token, argmax teacher), without its
     factor of one half. After training, the logits are the mean of both heads'.

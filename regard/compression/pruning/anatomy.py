@@ -1,5 +1,4 @@
-"""The parts of a model that can be removed: heads, neurons and whole branches of its layers, described alike for all
-models.
+"""The parts of a model that can be removed: heads, neurons and whole branches of layers, in a common description.
 
 A *unit* of attention is a key head with the query heads that read it: a single head, or a group of heads in models with
 grouped queries, of which no single head can be removed. A *branch* is what a layer adds to the residual stream: its

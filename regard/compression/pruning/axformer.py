@@ -117,8 +117,7 @@ def search(
     on_trial: Callable[[str, int, int], None] = lambda name, done, most: None,
     remember: Callable[[Trial], None] = lambda trial: None,
 ) -> Found:
-    """Search for parts that a model does better without. The model must be in evaluation mode, and is restored
-    afterwards.
+    """Search for parts that a model does better without. It must be in evaluation mode, and is restored afterwards.
 
     Args:
         batches: items to decide by.

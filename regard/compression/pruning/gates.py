@@ -1,5 +1,4 @@
-r"""Learned gates that remove heads, neurons and whole branches until a given share of the parameters is left (CoFi,
-arXiv 2204.00408).
+r"""Learned gates remove heads, neurons and branches until a share of the parameters is left (CoFi, arXiv 2204.00408).
 
 Each part has a gate z in [0, 1] with the hard concrete distribution (Louizos et al., arXiv 1712.01312), with u uniform
 in (0, 1) and beta = 2/3, gamma = -0.1, zeta = 1.1:

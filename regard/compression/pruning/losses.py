@@ -24,8 +24,7 @@ SUPPORTED = "batches of a task, mappings with labels, windows of text for a lang
 
 
 def item_losses(model: nn.Module, batch: Any, run: Run) -> Float[Tensor, " b"]:
-    """Cross entropy of each item in nats, averaged over its targets; the mean squared error if targets are real
-    numbers.
+    """Cross entropy of each item in nats, averaged over its targets; mean squared error if targets are real numbers.
 
     Args:
         batch: a task's batch; a mapping of arguments with ``labels``, as in transformers; or tokens (B, N), whose next

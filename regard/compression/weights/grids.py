@@ -52,8 +52,7 @@ def make_grids(
     *,
     importance: Float[Tensor, "#r c"] | None = None,
 ) -> Grids:
-    """A grid for each row, up to its largest absolute value, or from its minimum to its maximum, times a factor by
-    `calibrate`.
+    """A grid for each row, up to its largest absolute value or from minimum to maximum, times a factor by `calibrate`.
 
     Scale and offset are rounded to bfloat16; the scale is rounded so that the ends stay on the grid. A symmetric grid
     has one more number on one side of 0 than on the other: with fewer than 8 bits it is the side that allows smaller

@@ -211,8 +211,7 @@ class Host(ABC):
 
     @torch.no_grad()
     def check(self, batch: Batch, mechanism: str) -> float:
-        """Distance of the answers from the original's if all layers are new and untrained, relative to the largest
-        answer.
+        """Relative distance of the answers from the original's if all layers are new and untrained.
 
         Args:
             batch: a row of the training data, or a few.

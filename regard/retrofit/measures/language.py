@@ -82,8 +82,7 @@ def evaluation_length(host: LanguageHost, ids: Int[Tensor, " n"], length: int) -
 
 @torch.no_grad()
 def perplexity(models: Models, blocks: Int[Tensor, "w n"]) -> dict[str, Any]:
-    """Perplexity of each model on the same blocks, also by position, and the relative rise from the original to the
-    retrofit.
+    """Perplexity of each model on the same blocks, also by position, and its relative rise in the retrofit.
 
     The standard error of the change is that of the mean difference over blocks.
     """
@@ -110,8 +109,7 @@ def perplexity(models: Models, blocks: Int[Tensor, "w n"]) -> dict[str, Any]:
 
 @torch.no_grad()
 def recall(models: Models, ids: Int[Tensor, " n"], length: int, seed: int) -> dict[str, Any] | None:
-    """Share of a needle's tokens that each model predicts when its beginning is shown again; None if the text is too
-    short.
+    """Share of a needle's tokens that each model predicts after its beginning is shown again; None for a short text.
 
     A needle is random tokens of the text, hidden at three depths of it; a model that predicts them must have found the
     needle, since nothing else gives them away.
