@@ -93,7 +93,7 @@ def descend(
 
 @torch.no_grad()
 def mean_loss(loss_of: Callable[[int], Tensor], batches: int) -> float:
-    """Of the first of so many batches, :data:`SCORED` at the most, to tell what training did."""
+    """Mean loss over the first batches, :data:`SCORED` at most, to report the effect of training."""
     few = min(SCORED, batches)
     return sum(float(loss_of(i)) for i in range(few)) / few
 

@@ -166,7 +166,7 @@ def load_causal_model(
     mode, with its layers fused where they can be (:func:`regard.integrations.transformers.fuse_layers`).
 
     Args:
-        device, dtype: of the weights.
+        device, dtype: device and dtype of the weights.
         supported: what to suggest in the error for other places.
 
     Raises:

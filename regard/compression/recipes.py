@@ -145,7 +145,7 @@ class Gptq(Rounding):
     Attributes:
         bits, group, symmetric: as in ``int4``; with 8 bits the group has no meaning.
         order: ``activations`` or ``columns``.
-        damping: of the second moments, above 0.
+        damping: damping of the second moments, above 0.
     """
 
     calibrate: str = "mse"

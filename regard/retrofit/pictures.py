@@ -29,7 +29,7 @@ class View:
     """A model's preprocessing of images.
 
     Attributes:
-        channels, height, width: of the model's input.
+        channels, height, width: size of the model's input.
         crop: side of the center crop, as a share of the resized image's side.
         mean, deviation: per-channel values to normalise pixels from 0 to 1 with.
         classes: names of the model's classes, in its order; empty if it does not name them.

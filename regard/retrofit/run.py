@@ -63,7 +63,7 @@ class Retrofit:
 
     @property
     def recommendation(self) -> str:
-        """Whether to take the retrofit, and why, in a sentence or two."""
+        """The recommendation for or against the retrofit, in a sentence or two."""
         return self.record["recommendation"]["text"]
 
 

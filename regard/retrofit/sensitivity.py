@@ -22,7 +22,7 @@ def measure_sensitivity(
     alone: in nats, or as a share of the squared hidden states.
 
     Args:
-        modules: by the number of their layer, after some training (untrained modules say nothing about the layer).
+        modules: new modules by layer number, after some training (untrained modules say nothing about the layer).
         held_out: some of the held-out data.
         after: seconds planned for later stages.
     """

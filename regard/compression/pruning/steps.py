@@ -52,7 +52,7 @@ class SparseGpt(Masking):
     """Remove weights for which the remaining ones can compensate.
 
     Attributes:
-        damping: of the second moments, above 0.
+        damping: damping of the second moments, above 0.
     """
 
     damping: float = 0.01

@@ -33,7 +33,7 @@ def cost(n: int, width: int, ratio: float) -> float:
 
 @torch.no_grad()
 def retrieval(n: int, width: int, ratio: float, trials: int, seed: int, *, topics: bool = True) -> tuple[float, ...]:
-    """Whether the right label has the largest weight, for each trial (1 or 0).
+    """Return, for each trial, whether the right label has the largest weight (1 or 0).
 
     Args:
         n: number of keys, a multiple of 16 times the ratio.

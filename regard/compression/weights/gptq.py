@@ -55,7 +55,7 @@ def gptq(
     Args:
         weight: in any floating dtype; computed in that dtype, at least float32, with a factor U computed in float64.
         second: the sum of the outer products of the inputs.
-        format, calibrate: of the grids.
+        format, calibrate: format and calibrator of the grids.
         damping: added to the diagonal of H, as a multiple of its mean. The paper adds 0.01; estimates from a few
             thousand tokens are poor for that many columns, and more damping loses less on other text.
         order: ``columns``, or ``activations``: groups, and the columns within a group, with the largest inputs first.

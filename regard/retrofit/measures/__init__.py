@@ -36,7 +36,7 @@ class Measures(Protocol):
         source if there is one."""
 
     def recommend(self, results: Mapping[str, Any]) -> dict[str, Any]:
-        """Whether to take the retrofit: ``take`` (bool), ``text`` (a sentence or two), ``notes``."""
+        """The recommendation for or against the retrofit: ``take`` (bool), ``text`` (a sentence or two), ``notes``."""
 
 
 KINDS = cast(dict[str, Measures], {"language": language, "encoder": encoder, "vision": vision})

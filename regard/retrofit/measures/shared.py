@@ -117,7 +117,7 @@ def kept(share: float, error: float | None) -> str:
 
 
 def judgement(close: bool, cost: str, gain: str | None, delay: str | None) -> dict[str, Any]:
-    """Whether to take a retrofit, and the sentence that says so.
+    """The recommendation for or against a retrofit: ``take`` (bool) and ``text``.
 
     Args:
         cost: the loss, in words.

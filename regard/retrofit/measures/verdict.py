@@ -23,7 +23,7 @@ def recommend(results: Mapping[str, Any]) -> dict[str, Any]:
     """The recommendation, and notes on its limits.
 
     Args:
-        results: of :func:`regard.retrofit.evaluate.evaluate`.
+        results: the results of :func:`regard.retrofit.measures.evaluate`.
 
     Returns:
         ``take`` (bool), ``text``, ``notes``.
