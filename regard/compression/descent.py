@@ -99,5 +99,5 @@ def mean_loss(loss_of: Callable[[int], Tensor], batches: int) -> float:
 
 
 def by_path(parameters: dict[str, nn.Parameter]) -> nn.ParameterDict:
-    """Parameters by name, in a dictionary that takes no dots."""
+    """Parameters by name, with dots replaced, which `ParameterDict` does not allow."""
     return nn.ParameterDict({name.replace(".", "/"): one for name, one in parameters.items()})

@@ -285,12 +285,12 @@ class Recipe:
 
     @property
     def structure(self) -> Structured | AxFormer | None:
-        """The step that takes parts out of the model."""
+        """The step that removes parts of the model."""
         return self._of("structure")
 
     @property
     def masking(self) -> Masking | None:
-        """The step that makes weights 0."""
+        """The step that sets weights to 0."""
         return self._of("mask")
 
     @property

@@ -137,7 +137,7 @@ class Blocks:
         counts = seen.sum(-1)  # (B, H, blocks)
         order = (
             (~seen).to(torch.uint8).sort(dim=-1, stable=True).indices
-        )  # visible blocks first, the own one their last
+        )  # visible blocks first, the own block last of them
         head = torch.arange(batch * heads, device="cpu").view(batch, heads, 1, 1)
         table = order + head // (heads // groups) * blocks
         table = table[..., : int(counts.max()) if counts.numel() else 0]
