@@ -48,8 +48,8 @@ def find_layers(model: nn.Module, keep: Callable[[str, nn.Module], bool] = lambd
         keep: called with name and module; returns whether a module stays as it is, with everything in it.
 
     Raises:
-        Unsupported: for a model without layers that can be quantized, a model that is quantized already, weights that
-            are not float32, and layers that share a weight.
+        Unsupported: for a model without layers that can be quantized, a model that is quantized already, weights that are
+            not finite, in float32 and on the CPU, and layers that share a weight.
     """
     body: dict[str, nn.Linear] = {}
     kept: dict[str, str] = {}
