@@ -1,6 +1,6 @@
-"""Smaller models: :func:`compress` by recipes that take parts away or whose layers run quantized, and what is lost by it.
+"""Smaller models: :func:`compress` applies a recipe that removes parts or quantizes layers, and reports what is lost.
 
-:mod:`regard.compression.recipes` has the steps, :mod:`regard.compression.folders` saves and loads, and
+:mod:`regard.compression.recipes` defines the steps, :mod:`regard.compression.folders` saves and loads, and
 :mod:`regard.compression.quantization` simulates 8-bit weights and activations as arXiv 2306.12929 does.
 """
 

@@ -1,8 +1,8 @@
-"""What layers are given: statistics of their inputs, streamed over calibration data, one group of layers after another.
+"""Statistics of the inputs of linear layers, streamed over calibration data, one group of layers at a time.
 
-A *group* is the linear layers of one block of a model, a *stage* those of its layers that are given the same tensor, as the
-projections to queries, keys and values are. Both come in the order in which they run, and each sees the data through those before
-it as they are by then: quantized.
+A *group* is the linear layers of one block of a model; a *stage* is the layers of a group that read the same tensor,
+such as the query, key and value projections. Both come in execution order, and each sees the calibration data as
+transformed by the layers before it in their quantized form.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 NUMBERED = re.compile(r"^(.*?\.?\d+)(\.|$)")
-"""A block's name: up to the first number in the name of a layer."""
+"""The name of a layer's block: everything up to the first number in the layer's name."""
 
 MOST_STAGES = 8
-"""Of a block: each is a run of the data through a part of it."""
+"""The most stages per block: each stage costs a run of the data through part of the model."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Statistics:
         largest: max |x_j| of each column.
         total: sum of |x_j|.
         squares: sum of x_j^2.
-        second: sum of x x^T, where it is asked for.
+        second: sum of x x^T, where it is requested.
     """
 
     columns: int
@@ -56,7 +56,7 @@ class Statistics:
         self.second = torch.zeros(self.columns, self.columns) if self.wants_second else None
 
     def update(self, x: Float[Tensor, "*b k"]) -> None:
-        """Count some rows."""
+        """Add a batch of input rows."""
         rows = x.detach().reshape(-1, self.columns).float()
         if not len(rows):
             return
@@ -75,17 +75,17 @@ class Statistics:
 
 
 class _Stop(Exception):
-    """The layers that are watched have run."""
+    """Raised once all the watched layers have run."""
 
 
 @dataclass
 class Chain:
-    """The groups of a model's layers, and how to run the data up to one of them.
+    """The groups of a model's layers, and the means to run the data up to each group.
 
     Attributes:
         groups: names of layers by block and stage, in the order in which they run.
-        blocks: the modules that the model runs one after another, each giving the next its inputs; empty where that is not
-            so, and everything runs again for each group.
+        blocks: the modules that the model runs one after another, each feeding the next; empty if the model is not such
+            a chain, and then the whole model runs again for each group.
         calls: how often each layer runs for the first batch.
     """
 
@@ -100,7 +100,7 @@ class Chain:
 
     @classmethod
     def of(cls, model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Any], run: Run) -> Chain:
-        """The chain of a model, found by running the first batch.
+        """Build the chain of a model by running the first batch.
 
         Raises:
             Unsupported: without a batch, or where no layer runs.
@@ -134,7 +134,7 @@ class Chain:
     def statistics(
         self, group: int, stage: int, layers: Mapping[str, nn.Linear], *, second: bool
     ) -> dict[str, Statistics]:
-        """Statistics of the layers of a stage; groups may be asked for in order."""
+        """Statistics of the layers of a stage; groups must be requested in order."""
         names = self.groups[group][1][stage]
         found = {name: Statistics(layers[name].in_features, second) for name in names}
         with ExitStack() as hooks:
@@ -146,7 +146,7 @@ class Chain:
         return found
 
     def finish(self, group: int) -> None:
-        """Keep what a group gives to the next, once it is quantized."""
+        """Store a group's outputs as inputs of the next group, once the group is quantized."""
         if not self.blocks or group + 1 == len(self.groups):
             return
         outputs: list[Any] = []
@@ -157,7 +157,7 @@ class Chain:
 
     @contextmanager
     def _after(self, batch: int) -> Iterator[None]:
-        """With blocks that are finished giving what the last of them gave for a batch."""
+        """Make the finished blocks return the stored output of the last of them for a batch."""
         with ExitStack() as changes, torch.no_grad():
             for block in self.blocks[: self._reached + 1]:
                 changes.enter_context(_replaced(block, lambda *_, **__: self._outputs[batch]))
@@ -165,7 +165,7 @@ class Chain:
 
 
 def _few(stages: list[list[str]]) -> list[list[str]]:
-    """These stages, or all layers in one where there are many of them, as with experts beside each other."""
+    """Return the stages, or all layers as one stage if there are too many, as with parallel experts."""
     return stages if len(stages) <= MOST_STAGES else [[name for stage in stages for name in stage]]
 
 
@@ -189,7 +189,7 @@ def _count(statistics: Statistics, module: nn.Module, given: tuple[Any, ...]) ->
 
 
 def _blocks(model: nn.Module, names: list[str], batch: Any, run: Run) -> list[nn.Module]:
-    """The modules of these groups, where each runs once, in order, and all return what has the same form."""
+    """The groups' modules, if each runs once, in order, and all outputs have one shape and dtype; else none."""
     modules = dict(model.named_modules())
     blocks = [modules[name] for name in names]
     if any(isinstance(block, nn.Linear) for block in blocks):
@@ -206,7 +206,7 @@ def _blocks(model: nn.Module, names: list[str], batch: Any, run: Run) -> list[nn
 
 
 def _form(output: Any) -> Any:
-    """What of a block's output has to be alike; None for what is not a tensor."""
+    """The shape and dtype of a block's output, which must agree between blocks; None if it is not a tensor."""
     output = getattr(output, "output", output)
     return (output.shape, output.dtype) if isinstance(output, Tensor) else None
 

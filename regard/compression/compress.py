@@ -1,4 +1,4 @@
-"""`regard.compress`: a trained model made smaller and faster, in place, by the steps of a recipe.
+"""`regard.compress`: make a trained model smaller and faster, in place, by the steps of a recipe.
 
 ::
 
@@ -50,16 +50,16 @@ class CompressionReport:
     """What was done to a model.
 
     Attributes:
-        recipe: as it is written.
-        steps: the same with all options.
-        layers: those whose weights were changed.
-        notes: what else was done, in sentences.
-        kept: why each other layer with a weight matrix was left as it is.
-        bytes_before, bytes_after: of parameters and saved buffers, what is shared counted once.
-        batches: of calibration.
-        seconds: that it took.
-        tokens: method and options by which tokens go; None where all stay.
-        program: file, format and inputs of the program that is saved beside the model, and how far it is from it.
+        recipe: the recipe as written.
+            steps: the same with all options.
+            layers: the layers whose weights were changed.
+            notes: what else was done, in sentences.
+            kept: the reason why each other layer with a weight matrix was left as it is.
+            bytes_before, bytes_after: size of parameters and saved buffers; shared tensors count once.
+            batches: number of calibration batches.
+            seconds: time taken.
+            tokens: method and options for dropping tokens; None if all tokens stay.
+            program: file, format and inputs of the program saved next to the model, and its difference from the model.
     """
 
     recipe: str
@@ -75,7 +75,7 @@ class CompressionReport:
     program: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The report as a dictionary for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -94,9 +94,9 @@ class Compressed:
     """A model that was compressed in place.
 
     Attributes:
-        model: the model that was given, with other layers.
-        report: what was done.
-        program: what :meth:`save` writes beside the model, where the recipe exports.
+        model: the given model, with its layers replaced.
+            report: what was done.
+            program: the program that :meth:`save` writes next to the model, if the recipe exports one.
     """
 
     model: nn.Module
@@ -105,7 +105,7 @@ class Compressed:
     _undo: list[Callable[[], object]] = field(repr=False, default_factory=list)
 
     def undo(self) -> nn.Module:
-        """The model as it was; raises Unsupported once it has been saved, since the old layers are let go then."""
+        """Restore the original model; raises Unsupported after :meth:`save`, which releases the old layers."""
         if not self._undo:
             raise Unsupported("undoing what was saved or undone", supported="undo() once, before save()")
         for one in reversed(self._undo):
@@ -135,32 +135,35 @@ def compress(
     work: str | os.PathLike[str] | None = None,
     on_layer: Callable[[str, int, int], None] = lambda name, done, count: None,
 ) -> Compressed:
-    """Make a model smaller in place: parts taken away, weights made 0 or put on grids of fewer bits, fewer tokens on their way.
+    """Make a model smaller in place: remove parts, set weights to 0, round weights to fewer bits, or drop tokens.
 
     Args:
-        model: of regard, transformers, timm or your own, in float32 on the processor. Linear layers are recognised by their
-            class; what else has a weight matrix is kept, and named in the report. Parts are taken out of those that
-            :func:`regard.compression.pruning.find_host` knows, tokens out of those that
+        model: a model of regard, transformers, timm or your own, in float32 on the CPU. Linear layers are recognised by
+            their class; other modules with a weight matrix are kept, and named in the report. Parts are removed from
+            the models that :func:`regard.compression.pruning.find_host` knows, tokens from those that
             :mod:`regard.compression.tokens.applied` names.
-        recipe: see :mod:`regard.compression.recipes`: ``"int8"``, ``"gptq:bits=4,group=32"``, a file, or a list of steps.
-        data: batches for calibration, for recipes that want some: what `run` is called with. Read more than once. ``axformer``
-            searches by the loss on them: items that the model was not trained on, and that it is not tested on.
+        recipe: see :mod:`regard.compression.recipes`: ``"int8"``, ``"gptq:bits=4,group=32"``, a file, or a list of
+            steps.
+        data: batches for calibration, for recipes that need them: each is passed to `run`. Read more than once.
+            ``axformer`` searches by the loss on these batches: use items that the model was not trained on and will not
+            be tested on.
         training: batches that ``distil`` and ``lsq`` train on, one a step, in turn; `data` when not given.
-        teacher: another model that each ``distil`` without a ``teacher`` of its own learns from; the model as it was when None.
-        keep: called with the name and the module, which modules stay as they are, with all that is in them.
+        teacher: another model that each ``distil`` without a ``teacher`` of its own learns from; the original model
+            when None.
+        keep: called with the name and the module; returns whether a module stays as it is, with everything in it.
         run: called with the model and a batch; :func:`regard.compression.layers.run_batch` when not given.
-        losses: the loss of each item of a batch, for ``axformer`` and ``lsq``: called with the model, the batch and `run`;
-            :func:`regard.compression.pruning.item_losses` when not given.
-        work: folder where finished blocks of GPTQ and AWQ, trials of ``axformer`` and the state of ``lsq`` and ``distil`` are
-            kept, so that the same call goes on after it was killed.
-        on_layer: told the name of each finished layer or block, how many are done, and of how many.
+        losses: the loss of each item of a batch, for ``axformer`` and ``lsq``: called with the model, the batch and
+            `run`; :func:`regard.compression.pruning.item_losses` when not given.
+        work: folder for finished blocks of GPTQ and AWQ, trials of ``axformer`` and the state of ``lsq`` and
+            ``distil``, so that the same call resumes after an interruption.
+        on_layer: called with the name of each finished layer or block, how many are done, and how many there are.
 
     Returns:
-        The model and a report; `undo()` brings the layers back, `save(folder)` writes them.
+        The model and a report; `undo()` restores the layers, `save(folder)` writes the model.
 
     Raises:
-        Unsupported: for a recipe that contradicts itself, a model without layers that can be quantized, no data where some are
-            needed, and a `work` folder of another run.
+        Unsupported: for a recipe that contradicts itself, a model without layers that can be quantized, missing data,
+            and a `work` folder of another run.
     """
     chosen = read_recipe(recipe)
     started = time.monotonic()
@@ -208,11 +211,11 @@ def compress(
 
 
 Teachers = Mapping[Distil, tuple[str, nn.Module]]
-"""Other models that steps learn from, with what they are called; the original is in none."""
+"""Teachers of steps that learn from a model other than the original, each with its display name."""
 
 
 def _teachers(model: nn.Module, recipe: Recipe, given: nn.Module | None) -> Teachers:
-    """The teachers of all steps that have one."""
+    """Open the teachers of all steps that have one."""
     steps = [step for _, step in recipe.steps if isinstance(step, Distil)]
     if given is model:
         raise Unsupported(
@@ -234,7 +237,7 @@ def _teachers(model: nn.Module, recipe: Recipe, given: nn.Module | None) -> Teac
 
 
 def _check(model: nn.Module, recipe: Recipe, keep: Callable[[str, nn.Module], bool], teachers: Teachers) -> None:
-    """Refuse what can be refused before anything is changed."""
+    """Raise whatever errors can be raised before anything is changed."""
     if any(step.stage in OF_WEIGHTS for _, step in recipe.steps):
         find_layers(model, keep)
     first, begins = recipe.steps[0]
@@ -259,12 +262,12 @@ def _check(model: nn.Module, recipe: Recipe, keep: Callable[[str, nn.Module], bo
 
 
 def _shrinks(step: Distil, teachers: Teachers) -> bool:
-    """Whether a step that comes first makes a student of some of the layers."""
+    """Return whether a step, coming first, makes a student of only some of the layers."""
     return step.layers is not None or step not in teachers
 
 
 class _Job:
-    """One call of :func:`compress`: which layers are done."""
+    """One call of :func:`compress`, and its progress."""
 
     layers: Layers
 
@@ -292,7 +295,7 @@ class _Job:
         self.original = same_weights(model) if distils else None
 
     def do(self, act: Recipe, folder: Path | None) -> None:
-        """Some steps that are done together."""
+        """Do steps that belong together."""
         step = act.steps[0][1]
         if step.stage in OF_WEIGHTS:
             self.work(act, find_layers(self.model, self.keep), folder)
@@ -313,7 +316,7 @@ class _Job:
         self.notes += notes
 
     def distil(self, step: Distil, folder: Path | None) -> None:
-        """The model learns from what it was, or from another; first of all steps, a part of it does."""
+        """Train the model on the answers of the original or of another teacher; as the first step, shrink it before."""
         name, teacher = self.teachers.get(step, ("the original", self.original))
         assert teacher is not None
         if self.recipe.steps[0][1] is step and _shrinks(step, self.teachers):
@@ -344,7 +347,7 @@ class _Job:
         self._done(undo, note)
 
     def take_parts(self, step: Any, folder: Path | None) -> None:
-        """A step that takes parts out of the model."""
+        """Do a step that removes parts of the model."""
         if folder is not None and "loss" in step.needs:
             find_host(self.model)  # refused before anything is written
             begin(folder, self.identity)
@@ -354,7 +357,7 @@ class _Job:
         self._done(undo, *notes)
 
     def work(self, act: Recipe, layers: Layers, folder: Path | None) -> None:
-        """All layers, and the head."""
+        """Compress all layers, and the head."""
         self.layers = layers
         self.kept |= layers.kept
         if isinstance(act.rounding, Lsq):
@@ -375,7 +378,7 @@ class _Job:
     def _compressed(
         self, act: Recipe, name: str, linear: nn.Linear, statistics: Statistics | None
     ) -> tuple[nn.Linear | QuantizedLinear, LayerReport]:
-        """A layer after some steps, with the zeros that earlier ones made."""
+        """Compress a layer, preserving the zeros that earlier steps made."""
         before = self.reports.get(name)
         stays = None if before is None or before.zeros is None else linear.weight.detach() != 0
         return compress_layer(name, linear, act, statistics, mask=stays)
@@ -418,7 +421,7 @@ class _Job:
             self.kept[name] = "no calibration data reach it"
 
     def _learned(self, step: Lsq, folder: Path | None) -> None:
-        """Layers whose grids are learned by training the whole model."""
+        """Quantize layers whose grids are learned by training the whole model."""
         if folder is not None:
             begin(folder, self.identity)
         body, format = self.layers.body, step.format
@@ -464,7 +467,7 @@ class _Job:
         self.reports[report.name] = report
 
     def identify(self) -> None:
-        """Note what a run that goes on must have in common with the one that was stopped."""
+        """Record what a resumed run must have in common with the one that was stopped."""
         self.identity = {
             "recipe": self.recipe.as_list(),
             "model": weights_digest(self.model),

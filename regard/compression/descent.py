@@ -1,4 +1,4 @@
-"""Some steps of Adam that go on where they were stopped, for steps of recipes that train."""
+"""Training by Adam that can resume where it was stopped, for the recipe steps that train."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from regard.contract import Unsupported
 from regard.training.checkpoint import load_checkpoint, restore, save_checkpoint
 
 SECONDS = 60.0
-"""Between two times that a run's state is kept, at most."""
+"""The most seconds between two saves of a run's state."""
 SCORED = 4
-"""Batches whose loss is told, before and after."""
+"""Batches whose loss is reported, before and after training."""
 
 
 def descend(
@@ -33,20 +33,20 @@ def descend(
     after: Callable[[], None] = lambda: None,
     on_step: Callable[[int], None] = lambda done: None,
 ) -> tuple[int, float]:
-    """Train parameters by Adam at a rate that falls to 0 along a cosine; how many steps were done, and in how many seconds.
+    """Train parameters by Adam with a cosine schedule down to 0; return the number of steps done and the seconds spent.
 
     Args:
-        trained: all of them by name, as the state is kept.
-        groups: the same for the optimizer, each with the ``factor`` of its rate.
-        loss_of: the loss of a step, from its number.
-        what: is trained, for errors.
-        seconds: that it may take at the most; the rate is 0 then.
-        file: where the state is kept each minute, when it is interrupted, and at the end.
-        after: called after each step.
-        on_step: told how many steps are done.
+        trained: all parameters by name, as saved in the state.
+            groups: the same parameters as optimizer groups, each with the ``factor`` of its learning rate.
+            loss_of: returns the loss of a step, given its number.
+            what: what is being trained, for error messages.
+            seconds: time limit; the learning rate reaches 0 then.
+            file: where the state is saved every minute, on interruption, and at the end.
+            after: called after each step.
+            on_step: called with the number of steps done.
 
     Raises:
-        Unsupported: where the loss is not finite.
+        Unsupported: if the loss is not finite.
     """
     optimizer = torch.optim.Adam(list(groups))
     done, before = 0, 0.0
@@ -93,11 +93,11 @@ def descend(
 
 @torch.no_grad()
 def mean_loss(loss_of: Callable[[int], Tensor], batches: int) -> float:
-    """Of the first of so many batches, :data:`SCORED` at the most, to tell what training did."""
+    """Mean loss over the first batches, :data:`SCORED` at most, to report the effect of training."""
     few = min(SCORED, batches)
     return sum(float(loss_of(i)) for i in range(few)) / few
 
 
 def by_path(parameters: dict[str, nn.Parameter]) -> nn.ParameterDict:
-    """Parameters by name, in a dictionary that takes no dots."""
+    """Parameters by name, with dots replaced, which `ParameterDict` does not allow."""
     return nn.ParameterDict({name.replace(".", "/"): one for name, one in parameters.items()})

@@ -1,16 +1,16 @@
 """Compressed models in folders: safetensors and JSON, no pickle.
 
-    model.safetensors     the weights, codes as they are, with a copy of the record; compressed.safetensors where another library
-                          than regard has no words for what they are, so that it refuses them
-    config.json           of the model, as its library writes it; of codes in a model of transformers also what its from_pretrained
-                          needs, where :mod:`regard.integrations.transformers` was imported
-    compression.json      the record: what kind of model it is, which layers are quantized and how, what is left of layers whose
-                          sizes the config has no words for, how tokens go on their way through it, and the report
-    model.onnx, model.pt2 a program of it, where the recipe exports
+    model.safetensors     the weights, codes as they are, with a copy of the record; compressed.safetensors for models
+                          that only regard can read, so that other libraries refuse to load them
+    config.json           the model's config, as its library writes it; for a transformers model with codes also what
+                          from_pretrained needs, if :mod:`regard.integrations.transformers` was imported
+    compression.json      the record: the kind of model, which layers are quantized and how, the sizes of pruned layers
+                          that the config cannot express, how tokens are dropped, and the report
+    model.onnx, model.pt2 an exported program of the model, if the recipe exports
 
-A model of regard is also loaded by :func:`regard.models.from_pretrained`, since its ``config.json`` says what is quantized and
-what is left of each layer; not one that runs with fewer tokens, which is refused there.
-A file is replaced in one step, the record last, so that a folder whose writer was stopped is noticed.
+A model of regard can also be loaded by :func:`regard.models.from_pretrained`, since its ``config.json`` says what is
+quantized and what is left of each layer; models that drop tokens are refused there.
+Each file is replaced atomically, the record last, so that an interrupted save is noticed.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ if TYPE_CHECKING:
 
 RECORD, WEIGHTS = "compression.json", "model.safetensors"
 OWN_WEIGHTS = "compressed.safetensors"
-"""Weights that transformers and timm cannot read: under the usual name they would draw random ones in their place."""
+"""Weights that transformers and timm cannot read: under the usual name they would use random weights instead."""
 OWN_TIMM = "compressed_by_regard"
-"""An architecture that timm does not know, in its ``config.json``, for the same end."""
+"""A made-up architecture name in ``config.json``, which timm refuses for the same reason."""
 LIBRARIES = ("regard", "transformers", "timm", "other")
 BESIDE = ("training.json", "tokenizer.json")
-"""Files of a folder of `regard train` that a compressed model goes on to need."""
+"""Files of a `regard train` folder that a compressed model still needs."""
 
 
 def library_of(model: nn.Module) -> str:
-    """Whose model it is: ``regard``, ``transformers``, ``timm`` or ``other``."""
+    """The library that a model comes from: ``regard``, ``transformers``, ``timm`` or ``other``."""
     name = type(model).__name__
     if name in MODELS and type(model) is MODELS[name][0]:
         return "regard"
@@ -66,14 +66,14 @@ def library_of(model: nn.Module) -> str:
 
 
 def save_compressed(compressed: Compressed, folder: str | os.PathLike[str], *, tokenizer: Any = None) -> None:
-    """Write a compressed model.
+    """Write a compressed model to a folder.
 
     Args:
-        folder: made when missing; what is in it is replaced file by file.
-        tokenizer: of transformers, written beside the model.
+        folder: created if missing; existing files of a save are replaced one by one.
+        tokenizer: a tokenizer of transformers, written next to the model.
 
     Raises:
-        Unsupported: where it cannot be written.
+        Unsupported: if the model cannot be written.
     """
     model, place = compressed.model, Path(folder)
     library = library_of(model)
@@ -111,26 +111,26 @@ def save_compressed(compressed: Compressed, folder: str | os.PathLike[str], *, t
 
 
 def loads_elsewhere(record: Mapping[str, Any]) -> bool:
-    """Whether the library that a model is of loads it from its folder, by what :func:`read_record` tells."""
+    """Return whether the model's own library can load it from its folder, by the record of :func:`read_record`."""
     return record["library"] != "other" and not record["quantized"] and not record.get("structure")
 
 
 def load_compressed(folder: str | os.PathLike[str], *, into: nn.Module | None = None) -> nn.Module:
-    """The model that :func:`save_compressed` wrote, in evaluation mode.
+    """Load the model that :func:`save_compressed` wrote, in evaluation mode.
 
     Args:
-        into: a model of the same architecture in floating point, which becomes the compressed one; made from the folder
+        into: a floating-point model of the same architecture, which becomes the compressed one; built from the folder
             when None, which works for models of regard, transformers and timm.
 
     Raises:
-        Unsupported: for a folder that is not whole, or files of different saves.
+        Unsupported: for an incomplete folder, or files of different saves.
     """
     place = Path(folder)
     record = read_record(place)
     if record["library"] == "regard" and into is None:
         return load_own(place)
     weights = place / OWN_WEIGHTS
-    if not weights.is_file():  # earlier versions had one name for all
+    if not weights.is_file():  # earlier versions used one name for all
         weights = place / WEIGHTS
     tensors, metadata = read_tensors(weights)
     if "quantized" in metadata and json.loads(metadata["quantized"]) != record["quantized"]:
@@ -148,7 +148,7 @@ def load_compressed(folder: str | os.PathLike[str], *, into: nn.Module | None = 
 
 
 def load_own(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> nn.Module:
-    """A model of regard, compressed or not, in evaluation mode; raises Unsupported as :func:`regard.models.from_pretrained`."""
+    """Load a model of regard, compressed or not, in evaluation mode; see :func:`regard.models.from_pretrained`."""
     model, tokens = read_pretrained(folder, device=device)
     return _with_tokens(model, tokens, Path(folder) / CONFIG)
 
@@ -162,16 +162,16 @@ def _with_tokens(model: nn.Module, record: dict[str, Any] | None, source: Path) 
 def load_causal_model(
     place: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, supported: str | None = None
 ) -> Any:
-    """The causal language model of transformers in a folder, compressed or as it was, or in a GGUF file; to be evaluated, with
-    its layers fused where they can be (:func:`regard.integrations.transformers.fuse_layers`).
+    """Load a causal language model of transformers from a folder, compressed or not, or from a GGUF file; in evaluation
+    mode, with its layers fused where they can be (:func:`regard.integrations.transformers.fuse_layers`).
 
     Args:
-        device, dtype: of the weights.
-        supported: what to say of another place.
+        device, dtype: device and dtype of the weights.
+        supported: what to suggest in the error for other places.
 
     Raises:
-        Unsupported: for one, for files that lack some of the weights, and for a compressed model elsewhere than on the processor
-            or in another dtype than float32.
+        Unsupported: for other places, for files that lack some of the weights, and for a compressed model on a device
+            other than the CPU or in a dtype other than float32.
     """
     from regard.integrations.transformers.folders import SUPPORTED, load_model, quietly
     from regard.integrations.transformers.fused import fuse_layers
@@ -189,7 +189,7 @@ def load_causal_model(
 
 
 def check_place(device: str, dtype: torch.dtype) -> None:
-    """Raise Unsupported for a compressed model elsewhere than on the processor or in another dtype than float32."""
+    """Raise Unsupported for a compressed model on a device other than the CPU or in a dtype other than float32."""
     if device != "cpu":
         raise Unsupported(f"a compressed model on {device}", supported="the processor", nearest="--device cpu")
     if dtype != torch.float32:
@@ -197,7 +197,7 @@ def check_place(device: str, dtype: torch.dtype) -> None:
 
 
 def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What ``compression.json`` of a folder says; raises Unsupported where there is none."""
+    """Read the ``compression.json`` of a folder; raises Unsupported if there is none."""
     place = Path(folder)
     if not (place / RECORD).is_file():
         half = any((place / name).is_file() for name in (WEIGHTS, OWN_WEIGHTS))
@@ -217,12 +217,12 @@ def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def is_compressed(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder has a compressed model."""
+    """Return whether a folder has a compressed model."""
     return (Path(folder) / RECORD).is_file()
 
 
 def is_of_transformers(place: Path) -> bool:
-    """Whether a folder or file has a model of transformers, compressed or not, and is none of `regard train`.
+    """Return whether a folder or file has a transformers model, compressed or not; False for folders of `regard train`.
 
     Raises:
         Unsupported: for a ``config.json`` or ``compression.json`` that cannot be read.
@@ -243,7 +243,7 @@ def is_of_transformers(place: Path) -> bool:
 
 
 def library_of_place(place: Path) -> str:
-    """Whose model a folder or file has, compressed or not: ``transformers``, ``timm``, or ``regard`` for all others."""
+    """The library of the model in a folder or file, compressed or not; ``regard`` if not known to be of another."""
     if is_compressed(place):
         return str(read_record(place)["library"])
     if is_of_timm(place):
@@ -252,7 +252,7 @@ def library_of_place(place: Path) -> str:
 
 
 def copy_training(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
-    """What `regard evaluate`, `generate` and `predict` read beside a model: from its folder to that of the compressed one."""
+    """Copy the other files that `regard evaluate`, `generate` and `predict` read to the compressed model's folder."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name in BESIDE:
         if (Path(source) / name).is_file():
@@ -264,7 +264,7 @@ def _architecture(model: Any, library: str) -> Any:
         return {"name": type(model).__name__}
     try:
         found = timm_folders().arguments(model)
-    except Unsupported:  # such a model is loaded into one that the user has made
+    except Unsupported:  # such a model is loaded into one that the user has built
         return {"name": model.pretrained_cfg.get("architecture"), "num_classes": getattr(model, "num_classes", None)}
     return {"name": found.pop("architecture"), **found}
 
@@ -275,7 +275,7 @@ def _write_transformers(model: Any, tokenizer: Any, place: Path, codes: Mapping[
     if codes:
         from regard.integrations.transformers.quantized import METHOD
 
-        config.dtype = torch.float32  # beside the codes, whose scales are in another
+        config.dtype = torch.float32  # for the layers without codes; the codes have scales of another dtype
         config.quantization_config = {"quant_method": METHOD, "weights": OWN_WEIGHTS, "layers": codes}
     config.save_pretrained(place)
     if getattr(model, "generation_config", None) is not None and model.can_generate():
@@ -295,10 +295,10 @@ def _build(place: Path, record: dict[str, Any]) -> nn.Module:
         made = getattr(transformers, name, None)
         if isinstance(made, type) and issubclass(made, transformers.PreTrainedModel):
             config = transformers.AutoConfig.from_pretrained(place)
-            vars(config).pop("quantization_config", None)  # for transformers, where it loads the codes itself
+            vars(config).pop("quantization_config", None)  # read by transformers where it loads the codes itself
             with torch.random.fork_rng(devices=[]), no_init_weights():
                 built: Any = made(config).float()
-            built.tie_weights()  # without values to draw it is not done
+            built.tie_weights()  # skipped by the constructor without weight initialisation
             return built
     if library == "timm":
         folders = timm_folders()

@@ -1,13 +1,13 @@
-"""Functions of a transformer in integers alone: I-BERT (arXiv 2101.01321) and FQ-ViT (arXiv 2111.13824).
+"""Transformer functions in integer arithmetic alone: I-BERT (arXiv 2101.01321) and FQ-ViT (arXiv 2111.13824).
 
-A *scaled integer* is integers q (int64) and one number S; it stands for the numbers q S. Only additions, products,
-shifts and divisions of integers touch q; S and what is made of it are constants that are known before a model runs. Every
+A *scaled integer* is integers q (int64) and one number S; it represents the numbers q S. Only integer additions,
+products, shifts and divisions touch q; S and anything derived from it are constants known before a model runs. Every
 function returns a scaled integer, or plain integers where it says so.
 
     q, S = quantized(x, bits=8)
     y = integer_gelu(q, S)          # y.values * y.scale is near gelu(x)
 
-They are definitions to compute with and to test against: no model of regard runs on them.
+They are reference definitions to compute with and test against: no model of regard runs on them.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ ERF = (-0.2888, -1.769, 1.0)
 EXP = (0.3585, 1.353, 0.344)
 """The same for exp on (-ln 2, 0] (I-BERT, Equation 13)."""
 EXP_SHIFT = 30
-"""Powers of two below which an exponential is 0."""
+"""Exponentials below 2^-30 are 0."""
 MEAN_BITS, DEVIATION_BITS = 6, 4
-"""Bits behind the point of a mean, and those that a standard deviation has beside them."""
+"""Fractional bits of a mean, and the additional ones of a standard deviation."""
 MOST_NORM = 1 << 17
 """The largest integer that :func:`integer_layer_norm` takes; squares and their sums stay within 64 bits."""
 MOST_FACTOR = 3
@@ -38,14 +38,14 @@ MOST_FACTOR = 3
 
 
 class Scaled(NamedTuple):
-    """Integers, and the number that each is multiplied with."""
+    """Integers and their common scale factor."""
 
     values: Int[Tensor, "..."]
     scale: float
 
     @property
     def number(self) -> Float[Tensor, "..."]:
-        """What it stands for, float64."""
+        """The represented numbers, in float64."""
         return self.values.double() * self.scale
 
 
@@ -58,20 +58,20 @@ def quantized(x: Float[Tensor, "..."], bits: int = 8) -> Scaled:
 
 
 def _polynomial(q: Tensor, scale: float, a: float, b: float, c: float) -> Scaled:
-    """``a (x + b)^2 + c`` of x = q S (I-BERT, Algorithm 1); a scale below 0 where a is."""
+    """``a (x + b)^2 + c`` of x = q S (I-BERT, Algorithm 1); the scale is negative if a is."""
     square = a * scale * scale
     return Scaled((q + math.floor(b / scale)) ** 2 + math.floor(c / square), square)
 
 
 def integer_erf(q: Int[Tensor, "..."], scale: float) -> Scaled:
-    """erf (I-BERT, Algorithm 2); within 0.1 of it, which is beside 0. The scale is below 0."""
+    """erf (I-BERT, Algorithm 2), to within 0.1; the error is largest near 0. The scale is negative."""
     a, b, c = ERF
     found = _polynomial(q.abs().clamp(max=math.floor(-b / scale)), scale, a, b, c)
     return Scaled(q.sign() * found.values, found.scale)
 
 
 def integer_gelu(q: Int[Tensor, "..."], scale: float) -> Scaled:
-    """gelu(x) = x (1 + erf(x / sqrt 2)) / 2 (I-BERT, Algorithm 2); within 0.02 of it."""
+    """gelu(x) = x (1 + erf(x / sqrt 2)) / 2 (I-BERT, Algorithm 2), to within 0.02."""
     erf = integer_erf(q, scale / math.sqrt(2))
     return Scaled(q * (erf.values + math.floor(1 / erf.scale)), scale * erf.scale / 2)
 
@@ -90,7 +90,7 @@ def integer_exp(q: Int[Tensor, "..."], scale: float) -> Scaled:
 
 
 def integer_softmax(q: Int[Tensor, "... n"], scale: float, bits: int = 8) -> Scaled:
-    """Softmax over the last axis, in units of 2^-bits (I-BERT, Section 3.5): rows sum to 1 less at most n units."""
+    """Softmax over the last axis, in units of 2^-bits (I-BERT, Section 3.5): rows sum to at least 1 less n units."""
     exponentials = integer_exp(q - q.amax(-1, keepdim=True), scale).values
     return Scaled(
         torch.div(exponentials << bits, exponentials.sum(-1, keepdim=True), rounding_mode="floor"), 2.0**-bits
@@ -98,7 +98,7 @@ def integer_softmax(q: Int[Tensor, "... n"], scale: float, bits: int = 8) -> Sca
 
 
 def integer_sqrt(q: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-    """The largest integers whose squares are at most `q`, which is 0 or more, by Newton's steps (I-BERT, Algorithm 4)."""
+    """The largest integers whose squares are at most `q` >= 0, by Newton's method (I-BERT, Algorithm 4)."""
     if bool((q < 0).any()):
         raise Unsupported("the integer square root of numbers below 0", supported="numbers that are 0 or more")
     root = torch.ones_like(q)
@@ -118,8 +118,8 @@ def integer_layer_norm(q: Int[Tensor, "... n"], bits: int = 16) -> Scaled:
     The scale of the input cancels, and nothing is added to the variance: a row of equal numbers gives 0.
 
     Args:
-        q: at most 2^17 in size.
-        bits: behind the point of the result, 1 to 24.
+        q: at most 2^17 in absolute value.
+        bits: fractional bits of the result, 1 to 24.
     """
     if q.numel() and int(q.abs().max()) > MOST_NORM:
         raise Unsupported(
@@ -129,7 +129,7 @@ def integer_layer_norm(q: Int[Tensor, "... n"], bits: int = 16) -> Scaled:
         raise Unsupported(f"bits={bits} of an integer layer norm", supported="1 to 24", nearest="bits=16")
     count = q.shape[-1]
     total = q.sum(-1, keepdim=True) << MEAN_BITS
-    mean = torch.div(2 * total + count, 2 * count, rounding_mode="floor")  # the nearest
+    mean = torch.div(2 * total + count, 2 * count, rounding_mode="floor")  # rounded to nearest
     centred = (q << MEAN_BITS) - mean
     variance = torch.div((centred * centred).sum(-1, keepdim=True), count, rounding_mode="floor")
     deviation = integer_sqrt(variance << (2 * DEVIATION_BITS))
@@ -140,7 +140,7 @@ def integer_layer_norm(q: Int[Tensor, "... n"], bits: int = 16) -> Scaled:
 
 
 def integer_log2(q: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-    """log2 of integers above 0, to the nearest integer as FQ-ViT rounds: up from 1.5 times a power of two on."""
+    """log2 of integers above 0, rounded to an integer as in FQ-ViT: up from 1.5 times a power of two."""
     if bool((q < 1).any()):
         raise Unsupported("the integer logarithm of numbers below 1", supported="integers above 0")
     power = torch.zeros_like(q)
@@ -153,7 +153,7 @@ def integer_log2(q: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
 def log_softmax_codes(q: Int[Tensor, "... n"], scale: float, bits: int = 4) -> Int[Tensor, "... n"]:
     """-log2 of the softmax over the last axis, as integers of `bits` bits (FQ-ViT, Section 3.3, Log-Int-Softmax).
 
-    A weight is 2^-code; the largest code is that of all smaller weights too. See :func:`shifted_sum`.
+    A weight is 2^-code; all weights below the smallest representable one get the largest code. See :func:`shifted_sum`.
     """
     exponentials = integer_exp(q - q.amax(-1, keepdim=True), scale).values.clamp(min=0)
     least = 2**bits - 1
@@ -175,7 +175,7 @@ def shifted_sum(codes: Int[Tensor, "... m n"], values: Int[Tensor, "... n d"], b
 
 
 class ChannelFactors(NamedTuple):
-    """Numbers on one grid whose channels are shifted: ``(q - zero) 2^factor S`` (FQ-ViT, Section 3.2).
+    """Numbers on one grid with a power-of-two factor per channel: ``(q - zero) 2^factor S`` (FQ-ViT, Section 3.2).
 
     Attributes:
         values: 0 to 2^bits - 1.
@@ -189,7 +189,7 @@ class ChannelFactors(NamedTuple):
 
     @property
     def number(self) -> Float[Tensor, "... c"]:
-        """What it stands for, float64."""
+        """The represented numbers, in float64."""
         return self.integers.double() * self.scale
 
     @property
@@ -199,7 +199,7 @@ class ChannelFactors(NamedTuple):
 
 
 def channel_factors(x: Float[Tensor, "... c"], bits: int = 8) -> ChannelFactors:
-    """Inputs of a layer norm, whose channels differ much in size, on one grid with a power of two for each channel.
+    """Put inputs of a layer norm, whose channels differ much in size, on one grid with a power of two for each channel.
 
     The factor of a channel is the one with the least squared error (FQ-ViT, Equation 11).
     """

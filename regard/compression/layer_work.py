@@ -1,4 +1,4 @@
-"""One linear layer under a recipe: its zeros, its grids, and what it lost."""
+"""Compressing one linear layer by a recipe: its zeros, its grids, and its error."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from regard.layers.quantized import Codes, QuantizedLinear
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of a layer.
+    """The outcome for one layer.
 
     Attributes:
-        name: of its module.
-        format: of its weight, in words.
-        error: ``||Q - W|| / ||W||``.
-        output_error: ``||X Q^T - X W^T|| / ||X W^T||`` on the calibration data, where second moments of X were taken.
-        alpha: the exponent that AWQ chose.
-        float_columns: input columns that stayed in floating point.
-        zeros: the share of weights that a step made 0, where one did.
+        name: name of its module.
+            format: format of its weight, in words.
+            error: ``||Q - W|| / ||W||``.
+            output_error: ``||X Q^T - X W^T|| / ||X W^T||`` on the calibration data, where second moments of X were
+                collected.
+            alpha: the exponent that AWQ chose.
+            float_columns: number of input columns that stayed in floating point.
+            zeros: the share of weights that a step set to 0, where one did.
     """
 
     name: str
@@ -45,11 +46,11 @@ class LayerReport:
 def compress_layer(
     name: str, linear: nn.Linear, recipe: Recipe, statistics: Statistics | None, *, mask: Tensor | None = None
 ) -> tuple[nn.Linear | QuantizedLinear, LayerReport]:
-    """A linear layer with the zeros and on the grids of a recipe, and what it lost.
+    """Return a linear layer with the zeros and on the grids of a recipe, and a report of its error.
 
     Args:
-        statistics: of its inputs, where the recipe needs them.
-        mask: which weights earlier steps have not made 0, where they did.
+        statistics: statistics of its inputs, where the recipe needs them.
+            mask: True for weights that earlier steps have not set to 0, where there were such steps.
     """
     weight = linear.weight.detach()
     second = None if statistics is None else statistics.second
@@ -79,7 +80,7 @@ def compress_layer(
 
 
 def _with_zeros(weight: Tensor, step: Masking, statistics: Statistics | None) -> tuple[Tensor, Tensor]:
-    """A weight with zeros, and which weights are not."""
+    """Return a weight with zeros, and the mask of the weights that are kept."""
     if isinstance(step, SparseGpt):
         assert statistics is not None and statistics.second is not None
         return sparsegpt(weight, statistics.second, step.ratio, step.pattern, damping=step.damping)
@@ -92,7 +93,7 @@ def _with_zeros(weight: Tensor, step: Masking, statistics: Statistics | None) ->
 
 
 def with_weight(linear: nn.Linear, weight: Tensor) -> nn.Linear:
-    """The same layer with another weight."""
+    """Return a copy of the layer with another weight."""
     made = copy.copy(linear)
     made._parameters = dict(linear._parameters)
     made.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
@@ -107,7 +108,7 @@ def _rounded(
     scaling: Scaling | None,
     statistics: Statistics | None,
 ) -> tuple[QuantizedLinear, float | None]:
-    """A layer with `weight` on its grids, and the exponent that AWQ chose."""
+    """Return the layer with `weight` on its grids, and the exponent that AWQ chose."""
     format, work = rounding.format, weight
     second = None if statistics is None else statistics.second
     scale: Tensor | None = None
@@ -143,7 +144,7 @@ def _rounded(
 
 
 def relative_error(found: Tensor, weight: Tensor, second: Tensor | None = None) -> float:
-    """How far a layer's outputs move when `found` takes the place of its weight, relative to the outputs: the root of
+    """How far a layer's outputs move when `found` replaces its weight, relative to the outputs: the root of
     the ratio of mean squares.
 
     Args:

@@ -1,4 +1,4 @@
-"""What of a model can be quantized: its linear layers in the order in which they run, its head, and what is left alone."""
+"""The layers of a model that can be quantized, in module order: linear layers, the head, and the layers left alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from regard.tasks.protocol import Batch
 from regard.training.step import batch_context, run_model
 
 HEAD = re.compile(r"(^|\.)(lm_head|head|classifier|score)(\.|$)")
-"""Names of what gives a model's outputs."""
+"""Names of the modules that produce a model's outputs."""
 
 Run = Callable[[nn.Module, Any], Any]
 
@@ -29,10 +29,10 @@ class Layers:
     """The layers of a model by name.
 
     Attributes:
-        body: linear layers that are quantized.
-        head: name of a language model's output projection, where it is a linear layer; the body does not have it.
-        tied: names of embeddings whose table is the head's weight.
-        kept: why each other layer with a weight matrix is left as it is.
+        body: linear layers to quantize.
+            head: name of a language model's output projection, if it is a linear layer; not included in the body.
+            tied: names of embeddings whose table is the head's weight.
+            kept: the reason why each other layer with a weight matrix is left as it is.
     """
 
     body: dict[str, nn.Linear]
@@ -42,14 +42,14 @@ class Layers:
 
 
 def find_layers(model: nn.Module, keep: Callable[[str, nn.Module], bool] = lambda name, module: False) -> Layers:
-    """The layers of a model.
+    """Find the layers of a model.
 
     Args:
-        keep: called with name and module, which modules stay as they are, with all that is in them.
+        keep: called with name and module; returns whether a module stays as it is, with everything in it.
 
     Raises:
-        Unsupported: for a model without layers that can be quantized, one that is quantized already, one whose weights are not
-            float32, and layers that a hook or another name's weight is tied to.
+        Unsupported: for a model without layers that can be quantized, a model that is quantized already, weights that are
+            not finite, in float32 and on the CPU, and layers that share a weight.
     """
     body: dict[str, nn.Linear] = {}
     kept: dict[str, str] = {}
@@ -89,7 +89,7 @@ def find_layers(model: nn.Module, keep: Callable[[str, nn.Module], bool] = lambd
 
 
 def _language_head(model: nn.Module) -> Any:
-    """The output projection of a language model; None in other models."""
+    """The output projection of a language model; None for other models."""
     outputs: Any = getattr(model, "get_output_embeddings", None)
     if outputs is not None:
         return outputs()
@@ -147,7 +147,7 @@ def _shared(body: Mapping[str, nn.Linear]) -> list[str]:
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:
-    """Give a model a batch: one of a task, a mapping of arguments, a tuple of them, or the first of them."""
+    """Run a model on a batch: a task's :class:`Batch`, a mapping or tuple of arguments, or the first argument alone."""
     if isinstance(batch, Batch):
         return run_model(model, batch, batch_context(batch))
     more: dict[str, Any] = {}
@@ -169,12 +169,12 @@ def _is_decoder(model: Any) -> bool:
 
 
 def comes_from_transformers(model: Any) -> bool:
-    """Whether a model is one of transformers, told without importing it."""
+    """Return whether a model comes from transformers, without importing transformers."""
     return any(kind.__module__ == "transformers.modeling_utils" for kind in type(model).__mro__)
 
 
 def answers_of(found: Any) -> Tensor | None:
-    """The tensor in what a model returned: its output, logits or last hidden states; None where there is none."""
+    """The tensor in a model's return value: its output, logits or last hidden states; None if there is none."""
     for name in ("output", "logits", "last_hidden_state"):
         if isinstance(getattr(found, name, None), Tensor):
             return getattr(found, name)

@@ -1,8 +1,8 @@
-"""The step ``export`` of a recipe: a program of the compressed model, checked against it, for its folder.
+"""The recipe step ``export``: an exported program of the compressed model, checked against the model, for its folder.
 
-A program takes the tensors of a batch, of any number of items and, of ids, of any length where the model allows it, and returns
-the model's answers. It reads whole sequences: language models have no cache in it. Weights stay as they are held: 8-bit codes are
-8-bit codes there too.
+A program takes the tensors of a batch, with any number of items and, for token ids, any length if the model allows it,
+and returns the model's answers. It reads whole sequences: language models have no cache in it. Weights keep their
+storage format: 8-bit codes stay 8-bit codes.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from regard.tasks.protocol import Batch
 
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
 LARGEST_ONNX = 2_000_000_000
-"""Bytes that one ONNX file holds."""
+"""The most bytes that one ONNX file can hold."""
 CLOSE = {False: 1e-3, True: 3e-2}
-"""The largest difference from the model, as a share of its largest output; more where inputs are rounded, since one that falls
-on the other side of a step moves by a whole one."""
+"""The largest difference from the model, as a share of its largest output; more where inputs are rounded, since an
+input that falls on the other side of a rounding threshold moves by a whole step."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """A program that a compressed model takes along.
+    """An exported program that is saved with a compressed model.
 
     Attributes:
-        format: of :class:`regard.compression.steps.Export`.
-        file: its name beside the weights.
-        difference: the largest from the model's outputs, as a share of the largest of these.
-        inputs: their names and shapes; sizes that may be others are None.
-        checked_with: what ran it.
+        format: see :class:`regard.compression.steps.Export`.
+        file: its file name, next to the weights.
+        difference: the largest difference from the model's outputs, as a share of the largest output.
+        inputs: names and shapes of the inputs; None for sizes that may vary.
+        checked_with: the runtime that checked it.
     """
 
     format: str
@@ -58,11 +58,11 @@ class Program:
     _write: Callable[[Path], object] = dataclasses.field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields as a dictionary for JSON."""
         return {key: value for key, value in asdict(dataclasses.replace(self, _write=print)).items() if key != "_write"}
 
     def save(self, folder: Path) -> None:
-        """Write the file."""
+        """Write the program's file to a folder."""
         write_atomically(folder / self.file, self._write)
 
     def __str__(self) -> str:
@@ -74,7 +74,7 @@ class Program:
 
 
 class _Answers(nn.Module):
-    """A model that takes the tensors of a batch and returns one."""
+    """A model wrapped to take a batch's tensors and return one tensor."""
 
     def __init__(self, model: nn.Module, batch: Any, run: Run) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class _Answers(nn.Module):
 
 
 def check_export(step: Export, model: nn.Module) -> None:
-    """Raise Unsupported where there can be no program, before anything is done."""
+    """Raise Unsupported if no program can be made, before any work is done."""
     if step.format == "onnx":
         check_packages()
         refuse_waived(model, "layer_onnx", "an ONNX program", "export:format=torch")
@@ -97,21 +97,21 @@ def check_export(step: Export, model: nn.Module) -> None:
 
 @torch.no_grad()
 def make_program(model: nn.Module, step: Export, batch: Any, run: Run, *, rounds: bool) -> Program:
-    """A program of a model in evaluation mode.
+    """Export a model in evaluation mode, and check the program against it.
 
     Args:
         batch: an example of what the model is called with.
         rounds: whether the model rounds inputs.
 
     Raises:
-        Unsupported: for a model that cannot be exported, with what the exporter says, and a program whose outputs are others.
+        Unsupported: for a model that the exporter refuses, with its message, and for a program whose outputs differ.
     """
     if step.format == "onnx":
         refuse_waived(model, "layer_onnx", "an ONNX program", "export:format=torch")
         if weights_bytes(model) > LARGEST_ONNX:
             raise Unsupported("an ONNX program of more than 2 GB", supported="less", nearest="export:format=torch")
     batch = _without_targets(batch)
-    # of one item the exporter would make a constant
+    # the exporter would treat a batch size of one as a constant
     tensors = {name: torch.cat([x, x]) if x.shape[:1] == (1,) else x for name, x in _inputs(batch).items()}
     answers = _Answers(model, batch, run).eval()
     given = tuple(tensors.values())
@@ -156,7 +156,7 @@ def make_program(model: nn.Module, step: Export, batch: Any, run: Run, *, rounds
 
 
 def remove_programs(folder: Path) -> None:
-    """Those of an earlier save."""
+    """Remove the programs of an earlier save."""
     for name in FILES.values():
         (folder / name).unlink(missing_ok=True)
 
@@ -180,7 +180,7 @@ def _inputs(batch: Any) -> dict[str, Tensor]:
 
 
 def _filled(batch: Any, tensors: Sequence[Tensor]) -> Any:
-    """The batch with other tensors."""
+    """Return the batch with other tensors."""
     if isinstance(batch, Tensor):
         return tensors[0]
     new: dict[str, Any] = dict(zip(_inputs(batch), tensors, strict=True))
@@ -199,7 +199,7 @@ def _tensor(found: Any) -> Tensor:
 
 
 def _longer(given: Sequence[Tensor], shapes: Sequence[Mapping[int, Any]], axes: Sequence[int]) -> tuple[Tensor, ...]:
-    """The same tensors with an item and a token more, on those of `axes` that may have other sizes."""
+    """The same tensors with one more item (axis 0) or token (axis 1), on those of `axes` where their sizes may vary."""
     found = list(given)
     for axis in axes:
         found = [
@@ -216,16 +216,16 @@ def _takes(
     shapes: Sequence[Mapping[int, Any]],
     axis: int,
 ) -> bool:
-    """Whether a program takes inputs that are longer on an axis: the exporter makes some sizes constants."""
+    """Return whether a program takes inputs that are longer on an axis: the exporter makes some sizes constants."""
     tried = _longer(given, shapes, [axis])
     try:
         return any(axis in own for own in shapes) and program(*tried).shape == answers(*tried).shape
-    except (AssertionError, RuntimeError):  # what its guards raise
+    except (AssertionError, RuntimeError):  # raised by the program's guards
         return False
 
 
 def _difference(program: Callable[..., Tensor], answers: nn.Module, given: Sequence[Tensor]) -> float:
-    """The largest difference of a program's outputs, as a share of the largest of the model's."""
+    """The largest difference of a program's outputs from the model's, as a share of the model's largest output."""
     expected, found = answers(*given), program(*given)
     if not expected.numel():
         return 0.0
@@ -264,7 +264,7 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters tell of their own guards, graphs and passes."""
+    """Silence the exporters' messages about their guards, graphs and passes."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

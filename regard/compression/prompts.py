@@ -1,15 +1,15 @@
-"""Shorter prompts by a small language model: what it expects anyway is left out (LLMLingua, arXiv 2310.05736).
+"""Shorter prompts by a small language model: tokens that it expects anyway are dropped (LLMLingua, arXiv 2310.05736).
 
 ::
 
     found = shorten(reads, [(instruction, 1.0), (documents, 0.3), (question, 0.9)])
     found.ids                       # the tokens that stay, in their order
-    choose_parts(reads, examples, 500)      # first, of many examples: those that tell the most, in 500 tokens
+       choose_parts(reads, examples, 500)      # beforehand: the most informative of many examples, up to 500 tokens
 
-The information of a token is -log p(token | what stays before it) in nats. A prompt is read in segments; in each the tokens of
-the largest information stay, a given share of them, and the next segment is read behind what stayed (the paper's iterative
-token-level compression, Algorithm 2). Each part of a prompt has a share of its own, since an instruction and a question can lose
-less than examples or documents (its budget controller, Algorithm 1).
+The information of a token is -log p(token | what is kept before it) in nats. A prompt is read in segments; in each, a
+given share of the tokens is kept, those of the largest information, and the next segment is read after the kept ones
+(the paper's iterative token-level compression, Algorithm 2). Each part of a prompt has a share of its own, since
+instructions and questions can lose less than examples or documents (its budget controller, Algorithm 1).
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ SEGMENT = 100
 
 @dataclass(frozen=True)
 class Shortened:
-    """What stays of a prompt.
+    """The kept tokens of a prompt.
 
     Attributes:
-        ids: (M,) its tokens.
-        places: (M,) where each stood among those of all parts.
-        information: (N,) nats of every token of the prompt, as it was judged; nan of the first, which always stays.
+        ids: (M,) the kept tokens.
+        places: (M,) their positions among the tokens of all parts.
+        information: (N,) nats of every token of the prompt, as measured; nan for the first, which is always kept.
     """
 
     ids: Int[Tensor, " m"]
@@ -50,16 +50,16 @@ class Shortened:
 
 @torch.no_grad()
 def shorten(reads: Reads, parts: Sequence[tuple[Int[Tensor, " n"], float]], *, segment: int = SEGMENT) -> Shortened:
-    """Leave out of a prompt what a model expects anyway.
+    """Drop the tokens of a prompt that a model expects anyway.
 
     Args:
         reads: the model that judges; see :mod:`regard.models.speculation`.
-        parts: tokens of the model, each with the share of them that stays, above 0 and at most 1. Of a segment of n tokens
-            ceil(share n) stay; of those of equal information the first.
+        parts: tokens of each part, with the share of them to keep, above 0 and at most 1. Of a segment of n tokens,
+            ceil(share n) are kept; of tokens with equal information, the first.
         segment: tokens that are judged together.
 
     Raises:
-        Unsupported: for a prompt without tokens, and for shares that are none.
+        Unsupported: for a prompt without tokens, and for shares out of range.
     """
     at_least("segment", segment, 1)
     for _, share in parts:
@@ -67,7 +67,7 @@ def shorten(reads: Reads, parts: Sequence[tuple[Int[Tensor, " n"], float]], *, s
     if not sum(len(ids) for ids, _ in parts):
         raise Unsupported("a prompt without tokens", supported="one token or more")
     state: Any = None
-    last: Tensor | None = None  # logits behind what stayed so far
+    last: Tensor | None = None  # logits after the last kept token
     kept, places, told, at = [], [], [], 0
     for ids, share in parts:
         for piece in ids.split(segment) if len(ids) else ():
@@ -87,15 +87,15 @@ def shorten(reads: Reads, parts: Sequence[tuple[Int[Tensor, " n"], float]], *, s
 
 @torch.no_grad()
 def choose_parts(reads: Reads, parts: Sequence[Int[Tensor, " n"]], tokens: int) -> list[int]:
-    """Which of several texts, as examples in a prompt, to keep whole: those with the most information a token, as long as they
-    fit (the paper's coarse-grained compression).
+    """Choose which of several texts, such as examples in a prompt, to keep whole: the ones with the most information
+    per token that fit the budget (the paper's coarse-grained compression).
 
     Args:
-        parts: of one token or more.
-        tokens: that they may have together.
+        parts: texts of one token or more.
+        tokens: the budget for all chosen texts together.
 
     Returns:
-        Their numbers, in their order.
+        Indices of the chosen texts, in order.
     """
     if any(not len(ids) for ids in parts):
         raise Unsupported("a part without tokens", supported="one token or more in each")
@@ -113,7 +113,7 @@ def choose_parts(reads: Reads, parts: Sequence[Int[Tensor, " n"]], tokens: int) 
 
 
 def check_share(share: float) -> None:
-    """Raise Unsupported for what is no share of tokens that stay."""
+    """Raise Unsupported unless `share` is in (0, 1]."""
     if not 0 < share <= 1:
         raise Unsupported(f"a share of {share} of the tokens", supported="above 0 and at most 1", nearest="0.5")
 
@@ -121,13 +121,13 @@ def check_share(share: float) -> None:
 def _information(
     logits: Float[Tensor, "n vocab"], ids: Int[Tensor, " n"], before: Float[Tensor, " vocab"] | None
 ) -> Float[Tensor, " n"]:
-    """-log p of each token by the logits behind the one before it; nan of the first where nothing is before."""
+    """-log p of each token given the logits of the token before it; nan for the first if there is none before it."""
     behind = logits[:-1] if before is None else torch.cat([before[None], logits[:-1]])
     known = -wide(behind).log_softmax(-1).gather(1, ids[len(ids) - len(behind) :, None])[:, 0]
     return torch.cat([known.new_full((len(ids) - len(known),), torch.nan), known])
 
 
 def _largest(information: Float[Tensor, " n"], count: int) -> Int[Tensor, " k"]:
-    """Numbers of the tokens that stay, in their order; an unknown one counts as the largest."""
+    """Indices of the kept tokens, in order; unknown information (nan) counts as the largest."""
     order = information.nan_to_num(torch.inf).sort(descending=True, stable=True).indices
     return order[:count].sort().values

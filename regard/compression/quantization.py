@@ -1,18 +1,18 @@
-"""Post-training quantization, simulated: what a model loses with 8-bit weights and activations (arXiv 2306.12929).
+"""Simulated post-training quantization: the loss in quality from 8-bit weights and activations (arXiv 2306.12929).
 
 ::
 
     found = quantize(model, batches)                       # a copy; the batches are for calibration
     gap = found.model.loss(ids) - model.loss(ids)
 
-Every number is rounded to a uniform grid with one scale for a whole tensor, and goes on as a floating-point number: nothing
-is faster or smaller, the loss is that of integers. With b bits
+Every number is rounded to a uniform grid with one scale for a whole tensor, and stays a floating-point number: nothing
+is faster or smaller, but the loss is that of integers. With b bits
 
     weights:      scale = max |w| / (2^(b-1) - 1),   integers -2^(b-1) ... 2^(b-1) - 1
     activations:  scale = (max(x_max, 1e-8) - min(x_min, 0)) / (2^b - 1),   integers 0 ... 2^b - 1,   zero = round(-x_min / scale)
     q(x) = scale (clip(round(x / scale) + zero) - zero)
 
-so that 0 is on every grid. x_min and x_max are running means over calibration batches, and stay.
+so that 0 is on every grid. x_min and x_max are running means over calibration batches, and then fixed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 EPS = 1e-8
 
 HEAD = re.compile(r"(^|\.)(lm_)?head$")
-"""Names of the modules that give a model's logits."""
+"""Names of the modules that produce a model's logits."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Grid:
 
 
 def symmetric_grid(x: Float[Tensor, "..."], bits: int = 8) -> Grid:
-    """The grid of weights: as far on both sides as the largest absolute value, with 0 in its middle."""
+    """The grid of weights: symmetric about 0, reaching the largest absolute value."""
     at_least("bits", bits, 2)
     largest = float(x.detach().abs().max()) if x.numel() else 0.0
     half = 2 ** (bits - 1)
@@ -63,7 +63,7 @@ def symmetric_grid(x: Float[Tensor, "..."], bits: int = 8) -> Grid:
 
 
 def asymmetric_grid(low: float, high: float, bits: int = 8) -> Grid:
-    """The grid of activations between `low` and `high`, which reaches to 0 in any case."""
+    """The grid of activations from `low` to `high`, always extended to include 0."""
     at_least("bits", bits, 2)
     most = 2**bits - 1
     low = min(low, 0.0)
@@ -74,7 +74,7 @@ def asymmetric_grid(low: float, high: float, bits: int = 8) -> Grid:
 
 
 class _Round(torch.autograd.Function):
-    """The nearest integer, through which gradients go as they are."""
+    """Round to the nearest integer, passing gradients straight through."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -97,12 +97,12 @@ def simulate(x: Float[Tensor, "..."], grid: Grid) -> Float[Tensor, "..."]:
 
 @dataclass
 class RunningRange:
-    """Least and largest number of batches, as running means; the first batch is taken as it is.
+    """Running means of the least and the largest number per batch, starting with those of the first batch.
 
     Attributes:
-        momentum: what is kept of the past with each batch, in [0, 1).
-        percentile: of all numbers of a batch, in place of the largest, above 50; the least number is that of 100 less it.
-            None takes all.
+        momentum: weight of the past at each batch, in [0, 1).
+        percentile: the upper end is this percentile of a batch's numbers rather than their maximum, above 50; the lower
+            end is the percentile 100 less it. None uses all numbers.
     """
 
     momentum: float = 0.9
@@ -119,7 +119,7 @@ class RunningRange:
             )
 
     def update(self, x: Float[Tensor, "..."]) -> None:
-        """Count a batch."""
+        """Update the range with a batch."""
         if not x.numel():
             return
         if self.percentile is None:
@@ -141,8 +141,8 @@ class Quantized:
     Attributes:
         model: the copy whose weights and activations are simulated.
         weights: grid of each weight, by the name of its module.
-        activations: grid of each activation, by the name of the module that returns it, with ``.input`` behind it for what
-            the module is given.
+        activations: grid of each activation, by the name of the module that returns it, or with ``.input`` appended for
+            the module's input.
     """
 
     model: Any
@@ -151,7 +151,7 @@ class Quantized:
 
 
 def keeps_precision(name: str, module: nn.Module) -> bool:
-    """Whether a module is one that the paper does not quantize: the head, by its name, and predictors of gates."""
+    """Return whether the paper leaves a module unquantized: the head, by its name, and gate predictors."""
     return HEAD.search(name) is not None or isinstance(module, GatePredictor)
 
 
@@ -167,27 +167,27 @@ def quantize(
     keep: Callable[[str, nn.Module], bool] = keeps_precision,
     run: Callable[[Any, Any], Any] = lambda model, batch: model(batch),
 ) -> Quantized:
-    """A copy of a model with simulated weights and activations, in evaluation mode; `model` stays as it is.
+    """Return a copy of a model with simulated weights and activations, in evaluation mode; `model` stays as it is.
 
-    Quantized are the weights of linear layers, the tables of embeddings and of learned positions, and what goes into and
-    comes out of every linear layer and norm: so the context of attention, the activation of feed-forward parts, the sum of
-    embeddings and the residual sums, as norms read them. The residual stream itself, scores and attention weights (which
-    are inside of kernels), convolutions, and what other modules hold of parameters stay in floating point: the paper
-    quantizes the stream, scores and attention weights too, so its gaps are larger. A table that is also the head is rounded
-    where it is looked up alone.
+    Quantized are the weights of linear layers, the tables of embeddings and of learned positions, and the inputs and
+    outputs of every linear layer and norm: this covers the context of attention, the activation of feed-forward parts,
+    the sum of embeddings and the residual sums, as norms read them. The residual stream itself, scores and attention
+    weights (which are inside kernels), convolutions, and parameters of other modules stay in floating point: the paper
+    quantizes the stream, scores and attention weights too, so its gaps are larger. A table that is also the head is
+    rounded only where it is looked up.
 
     Args:
-        model: any module of linear layers; hooks on them are what computes the simulation, so compile the copy.
-        batches: given to `run` one after the other, with the weights on their grids. The paper's BERT takes 16; its OPT 4
-            with a percentile of 99.999.
+        model: any module with linear layers; the simulation runs in hooks on them, so compile the returned copy.
+        batches: passed to `run` one after the other, with the weights on their grids. The paper's BERT takes 16; its
+            OPT 4 with a percentile of 99.999.
         weight_bits, activation_bits: b, >= 2.
-        momentum, percentile: of the activations' ranges; see :class:`RunningRange`.
-        keep: called with the name and the module, which modules stay as they are, with all that is in them.
+        momentum, percentile: for the activations' ranges; see :class:`RunningRange`.
+        keep: called with the name and the module; returns whether a module stays as it is, with everything in it.
         run: called with the copy and a batch.
 
     Raises:
         Unsupported: without a batch, for a model without linear layers, and for torch's own attention modules, which
-            compute their projections inside.
+            compute their projections internally.
     """
     made = copy.deepcopy(model).eval()
     linears, norms, tables = _modules(made, keep)
@@ -229,7 +229,7 @@ def quantize(
 def _modules(
     model: nn.Module, keep: Callable[[str, nn.Module], bool]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Linear layers, norms and tables by name, without what is kept."""
+    """Linear layers, norms and tables by name, without modules that are kept."""
     linears, norms, tables = {}, {}, {}
     kept: list[str] = []
     for name, module in model.named_modules():

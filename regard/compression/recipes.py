@@ -1,19 +1,20 @@
-"""Recipes: what is done to a model, one step after another, as people write it.
+"""Recipes: the steps that compress a model, one after another, in the notation that users write.
 
-    int8                            a step
+    int8                            one step
     gptq:bits=4,group=32            with options
-    smoothquant:alpha=0.7 + w8a8    several, in the order in which they are done
-    wanda:ratio=0.4 + int8          weights made 0 before the others are rounded
-    axformer:focus=size             heads, neurons and layers taken away for good
-    structured:layers=2 + distil    what the cut model lost is won back from the answers of the model as it was
-    int8 + tokens:keep=0.5 + export fewer tokens on their way through it, and an ONNX program beside the saved model
+    smoothquant:alpha=0.7 + w8a8    several steps, in the order in which they are done
+    wanda:ratio=0.4 + int8          weights set to 0, then the others rounded
+    axformer:focus=size             heads, neurons and layers removed for good
+    structured:layers=2 + distil    layers removed, then quality recovered from the answers of the original model
+    int8 + tokens:keep=0.5 + export tokens dropped on their way through it, and an ONNX program next to the saved model
     my_recipe.yaml                  a file: a list of steps, each a name as above or {name: {option: value}}; JSON too
 
-Several recipes are a list with commas; ``option=value`` after a comma belongs to the step before it. Each step has a *stage*,
-and stages come in one order: what takes parts out of the model, what makes weights 0 (both in :mod:`regard.compression.pruning`),
-what moves difficulty between inputs and weights, what rounds, what lets tokens go, and what exports. At most one step of a
-stage. ``distil`` comes first, where it makes a student, or directly after a step whose losses it wins back. After ``awq`` and
-``smoothquant`` something rounds: ``awq`` alone is ``awq + int4:calibrate=mse``, ``smoothquant`` alone is ``smoothquant + w8a8``.
+Several recipes are separated by commas; ``option=value`` after a comma belongs to the step before it. Each step has a
+*stage*, and stages come in a fixed order: removing parts of the model, setting weights to 0 (both in
+:mod:`regard.compression.pruning`), moving difficulty between inputs and weights, rounding, dropping tokens, exporting.
+There is at most one step per stage. ``distil`` comes first, where it makes a student, or directly after a step whose
+losses it recovers. ``awq`` and ``smoothquant`` need a rounding step: ``awq`` alone is ``awq + int4:calibrate=mse``,
+``smoothquant`` alone ``smoothquant + w8a8``.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class SmoothQuant(Scaling):
-    """From inputs that are rounded to the weights.
+    """Move difficulty from inputs that are rounded to the weights.
 
     Attributes:
         alpha: how much, 0 to 1.
@@ -69,9 +70,9 @@ class SmoothQuant(Scaling):
 
 @dataclass(frozen=True)
 class Awq(Scaling):
-    """Weights that meet large inputs are rounded less; how much is searched for in each layer.
+    """Round weights that meet large inputs less; how much less is searched for in each layer.
 
-    The paper's code then looks for where grids end, as ``calibrate=mse`` does: so does ``awq`` where nothing else is said.
+    The paper's code then searches for the ends of the grids, as ``calibrate=mse`` does; so does ``awq`` by default.
     """
 
     needs: ClassVar = ("second",)
@@ -82,10 +83,10 @@ class Rounding:
     """A step that puts weights on grids.
 
     Attributes:
-        calibrate: where the grids end: ``minmax``, ``percentile`` (99.9), ``mse`` or ``kl``. Where squares of
-            inputs are known, errors that meet large ones count for more in ``mse``.
-        head: what becomes of the layer that gives a language model's logits: ``int8``, a scale for each row, with the
-            embedding where that is the same table; or ``keep``. Heads of other models are kept.
+        calibrate: how the ends of the grids are chosen: ``minmax``, ``percentile`` (99.9), ``mse`` or ``kl``. Where
+            squares of inputs are known, ``mse`` gives more weight to errors that meet large inputs.
+        head: treatment of a language model's output layer: ``int8``, one scale per row, together with the
+            embedding if it is the same table; or ``keep``. Heads of other models are kept.
     """
 
     calibrate: str = "minmax"
@@ -106,7 +107,7 @@ class Rounding:
 
 @dataclass(frozen=True)
 class Int8(Rounding):
-    """Weights in 8 bits, one scale a row."""
+    """Weights in 8 bits, one scale per row."""
 
     @property
     def format(self) -> Format:
@@ -118,9 +119,9 @@ class Int4(Rounding):
     """Weights in 4 bits, in groups.
 
     Attributes:
-        bits: 4, 3 or 2; fewer than 4 take the room of 4.
+        bits: 4, 3 or 2; fewer than 4 take the space of 4.
         group: 32, 64 or 128 columns with one scale.
-        symmetric: without offsets.
+        symmetric: whether there are no offsets.
     """
 
     bits: int = 4
@@ -142,9 +143,9 @@ class Gptq(Rounding):
     """Weights in 8 to 2 bits by GPTQ; see :mod:`regard.compression.weights.gptq`.
 
     Attributes:
-        bits, group, symmetric: as of ``int4``; with 8 bits the group has no meaning.
+        bits, group, symmetric: as in ``int4``; with 8 bits the group has no meaning.
         order: ``activations`` or ``columns``.
-        damping: of the second moments, above 0.
+        damping: damping of the second moments, above 0.
     """
 
     calibrate: str = "mse"
@@ -169,14 +170,14 @@ class Gptq(Rounding):
 
 @dataclass(frozen=True)
 class Lsq(Rounding):
-    """Weights in 8 to 2 bits, trained together with the steps of their grids; see :mod:`regard.compression.weights.learned`.
+    """Weights in 8 to 2 bits, trained with the steps of their grids; see :mod:`regard.compression.weights.learned`.
 
-    It trains on the data with the model's own loss, so the data are items that the model is not tested on.
+    It trains on the data with the model's own loss, so use items that the model is not tested on.
 
     Attributes:
-        bits, group: as of ``int4``; with 8 bits the group has no meaning.
-        steps: of training, a batch each; 1 or more.
-        learning_rate: at the start, above 0.
+        bits, group: as in ``int4``; with 8 bits the group has no meaning.
+        steps: training steps, a batch each; 1 or more.
+        learning_rate: the initial rate, above 0.
     """
 
     bits: int = 4
@@ -201,7 +202,7 @@ class Lsq(Rounding):
 
 @dataclass(frozen=True)
 class W8A8(Rounding):
-    """Weights in 8 bits, and inputs too: each token's on a grid of its own, found as it comes."""
+    """Weights and inputs in 8 bits: each token's inputs on a grid of their own, computed at run time."""
 
     @property
     def format(self) -> Format:
@@ -210,9 +211,9 @@ class W8A8(Rounding):
 
 @dataclass(frozen=True)
 class LlmInt8(W8A8):
-    """As ``w8a8``, but columns of inputs with outliers stay in floating point (LLM.int8, arXiv 2208.07339).
+    """``w8a8``, but input columns with outliers stay in floating point (LLM.int8, arXiv 2208.07339).
 
-    The paper looks for them in each call; here they are those of the calibration data.
+    The paper finds these columns in each call; here they are fixed by the calibration data.
 
     Attributes:
         threshold: the size from which a number makes its column an outlier; 6 in the paper.
@@ -244,7 +245,7 @@ STEPS: dict[str, type[Any]] = {
     "tokens": FewerTokens,
     "export": Export,
 }
-"""By the names that recipes have."""
+"""The steps by the names used in recipes."""
 
 STAGES = {
     "structure": "take parts out of the model",
@@ -254,22 +255,22 @@ STAGES = {
     "tokens": "let tokens go",
     "export": "make a program",
 }
-"""In their order, with what two steps of one stage would both do; ``distil`` has no place of its own."""
+"""Stages in their order, with what two steps of one stage would both do; ``distil`` has no fixed place."""
 
 OF_WEIGHTS = ("mask", "scale", "round")
-"""Stages that are done at once, layer by layer."""
+"""Stages that are done together, layer by layer."""
 WON_BACK = ("structure", "mask", "round")
-"""Stages after which ``distil`` may come."""
+"""Stages that ``distil`` may follow."""
 
 USUAL: dict[str, tuple[str, Rounding]] = {
     "smoothquant": ("w8a8", W8A8()),
     "awq": ("int4", Int4(calibrate="mse")),
 }
-"""What rounds after a step that does not."""
+"""The default rounding step after a step that does not round."""
 
 ALL = ("int8", "w8a8", "smoothquant", "llm_int8", "int4", "int4:calibrate=mse", "awq", "gptq", "awq + gptq", "tokens")
-"""The recipes that ``all`` stands for, the quickest first: those that need no search or training and make something smaller or
-faster. What they cannot do to a model is told."""
+"""The recipes that ``all`` stands for, the quickest first: recipes that need no search or training and make something
+smaller or faster. Recipes that do not apply to a model are reported as such."""
 
 
 @dataclass(frozen=True)
@@ -284,12 +285,12 @@ class Recipe:
 
     @property
     def structure(self) -> Structured | AxFormer | None:
-        """The step that takes parts out of the model."""
+        """The step that removes parts of the model."""
         return self._of("structure")
 
     @property
     def masking(self) -> Masking | None:
-        """The step that makes weights 0."""
+        """The step that sets weights to 0."""
         return self._of("mask")
 
     @property
@@ -304,7 +305,7 @@ class Recipe:
 
     @property
     def acts(self) -> list[Recipe]:
-        """The steps as they are done: those of weights that follow each other together, each other step alone."""
+        """The steps in groups to do together: consecutive steps on weights as one group, each other step alone."""
         found: list[list[tuple[str, Any]]] = []
         for one in self.steps:
             joined = one[1].stage in OF_WEIGHTS and found and found[-1][-1][1].stage in OF_WEIGHTS
@@ -316,18 +317,18 @@ class Recipe:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What it wants to know: of the inputs of layers the ``range``, the sums of ``squares`` or all ``second`` moments; of
-        the model the ``loss`` on items, or what it makes of ``data``; ``training`` on batches, one a step. Nothing where it
-        needs no data."""
+        """What the steps need: of layer inputs the ``range``, the sums of ``squares`` or all ``second`` moments; of
+        the model the ``loss`` on items, or its response to ``data``; ``training`` on batches, one a step. Empty if the
+        recipe needs no data."""
         return frozenset(need for _, step in self.steps for need in step.needs)
 
     @property
     def name(self) -> str:
-        """As it is written, with the options that are not the usual ones."""
+        """The recipe as it is written, with the options that are not defaults."""
         return " + ".join(_written(name, step) for name, step in self.steps)
 
     def as_list(self) -> list[dict[str, dict[str, Any]]]:
-        """For JSON and YAML, with all options."""
+        """The steps with all options, for JSON and YAML."""
         return [{name: asdict(step)} for name, step in self.steps]
 
 
@@ -339,10 +340,10 @@ def _written(name: str, step: Any) -> str:
 
 
 def read_recipe(given: str | Recipe | Sequence[Any]) -> Recipe:
-    """A recipe from how it is written, from a file, or from a list of steps.
+    """Parse a recipe from its notation, from a file, or from a list of steps.
 
     Raises:
-        Unsupported: for unknown steps and options, with the nearest, and for steps that do not go together.
+        Unsupported: for unknown steps and options, naming the nearest, and for steps that do not go together.
     """
     if isinstance(given, Recipe):
         return given
@@ -356,7 +357,7 @@ def read_recipe(given: str | Recipe | Sequence[Any]) -> Recipe:
 
 
 def read_recipes(text: str) -> list[Recipe]:
-    """Several, with commas between them; ``all`` is :data:`ALL`."""
+    """Parse several recipes, separated by commas; ``all`` is :data:`ALL`."""
     if text.strip() == "all":
         return [read_recipe(one) for one in ALL]
     parts: list[str] = []
@@ -433,7 +434,7 @@ def _checked(steps: list[tuple[str, Any]]) -> Recipe:
 
 
 def _with_rounding(one: tuple[str, Any]) -> list[tuple[str, Any]]:
-    """A step, and what rounds after it where it does not."""
+    """The step, followed by its default rounding step if it has one."""
     usual = USUAL.get(one[0])
     return [one] if usual is None else [one, usual]
 

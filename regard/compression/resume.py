@@ -1,4 +1,4 @@
-"""What a run of :func:`regard.compression.compress` that was stopped goes on from: its identity, and the blocks that are done."""
+"""What a stopped run of :func:`regard.compression.compress` needs to resume: its identity, and its finished blocks."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from regard.layers.quantized import Format, QuantizedLinear
 from regard.models.weights import distinct_tensors, load_tensors, read_tensors
 
 RUN = "run.json"
-"""In the folder of a run that goes on: what it does to what."""
+"""File in the folder of a resumable run that identifies the run."""
 
 
 def digest(batches: Any) -> str:
-    """A digest of all numbers in some batches."""
+    """Hash all numbers in the batches."""
     found = hashlib.blake2b(digest_size=16)
 
     def add(value: Any) -> None:
@@ -48,7 +48,7 @@ def digest(batches: Any) -> str:
 
 
 def begin(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Make a folder for this run, or go on in it; raises Unsupported where it has another's blocks."""
+    """Create a folder for this run, or resume in it; raises Unsupported if it has the blocks of another run."""
     file = folder / RUN
     if file.is_file():
         try:
@@ -66,7 +66,7 @@ def begin(folder: Path, identity: Mapping[str, Any]) -> None:
 
 
 def write_block(file: Path, made: Sequence[tuple[nn.Module, LayerReport]]) -> None:
-    """Keep the layers of a block that are done."""
+    """Save the layers of a finished block."""
     tensors, record = dict[str, Tensor](), []
     for layer, report in made:
         entry = layer.record() if isinstance(layer, QuantizedLinear) else None
@@ -76,7 +76,7 @@ def write_block(file: Path, made: Sequence[tuple[nn.Module, LayerReport]]) -> No
 
 
 def read_block(file: Path, body: Mapping[str, nn.Linear]) -> list[tuple[nn.Linear, nn.Module, LayerReport]]:
-    """The layers that a block had, those that take their place, and what became of them."""
+    """Read a saved block: for each layer the original, its replacement, and its report."""
     tensors, metadata = read_tensors(file)
     found: list[tuple[nn.Linear, nn.Module, LayerReport]] = []
     for entry in json.loads(metadata["record"]):

@@ -1,4 +1,4 @@
-"""Steps of a recipe that concern the whole model: distilling it, fewer tokens in it, a program made of it."""
+"""Recipe steps that concern the whole model: distilling it, dropping tokens in it, exporting a program of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from regard.measurement.budget import Budget
 KINDS = ("response", "features")
 FORMATS = ("onnx", "torch")
 KEEP = 0.7
-"""The usual share of tokens that stay."""
+"""The usual share of tokens to keep."""
 
 IMAGES = tuple(name for name in REDUCERS if "random" not in name)
 TEXTS = ("power_bert", "ltp")
@@ -26,25 +26,27 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "ltp": ("threshold",),
     **dict.fromkeys(CACHES, ("keep", "capacity")),
 }
-"""Methods for fewer tokens, with the options that say how many."""
+"""Methods for dropping tokens, with the options that set how many."""
 
 
 @dataclass(frozen=True)
 class Distil:
-    """The model learns the answers of the one that was given, or of another; see
+    """Train the model on the answers of the original model, or of another teacher; see
     :mod:`regard.compression.distillation.recovery`.
 
-    First in a recipe it makes a student of some of the layers, at even distances; of all where there is another teacher and no
-    `layers`. Elsewhere it wins back what the step before it lost: zeros stay zeros, and of a model whose weights are rounded it trains what is in floating point.
+    As the first step of a recipe, it makes a student of evenly spaced layers; of all layers if there is another teacher
+    and no `layers`. Elsewhere it recovers what the step before it lost: zeros stay zeros, and in a model with rounded
+    weights it trains whatever is in floating point.
 
     Attributes:
-        layers: how many the student has; half of them, or with a teacher all, when None. Of a step that comes first.
-        teacher: the folder of another model, of the same library, tokens, classes and inputs; the model that was given when None.
-        kind: ``response``: the answers alone; ``features``: hidden states behind the layers too.
-        temperature: by which logits of both are divided, above 0.
-        steps: of training, a batch each; 1 or more.
-        learning_rate: at the start, above 0.
-        budget: a time after which it ends, where the steps take longer: ``90s``, ``5m``.
+        layers: layers of the student, for a first step; when None half of them, or all with another teacher.
+        teacher: the folder of another model with the same library, tokens, classes and inputs; the original model when
+            None.
+        kind: ``response``: the answers alone; ``features``: hidden states after the layers too.
+        temperature: divides the logits of both models, above 0.
+        steps: training steps, a batch each; 1 or more.
+        learning_rate: the initial rate, above 0.
+        budget: a time limit, for when the steps take longer: ``90s``, ``5m``.
     """
 
     layers: int | None = None
@@ -70,7 +72,7 @@ class Distil:
 
     @property
     def seconds(self) -> float | None:
-        """The budget."""
+        """The budget in seconds."""
         if self.budget is None:
             return None
         read = Budget.parse(str(self.budget))
@@ -81,15 +83,18 @@ class Distil:
 
 @dataclass(frozen=True)
 class FewerTokens:
-    """Tokens go on their way through the model, or out of its cache; see :mod:`regard.compression.tokens.applied`.
+    """Drop tokens on their way through the model, or from its cache; see :mod:`regard.compression.tokens.applied`.
 
     Attributes:
-        method: one of :data:`METHODS`; when None the first that the model takes: ``tome``, ``power_bert`` or ``snapkv``.
-        keep: the share of tokens that stay: of images at a quarter, half and three quarters of the blocks each; of texts in the
-            last layer, at the length of the data; of caches for prompts of half that length. :data:`KEEP` when nothing is said.
-        remove: of images, patches that go at each block; a number, or a list of them.
-        capacity: of caches, tokens of a prompt that each layer keeps.
-        threshold: of ``ltp``, the mean attention below which tokens go in the last layer; in those before it rises evenly to that.
+        method: one of :data:`METHODS`; when None the first that the model supports: ``tome``, ``power_bert`` or
+            ``snapkv``.
+        keep: the share of tokens to keep: for images at each of a quarter, half and three quarters of the blocks; for
+            texts in the last layer, at the length of the data; for caches of prompts of half that length. :data:`KEEP`
+            when nothing is given.
+        remove: for images, patches to drop at each block; a number, or a list of them.
+        capacity: for caches, tokens of a prompt that each layer keeps.
+        threshold: for ``ltp``, the mean attention below which the last layer drops tokens; earlier layers rise evenly
+            to it.
     """
 
     method: str | None = None
@@ -126,7 +131,7 @@ class FewerTokens:
 
     @property
     def named(self) -> str | None:
-        """The method, where the options tell it."""
+        """The method, if the options determine it."""
         if self.method is not None:
             return self.method
         options = {"remove": "tome", "capacity": "snapkv", "threshold": "ltp"}
@@ -134,13 +139,13 @@ class FewerTokens:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Data, where a share is one of their length, or answers of single tokens have to be noticed."""
+        """Data, if a share is relative to their length, or if answers for single tokens must be detected."""
         return () if self.named in IMAGES or self.capacity is not None else ("data",)
 
 
 @dataclass(frozen=True)
 class Export:
-    """A program of the model beside its weights; see :mod:`regard.compression.programs`.
+    """An exported program of the model, saved next to its weights; see :mod:`regard.compression.programs`.
 
     Attributes:
         format: ``onnx``, or ``torch`` for a program of ``torch.export``.
@@ -155,13 +160,13 @@ class Export:
 
 
 def check_rate(value: object) -> None:
-    """Raise Unsupported unless it is a learning rate between 0 and 1."""
+    """Raise Unsupported unless the value is a learning rate between 0 and 1."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
         raise Unsupported(f"learning_rate={value}", supported="0 < learning_rate < 1", nearest="learning_rate=0.0001")
 
 
 def check_program(method: str | None) -> None:
-    """Raise Unsupported where a model with this method for fewer tokens has no program."""
+    """Raise Unsupported if a model with this method for dropping tokens cannot be exported."""
     if method in CACHES:
         raise Unsupported(
             f"export after {method}, since a program reads whole sequences and keeps no cache",

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def text_windows(ids: Int[Tensor, " n"], length: int, count: int) -> list[Int[Tensor, "1 length"]]:
-    """Windows of a text, spread evenly over it, without a token in common; fewer where the text has not so many.
+    """Cut a text into windows without overlap, spread evenly over it; fewer than `count` if the text is too short.
 
     Args:
-        ids: its tokens.
-        length: of a window.
-        count: the most windows.
+        ids: tokens of the text.
+        length: tokens per window.
+        count: the most windows to return.
 
     Raises:
         Unsupported: for a text shorter than a window.

@@ -1,15 +1,18 @@
-"""One sequence over several ranks: exact softmax attention, and states handed along (arXiv 2302.06218, and own design).
+"""One sequence over several ranks: exact softmax attention, and states passed on (arXiv 2302.06218, and own design).
 
-- :mod:`regard.distributed.attention`: softmax attention by four schedules, which are in :mod:`regard.distributed.schemes`;
-- :mod:`regard.distributed.recurrence`: recurrent mechanisms, whose states combine as :mod:`regard.distributed.states` says;
-- :mod:`regard.distributed.context_parallel`: language models on sequences that ranks share;
+- :mod:`regard.distributed.attention`: softmax attention by four schedules, defined in
+  :mod:`regard.distributed.schemes`;
+- :mod:`regard.distributed.recurrence`: recurrent mechanisms, whose states combine as :mod:`regard.distributed.states`
+  says;
+- :mod:`regard.distributed.context_parallel`: language models on sequences split over ranks;
 - :mod:`regard.distributed.together`: processes that train one model, by copies, shards or pieces of its sequences;
 - :mod:`regard.distributed.streaming`: keys and values in files;
-- :mod:`regard.distributed.plans`: what they cost, by closed forms;
+- :mod:`regard.distributed.plans`: closed-form costs of the schedules;
 - :mod:`regard.distributed.layouts`: which rank has which tokens;
 - :mod:`regard.distributed.communicators`: ranks of `torch.distributed`, and virtual ones in one process.
 
-Deviations: the paper says that exact attention was distributed, not how; the schedules are the usual exact ones.
+Deviations: the paper says that exact attention was distributed, but not how; the schedules here are the usual exact
+ones.
 """
 
 from __future__ import annotations

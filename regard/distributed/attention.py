@@ -1,4 +1,4 @@
-"""Exact softmax attention over a sequence whose tokens several ranks have."""
+"""Exact softmax attention over a sequence whose tokens are split over several ranks."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ if TYPE_CHECKING:
 
 
 class DistributedAttention:
-    """Softmax attention of a sequence in pieces, equal to that of the whole, forward and backward.
+    """Softmax attention over a sequence in pieces, equal to attention over the whole, forward and backward.
 
-    On the ranks of a process group each process gives its own tokens (:meth:`shard`) and gets their outputs. On virtual
-    ranks one process gives all tokens and gets all outputs, by the same schedule, exchange by exchange: for tests, and to
-    count what would be sent::
+    On the ranks of a process group, each process passes its own tokens (:meth:`shard`) and gets their outputs. On
+    virtual ranks, one process passes all tokens and gets all outputs, by the same schedule, exchange by exchange: for
+    tests, and to count what would be sent::
 
         attention = DistributedAttention("ring", ranks=4)
         output = attention(q, k, v)
         print(attention.forward_traffic[0].bytes)
 
     Args:
-        scheme: ``ring``, ``head`` (of which each rank computes some: key/value heads must be a multiple of the ranks),
-            ``grid`` or ``gather``; see :mod:`regard.distributed.schemes` and :func:`regard.distributed.plan`.
+        scheme: ``ring``, ``head`` (each rank computes some of the heads: key/value heads must be a multiple of the
+            ranks), ``grid`` or ``gather``; see :mod:`regard.distributed.schemes` and :func:`regard.distributed.plan`.
         ranks: number of virtual ranks.
-        group: a process group or `DeviceMesh` of one axis, of two for a grid; the default group without.
-        causal: whether query i sees keys 0 to i alone.
-        scale: of the scores; 1 / sqrt(d) without.
-        zigzag: whether rank p has chunks p and 2 P - 1 - p of 2 P, which gives all ranks the same causal work; as `causal`
-            without.
-        grid: Pq and Pk of the grid; those that send least for equal widths without.
+        group: a process group or `DeviceMesh` with one axis, or two for a grid; the default group if None.
+        causal: whether query i sees only keys 0 to i.
+        scale: scale of the scores; 1 / sqrt(d) if None.
+        zigzag: whether rank p has chunks p and 2 P - 1 - p of 2 P, which gives all ranks the same causal work; the
+            value of `causal` if None.
+        grid: Pq and Pk of the grid; if None, the sizes that send least for equal widths.
         backend: see :func:`regard.which_backend`.
 
     Attributes:
-        forward_traffic, backward_traffic: of the last call, one :class:`regard.distributed.Traffic` for each rank of this
-            process.
+        forward_traffic, backward_traffic: traffic of the last call, one :class:`regard.distributed.Traffic` for each
+            rank of this process.
 
     Raises:
-        Unsupported: for what cannot be.
+        Unsupported: for combinations of arguments that are not supported.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class DistributedAttention:
         self.backward_traffic: list[Traffic] = []
 
     def layout(self, length: int) -> Layout:
-        """Which tokens of a sequence each rank has."""
+        """The layout of a sequence: which tokens each rank has."""
         return Layout(length, self.ranks.count, self.zigzag)
 
     def shard(self, x: Tensor, dim: int = -2) -> Tensor:
-        """This process's tokens of all; of virtual ranks all of them."""
+        """This process's share of the tokens; all of them on virtual ranks."""
         return x if self.ranks.group is None else self.layout(x.shape[dim]).take(x, self.ranks.local[0], dim)
 
     def __call__(
@@ -91,14 +91,14 @@ class DistributedAttention:
         *,
         length: int | None = None,
     ) -> Float[Tensor, "b h n v"]:
-        """Outputs of the tokens that are given.
+        """Outputs of the given tokens.
 
         Args:
-            q, k, v: this process's tokens; of virtual ranks all of them.
-            length: tokens of all ranks together; without it as many for each rank as for this one.
+            q, k, v: this process's tokens; all of them on virtual ranks.
+            length: tokens of all ranks together; if None, every rank has as many as this one.
 
         Raises:
-            Unsupported: for shapes that do not fit, and tokens that are not those of this rank's :meth:`shard`.
+            Unsupported: for shapes that do not fit, and tokens that are not this rank's :meth:`shard`.
         """
         _check_shapes(q, k, v)
         virtual = self.ranks.group is None
@@ -126,7 +126,7 @@ class DistributedAttention:
 
 
 class _Run:
-    """One call: its schedule, and the ranks of this process in it."""
+    """One call: its schedule, and the ranks of it that run in this process."""
 
     def __init__(self, attention: DistributedAttention, layout: Layout, scale: float) -> None:
         self.ranks, self.attention = attention.ranks, attention
@@ -149,7 +149,7 @@ class _Run:
 
 
 class _Attention(torch.autograd.Function):
-    """The schedules of the ranks of this process: q, k and v of each, and its output."""
+    """The schedules of this process's ranks: takes q, k and v of each rank, returns each rank's output."""
 
     @staticmethod
     def forward(ctx: Any, run: _Run, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -190,7 +190,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _of_mesh(mesh: dist.DeviceMesh, scheme: str, grid: tuple[int, int] | None) -> tuple[Any, tuple[int, int] | None]:
-    """The process group of a mesh, and the grid that it is."""
+    """The process group of a mesh, and the grid that the mesh forms."""
     everyone = torch.arange(dist.get_world_size())
     if mesh.ndim == 2 and scheme == "grid" and grid is None and torch.equal(mesh.mesh.flatten().cpu(), everyone):
         return dist.group.WORLD, (mesh.shape[0], mesh.shape[1])

@@ -1,8 +1,8 @@
 """Programs of ranks that exchange tensors, run by `torch.distributed` or all in this process.
 
-A program is a generator: it yields what it sends and expects (:class:`Exchange`), gets back an object for which it has to
-wait, also where it only sends, and returns its result. Between the two it may compute while tensors are under way. The same program runs on the ranks of a
-process group, and on virtual ranks, which take turns in one process.
+A program is a generator: it yields what it sends and expects (:class:`Exchange`), receives an object that it must wait
+for, even if it only sends, and returns its result. Before waiting, it may compute while tensors are under way. The same
+program runs on the ranks of a process group, and on virtual ranks, which take turns in one process.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Tensors = Sequence[Tensor]
 
 @dataclass(frozen=True)
 class Exchange:
-    """What a rank sends to others and expects of them, by their numbers.
+    """What a rank sends to other ranks and expects from them, by rank number.
 
     Attributes:
         sends: tensors, which must not change before the exchange has been waited for.
-        receives: tensors to be written; None for tensors whose number, shapes and dtypes only the sender knows, and which it
+        receives: buffers to write to; None for tensors whose number, shapes and dtypes only the sender knows and
             announces.
-        announced: whether the receivers of `sends` do not know their shapes.
+        announced: whether the shapes of `sends` are announced, for receivers that do not know them.
     """
 
     sends: Mapping[int, Tensors] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Pending(Protocol):
     """An exchange that is under way."""
 
     def wait(self) -> Mapping[int, Tensors]:
-        """What was received, by sender."""
+        """Wait for the exchange, and return the received tensors by sender."""
 
 
 Program = Generator[Exchange, Pending, T]
@@ -49,13 +49,13 @@ Program = Generator[Exchange, Pending, T]
 
 @dataclass
 class Traffic:
-    """What one rank has sent and computed.
+    """Counts of what one rank has sent and computed.
 
     Attributes:
-        bytes: sent to other ranks.
+        bytes: bytes sent to other ranks.
         messages: sent tensors with at least one element.
-        steps: exchanges that it took part in.
-        scores: query-key pairs, in every row and head.
+        steps: exchanges that the rank participated in.
+        scores: query-key pairs, counted in every row and head.
     """
 
     bytes: int = 0
@@ -64,7 +64,7 @@ class Traffic:
     scores: int = 0
 
     def count(self, exchange: Exchange) -> None:
-        """Add what an exchange sends."""
+        """Add the tensors that an exchange sends."""
         sent = [x for tensors in exchange.sends.values() for x in tensors if x.numel()]
         self.bytes += sum(x.numel() * x.element_size() for x in sent)
         self.messages += len(sent)
@@ -73,11 +73,11 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where programs run: the ranks of this process, of all.
+    """The ranks that run programs: all of them, and the ones in this process.
 
     Attributes:
         count: number of ranks.
-        local: those that run in this process.
+        local: the ranks that run in this process.
         group: process group; None for virtual ranks.
     """
 
@@ -87,10 +87,11 @@ class Ranks:
 
     @classmethod
     def of(cls, ranks: int | None, group: Any) -> Ranks:
-        """Virtual ranks, or those of a process group or mesh of one axis; of the default group when neither is given.
+        """Virtual ranks, or the ranks of a process group or mesh with one axis; of the default group if both are None.
 
         Raises:
-            Unsupported: for both, a mesh of more axes, and for neither where `torch.distributed` is not initialised.
+            Unsupported: if both are given, for a mesh with more axes, and for neither if `torch.distributed` is not
+                initialised.
         """
         if ranks is not None:
             if group is not None:
@@ -117,7 +118,7 @@ class Ranks:
         return cls(dist.get_world_size(group), (here,), group)
 
     def run(self, programs: Sequence[Program[T]], traffic: Sequence[Traffic]) -> list[T]:
-        """The results of the programs of the local ranks."""
+        """Run the programs of the local ranks, and return their results."""
         if self.group is None:
             return _run_in_turn(programs, traffic)
         return [_run_in_group(programs[0], traffic[0], self.group)]
@@ -155,7 +156,7 @@ def _run_in_turn(programs: Sequence[Program[T]], traffic: Sequence[Traffic]) -> 
         for rank, exchange in posted.items():
             answers[rank] = found = _Arrived(_deliver(rank, posted))
             arrived += [found] if exchange.sends or exchange.receives else []
-    if not all(found.waited for found in arrived):  # which would stop a process group for ever
+    if not all(found.waited for found in arrived):  # or else a process group would hang for ever
         raise RuntimeError("a program has ended without waiting for an exchange")
     return results
 
@@ -180,7 +181,7 @@ class _UnderWay:
     works: list[Any]
     received: Mapping[int, Tensors]
     sent: list[Tensor]
-    """Kept until they have left."""
+    """Tensors being sent, kept alive until they have left."""
 
     def wait(self) -> Mapping[int, Tensors]:
         for work in self.works:

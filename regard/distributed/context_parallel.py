@@ -1,4 +1,4 @@
-"""A language model on a sequence whose tokens several ranks have: its layers mix over all ranks, the rest is each token's own."""
+"""A language model on a sequence split over several ranks: its layers mix over all ranks, the rest works per token."""
 
 from __future__ import annotations
 
@@ -25,30 +25,31 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 BESIDE = {"training", "generator", "dropout"}
-"""What a layer may tell its mechanism beside the heads; a dropout that is not 0 is refused."""
+"""Arguments that a layer may pass to its mechanism besides the heads; a dropout that is not 0 is refused."""
 
 
 class ContextParallel:
-    """The training of a :class:`regard.models.LanguageModel` on sequences that ranks share (context parallelism)::
+    """Training of a :class:`regard.models.LanguageModel` on sequences split over ranks (context parallelism)::
 
-        parallel = ContextParallel(model)  # in each process, on the same weights
+        parallel = ContextParallel(model)  # in each process, with the same weights
         loss = parallel.loss(ids)          # ids of the whole sequences, the same everywhere
         loss.backward()
-        parallel.add_gradients()           # over the ranks; then the optimizer, the same everywhere
+        parallel.add_gradients()           # sum over the ranks; then step the optimizer, the same everywhere
 
-    Each rank embeds, normalises and projects its own tokens alone. Softmax layers attend by :class:`DistributedAttention`,
-    recurrent ones hand their states along by :class:`DistributedRecurrence`. On virtual ranks the model sees all tokens, and
-    its layers mix them in pieces.
+    Each rank embeds, normalises and projects only its own tokens. Softmax layers attend by
+    :class:`DistributedAttention`, recurrent layers pass their states on by :class:`DistributedRecurrence`. On virtual
+    ranks the model sees all tokens, and its layers mix them in pieces.
 
-    Short convolutions begin with the last tokens of the rank before.
+    Short convolutions start from the last tokens of the previous rank.
 
     Args:
-        model: with layers of plain softmax attention or of recurrent mechanisms, without dropout or auxiliary losses.
-        scheme: of softmax layers.
-        ranks, group: as of :class:`DistributedAttention`.
+        model: a model with layers of plain softmax attention or of recurrent mechanisms, without dropout or auxiliary
+            losses.
+        scheme: the scheme of softmax layers.
+        ranks, group: as in :class:`DistributedAttention`.
 
     Raises:
-        Unsupported: for another model.
+        Unsupported: for other models.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class ContextParallel:
             raise Unsupported(
                 "context parallelism with dropout or inserted tokens", supported="dropout=0, no landmarks"
             )
-        # states and convolutions go along the sequence, in one piece a rank
+        # states and convolutions follow the sequence, which needs one contiguous piece per rank
         self.zigzag = all(softmax) and not any(layer.convolutions for layer in layers)
         self.mixers: list[tuple[AttentionLayer, DistributedAttention | DistributedRecurrence]] = []
         for layer, plain in zip(layers, softmax, strict=True):
@@ -73,16 +74,16 @@ class ContextParallel:
                 self.mixers.append((layer, DistributedRecurrence(layer.card.name, **where, **vars(layer.config))))
 
     def layout(self, length: int) -> Layout:
-        """Which tokens each rank has."""
+        """The layout of a sequence: which tokens each rank has."""
         return Layout(length, self.ranks.count, self.zigzag)
 
     def loss(self, ids: Int[Tensor, "b n"], targets: Int[Tensor, "b n"] | None = None) -> Float[Tensor, ""]:
-        """The mean cross entropy of all targets in nats, the same on every rank; its gradients are those of this rank's
-        tokens, and those of all ranks add up to the whole.
+        """The mean cross entropy of all targets in nats, the same on every rank. Its gradients are those of this rank's
+        tokens only; summed over the ranks they are those of the whole.
 
         Args:
             ids: the whole sequences.
-            targets: as of :meth:`regard.models.LanguageModel.loss`.
+            targets: as in :meth:`regard.models.LanguageModel.loss`.
         """
         targets = next_tokens(ids) if targets is None else targets
         count = (targets != IGNORED).sum().clamp(min=1)
@@ -106,7 +107,7 @@ class ContextParallel:
         return own + (total - own.detach())
 
     def add_gradients(self) -> None:
-        """Add the gradients of the model's parameters up over the ranks. (`DistributedDataParallel` takes their mean.)"""
+        """Sum the gradients of the model's parameters over the ranks. (`DistributedDataParallel` takes their mean.)"""
         if self.ranks.group is None:
             return
         for parameter in self.model.parameters():
@@ -149,13 +150,13 @@ class ContextParallel:
                 del layer.mix
 
     def _begin(self, convolution: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        """A convolution's inputs, with the last ones of the rank before."""
+        """A convolution's inputs, with the last tokens of the previous rank as its state."""
         x, lengths, _ = given
         return x, lengths, _Before.apply(self.ranks, convolution.width - 1, x)
 
 
 class _Before(torch.autograd.Function):
-    """The last tokens (B, count, C) of the rank before; zeros on the first rank."""
+    """The last tokens (B, count, C) of the previous rank; zeros on the first rank."""
 
     @staticmethod
     def forward(ctx: Any, ranks: Ranks, count: int, x: Tensor) -> Tensor:
@@ -170,7 +171,7 @@ class _Before(torch.autograd.Function):
 
 
 def _passed(ranks: Ranks, x: Tensor, by: int) -> Tensor:
-    """What the rank `by` before this one has passed on; zeros where there is none."""
+    """Receive the tensor passed on by the rank `by` places before this one; zeros if there is none."""
     (here,) = ranks.local
     target, source = here + by, here - by
     found = torch.zeros_like(x, memory_format=torch.contiguous_format)
@@ -180,7 +181,7 @@ def _passed(ranks: Ranks, x: Tensor, by: int) -> Tensor:
 
 
 def _check_layer(layer: Any) -> str:
-    """The mechanism of a layer that ranks can share."""
+    """The name of a layer's mechanism, if ranks can share the layer."""
     if type(layer) is not AttentionLayer or layer.merge is not None:
         raise Unsupported(
             f"context parallelism of {getattr(getattr(layer, 'card', None), 'name', type(layer).__name__)}, whose layer mixes "

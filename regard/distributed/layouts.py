@@ -1,4 +1,4 @@
-"""Which tokens each rank has, and which pairs of them see each other."""
+"""Which tokens each rank has, and which pairs of tokens see each other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Span = tuple[int, int]
-"""Tokens from the first to before the second."""
+"""The tokens from the first number up to, but not including, the second."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Layout:
     """A sequence split over ranks.
 
     Attributes:
-        length: tokens of the whole sequence; ranks need not get equally many.
+        length: tokens of the whole sequence; it need not divide evenly.
         ranks: number of ranks.
-        zigzag: whether rank p has chunks p and 2 P - 1 - p of 2 P, so that causal attention gives all ranks the same work;
-            else it has chunk p of P.
+        zigzag: whether rank p has chunks p and 2 P - 1 - p of 2 P, so that causal attention gives all ranks the same
+            work; otherwise it has chunk p of P.
     """
 
     length: int
@@ -37,7 +37,7 @@ class Layout:
         at_least("ranks", self.ranks, 1)
 
     def spans(self, rank: int) -> tuple[Span, ...]:
-        """Tokens of a rank, in the order in which it has them; some may be empty."""
+        """The spans of a rank's tokens, in the order in which the rank holds them; some may be empty."""
         if not self.zigzag:
             return (self._chunk(rank, self.ranks),)
         return self._chunk(rank, 2 * self.ranks), self._chunk(2 * self.ranks - 1 - rank, 2 * self.ranks)
@@ -50,12 +50,12 @@ class Layout:
         return count(self.spans(rank))
 
     def take(self, x: Tensor, rank: int, dim: int = -2) -> Tensor:
-        """The tokens of a rank, of all."""
+        """Take the tokens of a rank from those of the whole sequence."""
         pieces = [x.narrow(dim, start, stop - start) for start, stop in self.spans(rank)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
     def join(self, pieces: Sequence[Tensor], dim: int = -2) -> Tensor:
-        """All tokens in their order, of those of each rank: the inverse of :meth:`take`."""
+        """Join the tokens of all ranks in sequence order: the inverse of :meth:`take`."""
         found: dict[Span, Tensor] = {}
         for rank, piece in enumerate(pieces):
             spans = self.spans(rank)
@@ -64,13 +64,13 @@ class Layout:
 
 
 def count(spans: Sequence[Span]) -> int:
-    """Number of tokens."""
+    """Number of tokens in the spans."""
     return sum(stop - start for start, stop in spans)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of some queries against rows of some keys, all of which see each other, or (`diagonal`) as a causal square."""
+    """Query rows and key rows in which all pairs see each other, or (`diagonal`) those of a causal square."""
 
     queries: Span
     keys: Span
@@ -78,13 +78,13 @@ class Block:
 
     @property
     def pairs(self) -> int:
-        """Pairs that see each other."""
+        """Number of pairs that see each other."""
         n, m = self.queries[1] - self.queries[0], self.keys[1] - self.keys[0]
         return n * (n + 1) // 2 if self.diagonal else n * m
 
 
 def blocks(queries: Sequence[Span], keys: Sequence[Span], causal: bool) -> Iterator[Block]:
-    """The blocks of pairs that are not hidden, none of them empty. Spans are equal or have no token in common."""
+    """The non-empty blocks of visible pairs. Any two spans must be equal or disjoint."""
     if not causal:
         block = Block((0, count(queries)), (0, count(keys)), False)
         if block.pairs:
@@ -93,7 +93,7 @@ def blocks(queries: Sequence[Span], keys: Sequence[Span], causal: bool) -> Itera
     row = 0
     for start, stop in queries:
         rows, row = (row, row + stop - start), row + stop - start
-        column, run = 0, None  # keys beside each other that these queries see all of
+        column, run = 0, None  # adjacent keys that these queries see all of
         found = []
         for first, last in keys:
             columns, column = (column, column + last - first), column + last - first

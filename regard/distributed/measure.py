@@ -1,4 +1,4 @@
-"""What ranks are worth on this machine: each a process with a core of its own, beside one process that does all the work."""
+"""Measure the speedup of several ranks, each a process with its own core, over one process that does all the work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from regard.measurement.timing import Timing
 from regard.models import LanguageModel, LanguageModelConfig
 
 FEWEST, MOST = 3, 100
-"""Rounds that are timed."""
+"""The fewest and the most timed rounds."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Attention:
 
     Attributes:
         length: tokens of the sequence.
-        heads, head_dim: of queries, keys and values.
-        scheme: of :class:`regard.distributed.DistributedAttention`.
+        heads, head_dim: sizes of queries, keys and values.
+        scheme: a scheme of :class:`regard.distributed.DistributedAttention`.
     """
 
     length: int = 16_384
@@ -45,7 +45,7 @@ class Attention:
     scheme: str = "ring"
 
     def actions(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        """What a rank does together with the others, and alone; each returns what both have in common."""
+        """The work of a rank with the others, and the work alone; each returns tensors to compare."""
         torch.manual_seed(0)
         whole = torch.randn(4, 1, self.heads, self.length, self.head_dim)
         attention = DistributedAttention(self.scheme)
@@ -68,12 +68,12 @@ class Attention:
 
 @dataclass(frozen=True)
 class Training:
-    """The gradients of a language model, by :class:`regard.distributed.ContextParallel`.
+    """Gradients of a language model, by :class:`regard.distributed.ContextParallel`.
 
     Attributes:
-        mechanism: of all layers.
-        length: tokens of the one sequence.
-        dim, layers, heads: of the model, with 256 tokens in its vocabulary.
+        mechanism: the mechanism of all layers.
+        length: tokens of the single sequence.
+        dim, layers, heads: sizes of the model, which has 256 tokens in its vocabulary.
     """
 
     mechanism: str = "gated_linear"
@@ -83,7 +83,7 @@ class Training:
     heads: int = 4
 
     def actions(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        """As of :class:`Attention`: losses are what both have in common."""
+        """As in :class:`Attention`, but the losses are compared."""
         torch.manual_seed(0)
         config = LanguageModelConfig(256, dim=self.dim, num_heads=self.heads, plan=[self.mechanism] * self.layers)
         model = LanguageModel(config)
@@ -107,15 +107,15 @@ class Training:
 
 
 def measure_ranks(work: Attention | Training, *, ranks: int = 2, seconds: float = 20.0) -> dict[str, Any]:
-    """Times of some work by several ranks and by one, in turn, each process on one thread and a core of its own.
+    """Time some work on several ranks and on one, alternately; each process has one thread and its own core.
 
     Args:
-        seconds: to measure for, about.
+        seconds: approximate measuring time.
 
     Returns:
-        ``together`` and ``alone``, each a :class:`regard.measurement.timing.Timing` of rounds; ``speedup``, their medians
-        divided; ``memory``, the most bytes that a rank needs over those that one process needs; ``error``, the greatest
-        difference between what both compute.
+        ``together`` and ``alone``, each a :class:`regard.measurement.timing.Timing` of rounds; ``speedup``, the ratio
+        of their medians; ``memory``, the most bytes that a rank needs, divided by those of one process; ``error``, the
+        largest difference between their results.
     """
     at_least("ranks", ranks, 1)
     at_least("seconds", seconds, 0.0)
@@ -141,7 +141,7 @@ def _rank(work: Attention | Training, ranks: int, seconds: float, folder: str, r
 
 
 def compare_ranks(work: Attention | Training, seconds: float) -> dict[str, Any]:
-    """What :func:`measure_ranks` gives, in each process of the default group; the first alone knows of ``alone``."""
+    """The result of :func:`measure_ranks`, in each process of the default group; only the first has ``alone``."""
     first = dist.get_rank() == 0
     together, alone = work.actions()
     found = together()

@@ -1,6 +1,6 @@
-"""What each scheme sends, computes and keeps, by closed forms; measured is nothing.
+"""Closed-form costs of each scheme: what it sends, computes and keeps. Nothing is measured.
 
-With L tokens on P ranks, B rows, H heads of queries, G of keys and values, widths d and e of keys and values, elements of w
+With L tokens on P ranks, B rows, H query heads and G key/value heads, widths d of keys and e of values, elements of w
 bytes and sums of s (at least 4), and x = B L / P, each rank sends on average
 
 | scheme | forward | backward |
@@ -10,8 +10,8 @@ bytes and sums of s (at least 4), and x = B L / P, each rank sends on average
 | grid | (Pk-1) x H ((d+e) w + s) + (Pq-1) x G (d+e) w | (Pk-1) x H (2 e w + s + d s) + (Pq-1) x G (d+e) s |
 | gather | (P-1) x G (d+e) w | (P-1) x G (d+e) s |
 
-exactly so where P (of a zig-zag 2 P) divides L. With G d = G e = H d = D the forward columns are the 2 (P-1)/P L D of the
-ring and the 4 (P-1)/P^2 L D of the heads.
+This is exact where P (2 P with zig-zag) divides L. With G d = G e = H d = D the forward columns are the 2 (P-1)/P L D
+of the ring and the 4 (P-1)/P^2 L D of the heads.
 """
 
 from __future__ import annotations
@@ -34,21 +34,22 @@ if TYPE_CHECKING:
 SCHEMES = ("ring", "head", "grid", "gather")
 
 LEAST_ROUND = 1 << 22
-"""Bytes of a rank's keys and values that are worth a round of a ring."""
+"""The least bytes of a rank's keys and values that are worth a round of a ring."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One scheme's costs, of forward and backward.
+    """One scheme's costs, forward and backward.
 
     Attributes:
         scheme: its name; a grid's sizes are in `grid`.
         grid: Pq and Pk.
-        forward_bytes, backward_bytes: sent by all ranks together.
-        forward_steps, backward_steps: exchanges, one after the other.
-        scores: query-key pairs of the rank that has most, in all rows and heads, forward.
-        balance: that over the mean; 1 where all have the same.
-        saved_bytes: kept for the backward pass by the rank that keeps most: queries, keys, values, outputs and sums.
+        forward_bytes, backward_bytes: bytes sent by all ranks together.
+        forward_steps, backward_steps: number of exchanges, one after the other.
+        scores: query-key pairs of the busiest rank, in all rows and heads, forward.
+        balance: `scores` divided by the mean over ranks; 1 if all ranks have the same work.
+        saved_bytes: bytes kept for the backward pass by the rank that keeps most: queries, keys, values, outputs and
+            sums.
     """
 
     scheme: str
@@ -77,15 +78,15 @@ def plan(
     grid: tuple[int, int] | None = None,
     schemes: Iterable[str] = SCHEMES,
 ) -> list[Plan]:
-    """What the schemes cost, those that send least first; the head scheme is left out where it cannot be.
+    """Costs of the schemes, those that send least first; the head scheme is left out where the heads do not divide.
 
     Args:
-        length: tokens.
-        grid: Pq and Pk; those that send least without.
-        zigzag: as of :class:`regard.distributed.DistributedAttention`.
+        length: tokens of the sequence.
+        grid: Pq and Pk; the sizes that send least if None.
+        zigzag: as in :class:`regard.distributed.DistributedAttention`.
 
     Raises:
-        Unsupported: for sizes that are none, and unknown schemes.
+        Unsupported: for invalid sizes and unknown schemes.
     """
     layout = Layout(length, ranks, causal if zigzag is None else zigzag)
     sizes = _Sizes(batch, heads, kv_heads or heads, head_dim, value_dim or head_dim, dtype)
@@ -133,10 +134,10 @@ class _Sizes:
 
 
 def grid_shape(scheme: str, ranks: int, sizes: _Sizes | None, grid: tuple[int, int] | None) -> tuple[int, int] | None:
-    """Pq and Pk of a scheme: those given, or those that send least (of equal widths where they are not known).
+    """Pq and Pk of a scheme: the given ones, or those that send least (for equal widths if `sizes` is None).
 
     Raises:
-        Unsupported: for a grid of another number of ranks, or of a scheme that has none.
+        Unsupported: for a grid that does not fit the number of ranks.
     """
     if scheme == "gather":
         return ranks, 1
@@ -162,7 +163,7 @@ def _plan(scheme: str, layout: Layout, sizes: _Sizes, causal: bool, grid: tuple[
         rounds = len(rounds_of(layout, sizes.kv_heads, kv * w // sizes.kv_heads))
         steps = rounds * hops, 2 * rounds * hops
         saved = most * ((q + o + kv) * w + lse * s)
-    elif scheme == "head":  # each sends all but one of P parts of its numbers
+    elif scheme == "head":  # each rank sends all but one of P parts of its tensors
         forward, backward = hops * (q + kv + o) * w // ranks, hops * (q * w + o * w + kv * s) // ranks
         steps = (2, 2) if hops else (0, 0)
         saved = length * ((q + o + kv) * w + lse * s) // ranks
@@ -189,21 +190,21 @@ def _plan(scheme: str, layout: Layout, sizes: _Sizes, causal: bool, grid: tuple[
 
 
 def rounds_of(layout: Layout, kv_heads: int, token_bytes: int) -> list[tuple[int, int]]:
-    """The first key/value head of each round of a ring and the one after its last; a token of a head takes so many bytes."""
+    """The first and the past-the-last key/value head of each round of a ring, given the bytes of a head's token."""
     each = token_bytes * max(map(layout.size, range(layout.ranks)))
     together = -(-LEAST_ROUND // max(each, 1))
     return [(i, min(i + together, kv_heads)) for i in range(0, kv_heads, together)]
 
 
 def _lines(layout: Layout, grid: tuple[int, int]) -> tuple[list[Spans], list[Spans]]:
-    """Tokens of each row and of each column."""
+    """The spans of tokens of each row and of each column."""
     of = [layout.spans(r) for r in range(layout.ranks)]
     rows = [[span for spans in of[a * grid[1] : (a + 1) * grid[1]] for span in spans] for a in range(grid[0])]
     return rows, [[span for spans in of[b :: grid[1]] for span in spans] for b in range(grid[1])]
 
 
 def _scores(scheme: str, layout: Layout, causal: bool, grid: tuple[int, int] | None, heads: int) -> list[int]:
-    """Query-key pairs of each rank, in `heads` heads."""
+    """Query-key pairs of each rank, over `heads` heads."""
     everything = [(0, layout.length)]
     if scheme == "head":
         pairs = sum(block.pairs for block in blocks(everything, everything, causal))

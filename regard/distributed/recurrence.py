@@ -1,8 +1,9 @@
-"""Recurrent mechanisms over a sequence whose tokens several ranks have: the state is handed along.
+"""Recurrent mechanisms over a sequence split over several ranks: each passes its state on to the next.
 
-In order, rank p computes when it has the state of rank p - 1: that is exact for every mechanism, and no faster than one rank.
-Where a card says how states combine, ranks find the states before their pieces by a prefix scan: each reads its keys and
-values two or three times (the last one once, the first twice), and ceil(log2 P) + 1 exchanges of a state replace P - 1 turns.
+In order, rank p computes once it has the state of rank p - 1: this is exact for every mechanism, but no faster than one
+rank. Where a card says how states combine, the ranks find the states before their pieces by a prefix scan: each reads
+its keys and values two or three times (the last rank once, the first twice), and ceil(log2 P) + 1 exchanges of a state
+replace P - 1 turns.
 """
 
 from __future__ import annotations
@@ -25,29 +26,29 @@ HAND_OVERS = ("scan", "order")
 
 
 class DistributedRecurrence:
-    """A recurrent mechanism of the catalogue in causal-self, equal to that of the whole sequence, forward and backward::
+    """A causal-self recurrent mechanism on a split sequence, equal to that on the whole, forward and backward::
 
         mechanism = DistributedRecurrence("gated_linear", ranks=4)
         output = mechanism({"q": q, "k": k, "v": v, "log_decay": log_decay})
 
     Args:
-        name: of the mechanism, or an alias.
+        name: name or alias of the mechanism.
         ranks: number of virtual ranks.
-        group: a process group, or `DeviceMesh` of one axis; the default group without.
-        hand_over: ``scan``, for mechanisms whose states combine, or ``order``; the first that it has without.
-        scale: as of the mechanism's function.
+        group: a process group, or a `DeviceMesh` with one axis; the default group if None.
+        hand_over: ``scan``, for mechanisms whose states combine, or ``order``; the first available one if None.
+        scale: as in the mechanism's function.
         backend: see :func:`regard.which_backend`.
-        options: of the mechanism.
+        options: options of the mechanism.
 
     Attributes:
-        forward_traffic, backward_traffic: of the last call, one :class:`regard.distributed.Traffic` for each rank of this
-            process.
+        forward_traffic, backward_traffic: traffic of the last call, one :class:`regard.distributed.Traffic` for each
+            rank of this process.
 
-    Inputs without tokens (`a`, a learned query) are each rank's own: their gradients are those of its tokens, to be added
-    up over ranks. On virtual ranks they are one, and so is the gradient.
+    Inputs without tokens (`a`, a learned query) belong to each rank: their gradients cover its tokens only, and must be
+    summed over ranks. On virtual ranks there is one such input, with the whole gradient.
 
     Raises:
-        Unsupported: for mechanisms without a state of constant size, and a scan of one whose states do not combine.
+        Unsupported: for mechanisms without a state of constant size, and for a scan where states do not combine.
     """
 
     def __init__(
@@ -85,11 +86,11 @@ class DistributedRecurrence:
         self.backward_traffic: list[Traffic] = []
 
     def layout(self, length: int) -> Layout:
-        """Which tokens each rank has: one piece each, in order."""
+        """The layout of a sequence: which tokens each rank has, in one piece each, in order."""
         return Layout(length, self.ranks.count)
 
     def shard(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        """This process's tokens of all, of each input by name; of virtual ranks all of them."""
+        """This process's share of the tokens, by input name; all of them on virtual ranks."""
         given = {name: x for name, x in tensors.items() if x is not None}
         return given if self.ranks.group is None else self._taken(given, self.ranks.local[0])
 
@@ -102,11 +103,11 @@ class DistributedRecurrence:
         return found
 
     def __call__(self, tensors: Mapping[str, Tensor | None], *, length: int | None = None) -> Tensor:
-        """Outputs of the tokens that are given.
+        """Outputs of the given tokens.
 
         Args:
-            tensors: inputs by the names on the card: this process's tokens; of virtual ranks all of them.
-            length: tokens of all ranks together; without it as many for each rank as for this one.
+            tensors: inputs by their names on the card: this process's tokens; all of them on virtual ranks.
+            length: tokens of all ranks together; if None, every rank has as many as this one.
         """
         given = {name: x for name, x in tensors.items() if x is not None}
         unknown = given.keys() - self.card.axes.keys()
@@ -147,7 +148,7 @@ class _Run:
         self.forward, self.backward = (_scan, _scan_back) if of.hand_over == "scan" else (_turns, _turns_back)
 
     def leaves(self, tensors: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """Inputs by name of each rank, apart from the graph that they come from."""
+        """Each rank's inputs by name, detached from the graph that they come from."""
         each = len(self.names)
         found = [_leaf(x, x.requires_grad) for x in tensors]
         return [dict(zip(self.names, found[i : i + each], strict=True)) for i in range(0, len(found), each)]
@@ -169,12 +170,12 @@ _Step = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 @dataclass
 class _Tape:
-    """What one rank has computed, with the graph of each part; its `inputs` and what it `received` are leaves.
+    """The computations of one rank, with the graph of each part; its `inputs` and what it `received` are leaves.
 
     Attributes:
-        state: of turns, what it sent.
-        summary, steps: of a scan, its own summary, and of each step its value, what it received and both combined; None
-            where it received nothing.
+        state: in turns, the state that it sent.
+        summary, steps: in a scan, its own summary, and for each step its value, what it received and both combined;
+            None if it received nothing.
     """
 
     inputs: dict[str, Tensor]
@@ -190,7 +191,7 @@ def _leaf(x: Tensor, wanted: bool = True) -> Tensor:
 
 
 def _gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of leaves, 0 for those that no output depends on or that want none."""
+    """Gradients of leaves; 0 for leaves that no output depends on or that need none."""
     found = [(x, grad) for x, grad in zip(outputs, grads, strict=True) if x.requires_grad]
     wanted = [x for x in leaves if x.requires_grad]
     if not found or not wanted:
@@ -223,7 +224,7 @@ def _turns(place: _Place, inputs: dict[str, Tensor]) -> Program[_Tape]:
             state = empty.with_tensors(dict(zip(empty.tensors(), received, strict=True)))
         elif turn == here:
             pending.wait()
-    assert tape is not None  # each has its turn
+    assert tape is not None  # each rank has its turn
     return tape
 
 
@@ -249,7 +250,7 @@ def _like(x: Tensor) -> Tensor:
 
 def _scan(place: _Place, inputs: dict[str, Tensor]) -> Program[_Tape]:
     here, piece = place.index, place.piece
-    # nobody asks the last rank what it does to a state
+    # the last rank's effect on a state is never needed
     summary = piece.nothing(inputs) if here + 1 == place.count else piece.summary(inputs, first=here == 0)
     value, distance = [x.detach() for x in summary], 1
     steps: list[_Step | None] = []
@@ -301,7 +302,7 @@ def _scan_back(place: _Place, tape: _Tape, grad: Tensor) -> Program[list[Tensor]
 
 
 class _Handed(torch.autograd.Function):
-    """The programs of the ranks of this process: inputs of each, and its output."""
+    """The programs of this process's ranks: takes the inputs of each rank, returns each rank's output."""
 
     @staticmethod
     def forward(ctx: Any, run: _Run, *tensors: Tensor) -> tuple[Tensor, ...]:

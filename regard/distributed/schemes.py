@@ -1,15 +1,15 @@
-"""Exact softmax attention of queries, keys and values that ranks have parts of: the schedules, forward and backward.
+"""Exact softmax attention with queries, keys and values split over ranks: the schedules, forward and backward.
 
-With D = G (d_k + d_v), the numbers of keys and values a token, all schemes compute the same:
+All schemes compute the same:
 
-- ring: keys and values go round, head by head, and each rank adds what its queries see of them; their gradients go round
-  behind them;
-- heads: each rank gets all tokens of some of the heads, and gives the outputs back;
-- grid: ranks are Pq x Pk; rank (a, b) has the queries of row a against the keys of column b, and the partial outputs of a
-  row are put together by their log-sum-exps. Pk = 1 gathers all keys and values everywhere.
+- ring: keys and values are passed around head by head, and each rank adds what its queries see of them; their gradients
+  follow them around;
+- heads: each rank gets all tokens of some of the heads, and returns the outputs;
+- grid: ranks form a Pq x Pk grid; rank (a, b) attends from the queries of row a to the keys of column b, and the
+  partial outputs of a row are merged by their log-sum-exps. Pk = 1 gathers all keys and values everywhere.
 
-Outputs are accumulated in at least float32 and travel in the dtype of the queries; gradients of keys and values are
-accumulated and travel in at least float32.
+Outputs are accumulated in at least float32 and sent in the dtype of the queries; gradients of keys and values are
+accumulated and sent in at least float32.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Rank:
 
     Attributes:
         index: its number.
-        layout: of the sequence over all ranks.
-        traffic: where its work is counted.
+        layout: layout of the sequence over all ranks.
+        traffic: counter for its work.
     """
 
     index: int
@@ -51,13 +51,13 @@ class Rank:
 
     @property
     def others(self) -> list[int]:
-        """All ranks but this one."""
+        """All other ranks."""
         return [rank for rank in range(self.layout.ranks) if rank != self.index]
 
     def attend(
         self, q: Tensor, queries: Sequence[Span], k: Tensor, v: Tensor, keys: Sequence[Span], onto: Partial
     ) -> None:
-        """Add to the outputs what the queries see of the keys."""
+        """Add the attention of the queries to the keys to the partial outputs."""
         for block in blocks(queries, keys, self.causal):
             rows, columns = slice(*block.queries), slice(*block.keys)
             q_, k_, v_ = q[:, :, rows], k[:, :, columns], v[:, :, columns]
@@ -66,7 +66,7 @@ class Rank:
             out, _, lse = attention(
                 q_, k_, v_, where, visibility=rule, scale=self.scale, want_lse=True, backend=self.backend
             )
-            assert lse is not None  # it is wanted
+            assert lse is not None  # it was requested
             onto.add(rows, out, lse)
             self.traffic.scores += q.shape[0] * q.shape[1] * block.pairs
 
@@ -80,7 +80,7 @@ class Rank:
         dk: Tensor,
         dv: Tensor,
     ) -> None:
-        """Add the gradients of what the queries see of the keys to those of all three."""
+        """Add the gradients of the queries' attention to the keys to those of all three tensors."""
         for block in blocks(of.queries, keys, self.causal):
             rows, columns = slice(*block.queries), slice(*block.keys)
             found = part_gradients(
@@ -101,7 +101,7 @@ class Rank:
 
 @dataclass(frozen=True)
 class Attended:
-    """Queries, where they are, and the output, log-sum-exp and gradient of their attention to all keys."""
+    """Queries, their positions, and the output, log-sum-exp and gradient of their attention to all keys."""
 
     q: Tensor
     queries: Sequence[Span]
@@ -119,23 +119,23 @@ class Partial:
 
     @classmethod
     def empty(cls, q: Tensor, v: Tensor) -> Partial:
-        """No keys so far: zeros, and -inf."""
+        """Start with no keys: zeros, and a log-sum-exp of -inf."""
         dtype = wide_dtype(q)
         out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=dtype)
         return cls(out, q.new_full(q.shape[:3], -torch.inf, dtype=dtype))
 
     def add(self, rows: slice, out: Tensor, lse: Tensor) -> None:
-        """Join, in place, attention of the queries `rows` to more keys, by the log-sum-exps."""
+        """Merge in, in place, the attention of the queries `rows` to more keys, by the log-sum-exps."""
         before, total = self.lse[:, :, rows], self.out[:, :, rows]
-        merge([total, out.to(total.dtype)], [before, lse])  # over `total`
+        merge([total, out.to(total.dtype)], [before, lse])  # in place, over `total`
         before.copy_(torch.logaddexp(before, lse))
 
 
 class Scheme(Protocol):
-    """A schedule. Tensors are a rank's own: (B, H, n, width), keys and values with fewer heads where these are shared."""
+    """A schedule. Tensors are a rank's own (B, H, n, width), with fewer key/value heads if these are shared."""
 
     def forward(self, rank: Rank, q: Tensor, k: Tensor, v: Tensor) -> Program[tuple[Tensor, Saved]]:
-        """The output, and what the gradients need."""
+        """Return the output, and the tensors that the gradients need."""
 
     def backward(self, rank: Rank, saved: Saved, grad: Tensor) -> Program[tuple[Tensor, Tensor, Tensor]]:
         """Gradients of q, k and v."""
@@ -150,9 +150,9 @@ def _empty(like: Tensor, tokens: int) -> Tensor:
 
 
 class Ring:
-    """See the module. Each rank sends to the one before it: at step s, rank p has the keys of rank p + s. Key/value heads go
-    round one after the other, small ones together, each with the queries that read it: a part of a rank's keys and values is
-    under way at a time."""
+    """The ring schedule; see the module. Each rank sends to the one before it: at step s, rank p has the keys of rank p
+    + s. Key/value heads go round one after the other, small ones together, each with the queries that read it, so that
+    only part of a rank's keys and values is under way at a time."""
 
     def forward(self, rank: Rank, q: Tensor, k: Tensor, v: Tensor) -> Program[tuple[Tensor, Saved]]:
         found = Partial.empty(q, v)
@@ -199,8 +199,8 @@ class Ring:
             if carried is not None:
                 _add(slopes, carried.wait()[behind])
             if last:
-                held = []  # nobody needs them any more
-            if step > 0:  # to the next rank that has these keys, and after the last one home
+                held = []  # not needed any more
+            if step > 0:  # on to the next rank that has these keys, and finally back home
                 carried = yield _hop(rank, slopes, step + 1)
             held = held if pending is None else list(pending.wait()[behind])
         if carried is not None:
@@ -217,13 +217,13 @@ def _owner(rank: Rank, step: int) -> int:
 
 
 def _hop(rank: Rank, tensors: Sequence[Tensor], step: int) -> Exchange:
-    """One hop of what is about the keys of a rank; what arrives is about those of the rank `step` further."""
+    """One hop of tensors about the keys of one rank; the arriving ones belong to the rank `step` further."""
     tokens = rank.layout.size(_owner(rank, step))
     return Exchange({_owner(rank, -1): tensors}, {_owner(rank, 1): [_empty(x, tokens) for x in tensors]})
 
 
 class Heads:
-    """See the module."""
+    """The head schedule; see the module."""
 
     def forward(self, rank: Rank, q: Tensor, k: Tensor, v: Tensor) -> Program[tuple[Tensor, Saved]]:
         q, k, v = yield from self._all_tokens(rank, [q, k, v])
@@ -244,7 +244,7 @@ class Heads:
         return dq, dk, dv
 
     def _all_tokens(self, rank: Rank, own: Sequence[Tensor]) -> Program[list[Tensor]]:
-        """All tokens of a rank's heads, in order, of its own tokens of all heads."""
+        """Exchange a rank's own tokens of all heads for all tokens, in order, of its own heads."""
         layout = rank.layout
         parts = [x.chunk(layout.ranks, 1) for x in own]
         received = yield from swap(
@@ -269,10 +269,10 @@ class Heads:
 
 @dataclass(frozen=True)
 class Grid:
-    """See the module.
+    """The grid schedule; see the module.
 
     Attributes:
-        columns: Pk; ranks count up along the rows.
+        columns: Pk; ranks are numbered along the rows.
     """
 
     columns: int
@@ -301,7 +301,7 @@ class Grid:
         return _summed(queries, 0), _summed(keys, 0), _summed(keys, 1)
 
     def _line(self, rank: Rank) -> tuple[list[int], list[int]]:
-        """Ranks of its row, and of its column."""
+        """The ranks in this rank's row, and those in its column."""
         a, b = divmod(rank.index, self.columns)
         row = [a * self.columns + i for i in range(self.columns)]
         return row, list(range(b, rank.layout.ranks, self.columns))
@@ -309,7 +309,7 @@ class Grid:
     def _gathered(
         self, rank: Rank, along_row: Sequence[Tensor], along_column: Sequence[Tensor]
     ) -> Program[list[list[Tensor]]]:
-        """Tensors of all ranks of the row, and of the column, one rank's after the other's."""
+        """Tensors of all ranks in the row, and in the column, concatenated by rank."""
         lines = list(zip(self._line(rank), (along_row, along_column), strict=True))
         sends = {r: own for line, own in lines if own for r in line if r != rank.index}
         sizes = {r: [_empty(x, rank.layout.size(r)) for x in own] for r, own in sends.items()}
@@ -320,7 +320,7 @@ class Grid:
         ]
 
     def _scattered(self, rank: Rank, line: Sequence[int], whole: Sequence[Tensor]) -> Program[list[Sequence[Tensor]]]:
-        """What each rank of a row or column has found about this one's tokens, itself first."""
+        """What each rank of a row or column has computed for this rank's tokens, this rank first."""
         split = [x.split([rank.layout.size(r) for r in line], 2) for x in whole]
         pieces = dict(zip(line, zip(*split, strict=True), strict=True))
         tokens = rank.layout.size(rank.index)

@@ -1,15 +1,16 @@
-"""How states of pieces of a sequence become the state of them all, for mechanisms that say so on their card.
+"""How states of pieces of a sequence combine into that of the whole, for mechanisms that declare it on their card.
 
-With S the state after a piece that began with none, and A what the piece does to the state before it:
+S is the state after a piece that began with an empty state, and A is the piece's effect on the state before it:
 
-| `Mechanism.combines` | of an earlier and a later piece |
+| `Mechanism.combines` | combination of an earlier and a later piece |
 |---|---|
 | sum | S + S' |
 | diagonal | (A' A, A' S + S'), by elements |
 | matrix | (A' A, A' S + S'), products of matrices (K, K) |
 | softmax | (M, u e^(m-M) + u' e^(m'-M), w e^(m-M) + w' e^(m'-M)), M = max(m, m') |
 
-A is found without a difference: by absorbing the piece with values of zero from a state of ones, or from the unit matrix.
+A is found without subtraction: by absorbing the piece with values of zero from a state of ones, or from the identity
+matrix.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Piece:
     """The mechanism on the tokens of one rank.
 
     Attributes:
-        before: tokens of the ranks before it.
-        options: what :func:`regard.apply.apply` is given beside tensors and state.
+        before: number of tokens on the ranks before it.
+        options: arguments of :func:`regard.apply.apply` besides tensors and state.
     """
 
     card: Mechanism
@@ -43,7 +44,7 @@ class Piece:
     options: Mapping[str, Any]
 
     def run(self, tensors: Tensors, state: State | None) -> tuple[Tensor, State]:
-        """Output, and the state after."""
+        """Return the output, and the state after the piece."""
         result = apply(self.card, tensors, state=state, return_state=True, **self.options)
         return result.output, result.state
 
@@ -55,14 +56,14 @@ class Piece:
 
     @property
     def combines(self) -> str:
-        """How states of pieces become one, with these options: see :class:`regard.contract.Mechanism`."""
+        """How states of pieces combine with these options: see :class:`regard.contract.Mechanism`."""
         return self.card.combines_with(self.options["config"])
 
     def summary(self, tensors: Tensors, *, first: bool = False) -> list[Tensor]:
-        """What the other ranks need to know of this piece: A, where there is one, and S.
+        """What the other ranks need to know about this piece: A, where there is one, and S.
 
         Args:
-            first: that there is no state before the piece, so that A may be anything.
+            first: whether this is the first piece, with no state before it, so that A may be anything.
         """
         started = self._entered(tensors, self._memory(self.empty(tensors)))
         after = self._memory(self._absorbed(tensors, started))
@@ -86,22 +87,22 @@ class Piece:
 
     @property
     def transitions(self) -> bool:
-        """Whether a piece does something to the state before it."""
+        """Whether a piece transforms the state before it."""
         return self.combines in ("diagonal", "matrix")
 
     def _unmoved(self, memory: Tensor) -> Tensor:
-        """A of no tokens."""
+        """A for no tokens."""
         if self.combines == "diagonal":
             return torch.ones_like(memory)
         width = memory.shape[-2]
         return torch.eye(width, dtype=memory.dtype, device=memory.device).expand(*memory.shape[:-1], width)
 
     def state(self, tensors: Tensors, summary: Sequence[Tensor]) -> State:
-        """The state before this piece, of all pieces before together."""
+        """The state before this piece, from the combined summary of all earlier pieces."""
         return self._entered(tensors, summary[1:] if self.transitions else summary)
 
     def combined(self, earlier: Sequence[Tensor], later: Sequence[Tensor]) -> list[Tensor]:
-        """The summary of two pieces, one after the other."""
+        """The summary of two consecutive pieces."""
         kind = self.combines
         if kind == "sum":
             return [a + b for a, b in zip(earlier, later, strict=True)]
@@ -117,7 +118,7 @@ class Piece:
         return [x for x in state.tensors().values() if x.is_floating_point()]
 
     def _entered(self, tensors: Tensors, memory: Sequence[Tensor]) -> State:
-        """A state of `memory` after the tokens before this piece."""
+        """A state with `memory`, as after the tokens before this piece."""
         empty, given = self.empty(tensors), iter(memory)
         return empty.with_tensors(
             {
@@ -127,13 +128,13 @@ class Piece:
         )
 
     def _absorbed(self, tensors: Tensors, state: State) -> State:
-        taken = {n: x for n, x in tensors.items() if n in self.card.absorbed_inputs and n != "skip"}  # of outputs alone
+        taken = {n: x for n, x in tensors.items() if n in self.card.absorbed_inputs and n != "skip"}  # outputs only
         heads = tensors["q"].shape[1] if self.card.axes.get("q", "")[:2] == "bh" else None
         return absorb(self.card, taken, pattern=CROSS, state=state, heads=heads, **self.options)
 
 
 def token_axis(card: Mechanism, name: str) -> int | None:
-    """The axis of an input along which tokens are; None where there is none."""
+    """The axis of an input along which its tokens are; None if it has none."""
     axes = card.axes[name]
     found = [i for i, letter in enumerate(axes) if letter in "nm"]
     return found[0] if found else None

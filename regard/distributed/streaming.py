@@ -1,4 +1,4 @@
-"""Exact softmax attention to keys and values that do not fit into memory, a chunk of them at a time."""
+"""Exact softmax attention to keys and values that do not fit into memory, one chunk at a time."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ def attend_million(
         k = numpy.load("keys.npy", mmap_mode="r")  # (B, G, M, d)
 
     Args:
-        q: in memory.
-        k, v: (B, G, M, d) and (B, G, M, e), as tensors or as whatever numpy slices: a memory map, an array of h5py or zarr.
-        q_chunk: queries at a time. All keys are read once for each such chunk, where they are not hidden.
-        causal: the queries are the last N of the M tokens, and see those up to themselves.
-        scale: of the scores; 1 / sqrt(d) without.
+        q: queries, in memory.
+        k, v: (B, G, M, d) and (B, G, M, e), as tensors or anything that numpy can slice: a memory map, an h5py or zarr
+            array.
+        q_chunk: queries at a time. Each chunk of queries reads all keys that it can see once.
+        causal: the queries are the last N of the M tokens, and see keys up to their own position.
+        scale: scale of the scores; 1 / sqrt(d) if None.
 
     Raises:
         Unsupported: for shapes that do not fit.
@@ -64,7 +65,7 @@ def attend_million(
         seen = min(m, first + block.shape[2]) if causal else m
         for start in range(0, seen, kv_chunk):
             keys, values = (_read(x, start, min(start + kv_chunk, seen), q) for x in (k, v))
-            hidden = max(0, start - first) if causal else 0  # queries before all of these keys
+            hidden = max(0, start - first) if causal else 0  # queries before all keys of this chunk
             rows = block[:, :, hidden:]
             rank = first + hidden - start if causal else 0
             where = CountedRanks(rows.shape[2], keys.shape[2], rank, True, q.device)
@@ -78,13 +79,13 @@ def attend_million(
                 want_lse=True,
                 backend=backend,
             )
-            assert lse is not None  # it is wanted
+            assert lse is not None  # it was requested
             found.add(slice(hidden, None), out, lse)
         output[:, :, begin : begin + q_chunk] = found.out.to(q.dtype)
     return output
 
 
 def _read(x: Any, start: int, stop: int, q: Tensor) -> Tensor:
-    """Some of the tokens, in memory beside the queries."""
+    """Read some of the tokens, as a tensor with the dtype and device of the queries."""
     part = x[:, :, start:stop]
     return torch.as_tensor(part if isinstance(part, Tensor) else np.array(part)).to(q)

@@ -1,5 +1,6 @@
-"""Several processes that train one model, with torch's own means: copies that average their gradients
-(`DistributedDataParallel`), shards of the weights (`fully_shard`), or pieces of the sequences (:class:`ContextParallel`)."""
+"""Several processes that train one model, by torch's own means: copies that average their gradients
+(`DistributedDataParallel`), shards of the weights (`fully_shard`), or pieces of the sequences
+(:class:`ContextParallel`)."""
 
 from __future__ import annotations
 
@@ -28,13 +29,13 @@ TORCHRUN = "torchrun --nproc-per-node 2 -m regard train ..."
 
 
 def started_ranks() -> int:
-    """How many processes torchrun has started; 1 without it."""
+    """Number of processes that torchrun has started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
 def joined(device: str) -> Iterator[bool]:
-    """The process group of the processes that torchrun has started; whether this one is the first, which speaks for all.
+    """Join the process group of torchrun's processes; yields whether this is the first, which does the reporting.
 
     Raises:
         Unsupported: in a process that torchrun has not started.
@@ -57,16 +58,16 @@ def joined(device: str) -> Iterator[bool]:
 
 
 def train_together(way: str, model: nn.Module) -> Alone:
-    """How the processes of the default group train `model`, which has the same weights in each: for
+    """Set up the processes of the default group to train `model`, which has the same weights in each; the result is for
     :func:`regard.training.train`.
 
     Args:
-        way: ``ddp``: each has the whole model and some items of each batch; ``fsdp``: the same with weights, gradients and
-            the optimizer's state in shards, which changes the model in place; ``context``: each has the whole model and a
-            piece of each sequence.
+        way: ``ddp``: each process has the whole model and some items of each batch; ``fsdp``: the same, with weights,
+            gradients and the optimizer's state in shards, which changes the model in place; ``context``: each has the
+            whole model and a piece of each sequence.
 
     Raises:
-        Unsupported: without a process group, and for a model that cannot be trained so.
+        Unsupported: without a process group, and for models that cannot be trained this way.
     """
     one_of("parallel", way, WAYS)
     return SequenceParallel(model) if way == "context" else DataParallel(model, sharded=way == "fsdp")
@@ -90,12 +91,12 @@ class _Together(Alone):
 
 
 class DataParallel(_Together):
-    """Items of a batch over ranks. Losses are means over the targets of all ranks, so that they and the gradients are those
-    of one process; auxiliary losses are means of the ranks' own.
+    """Split a batch's items over ranks. Losses are means over the targets of all ranks, so that losses and gradients
+    are those of one process; auxiliary losses are means of the ranks' own.
 
     Args:
-        model: without batch norms, which would see a rank's items alone.
-        sharded: whether each rank has a shard of the weights, gradients and the optimizer's state alone.
+        model: a model without batch norms, which would see only a rank's items.
+        sharded: whether each rank has only a shard of the weights, gradients and the optimizer's state.
     """
 
     def __init__(self, model: nn.Module, *, sharded: bool) -> None:
@@ -110,7 +111,7 @@ class DataParallel(_Together):
             _shard(model, self.count)
             self.called = model
         else:
-            # some parameters may have no part in any step, or where blocks are left out by chance in some
+            # with random depth, some parameters may be unused in a step; without it, the same ones are used in all
             by_chance = _stack(model).stochastic_depth > 0
             self.called = DistributedDataParallel(
                 model, process_group=self.ranks.group, find_unused_parameters=by_chance, static_graph=not by_chance
@@ -132,7 +133,7 @@ class DataParallel(_Together):
         return losses_of(self.model, task, batch, context, within, called=self.called, mean=self._mean)
 
     def _mean(self, task: Task, output: Tensor, batch: Batch) -> Tensor:
-        """This rank's part of the mean over all targets, times the ranks, whose gradients are averaged."""
+        """This rank's part of the mean over all targets, times the number of ranks, since gradients are averaged."""
         sums, weights = task.loss(output, batch)
         total = weights.detach().sum()
         dist.all_reduce(total, group=self.ranks.group)
@@ -154,7 +155,7 @@ def _stack(model: nn.Module) -> StackConfig:
 
 
 def _shard(model: nn.Module, count: int) -> None:
-    """Shard the weights of each block, and of the model around them, in place."""
+    """Shard the weights of each block, and of the rest of the model, in place."""
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
@@ -171,21 +172,21 @@ def _shard(model: nn.Module, count: int) -> None:
     device = next(model.parameters()).device
     spared = [name for name, parameter in model.named_parameters() if getattr(parameter, "_no_weight_decay", False)]
     mesh = dist.init_device_mesh(device.type, (count,))
-    # blocks that share weights or are run in parts are gathered with the model
+    # blocks that share weights or run in parts are gathered with the rest of the model
     if _stack(model) == StackConfig():
         for block in [module for module in model.modules() if isinstance(module, Block)]:
             fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule) and device.type == "cpu":
-            module.set_force_sum_reduction_for_comms(True)  # what gloo calls a mean is a sum (pytorch 162338)
+            module.set_force_sum_reduction_for_comms(True)  # gloo's mean is a sum (pytorch 162338)
     parameters: dict[str, Any] = dict(model.named_parameters())
     for name in spared:
         parameters[name]._no_weight_decay = True
 
 
 class SequenceParallel(_Together):
-    """Pieces of the sequences over ranks; see :class:`ContextParallel`."""
+    """Split sequences into pieces over ranks; see :class:`ContextParallel`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)

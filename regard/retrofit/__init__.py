@@ -1,4 +1,4 @@
-"""New attention into models that exist: `regard.retrofit`, and what it is made of.
+"""New attention for existing models: `regard.retrofit`, and its parts.
 
 ::
 
@@ -6,9 +6,9 @@
                            output="hybrid/")
     print(made.recommendation)
 
-The folder loads through ``AutoModelForCausalLM.from_pretrained`` after ``import regard.integrations.transformers``; those of
-encoders and of timm's vision transformers likewise, as their README says. The page
-of its results is written by :func:`regard.workbench.reports.retrofit_report.write_retrofit_report`, as the command does.
+The folder loads through ``AutoModelForCausalLM.from_pretrained`` after ``import regard.integrations.transformers``;
+those of encoders and of timm's vision transformers likewise, as their README says. The results page
+is written by :func:`regard.workbench.reports.retrofit_report.write_retrofit_report`, as the command does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from regard.retrofit.stage import Progress
 
 
 class _Room(ModuleType):
-    """This package, which is also the function: `regard.retrofit(...)`."""
+    """This package, which is also callable: `regard.retrofit(...)`."""
 
     def __call__(self, *args: Any, **options: Any) -> Retrofit:
         return retrofit(*args, **options)

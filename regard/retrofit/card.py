@@ -1,4 +1,4 @@
-"""The README and the record that a retrofit leaves beside its weights."""
+"""The README and the record that a retrofit writes next to its weights."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ RIGHT = {"language": "next-token training", "encoder": "masked-token training", 
 
 
 def as_json(record: dict[str, Any]) -> str:
-    """A record as the text of its file."""
+    """Format a record as the text of its file."""
     return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 
 
 def readme(record: dict[str, Any]) -> str:
-    """The model card of a record."""
+    """The model card for a record."""
     results, settings = record["results"], record["settings"]
     distil, kind = settings["distil"], kind_of(record)
     own = RIGHT[kind]
@@ -89,7 +89,7 @@ def loading(record: dict[str, Any]) -> str:
 
 
 def numbers(layers: list[int]) -> str:
-    """Layers as ranges: 0-3, 5."""
+    """Format layer numbers as ranges: 0-3, 5."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][1] + 1:

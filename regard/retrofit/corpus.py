@@ -1,4 +1,4 @@
-"""The user's text as tokens of the model: blocks to train on, blocks held out, and blocks of another source."""
+"""The user's text as tokens of the model: training blocks, held-out blocks, and blocks from another source."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ HELD_OUT = 0.1
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens of the text.
+    """The tokens of the user's text.
 
     Attributes:
         training, held_out: parts of the data.
-        other: of the text of another source; None without one.
-        name, other_name: as a report names them.
+        other: tokens of text from another source; None without one.
+        name, other_name: names for the report.
     """
 
     training: Int[Tensor, " n"]
@@ -40,7 +40,7 @@ class Corpus:
 
     @property
     def sources(self) -> dict[str, Int[Tensor, " n"]]:
-        """Text that is evaluated, by name."""
+        """The token sequences to evaluate on, by name."""
         found = {f"{self.name}, held out": self.held_out}
         if self.other is not None:
             found[f"{self.other_name}, another source"] = self.other
@@ -48,17 +48,17 @@ class Corpus:
 
     @property
     def size(self) -> int:
-        """Tokens to train on."""
+        """Number of training tokens."""
         return len(self.training)
 
     def blocks(self, step: int, seed: int, batch: int, length: int) -> Int[Tensor, "b n"]:
-        """The blocks of a training step: a function of its arguments."""
+        """The blocks of a training step, determined by the arguments alone."""
         generator = torch.Generator().manual_seed(step_seed(seed, step))
         starts = torch.randint(len(self.training) - length + 1, (batch,), generator=generator)
         return self.training[starts[:, None] + torch.arange(length)]
 
     def digest(self) -> str:
-        """Twelve hexadecimal digits of the tokens."""
+        """Hash the tokens to twelve hexadecimal digits."""
         found = hashlib.sha256()
         for part in (self.training, self.held_out, self.other):
             found.update(b"none" if part is None else part.numpy().tobytes())
@@ -66,7 +66,7 @@ class Corpus:
 
 
 def even_blocks(ids: Int[Tensor, " n"], most: int, length: int) -> Int[Tensor, "w n"]:
-    """Blocks that share no token, evenly spread over a text: as many as there are, at most `most`."""
+    """Disjoint blocks, evenly spread over a text: at most `most`, fewer if the text is shorter."""
     there = len(ids) // length
     kept = min(there, most)
     starts = torch.arange(kept) * there // max(kept, 1) * length
@@ -76,17 +76,18 @@ def even_blocks(ids: Int[Tensor, " n"], most: int, length: int) -> Int[Tensor, "
 def read_corpus(
     data: Paths | Tensor, validation: Paths | Tensor | None, tokenizer: Any, *, length: int, vocabulary: int, seed: int
 ) -> Corpus:
-    """The tokens of text files and folders, or tokens that are given.
+    """Read the tokens of text files and folders, or take given tokens.
 
     Args:
-        data: as :func:`regard.tasks.documents.read_documents` reads it, or token ids (n,).
-        validation: likewise, of another source; evaluated alone.
-        tokenizer: of transformers; not needed for ids.
-        length: of a block.
-        vocabulary: number of tokens that the model knows.
+        data: anything that :func:`regard.tasks.documents.read_documents` reads, or token ids (n,).
+        validation: likewise, from another source; evaluated separately.
+        tokenizer: a tokenizer of transformers; not needed for ids.
+        length: tokens of a block.
+        vocabulary: number of tokens in the model's vocabulary.
 
     Raises:
-        Unsupported: for text that is missing or shorter than a block in any part, and unknown tokens.
+        Unsupported: for text that is missing or shorter than a block in any part, and for tokens outside the
+            vocabulary.
     """
     if isinstance(data, Tensor):
         ids = _checked(data, vocabulary)
@@ -122,7 +123,7 @@ def _checked(ids: Tensor, vocabulary: int) -> Tensor:
 
 
 def _encode(documents: Sequence[Document], tokenizer: Any, vocabulary: int) -> Tensor:
-    """The tokens of documents, each with the end of a text after it where the tokenizer has one."""
+    """The tokens of documents, each followed by an end-of-text token if the tokenizer has one."""
     if tokenizer is None:
         raise Unsupported(
             "text for a model without a tokenizer",

@@ -1,4 +1,4 @@
-"""The folder of a retrofit: whose it is, what is done, and results of its parts; each file is replaced in one step."""
+"""The folder of a retrofit: its identity, its progress, and the results of its parts; files are replaced atomically."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from regard.contract import Unsupported
 from regard.core.files import check_folder, write_text_atomically
 
 WORK, RECORD, LOCK = ".retrofit", "retrofit.json", "lock"
-"""The folder inside that holds checkpoints and results of parts, the file that says what came of it, and the one that a process
-at work holds."""
+"""The subfolder for checkpoints and results of parts, the file with the final record, and the lock file that a process
+holds while it works."""
 
 
 class Folder:
     """The output folder of one retrofit.
 
     Args:
-        path: made where it is missing.
-        identity: what the retrofit is made of, as JSON.
+        path: created if missing.
+        identity: everything that the retrofit depends on, as JSON.
 
     Raises:
-        Unsupported: for a folder that holds something else, another retrofit among it.
+        Unsupported: for a folder that holds something else, such as another retrofit.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
@@ -47,14 +47,14 @@ class Folder:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Within the context no other process works here; a killed one holds nothing.
+        """Lock the folder within the context against other processes; the lock of a killed process is released.
 
         Raises:
-            Unsupported: where another does.
+            Unsupported: if another process holds the lock.
         """
         try:
             import fcntl
-        except ImportError:  # not on Windows
+        except ImportError:  # on Windows
             yield
             return
         with open(self.work / LOCK, "w") as file:
@@ -67,19 +67,19 @@ class Folder:
             yield
 
     def read(self, name: str) -> Any:
-        """The result of a part; None while there is none."""
+        """Read the result of a part; None if there is none yet."""
         try:
             return json.loads((self.work / f"{name}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 
     def write(self, name: str, value: Any) -> None:
-        """Keep the result of a part, which replaces an older one in one step."""
+        """Save the result of a part, replacing an older one atomically."""
         text = json.dumps(value, indent=1, ensure_ascii=False)
         write_text_atomically(self.work / f"{name}.json", text)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """The result of a part, made where there is none yet."""
+        """The result of a part, computed if there is none yet."""
         found = self.read(name)
         if found is None:
             self.write(name, make())
@@ -87,11 +87,11 @@ class Folder:
         return found
 
     def checkpoint(self, name: str) -> Path:
-        """The file of a training stage."""
+        """Path of the checkpoint of a training stage."""
         return self.work / f"{name}.safetensors"
 
     def discard_empty(self) -> None:
-        """Leave nothing where nothing was done: the folder goes with its identity."""
+        """Remove the folder and its identity if nothing was done in it."""
         files = list(self.work.iterdir())
         if {file.name for file in files} <= {"identity.json", LOCK}:
             for file in files:
@@ -102,7 +102,7 @@ class Folder:
 
     @staticmethod
     def finished(path: Path) -> Any:
-        """The record of a finished retrofit in a folder; None without one."""
+        """The record of a finished retrofit in a folder; None if there is none."""
         try:
             return json.loads((path / RECORD).read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -1,8 +1,8 @@
-"""Retrofits with a mechanism that inserts tokens, as landmark does: the sequence of every layer is then another one.
+"""Retrofits with a mechanism that inserts tokens, such as landmark, which changes the sequence that every layer reads.
 
-transformers knows of no inserted tokens, so the model becomes a language model of regard, which inserts them, reads on from a
-state with them, and leaves them out of its logits; inside transformers it is a `RegardForCausalLM`. Its layers have the weights
-of the original's, and an inserted token begins with the mean of the embeddings.
+transformers has no concept of inserted tokens, so the model becomes a language model of regard, which inserts them,
+continues from a state that includes them, and drops them from its logits; for transformers it is a `RegardForCausalLM`.
+Its layers have the original's weights, and an inserted token starts from the mean of the embeddings.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ KEPT_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def inserts_tokens(mechanism: str) -> bool:
-    """Whether a mechanism of one kind for all layers inserts tokens into the sequence."""
+    """Return whether a mechanism, the same for all layers, inserts tokens into the sequence."""
     layers = read_variant(mechanism).layers
     return len(layers) == 1 and get_mechanism(layers[0][0]).prepare is not None
 
 
 def rebuilt(host: Host, numbers: Sequence[int], mechanism: str) -> tuple[Any, list[str]]:
-    """The host's model as one of regard with a mechanism in some layers, in transformers' clothes, and the names of its new
-    parameters.
+    """Rebuild the host's model as one of regard with a mechanism in some layers, wrapped for transformers; also return
+    the names of its new parameters.
 
     Raises:
-        Unsupported: for a model that regard's layers cannot stand for.
+        Unsupported: for a model that regard's layers cannot reproduce.
     """
     from regard.integrations.transformers import RegardConfig, RegardForCausalLM
     from regard.models.from_transformers import converted
@@ -53,7 +53,7 @@ def rebuilt(host: Host, numbers: Sequence[int], mechanism: str) -> tuple[Any, li
 
 
 def placed_in(model: Any, path: str, number: int) -> tuple[Mechanism, Any] | None:
-    """The mechanism of a layer and its options; None for a layer with the attention of a transformers model."""
+    """A layer's mechanism and its options; None for a layer with the attention of a transformers model."""
     from regard.integrations.transformers import RegardForCausalLM
 
     if isinstance(model, RegardForCausalLM):
@@ -64,15 +64,15 @@ def placed_in(model: Any, path: str, number: int) -> tuple[Mechanism, Any] | Non
 
 
 def reads_by_state(model: Any) -> bool:
-    """Whether a whole text is read as `generate` reads it: with a state, so that what is chosen of the past is chosen."""
+    """Return whether texts are read with a state, as `generate` does, so that the mechanism selects from the past."""
     from regard.integrations.transformers import RegardForCausalLM
 
     return isinstance(model, RegardForCausalLM)
 
 
 def check_settings(mechanism: str, keep_layers: object, chosen: bool, train: str) -> None:
-    """Raise Unsupported for options that the mechanism does not have, and settings that a model does not whose every layer reads
-    inserted tokens."""
+    """Raise Unsupported for options that the mechanism does not have, and for settings that cannot work if every layer
+    reads inserted tokens."""
     ((name, options),) = read_variant(mechanism).layers
     get_mechanism(name).options(**options)
     if chosen:

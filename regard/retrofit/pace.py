@@ -1,4 +1,4 @@
-"""From a budget to numbers of steps and blocks, before anything is trained."""
+"""Turning a budget into numbers of steps and blocks, before anything is trained."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from regard.retrofit.transfer import transfer_losses
 from regard.retrofit.tune import prepare, tune_losses
 
 LEAST = 8
-"""Steps of a training stage, at least."""
+"""The least number of steps of a training stage."""
 BLOCKS = (2, 32)
-"""Blocks of each text in the evaluation, at least and at most."""
+"""The least and the most blocks of each text in the evaluation."""
 TRIED = 4
-"""Blocks of held-out data that stages are judged on, and that sensitivity is measured on, there at most."""
+"""The most held-out blocks for judging a stage and for measuring sensitivity."""
 SHARES = {"warm": 0.1, "sensitivity": 0.1, "transfer": 0.2, "tune": 0.45, "evaluation": 0.15}
-"""Of a time budget."""
+"""Shares of a time budget."""
 LOOKING = {"warm": 0.0, "transfer": 0.1, "tune": 0.1}
-"""Of the time of a training stage, the share in which held-out data is asked."""
+"""The share of a training stage's time that is spent on held-out data."""
 WORK = {"warm": 0.15, "transfer": 0.25, "tune": 0.6}
-"""Of a budget of tokens or steps."""
+"""Shares of a budget of tokens or steps."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Plan:
     """How much of everything is done.
 
     Attributes:
-        warm: steps of all layers before their sensitivity is measured; 0 where the kept layers are named.
-        tried: blocks of held-out text for each layer's sensitivity.
+        warm: steps of all layers before their sensitivity is measured; 0 if the kept layers are given.
+        tried: held-out blocks for each layer's sensitivity.
         transfer, tune: steps of these stages.
         windows: blocks of each text in the evaluation.
-        seconds: planned for each stage; none in a budget of tokens or steps.
+        seconds: planned time of each stage; empty for a budget of tokens or steps.
     """
 
     warm: int
@@ -55,19 +55,19 @@ class Plan:
         return asdict(self)
 
     def after(self, stage: str) -> float:
-        """Seconds planned for the stages after one."""
+        """Seconds planned for the stages after the given one."""
         names = list(SHARES)
         return sum(self.seconds.get(name, 0.0) for name in names[names.index(stage) + 1 :])
 
 
 def plan(host: Host, data: Any, settings: RetrofitSettings, spent: float = 0.0) -> Plan:
-    """The plan of a budget.
+    """Plan how to spend a budget.
 
     Args:
-        spent: seconds of the command so far.
+        spent: seconds that the command has taken so far.
 
     Raises:
-        Unsupported: for a budget that is too small for a stage, with one that is not.
+        Unsupported: for a budget that is too small for a stage, suggesting one that is large enough.
     """
     budget = settings.budget
     if budget.unit != "seconds":
@@ -116,7 +116,7 @@ WORDS = {
 
 
 def _step(host: Host, settings: RetrofitSettings) -> str:
-    """A step, in words."""
+    """Describe a step in words."""
     if host.counts != "tokens":
         return f"{settings.rows} {host.counts} a step"
     return f"blocks of {settings.block} tokens and {settings.rows} a step"
@@ -143,8 +143,8 @@ def _of_work(host: Host, settings: RetrofitSettings) -> Plan:
 
 
 def measure_pace(host: Host, data: Any, settings: RetrofitSettings) -> dict[str, float]:
-    """Seconds of a step of each stage, and of reading what is read at once (a block, or a batch of images), of copies that are
-    thrown away."""
+    """Measure, on throwaway copies, the seconds of a step of each stage and of one forward pass over the original (on a
+    block, or a batch of images)."""
     started = time.monotonic()
     row = host.batch(data, 0, settings.seed, settings, host.rows)
     times = 1 if host.rows is None else math.ceil(settings.rows / host.rows)
@@ -170,7 +170,7 @@ def measure_pace(host: Host, data: Any, settings: RetrofitSettings) -> dict[str,
 
 
 def _update(student: Any) -> None:
-    """What an optimizer's step comes to: a few passes over the weights and their gradients."""
+    """Stand-in for an optimizer step: a few passes over the weights and their gradients."""
     with torch.no_grad():
         for parameter in student.parameters():
             if parameter.grad is not None:
@@ -178,7 +178,7 @@ def _update(student: Any) -> None:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """The second time, which is not slowed down by what happens once."""
+    """The time of the second run, which has no one-time costs."""
     run()
     started = time.monotonic()
     run()

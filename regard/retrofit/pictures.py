@@ -1,4 +1,4 @@
-"""The user's images as a vision transformer reads them: to train on, held out, and of another source."""
+"""The user's images as a vision transformer reads them: for training, held out, and from another source."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class View:
-    """How a model sees images.
+    """A model's preprocessing of images.
 
     Attributes:
-        channels, height, width: of what it reads.
-        crop: share of the resized image's sides that its middle is.
-        mean, deviation: of each channel, by which pixels from 0 to 1 are normalised.
-        classes: names of what it tells apart, in its order; none where it does not say.
-        count: of its classes.
+        channels, height, width: size of the model's input.
+        crop: side of the center crop, as a share of the resized image's side.
+        mean, deviation: per-channel values to normalise pixels from 0 to 1 with.
+        classes: names of the model's classes, in its order; empty if it does not name them.
+        count: number of its classes.
     """
 
     channels: int
@@ -47,7 +47,7 @@ class View:
 
     @classmethod
     def of(cls, model: Any) -> View:
-        """That of a model of timm."""
+        """The preprocessing of a timm model."""
         from timm.data import resolve_input_data_config
 
         told = resolve_input_data_config(model)
@@ -57,12 +57,12 @@ class View:
         return cls(channels, height, width, crop, tuple(mean), tuple(std), tuple(map(str, names)), model.num_classes)
 
     def read(self, path: Path) -> Shaped[np.ndarray, "h w c"]:
-        """The middle of an image."""
+        """Read the center crop of an image."""
         height, width = (max(math.floor(side / self.crop), side) for side in (self.height, self.width))
         return centre(read_image(path, (height, width), self.channels)[0], (self.height, self.width))
 
     def normal(self, images: Shaped[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Bytes as the model reads them; numbers are so already."""
+        """Normalise images in bytes for the model; floating-point images are taken as normalised."""
         if images.dtype != torch.uint8:
             return images.float()
         mean, deviation = (torch.tensor(x).view(1, -1, 1, 1) for x in (self.mean, self.deviation))
@@ -71,7 +71,7 @@ class View:
 
 @dataclass(frozen=True)
 class Some:
-    """Images, (n, c, h, w) in bytes or as the model reads them, and the class of each; :data:`UNASKED` where it is not known."""
+    """Images, (n, c, h, w) in bytes or normalised, and the class of each; :data:`UNASKED` if it is not known."""
 
     pixels: Shaped[Tensor, "n c h w"]
     labels: Int[Tensor, " n"]
@@ -83,20 +83,20 @@ class Some:
         return Some(self.pixels[chosen], self.labels[chosen])
 
     def spread(self, most: int) -> Some:
-        """So many of them, at most, evenly spread: folders have one class after the other."""
+        """At most `most` of the images, evenly spread, since folders list one class after the other."""
         count = min(most, len(self))
         return self.at(torch.arange(count) * len(self) // max(count, 1))
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images of the user.
+    """The user's images.
 
     Attributes:
         training, held_out: parts of the data.
-        other: of another source; None without one.
-        name, other_name: as a report names them.
-        labelled: whether their classes are known, and are the model's.
+        other: images from another source; None without one.
+        name, other_name: names for the report.
+        labelled: whether their classes are known and match the model's.
     """
 
     training: Some
@@ -108,24 +108,24 @@ class Pictures:
 
     @property
     def size(self) -> int:
-        """Images to train on."""
+        """Number of training images."""
         return len(self.training)
 
     @property
     def sources(self) -> dict[str, Some]:
-        """Images that are evaluated, by name."""
+        """The images to evaluate on, by name."""
         found = {f"{self.name}, held out": self.held_out}
         if self.other is not None:
             found[f"{self.other_name}, another source"] = self.other
         return found
 
     def drawn(self, step: int, seed: int, count: int) -> Some:
-        """The images of a training step, each once: a function of its arguments."""
+        """The images of a training step, without repetition, determined by the arguments alone."""
         generator = torch.Generator().manual_seed(step_seed(seed, step))
         return self.training.at(torch.randperm(len(self.training), generator=generator)[:count])
 
     def digest(self) -> str:
-        """Twelve hexadecimal digits of the images and their classes."""
+        """Hash the images and their classes to twelve hexadecimal digits."""
         found = hashlib.sha256()
         for part in (self.training, self.held_out, self.other):
             found.update(b"none" if part is None else part.pixels.numpy().tobytes() + part.labels.numpy().tobytes())
@@ -141,16 +141,16 @@ def read_pictures(
     seed: int,
     held_out: float = HELD_OUT,
 ) -> Pictures:
-    """The images of folders, or images that are given.
+    """Read the images of folders, or take given images.
 
     Args:
-        data: a folder of images, with a sub-folder a class or without; or images (n, c, h, w) as the model reads them.
-        validation: likewise, of another source; evaluated alone.
+        data: a folder of images, with or without a sub-folder for each class; or normalised images (n, c, h, w).
+        validation: likewise, from another source; evaluated separately.
         batch: images of a training step.
-        held_out: share of the data.
+        held_out: share of the data to hold out.
 
     Raises:
-        Unsupported: for folders without images, damaged ones, and too few of them.
+        Unsupported: for folders without images, damaged images, and too few of them.
     """
     whole, classes = _read(data, view)
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
@@ -171,7 +171,7 @@ def read_pictures(
 
 
 def _read(data: Paths | Tensor, view: View) -> tuple[Some, bool]:
-    """Images without exact repetitions, and whether their classes are the model's."""
+    """Read images without exact duplicates, and whether their classes are the model's."""
     shape = (view.channels, view.height, view.width)
     if isinstance(data, Tensor):
         if data.ndim != 4 or tuple(data.shape[1:]) != shape or not data.is_floating_point():
@@ -204,7 +204,7 @@ def _read(data: Paths | Tensor, view: View) -> tuple[Some, bool]:
 
 
 def _listed(folder: Path) -> tuple[list[str], list[Path], list[int]]:
-    """Names of classes, files, and the class of each; one class without a name where there are no sub-folders."""
+    """Class names, files, and the class of each file; a single unnamed class if there are no sub-folders."""
     folders = class_folders(folder)
     if len(folders) < 2:
         paths = images_among(walk(folder)[0], folder)
@@ -215,14 +215,14 @@ def _listed(folder: Path) -> tuple[list[str], list[Path], list[int]]:
 
 
 def _numbers(names: Sequence[str], view: View) -> list[int] | None:
-    """The numbers that classes have in the model: by its names, or in order where there are as many; None where neither."""
+    """The model's number for each class: by name, or in order if the counts match; otherwise None."""
     if names and set(names) <= set(view.classes):
         return [view.classes.index(name) for name in names]
     return list(range(len(names))) if names and len(names) == view.count else None
 
 
 def _distinct(pixels: Shaped[np.ndarray, "n c h w"]) -> Int[Tensor, " m"]:
-    """The first of each of those that are the same."""
+    """Indices of the images, keeping the first of exact duplicates."""
     first: dict[bytes, int] = {}
     for number, image in enumerate(pixels):
         first.setdefault(hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=16).digest(), number)

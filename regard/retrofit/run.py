@@ -1,4 +1,4 @@
-"""The retrofit of a model: all stages, and the folder that comes of it."""
+"""The retrofit of a model: all stages, and the output folder."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Retrofit:
-    """What a retrofit came to.
+    """The result of a retrofit.
 
     Attributes:
-        folder: with the model, its tokenizer, a README and ``retrofit.json``.
-        model: of transformers or timm, in evaluation mode.
-        tokenizer: of transformers; None where there was none.
-        record: what ``retrofit.json`` holds: what it was made from, what changed, what it was trained on, and the results.
+        folder: output folder with the model, its tokenizer, a README and ``retrofit.json``.
+        model: a model of transformers or timm, in evaluation mode.
+        tokenizer: a tokenizer of transformers; None if there was none.
+        record: the contents of ``retrofit.json``: the original model, the changes, the training data, and the results.
     """
 
     folder: Path
@@ -63,7 +63,7 @@ class Retrofit:
 
     @property
     def recommendation(self) -> str:
-        """One sentence."""
+        """The recommendation for or against the retrofit, in a sentence or two."""
         return self.record["recommendation"]["text"]
 
 
@@ -81,29 +81,30 @@ def retrofit(
     say: Say = lambda sentence: None,
     **settings: Any,
 ) -> Retrofit:
-    """Give layers of a pretrained model another attention, train it back, and measure it beside the original.
+    """Replace the attention in layers of a pretrained model, retrain it, and compare it with the original.
 
-    Stages: which layers matter (each is swapped alone, after a few steps); attention transfer (each new layer learns the old
-    one's output); training of the whole model on what the teacher says; evaluation. The same call goes on where a killed one
-    stopped, and comes to the same as one that was not, with a budget of tokens or steps.
+    Stages: layer sensitivity (each layer is swapped alone, after a few steps); attention transfer (each new layer
+    learns the old one's output); training of the whole model on the teacher's answers; evaluation. The same call
+    resumes after an interruption, and with a budget of tokens or steps the result is the same as without one.
 
     Args:
-        model: a causal language model or an encoder of transformers, or a vision transformer of timm, which stays as it is; a
-            folder that holds one; a GGUF file; or ``timm:NAME`` for pretrained weights of timm.
-        mechanism: of the new layers, with options as in ``local:window=64``.
-        data: the user's text (files and folders, or token ids (n,)), or for vision transformers a folder of images, with a
-            sub-folder a class or without, or images (n, c, h, w) as the model reads them. A tenth is held out.
-        output: the folder, new or of the same retrofit.
+        model: a causal language model or an encoder of transformers, or a vision transformer of timm, which is not
+            modified; a folder that holds one; a GGUF file; or ``timm:NAME`` for pretrained weights of timm.
+        mechanism: the mechanism of the new layers, with options as in ``local:window=64``.
+        data: the user's text (files and folders, or token ids (n,)), or for vision transformers a folder of images,
+            with or without a sub-folder for each class, or images (n, c, h, w) normalised for the model. A tenth is
+            held out.
+        output: the output folder, new or from the same retrofit.
         keep_layers: layers that keep their attention: ``auto:0.5``, ``auto:22``, numbers, or ``none``.
-        budget: of time (``60m``, of everything), tokens (``2M tokens``) or steps of training.
-        validation: data of another source, evaluated alone.
-        tokenizer: of transformers; the folder's when None.
+        budget: time for everything (``60m``), or tokens (``2M tokens``) or steps of training.
+        validation: data from another source, evaluated separately.
+        tokenizer: a tokenizer of transformers; the folder's when None.
         watch: called with the progress.
         say: called with sentences as stages end.
         settings: other fields of :class:`regard.retrofit.settings.RetrofitSettings`.
 
     Raises:
-        Unsupported: before anything is trained, for a model, mechanism, text, budget or folder that will not do.
+        Unsupported: before any training, for a model, mechanism, text, budget or folder that is not suitable.
     """
     started = time.monotonic()
     keep = keep_layers if isinstance(keep_layers, str) else tuple(keep_layers)
@@ -148,7 +149,7 @@ class _Run:
     started: float
 
     def finish(self) -> Retrofit:
-        """Everything that is not done yet."""
+        """Do everything that is not done yet."""
         done = Folder.finished(self.folder.path)
         if done is not None:
             return Retrofit(self.folder.path, self.host.load(self.folder.path), self.host.tokenizer, done)
@@ -174,7 +175,7 @@ class _Run:
         return Plan(**self.folder.once("plan", make))
 
     def _nothing_new(self) -> str:
-        """What to know where new layers do at first what the old ones did."""
+        """A message for new layers that initially compute the same as the old ones."""
         told = f"new layers of {self.settings.mechanism} answer as the old ones here, so that the original teaches them nothing"
         if self.settings.length is None:
             return told
@@ -190,7 +191,7 @@ class _Run:
         )
 
     def _swapped(self, plan: Plan) -> list[int]:
-        """The layers that get new attention; chosen once."""
+        """The layers that get new attention, chosen once."""
         layers = range(len(self.host.layers))
         kept = self.settings.kept(len(layers))
         if isinstance(kept, int):
@@ -230,7 +231,7 @@ class _Run:
         return transfer(self.host, modules, learned, self.data, self.settings, stage, self.folder, self.watch, best)
 
     def _trained(self, student: Any, learned: list[str], swapped: list[int], plan: Plan) -> dict[str, Any]:
-        """The losses of the stages, once the student is trained."""
+        """Train the student, and return the losses of the stages."""
         moved, looks = self._moved(student, learned, swapped, plan)
         stage = self._stage(
             "tune",
@@ -261,7 +262,7 @@ class _Run:
     def _moved(
         self, student: Any, learned: list[str], swapped: list[int], plan: Plan
     ) -> tuple[list[list[float]], list[Any]]:
-        """The losses of the attention transfer, and those on held-out data; none where that is no stage."""
+        """The losses of the attention transfer, on training and on held-out data; empty if that is not a stage."""
         if "transfer" not in self.settings.stages:
             return [], []
         modules = self._modules(student, swapped)
@@ -279,7 +280,7 @@ class _Run:
         return moved, best.record()
 
     def _begin_warm(self, modules: dict[int, nn.Module], plan: Plan) -> None:
-        """Begin with what the first steps of all layers came to."""
+        """Start from the modules that the first steps of all layers trained."""
         warm, names = self._warm()
         self._transfer("warm", warm, names, plan)
         for number, module in modules.items():
@@ -326,7 +327,7 @@ class _Run:
         }
 
     def _save(self, student: Any, record: dict[str, Any]) -> None:
-        """The model and what belongs to it, each file moved to its place whole; the record comes last."""
+        """Save the model and its files, each moved into place whole; the record comes last."""
         place, made = self.folder.path, self.folder.work / "model"
         shutil.rmtree(made, ignore_errors=True)
         self.host.with_model(student).save(made)
@@ -340,7 +341,7 @@ class _Run:
 
 
 def _best_of(best: Best) -> str:
-    """From the start to what was best, in words."""
+    """The losses at the start and at the best weights, in words."""
     return f"{best.mean(0):.3g} to {best.mean():.3g}"
 
 
@@ -350,7 +351,7 @@ def _counted(curve: Sequence[object], planned: int) -> str:
 
 
 def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The record of a finished retrofit.
+    """Read the record of a finished retrofit.
 
     Raises:
         Unsupported: for a folder without one.

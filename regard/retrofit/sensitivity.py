@@ -1,4 +1,4 @@
-"""Which layers matter: what the model loses when one layer alone has the new attention."""
+"""Which layers matter: the model's loss of quality when only one layer has the new attention."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from regard.retrofit.stage import Progress, Watch
 def measure_sensitivity(
     host: Host, modules: Mapping[int, nn.Module], held_out: Batch, folder: Folder, watch: Watch, after: float
 ) -> dict[int, float]:
-    """The distance of what the model says of held-out data with one new module, for each module alone: in nats, or as a share of
-    the square of hidden states.
+    """The distance of the model's answers on held-out data from the original's with one new module, for each module
+    alone: in nats, or as a share of the squared hidden states.
 
     Args:
-        modules: by the number of their layer, a little trained (what is new and untrained tells nothing).
+        modules: new modules by layer number, after some training (untrained modules say nothing about the layer).
         held_out: some of the held-out data.
         after: seconds planned for later stages.
     """
@@ -45,7 +45,7 @@ def measure_sensitivity(
 
 
 def choose(sensitivity: Mapping[int, float], kept: int) -> tuple[int, ...]:
-    """The layers that keep their attention: those without which the model loses the most."""
+    """Choose the layers that keep their attention: the ones with the largest loss."""
     lost = {number: loss if math.isfinite(loss) else math.inf for number, loss in sensitivity.items()}
     worst = sorted(lost, key=lambda number: (-lost[number], number))
     return tuple(sorted(worst[:kept]))

@@ -1,4 +1,4 @@
-"""What a retrofit is asked for, checked before anything is read."""
+"""The settings of a retrofit, checked before anything is read."""
 
 from __future__ import annotations
 
@@ -16,31 +16,32 @@ from regard.retrofit.inserting import inserts_tokens
 KEEP = "auto, auto:SHARE (0 to 1), auto:NUMBER, none, or layers by number from 0 (0,5,29)"
 TRAIN = "all, new (the swapped layers alone), or lora:RANK"
 ON_HEADS = {"mamba2": "gated_linear:gate=step"}
-"""Mechanisms whose layers are their own, and their recurrence as it takes queries, keys and values that exist."""
+"""Mechanisms with layers of their own, and the equivalent recurrence that takes existing queries, keys and values."""
 KIN = {**ON_HEADS, "mamba": "gated_linear", "rwkv7": "delta_rule:gated=True"}
-"""Mechanisms whose layers are their own, and what comes next to them on queries, keys and values that exist."""
+"""Mechanisms with layers of their own, and the nearest one that takes existing queries, keys and values."""
 
 
 @dataclass(frozen=True)
 class RetrofitSettings:
-    """How to retrofit.
+    """How to retrofit a model.
 
     Attributes:
-        mechanism: of the new layers: a name, which may have options (``local:window=64``).
-        keep_layers: which layers keep their attention: ``auto:0.5`` half of them, ``auto:22`` so many, those that lose the
-            most when they are swapped alone; or their numbers, from 0; or ``none``.
+        mechanism: the mechanism of the new layers: a name, optionally with options (``local:window=64``).
+        keep_layers: which layers keep their attention: ``auto:0.5`` half of them, ``auto:22`` that many, those whose
+            swap alone loses the most; or their numbers, from 0; or ``none``.
         budget: time of the whole command, or tokens or steps of the training.
-        length: tokens of a block of text, >= 2; as the kind of model has it when None.
+        length: tokens of a block of text, >= 2; the default for the kind of model when None.
         batch_size: blocks or images of a training step, >= 1; likewise.
-        train: weights that the last stage trains: ``all``, ``new`` (the swapped layers alone) or ``lora:RANK``.
-        distil: weight of the teacher's answers in the last stage, 0 to 1; the rest is that of the right ones (next tokens,
-            masked tokens, classes).
-        transfer_rate, rate: peak learning rates of the attention transfer and of the last stage, as shares of the root mean
-            square of each parameter; what is new learns four times as fast.
-        lengths: of the context, at which time, state and recall are measured; as the kind of model has it when None.
-        evaluation_blocks: blocks (or batches of images) of each source in the evaluation, at most; as the budget allows when
+        train: weights that the last stage trains: ``all``, ``new`` (only the swapped layers) or ``lora:RANK``.
+        distil: weight of the teacher's answers in the last stage, 0 to 1; the rest is the weight of the right ones
+            (next tokens, masked tokens, classes).
+        transfer_rate, rate: peak learning rates of the attention transfer and of the last stage, relative to the root
+            mean square of each parameter; new parameters learn four times as fast.
+        lengths: context lengths at which time, state and recall are measured; the default for the kind of model when
             None.
-        seed: of blocks and of what starts at random.
+        evaluation_blocks: the most blocks (or batches of images) of each source in the evaluation; as the budget allows
+            when None.
+        seed: for drawing blocks and for random initial values.
     """
 
     mechanism: str
@@ -77,25 +78,25 @@ class RetrofitSettings:
 
     @property
     def block(self) -> int:
-        """Tokens of a block; of models of text, once the settings are those of one."""
+        """Tokens of a block; for text models, once the defaults are filled in."""
         assert self.length is not None
         return self.length
 
     @property
     def rows(self) -> int:
-        """Blocks or images of a step, once the settings are those of a model."""
+        """Blocks or images of a step, once the defaults are filled in."""
         assert self.batch_size is not None
         return self.batch_size
 
     @property
     def spans(self) -> tuple[int, ...]:
-        """Lengths at which it is measured, once the settings are those of a model."""
+        """Lengths for measurements, once the defaults are filled in."""
         assert self.lengths is not None
         return self.lengths
 
     @property
     def lora(self) -> int | None:
-        """The rank of low-rank updates; None where whole weights are trained."""
+        """The rank of low-rank updates; None if whole weights are trained."""
         if self.train in ("all", "new"):
             return None
         found = re.fullmatch(r"lora:([1-9][0-9]*)", self.train)
@@ -110,9 +111,9 @@ class RetrofitSettings:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The stages that train."""
+        """The names of the training stages."""
         if self.inserts:
-            return ("tune",)  # no layer has an old output to learn: the old one saw other tokens
+            return ("tune",)  # no layer has an old output to learn from: the old layer saw other tokens
         return ("warm", "transfer", "tune") if self.chosen else ("transfer", "tune")
 
     @property
@@ -121,10 +122,10 @@ class RetrofitSettings:
         return not isinstance(read_keep(self.keep_layers), tuple)
 
     def kept(self, layers: int) -> int | tuple[int, ...]:
-        """How many layers of `layers` are to keep their attention, or which.
+        """How many of `layers` layers are to keep their attention, or which ones.
 
         Raises:
-            Unsupported: for layers that are not there, and where none would be left to change.
+            Unsupported: for layers that do not exist, and if no layer would be left to change.
         """
         found = read_keep(self.keep_layers)
         if isinstance(found, float):
@@ -145,7 +146,7 @@ class RetrofitSettings:
         return found
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same where a retrofit goes on."""
+        """The settings that must not change when a retrofit is resumed."""
         return {
             **asdict(self),
             "budget": str(self.budget),
@@ -154,13 +155,13 @@ class RetrofitSettings:
         }
 
     def spelled_keep(self) -> str:
-        """The layers to keep, as the command line has them."""
+        """The layers to keep, in the command line's notation."""
         keep = self.keep_layers
         return keep if isinstance(keep, str) else ",".join(map(str, keep)) or "none"
 
 
 def read_keep(keep: str | tuple[int, ...] | list[int]) -> float | int | tuple[int, ...]:
-    """A share of layers, a number of them, or which."""
+    """Parse which layers to keep: a share, a number, or the layers' numbers."""
     if isinstance(keep, (tuple, list)):
         if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in keep):
             raise Unsupported(f"keep_layers={keep!r}", supported=KEEP, nearest="auto:0.5")
@@ -184,14 +185,14 @@ def read_keep(keep: str | tuple[int, ...] | list[int]) -> float | int | tuple[in
 
 
 def on_heads(written: str) -> str:
-    """A mechanism as it takes queries, keys and values that exist; itself but for those of :data:`ON_HEADS` without options,
-    which would be of their layer."""
+    """A mechanism in the form that takes existing queries, keys and values. Only those of :data:`ON_HEADS` change, and
+    only without options, which would belong to their layer."""
     layers = read_variant(written).layers
     return ON_HEADS.get(layers[0][0], written) if len(layers) == 1 and not layers[0][1] else written
 
 
 def told_of_start(written: str, begun: str) -> str:
-    """What is begun with where that is not what was asked for, in words."""
+    """Explain in words why the new layers start with something other than what was requested."""
     if on_heads(written) != written:
         return (
             f"{written} has a layer of its own: the new layers are {begun}, its recurrence with the model's queries, keys and "
@@ -201,13 +202,13 @@ def told_of_start(written: str, begun: str) -> str:
 
 
 def as_papers_begin(written: str, length: int, heads: int, pattern: Pattern = Pattern.CAUSAL_SELF) -> str:
-    """The mechanism with the options that its card has for trained models; those that are given stay, and so does all of it
-    where they leave no room for others.
+    """The mechanism with its card's options for trained models. Given options are kept; if the two do not go together,
+    only the given ones are used.
 
     Args:
         length: tokens that a layer reads in training.
-        heads: of a layer.
-        pattern: of its attention.
+        heads: number of heads of a layer.
+        pattern: the pattern of its attention.
     """
     written = on_heads(written)
     ((name, given),) = read_variant(written).layers
@@ -223,14 +224,14 @@ def as_papers_begin(written: str, length: int, heads: int, pattern: Pattern = Pa
 
 
 def check_mechanism(written: str, pattern: Pattern | None = None) -> None:
-    """Raise Unsupported, with the nearest kin, for a mechanism that cannot take a model's queries, keys and values.
+    """Raise Unsupported, with the nearest alternative, unless a mechanism can take a model's queries, keys and values.
 
     Args:
-        pattern: of the model's attention; None while it is not known.
+        pattern: pattern of the model's attention; None if not known yet.
     """
     written = on_heads(written)
     if pattern in (None, Pattern.CAUSAL_SELF) and inserts_tokens(written):
-        return  # the model is built anew around it
+        return  # the model is rebuilt around the mechanism
     try:
         Choice.of(written, pattern).chosen  # noqa: B018 made for its checks
     except Unsupported as error:

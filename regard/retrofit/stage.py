@@ -1,4 +1,4 @@
-"""A training stage of a retrofit: so many steps, with checkpoints, a shown loss and a pace."""
+"""A training stage of a retrofit: a number of steps, with checkpoints, a displayed loss and a time limit."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from regard.training.optimizer import BETAS, scheduled_rate
 CHECKPOINT_SECONDS = 60.0
 SMALLEST, NEWER = 0.05, 4.0
 WARMUP = (0.1, 10, 0.5)
-"""Share of the steps in which the rate rises, or so many steps where that is more, but at most the second share: the first
-steps of Adam are as large as the rate, whatever the gradients are."""
+"""Share of the steps in which the rate rises, or the number of steps if that is more, but at most the second share: the
+first steps of Adam are as large as the rate, whatever the gradients are."""
 PATIENCE = 1.3
-"""Times the planned time after which a stage stops where it is: the machine has become slower than it was."""
+"""A stage stops early after this multiple of its planned time, as when the machine has become slower."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a retrofit is.
+    """The progress of a retrofit.
 
     Attributes:
         doing: the stage, in words.
-        loss: of its last step; nan where it has none.
+        loss: loss of its last step; nan if it has none.
         done, total: steps of the stage.
-        remaining: seconds of the stage at its pace, and of those after it as planned.
+        remaining: seconds left in the stage at its pace, plus those planned for later stages.
     """
 
     doing: str
@@ -53,12 +53,12 @@ class Stage:
     """A training stage.
 
     Attributes:
-        name: of its checkpoint.
-        doing: in words.
+        name: name of its checkpoint.
+        doing: description in words.
         steps: optimizer steps.
-        rate: peak learning rate, as a share of the size (root mean square) of what learns.
-        seed: of what is drawn.
-        seconds: planned; None where steps alone decide.
+        rate: peak learning rate, relative to the root mean square of each parameter.
+        seed: seed of random draws.
+        seconds: planned time; None if only the steps count.
         after: seconds planned for later stages.
     """
 
@@ -72,12 +72,12 @@ class Stage:
 
 
 def relative_groups(module: nn.Module, new: Collection[str], rate: float) -> list[dict[str, Any]]:
-    """A group of an optimizer for each parameter that wants gradients, with a rate in proportion to its size.
+    """An optimizer group for each parameter that requires gradients, with a rate proportional to its root mean square.
 
-    Adam's steps are as large as the rate whatever the weights are, and those of an output projection may be a thousand times
-    smaller than others once they undo the scale of attention without a normaliser. What is new learns :data:`NEWER` times as
-    fast, and is taken for no smaller than :data:`SMALLEST`; nor are vectors, whose start is often 0. What a mechanism has a rate
-    of its own for has that one.
+    Adam's steps are as large as the rate whatever the weights are, and an output projection's weights may be a thousand
+    times smaller than others after compensating the scale of attention without a normaliser. New parameters learn
+    :data:`NEWER` times as fast, and count as no smaller than :data:`SMALLEST`; so do vectors, which often start at 0.
+    Parameters for which a mechanism sets its own rate have that rate.
     """
     groups: list[dict[str, Any]] = []
     own = {
@@ -102,7 +102,7 @@ def relative_groups(module: nn.Module, new: Collection[str], rate: float) -> lis
 
 
 Step = Callable[[int], Sequence[float]]
-"""Gradients of a step by its number; its losses, of which the mean is shown."""
+"""Computes the gradients of a step, given its number, and returns its losses, whose mean is displayed."""
 
 
 def train_stage(
@@ -116,18 +116,18 @@ def train_stage(
     clipped: Sequence[nn.Module] | None = None,
     best: Best | None = None,
 ) -> list[list[float]]:
-    """Train the parameters of `module` that want gradients, in place, going on from a checkpoint where there is one.
+    """Train the parameters of `module` that require gradients, in place, resuming from a checkpoint if there is one.
 
     Args:
-        new: names of parameters that are new.
-        clipped: modules whose gradients are clipped each alone; the whole module when None.
-        best: asked now and then; its parts end with the weights that were best. The last ones are the result when None.
+        new: names of new parameters.
+        clipped: modules whose gradients are clipped separately; the whole module when None.
+        best: evaluates now and then; its parts end with their best weights. The last weights are the result when None.
 
     Returns:
         The losses of each step.
 
     Raises:
-        Unsupported: where a loss stops being finite; the last checkpoint stays.
+        Unsupported: if a loss is not finite; the last checkpoint stays.
     """
     groups = relative_groups(module, new, stage.rate)
     rates = [group["lr"] for group in groups]

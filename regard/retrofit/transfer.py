@@ -1,7 +1,7 @@
-"""Attention transfer: each new layer learns the output that the old one has on the user's data.
+"""Attention transfer: each new layer learns the output of the old one on the user's data.
 
-The teacher runs once a batch; where one of its attention modules has answered, the new one answers the same call, learns from
-the difference, and both are forgotten: nothing is stored, and no layer knows of another.
+The teacher runs once per batch; after each of its attention modules, the new one answers the same call, learns from
+the difference, and both outputs are discarded: nothing is stored, and layers are independent.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from regard.retrofit.settings import RetrofitSettings
 from regard.retrofit.stage import Stage, Watch, train_stage
 
 LOSS_WEIGHTS = {"distillation": 1.0}
-"""Of the losses that mechanisms have of their own, as of the map of sea; that of regard's models for others."""
+"""Weights of auxiliary losses, such as that of sea's attention map; other losses have the weight of regard's models."""
 SMALLEST_SHARE = 0.1
-"""Of the size that an output should have, the least that it is begun with."""
+"""The least initial size of an output, as a share of the size that it should have."""
 
 Heard = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], None]
-"""Called with a layer's number, its output, and the call that it answered."""
+"""Callback that takes a layer's number, its output, and the arguments that it was called with."""
 
 
 def transfer(
@@ -43,15 +43,15 @@ def transfer(
     watch: Watch,
     best: Best | None = None,
 ) -> list[list[float]]:
-    """Train new attention modules, each alone, on the outputs of the teacher's.
+    """Train new attention modules, independently, on the outputs of the teacher's.
 
     Args:
-        modules: of a copy of the teacher, by the number of their layer.
-        learned: names in the copy of parameters that are new.
-        best: of the modules; each ends with the weights that were best on held-out data.
+        modules: modules of a copy of the teacher, by layer number.
+        learned: names of the new parameters in the copy.
+        best: keeps the modules' best weights on held-out data, which they end with.
 
     Returns:
-        Of each step the loss of each module: its squared distance from the teacher's output, as a share of that output's
+        For each step the loss of each module: its squared distance from the teacher's output, relative to that output's
         square.
     """
     together = nn.ModuleDict({str(number): module for number, module in modules.items()})
@@ -63,7 +63,7 @@ def transfer(
         return transfer_losses(host, modules, host.batch(data, number, stage.seed, settings).inputs)
 
     parts = list(modules.values())
-    together.train()  # what mechanisms learn of themselves, they learn in training
+    together.train()  # mechanisms compute their auxiliary losses in training mode
     try:
         with _without_dropout(together):
             return train_stage(stage, folder, together, names, step, watch, clipped=parts, best=best)
@@ -72,7 +72,7 @@ def transfer(
 
 
 def held_out_losses(host: Host, modules: Mapping[int, nn.Module], inputs: Sequence[Tensor]) -> list[float]:
-    """The loss of each module, as it is in use, over some inputs; the mean of theirs."""
+    """The mean loss of each module, in evaluation mode, over some inputs."""
     losses: dict[int, list[float]] = {number: [] for number in modules}
 
     def compare(number: int, expected: Tensor, args: tuple[Any, ...], given: dict[str, Any]) -> None:
@@ -86,12 +86,12 @@ def held_out_losses(host: Host, modules: Mapping[int, nn.Module], inputs: Sequen
 
 
 def _distance(found: Tensor, expected: Tensor) -> Tensor:
-    """The square of the difference, as a share of what is expected."""
+    """The squared difference, relative to the square of the expected output."""
     return (found - expected).square().sum() / expected.square().sum().clamp(min=1e-30)
 
 
 def transfer_losses(host: Host, modules: Mapping[int, nn.Module], inputs: Tensor) -> list[float]:
-    """The loss of each module on some inputs; their parameters have its gradients afterwards."""
+    """The loss of each module on some inputs; leaves the gradients in their parameters."""
     losses: dict[int, float] = {}
 
     def learn(number: int, expected: Tensor, args: tuple[Any, ...], given: dict[str, Any]) -> None:
@@ -108,10 +108,10 @@ def transfer_losses(host: Host, modules: Mapping[int, nn.Module], inputs: Tensor
 
 @torch.no_grad()
 def begin_at_scale(host: Host, modules: Mapping[int, nn.Module], inputs: Tensor) -> None:
-    """Multiply the output projection of each new module by what brings its outputs nearest to the teacher's, or that of the values
-    where the outputs are those of the heads, as in BERT.
+    """Rescale the output projection of each new module so that its outputs come nearest to the teacher's; or the value
+    projection if the module outputs its heads directly, as in BERT.
 
-    Attention without a normaliser sums over tokens, and its outputs may be a hundred times too large at first.
+    Attention without a normaliser sums over tokens, so its initial outputs may be a hundred times too large.
     """
 
     def rescale(number: int, expected: Tensor, args: tuple[Any, ...], given: dict[str, Any]) -> None:
@@ -134,12 +134,12 @@ def begin_at_scale(host: Host, modules: Mapping[int, nn.Module], inputs: Tensor)
 
 
 class _Called:
-    """A call of an attention module.
+    """The call of an attention module, and the submodules that produced its output and its values.
 
     Attributes:
-        output: of the module.
-        last: the part of it that made that tensor; None where none did.
-        values: the part that made the values of the heads and nothing else.
+        output: output of the module.
+        last: the submodule that produced that tensor; None if none did.
+        values: the submodule that produced the values of the heads and nothing else.
     """
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
@@ -172,13 +172,13 @@ class _Called:
 
 
 def _first(output: Any) -> Tensor:
-    """What an attention module gives, without the weights that some give beside it."""
+    """The output of an attention module, without attention weights if it returns those too."""
     return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
 def _without_dropout(modules: nn.Module) -> Iterator[None]:
-    """Within the context nothing is dropped in training: what is learned is a tensor, not a sample of it."""
+    """Disable dropout within the context: the target is a tensor, not a random sample of it."""
     parts = [part for part in modules.modules() if isinstance(part, nn.Dropout)]
     before = [part.p for part in parts]
     try:
@@ -196,7 +196,7 @@ def _new_in(module: nn.Module, path: str, learned: Sequence[str]) -> list[str]:
 
 @contextmanager
 def _listening(host: Host, modules: Mapping[int, nn.Module], heard: Heard) -> Iterator[None]:
-    """Within the context, `heard` is called for each of these layers when the teacher's has answered."""
+    """Within the context, `heard` is called for each of these layers after the teacher's layer has run."""
 
     def hook(number: int) -> Callable[..., None]:
         def listen(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any], output: Any) -> None:

@@ -1,4 +1,4 @@
-"""The last training stage: the whole model learns what the teacher says, or what is right."""
+"""The last training stage: the whole model learns the teacher's answers, or the right ones."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def tune(
     """Train a student in place; see :func:`tune_losses` for its loss.
 
     Args:
-        numbers: of the layers whose attention is new.
-        learned: names of parameters that are new.
-        best: of the student, which ends with the weights that were best on held-out data.
+        numbers: numbers of the layers with new attention.
+        learned: names of the new parameters.
+        best: keeps the student's best weights on held-out data, which it ends with.
     """
     unload = prepare(host, student, numbers, settings)
     was = student.training
@@ -55,7 +55,7 @@ def tune(
 
 
 def prepare(host: Host, student: Any, numbers: Sequence[int], settings: RetrofitSettings) -> Any:
-    """Let the weights of a student want gradients that `train` names; what ends that and merges low-rank updates."""
+    """Set which weights require gradients; return a function that undoes it and merges low-rank updates."""
     if settings.train == "new":
         student.requires_grad_(False)
         for number in numbers:
@@ -97,14 +97,14 @@ def _peft() -> Any:
 
 @torch.no_grad()
 def held_out_loss(host: Host, student: Any, batch: Batch, distil: float) -> float:
-    """The loss of :func:`tune_losses` on held-out data, of the student as it is in use."""
+    """The loss of :func:`tune_losses` on held-out data, with the student in evaluation mode."""
     with evaluation_mode(student):
         losses = [float(_loss(host, host.answers(student, part), part, distil)) for part in host.parts(batch)]
     return math.fsum(losses) / len(losses)
 
 
 def _loss(host: Host, found: Tensor, part: Batch, distil: float) -> Tensor:
-    """How far answers are from those of the teacher, times `distil`, plus from the right ones, times the rest."""
+    """`distil` times the distance from the teacher's answers, plus 1 - `distil` times that from the right ones."""
     loss = found.new_zeros(())
     if distil < 1:
         loss = loss + (1 - distil) * host.own_loss(found, part)
@@ -116,12 +116,12 @@ def _loss(host: Host, found: Tensor, part: Batch, distil: float) -> Tensor:
 
 
 def tune_losses(host: Host, student: Any, batch: Batch, distil: float) -> list[float]:
-    """The distance of what a student says from what the teacher says, times `distil`, plus that from what is right times the
-    rest, in nats (or as a share of the square of hidden states); the losses that mechanisms have of their own are learned from
-    too, and not told.
+    """`distil` times the student's distance from the teacher's answers, plus 1 - `distil` times its distance from the
+    right ones; in nats (or as a share of the squared hidden states). The mechanisms' auxiliary losses are trained on
+    too, but not included in the result.
 
-    The parameters of the student have its gradients afterwards. Where answers are large, rows are taken one by one, so that
-    those of one alone are in memory.
+    Leaves the gradients in the student's parameters. Where answers are large, rows are processed one by one, so that
+    only one row's answers are in memory.
     """
     total = 0.0
     parts = host.parts(batch)

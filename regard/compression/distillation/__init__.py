@@ -1,8 +1,8 @@
 """Distillation: a small model learns from a large one.
 
-:mod:`losses` compares tensors of any models; :mod:`transkd` is TransKD for transformers of stages; :class:`Taught` puts a student
-and its teacher in one module that every training loop here trains. Distillation of attention weights between layers is
-:mod:`regard.training.distillation`.
+:mod:`losses` compares tensors of any models; :mod:`transkd` is TransKD for multi-stage transformers; :class:`Taught`
+combines a student and its teacher in one module that every training loop here can train. Distillation of attention
+weights between layers is in :mod:`regard.training.distillation`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Losses of distillation: what a student has to be like its teacher in.
+"""Distillation losses, which measure how a student differs from its teacher.
 
-Every function is a mean over what it compares, in the dtype of the student, and gives the teacher no gradient. With the teacher's
-own numbers it is 0, and so is its gradient, but for :func:`feature_loss` behind a projection.
+Every function averages over what it compares, in the dtype of the student, and passes no gradient to the teacher. For a
+student equal to its teacher, loss and gradient are 0, except for :func:`feature_loss` with a projection.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 POOLED = (4, 2, 1)
-"""Sides of the reduced maps that :func:`context_loss` compares beside the maps themselves."""
+"""Sizes of the pooled maps that :func:`context_loss` compares in addition to the maps themselves."""
 
 
 def response_loss(
@@ -29,7 +29,7 @@ def response_loss(
 
     Args:
         student, teacher: logits, classes last.
-        temperature: T > 0; the factor T^2 keeps the size of gradients.
+        temperature: T > 0; the factor T^2 preserves the scale of gradients.
     """
     _alike(student, teacher)
     positive("temperature", temperature)
@@ -42,10 +42,10 @@ def feature_loss(
     teacher: Float[Tensor, "... d"],
     projection: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean squared difference of hidden states, the student's behind `projection` (TinyBERT, arXiv 1909.10351).
+    """Mean squared difference of hidden states, the student's after `projection` (TinyBERT, arXiv 1909.10351).
 
     Args:
-        projection: from the student's width to the teacher's, learned beside the student; not needed for equal widths.
+        projection: from the student's width to the teacher's, trained with the student; not needed for equal widths.
     """
     own = student if projection is None else projection(student)
     _alike(own, teacher)
@@ -56,8 +56,8 @@ def attention_transfer_loss(student: Float[Tensor, "b h n m"], teacher: Float[Te
     """KL(teacher, student) of attention weights, averaged over queries and heads (MobileBERT, arXiv 2004.02984).
 
     Args:
-        student, teacher: weights after the softmax, of as many heads; a key without weight costs nothing where the teacher has
-            none either.
+        student, teacher: weights after the softmax, with the same number of heads; a key without weight costs nothing
+            if the teacher gives it none either.
     """
     _alike(student, teacher)
     told, least = teacher.detach(), torch.finfo(student.dtype).tiny
@@ -69,10 +69,10 @@ def relation_loss(
     teacher: Float[Tensor, "b h n e"],
     mask: Float[Tensor, "b #h #n n"] | None = None,
 ) -> Float[Tensor, ""]:
-    """KL(teacher, student) of how values are related, softmax(V V^T / sqrt(width)), over queries and heads (MiniLM, arXiv 2002.10957).
+    """KL(teacher, student) of value relations softmax(V V^T / sqrt(width)), by query and head (MiniLM, arXiv 2002.10957).
 
-    MiniLM adds it to :func:`attention_transfer_loss` of the same layer, the last of both. Widths of heads may differ, so that a
-    student can be as narrow and shallow as it likes, but heads may not.
+    MiniLM adds it to :func:`attention_transfer_loss` for the same layer, the last of both models. The widths of heads
+    may differ, so the student can be as narrow and shallow as desired, but the number of heads must be equal.
 
     Args:
         student, teacher: values, or queries or keys (MiniLMv2), by head.
@@ -91,11 +91,11 @@ def relation_loss(
 def patient_loss(
     students: Sequence[Float[Tensor, "b c"]], teachers: Sequence[Float[Tensor, "b c"]]
 ) -> Float[Tensor, ""]:
-    """Mean squared difference of pooled hidden states of length 1, over pairs of layers (PKD, arXiv 1908.09355).
+    """Mean squared difference of normalised pooled hidden states, over pairs of layers (PKD, arXiv 1908.09355).
 
     Args:
-        students, teachers: the hidden state of [CLS], or another pooled one, after each pair of layers; :func:`patient_layers`
-            says which of the teacher's belong to the student's.
+        students, teachers: the hidden state of [CLS], or another pooled one, after each layer of the pairs;
+            :func:`patient_layers` pairs the teacher's layers with the student's.
     """
     if len(students) != len(teachers) or not students:
         raise Unsupported(
@@ -113,8 +113,8 @@ def patient_layers(student: int, teacher: int, strategy: str = "skip") -> tuple[
     """The teacher's layers (counted from 1) that the student's layers 1 to ``student - 1`` learn from.
 
     Args:
-        student, teacher: how many layers they have. Both's last layers are left to the loss of their outputs.
-        strategy: ``skip`` every k-th layer, k = teacher / student, or the ``last`` ones before the last.
+        student, teacher: numbers of layers. The last layers of both are left to the loss on the outputs.
+        strategy: ``skip`` every k-th layer, k = teacher / student, or the ``last`` ones before the final layer.
     """
     at_least("student", student, 2)
     one_of("strategy", strategy, ("skip", "last"))
@@ -134,8 +134,9 @@ def context_loss(
 ) -> Float[Tensor, ""]:
     """The hierarchical context loss (Knowledge Review, arXiv 2104.09044), summed over pairs of maps.
 
-    Of a pair it is ``(MSE + sum_l c_l MSE_l) / (1 + sum_l c_l)``, where MSE_l compares the means in l x l parts of the maps, for
-    those l of 4, 2 and 1 that are less than the height; c is 1/2 for the first of them and half of that for each that follows.
+    For a pair it is ``(MSE + sum_l c_l MSE_l) / (1 + sum_l c_l)``, where MSE_l compares the maps average-pooled to l x
+    l, for each l of 4, 2 and 1 that is less than the height; c is 1/2 for the first of them and halves with each
+    further one.
     """
     total = None
     for own, told in zip(students, teachers, strict=True):
@@ -158,7 +159,7 @@ def context_loss(
 def channel_loss(
     student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c h w"], temperature: float = 1.0
 ) -> Float[Tensor, ""]:
-    """:func:`response_loss` of the places of each channel: where it is high (channel-wise distillation, arXiv 2011.13256)."""
+    """:func:`response_loss` over the positions of each channel (channel-wise distillation, arXiv 2011.13256)."""
     _alike(student, teacher)
     return response_loss(student.flatten(2), teacher.flatten(2), temperature)
 
@@ -166,7 +167,7 @@ def channel_loss(
 def place_loss(
     student: Float[Tensor, "b c h w"], teacher: Float[Tensor, "b c h w"], temperature: float = 1.0
 ) -> Float[Tensor, ""]:
-    """:func:`response_loss` of the channels of each place, as of classes."""
+    """:func:`response_loss` over the channels at each position, as if they were classes."""
     return response_loss(student.movedim(1, -1), teacher.movedim(1, -1), temperature)
 
 

@@ -1,10 +1,11 @@
-"""The step ``distil`` of a recipe: a changed model learns from the outputs of the model as it was, or of another one.
+"""The recipe step ``distil``: a changed model learns from the outputs of the original model, or of another one.
 
-The loss of a batch is T^2 KL(softmax(teacher / T), softmax(student / T)) over its answers (:func:`response_loss`), padding left
-out; where outputs are numbers and no classes, the mean squared difference. ``features`` adds, over pairs of layers at the same
-share of the depth, the mean squared difference of hidden states divided by the mean square of the teacher's.
+The loss of a batch is T^2 KL(softmax(teacher / T), softmax(student / T)) over its answers (:func:`response_loss`),
+excluding padding; if outputs are real numbers rather than classes, the mean squared difference. ``features`` adds, over
+pairs of layers at the same relative depth, the mean squared difference of hidden states divided by the mean square of
+the teacher's.
 
-The model as it was shares its tensors with the model: what is trained gets tensors of its own.
+The original model shares its tensors with the model: trained parameters are copied first.
 """
 
 from __future__ import annotations
@@ -53,19 +54,20 @@ def win_back(
     folder: Path | None = None,
     on_step: Callable[[int], None] = lambda done: None,
 ) -> tuple[Undo, str]:
-    """Train a model in place; what undoes it, and what was done in a sentence.
+    """Train a model in place; return a function that undoes it, and a sentence that says what was done.
 
     Args:
-        teacher: gives what is learned; neither is trained with dropout.
+        teacher: the model to learn from; neither model uses dropout.
         batches: one a step, in turn.
-        keep: which modules stay as they are.
-        name: of the teacher.
-        zeros: names of layers whose weights of 0 stay 0.
-        folder: where the state is kept, from which the same call goes on.
-        on_step: told how many steps are done.
+        keep: returns whether a module stays as it is.
+        name: name of the teacher.
+        zeros: names of layers whose zero weights stay 0.
+        folder: where the state is saved, to resume the same call from.
+        on_step: called with the number of steps done.
 
     Raises:
-        Unsupported: for a model in which nothing can be trained, outputs that cannot be compared, and a loss that is not finite.
+        Unsupported: for a model without trainable parameters, outputs that cannot be compared, and a loss that is not
+            finite.
     """
     trained, undo = _own_parameters(model, keep)
     masks = [
@@ -122,7 +124,7 @@ def win_back(
 
 
 def teaching_loss(model: nn.Module, teacher: nn.Module, step: Distil, batch: Any, run: Run) -> Tensor:
-    """What is trained with: how far a model's answers on a batch are from the teacher's, which is without dropout.
+    """The training loss: the distance of a model's answers on a batch from the teacher's, which is in evaluation mode.
 
     Raises:
         Unsupported: for answers and hidden states that cannot be compared.
@@ -139,7 +141,7 @@ def teaching_loss(model: nn.Module, teacher: nn.Module, step: Distil, batch: Any
 
 
 def _own_parameters(model: nn.Module, keep: Callable[[str, nn.Module], bool]) -> tuple[dict[str, nn.Parameter], Undo]:
-    """Give a model copies of the parameters that may be trained, by name; what is shared in it stays shared."""
+    """Replace the trainable parameters of a model by copies, returned by name; shared parameters stay shared."""
     kept = [name for name, module in model.named_modules() if name and keep(name, module)]
     inside = {id(parameter) for name in kept for parameter in model.get_submodule(name).parameters()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -168,7 +170,7 @@ def _weight(model: nn.Module, name: str) -> nn.Parameter | None:
 
 @contextmanager
 def _hidden(model: nn.Module, kind: str) -> Iterator[list[Tensor]]:
-    """What the layers of a model give while it runs; nothing of ``response``."""
+    """Collect the outputs of a model's layers while it runs; none for ``response``."""
     found: list[Tensor] = []
     if kind == "response":
         yield found
@@ -187,7 +189,7 @@ def _hidden(model: nn.Module, kind: str) -> Iterator[list[Tensor]]:
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """The largest row of modules of one class."""
+    """The largest sequence of modules of one class."""
     rows = [
         list(row)
         for row in model.modules()
@@ -215,7 +217,7 @@ def _answers_loss(found: Any, expected: Any, batch: Any, temperature: float) -> 
 
 
 def _answers(found: Any, batch: Any) -> tuple[Tensor, bool]:
-    """Outputs, and whether they are logits of classes, which come last."""
+    """The outputs, and whether they are logits of classes, on the last axis."""
     states = getattr(found, "last_hidden_state", None)
     if isinstance(states, Tensor):
         return wide(states), False
@@ -226,6 +228,6 @@ def _answers(found: Any, batch: Any) -> tuple[Tensor, bool]:
     if isinstance(batch, Batch):
         if batch.targets.is_floating_point():
             return output, False
-        if batch.targets.ndim == output.ndim:  # classes of the pixels of each position
+        if batch.targets.ndim == output.ndim:  # classes of several pixels at each position
             return output.unflatten(-1, (batch.targets.shape[-1], -1)), True
     return output, output.shape[-1] > 1

@@ -1,4 +1,4 @@
-"""Another model as the teacher of the step ``distil``: from its folder, and whether the model can learn from it."""
+"""Another model as the teacher of the step ``distil``: opening it, and checking whether the model can learn from it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ SAME = "a teacher of the same tokens, classes and inputs"
 
 
 def open_teacher(place: str, model: nn.Module) -> nn.Module:
-    """The model of a folder, compressed or not, to be evaluated.
+    """Open the model in a folder, compressed or not, for evaluation.
 
     Args:
-        place: of the same library as `model`: a folder, a GGUF file, or ``timm:NAME``.
+        place: a model of the same library as `model`: a folder, a GGUF file, or ``timm:NAME``.
 
     Raises:
-        Unsupported: for another place, and a model of transformers with another tokenizer.
+        Unsupported: for other places, and for a model of transformers with another tokenizer.
     """
     library, path = library_of(model), Path(place)
     if library == "other":
@@ -53,11 +53,11 @@ def open_teacher(place: str, model: nn.Module) -> nn.Module:
 
 
 def check_teacher(model: nn.Module, teacher: nn.Module, name: str, loss: Callable[[], Tensor]) -> None:
-    """Raise Unsupported where a model cannot learn from a teacher.
+    """Raise Unsupported if a model cannot learn from a teacher.
 
     Args:
-        name: of the teacher, in words.
-        loss: that of a batch, as it would be trained on.
+        name: description of the teacher.
+        loss: computes the training loss of a batch.
     """
     own, told = _facts(model), _facts(teacher)
     for what in own.keys() & told.keys():
@@ -88,7 +88,7 @@ def _of_transformers(path: Path, model: Any) -> nn.Module:
 
 
 def _facts(model: Any) -> dict[str, Any]:
-    """What a model says of its inputs and answers, by name."""
+    """A model's declared inputs and answers, by name."""
     config, image = getattr(model, "config", None), getattr(model, "pretrained_cfg", None)
     found: dict[str, Any] = {"a vocabulary of": getattr(config, "vocab_size", None)}
     if type(model).__name__.endswith("ForSequenceClassification"):

@@ -1,11 +1,11 @@
-"""A student that is trained beside its teacher, by any loop that adds the losses of a model's result.
+"""Training a student with its teacher, in any loop that adds the losses of a model's result.
 
 ::
 
     method = read_method("transkd:variant=gl")
     taught = Taught(student, teacher, method, task)
     regard.training.train(taught, task, config)
-    save_pretrained(taught.student, folder)             # no parameter more than any other student
+    save_pretrained(taught.student, folder)             # no more parameters than any other student
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from regard.models.evaluating import evaluation_mode
 from regard.tasks import Task
 
 LOSS = "teacher"
-"""Name of the loss that a :class:`Taught` adds."""
+"""Name of the loss that :class:`Taught` adds."""
 TASKS = "tasks that classify or segment images, such as images and segmentation, and text"
-"""On which there are teachers."""
+"""The tasks that support a teacher."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class ResponseConfig:
     """The student learns the teacher's answers; see :func:`regard.compression.distillation.losses.response_loss`.
 
     Attributes:
-        temperature: by which the logits of both are divided.
-        weight: of this loss beside the task's.
+        temperature: divides the logits of both models.
+        weight: weight of this loss relative to the task's.
     """
 
     temperature: float = 4.0
@@ -49,13 +49,13 @@ class ResponseConfig:
 
 @dataclass(frozen=True)
 class TokenConfig:
-    """A token of the student's learns the teacher's classes, the class token those of the data (DeiT, arXiv 2012.12877).
+    """The student's distillation token learns the teacher's classes, the class token the data's (DeiT, arXiv 2012.12877).
 
-    The paper's hard distillation: CE(class token, label) + CE(distillation token, argmax teacher), here without its factor of a
-    half. Afterwards the logits are the mean of both heads'.
+    This is the paper's hard distillation: CE(class token, label) + CE(distillation token, argmax teacher), without its
+    factor of one half. After training, the logits are the mean of both heads'.
 
     Attributes:
-        weight: of the second sum beside the task's loss.
+        weight: weight of the second term relative to the task's loss.
     """
 
     weight: float = 1.0
@@ -73,7 +73,7 @@ METHODS: Mapping[str, type[Method]] = {
 
 
 def read_method(text: str) -> Method:
-    """A method from how it is written: ``transkd``, ``response:temperature=2,weight=0.5``.
+    """Parse a method from its notation: ``transkd``, ``response:temperature=2,weight=0.5``.
 
     Raises:
         Unsupported: for an unknown name or option, with the nearest.
@@ -88,17 +88,17 @@ def read_method(text: str) -> Method:
 
 
 class Taught(nn.Module):
-    """A student and what is trained beside it; without a teacher in evaluation mode, where it is the student alone.
+    """A student with its teacher and the modules trained along with it; in evaluation mode the student alone.
 
     Args:
-        student, teacher: models of `task`. The teacher runs in evaluation mode and without gradients, and is no part of this
-            module: it is neither saved, nor counted, nor trained.
-        method: how the student learns from it.
-        task: whose classes or next tokens both give.
+        student, teacher: models of `task`. The teacher runs in evaluation mode and without gradients, and is not part
+            of this module: it is not saved, counted or trained.
+        method: how the student learns from the teacher.
+        task: the task whose classes or next tokens both models predict.
 
     Raises:
-        Unsupported: for tasks other than those that classify or segment images or go on with a text, and for models and tasks that
-            the method does not fit.
+        Unsupported: for tasks other than image classification, image segmentation and text continuation, and for models
+            and tasks that the method does not fit.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, method: Method, task: Task) -> None:
@@ -117,7 +117,7 @@ class Taught(nn.Module):
                 nearest="response",
             )
         self.student, self.method, self.classes = student, method, task.num_classes
-        self._teacher = (teacher,)  # in a tuple, so that it is no submodule
+        self._teacher = (teacher,)  # in a tuple, so that it is not registered as a submodule
         some = next(student.parameters())
         self.beside: TransKD | None = None
         if isinstance(method, TransKDConfig):
@@ -137,11 +137,11 @@ class Taught(nn.Module):
 
     @property
     def config(self) -> TaughtConfig:
-        """What a training loop reads of it."""
+        """The part of the config that a training loop reads."""
         return TaughtConfig({**getattr(self.student.config, "loss_weights", {}), LOSS: 1.0})
 
     def forward(self, inputs: Tensor, *, context: Context | None = None) -> Result:
-        """The student's result, in training with the loss ``teacher``."""
+        """The student's result, in training with the added loss ``teacher``."""
         if not self.training:
             return self.student(inputs, context=context)
         learn = {TransKDConfig: self._stages, TokenConfig: self._token, ResponseConfig: self._responses}
@@ -174,7 +174,7 @@ class Taught(nn.Module):
         told = self._told(inputs, context).output
         result = self.student(inputs, context=context)
         own = result.output
-        if self.classes is not None:  # a patch has several pixels
+        if self.classes is not None:  # a patch has the classes of several pixels
             own, told = (x.unflatten(-1, (-1, self.classes)) for x in (own, told))
         return result, self.method.weight * response_loss(own, told, self.method.temperature)
 
@@ -185,6 +185,6 @@ def _backbone(model: nn.Module) -> Any:
 
 @dataclass(frozen=True)
 class TaughtConfig:
-    """The weights of the losses of a :class:`Taught`."""
+    """The loss weights of a :class:`Taught`."""
 
     loss_weights: Mapping[str, float]

@@ -1,18 +1,19 @@
-r"""TransKD: a small transformer of stages learns its teacher's maps and patch embeddings.
+r"""TransKD: a small multi-stage transformer learns its teacher's feature maps and patch embeddings.
 
 Liu et al., arXiv 2202.13393. With F_i the map after stage i = 1..S, E_i the tokens of its patch embedding, and ' for the teacher:
 
-*CSF*, cross selective fusion, from the coarsest map to the finest. ``r_S = BN(W F_S)``; then with ``x = BN(W F_i)`` and y =
-``r_{i+1}`` enlarged (nearest), ``h = relu(BN(W_z mean(x + y)))`` and ``(w_x, w_y) = softmax over both of (W_x h + b_x, W_y h + b_y)``,
-channel by channel, ``r_i = w_x x + w_y y``. What is compared with F'_i is ``O_i = BN(conv3x3(r_i))``.
+*CSF*, cross selective fusion, from the coarsest map to the finest. ``r_S = BN(W F_S)``; then with ``x = BN(W F_i)`` and
+y = ``r_{i+1}`` enlarged (nearest), ``h = relu(BN(W_z mean(x + y)))`` and
+``(w_x, w_y) = softmax over both of (W_x h + b_x, W_y h + b_y)``, channel by channel, ``r_i = w_x x + w_y y``. F'_i is
+compared with ``O_i = BN(conv3x3(r_i))``.
 
 *PEA*, patch embedding alignment: ``A_i = W_i E_i + b_i``, compared with E'_i.
 
-*GL-Mixer*, of the last stage before W_S: ``w_a MHSA(E) + w_c conv3(E) * sigmoid(conv3'(E))``, and + E with `add`; the convolutions
-run along the tokens, row by row.
+*GL-Mixer*, on the last stage before W_S: ``w_a MHSA(E) + w_c conv3(E) * sigmoid(conv3'(E))``, and + E with `add`; the
+convolutions run along the tokens in row-major order.
 
-*EA*, embedding assistant: ``A_i = u_i (W_i E_i + b_i) + v_i embed_i(F_{i-1})``, where embed_i is a patch embedding as the teacher has
-one, and F_0 the image.
+*EA*, embedding assistant: ``A_i = u_i (W_i E_i + b_i) + v_i embed_i(F_{i-1})``, where embed_i is a patch embedding like
+the teacher's, and F_0 the image.
 
     loss = task + feature * sum_i context(O_i, F'_i) + sum_i beta_i mean((A_i - E'_i)^2)
 
@@ -20,11 +21,11 @@ one, and F_0 the image.
 |---|---|
 | beta | ``embeddings`` |
 | hcl | :func:`regard.compression.distillation.losses.context_loss` |
-| omega | ``fusion``: u then v, 0.1, 0.2, ... at first |
+| omega | ``fusion``: u then v, initially 0.1, 0.2, ... |
 | m | ``width`` |
 
-Deviations: w_a and w_c begin at 0.5 (the official code leaves their memory as it was found). Maps of other numbers of stages take
-the last betas. Everything here is for training alone: the student does not know of it.
+Deviations: w_a and w_c start at 0.5 (the official code leaves them uninitialised). Encoders with another number of
+stages use the last betas. Everything here is for training only: the student is not changed.
 """
 
 from __future__ import annotations
@@ -57,20 +58,23 @@ LEAST_SQUEEZED = 32
 
 @dataclass(frozen=True)
 class TransKDConfig:
-    """What of TransKD is used.
+    """Which parts of TransKD are used, and how.
 
     Attributes:
         variant: ``base`` (CSF and PEA), ``gl`` (with the GL-Mixer) or ``ea`` (with the embedding assistant).
-        fusion: ``csf``, ``projection`` (of each map by itself, 1 x 1, to compare with) or ``none`` (no maps are compared).
-        features: how maps are compared: ``context``, ``channel`` or ``place`` (:mod:`regard.compression.distillation.losses`).
-        feature: weight of the maps' loss.
-        embeddings: weights of the stages' embeddings, the first stage first; 0 leaves a stage out. None for those of the paper.
-        width: of the maps that are fused.
-        temperature: of ``channel`` and ``place``.
-        heads: of the GL-Mixer; those of the student's last stage when None.
+        fusion: ``csf``, ``projection`` (1 x 1, of each map separately, as a baseline) or ``none`` (no maps are
+            compared).
+        features: how maps are compared: ``context``, ``channel`` or ``place``
+            (:mod:`regard.compression.distillation.losses`).
+        feature: weight of the loss on maps.
+        embeddings: weights of the stages' embeddings, the first stage first; 0 leaves a stage out. None for the
+            paper's.
+        width: channels of the fused maps.
+        temperature: temperature of ``channel`` and ``place``.
+        heads: heads of the GL-Mixer; as many as in the student's last stage when None.
         add: whether the GL-Mixer adds the embedding itself.
-        single: whether batches of one image, which have no deviation between images to norm by, have a squeeze without a norm,
-            with weights of its own, as in the official code; without it they are refused in training.
+        single: whether batches of one image, for which batch norm has no statistics, use a squeeze without a norm,
+            with weights of its own, as in the official code; otherwise they are refused in training.
     """
 
     variant: str = "base"
@@ -117,12 +121,12 @@ class TransKDConfig:
 
 @dataclass
 class Stages:
-    """What a mix transformer made on its way, the first stage first.
+    """The intermediate tensors of a mix transformer, the first stage first.
 
     Attributes:
-        inputs: of each stage (B, C_{i-1}, H, W): the image, and then the map of the stage before.
-        embeddings: of its patches (B, N_i, C_i), before its blocks.
-        maps: after its norm (B, C_i, H_i, W_i).
+        inputs: input of each stage (B, C_{i-1}, H, W): the image, and then the map of the previous stage.
+        embeddings: embeddings of its patches (B, N_i, C_i), before its blocks.
+        maps: its output after the norm (B, C_i, H_i, W_i).
     """
 
     inputs: list[Float[Tensor, "b c h w"]] = field(default_factory=list)
@@ -131,7 +135,7 @@ class Stages:
 
 
 def encoder_of(model: nn.Module) -> MiT:
-    """The mix transformer of a model; raises Unsupported where it has none, or several."""
+    """The mix transformer in a model; raises Unsupported if it has none, or several."""
     found = [module for module in model.modules() if isinstance(module, MiT)]
     if len(found) != 1:
         name = getattr(getattr(model, "config", None), "backbone", None) or type(model).__name__
@@ -145,7 +149,7 @@ def encoder_of(model: nn.Module) -> MiT:
 
 @contextmanager
 def recorded(encoder: MiT) -> Iterator[Stages]:
-    """The stages of the calls inside the block; of the last call, where there are several."""
+    """Record the stages of the calls within the context; only the last call is kept."""
     stages = Stages()
 
     def begin(_: nn.Module, given: tuple[Any, ...]) -> None:
@@ -169,10 +173,10 @@ def recorded(encoder: MiT) -> Iterator[Stages]:
 
 
 class TransKD(nn.Module):
-    """The modules beside the student that make its stages comparable with the teacher's.
+    """The modules, separate from the student, that make its stages comparable with the teacher's.
 
     Args:
-        student, teacher: configs of their encoders, with as many stages of the same strides.
+        student, teacher: configs of their encoders, with the same number of stages and the same strides.
         config: see :class:`TransKDConfig`.
     """
 
@@ -209,7 +213,7 @@ class TransKD(nn.Module):
             self.fusion = nn.Parameter(0.1 * torch.arange(1.0, 2 * stages + 1))
 
     def forward(self, student: Stages) -> tuple[list[Float[Tensor, "b c h w"]], list[Float[Tensor, "b n c"]]]:
-        """Maps and embeddings of the teacher's widths, the first stage first; no maps without a fusion."""
+        """Maps and embeddings with the teacher's widths, the first stage first; no maps without a fusion."""
         return self.fuse(student.maps), self.align(student)
 
     def fuse(self, maps: Sequence[Float[Tensor, "b c h w"]]) -> list[Float[Tensor, "b c h w"]]:
@@ -237,7 +241,7 @@ class TransKD(nn.Module):
         return [u * x + v * y for u, x, v, y in zip(own, found, beside, assisted, strict=True)]
 
     def loss(self, student: Stages, teacher: Stages) -> Float[Tensor, ""]:
-        """What is added to the task's loss."""
+        """The loss to add to the task's loss."""
         maps, embeddings = self(student)
         found = embeddings[0].new_zeros(())
         if maps and self.config.feature:
@@ -260,8 +264,8 @@ class SelectiveFusion(nn.Module):
     """CSF of one stage.
 
     Args:
-        channels: of the student's map.
-        width: m, of what is fused.
+        channels: channels of the student's map.
+        width: m, channels of the fused map.
         teacher: channels of the teacher's map.
         below: whether there is a coarser stage to fuse with.
         single: as in :class:`TransKDConfig`.
@@ -281,7 +285,7 @@ class SelectiveFusion(nn.Module):
     def forward(
         self, x: Float[Tensor, "b c h w"], below: Float[Tensor, "b m h2 w2"] | None = None
     ) -> tuple[Float[Tensor, "b t h w"], Float[Tensor, "b m h w"]]:
-        """The map to compare with the teacher's, and the fused one for the next stage."""
+        """The map to compare with the teacher's, and the fused map for the next stage."""
         x = self.reduce(x)
         if below is not None:
             y = F.interpolate(below, x.shape[2:], mode="nearest")
@@ -290,7 +294,7 @@ class SelectiveFusion(nn.Module):
         return self.widen(x), x
 
     def weights(self, x: Float[Tensor, "b m h w"], y: Float[Tensor, "b m h w"]) -> Float[Tensor, "2 b m 1 1"]:
-        """Shares of x and of y in each channel, which sum to 1."""
+        """Weights of x and of y in each channel, which sum to 1."""
         assert self.squeeze is not None and self.branches is not None
         squeeze = self.squeeze
         if len(x) == 1:
@@ -307,11 +311,11 @@ class SelectiveFusion(nn.Module):
 
 
 class GLMixer(nn.Module):
-    """Attention of all tokens to all, and a gated convolution along them: (B, N, C) to (B, N, C).
+    """Attention between all tokens, and a gated convolution along them: (B, N, C) to (B, N, C).
 
     Args:
         width: C.
-        heads: a divisor of it.
+        heads: a divisor of C.
         add: whether the tokens themselves are added.
     """
 
@@ -334,11 +338,11 @@ class GLMixer(nn.Module):
 
 
 class OverlappingEmbedding(nn.Module):
-    """A patch embedding as a stage of the teacher begins with: (B, C, H, W) to (B, N, width).
+    """A patch embedding like the one at the start of the teacher's stages: (B, C, H, W) to (B, N, width).
 
     Args:
-        channels, width: C, and of a token.
-        stride: of its windows, which are 2 stride - 1 pixels wide.
+        channels, width: C, and the width of a token.
+        stride: stride of its windows, which are 2 stride - 1 pixels wide.
     """
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
@@ -359,10 +363,10 @@ def coarse_cross_entropy(
     *,
     ignore: int = -100,
 ) -> Float[Tensor, ""]:
-    """The paper's own loss of the task: cross entropy of coarse logits, with the labels reduced to their size (nearest).
+    """The paper's own task loss: cross entropy of coarse logits, with the labels reduced to their size (nearest).
 
     Args:
-        class_weights: of each class; the mean is over the weights of the pixels.
+        class_weights: weight of each class; the mean is weighted by those of the pixels.
         ignore: a label that does not count.
     """
     reduced = F.interpolate(labels[:, None].double(), logits.shape[2:], mode="nearest-exact")[:, 0].long()

@@ -1,11 +1,11 @@
-"""Parts of trained models taken away: weights by masks; heads, neurons, branches and layers for good.
+"""Removing parts of trained models: weights by masks; heads, neurons, branches and layers for good.
 
-:mod:`regard.compression.pruning.steps` has them as steps of recipes. By hand::
+:mod:`regard.compression.pruning.steps` defines the recipe steps. By hand::
 
     host = find_host(model)
-    with masked(host, [Cut(heads=(0, 3)), Cut(attention=True), ...]):    # a cut for each layer
-        ...                                                              # the model as if it were smaller
-    undo = host.compact(cuts)                                            # smaller: the same outputs
+    with masked(host, [Cut(heads=(0, 3)), Cut(attention=True), ...]):    # one cut per layer
+        ...                                                              # the model computes as if it were smaller
+    undo = host.compact(cuts)                                            # really smaller, with the same outputs
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What of a model can be taken away: heads, neurons and whole branches of its layers, in one set of words for all models.
+"""The parts of a model that can be removed: heads, neurons and whole branches of layers, in a common description.
 
-A *unit* of attention is a key head with the query heads that read it: a single head, or a group of them in models with grouped
-queries, of which no single head can go. A *branch* is what a layer adds to the stream: its attention, or its feed-forward
-network. Embeddings, the last norm and heads of models are no candidates.
+A *unit* of attention is a key head with the query heads that read it: a single head, or a group of heads in models with
+grouped queries, of which no single head can be removed. A *branch* is what a layer adds to the residual stream: its
+attention, or its feed-forward network. Embeddings, the last norm and the heads of models are never removed.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class Layer:
     """A layer of a model.
 
     Attributes:
-        name, module: of the layer.
-        units, group: units of attention, and how many query heads are in one.
-        width: of a query head's output.
+        name, module: name and module of the layer.
+        units, group: number of attention units, and query heads per unit.
+        width: width of a query head's output.
         neurons: hidden width of the feed-forward network.
-        output: the projection behind the heads; None where heads cannot go.
-        down: the projection behind the neurons; None where neurons cannot go.
-        branches: the module of each branch, of those that the layer has.
-        ends: by branch, the module whose output is what it adds.
-        post_norm: whether norms stand behind the sums, so that they stay where branches go.
-        fixed: by ``heads`` and ``neurons``, why they cannot go.
+        output: the projection after the heads; None if heads cannot be removed.
+        down: the projection after the neurons; None if neurons cannot be removed.
+        branches: the module of each branch that the layer has.
+        ends: for each branch, the module whose output is added to the residual stream.
+        post_norm: whether norms come after the residual sums, so that they stay when branches are removed.
+        fixed: the reason why ``heads`` or ``neurons`` cannot be removed.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Layer:
     fixed: Mapping[str, str] = field(default_factory=dict)
 
     def parameters(self, branch: str) -> int:
-        """Numbers in the weights and biases of a branch."""
+        """Number of parameters of a branch."""
         return sum(parameter.numel() for parameter in self.branches[branch].parameters())
 
     def columns(self, units: Sequence[int]) -> Int[Tensor, " c"]:
@@ -71,13 +71,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Cut:
-    """What is taken from a layer.
+    """What is removed from a layer.
 
     Attributes:
-        layer: whether all of it is, norms included.
-        attention, feed_forward: whether the whole branch is.
-        heads, neurons: numbers of the units and neurons that are.
-        hard: how many keys each query goes on reading; None for all.
+        layer: whether the whole layer, including norms, is removed.
+        attention, feed_forward: whether the whole branch is removed.
+        heads, neurons: numbers of the units and neurons that are removed.
+        hard: number of keys that each query still reads; None for all.
     """
 
     layer: bool = False
@@ -88,7 +88,7 @@ class Cut:
     hard: int | None = None
 
     def settled(self, layer: Layer) -> Cut:
-        """The same with nothing said twice: parts of what goes, and branches that there are not."""
+        """The same cut without redundancy: parts of removed branches, and branches that do not exist, are left out."""
         if self.layer and layer.post_norm:
             return Cut(layer=True)
         attention = self.layer or self.attention or "attention" not in layer.branches
@@ -107,15 +107,15 @@ class Host(Protocol):
     """A model whose layers can be cut.
 
     Attributes:
-        model: it.
-        layers: in the order in which they run.
+        model: the model.
+        layers: its layers, in execution order.
     """
 
     model: Any
     layers: list[Layer]
 
     def harden(self, layer: int, keys: int) -> Undo:
-        """Let each query of a layer read its `keys` largest weights alone, which are not made to add up to one again."""
+        """Let each query of a layer use only its `keys` largest attention weights, which are not renormalised."""
         ...
 
     def compact(self, cuts: Sequence[Cut]) -> Undo:
@@ -124,10 +124,10 @@ class Host(Protocol):
 
 
 def find_host(model: nn.Module) -> Host:
-    """The layers of a model.
+    """Find the layers of a model.
 
     Raises:
-        Unsupported: for a model of another kind, with the reason.
+        Unsupported: for other kinds of models, with the reason.
     """
     from regard.compression.pruning.foreign import TransformersModel
     from regard.compression.pruning.own import OwnModel
@@ -143,10 +143,10 @@ def find_host(model: nn.Module) -> Host:
 
 
 def check_cuts(layers: Sequence[Layer], cuts: Sequence[Cut]) -> list[Cut]:
-    """Cuts of layers, settled.
+    """Validate cuts and settle them.
 
     Raises:
-        Unsupported: for cuts of other layers, and parts that cannot go or are not there.
+        Unsupported: for the wrong number of cuts, and for parts that cannot be removed or do not exist.
     """
     if len(cuts) != len(layers):
         raise Unsupported(f"cuts of {len(cuts)} layers", supported=f"a cut for each of {len(layers)} layers")
@@ -163,13 +163,13 @@ def check_cuts(layers: Sequence[Layer], cuts: Sequence[Cut]) -> list[Cut]:
 
 
 def spans(numbers: Sequence[int], width: int) -> Int[Tensor, " c"]:
-    """The places of some of the parts of `width` places each that a row is made of."""
+    """Indices into a row of parts, each `width` wide, of the parts with these numbers."""
     starts = torch.tensor(list(numbers), dtype=torch.int64) * width
     return (starts[:, None] + torch.arange(width)).flatten()
 
 
 def left(count: int, gone: Sequence[int]) -> tuple[list[int], bool]:
-    """Numbers of the parts that are left, and whether they count: where none is, the first stays and does nothing."""
+    """Numbers of the remaining parts, and whether they count: if none remains, the first is kept but adds nothing."""
     kept = [number for number in range(count) if number not in set(gone)]
     return (kept, True) if kept or not count else ([0], False)
 
@@ -177,7 +177,7 @@ def left(count: int, gone: Sequence[int]) -> tuple[list[int], bool]:
 def smaller(
     linear: nn.Linear, *, rows: Tensor | None = None, columns: Tensor | None = None, silent: bool = False
 ) -> nn.Linear:
-    """A linear layer of some of the rows and columns of another; with `silent` its columns are 0."""
+    """A linear layer with some of the rows and columns of another; with `silent` its weight is 0."""
     weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
     if rows is not None:
         rows = rows.to(weight.device)
@@ -194,7 +194,7 @@ def smaller(
 
 
 def staying(cuts: Sequence[Cut]) -> list[int]:
-    """Numbers of the layers that settled cuts leave; raises Unsupported where there is none."""
+    """Numbers of the layers that settled cuts leave; raises Unsupported if none is left."""
     kept = [i for i, cut in enumerate(cuts) if not cut.layer]
     if not kept:
         raise Unsupported("taking all layers out of a model", supported="a layer or more that stays")
@@ -202,27 +202,27 @@ def staying(cuts: Sequence[Cut]) -> list[int]:
 
 
 class NoBranch(nn.Module):
-    """In the place of a branch that is no more: adds 0."""
+    """Replacement for a removed branch: returns 0."""
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         return torch.zeros_like(x)
 
 
 def put(parent: nn.Module, path: str, new: nn.Module) -> Undo:
-    """Another module at a path below `parent`."""
+    """Replace the module at a path below `parent`."""
     above, _, name = path.rpartition(".")
     return assign(parent.get_submodule(above), name, new)
 
 
 def assign(owner: Any, name: str, value: Any) -> Undo:
-    """Another value of an attribute."""
+    """Set an attribute, returning how to undo it."""
     old = getattr(owner, name)
     setattr(owner, name, value)
     return lambda: setattr(owner, name, old)
 
 
 def backwards(undo: Sequence[Undo]) -> Undo:
-    """All of them, the last one first."""
+    """Combine undo functions, to run the last one first."""
 
     def back() -> None:
         for one in reversed(undo):

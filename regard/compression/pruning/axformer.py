@@ -1,29 +1,33 @@
-r"""AxFormer: what a fine-tuned model does better without is found by trying (Nagarajan et al., arXiv 2010.03688).
+r"""AxFormer: find by trial what a fine-tuned model does better without (Nagarajan et al., arXiv 2010.03688).
 
-No gradient is needed: each trial is an evaluation on items that the model was not trained on, and that it is not tested on. With
-l_j the loss of item j, base_j that of the model as it came, and best the lowest mean loss so far, a change is taken when
+No gradient is needed: each trial is an evaluation on items that the model was not trained on and will not be tested on.
+With l_j the loss of item j, base_j that of the original model, and best the lowest mean loss so far, a change is
+accepted if
 
     mean_j l_j < best   and   #{j : l_j <= base_j} > floor(fraction * items)
 
-The second rule asks that most items are not harmed, so that a few outliers do not decide. All that was taken stays so in later
-trials, which go in this order:
+The second rule requires that most items are not harmed, so that a few outliers do not decide. Accepted changes stay in
+effect in later trials, which come in this order:
 
 1. for each layer, from the first to the last: hard attention (:mod:`regard.mechanisms.hard_softmax`);
-2. for each layer, from the last to the first: its feed-forward network; where that was not taken, but the loss was below
+2. for each layer, from the last to the first: its feed-forward network; if its removal is not accepted, but the loss is
+    below
    `factor` * best, each group of its neurons; then its attention, and likewise each head.
 
-| focus | taken when | the branch that comes first | hard attention |
+| focus | accepted if | the branch that comes first | hard attention |
 |---|---|---|---|
 | ``accuracy`` | both rules hold | the feed-forward network, as in the authors' code | tried |
-| ``size`` | mean loss <= (1 + slack) best; the second rule only where `fraction` is given | the one with more parameters | only where it lowers the loss |
+| ``size`` | mean loss <= (1 + slack) best; the second rule only if `fraction` is given | the one with more parameters | only if it lowers the loss |
 | ``speed`` | as ``size`` | the one with more multiplications at the length of the data | not tried: it takes time here |
 
-best is the lowest loss, so that what `slack` allows does not add up. A trial at a layer does not change what enters it, which is
-kept, and the layers before it do not run: the outputs are those of the whole model, which is checked once.
+best is the lowest loss, so that what `slack` allows does not add up. A trial at a layer does not change the layer's
+input, which is stored, and the layers before it do not run: the outputs are those of the whole model, which is verified
+once.
 
-Deviations: the mean is one over items, not over the means of batches, of which a small last one would weigh too much. What is
-taken is compacted, where the authors' code multiplies with 0. ``size`` and ``speed`` are this project's reading of the paper's
-focus; the authors' code has the first alone. A block whose output is 0 changes nothing and is not taken, unless `ties` is set.
+Deviations: the mean is over items, not over batch means, in which a small last batch would weigh too much. Removed
+parts are really removed, where the authors' code multiplies by 0. ``size`` and ``speed`` are this project's reading of
+the paper's focus; the authors' code has only the first. A block whose output is 0 changes nothing and is not removed,
+unless `ties` is set.
 """
 
 from __future__ import annotations
@@ -48,7 +52,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 CLOSE = 1e-5
-"""How much losses with kept activations may differ from those of the whole model, of which they are a part."""
+"""The largest relative difference between losses with stored activations and losses of the whole model."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,9 @@ class Trial:
     """A change that was tried.
 
     Attributes:
-        name: of what, in words.
-        loss: the mean without it.
-        unharmed: items whose loss is not above what it was at first.
+        name: what was changed, in words.
+        loss: the mean loss with the change.
+        unharmed: number of items whose loss is not above the original's.
         taken: whether the change stays.
     """
 
@@ -70,14 +74,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Found:
-    """The end of a search.
+    """The result of a search.
 
     Attributes:
-        cuts: what is taken from each layer.
+        cuts: what is removed from each layer.
         before, after: mean loss on the items.
-        items: their number.
-        trials: in their order.
-        most: the most evaluations that the search could have taken.
+        items: number of items.
+        trials: all trials, in order.
+        most: the most evaluations that the search could have needed.
     """
 
     cuts: list[Cut]
@@ -89,7 +93,7 @@ class Found:
 
     @property
     def evaluations(self) -> int:
-        """How often the items were evaluated, with the model as it came among them."""
+        """Number of evaluations of all items, including that of the original model."""
         return 1 + len(self.trials)
 
     def __str__(self) -> str:
@@ -113,18 +117,18 @@ def search(
     on_trial: Callable[[str, int, int], None] = lambda name, done, most: None,
     remember: Callable[[Trial], None] = lambda trial: None,
 ) -> Found:
-    """Look for what a model does better without. The model is in evaluation mode, and is as it was afterwards.
+    """Search for parts that a model does better without. It must be in evaluation mode, and is restored afterwards.
 
     Args:
-        batches: of items that choose.
+        batches: items to decide by.
         losses: see :data:`regard.compression.pruning.losses.Losses`.
         kept: numbers of layers that stay whole.
-        known: trials of the same search that was stopped, in their order; they are not run again.
-        on_trial: told the name of each trial, how many are done, and of how many at the most.
-        remember: given each trial that was run.
+        known: trials of the same search before it was stopped, in order; they are not run again.
+        on_trial: called with the name of each trial, the number of finished ones, and their maximum.
+        remember: called with each trial that was run.
 
     Raises:
-        Unsupported: without items, and for a loss that is not finite.
+        Unsupported: without items, and if a loss is not finite.
     """
     work = _Search(host, step, list(batches), run, losses, list(known), on_trial, remember, kept)
     return work.search()
@@ -172,7 +176,7 @@ class _Search:
         return Found(self.cuts, before, after, len(self.base), self.trials, self.most)
 
     def _prune(self, i: int, branch: str) -> None:
-        """A branch, or else the parts of it that can go."""
+        """Try to remove a branch, or else its parts."""
         layer = self.host.layers[i]
         taken, loss = self.attempt(f"{branch.replace('_', '-')} of {layer.name}", i, **{branch: True})
         if taken or not loss < self.step.factor * self.best:
@@ -184,7 +188,7 @@ class _Search:
             self.attempt(f"{name} of {layer.name}", i, **{what: (*before, *part)})
 
     def attempt(self, name: str, i: int, **change: Any) -> tuple[bool, float]:
-        """Whether a change is taken, and the loss with it."""
+        """Try a change; return whether it is accepted, and the loss with it."""
         self.on_trial(name, len(self.trials), self.most)
         cuts = [*self.cuts]
         cuts[i] = replace(cuts[i], **change)
@@ -205,7 +209,7 @@ class _Search:
         return trial.taken, trial.loss
 
     def accepts(self, loss: float, unharmed: int, *, hard: bool = False) -> bool:
-        """The rules of the module; what makes nothing smaller has to lower the loss."""
+        """The rules of the module; hard attention, which makes nothing smaller, must lower the loss."""
         step = self.step
         lower = loss < self.best or (step.ties and loss == self.best)
         if step.focus != "accuracy" and not hard:
@@ -239,7 +243,7 @@ class _Search:
 
 
 def _parts(layer: Layer, what: str, groups: int) -> list[tuple[int, ...]]:
-    """Single heads, or groups of neurons that lie together."""
+    """Single heads, or groups of consecutive neurons."""
     if what in layer.fixed:
         return []
     if what == "heads":
@@ -250,11 +254,11 @@ def _parts(layer: Layer, what: str, groups: int) -> list[tuple[int, ...]]:
 
 
 class _Stop(Exception):
-    """The layers that are wanted have run."""
+    """Raised once the required layers have run."""
 
 
 class _Prefix:
-    """What leaves the layers before the one where changes are tried, of each batch, so that they need not run."""
+    """Stored inputs of the layer where changes are tried, for each batch, so that earlier layers need not run."""
 
     def __init__(self, work: _Search) -> None:
         self.work, self.works = work, True
@@ -262,8 +266,8 @@ class _Prefix:
         self.tokens = 0
 
     def check(self) -> None:
-        """See whether a model gives the same losses with kept activations; one whose layers do not follow one another does
-        not, and runs whole each time."""
+        """Check that a model gives the same losses with stored activations; a model whose layers are not a chain does
+        not, and then runs whole each time."""
         last = len(self.work.host.layers) - 1
         self.reach(last)
         if last and len(self.outputs) == len(self.work.batches):
@@ -274,7 +278,7 @@ class _Prefix:
         self.layers, self.outputs = 0, []
 
     def reach(self, layer: int) -> None:
-        """Keep what enters this layer, with all that has been taken so far."""
+        """Store the inputs of this layer, with all changes accepted so far."""
         if not self.works or layer == self.layers:
             return
         if layer < self.layers:
@@ -303,7 +307,7 @@ class _Prefix:
 
     @contextmanager
     def skipped(self, batch: int) -> Iterator[None]:
-        """The layers before do not run on this batch."""
+        """Skip the earlier layers for this batch, within the context."""
         with ExitStack() as changes:
             for layer in self.work.host.layers[: self.layers]:
                 changes.callback(replace_forward(layer.module, lambda *_, **__: self.outputs[batch]))

@@ -1,7 +1,7 @@
-"""Models of transformers that are cut: causal language models as Llama, encoders as BERT.
+"""Cutting models of transformers: causal language models like Llama, encoders like BERT.
 
-Where all layers are left alike, and the model's config has words for their sizes, the config says so, and transformers alone
-loads the saved model. Elsewhere :mod:`regard.compression.pruning.records` has the words.
+If all layers keep the same sizes, and the model's config can express them, the config records them, and transformers
+alone can load the saved model. Otherwise :mod:`regard.compression.pruning.records` records them.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from regard.layers.linear import Linear
 
 @dataclass(frozen=True)
 class Family:
-    """Where the parts of a layer are, by path from it.
+    """The paths of a layer's parts, relative to the layer.
 
     Attributes:
         query, key, value, output: projections of its attention.
-        up, down: of its feed-forward network.
-        post_norm: whether a norm stands behind the sum of a branch, and so stays when the branch goes.
+        up, down: projections of its feed-forward network.
+        post_norm: whether a norm follows the residual sum of a branch, and so stays when the branch is removed.
         attention: the module of its attention.
         feed_forward: modules of its feed-forward network.
     """
@@ -58,7 +58,7 @@ class Family:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """All linear layers."""
+        """Paths of all linear layers."""
         return (self.query, self.key, self.value, self.output, *self.up, self.down)
 
 
@@ -88,7 +88,7 @@ FAMILIES = {
 
 
 class NoAttention(nn.Module):
-    """In the place of attention that is no more: adds 0. A cache still counts its tokens."""
+    """Replacement for removed attention: returns 0. A cache still counts its tokens."""
 
     def __init__(self, layer_idx: int) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class NoAttention(nn.Module):
 
 
 class NormAlone(nn.Module):
-    """In the place of a branch and the norm behind it: the norm is left."""
+    """Replacement for a branch and the norm after it: only the norm is left."""
 
     def __init__(self, norm: nn.Module, *, attention: bool) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class NormAlone(nn.Module):
 
 
 class TransformersModel:
-    """A model of transformers whose layers are of one of :data:`FAMILIES`."""
+    """A model of transformers whose layers belong to one of :data:`FAMILIES`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -202,7 +202,7 @@ class TransformersModel:
         return [*undo, assign(config, "num_hidden_layers", len(kept))]
 
     def _describe(self, cuts: list[Cut], layers: list[Layer]) -> list[Undo]:
-        """Say in the config what is left, or in a record of its own."""
+        """Record what is left in the config, or else in a separate record."""
         entries = [entry_of(cut, layer) for cut, layer in zip(cuts, layers, strict=True)]
         same = all(entry == entries[0] for entry in entries)
         whole = not cuts[0].attention and not cuts[0].feed_forward and cuts[0].hard is None

@@ -1,24 +1,24 @@
-r"""Gates that are learned: heads, neurons and whole branches go as far as a share of the parameters asks (CoFi, arXiv 2204.00408).
+r"""Learned gates remove heads, neurons and branches until a share of the parameters is left (CoFi, arXiv 2204.00408).
 
-Each part has a gate z in [0, 1] by the hard concrete distribution (Louizos et al., arXiv 1712.01312), with u uniform in (0, 1)
-and beta = 2/3, gamma = -0.1, zeta = 1.1:
+Each part has a gate z in [0, 1] with the hard concrete distribution (Louizos et al., arXiv 1712.01312), with u uniform
+in (0, 1) and beta = 2/3, gamma = -0.1, zeta = 1.1:
 
     s = sigmoid((log u - log(1 - u) + log_alpha) / beta)
     z = clip(s (zeta - gamma) + gamma, 0, 1)
     P(z > 0) = sigmoid(log_alpha - beta log(-gamma / zeta))
 
-A head is multiplied with its own gate and that of its layer's attention, a neuron with its own and that of the network. With E the
-expected share of the parameters of all branches that stay, and t the one that is asked for,
+A head is multiplied by its own gate and that of its layer's attention, a neuron by its own and that of its network.
+With E the expected share of the branches' parameters that stays, and t the target share,
 
     loss + lambda_1 (E - t) + lambda_2 (E - t)^2
 
-is lowered over log_alpha (and the model's weights, where they are to be learned too) and raised over lambda_1 and lambda_2. The
-share that is asked for falls in a line from 1 over the first part of the steps.
+is minimised over log_alpha (and the model's weights, if they are trained too) and maximised over lambda_1 and lambda_2.
+The target share falls linearly from 1 over the first part of the steps.
 
-In the end z = clip(sigmoid(log_alpha) (zeta - gamma) + gamma, 0, 1): what has 0 is cut, other factors are multiplied into the
-weights behind the part, and the model is compacted.
+In the end z = clip(sigmoid(log_alpha) (zeta - gamma) + gamma, 0, 1): parts with gate 0 are cut, other gates are
+multiplied into the weights after the part, and the model is compacted.
 
-Deviations: without CoFi's gates of the hidden width, which all layers share, and without its distillation from layer to layer,
+Deviations: without CoFi's gates on the hidden width, which all layers share, and without its layer-wise distillation,
 which :mod:`regard.training.distillation` has. Shares are of the parameters of branches, without embeddings.
 """
 
@@ -47,13 +47,13 @@ PARTS = {"heads": "attention", "neurons": "feed_forward"}
 
 
 def sample_gates(log_alpha: Float[Tensor, "..."], generator: torch.Generator | None = None) -> Float[Tensor, "..."]:
-    """Gates of one draw."""
+    """Gates from one random draw."""
     u = torch.rand(log_alpha.shape, generator=generator, dtype=log_alpha.dtype).clamp(1e-6, 1 - 1e-6)
     return _stretched(((u / (1 - u)).log() + log_alpha).div(BETA).sigmoid())
 
 
 def final_gates(log_alpha: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Gates without draws."""
+    """Deterministic gates, as used after training."""
     return _stretched(log_alpha.sigmoid())
 
 
@@ -71,10 +71,10 @@ class LearnedGates(nn.Module):
 
     Args:
         host: the model, see :func:`regard.compression.pruning.find_host`.
-        start: log_alpha at first; 2.2 opens a gate with a chance of 0.98.
+        start: initial log_alpha; 2.2 opens a gate with probability 0.98.
 
     Raises:
-        Unsupported: for a model with norms behind its branches, which factors cannot be multiplied into.
+        Unsupported: for a model with norms after its branches, into which gates cannot be multiplied.
     """
 
     def __init__(self, host: Host, start: float = 2.2) -> None:
@@ -107,13 +107,13 @@ class LearnedGates(nn.Module):
 
     @contextmanager
     def applied(self, generator: torch.Generator | None = None) -> Iterator[None]:
-        """The model with gates inside the block: those of a draw in training mode of this module, else the final ones."""
+        """Apply gates to the model within the context: a random draw in training mode of this module, else final."""
         make = (lambda alpha: sample_gates(alpha, generator)) if self.training else final_gates
         with gated(self.host.layers, self._by_layer(make)):
             yield
 
     def expected_share(self) -> Float[Tensor, ""]:
-        """The share of the parameters of branches that stay, on average over draws."""
+        """The expected share of the parameters of branches that stay."""
         stays = {name: chance_to_stay(alpha) for name, alpha in self.log_alpha.items()}
         kept, whole = torch.zeros(()), 0
         for i, layer in enumerate(self.host.layers):
@@ -127,7 +127,7 @@ class LearnedGates(nn.Module):
 
     @torch.no_grad()
     def cuts(self) -> list[Cut]:
-        """What the final gates take away."""
+        """The cuts that the final gates amount to."""
         found = []
         for gates in self._by_layer(final_gates).values():
             closed = {
@@ -139,7 +139,7 @@ class LearnedGates(nn.Module):
 
     @torch.no_grad()
     def finish(self) -> Undo:
-        """Multiply the final gates into the weights, and make the model smaller, in place: its outputs are those with them."""
+        """Multiply the final gates into the weights, and make the model smaller, in place, with the same outputs."""
         cuts, undo = self.cuts(), list[Undo]()
         for i, gates in self._by_layer(final_gates).items():
             layer = self.host.layers[i]
@@ -187,9 +187,9 @@ class Step:
     """A step of :func:`learn_gates`.
 
     Attributes:
-        loss: of the model with a draw of gates.
-        share: expected, of the parameters that stay.
-        asked: the share that this step asked for.
+        loss: loss of the model with sampled gates.
+        share: expected share of the parameters that stay.
+        asked: target share of this step.
     """
 
     loss: float
@@ -212,16 +212,17 @@ def learn_gates(
     generator: torch.Generator | None = None,
     on_step: Callable[[int, Step], None] = lambda step, found: None,
 ) -> LearnedGates:
-    """Learn gates until a share of the parameters of branches stays.
+    """Learn gates until only a share of the parameters of branches stays.
 
     Args:
-        batches: the batch of a step.
-        share: of the parameters that stay, in (0, 1).
-        rate, price_rate: Adam's, of log_alpha and of lambda. Where prices change more slowly, the share swings for longer.
-        model_rate: Adam's for the model's own weights; 0 leaves them as they are.
-        warmup: part of the steps over which the share that is asked for falls from 1.
-        generator: source of the draws.
-        on_step: told each step.
+        batches: returns the batch of a step.
+        share: share of the parameters to keep, in (0, 1).
+        rate, price_rate: Adam's learning rates for log_alpha and lambda. The slower lambda changes, the longer the
+            share oscillates.
+        model_rate: Adam's learning rate for the model's own weights; 0 leaves them as they are.
+        warmup: part of the steps over which the target share falls from 1.
+        generator: source of random draws.
+        on_step: called after each step.
 
     Returns:
         The gates in evaluation mode; ``finish()`` makes the model smaller.
@@ -244,7 +245,7 @@ def learn_gates(
         gap = found - asked
         (loss + prices[0] * gap + prices[1] * gap.square()).backward()
         assert prices.grad is not None
-        prices.grad.neg_()  # prices rise as long as too much stays
+        prices.grad.neg_()  # gradient ascent: prices rise as long as too much stays
         optimizer.step()
         on_step(step, Step(float(loss.detach()), float(found.detach()), asked))
     host.model.zero_grad()

@@ -1,4 +1,4 @@
-"""Hard attention in modules of transformers: the definition of :mod:`regard.mechanisms.hard_softmax` behind their interface."""
+"""Hard attention for transformers modules: :mod:`regard.mechanisms.hard_softmax` behind their attention interface."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 NAME = "regard:hard"
 KEYS = "regard_hard_keys"
-"""Attribute of a module: how many keys its queries read."""
+"""Attribute of a module: the number of keys that its queries read."""
 
 
 def harden_module(module: Any, keys: int) -> Undo:
-    """Let the queries of an attention module of transformers read their `keys` largest weights alone.
+    """Restrict the queries of a transformers attention module to their `keys` largest weights.
 
     Raises:
-        Unsupported: for a module without the attention interface, or whose scores are changed in ways of their own.
+        Unsupported: for a module without the attention interface, or with special score computations.
     """
     from transformers import AttentionInterface
 
@@ -62,7 +62,7 @@ def hard_forward(
     is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "b n h v"], None]:
-    """The function that transformers calls: masks are those of its scaled_dot_product_attention, or are added to scores."""
+    """The attention function for transformers; masks are boolean, or added to the scores."""
     n, m, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     scores = wide(query) @ wide(key).mT * (query.shape[3] ** -0.5 if scaling is None else scaling)

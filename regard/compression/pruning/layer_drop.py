@@ -1,14 +1,14 @@
-"""LayerDrop: layers that are left out at random in training, so that some can be left out for good (arXiv 1909.11556).
+"""LayerDrop: skip layers at random in training, so that some can be removed for good later (arXiv 1909.11556).
 
 ::
 
     with layer_drop(find_host(model), 0.2):
-        ...                                   # train: each layer is left out of one call in five
+        ...                                   # train: each layer is skipped in one of five calls
     regard.compress(model, "structured:layers=2,layers_by=even")
 
-A layer that is left out gives on what it was given, norms behind the sum included, and nothing is scaled for it. The published rule
-for those that go is taken: they lie at even distances, every second one for half of them. regard's own stochastic depth
-(:mod:`regard.models.stack`) leaves later layers out more often, and scales the others.
+A skipped layer, including the norms after its sums, returns its input, and nothing is rescaled. The layers to remove
+are chosen by the published rule: they are evenly spaced, every second one for half of them. regard's own stochastic
+depth (:mod:`regard.models.stack`) skips later layers more often, and rescales the others.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from regard.models.blocks import Block
 
 @contextmanager
 def layer_drop(host: Host, probability: float, *, generator: torch.Generator | None = None) -> Iterator[None]:
-    """Leave each layer out with this probability, drawn for each call of the model in training mode, inside the block.
+    """Skip each layer with this probability, drawn for each call of the model in training mode, within the context.
 
     Args:
-        generator: source of the draws; torch's own when None.
+        generator: source of random draws; torch's own when None.
 
     Raises:
         Unsupported: for a probability outside [0, 1).
@@ -57,10 +57,10 @@ def _dropping(layer: Layer, probability: float, generator: torch.Generator | Non
 
 
 def even_layers(count: int, gone: int) -> list[int]:
-    """Numbers of `gone` of `count` layers at even distances, the first one never among them.
+    """Numbers of `gone` of `count` layers, evenly spaced and never including the first.
 
     Raises:
-        Unsupported: where all would go.
+        Unsupported: if all layers would be removed.
     """
     if not 0 <= gone < count:
         raise Unsupported(f"layers={gone} of {count} layers", supported=f"fewer than {count} layers")

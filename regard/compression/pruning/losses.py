@@ -1,4 +1,4 @@
-"""The loss of each item of a batch, for methods that judge a part by what the model loses without it."""
+"""The loss of each item of a batch, for methods that judge a part by the loss without it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 Losses = Callable[[nn.Module, Any, Run], Tensor]
-"""From a model, a batch and how to run it to the loss of each item (B,)."""
+"""Takes a model, a batch and a function that runs it; returns the loss of each item (B,)."""
 
 SUPPORTED = "batches of a task, mappings with labels, windows of text for a language model; or losses="
 
 
 def item_losses(model: nn.Module, batch: Any, run: Run) -> Float[Tensor, " b"]:
-    """Cross entropy of each item in nats, the mean over its targets; the mean squared error where targets are numbers.
+    """Cross entropy of each item in nats, averaged over its targets; mean squared error if targets are real numbers.
 
     Args:
-        batch: one of a task; a mapping of arguments with ``labels``, as transformers has them; or tokens (B, N), whose next
-            ones are the targets.
+        batch: a task's batch; a mapping of arguments with ``labels``, as in transformers; or tokens (B, N), whose next
+            tokens are the targets.
 
     Raises:
         Unsupported: for a batch without targets.
@@ -73,7 +73,7 @@ def _losses(output: Float[Tensor, "b *n c"], targets: Tensor) -> Float[Tensor, "
         known = ~targets.isnan()
         errors = torch.where(known, output - targets.nan_to_num(), 0).square()
         return errors.flatten(1).sum(1) / known.flatten(1).sum(1).clamp(min=1)
-    if targets.ndim == output.ndim:  # classes of the pixels of each position
+    if targets.ndim == output.ndim:  # classes of several pixels at each position
         output = output.unflatten(-1, (targets.shape[-1], -1))
     if targets.shape != output.shape[:-1]:
         raise Unsupported(

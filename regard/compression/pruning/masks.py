@@ -1,7 +1,7 @@
-"""Parts of a model that are multiplied with gates instead of being taken out: the same outputs, at the old cost.
+"""Multiplying parts of a model by gates instead of removing them: the same outputs, at the original cost.
 
-A gate of 0 takes a part away, 1 leaves it, and gates may be learned. They are multiplied where a part's numbers enter the
-projection behind it, or where a branch is added: weights are never written to, so that gradients and threads see nothing odd.
+A gate of 0 removes a part, 1 leaves it, and gates may be learned. They multiply the inputs of the projection that
+follows a part, or the output of a branch: weights are never modified, so gradients and other threads are not affected.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gates:
-    """Factors of the parts of a layer; None for parts that are left alone.
+    """Factors for the parts of a layer; None for parts that are left alone.
 
     Attributes:
-        heads: of each unit of attention.
-        neurons: of each neuron.
-        attention, feed_forward: of a whole branch.
+        heads: one for each unit of attention.
+        neurons: one for each neuron.
+        attention, feed_forward: for a whole branch.
     """
 
     heads: Float[Tensor, " units"] | None = None
@@ -37,7 +37,7 @@ class Gates:
 
     @classmethod
     def of(cls, layer: Layer, cut: Cut) -> Gates:
-        """Gates of 0 where something is cut."""
+        """Gates that are 0 where something is cut."""
         zero = torch.zeros(())
         if cut.layer and layer.post_norm:
             return cls()
@@ -55,7 +55,7 @@ def _open(count: int, gone: Sequence[int]) -> Tensor:
 
 @contextmanager
 def gated(layers: Sequence[Layer], gates: Mapping[int, Gates]) -> Iterator[None]:
-    """The model with gates, by the number of their layer, inside the block."""
+    """Apply gates, by layer number, to the model within the context."""
     with ExitStack() as hooks:
         for number, one in gates.items():
             layer = layers[number]
@@ -73,7 +73,7 @@ def gated(layers: Sequence[Layer], gates: Mapping[int, Gates]) -> Iterator[None]
 
 @contextmanager
 def masked(host: Host, cuts: Sequence[Cut]) -> Iterator[None]:
-    """The model as if it were cut, inside the block."""
+    """Make the model compute as if it were cut, within the context."""
     with ExitStack() as changes:
         settled = check_cuts(host.layers, cuts)
         for number, cut in enumerate(settled):
@@ -87,7 +87,7 @@ def masked(host: Host, cuts: Sequence[Cut]) -> Iterator[None]:
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Undo:
-    """Let a module compute something else, until what is returned is called."""
+    """Replace the forward of a module; return a function that undoes it."""
     before = vars(module).get("forward")
     module.forward = forward
 

@@ -1,4 +1,4 @@
-"""Models of regard that are cut: what is left is another plan, so that a saved model is an ordinary one."""
+"""Cutting models of regard: the result is described by another plan, so that a saved model is an ordinary one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHARED = (
     "query", "key", "value", "query_norm", "key_norm", "value_norm", "output_norm", "gate", "output", "positions",
     "convolutions",
 )  # fmt: skip
-"""Modules of an attention layer that its hard form has too."""
+"""Modules of an attention layer that its hard form shares."""
 
 
 class OwnModel:
@@ -47,7 +47,7 @@ class OwnModel:
         old = block.mixer
         with torch.random.fork_rng(devices=[]):
             made: Any = Block(_hardened(block, keys), self.model.config, old.pattern).mixer
-        for name in SHARED:  # the same modules, so that gates on them go on
+        for name in SHARED:  # the same modules, so that gates on them keep working
             setattr(made, name, getattr(old, name))
         block.mixer = made.train(old.training)
         return lambda: setattr(block, "mixer", old)
@@ -187,7 +187,7 @@ def _copied(
     axes: dict[str, tuple[int, Tensor]] | None = None,
     silent: Sequence[str] = (),
 ) -> Block:
-    """A block of another entry with the weights of `block`: of some modules the chosen rows (axis 0) or columns (axis 1)."""
+    """A block for another entry with the weights of `block`, or with chosen rows (axis 0) or columns (axis 1)."""
     pattern = config.serves[0][0]
     with torch.random.fork_rng(devices=[]):
         made: Any = Block(entry, config, pattern)

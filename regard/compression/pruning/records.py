@@ -1,6 +1,6 @@
-"""What is left of each layer of a model whose own config has no words for it.
+"""What is left of each layer of a model, where the model's own config cannot express it.
 
-:func:`structure` is a record of it, with which :func:`restore` makes the sizes again before the weights are loaded.
+:func:`structure` returns a record of the sizes; :func:`restore` recreates them before the weights are loaded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from regard.compression.pruning.anatomy import Cut, Layer, Undo, find_host, left
 from regard.contract import Unsupported
 
 RECORD = "_regard_structure"
-"""Attribute of a model that its config cannot describe: what :func:`structure` gives."""
+"""Attribute of models that their config cannot describe: the record that :func:`structure` returns."""
 
 
 def check_whole(model: nn.Module) -> None:
@@ -25,24 +25,24 @@ def check_whole(model: nn.Module) -> None:
 
 
 def note(model: Any, entries: Sequence[Mapping[str, Any]]) -> Undo:
-    """Give a model the record of its layers, each as :func:`entry_of` says."""
+    """Attach a record of its layers to a model, each entry as from :func:`entry_of`."""
     setattr(model, RECORD, {"layers": list(entries)})
     return lambda: delattr(model, RECORD)
 
 
 def structure(model: nn.Module) -> dict[str, Any] | None:
-    """What is left of each layer of a model that its config does not describe; None for other models."""
+    """The record of what is left of each layer, if the config does not describe it; None for other models."""
     return getattr(model, RECORD, None)
 
 
 def restore(model: nn.Module, record: Mapping[str, Any], *, source: str) -> None:
-    """Give a model made from its config the sizes of `record`; its weights are loaded afterwards.
+    """Give a model built from its config the sizes of `record`; its weights are loaded afterwards.
 
     Args:
-        source: where the record is from, for errors.
+        source: where the record comes from, for error messages.
 
     Raises:
-        Unsupported: for a record that is not of such a model.
+        Unsupported: for a record that does not belong to the model.
     """
     host = find_host(model)
     entries = record.get("layers")
@@ -67,7 +67,7 @@ def restore(model: nn.Module, record: Mapping[str, Any], *, source: str) -> None
 
 @dataclass(frozen=True)
 class Entry:
-    """What is left of a layer, as :func:`structure` says it."""
+    """What is left of a layer, in the record of :func:`structure`."""
 
     attention: bool
     feed_forward: bool
@@ -77,7 +77,7 @@ class Entry:
 
 
 def entry_of(cut: Cut, layer: Layer) -> dict[str, Any]:
-    """What a settled cut leaves of a layer."""
+    """The entry for what a settled cut leaves of a layer."""
     return {
         "attention": not cut.attention,
         "feed_forward": not cut.feed_forward,

@@ -1,11 +1,12 @@
-"""Which heads, neurons and layers matter least, by one look at the calibration data or at the weights.
+"""Which heads, neurons and layers matter least, from one pass over the calibration data or from the weights.
 
-The score of a head or a neuron is how much its columns of the projection behind it add: the square of their weights, by
-``activation`` each times the mean square of the numbers that enter there (Wanda's score, arXiv 2306.11695, summed over a part).
-Layers go whose output is most like their input, by the mean cosine of tokens (ShortGPT, Men et al., arXiv 2403.03853), or those
-at even distances (:mod:`regard.compression.pruning.layer_drop`).
+The score of a head or a neuron is how much its columns of the following projection contribute: the square of their
+weights, with ``activation`` each times the mean square of its input (Wanda's score, arXiv 2306.11695, summed over a
+part). Layers are removed whose output is most similar to their input, by the mean cosine over tokens (ShortGPT, Men et
+al., arXiv 2403.03853), or at even distances (:mod:`regard.compression.pruning.layer_drop`).
 
-As many heads and neurons go in each layer, so that formats with one size for all layers can hold what is left.
+Every layer loses the same number of heads and neurons, so that formats with one size for all layers can hold the
+result.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ if TYPE_CHECKING:
 def choose(
     host: Host, step: Structured, batches: Sequence[Any], run: Run, kept: frozenset[int] = frozenset()
 ) -> list[Cut]:
-    """What goes from each layer.
+    """Choose what to remove from each layer.
 
     Args:
         batches: for scores by activation.
         kept: numbers of layers that stay whole.
 
     Raises:
-        Unsupported: for more layers than may go, and parts that cannot go.
+        Unsupported: for more layers than can be removed, and parts that cannot be removed.
     """
     layers = host.layers
     gone: set[int] = set()
@@ -83,7 +84,7 @@ def choose(
 
 
 def part_scores(linear: nn.Linear, width: int, squares: Float[Tensor, " k"] | None = None) -> Float[Tensor, " parts"]:
-    """What each part of `width` columns adds; `squares` are the mean squares of the inputs, 1 when None."""
+    """How much each part of `width` columns contributes; `squares` are the mean squares of the inputs, 1 when None."""
     added = linear.weight.detach().double().square().sum(0)
     if squares is not None:
         added = added * squares.to(added)
@@ -91,7 +92,7 @@ def part_scores(linear: nn.Linear, width: int, squares: Float[Tensor, " k"] | No
 
 
 def layer_likeness(host: Host, batches: Sequence[Any], run: Run) -> list[float]:
-    """The mean cosine between what enters a layer and what leaves it, for each layer."""
+    """The mean cosine between the input and the output of each layer."""
     sums, counts = torch.zeros(len(host.layers), dtype=torch.float64), [0] * len(host.layers)
 
     def watch(i: int, given: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:

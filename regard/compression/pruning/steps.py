@@ -1,4 +1,4 @@
-"""The steps of a recipe that take something away; :mod:`regard.compression.recipes` has the others."""
+"""Recipe steps that remove parts of a model; :mod:`regard.compression.recipes` has the others."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ LAYERS = ("likeness", "even")
 
 @dataclass(frozen=True)
 class Masking:
-    """A step that makes weights 0; see :mod:`regard.compression.pruning.weights`.
+    """A step that sets weights to 0; see :mod:`regard.compression.pruning.weights`.
 
     Attributes:
-        ratio: the share of the weights that go, where the pattern is free.
-        pattern: ``free``, or ``2:4`` and the like: so many stay of so many in a row.
+        ratio: the share of the weights to remove, for the free pattern.
+        pattern: ``free``, or ``N:M`` such as ``2:4``: N of every M consecutive weights are kept.
     """
 
     ratio: float = 0.5
@@ -37,22 +37,22 @@ class Masking:
 
 @dataclass(frozen=True)
 class Magnitude(Masking):
-    """The smallest weights of a layer go."""
+    """Remove the smallest weights of a layer."""
 
 
 @dataclass(frozen=True)
 class Wanda(Masking):
-    """Small weights of columns with small inputs go."""
+    """Remove small weights in columns with small inputs."""
 
     needs: ClassVar = ("squares",)
 
 
 @dataclass(frozen=True)
 class SparseGpt(Masking):
-    """Weights that the others can make up for go.
+    """Remove weights for which the remaining ones can compensate.
 
     Attributes:
-        damping: of the second moments, above 0.
+        damping: damping of the second moments, above 0.
     """
 
     damping: float = 0.01
@@ -65,14 +65,16 @@ class SparseGpt(Masking):
 
 @dataclass(frozen=True)
 class Structured:
-    """Heads, neurons and layers go for good; see :mod:`regard.compression.pruning.scores`.
+    """Remove heads, neurons and layers for good; see :mod:`regard.compression.pruning.scores`.
 
     Attributes:
-        heads, neurons: the share of them that goes, in each layer.
-        layers: how many layers go.
-        by: ``activation``: what a part adds on the calibration data; ``magnitude``: the size of its weights, without data.
-        layers_by: ``likeness``: layers go whose output is most like their input on the calibration data; ``even``: those at even
-            distances, without data, for models that were trained with :mod:`regard.compression.pruning.layer_drop`.
+        heads, neurons: the share of them to remove, in each layer.
+        layers: number of layers to remove.
+        by: ``activation``: by what a part contributes on the calibration data; ``magnitude``: by the size of its
+            weights, without data.
+        layers_by: ``likeness``: remove layers whose output is most similar to their input on the calibration data;
+            ``even``: remove evenly spaced layers, without data, for models that were trained with
+            :mod:`regard.compression.pruning.layer_drop`.
     """
 
     heads: float = 0.0
@@ -92,23 +94,26 @@ class Structured:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Data, where what goes is chosen by them."""
+        """Data, if they decide what is removed."""
         parts = bool(self.heads or self.neurons) and self.by == "activation"
         return ("data",) if parts or (self.layers and self.layers_by == "likeness") else ()
 
 
 @dataclass(frozen=True)
 class AxFormer:
-    """What hurts a fine-tuned model goes, found by trying; see :mod:`regard.compression.pruning.axformer`.
+    """Remove what hurts a fine-tuned model, found by trial; see :mod:`regard.compression.pruning.axformer`.
 
     Attributes:
-        focus: ``accuracy``: only what lowers the loss; ``size`` and ``speed``: also what raises it by a share `slack` at most.
-        slack: of the lowest loss so far; 0.02 when None, and 0 with ``accuracy``.
-        groups: parts into which the neurons of a layer are cut for the finer search.
+        focus: ``accuracy``: only changes that lower the loss; ``size`` and ``speed``: also changes that raise it by at
+            most `slack`.
+        slack: relative to the lowest loss so far; 0.02 when None, and 0 with ``accuracy``.
+        groups: number of groups into which the neurons of a layer are divided for the finer search.
         hard: keys that a query of hard attention reads; 0 tries no hard attention.
-        factor: the finer search within a branch is left out where the loss without it is this many times the best or more.
-        fraction: the share of the items that must not be harmed, more than; None for none, as with ``size`` and ``speed``.
-        ties: whether what changes nothing goes.
+        factor: the finer search within a branch is skipped if the loss without the branch is at least this many times
+            the best.
+        fraction: more than this share of the items must be unharmed; None for no such rule; the default is 0.5 for
+            ``accuracy``.
+        ties: whether changes that leave the loss as it is are made too.
     """
 
     focus: str = "accuracy"
@@ -139,12 +144,12 @@ class AxFormer:
 
 
 def check_share(name: str, value: Any) -> None:
-    """Raise Unsupported unless it is a number from 0 to below 1."""
+    """Raise Unsupported unless the value is a number from 0 to below 1."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
         raise Unsupported(f"{name}={value!r}", supported=f"0 <= {name} < 1", nearest=f"{name}=0.5")
 
 
 def check_damping(value: Any) -> None:
-    """Raise Unsupported unless it is a number above 0, 1 at the most."""
+    """Raise Unsupported unless the value is a number above 0, at most 1."""
     if not isinstance(value, int | float) or not 0 < value <= 1:
         raise Unsupported(f"damping={value!r}", supported="0 < damping <= 1", nearest="damping=0.01")

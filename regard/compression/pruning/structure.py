@@ -1,4 +1,4 @@
-"""The step of a recipe that takes parts out of a model for good."""
+"""The recipe step that removes parts of a model for good."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def take_parts(
     on_trial: Callable[[str, int, int], None],
     work: Path | None = None,
 ) -> tuple[Undo, list[str]]:
-    """Make a model smaller in place; what undoes it, and what was done in sentences.
+    """Make a model smaller in place; return a function that undoes it, and sentences that say what was done.
 
     Args:
-        keep: as of :func:`regard.compression.compress`, asked of whole layers.
-        work: folder where a search keeps its trials, from which it goes on.
-        on_trial: told the name of each part that is tried, how many trials are done, and of how many at the most.
+        keep: as in :func:`regard.compression.compress`, called for whole layers.
+        work: folder where a search saves its trials, to resume from.
+        on_trial: called with the name of each part that is tried, the number of finished trials, and their maximum.
     """
     host = find_host(model)
     kept = frozenset(i for i, layer in enumerate(host.layers) if keep(layer.name, layer.module))
@@ -78,7 +78,7 @@ def take_parts(
 
 
 def words(layer: Layer, cut: Cut) -> str:
-    """What went from a layer."""
+    """Describe what was removed from a layer."""
     cut = cut.settled(layer)
     parts = ["all of it"] if cut.layer else []
     if not cut.layer:

@@ -1,7 +1,8 @@
-"""Vision transformers of timm that are cut: those whose blocks are alike, as ViT and DeiT.
+"""Cutting vision transformers of timm whose blocks are all plain, such as ViT and DeiT.
 
-Where whole blocks go, or as many neurons in each, timm's own arguments say so (``depth``, ``mlp_ratio``), and timm alone loads
-the saved model. Elsewhere :mod:`regard.compression.pruning.records` has the words.
+If whole blocks are removed, or the same number of neurons in each, timm's own arguments express it (``depth``,
+``mlp_ratio``), and timm alone can load the saved model. Otherwise :mod:`regard.compression.pruning.records` records the
+sizes.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class TimmModel:
         self.layers = [_layer(f"blocks.{i}", block) for i, block in enumerate(own.blocks)]
 
     def harden(self, layer: int, keys: int) -> Undo:
-        """Refused: timm has no such attention."""
+        """Always raises Unsupported: timm has no such attention."""
         raise Unsupported(
             "hard attention in a model of timm",
             supported="models of regard and transformers",
@@ -60,7 +61,7 @@ class TimmModel:
         )
 
     def compact(self, cuts: Sequence[Cut]) -> Undo:
-        """See :class:`regard.compression.pruning.anatomy.Host`; nothing is changed where a cut is refused."""
+        """See :class:`regard.compression.pruning.anatomy.Host`; nothing is changed if a cut is refused."""
         settled = check_cuts(self.layers, cuts)
         for number, cut in enumerate(settled):
             if cut.hard is not None:
@@ -99,13 +100,13 @@ class TimmModel:
         return undo
 
     def _describe(self, cuts: list[Cut], layers: list[Layer]) -> list[Undo]:
-        """Say in the model's arguments what is left, or in a record of its own."""
+        """Record what is left in the model's arguments, or else in a separate record."""
         entries = [entry_of(cut, layer) for cut, layer in zip(cuts, layers, strict=True)]
         told: dict[str, Any] = {"depth": len(cuts)}
         plain = all(cut == Cut(neurons=cut.neurons) for cut in cuts) and len({e["neurons"] for e in entries}) == 1
         if plain and cuts[0].neurons:
             told["mlp_ratio"] = _ratio(entries[0]["neurons"], self.model.embed_dim)
-        made = getattr(self.model, "_model_args", None)  # timm.create_model tells them, the class does not
+        made = getattr(self.model, "_model_args", None)  # set by timm.create_model, not by the class
         undo = [] if made is None else [assign(self.model, "_model_args", {**made, **told})]
         return undo if plain and undo else [*undo, note(self.model, entries)]
 
@@ -138,6 +139,6 @@ def _layer(name: str, block: Any) -> Layer:
 
 
 def _ratio(neurons: int, width: int) -> float:
-    """What timm multiplies the width with, and cuts to a whole number of neurons."""
+    """The ``mlp_ratio`` from which timm computes, by truncation, this number of neurons."""
     exact = neurons / width
     return exact if int(width * exact) == neurons else (neurons + 0.5) / width

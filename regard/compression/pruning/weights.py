@@ -1,19 +1,19 @@
-r"""Which weights of a linear layer become 0, and what the others do about it.
+r"""Which weights of a linear layer are set to 0, and how the others are adjusted.
 
-| name | weights that go | the others |
+| name | weights set to 0 | the others |
 |---|---|---|
 | ``magnitude`` | the smallest of the layer | stay |
 | ``wanda`` | in each row, those with the smallest \|w_ij\| \|\|x_j\|\| (Sun et al., arXiv 2306.11695) | stay |
-| ``sparsegpt`` | in each block of columns, those with the smallest w_ij^2 / [H^-1]_jj | make up for it, as in GPTQ (Frantar and Alistarh, arXiv 2301.00774) |
+| ``sparsegpt`` | in each block of columns, those with the smallest w_ij^2 / [H^-1]_jj | compensate, as in GPTQ (Frantar and Alistarh, arXiv 2301.00774) |
 
-with the inputs x_j of column j over the calibration data, and H = X^T X + d I. In a pattern N:M the choice is among each M
-columns that follow one another, of which N stay.
+with the inputs x_j of column j over the calibration data, and H = X^T X + d I. In a pattern N:M, N of each M
+consecutive columns are kept.
 
-Zeros make nothing faster or smaller here: dense products multiply them as they do other numbers, and files hold them. They are
-for machines with sparse kernels, and to see what a model can do without.
+Zeros make nothing faster or smaller here: dense products multiply them like other numbers, and files store them. They
+are for machines with sparse kernels, and to see what a model can do without.
 
-Deviations: SparseGPT's scores of free patterns are compared within blocks of 128 columns over all rows, as in the authors' code;
-the columns of H that no data reach get its mean, where the code sets their weights to 0.
+Deviations: SparseGPT's scores for the free pattern are compared within blocks of 128 columns over all rows, as in the
+authors' code; columns of H without any data get the mean of its diagonal, where the code sets their weights to 0.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ FREE = "free"
 
 
 def read_pattern(pattern: str) -> tuple[int, int] | None:
-    """(N, M) of a pattern such as ``2:4``; None for ``free``.
+    """Parse a pattern such as ``2:4`` to (N, M); None for ``free``.
 
     Raises:
-        Unsupported: for another text.
+        Unsupported: for other texts.
     """
     if pattern == FREE:
         return None
@@ -49,14 +49,14 @@ def read_pattern(pattern: str) -> tuple[int, int] | None:
 
 
 def magnitude(weight: Float[Tensor, "n k"], ratio: float, pattern: str = FREE) -> Bool[Tensor, "n k"]:
-    """Which weights stay: the largest ones."""
+    """Mask of the weights to keep: the largest ones."""
     return _kept(weight.abs()[None], ratio, pattern)[0]
 
 
 def wanda(
     weight: Float[Tensor, "n k"], squares: Float[Tensor, " k"], ratio: float, pattern: str = FREE
 ) -> Bool[Tensor, "n k"]:
-    """Which weights stay, for inputs whose squares have these sums; every row loses as many."""
+    """Mask of the weights to keep, given the sums of squared inputs; every row loses the same number."""
     scores = weight.abs() * squares.sqrt().to(weight)
     return _kept(scores[:, None], ratio, pattern)[:, 0]
 
@@ -70,16 +70,16 @@ def sparsegpt(
     damping: float = 0.01,
     block: int = BLOCK,
 ) -> tuple[Float[Tensor, "n k"], Bool[Tensor, "n k"]]:
-    """A weight with zeros, and which weights stayed.
+    """Return the weight with zeros, and the mask of the weights that were kept.
 
     Args:
         weight: in any floating dtype; computed in float64.
         second: X^T X.
-        damping: what is added to the diagonal of H, in means of it.
+        damping: added to the diagonal of H, as a multiple of its mean.
         block: columns of a block.
 
     Raises:
-        Unsupported: for second moments that are not finite, or no matrix that has an inverse.
+        Unsupported: for second moments that are not finite, or whose matrix cannot be inverted.
     """
     work = weight.detach().double().clone()
     columns = work.shape[1]
@@ -108,7 +108,7 @@ def sparsegpt(
 
 
 def _kept(scores: Float[Tensor, "s n k"], ratio: float, pattern: str) -> Bool[Tensor, "s n k"]:
-    """The largest scores of each set, all but a share `ratio`, or N of each M in a row."""
+    """Mask of the largest scores of each set, all but a share `ratio`, or N of every M consecutive ones."""
     group = read_pattern(pattern)
     if group is not None:
         kept, of = group

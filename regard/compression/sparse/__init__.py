@@ -1,15 +1,15 @@
-"""Sparse attention of trained models at inference, without training (The Sparse Frontier, arXiv 2504.17768).
+"""Sparse attention for trained models at inference, without training (The Sparse Frontier, arXiv 2504.17768).
 
-A method has three hooks (:class:`regard.compression.sparse.method.Method`): which keys each query of a prompt sees, what of
-the prompt stays in the cache, and what a new token reads of it. They are executed sparsely: lists of keys, pages and blocks
-go to the engines, and what is not selected is not computed::
+A method has three hooks (:class:`regard.compression.sparse.method.Method`): which keys each query of a prompt sees,
+which tokens of the prompt stay in the cache, and which of them a new token reads. They run sparsely: lists of keys,
+pages and blocks go to the engines, and nothing else is computed::
 
     with sparsely(model, "vertical_slash + quest:budget=512") as sparse:
         model.generate(ids, max_new_tokens=50)
-    sparse.measured()                               # sparsity of both phases, as it was counted
+    sparse.measured()                               # measured sparsity of both phases
 
-:mod:`.prefilling`, :mod:`.evicting` and :mod:`.paging` have the methods, :mod:`.catalogue` their names and what they come to
-at a compression, :mod:`.cost` what they cost.
+:mod:`.prefilling`, :mod:`.evicting` and :mod:`.paging` define the methods, :mod:`.catalogue` their names and their
+options for a given compression, :mod:`.cost` their costs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The cache of one layer while a sparse method runs: keys and values of each head, as many as the method has kept."""
+"""The cache of one layer under a sparse method: the keys and values of each head that the method has kept."""
 
 from __future__ import annotations
 
@@ -19,32 +19,33 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 PAGE = 64
-"""Slots by which memory grows: a multiple of the pages that are read from it."""
+"""Number of slots by which memory grows: a multiple of all page sizes."""
 ROOM = 4
-"""A cache that has no slot left gets room for a part of its length: one in so many."""
+"""A full cache grows by this fraction of its length: one part in so many."""
 
 
 @dataclass(frozen=True)
 class MethodCache(State):
-    """What a method keeps of a sequence in one layer."""
+    """What a method stores of a sequence in one layer."""
 
     def appended(self, k: Float[Tensor, "b g 1 d"], v: Float[Tensor, "b g 1 e"]) -> Self:
-        """With one more token in each row and head."""
+        """Append one token in each row and head."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class HeadCache(MethodCache):
-    """Keys and values of each row and head, with room behind them.
+    """Keys and values of each row and head, with spare room after them.
 
-    Unlike other states it is written in place: one that was continued must not be continued again. :meth:`select` copies.
+    Unlike other states it is written in place: after it was continued, it must not be continued again. :meth:`select`
+    copies.
 
     Attributes:
-        k, v: (B, G, S, D); slots from `counts` on hold nothing.
+        k, v: (B, G, S, D); slots from `counts` on are empty.
         counts: (B, G) tokens kept; on the CPU.
-        ranks: (B, G, S) which token of the sequence is in a slot.
-        weight: (B, G, S) what a method has counted of each slot; None where it counts nothing.
-        low, high: (B, G, S / page, D) smallest and largest entries of the keys of each whole page; None where nobody asks.
+        ranks: (B, G, S) position in the sequence of the token in each slot.
+        weight: (B, G, S) a method's running score of each slot; None if the method keeps none.
+        low, high: (B, G, S / page, D) smallest and largest entries of the keys of each full page; None if not needed.
         length: (B,) tokens of each row so far, kept or not.
     """
 
@@ -59,10 +60,10 @@ class HeadCache(MethodCache):
 
     @classmethod
     def of(cls, k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n e"], kept: Tensor | None = None) -> HeadCache:
-        """From a prompt.
+        """Build a cache from a prompt.
 
         Args:
-            kept: (B, G, N) booleans, the tokens that stay; None for all.
+            kept: (B, G, N) booleans, True for tokens that stay; None for all.
         """
         batch, groups, n = k.shape[:3]
         device = k.device
@@ -73,7 +74,7 @@ class HeadCache(MethodCache):
         else:
             counts = kept.sum(-1).cpu()
             most = int(counts.max()) if counts.numel() else 0
-            # kept tokens first, in their order
+            # kept tokens first, in order
             ranks = (~kept).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :most]
             k, v = (x.gather(2, ranks[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (k, v))
         return cls(with_room(k), with_room(v), counts, with_room(ranks[..., None])[..., 0], length)
@@ -83,7 +84,7 @@ class HeadCache(MethodCache):
         cache = self._grown() if self.counts.numel() and most == self.k.shape[2] else self
         rank = cache.length.view(-1, 1, 1)
         with torch.no_grad():
-            # the shortest way, since this is done at each token in each layer
+            # optimised for speed, since this runs for each token in each layer
             for where, x in ((cache.k, k), (cache.v, v), (cache.ranks, rank)):
                 if least == most:
                     where.narrow(2, most, 1).copy_(x)
@@ -94,7 +95,7 @@ class HeadCache(MethodCache):
         return dataclasses.replace(cache, counts=cache.counts + 1, length=cache.length + 1)
 
     def without(self, slots: Int[Tensor, "b g"], where: Tensor) -> HeadCache:
-        """Without one slot of each row and head where `where` (B, G) is true: the last token takes its place."""
+        """Remove one slot in each row and head where `where` (B, G) is true: the last token moves into it."""
         row, head, last = self._each(-1)
         to = row, head, torch.where(where, slots, last)
         with torch.no_grad():
@@ -104,16 +105,16 @@ class HeadCache(MethodCache):
         return dataclasses.replace(self, counts=self.counts - where.cpu().long())
 
     def read(self, q: Float[Tensor, "b h 1 d"], scale: float) -> Float[Tensor, "b h 1 e"]:
-        """Attention of a token's queries to what is kept."""
+        """Attend from a token's queries to the kept keys."""
         batch, heads = q.shape[:2]
         groups, slots = self.k.shape[1:3]
         least, most = self._extent()
         if least == most:
-            # every head has as many: there is a shorter way than by pages
+            # all heads have the same count: this is faster than paging
             output = decode(q, self.k[:, :, :most], self.v[:, :, :most], scale) if q.dtype == self.k.dtype else None
             if output is not None:
                 return output
-        # the slots of a row and head are its one page
+        # the slots of each row and head form a single page
         counts = self.counts.flatten()
         pool_k, pool_v = (x.view(batch * groups, 1, slots, x.shape[-1]) for x in (self.k, self.v))
         output, _ = attend(
@@ -126,7 +127,7 @@ class HeadCache(MethodCache):
         return output.view(batch, heads, 1, -1).to(q.dtype)
 
     def scores(self, q: Float[Tensor, "b h 1 d"], scale: float) -> Float[Tensor, "b h s"]:
-        """Scores of a token's queries with every slot, -inf where there is no token; at least in float32."""
+        """Scores of a token's queries with every slot, -inf for empty slots; at least in float32."""
         batch, heads = q.shape[:2]
         groups = self.k.shape[1]
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -137,7 +138,7 @@ class HeadCache(MethodCache):
         return found.masked_fill(empty[:, :, None], -torch.inf).flatten(1, 2)
 
     def _extent(self) -> tuple[int, int]:
-        """The fewest and the most tokens of a head."""
+        """The smallest and largest token count of any head."""
         held = self.counts.flatten().tolist()
         return min(held, default=0), max(held, default=0)
 
@@ -160,6 +161,6 @@ class HeadCache(MethodCache):
 
 
 def with_room(x: Tensor) -> Tensor:
-    """A copy whose slots are a multiple of :data:`PAGE`, with one empty at least."""
+    """A copy whose number of slots is a multiple of :data:`PAGE`, with at least one empty slot."""
     used = x.shape[2]
     return F.pad(x, (0, 0, 0, (used // PAGE + 1) * PAGE - used))

@@ -1,4 +1,4 @@
-"""A sparse method in the place of a layer's softmax: the same queries, keys and values, another cache."""
+"""A sparse method in place of a layer's softmax: the same queries, keys and values, but another cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Config:
-    """What runs in a layer. Equal only to itself: the meter is the layer's own."""
+    """The method that runs in a layer. Equal only to itself, since the meter belongs to the layer."""
 
     method: Method = field(default_factory=Method)
     place: Place = field(default_factory=Place)
@@ -27,15 +27,15 @@ class Config:
 def parallel(
     call_: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n e"]
 ) -> Result:
-    """A whole prompt as the method prefills it, without a cache."""
+    """Prefill a whole prompt without a cache."""
     return _run(call_, q, k, v, keeps=False)
 
 
 def chunked(
     call_: Call, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n e"]
 ) -> Result:
-    """A whole prompt, with the cache that the method keeps of it; or tokens after a cache, one by one. Also the
-    step."""
+    """Prefill a whole prompt, with the cache that the method keeps of it; or decode tokens after a cache, one by one.
+    Also used for `step`."""
     return _run(call_, q, k, v, keeps=True)
 
 
@@ -52,8 +52,8 @@ def _run(given: Call, q: Tensor, k: Tensor, v: Tensor, *, keeps: bool) -> Result
 
 
 def card() -> Mechanism:
-    """A card that is in no catalogue: a method looks at the last tokens of a prompt before the first ones are answered, so
-    that most of what the contract asks of a causal mechanism cannot hold."""
+    """A card outside the catalogue: a method looks at the last tokens of a prompt before the first ones are answered,
+    so most of the contract for causal mechanisms cannot hold."""
     return dataclasses.replace(
         get_mechanism("softmax"),
         name="sparse",

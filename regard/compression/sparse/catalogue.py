@@ -1,4 +1,4 @@
-"""Methods by name, with options, combined, and at a given compression."""
+"""Methods by name, with options, combined, and for a given compression."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ METHODS: dict[str, type[Method]] = {
 }
 ALIASES = {"streamingllm": "streaming", "ada": "ada_snapkv", "flexprefill": "flex_prefill", "blocks": "block_sparse"}
 ALWAYS = {"int8": 4}
-"""Methods whose compression is what it is; that of int8 counts from float32."""
+"""Methods with a fixed compression; that of int8 is relative to float32."""
 ACCEPTED = "NAME, NAME:option=value,option=value, or one that reads prompts + one that keeps the cache"
 
 
 def method_name(text: str) -> str:
-    """The name in the catalogue; raises Unsupported for another."""
+    """Normalise a method's name; raises Unsupported for an unknown one."""
     name = text.strip().lower().replace("-", "_")
     name = ALIASES.get(name, name)
     if name not in METHODS:
@@ -44,10 +44,10 @@ def method_name(text: str) -> str:
 
 
 def read_method(text: str) -> Method:
-    """A method as it is written: ``quest``, ``snapkv:capacity=256``, ``vertical_slash + quest``.
+    """Parse a method: ``quest``, ``snapkv:capacity=256``, ``vertical_slash + quest``.
 
     Raises:
-        Unsupported: for unknown names and options, and for two of one phase.
+        Unsupported: for unknown names and options, and for two methods of the same phase.
     """
     parts = [_one(part) for part in text.split("+")]
     if len(parts) == 1:
@@ -65,7 +65,7 @@ def _one(text: str) -> Method:
 
 
 def make(kind: type[Method], options: dict[str, Any]) -> Method:
-    """With options that were checked."""
+    """Build a method after checking its options."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for name, value in options.items():
         if name not in fields:
@@ -83,12 +83,12 @@ def make(kind: type[Method], options: dict[str, Any]) -> Method:
 
 
 def name_of(kind: type[Method]) -> str:
-    """The name that a method has here."""
+    """The catalogue name of a method."""
     return next(name for name, known in METHODS.items() if known is kind)
 
 
 def written(method: Method) -> str:
-    """As :func:`read_method` reads it, with the options that are not the usual ones."""
+    """Format a method for :func:`read_method`, with the options that are not defaults."""
     if isinstance(method, Combined):
         return f"{written(method.first)} + {written(method.second)}"
     told = [f"{f.name}={value}" for f in dataclasses.fields(method) if (value := getattr(method, f.name)) != f.default]
@@ -97,7 +97,7 @@ def written(method: Method) -> str:
 
 
 def read_names(text: str) -> list[str]:
-    """Names with commas between them, ``all`` for every one, each once; ``a + b`` for two phases."""
+    """Parse names separated by commas, ``all`` for every one, without duplicates; ``a + b`` for two phases."""
     if text.strip() == "all":
         return [name for name in METHODS if name != "dense" and name not in ALWAYS]
     found = []
@@ -112,14 +112,14 @@ def read_names(text: str) -> list[str]:
 def at_compression(name: str, ratio: float, n: int) -> Method:
     """A method that computes about one pair in `ratio` of a prompt of n tokens, or keeps or reads n / ratio tokens.
 
-    What is asked of the last queries, always kept and computed in blocks is made smaller where prompts are short, so that it
-    does not fill the budget: at the usual sizes it would below some thousand tokens.
+    For short prompts the fixed parts (observation window, always-kept tokens, block size) shrink, so that they do not
+    fill the budget: at their usual sizes they would, below a few thousand tokens.
 
     Args:
-        name: of :data:`METHODS`, or two with `` + `` between them, each at the ratio.
+        name: a name in :data:`METHODS`, or two joined by `` + ``, each at the ratio.
 
     Raises:
-        Unsupported: for a ratio below 1, and one that leaves fewer than two tokens.
+        Unsupported: for a ratio below 1, and for a ratio that leaves fewer than two tokens.
     """
     if not ratio >= 1:
         raise Unsupported(f"a compression of {ratio}", supported="1 or more", nearest="2")
@@ -157,7 +157,7 @@ def at_compression(name: str, ratio: float, n: int) -> Method:
         return _searched(
             lambda count: BlockSparse(size=size, blocks=count), _block_pairs, ratio, n, min(3, blocks), blocks
         )
-    # what is always kept, two blocks a query, may take half of the budget
+    # the always-kept part, two blocks per query, may take half of the budget
     size = next((size for size in (64, 32, 16, 8, 4, 2) if 8 * ratio * size <= n), 1)
     shared: dict[str, Any] = {
         "window": max(min(256, n // 8), 1),
@@ -166,7 +166,7 @@ def at_compression(name: str, ratio: float, n: int) -> Method:
         "size": size,
     }
     if kind is FlexPrefill:
-        # how much it computes follows the heads: these stand for the ratio, and what was computed is told
+        # its cost depends on the heads: these options approximate the ratio, and the measured cost is reported
         return FlexPrefill(alpha=round(ratio**-0.25, 3), least=max(round(kept / 4), size), **shared)
     return VerticalSlash(vertical=n, slash=n, ratio=float(ratio), **shared)
 
@@ -183,13 +183,13 @@ def _block_pairs(method: BlockSparse, n: int) -> float:
 
 
 def block_share(k: int, blocks: int) -> float:
-    """The share of the causal pairs of blocks that `k` blocks of keys for each block of queries are."""
+    """The share of the causal block pairs that `k` key blocks per query block cover."""
     k = min(k, blocks)
     return (k * (k + 1) / 2 + (blocks - k) * k) / (blocks * (blocks + 1) / 2) if blocks else 1.0
 
 
 def _searched(made: Any, pairs: Any, ratio: float, n: int, low: int, high: int) -> Method:
-    """The method of a number in low ... high whose pairs come closest to one in `ratio`: they grow with the number."""
+    """Search low ... high for the number whose method computes closest to one pair in `ratio`; it must be monotonic."""
     wanted = n * (n + 1) / 2 / ratio
     while low < high:
         middle = (low + high) // 2

@@ -1,13 +1,14 @@
-"""What dense and sparse inference cost: floating-point operations and bytes, from sizes and from what was measured.
+"""Costs of dense and sparse inference: floating-point operations and bytes, from model sizes and measured sparsity.
 
-P numbers of weights, L layers, H query heads and G kv heads of width d, N tokens, I = N (N + 1) / 2 pairs, s sparsity::
+P weights, L layers, H query heads and G kv heads of width d, N tokens, I = N (N + 1) / 2 pairs, s sparsity::
 
     prefill   2 P N + 4 L H d I (1 - s) + index
     decode    2 P + 4 L H d n (1 - s) + index               a token with n in the cache
     bytes     e P + 2 e L G d n (1 - s) + e pages           that a token reads, with e bytes a number
 
-An index is what choosing costs: 2 L H d A N for the weights of the last A queries (vertical-slash, FlexPrefill, SnapKV once),
-2 L H d (N / c)^2 / 2 for the means of blocks, 4 L H d n / page for Quest's bounds, of two numbers a feature, page and kv head.
+The index is the cost of choosing: 2 L H d A N for the weights of the last A queries (vertical-slash, FlexPrefill,
+SnapKV once), 2 L H d (N / c)^2 / 2 for the means of blocks, 4 L H d n / page for Quest's bounds, which are two numbers
+per feature, page and kv head.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ class Sizes:
     """Sizes of a decoder.
 
     Attributes:
-        weights: numbers in matrices that each token is multiplied with, the output projection's among them.
-        layers, heads, kv_heads, width: of attention.
-        bytes: of a number.
+        weights: number of matrix entries that each token is multiplied by, including the output projection.
+        layers, heads, kv_heads, width: sizes of the attention.
+        bytes: bytes per number.
     """
 
     weights: int
@@ -48,7 +49,7 @@ class Sizes:
         """The sizes of a language model of regard or of transformers.
 
         Raises:
-            Unsupported: for another.
+            Unsupported: for other models.
         """
         outputs: Any = getattr(model, "get_output_embeddings", None)
         head = None if outputs is None else outputs()
@@ -80,28 +81,28 @@ class Sizes:
 
 
 def prefill_flops(sizes: Sizes, n: int, sparsity: float = 0.0, index: float = 0.0) -> float:
-    """FLOPs of a prompt of n tokens."""
+    """FLOPs for a prompt of n tokens."""
     pairs = n * (n + 1) / 2 * (1 - sparsity)
     return 2.0 * sizes.weights * n + 4.0 * sizes.layers * sizes.heads * sizes.width * pairs + index
 
 
 def decode_flops(sizes: Sizes, n: int, sparsity: float = 0.0, index: float = 0.0) -> float:
-    """FLOPs of a token that sees n tokens, itself among them."""
+    """FLOPs for a token that sees n tokens, including itself."""
     return 2.0 * sizes.weights + 4.0 * sizes.layers * sizes.heads * sizes.width * n * (1 - sparsity) + index
 
 
 def decode_bytes(sizes: Sizes, n: int, sparsity: float = 0.0, pages: float = 0.0) -> float:
-    """That a token reads.
+    """Bytes that a token reads.
 
     Args:
-        pages: numbers of bounds that all layers read together.
+        pages: number of page-bound entries that all layers read together.
     """
     cache = 2.0 * sizes.layers * sizes.kv_heads * sizes.width * n * (1 - sparsity)
     return sizes.bytes * (sizes.weights + cache + pages)
 
 
 def prefill_index(method: Method, sizes: Sizes, n: int) -> float:
-    """What choosing costs in a prompt of n tokens."""
+    """FLOPs for choosing keys in a prompt of n tokens."""
     if isinstance(method, Combined):
         return prefill_index(method.first, sizes, n) + prefill_index(method.second, sizes, n)
     each = 2.0 * sizes.layers * sizes.heads * sizes.width
@@ -119,7 +120,7 @@ def prefill_index(method: Method, sizes: Sizes, n: int) -> float:
 
 
 def decode_index(method: Method, sizes: Sizes, n: int) -> float:
-    """What choosing costs for a token that sees n tokens."""
+    """FLOPs for choosing keys for a token that sees n tokens."""
     if isinstance(method, Combined):
         return decode_index(method.second, sizes, n)
     if isinstance(method, Quest):
@@ -129,7 +130,7 @@ def decode_index(method: Method, sizes: Sizes, n: int) -> float:
 
 
 def decode_pages(method: Method, sizes: Sizes, n: int) -> float:
-    """Numbers of bounds that a token reads which sees n tokens."""
+    """Number of page-bound entries read by a token that sees n tokens."""
     if isinstance(method, Combined):
         return decode_pages(method.second, sizes, n)
     return decode_index(method, sizes, n) * 2 * sizes.kv_heads / (4 * sizes.heads)

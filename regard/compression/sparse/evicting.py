@@ -1,4 +1,4 @@
-"""Methods that keep a part of the cache: what of a prompt stays, and what a new token drives out."""
+"""Methods that keep part of the cache: which tokens of a prompt stay, and which are evicted by new ones."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SnapKV(Method):
-    """The tokens that the last queries of a prompt look at, and their neighbours; the same count in every head.
+    """Keep the tokens that the last queries of a prompt attend to, and their neighbours; the same number in every head.
 
     Attributes:
         capacity: tokens of the prompt that each kv head keeps.
-        window: last queries that are asked.
+        window: number of last queries that decide.
         kernel: neighbours over which importance is averaged, an odd number.
         local: last tokens that are always kept.
         prefix: first tokens that are always kept.
@@ -48,7 +48,7 @@ class SnapKV(Method):
         self.check_capacity(self.capacity)
 
     def check_capacity(self, capacity: int) -> None:
-        """Raise Unsupported where nothing could be chosen beside what is always kept."""
+        """Raise Unsupported if the always-kept tokens would leave no room for chosen ones."""
         if capacity <= self.local + self.prefix:
             raise Unsupported(
                 f"capacity={capacity} with local={self.local} and prefix={self.prefix}, which are always kept",
@@ -57,8 +57,8 @@ class SnapKV(Method):
             )
 
     def importance(self, q: Tensor, k: Tensor, place: Place) -> Float[Tensor, "b g n"]:
-        """Importance of each key for a kv head: attention of the last `window` queries to it, summed, averaged over the
-        query heads of the group and pooled over `kernel` neighbours; infinite for what is always kept."""
+        """Importance of each key for a kv head: its attention from the last `window` queries, summed, averaged over the
+        query heads of the group and pooled over `kernel` neighbours; infinite for always-kept tokens."""
         weights = grouped(asked(q, k, self.window, place), k.shape[1])
         return self._always(pooled(weights.mean(2).sum(2), self.kernel))
 
@@ -75,11 +75,11 @@ class SnapKV(Method):
 
 @dataclass(frozen=True)
 class AdaSnapKV(SnapKV):
-    """SnapKV whose heads share the budget of their layer: those with more important tokens keep more.
+    """SnapKV with a budget shared by the heads of a layer: heads with more important tokens keep more.
 
     Attributes:
-        capacity: tokens a kv head, on average over the layer.
-        share: of the capacity that every head keeps at least.
+        capacity: tokens per kv head, on average over the layer.
+        share: the least share of the capacity that every head keeps.
     """
 
     summary: ClassVar = "As snapkv, with a budget that the heads of a layer divide by importance."
@@ -91,7 +91,7 @@ class AdaSnapKV(SnapKV):
             raise Unsupported(f"share={self.share}", supported="0 to 1", nearest="share=0.2")
 
     def importance(self, q: Tensor, k: Tensor, place: Place) -> Float[Tensor, "b g n"]:
-        """As SnapKV's, with the largest weight among queries and query heads in the place of sum and mean."""
+        """SnapKV's importance, with the maximum over queries and query heads instead of sum and mean."""
         weights = grouped(asked(q, k, self.window, place), k.shape[1])
         return self._always(pooled(weights.amax((2, 3)), self.kernel))
 
@@ -111,10 +111,10 @@ class AdaSnapKV(SnapKV):
 class PyramidKV(SnapKV):
     """SnapKV with more tokens in the first layers and fewer in the last (arXiv 2406.02069).
 
-    The counts fall evenly from layer to layer, and are `capacity` on average, exactly.
+    The capacities fall linearly from layer to layer, and average exactly `capacity`.
 
     Attributes:
-        beta: the last layer keeps one in so many of the tokens that can be chosen at `capacity`.
+        beta: the last layer keeps 1 / beta of the tokens that can be chosen at `capacity`.
     """
 
     summary: ClassVar = "As snapkv, with a budget that falls from the first layer to the last."
@@ -125,11 +125,11 @@ class PyramidKV(SnapKV):
         at_least("beta", self.beta, 1)
 
     def capacity_of(self, place: Place) -> int:
-        """Tokens that a layer keeps."""
+        """Number of tokens that a layer keeps."""
         always, layers = self.local + self.prefix, place.layers
         free = self.capacity - always
         last = max(free // self.beta, 1)
-        # what the layers before a layer have together, rounded, so that nothing is lost over all of them
+        # rounding cumulative sums over the layers keeps the total exact
         before = [0.0]
         for layer in range(layers):
             share = 0.5 if layers == 1 else 1 - layer / (layers - 1)
@@ -145,12 +145,12 @@ class PyramidKV(SnapKV):
 
 @dataclass(frozen=True)
 class StreamingLLM(Method):
-    """The first tokens and the last ones, in the prompt and after it (arXiv 2309.17453).
+    """Keep the first tokens and the last ones, in the prompt and after it (arXiv 2309.17453).
 
-    Keys keep the positions that they were given in the text, where the paper counts them anew inside the cache.
+    Keys keep their positions in the text, where the paper renumbers them inside the cache.
 
     Attributes:
-        capacity: tokens of the cache, the first ones included.
+        capacity: tokens in the cache, including the first ones.
         sinks: first tokens that stay.
     """
 
@@ -178,11 +178,11 @@ class StreamingLLM(Method):
 
 @dataclass(frozen=True)
 class TOVA(Method):
-    """The tokens that the last query looks at, on average over all heads of a layer, in the prompt and after each new token
-    (arXiv 2401.06104).
+    """Keep the tokens that the last query attends to most, averaged over all heads of a layer, in the prompt and after
+    each new token (arXiv 2401.06104).
 
     Attributes:
-        capacity: tokens of the cache, the same in every head.
+        capacity: tokens in the cache, the same in every head.
     """
 
     phases: ClassVar = ("decode",)
@@ -206,11 +206,11 @@ class TOVA(Method):
 
 @dataclass(frozen=True)
 class H2O(Method):
-    """Heavy hitters: the tokens that all queries so far have looked at most, and the last ones (arXiv 2306.14048).
+    """Heavy hitters: keep the tokens with most attention from all queries so far, and the last ones (arXiv 2306.14048).
 
     Attributes:
-        capacity: tokens of the cache.
-        recent: share of them that are the last ones.
+        capacity: tokens in the cache.
+        recent: the share of the capacity that goes to the last tokens.
     """
 
     phases: ClassVar = ("decode",)
@@ -225,7 +225,7 @@ class H2O(Method):
 
     @property
     def last(self) -> int:
-        """Last tokens that stay."""
+        """Number of last tokens that stay."""
         return int(self.recent * self.capacity)
 
     def compress(self, q: Tensor, k: Tensor, v: Tensor, place: Place) -> HeadCache:
@@ -254,7 +254,7 @@ class H2O(Method):
 
 
 def _weigh(q: Tensor, cache: HeadCache, place: Place) -> tuple[Float[Tensor, "b g r s"], Tensor]:
-    """Softmax weights of a token's queries on the cache, and their output."""
+    """Softmax weights of a token's queries over the cache, and the attention output."""
     count_reads(q, cache, place, float(cache.counts.sum()), cache.counts.numel())
     weights = grouped(cache.scores(q, place.scale).softmax(-1), cache.k.shape[1])
     values = cache.v[:, :, : weights.shape[-1]].to(weights.dtype)
@@ -262,14 +262,14 @@ def _weigh(q: Tensor, cache: HeadCache, place: Place) -> tuple[Float[Tensor, "b 
 
 
 def _worth(cache: HeadCache, sinks: int) -> Int[Tensor, "b g s"]:
-    """What tokens of a rolling window are worth: later is worth more, and the first tokens most."""
+    """Worth of tokens in a rolling window: later ones are worth more, and the first tokens most."""
     used = int(cache.counts.max()) if cache.counts.numel() else 0
     ranks = cache.ranks[..., :used]
     return torch.where(ranks < sinks, torch.iinfo(torch.int64).max, ranks)
 
 
 def _evict(cache: HeadCache, capacity: int, worth: Tensor) -> HeadCache:
-    """Without the token that is worth least, where there are more than the capacity."""
+    """Evict the token with the least worth from heads above the capacity."""
     over = cache.counts > capacity
     if not bool(over.any()):
         return cache

@@ -1,4 +1,4 @@
-"""How near a selection is to dense attention, before any task is asked."""
+"""How close a selection is to dense attention, without running any task."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def kept_mass(q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], selection: Selection, scale: float) -> float:
-    """The dense weights on the selected pairs, a mean over queries: 1 where nothing that matters is left out. Takes the whole
-    matrix of weights."""
+    """The dense attention weight on the selected pairs, averaged over queries: 1 if nothing that matters is left out.
+    Computes the full matrix of weights."""
     weights = last_weights(q, k, k.shape[2], scale)
     return float((weights * selection.mask()).sum(-1).mean())
 
 
 def relative_error(output: Tensor, dense: Tensor) -> float:
-    """The norm of what is wrong over that of what would be right."""
+    """The norm of the error relative to the norm of the dense output."""
     return float((output - dense).norm() / dense.norm())

@@ -1,4 +1,4 @@
-"""Sparse attention in a model that exists: :func:`sparsify`, undone by :meth:`Sparse.undo`."""
+"""Sparse attention in an existing model: :func:`sparsify`, undone by :meth:`Sparse.undo`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Sparse:
     """A model whose attention is sparse.
 
     Attributes:
-        model: as it was given, changed in place.
-        method: what runs in it.
-        layers: how many layers it runs in.
-        meters: of each layer.
+        model: the given model, changed in place.
+        method: the method that runs in it.
+        layers: number of layers with the method.
+        meters: one for each layer.
     """
 
     model: nn.Module
@@ -42,7 +42,7 @@ class Sparse:
         return sum(meter.sparsity(phase) for meter in self.meters) / max(len(self.meters), 1)
 
     def measured(self) -> dict[str, float]:
-        """Sparsity by phase, the share of prompts that stayed in caches, and numbers read by decoding."""
+        """Sparsity by phase, the mean share of prompts kept in caches, and the amounts read and spent on choosing."""
         caches = [share for meter in self.meters for share in meter.cache]
         return {
             **{phase: self.sparsity(phase) for phase in PHASES},
@@ -52,7 +52,7 @@ class Sparse:
         }
 
     def undo(self) -> None:
-        """Let the model attend as it did before."""
+        """Restore the model's attention."""
         while self._undoing:
             self._undoing.pop()()
 
@@ -69,10 +69,11 @@ def sparsify(model: nn.Module, method: Method | str) -> Sparse:
     Args:
         model: a :class:`regard.models.LanguageModel` whose layers are all ``softmax``, or a causal language model of
             transformers that dispatches through its attention interface, in evaluation mode.
-        method: as :func:`regard.compression.sparse.read_method` reads it.
+        method: a method, or text for :func:`regard.compression.sparse.read_method`.
 
     Raises:
-        Unsupported: for other models, and for layers whose attention is more than softmax (a window, a sink, a soft cap).
+        Unsupported: for other models, and for layers whose attention is more than softmax (a window, a sink, a soft
+            cap).
     """
     method = read_method(method) if isinstance(method, str) else method
     if any(isinstance(getattr(getattr(module, "config", None), "method", None), Method) for module in model.modules()):
@@ -86,7 +87,7 @@ def sparsify(model: nn.Module, method: Method | str) -> Sparse:
 
 @contextmanager
 def sparsely(model: nn.Module, method: Method | str) -> Iterator[Sparse]:
-    """:func:`sparsify` for as long as a block of code runs."""
+    """Apply :func:`sparsify` within the context."""
     sparse = sparsify(model, method)
     try:
         yield sparse
@@ -157,7 +158,7 @@ def _in_transformers(model: Any, method: Method) -> Sparse:
             head_dim=getattr(module, "head_dim", None) or module_config.hidden_size // heads,
             pattern=Pattern.CAUSAL_SELF,
         )
-        # the model rotates queries and keys before they come here, as they lie in a cache
+        # the model rotates queries and keys before this point, as they are stored in a cache
         attend.placement = Placement.of(module, module.layer_idx)
         place(module, attend.train(module.training))
 

@@ -1,4 +1,4 @@
-"""The interface of sparse attention at inference: three hooks, of which a method has those that it needs."""
+"""The interface of sparse attention at inference: three hooks, of which a method overrides the ones that it needs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ PHASES = ("prefill", "decode")
 
 @dataclass
 class Meter:
-    """What a layer has computed.
+    """Counters of a layer's computation.
 
     Attributes:
-        kept, all: pairs of a query and a key that were computed and that dense causal attention would compute, by phase;
-            summed over rows and query heads.
-        index: multiplications of an importance estimate, by phase, as :mod:`regard.compression.sparse.cost` counts them.
-        read: numbers of keys, values and pages that decoding read.
+        kept, all: pairs of a query and a key that were computed, and that dense causal attention would compute, by
+            phase; summed over rows and query heads.
+        index: multiplications spent on estimating importance, by phase, as :mod:`regard.compression.sparse.cost` counts
+            them.
+        read: numbers read from keys, values and pages in decoding.
         cache: for each prompt, the share of its tokens that stayed in the cache.
     """
 
@@ -36,24 +37,24 @@ class Meter:
     cache: list[float] = field(default_factory=list)
 
     def count(self, phase: str, kept: float, of: float) -> None:
-        """Add pairs that were computed, of those of dense attention."""
+        """Add computed pairs, and the pairs that dense attention would compute."""
         self.kept[phase] += kept
         self.all[phase] += of
 
     def sparsity(self, phase: str) -> float:
-        """The share of the causal pairs that was skipped; 0 where nothing ran."""
+        """The share of causal pairs that was skipped; 0 if nothing ran."""
         return 1 - self.kept[phase] / self.all[phase] if self.all[phase] else 0.0
 
 
 @dataclass(frozen=True)
 class Place:
-    """The layer that a hook works in.
+    """The layer in which a hook runs.
 
     Attributes:
         layer: its number, from 0.
-        layers: how many there are.
-        scale: of the scores.
-        meter: what the layer has computed.
+        layers: number of layers.
+        scale: scale of the scores.
+        meter: counters of the layer.
     """
 
     layer: int = 0
@@ -64,26 +65,26 @@ class Place:
 
 @dataclass(frozen=True)
 class Method:
-    """Dense attention, and what every method is derived from.
+    """Dense attention, and the base class of every method.
 
     Tensors: q (B, H, N, D), k (B, G, N, D), v (B, G, N, E); G divides H.
 
     Attributes:
-        phases: where it saves work.
-        summary: one sentence.
+        phases: the phases in which it saves work.
+        summary: a one-sentence description.
     """
 
     phases: ClassVar[tuple[str, ...]] = ()
     summary: ClassVar[str] = "Every query sees every key before it."
 
     def select(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], place: Place) -> Selection:
-        """Which keys of a prompt each query sees."""
+        """Select the keys that each query of a prompt sees."""
         return Everything(q.shape[0] * q.shape[1], q.shape[2])
 
     def keep(
         self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], place: Place
     ) -> Bool[Tensor, "b g n"] | None:
-        """Which tokens of a prompt stay in the cache; None for all."""
+        """Mask of the prompt tokens that stay in the cache; None for all."""
         return None
 
     def prefill(
@@ -107,14 +108,14 @@ class Method:
     def decode(
         self, q: Float[Tensor, "b h 1 d"], cache: HeadCache, place: Place
     ) -> tuple[Float[Tensor, "b h 1 e"], HeadCache]:
-        """The third hook: attention of one token, whose own key and value the cache has, and the cache after it."""
+        """The third hook: attention of one token, whose key and value are already cached, and the cache after it."""
         count_reads(q, cache, place, float(cache.counts.sum()), cache.counts.numel())
         return cache.read(q, place.scale), cache
 
 
 @dataclass(frozen=True)
 class Combined(Method):
-    """Prompts as one method reads them, the cache as another keeps and reads it."""
+    """Read prompts by one method, and keep and read the cache by another."""
 
     first: Method = field(default_factory=Method)
     second: Method = field(default_factory=Method)
@@ -133,8 +134,8 @@ class Combined(Method):
 
 
 def count_reads(q: Tensor, cache: HeadCache, place: Place, tokens: float, lines: int, more: float = 0.0) -> None:
-    """Tell the meter of a token whose heads read so many keys and values, and `more` numbers beside them: `tokens` of all
-    `lines` together, which are (row, kv head)s where query heads read together and (row, query head)s else."""
+    """Count the reads of one token in the meter: `tokens` keys and values over all `lines`, plus `more` other numbers.
+    A line is a (row, kv head) if query heads read together, else a (row, query head)."""
     batch, heads = q.shape[:2]
     place.meter.count("decode", tokens * (batch * heads / max(lines, 1)), float(sum(cache.length.tolist())) * heads)
     place.meter.read += tokens * (cache.k.shape[-1] + cache.v.shape[-1]) + more
@@ -143,7 +144,7 @@ def count_reads(q: Tensor, cache: HeadCache, place: Place, tokens: float, lines:
 def call(
     method: Method, q: Tensor, k: Tensor, v: Tensor, state: Any, place: Place, *, keeps: bool
 ) -> tuple[Tensor, Any]:
-    """A prompt (without a state), or tokens after one: their output, and the cache where it is wanted."""
+    """Run a prompt (without a state), or tokens after one; return the output, and the cache if requested."""
     if state is None:
         output = method.prefill(q, k, v, place)
         return output, method.compress(q, k, v, place) if keeps else None

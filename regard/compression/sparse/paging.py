@@ -1,4 +1,4 @@
-"""A method that keeps the whole cache and reads some pages of it: Quest."""
+"""Quest, a method that keeps the whole cache and reads some of its pages."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Quest(Method):
-    """The pages of the cache that may hold the largest scores (arXiv 2406.10774), and the page of the newest token.
+    """Read the cache pages that may hold the largest scores (arXiv 2406.10774), and the page of the newest token.
 
     The smallest and the largest entries of a page's keys bound every score in it.
 
     Attributes:
-        budget: tokens of the past pages that are read, a multiple of `page`.
-        page: tokens a page.
-        share: whether the query heads of a kv head read the same pages, by the sum of their bounds.
+        budget: tokens read from earlier pages, a multiple of `page`.
+        page: tokens per page.
+        share: whether the query heads of a kv head read the same pages, chosen by the sum of their bounds.
     """
 
     phases: ClassVar = ("decode",)
@@ -54,11 +54,11 @@ class Quest(Method):
         return dataclasses.replace(cache, low=low, high=high)
 
     def decode(self, q: Tensor, cache: HeadCache, place: Place) -> tuple[Tensor, HeadCache]:
-        used = max(cache.counts.flatten().tolist(), default=0)  # every head has as many
+        used = max(cache.counts.flatten().tolist(), default=0)  # the same count in every head
         past, wanted = (used - 1) // self.page, self.budget // self.page
         assert cache.low is not None and cache.high is not None
         if used and used % self.page == 0:
-            # the newest page has become whole; until then it has no bounds, since it is read anyway
+            # the newest page is now full; it needed no bounds before, since it is always read
             with torch.no_grad():
                 keys = cache.k[:, :, past * self.page : used]
                 cache.low[:, :, past], cache.high[:, :, past] = torch.aminmax(keys, dim=2)
@@ -87,6 +87,6 @@ class Quest(Method):
 
 
 def bounds(k: Float[Tensor, "b g s d"], page: int) -> tuple[Float[Tensor, "b g pages d"], Float[Tensor, "b g pages d"]]:
-    """Smallest and largest entries of the slots of each page."""
+    """Smallest and largest entries of the keys in each page."""
     pages = k.unflatten(2, (k.shape[2] // page, page))
     return pages.amin(3), pages.amax(3)

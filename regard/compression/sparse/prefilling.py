@@ -1,4 +1,4 @@
-"""Methods that read a prompt sparsely: which keys each query of it sees. The cache keeps every token."""
+"""Methods that prefill a prompt sparsely: they choose the keys that each query sees. The cache keeps every token."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 GRANULARITIES = ("block", "token")
 SLACK = 0.03
-"""Share of a budget that may be left over, for which no better count is looked for."""
+"""Share of a budget that may stay unused before the search for a better count stops."""
 
 
 @dataclass(frozen=True)
 class LocalSinks(Method):
-    """The last keys and the first ones.
+    """Attend to the last keys and the first ones.
 
     Attributes:
-        window: keys up to the query's own that it sees.
+        window: number of keys up to and including the query's own that it sees.
         sinks: first keys of the prompt that it sees too.
     """
 
@@ -47,13 +47,13 @@ class LocalSinks(Method):
 
 @dataclass(frozen=True)
 class BlockSparse(Method):
-    """The blocks of keys whose mean suits the mean of a block of queries best.
+    """Attend to the key blocks whose mean best matches the mean of the query block.
 
-    Always among them: the first block, the own one and the one before it.
+    The first block, the query's own block and the one before it are always included.
 
     Attributes:
-        size: tokens a block.
-        blocks: blocks of keys for each block of queries.
+        size: tokens per block.
+        blocks: key blocks for each query block.
     """
 
     phases: ClassVar = ("prefill",)
@@ -77,7 +77,7 @@ class BlockSparse(Method):
         return Blocks(top(scores, self.blocks) & (j <= i), self.size, n)
 
     def _means(self, x: Tensor, count: int) -> Float[Tensor, "b h blocks d"]:
-        """The mean of each block; the last is filled up with zeros, which are counted."""
+        """The mean of each block; the last block is padded with zeros, which count."""
         wide = torch.promote_types(x.dtype, torch.float32)
         padded = F.pad(x.to(wide), (0, 0, 0, count * self.size - x.shape[2]))
         return padded.unflatten(2, (count, self.size)).mean(3)
@@ -85,17 +85,17 @@ class BlockSparse(Method):
 
 @dataclass(frozen=True)
 class VerticalSlash(Method):
-    """The keys and the distances at which the last queries of the prompt look most, the same for all queries of a head.
+    """Attend to the keys and distances with most attention from the last queries, the same for all queries of a head.
 
     Attributes:
-        vertical: keys a head.
-        slash: distances a head.
-        window: last queries that are asked.
+        vertical: keys per head.
+        slash: distances per head.
+        window: number of last queries that decide.
         columns: first keys that are always kept.
         diagonals: shortest distances that are always kept.
-        granularity: ``block`` computes whole blocks along the diagonals, which takes less time; ``token`` the pairs alone, by
-            a mask, which saves nothing.
-        size: tokens a block.
+        granularity: ``block`` computes whole blocks along the diagonals, which is faster; ``token`` only the exact
+            pairs, by a mask, which saves nothing.
+        size: tokens per block.
     """
 
     phases: ClassVar = ("prefill",)
@@ -140,7 +140,7 @@ class VerticalSlash(Method):
         return found
 
     def _lines(self, vertical: Tensor, slash: Tensor, count: int) -> Lines:
-        """The first so many by rank, and what is always kept."""
+        """The lines with the first `count` ranks, and the always-kept lines."""
         return Lines(
             vertical < max(min(count, self.vertical), self.columns),
             slash < max(min(count, self.slash), self.diagonals),
@@ -150,15 +150,15 @@ class VerticalSlash(Method):
 
 @dataclass(frozen=True)
 class FlexPrefill(Method):
-    """Vertical-slash whose counts follow each head: as many keys, and distances, as hold a share of the weight.
+    """Vertical-slash with counts that depend on the head: as many keys, and distances, as hold a share of the weight.
 
-    Only the vertical-slash branch of FlexPrefill; the counts are those of the benchmark's code.
+    This is only the vertical-slash branch of FlexPrefill; the counts follow the benchmark's code.
 
     Attributes:
-        alpha: the share.
-        least: keys, and distances, at the least.
-        window, columns, diagonals, granularity, size: as in :class:`VerticalSlash`; what is always kept may push out the
-            weakest of the others, but the counts hold.
+        alpha: the share of the weight.
+        least: the least number of keys, and of distances.
+        window, columns, diagonals, granularity, size: as in :class:`VerticalSlash`; always-kept lines may replace the
+            weakest others, but the counts stay the same.
     """
 
     phases: ClassVar = ("prefill",)
@@ -188,7 +188,7 @@ class FlexPrefill(Method):
         )
 
     def _cover(self, shares: Float[Tensor, "b h n"], always: int) -> Tensor:
-        """The largest shares of each head that reach `alpha` together."""
+        """Mask of the largest shares of each head that together reach `alpha`."""
         n = shares.shape[-1]
         reached = shares.sort(-1, descending=True).values.cumsum(-1)
         counts = ((reached <= self.alpha).sum(-1, keepdim=True) + 1).clamp(min=self.least).clamp(max=n)
@@ -196,7 +196,7 @@ class FlexPrefill(Method):
 
 
 def ranked(shares: Float[Tensor, "b h n"]) -> Int[Tensor, "b h n"]:
-    """How many are larger than each, the first of equals first."""
+    """The rank of each share in descending order, counted from 0; ties in order of position."""
     order = shares.argsort(dim=-1, descending=True, stable=True)
     return torch.empty_like(order).scatter_(
         -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
@@ -204,20 +204,20 @@ def ranked(shares: Float[Tensor, "b h n"]) -> Int[Tensor, "b h n"]:
 
 
 def check_lines(method: VerticalSlash | FlexPrefill) -> None:
-    """Raise Unsupported for options that vertical-slash methods share and that do not fit."""
+    """Raise Unsupported for invalid values of the options that vertical-slash methods share."""
     for name, least in (("window", 1), ("columns", 0), ("diagonals", 1), ("size", 1)):
         at_least(name, getattr(method, name), least)
     one_of("granularity", method.granularity, GRANULARITIES)
 
 
 def asked(q: Tensor, k: Tensor, window: int, place: Place) -> Float[Tensor, "b h a n"]:
-    """Weights of the last queries, counted."""
+    """Attention weights of the last queries, counted in the meter."""
     weights = last_weights(q, k, window, place.scale)
     place.meter.index["prefill"] += 2.0 * weights.numel() * q.shape[-1]
     return weights
 
 
 def forced(shares: Float[Tensor, "b h n"], first: int) -> Float[Tensor, "b h n"]:
-    """With the first entries before all others."""
+    """Rank the first entries before all others."""
     there = torch.arange(shares.shape[-1], device=shares.device) < first
     return shares.masked_fill(there, math.inf)

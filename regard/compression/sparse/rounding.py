@@ -1,12 +1,12 @@
-"""A cache of 8-bit integers: keys by channel, values by token, the newest tokens as they are (KIVI, arXiv 2402.02750).
+"""A cache of 8-bit integers: keys by channel, values by token, the newest tokens unrounded (KIVI, arXiv 2402.02750).
 
-Keys have channels that are large in all tokens, values do not: so a block of keys has a step for each channel, and each value
-has a step of its own. With largest absolute values m, a step is m / 127 and a code the nearest integer.
+Keys have channels that are large in all tokens, values do not: so a block of keys has a step for each channel, and each
+value vector has a step of its own. With largest absolute value m, a step is m / 127 and a code the nearest integer.
 
     score of key j = sum_c (q_c step_c) code_jc          output = sum_j (p_j step_j) code_j
 
-so both products read codes alone, a quarter of the bytes of float32. On a processor the native product of few rows and 8-bit
-codes reads them as they are; elsewhere a copy in the queries' dtype is made in each call.
+so both products read only codes, a quarter of the bytes of float32. On a CPU the native product of a few rows with
+8-bit codes reads them directly; elsewhere each call makes a copy in the queries' dtype.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TINY = 1e-12
 
 @dataclass(frozen=True)
 class Block(State):
-    """Some tokens of a cache.
+    """A block of tokens in a cache.
 
     Attributes:
         k: (B, G, T, D) codes; k_step: (B, G, D).
@@ -47,7 +47,7 @@ class Block(State):
 
     @classmethod
     def of(cls, k: Float[Tensor, "b g t d"], v: Float[Tensor, "b g t e"]) -> Block:
-        """The nearest codes of keys and values."""
+        """Round keys and values to the nearest codes."""
         k_step = (k.abs().amax(2) / MOST).clamp(min=TINY)
         v_step = (v.abs().amax(3) / MOST).clamp(min=TINY)
         keys, values = (k / k_step[:, :, None]).round(), (v / v_step[..., None]).round()
@@ -55,17 +55,18 @@ class Block(State):
 
     @property
     def bytes(self) -> int:
-        """Bytes of a row."""
+        """Bytes per row."""
         return sum(x[0].numel() * x.element_size() for x in (self.k, self.k_step, self.v, self.v_step))
 
 
 @dataclass(frozen=True)
 class RoundedCache(MethodCache):
-    """Blocks of codes, and the newest tokens behind them.
+    """Blocks of codes, followed by the newest tokens.
 
     Attributes:
-        blocks: in the order of their tokens.
-        recent: in floating point; written in place, as :class:`regard.compression.sparse.cache.HeadCache` says.
+        blocks: in token order.
+        recent: the newest tokens in floating point; written in place, like
+            :class:`regard.compression.sparse.cache.HeadCache`.
         length: (B,) tokens so far.
     """
 
@@ -79,11 +80,12 @@ class RoundedCache(MethodCache):
 
 @dataclass(frozen=True)
 class RoundedKeys(Method):
-    """Keys and values in 8 bits, but for the newest.
+    """Keys and values in 8 bits, except for the newest.
 
     Attributes:
-        block: tokens with one step for each channel of their keys; where no prompt ends, as many newer ones wait.
-        window: the newest tokens of a prompt, which stay as they are, and those that stay when a block is made.
+        block: tokens with one step for each channel of their keys; while decoding, this many newer tokens accumulate
+            first.
+        window: the newest tokens of a prompt, which stay unrounded, and the number that stays whenever a block is made.
     """
 
     phases: ClassVar = ("decode",)
@@ -134,7 +136,7 @@ class RoundedKeys(Method):
         return output.reshape(batch, heads, 1, -1).to(q.dtype), cache
 
     def _rounded(self, cache: RoundedCache) -> RoundedCache:
-        """With the oldest of the recent tokens as a block, where there are enough."""
+        """Round the oldest of the recent tokens to a block, if there are enough."""
         recent = cache.recent
         used = int(recent.counts[0, 0]) if recent.counts.numel() else 0
         if used < self.block + self.window:
@@ -146,7 +148,7 @@ class RoundedKeys(Method):
 
 
 def _by_codes(x: Float[Tensor, "b g m k"], codes: Int8[Tensor, "b g n k"]) -> Float[Tensor, "b g m n"]:
-    """x codes^T of each row and head."""
+    """x codes^T for each row and head."""
     one = torch.ones(codes.shape[2], 1, dtype=torch.bfloat16, device=codes.device)
     pairs = zip(x.flatten(0, 1), codes.flatten(0, 1), strict=True)
     found = [quantized_linear(rows, own, one) for rows, own in pairs]

@@ -1,4 +1,4 @@
-"""How important keys are to the last queries of a prompt, which stand for those that come."""
+"""Importance of keys to the last queries of a prompt, which stand in for the queries to come."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def last_weights(
     q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], window: int, scale: float
 ) -> Float[Tensor, "b h a n"]:
-    """Causal softmax weights of the last `window` queries (of all where there are fewer), at least in float32."""
+    """Causal softmax weights of the last `window` queries (or all, if fewer), at least in float32."""
     n = k.shape[2]
     window = min(window, n)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -26,9 +26,10 @@ def last_weights(
 
 
 def diagonal_sums(weights: Float[Tensor, "b h a n"]) -> Float[Tensor, "b h n"]:
-    """Sums over the pairs of each distance 0, 1, ... n - 1 of query and key, of the last `a` queries of n."""
+    """Sums of the weights at each distance 0, 1, ... n - 1 between query and key, for the last `a` queries of n."""
     a, n = weights.shape[-2:]
-    # behind `a` zeros, what query i has at distance o is at n + i - o of its row: seen with rows one longer, at n - o of each
+    # after padding with `a` zeros, query i at distance o is at n + i - o; viewed with rows one longer, at n - o in
+    # every row
     padded = F.pad(weights, (a, 0)).contiguous()
     width = n + a
     shifted = padded.as_strided((*padded.shape[:-2], a, n), (*padded.stride()[:-2], width + 1, 1), 1)
@@ -36,21 +37,21 @@ def diagonal_sums(weights: Float[Tensor, "b h a n"]) -> Float[Tensor, "b h n"]:
 
 
 def pooled(importance: Float[Tensor, "b g n"], kernel: int) -> Float[Tensor, "b g n"]:
-    """Means over `kernel` neighbours; beyond the ends zeros are counted."""
+    """Means over `kernel` neighbours; positions beyond the ends count as zeros."""
     if not importance.shape[-1]:
         return importance
     return F.avg_pool1d(importance, kernel, stride=1, padding=kernel // 2)[..., : importance.shape[-1]]
 
 
 def grouped(weights: Float[Tensor, "b h ..."], groups: int) -> Float[Tensor, "b g r ..."]:
-    """Query heads beside those that share their kv head."""
+    """Reshape query heads into groups that share a kv head."""
     return weights.unflatten(1, (groups, weights.shape[1] // groups))
 
 
 def key_sums(
     q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], scale: float, rows: int = 256
 ) -> Float[Tensor, "b h n"]:
-    """The weights that each key gets from all queries of a prompt together, a block of queries at a time."""
+    """Total attention weight that each key gets from all queries of a prompt, computed by blocks of queries."""
     batch, heads, n = q.shape[:3]
     wide = torch.promote_types(q.dtype, torch.float32)
     total = torch.zeros(batch, heads, n, dtype=wide, device=q.device)
@@ -61,6 +62,6 @@ def key_sums(
 
 
 def top(scores: Float[Tensor, "b h n"], count: int) -> Tensor:
-    """Where the `count` largest are, as booleans (all where there are fewer)."""
+    """Boolean mask of the `count` largest scores (all if there are fewer)."""
     chosen = scores.topk(min(count, scores.shape[-1]), -1).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)

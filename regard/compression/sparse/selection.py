@@ -1,4 +1,4 @@
-"""Which pairs of query and key a prompt computes: the definition as a mask, the count, and attention that skips the rest."""
+"""Selected pairs of query and key in a prompt: as a mask, their count, and attention that skips all others."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ if TYPE_CHECKING:
 
 CAUSAL = Visibility(causal=True)
 GATHERED = 1 << 22
-"""Numbers of keys that are gathered at once."""
+"""Number of key entries that are gathered at once."""
 
 
 class Selection(Protocol):
     """Pairs (query, key at or before it) of a prompt of N tokens."""
 
     def mask(self) -> Bool[Tensor, "b h n n"]:
-        """The pairs, True where the query sees the key."""
+        """The pairs as a mask, True where the query sees the key."""
         ...
 
     def pairs(self) -> float:
-        """How many are computed, in all rows and heads; more than in the mask where whole blocks are."""
+        """Number of computed pairs, over all rows and heads; more than in the mask if whole blocks are computed."""
         ...
 
     def attend(
         self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n e"], scale: float
     ) -> Float[Tensor, "b h n e"]:
-        """Softmax attention to the selected pairs, the others skipped."""
+        """Softmax attention over the selected pairs only."""
         ...
 
 
 @dataclass(frozen=True)
 class Everything:
-    """All causal pairs of so many rows and heads together."""
+    """All causal pairs; `heads` counts rows times heads."""
 
     heads: int
     n: int
@@ -83,7 +83,7 @@ class Window:
         if not self.sinks or not far:
             return _attention(q, k, v, scale, near)[0]
         output, lse = _attention(q, k, v, scale, near, lse=True)
-        # queries that the window has left behind see the first keys: key j from query j + window on
+        # queries beyond the window also see the first keys: key j from query j + window on
         first = k[:, :, : self.sinks], v[:, :, : self.sinks]
         m = first[0].shape[2]
         sunk, sunk_lse = _attention(
@@ -95,12 +95,12 @@ class Window:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of keys for each block of queries, causal inside.
+    """Key blocks for each query block, causal inside.
 
     Attributes:
-        visible: (B, H, blocks, blocks); the own block of each is among them.
-        size: tokens a block.
-        n: tokens.
+        visible: (B, H, blocks, blocks); includes each block's own.
+        size: tokens per block.
+        n: number of tokens.
     """
 
     visible: Bool[Tensor, "b h blocks blocks"]
@@ -127,7 +127,7 @@ class Blocks:
         return self._by_pages(q, k, v, scale, rows)
 
     def _by_pages(self, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: int) -> Tensor:
-        """Blocks of keys are pages, which a few queries at a time read where they lie: the own one is the last."""
+        """Treat key blocks as pages, which a few queries at a time read in place; the query's own block comes last."""
         batch, heads, n, width = q.shape
         groups, size, blocks = k.shape[1], self.size, self.visible.shape[-1]
         whole = blocks * size
@@ -137,7 +137,7 @@ class Blocks:
         counts = seen.sum(-1)  # (B, H, blocks)
         order = (
             (~seen).to(torch.uint8).sort(dim=-1, stable=True).indices
-        )  # visible blocks first, the own one their last
+        )  # visible blocks first, the own block last of them
         head = torch.arange(batch * heads, device="cpu").view(batch, heads, 1, 1)
         table = order + head // (heads // groups) * blocks
         table = table[..., : int(counts.max()) if counts.numel() else 0]
@@ -158,14 +158,15 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Lines:
-    """Keys that every query sees (vertical lines) and distances at which every query sees (diagonals, slashes).
+    """Keys that every query sees (vertical lines), and distances at which every query sees (diagonals, slashes).
 
     Attributes:
         vertical: (B, H, N) by key.
         slash: (B, H, N) by distance.
-        block: 0 for exactly these pairs; else queries are taken in blocks of this many: each distance becomes, for a block of
-            queries, as many keys in a row as a block has, those ranges are joined as in MInference (a range that begins within
-            another or right behind it prolongs that by a block), and keys between ranges are single columns.
+        block: 0 for exactly these pairs; else queries are processed in blocks of this size: for each query block, each
+            distance becomes a range of that many consecutive keys, ranges are joined as in MInference (a range that
+            begins within another or right after it extends that one by a block), and keys between ranges are single
+            columns.
     """
 
     vertical: Bool[Tensor, "b h n"]
@@ -185,7 +186,7 @@ class Lines:
         if not self.block:
             return float(self.mask().sum())
         starts, n, size = self._starts(), self.vertical.shape[-1], self.block
-        before = F.pad(self.vertical.cumsum(-1), (1, 0))  # keys that every query sees, before each place
+        before = F.pad(self.vertical.cumsum(-1), (1, 0))  # keys that every query sees, before each position
         ends = ((torch.arange(starts.shape[2], device=starts.device) + 1) * size).clamp(max=n)
         there = starts >= 0
         first, last = (
@@ -211,8 +212,8 @@ class Lines:
         )[0]
 
     def _starts(self) -> Int[Tensor, "b h rows blocks"]:
-        """First keys of the blocks of keys that each block of queries reads, -1 where it has fewer: one for each distance,
-        from far to near, unless the blocks before it have its keys. No two have a key in common."""
+        """First keys of the key blocks that each query block reads, -1 where it has fewer: one for each distance,
+        from far to near, unless earlier blocks cover its keys. The blocks are disjoint."""
         batch, heads, n = self.slash.shape
         size, device = self.block, self.slash.device
         rows = -(-n // size)
@@ -243,7 +244,7 @@ class Lines:
         return steps.cumsum(-1, dtype=torch.int16)[..., :n] > 0
 
     def _listed(self) -> Bool[Tensor, "b h rows n"]:
-        """The keys that each block of queries reads, those after it included."""
+        """The keys that each query block reads, including later ones than the queries."""
         return self._covered(self._starts()) | self.vertical[:, :, None]
 
 
@@ -255,8 +256,8 @@ def attend_listed(
     size: int,
     scale: float,
 ) -> Float[Tensor, "b h n e"]:
-    """Causal attention of blocks of `size` queries to lists of keys, which are gathered: as many blocks at a time as fit
-    into :data:`GATHERED`, those with lists of similar length together."""
+    """Causal attention from blocks of `size` queries to lists of keys, which are gathered: as many query blocks at a
+    time as fit into :data:`GATHERED`, grouped by similar list length."""
     batch, heads, n, width = q.shape
     rows = listed.shape[2]
     q = F.pad(q, (0, 0, 0, rows * size - n)).reshape(batch * heads * rows, 1, size, width)

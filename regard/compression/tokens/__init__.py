@@ -1,22 +1,22 @@
-"""Fewer tokens in a vision transformer that exists: :func:`reduce_tokens`, undone by :meth:`Reduction.undo`.
+"""Fewer tokens in an existing vision transformer: :func:`reduce_tokens`, undone by :meth:`Reduction.undo`.
 
 ::
 
     reduction = reduce_tokens(model, "tome", remove=8)          # eight tokens fewer after each block, nothing trained
     logits = model(images)
-    reduction.tokens.places                                     # where each patch went, to draw or to spread outputs again
+    reduction.tokens.places                                     # where each patch went, to draw or spread outputs back
     reduction.undo()
 
-Models: :class:`regard.models.vision.vit.VisionTransformer` with a class token, and timm's `VisionTransformer` of plain
-blocks. Tokens are merged or dropped between the attention and the feed-forward network of a block
-(:mod:`regard.compression.tokens.reducers` has the methods). Where a token stands for several, later attention counts it so
-often: log(size) is added to the scores of its key (`proportional`).
+Models: :class:`regard.models.vision.vit.VisionTransformer` with a class token, and timm's `VisionTransformer` with
+plain blocks. Tokens are merged or dropped between the attention and the feed-forward network of a block
+(methods in :mod:`regard.compression.tokens.reducers`). A token that stands for several counts that many times in later
+attention, by adding log(size) to the scores of its key (`proportional`).
 
-What is trained: :mod:`regard.compression.tokens.dynamic` (DynamicViT) and :mod:`regard.compression.tokens.interpreters`
-(IA-RED²) around this project's VisionTransformer. Text encoders of transformers: :mod:`regard.compression.tokens.text`
-(PoWER-BERT, Learned Token Pruning). Tokens of an image that a language model is given: :mod:`regard.compression.tokens.prumerge`
-(PruMerge), and inside of it :mod:`regard.compression.tokens.fastv` (FastV). Merging for diffusion, where every token comes back:
-:mod:`regard.compression.tokens.grids`.
+Trained methods: :mod:`regard.compression.tokens.dynamic` (DynamicViT) and :mod:`regard.compression.tokens.interpreters`
+(IA-RED²), around this project's VisionTransformer. Text encoders of transformers: :mod:`regard.compression.tokens.text`
+(PoWER-BERT, Learned Token Pruning). Image tokens passed to a language model: :mod:`regard.compression.tokens.prumerge`
+(PruMerge), and inside the language model :mod:`regard.compression.tokens.fastv` (FastV). Merging for diffusion, where
+every token comes back: :mod:`regard.compression.tokens.grids`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Fewer tokens as a property of a model: put on by a recipe, written beside its weights, put on again when it is loaded.
+"""Fewer tokens as a property of a model: set by a recipe, saved with its weights, and set again on loading.
 
-A record is ``{"method": name, "options": {...}}`` with numbers that do not depend on data any more.
+A record is ``{"method": name, "options": {...}}`` with values that no longer depend on data.
 
-| model | methods | what goes |
+| model | methods | what is removed |
 |---|---|---|
-| vision transformers with a class token, of regard and timm | :data:`regard.compression.steps.IMAGES` | patches behind blocks |
-| encoders of transformers with layers as BERT's | `TEXTS` | tokens behind layers |
-| causal language models of regard and transformers | `CACHES` | tokens of a prompt out of the cache, before the next one is written |
+| vision transformers with a class token, of regard and timm | :data:`regard.compression.steps.IMAGES` | patches after blocks |
+| encoders of transformers with layers like BERT's | `TEXTS` | tokens after layers |
+| causal language models of regard and transformers | `CACHES` | tokens of a prompt from the cache, before the next token is written |
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class Applied:
-    """What is at work in a model."""
+    """The method that is active in a model."""
 
     record: dict[str, Any]
     undo: Undo
@@ -54,7 +54,7 @@ class Applied:
 
 
 def kind_of(model: Any) -> str:
-    """``image``, ``text`` or ``cache``: which methods a model takes; raises Unsupported for another, with the reason."""
+    """The kind of methods that a model supports: ``image``, ``text`` or ``cache``; raises Unsupported if none."""
     if getattr(model, ATTRIBUTE, None) is not None:
         raise Unsupported(
             "fewer tokens in a model that has fewer already", supported="one step `tokens`", nearest="undo()"
@@ -70,7 +70,7 @@ def kind_of(model: Any) -> str:
 
 
 def settle(model: nn.Module, step: FewerTokens) -> str:
-    """The method of a step in this model; raises Unsupported where it does not take it, with what it does take."""
+    """The method of a step for this model; raises Unsupported, naming the supported ones, for other methods."""
     try:
         kind = kind_of(model)
     except Unsupported as error:
@@ -86,11 +86,11 @@ def settle(model: nn.Module, step: FewerTokens) -> str:
 
 
 def record_of(model: nn.Module, step: FewerTokens, batches: Sequence[Any]) -> dict[str, Any]:
-    """What :func:`put_on` does to a model, with numbers for it.
+    """The record that :func:`put_on` applies to a model, with values computed for it.
 
     Args:
-        batches: by whose length the share of tokens of texts counts; of caches that of the first half, which is the prompt where
-            quality is measured (:class:`InTurn`).
+        batches: their length is the reference for the share of tokens: for texts the whole length, for caches the first
+            half, which is the prompt in quality measurements (:class:`InTurn`).
     """
     method = settle(model, step)
     keep = KEEP if step.keep is None else step.keep
@@ -112,14 +112,14 @@ def record_of(model: nn.Module, step: FewerTokens, batches: Sequence[Any]) -> di
 
 
 def put_on(model: nn.Module, record: Mapping[str, Any], *, source: str = "a record") -> Applied:
-    """Let tokens go in a model, in place, until :func:`take_off`.
+    """Remove tokens in a model, in place, until :func:`take_off`.
 
     Args:
-        record: of :func:`record_of`.
-        source: where it is from, for errors.
+        record: from :func:`record_of`.
+        source: where the record comes from, for error messages.
 
     Raises:
-        Unsupported: for a record or a model of another kind.
+        Unsupported: for an invalid record, and a model of another kind.
     """
     method, options = record.get("method"), record.get("options")
     if not isinstance(method, str) or method not in {*IMAGES, *TEXTS, *CACHES} or not isinstance(options, Mapping):
@@ -141,7 +141,7 @@ def put_on(model: nn.Module, record: Mapping[str, Any], *, source: str = "a reco
 
 
 def take_off(model: nn.Module) -> None:
-    """Let all tokens stay again."""
+    """Let the model keep all tokens again."""
     applied = getattr(model, ATTRIBUTE, None)
     if applied is not None:
         applied.undo()
@@ -149,14 +149,14 @@ def take_off(model: nn.Module) -> None:
 
 
 def tokens_record(model: nn.Module) -> dict[str, Any] | None:
-    """What is at work in a model; None where all tokens stay."""
+    """The record of the active method of a model; None if all tokens stay."""
     applied = getattr(model, ATTRIBUTE, None)
     return None if applied is None else applied.record
 
 
 @contextmanager
 def all_tokens(model: nn.Module) -> Iterator[None]:
-    """A model with all its tokens for as long as a block of code runs."""
+    """Let a model keep all its tokens within the context."""
     record = tokens_record(model)
     take_off(model)
     try:
@@ -168,10 +168,10 @@ def all_tokens(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def let_go(model: nn.Module, step: FewerTokens, batches: Sequence[Any], run: Run) -> tuple[Undo, str]:
-    """The step ``tokens`` of a recipe; what undoes it, and what was done in a sentence.
+    """Do the recipe step ``tokens``; return a function that undoes it, and a sentence that says what was done.
 
     Raises:
-        Unsupported: as :func:`settle`, and for a model whose outputs are those of single tokens that would go.
+        Unsupported: as in :func:`settle`, and for a model with outputs per token, some of which would be lost.
     """
     record = record_of(model, step, batches)
     expected = _shape(run(model, batches[0])) if batches else None
@@ -190,8 +190,8 @@ def let_go(model: nn.Module, step: FewerTokens, batches: Sequence[Any], run: Run
 
 
 class InTurn(nn.Module):
-    """A causal language model whose cache keeps a part of a prompt, read so that this shows: the first half of a sequence as a
-    prompt, the rest token after token. Its outputs are those of the model, at every token."""
+    """A causal language model whose cache keeps part of a prompt, run in a way that makes this count: the first half of
+    a sequence as the prompt, the rest token by token. It returns the model's outputs for every token."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ class InTurn(nn.Module):
 
 
 def read_in_turn(model: nn.Module) -> nn.Module:
-    """The model, as :class:`InTurn` where its cache keeps a part of a prompt."""
+    """Wrap the model as :class:`InTurn` if its cache keeps only part of a prompt."""
     record = tokens_record(model)
     return InTurn(model).eval() if record is not None and record["method"] in CACHES else model
 
@@ -248,7 +248,7 @@ def _listed(numbers: Sequence[Any]) -> str:
 
 
 def _longest(batches: Sequence[Any]) -> int:
-    """Tokens of the longest input."""
+    """Number of tokens of the longest input."""
     found = 0
     for batch in batches:
         if isinstance(batch, Mapping):

@@ -1,24 +1,24 @@
-r"""DynamicViT: small predictors that say which patches a vision transformer goes on with, always the same number.
+r"""DynamicViT: small predictors choose the patches that a vision transformer keeps, always the same number.
 
-Rao et al., arXiv 2106.02034. Before some blocks a predictor reads the patches x (B, N, C) and which of them are still there,
-d (B, N), and gives log-probabilities of keeping and dropping each:
+Rao et al., arXiv 2106.02034. Before some blocks a predictor reads the patches x (B, N, C) and the mask of those that
+are still kept, d (B, N), and returns log-probabilities of keeping and dropping each:
 
     z = gelu(W LN(x)),   g = sum_j d_j z_j[C/2:] / sum_j d_j,   log p = log_softmax(MLP([z_i[:C/2], g]))
 
-In use the patches of the largest p_keep go on, a fixed share of the first ones at each of these stages. In training none is
-left out: d is drawn by a hard Gumbel-softmax, times the d before, with the gradient of the soft one (straight through); and
-attention weighs a dropped key only for its own query, with l the scores and N tokens:
+At inference the patches with the largest p_keep are kept, a fixed share of the initial patches at each of these stages.
+In training none is removed: d is drawn by a hard Gumbel-softmax, times the previous d, with the gradient of the soft
+one (straight through); and attention counts a dropped key only for its own query, with l the scores and N tokens:
 
     A_ij = (exp(l_ij - max l_i) m_ij + eps / N) / (sum_k exp(l_ik - max l_i) m_ik + eps),   m_ij = d_j, m_ii = 1, eps = 1e-6
 
-The loss, with the model as it was before as the teacher and S stages, is
+The loss, with the original model as the teacher and S stages, is
 
     CE + 2 / S sum_s mean (mean_j d_sj - share_s)^2 + 0.5 KL(teacher, model) + 0.5 mean over patches kept (x - x_teacher)^2
 
-The direction of the divergence is that of the authors' code, KL(teacher, model) = sum_c p_c (log p_c - log q_c) with p the
-teacher's classes; the formula in the paper names the model first. In that direction, as elsewhere in distillation, the teacher
-weighs what the model misses. Theirs is also the mean squared difference of tokens (their other option, a divergence between
-features, is left out), and that every row of a batch keeps equally many patches.
+The direction of the divergence follows the authors' code, KL(teacher, model) = sum_c p_c (log p_c - log q_c) with p the
+teacher's classes; the formula in the paper names the model first. In this direction, as usual in distillation, what the
+model misses is weighted by the teacher. Also from the code are the mean squared difference of tokens (its other option,
+a divergence between features, is left out), and that every row of a batch keeps the same number of patches.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 EPS = 1e-6
-"""Added to the sum of a row of attention under a policy."""
+"""Added to the sum of a row of masked attention."""
 RELEASED = {"in_conv.0": "norm", "in_conv.1": "inner", "out_conv.0": "outer.0", "out_conv.2": "outer.1"} | {
     "out_conv.4": "outer.2"
 }
-"""Names of a predictor's parts in the official code, and here."""
+"""Names of a predictor's parts in the official code, mapped to the names here."""
 
 
 class KeepPredictor(nn.Module):
@@ -77,7 +77,7 @@ class KeepPredictor(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Float[Tensor, "b n c"], kept: Float[Tensor, "b n"]) -> Float[Tensor, "b n 2"]:
-        """Two log probabilities for each patch; `kept` is 1 where a patch is still there."""
+        """Two log-probabilities for each patch; `kept` is 1 for patches that are still kept."""
         local, others = F.gelu(self.inner(self.norm(x))).chunk(2, -1)
         weight = kept.to(x.dtype)[..., None]
         whole = (others * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=0.5)
@@ -88,12 +88,12 @@ class KeepPredictor(nn.Module):
 
 @dataclass(frozen=True)
 class Pruned:
-    """A pass in which all patches were computed.
+    """The result of a pass in which all patches were computed.
 
     Attributes:
         logits: (B, K).
-        features: of the patches after the last norm (B, N, C).
-        decisions: of each stage, 1 for the patches that stay (B, N).
+        features: features of the patches after the last norm (B, N, C).
+        decisions: for each stage, 1 for the patches that stay (B, N).
     """
 
     logits: Float[Tensor, "b k"]
@@ -105,15 +105,15 @@ class DynamicTransformer(nn.Module):
     """A vision transformer with a predictor before some of its blocks.
 
     Args:
-        model: :class:`regard.models.vision.vit.VisionTransformer` of softmax attention with one class token; it is shared,
-            not copied.
-        keep: share of the first patches that is left after each stage; of a single number the first, second and third power
-            and so on.
-        blocks: numbers of the blocks, from 0, before which patches are left out; a quarter, half and three quarters through
-            when None.
+        model: :class:`regard.models.vision.vit.VisionTransformer` with softmax attention and one class token; it is
+            shared, not copied.
+        keep: share of the initial patches that is left after each stage; a single number is raised to the first,
+            second, third power and so on.
+        blocks: numbers of the blocks, from 0, before which patches are removed; at a quarter, half and three quarters
+            of the depth when None.
 
     Raises:
-        Unsupported: for another model, and shares and blocks that do not fit.
+        Unsupported: for other models, and for invalid shares and blocks.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class DynamicTransformer(nn.Module):
 
     @property
     def shares(self) -> list[float]:
-        """Shares of the first patches that are left after each stage. It may be set at any time, as `keep`."""
+        """Shares of the initial patches left after each stage; can be set at any time, like `keep`."""
         return self._shares
 
     @shares.setter
@@ -152,13 +152,13 @@ class DynamicTransformer(nn.Module):
         self._shares = shares
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-        """Logits; patches that do not stay are left out before each stage."""
+        """Logits; patches that are not kept are removed before each stage."""
         return self.forward_dropping(images)[0]
 
     def forward_dropping(
         self, images: Float[Tensor, "b c h w"]
     ) -> tuple[Float[Tensor, "b k"], list[Int[Tensor, "b m"]]]:
-        """Logits, and the numbers of the patches that each stage left, in rising order."""
+        """Logits, and the indices of the patches that each stage kept, in ascending order."""
         x = self.model.embed(self.model.check_images(images))
         first = x.shape[1] - 1
         places, left = torch.arange(first, device=x.device).expand(len(x), -1), []
@@ -174,18 +174,18 @@ class DynamicTransformer(nn.Module):
         return self.model.forward_head(self.model.norm(x)), left
 
     def count(self, stage: int, first: int) -> int:
-        """Patches that a stage leaves of so many first ones; one at least."""
+        """Number of patches that a stage keeps of `first` initial ones; at least one."""
         return max(1, math.floor(first * self.shares[stage] + 1e-6))
 
     def forward_masked(
         self, images: Float[Tensor, "b c h w"], *, sampled: bool = True, generator: torch.Generator | None = None
     ) -> Pruned:
-        """All patches computed, under drawn decisions, or under those of :meth:`forward` where they are not `sampled`.
+        """Compute all patches, under random decisions, or under those of :meth:`forward` if not `sampled`.
 
         Args:
             images: (B, C, H, W).
-            sampled: whether each patch is drawn by itself; gradients reach the predictors only then.
-            generator: of the draws.
+            sampled: whether each patch's decision is drawn independently; only then do gradients reach the predictors.
+            generator: source of random draws.
         """
         x = self.model.embed(self.model.check_images(images))
         kept = x.new_ones(x.shape[0], x.shape[1] - 1)
@@ -209,7 +209,7 @@ class DynamicTransformer(nn.Module):
         """Load weights of the official repository's `VisionTransformerDiffPruning`, all of them and nothing else.
 
         Raises:
-            Unsupported: where names or shapes do not fit; nothing is changed then.
+            Unsupported: if names or shapes do not fit; nothing is changed then.
         """
         found, backbone = {}, {}
         for name, value in weights_of(checkpoint).items():
@@ -233,19 +233,19 @@ class DynamicTransformer(nn.Module):
 
 
 def draw(log_probabilities: Float[Tensor, "b n 2"], generator: torch.Generator | None = None) -> Float[Tensor, "b n"]:
-    """1 where the first of two is drawn, else 0, with the gradient of the soft draw (arXiv 1611.01144, at temperature 1)."""
+    """1 if the first of two is drawn, else 0; with the soft draw's gradient (arXiv 1611.01144, at temperature 1)."""
     soft = (log_probabilities + gumbel(log_probabilities, generator)).softmax(-1)[..., 0]
     hard = (soft >= 0.5).to(soft.dtype)
     return hard - soft.detach() + soft
 
 
 def gumbel(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draws of the standard Gumbel distribution."""
+    """Random draws from the standard Gumbel distribution."""
     return -torch.empty_like(like).exponential_(generator=generator).log()
 
 
 def softmax_under(scores: Float[Tensor, "b h n n"], policy: Float[Tensor, "b n"]) -> Float[Tensor, "b h n n"]:
-    """Weights of attention in which a key counts by its policy, 0 or 1, and for its own query in any case."""
+    """Attention weights under a policy: a key counts if its policy is 1, and always for its own query."""
     n = scores.shape[-1]
     own = torch.eye(n, dtype=policy.dtype, device=policy.device)
     counts = policy[:, None, None] * (1 - own) + own
@@ -254,7 +254,7 @@ def softmax_under(scores: Float[Tensor, "b h n n"], policy: Float[Tensor, "b n"]
 
 
 def _run(block: VisionBlock, x: Float[Tensor, "b n c"], policy: Float[Tensor, "b n"]) -> Float[Tensor, "b n c"]:
-    """A block's output with its attention under a policy."""
+    """A block's output, with its attention under a policy."""
     layer: AttentionLayer = block.mixer
     normed = block.mixer_norm(x)
     query, key, value = (
@@ -268,7 +268,7 @@ def _run(block: VisionBlock, x: Float[Tensor, "b n c"], policy: Float[Tensor, "b
 
 
 def _is_plain(layer: AttentionLayer) -> bool:
-    """Whether a layer is its projections and softmax alone."""
+    """Return whether a layer consists of projections and softmax only."""
     more = (layer.query_norm, layer.key_norm, layer.value_norm, layer.output_norm, layer.gate, layer.merge)
     return (
         not any(more)
@@ -283,10 +283,10 @@ class LossWeights:
     """Weights of the parts of :func:`dynamic_loss`.
 
     Attributes:
-        task: of the cross entropy.
-        ratio: of the squared difference of shares.
-        logits: of the divergence from the teacher's classes.
-        tokens: of the squared difference from the teacher's patches.
+        task: weight of the cross entropy.
+        ratio: weight of the squared difference of shares.
+        logits: weight of the divergence from the teacher's classes.
+        tokens: weight of the squared difference from the teacher's patches.
     """
 
     task: float = 1.0
@@ -303,15 +303,15 @@ def dynamic_loss(
     teacher_features: Float[Tensor, "b n c"],
     weights: LossWeights = LossWeights(),
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-    """The weighted sum, and its parts by the names of the weights (before these); see the module.
+    """The weighted sum, and its unweighted parts by the names of the weights; see the module.
 
     Args:
-        pruned: of :meth:`DynamicTransformer.forward_masked`.
+        pruned: from :meth:`DynamicTransformer.forward_masked`.
         labels: classes.
-        shares: what each stage should leave.
-        teacher_logits: of the model before.
+        shares: target share of each stage.
+        teacher_logits: logits of the original model.
         teacher_features: its patches after the last norm.
-        weights: of the parts.
+        weights: weights of the parts.
     """
     ratios = [(made.mean(1) - share).square().mean() for made, share in zip(pruned.decisions, shares, strict=True)]
     kept = (pruned.decisions[-1].detach() > 0.5)[..., None]
@@ -329,7 +329,7 @@ def dynamic_loss(
 
 @dataclass(frozen=True)
 class DynamicStep:
-    """A step of :func:`train_dynamic`: its loss, the loss's parts before their weights, and what the last stage left."""
+    """A step of :func:`train_dynamic`: its loss, the loss's unweighted parts, and the share kept by the last stage."""
 
     step: int
     loss: float
@@ -350,19 +350,19 @@ def train_dynamic(
     checkpoint_every: int = 100,
     on_step: Callable[[DynamicStep], None] = lambda step: None,
 ) -> None:
-    """Train predictors and blocks together, in place, with the model as it comes as the teacher.
+    """Train predictors and blocks together, in place, with the initial model as the teacher.
 
-    The same call, with the same model as the first time, goes on from `checkpoint` to the same weights.
+    The same call, with the same initial model, resumes from `checkpoint` and ends with the same weights.
 
     Args:
-        model: around a trained vision transformer.
+        model: built around a trained vision transformer.
         batches: images and classes of each step, counted from 0.
-        steps: of Adam, whose rates fall as a cosine.
-        predictor_rate, block_rate: of the predictors, and of all other weights.
-        weights: of the parts of the loss.
-        seed: of the draws.
-        checkpoint, checkpoint_every: a file, and the steps between two savings.
-        on_step: told each step.
+        steps: number of Adam steps, with a cosine schedule.
+        predictor_rate, block_rate: learning rates of the predictors, and of all other weights.
+        weights: weights of the parts of the loss.
+        seed: seed of random draws.
+        checkpoint, checkpoint_every: a file, and the number of steps between saves.
+        on_step: called after each step.
 
     Raises:
         Unsupported: for a checkpoint of another run, and a loss that is not finite.

@@ -1,17 +1,19 @@
-"""FastV (arXiv 2403.06764): tokens that the last token hardly looks at, left out of all layers but the first ones of a prompt.
+"""FastV (arXiv 2403.06764): drop tokens with little attention from a prompt's last token after the first layers.
 
 ::
 
-    with fewer_tokens(model, keep=0.5, layer=2, place=slice(5, 581)) as fast:      # where the image's tokens stand
+    with fewer_tokens(model, keep=0.5, layer=2, place=slice(5, 581)) as fast:      # positions of the image's tokens
         model.generate(ids, max_new_tokens=20)
-    fast.places                                                                    # what went on, after the last prompt
+    fast.places                                                                    # tokens kept from the last prompt
 
-After `layer` layers the tokens of `place` are ranked by the attention that the last token of the prompt pays them, the mean over
-heads in the layer before; so many of them go on, all others too, with the positions that they had. The caches of later layers
-hold what went on. The paper leaves out tokens of images; in a text any span can be given, such as a document before a question.
+After `layer` layers the tokens in `place` are ranked by their attention from the last token of the prompt, averaged
+over the heads of the previous layer; a share of them is kept, and all other tokens too, with their original positions.
+The caches of later layers hold the kept tokens. The paper drops tokens of images; in a text any span can be given, such
+as a document before a question.
 
-Models: causal language models of transformers with layers as Llama's (also inside models for images and text, whose language
-model is given). Rows of a batch keep their own tokens, as many each; padding in front is never chosen.
+Models: causal language models of transformers with layers like Llama's (also the language model inside a
+vision-language model, if it is passed itself). Each row of a batch keeps its own tokens, the same number in each; left
+padding is never chosen.
 """
 
 from __future__ import annotations
@@ -37,13 +39,13 @@ KNOWN = "causal language models of transformers with layers as Llama's"
 
 @dataclass
 class FewerTokens:
-    """FastV at work.
+    """FastV's settings and state while it is active.
 
     Attributes:
-        keep: share of the tokens in `place` that go on.
-        layer: layers that see all tokens, 1 or more.
-        place: of the tokens that may go.
-        places: (B, M) which tokens of the last prompt went on; None before one.
+        keep: share of the tokens in `place` to keep.
+        layer: number of layers that see all tokens, 1 or more.
+        place: range of the tokens that may be dropped.
+        places: (B, M) tokens of the last prompt that were kept; None before the first prompt.
     """
 
     keep: float
@@ -54,10 +56,10 @@ class FewerTokens:
     _length: int = field(default=0, repr=False)
 
     def choose(self, scores: Float[Tensor, "b n"]) -> Int[Tensor, "b m"]:
-        """Which tokens go on, in their order; of those with equal scores the first.
+        """The tokens to keep, in order; of tokens with equal scores the first.
 
         Args:
-            scores: attention of the last token to each; the last is its own.
+            scores: attention from the last token to each token, including itself at the end.
         """
         n = scores.shape[1]
         may_go = torch.zeros(n, dtype=torch.bool, device=scores.device)
@@ -68,7 +70,7 @@ class FewerTokens:
         return order[:, :count].sort(1).values
 
     def columns(self, mask: Tensor) -> Tensor:
-        """A mask (B, 1, M, N) of the keys that later layers hold: what went on, and what came after the prompt."""
+        """Restrict a mask (B, 1, M, N) to the keys in later layers: kept tokens, and tokens after the prompt."""
         assert self.places is not None
         later = torch.arange(self._length, mask.shape[3], device=mask.device).expand(len(self.places), -1)
         kept = torch.cat([self.places, later], 1)[:, None, None]
@@ -78,16 +80,16 @@ class FewerTokens:
 
 @contextmanager
 def fewer_tokens(model: nn.Module, *, keep: float, place: slice = slice(None), layer: int = 2) -> Iterator[FewerTokens]:
-    """Let a model's later layers read fewer tokens of its prompts, for as long as a block of code runs.
+    """Let a model's later layers read fewer tokens of its prompts, within the context.
 
     Args:
-        model: see the module. What it returns has as many rows of logits as tokens went on, the last one's last.
-        keep: share of the tokens of `place` that go on, above 0 and at most 1.
-        place: tokens of a prompt that may go; all but the last when not given.
-        layer: layers that see all, 1 or more and fewer than the model has.
+        model: see the module. It returns one row of logits per kept token, the last token's at the end.
+        keep: share of the tokens in `place` to keep, above 0 and at most 1.
+        place: tokens of a prompt that may be dropped; by default all but the last.
+        layer: number of layers that see all tokens, 1 or more and fewer than the model has.
 
     Raises:
-        Unsupported: for other models, and numbers outside.
+        Unsupported: for other models, and values out of range.
     """
     check_share(keep)
     at_least("layer", layer, 1)
@@ -121,7 +123,7 @@ def _layers(model: Any) -> list[Any]:
 
 
 def _looking(fast: FewerTokens) -> Any:
-    """What the last token of a prompt looks at, in the layer before."""
+    """Record the attention from the last token of a prompt, in the previous layer."""
 
     @torch.no_grad()
     def look(attention: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -149,7 +151,7 @@ def _looking(fast: FewerTokens) -> Any:
 
 
 def _leaving(fast: FewerTokens, *, first: bool) -> Any:
-    """A layer that reads what went on."""
+    """Make a layer read only the kept tokens."""
 
     def leave(
         layer: Any, given: tuple[Any, ...], named: dict[str, Any]

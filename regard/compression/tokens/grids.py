@@ -1,24 +1,24 @@
-r"""Token merging for diffusion: tokens of a grid are merged before a module reads them, and its output is spread to all again.
+r"""Token merging for diffusion: grid tokens are merged before a module, and its output is spread to all tokens again.
 
 ::
 
     merged = match_on_grid(x, (32, 32), ratio=0.5)               # where each token of x (B, 1024, C) goes
-    y = merged.unmerge(attention(merged.merge(x)))               # attention of 512 tokens
+    y = merged.unmerge(attention(merged.merge(x)))               # attention over 512 tokens
 
     with merge_on_grid(model, (32, 32), ratio=0.5) as merging:   # the same around the attention of every block of a model
         y = model(x)
-    merging.undo()                                               # what the end of the with block does
+    merging.undo()                                               # also done at the end of the with block
 
-Bolya & Hoffman, arXiv 2303.17604. In each cell of 2 x 2 tokens one is a destination, drawn at random; of all others those
-r = ratio N that are most similar to a destination, by the cosine of the hidden states x, are averaged into it. The module
-then reads N - r tokens, and every token gets the output of the one that it is in; what is added to, the residual, keeps all N.
-At most all tokens that are no destinations are merged. The draws are the same for all rows of a batch, so that both halves of
-classifier-free guidance have the same destinations; in a batch of an odd number of rows, and with `random` False, a cell's
-destination is its upper left token.
+Bolya & Hoffman, arXiv 2303.17604. In each cell of 2 x 2 tokens one is a destination, chosen at random; of all other
+tokens, the r = ratio N that are most similar to a destination, by the cosine of the hidden states x, are averaged into
+it. The module then reads N - r tokens, and every token gets the output of the merged token that it is part of; the
+residual branch keeps all N. At most, all tokens that are not destinations are merged. The destinations are the same for
+all rows of a batch, so that both halves of classifier-free guidance share them; in a batch with an odd number of rows,
+and with `random` False, the destination is the upper left token of each cell.
 
-A merged token counts once in attention, as published; `proportional=True` in :func:`merge_on_grid` counts it as often as
-the tokens it stands for, log(size) being added to the scores of its key (arXiv 2210.09461, section 3.2), where the module is
-a layer of this project with softmax attention or torch's `MultiheadAttention`.
+A merged token counts once in attention, as published; with `proportional=True` in :func:`merge_on_grid` it counts as
+often as the tokens that it stands for, by adding log(size) to the scores of its key (arXiv 2210.09461, section 3.2), if
+the module is a layer of this project with softmax attention or torch's `MultiheadAttention`.
 """
 
 from __future__ import annotations
@@ -46,30 +46,30 @@ PARTS: dict[str, tuple[str, ...]] = {
     "cross": ("multihead_attn", "attn2"),
     "feed_forward": ("feed_forward", "ff", "mlp"),
 }
-"""How blocks here, in torch, timm, diffusers and latent-diffusion name their parts. A block is what has an ``attention``."""
+"""Names of parts of blocks here, in torch, timm, diffusers and latent-diffusion. Only blocks have an ``attention``."""
 
 
 @dataclass(frozen=True)
 class GridMerge:
-    """Where tokens go.
+    """A merge of the tokens of a grid.
 
     Attributes:
-        places: the merged token in which each token is (B, N); destinations and others keep their order.
-        sizes: how many tokens each merged one stands for (B, M).
+        places: the merged token that each token is part of (B, N); merged tokens stay in order.
+        sizes: number of tokens that each merged one stands for (B, M).
     """
 
     places: Int[Tensor, "b n"]
     sizes: Int[Tensor, "b m"]
 
     def merge(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b m c"]:
-        """The mean of each group."""
+        """Average the tokens of each group."""
         batch, _, width = x.shape
         total = torch.zeros(batch, self.sizes.shape[1], width, dtype=wide(x).dtype, device=x.device)
         total = total.scatter_add(1, self.places[..., None].expand(-1, -1, width), wide(x))
         return (total / self.sizes[..., None]).to(x.dtype)
 
     def unmerge(self, y: Float[Tensor, "b m c"]) -> Float[Tensor, "b n c"]:
-        """Every token as the one that it is in."""
+        """Give every token the output of its merged token."""
         return y.gather(1, self.places[..., None].expand(-1, -1, y.shape[2]))
 
 
@@ -83,18 +83,18 @@ def match_on_grid(
     random: bool = True,
     generator: torch.Generator | None = None,
 ) -> GridMerge | None:
-    """Which tokens are merged; None where none is.
+    """Choose the tokens to merge; None if none are merged.
 
     Args:
-        x: hidden states of a grid, row by row.
+        x: hidden states of a grid, in row-major order.
         grid: rows and columns.
-        ratio: share of all tokens that go.
-        cell: rows and columns of a cell; where cells do not cover the grid, what is left has no destination.
+        ratio: share of all tokens to remove.
+        cell: rows and columns of a cell; where cells do not cover the grid, the remainder has no destination.
         random: see the module.
-        generator: of the draws, on any device.
+        generator: source of random draws, on any device.
 
     Raises:
-        Unsupported: for tokens that are no such grid, and a ratio or cells that cannot be.
+        Unsupported: for tokens that do not form such a grid, and for invalid ratios or cells.
     """
     _check(ratio, cell, grid)
     batch, n, _ = x.shape
@@ -136,7 +136,7 @@ def _check(ratio: float, cell: tuple[int, int], grid: tuple[int, int]) -> None:
 
 
 class GridMerging:
-    """Merging at work in a model; made by :func:`merge_on_grid`, of which it has the arguments."""
+    """Merging that is active in a model; created by :func:`merge_on_grid`, with its arguments."""
 
     def __init__(self, grid: tuple[int, int], levels: int, proportional: bool, options: dict[str, Any]) -> None:
         self.grid, self.levels, self.proportional, self.options = grid, levels, proportional, options
@@ -145,12 +145,12 @@ class GridMerging:
 
     @property
     def merges(self) -> list[GridMerge | None]:
-        """The merge of each block in this thread's calls since the last one of the first block; None where nothing was
+        """The merge of each block in this thread's calls, since the first block last ran; None where nothing was
         merged."""
         return list(getattr(self._run, "merges", []))
 
     def undo(self) -> None:
-        """Leave the model as it was."""
+        """Restore the model."""
         while self._undo:
             self._undo.pop()()
 
@@ -161,7 +161,7 @@ class GridMerging:
         self.undo()
 
     def enter(self, block: nn.Module, number: int, parts: Sequence[tuple[str, nn.Module, nn.Module]]) -> None:
-        """Merge around parts of a block, of each the module that reads tokens and the one that gives them."""
+        """Merge around parts of a block, each given by the module that reads tokens and the one that returns them."""
         transposed = not getattr(getattr(block, "self_attn", None), "batch_first", True)
 
         def match(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -175,7 +175,7 @@ class GridMerging:
             self._keep(gives.register_forward_hook(around.after))
 
     def now(self) -> GridMerge | None:
-        """The merging of the block that is at work in this thread."""
+        """The merge of the block that is running in this thread."""
         return (self.merges or [None])[-1]
 
     def _keep(self, handle: Any) -> None:
@@ -198,7 +198,7 @@ class GridMerging:
 
 @dataclass(frozen=True)
 class _Around:
-    """Hooks of a part of a block."""
+    """Hooks for a part of a block."""
 
     merging: GridMerging
     kind: str
@@ -214,7 +214,7 @@ class _Around:
                 raise Unsupported(f"{name} in a model that merges tokens of a grid", supported="whole grids")
         x, *others = given
         smaller = self._merge(found, x)
-        # torch's own attention gets its queries as its keys and values too
+        # torch's own attention gets its queries as keys and values too
         given = (smaller, *(smaller if other is x else other for other in others))
         named = {name: smaller if value is x else value for name, value in named.items()}
         context = named.get("context")
@@ -241,7 +241,7 @@ class _Around:
         return found.unmerge(y.transpose(0, 1)).transpose(0, 1) if self.transposed else found.unmerge(y)
 
     def _context(self, found: GridMerge, context: Context) -> Context:
-        """Without the grid, which is no more."""
+        """Drop the grid from the context, since merged tokens no longer form one."""
         for name in ("mask", "positions", "roles"):
             if getattr(context, name) is not None:
                 raise Unsupported(f"{name} in a model that merges tokens of a grid", supported="whole grids")
@@ -274,22 +274,23 @@ def merge_on_grid(
     proportional: bool = False,
     generator: torch.Generator | None = None,
 ) -> GridMerging:
-    """Merge tokens around parts of every block of a model, in place, until :meth:`GridMerging.undo` or the end of a with block.
+    """Merge tokens around parts of every block, in place, until :meth:`GridMerging.undo` or the end of a with block.
 
     Args:
-        model: a block, or what holds blocks: of this project, torch's `TransformerEncoderLayer` and `TransformerDecoderLayer`,
-            and others whose modules are called as in `PARTS`. All tokens of their first input lie on the grid.
+        model: a block, or a module that contains blocks: of this project, torch's `TransformerEncoderLayer` and
+            `TransformerDecoderLayer`, and others whose modules are named as in `PARTS`. All tokens of their first input
+            must form the grid.
         grid: rows and columns at the first level.
-        ratio: share of the tokens that go.
-        parts: of each block: ``attention`` (to itself), ``cross`` (the queries of attention to something else), and
+        ratio: share of the tokens to remove.
+        parts: parts of each block: ``attention`` (self-attention), ``cross`` (the queries of cross-attention), and
             ``feed_forward``.
-        levels: merge where the grid has been made smaller at most by this factor; 1 is the full grid alone.
+        levels: merge where the grid has been downsampled at most by this factor; 1 is only the full grid.
         cell, random, generator: as in :func:`match_on_grid`.
         proportional: see the module.
 
     Raises:
-        Unsupported: for a model without blocks, one that merges already, and layers that need each token in its place; nothing
-            is changed then.
+        Unsupported: for a model without blocks, a model that merges already, and layers that need each token in its
+            place; nothing is changed then.
     """
     _check(ratio, cell, grid)
     at_least("levels", levels, 1)
@@ -298,7 +299,7 @@ def merge_on_grid(
         raise Unsupported(f"parts={list(parts)}", supported=", ".join(PARTS), nearest="parts=['attention']")
     found = [block for block in model.modules() if _part(block, "attention") is not None]
     inner = {id(m) for block in found for kind in PARTS if (part := _part(block, kind)) for m in part.modules()}
-    found = [block for block in found if id(block) not in inner]  # a wrapper's layer is no block of its own
+    found = [block for block in found if id(block) not in inner]  # a wrapped layer is not a block of its own
     if not found:
         names = ", ".join(PARTS["attention"])
         raise Unsupported(
@@ -323,7 +324,7 @@ def _part(block: nn.Module, kind: str) -> nn.Module | None:
 
 
 def _ends(block: nn.Module, kind: str) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """The modules of a part that read tokens and give them."""
+    """The modules of a part that read tokens and return them."""
     if kind == "feed_forward" and isinstance(block, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
         yield kind, block.linear1, block.linear2
         return
@@ -337,7 +338,7 @@ def _is_softmax(module: nn.Module | None) -> bool:
 
 
 def _check_mixes(module: nn.Module | None) -> None:
-    """Raise Unsupported for a layer here that needs each token in its place."""
+    """Raise Unsupported for a layer of this project that needs each token in its place."""
     card = getattr(module, "card", None)
     scheme = getattr(getattr(module, "positions", None), "name", "none")
     placed = (

@@ -1,4 +1,4 @@
-"""Vision transformers whose blocks give on fewer tokens: those of this project, and timm's."""
+"""Vision transformers whose blocks output fewer tokens: those of this project, and timm's."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ METRICS = ("keys", "queries", "tokens")
 
 
 class Reduction:
-    """A method at work in a model; made by :func:`reduce_tokens`.
+    """A method that is active in a model; created by :func:`reduce_tokens`.
 
     Args:
         method: one of `METHODS`.
-        removed: for each block, how many of so many patches go.
-        proportional: whether a token that stands for several counts so often in attention.
+        removed: for each block, a function from the number of patches to how many of them to remove.
+        proportional: whether a token that stands for several counts that many times in attention.
         metric: one of `METRICS`.
-        generator: of the draws of a method.
+        generator: source of a method's random draws.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class Reduction:
 
     @property
     def tokens(self) -> Tokens:
-        """The tokens after the last block of this thread's last call: their sizes, and the place of each first one."""
+        """The tokens after the last block of this thread's last call: their sizes, and each initial token's place."""
         return self._run.tokens
 
     @property
     def counts(self) -> list[int]:
-        """Tokens after each block of this thread's last call, class tokens included."""
+        """Number of tokens after each block of this thread's last call, including class tokens."""
         return list(self._run.counts)
 
     def change(
@@ -65,27 +65,27 @@ class Reduction:
         keep: float | None = None,
         blocks: Sequence[int] | None = None,
     ) -> None:
-        """Another schedule from the next call on, such as a share that falls in training; see :func:`reduce_tokens`."""
+        """Change the schedule from the next call on, as when a share falls in training; see :func:`reduce_tokens`."""
         self.removed = removals(len(self.removed), remove, keep, blocks)
 
     def undo(self) -> None:
-        """Give the model its own blocks again."""
+        """Restore the model's own blocks."""
         while self._undo:
             self._undo.pop()()
 
     def begin(self, block: int, x: Float[Tensor, "b n c"], protected: int) -> Tokens:
-        """The tokens that come to a block."""
+        """The tokens that enter a block."""
         if block == 0:
             self._run.tokens, self._run.counts = Tokens.begin(x, protected), []
         return self._run.tokens
 
     def bias(self, tokens: Tokens) -> Float[Tensor, "b 1 1 n"] | None:
-        """What is added to the scores of each key; None where all tokens stand for themselves."""
+        """The bias on the scores of each key; None if all tokens stand for themselves."""
         same = tokens.x.shape[1] == tokens.places.shape[1]
         return None if same or not self.proportional else tokens.sizes.log()[:, None, None]
 
     def after(self, block: int, tokens: Tokens, x: Float[Tensor, "b n c"], evidence: Callable[[], Evidence]) -> Tokens:
-        """The tokens `x` that come out of a block's attention, perhaps fewer."""
+        """The tokens `x` after a block's attention, possibly reduced."""
         moved = Tokens(x, tokens.sizes, tokens.places, tokens.protected)
         remove = self.removed[block](x.shape[1] - tokens.protected)
         if remove > 0:
@@ -106,21 +106,24 @@ def reduce_tokens(
     metric: str = "keys",
     generator: torch.Generator | None = None,
 ) -> Reduction:
-    """Let a model's blocks give on fewer tokens, in place; nothing is trained.
+    """Make a model's blocks output fewer tokens, in place and without training.
 
     Args:
-        model: one of `HOSTS`; its last call must not be going on in another thread.
+        model: one of `HOSTS`; it must not be running in another thread.
         method: one of :data:`regard.compression.tokens.reducers.METHODS`.
-        remove: patches that go after the attention of each block; a list has one number a block. A pair of a number r and
-            an inflection i in [-1, 1] (a float) is a line from r (1 - i) in the first block to r (1 + i) in the last.
-        keep: instead of `remove`, the share of patches that stay at each of `blocks`, rounded up.
-        blocks: numbers of the blocks, from 0, at which `keep` counts; a quarter, half and three quarters through when None.
-        proportional: see the module; as Token Merging is defined when None: there, and not in the others.
-        metric: by what merged tokens are similar: ``keys``, ``queries``, or ``tokens``, the vectors themselves.
-        generator: of the draws of a method.
+        remove: patches to remove after the attention of each block; a list has one number per block. A pair of a number
+            r and an inflection i in [-1, 1] (a float) is a line from r (1 - i) in the first block to r (1 + i) in the
+            last.
+        keep: instead of `remove`, the share of patches to keep at each of `blocks`, rounded up.
+        blocks: numbers of the blocks, from 0, at which `keep` applies; at a quarter, half and three quarters of the
+            depth when None.
+        proportional: see the module; when None, True for Token Merging, which is defined so, and False for the others.
+        metric: what the similarity of merged tokens is computed from: ``keys``, ``queries``, or ``tokens``, the vectors
+            themselves.
+        generator: source of a method's random draws.
 
     Raises:
-        Unsupported: for a model, method or schedule that is not known, and a model that is reduced already; nothing is
+        Unsupported: for an unsupported model, method or schedule, and a model that is reduced already; nothing is
             changed then.
     """
     one_of("method", method, METHODS)
@@ -138,7 +141,7 @@ def reduce_tokens(
 
 
 def blocks_of(model: nn.Module) -> tuple[list[Any], int]:
-    """The blocks of a host, and its class tokens; raises Unsupported for another model."""
+    """The blocks of a host, and its number of class tokens; raises Unsupported for other models."""
     timm = sys.modules.get("timm.models.vision_transformer")
     if isinstance(model, VisionTransformer):
         blocks: list[Any] = list(model.blocks)
@@ -161,7 +164,7 @@ def blocks_of(model: nn.Module) -> tuple[list[Any], int]:
 
 
 class ReducedBlock(VisionBlock):
-    """A block of :class:`regard.models.vision.vit.VisionTransformer` that gives on fewer tokens."""
+    """A block of :class:`regard.models.vision.vit.VisionTransformer` that outputs fewer tokens."""
 
     reduction: Reduction
     number: int
@@ -197,11 +200,11 @@ class ReducedBlock(VisionBlock):
 
 @functools.cache
 def _reduced_timm_block() -> type[nn.Module]:
-    """A subclass of timm's `Block` that gives on fewer tokens."""
+    """A subclass of timm's `Block` that outputs fewer tokens."""
     block_class: Any = sys.modules["timm.models.vision_transformer"].Block
 
     class ReducedTimmBlock(block_class):
-        """A block of timm's `VisionTransformer` that gives on fewer tokens."""
+        """A block of timm's `VisionTransformer` that outputs fewer tokens."""
 
         def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
             if attn_mask is not None:
@@ -232,7 +235,7 @@ def _evidence(
     x: Float[Tensor, "b n c"],
     bias: Float[Tensor, "b 1 1 n"] | None,
 ) -> Evidence:
-    """Only the class token's row of the attention is computed."""
+    """The evidence of a layer; only the class token's row of the attention is computed."""
     scores = query[:, :, :1] @ key.mT * query.shape[-1] ** -0.5
     scores = scores if bias is None else scores + bias
     metric = x if reduction.metric == "tokens" else (key if reduction.metric == "keys" else query).mean(1)
@@ -240,7 +243,7 @@ def _evidence(
 
 
 def _enter(block: Any, reduction: Reduction, number: int, protected: int) -> Callable[[], None]:
-    """Make a block one that gives on fewer tokens; returns what makes it its old self."""
+    """Turn a block into one that outputs fewer tokens; return a function that restores it."""
     before = type(block)
     block.__class__ = ReducedBlock if isinstance(block, VisionBlock) else _reduced_timm_block()
     block.reduction, block.number, block.protected = reduction, number, protected

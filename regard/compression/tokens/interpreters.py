@@ -1,25 +1,25 @@
-r"""IA-RED²: small policies that decide, image by image, which patches a vision transformer goes on with.
+r"""IA-RED²: small policies decide for each image which patches a vision transformer keeps.
 
-Pan et al., arXiv 2106.12620. The blocks are cut into groups; before group i an interpreter scores the tokens x (B, N, C) that
-are still there, with the class token at place 0 and the mask m of those that are left:
+Pan et al., arXiv 2106.12620. The blocks are divided into groups; before group i an interpreter scores the tokens x (B,
+N, C) that are still kept, with the class token at position 0 and m the mask of kept tokens:
 
     x' = LN(x * m),   q = W_q x'_0 + b_q,   k_j = W_k x'_j + b_k      (W_q of a learned policy token, with `query="policy"`)
     p_j = m_j mean_h sigmoid(q_h . k_jh / sqrt(d))
 
-A patch stays where p_j > `threshold` (or by a draw with probability p_j, in training); the class token always does, and what
-has gone does not come back. Policies learn by REINFORCE with the greedy decision û as the baseline: with c(u) the share of
-tokens that stays,
+A patch stays if p_j > `threshold` (in training, also by a draw with probability p_j); the class token always stays, and
+removed tokens do not come back. Policies learn by REINFORCE with the greedy decision û as the baseline: with c(u) the
+share of tokens that stays,
 
     R(u) = b_i (1 - c(u)^2) where the class is right, -tau where it is wrong
     loss = -(R(u) - R(û)) log pi(u),   pi(u) = prod over the patches alive of p_j^u_j (1 - p_j)^(1 - u_j)
 
-b_i, the share of the blocks that group i and those after it have, is the released code's ``benefit``, whose use in training
-was not published; ``error_penalty`` is tau. The curriculum (:func:`train_interpreters`) goes group by group: first the policy
-with everything else frozen, then the blocks from that group on, under the decisions so far.
+b_i, the share of the blocks in group i and later groups, is the released code's ``benefit``, whose use in training
+was not published; ``error_penalty`` is tau. The curriculum (:func:`train_interpreters`) goes group by group: first the
+policy with everything else frozen, then the blocks from that group on, under the decisions so far.
 
-In use tokens are really left out: each row is gathered to those that stay, padded to the longest row of the batch
-(:meth:`InterpretedTransformer.forward`). :meth:`InterpretedTransformer.forward_masked` computes all of them under masks, as the
-paper's training does; both give the same logits.
+At inference tokens are really removed: each row is gathered to its kept tokens, padded to the longest row of the batch
+(:meth:`InterpretedTransformer.forward`). :meth:`InterpretedTransformer.forward_masked` computes all of them under
+masks, as in the paper's training; both give the same logits.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 QUERIES = ("class", "policy")
 SURE = 1e-6
-"""Probabilities stay so far from 0 and 1 in the logarithm."""
+"""Distance from 0 and 1 at which probabilities are clamped before the logarithm."""
 
 
 class Interpreter(nn.Module):
@@ -54,7 +54,7 @@ class Interpreter(nn.Module):
 
     Args:
         dim: width of the tokens.
-        num_heads: of which the scores are a mean.
+        num_heads: number of heads that the scores are averaged over.
         query: ``class``, the class token, or ``policy``, a learned token.
     """
 
@@ -71,7 +71,7 @@ class Interpreter(nn.Module):
             nn.init.trunc_normal_(self.policy, std=0.02)
 
     def forward(self, x: Float[Tensor, "b n c"], alive: Bool[Tensor, "b n"]) -> Float[Tensor, "b n"]:
-        """In (0, 1) for tokens that are alive, 0 for the others."""
+        """Keep probabilities: in (0, 1) for live tokens, 0 for the others."""
         x = self.norm(torch.where(alive[..., None], x, 0))
         asking = x[:, :1] if self.policy is None else self.policy.to(x.dtype).expand(len(x), 1, -1)
         query, key = (
@@ -83,12 +83,12 @@ class Interpreter(nn.Module):
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided before a group.
+    """The decision before a group.
 
     Attributes:
-        scores: p (B, N), 0 where a token had gone before.
-        stays: u (B, N); the first token always does.
-        alive: those that there were.
+        scores: p (B, N), 0 for tokens that were removed before.
+        stays: u (B, N); always True for the first token.
+        alive: mask of the tokens that were left before the decision.
     """
 
     scores: Float[Tensor, "b n"]
@@ -97,7 +97,7 @@ class Decision:
 
     @property
     def share(self) -> Float[Tensor, " b"]:
-        """c, of all tokens, the class token included."""
+        """c, as a share of all tokens, including the class token."""
         return self.stays.to(self.scores.dtype).mean(1)
 
     @property
@@ -112,14 +112,14 @@ class InterpretedTransformer(nn.Module):
     """A vision transformer with an interpreter before each group of its blocks.
 
     Args:
-        model: :class:`regard.models.vision.vit.VisionTransformer` of softmax attention with one class token; it is shared,
-            not copied.
-        groups: blocks of each group, or the number of equal groups.
-        query: of the interpreters, see :class:`Interpreter`.
-        threshold: above which a patch stays; more of them leave as it rises. It may be changed at any time.
+        model: :class:`regard.models.vision.vit.VisionTransformer` with softmax attention and one class token; it is
+            shared, not copied.
+        groups: number of blocks in each group, or the number of equal groups.
+        query: query of the interpreters, see :class:`Interpreter`.
+        threshold: score above which a patch stays; a higher threshold removes more. It may be changed at any time.
 
     Raises:
-        Unsupported: for another model, and groups that are not its blocks.
+        Unsupported: for other models, and for groups that do not match its blocks.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class InterpretedTransformer(nn.Module):
 
     @property
     def benefits(self) -> list[float]:
-        """Share of the blocks from each group on."""
+        """The share of the blocks in each group and later groups."""
         return [sum(self.sizes[i:]) / sum(self.sizes) for i in range(len(self.sizes))]
 
     def group(self, number: int) -> list[VisionBlock]:
@@ -154,7 +154,7 @@ class InterpretedTransformer(nn.Module):
         return list(self.model.blocks[first : first + self.sizes[number]])  # type: ignore[arg-type]
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-        """Logits; tokens that do not stay are left out before each group."""
+        """Logits; tokens that are not kept are removed before each group."""
         x = self._embedded(images)
         alive = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         for number in range(len(self.sizes)):
@@ -180,10 +180,10 @@ class InterpretedTransformer(nn.Module):
 
         Args:
             images: (B, C, H, W).
-            groups: that decide, the first so many; later ones keep what those left. All when None.
-            sampled: the one that draws its decision; the others are greedy.
-            stays: for each group that decides, the tokens that stay, instead of what its interpreter says.
-            generator: of the draws.
+            groups: the number of groups, from the first, that decide; later ones use the last decision. All when None.
+            sampled: the group that draws its decision at random; the others are greedy.
+            stays: for each deciding group, the tokens that stay, overriding its interpreter.
+            generator: source of random draws.
         """
         x = self._embedded(images)
         alive, decisions = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), []
@@ -205,7 +205,7 @@ class InterpretedTransformer(nn.Module):
         sampled: bool = False,
         generator: torch.Generator | None = None,
     ) -> Decision:
-        """The decision before a group: greedy, or drawn."""
+        """The decision before a group: greedy, or sampled."""
         scores = self.interpreters[number](x, alive)
         if sampled:
             level = torch.rand(scores.shape, generator=generator, device=scores.device, dtype=scores.dtype)
@@ -215,12 +215,12 @@ class InterpretedTransformer(nn.Module):
         return Decision(scores, torch.cat([torch.ones_like(stays[:, :1]), stays[:, 1:]], 1), alive)
 
     def heat_map(self, images: Float[Tensor, "b c h w"], group: int = 1) -> Float[Tensor, "b rows columns"]:
-        """Scores of the patches before a group, at their places; 0 where a patch had gone before."""
+        """Scores of the patches before a group, at their grid positions; 0 for patches that were removed before."""
         _, decisions = self.forward_masked(images, groups=group + 1)
         return decisions[group].scores[:, 1:].unflatten(1, self.model.config.grid)
 
     def usage(self, decisions: Sequence[Decision]) -> Float[Tensor, " b"]:
-        """Share of the blocks' work that is left, without the part of attention that grows with the square."""
+        """The share of the blocks' work that is left, ignoring the quadratic part of attention."""
         saved = [(1 - made.share) * size / sum(self.sizes) for made, size in zip(decisions, self.sizes, strict=False)]
         return 1 - torch.stack(saved).sum(0)
 
@@ -253,8 +253,8 @@ def policy_loss(
     error_penalty: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> tuple[Float[Tensor, ""], list[Decision]]:
-    """REINFORCE for the interpreter of a group, with the greedy decision as the baseline: mean over the images, and what was
-    decided greedily."""
+    """REINFORCE loss for the interpreter of a group, with the greedy decision as the baseline, averaged over the
+    images; also returns the greedy decisions."""
     with torch.no_grad():
         logits, greedy = model.forward_masked(images, groups=group + 1)
     drawn_logits, drawn = model.forward_masked(images, groups=group + 1, sampled=group, generator=generator)
@@ -268,7 +268,7 @@ def policy_loss(
 
 @dataclass(frozen=True)
 class Step:
-    """A step of :func:`train_interpreters`: ``policy`` or ``blocks`` of a group, its loss, and the share of work left."""
+    """A step of :func:`train_interpreters`: ``policy`` or ``blocks`` of a group, its loss, and the work left."""
 
     group: int
     part: str
@@ -290,19 +290,19 @@ def train_interpreters(
     checkpoint_every: int = 100,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> None:
-    """The paper's curriculum, in place: for each group its policy, then the blocks from there on.
+    """The paper's curriculum, in place: for each group its policy, then the blocks from that group on.
 
-    The same call goes on from `checkpoint`, where an earlier one was stopped, to the same weights.
+    The same call resumes from `checkpoint`, where an earlier one was stopped, and ends with the same weights.
 
     Args:
-        model: around a trained vision transformer.
+        model: built around a trained vision transformer.
         batches: images and classes of each step, counted from 0.
-        policy_steps, block_steps: of each group.
-        policy_rate, block_rate: of Adam; the paper's were not published.
-        error_penalty: tau; smaller leaves out more and is wrong more often.
-        seed: of the draws.
-        checkpoint, checkpoint_every: a file, and the steps between two savings.
-        on_step: told each step.
+        policy_steps, block_steps: number of steps for each group.
+        policy_rate, block_rate: Adam's learning rates; the paper's were not published.
+        error_penalty: tau; a smaller value removes more tokens, at more errors.
+        seed: seed of random draws.
+        checkpoint, checkpoint_every: a file, and the number of steps between saves.
+        on_step: called after each step.
 
     Raises:
         Unsupported: for a checkpoint of another run, and a loss that is not finite.

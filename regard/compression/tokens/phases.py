@@ -1,4 +1,4 @@
-"""Training in phases, each of its own parameters and loss, which goes on where it was stopped."""
+"""Training in phases, each with its own parameters and loss, that can be resumed."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from regard.training.loop import step_seed
 from regard.training.optimizer import scheduled_rate
 
 Batches = Callable[[int], tuple[Tensor, Tensor]]
-"""Images and classes of a step; the same whenever it is asked for the same step."""
+"""Returns the images and classes of a step; always the same for the same step."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps that train some parameters.
+    """Steps that train some of the parameters.
 
     Attributes:
-        name: for errors, and to know a checkpoint by.
-        groups: parameters, each with Adam's rate.
-        steps: how many.
-        loss: of images and classes, and numbers to tell beside it. What it draws, it draws from torch's own source.
-        schedule: of the rates: ``constant`` or ``cosine``.
+        name: for errors, and to identify a checkpoint.
+        groups: parameters, each group with Adam's learning rate.
+        steps: number of steps.
+        loss: from images and classes, returns the loss and numbers to report. Random draws must use torch's global
+            generator.
+        schedule: learning-rate schedule: ``constant`` or ``cosine``.
     """
 
     name: str
@@ -54,17 +55,18 @@ def run_phases(
 ) -> None:
     """Run phases one after another, in place, in the mode (training or evaluation) that the model is in.
 
-    Everything random in a step is drawn from the seed and the number of the step, so that a run that goes on from its
-    checkpoint ends as one that was never stopped.
+    Everything random in a step is drawn from the seed and the number of the step, so that a resumed run ends with the
+    same result as one that was never stopped.
 
     Args:
-        model: what the checkpoint holds; it has all parameters of the phases.
-        batches: of each step, counted through all phases.
-        settings: what else the losses depend on, as JSON could say it: a checkpoint of other settings is refused.
-        seed: of the draws.
-        checkpoint: file to save to, and to go on from where it exists.
-        checkpoint_every: steps between two savings.
-        on_step: told the number of the phase, the step in it, its loss, and what the phase tells.
+        model: saved in the checkpoint; it has all parameters of the phases.
+        batches: returns the batch of each step, counted through all phases.
+        settings: everything else that the losses depend on, as JSON values: a checkpoint with other settings is
+            refused.
+        seed: seed of random draws.
+        checkpoint: file to save to, and to resume from if it exists.
+        checkpoint_every: number of steps between saves.
+        on_step: called with the number of the phase, the step in it, its loss, and the numbers that the phase reports.
 
     Raises:
         Unsupported: for a checkpoint of another run, and a loss that is not finite (the weights are then those before).
@@ -119,7 +121,7 @@ def run_phases(
 
 
 def _differentiate(loss: Tensor, phase: Phase) -> None:
-    """Gradients of the phase's parameters, and of no others."""
+    """Compute gradients of the phase's parameters only."""
     if not math.isfinite(loss.item()):
         raise Unsupported(f"a loss of {phase.name} that is not finite", supported="a smaller rate")
     parameters = [parameter for group, _ in phase.groups for parameter in group]
@@ -129,7 +131,7 @@ def _differentiate(loss: Tensor, phase: Phase) -> None:
 
 
 def _place(path: Path | None, found: Checkpoint, run: Mapping[str, Any]) -> tuple[int, int]:
-    """Phase and step that a checkpoint goes on with; raises Unsupported where it is one of another run."""
+    """The phase and step at which a checkpoint resumes; raises Unsupported for a checkpoint of another run."""
     assert path is not None
     try:
         before, place = found.record["run"], (int(found.record["phase"]), int(found.record["step"]))

@@ -1,17 +1,18 @@
-"""PruMerge (arXiv 2403.15388): the tokens of an image that a language model is given, fewer where an image has less to tell.
+"""PruMerge (arXiv 2403.15388): image tokens for a language model, fewer for images with less to say.
 
 ::
 
     for image in encode_fewer(vit, images, plus=True):       # a timm VisionTransformer
-        image.tokens, image.places                          # (K, C) and which patch each stands on
+        image.tokens, image.places                          # (K, C) and the patch that each belongs to
 
-From the features before the last block, and that block's queries and keys: with a_j the attention of the class token to patch j
-over all channels as one head, those patches stay whose a_j is an outlier above the others (above Q3 + 1.5 IQR); each takes up its
-nearest others, x_i + sum_j a_j x_j over the patches whose keys are most like its own; one more token is sum_j a_j x_j over those
-that went. How many stay is each image's own. PruMerge+ keeps an even grid too, every floor(floor(N / kept) / 3)th patch.
+It uses the features before the last block, and that block's queries and keys: with a_j the attention of the class token
+to patch j over all channels as one head, the patches are kept whose a_j is an upper outlier (above Q3 + 1.5 IQR); each
+absorbs its nearest neighbours, x_i + sum_j a_j x_j over the patches with the most similar keys; one more token is sum_j
+a_j x_j over the dropped patches. The number of kept patches depends on the image. PruMerge+ also keeps an even grid,
+every floor(floor(N / kept) / 3)th patch.
 
-Deviations from the official code, which takes the scores of a batch together, so that an image's tokens depend on the others in
-it, and fails where no patch is an outlier: here the one with the most attention stays then.
+Deviations: the official code pools the scores of a batch, so that an image's tokens depend on the other images in
+it, and fails if no patch is an outlier; here images are separate, and the patch with the most attention is kept then.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ FENCE = 1.5
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """What stays of an image.
+    """The tokens that are left of an image.
 
     Attributes:
-        tokens: (K + 1, C); the last stands for all patches that went.
-        places: (K,) the patch that each of the others stands on, in their order.
+        tokens: (K + 1, C); the last one stands for all dropped patches.
+        places: (K,) the patch that each of the others belongs to, in order.
     """
 
     tokens: Float[Tensor, "k c"]
@@ -54,14 +55,14 @@ def prune_and_merge(
     plus: bool = False,
     neighbours: int = NEIGHBOURS,
 ) -> ImageTokens:
-    """The tokens of one image.
+    """Compute the tokens of one image.
 
     Args:
-        features: of its patches.
-        attention: of the class token to them.
-        keys: by which patches are alike, compared by their cosine.
-        plus: whether an even grid of patches stays as well (PruMerge+).
-        neighbours: other patches that each kept one takes up, fewer where there are fewer.
+        features: features of its patches.
+        attention: attention of the class token to the patches.
+        keys: keys for the similarity of patches, compared by cosine.
+        plus: whether an even grid of patches is kept as well (PruMerge+).
+        neighbours: number of other patches that each kept one absorbs, limited by the number of patches.
     """
     at_least("neighbours", neighbours, 0)
     n = len(features)
@@ -85,15 +86,15 @@ def prune_and_merge(
 def encode_fewer(
     model: Any, images: Float[Tensor, "b ch h w"], *, plus: bool = False, neighbours: int = NEIGHBOURS
 ) -> Iterator[ImageTokens]:
-    """The tokens of each image by a vision transformer.
+    """Compute the tokens of each image with a vision transformer.
 
     Args:
-        model: of timm, with a class token and plain blocks.
+        model: a model of timm, with a class token and plain blocks.
         images: as the model reads them.
-        plus, neighbours: of :func:`prune_and_merge`.
+        plus, neighbours: as in :func:`prune_and_merge`.
 
     Raises:
-        Unsupported: for another model.
+        Unsupported: for other models.
     """
     blocks = getattr(model, "blocks", None)
     block: Any = blocks[-1] if blocks is not None and len(blocks) else None

@@ -1,18 +1,18 @@
-r"""Fewer tokens between two parts of a model: merged, dropped or pooled, with a map of where each went.
+r"""Reducing tokens between two parts of a model by merging, dropping or pooling, with a map of where each went.
 
-| name | what it does to n tokens of which r shall go | from |
+| name | how it removes r of n tokens | from |
 |---|---|---|
-| ``tome`` | tokens at even places each find the most similar one at an odd place, by the cosine of their keys; the r most similar pairs are merged to their mean, weighted by what they stand for | Token Merging, Bolya et al., arXiv 2210.09461, section 3 |
-| ``tome_stride`` | tokens at even distances stay; every other one is merged into the most similar of them | the same authors' code, there with every k-th token |
-| ``tome_random`` | r tokens, drawn anew in each call, are merged into the most similar of the others | the same authors' code |
-| ``evit`` | the r tokens that the class token attends to least go; their sum, weighted by that attention, stays as one token | EViT, Liang et al., arXiv 2202.07800, section 3.2 |
-| ``attention`` | as ``evit``, without that sum | the same, section 4.3 |
-| ``random`` | r tokens go, drawn anew in each call | a baseline |
-| ``stride`` | those that stay lie at even distances | a baseline |
-| ``mean`` | neighbours in the row of tokens are pooled to n - r means of about equal size | a baseline |
+| ``tome`` | each token at an even position finds the most similar one at an odd position, by the cosine of their keys; the r most similar pairs are averaged, weighted by the numbers of tokens that they stand for | Token Merging, Bolya et al., arXiv 2210.09461, section 3 |
+| ``tome_stride`` | evenly spaced tokens stay; each other one is merged into the most similar of them | the same authors' code, there with every k-th token |
+| ``tome_random`` | r tokens, drawn at random in each call, are merged into the most similar of the others | the same authors' code |
+| ``evit`` | the r tokens with the least attention from the class token are dropped; their sum, weighted by that attention, stays as one token | EViT, Liang et al., arXiv 2202.07800, section 3.2 |
+| ``attention`` | like ``evit``, without that sum | the same, section 4.3 |
+| ``random`` | r tokens, drawn at random in each call, are dropped | a baseline |
+| ``stride`` | evenly spaced tokens stay | a baseline |
+| ``mean`` | neighbours in the sequence are pooled to n - r means of about equal size | a baseline |
 
-Class tokens come first, are never merged and never dropped. The others keep their order, but for ``tome``: there those at
-even places come before those at odd ones, so that the next block pairs other tokens.
+Class tokens come first, and are never merged or dropped. The others keep their order, except in ``tome``, where tokens
+at even positions come before those at odd ones, so that the next block pairs other tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DROPPED = -1
-"""The place of a token that is no more."""
+"""The place of a dropped token."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Tokens:
 
     Attributes:
         x: vectors (B, N, C).
-        sizes: how many of the first tokens each stands for (B, N).
-        places: where each of the first tokens is now (B, N_0), or `DROPPED`.
-        protected: class tokens, which come first.
+        sizes: number of initial tokens that each stands for (B, N).
+        places: current index of each initial token (B, N_0), or `DROPPED`.
+        protected: number of class tokens, which come first.
     """
 
     x: Float[Tensor, "b n c"]
@@ -52,13 +52,13 @@ class Tokens:
 
     @classmethod
     def begin(cls, x: Float[Tensor, "b n c"], protected: int) -> Tokens:
-        """All tokens, each for itself."""
+        """Start with all tokens, each standing for itself."""
         batch, n, _ = x.shape
         places = torch.arange(n, device=x.device).expand(batch, n)
         return cls(x, x.new_ones(batch, n), places, protected)
 
     def spread(self, values: Float[Tensor, "b n d"]) -> Float[Tensor, "b n0 d"]:
-        """Numbers of the tokens that are left, at each of the first tokens; 0 where one was dropped."""
+        """Spread values of the current tokens to the initial ones; 0 for dropped tokens."""
         found = values.gather(1, self.places.clamp(min=0)[..., None].expand(-1, -1, values.shape[-1]))
         return torch.where((self.places == DROPPED)[..., None], 0, found)
 
@@ -68,9 +68,9 @@ class Tokens:
         leaving: Int[Tensor, "b r"] | None = None,
         into: Int[Tensor, "b r"] | None = None,
     ) -> Tokens:
-        """The `chosen` tokens, in this order; those that are `leaving` are merged `into` places of it, the others dropped.
+        """Keep the `chosen` tokens, in this order; merge `leaving` tokens `into` positions among them; drop the others.
 
-        A merged token is the mean of what it is made of, weighted by the sizes.
+        A merged token is the mean of its parts, weighted by their sizes.
         """
         (batch, n, width), device = self.x.shape, self.x.device
         row = torch.arange(batch, device=device)[:, None]
@@ -88,7 +88,7 @@ class Tokens:
         return replace(self, x=x, sizes=sizes, places=self._moved(target))
 
     def assign(self, target: Int[Tensor, "b n"], count: int) -> Tokens:
-        """`count` tokens, each the mean of those whose `target` it is, weighted by their sizes."""
+        """Merge to `count` tokens, each the mean, weighted by sizes, of the tokens with that `target`."""
         weighted = self.x * self.sizes[..., None]
         batch, _, width = self.x.shape
         total = weighted.new_zeros(batch, count, width).scatter_add(1, target[..., None].expand_as(weighted), weighted)
@@ -96,18 +96,18 @@ class Tokens:
         return replace(self, x=total / sizes[..., None], sizes=sizes, places=self._moved(target))
 
     def _moved(self, target: Int[Tensor, "b n"]) -> Int[Tensor, "b n0"]:
-        """Places of the first tokens once each token has gone to its `target`."""
+        """Places of the initial tokens after each token has moved to its `target`."""
         return torch.where(self.places == DROPPED, DROPPED, target.gather(1, self.places.clamp(min=0)))
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a layer of attention tells of its tokens.
+    """Information from an attention layer about its tokens.
 
     Attributes:
-        metric: what tokens are compared by (B, N, D): their keys, the mean over the heads, unless asked otherwise.
-        scores: attention of the class token to each token (B, N), the mean over the heads; None without a class token.
-        generator: of draws.
+        metric: vectors by which tokens are compared (B, N, D): by default their keys, averaged over the heads.
+        scores: attention of the class token to each token (B, N), averaged over the heads; None without a class token.
+        generator: source of random draws.
     """
 
     metric: Float[Tensor, "b n d"]
@@ -116,21 +116,21 @@ class Evidence:
 
 
 def _largest(tokens: Tokens, scores: Tensor, remove: int) -> Int[Tensor, "b m"]:
-    """Class tokens, and all patches but the `remove` of the smallest scores (B, N), in their order."""
+    """Class tokens, and all patches but the `remove` with the smallest scores (B, N), in order."""
     first, n = tokens.protected, tokens.x.shape[1]
     chosen = scores[:, first:].topk(n - first - remove, dim=1).indices.sort(1).values + first
     return torch.cat([torch.arange(first, device=chosen.device).expand(chosen.shape[0], -1), chosen], 1)
 
 
 def _others(tokens: Tokens, chosen: Int[Tensor, "b m"]) -> Int[Tensor, "b r"]:
-    """The tokens that are not `chosen`, in their order."""
+    """The tokens that are not `chosen`, in order."""
     batch, n = tokens.x.shape[:2]
     out = torch.ones(batch, n, dtype=torch.uint8, device=chosen.device).scatter(1, chosen, 0)
     return out.argsort(dim=1, descending=True, stable=True)[:, : n - chosen.shape[1]]
 
 
 def merge_similar(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
-    """Token Merging; at most half of the patches go at once."""
+    """Token Merging; removes at most half of the patches."""
     n, place = tokens.x.shape[1], torch.arange(tokens.x.shape[1], device=tokens.x.device)
     remove = min(remove, (n - tokens.protected) // 2)
     keys = F.normalize(wide(evidence.metric), dim=-1)
@@ -140,7 +140,7 @@ def merge_similar(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
     scores[:, :, :odd] = -torch.inf
     best, partner = scores.max(-1)
     leaving = best.topk(remove, dim=1).indices
-    # class tokens, then those at even places, then those at odd ones, last those that leave
+    # class tokens, then tokens at even positions, then those at odd ones, then the leaving tokens
     group = torch.where(place < tokens.protected, 0, 1 + place % 2).expand(tokens.x.shape[:2])
     order = (n * group.scatter(1, 2 * leaving, 3) + place).argsort(1)
     chosen, leaving = order[:, : n - remove], order[:, n - remove :]
@@ -148,7 +148,7 @@ def merge_similar(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
 
 
 def _merge_others(tokens: Tokens, evidence: Evidence, chosen: Int[Tensor, "b m"]) -> Tokens:
-    """The tokens that are not `chosen`, each merged into the most similar patch of those."""
+    """Merge each token that is not `chosen` into the most similar chosen patch."""
     keys, row = F.normalize(wide(evidence.metric), dim=-1), torch.arange(chosen.shape[0], device=chosen.device)[:, None]
     leaving = _others(tokens, chosen)
     scores = keys[row, leaving] @ keys[row, chosen[:, tokens.protected :]].mT
@@ -156,12 +156,12 @@ def _merge_others(tokens: Tokens, evidence: Evidence, chosen: Int[Tensor, "b m"]
 
 
 def merge_strided(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
-    """Token Merging into tokens at even distances."""
+    """Token Merging into evenly spaced tokens."""
     return _merge_others(tokens, evidence, _strided(tokens, remove))
 
 
 def merge_random(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
-    """Token Merging of drawn tokens."""
+    """Token Merging of randomly drawn tokens."""
     return _merge_others(tokens, evidence, _largest(tokens, _draws(tokens, evidence), remove))
 
 
@@ -172,7 +172,7 @@ def drop_unattended(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
 
 
 def keep_attended(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
-    """EViT, with the fused token at the end; it is one of the patches in later blocks."""
+    """EViT, with the fused token at the end; later blocks treat it as a patch."""
     assert evidence.scores is not None
     chosen = _largest(tokens, evidence.scores, remove)
     kept, count = tokens.take(chosen), chosen.shape[1]
@@ -184,7 +184,7 @@ def keep_attended(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
 
 
 def drop_random(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
-    """Other tokens in each row."""
+    """Drop random tokens, different ones in each row."""
     return tokens.take(_largest(tokens, _draws(tokens, evidence), remove))
 
 
@@ -193,7 +193,7 @@ def _draws(tokens: Tokens, evidence: Evidence) -> Float[Tensor, "b n"]:
 
 
 def _strided(tokens: Tokens, remove: int) -> Int[Tensor, "b m"]:
-    """Class tokens, and all but `remove` patches, at even distances."""
+    """Class tokens, and all but `remove` patches, evenly spaced."""
     batch, n = tokens.x.shape[:2]
     first = tokens.protected
     count = n - first - remove
@@ -202,12 +202,12 @@ def _strided(tokens: Tokens, remove: int) -> Int[Tensor, "b m"]:
 
 
 def keep_strided(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
-    """The same places in all rows."""
+    """Keep evenly spaced tokens, the same in all rows."""
     return tokens.take(_strided(tokens, remove))
 
 
 def pool_neighbours(tokens: Tokens, evidence: Evidence, remove: int) -> Tokens:
-    """Means of neighbours in the row of tokens."""
+    """Pool neighbours in the sequence to means."""
     batch, n = tokens.x.shape[:2]
     first = tokens.protected
     patches = torch.arange(n - first, device=tokens.x.device)

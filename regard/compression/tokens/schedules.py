@@ -1,4 +1,4 @@
-"""How many tokens go at each block, and how that changes in training."""
+"""How many tokens are removed at each block, and how that changes in training."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from regard.contract import Unsupported, at_least
 
 Removal = Callable[[int], int]
-"""How many of so many patches go."""
+"""Returns how many of a given number of patches to remove."""
 
 
 def quarters(depth: int) -> list[int]:
-    """Blocks a quarter, half and three quarters through so many, from 0: 3, 6 and 9 of 12."""
+    """Blocks, from 0, at a quarter, half and three quarters of the depth: 3, 6 and 9 of 12."""
     return sorted({depth // 4, depth // 2, 3 * depth // 4})
 
 
@@ -23,10 +23,10 @@ def removals(
     keep: float | None = None,
     blocks: Sequence[int] | None = None,
 ) -> list[Removal]:
-    """One for each of `depth` blocks; the arguments are those of :func:`regard.compression.tokens.reduce_tokens`.
+    """A :data:`Removal` for each of `depth` blocks; arguments as in :func:`regard.compression.tokens.reduce_tokens`.
 
     Raises:
-        Unsupported: for both `remove` and `keep`, and numbers that do not fit.
+        Unsupported: for both `remove` and `keep`, and for values out of range.
     """
     if keep is not None:
         if remove:
@@ -100,5 +100,5 @@ def _all_but(keep: float, patches: int) -> int:
 
 
 def _at_most(number: int, patches: int) -> int:
-    """One patch stays."""
+    """Remove at most `number` patches, always keeping one."""
     return min(number, max(patches - 1, 0))

@@ -1,26 +1,29 @@
-r"""Fewer tokens from layer to layer of a text encoder: PoWER-BERT (arXiv 2001.08950) and Learned Token Pruning (arXiv 2107.00910).
+r"""Fewer tokens per layer in text encoders: PoWER-BERT (arXiv 2001.08950) and Learned Token Pruning (arXiv 2107.00910).
 
 ::
 
-    pruning = PrunedTokens(model, counts=[64, 48, 32, 16])          # so many tokens behind the attention of each layer
-    pruning = PrunedTokens(model, thresholds=[0.002, 0.004, ...])   # those that are attended to more than so much
+    pruning = PrunedTokens(model, counts=[64, 48, 32, 16])          # tokens left after the attention of each layer
+    pruning = PrunedTokens(model, thresholds=[0.002, 0.004, ...])   # tokens with more attention than this stay
     pruning.undo()
 
-The score of a token is how much attention it gets: the mean over heads, by PoWER-BERT the sum over queries, by LTP their mean, so
-that a threshold means the same at every length. The first token, which classifiers read, always stays; so do the others' order and
-places. Padding goes first. Tokens go between the attention of a layer and its feed-forward network.
+The score of a token is the attention that it gets: the mean over heads, in PoWER-BERT of the sum over queries, in LTP
+of their mean, so that a threshold means the same at every length. The first token, which classifiers read, always
+stays; the others keep their order and positions. Padding is removed first. Tokens are removed between the attention of
+a layer and its feed-forward network.
 
-Both can be learned, with the model or alone; :meth:`PrunedTokens.soften` makes all tokens stay, each multiplied with
+Both can be learned, with the model or alone; :meth:`PrunedTokens.soften` keeps all tokens, each multiplied by
 
 | | factor of a token in layer l | penalty |
 |---|---|---|
 | PoWER-BERT | r_l[rank of its score], r in [0, 1] learned | sum_l l sum_k r_l[k] |
 | LTP | sigmoid((score - theta_l) / T), theta learned | mean of the factors |
 
-:meth:`PrunedTokens.harden` goes back to tokens that go: by PoWER-BERT ceil(sum_k r_l[k]) of them stay, never more than before.
+:meth:`PrunedTokens.harden` removes tokens again: in PoWER-BERT ceil(sum_k r_l[k]) of them stay, never more than in
+earlier layers.
 
-Models: those of transformers with layers as BERT's, whose outputs are read at the first token: outputs of single tokens get fewer.
-Deviations: rows of a batch keep as many tokens as the longest of them; what LTP drops in a row is hidden there.
+Models: models of transformers with layers like BERT's whose outputs are read at the first token; per-token outputs
+shrink. Deviations: all rows of a batch keep as many tokens as the row that keeps most; tokens that LTP drops in other
+rows are masked.
 """
 
 from __future__ import annotations
@@ -44,15 +47,15 @@ CLASS_TOKENS = 1
 
 
 class PrunedTokens(nn.Module):
-    """Token pruning at work in an encoder; see the module.
+    """Token pruning in an encoder; see the module.
 
     Args:
-        model: of transformers, with layers as BERT's. Its last call must not be going on in another thread.
-        counts: tokens that stay behind the attention of each layer, the first one included: PoWER-BERT.
-        thresholds: mean attention above which a token stays, of each layer: LTP. One of the two is given.
+        model: a model of transformers, with layers like BERT's. It must not be running in another thread.
+        counts: tokens that stay after the attention of each layer, including the first token: PoWER-BERT.
+        thresholds: mean attention above which a token stays, for each layer: LTP. Exactly one of the two is given.
 
     Raises:
-        Unsupported: for another model, a number for other layers, and tokens that would come back.
+        Unsupported: for other models, the wrong number of values, and counts that rise.
     """
 
     def __init__(
@@ -78,16 +81,16 @@ class PrunedTokens(nn.Module):
 
     @property
     def tokens(self) -> Tokens:
-        """Tokens behind the last layer of this thread's last call, with the place of each first one."""
+        """Tokens after the last layer of this thread's last call, with the current place of each initial one."""
         return self._run.tokens
 
     @property
     def kept(self) -> list[float]:
-        """Real tokens behind each layer of this thread's last call, the mean over rows."""
+        """Number of real tokens after each layer of this thread's last call, averaged over rows."""
         return [float(counts.double().mean()) for counts in self._run.kept]
 
     def penalty(self) -> Float[Tensor, ""]:
-        """What is added, with a weight, to the loss of a call with soft pruning."""
+        """The penalty to add, with a weight, to the loss of a call with soft pruning."""
         if self.temperature is None and self.shares is None:
             raise Unsupported("the penalty of tokens that go", supported="soften() first")
         if self.shares is not None:
@@ -96,11 +99,11 @@ class PrunedTokens(nn.Module):
         return torch.stack(self._run.factors).mean()
 
     def soften(self, *, length: int | None = None, temperature: float = 1e-3) -> None:
-        """Let all tokens stay, each multiplied with a factor that is learned.
+        """Keep all tokens, each multiplied by a learned factor.
 
         Args:
-            length: of PoWER-BERT, the most tokens of an input.
-            temperature: of LTP.
+            length: for PoWER-BERT, the most tokens of an input.
+            temperature: for LTP.
         """
         if self.counts is None:
             at_least("temperature", temperature, 1e-30)
@@ -111,20 +114,20 @@ class PrunedTokens(nn.Module):
             self.shares = nn.Parameter(torch.ones(len(self.counts), length))
 
     def harden(self) -> None:
-        """Let tokens go, by what was learned."""
+        """Remove tokens again, as learned."""
         if self.shares is not None:
             masses = self.shares.detach().clamp(0, 1).sum(1).ceil().clamp(min=CLASS_TOKENS)
             self.counts = [int(n) for n in torch.cummin(masses, 0).values]
         self.shares = self.temperature = None
 
     def undo(self) -> None:
-        """Give the model its own layers again."""
+        """Restore the model's own layers."""
         while self._undo:
             for one in reversed(self._undo.pop()):
                 one()
 
     def begin(self, x: Tensor, mask: Tensor | None) -> None:
-        """The tokens that come to the first layer, and which of them are real."""
+        """Start a call with the tokens that enter the first layer, and the mask of real ones."""
         valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         if mask is not None:
             row = mask[:, 0, 0]
@@ -138,11 +141,11 @@ class PrunedTokens(nn.Module):
 
     @property
     def valid(self) -> Bool[Tensor, "b n"]:
-        """Which of the tokens are real."""
+        """Mask of the real tokens."""
         return self._run.valid
 
     def after(self, layer: int, x: Float[Tensor, "b n c"], weights: Float[Tensor, "b h n n"]) -> Float[Tensor, "b m c"]:
-        """The tokens that come out of a layer's attention, perhaps fewer, or multiplied."""
+        """The tokens after a layer's attention, possibly fewer, or multiplied by factors."""
         run, valid = self._run, self.valid
         queries = valid[:, None, :, None].to(weights)
         scores = (weights * queries).sum(2).mean(1)  # (B, N)
@@ -180,7 +183,7 @@ class PrunedTokens(nn.Module):
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The layers of an encoder, quantized or not; raises Unsupported for another model."""
+    """The layers of an encoder, quantized or not; raises Unsupported for other models."""
     found = [
         list(row) for row in model.modules() if isinstance(row, nn.ModuleList) and len(row) and all(map(_fits, row))
     ]
@@ -198,11 +201,11 @@ def _fits(layer: Any) -> bool:
 
 
 def _enter(pruning: PrunedTokens, number: int, layer: Any) -> list[Any]:
-    """Let a layer of BERT give on what `pruning` leaves of its tokens."""
+    """Make a layer of BERT output only the tokens that `pruning` keeps."""
     attention = layer.attention
     config = attention.self.config
     own = copy.copy(config)
-    own._attn_implementation = "eager"  # which tells its weights
+    own._attn_implementation = "eager"  # eager attention returns its weights
     attention.self.config = own
 
     def forward(hidden_states: Tensor, attention_mask: Tensor | None = None, *_: Any, **named: Any) -> Tensor:

@@ -1,1 +1,1 @@
-"""How the codes of a weight are chosen: where its grids end, and which number each weight goes to."""
+"""How the codes of a weight are chosen: where its grids end, and which code each number gets."""

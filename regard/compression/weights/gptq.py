@@ -1,4 +1,4 @@
-"""GPTQ: columns are rounded one after another, and those that follow make up for the error (arXiv 2210.17323).
+"""GPTQ: columns are rounded one after another, and later columns compensate for the error (arXiv 2210.17323).
 
 With the inputs X (T, K) of a layer, H = X^T X + d I (the paper's factor of 2 cancels), and U the upper Cholesky factor of
 H^-1 = U^T U, for each column j in order
@@ -7,15 +7,17 @@ H^-1 = U^T U, for each column j in order
     e_j = (w_j - q_j) / U_jj
     w_i -= e_j U_ji        for i > j
 
-which keeps ||X W^T - X Q^T|| small, where rounding to nearest keeps ||W - Q|| small. Columns go in blocks: what a block does to
-the columns behind it is one product at its end.
+which keeps ||X W^T - X Q^T|| small, where rounding to nearest keeps ||W - Q|| small. Columns are processed in blocks:
+the effect of a block on later columns is applied as one product at its end.
 
-The grids of a group are made when its first column is reached, from the weights as they are then. What rounding column j costs,
-after all that follow have made up for it, is (w_j - q_j)^2 / U_jj^2: so much does an error count where grids are searched for.
+The grids of a group are made when its first column is reached, from the weights at that point. The cost of rounding
+column j, after all later columns have compensated, is (w_j - q_j)^2 / U_jj^2; this weights the errors in the search for
+grids.
 
-Deviations: in the order of activations groups stay whole, those with the largest inputs first, and within each its columns; so
-they have grids of the weights as they are then, and a layer reads its groups as they lie. d is `damping` times the mean of H's
-diagonal. A column whose input is always 0 is rounded to nearest, where the public code sets it to 0.
+Deviations: in the order of activations, groups stay whole: groups with the largest inputs come first, and likewise the
+columns within each group; so grids fit the weights at that point, and a layer reads its groups in storage order. d is
+`damping` times the mean of H's diagonal. A column whose input is always 0 is rounded to nearest, where the public code
+sets it to 0.
 """
 
 from __future__ import annotations
@@ -48,20 +50,20 @@ def gptq(
     block: int = BLOCK,
     mask: Bool[Tensor, "n k"] | None = None,
 ) -> Codes:
-    """Codes of a weight for inputs with the second moments X^T X.
+    """Quantize a weight to codes, for inputs with the second moments X^T X.
 
     Args:
-        weight: in any floating dtype; computed in it, in float32 at least, with a factor U that is computed in float64.
+        weight: in any floating dtype; computed in that dtype, at least float32, with a factor U computed in float64.
         second: the sum of the outer products of the inputs.
-        format, calibrate: of the grids.
-        damping: what is added to the diagonal of H, in means of it. The paper adds 0.01; of some thousand tokens as many columns
-            are no more than guessed, and with more of it less is lost on other text.
-        order: ``columns``, or ``activations``: the groups, and in a group the columns, with the largest inputs first.
+        format, calibrate: format and calibrator of the grids.
+        damping: added to the diagonal of H, as a multiple of its mean. The paper adds 0.01; estimates from a few
+            thousand tokens are poor for that many columns, and more damping loses less on other text.
+        order: ``columns``, or ``activations``: groups, and the columns within a group, with the largest inputs first.
         block: columns of a block.
-        mask: of the weights that are not 0 and stay so, for symmetric grids; all may change when None.
+        mask: False for weights that must stay 0, for symmetric grids; all may change when None.
 
     Raises:
-        Unsupported: for second moments that are not finite, or no matrix that has an inverse.
+        Unsupported: for second moments that are not finite, or whose matrix cannot be inverted.
     """
     whole = format.columns(weight.shape[1])
     group = format.group or max(whole, 1)
@@ -104,14 +106,14 @@ def sweep(
     settle: Callable[[int], Tensor],
     enter: Callable[[int, int], None] = lambda start, end: None,
 ) -> None:
-    """Settle the columns of a weight one after another; those that follow make up for what each loses.
+    """Settle the columns of a weight one after another; later columns compensate for the error of each.
 
     Args:
-        work: the weight, which is changed.
+        work: the weight, modified in place.
         factor: U, see the module.
         block: columns of a block.
-        settle: called with the number of a column, whose final numbers (N,) it returns.
-        enter: called with the borders of each block before its first column.
+        settle: called with the number of a column; returns the column's final values (N,).
+        enter: called with the bounds of each block before its first column.
     """
     for start in range(0, work.shape[1], block):
         end = min(start + block, work.shape[1])
@@ -128,7 +130,7 @@ def inverse_factor(second: Tensor, whole: int, damping: float, group: int | None
     """The upper factor U of the inverse of H, with `whole` columns, and the order of the columns.
 
     Args:
-        group: columns of a group, where those with the largest inputs come first.
+        group: columns of a group, to order by the largest inputs; None for the original order.
     """
     if not bool(torch.isfinite(second).all()):
         raise Unsupported("inputs of a layer that are not finite", supported="calibration data that the model can read")
@@ -154,7 +156,7 @@ def inverse_factor(second: Tensor, whole: int, damping: float, group: int | None
 
 
 def _largest_first(sizes: Tensor, group: int) -> Tensor:
-    """The groups by their sums, and the columns in each by their own size."""
+    """Order groups by their sums, and the columns in each by their own size."""
     columns = torch.arange(len(sizes), device=sizes.device).view(-1, group)
     inside = sizes.view(-1, group).argsort(dim=1, descending=True, stable=True)
     return columns.gather(1, inside)[sizes.view(-1, group).sum(1).argsort(descending=True, stable=True)].flatten()

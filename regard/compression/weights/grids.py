@@ -1,4 +1,4 @@
-"""The grids of a weight, and each number's nearest place on them."""
+"""The grids of a weight, and rounding to their nearest points."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 TINY = 1e-12
-"""The least step: a row of zeros has a grid too."""
+"""The smallest step, so that a row of zeros has a grid too."""
 
 
 @dataclass(frozen=True)
 class Grids:
-    """One grid for each row of some weights: the numbers ``code * scale + offset``, codes from `low` to `high`.
+    """One grid for each row of weights: the numbers ``code * scale + offset``, with codes from `low` to `high`.
 
     Attributes:
         scale, offset: (rows,) bfloat16.
@@ -35,12 +35,12 @@ class Grids:
     high: int
 
     def codes(self, rows: Float[Tensor, "r c"]) -> Int[Tensor, "r c"]:
-        """The nearest of each number, int8."""
+        """The nearest code for each number, int8."""
         offset = 0 if self.offset is None else self.offset.to(rows.dtype)[:, None]
         return ((rows - offset) / self.scale.to(rows.dtype)[:, None]).round().clamp(self.low, self.high).to(torch.int8)
 
     def numbers(self, codes: Int[Tensor, "r c"], dtype: torch.dtype) -> Float[Tensor, "r c"]:
-        """The number of each code."""
+        """The number that each code represents."""
         found = codes.to(dtype) * self.scale.to(dtype)[:, None]
         return found if self.offset is None else found + self.offset.to(dtype)[:, None]
 
@@ -52,15 +52,15 @@ def make_grids(
     *,
     importance: Float[Tensor, "#r c"] | None = None,
 ) -> Grids:
-    """A grid for each row: as far as its largest number, or from its least to its largest, times what `calibrate` says.
+    """A grid for each row, up to its largest absolute value or from minimum to maximum, times a factor by `calibrate`.
 
-    Scale and offset are rounded to bfloat16; the scale so that the ends stay on the grid. A symmetric grid has one number more
-    on one side of 0 than on the other: with fewer than 8 bits that side is the one where it makes the steps smaller, and where
-    it is the positive one the scale is negative.
+    Scale and offset are rounded to bfloat16; the scale is rounded so that the ends stay on the grid. A symmetric grid
+    has one more number on one side of 0 than on the other: with fewer than 8 bits it is the side that allows smaller
+    steps, and if that is the positive side the scale is negative.
 
     Args:
-        calibrate: a name of :data:`regard.compression.weights.limits.CALIBRATORS`.
-        importance: how much the squared error of each number counts, for the calibrator ``mse``; all alike when None.
+        calibrate: a name in :data:`regard.compression.weights.limits.CALIBRATORS`.
+        importance: weight of each number's squared error, for the calibrator ``mse``; all equal when None.
     """
     one_of("calibrate", calibrate, CALIBRATORS)
     if not bool(torch.isfinite(rows).all()):
@@ -91,16 +91,16 @@ def _ends(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _symmetric_step(least: Tensor, largest: Tensor, format: Format) -> Tensor:
-    """The smallest step of grids around 0 that reach both ends; negative where the longer side of a grid is to be above 0."""
+    """The smallest step with which grids around 0 reach both ends; negative if the longer side is the positive one."""
     low, high = format.codes
-    if format.bits == 8:  # where a number more is nothing, and products of bytes may want -127 to 127
+    if format.bits == 8:  # one more number hardly matters, and byte products may need -127 to 127
         return torch.maximum(-least, largest) / high
     upright, turned = torch.maximum(least / low, largest / high), torch.maximum(-least / high, -largest / low)
     return torch.where(turned < upright, -turned, upright)
 
 
 def _outwards(step: Tensor) -> Tensor:
-    """The next bfloat16 that is not nearer to 0, nor 0."""
+    """Round to bfloat16, away from 0 and never to 0."""
     step = torch.where(step.abs() < TINY, TINY, step)
     rounded = step.to(torch.bfloat16)
     return torch.where(rounded.to(step.dtype).abs() < step.abs(), (step * (1 + 2.0**-7)).to(torch.bfloat16), rounded)
@@ -113,10 +113,10 @@ def round_to_nearest(
     *,
     importance: Float[Tensor, " k"] | None = None,
 ) -> Codes:
-    """Each number of a weight on the nearest place of its grid.
+    """Round each number of a weight to the nearest point of its grid.
 
     Args:
-        importance: of each column, see :func:`make_grids`.
+        importance: weight of each column, see :func:`make_grids`.
     """
     grouped, groups = in_groups(weight, format)
     if importance is not None:
@@ -126,7 +126,7 @@ def round_to_nearest(
 
 
 def in_groups(weight: Float[Tensor, "n k"], format: Format) -> tuple[Float[Tensor, "r c"], int]:
-    """A row for each grid, the last group of a row padded with zeros; and how many grids a row has."""
+    """Reshape to a row for each grid, the last group of a row padded with zeros; also return the grids per row."""
     if format.group is None:
         return weight, 1
     whole = padded(weight, format.columns(weight.shape[1]))
@@ -134,6 +134,6 @@ def in_groups(weight: Float[Tensor, "n k"], format: Format) -> tuple[Float[Tenso
 
 
 def as_codes(codes: Int[Tensor, "r c"], grids: Grids, groups: int) -> Codes:
-    """Codes of rows of grids as those of a weight with so many groups in a row."""
+    """Reshape codes with a row for each grid to the codes of a weight with `groups` groups per row."""
     offset = None if grids.offset is None else grids.offset.reshape(-1, groups)
     return Codes(codes.reshape(len(codes) // groups, -1), grids.scale.reshape(-1, groups), offset)

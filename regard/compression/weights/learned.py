@@ -1,12 +1,13 @@
-"""Grids whose steps are learned together with the weights: LSQ (arXiv 1902.08153), quantization while training.
+"""Learning the steps of grids together with the weights: LSQ (arXiv 1902.08153), quantization-aware training.
 
-With b bits, Q_n = 2^(b-1) and Q_p = 2^(b-1) - 1, a weight w of a group with step s acts as
+With b bits, Q_n = 2^(b-1) and Q_p = 2^(b-1) - 1, a weight w in a group with step s acts as
 
     w' = s round(clip(w / s, -Q_n, Q_p))
 
-Gradients go straight through the rounding: to w where it is not clipped, and to s as round(w/s) - w/s there, -Q_n or Q_p
-where it is. The gradient of a step is multiplied with 1 / sqrt(n Q_p), n the weights of its group, which makes it as large
-beside the step as those of weights are beside the weights (the paper's Section 2.2). A step begins at 2 mean|w| / sqrt(Q_p).
+Gradients go straight through the rounding: to w where it is not clipped, and to s as round(w/s) - w/s there, and as
+-Q_n or Q_p where it is clipped. The gradient of a step is multiplied by 1 / sqrt(n Q_p), n the weights of its group, so
+that its size relative to the step is like that of the weights' gradients relative to the weights (the paper's Section
+2.2). A step starts at 2 mean|w| / sqrt(Q_p).
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ KEPT = "learned.safetensors"
 
 
 class LearnedSteps(nn.Module):
-    """A weight (N, K) as its codes hold it, for :func:`torch.nn.utils.parametrize.register_parametrization`.
+    """A weight (N, K) as its codes represent it, for :func:`torch.nn.utils.parametrize.register_parametrization`.
 
     Args:
-        weight: of which the steps are made.
-        format: symmetric.
+        weight: determines the initial steps.
+        format: a symmetric format.
     """
 
     def __init__(self, weight: Tensor, format: Format) -> None:
@@ -58,14 +59,14 @@ class LearnedSteps(nn.Module):
         return (rounded * step[:, None]).reshape(len(weight), -1)[:, : weight.shape[1]]
 
     def codes(self, weight: Tensor) -> Codes:
-        """What :meth:`forward` makes of a weight, as it is held."""
+        """The codes that represent the output of :meth:`forward` for a weight."""
         rows, groups = in_groups(weight.detach(), self.format)
         grids = Grids(_stored(self.scale.detach()).to(torch.bfloat16), None, int(self.low), int(self.high))
         return as_codes(grids.codes(rows), grids, groups)
 
 
 def _stored(scale: Tensor) -> Tensor:
-    """A step as codes hold it: a positive bfloat16."""
+    """A step as stored with the codes: a positive bfloat16."""
     return scale.detach().clamp(min=TINY).to(torch.bfloat16).to(scale.dtype)
 
 
@@ -82,19 +83,19 @@ def learn_codes(
     folder: Path | None = None,
     on_step: Callable[[int], None] = lambda done: None,
 ) -> tuple[dict[str, Codes], str]:
-    """Codes of some layers, after their weights and steps were trained with what they lose, and what came of it in a sentence;
-    the layers stay as they were.
+    """Train the weights and steps of some layers on the model's loss; return their codes, and a sentence on the result.
+    The layers themselves are restored.
 
-    Trained by Adam at a rate that falls to 0 along a cosine, one batch a step, in turn. Adam takes no notice of how large a
-    gradient is, so the rate of a step is smaller than that of weights by as much as steps are smaller, in place of the factor
-    of its gradient. All else in the model stays, and is in evaluation mode.
+    Training uses Adam with a cosine schedule down to 0, one batch a step, in turn. Adam ignores the scale of gradients,
+    so the learning rate of a step is scaled by the size of steps relative to weights, in place of the factor on its
+    gradient. Everything else in the model is left alone, and the model is in evaluation mode.
 
     Args:
-        folder: where the state is kept each minute and when it is interrupted, so that the same call goes on.
-        on_step: told how many steps are done.
+        folder: where the state is saved every minute and on interruption, so that the same call resumes.
+        on_step: called with the number of steps done.
 
     Raises:
-        Unsupported: where the loss is not finite.
+        Unsupported: if the loss is not finite.
     """
 
     def loss_of(step: int) -> Tensor:
@@ -126,7 +127,7 @@ def learn_codes(
 
 
 def _groups(learned: Mapping[str, Mapping[str, nn.Parameter]]) -> list[dict[str, Any]]:
-    """Parameters for an optimizer, each with what its learning rate is multiplied with."""
+    """Parameters for an optimizer, each with the factor on its learning rate."""
     groups: list[dict[str, Any]] = []
     for own in learned.values():
         size = float(own["weight"].detach().abs().mean().clamp(min=TINY))
@@ -139,7 +140,7 @@ def _groups(learned: Mapping[str, Mapping[str, nn.Parameter]]) -> list[dict[str,
 def _trained_alone(
     model: nn.Module, layers: Mapping[str, nn.Linear], format: Format
 ) -> Iterator[dict[str, dict[str, nn.Parameter]]]:
-    """The layers on learned grids, whose weights and steps alone have gradients; all as it was when left."""
+    """Put the layers on learned grids, with gradients only for their weights and steps; all is restored on exit."""
     before = {name: linear.weight.detach().clone() for name, linear in layers.items()}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     for parameter in required:

@@ -1,6 +1,7 @@
-"""Calibrators: up to which size the weights of a row or a group are on its grid; what is larger is cut off.
+"""Calibrators: choose the size up to which the weights of a row or a group fit on its grid; larger weights are clipped.
 
-Each takes weights (rows, columns) with a grid for each row, and gives the share of the largest that is kept, (rows,).
+Each takes weights (rows, columns) with a grid for each row, and returns the share of the largest size that is kept,
+(rows,).
 """
 
 from __future__ import annotations
@@ -15,25 +16,25 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 STEPS = 80
-"""Shares that are looked through, down to 1 - 79 / 100."""
+"""Number of candidate shares, down to 1 - 79 / 100."""
 
 STRIDE = 5
-"""Of them, how far apart those are that are tried first; then those around the best."""
+"""Spacing of the candidates that are tried first; then the ones around the best are tried."""
 
 BINS = 2048
-"""Of the histogram whose divergence is the least; on both sides of 0."""
+"""Bins of the histogram of sizes whose divergence is minimised."""
 
 Loss = Callable[["Float[Tensor, ' r']"], "Float[Tensor, ' r']"]
-"""Shares -> what each row loses on the grids that they make."""
+"""Computes the loss of each row on the grids that the given shares result in."""
 
 
 def minmax(rows: Float[Tensor, "r c"], lost: Loss, bits: int) -> Float[Tensor, " r"]:
-    """All are on the grid."""
+    """Keep everything on the grid."""
     return rows.new_ones(len(rows))
 
 
 def percentile(rows: Float[Tensor, "r c"], lost: Loss, bits: int, percent: float = 99.9) -> Float[Tensor, " r"]:
-    """This percentile of the sizes in a row (between two, their mean by distance)."""
+    """This percentile of the sizes in a row, linearly interpolated."""
     sizes = rows.abs()
     largest = sizes.amax(1)
     kept = torch.quantile(sizes, percent / 100, dim=1) if sizes.shape[1] else largest
@@ -41,7 +42,7 @@ def percentile(rows: Float[Tensor, "r c"], lost: Loss, bits: int, percent: float
 
 
 def mse(rows: Float[Tensor, "r c"], lost: Loss, bits: int) -> Float[Tensor, " r"]:
-    """The share with which a row loses least, of :data:`STEPS`: one of each :data:`STRIDE`, then those next to the best."""
+    """The share with the least loss per row: every :data:`STRIDE`-th of :data:`STEPS` is tried, then some near the best."""
     best = rows.new_ones(len(rows))
     least = lost(best)
 
@@ -60,10 +61,10 @@ def mse(rows: Float[Tensor, "r c"], lost: Loss, bits: int) -> Float[Tensor, " r"
 
 
 def kl(rows: Float[Tensor, "r c"], lost: Loss, bits: int) -> Float[Tensor, " r"]:
-    """One share for all rows: where the distribution of sizes over the largest of each row, cut off there and put into as many
-    steps as the grid has, is nearest to itself in Kullback-Leibler divergence.
+    """One share for all rows: the one at which the distribution of sizes, relative to each row's largest, changes least
+    in Kullback-Leibler divergence when it is clipped there and quantized to as many steps as the grid has.
 
-    A row alone has too few numbers for a histogram.
+    A single row has too few numbers for a histogram.
     """
     sizes = rows.abs()
     largest = sizes.amax(1, keepdim=True)
@@ -95,4 +96,4 @@ def _divergence(p: Tensor, q: Tensor) -> float:
 
 
 CALIBRATORS: dict[str, Callable[..., Tensor]] = {"minmax": minmax, "percentile": percentile, "mse": mse, "kl": kl}
-"""By the name that the option ``calibrate`` gives them."""
+"""Calibrators by the values of the option ``calibrate``."""

@@ -1,5 +1,5 @@
-"""Models that take a retrofit, looked at before anything is trained: causal language models and encoders of transformers, and
-timm's vision transformers. What the stages ask of a model is :class:`regard.retrofit.hosts.base.Host`."""
+"""Models that can be retrofitted, checked before anything is trained: causal language models and encoders of
+transformers, and timm's vision transformers. The stages use them through :class:`regard.retrofit.hosts.base.Host`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from regard.retrofit.hosts.vision import VisionHost, open_vision
 
 
 def open_host(model: Any, tokenizer: Any = None) -> Host:
-    """The host of a model or of a place that holds one, after a look at what would go wrong.
+    """Open the host of a model, or of a place that holds one, checking for likely problems.
 
     Args:
-        model: a causal language model or encoder of transformers, or a vision transformer of timm, which is copied; a folder
-            that transformers or timm saved; a GGUF file; ``timm:NAME`` for pretrained weights of timm; or a host.
-        tokenizer: of transformers; the folder's when None.
+        model: a causal language model or encoder of transformers, or a vision transformer of timm, which is copied; a
+            folder that transformers or timm saved; a GGUF file; ``timm:NAME`` for pretrained weights of timm; or a
+            host.
+        tokenizer: a tokenizer of transformers; the folder's when None.
 
     Raises:
-        Unsupported: for what is no such model, for quantized or shared weights, adapters, and models swapped before.
+        Unsupported: for other models, for quantized or shared weights, adapters, and models that were swapped before.
     """
     if isinstance(model, Host):
         return model

@@ -1,4 +1,4 @@
-"""What the stages of a retrofit ask of a model, whatever kind it is."""
+"""What the stages of a retrofit need from a model of any kind."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from regard.integrations.heads import HeadAttention
 
 SAME, EQUAL = 1e-3, 1e-5
-"""Largest difference of answers, as a share of the largest, between a model and its copy with regard's softmax, and where they
-are equal but for rounding."""
+"""Largest differences of answers, as a share of the largest answer: between a model and its copy with regard's softmax,
+and between equal models with rounding errors."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """An attention module of a model: its number among them, and its path."""
+    """An attention module of a model: its number in order, and its path."""
 
     number: int
     path: str
@@ -39,19 +39,19 @@ class Layer:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model reads at once.
+    """A batch of inputs for a model.
 
     Attributes:
-        inputs: tokens or images, a row each.
-        targets: the right answers, where some are known: token ids (b, n), or classes (b,); -100 where nothing is
-            asked.
+        inputs: tokens or images, one per row.
+        targets: the right answers, if known: token ids (b, n), or classes (b,); -100 for positions
+            to ignore.
     """
 
     inputs: Tensor
     targets: Int[Tensor, "b ..."] | None = None
 
     def split(self, size: int) -> list[Batch]:
-        """In parts of so many rows."""
+        """Split into batches of at most `size` rows."""
         parts = self.inputs.split(size)
         answers = [None] * len(parts) if self.targets is None else self.targets.split(size)
         return [Batch(*part) for part in zip(parts, answers, strict=True)]
@@ -59,18 +59,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class Host(ABC):
-    """A model in evaluation mode and without gradients, and what is known of it.
+    """A model in evaluation mode and without gradients, with its properties.
 
     Attributes:
         model: the original.
-        name: as a report names it.
+        name: name for the report.
         layers: its attention modules, in order.
-        tokenizer: of transformers; None where there is none.
-        kind: of model, which says how it is measured.
-        pattern: of its attention.
-        counts: what a training step has so many of, in words.
-        rows: that are answered at once; one where the answers of a row are large, all where None.
-        evaluated: times that something of the usual size is read in the evaluation for each block (or batch) of a source.
+        tokenizer: a tokenizer of transformers; None if there is none.
+        kind: kind of model, which determines how it is measured.
+        pattern: pattern of its attention.
+        counts: the unit in which training steps are counted, in words.
+        rows: rows to process at once; 1 if the answers of a row are large, None for all.
+        evaluated: passes over data of the usual size that the evaluation makes for each block (or batch) of a source.
     """
 
     model: Any
@@ -87,36 +87,36 @@ class Host(ABC):
     @property
     @abstractmethod
     def distributes(self) -> bool:
-        """Whether its answers are log-probabilities; hidden states are compared otherwise."""
+        """Whether its answers are log-probabilities; otherwise hidden states are compared."""
 
     @property
     def unit(self) -> str:
-        """Of the distance of answers, in words."""
+        """Unit of the distance between answers, in words."""
         return "of the outputs' square"
 
     @abstractmethod
     def settled(self, settings: RetrofitSettings) -> RetrofitSettings:
-        """The settings with what such a model has where nothing is asked for.
+        """Fill in the settings that are None with the defaults for the model.
 
         Raises:
-            Unsupported: for settings that such a model has no use for, or is too small for.
+            Unsupported: for settings that do not apply to the model, or for which it is too small.
         """
 
     @abstractmethod
     def read(self, data: Any, validation: Any, settings: RetrofitSettings) -> Any:
-        """The user's data, with `name`, `other_name`, `size` and a `digest()`."""
+        """Read the user's data, with `name`, `other_name`, `size` and a `digest()`."""
 
     @abstractmethod
     def batch(self, data: Any, step: int, seed: int, settings: RetrofitSettings, rows: int | None = None) -> Batch:
-        """The batch of a training step, of so many rows: a function of its arguments."""
+        """The batch of a training step, with that many rows, determined by the arguments alone."""
 
     @abstractmethod
     def held_out(self, data: Any, most: int, settings: RetrofitSettings) -> Batch:
-        """So many rows that are not trained on, at most."""
+        """At most `most` rows (or batches of images) that are not trained on."""
 
     @abstractmethod
     def answers(self, model: Any, batch: Batch) -> Float[Tensor, "m v"]:
-        """What a model says of a batch: log-probabilities, or hidden states."""
+        """A model's answers for a batch: log-probabilities, or hidden states."""
 
     @abstractmethod
     def own_loss(self, found: Float[Tensor, "m v"], batch: Batch) -> Tensor:
@@ -128,40 +128,40 @@ class Host(ABC):
 
     @abstractmethod
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the model and what belongs to it."""
+        """Write the model and its files to a folder."""
 
     @abstractmethod
     def load(self, folder: str | os.PathLike[str]) -> Any:
-        """A model that :meth:`save` has written."""
+        """Load a model that :meth:`save` has written."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Twelve hexadecimal digits of its settings and weights."""
+        """Hash the model's settings and weights to twelve hexadecimal digits."""
 
     @abstractmethod
     def heads(self, number: int) -> tuple[int, int, int, int]:
-        """Of the attention of a layer: heads, key/value heads, and the widths of a key and of a value."""
+        """The number of heads and key/value heads of a layer's attention, and the widths of a key and of a value."""
 
     @abstractmethod
     def timed(self, settings: RetrofitSettings) -> float:
-        """How many times as much as something of the usual size is read to measure time and what else depends on lengths."""
+        """The amount of data read for timing and the like, in blocks or batches of the usual size."""
 
     @abstractmethod
     def reads(self, settings: RetrofitSettings) -> int:
         """Tokens of a row."""
 
     def work(self, settings: RetrofitSettings) -> int:
-        """Tokens (or what else :attr:`counts` says) of a training step."""
+        """Tokens (or other units, see :attr:`counts`) of a training step."""
         return settings.rows * self.reads(settings)
 
     def distance(self, found: Float[Tensor, "m v"], expected: Float[Tensor, "m v"]) -> Tensor:
-        """How far answers are from the original's: KL(original, found) in nats, or the share of the square that differs."""
+        """Distance of answers from the original's: KL(original, found) in nats, or the relative squared difference."""
         if self.distributes:
             return F.kl_div(found, expected, reduction="sum", log_target=True) / len(expected)
         return (found - expected).square().sum() / expected.square().sum().clamp(min=1e-30)
 
     def parts(self, batch: Batch) -> list[Batch]:
-        """The rows of a batch, as many at once as :attr:`rows` says."""
+        """Split a batch into parts of as many rows as :attr:`rows` says."""
         return batch.split(self.rows or len(batch.inputs))
 
     def attention(self, number: int) -> nn.Module:
@@ -169,19 +169,19 @@ class Host(ABC):
         return self.model.get_submodule(self.layers[number].path)
 
     def placed(self, model: Any, number: int) -> HeadAttention | None:
-        """The mechanism in a layer of a model; None where the layer has its own attention."""
+        """The mechanism in a layer of a model; None if the layer has its own attention."""
         return mechanism_in(model.get_submodule(self.layers[number].path))
 
     def with_model(self, model: Any) -> Self:
-        """The same around another model."""
+        """The same host with another model."""
         return replace(self, model=model)
 
     def begun(self, settings: RetrofitSettings) -> RetrofitSettings:
         """The settings with the options that the mechanism's card has for trained models.
 
         Raises:
-            Unsupported: for a mechanism that has not the model's pattern, layers that are not there, and settings as
-                :meth:`settled`.
+            Unsupported: for a mechanism without the model's pattern, layers that do not exist, and settings that
+                :meth:`settled` refuses.
         """
         check_mechanism(settings.mechanism, self.pattern)
         settings.kept(len(self.layers))
@@ -190,7 +190,7 @@ class Host(ABC):
         return replace(settings, mechanism=written)
 
     def copy_with(self, numbers: Sequence[int], mechanism: str, seed: int) -> tuple[Any, list[str]]:
-        """A copy with another mechanism in some layers, and the names of its new parameters; the seed is of their values."""
+        """A copy with another mechanism in some layers, and the names of the parameters that `seed` initialises."""
         made = copy.deepcopy(self.model).requires_grad_(True)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -199,7 +199,7 @@ class Host(ABC):
 
     @contextmanager
     def with_attention(self, modules: Mapping[int, nn.Module]) -> Iterator[None]:
-        """Within the context its layers have the attention modules of another model."""
+        """Within the context, the model's layers have the given attention modules."""
         own = {number: self.attention(number) for number in modules}
         try:
             for number, module in modules.items():
@@ -211,13 +211,13 @@ class Host(ABC):
 
     @torch.no_grad()
     def check(self, batch: Batch, mechanism: str) -> float:
-        """How far answers are from the original's where all layers are new and untrained, as a share of the largest.
+        """Relative distance of the answers from the original's if all layers are new and untrained.
 
         Args:
-            batch: a row of the training, or a few.
+            batch: a row of the training data, or a few.
 
         Raises:
-            Unsupported: where the model's attention is not what the new one would learn to stand for.
+            Unsupported: if the model's attention is not one that the mechanism can learn to replace.
         """
         with evaluation_mode(self.model):
             self._check_calls(batch)
@@ -236,10 +236,10 @@ class Host(ABC):
         """See :meth:`check`.
 
         Args:
-            expected: what the original says of the batch.
+            expected: the original's answers for the batch.
 
         Raises:
-            Unsupported: where the mechanism cannot do the work, as with masks that it cannot honour.
+            Unsupported: if the mechanism cannot be used, as with masks that it does not support.
         """
         made, _ = self.copy_with(range(len(self.layers)), mechanism, 0)
         return apart(self.answers(made, batch), expected)
@@ -268,7 +268,7 @@ class Host(ABC):
 
 
 def apart(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, as a share of the largest number."""
+    """The largest difference, relative to the largest number."""
     return float((found - expected).abs().max() / expected.abs().max())
 
 
@@ -276,7 +276,7 @@ def layers_of(model: nn.Module, what: str, supported: str) -> tuple[Layer, ...]:
     """The attention modules of a model.
 
     Raises:
-        Unsupported: where none is known, or their weights are shared or not in floating point.
+        Unsupported: if none is recognised, or their weights are shared or not in floating point.
     """
     paths = [path for path, module in model.named_modules() if reader_of(module) is not None]
     if not paths:

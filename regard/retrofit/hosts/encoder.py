@@ -1,4 +1,4 @@
-"""Encoders of transformers: with a head that says masked tokens, or bare, with hidden states alone."""
+"""Encoders of transformers: with a masked-language-model head, or without a head, compared by hidden states alone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SUPPORTED = "causal language models, encoders with a head for masked tokens, and
 
 @dataclass(frozen=True)
 class EncoderHost(TextHost):
-    """An encoder, which reads a block of text at once, framed as its tokenizer frames texts."""
+    """An encoder, which reads a block of text at once, with the special tokens of its tokenizer around it."""
 
     kind: ClassVar[str] = "encoder"
     pattern: ClassVar[Pattern] = Pattern.NONCAUSAL_SELF
@@ -47,7 +47,7 @@ class EncoderHost(TextHost):
 
     @property
     def distributes(self) -> bool:
-        """Whether it has a head that says masked tokens."""
+        """Whether it has a head that predicts masked tokens."""
         return is_masked_lm(self.model)
 
     @property
@@ -60,7 +60,7 @@ class EncoderHost(TextHost):
 
     @property
     def frame(self) -> tuple[int, int] | None:
-        """The tokens before and after a text; None where the tokenizer has none."""
+        """The special tokens before and after a text; None if the tokenizer has none."""
         return frame_of(self.tokenizer)
 
     def settled(self, settings: RetrofitSettings) -> RetrofitSettings:
@@ -95,11 +95,11 @@ class EncoderHost(TextHost):
         return super().read(data, validation, settings)
 
     def _content(self, length: int) -> int:
-        """Tokens of text in a block."""
+        """Number of text tokens in a block."""
         return length - (0 if self.frame is None else 2)
 
     def framed(self, ids: Int[Tensor, "b n"]) -> Int[Tensor, "b m"]:
-        """Texts as the tokenizer frames them."""
+        """Texts with the tokenizer's special tokens around them."""
         return framed(ids, self.tokenizer)
 
     def _batch(self, ids: Int[Tensor, "b n"], generator: torch.Generator) -> Batch:
@@ -114,12 +114,12 @@ class EncoderHost(TextHost):
         return self.of_text(data.held_out, most, settings)
 
     def of_text(self, ids: Int[Tensor, " n"], most: int, settings: RetrofitSettings) -> Batch:
-        """Blocks of a text, evenly spread, with the same tokens hidden each time."""
+        """Blocks of a text, evenly spread, with the same tokens masked each time."""
         blocks = even_blocks(ids, most, self._content(settings.block))
         return self._batch(blocks, torch.Generator().manual_seed(settings.seed))
 
     def answers(self, model: Any, batch: Batch) -> Float[Tensor, "m v"]:
-        """Of the masked tokens, row by row, or the last hidden states of all."""
+        """The answers for the masked tokens, row by row, or the last hidden states of all tokens."""
         if batch.targets is None:
             return model(batch.inputs).last_hidden_state.float().flatten(0, 1)
         return model(batch.inputs).logits[batch.targets != UNASKED].float().log_softmax(-1)
@@ -138,7 +138,7 @@ class EncoderHost(TextHost):
 
 
 def class_of(folder: Path) -> Any:
-    """The class of transformers by which an encoder in a folder loads whole; None for what is no encoder.
+    """The class of transformers that loads all of an encoder in a folder; None if it is not an encoder.
 
     Raises:
         Unsupported: for an encoder with another head, which would be lost.

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 AHEAD = 1e-5
-"""Change of logits, as a share of the largest, above which a token has read one after it; a causal model's is rounding, if
-any."""
+"""Change of logits, relative to the largest, above which a token must have read a later one; in a causal model only
+rounding can change them."""
 
 
 @dataclass(frozen=True)
 class LanguageHost(TextHost):
-    """A causal language model, which says of each token what comes next."""
+    """A causal language model, which predicts the next token after each token."""
 
     kind: ClassVar[str] = "language"
     pattern: ClassVar[Pattern] = Pattern.CAUSAL_SELF
@@ -38,7 +38,7 @@ class LanguageHost(TextHost):
 
     @property
     def distributes(self) -> bool:
-        """Always."""
+        """Always true."""
         return True
 
     @property
@@ -63,7 +63,7 @@ class LanguageHost(TextHost):
         return F.nll_loss(found, batch.inputs[:, 1:].flatten())
 
     def body(self, inputs: Int[Tensor, "b n"]) -> None:
-        """Without the logits."""
+        """Run all layers, without computing logits."""
         self.model.base_model(inputs, use_cache=False)
 
     def load(self, folder: Any) -> Any:
@@ -78,7 +78,7 @@ class LanguageHost(TextHost):
         return super().begun(settings)
 
     def by_regard(self) -> Any:
-        """The original with regard's own softmax attention: the same answers and the same weights, in other time."""
+        """The original with regard's own softmax attention: the same answers and weights, with regard's timing."""
         shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
         made = copy.deepcopy(self.model, shared)
         swap(made, "softmax")
@@ -113,5 +113,5 @@ class LanguageHost(TextHost):
 
 
 def log_likelihoods(logits: Float[Tensor, "b n v"], ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n-1"]:
-    """Log likelihood of each token but the first, given those before it, in nats."""
+    """Log likelihood of each token but the first, given the tokens before it, in nats."""
     return torch.log_softmax(logits[:, :-1].float(), -1).gather(-1, ids[:, 1:, None])[..., 0]

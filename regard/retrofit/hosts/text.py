@@ -1,4 +1,4 @@
-"""Models of text: what language models and encoders of transformers have in common."""
+"""Text models: the common part of language models and encoders of transformers."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 READS = 22
-"""Times that a text of each of the lengths is read for recall and time."""
+"""Number of times that a text of each length is read for recall and timing."""
 BLOCK, BLOCKS = 512, 4
-"""Tokens in a block, and blocks of a training step, where none are asked for."""
+"""Default tokens in a block, and default blocks of a training step."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class TextHost(Host):
 
     @property
     def longest(self) -> int | None:
-        """Tokens that its positions reach; None where nothing says so."""
+        """The most tokens that its positions allow; None if unlimited."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
     def within(self, lengths: tuple[int, ...]) -> list[int]:
-        """Those of some lengths that its positions reach."""
+        """The lengths that its positions allow."""
         return [n for n in lengths if self.longest is None or n <= self.longest]
 
     def settled(self, settings: RetrofitSettings) -> RetrofitSettings:
@@ -78,7 +78,7 @@ class TextHost(Host):
         )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the model and its tokenizer as transformers does: a GGUF file becomes a folder of safetensors."""
+        """Write the model and its tokenizer in transformers' format: a GGUF file becomes a folder of safetensors."""
         from regard.integrations.transformers.folders import quietly
 
         with quietly():
@@ -101,7 +101,7 @@ class TextHost(Host):
 
 
 def _places(data: Any) -> list[Any]:
-    """The files and folders of data; none of data that is given."""
+    """The files and folders in `data`; none if it is given as a tensor."""
     return [data] if isinstance(data, (str, Path)) else list(data) if isinstance(data, (list, tuple)) else []
 
 
@@ -123,7 +123,7 @@ def check_whole(model: Any) -> None:
 
 
 def open_folder(path: Path, tokenizer: Any) -> tuple[Any, Any]:
-    """The model in a folder or a GGUF file, of the class that it was saved as, and its tokenizer."""
+    """Open the model in a folder or a GGUF file, with the class that it was saved as, and its tokenizer."""
     from regard.compression.folders import is_compressed
     from regard.integrations.transformers.folders import find_files, has_tokenizer, load_model, load_tokenizer
     from regard.retrofit.hosts.encoder import class_of
@@ -140,7 +140,7 @@ def open_folder(path: Path, tokenizer: Any) -> tuple[Any, Any]:
 
 
 def _without_quantizer(model: Any) -> nn.Module:
-    """The model of a GGUF file, whose weights are floating-point numbers by now, as one that can be saved."""
+    """Rebuild the model of a GGUF file, whose weights are already floating-point numbers, so that it can be saved."""
     config = copy.deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
     plain = type(model)(config).to(model.dtype)

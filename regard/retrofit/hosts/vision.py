@@ -31,15 +31,15 @@ if TYPE_CHECKING:
     from regard.tasks.documents import Paths
 
 TIMED = 30
-"""Batches that are read for time."""
+"""Number of batches read for timing."""
 BATCH = 32
-"""Images of a training step, where none are asked for."""
+"""Default number of images in a training step."""
 SUPPORTED = "timm's ViT and DeiT: a folder of timm (config.json and model.safetensors), timm:NAME, or such a model"
 
 
 @dataclass(frozen=True)
 class VisionHost(Host):
-    """A vision transformer of timm, which says of each image what it is, or gives its features."""
+    """A vision transformer of timm, which classifies images, or outputs their features."""
 
     kind: ClassVar[str] = "vision"
     pattern: ClassVar[Pattern] = Pattern.NONCAUSAL_SELF
@@ -48,7 +48,7 @@ class VisionHost(Host):
 
     @property
     def distributes(self) -> bool:
-        """Whether it tells classes apart."""
+        """Whether it has classes."""
         return bool(self.model.num_classes)
 
     @property
@@ -57,7 +57,7 @@ class VisionHost(Host):
 
     @property
     def view(self) -> View:
-        """How it sees images."""
+        """Its preprocessing of images."""
         return View.of(self.model)
 
     def settled(self, settings: RetrofitSettings) -> RetrofitSettings:
@@ -84,13 +84,13 @@ class VisionHost(Host):
         return self.tokens(1)
 
     def tokens(self, larger: int) -> int:
-        """Tokens of an image that is so many times as high and as wide."""
+        """Tokens of an image that is `larger` times as high and as wide."""
         patches = int(self.model.patch_embed.num_patches)
         return larger**2 * patches + int(getattr(self.model, "num_prefix_tokens", 0))
 
     @contextmanager
     def watched(self, model: Any) -> Iterator[dict[int, Tensor]]:
-        """Within the context, what the blocks of a model gave last, by the number of their attention."""
+        """Within the context, collect the latest outputs of a model's blocks, by the number of their attention."""
         given: dict[int, Tensor] = {}
 
         def keep(number: int) -> Any:
@@ -124,7 +124,7 @@ class VisionHost(Host):
         return self.of_images(data.held_out.spread(most * settings.rows))
 
     def of_images(self, images: Some) -> Batch:
-        """Images as the model reads them."""
+        """The images as a batch of model inputs."""
         return Batch(self.view.normal(images.pixels), images.labels)
 
     def answers(self, model: Any, batch: Batch) -> Float[Tensor, "b v"]:
@@ -158,10 +158,10 @@ class VisionHost(Host):
 
 
 def open_vision(model: Any) -> VisionHost:
-    """The host of a model for which :func:`is_of_timm` holds.
+    """The host of a model for which :func:`is_of_timm` is true.
 
     Raises:
-        Unsupported: where it cannot be loaded or built again, for quantized weights, and models swapped before.
+        Unsupported: if it cannot be loaded or rebuilt, for quantized weights, and for models that were swapped before.
     """
     recipe = timm_folders().recipe
     if isinstance(model, (str, os.PathLike)):
@@ -174,7 +174,7 @@ def open_vision(model: Any) -> VisionHost:
     if quantized_record(opened):
         raise Unsupported(f"{what} with quantized weights", supported="weights in floating point")
     layers = layers_of(opened, what, SUPPORTED)
-    swap(copy.deepcopy(opened), "softmax")  # refuses attention that is more than softmax, with the reason
+    swap(copy.deepcopy(opened), "softmax")  # raises with the reason if attention is more than softmax
     host = VisionHost(opened.eval().requires_grad_(False), name, layers)
     if any(host.placed(opened, layer.number) is not None for layer in layers):
         raise Unsupported(

@@ -1,4 +1,4 @@
-"""What is measured of a retrofit beside the original, for each kind of model."""
+"""The comparison of a retrofit with the original, for each kind of model."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from regard.retrofit.stage import Progress, Watch
 
 
 class Measures(Protocol):
-    """The figures of a kind of model."""
+    """The measurements for one kind of model."""
 
     def parts(
         self, host: Any, student: Any, data: Any, settings: RetrofitSettings, windows: int
     ) -> dict[str, Callable[[], Any]]:
-        """What is measured, by name, each part by itself; `windows` blocks or batches of each source, at most."""
+        """The measurements by name, each independent; with at most `windows` blocks or batches of each source."""
 
     def results(
         self, host: Any, student: Any, data: Any, settings: RetrofitSettings, found: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """All figures, of the parts that were measured."""
+        """All figures, from the results of the parts."""
 
     def rows(self, results: Mapping[str, Any]) -> list[Row]:
-        """The figures in words: what, of the original, of the retrofit."""
+        """Table rows of the figures: a label, the original's value, the retrofit's value."""
 
     def loss(self, results: Mapping[str, Any]) -> Loss:
-        """What retrofits of one model are compared by, on the source that decides: the last, which is another where there is
-        one."""
+        """The loss by which retrofits of one model are compared, on the deciding source: the last, which is another
+        source if there is one."""
 
     def recommend(self, results: Mapping[str, Any]) -> dict[str, Any]:
-        """Whether to take the retrofit: ``take`` (bool), ``text`` (a sentence), ``notes``."""
+        """The recommendation for or against the retrofit: ``take`` (bool), ``text`` (a sentence or two), ``notes``."""
 
 
 KINDS = cast(dict[str, Measures], {"language": language, "encoder": encoder, "vision": vision})
 
 
 def kind_of(record: Mapping[str, Any]) -> str:
-    """The kind of a record's model; records of earlier versions are of language models."""
+    """The kind of a record's model; records of earlier versions are about language models."""
     return record.get("kind", "language")
 
 
 def measures_of(record: Mapping[str, Any]) -> Measures:
-    """The measures of a record's kind."""
+    """The measurements for a record's kind of model."""
     return KINDS[kind_of(record)]
 
 
@@ -61,10 +61,10 @@ def evaluate(
     folder: Folder,
     watch: Watch,
 ) -> dict[str, Any]:
-    """All figures, each made once: what is in the folder is not measured again.
+    """All figures, each measured once: results in the folder are reused.
 
     Args:
-        windows: blocks (or batches of images) of each source, at most.
+        windows: the most blocks (or batches of images) of each source.
     """
     measures = KINDS[host.kind]
     parts = measures.parts(host, student, data, settings, windows)

@@ -1,4 +1,4 @@
-"""What came of an encoder, beside the original: how near its hidden states are, what it says of masked tokens, and time."""
+"""An encoder compared with the original: closeness of hidden states, predictions of masked tokens, and time."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 def parts(
     host: EncoderHost, student: Any, corpus: Corpus, settings: RetrofitSettings, windows: int
 ) -> dict[str, Callable[[], Any]]:
-    """What is measured, by name; see :class:`regard.retrofit.measures.Measures`."""
+    """The measurements by name; see :class:`regard.retrofit.measures.Measures`."""
     models = {ORIGINAL: host.model, RETROFIT: student}
     found: dict[str, Callable[[], Any]] = {
         f"quality on {source}": partial(quality, models, host.of_text(ids, windows, settings))
@@ -61,7 +61,7 @@ def parts(
 def results(
     host: EncoderHost, student: Any, corpus: Corpus, settings: RetrofitSettings, found: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All figures of the record, of the parts that were measured."""
+    """All figures of the record, from the results of the parts."""
     lengths = host.within(settings.spans)
     return {
         "quality": {source: found[f"quality on {source}"] for source in corpus.sources},
@@ -76,8 +76,8 @@ def results(
 
 @torch.no_grad()
 def quality(models: Models, blocks: Batch) -> dict[str, Any]:
-    """How near hidden states are to the original's, by layer, and whether texts stay neighbours; with a head for masked tokens
-    their perplexity and how often both models say the same.
+    """How close hidden states are to the original's, by layer, and whether texts keep their nearest neighbours; with a
+    head for masked tokens also the perplexity of both models and how often they predict the same token.
 
     The standard error of the change is that of the mean difference over blocks.
     """
@@ -121,7 +121,7 @@ def _masked(nats: Mapping[str, list[float]], same: Tensor) -> dict[str, Any]:
 
 
 def neighbours(original: Float[Tensor, "w c"], found: Float[Tensor, "w c"]) -> float | None:
-    """The share of texts whose nearest other text, by the cosine of mean hidden states, is the same; None of fewer than four."""
+    """The share of texts whose nearest text, by cosine of mean hidden states, stays the same; None for under four."""
     if len(original) < 4:
         return None
     nearest = []
@@ -133,7 +133,7 @@ def neighbours(original: Float[Tensor, "w c"], found: Float[Tensor, "w c"]) -> f
 
 @torch.no_grad()
 def time_of(models: Models, host: EncoderHost, ids: Int[Tensor, " n"], length: int) -> dict[str, Any]:
-    """Seconds to read a text of so many tokens."""
+    """Seconds to read a text of `length` tokens."""
     content = max(length - (0 if host.frame is None else 2), 1)
     text = host.framed(ids.repeat(math.ceil(content / len(ids)))[:content][None])
     found = interleaved({name: partial(model, text) for name, model in models.items()}, seconds=10.0, least=2)
@@ -141,7 +141,7 @@ def time_of(models: Models, host: EncoderHost, ids: Int[Tensor, " n"], length: i
 
 
 def rows(results: Mapping[str, Any]) -> list[Row]:
-    """The figures in words: what, of the original, of the retrofit."""
+    """Table rows of the figures: a label, the original's value, the retrofit's value."""
     found: list[Row] = []
     for source, its in results["quality"].items():
         if "change" in its:
@@ -160,7 +160,7 @@ def rows(results: Mapping[str, Any]) -> list[Row]:
 
 
 def loss(results: Mapping[str, Any]) -> Loss:
-    """The rise of the perplexity of masked tokens, or the share of the variance of hidden states that is not kept."""
+    """The rise of the perplexity of masked tokens, or the share of the hidden states' variance that is lost."""
     judged = list(results["quality"].values())[-1]
     if "change" in judged:
         return judged["change"], judged["standard_error"], f"perplexity of masked tokens is {change(judged)}"
@@ -169,7 +169,7 @@ def loss(results: Mapping[str, Any]) -> Loss:
 
 
 def recommend(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The sentence, and notes on what it does not say: ``take`` (bool), ``text``, ``notes``."""
+    """The recommendation and notes on its limits: ``take`` (bool), ``text``, ``notes``."""
     source, judged = list(results["quality"].items())[-1]
     lost, _, words = loss(results)
     close, cost = lost <= (WORTH if "change" in judged else 1 - CLOSE), f"{words} on {source}"

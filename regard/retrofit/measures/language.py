@@ -1,4 +1,4 @@
-"""What came of a language model, beside the original: perplexity by position, recall, time and state."""
+"""A language model compared with the original: perplexity by position, recall, time and state."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 CUE, ANSWER = 4, 8
-"""Tokens of a needle that are shown again, and tokens of it that are then to be said."""
+"""Tokens of a needle that are shown again, and tokens of it that must then be predicted."""
 DEPTHS = (0.1, 0.5, 0.9)
 STATE_LENGTHS = (2048, 8192, 32768)
 DECODED = 12
-"""Tokens that are decoded to time one."""
+"""Number of decoded tokens in a timing."""
 
 
 def parts(
     host: LanguageHost, student: Any, corpus: Corpus, settings: RetrofitSettings, windows: int
 ) -> dict[str, Callable[[], Any]]:
-    """What is measured, by name; see :class:`regard.retrofit.measures.Measures`."""
+    """The measurements by name; see :class:`regard.retrofit.measures.Measures`."""
     models = {ORIGINAL: host.model, RETROFIT: student}
     lengths = host.within(settings.spans)
     found: dict[str, Callable[[], Any]] = {}
@@ -58,7 +58,7 @@ def parts(
 def results(
     host: LanguageHost, student: Any, corpus: Corpus, settings: RetrofitSettings, found: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All figures of the record, of the parts that were measured."""
+    """All figures of the record, from the results of the parts."""
     lengths = host.within(settings.spans)
     return {
         "perplexity": {source: found[f"perplexity on {source}"] for source in corpus.sources},
@@ -75,14 +75,14 @@ def results(
 
 
 def evaluation_length(host: LanguageHost, ids: Int[Tensor, " n"], length: int) -> int:
-    """Twice a block of training where the model's positions and the text reach so far, so that what lies beyond shows."""
+    """Twice the training block, if the model's positions and the text allow it, to show what happens beyond it."""
     within = host.longest is None or 2 * length <= host.longest
     return 2 * length if within and len(ids) >= 4 * length else length
 
 
 @torch.no_grad()
 def perplexity(models: Models, blocks: Int[Tensor, "w n"]) -> dict[str, Any]:
-    """Perplexity of each model on the same blocks, by position, and how much larger the second one's is.
+    """Perplexity of each model on the same blocks, also by position, and its relative rise in the retrofit.
 
     The standard error of the change is that of the mean difference over blocks.
     """
@@ -109,10 +109,10 @@ def perplexity(models: Models, blocks: Int[Tensor, "w n"]) -> dict[str, Any]:
 
 @torch.no_grad()
 def recall(models: Models, ids: Int[Tensor, " n"], length: int, seed: int) -> dict[str, Any] | None:
-    """Share of a needle's tokens that each model says when its beginning is shown again; None where the text is too short.
+    """Share of a needle's tokens that each model predicts after its beginning is shown again; None for a short text.
 
-    A needle is tokens of the text in random order, hidden at three depths of it; whoever says them has found them, since
-    nothing else tells them.
+    A needle is random tokens of the text, hidden at three depths of it; a model that predicts them must have found the
+    needle, since nothing else gives them away.
     """
     filler = length - 2 * CUE - ANSWER
     if len(ids) < filler or filler < 1:
@@ -141,9 +141,10 @@ def prefill(models: Models, ids: Int[Tensor, " n"], length: int) -> dict[str, An
 
 @torch.no_grad()
 def decoding(models: Models, ids: Int[Tensor, " n"], length: int) -> dict[str, Any]:
-    """Seconds to go on by one token after a prompt, as `generate` does: with the model's cache, and the bytes that it then
-    holds, or without one by reading everything again. Models take turns, token by token. All but the original decode in few
-    native calls, as `regard generate` has them, and regard's softmax has a cache that is not copied at each token."""
+    """Seconds to decode one token after a prompt, as `generate` does: with the model's cache, and the bytes that the
+    cache then holds, or without a cache by reading everything again. Models alternate, token by token. All but the
+    original decode in few native calls, as in `regard generate`, and regard's softmax has a cache that is not copied at
+    each token."""
     from regard.integrations.transformers import fuse_layers, unfuse_layers
 
     prompt, own = _prompt(ids, length), [model for name, model in models.items() if name != ORIGINAL]
@@ -161,7 +162,7 @@ def decoding(models: Models, ids: Int[Tensor, " n"], length: int) -> dict[str, A
 
 
 class _GoingOn:
-    """A model after a prompt."""
+    """A model that continues after a prompt."""
 
     def __init__(self, model: Any, prompt: Int[Tensor, "1 n"], *, grows: bool = False) -> None:
         from regard.integrations.transformers import GrowingCache
@@ -176,7 +177,7 @@ class _GoingOn:
         return getattr(self.model(ids, use_cache=True, logits_to_keep=1, **{CACHE: cache}), CACHE)
 
     def step(self, number: int) -> None:
-        if not self.cached and number >= 2:  # a whole prompt tells enough
+        if not self.cached and number >= 2:  # one pass over a whole prompt is enough after a warm-up
             return
         token = self.prompt[:, number % self.prompt.shape[1], None]
         started = time.perf_counter()
@@ -195,7 +196,7 @@ class _GoingOn:
 
 
 def held_bytes(cache: Any) -> int:
-    """Bytes of all tensors in a cache of transformers, without the room behind those that grow."""
+    """Bytes of all tensors in a cache of transformers, without the spare room of growing ones."""
     from regard.integrations.transformers.caches import GrowingLayer
 
     if isinstance(cache, GrowingLayer):
@@ -214,13 +215,14 @@ def _read(model: Any, prompt: Int[Tensor, "1 n"]) -> Float[Tensor, "1 1 v"]:
 
 
 def _prompt(ids: Int[Tensor, " n"], length: int) -> Int[Tensor, "1 n"]:
-    """So many tokens of a text, which is read again from its start where it is shorter."""
+    """The first `length` tokens of a text, which is repeated if it is shorter."""
     return ids.repeat(math.ceil(length / len(ids)))[:length][None]
 
 
 def state_bytes(host: LanguageHost, model: Any, length: int) -> int:
-    """What a sequence of so many tokens goes on from: the keys and values of softmax layers, in the weights' dtype, and the
-    state of others as their mechanism defines it, whose accumulators have at least four bytes a number."""
+    """The bytes needed to continue a sequence of `length` tokens: the keys and values of softmax layers, in the
+    weights' dtype, and the state of other layers as their mechanism defines it, whose accumulators have at least four
+    bytes per number."""
     total = 0.0
     width = next(model.parameters()).element_size()
     for layer in host.layers:
@@ -238,7 +240,7 @@ def state_bytes(host: LanguageHost, model: Any, length: int) -> int:
 
 
 def mean_recall(found: dict[str, Any], model: str) -> float:
-    """Over the depths."""
+    """Mean recall of a model over the depths."""
     return statistics.fmean(found[model])
 
 
@@ -249,7 +251,7 @@ def loss(results: Mapping[str, Any]) -> Loss:
 
 
 def rows(results: Mapping[str, Any]) -> list[Row]:
-    """What was measured: what, of the original, of the retrofit."""
+    """Table rows of the figures: a label, the original's value, the retrofit's value."""
     found: list[Row] = []
     for source, its in results["perplexity"].items():
         found.append((f"perplexity on {source}", units.number(its["original"]), units.number(its["retrofit"])))

@@ -1,4 +1,4 @@
-"""What figures of all kinds of models have in common: two models, times, and words."""
+"""Helpers for the figures of all kinds of models: pairs of models, times, and words."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 ORIGINAL, RETROFIT, SOFTMAX = "original", "retrofit", "softmax"
-"""The models; the last is the original with regard's softmax, which takes time as regard does, and is timed alone."""
+"""The models; the last is the original with regard's softmax, which is only timed, as a baseline at regard's speed."""
 MODELS = (ORIGINAL, RETROFIT)
 CLOSE = 0.9
-"""Least share of the variance of hidden states that a retrofit has to keep to be recommended."""
+"""The least share of the hidden states' variance that a retrofit must keep to be recommended."""
 LESS = 0.95
-"""Share of a time or a size below which it is clearly less."""
+"""A time or a size is clearly less below this share."""
 
 Loss = tuple[float, float | None, str]
-"""What is lost, its standard error, and both in words."""
+"""The loss, its standard error, and a description of both."""
 Models = dict[str, Any]
 Row = tuple[str, str, str]
-"""What was measured: what, of the original, of the retrofit."""
+"""A table row: a label, the original's value, the retrofit's value."""
 
 
 def change(its: dict[str, Any]) -> str:
-    """How perplexity changed, with its standard error."""
+    """Describe how perplexity changed, with its standard error."""
     value, error = its["change"], its["standard_error"]
     if abs(value) < 5e-4:
         said = "unchanged"
@@ -45,28 +45,28 @@ def change(its: dict[str, Any]) -> str:
 
 
 def beside(words: str, its: Mapping[str, Any], say: Callable[[Any], str]) -> Row:
-    """A row of what each model has."""
+    """A row with the value of each model."""
     return words, say(its[ORIGINAL]), say(its[RETROFIT])
 
 
 def times(words: str, its: Mapping[str, Any]) -> Row:
-    """The row of a time."""
+    """A row with the time of each model."""
     return beside(words, its, lambda timing: units.milliseconds(1000 * timing["median"]))
 
 
 def longer(its: Mapping[str, Any], model: str, other: str) -> float | None:
-    """How many times as long one model takes as another; None where it does not clearly take longer."""
+    """How many times as long one model takes as another; None unless it clearly takes longer."""
     ratio = its[model]["median"] / its[other]["median"]
     return ratio if ratio > 1 / LESS else None
 
 
 def times_as_long(ratio: float) -> str:
-    """How many times the time something takes, in words."""
+    """Format a time ratio in words."""
     return f"{ratio:,.1f} times the time" if ratio < 10 else f"{ratio:,.0f} times the time"
 
 
 def operations(host: Host, model: Any, tokens: int) -> float:
-    """Floating-point operations of all attention over a sequence of so many tokens, by definition of the mechanisms."""
+    """Floating-point operations of all attention over `tokens` tokens, by definition of the mechanisms."""
     total = 0.0
     softmax = get_mechanism("softmax")
     for layer in host.layers:
@@ -78,19 +78,19 @@ def operations(host: Host, model: Any, tokens: int) -> float:
 
 
 def mean_and_error(items: Float[Tensor, " m"]) -> tuple[float, float | None]:
-    """The mean of numbers, and its standard error; None of a single one."""
+    """The mean of numbers, and its standard error; None for a single number."""
     return float(items.mean()), float(items.std() / len(items) ** 0.5) if len(items) > 1 else None
 
 
 def rise(gaps: Float[Tensor, " w"]) -> dict[str, float | None]:
-    """How much larger a perplexity is, from the differences of losses over blocks in nats: ``change``, ``standard_error``."""
+    """The relative rise of perplexity, from the loss differences of blocks in nats: ``change``, ``standard_error``."""
     mean, error = mean_and_error(gaps)
     larger = math.expm1(mean)
     return {"change": larger, "standard_error": None if error is None else error * (1 + larger)}
 
 
 class Closeness:
-    """How much of the variance of vectors is kept by others in their place, over several batches."""
+    """How much of the variance of vectors is kept by vectors that replace them, over several batches."""
 
     def __init__(self) -> None:
         self.count, self.squares, self.sum = 0, 0.0, torch.zeros(())
@@ -112,17 +112,17 @@ class Closeness:
 
 
 def kept(share: float, error: float | None) -> str:
-    """A share, as of variance, in words, with its standard error."""
+    """Format a share, such as of variance, with its standard error."""
     return f"{share:.1%}" + ("" if error is None else f" (± {100 * error:.1f})")
 
 
 def judgement(close: bool, cost: str, gain: str | None, delay: str | None) -> dict[str, Any]:
-    """Whether to take a retrofit that is close or not, and the sentence.
+    """The recommendation for or against a retrofit: ``take`` (bool) and ``text``.
 
     Args:
-        cost: what is lost, in words.
-        gain: what takes less time, in words; None where nothing does.
-        delay: what takes more.
+        cost: the loss, in words.
+        gain: what takes less time, in words; None if nothing does.
+        delay: what takes more time.
     """
     but = f", but {delay}" if delay else ""
     if close and gain:
@@ -135,7 +135,7 @@ def judgement(close: bool, cost: str, gain: str | None, delay: str | None) -> di
 
 
 def source_notes(sources: Mapping[str, Any], blocks: int, what: str) -> list[str]:
-    """What figures of some sources do not say."""
+    """Notes on the limits of the figures."""
     notes = []
     if len(sources) == 1:
         notes.append("measured on data of the source that it was trained on; --validation gives some of another.")

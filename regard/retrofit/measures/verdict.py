@@ -1,4 +1,4 @@
-"""One sentence on whether to take the retrofit of a language model."""
+"""The recommendation of whether to take the retrofit of a language model."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from regard.measurement import units
 from regard.retrofit.measures.shared import LESS, ORIGINAL, RETROFIT, SOFTMAX, change, longer, times_as_long
 
 WORTH = 0.08
-"""Largest rise of perplexity at which a retrofit is recommended."""
+"""The largest rise of perplexity at which a retrofit is recommended."""
 STATE_AT = 8192
 FORGETS = 0.25
-"""Difference of the shares of needles that is told."""
+"""The least difference of needle shares that is reported."""
 LOWER = 0.01
-"""Share by which perplexity falls, at least, where that alone is a reason."""
+"""The least relative fall of perplexity that is a reason on its own."""
 ROOM = 1.25
-"""Times its definition that a state may be, for the room that caches leave."""
+"""How many times its definition a state may take up, to allow for spare room in caches."""
 
 
 def recommend(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The sentence, and notes on what it does not say.
+    """The recommendation, and notes on its limits.
 
     Args:
-        results: of :func:`regard.retrofit.evaluate.evaluate`.
+        results: the results of :func:`regard.retrofit.measures.evaluate`.
 
     Returns:
         ``take`` (bool), ``text``, ``notes``.
@@ -55,19 +55,19 @@ def recommend(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _speed(results: Mapping[str, Any]) -> str | None:
-    """Where the retrofit clearly takes less time, than the original with regard's softmax too; None where nowhere."""
+    """Where the retrofit clearly takes less time, than with regard's softmax too, in words; None if nowhere."""
     found = _clearly_longer(results, ORIGINAL, RETROFIT, SOFTMAX)
     return None if found is None else f"{found[0]} takes {1 / found[1]:.0%} of the time"
 
 
 def _delay(results: Mapping[str, Any]) -> str | None:
-    """Where the retrofit clearly takes more time; None where nowhere."""
+    """Where the retrofit clearly takes more time, in words; None if nowhere."""
     found = _clearly_longer(results, RETROFIT, ORIGINAL)
     return None if found is None else f"{found[0]} takes {times_as_long(found[1])}"
 
 
 def _finds(results: Mapping[str, Any]) -> str | None:
-    """The longest length at which the retrofit says needles that the original does not; None where none."""
+    """The longest length at which the retrofit finds clearly more needles, in words; None if nowhere."""
     for length, found in reversed(list(results["recall"].items())):
         if found is not None:
             before, after = (sum(found[model]) / len(found[model]) for model in (ORIGINAL, RETROFIT))
@@ -77,8 +77,9 @@ def _finds(results: Mapping[str, Any]) -> str | None:
 
 
 def _clearly_longer(results: Mapping[str, Any], model: str, other: str, likewise: str = "") -> tuple[str, float] | None:
-    """The longest of the lengths at which a token, or else a prompt, clearly takes one model longer, in words, and how many
-    times as long; None where it never does. A third model, where it was timed, has to take longer too."""
+    """The longest length at which a token, or else a prompt, clearly takes one model longer than another, in words, and
+    how many times as long; None if it never does. A third model (`likewise`), where it was timed, must take longer
+    too."""
     for what, words in (("decoding", "a token after"), ("prefill", "a prompt of")):
         for length, found in reversed(list(results[what].items())):
             ratio = longer(found, model, other)
@@ -90,8 +91,8 @@ def _clearly_longer(results: Mapping[str, Any], model: str, other: str, likewise
 
 
 def _goes_on_from_state(results: Mapping[str, Any]) -> bool:
-    """Whether what generation holds is smaller in fact, or as small as its definition says, at the longest length that was
-    measured."""
+    """Return whether the memory that generation holds is really smaller, or about as small as defined, at the longest
+    measured length."""
     if not results["decoding"]:
         return False
     length, found = list(results["decoding"].items())[-1]

@@ -1,4 +1,4 @@
-"""What came of a vision transformer, beside the original: whether it says the same, whether that is right, and how fast."""
+"""A vision transformer compared with the original: agreement, accuracy, and speed."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ from regard.retrofit.pictures import Pictures, Some
 from regard.retrofit.settings import RetrofitSettings
 
 LARGER = (1, 2, 4)
-"""How many times as high and as wide images are whose operations are told."""
+"""Factors of height and width of the images whose operations are counted."""
 AT_ONCE = 4
-"""Times as many images as in the batch before, of the batches that are timed."""
+"""Ratio between the sizes of consecutive timed batches."""
 SAME, POINTS = 0.95, 0.01
-"""Least share of images of which a retrofit has to say the same to be recommended, and, where classes are known, the largest
+"""The least share of images on which a retrofit must agree to be recommended, and, where classes are known, the largest
 loss of accuracy."""
 
 
 def parts(
     host: VisionHost, student: Any, pictures: Pictures, settings: RetrofitSettings, windows: int
 ) -> dict[str, Callable[[], Any]]:
-    """What is measured, by name; see :class:`regard.retrofit.measures.Measures`."""
+    """The measurements by name; see :class:`regard.retrofit.measures.Measures`."""
     models, most = {ORIGINAL: host.model, RETROFIT: student}, windows * settings.rows
     found: dict[str, Callable[[], Any]] = {
         f"quality on {source}": partial(quality, models, host, images.spread(most), settings.rows)
@@ -61,7 +61,7 @@ def parts(
 
 
 def at_once(rows: int) -> list[int]:
-    """Sizes of the batches that are timed: one image, and up to a training step's."""
+    """Sizes of the timed batches: from one image up to a training step's."""
     found = [rows]
     while found[-1] > 1:
         found.append(max(found[-1] // AT_ONCE, 1))
@@ -71,7 +71,7 @@ def at_once(rows: int) -> list[int]:
 def results(
     host: VisionHost, student: Any, pictures: Pictures, settings: RetrofitSettings, found: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All figures of the record, of the parts that were measured."""
+    """All figures of the record, from the results of the parts."""
     sides = [(factor, host.tokens(factor)) for factor in LARGER]
     counts, both = at_once(settings.rows), {ORIGINAL: host.model, RETROFIT: student}
     return {
@@ -92,8 +92,9 @@ def results(
 
 @torch.no_grad()
 def quality(models: Models, host: VisionHost, images: Some, rows: int) -> dict[str, Any]:
-    """How often both models say the same class, and how often each is right where classes are known; of a model without
-    classes, how much of the variance of its features is kept; and how much of that of hidden states after each layer."""
+    """How often both models predict the same class, and how often each is right if classes are known; for a model
+    without classes, how much of its features' variance is kept; and how much of the hidden states' variance after each
+    layer."""
     closeness, said = Closeness(), {name: list[Tensor]() for name in MODELS}
     layers = [Closeness() for _ in host.layers]
     for chosen in torch.arange(len(images)).split(rows):
@@ -124,13 +125,13 @@ def quality(models: Models, host: VisionHost, images: Some, rows: int) -> dict[s
 
 @torch.no_grad()
 def time_of(models: Models, batch: Batch) -> dict[str, Any]:
-    """Seconds of a batch of images."""
+    """Seconds for a batch of images."""
     found = interleaved({name: partial(model, batch.inputs) for name, model in models.items()}, seconds=10.0, least=3)
     return {"images": len(batch.inputs), **{name: asdict(timing) for name, timing in found.items()}}
 
 
 def rows(results: Mapping[str, Any]) -> list[Row]:
-    """The figures in words: what, of the original, of the retrofit."""
+    """Table rows of the figures: a label, the original's value, the retrofit's value."""
     found: list[Row] = []
     for source, its in results["quality"].items():
         if "kept" in its:
@@ -150,8 +151,8 @@ def rows(results: Mapping[str, Any]) -> list[Row]:
 
 
 def loss(results: Mapping[str, Any]) -> Loss:
-    """The loss of accuracy; where classes are not known, the share of images of which it says another class; of a model without
-    classes, the share of the variance of features that is not kept."""
+    """The loss of accuracy; if classes are not known, the share of images with another predicted class; for a model
+    without classes, the share of its features' variance that is lost."""
     judged = list(results["quality"].values())[-1]
     if "kept" in judged:
         words = f"{kept(judged['kept'], judged['kept_error'])} of the variance of features is kept"
@@ -165,7 +166,7 @@ def loss(results: Mapping[str, Any]) -> Loss:
 
 
 def recommend(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The sentence, and notes on what it does not say: ``take`` (bool), ``text``, ``notes``."""
+    """The recommendation and notes on its limits: ``take`` (bool), ``text``, ``notes``."""
     source, judged = list(results["quality"].items())[-1]
     lost, _, words = loss(results)
     most = 1 - CLOSE if "kept" in judged else POINTS if "accuracy" in judged else 1 - SAME
