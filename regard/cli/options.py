@@ -55,7 +55,7 @@ def _there(device: str) -> str:
 
 
 LARGEST_SEED = 2**32 - 1
-"""Every generator accepts it, even with a run's number added."""
+"""Every generator accepts it as a seed, even with a count added."""
 FRAMES = "bare, convolution, unnormed or own"
 FRAME = Annotated[str, typer.Option(help=f"What surrounds the mechanism in its layer: {FRAMES}.")]
 DEVICE = Annotated[str, typer.Option(help="Device, as torch names it: cpu, cuda.", callback=_there)]

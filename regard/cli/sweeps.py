@@ -1,4 +1,4 @@
-"""Where the cells of a command run, and the files that they need there."""
+"""The place where a command's cells run, and the files that they need there."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def enter_plugins(plugins: Sequence[Path]) -> list[str]:
 def sweep_of(
     engine: str, address: str | None, plugins: Sequence[Path] | None = None
 ) -> AbstractContextManager[Sweep | None]:
-    """Where cells run, as a context manager that joins it; None for this process.
+    """The place where cells run, as a context manager that joins it; None for this process.
 
     Impossible requests are refused here, before the command has read or written anything.
 

@@ -39,7 +39,7 @@ from regard.contract import Unsupported, one_of
 from regard.measurement import units
 
 MONITOR = "attention"
-"""What a run can be monitored for, which is also the name of the files written."""
+"""The quantity that a run can be monitored for, and the base name of the files written."""
 OF_THE_RUN = (
     "data",
     "task",

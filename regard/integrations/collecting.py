@@ -21,7 +21,7 @@ _CALLS = threading.local()
 
 
 class Collected:
-    """What the swapped modules of a model returned during calls inside :func:`collect_losses`.
+    """Losses and extras that the swapped modules of a model returned during calls inside :func:`collect_losses`.
 
     Attributes:
         losses: auxiliary losses by name, each (sum, count), added up over modules and calls.

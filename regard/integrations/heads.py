@@ -114,7 +114,7 @@ class HeadAttention(nn.Module):
             self.merge = around(dataclasses.replace(spec, config=chosen.wrapper_config), self.merge)
         self.learns = next(self.parameters(), None) is not None
         self.placement: Any = None
-        # mechanisms that read keys before their rotation rotate them themselves; all others get them as the model has rotated them
+        # mechanisms that read keys before their rotation rotate them themselves; all others get them rotated
         self.places_keys = self.card.places_keys(self.pattern) and self.misreads_rotated is not None
 
     def with_options(self, **options: Any) -> HeadAttention:

@@ -25,7 +25,7 @@ NO_EXTRAS: frozenset[str] = frozenset()
 
 @dataclass(frozen=True)
 class Observed:
-    """What a model computed on tokens.
+    """The results of a model on a batch of tokens.
 
     Attributes:
         logits: (B, N, V), at the places of the tokens.

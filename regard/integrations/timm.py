@@ -56,7 +56,7 @@ TIMMS_OWN = (
 
 
 def _configuration(name: str) -> dict[str, Any]:
-    """What timm's transforms read, and the backbone's default sizes."""
+    """The configuration that timm's transforms read, with the backbone's default sizes."""
     kind, config = read_backbone(name)
     half = (0.5, 0.5, 0.5)
     return {

@@ -70,7 +70,7 @@ def read_config(model: Any, folder: Path) -> None:
 
 
 def arguments(model: Any) -> dict[str, Any]:
-    """What :func:`built` needs to rebuild a model of the same sizes: ``architecture``, ``options`` and ``swapped``.
+    """Arguments for :func:`built` to rebuild a model of the same sizes: ``architecture``, ``options``, ``swapped``.
 
     Raises:
         Unsupported: for a model not made by `timm.create_model`, and for arguments that JSON cannot express.

@@ -29,7 +29,7 @@ _BLOCK = 1 << 15
 
 @dataclass(frozen=True)
 class Overlap:
-    """How many strings of `SHINGLE` bytes in the held-out texts also occur in the training text.
+    """The share of strings of `SHINGLE` bytes in the held-out texts that also occur in the training text.
 
     Attributes:
         share: share of the strings looked up; nan when no held-out text is long enough.

@@ -23,7 +23,7 @@ LINK = GAP + 1
 TRIES, ROUNDS = 8, 32
 """Curves drawn at once for each picture, of which the first that fits is used, and how often this is repeated."""
 BEND, STEADY = 3.0, 1 / 3
-"""How far a curve turns over the side of a picture, in radians; share of a side over which it keeps turning one way."""
+"""Radians that a curve turns over the side of a picture; share of a side over which it keeps turning one way."""
 AT_ONCE, MOST_AT_ONCE = 1 << 19, 256
 """Pixels of the pictures drawn at once, and the largest number of such pictures."""
 LARGEST, MANY = 256, 64
@@ -167,7 +167,8 @@ class PathfinderTask(GeneratedTask):
 
 
 def connected(pictures: UInt8[np.ndarray, "b s s"]) -> Bool[np.ndarray, " b"]:
-    """Whether steps of at most three pixels from line to line connect the two dots of each picture: an upper bound."""
+    """Return whether steps of at most three pixels from line to line connect the two dots of each picture: an upper
+    bound."""
     drawn = torch.from_numpy(pictures > EMPTY).float()[:, None]
     dots = torch.from_numpy(pictures == DOT).flatten(1)
     first = dots & (dots.cumsum(1) == 1)

@@ -231,7 +231,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Objective:
-    """What a task's model returns, and the loss that training minimises.
+    """The kind of output of a task's models, and the loss that training minimises.
 
     Attributes:
         name: name that tasks and models use.

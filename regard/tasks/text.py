@@ -200,7 +200,7 @@ def split(documents: list[Document], share: float, seed: int) -> tuple[list[Docu
 
 
 def _border(text: bytes, near: int) -> int:
-    """Where to cut `text`: after the blank line closest to `near`, else after a newline, else between characters."""
+    """The cut in `text`: after the blank line closest to `near`, else after a newline, else between characters."""
     reach = max(1, len(text) // 20)
     low, high = max(1, near - reach), min(len(text) - 1, near + reach)
     for mark in (b"\n\n", b"\n"):

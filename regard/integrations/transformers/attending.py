@@ -35,7 +35,7 @@ _DEFAULTS: dict[tuple[str, tuple[tuple[str, Any], ...]], HeadAttention] = {}
 
 @dataclass(frozen=True)
 class Placement:
-    """How a mechanism is connected to its module.
+    """The connection of a mechanism to its module.
 
     Attributes:
         arguments: names of the positional arguments of the module's call.

@@ -215,7 +215,7 @@ def record_options(model: Any, changed: Iterable[str], options: Mapping[str, Any
 
 
 def _notes(model: Any) -> list[str]:
-    """What a user should know about positions and generation in a swapped model."""
+    """Notes for the user about positions and generation in a swapped model."""
     placed = _placed(model)
     own = [attend for attend in placed if attend.placement.rotary is not None and attend.chosen.card.knows_positions]
     notes = [

@@ -24,7 +24,7 @@ METHOD = "regard"
 
 @register_quantization_config(METHOD)
 class RegardQuantizationConfig(QuantizationConfigMixin):
-    """Which layers of a model are quantized, and how.
+    """The quantized layers of a model, and how each is quantized.
 
     Args:
         weights: the file with the codes.

@@ -253,6 +253,6 @@ def predicted(learner: learners.Learner, batch: Batch) -> Float[Tensor, "b n 1"]
 
 
 def right_signs(output: Float[Tensor, "b n 1"], batch: Batch) -> tuple[Bool[Tensor, "b n"], Bool[Tensor, "b n"]]:
-    """Whether the sign is that of the target, and whether there is a target."""
+    """Two masks: where the sign is that of the target, and where there is a target."""
     counted = ~batch.targets.isnan()
     return ((output.sign() == batch.targets) & counted)[..., 0], counted[..., 0]

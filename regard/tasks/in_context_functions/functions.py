@@ -24,7 +24,7 @@ Rule = Literal["all", "any", "threshold", "odd", "nearest"]
 
 @dataclass(frozen=True)
 class FunctionClass:
-    """How a class draws its functions and inputs.
+    """A class of functions: how it draws its functions and inputs.
 
     Attributes:
         name: name of the class.

@@ -219,7 +219,7 @@ def best_guess(
         return found.nan_to_num(nan=0.0)  # labels that no function gives
 
     def labelled(x: Tensor) -> Tensor:
-        """Which functions answer +1; sums of so few integers are exact."""
+        """A mask of the functions that answer +1; sums of so few integers are exact."""
         if kind.rule == "odd":
             return (literals_of @ (x > 0).float().mT) % 2 == 1
         return literals_of @ x.mT > thresholds_of

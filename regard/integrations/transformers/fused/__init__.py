@@ -28,8 +28,8 @@ def fuse_layers(model: nn.Module) -> int:
     before. Results differ only by float32 rounding.
 
     Args:
-        model: of transformers: Llama (also SmolLM2 and others of its architecture), Mistral or Qwen2. Other models are
-            left unchanged.
+        model: a transformers model: Llama (also SmolLM2 and others of its architecture), Mistral or Qwen2. Other models
+            are left unchanged.
 
     Returns:
         The number of layers that are now fused. :func:`unfuse_layers` undoes it.
