@@ -70,7 +70,7 @@ def compress(
     """Make a model smaller and faster, with fewer bits, heads, neurons, layers or tokens, and measure what that costs.
 
     With --recipe, one model is written, which regard generate, evaluate, predict, serve and sparse read just like the
-    original.
+    original. With --recipes, each recipe is scored on held-out data and timed against the original.
 
     A recipe has at most one step of each kind, in this order: structured or axformer, which remove parts; magnitude,
     wanda or sparsegpt, which set weights to 0; smoothquant or awq; int8, int4, gptq, lsq, w8a8 or llm_int8; tokens,

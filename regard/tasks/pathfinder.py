@@ -167,8 +167,8 @@ class PathfinderTask(GeneratedTask):
 
 
 def connected(pictures: UInt8[np.ndarray, "b s s"]) -> Bool[np.ndarray, " b"]:
-    """Return whether steps of at most three pixels from line to line connect the two dots of each picture: an upper
-    bound."""
+    """Whether lines lead from dot to dot of each picture in steps of at most three pixels: an upper bound for
+    scores."""
     drawn = torch.from_numpy(pictures > EMPTY).float()[:, None]
     dots = torch.from_numpy(pictures == DOT).flatten(1)
     first = dots & (dots.cumsum(1) == 1)

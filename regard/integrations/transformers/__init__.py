@@ -12,6 +12,8 @@ Importing this module registers
   each module, so that ``save_pretrained`` and ``from_pretrained`` keep it: the import extends ``post_init`` of
   transformers' models to restore what the config records. Without this import transformers refuses to load them;
 - :class:`GrowingCache`, a cache for ``generate`` that does not copy all keys and values at each token;
+- :func:`fuse_layers`, for decoding in fewer and faster calls;
+- :class:`RegardQuantizer`, which lets transformers' own ``from_pretrained`` read the codes that `regard compress` writes::
 
       import regard.integrations.transformers
       model = AutoModelForCausalLM.from_pretrained("small/")

@@ -219,7 +219,8 @@ class StateLayer(CacheLayerMixin):
 
 def places(cache: Any, layers: Sequence[int], rows: int, tokens: int) -> Places | None:
     """The keys and values of these layers in a cache, with room for `tokens` more in each row, which count as present
-    from now on. None, with nothing changed, where the cache lacks some of their keys or has them in another layout.
+    from now on. None where the cache lacks the keys of a layer, or has them in another form (kind of cache, length,
+    dtype or device); nothing is changed then.
 
     A cache of another kind may have its own method `places(layers, rows, tokens)`.
     """

@@ -50,8 +50,7 @@ def neighbours(count: int) -> Learner:
 
 
 def nearest_cosine(x: Float[Tensor, "b m n"], y: Float[Tensor, "b m"]) -> Float[Tensor, "b m"]:
-    """The label of the earlier input with the largest cosine (ties go to the earliest); inputs all have the same
-    norm."""
+    """The label of the earlier input with the largest cosine (ties go to the earliest); inputs all have one norm."""
     return neighbours(1)(x, y)
 
 
