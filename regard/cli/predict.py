@@ -42,7 +42,7 @@ def predict(
 ) -> None:
     """Classify images, or their pixels or voxels, with a trained model.
 
-    Images are turned, resized and normalised as in training. A model of the task segmentation reports the share of each
+    Images are rotated, resized and normalised as in training. A model of the task segmentation reports the share of each
     class and, with --output, writes masks in the image's size, with the values and colours of its training masks. A
     model of segmentation_3d reads NIfTI volumes, in windows of its crop size, and writes masks with the volume's shape
     and affine. With --reduce, classes are predicted from fewer tokens; the command reports how many differ from those

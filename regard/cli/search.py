@@ -87,8 +87,7 @@ def search(
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
-    """Find the best network within a budget: mechanism, heads and feed-forward width of each layer, and width and
-    depth.
+    """Find the best network within a budget: each layer's mechanism, heads and feed-forward width, and width and depth.
 
     One supernet that contains all networks is trained, and some networks are tried with its weights. From these, a
     ranker learns which of two networks is better, and guides the searchers. The best network, and the best with each
