@@ -173,8 +173,7 @@ def refuse_waived(module: nn.Module, property_name: str, asked: str, nearest: st
 
 
 def _longer(x: Tensor | None, *axes: int) -> Tensor | None:
-    """Add a token to the token axes, so that `torch.export` sees which they are; an axis of one token is left as it
-    is."""
+    """Add a token to the token axes, to show them to `torch.export`; an axis of one token is left as it is."""
     for axis in axes or (1,):
         if x is not None and x.shape[axis] > 1:
             x = torch.cat([x, x.narrow(axis, 0, 1)], axis)

@@ -432,7 +432,7 @@ def _plan_transformers(model: nn.Module, path: str, module: Any, choice: Choice,
 
 
 def _choose_paths_of_encoders(model: nn.Module) -> None:
-    """Turn off PyTorch's packing of padded batches in encoders with swapped modules, or on again without any."""
+    """Turn PyTorch's packing of padded batches off in encoders with swapped modules, and on again after an unswap."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and hasattr(module, "use_nested_tensor"):
             swapped = any(isinstance(m, MultiheadAttention) for m in module.modules())

@@ -22,7 +22,7 @@ SMOOTH = 1e-5
 def dice_and_cross_entropy(
     output: Float[Tensor, "b n pk"], batch: Batch
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """Mean cross entropy of an image's pixels plus 1 - its mean soft Dice coefficient, for each image with weight 1.
+    """Mean cross entropy of an image's pixels plus 1 - its mean soft Dice coefficient, and the image's weight 1.
 
     With p from a softmax and t one-hot, the soft coefficient of a class is ``(2 sum p t + s) / (sum p^2 + sum t^2 +
     s)``. The mean is over the classes in the image; predictions of other classes are penalised by the cross entropy.
