@@ -1,4 +1,4 @@
-"""`regard compare`: mechanisms trained and measured on the same task."""
+"""`regard compare`: mechanisms trained and measured on the same tasks."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def compare(
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
-    """Train mechanisms on the same task, measure quality and cost on this machine, and recommend one.
+    """Train mechanisms on the same tasks, measure quality and cost on this machine, and recommend one.
 
     Examples:
 

@@ -81,7 +81,7 @@ class LabelledTask(Task):
     def _use_validation(
         self, training: list[Labelled], held_out: list[Labelled], validation: Paths | None = None
     ) -> tuple[list[Labelled], list[Labelled]]:
-        """Leave training items that are also held out out of the training data."""
+        """Remove training items that are also held out."""
         if validation is not None and not held_out:
             raise Unsupported(f"{names_of(validation)}, which holds no items", supported="held-out items")
         scored = self._distinct(held_out)
