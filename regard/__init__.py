@@ -26,7 +26,7 @@ from regard.contract import (
 from regard.create import create_layer
 from regard.version import VERSION
 
-if TYPE_CHECKING:  # what is imported when it is asked for, for editors and type checkers
+if TYPE_CHECKING:  # names that are imported only on access, for editors and type checkers
     from regard import distributed as distributed
     from regard import functional as functional
     from regard import models as models

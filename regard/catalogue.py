@@ -1,4 +1,4 @@
-"""Finds mechanisms: every module in `regard/mechanisms`, third parties' entry points, and plugin files."""
+"""Finds mechanisms: modules in `regard/mechanisms`, third-party entry points, and plugin files."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _catalogue() -> dict[str, tuple[Mechanism, ModuleType]]:
 
 
 def register(card: Mechanism, module: ModuleType) -> Mechanism:
-    """Add a mechanism for this process. A name or alias that is taken raises Unsupported."""
+    """Add a mechanism to the catalogue of this process. A name or alias that is already taken raises Unsupported."""
     entries = _catalogue()
     if any(other is card for other, _ in entries.values()):
         return card
@@ -71,16 +71,16 @@ def register(card: Mechanism, module: ModuleType) -> Mechanism:
 
 
 def unregister(name: str) -> None:
-    """Forget a mechanism added by :func:`register` or :func:`load_plugin`."""
+    """Remove a mechanism added by :func:`register` or :func:`load_plugin`."""
     _plugins.pop(name, None)
 
 
 PLUGGED = ("MECHANISM", "TASK", "MODEL")
-"""Names that a plugin may define: a card, a task (or its class), a pair of a model's class and its config's class."""
+"""Names that a plugin may define: a mechanism card, a task (or its class), or a pair (model class, config class)."""
 
 
 def run_file(path: str | Path, what: str = "plugin") -> ModuleType:
-    """Run a user's Python file as a module of its own; `what` says in errors what it is.
+    """Run a user's Python file as a module of its own; `what` is what error messages call the file.
 
     Raises:
         Unsupported: when the file is missing or fails to run.
@@ -109,7 +109,7 @@ def run_file(path: str | Path, what: str = "plugin") -> ModuleType:
 
 
 def load_plugin(path: str | Path) -> ModuleType:
-    """Run a user's Python file; if it defines ``MECHANISM``, add it to the catalogue of this process.
+    """Run a user's Python file; if it defines ``MECHANISM``, add the mechanism to the catalogue of this process.
 
     Raises:
         Unsupported: when the file is missing, fails to run, or its MECHANISM is not a card.
@@ -130,11 +130,11 @@ def load_plugin(path: str | Path) -> ModuleType:
 
 
 def get_mechanism(name: str) -> Mechanism:
-    """The card of a mechanism by name or alias.
+    """Return a mechanism's card by name or alias.
 
     Raises:
-        Unsupported: for an unknown name, with the nearest one; for an alias that stands for options of a mechanism, which
-            a card alone would lose (see :func:`resolve`).
+        Unsupported: for an unknown name, naming the nearest known one; or for an alias that stands for a mechanism with
+            options, which the card alone would lose (see :func:`resolve`).
     """
     card, options = resolve(name)
     if options:
@@ -147,16 +147,16 @@ def get_mechanism(name: str) -> Mechanism:
 
 
 def resolve(name: str, options: Mapping[str, Any] | None = None) -> tuple[Mechanism, dict[str, Any]]:
-    """The meaning of a name: a card, and options of the mechanism or its layer, followed by those of `options`.
+    """Resolve a name to a card and options: those that the name implies, followed by those of `options`.
 
-    Most names stand for a card alone. Some aliases are variants of a mechanism: ``gated_delta_rule`` is `delta_rule` with
-    ``gated=True``. Options may stand behind a name: ``local:window=32``. They are not checked here.
+    Most names stand for a card alone. Some aliases are variants of a mechanism: ``gated_delta_rule`` is `delta_rule`
+    with ``gated=True``. A name may also carry options: ``local:window=32``. Options are not checked here.
 
     Raises:
         Unsupported: for an unknown name, or an option that contradicts the name.
     """
     bare, _, written = name.partition(":") if isinstance(name, str) else (name, "", "")
-    if written and _find(name) is None:  # a variant may be in the catalogue under the name that it is written with
+    if written and _find(name) is None:  # a variant may be in the catalogue under its full written name
         card, meant = resolve(bare, read_options(written, bare))
     else:
         card = _lookup(name)[0]
@@ -173,13 +173,13 @@ def resolve(name: str, options: Mapping[str, Any] | None = None) -> tuple[Mechan
 
 
 def find_mechanism(name: str) -> Mechanism | None:
-    """As :func:`get_mechanism`, with None for an unknown name."""
+    """Like :func:`get_mechanism`, but returns None for an unknown name."""
     found = _find(name)
     return None if found is None else found[0]
 
 
 def get_module(name: str) -> ModuleType:
-    """The module that defines a mechanism, for its docstring."""
+    """Return the module that defines a mechanism; its docstring documents the mechanism."""
     return _lookup(name)[1]
 
 
@@ -202,7 +202,7 @@ def _lookup(name: str) -> tuple[Mechanism, ModuleType]:
 def _find(name: str) -> tuple[Mechanism, ModuleType] | None:
     if name in _plugins:
         return _plugins[name]
-    if name in _module_names():  # without importing the others
+    if name in _module_names():  # without importing the other modules
         module = importlib.import_module(f"regard.mechanisms.{name}")
         return module.MECHANISM, module
     entries = _catalogue()
@@ -218,14 +218,14 @@ def which_backend(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> backends.Choice:
-    """The backend that would run a mechanism, and why; of a call that can be made, :func:`regard.watch_backends` tells more.
+    """The backend that would run a mechanism, and why. For an actual call, :func:`regard.watch_backends` tells more.
 
     Args:
-        name: name or alias of a mechanism, or the name of an engine (see :mod:`regard.backends`). Of a mechanism it is
-            the card's engine that counts; a form that needs no engine is plain PyTorch on every device.
+        name: name or alias of a mechanism, or the name of an engine (see :mod:`regard.backends`). For a mechanism, the
+            engine of its card decides; forms that need no engine are plain PyTorch on every device.
         device: where the tensors are.
-        dtype: theirs; None for one that the backends have.
-        backend: asked for by name; it never falls back to another.
+        dtype: their dtype; None for one that the backends support.
+        backend: a backend to require by name, without fallback to another.
 
     Raises:
         Unsupported: for an unknown name, device or backend, or a backend that lacks the engine or the device.
@@ -246,7 +246,7 @@ def list_mechanisms(
     Args:
         pattern: only those that have this pattern.
         kind: only those of this kind.
-        recurrent: only those whose decoding state does (or does not) stay the same size.
+        recurrent: only those whose decoding state has (True) or does not have (False) a fixed size.
         where: any other condition on the card.
     """
     wanted = None if pattern is None else Pattern.parse(pattern)

@@ -1,4 +1,4 @@
-"""Layers from a name: the one place that turns a catalogue name into a module."""
+"""Create layers by name: the one place that turns a catalogue name into a module."""
 
 from __future__ import annotations
 
@@ -48,29 +48,29 @@ def create_layer(
     plain: bool = False,
     **options: Any,
 ) -> Layer | PlainLayer:
-    """A layer by the name of its mechanism.
+    """Create a layer by the name of its mechanism.
 
-    A layer returns a ``Result``, because a state to continue from and losses to add up come with the output, and belong
-    to the call, not to the module. Where only tensors are passed on, as in ``nn.Sequential``, ``plain=True`` makes a
-    layer that returns the output: a word at creation, so that a reader knows what a call returns and the typed result
-    is lost nowhere by accident.
+    A layer returns a ``Result``: the state to continue from and the losses to add up come with the output, because they
+    belong to the call and not to the module. Where modules pass only tensors on, as in ``nn.Sequential``,
+    ``plain=True`` makes a layer that returns the output tensor. It is chosen at creation, so that a reader of the code
+    knows what a call returns and no state or loss is lost by accident.
 
     Args:
-        name: name or alias in the catalogue, with options or without, as ``local:window=32``; an alias may stand for
-            options (:func:`regard.catalogue.resolve`).
-        dim: width of its input.
-        num_heads: heads; needed by mechanisms that have them.
+        name: name or alias in the catalogue, optionally with options, as in ``local:window=32``; an alias may itself
+            stand for options (:func:`regard.catalogue.resolve`).
+        dim: width of the input.
+        num_heads: number of heads; required by mechanisms that have heads.
         pattern: one of the mechanism's patterns.
         plain: see :class:`regard.layers.plain.PlainLayer`.
-        options: of the shell (head_dim, num_kv_heads, memory_dim, positions, dropout, ...: see
+        options: options of the layer (head_dim, num_kv_heads, memory_dim, positions, dropout, ...: see
             :mod:`regard.layers.options`) and of the mechanism (its ``Config``).
 
     Returns:
-        A module called as ``layer(x, memory=None, *, context=None, state=None)`` that returns a ``Result``; a plain one
-        as ``layer(x, memory=None, *, context=None)``, which returns a tensor.
+        A module called as ``layer(x, memory=None, *, context=None, state=None)`` that returns a ``Result``; with
+        `plain`, one called as ``layer(x, memory=None, *, context=None)`` that returns a tensor.
 
     Raises:
-        Unsupported: for unknown names and options, or a pattern the mechanism lacks.
+        Unsupported: for unknown names and options, or a pattern that the mechanism lacks.
     """
     card, options = resolve(name, options)
     layer = build_layer(card, dim, num_heads, pattern=pattern, **options)
@@ -85,7 +85,7 @@ def build_layer(
     pattern: str | Pattern = Pattern.CAUSAL_SELF,
     **options: Any,
 ) -> Layer:
-    """:func:`create_layer` for a card that need not be in the catalogue."""
+    """Like :func:`create_layer`, for a card that need not be in the catalogue."""
     wanted = card.require_pattern(pattern)
     own = [f.name for f in dataclasses.fields(card.config)]
     shell = _shell(card)
@@ -114,7 +114,7 @@ def build_layer(
 
 
 def layer_options(card: Mechanism) -> list[str]:
-    """Names of the options that the mechanism's layer takes: of its shell and of the mechanism."""
+    """Names of all options that the mechanism's layer takes: the layer's own and the mechanism's."""
     return sorted({*(f.name for f in dataclasses.fields(card.config)), *_shell_options(card)} - {"pattern"})
 
 
@@ -129,7 +129,7 @@ def _shell_options(card: Mechanism) -> tuple[str, ...]:
 
 
 def register_projections() -> None:
-    """Make every projection mechanism a kind of :func:`regard.layers.linear.make_linear`."""
+    """Register every projection mechanism as a kind of :func:`regard.layers.linear.make_linear`."""
     for name in list_mechanisms(kind=Kind.PROJECTION):
         if name not in linear.FACTORIES:
             card = get_mechanism(name)

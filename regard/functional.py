@@ -1,8 +1,8 @@
 """The mechanisms as functions of tensors, generated from the catalogue.
 
-Layouts are those of `torch.nn.functional.scaled_dot_product_attention`: (batch, heads, sequence, features), heads
-before time. Unlike there, a function without `pattern` is causal where the mechanism can be; ``pattern="noncausal-self"``
-lets all tokens see each other. Everything after the tensors is keyword-only::
+Layouts are those of `torch.nn.functional.scaled_dot_product_attention`: (batch, heads, sequence, features). Unlike
+there, a call without `pattern` is causal wherever the mechanism can be; ``pattern="noncausal-self"`` lets all tokens
+see each other. Everything after the tensors is keyword-only::
 
     from regard.functional import softmax_attention, gated_linear_attention
     o = softmax_attention(q, k, v, pattern="causal-self")
@@ -120,7 +120,7 @@ _ELSEWHERE = {
     "need_weights": 'want={"weights"}',
     "enable_gqa": "none is needed: k and v may have fewer heads",
 }
-"""Names here for arguments of other libraries' attention functions."""
+"""Arguments of other libraries' attention functions, with their names here."""
 _CONTEXT_OPTIONS = (
     "dropout",
     "generator",
@@ -145,14 +145,14 @@ def __getattr__(name: str) -> Any:
         card = find_mechanism(mechanism)
         if card is not None and function_name(card) == name:
             made = _MADE.get(name)
-            if made is None or made[0] is not card:  # a plugin may take the place of an earlier one
+            if made is None or made[0] is not card:  # a plugin may have replaced an earlier one
                 made = _MADE[name] = (card, _function(card))
             return made[1]
     raise AttributeError(f"module 'regard.functional' has no function {name!r}; {_instead(name)}")
 
 
 def _instead(name: str) -> str:
-    """What to try for a name that no function has."""
+    """A suggestion for a name that no function has."""
     bare = name.removesuffix("_attention")
     card = find_mechanism(bare)
     if card is not None and bare in card.alias_options:

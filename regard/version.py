@@ -1,3 +1,3 @@
-"""The version of this package, for every part of it."""
+"""The package version, the single source for all of its parts."""
 
 VERSION = "0.1.0"

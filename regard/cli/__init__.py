@@ -1,6 +1,7 @@
-"""The command line. Every command has ``--help`` with examples; commands that a program may read have ``--json``.
+"""The command line. Every command has ``--help`` with examples; commands whose output programs may read have
+``--json``.
 
-A file for each command: it turns arguments into a call of the workbench, and what comes back into words.
+Each command has a file of its own, which turns arguments into a call of the workbench, and the result into words.
 """
 
 from __future__ import annotations

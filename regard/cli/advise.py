@@ -1,4 +1,4 @@
-"""`regard advise`: which mechanism, before anything is trained."""
+"""`regard advise`: which mechanism to use, before anything is trained."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def advise_command(
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
-    """Say which mechanism is fastest and smallest for a length, a use and what is needed, before anything is trained.
+    """Say which mechanism is fastest and smallest for a length, a use and your needs, before anything is trained.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""The application: its commands by name, and its entry point."""
+"""The command-line application: its commands by name, and its entry point."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "study": study,
     "doctor": doctor,
 }
-"""In the order in which the help lists them."""
+"""The commands, in the order of the help."""
 
 GO_ON = frozenset({"compare", "search", "train", "compress", "sparse", "retrofit", "reproduce", "study"})
-"""Those that go on where they were stopped."""
+"""Commands that resume where they were interrupted."""
 
 
 class Commands(TyperGroup):
-    """The commands; Ctrl-C is told here, since typer ends without a word."""
+    """The group of commands; handles Ctrl-C, on which typer would exit silently."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -94,11 +94,12 @@ app = typer.Typer(
 )
 
 SECONDS_FOR_THE_FIRST = 5.0
-"""That the first of several processes has to say what was wrong, and to be seen to have ended."""
+"""Time for the first of several processes to report an error and to be seen to exit."""
 
 
 def _flowing(docstring: str) -> str:
-    """A command's docstring with a line for each paragraph, which the terminal breaks, and examples under their heading."""
+    """A command's docstring, one line per paragraph for the terminal to wrap, with examples right below their
+    heading."""
     paragraphs = inspect.cleandoc(docstring).split("\n\n")
     flowing = (part.removeprefix("\b\n") if part.startswith("\b") else part.replace("\n", " ") for part in paragraphs)
     return "\n\n".join(flowing).replace("Examples:\n\n", "Examples:\n")
@@ -124,14 +125,15 @@ def common(
 
 
 parser = typer.main.get_command(app)
-"""Made once: to make it takes longer than many a command."""
+"""Built once: building it takes longer than many commands."""
 
 
 def main() -> None:
-    """Entry point: a request that cannot be honoured ends with exit code 2 and one clear line.
+    """Run the command line. A request that cannot be honoured ends with exit code 2 and one clear line.
 
-    What does not fit into memory ends so too. Of the processes of torchrun on a machine, which are mostly refused alike, the
-    first speaks, and torchrun then ends the others; one that is still there after a while speaks for itself.
+    Running out of memory or disk space ends the same way. When torchrun starts several processes on a machine, most
+    fail with the same error: the first one reports it, upon which torchrun ends the others; a process that is still
+    alive after a while reports it too.
     """
     keep_freed_memory()
     try:

@@ -1,4 +1,4 @@
-"""From the text of arguments to names, numbers, mechanisms and tasks."""
+"""Parse the text of arguments into names, numbers, mechanisms and tasks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from regard.contract import Kind, Pattern, Unsupported, at_least, closest, read_
 
 
 def given_options(context: typer.Context) -> list[str]:
-    """The arguments and options that stand on the command line, by their names in Python."""
+    """Arguments and options given on the command line, by their Python names."""
     return [name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
 
 
 def only_beside(context: typer.Context, option: str, names: Sequence[str]) -> None:
-    """Raise Unsupported for one of `names` on a command line without the option beside which alone it means something."""
+    """Raise Unsupported if one of `names` is on the command line without `option`, on which it depends."""
     for name in given_options(context):
         if name in names:
             raise Unsupported(
@@ -28,19 +28,19 @@ def only_beside(context: typer.Context, option: str, names: Sequence[str]) -> No
 
 
 def spelled_option(name: str) -> str:
-    """An option as it stands on the command line."""
+    """The command-line spelling of an option."""
     return "--" + name.replace("_", "-")
 
 
 def read_names(text: str) -> tuple[str, ...]:
-    """How the mechanisms of a list with commas are written in one spelling; raises Unsupported for unknown ones."""
+    """Names of the mechanisms in a comma-separated list, spelled uniformly; raises Unsupported for unknown ones."""
     from regard.models.variants import read_variants
 
     return tuple(variant.name for variant in read_variants(text))
 
 
 def read_integers(name: str, text: str, least: int = 1) -> tuple[int, ...]:
-    """Whole numbers of a list with commas, each once, in order; raises Unsupported, which calls them `name`."""
+    """Sorted whole numbers of a comma-separated list, without duplicates; raises Unsupported, which names `name`."""
     try:
         found = tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
     except ValueError:
@@ -54,8 +54,8 @@ def read_integers(name: str, text: str, least: int = 1) -> tuple[int, ...]:
 
 
 def read_lengths(text: str, name: str = "lengths") -> tuple[int, ...]:
-    """Numbers of tokens of a list with commas, as 512 or 4k (k is 1024), each once, in order; raises Unsupported, which calls
-    them `name`."""
+    """Sorted numbers of tokens of a comma-separated list such as 512,4k (k is 1024), without duplicates; raises
+    Unsupported, which names `name`."""
     found = set()
     for part in filter(str.strip, text.split(",")):
         match = re.fullmatch(r"\s*(\d+)\s*([kK]?)\s*", part)
@@ -66,7 +66,7 @@ def read_lengths(text: str, name: str = "lengths") -> tuple[int, ...]:
 
 
 def read_numbers(name: str, text: str) -> tuple[float, ...]:
-    """Numbers of a list with commas, each once, in order; raises Unsupported, which calls them `name`."""
+    """Sorted numbers of a comma-separated list, without duplicates; raises Unsupported, naming the list `name`."""
     try:
         return tuple(sorted(dict.fromkeys(float(part) for part in text.split(",") if part.strip())))
     except ValueError:
@@ -74,10 +74,10 @@ def read_numbers(name: str, text: str) -> tuple[float, ...]:
 
 
 def read_mechanisms(text: str, tasks: list[Any]) -> list[Any]:
-    """Mechanisms, with options and hybrids, or image backbones; of ``all`` those that all tasks can take.
+    """Mechanisms with options, hybrids, or image backbones; ``all`` stands for the mechanisms that suit every task.
 
     Raises:
-        Unsupported: where none is named, and as :func:`regard.models.variants.read_variant`.
+        Unsupported: where no mechanism is named, and as in :func:`regard.models.variants.read_variant`.
     """
     from regard.models.variants import read_variants
 
@@ -98,7 +98,7 @@ def read_mechanisms(text: str, tasks: list[Any]) -> list[Any]:
 
 
 def read_backbones(text: str) -> list[Any]:
-    """Image backbones, with options or without; raises Unsupported where a mechanism is among them."""
+    """Image backbones, optionally with options; raises Unsupported if a mechanism is among them."""
     from regard.models.variants import Variant, read_model, read_variants
     from regard.models.vision import list_networks
 
@@ -121,14 +121,14 @@ def read_backbones(text: str) -> list[Any]:
 
 
 def named_backbones(text: str) -> list[Any]:
-    """The image backbones in `text`, where its first name is one; none where it names something else."""
+    """The image backbones in `text`, if its first name is one; otherwise an empty list."""
     from regard.models.vision import list_networks
 
     return read_backbones(text) if text.partition(":")[0].strip() in list_networks() else []
 
 
 def read_stack(text: str) -> Any:
-    """The stack of a comparison's backbones; layers of exits are joined by a plus sign."""
+    """The stack of a comparison's backbones; its early-exit layers are joined by plus signs."""
     from regard.models import StackConfig
 
     options = read_options(text, "stack", before="")
@@ -138,12 +138,12 @@ def read_stack(text: str) -> Any:
 
 
 def read_exits(text: str, layers: int, objective: str, stack: Any) -> Any:
-    """A stack with places to leave: ``all`` or ``1+2``, perhaps followed by ``:own`` or ``:halting``.
+    """A stack with early exits: ``all`` or ``1+2``, optionally followed by ``:own`` or ``:halting``.
 
     Args:
-        layers: of the model.
-        objective: of its task.
-        stack: the other options.
+        layers: number of layers of the model.
+        objective: objective of its task.
+        stack: the other options of the stack.
     """
     from dataclasses import replace
 
@@ -176,10 +176,10 @@ def read_tasks(
     recognised: Callable[[str], None] = lambda described: None,
     skip_unreadable: bool = False,
 ) -> list[Any]:
-    """The tasks of a comparison: named ones, those of plugins, what the data are for, or the default.
+    """The tasks of a comparison: those named, those of plugins, those that suit the data, or the default tasks.
 
     Args:
-        recognised: called with the task that the data are for.
+        recognised: called with a description of the task recognised from the data.
     """
     from regard.tasks import create_task
 
@@ -193,10 +193,10 @@ def read_tasks(
 
 
 def plugged_tasks(modules: list[Any], data: Sequence[list[str] | None] = ()) -> list[Any]:
-    """The tasks of plugins.
+    """The tasks that plugins define.
 
     Args:
-        data: what is given beside them that no task would read.
+        data: data that were given too, which no plugin task would read.
     """
     from regard.tasks import check_task
 
@@ -218,10 +218,10 @@ def describe_tasks(
     recognised: Callable[[str], None] = lambda described: None,
     skip_unreadable: bool = False,
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Names and options of the tasks that are named, or that the data are for.
+    """Names and options of the tasks that are named, or of the task that suits the data.
 
     Args:
-        recognised: called with the task that the data are for.
+        recognised: called with a description of the task recognised from the data.
     """
     from regard.tasks import TASKS
     from regard.tasks.recognise import recognise

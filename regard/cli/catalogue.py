@@ -1,4 +1,4 @@
-"""`regard list` and `regard show`: what there is, and how it is defined."""
+"""`regard list` and `regard show`: the mechanisms there are, and how each is defined."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _list_backbones(as_json: bool) -> None:
 
 
 WIDE = 110
-"""Columns of a terminal that has room for a mechanism's kind and paper too."""
+"""Terminal width from which a mechanism's kind and paper are shown too."""
 
 _SHORT = {
     Pattern.NONCAUSAL_SELF: "NS",
@@ -160,7 +160,7 @@ def show(
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
-    """Show a mechanism: equations, symbols, options, patterns and how to call it; or how it mixes tokens.
+    """Show a mechanism: its equations, symbols, options, patterns and how to call it; or how it mixes tokens.
 
     Examples:
 

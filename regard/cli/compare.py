@@ -1,4 +1,4 @@
-"""`regard compare`: mechanisms on the same work."""
+"""`regard compare`: mechanisms trained and measured on the same tasks."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def compare(
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
-    """Train mechanisms on the same work, measure quality and cost on this machine, and say which to take.
+    """Train mechanisms on the same tasks, measure quality and cost on this machine, and recommend one.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""`regard compress`: a trained model made smaller and faster, or every recipe measured on it."""
+"""`regard compress`: make a trained model smaller and faster, or measure every recipe on it."""
 
 from __future__ import annotations
 
@@ -67,16 +67,16 @@ def compress(
     ] = 0,
     as_json: JSON = False,
 ) -> None:
-    """Make a model smaller and faster, and say what it costs: fewer bits, heads, neurons, layers and tokens.
+    """Make a model smaller and faster, with fewer bits, heads, neurons, layers or tokens, and measure what that costs.
 
-    With --recipe one model is written, which regard generate, evaluate, predict, serve and sparse read as they read the one it is
-    made of.
-    With --recipes each is scored on held-out data and timed beside the original.
+    With --recipe, one model is written, which regard generate, evaluate, predict, serve and sparse read just like the
+    original. With --recipes, each recipe is scored on held-out data and timed against the original.
 
-    Steps, in this order, of each kind at most one: structured or axformer, which take parts away; magnitude, wanda or sparsegpt,
-    which make weights 0; smoothquant or awq; int8, int4, gptq, lsq, w8a8 or llm_int8; tokens, of which fewer stay; export, a
-    program beside the weights. distil comes first, where it makes a student of half the layers, or after a step whose losses it
-    wins back from the original's answers; with teacher=FOLDER it learns from a larger model of the same tokens, classes and inputs.
+    A recipe has at most one step of each kind, in this order: structured or axformer, which remove parts; magnitude,
+    wanda or sparsegpt, which set weights to 0; smoothquant or awq; int8, int4, gptq, lsq, w8a8 or llm_int8; tokens,
+    which keeps fewer tokens; export, which writes a program next to the weights. distil comes first, to train a student
+    with half the layers, or after a step, to recover its losses by learning from the original's outputs; with
+    teacher=FOLDER it learns from a larger model with the same tokens, classes and inputs.
 
     Examples:
 
@@ -126,7 +126,7 @@ def compress(
 
 
 Asked: TypeAlias = "tuple[Probes | None, int]"
-"""Probes of side effects, and how often they are asked."""
+"""Probes of side effects, and how many questions they ask."""
 
 
 def _probes(subject: Subject, effects: int, length: int | None, data: list[str] | None) -> Asked:
@@ -171,13 +171,13 @@ def _one(subject: Subject, recipe: Recipe, output: Path, calibration: int, asked
                 on_layer=watch,
             )
         except Unsupported:
-            if not begun:  # what cannot be done leaves nothing; what was stopped goes on
+            if not begun:  # a recipe that cannot run leaves no folder; one that was interrupted resumes
                 shutil.rmtree(work, ignore_errors=True)
                 if output.is_dir() and not any(output.iterdir()):
                     output.rmdir()
             raise
         ask(recipe.name)
-    work.mkdir(parents=True, exist_ok=True)  # a save that is stopped is told by it, and begun again
+    work.mkdir(parents=True, exist_ok=True)  # its presence marks an interrupted save, which starts over
     subject.save(found, output)
     shutil.rmtree(work, ignore_errors=True)
     if as_json:
@@ -237,12 +237,12 @@ def _several(
     if careful:
         console.print(Text(careful))
     if best is not None:
-        console.print(Text(command(best)), soft_wrap=True)  # in one piece, to be copied
+        console.print(Text(command(best)), soft_wrap=True)  # on one line, so that it can be copied
     console.print(Text(f"Report: {page}"))
 
 
 def _command(model: Path, data: list[str] | None, length: int | None) -> Callable[[str], str]:
-    """From a recipe to the command that makes its model of the same data."""
+    """A function that turns a recipe into the command that makes its model from the same data."""
 
     def made(recipe: str) -> str:
         from regard.compression.recipes import read_recipe
@@ -274,7 +274,7 @@ def _plain_table(headings: Sequence[str], rows: Sequence[Sequence[str]], best: S
 
 
 def _data(data: list[str] | None, model: Path, *, needed: bool) -> Any:
-    """A recipe without calibration needs no data, but models of transformers and timm are opened with some."""
+    """The data to open a model with; empty for a transformers or timm model if the recipe needs no calibration."""
     from regard.workbench.trained.folder import RECORD
 
     if data or needed or (model / RECORD).is_file():

@@ -1,4 +1,4 @@
-"""The terminal, and what many commands share."""
+"""The terminal, and functions that many commands share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ errors = Console(stderr=True)
 
 
 def load_plugins(plugins: list[Path] | None) -> list[Any]:
-    """Run these files; what they define is known to the catalogue and to the registry of models from then on."""
+    """Run plugin files; what they define is then in the catalogue and the registry of models."""
     modules = [load_plugin(path) for path in plugins or ()]
     for module in modules:
         pair = getattr(module, "MODEL", None)
@@ -34,14 +34,14 @@ def load_plugins(plugins: list[Path] | None) -> list[Any]:
 
 
 def plain(text: str) -> Text:
-    """Text of a user's files, whose control characters are not the terminal's to obey."""
+    """Text from a user's files, with its control characters made harmless to the terminal."""
     from regard.tasks.documents import printable
 
     return Text("\n".join(printable(line) for line in text.split("\n")))
 
 
 def emit(value: Any) -> None:
-    """Print a value as JSON, which has no infinite numbers and no NaN: they are null."""
+    """Print a value as JSON. Infinite numbers and NaN, which JSON lacks, become null."""
     from regard.measurement.store import plain_values
 
     print(json.dumps(plain_values(value), indent=2, ensure_ascii=False, allow_nan=False, default=str))

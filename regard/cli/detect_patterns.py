@@ -45,10 +45,11 @@ def detect_patterns(
 ) -> None:
     """Find which of noncausal-self, causal-self, noncausal-cross and causal-cross a module has, and where it leaks.
 
-    Later tokens, later queries, memory and padding are changed, and no output that must not see them may change; prefixes
-    alone must give what they give as part of the whole. A class is made with its width and heads by the usual names, and
-    where its constructor takes causal, cross or pattern, once for each pattern. A mechanism of the catalogue is held to its
-    card. Ends with exit code 1 where a module is not what its card or --expect says, 2 where it cannot be probed.
+    The probe changes later tokens, later queries, memory and padding: no output that must not see them may change. It
+    also runs prefixes alone, which must give the same outputs as within the whole sequence. A class is constructed with
+    its width and heads under their usual names and, if its constructor takes causal, cross or pattern, once for each
+    pattern. A mechanism of the catalogue is checked against its card. Ends with exit code 1 if a module does not match
+    its card or --expect, and 2 if it cannot be probed.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""`regard doctor`: what this machine has, and what is missing."""
+"""`regard doctor`: what this machine has and what is missing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def doctor(
     ] = False,
     as_json: JSON = False,
 ) -> None:
-    """Say what this machine has, which backends run, and what is missing.
+    """Report what this machine has, which backends run, and what is missing.
 
     Examples:
 

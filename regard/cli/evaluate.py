@@ -1,4 +1,4 @@
-"""`regard evaluate`: a trained model, scored again or on other data."""
+"""`regard evaluate`: score a trained model again, or on other data."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def evaluate(
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
-    """Score a trained model on what was held out, or on your data.
+    """Score a trained model on its held-out items, or on your data.
 
-    With --reduce it is also scored on fewer tokens, and with --exit left early as regard train --exits has taught it; both are
-    timed in turn beside all tokens and layers. Of a model of transformers or timm, compressed or not, it is the perplexity of your
-    text, or the accuracy on your labelled texts (columns text and label) or images (a sub-folder for each class), with the size of
-    its weights and the time it takes.
+    With --reduce the model is also scored with fewer tokens, and with --exit with early exits, as trained by regard
+    train --exits; both are timed in turn with the full model. For models of transformers or timm, compressed or not,
+    the score is the perplexity of your text, or the accuracy on your labelled texts (columns text and label) or images
+    (a sub-folder for each class); it comes with the size of the weights and the time.
 
     Examples:
 
@@ -83,7 +83,7 @@ def evaluate(
     model = trained.model(device)
     fewer = None if reduce is None else reduced(model, reduce)
     for rule in rules:
-        leaving(model, rule)  # refuses what does not fit before anything is scored
+        leaving(model, rule)  # refuses rules that do not fit before anything is scored
     task = own[0] if own else trained.task(data[0] if data and len(data) == 1 else data)
     chosen = task if own or data else None
     found = trained.score(chosen, device=device, model=model)
@@ -132,7 +132,7 @@ def evaluate(
 
 
 def _of_other_libraries(folder: Path, data: list[str] | None, device: str, as_json: bool) -> None:
-    """A model of transformers or timm, compressed or not."""
+    """Evaluate a model of transformers or timm, compressed or not."""
     from regard.workbench.lighter.evaluated import evaluate as evaluate_model
 
     with progress(quiet=as_json) as (bar, line):

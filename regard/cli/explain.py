@@ -1,4 +1,4 @@
-"""`regard explain`: what in a picture a trained model's class rests on."""
+"""`regard explain`: which parts of an image a trained model's class depends on."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ def explain(
     device: DEVICE = "cpu",
     as_json: JSON = False,
 ) -> None:
-    """Draw beside each picture what the model's class rests on: bright is what counts.
+    """Draw each image next to a map of what the model's class depends on: bright parts count most.
 
-    Occlusion hides parts of the picture and sees how much less likely the class becomes. Rollout follows the attention
-    weights from the class token back to the patches. Regions shows how many regions read each region in the last block that routes,
-    and agents what each agent gathers, a map for each: what the model reads, whatever the class. With --reduce the drawing shows the tokens that are left: patches that
-    were merged have one colour, and those that were dropped are dark.
+    Occlusion hides parts of the image and measures how much less likely the class becomes. Rollout follows the
+    attention weights from the class token back to the patches. Regions shows how many regions read each region in the
+    last routing block, and agents shows what each agent gathers, one map per agent; these two show what the model
+    reads, whatever the class. With --reduce, the drawing shows the remaining tokens: merged patches share a colour, and
+    dropped ones are dark.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""`regard generate`: text from a trained language model."""
+"""`regard generate`: generate text with a trained language model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from regard.tasks.tokenizer import Tokenizer
 
 UNFINISHED = "\ufffd"
-"""The replacement for bytes that are no character, or not yet one."""
+"""Replacement character for bytes that do not form a character, or not yet."""
 
 
 def generate(
@@ -80,10 +80,11 @@ def generate(
     device: DEVICE = "cpu",
     as_json: JSON = False,
 ) -> None:
-    """Go on from a text, token by token through the model's state.
+    """Continue a text, token by token, from the model's state.
 
-    With --exit tokens that are sure leave before the last layer; the keys and values that the layers above keep of such a token
-    are those of the hidden state with which it left, so that the text is the same as if it were read whole each time.
+    With --exit, tokens that are certain leave before the last layer. The layers above then compute their keys and
+    values from the hidden state with which the token left, so the text is the same as if it were read whole at each
+    step.
 
     Examples:
 
@@ -177,14 +178,14 @@ def _leave_early(model: Any, rule: str) -> None:
 
 
 def _depth(seen: list[Tensor]) -> float:
-    """Layers that a token has passed on average, of those that a new one followed from; `seen` has those of each call."""
+    """Average number of layers passed by the tokens that a new one followed; `seen` has the layers for each call."""
     import torch
 
     return float(torch.cat([seen[0][-1:], *seen[1:]]).double().mean()) if seen else 0.0
 
 
 def _opened(folder: Path, device: str) -> tuple[Any, Any]:
-    """A language model and its tokenizer."""
+    """Open a language model and its tokenizer."""
     from regard.compression.folders import is_of_transformers
     from regard.workbench.lighter.subjects.language import open_of_transformers
 
@@ -234,7 +235,7 @@ def _stops(model: Any) -> tuple[int, ...]:
 
 
 def _shortened(model: Any, tokenizer: Any, prompt: str, share: float, device: str) -> tuple[str, dict[str, int]]:
-    """A shorter text, and how many tokens of how many stayed."""
+    """Shorten a text; also returns how many of its tokens were kept."""
     from regard.compression.prompts import shorten
 
     ids = _read(model, tokenizer, prompt, device)[0]
@@ -262,9 +263,9 @@ def _speculation(model: Any, draft: str, device: str, proposals: int) -> Specula
 
 
 def write(tokenizer: Tokenizer, stream: Iterable[Tensor], show: Callable[[str], None], prompt: str) -> str:
-    """The text of a stream of tokens; what is new of it is shown as it comes, once its characters are whole.
+    """Decode a stream of tokens. New text is shown as it arrives, as soon as its characters are complete.
 
-    The prompt is shown with the first token, so that a refusal has nothing before it.
+    The prompt is shown only with the first token, so that nothing precedes an error message.
     """
     coming = iter(stream)
     first = list(itertools.islice(coming, 1))

@@ -1,4 +1,4 @@
-"""`regard new`: the file that a mechanism begins as."""
+"""`regard new`: the file in which a new mechanism starts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def new(
     name: Annotated[str, typer.Argument(help="Name of the mechanism: lower-case letters, digits and underscores.")],
     output: Annotated[Path, typer.Option(help="Folder to write the file to.")] = Path(),
 ) -> None:
-    """Begin a mechanism: a file with its card, and a definition that fails until you write it.
+    """Start a mechanism: write a file with its card and a definition that fails until you write it.
 
     Examples:
 

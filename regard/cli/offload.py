@@ -1,4 +1,4 @@
-"""`regard offload`: what attention on other devices is worth, by a table of devices, or by the clock on this machine."""
+"""`regard offload`: does attention on other devices pay off, by a table of devices or by measuring on this machine."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ def offload(
 ) -> None:
     """Attention offloading: the model on one device, keys, values and attention on others (regard serve --offload).
 
-    With --devices: which devices give the most tokens for the money, with everything on one kind and with attention on
-    another, by counted operations and bytes. Prices and figures are yours, each with its source. Without: times of a step on
-    this machine, with the workers as processes: one batch at a time against two micro-batches in turn.
+    With --devices, say which devices give the most tokens for the money, with everything on one kind or with attention
+    on another, from counted operations and bytes. Prices and figures are yours, each with its source. Without
+    --devices, measure the time of a step on this machine, with processes as workers: one batch at a time against two
+    alternating micro-batches.
 
     Examples:
 
@@ -147,8 +148,8 @@ def _plan(path: Path, folder: Path | None, contexts: tuple[int, ...], as_json: b
 
 
 def plans_table(context: int, alone: list[Plan], pairs: list[Plan]) -> Table:
-    """Plans of one context, devices alone and in pairs; prices are an hour, "for one" are tokens for one unit of
-    money."""
+    """Plans for one context length, devices alone and in pairs; prices per hour, and tokens per unit of money ("for
+    one")."""
     table = Table(box=None, pad_edge=False, header_style="dim", title=f"context {context}", title_justify="left")
     for heading in ("model", "attention"):
         table.add_column(heading, no_wrap=True)
@@ -169,7 +170,7 @@ def plans_table(context: int, alone: list[Plan], pairs: list[Plan]) -> Table:
 
 
 def measured_table(rows: list[dict[str, Any]]) -> Table:
-    """Measured seconds a step, beside what the simulation says."""
+    """Measured seconds per step, next to the simulated ones."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("context", "serial", "early", "pipelined", "both", "gain", "simulated", "error"):
         table.add_column(heading, justify="right")

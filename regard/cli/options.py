@@ -1,4 +1,4 @@
-"""Arguments and options that several commands have."""
+"""Arguments and options shared by several commands."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ REDUCE = Annotated[
 
 
 def _there(device: str) -> str:
-    if device != "cpu":  # torch is slow to import, and not every command needs it
+    if device != "cpu":  # importing torch is slow, and not every command needs it
         from regard.workbench.advice.layer_work import check_device
 
         check_device(device)
@@ -55,7 +55,7 @@ def _there(device: str) -> str:
 
 
 LARGEST_SEED = 2**32 - 1
-"""Every generator takes it, also with a count added to it."""
+"""Every generator accepts it as a seed, even with a count added."""
 FRAMES = "bare, convolution, unnormed or own"
 FRAME = Annotated[str, typer.Option(help=f"What surrounds the mechanism in its layer: {FRAMES}.")]
 DEVICE = Annotated[str, typer.Option(help="Device, as torch names it: cpu, cuda.", callback=_there)]

@@ -1,4 +1,4 @@
-"""`regard predict`: the classes of images, or of their pixels or voxels, by a trained model."""
+"""`regard predict`: classify images, or their pixels or voxels, with a trained model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from regard.tasks.segmentation_3d import VolumeReader
 
 AT_ONCE = 32
-"""Images of a batch."""
+"""Images per batch."""
 
 
 def predict(
@@ -42,11 +42,11 @@ def predict(
 ) -> None:
     """Classify images, or their pixels or voxels, with a trained model.
 
-    The images are turned, resized and normalised as those it was trained on. A model of the task segmentation tells the share
-    of each class, and writes the mask in the image's size with --output: its values and colours are those of the masks that
-    the model was trained on. One of segmentation_3d reads NIfTI volumes, in windows of the size of its crops, and writes masks
-    of their shape and affine. With --reduce the classes are those on fewer tokens; how many differ from those on all tokens is
-    told, and how fast both are.
+    Images are rotated, resized and normalised as in training. A model of the task segmentation reports the share of each
+    class and, with --output, writes masks in the image's size, with the values and colours of its training masks. A
+    model of segmentation_3d reads NIfTI volumes, in windows of its crop size, and writes masks with the volume's shape
+    and affine. With --reduce, classes are predicted from fewer tokens; the command reports how many differ from those
+    with all tokens, and how fast both are.
 
     Examples:
 
@@ -119,7 +119,7 @@ def _segment(
     skipped: list[str] | None,
     as_json: bool,
 ) -> None:
-    """Tell the shares of the classes of each file, and write its mask; files that cannot be read are added to `skipped`."""
+    """Report the class shares of each file and write its mask; files that cannot be read are added to `skipped`."""
     from regard.tasks.segmentation import MaskReader
     from regard.workbench.trained import segment, segment_3d
     from regard.workbench.trained.reading import readable
@@ -149,7 +149,7 @@ def _segment(
 def _read(
     reader: ImageReader, paths: list[Path], device: str, skipped: list[str] | None
 ) -> tuple[list[Path], Tensor | None]:
-    """The files that can be read, and their inputs; the others are added to `skipped` where that is a list."""
+    """Read files; returns the readable ones and their inputs. The rest are added to `skipped` if it is a list."""
     import torch
 
     kept, inputs = [], []
@@ -166,7 +166,7 @@ def _read(
 
 
 def _chances(model: nn.Module, inputs: Tensor, reader: ImageReader) -> Tensor:
-    """Probabilities of the classes (B, K)."""
+    """Class probabilities (B, K)."""
     import torch
 
     from regard.contract import Context

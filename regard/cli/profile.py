@@ -38,7 +38,7 @@ def profile_command(
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
-    """Time and memory against length, interleaved with softmax; medians, spread and efficiency lengths.
+    """Measure time and memory against length, interleaved with softmax; with medians, spread and efficiency lengths.
 
     Examples:
 
@@ -114,7 +114,7 @@ def profile_command(
 
 
 def _speeds(found: Any) -> list[str]:
-    """The backend of each mechanism, and its share of the machine's peak at the longest length."""
+    """The backend of each mechanism, and its fraction of the machine's peak at the longest length."""
     peak = "" if found.peak_gflops is None else f"; the machine's multiply-adds peak at {found.peak_gflops:.0f} GFLOP/s"
     lines = []
     for name in dict.fromkeys(m.mechanism for m in found.measurements):

@@ -1,4 +1,4 @@
-"""The display of a long command while it runs."""
+"""The progress display of long commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from regard.measurement import units
 
 
 class _Remaining(ProgressColumn):
-    """Elapsed time, and the remaining time at the pace so far."""
+    """Elapsed time, and the remaining time at the present pace."""
 
     def render(self, task: Task) -> Text:
         elapsed = task.elapsed or 0.0
@@ -27,7 +27,7 @@ class _Remaining(ProgressColumn):
 
 @contextmanager
 def progress(*, quiet: bool) -> Iterator[tuple[Progress, Callable[[str], None]]]:
-    """A live bar on a terminal; elsewhere a line now and then."""
+    """A live progress bar on a terminal; elsewhere, a line from time to time."""
     started, last = time.monotonic(), [time.monotonic()]
     live = errors.is_terminal and not quiet
 

@@ -1,4 +1,4 @@
-"""`regard report`: the page of a comparison, written again."""
+"""`regard report`: write the report of a comparison again."""
 
 from __future__ import annotations
 

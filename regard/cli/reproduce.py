@@ -1,4 +1,4 @@
-"""`regard reproduce`: the claims of papers, tried at a small size."""
+"""`regard reproduce`: test the claims of papers at a small size."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def reproduce(
     table: Annotated[bool, typer.Option("--table", help="Judge what is done; run nothing.")] = False,
     as_json: JSON = False,
 ) -> None:
-    """Try the claims of papers at a small size, and say of each whether it held.
+    """Test the claims of papers at a small size, and say for each whether it held.
 
-    Every run is stored the moment it ends, so the command may be stopped and given again; processes with different
-    shards may share an output folder. A claim that does not hold is a result, not an error.
+    Every run is stored as soon as it ends, so the command can be stopped and repeated; processes with different shards
+    can share an output folder. A claim that does not hold is a result, not an error.
 
     Examples:
 
@@ -92,7 +92,7 @@ def reproduce(
 
 
 def _check_listing(**given: Any) -> None:
-    """Raise Unsupported for an option of runs where nothing is named, and so nothing is run."""
+    """Raise Unsupported for options of runs when no reproduction is named, so that nothing is run."""
     asked = [name for name, value in given.items() if value is not None]
     if asked:
         raise Unsupported(
@@ -101,7 +101,7 @@ def _check_listing(**given: Any) -> None:
 
 
 def cells_in(output: Path) -> AbstractContextManager[Store | None]:
-    """The folder's results, to read; None where nothing has been run."""
+    """The results in a folder, opened for reading; None if nothing has been run."""
     from regard.measurement.store import Store
 
     file = output / "results.db"
@@ -111,7 +111,7 @@ def cells_in(output: Path) -> AbstractContextManager[Store | None]:
 def run_cells(
     cells: Sequence[Any], output: Path, *, quiet: bool, within: float | None = None, sweep: Sweep | None = None
 ) -> None:
-    """Run the cells that a folder lacks, showing how far it is; see :func:`regard.reproductions.run`."""
+    """Run the cells that are missing in a folder, showing progress; see :func:`regard.reproductions.run`."""
     from regard.measurement.store import Store
     from regard.reproductions import run
 
@@ -127,7 +127,7 @@ def run_cells(
 
 
 def tell_listed(found: list[dict[str, Any]]) -> None:
-    """Print reproductions with their papers, cells that are planned and done, and claims."""
+    """Print reproductions with their papers, their planned and finished cells, and their claims."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("reproduction", "paper", "cells", "done", "claim"):
         table.add_column(heading, no_wrap=heading != "claim")
@@ -138,7 +138,7 @@ def tell_listed(found: list[dict[str, Any]]) -> None:
 
 
 def tell_judged(found: list[dict[str, Any]]) -> None:
-    """Print the outcome of each reproduction with what it rests on."""
+    """Print the outcome of each reproduction and the evidence for it."""
     from regard.reproductions.framework.telling import remarks
 
     for one in found:

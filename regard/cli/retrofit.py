@@ -1,4 +1,4 @@
-"""`regard retrofit`: new attention in a pretrained model, trained back and measured."""
+"""`regard retrofit`: put new attention into a pretrained model, train it back and measure it."""
 
 from __future__ import annotations
 
@@ -82,11 +82,11 @@ def retrofit(
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
-    """Put new attention into layers of a pretrained model, train it back, and measure it beside what it was.
+    """Put new attention into layers of a pretrained model, train it back, and measure it against the original.
 
-    The model is a causal language model (Llama) or an encoder (BERT) of transformers, or a vision transformer of timm. Which
-    layers matter is measured, new layers learn the old ones' outputs, the model learns what the original says, and a report has
-    both beside each other. A killed command goes on where it stopped when it is given again.
+    The model is a causal language model (Llama) or an encoder (BERT) of transformers, or a vision transformer of timm.
+    The command measures which layers matter, trains the new layers on the old ones' outputs and then the model on the
+    original's predictions, and writes a report on both models. A command that was killed resumes when it is repeated.
 
     Examples:
 
@@ -134,7 +134,7 @@ def retrofit(
 
 @contextmanager
 def showing(quiet: bool) -> Iterator[tuple[Callable[[Any], None], Callable[[str], None]]]:
-    """What to call with the progress of a retrofit, and with its sentences."""
+    """Yield two functions: one that shows the progress of a retrofit, one that shows its messages."""
     with progress(quiet=quiet) as (bar, line):
         shown = bar.add_task("opening the model", total=None)
 
@@ -152,7 +152,7 @@ def showing(quiet: bool) -> Iterator[tuple[Callable[[Any], None], Callable[[str]
 
 
 def tell(record: dict[str, Any]) -> None:
-    """The figures and the recommendation on the terminal."""
+    """Print the figures and the recommendation."""
     from regard.retrofit.measures import measures_of
 
     console.print()

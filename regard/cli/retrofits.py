@@ -1,4 +1,4 @@
-"""`regard compare --from`: retrofits of one pretrained model beside each other."""
+"""`regard compare --from`: compare retrofits of one pretrained model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from regard.cli.retrofit import showing
 from regard.contract import Unsupported
 
 TAKEN = ("data", "source", "mechanisms", "budget", "output", "validation", "length", "lengths", "seed_offset", "plugin")
-"""Options of `regard compare` that mean something for a model that is trained already."""
+"""Options of `regard compare` that apply to a model that is already trained."""
 
 
 def compare_from(context: typer.Context, source: Path) -> None:
-    """Retrofit a model with each of the mechanisms that `regard compare` was given.
+    """Retrofit a model with each of the mechanisms given to `regard compare`.
 
     Raises:
-        Unsupported: for options that are those of models from scratch, and where text or mechanisms are missing.
+        Unsupported: for options that apply only to models trained from scratch, and where text or mechanisms are
+            missing.
     """
     from regard.measurement.budget import Budget
     from regard.models.variants import read_variants

@@ -1,4 +1,4 @@
-"""`regard search`: which mechanism, heads and widths each layer should have, within a budget."""
+"""`regard search`: find the mechanism, heads and widths of each layer within a budget."""
 
 from __future__ import annotations
 
@@ -87,11 +87,12 @@ def search(
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
-    """Find the network for a budget: for each layer the mechanism, heads and feed-forward width, and the width and depth.
+    """Find the best network within a budget: each layer's mechanism, heads and feed-forward width, and width and depth.
 
-    One supernet is trained that holds all networks; some are tried with its weights; a ranker learns from them which of two is
-    better; searchers follow it. The best network, and the best of each mechanism alone, are trained from scratch beside the
-    largest network of the first mechanism. The folder then has a report, and a plan for --mechanism of regard train and compare.
+    One supernet that contains all networks is trained, and some networks are tried with its weights. From these, a
+    ranker learns which of two networks is better, and guides the searchers. The best network, and the best with each
+    mechanism alone, are trained from scratch, next to the largest network of the first mechanism. The output folder has
+    a report, and a plan for --mechanism of regard train and compare.
 
     Examples:
 
@@ -178,7 +179,7 @@ def _variants(text: str, tasks: list[Any]) -> list[Any]:
     from regard.models.variants import read_variant
 
     found = [read_variant(one) if isinstance(one, str) else one for one in read_mechanisms(text, tasks)]
-    # of all, softmax is the reference
+    # softmax is the reference for `all`
     return sorted(found, key=lambda variant: variant.name != "softmax") if text.strip() == "all" else found
 
 

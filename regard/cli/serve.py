@@ -1,4 +1,4 @@
-"""`regard serve`: a language model at OpenAI's HTTP addresses."""
+"""`regard serve`: serve a language model with OpenAI's HTTP API."""
 
 from __future__ import annotations
 
@@ -93,10 +93,10 @@ def serve(
     device: DEVICE = "cpu",
     as_json: JSON = False,
 ) -> None:
-    """Serve a language model over HTTP, as OpenAI's API has it: completions and chats, whole or streamed.
+    """Serve a language model over HTTP with OpenAI's API: completions and chats, whole or streamed.
 
-    Requests are answered together and join and leave at each token. Listens to this machine alone unless --host says more;
-    clients must show the key in the environment variable REGARD_API_KEY where there is one.
+    Requests are batched together, and join and leave the batch at every token. Only this machine can connect unless
+    --host says otherwise; if the environment variable REGARD_API_KEY is set, clients must send its value as their key.
 
     Examples:
 
@@ -153,7 +153,7 @@ def serve(
                 with Running(server, listening):
                     _measure(address, load, engine.reader.vocab_size, server.name, output, as_json)
                 return
-            listening.listen()  # who reads the address may come at once, and waits for the little that is left to do
+            listening.listen()  # clients that read the address may connect at once and wait for the little that is left
             if as_json:
                 emit(
                     {
@@ -173,7 +173,7 @@ def serve(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket at an address, taken before anything slow is done; it listens once the model is there."""
+    """Bind a socket to an address before anything slow is done; it starts listening once the model is loaded."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -216,7 +216,7 @@ def _measure(
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
-    """Figures for each number of clients: tokens a second, and milliseconds before the first token and between two."""
+    """Figures for each number of clients: tokens per second, milliseconds before the first token and between tokens."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("clients", "tokens/s", "first p50", "first p99", "between p50", "between p99", "errors"):
         table.add_column(heading, justify="right")

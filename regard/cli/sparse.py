@@ -25,7 +25,7 @@ PRESETS = ("constructed", "tiny", "small")
 CONSTRUCTED = (256, 1024, 4096)
 OF_CONSTRUCTED = ("lengths", "samples", "output")
 OF_PRESETS = (*OF_CONSTRUCTED, "methods", "ratios", "tasks", "budget")
-"""Options of models that are made here."""
+"""Options for models that are constructed here."""
 
 
 def sparse(
@@ -64,10 +64,11 @@ def sparse(
     output: Annotated[Path, typer.Option(help="Folder of the results; the same command goes on from it.")] = OUTPUT,
     as_json: JSON = False,
 ) -> None:
-    """Ask a trained model questions about long contexts, dense and with sparse attention, and say what is safe.
+    """Ask a trained model questions about long contexts, with dense and with sparse attention, and say what is safe.
 
-    Nothing is trained: methods read prompts sparsely (vertical_slash, block_sparse, flex_prefill, local_sinks), keep a part of
-    the cache (snapkv, ada_snapkv, pyramidkv, h2o, tova, streaming), read a part of it (quest), or keep it in 8 bits (int8).
+    Nothing is trained. Methods read prompts sparsely (vertical_slash, block_sparse, flex_prefill, local_sinks), keep
+    part of the cache (snapkv, ada_snapkv, pyramidkv, h2o, tova, streaming), read part of it (quest), or keep it in 8
+    bits (int8).
 
     Examples:
 
@@ -117,7 +118,7 @@ def sparse(
 
 
 def read_ratios(text: str) -> tuple[float, ...]:
-    """Compressions above 1; each once, in order."""
+    """Sorted compression ratios above 1, without duplicates."""
     try:
         found = sorted({float(part) for part in text.split(",")})
     except ValueError:

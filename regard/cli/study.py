@@ -1,4 +1,4 @@
-"""`regard study`: a question to many mechanisms at once."""
+"""`regard study`: ask one question of many mechanisms at once."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def study(
     table: Annotated[bool, typer.Option("--table", help="Show what is done; run nothing.")] = False,
     as_json: JSON = False,
 ) -> None:
-    """Put a question to many mechanisms at once, and write a report: tables, pictures and a verdict.
+    """Ask one question of many mechanisms at once, and write a report with tables, pictures and a verdict.
 
-    Every run is stored the moment it ends, so the command may be stopped and given again; processes with different
-    shards may share a folder. A plugin is a file with a MECHANISM, or file.py:Class of anybody's torch module, which enters in
-    the patterns that are found of it (see regard detect-patterns).
+    Every run is stored as soon as it ends, so the command can be stopped and repeated; processes with different shards
+    can share a folder. A plugin is a file with a MECHANISM, or file.py:Class for any torch module, which enters with
+    the patterns that it is found to have (see regard detect-patterns).
 
     Examples:
 
@@ -149,7 +149,9 @@ def _rows(rows: list[dict[str, Any]]) -> Table:
     shown = Table(box=None, pad_edge=False, header_style="dim")
     for heading in rows[0]:
         words = any(isinstance(row[heading], str) for row in rows)
-        shown.add_column(heading, justify="left" if words else "right", overflow="fold")  # no figure loses its digits
+        shown.add_column(
+            heading, justify="left" if words else "right", overflow="fold"
+        )  # figures keep all their digits
     for row in rows:
         shown.add_row(*map(cell, row.values()))
     return shown

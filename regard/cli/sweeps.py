@@ -1,4 +1,4 @@
-"""Where the cells of a command run, and the files that they need there."""
+"""The place where a command's cells run, and the files that they need there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENGINES = ("local", "ray")
 
 
 def enter_plugins(plugins: Sequence[Path]) -> list[str]:
-    """Load plugins, and of ``file.py:Class`` somebody's module; the names of the mechanisms that entered."""
+    """Load plugins; for ``file.py:Class``, adopt the module. Returns the names of the mechanisms that were added."""
     from regard.workbench.detection.adopted import adopt
     from regard.workbench.detection.suspects import FILE
 
@@ -35,16 +35,16 @@ def enter_plugins(plugins: Sequence[Path]) -> list[str]:
 def sweep_of(
     engine: str, address: str | None, plugins: Sequence[Path] | None = None
 ) -> AbstractContextManager[Sweep | None]:
-    """Where cells run, by the name that a command is given, as a context that joins it; None for this process.
+    """The place where cells run, as a context manager that joins it; None for this process.
 
-    What cannot be is refused here, before a command has read or made anything.
+    Impossible requests are refused here, before the command has read or written anything.
 
     Args:
-        plugins: which this process has entered, and the workers will have to.
+        plugins: plugins loaded in this process, which the workers must load too.
 
     Raises:
-        Unsupported: for another name, an address of no cluster, and without Ray; on entering, where the cluster cannot be
-            joined.
+        Unsupported: for an unknown name, an address that is not a cluster's, and without Ray; on entering, if the
+            cluster cannot be joined.
     """
     one_of("engine", engine, ENGINES)
     if engine == "local":
@@ -58,7 +58,7 @@ def sweep_of(
 
 @contextmanager
 def printing_apart(sweep: AbstractContextManager[Sweep]) -> Iterator[Sweep]:
-    """A sweep during which standard output is standard error: Ray prints there of machines and workers that are lost, whatever it
-    is asked to log, and would spoil what a program reads."""
+    """A sweep during which standard output goes to standard error: whatever its log level, Ray prints there about lost
+    machines and workers, which would spoil output meant for programs."""
     with redirect_stdout(sys.stderr), sweep as joined:
         yield joined

@@ -1,4 +1,4 @@
-"""`regard train`: one mechanism on one task, into a folder that the model can be used from."""
+"""`regard train`: train one mechanism on one task, and write a folder from which the model can be used."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from regard.contract import Unsupported, one_of
 from regard.measurement import units
 
 MONITOR = "attention"
-"""What a run can be watched for, and the name of its files."""
+"""The quantity that a run can be monitored for, and the base name of the files written."""
 OF_THE_RUN = (
     "data",
     "task",
@@ -60,7 +60,7 @@ OF_THE_RUN = (
     "monitor",
     "plugin",
 )
-"""What the folder of --frozen decides, or what has no part in training exits alone."""
+"""Options that the folder of --frozen determines, or that play no part in training only the exits."""
 
 
 def train(
@@ -158,21 +158,22 @@ def train(
 ) -> None:
     """Train one model on your data, and keep it.
 
-    The folder then holds weights (safetensors), config, tokenizer, what was trained on what with which result, and a README
-    that says how to use it; the best weights of the run, and in last/ the last ones where these are others. The learning rate
-    rises for 5 % of the steps and falls along a cosine. Interrupted, the same command goes on: after Ctrl-C from the last
-    step, after a crash from half a minute back, or a minute on a machine that has become slow.
+    The output folder has the weights (safetensors), the config, the tokenizer, a record of what was trained on what
+    with which result, and a README that says how to use it. The weights are the best of the run; if the last ones
+    differ, they are in last/. The learning rate rises for 5 % of the steps and then falls along a cosine. If
+    interrupted, the same command resumes: after Ctrl-C from the last step, after a crash from half a minute earlier (a
+    minute on a machine that has become slow).
 
-    With --teacher the folder holds the student alone, which is like any other model. It is for tasks that classify or segment
-    images, and for text.
+    With --teacher, the folder has only the student, which is like any other model. This is for tasks that classify or
+    segment images, and for text.
 
-    With --exits the model learns to answer after fewer layers too; regard evaluate FOLDER --exit entropy:0.3 then tells what
-    leaving early costs and saves, and regard generate --exit writes so.
+    With --exits, the model also learns to answer after fewer layers; regard evaluate FOLDER --exit entropy:0.3 then
+    measures what early exits cost and save, and regard generate --exit generates with them.
 
-    With --parallel the losses are those of one process, and a run may go on in another number of processes; the first one
-    writes and prints. The folder must be one that all processes see.
+    With --parallel, the losses are those of one process, and a run can resume with a different number of processes; the
+    first process writes and prints. All processes must see the folder.
 
-    With --monitor attention the folder has attention.html, with pictures, and its figures in attention.json.
+    With --monitor attention, the folder also has attention.html, with pictures, and the figures in attention.json.
 
     Examples:
 
@@ -334,7 +335,7 @@ def train(
 
 
 def _frozen(context: typer.Context, folder: Path, exits: str | None, device: str) -> Any:
-    """The model whose exits are to be trained, without anything beside it that it decides itself."""
+    """The model whose exits are trained. Raises Unsupported for options that the model itself determines."""
     from regard.workbench.trained.frozen import Frozen
 
     if exits is None:

@@ -1,4 +1,4 @@
-"""`regard verify`: the matrix of properties that every mechanism has to have."""
+"""`regard verify`: test the matrix of properties that every mechanism must have."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def verify(
     plugin: PLUGINS = None,
     as_json: JSON = False,
 ) -> None:
-    """Measure the equality matrix: definition = fast forms = steps, padding, packing, causality, gradients and more.
+    """Test the equality matrix: definition = fast forms = steps, padding, packing, causality, gradients and more.
 
-    Ends with exit code 0 when every cell holds, 1 when one fails.
+    Ends with exit code 0 when every cell holds, and 1 when one fails.
 
     Examples:
 
@@ -155,7 +155,7 @@ def verify(
 
 
 def _about(key: dict[str, str]) -> str:
-    """The place of a cell in words."""
+    """Describe where a cell is in the matrix."""
     return " ".join(filter(None, [key[name] for name in ("mechanism", "variant", "pattern", "property")]))
 
 
@@ -185,9 +185,9 @@ def _random_cases(
     from regard.workbench.verification.random_cases import drawn_from, search, unreached_options
     from regard.workbench.verification.verify import plan, verified_backends
 
-    next(plan(names, patterns=patterns, variants=variants), None)  # refuses what does not exist
+    next(plan(names, patterns=patterns, variants=variants), None)  # refuses names that do not exist
     chosen = None if patterns is None else [Pattern.parse(p) for p in patterns]
-    if len(names) > 1:  # as in the matrix, those are left out that lack what was asked for
+    if len(names) > 1:  # as in the matrix, mechanisms that lack what was asked for are left out
         names = [name for name in names if drawn_from(get_mechanism(name), chosen, variants)] or names
     rows = []
     with progress(quiet=as_json) as (bar, line):

@@ -1,6 +1,6 @@
-"""regard inside other libraries: PyTorch's and timm's attention modules, Hugging Face transformers.
+"""regard inside other libraries: the attention modules of PyTorch and timm, and Hugging Face transformers.
 
-`transformers` is imported by :mod:`regard.integrations.transformers` alone, and only when a user asks for it.
+`transformers` is imported only by :mod:`regard.integrations.transformers`, and only when a user asks for it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which mechanism takes the place of another library's attention, with its options."""
+"""The mechanism that replaces another library's attention, with its options."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from regard.mechanisms.mixture_of_heads import cannot_gather
 
 @dataclass(frozen=True)
 class Chosen:
-    """A mechanism with its options, and the wrapper around it with its own.
+    """A mechanism with its options, optionally inside a wrapper with options of its own.
 
     Attributes:
-        card, config: of the mechanism of heads.
-        wrapper, wrapper_config: of a mechanism that changes what those heads give; None without one.
+        card, config: the mechanism of the heads, and its options.
+        wrapper, wrapper_config: a mechanism that changes the output of those heads, and its options; None without one.
     """
 
     card: Mechanism
@@ -26,11 +26,11 @@ class Chosen:
 
     @classmethod
     def of(cls, card: Mechanism, **options: Any) -> Chosen:
-        """A mechanism that takes the queries, keys and values of others, or a wrapper (options `mechanism`, ``softmax``
-        when not given, and `mechanism_options`).
+        """Choose a mechanism that takes another module's queries, keys and values, or a wrapper (options `mechanism`,
+        by default ``softmax``, and `mechanism_options`).
 
         Raises:
-            Unsupported: with the reason, for other mechanisms and options.
+            Unsupported: for other mechanisms and options, with the reason.
         """
         if card.kind is not Kind.WRAPPER:
             check_swappable(card)
@@ -45,12 +45,12 @@ class Chosen:
 
     @property
     def name(self) -> str:
-        """The mechanism's name, or that of what wraps it."""
+        """The name of the mechanism, or of the wrapper around it."""
         return self.card.name if self.wrapper is None else self.wrapper.name
 
     @property
     def plain(self) -> bool:
-        """Whether it is softmax attention and nothing else."""
+        """Whether this is softmax attention and nothing else."""
         return self.wrapper is None and self.card.name == "softmax" and self.config == self.card.options()
 
     def require_pattern(self, pattern: str | Pattern) -> Pattern:
@@ -61,7 +61,7 @@ class Chosen:
 
 
 def check_swappable(card: Mechanism) -> None:
-    """Raise Unsupported, with the reason, for a mechanism that cannot take the queries, keys and values of others."""
+    """Raise Unsupported, with the reason, for a mechanism that cannot take other modules' queries, keys and values."""
     reason = None
     if card.kind is not Kind.ATTENTION:
         reason = f"is a {card.kind.value}, which has no queries, keys and values of a head"

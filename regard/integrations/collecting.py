@@ -1,7 +1,7 @@
-"""What swapped modules are handed beside the arguments of their model, and what they hand back: auxiliary losses.
+"""Arguments that swapped modules need in addition to those of their model, and the auxiliary losses that they return.
 
-A model of another library passes neither on. Both belong to a call, so they are kept for the thread that makes it, inside
-:func:`collect_losses`, and never on a module.
+A model of another library passes on neither. Both belong to a call, so :func:`collect_losses` keeps them per thread,
+never on a module.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _CALLS = threading.local()
 
 
 class Collected:
-    """What the swapped modules of a model gave in the calls of :func:`collect_losses`.
+    """Losses and extras that the swapped modules of a model returned during calls inside :func:`collect_losses`.
 
     Attributes:
         losses: auxiliary losses by name, each (sum, count), added up over modules and calls.
-        by_module: likewise of each module, by its path.
-        extras: what was wanted of the last call of each module, by its path: ``weights`` (B, H, N, M), and then ``output``,
-            the outputs of the heads (B, H, N, V), both right-padded.
+        by_module: the same for each module, by its path.
+        extras: the extras asked for, from the last call of each module, by its path: ``weights`` (B, H, N, M) and, with
+            them, ``output``, the outputs of the heads (B, H, N, V), both right-padded.
     """
 
     def __init__(self, model: nn.Module, context: Context, teachers: Mapping[str, Any]) -> None:
@@ -39,10 +39,11 @@ class Collected:
         self.differentiable = torch.is_grad_enabled()
 
     def total(self, weights: Mapping[str, float] | None = None) -> Tensor:
-        """The losses, each a mean (sum / count), weighted by name and added; 0 where there are none.
+        """The sum of the losses, each a mean (sum / count) times its weight; 0 where there are none.
 
         Args:
-            weights: of losses by name; those of regard's own models for names that are not there.
+            weights: weights of the losses by name; names that are missing get the weight they have in regard's own
+                models.
         """
         return torch.as_tensor(auxiliary_loss(self.losses, weights or {}))
 
@@ -74,13 +75,13 @@ def collect_losses(
             loss = model(**batch).loss
         (loss + collected.total({"load_balance": 0.01})).backward()
 
-    Calls of this thread inside the block are collected; what activation checkpointing computes again is not. A block for
-    another model may lie inside.
+    The calls that this thread makes inside the block are collected, except for recomputation by activation
+    checkpointing. Blocks for different models may be nested.
 
     Args:
-        generator, progress: of the calls, as in :class:`regard.Context`.
-        teachers: what modules learn from, by their path in the model, as `Context.teacher`.
-        want: extras to keep of each module that has them: ``weights``.
+        generator, progress: for the calls, as in :class:`regard.Context`.
+        teachers: what modules learn from (`Context.teacher`), by their path in the model.
+        want: extras to keep from each module that has them: ``weights``.
     """
     collected = Collected(model, Context(generator=generator, progress=progress, want=frozenset(want)), teachers or {})
     before = _open()
@@ -96,17 +97,17 @@ def _open() -> tuple[Collected, ...]:
 
 
 def _collecting(module: nn.Module) -> Collected | None:
-    """The innermost block around this call that is for a model with `module`."""
+    """The innermost enclosing block whose model contains `module`."""
     return next((collected for collected in reversed(_open()) if id(module) in collected.paths), None)
 
 
 def is_collecting() -> bool:
-    """Whether this thread is inside a block of :func:`collect_losses`."""
+    """Return whether this thread is inside a block of :func:`collect_losses`."""
     return bool(_open())
 
 
 def context_of(module: nn.Module) -> Context:
-    """What a call of `module` is handed by the block around it."""
+    """The context that the enclosing block provides for a call of `module`."""
     collected = _collecting(module)
     if collected is None:
         return Context()
@@ -115,8 +116,8 @@ def context_of(module: nn.Module) -> Context:
 
 
 def hand_back(module: nn.Module, result: Result) -> None:
-    """Give the losses and extras of a call of `module` to the block around it, but for what is computed again for a
-    gradient."""
+    """Report the losses and extras of a call of `module` to the enclosing block, unless the call is a recomputation for
+    the backward pass."""
     collected = _collecting(module)
     if collected is not None and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1):
         collected._keep(collected.paths[id(module)], module.training, result)

@@ -1,4 +1,4 @@
-"""Encoders of transformers: what is in a folder, how a text is laid before one, and tokens that are hidden and asked for."""
+"""Encoders of transformers: the kind of model in a folder, the special tokens around a text, and masked tokens."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ if TYPE_CHECKING:
     from jaxtyping import Int
 
 MASKED = 0.15
-"""Share of a block's tokens that are hidden and asked for."""
+"""Fraction of a block's tokens that are masked and predicted."""
 UNASKED = -100
-"""A target that is none."""
+"""The target at positions that are not predicted."""
 
 CLASSES = {"masked": "AutoModelForMaskedLM", "bare": "AutoModel", "classes": "AutoModelForSequenceClassification"}
-"""Kinds of :func:`kind_of`, with the class of transformers that loads them whole."""
+"""Kinds returned by :func:`kind_of`, with the transformers class that loads each with its head."""
 
 
 def kind_of(folder: Path) -> str:
-    """What the model of transformers in a folder gives, by its ``config.json``.
+    """The kind of transformers model in a folder, by its ``config.json``.
 
     Returns:
-        ``masked`` tokens, ``bare`` hidden states, or ``classes`` of a text; ``other`` for an encoder with another head;
-        ``language`` for what is no encoder.
+        ``masked`` for an encoder that predicts masked tokens, ``bare`` for one that returns hidden states, ``classes``
+        for a text classifier; ``other`` for an encoder with another head; ``language`` for a model that is not an
+        encoder.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -46,12 +47,12 @@ def kind_of(folder: Path) -> str:
 
 
 def architecture_of(config: dict[str, Any]) -> str:
-    """The name of the class that a config was saved of; nothing where it does not say."""
+    """Name of the class from which a config was saved; empty where the config does not say."""
     return str(next(iter(config.get("architectures") or ()), ""))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What ``config.json`` says; raises Unsupported where it cannot be read."""
+    """Contents of ``config.json``; raises Unsupported where it cannot be read."""
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(found, dict):
@@ -64,20 +65,20 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def auto_class(kind: str) -> Any:
-    """The class of transformers that loads a kind of :data:`CLASSES`; None for another."""
+    """The transformers class that loads a kind of :data:`CLASSES`; None for other kinds."""
     import transformers
 
     return getattr(transformers, CLASSES[kind]) if kind in CLASSES else None
 
 
 def is_masked_lm(model: Any) -> bool:
-    """Whether it is an encoder with a head that says masked tokens."""
+    """Return whether a model is an encoder with a head that predicts masked tokens."""
     return type(model).__name__.endswith("ForMaskedLM")
 
 
 def positions_of(model: Any) -> int | None:
-    """Tokens that its positions reach, without those that models of the kind of RoBERTa keep for padding; None where nothing
-    says so."""
+    """Number of tokens that a model's positions cover, without those that models like RoBERTa reserve for padding; None
+    where unknown."""
     known = getattr(model.config, "max_position_embeddings", None)
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and known is not None:
@@ -86,13 +87,13 @@ def positions_of(model: Any) -> int | None:
 
 
 def frame_of(tokenizer: Any) -> tuple[int, int] | None:
-    """The tokens before and after a text; None where the tokenizer has none."""
+    """The special tokens before and after a text; None where the tokenizer has none."""
     first, last = (getattr(tokenizer, name, None) for name in ("cls_token_id", "sep_token_id"))
     return None if first is None or last is None else (first, last)
 
 
 def framed(ids: Int[Tensor, "b n"], tokenizer: Any) -> Int[Tensor, "b m"]:
-    """Texts as the tokenizer frames them."""
+    """Add the tokenizer's special tokens around texts."""
     frame = frame_of(tokenizer)
     if frame is None:
         return ids
@@ -103,7 +104,8 @@ def framed(ids: Int[Tensor, "b n"], tokenizer: Any) -> Int[Tensor, "b m"]:
 def masked(
     ids: Int[Tensor, "b n"], tokenizer: Any, generator: torch.Generator
 ) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"]]:
-    """Texts with some tokens hidden, as many in each row and no frames, and these as targets, :data:`UNASKED` elsewhere."""
+    """Mask the same number of tokens in each text, never special ones. Returns the masked texts and the targets: the
+    original tokens, and :data:`UNASKED` elsewhere."""
     special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids, dtype=ids.dtype))
     chance = torch.rand(ids.shape, generator=generator) + special
     count = max(round(MASKED * ids.shape[1]), 1)

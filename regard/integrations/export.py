@@ -1,10 +1,10 @@
-"""Layers and models as programs for elsewhere: `torch.export`, and ONNX.
+"""Export layers and models as programs: `torch.export` and ONNX.
 
-A program has PyTorch's operators alone, none of the native kernels, and takes and returns what the module does: a
-:class:`regard.Result`, and states where they are given. Plain `torch.export.export` works on every module too (on recurrences
-within ``torch.no_grad()``, else they are refused); what :func:`export` adds is that every axis of tokens, those of a state's
-caches among them, may have any length, and a reason where a mechanism has no such program. Networks for images have programs
-for images of one size and batches of any.
+An exported program consists of PyTorch operators only, without the native kernels, and takes and returns what the
+module does: a :class:`regard.Result`, and states where they are given. Plain `torch.export.export` also works on every
+module (on recurrences only within ``torch.no_grad()``). :func:`export` adds that every token axis, also in the caches
+of a state, may have any length, and that a mechanism without such a program is refused with the reason. Networks for
+images become programs for one image size and any batch size.
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ def export(
     state: State | None = None,
     lengths: bool = True,
 ) -> torch.export.ExportedProgram:
-    """A layer or model as a program, called as the module is.
+    """Export a layer or model as a program, called as the module is.
 
     Args:
-        module: in evaluation mode.
-        inputs: examples of its sequences: (B, N, C), of language models ids (B, N). The program is for B of them. Of a
-            backbone or a network that segments, images (B, C, H, W) or volumes; the program is for any number of that size.
-        context: of the call. Its tensors are inputs of the program; all else (`want`, `grid`) is fixed.
-        state: to continue from. The program takes states after any number of tokens.
+        module: the module, in evaluation mode.
+        inputs: example sequences: (B, N, C), or ids (B, N) for language models. The program is for batches of B. For a
+            backbone or a segmentation network, images (B, C, H, W) or volumes; the program is for any number of that
+            size.
+        context: context of the call. Its tensors are inputs of the program; everything else (`want`, `grid`) is fixed.
+        state: a state to continue from. The program takes states after any number of tokens.
         lengths: whether sequences may have any length but 1; an example of one token makes a program for one token.
-            False for the lengths of the examples, as on a grid.
+            False fixes the lengths of the examples, as on a grid.
 
     Raises:
         Unsupported: for a module in training mode, or a mechanism that has no program for every length.
@@ -74,7 +75,7 @@ def export(
             given["state"] = state
             longer["state"] = module(*inputs, **given).state if free else state
         more = tuple(map(_longer, inputs))
-        if images and free:  # a batch of one would be the only one that the program takes
+        if images and free:  # an example batch of one would make a program for batches of one
             inputs, more = tuple(torch.cat([x, x]) for x in inputs), tuple(torch.cat([x, x, x]) for x in inputs)
         shapes = _differing(module, inputs, given, more, longer) if free else None
         # a view would bring its base into the program
@@ -90,16 +91,17 @@ def export_onnx(
     lengths: bool = True,
     **options: Any,
 ) -> Any:
-    """The same as a `torch.onnx.ONNXProgram`, whose ``save(path)`` writes the file.
+    """Export a module like :func:`export`, as a `torch.onnx.ONNXProgram`; ``save(path)`` writes the file.
 
-    Its inputs are the tensors of the call in the order of the arguments; its outputs the output, then those of the state,
-    and of losses and extras where there are any.
+    The inputs of the program are the tensors of the call, in the order of the arguments; its outputs are the output,
+    then the tensors of the state, and losses and extras where there are any.
 
     Args:
-        options: of `torch.onnx.export`, such as ``opset_version``.
+        options: options of `torch.onnx.export`, such as ``opset_version``.
 
     Raises:
-        Unsupported: as :func:`export`; for a mechanism with an operator that ONNX lacks; without the packages.
+        Unsupported: as in :func:`export`; for a mechanism that uses an operator that ONNX lacks; if the packages are
+            missing.
     """
     check_packages()
     refuse_waived(module, "layer_onnx", "an ONNX program", "regard.integrations.export.export")
@@ -128,7 +130,7 @@ def check_packages() -> None:
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """PyTorch's exporters warn of what their own code does, and log that a result has parts, and sizes, that are None."""
+    """Silence PyTorch's exporters, which warn about their own code and log result parts and sizes that are None."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -145,7 +147,7 @@ def without_warnings() -> Iterator[None]:
 def _differing(
     module: nn.Module, inputs: tuple[Any, ...], given: dict[str, Any], others: tuple[Any, ...], longer: dict[str, Any]
 ) -> Any:
-    """The axes whose sizes differ between two calls, as `torch.export` wants to be told."""
+    """The axes whose sizes differ between two calls, in the form that `torch.export` expects."""
     examples = torch.export.AdditionalInputs()
     examples.add(others, longer)
     sizes = examples.dynamic_shapes(module, inputs, given)
@@ -160,7 +162,7 @@ def _differing(
 
 
 def refuse_waived(module: nn.Module, property_name: str, asked: str, nearest: str) -> None:
-    """Raise Unsupported with the reason of the first mechanism in `module` whose card waives the property."""
+    """Raise Unsupported, with the reason, for the first mechanism in `module` whose card waives the property."""
     for part in module.modules():
         card, pattern = getattr(part, "card", None), getattr(part, "pattern", None)
         if not isinstance(card, Mechanism) or pattern is None:
@@ -171,7 +173,7 @@ def refuse_waived(module: nn.Module, property_name: str, asked: str, nearest: st
 
 
 def _longer(x: Tensor | None, *axes: int) -> Tensor | None:
-    """One more token on the axes of tokens, which tells `torch.export` which they are; one token stays one."""
+    """Add a token to the token axes, to show them to `torch.export`; an axis of one token is left as it is."""
     for axis in axes or (1,):
         if x is not None and x.shape[axis] > 1:
             x = torch.cat([x, x.narrow(axis, 0, 1)], axis)

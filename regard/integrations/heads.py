@@ -1,4 +1,4 @@
-"""A mechanism between the projections of another library's attention module."""
+"""A mechanism that works between the projections of another library's attention module."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rotation:
-    """The rotary positions of a model, for queries and keys that come without them.
+    """The rotary positions of a model, for queries and keys that are not rotated yet.
 
     Attributes:
-        turn: turns (B, H, N, D) by cosines and sines (B or 1, N, R), as the model does.
-        cos, sin: of the tokens of the call.
-        by_rank: cosines and sines of ranks (B or 1, N); None where the model's positions are not ranks, with the reason in
-            `refusal`.
+        turn: rotates (B, H, N, D) by cosines and sines (B or 1, N, R), as the model does.
+        cos, sin: cosines and sines of the tokens of the call.
+        by_rank: cosines and sines of ranks (B or 1, N); None where the model's positions are not ranks, with the reason
+            in `refusal`.
     """
 
     turn: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -53,7 +53,7 @@ class Rotation:
     refusal: str = ""
 
     def heads(self, heads: Tensors, keys: Gathering) -> Tensors:
-        """Queries and keys of the dense layout, turned."""
+        """Rotate queries and keys in the dense layout."""
         cos, sin = (
             keys.gather(x.expand(keys.source_batch, -1, -1), axis=1) if keys.lengths is not None else x
             for x in (self.cos, self.sin)
@@ -61,24 +61,24 @@ class Rotation:
         return {name: self.turn(x, cos, sin) if name in ("q", "k") else x for name, x in heads.items()}
 
     def at(self, x: Float[Tensor, "b h n d"], ranks: Int[Tensor, "#b n"]) -> Float[Tensor, "b h n d"]:
-        """Turned by ranks, for mechanisms that place keys themselves."""
+        """Rotate by ranks, for mechanisms that position keys themselves."""
         if self.by_rank is None:
             raise Unsupported(self.refusal, supported="positions that count tokens", nearest="softmax")
         return self.turn(x, *self.by_rank(x, ranks))
 
 
 class HeadAttention(nn.Module):
-    """Queries, keys and values of heads -> output of heads, by a mechanism; learns what else the mechanism takes.
+    """Queries, keys and values of heads -> output of heads, by a mechanism, with the parameters that it adds.
 
     Args:
         chosen: the mechanism.
-        dim, memory_dim: widths of the tokens that gates and the like are learned from.
-        heads, kv_heads, head_dim, value_dim: of the tensors it is called with.
-        pattern: of its calls, as far as its learned parts depend on it.
+        dim, memory_dim: widths of the tokens from which gates and the like are computed.
+        heads, kv_heads, head_dim, value_dim: sizes of the tensors it is called with.
+        pattern: pattern of its calls, as far as its learned parts depend on it.
 
     Attributes:
         learns: whether it has parameters of its own.
-        placement: what the module around it leaves to it; set by who places it, never by a call.
+        placement: what the surrounding module leaves to it; set when it is placed in the module, never by a call.
     """
 
     def __init__(
@@ -114,14 +114,14 @@ class HeadAttention(nn.Module):
             self.merge = around(dataclasses.replace(spec, config=chosen.wrapper_config), self.merge)
         self.learns = next(self.parameters(), None) is not None
         self.placement: Any = None
-        # who reads keys before their rotation rotates them itself; to all others they come as the model has turned them
+        # mechanisms that read keys before their rotation rotate them themselves; all others get them rotated
         self.places_keys = self.card.places_keys(self.pattern) and self.misreads_rotated is not None
 
     def with_options(self, **options: Any) -> HeadAttention:
-        """Another one with these options and the parameters of this.
+        """A copy with these options and the same parameters.
 
         Raises:
-            Unsupported: for options that the mechanism does not have, or with which it learns other parameters.
+            Unsupported: for options that the mechanism does not have, or with which it would have other parameters.
         """
         if self.chosen.wrapper is not None:
             raise Unsupported(f"other options of {self.chosen.name}", supported="mechanisms that wrap no other")
@@ -149,7 +149,7 @@ class HeadAttention(nn.Module):
 
     @property
     def adds(self) -> bool:
-        """Whether it is more than its mechanism of queries, keys and values: it learns, or changes heads that are merged."""
+        """Whether it adds to its mechanism of queries, keys and values: by parameters, or by a merge of the heads."""
         return self.learns or self.merge is not None
 
     @property
@@ -159,24 +159,24 @@ class HeadAttention(nn.Module):
 
     @property
     def needs_whole_sequences(self) -> bool:
-        """Whether it cannot go on from a cache of keys and values: it reads past tokens, or is defined for N = M alone."""
+        """Whether it cannot continue from a key-value cache: it reads past tokens, or is defined only for N = M."""
         return not self.card.uneven or (self.projection is not None and self.learns)
 
     @property
     def learns_from_losses(self) -> bool:
-        """Whether losses that its model does not add up are all that some of it learns from."""
+        """Whether some of its parameters learn only from losses that the surrounding model does not add up."""
         return self.projection is not None and self.pattern in self.projection.learns_from_losses
 
     @property
     def mixes_tokens(self) -> bool:
-        """Whether its projection or its merge reads neighbours."""
+        """Whether its projection or its merge reads neighbouring tokens."""
         merges = self.merge is not None and not self.merge.each_token_alone
         return merges or (self.projection is not None and self.projection.mixes_tokens)
 
     @property
     def misreads_rotated(self) -> tuple[str, str] | None:
-        """Why queries and keys that the model has rotated would be misread, and the option that would not; None where they are
-        what it takes."""
+        """Why the mechanism would misread queries and keys that the model has rotated, and the option that would avoid
+        it; None where it takes rotated ones."""
         if "rotary" not in self.card.accepts_positions:
             return self.card.refused_positions or "takes no rotary positions", ""
         if self.card.maps_before_rotation:
@@ -186,12 +186,12 @@ class HeadAttention(nn.Module):
         return None
 
     def check_rotated(self) -> None:
-        """Raise Unsupported where queries and keys that the model has rotated would be misread."""
+        """Raise Unsupported where the mechanism would misread queries and keys that the model has rotated."""
         if (why := self.misreads_rotated) is not None:
             raise self._misread(*why)
 
     def check_unrotated(self) -> None:
-        """Raise Unsupported where the model's rotary positions can neither be taken nor be left out."""
+        """Raise Unsupported where the model's rotary positions can be neither used nor left out."""
         if "rotary" not in self.card.accepts_positions and not self.card.knows_positions:
             raise self._misread(self.card.refused_positions or "takes no rotary positions")
 
@@ -224,15 +224,15 @@ class HeadAttention(nn.Module):
         """Attend.
 
         Args:
-            x, source: the tokens of queries and keys, which learned gates read.
-            pattern: the call's. In self patterns `visible` decides whether it is causal; noncausal-self with other than as
-                many keys as queries is noncausal-cross.
-            visible: what :func:`regard.integrations.masks.read_mask` found.
-            dropout: of the weights where the mechanism has them, otherwise of the heads' outputs.
-            context: grid and roles of the tokens, and what else belongs to the call; not masks.
-            rotation: of queries and keys that come without it.
-            state: of the tokens before; q, k and v are then those of new tokens alone.
-            training: of the model, where this is no part of it.
+            x, source: the tokens of queries and of keys, which learned gates read.
+            pattern: pattern of the call. In self patterns `visible` decides whether it is causal; noncausal-self with
+                different numbers of queries and keys is noncausal-cross.
+            visible: the result of :func:`regard.integrations.masks.read_mask`.
+            dropout: applied to the weights where the mechanism has them, otherwise to the outputs of the heads.
+            context: grid and roles of the tokens, and whatever else belongs to the call, except masks.
+            rotation: rotation of queries and keys that are not rotated yet.
+            state: state after the earlier tokens; q, k and v are then those of the new tokens alone.
+            training: whether the model is training, where this module is not part of it.
             inputs: other inputs of the mechanism.
 
         Raises:
@@ -255,7 +255,7 @@ class HeadAttention(nn.Module):
         if not keys.whole:
             heads = {name: self._gather(name, x, queries, keys) for name, x in heads.items()}
             x = None if x is None else queries.gather(x, axis=1)
-            # beside a cache it has the new tokens alone
+            # with a cache it holds only the new tokens
             source = None if source is None or source.shape[1] != m else keys.gather(source, axis=1)
             context = context.replace(mask=mask) if together else context
         before = None if state is None else state.projection
@@ -300,7 +300,7 @@ class HeadAttention(nn.Module):
         return result
 
     def _pattern_of(self, pattern: Pattern, visible: Visible, n: int, m: int) -> Pattern:
-        """The pattern of a call, by what it sees."""
+        """The pattern of a call, according to what it sees."""
         if pattern.cross and visible.causal:
             raise Unsupported(
                 f"{self.chosen.name} with a causal mask across sequences",
@@ -356,7 +356,7 @@ class HeadAttention(nn.Module):
         return queries.gather(x, axis=2) if name == "q" else x
 
     def _beside(self, context: Context, keys: Gathering, dropout: float, training: bool) -> dict[str, Any]:
-        """What accompanies the heads: only what there is, since a call of tensors and a state alone goes a shorter way."""
+        """Arguments that accompany the heads, only where they exist: a call without them takes a shorter path."""
         names = ("generator", "grid", "progress", "teacher")
         beside = {name: x for name in names if (x := getattr(context, name)) is not None}
         if context.roles is not None:

@@ -1,4 +1,4 @@
-"""Masks of other libraries in the words of the contract: causality, keys that exist, and scores to add for the rest."""
+"""Other libraries' masks in the terms of the contract: causality, valid keys, and a bias for everything else."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Visible:
-    """The meaning of a mask, in the words of the contract.
+    """The meaning of a mask in the terms of the contract.
 
     Attributes:
         causal: whether a query sees nothing after itself (bottom-right).
-        keys: keys that exist; None for all.
-        bias: scores to add that say the rest, -inf hides a pair; None when there is no rest.
+        keys: which keys exist; None for all.
+        bias: scores to add for everything else (-inf hides a pair); None when there is nothing else.
     """
 
     causal: bool
@@ -39,18 +39,18 @@ def read_mask(
     prefer_causal: bool = False,
     as_bias: bool = True,
 ) -> Visible:
-    """Understand a mask of pairs: causality and missing keys where that is all it says, a bias otherwise.
+    """Interpret a pairwise mask: as causality and missing keys if that is all it says, otherwise as a bias.
 
-    While a model is compiled nothing can look into the mask: it is a bias, or, for mechanisms that take none, compilation is
-    interrupted to look.
+    A mask cannot be inspected during compilation: it becomes a bias, or, for mechanisms that take none, a graph break
+    to inspect it.
 
     Args:
         mask: True = may attend, or scores to add; broadcasts to (B, H, N, M).
-        causal: whether causality comes on top of it.
+        causal: whether causality applies in addition.
         own_queries: whether queries and keys are the same tokens, so that a query whose key is missing is padding and
             may see anything.
-        prefer_causal: whether a mask that is both (a single query that sees all) counts as causal.
-        as_bias: whether a bias is of use.
+        prefer_causal: whether a mask that could be either (a single query that sees all keys) counts as causal.
+        as_bias: whether the mechanism can use a bias.
     """
     if mask is None:
         return Visible(causal)
@@ -73,7 +73,7 @@ def read_mask(
 def _of_keys(
     visible: Tensor, causal: bool, batch: int, n: int, m: int, own_queries: bool, prefer_causal: bool
 ) -> Visible | None:
-    """A boolean mask as causality and missing keys; None where that is not all it says."""
+    """Interpret a boolean mask as causality and missing keys; None where it says anything else."""
     shared = visible[:, :1]
     if not bool((visible == shared).all()):
         return None
@@ -90,13 +90,13 @@ def _of_keys(
 
 
 def _look_into(mask: Tensor, causal: bool, **options: Any) -> Visible:
-    # made here, since importing the compiler takes a second
+    # defined here because importing the compiler takes a second
     reason = "a mechanism that takes no bias has to know what a mask says: without a mask nothing is in the way"
     return torch.compiler.disable(read_mask, reason=reason)(mask, causal, **options)
 
 
 def _hides_only(scores: Tensor) -> Tensor | None:
-    """Visibility behind scores that are 0 or hide a pair (-inf, or the lowest number); None for other scores."""
+    """The boolean mask behind scores that are 0 or hide a pair (-inf or the lowest number); None for other scores."""
     if torch.compiler.is_compiling():
         return None
     hidden = scores <= torch.finfo(scores.dtype).min

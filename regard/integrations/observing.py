@@ -1,4 +1,4 @@
-"""A call of a transformers model with all that a student learns from: logits, hidden states, weights and head outputs."""
+"""Call a transformers model and record what a student learns from: logits, hidden states, weights, head outputs."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
 
 KNOWN = ("mask", "generator", "progress")
-"""Fields of a context that a transformers model can be told of."""
+"""Fields of a context that a transformers model can honour."""
 NO_EXTRAS: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What a model computed on tokens.
+    """The results of a model on a batch of tokens.
 
     Attributes:
-        logits: (B, N, V), where the tokens are.
-        hidden: after each layer, (B, N, C).
-        valid: places of `hidden` that hold tokens.
-        teachers: of each layer or module that gives them, its ``weights`` (B, H, N, M) and head ``output`` (B, H, N, V),
-            right-padded: what a layer of a student learns from.
+        logits: (B, N, V), at the places of the tokens.
+        hidden: hidden states after each layer, (B, N, C).
+        valid: positions of `hidden` that hold tokens.
+        teachers: for each layer or module that returns them, its ``weights`` (B, H, N, M) and head ``output`` (B, H, N,
+            V), right-padded: what a layer of a student learns from.
         losses: auxiliary losses by name, each (sum, count).
     """
 
@@ -44,7 +44,7 @@ class Observed:
 
 
 def is_transformers_model(model: Any) -> bool:
-    """Whether it is a model of Hugging Face transformers, which is not imported for the answer."""
+    """Return whether a model is one of Hugging Face transformers, without importing the library."""
     library = sys.modules.get("transformers")
     return library is not None and isinstance(model, library.PreTrainedModel)
 
@@ -57,15 +57,15 @@ def observe(
     teachers: Mapping[Any, Mapping[str, Tensor]] | None = None,
     want: frozenset[str] = frozenset(),
 ) -> Observed:
-    """Call a transformers model.
+    """Call a transformers model and record what it computes.
 
     Args:
-        context: its mask of tokens, its generator and its progress.
+        context: its token mask, generator and progress are used.
         teachers: what its swapped modules learn from, by path.
-        want: ``weights`` of the modules that attend through regard.
+        want: ``weights``, to get those of the modules that attend through regard.
 
     Raises:
-        Unsupported: for another context, and for a model without logits.
+        Unsupported: for a context with other fields, and for a model without logits.
     """
     mask = context.mask
     pairs = mask is not None and (mask.bias is not None or mask.blocks is not None or mask.cu_seqlens is not None)

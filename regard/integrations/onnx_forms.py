@@ -1,7 +1,7 @@
-"""Operators that ONNX lacks, in words that it has.
+"""Operators that ONNX lacks, written in operators that it has.
 
-They are taken into a program before it becomes one of ONNX, so that mechanisms need not know of it. Searches and running
-maxima compare all pairs of what they read: their memory grows with the square of the length.
+They are substituted before a program is converted to ONNX, so that mechanisms need not know about ONNX. Searches and
+running maxima compare all pairs of elements: their memory grows with the square of the length.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from regard.engines.gated_recurrence.torch_form import solve_unit_by_products
 
 
 def sort_stable(x: Tensor, *, stable: bool | None, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
-    """``torch.sort(x, stable=True)``: equal values of ONNX's TopK come in the order of their places, unlike PyTorch's."""
+    """``torch.sort(x, stable=True)``: ONNX's TopK, unlike PyTorch's, returns equal values in order of index."""
     whole = x if x.is_floating_point() or x.dtype in (torch.int32, torch.int64) else x.to(torch.int32)
     values, order = torch.topk(whole, x.shape[dim], dim, largest=descending, sorted=True)
     return values.to(x.dtype), order
@@ -36,22 +36,22 @@ def search_sorted(
     side: str | None = None,
     sorter: Tensor | None = None,
 ) -> Tensor:
-    """``torch.searchsorted``: how many of `ordered` come before each value."""
+    """``torch.searchsorted``: the number of elements of `ordered` that come before each value."""
     if sorter is not None:
         ordered = ordered.gather(-1, sorter)
     of_each, value = ordered.unsqueeze(-2), values.unsqueeze(-1)
     after = of_each > value if right or side == "right" else of_each >= value
-    places = (~after).sum(-1, dtype=torch.int32 if out_int32 else torch.int64)  # NaN comes after all that is ordered
+    places = (~after).sum(-1, dtype=torch.int32 if out_int32 else torch.int64)  # NaN comes after everything
     return places.view(values.shape)
 
 
 def running_maximum(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """``torch.cummax``: the largest so far, and the last place that has it."""
+    """``torch.cummax``: the largest element so far, and its last index."""
     return _running(x, dim, -torch.inf if x.is_floating_point() else torch.iinfo(x.dtype).min, torch.amax)
 
 
 def running_minimum(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """``torch.cummin``: the smallest so far, and the last place that has it."""
+    """``torch.cummin``: the smallest element so far, and its last index."""
     return _running(x, dim, torch.inf if x.is_floating_point() else torch.iinfo(x.dtype).max, torch.amin)
 
 
@@ -69,7 +69,7 @@ def _running(x: Tensor, dim: int, unseen: float, most: Callable[..., Tensor]) ->
 def solve_triangular(
     matrix: Tensor, right: Tensor, *, upper: bool, left: bool = True, unitriangular: bool = False
 ) -> Tensor:
-    """``torch.linalg.solve_triangular`` of lower triangles with a diagonal of ones; others are left as they are."""
+    """``torch.linalg.solve_triangular`` for lower unit triangular matrices; others keep PyTorch's own form."""
     if upper or not left or not unitriangular:
         return NotImplemented
     return solve_unit_by_products(matrix, right)
@@ -83,9 +83,9 @@ FORMS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.cummin.default: running_minimum,
     torch.ops.aten.linalg_solve_triangular.default: solve_triangular,
 }
-"""By the operator that each stands for, as ``ExportedProgram.run_decompositions`` takes them."""
+"""The forms by the operator that each replaces, as ``ExportedProgram.run_decompositions`` takes them."""
 
 
 def as_onnx(program: torch.export.ExportedProgram, **options: Any) -> Any:
-    """A program as a `torch.onnx.ONNXProgram`, with the forms above for what ONNX lacks; options of `torch.onnx.export`."""
+    """Convert a program to a `torch.onnx.ONNXProgram` by the forms above; options are those of `torch.onnx.export`."""
     return torch.onnx.export(program.run_decompositions(dict(FORMS)), **{"verbose": False, **options})

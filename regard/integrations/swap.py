@@ -1,4 +1,4 @@
-"""`regard.swap`: another mechanism in the attention modules of a model that exists; `regard.unswap` undoes it."""
+"""`regard.swap` puts another mechanism into the attention modules of an existing model; `regard.unswap` undoes it."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ REASONS = {
     "models.vision_transformer_relpos.RelPosAttention": BIASED,
     "models.vision_transformer_sam.Attention": BIASED,
 }
-"""Parts of timm's attention that another mechanism would leave out."""
+"""Features of timm's attention that another mechanism would leave out."""
 
 CROSSING = re.compile("encoder_attn|cross|EncDec", re.IGNORECASE)
-"""Names of modules of transformers models that read another sequence."""
+"""Names of modules in transformers models that attend to another sequence."""
 
 PACKS = "regard_packs"
-"""Attribute of an encoder of PyTorch that packed padded batches before a swap."""
+"""Attribute of a PyTorch encoder that packed padded batches before a swap."""
 
 NAMED = 3
-"""Modules that a refusal names for each reason."""
+"""Number of modules that an error message names for each reason."""
 KNOWN = "nn.MultiheadAttention, transformers models with the attention interface, timm's ViT attention"
 
 
@@ -49,11 +49,11 @@ class SwapReport:
     """The changes made by :func:`swap` or :func:`unswap`.
 
     Attributes:
-        mechanism: name, or names.
-        changed: path of each module, with the class it had, and the mechanism and the pattern it has now.
-        kept: attention modules that are as they were.
-        learned: names of parameters that are new and untrained; empty when the mechanism learns nothing beside the
-            projections.
+        mechanism: name of the mechanism, or names.
+        changed: path of each changed module, with its previous class and its present mechanism and pattern.
+        kept: attention modules that were left as they are.
+        learned: names of parameters that are new and untrained; empty when the mechanism learns nothing in addition to
+            the projections.
         notes: what else a user should know.
     """
 
@@ -75,7 +75,7 @@ class SwapReport:
 
 @dataclass(frozen=True)
 class Choice:
-    """A mechanism for a module, with its options."""
+    """A mechanism for a module, with its options and pattern."""
 
     card: Mechanism
     options: dict[str, Any]
@@ -83,7 +83,8 @@ class Choice:
 
     @classmethod
     def of(cls, named: Any, pattern: str | Pattern | None = None) -> Choice:
-        """Checked; `named` is a name, which may have options (``local:window=64``), or a name and options."""
+        """Make a checked choice from a name, which may have options (``local:window=64``), or from a name and
+        options."""
         written, further = (named, {}) if isinstance(named, str) else named
         if not isinstance(written, str):
             raise Unsupported(f"mechanism {written!r}", supported="a name, as text", nearest='"local:window=64"')
@@ -102,16 +103,17 @@ class Choice:
 
     @property
     def chosen(self) -> Chosen:
-        """As modules take it."""
+        """The mechanism in the form that modules take."""
         return Chosen.of(self.card, **self.options)
 
     def for_module(self, usual: Pattern) -> Choice:
-        """With the pattern of a module."""
+        """The same choice with a pattern: its own, or else the module's usual one."""
         return Choice(self.card, self.options, self.pattern or self.chosen.require_pattern(usual))
 
 
 Change = Callable[[], tuple[str, nn.Module]]
-"""Carries out a planned change; returns the module whose parameters are new, and its name in the changed one."""
+"""Carries out a planned change; returns the name of the part with new parameters in the changed module, and the
+part."""
 
 
 def swap(
@@ -122,29 +124,30 @@ def swap(
     only: str | None = None,
     **options: Any,
 ) -> SwapReport:
-    """Put `mechanism` into the attention modules of `model`, in place, on the projections that it has.
+    """Put `mechanism` into the attention modules of `model`, in place, keeping their projections.
 
-    Knows `nn.MultiheadAttention` (alone and in PyTorch's encoder and decoder layers), transformers models that dispatch
-    through its attention interface, and timm's ViT attention. Everything is checked before anything is changed. A model
-    that was swapped before may be swapped again; what its old mechanism had learned beside the projections is lost.
+    Supports `nn.MultiheadAttention` (alone and in PyTorch's encoder and decoder layers), transformers models that
+    dispatch through its attention interface, and timm's ViT attention. Everything is checked before anything is
+    changed. A model may be swapped again; what its previous mechanism had learned in addition to the projections is
+    then lost.
 
     Args:
-        mechanism: name of an attention mechanism of queries, keys and values, which may have options
-            (``local:window=64``). With ``softmax`` the outputs stay equal,
-            with every mask. With another the model needs training; what it learns beside the projections (gates) is
-            new. Or, for hybrids, a mapping from patterns of paths to a name, to a name and options, or to None for
-            modules to leave; the first that matches decides, and what none matches is left::
+        mechanism: name of an attention mechanism of queries, keys and values, optionally with options
+            (``local:window=64``). With ``softmax`` the outputs stay equal, with every mask. With any other the model
+            needs training; parameters in addition to the projections (gates) are new. For hybrids, a mapping from path
+            patterns to a name, to a pair of name and options, or to None for modules to leave; the first pattern that
+            matches decides, and modules that match none are left::
 
                 swap(model, {"*.layers.0.*": None, "*": "local:window=64"})
 
-        pattern: of all modules; when None: causal-self in decoder layers, noncausal-cross where a layer reads an
-            encoder, what transformers says of its modules, otherwise noncausal-self. A call of a self pattern is causal
-            if its mask is, where the mechanism has that pattern.
-        only: a pattern of paths (``encoder.layers.*``) to change.
-        options: of the mechanism.
+        pattern: pattern of all modules. By default causal-self in decoder layers, noncausal-cross where a layer reads
+            an encoder, what transformers says of its modules, and otherwise noncausal-self. A call of a self pattern is
+            causal if its mask is, where the mechanism has that pattern.
+        only: a path pattern (``encoder.layers.*``) of the modules to change.
+        options: options of the mechanism.
 
     Raises:
-        Unsupported: with all reasons, when a module cannot be changed safely; then none is.
+        Unsupported: with all reasons, when a module cannot be changed safely; no module is changed then.
     """
     if not isinstance(model, nn.Module):
         raise Unsupported(
@@ -203,22 +206,22 @@ def swap(
 
 
 def _some(paths: list[str]) -> str:
-    """The first of the modules that a reason is about, and how many more there are."""
+    """The first modules to which a reason applies, and how many more there are."""
     named = ", ".join(filter(None, paths[:NAMED])) + (f" and {len(paths) - NAMED} more" if len(paths) > NAMED else "")
     return f"{named}: " if named else ""
 
 
 def unswap(model: nn.Module, only: str | None = None) -> SwapReport:
-    """Give modules that :func:`swap` changed back the attention that they had, in place, with the weights as they are.
+    """Restore the original attention of modules that :func:`swap` changed, in place, with the weights as they are now.
 
-    What mechanisms have learned beside the projections is dropped.
+    Whatever the mechanisms learned in addition to the projections is dropped.
 
     Args:
-        model: that was swapped.
-        only: a pattern of paths to change back.
+        model: a swapped model.
+        only: a path pattern of the modules to restore.
 
     Raises:
-        Unsupported: when nothing is swapped there.
+        Unsupported: when no such module is swapped.
     """
     bridge = _bridge(model)
     report = SwapReport("their own attention")
@@ -246,17 +249,18 @@ def unswap(model: nn.Module, only: str | None = None) -> SwapReport:
 
 
 def change_options(model: nn.Module, only: str | None = None, **options: Any) -> SwapReport:
-    """Give mechanisms that :func:`swap` put into a model other options, in place, with all that they have learned: options that
-    change no parameter, as the number of keys that `sea` reads for a query::
+    """Change options of the mechanisms that :func:`swap` put into a model, in place, keeping everything they have
+    learned. Only options that change no parameters are allowed, such as the number of keys that `sea` reads for a
+    query::
 
         change_options(model, top_k=16)
 
     Args:
-        only: a pattern of paths to change.
+        only: a path pattern of the modules to change.
 
     Raises:
-        Unsupported: where nothing is swapped, or a mechanism has no such option or would learn other parameters with it; then
-            nothing is changed.
+        Unsupported: where nothing is swapped, or a mechanism lacks the option or would need other parameters with it;
+            nothing is changed then.
     """
     fresh: dict[str, HeadAttention] = {}
     for path, module in model.named_modules():
@@ -279,20 +283,20 @@ def change_options(model: nn.Module, only: str | None = None, **options: Any) ->
 
 
 def mechanism_in(module: nn.Module) -> HeadAttention | None:
-    """The mechanism of a changed attention module; None for a module that has its own."""
+    """The mechanism of a swapped attention module; None for a module with its original attention."""
     found = getattr(module, _place_in(module), None)
     return found if isinstance(found, HeadAttention) else None
 
 
 def _place_in(module: nn.Module) -> str:
-    """The name of the attribute of a changed module that holds its mechanism."""
+    """Name of the attribute that holds a swapped module's mechanism."""
     return "attend" if isinstance(module, Swapped) else "regard"
 
 
 def _choices(
     mechanism: str | Mapping[str, Any], pattern: str | Pattern | None, only: str | None, options: dict[str, Any]
 ) -> dict[str, Choice | None]:
-    """By pattern of paths, in order."""
+    """Choices by path pattern, in order."""
     if not isinstance(mechanism, Mapping):
         return {"*" if only is None else only: Choice.of((mechanism, options), pattern)}
     if only is not None or options:
@@ -309,7 +313,7 @@ def _choices(
 
 
 def reader_of(module: nn.Module) -> Callable[..., Change] | None:
-    """The planner of a module's change; None for other modules."""
+    """The function that plans the change of an attention module; None for other modules."""
     if isinstance(module, (nn.MultiheadAttention, MultiheadAttention)):
         return _plan_multihead
     timm = sys.modules.get("timm.layers.attention")
@@ -323,7 +327,7 @@ def reader_of(module: nn.Module) -> Callable[..., Change] | None:
 
 
 def _dispatches(module: nn.Module) -> bool:
-    """Whether it is an attention module that transformers lets attend by an interface."""
+    """Return whether a module is an attention module that dispatches through transformers' attention interface."""
     home = sys.modules.get(type(module).__module__)
     return (
         type(module).__module__.startswith("transformers.")
@@ -339,7 +343,7 @@ def _timm_name(module: nn.Module) -> str:
 
 
 def _bridge(model: nn.Module) -> Any:
-    """The part that knows transformers models, for one of them; None for others."""
+    """The integration for transformers models, if `model` is one; otherwise None."""
     library = sys.modules.get("transformers")
     if library is None or not isinstance(model, library.PreTrainedModel):
         return None
@@ -393,7 +397,7 @@ def _refuse_vision(model: nn.Module, path: str, module: nn.Module, choice: Choic
 
 
 def _grid_around(model: nn.Module, path: str) -> tuple[int, ...] | None:
-    """Tokens before the grid of patches and the grid's sides, where a model around the module has them."""
+    """Number of tokens before the grid of patches and the sides of the grid, if a model around the module has them."""
     parts = path.split(".")
     for end in range(len(parts) - 1, -1, -1):
         parent = model.get_submodule(".".join(parts[:end]))
@@ -428,7 +432,7 @@ def _plan_transformers(model: nn.Module, path: str, module: Any, choice: Choice,
 
 
 def _choose_paths_of_encoders(model: nn.Module) -> None:
-    """PyTorch's encoder packs padded batches for a fused path that the new modules do not take."""
+    """Turn PyTorch's packing of padded batches off in encoders with swapped modules, and on again after an unswap."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and hasattr(module, "use_nested_tensor"):
             swapped = any(isinstance(m, MultiheadAttention) for m in module.modules())

@@ -1,4 +1,4 @@
-"""The project's image backbones among timm's models, ``regard_van_b0`` and so on, and models of timm that were swapped and saved.
+"""regard's image backbones as timm models, ``regard_van_b0`` and so on, and timm models that were swapped and saved.
 
 Importing this module registers them::
 
@@ -8,14 +8,14 @@ Importing this module registers them::
     model = timm.create_model("regard_van_b0", num_classes=10, in_chans=1, img_size=64)
     maps = timm.create_model("regard_van_b0", features_only=True, out_indices=(1, 3))
 
-They take timm's words ``num_classes``, ``in_chans``, ``img_size``, ``drop_rate``, ``drop_path_rate`` and ``features_only``, and
-the options of :func:`regard.models.vision.create_backbone` under their own names. There are no weights to download; those of
-the official repositories, and of these models, come from a file::
+They take timm's options ``num_classes``, ``in_chans``, ``img_size``, ``drop_rate``, ``drop_path_rate`` and
+``features_only``, and the options of :func:`regard.models.vision.create_backbone` under their own names. There are no
+weights to download; those of the official repositories, and of these models, come from a file::
 
     timm.create_model("regard_van_b0", pretrained=True, pretrained_cfg_overlay={"file": "van_tiny_754.pth.tar"}, num_classes=10)
 
-With it, timm also loads folders of :mod:`regard.integrations.timm_folders`: ``timm.create_model("local-dir:FOLDER",
-pretrained=True)``.
+After the import, timm also loads folders of :mod:`regard.integrations.timm_folders`:
+``timm.create_model("local-dir:FOLDER", pretrained=True)``.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from regard.models.vision.released import check_fit, weights_of
 
 PREFIX = "regard_"
 WORDS = {"in_chans": "channels", "img_size": "image_size", "drop_rate": "dropout", "drop_path_rate": "drop_path"}
-"""timm's names of options, and those here."""
+"""timm's names of options, with the names here."""
 FEATURES = 4
-"""Maps that ``features_only`` gives where no ``out_indices`` are named: the last so many, or all of fewer."""
+"""Number of feature maps that ``features_only`` returns without ``out_indices``: the last four, or all of fewer."""
 SOURCES = ("url", "file", "state_dict", "hf_hub_id")
-"""Where a configuration of timm may say that weights are."""
+"""Keys by which a timm configuration says where weights are."""
 HALVES = ("vit_", "mixer_", "tnt_", "pyramid_tnt_")
-"""Backbones whose released weights read pixels from -1 to 1; the others' are normalised by the mean and deviation of ImageNet."""
+"""Backbones whose released weights expect pixels from -1 to 1; the others expect ImageNet's mean and deviation."""
 HEADS = ("head.", "distillation_head.")
 TIMMS_OWN = (
     "features_only",
@@ -56,7 +56,7 @@ TIMMS_OWN = (
 
 
 def _configuration(name: str) -> dict[str, Any]:
-    """What timm's transforms read, and the sizes that the backbone has by itself."""
+    """The configuration that timm's transforms read, with the backbone's default sizes."""
     kind, config = read_backbone(name)
     half = (0.5, 0.5, 0.5)
     return {
@@ -76,14 +76,14 @@ default_cfgs = generate_default_cfgs({PREFIX + name: _configuration(name) for na
 
 
 def _levels(build: Callable[..., nn.Module], options: dict[str, Any]) -> int:
-    """How many maps a backbone of such options has."""
+    """Number of feature maps of a backbone with such options."""
     with torch.device("meta"):
         levels: Any = build(**{option: value for option, value in options.items() if option not in TIMMS_OWN}).levels
     return len(levels)
 
 
 def _names_weights(options: dict[str, Any]) -> bool:
-    """Whether the options of `timm.create_model` say where weights are."""
+    """Return whether the options of `timm.create_model` say where weights are."""
     given = options.get("pretrained_cfg")
     told = given if isinstance(given, dict) else vars(given) if isinstance(given, PretrainedCfg) else {}
     told = {**told, **(options.get("pretrained_cfg_overlay") or {})}
@@ -91,9 +91,9 @@ def _names_weights(options: dict[str, Any]) -> bool:
 
 
 def _translated(checkpoint: Any, model: Backbone) -> dict[str, Tensor]:
-    """Weights under the model's names; those of heads may be for other classes, which timm leaves out.
+    """Weights under the model's names. Those of heads may be for other classes; timm leaves them out.
 
-    Raises Unsupported where others do not fit.
+    Raises Unsupported where other weights do not fit.
     """
     weights = model.translate(weights_of(checkpoint), model.config)
     heads = {name: value for name, value in model.state_dict().items() if name.startswith(HEADS)}
@@ -128,7 +128,7 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
 
 
 def register() -> list[str]:
-    """Register every backbone with timm that is not registered yet; returns all their names there."""
+    """Register every backbone that timm does not know yet; returns the timm names of all backbones."""
     module = sys.modules[__name__]
     for name in list_backbones():
         if not hasattr(module, PREFIX + name):

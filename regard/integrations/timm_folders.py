@@ -1,4 +1,4 @@
-"""Swapped models of timm in folders that timm loads, with what was swapped in their ``config.json``.
+"""Swapped timm models in folders that timm can load; their ``config.json`` records the swap.
 
 ::
 
@@ -8,8 +8,8 @@
     import regard.integrations.timm
     vit = timm.create_model("local-dir:folder", pretrained=True)
 
-The folder's architecture is :data:`NAME`, which timm knows after that import alone: without it, it refuses to load the folder
-rather than load another model.
+The folder's architecture is :data:`NAME`, which timm knows only after that import; without it, timm refuses to load the
+folder rather than load a different model.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ NAME = "swapped_by_regard"
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write a model of timm, swapped or not, as timm does: ``config.json`` and ``model.safetensors``.
+    """Write a timm model, swapped or not, as timm does: ``config.json`` and ``model.safetensors``.
 
     Raises:
-        Unsupported: for a model that timm could not build again from its name and arguments.
+        Unsupported: for a model that timm could not rebuild from its name and arguments.
     """
     place = Path(folder)
     recipe(model)
@@ -47,10 +47,10 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def write_config(model: nn.Module, folder: Path, name: str | None = None) -> None:
-    """Write the ``config.json`` of a model alone.
+    """Write only the ``config.json`` of a model.
 
     Args:
-        name: of an architecture in the place of the model's own, which is among its arguments then.
+        name: an architecture name to write in place of the model's own, which then becomes one of the arguments.
     """
     path = folder / "config.json"
     save_config_for_hf(model, str(path))
@@ -61,7 +61,7 @@ def write_config(model: nn.Module, folder: Path, name: str | None = None) -> Non
 
 
 def read_config(model: Any, folder: Path) -> None:
-    """Tell a model what the ``config.json`` of a folder says of its images and classes; nothing where there is none."""
+    """Apply what a folder's ``config.json`` says about images and classes to a model; does nothing without the file."""
     path = folder / "config.json"
     if path.is_file():
         told = json.loads(path.read_text(encoding="utf-8"))
@@ -70,10 +70,10 @@ def read_config(model: Any, folder: Path) -> None:
 
 
 def arguments(model: Any) -> dict[str, Any]:
-    """What builds a model of the same sizes again, by :func:`built`: its ``architecture``, ``options``, and what was ``swapped``.
+    """Arguments for :func:`built` to rebuild a model of the same sizes: ``architecture``, ``options``, ``swapped``.
 
     Raises:
-        Unsupported: for a model not made by `timm.create_model`, and arguments that JSON has no words for.
+        Unsupported: for a model not made by `timm.create_model`, and for arguments that JSON cannot express.
     """
     config = getattr(model, "pretrained_cfg", None) or {}
     architecture = config.get("architecture")
@@ -84,7 +84,7 @@ def arguments(model: Any) -> dict[str, Any]:
     args = get_model_args(model)
     known = args.pop(
         "options", {}
-    )  # of one that came from a folder of save, whose arguments timm takes for the model's
+    )  # for a model loaded from a folder of `save`, timm stores these as the model's arguments
     args = {name: value for name, value in args.items() if name not in ("architecture", "swapped")}
     try:
         options = json.loads(json.dumps({"num_classes": model.num_classes, **known, **args}))
@@ -96,17 +96,18 @@ def arguments(model: Any) -> dict[str, Any]:
 
 
 def built(architecture: str, options: dict[str, Any], swapped: dict[str, Any]) -> Any:
-    """A model of the sizes that :func:`arguments` tells, with weights that are drawn."""
+    """Build a model from :func:`arguments`, with random weights."""
     model = timm.create_model(architecture, **options)
     _place(model, swapped)
     return model
 
 
 def recipe(model: Any) -> tuple[str, dict[str, Any]]:
-    """The name and arguments by which timm builds a model again, without what was swapped.
+    """The name and arguments with which timm rebuilds a model, without what was swapped.
 
     Raises:
-        Unsupported: where it would build another, as for a model that was changed or not made by `timm.create_model`.
+        Unsupported: where timm would build a different model, for example if it was changed or not made by
+            `timm.create_model`.
     """
     found = arguments(model)
     architecture, options = found["architecture"], found["options"]
@@ -123,7 +124,7 @@ def recipe(model: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _swapped(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What is in the changed attention modules, by their paths."""
+    """The mechanisms in swapped attention modules, by path."""
     found = {}
     for path, module in model.named_modules():
         attend = mechanism_in(module)
@@ -141,7 +142,7 @@ def _named(chosen: Chosen) -> tuple[str, dict[str, Any]]:
 
 
 def _given(config: Any) -> dict[str, Any]:
-    """The options of a mechanism that are not its defaults."""
+    """The options of a mechanism that differ from their defaults."""
     own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {name: value for name, value in own.items() if value != getattr(type(config)(), name)}
 
@@ -160,7 +161,7 @@ def swapped_by_regard(
     swapped: dict[str, Any] | None = None,
     **others: Any,
 ) -> nn.Module:
-    """For timm: the model in a folder that :func:`save` has written."""
+    """Entry point for timm: the model in a folder that :func:`save` wrote."""
     unknown = sorted(set(others) - {"pretrained_cfg_overlay", "cache_dir", "pretrained_model_args"})
     if not architecture or unknown or others.get("pretrained_cfg_overlay"):
         raise Unsupported(

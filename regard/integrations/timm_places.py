@@ -1,4 +1,4 @@
-"""Where models of timm are: its names, and folders that it has saved."""
+"""Sources of timm models: timm's names, and folders that timm has saved."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SUPPORTED = "a folder of timm (config.json and model.safetensors), or timm:NAME 
 
 
 def is_of_timm(model: Any) -> bool:
-    """Whether it is a model of timm, the name of one, or a folder that timm has saved."""
+    """Return whether `model` is a timm model, the name of one, or a folder that timm has saved."""
     if isinstance(model, (str, os.PathLike)):
         if str(model).startswith(PREFIX):
             return True
@@ -30,7 +30,7 @@ def is_of_timm(model: Any) -> bool:
 
 
 def timm_folders() -> Any:
-    """:mod:`regard.integrations.timm_folders`; raises Unsupported without a fitting timm."""
+    """Import :mod:`regard.integrations.timm_folders`; raises Unsupported without a suitable timm."""
     try:
         from regard.integrations import timm_folders
     except ImportError as error:
@@ -43,13 +43,13 @@ def timm_folders() -> Any:
 
 
 def load_timm(place: str | os.PathLike[str], *, supported: str = SUPPORTED) -> Any:
-    """The model of a place for which :func:`is_of_timm` holds, to be evaluated.
+    """Load the model at a place for which :func:`is_of_timm` holds, in evaluation mode.
 
     Args:
-        supported: what to say of a place whose model timm cannot load.
+        supported: what an error message should list as supported when timm cannot load the model.
 
     Raises:
-        Unsupported: for one, and without a fitting timm.
+        Unsupported: where timm cannot load the model, and without a suitable timm.
     """
     folders = timm_folders()
     text = str(place)
@@ -64,6 +64,6 @@ def load_timm(place: str | os.PathLike[str], *, supported: str = SUPPORTED) -> A
 
 
 def name_of(place: str | os.PathLike[str]) -> str:
-    """The name of a place, as a report has it."""
+    """The name of a place for reports."""
     text = str(place)
     return text.removeprefix(PREFIX) if text.startswith(PREFIX) else Path(text).name or text

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class Swapped(nn.Module):
-    """A module in the place of another, with its parts.
+    """A module that replaces another and uses its parts.
 
     Args:
-        original: whose parts are taken over (not copied); or another that stands in its place already.
+        original: the module whose parts are used (not copied), or an earlier replacement of it.
     """
 
     PARTS: ClassVar[tuple[str, ...]] = ()
@@ -34,10 +34,10 @@ class Swapped(nn.Module):
         super().__init__()
         self._original = (
             original._original if isinstance(original, Swapped) else (original,)
-        )  # in a tuple it is no submodule
+        )  # inside a tuple, so that it is not a submodule
 
     def original(self) -> nn.Module:
-        """The module that was there before, with the parts as they are now."""
+        """The original module, with the parts as they are now."""
         (module,) = self._original
         for name in self.PARTS:
             if hasattr(self, name):
@@ -46,15 +46,16 @@ class Swapped(nn.Module):
 
 
 class MultiheadAttention(Swapped):
-    """Called as :class:`torch.nn.MultiheadAttention`, with the parameters of one.
+    """Replaces :class:`torch.nn.MultiheadAttention`, with the same calls and parameters.
 
-    Its state_dict has the names of the original, and those of `attend` for what the mechanism learns beside them.
+    Its state_dict has the original names, and names under `attend` for what the mechanism learns in addition.
 
     Args:
-        original: a `nn.MultiheadAttention`, or what stands in its place, whose parameters are taken over (not copied).
+        original: an `nn.MultiheadAttention`, or its replacement, whose parameters are used (not copied).
         chosen: the mechanism.
-        pattern: of its calls, which what is learned is made for. As in torch, a call of a self pattern is causal if its mask
-            is; other calls than the pattern's need a mechanism that has both and learns nothing for one alone.
+        pattern: pattern of its calls, for which the learned parts are made. As in torch, a call of a self pattern is
+            causal if its mask is; calls with another pattern need a mechanism that has both and learns nothing specific
+            to one.
     """
 
     in_proj_weight: nn.Parameter | None
@@ -92,10 +93,10 @@ class MultiheadAttention(Swapped):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b n m"] | None]:
-        """As torch's: time first unless `batch_first`, masks True (or -inf) where a pair must not attend.
+        """Attend as torch's module: time first unless `batch_first`, masks True (or -inf) where a pair must not attend.
 
         Returns:
-            The output, and weights where they are needed and the mechanism has them exactly; otherwise None.
+            The output and the weights; the weights are None if not needed or if the mechanism has no exact ones.
 
         Raises:
             Unsupported: for a mask that the mechanism cannot honour.
@@ -167,7 +168,7 @@ class MultiheadAttention(Swapped):
 
 
 def _both(a: Tensor, b: Tensor) -> Tensor:
-    """Two masks of pairs at once, each True = may attend or scores to add."""
+    """Combine two pairwise masks, each True = may attend or scores to add."""
     if a.dtype == b.dtype == torch.bool:
         return a & b
     scores = next(x for x in (a, b) if x.dtype != torch.bool)
@@ -179,14 +180,15 @@ def _both(a: Tensor, b: Tensor) -> Tensor:
 
 
 class VisionAttention(Swapped):
-    """Called as timm's `Attention`, with the modules of one.
+    """Replaces timm's `Attention`, with the same calls and submodules.
 
     Args:
-        original: whose modules are taken over.
+        original: the module whose submodules are used.
         chosen: the mechanism.
-        pattern: of its calls.
-        grid: tokens before the patches (a class token), and the sides of the grid of patches: what mechanisms that lay
-            tokens out are told (those that know no class token, where there is none). None for a row of tokens.
+        pattern: pattern of its calls.
+        grid: number of tokens before the patches (a class token), and the sides of the grid of patches, for mechanisms
+            that arrange tokens on a grid (for those that support no class token, only where there is none). None for
+            plain sequences.
     """
 
     PARTS: ClassVar = ("qkv", "proj", "q_norm", "k_norm", "attn_drop", "proj_drop", "norm", "gate")
@@ -218,7 +220,7 @@ class VisionAttention(Swapped):
         self.train(original.training)
 
     def forward(self, x: Float[Tensor, "b n c"], attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """As timm's: a mask is True where a pair may attend, or scores to add."""
+        """Attend as timm's module: a mask is True where a pair may attend, or holds scores to add."""
         batch, n, _ = x.shape
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
@@ -247,7 +249,7 @@ class VisionAttention(Swapped):
         return self.proj_drop(self.proj(y))
 
     def _context(self, x: Float[Tensor, "b n c"]) -> Context:
-        """What the call is handed, and where the tokens lie."""
+        """The context of the call, with the grid of the tokens."""
         context = context_of(self)
         if self.grid is None:
             return context

@@ -1,4 +1,4 @@
-"""Tasks: what a comparison trains on. `create_task` makes one by name; a task of your own derives from `Task`."""
+"""Tasks: what a comparison trains on. `create_task` makes one by name; your own tasks derive from `Task`."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ _TASKS = (
     SpeechTask,
 )
 TASKS: dict[str, type[Task]] = {task.name: task for task in _TASKS}
-"""The tasks by name; a class's docstring says what its options mean and their ranges."""
+"""The tasks by name; the docstring of each class describes its options and their ranges."""
 
 
 def list_tasks() -> list[str]:
-    """Names that :func:`create_task` knows."""
+    """Names that :func:`create_task` accepts."""
     return list(TASKS)
 
 
@@ -96,19 +96,19 @@ def create_task(
     seed: int = 0,
     **options: Any,
 ) -> Task:
-    """A task by name. Nothing is downloaded.
+    """Create a task by name. Nothing is downloaded.
 
     Args:
         name: one of :func:`list_tasks`.
-        length: tokens of an item; the task's default when None.
-        data: what to read, for tasks that read something.
+        length: tokens per item; None for the task's default.
+        data: what to read, for tasks that read data.
         validation: held-out data, given explicitly.
-        tokenizer: of the text task: ``bytes``, ``bpe:SIZE`` or a saved ``.json``.
-        seed: of splits and held-out items; training has a seed of its own.
-        **options: of the task (see its class).
+        tokenizer: tokenizer of the text task: ``bytes``, ``bpe:SIZE`` or a saved ``.json``.
+        seed: seed of splits and held-out items; training has its own seed.
+        **options: options of the task (see its class).
 
     Raises:
-        Unsupported: an unknown name or option, a value out of range, or data that cannot be used.
+        Unsupported: for an unknown name or option, a value out of range, or data that cannot be used.
     """
     if name not in TASKS:
         raise Unsupported(f"task {name!r}", supported=", ".join(TASKS), nearest=closest(str(name), TASKS))
@@ -131,7 +131,7 @@ def create_task(
 
 
 def _lasting(option: str, value: Any, named: tuple[str, ...]) -> Any:
-    """A value of an option as JSON, with paths that hold in every folder; `named` are data that are no paths."""
+    """An option's value for JSON, with paths made absolute; values in `named` are names of data, not paths."""
     if value in named:
         return value
     if option in ("data", "validation"):

@@ -1,4 +1,4 @@
-"""Algorithms on numbers, scored inside and outside of the range of training (Back de Luca et al., arXiv 2410.01686)."""
+"""Algorithms on numbers, scored inside and outside the training range (Back de Luca et al., arXiv 2410.01686)."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ if TYPE_CHECKING:
     Numbers = Float[np.ndarray, "b n"]
 
 TRAINED_BOUND = 2.0
-"""Training numbers lie within -2 and 2."""
+"""Training numbers are between -2 and 2."""
 MAX_LENGTH = 1 << 9
 
 
 def prefix_median(x: Numbers) -> Numbers:
-    """The median of each number and those before it; the mean of the middle two where their number is even."""
+    """The median of each number and those before it; for an even count, the mean of the middle two."""
     return np.stack([np.median(x[:, : i + 1], 1) for i in range(x.shape[1])], 1)
 
 
 def prefix_maximum_subarray(x: Numbers) -> Numbers:
-    """The largest sum of neighbours, at least one, up to each number."""
+    """The largest sum of a non-empty run of neighbours up to each number."""
     sums = x.cumsum(1)
     before = np.pad(sums, ((0, 0), (1, 0)))[:, :-1]
     return np.maximum.accumulate(sums - np.minimum.accumulate(before, 1), 1)
@@ -56,21 +56,21 @@ FUNCTIONS: dict[str, Callable[[Numbers], Numbers]] = {
     "sum": lambda x: x.cumsum(1),
     "maximum_subarray": prefix_maximum_subarray,
 }
-"""What is to be computed of each row; all but ``sort`` of each number and those before it."""
+"""Functions to compute for each row; all but ``sort`` give a value for each number and those before it."""
 
 
 def targets_of(function: str, numbers: Numbers, counts: Int[np.ndarray, " b"]) -> Numbers:
-    """One of `FUNCTIONS` of the first so many numbers of each row, nan behind them."""
+    """Apply one of `FUNCTIONS` to the first `counts` numbers of each row, with nan for the rest."""
     missing = np.arange(numbers.shape[1]) >= counts[:, None]
     found = FUNCTIONS[function](np.where(missing, np.inf if function == "sort" else 0.0, numbers))
     return np.where(missing, np.nan, found)
 
 
 def draw_numbers(rng: np.random.Generator, count: int, numbers: int, bound: float) -> Numbers:
-    """Rows of numbers, uniform between two bounds that are uniform within -bound and bound.
+    """Draw rows of numbers, uniform between two bounds that are uniform in [-bound, bound].
 
-    Bounds beyond those of training are drawn again while both lie within them, so that a row is inside of the range of
-    training by chance alone.
+    If `bound` exceeds the training bound, pairs of bounds that are both within the training range are drawn again; a
+    row is then inside the training range only by chance.
     """
     ends = np.empty((count, 2))
     left = np.arange(count)
@@ -83,38 +83,39 @@ def draw_numbers(rng: np.random.Generator, count: int, numbers: int, bound: floa
 
 @dataclass(frozen=True)
 class BoundedBatch(Batch):
-    """A batch whose rows come from ranges of their own.
+    """A batch whose rows have different ranges.
 
     Attributes:
-        bounds: numbers of a row lie between minus this and this.
+        bounds: the numbers of a row are between minus its bound and its bound.
     """
 
     bounds: Float[Tensor, " b"] | None = None
 
 
 class AlgorithmicTask(Task):
-    """Compute a function of numbers, of larger numbers than those of training too (Back de Luca et al., arXiv 2410.01686).
+    """Compute a function of numbers, also for numbers larger than in training (Back de Luca et al., arXiv 2410.01686).
 
-    A token is a number; `extra` tokens before them hold 0 and have no target. Numbers of an item are uniform between
-    two bounds, which are uniform in [-2, 2] in training and in every other held-out item. The other half of the held-out
-    items have bounds up to `outside` times as far out, not both within [-2, 2]. The functions:
+    Each number is a token; `extra` tokens before the numbers hold 0 and have no target. The numbers of an item are
+    uniform between two bounds, which are uniform in [-2, 2] in training and in every second held-out item. In the other
+    held-out items the bounds are up to `outside` times as large, and not both within [-2, 2]. The functions:
 
-    - ``minimum``, ``sum``, ``median``, ``maximum_subarray`` (the largest sum of neighbours): of each number and those before it;
+    - ``minimum``, ``sum``, ``median``, ``maximum_subarray`` (the largest sum of neighbours): for each number and those
+      before it;
     - ``sort``: all numbers in ascending order.
 
-    Training minimises the squared error; the score is the squared error in units of the squared bound, so that a model
-    that scales with its input has the same score at each range. The errors within and outside of the range of training
-    are told beside it, in the numbers' own units. The baseline is the number itself.
+    Training minimises the squared error. The score is the squared error in units of the squared bound, so that a model
+    that scales with its input has the same score in each range; the errors inside and outside the training range are
+    reported as well, in the numbers' own units. The baseline is the number itself.
 
     Args:
-        length: tokens of an item, 2 + `extra` to 512.
-        function: what to compute.
-        extra: tokens before the numbers, as room to compute in, 0 to 16.
-        variable: whether items have from one number to as many as fit; all have as many as fit otherwise.
-        outside: how many times as far out the numbers of every second held-out item go, 1.1 to 1000.
-        samples: training items; 0 for new ones at each step.
-        evaluation_items: held-out items, 1 to 65536.
-        seed: of the training items and the held-out ones.
+        length: tokens per item, 2 + `extra` to 512.
+        function: name of the function to compute.
+        extra: tokens before the numbers, as room for computation, 0 to 16.
+        variable: whether items have between one number and as many as fit, instead of always as many as fit.
+        outside: factor by which the range of every second held-out item exceeds the training range, 1.1 to 1000.
+        samples: number of training items; 0 for new ones at each step.
+        evaluation_items: number of held-out items, 1 to 65536.
+        seed: seed of the training items and the held-out items.
     """
 
     name = "algorithmic"
@@ -152,7 +153,7 @@ class AlgorithmicTask(Task):
     def draw(
         self, rng: np.random.Generator, count: int, bound: float = TRAINED_BOUND
     ) -> tuple[Numbers, Int[np.ndarray, " b"]]:
-        """So many rows of numbers, and how many of each count."""
+        """Draw `count` rows of numbers, and how many numbers of each row are used."""
         counts = rng.integers(1, self.numbers + 1, count) if self.variable else np.full(count, self.numbers)
         return draw_numbers(rng, count, self.numbers, bound), counts
 
@@ -173,7 +174,7 @@ class AlgorithmicTask(Task):
     def batch(
         self, numbers: Numbers, counts: Int[np.ndarray, " b"], bounds: Float[np.ndarray, " b"] | None = None
     ) -> BoundedBatch:
-        """The batch of rows of numbers, of which so many count."""
+        """The batch for rows of numbers, of which the first `counts` are used."""
         before = ((0, 0), (self.extra, 0))
         here = np.arange(self.numbers) < counts[:, None]
         inputs = np.pad(np.where(here, numbers, 0), before)
@@ -206,7 +207,7 @@ class AlgorithmicTask(Task):
     def figures(
         self, output: Float[Tensor, "b n 1"], batch: Batch
     ) -> Mapping[str, tuple[Float[Tensor, " b"], Float[Tensor, " b"]]]:
-        """Squared errors of the items within and outside of the range of training."""
+        """Squared errors of the items inside and outside the training range."""
         errors, counted = squared_error_by_item(output.double(), batch)
         far = _bounds(batch) > TRAINED_BOUND
         found = {
@@ -217,12 +218,12 @@ class AlgorithmicTask(Task):
 
     @cached_property
     def chance(self) -> float:  # type: ignore[override]
-        """The score of always 0."""
+        """The score of always answering 0."""
         return Baseline.of("always 0", self, lambda batch: torch.zeros_like(batch.targets)).score
 
     @cached_property
     def baseline(self) -> Baseline:  # type: ignore[override]
-        """Each number as its own answer."""
+        """The rule that answers with each number itself."""
         return Baseline.of("the number itself", self, lambda batch: batch.inputs)
 
     def describe(self) -> str:

@@ -1,6 +1,6 @@
-"""Training images varied by torchvision's transforms: other crops, mirrored, other colours, and mixed with each other.
+"""Augmentation of training images by torchvision's transforms: crops, mirroring, colour changes, and mixing.
 
-Everything is drawn from the seed that a call is given, so that a run that is resumed sees the same images.
+All randomness comes from the seed passed to a call, so that a resumed run sees the same images.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
 
 AUGMENTATIONS = ("none", "light", "standard")
 BORDER = 8
-"""A light crop may lie outside of the image by one part in so many of its side."""
+"""A light crop may reach beyond the image by this fraction (1 / BORDER) of its side."""
 SCALE = (0.35, 1.0)
-"""Part of the area that a standard crop keeps."""
+"""Fraction of the area that a standard crop keeps."""
 OPERATIONS, MAGNITUDE = 2, 9
-"""Of RandAugment, as in torchvision and timm."""
+"""Arguments of RandAugment, as in torchvision and timm."""
 
 
 class Augmentation:
-    """How the images of a training batch are varied.
+    """Augmentation of the images of a training batch.
 
     Args:
-        name: ``light`` crops at random places, over the border too; ``standard`` crops parts of any size and turns, shifts
-            or recolours them by RandAugment (arXiv 1909.13719).
+        name: ``light`` crops at random places, also beyond the border; ``standard`` crops parts of any size, and
+            rotates, shifts or recolours them by RandAugment (arXiv 1909.13719).
         size: height and width of the results.
-        num_classes: of the task.
+        num_classes: number of classes of the task.
         flip: whether half of the images are mirrored, left to right.
-        mix: share of the batches whose images are mixed in pairs, half of these by mixup (arXiv 1710.09412) and half by
-            cutmix (arXiv 1905.04899), and their classes with them.
+        mix: share of the batches whose images are mixed in pairs, together with their classes: half by mixup (arXiv
+            1710.09412) and half by cutmix (arXiv 1905.04899).
 
     Raises:
-        Unsupported: where torchvision is missing.
+        Unsupported: if torchvision is missing.
     """
 
     def __init__(self, name: str, size: tuple[int, int], num_classes: int, *, flip: bool, mix: float) -> None:
@@ -73,12 +73,13 @@ class Augmentation:
         labels: Int[Tensor, " b"],
         seed: int,
     ) -> tuple[Shaped[np.ndarray, "b h w c"], Float[Tensor, "b classes"] | None]:
-        """Varied images, of the same scale from 0 to 255, and the share of each class in each; None where it is one class.
+        """Augment images. Returns them in the same range from 0 to 255, and the share of each class in each image, or
+        None if they were not mixed.
 
         Args:
-            images: of `size` or larger.
+            images: images of at least `size`.
             labels: their classes.
-            seed: of all draws.
+            seed: seed of all draws.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -101,6 +102,6 @@ class Augmentation:
 
 
 def _channels_first(image: np.ndarray) -> Tensor:
-    """(H, W, C) from 0 to 255 as torchvision takes it: bytes, or floats from 0 to 1."""
+    """Convert (H, W, C) from 0 to 255 to torchvision's layout: bytes, or floats from 0 to 1."""
     turned = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
     return turned / 255 if turned.dtype.is_floating_point else turned

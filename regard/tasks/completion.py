@@ -1,4 +1,4 @@
-"""Point-cloud completion: the whole of a shape from the half that is seen."""
+"""Point-cloud completion: a whole shape from its visible half."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ if TYPE_CHECKING:
 
 SPACE = 3
 NEAR = 0.05
-"""A point counts as found within this distance; the shape reaches to a distance of 1 from its middle."""
+"""Distance within which a point counts as found; shapes extend to a distance of 1 from their centre."""
 THOUSANDTHS = 1000.0
 
 
 class CompletionTask(Task):
-    """Give points all over a shape from those on one side of it (as in PCN, Yuan et al., arXiv 1808.00671).
+    """Predict points all over a shape from points on one side of it (as in PCN, Yuan et al., arXiv 1808.00671).
 
-    The memory is the points of the side that is seen, on one side of a plane through the middle, turned at random; the
-    inputs are places on a sphere, one for each point that is to be given, always the same. Trained and scored by the
-    Chamfer distance to points all over: the mean distance to the nearest, both ways, in thousandths of the shape's
-    half size. CD-l2 (squared distances, both ways added) and an F-score (share of points within `NEAR`) are told beside it.
-    The baseline is the points that are given.
+    The memory holds the points on the visible side: one side of a randomly oriented plane through the centre. The
+    inputs are fixed places on a sphere, one for each point to predict. The training loss is the Chamfer distance to
+    points all over the shape: the mean distance to the nearest point, averaged over both directions; the score is the
+    same in thousandths of the shape's half size. CD-l2 (squared distances, summed over both directions) and an F-score
+    (share of points within `NEAR`) are reported too. The baseline returns the given points.
 
     Args:
-        data: a folder of meshes (OBJ, binary STL), of which a tenth is held out; superquadrics put together when None,
-            drawn afresh in each step.
-        length: points to give, 8 to 65536.
-        seen: points that are given, 8 to 65536.
-        evaluation_items: held-out clouds, 1 to 65536.
-        seed: of the held-out clouds.
+        data: a folder of meshes (OBJ, binary STL), of which a tenth is held out; None for combined superquadrics, drawn
+            anew at each step.
+        length: number of points to predict, 8 to 65536.
+        seen: number of given points, 8 to 65536.
+        evaluation_items: number of held-out clouds, 1 to 65536.
+        seed: seed of the held-out clouds.
     """
 
     name = "completion"
@@ -92,7 +92,7 @@ class CompletionTask(Task):
             yield self._scored.items(rows.start, rows.stop)
 
     def loss(self, output: Float[Tensor, "b n 3"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-        """CD-l1 of each item, in the shape's half sizes."""
+        """CD-l1 for each item, in half sizes of the shape."""
         there, back = nearest(output, batch.targets)
         distance = (there.mean(1) + back.mean(1)) / 2
         return distance, torch.ones_like(distance)
@@ -137,7 +137,7 @@ class CompletionTask(Task):
         return Batch(inputs, torch.from_numpy(whole), memory=torch.from_numpy(seen))
 
     def _cloud(self, rng: np.random.Generator, points: int, *, held_out: bool) -> np.ndarray:
-        """Points of a shape around its middle, the farthest at a distance of 1."""
+        """Points of a shape around its centre, the farthest at a distance of 1."""
         if self._meshes is None:
             cloud = superquadrics(rng, points)
         else:
@@ -150,9 +150,9 @@ class CompletionTask(Task):
 
 
 def nearest(one: Float[Tensor, "b n 3"], other: Float[Tensor, "b m 3"]) -> tuple[Tensor, Tensor]:
-    """From each point the distance to the nearest of the other cloud: (B, N) and (B, M).
+    """Distance from each point to the nearest point of the other cloud: (B, N) and (B, M).
 
-    Which is the nearest has no gradient; the distance to it has, but for points that coincide.
+    The choice of the nearest point has no gradient; the distance has one, except for points that coincide.
     """
     with torch.no_grad():
         between = torch.cdist(one, other.to(one.dtype))
@@ -170,7 +170,7 @@ def _given(batch: Batch) -> Tensor:
 
 
 def _sphere(count: int) -> Float[Tensor, "n 3"]:
-    """Places on a sphere, evenly spread along a spiral."""
+    """Points on a sphere, evenly spread along a spiral."""
     i = torch.arange(count, dtype=torch.float64) + 0.5
     height = 1 - 2 * i / count
     angle, radius = math.pi * (1 + math.sqrt(5)) * i, (1 - height**2).sqrt()

@@ -1,4 +1,4 @@
-"""Selective copying: remember the data tokens, forget the noise."""
+"""Selective copying: remember the data tokens and ignore the noise."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ NOISE, MARKER, FIRST_DATA = range(3)
 class CopyingTask(GeneratedTask):
     """Selective copying (Gu and Dao, "Mamba", arXiv 2312.00752).
 
-    Data tokens are scattered at random positions in noise; then as many markers follow, and the target at the i-th
-    marker is the i-th data token. The spacing is random, so a mechanism must choose by content what to keep: a linear
-    time-invariant one fails. Token 0 is noise, 1 the marker, the rest is data.
+    Data tokens are scattered at random positions in noise, followed by as many markers; the target at the i-th marker
+    is the i-th data token. The spacing is random, so a mechanism must choose what to keep by content: linear
+    time-invariant mechanisms fail. Token 0 is noise, 1 is the marker, and the rest is data.
 
     Args:
-        length: tokens of an item, noise, data and markers, from 2 * tokens to 65536.
-        tokens: data tokens of an item, 1 to 4096.
-        alphabet: different data tokens, 2 to 65534.
-        evaluation_items: held-out items, 1 to 65536.
-        seed: of the held-out items.
+        length: tokens per item (noise, data and markers), from 2 * tokens to 65536.
+        tokens: data tokens per item, 1 to 4096.
+        alphabet: number of different data tokens, 2 to 65534.
+        evaluation_items: number of held-out items, 1 to 65536.
+        seed: seed of the held-out items.
     """
 
     name = "copying"

@@ -1,4 +1,4 @@
-"""A user's own PyTorch data sets as a task."""
+"""A task made from a user's own PyTorch data sets."""
 
 from __future__ import annotations
 
@@ -38,35 +38,36 @@ DatasetObjective = Literal["next-token", "classification", "regression"]
 
 
 class DatasetTask(Task):
-    """Map-style data sets (``len(data)`` and ``data[i]``) for training and for held-out items; no collate function.
+    """A task from map-style data sets (``len(data)`` and ``data[i]``) of training and held-out items; no collate
+    function.
 
-    An item is ``(inputs, targets)``, or a mapping with the names of :class:`regard.tasks.Batch` without the axis of the
-    batch: tensors, arrays or numbers. Sequences shorter than `length` (the memory: than `memory_length`) are padded at
-    their end, and the padding has no target. One integer for each place is a token, several numbers are features.
+    An item is ``(inputs, targets)``, or a mapping with the field names of :class:`regard.tasks.Batch`, without the
+    batch axis: tensors, arrays or numbers. Sequences shorter than `length` (for the memory, `memory_length`) are padded
+    at the end, and padding has no target. One integer per position is a token; several numbers are features.
 
-    Training items come in epochs, each once, in an order drawn from the seed; the random numbers that a data set takes
-    from torch are drawn from the seed and the step too, so that a resumed run sees the same batches. Random numbers
-    from elsewhere (numpy, the system) would not be.
+    Each epoch shows each training item once, in an order drawn from the seed. Random numbers that a data set draws from
+    torch depend only on the seed and the step, so that a resumed run sees the same batches; random numbers from
+    elsewhere (numpy, the system) do not.
 
     Args:
-        training: what to train on.
-        held_out: what to score on, always in the same order; its items are looked up again at each evaluation.
-        name: of the task, as shown.
+        training: training items.
+        held_out: items to score on, always in the same order; they are read again for each evaluation.
+        name: name of the task, as shown.
         objective: ``classification``, ``next-token`` or ``regression``.
-        pattern: that the model needs.
-        length, memory_length: tokens of an item and of its memory, padding included; those of the first training item
-            when None.
-        vocab_size, memory_vocab_size: number of tokens, for integers.
-        num_classes: in classification.
-        score: function of (output, batch) that gives sum and weight of each item, as :meth:`regard.tasks.Task.score`;
-            accuracy when None, in regression the squared error.
+        pattern: pattern that the model needs.
+        length, memory_length: tokens per item and per memory, padding included; None for those of the first training
+            item.
+        vocab_size, memory_vocab_size: number of tokens, for integer inputs.
+        num_classes: number of classes in classification.
+        score: function of (output, batch) that returns sum and weight for each item, like
+            :meth:`regard.tasks.Task.score`; None for accuracy, or for the squared error in regression.
         metric: what `score` measures.
-        higher_is_better: of that metric.
-        evaluation_items: most held-out items that are scored, evenly spread; all when None.
+        higher_is_better: whether a higher value of that metric is better.
+        evaluation_items: largest number of held-out items to score, evenly spread; None for all.
         chance, solved, grid: as in :class:`regard.tasks.Task`.
 
     Raises:
-        Unsupported: for data sets without a length, and for items that do not fit, with their number.
+        Unsupported: for data sets without a length, and for items that do not fit, naming the item's index.
     """
 
     def __init__(
@@ -167,7 +168,7 @@ class DatasetTask(Task):
         return super().score(logits, batch)
 
     def _item(self, part: str, data: Any, i: int) -> dict[str, Tensor]:
-        """The tensors of an item by name."""
+        """The tensors of an item, by name."""
         given = data[i]
         if not isinstance(given, Mapping):
             if not isinstance(given, tuple | list) or len(given) != 2:
@@ -214,7 +215,7 @@ class DatasetTask(Task):
         return None if tokens else x.shape[1]
 
     def _fit(self, part: str, i: int, item: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The item padded to the task's lengths; refuses what does not fit."""
+        """Pad an item to the task's lengths; raises Unsupported if it does not fit."""
         told = f"{self._told} whose {part} item {i} has"
         one_target = self.objective == "classification"
         expected: dict[str, tuple[int | None, ...]] = {

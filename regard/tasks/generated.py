@@ -1,4 +1,4 @@
-"""Tasks whose items are drawn rather than read."""
+"""Tasks whose items are generated rather than read."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def _digest(row: Int[np.ndarray, " n"]) -> bytes:
 
 
 class GeneratedTask(Task):
-    """Items of fixed length from a generator, split into training and held-out items by a hash of their tokens.
+    """Items of fixed length from a generator, divided into training and held-out items by a hash of their tokens.
 
     One item in eight is held out, whatever the seeds, so that a model is never scored on an item that it could have
-    been trained on. Where there are so many items that none comes twice, any are held out, and training leaves these out.
-    Held-out items are distinct. Subclasses give :meth:`draw`.
+    been trained on. If there are so many possible items that none is likely to be drawn twice, any items are held out,
+    and training leaves out just these. Held-out items are distinct. Subclasses define :meth:`draw`.
 
     Attributes:
-        block: items that are drawn at once and given in order, where a few take almost as long as many; None to draw those of
-            each batch.
-        vast: whether items are so many that none comes twice.
+        block: number of items drawn at once and then used in order, for generators that draw a few items almost as
+            slowly as many; None to draw each batch separately.
+        vast: whether there are so many possible items that none is likely to be drawn twice.
     """
 
     block: int | None = None
@@ -47,11 +47,11 @@ class GeneratedTask(Task):
         self.evaluation_items = check_integer("evaluation_items", evaluation_items, 1, 1 << 16)
 
     def draw(self, rng: np.random.Generator, count: int) -> tuple[Int[np.ndarray, "b n"], Int[np.ndarray, "b ..."]]:
-        """Inputs and targets of `count` items, or of fewer."""
+        """Draw inputs and targets of `count` items, or of fewer."""
         raise NotImplementedError
 
     def batch(self, inputs: Int[np.ndarray, "b n"], targets: Int[np.ndarray, "b ..."]) -> Batch:
-        """The batch of these items."""
+        """Make a batch of these items."""
         return Batch(torch.from_numpy(inputs.astype(np.int64)), torch.from_numpy(targets.astype(np.int64)))
 
     def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
@@ -73,7 +73,7 @@ class GeneratedTask(Task):
             yield self.batch(inputs[rows], targets[rows])
 
     def _of_block(self, seed: int, number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """The training items of a block; the last one is kept, which the next batch may go on with."""
+        """The training items of a block; the last block is cached for the next batch."""
         if self._kept is None or self._kept[0] != (seed, number):
             drawn = self._collect(counter_generator(seed, number, TRAINING), size, held_out=False)
             self._kept = (seed, number), drawn

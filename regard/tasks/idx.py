@@ -1,4 +1,4 @@
-"""Data sets as MNIST's four IDX files, Fashion-MNIST among them."""
+"""Data sets in the form of MNIST's four IDX files, such as Fashion-MNIST."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ FASHION_CLASSES = (
     "ankle boot",
 )
 LARGEST_IDX = 1 << 30
-"""Bytes of the images of an IDX file."""
+"""Largest size in bytes of the images in an IDX file."""
 _IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
 def has_idx(folder: Path) -> bool:
-    """Whether a folder has MNIST's four IDX files."""
+    """Return whether a folder has MNIST's four IDX files."""
     return all(_idx_path(folder, name) is not None for name in _IDX_FILES)
 
 
 def load_fashion_mnist() -> Images:
-    """Fashion-MNIST where Debian's package puts it; raises Unsupported, with how to get it, where it is not there."""
+    """Load Fashion-MNIST from where Debian's package puts it; raises Unsupported, with how to get it, if missing."""
     folder = DEBIAN_DATASETS / FASHION_MNIST
     if not has_idx(folder):
         raise Unsupported(
@@ -56,7 +56,7 @@ def load_fashion_mnist() -> Images:
 
 
 def load_idx(folder: Path) -> Images:
-    """A folder of four IDX files, gzipped or not; the second pair is held out.
+    """Load a folder of four IDX files, gzipped or not; the second pair is held out.
 
     Raises:
         Unsupported: for files that cannot be read or do not belong together.
@@ -81,7 +81,7 @@ def _idx_path(folder: Path, name: str) -> Path | None:
 
 
 def _read_idx(folder: Path, name: str) -> UInt8[np.ndarray, "n ..."]:
-    """An IDX file of bytes: two zeros, type 8, number of axes, big-endian sizes, data."""
+    """Read an IDX file of bytes: two zeros, type 8, number of axes, big-endian sizes, data."""
     path = _idx_path(folder, name)
     assert path is not None
     axes = int(name[-7])
@@ -93,7 +93,7 @@ def _read_idx(folder: Path, name: str) -> UInt8[np.ndarray, "n ..."]:
                 raise ValueError("its first bytes are not those of such a file")
             if not 0 < math.prod(sizes) <= LARGEST_IDX:
                 raise ValueError(f"sizes {' x '.join(map(str, sizes))}")
-            raw = file.read(math.prod(sizes) + 1)  # no more, however much a compressed file would give
+            raw = file.read(math.prod(sizes) + 1)  # read no more, however much a compressed file would give
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise Unsupported(
             f"{path}, which cannot be read ({error})",

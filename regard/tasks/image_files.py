@@ -1,4 +1,4 @@
-"""Images from files: one at a time in any mode, and folders with a sub-folder for each class."""
+"""Read images from files: single images in any mode, and folders with a sub-folder per class."""
 
 from __future__ import annotations
 
@@ -24,32 +24,33 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 LONGEST = 4
-"""Times its height that an image may be wide, or the other way round; what is beyond, on both sides, is cut off."""
+"""Largest ratio of an image's longer to its shorter side; the rest is cut off at both ends."""
 WITHOUT = "another file, or --skip-unreadable"
-"""What helps with a file that does not fit another one."""
+"""Advice for a file that does not match another one."""
 TOLD = 5
-"""Files that cannot be read which are named; more are counted."""
+"""Number of unreadable files that are named; further ones are only counted."""
 
 
 class Unreadable(Unsupported):
-    """A file that is damaged, no image, or does not fit its image, which some data can do without."""
+    """A file that is damaged, not an image, or does not match its image; some data can do without it."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images with their classes.
+    """Images and their classes.
 
     Attributes:
-        source: in words.
+        source: the data set, in words.
         shape: height, width and channels that a model sees.
-        pixels: uint8; float32 from 0 to 255 where some images have more than 8 bits. An array where all are of `shape`; else
-            a list, and some are higher or wider than it.
+        pixels: uint8, or float32 from 0 to 255 where some images have more than 8 bits. An array if all images have the
+            size of `shape`; else a list, with some images higher or wider.
         labels: class of each image, or of each of its pixels.
-        classes: their names.
-        held_out: images that must not be trained on; None when the data set has no split of its own.
-        notes: what was left out.
-        shared: held-out images that are among the others too, which leave them out.
-        span: least and greatest value of images of more than 8 bits, which are taken as dark and light; None without such.
+        classes: names of the classes.
+        held_out: indices of images that must not be trained on; None if the data set has no split of its own.
+        notes: notes on what was left out.
+        shared: number of other images that are also among the held-out ones, and were therefore left out.
+        span: least and greatest value of images with more than 8 bits, which become black and white; None without such
+            images.
     """
 
     source: str
@@ -63,20 +64,20 @@ class Images:
     shared: int = 0
 
     def centres(self, chosen: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b h w c"] | Float[np.ndarray, "b h w c"]:
-        """The middle of some images."""
+        """Centre crops of some images."""
         if isinstance(self.pixels, np.ndarray):
             return self.pixels[chosen]
         return np.stack([centre(self.pixels[i], self.shape[:2]) for i in chosen])
 
 
 def centre(image: Pixels, size: tuple[int, int]) -> Pixels:
-    """The middle of an image, of this height and width."""
+    """The centre crop of an image, of this height and width."""
     top, left = ((have - want) // 2 for have, want in zip(image.shape[:2], size, strict=True))
     return image[top : top + size[0], left : left + size[1]]
 
 
 def images_among(files: Sequence[Path], folder: Path) -> list[Path]:
-    """The images among the files of a folder; raises Unsupported where there is none."""
+    """The images among a folder's files; raises Unsupported if there is none."""
     kept = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if not kept:
         raise Unsupported(
@@ -86,7 +87,7 @@ def images_among(files: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def unused_name(name: str, taken: set[str]) -> str:
-    """The name, longer where it is taken already; it is taken then."""
+    """Return `name`, with underscores appended if it is taken already, and add the result to `taken`."""
     while name in taken:
         name += "_"
     taken.add(name)
@@ -96,12 +97,12 @@ def unused_name(name: str, taken: set[str]) -> str:
 def load_folders(
     folder: Path, validation: Path | None, size: tuple[int, int], channels: int, *, skip_unreadable: bool = False
 ) -> Images:
-    """The images of a folder with a sub-folder a class, and of a second one that is held out.
+    """Load the images of a folder with a sub-folder per class, and those of a second folder as held-out images.
 
     Args:
-        size: height and width that images are resized to cover.
+        size: height and width that the resized images must cover.
         channels: 3 or 1.
-        skip_unreadable: whether files that cannot be read are named in the notes instead of refused.
+        skip_unreadable: whether unreadable files are reported in the notes instead of refused.
 
     Raises:
         Unsupported: for folders and files that cannot be used.
@@ -171,7 +172,7 @@ def load_folders(
 
 
 def left_out(unread: Sequence[str]) -> list[str]:
-    """Notes of files that cannot be read: what is wrong with the first ones, and the number of all."""
+    """Notes on unreadable files: what is wrong with the first ones, and how many there are."""
     notes = [f"left out: {said}" for said in unread[:TOLD]]
     return notes + [f"{len(unread)} files that cannot be read left out"] * (len(unread) > TOLD)
 
@@ -204,7 +205,7 @@ def _list_folders(folder: Path) -> tuple[list[str], list[Path], list[int], list[
 
 
 def machine_memory() -> float:
-    """Bytes that this machine has; infinity where it does not say."""
+    """Bytes of memory of this machine; infinity if unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
@@ -212,7 +213,7 @@ def machine_memory() -> float:
 
 
 def check_memory(folder: Path, count: int, size: tuple[int, int], channels: int) -> None:
-    """Raise Unsupported for more images than half of this machine's memory holds."""
+    """Raise Unsupported for images that need more than half of this machine's memory."""
     memory, needed = machine_memory(), count * size[0] * size[1] * channels
     if needed > memory / 2:
         side = int((memory / 2 / count / channels) ** 0.5)
@@ -224,7 +225,7 @@ def check_memory(folder: Path, count: int, size: tuple[int, int], channels: int)
 
 
 def require_pillow() -> None:
-    """Raise Unsupported where pillow is missing."""
+    """Raise Unsupported if pillow is missing."""
     try:
         import PIL.Image  # noqa: F401
     except ImportError:
@@ -236,14 +237,16 @@ def require_pillow() -> None:
 
 
 def read_image(path: Path, size: tuple[int, int], channels: int, *, stretch: bool = False) -> tuple[Pixels, int]:
-    """An image that covers a height and width, and the number of pictures in its file, of which it is the first.
+    """Read an image so that it covers a height and width; also returns how many pictures its file has (the first is
+    read).
 
-    It is turned as its camera says and resized, in its own proportions, until one side fits and the other is not smaller;
-    with `stretch` until both fit. Pixels are bytes, or float32 numbers of the file's own scale where its grey has more than 8 bits. What is transparent is
-    white.
+    The image is rotated by its EXIF orientation and resized, keeping its proportions, until one side fits and the other
+    is not smaller; with `stretch`, until both fit. Pixels are bytes, or float32 in the file's own value range if its
+    grey values have more than 8 bits. Transparent areas become white.
 
     Raises:
-        Unsupported: for a file that is no image, is cut, or is smaller than 2x2 or larger than 89 million pixels.
+        Unsupported: for a file that is not an image, is truncated, or is smaller than 2x2 or larger than 89 million
+            pixels.
     """
     require_pillow()
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -254,15 +257,15 @@ def read_image(path: Path, size: tuple[int, int], channels: int, *, stretch: boo
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
                 frames = getattr(opened, "n_frames", 1)
-                opened.draft(None, (2 * max(size),) * 2)  # a JPEG is not decoded much larger than it is needed
+                opened.draft(None, (2 * max(size),) * 2)  # do not decode a JPEG much larger than needed
                 turned = ImageOps.exif_transpose(opened)
                 deep = turned.mode[0] in "IF"
                 image = Image.fromarray(np.asarray(turned, dtype=np.float32)) if deep else turned.convert("RGBA")
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):  # beyond the limit, and beyond twice of it
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):  # above the limit, and above twice the limit
         raise unreadable(path, f"it has more than {(Image.MAX_IMAGE_PIXELS or 0) // 10**6} million pixels") from None
     except UnidentifiedImageError:
         raise unreadable(path, "it is of no known kind" if path.stat().st_size else "it is empty") from None
-    except Exception as error:  # decoders raise whatever a damaged file leads them to
+    except Exception as error:  # decoders raise all kinds of errors on damaged files
         raise unreadable(path, error) from None
     if min(image.size) < 2:
         raise unreadable(path, f"it is {image.width} x {image.height} pixels small")
@@ -302,7 +305,7 @@ def unreadable(path: Path, why: Any) -> Unreadable:
 def stacked(
     images: Sequence[Pixels], span: tuple[float, float] | None = None
 ) -> tuple[list[Pixels], tuple[float, float] | None, int]:
-    """The images in one scale; the span of those with more than 8 bits, all scaled by the same; how many these are."""
+    """Bring images to one value range; also returns the span of those with more than 8 bits, and their number."""
     deep = [i for i, image in enumerate(images) if image.dtype == np.float32]
     if not deep:
         return list(images), span, 0

@@ -1,4 +1,4 @@
-"""Sets of images, by name or from a folder: read, without repetitions, and split into training and held-out ones."""
+"""Image data sets, by name or from a folder: read, deduplicated, and split into training and held-out images."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 NAMED = ("digits", FASHION_MNIST)
 DIGITS = tuple("0123456789")
 FOLDER_SIDE = 32
-"""Side that a folder's images are resized to where none is given."""
+"""Side to which images from a folder are resized by default."""
 _SUPPORTED = f"digits, {FASHION_MNIST}, a folder with one sub-folder a class, or a folder of MNIST's four IDX files"
 
 
 def load_images(data: Any, validation: Any, size: int | None, channels: int | None, *, skip_unreadable: bool) -> Images:
-    """The images that a task's options name, as bytes of one shape where they are not a folder's.
+    """Load the images that a task's options name. Unless they are from a folder, they are bytes of one shape.
 
     Args:
-        data: one of `NAMED`, a folder with one sub-folder a class, or one with MNIST's IDX files.
+        data: one of `NAMED`, a folder with one sub-folder per class, or one with MNIST's IDX files.
         validation: a folder like `data`, whose images are held out.
-        size: side that images are resized to; as they come when None, but 32 for a folder's.
-        channels: 3 or 1, for a folder's images.
-        skip_unreadable: whether files of a folder that cannot be read are named and left out.
+        size: side to which images are resized; None keeps their size, but means 32 for a folder's.
+        channels: 3 or 1, for images from a folder.
+        skip_unreadable: whether unreadable files in a folder are left out and reported, instead of refused.
 
     Raises:
         Unsupported: for data that cannot be used.
@@ -84,7 +84,7 @@ def _load_digits() -> Images:
 
 
 def _resized(images: Images, side: int | None) -> Images:
-    """Bytes of one shape, as squares of this side."""
+    """Resize images to squares of this side, as bytes of one shape."""
     height, width, depth = images.shape
     if side is None or (height, width) == (side, side):
         return images
@@ -103,7 +103,7 @@ def _resized(images: Images, side: int | None) -> Images:
 
 
 def distinct(images: Images) -> Images:
-    """Without exact repetitions. Where a data set has held-out images, those are the ones kept."""
+    """Leave out exact duplicates. A duplicate of a held-out image is left out of the training images."""
     order = np.arange(len(images.pixels))
     if images.held_out is not None:
         order = np.concatenate([images.held_out, np.setdiff1d(order, images.held_out)])
@@ -128,10 +128,10 @@ def distinct(images: Images) -> Images:
 
 
 def split_images(images: Images, share: float, seed: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
-    """Training images, and held-out ones: as the data set comes, or `share` of each class.
+    """Indices of training and held-out images: the data set's own split, or `share` of each class held out.
 
     Raises:
-        Unsupported: for a class without images of its own on both sides.
+        Unsupported: if a class has no images on one of the two sides.
     """
     everything = np.arange(len(images.labels))
     if images.held_out is not None:
@@ -158,7 +158,7 @@ def split_images(images: Images, share: float, seed: int) -> tuple[Int[np.ndarra
 
 
 def drawn(pixels: UInt8[np.ndarray, "h w c"] | Float[np.ndarray, "h w c"]) -> list[str]:
-    """The image as a few lines of characters, dark to light."""
+    """The image as a few lines of characters, from dark to light."""
     shades = " .:-=+*#%@"
     stride = max(1, -(-max(pixels.shape[:2]) // 28))
     grey = pixels[::stride, ::stride].mean(-1)

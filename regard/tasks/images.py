@@ -36,18 +36,18 @@ if TYPE_CHECKING:
     from regard.tasks.image_files import Pixels
 
 SHOWN = 384
-"""Pixels along the shorter side of a picture that is to be looked at."""
+"""Pixels along the shorter side of a picture for display."""
 
 
 @dataclass(frozen=True)
 class ImageReader:
-    """From images to the inputs of a model: all that a trained model must keep of its task to read others.
+    """Converts images to model inputs: everything that a trained model must keep from its task to read other images.
 
     Attributes:
-        height, width, channels: of the images.
+        height, width, channels: size of the images.
         patch: side of a patch in pixels.
-        mean, deviation: of each channel of the training images.
-        classes: their names.
+        mean, deviation: mean and standard deviation of each channel of the training images.
+        classes: names of the classes.
         span: as in :class:`Images`.
     """
 
@@ -66,17 +66,18 @@ class ImageReader:
         return self.height // self.patch, self.width // self.patch
 
     def patches(self, pixels: Shaped[np.ndarray, "b h w c"]) -> Float[Tensor, "b n f"]:
-        """Normalised patches, row by row: the pixels of one row by row, the channels of a pixel together."""
+        """Normalised patches, row by row; the pixels of a patch are row by row too, with their channels together."""
         (rows, columns), p = self.grid, self.patch
         normal = (pixels - np.array(self.mean)) / np.array(self.deviation)
         cut = normal.reshape(len(pixels), rows, p, columns, p, -1).transpose(0, 1, 3, 2, 4, 5)
         return torch.from_numpy(cut.reshape(len(pixels), rows * columns, -1).astype(np.float32))
 
     def read(self, paths: Sequence[Path]) -> Float[Tensor, "b n f"]:
-        """The patches of image files, turned as their cameras say, resized, and cut to their middle.
+        """Patches of image files. Images are rotated by their EXIF orientation, resized, and cropped to the centre.
 
         Raises:
-            Unsupported: for files that cannot be read, and images of more than 8 bits where the model has seen none.
+            Unsupported: for files that cannot be read, and for images of more than 8 bits if the model was trained on
+                none.
         """
         images = [self._image(path) for path in paths]
         for path, image in zip(paths, images, strict=True):
@@ -87,13 +88,13 @@ class ImageReader:
         return self.patches(np.stack(stacked(images, self.span)[0]))
 
     def _image(self, path: Path) -> Pixels:
-        """An image of the model's size, in the scale of its file."""
+        """Read an image at the model's size, in the value range of its file."""
         size = self.height, self.width
         return centre(read_image(path, size, self.channels)[0], size)
 
     def picture(self, path: Path) -> Picture:
-        """What :meth:`read` looks at, in colour: turned, cut, on white and in the shades that the model sees, but with `SHOWN`
-        pixels along the shorter side.
+        """The image that :meth:`read` sees, in colour and with `SHOWN` pixels along its shorter side: rotated, cropped,
+        on white and in the model's value range.
 
         Raises:
             Unsupported: for a file that cannot be read.
@@ -107,7 +108,7 @@ class ImageReader:
         return Image.fromarray(np.broadcast_to(values, (high, wide, 3)).copy())
 
     def pixels(self, patches: Float[Tensor, "b n f"]) -> UInt8[np.ndarray, "b h w c"]:
-        """The images that :meth:`patches` cut, as bytes."""
+        """The images from which :meth:`patches` made patches, as bytes."""
         (rows, columns), p = self.grid, self.patch
         cut = patches.double().cpu().numpy().reshape(-1, rows, columns, p, p, self.channels)
         normal = cut.transpose(0, 1, 3, 2, 4, 5).reshape(-1, self.height, self.width, self.channels)
@@ -115,45 +116,47 @@ class ImageReader:
         return values.round().clip(0, 255).astype(np.uint8)
 
     def as_record(self) -> dict[str, Any]:
-        """Numbers and words for JSON."""
+        """A record for JSON."""
         return asdict(self)
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Self:
-        """From :meth:`as_record`."""
+        """Restore a reader from :meth:`as_record`."""
         return cls(**{key: as_tuples(value) for key, value in record.items()})
 
 
 def as_tuples(value: Any) -> Any:
-    """A value of JSON with tuples for its lists."""
+    """Convert the lists in a JSON value to tuples."""
     return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
 class ImagesTask(Task):
-    """Classify images, cut into square patches that are the tokens, row by row.
+    """Classify images that are cut into square patches; the patches are the tokens, row by row.
 
-    Features are the pixels of a patch, normalised for each channel by the training images' mean and deviation. The
-    split is by image, the same share of each class; exact repetitions count once. An epoch shows each image once.
+    Features are the pixels of a patch, normalised per channel by the training images' mean and deviation. The split is
+    by image, with the same share of each class; exact duplicates count once. An epoch shows each image once.
 
-    Images of a folder keep their proportions: the shorter side is resized to `size`, and the middle is what is seen, but for
-    training images that are varied, whose crops come from everywhere.
+    Images from a folder keep their proportions: the shorter side is resized to `size` and the centre is cropped.
+    Augmented training images are instead cropped anywhere.
 
     Args:
-        data: ``digits`` (8x8, from scikit-learn; the default), ``fashion-mnist`` (28x28, where Debian's
-            dataset-fashion-mnist is installed), a folder with one sub-folder a class, or one with MNIST's IDX files.
-        validation: a folder with the same sub-folders, for data that is a folder; its images are what is held out.
-        length: number of patches, as another way to say `patch`.
-        patch: side of a patch in pixels, a divisor of height and width; pixels for images up to 8x8, else close to 4.
-        size: side that images are resized to, 4 to 1024; 32 for a folder's images, other data are as they come.
-        channels: 3 (colour) or 1 (grey), for a folder's images.
-        augment: how training images are varied, ``none``, ``light`` or ``standard``, see
+        data: ``digits`` (8x8, from scikit-learn; the default), ``fashion-mnist`` (28x28, if Debian's
+            dataset-fashion-mnist is installed), a folder with one sub-folder per class, or one with MNIST's IDX files.
+        validation: a folder with the same sub-folders, if `data` is a folder; its images are held out.
+        length: number of patches, as an alternative to `patch`.
+        patch: side of a patch in pixels, a divisor of height and width; by default 1 for images up to 8x8, else close
+            to 4.
+        size: side to which images are resized, 4 to 1024; by default 32 for images from a folder, while other data keep
+            their size.
+        channels: 3 (colour) or 1 (grey), for images from a folder.
+        augment: augmentation of training images: ``none``, ``light`` or ``standard``, see
             :class:`regard.tasks.augmentation.Augmentation`.
-        flip: whether half of them are mirrored; all data but digits are, when None.
-        mix: share of the training batches that are mixed, 0 to 1; half of them with ``standard``, else none, when None.
-        skip_unreadable: whether files of a folder that cannot be read are named and left out.
-        held_out: share of each class held out where the data has no split of its own, 0.01 to 0.5.
-        evaluation_items: most held-out images, balanced over the classes, 1 to 65536.
-        seed: of the split.
+        flip: whether half of the augmented images are mirrored; None for all data but digits.
+        mix: share of the training batches that are mixed, 0 to 1; None for half of them with ``standard``, else none.
+        skip_unreadable: whether unreadable files in a folder are left out and reported, instead of refused.
+        held_out: share of each class to hold out if the data has no split of its own, 0.01 to 0.5.
+        evaluation_items: largest number of held-out images, balanced over the classes, 1 to 65536.
+        seed: seed of the split.
     """
 
     name = "images"
@@ -271,7 +274,7 @@ class ImagesTask(Task):
 def _statistics(
     images: Images, chosen: Int[np.ndarray, " n"]
 ) -> tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]:
-    """Mean and standard deviation of each channel of the middles of some images, a few at a time."""
+    """Mean and standard deviation of each channel over the centre crops of images, computed in chunks."""
     parts = [chosen[rows] for rows in in_batches(len(chosen), 512)]
     count = len(chosen) * images.shape[0] * images.shape[1]
     mean = sum(images.centres(part).sum((0, 1, 2), dtype=np.float64) for part in parts) / count
@@ -280,13 +283,13 @@ def _statistics(
 
 
 def choose_patch(size: tuple[int, ...], length: int | None, patch: int | None) -> int:
-    """The side of the patches that cut images of a size into `length` tokens; close to 4 where neither is given.
+    """The side of patches that cut images of a given size into `length` tokens; close to 4 if neither is given.
 
     Args:
         size: height and width, or the sides of volumes, whose patches are cubes.
 
     Raises:
-        Unsupported: for a side or a number of tokens that there is not.
+        Unsupported: for a patch side or a number of tokens that is impossible.
     """
     places, told = math.prod(size), "x".join(map(str, size))
     sides = [side for side in range(1, min(size) + 1) if all(each % side == 0 for each in size)]

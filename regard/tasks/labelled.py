@@ -1,4 +1,4 @@
-"""Classes of token sequences: what the tasks documents and matching share."""
+"""Classification of token sequences: the common base of the tasks documents and matching."""
 
 from __future__ import annotations
 
@@ -32,19 +32,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Labelled:
-    """One item: a text, or two that are laid side by side, and its class."""
+    """An item: one text or two texts side by side, and their class."""
 
     texts: tuple[str, ...]
     label: str
 
 
 class LabelledTask(Task):
-    """Classify sequences of tokens; texts of an item are separated by a token of their own.
+    """Classify token sequences; the texts of an item are separated by a separator token.
 
-    Each text is cut after its share of `length`; shorter sequences are padded. A length that is not given is `longest`, or
-    what the longest text needs. An epoch shows each training item once,
-    or, balanced, each class as often as the largest. Balanced, the held-out items that are scored are the same number
-    of each class.
+    Each text is cut after its share of `length`; shorter sequences are padded. The default length is `longest`, or less
+    if the longest text needs less. An epoch shows each training item once or, if balanced, each class as often as the
+    largest one; the held-out items that are scored then have equally many of each class.
 
     Subclasses set `name` and `longest`, read training and held-out items, and call :meth:`_prepare`.
     """
@@ -63,7 +62,7 @@ class LabelledTask(Task):
         self._notes: list[str] = []
 
     def _split(self, items: list[Labelled], named: str) -> tuple[list[Labelled], list[Labelled]]:
-        """The same share of each class; repeated texts count once."""
+        """Split items with the same share of each class; repeated texts count once."""
         distinct = self._distinct(items)
         held_out: set[int] = set()
         for number, label in enumerate(sorted({item.label for item in distinct})):
@@ -82,7 +81,7 @@ class LabelledTask(Task):
     def _use_validation(
         self, training: list[Labelled], held_out: list[Labelled], validation: Paths | None = None
     ) -> tuple[list[Labelled], list[Labelled]]:
-        """Items that the held-out ones share with the training items are not trained on."""
+        """Remove training items that are also held out."""
         if validation is not None and not held_out:
             raise Unsupported(f"{names_of(validation)}, which holds no items", supported="held-out items")
         scored = self._distinct(held_out)
@@ -191,7 +190,7 @@ class LabelledTask(Task):
     def _laid_out(
         self, part: str, items: list[Labelled], columns: list[list[np.ndarray]]
     ) -> tuple[list[np.ndarray], Int[np.ndarray, " n"]]:
-        """Sequences and classes of items, whose first and second texts are in columns as tokens."""
+        """Sequences and classes of items, given the tokens of their first (and second) texts as columns."""
         dtype = np.uint8 if self.vocab_size <= BYTES else np.uint16 if self.vocab_size <= 1 << 16 else np.int32
         sequences = []
         for texts in zip(*columns, strict=True):

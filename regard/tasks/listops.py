@@ -1,4 +1,4 @@
-"""ListOps: the value of a nested list expression."""
+"""ListOps: evaluate a nested list expression."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ FIRST_DIGIT = 1
 FIRST_OPERATOR = 11
 CLOSE = 15
 NEST = 0.4
-"""Probability that an argument is an expression of its own, while the depth allows."""
+"""Probability that an argument is itself an expression, if the depth allows."""
 AT_ONCE, RAREST = 1 << 21, 100_000
-"""Tokens of the expressions that are drawn together, about, and expressions of which one has to fit."""
+"""Approximate number of tokens drawn at once; number of expressions drawn of which at least one must fit."""
 
 
 class ListOpsTask(GeneratedTask):
     """ListOps (Nangia and Bowman, arXiv 1804.06028; long form in Long Range Arena, arXiv 2011.04006).
 
-    Classify an expression such as ``[MAX 4 3 [MIN 2 3 ] 1 0 ]`` by its value, a digit. Operators are MAX, MIN, MED
-    (median) and SM (sum modulo 10), drawn evenly; an argument is an expression with probability 0.4 while `depth`
-    allows. Expressions are exactly labelled, of a quarter to the whole of `length`, and padded on the right. `chance`
-    is the share of the commonest value among the held-out items.
+    Classify an expression such as ``[MAX 4 3 [MIN 2 3 ] 1 0 ]`` by its value, a digit. The operators are MAX, MIN, MED
+    (median) and SM (sum modulo 10), drawn uniformly; an argument is itself an expression with probability 0.4 if
+    `depth` allows. Expressions have exact labels, between a quarter of `length` and `length` tokens, and padding on the
+    right. `chance` is the share of the commonest value among the held-out items.
 
     Args:
         length: tokens of the longest expression, 8 to 65536.
         depth: levels of nesting, 1 to 20.
-        arguments: most arguments of an operator, 2 to 32.
-        evaluation_items: held-out items, 1 to 65536.
-        seed: of the held-out items.
+        arguments: largest number of arguments of an operator, 2 to 32.
+        evaluation_items: number of held-out items, 1 to 65536.
+        seed: seed of the held-out items.
     """
 
     name = "listops"
@@ -115,15 +115,15 @@ def spell(tokens: Sequence[int] | Int[np.ndarray, " n"]) -> str:
 
 @dataclass(frozen=True)
 class _Level:
-    """The operators of some expressions at one depth, and their arguments, those of one operator side by side.
+    """The operators of some expressions at one depth, and their arguments; those of one operator are adjacent.
 
     Attributes:
-        row: (m) the expression of each operator.
-        operator: (m) its token.
-        arity: (m) how many arguments it has.
-        parent: (c) the operator of each argument.
-        nested: (c) whether an argument is an operator, of the next level.
-        digit: (c) its value where it is not.
+        row: (m) index of each operator's expression.
+        operator: (m) token of each operator.
+        arity: (m) number of its arguments.
+        parent: (c) index of each argument's operator.
+        nested: (c) whether an argument is an operator of the next level.
+        digit: (c) value of the argument otherwise.
     """
 
     row: Int[np.ndarray, " m"]
@@ -135,17 +135,17 @@ class _Level:
 
     @property
     def first(self) -> Int[np.ndarray, " m"]:
-        """The first argument of each operator."""
+        """Index of each operator's first argument."""
         return self.arity.cumsum() - self.arity
 
     def filled(self, leaves: Int[np.ndarray, " c"] | int, nested: Int[np.ndarray, " k"]) -> Int[np.ndarray, " c"]:
-        """A number for each argument: of the leaves, and of the operators of the next level in order."""
+        """A number for each argument: from `leaves`, or for nested operators, in order, from `nested`."""
         found = np.broadcast_to(leaves, self.digit.shape).copy()
         found[self.nested] = nested
         return found
 
     def apply(self, arguments: Int[np.ndarray, " c"]) -> Int[np.ndarray, " m"]:
-        """Value of each operator. The median of an even number rounds the middle two's mean down."""
+        """Value of each operator. The median of an even count is the mean of the middle two, rounded down."""
         first = self.first
         ranked = arguments[np.lexsort((arguments, self.parent))]
         values = {
@@ -160,14 +160,14 @@ class _Level:
 
 @dataclass(frozen=True)
 class _Trees:
-    """Expressions, grown level by level.
+    """Expressions, built level by level.
 
     Attributes:
-        levels: from the outermost operators inwards.
-        sizes: of each level, the tokens of each argument.
-        size: (n) tokens of each expression.
-        value: (n) its value.
-        over: (n) whether it was left unfinished because it is too long.
+        levels: levels from the outermost operators inwards.
+        sizes: number of tokens of each argument, for each level.
+        size: (n) number of tokens of each expression.
+        value: (n) value of each expression.
+        over: (n) whether an expression was left unfinished because it is too long.
     """
 
     levels: list[_Level]
@@ -178,7 +178,7 @@ class _Trees:
 
     @classmethod
     def grow(cls, rng: np.random.Generator, count: int, depth: int, arguments: int, longest: int) -> _Trees:
-        """So many expressions; those of more than `longest` tokens are not finished."""
+        """Draw `count` expressions; those with more than `longest` tokens are not finished."""
         levels: list[_Level] = []
         row, least, over = np.arange(count), np.zeros(count, dtype=np.int64), np.zeros(count, dtype=bool)
         for level in range(depth):
@@ -189,7 +189,7 @@ class _Trees:
             parent = np.repeat(np.arange(len(row)), arity)
             nested = (rng.random(len(parent)) < NEST) & (level + 1 < depth)
             least += np.bincount(row, 2 + arity - (4 if level else 0), minlength=count).astype(np.int64)
-            least += 3 * np.bincount(row[parent[nested]], minlength=count)  # an operator has four tokens or more
+            least += 3 * np.bincount(row[parent[nested]], minlength=count)  # an operator has at least four tokens
             over |= least > longest
             nested &= ~over[row[parent]]
             levels.append(_Level(row, operator, arity, parent, nested, rng.integers(0, 10, len(parent))))
@@ -203,7 +203,7 @@ class _Trees:
         return cls(levels, sizes[::-1], size, value, over)
 
     def written(self, kept: Int[np.ndarray, " k"], length: int) -> Int[np.ndarray, "k n"]:
-        """The tokens of some expressions, padded on the right."""
+        """Tokens of the expressions `kept`, padded on the right."""
         tokens = np.full((len(kept), length), PADDING, dtype=np.int64)
         line = np.full(len(self.size), -1)
         line[kept] = np.arange(len(kept))
@@ -222,7 +222,7 @@ class _Trees:
 
 
 def _longest(depth: int, arguments: int, limit: int) -> int:
-    """Tokens of the longest expression, or `limit` when it is longer."""
+    """Number of tokens of the longest expression, at most `limit`."""
     size = 1
     for _ in range(depth):
         size = min(limit, 2 + arguments * size)

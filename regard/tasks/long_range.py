@@ -1,4 +1,4 @@
-"""The five tasks of Long Range Arena, at lengths that a small machine trains on, under one name."""
+"""The five tasks of Long Range Arena under one name, at lengths that a small machine can train on."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ TASKS: dict[str, tuple[Callable[..., Task], dict[str, Any]]] = {
     "image": (ImagesTask, {"size": 32, "patch": 1}),
     "pathfinder": (PathfinderTask, {"size": 32}),
 }
-"""The task and its options, by the name in the arena."""
+"""Task and options, by the name in Long Range Arena."""
 GENERATED = ("listops", "pathfinder")
 
 
 class LongRangeTask(Task):
-    """The five tasks of Long Range Arena (Tay et al., arXiv 2011.04006), each a task of its own with longer items::
+    """The five tasks of Long Range Arena (Tay et al., arXiv 2011.04006); each is also a task of its own (in brackets)::
 
         listops      nested list operations up to 512 tokens (listops)
         text         classes of documents, byte by byte, up to 1024 bytes (documents)
@@ -39,16 +39,16 @@ class LongRangeTask(Task):
         image        classes of images of 32x32 pixels, pixel by pixel (images)
         pathfinder   are two dots the ends of one curve? 32x32 pixels, pixel by pixel (pathfinder)
 
-    Images are sequences here: no layer is told where a row ends. The arena's items are longer (listops 2048, text 4096,
-    retrieval 8000), and its data IMDb, AAN and CIFAR-10; `data` takes such files.
+    Images are sequences here: no layer is told where a row ends. The original items are longer (listops 2048, text
+    4096, retrieval 8000), and the original data are IMDb, AAN and CIFAR-10; `data` accepts such files.
 
     Args:
         which: ``listops``, ``text``, ``retrieval``, ``image`` or ``pathfinder``.
-        data: what to read, as the task in brackets takes it.
-        validation: held-out data, given explicitly in the same way.
-        length: tokens of an item; of pictures the number of pixels, a square.
-        evaluation_items: most held-out items that are scored.
-        seed: of splits and held-out items.
+        data: data for the task in brackets, in the form that it accepts.
+        validation: held-out data in the same form.
+        length: tokens per item; for images the number of pixels, a square number.
+        evaluation_items: largest number of held-out items that are scored.
+        seed: seed of splits and held-out items.
     """
 
     name = "long_range"
@@ -97,10 +97,10 @@ class LongRangeTask(Task):
 
 
 def _lengths(which: str, length: int | None) -> dict[str, int | None]:
-    """The option of a task that gives its items so many tokens.
+    """The options that give a task's items `length` tokens.
 
     Raises:
-        Unsupported: for a number of pixels that is no square.
+        Unsupported: for a number of pixels that is not a square.
     """
     if which not in ("image", "pathfinder"):
         return {"length": length}

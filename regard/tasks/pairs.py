@@ -1,4 +1,4 @@
-"""From a source text to a target text: what paraphrasing and summarising share."""
+"""Tasks that map a source text to a target text: the common base of paraphrasing and summarising."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pair:
-    """A source text, its target, and the group that is never divided between training and held-out data."""
+    """A source text, its target, and its group, which is never divided between training and held-out data."""
 
     source: str
     target: str
@@ -47,14 +47,14 @@ class TextPairsTask(Task):
     """Write the target text from the source text, which is the memory.
 
     The decoder reads a start token and the target; its targets are the target and an end token. Sources longer than
-    `source_length` are cut; pairs with a longer target than `length` holds are left out, and counted. Scored on what
-    the model generates from the start token alone.
+    `source_length` are cut; pairs whose target does not fit in `length` are left out and counted. The score is that of
+    texts generated from the start token alone.
 
-    Subclasses give :meth:`read`, :meth:`judge`, `by` and the lengths.
+    Subclasses define :meth:`read`, :meth:`judge`, `by` and the lengths.
 
     Attributes:
         by: what `Pair.group` is, in words.
-        lengths: of source and target when they are not given.
+        lengths: default lengths of source and target.
     """
 
     pattern = Pattern.CAUSAL_CROSS
@@ -116,11 +116,11 @@ class TextPairsTask(Task):
         self.baseline: Baseline | None = max(self._rules, key=lambda rule: rule.score)
 
     def read(self) -> tuple[str, list[Pair]]:
-        """The data when none is given, and what to call it."""
+        """The default data: their name and their pairs."""
         raise NotImplementedError
 
     def judge(self, generated: str, reference: str) -> float:
-        """Score of one text, 0 to 100."""
+        """Score of one generated text, 0 to 100."""
         raise NotImplementedError
 
     @property
@@ -129,7 +129,7 @@ class TextPairsTask(Task):
         return "the source itself"
 
     def simple(self, source: str) -> str:
-        """The target that a simple rule makes of a source."""
+        """The target that a simple rule derives from a source."""
         return source
 
     def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
@@ -143,7 +143,7 @@ class TextPairsTask(Task):
     def score_generated(
         self, tokens: Int[Tensor, "b n"], batch: Batch
     ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-        """The score of each generated text up to its end token, each with weight 1."""
+        """The score of each generated text up to its end token, with weight 1."""
         scores = [
             self.judge(self._decode(row), self._decode(target))
             for row, target in zip(tokens.tolist(), batch.targets.tolist(), strict=True)
@@ -217,7 +217,7 @@ class TextPairsTask(Task):
         return training, scored
 
     def _encode(self, part: str, pairs: list[Pair]) -> list[tuple[Pair, np.ndarray, np.ndarray]]:
-        """Pairs that fit with their tokens; refuses when too few are left."""
+        """The pairs that fit, with their tokens; raises Unsupported when too few are left."""
         sources = self.tokenizer.encode_each([pair.source.encode() for pair in pairs])
         targets = self.tokenizer.encode_each([pair.target.encode() for pair in pairs])
         kept = [
@@ -257,6 +257,6 @@ class TextPairsTask(Task):
         )
 
     def _decode(self, tokens: list[int]) -> str:
-        """Text up to the end token, without start tokens and ignored places."""
+        """Decode tokens up to the end token, without start tokens and ignored positions."""
         before = tokens[: tokens.index(self._end)] if self._end in tokens else tokens
         return self.tokenizer.decode([token for token in before if 0 <= token < self.memory_vocab_size])

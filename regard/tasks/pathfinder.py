@@ -17,38 +17,39 @@ if TYPE_CHECKING:
 
 EMPTY, LINE, DOT = range(3)
 DASH, GAP = 3, 2
-"""Points of a dash, and between two of a curve."""
+"""Points per dash, and points between two dashes of a curve."""
 LINK = GAP + 1
-"""Pixels from one dash of a curve to the next, at most, along the longer of both axes; curves are further from each other."""
+"""Largest distance in pixels, along the longer axis, between consecutive dashes; different curves are further apart."""
 TRIES, ROUNDS = 8, 32
-"""Curves that are drawn at once for each picture, of which the first that fits is taken, and how often."""
+"""Curves drawn at once for each picture, of which the first that fits is used, and how often this is repeated."""
 BEND, STEADY = 3.0, 1 / 3
-"""How much a curve turns over the side of a picture, in radians, and the part of a side over which it keeps turning so."""
+"""Radians that a curve turns over the side of a picture; share of a side over which it keeps turning one way."""
 AT_ONCE, MOST_AT_ONCE = 1 << 19, 256
-"""Pixels of the pictures that are drawn together, and most pictures."""
+"""Pixels of the pictures drawn at once, and the largest number of such pictures."""
 LARGEST, MANY = 256, 64
-"""Pixels of a side, and pictures that are drawn at once of which one should hold all curves."""
+"""Largest side in pixels; number of pictures drawn at once of which at least one should hold all curves."""
 FITTED, TRACED = 256, 64
-"""Training items that the simple rule is fitted on, and held-out ones that are traced for the description."""
+"""Training items on which the baseline is fitted, and held-out items that are traced for the description."""
 
 
 class PathfinderTask(GeneratedTask):
-    """Pathfinder (Linsley et al., "Learning long-range spatial dependencies with horizontal gated-recurrent units", arXiv
-    1805.08315; as sequences of pixels in Long Range Arena, arXiv 2011.04006).
+    """Pathfinder (Linsley et al., "Learning long-range spatial dependencies with horizontal gated-recurrent units",
+    arXiv 1805.08315; as sequences of pixels in Long Range Arena, arXiv 2011.04006).
 
-    A picture has two long dashed curves and shorter ones that distract. Two ends of long curves are dots: of the same curve
-    (class 1) or of two (class 0), half of the items each. Different curves keep four pixels apart along an axis, while dashes of
-    one are at most three apart, so that the class follows from the picture. Of two curves those ends are dots whose distance is
-    most like that of the ends of one, so that it tells little; how much, the simple rule says.
+    A picture has two long dashed curves and shorter distractors. Two ends of long curves are marked by dots: of the
+    same curve (class 1) or of both (class 0), in half of the items each. Different curves are at least four pixels
+    apart along an axis, dashes of one curve at most three, so the picture determines the class. For class 0, the dots
+    are the ends of two curves whose distance is most like that between the ends of one, so that the distance reveals
+    little; the score of the baseline shows how much.
 
-    Pixels are tokens, row by row: 0 is empty, 1 a line, 2 a dot. Nothing tells a model how wide the picture is.
+    Pixels are tokens, row by row: 0 is empty, 1 a line, 2 a dot. A model is not given the width of the picture.
 
     Args:
         size: side of the picture in pixels, 16 to 256; 32 and 128 are usual.
-        dashes: of a long curve, 2 to 64; those that span the picture, a fifth of `size`, when None.
-        distractors: shorter curves with a third of the dashes, 0 to 64; a tenth of `size` when None.
-        evaluation_items: held-out items, 1 to 65536.
-        seed: of the held-out items.
+        dashes: dashes of a long curve, 2 to 64; None for a curve as long as the picture, with a fifth of `size`.
+        distractors: number of shorter curves, with a third of the dashes, 0 to 64; None for a tenth of `size`.
+        evaluation_items: number of held-out items, 1 to 65536.
+        seed: seed of the held-out items.
     """
 
     name = "pathfinder"
@@ -80,7 +81,7 @@ class PathfinderTask(GeneratedTask):
         self.baseline: Baseline | None = self._rule()
 
     def draw(self, rng: np.random.Generator, count: int) -> tuple[UInt8[np.ndarray, "b n"], Int[np.ndarray, " b"]]:
-        """Fewer where some pictures have no room for all curves."""
+        """Draw pictures and classes; fewer than `count` if some pictures have no room for all curves."""
         side = self.size + 2 * LINK
         blocked = np.zeros((count, side, side), dtype=bool)
         near = np.arange(2 * LINK + 1)
@@ -108,7 +109,7 @@ class PathfinderTask(GeneratedTask):
             pictures[rows[:, None], drawn[..., 0], drawn[..., 1]] = LINE
         targets = rng.integers(0, 2, len(blocked))
         ends = np.stack([curve[:, [0, -1]] for curve in curves[:2]], 1)  # (B, curve, end, axis)
-        # the second curve had less room than the first
+        # random order, because the second curve had less room than the first
         swapped = rng.integers(0, 2, len(blocked))[:, None, None, None] == 1
         ends = np.where(swapped, ends[:, ::-1], ends)
         dots = np.where(targets[:, None, None] == 1, ends[:, 0], _of_two(ends))
@@ -118,7 +119,7 @@ class PathfinderTask(GeneratedTask):
     def _place(
         self, rng: np.random.Generator, blocked: Bool[np.ndarray, "b s s"], points: int
     ) -> tuple[Int[np.ndarray, "b p 2"], Bool[np.ndarray, " b"]]:
-        """A curve in each picture that meets nothing blocked, and in which pictures there is one."""
+        """A curve in each picture that avoids blocked pixels, and which pictures have one."""
         curve = np.zeros((len(blocked), points, 2), dtype=np.int64)
         left = np.arange(len(blocked))
         for _ in range(ROUNDS):
@@ -153,7 +154,7 @@ class PathfinderTask(GeneratedTask):
         )
 
     def _rule(self) -> Baseline:
-        """From which distance of the dots on they belong to one curve, or up to which: as training items tell."""
+        """The rule that decides by the distance of the dots, with a threshold fitted on training items."""
         inputs, labels = self._collect(counter_generator(self.seed, 0, TRAINING), FITTED, held_out=False)
         apart = _distances(inputs, self.size)
         cuts = np.unique(apart)
@@ -166,7 +167,8 @@ class PathfinderTask(GeneratedTask):
 
 
 def connected(pictures: UInt8[np.ndarray, "b s s"]) -> Bool[np.ndarray, " b"]:
-    """Whether the two dots of each picture are joined by steps of at most three pixels from line to line: the upper end."""
+    """Whether lines lead from dot to dot of each picture in steps of at most three pixels: an upper bound for
+    scores."""
     drawn = torch.from_numpy(pictures > EMPTY).float()[:, None]
     dots = torch.from_numpy(pictures == DOT).flatten(1)
     first = dots & (dots.cumsum(1) == 1)
@@ -183,16 +185,16 @@ def connected(pictures: UInt8[np.ndarray, "b s s"]) -> Bool[np.ndarray, " b"]:
 
 
 def _points(dashes: int) -> int:
-    """Points of a curve that begins and ends with a dash."""
+    """Number of points of a curve that begins and ends with a dash."""
     return dashes * (DASH + GAP) - GAP
 
 
 def _curves(
     rng: np.random.Generator, rows: int, points: int, size: int
 ) -> tuple[Int[np.ndarray, "b t p 2"], Bool[np.ndarray, "b t"]]:
-    """`TRIES` smooth curves for each row, whose points are a pixel apart before they are rounded, and which fit in a picture.
+    """Draw `TRIES` smooth curves per row, with points one pixel apart before rounding; also returns which curves fit.
 
-    They lie anywhere in it; ends that are close to each other do not fit.
+    Curves are placed anywhere in the picture; those whose ends are close to each other do not fit.
     """
     steady = STEADY * size
     ago = np.arange(points)[:, None] - np.arange(points)
@@ -210,7 +212,7 @@ def _curves(
 
 
 def _of_two(ends: Int[np.ndarray, "b 2 2 axis"]) -> Int[np.ndarray, "b 2 axis"]:
-    """An end of each of two curves, whose distance is most like that of the ends of the first."""
+    """One end of each of two curves, chosen so that their distance is most like that between the ends of the first."""
     one, other = ends[:, 0, :, None], ends[:, 1, None]
     apart = ((one - other) ** 2).sum(-1).reshape(-1, 4)
     alike = np.abs(np.sqrt(apart) - np.sqrt(((ends[:, 0, 0] - ends[:, 0, 1]) ** 2).sum(-1))[:, None]).argmin(1)
@@ -219,7 +221,7 @@ def _of_two(ends: Int[np.ndarray, "b 2 2 axis"]) -> Int[np.ndarray, "b 2 axis"]:
 
 
 def _distances(inputs: UInt8[np.ndarray, "b n"], size: int) -> Int[np.ndarray, " b"]:
-    """The squared distance of the two dots."""
+    """Squared distance between the two dots."""
     places = np.nonzero(inputs == DOT)[1].reshape(-1, 2)
     y, x = places // size, places % size
     found: np.ndarray = (y[:, 0] - y[:, 1]) ** 2 + (x[:, 0] - x[:, 1]) ** 2

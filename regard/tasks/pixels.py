@@ -30,40 +30,41 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int, UInt8
 
 VALUES = 256
-"""Of a channel of a pixel."""
+"""Number of values of a pixel's channel."""
 LONGEST = 1 << 16
 FITTED = 4096
-"""Training images that the simple rule is fitted on and that colours are counted in, at most."""
+"""Largest number of training images for fitting the baseline and counting colours."""
 LOOKED_AT, MOVING = 256, 1000
-"""Images that a palette is chosen for, and pixels that may still change their colour when it is done."""
+"""Number of images from which a palette is chosen, and of pixels that may still change colour when that is finished."""
 SHADES = 16
-"""Shades of a neighbour that the simple rule tells apart."""
+"""Number of shades of a neighbour that the baseline distinguishes."""
 PRIOR = 16.0
-"""Pixels that the frequencies of all values count for in the rule's histogram of one neighbourhood."""
+"""Weight, in pixels, of the overall value frequencies in the baseline's histogram for one neighbourhood."""
 
 
 class PixelsTask(Task):
     """Predict an image pixel by pixel, row by row (PixelRNN, van den Oord et al., arXiv 1601.06759); scored in bits per
     dimension of held-out images.
 
-    A token is the value of a channel of a pixel, 0 to 255; the channels of a pixel follow each other. With a palette it is a
-    colour of it. The input begins with a 0 and is the sequence before each token; nothing tells a model how wide the image
-    is. Data and splits are those of the task images. The simple rule is a histogram of the values by the shades of the pixels
-    to the left and above, fitted on training images.
+    A token is the value of one channel of a pixel, 0 to 255; the channels of a pixel follow each other. With a palette,
+    a token is one of its colours. The input is a 0 followed by the sequence before each token; a model is not given the
+    width of the image. Data and splits are those of the task images. The baseline is a histogram of the values given
+    the shades of the pixels to the left and above, fitted on training images.
 
     Args:
-        data: ``digits`` (8x8, from scikit-learn; the default), ``fashion-mnist`` (28x28, where Debian's
-            dataset-fashion-mnist is installed), a folder with one sub-folder a class, or one with MNIST's IDX files.
-        validation: a folder with the same sub-folders, for data that is a folder; its images are what is held out.
-        size: side that images are resized to, 4 to 256; 32 for a folder's images, other data are as they come.
-        channels: 3 (colour) or 1 (grey), for a folder's images.
-        palette: most colours to tell apart, 2 to 256, the nearest of which stands for each pixel; None for the values of the
-            channels. All colours of the training images where there are no more, else those that Pillow chooses (median cut
-            and k-means).
-        skip_unreadable: whether files of a folder that cannot be read are named and left out.
-        held_out: share of each class held out where the data has no split of its own, 0.01 to 0.5.
-        evaluation_items: most held-out images that are scored, 1 to 65536.
-        seed: of the split.
+        data: ``digits`` (8x8, from scikit-learn; the default), ``fashion-mnist`` (28x28, if Debian's
+            dataset-fashion-mnist is installed), a folder with one sub-folder per class, or one with MNIST's IDX files.
+        validation: a folder with the same sub-folders, if `data` is a folder; its images are held out.
+        size: side to which images are resized, 4 to 256; by default 32 for images from a folder, while other data keep
+            their size.
+        channels: 3 (colour) or 1 (grey), for images from a folder.
+        palette: largest number of colours, 2 to 256; each pixel is replaced by the nearest colour. None for the values
+            of the channels. The palette has all colours of the training images if there are few enough, else those
+            chosen by Pillow (median cut and k-means).
+        skip_unreadable: whether unreadable files in a folder are left out and reported, instead of refused.
+        held_out: share of each class to hold out if the data has no split of its own, 0.01 to 0.5.
+        evaluation_items: largest number of held-out images that are scored, 1 to 65536.
+        seed: seed of the split.
     """
 
     name = "pixels"
@@ -122,7 +123,7 @@ class PixelsTask(Task):
             yield self._batch(self._scored[rows])
 
     def score(self, logits: Float[Tensor, "b n v"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-        """Bits spent and values predicted, of each image."""
+        """Bits spent and values predicted, for each image."""
         return bits_per_byte(logits, batch, torch.ones(self.vocab_size, dtype=torch.long))
 
     def describe(self) -> str:
@@ -148,7 +149,7 @@ class PixelsTask(Task):
         return "\n".join([*lines, "sample:", *drawn(shown)])
 
     def pictures(self, tokens: Int[np.ndarray, "b n"]) -> UInt8[np.ndarray, "b h w c"]:
-        """The images that sequences of all tokens make."""
+        """Convert complete token sequences to images."""
         if self.palette is not None:
             return self.palette[tokens].reshape(len(tokens), *self._images.shape)
         return tokens.astype(np.uint8).reshape(len(tokens), *self.sides)
@@ -167,7 +168,7 @@ class PixelsTask(Task):
         return Batch(F.pad(targets[:, :-1], (1, 0)), targets)
 
     def _neighbourhoods(self, tokens: Int[np.ndarray, "b n"]) -> Int[np.ndarray, "b n"]:
-        """A number for the channel of each token, the shade to its left and the one above; outside of the image is a shade too."""
+        """An index for the channel of each token and the shades to its left and above; outside counts as a shade."""
         shade = tokens.reshape(len(tokens), *self.sides) * SHADES // self.vocab_size + 1
         left, above = np.zeros_like(shade), np.zeros_like(shade)
         left[:, :, 1:], above[:, 1:] = shade[:, :, :-1], shade[:, :-1]
@@ -196,7 +197,7 @@ class PixelsTask(Task):
 
 
 def nearest_colour(pixels: UInt8[np.ndarray, "*b c"], palette: UInt8[np.ndarray, "k c"]) -> Int[np.ndarray, "*b"]:
-    """The number of the colour that is nearest to each pixel, the first of those that are equally near."""
+    """Index of the palette colour nearest to each pixel; the first one in case of a tie."""
     colours, places = _colours(pixels)
     chosen = []
     for rows in in_batches(len(colours), 4096):
@@ -211,14 +212,14 @@ def nearest_colour(pixels: UInt8[np.ndarray, "*b c"], palette: UInt8[np.ndarray,
 
 
 def _colours(pixels: UInt8[np.ndarray, "*b c"]) -> tuple[UInt8[np.ndarray, "k c"], Int[np.ndarray, " n"]]:
-    """The different colours of pixels, and which of them each pixel has."""
+    """The distinct colours of pixels, and the index of each pixel's colour."""
     weights = VALUES ** np.arange(pixels.shape[-1])
     codes, places = np.unique((pixels.astype(np.int64) @ weights).ravel(), return_inverse=True)
     return (codes[:, None] // weights % VALUES).astype(np.uint8), places
 
 
 def _palette(pixels: UInt8[np.ndarray, "b h w c"], count: int) -> UInt8[np.ndarray, "k c"]:
-    """At most `count` colours for some images, from dark to light."""
+    """A palette of at most `count` colours for images, from dark to light."""
     colours, _ = _colours(pixels)
     if len(colours) > count:
         require_pillow()

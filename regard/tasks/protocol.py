@@ -1,8 +1,8 @@
-"""Tasks, which comparisons train on: the words that they share with the trainer and the workbench.
+"""The task protocol: what a task, the trainer and the workbench agree on.
 
-A task gives batches and scores; it knows nothing of models. Training batches are a pure function of (step, seed, batch
-size), so a run resumed at step s sees the batches that the uninterrupted run would have seen, and evaluation items are
-the same each time, so the scores of two mechanisms are paired item by item.
+A task provides batches and scores; it knows nothing about models. Training batches are a pure function of (step, seed,
+batch size), so a run resumed at step s sees the same batches as an uninterrupted run. Evaluation items are always the
+same, so the scores of two mechanisms are paired item by item.
 """
 
 from __future__ import annotations
@@ -27,24 +27,25 @@ if TYPE_CHECKING:
 Kind = TypeVar("Kind", bound="Task")
 
 IGNORED = -100
-"""The target of a position that has no loss and no score."""
+"""The target at a position that has no loss and no score."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some items of a task.
+    """A batch of items of a task.
 
     Attributes:
         inputs: tokens, or float32 features. With a memory: what the decoder reads, beginning with a start token, or
-            what is known of each point to predict.
-        targets: a token for each position (:data:`IGNORED` where there is none), a class for each item, numbers for
-            each position (nan where there is none), or classes of the pixels of each position (:data:`IGNORED`).
+            what is known about each point to predict.
+        targets: one token per position (:data:`IGNORED` where there is none), one class per item, numbers for each
+            position (nan where there is none), or the classes of each position's pixels (:data:`IGNORED` where there is
+            none).
         valid: key padding, True where a token exists; None when all tokens are valid.
-        grid: sizes of the image whose tokens are laid out row by row.
-        memory: what a cross pattern reads: source tokens, or float32 features of the past.
-        memory_valid: True where a token of the memory exists; None when all are valid.
-        class_shares: how much of each class an item is, adding up to 1, for the loss of items that were mixed; `targets` are
-            classes all the same. None where each item is of one class.
+        grid: size of the image whose tokens are laid out row by row.
+        memory: what a cross pattern attends to: source tokens, or float32 features of the past.
+        memory_valid: True where a memory token exists; None when all are valid.
+        class_shares: share of each class in each item, adding up to 1, for the loss of mixed items; `targets` still
+            holds classes. None when every item has a single class.
     """
 
     inputs: Int[Tensor, "b n"] | Float[Tensor, "b n f"]
@@ -65,7 +66,7 @@ class Batch:
         return self._each(lambda x: x.to(device))
 
     def items(self, begin: int, end: int) -> Batch:
-        """The items from number `begin` up to but not including `end`."""
+        """The items from number `begin` up to, but not including, `end`."""
         return self if (begin, end) == (0, self.size) else self._each(lambda x: x[begin:end])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -76,11 +77,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A simple rule without training that a model should beat.
+    """A simple untrained rule that a model should beat.
 
     Attributes:
-        name: of the rule, in words.
-        items: (n, 2) sum and weight of each held-out item, as :meth:`Task.score` has them, in the order of
+        name: name of the rule, in words.
+        items: (n, 2) sum and weight of each held-out item, as from :meth:`Task.score`, in the order of
             :meth:`Task.evaluation_batches`.
     """
 
@@ -89,31 +90,32 @@ class Baseline:
 
     @property
     def score(self) -> float:
-        """The score of all held-out items."""
+        """The score over all held-out items."""
         total, weight = self.items.sum(0)
         return float(total / weight)
 
     def after(self, items: int) -> Baseline:
-        """The rule on all held-out items but the first so many, which something was chosen by."""
+        """The rule on the held-out items after the first `items`, which were used to choose something."""
         return Baseline(self.name, self.items[items:])
 
     @classmethod
     def of(cls, name: str, task: Task, predict: Callable[[Batch], Tensor]) -> Baseline:
-        """The score of a rule that gives for a batch what a model of `task` would."""
+        """Score a rule; `predict` returns for a batch what a model of `task` would return."""
         scores = [torch.stack(task.score(predict(batch), batch), -1) for batch in task.evaluation_batches(256)]
         return cls(name, torch.cat(scores).double().numpy())
 
     @classmethod
     def majority_class(cls, training: Int[np.ndarray, " n"], held_out: Int[np.ndarray, " m"]) -> Baseline:
-        """Always the commonest class of the training items, in accuracy on the classes of the held-out items."""
+        """The rule that always answers the commonest training class, scored by accuracy on the held-out classes."""
         right = held_out == np.bincount(training).argmax()
         return cls("majority class", np.stack([right, np.ones_like(right)], -1).astype(np.float64))
 
 
 class Task(Protocol):
-    """Data that a model is trained on and measured by.
+    """Data on which a model is trained and evaluated.
 
-    Derive from it (members with a value below may be left out), or write any class with these members. A whole task::
+    Derive from it (members with a value below may be left out), or write any class with these members. A complete
+    task::
 
         class Parity(Task):
             name, pattern, objective = "parity", Pattern.NONCAUSAL_SELF, "classification"
@@ -130,36 +132,37 @@ class Task(Protocol):
                 yield self.training_batch(0, 2**32, batch_size)
 
     Attributes:
-        name: of the task, as shown.
+        name: name of the task, as shown.
         pattern: the attention pattern that its model needs.
-        objective: ``next-token`` (a prediction at each position), ``masked-token`` (a token at each hidden position),
-            ``replaced-token`` (whether each token stands in the place of another),
-            ``classification`` (one for each item), ``regression`` (numbers at each position), ``segmentation`` (a class for each of the `num_targets` pixels of
-            a token), or one by :func:`register_objective`.
-        length: tokens of an item, padding included.
+        objective: ``next-token`` (a prediction at each position), ``masked-token`` (a token at each masked position),
+            ``replaced-token`` (whether each token replaces another), ``classification`` (one class per item),
+            ``regression`` (numbers at each position), ``segmentation`` (a class for each of a token's `num_targets`
+            pixels), or one added by :func:`register_objective`.
+        length: tokens per item, padding included.
         vocab_size: number of tokens; None when the inputs are floats.
         features: width of float inputs; None when the inputs are tokens.
-        num_classes: in classification and segmentation.
-        num_targets: numbers for each position in regression, pixels of a token in segmentation.
+        num_classes: number of classes in classification and segmentation.
+        num_targets: numbers per position in regression, pixels per token in segmentation.
         memory_length: tokens of the memory, padding included, in a cross pattern; None in a self pattern.
-        memory_vocab_size, memory_features: as `vocab_size` and `features`, of the memory.
-        target_features: columns of a memory of floats that hold the past of the targets, in their order; the first
-            `num_targets` columns when None.
-        generates: tokens to generate for each held-out item, which :meth:`score_generated` then judges in the place of
-            :meth:`score`; None when logits are scored.
-        stop_tokens: what ends a generated sequence.
-        grid: sizes of an image's token grid.
+        memory_vocab_size, memory_features: `vocab_size` and `features` of the memory.
+        target_features: columns of a float memory that hold the past of the targets, in the order of the targets; None
+            for the first `num_targets` columns.
+        generates: number of tokens to generate for each held-out item, to be scored by :meth:`score_generated` instead
+            of :meth:`score`; None when logits are scored.
+        stop_tokens: tokens that end a generated sequence.
+        grid: size of an image's token grid.
         metric: what :meth:`score` measures.
-        higher_is_better: of that metric.
-        solved: the score from which the task counts as solved; None when it is open-ended.
-        chance: the score of a model that ignores the input.
+        higher_is_better: whether a higher value of that metric is better.
+        solved: score from which the task counts as solved; None when it is open-ended.
+        chance: score of a model that ignores its input.
         baseline: a simple rule that a model should beat, and its score on each held-out item.
-        shared: held-out items that the data of the training had too, and that are not trained on for it.
-        runner: trains its models and scores them, a :class:`regard.training.runner.Runner`; None for gradient steps on
-            its batches.
-        registered: the name by which :func:`regard.tasks.create_task` made it; None for other tasks.
-        origin: options of :func:`regard.tasks.create_task` that make it again, as JSON could say them; None for other tasks.
-        named: data that have a name, and are no paths.
+        shared: number of training items that are also held out, and that are therefore not trained on.
+        runner: the :class:`regard.training.runner.Runner` that trains and scores the task's models; None for gradient
+            steps on its batches.
+        registered: name under which :func:`regard.tasks.create_task` made it; None for other tasks.
+        origin: JSON-compatible options with which :func:`regard.tasks.create_task` makes it again; None for other
+            tasks.
+        named: values of `data` that are names of data sets, not paths.
     """
 
     name: str
@@ -189,52 +192,52 @@ class Task(Protocol):
     named: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """Sizes, splits and a sample, shown before training. Plain text: print it without markup."""
+        """Sizes, splits and a sample, shown before training. This is plain text, to be printed without markup."""
         ...
 
     def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
-        """The batch of a step: a pure function of its arguments, on the CPU."""
+        """The batch for a step, on the CPU: a pure function of the arguments."""
         ...
 
     def evaluation_batches(self, batch_size: int) -> Iterable[Batch]:
-        """The same held-out items every time, in the same order; the last batch may be smaller."""
+        """The held-out items, always the same and in the same order; the last batch may be smaller."""
         ...
 
     def score(self, logits: Float[Tensor, "b *n c"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-        """Sum and weight of each item, in float64: the score of many items is total sum / total weight."""
+        """Sum and weight for each item, in float64: the score of many items is total sum / total weight."""
         return accuracy(logits, batch)
 
     def answer(self, run: Callable[[Batch], Tensor], batch: Batch) -> Float[Tensor, "b *n c"]:
-        """The output for a held-out batch, of a model that `run` calls: in one call, or in several where held-out items are larger
-        than those that are trained on. The targets of what is given to `run` mean nothing."""
+        """A model's output for a held-out batch; `run` calls the model. This may take several calls if held-out items
+        are larger than training items; the targets of batches passed to `run` have no meaning."""
         return run(batch)
 
     def figures(
         self, output: Float[Tensor, "b *n c"], batch: Batch
     ) -> Mapping[str, tuple[Float[Tensor, " b"], Float[Tensor, " b"]]]:
-        """Further figures to tell beside the score, by name, each as :meth:`score` gives it."""
+        """Further figures to report next to the score, by name, each in the form of :meth:`score`."""
         return {}
 
     def score_generated(
         self, tokens: Int[Tensor, "b n"], batch: Batch
     ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-        """As :meth:`score`, for tasks with `generates`: of generated tokens, which end at the first of `stop_tokens`."""
+        """Like :meth:`score`, for tasks with `generates`: scores generated tokens, up to the first of `stop_tokens`."""
         raise Unsupported(f"generated answers to {self.name}", supported="tasks with `generates`, which define this")
 
     def loss(self, output: Float[Tensor, "b *n c"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-        """Sum and weight of each item of what training minimises: that of the objective, in nats where it is an entropy."""
+        """Sum and weight of the training loss for each item: that of the objective, in nats if it is an entropy."""
         return OBJECTIVES[self.objective].loss(output, batch)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a model of a task puts out, and what training minimises.
+    """The kind of output of a task's models, and the loss that training minimises.
 
     Attributes:
-        name: what tasks and models call it.
-        targets: the shape of an item's targets, of a task.
-        loss: of an output and a batch, the sum and the weight of each item's loss.
-        needs: the member of a task that it needs, and what that is in words; None for none.
+        name: name that tasks and models use.
+        targets: shape of an item's targets, given the task.
+        loss: from an output and a batch, the sum and weight of each item's loss.
+        needs: the task member that it requires, and a description of it; None if it requires none.
     """
 
     name: str
@@ -247,10 +250,10 @@ OBJECTIVES: dict[str, Objective] = {}
 
 
 def register_objective(objective: Objective) -> None:
-    """Add an objective of a plugin to this process's. A model that serves it says so (:mod:`regard.models.registry`).
+    """Register a plugin's objective in this process. Models that support it declare so (:mod:`regard.models.registry`).
 
     Raises:
-        Unsupported: for a name that another objective has.
+        Unsupported: if another objective has the same name.
     """
     if OBJECTIVES.setdefault(objective.name, objective) != objective:
         raise Unsupported(
@@ -259,7 +262,7 @@ def register_objective(objective: Objective) -> None:
 
 
 def with_options_of_base(task: type[Kind]) -> type[Kind]:
-    """For a task that hands its ``**options`` to the class that it derives from: its signature names them all."""
+    """Class decorator for tasks that pass ``**options`` to their base class: makes their signature list all options."""
     own, inherited = (inspect.signature(each).parameters.values() for each in (task, task.__mro__[1]))
     named = [parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD]
     task.__signature__ = inspect.Signature([*inherited, *named])  # type: ignore[attr-defined]
@@ -267,7 +270,7 @@ def with_options_of_base(task: type[Kind]) -> type[Kind]:
 
 
 def check_task(task: Any) -> Task:
-    """A user's task after a look at its members and its first batch; raises Unsupported with what is wrong."""
+    """Check a user's task by its members and its first batch; raises Unsupported if something is wrong."""
     told = f"the task {getattr(task, 'name', type(task).__name__)!r}"
     required = ["name", "pattern", "objective", "length", "vocab_size", "features", "num_classes", "grid", "metric"]
     required += ["higher_is_better", "solved", "chance", "num_targets", "memory_length", "memory_vocab_size"]
@@ -330,10 +333,10 @@ def check_task(task: Any) -> Task:
 
 
 def counter_generator(seed: int, step: int, stream: int = 0) -> np.random.Generator:
-    """Random numbers that depend on (seed, step, stream) alone, equal in every process.
+    """A random generator that depends only on (seed, step, stream), the same in every process.
 
-    Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) keyed by seed and step; `stream`
-    separates uses of the same pair.
+    Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), keyed by seed and step; `stream`
+    separates different uses of the same pair.
     """
     check_integer("seed", seed, 0, (1 << 64) - 1)
     check_integer("step", step, 0, (1 << 64) - 1)
@@ -347,7 +350,7 @@ TRAINING, EVALUATION, SPLIT, AUGMENTATION = range(4)
 
 
 def mean_loss(task: Task, output: Float[Tensor, "b *n c"], batch: Batch) -> Float[Tensor, ""]:
-    """The loss that training minimises, over all targets of the batch that count. 0 without targets."""
+    """The training loss, averaged over all targets of the batch that count; 0 without targets."""
     sums, weights = task.loss(output, batch)
     return sums.sum() / weights.sum().clamp(min=1)
 
@@ -355,7 +358,7 @@ def mean_loss(task: Task, output: Float[Tensor, "b *n c"], batch: Batch) -> Floa
 def cross_entropy_by_item(
     logits: Float[Tensor, "b *n c"], batch: Batch
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """Sum of the cross entropies (nats) and number of targets of each item, in at least float32."""
+    """Sum of cross entropies (nats) and number of targets for each item, in at least float32."""
     targets = _targets(logits, batch)
     precise = wide(logits)
     if batch.class_shares is not None:
@@ -369,7 +372,7 @@ def cross_entropy_by_item(
 def squared_error_by_item(
     output: Float[Tensor, "b n t"], batch: Batch
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """Sum of the squared errors and number of targets of each item, in at least float32; nan targets do not count."""
+    """Sum of squared errors and number of targets for each item, in at least float32; nan targets do not count."""
     error, counted = _errors(output, batch)
     return error.square().flatten(1).sum(1), counted.flatten(1).sum(1).to(error.dtype)
 
@@ -392,13 +395,13 @@ register_objective(
 
 
 def absolute_error(output: Float[Tensor, "b n t"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """Sum of the absolute errors and number of targets of each item, in float64; nan targets do not count."""
+    """Sum of absolute errors and number of targets for each item, in float64; nan targets do not count."""
     error, counted = _errors(output.double(), batch)
     return error.abs().flatten(1).sum(1), counted.flatten(1).sum(1).double()
 
 
 def _errors(output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Difference from the targets, 0 where there is none, and where there is one."""
+    """Differences from the targets (0 where there is no target), and where there are targets."""
     if output.shape != batch.targets.shape:
         raise Unsupported(
             f"outputs of shape {tuple(output.shape)} for targets of shape {tuple(batch.targets.shape)}",
@@ -412,9 +415,9 @@ def _errors(output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 def bits_per_byte(
     logits: Float[Tensor, "b n c"], batch: Batch, token_bytes: Int[Tensor, " c"]
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """Bits spent and bytes of the target tokens, for each item, in float64.
+    """Bits spent on the target tokens, and their number of bytes, for each item, in float64.
 
-    Their quotient compares models across tokenizers, which a loss for each token does not: bits = nats / ln 2.
+    Their quotient compares models across tokenizers, unlike a loss per token: bits = nats / ln 2.
 
     Args:
         token_bytes: number of bytes that each token stands for.
@@ -427,7 +430,7 @@ def bits_per_byte(
 
 
 def accuracy(logits: Float[Tensor, "b *n c"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """Number of right answers and of targets, for each item, in float64."""
+    """Number of correct answers and number of targets for each item, in float64."""
     targets = _targets(logits, batch)
     counted = (targets != IGNORED).view(batch.size, -1)
     right = (logits.argmax(-1) == targets).view(batch.size, -1) & counted
@@ -444,7 +447,7 @@ def _targets(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def check_integer(name: str, value: Any, low: int, high: int) -> int:
-    """An integer option within its range; raises Unsupported."""
+    """Return an integer option if it is within its range; raises Unsupported otherwise."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise Unsupported(f"{name}={value!r}", supported=f"an integer from {low} to {high}")
     if not low <= value <= high:
@@ -454,7 +457,7 @@ def check_integer(name: str, value: Any, low: int, high: int) -> int:
 
 
 def check_fraction(name: str, value: Any, low: float, high: float) -> float:
-    """A fraction within its range; raises Unsupported."""
+    """Return a fraction if it is within its range; raises Unsupported otherwise."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise Unsupported(f"{name}={value!r}", supported=f"a number from {low} to {high}")
     return float(value)

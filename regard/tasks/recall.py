@@ -19,23 +19,23 @@ FILLER = 0
 class RecallTask(GeneratedTask):
     """Multi-query associative recall (MQAR; Arora et al., "Zoology", arXiv 2312.04927).
 
-    An item writes key-value pairs, then asks for keys at random later positions between filler tokens; the target at a
-    query is the value that was last written under its key, and no other position counts. Answers are not shown in the
-    input. Token 0 is filler, then come the keys, then the values, about half of the vocabulary each. It tells
-    mechanisms apart by what their state can hold and address; plain averaging fails.
+    An item writes key-value pairs, then asks for keys at random later positions between filler tokens. The target at a
+    query is the value last written under its key; no other position counts, and answers are not shown in the input.
+    Token 0 is filler; then come the keys and the values, about half of the vocabulary each. The task separates
+    mechanisms by what their state can store and address; plain averaging fails.
 
-    With `overwrite` each key is written twice, in random order, and the last value wins: additive states confuse the
-    two, an erasing one (the delta rule, arXiv 2406.06484) does not. A setting where the state is the bottleneck is
-    ``pairs=16, overwrite=True, queries=32, vocab_size=64, length=128``.
+    With `overwrite` each key is written twice, in random order, and the last value counts: additive states confuse the
+    two values, states that erase (the delta rule, arXiv 2406.06484) do not. The state is the bottleneck for ``pairs=16,
+    overwrite=True, queries=32, vocab_size=64, length=128``.
 
     Args:
-        length: tokens of an item, from 2 * writes + queries to 65536.
-        pairs: distinct keys of an item, from 1 to the number of keys, (vocab_size - 1) // 2.
-        queries: questions of an item, 1 or more; keys repeat when there are more than `pairs`.
+        length: tokens per item, from 2 * writes + queries to 65536.
+        pairs: distinct keys per item, from 1 to the number of keys, (vocab_size - 1) // 2.
+        queries: queries per item, 1 or more; keys repeat when there are more queries than `pairs`.
         vocab_size: 5 to 65536.
         overwrite: write each key twice.
-        evaluation_items: held-out items, 1 to 65536.
-        seed: of the held-out items.
+        evaluation_items: number of held-out items, 1 to 65536.
+        seed: seed of the held-out items.
     """
 
     name = "recall"

@@ -1,4 +1,4 @@
-"""Which task a user's files are for, where none is named."""
+"""Choose the task that fits a user's files, if none is named."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Chosen = tuple[str, dict[str, Any]]
 
 LABELS = ("label", "class", "category", "target", "topic", "intent", "sentiment", "rating", "stars", "score")
 _LONG = 20
-"""Characters of an average cell of text; a class has fewer."""
+"""Mean number of characters from which a column counts as text; classes are shorter."""
 _MOST_CLASSES = 100
 _NEEDS = (
     "--task documents:text=COLUMN,label=COLUMN (classes), --task matching:first=COLUMN,second=COLUMN,label=COLUMN, "
@@ -31,7 +31,7 @@ _NEEDS = (
 
 @dataclass(frozen=True)
 class _Columns:
-    """Names of a table's columns by what is in them; a column of few numbers is one of classes too."""
+    """Names of a table's columns by content; a numeric column with few distinct values also counts as classes."""
 
     times: list[str]
     numbers: list[str]
@@ -58,11 +58,12 @@ class _Columns:
 def recognise(data: Paths) -> Chosen:
     """The task that fits the files, and the options that it needs.
 
-    Files are text unless they are tables (see :mod:`regard.tasks.tables`), whose columns tell, series (``.ts``), or folders of
-    images; one with the folders images and masks is for segmentation, of volumes where there are NIfTI files.
+    Files are text unless they are tables (see :mod:`regard.tasks.tables`), for which the columns decide, series
+    (``.ts``), or folders of images. A folder with sub-folders images and masks is for segmentation, of volumes if it
+    has NIfTI files.
 
     Raises:
-        Unsupported: for a table whose columns fit no task, or several, with what to add.
+        Unsupported: for a table whose columns fit no task or several tasks, with what to add.
     """
     paths = [Path(path) for path in ([data] if isinstance(data, str | Path) else data)]
     if len(paths) == 1 and all((paths[0] / part).is_dir() for part in ("images", "masks")):
@@ -90,7 +91,7 @@ def recognise(data: Paths) -> Chosen:
 
 
 def _is_list(path: Path) -> bool:
-    """Whether a file is no JSON but a list: other JSON is text."""
+    """Return whether a file is a JSON list or not JSON at all; other JSON files are read as text."""
     if path.suffix.lower() != ".json" or not path.is_file():
         return True
     with path.open("rb") as file:
@@ -98,7 +99,7 @@ def _is_list(path: Path) -> bool:
 
 
 def _field_of_text(path: Path) -> str | None:
-    """The field of the first line that holds a conversation, or the only one with a text and no class beside it."""
+    """The field of the first line that holds a conversation; else ``text``, if it is text with no class next to it."""
     if not path.is_file():
         return None
     with path.open("rb") as file:
@@ -111,7 +112,7 @@ def _field_of_text(path: Path) -> str | None:
 
 
 def _named(table: Table) -> Chosen | None:
-    """By names that tasks give their columns."""
+    """Choose a task by the column names that tasks use by default."""
     for task, names in (
         ("matching", ("first", "second", "label")),
         ("documents", ("text", "label")),
@@ -148,7 +149,7 @@ def _by_contents(table: Table) -> Chosen:
 
 
 def _forecast(table: Table, columns: _Columns) -> Chosen:
-    """With the one target there can be, and the groups that tell times apart which occur twice."""
+    """Forecasting: the only possible target, and a column of groups if times occur twice."""
     times = table.columns[columns.times[0]]
     options: dict[str, Any] = {}
     if len(set(times)) < len(times):
@@ -167,7 +168,7 @@ def _forecast(table: Table, columns: _Columns) -> Chosen:
 
 
 def _is_measured(cells: Sequence[Any]) -> bool:
-    """Whether some number has a fraction: numbers of rows, years and hours have none."""
+    """Return whether any number has a fraction, unlike row numbers, years and hours."""
     return any("." in str(cell).strip().removesuffix(".0") for cell in cells)
 
 

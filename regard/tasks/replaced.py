@@ -1,4 +1,4 @@
-"""Detection of replaced tokens in the user's text."""
+"""Detection of replaced tokens in a user's text."""
 
 from __future__ import annotations
 
@@ -29,23 +29,24 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 REPLACING = 18
-"""Stream of what is replaced in held-out windows."""
+"""Random stream for the replacements in held-out windows."""
 
 
 @with_options_of_base
 class ReplacedTask(TextTask):
-    """Tell which tokens of a text stand in the place of others (ELECTRA, Clark et al., arXiv 2003.10555).
+    """Detect which tokens of a text replace others (ELECTRA, Clark et al., arXiv 2003.10555).
 
-    In training a batch is the text as it is, and the model replaces tokens itself, by those of a small generator that learns
-    beside it (:class:`regard.models.ReplacedTokenModel`). So that models can be compared, held-out windows are replaced once
-    for all: a share of the tokens gives way to draws from what commonly stands between the same two neighbours (of many tokens,
-    from how common each is), so that the neighbours alone do not tell. Scored in bits per token of whether it was replaced.
-    Windows, splits and options are those of the text task.
+    In training, a batch is the unchanged text, and the model replaces tokens itself, by those of a small generator that
+    is trained with it (:class:`regard.models.ReplacedTokenModel`). So that models can be compared, replacements in
+    held-out windows are fixed: a share of the tokens gives way to draws from the tokens that commonly occur between the
+    same two neighbours (for large vocabularies, from the token frequencies), so that the neighbours alone do not reveal
+    them. The score is bits per token of whether it was replaced. Windows, splits and options are those of the text
+    task.
 
     Args:
-        share: of the tokens of held-out windows that give way, 0.01 to 0.5; those that were drawn as they were do not count as
-            replaced.
-        **options: of :class:`regard.tasks.text.TextTask`.
+        share: share of the tokens of held-out windows that give way, 0.01 to 0.5; tokens drawn as they were do not
+            count as replaced.
+        **options: options of :class:`regard.tasks.text.TextTask`.
     """
 
     name = "replaced"
@@ -57,7 +58,7 @@ class ReplacedTask(TextTask):
     def __init__(self, *, share: float = 0.15, **options: Any) -> None:
         self.share = check_fraction("share", share, 0.01, 0.5)
         super().__init__(**options)
-        self.vocab_size: int = self.tokenizer.vocab_size + 1  # with a token that masks, for the generator
+        self.vocab_size: int = self.tokenizer.vocab_size + 1  # includes a mask token, for the generator
         self._between = token_between_neighbours(self._training, self.tokenizer.vocab_size)
         replaced = torch.cat([batch.targets for batch in self.evaluation_batches(64)]).double()
         rate = replaced.mean().clamp(1e-6, 1 - 1e-6)
@@ -78,14 +79,14 @@ class ReplacedTask(TextTask):
             yield Batch(inputs, (inputs != batch.inputs).long())
 
     def score(self, logits: Float[Tensor, "b n 1"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-        """Bits and tokens of each window."""
+        """Bits and number of tokens, for each window."""
         nats, tokens = replaced_by_item(logits.double(), batch)
         return nats / math.log(2), tokens
 
     def figures(
         self, output: Float[Tensor, "b n 1"], batch: Batch
     ) -> Mapping[str, tuple[Float[Tensor, " b"], Float[Tensor, " b"]]]:
-        """The share of replaced tokens that are found, and the share of found ones that were replaced."""
+        """The share of replaced tokens that are found, and the share of found tokens that were replaced."""
         said, true = output[..., 0] > 0, batch.targets == 1
         both = (said & true).sum(1).double()
         return {"found": (both, true.sum(1).double()), "rightly": (both, said.sum(1).double())}
@@ -115,7 +116,7 @@ class ReplacedTask(TextTask):
 
 
 def replaced_by_item(output: Float[Tensor, "b n 1"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """Sum of the cross entropies (nats) of whether tokens were replaced, and number of tokens, of each item."""
+    """Sum of cross entropies (nats) of whether tokens were replaced, and number of tokens, for each item."""
     if output.shape != (*batch.targets.shape, 1):
         raise Unsupported(
             f"outputs of shape {tuple(output.shape)} for targets of shape {tuple(batch.targets.shape)}",

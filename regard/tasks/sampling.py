@@ -1,4 +1,4 @@
-"""Which items come when: splits by group, epochs, balance over classes."""
+"""Choose items: splits by group, epochs, balance over classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def in_epochs(items: Int[np.ndarray, " n"], step: int, seed: int, batch_size: int) -> Int[np.ndarray, " b"]:
-    """Items of a step's batch: each epoch shows each item once, in an order drawn from `seed`."""
+    """Items of a step's batch. Each epoch shows each item once, in an order drawn from `seed`."""
     check_integer("batch_size", batch_size, 1, 1 << 20)
     places = step * batch_size + np.arange(batch_size)
     epochs = places // len(items)
@@ -28,7 +28,7 @@ def in_epochs(items: Int[np.ndarray, " n"], step: int, seed: int, batch_size: in
 
 
 def one_of_each_in_turn(chosen: Int[np.ndarray, " m"], labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
-    """The same items, one of each class in turn, so that any first few are balanced."""
+    """The same items reordered, one of each class in turn, so that every prefix is balanced."""
     rank: Counter[int] = Counter()
     ranks = []
     for label in labels[chosen].tolist():
@@ -38,9 +38,9 @@ def one_of_each_in_turn(chosen: Int[np.ndarray, " m"], labels: Int[np.ndarray, "
 
 
 def held_out_groups(sizes: Mapping[str, int], share: float, seed: int) -> set[str]:
-    """Groups to hold out: in an order drawn from `seed`, while that brings their size closer to the share.
+    """Choose groups to hold out, in an order drawn from `seed`, as long as that brings their size closer to the share.
 
-    At least one group and, with a share of up to a half, never all of two or more.
+    Holds out at least one group and, for a share of up to a half, never all of two or more.
     """
     groups = list(sizes)
     wanted = share * sum(sizes.values())
@@ -55,6 +55,6 @@ def held_out_groups(sizes: Mapping[str, int], share: float, seed: int) -> set[st
 
 
 def spread(count: int, kept: int) -> Int[np.ndarray, " k"]:
-    """At most `kept` of `count` numbers, evenly spread."""
+    """At most `kept` of the numbers 0 to `count` - 1, evenly spread."""
     kept = min(count, kept)
     return np.arange(kept) * count // max(kept, 1)

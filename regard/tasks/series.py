@@ -1,4 +1,4 @@
-"""Time series from a table: regular times, gaps and duplicates found, one series a group."""
+"""Time series from a table: find the interval, gaps and duplicates; one series per group."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SECONDS = {"minute": 60, "hour": 3600, "day": 86400, "week": 604800}
 
 @dataclass(frozen=True)
 class Interval:
-    """Distance between two times of a series: seconds, or calendar months."""
+    """Distance between consecutive times of a series: in seconds, or in calendar months."""
 
     count: int
     months: bool = False
@@ -36,7 +36,7 @@ class Interval:
 
     @property
     def season(self) -> int:
-        """Points of a day; of a week for daily data, of a year for weeks and months; 1 when none of these fits."""
+        """Points per day; per week for daily data, per year for weeks and months; 1 when none of these fits."""
         if self.months:
             return max(12 // self.count, 1)
         for seconds in (_SECONDS["day"], _SECONDS["week"], 52 * _SECONDS["week"]):
@@ -47,13 +47,13 @@ class Interval:
 
 @dataclass(frozen=True)
 class Series:
-    """One series at regular times.
+    """One series, at regular times.
 
     Attributes:
-        name: of its group, "" without groups.
+        name: name of its group; "" without groups.
         times: datetime64[s], one interval apart.
-        values: the columns asked for, gaps filled with the value before.
-        known: where the first column was measured, False where it was filled.
+        values: the columns asked for, with gaps filled by the previous value.
+        known: True where the first column was measured, False where it was filled.
     """
 
     name: str
@@ -65,13 +65,13 @@ class Series:
 def read_series(
     table: Table, time: str, columns: list[str], groups: str | None, options: list[str]
 ) -> tuple[list[Series], Interval, list[str]]:
-    """The series of a table, the interval they share, and notes on what was sorted or filled.
+    """Read the series of a table; returns them, their common interval, and notes on what was sorted or filled.
 
     Args:
-        time: column of the times.
+        time: column with the times.
         columns: columns of numbers; the first is the one to predict.
-        groups: column that says which series a row belongs to.
-        options: of the task that named each of `columns`.
+        groups: column that says to which series a row belongs.
+        options: for each of `columns`, the task option that named it.
 
     Raises:
         Unsupported: for a time that occurs twice in a series, for times that are not an interval apart, and for more
@@ -134,7 +134,7 @@ def read_series(
 
 
 def calendar(times: np.ndarray, interval: Interval, *, years: bool) -> tuple[Float[np.ndarray, "n f"], list[str]]:
-    """Sine and cosine of the hour, the weekday and, with `years`, the day of the year, where the interval resolves them."""
+    """Sine and cosine of hour, weekday and, with `years`, day of the year, where the interval resolves them."""
     seconds = times.astype("datetime64[s]").astype(np.int64)
     found: list[np.ndarray] = []
     names = []
@@ -168,7 +168,7 @@ def _refuse_twice(table: Table, times: Any, order: Any, name: str, time: str, gr
 
 
 def _interval(steps: np.ndarray, times: np.ndarray) -> Interval:
-    """The commonest distance; months when all times are at the same moment of theirs."""
+    """The commonest distance; in months if every time is at the same moment of its month."""
     moments = times - times.astype("datetime64[M]").astype("datetime64[s]")
     seconds, counts = np.unique(steps.astype(np.int64), return_counts=True)
     commonest = int(seconds[counts.argmax()])
@@ -179,7 +179,7 @@ def _interval(steps: np.ndarray, times: np.ndarray) -> Interval:
 
 
 def _grid(times: np.ndarray, interval: Interval, table: Table, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Regular times from the first to the last, and which of them the given times are."""
+    """Regular times from the first to the last, and which of them are given."""
     first = times[0]
     if interval.months:
         months = times.astype("datetime64[M]")
@@ -210,7 +210,7 @@ def _grid(times: np.ndarray, interval: Interval, table: Table, rows: np.ndarray)
 
 
 def _fill(values: np.ndarray) -> np.ndarray:
-    """With the last value before; leading gaps with the first value."""
+    """Fill gaps with the previous value; leading gaps with the first value."""
     rows = np.arange(len(values))[:, None]
     before = np.maximum.accumulate(np.where(np.isnan(values), -1, rows), axis=0)
     first = (~np.isnan(values)).argmax(axis=0)

@@ -1,4 +1,4 @@
-"""Solid shapes to sample points of: superquadrics put together, and meshes of files."""
+"""Solid shapes from which points are sampled: combined superquadrics, and meshes from files."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ MOST_PARTS = 4
 
 
 def superquadrics(rng: np.random.Generator, points: int) -> Float[np.ndarray, "n 3"]:
-    """Points on the surface of two to four superquadrics (Barr, 1981), drawn with their places, turned as one.
+    """Points on the surface of two to four superquadrics (Barr, 1981) at random positions, rotated as one shape.
 
-    A point lies where a drawn direction leaves a part; what is inside of another part is left out.
+    A point is where a random direction leaves a part; points inside another part are left out.
     """
     parts = int(rng.integers(2, MOST_PARTS + 1))
     size = rng.uniform(0.15, 0.6, (parts, 3))
@@ -45,7 +45,7 @@ def superquadrics(rng: np.random.Generator, points: int) -> Float[np.ndarray, "n
 def _inside(
     x: Float[np.ndarray, "n 3"], size: Float[np.ndarray, "*n 3"], squareness: Float[np.ndarray, "*n 2"]
 ) -> Float[np.ndarray, " n"]:
-    """Below 1 inside of a superquadric, above 1 outside."""
+    """Below 1 inside a superquadric, above 1 outside."""
     e1, e2 = squareness[..., 0], squareness[..., 1]
     a = np.abs(x / size) + 1e-9
     flat = (a[:, 0] ** (2 / e2) + a[:, 1] ** (2 / e2)) ** (e2 / e1)
@@ -54,10 +54,10 @@ def _inside(
 
 
 def read_mesh(path: Path) -> Float[np.ndarray, "f 3 3"]:
-    """The triangles of an OBJ or binary STL file.
+    """Read the triangles of an OBJ or binary STL file.
 
     Raises:
-        Unsupported: for a file that is neither, or has no triangles.
+        Unsupported: for other files, and files without triangles.
     """
     try:
         triangles = _read_obj(path) if path.suffix.lower() == ".obj" else _read_stl(path)
@@ -96,7 +96,7 @@ def _read_stl(path: Path) -> np.ndarray:
 
 
 def on_mesh(triangles: Float[np.ndarray, "f 3 3"], rng: np.random.Generator, points: int) -> Float[np.ndarray, "n 3"]:
-    """Points on triangles, equally many on equal areas."""
+    """Sample points on triangles, uniformly by area."""
     a, b, c = triangles[:, 0], triangles[:, 1], triangles[:, 2]
     area = np.linalg.norm(np.cross(b - a, c - a), axis=1)
     if not area.sum() > 0:

@@ -1,4 +1,4 @@
-"""Speech: the spectrum of spoken digits from their words."""
+"""Speech: the spectrum of spoken digits, given their words."""
 
 from __future__ import annotations
 
@@ -32,26 +32,28 @@ LETTERS = " " + "".join(sorted(set("".join(WORDS))))
 LONGEST = max(map(len, WORDS))
 CEPSTRA = 13
 DECIBELS = 5 / math.log(10) * math.sqrt(2)
-"""Of a distance of cepstral coefficients of logarithms of energies."""
+"""Factor from a distance between cepstral coefficients of log energies to dB."""
 HELD_OUT = 0.1
 
 
 class SpeechTask(Task):
-    """Give the log-mel frames of some digits, all at once, from their words and the speaker (as FastSpeech 2, arXiv 2006.04558).
+    """Predict the log-mel frames of spoken digits, all at once, from their words and the speaker (as FastSpeech 2,
+    arXiv 2006.04558).
 
-    The memory is the text, a row of zeros and a one for each character and last for the speaker; the inputs are the place of
-    each frame: in the longest sound, in this one, and how long this one is, which is known. Frames are standardised by those
-    of training. Held out are a tenth of the pairs of digits and speaker, and, of recordings, every tenth take. Scored in
-    MCD: the distance of 13 cepstral coefficients in dB, along the best alignment, for each frame made; MSD, the same of the
-    log-mel bands as root of the mean square, is told beside it. The baseline is the mean frame.
+    The memory is the text: a one-hot row for each character and a last one for the speaker. The inputs locate each
+    frame: in the longest sound, in this sound, and the length of this sound, which is given. Frames are standardised by
+    the training frames. A tenth of the combinations of digits and speaker is held out and, for recordings, every tenth
+    take. The score is MCD: the distance between 13 cepstral coefficients in dB, along the best alignment, per generated
+    frame. MSD, the same distance for log-mel bands, as a root mean square, is reported too. The baseline is the mean
+    frame.
 
     Args:
-        data: a folder of recordings named DIGIT_SPEAKER_TAKE.wav (the free spoken digit dataset); four voices of espeak-ng
-            when None.
-        length: frames of the longest sound, 8 ms each, 16 to 4096; what is longer is cut.
-        digits: most digits of an item, 2 to 8; one less at least.
-        evaluation_items: held-out items, 1 to 65536.
-        seed: of the split.
+        data: a folder of recordings named DIGIT_SPEAKER_TAKE.wav (the free spoken digit dataset); None for four voices
+            of espeak-ng.
+        length: frames of the longest sound, 8 ms each, 16 to 4096; longer sounds are cut.
+        digits: largest number of digits per item, 2 to 8; items have this number or one less.
+        evaluation_items: number of held-out items, 1 to 65536.
+        seed: seed of the split.
     """
 
     name = "speech"
@@ -134,7 +136,7 @@ class SpeechTask(Task):
         )
 
     def _phrase(self, draws: np.random.Generator, *, held_out: bool) -> tuple[int, ...]:
-        """A speaker and digits."""
+        """Draw a speaker and digits."""
         while True:
             count = int(draws.integers(self.digits - 1, self.digits + 1))
             phrase = int(draws.integers(len(self._speakers))), *draws.integers(0, 10, count).tolist()
@@ -163,7 +165,7 @@ class SpeechTask(Task):
         return Batch(inputs, targets, valid, memory=memory, memory_valid=memory_valid)
 
     def _take(self, digit: int, speaker: int, draws: np.random.Generator | None) -> Tensor:
-        """A take; every tenth is held out, where there are so many."""
+        """A recording of a digit; every tenth take is held out if there are that many."""
         takes = self._takes[digit, self._speakers[speaker]]
         scored = takes[::10]
         if draws is None:
@@ -172,7 +174,7 @@ class SpeechTask(Task):
         return training[int(draws.integers(len(training)))]
 
     def _pairs(self, output: Tensor, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-        """What was made and what was said, without padding, as log-mel frames."""
+        """Predicted and target log-mel frames of each item, without padding."""
         for made, said in zip(output.double(), batch.targets.double(), strict=True):
             frames = int((~said[:, 0].isnan()).sum())
             deviation, mean = self._deviation.double(), self._mean.double()
@@ -192,10 +194,10 @@ def _warped(made: Tensor, said: Tensor) -> float:
 
 
 def warped_distance(distance: np.ndarray) -> float:
-    """The least sum of distances (n, m) along a path from the first pair to the last that goes on in one or both by one
-    (dynamic time warping), one diagonal at a time."""
+    """The smallest sum of distances (n, m) along a path from the first pair to the last that advances by one in either
+    or both (dynamic time warping), computed one diagonal at a time."""
     n, m = distance.shape
-    before = last = np.full(n + 1, np.inf)  # sums on the two diagonals before, by row + 1
+    before = last = np.full(n + 1, np.inf)  # sums on the two previous diagonals, by row + 1
     for diagonal in range(n + m - 1):
         rows = np.arange(max(0, diagonal - m + 1), min(n, diagonal + 1))
         best = np.minimum(np.minimum(last[rows], last[rows + 1]), before[rows]) if diagonal else np.zeros(1)

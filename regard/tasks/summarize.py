@@ -1,4 +1,4 @@
-"""Summarising: Python functions to the first line of their documentation, or pairs of one's own."""
+"""Summarising: Python functions to the first line of their docstrings, or your own pairs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _FEWEST_WORDS = 3
 class SummarizeTask(TextPairsTask):
     """Write the first line of a function's docstring from its source: Python's standard library, split by module.
 
-    The docstring is taken out of the source. No package is needed, and the pairs differ between versions of Python, so
-    scores compare within one installation only. Scored in ROUGE-L (Lin, "ROUGE: a package for automatic evaluation of
-    summaries", 2004), the F1 of the longest common subsequence of words.
+    The docstring is removed from the source. No package is needed, but the pairs differ between Python versions, so
+    scores are comparable only within one installation. Scored in ROUGE-L (Lin, "ROUGE: a package for automatic
+    evaluation of summaries", 2004), the F1 of the longest common subsequence of words.
 
     Args:
-        data: JSON lines with two fields, or a table with two columns (tab-separated text needs no names); functions of
-            the standard library when None.
+        data: JSON lines with two fields, or a table with two columns (tab-separated text needs no names); None for
+            functions of the standard library.
         validation, source, target, tokenizer, length, source_length, held_out, evaluation_items, seed: as in
             :class:`regard.tasks.paraphrase.ParaphraseTask`.
     """
@@ -55,10 +55,10 @@ class SummarizeTask(TextPairsTask):
 
 
 def functions(document: Document) -> Iterator[Pair]:
-    """Functions of a module with the first line of their docstring, three words or more; none if it does not parse."""
+    """Functions of a module with the first line of their docstring (three words or more); none if it does not parse."""
     text = document.text.decode()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old sources have escapes that newer Pythons warn of
+        warnings.simplefilter("ignore")  # old sources have escapes that newer Pythons warn about
         try:
             tree = ast.parse(text)
         except (SyntaxError, ValueError):
@@ -79,7 +79,7 @@ def functions(document: Document) -> Iterator[Pair]:
 
 
 def rouge_words(text: str) -> list[str]:
-    """Words in lower case: letters and digits, as ROUGE counts them."""
+    """Lower-case words, made of letters and digits as in ROUGE."""
     return re.findall(r"[^\W_]+", text.lower())
 
 
@@ -95,7 +95,7 @@ def rouge_l(generated: str, reference: str) -> float:
 
 
 def rouge_n(generated: str, reference: str, n: int) -> float:
-    """F1 of the runs of n words, each as often as it occurs, 0 to 100; 0 when either has none."""
+    """F1 of the n-grams, each counted as often as it occurs, 0 to 100; 0 when either text has none."""
     one, other = (
         Counter(zip(*(words[i:] for i in range(n)), strict=False))
         for words in (rouge_words(generated), rouge_words(reference))

@@ -1,4 +1,4 @@
-"""Reading a user's table (CSV, TSV, JSON, Parquet), and saying plainly what is wrong with it and on which line."""
+"""Read a user's table (CSV, TSV, JSON, Parquet), and report clearly what is wrong with it and on which line."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class Table:
     """Rows of named columns.
 
     Attributes:
-        columns: cells of each column: text from a delimited file; whatever the file holds from the others; None where a
-            record has no such field.
-        places: where each row is, as in ``demand.csv, line 5``.
-        notes: what was left out or assumed.
-        name: of the file or files.
+        columns: cells of each column: text from delimited files, otherwise whatever the file holds; None where a record
+            lacks the field.
+        places: location of each row, such as ``demand.csv, line 5``.
+        notes: notes on what was left out or assumed.
+        name: name of the file or files.
     """
 
     columns: dict[str, Sequence[Any]]
@@ -62,10 +62,10 @@ class Table:
         return len(self.places)
 
     def column(self, name: Any, option: str) -> Sequence[Any]:
-        """Cells of a column; refuses a name that is not there with the nearest one.
+        """Cells of a column; raises Unsupported, with the nearest name, if there is no such column.
 
         Args:
-            option: of the task that named the column.
+            option: task option that named the column.
         """
         if str(name) not in self.columns:
             near = closest(str(name), self.columns)
@@ -78,18 +78,18 @@ class Table:
         return self.columns[str(name)]
 
     def is_named(self, column: str) -> bool:
-        """Whether a column's name is no number or time, as a cell would be where the first line is data."""
+        """Return whether a column's name is not a number or time, as it would be if the first line held data."""
         return _number(column) is None and _time(column) is None
 
     def left_out(self, kept: Sequence[bool], lacking: str) -> list[str]:
-        """A note on the rows that are not kept, if any, for lack of something."""
+        """A note on the rows that are not kept because they lack something; empty if all are kept."""
         if all(kept):
             return []
         count, first = len(kept) - sum(kept), self.places[list(kept).index(False)]
         return [f"{self.name}: {count} rows without {lacking} left out, the first: {first}"]
 
     def numbers(self, name: Any, option: str) -> Float[np.ndarray, " n"]:
-        """A column of numbers, nan where a cell is empty; refuses text and infinities with their line."""
+        """A column of numbers, nan where a cell is empty; refuses text and infinities, naming the line."""
         cells = self.column(name, option)
         found = np.empty(len(cells))
         for i, cell in enumerate(cells):
@@ -105,7 +105,7 @@ class Table:
         return found
 
     def texts(self, name: Any, option: str) -> list[str]:
-        """A column of text, "" where a cell is empty; numbers as they are written; refuses anything else."""
+        """A column of text, "" where a cell is empty; numbers as they are written. Refuses anything else."""
         cells = self.column(name, option)
         found = []
         for i, cell in enumerate(cells):
@@ -125,8 +125,8 @@ class Table:
     def times(self, name: Any, option: str) -> np.ndarray:
         """A column of times as ``datetime64[s]``; those with a zone are converted to UTC.
 
-        Accepts ISO 8601 (with ``/`` between year, month and day too, and months without a day), seconds or milliseconds
-        since 1970, and dates such as 31/12/2024 or 12/31/2024 where the column tells which is the day.
+        Accepts ISO 8601 (also with ``/`` between year, month and day, and months without a day), seconds or
+        milliseconds since 1970, and dates such as 31/12/2024 or 12/31/2024 if the column shows which number is the day.
         """
         cells = year_first(self.column(name, option))
         found = np.empty(len(cells), dtype="datetime64[s]")
@@ -149,7 +149,7 @@ class Table:
         return found
 
     def numeric_columns(self) -> list[str]:
-        """Names of the columns whose cells are mostly numbers, empty ones aside: :meth:`numbers` says which are not."""
+        """Names of the columns whose non-empty cells are mostly numbers; :meth:`numbers` reports the others."""
         found = []
         for name, cells in self.columns.items():
             numbers = [number for number in map(_number, cells) if number is None or number == number]
@@ -158,7 +158,7 @@ class Table:
         return found
 
     def time_columns(self) -> list[str]:
-        """Names of the columns whose cells are mostly dates and times, seconds since 1970 aside."""
+        """Names of the columns whose cells are mostly dates and times, not counting seconds since 1970."""
         return [
             name
             for name, cells in self.columns.items()
@@ -167,19 +167,19 @@ class Table:
 
 
 def read_table(data: Paths, *, names: tuple[str, ...] = ()) -> Table:
-    """The table of a file, or of several with the same columns, one after another.
+    """Read the table in a file, or in several files with the same columns, concatenated.
 
-    Delimited text is UTF-8, with or without a byte order mark, and its first line names the columns; the delimiter
-    (comma, tab, semicolon or bar) is found. Blank lines are skipped.
+    Delimited text is UTF-8, with or without a byte order mark; its first line names the columns, and the delimiter
+    (comma, tab, semicolon or bar) is detected. Blank lines are skipped.
 
     Args:
-        data: a file or a list of files; what ends in .json, .jsonl, .ndjson, .parquet or .pq is read as such, the rest as
+        data: a file or a list of files; .json, .jsonl, .ndjson, .parquet and .pq files are read as such, others as
             delimited text.
-        names: columns of delimited text without a first line of names: used when it has as many columns as these and
-            none of these names in its first line.
+        names: names for columns of delimited text without a header: used if the first line has as many columns and none
+            of these names.
 
     Raises:
-        Unsupported: for what is missing, empty, broken or not a table, with the line where there is one.
+        Unsupported: for data that are missing, empty, broken or not a table, naming the line where possible.
     """
     paths = [data] if isinstance(data, str | Path) else list(data) if isinstance(data, Sequence) else [data]
     for path in paths:
@@ -274,7 +274,7 @@ def _read_delimited(path: Path, text: str, names: tuple[str, ...]) -> Table:
     try:
         rows = list(_rows(path, text, delimiter, csv.QUOTE_MINIMAL))
     except Unsupported:
-        # Parallel text is often tab-separated with quotation marks that mean themselves.
+        # Parallel text is often tab-separated, with quotation marks that are part of the text.
         if delimiter != "\t":
             raise
         rows = list(_rows(path, text, delimiter, csv.QUOTE_NONE))
@@ -295,7 +295,7 @@ def _read_delimited(path: Path, text: str, names: tuple[str, ...]) -> Table:
 
 
 def _rows(path: Path, text: str, delimiter: str, quoting: int) -> Iterator[tuple[int, list[str]]]:
-    """Number of its first line and cells of each row, all as wide as the first."""
+    """Line number and cells of each row; all rows have as many cells as the first."""
     before = csv.field_size_limit(_LONGEST_FIELD)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
     line, width = 1, 0
@@ -318,7 +318,7 @@ def _rows(path: Path, text: str, delimiter: str, quoting: int) -> Iterator[tuple
 
 
 def _find_delimiter(text: str) -> str:
-    """The delimiter with which the first lines have the most columns, the same number on each."""
+    """The delimiter that gives the first lines the most columns, equally many on each line."""
     sample = text[:_SNIFFED]
     if len(text) > _SNIFFED:
         sample = sample[: sample.rfind("\n") + 1] or sample
@@ -375,7 +375,7 @@ def _read_parquet(path: Path) -> Table:
 
 
 def _number(cell: Any) -> float | None:
-    """nan for an empty cell, None for what is no finite number in float32."""
+    """A cell's number; nan for an empty cell, None for anything that is not a finite float32 number."""
     if cell is None:
         return np.nan
     if isinstance(cell, str):
@@ -393,9 +393,10 @@ def _number(cell: Any) -> float | None:
 
 
 def year_first(cells: Sequence[Any]) -> Sequence[Any]:
-    """A column's dates such as 31/12/2024 as 2024-12-31; as they are where it does not tell which is the day.
+    """Rewrite a column's dates such as 31/12/2024 as 2024-12-31, unless the column does not show which is the day.
 
-    With points the day is first; else it is what is above 12 somewhere, if the other never is.
+    In dates with full stops the day is first; otherwise the day is the number that exceeds 12 somewhere, if the other
+    never does.
     """
     parts = [_YEAR_LAST.match(cell) if isinstance(cell, str) else None for cell in cells]
     dates = [part for part in parts if part is not None]
@@ -412,7 +413,7 @@ def year_first(cells: Sequence[Any]) -> Sequence[Any]:
 
 
 def _time(cell: Any) -> datetime | None:
-    """A time with a zone in UTC, one without as it is; None for what is no time, or none between the years 1 and 9999."""
+    """A cell's time, in UTC if it has a time zone; None for anything else, and outside the years 1 to 9999."""
     time = _local_time(cell)
     try:
         return time if time is None or time.tzinfo is None else time.astimezone(UTC)

@@ -1,4 +1,4 @@
-"""Language modelling on the user's text."""
+"""Language modelling on a user's text."""
 
 from __future__ import annotations
 
@@ -38,24 +38,23 @@ if TYPE_CHECKING:
 
 
 class TextTask(Task):
-    """Predict the next token of text; scored in bits per byte, which compares across tokenizers.
+    """Predict the next token of text; scored in bits per byte, which is comparable across tokenizers.
 
-    Documents are split once, by document: no held-out document is ever trained on, and repeated ones count once. What
-    share of the held-out text stands in the training documents too is measured and said. Training windows start
-    anywhere in the training documents, laid end to end; held-out windows are evenly spread over the held-out documents,
-    and no token is predicted twice.
+    The split is by document: no held-out document is ever trained on, and duplicates count once. The share of the
+    held-out text that also occurs in training documents is measured and reported. Training windows start anywhere in
+    the concatenated training documents; held-out windows are evenly spread over the held-out documents, and no token is
+    predicted twice.
 
     Args:
-        data: a text file, a folder, JSON lines or a list of them (see :mod:`regard.tasks.documents`); the sources of
-            Python's standard library when None.
-        validation: held-out data, given explicitly in the same ways; documents that it shares with `data` are not trained
-            on.
+        data: a text file, a folder, JSON lines or a list of them (see :mod:`regard.tasks.documents`); None for the
+            sources of Python's standard library.
+        validation: held-out data in the same forms; documents that also occur in `data` are not trained on.
         tokenizer: ``bytes``, ``bpe:SIZE`` (trained on the training documents) or a saved ``.json``.
-        length: tokens of a window, 1 to 1048576.
-        field: of JSON lines that holds the text.
-        held_out: share of the bytes held out when there is no `validation`, 0.01 to 0.5.
-        evaluation_items: most held-out windows, 1 to 65536.
-        seed: of the split.
+        length: tokens per window, 1 to 1048576.
+        field: field of JSON lines that holds the text.
+        held_out: fraction of the bytes held out when there is no `validation`, 0.01 to 0.5.
+        evaluation_items: largest number of held-out windows, 1 to 65536.
+        seed: seed of the split.
     """
 
     name = "text"
@@ -117,7 +116,7 @@ class TextTask(Task):
             yield self._windows(self._held_out, self._starts[rows])
 
     def score(self, logits: Float[Tensor, "b n v"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-        """Bits spent and bytes predicted, of each window."""
+        """Bits spent and bytes predicted, for each window."""
         return bits_per_byte(logits, batch, self.tokenizer.token_bytes)
 
     def describe(self) -> str:
@@ -167,11 +166,11 @@ class TextTask(Task):
 
 
 def split(documents: list[Document], share: float, seed: int) -> tuple[list[Document], list[Document], str]:
-    """Training documents, held-out documents, and the rule in words.
+    """Split documents; returns the training documents, the held-out documents, and the rule in words.
 
-    Documents in an order drawn from `seed` are held out while that brings the held-out bytes closer to their share; if
-    that leaves less than a quarter of it, the smallest document of at least that size is held out instead. A document
-    with more than half of all bytes cannot go to one side: its last part, from a blank line on, is what is held out.
+    Documents are held out in an order drawn from `seed` as long as that brings the held-out bytes closer to their
+    share; if the result is less than a quarter of the share, the smallest document of at least that size is held out
+    instead. A document with more than half of all bytes is cut: its last part, from a blank line on, is held out.
     Training documents keep the drawn order.
     """
     order = counter_generator(seed, 0, SPLIT).permutation(len(documents))
@@ -201,7 +200,7 @@ def split(documents: list[Document], share: float, seed: int) -> tuple[list[Docu
 
 
 def _border(text: bytes, near: int) -> int:
-    """Where to cut `text`: after the blank line closest to `near`, else after a newline, else between characters."""
+    """The cut in `text`: after the blank line closest to `near`, else after a newline, else between characters."""
     reach = max(1, len(text) // 20)
     low, high = max(1, near - reach), min(len(text) - 1, near + reach)
     for mark in (b"\n\n", b"\n"):

@@ -1,4 +1,4 @@
-"""Classifying measured series: sktime's packaged sets, or one's own files."""
+"""Classify measured series: sktime's packaged data sets, or your own files."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 LONGEST = 1 << 11
-"""Most steps of a series where no length is given."""
+"""Default limit on the number of steps per series."""
 CENTROID_LENGTH = 128
-"""Most steps of the centroids."""
+"""Largest number of steps of the centroids."""
 
 
 class TimeSeriesTask(Task):
-    """Tell the class of a series of measurements (as in arXiv 2405.13956, section 4.4; the UEA and UCR archives).
+    """Classify a series of measurements (as in arXiv 2405.13956, section 4.4; the UEA and UCR archives).
 
-    A token is one step with the values of all channels, standardised by the training series. Missing values are those
-    before; series longer than `length` are resampled to it. The baseline is the class of the nearest mean series, after all
-    have been resampled to one length.
+    A token is one step with the values of all channels, standardised by the training series. Missing values are
+    replaced by the previous ones; series longer than `length` are resampled to it. The baseline is the class of the
+    nearest mean series, after resampling all series to one length.
 
     Args:
-        data: one of `SETS` of sktime's package, as ``JapaneseVowels``, split as it comes; or files in the archives' format
-            (``.ts``).
-        validation: files to hold out; what they share with `data` is not trained on.
-        length: most steps of a series, 2 to 65536; those of the longest when None, but at most 2048.
-        held_out: share of each class held out where there is no `validation`, 0.01 to 0.5.
-        evaluation_items: most held-out series that are scored, 1 to 65536.
-        seed: of the split, and of which held-out series are scored.
+        data: one of the data sets `SETS` in sktime's package, such as ``JapaneseVowels``, with its own split; or files
+            in the archives' format (``.ts``).
+        validation: files to hold out; series that also occur in `data` are not trained on.
+        length: largest number of steps per series, 2 to 65536; None for that of the longest series, at most 2048.
+        held_out: share of each class to hold out when there is no `validation`, 0.01 to 0.5.
+        evaluation_items: largest number of held-out series that are scored, 1 to 65536.
+        seed: seed of the split, and of the choice of the held-out series that are scored.
     """
 
     name = "time_series"
@@ -122,7 +122,7 @@ class TimeSeriesTask(Task):
         return list(first.values())
 
     def _split(self, items: list[Measured], share: float) -> tuple[list[Measured], list[Measured]]:
-        """The same share of each class."""
+        """Split series with the same share of each class."""
         held_out: set[int] = set()
         for number, label in enumerate(sorted({item.label for item in items})):
             members = [i for i, item in enumerate(items) if item.label == label]
@@ -139,7 +139,7 @@ class TimeSeriesTask(Task):
     def _apart(
         self, training: list[Measured], held_out: list[Measured], validation: Paths | None = None
     ) -> tuple[list[Measured], list[Measured]]:
-        """Series that the held-out ones share with the training series are not trained on."""
+        """Remove training series that are also held out."""
         scored = self._distinct(held_out)
         taken = {item.values.tobytes() for item in scored}
         distinct = self._distinct(training)
@@ -200,7 +200,7 @@ class TimeSeriesTask(Task):
         )
 
     def _nearest_centroid(self) -> Int[np.ndarray, " k"]:
-        """The class of the nearest mean of the training series, for each series that is scored."""
+        """The class of the nearest class mean of the training series, for each scored series."""
         steps = min(self.length, CENTROID_LENGTH)
         training = np.stack([resampled(one, steps) for one in self._training])
         means = np.stack([training[self._training_labels == label].mean(0) for label in range(self.num_classes)])
@@ -219,14 +219,14 @@ class TimeSeriesTask(Task):
 
 
 def filled(values: Float[np.ndarray, "n c"], otherwise: Float[np.ndarray, " c"]) -> Float[np.ndarray, "n c"]:
-    """With the value before in the place of each that is missing; `otherwise` where there is none before."""
+    """Replace missing values by the previous ones, or by `otherwise` if there are none before."""
     known = ~np.isnan(values)
     last = np.maximum.accumulate(np.where(known, np.arange(len(values))[:, None], -1), 0)
     return np.where(last < 0, otherwise, np.take_along_axis(values, np.maximum(last, 0), 0))
 
 
 def resampled(values: Float[np.ndarray, "n c"], steps: int) -> Float[np.ndarray, "s c"]:
-    """At so many places, evenly spread from the first value to the last, by lines between neighbours."""
+    """Resample to `steps` positions, evenly spread from the first value to the last, by linear interpolation."""
     places = np.linspace(0, len(values) - 1, steps)
     before = np.floor(places).astype(int)
     after, share = np.minimum(before + 1, len(values) - 1), (places - before)[:, None]

@@ -1,4 +1,4 @@
-"""From text to tokens: raw bytes, or byte-pair encoding (Sennrich et al., arXiv 1508.07909) trained on the spot."""
+"""Tokenizers: raw bytes, or byte-pair encoding (Sennrich et al., arXiv 1508.07909) trained on the data."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _SUPPORTED = f"bytes, bpe:SIZE with a size from {BYTES + 1} to {LARGEST}, or a t
 
 
 class Tokenizer(Protocol):
-    """A tokenizer, as the text task needs it.
+    """A tokenizer in the form that the text task needs.
 
     Attributes:
-        name: as in a report.
+        name: name for reports.
         vocab_size: number of tokens.
-        token_bytes: bytes that each token stands for, int64 (vocab_size,).
+        token_bytes: number of bytes that each token stands for, int64 (vocab_size,).
     """
 
     name: str
@@ -37,7 +37,7 @@ class Tokenizer(Protocol):
     token_bytes: Int[Tensor, " v"]
 
     def encode(self, texts: Sequence[bytes]) -> Int[np.ndarray, " n"]:
-        """Tokens of the texts, one after another, in the smallest dtype that holds them."""
+        """Tokens of the texts, concatenated, in the smallest dtype that holds them."""
         ...
 
     def encode_each(self, texts: Sequence[bytes]) -> list[Int[np.ndarray, " n"]]:
@@ -45,12 +45,12 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Text of some tokens; bytes that are not UTF-8 become replacement characters."""
+        """Decode tokens; bytes that are not UTF-8 become replacement characters."""
         ...
 
 
 class ByteTokenizer:
-    """Each byte is a token."""
+    """A tokenizer whose tokens are bytes."""
 
     name = "bytes"
     vocab_size = BYTES
@@ -69,22 +69,22 @@ class ByteTokenizer:
 
 
 class BpeTokenizer:
-    """Byte-level byte-pair encoding: every text can be encoded, and each token stands for a known number of bytes."""
+    """Byte-level byte-pair encoding: any text can be encoded, and each token stands for a known number of bytes."""
 
     def __init__(self, tokenizer: Any, name: str) -> None:
         self._tokenizer = tokenizer
         self.name = name
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self._dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.int32
-        # In the byte-level alphabet each character of a token is one byte.
+        # In the byte-level alphabet, each character of a token is one byte.
         lengths = [len(tokenizer.id_to_token(token)) for token in range(self.vocab_size)]
         self.token_bytes: Int[Tensor, " v"] = torch.tensor(lengths, dtype=torch.int64)
 
     @classmethod
     def train(cls, texts: Sequence[bytes], size: int) -> BpeTokenizer:
-        """Learn `size` tokens (fewer when the text has no more pairs to merge), the same ones in every process.
+        """Learn `size` tokens (fewer if the text has no more pairs to merge), the same in every process.
 
-        Of more than 16 MB of text, evenly spread parts of 16 MB in all are used.
+        If there is more than 16 MB of text, evenly spread parts of 16 MB in total are used.
         """
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -99,7 +99,7 @@ class BpeTokenizer:
 
     @classmethod
     def load(cls, path: Path) -> BpeTokenizer:
-        """A tokenizer saved by :meth:`save`, or any byte-level one in the format of the `tokenizers` library."""
+        """Load a tokenizer saved by :meth:`save`, or any byte-level one in the format of the `tokenizers` library."""
         from tokenizers import Tokenizer
 
         if not path.is_file():
@@ -108,10 +108,10 @@ class BpeTokenizer:
             )
         try:
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises no narrower class
+        except Exception as error:  # the library raises nothing narrower
             raise Unsupported(f"the tokenizer {path}, which cannot be loaded ({error})", supported=_SUPPORTED) from None
         alphabet = tokenizer.get_vocab(with_added_tokens=True)
-        # Normalisers, prefix spaces, templates and gaps in the numbering all break the count of bytes.
+        # Normalisers, prefix spaces, templates and gaps in the numbering would all make the byte counts wrong.
         probe = "a \n\u00e9\u4e2d  A"
         encoding = tokenizer.encode(probe)
         counted = sum(len(token) for token in encoding.tokens)
@@ -124,7 +124,7 @@ class BpeTokenizer:
         return cls(tokenizer, path.name)
 
     def save(self, path: Path | str) -> None:
-        """Write it as JSON."""
+        """Save the tokenizer as JSON."""
         self._tokenizer.save(str(path))
 
     def encode(self, texts: Sequence[bytes]) -> Int[np.ndarray, " n"]:
@@ -139,7 +139,7 @@ class BpeTokenizer:
 
 
 def create_tokenizer(spec: str, texts: Sequence[bytes]) -> ByteTokenizer | BpeTokenizer:
-    """A tokenizer from ``bytes``, ``bpe:SIZE`` (trained on `texts`) or a ``.json`` file."""
+    """Create a tokenizer from ``bytes``, ``bpe:SIZE`` (trained on `texts`) or a ``.json`` file."""
     if spec == "bytes":
         return ByteTokenizer()
     if str(spec).endswith(".json"):

@@ -1,9 +1,9 @@
-"""Series with classes in the files of the UEA and UCR archives (``.ts``), sktime's packaged ones among them.
+"""Labelled series in the file format of the UEA and UCR archives (``.ts``), including sktime's packaged data sets.
 
-Lines that begin with @ say what is in the file, those that begin with # are comments; after ``@data`` each line is a series:
-its channels with colons between them, each with commas between its values (? where one is missing), and its class last.
+Lines that begin with @ describe the file, lines that begin with # are comments. After ``@data`` each line is a series:
+its channels, separated by colons, each with values separated by commas (? where one is missing), and its class last.
 
-sktime (BSD-3) has some sets of these archives in its package, which is read where it lies and not imported.
+sktime (BSD-3) has some data sets of these archives in its package, which is read in place and not imported.
 """
 
 from __future__ import annotations
@@ -32,26 +32,27 @@ SETS = (
     "ACSF1",
     "PLAID",
 )
-"""Sets that sktime's package has, with a split of their own."""
+"""Data sets in sktime's package, with their own split."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One series: its values (n, channels), nan where one is missing, and its class."""
+    """A series: its values (n, channels), nan where one is missing, and its class."""
 
     values: Float[np.ndarray, "n c"]
     label: str
 
 
 def read_set(name: str, asked: str) -> tuple[list[Measured], list[Measured]]:
-    """The training and the test series of one of `SETS`; refuses with the command that installs the package."""
+    """Training and test series of one of `SETS`; raises Unsupported, saying how to install the package, if it is
+    missing."""
     folder = package_folder("sktime", asked, SKTIME) / "datasets" / "data" / name
     training, test = (read_ts(folder / f"{name}_{part}.ts") for part in ("TRAIN", "TEST"))
     return training, test
 
 
 def is_series_file(path: Path) -> bool:
-    """Whether a file is named as TypeScript is, too, but begins as those of the archives do."""
+    """Return whether a ``.ts`` file, which could also be TypeScript, begins like those of the archives."""
     if path.suffix.lower() != ".ts" or not path.is_file():
         return False
     with path.open("rb") as file:
@@ -60,10 +61,10 @@ def is_series_file(path: Path) -> bool:
 
 
 def read_ts(path: Path) -> list[Measured]:
-    """The series of a file.
+    """Read the series of a file.
 
     Raises:
-        Unsupported: for what is no such file, with the line that is wrong, and for series with times, without classes or
+        Unsupported: for files in another format, naming the line, and for series with timestamps, without classes or
             with channels of unequal length.
     """
     try:

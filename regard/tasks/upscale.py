@@ -1,4 +1,4 @@
-"""Super-resolution: a patch of a photo from a quarter of its width and height."""
+"""Super-resolution: restore a patch of a photo from a version a quarter as wide and high."""
 
 from __future__ import annotations
 
@@ -29,23 +29,24 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 SIDE_READ = 512
-"""Photos of a folder are read this large."""
+"""Size at which photos from a folder are read."""
 CHANNELS = 3
 
 
 class UpscaleTask(Task):
-    """Give each pixel of a square patch what its small picture lacks (as SR3 is trained to, Saharia et al., arXiv 2104.07636).
+    """Predict what a downscaled patch lacks at each pixel (as SR3 is trained to, Saharia et al., arXiv 2104.07636).
 
-    A token is a pixel: its three colours in the small picture, enlarged again (bicubic), and the output is what to add to
-    them. Scored in PSNR of the patch, in dB; SSIM is told beside it. The baseline is the enlarged picture itself.
+    A token is a pixel: its three colours in the downscaled patch, enlarged again (bicubic); the output is the
+    difference to add. Scored in PSNR of the patch, in dB; SSIM is reported too. The baseline is the enlarged patch
+    itself.
 
     Args:
-        data: a folder of photos, of which the last are held out; scikit-learn's two photos when None: china.jpg is trained
-            on, flower.jpg is held out.
-        size: pixels of a side of a patch, 12 to 256 (SSIM has windows of 11).
-        factor: how many times smaller the small picture is; a divisor of `size`.
-        evaluation_items: most held-out patches, 1 to 65536.
-        seed: of nothing but the interface: held-out patches are evenly spread.
+        data: a folder of photos, the last of which are held out; None for scikit-learn's two photos: china.jpg for
+            training, flower.jpg held out.
+        size: side of a patch in pixels, 12 to 256 (SSIM has windows of 11).
+        factor: downscaling factor; a divisor of `size`.
+        evaluation_items: largest number of held-out patches, 1 to 65536.
+        seed: unused, since held-out patches are evenly spread; accepted as by other tasks.
     """
 
     name = "upscale"
@@ -109,7 +110,7 @@ class UpscaleTask(Task):
             yield self._batch(self._held_out[rows])
 
     def score(self, logits: Float[Tensor, "b n 3"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-        """PSNR of each patch, in dB."""
+        """PSNR for each patch, in dB."""
         found, true = self._pictures(logits, batch)
         error = (found - true).square().mean((1, 2, 3)).clamp(min=1e-10)
         return -10 * error.log10(), torch.ones_like(error)
@@ -139,7 +140,7 @@ class UpscaleTask(Task):
         return Batch(inputs, targets, grid=self.grid)
 
     def _pictures(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What was made, and what was to be made, (B, 3, S, S) in float64."""
+        """Predicted and target patches, (B, 3, S, S) in float64."""
         rough = batch.inputs.double()
         made = (rough + output.double()).clamp(0, 1), rough + batch.targets.double()
         found, true = (x.mT.unflatten(-1, self.grid) for x in made)
@@ -149,7 +150,7 @@ class UpscaleTask(Task):
 def structural_similarity(
     one: Float[Tensor, "b c h w"], other: Float[Tensor, "b c h w"], *, window: int = 11, sigma: float = 1.5
 ) -> Float[Tensor, " b"]:
-    """SSIM of pictures from 0 to 1 (Wang et al., "Image quality assessment", 2004): Gaussian windows, without padding."""
+    """SSIM of images from 0 to 1 (Wang et al., "Image quality assessment", 2004): Gaussian windows, no padding."""
     places = torch.arange(window, dtype=one.dtype, device=one.device) - (window - 1) / 2
     line = torch.exp(-places.square() / (2 * sigma**2))
     line = line / line.sum()
@@ -169,14 +170,14 @@ def structural_similarity(
 
 
 def _tiles(photo: Tensor, size: int) -> Tensor:
-    """All whole patches of a photo (C, H, W) beside each other."""
+    """All complete, non-overlapping patches of a photo (C, H, W)."""
     rows, columns = (side // size for side in photo.shape[-2:])
     cut = photo[:, : rows * size, : columns * size]
     return cut.unflatten(1, (rows, size)).unflatten(-1, (columns, size)).permute(1, 3, 0, 2, 4).flatten(0, 1)
 
 
 def _photos(data: Paths | None) -> tuple[list[Tensor], list[Tensor], str]:
-    """Photos to train on and to hold out (3, H, W), from 0 to 1, and what they are."""
+    """Training and held-out photos (3, H, W), from 0 to 1, and a description."""
     if data is None:
         try:
             from sklearn.datasets import load_sample_image

@@ -1,4 +1,4 @@
-"""Spoken digits: said by espeak-ng, which the package espeakng-loader holds (GPL-3), or from a folder of recordings."""
+"""Spoken digits: synthesised by espeak-ng, from the package espeakng-loader (GPL-3), or from a folder of recordings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 RATE, HOP, WINDOW, MELS = 8000, 64, 256, 40
-"""Samples a second, samples from frame to frame and of a frame, bands."""
+"""Samples per second, samples between frames and per frame, number of mel bands."""
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 VOICES = ("en+m1", "en+m3", "en+f2", "en+f4")
 INSTALL = "pip install --no-deps espeakng-loader"
@@ -38,10 +38,11 @@ Takes = Mapping[tuple[int, str], list[Tensor]]
 
 @functools.cache
 def spoken_digits(folder: str | None) -> Takes:
-    """Ten digits by some speakers: four voices of espeak-ng, or the recordings of a folder.
+    """Ten digits by several speakers: four voices of espeak-ng, or the recordings in a folder.
 
     Args:
-        folder: of files named digit_speaker_take.wav, as the free spoken digit dataset has them; 16 bits, one channel.
+        folder: folder with files named digit_speaker_take.wav, as in the free spoken digit dataset; 16 bits, one
+            channel.
 
     Raises:
         Unsupported: without the package, and for folders that lack a digit of a speaker.
@@ -72,7 +73,7 @@ def spoken_digits(folder: str | None) -> Takes:
 
 
 def log_mel(samples: Float[Tensor, " n"], rate: int) -> Float[Tensor, "frames m"]:
-    """Natural logarithms of the energies in mel bands, silence at both ends cut off."""
+    """Natural logarithms of the mel band energies, with silence at both ends removed."""
     x = samples.double()
     count = round(len(x) * RATE / rate)
     if count != len(x):
@@ -89,7 +90,7 @@ def log_mel(samples: Float[Tensor, " n"], rate: int) -> Float[Tensor, "frames m"
 
 @functools.cache
 def _bands() -> Float[Tensor, "m f"]:
-    """Triangles that are evenly spread on the mel scale."""
+    """Triangular filters, evenly spread on the mel scale."""
     frequencies = torch.linspace(0, RATE / 2, WINDOW // 2 + 1, dtype=torch.float64)
 
     def mel(hertz: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ def _read_wave(path: Path) -> tuple[Tensor, int]:
 
 
 def _said() -> list[tuple[int, str, Tensor, int]]:
-    """Digits said by espeak-ng: digit, voice, samples, samples a second."""
+    """Digits synthesised by espeak-ng: digit, voice, samples, samples per second."""
     if importlib.util.find_spec("espeakng_loader") is None:
         raise Unsupported(
             "speech without the package espeakng-loader, which says the digits",

@@ -8,18 +8,18 @@ Importing this module registers
       import regard.integrations.transformers
       model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="regard:softmax")
 
-- ``regard:swapped``, through which models that :func:`regard.swap` has changed attend. Their config says what is in each
-  module, so that ``save_pretrained`` and ``from_pretrained`` keep it; without this import transformers refuses to load
-  them. For that, ``post_init`` of its models is extended: it puts back what the config says.
+- ``regard:swapped``, through which models changed by :func:`regard.swap` attend. Their config records the mechanism of
+  each module, so that ``save_pretrained`` and ``from_pretrained`` keep it: the import extends ``post_init`` of
+  transformers' models to restore what the config records. Without this import transformers refuses to load them;
 - :class:`GrowingCache`, a cache for ``generate`` that does not copy all keys and values at each token;
-- :func:`fuse_layers`, decoding in fewer and faster calls;
-- :class:`RegardQuantizer`, with which transformers' own ``from_pretrained`` reads the codes that `regard compress` writes::
+- :func:`fuse_layers`, for decoding in fewer and faster calls;
+- :class:`RegardQuantizer`, which lets transformers' own ``from_pretrained`` read the codes that `regard compress` writes::
 
       import regard.integrations.transformers
       model = AutoModelForCausalLM.from_pretrained("small/")
 
-- :class:`RegardConfig` and :class:`RegardForCausalLM` with the ``Auto`` classes: a language model of regard that passes
-  ``generate`` with its state, and saves and loads as others do.
+- :class:`RegardConfig` and :class:`RegardForCausalLM` with the ``Auto`` classes: a language model of regard that
+  works with ``generate``, keeping its state, and is saved and loaded like any other.
 
 Needs the extra ``hf``. Importing regard itself never imports transformers.
 """
@@ -74,10 +74,11 @@ from regard.integrations.transformers.quantized import RegardQuantizationConfig,
 
 
 def causal_or_mask(*sizes: Any, allow_is_causal_skip: bool = True, **given: Any) -> torch.Tensor | None:
-    """transformers' mask for the attention of PyTorch; none where plain causality is meant, while a model is compiled too.
+    """transformers' mask for PyTorch's attention, or None where plain causality is enough, also during compilation.
 
-    There a mask is made of what no mask is needed for (transformers with PyTorch before 2.14), and mechanisms cannot look into
-    it to see that it is nothing but causality. Theirs is right for more keys than queries, so that nothing is lost.
+    During compilation, transformers (with PyTorch before 2.14) builds a mask even where none is needed, and mechanisms
+    cannot inspect it to see that it is only causal. Its own mask is kept for more keys than queries, so nothing is
+    lost.
     """
     whole = allow_is_causal_skip and given.get("attention_mask") is None and given.get("local_size") is None
     if whole and torch.compiler.is_compiling() and not sizes and given["q_length"] == given["kv_length"]:
@@ -87,7 +88,7 @@ def causal_or_mask(*sizes: Any, allow_is_causal_skip: bool = True, **given: Any)
 
 
 def register() -> None:
-    """Register everything; importing the module has done so. Plugins loaded later need another call."""
+    """Register everything. Importing the module does so once; call it again for plugins loaded later."""
     for name in attention_names():
         AttentionInterface.register(PREFIX + name, functools.partial(attention_forward, mechanism=name))
         AttentionMaskInterface.register(PREFIX + name, causal_or_mask)

@@ -1,4 +1,4 @@
-"""The functions that transformers calls to attend, and what they are told of the call of their module."""
+"""The attention functions that transformers calls, and what they learn about the call of their module."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ PLACE = "regard"
 UNPLACED: Any = object()
 CACHES = tuple(dict.fromkeys((CACHE, "past_key_values", "past_key_value")))
 MEMORY = ("encoder_hidden_states", "key_value_states")
-"""Arguments of attention modules: caches, and the tokens of another sequence."""
+"""Arguments of attention modules that hold the tokens of another sequence."""
 _CALL = threading.local()
 _DEFAULTS: dict[tuple[str, tuple[tuple[str, Any], ...]], HeadAttention] = {}
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How a mechanism sits in its module.
+    """The connection of a mechanism to its module.
 
     Attributes:
         arguments: names of the positional arguments of the module's call.
-        layer: number of the layer whose place in a cache holds the mechanism's state; None where the module's own cache of
-            keys and values goes on.
-        rotary: the model's rotary positions, which the module leaves to the mechanism; None where it has none or applies
-            them itself.
+        layer: index of the layer whose slot in a cache holds the mechanism's state; None where the module keeps using
+            its own cache of keys and values.
+        rotary: the model's rotary positions, which the module leaves to the mechanism; None where it has none or
+            applies them itself.
     """
 
     arguments: tuple[str, ...]
@@ -51,20 +51,20 @@ class Placement:
 
     @classmethod
     def of(cls, module: nn.Module, layer: int | None = None, rotary: Rotary | None = None) -> Placement:
-        """The placement in a module, whose call tells the arguments."""
+        """The placement in a module, with argument names from the signature of its `forward`."""
         return cls(tuple(inspect.signature(module.forward).parameters), layer, rotary)
 
 
 @dataclass(frozen=True)
 class Told:
-    """The call of a module in progress, of which attention functions are handed no more than heads.
+    """The call of a module in progress; attention functions themselves are passed nothing but heads.
 
     Attributes:
-        module: whose call it is.
-        x, source: the tokens of queries and keys.
+        module: the module called.
+        x, source: the tokens of queries and of keys.
         cache: where the mechanism's state is kept; None without one.
-        angles: cosines and sines that queries and keys come without; None where there are none or they have them.
-        positions: of the tokens, where the model tells them.
+        angles: cosines and sines not yet applied to queries and keys; None where there are none or they were applied.
+        positions: positions of the tokens, where the model passes them.
     """
 
     module: nn.Module | None = None
@@ -79,8 +79,8 @@ NOTHING = Told()
 
 
 def tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Before a call of a module: keep for this thread what the mechanism needs of it, and take the cache and the rotation
-    away where the mechanism does their work."""
+    """Pre-hook of a module: keep what the mechanism needs from the call for this thread, and withhold the cache and the
+    rotation where the mechanism takes them over."""
     placed: HeadAttention = getattr(module, PLACE)
     placement: Placement = placed.placement
     given = {**dict(zip(placement.arguments, args, strict=False)), **kwargs}
@@ -126,7 +126,7 @@ def attention_forward(
 def swapped_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
 ) -> tuple[Tensor, None]:
-    """Called by transformers for ``regard:swapped``; a module that :func:`regard.swap` left has softmax attention."""
+    """Called by transformers for ``regard:swapped``; modules that :func:`regard.swap` left have softmax attention."""
     watched = getattr(_CALL, "heads", None)
     if watched is not None:
         watched.append((query, key))
@@ -144,7 +144,7 @@ def swapped_forward(
 
 
 def heads_of(module: Any, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The queries and keys that a module attends with when it is called on `x` and these angles."""
+    """The queries and keys with which a module attends when it is called on `x` with these angles."""
     before, config = module.config._attn_implementation, module.config
     _CALL.heads = []
     try:
@@ -174,7 +174,7 @@ def _forward(
     s_aux: Tensor | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """Attend by what is placed in a module, or by a mechanism with its defaults."""
+    """Attend by the mechanism placed in a module, or by `mechanism` with its defaults."""
     batch, n, m = query.shape[0], query.shape[2], key.shape[2]
     plain = not dropout and all(x is None for x in (attention_mask, position_bias, softcap, s_aux))
     if plain and n == 1 and mechanism == "softmax" and placed is None and not is_collecting():
@@ -201,7 +201,7 @@ def _forward(
         mask = _biased(position_bias, mask)
     sees: dict[str, Any] = {"batch": batch, "n": n, "dtype": query.dtype, "prefer_causal": causal}
     sees["as_bias"] = "bias" in attend.card.honours
-    causal_beside = causal and attention_mask is None  # a mask, where there is one, has causality in it
+    causal_beside = causal and attention_mask is None  # a mask, if there is one, already includes causality
     if cache is not None and cache.tokens and mask is not None:
         visible = _read_after(mask, causal_beside, cache, **sees)
     else:
@@ -239,7 +239,7 @@ def _forward(
 
 
 def _read_once(given: Tensor | None, bias: Tensor | None, mask: Tensor, sees: dict[str, Any]) -> Visible:
-    """:func:`read_mask`, which looks at every pair: once for all layers that are handed the same mask one after the other."""
+    """:func:`read_mask`, which inspects every pair, once for all consecutive layers that get the same mask."""
     if given is None or bias is not None or torch.compiler.is_compiling() or given.is_inference():
         return read_mask(mask, **sees)
     asked = given._version, sees
@@ -247,15 +247,16 @@ def _read_once(given: Tensor | None, bias: Tensor | None, mask: Tensor, sees: di
     if known is not None and known[0]() is given and known[1] == asked:
         return known[2]
     visible = read_mask(mask, **sees)
-    if visible.bias is None:  # which would be kept as long as the thread
+    if visible.bias is None:  # a bias would be kept as long as the thread lives
         _CALL.read = weakref.ref(given), asked, visible
     return visible
 
 
 def _read_after(mask: Tensor, causal: bool, cache: StateLayer, *, dtype: torch.dtype, **sees: Any) -> Visible:
-    """A mask of new tokens, as :func:`read_mask`, over those of a state and themselves.
+    """Like :func:`read_mask`, for new tokens that follow those of a state.
 
-    The state has absorbed its tokens, so all new ones must see exactly those; otherwise the mask is a bias on all.
+    The state has absorbed its tokens, so every new token must see exactly those; otherwise the mask becomes a bias over
+    all tokens.
     """
     state, n = cache.state, sees["n"]
     visible = read_mask(mask[..., cache.tokens :], causal, m=n, own_queries=True, dtype=dtype, **sees)
@@ -279,7 +280,7 @@ def _read_after(mask: Tensor, causal: bool, cache: StateLayer, *, dtype: torch.d
 
 
 def _causal(visible: Visible, bias: Tensor) -> Visible:
-    """The same as a causal call, where the bias hides all that comes later."""
+    """Treat a call as causal if its bias hides everything that comes later."""
     later = bias.new_ones(bias.shape[-2:], dtype=torch.bool).triu(1 + bias.shape[-1] - bias.shape[-2])
     if torch.compiler.is_compiling() or bool((bias <= torch.finfo(bias.dtype).min)[..., later].all()):
         return Visible(True, None, bias)
@@ -287,7 +288,7 @@ def _causal(visible: Visible, bias: Tensor) -> Visible:
 
 
 def _rotation(attend: HeadAttention, told: Told, visible: Visible, n: int) -> tuple[Rotation | None, Tensor | None]:
-    """The rotation that the mechanism is to apply, and by how much positions are greater than ranks."""
+    """The rotation that the mechanism is to apply, and the offset of positions from ranks in each row."""
     if told.angles is None:
         return None, None
     rotary: Rotary = attend.placement.rotary
@@ -307,7 +308,7 @@ def _biased(bias: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _without_weights(mechanism: str, options: tuple[tuple[str, Any], ...]) -> HeadAttention:
-    """The mechanism for any model; made once, and those without options before a compiler traces a call."""
+    """The mechanism for any model, built once; those without options are built before a compiler traces a call."""
     known = _DEFAULTS.get((mechanism, options))
     if known is not None:
         return known

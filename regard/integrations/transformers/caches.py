@@ -18,22 +18,22 @@ from regard.engines.decoder_layer import Places
 from regard.layers.attention import LayerState
 
 CACHE = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else "past_key_values"
-"""The name of a decoder's state in this version of transformers."""
+"""The name of the argument for a decoder's cache in this version of transformers."""
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values of a layer in memory with room behind them, so that a token costs no copy of those before it."""
+    """Keys and values of a layer in memory with spare room, so that a new token does not copy those before it."""
 
     def __init__(self) -> None:
-        self._both: tuple[Tensor | None, Tensor | None] | None = None  # of what is used of the memory, when asked for
-        self._memory: Memory | None = None  # of the keys; values are used as far
+        self._both: tuple[Tensor | None, Tensor | None] | None = None  # views of the used slots, once asked for
+        self._memory: Memory | None = None  # for the keys; the values use as much of theirs
         self._slots: tuple[Any, Any] = (None, None)
         self._length = 0
         super().__init__()
 
     @property
     def keys(self) -> Tensor | None:
-        """(B, H, tokens, D); None at the start."""
+        """Keys (B, H, tokens, D); None at the start."""
         return self._views()[0]
 
     @keys.setter
@@ -42,7 +42,7 @@ class GrowingLayer(DynamicLayer):
 
     @property
     def values(self) -> Tensor | None:
-        """(B, H, tokens, D); None at the start."""
+        """Values (B, H, tokens, D); None at the start."""
         return self._views()[1]
 
     @values.setter
@@ -50,11 +50,11 @@ class GrowingLayer(DynamicLayer):
         self._hold(self.keys, x)
 
     def get_seq_length(self) -> int:
-        """Tokens so far."""
+        """Number of tokens so far."""
         return super().get_seq_length() if self._memory is None else self._length
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The keys and values so far with the new ones, (B, H, past + N, D)."""
+        """Append keys and values; returns all so far, (B, H, past + N, D)."""
         length, new = self.get_seq_length(), (key_states, value_states)
         if length == 0:
             self.lazy_initialization(key_states, value_states)
@@ -63,13 +63,14 @@ class GrowingLayer(DynamicLayer):
             self.keys, self.values = (torch.cat(x, 2) for x in zip(self._views(), new, strict=True))
         else:
             for slots, x in zip(self.room(key_states.shape[2]), new, strict=True):
-                # `data`: what others saved for a backward pass lies in other slots, and does not count as changed
+                # `.data`: tensors saved for a backward pass are in other slots, and must not count as changed
                 slots.data.narrow(2, length, x.shape[2]).copy_(x)
         return self._views()
 
     def room(self, count: int) -> tuple[Tensor, Tensor]:
-        """The memory of keys and values, (B, H, slots, D), in which the next tokens are for the caller to write: the layer has
-        them from now on. It is the same tuple as before where nothing had to be moved."""
+        """Reserve the next `count` tokens and return the memory of keys and values, (B, H, slots, D). The caller writes
+        the new tokens; the layer counts them from now on. The tuple is the same object as before unless the memory had
+        to move."""
         end = self.get_seq_length() + count
         if self._memory is None or not self._memory.take(self._length, end, 2):
             keys, values = self._views()
@@ -79,7 +80,7 @@ class GrowingLayer(DynamicLayer):
         return self._slots
 
     def is_alike(self, rows: int, length: int) -> bool:
-        """Whether there are so many tokens of so many rows, in float32 on the CPU."""
+        """Return whether the layer has `length` tokens in each of `rows` rows, in float32 on the CPU."""
         x: Any = self.keys if self._memory is None else self._slots[0]
         return self.get_seq_length() == length and x.shape[0] == rows and x.is_cpu and x.dtype == torch.float32
 
@@ -94,7 +95,7 @@ class GrowingLayer(DynamicLayer):
 
     @classmethod
     def of(cls, layer: Any) -> Any:
-        """A layer that goes on from one of transformers; other kinds stay as they are."""
+        """A layer that continues from one of transformers; other kinds are returned unchanged."""
         if type(layer) is not DynamicLayer:
             return layer
         made = cls()
@@ -104,12 +105,12 @@ class GrowingLayer(DynamicLayer):
 
 
 class GrowingCache(DynamicCache):
-    """transformers' dynamic cache without the copy of all keys and values at each token::
+    """transformers' dynamic cache, without copying all keys and values at each token::
 
         model.generate(ids, cache=GrowingCache(model.config))
 
     Args:
-        config: the model's; layers that keep a window or a state of another kind stay as they are there.
+        config: the model's config; layers that keep a window or another kind of state stay as in the dynamic cache.
     """
 
     layers: list[Any]
@@ -123,7 +124,8 @@ class GrowingCache(DynamicCache):
 
     @classmethod
     def of(cls, cache: Any) -> Any:
-        """A cache that goes on from transformers' dynamic one, which is not to be used any more; others stay as they are."""
+        """A cache that continues from transformers' dynamic cache, which must not be used any more; others are
+        unchanged."""
         if type(cache) is not DynamicCache:
             return cache
         made = cls()
@@ -132,12 +134,12 @@ class GrowingCache(DynamicCache):
 
 
 class StateLayer(CacheLayerMixin):
-    """The state of a swapped module in the place of its keys and values in a cache.
+    """The state of a swapped module, in place of its keys and values in a cache.
 
     Attributes:
-        state: after the tokens so far; None where a training pass did not keep it.
-        tokens: how many those are, padding too.
-        shift: of each row, by how much the model's positions are greater than the tokens' ranks; None where nobody asks.
+        state: state after the tokens so far; None where a training pass did not keep it.
+        tokens: number of tokens so far, padding included.
+        shift: offset of the model's positions from the tokens' ranks, for each row; None where it is not needed.
     """
 
     is_compileable = False
@@ -152,7 +154,7 @@ class StateLayer(CacheLayerMixin):
         self.shift: Tensor | None = None
 
     def take(self, state: LayerState | None, tokens: int, shift: Tensor | None) -> None:
-        """The state after so many more tokens."""
+        """Store the state after `tokens` more tokens."""
         self.state, self.shift = state, shift
         self.tokens += tokens
 
@@ -216,10 +218,11 @@ class StateLayer(CacheLayerMixin):
 
 
 def places(cache: Any, layers: Sequence[int], rows: int, tokens: int) -> Places | None:
-    """Where a cache has the keys and values of these layers, and room for those of so many tokens of each row, which it counts
-    as there from now on; None, and nothing is changed, where it has not all of their keys, or in another order.
+    """The keys and values of these layers in a cache, with room for `tokens` more in each row, which count as present
+    from now on. None where the cache lacks the keys of a layer, or has them in another form (kind of cache, length,
+    dtype or device); nothing is changed then.
 
-    A cache of another kind may have a method `places(layers, rows, tokens)` of its own.
+    A cache of another kind may have its own method `places(layers, rows, tokens)`.
     """
     own = getattr(cache, "places", None)
     if own is not None:
@@ -238,19 +241,19 @@ def places(cache: Any, layers: Sequence[int], rows: int, tokens: int) -> Places 
 
 
 def keeps_every_key(config: PreTrainedConfig, index: int) -> bool:
-    """Whether the cache of a model keeps the keys of all tokens in a layer, so that a state may be in their place."""
+    """Return whether a model's cache keeps the keys of all tokens in a layer, so that a state can take their place."""
     layers = DynamicCache(config=config).layers
     return index < len(layers) and type(layers[index]) is DynamicLayer
 
 
 def state_layer(cache: Any, index: int, mechanism: str) -> StateLayer:
-    """The place of a layer's state in a cache, which is made where there is none yet; layers beside it that keep keys and values
-    then grow without copies.
+    """The slot for a layer's state in a cache, created if there is none; other layers, which keep keys and values, then
+    grow without copies.
 
     Raises:
-        Unsupported: for a cache of another kind, and for one that was filled by another attention.
+        Unsupported: for another kind of cache, and for one that was filled by another attention.
     """
-    cache = getattr(cache, "self_attention_cache", cache)  # of an encoder-decoder
+    cache = getattr(cache, "self_attention_cache", cache)  # for an encoder-decoder
     layers = cache.layers
     while len(layers) <= index and cache.layer_class_to_replicate is not None:
         layers.append(cache.layer_class_to_replicate())

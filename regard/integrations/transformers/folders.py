@@ -1,4 +1,4 @@
-"""Language models, encoders and tokenizers of transformers from files that are on this machine; no code among them is run."""
+"""Language models, encoders and tokenizers of transformers from local files, without running any code in them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SUPPORTED = "a folder of save_pretrained with its tokenizer, or a GGUF file"
 
 
 def find_files(place: Path, *, supported: str = SUPPORTED) -> tuple[Path, dict[str, str]]:
-    """The folder of a model, and what `from_pretrained` needs to be told beside it: the name of a GGUF file.
+    """The folder of a model and the further arguments that `from_pretrained` needs: the name of a GGUF file.
 
     Args:
         place: a folder, or a GGUF file; a folder without ``config.json`` may hold one GGUF file.
-        supported: what to say of that.
+        supported: what an error message should list as supported.
 
     Raises:
-        Unsupported: where there is no such thing, or more than one.
+        Unsupported: where there is no model, or more than one.
     """
     if not place.exists():
         raise Unsupported(f"{place}, which does not exist", supported=supported, nearest=nearest_path(place))
@@ -48,13 +48,13 @@ def find_files(place: Path, *, supported: str = SUPPORTED) -> tuple[Path, dict[s
 
 
 def load_model(place: Path, *, of: Any = None, dtype: torch.dtype = torch.float32, supported: str = SUPPORTED) -> Any:
-    """The model in a folder or a GGUF file, to be evaluated; arguments as in :func:`find_files`.
+    """Load the model in a folder or a GGUF file, in evaluation mode; arguments as in :func:`find_files`.
 
     Args:
-        of: the class of transformers that loads it; that of causal language models when None.
+        of: the transformers class that loads it; None for the one for causal language models.
 
     Raises:
-        Unsupported: also for files that lack some of its weights, which transformers would draw.
+        Unsupported: also for files that lack some weights, which transformers would initialise at random.
     """
     folder, file = find_files(place, supported=supported)
     options = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True, **file}  # no pickles
@@ -75,25 +75,25 @@ def load_model(place: Path, *, of: Any = None, dtype: torch.dtype = torch.float3
 
 
 def load_tokenizer(place: Path, *, supported: str = SUPPORTED) -> Any:
-    """The tokenizer in a folder or a GGUF file; arguments as in :func:`find_files`."""
+    """Load the tokenizer in a folder or a GGUF file; arguments as in :func:`find_files`."""
     folder, file = find_files(place, supported=supported)
     return _loaded(transformers.AutoTokenizer, "tokenizer", place, folder, supported, **file)
 
 
 def has_tokenizer(place: Path) -> bool:
-    """Whether there is a tokenizer."""
+    """Return whether there is a tokenizer in a folder or GGUF file."""
     folder, file = find_files(place)
     return bool(file) or any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
 def stop_tokens(model: Any) -> tuple[int, ...]:
-    """Tokens after which a causal language model has said everything; none where it does not say."""
+    """End-of-text tokens of a causal language model; empty where its generation config names none."""
     found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return (found,) if isinstance(found, int) else tuple(found or ())
 
 
 def check_positions(model: Any, tokens: int) -> None:
-    """Raise Unsupported for more tokens than a causal language model has positions in a table."""
+    """Raise Unsupported for more tokens than a causal language model has entries in its position table."""
     reach = getattr(model.config, "max_position_embeddings", None)
     if reach is None or tokens <= reach or "position_ids" not in inspect.signature(model.forward).parameters:
         return
@@ -122,12 +122,12 @@ def _loaded(of: Any, what: str, place: Path, folder: Path, supported: str, **opt
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without the progress bars and notes of transformers."""
+    """Silence the progress bars and messages of transformers."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with redirect_stderr(io.StringIO()):  # some bars ask nobody
+        with redirect_stderr(io.StringIO()):  # some progress bars ignore the setting
             yield
     finally:
         logging.set_verbosity(level)

@@ -1,4 +1,4 @@
-"""Language models of regard as transformers has them."""
+"""Language models of regard as transformers models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RegardConfig(PreTrainedConfig):
         vocab_size: number of tokens.
         settings: the other fields of the config by name, as :attr:`settings` has them.
         use_cache: whether generation keeps the state.
-        options: fields of the config, instead of `settings`; and what transformers takes.
+        options: fields of the config, instead of `settings`, and options of transformers' own configs.
     """
 
     model_type = "regard"
@@ -51,27 +51,27 @@ class RegardConfig(PreTrainedConfig):
         super().__init__(**{"tie_word_embeddings": False, **options})
 
     def language_model(self) -> LanguageModelConfig:
-        """The config that it stands for."""
+        """The config in regard's own form."""
         return LanguageModelConfig(self.vocab_size, **self.settings)
 
 
 class RegardCache:
-    """The state of a :class:`RegardForCausalLM` in the place where transformers keeps a decoder's cache.
+    """The state of a :class:`RegardForCausalLM`, where transformers keeps a decoder's cache.
 
     Attributes:
-        state: after the tokens so far.
-        tokens: how many were read of each row, padding too.
+        state: state after the tokens so far.
+        tokens: number of tokens read in each row, padding included.
     """
 
     is_compileable = False
     is_linear = (True,)
-    """By which transformers leaves it to the model to know what tokens are new."""
+    """Tells transformers to leave it to the model which tokens are new."""
 
     def __init__(self, state: ModelState, tokens: int) -> None:
         self.state, self.tokens = state, tokens
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens of the longest row."""
+        """Number of tokens in the longest row."""
         return int(self.state.length.max())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -80,11 +80,11 @@ class RegardCache:
 
 
 class RegardForCausalLM(PreTrainedModel, GenerationMixin):
-    """A language model of regard as transformers has them."""
+    """A language model of regard as a transformers model."""
 
     config_class = RegardConfig
     base_model_prefix = "model"
-    _supports_sdpa = True  # transformers asks; every layer computes by its own mechanism
+    _supports_sdpa = True  # transformers asks for it; every layer computes its own mechanism
 
     def __init__(self, config: RegardConfig) -> None:
         super().__init__(config)
@@ -92,14 +92,14 @@ class RegardForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Modules of regard initialise themselves."""
+        """Do nothing: regard's modules initialise themselves."""
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding of tokens."""
+        """Return the token embedding."""
         return self.model.embedding
 
     def set_input_embeddings(self, value: Any) -> None:
-        """Put another embedding in its place."""
+        """Replace the token embedding."""
         self.model.embedding = value
 
     @classmethod
@@ -118,11 +118,13 @@ class RegardForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: RegardCache | None = None,
         **options: Any,
     ) -> CausalLMOutputWithPast:
-        """As other causal language models: logits, a loss with `labels` (-100 is ignored), and the state.
+        """Return logits, a loss given `labels` (-100 is ignored), and the state, like other causal language models.
 
         Args:
-            attention_mask: (B, N), 1 where a token exists; with a state that of the new tokens, or of all so far.
-            cache, past_key_values: what an earlier call returned, by its name in new and in older versions of transformers.
+            attention_mask: (B, N), 1 where a token exists; with a state, the mask of the new tokens or of all tokens so
+                far.
+            cache, past_key_values: the state that an earlier call returned, by its name in newer and older versions of
+                transformers.
         """
         cache = past_key_values if cache is None else cache
         if not isinstance(cache, RegardCache | None):
@@ -151,7 +153,7 @@ class RegardForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = True, **kwargs: Any
     ) -> dict[str, Any]:
-        """The tokens that the state has not read yet: the whole prompt first, then the newest one."""
+        """Pass on the tokens that the state has not read yet: first the whole prompt, then the newest token."""
         cache = kwargs.get(CACHE)
         read = cache.tokens if isinstance(cache, RegardCache) else 0
         if read >= input_ids.shape[1]:

@@ -1,4 +1,4 @@
-"""Mechanisms in the attention modules of transformers models: put there, taken out, saved and loaded."""
+"""Mechanisms in the attention modules of transformers models: placing, removing, saving and loading them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from regard.integrations.transformers.caches import keeps_every_key
 from regard.integrations.transformers.rotary import find_rotary
 
 RECORD = "regard"
-"""Attribute of a config that says what was swapped: the attention before, and the mechanism of each module (None for
-softmax) by its path in the base model."""
+"""Attribute of a config that records a swap: the previous attention implementation, and the mechanism of each module
+(None for softmax) by its path in the base model."""
 RELATIVE = re.compile("relative.*bias|position_bias")
-"""Attributes of modules that add to scores for relative positions."""
+"""Attributes of modules that add relative position biases to scores."""
 ROTATES = re.compile("rotary|rotate_")
 
 
 def attention_names() -> list[str]:
-    """Mechanisms that can take the place of a model's attention."""
+    """Mechanisms that can replace a model's attention."""
     found = []
     for name in list_mechanisms(kind=Kind.ATTENTION):
         try:
@@ -45,11 +45,11 @@ def attention_names() -> list[str]:
 def plan(
     model: nn.Module, path: str, module: Any, choice: Choice, *, unrotated: bool | None = None
 ) -> Callable[[], Any]:
-    """The change that places a mechanism in a module.
+    """Plan the change that places a mechanism in a module.
 
     Args:
-        unrotated: whether the mechanism gets queries and keys before rotary positions, as a config says; found out when
-            None.
+        unrotated: whether the mechanism gets queries and keys before rotary positions, according to a config; None to
+            find out.
     """
     assert choice.pattern is not None
     attend = _head_attention(module, choice.chosen, choice.pattern)
@@ -89,8 +89,8 @@ def _head_attention(module: Any, chosen: Chosen, pattern: Pattern) -> HeadAttent
 
 
 def _check_bias(model: nn.Module, path: str, module: Any, attend: HeadAttention) -> None:
-    """Refuse a mechanism that takes no bias where scores are added to for relative positions, by a module around it or one of
-    its class: T5 has its table in the first layer alone."""
+    """Refuse a mechanism that takes no bias if this module, one around it or another of its class adds a relative
+    position bias to scores (in T5, only the first layer has the table)."""
     if "bias" in attend.card.honours or not any(
         given is not None and given is not False
         for place, other in model.named_modules()
@@ -108,19 +108,17 @@ def _check_bias(model: nn.Module, path: str, module: Any, attend: HeadAttention)
 
 
 def _placement(model: nn.Module, path: str, module: Any, attend: HeadAttention, unrotated: bool | None) -> Placement:
-    """Who keeps the cache and who rotates; raises Unsupported where the mechanism would misread what it gets."""
+    """Decide who keeps the cache and who rotates; raises Unsupported where the mechanism would misread its inputs."""
     layer = getattr(module, "layer_idx", None) if attend.keeps_state and not attend.chosen.plain else None
     if layer is not None and not keeps_every_key(module.config, layer):
-        layer = None  # the window is the model's, and its cache forgets what is behind it
+        layer = None  # the model has a window of its own, and its cache drops older tokens
     rotates = any(ROTATES.search(name) for name in vars(sys.modules[type(module).__module__]))
     if attend.pattern.cross or not rotates or attend.misreads_rotated is None:
         return Placement.of(module, layer)
     rotary = None
-    alone = attend.pattern is Pattern.CAUSAL_SELF and layer is None  # beside a cache, whose keys are rotated
+    alone = attend.pattern is Pattern.CAUSAL_SELF and layer is None  # reads the model's cache, whose keys are rotated
     if not alone and unrotated is not False:
-        before = getattr(
-            module, PLACE, None
-        )  # whose queries and keys come without a rotation, so that trying finds none
+        before = getattr(module, PLACE, None)  # it gets unrotated queries and keys, so trying would find no rotation
         known = None if before is None else before.placement.rotary
         rotary = find_rotary(model, path, module, heads_of) if known is None else known
     if rotary is None:
@@ -131,19 +129,19 @@ def _placement(model: nn.Module, path: str, module: Any, attend: HeadAttention, 
 
 
 def place(module: nn.Module, attend: HeadAttention) -> None:
-    """Put a mechanism into an attention module, in the place of one that is there."""
+    """Put a mechanism into an attention module, in place of any that is already there."""
     if not is_swapped(module):
         module.register_forward_pre_hook(tell, with_kwargs=True)
     setattr(module, PLACE, attend)
 
 
 def is_swapped(module: nn.Module) -> bool:
-    """Whether a mechanism is placed in it."""
+    """Return whether a mechanism is placed in a module."""
     return module._modules.get(PLACE) is not None and _dispatches(module)
 
 
 def take_out(module: nn.Module) -> None:
-    """The opposite of :func:`place`: the module has softmax attention again."""
+    """Undo :func:`place`: the module has softmax attention again."""
     for key, hook in list(module._forward_pre_hooks.items()):
         if hook is tell:
             del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
@@ -156,7 +154,7 @@ def _dispatches(module: nn.Module) -> bool:
 
 
 def check_interface(model: PreTrainedModel) -> None:
-    """Raise Unsupported for a model that attends in another way."""
+    """Raise Unsupported for a model that does not attend through transformers' attention interface."""
     if not model._can_set_attn_implementation():
         raise Unsupported(
             f"{type(model).__name__}, which does not dispatch through transformers' attention interface",
@@ -165,7 +163,7 @@ def check_interface(model: PreTrainedModel) -> None:
 
 
 def record_swap(model: Any, chosen: Mapping[str, Choice]) -> list[str]:
-    """Let a model attend by what is placed in it, and its config say so; what to know of it now.
+    """Let a model attend by the mechanisms placed in it, and record them in its config. Returns notes for the user.
 
     Args:
         chosen: mechanism, options and pattern of each changed module by its path.
@@ -192,13 +190,13 @@ def record_swap(model: Any, chosen: Mapping[str, Choice]) -> list[str]:
             setattr(module, PLACE, None)
     setattr(config, RECORD, {**known, "modules": modules})
     model.set_attn_implementation(SWAPPED)
-    config.attn_implementation = SWAPPED  # a name that a config is saved and loaded with
+    config.attn_implementation = SWAPPED  # the name under which a config is saved and loaded
     _turn_cache(model, off=bool(needing_whole_sequences(model)))
     return _notes(model)
 
 
 def _own_config(model: nn.Module) -> None:
-    """Give a model a copy of its config, which other models of the same config do not see."""
+    """Give a model its own copy of its config, so that other models with the same config stay as they are."""
     copies: dict[int, Any] = {}
     copy.deepcopy(model.config, copies)
     for module in model.modules():
@@ -208,7 +206,7 @@ def _own_config(model: nn.Module) -> None:
 
 
 def record_options(model: Any, changed: Iterable[str], options: Mapping[str, Any]) -> None:
-    """Let a config say which options modules have now, by their paths."""
+    """Record the new options of the changed modules, by their paths, in a model's config."""
     modules = dict(getattr(model.config, RECORD)["modules"])
     for path in changed:
         entry = modules[_inside_base(model, path)]
@@ -217,7 +215,7 @@ def record_options(model: Any, changed: Iterable[str], options: Mapping[str, Any
 
 
 def _notes(model: Any) -> list[str]:
-    """What a user should know of the positions and the generation of a swapped model."""
+    """Notes for the user about positions and generation in a swapped model."""
     placed = _placed(model)
     own = [attend for attend in placed if attend.placement.rotary is not None and attend.chosen.card.knows_positions]
     notes = [
@@ -237,7 +235,7 @@ def _notes(model: Any) -> list[str]:
 
 
 def _turn_cache(model: Any, *, off: bool) -> None:
-    """Turn the cache of a swapped model off, or on again where that has turned it off."""
+    """Turn the cache of a swapped model off; or on again, if the swap had turned it off."""
     record = getattr(model.config, RECORD)
     for each in filter(None, (model.config, getattr(model, "generation_config", None))):
         if off and getattr(each, "use_cache", False):
@@ -249,7 +247,7 @@ def _turn_cache(model: Any, *, off: bool) -> None:
 
 
 def record_unswap(model: Any) -> None:
-    """The opposite of :func:`record_swap`, for the modules from which the mechanism was taken."""
+    """Undo :func:`record_swap` for the modules from which the mechanism was removed."""
     config, swapped = model.config, False
     record = getattr(config, RECORD)
     modules = dict(record["modules"])
@@ -275,21 +273,21 @@ def _placed(model: nn.Module) -> list[Any]:
 
 
 def needing_whole_sequences(model: nn.Module) -> list[str]:
-    """Mechanisms placed in a model that can go on neither from a state nor from a cache of keys and values."""
+    """Mechanisms placed in a model that can continue neither from a state nor from a cache of keys and values."""
     causal = [attend for attend in _placed(model) if attend.pattern is Pattern.CAUSAL_SELF]
     return sorted({a.chosen.name for a in causal if a.placement.layer is None and a.needs_whole_sequences})
 
 
 def _inside_base(model: Any, path: str) -> str:
-    """A path without the name of the base model, which models with other heads have in common."""
+    """A path without the name of the base model, so that it is the same in models with different heads."""
     return path.removeprefix(f"{model.base_model_prefix}.") if model.base_model_prefix else path
 
 
 def restore(model: Any) -> None:
-    """Put the mechanisms into a model that its config names; those that a part has already put there are left.
+    """Put the mechanisms that a model's config names into it; those that a submodel has already restored are left.
 
     Raises:
-        Unsupported: where a mechanism is unknown here, or another attention is asked for.
+        Unsupported: where a mechanism is unknown here, or another attention implementation is asked for.
     """
     config = model.config
     record = config.regard
@@ -314,8 +312,7 @@ def restore(model: Any) -> None:
 
 
 def restoring(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A `post_init` after which the mechanisms that the model's config records are in place, before weights are
-    loaded."""
+    """Wrap a `post_init` so that the mechanisms recorded in the config are in place before weights are loaded."""
 
     @functools.wraps(post_init)
     def restored(self: Any) -> None:

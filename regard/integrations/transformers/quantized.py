@@ -1,8 +1,8 @@
-"""Codes of `regard compress` for transformers: its own ``from_pretrained`` reads them where this package was imported.
+"""Lets transformers' own ``from_pretrained`` read the codes of `regard compress`, once this package is imported.
 
-The folder's ``config.json`` names this method among transformers' quantizers, and which layers are quantized how. Without the
-import transformers knows no such method and finds no weights under the name that it looks for, so that it loads nothing rather
-than a model of random ones.
+The folder's ``config.json`` names this method among transformers' quantizers and says how each layer is quantized.
+Without the import, transformers does not know the method and finds no weights under the name that it looks for: it
+fails to load, rather than loading a model with random weights.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ METHOD = "regard"
 
 @register_quantization_config(METHOD)
 class RegardQuantizationConfig(QuantizationConfigMixin):
-    """What is quantized in a model.
+    """The quantized layers of a model, and how each is quantized.
 
     Args:
-        weights: the file of the codes.
-        layers: by name, as :func:`regard.layers.quantized.quantized_record` says.
+        weights: the file with the codes.
+        layers: record of each layer by name, in the form of :func:`regard.layers.quantized.quantized_record`.
     """
 
     def __init__(self, weights: str, layers: Mapping[str, Mapping[str, Any]], **_: Any) -> None:
@@ -37,19 +37,19 @@ class RegardQuantizationConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class RegardQuantizer(HfQuantizer):
-    """Puts quantized layers where the record has them, before their codes are loaded."""
+    """Replaces the recorded layers by quantized ones before their codes are loaded."""
 
     requires_calibration = True
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
-        """Raise Unsupported for another place than the processor."""
+        """Raise Unsupported for any device but the CPU."""
         places = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map}
         for place in places - {None, "cpu"}:
             if torch.device(place).type != "cpu":
                 raise Unsupported(f"a compressed model on {place}", supported="the processor", nearest='"cpu"')
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype beside the codes, as asked; raises Unsupported for another than float32."""
+        """The dtype of everything that is not quantized; raises Unsupported for any but float32."""
         if dtype != torch.float32:
             raise Unsupported(
                 f"a compressed model in {str(dtype)[6:]}", supported="float32", nearest="dtype=torch.float32"
@@ -57,14 +57,14 @@ class RegardQuantizer(HfQuantizer):
         return dtype
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Name the file of the weights: transformers asks here before it looks for them."""
+        """Name the weights file: transformers calls this method before it looks for the file."""
         config.transformers_weights = self.quantization_config.weights
         return config
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
         layers = self.quantization_config.layers
         restore_layers(model, layers, source="quantization_config")
-        # a table that is looked up in the head's codes is one thing with it already
+        # an embedding that reads the head's codes is already tied to it
         tied = model.all_tied_weights_keys.items()
         model.all_tied_weights_keys = {
             to: of for to, of in tied if not {name.removesuffix(".weight") for name in (to, of)} & set(layers)
@@ -77,12 +77,12 @@ class RegardQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        """Not by transformers, which would write codes under the name of ordinary weights."""
+        """Return False: transformers would write codes under the name of ordinary weights."""
         return False
 
     @property
     def is_trainable(self) -> bool:
-        """Codes have no gradients."""
+        """Return False: codes have no gradients."""
         return False
 
 

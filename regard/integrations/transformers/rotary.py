@@ -1,4 +1,4 @@
-"""Rotary positions of transformers models, found out by trying: what turns queries and keys, and where angles come from."""
+"""Rotary positions of transformers models, found by trial: how queries and keys rotate, and where angles come from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from regard.integrations.masks import Visible
 ANGLES = "position_embeddings"
 """The argument of attention modules that holds the cosines and sines of their tokens."""
 MOVING = ("dynamic", "longrope")
-"""Kinds of rotary embedding whose frequencies depend on how long the sequence is."""
+"""Kinds of rotary embedding whose frequencies depend on the length of the sequence."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Rotary:
 
     Attributes:
         apply: the model's own function of (q, k, cos, sin).
-        embedding: the model's module that makes cosines and sines of positions.
+        embedding: the model's module that computes cosines and sines from positions.
         counts: whether the same position has the same angles in every call.
     """
 
@@ -36,35 +36,35 @@ class Rotary:
     counts: bool
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """(B, H, N, D), of which the first features are turned, as many as there are angles."""
+        """Rotate the first features of `x` (B, H, N, D), as many as there are angles."""
         width = cos.shape[-1]
         part = x[..., :width]
         turned, _ = self.apply(part, part[:, :0], cos, sin)
         return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)
 
     def by_rank(self, x: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of ranks by the model's own embedding, in the dtype of `x`."""
+        """Cosines and sines of ranks, by the model's own embedding, in the dtype of `x`."""
         cos, sin = self.embedding(x, ranks)
         return cos, sin
 
     def rotation(self, angles: tuple[Tensor, Tensor], refusal: str = "") -> Rotation:
-        """For a call.
+        """The rotation of a call.
 
         Args:
-            refusal: why its positions are not ranks; "" where they are.
+            refusal: reason why its positions are not ranks; "" where they are.
         """
         cos, sin = angles
         return Rotation(self.turn, cos, sin, None if refusal else self.by_rank, refusal)
 
 
 def find_rotary(model: nn.Module, path: str, module: Any, heads_of: Callable[..., Any]) -> Rotary | None:
-    """How a module rotates queries and keys; None where that cannot be left out and done elsewhere.
+    """Find how a module rotates queries and keys; None where the rotation cannot be left out and done elsewhere.
 
-    The module is called twice on three random tokens: with the angles 0 its queries and keys must become the others by
-    :meth:`Rotary.turn`.
+    The module is called twice on three random tokens, with angles of 0 and with others: :meth:`Rotary.turn` must turn
+    the first queries and keys into the second.
 
     Args:
-        heads_of: calls the module with these arguments, and returns the queries and keys it attends with.
+        heads_of: calls the module with these arguments and returns the queries and keys with which it attends.
     """
     home = sys.modules[type(module).__module__]
     apply = getattr(home, "apply_rotary_pos_emb", None)
@@ -75,7 +75,7 @@ def find_rotary(model: nn.Module, path: str, module: Any, heads_of: Callable[...
     rotary = Rotary(apply, embedding, kind not in MOVING)
     some = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
     if some.is_meta:
-        return rotary  # a model being loaded, whose config says that it was found before
+        return rotary  # a model being loaded, whose config says that the rotation was found before
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 3, module.config.hidden_size, generator=generator).to(some)
     try:
@@ -84,7 +84,7 @@ def find_rotary(model: nn.Module, path: str, module: Any, heads_of: Callable[...
             turned = heads_of(module, x, angles)
             plain = heads_of(module, x, without_turn(angles))
             found = [rotary.turn(y, *angles) for y in plain]
-    except (TypeError, ValueError, RuntimeError, AttributeError):  # a module that is called in another way
+    except (TypeError, ValueError, RuntimeError, AttributeError):  # a module with another calling convention
         return None
     alike = all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(found, turned, strict=True))
     moved = not torch.equal(plain[0], turned[0])
@@ -92,7 +92,7 @@ def find_rotary(model: nn.Module, path: str, module: Any, heads_of: Callable[...
 
 
 def without_turn(angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines that turn nothing."""
+    """Cosines and sines that rotate nothing."""
     cos, sin = angles
     return torch.ones_like(cos), torch.zeros_like(sin)
 
@@ -100,12 +100,13 @@ def without_turn(angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 def count_positions(
     positions: Tensor | None, visible: Visible, length: Tensor | None, shift: Tensor | None, n: int
 ) -> tuple[str, Tensor | None]:
-    """Why the positions of new tokens are not their ranks but for a shift of the row; "" where they are, and the shifts.
+    """Check that the positions of new tokens are their ranks plus an offset per row. Returns the reason why not, or "",
+    and the offsets.
 
     Args:
-        positions: (B or 1, N).
-        length: tokens of each row before; None at the start.
-        shift: (B,) of the tokens before; None at the start.
+        positions: positions (B or 1, N).
+        length: number of earlier tokens in each row; None at the start.
+        shift: offsets (B,) of the earlier tokens; None at the start.
     """
     if positions is None:
         return "a mechanism that places keys itself in a model that tells no positions", None
@@ -125,7 +126,7 @@ def count_positions(
 
 
 def _embedding_around(model: nn.Module, path: str) -> nn.Module | None:
-    """The rotary embedding of the model, or part of it, that a module is in."""
+    """The rotary embedding of the model, or of the part of it, that contains a module."""
     parts = path.split(".")
     for end in range(len(parts) - 1, -1, -1):
         found = getattr(model.get_submodule(".".join(parts[:end])), "rotary_emb", None)

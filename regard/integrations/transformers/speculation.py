@@ -1,4 +1,4 @@
-"""Causal language models of transformers as models of :mod:`regard.models.speculation`."""
+"""Causal language models of transformers in the form that :mod:`regard.models.speculation` expects."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class ReadCausalModel:
-    """A causal language model with its cache, which is cut back to where a call goes on from.
+    """A causal language model with its cache, which is cut back to the point where the next call continues.
 
     Args:
-        model: of transformers, in evaluation mode.
+        model: a transformers model in evaluation mode.
     """
 
     def __init__(self, model: Any) -> None:
@@ -37,7 +37,7 @@ class ReadCausalModel:
         return found.logits[0], self.cache.get_seq_length()  # type: ignore[attr-defined]
 
     def cut(self, state: int, read: int, kept: int) -> int:
-        """The number of tokens that stay: the cache is cut when it is read on."""
+        """Number of tokens to keep; the cache itself is cut at the next call."""
         return state - read + kept
 
     def _check(self) -> None:

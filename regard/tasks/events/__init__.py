@@ -1,4 +1,4 @@
-"""Which event comes next, and when."""
+"""Events: predict which event comes next, and when."""
 
 from __future__ import annotations
 
@@ -33,29 +33,30 @@ if TYPE_CHECKING:
 
 MAX_LENGTH = 1 << 14
 RULE_RUNS = 256
-"""Runs of the process that the rule takes its rates from."""
+"""Runs of the process from which the baseline takes its rates."""
 NEAR = 0.1
-"""Share of the way from the process to the rule at which the task counts as solved."""
+"""The task counts as solved within this share of the way from the process's score to the baseline's."""
 
 
 class EventsTask(Task):
-    """Tell when the next event comes and of which mark it is, from those before (as in arXiv 2405.13956, section 4.2).
+    """Predict the time and the mark of the next event from those before it (as in arXiv 2405.13956, section 4.2).
 
-    Events are drawn from a Hawkes process (:class:`regard.tasks.events.hawkes.Hawkes`) with one event in a unit of time in
-    the long run: each makes `excitation` others on average, mostly of the next mark, soon after. A token is an event: the
-    time since the one before, its logarithm, the time since the beginning, and the mark, one-hot; the first token is empty.
-    At each a model says how the intensity of every mark goes on until the next event
-    (:mod:`regard.tasks.events.likelihood`). Trained and scored by the negative log-likelihood of the next event, its time and
-    its mark together, in nats; how far that is above the process itself is told beside it. The baseline is a Poisson process
-    with the mean rate of each mark. The task counts as solved nine tenths of the way from it to the process.
+    Events are drawn from a Hawkes process (:class:`regard.tasks.events.hawkes.Hawkes`) with one event per unit of time
+    in the long run: each event triggers `excitation` others on average, mostly with the next mark, soon after. A token
+    is an event: the time since the previous event, its logarithm, the time since the start, and the one-hot mark; the
+    first token is empty. At each token, a model predicts the intensity of every mark until the next event
+    (:mod:`regard.tasks.events.likelihood`). The loss and score are the negative log-likelihood of the next event, its
+    time and mark together, in nats; the difference from the process itself is reported too. The baseline is a Poisson
+    process with the mean rate of each mark. The task counts as solved nine tenths of the way from the baseline to the
+    process.
 
     Args:
-        length: events of an item, 2 to 16384.
-        marks: kinds of events, 1 to 256.
-        excitation: mean number of events that an event makes directly, 0 (a Poisson process) to 0.95.
+        length: events per item, 2 to 16384.
+        marks: number of different marks, 1 to 256.
+        excitation: mean number of events that an event triggers directly, 0 (a Poisson process) to 0.95.
         decay: rate at which the excitation fades, 0.01 to 100.
-        evaluation_items: held-out runs of the process, 1 to 65536.
-        seed: of the held-out runs.
+        evaluation_items: number of held-out runs of the process, 1 to 65536.
+        seed: seed of the held-out runs.
     """
 
     name = "events"
@@ -86,7 +87,7 @@ class EventsTask(Task):
         self.excitation, self.decay = float(excitation), float(decay)
 
     def batch(self, gaps: Float[np.ndarray, "b n"], marks: Int[np.ndarray, "b n"]) -> Batch:
-        """The batch of runs: each token is the event before the one that is its target."""
+        """Make a batch of runs: each token is the event before its target."""
         inputs = np.zeros((*gaps.shape, self.features), dtype=np.float32)
         before = gaps[:, :-1]
         inputs[:, 1:, 0], inputs[:, 1:, 1] = before, np.log(np.maximum(before, np.finfo(np.float32).tiny))
@@ -121,7 +122,7 @@ class EventsTask(Task):
 
     @cached_property
     def process_score(self) -> float:
-        """The score of the process that the held-out events come from."""
+        """The score of the process that generated the held-out events."""
         return float(-self.process.log_density(*self.held_out).mean())
 
     @cached_property
@@ -134,12 +135,12 @@ class EventsTask(Task):
 
     @property
     def chance(self) -> float:  # type: ignore[override]
-        """The score of the Poisson process, which does not look at the events before."""
+        """The score of the Poisson process, which ignores earlier events."""
         return self.baseline.score
 
     @property
     def solved(self) -> float | None:  # type: ignore[override]
-        """`NEAR` of the way from the process to the Poisson process; None where there is no way."""
+        """`NEAR` of the way from the process to the Poisson process; None where the two are the same."""
         if self.excitation == 0:
             return None
         return self.process_score + NEAR * (self.baseline.score - self.process_score)

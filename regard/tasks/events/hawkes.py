@@ -1,4 +1,4 @@
-"""Hawkes processes: events that make further events more likely for a while, drawn exactly and with their exact densities."""
+"""Hawkes processes: each event makes further events more likely for a while; exact sampling and exact densities."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 ANY_MARK = 0.2
-"""Share of an event's offspring that is of any mark; the others are of the next mark."""
+"""Share of an event's offspring with a random mark; the rest have the next mark."""
 
 
 @dataclass(frozen=True)
 class Hawkes:
-    """A process of events with marks, whose kernels are exponentials with one rate of decay (Hawkes, Biometrika 58, 1971).
+    """A marked point process with exponential kernels that share one decay rate (Hawkes, Biometrika 58, 1971).
 
-    The intensity of mark c at time t is base[c] + sum_j offspring[c, mark_j] decay exp(-decay (t - t_j)) over the events j
-    before t. It begins without a past, at time 0.
+    The intensity of mark c at time t is base[c] + sum_j offspring[c, mark_j] decay exp(-decay (t - t_j)), summed over
+    the events j before t. The process starts at time 0 without a past.
 
     Attributes:
-        base: (C,) events of each mark in a unit of time without excitation, positive.
-        offspring: (C, C) mean number of events of mark c that one of mark m makes directly; spectral radius below 1.
+        base: (C,) rate of each mark without excitation, positive.
+        offspring: (C, C) mean number of events of mark c that an event of mark m triggers directly; spectral radius
+            below 1.
         decay: rate at which excitation fades, positive.
     """
 
@@ -33,10 +34,10 @@ class Hawkes:
 
     @classmethod
     def cyclic(cls, marks: int, excitation: float, decay: float) -> Hawkes:
-        """One event in a unit of time in the long run; an event of mark m makes others, above all of mark m + 1.
+        """A process with one event per unit of time in the long run; events of mark m mostly trigger mark m + 1.
 
         Args:
-            excitation: mean number of events that one makes directly, 0 to below 1.
+            excitation: mean number of events that an event triggers directly, at least 0 and below 1.
         """
         following = np.roll(np.eye(marks), 1, axis=0)  # [m + 1, m]
         offspring = excitation * ((1 - ANY_MARK) * following + ANY_MARK / marks)
@@ -45,10 +46,11 @@ class Hawkes:
     def draw(
         self, rng: np.random.Generator, count: int, events: int
     ) -> tuple[Float[np.ndarray, "b n"], Int[np.ndarray, "b n"]]:
-        """The first events of so many runs: the time since the event before (or since 0), and the mark.
+        """Draw the first `events` events of `count` runs: the time since the previous event (or since 0), and the mark.
 
-        Without rejection: the time to the next event is the lesser of two that can be inverted, of the base and of the
-        excitation, which may bring none (Dassios & Zhao, Electron. Commun. Probab. 18, 2013).
+        There is no rejection: the time to the next event is the smaller of two times, for the base and for the
+        excitation (which may trigger none), whose distributions can be inverted (Dassios & Zhao, Electron. Commun.
+        Probab. 18, 2013).
         """
         gaps, marks = np.empty((count, events)), np.empty((count, events), dtype=np.int64)
         excited = np.zeros((count, len(self.base)))
@@ -66,7 +68,7 @@ class Hawkes:
         return gaps, marks
 
     def log_density(self, gaps: Float[np.ndarray, "b n"], marks: Int[np.ndarray, "b n"]) -> Float[np.ndarray, "b n"]:
-        """Log density of the time and mark of each event together, given all events before it."""
+        """Joint log density of the time and mark of each event, given all events before it."""
         found = np.empty(gaps.shape)
         excited, rows = np.zeros((len(gaps), len(self.base))), np.arange(len(gaps))
         for i in range(gaps.shape[1]):

@@ -1,14 +1,14 @@
-"""The likelihood of events under intensities that a model gives, exact because they are integrated in closed form.
+"""The likelihood of events under intensities that a model predicts; exact, because they are integrated in closed form.
 
-From one event to the next the intensity of each mark goes exponentially from a value to another,
+Between two events, the intensity of each mark moves exponentially from a start value to an end value,
 
     intensity_c(t) = end_c + (start_c - end_c) exp(-decay_c t),
 
-so that the expected number of events up to t, whose exponential is the chance of none, is
+so the expected number of events up to time t (the probability of none is the exponential of its negative) is
 
     end_c t + (start_c - end_c) (1 - exp(-decay_c t)) / decay_c.
 
-A Hawkes process with exponential kernels is among them, with the base as the end, and so is a Poisson process.
+This family contains Hawkes processes with exponential kernels, whose base is the end value, and Poisson processes.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 SLOWEST = 1e-4
-"""The least rate of decay, whose inverse is taken."""
+"""Smallest decay rate, since its inverse is used."""
 RAREST = 1e-6
-"""The least intensity, whose logarithm is taken."""
+"""Smallest intensity, since its logarithm is used."""
 
 
 def event_nats(output: Float[Tensor, "b n c3"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """Negative log-likelihood of each item's events in nats, and their number, in at least float32.
+    """Negative log-likelihood of each item's events, in nats, and their number, in at least float32.
 
     Args:
-        output: for each mark what makes the start, the end and the decay of its intensity by a softplus.
-        batch: with targets (B, N, 2), the time to the next event and its mark, nan where there is none.
+        output: three numbers for each mark, whose softplus gives the start, the end and the decay rate of its
+            intensity.
+        batch: a batch with targets (B, N, 2): the time to the next event and its mark, nan where there is none.
 
     Raises:
-        Unsupported: for outputs that are not three numbers a mark, and marks that they have not.
+        Unsupported: for outputs without three numbers per mark, and for marks that the outputs do not cover.
     """
     times, marks = batch.targets.unbind(-1)
     counted = ~times.isnan()
@@ -63,7 +64,7 @@ def event_nats(output: Float[Tensor, "b n c3"], batch: Batch) -> tuple[Float[Ten
 
 
 def constant_output(rates: Float[Tensor, " c"]) -> Float[Tensor, " c3"]:
-    """The output that stands for these intensities at all times."""
+    """The output that stands for constant intensities."""
     wanted = (rates - RAREST).clamp(min=1e-12)
     raw = wanted + (-torch.expm1(-wanted)).log()  # the inverse of softplus
     return torch.cat([raw, raw, torch.zeros_like(raw)])

@@ -1,4 +1,4 @@
-"""Boolean functions that are to be learned from examples in the context (Bhattamishra et al., arXiv 2310.03016)."""
+"""Learn Boolean functions from examples in the context (Bhattamishra et al., arXiv 2310.03016)."""
 
 from __future__ import annotations
 
@@ -44,31 +44,33 @@ MAX_DIMENSIONS = 1 << 12
 
 
 class InContextFunctionsTask(Task):
-    """Boolean functions, each to be learned from examples in its context (Bhattamishra et al., arXiv 2310.03016).
+    """Learn Boolean functions in context, each from its own examples (Bhattamishra et al., arXiv 2310.03016).
 
-    An item is a function that is drawn for it, and examples of it: the tokens x_1, y_1, x_2, y_2, ... with inputs of -1 and +1
-    and labels in the first coordinate of a token of zeros. What a model says at x_i, before it reads y_i, is its prediction of
-    y_i; the sign counts, and training minimises the cross entropy. Functions are new in each batch, so that only a model that
-    learns from the context predicts them.
+    For each item a function is drawn, and examples of it: the tokens x_1, y_1, x_2, y_2, ... with inputs of -1 and +1,
+    and labels in the first coordinate of an otherwise zero token. A model's output at x_i, before it reads y_i, is its
+    prediction of y_i: the sign counts, and training minimises the cross entropy. Functions are new in each batch, so
+    only a model that learns from the context can predict them.
 
-    The classes: ``conjunction``, ``disjunction``, ``monotone_conjunction``, ``sparse_disjunction`` (of 4), ``majority``,
-    ``int_halfspace``, ``sparse_threshold``, ``dnf`` and ``cnf`` (of 3), ``parity``, ``sparse_parity`` (of 2),
-    ``nearest_neighbours`` (a label is that of the most similar input before), and ``teach_conjunction``,
-    ``teach_biconjunction`` and ``teach_dnf``, whose contexts begin with examples that leave one function.
+    The function classes: ``conjunction``, ``disjunction``, ``monotone_conjunction``, ``sparse_disjunction`` (of 4),
+    ``majority``, ``int_halfspace``, ``sparse_threshold``, ``dnf`` and ``cnf`` (of 3), ``parity``, ``sparse_parity`` (of
+    2), ``nearest_neighbours`` (a label is that of the most similar earlier input), and ``teach_conjunction``,
+    ``teach_biconjunction`` and ``teach_dnf``, whose contexts begin with examples that identify the function.
 
     Args:
-        length: tokens of an item, two an example: even, 4 to 16384.
-        function: the class.
-        dimensions: bits of an input, 1 to 4096.
-        literals: share of the bits that a clause reads, above 0; that of the paper's 28 bits when None, 0.6 of fewer than 12
-            (0.4 of each clause of three), where a share that small is often none.
-        taught: share of the contexts that begin with a teaching sequence; that of the class when None.
-        start: the first example with a target, of nearest neighbours; half of the examples when None.
-        noise: share of the labels that are flipped in training, 0 to 0.5. Held-out labels are right.
-        pool: how many functions training draws from; 0 for new ones at each step. Held-out functions are new in any case.
-        ones: chance that a bit is +1.
-        evaluation_items: held-out contexts, 1 to 65536.
-        seed: of the held-out contexts, and of the pool.
+        length: tokens per item, two per example: an even number, 4 to 16384.
+        function: name of the function class.
+        dimensions: bits per input, 1 to 4096.
+        literals: share of the bits that a clause reads, above 0. None for the share of the paper (28 bits), or 0.6 with
+            fewer than 12 bits (0.4 for each of three clauses), where the share of the paper would often leave no
+            literals.
+        taught: share of the contexts that begin with a teaching sequence; None for that of the class.
+        start: the first example with a target, for nearest neighbours; None for half of the examples.
+        noise: share of the labels that are flipped in training, 0 to 0.5. Held-out labels are correct.
+        pool: number of functions from which training draws; 0 for new ones at each step. Held-out functions are always
+            new.
+        ones: probability that a bit is +1.
+        evaluation_items: number of held-out contexts, 1 to 65536.
+        seed: seed of the held-out contexts and of the pool.
     """
 
     name = "in_context_functions"
@@ -143,10 +145,10 @@ class InContextFunctionsTask(Task):
         return self.points // 2 if given is None else check_integer("start", given, 1, self.points - 1)
 
     def draw(self, rng: np.random.Generator, count: int, functions: Functions | None = None) -> Contexts:
-        """So many contexts.
+        """Draw `count` contexts.
 
         Args:
-            functions: what to draw from; new ones when None.
+            functions: functions to draw from; None for new ones.
         """
         if self.kind.rule == "nearest":
             return draw_neighbours(count, self.points, self.dimensions, self.start, rng, ones=self.ones)
@@ -158,7 +160,7 @@ class InContextFunctionsTask(Task):
 
     @cached_property
     def pooled(self) -> Functions | None:
-        """The functions that training draws from; None for new ones at each step."""
+        """The functions from which training draws; None for new ones at each step."""
         if not self.pool:
             return None
         rng = counter_generator(self.seed, 0, SPLIT)
@@ -166,7 +168,7 @@ class InContextFunctionsTask(Task):
 
     @cached_property
     def held_out(self) -> Contexts:
-        """The held-out contexts, of functions of their own."""
+        """The held-out contexts, each of its own function."""
         return self.draw(counter_generator(self.seed, 0, EVALUATION), self.evaluation_items)
 
     def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
@@ -181,7 +183,7 @@ class InContextFunctionsTask(Task):
             yield as_batch(self.held_out.x[rows], self.held_out.y[rows], self.start)
 
     def loss(self, output: Float[Tensor, "b n 1"], batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-        """Cross entropy of the labels in nats, with the output as the log-odds of +1."""
+        """Cross entropy of the labels, in nats; the output is the log-odds of +1."""
         counted = ~batch.targets.isnan()
         nats = F.softplus(-wide(output) * torch.where(counted, batch.targets, 0))
         return torch.where(counted, nats, 0).flatten(1).sum(1), counted.flatten(1).sum(1).to(nats.dtype)
@@ -204,7 +206,7 @@ class InContextFunctionsTask(Task):
 
     @cached_property
     def baseline(self) -> Baseline:  # type: ignore[override]
-        """The label of the nearest input before."""
+        """The rule that answers with the label of the nearest earlier input."""
         return Baseline.of("nearest neighbour", self, lambda batch: predicted(learners.neighbours(1), batch))
 
     def describe(self) -> str:
@@ -230,7 +232,7 @@ class InContextFunctionsTask(Task):
 
 
 def as_batch(x: np.ndarray, y: np.ndarray, start: int = 0) -> Batch:
-    """Examples (b, m, n) and labels (b, m) as tokens (b, 2 m, n) with the labels as targets of the inputs' places."""
+    """Interleave examples (b, m, n) and labels (b, m) as tokens (b, 2 m, n); the labels are the inputs' targets."""
     count, points, dimensions = x.shape
     tokens = np.zeros((count, 2 * points, dimensions), dtype=np.float32)
     tokens[:, ::2], tokens[:, 1::2, 0] = x, y
@@ -245,12 +247,12 @@ def examples(batch: Batch) -> tuple[Float[Tensor, "b m n"], Float[Tensor, "b m"]
 
 
 def predicted(learner: learners.Learner, batch: Batch) -> Float[Tensor, "b n 1"]:
-    """What a learner says of a batch, as a model would."""
+    """Run a learner on a batch; returns its predictions in the form of a model's output."""
     found = learner(*examples(batch))
     return torch.stack([found, torch.zeros_like(found)], -1).flatten(1)[..., None]
 
 
 def right_signs(output: Float[Tensor, "b n 1"], batch: Batch) -> tuple[Bool[Tensor, "b n"], Bool[Tensor, "b n"]]:
-    """Whether the sign is that of the target, and where there is one."""
+    """Two masks: where the sign is that of the target, and where there is a target."""
     counted = ~batch.targets.isnan()
     return ((output.sign() == batch.targets) & counted)[..., 0], counted[..., 0]

@@ -1,8 +1,9 @@
 """Classes of Boolean functions, and contexts of examples: inputs in {-1, +1}^n with their labels, -1 or +1.
 
-Every class but the nearest neighbours is of clauses w, rows of weights: a conjunction holds where w.x is above |w|_1 - 1, a
-disjunction where it is above 1 - |w|_1, a threshold where it is above its own number, and a parity where an odd number of
-its bits is +1. A conjunction without literals always holds, a disjunction without literals never does.
+Every class except the nearest neighbours is defined by clauses w, rows of weights: a conjunction is true where w.x is
+above |w|_1 - 1, a disjunction where it is above 1 - |w|_1, a threshold where it is above a given number, and a parity
+where an odd number of its bits are +1. A conjunction without literals is always true, a disjunction without literals
+never.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ Rule = Literal["all", "any", "threshold", "odd", "nearest"]
 
 @dataclass(frozen=True)
 class FunctionClass:
-    """How a class draws its functions, and its inputs.
+    """A class of functions: how it draws its functions and inputs.
 
     Attributes:
-        name: of the class.
-        rule: how a clause reads its literals (``all`` or ``any`` of them), ``threshold``, ``odd`` for parity, or
-            ``nearest`` for labels of the most similar example before.
-        clauses: how many; of clauses of ``all`` any has to hold, of clauses of ``any`` all of them.
+        name: name of the class.
+        rule: how a clause combines its literals: ``all`` or ``any`` of them, ``threshold``, ``odd`` for parity; or
+            ``nearest`` for labels of the most similar earlier example.
+        clauses: number of clauses; with ``all``, any clause must hold, with ``any``, all clauses.
         literals: share of the coordinates that have a weight.
         signed: whether half of the weights are -1.
-        subset: how many coordinates have a weight, in the place of a share.
-        largest: weights are integers up to this size, in the place of literals.
-        thresholds: those that are drawn from, a half added.
-        planted: share of the examples whose literals of one clause, the same in a context, are set so that the label is
-            `planted_label` (for one clause).
+        subset: number of coordinates that have a weight, instead of a share.
+        largest: weights are integers up to this size, instead of literals.
+        thresholds: range from which thresholds are drawn, plus one half.
+        planted: share of the examples in which the literals of one clause, fixed within a context, are set so that the
+            label is `planted_label` (if there is one clause).
         planted_label: +1 or -1.
         teaches: whether contexts begin with a teaching sequence.
     """
@@ -55,12 +56,12 @@ class FunctionClass:
 
     @property
     def of_literals(self) -> bool:
-        """Whether `literals` says how many weights there are."""
+        """Whether the number of weights is given by `literals`."""
         return self.subset is None and self.largest is None and self.rule != "nearest"
 
     @property
     def teachable(self) -> bool:
-        """Whether there are teaching sequences: of conjunctions, and of monotone formulas of several."""
+        """Whether there are teaching sequences: for conjunctions, and for monotone formulas of several conjunctions."""
         return self.rule == "all" and not (self.signed and self.clauses > 1)
 
 
@@ -82,11 +83,11 @@ _CLASSES = (
     FunctionClass("nearest_neighbours", "nearest"),
 )
 CLASSES: dict[str, FunctionClass] = {one.name: one for one in _CLASSES}
-"""The classes by name, as the public code of arXiv 2310.03016 draws them on 28 coordinates."""
+"""The classes by name, drawn as in the public code of arXiv 2310.03016 for 28 coordinates."""
 
 
 def function_class(name: str) -> FunctionClass:
-    """A class by its name.
+    """Return a class by name.
 
     Raises:
         Unsupported: for an unknown name.
@@ -99,12 +100,12 @@ def function_class(name: str) -> FunctionClass:
 
 @dataclass(frozen=True)
 class Functions:
-    """Functions of one class, one a context.
+    """Functions of one class, one per context.
 
     Attributes:
-        kind: their class.
-        weights: of each clause.
-        thresholds: what w.x has to be above.
+        kind: class of the functions.
+        weights: weights of each clause.
+        thresholds: values that w.x must exceed.
     """
 
     kind: FunctionClass
@@ -112,11 +113,11 @@ class Functions:
     thresholds: Float[np.ndarray, "b clauses"]
 
     def take(self, chosen: Int[np.ndarray, " c"]) -> Functions:
-        """The functions of these numbers."""
+        """Select functions by index."""
         return Functions(self.kind, self.weights[chosen], self.thresholds[chosen])
 
     def __call__(self, x: Int[np.ndarray, "b m n"]) -> Int[np.ndarray, "b m"]:
-        """Labels of inputs, each context by its own function."""
+        """Label inputs, each context by its own function."""
         if self.kind.rule == "odd":
             ones = ((x > 0).astype(np.int64) @ self.weights[:, 0, :, None])[..., 0]
             return np.where(ones % 2 == 1, 1, -1)
@@ -126,7 +127,7 @@ class Functions:
 
 
 def with_thresholds(kind: FunctionClass, weights: Int[np.ndarray, "b clauses n"]) -> Functions:
-    """Functions of these clauses; not for drawn thresholds."""
+    """Functions with these clauses; not for drawn thresholds."""
     size = np.abs(weights).sum(2)
     own = {"all": size - 1.0, "any": 1.0 - size}
     return Functions(kind, weights, own.get(kind.rule, np.full(size.shape, 0.5)))
@@ -135,10 +136,10 @@ def with_thresholds(kind: FunctionClass, weights: Int[np.ndarray, "b clauses n"]
 def draw_functions(
     kind: FunctionClass, count: int, dimensions: int, rng: np.random.Generator, literals: float | None = None
 ) -> Functions:
-    """`count` functions of a class on so many coordinates.
+    """Draw `count` functions of a class on `dimensions` coordinates.
 
     Args:
-        literals: share of the coordinates that have a weight; the class's own when None.
+        literals: share of the coordinates that have a weight; None for the class's own.
 
     Raises:
         Unsupported: for fewer coordinates than the class needs.
@@ -171,9 +172,9 @@ class Contexts:
     Attributes:
         x: inputs, -1 and +1.
         y: labels, -1 and +1.
-        taught: how many examples of each context are a teaching sequence.
-        first: the first example whose label follows from what was shown before it.
-        functions: that gave the labels; None for nearest neighbours.
+        taught: number of examples in each context that belong to a teaching sequence.
+        first: index of the first example whose label follows from earlier examples.
+        functions: functions that give the labels; None for nearest neighbours.
     """
 
     x: Int[np.ndarray, "b m n"]
@@ -186,12 +187,12 @@ class Contexts:
 def draw_contexts(
     functions: Functions, points: int, rng: np.random.Generator, *, taught: float, ones: float
 ) -> Contexts:
-    """A context of each function.
+    """Draw a context for each function.
 
     Args:
-        points: examples of a context.
-        taught: share of the contexts that begin with a teaching sequence, cut where it is longer than the context.
-        ones: chance of +1 in a bit that is not set.
+        points: examples per context.
+        taught: share of the contexts that begin with a teaching sequence, which is cut if longer than the context.
+        ones: probability of +1 for a bit that is not set otherwise.
     """
     kind, weights = functions.kind, functions.weights
     count, _, dimensions = weights.shape
@@ -214,7 +215,7 @@ def draw_contexts(
 def draw_neighbours(
     count: int, points: int, dimensions: int, first: int, rng: np.random.Generator, *, ones: float
 ) -> Contexts:
-    """Contexts in which, from example `first` on, each label is that of the most similar input before it."""
+    """Draw contexts in which, from example `first` on, each label is that of the most similar earlier input."""
     x = np.where(rng.random((count, points, dimensions)) < ones, 1, -1)
     return Contexts(
         x, neighbour_labels(x, rng.choice([-1, 1], (count, points)), first), np.zeros(count, np.int64), first
@@ -222,9 +223,9 @@ def draw_neighbours(
 
 
 def neighbour_labels(x: Int[np.ndarray, "b m n"], drawn: Int[np.ndarray, "b m"], first: int) -> Int[np.ndarray, "b m"]:
-    """Labels of nearest neighbours by the cosine, the earliest of those that are as near: before `first` those that are
-    drawn, except that equal inputs share the label of the earliest."""
-    similar = x @ x.swapaxes(1, 2)  # the cosine times n, exactly
+    """Labels by the nearest earlier neighbour (cosine; the earliest in case of a tie). Labels before `first` are the
+    drawn ones, except that equal inputs get the label of the earliest."""
+    similar = x @ x.swapaxes(1, 2)  # n times the cosine, exactly
     similar = np.where(np.tri(x.shape[1], k=-1, dtype=bool), similar, -x.shape[2] - 1)
     nearest, rows, labels = similar.argmax(2), np.arange(len(x)), drawn.copy()
     copied: Bool[np.ndarray, "b m"] = similar.max(2) == x.shape[2]

@@ -1,7 +1,8 @@
-"""Reference learners: what can be known of a label from the examples before it.
+"""Reference learners: what can be inferred about a label from the examples before it.
 
-A learner maps inputs (B, m, n) and labels (B, m), -1 and +1, to a number for each example, which it makes of its input and of
-the examples before it; the sign is the prediction, and 0 is wrong. All examples of all contexts are computed at once.
+A learner maps inputs (B, m, n) and labels (B, m), -1 and +1, to a number for each example, computed from its input and
+the examples before it. The sign is the prediction; 0 counts as wrong. All examples of all contexts are computed at
+once.
 """
 
 from __future__ import annotations
@@ -25,22 +26,22 @@ if TYPE_CHECKING:
 Learner = Callable[[Tensor, Tensor], Tensor]
 
 MOST_HYPOTHESES = 20_000
-"""Functions that :func:`best_guess` weighs at most."""
+"""Largest number of functions that :func:`best_guess` weighs."""
 LEAST_ODDS = 1e-9
-"""Log-odds below which both labels are as likely to :func:`best_guess`: what is left of them is rounding, and any guess is as good."""
+"""Log-odds below which both labels are equally likely to :func:`best_guess`: such differences are rounding errors."""
 
 
 def null(x: Float[Tensor, "b m n"], y: Float[Tensor, "b m"]) -> Float[Tensor, "b m"]:
-    """Always -1."""
+    """Always answer -1."""
     return -torch.ones_like(y)
 
 
 def neighbours(count: int) -> Learner:
-    """The mean label of the `count` nearest inputs before (Euclidean; of those as near, the earliest), 0 before any."""
+    """The mean label of the `count` nearest earlier inputs (Euclidean; ties go to the earliest), or 0 without any."""
 
     def learner(x: Float[Tensor, "b m n"], y: Float[Tensor, "b m"]) -> Float[Tensor, "b m"]:
         before = _before(x.shape[1])
-        distance = torch.where(before, -(x @ x.mT), torch.inf)  # all inputs have one norm
+        distance = torch.where(before, -(x @ x.mT), torch.inf)  # all inputs have the same norm
         ranks = distance.argsort(dim=-1, stable=True).argsort(-1)
         near = (before & (ranks < count)).to(x.dtype)
         return (near @ y[..., None])[..., 0] / near.sum(-1).clamp(min=1)
@@ -49,12 +50,12 @@ def neighbours(count: int) -> Learner:
 
 
 def nearest_cosine(x: Float[Tensor, "b m n"], y: Float[Tensor, "b m"]) -> Float[Tensor, "b m"]:
-    """The label of the input before with the largest cosine, the earliest of those; inputs of -1 and +1 have one norm."""
+    """The label of the earlier input with the largest cosine (ties go to the earliest); inputs all have one norm."""
     return neighbours(1)(x, y)
 
 
 def averaging(x: Float[Tensor, "b m n"], y: Float[Tensor, "b m"]) -> Float[Tensor, "b m"]:
-    """w.x with the mean w of y x over the examples before; -1 before any."""
+    """w.x, with w the mean of y x over the earlier examples; -1 if there are none."""
     sums = F.pad((y[..., None] * x).cumsum(1), (0, 0, 1, 0))[:, :-1]
     means = (sums * x).sum(-1) / torch.arange(x.shape[1]).clamp(min=1)
     means[:, 0] = -1
@@ -62,13 +63,13 @@ def averaging(x: Float[Tensor, "b m n"], y: Float[Tensor, "b m"]) -> Float[Tenso
 
 
 def elimination(*, monotone: bool, disjunction: bool = False) -> Learner:
-    """A conjunction of all literals that held in every positive example before; of none such, one that never holds.
+    """A conjunction of all literals that held in every positive example so far; of all literals, before the first.
 
-    It is never wrong where it says +1, and right everywhere once the examples leave one conjunction.
+    It is never wrong when it answers +1, and always right once the examples determine a single conjunction.
 
     Args:
-        monotone: whether no literal is negated.
-        disjunction: learns the negated labels as a conjunction of negated literals: a disjunction.
+        monotone: whether literals are never negated.
+        disjunction: whether to learn a disjunction, as a conjunction of negated literals with negated labels.
     """
     sign = -1.0 if disjunction else 1.0
 
@@ -83,10 +84,10 @@ def elimination(*, monotone: bool, disjunction: bool = False) -> Learner:
 
 
 def gaussian(x: Float[Tensor, "b m n"], y: Float[Tensor, "b m"]) -> Float[Tensor, "b m"]:
-    """Gaussian elimination over GF(2): the label that every parity that fits gives, 0 where they differ."""
-    bits = torch.cat([x > 0, (y > 0)[..., None]], -1)  # an equation a row: bits, label
+    """Gaussian elimination over GF(2): the label on which all consistent parities agree, 0 where they differ."""
+    bits = torch.cat([x > 0, (y > 0)[..., None]], -1)  # one equation per row: bits, label
     count, points, n = x.shape
-    basis, held = bits.new_zeros(count, n, n + 1), bits.new_zeros(count, n)  # a row for each leading coordinate
+    basis, held = bits.new_zeros(count, n, n + 1), bits.new_zeros(count, n)  # one row per leading coordinate
     found = torch.zeros_like(y)
     for point in range(points):
         row = bits[:, point].clone()
@@ -101,13 +102,13 @@ def gaussian(x: Float[Tensor, "b m n"], y: Float[Tensor, "b m"]) -> Float[Tensor
 
 
 def gradient_descent(seed: int = 0, *, hidden: int = 64, steps: int = 100, rate: float = 5e-3) -> Learner:
-    """A network of one hidden layer (ReLU) for each example, trained by Adam on the examples before it; -1 before any."""
+    """One network with a hidden layer (ReLU) per example, trained by Adam on the examples before it; -1 without any."""
 
     def learner(x: Float[Tensor, "b m n"], y: Float[Tensor, "b m"]) -> Float[Tensor, "b m"]:
         count, points, n = x.shape
         generator = torch.Generator().manual_seed(seed)
         shapes = {"w": (n, hidden), "a": (1, hidden), "v": (hidden, 1), "b": (1, 1)}
-        bounds = {"w": n**-0.5, "a": n**-0.5, "v": hidden**-0.5, "b": hidden**-0.5}  # as torch's linear layers begin
+        bounds = {"w": n**-0.5, "a": n**-0.5, "v": hidden**-0.5, "b": hidden**-0.5}  # as in torch's linear layers
         start = {
             name: (torch.rand(count, points, *shape, generator=generator) * 2 - 1).to(x) * bounds[name]
             for name, shape in shapes.items()
@@ -125,7 +126,7 @@ def gradient_descent(seed: int = 0, *, hidden: int = 64, steps: int = 100, rate:
 
 
 TOGETHER = 6
-"""Networks of a context that are trained at once: none of them reads the examples behind the last one's."""
+"""Networks of a context that are trained together: none of them reads examples after the last network's own."""
 
 
 def _trained(
@@ -136,7 +137,7 @@ def _trained(
     steps: int,
     rate: float,
 ) -> Float[Tensor, "b k"]:
-    """What networks (b, k, ...) say of the examples from `first` on, each of its own, after training on those before it."""
+    """Predictions of networks (b, k, ...), each for one example from `first` on, trained on the examples before it."""
 
     def outputs(inputs: Tensor) -> Tensor:
         return ((inputs @ weights["w"] + weights["a"]).relu() @ weights["v"] + weights["b"])[..., 0]
@@ -159,16 +160,16 @@ def _trained(
 def best_guess(
     kind: FunctionClass, dimensions: int, *, literals: float | None = None, taught: float | None = None
 ) -> Learner:
-    """The likelier label, given how functions and inputs of the class are drawn: no learner is right more often.
+    """The likelier label, given how functions and inputs of the class are drawn; no learner is right more often.
 
-    The examples before, their inputs and the input itself are weighed under every function of the class. Inputs whose free bits
-    are even are assumed. Where both labels are as likely it says -1.
+    Every function of the class is weighed by the earlier examples, their inputs and the present input. Bits that are
+    not set are assumed to be uniform. If both labels are equally likely, the answer is -1.
 
     Args:
-        literals, taught: as of the contexts; the class's own when None.
+        literals, taught: as for the contexts; None for the class's own.
 
     Raises:
-        Unsupported: for classes of several clauses, integers or drawn thresholds, and for too many functions.
+        Unsupported: for classes with several clauses, integer weights or drawn thresholds, and for too many functions.
     """
     base = 3 if kind.signed else 2
     count = base**dimensions
@@ -184,7 +185,7 @@ def best_guess(
     sizes = torch.from_numpy(np.abs(weights[:, 0]).sum(1)).double()
     with np.errstate(divide="ignore"):
         chance = np.log([1 - share, share / (2 if kind.signed else 1)])
-    # 0 * -inf where the share is 0 or 1 would not be a number
+    # where the share is 0 or 1, 0 * -inf would be nan
     prior = torch.where(sizes > 0, sizes * chance[1], 0.0)
     prior = prior + torch.where(sizes < dimensions, (dimensions - sizes) * chance[0], 0.0)
     share_taught = float(kind.teaches) if taught is None else taught
@@ -193,7 +194,7 @@ def best_guess(
     if share_taught:
         sequences, lengths = (torch.from_numpy(one) for one in teaching_sequences(weights, signed=kind.signed))
         teaching = _numbered(sequences), torch.arange(sequences.shape[1]) < lengths[:, None]
-    # chances of an input whose label is the planted one, and of others, relative to one of even bits
+    # log probabilities of an input with the planted label, and of others, relative to uniform bits
     likelier, rarer = torch.log1p(kind.planted * (2.0**sizes - 1)), math.log1p(-kind.planted)
     literals_of = torch.from_numpy(weights[:, 0]).float()
     thresholds_of = torch.from_numpy(with_thresholds(kind, weights).thresholds).float()
@@ -217,7 +218,7 @@ def best_guess(
         return found.nan_to_num(nan=0.0)  # labels that no function gives
 
     def labelled(x: Tensor) -> Tensor:
-        """Which functions say +1; sums of so few integers are exact."""
+        """A mask of the functions that answer +1; sums of so few integers are exact."""
         if kind.rule == "odd":
             return (literals_of @ (x > 0).float().mT) % 2 == 1
         return literals_of @ x.mT > thresholds_of
@@ -231,7 +232,7 @@ def best_guess(
 
 
 def _numbered(x: Float[Tensor, "*b n"]) -> Int[Tensor, "*b"]:
-    """Inputs as the numbers that their bits spell."""
+    """Inputs as the numbers that their bits represent."""
     return ((x > 0) * 2 ** torch.arange(x.shape[-1])).sum(-1)
 
 

@@ -1,8 +1,9 @@
-"""Teaching sequences: the examples after which one function of its class is left.
+"""Teaching sequences: examples that leave a single function of its class.
 
-Of a monotone conjunction of k literals: the input in which its literals alone are +1, then k inputs in each of which one of
-them is -1 instead. Of a general one: its literals hold while all other bits are -1, then while they are +1; then each literal
-fails in turn while the others are -1. Of a monotone formula of several conjunctions: those of its clauses, one after another.
+For a monotone conjunction of k literals: the input in which only its literals are +1, then k inputs in each of which
+one of them is -1 instead. For a general conjunction: its literals hold while all other bits are -1, then while they are
++1; then each literal fails in turn while the others are -1. For a monotone formula of several conjunctions: the
+sequences of its clauses, one after another.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
 def teaching_sequences(
     weights: Int[np.ndarray, "b clauses n"], *, signed: bool
 ) -> tuple[Int[np.ndarray, "b t n"], Int[np.ndarray, " b"]]:
-    """Inputs of the teaching sequence of each function, and how many count; what follows them is 0.
+    """Inputs of each function's teaching sequence, padded with 0, and the lengths of the sequences.
 
     Args:
-        weights: literals of conjunctions, 0, +1 and -1; without -1 unless `signed`.
+        weights: literals of conjunctions: 0, +1 and -1; no -1 unless `signed`.
         signed: whether a literal may be negated.
     """
     count, clauses, n = weights.shape
@@ -32,7 +33,7 @@ def teaching_sequences(
     rows = np.arange(count)
     for clause in range(clauses):
         literals = weights[:, clause]
-        # the order of the failing literals: those that are not negated come first
+        # order of the failing literals: those that are not negated come first
         order = np.where(literals > 0, np.cumsum(literals > 0, 1), 0)
         order += np.where(literals < 0, (literals > 0).sum(1, keepdims=True) + np.cumsum(literals < 0, 1), 0)
         for row in range(n + positives):

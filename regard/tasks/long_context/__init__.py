@@ -1,14 +1,14 @@
-"""Nine tasks on long contexts (The Sparse Frontier, arXiv 2504.17768): samples of any length, scores, and readers that solve
-them.
+"""Nine tasks on long contexts (The Sparse Frontier, arXiv 2504.17768): samples of any length, scores, and readers that
+solve them.
 
-Models answer in text, so that any language model with a tokenizer can be asked::
+Models answer in text, so any language model with a tokenizer can be tested::
 
     task = create_long_task("ruler_niah")
     sample = task.sample(0, 4096, count=lambda text: len(tokenizer(text)["input_ids"]))
     task.score(reply, sample)                       # 0 to 1; the gold `sample.answer` has 1
 
-In the wording ``full`` prompts and counts are those of the benchmark, in words of our own; in ``brief`` a key, a value or a
-name is one word, there are fewer questions, and the reply is the answer alone: for small models.
+In the wording ``full``, prompts and counts follow the benchmark, in our own words. In ``brief``, which is for small
+models, each key, value or name is one word, there are fewer questions, and the reply is only the answer.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ LONG_TASKS: dict[str, type[LongTask]] = {
 
 
 def create_long_task(name: str, wording: str = "full", **options: Any) -> LongTask:
-    """A task by name.
+    """Create a task by name.
 
     Args:
         wording: ``full`` or ``brief``.
-        options: of the task; ``data`` of the three about documents.
+        options: options of the task; ``data`` for the three tasks about documents.
 
     Raises:
-        Unsupported: for another name or wording.
+        Unsupported: for an unknown name or wording.
     """
     if name not in LONG_TASKS:
         raise Unsupported(f"long task {name!r}", supported=", ".join(LONG_TASKS), nearest=closest(name, LONG_TASKS))

@@ -1,4 +1,4 @@
-"""One fact among few or many, and questions about what the context does not have: what a model loses, mixes up or makes up."""
+"""One fact among few or many, and questions about missing facts: what a model loses, mixes up or invents."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ VALUES = range(1000, 10000)
 
 
 class Facts(LongTask):
-    """The value of a key, in the brief wording, after two questions with their answers: one about another key of the context,
-    one about a key that it lacks, to which the answer is ``unknown``.
+    """Ask for the value of a key, in the brief wording, after two questions with answers: one about another key of the
+    context, and one about a key that it lacks, with the answer ``unknown``.
 
-    The key that is asked for, its value and the share of the context before it are those of the seed, whatever else is there.
+    The key, its value and the share of the context before it depend only on the seed, whatever else is in the context.
 
     Args:
         absent: whether the context lacks the key.
@@ -54,8 +54,9 @@ class Facts(LongTask):
         return Sample(prompt, UNKNOWN if self.absent else str(value), facts)
 
     def outcome(self, reply: str, sample: Sample) -> str:
-        """What a reply is, by the first number or ``unknown`` in its first line: ``right``; ``declined``, as unknown; ``mixed up``,
-        the value of another key; ``invented``, what the context does not have; ``silent``, where there is neither."""
+        """Classify a reply by the first number or ``unknown`` in its first line: ``right``; ``declined`` for unknown;
+        ``mixed up`` for the value of another key; ``invented`` for one that is not in the context; ``silent`` for
+        neither."""
         words = re.findall(rf"\d+|{UNKNOWN}", self.read(reply).lower())
         if not words:
             return SILENT
@@ -83,7 +84,7 @@ def _keys() -> list[str]:
 
 
 def _distinct(rng: Random, every: Sequence[Any], count: int) -> list[Any]:
-    """Different ones, of which the first are the same however many there are."""
+    """Draw `count` distinct values; a smaller `count` gives a prefix of the same values."""
     found: dict[Any, None] = {}
     while len(found) < count:
         found[rng.choice(every)] = None

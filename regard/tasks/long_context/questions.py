@@ -1,7 +1,7 @@
-"""Questions about documents: SQuAD's own where they are given, else gaps in a text.
+"""Questions about documents: SQuAD's own if given, otherwise gaps in a text.
 
-A gap is asked for by the three words before it, which come once in the whole text, so that a question is the same at every
-length.
+A gap is identified by the three words before it, which occur only once in the whole text, so that a question is the
+same at every length.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from regard.tasks.documents import Paths, names_of, read_documents
 from regard.tasks.long_context.samples import Exhausted, LongTask, Sample, draws
 
 BEFORE = 3
-"""Words that a gap is asked for by."""
+"""Number of words before a gap that identify it."""
 LETTERS = "ABCD"
 FEWEST = 8
 STEP = 8
-"""Words by which a context grows."""
+"""Number of words by which a context grows."""
 
 
 class Documents(LongTask):
-    """Documents of a text and a gap in one of them.
+    """The documents of a text, and a gap in one of them.
 
     Args:
-        data: files or folders of text, whose paragraphs are the documents; Python's language reference when None.
-        first: number of the first paragraph that is used, so that others can be trained on.
+        data: text files or folders, whose paragraphs are the documents; None for Python's language reference.
+        first: index of the first paragraph to use, so that earlier ones can be used for training.
     """
 
     words: ClassVar[tuple[int, int]] = (30, 120)
-    """Words of a document: fewer are joined with what follows, more are cut."""
+    """Smallest and largest number of words per document: shorter ones are joined with the next, longer ones are cut."""
     choices: ClassVar[bool] = False
 
     def __init__(self, wording: str = "full", *, data: Paths | None = None, first: int = 0) -> None:
@@ -50,7 +50,7 @@ class Documents(LongTask):
             )
 
     def build(self, seed: int, parts: int) -> Sample:
-        # the document that is asked about is the same at every length; the last of the others is cut
+        # the document in question is the same at every length; the last of the other documents is cut
         order = draws(seed, "documents").sample(self.documents, len(self.documents))
         shown, room = [order[0]], parts * STEP
         for document in order[1:]:
@@ -101,10 +101,10 @@ class Documents(LongTask):
 
 
 class SquadQuestions(Documents):
-    """qa_squad: a question about one of many short documents, by the overlap of words.
+    """qa_squad: a question about one of many short documents, scored by word overlap.
 
     Args:
-        data: text, or one file in SQuAD's format (.json), whose questions are then asked.
+        data: text, or one file in SQuAD's format (.json), whose questions are then used.
     """
 
     name = "qa_squad"
@@ -141,7 +141,7 @@ class SquadQuestions(Documents):
 
 
 class ShortDocuments(Documents):
-    """qa_toefl: four choices about one of several documents of a page."""
+    """qa_toefl: a question with four choices about one of several documents of a page."""
 
     name = "qa_toefl"
     metric = "exact letter"
@@ -150,7 +150,7 @@ class ShortDocuments(Documents):
 
 
 class LongDocument(Documents):
-    """qa_quality: four choices about one long document among others."""
+    """qa_quality: a question with four choices about one long document among others."""
 
     name = "qa_quality"
     metric = "exact letter"
@@ -160,7 +160,7 @@ class LongDocument(Documents):
 
 @lru_cache
 def paragraphs(data: tuple[str, ...] | None, fewest: int, most: int) -> list[str]:
-    """Paragraphs of a text in one line each."""
+    """The paragraphs of a text, each on one line."""
     if data is None:
         from pydoc_data.topics import topics
 
@@ -179,10 +179,10 @@ def paragraphs(data: tuple[str, ...] | None, fewest: int, most: int) -> list[str
 
 
 def squad(data: Paths | None) -> list[tuple[str, str, list[str]]] | None:
-    """Paragraph, question and answers of a file in SQuAD's format; None where it is none.
+    """Paragraph, question and answers from a file in SQuAD's format; None if `data` is not a .json file.
 
     Raises:
-        Unsupported: for a .json file of another format.
+        Unsupported: for a .json file in another format.
     """
     if data is None:
         return None
@@ -208,7 +208,7 @@ def squad(data: Paths | None) -> list[tuple[str, str, list[str]]] | None:
 
 
 def f1(found: str, gold: str) -> float:
-    """F1 of the sets of words, without case, punctuation and articles."""
+    """F1 of the sets of words, ignoring case, punctuation and articles."""
     a, b = (_words(text) for text in (found, gold))
     common = len(a & b)
     return 2 * common / (len(a) + len(b)) if common else 0.0

@@ -1,4 +1,4 @@
-"""Needles, variables and common words, as in RULER (arXiv 2404.06654) with the counts of The Sparse Frontier."""
+"""Needles, variables and common words, as in RULER (arXiv 2404.06654), with the counts of The Sparse Frontier."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ BRIEF_NOISE = "The value is nothing ."
 
 
 class Needles(LongTask):
-    """ruler_niah: values of some keys among many pairs of key and value.
+    """ruler_niah: find the values of some keys among many key-value pairs.
 
     Args:
-        queries: keys that are asked for; 4, in the brief wording 2, when None.
+        queries: number of keys to look up; by default 4, or 2 in the brief wording.
     """
 
     name = "ruler_niah"
@@ -101,11 +101,11 @@ def _code(rng: Random) -> str:
 
 
 class Variables(LongTask):
-    """ruler_vt: all variables with a value, which are assigned to each other in chains amid noise.
+    """ruler_vt: find all variables that have a given value, among chains of assignments and noise.
 
     Args:
-        chains, hops: how many chains, and assignments of each after its first; 8 and 4, in the brief wording 2 and 2, when
-            None.
+        chains, hops: number of chains, and of assignments in each after the first; by default 8 and 4, or 2 and 2 in
+            the brief wording.
     """
 
     name = "ruler_vt"
@@ -132,7 +132,7 @@ class Variables(LongTask):
         for chain, value in zip(chains, values, strict=True):
             sources = [value, *(f"VAR {name}" for name in chain[:-1])]
             queues.append([f"VAR {name} = {source}" for name, source in zip(chain, sources, strict=True)])
-        # each chain in its order, the chains and the noise shuffled among each other
+        # each chain in its own order, but chains and noise interleaved at random
         order = [i for i, queue in enumerate(queues) for _ in queue] + [-1] * parts
         draws(seed, "order").shuffle(order)
         end = " ." if self.brief else "."
@@ -165,11 +165,11 @@ class Variables(LongTask):
 
 
 class CommonWords(LongTask):
-    """ruler_cwe: the words of a list that come most often.
+    """ruler_cwe: find the words that occur most often in a list.
 
     Args:
-        common: how many; 10, in the brief wording 3, when None.
-        often, seldom: how often they and all others come; 30 and 3, in the brief wording 6 and 2, when None.
+        common: number of these words; by default 10, or 3 in the brief wording.
+        often, seldom: how often these and all other words occur; by default 30 and 3, or 6 and 2 in the brief wording.
     """
 
     name = "ruler_cwe"
@@ -224,7 +224,7 @@ class CommonWords(LongTask):
 
 @lru_cache
 def english_words() -> list[str]:
-    """Words of Python's language reference, which comes with Python, in alphabetical order."""
+    """Words of Python's language reference, which ships with Python, in alphabetical order."""
     from pydoc_data.topics import topics
 
     return sorted({word for text in topics.values() for word in re.findall(r"\b[a-z]{4,12}\b", text)})

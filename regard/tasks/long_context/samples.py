@@ -1,4 +1,4 @@
-"""What long tasks share: samples that fill a length, the frame of a prompt, and how replies are read."""
+"""The common base of the long tasks: samples that fill a length, the frame of a prompt, and how replies are read."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from regard.contract import Unsupported, at_least, one_of
 
 WORDINGS = ("full", "brief")
 SEED = 43
-"""Of the first sample, as in the benchmark."""
+"""Seed of the first sample, as in the benchmark."""
 SHORTEST = 0.9
-"""Share of the target length that a prompt has at least."""
+"""Smallest share of the target length that a prompt fills."""
 MOST = 1 << 20
 
 Count = Callable[[str], int]
-"""Tokens of a text."""
+"""Counts the tokens of a text."""
 
 SYLLABLES = ["".join(pair) for pair in itertools.product("bdfgklmnprst", "aeiou")]
 NUMBERS = [str(number) for number in range(10, 100)]
 
 
 def names(first: int, count: int) -> list[str]:
-    """Made-up words, each always the same: number `first` and those after it."""
+    """Made-up words by index, always the same: number `first` and the following ones."""
     every = len(SYLLABLES)
-    # a step without a common factor with the number of pairs goes through all of them
+    # a step coprime to the number of pairs visits all of them
     return [
         SYLLABLES[(i * 1307) % every**2 // every] + SYLLABLES[(i * 1307) % every] for i in range(first, first + count)
     ]
 
 
 def brief_words() -> list[str]:
-    """Every word that prompts and answers in the brief wording are made of, but for those of documents."""
+    """All words that occur in prompts and answers in the brief wording, except those of documents."""
     words = set(names(0, 300)) | set(NUMBERS) | {str(number) for number in range(1, 100)}
     frames = "Question Answer : . ? , The value for is what are the values VAR = which variables have occur most words "
     frames += (
@@ -50,8 +50,8 @@ class Sample:
 
     Attributes:
         prompt: what a model reads.
-        answer: what it should write, as it should write it.
-        facts: the answer as scores need it.
+        answer: the expected reply.
+        facts: the answer in the form that scores need.
     """
 
     prompt: str
@@ -60,20 +60,20 @@ class Sample:
 
 
 class LongTask:
-    """Samples of one kind.
+    """A task that generates samples of one kind.
 
     Args:
         wording: ``full`` or ``brief``.
 
     Attributes:
-        name, metric: as tables show them.
-        reply: tokens that a reply may have, in the full wording.
+        name, metric: names for tables.
+        reply: largest number of tokens in a reply, in the full wording.
     """
 
     name: ClassVar[str]
     metric: ClassVar[str]
     least: ClassVar[int] = 0
-    """Parts that a context has beside what is asked for, at the least."""
+    """Smallest number of other parts in a context, in addition to those asked about."""
     reply: ClassVar[int] = 1024
 
     def __init__(self, wording: str = "full") -> None:
@@ -81,11 +81,11 @@ class LongTask:
         self.brief = wording == "brief"
 
     def sample(self, number: int, length: int, count: Count) -> Sample:
-        """The sample of a number: the same whenever it is asked for, of 90 to 100 % of `length` tokens
-        (fewer where a single chapter or document would be more than the rest).
+        """The sample with a given number, always the same, of 90 to 100 % of `length` tokens (fewer if adding a single
+        chapter or document would exceed the length).
 
         Raises:
-            Unsupported: where the length is too short for the question, or more than there are words for.
+            Unsupported: if the length is too short for the question, or too long for the available words.
         """
         at_least("length", length, 1)
         seed = SEED + number
@@ -124,23 +124,23 @@ class LongTask:
         return sample
 
     def build(self, seed: int, parts: int) -> Sample:
-        """The sample with so many parts in its context; raises Exhausted where there are not so many."""
+        """The sample with `parts` parts in its context; raises Exhausted if there are not that many."""
         raise NotImplementedError
 
     def score(self, reply: str, sample: Sample) -> float:
-        """0 to 1."""
+        """The score of a reply, 0 to 1."""
         raise NotImplementedError
 
     def solve(self, prompt: str) -> str:
-        """The reply of a reader that knows how prompts are made, from the prompt alone."""
+        """The reply of a solver that knows how prompts are made, from the prompt alone."""
         raise NotImplementedError
 
     def new_tokens(self, sample: Sample, count: Count) -> int:
-        """Tokens that a reply may have."""
+        """Largest number of tokens in a reply."""
         return count(sample.answer) + 4 if self.brief else self.reply
 
     def frame(self, intro: str, questions: Sequence[str], context: str, form: str) -> str:
-        """A prompt: what is asked, the context, what is asked again, and how to answer."""
+        """A prompt: the questions, the context, the questions again, and how to answer."""
         asked = "\n".join(questions)
         if self.brief:
             return f"Question : {asked}\n{context}\nQuestion : {asked}\nAnswer :"
@@ -152,11 +152,11 @@ class LongTask:
         )
 
     def told(self, answer: str) -> str:
-        """A gold answer as it should be written."""
+        """A gold answer in the form in which it should be written."""
         return answer if self.brief else f"<answer>\n{answer}\n</answer>"
 
     def read(self, reply: str) -> str:
-        """The answer in a reply: what is between the tags, nothing where there are none; in the brief wording its first line."""
+        """The answer in a reply: the text between the tags, "" without tags; in the brief wording, the first line."""
         if self.brief:
             lines = reply.strip().splitlines()
             return lines[0].strip() if lines else ""
@@ -164,7 +164,7 @@ class LongTask:
         return found[1].strip() if found else ""
 
     def context_of(self, prompt: str) -> tuple[str, str]:
-        """Question and context of a prompt."""
+        """The question and the context of a prompt."""
         if self.brief:
             found = re.fullmatch(r"Question : (.*?)\n(.*)\nQuestion : .*\nAnswer :", prompt, re.DOTALL)
         else:
@@ -174,22 +174,22 @@ class LongTask:
 
 
 class Exhausted(Exception):
-    """There is no more material for a context."""
+    """Raised when there is no more material for a context."""
 
 
 def draws(seed: int, part: str) -> random.Random:
-    """Random numbers for one part of a sample, whatever the other parts take."""
+    """Random numbers for one part of a sample, independent of the other parts."""
     return random.Random(f"{seed} {part}")
 
 
 def overlap(found: Collection[str], gold: Collection[str]) -> float:
-    """Intersection over union; 1 of nothing and nothing."""
+    """Intersection over union; 1 if both are empty."""
     union = set(found) | set(gold)
     return len(set(found) & set(gold)) / len(union) if union else 1.0
 
 
 def numbered(text: str) -> dict[int, str]:
-    """Lines that begin with a number, by it; the first of each."""
+    """Numbered lines, by their number; the first line for each number."""
     found: dict[int, str] = {}
     for line in text.splitlines():
         match = re.match(r"\s*(\d+)\s*[.:)\-]\s*(.+?)\s*$", line)
@@ -199,6 +199,6 @@ def numbered(text: str) -> dict[int, str]:
 
 
 def plain(text: str) -> str:
-    """Without case, double spaces, a leading article and a trailing full stop."""
+    """Normalise a text: lower case, single spaces, no leading article and no trailing full stop."""
     text = re.sub(r"\s+", " ", text.lower()).strip().rstrip(".").strip()
     return re.sub(r"^(the|a|an) ", "", text)

@@ -1,4 +1,4 @@
-"""Stories of chapters, made from templates: where somebody was, whom they met, what they bought and sold."""
+"""Stories in chapters, made from templates: where somebody was, whom they met, what they bought and sold."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ KINDS = ("location", "character", "item")
 
 @dataclass
 class Chapter:
-    """What happened; `bought` is None where nothing was."""
+    """The events of a chapter; `bought` is None if nothing was bought."""
 
     number: int
     place: str
@@ -162,10 +162,10 @@ class Chapter:
 
 
 def tell(seed: int, count: int, *, brief: bool) -> list[Chapter]:
-    """The first chapters of a story; those of a longer story begin with the same.
+    """The first chapters of a story; a longer story begins with the same chapters.
 
-    No two chapters have both place and person in common. An item is bought in each, and with probability 1/2 an older one
-    sold.
+    No two chapters have the same place and person. An item is bought in each, and with probability 1/2 an earlier one
+    is sold.
     """
     rng = draws(seed, "story")
     places, people = (names(0, 40), names(40, 40)) if brief else (PLACES, PEOPLE)
@@ -223,7 +223,7 @@ def _patterns(templates: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
 
 
 def understood(context: str, *, brief: bool) -> list[Chapter]:
-    """The chapters in a text, read by the templates."""
+    """Parse the chapters in a text by the templates."""
     story = []
     for number, text in re.findall(r"Chapter (\d+) ?:\s(.*?)(?=\n+Chapter|\Z)", context, re.DOTALL):
         if brief:
@@ -244,12 +244,12 @@ def understood(context: str, *, brief: bool) -> list[Chapter]:
 
 
 class Story(LongTask):
-    """What tasks about stories share."""
+    """The common base of the tasks about stories."""
 
     intro: ClassVar = f"The context is a story of {HERO} in chapters."
 
     def chapters(self, prompt: str) -> tuple[str, list[Chapter]]:
-        """The question of a prompt and the chapters that its context tells."""
+        """The question of a prompt, and the chapters in its context."""
         question, context = self.context_of(prompt)
         return question, understood(context, brief=self.brief)
 
@@ -258,7 +258,7 @@ class StoryRetrieval(Story):
     """story_retrieval: places, people and items of some chapters.
 
     Args:
-        queries: questions; 16, in the brief wording 4, when None.
+        queries: number of questions; by default 16, or 4 in the brief wording.
     """
 
     name = "story_retrieval"
@@ -308,7 +308,7 @@ class StoryRetrieval(Story):
 
 
 class StoryMultihop(Story):
-    """story_multihop: what was acquired last before another item."""
+    """story_multihop: the item acquired last before another item."""
 
     name = "story_multihop"
     metric = "exact"
@@ -340,7 +340,7 @@ class StoryFiltering(Story):
     """story_filtering: the chapters in which nothing was bought.
 
     Args:
-        without: how many; 3, in the brief wording 2, when None.
+        without: number of such chapters; by default 3, or 2 in the brief wording.
     """
 
     name = "story_filtering"

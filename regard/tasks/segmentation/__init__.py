@@ -36,39 +36,40 @@ if TYPE_CHECKING:
     from jaxtyping import Int, Shaped, UInt8
 
 SAMPLED = 256
-"""Scenes from which the mean, the deviation and the baseline of drawn data are taken; fewer of more than 64 x 64 pixels."""
+"""Scenes from which the statistics and the baseline of drawn data are taken; fewer if larger than 64 x 64 pixels."""
 
 
 class SegmentationTask(MaskTask):
-    """Give every pixel its class: images in square patches, which are the tokens, row by row.
+    """Classify every pixel of images that are cut into square patches; the patches are the tokens, row by row.
 
-    Features are the pixels of a patch, normalised for each channel by the training images' mean and deviation. The score of
-    an image is the mean, over the classes that its mask or its prediction has (without the background), of the Dice
-    coefficient, or of the intersection over the union; both are told. Exact repetitions of an image count once.
+    Features are the pixels of a patch, normalised per channel by the training images' mean and deviation. The score of
+    an image is the Dice coefficient or the intersection over union, averaged over the classes in its mask or prediction
+    (without the background); both are reported. Exact duplicates of an image count once.
 
     Args:
-        data: ``shapes`` (drawn: four kinds of them in colour; the default), ``far-cue`` (drawn: ellipses whose class a mark in
-            a corner tells), ``own-corner`` (of each ellipse the mark in its own corner) or ``near-cue`` (their own brightness),
-            ``colin27`` (a head with 116 regions, from Debian's
-            mricron-data, or a folder with its files), ``mni152`` (a head with its tissues, from nilearn), or a folder with
-            `images` and `masks` of the same names, and perhaps `classes.txt` with a line ``value name`` for each class.
-        validation: a folder like `data`, for data that is such a folder; its images are what is held out.
-        length: number of patches, as another way to say `patch`.
-        patch: side of a patch in pixels, a divisor of `size`; close to 4 when not given.
-        size: side of the squares that images and masks are drawn in or resized to, 16 to 1024.
-        channels: 3 (colour) or 1 (grey), for a folder's images.
-        skip_unreadable: whether images of a folder that cannot be read, or whose masks cannot, are named and left out.
-        augment: how training images of a folder or a head are varied, and their masks with them: ``none``, ``light`` (shifted
-            and mirrored) or ``standard`` (turned, scaled, other shades and noise as well).
-        flip: whether half of them are mirrored, left to right; when None, where no class is named for a side.
-        classes: only so many classes, those of most pixels; the others count as background. Of a folder or a head.
-        background: value of a folder's masks that is not scored; ``None`` scores all, ``auto`` takes 0.
-        ignore: value of a folder's masks without loss and score; ``None`` for none, ``auto`` takes 255 where there are more
-            than two values.
-        metric: ``dice`` or ``iou``, which the comparison is about.
-        held_out: share of a folder's images, or of a head's slices, that is held out, 0.01 to 0.5.
-        evaluation_items: most held-out images, 1 to 65536.
-        seed: of the split, and of drawn held-out images.
+        data: ``shapes`` (drawn: four kinds of coloured shapes; the default), ``far-cue`` (drawn: ellipses whose class
+            is shown by a mark in a corner), ``own-corner`` (for each ellipse, by the mark in its own corner) or
+            ``near-cue`` (by its own brightness), ``colin27`` (a head with 116 regions, from Debian's mricron-data, or a
+            folder with its files), ``mni152`` (a head with its tissues, from nilearn), or a folder with `images` and
+            `masks` of the same names, and optionally `classes.txt` with a line ``value name`` for each class.
+        validation: a folder like `data`, if that is a folder; its images are held out.
+        length: number of patches, as an alternative to `patch`.
+        patch: side of a patch in pixels, a divisor of `size`; by default close to 4.
+        size: side of the squares in which images and masks are drawn or to which they are resized, 16 to 1024.
+        channels: 3 (colour) or 1 (grey), for images from a folder.
+        skip_unreadable: whether unreadable images or masks in a folder are left out and reported, instead of refused.
+        augment: augmentation of training images from a folder or a head, together with their masks: ``none``, ``light``
+            (shifted and mirrored) or ``standard`` (also rotated, scaled, and with changed shades and noise).
+        flip: whether half of the images are mirrored, left to right; by default, if no class is named for a side.
+        classes: keep only this many classes, those with the most pixels; others become background. For a folder or a
+            head.
+        background: value in a folder's masks that is not scored; ``None`` scores all values, ``auto`` means 0.
+        ignore: value in a folder's masks without loss and score; ``None`` for none, ``auto`` means 255 if there are
+            more than two values.
+        metric: ``dice`` or ``iou``, the metric of the comparison.
+        held_out: share of a folder's images, or of a head's slices, to hold out, 0.01 to 0.5.
+        evaluation_items: largest number of held-out images, 1 to 65536.
+        seed: seed of the split and of drawn held-out images.
     """
 
     name = "segmentation"
@@ -128,7 +129,7 @@ class SegmentationTask(MaskTask):
             self._scored = self._drawn(evaluation_items, counter_generator(seed, 0, EVALUATION))
             self._held_out = evaluation_items
         else:
-            images: Any = self._masked.images  # whose pixels are one array
+            images: Any = self._masked.images  # its pixels are a single array
             parts = self._masked.split
             if parts is None:
                 images = distinct(images)
@@ -192,7 +193,7 @@ class SegmentationTask(MaskTask):
         return self.whole(classes)[0]
 
     def whole(self, targets: Int[Tensor, "b n p"]) -> Int[np.ndarray, "b h w"]:
-        """The masks that a batch's targets were cut from."""
+        """Reassemble the masks from which a batch's targets were cut."""
         (rows, columns), p = self.grid, self.patch
         return (
             targets.numpy().reshape(-1, rows, columns, p, p).transpose(0, 1, 3, 2, 4).reshape(-1, self.size, self.size)
@@ -227,7 +228,7 @@ class SegmentationTask(MaskTask):
         return Batch(self.reader.patches(pixels), torch.from_numpy(np.ascontiguousarray(cut, np.int64)), grid=self.grid)
 
     def _commonest(self, labels: Int[np.ndarray, "n h w"]) -> Baseline:
-        """For each place the class that most training masks have there."""
+        """The rule that answers, at each position, with the class that most training masks have there."""
         counts = np.stack([(labels == i).sum(0) for i in range(self.num_classes)])
         best = torch.from_numpy(counts.argmax(0)).flatten()[None]
         targets = torch.from_numpy(self._scored[1]).flatten(1)

@@ -1,7 +1,7 @@
-"""Training images and volumes varied together with their masks: other places, mirrored, turned, larger, other shades.
+"""Augmentation of training images and volumes together with their masks: shifts, mirroring, rotation, scaling, shades.
 
-What moves points moves their classes alike, and what changes shades leaves them as they are. Everything is drawn from the
-generator that a call is given, so that a run that is resumed sees the same.
+Spatial changes apply to points and their classes alike; changes of shade leave the classes as they are. All randomness
+comes from the generator passed to a call, so that a resumed run sees the same items.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
     Varied = tuple[Float[np.ndarray, "*sides c"], Int[np.ndarray, "*sides"]]
 
 BORDER = 8
-"""What is seen lies up to one part in so many of a side beside the image, which is mirrored at its border."""
+"""Shifts are up to 1 / BORDER of a side; beyond its border, the image is mirrored."""
 TURN, LARGER = 15, 1.4
-"""Degrees, and times as large or as small, that ``standard`` turns and scales by at most."""
+"""Largest rotation, in degrees, and largest scale factor (or its inverse) of ``standard``."""
 OFTEN = 0.3
-"""Share of the items in which ``standard`` changes the shades in each of its ways."""
+"""Share of the items to which ``standard`` applies each of its changes of shade."""
 SIDED = re.compile(r"(^|[\W_])(left|right|l|r)($|[\W_])", re.IGNORECASE)
-"""Names of classes that a mirrored image would have the wrong way round."""
+"""Names of classes that mirroring would exchange."""
 
 
 class MaskAugmentation:
-    """How the items of a training batch are varied.
+    """Augmentation of the items of a training batch.
 
     Args:
-        name: ``light`` shifts and mirrors; ``standard`` also turns, scales, and changes brightness, contrast, gamma and noise,
-            the ways of nnU-Net (Isensee et al., arXiv 1904.08128).
-        classes: names of the task's.
-        flip: whether half of the items are mirrored, along each axis of `mirrored` by itself; when None, where no class is
-            named for a side.
-        mirrored: axes, and their name in words.
-        shift: whether items lie at other places, which crops do anyway.
+        name: ``light`` shifts and mirrors; ``standard`` also rotates, scales, and changes brightness, contrast, gamma
+            and noise, like nnU-Net (Isensee et al., arXiv 1904.08128).
+        classes: names of the task's classes.
+        flip: whether half of the items are mirrored, independently along each axis of `mirrored`; None for yes if no
+            class is named for a side.
+        mirrored: the axes, and their name in words.
+        shift: whether items are shifted; unnecessary for random crops.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class MaskAugmentation:
     def __call__(
         self, points: Shaped[np.ndarray, "*sides c"], labels: Int[np.ndarray, "*sides"], rng: np.random.Generator
     ) -> Varied:
-        """An item and its classes, varied; the shape stays.
+        """Augment an item and its classes, keeping its shape.
 
         Args:
-            points: in any scale, which stays.
-            labels: any numbers, of each of which the places move with the points'.
-            rng: of all draws.
+            points: points in any range of values, which is kept.
+            labels: integers, which move with the points.
+            rng: generator of all draws.
         """
         points = points.astype(np.float32)
         if self.flip:
@@ -83,7 +83,7 @@ class MaskAugmentation:
     def _moved(
         self, points: Float[np.ndarray, "*sides c"], labels: Int[np.ndarray, "*sides"], rng: np.random.Generator
     ) -> Varied:
-        """Turned in the plane of the first two axes, scaled and shifted: linear between points, classes of the nearest."""
+        """Rotate in the plane of the first two axes, scale and shift: points linearly, classes by the nearest point."""
         sides = labels.shape
         turn, size = math.radians(rng.uniform(-TURN, TURN)), LARGER ** rng.uniform(-1, 1)
         shift = rng.uniform(-2 / BORDER, 2 / BORDER, len(sides)) * self.shift
@@ -105,7 +105,7 @@ class MaskAugmentation:
 def _shifted(
     points: Float[np.ndarray, "*sides c"], labels: Int[np.ndarray, "*sides"], rng: np.random.Generator
 ) -> Varied:
-    """By whole points, mirrored at the border."""
+    """Shift by whole points, mirroring at the border."""
     room = [max(1, side // BORDER) for side in labels.shape]
     around = [(most, most) for most in room]
     begin = [int(rng.integers(2 * most + 1)) for most in room]
@@ -114,7 +114,7 @@ def _shifted(
 
 
 def _shaded(points: Float[np.ndarray, "*sides c"], rng: np.random.Generator) -> Float[np.ndarray, "*sides c"]:
-    """Other brightness, contrast and gamma of each channel, and noise, whatever the scale: in deviations of the item."""
+    """Change brightness, contrast and gamma of each channel and add noise, in units of its standard deviation."""
     axes = tuple(range(points.ndim - 1))
     channels = points.shape[-1:]
     deviation = points.std(axes)
@@ -131,7 +131,7 @@ def _shaded(points: Float[np.ndarray, "*sides c"], rng: np.random.Generator) -> 
 
 
 def _gamma(points: Float[np.ndarray, "*sides c"], power: Float[np.ndarray, " c"]) -> Float[np.ndarray, "*sides c"]:
-    """A power of where each value lies between the least and the greatest of its channel."""
+    """Raise values to a power, relative to the range from the least to the greatest value of their channel."""
     axes = tuple(range(points.ndim - 1))
     low, high = points.min(axes), points.max(axes)
     span = np.where(high > low, high - low, 1.0)

@@ -1,4 +1,4 @@
-"""What the tasks that give every pixel or voxel its class share."""
+"""The common base of the tasks that classify every pixel or voxel."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ METRICS = {"dice": "mean Dice", "iou": "mean IoU"}
 
 
 class MaskTask(Task):
-    """Items with a class for each of their points, scored by the overlap of prediction and truth.
+    """Items with a class for each of their points, scored by the overlap between prediction and truth.
 
     Attributes:
-        kind: what the folders hold that are read.
-        scenes: data that are drawn.
-        reader: has the names, values and colours of the classes, and which of them is background.
-        measure: ``dice`` or ``iou``, which is the score.
-        augmentation: how items that are trained on are varied; None where they are not.
-        mirrored: axes along which they are mirrored, and their name in words.
-        placed: whether they are shifted, which crops are anyway.
+        kind: kind of files that are read from folders.
+        scenes: names of the data that are drawn.
+        reader: holds names, values and colours of the classes, and which of them is the background.
+        measure: ``dice`` or ``iou``, the score.
+        augmentation: augmentation of training items; None for none.
+        mirrored: axes along which items are mirrored, and their name in words.
+        placed: whether items are shifted; unnecessary for random crops.
     """
 
     pattern = Pattern.NONCAUSAL_SELF
@@ -68,11 +68,11 @@ class MaskTask(Task):
     def check_data(
         self, data: str, values: Mapping[str, Any], of_folders: Mapping[str, Any], of_heads: Mapping[str, Any]
     ) -> None:
-        """Raise Unsupported for data that are neither drawn nor there, and for options that they have no use for.
+        """Raise Unsupported for data that are neither drawn nor present, and for options that do not apply to them.
 
         Args:
-            values: options that are values of a folder's masks; ``auto`` where not given.
-            of_folders, of_heads: options of folders alone, and of folders and heads; None where not given.
+            values: options that are values in a folder's masks; ``auto`` where not given.
+            of_folders, of_heads: options only for folders, and for folders and heads; None where not given.
         """
         for name, value in values.items():
             number = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
@@ -99,16 +99,16 @@ class MaskTask(Task):
             )
 
     def augmentation_of(self, augment: str, flip: bool | None) -> MaskAugmentation | None:
-        """The augmentation that the options `augment` and `flip` name, for the classes of the reader."""
+        """The augmentation for the options `augment` and `flip` and the reader's classes."""
         if augment == "none":
             return None
         return MaskAugmentation(augment, self.reader.classes, flip=flip, mirrored=self.mirrored, shift=self.placed)
 
     def told_apart(self, source: str, count: int, parts: Parts | None, share: float) -> Parts:
-        """Numbers of the items to train on, of those to hold out, and in words how they were told apart: as in `parts`, or drawn.
+        """Indices of the training items and of the held-out items, and the rule in words: as in `parts`, or drawn.
 
         Raises:
-            Unsupported: where there is none to train on.
+            Unsupported: if no items are left for training.
         """
         if parts is None:
             order = counter_generator(self.seed, 0, SPLIT).permutation(count)
@@ -122,11 +122,11 @@ class MaskTask(Task):
         return parts
 
     def varied_told(self, what: str) -> list[str]:
-        """A line of how items that are read are varied."""
+        """A line that describes how items are augmented."""
         return [f"{what}: {self.augmentation or 'as they are (augment=light or standard varies them)'}"]
 
     def classes_told(self, shares: Float[np.ndarray, " k"], having: Int[np.ndarray, " k"], measured: int) -> str:
-        """Share of the points of each class, and how many of the measured training items have it."""
+        """The share of points of each class, and how many of the measured training items have the class."""
         listed = ", ".join(
             f"{name} {share:.1%} in {count}" + (" (not scored)" if i == self.reader.background else "")
             for i, (name, share, count) in enumerate(zip(self.reader.classes, shares, having, strict=True))
@@ -138,7 +138,7 @@ class MaskTask(Task):
         )
 
     def rest_told(self, split: str, ignored: float, notes: Sequence[str]) -> list[str]:
-        """Lines of how items were held out, of ignored points, and of what else there is to say."""
+        """Lines about the split, about ignored points, and further notes."""
         told = [f"ignored: {ignored:.1%} of the {self.kind.point}s"] if ignored else []
         return [f"split: {split}", *told, *(f"note: {note}" for note in notes)]
 
@@ -154,15 +154,15 @@ class MaskTask(Task):
     def of_images(
         self, predicted: Int[Tensor, "b pixels"], targets: Int[Tensor, "b pixels"], measure: str | None = None
     ) -> Float[Tensor, " b"]:
-        """The score of each item by ``dice`` or ``iou``; by the task's own measure when None."""
+        """The score of each item by ``dice`` or ``iou``; None for the task's own measure."""
         return overlap_by_image(predicted, targets, self.num_classes, self.reader.background, measure or self.measure)
 
     def picture(self, batch: Batch) -> UInt8[np.ndarray, "h w c"]:
-        """A picture of the one item of a batch."""
+        """A picture of the single item of a batch."""
         raise NotImplementedError
 
     def mask(self, classes: Int[Tensor, "1 n p"], batch: Batch) -> Int[np.ndarray, "h w"]:
-        """Classes of the tokens of a batch of one item, as they lie in its :meth:`picture`."""
+        """Classes of the tokens of a one-item batch, arranged like its :meth:`picture`."""
         raise NotImplementedError
 
 

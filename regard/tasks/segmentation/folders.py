@@ -1,4 +1,4 @@
-"""Folders with the folders images and masks: which files belong together, and which values of masks are classes."""
+"""Folders with sub-folders images and masks: which files belong together, and which values in masks are classes."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 CLASSES = "classes.txt"
 VOID = 255
-"""The value of a mask's pixels that are ignored, where masks have more than two values and nothing else is said."""
+"""Value of ignored pixels in masks, by default if masks have more than two values."""
 MOST_CLASSES = 64
-"""Values that masks may have without a file of their names: more is the sign of smoothed edges, or of no mask at all."""
+"""Largest number of values in masks without a file of names: more values suggest smoothed edges, or no masks at all."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What the folders hold.
+    """The kind of files in a folder.
 
     Attributes:
-        word: for one of the images.
-        point: for one of the points that have a class.
-        images, masks: suffixes of files; those of masks keep each point as it is.
-        written: suffixes of masks that a model may write, the usual one first.
-        task: that reads them.
+        word: word for one image.
+        point: word for a point that has a class.
+        images, masks: suffixes of files; those of masks are lossless.
+        written: suffixes of masks that a model may write, the default first.
+        task: task that reads the files.
     """
 
     word: str
@@ -44,7 +44,7 @@ class Kind:
 
     @property
     def usual(self) -> str:
-        """Suffix of a mask where nothing else is said."""
+        """Default suffix of masks."""
         return self.written[0]
 
 
@@ -61,20 +61,20 @@ VOLUMES = Kind("volume", "voxel", frozenset(NIFTI), frozenset(NIFTI), NIFTI, "se
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix of a file in small letters, ``.nii.gz`` as one."""
+    """Lower-case suffix of a file; ``.nii.gz`` counts as one."""
     return ".nii.gz" if path.name.lower().endswith(".nii.gz") else path.suffix.lower()
 
 
 def holds_volumes(folder: Path) -> bool:
-    """Whether the folder images holds volumes."""
+    """Return whether the sub-folder images holds volumes."""
     return any(suffix_of(path) in VOLUMES.images for path in walk(folder / "images")[0])
 
 
 def files_of(given: Path, kind: Kind) -> list[Path]:
-    """A file itself, or the images of a folder in sorted order.
+    """The file itself, or the images in a folder in sorted order.
 
     Raises:
-        Unsupported: where there is none.
+        Unsupported: if there are none.
     """
     if given.is_file():
         return [given]
@@ -93,10 +93,10 @@ def files_of(given: Path, kind: Kind) -> list[Path]:
 
 
 def pairs_of(folder: Path, kind: Kind) -> tuple[list[tuple[Path, Path]], list[str]]:
-    """Image and mask of each name, in sorted order, and notes.
+    """Pairs of an image and its mask, sorted by name, and notes.
 
     Raises:
-        Unsupported: for folders and files that are missing.
+        Unsupported: for missing folders and files.
     """
     if not folder.is_dir():
         raise Unsupported(
@@ -150,7 +150,7 @@ def pairs_of(folder: Path, kind: Kind) -> tuple[list[tuple[Path, Path]], list[st
 
 
 def class_names(path: Path) -> dict[int, str]:
-    """Names of values, from lines of a value and a name; none without the file."""
+    """Names of values, read from lines of a value and a name; empty without the file."""
     if not path.is_file():
         return {}
     found: dict[int, str] = {}
@@ -179,23 +179,24 @@ def classes_among(
     background: int | str | None,
     ignore: int | str | None,
 ) -> tuple[list[int], int | None]:
-    """The values of masks that are classes, and which of them is background.
+    """The values in masks that are classes, and which of them is the background.
 
     Args:
-        paths: of the masks, of which the first `training` are trained on.
-        found: the values of each mask.
-        names: of classes, where a file has them.
-        background: the value of points that are not scored; None for none, ``auto`` for 0 where masks have it.
-        ignore: the value of points without loss and score; None for none, ``auto`` for 255 where there are more than two.
+        paths: the masks; the first `training` are for training.
+        found: values in each mask.
+        names: names of classes, if a file has them.
+        background: value of points that are not scored; None for none, ``auto`` for 0 if masks have it.
+        ignore: value of points without loss and score; None for none, ``auto`` for 255 if there are more than two
+            values.
 
     Raises:
-        Unsupported: for values that are no classes, too many of them, or too few.
+        Unsupported: for values that are not classes, and for too many or too few classes.
     """
     values = sorted({int(value) for mask in found[:training] for value in mask})
     void = (VOID if len(values) > 2 and VOID not in names else None) if ignore == "auto" else ignore
     values = sorted(names) or [value for value in values if value != void]
     quiet = (0 if 0 in values else None) if background == "auto" else background
-    assert not isinstance(void, str) and not isinstance(quiet, str)  # "auto" is the only word
+    assert not isinstance(void, str) and not isinstance(quiet, str)  # "auto" is the only string
     _check_values(paths, found, values, bool(names), void, quiet)
     return values, quiet
 
@@ -208,12 +209,12 @@ def _check_values(
     ignore: int | None,
     background: int | None,
 ) -> None:
-    """Raise Unsupported for values of masks that are no classes, too many of them, or too few.
+    """Raise Unsupported for values in masks that are not classes, and for too many or too few classes.
 
     Args:
-        values: of the classes.
-        named: whether these are those of a file of names.
-        ignore, background: as of :func:`read_masked`, decided.
+        values: values of the classes.
+        named: whether the values are from a file of names.
+        ignore, background: as for :func:`read_masked`, with ``auto`` resolved.
     """
     listed = ", ".join(map(str, values[:20])) + (", ..." if len(values) > 20 else "")
     for path, mask in zip(paths, found, strict=True):
@@ -243,17 +244,17 @@ def _check_values(
 def largest_classes(
     numbers: Int[np.ndarray, " k"], background: int | None, count: int
 ) -> tuple[list[int], Int[np.ndarray, " k"], str]:
-    """The `count` classes of most points beside the background, of which the others become part.
+    """Choose the `count` classes with the most points, without the background, into which the others are merged.
 
     Args:
-        numbers: of points of each class.
-        background: the class that is not scored; None for none.
+        numbers: number of points of each class.
+        background: class that is not scored; None for none.
 
     Returns:
-        The classes that are kept, the new number of each class, and a note without the background's name.
+        The kept classes, the new index of each class, and a note without the background's name.
 
     Raises:
-        Unsupported: for a number that there is not, and without a background.
+        Unsupported: for an impossible number, and without a background.
     """
     number = len(numbers)
     if background is None or not 1 <= count < number:

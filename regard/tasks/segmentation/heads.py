@@ -1,7 +1,7 @@
-"""Heads as slices: Colin27 with the regions of AAL (Debian's mricron-data), and MNI152 with its tissues (nilearn).
+"""Heads as slices: Colin27 with the AAL regions (Debian's mricron-data), and MNI152 with its tissues (nilearn).
 
-Both are averages or single heads in a standard space, not patients: they say whether a network learns shapes in real images,
-and nothing about a clinic. Read where they lie; terms are those of the packages.
+Both are averages or single heads in a standard space, not patients: they show whether a network learns shapes in real
+images, and nothing about clinical use. They are read in place; the terms are those of the packages.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ COLIN = ("ch2.nii.gz", "aal.nii.gz", "aal.nii.txt")
 MNI = "mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
 NILEARN = "pip install --no-deps nilearn"
 SLAB, GAP = 12, 4
-"""Slices of a slab, which is held out or trained on as a whole, and slices beside a held-out slab that are neither."""
+"""Slices per slab, which is held out or trained on as a whole, and unused slices on each side of a held-out slab."""
 LEAST = 0.01
-"""Share of a slice that its classes beside the background must have for it to be taken."""
+"""Smallest share of a slice that its classes, without the background, must cover."""
 
 
 def is_head(data: str) -> bool:
-    """Whether `data` names one of the heads, or is a folder that holds Colin27's files."""
+    """Return whether `data` names one of the heads, or is a folder that holds Colin27's files."""
     return data in HEADS or all((Path(data) / name).is_file() for name in COLIN[:2])
 
 
 def read_slices(data: str, size: int, share: float, seed: int) -> Masked:
-    """Axial slices of a head as squares of `size` pixels, split by slabs.
+    """Axial slices of a head, as squares of `size` pixels, split by slabs.
 
     Args:
         data: a name of `HEADS`, or a folder with Colin27's files.
-        share: of the slices to hold out.
-        seed: of the choice of slabs.
+        share: share of the slices to hold out.
+        seed: seed of the choice of slabs.
 
     Raises:
-        Unsupported: where the package, or nibabel, is not there.
+        Unsupported: if the package, or nibabel, is missing.
     """
     head, labels, names, source = read_head(data)
     taken = np.flatnonzero((labels > 0).mean((0, 1)) >= LEAST)
@@ -67,13 +67,13 @@ def read_slices(data: str, size: int, share: float, seed: int) -> Masked:
 
 
 def read_head(data: str) -> Head:
-    """A head as bytes, the number of the class of each voxel, their names and the source in words; arguments as of
+    """A head as bytes, the class index of each voxel, the class names, and the source in words; arguments as in
     :func:`read_slices`."""
     return _mni152() if data == "mni152" else _colin27(MRICRON if data == "colin27" else Path(data))
 
 
 def split_by_slabs(count: int, share: float, seed: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
-    """Slices to train on and to hold out: whole slabs are held out, and of the others no slice near to one is trained on."""
+    """Training and held-out slices: whole slabs are held out, and slices close to them are not used for training."""
     slab = np.arange(count) // SLAB
     slabs = int(slab.max(initial=0)) + 1
     chosen = counter_generator(seed, 0, SPLIT).permutation(slabs)[: max(1, round(share * slabs))]
@@ -103,7 +103,7 @@ def _colin27(folder: Path) -> Head:
 def _mni152() -> Head:
     folder = package_folder("nilearn", "segmentation data=mni152", NILEARN) / "datasets" / "data"
     head, grey, white = (_load(folder / MNI.format(part)).astype(np.float32) for part in ("t1", "gm", "wm"))
-    rest = 255 - grey - white  # the maps are probabilities, 255 for 1
+    rest = 255 - grey - white  # the maps are probabilities, with 255 for 1
     labels = np.stack([rest, grey, white]).argmax(0)
     return _bytes(head), labels, ("background", "grey matter", "white matter"), "MNI152 with its tissues"
 
@@ -118,7 +118,7 @@ def _bytes(head: Shaped[np.ndarray, "x y z"]) -> UInt8[np.ndarray, "x y z"]:
 
 
 def _square(plane: Shaped[np.ndarray, "x y"], size: int, *, smooth: bool) -> Shaped[np.ndarray, "s s"]:
-    """A slice seen from above, the nose up, filled up to a square and resized."""
+    """A slice seen from above, with the nose up, padded to a square and resized."""
     from PIL import Image
 
     turned = np.rot90(plane)

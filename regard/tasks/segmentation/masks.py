@@ -1,4 +1,4 @@
-"""Images with masks that are read: a user's folder, in the end one array of pixels and one of class numbers."""
+"""Images with masks, read from a user's folder into an array of pixels and an array of class indices."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 Colour = tuple[int, int, int]
 ORIENTATION = 0x0112
-"""The field of EXIF that says how a picture is turned; from 5 on its sides change places."""
+"""EXIF field for the orientation of a picture; from 5 on, its sides are swapped."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskReader(ImageReader):
-    """From images to the inputs of a model that segments, and what its classes are in masks.
+    """Converts images to inputs of a segmentation model, and knows the classes' values in masks.
 
     Attributes:
-        values: of each class in a mask.
-        colours: of each class, red, green and blue.
-        background: number of the class that is not scored; None for none.
+        values: value of each class in a mask.
+        colours: red, green and blue of each class.
+        background: index of the class that is not scored; None for none.
     """
 
     values: tuple[int, ...]
@@ -43,19 +43,19 @@ class MaskReader(ImageReader):
     background: int | None
 
     def _image(self, path: Path) -> Pixels:
-        """Whole, whatever its proportions, since a mask has a class for all of it."""
+        """Read the whole image, whatever its proportions, since a mask covers all of it."""
         return read_image(path, (self.height, self.width), self.channels, stretch=True)[0]
 
 
 @dataclass(frozen=True)
 class Masked:
-    """Images, and the class of each of their pixels.
+    """Images and the class of each of their pixels.
 
     Attributes:
-        images: whose labels are (n, h, w) numbers of classes, `IGNORED` where there is none.
-        values, colours: of the classes in masks.
+        images: the images, with labels (n, h, w) that are class indices, or `IGNORED`.
+        values, colours: values and colours of the classes in masks.
         background: as in :class:`MaskReader`.
-        split: training and held-out images, and how they were told apart; None to draw images to hold out.
+        split: training and held-out images, and the rule in words; None to draw held-out images.
     """
 
     images: Images
@@ -65,15 +65,15 @@ class Masked:
     split: tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"], str] | None = None
 
     def largest(self, count: int) -> Masked:
-        """The same with the `count` classes of most pixels beside the background, of which the others become part.
+        """Keep the `count` classes with the most pixels, without the background, into which the others are merged.
 
         Raises:
-            Unsupported: for a number that there is not, and without a background.
+            Unsupported: for an impossible number, and without a background.
         """
         images = self.images
         numbers = np.bincount(images.labels[images.labels != IGNORED], minlength=len(self.values))
         kept, table, told = largest_classes(numbers, self.background, count)
-        assert self.background is not None  # without one it is refused
+        assert self.background is not None  # without a background, the call is refused
         labels = np.append(table, IGNORED)[np.where(images.labels == IGNORED, len(table), images.labels)]
         note = f"{told} {images.classes[self.background]}"
         return replace(
@@ -88,7 +88,7 @@ class Masked:
 
 
 def colours_of(count: int) -> tuple[Colour, ...]:
-    """Colours that are easily told apart: black, then hues a golden section apart."""
+    """Colours that are easy to distinguish: black, then hues a golden section apart."""
     found: list[Colour] = [(0, 0, 0)]
     for i in range(1, count):
         red, green, blue = colorsys.hsv_to_rgb(0.618034 * i % 1, 0.7 if i % 2 else 0.9, 0.95 if i % 3 else 0.7)
@@ -106,18 +106,19 @@ def read_masked(
     *,
     skip_unreadable: bool = False,
 ) -> Masked:
-    """The images and masks of a folder, resized to squares of `size` pixels: masks by their nearest pixel.
+    """Read the images and masks of a folder, resized to squares of `size` pixels, masks by nearest neighbour.
 
     Args:
-        folder: with `images` and `masks`, whose files have the same names but for their suffixes, and perhaps a file
-            `classes.txt` with a line for each value of masks: the value and a name.
-        validation: another, whose images are held out.
-        background: the value of pixels that are not scored; None for none, ``auto`` for 0 where masks have it.
-        ignore: the value of pixels without loss and score; None for none, ``auto`` for 255 where there are more than two.
-        skip_unreadable: whether images that cannot be read, or whose masks cannot, are named in the notes instead of refused.
+        folder: folder with `images` and `masks`, whose files have the same names except for suffixes, and optionally a
+            file `classes.txt` with a line for each value in masks: the value and a name.
+        validation: another such folder, whose images are held out.
+        background: value of pixels that are not scored; None for none, ``auto`` for 0 if masks have it.
+        ignore: value of pixels without loss and score; None for none, ``auto`` for 255 if there are more than two
+            values.
+        skip_unreadable: whether unreadable images or masks are reported in the notes instead of refused.
 
     Raises:
-        Unsupported: for what is missing or unreadable, or does not belong together, with the first file of its kind.
+        Unsupported: for files that are missing, unreadable or do not belong together, naming the first one.
     """
     pairs, notes = pairs_of(folder, PICTURES)
     names = class_names(folder / CLASSES)
@@ -172,7 +173,7 @@ def read_masked(
 
 
 def _read_mask(path: Path, image: Path) -> tuple[UInt8[np.ndarray, "h w"], list[Colour] | None]:
-    """Values of a mask, and the palette that it has."""
+    """Values of a mask, and its palette."""
     wide, high = _opened(image, _turned_size)
     mode, size, palette, values = _opened(
         path, lambda x: (x.mode, x.size, x.getpalette("RGB") if x.mode == "P" else None, np.asarray(x))
@@ -194,7 +195,7 @@ def _read_mask(path: Path, image: Path) -> tuple[UInt8[np.ndarray, "h w"], list[
 
 
 def _opened(path: Path, read: Callable[[Any], Any]) -> Any:
-    """What `read` makes of an image file."""
+    """Apply `read` to an opened image file."""
     from PIL import Image
 
     try:
@@ -207,7 +208,7 @@ def _opened(path: Path, read: Callable[[Any], Any]) -> Any:
 
 
 def _turned_size(opened: Any) -> tuple[int, int]:
-    """Width and height of an image, turned as its camera says."""
+    """Width and height of an image after rotation by its EXIF orientation."""
     wide, high = opened.size
     return (high, wide) if opened.getexif().get(ORIENTATION, 1) >= 5 else (wide, high)
 

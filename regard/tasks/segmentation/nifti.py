@@ -1,4 +1,4 @@
-"""NIfTI files, which nibabel reads and writes: volumes with the place of their voxels in the scanner."""
+"""NIfTI files, read and written by nibabel: volumes with the position of their voxels in the scanner."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
 
 MOST_CHANNELS = 16
-"""Numbers that a voxel may have; more are the sign of a series of volumes in time."""
+"""Largest number of values per voxel; more suggest a time series of volumes."""
 INSTALL = "pip install 'regard[medical]'"
 
 
 @dataclass(frozen=True)
 class Nifti:
-    """A file.
+    """A NIfTI file.
 
     Attributes:
-        path: its place.
-        voxels: as they are stored, scaled as the file says.
-        affine: from indices of voxels to millimetres.
+        path: location of the file.
+        voxels: voxels as stored, scaled as the file says.
+        affine: matrix from voxel indices to millimetres.
     """
 
     path: Path
@@ -38,18 +38,18 @@ class Nifti:
 
     @property
     def sides(self) -> str:
-        """The shape in words."""
+        """The shape, in words."""
         return " x ".join(map(str, self.voxels.shape))
 
 
 @dataclass(frozen=True)
 class Scan:
-    """A volume whose axes go from left to right, from back to front and from bottom to top.
+    """A volume whose axes run from left to right, from back to front and from bottom to top.
 
     Attributes:
-        voxels: numbers, all finite; the last axis has the channels.
-        spacing: millimetres from one voxel to the next, along each axis.
-        stored: the file, whose axes may be others.
+        voxels: finite values; the last axis holds the channels.
+        spacing: distance between voxels in millimetres, along each axis.
+        stored: the file, whose axes may differ.
     """
 
     voxels: Float[np.ndarray, "x y z c"]
@@ -58,12 +58,12 @@ class Scan:
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """Voxels along each axis."""
+        """Number of voxels along each axis."""
         return self.voxels.shape[:3]
 
 
 def open_nifti(path: Path) -> Nifti:
-    """A file as it is.
+    """Open a file without changing its axes.
 
     Raises:
         Unsupported: for a file that cannot be read (`Unreadable`), and without nibabel.
@@ -81,10 +81,10 @@ def open_nifti(path: Path) -> Nifti:
 
 
 def read_scan(path: Path) -> Scan:
-    """A volume; a fourth axis of its file is that of the channels, as of several sequences of one head.
+    """Read a volume; a fourth axis of its file holds channels, such as several sequences of one head.
 
     Raises:
-        Unsupported: for a slice, colours, a series of volumes in time, and voxels that are no finite numbers.
+        Unsupported: for a single slice, colours, a time series of volumes, and voxels that are not finite.
     """
     stored = _volume(path, MOST_CHANNELS)
     voxels = stored.voxels.reshape(*stored.voxels.shape[:3], -1).astype(np.float32)
@@ -100,10 +100,10 @@ def read_scan(path: Path) -> Scan:
 
 
 def read_mask(path: Path, scan: Scan) -> Int[np.ndarray, "x y z"]:
-    """The values of a volume's mask, 0 to 255, turned like the volume.
+    """Read the values of a volume's mask, 0 to 255, reoriented like the volume.
 
     Raises:
-        Unsupported: for another shape or place than the volume's, and for other values.
+        Unsupported: if the shape or position differs from the volume's, and for other values.
     """
     stored, image = _volume(path, 1), scan.stored
     if stored.voxels.shape != image.voxels.shape[:3]:
@@ -131,7 +131,7 @@ def read_mask(path: Path, scan: Scan) -> Int[np.ndarray, "x y z"]:
 
 
 def written(mask: Int[np.ndarray, "x y z"], scan: Scan) -> Int[np.ndarray, "x y z"]:
-    """A mask with the axes of a scan, turned to the axes of its file."""
+    """Reorient a mask with the axes of a scan to the axes of its file."""
     from nibabel import orientations
 
     ours = orientations.axcodes2ornt("RAS")
@@ -140,7 +140,7 @@ def written(mask: Int[np.ndarray, "x y z"], scan: Scan) -> Int[np.ndarray, "x y 
 
 
 def packed(place: Path, mask: Int[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 4"]) -> bytes:
-    """A file of a mask's values; compressed unless its name ends in ``.nii``."""
+    """The bytes of a file with a mask's values; compressed unless its name ends in ``.nii``."""
     from nibabel import Nifti1Image
 
     data = Nifti1Image(mask.astype(np.uint8), affine).to_bytes()
@@ -148,12 +148,12 @@ def packed(place: Path, mask: Int[np.ndarray, "x y z"], affine: Float[np.ndarray
 
 
 def _volume(path: Path, channels: int) -> Nifti:
-    """A file with up to so many numbers for each voxel of three axes, none of which has a single place."""
+    """Open a file with three axes longer than 1 and up to `channels` values per voxel."""
     stored = open_nifti(path)
     voxels = stored.voxels
     while voxels.ndim > 3 and voxels.shape[-1] == 1:
         voxels = voxels[..., 0]
-    while voxels.ndim > 4 and voxels.shape[3] == 1:  # vectors of NIfTI are along the fifth axis
+    while voxels.ndim > 4 and voxels.shape[3] == 1:  # vectors in NIfTI are along the fifth axis
         voxels = voxels[:, :, :, 0]
     if voxels.dtype.kind not in "biuf":
         raise Unsupported(f"{path} with voxels of {voxels.dtype}, as colours have", supported="one number a voxel")
@@ -173,7 +173,7 @@ def _volume(path: Path, channels: int) -> Nifti:
 
 
 def _turned(stored: Nifti, voxels: Shaped[np.ndarray, "..."]) -> tuple[Any, tuple[float, ...]]:
-    """Voxels with the axes of a :class:`Scan`, and the millimetres between them."""
+    """Voxels with the axes of a :class:`Scan`, and the distances between them in millimetres."""
     from nibabel import affines, orientations
 
     order = orientations.io_orientation(stored.affine)
@@ -185,7 +185,7 @@ def _turned(stored: Nifti, voxels: Shaped[np.ndarray, "..."]) -> tuple[Any, tupl
 
 
 def _displacement(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
-    """The farthest that two affines set a corner of a volume apart, in millimetres."""
+    """The largest distance, in millimetres, between the places to which two affines map a corner of a volume."""
     corners = np.array(np.meshgrid(*((0, side - 1) for side in shape))).reshape(3, -1)
     corners = np.concatenate([corners, np.ones((1, corners.shape[1]))])
     return float(np.linalg.norm(((one - other) @ corners)[:3], axis=0).max())

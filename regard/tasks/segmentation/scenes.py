@@ -1,4 +1,4 @@
-"""Scenes that are drawn with their masks: shapes over a background, and ellipses whose class a far corner tells."""
+"""Scenes drawn together with their masks: shapes over a background, and ellipses whose class a distant corner shows."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, UInt8
 
 Drawn = tuple[np.ndarray, np.ndarray]
-"""Images (B, H, W, C) of bytes, and numbers of classes (B, H, W)."""
+"""Images (B, H, W, C) as bytes, and class indices (B, H, W)."""
 
 
 def shapes(rng: np.random.Generator, count: int, side: int) -> Drawn:
-    """One to four discs, squares, triangles and rings of any colour and turn, later ones over earlier ones.
+    """Draw one to four discs, squares, triangles and rings of any colour and rotation, later ones over earlier ones.
 
-    Colours tell nothing of the class; the background has a gradient, and all of it noise.
+    The colour gives no information about the class; the background has a gradient, and the whole image has noise.
     """
     row, column = np.mgrid[:side, :side] / side - 0.5
     images = np.empty((count, side, side, 3))
@@ -48,10 +48,11 @@ def _inside(kind: int, row: np.ndarray, column: np.ndarray, rng: np.random.Gener
 
 
 def corner_cue(rng: np.random.Generator, count: int, side: int, *, far: bool) -> Drawn:
-    """One to three grey ellipses in noise, all of one of two classes, at least a quarter of the side away from the border.
+    """Draw one to three grey ellipses in noise, all of one of two classes, a quarter of the side from the border or
+    more.
 
-    With the far cue they look alike, and their class is whether a small square in one of the corners is bright or dark; without
-    it, they are bright or dark themselves, and there is no square.
+    With `far`, they look alike, and their class is shown by a small square in one of the corners, bright or dark;
+    otherwise the ellipses themselves are bright or dark, and there is no square.
     """
     row, column = np.mgrid[:side, :side] / side
     images = 128 + rng.normal(0, 25, (count, side, side, 1))
@@ -71,10 +72,11 @@ def corner_cue(rng: np.random.Generator, count: int, side: int, *, far: bool) ->
 
 
 def own_corner(rng: np.random.Generator, count: int, side: int) -> Drawn:
-    """Up to four grey ellipses in noise, all alike, at most one in each quarter and a quarter of the side away from the border.
+    """Draw up to four grey ellipses in noise, all alike, one per quadrant at most, a quarter of the side from the
+    border.
 
-    Each of the four corners has a bright or a dark square, which tells the class of the ellipse of its quarter alone: a number
-    for the whole map, as norms carry one, does not say whose it is.
+    Each of the four corners has a bright or dark square, which shows the class of the ellipse in its quadrant only: a
+    single number for the whole map, as carried by norms, does not say to which ellipse it belongs.
     """
     row, column = np.mgrid[:side, :side] / side
     images = 128 + rng.normal(0, 25, (count, side, side, 1))
@@ -98,7 +100,7 @@ def own_corner(rng: np.random.Generator, count: int, side: int) -> Drawn:
 def _ellipse(
     rng: np.random.Generator, row: np.ndarray, column: np.ndarray, centre: np.ndarray, longest: float
 ) -> Bool[np.ndarray, "h w"]:
-    """The pixels of an ellipse of any turn, whose half axes are at most `longest`."""
+    """The pixels of an ellipse of any rotation, whose half axes are at most `longest`."""
     axes, turn = rng.uniform(longest / 2, longest, 2), rng.uniform(0, math.pi)
     y, x = row - centre[0], column - centre[1]
     along, across = y * math.sin(turn) + x * math.cos(turn), y * math.cos(turn) - x * math.sin(turn)
@@ -126,4 +128,4 @@ SCENES: dict[str, tuple[Draw, tuple[str, ...], int]] = {
     "own-corner": (own_corner, ("background", "dark", "bright"), 1),
     "near-cue": (near_cue, ("background", "dark", "bright"), 1),
 }
-"""What draws scenes, the classes, and the channels."""
+"""Function that draws the scenes, classes, and number of channels."""

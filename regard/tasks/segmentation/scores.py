@@ -1,4 +1,4 @@
-"""Classes of pixels: the loss that training minimises, and the Dice coefficient and IoU of each image."""
+"""Loss and scores for classes of pixels: the training loss, and the Dice coefficient and IoU of each image."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SMOOTH = 1e-5
 def dice_and_cross_entropy(
     output: Float[Tensor, "b n pk"], batch: Batch
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """Mean cross entropy of an image's pixels plus 1 - its mean soft Dice coefficient, and the weight 1, for each image.
+    """Mean cross entropy of an image's pixels plus 1 - its mean soft Dice coefficient, and the image's weight 1.
 
-    The soft coefficient of a class, with p from a softmax and t one-hot, is ``(2 sum p t + s) / (sum p^2 + sum t^2 + s)``. The
-    mean is over the classes that the image has; what is predicted where there is nothing costs cross entropy. Ignored pixels
-    count nowhere; an image of nothing else has the weight 0.
+    With p from a softmax and t one-hot, the soft coefficient of a class is ``(2 sum p t + s) / (sum p^2 + sum t^2 +
+    s)``. The mean is over the classes in the image; predictions of other classes are penalised by the cross entropy.
+    Ignored pixels do not count; an image with only ignored pixels has the weight 0.
     """
     logits, targets = _pixels(wide(output), batch.targets)
     counted = targets != IGNORED
@@ -55,7 +55,7 @@ register_objective(SEGMENTATION)
 def sizes(
     predicted: Int[Tensor, "b pixels"], targets: Int[Tensor, "b pixels"], classes: int
 ) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b k"], Float[Tensor, "b k"]]:
-    """Pixels of each class that both have, of the prediction, and of the truth, in float64, without ignored pixels."""
+    """Pixels of each class in both, in the prediction and in the truth, in float64; ignored pixels do not count."""
     counted = targets != IGNORED
     both = counted & (predicted == targets)
 
@@ -73,15 +73,15 @@ def overlap_by_image(
     background: int | None,
     measure: str = "dice",
 ) -> Float[Tensor, " b"]:
-    """The mean over classes of the Dice coefficient, or of the intersection over the union, for each image, in float64.
+    """The Dice coefficient or intersection over union, averaged over classes, for each image, in float64.
 
-    The mean is over the classes that an image's truth or prediction has, but the background. An image without any in either is
-    1, as it should be: nothing was there, and nothing was found.
+    The mean is over the classes in an image's truth or prediction, without the background. An image without any such
+    class in either scores 1: there was nothing to find, and nothing was found.
 
     Args:
-        predicted, targets: numbers of classes; targets may be `IGNORED`.
-        classes: how many.
-        background: the class that is not scored; None for none.
+        predicted, targets: class indices; targets may be `IGNORED`.
+        classes: number of classes.
+        background: class that is not scored; None for none.
         measure: ``dice`` or ``iou``.
     """
     both, found, there = sizes(predicted, targets, classes)

@@ -42,47 +42,51 @@ if TYPE_CHECKING:
     Labelled = tuple[Float[np.ndarray, "x y z c"], Int[np.ndarray, "x y z"]]
 
 SAMPLED = 16
-"""Scenes from which the shares of the classes and the baseline of drawn data are taken."""
+"""Number of scenes from which the class shares and the baseline of drawn data are taken."""
 FOREGROUND = 1 / 3
-"""Share of the crops that have a voxel of a class beside the background in their middle, as nnU-Net draws them."""
+"""Share of the crops that are centred on a voxel of a class other than the background, as in nnU-Net."""
 PLACES, SHADES, LOOKED_AT = 1000, 64, 200_000
-"""Most voxels of a class that crops are drawn around; shades, and voxels of a volume, of which the baseline knows."""
+"""Most voxels per class around which crops are drawn; shades, and voxels per volume, that the baseline uses."""
 
 
 class Segmentation3DTask(MaskTask):
-    """Give every voxel its class: volumes in cubes of voxels, which are the tokens.
+    """Classify every voxel of volumes that are cut into cubes of voxels; the cubes are the tokens.
 
-    Training sees crops of `size` voxels, a third of them around a voxel of some class beside the background. Held-out volumes
-    are scored whole: the model is applied to windows of the crops' size that overlap, and the logits are averaged with
-    weights that fall off towards a window's border. The score of a volume is that of an image in the task segmentation.
-    Exact repetitions of a volume count once. A fourth axis of files is that of channels, which volumes have alike and which
-    lie together in the features of a token.
+    Training uses crops of `size` voxels, a third of them around a voxel of a class other than the background. Held-out
+    volumes are scored whole: the model runs on overlapping windows of the crops' size, and the logits are averaged with
+    weights that decrease towards a window's border. The score of a volume is defined as for images in the task
+    segmentation. Exact duplicates of a volume count once. A fourth axis of files holds channels, whose number must be
+    the same in all volumes; the features of a token hold all channels.
 
     Args:
-        data: ``bodies`` (drawn: four kinds of them; the default), ``far-cue`` (drawn: ellipsoids whose class a mark in one of
-            the eight corners tells) or ``near-cue`` (their own brightness), ``mni152`` (a head with its tissues, from nilearn)
-            or ``colin27`` (a head with 116 regions), or a folder with `images` and `masks`, NIfTI files of the same names, and
-            perhaps `classes.txt` with a line ``value name`` for each class.
-        validation: a folder like `data`, for data that is such a folder; its volumes are what is held out.
-        length: tokens of a crop, as another way to say `patch`.
-        patch: side of a token in voxels, a divisor of `size`; close to 4 when not given.
+        data: ``bodies`` (drawn: four kinds of bodies; the default), ``far-cue`` (drawn: ellipsoids whose class is shown
+            by a mark in one of the eight corners) or ``near-cue`` (by their own brightness), ``mni152`` (a head with
+            its tissues, from nilearn) or ``colin27`` (a head with 116 regions), or a folder with `images` and `masks`,
+            NIfTI files of the same names, and optionally `classes.txt` with a line ``value name`` for each class.
+        validation: a folder like `data`, if that is a folder; its volumes are held out.
+        length: tokens per crop, as an alternative to `patch`.
+        patch: side of a token in voxels, a divisor of `size`; by default close to 4.
         size: sides of a crop in voxels, 8 to 256: one number, or one for each axis (left to right, back to front, up).
-        spacing: millimetres to which voxels are resampled, 0.1 to 20; as they come when None.
-        overlap: least share of a window that the next one covers again, 0 to 0.9.
-        skip_unreadable: whether volumes of a folder that cannot be read, or whose masks cannot, are named and left out.
-        augment: how crops of a folder or a head are varied, and their masks with them: ``none``, ``light`` (mirrored) or
-            ``standard`` (turned around the upright axis, scaled, other shades and noise as well).
-        flip: whether half of them are mirrored, along each axis by itself; when None, where no class is named for a side.
-        normalise: ``volume`` (each volume by its own mean and deviation) or ``data`` (all by those of the training data's
-            classes, cut at the 0.5 and the 99.5 % quantile: for CT, whose numbers mean the same in every scan).
-        classes: only so many classes, those of most voxels; the others count as background. Of a folder or a head.
-        background: value of a folder's masks that is not scored; ``None`` scores all, ``auto`` takes 0.
-        ignore: value of a folder's masks without loss and score; ``None`` for none, ``auto`` takes 255 where there are more
-            than two values.
-        metric: ``dice`` or ``iou``, which the comparison is about.
-        held_out: share of a folder's volumes, or of a head's blocks, that is held out, 0.01 to 0.5.
-        evaluation_items: most held-out volumes, 1 to 65536.
-        seed: of the split, and of drawn held-out volumes.
+        spacing: distance in millimetres to which voxels are resampled, 0.1 to 20; None leaves them as they are.
+        overlap: smallest share of a window that the next one overlaps, 0 to 0.9.
+        skip_unreadable: whether unreadable volumes or masks in a folder are left out and reported, instead of refused.
+        augment: augmentation of crops from a folder or a head, together with their masks: ``none``, ``light``
+            (mirrored) or ``standard`` (also rotated around the vertical axis, scaled, and with changed shades and
+            noise).
+        flip: whether half of the crops are mirrored, independently along each axis; by default, if no class is named
+            for a side.
+        normalise: ``volume`` (each volume by its own mean and deviation) or ``data`` (all by those of the training
+            data's classes, clipped at the 0.5 and the 99.5 % quantile: for CT, where values mean the same in every
+            scan).
+        classes: keep only this many classes, those with the most voxels; others become background. For a folder or a
+            head.
+        background: value in a folder's masks that is not scored; ``None`` scores all values, ``auto`` means 0.
+        ignore: value in a folder's masks without loss and score; ``None`` for none, ``auto`` means 255 if there are
+            more than two values.
+        metric: ``dice`` or ``iou``, the metric of the comparison.
+        held_out: share of a folder's volumes, or of a head's blocks, to hold out, 0.01 to 0.5.
+        evaluation_items: largest number of held-out volumes, 1 to 65536.
+        seed: seed of the split and of drawn held-out volumes.
     """
 
     name = "segmentation_3d"
@@ -165,7 +169,7 @@ class Segmentation3DTask(MaskTask):
             channels=channels,
         )
         self.augmentation = self.augmentation_of(augment, flip)
-        self._scored = held  # which are normalised when they are asked for: a trained model may bring its own reader
+        self._scored = held  # normalised only when used, since a trained model may bring its own reader
         seen = [(self.reader.normalised(v), labels) for v, labels in seen]
         self._told, self._notes = (source, split), notes
         self._seen = [] if self._scene else seen
@@ -195,14 +199,14 @@ class Segmentation3DTask(MaskTask):
         return Batch(inputs, targets, grid=self.grid)
 
     def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
-        """Whole volumes, one in a batch, since each may have sides of its own."""
+        """Whole volumes, one per batch, since their sides may differ."""
         check_integer("batch_size", batch_size, 1, 1 << 20)
         for voxels, labels in self._scored:
             inputs, grid = self.reader.tokens(self.reader.normalised(voxels))
             yield Batch(inputs, self.reader.targets(labels), grid=grid)
 
     def answer(self, run: Callable[[Batch], Tensor], batch: Batch) -> Float[Tensor, "b n pk"]:
-        assert batch.grid is not None  # as evaluation_batches gives it
+        assert batch.grid is not None  # set by evaluation_batches
         reader = self.reader
 
         def of_windows(inputs: Tensor) -> Tensor:
@@ -211,7 +215,7 @@ class Segmentation3DTask(MaskTask):
         return in_windows(of_windows, batch.inputs, batch.grid, reader.grid, self.patch, reader.overlap)
 
     def picture(self, batch: Batch) -> UInt8[np.ndarray, "h w c"]:
-        """The slice across which the item has most voxels of classes, the nose up."""
+        """The slice with the most voxels of scored classes, with the nose up."""
         shades = self._slice(batch.inputs, batch)
         low, high = np.percentile(shades, (1, 99))
         bytes_ = (255 * (shades - low) / max(high - low, 1e-6)).clip(0, 255).astype(np.uint8)
@@ -264,7 +268,7 @@ class Segmentation3DTask(MaskTask):
         return [(voxels[..., None], labels) for voxels, labels in scenes]
 
     def _around(self, labels: Int[np.ndarray, "x y z"]) -> list[Int[np.ndarray, " n"]]:
-        """Voxels of each class beside the background that crops are drawn around; of classes that are there."""
+        """Voxels of each class that occurs, without the background, around which crops are drawn."""
         flat = labels.ravel()
         there = (np.flatnonzero(flat == i) for i in range(self.num_classes) if i != self.reader.background)
         return [found[spread(len(found), PLACES)] for found in there if len(found)]
@@ -287,12 +291,12 @@ class Segmentation3DTask(MaskTask):
         return voxels[x, y, z], labels[x, y, z]
 
     def _slice(self, tokens: Tensor, batch: Batch) -> np.ndarray:
-        assert batch.grid is not None  # as evaluation_batches gives it
+        assert batch.grid is not None  # set by evaluation_batches
         truth, volume = (joined(x.cpu(), batch.grid, self.patch)[0, 0].numpy() for x in (batch.targets, tokens))
         return np.rot90(volume[:, :, self._fullest(truth)])
 
     def _fullest(self, labels: Int[np.ndarray, "x y z"]) -> int:
-        """The slice with most voxels of classes beside the background."""
+        """The slice with the most voxels of scored classes."""
         return int(self._scored_voxels(labels).sum((0, 1)).argmax())
 
     def _scored_voxels(self, labels: Int[np.ndarray, "x y z"]) -> Bool[np.ndarray, "x y z"]:
@@ -300,7 +304,7 @@ class Segmentation3DTask(MaskTask):
         return counted if self.reader.background is None else counted & (labels != self.reader.background)
 
     def _of_shades(self, seen: Sequence[Labelled]) -> Baseline:
-        """For each shade of the first channel the class that most voxels of training have there."""
+        """The rule that answers with the commonest training class for each shade of the first channel."""
         some = [(v[..., 0].ravel()[pick], x.ravel()[pick]) for v, x in seen for pick in [spread(x.size, LOOKED_AT)]]
         shades, classes = (np.concatenate(part) for part in zip(*some, strict=True))
         edges = np.quantile(shades, np.linspace(0, 1, SHADES + 1)[1:-1])
@@ -326,7 +330,7 @@ def _sides(size: Any) -> tuple[int, ...]:
 
 
 def _scale(seen: Sequence[Labelled], background: int | None) -> tuple[tuple[float, ...], ...]:
-    """Quantiles, mean and deviation of each channel of voxels of the classes beside the background."""
+    """Quantiles, mean and deviation of each channel over voxels of scored classes."""
     parts = [v[(x != IGNORED) & (True if background is None else x != background)] for v, x in seen]
     inside = np.concatenate([part[spread(len(part), LOOKED_AT)] for part in parts])
     if not len(inside):

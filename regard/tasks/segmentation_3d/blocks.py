@@ -1,4 +1,4 @@
-"""Heads as volumes: one head is cut into blocks, of which whole ones are held out."""
+"""Heads as volumes: a head is cut into blocks, and whole blocks are held out."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from regard.tasks.segmentation_3d.reader import Volumes, resampled
 
 
 def read_blocks(data: str, size: tuple[int, ...], spacing: float | None, share: float, seed: int) -> Volumes:
-    """Blocks of a head, as high and as deep as a crop and of the head's whole width.
+    """Blocks of a head: as high and as deep as a crop, and as wide as the head.
 
-    A head's halves are alike, MNI152's are mirror images: a cut between them would hold out what is trained on.
+    The halves of a head are alike (in MNI152 mirror images), so a cut between them would hold out what is trained on.
 
     Args:
-        data: as of :func:`regard.tasks.segmentation.heads.read_head`.
+        data: as for :func:`regard.tasks.segmentation.heads.read_head`.
         size: sides of a crop.
-        spacing: millimetres to which the head's 1 mm are resampled; None for none.
-        share: of the blocks to hold out.
-        seed: of their choice.
+        spacing: distance in millimetres to which the head's 1 mm voxels are resampled; None for no resampling.
+        share: share of the blocks to hold out.
+        seed: seed of their choice.
 
     Raises:
-        Unsupported: for crops of which the head has no two.
+        Unsupported: for crops so large that the head does not have two.
     """
     head, labels, names, source = read_head(data)
     voxels = resampled(head.astype(np.float32)[..., None], (1.0,) * 3, spacing)
@@ -60,6 +60,6 @@ def read_blocks(data: str, size: tuple[int, ...], spacing: float | None, share: 
 
 
 def _starts(side: int, own: int) -> list[int]:
-    """Where blocks begin on an axis, as many as there is room for with gaps between them, evenly."""
+    """Evenly spread starts of as many blocks as fit on an axis with gaps between them."""
     count = (side + GAP) // (own + GAP)
     return [round(i * (side - own) / max(1, count - 1)) for i in range(count)]

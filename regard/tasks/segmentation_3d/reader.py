@@ -1,4 +1,4 @@
-"""From scans to the inputs of a model, and from a folder of them to voxels and the class of each."""
+"""Convert scans to model inputs, and read a folder of scans into voxels and the class of each voxel."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
 
 LEAST_SIDE = 8
-"""Of a crop, in voxels."""
+"""Smallest side of a crop, in voxels."""
 BYTES = 11
-"""Of a voxel: its number as it comes and normalised, its value and its class."""
+"""Bytes per voxel: raw value, normalised value, mask value and class."""
 UNEVEN = 1.1
-"""Times as far apart as in another volume that voxels may be without a note."""
+"""Ratio of voxel spacings between volumes from which a note is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VolumeReader:
-    """From volumes to the inputs of a model that segments: all that a trained model must keep of its task to read others.
+    """Converts volumes to inputs of a segmentation model: everything that a trained model must keep from its task.
 
     Attributes:
-        size: sides of the crops that the model is trained on, in voxels: its windows.
+        size: sides, in voxels, of the crops on which the model is trained, and of its windows.
         patch: side of a token in voxels.
-        spacing: millimetres to which voxels are resampled; None takes them as they come.
-        overlap: least share of a window that the next one covers again.
-        scale: least and greatest value, mean and deviation of each channel by which all volumes are normalised; None for each
-            volume by its own mean and deviation.
-        classes: their names.
-        values: of each class in a mask.
-        colours: of each class, red, green and blue.
-        background: number of the class that is not scored; None for none.
-        channels: of a voxel.
+        spacing: distance in millimetres to which voxels are resampled; None leaves them as they are.
+        overlap: smallest share of a window that the next one overlaps.
+        scale: least and greatest value, mean and deviation of each channel, by which all volumes are normalised; None
+            normalises each volume by its own mean and deviation.
+        classes: names of the classes.
+        values: value of each class in a mask.
+        colours: red, green and blue of each class.
+        background: index of the class that is not scored; None for none.
+        channels: number of values per voxel.
     """
 
     size: tuple[int, ...]
@@ -65,11 +65,11 @@ class VolumeReader:
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Tokens of a window along each axis."""
+        """Number of tokens of a window along each axis."""
         return tuple(side // self.patch for side in self.size)
 
     def normalised(self, voxels: Shaped[np.ndarray, "x y z c"]) -> Float[np.ndarray, "x y z c"]:
-        """Numbers around 0, as the model reads them, each channel by itself."""
+        """Normalise each channel to values around 0, as the model expects."""
         if self.scale is None:
             mean, deviation = voxels.mean((0, 1, 2), dtype=np.float64), voxels.std((0, 1, 2), dtype=np.float64)
         else:
@@ -78,10 +78,10 @@ class VolumeReader:
         return ((voxels - mean) / np.where(deviation > 0, deviation, 1.0)).astype(np.float32)
 
     def read(self, path: Path) -> tuple[Float[Tensor, "1 n f"], tuple[int, ...], tuple[int, ...], Scan]:
-        """Tokens of a whole file, their grid, the voxels that they stand for, without those that fill it up, and the scan.
+        """Read a whole file: its tokens, their grid, the sides in voxels without padding, and the scan.
 
         Raises:
-            Unsupported: for a file that cannot be read, a volume smaller than a window, and one of other channels.
+            Unsupported: for a file that cannot be read, a volume smaller than a window, and one with other channels.
         """
         scan = read_scan(path)
         check_channels(path, scan, self.channels, "as the model was trained on")
@@ -92,42 +92,41 @@ class VolumeReader:
         return inputs, grid, sides, scan
 
     def tokens(self, voxels: Float[np.ndarray, "x y z c"]) -> tuple[Float[Tensor, "1 n f"], tuple[int, ...]]:
-        """Tokens of a normalised volume, filled up with its border to whole ones, and their grid."""
+        """Tokens of a normalised volume, padded to whole tokens by its border values, and their grid."""
         filled = np.pad(voxels, [*_missing(voxels.shape[:3], self.patch), (0, 0)], mode="edge")
         grid = tuple(side // self.patch for side in filled.shape[:3])
         return cut(torch.from_numpy(filled).movedim(-1, 0)[None], self.patch), grid
 
     def targets(self, labels: Int[np.ndarray, "x y z"]) -> Int[Tensor, "1 n p"]:
-        """The class of each voxel of the tokens; ignored where they are filled up."""
+        """The class of each voxel of the tokens; padding is ignored."""
         filled = np.pad(labels, _missing(labels.shape, self.patch), constant_values=IGNORED)
         return cut(torch.from_numpy(filled.astype(np.int64))[None, None], self.patch)
 
     def as_record(self) -> dict[str, Any]:
-        """Numbers and words for JSON."""
+        """A record for JSON."""
         return asdict(self)
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Self:
-        """From :meth:`as_record`."""
+        """Restore a reader from :meth:`as_record`."""
         given = {key: as_tuples(value) for key, value in record.items()}
         if given.get("scale") and not isinstance(given["scale"][0], tuple):
-            given["scale"] = (given["scale"],)  # as models of one channel were kept before there were several
+            given["scale"] = (given["scale"],)  # the format from before several channels were supported
         return cls(**given)
 
 
 @dataclass(frozen=True)
 class Volumes:
-    """Volumes, and the class of each of their voxels.
+    """Volumes and the class of each of their voxels.
 
     Attributes:
-        source: in words.
-        voxels: of each volume, as it comes; all have the same number of channels.
-        labels: numbers of classes, `IGNORED` where there is none.
-        classes, values: names of the classes, and what they are in masks.
-        background: number of the class that is not scored; None for none.
-        split: numbers of the volumes to train on and of those to hold out, and in words how they were told apart; None to draw
-            volumes to hold out.
-        notes: what was left out.
+        source: the data set, in words.
+        voxels: voxels of each volume, not normalised; all volumes have the same number of channels.
+        labels: class indices, or `IGNORED`.
+        classes, values: names of the classes, and their values in masks.
+        background: index of the class that is not scored; None for none.
+        split: indices of the training and held-out volumes, and the rule in words; None to draw held-out volumes.
+        notes: notes on what was left out.
     """
 
     source: str
@@ -140,15 +139,15 @@ class Volumes:
     notes: list[str] = field(default_factory=list)
 
     def counts(self, chosen: Sequence[int]) -> Int[np.ndarray, "v k"]:
-        """Voxels of each class in each of some volumes."""
+        """Number of voxels of each class in each of the chosen volumes."""
         found = [self.labels[i] for i in chosen]
         return np.stack([np.bincount(each[each != IGNORED], minlength=len(self.values)) for each in found])
 
     def largest(self, count: int) -> Volumes:
-        """The same with the `count` classes of most voxels beside the background, of which the others become part."""
+        """Keep the `count` classes with the most voxels, without the background, into which the others are merged."""
         numbers = self.counts(range(len(self.labels))).sum(0)
         kept, table, told = largest_classes(numbers, self.background, count)
-        assert self.background is not None  # without one it is refused
+        assert self.background is not None  # without a background, the call is refused
         whole = np.append(table, IGNORED).astype(np.int16)
         return replace(
             self,
@@ -171,17 +170,17 @@ def read_volumes(
     *,
     skip_unreadable: bool = False,
 ) -> Volumes:
-    """The volumes and masks of a folder.
+    """Read the volumes and masks of a folder.
 
     Args:
-        folder: with `images` and `masks` and perhaps `classes.txt`, as :func:`regard.tasks.segmentation.masks.read_masked` has
-            them, of NIfTI files.
-        validation: another, whose volumes are held out.
-        size, patch, spacing: as of :class:`VolumeReader`.
-        background, ignore, skip_unreadable: as of :func:`regard.tasks.segmentation.masks.read_masked`.
+        folder: folder with `images`, `masks` and optionally `classes.txt`, as for
+            :func:`regard.tasks.segmentation.masks.read_masked`, but of NIfTI files.
+        validation: another such folder, whose volumes are held out.
+        size, patch, spacing: as in :class:`VolumeReader`.
+        background, ignore, skip_unreadable: as for :func:`regard.tasks.segmentation.masks.read_masked`.
 
     Raises:
-        Unsupported: for what is missing or unreadable, or does not belong together, with the first file of its kind.
+        Unsupported: for files that are missing, unreadable or do not belong together, naming the first one.
     """
     pairs, notes = pairs_of(folder, VOLUMES)
     names = class_names(folder / CLASSES)
@@ -242,7 +241,7 @@ def read_volumes(
 
 
 def check_channels(path: Path, scan: Scan, channels: int, why: str) -> None:
-    """Raise Unsupported for a volume of another number of channels."""
+    """Raise Unsupported for a volume with another number of channels."""
     found = scan.voxels.shape[3]
     if found != channels:
         raise Unsupported(
@@ -252,7 +251,7 @@ def check_channels(path: Path, scan: Scan, channels: int, why: str) -> None:
 
 
 def check_sides(path: Path, sides: tuple[int, ...], size: tuple[int, ...], patch: int) -> None:
-    """Raise Unsupported for a volume that is smaller than a crop."""
+    """Raise Unsupported for a volume smaller than a crop."""
     if any(side < own for side, own in zip(sides, size, strict=True)):
         fitting = [min(own, side // patch * patch) for side, own in zip(sides, size, strict=True)]
         near = f"size={fitting[0]}" if len(set(fitting)) == 1 else f"size=[{','.join(map(str, fitting))}]"
@@ -266,8 +265,8 @@ def check_sides(path: Path, sides: tuple[int, ...], size: tuple[int, ...], patch
 def resampled(
     voxels: Shaped[np.ndarray, "x y z *c"], have: tuple[float, ...], want: float | None, *, smooth: bool = True
 ) -> Shaped[np.ndarray, "x y z *c"]:
-    """A volume, or a mask, with its voxels at other distances: means where they become fewer and linear between where they
-    become more; of a mask, which has no channels, the nearest."""
+    """Resample a volume or a mask to another voxel spacing: averaged to coarser and linear to finer spacings; for masks
+    (which have no channels), by the nearest voxel."""
     if want is None:
         return voxels
     own_sides = voxels.shape[:3]
@@ -283,7 +282,7 @@ def resampled(
 
 
 def _distinct(volumes: Volumes, training: int | None) -> Volumes:
-    """Without exact repetitions; those after the first `training` are held out, and are the ones kept."""
+    """Leave out exact duplicates. Volumes after the first `training` are held out; of duplicates, these are kept."""
     count = len(volumes.voxels)
     order = range(count) if training is None else [*range(training, count), *range(training)]
     first: dict[bytes, int] = {}
@@ -305,5 +304,5 @@ def _distinct(volumes: Volumes, training: int | None) -> Volumes:
 
 
 def _missing(sides: tuple[int, ...], patch: int) -> list[tuple[int, int]]:
-    """Voxels to the end of the last token, along each axis."""
+    """Number of voxels missing to the end of the last token, along each axis."""
     return [(0, -side % patch) for side in sides]

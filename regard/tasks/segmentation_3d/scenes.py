@@ -1,4 +1,4 @@
-"""Volumes that are drawn with their masks: bodies in noise, and ellipsoids whose class a far corner tells."""
+"""Volumes drawn together with their masks: bodies in noise, and ellipsoids whose class a distant corner shows."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 Drawn = tuple[np.ndarray, np.ndarray]
-"""A volume (X, Y, Z) and the number of the class of each voxel."""
+"""A volume (X, Y, Z), and the class index of each voxel."""
 
 
 def bodies(rng: np.random.Generator, sides: tuple[int, ...]) -> Drawn:
-    """Two to five balls, boxes, rods and shells (hollow balls) of any shade and turn, later ones over earlier ones.
+    """Draw two to five balls, boxes, rods and shells (hollow balls), in any shade and rotation, later over earlier.
 
-    Shades tell nothing of the class; the background has a gradient, and all of it noise.
+    The shade gives no information about the class; the background has a gradient, and the whole volume has noise.
     """
     places = _places(sides)
     volume = rng.uniform(80, 180) + np.tensordot(rng.normal(0, 40, 3), places, 1)
@@ -44,10 +44,10 @@ def _inside(kind: int, places: Float[np.ndarray, "3 x y z"], rng: np.random.Gene
 
 
 def corner_cue(rng: np.random.Generator, sides: tuple[int, ...], *, far: bool) -> Drawn:
-    """One to three ellipsoids in noise, all of one of two classes, at least a fifth of a side away from the border.
+    """Draw one to three ellipsoids in noise, all of one of two classes, at least a fifth of a side from the border.
 
-    With the far cue they look alike, and their class is whether a small cube in one of the eight corners is bright or dark;
-    without it, they are bright or dark themselves, and there is no cube.
+    With `far`, they look alike, and their class is shown by a small cube in one of the eight corners, bright or dark;
+    otherwise the ellipsoids themselves are bright or dark, and there is no cube.
     """
     places = _places(sides)
     volume, classes = 128 + rng.normal(0, 25, sides), np.zeros(sides, dtype=np.int16)
@@ -88,4 +88,4 @@ SCENES: dict[str, tuple[Draw, tuple[str, ...], float]] = {
     "far-cue": (far_cue, ("background", "dark", "bright"), 1.0),
     "near-cue": (near_cue, ("background", "dark", "bright"), 1.0),
 }
-"""What draws a scene, the classes, and the sides of a scene for each side of a crop: a crop has its cue in it."""
+"""Function that draws a scene, classes, and ratio of a scene's side to a crop's, so that crops contain the cue."""

@@ -1,4 +1,4 @@
-"""The output for a whole volume from that of windows of it."""
+"""Compute the output for a whole volume from the outputs for windows."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 AT_ONCE = 4
-"""Windows of a call of the model."""
+"""Number of windows per call of the model."""
 NARROW = 8
-"""Times its standard deviation that a window's side is as long, by which its voxels weigh less towards its border."""
+"""Side of a window, in standard deviations of the Gaussian by which voxels near the border have less weight."""
 
 
 def starts(side: int, window: int, overlap: float) -> list[int]:
-    """Where windows begin on an axis: the first at its begin, the last at its end, evenly, to the share they overlap or more."""
+    """Evenly spread starts of windows that cover an axis from end to end and overlap by at least the given share."""
     step = max(1, math.floor(window * (1 - overlap)))
     count = 1 + math.ceil((side - window) / step)
     return [round(i * (side - window) / max(1, count - 1)) for i in range(count)]
@@ -37,15 +37,15 @@ def in_windows(
     patch: int,
     overlap: float,
 ) -> Float[Tensor, "b m pk"]:
-    """The output for a whole grid of tokens: where windows overlap, a mean whose weights are a Gaussian of each window.
+    """The output for a whole grid of tokens; where windows overlap, an average with Gaussian weights for each window.
 
-    As nnU-Net has it (Isensee et al., arXiv 1904.08128): the standard deviation is an eighth of the window's side.
+    As in nnU-Net (Isensee et al., arXiv 1904.08128), the standard deviation is an eighth of the window's side.
 
     Args:
-        run: gives the output of windows, which are tokens of a grid of the size `window`.
-        inputs: tokens of the grid.
+        run: returns the output for windows, which are tokens of a grid of size `window`.
+        inputs: tokens of the whole grid.
         patch: side of a token in voxels.
-        overlap: least share of a window that the next one covers again.
+        overlap: smallest share of a window that the next one overlaps.
     """
     if tuple(grid) == tuple(window):
         return run(inputs)
@@ -67,7 +67,7 @@ def in_windows(
 
 
 def _weights(window: Sequence[int], patch: int, outputs: Float[Tensor, "w n pk"]) -> Float[Tensor, "x y z pk"]:
-    """The Gaussian of a window's voxels as its output has them, token by token, the same for all classes."""
+    """Gaussian weights of a window's voxels, arranged like its output: token by token, equal for all classes."""
     whole = outputs.new_ones(())
     for side in window:
         voxels = side * patch

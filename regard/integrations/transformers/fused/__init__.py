@@ -1,5 +1,5 @@
-"""Decoding with Llama-like models in few native calls: one for all layers that follow each other and attend by softmax or are
-gated recurrences, two for each layer around any other attention."""
+"""Decoding with Llama-like models in a few native calls: one for each run of layers with softmax attention or a gated
+recurrence, and two for each layer with any other attention."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ __all__ = ["fuse_layers", "unfuse_layers"]
 
 
 def fuse_layers(model: nn.Module) -> int:
-    """Let a model compute few tokens (16, over all rows of a batch) in few native calls, as decoding asks it to.
+    """Let a model process a few tokens (up to 16 over all rows of a batch), as in decoding, in few native calls.
 
-    Layers that follow each other and attend by softmax to all that their rows have in a cache of keys and values
-    (`DynamicCache`, :class:`regard.integrations.transformers.GrowingCache`, the pages of `regard serve`) take one call together,
-    caches and attention inside it. In a model that :func:`regard.swap` changed, layers of `linear`, `lolcats` (its window too),
-    `gated_linear` and `delta_rule` are in the same call, with their states, after the first token; not `gated_linear` with gates
-    on values, and not `delta_rule` whose rate is 1 or one for each value, or whose norm is a sum. Layers of local attention
-    (`form="window"`) that follow each other take one of their own once their windows are full. A layer with another mechanism
-    takes two, around the mechanism's own step, and so does one whose mechanism has hooks or is asked for losses. Elsewhere
-    (padding, other caches) each layer takes two, and attention and cache are the model's own. Longer texts, training, other
-    dtypes than float32, layers with hooks (transformers leaves some in models that were asked for hidden states or attentions)
-    and layers whose parts were replaced go their usual way. Results are the same but for float32's rounding.
+    Consecutive layers with softmax attention to all tokens in a cache of keys and values (`DynamicCache`,
+    :class:`regard.integrations.transformers.GrowingCache`, the pages of `regard serve`) share one call, caches and
+    attention included. In a model that :func:`regard.swap` changed, layers of `linear`, `lolcats` (with its window),
+    `gated_linear` and `delta_rule` join the same call, with their states, after the first token; exceptions are
+    `gated_linear` with gates on values, and `delta_rule` whose rate is 1 or per value, or whose norm is a sum.
+    Consecutive layers of local attention (`form="window"`) share a call of their own once their windows are full. A
+    layer with another mechanism takes two calls, around the mechanism's own step, and so does one whose mechanism has
+    hooks or is asked for losses. In all other cases (padding, other caches) each layer takes two calls, with the
+    model's own attention and cache. Longer inputs, training, dtypes other than float32, layers with hooks (transformers
+    leaves some in models that were asked for hidden states or attentions) and layers whose parts were replaced run as
+    before. Results differ only by float32 rounding.
 
     Args:
-        model: of transformers; Llama (SmolLM2 and others have its architecture), Mistral or Qwen2. In others nothing happens.
+        model: a transformers model: Llama (also SmolLM2 and others of its architecture), Mistral or Qwen2. Other models
+            are left unchanged.
 
     Returns:
-        How many layers now do so. :func:`unfuse_layers` undoes it.
+        The number of layers that are now fused. :func:`unfuse_layers` undoes it.
     """
     layers = [x for x in model.modules() if is_known(x) and "forward" not in vars(x)]
     decoders = [x for x in model.modules() if family_of(x, "Model") and "forward" not in vars(x)]

@@ -1,6 +1,6 @@
-"""The layers of a decoder in few native calls: one for each run of layers that attend by softmax or are gated recurrences, and
-for each run of those that attend to windows, with caches and states inside it; and two for each layer that attends in another
-way."""
+"""The layers of a decoder in few native calls: one for each run of layers with softmax attention or a gated recurrence,
+one for each run of layers with windowed attention, caches and states included, and two for each layer with another
+attention."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from regard.integrations.transformers.placing import is_swapped
 from regard.integrations.transformers.rotary import ANGLES
 
 SOFTMAX = {"eager", "sdpa", f"{PREFIX}softmax"}
-"""Attention of a model that the kernel computes too."""
+"""Attention implementations of a model that the kernel also computes."""
 TAKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", CACHE}
 
 
 class Member(NamedTuple):
-    """A layer as the kernels take it.
+    """A layer in the form of the kernels.
 
     Attributes:
-        recurrence: what it does in the place of softmax; None for softmax, and for what the kernels do not have.
+        recurrence: its recurrence; None for softmax attention, and for mechanisms that the kernels lack.
     """
 
     layer: Any
@@ -44,12 +44,12 @@ class Member(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Layers one after the other that attend by softmax or are recurrences.
+    """Consecutive layers with softmax attention or a recurrence.
 
     Attributes:
-        layers: in one native call.
-        caches: which they are, of all layers of the first kind.
-        states: of all of the second.
+        layers: the layers, run in one native call.
+        caches: which of the decoder's key-value caches belong to the run.
+        states: which of the decoder's recurrent states belong to the run.
     """
 
     layers: DecoderLayers
@@ -58,14 +58,14 @@ class Run(NamedTuple):
 
 
 class Alone(NamedTuple):
-    """A layer that attends in another way, as the kernels take it, and what calls them."""
+    """A layer with another attention: its form for the kernels, and the fused layer that calls them."""
 
     native: DecoderLayer
     layer: FusedLayer
 
 
 class Local(NamedTuple):
-    """Layers one after the other with windows of the same size, in one native call where those are full."""
+    """Consecutive layers with windows of the same size, in one native call when the windows are full."""
 
     windows: Windows
     layers: list[Alone]
@@ -75,13 +75,13 @@ Part = Run | Local | Alone
 
 
 class Stack(NamedTuple):
-    """All layers of a decoder that attends as `attention` names it, as they were when they were `seen`.
+    """All layers of a decoder whose attention implementation is `attention`, as of the snapshot `seen`.
 
     Attributes:
-        parts: in their order; none where a layer is not for the kernels.
-        indices: of all layers in runs that attend by softmax, in a cache.
-        recurrences: all others in runs; None where there are none.
-        apart: the parts where each of those is alone.
+        parts: the parts in order; empty where the kernels cannot take a layer.
+        indices: cache indices of all layers with softmax attention in runs.
+        recurrences: all layers with a recurrence; None where there are none.
+        apart: the parts when each layer with a recurrence runs alone.
     """
 
     seen: Snapshot
@@ -93,7 +93,7 @@ class Stack(NamedTuple):
 
 
 class FusedDecoder:
-    """The `forward` of a model's decoder, whose layers have :class:`FusedLayer` for theirs."""
+    """The `forward` of a model's decoder, whose layers have a :class:`FusedLayer` as theirs."""
 
     def __init__(self, decoder: nn.Module) -> None:
         self.decoder: Any = decoder
@@ -104,10 +104,10 @@ class FusedDecoder:
         return type(self.decoder).forward(self.decoder, *arguments, **options) if found is None else found
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(FusedDecoder(self.decoder))  # addresses are of this process, and of this copy
+        return vars(FusedDecoder(self.decoder))  # addresses are valid only in this process, for this copy
 
     def _decoded(self, options: dict[str, Any]) -> BaseModelOutputWithPast | None:
-        """The decoder's answer; None, and nothing has changed, where the layers go their own ways."""
+        """Output of the decoder; None, with nothing changed, where the layers have to run as usual."""
         decoder, cache = self.decoder, options.get(CACHE)
         ids, x = options.get("input_ids"), options.get("inputs_embeds")
         given = ids if x is None else x
@@ -159,7 +159,7 @@ class FusedDecoder:
         return BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: cache})
 
     def _asks_plainly(self, options: dict[str, Any]) -> bool:
-        """Whether all that is wanted is what the last layer gives."""
+        """Return whether only the output of the last layer is asked for."""
         config, kept = self.decoder.config, options.get("use_cache")
         if any(x is not None and x is not False for name, x in options.items() if name not in TAKEN):
             return False
@@ -168,8 +168,8 @@ class FusedDecoder:
         return getattr(config, "is_causal", True)
 
     def _native(self, attention: str) -> Stack | None:
-        """All layers as the kernels take them, as they are now, for a model that attends so; None where one of them is not for
-        them."""
+        """All layers in the form of the kernels, for a model with this attention implementation; None where the kernels
+        cannot take one of them."""
         layers: list[Any] = [*self.decoder.layers._modules.values()][: self.decoder.config.num_hidden_layers]
         if not all(map(_is_fused, layers)):
             return None
@@ -204,7 +204,7 @@ class FusedDecoder:
 
 
 def _parts(members: list[Member], attention: str, ends: tuple[Tensor, float]) -> list[Part] | None:
-    """The parts of a decoder whose last norm is `ends`; None where one of the layers is for none of them."""
+    """The parts of a decoder whose last norm is `ends`; None where a layer fits none of the kinds of part."""
     parts, caches, states = list[Part](), 0, 0
     for slots, group in groupby(members, lambda member: _slots(member, attention)):
         some = [*group]
@@ -235,7 +235,7 @@ def _parts(members: list[Member], attention: str, ends: tuple[Tensor, float]) ->
 
 
 def _padding(mask: Any, rows: int, tokens: int, past: int) -> list[int] | None:
-    """How many tokens of each row are padding before its others; None where padding is elsewhere, or among those that are new."""
+    """Number of padding tokens at the start of each row; None where padding is elsewhere or among the new tokens."""
     if mask is None:
         return [0] * rows
     if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != rows or not runs_plainly(mask):
@@ -251,7 +251,7 @@ def _padding(mask: Any, rows: int, tokens: int, past: int) -> list[int] | None:
 
 
 def _by_softmax(layer: Any, attention: str) -> bool:
-    """Whether a layer attends as the kernel does to all that is in a cache of keys and values."""
+    """Return whether a layer attends, as the kernel does, by softmax to everything in a cache of keys and values."""
     if attention != SWAPPED:
         return attention in SOFTMAX and not is_swapped(layer.self_attn)
     placed = getattr(layer.self_attn, PLACE, UNPLACED)
@@ -259,8 +259,8 @@ def _by_softmax(layer: Any, attention: str) -> bool:
 
 
 def _slots(member: Member, attention: str) -> int | None:
-    """0 for a layer that attends to all that is in a cache or is a recurrence; of one that attends to a window, the tokens that
-    it keeps; None for others."""
+    """0 for a layer with a recurrence or with attention to the whole cache; for a layer with a window, the number of
+    tokens that the window keeps; None for others."""
     layer = member.layer
     if member.recurrence is not None or _by_softmax(layer, attention):
         return 0
@@ -268,6 +268,6 @@ def _slots(member: Member, attention: str) -> int | None:
 
 
 def _is_fused(layer: Any) -> bool:
-    """Whether a layer's `forward` is ours, and nobody sees what goes in or comes out."""
+    """Return whether a layer's `forward` is ours and the layer has no hooks."""
     own = vars(layer).get("forward")
     return isinstance(own, FusedLayer) and own.layer is layer and not (layer._forward_hooks or layer._forward_pre_hooks)

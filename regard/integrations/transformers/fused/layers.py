@@ -1,4 +1,4 @@
-"""A decoder layer's norms, products, positions and gates in two native calls, around whatever attention it has."""
+"""A decoder layer's norms, projections, positions and gates in two native calls, around whatever attention it has."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from regard.integrations.transformers.rotary import ANGLES
 
 
 class FusedLayer:
-    """The `forward` of a decoder layer of transformers, by two native calls where that can be."""
+    """The `forward` of a transformers decoder layer, in two native calls where possible."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
@@ -36,14 +36,14 @@ class FusedLayer:
         return type(layer).forward(layer, hidden_states, *arguments, **options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layer": self.layer, "_seen": None}  # addresses are of this process, and of this copy
+        return {"layer": self.layer, "_seen": None}  # addresses are valid only in this process, for this copy
 
     def decode(self, native: DecoderLayer, x: Tensor, options: Mapping[str, Any]) -> Tensor:
-        """The layer's answer for tokens that fit: its attention and its cache are its own.
+        """Output of the layer for few tokens, with its own attention and cache.
 
         Args:
-            native: the layer as it is now.
-            options: those of its call.
+            native: the layer's present weights in the form of the kernels.
+            options: keyword arguments of the layer's call.
         """
         attention: Any = self.layer.self_attn
         given, normed = dict(options), None
@@ -64,7 +64,7 @@ class FusedLayer:
         return native.outputs(x, read.reshape(*x.shape[:2], -1))
 
     def _native(self) -> DecoderLayer | None:
-        """The layer as the kernels take it; None where somebody is to see its parts, or they are others."""
+        """The layer in the form of the kernels; None where its parts have hooks or were replaced."""
         if self._seen is None or not self._seen.is_current():
             self._seen = Snapshot([self.layer]) if is_known(self.layer) else None
         if self._seen is None or self._seen.is_seen() or not self._seen.natives:
@@ -73,5 +73,5 @@ class FusedLayer:
 
 
 def unwatched(module: nn.Module) -> bool:
-    """Whether a module is asked for its answer and nothing else: no gradients, and no hooks of all modules."""
+    """Return whether only the output of a module matters: no training, no gradients, no global module hooks."""
     return not (module.training or torch.is_grad_enabled() or _has_any_global_hook())

@@ -1,4 +1,4 @@
-"""The states of layers whose mechanism is a gated recurrence, on which the kernel of a decoder's layers goes on."""
+"""The states of layers whose mechanism is a gated recurrence, updated by the native call for a decoder's layers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from regard.layers.attention import LayerState
 
 
 class Recurrences:
-    """Layers in the order of their states.
+    """The layers with a recurrence, in the order of their states.
 
     Args:
-        attentions: their modules, into which a mechanism was put that :func:`recurrence_of` knows.
-        recurrences: of each.
+        attentions: their attention modules, with a mechanism that :func:`recurrence_of` supports.
+        recurrences: the recurrence of each.
     """
 
     def __init__(self, attentions: Sequence[Any], recurrences: Sequence[Recurrence[Weight]]) -> None:
@@ -35,8 +35,8 @@ class Recurrences:
         self._shapes = [recurrence.state_shape(x.spec.heads, x.spec.head_dim) for recurrence, x in shapes]
 
     def states(self, cache: Any, rows: int, tokens: int) -> list[State] | None:
-        """Of each layer, its state in a cache and room for the one after so many tokens of each row; None where one is not there
-        or of another kind."""
+        """Each layer's state in a cache, with room for the state after `tokens` more tokens in each row; None where a
+        state is missing or of another kind."""
         layers = getattr(cache, "layers", ())
         if len(layers) <= max(self._places):
             return None
@@ -57,13 +57,13 @@ class Recurrences:
         return [_with_room(length, tokens, *seen) for length, seen in found]
 
     def take(self, cache: Any, states: Sequence[State], tokens: int) -> None:
-        """Let the cache have the next states, after so many tokens of each row."""
+        """Store the next states in the cache, after `tokens` more tokens in each row."""
         after: dict[int, Tensor] = {}
         counted: list[tuple[Tensor, Tensor]] = []
         for place, size, state in zip(self._places, self._windows, states, strict=True):
             layer = cache.layers[place]
             length = layer.state.length
-            if id(length) not in after:  # equal ones are one from now on
+            if id(length) not in after:  # layers of equal length share one tensor from now on
                 same = next((new for old, new in counted if torch.equal(old, length)), None)
                 after[id(length)] = length + tokens if same is None else same
                 counted.append((length, after[id(length)]))
@@ -80,7 +80,7 @@ def _with_room(length: Tensor, tokens: int, memory: Tensor, *window: Tensor) -> 
 
 
 def recurrence_of(attention: Any) -> Recurrence[nn.Module] | None:
-    """The recurrence that is put into a module and whose state a cache keeps; None where there is another mechanism."""
+    """The recurrence placed in a module, if a cache keeps its state; None for any other mechanism."""
     if not is_swapped(attention):
         return None
     placed, placement = attention.regard, attention.regard.placement

@@ -1,4 +1,4 @@
-"""What the kernels were told of a decoder's layers, and whether it still holds."""
+"""A snapshot of a decoder's layers as the kernels have read them, to find out whether it still holds."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from regard.layers.linear import Linear
 from regard.layers.quantized import QuantizedLinear
 
 FAMILIES = ("Llama", "Mistral", "Qwen2")
-"""Whose layers are alike: RMS norms, three projections, rotary positions, a gated feed-forward network."""
+"""Families of models with the same layers: RMS norms, three projections, rotary positions, gated feed-forward
+network."""
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
 
 class Snapshot:
-    """Layers as they were read: their parts, where their tensors lie, and what the kernels make of them.
+    """Layers as they were read: their modules, the addresses of their tensors, and their form for the kernels.
 
-    Looking whether all is as it was is done at each token, with the processor's caches full of weights: so it is few passes
-    over flat lists.
+    The snapshot is compared at each token, while the processor's caches are full of weights; so the comparison is a few
+    passes over flat lists.
 
     Args:
-        layers: that :func:`is_known` knows.
-        around: modules that hold them or come after them, whose parts and hooks count too.
+        layers: decoder layers for which :func:`is_known` holds.
+        around: modules that contain the layers or follow them, whose parts and hooks count too.
 
     Attributes:
-        natives: of each layer; none where a layer's weights are not for the kernels.
-        recurrences: of each layer beside it, None where its mechanism is none that the kernels have.
+        natives: each layer in the form of the kernels; empty where they cannot take a layer's weights.
+        recurrences: the recurrence of each layer; None where the kernels do not have its mechanism.
     """
 
     def __init__(self, layers: Sequence[Any], around: Sequence[nn.Module] = ()) -> None:
@@ -48,10 +49,10 @@ class Snapshot:
         self._homes += [x._modules for x in recurring]
         self._parts = self._found_parts()
         swapped = [x.self_attn for x in layers if is_swapped(x.self_attn)]
-        beside = {id(x) for attention in swapped for x in attention.regard.modules()}  # they are called as ever
+        beside = {id(x) for attention in swapped for x in attention.regard.modules()}  # they are called as usual
         inside = [x for layer in layers for x in layer.modules() if x is not layer and id(x) not in beside]
         self._hooks = [x for part in (*inside, *around) for x in (part._forward_hooks, part._forward_pre_hooks)]
-        self._ours = len(swapped)  # hooks through which swapped attention is told of its call
+        self._ours = len(swapped)  # the pre-hooks by which swapped attention learns of its call
         self._attributes = [part.__dict__ for part in (*inside, *around)]
         self._heard = [x for part in recurring for x in (part._forward_hooks, part._forward_pre_hooks)]
         self._recurring = [part.__dict__ for part in recurring]
@@ -64,28 +65,28 @@ class Snapshot:
         self.recurrences = [*map(_recurrence, known, self.natives)]
 
     def is_current(self) -> bool:
-        """Whether the layers have the parts that they had, and their tensors lie where they were."""
+        """Return whether the layers still have the same parts, with their tensors at the same addresses."""
         return self._found_parts() == self._parts and self._found_places() == self._places
 
     def is_seen(self) -> bool:
-        """Whether somebody sees what goes through the parts, or computes it in another way."""
+        """Return whether a part has hooks or a replaced `forward`, so that it must be called."""
         hooked = sum(map(len, self._hooks)) > self._ours
         return hooked or any(map(operator.contains, self._attributes, itertools.repeat("forward")))
 
     def is_overheard(self) -> bool:
-        """Likewise of the mechanisms of `recurrences`, which are called then."""
+        """Like :meth:`is_seen`, for the mechanisms of `recurrences`; they are then called."""
         return any(self._heard) or any(map(operator.contains, self._recurring, itertools.repeat("forward")))
 
     def _found_parts(self) -> list[nn.Module | None]:
         return [*itertools.chain.from_iterable(map(dict.values, self._homes))]
 
     def _found_places(self) -> list[int]:
-        """Where the tensors lie; those of `natives` are kept, so that no others come to lie there."""
+        """Addresses of the tensors; `natives` keeps its tensors alive, so that no other tensor can take an address."""
         return [x.data_ptr() for holder in self._holders for x in holder.values() if x is not None]
 
 
 def window_of(attention: Any) -> int | None:
-    """Tokens that a query sees, its own too; None for all."""
+    """Number of tokens that a query sees, its own included; None for all."""
     if isinstance(attention, LlamaAttention):
         return None
     found: int | None = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
@@ -93,14 +94,14 @@ def window_of(attention: Any) -> int | None:
 
 
 def family_of(module: nn.Module, part: str) -> str | None:
-    """Of which of `FAMILIES` a module is the part of this name."""
+    """The family of `FAMILIES` whose class named `part` a module is; None if there is none."""
     family = type(module).__name__.removesuffix(part)
     known = family in FAMILIES and family + part == type(module).__name__
     return family if known and type(module).__module__.startswith("transformers.") else None
 
 
 def is_known(layer: nn.Module) -> bool:
-    """Whether a module is a decoder layer of one of `FAMILIES`, all of its parts theirs."""
+    """Return whether a module is a decoder layer of one of `FAMILIES` with all of its original parts."""
     family = family_of(layer, "DecoderLayer")
     if family is None:
         return False
@@ -125,7 +126,7 @@ def _linears(layer: Any) -> list[Any]:
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Whether a layer is no more than its weight, as the kernels have it."""
+    """Return whether a linear layer is nothing but its weight, as the kernels require."""
     if not isinstance(linear, QuantizedLinear):
         return type(linear) in (nn.Linear, Linear)
     whole = linear.format.group is None or linear.in_features % linear.format.group == 0

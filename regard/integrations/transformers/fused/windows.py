@@ -1,4 +1,4 @@
-"""Layers of local attention one after the other in one native call, each with the window of its state for a cache."""
+"""Consecutive layers of local attention in one native call, with the windows of their states for a cache."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from regard.layers.attention import LayerState
 
 
 class Windows:
-    """Layers that attend by softmax to the last tokens of each row.
+    """Consecutive layers that attend by softmax to the last tokens of each row.
 
     Args:
-        natives: of each layer.
-        attentions: their modules, into which local attention was put.
-        slots: tokens that a query sees before its own, which are those that a state keeps.
+        natives: each layer in the form of the kernels.
+        attentions: the layers' attention modules, with local attention placed in them.
+        slots: tokens that a query sees before its own; a state keeps just as many.
     """
 
     def __init__(self, natives: Sequence[DecoderLayer], attentions: Sequence[Any], slots: int) -> None:
@@ -31,8 +31,8 @@ class Windows:
         self._placed, self._slots = [x.regard for x in attentions], slots
 
     def __call__(self, x: Tensor, cosine: Tensor, sine: Tensor, cache: Any) -> Tensor | None:
-        """The answer for tokens that fit; None, and nothing has changed, where a window is not full yet, or somebody is to see
-        what the mechanism does."""
+        """Output of the layers for a few tokens. None, with nothing changed, where a window is not full yet or where
+        losses or hooks need to see what the mechanism does."""
         (rows, tokens, _), slots = x.shape, self._slots
         if is_collecting() or any(x._forward_hooks or x._forward_pre_hooks for x in self._placed):
             return None
@@ -55,7 +55,7 @@ class Windows:
 
 
 def slots_of(attention: Any) -> int | None:
-    """Tokens that local attention in a module keeps in the place of its keys and values; None for another mechanism."""
+    """Tokens that local attention in a module keeps as its state; None for another mechanism."""
     placed = attention.regard
     local = placed.chosen.wrapper is None and placed.card.name == "local" and placed.config.form == "window"
     if not local or placed.placement.layer is None or placed.placement.rotary is not None:
