@@ -285,7 +285,7 @@ class Forecaster(nn.Module):
 def quantile_loss(
     output: Float[Tensor, "*b quantiles"], targets: Float[Tensor, "*b"], quantiles: tuple[float, ...]
 ) -> Float[Tensor, "*b"]:
-    """The pinball loss (Koenker and Bassett, 1978), averaged over the quantiles: least if a share q lies below."""
+    """The pinball loss (Koenker and Bassett, 1978), averaged over the quantiles: least if a share q is below."""
     levels = torch.tensor(quantiles, dtype=output.dtype, device=output.device)
     above = targets.to(output.dtype)[..., None] - output
     return torch.maximum(levels * above, (levels - 1) * above).mean(-1)
