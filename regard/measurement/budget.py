@@ -28,7 +28,7 @@ class Budget:
 
     Attributes:
         unit: ``seconds`` for the whole command, or ``steps``, ``tokens`` or ``flops`` for each training run.
-        amount: how many.
+        amount: amount in this unit.
     """
 
     unit: str

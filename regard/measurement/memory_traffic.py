@@ -1,8 +1,8 @@
 """Memory traffic of exact attention: numbers read from slow memory and written to it (FlashAttention, arXiv 2205.14135).
 
 Slow memory is a GPU's HBM or a CPU's main memory; fast memory is its on-chip memory or cache, which holds S numbers.
-The counts are for one head with N queries and M keys of width d; with B_c = ceil(S / 4d), B_r = min(B_c, d) and T_c =
-ceil(M / B_c):
+The counts are for one head with N queries and M keys of width d; with B_c = ceil(S / 4d), B_r = min(B_c, d) and
+T_c = ceil(M / B_c):
 
 | numbers | standard attention | tiles, keys in the outer loop (algorithm 1) |
 |---|---|---|

@@ -147,7 +147,7 @@ class Inversion:
         self.branches, self.context, self.device = branches, context, device
         self.done = Done(())
         self.draws: list[Draws] = []
-        self.counts: list[tuple[str, Tensor]] = []  # of the losses, in the order of their sums
+        self.counts: list[tuple[str, Tensor]] = []  # counts of the losses, in the order of their sums
         self.losses_of: list[int] = []  # how many losses each branch has
         kind = device.type
         self.autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

@@ -230,7 +230,7 @@ class Encoder(EncoderBase):
         def read(x: Tensor, head: nn.Module = self.head) -> Tensor:
             if pooled:
                 return head(pool_tokens(self.pooling, x, inner, result.losses))
-            logits = head(x)  # at padding its bias
+            logits = head(x)  # the head's bias at padding
             return logits if layout.valid is None else logits.where(layout.valid[..., None], 0)
 
         return apply_head(result, read, self.exits)
@@ -288,7 +288,7 @@ def pool_tokens(
 
 
 def check_input_kind(vocab_size: int | None, features: int | None) -> None:
-    """Raise Unsupported unless exactly one of the two is given."""
+    """Raise Unsupported unless exactly one of `vocab_size` and `features` is given."""
     if (vocab_size is None) == (features is None):
         raise Unsupported(
             f"vocab_size={vocab_size} and features={features}",

@@ -105,7 +105,7 @@ class EncoderDecoderConfig(LayersConfig):
 
     @classmethod
     def for_task(cls, task: Task, plan: Any, *, positions: str, **sizes: Any) -> EncoderDecoderConfig:
-        """Return the config for a task (the hook of :func:`regard.models.registry.config_for`), with `plan` across."""
+        """Return the config for a task, see :func:`regard.models.registry.config_for`; `plan` is the cross layers'."""
         return cls(task.vocab_size or 0, task.memory_vocab_size, task.memory_features, cross_plan=plan, **sizes)
 
 

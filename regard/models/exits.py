@@ -1,7 +1,7 @@
 """Early exit: reading the output after only some layers, token by token if need be.
 
-A model's ``stack`` names the layers that have an exit (`exits`) and the rule that decides in evaluation who leaves
-there (`exit_rule`, see :mod:`regard.models.exit_rules`). There are two kinds of exits:
+A model's ``stack`` names the layers that have an exit (`exits`) and the rule that decides in evaluation which tokens
+leave there (`exit_rule`, see :mod:`regard.models.exit_rules`). There are two kinds of exits:
 
 - an :class:`Exit` reads classes from the hidden state. Training adds its loss (:func:`joint_loss`), and any rule about
   classes can be set afterwards (:func:`set_exit_rule`).

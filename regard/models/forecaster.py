@@ -127,7 +127,7 @@ class ForecasterConfig(LayersConfig):
 
     @classmethod
     def for_task(cls, task: Task, plan: Any, *, positions: str, max_length: int, **sizes: Any) -> ForecasterConfig:
-        """Return the config for a task (the hook of :func:`regard.models.registry.config_for`), with `plan` across."""
+        """Return the config for a task, see :func:`regard.models.registry.config_for`; `plan` is the cross layers'."""
         targets = task.target_features or tuple(range(task.num_targets or 0))
         return cls(task.features or 0, task.memory_features or 0, target_features=targets, cross_plan=plan, **sizes)
 

@@ -73,7 +73,7 @@ class ImageModelConfig:
 
     @classmethod
     def for_task(cls, task: Task, backbone: str, options: Mapping[str, Any]) -> ImageModelConfig:
-        """The configuration for a task that classifies images.
+        """Return the configuration for an image classification task.
 
         Raises:
             Unsupported: for another task.

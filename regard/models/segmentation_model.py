@@ -104,8 +104,8 @@ class SegmentationModel(ImageModel):
 
         Returns:
             output (B, N, points of a patch * num_classes): the points of a patch row by row, classes last. In training
-                with deep supervision, ``extras["levels"]`` has the outputs of the coarser stages, for
-                :func:`regard.models.levels.level_loss`.
+            with deep supervision, ``extras["levels"]`` has the outputs of the coarser stages, for
+            :func:`regard.models.levels.level_loss`.
 
         Raises:
             Unsupported: for padding, and inputs of another shape.

@@ -90,8 +90,8 @@ class StackConfig:
         layer_scale: initial value, >= 0, of learned factors that multiply each feature of a branch's output; 1e-4 in
             deep networks (LayerScale, Touvron et al., arXiv 2103.17239). None for no factors.
         branch_norm: branches whose output is normed, by the model's kind of norm, before it is added: ``none``,
-            ``all``, the ``mixer`` or the ``feed_forward`` network. With ``mixer`` an attention layer is x +
-            norm(attend(norm(x))), the hybrid norm of sigmoid attention (Ramapuram et al., arXiv 2409.04431). Layer
+            ``all``, the ``mixer`` or the ``feed_forward`` network. With ``mixer`` an attention layer is
+            x + norm(attend(norm(x))), the hybrid norm of sigmoid attention (Ramapuram et al., arXiv 2409.04431). Layer
             scale comes after this norm.
     """
 

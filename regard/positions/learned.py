@@ -19,7 +19,7 @@ class Learned(Positions):
     """Adds row p of a table (max_length, C) to the input embedding.
 
     A position outside the table raises Unsupported, even for padding: give padding tokens position 0. (A compiled graph
-        cannot inspect the values; there torch's own index check applies.)
+    cannot inspect the values; there torch's own index check applies.)
 
     Args:
         dim: width C of the embedding.

@@ -61,7 +61,7 @@ class Lrpe(Positions):
         wide = wide - (wide @ u)[..., None] * (2 * u / u.square().sum())
         exact = torch.float32 if x.device.type == "mps" else torch.float64
         turns = positions.to(exact)[:, None, :, None] * (self.angles.to(exact) / (2 * math.pi))
-        turn = ((turns - turns.round()) * (2 * math.pi)).to(dtype)  # without whole turns: float32 is too coarse
+        turn = ((turns - turns.round()) * (2 * math.pi)).to(dtype)  # whole turns are removed before rounding
         cos, sin = turn.cos(), turn.sin()
         even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
         turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)

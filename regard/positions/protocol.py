@@ -9,8 +9,8 @@ place      call                                                    result
            causal)``
 ========== ======================================================= =====================================================
 
-The method of a place where a scheme does nothing is None: ``if positions.rotate is not None: q = positions.rotate(q,
-where)``.
+The method of a place where a scheme does nothing is None:
+``if positions.rotate is not None: q = positions.rotate(q, where)``.
 
 Positions are integers given by the caller: the rank of a token among the valid tokens of its sequence, counted from the
 start of the sequence, also during decoding. Nothing is inferred from N. The batch axis of positions may be 1 if all

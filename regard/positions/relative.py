@@ -1,8 +1,8 @@
 """Learned biases for buckets of distances (T5; Raffel et al., arXiv 1910.10683, section 2.1).
 
 Half of the buckets hold one distance each, the rest grow geometrically up to `max_distance`; all larger distances share
-the last bucket. With n buckets in one direction, of which e = n // 2 are exact, bucket e + k starts at the distance ``e
-(max_distance / e)^(k / (n - e))``. In noncausal patterns, keys before (and at) the query use the first half of the
+the last bucket. With n buckets in one direction, of which e = n // 2 are exact, bucket e + k starts at the distance
+``e (max_distance / e)^(k / (n - e))``. In noncausal patterns, keys before (and at) the query use the first half of the
 table and keys after it the second half; in causal patterns the whole table is for keys before the query.
 """
 
@@ -33,7 +33,7 @@ def bucket_starts(buckets: int, max_distance: int) -> list[int]:
 
 
 class Relative(Positions):
-    """Adds a learned number for each head and bucket of distance to the scores.
+    """Adds a learned bias for each head and bucket of distance to the scores.
 
     Args:
         heads: number of heads H.

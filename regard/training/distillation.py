@@ -107,7 +107,7 @@ def distillation_loss(
     """Compute a student's loss on tokens, with the teacher's attention weights, head outputs, hidden states and logits.
 
     Both are language models of regard, or both are transformers models with logits: then the student is a model changed
-        by :func:`regard.swap`, and the teacher uses the attention ``regard:softmax``, which returns its weights::
+    by :func:`regard.swap`, and the teacher uses the attention ``regard:softmax``, which returns its weights::
 
         teacher = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="regard:softmax")
 

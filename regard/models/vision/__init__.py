@@ -1,8 +1,8 @@
 """Image backbones by name: ``create_backbone("van_b0", num_classes=10)``.
 
-Each module in this package is one backbone with its published sizes and is discovered automatically. ``regard list
---backbones`` lists them and the networks of :mod:`regard.models.vision.segmentation`; :mod:`regard.integrations.timm`
-registers backbones with timm.
+Each module in this package is one backbone with its published sizes and is discovered automatically.
+``regard list --backbones`` lists them and the networks of :mod:`regard.models.vision.segmentation`;
+:mod:`regard.integrations.timm` registers backbones with timm.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ class PVT(PyramidWithLosses):
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: PVTConfig) -> dict[str, Tensor]:
-        """Translate weights of whai362/PVT (`pvt.py`) and of LeapLabTHU/Agent-Attention (`agent_pvt.py`).
+        """Translate weights of whai362/PVT (`pvt.py`) or LeapLabTHU/Agent-Attention (`agent_pvt.py`).
 
         Tables of positions and of agent biases are interpolated if the images had another size.
         """

@@ -170,7 +170,7 @@ class Swin(PyramidWithLosses):
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: SwinConfig) -> dict[str, Tensor]:
-        """Translate weights of `swin_transformer.py` (official or timm's) and of Agent-Attention's `agent_swin.py`.
+        """Translate weights of `swin_transformer.py` (official or timm's) or Agent-Attention's `agent_swin.py`.
 
         Tables of relative positions and of agent biases are interpolated if the images had another size.
         """

@@ -97,7 +97,8 @@ class Backbone(nn.Module):
         sizes: options of each published size, by name.
         scales: the options that are widths, and what each is a multiple of: a number, or the name of an option with the
             number of heads.
-        channels_last: whether images are converted to the channels-last format before the first layer, for its convolutions.
+        channels_last: whether images are converted to the channels-last format before the first layer, for its
+            convolutions.
         config: the config.
         levels: the feature maps that the backbone can return, from the finest to the last.
         num_features: width of a pooled vector.
@@ -182,8 +183,8 @@ class Backbone(nn.Module):
         Args:
             images: (B, C, H, W).
             indices: indices into `levels`, negative ones from the end; an int n means the last n; None means all.
-            norm, stop_early: accepted for compatibility with timm; maps are returned as the next level reads them, and all
-                levels are run.
+            norm, stop_early: accepted for compatibility with timm; maps are returned as the next level reads them, and
+                all levels are run.
             output_fmt: ``NCHW`` only.
             intermediates_only: return only the maps, without the features that the pool reads.
 

@@ -85,10 +85,10 @@ def fit_tables(
     Args:
         found: the released weights, under the names used here.
         own: the model's state dict.
-        grids: for each position table, by name: the number of class tokens before the grid, and the grid's sides. A table of
-            another size is taken to be that of a square grid.
-        mode: interpolation mode of positions. Biases of rows and columns are interpolated linearly, as in the official code
-            of agent attention.
+        grids: for each position table, by name: the number of class tokens before the grid, and the grid's sides. A
+            table of another size is taken to be that of a square grid.
+        mode: interpolation mode of positions. Biases of rows and columns are interpolated linearly, as in the official
+            code of agent attention.
     """
     for name, value in found.items():
         if name not in own or value.shape == own[name].shape:

@@ -56,7 +56,8 @@ class Stage(nn.Module):
 
     Args:
         embedding: a module from map to map.
-        blocks: modules from tokens (B, N, width), row by row, and the rows and columns of their map to a Result of tokens.
+        blocks: modules from tokens (B, N, width), row by row, and the rows and columns of their map to a Result of
+            tokens.
         norm: a norm of the tokens at the end.
     """
 

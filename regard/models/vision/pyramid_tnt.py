@@ -65,7 +65,8 @@ class PyramidTNTConfig(BackboneConfig):
         depths: number of blocks.
         reductions: r; keys are averages of r x r sentences.
         expansion, excitation, branch_dropout, attention_dropout: as in :class:`regard.models.vision.tnt.TNTConfig`.
-        mixer, mixer_options: mechanism of the outer attention; it is called with the grid in stages without a reduction, else with the averages as its memory.
+        mixer, mixer_options: mechanism of the outer attention; it is called with the grid in stages without a
+            reduction, else with the averages as its memory.
         pair_scores: whether each pair of sentence and key has a learned bias, which the mechanism must support.
     """
 
@@ -240,8 +241,8 @@ def _convolution(channels: int, width: int, stride: int) -> tuple[nn.Module, ...
 class Merge(nn.Module):
     """Halves the grid by norms and convolutions of stride 2.
 
-    One convolution is over the sentences, one inside the square that the words of 2 x 2 sentences form. Where a side is odd,
-    the words are padded with zeros.
+    One convolution is over the sentences, one inside the square that the words of 2 x 2 sentences form. Where a side is
+    odd, the words are padded with zeros.
 
     Args:
         grid: rows and columns before.

@@ -303,7 +303,7 @@ class TransformerBlock(nn.Module):
     Args:
         width: C.
         attention: a layer, called with the context.
-        expansion: hidden width of the feed-forward network over C.
+        expansion: hidden width of the feed-forward network as a multiple of C.
         dropout: dropout probability inside the feed-forward network and at the end of both branches.
         drop_path: stochastic depth probability of both branches.
         excitation: whether a :class:`SqueezeExcitation` follows the feed-forward network.

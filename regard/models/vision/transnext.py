@@ -233,9 +233,9 @@ class Block(nn.Module):
     """Attention and a gated convolutional feed-forward network.
 
     Args:
-        config: of the backbone.
-        number: of the stage.
-        drop_path: of both branches.
+        config: the backbone's config.
+        number: index of the stage.
+        drop_path: stochastic depth probability of both branches.
     """
 
     def __init__(self, config: TransNeXtConfig, number: int, drop_path: float) -> None:
@@ -278,8 +278,8 @@ class CosineAttention(nn.Module):
     """Cosine attention among all positions, (B, N, C) on a grid -> a Result of (B, N, C).
 
     Args:
-        config: of the backbone.
-        number: of the stage.
+        config: the backbone's config.
+        number: index of the stage.
     """
 
     def __init__(self, config: TransNeXtConfig, number: int) -> None:
@@ -326,8 +326,8 @@ class AggregatedAttention(CosineAttention):
     """Attention of each position to a window around it and to the pooled map, under one softmax.
 
     Args:
-        config: of the backbone.
-        number: of the stage.
+        config: the backbone's config.
+        number: index of the stage.
     """
 
     def __init__(self, config: TransNeXtConfig, number: int) -> None:
@@ -368,8 +368,8 @@ class AggregatedAttention(CosineAttention):
 class PlaceBias(nn.Module):
     """A relative position bias for each head, computed by a small network from the distances along each axis.
 
-    Distances are scaled so that the first and last position of a map are 8 apart; the network reads sign(x) log_8(|x| +
-    1).
+    Distances are scaled so that the first and last position of a map are 8 apart; the network reads
+    sign(x) log_8(|x| + 1).
 
     Args:
         heads: number of heads.

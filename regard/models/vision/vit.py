@@ -12,8 +12,8 @@ grid; other layers see a plain sequence of tokens, with the grid only if there i
 Agent-DeiT (Han et al., arXiv 2312.08874) has agent attention with all its biases: with 49 agents in all layers of T and
 S, and with 81 agents in the first 4 layers of B.
 
-``moh_deit_s`` and ``moh_deit_b`` are DeiT with mixture-of-head attention (Jin et al., arXiv 2410.11842). They are not published
-models: the paper's MoH-ViT is a TransNeXt, a pyramid with cosine attention and positions of its own
+``moh_deit_s`` and ``moh_deit_b`` are DeiT with mixture-of-head attention (Jin et al., arXiv 2410.11842). They are not
+published models: the paper's MoH-ViT is a TransNeXt, a pyramid with cosine attention and positions of its own
 (:mod:`regard.models.vision.transnext`). The routers, gates and balance loss are those of the catalogue's
 ``mixture_of_heads``; with 12 heads, 3 are shared and 6 of the other 9 active, as in the 12-head stage of the paper's S
 model; with 6 heads, 2 are shared and 2 of the other 4 active. :meth:`VisionTransformer.forward_with_losses` returns the
@@ -129,8 +129,7 @@ def _routed(shared: int, active: int) -> list[Any]:
 class VisionTransformer(Backbone):
     """ViT, DeiT and Agent-DeiT, see the module.
 
-    Sizes: ``vit_t`` to ``vit_h``, ``deit_t`` to ``deit_b``, ``agent_deit_t`` to ``agent_deit_b``, and ``moh_deit_s``
-        and
+    Sizes: ``vit_t`` to ``vit_h``, ``deit_t`` to ``deit_b``, ``agent_deit_t`` to ``agent_deit_b``, ``moh_deit_s`` and
     ``moh_deit_b``.
     """
 
@@ -409,7 +408,7 @@ def _places(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor
 
 
 def _initialise(module: nn.Module) -> None:
-    """Initialise as DeiT does: truncated normal weights, zero biases. Other parameters keep their mechanism's way."""
+    """Initialise as DeiT does: truncated normal weights, zero biases; other parameters as their mechanisms do."""
     linears: tuple[nn.Module | None, ...] = ()
     if isinstance(module, AttentionLayer):
         linears = (module.query, module.key, module.value, module.output)

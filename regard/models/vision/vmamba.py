@@ -8,8 +8,8 @@ The code has several versions of SS2D and of the network around it:
 
 | `version` | SS2D | patches | between stages |
 |---|---|---|---|
-| ``v05_noz`` | one state per channel, no gate, convolution without bias | two 3 x 3 convolutions of stride 2 | 3 x 3,
-stride 2 | | ``v0`` | 16 states, gated by silu(z) | 4 x 4 | patch merging (2 x 2 to one) |
+| ``v05_noz`` | one state per channel, no gate, convolution without bias | two 3 x 3 of stride 2 | 3 x 3 of stride 2 |
+| ``v0`` | 16 states, gated by silu(z) | 4 x 4 | patch merging (2 x 2 to one) |
 
 Images of any size are accepted, by ``v0`` in multiples of 4; patch merging pads odd sides with zeros.
 """

@@ -7,8 +7,8 @@ digits of P_max - 1; a position on n axes is written axis after axis, with L = n
     h = h + attention(norm(h)),   h = h + W_2 gelu(W_1 norm(h))        (twice; causal: the last token sees all digits)
     E(p) = W_out norm(h_CLS) / temperature
 
-so that every position below P_max has a vector, and close positions share their leading digits. With ``(e^q, e^k) =
-split(W E(p))``, there is a scheme for each place where the vectors are used:
+so that every position below P_max has a vector, and close positions share their leading digits. With
+``(e^q, e^k) = split(W E(p))``, there is a scheme for each place where the vectors are used:
 
 ================ ======================================= ==========================================================
 scheme           paper's name                            effect

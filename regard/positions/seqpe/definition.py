@@ -144,7 +144,7 @@ class DigitEncoder(nn.Module):
         return self.output(y if self.norm is None else self.norm(y)) / self.temperature
 
     def _visible(self, written: Bool[Tensor, "p digits"]) -> Bool[Tensor, "#p 1 tokens tokens"]:
-        """Return the attention mask. Hidden tokens see only themselves, so that their softmax, never read, is defined."""
+        """Return the attention mask. Hidden tokens see only themselves, so that their (unused) softmax is defined."""
         tokens = written.shape[1] + 1
         visible = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=written.device)
         visible = visible.tril() if self.causal else visible

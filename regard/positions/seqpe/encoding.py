@@ -348,7 +348,7 @@ class SequentialEncoding(Positions):
     def transfer(
         self, block: Int[Tensor, "m axes"], elsewhere: Int[Tensor, "m axes"], generator: torch.Generator | None = None
     ) -> Float[Tensor, ""]:
-        """Return the divergence of the similarities of offsets elsewhere from those of the same offsets in the block."""
+        """Return the divergence of similarities of offsets elsewhere from those of the same offsets in the block."""
         e = self.encoder(torch.cat([block, elsewhere]), generator)
         return transfer_loss(*e.chunk(2), heads=self.heads, beta=self.beta)
 

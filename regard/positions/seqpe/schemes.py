@@ -23,7 +23,6 @@ class Seqpe(SequentialEncoding):
         dim: width C of the embedding, here the width of the vectors.
         heads: number of heads of the model.
         options: options of :class:`SequentialEncoding`.
-
     """
 
     name = "seqpe"
@@ -49,7 +48,7 @@ class SeqpeInside(SequentialEncoding):
         projection: the matrix W: ``single`` for one shared by all layers, ``layers`` for one in each layer, or ``none``
             (e^q = e^k).
         part: ``whole`` for a stand-alone layer; a model has one ``encoder``, and the rest is in each ``layer``.
-        options: those of :class:`SequentialEncoding`.
+        options: options of :class:`SequentialEncoding`.
     """
 
     def __init__(

@@ -8,13 +8,12 @@ resolution change. Mamba's output replaces the features, without a residual:
 |---|---|
 | ``none`` | nowhere: the plain residual U-Net, the control |
 | ``bottleneck`` | after the deepest stage (U-Mamba_Bot) |
-| ``encoder`` | after every stage (U-Mamba_Enc); with two axes after every second stage including the deepest, as in the
-code |
+| ``encoder`` | after every stage (U-Mamba_Enc); with two axes every second one, with the deepest, as in the code |
 
 Tokens are positions, row by row; in ``encoder``, in stages with no more positions than channels, tokens are the
-channels, with the positions as features. The decoder upsamples by the encoder's stride (nearest neighbour), applies a 1
-x 1 convolution, and concatenates the encoder's features of that size; with two axes those of the finest stage are left
-out, as in the code.
+channels, with the positions as features. The decoder upsamples by the encoder's stride (nearest neighbour), applies a
+1 x 1 convolution, and concatenates the encoder's features of that size; with two axes those of the finest stage are
+left out, as in the code.
 """
 
 from __future__ import annotations
