@@ -23,7 +23,7 @@ T_QUANTILES = (
 
 
 FEWEST_ITEMS = 6
-"""Least number of differing items: n items all differ in one direction by chance with 2 / 2^n, below 5 % from six."""
+"""Least number of differing items: n all differ in one direction with probability 2 / 2^n, below 5 % from six on."""
 
 
 def t_quantile(degrees: int) -> float:

@@ -127,7 +127,7 @@ class Store:
             kind: one of `KINDS`.
             key: the settings that define the row. If the row depends on the machine, the key must include the machine.
             payload: what was measured, as JSON; numpy and torch values become lists and numbers, and non-finite numbers
-                become null, as which a diverged measurement is read back.
+                become null, so a diverged measurement is read back as None.
 
         Returns:
             False if the store already has this key; nothing is written then, and the first row stays.

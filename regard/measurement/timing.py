@@ -54,9 +54,9 @@ def interleaved(
 
     Args:
         actions: what to time, by name. Each runs once before timing starts.
-        seconds: no new round starts after this time,
-        least: but there are at least this many rounds,
-        most: and at most this many.
+        seconds: no new round starts after this time, within the limits of `least` and `most`.
+        least: minimum number of rounds.
+        most: maximum number of rounds.
         device: synchronised around each action if it is a GPU.
         clock: as in :func:`rounds`.
     """

@@ -137,7 +137,7 @@ def mix_heads(
 
 @torch.no_grad()
 def skip_attention(model: nn.Module) -> tuple[str, ...]:
-    """Permanently set the output of every attention layer of a model to 0, in place: a lower baseline for attention.
+    """Permanently zero the output of every attention layer, in place: the baseline that any attention must surpass.
 
     Like the option ``skip_attn`` in the code of arXiv 2306.12929. The output projections are set to 0 and the layers'
     parameters are frozen; the layers are still computed.

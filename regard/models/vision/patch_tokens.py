@@ -1,4 +1,4 @@
-"""Helpers of vision transformers: token positions, windows, weight initialisation, and tables of released weights.
+"""Helpers for vision transformers: token positions, windows, weight initialisation, and tables of released weights.
 
 Patches fill a grid row by row; class tokens come before them and have no position on the grid.
 """
@@ -131,7 +131,7 @@ def initialise_convolution(module: nn.Module) -> None:
 
 
 def to_windows(x: Float[Tensor, "b h w c"], sides: tuple[int, int]) -> Float[Tensor, "windows n c"]:
-    """Split maps into windows of `sides`, which must fill the map; the tokens of a window are row by row."""
+    """Split maps into windows of `sides`, which must fill the map; a window's tokens are ordered row by row."""
     (height, width), (rows, columns) = x.shape[1:3], sides
     x = x.unflatten(2, (width // columns, columns)).unflatten(1, (height // rows, rows))
     return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)  # (B, windows down, windows across, rows * columns, C) before

@@ -116,7 +116,10 @@ class TNTConfig(BackboneConfig):
 
 
 class TNT(Backbone):
-    """TNT, see the module; sizes ``tnt_ti``, ``tnt_s``, ``tnt_b``. Blocks are levels; features are (B, 1 + n, C)."""
+    """TNT, see the module; sizes ``tnt_ti``, ``tnt_s``, ``tnt_b``.
+
+    Every block is a level; features are (B, 1 + n, C).
+    """
 
     Config = TNTConfig
     scales: ClassVar = {"width": "heads", "inner_width": "inner_heads"}
