@@ -1,1 +1,1 @@
-"""Tools of measurement: the store of rows, their provenance, statistics and timings."""
+"""Measurement tools: the store of results, their provenance, statistics, timings and memory."""

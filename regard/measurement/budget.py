@@ -24,11 +24,11 @@ ACCEPTED = (
 
 @dataclass(frozen=True)
 class Budget:
-    """How much work a command does.
+    """The amount of work that a command does.
 
     Attributes:
-        unit: ``seconds`` of the whole command, or ``steps``, ``tokens`` or ``flops`` of each training run.
-        amount: how many.
+        unit: ``seconds`` for the whole command, or ``steps``, ``tokens`` or ``flops`` for each training run.
+        amount: amount in this unit.
     """
 
     unit: str
@@ -36,7 +36,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """Raises Unsupported for anything that is not a positive amount of time, tokens or FLOPs."""
+        """Parse a budget; raises Unsupported unless it is a positive amount of time, steps, tokens or FLOPs."""
         match = _FORM.fullmatch(text)
         if match is None:
             raise Unsupported(f"budget {text!r}", supported=ACCEPTED, nearest="8m")

@@ -1,4 +1,4 @@
-"""JSON, TOML and YAML that users write: variants, recipes, device tables, machines."""
+"""Reading JSON, TOML and YAML files written by users: variants, recipes, device tables, machines."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from regard.contract import Unsupported
 
 
 def read_data(path: Path, what: str) -> Any:
-    """The contents of a file, by its ending: ``.json``, ``.toml``, and YAML for every other.
+    """Read a file, by its suffix: ``.json``, ``.toml``, and YAML for any other.
 
     Args:
-        what: the file in words, as an error begins with.
+        what: a description of the file, with which error messages begin.
 
     Raises:
-        Unsupported: for what cannot be read, and for YAML without PyYAML, which regard does not need otherwise.
+        Unsupported: for a file that cannot be read, and for YAML without PyYAML, which regard does not otherwise need.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -25,7 +25,7 @@ def read_data(path: Path, what: str) -> Any:
             return tomllib.loads(text)
         if path.suffix == ".json":
             return json.loads(text)
-    except (OSError, ValueError) as error:  # ValueError: of text, TOML and JSON alike
+    except (OSError, ValueError) as error:  # ValueError: invalid UTF-8, TOML or JSON
         raise _unreadable(what, error) from None
     try:
         import yaml

@@ -1,4 +1,4 @@
-"""Counting the FLOPs of matrix products and convolutions, also of those inside fused attention on a CPU."""
+"""Counting the FLOPs of matrix products and convolutions, including those inside fused attention on a CPU."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
 }
-"""Functions of shapes, for operators that torch's counter takes for free: softmax would cost its projections alone."""
+"""FLOP formulas for operators that torch's counter ignores: without them softmax attention would appear to be free."""
 
 
 def flop_counter() -> FlopCounterMode:
-    """A mode that counts the FLOPs of torch's own operators inside its block; read ``get_total_flops()``. Of causal attention
-    all pairs count."""
+    """Return a mode that counts the FLOPs of torch's own operators inside its block; read ``get_total_flops()``.
+
+    For causal attention all pairs are counted.
+    """
     return FlopCounterMode(display=False, custom_mapping=ATTENTION)

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work."""
+"""Measuring the peak memory of a function."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True)
 class Peak:
-    """The most memory that was in use at one time, above what was in use before.
+    """The peak memory in use, above what was in use before.
 
     Attributes:
         bytes: the peak.
@@ -33,12 +33,12 @@ class Peak:
 
 
 class TensorMemory(TorchDispatchMode):
-    """Counts the bytes of tensors that were allocated inside the ``with`` block and are alive.
+    """Counts the bytes of live tensors that were allocated inside the ``with`` block.
 
     Each storage counts once, however many views it has, from the operator that returns it until it is freed; tensors
     kept for the backward pass count as long as the graph keeps them. A storage that was alive before the block and is
     only written to inside does not count. Scratch memory that an operator (or a native kernel) allocates and frees
-    inside itself is not visible here. Single-threaded: operators run by other Python threads are not seen.
+    internally is not visible. Single-threaded: operators run by other Python threads are not seen.
 
     Attributes:
         alive: bytes alive now.
@@ -64,7 +64,7 @@ class TensorMemory(TorchDispatchMode):
         return output
 
     def _storages(self, tree: Any) -> list[torch.UntypedStorage]:
-        """Storages of the dense tensors of `tree` on the device; sparse and packed layouts have none to see."""
+        """Return the storages of dense tensors in `tree` on the device; sparse and packed layouts expose none."""
         return [
             leaf.untyped_storage()
             for leaf in tree_leaves(tree)
@@ -91,7 +91,7 @@ def peak_memory(function: Callable[[], Any], *, device: torch.device | str = "cp
     """Run `function` once and measure its peak memory on `device`, above what was in use before.
 
     On CUDA this is the caching allocator's figure. Elsewhere tensors are counted (see :class:`TensorMemory` for what
-    that leaves out); counting slows the run down, so it is never done in a timed one.
+    that leaves out); counting slows the run down, so it is never done in a timed run.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -109,12 +109,12 @@ def peak_memory(function: Callable[[], Any], *, device: torch.device | str = "cp
 def keep_freed_memory() -> bool:
     """Let the C library keep freed memory for the next tensors instead of returning it to the system at once.
 
-    Large tensors otherwise cost a page fault for every 4 KiB each time they are allocated, which on a CPU can take longer
-    than computing what they hold. The whole process keeps up to 2 GiB more than it uses. regard's own commands call this;
-    a program calls it once at its start if it wants the same.
+    Otherwise large tensors cause a page fault for every 4 KiB each time they are allocated, which on a CPU can take
+    longer than computing their contents. The process keeps up to 2 GiB more than it uses. regard's own commands call
+    this function; other programs can call it once at their start.
 
     Returns:
-        Whether the C library took the settings; False where it is not the GNU one.
+        Whether the C library accepted the settings; False if it is not glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -1,7 +1,8 @@
 """Memory traffic of exact attention: numbers read from slow memory and written to it (FlashAttention, arXiv 2205.14135).
 
-Slow memory is a GPU's HBM or a CPU's main memory, fast memory its on-chip memory or cache, which holds S numbers. One head
-of N queries and M keys of width d is counted; with B_c = ceil(S / 4d), B_r = min(B_c, d) and T_c = ceil(M / B_c):
+Slow memory is a GPU's HBM or a CPU's main memory; fast memory is its on-chip memory or cache, which holds S numbers.
+The counts are for one head with N queries and M keys of width d; with B_c = ceil(S / 4d), B_r = min(B_c, d) and
+T_c = ceil(M / B_c):
 
 | numbers | standard attention | tiles, keys in the outer loop (algorithm 1) |
 |---|---|---|
@@ -10,13 +11,13 @@ of N queries and M keys of width d is counted; with B_c = ceil(S / 4d), B_r = mi
 | backward, read | 3 Nd + 2 Md + 5 NM | 2 Nd + 2 Md + T_c (3 Nd + 2 N) |
 | backward, written | Nd + 2 Md + 2 NM | N + 2 Md + T_c Nd |
 
-Standard attention stores its scores and weights, tiles only the output and a maximum and a sum for each query; their
-gradients read the log-sum-exp and the products of the output with its gradient instead. Blocks that a block mask hides are
-skipped. So tiles move about N M d^2 / S numbers times the share of visible blocks, and fewer than standard attention where
-S is more than about 4 d^2. What begins as zeros is not counted as written.
+Standard attention stores its scores and weights; tiled attention stores only the output and a maximum and a sum for
+each query, and its backward pass reads the log-sum-exp and the products of the output with its gradient instead. Blocks
+that a block mask hides are skipped. So tiled attention moves about N M d^2 / S numbers times the share of visible
+blocks, which is less than standard attention if S is more than about 4 d^2. Initial zeros are not counted as written.
 
-:func:`io_count` has the closed forms, :func:`counted_attention` and :func:`counted_gradients` run the algorithms on memory
-that counts.
+:func:`io_count` has the closed forms; :func:`counted_attention` and :func:`counted_gradients` run the algorithms on
+memory that counts its accesses.
 """
 
 from __future__ import annotations
@@ -38,19 +39,19 @@ ALGORITHMS = ("standard", "flash")
 
 @dataclass(frozen=True)
 class Traffic:
-    """Numbers read from slow memory and written to it."""
+    """Counts of numbers read from and written to slow memory."""
 
     reads: int
     writes: int
 
     @property
     def total(self) -> int:
-        """Numbers read and written."""
+        """Numbers read plus numbers written."""
         return self.reads + self.writes
 
 
 def block_sizes(dim: int, fast_memory: int) -> tuple[int, int]:
-    """Queries and keys of a tile, B_r and B_c, for a fast memory of so many numbers."""
+    """Return the number of queries and keys of a tile, B_r and B_c, for a fast memory of `fast_memory` numbers."""
     at_least("dim", dim, 1)
     at_least("fast_memory", fast_memory, 1)
     columns = math.ceil(fast_memory / (4 * dim))
@@ -67,20 +68,20 @@ def io_count(
     visible: Bool[Tensor, "row_blocks column_blocks"] | None = None,
     backward: bool = False,
 ) -> Traffic:
-    """Memory traffic of one head of attention, by the closed forms.
+    """Compute the memory traffic of one head of attention by the closed forms.
 
     Args:
         algorithm: ``standard`` or ``flash`` (tiles).
-        n: queries, >= 0.
-        m: keys, >= 0.
+        n: number of queries, >= 0.
+        m: number of keys, >= 0.
         dim: width of queries, keys and values, >= 1.
         fast_memory: numbers that fast memory holds, >= 1; standard attention streams and does not depend on it.
-        visible: of block-sparse tiles, the blocks of B_r queries by B_c keys that are seen (:func:`block_sizes`); all
-            when None.
+        visible: for block-sparse tiles, the visible blocks of B_r queries by B_c keys (:func:`block_sizes`); all when
+            None.
         backward: count the gradients of q, k and v, once the output is known, instead of the output.
 
     Raises:
-        Unsupported: for sizes that are too small, another algorithm, or a block mask of another shape.
+        Unsupported: for sizes that are too small, an unknown algorithm, or a block mask of another shape.
     """
     one_of("algorithm", algorithm, ALGORITHMS)
     at_least("n", n, 0)
@@ -94,31 +95,31 @@ def io_count(
     rows, columns = (_parts(length, size) for length, size in zip((n, m), block_sizes(dim, fast_memory), strict=True))
     visible = _checked(visible, len(rows), len(columns))
     queries = int((visible * torch.tensor(rows, dtype=torch.long)[:, None]).sum())  # in all visible blocks
-    keys = int((visible.any(0) * torch.tensor(columns, dtype=torch.long)).sum())  # in blocks that are seen at all
+    keys = int((visible.any(0) * torch.tensor(columns, dtype=torch.long)).sum())  # in blocks that any query sees
     if backward:
         return Traffic(2 * n * dim + 2 * keys * dim + queries * (3 * dim + 2), n + 2 * keys * dim + queries * dim)
     return Traffic(2 * keys * dim + queries * (2 * dim + 2), queries * (dim + 2))
 
 
 class SlowMemory:
-    """Counts what is loaded and stored. What was loaded is a copy: tiles cannot reach slow memory but through it."""
+    """Counts the numbers loaded and stored. Loads return copies, so tiles can only access slow memory through it."""
 
     def __init__(self) -> None:
         self.reads = self.writes = 0
 
     def load(self, x: Tensor) -> Tensor:
-        """A copy of `x`, counted."""
+        """Return a copy of `x`, counted as read."""
         self.reads += x.numel()
         return x.clone()
 
     def store(self, where: Tensor, x: Tensor) -> None:
-        """Write `x` to its place, counted."""
+        """Copy `x` into `where`, counted as written."""
         self.writes += x.numel()
         where.copy_(x)
 
     @property
     def traffic(self) -> Traffic:
-        """Numbers read and written so far."""
+        """The traffic so far."""
         return Traffic(self.reads, self.writes)
 
 
@@ -131,8 +132,10 @@ def counted_attention(
     *,
     visible: Bool[Tensor, "row_blocks column_blocks"] | None = None,
 ) -> tuple[Float[Tensor, "n d"], Traffic]:
-    """Softmax attention with scale d^-0.5, run on memory that counts: the output (0 for queries that see nothing) and the
-    traffic. Arguments and errors as of :func:`io_count`."""
+    """Run softmax attention with scale d^-0.5 on counting memory; returns the output and the traffic.
+
+    Queries that see no key have output 0. Arguments and errors as for :func:`io_count`.
+    """
     output, _, traffic = _forward(algorithm, q, k, v, fast_memory, visible)
     return output, traffic
 
@@ -147,12 +150,12 @@ def counted_gradients(
     *,
     visible: Bool[Tensor, "row_blocks column_blocks"] | None = None,
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "m d"], Float[Tensor, "m d"], Traffic]:
-    """Gradients of q, k and v on memory that counts, from what a forward pass that is not counted has stored."""
+    """Compute the gradients of q, k and v on counting memory, after a forward pass that is not counted."""
     output, kept, _ = _forward(algorithm, q, k, v, fast_memory, visible)
     memory, scale = SlowMemory(), q.shape[1] ** -0.5
     grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
     if algorithm == "standard":
-        grad_scores = torch.zeros_like(kept)  # first of the weights, then of the scores
+        grad_scores = torch.zeros_like(kept)  # first the gradient of the weights, then that of the scores
         memory.store(grad_v, memory.load(kept).T @ memory.load(grad_output))
         memory.store(grad_scores, memory.load(grad_output) @ memory.load(v).T)
         weights, of_weights = memory.load(kept), memory.load(grad_scores)
@@ -186,7 +189,7 @@ def counted_gradients(
 def _forward(
     algorithm: str, q: Tensor, k: Tensor, v: Tensor, fast_memory: int, visible: Tensor | None
 ) -> tuple[Tensor, Tensor, Traffic]:
-    """The output; the weights of standard attention, or the log-sum-exp of tiles; and the traffic."""
+    """Return the output, the weights (standard attention) or log-sum-exp (tiled attention), and the traffic."""
     one_of("algorithm", algorithm, ALGORITHMS)
     memory, scale = SlowMemory(), q.shape[1] ** -0.5
     rows, columns = block_sizes(q.shape[1], fast_memory)
@@ -227,7 +230,7 @@ def _parts(length: int, size: int) -> list[int]:
 
 
 def _checked(visible: Tensor | None, rows: int, columns: int) -> Tensor:
-    """The block mask, of booleans on the CPU."""
+    """Return the block mask as booleans on the CPU."""
     if visible is None:
         return torch.ones(rows, columns, dtype=torch.bool)
     if visible.dtype != torch.bool or visible.shape != (rows, columns):

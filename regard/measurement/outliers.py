@@ -1,11 +1,11 @@
-"""Outliers in a model's activations: the figures that tell whether 8-bit activations will do (arXiv 2306.12929).
+"""Outliers in a model's activations: metrics that predict whether 8-bit activations suffice (arXiv 2306.12929).
 
-Everything is taken of one sequence at a time, all tokens and features together, and then averaged over sequences:
+Metrics are computed for one sequence at a time, over all tokens and features together, then averaged over sequences:
 
     infinity norm = max |x|,    kurtosis = mean (x - mean x)^4 / (s^4 + 1e-6)
 
-with s the unbiased standard deviation. Activations that are normally distributed have a kurtosis near 3; one entry of n
-that outshines all others has one near n.
+with s the unbiased standard deviation. Normally distributed activations have a kurtosis near 3; if one entry of n
+dominates all others, it is near n.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 FEED_FORWARD = re.compile(r"(^|\.)(feed_forward|ffn|mlp|fc2|linear2)$|(?<!attention)\.output\.dense$")
-"""Names of the modules that give a feed-forward part's output: regard's, torch's, timm's and transformers'."""
+"""Names of modules that return a feed-forward network's output in regard, torch, timm and transformers."""
 
 EPS = 1e-6
 
 
 def infinity_norm(x: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
-    """Largest absolute value of each row."""
+    """Return the largest absolute value of each row."""
     return x.flatten(1).abs().amax(1)
 
 
 def kurtosis(x: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
-    """Kurtosis of each row's entries, in at least float32."""
+    """Return the kurtosis of each row's entries, in at least float32."""
     x = x.flatten(1).to(wide_dtype(x))
     fourth = (x - x.mean(1, keepdim=True)).pow(4).mean(1)
     return fourth / (x.std(1).pow(4) + EPS)
@@ -44,7 +44,7 @@ def kurtosis(x: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
 
 @dataclass(frozen=True)
 class Outliers:
-    """Means over the sequences seen at one place of a model."""
+    """Mean metrics over the sequences seen at one place of a model."""
 
     infinity_norm: float
     kurtosis: float
@@ -53,11 +53,11 @@ class Outliers:
 
 @dataclass
 class OutlierMetrics:
-    """Outliers that :func:`watch_outliers` has seen so far.
+    """The outlier metrics that :func:`watch_outliers` has measured so far.
 
     Attributes:
-        valid: tokens of the next batches that count, (B, N) as the watched modules have them (inside regard's models
-            valid tokens come first); all when None.
+        valid: which tokens of the next batches count, (B, N) in the layout of the watched modules (inside regard's
+            models valid tokens come first); all when None.
     """
 
     valid: Bool[Tensor, "b n"] | None = None
@@ -65,14 +65,14 @@ class OutlierMetrics:
 
     @property
     def places(self) -> dict[str, Outliers]:
-        """By the name of the module, with ``.input`` behind it for what went into a norm: the residual sum."""
+        """The metrics by module name; a name with ``.input`` appended is for a norm's input, the residual stream."""
         return {name: Outliers(a / n, b / n, n) for name, (a, b, n) in self._sums.items() if n}
 
     def summary(self, places: Callable[[str], bool] = lambda name: True) -> Mapping[str, float]:
-        """``max_infinity_norm``, ``mean_kurtosis`` and ``max_kurtosis`` over the places whose names are chosen.
+        """Return ``max_infinity_norm``, ``mean_kurtosis`` and ``max_kurtosis`` over the places that `places` selects.
 
         Raises:
-            Unsupported: when no batch came by any of them.
+            Unsupported: if none of them has seen a batch.
         """
         found = [outliers for name, outliers in self.places.items() if places(name)]
         if not found:
@@ -87,7 +87,7 @@ class OutlierMetrics:
         }
 
     def add(self, place: str, x: Float[Tensor, "b n ..."]) -> None:
-        """Count a batch at a place."""
+        """Add a batch at a place."""
         x = x.detach()
         rows = [x] if self.valid is None else [row[keep][None] for row, keep in zip(x, self.valid, strict=True)]
         for row in rows:
@@ -98,12 +98,12 @@ class OutlierMetrics:
 
 
 def is_norm(name: str, module: nn.Module) -> bool:
-    """Whether a module is a layer norm or an RMS norm, by the name of its class."""
+    """Return whether a module is a layer norm or an RMS norm, by the name of its class."""
     return type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
 
 
 def is_feed_forward(name: str, module: nn.Module) -> bool:
-    """Whether a module gives a feed-forward part's output, by `FEED_FORWARD`."""
+    """Return whether a module returns a feed-forward network's output, by `FEED_FORWARD`."""
     return FEED_FORWARD.search(name) is not None
 
 
@@ -114,20 +114,20 @@ def watch_outliers(
     outputs: Callable[[str, nn.Module], bool] = lambda n, m: is_norm(n, m) or is_feed_forward(n, m),
     inputs: Callable[[str, nn.Module], bool] = is_norm,
 ) -> Iterator[OutlierMetrics]:
-    """Measure outliers in every call of `model` inside the block, by hooks that are taken off after it.
+    """Measure outliers in every call of `model` inside the block, by hooks that are removed after it.
 
-    By default at the paper's places: outputs of feed-forward parts, and what goes into and comes out of every norm of
-    tokens. The paper measures in evaluation mode, over the validation batches. Nothing of the model changes; a compiled
+    By default these are the paper's places: outputs of feed-forward networks, and inputs and outputs of every norm of
+    tokens. The paper measures in evaluation mode, over the validation batches. The model is not changed; a compiled
     model must be compiled inside the block.
 
     Args:
         model: any module.
-        outputs: called with the name and the module, whether to measure what it returns. Parts of a feed-forward part
-            are not asked for.
-        inputs: likewise for its first argument.
+        outputs: called with a module's name and the module; returns whether to measure its output. Not called for
+            modules inside a feed-forward network.
+        inputs: likewise, whether to measure the module's first argument.
 
     Raises:
-        Unsupported: when nothing is chosen.
+        Unsupported: if no module is selected.
     """
     metrics = OutlierMetrics()
 
@@ -164,7 +164,7 @@ def watch_outliers(
 
 
 def _count(metrics: OutlierMetrics, place: str, value: Any) -> None:
-    """Count what has tokens with features: a norm of heads, (B, N, H, D) or (B, H, N, D), is no place of the residual."""
+    """Add (B, N, C) activations; others, such as those of head norms (B, N, H, D), are not on the residual stream."""
     x = value[0] if isinstance(value, tuple) and value else getattr(value, "output", value)
     if isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 3:
         metrics.add(place, x)

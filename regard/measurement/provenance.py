@@ -1,6 +1,6 @@
-"""Where a measurement comes from: the machine, the versions, the revision of the code, the time.
+"""The provenance of a measurement: the machine, software versions, code revision and time.
 
-Nothing here names a person or a path, so a store and a report can be passed on as they are.
+No person or path is recorded, so a store or report can be shared as it is.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ HARDWARE = ("cpu", "physical_cores", "logical_cores", "memory_bytes", "gpus", "a
 
 
 def now() -> str:
-    """The time in UTC, ISO 8601, to the second."""
+    """Return the time in UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def fingerprint() -> dict[str, Any]:
-    """Facts about the machine and the software that a measurement depends on.
+    """Collect the facts about the machine and software that a measurement depends on.
 
     Returns:
         ``cpu``, ``physical_cores``, ``logical_cores``, ``usable_cores``, ``threads`` (of torch), ``memory_bytes``,
         ``gpus`` (names), ``architecture``, ``os``, ``python``, ``torch``, ``numpy``, ``regard`` and ``machine_id``, a
-        short hash of the hardware alone. A fact that the platform does not tell is None.
+        short hash of the hardware alone. A fact that the platform does not provide is None.
     """
     facts: dict[str, Any] = {
         "cpu": _cpu_model(),
@@ -58,7 +58,7 @@ def fingerprint() -> dict[str, Any]:
 
 
 def machine_id(facts: dict[str, Any]) -> str:
-    """Twelve hexadecimal digits that identify the hardware in `facts`, whatever software runs on it."""
+    """Return twelve hexadecimal digits that identify the hardware in `facts`, independent of the software."""
     hardware = {name: facts[name] for name in HARDWARE}
     if hardware["memory_bytes"]:
         # Kernels reserve slightly different amounts at each boot.
@@ -67,10 +67,10 @@ def machine_id(facts: dict[str, Any]) -> str:
 
 
 def git_revision() -> str | None:
-    """The commit of the checkout that regard runs from, with ``+changes`` when tracked files differ from it; both as the
-    process first asked, since what was changed later does not run in it.
+    """Return the commit of the checkout that regard runs from, with ``+changes`` if tracked files differ from it.
 
-    None for an installed package, even when it is installed inside some other project's repository.
+    The result of the first call is cached, since later changes do not affect the running process. None for an installed
+    package, even if it is installed inside another project's repository.
     """
     return _revision(CHECKOUT)
 
@@ -99,7 +99,7 @@ def _output(*command: str) -> str | None:
 
 @functools.cache
 def _cpu_records() -> list[dict[str, str]]:
-    """One record for each logical processor of a Linux machine; empty elsewhere."""
+    """Return a record for each logical processor of a Linux machine; empty elsewhere."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -117,7 +117,7 @@ def _cpu_model() -> str | None:
     record = next((r for r in _cpu_records() if "model name" in r), None)
     if record is None:
         return platform.processor() or None
-    # rented machines often say no more than the maker, and generations differ by half in speed
+    # cloud machines often name only the vendor, while generations differ in speed by half
     number = [f"{part} {record[key]}" for part, key in (("family", "cpu family"), ("model", "model")) if key in record]
     return record["model name"] + (f" ({', '.join(number)})" if number else "")
 

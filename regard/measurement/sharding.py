@@ -1,4 +1,4 @@
-"""Work divided among processes that share a store."""
+"""Dividing work among processes that share a store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def shard(cells: Sequence[T], text: str | None) -> list[T]:
-    """Share i of n of the cells, by ``"i/n"`` with i from 1 to n; all of them when None.
+    """Return share i of n of the cells for ``"i/n"``, with i from 1 to n; all cells when None.
 
     Raises:
         Unsupported: for a text of another form.

@@ -1,4 +1,4 @@
-"""Speeds of one core: what it multiplies, adds and exponentiates in a second, what its memory moves, and how large its caches are."""
+"""Speeds of one core: arithmetic throughput, memory bandwidth and cache sizes."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from regard.measurement.timing import Timing, rounds
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 NUMBERS = 1 << 16
-"""Of a vector that the second cache holds, and that is long beside what a call costs."""
+"""Length of a vector that fits in the L2 cache but is long enough for call overhead not to matter."""
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """What one thread does in a second, in float32.
+    """Throughput of one thread, per second, in float32.
 
     Attributes:
-        products: multiplications that are accumulated, in products of matrices of 512 x 512.
-        additions, exponentials, divisions: of numbers in the cache.
-        bytes: read and written together, by a copy that no cache holds.
-        caches: bytes of each level (L1, L2, L3); empty where the system does not tell.
+        products: multiply-accumulates, in products of 512 x 512 matrices.
+        additions, exponentials, divisions: operations on numbers in the cache.
+        bytes: bytes read plus bytes written, in a copy too large for any cache.
+        caches: bytes of each level (L1, L2, L3); empty if the system does not provide them.
     """
 
     products: float
@@ -38,7 +38,7 @@ class Speeds:
 
 
 def caches() -> dict[str, int]:
-    """Bytes of the caches that a core sees, of data or of both; empty where the system does not tell."""
+    """Return the bytes of a core's data and unified caches; empty if the system does not provide them."""
     found = {}
     for index in sorted(CACHES.glob("index*")):
         try:
@@ -51,7 +51,7 @@ def caches() -> dict[str, int]:
 
 
 def measured_speeds(seconds: float = 2.0) -> Speeds:
-    """Measure this machine, on one thread."""
+    """Measure this machine's speeds on one thread, for about `seconds`."""
     sizes = caches()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,10 +1,10 @@
-"""Statistics of a comparison's scores: means with standard errors, paired differences, and the smallest one resolved.
+"""Statistics of a comparison's scores: means with standard errors, paired differences, and their resolution.
 
-Every mechanism is trained with the same seeds and scored on the same held-out items, so mechanisms are compared in
-pairs. Two sources of noise are kept apart. *Training* noise is what remains of the scores after an effect for each
-mechanism and one for each seed (a two-way layout without replication), pooled over the mechanisms, since two or three
-seeds alone say little about a single pair. *Item* noise is the scatter of the paired differences over held-out items,
-which are shared by all seeds and so do not average out over them.
+Every mechanism is trained with the same seeds and scored on the same held-out items, so comparisons are paired. Two
+sources of noise are kept apart. *Training* noise is the residual of the scores after an effect for each mechanism and
+one for each seed (a two-way layout without replication), pooled over the mechanisms, since two or three seeds alone say
+little about a single pair. *Item* noise is the variance of the paired differences over held-out items; all seeds share
+the items, so this noise does not average out over seeds.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ T_QUANTILES = (
 
 
 FEWEST_ITEMS = 6
-"""Items that all differ in one direction do so by chance with probability 2 / 2^n: below 5 % from six on."""
+"""Least number of differing items: n all differ in one direction with probability 2 / 2^n, below 5 % from six on."""
 
 
 def t_quantile(degrees: int) -> float:
-    """97.5 % quantile of Student's t; that of the normal distribution beyond 30 degrees of freedom."""
+    """Return the 97.5 % quantile of Student's t; beyond 30 degrees of freedom, that of the normal distribution."""
     return T_QUANTILES[degrees - 1] if degrees <= len(T_QUANTILES) else 1.96
 
 
@@ -38,7 +38,7 @@ class Scores:
     items: Mapping[int, np.ndarray]
 
     def score(self, seed: int) -> float:
-        """The weighted mean over a seed's items; nan where none has a weight."""
+        """Return the weighted mean over a seed's items; nan if none has a weight."""
         sums, weights = self.items[seed].sum(0)
         return float(sums / weights) if weights else math.nan
 
@@ -49,7 +49,7 @@ class Scores:
 
     @property
     def standard_error(self) -> float:
-        """Over seeds; nan with a single one."""
+        """The standard error of the mean over seeds; nan with a single seed."""
         values = [self.score(s) for s in self.items]
         return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
@@ -60,8 +60,8 @@ class Difference:
 
     Attributes:
         mean: first minus second.
-        standard_error: from training and item noise; nan when there are too few seeds to tell.
-        resolved: smallest difference that this data tells apart from 0 at the 5 % level.
+        standard_error: standard error from training and item noise; nan if there are too few seeds to estimate it.
+        resolved: smallest difference that this data can distinguish from 0 at the 5 % level.
     """
 
     mean: float
@@ -70,12 +70,12 @@ class Difference:
 
     @property
     def separable(self) -> bool:
-        """Whether the difference is larger than what this data can resolve; False where that is not known."""
+        """Whether the difference is larger than this data can resolve; False if the resolution is unknown."""
         return abs(self.mean) > self.resolved
 
 
 class Comparison:
-    """The scores of several mechanisms on one task, on the seeds that all of them have."""
+    """A comparison of several mechanisms on one task, on the seeds that all of them have."""
 
     def __init__(self, scores: Mapping[str, Scores]) -> None:
         self.scores = dict(scores)
@@ -89,7 +89,7 @@ class Comparison:
             self.training_variance = float((residual**2).sum() / self.degrees)
 
     def difference(self, first: str, second: str) -> Difference:
-        """Paired over seeds and items."""
+        """Return the difference of two mechanisms, paired over seeds and items."""
         a, b = self.scores[first], self.scores[second]
         mean = float(np.mean([a.score(s) - b.score(s) for s in self.seeds])) if self.seeds else math.nan
         if self.degrees < 1:
@@ -98,10 +98,10 @@ class Comparison:
         return Difference(mean, error, t_quantile(self.degrees) * error)
 
     def against(self, name: str, rule: np.ndarray) -> Difference:
-        """A mechanism's score minus that of a rule without training, whose (sum, weight) of each item is given.
+        """Return a mechanism's score minus that of an untrained rule, given as the (sum, weight) of each item.
 
-        Paired over items. Where seeds or mechanisms are too few to tell the training noise, item noise alone counts.
-        Fewer than FEWEST_ITEMS items on which the two differ tell nothing.
+        Paired over items. If there are too few seeds or mechanisms to estimate the training noise, only item noise
+        counts. With fewer than FEWEST_ITEMS items on which the two differ, nothing is resolved.
         """
         own, fixed = self.scores[name], Scores(dict.fromkeys(self.seeds, rule))
         mean = float(np.mean([own.score(s) - fixed.score(s) for s in self.seeds])) if self.seeds else math.nan
@@ -114,14 +114,14 @@ class Comparison:
         return Difference(mean, error, t_quantile(degrees) * error)
 
     def _item_variance(self, a: Scores, b: Scores) -> float:
-        """Variance of the mean difference from the choice of items, with each item's scores averaged over seeds."""
+        """Variance of the mean difference due to the choice of items, with each item's scores averaged over seeds."""
         first = np.mean([a.items[s] for s in self.seeds], 0)
         second = np.mean([b.items[s] for s in self.seeds], 0)
         weights = first[:, 1]
         count = len(weights)
         if count < 2 or not weights.sum():
             return 0.0
-        # linearised ratio estimator: items with more targets count for more
+        # linearised ratio estimator: items with more targets count more
         difference = first[:, 0] - second[:, 0]
         ratio = difference.sum() / weights.sum()
         residual = difference - ratio * weights
@@ -129,14 +129,14 @@ class Comparison:
 
     @property
     def resolution(self) -> float:
-        """Median over pairs of the smallest difference resolved; inf when seeds are too few."""
+        """The median over pairs of the smallest difference resolved; inf if there are too few seeds."""
         names = list(self.scores)
         resolved = [self.difference(a, b).resolved for i, a in enumerate(names) for b in names[:i]]
         return float(np.median(resolved)) if resolved else math.inf
 
 
 def pareto_front(points: Mapping[str, tuple[float, float]]) -> set[str]:
-    """Names that no other point beats on one coordinate without losing on the other (both higher is better)."""
+    """Return the names of points that no other point dominates (higher is better on both coordinates)."""
     front = set()
     for name, (x, y) in points.items():
         beaten = any((u >= x and w >= y) and (u > x or w > y) for other, (u, w) in points.items() if other != name)
@@ -146,7 +146,7 @@ def pareto_front(points: Mapping[str, tuple[float, float]]) -> set[str]:
 
 
 def seeds_needed(seeds: int, resolved: float, difference: float) -> int | None:
-    """Seeds with which a difference of this size would be resolved, if noise stays as it is; None beyond 100."""
+    """Return the number of seeds that would resolve a difference of this size at the same noise; None beyond 100."""
     if not math.isfinite(resolved) or difference == 0:
         return None
     needed = math.ceil(seeds * (resolved / abs(difference)) ** 2)
@@ -154,12 +154,12 @@ def seeds_needed(seeds: int, resolved: float, difference: float) -> int | None:
 
 
 def items_array(items: Sequence[Sequence[float]]) -> np.ndarray:
-    """(sum, weight) pairs as an array of shape (items, 2)."""
+    """Return (sum, weight) pairs as an array of shape (items, 2)."""
     return np.asarray(items, dtype=np.float64).reshape(-1, 2)
 
 
 def score_of_items(items: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Total sum over total weight of (sum, weight) pairs, and its standard error over the items; nan where unknown."""
+    """Return total sum / total weight of (sum, weight) pairs, and its standard error over items; nan if unknown."""
     found = items_array(items)
     total, weight = found.sum(0)
     if not weight:
@@ -171,5 +171,5 @@ def score_of_items(items: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 
 def growth_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The exponent p of value ~ size^p, by least squares of logarithms."""
+    """Return the exponent p of value ~ size^p, by least squares on logarithms."""
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])

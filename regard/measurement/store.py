@@ -1,8 +1,8 @@
-"""The store: every measurement as one row of one SQLite file.
+"""The store: every measurement is a row in a SQLite file.
 
-A row is committed the moment it is made, so a process that is killed loses at most the row it was working on, and a
-second process may read, or write its own rows, meanwhile. The key of a row is the settings that define it; a key is
-written once and never again, which is how an interrupted comparison goes on where it stopped.
+A row is committed as soon as it is made, so a killed process loses at most the row it was working on, and other
+processes can read and write at the same time. The key of a row is the settings that define it. A key is written only
+once, which is how an interrupted comparison continues where it stopped.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ KINDS = (
     "side_effects",
 )
 SECONDS_TO_WAIT = 60.0
-"""For another writer to finish its row."""
+"""Timeout for another writer to finish its row."""
 
 _TABLES = (
     "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
@@ -71,12 +71,12 @@ class Row:
     Attributes:
         kind: one of `KINDS`.
         key: the settings that define it.
-        created: when, ISO 8601 in UTC.
-        run: id of the run that made it.
-        regard_version: of the code that made it.
-        git_revision: of the code that made it; None for an installed package.
-        machine: :func:`regard.measurement.provenance.fingerprint` of where it was made.
-        command: the command line that made it.
+        created: time of creation, ISO 8601 in UTC.
+        run: id of the run that made the row.
+        regard_version: version of the code that made the row.
+        git_revision: revision of the code that made the row; None for an installed package.
+        machine: :func:`regard.measurement.provenance.fingerprint` of the machine that made the row.
+        command: the command line that made the row.
         payload: what was measured.
     """
 
@@ -92,20 +92,21 @@ class Row:
 
 
 class Store:
-    """Rows in one SQLite file, created when it does not exist.
+    """A store of rows in a SQLite file, which is created if it does not exist.
 
-    A store is used by the thread that opened it; other threads and processes open their own. As a context that an error ends, it
-    takes back a file that it made and that has no rows, with the folders made for it.
+    A store is used by the thread that opened it; other threads and processes open their own. As a context manager, it
+    removes a file that it created and that has no rows, with the folders created for it, if the block ends with an
+    error.
 
     Args:
-        path: the file. Its folder is created when missing.
-        read_only: read a store that is there, also from a disk that cannot be written.
-        run: id that the rows of this process carry; a new one when None.
-        command: command line that the rows of this process carry; that of the process when None.
+        path: the file. Its folder is created if missing.
+        read_only: only read an existing store, possibly on a read-only disk.
+        run: run id of the rows of this process; a new one when None.
+        command: command line of the rows of this process; that of the process when None.
 
     Raises:
-        Unsupported: the file is not a store, was written under another schema version, is damaged, or cannot be
-            written; also later, when a row cannot be read or written.
+        Unsupported: if the file is not a store, has another schema version, is damaged, or cannot be written; also
+            later, if a row cannot be read or written.
     """
 
     def __init__(
@@ -124,12 +125,12 @@ class Store:
 
         Args:
             kind: one of `KINDS`.
-            key: the settings that define the row. A row that depends on the machine has the machine in its key.
-            payload: what was measured, as JSON; numpy and torch values become lists and numbers, and numbers that are
-                not finite become null, which is how a diverged measurement is read back.
+            key: the settings that define the row. If the row depends on the machine, the key must include the machine.
+            payload: what was measured, as JSON; numpy and torch values become lists and numbers, and non-finite numbers
+                become null, so a diverged measurement is read back as None.
 
         Returns:
-            False when the store has this key already: nothing is written then, and the first row stays.
+            False if the store already has this key; nothing is written then, and the first row stays.
         """
         _require_kind(kind)
         named, said = canonical_key(key), json.dumps(plain_values(payload), ensure_ascii=False, allow_nan=False)
@@ -144,29 +145,29 @@ class Store:
             return written.rowcount == 1
 
     def get(self, kind: str, key: Mapping[str, Any]) -> Row | None:
-        """The row of these settings, whichever run made it; None when it was not measured yet."""
+        """Return the row with these settings, whichever run made it; None if it was not measured yet."""
         _require_kind(kind)
         return next(iter(self._select("kind = ? AND key = ?", kind, canonical_key(key))), None)
 
     def rows(self, kind: str, run: str | None = None) -> list[Row]:
-        """All rows of a kind in the order they were made; only those made by `run` when it is given."""
+        """Return all rows of a kind in the order they were made, or only those made by `run` if given."""
         _require_kind(kind)
         if run is None:
             return self._select("kind = ?", kind)
         return self._select("kind = ? AND run = ?", kind, run)
 
     def merge(self, other: str | Path, kinds: Iterable[str] = KINDS) -> int:
-        """Take over the rows of another store whose keys this one lacks, with what they say of who made them and where.
+        """Copy the rows of another store whose keys this store lacks, including their provenance.
 
         Args:
-            other: the other store's file, which is left as it is.
-            kinds: of `KINDS`; rows of other kinds are left out.
+            other: the other store's file, which is not changed.
+            kinds: kinds of rows to copy, from `KINDS`.
 
         Returns:
-            How many rows were taken.
+            The number of copied rows.
 
         Raises:
-            Unsupported: `other` is not a store, or is damaged.
+            Unsupported: if `other` is not a store, or is damaged.
         """
         taken = 0
         columns = "kind, key, created, run, regard_version, git_revision, machine, command, payload"
@@ -186,7 +187,7 @@ class Store:
         return taken
 
     def close(self) -> None:
-        """Close the file; the store cannot be used any more."""
+        """Close the file; the store cannot be used afterwards."""
         self._connection.close()
 
     def __enter__(self) -> Self:
@@ -198,7 +199,7 @@ class Store:
         if error is not None and self._made and not self._is_shared_or_has_rows():
             self.path.unlink()
             self.close()
-            with suppress(OSError):  # where others have files there
+            with suppress(OSError):  # other files may be there
                 for folder in self._made[1:]:
                     folder.rmdir()
         self.close()
@@ -206,7 +207,7 @@ class Store:
     def _is_shared_or_has_rows(self) -> bool:
         try:
             self._connection.execute("PRAGMA busy_timeout = 0")
-            self._connection.execute("PRAGMA journal_mode = DELETE")  # only who has a file alone may leave the log
+            self._connection.execute("PRAGMA journal_mode = DELETE")  # only possible without other connections
             self._connection.execute("BEGIN EXCLUSIVE")
             return self._connection.execute("SELECT 1 FROM rows LIMIT 1").fetchone() is not None
         except sqlite3.Error:
@@ -235,7 +236,7 @@ class Store:
             ]
 
     def _record_machine(self) -> str:
-        """Store the facts about this process once, at its first row, when torch's threads have been set."""
+        """Store the facts about this process once, at its first row, by when torch's number of threads has been set."""
         facts = json.dumps(provenance.fingerprint(), sort_keys=True, ensure_ascii=False)
         self._machine = hashlib.sha256(facts.encode()).hexdigest()[:16]
         self._connection.execute(
@@ -245,7 +246,7 @@ class Store:
 
 
 def _quoted(word: str) -> str:
-    """A word as a shell takes it; what is not printable, or not UTF-8, as escapes between $' and '."""
+    """Quote a word for a shell; words that are not printable or not UTF-8 are escaped between $' and '."""
     if word.isprintable():
         return shlex.quote(word)
     plain = (chr(b) if 32 <= b < 127 and chr(b) not in "\\'" else f"\\x{b:02x}" for b in os.fsencode(word))
@@ -253,10 +254,10 @@ def _quoted(word: str) -> str:
 
 
 def canonical_key(key: Mapping[str, Any]) -> str:
-    """The settings as JSON that is the same text for equal settings: names sorted, 1.0 as 1, tuples as lists.
+    """Return the settings as canonical JSON, the same for equal settings: names sorted, 1.0 as 1, tuples as lists.
 
     Raises:
-        Unsupported: a name that is not a string, or a number that is not finite.
+        Unsupported: for a name that is not a string, or a number that is not finite.
     """
     return json.dumps(_settings(key, "key"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
@@ -281,7 +282,7 @@ def _settings(value: Any, where: str) -> Any:
 
 
 def plain_values(value: Any) -> Any:
-    """`value` as JSON can say it, non-finite numbers as None."""
+    """Convert `value` to what JSON can represent, with non-finite numbers as None."""
     if isinstance(value, Mapping):
         return {str(name): plain_values(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -317,7 +318,7 @@ def _open(path: Path) -> sqlite3.Connection:
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     with _told_plainly(path, "written"):
-        # Looked at before anything is written, so that a file which is not ours stays as it is.
+        # Checked before anything is written, so that a file that is not a store is left unchanged.
         if _tables(connection):
             _check_schema(connection, path)
         _use_write_ahead_log(connection)
@@ -333,7 +334,7 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def _open_to_read(path: Path) -> sqlite3.Connection:
-    """Beside a store that writers may be using SQLite makes files; where it cannot, the store is read as it is."""
+    """Open a store for reading. SQLite creates files next to it; where it cannot, the store is read as immutable."""
     alone = not os.access(path.parent, os.W_OK) and not path.with_name(path.name + "-wal").exists()
     address = f"{path.absolute().as_uri()}?mode=ro" + "&immutable=1" * alone
     with _told_plainly(path, "read"):
@@ -348,7 +349,7 @@ def _open_to_read(path: Path) -> sqlite3.Connection:
 
 @contextmanager
 def _told_plainly(path: Path, doing: str) -> Iterator[None]:
-    """Turns errors of SQLite, or of the JSON in a row, into Unsupported."""
+    """Turn errors of SQLite, or of the JSON in a row, into Unsupported."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -381,7 +382,7 @@ def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
-    """Switch to the write-ahead log; SQLite does not itself wait here when two processes open a new file at once."""
+    """Switch to the write-ahead log, retrying: SQLite does not wait if two processes open a new file at once."""
     deadline = time.monotonic() + SECONDS_TO_WAIT
     while True:
         try:

@@ -1,8 +1,8 @@
-"""Cells of a sweep on other processes and machines, by Ray (https://docs.ray.io): their rows come back into one store.
+"""Running the cells of a sweep on other processes and machines by Ray (https://docs.ray.io), with one store of results.
 
-A cell is made where it runs into a store of its own, whose rows are then taken over as they are: with the machine and the
-versions of the place, and the run and the command of the sweep. So a report is the same wherever its cells were made.
-Ray runs a cell again whose worker is lost; rows are written by the process that asked alone.
+Each cell writes to a store of its own where it runs; its rows are then merged unchanged into the sweep's store, with
+the worker's machine and versions and the sweep's run and command. So a report is the same wherever its cells were run.
+If a worker is lost, Ray runs its cell again; only the process that started the sweep writes to the sweep's store.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from regard.version import VERSION
 
 RESULTS = "results.db"
 TRIES_AGAIN = 3
-"""Times that a cell is run again whose worker was lost."""
+"""How often a cell is retried when its worker is lost."""
 SECONDS_TO_REACH = 5.0
 
 Make = Callable[[Any, Any, Store, Path], None]
-"""Makes a cell: of what all cells share, and what the cell is, into a store and a folder for files. A function of a module."""
+"""``make(shared, cell, store, folder)`` runs a cell and writes rows and files; must be a module-level function."""
 
 Files = Mapping[str, bytes]
-"""Contents by path: what a cell leaves behind."""
+"""The files that a cell leaves behind: path -> contents."""
 
 Done = Callable[[Any, int], None]
-"""Told of a cell that has come back, and how many are still under way."""
+"""Called with each finished cell, and the number of cells still running."""
 
 
 class Sweep(Protocol):
-    """Runs cells somewhere else."""
+    """The protocol for running cells in other processes."""
 
     def run(
         self,
@@ -53,17 +53,18 @@ class Sweep(Protocol):
         device: str = "cpu",
         on_done: Done = lambda cell, left: None,
     ) -> None:
-        """Run cells, and put their rows into `store` and their files beside it as they come back.
+        """Run cells; as each finishes, add its rows to `store` and its files next to it.
 
         Args:
-            make: makes one of them.
-            shared: sent once to each worker.
-            cells: sent one by one.
-            threads: of torch, and processors that a cell is given.
-            device: which it computes on; one that is not a CPU is a cell's own.
+            make: runs one cell.
+            shared: data for all cells, sent once to each worker.
+            cells: data of each cell, sent one by one.
+            threads: number of processors, and torch threads, for each cell.
+            device: device that cells compute on; unless it is a CPU, each cell has one to itself.
+            on_done: called with each finished cell and the number of cells still running.
 
         Raises:
-            Unsupported: as `make`, and for a cell whose workers were lost again and again. Cells that came back before are in
+            Unsupported: as `make`, and for a cell whose workers were lost repeatedly. Cells that finished before are in
                 the store.
         """
         ...
@@ -71,11 +72,12 @@ class Sweep(Protocol):
 
 @dataclass(frozen=True)
 class Plugins:
-    """Files of mechanisms, tasks and models, on their way to the workers.
+    """Plugin files with mechanisms, tasks and models, to be sent to the workers.
 
     Attributes:
-        load: takes a list of paths, each followed by the name of a class where one was named; a function of a module.
-        files: of each its name, what followed it, and its text.
+        load: loads a list of paths, each with ``:Class`` appended if a class was named; must be a module-level
+            function.
+        files: for each file, its name, the appended ``:Class`` or nothing, and its contents.
     """
 
     load: Callable[[list[Path]], object]
@@ -83,7 +85,7 @@ class Plugins:
 
     @classmethod
     def read(cls, load: Callable[[list[Path]], object], named: Sequence[Path]) -> Plugins:
-        """The files, as a command is given them: ``file.py`` or ``file.py:Class``."""
+        """Read plugin files named as on the command line: ``file.py`` or ``file.py:Class``."""
         found = []
         for one in named:
             path, _, name = str(one).partition(".py:")
@@ -92,11 +94,11 @@ class Plugins:
         return cls(load, tuple(found))
 
     def enter(self) -> None:
-        """Load them, once a process."""
+        """Load the plugins, once per process."""
         if self in _ENTERED:
             return
         folder = tempfile.TemporaryDirectory(prefix="regard-plugins-")
-        _ENTERED[self] = folder  # which stays as long as the process: errors and documentation are read from the files
+        _ENTERED[self] = folder  # kept as long as the process: tracebacks and documentation read the files
         paths = []
         for number, (name, follows, text) in enumerate(self.files):
             place = Path(folder.name) / str(number) / name
@@ -112,7 +114,7 @@ _ENTERED: dict[Plugins, Any] = {}
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a sweep comes from, which its rows say: run, command and version, and the plugins that it knows."""
+    """The origin of a sweep: run and command, which its rows record, regard's version, and the plugins."""
 
     run: str
     command: str
@@ -121,7 +123,7 @@ class Origin:
 
 
 def made(make: Make, shared: Any, cell: Any, origin: Origin, threads: int) -> Files:
-    """Make a cell, in the process that it was sent to; its rows are in the file `RESULTS` among its files."""
+    """Run a cell in the worker and return its files; the file `RESULTS` has its rows."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -136,7 +138,7 @@ def made(make: Make, shared: Any, cell: Any, origin: Origin, threads: int) -> Fi
 
 
 def take_over(files: Files, store: Store) -> None:
-    """Put a cell's rows into `store` and its files beside it; the rows come last, so that a cell with a row has its files."""
+    """Add a cell's files next to `store`, then its rows to it, so that every cell with a row has its files."""
     with tempfile.TemporaryDirectory(prefix="regard-cell-") as folder:
         for path, content in files.items():
             place = (Path(folder) if path.startswith(RESULTS) else store.path.parent) / path
@@ -146,7 +148,7 @@ def take_over(files: Files, store: Store) -> None:
 
 
 def _unpacked(packed: bytes, cell: bytes, origin: bytes, threads: int) -> Files:
-    """:func:`made`, where what was sent may be of plugins, which are entered first."""
+    """Unpickle a cell and call :func:`made`; plugins are loaded first, since the cell may need their classes."""
     came = pickle.loads(origin)
     if came.version != VERSION:
         raise Unsupported(
@@ -159,18 +161,19 @@ def _unpacked(packed: bytes, cell: bytes, origin: bytes, threads: int) -> Files:
 
 
 class RaySweep:
-    """Cells on a cluster of Ray, as many at a time as it has processors for.
+    """Runs cells on a Ray cluster, as many at a time as it has processors for.
 
-    A context: it joins the cluster, or starts one on this machine, and leaves or stops it. Where the process has joined one
-    already, that is used, and stays.
+    As a context manager, it joins the cluster or starts one on this machine, and leaves or stops it at the end. If the
+    process has already joined a cluster, that one is used and kept.
 
     Args:
-        address: ``auto`` for the cluster of this machine, ``local`` for one of its own, ``HOST:PORT``. None for the one in
-            ``RAY_ADDRESS`` or on this machine, and where there is none for all processors of this machine.
-        plugins: known to the workers before they are given cells.
+        address: ``auto`` for the cluster of this machine, ``local`` for a new one, or ``HOST:PORT``. None for the
+            cluster in ``RAY_ADDRESS`` or on this machine or, if there is none, a new one with all processors of this
+            machine.
+        plugins: plugins that the workers load before they run cells.
 
     Raises:
-        Unsupported: without Ray, and where the cluster cannot be reached.
+        Unsupported: if Ray is not installed, or the cluster cannot be reached.
     """
 
     def __init__(self, address: str | None, plugins: Plugins) -> None:
@@ -197,7 +200,7 @@ class RaySweep:
             self._own = False
 
     def _join(self) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing about the user goes anywhere
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage data is sent
         if self.address is not None:
             _reach(self.address)
         try:
@@ -237,7 +240,7 @@ class RaySweep:
         errors = self.ray.exceptions
         try:
             return self.ray.get(reference)
-        except errors.RayTaskError as error:  # of the cell itself
+        except errors.RayTaskError as error:  # raised by the cell itself
             raise getattr(error, "cause", None) or error from None
         except errors.RayError as error:
             raise Unsupported(
@@ -246,7 +249,7 @@ class RaySweep:
             ) from error
 
     def _check_room(self, threads: int, accelerators: int) -> None:
-        """A cell that no machine has room for would wait for ever."""
+        """Raise Unsupported if no machine has room for a cell, which would otherwise wait forever."""
         nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         if not any(node.get("CPU", 0) >= threads and node.get("GPU", 0) >= accelerators for node in nodes):
             wanted = f"{threads} processors" + " and an accelerator" * accelerators
@@ -254,7 +257,7 @@ class RaySweep:
 
 
 def _reach(address: str) -> None:
-    """Raise Unsupported where nothing answers, which Ray itself would try to find out for a long time."""
+    """Raise Unsupported if nothing answers at the address, since Ray itself would keep trying for a long time."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         if address in ("auto", "local"):

@@ -1,4 +1,4 @@
-"""Timings that can be compared: paired and interleaved in one process, medians with spread."""
+"""Comparable timings: paired and interleaved in one process, with medians and quartiles."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Action = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one action: the median and the middle half of its repeats."""
+    """Seconds of an action: the median and the quartiles of its repeats."""
 
     median: float
     low: float
@@ -26,14 +26,17 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Timing:
-        """The summary of measured seconds, at least one."""
+        """Summarise one or more measured times."""
         low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75))
         return cls(float(median), float(low), float(high), len(seconds))
 
 
 def calm_clock(device: torch.device | None = None) -> Callable[[], float]:
-    """The clock for some work: where one thread computes, the time of that thread, which counts no interruption by other work
-    on the machine; the time of day elsewhere."""
+    """Return the clock for timing work on a device.
+
+    If a single thread computes, it is that thread's CPU time, which excludes interruptions by other work on the
+    machine; otherwise the wall clock.
+    """
     alone = torch.get_num_threads() == 1 and (device is None or device.type == "cpu")
     return time.thread_time if alone else time.perf_counter
 
@@ -47,14 +50,14 @@ def interleaved(
     device: torch.device | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time actions in turn, A B C C B A ..., so that a drift of the machine's speed meets them all alike.
+    """Time actions in turn, A B C C B A ..., so that a drift of the machine's speed affects all of them alike.
 
     Args:
         actions: what to time, by name. Each runs once before timing starts.
-        seconds: stop starting new rounds after this time...
-        least: ...but not before this many rounds,
-        most: and after this many in any case.
-        device: synchronised around each action when it is a GPU.
+        seconds: no new round starts after this time, within the limits of `least` and `most`.
+        least: minimum number of rounds.
+        most: maximum number of rounds.
+        device: synchronised around each action if it is a GPU.
         clock: as in :func:`rounds`.
     """
     found = rounds(actions, seconds=seconds, least=least, most=most, device=device, clock=clock)
@@ -71,11 +74,11 @@ def rounds(
     clock: Callable[[], float] = time.perf_counter,
     warm: bool = False,
 ) -> dict[str, list[float]]:
-    """The seconds of each round of :func:`interleaved`, so that actions can be compared within rounds.
+    """Return the seconds of each round of :func:`interleaved`, so that actions can be compared within rounds.
 
     Args:
-        clock: what times an action; `time.thread_time` for work on a single thread of a shared machine.
-        warm: whether the actions have run before, and need no run more.
+        clock: the clock; `time.thread_time` suits work on a single thread of a shared machine.
+        warm: whether the actions have run before, so that no warm-up run is needed.
     """
     for action in () if warm else actions.values():
         action()
@@ -108,10 +111,10 @@ def _synchronise(device: torch.device | None) -> None:
 
 
 def efficiency_length(own: Mapping[int, float], softmax: Mapping[int, float]) -> int | None:
-    """The shortest length from which a cost stays below softmax's (the CAB's efficiency length, arXiv 2210.07661).
+    """Return the shortest length from which a cost stays below softmax's (CAB's efficiency length, arXiv 2210.07661).
 
-    Between two measured lengths the crossing is interpolated on logarithmic axes. None when softmax is still cheaper
-    at the longest length; the shortest measured length when it never is.
+    Between two measured lengths the crossing is interpolated on logarithmic axes. None if softmax is still cheaper at
+    the longest length; the shortest measured length if softmax is never cheaper.
     """
     lengths = sorted(set(own) & set(softmax))
     gaps = [math.log(max(own[n], 1e-12)) - math.log(max(softmax[n], 1e-12)) for n in lengths]

@@ -1,4 +1,4 @@
-"""Numbers with their units as people read and write them: the one place that words sizes, counts and times."""
+"""Formatting and parsing of numbers with units: the one place for sizes, counts and times."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from regard.contract import Unsupported
 
 
 def number(value: float) -> str:
-    """Three significant digits, or four where the first is small change: 0.0123, 1.84, 12.3, 1,234."""
+    """Format with three significant digits, or as an integer from 1,000 on: 0.0123, 1.84, 12.3, 1,234."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -21,7 +21,7 @@ def number(value: float) -> str:
 
 
 def with_error(value: float, error: float) -> tuple[str, str]:
-    """A value and its standard error, both to the second digit of the error."""
+    """Format a value and its standard error, both to the second digit of the error."""
     if error <= 0 or not 1e-6 < error < 1e3 or abs(value) >= 1e7:
         return number(value), number(error)
     digits = max(0, 1 - math.floor(math.log10(error)))
@@ -29,19 +29,19 @@ def with_error(value: float, error: float) -> tuple[str, str]:
 
 
 def told(value: float, error: float) -> str:
-    """A value and its standard error in one text; the value alone where one item has no error."""
+    """Format a value and its standard error as one string; the value alone if the error is not finite."""
     return " ± ".join(with_error(value, error)) if math.isfinite(error) else number(value)
 
 
 def tick(value: float) -> str:
-    """As short as the value allows."""
+    """Format a value for an axis tick, as short as possible."""
     if value != 0 and (abs(value) >= 1e6 or abs(value) < 1e-3):
         return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:,.10g}"
 
 
 def count(value: float) -> str:
-    """A rate or a count: 950, 12.3k, 4.56M."""
+    """Format a rate or a count: 950, 12.3k, 4.56M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * 0.9995:
             return f"{value / size:.3g}{unit}"
@@ -49,14 +49,14 @@ def count(value: float) -> str:
 
 
 def tokens(value: float) -> str:
-    """A number of tokens, in units of 1024 where it is a multiple: 512, 1k, 1,000."""
+    """Format a number of tokens, in units of 1024 if it is a multiple: 512, 1k, 1,000."""
     if value >= 1024 and value % 1024 == 0:
         return f"{value / 1024:,.0f}k"
     return f"{value:,.0f}"
 
 
 def size(value: float) -> str:
-    """Bytes: 12 B, 1.5 KiB, 3 GiB."""
+    """Format a number of bytes: 12 B, 1.5 KiB, 3 GiB."""
     for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
         if value >= 0.9995 * 1024**power:
             return f"{value / 1024**power:.3g} {unit}"
@@ -64,7 +64,7 @@ def size(value: float) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """A short time, given in milliseconds, in the unit that suits it: 250 µs, 12.3 ms, 1.5 s."""
+    """Format a short time, given in milliseconds, in a suitable unit: 250 µs, 12.3 ms, 1.5 s."""
     if value >= 1000:
         return f"{value / 1000:.3g} s"
     if value >= 1:
@@ -73,7 +73,7 @@ def milliseconds(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """12 s, 3 min 20 s, 2 h 05 min."""
+    """Format a duration: 12 s, 3 min 20 s, 2 h 05 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.3g} s" if seconds < 10 else f"{whole} s"
@@ -83,7 +83,7 @@ def duration(seconds: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds of something that runs, and hours where there are some: 0:07, 1:23:20."""
+    """Format elapsed time as minutes and seconds, with hours if there are any: 0:07, 1:23:20."""
     minutes, rest = divmod(round(seconds), 60)
     hours, within = divmod(minutes, 60)
     return f"{hours}:{within:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -93,7 +93,7 @@ _BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2*
 
 
 def parse_size(text: str, what: str = "memory") -> int:
-    """Bytes from ``512MiB``, ``2 GB`` or a number.
+    """Parse a number of bytes such as ``512MiB``, ``2 GB`` or a plain number.
 
     Args:
         what: the quantity's name, for the error.

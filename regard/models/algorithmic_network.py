@@ -1,13 +1,14 @@
-"""The network of positional attention for algorithms on numbers: no residual sums and no norms, so that it can scale.
+"""The network of positional attention for algorithms on numbers, without residual connections or norms.
 
 A layer is x = MLP([x ; attention(x)]) (Back de Luca et al., arXiv 2410.01686). With ``positional_attention`` and no biases
-the network is positively homogeneous, f(a x) = a f(x) for a > 0, which is what carries over to larger numbers::
+the network is positively homogeneous, f(a x) = a f(x) for a > 0, which is why it generalises to larger numbers::
 
     entry = ("positional_attention", {"encoding": "one_hot", "max_length": 9, "bias": False})
     config = AlgorithmicNetworkConfig(num_classes=1, features=1, plan=[entry] * 4, bias=False)
     outputs = AlgorithmicNetwork(config)(numbers).output        # (B, N, 1) -> (B, N, 1)
 
-Any mechanism may be in its place. Those that read content are told the place of each token beside its numbers.
+Any mechanism can take the place of ``positional_attention``. Mechanisms that attend by content receive an encoding of
+each token's position next to its numbers.
 """
 
 from __future__ import annotations
@@ -43,18 +44,19 @@ class AlgorithmicNetworkConfig:
     """The configuration of an :class:`AlgorithmicNetwork`.
 
     Attributes:
-        num_classes: numbers that each token has as its output.
-        features: numbers of a token.
-        encoding: what stands beside a token's numbers: ``one_hot`` (its place, of `places`), ``sinusoidal`` (`places`
-            features, any place), ``none``; ``auto``: sinusoidal, but none where a mechanism of the plan refuses positions in
-            its input, as ``positional_attention`` does.
-        places: width of the encoding, >= 1; with ``one_hot`` the longest sequence.
+        num_classes: number of outputs of each token.
+        features: number of input features of each token.
+        encoding: the position encoding concatenated to a token's numbers: ``one_hot`` (one of `places` positions),
+            ``sinusoidal`` (`places` features, any position) or ``none``; ``auto`` is sinusoidal, or none if a mechanism
+            of the plan refuses positions in its input, as ``positional_attention`` does.
+        places: width of the encoding, >= 1; with ``one_hot`` also the length of the longest sequence.
         plan, num_layers, dim, num_heads, head_dim, num_kv_heads: as in :class:`regard.models.LanguageModelConfig`.
-        feed_forward: width between the two projections of a layer's MLP; `dim` when None.
-        bias: whether embedding, MLPs and head have biases; those of mechanisms are their own options.
-        positions, position_options: inside the layers, none by default; not those of a model's input.
-        max_length: of positions that have a table.
-        dropout: of what is mixed.
+        feed_forward: hidden width of each layer's MLP; `dim` when None.
+        bias: whether the embedding, MLPs and head have biases; the mechanisms' biases are options of their own.
+        positions, position_options: the position scheme inside the layers, none by default; schemes of a model's input
+            are not accepted.
+        max_length: length of position tables, for schemes that have one.
+        dropout: probability of dropout on the mechanism's output.
         loss_weights: as in :class:`regard.models.LanguageModelConfig`.
     """
 
@@ -96,7 +98,7 @@ class AlgorithmicNetworkConfig:
 
     @classmethod
     def for_task(cls, task: Task, plan: Any, **sizes: Any) -> AlgorithmicNetworkConfig:
-        """As :func:`regard.models.registry.config_for` asks for it, for tasks of numbers."""
+        """Return the config for a task of numbers (the hook of :func:`regard.models.registry.config_for`)."""
         if task.features is None or task.grid is not None:
             raise Unsupported(
                 f"an AlgorithmicNetwork for the task {task.name}",
@@ -107,16 +109,16 @@ class AlgorithmicNetworkConfig:
             raise Unsupported(
                 "an AlgorithmicNetwork with --stack", supported="the layers that it has, which add nothing to a stream"
             )
-        sizes.pop("positions", None)  # of a model's input; those of layers are in the plan
+        sizes.pop("positions", None)  # the scheme of a model's input; the layers' schemes are in the plan
         return cls(task.num_targets or 0, task.features, plan=plan, **sizes)
 
 
 class PlacedFeatures(nn.Module):
-    """(B, N, features) -> (B, N, dim): a projection of each token's numbers with an encoding of its place beside them.
+    """(B, N, features) -> (B, N, dim): project each token's numbers, concatenated with an encoding of its position.
 
     Args:
-        config: of the network.
-        encoding: one of `ENCODINGS` but ``auto``.
+        config: the network's config.
+        encoding: one of `ENCODINGS` except ``auto``.
     """
 
     def __init__(self, config: AlgorithmicNetworkConfig, encoding: str) -> None:
@@ -147,7 +149,7 @@ class PlacedFeatures(nn.Module):
 
 
 class ConcatenatingBlock(Block):
-    """MLP([x ; mix(x)]): what is mixed stands beside x instead of being added to it."""
+    """MLP([x ; mix(x)]): the mixer's output is concatenated to x instead of being added to it."""
 
     def __init__(self, entry: tuple[str, Mapping[str, Any]], config: AlgorithmicNetworkConfig) -> None:
         options = dict(entry[1])
@@ -170,7 +172,7 @@ class ConcatenatingBlock(Block):
         context: Context,
         state: Any = None,
     ) -> Result:
-        """Right-padded `x`; the output is (B, N, C), without a state."""
+        """Apply the block to right-padded `x`; the output is (B, N, C), without a state."""
         mixed = self.mix(x, context=context)
         return Result(self.network(torch.cat([x, mixed.output], -1)), None, mixed.losses, mixed.extras)
 
@@ -194,15 +196,15 @@ class AlgorithmicNetwork(EncoderBase):
         return PlacedFeatures(config, encoding)
 
     def forward(self, inputs: Float[Tensor, "b n f"], *, context: Context | None = None) -> Result:
-        """Numbers of each token.
+        """Predict the outputs of each token.
 
         Args:
             inputs: numbers, padded anywhere or packed, as `context.mask` says.
-            context: its mask, generator, progress, and what is wanted of the layers.
+            context: mask, generator, progress, and the extra results to request from the layers (`want`).
 
         Returns:
-            output (B, N, num_classes), zero at padding. Auxiliary losses summed over the layers; extras as lists with one
-            entry for each layer that has them.
+            output (B, N, num_classes), zero at padding; auxiliary losses summed over the layers; extras as lists with
+            one entry for each layer that has them.
 
         Raises:
             Unsupported: for a grid, roles or explicit positions.

@@ -1,4 +1,4 @@
-"""As many heads in more or fewer layers: Wide Attention (Brown et al., arXiv 2210.00640).
+"""Redistribute a model's heads over more or fewer layers: Wide Attention (Brown et al., arXiv 2210.00640).
 
 ::
 
@@ -6,8 +6,8 @@
     wide = with_aspect(deep, 1)                             # one layer of 12 heads of width 16
     family = [with_aspect(deep, layers) for layers in aspects(deep)]
 
-Heads keep their width, so that attention has 4 dim head_dim parameters for each head, in whatever layer it is; the
-feed-forward networks and norms have as many as there are layers.
+Heads keep their width, so attention has 4 dim head_dim parameters per head whichever layer a head is in. The number of
+feed-forward networks and norms grows with the number of layers.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from regard.models.language_model import LanguageModelConfig
 AnyConfig = TypeVar("AnyConfig", EncoderConfig, LanguageModelConfig)
 
 SIZES = ("num_heads", "num_kv_heads")
-"""Options of a layer that say how many heads it has."""
+"""Options of a layer that set its number of heads."""
 
 
 def aspects(config: EncoderConfig | LanguageModelConfig) -> tuple[int, ...]:
-    """The numbers of layers that :func:`with_aspect` makes of a config, from the widest to the deepest."""
+    """Return the numbers of layers that :func:`with_aspect` accepts for a config, from the widest to the deepest."""
     total, memory = _heads(config)
     return tuple(n for n in range(1, total + 1) if total % n == 0 and (memory is None or memory % n == 0))
 
 
 def with_aspect(config: AnyConfig, num_layers: int, *, feed_forward: str = "layer") -> AnyConfig:
-    """The config with the same heads, of the same width, in another number of layers.
+    """Return a config with the same number of heads, of the same width, spread over another number of layers.
 
     Args:
-        config: whose layers are all alike.
+        config: a config whose layers are all alike.
         num_layers: one of :func:`aspects`.
-        feed_forward: ``layer`` keeps the hidden width of each layer's network; ``total`` that of all of them together, so that
-            a difference between few and many layers is none of their size.
+        feed_forward: ``layer`` keeps the hidden width of each layer's network; ``total`` keeps the sum of the widths
+            over all layers, so that wide and deep models do not differ in size.
 
     Raises:
-        Unsupported: for layers that differ, or have no heads, and a number of layers that the heads do not fill evenly.
+        Unsupported: for layers that differ or have no heads, and for a number of layers that does not divide the heads.
     """
     one_of("feed_forward", feed_forward, ("layer", "total"))
     total, memory = _heads(config)
@@ -79,7 +79,7 @@ def with_aspect(config: AnyConfig, num_layers: int, *, feed_forward: str = "laye
 
 
 def _heads(config: EncoderConfig | LanguageModelConfig) -> tuple[int, int | None]:
-    """Heads of all layers, and of their keys and values where these are fewer."""
+    """The total number of heads of all layers, and of key/value heads where `num_kv_heads` is set."""
     (name, options), *others = config.plan
     if any(other != (name, options) for other in others):
         raise Unsupported(

@@ -1,4 +1,4 @@
-"""The layer of a model: a pre-norm residual block, and running blocks in turn."""
+"""The layer of a model, a pre-norm residual block, and a function that runs blocks in sequence."""
 
 from __future__ import annotations
 
@@ -39,27 +39,27 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 FEED_FORWARD_OPTIONS = ("feed_forward_kind", "feed_forward_options")
-"""Options of a plan's entry for its feed-forward network beside the hidden width."""
+"""Options of a plan's entry for its feed-forward network, other than the hidden width."""
 
 
 class Block(nn.Module):
     """A pre-norm residual block: x + mix(norm(x)), then x + feed_forward(norm(x)).
 
-    What a branch adds passes its end first: the norm and the factors that the model's stack asks for, then the dropout.
-    In a cross pattern the mixer reads the memory as it is given, without a norm and without positions unless the plan
-    names a scheme.
+    The output of each branch first passes the norm and layer scale that the model's stack config asks for, then
+    dropout. In a cross pattern the mixer reads the memory as it is given, without a norm, and without positions unless
+    the plan names a scheme.
 
     Args:
         entry: mechanism and options from the plan. The options ``positions``, ``feed_forward``, ``num_heads``,
-            ``head_dim`` and ``num_kv_heads`` override the model's; without heads (``num_heads=0``) the block has no mixer,
-            as pruned models have them; ``feed_forward_kind`` and ``feed_forward_options`` are
-            of :func:`regard.layers.feed_forward.make_feed_forward`; the others belong to the layer. The model's
+            ``head_dim`` and ``num_kv_heads`` override the model's; a block without heads (``num_heads=0``, as in pruned
+            models) has no mixer; ``feed_forward_kind`` and ``feed_forward_options`` are passed to
+            :func:`regard.layers.feed_forward.make_feed_forward`; all other options are the layer's. The model's
             positions, head_dim and num_kv_heads apply to layers that have such an option, its feed_forward to networks
             that have a hidden width.
-        config: the model's, with dim, num_heads, head_dim, num_kv_heads, feed_forward, positions, dropout, norm and
+        config: the model's config, with dim, num_heads, head_dim, num_kv_heads, feed_forward, positions, dropout, norm,
             stack.
-        pattern: of the mechanism.
-        feed_forward: hidden width where the plan names none; the model's when None.
+        pattern: the attention pattern of the mechanism.
+        feed_forward: hidden width if the plan's entry names none; the model's when None.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Block(nn.Module):
         check_dropout(config.dropout)
         self.entry = entry
         self.cross = pattern.cross
-        #: whether a sequence can go on from a state
+        #: whether a sequence can be continued from a state
         self.continues = mixing_card(name, entry[1]).state is not None
         self.takes_roles = "roles" in card.honours
         self.dropout = config.dropout
@@ -102,7 +102,7 @@ class Block(nn.Module):
         context: Context,
         state: Any = None,
     ) -> Result:
-        """Right-padded `x` (and memory, in a cross pattern whose state has not absorbed it); the output is (B, N, C)."""
+        """Apply the block to right-padded `x` (and memory, in a cross pattern whose state has not absorbed it)."""
         mixed = self.add_mixed(x, memory, context=context, state=state)
         x = mixed.output
         if self.feed_forward is not None:
@@ -117,7 +117,7 @@ class Block(nn.Module):
         context: Context,
         state: Any = None,
     ) -> Result:
-        """`x` with the mixer's addition, which passes `after` first, as the output."""
+        """Add the mixer's output, passed through the `after` modules, to `x`."""
         if memory is None and state is None and may_be_fused(x) and not (self.training and self.dropout):
             found = fused_attention(x, self.mixer_norm, self.mixer, self.mixer_end, *after, context=context)
             if found is not None:
@@ -135,7 +135,7 @@ class Block(nn.Module):
         context: Context,
         losses: dict[str, Loss] | None = None,
     ) -> Float[Tensor, "b n c"]:
-        """`x` with the addition of the feed-forward network, which passes `after` first, in a block that has one."""
+        """Add the output of the block's feed-forward network, passed through the `after` modules, to `x`."""
         if may_be_fused(x) and not (self.training and self.dropout):
             norm, network, end = self.feed_forward_norm, self.feed_forward, self.feed_forward_end
             assert norm is not None and network is not None and end is not None
@@ -155,7 +155,7 @@ class Block(nn.Module):
         context: Context,
         state: Any = None,
     ) -> Result:
-        """The mixer's addition to `x`, as its output."""
+        """Return the mixer's output, to be added to `x`."""
         if context.roles is not None and not self.takes_roles:
             context = context.replace(roles=None)
         mixed = self.mixer(self.mixer_norm(x), memory, context=context, state=state)
@@ -164,8 +164,7 @@ class Block(nn.Module):
         return Result(update, mixed.state, mixed.losses, mixed.extras)
 
     def take_up(self, x: Float[Tensor, "b n c"], *, context: Context, state: Any = None) -> Any:
-        """The mixer's state after tokens of which it adds nothing to the stream, where that takes less than :meth:`mix`; None
-        where it does not."""
+        """The mixer's state after tokens whose output is not needed; None if that is no cheaper than :meth:`mix`."""
         mixer = self.mixer
         return (
             mixer.take_up(self.mixer_norm(x), context=context, state=state)
@@ -181,11 +180,13 @@ class Block(nn.Module):
         valid: Bool[Tensor, "b n"] | None = None,
         losses: dict[str, Loss] | None = None,
     ) -> Float[Tensor, "b n c"]:
-        """The addition to `x` of the feed-forward network, in a block that has one; each token alone, but for a capacity.
+        """Return the output of the block's feed-forward network, to be added to `x`.
+
+        Tokens are independent of each other, except where experts have a limited capacity.
 
         Args:
-            valid: tokens that are no padding; those that the context's mask says when None.
-            losses: gets those of a network that has some.
+            valid: tokens that are not padding; taken from the context's mask when None.
+            losses: receives the auxiliary losses of a network that has any.
         """
         norm, network, end = self.feed_forward_norm, self.feed_forward, self.feed_forward_end
         assert norm is not None and network is not None and end is not None
@@ -200,7 +201,7 @@ class Block(nn.Module):
 
 
 def _set_positions(card: Mechanism, name: str, options: dict[str, Any], config: Any, pattern: Pattern) -> None:
-    """Put the position scheme of a layer into its options, with what the model says of the scheme, where it is the model's."""
+    """Set the position scheme in a layer's options, with the model's position options if it is the model's scheme."""
     own = options.pop("positions", None)
     if own is None and not layer_accepts(card, "positions"):
         return
@@ -218,9 +219,9 @@ def _set_positions(card: Mechanism, name: str, options: dict[str, Any], config: 
 
 
 def _take_feed_forward(options: dict[str, Any], width: int | None) -> Callable[[int], nn.Module] | None:
-    """Take the feed-forward network out of the options of a plan's entry: what makes it of the model's dim, None for none.
+    """Pop the feed-forward options of a plan's entry and return a factory (dim -> network), or None for no network.
 
-    `width` is the hidden width where the entry names none.
+    `width` is the hidden width if the entry names none.
     """
     named = "feed_forward" in options
     width = options.pop("feed_forward", width)
@@ -237,7 +238,7 @@ def _take_feed_forward(options: dict[str, Any], width: int | None) -> Callable[[
     if kind in FEED_FORWARDS:
         taken = [option for option in feed_forward_options(kind) if option not in ("dropout", "linear")]
         for option in own:
-            if option not in taken:  # hidden dropout would not follow the context's generator
+            if option not in taken:  # dropout inside the network would not draw from the context's generator
                 raise Unsupported(
                     f"option {option!r} of feed-forward {kind!r} in a model",
                     supported=", ".join(taken),
@@ -249,7 +250,7 @@ def _take_feed_forward(options: dict[str, Any], width: int | None) -> Callable[[
 
 
 def _branch_end(branch: str, config: Any) -> nn.Sequential:
-    """Modules that the output of the ``mixer`` or the ``feed_forward`` network passes before it is added to the stream."""
+    """Modules applied to the output of the ``mixer`` or ``feed_forward`` branch before it is added to the stream."""
     stack, end = config.stack, nn.Sequential()
     if stack.branch_norm in ("all", branch):
         if config.norm == "none":
@@ -265,14 +266,14 @@ def _branch_end(branch: str, config: Any) -> nn.Sequential:
 
 
 class NoMixer(nn.Module):
-    """In the place of a mixer that is no more: adds 0, and has no state."""
+    """The stand-in for a mixer that was pruned away: its output is 0, and it has no state."""
 
     def forward(self, x: Tensor, memory: Tensor | None = None, *, context: Context, state: None = None) -> Result:
         return Result(torch.zeros_like(x))
 
 
 def valid_tokens(context: Context, n: int) -> Bool[Tensor, "b n"] | None:
-    """Which of `n` right-padded tokens a row has; None where it has all."""
+    """Return which of `n` right-padded tokens are valid in each row; None when all are."""
     lengths = None if context.mask is None else context.mask.lengths
     return None if lengths is None else valid_from_lengths(lengths, n)
 
@@ -284,9 +285,10 @@ def run_blocks(
     states: Sequence[Any],
     memory: Float[Tensor, "b m c"] | None = None,
 ) -> Result:
-    """All blocks in turn: states as a tuple, losses added by name, extras as one list by name.
+    """Run all blocks in sequence; returns states as a tuple, losses summed by name, extras as a list for each name.
 
-    Memory, with its mask and positions, goes to the blocks of a cross pattern. Roles go to the layers that honour them; the others see tokens with a role as ordinary tokens.
+    Only blocks with a cross pattern receive the memory, with its mask and positions. Only layers that honour roles
+    receive them; other layers treat tokens with a role as ordinary tokens.
     """
     after: list[Any] = []
     losses: dict[str, Loss] = {}
@@ -313,10 +315,10 @@ def check_roles(blocks: Iterable[Any], context: Context) -> None:
 
 
 def grid_axes(blocks: Iterable[Any]) -> int | None:
-    """Axes of the inputs that the layers take: 1 for sequences, 2 or 3 for grids; None where they take any.
+    """Return the number of axes of the layers' inputs: 1 for sequences, 2 or 3 for grids; None if any will do.
 
     Raises:
-        Unsupported: where no input suits all of them.
+        Unsupported: if no input suits all layers.
     """
     first = None
     for block in blocks:
@@ -334,7 +336,7 @@ def grid_axes(blocks: Iterable[Any]) -> int | None:
 
 
 def check_sequences(blocks: Iterable[Any], where: str, *, supported: str) -> None:
-    """Raise Unsupported for a layer that takes grids alone; `where` names the model and what it lacks."""
+    """Raise Unsupported for a layer that only takes grids; `where` names the model and what it lacks."""
     for block in blocks:
         axes = getattr(block.mixer, "grid_axes", None) or 1
         if axes > 1:

@@ -1,4 +1,4 @@
-"""Residual branches of a pass through a stack: run one after the other, run again for a checkpoint, or inverted backwards."""
+"""Residual branches of a pass through a stack: run in sequence, recomputed from checkpoints, or inverted backwards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from regard.models.blocks import Block, valid_tokens
 from regard.models.losses import add_losses
 
 Streams = tuple[Tensor, ...]
-"""The residual stream, or the two of a reversible stack: the one to be added to, then the one to be read."""
+"""The residual stream, or the two streams of a reversible stack: the one added to, then the one read."""
 
 
 @dataclass
@@ -24,9 +24,9 @@ class Branch:
     """The mixer of a block, or its feed-forward network, in one pass.
 
     Attributes:
-        mixes: whether it is the mixer.
-        scale: of what it adds; 0 when it is left out.
-        state: that the mixer continues.
+        mixes: whether the branch is the mixer.
+        scale: factor of the branch's output; 0 when the branch is skipped.
+        state: the state that the mixer continues from.
     """
 
     block: Block
@@ -35,7 +35,7 @@ class Branch:
     state: Any = None
 
     def run(self, x: Tensor, memory: Tensor | None, context: Context, active: Tensor | None = None) -> Result:
-        """The output: what it adds to the stream."""
+        """Return the branch's output, to be added to the stream."""
         continues = self.mixes and (self.state is not None or "state" in context.want)
         if self.scale == 0 and not continues:
             return Result(torch.zeros_like(x))
@@ -75,7 +75,7 @@ class Done:
     extras: dict[str, list[Any]] = field(default_factory=dict)
 
     def add(self, branch: Branch, result: Result) -> None:
-        """Collect the state, losses and extras that a branch gave."""
+        """Collect the state, losses and extras of a branch's result."""
         if branch.mixes:
             self.states.append(result.state)
         add_losses(self.losses, result.losses)
@@ -86,7 +86,7 @@ class Done:
 def run_branches(
     branches: Sequence[Branch], streams: Streams, memory: Tensor | None, context: Context, active: Tensor | None
 ) -> Done:
-    """The branches, one after the other, with `active` as of :class:`regard.models.stack.Pass`."""
+    """Run the branches one after the other; `active` is that of :class:`regard.models.stack.Pass`."""
     done = Done(streams)
     for branch in branches:
         result = branch.run(done.streams[-1], memory, context, active)
@@ -96,12 +96,12 @@ def run_branches(
 
 
 def nothing_then_again(draws: Draws) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts in which a checkpoint's forward and repeated calls run."""
+    """The contexts for a checkpoint's forward pass and its recomputation, which repeats the random draws."""
     return nullcontext(), draws.again()
 
 
 class Draws:
-    """The random state at a point of a pass, to be drawn from again: torch's own, and a generator's."""
+    """A snapshot of the random state (torch's and the generator's) from which draws can be repeated."""
 
     def __init__(self, generator: torch.Generator | None, device: torch.device) -> None:
         self.generator, self.device = generator, device
@@ -125,7 +125,7 @@ class Draws:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Inside, draws are those that followed the point; afterwards all is as before."""
+        """Repeat, inside the block, the draws that followed the snapshot; the random state is restored afterwards."""
         now = self._read()
         self._write(self.states)
         try:
@@ -135,26 +135,26 @@ class Draws:
 
 
 def distinct_parameters(branches: Sequence[Branch]) -> list[nn.Parameter]:
-    """Of all blocks of the branches, each once."""
+    """Return the parameters of all the branches' blocks, each once."""
     found = {id(p): p for branch in branches for p in branch.block.parameters()}
     return list(found.values())
 
 
 class Inversion:
-    """Values that the backward pass of a reversible stack needs beside the last streams."""
+    """The values that the backward pass of a reversible stack needs in addition to its last streams."""
 
     def __init__(self, branches: Sequence[Branch], context: Context, device: torch.device) -> None:
         self.branches, self.context, self.device = branches, context, device
         self.done = Done(())
         self.draws: list[Draws] = []
-        self.counts: list[tuple[str, Tensor]] = []  # of the losses, in the order of their sums
+        self.counts: list[tuple[str, Tensor]] = []  # counts of the losses, in the order of their sums
         self.losses_of: list[int] = []  # how many losses each branch has
         kind = device.type
         self.autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         self.dtype = torch.get_autocast_dtype(kind) if self.autocast else None
 
     def precision(self) -> Any:
-        """The forward pass's autocast, without its cache: weights cast without gradients must not be used with them."""
+        """The forward pass's autocast, without its weight cache, which may hold casts made without gradients."""
         if not self.autocast:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype, cache_enabled=False)

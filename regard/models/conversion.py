@@ -1,9 +1,9 @@
-"""A trained model made another in place: other layers with the same weights, and longer tables of positions.
+"""In-place conversion of a trained model: other mechanisms with the same weights, and longer position tables.
 
-The recipe of MASFormer (arXiv 2310.12442) for long inputs, of a model that was trained on short ones::
+MASFormer's recipe (arXiv 2310.12442) for adapting a model trained on short inputs to long ones::
 
     change_plan(model, masformer_plan(12, "bottom:3", block=512))
-    extend_positions(model, 8192)                          # of learned positions; train on with a new optimizer
+    extend_positions(model, 8192)                          # for learned positions; go on training with a new optimizer
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from regard.positions.learned import Learned
 
 
 def change_plan(model: nn.Module, plan: str | Sequence[Any]) -> None:
-    """Give a model the layers of another plan with the same parameters, in place.
+    """Replace a model's layers by those of another plan, in place, keeping its parameters.
 
-    The parameters stay the objects they are, so that an optimizer goes on, in the midst of a training too. Hooks on the
-    layers are lost. The config follows, so that the model is saved as it is.
+    The parameters remain the same objects, so an optimizer stays valid, even in the middle of training. Hooks on the
+    layers are lost. The config is updated, so the model can be saved.
 
     Args:
         model: a language model or an encoder.
-        plan: as many layers, with parameters of the same names and shapes.
+        plan: a plan with as many layers, whose parameters have the same names and shapes.
 
     Raises:
-        Unsupported: for a model of another kind, or a plan whose model has other parameters or inserts other tokens;
-            nothing is changed then.
+        Unsupported: for another kind of model, or a plan whose model has other parameters or inserts other tokens; the
+            model is then left unchanged.
     """
     if not isinstance(model, LanguageModel | Encoder):
         raise Unsupported(f"another plan for {an_instance(model)}", supported="LanguageModel, Encoder")
@@ -49,7 +49,7 @@ def change_plan(model: nn.Module, plan: str | Sequence[Any]) -> None:
             supported="layers with parameters of the same names and shapes, as softmax and local have",
         )
     for name, parameter in made.named_parameters():
-        parameter.requires_grad_(own[name].requires_grad)  # what is assigned takes it over
+        parameter.requires_grad_(own[name].requires_grad)  # load_state_dict(assign=True) copies requires_grad from here
     made.load_state_dict(own, assign=True)
     model.blocks, model.positions, model.config = made.blocks.train(model.training), made.positions, made.config
 
@@ -59,18 +59,19 @@ def _shape(tensor: torch.Tensor | None) -> torch.Size | None:
 
 
 def extend_positions(model: nn.Module, length: int, how: str = "tile") -> tuple[str, ...]:
-    """Lengthen every table of learned positions in a model, in place.
+    """Lengthen every learned position table of a model, in place.
 
     Args:
-        model: any module with :class:`regard.positions.Learned` in it. The ``max_length`` of its config follows, so that a
-            model of :mod:`regard.models` is saved as it is.
-        length, how: as of :meth:`regard.positions.Learned.extend`.
+        model: any module that contains :class:`regard.positions.Learned`. The ``max_length`` of its config is updated,
+            so that a model of :mod:`regard.models` can be saved.
+        length, how: as for :meth:`regard.positions.Learned.extend`.
 
     Returns:
-        Names of the modules. Their parameters are new: build the optimizer again.
+        The names of the modules. Their parameters are new: rebuild the optimizer.
 
     Raises:
-        Unsupported: for a model without learned positions, or a length that is no longer; nothing is changed then.
+        Unsupported: for a model without learned positions, or a length that is not longer; the model is then left
+            unchanged.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, Learned)}
     if not found:

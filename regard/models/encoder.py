@@ -1,6 +1,6 @@
 """An encoder with any mechanism in any layer, and a classification head.
 
-Pre-norm residual blocks over tokens or measured features, a pool over the valid tokens, a linear head::
+Pre-norm residual blocks over tokens or float features, a pool over the valid tokens, and a linear head::
 
     model = Encoder(EncoderConfig(num_classes=10, features=1, plan="flow_attention", num_layers=2))
     logits = model(x, context=Context(mask=Mask(valid=valid))).output        # (B, 10)
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from regard.tasks.protocol import Task
 
 POOLS = (*POOLINGS, "none")
-"""Pools that are no mechanisms."""
+"""Pools that are not mechanisms."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,13 @@ class EncoderConfig(LayersConfig):
         vocab_size: number of tokens; None when the inputs are floats.
         features: width of float inputs; None when the inputs are tokens. Exactly one of the two is given.
         pool: one of :mod:`regard.layers.pooling` over the valid tokens (``mean``, ``max``, ``first``, ``last``,
-            ``additive``, ``structured``), or a pooling mechanism; slots are laid side by side. ``none``: an output for
+            ``additive``, ``structured``), or a pooling mechanism, whose slots are concatenated. ``none``: an output for
             each token.
-        pool_options: of ``additive`` (`hidden`), ``structured`` (`slots`, `hidden`, `diversity`), or the mechanism.
-        causal: whether a token reads none that come later. With ``pool="none"`` an output then follows from what was read
-            up to its token, as in a language model, but of measured features too.
-        plan: as in :class:`regard.models.LanguageModelConfig`. Layers for grids alone (``large_kernel`` unless
+        pool_options: options of ``additive`` (`hidden`), ``structured`` (`slots`, `hidden`, `diversity`), or the
+            mechanism.
+        causal: whether tokens only attend to themselves and earlier tokens. With ``pool="none"`` each output then
+            depends on the tokens read so far, as in a language model, but float features are accepted too.
+        plan: as in :class:`regard.models.LanguageModelConfig`. Layers that only take grids (``large_kernel`` unless
             ``axes=1``) need the `grid` of every call, so all of them must take the same number of axes.
         dim, num_layers, num_heads, head_dim, num_kv_heads, feed_forward, positions, position_options: as in
             :class:`regard.models.LanguageModelConfig`.
@@ -105,7 +106,7 @@ class EncoderConfig(LayersConfig):
 
     @classmethod
     def for_task(cls, task: Task, plan: Any, **sizes: Any) -> EncoderConfig:
-        """As :func:`regard.models.registry.config_for` asks for it; numbers, and classes of pixels, at each position."""
+        """Return the config for a task (the hook of :func:`regard.models.registry.config_for`)."""
         if task.objective == "masked-token":
             return cls(task.vocab_size or 0, task.vocab_size, plan=plan, pool="none", **sizes)
         if task.objective in ("regression", "events"):
@@ -120,10 +121,10 @@ class EncoderConfig(LayersConfig):
 
 
 class EncoderBase(nn.Module):
-    """The beginning of every encoder: tokens or features become vectors, with positions.
+    """The input side of every encoder: embeds tokens or features and adds positions.
 
     Args:
-        config: with vocab_size, features, dim, positions and dropout, perhaps embedding_norm.
+        config: a config with vocab_size, features, dim, positions, dropout and optionally embedding_norm.
         plan: all layers that read the positions.
     """
 
@@ -137,15 +138,16 @@ class EncoderBase(nn.Module):
         self.embedding_norm = make_norm(getattr(config, "embedding_norm", "none"), config.dim)
 
     def make_embedding(self, config: Any) -> nn.Module:
-        """What makes vectors (B, N, dim) of the inputs."""
+        """Create the module that embeds the inputs as vectors (B, N, dim)."""
         if config.vocab_size is None:
             return FeatureEmbedding(config.features or 0, config.dim)
         return make_embedding(config.vocab_size, config.dim, getattr(config, "embedding_dim", None))
 
     def embed(self, inputs: Tensor, context: Context) -> tuple[Tensor, Context, Gathering, dict[str, Loss]]:
-        """The right-padded input of the first layer (B, N, dim), the context of all layers, and the losses of positions.
+        """Return the first layer's right-padded input (B, N, dim), the layers' context, the layout and position losses.
 
-        The layout says where the tokens came from. Raises Unsupported for inputs of another kind or shape.
+        The layout maps the tokens back to their original places. Raises Unsupported for inputs of another kind or
+        shape.
         """
         axes = 2 if self.config.features is None else 3
         if inputs.ndim != axes or inputs.is_floating_point() != (axes == 3):
@@ -189,18 +191,18 @@ class Encoder(EncoderBase):
         self.exits = make_exits(config, None if self.pooling is None else head)
 
     def forward(self, inputs: Int[Tensor, "b n"] | Float[Tensor, "b n f"], *, context: Context | None = None) -> Result:
-        """Logits of the classes.
+        """Compute the logits of the classes.
 
         Args:
             inputs: tokens or features, padded anywhere or packed, as `context.mask` says.
-            context: its mask, positions, grid, generator, progress.
+            context: mask, positions, grid, generator, progress.
 
         Returns:
-            output (B, num_classes), a row a document when packed; (B, N, num_classes) without a pool, zero at padding.
-            Auxiliary losses summed over the layers; extras as lists with one entry for each layer that has them. In
-            training with exits ``extras["exits"]`` has the share of the layers and the logits of each; where sequences
-            (without a pool or with halting units, tokens) leave early, ``extras["exit_layer"]`` the number of layers that each
-            has passed, 0 at padding.
+            output (B, num_classes), one row per document when packed; (B, N, num_classes) without a pool, zero at
+            padding. Auxiliary losses summed over the layers; extras as lists with one entry for each layer that has
+            them. In training with exits, ``extras["exits"]`` has each exit's share of the layers and its logits; where
+            sequences (or tokens, without a pool or with halting units) leave early, ``extras["exit_layer"]`` has the
+            number of layers that each has passed, 0 at padding.
         """
         context = given_context(context)
         if context.grid is None:
@@ -228,13 +230,13 @@ class Encoder(EncoderBase):
         def read(x: Tensor, head: nn.Module = self.head) -> Tensor:
             if pooled:
                 return head(pool_tokens(self.pooling, x, inner, result.losses))
-            logits = head(x)  # at padding its bias
+            logits = head(x)  # the head's bias at padding
             return logits if layout.valid is None else logits.where(layout.valid[..., None], 0)
 
         return apply_head(result, read, self.exits)
 
     def _leave_early(self, work: Pass, rule: ExitRule) -> Result:
-        """Each sequence leaves at the exit where the rule says so; the others go on without it."""
+        """Run the layers, dropping each sequence from the batch at the exit where the rule lets it leave."""
         if work.context.want:
             raise Unsupported(
                 f"want={set(work.context.want)} of sequences that leave early",
@@ -242,7 +244,7 @@ class Encoder(EncoderBase):
                 nearest="regard.models.set_exit_rule(model, None)",
             )
         x, leaving = work.hidden, Leaving(rule)
-        rows = torch.arange(x.shape[0], device=x.device)  # those that go on
+        rows = torch.arange(x.shape[0], device=x.device)  # sequences still being computed
         output = x.new_zeros(x.shape[0], self.config.num_classes)
         passed = torch.full_like(rows, self.blocks.layers)
         places: list[tuple[Any, Any]] = [(one.norm, self.head if one.head is None else one.head) for one in self.exits]
@@ -263,7 +265,7 @@ class Encoder(EncoderBase):
 
 
 def make_pool(config: Any) -> nn.Module | None:
-    """The layer that pools the tokens of an encoder; None with ``pool="none"``."""
+    """Create the layer that pools an encoder's tokens; None with ``pool="none"``."""
     if config.pool == "none":
         return None
     if config.pool in POOLINGS:
@@ -276,7 +278,7 @@ def make_pool(config: Any) -> nn.Module | None:
 def pool_tokens(
     pooling: nn.Module | None, x: Float[Tensor, "b n c"], context: Context, losses: dict[str, Loss]
 ) -> Float[Tensor, "b c2"]:
-    """A head's input from right-padded sequences; the pool's losses are added to `losses`."""
+    """Pool right-padded sequences into a head's input; the pool's losses are added to `losses`."""
     assert pooling is not None  # pool="none" has nothing to pool
     mask = context.mask
     padding = None if mask is None or mask.lengths is None else Mask(lengths=mask.lengths, layout=mask.layout)
@@ -286,7 +288,7 @@ def pool_tokens(
 
 
 def check_input_kind(vocab_size: int | None, features: int | None) -> None:
-    """Raise Unsupported unless exactly one of the two is given."""
+    """Raise Unsupported unless exactly one of `vocab_size` and `features` is given."""
     if (vocab_size is None) == (features is None):
         raise Unsupported(
             f"vocab_size={vocab_size} and features={features}",
@@ -305,7 +307,7 @@ def check_pool(name: str) -> None:
 
 
 def count_slots(pooling: nn.Module, dim: int) -> int:
-    """Number of slots of a pooling layer; raises Unsupported when it depends on the number of tokens."""
+    """Return a pooling layer's number of slots; raises Unsupported if it depends on the number of tokens."""
     with torch.no_grad(), evaluation_mode(pooling):
         few, many = (pooling(torch.zeros(1, n, dim)).output.shape[1] for n in (8, 16))
     if few != many:

@@ -1,7 +1,7 @@
 """An encoder-decoder with any mechanism in the encoder, the decoder and between them.
 
-Pre-norm blocks in the order of the Transformer (Vaswani et al., arXiv 1706.03762): the encoder mixes the memory, each
-layer of the decoder mixes the tokens so far, then reads the memory, then applies its feed-forward network::
+Pre-norm blocks in the order of the Transformer (Vaswani et al., arXiv 1706.03762): the encoder mixes the memory; each
+decoder layer mixes the tokens so far, then reads the memory, then applies its feed-forward network::
 
     model = EncoderDecoder(EncoderDecoderConfig(vocab_size=96, memory_vocab_size=96, cross_plan="linear"))
     logits = model(ids, memory).output                      # (B, N, vocab); ids begin with a start token
@@ -50,21 +50,21 @@ class EncoderDecoderConfig(LayersConfig):
 
     Attributes:
         vocab_size: number of tokens of the decoder.
-        memory_vocab_size: number of tokens of the memory; None when it is floats.
-        memory_features: width of a memory of floats; None when it is tokens. Exactly one of the two is given.
+        memory_vocab_size: number of tokens of the memory; None when the memory is floats.
+        memory_features: width of a memory of floats; None when the memory is tokens. Exactly one of the two is given.
         dim: width of the residual streams.
-        encoder_plan: noncausal-self mechanisms, as `plan` of :class:`regard.models.LanguageModelConfig`.
+        encoder_plan: noncausal-self mechanisms, as for `plan` of :class:`regard.models.LanguageModelConfig`.
         decoder_plan: causal-self mechanisms of the decoder's layers.
         cross_plan: causal-cross mechanisms of the decoder's layers. Its option ``feed_forward`` is that of the layer.
-        num_layers: of the decoder; 4 where neither it nor a list says.
-        encoder_layers: of the encoder; as many as the decoder where neither it nor a list says.
+        num_layers: depth of the decoder; when None, the length of a plan given as a list, else 4.
+        encoder_layers: depth of the encoder; when None, the length of a plan given as a list, else the decoder's depth.
         positions: a scheme of :mod:`regard.positions`, for both sequences and the self layers, or ``auto``: sinusoidal
-            at both inputs, by which the decoder finds its place in the memory, and in the self layers as in
+            at both inputs, which lets the decoder align itself with the memory, and in the self layers as in
             :class:`regard.models.LanguageModelConfig`. Cross layers have none unless their plan names one.
-        position_options, max_length: as in :class:`regard.models.LanguageModelConfig`; each side encodes its own positions.
+        position_options, max_length: as in :class:`regard.models.LanguageModelConfig`; each side has its own positions.
         num_heads, head_dim, num_kv_heads, feed_forward, dropout, tie_embeddings, norm, embedding_dim, loss_weights, stack:
-            as in :class:`regard.models.LanguageModelConfig`; the tied embedding is that of the decoder, `stack` is of both
-            stacks, its exits of the decoder alone.
+            as in :class:`regard.models.LanguageModelConfig`; the tied embedding is the decoder's; `stack` applies to
+            both stacks, but its exits only to the decoder.
     """
 
     vocab_size: int
@@ -105,12 +105,12 @@ class EncoderDecoderConfig(LayersConfig):
 
     @classmethod
     def for_task(cls, task: Task, plan: Any, *, positions: str, **sizes: Any) -> EncoderDecoderConfig:
-        """As :func:`regard.models.registry.config_for` asks for it: the plan is between the two sequences."""
+        """Return the config for a task, see :func:`regard.models.registry.config_for`; `plan` is the cross layers'."""
         return cls(task.vocab_size or 0, task.memory_vocab_size, task.memory_features, cross_plan=plan, **sizes)
 
 
 def count_layers(given: int | None, *plans: Any, default: int = 4) -> int:
-    """How many layers plans of one depth have: as given, else as long as the first list among them, else `default`."""
+    """Return the number of layers of plans of one depth: `given`, else the first list's length, else `default`."""
     if given is not None:
         return given
     return next((len(plan) for plan in plans if not isinstance(plan, str)), default)
@@ -118,7 +118,7 @@ def count_layers(given: int | None, *plans: Any, default: int = 4) -> int:
 
 @dataclass(frozen=True)
 class EncodedMemory(State):
-    """The encoder's output for a memory: right-padded tokens, and the valid ones of each row (None when all are)."""
+    """The encoder's output for a memory: right-padded tokens, and each row's valid length (None when all are valid)."""
 
     tokens: Float[Tensor, "b m c"]
     lengths: Int[Tensor, " b"] | None = None
@@ -176,24 +176,24 @@ class EncoderDecoder(nn.Module):
         context: Context | None = None,
         state: ModelState | None = None,
     ) -> Result:
-        """Logits of each next token.
+        """Compute the logits of each next token.
 
         Args:
             ids: tokens of the decoder, padded anywhere or packed, as `context.mask` says.
             memory: tokens or features, padded anywhere or packed, as `context.memory_mask` says; None when `state` has
-                absorbed it. With packed ids it has one sequence for each of their documents.
-            context: its masks, positions of both sequences, generator, progress; ``want={"state"}`` starts a state.
-            state: continue from it; the result then has the new state.
+                absorbed the memory. With packed ids, the memory has one sequence per document.
+            context: masks and positions of both sequences, generator, progress; ``want={"state"}`` starts a state.
+            state: the state to continue from; the result then has the new state.
 
         Returns:
             output (B, N, vocab_size), zero at padding; state; auxiliary losses summed over the layers of encoder and
-            decoder; extras of the decoder as lists with one entry for each layer that has them, those of exits as in
-            :meth:`regard.models.LanguageModel.forward`.
+            decoder; extras of the decoder as lists with one entry for each layer that has them, and extras of exits as
+            in :meth:`regard.models.LanguageModel.forward`.
         """
         return apply_head(self.features(ids, memory, context=context, state=state), self.logits, self.exits)
 
     def logits(self, features: Float[Tensor, "*b c"]) -> Float[Tensor, "*b vocab"]:
-        """The output projection."""
+        """Apply the output projection."""
         if self.head is not None:
             return self.head(features)
         return tied_logits(features, self.embedding, self.config.vocab_size)
@@ -206,7 +206,7 @@ class EncoderDecoder(nn.Module):
         context: Context | None = None,
         state: ModelState | None = None,
     ) -> Result:
-        """As :meth:`forward`, before the output projection: (B, N, dim)."""
+        """Like :meth:`forward`, but before the output projection: (B, N, dim)."""
         context = given_context(context)
         if (memory is None) == (state is None):
             raise Unsupported(
@@ -226,7 +226,7 @@ class EncoderDecoder(nn.Module):
         return result
 
     def encode_memory(self, memory: Tensor, *, context: Context | None = None) -> ModelState:
-        """Encode memory and let every cross layer absorb it, once, to decode from.
+        """Encode the memory and let every cross layer absorb it once; returns the state to decode from.
 
         Args:
             memory: as in :meth:`forward`, with `context.memory_mask`.
@@ -308,7 +308,7 @@ class EncoderDecoder(nn.Module):
     def _placed(
         scheme: Any, x: Tensor, layout: Gathering, past: Tensor | None, context: Context
     ) -> tuple[Tensor, Context, dict[str, Loss]]:
-        """Right-padded embeddings with their positions: ranks after `past` tokens, unless given. As `place_input`."""
+        """Call `place_input` on right-padded embeddings; positions are ranks after `past` tokens unless given."""
         if scheme is None:
             return x, context, {}
         rank, where = torch.arange(x.shape[1], device=x.device)[None], context.positions
@@ -326,10 +326,10 @@ class EncoderDecoder(nn.Module):
         *,
         context: Context | None = None,
     ) -> Float[Tensor, ""]:
-        """Mean cross entropy of the targets in nats (with exits, of theirs too), plus the weighted auxiliary losses.
+        """Mean cross entropy of the targets in nats (including the exits' losses), plus weighted auxiliary losses.
 
         Args:
-            targets: token to predict at each place, -100 for none; the next valid token of the sequence when None.
+            targets: the token to predict at each position, -100 for none; the sequence's next valid token when None.
         """
         return next_token_loss(partial(self, ids, memory), self.config.loss_weights, ids, targets, context)
 
@@ -344,11 +344,11 @@ class EncoderDecoder(nn.Module):
         length_penalty: float | None = None,
         **options: Any,
     ) -> Int[Tensor, "b new"]:
-        """The tokens of :meth:`generate_stream` (with its options), side by side, or those that a beam search finds.
+        """Generate tokens by sampling (with the options of :meth:`generate_stream`) or by beam search.
 
         Args:
-            beams: hypotheses that a beam search keeps; 1 for none. It does not sample.
-            length_penalty: of a beam search, which ranks hypotheses by the sum of their log-probabilities over
+            beams: number of hypotheses that a beam search keeps; 1 for no beam search. A beam search does not sample.
+            length_penalty: a beam search ranks hypotheses by the sum of their log-probabilities divided by
                 ``new tokens ** length_penalty``; 1 when None.
         """
         reader = _Reader(self, memory, memory_mask, options.get("use_state", True))
@@ -370,17 +370,17 @@ class EncoderDecoder(nn.Module):
         generator: torch.Generator | None = None,
         use_state: bool = True,
     ) -> Iterator[Int[Tensor, " b"]]:
-        """Continue prompts (a start token each, usually); yields the next token of every row until all have stopped.
+        """Continue prompts (usually a start token each); yields the next token of every row until all have stopped.
 
-        The memory is encoded and absorbed once, the prompt is read once, then each token is one step through the
-        state, without dropout.
+        The memory is encoded and absorbed once, and the prompt is read once; then each token takes one step from the
+        state. Dropout is off.
 
         Args:
             ids: prompts, at least one token each; padded anywhere or packed, as `mask` says.
-            memory: of each prompt, with `memory_mask`.
+            memory: the memory of each prompt, with `memory_mask`.
             temperature, top_k, top_p, stop_tokens, generator: as in
                 :meth:`regard.models.LanguageModel.generate_stream`.
-            use_state: False reads the encoded memory and the whole sequence again for each token.
+            use_state: if False, the encoded memory and the whole sequence are read again for each token.
         """
         reader = _Reader(self, memory, memory_mask, use_state)
         return generate_stream(
@@ -399,7 +399,7 @@ class EncoderDecoder(nn.Module):
 
 
 class _Reader:
-    """Reads tokens for :mod:`regard.models.generation`, starting from what the memory leaves."""
+    """Reads tokens for :mod:`regard.models.generation`, starting from an encoded memory or a state that absorbed it."""
 
     def __init__(self, model: EncoderDecoder, memory: Tensor, memory_mask: Mask | None, use_state: bool) -> None:
         self.model, self.weights = model, FrozenWeights()

@@ -1,4 +1,4 @@
-"""A model without dropout for a while, also while other threads use it."""
+"""A thread-safe context manager that puts a model in evaluation mode."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 _EVALUATING: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-"""In how many blocks of :func:`evaluation_mode` each module is that was in training mode before the first."""
+"""The number of open :func:`evaluation_mode` blocks of each module that was in training mode before the first."""
 
 _LOCK = threading.Lock()
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> Iterator[None]:
-    """The model without dropout inside the block, and as it was after it, or after the last of several threads' blocks.
+    """Put the model in evaluation mode inside the block and restore its mode afterwards.
+
+    Where blocks of several threads overlap, the mode is restored after the last one.
 
     Args:
-        modules: all of the model's, if they are known.
+        modules: all modules of the model, if already known.
     """
     with _LOCK:
         every = model.modules() if modules is None else modules

@@ -1,11 +1,11 @@
-"""When a token or a sequence leaves a stack early: rules by name, as ``entropy:0.3``.
+"""Rules for when a token or a sequence leaves a stack early, written as ``entropy:0.3``.
 
-confidence:0.9     the likeliest class has this probability
-entropy:0.3        the classes' entropy is below this many nats (DeeBERT, Xin et al., arXiv 2004.12993)
-patience:2         the likeliest class has stayed the same at this many exits in a row after the first that said it
+confidence:0.9     the likeliest class has at least this probability
+entropy:0.3        the entropy of the class distribution is below this many nats (DeeBERT, Xin et al., arXiv 2004.12993)
+patience:2         the likeliest class has stayed the same for this many further exits in a row
                    (PABEE, Zhou et al., arXiv 2006.04152)
-layer:2            whatever the classes: at the first exit from this layer on, as a network of fewer layers would
-halting:0.01       halting units have spent all but this much of a probability (adaptive computation time, Graves,
+layer:2            at the first exit after at least this many layers, whatever the classes, like a shallower network
+halting:0.01       the halting probabilities have added up to all but this much of 1 (adaptive computation time, Graves,
                    arXiv 1603.08983); learned with the model, see :mod:`regard.models.exits`
 """
 
@@ -39,7 +39,7 @@ RULES: dict[str, tuple[Callable[[float], bool], str, str]] = {
     "layer": (_whole, "a number of layers, 1 or more", "layer:1"),
     HALTING: (lambda value: 0 <= value < 1, "what is left of a probability, from 0 to below 1", "halting:0.01"),
 }
-"""Of each rule which values it takes, that in words, and a usual one."""
+"""For each rule: a check of its value, the accepted values in words, and a typical rule."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ExitRule:
 
     @classmethod
     def read(cls, text: str) -> ExitRule:
-        """From ``name:value``; raises Unsupported for another name, or a value that the rule does not take."""
+        """Parse ``name:value``; raises Unsupported for an unknown name or a value that the rule does not accept."""
         name, _, written = text.partition(":")
         if name not in RULES:
             raise Unsupported(
@@ -70,12 +70,12 @@ class ExitRule:
 
     @property
     def halts(self) -> bool:
-        """Whether units that the model has learned decide, instead of its classes."""
+        """Whether the model's learned halting units decide, instead of its classes."""
         return self.name == HALTING
 
 
 class Leaving:
-    """What a rule decides at one exit after the other, of tokens or sequences in a fixed order."""
+    """A rule's decisions at successive exits, for tokens or sequences in a fixed order."""
 
     def __init__(self, rule: ExitRule) -> None:
         self.rule = rule
@@ -83,7 +83,7 @@ class Leaving:
         self._repeated: Int[Tensor, " n"] | None = None
 
     def decide(self, logits: Float[Tensor, "n classes"], layer: int) -> Bool[Tensor, " n"]:
-        """Which of those that are still there leave after `layer` layers; the next call is about the others."""
+        """Return which of the remaining items leave after `layer` layers; the next call is about the rest."""
         name, value = self.rule.name, self.rule.value
         if name == "layer":
             return torch.full(logits.shape[:-1], layer >= value, device=logits.device)

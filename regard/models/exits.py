@@ -1,18 +1,19 @@
-"""Leaving a stack early: after some layers the output may be read, or a token stops to be computed.
+"""Early exit: reading the output after only some layers, token by token if need be.
 
-A model's ``stack`` names the layers (`exits`), and the rule by which they are left in evaluation (`exit_rule`, see
-:mod:`regard.models.exit_rules`). There are two kinds of places to leave:
+A model's ``stack`` names the layers that have an exit (`exits`) and the rule that decides in evaluation which tokens
+leave there (`exit_rule`, see :mod:`regard.models.exit_rules`). There are two kinds of exits:
 
-- an :class:`Exit` reads classes from the hidden state. Training adds its loss (:func:`joint_loss`), and any rule about classes
-  may be set afterwards (:func:`set_exit_rule`).
-- a :class:`HaltingUnit` gives each token a probability to halt. They act in training as in evaluation, and the output is the
-  mean of the hidden states after the layers passed, weighted by these probabilities.
+- an :class:`Exit` reads classes from the hidden state. Training adds its loss (:func:`joint_loss`), and any rule about
+  classes can be set afterwards (:func:`set_exit_rule`).
+- a :class:`HaltingUnit` gives each token a probability of halting. Halting units act in training as in evaluation, and
+  the output is the mean of the hidden states after the layers passed, weighted by these probabilities.
 
-What a token leaves behind is the same for both: its hidden state stays, and the mixers of the layers above go on to see it. So
-the keys and values of a layer that a token did not pass are that layer's own projections of the hidden state with which it left
-(Confident Adaptive Language Modeling, Schuster et al., arXiv 2207.07061, propagates states likewise), a recurrence takes it up
-as any other token, and decoding with states equals reading the sequence whole. Once all tokens of a call have left, attention
-projects these keys and values and does no more; as long as one goes on, the others' rows are attended beside it.
+With both kinds, the hidden state of a token that has left is frozen, and the mixers of the layers above still see it.
+In a layer that a token did not pass, its keys and values are that layer's own projections of the frozen hidden state
+(Confident Adaptive Language Modeling, Schuster et al., arXiv 2207.07061, propagates states likewise), and a recurrence
+absorbs it like any other token. So decoding with states equals reading the whole sequence at once. Once all tokens of a
+call have left, attention only projects their keys and values; as long as one token remains, attention is computed for
+all rows.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 PONDER = "ponder"
-"""The loss of halting units: how many of its places a token has passed, and what was left of its probability."""
+"""The loss of halting units: the number of places that a token has passed, plus the probability left at the last."""
 
 
 class Exit(nn.Module):
-    """A place where the output may be read.
+    """A place where the output can be read.
 
     Args:
-        norm: of the hidden state.
-        head: from there to classes; None for the model's.
+        norm: the norm of the hidden state.
+        head: maps the normed hidden state to classes; None for the model's own head.
     """
 
     def __init__(self, norm: nn.Module, head: nn.Module | None) -> None:
@@ -54,11 +55,12 @@ class Exit(nn.Module):
 
 
 class HaltingUnit(nn.Module):
-    """The probability of each token to halt at a place: sigmoid(w . h + b).
+    """The probability of each token to halt at an exit: sigmoid(w . h + b).
 
     Args:
         dim: width of the hidden state h.
-        places: where a token may end, the last layer included. In the beginning each has the same share of the output.
+        places: number of places where a token may halt, including the last layer. At initialisation each has the same
+            share of the output.
     """
 
     def __init__(self, dim: int, places: int) -> None:
@@ -72,14 +74,14 @@ class HaltingUnit(nn.Module):
 
 
 def make_exits(config: Any, head: Callable[[], nn.Module] | None = None) -> nn.ModuleList:
-    """The places to leave of a model.
+    """Create the exits of a model.
 
     Args:
-        config: of the model, with dim, norm and stack.
-        head: makes the head of an exit; None for models whose exits all read with the model's.
+        config: the model's config, with dim, norm and stack.
+        head: creates the head of an exit; None for models whose exits can only use the model's head.
 
     Raises:
-        Unsupported: for heads of their own in such a model.
+        Unsupported: for ``exit_heads="own"`` when `head` is None.
     """
     stack = config.stack
     if stack.halts:
@@ -108,23 +110,23 @@ def run_with_exits(
     *,
     place: Callable[[Tensor], Tensor],
 ) -> Result:
-    """A stack and the norm behind it, each token leaving where the rule of the stack says so.
+    """Run a stack and its final norm, letting each token leave where the stack's exit rule says so.
 
-    Without a state the layers end when all tokens have left.
+    Without a state, the remaining layers are skipped once all tokens have left.
 
     Args:
-        stack: with its exits. In training all layers are run, unless halting units decide.
-        exits: of :func:`make_exits`.
-        norm: that of the last layer.
-        logits: from normed hidden states (..., C) to those of the classes.
-        x, context, states, memory: as of :meth:`Stack.run`.
-        place: from the layers' layout (B, N, ...) to the one that is returned.
+        stack: the stack. In training all its layers are run, unless halting units decide.
+        exits: the modules made by :func:`make_exits`.
+        norm: the norm after the last layer.
+        logits: maps normed hidden states (..., C) to logits of the classes.
+        x, context, states, memory: as for :meth:`Stack.run`.
+        place: maps from the layers' layout (B, N, ...) to the layout that is returned.
 
     Returns:
-        As :meth:`Stack.run`, with the output normed: by the norm of the place where each token left, or with halting units
-        the weighted mean by that of the last layer. In training ``extras["exits"]`` has the share of the layers and the
-        normed hidden states (B, N, C) of each exit; where tokens leave, ``extras["exit_layer"]`` the number of layers (B, N)
-        that each has passed, 0 at padding. Halting units add the loss ``ponder``, a mean over tokens.
+        As :meth:`Stack.run`, with a normed output: each token is normed by the exit where it left; with halting units
+        the weighted mean is normed by the last layer's norm. In training, ``extras["exits"]`` has each exit's share of
+        the layers and its normed hidden states (B, N, C); where tokens leave, ``extras["exit_layer"]`` (B, N) has the
+        number of layers that each has passed, 0 at padding. Halting units add the loss ``ponder``, a mean over tokens.
     """
     config, rule = stack.config, stack.config.rule
     leaves = rule is not None and (rule.halts or not stack.training)
@@ -155,7 +157,7 @@ def run_with_exits(
         work.advance(stack.layers)
         way.end(norm)
     if goes_on and work.layer < stack.layers:
-        work.advance(stack.layers)  # later tokens will look at those that have left
+        work.advance(stack.layers)  # later tokens will attend to the tokens that have left
     output = way.output(norm)
     result = work.result()
     result.output = place(output)
@@ -167,11 +169,11 @@ def run_with_exits(
 
 
 class _Way:
-    """What has become of the tokens of a pass.
+    """The tokens of a pass, and which of them have left.
 
     Attributes:
-        active: (B, N) those that have not left.
-        passed: (B, N) layers that each has passed.
+        active: (B, N) the tokens that have not left.
+        passed: (B, N) the number of layers that each token has passed.
     """
 
     def __init__(self, work: Pass) -> None:
@@ -180,14 +182,14 @@ class _Way:
         self.passed = torch.full(work.hidden.shape[:2], work.stack.layers, device=work.hidden.device)
 
     def _let(self, done: Bool[Tensor, "b n"]) -> None:
-        """Let the marked ones leave."""
+        """Let the tokens marked in `done` leave."""
         self.passed = torch.where(done, self.work.layer, self.passed)
         self.active = self.active & ~done
         self.work.active = None if bool(self.active.all()) else self.active
 
 
 class _Leaving(_Way):
-    """Tokens leave by their classes, and are read where they left."""
+    """Tokens that leave by a rule about their classes; the output of each is read where it left."""
 
     def __init__(self, work: Pass, rule: ExitRule, logits: Callable[[Tensor], Tensor]) -> None:
         super().__init__(work)
@@ -208,7 +210,7 @@ class _Leaving(_Way):
 
 
 class _Halting(_Way):
-    """Tokens leave when their probabilities to halt have added up to 1 but for a little."""
+    """Tokens that leave once their halting probabilities have added up to nearly 1."""
 
     def __init__(self, work: Pass, rule: ExitRule) -> None:
         super().__init__(work)
@@ -227,7 +229,7 @@ class _Halting(_Way):
         self._weigh(1 - self.spent, self.active)
 
     def _weigh(self, share: Float[Tensor, "b n"], last: Bool[Tensor, "b n"]) -> None:
-        """Add the hidden states of those that are still there; `last` are those that end here, with all that is left."""
+        """Add the active tokens' hidden states, weighted by `share`; `last` marks the tokens that end here."""
         share = share.where(self.active, 0)
         self.mean = self.mean + share[..., None] * self.work.hidden
         self.ponder = self.ponder + self.active + share.where(last, 0)
@@ -242,10 +244,10 @@ class _Halting(_Way):
 
 
 def apply_head(result: Result, head: Callable[..., Tensor], exits: nn.ModuleList) -> Result:
-    """`result` of :func:`run_with_exits` with its hidden states, and those of its exits, turned into outputs.
+    """Turn the hidden states in a result of :func:`run_with_exits`, and those of its exits, into outputs.
 
     Args:
-        head: of hidden states, and of an exit's own head where it has one.
+        head: called with hidden states, and with the exit's own head as a second argument where it has one.
     """
     result.output = head(result.output)
     if "exits" in result.extras:
@@ -256,7 +258,7 @@ def apply_head(result: Result, head: Callable[..., Tensor], exits: nn.ModuleList
 
 
 def joint_loss(result: Result, loss: Callable[[Tensor], Tensor]) -> Float[Tensor, ""]:
-    """Mean of the `loss` of a model's output and of its exits' outputs, weighted by how many layers each has passed."""
+    """The mean `loss` of a model's output and its exits' outputs, weighted by the number of layers each has passed."""
     total, weights = loss(result.output), 1.0
     for share, output in result.extras.get("exits", ()):
         total, weights = total + share * loss(output), weights + share
@@ -264,11 +266,11 @@ def joint_loss(result: Result, loss: Callable[[Tensor], Tensor]) -> Float[Tensor
 
 
 def set_exit_rule(model: nn.Module, rule: str | None) -> None:
-    """Let a trained model be left by another rule, as ``entropy:0.3``; None evaluates all layers.
+    """Set another exit rule, such as ``entropy:0.3``, in a trained model; None evaluates all layers.
 
     Raises:
-        Unsupported: for a model without exits, an unknown rule, and a rule about classes where halting units decide, or the
-            other way round.
+        Unsupported: for a model without exits, an unknown rule, a rule about classes for a model with halting units, or
+            a halting rule for a model without.
     """
     asked = None if rule is None else ExitRule.read(rule)
     if asked is not None and not len(getattr(model, "exits", ())):
@@ -291,8 +293,10 @@ def set_exit_rule(model: nn.Module, rule: str | None) -> None:
 
 @contextmanager
 def exit_layers(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside the block, each call of a model that may be left early adds to the list how many layers its tokens, or sequences
-    that leave whole, have passed: (...) in order, without padding."""
+    """Record, inside the block, how many layers the tokens (or whole sequences) of each call of a model have passed.
+
+    Each call of a model with early exits appends one tensor to the list, in order and without padding.
+    """
     stack: Any = model.blocks
     found: list[Tensor] = []
     before, stack.told = stack.told, lambda passed: found.append(passed[passed > 0])

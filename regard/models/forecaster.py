@@ -1,8 +1,8 @@
-"""A forecaster with any mechanism between what is to be predicted and what has been seen.
+"""A forecaster with any mechanism between the horizon to be predicted and the past that has been observed.
 
-The past of a series is embedded point by point or in patches (as in PatchTST, arXiv 2211.14730) and encoded; each point
-of the horizon asks the encoded past through cross attention, knowing its time and what is known of it in advance, so
-that all points are predicted at once::
+The past of a series is embedded point by point or in patches (as in PatchTST, arXiv 2211.14730) and encoded. Each point
+of the horizon, embedded from its time and the features known in advance, then attends to the encoded past through cross
+attention, so that all points are predicted at once::
 
     config = ForecasterConfig(features=4, memory_features=5, target_features=(0,), patch=8, quantiles=(0.1, 0.5, 0.9))
     forecast = Forecaster(config)(calendar, past).output      # (B, H, targets, quantiles)
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 LEVELS = ("mean", "last", "none")
 SMALLEST_SCALE = 1e-5
-"""A window whose targets deviate less than this is constant: it is centred, not scaled."""
+"""A window whose targets have a standard deviation below this counts as constant: it is centred, not scaled."""
 
 
 @dataclass(frozen=True)
@@ -48,26 +48,29 @@ class ForecasterConfig(LayersConfig):
     """The configuration of a :class:`Forecaster`.
 
     Attributes:
-        features: numbers known in advance of each point of the horizon, 0 for none.
-        memory_features: numbers seen at each point of the past.
-        target_features: which of them are predicted, in the order of the output.
-        patch: points of the past that make up a token. Patches end with the last point; the first may be incomplete.
-        quantiles: levels between 0 and 1 that are predicted, rising, which never cross; a single number when empty.
-        normalize: the targets' past is seen, and the forecast made, relative to the window's ``mean`` or its ``last``
-            value, in units of its standard deviation; ``none`` takes numbers as they are (reversible instance
-            normalisation, Kim et al., ICLR 2022, without its learned scale).
+        features: number of features known in advance for each point of the horizon, 0 for none.
+        memory_features: number of features observed at each point of the past.
+        target_features: indices of the memory features that are predicted, in the order of the output.
+        patch: number of past points that make up a token. The last patch ends with the last point; the first may be
+            incomplete.
+        quantiles: increasing levels between 0 and 1 to predict, which never cross; when empty, a single number is
+            predicted.
+        normalize: the targets are read and predicted relative to the window's ``mean`` or its ``last`` value, in units
+            of its standard deviation (reversible instance normalisation, Kim et al., ICLR 2022, without its learned
+            scale); ``none`` takes the numbers as they are.
         dim: width of the residual streams.
-        encoder_plan: noncausal-self mechanisms that encode the past, as `plan` of
+        encoder_plan: noncausal-self mechanisms that encode the past, as for `plan` of
             :class:`regard.models.LanguageModelConfig`.
         cross_plan: noncausal-cross mechanisms through which the horizon reads the past.
-        num_layers: cross layers; 4 where neither it nor a list says.
-        encoder_layers: layers of the encoder; as many as cross layers where neither it nor a list says.
-        positions: of the encoder's layers: a scheme of :mod:`regard.positions` or ``auto``, as in
+        num_layers: number of cross layers; when None, the length of a plan given as a list, else 4.
+        encoder_layers: number of encoder layers; when None, the length of a plan given as a list, else that of the
+            cross layers.
+        positions: the scheme inside the encoder's layers: one of :mod:`regard.positions` or ``auto``, as in
             :class:`regard.models.LanguageModelConfig`. Sinusoids of the time, which is 0 at the first point of the
-            horizon and negative in the past, are added to both inputs in any case. Cross layers have no positions unless
+            horizon and negative in the past, are always added to both inputs. Cross layers have no positions unless
             their plan names a scheme.
         num_heads, head_dim, num_kv_heads, feed_forward, dropout, norm, loss_weights, stack: as in
-            :class:`regard.models.LanguageModelConfig`; `stack` is of both stacks, without exits.
+            :class:`regard.models.LanguageModelConfig`; `stack` applies to both stacks and has no exits.
     """
 
     features: int
@@ -124,7 +127,7 @@ class ForecasterConfig(LayersConfig):
 
     @classmethod
     def for_task(cls, task: Task, plan: Any, *, positions: str, max_length: int, **sizes: Any) -> ForecasterConfig:
-        """As :func:`regard.models.registry.config_for` asks for it: the plan is between horizon and past."""
+        """Return the config for a task, see :func:`regard.models.registry.config_for`; `plan` is the cross layers'."""
         targets = task.target_features or tuple(range(task.num_targets or 0))
         return cls(task.features or 0, task.memory_features or 0, target_features=targets, cross_plan=plan, **sizes)
 
@@ -155,19 +158,19 @@ class Forecaster(nn.Module):
     def forward(
         self, inputs: Float[Tensor, "b h f"], memory: Float[Tensor, "b m g"], *, context: Context | None = None
     ) -> Result:
-        """Forecasts of a horizon.
+        """Forecast a horizon.
 
         Args:
-            inputs: what is known of each of its points, padded anywhere or packed, as `context.mask` says; (B, H, 0)
-                without features.
-            memory: the past, oldest point first, padded anywhere or packed, as `context.memory_mask` says. The time of a
-                point is its rank among the valid ones, so that a short past is left-padded; mark single missing numbers
+            inputs: the features known in advance for each point of the horizon, padded anywhere or packed, as
+                `context.mask` says; (B, H, 0) without features.
+            memory: the past, oldest point first, padded anywhere or packed, as `context.memory_mask` says. The time of
+                a point is its rank among the valid points, so a shorter past can be padded; mark single missing values
                 by a feature.
-            context: its masks, generator, progress.
+            context: masks, generator, progress.
 
         Returns:
-            output (B, H, targets), or (B, H, targets, quantiles) in rising order, zero at padding, in at least float32;
-            auxiliary losses summed over the layers; extras of the cross layers as lists.
+            output (B, H, targets), or (B, H, targets, quantiles) in increasing order, zero at padding, in at least
+            float32; auxiliary losses summed over the layers; extras of the cross layers as lists.
         """
         context = given_context(context)
         check_tokens(inputs, self.config.features, "inputs")
@@ -213,7 +216,7 @@ class Forecaster(nn.Module):
         return dropout(x, self.config.dropout, training=self.training, generator=context.generator)
 
     def _level_and_scale(self, memory: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The origin of each row's targets, and their unit; (rows, 1, targets)."""
+        """The level and the scale by which each row's targets are normalised; (rows, 1, targets)."""
         x = memory.index_select(-1, self.targets)
         x = wide(x)
         rows, m, width = x.shape
@@ -231,7 +234,7 @@ class Forecaster(nn.Module):
         return level, torch.where(spread > SMALLEST_SCALE, spread, 1.0)
 
     def _tokens(self, memory: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The past as right-padded tokens, how many are valid (None for all), and the time of each one's last point."""
+        """The past as right-padded tokens, their valid lengths (None for all), and the time at each token's end."""
         rows, m, _ = memory.shape
         patch = self.config.patch
         if patch > 1:
@@ -264,7 +267,7 @@ class Forecaster(nn.Module):
         """Mean squared error, or mean pinball loss of the quantiles, plus the weighted auxiliary losses.
 
         Args:
-            targets: numbers to predict, nan for none.
+            targets: values to predict, nan where there is none.
         """
         result = self(inputs, memory, context=context)
         expected = result.output.shape[:3]
@@ -282,14 +285,14 @@ class Forecaster(nn.Module):
 def quantile_loss(
     output: Float[Tensor, "*b quantiles"], targets: Float[Tensor, "*b"], quantiles: tuple[float, ...]
 ) -> Float[Tensor, "*b"]:
-    """The pinball loss, averaged over the quantiles (Koenker and Bassett, 1978): least where a share q is below."""
+    """The pinball loss (Koenker and Bassett, 1978), averaged over the quantiles: least if a share q is below."""
     levels = torch.tensor(quantiles, dtype=output.dtype, device=output.device)
     above = targets.to(output.dtype)[..., None] - output
     return torch.maximum(levels * above, (levels - 1) * above).mean(-1)
 
 
 def _rising(x: Float[Tensor, "*b quantiles"]) -> Float[Tensor, "*b quantiles"]:
-    """The first number, and each next one above it by the softplus of its own."""
+    """Make quantiles increase: each exceeds the one before it by the softplus of its own number."""
     return torch.cat([x[..., :1], x[..., :1] + F.softplus(x[..., 1:]).cumsum(-1)], -1)
 
 

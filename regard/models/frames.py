@@ -1,20 +1,21 @@
-"""Frames: the parts around a mechanism in its layer, made the same for all so that a comparison is one of mechanisms.
+"""Frames: the parts of a layer around its mechanism, made the same for all mechanisms so that comparisons are fair.
 
-A layer has parts that are not the mechanism: positions, short convolutions on queries, keys and values, norms of heads, a
-gate on the output. Papers choose them differently, and they can matter more than the mechanism does. A *frame* fixes them:
+A layer has parts that are not the mechanism: positions, short convolutions on queries, keys and values, norms of heads,
+an output gate. Papers choose these parts differently, and they can matter more than the mechanism. A *frame* fixes
+them:
 
-- ``bare``: rotary positions (on grids sinusoidal ones, added to the input), an RMS norm of each output head, heads as wide as
-  those of softmax, and nothing else;
-- ``convolution``: the same, with a causal depthwise convolution over four tokens on queries, keys and values, as most
-  recurrent layers have it;
-- ``unnormed``: that without the norm;
-- ``own``: what each paper's layer has, which differs.
+- ``bare``: rotary positions (on grids, sinusoidal positions added to the input), an RMS norm of each output head, heads
+  as wide as those of softmax, and nothing else;
+- ``convolution``: the same, with a causal depthwise convolution over four tokens on queries, keys and values, as in
+  most recurrent layers;
+- ``unnormed``: ``convolution`` without the norm;
+- ``own``: the parts of each paper's own layer.
 
-The norm is in the first two, since a recurrence that sums without a denominator needs it, and without it softmax learns to
-recall at a third of the learning rates. It is not neutral: what gates its state may be better without. A mechanism keeps
-what belongs to it: a mixer such as Mamba its whole block, scores that are made of positions their positions, a gate that
-says how much of a head counts the size of its output, which a norm would undo. :func:`layer_parts` says what a layer came
-to have.
+The first two frames have the norm because a recurrence that sums without a denominator needs it, and because without it
+softmax learns to recall at only a third of the learning rates. The norm is not neutral: mechanisms with a gated state
+may do better without it. A mechanism keeps the parts that belong to it: a mixer such as Mamba keeps its whole block,
+scores computed from positions keep their positions, and a gate that weights heads keeps the scale of their outputs,
+which a norm would undo. :func:`layer_parts` tells which parts a layer has in the end.
 """
 
 from __future__ import annotations
@@ -62,14 +63,14 @@ MEANINGS = {
 def in_frame(
     name: str, options: Mapping[str, Any], frame: str, pattern: Pattern, *, rotary: bool = True
 ) -> dict[str, Any]:
-    """Options of a plan's entry in a frame; those that are given go before the frame's.
+    """Return the options of a plan's entry in a frame; given options take precedence over the frame's.
 
     Args:
         name: the mechanism.
-        options: of its entry.
+        options: the options of its entry.
         frame: one of `FRAMES`.
-        pattern: of the layer. In cross patterns no positions are set.
-        rotary: whether layers place their tokens; False where positions are added to the model's input.
+        pattern: the pattern of the layer. In cross patterns no positions are set.
+        rotary: whether layers may have rotary positions; False if positions are added to the model's input.
 
     Raises:
         Unsupported: for an unknown frame.
@@ -89,23 +90,23 @@ def in_frame(
     if card.layer_defaults.get("output_norm", "") is None:
         wanted["output_norm"] = None
     if card.projection is not None and card.projection.makes_queries:
-        del wanted["key_expand"], wanted["value_expand"]  # widths of its own
+        del wanted["key_expand"], wanted["value_expand"]  # its widths are its own
     if rotary and not pattern.cross and "rotary" in card.accepts_positions and "positions" not in card.layer_defaults:
         wanted["positions"] = "rotary"
     return {option: value for option, value in wanted.items() if _frames(card, option)} | dict(options)
 
 
 def _frames(card: Mechanism, option: str) -> bool:
-    """Whether a part of the mechanism's layer is the frame's to choose."""
+    """Return whether a frame may set this option of the mechanism's layer."""
     return layer_accepts(card, option) and option not in {f.name for f in dataclasses.fields(card.config)}
 
 
 def layer_parts(mixer: nn.Module) -> dict[str, str]:
-    """The parts of a layer beside its mechanism, in words: positions, convolution, norms, gate.
+    """Describe the parts of a layer other than its mechanism: positions, convolution, norms, gate.
 
-    A layer with a structure of its own is told as such, with the convolutions and gates that are in it.
+    For a layer with a structure of its own, only say so, and whether it has a convolution.
     """
-    mixer = getattr(mixer, "attention", mixer)  # of a wrapper
+    mixer = getattr(mixer, "attention", mixer)  # unwrap a wrapper
     if not isinstance(mixer, AttentionLayer):
         inside = [type(module) for module in mixer.modules()]
         convolves = any(issubclass(kind, ShortConvolution | nn.Conv1d | nn.Conv2d) for kind in inside)

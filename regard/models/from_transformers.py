@@ -1,14 +1,14 @@
-"""Pretrained Mamba, Mamba-2 and Llama models of Hugging Face transformers as language models of regard.
+"""Load pretrained Mamba, Mamba-2 and Llama models of Hugging Face transformers as regard language models.
 
-Reads a folder that ``save_pretrained`` of transformers wrote (``config.json`` and safetensors), without transformers::
+Reads a folder written by transformers' ``save_pretrained`` (``config.json`` and safetensors), without transformers::
 
     model = from_transformers("mamba-130m-hf")  # or a Llama, such as SmolLM2
     model.generate(ids, 100)
 
-Every tensor of the checkpoint has its place, and every parameter comes from it. Where a checkpoint ties its output
-projection to the embedding, so does the model; its last norm then has a factor of dim^0.5, since regard divides tied logits
-by it. What may differ: padding, which takes no step here, where transformers lets the state decay and the convolution write
-its bias; and narrow dtypes, since residuals here have the dtype of the weights.
+Every tensor of the checkpoint is used, and every parameter comes from it. If the checkpoint ties its output projection
+to the embedding, so does the model; its last norm is then multiplied by dim^0.5, since regard divides tied logits by
+that factor. Results may differ with padding, which regard skips, while transformers lets the state decay and the
+convolution write its bias; and in narrow dtypes, since residuals here have the dtype of the weights.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ BLOCK_NAMES = {
     },
     **{f"mlp.{name}_proj.weight": f"feed_forward.{name}.weight" for name in ("gate", "up", "down")},
 }
-"""Names in a block that differ, from transformers to regard."""
+"""Names within a block that differ: transformers' name -> regard's."""
 BLOCKS = ("backbone.layers.", "model.layers.")
 
 
@@ -122,7 +122,7 @@ CONFIGS: dict[str, Callable[[Mapping[str, Any], Sequence[Any] | None], LanguageM
     "mamba2": _of_states,
     "llama": _llama,
 }
-"""By ``model_type``: the config, from the checkpoint's settings and other layers than its own."""
+"""For each ``model_type``, a function that makes the config from the checkpoint's settings and optional layers."""
 
 REASONS = {
     "falcon_mamba": "it normalises B, C and the steps, which mamba does not",
@@ -132,19 +132,20 @@ REASONS = {
     "bamba": "its attention layers have rotary positions on a part of each head",
 }
 FIXED = {"hidden_act": "silu", "use_bias": False, "attention_bias": False, "mlp_bias": False}
-"""Settings that a layer here has in one way."""
+"""Settings for which the layers here support a single value."""
 
 
 def from_transformers(folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """The language model of a checkpoint, on the CPU and in evaluation mode.
+    """Load a checkpoint as a language model, on the CPU and in evaluation mode.
 
     Args:
-        folder: with ``config.json`` of a ``mamba``, ``mamba2`` or ``llama`` and its safetensors, in one file or several.
-        dtype: of the parameters; those that mamba keeps in float32 stay so.
+        folder: contains the ``config.json`` of a ``mamba``, ``mamba2`` or ``llama`` and its safetensors, in one or more
+            files.
+        dtype: dtype of the parameters; those that mamba keeps in float32 stay in float32.
 
     Raises:
-        Unsupported: for another architecture, with the reason; for settings that the layers here do not have; and for
-            tensors that are missing or have no place.
+        Unsupported: for another architecture, with the reason; for settings that the layers here do not support; and
+            for missing or unexpected tensors.
     """
     place = Path(folder)
     config = _read_json(place / CONFIG)
@@ -153,7 +154,7 @@ def from_transformers(folder: str | os.PathLike[str], *, dtype: torch.dtype = to
 
 
 def check_convertible(config: Mapping[str, Any]) -> None:
-    """Raise Unsupported, with the reason, for settings of a model that the layers here do not have."""
+    """Raise Unsupported, with the reason, for settings of a model that the layers here do not support."""
     kind = config.get("model_type")
     if kind not in CONFIGS:
         reason = REASONS.get(str(kind))
@@ -175,12 +176,13 @@ def converted(
     layers: Sequence[Any] | None = None,
     source: str = "the checkpoint",
 ) -> tuple[LanguageModel, list[str]]:
-    """The language model of a checkpoint's settings and tensors, and the names of parameters that are none of its.
+    """Build a language model from a checkpoint's settings and tensors; also return the names of its new parameters.
 
     Args:
-        layers: mechanisms instead of its own, as in a plan, of a llama. What they learn beside the projections is new;
-            tokens that they insert begin with the mean of the embeddings, as in Mohtashami and Jaggi (arXiv 2305.16300).
-        source: what an error calls the checkpoint.
+        layers: for a llama, mechanisms to use instead of its own, as in a plan. Their parameters other than the
+            projections are new; the embeddings of tokens that they insert start as the mean of all embeddings, as in
+            Mohtashami and Jaggi (arXiv 2305.16300).
+        source: the name of the checkpoint in error messages.
 
     Raises:
         Unsupported: as :func:`from_transformers`.

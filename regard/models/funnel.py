@@ -1,13 +1,13 @@
-"""A Funnel-Transformer that answers for each token: most of its layers see a sequence that is shorter and shorter.
+"""A Funnel-Transformer with an output for each token, most of whose layers see a progressively shortened sequence.
 
-Layers at full length with any mechanism, then a funnel's blocks, each of which halves the sequence; each token that is
-left goes back to the places that it was pooled from, and a decoder of a few layers adds the detail (Dai et al., arXiv
-2006.03236, section 2.3)::
+Layers at full length with any mechanism are followed by a funnel's blocks, each of which halves the sequence. Each
+remaining token is then copied back to the positions that it was pooled from, and a decoder of a few layers adds the
+detail (Dai et al., arXiv 2006.03236, section 2.3)::
 
     config = FunnelEncoderConfig(num_classes=9, vocab_size=256, plan="linear", num_layers=2, funnel={"blocks": 2})
     logits = FunnelEncoder(config)(ids, context=Context(mask=Mask(lengths=lengths))).output      # (B, N, 9)
 
-For one output a sequence the decoder is left out: ``EncoderConfig(pool="funnel")``.
+For one output per sequence, leave out the decoder: ``EncoderConfig(pool="funnel")``.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ class FunnelEncoderConfig(LayersConfig):
         num_classes: width of the output of each token.
         vocab_size: number of tokens; None when the inputs are floats.
         features: width of float inputs; None when the inputs are tokens. Exactly one of the two is given.
-        plan, num_layers: of the layers before the funnel, at full length; 4 where neither says how many.
-        funnel: options of the layer ``funnel``, as ``blocks``, ``layers`` of each, ``separate_first``, ``truncate``.
-        decoder_plan, decoder_layers: of the layers behind it, at full length; 2 where neither says how many.
-        feed_forward: hidden width of the layers at full length; the funnel's own is among its options.
-        stack: see :class:`regard.models.StackConfig`; of both stacks at full length, without exits.
+        plan, num_layers: the layers before the funnel, at full length; 4 if neither sets the number.
+        funnel: options of the layer ``funnel``, such as ``blocks``, ``layers`` of each, ``separate_first``,
+            ``truncate``.
+        decoder_plan, decoder_layers: the layers after the funnel, at full length; 2 if neither sets the number.
+        feed_forward: hidden width in the layers at full length; the funnel's is one of its options.
+        stack: see :class:`regard.models.StackConfig`; applies to both stacks at full length and has no exits.
         dim, num_heads, head_dim, num_kv_heads, positions, position_options, max_length, dropout, norm, loss_weights: as
-            in :class:`regard.models.LanguageModelConfig`; dropout is not in the funnel.
+            in :class:`regard.models.LanguageModelConfig`; the funnel has no dropout.
     """
 
     num_classes: int
@@ -71,11 +72,11 @@ class FunnelEncoderConfig(LayersConfig):
 
 
 class FunnelEncoder(PyramidEncoder):
-    """Two stages: layers at full length, then a funnel, which goes back to them; see :class:`FunnelEncoderConfig`.
+    """Layers at full length, a funnel, and a decoder at full length; see :class:`FunnelEncoderConfig`.
 
     Attributes:
         config: a :class:`FunnelEncoderConfig`.
-        funnel: the layer.
+        funnel: the funnel layer.
     """
 
     config: Any
@@ -88,5 +89,5 @@ class FunnelEncoder(PyramidEncoder):
 
     @property
     def funnel(self) -> FunnelPooling:
-        """The layer between the two stages."""
+        """The funnel layer between the two stages."""
         return self.stages[1].shortening.layer  # type: ignore[union-attr,return-value]

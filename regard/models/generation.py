@@ -1,4 +1,4 @@
-"""Text from logits: sampling, one token after another, and beam search, for every model that continues a sequence."""
+"""Text generation for every model that continues a sequence: sampling token by token, and beam search."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 Read = Callable[[Tensor, Tensor, Mask | None, Any], tuple[Tensor, Any]]
-"""``read(ids (B, N), last (B), mask, state) -> (logits (B, vocab) at place `last` of each row, state after the ids)``."""
+"""``read(ids (B, N), last (B), mask, state) -> (logits (B, vocab) at token `last` of each row, state after ids)``."""
 
 
 @dataclass
 class Prompts:
-    """Right-padded sequences that grow by one token at a time, and what of them is still to be read.
+    """Right-padded sequences that grow by one token at a time, and the part of them that is still to be read.
 
     Attributes:
         whole: (B, N) all tokens so far.
-        lengths: (B) how many of a row are valid.
-        ragged: whether some are not, in the tokens to be read next.
-        unread: (B, n) those tokens.
-        last: (B) the last valid place in them.
+        lengths: (B) number of valid tokens in each row.
+        ragged: whether the unread tokens include padding.
+        unread: (B, n) the tokens to be read next.
+        last: (B) index of the last valid unread token.
     """
 
     whole: Int[Tensor, "b n"]
@@ -42,7 +42,7 @@ class Prompts:
 
     @classmethod
     def of(cls, ids: Int[Tensor, "b n"], mask: Mask | None) -> Prompts:
-        """From ids padded anywhere or packed; raises Unsupported for a row without a token."""
+        """Make prompts from ids padded anywhere or packed; raises Unsupported for a row without a token."""
         check_ids(ids)
         layout = gathering(mask, ids.shape[0], ids.shape[1], ids.device)
         whole = layout.gather(ids, axis=1)
@@ -55,20 +55,20 @@ class Prompts:
 
     @property
     def mask(self) -> Mask | None:
-        """The logits of the unread tokens."""
+        """The mask of the unread tokens; None if they have no padding."""
         return Mask(lengths=self.last + 1) if self.ragged else None
 
     def repeat(self, times: int) -> Prompts:
-        """Each row so often, side by side."""
+        """Repeat each row `times` times, next to each other."""
         whole, lengths = (x.repeat_interleave(times, 0) for x in (self.whole, self.lengths))
         return Prompts(whole, lengths, self.ragged, whole, lengths - 1)
 
     def select(self, rows: Int[Tensor, " rows"]) -> Prompts:
-        """The chosen rows, in that order."""
+        """Return the chosen rows, in that order."""
         return Prompts(self.whole[rows], self.lengths[rows], self.ragged, self.unread[rows], self.last[rows])
 
     def append(self, token: Int[Tensor, " b"], *, reread: bool) -> Prompts:
-        """With one more token in each row; `reread` makes the whole sequence unread again."""
+        """Append a token to each row; `reread` marks the whole sequence as unread again."""
         whole = F.pad(self.whole, (0, 1)).scatter(1, self.lengths[:, None], token[:, None])
         if reread:
             return Prompts(whole, self.lengths + 1, self.ragged, whole, self.lengths)
@@ -84,11 +84,11 @@ def generate(
     length_penalty: float | None = None,
     **options: Any,
 ) -> Int[Tensor, "b new"]:
-    """The tokens of :func:`generate_stream` side by side, or with more than one beam those of :func:`beam_search`.
+    """Generate tokens by :func:`generate_stream`, or with more than one beam by :func:`beam_search`.
 
     Args:
-        length_penalty: of a beam search; 1 when None.
-        options: of :func:`generate_stream`; a beam search does not sample.
+        length_penalty: the length penalty of a beam search; 1 when None.
+        options: as for :func:`generate_stream`; a beam search does not sample.
     """
     at_least("beams", beams, 1)
     if beams == 1:
@@ -122,16 +122,17 @@ def generate_stream(
     """Continue prompts; yields the next token of every row until all have stopped.
 
     Args:
-        read: the model.
+        read: reads tokens and returns logits, see `Read`.
         ids: prompts, at least one token each; padded anywhere or packed, as `mask` says.
-        state: what `read` is given first; each time when not `use_state`, else its last state from then on.
-        temperature: 0 for the likeliest token, else logits are divided by it before sampling.
+        state: the state passed to the first call of `read`. Later calls get the state that `read` returned, or this one
+            again when not `use_state`.
+        temperature: logits are divided by the temperature before sampling; 0 takes the likeliest token.
         top_k: sample among the k likeliest tokens.
-        top_p: sample among the likeliest tokens that together have this probability (nucleus sampling,
+        top_p: sample among the likeliest tokens that together reach this probability (nucleus sampling,
             arXiv 1904.09751).
-        stop_tokens: a row stops after one of them, and repeats it until the others have stopped too.
-        generator: source of the samples.
-        use_state: False reads the whole sequence again for each token.
+        stop_tokens: a row stops after one of these tokens, and repeats it until all other rows have stopped too.
+        generator: random generator for sampling.
+        use_state: if False, the whole sequence is read again for each token.
     """
     at_least("max_new_tokens", max_new_tokens, 0)
     check_sampling(temperature, top_k, top_p)
@@ -164,14 +165,15 @@ def beam_search(
     stop_tokens: Sequence[int] = (),
     use_state: bool = True,
 ) -> Int[Tensor, "b new"]:
-    """The best continuation of each row that a search over `beams` hypotheses finds.
+    """Return the best continuation of each row found by a beam search over `beams` hypotheses.
 
-    A hypothesis of n new tokens is worth the sum of their log-probabilities over ``n ** length_penalty``; the `beams`
-    best are kept after each token, finished ones among them. The search ends when no unfinished one can overtake.
+    The score of a hypothesis of n new tokens is the sum of their log-probabilities divided by ``n ** length_penalty``.
+    The `beams` best hypotheses, finished or not, are kept after each token. The search ends when no unfinished
+    hypothesis can overtake the best finished one.
 
     Args:
-        beams: hypotheses of each row; 1 takes the likeliest token each time.
-        length_penalty: 0 for the likelihood of the whole, which favours short answers; 1 for the mean of a token.
+        beams: number of hypotheses of each row; 1 takes the likeliest token each time.
+        length_penalty: 0 scores by the total log-probability, which favours short answers; 1 by the mean per token.
         others: as in :func:`generate_stream`; a state is a :class:`regard.contract.State`.
 
     Returns:
@@ -195,10 +197,10 @@ def beam_search(
         logits, after = read(prompts.unread, prompts.last, prompts.mask, state)
         precise = wide(logits)
         nats = precise.log_softmax(-1).view(rows, beams, -1)
-        if score is None:  # hypotheses of a row are still the same: only the first counts
+        if score is None:  # all hypotheses of a row are still identical: only the first counts
             score = nats.new_full((rows, beams), -torch.inf)
             score[:, 0] = 0
-        else:  # a finished hypothesis goes on in one way, at no cost
+        else:  # a finished hypothesis only repeats its stop token, at no cost
             frozen = torch.full_like(nats, -torch.inf).scatter(-1, new[..., -1:], 0)
             nats = torch.where(finished[..., None], frozen, nats)
         length = torch.where(finished, length, step)
@@ -210,7 +212,7 @@ def beam_search(
         finished, length = finished.gather(1, parent), length.gather(1, parent)
         new = torch.cat([new.gather(1, parent[..., None].expand(-1, -1, step - 1)), token[..., None]], -1)
         finished = finished | torch.isin(token, stop)
-        # What an unfinished hypothesis may still be worth: its score only falls, its length only grows.
+        # Upper bound of an unfinished hypothesis's score: its log-probability only falls, its length only grows.
         hope = torch.where(finished, -torch.inf, score / max_new_tokens**length_penalty).amax(1)
         leader = torch.where(finished, score / length**length_penalty, -torch.inf).amax(1)
         if bool((leader >= hope).all()):
@@ -227,7 +229,7 @@ def beam_search(
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise Unsupported for options of :func:`sample` that do not go together."""
+    """Raise Unsupported for invalid or incompatible options of :func:`sample`."""
     at_least("temperature", temperature, 0.0)
     if temperature == 0 and (top_k is not None or top_p is not None):
         raise Unsupported(
@@ -247,7 +249,7 @@ def sample(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, " b"]:
-    """A token from each row of logits; options as in :func:`generate_stream`."""
+    """Sample a token from each row of logits; options as in :func:`generate_stream`."""
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(-1)
@@ -262,7 +264,7 @@ def distribution(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Float[Tensor, "*b vocab"]:
-    """The probabilities of :func:`sample`, of each token of the vocabulary, in at least float32."""
+    """Return the probability with which :func:`sample` draws each token of the vocabulary, in at least float32."""
     check_sampling(temperature, top_k, top_p)
     zeros = torch.zeros_like(wide(logits))
     if temperature == 0:
@@ -274,15 +276,15 @@ def distribution(
 def _ordered(
     logits: Float[Tensor, "*b vocab"], temperature: float, top_k: int | None, top_p: float | None
 ) -> tuple[Float[Tensor, "*b vocab"], Int[Tensor, "*b vocab"]]:
-    """Probabilities, the largest first, and whose they are."""
+    """Return the probabilities in descending order, and their tokens."""
     ordered, tokens = wide(logits).sort(-1, descending=True)
-    ordered = ordered - ordered[..., :1]  # first, so that no temperature makes a score infinite
+    ordered = ordered - ordered[..., :1]  # before the division, so that no temperature makes a score infinite
     ordered = ordered / max(temperature, torch.finfo(ordered.dtype).tiny)
     kept = torch.ones_like(ordered, dtype=torch.bool)
     if top_k is not None:
         kept[..., top_k:] = False
     if top_p is not None:
-        # A token stays when the likelier ones together have less than top_p, so the likeliest always stays.
+        # A token is kept if the likelier tokens together have less than top_p, so the likeliest is always kept.
         probability = ordered.softmax(-1)
         kept &= probability.cumsum(-1) - probability < top_p
     return ordered.masked_fill(~kept, -torch.inf).softmax(-1), tokens

@@ -1,15 +1,16 @@
-"""What each head of an encoder says for each class, directly: its logits, taken apart without a rest.
+"""Direct logit attribution: decompose an encoder's logits exactly into the contribution of each head.
 
-The last hidden state is a sum: the embedding, what each head of each layer adds through its part of the output projection, and
-what the feed-forward networks add. The last norm is linear once its statistics are those of the whole, and so are the pool and
-the head, so that the logits are the sum of what each part gives by itself::
+The last hidden state is a sum of the embedding, the output of each head of each layer through its part of the output
+projection, and the outputs of the feed-forward networks. With its statistics fixed to those of the whole sum, the last
+norm is linear, and so are the pool and the head. So the logits are the sum of the contributions of these parts::
 
     found = read_heads(model, tokens)
-    found.heads[0]                                           # (B, H, classes) of the first layer
+    found.heads[0]                                           # the first layer's contributions (B, H, classes)
     found.total                                              # the model's logits
 
-In a model of one layer (Wide Attention, Brown et al., arXiv 2210.00640) this is all that a head does, but for what passes the
-feed-forward network; in a deeper one a head acts through later layers too, which is counted with those.
+In a model of one layer (Wide Attention, Brown et al., arXiv 2210.00640) this is a head's whole effect, except through
+the feed-forward network. In a deeper model a head also acts through later layers, and that effect is attributed to
+them.
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ LINEAR_POOLS = ("mean", "first", "last")
 
 @dataclass(frozen=True)
 class HeadReadout:
-    """Parts of the logits of an encoder.
+    """The contributions of an encoder's parts to its logits.
 
     Attributes:
-        heads: of each layer (B, H, classes).
-        others: (B, classes) of the ``embedding``, of the feed-forward networks (``feed_forward 0``, ...), and of all ``biases``.
-        weights: of each layer the attention weights (B, H, N, N) of right-padded tokens; None where the mechanism gives none.
+        heads: for each layer, the contributions of its heads (B, H, classes).
+        others: the contributions (B, classes) of the ``embedding``, the feed-forward networks (``feed_forward 0``, ...)
+            and all ``biases``.
+        weights: for each layer, the attention weights (B, H, N, N) of right-padded tokens; None if the mechanism has
+            none.
     """
 
     heads: list[Float[Tensor, "b h k"]]
@@ -52,7 +55,7 @@ class HeadReadout:
 
     @property
     def total(self) -> Float[Tensor, "b k"]:
-        """The logits."""
+        """The model's logits: the sum of all contributions."""
         return sum((x.sum(1) for x in self.heads), start=sum(self.others.values(), start=torch.zeros(())))
 
 
@@ -60,11 +63,11 @@ class HeadReadout:
 def read_heads(
     model: Encoder, inputs: Int[Tensor, "b n"] | Float[Tensor, "b n f"], *, context: Context | None = None
 ) -> HeadReadout:
-    """The part of each head in the logits of an encoder, in evaluation mode.
+    """Compute the contribution of each head to an encoder's logits, in evaluation mode.
 
     Args:
-        model: with a mean, first or last pool, layers of attention, and a stack without extras.
-        inputs, context: as of :meth:`regard.models.Encoder.forward`.
+        model: an encoder with a mean, first or last pool, attention layers, and the default stack.
+        inputs, context: as for :meth:`regard.models.Encoder.forward`.
 
     Raises:
         Unsupported: for other models.
@@ -110,7 +113,7 @@ def read_heads(
 
 
 def _blocks(model: Encoder) -> list[Block]:
-    """The blocks of a model that can be read."""
+    """Return a model's blocks; raises Unsupported if its heads cannot be read."""
     if not isinstance(model, Encoder) or model.config.pool not in LINEAR_POOLS:
         pool = f" with pool={model.config.pool!r}" if isinstance(model, Encoder) else ""
         raise Unsupported(
@@ -130,7 +133,7 @@ def _blocks(model: Encoder) -> list[Block]:
 
 
 def _at_scale(norm: nn.Module, x: Float[Tensor, "b n c"]) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """The norm as a linear function, with its statistics those of `x`, and the constant that it adds."""
+    """The norm as a linear function, with its statistics fixed to those of `x`, and the constant that it adds."""
     none = x.new_zeros(())
     if isinstance(norm, nn.Identity):
         return lambda part: part, none

@@ -1,4 +1,4 @@
-"""An image backbone as a model of tasks, which give images as patches.
+"""An image backbone as a model for tasks, which give images as patches.
 
 ::
 
@@ -34,11 +34,11 @@ class ImageModelConfig:
     Attributes:
         backbone: a name of :func:`regard.models.vision.list_backbones`.
         num_classes: width of the output.
-        grid: rows and columns of patches; three numbers of volumes, whose patches are cubes.
-        patch: side of a patch in pixels; its features are its pixels row by row, the channels of a pixel together.
-        channels: of the images.
-        options: of the backbone.
-        feed_forward: of no meaning here: widths are the backbone's.
+        grid: rows and columns of patches; three numbers for volumes, whose patches are cubes.
+        patch: side of a patch in pixels; its features are its pixels row by row, channels last.
+        channels: number of channels of the images.
+        options: options of the backbone.
+        feed_forward: unused; the backbone sets its own widths.
     """
 
     backbone: str
@@ -63,7 +63,7 @@ class ImageModelConfig:
         return tuple(side * self.patch for side in self.grid)
 
     def read(self) -> tuple[type[Backbone], Any]:
-        """Class and config of the backbone; raises Unsupported for unknown options and sizes that it cannot take."""
+        """Return the backbone's class and config; raises Unsupported for unknown options or unsupported sizes."""
         given: dict[str, Any] = {"image_size": self.image_size, "channels": self.channels}
         for name in (*given, "num_classes"):
             if name in self.options:
@@ -73,7 +73,7 @@ class ImageModelConfig:
 
     @classmethod
     def for_task(cls, task: Task, backbone: str, options: Mapping[str, Any]) -> ImageModelConfig:
-        """The configuration for a task that classifies images.
+        """Return the configuration for an image classification task.
 
         Raises:
             Unsupported: for another task.
@@ -89,7 +89,7 @@ class ImageModelConfig:
 
 
 def patches_of(task: Task, name: str) -> tuple[int, int]:
-    """Side of a task's patches in pixels, and channels; raises Unsupported, for the model `name`, for other features."""
+    """Infer the side of a task's patches in pixels and the number of channels; `name` is the model named in errors."""
     assert task.features is not None and task.grid is not None
     axes = len(task.grid)
     own = getattr(task, "patch", None)
@@ -107,7 +107,7 @@ def patches_of(task: Task, name: str) -> tuple[int, int]:
 
 @contextmanager
 def _named(backbone: str) -> Iterator[None]:
-    """Refusals that say which backbone of several it is."""
+    """Name the backbone in any Unsupported error raised inside the block."""
     try:
         yield
     except Unsupported as error:
@@ -117,7 +117,7 @@ def _named(backbone: str) -> Iterator[None]:
 
 
 class ImageModel(nn.Module):
-    """Patches put together to images, and the backbone; see :class:`ImageModelConfig`.
+    """Joins patches into images and applies a backbone; see :class:`ImageModelConfig`.
 
     Raises:
         Unsupported: for images of a size that the backbone cannot take.
@@ -133,11 +133,11 @@ class ImageModel(nn.Module):
                 self.backbone.check_size(*config.image_size)
 
     def forward(self, inputs: Float[Tensor, "b n f"], *, context: Context | None = None) -> Result:
-        """Logits of the classes.
+        """Compute the logits of the classes.
 
         Args:
             inputs: patches, row by row.
-            context: its grid, whose rows and columns may be others than the config's where the backbone takes any size.
+            context: the grid, which may differ from the config's if the backbone takes any size.
 
         Returns:
             output (B, num_classes), and the losses of the backbone's layers.
@@ -148,7 +148,7 @@ class ImageModel(nn.Module):
         return self.backbone.forward_with_losses(self.images(inputs, self.grid_of(context)))
 
     def grid_of(self, context: Context | None) -> tuple[int, ...] | None:
-        """The grid of a call, if it says one; raises Unsupported for padding and roles."""
+        """Return the grid of a call's context, if given; raises Unsupported for padding and roles."""
         context = given_context(context)
         if context.mask is not None or context.roles is not None:
             name = self.config.backbone
@@ -156,7 +156,7 @@ class ImageModel(nn.Module):
         return context.grid
 
     def images(self, inputs: Float[Tensor, "b n f"], grid: tuple[int, ...] | None = None) -> Float[Tensor, "b c h w"]:
-        """The images that patches were cut from, on the config's grid or another; raises Unsupported for another shape."""
+        """Join patches into images, on the config's grid or the given one; raises Unsupported for another shape."""
         grid, patch, channels = grid or self.config.grid, self.config.patch, self.config.channels
         tokens, width = math.prod(grid), patch ** len(grid) * channels
         if inputs.ndim != 3 or inputs.shape[1:] != (tokens, width):

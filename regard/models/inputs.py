@@ -1,4 +1,4 @@
-"""What a model is given: tokens that have an embedding, and masks of the layout that its layers see."""
+"""Checks and embedding of a model's inputs, and the masks of its layers' right-padded layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_ids(ids: Int[Tensor, "b n"]) -> None:
 
 
 def embed_tokens(table: nn.Module, tokens: Tensor) -> Float[Tensor, "b n c"]:
-    """Rows of an embedding, or projected features; an id that has no row raises Unsupported (on a CPU, outside a graph)."""
+    """Embed tokens or project features; an id out of range raises Unsupported (on a CPU, outside a compiled graph)."""
     if torch.compiler.is_compiling():
         return table(tokens)
     try:
@@ -39,7 +39,7 @@ def embed_tokens(table: nn.Module, tokens: Tensor) -> Float[Tensor, "b n c"]:
 
 
 def right_padded_mask(mask: Mask | None, layout: Gathering) -> Mask | None:
-    """The mask that the layers see once tokens are gathered to the right-padded layout."""
+    """Return the mask for the layers after tokens are gathered into the right-padded layout."""
     bias = None if mask is None else mask.bias
     blocks = None if mask is None else mask.blocks
     if bias is not None and layout.lengths is not None:

@@ -1,4 +1,4 @@
-"""Tokens that a mechanism inserts into the sequence (landmarks): put in before the layers, taken out after them."""
+"""Tokens that a mechanism inserts into the sequence (landmarks): added before the layers, removed after them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Inserted:
     ids: Int[Tensor, "b n2"]
     context: Context
     places: Int[Tensor, "b n"] | None = None
-    """Where the sequence's own tokens are; None when nothing was inserted."""
+    """Indices of the sequence's own tokens; None when nothing was inserted."""
 
     def drop(self, x: Float[Tensor, "b n2 c"]) -> Float[Tensor, "b n c"]:
-        """The output at the sequence's own tokens."""
+        """Keep only the output at the sequence's own tokens."""
         if self.places is None:
             return x
         return x.gather(1, self.places[..., None].expand(-1, -1, x.shape[-1]))
@@ -38,15 +38,15 @@ class Inserted:
 
 @dataclass(frozen=True)
 class Insertion:
-    """The insertion that a plan needs.
+    """The token insertion that a plan needs.
 
     A card's ``prepare(ids, config) -> (ids, roles)`` must be a function of the prefix: what it inserts before a token
-    does not depend on that token or on later ones. Tokens inserted behind a token are read together with it, so that a
-    sequence may be split anywhere.
+    does not depend on that token or on later ones. Tokens inserted after a token are read together with it, so that a
+    sequence can be split anywhere.
 
     Attributes:
-        prepare: the card's; None when no mechanism of the plan inserts tokens.
-        config: of the mechanism that does.
+        prepare: the card's function; None when no mechanism of the plan inserts tokens.
+        config: the config of the mechanism that inserts tokens.
         vocab_size: an inserted token of role r has the embedding ``vocab_size + r - 1``.
     """
 
@@ -56,7 +56,7 @@ class Insertion:
 
     @classmethod
     def of_plan(cls, plan: Plan, vocab_size: int) -> Insertion:
-        """The insertion of a plan's mechanisms; raises Unsupported when two of them differ."""
+        """Return the insertion of a plan's mechanisms; raises Unsupported when two of them differ."""
         found: list[tuple[Any, Any]] = []
         for name, options in plan:
             card = get_mechanism(name)
@@ -72,18 +72,18 @@ class Insertion:
 
     @property
     def extra_tokens(self) -> int:
-        """Embeddings needed beyond the vocabulary."""
+        """Number of embeddings needed beyond the vocabulary."""
         return 0 if self.prepare is None else len(Role) - 1
 
     def insert(
         self, ids: Int[Tensor, "b n"], past: Int[Tensor, " b"], new: Int[Tensor, " b"], context: Context
     ) -> Inserted:
-        """Insert into right-padded ids.
+        """Insert the tokens into right-padded ids.
 
         Args:
-            past: tokens of each row that were read before (without the inserted ones).
-            new: valid tokens of each row of `ids`.
-            context: of the layers, without inserted tokens.
+            past: number of tokens of each row that were read before, not counting inserted ones.
+            new: number of valid tokens in each row of `ids`.
+            context: the layers' context, without inserted tokens.
         """
         if self.prepare is None:
             return Inserted(ids, context)

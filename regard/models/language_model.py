@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from regard.tasks.protocol import Task
 
 IGNORED = -100
-"""A target without loss, as in `torch.nn.functional.cross_entropy`."""
+"""The target that is ignored in the loss, as in `torch.nn.functional.cross_entropy`."""
 
 
 @dataclass(frozen=True)
@@ -56,26 +56,27 @@ class LanguageModelConfig(LayersConfig):
         dim: width of the residual stream.
         plan: a mechanism for all layers, or a list with a name or (name, options) for each layer. The options
             ``positions``, ``feed_forward``, ``num_heads``, ``head_dim`` and ``num_kv_heads`` override those below;
-            ``feed_forward_kind`` is ``swiglu`` (as where there is none), ``gelu``, ``bilinear`` (a gate without an
-            activation), ``mixture_of_experts`` (`feed_forward` is then the width of each expert) or a projection such as
-            ``token_parameter``, ``feed_forward_options`` are its options (``bias`` of the first three; see
-            :class:`regard.layers.feed_forward.MixtureOfExperts`). :mod:`regard.models.plans` has the plans of some papers.
-        num_layers: how often to repeat a single name (4 when None); the length of a list.
+            ``feed_forward_kind`` is ``swiglu`` (the default), ``gelu``, ``bilinear`` (a gate without an activation),
+            ``mixture_of_experts`` (`feed_forward` is then the width of each expert) or a projection such as
+            ``token_parameter``; ``feed_forward_options`` are the network's options (``bias`` for the first three; see
+            also :class:`regard.layers.feed_forward.MixtureOfExperts`). :mod:`regard.models.plans` has plans from
+            papers.
+        num_layers: number of layers; a single name is repeated as often (4 times when None), a list has to be as long.
         num_heads, head_dim, num_kv_heads: heads of every layer; as in :func:`regard.create_layer`.
-        feed_forward: hidden width of feed-forward networks that have one; 8/3 of `dim` (4 of it for ``gelu``) when None, 0
-            for blocks without a network.
+        feed_forward: hidden width of feed-forward networks that have one; 8/3 of `dim` (4 times `dim` for ``gelu``)
+            when None, 0 for blocks without a network.
         positions: a scheme of :mod:`regard.positions`, or ``auto``: rotary where a mechanism accepts it, none for
-            recurrences with gates, sinusoidal at the input when no layer would know the order of its tokens.
-        position_options: of that scheme.
-        max_length: number of learned positions, and of those that sequential encodings can write.
-        dropout: of the embedding and of each residual branch.
-        tie_embeddings: whether the output projection is the embedding's table (its logits then scaled by dim^-0.5).
-        norm: of :func:`regard.layers.norms.make_norm`, as ``rms`` or ``rms:1e-5``.
-        embedding_norm: the same, of the embedding with its positions; ``none`` as a rule.
-        embedding_dim: width of the table of tokens, which a projection then takes to `dim` (factorised embeddings, ALBERT,
-            arXiv 1909.11942); `dim` itself, without a projection, when None. A tied output goes the same way back.
-        loss_weights: weight of each auxiliary loss by name; when not given, that of its paper or public code for sequential
-            positions (0.1), ``commitment`` (1e-4) and ``reconstruction`` (1), and 0.01 for all others.
+            recurrences with gates, sinusoidal at the input if otherwise no layer would know the order of its tokens.
+        position_options: options of that scheme.
+        max_length: number of learned positions, or of positions that sequential encodings can represent.
+        dropout: dropout probability of the embedding and of each residual branch.
+        tie_embeddings: whether the output projection reuses the embedding table (with logits scaled by dim^-0.5).
+        norm: a norm of :func:`regard.layers.norms.make_norm`, such as ``rms`` or ``rms:1e-5``.
+        embedding_norm: a norm of the embedding with its positions; ``none`` by default.
+        embedding_dim: width of the embedding table, followed by a projection to `dim` (factorised embeddings, ALBERT,
+            arXiv 1909.11942); when None, the width is `dim`, without a projection. A tied output uses the same factors.
+        loss_weights: weight of each auxiliary loss by name. The defaults are those of papers or public code for
+            sequential positions (0.1), ``commitment`` (1e-4) and ``reconstruction`` (1), and 0.01 for all others.
         stack: how the blocks are stacked: a :class:`regard.models.stack.StackConfig`, or a mapping of its options.
     """
 
@@ -98,13 +99,13 @@ class LanguageModelConfig(LayersConfig):
 
     @classmethod
     def for_task(cls, task: Task, plan: Any, **sizes: Any) -> LanguageModelConfig:
-        """As :func:`regard.models.registry.config_for` asks for it."""
+        """Return the config for a task (the hook of :func:`regard.models.registry.config_for`)."""
         return cls(task.vocab_size or 0, plan=plan, **sizes)
 
 
 @dataclass(frozen=True)
 class ModelState(State):
-    """The state of a model for each sequence: that of each layer, and the number of tokens read.
+    """The state of a model for each sequence: the state of each layer, and the number of tokens read.
 
     Inserted tokens (landmarks) are not counted in `length`.
     """
@@ -120,8 +121,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.insertion = Insertion.of_plan(config.plan, config.vocab_size)
-        # Entries of size 1, as large as what the branches add: with 0.02 the first layers drown the tokens, and a small
-        # model does not learn to copy or recall in thousands of steps.
+        # The embedding has entries of size 1, as large as the branches' outputs: with 0.02 the first layers drown out
+        # the tokens, and a small model does not learn to copy or recall in thousands of steps.
         tokens = config.vocab_size + self.insertion.extra_tokens
         self.embedding = make_embedding(tokens, config.dim, config.embedding_dim)
         scheme = input_positions(config.plan, config.positions)
@@ -135,22 +136,23 @@ class LanguageModel(nn.Module):
     def forward(
         self, ids: Int[Tensor, "b n"], *, context: Context | None = None, state: ModelState | None = None
     ) -> Result:
-        """Logits of each next token.
+        """Compute the logits of each next token.
 
         Args:
             ids: tokens, padded anywhere or packed, as `context.mask` says.
-            context: its mask, positions, roles, generator, progress; ``want={"state"}`` starts a state.
-            state: continue from it; the result then has the new state. A packed call has one row a document.
+            context: mask, positions, roles, generator, progress; ``want={"state"}`` starts a state.
+            state: the state to continue from; the result then has the new state. A packed call has one row per
+                document.
 
         Returns:
             output (B, N, vocab_size), zero at padding; state; auxiliary losses summed over the layers; extras as lists
-            with one entry for each layer that has them, in the layers' right-padded layout; those of exits, in the
-            layout of `ids`, as :func:`regard.models.exits.run_with_exits` says (in training logits).
+            with one entry for each layer that has them, in the layers' right-padded layout. The extras of exits are in
+            the layout of `ids`, see :func:`regard.models.exits.run_with_exits` (in training they are logits).
         """
         return apply_head(self.features(ids, context=context, state=state), self.logits, self.exits)
 
     def logits(self, features: Float[Tensor, "*b c"]) -> Float[Tensor, "*b vocab"]:
-        """The output projection."""
+        """Apply the output projection."""
         if self.head is not None:
             return self.head(features)
         return tied_logits(features, self.embedding, self.config.vocab_size)
@@ -158,7 +160,7 @@ class LanguageModel(nn.Module):
     def features(
         self, ids: Int[Tensor, "b n"], *, context: Context | None = None, state: ModelState | None = None
     ) -> Result:
-        """As :meth:`forward`, before the output projection: (B, N, dim)."""
+        """Like :meth:`forward`, but before the output projection: (B, N, dim)."""
         context = given_context(context)
         check_ids(ids)
         layout = gathering(context.mask, ids.shape[0], ids.shape[1], ids.device)
@@ -194,7 +196,7 @@ class LanguageModel(nn.Module):
     def embed(
         self, ids: Int[Tensor, "b n"], past: Int[Tensor, " b"] | None, context: Context
     ) -> tuple[Float[Tensor, "b n c"], Context, dict[str, Loss]]:
-        """Tokens with their positions after `past` ones, the layers' context, and losses of the positions."""
+        """Embed tokens at positions after `past` tokens; also return the layers' context and the positions' losses."""
         x = embed_tokens(self.embedding, ids)
         losses: dict[str, Loss] = {}
         if self.positions is not None:
@@ -213,10 +215,10 @@ class LanguageModel(nn.Module):
     def loss(
         self, ids: Int[Tensor, "b n"], targets: Int[Tensor, "b n"] | None = None, *, context: Context | None = None
     ) -> Float[Tensor, ""]:
-        """Mean cross entropy of the targets in nats (with exits, of theirs too), plus the weighted auxiliary losses.
+        """Mean cross entropy of the targets in nats (including the exits' losses), plus weighted auxiliary losses.
 
         Args:
-            targets: token to predict at each place, -100 for none; the next valid token of the sequence when None.
+            targets: the token to predict at each position, -100 for none; the sequence's next valid token when None.
         """
         return next_token_loss(partial(self, ids), self.config.loss_weights, ids, targets, context)
 
@@ -229,11 +231,11 @@ class LanguageModel(nn.Module):
         length_penalty: float | None = None,
         **options: Any,
     ) -> Int[Tensor, "b new"]:
-        """The tokens of :meth:`generate_stream` (with its options), side by side, or those that a beam search finds.
+        """Generate tokens by sampling (with the options of :meth:`generate_stream`) or by beam search.
 
         Args:
-            beams: hypotheses that a beam search keeps; 1 for none. It does not sample.
-            length_penalty: of a beam search, which ranks hypotheses by the sum of their log-probabilities over
+            beams: number of hypotheses that a beam search keeps; 1 for no beam search. A beam search does not sample.
+            length_penalty: a beam search ranks hypotheses by the sum of their log-probabilities divided by
                 ``new tokens ** length_penalty``; 1 when None.
         """
         read = self.reader(options.get("use_state", True))
@@ -254,17 +256,17 @@ class LanguageModel(nn.Module):
     ) -> Iterator[Int[Tensor, " b"]]:
         """Continue prompts; yields the next token of every row until all have stopped.
 
-        The prompt is read once, then each token is one step through the state, without dropout.
+        The prompt is read once; then each token takes one step from the state. Dropout is off.
 
         Args:
             ids: prompts, at least one token each; padded anywhere or packed, as `mask` says.
-            temperature: 0 for the likeliest token, else logits are divided by it before sampling.
+            temperature: logits are divided by the temperature before sampling; 0 takes the likeliest token.
             top_k: sample among the k likeliest tokens.
-            top_p: sample among the likeliest tokens that together have this probability (nucleus sampling,
+            top_p: sample among the likeliest tokens that together reach this probability (nucleus sampling,
                 arXiv 1904.09751).
-            stop_tokens: a row stops after one of them, and repeats it until the others have stopped too.
-            generator: source of the samples.
-            use_state: False reads the whole sequence again for each token, for mechanisms without a state.
+            stop_tokens: a row stops after one of these tokens, and repeats it until all other rows have stopped too.
+            generator: random generator for sampling.
+            use_state: if False, the whole sequence is read again for each token, for mechanisms without a state.
         """
         return generate_stream(
             self.reader(use_state),
@@ -280,8 +282,10 @@ class LanguageModel(nn.Module):
         )
 
     def reader(self, use_state: bool = True) -> Read:
-        """What reads tokens for :mod:`regard.models.generation`: without dropout, and from packed copies of the weights,
-        which live as long as it does."""
+        """Return a function that reads tokens for :mod:`regard.models.generation`, without dropout.
+
+        The function keeps packed copies of the weights for as long as it lives.
+        """
         weights, modules = FrozenWeights(), list(self.modules())
         want = frozenset({"state"} if use_state else ())
 
@@ -302,7 +306,7 @@ def next_token_loss(
     targets: Int[Tensor, "b n"] | None,
     context: Context | None,
 ) -> Float[Tensor, ""]:
-    """The loss of a model that `run` calls with a context, see :meth:`LanguageModel.loss`."""
+    """Compute the loss of the model that `run` calls with a context, see :meth:`LanguageModel.loss`."""
     if targets is None:
         targets = next_tokens(ids, None if context is None else context.mask)
     if targets.shape != ids.shape:
@@ -322,12 +326,12 @@ def mean_nats(logits: Float[Tensor, "b n vocab"], targets: Int[Tensor, "b n"]) -
 
 
 def next_tokens(ids: Int[Tensor, "b n"], mask: Mask | None = None) -> Int[Tensor, "b n"]:
-    """The target at each place: the next valid token of its sequence, -100 at the last one and at padding."""
+    """Return the target at each position: the sequence's next valid token, -100 at the last token and at padding."""
     layout = gathering(mask, ids.shape[0], ids.shape[1], ids.device)
     dense = layout.gather(ids, axis=1)
     following = F.pad(dense, (0, 1), value=IGNORED)[:, 1:]
     if layout.lengths is not None:
         rank = torch.arange(dense.shape[1], device=ids.device)
         following = following.where(rank < layout.lengths[:, None] - 1, IGNORED)
-    # Scattering fills padding with 0, which is a token: shift the ignored value there for the way back.
+    # Scattering fills padding with 0, which is a token id: shift the targets so that 0 means ignored meanwhile.
     return layout.scatter(following - IGNORED, axis=1) + IGNORED

@@ -15,16 +15,16 @@ Plan = tuple[tuple[str, Mapping[str, Any]], ...]
 
 
 def read_plan(plan: str | Sequence[Any], num_layers: int | None) -> Plan:
-    """The plan of a model, one (name, options) a layer.
+    """Read the plan of a model: one (name, options) for each layer.
 
     Args:
-        plan: a mechanism for all layers or a pattern of several, as :func:`regard.models.variants.read_variant` reads it, or
-            a list with such a text or a (name, options) for each layer.
-        num_layers: how often to repeat a single name (4 when None), or a multiple of the pattern; must agree with a list's
-            length when given.
+        plan: a mechanism for all layers or a pattern of several, as :func:`regard.models.variants.read_variant` reads
+            it, or a list with such a string or a (name, options) for each layer.
+        num_layers: number of layers: how often to repeat a single name (4 when None), a multiple of a pattern's length,
+            or a list's length.
 
     Raises:
-        Unsupported: for an entry of another form, an unknown name, or a length that disagrees.
+        Unsupported: for an entry of another form, an unknown name, or a length that does not fit.
     """
     entries: list[Any]
     if isinstance(plan, str):
@@ -70,7 +70,7 @@ def _read_entry(entry: Any) -> tuple[str, Mapping[str, Any]]:
 
 
 def check_plan(plan: Plan, pattern: Pattern, where: str) -> None:
-    """Raise Unsupported for a mechanism of the plan that lacks the pattern or inserts tokens; `where` names the place."""
+    """Raise Unsupported if a mechanism of the plan lacks the pattern or inserts tokens; `where` goes into the error."""
     for name, options in plan:
         for card in (get_mechanism(name), mixing_card(name, options)):
             card.require_pattern(pattern)
@@ -79,11 +79,11 @@ def check_plan(plan: Plan, pattern: Pattern, where: str) -> None:
 
 
 def mixing_card(name: str, options: Mapping[str, Any]) -> Mechanism:
-    """The card that decides about positions: that of the wrapped mechanism, where a wrapper's options name one."""
+    """Return the card that decides about positions: a wrapper's inner mechanism if its options name one."""
     card = get_mechanism(name)
     return resolve(options["mechanism"])[0] if card.kind is Kind.WRAPPER and "mechanism" in options else card
 
 
 def layer_accepts(card: Mechanism, option: str) -> bool:
-    """Whether the mechanism's layer has an option of the attention shell (kinds of their own structure may not)."""
+    """Return whether the mechanism's layer has an option of the attention shell (its own module may not)."""
     return card.module is None or option in shell_options(card.module)

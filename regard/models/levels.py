@@ -1,8 +1,8 @@
-"""Deep supervision: a network that segments is also told what its coarser stages should have found.
+"""Deep supervision: the coarser decoder stages of a segmentation network have losses of their own.
 
-As in nnU-Net (Isensee et al., arXiv 1904.08128) and U-Mamba: each stage of the decoder but the coarsest has a loss against
-the targets nearest to its places, of half the weight of the next finer one; the weights add up to 1. In inference the coarser
-stages have no outputs.
+As in nnU-Net (Isensee et al., arXiv 1904.08128) and U-Mamba, each stage of the decoder except the coarsest has a loss
+against the targets nearest to its positions, with half the weight of the next finer stage; the weights add up to 1. In
+inference the coarser stages have no outputs.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class Level(NamedTuple):
-    """What a coarser stage gives.
+    """The output of a coarser stage, with its targets.
 
     Attributes:
-        logits: of the classes of its places.
-        targets: for each place, which of an item's targets it has, counted over all tokens.
-        weight: of its loss.
+        logits: class logits at its M positions.
+        targets: for each position, the index of its target among all targets of an item.
+        weight: weight of its loss.
     """
 
     logits: Float[Tensor, "b m k"]
@@ -34,8 +34,7 @@ class Level(NamedTuple):
 
 
 def level_weights(count: int) -> tuple[float, ...]:
-    """Weights of the losses of so many stages, from the finest: halved from one to the next, 0 for the coarsest of
-    several."""
+    """Return the loss weights of `count` stages, finest first, each half of the one before; 0 for the coarsest."""
     weights = [0.5**i for i in range(count)]
     if count > 1:
         weights[-1] = 0.0
@@ -45,10 +44,10 @@ def level_weights(count: int) -> tuple[float, ...]:
 def level_loss(
     levels: Sequence[Level], batch: Batch, finest: Tensor, loss: Callable[[Tensor, Batch], Tensor]
 ) -> Float[Tensor, ""]:
-    """The weighted mean of the loss of the finest stage, which is given, and of the coarser ones.
+    """Return the weighted mean of the finest stage's loss, given as `finest`, and the losses of the coarser stages.
 
     Args:
-        loss: of an output and a batch.
+        loss: a function of an output and a batch.
     """
     total = (1 - sum(level.weight for level in levels)) * finest
     for level in levels:

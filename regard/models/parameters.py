@@ -14,11 +14,11 @@ from regard.models.registry import Config, build_model
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 ALIGNED = 8
-"""Widths that are multiples of this run faster on most processors."""
+"""Widths that are multiples of this number run faster on most processors."""
 
 
 def count_parameters(model_or_config: nn.Module | Config) -> int:
-    """Number of trainable and frozen parameters, tied ones once. A config's model is built without storage."""
+    """Count all parameters, trainable or frozen, tied ones once. A config's model is built on the meta device."""
     if not isinstance(model_or_config, nn.Module):
         with torch.device("meta"):
             model_or_config = build_model(model_or_config)
@@ -26,13 +26,13 @@ def count_parameters(model_or_config: nn.Module | Config) -> int:
 
 
 def match_parameters(config: AnyConfig, target: int) -> AnyConfig:
-    """The config with the feed-forward width whose parameter count is nearest to `target`.
+    """Return the config with the feed-forward width that brings its parameter count nearest to `target`.
 
-    The count is linear in the width, so two counts give the line. A multiple of 8 is preferred when it is within half
-    a percent of the target. Layers whose plan has its own ``feed_forward`` keep it.
+    The count is linear in the width, so two counts determine it. A multiple of 8 is preferred if its count is within
+    half a percent of the target. Layers with their own ``feed_forward`` in the plan keep it.
 
     Raises:
-        Unsupported: when no width comes within 2 % of the target, with the smallest count that there is.
+        Unsupported: if no width comes within 2 % of the target; the message tells the smallest possible count.
     """
     smallest = count_parameters(replace(config, feed_forward=1))
     slope = count_parameters(replace(config, feed_forward=2)) - smallest

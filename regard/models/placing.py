@@ -1,4 +1,4 @@
-"""Positions in a model: which scheme its input and each of its layers has, and the input with them."""
+"""Position schemes in a model: choosing those of its input and its layers, and applying the input's."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 EMBEDDED_POSITIONS = ("sinusoidal", "learned", "seqpe")
-"""Schemes that act on the model's input rather than inside a layer."""
+"""Schemes that act on the model's input instead of inside its layers."""
 
 SHARED_POSITIONS = ("seqpe_mul", "seqpe_add", "seqpe_scalar")
-"""Schemes that act inside the layers, by vectors which the model makes of positions once for all of them."""
+"""Schemes that act inside the layers, through position vectors that the model computes once for all layers."""
 
 GATES = {"log_decay", "beta"}
-"""Inputs through which a recurrence knows the order of its tokens."""
+"""Mechanism inputs that make a recurrence aware of the order of its tokens."""
 
 
 def layer_positions(card: Mechanism, asked: str) -> str:
-    """The position scheme inside a layer, for the scheme asked of the model.
+    """Return the position scheme inside a layer, given the scheme requested for the model.
 
-    ``auto`` is rotary where the mechanism accepts it, and none for recurrences with gates (which know the order of
-    their tokens) and for kinds with a structure of their own; a card may name another default. A scheme of the model's
-    input is none inside the layers.
+    ``auto`` is rotary where the mechanism accepts it, and none for recurrences with gates (which are aware of the order
+    of their tokens) and for layers with a structure of their own; a card may name another default. With a scheme for
+    the model's input, layers have none.
     """
     if asked in EMBEDDED_POSITIONS:
         return "none"
@@ -43,9 +43,9 @@ def layer_positions(card: Mechanism, asked: str) -> str:
 
 
 def input_positions(plan: Plan, asked: str) -> str:
-    """The position scheme of a model's input, for the scheme asked of the model.
+    """Return the position scheme of a model's input, given the scheme requested for the model.
 
-    ``auto`` adds sinusoidal positions when no layer of the plan would know the order of its tokens otherwise.
+    ``auto`` adds sinusoidal positions if otherwise no layer of the plan would be aware of the order of its tokens.
     """
     if asked not in ("auto", *list_positions()):
         supported = ("auto", *list_positions())
@@ -82,7 +82,7 @@ def _knows_order(card: Mechanism) -> bool:
 
 
 def make_input_positions(name: str, config: Any) -> Positions | None:
-    """The module that adds positions to a model's input, or encodes them for all layers; None where neither is done."""
+    """Create the module that adds positions to a model's input, or encodes them for all layers; None if not needed."""
     if name not in (*EMBEDDED_POSITIONS, *SHARED_POSITIONS):
         return None
     options = dict(config.position_options) if name == config.positions else {}
@@ -105,10 +105,10 @@ def make_input_positions(name: str, config: Any) -> Positions | None:
 def place_input(
     scheme: Positions | None, x: Float[Tensor, "b n c"], where: Int[Tensor, "#b n"], context: Context, *, movable: bool
 ) -> tuple[Float[Tensor, "b n c"], Context, dict[str, Loss]]:
-    """A model's right-padded input with its positions, the context of its layers, and the losses of its scheme.
+    """Add positions to a model's right-padded input; returns it with the layers' context and the scheme's losses.
 
     Args:
-        movable: whether `where` are the ranks of whole sequences, which a scheme may move in training.
+        movable: whether `where` holds the ranks of whole sequences, which a scheme may shift in training.
     """
     losses: dict[str, Loss] = {}
     if scheme is None:

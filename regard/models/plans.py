@@ -1,4 +1,4 @@
-"""Plans of layers from papers, for the `plan` of a model's config::
+"""Layer plans from papers, for the `plan` of a model's config::
 
     config = LanguageModelConfig(
         vocab_size=256, plan=transnormer_plan(6, "T2"), norm="rms_nonparametric", tie_embeddings=True
@@ -8,7 +8,7 @@
         vocab_size=256, plan=tokenformer_plan(12, 256), norm="layer_nonparametric", tie_embeddings=True
     )
 
-A plan is a list with (name, options) for each layer, to be changed as any list.
+A plan is a list with (name, options) for each layer, and can be changed like any list.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TRANSNORMERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "T1": ({"activation": "relu"}, {"feature_map": "plain_elu"}),
     "T2": ({"activation": "softmax"}, {"feature_map": "elu"}),
 }
-"""Options of `diagonal` and of `norm_linear` in the two variants."""
+"""Options of `diagonal` and `norm_linear` in the two variants."""
 
 COUNTED = "plans of softmax, local and longformer"
 
@@ -45,21 +45,21 @@ def transnormer_plan(
     positions: str = "lrpe",
     glu_act: str | None = None,
 ) -> list[tuple[str, dict[str, Any]]]:
-    """TransNormer (Qin et al., arXiv 2210.10340): floor(L / 2) layers of `diagonal`, the others of `norm_linear`.
+    """TransNormer (Qin et al., arXiv 2210.10340): floor(L / 2) layers of `diagonal`, the rest of `norm_linear`.
 
-    The paper's models have norms without parameters, of the embedding too (``norm="rms_nonparametric"``,
-    ``embedding_norm="rms_nonparametric"``), networks of ``feed_forward=8 * dim // 3`` and, as language models, tied
-    embeddings; the base size is dim=512, num_heads=8 and 6 layers.
+    The paper's models have norms without parameters, including one of the embedding (``norm="rms_nonparametric"``,
+    ``embedding_norm="rms_nonparametric"``), ``feed_forward=8 * dim // 3`` and, as language models, tied embeddings; the
+    base size has dim=512, num_heads=8 and 6 layers.
 
     Args:
         num_layers: L, >= 1.
         variant: ``T1`` (relu and elu) or ``T2`` (softmax and 1 + elu).
-        block: tokens a block of `diagonal`.
+        block: tokens per block of `diagonal`.
         order: ``diagonal_first``, ``norm_first`` or ``interleaved``, which begins with `diagonal`.
-        positions: of every layer: ``lrpe``, ``rotary`` or ``none``.
-        glu_act: of the authors' feed-forward networks, which have biases: ``identity``, as their code computes, or
-            ``silu``, as their configs ask for (by a name that the code does not know). None for the networks of other
-            models here, with a SiLU and without biases.
+        positions: the scheme of every layer: ``lrpe``, ``rotary`` or ``none``.
+        glu_act: gate activation of the authors' feed-forward networks, which have biases: ``identity``, as their code
+            computes, or ``silu``, as their configs ask for (by a name that their code does not recognise). None for
+            regard's usual networks, with SiLU and without biases.
 
     Raises:
         Unsupported: for another variant, order or activation, or no layers.
@@ -94,25 +94,25 @@ def tokenformer_plan(
     positions: str = "rotary",
     **options: Any,
 ) -> list[tuple[str, dict[str, Any]]]:
-    """TokenFormer (Wang et al., arXiv 2410.23168): softmax attention and feed-forward networks of `token_parameter` alone.
+    """TokenFormer (Wang et al., arXiv 2410.23168): softmax attention whose projections are all `token_parameter`.
 
-    Query, key, value and output are projections with `num_tokens` parameter tokens each, the feed-forward network is one
-    with more. The paper's models have norms without parameters (``norm="layer_nonparametric"``) and tied embeddings, so
-    that there are 16 dim^2 parameters a layer with num_tokens=dim, and the embedding. Sizes (layers, dim = num_tokens,
-    num_heads): 12, 768, 12 (150M); 24, 1024, 16 (450M); 32, 1280, 16 (900M); 40, 1536, 16 (1.5B).
-    :func:`regard.training.grow` makes a trained one larger.
+    Query, key, value and output are projections with `num_tokens` parameter tokens each; the feed-forward network is
+    another such projection with more tokens. The paper's models have norms without parameters
+    (``norm="layer_nonparametric"``) and tied embeddings; with num_tokens=dim this gives 16 dim^2 parameters per layer,
+    plus the embedding. Sizes (layers, dim = num_tokens, num_heads): 12, 768, 12 (150M); 24, 1024, 16 (450M); 32, 1280,
+    16 (900M); 40, 1536, 16 (1.5B). :func:`regard.training.grow` enlarges a trained model.
 
     Args:
-        num_layers: layers, >= 1; values are drawn for this depth.
+        num_layers: number of layers, >= 1; the initial values depend on it.
         num_tokens: parameter tokens of a projection, >= 1.
-        feed_forward_tokens: of the feed-forward network; 4 num_tokens when None, 0 for layers without one, as those of
-            the decoder_plan of an encoder-decoder.
-        positions: of every layer. Rotary ones turn a quarter of each head's features, as in the paper; use ``none`` for
-            cross layers.
-        options: others of `token_parameter`: ``theta``, ``tau_mode``, ``top_k``, ``eps``.
+        feed_forward_tokens: parameter tokens of the feed-forward network; 4 num_tokens when None, 0 for layers without
+            one, as in the decoder_plan of an encoder-decoder.
+        positions: the scheme of every layer. ``rotary`` rotates a quarter of each head's features, as in the paper; use
+            ``none`` for cross layers.
+        options: other options of `token_parameter`: ``theta``, ``tau_mode``, ``top_k``, ``eps``.
 
     Raises:
-        Unsupported: for no layers or tokens, or another option.
+        Unsupported: for no layers or tokens, or an unknown option.
     """
     at_least("num_layers", num_layers, 1)
     more = 4 * num_tokens if feed_forward_tokens is None else feed_forward_tokens
@@ -133,14 +133,13 @@ def tokenformer_plan(
 
 
 def differential_plan(num_layers: int, **options: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Differential Transformer (Ye et al., arXiv 2410.05258): `differential`, with lambda_init by the depth of the layer.
+    """Differential Transformer (Ye et al., arXiv 2410.05258): `differential`, with a lambda_init that depends on depth.
 
-    With the `num_heads` of a model of softmax attention it has as many parameters, but for a few: the paper's h counts
-    pairs of heads.
+    With the same `num_heads` as a softmax model it has nearly as many parameters: the paper's h counts pairs of heads.
 
     Args:
         num_layers: layers, >= 1.
-        options: of every layer; a lambda_init among them is that of all.
+        options: options of every layer; a lambda_init among them applies to all layers.
 
     Raises:
         Unsupported: for no layers.
@@ -162,28 +161,30 @@ def masformer_plan(
     window: int = 512,
     global_tokens: int = 0,
 ) -> list[tuple[str, dict[str, Any]]]:
-    """MASFormer (Zhang et al., arXiv 2310.12442): full attention in a few layers, `local` attention in the others.
+    """MASFormer (Zhang et al., arXiv 2310.12442): full attention in a few layers, `local` attention in the rest.
 
-    The weights are those of a model with `softmax` in every layer, so a trained one loads into the mixed one, or becomes
-    it by :func:`regard.models.change_plan`; for models from elsewhere :func:`regard.swap` does it, which takes the layers
-    by the paths of their modules (and with ``only=`` those of one pattern)::
+    The weights are those of a model with `softmax` in every layer, so the weights of such a model can be loaded into
+    the mixed one, or it can be converted by :func:`regard.models.change_plan`. Models from other libraries are
+    converted by :func:`regard.swap`, which selects layers by their module paths (and with ``only=`` by their pattern)::
 
         swap(model, {"*.layers.[0-3].*": None, "*": ("local", {"form": "block", "block": 512})})
 
-    Learned positions must be extended before inputs can be longer than those of training
-    (:func:`regard.models.extend_positions`). The paper puts the full layers at the bottom and has 4 to 8 of 24. Full layers
-    do not share one cache of keys and values: each projects its own input, and no layer reads another's state.
+    Learned positions must be extended before inputs can be longer than in training
+    (:func:`regard.models.extend_positions`). The paper puts the full layers at the bottom and has 4 to 8 of 24. Full
+    layers do not share a KV cache: each projects its own input, and no layer reads another's state.
 
     Args:
         num_layers: layers, >= 1.
-        full_layers: indices, or a place and a number: ``bottom:2`` (the first), ``top:2``, ``middle:2`` or ``spread:2``
-            (evenly, the first layer among them).
-        form, block, lookback, window: of `local`.
-        global_tokens: first tokens that all others see in every layer, >= 0; where there are any, the other layers are
-            `longformer` with the projections of all tokens for global ones too, and `form` must be ``window``.
+        full_layers: indices, or a place and a number: ``bottom:2`` (the first two), ``top:2``, ``middle:2`` or
+            ``spread:2`` (evenly, including the first layer).
+        form, block, lookback, window: options of `local`.
+        global_tokens: number of first tokens that all tokens attend to in every layer, >= 0. If > 0, the layers without
+            full attention are `longformer`, without separate projections for global tokens, and `form` must be
+            ``window``.
 
     Raises:
-        Unsupported: for layers that do not exist or another place, and for global tokens beside blocks.
+        Unsupported: for layers that do not exist, an unknown place, and global tokens with another form than
+            ``window``.
     """
     at_least("num_layers", num_layers, 1)
     at_least("global_tokens", global_tokens, 0)
@@ -207,9 +208,10 @@ def masformer_plan(
 def masformer_schedule(
     num_layers: int, full_layers: str | Sequence[int], steps: int, **options: Any
 ) -> list[tuple[int, list[tuple[str, dict[str, Any]]]]]:
-    """Plans of a training that begins with full attention in every layer and ends with a :func:`masformer_plan`.
+    """A schedule of plans that begins with full attention in every layer and ends with a :func:`masformer_plan`.
 
-    Layers lose it one after the other from the top, evenly over the steps; of plans with the same step the last one holds::
+    Layers lose full attention one by one from the top, evenly over the steps. If several plans have the same step, the
+    last one counts::
 
         schedule = dict(masformer_schedule(12, "bottom:3", config.steps, block=512))
 
@@ -218,11 +220,11 @@ def masformer_schedule(
                 change_plan(model, schedule[point.step + 1])
 
     Args:
-        num_layers, full_layers, options: of the last plan.
-        steps: of the training, >= 1.
+        num_layers, full_layers, options: arguments of the last plan.
+        steps: number of training steps, >= 1.
 
     Returns:
-        The first step of each plan, counted from 0, with the plan.
+        Pairs of each plan's first step, counted from 0, and the plan.
     """
     at_least("steps", steps, 1)
     last = [name for name, _ in masformer_plan(num_layers, full_layers, **options)]
@@ -255,11 +257,12 @@ def _full_layers(num_layers: int, wanted: str | Sequence[int]) -> set[int]:
 
 
 def attention_share(plan: Any, length: int) -> float:
-    """Pairs of query and key that a plan of `softmax`, `local` and `longformer` layers computes on causal sequences of
-    `length` tokens, as a share of those of as many `softmax` layers.
+    """Return the share of full causal attention's query-key pairs that a plan computes on sequences of `length` tokens.
+
+    The plan may have `softmax`, `local` and `longformer` layers; the full pairs are those of as many `softmax` layers.
 
     Raises:
-        Unsupported: for other mechanisms, which do not count pairs, or no tokens.
+        Unsupported: for other mechanisms, whose pairs are not counted, or ``length < 1``.
     """
     at_least("length", length, 1)
     layers = read_plan(plan, None)

@@ -1,7 +1,7 @@
-"""Saved models: a folder with ``model.safetensors`` and ``config.json``; no pickle.
+"""Saving and loading models: a folder with ``model.safetensors`` and ``config.json``; no pickle.
 
-Each file is replaced in one step, the weights first. The weights carry a copy of the config, so that a save that was
-interrupted between the two files is noticed when loading.
+Each file is replaced atomically, the weights first. The weights file carries a copy of the config, so that loading
+detects a save that was interrupted between the two files.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from regard.version import VERSION
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 QUANTIZED = "quantized"
-"""In a record: the layers that are quantized (:func:`regard.layers.quantized.restore_layers`); left out where none is."""
+"""Record entry: the quantized layers (:func:`regard.layers.quantized.restore_layers`); omitted if there are none."""
 TOKENS = "tokens"
-"""In a record: how the model runs with fewer tokens, which :mod:`regard.compression` knows; left out where it has all."""
+"""Record entry: how :mod:`regard.compression` runs the model with fewer tokens; omitted if it runs with all."""
 
 
 def save_pretrained(
@@ -37,7 +37,7 @@ def save_pretrained(
     """Save a model of :mod:`regard.models`, quantized or not; tied weights are stored once.
 
     Args:
-        tokens: how it runs with fewer tokens; :func:`regard.compression.load_compressed` reads it.
+        tokens: how the model runs with fewer tokens; read by :func:`regard.compression.load_compressed`.
 
     Raises:
         Unsupported: for another model, or a config with options that JSON cannot hold.
@@ -65,11 +65,11 @@ def save_pretrained(
 
 
 def from_pretrained(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> nn.Module:
-    """The model saved in `folder`, in the dtype that it was saved in and in evaluation mode.
+    """Load the model saved in `folder`, with its saved dtype and in evaluation mode.
 
     Raises:
-        Unsupported: when files are missing, do not belong together, or hold a model or options unknown here; for a model that runs
-            with fewer tokens.
+        Unsupported: if files are missing, do not belong together, or hold an unknown model or options; and for a model
+            that runs with fewer tokens.
     """
     model, tokens = read_pretrained(folder, device=device)
     if tokens is not None:
@@ -84,7 +84,7 @@ def from_pretrained(folder: str | os.PathLike[str], *, device: torch.device | st
 def read_pretrained(
     folder: str | os.PathLike[str], *, device: torch.device | str = "cpu"
 ) -> tuple[nn.Module, dict[str, Any] | None]:
-    """As :func:`from_pretrained`, a model with all tokens, and how it is to run with fewer; None where it is not."""
+    """Like :func:`from_pretrained`, but also return how the model is to run with fewer tokens; None for all tokens."""
     place = Path(folder)
     for file in (CONFIG, WEIGHTS):
         if not (place / file).is_file():
@@ -109,12 +109,12 @@ def read_pretrained(
             )
     wanted = torch.device(device)
     try:
-        # Built where it will be; the initial values are overwritten.
+        # Built on its device; the initial values are overwritten.
         with wanted, torch.random.fork_rng(devices=[]):
             model = model_class(config_class(**record["config"]))
     except Unsupported:
         raise
-    except Exception as error:  # JSON can give an option any value, of which a model makes any error
+    except Exception as error:  # JSON can give an option any value, so a model may raise any error
         raise Unsupported(
             f"{place / CONFIG}, whose values make no {record['model']} ({type(error).__name__}: {error})",
             supported="a file written by save_pretrained",

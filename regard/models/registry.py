@@ -1,7 +1,7 @@
-"""The models by the name under which they are saved, and which of them serves a task.
+"""The registry of models, by the name under which they are saved, and the choice of a model for a task.
 
-A model says in its config class what it serves: ``serves``, a tuple of (pattern, objective), and ``for_task``, which
-makes the config. The first registered model that serves a task is the one that is built where none is named.
+A model's config class declares which tasks the model serves: ``serves`` is a tuple of (pattern, objective), and
+``for_task`` makes the config. If no model is named, the first registered one that serves the task is built.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ MODELS: dict[str, tuple[type[nn.Module], type[Any]]] = {
 
 
 def register_model(model: type[nn.Module], config: type[Any]) -> None:
-    """Add a model of a plugin to this process's registry, under the name of its class.
+    """Register a plugin's model in this process, under the name of its class.
 
     Args:
-        model: a module that is made of a config alone, kept as ``model.config``.
-        config: a dataclass; with ``serves`` and ``for_task`` if tasks are to find it.
+        model: a module whose only argument is a config, kept as ``model.config``.
+        config: a dataclass, with ``serves`` and ``for_task`` if the model is to be found for tasks.
 
     Raises:
-        Unsupported: for a name that another model has.
+        Unsupported: if another model has the name.
     """
     name = model.__name__
     if name in MODELS and MODELS[name] != (model, config):
@@ -67,28 +67,29 @@ def register_model(model: type[nn.Module], config: type[Any]) -> None:
 
 
 def served() -> list[tuple[Pattern, str]]:
-    """Patterns and objectives of tasks that there is a model for."""
+    """Return the patterns and objectives of tasks that some model serves."""
     return list(dict.fromkeys(kind for _, config in MODELS.values() for kind in getattr(config, "serves", ())))
 
 
 def models_for(task: Task) -> list[str]:
-    """Names of the models that serve a task, in the order of their registration."""
+    """Return the names of the models that serve a task, in order of registration."""
     kind = (task.pattern, task.objective)
     return [name for name, (_, config) in MODELS.items() if kind in getattr(config, "serves", ())]
 
 
 def config_for(task: Task, plan: Any, model: str | None = None, **sizes: Any) -> Any:
-    """The config of a model for a task.
+    """Return the config of a model for a task.
 
     Args:
-        task: says what the inputs and outputs are.
-        plan: of the layers that are compared, as in :class:`regard.models.LanguageModelConfig`; in a cross pattern of those
-            between the two sequences, with softmax within each.
-        model: its name; the first that serves the task when None.
-        sizes: ``dim``, ``num_layers``, ``num_heads``, ``max_length``, ``positions``, ``stack``, and what only some models take.
+        task: the task, which determines the inputs and outputs.
+        plan: the plan of the layers to compare, as in :class:`regard.models.LanguageModelConfig`; in a cross pattern,
+            the layers between the two sequences, with softmax within each sequence.
+        model: name of the model; the first that serves the task when None.
+        sizes: ``dim``, ``num_layers``, ``num_heads``, ``max_length``, ``positions``, ``stack``, and fields that only
+            some models have.
 
     Raises:
-        Unsupported: where no model, or not the one named, serves the task.
+        Unsupported: if no model, or not the named one, serves the task.
     """
     names = models_for(task)
     if not names:
@@ -107,7 +108,7 @@ def config_for(task: Task, plan: Any, model: str | None = None, **sizes: Any) ->
 
 
 def build_model(config: Any) -> nn.Module:
-    """The model of a config; raises Unsupported for a config of no model."""
+    """Build the model of a config; raises Unsupported if no model has such a config."""
     for model, config_class in MODELS.values():
         if type(config) is config_class:
             return model(config)
@@ -117,7 +118,7 @@ def build_model(config: Any) -> nn.Module:
 
 
 def model_classes(name: str) -> tuple[type[nn.Module], type[Any]]:
-    """Model and config class by the model's name; raises Unsupported for an unknown one."""
+    """Return the model class and config class for a model's name; raises Unsupported for an unknown name."""
     if name not in MODELS:
         raise Unsupported(f"model {name!r}", supported=", ".join(MODELS), nearest=closest(str(name), MODELS))
     return MODELS[name]

@@ -1,10 +1,12 @@
-"""Pre-training by replaced tokens (ELECTRA, Clark et al., arXiv 2003.10555): a small generator and the encoder that is kept.
+"""Pre-training by replaced token detection (ELECTRA, Clark et al., arXiv 2003.10555).
+
+A small generator replaces tokens of the input; an encoder, which is kept, detects the replaced ones.
 
 ::
 
     model = ReplacedTokenModel(ReplacedTokenConfig(vocab_size=257, plan="linear", num_layers=4))
     regard.training.train(model, create_task("replaced", data="my_corpus.txt"), TrainConfig(steps=1000))
-    save_pretrained(model.discriminator, folder)            # an Encoder: the generator is not needed any more
+    save_pretrained(model.discriminator, folder)            # an Encoder: the generator is no longer needed
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from regard.tasks.protocol import Task
 
 GENERATOR = "generator"
-"""The loss of the generator."""
+"""The name of the generator's loss."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,14 @@ class ReplacedTokenConfig:
     """The configuration of a :class:`ReplacedTokenModel`.
 
     Attributes:
-        vocab_size: number of tokens, the last of which masks and stands in no text.
-        share: of the tokens that the generator replaces, between 0 and 1.
-        generator: its width as a share of `dim`, above 0 and at most 1; it has as many layers and heads.
-        dim, plan, num_layers, num_heads, feed_forward, positions, max_length, dropout, norm, stack: of the encoder, as in
-            :class:`regard.models.EncoderConfig`; `feed_forward` is not the generator's, whose networks follow its width. Without
-            exits.
-        loss_weights: likewise; that of the loss ``generator`` is 0.02 as a rule, which is the 50 of the paper the other way round.
+        vocab_size: number of tokens; the last one is the mask token, which does not occur in text.
+        share: share of the tokens that are masked and replaced by the generator, above 0 and at most 1.
+        generator: the generator's width as a share of `dim`, above 0 and at most 1; it has as many layers and heads.
+        dim, plan, num_layers, num_heads, feed_forward, positions, max_length, dropout, norm, stack: options of the
+            encoder, as in :class:`regard.models.EncoderConfig`; `feed_forward` does not apply to the generator, whose
+            networks follow its width. Exits are not supported.
+        loss_weights: likewise; the loss ``generator`` has a default weight of 0.02, the inverse of the paper's weight
+            of 50 for the discriminator.
     """
 
     vocab_size: int
@@ -82,15 +85,15 @@ class ReplacedTokenConfig:
 
     @classmethod
     def for_task(cls, task: Task, plan: Any, **sizes: Any) -> ReplacedTokenConfig:
-        """As :func:`regard.models.registry.config_for` asks for it."""
+        """Return the config for a task (the hook of :func:`regard.models.registry.config_for`)."""
         return cls(task.vocab_size or 0, plan=plan, **sizes)
 
     def encoder(self) -> EncoderConfig:
-        """The encoder that is kept, with a logit for each token."""
+        """The config of the encoder that is kept, with one logit for each token."""
         return self._of(1, self.dim, self.feed_forward)
 
     def small(self) -> EncoderConfig:
-        """The generator, with logits of all tokens but the one that masks; its width is a multiple of 2 for each head."""
+        """The generator's config, with logits for all tokens but the mask token and an even width for each head."""
         step = 2 * self.num_heads
         width = max(step, round(self.generator * self.dim / step) * step)
         return self._of(self.vocab_size - 1, width, None)
@@ -112,13 +115,14 @@ class ReplacedTokenConfig:
 
 
 class ReplacedTokenModel(nn.Module):
-    """An encoder that tells replaced tokens, and in training a generator that replaces them; see :class:`ReplacedTokenConfig`.
+    """An encoder that detects replaced tokens, and a generator that replaces them in training.
 
-    Both have one table of tokens, from which a projection leads to the width of the generator.
+    See :class:`ReplacedTokenConfig`. Both share the encoder's token embedding, which is projected to the generator's
+    width.
 
     Attributes:
         discriminator: the encoder that is kept.
-        generator: tells masked tokens.
+        generator: predicts masked tokens.
     """
 
     def __init__(self, config: ReplacedTokenConfig) -> None:
@@ -130,18 +134,18 @@ class ReplacedTokenModel(nn.Module):
         self.generator.embedding = nn.Sequential(self.discriminator.embedding, narrow)
 
     def forward(self, inputs: Int[Tensor, "b n"], *, context: Context | None = None) -> Result:
-        """Logits of whether each token was replaced.
+        """Compute the logit of each token having been replaced.
 
         Args:
-            inputs: in evaluation tokens of which some were replaced; in training tokens as they are, a share of which the
-                generator replaces by draws from its answers, through which no gradient goes. A draw that is the token itself
-                has not replaced it.
-            context: as of :meth:`regard.models.Encoder.forward`.
+            inputs: in evaluation, tokens of which some were replaced; in training, the original tokens, a share of
+                which is replaced by samples from the generator, without gradients. A sample that equals the original
+                token does not count as replaced.
+            context: as for :meth:`regard.models.Encoder.forward`.
 
         Returns:
-            output (B, N, 1), above 0 for replaced. In training with the opposite sign where a token was replaced, so that the
-            target of every token is that it is the one in `inputs`; and the loss ``generator``, the cross entropy of the
-            tokens that were masked.
+            output (B, N, 1), above 0 for replaced tokens. In training the sign is flipped where a token was replaced,
+            so that the target is "not replaced" everywhere; and there is the loss ``generator``, the cross entropy of
+            the masked tokens.
         """
         if not self.training:
             return self.discriminator(inputs, context=context)
@@ -161,7 +165,7 @@ class ReplacedTokenModel(nn.Module):
         return Result(torch.where(other, -found.output, found.output), None, losses, found.extras)
 
     def _hidden(self, inputs: Int[Tensor, "b n"], context: Context) -> Bool[Tensor, "b n"]:
-        """Tokens to be masked, none of them padding."""
+        """Choose the tokens to mask; never padding."""
         draws = torch.rand(inputs.shape, generator=context.generator, device=inputs.device)
         hidden = draws < self.config.share
         valid = gathering(context.mask, inputs.shape[0], inputs.shape[1], inputs.device).valid
@@ -169,6 +173,6 @@ class ReplacedTokenModel(nn.Module):
 
 
 def _drawn(logits: Tensor, generator: torch.Generator | None) -> Int[Tensor, " m"]:
-    """A token from the softmax of each row, by the largest of logits and Gumbel noise."""
+    """Sample a token from the softmax of each row by the Gumbel-max trick."""
     noise = torch.empty_like(logits).exponential_(generator=generator).log()
     return (logits - noise).argmax(-1)

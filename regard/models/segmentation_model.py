@@ -1,4 +1,4 @@
-"""A network that segments as a model of tasks, which give images or volumes as patches and want a class for each of their points.
+"""A segmentation network as a model for tasks, which give images or volumes as patches and want a class for each point.
 
 ::
 
@@ -33,13 +33,13 @@ class SegmentationModelConfig(ImageModelConfig):
 
     Attributes:
         backbone: a name of :func:`regard.models.vision.segmentation.list_segmenters`.
-        num_classes: of a point.
-        grid: patches along each of the two or three axes that the network has.
-        options: of the network.
+        num_classes: number of classes of a point.
+        grid: number of patches along each of the network's two or three axes.
+        options: options of the network.
     """
 
     def read(self) -> tuple[type[Any], Any]:
-        """Class and config of the network; raises Unsupported for unknown options and sizes that it cannot take."""
+        """Return the network's class and config; raises Unsupported for unknown options or unsupported sizes."""
         size = self.image_size
         given: dict[str, Any] = {"channels": self.channels, "num_classes": self.num_classes, "image_size": size}
         for name in given:
@@ -58,11 +58,10 @@ class SegmentationModelConfig(ImageModelConfig):
 
     @classmethod
     def for_task(cls, task: Task, backbone: str, options: Mapping[str, Any]) -> SegmentationModelConfig:
-        """The configuration for a task that wants a class for each point; what depends on the size of images is chosen
-        for the task's.
+        """Return the config for a segmentation task; options that depend on the image size are fitted to the task.
 
         Raises:
-            Unsupported: for another task, or one whose images have other axes than the network's.
+            Unsupported: for another task, or one whose images have another number of axes than the network.
         """
         grid = task.grid or ()
         if task.objective != "segmentation" or task.features is None or len(grid) not in (2, 3):
@@ -86,27 +85,27 @@ class SegmentationModelConfig(ImageModelConfig):
 
 
 def _axes(backbone: str, options: Mapping[str, Any]) -> int:
-    """Axes of the images that a network takes."""
+    """Return the number of axes of the images that a network takes."""
     network, config = read_segmenter(backbone, **{name: options[name] for name in ("axes",) if name in options})
     return len(network.multiples(config))
 
 
 class SegmentationModel(ImageModel):
-    """Patches put together to images, the network, and its logits cut like the patches."""
+    """Joins patches into images, applies the network, and cuts its logits into patches again."""
 
     config: SegmentationModelConfig
 
     def forward(self, inputs: Float[Tensor, "b n f"], *, context: Context | None = None) -> Result:
-        """Logits of the classes of all points.
+        """Compute the class logits of all points.
 
         Args:
             inputs: patches, row by row.
-            context: its grid, which may be another than the config's where the network takes any size.
+            context: the grid, which may differ from the config's if the network takes any size.
 
         Returns:
-            output (B, N, points of a patch * num_classes): the points of a patch row by row, the classes of a point together.
-            In training with deep supervision ``extras["levels"]`` has what the coarser stages give, of which
-            :func:`regard.models.levels.level_loss` makes a loss.
+            output (B, N, points of a patch * num_classes): the points of a patch row by row, classes last. In training
+            with deep supervision, ``extras["levels"]`` has the outputs of the coarser stages, for
+            :func:`regard.models.levels.level_loss`.
 
         Raises:
             Unsupported: for padding, and inputs of another shape.
@@ -126,7 +125,7 @@ class SegmentationModel(ImageModel):
 
 
 def _targets_of(sides: Sequence[int], grid: Sequence[int], patch: int, device: torch.device) -> Int[Tensor, " places"]:
-    """Which of an item's targets, patch by patch, are nearest to the places of a coarser map."""
+    """Return the indices of an item's targets (ordered patch by patch) nearest to the positions of a coarser map."""
     count = torch.arange(torch.Size(grid).numel() * patch ** len(grid), device=device)
     numbers = joined(count.view(1, torch.Size(grid).numel(), -1), grid, patch)[0, 0]
     for axis, (side, whole) in enumerate(zip(sides, numbers.shape, strict=True)):

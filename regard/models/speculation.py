@@ -1,13 +1,14 @@
-"""Speculative decoding: a cheap draft proposes tokens, the model reads them at once, and what comes out is distributed as
-the model's own samples are.
+"""Speculative decoding: a cheap draft proposes tokens and the model verifies them in one pass.
 
-A proposed token x with the draft's probability q(x) is kept with probability min(1, p(x) / q(x)), where p is the model's;
-at the first one that is not, a token is drawn from the positive part of p - q, and where all are kept one more from p
-(Leviathan et al., arXiv 2211.17192; spec of the survey arXiv 2307.07982, section 3.5b). So the model reads several tokens in
-one pass, which on a processor takes hardly longer than one, as long as reading the weights is what takes the time.
+The output has the same distribution as the model's own samples. A token x proposed with the draft's probability q(x) is
+kept with probability min(1, p(x) / q(x)), where p is the model's probability. At the first rejection a token is drawn
+from the positive part of p - q; if all are kept, one more is drawn from p (Leviathan et al., arXiv 2211.17192; spec of
+the survey arXiv 2307.07982, section 3.5b). So the model reads several tokens in one pass, which takes hardly longer
+than reading one as long as loading the weights is the bottleneck.
 
-A draft is another model with the same tokens (:class:`ModelDraft`) or what followed the last time that the text went as it
-does now (:class:`PromptLookup`), which costs nothing and helps where a text repeats itself: summaries, edits, code.
+A draft is another model with the same vocabulary (:class:`ModelDraft`), or a lookup of what followed the last
+occurrence of the current tokens in the text (:class:`PromptLookup`), which costs nothing and helps where a text repeats
+itself: summaries, edits, code.
 """
 
 from __future__ import annotations
@@ -29,26 +30,26 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 COUNT = 4
-"""Tokens that a draft proposes at once."""
+"""Default number of tokens that a draft proposes at once."""
 LONGEST = 3
-"""Tokens in a row that a lookup wants to find again, at most."""
+"""Default maximum number of consecutive tokens that a lookup searches for."""
 
 
 class Reads(Protocol):
-    """A model that goes on from states.
+    """A model that continues from states.
 
     Attributes:
-        vocabulary: how many tokens it knows.
+        vocabulary: size of its vocabulary.
     """
 
     vocabulary: int
 
     def __call__(self, ids: Int[Tensor, "1 n"], state: Any) -> tuple[Float[Tensor, "n vocab"], Any]:
-        """Logits behind each token, and the state after them; `state` (None at the beginning) stays good."""
+        """Return the logits after each token, and the new state; `state` (None at the beginning) remains valid."""
         ...
 
     def cut(self, state: Any, read: int, kept: int) -> Any:
-        """The state after the first `kept` of the last `read` tokens; None where only the model can tell."""
+        """Return the state after the first `kept` of the last `read` tokens; None if the tokens must be read again."""
         ...
 
 
@@ -68,29 +69,30 @@ class ReadLanguageModel:
 
 
 class Draft(Protocol):
-    """What proposes tokens."""
+    """A proposer of tokens."""
 
     def propose(
         self, text: Int[Tensor, " n"], count: int, pick: Callable[[Tensor], tuple[Tensor, Tensor]]
     ) -> tuple[Int[Tensor, " g"], Float[Tensor, "g vocab"] | None]:
-        """At most `count` tokens that may follow a text.
+        """Propose at most `count` tokens to follow a text.
 
         Args:
-            text: all tokens so far; longer at each call, and else the same.
-            pick: a token of logits (vocab) and the probabilities (vocab) that it was drawn from.
+            text: all tokens so far; each call extends the text of the call before.
+            pick: draws a token from logits (vocab); returns the token and the probabilities (vocab) that it was drawn
+                from.
 
         Returns:
-            Tokens, none where it has no idea, and the probabilities that each was drawn from; None where nothing was drawn.
+            The tokens, possibly none, and the probabilities that each was drawn from; None if nothing was drawn.
         """
         ...
 
 
 @dataclass
 class PromptLookup:
-    """What followed the latest place where the text went as it does at its end.
+    """Proposes the tokens that followed the latest earlier occurrence of the text's last tokens.
 
     Attributes:
-        longest: tokens at the end that are to be found again: so many or, failing that, fewer.
+        longest: number of last tokens to search for; if they are not found, fewer are tried.
     """
 
     longest: int = LONGEST
@@ -111,7 +113,7 @@ class PromptLookup:
 
 
 class ModelDraft:
-    """A smaller model with the same tokens.
+    """Proposes tokens drawn from a smaller model with the same vocabulary.
 
     Args:
         reads: the model.
@@ -137,12 +139,12 @@ class ModelDraft:
 
 @dataclass
 class Counts:
-    """What speculation came to.
+    """Statistics of speculative decoding.
 
     Attributes:
-        tokens: new ones.
-        passes: of the model, the prompt's included.
-        proposed, kept: tokens of the draft.
+        tokens: number of new tokens.
+        passes: number of passes of the model, including the prompt's.
+        proposed, kept: number of draft tokens that were proposed and kept.
     """
 
     tokens: int = 0
@@ -153,13 +155,13 @@ class Counts:
 
 @dataclass
 class Speculation:
-    """Text from a model with a draft.
+    """Generates text from a model with a draft.
 
     Attributes:
         reads: the model.
-        draft: what proposes.
-        count: how many tokens at once.
-        counts: of the text so far.
+        draft: the proposer of tokens.
+        count: number of tokens proposed at once.
+        counts: statistics so far.
 
     Raises:
         Unsupported: for a draft with another vocabulary.
@@ -190,15 +192,15 @@ class Speculation:
         stop_tokens: Sequence[int] = (),
         generator: torch.Generator | None = None,
     ) -> Iterator[Int[Tensor, " 1"]]:
-        """New tokens, one at a time, distributed as those of :func:`regard.models.generation.generate_stream`, and with
-        temperature 0 the same.
+        """Yield new tokens one at a time, with the distribution of :func:`regard.models.generation.generate_stream`.
 
         Args:
-            ids: one prompt of a token or more, without padding.
-            temperature, top_k, top_p, stop_tokens, generator: as there. The draft draws by them too.
+            ids: one prompt of at least one token, without padding.
+            temperature, top_k, top_p, stop_tokens, generator: as in :func:`regard.models.generation.generate_stream`;
+                the draft uses them too. With temperature 0 the tokens are the same.
 
         Raises:
-            Unsupported: for several prompts, and fewer than no tokens.
+            Unsupported: for several prompts, or ``max_new_tokens < 0``.
         """
         at_least("max_new_tokens", max_new_tokens, 0)
         check_sampling(temperature, top_k, top_p)
@@ -212,7 +214,7 @@ class Speculation:
             share = distribution(logits, **shares)
             return torch.multinomial(share, 1, generator=generator)[0], share
 
-        text, state, seen = ids[0], None, 0  # `state` is that after the first `seen` tokens of the text
+        text, state, seen = ids[0], None, 0  # `state` is the state after the first `seen` tokens of the text
         left = max_new_tokens
         while left > 0:
             proposed, drawn = (
@@ -227,7 +229,7 @@ class Speculation:
             self.counts.kept += kept
             known = len(block) - len(proposed) + kept
             whole = self.reads.cut(after, len(block), known)
-            if whole is None and known > 2 * self.count:  # what is read again must not grow
+            if whole is None and known > 2 * self.count:  # bounds the number of tokens that are read again
                 _, whole = self.reads(block[None, :known], state)
                 self.counts.passes += 1
             if whole is not None:
@@ -248,11 +250,11 @@ def _judge(
     drawn: Float[Tensor, "g vocab"] | None,
     generator: torch.Generator | None,
 ) -> tuple[int, Int[Tensor, ""]]:
-    """How many proposed tokens are kept, and the token behind them.
+    """Return how many proposed tokens are kept, and the token after them.
 
     Args:
-        p: the model's probabilities at the proposed tokens and behind the last one.
-        drawn: those that the tokens were drawn from; None where each was certain.
+        p: the model's probabilities at the proposed tokens and after the last one.
+        drawn: the probabilities that the tokens were drawn from; None if each was certain.
     """
     for i, token in enumerate(proposed):
         mine = p[i, token]
@@ -264,7 +266,7 @@ def _judge(
             theirs = drawn[i, token]
             rest = (p[i] - drawn[i]).clamp(min=0)
         chance = torch.rand((), generator=generator, dtype=p.dtype, device=p.device)
-        # where nothing is left over, the two agree but for rounding
+        # if nothing is left over, the two distributions agree up to rounding
         if chance * theirs >= mine and float(rest.sum()) > 0:
             return i, torch.multinomial(rest, 1, generator=generator)[0]
     return len(proposed), torch.multinomial(p[-1], 1, generator=generator)[0]

@@ -1,11 +1,11 @@
-"""How a model's blocks are stacked: scaled, shared, recomputed or inverted in the backward pass, skipped, left early.
+"""The stack of a model's blocks: layer scale, weight sharing, checkpointing, reversibility, stochastic depth, exits.
 
 Every model has a config field ``stack``, a :class:`StackConfig` or a mapping of its options::
 
     config = LanguageModelConfig(vocab_size=256, plan="mamba2", num_layers=12, stack={"checkpoint_layers": 3})
     config = EncoderConfig(num_classes=10, features=1, stack={"share": "all", "reversible": True})
 
-The options go together, except that a reversible stack has nothing to checkpoint.
+The options can be combined, except that a reversible stack has nothing to checkpoint.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "exit_rule": (str, type(None)),
     "layer_scale": (float, int, type(None)),
 }
-"""Types of options that may come from a file or a command line."""
+"""The accepted types of options that may come from a file or a command line."""
 
 
 @dataclass(frozen=True)
@@ -61,33 +61,38 @@ class StackConfig:
     """Options of a stack of L layers.
 
     Attributes:
-        share: what layers have in common: ``none``, ``all``, the ``mixer`` or the ``feed_forward`` network, each with
-            its norms and factors (ALBERT, Lan et al., arXiv 1909.11942); or the ``tables`` of attention layers: the position
-            scheme and the module that makes inputs beside queries, keys and values, as B and C of `universal_rpe` and
-            E and F of `linformer`. Layers that share their mixer or tables have equal entries in the plan.
-        share_groups: groups of neighbouring layers that share, a divisor of L.
-        reversible: two streams, both x at first; each branch reads the second, adds to the first and changes places
-            with it, so that a layer is y1 = x1 + mix(x2), y2 = x2 + feed_forward(y1), and their mean is read (RevNet,
-            Gomez et al., arXiv 1707.04585; Reformer, arXiv 2001.04451). The backward pass computes each branch's input
-            from its output, so that activations need memory for one branch, whatever the depth. With a state, wanted
-            extras or a bias that learns the same function is differentiated as usual.
-        checkpoint_layers: layers in a segment of which only the input is kept for the backward pass, which computes the
-            rest again (Chen et al., arXiv 1604.06174); about sqrt(L) needs the least memory. 0 keeps all.
-        stochastic_depth: probability with which a step of training leaves out the last layer, for all of the batch;
-            layer l of L is left out with l / L of it, and its branches are scaled by the inverse of their chance to stay
-            (Huang et al., arXiv 1603.09382, scaled in training instead of afterwards).
-        exits: numbers of layers, from 1 to L - 1, after which tokens (in a pooled encoder sequences) may leave, as
-            :mod:`regard.models.exits` says: where the output may be read through a norm of the exit's own, or where a halting
-            unit decides. Training weighs the loss of each exit by its number of layers, as PABEE does (Zhou et al., arXiv
+        share: what layers share: ``none``, ``all``, the ``mixer`` or the ``feed_forward`` network, each with its norms
+            and layer scale (ALBERT, Lan et al., arXiv 1909.11942); or the ``tables`` of attention layers: the position
+            scheme and the module that makes inputs other than queries, keys and values, such as B and C of
+            `universal_rpe` and E and F of `linformer`. Layers that share their mixer or tables must have equal entries
+            in the plan.
+        share_groups: number of groups of neighbouring layers that share, a divisor of L.
+        reversible: use two streams, both x at first; each branch reads the second and adds to the first, then the two
+            swap, so that a layer is y1 = x1 + mix(x2), y2 = x2 + feed_forward(y1). The output is the mean of the
+            streams (RevNet, Gomez et al., arXiv 1707.04585; Reformer, arXiv 2001.04451). The backward pass recomputes
+            each branch's input from its output, so that activations need memory for one branch, whatever the depth.
+            With a state, requested extras or a learned bias, the same function is differentiated as usual.
+        checkpoint_layers: number of layers in a segment of which only the input is kept for the backward pass, which
+            recomputes the rest (Chen et al., arXiv 1604.06174); about sqrt(L) needs the least memory. 0 keeps all
+            activations.
+        stochastic_depth: probability p of skipping the last layer in a training step, for the whole batch; layer l of L
+            is skipped with probability p l / L, and its branches are scaled by the inverse of their survival
+            probability (Huang et al., arXiv 1603.09382, scaled in training instead of afterwards).
+        exits: numbers of layers, from 1 to L - 1, after which tokens (in a pooled encoder, sequences) may leave (see
+            :mod:`regard.models.exits`): there the output can be read through the exit's own norm, or a halting unit
+            decides. Training weights the loss of each exit by its number of layers, as in PABEE (Zhou et al., arXiv
             2006.04152).
-        exit_rule: when they leave in evaluation, as ``confidence:0.9``; see :mod:`regard.models.exit_rules`. None evaluates
-            all layers. With ``halting:0.01`` the model has halting units, which decide in training too.
-        exit_heads: ``shared``, the head of the model, or ``own``, one for each exit, in an encoder of whole sequences.
-        layer_scale: what each feature that a branch adds is multiplied by at the start, >= 0; learned, and 1e-4 in deep
-            networks (LayerScale, Touvron et al., arXiv 2103.17239). None for no factors.
-        branch_norm: branches whose output has a norm of the model's kind before it is added: ``none``, ``all``, the
-            ``mixer`` or the ``feed_forward`` network. With ``mixer`` an attention layer is x + norm(attend(norm(x))), the
-            hybrid norm of sigmoid attention (Ramapuram et al., arXiv 2409.04431). Factors come after it.
+        exit_rule: when tokens or sequences leave in evaluation, such as ``confidence:0.9``; see
+            :mod:`regard.models.exit_rules`. None evaluates all layers. With ``halting:0.01`` the model has halting
+            units, which decide in training too.
+        exit_heads: ``shared``, the head of the model, or ``own``, a head for each exit, in an encoder of whole
+            sequences.
+        layer_scale: initial value, >= 0, of learned factors that multiply each feature of a branch's output; 1e-4 in
+            deep networks (LayerScale, Touvron et al., arXiv 2103.17239). None for no factors.
+        branch_norm: branches whose output is normed, by the model's kind of norm, before it is added: ``none``,
+            ``all``, the ``mixer`` or the ``feed_forward`` network. With ``mixer`` an attention layer is
+            x + norm(attend(norm(x))), the hybrid norm of sigmoid attention (Ramapuram et al., arXiv 2409.04431). Layer
+            scale comes after this norm.
     """
 
     share: str = "none"
@@ -131,13 +136,13 @@ class StackConfig:
 
     @property
     def changed(self) -> dict[str, Any]:
-        """The options that are not the defaults."""
+        """The options that differ from the defaults."""
         found = {option.name: (getattr(self, option.name), option.default) for option in dataclasses.fields(self)}
         return {name: value for name, (value, default) in found.items() if value != default}
 
     @property
     def rule(self) -> ExitRule | None:
-        """When tokens or sequences leave; None for never."""
+        """The rule for when tokens or sequences leave; None for never."""
         return None if self.exit_rule is None else ExitRule.read(self.exit_rule)
 
     @property
@@ -147,7 +152,7 @@ class StackConfig:
 
     @classmethod
     def read(cls, given: StackConfig | Mapping[str, Any]) -> StackConfig:
-        """From a mapping of options; raises Unsupported for an unknown one."""
+        """Make a config from a mapping of options; raises Unsupported for an unknown option."""
         if isinstance(given, StackConfig):
             return given
         check_options(cls, given, "stack")
@@ -160,7 +165,7 @@ class StackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayersConfig:
-    """What the configurations of models with a plan of layers share, as :class:`regard.models.LanguageModelConfig` says it."""
+    """Fields shared by the configs of models with a layer plan; see :class:`regard.models.LanguageModelConfig`."""
 
     num_heads: int = 4
     head_dim: int | None = None
@@ -178,18 +183,18 @@ class LayersConfig:
 
 
 class Stack(nn.ModuleList):
-    """The blocks of a model, which run as its :class:`StackConfig` says.
+    """The blocks of a model, run as its :class:`StackConfig` says.
 
     Args:
-        blocks: in order.
+        blocks: the blocks, in order.
         config: see :class:`StackConfig`.
-        blocks_in_layer: blocks that make up a layer.
-        before: layers of the model that come before this stack, and all that it has, by which stochastic depth goes; None
-            where the stack has all.
+        blocks_in_layer: number of blocks that make up a layer.
+        before: number of the model's layers before this stack, and in total, which determine stochastic depth; None if
+            the stack has all layers.
 
     Raises:
-        Unsupported: for options that do not fit the number of layers, layers that cannot share, and layers that draw
-            new random features every so many calls in a stack that runs some calls twice.
+        Unsupported: for options that do not fit the number of layers, layers that cannot share, and layers that redraw
+            random features every few calls in a stack that recomputes calls.
     """
 
     def __init__(
@@ -206,7 +211,7 @@ class Stack(nn.ModuleList):
         self.layers = len(self) // blocks_in_layer
         self.before = (0, self.layers) if before is None else before
         self.told: Callable[[Tensor], None] | None = None
-        """Is given the layers that tokens, or sequences, have passed: (B, N) or (B), 0 at padding."""
+        """A callback given the number of layers that tokens (B, N) or sequences (B) have passed, 0 at padding."""
         if self.config.exits and not 1 <= self.config.exits[0] <= self.config.exits[-1] < self.layers:
             raise Unsupported(
                 f"exits={self.config.exits} of {self.layers} layers", supported=f"from 1 to {self.layers - 1}"
@@ -217,7 +222,7 @@ class Stack(nn.ModuleList):
             check_repeatable(self)
 
     def tell(self, passed: Tensor) -> None:
-        """Hand the numbers of layers that have been passed to whoever asked."""
+        """Pass the numbers of layers passed to the callback `told`, if there is one."""
         if self.told is not None:
             self.told(passed)
 
@@ -256,7 +261,7 @@ class Stack(nn.ModuleList):
         states: Sequence[Any],
         memory: Float[Tensor, "b m c"] | None = None,
     ) -> Result:
-        """All blocks in turn; arguments and result as of :func:`regard.models.blocks.run_blocks`."""
+        """Run all blocks in sequence; arguments and result as for :func:`regard.models.blocks.run_blocks`."""
         config = self.config
         skips = self.training and config.stochastic_depth > 0
         if not (config.reversible or skips or (config.checkpoint_layers and torch.is_grad_enabled())):
@@ -267,21 +272,21 @@ class Stack(nn.ModuleList):
 
 
 def _network(block: Any) -> tuple[Any, ...]:
-    """The base of networks of blocks."""
+    """A key that is equal for blocks whose feed-forward networks can be shared."""
     shapes = [] if block.feed_forward is None else [parameter.shape for parameter in block.feed_forward.parameters()]
     return shapes, *(block.entry[1].get(name) for name in FEED_FORWARD_OPTIONS)
 
 
 class Pass:
-    """One pass through a stack, which may pause between layers.
+    """One pass through a stack, which can pause between layers.
 
     Args:
-        stack, x, context, states, memory: as of :meth:`Stack.run`.
+        stack, x, context, states, memory: as for :meth:`Stack.run`.
 
     Attributes:
-        active: (B, N) tokens that are not done; None when all are not. The others keep their hidden states: mixers see
-            them, so that states go on, but feed-forward networks do not compute them. Where all are done, attention keeps
-            their keys and values and computes nothing else.
+        active: (B, N) tokens that have not left yet; None when none has left. The hidden states of tokens that have
+            left are frozen: mixers still see them, so that states stay complete, but feed-forward networks skip them.
+            Once all have left, attention only computes their keys and values.
     """
 
     def __init__(
@@ -300,15 +305,15 @@ class Pass:
 
     @property
     def hidden(self) -> Float[Tensor, "b n c"]:
-        """The output after the layers so far."""
+        """The hidden states after the layers so far."""
         return self.streams[0] if len(self.streams) == 1 else (self.streams[0] + self.streams[1]) / 2
 
     def result(self) -> Result:
-        """Hidden states, mixers' states, losses and extras of the layers so far."""
+        """Return the hidden states, mixers' states, losses and extras of the layers so far."""
         return Result(self.hidden, tuple(self.after), self.losses, self.extras)
 
     def advance(self, layer: int) -> None:
-        """Run the layers that are left up to number `layer`."""
+        """Run the remaining layers up to number `layer`."""
         config = self.stack.config
         mask = self.context.mask
         as_usual = (
@@ -341,7 +346,7 @@ class Pass:
         self.layer = layer
 
     def keep_rows(self, rows: Bool[Tensor, " b"]) -> None:
-        """Go on with the marked rows only. Not with memory or states."""
+        """Continue with the marked rows only. Memory and states are not supported."""
         self.streams = tuple(stream[rows] for stream in self.streams)
         mask, changes = self.context.mask, {}
         if mask is not None:
@@ -359,7 +364,7 @@ class Pass:
         self.context = self.context.replace(**changes)
 
     def _branches(self, start: int, stop: int) -> list[Branch]:
-        """The residual branches of some layers."""
+        """The residual branches of the layers from `start` to `stop`."""
         stack, found = self.stack, []
         for layer in range(start, stop):
             scale = self.scales[layer]
@@ -371,7 +376,7 @@ class Pass:
         return found
 
     def _scale(self, share: float) -> float:
-        """The factor of a layer's branches; 0 leaves it out."""
+        """Draw the factor of a layer's branches at depth `share`; 0 skips the layer."""
         chance = self.stack.config.stochastic_depth * share
         if not self.stack.training or chance == 0:
             return 1.0
@@ -380,7 +385,7 @@ class Pass:
         return 0.0 if float(draw) < chance else 1 / (1 - chance)
 
     def _given(self) -> tuple[Streams, Tensor | None, Context, Tensor | None]:
-        """The arguments of the next layers, as they are now: a checkpoint calls them again later."""
+        """The arguments for the next layers as they are now, since a checkpoint uses them again later."""
         return self.streams, self.memory, self.context, self.active
 
     def _keep(self, done: Done) -> None:

@@ -1,13 +1,13 @@
-"""Encoders in stages: between two of them tokens become fewer, and perhaps wider, as in image pyramids and funnels.
+"""Encoders in stages, between which tokens become fewer and possibly wider, as in image pyramids and funnels.
 
-Any mechanism in any layer; the plan is cut into stages, each of which may begin with a shortening::
+Any layer can have any mechanism; the plan is divided into stages, each of which may begin with a shortening::
 
     stages = [{"layers": 2}, {"layers": 4, "shortening": "merge", "widen": 2}]
     config = PyramidEncoderConfig(num_classes=10, features=16, plan="large_kernel*2 + softmax*4", axes=2, stages=stages)
     logits = PyramidEncoder(config)(patches, context=Context(grid=(14, 14))).output      # (B, 10)
 
-With ``pool="none"`` each token has an output: the vectors of a stage go back to the places that they were made from and are
-added to those of the stage before, down to the full length, where decoder layers may follow.
+With ``pool="none"`` each token has an output: the vectors of a stage are upsampled to the positions that they were made
+from and added to those of the stage before, back to the full length, where decoder layers may follow.
 """
 
 from __future__ import annotations
@@ -49,12 +49,14 @@ class StageConfig:
     """A stage of a :class:`PyramidEncoder`.
 
     Attributes:
-        layers: entries of the plan that are its own, >= 0.
-        shortening: what makes its tokens of those before it: ``none``, ``merge``, ``convolution``, ``mean``, ``max`` (see
-            :mod:`regard.layers.shortening`), or ``funnel``, the mechanism, whose layers halve a sequence.
-        size: tokens of a window along each axis, >= 2; not of a funnel.
-        widen: how many times the model's `dim` its tokens are wide, >= 1; heads and feed-forward networks grow alike.
-        options: of a funnel.
+        layers: number of plan entries in this stage, >= 0.
+        shortening: how the stage's tokens are made from those before it: ``none``, ``merge``, ``convolution``,
+            ``mean``, ``max`` (see :mod:`regard.layers.shortening`), or ``funnel``, the mechanism, whose layers halve a
+            sequence.
+        size: tokens of a window along each axis, >= 2; not for a funnel.
+        widen: width of the stage's tokens as a multiple of the model's `dim`, >= 1; heads and feed-forward networks
+            grow by the same factor.
+        options: options of a funnel.
     """
 
     layers: int
@@ -74,7 +76,7 @@ class StageConfig:
 
     @classmethod
     def read(cls, given: StageConfig | Mapping[str, Any]) -> StageConfig:
-        """From a mapping of options; raises Unsupported for an unknown one, and without `layers`."""
+        """Make a config from a mapping of options; raises Unsupported for an unknown option or without `layers`."""
         if isinstance(given, StageConfig):
             return given
         check_options(cls, given, "a stage")
@@ -91,14 +93,15 @@ class PyramidEncoderConfig(LayersConfig):
         num_classes: width of the output.
         vocab_size: number of tokens; None when the inputs are floats.
         features: width of float inputs; None when the inputs are tokens. Exactly one of the two is given.
-        plan, num_layers: of the layers of all stages, in order.
-        stages: a :class:`StageConfig` or a mapping for each; their layers add up to the plan's. Two halves, of which the
-            second merges windows of two tokens along each axis and is twice as wide, when empty.
-        axes: of the inputs: 1 for sequences; 2 or 3 for grids, which need the `grid` of every call.
-        dim, num_heads, feed_forward, num_kv_heads: of a stage with ``widen=1``.
-        decoder_plan: of layers at full length after the last stage, with ``pool="none"``; none when empty, two of one name.
+        plan, num_layers: the layers of all stages, in order.
+        stages: a :class:`StageConfig` or a mapping for each stage; their layers add up to the plan's. When empty, there
+            are two halves, of which the second merges windows of two tokens along each axis and is twice as wide.
+        axes: number of axes of the inputs: 1 for sequences; 2 or 3 for grids, which need the `grid` of every call.
+        dim, num_heads, feed_forward, num_kv_heads: sizes of a stage with ``widen=1``.
+        decoder_plan: layers at full length after the last stage, with ``pool="none"``; no layers when empty, two layers
+            for a single name.
         pool, pool_options: as in :class:`regard.models.EncoderConfig`.
-        stack: see :class:`regard.models.StackConfig`; of each stage, without exits. Stochastic depth goes by the place among
+        stack: see :class:`regard.models.StackConfig`; applies to each stage and has no exits. Stochastic depth counts
             the layers of all stages.
         head_dim, positions, position_options, max_length, dropout, norm, embedding_norm, loss_weights: as in
             :class:`regard.models.LanguageModelConfig`.
@@ -158,7 +161,7 @@ class PyramidEncoderConfig(LayersConfig):
 
     @classmethod
     def for_task(cls, task: Task, plan: Any, **sizes: Any) -> PyramidEncoderConfig:
-        """As :func:`regard.models.registry.config_for` asks for it: two halves, merged between."""
+        """Return the config for a task (the hook of :func:`regard.models.registry.config_for`), with default stages."""
         axes = len(task.grid or (0,))
         if task.objective == "regression":
             width, pool = task.num_targets or 0, "none"
@@ -175,15 +178,15 @@ def _halves(layers: int) -> tuple[StageConfig, ...]:
 
 
 class Stage(nn.Module):
-    """A shortening, if there is one, blocks, and the norm by which they are read.
+    """An optional shortening, blocks, and the norm through which their output is read.
 
     Args:
-        config: of the stage.
+        config: the stage's config.
         sizes: the model's config, with the sizes of this stage.
-        plan: its layers.
-        dim: width of the tokens that come to it.
-        before: layers before it, and all of the model's.
-        axes: of the inputs.
+        plan: the stage's layers.
+        dim: width of the incoming tokens.
+        before: number of layers before the stage, and of all the model's layers.
+        axes: number of axes of the inputs.
     """
 
     def __init__(
@@ -202,14 +205,14 @@ class Stage(nn.Module):
         self.norm = make_norm(sizes.norm if plan else "none", sizes.dim)
 
     def forward(self, x: Float[Tensor, "b n c"], context: Context) -> tuple[Result, Context]:
-        """The result of its blocks for right-padded tokens, and the context that they ran in."""
+        """Run the stage on right-padded tokens; returns the blocks' result and the context that they ran in."""
         if self.shortening is not None:
             x, context = self.shortening(x, context)
         return self.blocks.run(x, context, [None] * len(self.blocks)), context
 
 
 class FunnelShortening(Shortening):
-    """The layers of a funnel between two stages (:class:`regard.mechanisms.funnel.FunnelPooling`)."""
+    """A funnel's layers as a shortening between two stages (:class:`regard.mechanisms.funnel.FunnelPooling`)."""
 
     def __init__(self, dim: int, num_heads: int, **options: Any) -> None:
         super().__init__()
@@ -231,7 +234,7 @@ class FunnelShortening(Shortening):
 
 
 def make_shortening(config: StageConfig, sizes: Any, dim: int, axes: int) -> Shortening | None:
-    """What makes the tokens of a stage of those before it, of width `dim`; None where nothing does."""
+    """Create the module that makes a stage's tokens from the previous ones, of width `dim`; None if there is none."""
     if config.shortening in SHORTENINGS:
         return Windows(config.shortening, dim, sizes.dim, size=config.size, axes=axes, norm=sizes.norm)
     if dim != sizes.dim:
@@ -261,7 +264,7 @@ class PyramidEncoder(EncoderBase):
             first, dim = first + stage.layers, sizes.dim
         widths = [config.dim * stage.widen for stage in config.stages]
         self.pooling = make_pool(_widened(config, config.stages[-1].widen))
-        #: from each stage after the first to the width of the one before, for outputs at full length
+        #: for outputs at full length: projections from each stage after the first to the width of the one before
         self.laterals = nn.ModuleList(
             nn.Identity() if outer == inner else make_linear(inner, outer, bias=False)
             for outer, inner in pairwise(widths if self.pooling is None else ())
@@ -280,29 +283,30 @@ class PyramidEncoder(EncoderBase):
 
     @property
     def blocks(self) -> list[Block]:
-        """The blocks of all stages, as the plan names them."""
+        """The blocks of all stages, in the plan's order."""
         return [block for stage in self.stages for block in cast(Stage, stage).blocks]  # type: ignore[misc]
 
     def forward(self, inputs: Int[Tensor, "b n"] | Float[Tensor, "b n f"], *, context: Context | None = None) -> Result:
-        """Logits of the classes, or of each token.
+        """Compute the logits of the classes, for the whole input or for each token.
 
         Args:
-            inputs: tokens or features, padded anywhere or packed, as `context.mask` says; a grid whole or right-padded.
-            context: its mask, grid, generator, progress, and what is wanted of the layers.
+            inputs: tokens or features, padded anywhere or packed, as `context.mask` says; grids must be whole or
+                right-padded.
+            context: mask, grid, generator, progress, and the extra results to request from the layers (`want`).
 
         Returns:
-            output (B, num_classes), a row a document when packed; (B, N, num_classes) without a pool, zero at padding.
-            Auxiliary losses summed over the layers; extras as lists with one entry for each layer that has them, of as
-            many tokens as its stage has.
+            output (B, num_classes), one row per document when packed; (B, N, num_classes) without a pool, zero at
+            padding. Auxiliary losses summed over the layers; extras as lists with one entry for each layer that has
+            them, with as many tokens as the layer's stage.
 
         Raises:
-            Unsupported: for what other lengths cannot honour: masks on pairs, roles, explicit positions; a grid of another
-                number of axes.
+            Unsupported: for what shortened sequences cannot honour: masks on pairs, roles, explicit positions; and for
+                a grid with another number of axes.
         """
         context = given_context(context)
         self._check_context(context)
         x, inner, layout, losses = self.embed(inputs, context)
-        levels = [(x, inner)]  # what came to each stage, and what came out of the last
+        levels = [(x, inner)]  # the input of each stage, and the output of the last
         extras: dict[str, list[Any]] = {}
 
         def keep(result: Result) -> Tensor:
@@ -323,7 +327,7 @@ class PyramidEncoder(EncoderBase):
         return Result(layout.scatter(self.head(self.decoder_norm(x)), axis=1), None, losses, extras)
 
     def _back(self, levels: Sequence[tuple[Tensor, Context]]) -> Float[Tensor, "b n c"]:
-        """Outputs of all stages at the full length, added up from the last to the first."""
+        """Add up the outputs of all stages, from the last to the first, upsampled to the full length."""
         x: Any = 0
         for number in range(len(self.stages) - 1, -1, -1):
             stage = cast(Stage, self.stages[number])
@@ -354,7 +358,7 @@ class PyramidEncoder(EncoderBase):
 
 
 def _widened(config: PyramidEncoderConfig, times: int) -> PyramidEncoderConfig:
-    """The config with the sizes of a stage that is so many times as wide."""
+    """Return the config with the sizes of a stage that is `times` times as wide."""
     sizes = {name: getattr(config, name) for name in ("dim", "num_heads", "num_kv_heads", "feed_forward")}
     grown: dict[str, Any] = {name: None if size is None else times * size for name, size in sizes.items()}
     return dataclasses.replace(config, **grown)

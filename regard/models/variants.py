@@ -1,21 +1,21 @@
-"""Mechanisms as people name them: with options, mixed in one model, or from a file.
+"""Names of mechanisms and models: with options, as hybrids, or from a file.
 
     softmax                                 a name or an alias of the catalogue
-    local:window=32                         with options of the mechanism or of its layer
-    delta_rule:gated=true,gate=diagonal     several
-    gated_linear*3+softmax                  a hybrid: three layers and one, again and again
-    van_b0                                  an image backbone, with options or without, where models are compared
+    local:window=32                         a name with an option of the mechanism or of its layer
+    delta_rule:gated=true,gate=diagonal     a name with several options
+    gated_linear*3+softmax                  a hybrid: three layers and one, repeated
+    van_b0                                  an image backbone, with or without options, where models are compared
     my_variant.toml                         a file: TOML, JSON or, where PyYAML is installed, YAML
 
-Several of them are a list with commas; ``option=value`` after a comma belongs to the name before it. A file has
-``mechanism`` and ``options``, or ``layers``, a list of names as above or of tables with ``mechanism`` and ``options``;
-``name`` is what it is called (the file's, when it has none)::
+Commas separate several names; ``option=value`` after a comma belongs to the name before it. A file has ``mechanism``
+and ``options``, or ``layers``, a list of names as above or of tables with ``mechanism`` and ``options``; ``name`` is
+the variant's name (by default the file's)::
 
     name = "near and far"
     layers = ["local:window=64", {mechanism = "softmax", options = {positions = "none"}}]
 
-In tasks that read a memory these are the layers between the two sequences; ``encoder`` and ``decoder``, lists like ``layers``,
-are those within each, which are softmax where they are not given.
+In tasks with a memory these are the layers between the two sequences; ``encoder`` and ``decoder``, lists like
+``layers``, are the layers within each sequence, softmax by default.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from regard.models.vision import check_network, list_networks
 LAYER = re.compile(r"(?P<name>[^:*+\s]+)(?::(?P<options>.+?))?(?:\*(?P<count>\d+))?")
 FILES = (".toml", ".json", ".yaml", ".yml")
 BLOCK_OPTIONS = ("positions", "feed_forward", "num_heads", "feed_forward_kind", "feed_forward_options")
-"""Options of a plan's entry that belong to the block rather than to the layer."""
+"""Options of a plan's entry that belong to the block instead of the layer."""
 
 Layers = tuple[tuple[str, Mapping[str, Any]], ...]
 """Mechanism and options of each layer."""
@@ -51,11 +51,11 @@ class Variant:
     """One or more layers, repeated over the depth of a model.
 
     Attributes:
-        name: what it is called in tables and reports: as it was written, in one spelling.
-        layers: mechanism and options of each layer of the pattern; none of an image backbone.
-        backbone: name and options of an image backbone, which has layers of its own; None of mechanisms.
+        name: the name in tables and reports: as given, in a canonical spelling.
+        layers: mechanism and options of each layer of the pattern; empty for an image backbone.
+        backbone: name and options of an image backbone, which has layers of its own; None for mechanisms.
         encoder, decoder: layers within the memory and within the sequence of an encoder-decoder, whose `layers` are those
-            between; empty for softmax.
+            between the two; empty for softmax.
     """
 
     name: str
@@ -66,12 +66,12 @@ class Variant:
 
     @property
     def cards(self) -> tuple[Mechanism, ...]:
-        """The mechanisms in it, each once."""
+        """The variant's mechanisms, each once."""
         return tuple(dict.fromkeys(get_mechanism(name) for name, _ in self.layers))
 
     @property
     def card(self) -> Mechanism:
-        """Its only mechanism.
+        """The variant's only mechanism.
 
         Raises:
             Unsupported: for a hybrid.
@@ -86,13 +86,13 @@ class Variant:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options of its only layer; raises Unsupported for several that differ."""
+        """The options of the variant's only layer; raises Unsupported if it has different layers."""
         if any(layer != self.layers[0] for layer in self.layers):
             raise Unsupported(f"{self.name} where one layer is asked", supported="a name, or a name with options")
         return dict(self.layers[0][1])
 
     def as_card(self) -> Mechanism:
-        """The mechanism with these options as its defaults, under this name.
+        """Return a card of the mechanism under the variant's name, with the variant's options as defaults.
 
         Raises:
             Unsupported: for a hybrid, and for options of the block around a layer.
@@ -117,7 +117,7 @@ class Variant:
             frozen=True,
             namespace={"__module__": card.config.__module__},
         )
-        config()  # refuses what does not go together
+        config()  # raises for options that do not go together
         return dataclasses.replace(
             card,
             name=self.name,
@@ -129,12 +129,12 @@ class Variant:
 
     @property
     def sized(self) -> bool:
-        """Whether every layer names the width of its feed-forward network, so that nothing is left to match a size by."""
+        """Whether every layer sets its feed-forward width, so that no width is left to match a model size by."""
         every = (*self.layers, *self.encoder)
         return bool(every) and all("feed_forward" in options for _, options in every)
 
     def record(self) -> dict[str, list[list[Any]]]:
-        """Its layers as JSON: ``layers``, and ``encoder`` and ``decoder`` where it names them."""
+        """The variant's layers as JSON: ``layers``, and ``encoder`` and ``decoder`` if given."""
         stacks = {"layers": self.layers, "encoder": self.encoder, "decoder": self.decoder}
         return {
             stack: [[name, dict(options)] for name, options in layers]
@@ -143,10 +143,10 @@ class Variant:
         }
 
     def plan(self, num_layers: int | None = None) -> list[tuple[str, dict[str, Any]]]:
-        """The plan of a model with `num_layers` layers; of one repetition when None.
+        """Return the plan of a model with `num_layers` layers; one repetition when None.
 
         Raises:
-            Unsupported: for a number that the pattern does not divide.
+            Unsupported: for a number that is not a multiple of the pattern's length.
         """
         count = len(self.layers) if num_layers is None else num_layers
         if count % len(self.layers):
@@ -159,10 +159,10 @@ class Variant:
 
 
 def read_variant(text: str) -> Variant:
-    """One variant from how it is written, or from a file.
+    """Read one variant from its written form, or from a file.
 
     Raises:
-        Unsupported: for an unknown name or option, with the nearest one, and for what cannot be read.
+        Unsupported: for an unknown name or option, with the nearest known one, and for text that cannot be read.
     """
     text = text.strip()
     if text.endswith(FILES):
@@ -181,7 +181,7 @@ def read_variant(text: str) -> Variant:
 
 
 def read_model(text: str) -> Variant:
-    """One variant, or an image backbone; raises Unsupported as :func:`read_variant`."""
+    """Read one variant or an image backbone; raises Unsupported as :func:`read_variant`."""
     name, _, written = text.strip().partition(":")
     if name not in list_networks():
         return read_variant(text)
@@ -191,7 +191,7 @@ def read_model(text: str) -> Variant:
 
 
 def read_variants(text: str, read: Callable[[str], Variant] = read_model) -> list[Variant]:
-    """Several variants or image backbones, separated by commas, each read by `read`; raises Unsupported as it does."""
+    """Read several variants or image backbones, separated by commas, each by `read`; raises Unsupported as it does."""
     written: list[str] = []
     for part in split_list(text):
         key = part.partition("=")[0]
@@ -204,7 +204,7 @@ def read_variants(text: str, read: Callable[[str], Variant] = read_model) -> lis
 
 
 def known_name(text: str) -> str:
-    """The catalogue's name of a mechanism with or without options; one with options is added for this process.
+    """Return the catalogue's name of a mechanism; one with options is registered for this process.
 
     Raises:
         Unsupported: for a hybrid, and as :func:`read_variant`.
@@ -219,7 +219,7 @@ def known_name(text: str) -> str:
 
 
 def _checked(name: str, options: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """Name in the catalogue and options of a layer, which must exist."""
+    """Return a layer's catalogue name and options; raises Unsupported for an unknown name or option."""
     card, options = resolve(name, options)
     accepted = sorted({*layer_options(card), *BLOCK_OPTIONS})
     for option in options:
@@ -241,7 +241,7 @@ def _written(name: str, options: Mapping[str, Any]) -> str:
 
 
 def written_layers(layers: Layers) -> str:
-    """Layers as :func:`read_variant` reads them, each run of equal ones once."""
+    """Write layers as :func:`read_variant` reads them, each run of equal layers once."""
     runs = [(layer, len(list(equal))) for layer, equal in itertools.groupby(layers)]
     return "+".join(_written(*layer) + (f"*{count}" if count > 1 else "") for layer, count in runs)
 
@@ -261,7 +261,7 @@ def _from_file(path: Path) -> Variant:
 
 
 def _listed(entries: Any, name: str, path: Path) -> Layers:
-    """Layers from a list of a file."""
+    """Read layers from a list in a file."""
     if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
         raise Unsupported(f"{name}={entries!r} in {str(path)!r}", supported="a list of layers")
     layers: list[tuple[str, Mapping[str, Any]]] = []

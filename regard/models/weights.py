@@ -1,4 +1,4 @@
-"""Weights of a module as named tensors."""
+"""A module's weights as named tensors."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from regard.contract import Unsupported
 
 
 def distinct_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict with each storage once (the first name of tied weights), contiguous and detached.
+    """Return the state dict with each tensor once (under the first name of tied weights), contiguous and detached.
 
-    Weights of which several ranks have shards are whole, on the CPU; all ranks have to call then.
+    Sharded weights are gathered to full tensors on the CPU; all ranks must then call this function.
     """
     return {name: whole(tensor.detach()).contiguous() for name, tensor in _distinct(module).items()}
 
@@ -33,7 +33,7 @@ def _distinct(module: nn.Module) -> dict[str, Tensor]:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """32 hexadecimal digits of all names and numbers of a module, by which a run that goes on knows its model."""
+    """Return a digest (32 hex digits) of a module's names and values, by which a resumed run recognises its model."""
     found = hashlib.blake2b(digest_size=16)
     for name, tensor in distinct_tensors(module).items():
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -42,23 +42,23 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def weights_bytes(module: nn.Module) -> int:
-    """Bytes of parameters and saved buffers; what is shared is counted once."""
+    """Return the bytes of parameters and persistent buffers; shared tensors are counted once."""
     return sum(tensor.numel() * tensor.element_size() for tensor in distinct_tensors(module).values())
 
 
 def sharded(tensor: Tensor) -> bool:
-    """Whether it is a `DTensor`, of which this rank has a part."""
+    """Return whether a tensor is a `DTensor`, of which this rank holds a shard."""
     return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor with the parts of all ranks, on the CPU; one that is not shared is given back."""
+    """Gather a sharded tensor from all ranks, on the CPU; other tensors are returned as they are."""
     shared: Any = tensor
     return shared.full_tensor().cpu() if sharded(tensor) else tensor
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole tensor that every rank has, the part that it has of `like`."""
+    """Return this rank's shard of a full tensor that every rank has, sharded like `like`."""
     if not sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -91,7 +91,7 @@ def _some(names: list[str]) -> str:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (on the CPU) and metadata of a safetensors file; raises Unsupported when it is not one."""
+    """Read the tensors (on the CPU) and metadata of a safetensors file; raises Unsupported if it is not one."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

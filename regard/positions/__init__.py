@@ -54,7 +54,7 @@ SCHEMES: dict[str, type[Positions]] = {scheme.name: scheme for scheme in ALL}
 
 
 def list_positions() -> list[str]:
-    """Names of the position schemes."""
+    """Return the names of the position schemes."""
     return list(SCHEMES)
 
 
@@ -68,16 +68,17 @@ def create_positions(
     max_length: int | None = None,
     **options: Any,
 ) -> Positions:
-    """A position scheme by name.
+    """Create a position scheme by name.
 
     Args:
         name: one of :func:`list_positions`.
         dim: width of the model, for schemes that act on the input.
         heads: number of query heads, for schemes that act on scores.
         head_dim: width of a head, for schemes that rotate.
-        kv_heads: number of key heads, when they are fewer.
-        max_length: longest sequence; needed by ``learned`` alone. One more than the last position of ``seqpe``.
-        options: the scheme's own.
+        kv_heads: number of key heads, if they are fewer.
+        max_length: length of the longest sequence; required only by ``learned``. For ``seqpe``, one more than the last
+            position.
+        options: the scheme's own options.
 
     Raises:
         Unsupported: for an unknown name, an unknown option or a bad value.
@@ -101,7 +102,7 @@ def create_positions(
 
 
 def why_refused(card: Mechanism, scheme: str) -> str:
-    """Why a mechanism does not accept a position scheme, in parentheses; nothing for an unknown one."""
+    """Return, in parentheses, why a mechanism does not accept a position scheme; empty for an unknown scheme."""
     if scheme not in SCHEMES:
         return ""
     if scheme in TURNED_BEFORE and "rotate" in card.honours:
@@ -114,7 +115,7 @@ def why_refused(card: Mechanism, scheme: str) -> str:
 
 @functools.cache
 def _accepted(scheme: Any) -> tuple[str, ...]:
-    """Names of a scheme's arguments, with those that it hands on to its base class."""
+    """Return the names of a scheme's arguments, including those that it passes on to its base class."""
     found: dict[str, None] = {}
     for base in scheme.__mro__:
         if "__init__" not in vars(base):

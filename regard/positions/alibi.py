@@ -1,7 +1,7 @@
-"""Attention with linear biases: scores fall with distance (Press et al., arXiv 2108.12409, section 3).
+"""Attention with linear biases, by which scores fall with distance (Press et al., arXiv 2108.12409, section 3).
 
-``bias_ij = -slope_h |i - j|``. For a power of two H the slopes are ``2^(-8 h / H)``, h = 1 ... H; for other H they are
-those of the power of two below, P, followed by every other slope of 2P (the authors' rule).
+``bias_ij = -slope_h |i - j|``. If H is a power of two, the slopes are ``2^(-8 h / H)``, h = 1 ... H; for other H they
+are the slopes of the next lower power of two, P, followed by every other slope of 2P (the authors' rule).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Alibi(Positions):
-    """Subtracts a multiple of the distance from the scores; symmetric in noncausal patterns.
+    """Subtracts a multiple of the distance from the scores, symmetrically in noncausal patterns.
 
     Args:
         heads: number of heads H.
@@ -33,7 +33,7 @@ class Alibi(Positions):
         self.heads = heads
 
     def slopes(self, device: torch.device | None = None) -> Float[Tensor, " h"]:
-        """Slope of each head, in float32: bfloat16 could not tell distances beyond 256 apart."""
+        """Return the slope of each head, in float32: bfloat16 could not tell distances beyond 256 apart."""
         power = 1 << (self.heads.bit_length() - 1)
         head = torch.arange(self.heads, device=device)
         between = 2 * (head - power) + 1
@@ -43,12 +43,12 @@ class Alibi(Positions):
     def bias(
         self, query_positions: Int[Tensor, "#b n"], key_positions: Int[Tensor, "#b m"], causal: bool
     ) -> Float[Tensor, "b h n m"]:
-        """Scores to add, in float32. `causal` changes nothing, since what it hides is hidden by the mask."""
+        """Return the bias of the scores, in float32. `causal` has no effect, since the mask hides later keys."""
         check_pair(query_positions, key_positions)
         return self.by_distance(key_positions[:, None, :] - query_positions[:, :, None], causal).transpose(0, 1)
 
     def by_distance(self, distances: Int[Tensor, "..."], causal: bool) -> Float[Tensor, "h ..."]:
-        """The bias of key position minus query position."""
+        """Return the bias for differences key position - query position."""
         slopes = self.slopes(distances.device)
         return -slopes.view(-1, *[1] * distances.ndim) * distances.abs()
 

@@ -1,4 +1,4 @@
-"""One learned vector a position, added to the input embedding (Gehring et al., arXiv 1705.03122, section 3.1)."""
+"""A learned vector for each position, added to the input embedding (Gehring et al., arXiv 1705.03122, section 3.1)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 class Learned(Positions):
     """Adds row p of a table (max_length, C) to the input embedding.
 
-    A position outside the table raises Unsupported, padding included: give padding tokens position 0. (A compiled
-    graph cannot look at the values; there torch's own index check applies.)
+    A position outside the table raises Unsupported, even for padding: give padding tokens position 0. (A compiled graph
+    cannot inspect the values; there torch's own index check applies.)
 
     Args:
         dim: width C of the embedding.
         max_length: number of positions.
-        std: standard deviation of the table at the start.
+        std: standard deviation of the initial table.
     """
 
     name = "learned"
@@ -48,7 +48,7 @@ class Learned(Positions):
         nn.init.normal_(self.table, std=self.std)
 
     def embed(self, x: Float[Tensor, "b n c"], positions: Int[Tensor, "#b n"]) -> Float[Tensor, "b n c"]:
-        """`x` with the vectors of its positions added, in the dtype of `x`."""
+        """Add the vectors of the positions to `x`, in the dtype of `x`."""
         check_positions(positions, x.shape[0], x.shape[1])
         if x.shape[-1] != self.table.shape[1]:
             raise Unsupported(f"learned positions on a width of {x.shape[-1]}", supported=f"dim={self.table.shape[1]}")
@@ -65,7 +65,7 @@ class Learned(Positions):
         return x + nn.functional.embedding(positions, self.table).to(x.dtype)
 
     def check_extension(self, length: int, how: str) -> None:
-        """Raise Unsupported for what :meth:`extend` cannot do."""
+        """Raise Unsupported for arguments that :meth:`extend` does not accept."""
         one_of("how", how, ("tile", "interpolate"))
         if length <= self.max_length:
             raise Unsupported(
@@ -77,13 +77,13 @@ class Learned(Positions):
 
         Args:
             length: new number of positions, above `max_length`.
-            how: ``tile`` repeats the table, so that the positions it had stay as they were; ``interpolate`` stretches it
-                linearly from its first row to its last, so that positions keep their order.
+            how: ``tile`` repeats the table, so that the old positions keep their vectors; ``interpolate`` stretches the
+                table linearly from its first row to its last, so that positions keep their order.
 
-        The table is a new parameter, which trains and decays as the old one did: build the optimizer again.
+        The table is a new parameter, with the old one's requires_grad and weight decay: rebuild the optimizer.
 
         Raises:
-            Unsupported: for another way, or a length that is no longer.
+            Unsupported: for an unknown `how`, or a length that is not greater.
         """
         self.check_extension(length, how)
         old = self.table.detach()

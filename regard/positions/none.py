@@ -1,4 +1,4 @@
-"""No positions: for mechanisms whose order of computation already tells tokens apart (recurrences, causal masks)."""
+"""No positions: for mechanisms that already distinguish the order of tokens (recurrences, causal masks)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from regard.positions.protocol import Positions
 
 
 class NoPositions(Positions):
-    """Acts nowhere."""
+    """The scheme without positions, which does nothing."""
 
     name = "none"

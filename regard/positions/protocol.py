@@ -1,4 +1,4 @@
-"""The protocol of position schemes: modules that act at one of three places.
+"""The protocol of position schemes: modules that act at one of three places in a model.
 
 ========== ======================================================= =====================================================
 place      call                                                    result
@@ -9,12 +9,13 @@ place      call                                                    result
            causal)``
 ========== ======================================================= =====================================================
 
-A place where a scheme does nothing is None: ``if positions.rotate is not None: q = positions.rotate(q, where)``.
+The method of a place where a scheme does nothing is None:
+``if positions.rotate is not None: q = positions.rotate(q, where)``.
 
 Positions are integers given by the caller: the rank of a token among the valid tokens of its sequence, counted from the
-start of the sequence also while decoding. Nothing is inferred from N. The batch axis of positions may be 1 where all
-rows share them; a bias then comes out with batch 1. A padding token needs some position too; which one
-does not matter, as long as the scheme has it (0 always does).
+start of the sequence, also during decoding. Nothing is inferred from N. The batch axis of positions may be 1 if all
+rows share them; a bias then also has batch size 1. Padding tokens need a position too; any position that the scheme has
+will do (0 always works).
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ class Positions(nn.Module):
     """Base class of position schemes; see the module's table for the three places.
 
     Attributes:
-        name: what :func:`regard.positions.create_positions` knows it by.
-        by_distance: of schemes whose bias depends on key position minus query position alone:
-            ``by_distance(distances (...), causal)``, biases (H, ...).
-        rotate_keys: of schemes that put something else into keys than into queries; as ``rotate``.
-        turns: of schemes that turn planes of features i and i + R / 2 of a head: ``turns(count)``, the cosines, then the sines,
-            of the planes at the first positions, (count, R) in float32 on the CPU.
-        prepare: of schemes that make vectors of positions first, once for all layers:
-            ``prepare(positions (B, N), grid, generator, movable=)``, what ``embed`` and ``rotate`` are given in the place
-            of positions, (B or 1, N, width), and auxiliary losses.
-        shared: whether the model makes these vectors for its layers.
+        name: the name for :func:`regard.positions.create_positions`.
+        by_distance: for schemes whose bias depends only on key position minus query position:
+            ``by_distance(distances (...), causal)`` returns biases (H, ...).
+        rotate_keys: for schemes that treat keys differently from queries; called like ``rotate``.
+        turns: for schemes that rotate planes of features i and i + R / 2 of a head: ``turns(count)`` returns the
+            cosines, then the sines, of the planes at the first positions, (count, R) in float32 on the CPU.
+        prepare: for schemes that first compute position vectors, once for all layers:
+            ``prepare(positions (B, N), grid, generator, movable=)`` returns the vectors (B or 1, N, width) that
+            ``embed`` and ``rotate`` receive instead of positions, and auxiliary losses.
+        shared: whether the model computes these vectors for its layers.
     """
 
     name: ClassVar[str]

@@ -1,9 +1,9 @@
-"""Learned biases by bucket of distance (T5; Raffel et al., arXiv 1910.10683, section 2.1).
+"""Learned biases for buckets of distances (T5; Raffel et al., arXiv 1910.10683, section 2.1).
 
-Half of the buckets hold one distance each, the others grow geometrically up to `max_distance`; all larger distances
-share the last. With n buckets in one direction and e = n // 2 exact ones, bucket e + k starts at the distance
-``e (max_distance / e)^(k / (n - e))``. In noncausal patterns keys before (and at) the query use the first half of the
-table and keys after it the second half; in causal patterns the whole table describes keys before the query.
+Half of the buckets hold one distance each, the rest grow geometrically up to `max_distance`; all larger distances share
+the last bucket. With n buckets in one direction, of which e = n // 2 are exact, bucket e + k starts at the distance
+``e (max_distance / e)^(k / (n - e))``. In noncausal patterns, keys before (and at) the query use the first half of the
+table and keys after it the second half; in causal patterns the whole table is for keys before the query.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def bucket_starts(buckets: int, max_distance: int) -> list[int]:
-    """Smallest distance of each bucket but the first, in one direction."""
+    """Return the smallest distance of each bucket except the first, in one direction."""
     exact = buckets // 2
     geometric = buckets - exact
-    # The guard keeps a start that is an integer (8, 16, 32, ...) from being rounded up.
+    # The factor keeps integer starts (8, 16, 32, ...) from being rounded up.
     starts = [
         math.ceil(exact * (max_distance / exact) ** (step / geometric) * (1 - 1e-12)) for step in range(geometric)
     ]
@@ -33,13 +33,13 @@ def bucket_starts(buckets: int, max_distance: int) -> list[int]:
 
 
 class Relative(Positions):
-    """Adds a learned number for each head and bucket of distance to the scores.
+    """Adds a learned bias for each head and bucket of distance to the scores.
 
     Args:
         heads: number of heads H.
         num_buckets: rows of the table; even, since noncausal patterns use half of them for each direction.
-        max_distance: distances from here on share the last bucket.
-        std: standard deviation of the table (num_buckets, H) at the start.
+        max_distance: distances from this one on share the last bucket.
+        std: standard deviation of the initial table (num_buckets, H).
     """
 
     name = "relative"
@@ -70,7 +70,7 @@ class Relative(Positions):
     def buckets(
         self, query_positions: Int[Tensor, "#b n"], key_positions: Int[Tensor, "#b m"], causal: bool
     ) -> Int[Tensor, "b n m"]:
-        """Row of the table for each pair. In causal patterns a key after its query counts as distance 0."""
+        """Return the table row of each pair. In causal patterns a key after its query counts as distance 0."""
         return self._buckets(key_positions[:, None, :] - query_positions[:, :, None], causal)
 
     def _buckets(self, ahead: Int[Tensor, "..."], causal: bool) -> Int[Tensor, "..."]:
@@ -81,12 +81,12 @@ class Relative(Positions):
     def bias(
         self, query_positions: Int[Tensor, "#b n"], key_positions: Int[Tensor, "#b m"], causal: bool
     ) -> Float[Tensor, "b h n m"]:
-        """Scores to add, in the dtype of the table."""
+        """Return the bias of the scores, in the dtype of the table."""
         check_pair(query_positions, key_positions)
         return self.by_distance(key_positions[:, None, :] - query_positions[:, :, None], causal).transpose(0, 1)
 
     def by_distance(self, distances: Int[Tensor, "..."], causal: bool) -> Float[Tensor, "h ..."]:
-        """The bias of key position minus query position."""
+        """Return the bias for differences key position - query position."""
         return nn.functional.embedding(self._buckets(distances, causal), self.table).movedim(-1, 0)
 
     def extra_repr(self) -> str:

@@ -1,22 +1,23 @@
-"""Rotary positions: queries and keys turn with their position (Su et al., arXiv 2104.09864, equation 34).
+"""Rotary positions: queries and keys are rotated by their position (Su et al., arXiv 2104.09864, equation 34).
 
 The first R features of a head form R/2 planes; plane i holds features i and i + R/2 (half-split pairing, as in GPT-NeoX
-and Llama; the paper pairs 2i with 2i + 1, which is the same up to an order of the features). At position p it turns by
-``p * base^(-2i/R)``, so a product of a rotated query and a rotated key depends on the difference of positions alone.
-The other features pass unchanged.
+and Llama; the paper pairs 2i with 2i + 1, which is the same up to the order of the features). At position p it is
+rotated by ``p * base^(-2i/R)``, so the product of a rotated query and a rotated key depends only on the difference of
+positions. The other features are left unchanged.
 
-Longer contexts than those trained on:
+For contexts longer than in training:
 
 - `interpolation` divides positions (Chen et al., arXiv 2306.15595, equation 4).
-- `ntk` = s multiplies the base by ``s^(R/(R-2))``, which slows the slowest plane by s and leaves the fastest alone (the
-  "NTK-aware" rule, Peng et al., arXiv 2309.00071, section 3.1).
-- `trained_length` = T with it makes the rule dynamic (section 3.3 there): nothing changes before position T, and from there
-  on the base grows with the length l = p + 1 that a decoder has reached, ``s l / T - (s - 1)`` in place of s.
+- `ntk` = s multiplies the base by ``s^(R/(R-2))``, which slows the slowest plane by s and does not change the fastest
+  (the "NTK-aware" rule, Peng et al., arXiv 2309.00071, section 3.1).
+- `trained_length` = T additionally makes the rule dynamic (same paper, section 3.3): nothing changes before position T,
+  and from there on the base grows with the length l = p + 1 that a decoder has reached, with ``s l / T - (s - 1)`` in
+  place of s.
 
-A dynamic base at all tokens of a sequence would depend on how long the sequence will become: earlier outputs would change
-with later tokens, and cached keys would be wrong. So here each token turns by the base of its own length, as its key is
-cached by decoders that rotate before they cache. Beyond T products then depend on more than the difference of positions.
-Where the length is known, `ntk` alone keeps that property.
+A single dynamic base for all tokens would depend on the final length of the sequence: earlier outputs would change with
+later tokens, and cached keys would be wrong. So here each token is rotated with the base of its own length l, as in
+decoders that rotate keys before caching them. Beyond T, products then depend on more than the difference of positions.
+If the length is known, `ntk` without `trained_length` keeps that property.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ if TYPE_CHECKING:
 
 
 class Rotary(Positions):
-    """Rotates queries and keys. Each token is rotated alone, by its absolute position.
+    """Rotates queries and keys, each token by its absolute position.
 
     Args:
         head_dim: width D of a head.
-        base: the slowest plane turns by one radian in about `base` tokens.
-        fraction: part of the features that turn, in (0, 1]; R is rounded down to an even number.
-        interpolation: positions are divided by it; 1 for none.
-        ntk: factor by which the context grows under NTK-aware scaling of the base; 1 for none.
-        trained_length: T >= 1 of dynamic NTK-aware scaling; None for the same base at all positions.
+        base: the slowest plane rotates by one radian in about `base` tokens.
+        fraction: share of the features that are rotated, in (0, 1]; R is rounded down to an even number.
+        interpolation: divisor of positions; 1 for none.
+        ntk: factor s of NTK-aware scaling, by which the context grows; 1 for none.
+        trained_length: T >= 1 for dynamic NTK-aware scaling; None for the same base at all positions.
     """
 
     name = "rotary"
@@ -69,7 +70,7 @@ class Rotary(Positions):
         at_least("ntk", ntk, 1.0)
         if trained_length is not None:
             at_least("trained_length", trained_length, 1)
-        # A product such as 0.7 * 20 falls just short of the integer it means.
+        # A product such as 0.7 * 20 is just below the intended integer.
         self.rotated = int(fraction * head_dim + 1e-9) // 2 * 2
         scaled = ntk != 1 or trained_length is not None
         fewest = 4 if scaled else 2
@@ -87,7 +88,7 @@ class Rotary(Positions):
         self._turns: Tensor | None = None
 
     def rotate(self, x: Float[Tensor, "b h n d"], positions: Int[Tensor, "#b n"]) -> Float[Tensor, "b h n d"]:
-        """Queries or keys turned by their positions; computed in at least float32, returned in the dtype of `x`."""
+        """Rotate queries or keys by their positions, in at least float32; returned in the dtype of `x`."""
         check_positions(positions, x.shape[0], x.shape[2])
         if x.shape[-1] != self.head_dim:
             raise Unsupported(f"rotary positions on heads of {x.shape[-1]}", supported=f"head_dim={self.head_dim}")
@@ -101,23 +102,23 @@ class Rotary(Positions):
         return torch.cat([first * cos - second * sin, first * sin + second * cos, still], -1).to(x.dtype)
 
     def turns(self, count: int) -> Float[Tensor, "count rotated"]:
-        """The cosines, then the sines, of the planes at positions 0 to `count` - 1; kept for the next call."""
+        """Return the cosines, then the sines, of the planes at positions 0 to `count` - 1; cached for the next call."""
         if self._turns is None or len(self._turns) != count:
             ones = torch.zeros(1, 1, count, self.head_dim, dtype=torch.float32, device="cpu")
             ones[..., : self.rotated // 2] = 1
             turned = self.rotate(ones, torch.arange(count, device="cpu")[None])[0, 0, :, : self.rotated].contiguous()
-            if type(turned) is not Tensor:  # of a mode that computes nothing
+            if type(turned) is not Tensor:  # such as a fake tensor, without data
                 return turned
             self._turns = turned
         return self._turns
 
     def _dynamic_angles(self, positions: Int[Tensor, "#b n"]) -> Float[Tensor, "#b n planes"]:
-        """Angles of tokens whose base depends on their position, modulo one turn."""
+        """Return the angles, modulo one turn, of tokens whose base depends on their position."""
         wide = torch.float32 if positions.device.type == "mps" else torch.float64
         length = (positions.to(wide) + 1) / (self.trained_length or 1)
         growth = (self.ntk * length - (self.ntk - 1)).clamp(min=1)
         plane = torch.arange(0, self.rotated, 2, dtype=wide, device=positions.device)
-        # the base is raised to -2 i / R, and its growth to R / (R - 2) before
+        # the base is raised to -2 i / R; its growth, raised to R / (R - 2) before, thus to -2 i / (R - 2)
         slowing = growth[..., None] ** (-plane / (self.rotated - 2))
         turns = positions.to(wide)[..., None] * slowing * (self.base ** (-plane / self.rotated))
         turns = turns / (2 * math.pi * self.interpolation)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Sinusoidal(Positions):
-    """Adds fixed sinusoids to the input embedding. Any position is possible; there is nothing to learn.
+    """Adds fixed sinusoids to the input embedding, for any position and without parameters.
 
     Args:
         dim: width C of the embedding, even or odd.
@@ -37,7 +37,7 @@ class Sinusoidal(Positions):
         self.dim, self.base = dim, base
 
     def embed(self, x: Float[Tensor, "b n c"], positions: Int[Tensor, "#b n"]) -> Float[Tensor, "b n c"]:
-        """`x` with the sinusoids added; they are computed in at least float32 and rounded to the dtype of `x`."""
+        """Add the sinusoids to `x`; they are computed in at least float32 and rounded to the dtype of `x`."""
         check_positions(positions, x.shape[0], x.shape[1])
         if x.shape[-1] != self.dim:
             raise Unsupported(f"sinusoidal positions on a width of {x.shape[-1]}", supported=f"dim={self.dim}")

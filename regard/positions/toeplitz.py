@@ -1,8 +1,8 @@
-"""One learned number for each head and offset: a Toeplitz matrix (Luo et al., arXiv 2205.13401, section 3).
+"""A learned bias for each head and offset: a Toeplitz matrix (Luo et al., arXiv 2205.13401, section 3).
 
-``T_ij = t_{j - i}``, with offsets clipped to -R ... R: tokens farther apart have the number of R. As a scheme it is B, which
-is added to the scores, as `relative` is, whose numbers are those of buckets of distances. A second such matrix is C, which
-multiplies the weights: see ``regard.mechanisms.universal_rpe``.
+``T_ij = t_{j - i}``, with offsets clipped to -R ... R, so that all larger distances share an entry. This scheme is the
+paper's matrix B, which is added to the scores, like `relative`, which has a bias for each bucket of distances instead.
+A second such matrix, C, multiplies the weights: see ``regard.mechanisms.universal_rpe``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class Toeplitz(Positions):
-    """Adds a learned number for each head and offset to the scores.
+    """Adds a learned bias for each head and offset to the scores.
 
     Args:
         heads: number of heads H; 1 for a table that all heads share.
-        max_distance: R >= 1, the largest distance with a number of its own.
-        std: standard deviation of the table (H, 2 R + 1) at the start; offset -R comes first.
+        max_distance: R >= 1, the largest distance with an entry of its own.
+        std: standard deviation of the initial table (H, 2 R + 1); offset -R comes first.
     """
 
     name = "toeplitz"
@@ -45,12 +45,12 @@ class Toeplitz(Positions):
     def bias(
         self, query_positions: Int[Tensor, "#b n"], key_positions: Int[Tensor, "#b m"], causal: bool
     ) -> Float[Tensor, "b h n m"]:
-        """Scores to add, in the dtype of the table. `causal` changes nothing, since what it hides is hidden by the mask."""
+        """Return the bias of the scores, in the table's dtype. `causal` has no effect: the mask hides later keys."""
         check_pair(query_positions, key_positions)
         return self.by_distance(key_positions[:, None, :] - query_positions[:, :, None], causal).transpose(0, 1)
 
     def by_distance(self, distances: Int[Tensor, "..."], causal: bool) -> Float[Tensor, "h ..."]:
-        """The number of key position minus query position."""
+        """Return the bias for differences key position - query position."""
         return at_offsets(self.table, distances)
 
     def extra_repr(self) -> str:
@@ -58,6 +58,6 @@ class Toeplitz(Positions):
 
 
 def at_offsets(table: Float[Tensor, "h offsets"], offsets: Int[Tensor, "..."]) -> Float[Tensor, "h ..."]:
-    """Entries of a table of the offsets -R ... R, clipped to them."""
+    """Return the entries of a table over offsets -R ... R, with `offsets` clipped to this range."""
     reach = table.shape[1] // 2
     return nn.functional.embedding((offsets + reach).clamp(0, 2 * reach), table.mT).movedim(-1, 0)

@@ -1,4 +1,4 @@
-"""Training: the loop, the optimizer, the learning rate, checkpoints and memory."""
+"""Training: the loop, the optimizer, learning rates, checkpoints, distillation, growth and peak memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A running mean of a model's weights, which often scores better than the weights themselves."""
+"""An exponential moving average of a model's weights, which often scores better than the weights themselves."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from regard.models.weights import distinct_tensors, load_tensors
 
 
 def check_decay(decay: float) -> float:
-    """The decay of a mean; raises Unsupported for what is none."""
+    """Return the decay of an average as a float; raises Unsupported for an invalid one."""
     if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 < decay < 1:
         raise Unsupported(f"ema={decay!r}", supported="a number between 0 and 1", nearest="ema=0.999")
     return float(decay)
 
 
 class WeightAverage:
-    """The exponential moving average of a model's weights and buffers; whole numbers among these are the last ones.
+    """The exponential moving average of a model's weights and buffers; integer tensors are the latest ones.
 
-    After n updates the old mean counts min(`decay`, (1 + n) / (10 + n)), so that it forgets the initial weights early.
+    After n updates the decay is min(`decay`, (1 + n) / (10 + n)), so that the initial weights are forgotten early.
 
     Args:
-        model: whose weights are the mean to begin with.
-        decay: share of the old mean in the new one, between 0 and 1.
+        model: the model whose weights are the initial average.
+        decay: weight of the old average in the new one, between 0 and 1.
 
     Raises:
-        Unsupported: for another decay.
+        Unsupported: for an invalid decay.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -39,7 +39,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take the weights of `model` in."""
+        """Update the average with the weights of `model`."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         current = distinct_tensors(model)
@@ -51,7 +51,7 @@ class WeightAverage:
 
     @contextmanager
     def in_place_of(self, model: nn.Module) -> Iterator[None]:
-        """`model` with the mean as its weights, and afterwards with its own."""
+        """Replace the weights of `model` by the average inside the block; its own weights are restored afterwards."""
         own = {name: tensor.clone() for name, tensor in distinct_tensors(model).items()}
         load_tensors(model, self.tensors, source="an average of weights")
         try:
@@ -60,7 +60,7 @@ class WeightAverage:
             load_tensors(model, own, source="the weights before")
 
     def load(self, tensors: Mapping[str, Tensor], updates: int) -> None:
-        """Go on from a mean after so many updates; raises Unsupported for tensors of another model."""
+        """Restore an average after a number of updates; raises Unsupported for tensors of another model."""
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
             raise Unsupported("an average of another model's weights", supported="the same parameters")

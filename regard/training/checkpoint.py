@@ -1,7 +1,7 @@
-"""Checkpoints of a training run: one safetensors file, with the rest as JSON in its header; no pickle.
+"""Checkpoints of a training run: one safetensors file, with a JSON record in its header; no pickle.
 
-The file is written beside its place and moved there in one step, so that a reader or a killed writer leaves either the
-old checkpoint or the new one, never half of one.
+The file is written under a temporary name and then moved into place atomically, so that even if the writer is killed,
+there is either the old checkpoint or the new one, never half of one.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ FORMAT = "regard-checkpoint-1"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The contents of a checkpoint: named tensors of the model, the optimizer and a mean of the weights (none where there is
-    no mean), and a JSON record of the rest."""
+    """The contents of a checkpoint: named tensors and a JSON record of the rest.
+
+    The tensors are those of the model, the optimizer and the weight average (empty if there is none).
+    """
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
@@ -36,7 +38,7 @@ class Checkpoint:
 
 
 def named_parameters_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Names of the optimizer's parameters in its own order, by which its state is keyed."""
+    """Return the names of the optimizer's parameters in the order by which its state is indexed."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -50,9 +52,9 @@ def save_checkpoint(
     *,
     write: bool = True,
 ) -> None:
-    """Write model, optimizer, a mean of the weights and a JSON-serialisable `record` to `path`, replacing it atomically.
+    """Write model, optimizer, weight average and a JSON-serialisable `record` to `path`, replacing it atomically.
 
-    Weights of which several ranks have shards are written whole: all ranks call, and one has `write`.
+    Sharded weights are gathered to full tensors: all ranks must call this function, and one of them with `write`.
     """
     tensors = {f"model.{name}": tensor for name, tensor in distinct_tensors(model).items()}
     tensors |= {f"average.{name}": tensor for name, tensor in (average or {}).items()}
@@ -66,7 +68,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a checkpoint onto the CPU; raises Unsupported when the file is not one."""
+    """Read a checkpoint onto the CPU; raises Unsupported if the file is not a checkpoint."""
     tensors, metadata = read_tensors(Path(path))
     if metadata.get("format") != FORMAT:
         raise Unsupported(f"{path} of format {metadata.get('format')!r} as a checkpoint", supported=FORMAT)
@@ -82,7 +84,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def damaged(path: str | os.PathLike[str], why: object) -> Unsupported:
-    """The error for a checkpoint whose parts do not fit together."""
+    """Return the error for a damaged checkpoint."""
     return Unsupported(
         f"{path}, a checkpoint that is damaged ({why})",
         supported="a file as save_checkpoint left it",
@@ -91,7 +93,7 @@ def damaged(path: str | os.PathLike[str], why: object) -> Unsupported:
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's tensors into `model` and `optimizer`; raises Unsupported unless they fit exactly."""
+    """Load a checkpoint's tensors into `model` and `optimizer`; raises Unsupported unless they fit exactly."""
     load_tensors(model, checkpoint.model, source="a checkpoint")
     state: dict[int, dict[str, Tensor]] = {}
     places = {name: index for index, name in enumerate(named_parameters_of(model, optimizer))}

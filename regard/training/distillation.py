@@ -1,8 +1,8 @@
-"""Distillation of a model whose layers learn the attention weights of a teacher, as SEA does (arXiv 2310.01777).
+"""Distillation of a student whose layers learn a teacher's attention weights, as in SEA (arXiv 2310.01777).
 
 ::
 
-    report = begin_as(student, teacher)                    # the student's new parameters are left as they are
+    report = begin_as(student, teacher)                    # parameters that only the student has are left as they are
     optimizer = torch.optim.AdamW(distillation_groups(student, report.new, learning_rate=1e-4))
     loss = distillation_loss(student, teacher, ids)
 """
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DistillationWeights:
-    """Weights of the parts of :func:`distillation_loss`; those of the paper's language models.
+    """Weights of the terms of :func:`distillation_loss`; the defaults are those of the paper's language models.
 
     Attributes:
-        task: of the cross entropy of the next tokens.
-        hidden: of the mean squared difference of the hidden states, averaged over layers.
-        logits: of KL(teacher, student) of the next tokens.
-        layers: of the layers' own loss ``distillation``, averaged over layers.
+        task: weight of the cross entropy of the next tokens.
+        hidden: weight of the mean squared difference of the hidden states, averaged over layers.
+        logits: weight of KL(teacher, student) of the next tokens.
+        layers: weight of the layers' own loss ``distillation``, averaged over layers.
     """
 
     task: float = 0.1
@@ -51,17 +51,17 @@ class DistillationWeights:
 
 @dataclass(frozen=True)
 class BeginReport:
-    """The changes made by :func:`begin_as`: names of the parameters that were copied, and of the new ones."""
+    """The result of :func:`begin_as`: names of the copied parameters, and of those that only the student has."""
 
     copied: tuple[str, ...]
     new: tuple[str, ...]
 
 
 def begin_as(student: nn.Module, teacher: nn.Module) -> BeginReport:
-    """Copy the teacher's parameters to the student's of the same names.
+    """Copy the teacher's parameters to the student's parameters of the same names.
 
     Raises:
-        Unsupported: when the student lacks one of them, or has it in another shape.
+        Unsupported: if the student lacks a parameter, or has it in another shape.
     """
     known = dict(student.named_parameters())
     given = dict(teacher.named_parameters())
@@ -81,7 +81,7 @@ def begin_as(student: nn.Module, teacher: nn.Module) -> BeginReport:
 def distillation_groups(
     student: nn.Module, new: Sequence[str], *, learning_rate: float, factor: float = 10.0, weight_decay: float = 0.01
 ) -> list[dict[str, Any]]:
-    """Parameter groups of an optimizer: the `new` parameters learn `factor` times as fast as the others.
+    """Return parameter groups for an optimizer: the `new` parameters have `factor` times the learning rate.
 
     Parameters of fewer than two axes, and those marked ``_no_weight_decay``, have no weight decay.
     """
@@ -104,24 +104,24 @@ def distillation_loss(
     context: Context | None = None,
     weights: DistillationWeights | None = None,
 ) -> Float[Tensor, ""]:
-    """The loss of a student on tokens, with the teacher's attention weights, head outputs, hidden states and logits.
+    """Compute a student's loss on tokens, with the teacher's attention weights, head outputs, hidden states and logits.
 
-    Both are language models of regard, or both models of transformers with logits: the student one that
-    :func:`regard.swap` has changed, the teacher one that attends by ``regard:softmax``, which gives its weights::
+    Both are language models of regard, or both are transformers models with logits: then the student is a model changed
+    by :func:`regard.swap`, and the teacher uses the attention ``regard:softmax``, which returns its weights::
 
         teacher = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="regard:softmax")
 
     Args:
-        student: as many layers as the teacher, of the same widths; those that can take the teacher's weights
-            and outputs, as ``context.teacher``, learn from them.
-        teacher: its layers must give their attention weights; it runs without gradients and dropout.
-        targets: token to predict at each place, -100 for none; the next valid token of the sequence when None, which a
-            transformers model that does not generate needs to be given.
-        context: as of a call of the models.
+        student: a model with as many layers as the teacher, of the same widths; layers that accept the teacher's
+            weights and outputs, as ``context.teacher``, learn from them.
+        teacher: a model whose layers all return their attention weights; it runs without gradients and dropout.
+        targets: the token to predict at each position, -100 for none; the sequence's next valid token when None.
+            Required for a transformers model that does not generate.
+        context: the context of the models' calls.
 
     Raises:
-        Unsupported: for models of another kind, for a teacher without weights in every layer, or of another number of
-            layers, and for models whose layers are not simply one after the other (`stack`).
+        Unsupported: for models of another kind, for a teacher without weights in every layer or with another number of
+            layers, and for models with a non-default `stack`.
     """
     observed: Callable[..., Observed]
     if all(map(is_transformers_model, (student, teacher))):
@@ -181,7 +181,7 @@ def _observe(
     student: LanguageModel | None = None,
     teachers: Mapping[int, Mapping[str, Tensor]] | None = None,
 ) -> Observed:
-    """A call of a language model; that of a teacher is checked to have what the student's layers learn from."""
+    """Call a language model and record it; for a teacher (`student` given), check that all layers return weights."""
     with _recorded(model, teachers) as recording:
         result: Result = model(ids, context=context)
     maps = result.extras.get("weights", [])
@@ -198,7 +198,7 @@ def _observe(
             for i, (m, o) in enumerate(zip(maps, recording.outputs, strict=True))
         }
     layout = gathering(context.mask, ids.shape[0], ids.shape[1], ids.device)
-    dense = layout.gather(torch.ones_like(ids), axis=1).bool()  # valid places of the right-padded layout
+    dense = layout.gather(torch.ones_like(ids), axis=1).bool()  # valid tokens of the right-padded layout
     return Observed(result.output, recording.hidden, dense, given, result.losses)
 
 
@@ -210,7 +210,7 @@ def _observe_transformers(
     student: Any = None,
     teachers: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Observed:
-    """A call of a transformers model, likewise."""
+    """Call a transformers model and record it, like :func:`_observe`."""
     found = observe(model, ids, context.replace(want=frozenset()), teachers=teachers, want=context.want)
     if student is None:
         return found
@@ -232,7 +232,7 @@ def _observe_transformers(
 
 @dataclass
 class _Recording:
-    """The head outputs of each layer before their projection, and its hidden state after the block."""
+    """For each layer, the head outputs before the output projection, and the hidden states after the block."""
 
     outputs: list[Tensor] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
@@ -240,7 +240,7 @@ class _Recording:
 
 @contextmanager
 def _recorded(model: LanguageModel, teachers: Mapping[int, Mapping[str, Tensor]] | None = None) -> Iterator[_Recording]:
-    """Record the model's layers while it runs, each with its own teacher."""
+    """Record the model's layers during calls, passing each layer its teacher."""
     recording = _Recording()
     hooks = []
     for i, block in enumerate(model.blocks):

@@ -1,9 +1,8 @@
-"""Models that grow and shrink: more or fewer parameter tokens in the projections of a trained model (TokenFormer, arXiv
-2410.23168).
+"""Growing and shrinking trained models by changing their number of parameter tokens (TokenFormer, arXiv 2410.23168).
 
 ::
 
-    grow(model, 128)                                       # says what it says; trains on with a new optimizer
+    grow(model, 128)                                       # same outputs as before; go on training with a new optimizer
     grow(model, {"*.mixer.*": 128, "*.feed_forward": 512}) # or factor=2
     train(model, task, config)
     shrink(model, factor=0.5, importance=token_usage(model, batches))
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 NAMES = (MECHANISM.name, *MECHANISM.aliases)
 
 Tokens = Mapping[nn.Module, Mapping[str, int]]
-"""``num_tokens`` and ``frozen_tokens`` of modules, as they are to be."""
+"""The new ``num_tokens`` and ``frozen_tokens`` of modules."""
 
 
 def grow(
@@ -46,20 +45,20 @@ def grow(
     """Append parameter tokens to the :class:`TokenParameter` modules of a model, in place.
 
     Args:
-        model: any module. The config of a model of :mod:`regard.models` in it follows, so that it is saved as it is; one
-            around it, as of transformers, does not.
-        num_tokens: how many each has afterwards: one number for all, or numbers by patterns of module names, as
-            ``"*.feed_forward"``, of which the first that fits counts. Modules that none fits stay as they are.
-        factor: how many times as many each has afterwards, rounded, in place of `num_tokens`.
-        preserve, freeze: as of :meth:`TokenParameter.grow`; `freeze` leaves what did not grow as it is: parameters that
-            are no tokens (embeddings, norms) learn on.
+        model: any module. If it is, or contains, a model of :mod:`regard.models`, that model's config is updated, so
+            that it can be saved; the config of an enclosing model, such as one of transformers, is not.
+        num_tokens: new number of tokens: one number for all modules, or numbers by patterns of module names, such as
+            ``"*.feed_forward"``, of which the first that matches counts. Modules that match none are left unchanged.
+        factor: alternative to `num_tokens`: the ratio of the new to the old number of tokens; the result is rounded.
+        preserve, freeze: as for :meth:`TokenParameter.grow`; `freeze` only freezes old tokens: other parameters
+            (embeddings, norms) still learn.
 
     Returns:
-        Names of the modules that grew. Their parameters are new: build the optimizer again.
+        The names of the modules that grew. Their parameters are new: rebuild the optimizer.
 
     Raises:
-        Unsupported: for a model without parameter tokens, where a module cannot grow so, or where a model's config has one
-            number for modules that would have several; nothing is changed then.
+        Unsupported: for a model without parameter tokens, if a module cannot grow to that size, or if a model's config
+            has a single number for modules that would get different ones; the model is then left unchanged.
     """
     found = _find(model)
     sizes = _sizes(found, num_tokens, factor)
@@ -86,14 +85,15 @@ def shrink(
     """Keep the most important parameter tokens of the :class:`TokenParameter` modules of a model, in place.
 
     Args:
-        model, num_tokens, factor: as of :func:`grow`, of fewer tokens than there are.
-        importance: of each token by the module's name, as :func:`token_usage` measures; the norm of its key when None.
+        model, num_tokens, factor: as for :func:`grow`, but with fewer tokens than before.
+        importance: importance of each token, by module name, as measured by :func:`token_usage`; the norm of its key
+            when None.
 
     Returns:
-        Names of the modules that shrank. Their parameters are new: build the optimizer again.
+        The names of the modules that shrank. Their parameters are new: rebuild the optimizer.
 
     Raises:
-        Unsupported: as :func:`grow`, or where `importance` lacks a module.
+        Unsupported: as :func:`grow`, or if `importance` lacks a module.
     """
     found = _find(model)
     sizes = _sizes(found, num_tokens, factor)
@@ -114,17 +114,17 @@ def shrink(
 def token_usage(
     model: nn.Module, batches: Iterable[Any], call: Callable[[Any, Any], Any] | None = None
 ) -> dict[str, Float[Tensor, " t"]]:
-    """How much each parameter token is used: the mean of abs(Theta) over all tokens that its module is given.
+    """Measure how much each parameter token is used: the mean of abs(Theta) over all input tokens of its module.
 
-    In evaluation mode. Padding counts as tokens, so give batches without.
+    The model runs in evaluation mode. Padding counts as tokens, so pass batches without padding.
 
     Args:
         model: any module with :class:`TokenParameter` modules.
-        batches: what `call` is given, one after the other.
-        call: of (model, batch); ``model(batch)`` when None.
+        batches: the batches passed to `call`, one after the other.
+        call: a function of (model, batch); ``model(batch)`` when None.
 
     Returns:
-        For each module that was called (t,) in at least float32, by name.
+        The usage (t,), in at least float32, of each module that was called, by name.
 
     Raises:
         Unsupported: for a model without parameter tokens, or without a batch.
@@ -163,7 +163,7 @@ def _find(model: nn.Module) -> dict[str, TokenParameter]:
 def _sizes(
     found: Mapping[str, TokenParameter], num_tokens: int | Mapping[str, int] | None, factor: float | None
 ) -> dict[str, int]:
-    """The number of tokens that is asked for, of each module that is meant."""
+    """Return the new number of tokens of each selected module."""
     if (num_tokens is None) == (factor is None):
         raise Unsupported(f"num_tokens={num_tokens} with factor={factor}", supported="one of them")
     if factor is not None:
@@ -184,7 +184,7 @@ def _sizes(
 
 
 def _configs(model: nn.Module, after: Tokens) -> Callable[[], None]:
-    """Updates of the models' configs, once their modules are as `after` says; raises where they cannot follow."""
+    """Return a function that updates the models' configs to `after`; raises Unsupported if a config cannot hold it."""
     changes: list[tuple[Any, Any]] = []
     known = [model_class for model_class, _ in MODELS.values()]
     for owner in model.modules():
@@ -209,7 +209,7 @@ def _configs(model: nn.Module, after: Tokens) -> Callable[[], None]:
 
 
 def _plans(model: Any) -> dict[str, list[Block]]:
-    """The plans of a model's config, and the blocks that each is about."""
+    """Return the plans in a model's config, each with the blocks that it describes."""
     found = {}
     for plan in [field.name for field in dataclasses.fields(model.config) if field.name.endswith("plan")]:
         own = getattr(model, plan.removesuffix("plan") + "blocks", None)
@@ -218,7 +218,7 @@ def _plans(model: Any) -> dict[str, list[Block]]:
 
 
 def _entry(entry: tuple[str, Mapping[str, Any]], block: Block, after: Tokens) -> tuple[str, dict[str, Any]]:
-    """The entry of a plan that makes the block as it will be, where one can."""
+    """Return the plan entry that describes the changed block, as far as an entry can."""
     name, options = entry[0], dict(entry[1])
     if block.feed_forward is not None and block.feed_forward in after:
         options["feed_forward_options"] = {**options.get("feed_forward_options", {}), **after[block.feed_forward]}
@@ -230,13 +230,13 @@ def _with(options: Mapping[str, Any], wanted: Mapping[str, int]) -> dict[str, An
     changed = dict(options)
     if options.get("linear") in NAMES:
         changed["linear_options"] = {**options.get("linear_options", {}), **wanted}
-    if "mechanism_options" in options:  # of a wrapped layer
+    if "mechanism_options" in options:  # a wrapped layer
         changed["mechanism_options"] = _with(options["mechanism_options"], wanted)
     return changed
 
 
 def _check(model: nn.Module, config: Any, after: Tokens) -> None:
-    """Raise Unsupported unless a model of the config has the parameter tokens that this one will have."""
+    """Raise Unsupported unless a model built from the config has the parameter tokens that `model` will have."""
     reason = ""
     try:
         with torch.device("meta"):

@@ -1,8 +1,10 @@
-"""A trained model as a mixture of heads (MoH, Jin et al., arXiv 2410.11842, section 3.3), to be trained on with fewer heads.
+"""Conversion of a trained model to a mixture of heads (MoH, Jin et al., arXiv 2410.11842, section 3.3).
+
+The converted model is trained further with fewer active heads.
 
 ::
 
-    importance = head_importance(model, batches)           # of every head, from the gradients of a few batches
+    importance = head_importance(model, batches)           # for every head, from the gradients of a few batches
     sparse = mix_heads(model, shared_heads=4, active_heads=2, importance=importance)
 """
 
@@ -26,24 +28,25 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 OF_THE_BLOCK = ("positions", "feed_forward", *FEED_FORWARD_OPTIONS, "num_heads", "head_dim", "num_kv_heads")
-"""Options of a plan's entry that are not the wrapped layer's."""
+"""Options of a plan's entry that belong to the block, not to the wrapped layer."""
 
 
 def head_importance(
     model: nn.Module, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor] | None = None
 ) -> list[Float[Tensor, " h"] | None]:
-    """How much the loss would change, to first order, if a head were scaled: E |d loss / d gate|.
+    """Estimate how much the loss would change, to first order, if a head were scaled: E |d loss / d gate|.
 
-    As Michel et al. (arXiv 1905.10650, equation 2): the mean over sequences of the absolute value of the sum over tokens
-    of <head output, gradient of it>. In evaluation mode; parameters keep their gradients.
+    As in Michel et al. (arXiv 1905.10650, equation 2), this is the mean over sequences of the absolute value of the sum
+    over tokens of <head output, its gradient>. The model runs in evaluation mode; the parameters' gradients are not
+    touched.
 
     Args:
-        model: one of :mod:`regard.models` with `blocks`.
-        batches: what `loss` is given, one after the other.
-        loss: of (model, batch); ``model.loss(batch)`` when None.
+        model: a model of :mod:`regard.models` with `blocks`.
+        batches: the batches passed to `loss`, one after the other.
+        loss: a function of (model, batch); ``model.loss(batch)`` when None.
 
     Returns:
-        For each block the importance of its heads; None where its mixer has none.
+        For each block, the importance of its heads; None if its mixer has no heads.
 
     Raises:
         Unsupported: without a batch.
@@ -85,19 +88,21 @@ def mix_heads(
     importance: Sequence[Float[Tensor, " h"] | None] | None = None,
     **options: Any,
 ) -> nn.Module:
-    """A model with the weights of `model`, whose attention layers are `mixture_of_heads` routed by query norms.
+    """Return a copy of `model` whose attention layers are `mixture_of_heads`, routed by query norms.
 
-    It has no new parameters; with all heads active it is the same function. Layers that are not attention stay.
+    The copy has no new parameters; with all heads active it computes the same function. Layers other than attention are
+    kept.
 
     Args:
         model: a language model or an encoder.
-        shared_heads, active_heads: of each layer; see :class:`regard.mechanisms.mixture_of_heads.Config`.
-        importance: of :func:`head_importance`; the most important heads of each layer are shared, or the first ones
-            without it.
-        options: any others of `mixture_of_heads`.
+        shared_heads, active_heads: numbers of heads in each layer; see
+            :class:`regard.mechanisms.mixture_of_heads.Config`.
+        importance: the result of :func:`head_importance`; the most important heads of each layer are shared. When None,
+            the first heads are.
+        options: other options of `mixture_of_heads`.
 
     Raises:
-        Unsupported: for a model of another kind, or numbers of heads that do not fit.
+        Unsupported: for another kind of model, or numbers of heads that do not fit.
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "plan"):
@@ -132,13 +137,13 @@ def mix_heads(
 
 @torch.no_grad()
 def skip_attention(model: nn.Module) -> tuple[str, ...]:
-    """Make every attention layer of a model give 0 for good, in place: the least that any attention must surpass.
+    """Permanently zero the output of every attention layer, in place: the baseline that any attention must surpass.
 
-    As the option ``skip_attn`` in the code of arXiv 2306.12929. The output projections are set to 0, and no parameter of
-    these layers learns any more; they are computed all the same.
+    Like the option ``skip_attn`` in the code of arXiv 2306.12929. The output projections are set to 0 and the layers'
+    parameters are frozen; the layers are still computed.
 
     Returns:
-        Names of the layers.
+        The names of the layers.
 
     Raises:
         Unsupported: for a model without attention layers.

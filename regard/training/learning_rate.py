@@ -1,6 +1,6 @@
-"""The learning rate by trial: the same few rates, in the same short runs, for every mechanism.
+"""Learning rate search: the same few rates, in the same short runs, for every mechanism.
 
-A comparison at one fixed rate favours the mechanism that the rate happens to suit.
+A comparison at a single rate would favour the mechanisms that the rate happens to suit.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from regard.training.runner import runner_of
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 SLICE = 128
-"""Held-out items by which rates are chosen. A final score had better leave them out: ``evaluate(..., first=SLICE)``."""
+"""Number of held-out items used to choose a rate; a final score should skip them: ``evaluate(..., first=SLICE)``."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A short run at one rate; loss and score are of the held-out slice, nan when the run diverged."""
+    """A short run at one rate; loss and score are on the held-out slice, nan if the run diverged."""
 
     rate: float
     loss: float
@@ -36,13 +36,13 @@ class Trial:
 
 @dataclass(frozen=True)
 class Search:
-    """The findings of a search.
+    """The result of a search.
 
     Attributes:
-        trials: one for each rate that was tried, in rising order.
-        best: the rate with the lowest held-out loss; None when every run diverged.
-        on_edge: whether the best is the first or last of the grid, so that a better one may lie outside.
-        scored_items: held-out items used for the choice, the first ones of the task.
+        trials: a trial for each rate tried, in increasing order.
+        best: the rate with the lowest held-out loss; None if every run diverged.
+        on_edge: whether the best rate is the first or last of the grid, so that a better one may be outside.
+        scored_items: number of held-out items used for the choice, the first ones of the task.
     """
 
     trials: tuple[Trial, ...]
@@ -62,19 +62,19 @@ def search(
     on_trial: Callable[[Trial], None] | None = None,
     deadline: float | None = None,
 ) -> Search:
-    """Try each rate from the same initial weights and choose by cross entropy on a held-out slice.
+    """Try each rate from the same initial weights and choose the one with the lowest loss on a held-out slice.
 
-    The loss rather than the score decides, since after a short run an accuracy is often still at chance for all rates.
+    The loss decides instead of the score, since after a short run the accuracy is often still at chance for all rates.
     Warns when the best rate is on the edge of the grid.
 
     Args:
-        build_model: makes the model; called once a rate, each time after the same `torch.manual_seed`.
-        config: of the real run; its rate is ignored.
-        rates: the grid.
-        steps: of each short run; a fifth of the real run's when None.
+        build_model: builds the model; called once per rate, each time after the same `torch.manual_seed`.
+        config: the config of the real run; its rate is ignored.
+        rates: the grid of rates.
+        steps: steps of each short run; a fifth of the real run's when None.
         items: size of the held-out slice.
         on_trial: called after each rate.
-        deadline: a time of `time.monotonic`. Rates not finished by then are left out; at least one is needed.
+        deadline: a time of `time.monotonic`. Rates not finished by then are left out; at least one must finish.
 
     Raises:
         Unsupported: for an empty grid, or a deadline that leaves no trial.

@@ -1,10 +1,10 @@
 """The training loop: deterministic, resumable, and honest about divergence.
 
-Everything random in step s is drawn from (seed, s): the batch by the task, dropout and the layers' draws from
-generators seeded here. So there is no random state to carry over, and a run resumed from a checkpoint equals the
-undisturbed one bit for bit, on the same machine with the same number of threads; the routes of linear layers, which
-a process chooses by measuring, are in the checkpoint. On CUDA a few of torch's backward kernels add in an order that
-varies; see `torch.use_deterministic_algorithms`.
+All randomness in step s is derived from (seed, s): the task draws the batch from it, and dropout and the layers draw
+from generators seeded here. So there is no random state to carry over, and a run resumed from a checkpoint equals an
+uninterrupted one bit for bit, on the same machine with the same number of threads; the routes of linear layers, which a
+process chooses by measuring, are stored in the checkpoint. On CUDA a few of torch's backward kernels sum in a varying
+order; see `torch.use_deterministic_algorithms`.
 """
 
 from __future__ import annotations
@@ -35,32 +35,31 @@ from regard.training.step import Alone, answered, batch_context, run_model
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 LONGEST_UNSAVED = 60.0
-"""Seconds after which a checkpoint is due whatever `checkpoint_every` says, as on a machine that has become slow."""
+"""Seconds after which a checkpoint is due whatever `checkpoint_every` says, in case steps become slow."""
 
 LEAST_SCALE = 1.0
-"""Scale of the loss in float16 below which an overflow is the model's own: its gradients do not fit in float16 as they
-are."""
+"""The loss scale in float16 at or below which an overflow counts as divergence: unscaled gradients do not fit."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train.
+    """The configuration of a training run.
 
     Attributes:
-        steps: optimizer steps.
-        batch_size: items a step.
+        steps: number of optimizer steps.
+        batch_size: items per step.
         learning_rate: peak of the schedule.
-        weight_decay: of matrices; see :func:`regard.training.optimizer.parameter_groups`.
+        weight_decay: weight decay of matrices; see :func:`regard.training.optimizer.parameter_groups`.
         warmup: share of the steps in which the rate rises to its peak.
         schedule: ``cosine`` or ``constant``.
-        clip: largest norm of the whole gradient; None for no limit.
-        seed: of batches, dropout and layers' draws. The model's initial weights are the caller's.
-        precision: ``float32`` computes in the parameters' own dtype, ``bfloat16`` under torch's autocast. ``float16`` too,
-            with the loss scaled so that small gradients are not lost (mixed precision training, arXiv 1710.03740): the
-            scale is halved and the step skipped where gradients overflow, and doubled after 2000 steps without. The
-            parameters must be wider.
-        checkpoint_every: steps between checkpoints, where there is a path for them.
-        measure_memory: whether to measure the second step's peak memory, which makes that step slower.
+        clip: maximum norm of the whole gradient; None for no limit.
+        seed: seed of batches, dropout and the layers' draws. The model's initial weights are up to the caller.
+        precision: ``float32`` computes in the parameters' own dtype, ``bfloat16`` under torch's autocast. ``float16``
+            also uses autocast, with the loss scaled so that small gradients are not lost (mixed precision training,
+            arXiv 1710.03740): if gradients overflow, the step is skipped and the scale halved; after 2000 steps without
+            overflow it is doubled. The parameters must be wider than float16.
+        checkpoint_every: steps between checkpoints, if there is a path for them.
+        measure_memory: whether to measure the second step's peak memory, which slows that step down.
     """
 
     steps: int = 1000
@@ -98,14 +97,14 @@ class Point:
     """One step of a run.
 
     Attributes:
-        step: counted from 0.
-        loss: of the task, a target: nats, or squared error.
-        auxiliary: what is added to it: weighted auxiliary losses of the layers, and how much more the mean over a model's
-            exits, or over its stages in deep supervision, is than the loss of its output.
-        gradient_norm: before clipping.
-        learning_rate: of the step.
-        seconds: forward, backward and update, without making the batch.
-        skipped: whether its gradients, of the scaled loss in float16, overflowed, so that the weights stayed as they were.
+        step: index of the step, from 0.
+        loss: the task's loss per target: nats, or squared error.
+        auxiliary: what is added to the loss: weighted auxiliary losses of the layers, and the difference between the
+            mean loss over a model's exits (or stages, in deep supervision) and the loss of its output.
+        gradient_norm: norm of the gradient before clipping.
+        learning_rate: learning rate of the step.
+        seconds: time of forward, backward and update, without making the batch.
+        skipped: whether the scaled gradients overflowed in float16, so that the weights were not updated.
     """
 
     step: int
@@ -119,16 +118,16 @@ class Point:
 
 @dataclass
 class History:
-    """The record of a run beside the weights.
+    """The record of a run, apart from the weights.
 
     Attributes:
-        curve: a point for each step that was done, skipped ones too.
-        tokens: valid input tokens read by those steps.
-        peak_memory: bytes of a training step above the model, the optimizer and everything else that was there before
-            it: activations, gradients, temporaries. None when not measured.
-        memory_counted: how; see :class:`regard.measurement.memory.Peak`.
-        finished: whether all steps were done (else a deadline passed, or the run diverged).
-        diverged: whether a loss or a gradient stopped being finite; the weights are those before that step.
+        curve: a point for each step taken, including skipped ones.
+        tokens: number of valid input tokens read by those steps.
+        peak_memory: bytes that a training step needs in addition to the model, the optimizer and everything else
+            allocated before: activations, gradients, temporaries. None if not measured.
+        memory_counted: how memory was counted; see :class:`regard.measurement.memory.Peak`.
+        finished: whether all steps were taken (otherwise a deadline passed, or the run diverged).
+        diverged: whether a loss or gradient became non-finite; the weights are those before that step.
     """
 
     curve: list[Point] = field(default_factory=list)
@@ -140,17 +139,17 @@ class History:
 
     @property
     def skipped(self) -> int:
-        """Steps whose gradients overflowed in float16."""
+        """Number of steps whose gradients overflowed in float16."""
         return sum(point.skipped for point in self.curve)
 
     @property
     def seconds(self) -> float:
-        """Total of the steps."""
+        """Total time of the steps."""
         return sum(point.seconds for point in self.curve)
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of an average step over the median time of a step (robust to warm-up); nan without steps."""
+        """Mean tokens per step divided by the median time of a step (robust to warm-up); nan without steps."""
         if not self.curve:
             return math.nan
         return self.tokens / len(self.curve) / statistics.median(point.seconds for point in self.curve)
@@ -163,12 +162,12 @@ class History:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> History:
-        """From `dataclasses.asdict` of a history."""
+        """Restore a history from its `dataclasses.asdict`."""
         return cls(**{**record, "curve": [Point(**point) for point in record["curve"]]})
 
 
 def count_tokens(batch: Batch) -> int:
-    """Valid tokens of a batch: of its inputs, and of its memory where it has one."""
+    """Count the valid tokens of a batch, in its inputs and its memory if there is one."""
     counted = [(batch.inputs, batch.valid)]
     if batch.memory is not None:
         counted.append((batch.memory, batch.memory_valid))
@@ -176,7 +175,7 @@ def count_tokens(batch: Batch) -> int:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """A seed for the draws of a step, unrelated to those of other steps and seeds."""
+    """Return a seed for the draws of a step, unrelated to those of other steps and seeds."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {step}".encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -194,23 +193,24 @@ def train(
 ) -> History:
     """Train `model` in place on `task`.
 
-    A kill loses at most the steps since the last checkpoint; a KeyboardInterrupt saves one more on its way out, and so
-    loses the step in flight alone.
+    If the process is killed, at most the steps since the last checkpoint are lost; a KeyboardInterrupt saves another
+    checkpoint before it is raised, so that only the current step is lost.
 
     Args:
         model: called as ``model(inputs, context=context) -> Result`` with logits as its output; its
-            ``config.loss_weights``, where there is one, weighs auxiliary losses.
+            ``config.loss_weights``, if there are any, weight auxiliary losses.
         on_step: called after each step.
-        checkpoint: file to save to, and to resume from when it exists.
-        resume: False starts anew even so, and replaces the file.
+        checkpoint: file to save to, and to resume from if it exists.
+        resume: if False, start anew even if the checkpoint exists, and replace it.
         deadline: a time of `time.monotonic` after which no new step is started.
-        average: of the weights, updated after each step and kept in the checkpoint.
-        together: with which other processes the steps are taken, all of which call this function with a checkpoint that
-            all can read and one of them writes; see :func:`regard.distributed.train_together`. Alone when None.
+        average: an average of the weights, updated after each step and kept in the checkpoint.
+        together: the process group that takes the steps together; see :func:`regard.distributed.train_together`. All
+            processes call this function with a checkpoint that all can read and one of them writes. A single process
+            when None.
 
     Raises:
-        Unsupported: for a checkpoint of another model, task or config, and for parameters in float16, whose updates would
-            be lost, with ``precision="float16"``; for that precision and for a deadline of several processes.
+        Unsupported: for a checkpoint of another model, task or config; for ``precision="float16"`` with parameters in
+            float16, whose updates would be lost; and for that precision or a deadline with several processes.
     """
     history, together = History(), together or Alone(model)
     if together.count > 1 and (deadline is not None or config.precision == "float16"):
@@ -263,7 +263,7 @@ def train(
                 updating = True
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                scaler.step(optimizer)  # skipped by it where unscaling found an overflow
+                scaler.step(optimizer)  # the scaler skips the step if unscaling found an overflow
                 scaler.update()
                 if average is not None and not overflown:
                     average.update(model)
@@ -281,7 +281,7 @@ def train(
         history.finished = len(history.curve) == config.steps
         save()
     except KeyboardInterrupt:
-        if not updating and together.count == 1:  # others may be elsewhere
+        if not updating and together.count == 1:  # other processes may be at another step
             save()
         raise
     finally:
@@ -291,7 +291,7 @@ def train(
 
 
 def _loss_scaler(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.amp.GradScaler:
-    """The scaler of a run's loss, which does nothing unless the precision is float16."""
+    """Create the loss scaler of a run, which does nothing unless the precision is float16."""
     narrow = config.precision == "float16" and any(p.dtype == torch.float16 for p in model.parameters())
     if narrow:
         raise Unsupported(
@@ -312,10 +312,10 @@ def _gradients(
     step: int,
     measure: History | None,
 ) -> tuple[float, float, float]:
-    """Clipped gradients of a step; the task's loss, the auxiliary loss and the gradient's norm."""
+    """Compute the clipped gradients of a step; returns the task's loss, the auxiliary loss and the gradient norm."""
     device = batch.inputs.device
     seed = step_seed(config.seed, step) + together.draws
-    # seeding all kinds of devices takes 0.2 ms, and on a CPU its own generator is all that counts
+    # seeding all kinds of devices takes 0.2 ms, and on a CPU only its own generator matters
     (torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed)(seed)
     generator = torch.Generator(device).manual_seed(seed)
     batch = together.part(batch)
@@ -389,10 +389,10 @@ class Evaluation:
     """Scores on a task's held-out items.
 
     Attributes:
-        items: (sum, weight) of each item, in the task's order, so that two models are paired item by item.
+        items: (sum, weight) of each item, in the task's order, so that two models can be paired item by item.
         score: total sum / total weight.
         loss: mean of the task's loss over the targets: cross entropy in nats, or squared error.
-        figures: what the task tells beside the score: items of each figure, by its name.
+        figures: other metrics of the task: the items of each, by name.
     """
 
     items: list[tuple[float, float]]
@@ -403,7 +403,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, task: Task, batch_size: int, *, first: int = 0, last: int | None = None) -> Evaluation:
-    """Score `model` on the held-out items from number `first` up to but not including `last`.
+    """Score `model` on the held-out items from index `first` up to but not including `last`.
 
     Without items, score and loss are nan.
     """

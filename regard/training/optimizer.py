@@ -16,13 +16,13 @@ BETAS = (0.9, 0.95)
 def parameter_groups(
     model: nn.Module, weight_decay: float, *, decay_embeddings: bool = False, decay_norms: bool = False
 ) -> list[dict[str, Any]]:
-    """The trainable parameters in two groups: with weight decay and without.
+    """Split the trainable parameters into two groups: with and without weight decay.
 
-    Without are parameters of fewer than two axes (biases, per-head gains, and the weights of norms unless `decay_norms`;
-    the OPT models of arXiv 2306.12929 decay those), embeddings unless `decay_embeddings`, parameters marked
-    ``parameter._no_weight_decay = True`` (time constants of state-space mechanisms, whose zero is not neutral), and those
-    that a module names in a method ``no_weight_decay()``, as image backbones here and in timm do (tables of positions, class
-    tokens). A matrix tied to an embedding counts as an embedding.
+    The group without weight decay has parameters of fewer than two axes (biases, per-head gains, and the weights of
+    norms unless `decay_norms`; the OPT models of arXiv 2306.12929 decay norms), embeddings unless `decay_embeddings`,
+    parameters marked ``parameter._no_weight_decay = True`` (such as time constants of state-space mechanisms, for which
+    zero is not neutral), and parameters that a module names in a method ``no_weight_decay()``, like the image backbones
+    here and in timm (position tables, class tokens). A matrix tied to an embedding counts as an embedding.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     norms = [module for name, module in model.named_modules() if decay_norms and is_norm(name, module)]
@@ -66,14 +66,14 @@ def make_optimizer(
 
 SCHEDULES = ("cosine", "constant")
 FINAL_SHARE = 0.1
-"""Share of the peak rate at which the cosine ends."""
+"""Final rate of the cosine schedule, as a share of the peak."""
 
 
 def scheduled_rate(step: int, steps: int, *, peak: float, warmup: float, schedule: str) -> float:
-    """Learning rate of a step (counted from 0): a linear rise over `warmup` (a share of `steps`), then the schedule.
+    """Return the learning rate of a step (from 0): linear warmup over `warmup` (a share of `steps`), then the schedule.
 
-    ``cosine`` falls from the peak to a tenth of it along half a period (arXiv 1608.03983, equation 5 without
-    restarts); ``constant`` stays.
+    ``cosine`` falls from the peak to a tenth of it along half a period (arXiv 1608.03983, equation 5 without restarts);
+    ``constant`` stays at the peak.
     """
     rising = round(warmup * steps)
     if step < rising:

@@ -1,7 +1,7 @@
-"""Runners: what turns a model and a budget into scored items. `compare`, `train` and the reproductions go through one.
+"""Runners, which train a model within a budget and score it; used by `compare`, `train` and the reproductions.
 
-Gradient steps on a task's batches are the usual one. A task whose models learn in another way, from rewards or from a
-stream that is seen once, names its own.
+The default runner takes gradient steps on a task's batches. A task whose models learn in another way, such as from
+rewards or from a stream that is seen once, has its own runner.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from regard.training.loop import Evaluation, History, Point, TrainConfig, evalua
 
 
 class Runner(Protocol):
-    """Trains models of a task and scores them."""
+    """The protocol of runners, which train a task's models and score them."""
 
     def train(
         self,
@@ -29,20 +29,22 @@ class Runner(Protocol):
         checkpoint: str | os.PathLike[str] | None = None,
         deadline: float | None = None,
     ) -> History:
-        """Train `model` in place for ``config.steps`` steps, each of about the same work, as
-        :func:`regard.training.train` does: it tells each step to `on_step`, goes on from `checkpoint` where that file
-        exists, and begins no step after `deadline`."""
+        """Train `model` in place for ``config.steps`` steps of about equal work, like :func:`regard.training.train`.
+
+        `on_step` is called after each step, training resumes from `checkpoint` if that file exists, and no step begins
+        after `deadline`.
+        """
         ...
 
     def evaluate(
         self, model: nn.Module, task: Task, batch_size: int, *, first: int = 0, last: int | None = None
     ) -> Evaluation:
-        """Score held-out items from number `first` up to but not including `last`, the same ones in every call."""
+        """Score held-out items from index `first` up to but not including `last`, the same ones in every call."""
         ...
 
 
 class Supervised:
-    """Gradient steps on the task's batches, and the task's score on its held-out items."""
+    """The default runner: gradient steps on the task's batches, and the task's score on its held-out items."""
 
     train = staticmethod(train)
     evaluate = staticmethod(evaluate)
@@ -52,6 +54,6 @@ SUPERVISED = Supervised()
 
 
 def runner_of(task: Task) -> Runner:
-    """The task's own runner, or :class:`Supervised`."""
+    """Return the task's own runner, or :class:`Supervised` if it has none."""
     own = getattr(task, "runner", None)
     return SUPERVISED if own is None else own

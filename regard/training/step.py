@@ -1,4 +1,4 @@
-"""A training step: the model on a batch, its losses, and what differs where several processes take the step together."""
+"""A training step: running a model on a batch, its losses, and the hooks for several processes that step together."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from regard.tasks.protocol import Batch, Task, mean_loss
 
 
 def batch_context(batch: Batch, **more: Any) -> Context:
-    """The context of a task's batch."""
+    """Return the context of a task's batch."""
     mask = None if batch.valid is None else Mask(valid=batch.valid)
     memory_mask = None if batch.memory_valid is None else Mask(valid=batch.memory_valid)
     return Context(mask=mask, memory_mask=memory_mask, grid=batch.grid, **more)
 
 
 def run_model(model: nn.Module, batch: Batch, context: Context) -> Result:
-    """`model` on a batch, with its memory where it has one."""
+    """Run `model` on a batch, with the batch's memory if there is one."""
     if batch.memory is None:
         return model(batch.inputs, context=context)
     return model(batch.inputs, batch.memory, context=context)
 
 
 def answered(task: Task, run: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
-    """The output for a held-out batch; a task that is not derived from `Task` may have no way of its own."""
+    """Return the output for a held-out batch, through `task.answer` if the task defines it."""
     return task.answer(run, batch) if hasattr(task, "answer") else run(batch)
 
 
@@ -45,12 +45,12 @@ def losses_of(
     called: nn.Module | None = None,
     mean: Callable[[Task, Tensor, Batch], Tensor] = mean_loss,
 ) -> tuple[Tensor, Tensor | float]:
-    """The task's loss, and what is added to it; see :class:`regard.training.Point`.
+    """Compute the task's loss and the auxiliary loss to be added to it; see :class:`regard.training.Point`.
 
     Args:
-        within: what the model is called in.
-        called: what the model is called through, where that is another module.
-        mean: of the task's loss over the targets.
+        within: a context manager that is active during the model's call.
+        called: the module through which the model is called, if it is not the model itself.
+        mean: computes the mean of the task's loss over the targets.
     """
     with within:
         result = run_model(model if called is None else called, batch, context)
@@ -65,15 +65,15 @@ def losses_of(
 
 
 class Alone:
-    """One process that takes every step by itself. Those of :mod:`regard.distributed.together` take them with others.
+    """A single process that takes every step by itself; :mod:`regard.distributed.together` has groups of processes.
 
     Args:
-        model: that is trained.
+        model: the model to train.
 
     Attributes:
-        count: processes that train the model.
-        draws: added to the seed of a step's draws.
-        writes: whether this process writes what the run leaves behind.
+        count: number of processes that train the model.
+        draws: offset of the seed of a step's draws.
+        writes: whether this process writes the run's files.
     """
 
     count = 1
@@ -84,29 +84,29 @@ class Alone:
         self.model = model
 
     def part(self, batch: Batch) -> Batch:
-        """The part of a batch that this process computes."""
+        """Return the part of a batch that this process computes."""
         return batch
 
     def losses(
         self, task: Task, batch: Batch, context: Context, within: AbstractContextManager[Any]
     ) -> tuple[Tensor, Tensor | float]:
-        """As :func:`losses_of`, of its part, so that gradients come out as those of the whole batch."""
+        """Like :func:`losses_of`, for this process's part; the reduced gradients are those of the whole batch."""
         return losses_of(self.model, task, batch, context, within)
 
     def add_gradients(self) -> None:
-        """Whatever is left to do for the gradients after the backward pass."""
+        """Finish the gradients after the backward pass, if anything is left to do."""
 
     def clip(self, limit: float) -> Tensor:
-        """Limit the norm of the whole gradient; the norm before."""
+        """Clip the norm of the whole gradient; returns the norm before clipping."""
         return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
 
     def told(self, loss: Tensor, auxiliary: Tensor | float) -> tuple[float, float]:
-        """The losses of the whole batch, the same in every process."""
+        """Return the losses of the whole batch, the same in every process."""
         return loss.item(), float(torch.as_tensor(auxiliary).detach())
 
     def agreed(self, value: Any) -> Any:
-        """What the process that writes says, in every process."""
+        """Return the writing process's value in every process."""
         return value
 
     def wait(self) -> None:
-        """Until every process has come so far."""
+        """Wait until every process has reached this point."""

@@ -1,8 +1,8 @@
 """Image backbones by name: ``create_backbone("van_b0", num_classes=10)``.
 
-Each file beside this one is one backbone with its published sizes, found here without a list. ``regard list --backbones``
-names them, and the networks of :mod:`regard.models.vision.segmentation`; :mod:`regard.integrations.timm` registers backbones
-with timm.
+Each module in this package is one backbone with its published sizes and is discovered automatically.
+``regard list --backbones`` lists them and the networks of :mod:`regard.models.vision.segmentation`;
+:mod:`regard.integrations.timm` registers backbones with timm.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def _published() -> dict[str, tuple[type[Backbone], dict[str, Any]]]:
 
 
 def list_backbones() -> list[str]:
-    """Names of all published sizes."""
+    """Return the names of all published sizes."""
     return list(_published())
 
 
 def read_backbone(name: str, **options: Any) -> tuple[type[Backbone], Any]:
-    """Class and config of a named size, with other options if wanted; lists are taken as tuples.
+    """Return the class and config of a named size, with `options` replacing its own; lists are converted to tuples.
 
     Raises Unsupported for an unknown name or option.
     """
@@ -63,11 +63,11 @@ def read_backbone(name: str, **options: Any) -> tuple[type[Backbone], Any]:
 
 
 def create_backbone(name: str, **options: Any) -> Backbone:
-    """A backbone, untrained.
+    """Create an untrained backbone.
 
     Args:
         name: one of :func:`list_backbones`.
-        options: fields of its config that shall differ, such as ``num_classes``, ``channels`` or ``image_size``.
+        options: config fields to override, such as ``num_classes``, ``channels`` or ``image_size``.
 
     Raises:
         Unsupported: for an unknown name or option, or a value that is not accepted.
@@ -77,17 +77,17 @@ def create_backbone(name: str, **options: Any) -> Backbone:
 
 
 def list_networks() -> list[str]:
-    """Names of whole networks for images: backbones, which classify, and networks that segment."""
+    """Return the names of whole networks for images: backbones, which classify, and segmentation networks."""
     return sorted([*list_backbones(), *_segmentation().list_segmenters()])
 
 
 def check_network(name: str, options: Mapping[str, Any]) -> None:
-    """Raise Unsupported for an option or a value that a network of :func:`list_networks` does not have."""
+    """Raise Unsupported for an option or value that a network of :func:`list_networks` does not accept."""
     segmentation = _segmentation()
     read = segmentation.read_segmenter if name in segmentation.SEGMENTERS else read_backbone
     read(name, **options)
 
 
 def _segmentation() -> Any:
-    """Late, as the backbones: their modules read names of models with functions that need this one."""
+    """Import late, like the backbones: their modules use functions that import this package."""
     return importlib.import_module(f"{__name__}.segmentation")

@@ -1,16 +1,16 @@
 """The CSWin Transformer, and Agent-CSwin.
 
-Dong et al., arXiv 2107.00652; Han et al., arXiv 2312.08874. Four stages of maps, each with half the rows and columns of the one
-before. A stage is a convolution whose windows overlap (7 x 7 with stride 4, then 3 x 3 with stride 2) with a norm, and pre-norm
+Dong et al., arXiv 2107.00652; Han et al., arXiv 2312.08874. Four stages, each at half the resolution of the one before.
+A stage is an overlapping convolution (7 x 7 with stride 4, then 3 x 3 with stride 2) with a norm, followed by pre-norm
 blocks
 
     x <- x + DropPath(attend(LN(x))),   x <- x + DropPath(W_2 gelu(W_1 LN(x)))
 
-``attend`` is given by the `plan`, which has an entry for each block. ``softmax`` is CSWin's attention: half of the heads read
-stripes that run down the map, half of them stripes that run across, and a 3 x 3 depthwise convolution of the values inside each
-stripe is added (LePE); in the last stage all heads read the whole map. Other mechanisms read the whole map: Agent-CSwin has
-agent attention with 9 and 16 agents in the first two stages, and stripes in the others. The head reads the mean of the last map,
-normed.
+``attend`` is given by the `plan`, which has an entry for each block. ``softmax`` is CSWin's attention: half of the
+heads attend within vertical stripes of the map, half within horizontal stripes, and a 3 x 3 depthwise convolution of
+the values inside each stripe is added (LePE); in the last stage all heads attend to the whole map. Other mechanisms
+attend to the whole map: Agent-CSwin has agent attention with 9 and 16 agents in the first two stages, and stripes in
+the rest. The head reads the mean of the normed last map.
 """
 
 from __future__ import annotations
@@ -51,10 +51,12 @@ class CSWinConfig(PlannedConfig):
     """The configuration of a :class:`CSWin`.
 
     Attributes:
-        widths, depths, heads: channels, blocks and heads of each stage; heads are even where there are stripes.
-        patch: stride of the first convolution, whose windows are 2 patch - 1 pixels wide.
-        stripes: width of the stripes of each stage but the last; 0 for the sides of the last map, 7 of images of 224 pixels.
-        plan, expansion, branch_dropout: as of :class:`regard.models.vision.pyramid.PlannedConfig`.
+        widths, depths, heads: channels, blocks and heads of each stage; the number of heads must be even in stages with
+            stripes.
+        patch: stride of the first convolution, whose kernel is 2 patch - 1 pixels wide.
+        stripes: width of the stripes of each stage except the last; 0 for the sides of the last map, which are 7 for
+            images of 224 pixels.
+        plan, expansion, branch_dropout: as for :class:`regard.models.vision.pyramid.PlannedConfig`.
     """
 
     told: ClassVar = "a CSWin Transformer"
@@ -71,7 +73,7 @@ class CSWinConfig(PlannedConfig):
         at_least("the least of stripes", min(self.stripes, default=1), 0)
 
     def stripes_of(self, number: int) -> tuple[int, int] | None:
-        """Rows of the stripes across a stage's map, and columns of those down it; None where heads read the whole map."""
+        """Rows of a stage's horizontal stripes and columns of its vertical ones; None if heads see the whole map."""
         if number == len(self.widths) - 1:
             return None
         grid = tuple(side // self.strides[number] for side in self.size)
@@ -93,11 +95,11 @@ NANO: dict[str, Any] = {
     "patch": 2,
     "stripes": (1, 2),
 }
-"""Of images of about 32 pixels."""
+"""Preset for images of about 32 pixels."""
 
 
 class CSWin(PyramidWithLosses):
-    """See the module; sizes ``cswin_t`` to ``cswin_b`` and ``agent_cswin_t`` to ``agent_cswin_b``."""
+    """The CSWin Transformer, see the module; sizes ``cswin_t`` to ``_b`` and ``agent_cswin_t`` to ``_b``."""
 
     Config = CSWinConfig
     scales: ClassVar = {"widths": "heads"}
@@ -151,9 +153,9 @@ class CSWin(PyramidWithLosses):
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: CSWinConfig) -> dict[str, Tensor]:
-        """From `cswin.py` of microsoft/CSWin-Transformer, and `agent_cswin.py` of LeapLabTHU/Agent-Attention.
+        """Translate weights of microsoft/CSWin-Transformer (`cswin.py`) or Agent-Attention (`agent_cswin.py`).
 
-        Tables of agent biases are interpolated where the images had another size.
+        Tables of agent biases are interpolated if the images had another size.
         """
         names = (
             (r"^stage1_conv_embed\.0\.", "stages.0.embedding.conv."),
@@ -183,13 +185,13 @@ class CSWin(PyramidWithLosses):
 
 
 class Block(PlannedBlock):
-    """Attention in stripes or of the whole map, and a feed-forward network.
+    """Attention within stripes or over the whole map, and a feed-forward network.
 
     Args:
         entry: mechanism and options.
-        config: of the backbone.
-        number: of the stage.
-        drop_path: of both branches.
+        config: the backbone's config.
+        number: index of the stage.
+        drop_path: stochastic depth probability of both branches.
     """
 
     def __init__(
@@ -208,16 +210,18 @@ class Block(PlannedBlock):
 
 
 class StripeAttention(nn.Module):
-    """Softmax attention in stripes, those down the map for the first half of the heads and those across it for the other, or
-    of the whole map; a 3 x 3 depthwise convolution of the values inside each is added.
+    """Softmax attention within stripes: vertical ones for the first half of the heads, horizontal ones for the second.
+
+    Without `stripes` all heads attend to the whole map. A 3 x 3 depthwise convolution of the values inside each stripe
+    is added.
 
     Args:
         width: C of the tokens (B, N, C).
-        heads: of all stripes together.
-        stripes: rows of the stripes across, and columns of those down; None for the whole map.
+        heads: number of heads, both halves together.
+        stripes: rows of the horizontal stripes and columns of the vertical ones; None for the whole map.
 
     Raises:
-        Unsupported: for an odd number of heads in stripes.
+        Unsupported: for an odd number of heads with stripes.
     """
 
     def __init__(self, width: int, heads: int, stripes: tuple[int, int] | None) -> None:
@@ -233,7 +237,7 @@ class StripeAttention(nn.Module):
         self.convolutions = nn.ModuleList(nn.Conv2d(part, part, 3, padding=1, groups=part) for _ in range(parts))
 
     def forward(self, x: Float[Tensor, "b n c"], *, context: Context) -> Result:
-        """Tokens as the output; the context has the grid."""
+        """Attend among tokens (B, N, C); the context must have the grid."""
         assert context.grid is not None
         grid = context.grid[0], context.grid[1]
         shapes = [grid] if self.stripes is None else [(grid[0], self.stripes[1]), (self.stripes[0], grid[1])]

@@ -1,21 +1,22 @@
 """The Pyramid Vision Transformer (PVT), and Agent-PVT.
 
-Wang et al., arXiv 2102.12122; Han et al., arXiv 2312.08874. Four stages of maps, each with half the rows and columns of the one
-before: a patch embedding with a norm, a table of positions (interpolated to the map at hand), and pre-norm blocks
+Wang et al., arXiv 2102.12122; Han et al., arXiv 2312.08874. Four stages, each at half the resolution of the one before:
+a patch embedding with a norm, learned positions (interpolated to the size of the map), and pre-norm blocks
 
     x <- x + DropPath(attend(LN(x))),   x <- x + DropPath(W_2 gelu(W_1 LN(x)))
 
-``attend`` is a layer of the `plan`, which has an entry for each stage. With a reduction r > 1 keys and values are those of
-LN(conv(LN(x))), a convolution of kernel and stride r; queries are those of all tokens. PVT has softmax attention with
-reductions 8, 4, 2, 1 and a class token in the last stage, which the head reads after a norm. Agent-PVT has agent attention with
-9, 16, 49 and 49 agents, no reductions, no class token, and the mean of the last map.
+``attend`` is a layer of the `plan`, which has an entry for each stage. With a reduction r > 1, keys and values are made
+from LN(conv(LN(x))), a convolution with kernel size and stride r; queries are made from all tokens. PVT has softmax
+attention with reductions 8, 4, 2, 1 and a class token in the last stage, which the head reads after a norm. Agent-PVT
+has agent attention with 9, 16, 49 and 49 agents, no reductions and no class token; its head reads the mean of the last
+map.
 
-Agent attention with a reduction pools its agents from all queries; its biases for keys are those of places on the reduced map,
-and values are interpolated bilinearly to the whole map before the convolution that is added to the output. The official code
-takes square maps alone, and biases of one size; here any height and width are taken that the strides divide.
+Agent attention with a reduction pools its agents from all queries; its biases for keys belong to positions on the
+reduced map, and values are interpolated bilinearly to the whole map before the convolution that is added to the output.
+The official code only takes square maps of one size; here any height and width that the strides divide are accepted.
 
-Blocks are not :class:`regard.models.blocks.Block`: keys and values there come from another sequence as it is, but here from the
-same normed tokens as the queries.
+Blocks are not :class:`regard.models.blocks.Block`, whose cross attention reads a memory without a norm; here keys and
+values come from the same normed tokens as the queries.
 """
 
 from __future__ import annotations
@@ -63,13 +64,15 @@ class PVTConfig(StagesConfig):
     """The configuration of a :class:`PVT`.
 
     Attributes:
-        widths, depths, heads, expansions: channels, blocks, heads, and the feed-forward networks' width over the channels, of
+        widths, depths, heads, expansions: channels, blocks, heads, and expansion factor of the feed-forward networks of
             each stage.
-        patch: side of a patch of the first stage in pixels; later stages have 2 x 2 patches of the map before.
+        patch: side of a first-stage patch in pixels; later stages embed 2 x 2 patches of the map before.
         plan: a mechanism (with options) for each stage, or one for all; with a reduction it needs a noncausal-cross pattern.
         reductions: r of each stage.
-        class_token: whether the last stage, which has no reduction then, has one; without, the head reads the mean of its map.
-        branch_dropout: of the tokens of each stage at its start, in the feed-forward networks, and at the end of each branch.
+        class_token: whether the last stage, which then has no reduction, has a class token; without it, the head reads
+            the mean of the last map.
+        branch_dropout: dropout probability of each stage's input tokens, in the feed-forward networks, and at the end
+            of each branch.
     """
 
     by_stage: ClassVar = ("depths", "heads", "expansions", "reductions")
@@ -115,11 +118,11 @@ NANO: dict[str, Any] = {
     "patch": 2,
     "reductions": (4, 2, 1),
 }
-"""Of images of about 32 pixels."""
+"""Preset for images of about 32 pixels."""
 
 
 class PVT(PyramidWithLosses):
-    """See the module; sizes ``pvt_t`` to ``pvt_l`` and ``agent_pvt_t`` to ``agent_pvt_l``."""
+    """The Pyramid Vision Transformer, see the module; sizes ``pvt_t`` to ``_l`` and ``agent_pvt_t`` to ``_l``."""
 
     Config = PVTConfig
     scales: ClassVar = {"widths": "heads"}
@@ -152,13 +155,13 @@ class PVT(PyramidWithLosses):
         self.make_head(channels)
 
     def make_stage(self, config: PVTConfig, number: int, channels: int, rates: list[float]) -> nn.Module:
-        """Stage `number`: a map, and the class token in the last, to a Result of tokens and the grid of its map."""
+        """Create stage `number`: maps (map, class token or None) to a Result of tokens and the grid of its map."""
         return Stage(config, number, channels, rates)
 
     def _run(
         self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
     ) -> tuple[Float[Tensor, "b n c"], dict[int, Float[Tensor, "b c h w"]], dict[str, Loss]]:
-        """Tokens of the last stage, the maps of the levels in `keep`, and the losses of the layers."""
+        """Return the last stage's tokens, the maps of the levels in `keep`, and the layers' losses."""
         x, last = images, len(self.stages) - 1
         maps: dict[int, Tensor] = {}
         losses: dict[str, Loss] = {}
@@ -183,9 +186,9 @@ class PVT(PyramidWithLosses):
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: PVTConfig) -> dict[str, Tensor]:
-        """From `pvt.py` of whai362/PVT, and `agent_pvt.py` of LeapLabTHU/Agent-Attention.
+        """Translate weights of whai362/PVT (`pvt.py`) or LeapLabTHU/Agent-Attention (`agent_pvt.py`).
 
-        Tables of positions and of agent biases are interpolated where the images had another size.
+        Tables of positions and of agent biases are interpolated if the images had another size.
         """
         names = (
             (r"^cls_token$", lambda m: "class_token"),
@@ -225,10 +228,10 @@ class Stage(nn.Module):
     """A patch embedding, positions and blocks: a map (B, C, H, W) -> tokens (B, N, width) on a grid.
 
     Args:
-        config: of the backbone.
-        number: of the stage, from 0.
-        channels: of the map.
-        rates: of stochastic depth, one for each block.
+        config: the backbone's config.
+        number: index of the stage, from 0.
+        channels: channels of the incoming map.
+        rates: stochastic depth probabilities, one for each block.
     """
 
     def __init__(self, config: PVTConfig, number: int, channels: int, rates: list[float]) -> None:
@@ -245,7 +248,7 @@ class Stage(nn.Module):
     def forward(
         self, x: Float[Tensor, "b c h w"], class_token: Float[Tensor, "1 width"] | None = None
     ) -> tuple[Result, tuple[int, int]]:
-        """Tokens as the output, a class token before those of the map if there is one, and rows and columns of the map."""
+        """Return a Result with the tokens (the class token first, if given), and the rows and columns of the map."""
         x = self.embedding(x)
         height, width = x.shape[2:]
         x = self.embedding_norm(tokens_of(x))
@@ -262,12 +265,12 @@ class Stage(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, with keys and values of a reduced map where there is a reduction, and a feed-forward network.
+    """Attention, with keys and values from a reduced map if the stage has a reduction, and a feed-forward network.
 
     Args:
-        config: of the backbone.
-        number: of the stage.
-        drop_path: of both branches.
+        config: the backbone's config.
+        number: index of the stage.
+        drop_path: stochastic depth probability of both branches.
     """
 
     def __init__(self, config: PVTConfig, number: int, drop_path: float) -> None:
@@ -284,22 +287,21 @@ class Block(nn.Module):
         self.dropout, self.drop_path = nn.Dropout(config.branch_dropout), DropPath(drop_path)
 
     def make_mlp(self, width: int, hidden: int, dropout: float) -> nn.Module:
-        """The feed-forward network, `hidden` wide inside."""
+        """Create the feed-forward network, with hidden width `hidden`."""
         return MLP(width, hidden, bias=True, dropout=dropout)
 
     def forward(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Result:
-        """Tokens as the output, with the losses of the layer."""
+        """Return the new tokens, with the losses of the attention layer."""
         mixed = self.attend(self.norm1(x), grid)
         x = x + self.drop_path(self.dropout(mixed.output))
         return Result(x + self.drop_path(self.feed_forward(self.norm2(x), grid)), None, mixed.losses)
 
     def feed_forward(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tensor, "b n c"]:
-        """The feed-forward branch on normed tokens, without the residual."""
+        """Apply the feed-forward branch to normed tokens, without the residual."""
         return self.dropout(self.mlp(x))
 
     def attend(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Result:
-        """The attention branch on normed tokens, without the residual; a class token may stand before those of the
-        grid."""
+        """Apply the attention branch to normed tokens (a class token may come first), without the residual."""
         if self.reduction is not None and self.reduction_norm is not None:
             memory = self.reduction_norm(tokens_of(self.reduction(map_of(x, grid))))
             return self.attention(x, memory, context=Context(grid=grid))
@@ -309,13 +311,13 @@ class Block(nn.Module):
 
 
 AGENT_DEFAULTS = {"agent_bias": "none", "bias_grid": None, "dwc": "auto"}
-"""Options of agent attention that its layer has in noncausal-self alone."""
+"""Options of agent attention that its layer only has in the noncausal-self pattern."""
 
 
 def make_attention(
     entry: tuple[str, Mapping[str, Any]], width: int, heads: int, reduction: int, grid: tuple[int, int]
 ) -> Layer:
-    """The layer of a stage's plan; in cross patterns where keys and values are those of a reduced map."""
+    """Create the layer of a stage's plan entry, with a cross pattern if keys and values come from a reduced map."""
     name, options = entry[0], options_on(entry, grid, bias=True)
     if reduction == 1:
         return create_layer(name, width, heads, pattern=Pattern.NONCAUSAL_SELF, **options)
@@ -335,12 +337,12 @@ def make_attention(
 
 
 class ReducedBiases(Projection):
-    """Biases of agent attention whose keys lie on a map reduced by r along each side.
+    """Biases of agent attention whose keys are on a map reduced by r along each side.
 
     Args:
-        layer: whose biases they are.
+        layer: the layer that the biases belong to.
         kind: ``block``, ``lines`` or ``all``.
-        lines: rows and columns of the map of the queries, which ``lines`` and ``all`` have numbers for.
+        lines: rows and columns of the queries' map, for ``lines`` and ``all``.
         reduction: r.
     """
 
@@ -371,8 +373,8 @@ class UpsampledConvolution(Merge):
     """Adds a 3 x 3 depthwise convolution of the values, interpolated to the map of the queries, to the head outputs.
 
     Args:
-        width: of all heads together.
-        reduction: r, how many places of the queries' map there are for one of the values' along each side.
+        width: width of all heads together.
+        reduction: r, the ratio of the queries' map to the values' map along each side.
     """
 
     def __init__(self, width: int, reduction: int) -> None:

@@ -1,16 +1,17 @@
 """The Swin Transformer, and Agent-Swin.
 
-Liu et al., arXiv 2103.14030; Han et al., arXiv 2312.08874. Four stages of maps, each with half the rows and columns of the one
-before (2 x 2 neighbours become one token), of pre-norm blocks
+Liu et al., arXiv 2103.14030; Han et al., arXiv 2312.08874. Four stages, each at half the resolution of the one before
+(2 x 2 neighbours are merged into one token), of pre-norm blocks
 
     x <- x + DropPath(attend(LN(x))),   x <- x + DropPath(W_2 gelu(W_1 LN(x)))
 
-``attend`` is a layer of the `plan`, which has an entry for each block. A mechanism that takes biases of pairs, as softmax
-attention does, reads windows of the map, with a learned number for each head and each way that a key of the window can lie from
-a query. Every other block of a stage has its windows half a window further down and to the right; what they lose at one border
-of the map they read at the other, where tokens of both borders do not see each other. Other mechanisms read the whole map:
-Agent-Swin has agent attention with 9, 16 and 49 agents in the first stages, in all of the first three of T, the first two of S,
-and those and two blocks of the third of B, and Swin's windows in the rest. The head reads the mean of the last map, normed.
+``attend`` is a layer of the `plan`, which has an entry for each block. A mechanism that takes a bias for each query-key
+pair, such as softmax attention, attends within windows of the map, with a learned relative position bias for each head.
+In every other block of a stage the windows are shifted by half a window down and to the right; the map is shifted
+cyclically, and tokens from opposite borders do not attend to each other. Other mechanisms attend to the whole map:
+Agent-Swin has agent attention with 9, 16 and 49 agents in the first stages (in T the first three, in S the first two,
+in B the first two and two blocks of the third) and Swin's windows in the rest. The head reads the mean of the normed
+last map.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ class SwinConfig(PlannedConfig):
 
     Attributes:
         widths, depths, heads: channels, blocks and heads of each stage.
-        patch: side of a patch of the first stage in pixels.
-        window: side of the windows, whole maps where these are smaller; when None the sides of the last map, which are 7 of
-            images of 224 pixels, doubled until both are at least 4: so they divide every map.
-        plan, expansion, branch_dropout: as of :class:`regard.models.vision.pyramid.PlannedConfig`.
+        patch: side of a first-stage patch in pixels.
+        window: side of the windows; smaller maps are one window. When None, the windows have the sides of the last map
+            (7 for images of 224 pixels), doubled until both are at least 4, so that they divide every map.
+        plan, expansion, branch_dropout: as for :class:`regard.models.vision.pyramid.PlannedConfig`.
     """
 
     told: ClassVar = "a Swin Transformer"
@@ -82,18 +83,18 @@ class SwinConfig(PlannedConfig):
 
 
 def reads_windows(entry: tuple[str, Mapping[str, Any]]) -> bool:
-    """Whether the mechanism of a plan's entry takes biases of pairs."""
+    """Return whether the mechanism of a plan's entry takes a bias for each query-key pair."""
     return "bias" in mixing_card(*entry).honours
 
 
 def windows_of(config: SwinConfig, stride: int) -> tuple[int, int]:
-    """Rows and columns of the windows of the stage of a stride: those of the config, or whole maps where these are smaller."""
+    """Return the rows and columns of the windows in the stage with a stride: the config's, or the whole smaller map."""
     rows, columns = (min(window, side // stride) for window, side in zip(config.windows, config.size, strict=True))
     return rows, columns
 
 
 AGENTS = (9, 16, 49)
-"""Of the first stages."""
+"""Numbers of agents in the first stages."""
 
 T: dict[str, Any] = {"drop_path": 0.2}
 S: dict[str, Any] = {"depths": (2, 2, 18, 2), "drop_path": 0.3}
@@ -105,11 +106,11 @@ NANO: dict[str, Any] = {
     "heads": (2, 4, 8),
     "patch": 2,
 }
-"""Of images of about 32 pixels."""
+"""Preset for images of about 32 pixels."""
 
 
 class Swin(PyramidWithLosses):
-    """See the module; sizes ``swin_t`` to ``swin_b`` and ``agent_swin_t`` to ``agent_swin_b``."""
+    """The Swin Transformer, see the module; sizes ``swin_t`` to ``_b`` and ``agent_swin_t`` to ``_b``."""
 
     Config = SwinConfig
     scales: ClassVar = {"widths": "heads"}
@@ -169,11 +170,11 @@ class Swin(PyramidWithLosses):
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: SwinConfig) -> dict[str, Tensor]:
-        """From `swin_transformer.py` of microsoft/Swin-Transformer and of timm, and `agent_swin.py` of Agent-Attention.
+        """Translate weights of `swin_transformer.py` (official or timm's) or Agent-Attention's `agent_swin.py`.
 
-        Tables of windows and of agent biases are interpolated where the images had another size.
+        Tables of relative positions and of agent biases are interpolated if the images had another size.
         """
-        late = int(any(name.startswith("layers.0.downsample.") for name in state))  # timm begins a stage with it
+        late = int(any(name.startswith("layers.0.downsample.") for name in state))  # timm has it at a stage's start
         names = (
             (r"^patch_embed\.proj\.", "stages.0.embedding.conv."),
             (r"^patch_embed\.norm\.", "stages.0.embedding.norm."),
@@ -207,7 +208,7 @@ class Swin(PyramidWithLosses):
 
 
 def _table(value: Tensor, shape: Sequence[int]) -> Float[Tensor, "heads rows columns"]:
-    """A table of windows from its official layout (places, heads), resized where the windows are others."""
+    """Convert a relative position table from its official layout (places, heads), resized if the windows differ."""
     if value.ndim == 2:
         places = len(value)
         sides = shape[1:] if places == math.prod(shape[1:]) else (math.isqrt(places),) * 2
@@ -218,14 +219,14 @@ def _table(value: Tensor, shape: Sequence[int]) -> Float[Tensor, "heads rows col
 
 
 class Block(PlannedBlock):
-    """Attention in windows or of the whole map, and a feed-forward network.
+    """Attention within windows or over the whole map, and a feed-forward network.
 
     Args:
         entry: mechanism and options.
-        config: of the backbone.
-        number: of the stage.
-        shifted: whether windows lie half a window further.
-        drop_path: of both branches.
+        config: the backbone's config.
+        number: index of the stage.
+        shifted: whether windows are shifted by half a window.
+        drop_path: stochastic depth probability of both branches.
     """
 
     def __init__(
@@ -249,12 +250,13 @@ class Block(PlannedBlock):
 
 
 class Windows(nn.Module):
-    """Tokens of a map in windows, and what is added to the scores of their pairs.
+    """Window partition of a map's tokens, and the relative position bias within a window.
 
     Args:
-        heads: of the attention inside.
+        heads: number of attention heads.
         sides: rows and columns of a window.
-        shifted: whether they lie half a window further down and to the right, on sides with more than one of them.
+        shifted: whether windows are shifted by half a window down and to the right, along sides with more than one
+            window.
     """
 
     def __init__(self, heads: int, sides: tuple[int, int], shifted: bool) -> None:
@@ -264,11 +266,11 @@ class Windows(nn.Module):
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def sides_on(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of a window on a map, which may be smaller."""
+        """Return the rows and columns of a window on a map, which may be smaller than the window."""
         return min(self.sides[0], grid[0]), min(self.sides[1], grid[1])
 
     def shifts_on(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """How far down and to the right the windows of a map lie."""
+        """Return how far the windows of a map are shifted down and to the right."""
         down, across = (
             side // 2 if self.shifted and side < extent else 0
             for side, extent in zip(self.sides_on(grid), grid, strict=True)
@@ -276,7 +278,7 @@ class Windows(nn.Module):
         return down, across
 
     def split(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tensor, "windows m c"]:
-        """Tokens of each window of each map, row by row."""
+        """Return the tokens of each window of each map, row by row."""
         down, across = self.shifts_on(grid)
         x = x.unflatten(1, grid)
         return to_windows(x.roll((-down, -across), (1, 2)) if down or across else x, self.sides_on(grid))
@@ -288,7 +290,7 @@ class Windows(nn.Module):
         return (x.roll((down, across), (1, 2)) if down or across else x).flatten(1, 2)
 
     def bias(self, grid: tuple[int, int], batch: int) -> Float[Tensor, "#windows heads m m"]:
-        """Numbers of where a key lies from its query, and -inf where one of them came from the map's other border."""
+        """Return the relative position bias, -inf for pairs that the shift brought together from opposite borders."""
         device = self.table.device
         rows, columns = (
             torch.arange(side, device=device)[:, None] - torch.arange(side, device=device) + own - 1
@@ -300,7 +302,7 @@ class Windows(nn.Module):
         return bias.masked_fill(self._apart(grid)[:, None], -torch.inf).repeat(batch, 1, 1, 1)
 
     def _apart(self, grid: tuple[int, int]) -> Bool[Tensor, "windows m m"]:
-        """Pairs of each window of a map of which the shift brought one token, and not the other, from another border."""
+        """Return which pairs in each window the cyclic shift brought together from opposite borders of the map."""
         down, across = (
             (torch.arange(extent, device=self.table.device) >= extent - shift).view(extent // side, side)
             for extent, shift, side in zip(grid, self.shifts_on(grid), self.sides_on(grid), strict=True)

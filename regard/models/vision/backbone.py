@@ -1,8 +1,8 @@
-"""What all backbones share: images in, maps of features and logits out, under the names that timm's users know.
+"""The base of all backbones: images in, feature maps and logits out, with timm's method names.
 
-A backbone is one file beside this one, with a config, its published sizes, and two methods: :meth:`Backbone.encode`, from
-images to features, and :meth:`Backbone.pool`, from features to one vector an image. Maps are (B, C, H, W) in the
-channels-last memory format, so that the same memory is tokens (B, H * W, C), row by row, for the mechanisms.
+A backbone is one module of this package, with a config, its published sizes, and two methods: :meth:`Backbone.encode`,
+from images to features, and :meth:`Backbone.pool`, from features to one vector per image. Maps are (B, C, H, W) in the
+channels-last memory format, so that the mechanisms can view the same memory as tokens (B, H * W, C), row by row.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """What every backbone is told.
+    """The options that every backbone has.
 
     Attributes:
-        image_size: height and width, or one number for both, of the images; backbones with tables of positions take no
-            others later.
-        channels: of the images.
+        image_size: height and width of the images, or one number for both; some backbones take no other size later.
+        channels: channels of the images.
         num_classes: width of the output; 0 for the pooled features themselves.
-        dropout: of the features before the head.
-        drop_path: stochastic depth of the last block; the others' rises evenly to it from 0 (`regard.layers.drop_path`).
+        dropout: dropout probability of the features before the head.
+        drop_path: stochastic depth probability of the last block, to which it rises linearly from 0
+            (`regard.layers.drop_path`).
     """
 
     image_size: int | tuple[int, int] = 224
@@ -61,7 +61,7 @@ class BackboneConfig:
 
 
 def check_network(config: Any) -> None:
-    """Raise Unsupported for an option of another type than its config says, or a dropout that is no probability."""
+    """Raise Unsupported for an option of the wrong type, or a dropout that is not a probability."""
     check_types(config)
     for name, value in vars(config).items():
         if name.endswith("dropout") and not 0 <= value <= 1:
@@ -69,7 +69,7 @@ def check_network(config: Any) -> None:
 
 
 def check_stages(config: Any, *names: str, least: int = 1) -> None:
-    """Raise Unsupported for options that have not a number for each of the config's `widths`, `least` or more."""
+    """Raise Unsupported for options that do not have a number >= `least` for each of the config's `widths`."""
     at_least("the stages in widths", len(config.widths), 1)
     for name in names:
         numbers = getattr(config, name)
@@ -80,28 +80,29 @@ def check_stages(config: Any, *names: str, least: int = 1) -> None:
 
 @dataclass(frozen=True)
 class Level:
-    """A map of features that a backbone can give: its channels, and the pixels from one place to the next."""
+    """A feature map that a backbone can return: its channels and its stride in pixels."""
 
     channels: int
     stride: int
 
 
 class Backbone(nn.Module):
-    """The base of image models: :meth:`forward` gives logits, :meth:`forward_intermediates` maps of features.
+    """The base class of image models: :meth:`forward` returns logits, :meth:`forward_intermediates` feature maps.
 
-    A subclass sets `levels`, and at the end of its constructor calls :meth:`make_head`; it defines :meth:`encode` and
-    :meth:`pool`, and :meth:`translate` where released weights have other names.
+    A subclass sets `levels` and calls :meth:`make_head` at the end of its constructor; it defines :meth:`encode` and
+    :meth:`pool`, and :meth:`translate` if released weights have other names.
 
     Attributes:
-        Config: class of its config.
+        Config: the config class.
         sizes: options of each published size, by name.
         scales: the options that are widths, and what each is a multiple of: a number, or the name of an option with the
             number of heads.
-        channels_last: whether images are laid out so before the first layer, for its convolutions.
-        config: its own.
-        levels: the maps that it can give, from the finest to the last.
+        channels_last: whether images are converted to the channels-last format before the first layer, for its
+            convolutions.
+        config: the config.
+        levels: the feature maps that the backbone can return, from the finest to the last.
         num_features: width of a pooled vector.
-        head: from it to the classes; the identity where there are none.
+        head: maps pooled vectors to classes; the identity if there are none.
     """
 
     Config: ClassVar[type[BackboneConfig]]
@@ -115,56 +116,57 @@ class Backbone(nn.Module):
         self.config: Any = config
 
     def make_head(self, features: int) -> None:
-        """The head over `features` numbers; called last, so that seeds give the same trunk for any number of classes."""
+        """Create the head; called last, so that a seed gives the same trunk for any number of classes."""
         self.num_features = features
         self.reset_classifier(self.config.num_classes)
 
     def encode(
         self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
     ) -> tuple[Float[Tensor, "b ..."], dict[int, Float[Tensor, "b c h w"]]]:
-        """The features that :meth:`pool` reads, and the maps of the levels in `keep`.
+        """Return the features that :meth:`pool` reads, and the maps of the levels in `keep`.
 
-        Features are (B, C, H, W) or (B, N, C). Where `keep` is not empty a subclass need not go on after the last of them
-        but may not leave out what comes before.
+        Features are (B, C, H, W) or (B, N, C). If `keep` is not empty, a subclass may stop after its last level, but
+        may not skip anything before.
         """
         raise NotImplementedError
 
     def pool(self, features: Float[Tensor, "b ..."]) -> Float[Tensor, "b c"]:
-        """One vector an image, after the last norm."""
+        """Pool features into one vector per image, after the last norm."""
         raise NotImplementedError
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
-        """Weights of the official repository, or of timm, under the names here; those here stay as they are."""
+        """Rename weights of the official repository or of timm to the names here; names used here are kept."""
         return dict(state)
 
     def load_released(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load weights of the official repository, of timm, or of this class, all of them and nothing else.
+        """Load weights of the official repository, of timm, or of this class; names must match exactly.
 
         Args:
-            checkpoint: a state dict, or a checkpoint with one among its entries. What `DistributedDataParallel`,
-                `torch.compile` or Lightning put before all names is left out.
+            checkpoint: a state dict, or a checkpoint with one among its entries. Prefixes that
+                `DistributedDataParallel`, `torch.compile` or Lightning add to all names are removed.
 
         Raises:
-            Unsupported: where names or shapes do not fit, or there are several state dicts; nothing is changed then.
+            Unsupported: if names or shapes do not fit, or there are several state dicts; the model is then left
+                unchanged.
         """
         load_released(self, checkpoint)
 
     def forward_features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b ..."]:
-        """Features before the pool."""
+        """Return the features before the pool."""
         return self.encode(self.check_images(images))[0]
 
     def forward_head(self, features: Float[Tensor, "b ..."], pre_logits: bool = False) -> Float[Tensor, "b k"]:
-        """Logits of features; the pooled vectors with `pre_logits`."""
+        """Return the logits of features, or the pooled vectors with `pre_logits`."""
         pooled = F.dropout(self.pool(features), self.config.dropout, self.training)
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-        """Logits (B, num_classes); pooled features (B, num_features) where there are no classes."""
+        """Return logits (B, num_classes), or pooled features (B, num_features) if there are no classes."""
         return self.forward_head(self.forward_features(images))
 
     def forward_with_losses(self, images: Float[Tensor, "b c h w"]) -> Result:
-        """Logits as the output, with the auxiliary losses of layers that have some, each (sum, count), for training to add."""
+        """Like :meth:`forward`, but as a Result with the layers' auxiliary losses, each (sum, count), for training."""
         return Result(self(images))
 
     def forward_intermediates(
@@ -176,14 +178,15 @@ class Backbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Maps of features on the way, as timm's method of this name gives them.
+        """Return intermediate feature maps, like timm's method of this name.
 
         Args:
             images: (B, C, H, W).
-            indices: of `levels`, negative ones from the end; a number means the last so many; all when None.
-            norm, stop_early: accepted for timm's sake; maps come as the next level reads them, and all levels are run.
+            indices: indices into `levels`, negative ones from the end; an int n means the last n; None means all.
+            norm, stop_early: accepted for compatibility with timm; maps are returned as the next level reads them, and
+                all levels are run.
             output_fmt: ``NCHW`` only.
-            intermediates_only: the maps alone, without the features that the pool reads.
+            intermediates_only: return only the maps, without the features that the pool reads.
 
         Raises:
             Unsupported: for levels that the backbone does not have, or another format.
@@ -196,7 +199,7 @@ class Backbone(nn.Module):
         return found if intermediates_only else (features, found)
 
     def choose_levels(self, indices: int | Sequence[int] | None) -> list[int]:
-        """Levels by their number, in order."""
+        """Return the chosen levels' indices, sorted."""
         count = len(self.levels)
         if indices is None:
             return list(range(count))
@@ -208,18 +211,18 @@ class Backbone(nn.Module):
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
-        """As timm's: channels (`num_chs`), stride (`reduction`) and a name (`module`) for each level."""
+        """Like timm's: channels (`num_chs`), stride (`reduction`) and name (`module`) of each level."""
         return [
             {"num_chs": level.channels, "reduction": level.stride, "module": f"levels.{index}"}
             for index, level in enumerate(self.levels)
         ]
 
     def get_classifier(self) -> nn.Module:
-        """The head."""
+        """Return the head."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head, untrained, for other classes; none for ``num_classes=0``.
+        """Replace the head by an untrained one for other classes; no head for ``num_classes=0``.
 
         Raises:
             Unsupported: for another pool than the backbone's own.
@@ -236,10 +239,10 @@ class Backbone(nn.Module):
         self.head = head.to(device=some.device, dtype=some.dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether only the inputs of blocks are kept for gradients, for which they are computed again (:class:`Blocks`).
+        """Set whether blocks keep only their inputs for the backward pass, which recomputes the rest (:class:`Blocks`).
 
         Raises:
-            Unsupported: for layers that change themselves from call to call.
+            Unsupported: for layers whose calls cannot be repeated.
         """
         if enable:
             check_repeatable(self)
@@ -248,7 +251,7 @@ class Backbone(nn.Module):
                 module.recomputed = enable
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What `torch.jit.script` asks for first; raises Unsupported, where it would fail at a type that it does not know."""
+        """Raise Unsupported from `torch.jit.script`, which would otherwise fail at a type that it does not know."""
         raise self._no_script()
 
     def _no_script(self) -> Unsupported:
@@ -259,13 +262,15 @@ class Backbone(nn.Module):
         )
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters beside norms and biases that a weight decay should spare."""
+        """Return the names of parameters, other than norms and biases, that should have no weight decay."""
         return set()
 
     def check_images(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Images as the first layer reads them fastest; raises Unsupported for another shape than it takes, and in
-        `torch.jit.trace`."""
-        if torch.jit.is_tracing():  # where sizes are tensors
+        """Return the images in the memory format that is fastest for the first layer.
+
+        Raises Unsupported for an unsupported shape, and in `torch.jit.trace`.
+        """
+        if torch.jit.is_tracing():  # sizes are tensors there
             raise self._no_script()
         if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
             what = (
@@ -282,11 +287,11 @@ class Backbone(nn.Module):
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
     def check_size(self, height: int, width: int) -> None:
-        """Raise Unsupported for a height and width that it cannot take; any by default."""
+        """Raise Unsupported for an unsupported height and width; by default any are accepted."""
 
 
 class Pyramid(Backbone):
-    """Stages of maps, each of which reads the map before it; the levels are their outputs.
+    """A backbone of stages, each of which maps the previous feature map to a new one; the levels are their outputs.
 
     Attributes:
         stages: (B, C, H, W) -> (B, C', H', W').
@@ -306,12 +311,12 @@ class Pyramid(Backbone):
 
 
 def tokens_of(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
-    """A map as tokens, row by row; the same memory where it is channels-last."""
+    """Return a map as tokens, row by row; a view if the map is channels-last."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def map_of(tokens: Float[Tensor, "b n c"], grid: Sequence[int]) -> Float[Tensor, "b c h w"]:
-    """Tokens, row by row, as a map, channels-last; raises Unsupported for fewer tokens, as where some were merged."""
+    """Return tokens, row by row, as a channels-last map; raises Unsupported if their number differs (merged tokens)."""
     if tokens.shape[1] != math.prod(grid):
         raise Unsupported(f"a map of {tokens.shape[1]} tokens", supported=" x ".join(map(str, grid)) + " tokens")
     return tokens.unflatten(1, tuple(grid)).permute(0, 3, 1, 2)

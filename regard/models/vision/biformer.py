@@ -1,12 +1,13 @@
-"""BiFormer: a pyramid for images whose blocks route each region to the few regions that it reads.
+"""BiFormer: an image pyramid whose blocks route each region to the few regions that it attends to.
 
-Zhu et al., arXiv 2303.08810. Block, with BRA the layer of the mechanism ``bilevel_routing``:
+Zhu et al., arXiv 2303.08810. A block, where BRA is the layer of the mechanism ``bilevel_routing``:
 
     X <- X + DWConv3x3(X),   X <- X + DropPath(BRA(LN(X))),   X <- X + DropPath(MLP(LN(X)))
 
-Stages route to `top` of at most windows^2 regions; where `top` is 0 every token reads all, as the released models do at stride
-32: with 8 heads, the scale of a head, no bias of queries, keys and values, and a local convolution of the layer's input. The
-layout ``swin``, of the paper's ablations, has disjoint patches between stages and no 3 x 3 convolutions in blocks.
+Stages route to `top` of at most windows^2 regions. If `top` is 0, every token attends to all tokens, as in the released
+models at stride 32: with 8 heads, scores scaled by the head width, no biases of queries, keys and values, and a local
+convolution of the layer's input. The layout ``swin``, from the paper's ablations, has non-overlapping patch embeddings
+between stages and no 3 x 3 convolutions in blocks.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 FULL_HEADS = 8
-"""Heads of the blocks that read all tokens, however wide."""
+"""Number of heads of blocks that attend to all tokens, at any width."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +43,12 @@ class BiFormerConfig(BackboneConfig):
 
     Attributes:
         widths, depths: channels and blocks of each stage.
-        top: regions that a region reads in each stage; 0 where all tokens are read.
-        windows: regions along each side, at most.
+        top: number of regions that a region attends to, for each stage; 0 for all tokens.
+        windows: maximum number of regions along each side.
         head_dim: width of a head in stages that route, a divisor of their widths.
-        lce: side of the convolution that is added to what attention gives; 0 for none.
+        lce: kernel size of the convolution that is added to the attention output; 0 for none.
         attention: other options of the mechanism ``bilevel_routing`` in stages that route.
-        expansion: width of the feed-forward network over the channels.
+        expansion: hidden width of the feed-forward network, as a multiple of the channels.
         layout: ``biformer`` or ``swin``.
     """
 
@@ -74,7 +75,7 @@ class BiFormerConfig(BackboneConfig):
 
 
 class BiFormer(Pyramid):
-    """See the module; sizes ``biformer_t``, ``biformer_s``, ``biformer_b`` and ``biformer_stl``."""
+    """BiFormer, see the module; sizes ``biformer_t``, ``biformer_s``, ``biformer_b`` and ``biformer_stl``."""
 
     Config = BiFormerConfig
     scales: ClassVar = {"widths": 2, "head_dim": 2}
@@ -123,7 +124,7 @@ class BiFormer(Pyramid):
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: BiFormerConfig) -> dict[str, Tensor]:
-        """From `models/biformer.py` and `models/biformer_stl.py` of rayleizhu/BiFormer."""
+        """Translate weights of rayleizhu/BiFormer (`models/biformer.py` and `models/biformer_stl.py`)."""
         names = (
             (r"^downsample_layers\.(\d+)\.", r"stages.\1.embedding."),
             (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
@@ -151,7 +152,7 @@ class Stage(nn.Module):
 
     Args:
         embedding: convolutions and norms.
-        blocks: of its width.
+        blocks: blocks of the stage's width.
     """
 
     def __init__(self, embedding: nn.Module, blocks: Sequence[nn.Module]) -> None:
@@ -166,7 +167,7 @@ class Stage(nn.Module):
 
 
 def _embedding(layout: str, number: int, channels: int, width: int) -> nn.Module:
-    """What a stage begins with: stride 4 in the first one, 2 in the others."""
+    """Create a stage's patch embedding: stride 4 in the first stage, 2 in the others."""
     if layout == "swin":
         if number == 0:
             return nn.Sequential(nn.Conv2d(channels, width, 4, 4), nn.BatchNorm2d(width))
@@ -182,10 +183,10 @@ class Block(nn.Module):
     """Bi-level routing attention and a feed-forward network, (B, C, H, W) -> (B, C, H, W).
 
     Args:
-        width: channels.
-        top: regions that a region reads; 0 for all tokens.
-        config: of the backbone.
-        drop_path: of both branches.
+        width: number of channels.
+        top: number of regions that a region attends to; 0 for all tokens.
+        config: the backbone's config.
+        drop_path: stochastic depth probability of both branches.
     """
 
     def __init__(self, width: int, top: int, config: BiFormerConfig, drop_path: float) -> None:

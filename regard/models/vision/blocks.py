@@ -1,4 +1,4 @@
-"""The blocks of a backbone, which the backward pass may compute again (gradient checkpointing)."""
+"""The blocks of a backbone, with optional gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class Blocks(nn.ModuleList):
     """Blocks in order, each called through :meth:`run`.
 
     Attributes:
-        recomputed: whether of a block only its inputs are kept for gradients, for which it is computed again (Chen et al.,
-            arXiv 1604.06174).
+        recomputed: whether only a block's inputs are kept for the backward pass, which computes the block again (Chen
+            et al., arXiv 1604.06174).
     """
 
     recomputed = False
 
     def run(self, block: nn.Module, *inputs: Any, **more: Any) -> Any:
-        """One of the blocks on its inputs."""
+        """Run one of the blocks on its inputs."""
         if not self.recomputed or not torch.is_grad_enabled():
             return block(*inputs, **more)
 
@@ -35,7 +35,7 @@ class Blocks(nn.ModuleList):
 
 @contextmanager
 def _without_statistics(block: nn.Module) -> Iterator[None]:
-    """Batch norms normalise by the batch as before, and do not count it once more among their running statistics."""
+    """Keep batch norms from updating their running statistics again; they still normalise by the batch."""
     norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:

@@ -1,12 +1,13 @@
 r"""The mix transformer (MiT), the encoder of SegFormer.
 
-Xie et al., arXiv 2105.15203. Four stages of maps, each with half the rows and columns of the one before. A stage is a convolution whose windows overlap
-(7 x 7 with stride 4, then 3 x 3 with stride 2) with a norm, blocks
+Xie et al., arXiv 2105.15203. Four stages, each at half the resolution of the one before. A stage is an overlapping
+convolution (7 x 7 with stride 4, then 3 x 3 with stride 2) with a norm, blocks
 
     x <- x + DropPath(attend(LN(x))),   x <- x + DropPath(W_2 gelu(DW3x3(W_1 LN(x))))
 
-and a norm. ``attend`` is that of PVT (:mod:`regard.models.vision.agent_pvt`), with reductions 8, 4, 2, 1; there are no positions
-and no class token: where a token is, the convolutions tell. The head reads the mean of the last map.
+and a norm. ``attend`` is that of PVT (:mod:`regard.models.vision.agent_pvt`), with reductions 8, 4, 2, 1. There are no
+position embeddings, since the convolutions convey positions, and no class token. The head reads the mean of the last
+map.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class MiTConfig(agent_pvt.PVTConfig):
     """The configuration of a :class:`MiT`: that of :class:`regard.models.vision.agent_pvt.PVT`, without a class token.
 
     Attributes:
-        patch: stride of the first convolution, whose windows are 2 patch - 1 pixels wide.
+        patch: stride of the first convolution, whose kernel is 2 patch - 1 pixels wide.
     """
 
     widths: tuple[int, ...] = (32, 64, 160, 256)
@@ -51,11 +52,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "b2": {"widths": _LARGE, "depths": (3, 4, 6, 3)},
 }
 NANO = agent_pvt.NANO
-"""Of images of about 32 pixels."""
+"""Preset for images of about 32 pixels."""
 
 
 class MiT(agent_pvt.PVT):
-    """See the module; sizes ``mit_b0`` to ``mit_b2`` and ``mit_nano``."""
+    """The mix transformer, see the module; sizes ``mit_b0`` to ``mit_b2`` and ``mit_nano``."""
 
     Config = MiTConfig
     sizes: ClassVar = {
@@ -72,7 +73,7 @@ class MiT(agent_pvt.PVT):
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: agent_pvt.PVTConfig) -> dict[str, Tensor]:
-        """From `mix_transformer.py` of NVlabs/SegFormer, and from transformers: its files, and its models since version 5."""
+        """Translate weights of NVlabs/SegFormer (`mix_transformer.py`) or transformers, before and since version 5."""
         names = (
             (r"^(segformer\.)?encoder\.", ""),
             (r"^segformer\.", ""),
@@ -122,7 +123,7 @@ class Stage(nn.Module):
     """An overlapping embedding, blocks and a norm: a map (B, C, H, W) -> tokens (B, N, width) on a grid.
 
     Args:
-        config, number, channels, rates: as of :class:`regard.models.vision.agent_pvt.Stage`.
+        config, number, channels, rates: as for :class:`regard.models.vision.agent_pvt.Stage`.
     """
 
     def __init__(self, config: agent_pvt.PVTConfig, number: int, channels: int, rates: list[float]) -> None:
@@ -134,7 +135,7 @@ class Stage(nn.Module):
         self.norm = LayerNorm(width, eps=1e-6)
 
     def forward(self, x: Float[Tensor, "b c h w"], class_token: None = None) -> tuple[Result, tuple[int, int]]:
-        """Tokens as the output, and rows and columns of the map."""
+        """Return a Result with the tokens, and the rows and columns of the map."""
         x = self.embedding(x)
         height, width = x.shape[2:]
         x = self.embedding_norm(tokens_of(x))

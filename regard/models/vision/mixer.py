@@ -1,19 +1,20 @@
-"""Images as patches of equal rank, without attention: MLP-Mixer, NiNformer and Activator.
+"""Isotropic image networks without attention: MLP-Mixer, NiNformer and Activator.
 
-All three cut an image into patches, which are tokens for all blocks, and classify their mean. Blocks, with FF a
-feed-forward network along channels and the units the layers of the mechanisms of the same names:
+All three cut an image into patches, which are the tokens of all blocks, and classify their mean. In the blocks, FF is a
+feed-forward network along channels, and the units are the layers of the mechanisms of the same names:
 
     MLP-Mixer (Tolstikhin et al., arXiv 2105.01601)     X <- X + mlp_mixer(LN(X)),   X <- X + FF(LN'(X))
     NiNformer (Abdullah & Aydin, arXiv 2403.02411)      X <- X + ninformer(LN(X)),   X <- X + FF(LN(X))
     Activator (the same, arXiv 2405.15953)              X <- X + activator(LN(X)),   X <- X + FF(LN(X))
 
-The norms of a NiNformer's and an Activator's block are one module, LN, in both places; ``activator_geglu`` has the first line
-alone. MLP-Mixer has a norm before the mean, the others none. The published Activator mixes no tokens: patches meet in the
-mean alone, so that its logits are the same for every order of the patches (`unit` has its repairs).
+In NiNformer and Activator, both branches of a block use the same norm module, LN; ``activator_geglu`` has only the
+first branch. MLP-Mixer has a norm before the mean, the others have none. The published Activator does not mix tokens:
+patches only meet in the mean, so its logits are the same for every order of the patches (options in `unit` repair
+this).
 
-The networks along tokens have weights for each place, so that MLP-Mixer and NiNformer take images of `image_size` alone.
-Weights of another size are resized when they are loaded: what reads a place is shared out among the places that it becomes,
-and what writes a place is interpolated between them.
+The networks along tokens have weights for each position, so MLP-Mixer and NiNformer only take images of `image_size`.
+Weights for another size are resized when they are loaded: weights that read a position are divided among the positions
+that replace it, and weights that write a position are interpolated.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PatchConfig(BackboneConfig):
-    """What all three are told.
+    """The options that all three networks have.
 
     Attributes:
         patch: side of a patch, a divisor of the sides of images.
-        width: channels.
-        hidden: width of the feed-forward networks along channels.
-        depth: blocks.
-        branch_dropout: after each map of every feed-forward network.
+        width: number of channels.
+        hidden: hidden width of the feed-forward networks along channels.
+        depth: number of blocks.
+        branch_dropout: dropout probability after each linear layer of every feed-forward network.
     """
 
     patch: int = 16
@@ -74,23 +75,23 @@ class PatchConfig(BackboneConfig):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches of an image, down and across."""
+        """Rows and columns of an image's patches."""
         return self.size[0] // self.patch, self.size[1] // self.patch
 
     @property
     def places(self) -> int:
-        """Patches of an image."""
+        """Number of patches of an image."""
         return math.prod(self.grid)
 
 
 class PatchNetwork(Backbone):
-    """An embedding of patches, blocks of one width, and a mean over patches.
+    """A patch embedding, blocks of one width, and a mean over patches.
 
     Args:
-        config: see its class.
-        blocks: its blocks, each called with tokens and the context.
-        norm: of the tokens before the mean.
-        fixed: whether it takes images of the size in `config` alone.
+        config: see :class:`PatchConfig`.
+        blocks: the blocks, each called with tokens and the context.
+        norm: the norm of the tokens before the mean.
+        fixed: whether only images of the config's size are accepted.
     """
 
     def __init__(self, config: PatchConfig, blocks: list[nn.Module], norm: nn.Module, *, fixed: bool = True) -> None:
@@ -103,7 +104,7 @@ class PatchNetwork(Backbone):
     def encode(
         self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
     ) -> tuple[Float[Tensor, "b n c"], dict[int, Float[Tensor, "b c h w"]]]:
-        """Tokens after the last norm; maps are those after each block, without it."""
+        """Return the tokens after the last norm; the maps are the blocks' outputs, without that norm."""
         embedded = self.embedding(images)
         grid, maps = (embedded.shape[2], embedded.shape[3]), {}
         x, context = tokens_of(embedded), Context(grid=grid)
@@ -117,7 +118,7 @@ class PatchNetwork(Backbone):
         return features.mean(1)
 
     def check_size(self, height: int, width: int) -> None:
-        """Raise Unsupported for images that are not of whole patches, or of other places than there are weights for."""
+        """Raise Unsupported for images that do not divide into patches, or whose size the weights do not fit."""
         config: PatchConfig = self.config
         if self.fixed and (height, width) != config.size:
             raise Unsupported(
@@ -134,15 +135,17 @@ class MixerConfig(PatchConfig):
     """The configuration of an :class:`MLPMixer`.
 
     Attributes:
-        token_hidden: width of the feed-forward networks along tokens.
+        token_hidden: hidden width of the feed-forward networks along tokens.
     """
 
     token_hidden: int = 256
 
 
 class MLPMixer(PatchNetwork):
-    """See the module; sizes ``mixer_s32`` to ``mixer_l16``, of which the number is the side of a patch, and one for images of
-    32 pixels, ``mixer_nano``, which is not the paper's."""
+    """MLP-Mixer, see the module; sizes ``mixer_s32`` to ``mixer_l16``, named by patch size.
+
+    The size ``mixer_nano``, for images of 32 pixels, is not the paper's.
+    """
 
     Config = MixerConfig
     scales: ClassVar = {"width": 4, "hidden": 4, "token_hidden": 4}
@@ -167,7 +170,7 @@ class MLPMixer(PatchNetwork):
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: MixerConfig) -> dict[str, Tensor]:
-        """From timm's `models/mlp_mixer.py`, and from images of another size."""
+        """Translate weights of timm's `models/mlp_mixer.py`, resized if the images had another size."""
         names = (
             (r"^stem\.proj\.", "embedding."),
             (r"\.mlp_tokens\.fc1\.weight$", ".tokens.weights.up"),
@@ -184,8 +187,8 @@ class MixerBlock(nn.Module):
     """A network along tokens and one along channels, each after a norm, (B, N, C) -> (B, N, C).
 
     Args:
-        config: of the backbone.
-        drop_path: of both branches.
+        config: the backbone's config.
+        drop_path: stochastic depth probability of both branches.
     """
 
     def __init__(self, config: MixerConfig, drop_path: float) -> None:
@@ -207,7 +210,7 @@ class NiNformerConfig(PatchConfig):
     """The configuration of a :class:`NiNformer`: by default the published one, for CIFAR-10.
 
     Attributes:
-        unit: options of the mechanism ``ninformer`` beside its sizes.
+        unit: options of the mechanism ``ninformer`` other than its sizes.
     """
 
     image_size: int | tuple[int, int] = 32
@@ -221,7 +224,7 @@ class NiNformerConfig(PatchConfig):
 
 
 class NiNformer(PatchNetwork):
-    """See the module; the one published size is ``ninformer_net``."""
+    """NiNformer, see the module; the one published size is ``ninformer_net``."""
 
     Config = NiNformerConfig
     scales: ClassVar = {"width": 4, "hidden": 4}
@@ -241,7 +244,7 @@ class NiNformer(PatchNetwork):
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: NiNformerConfig) -> dict[str, Tensor]:
-        """From `NiNformerImageClassification` of Abdullah-88/NiNformer, and from images of another size."""
+        """Translate weights of Abdullah-88/NiNformer's image classifier, resized if the images had another size."""
         names = [*OFFICIAL, (r"\.mgu\.proj\.", ".unit.project.")]
         for network in ("token", "channel"):
             inner = rf"\.mgu\.Mixer\.{network}_mix\.(?:\d+)\."
@@ -258,8 +261,8 @@ class ActivatorConfig(NiNformerConfig):
     """The configuration of an :class:`Activator`: by default the published one, for CIFAR-10.
 
     Attributes:
-        unit: options of the mechanism ``activator`` beside its width: its `mixing` among them.
-        feed_forward: whether blocks have the second network; without it there is nothing for `branch_dropout`.
+        unit: options of the mechanism ``activator`` other than its width, such as `mixing`.
+        feed_forward: whether blocks have the feed-forward branch; without it `branch_dropout` must be 0.
     """
 
     feed_forward: bool = True
@@ -273,7 +276,7 @@ class ActivatorConfig(NiNformerConfig):
 
 
 class Activator(PatchNetwork):
-    """See the module; ``activator_net`` has feed-forward networks, ``activator_geglu`` the gated units alone."""
+    """Activator, see the module; ``activator_net`` has feed-forward networks, ``activator_geglu`` only gated units."""
 
     Config = ActivatorConfig
     scales: ClassVar = {"width": 4, "hidden": 4}
@@ -291,7 +294,7 @@ class Activator(PatchNetwork):
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: ActivatorConfig) -> dict[str, Tensor]:
-        """From `ACTIVATORImageClassification` of Abdullah-88/Activator."""
+        """Translate weights of Abdullah-88/Activator (`ACTIVATORImageClassification`)."""
         names = [*OFFICIAL]
         for old, new in (("proj_1", "gate"), ("proj_2", "value"), ("proj_3", "down"), ("norm", "norm")):
             names.append((rf"\.actgu\.{old}\.weight$", f".unit.weights.{new}"))
@@ -300,13 +303,13 @@ class Activator(PatchNetwork):
 
 
 class GatedBlock(nn.Module):
-    """A gating unit and a feed-forward network after one and the same norm, (B, N, C) -> (B, N, C).
+    """A gating unit and a feed-forward network with the same norm module, (B, N, C) -> (B, N, C).
 
     Args:
         unit: layer of a mechanism.
-        config: of the backbone.
-        drop_path: of both branches.
-        feed_forward: whether it has the second branch.
+        config: the backbone's config.
+        drop_path: stochastic depth probability of both branches.
+        feed_forward: whether the block has the second branch.
     """
 
     def __init__(
@@ -330,7 +333,7 @@ OFFICIAL = (
     (r"\.ffn\.net\.0\.", ".mlp.up."),
     (r"\.ffn\.net\.3\.", ".mlp.down."),
 )
-"""Names that the repositories of NiNformer and Activator have in common."""
+"""Renamings that the NiNformer and Activator repositories have in common."""
 
 
 def _renamed(state: Mapping[str, Tensor], names: Collection[tuple[str, str]]) -> dict[str, Tensor]:
@@ -343,16 +346,16 @@ def _renamed(state: Mapping[str, Tensor], names: Collection[tuple[str, str]]) ->
 
 
 PLACES = re.compile(r"\.weights\.(?:token_)?(up|down|down_bias)$")
-"""Weights of the networks along tokens that have a number for each place."""
+"""Weights of the networks along tokens that have an entry for each position."""
 
 
 def resize_places(state: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
-    """Weights with those of the networks along tokens for the places of a grid, whatever (square) one they were for.
+    """Resize the weights of the networks along tokens to a grid, from any square one.
 
-    An image all of one colour so gives the same numbers inside.
+    A uniformly coloured image gives the same hidden values after resizing.
 
     Raises:
-        Unsupported: for weights of another number of places that is no square.
+        Unsupported: for weights of another number of positions that is not a square.
     """
     found = dict(state)
     for name, value in state.items():
@@ -365,7 +368,7 @@ def resize_places(state: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[st
 def _resized(
     table: Float[Tensor, "places ..."], grid: tuple[int, int], *, shared: bool = False
 ) -> Float[Tensor, "places2 ..."]:
-    """A table of places, row by row, for those of another grid; with `shared` its sum stays, else its mean."""
+    """Resize a table of positions, row by row, to another grid, keeping its sum if `shared`, else its mean."""
     count, wanted = len(table), math.prod(grid)
     side = math.isqrt(count)
     if count == wanted:
@@ -381,7 +384,7 @@ def _resized(
 
 
 def _initialise(module: nn.Module) -> None:
-    """As in the official code of MLP-Mixer: LeCun's normal distribution, and biases of 0; networks along tokens have theirs."""
+    """Initialise as MLP-Mixer's official code does: LeCun normal weights and zero biases (except along tokens)."""
     if isinstance(module, nn.Conv2d | nn.Linear):
         lecun_normal_(module.weight)
         if module.bias is not None:

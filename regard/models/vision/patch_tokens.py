@@ -1,6 +1,6 @@
-"""What transformers over patches share: where their tokens lie, windows, first weights, and released tables of numbers.
+"""Helpers for vision transformers: token positions, windows, weight initialisation, and tables of released weights.
 
-Patches fill a grid row by row; class tokens come before them and lie nowhere on it.
+Patches fill a grid row by row; class tokens come before them and have no position on the grid.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ TABLES = {
     "wa": "share_bias.columns",
     "ca": "share_bias.other",
 }
-"""Where the layer of agent attention has the biases of LeapLabTHU/Agent-Attention."""
+"""Bias names of LeapLabTHU/Agent-Attention -> names in the layer of agent attention."""
 
 
 def context_of(grid: tuple[int, int], before: int, x: Float[Tensor, "b n c"]) -> Context:
-    """What a layer is told that honours roles: the grid's sides, and which tokens of `x` are the class tokens before it."""
+    """Return the context for a layer that honours roles: the grid, and the roles of `before` leading class tokens."""
     if not before:
         return Context(grid=grid)
     roles = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
@@ -43,7 +43,7 @@ def context_of(grid: tuple[int, int], before: int, x: Float[Tensor, "b n c"]) ->
 
 
 def options_on(entry: tuple[str, Mapping[str, Any]], grid: tuple[int, int], *, bias: bool) -> dict[str, Any]:
-    """Options of a plan's entry, with what it does not say: biases of projections, and the grid of agent attention's."""
+    """Return a plan entry's options with defaults for projection biases and the grid of agent attention's biases."""
     name, options = entry
     lines = {"bias_grid": grid} if options.get("agent_bias") in ("lines", "all") else {}
     biased = {"bias": bias} if layer_accepts(get_mechanism(name), "bias") else {}
@@ -53,7 +53,7 @@ def options_on(entry: tuple[str, Mapping[str, Any]], grid: tuple[int, int], *, b
 def resize_positions(
     table: Float[Tensor, "p c"], before: int, old: tuple[int, int], new: tuple[int, int], mode: str
 ) -> Float[Tensor, "p2 c"]:
-    """A table of positions for another grid, interpolated between pixel centres; those of class tokens stay."""
+    """Interpolate a position table to another grid; the rows of class tokens are kept."""
     if old == new:
         return table
     image = table[before:].mT.unflatten(-1, old)[None]
@@ -62,7 +62,7 @@ def resize_positions(
 
 
 def agent_table(name: str, value: Tensor) -> tuple[str, Tensor]:
-    """The biases ``an_bias`` to ``ca_bias`` of the official code under their names and in their layout here."""
+    """Convert the official code's biases ``an_bias`` to ``ca_bias`` to the names and layout used here."""
     prefix, _, table = name.rpartition(".")
     kind = table.removesuffix("_bias")
     if kind not in TABLES or not table.endswith("_bias"):
@@ -80,15 +80,15 @@ def agent_table(name: str, value: Tensor) -> tuple[str, Tensor]:
 def fit_tables(
     found: dict[str, Tensor], own: Mapping[str, Tensor], grids: Mapping[str, tuple[int, tuple[int, int]]], mode: str
 ) -> dict[str, Tensor]:
-    """Released weights with their tables resized to a model of another image size.
+    """Resize the tables of released weights to a model of another image size.
 
     Args:
-        found: under the names here.
-        own: the model's.
-        grids: of each table of positions, by name: class tokens before the grid, and its sides. A table of another size is
-            that of a square grid.
-        mode: of the interpolation of positions. Biases of rows and columns are interpolated linearly, as the official code
-            of agent attention does.
+        found: the released weights, under the names used here.
+        own: the model's state dict.
+        grids: for each position table, by name: the number of class tokens before the grid, and the grid's sides. A
+            table of another size is taken to be that of a square grid.
+        mode: interpolation mode of positions. Biases of rows and columns are interpolated linearly, as in the official
+            code of agent attention.
     """
     for name, value in found.items():
         if name not in own or value.shape == own[name].shape:
@@ -102,7 +102,7 @@ def fit_tables(
             found[name] = F.interpolate(value, own[name].shape[-1], mode="linear")
     for name, value in own.items():
         if name.endswith("_bias.other") and name not in found:
-            found[name] = torch.zeros(value.shape)  # of tokens off the grid, which the official model does not have
+            found[name] = torch.zeros(value.shape)  # for tokens off the grid, which the official model does not have
     return found
 
 
@@ -114,7 +114,7 @@ def check_divisible(height: int, width: int, step: int) -> None:
 
 
 def initialise_linear(module: nn.Module) -> None:
-    """A linear map's weights from a truncated normal distribution, and its biases 0."""
+    """Initialise a linear layer's weights from a truncated normal distribution, and its biases to 0."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -122,7 +122,7 @@ def initialise_linear(module: nn.Module) -> None:
 
 
 def initialise_convolution(module: nn.Module) -> None:
-    """A convolution's weights from a normal distribution of variance 2 over the numbers that an input reaches, biases 0."""
+    """Initialise a convolution's weights from a normal distribution of variance 2 / fan_out, and its biases to 0."""
     if isinstance(module, nn.Conv2d):
         fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
@@ -131,7 +131,7 @@ def initialise_convolution(module: nn.Module) -> None:
 
 
 def to_windows(x: Float[Tensor, "b h w c"], sides: tuple[int, int]) -> Float[Tensor, "windows n c"]:
-    """Tokens of each window of each map, row by row; windows of `sides` fill the map."""
+    """Split maps into windows of `sides`, which must fill the map; a window's tokens are ordered row by row."""
     (height, width), (rows, columns) = x.shape[1:3], sides
     x = x.unflatten(2, (width // columns, columns)).unflatten(1, (height // rows, rows))
     return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)  # (B, windows down, windows across, rows * columns, C) before
@@ -140,7 +140,7 @@ def to_windows(x: Float[Tensor, "b h w c"], sides: tuple[int, int]) -> Float[Ten
 def from_windows(
     x: Float[Tensor, "windows n c"], sides: tuple[int, int], grid: tuple[int, int]
 ) -> Float[Tensor, "b h w c"]:
-    """Maps of rows and columns `grid` from their windows, the reverse of :func:`to_windows`."""
+    """Join windows into maps with rows and columns `grid`; the inverse of :func:`to_windows`."""
     down, across = grid[0] // sides[0], grid[1] // sides[1]
     x = x.unflatten(0, (x.shape[0] // (down * across), down, across)).unflatten(3, sides)
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)

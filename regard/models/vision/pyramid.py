@@ -1,5 +1,4 @@
-"""Pyramids of blocks of tokens whose layers may have auxiliary losses, as those of routed heads, and what pyramids share whose
-plan has an entry for each block."""
+"""Pyramids of token blocks with auxiliary losses, and the base classes of pyramids planned block by block."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class PyramidWithLosses(Pyramid):
-    """A pyramid each of whose stages gives a Result: its map (B, C, H, W) as the output, and the losses of its layers."""
+    """A pyramid whose stages return a Result each: the map (B, C, H, W) as the output, and the losses of the layers."""
 
     def encode(
         self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
@@ -39,7 +38,7 @@ class PyramidWithLosses(Pyramid):
     def _run(
         self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
     ) -> tuple[Float[Tensor, "b c h w"], dict[int, Float[Tensor, "b c h w"]], dict[str, Loss]]:
-        """The last map, the maps of the levels in `keep`, and the losses."""
+        """Return the last map, the maps of the levels in `keep`, and the losses."""
         x = images
         maps: dict[int, Tensor] = {}
         losses: dict[str, Loss] = {}
@@ -53,12 +52,13 @@ class PyramidWithLosses(Pyramid):
 
 
 class Stage(nn.Module):
-    """An embedding, blocks and perhaps a norm: (B, C, H, W) -> a Result of (B, width, H / s, W / s).
+    """An embedding, blocks and an optional norm: (B, C, H, W) -> a Result of (B, width, H / s, W / s).
 
     Args:
-        embedding: from map to map.
-        blocks: each from tokens (B, N, width), row by row, and the rows and columns of their map to a Result of tokens.
-        norm: of the tokens at the end.
+        embedding: a module from map to map.
+        blocks: modules from tokens (B, N, width), row by row, and the rows and columns of their map to a Result of
+            tokens.
+        norm: a norm of the tokens at the end.
     """
 
     def __init__(self, embedding: nn.Module, blocks: Iterable[nn.Module], norm: nn.Module | None = None) -> None:
@@ -79,16 +79,16 @@ class Stage(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class StagesConfig(BackboneConfig):
-    """The configuration of a pyramid whose maps have half the sides of those before.
+    """The configuration of a pyramid in which each map has half the sides of the one before.
 
     Attributes:
         widths, depths, heads: channels, blocks and heads of each stage.
-        patch: pixels from place to place of the first stage's map.
-        branch_dropout: in the feed-forward networks, and at the end of each branch.
+        patch: stride of the first stage's map in pixels.
+        branch_dropout: dropout probability in the feed-forward networks and at the end of each branch.
     """
 
     by_stage: ClassVar[tuple[str, ...]] = ("depths", "heads")
-    """Numbers that each stage has, 1 or more."""
+    """Options with a number >= 1 for each stage."""
     widths: tuple[int, ...]
     depths: tuple[int, ...]
     heads: tuple[int, ...]
@@ -102,22 +102,22 @@ class StagesConfig(BackboneConfig):
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Pixels from place to place of each stage's map."""
+        """Stride of each stage's map in pixels."""
         return tuple(self.patch * 2**stage for stage in range(len(self.widths)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedConfig(StagesConfig):
-    """The configuration of such a pyramid with a mechanism for each block.
+    """The configuration of a :class:`StagesConfig` pyramid with a mechanism for each block.
 
     Attributes:
-        widths, depths, heads, patch, branch_dropout: as of :class:`StagesConfig`.
+        widths, depths, heads, patch, branch_dropout: as for :class:`StagesConfig`.
         plan: a mechanism (with options) for each block, or one for all.
-        expansion: width of the feed-forward networks over the channels.
+        expansion: hidden width of the feed-forward networks, as a multiple of the channels.
     """
 
     told: ClassVar[str]
-    """What it is of, in words."""
+    """The name of the model in error messages."""
     plan: Any = "softmax"
     expansion: int = 4
 
@@ -133,7 +133,7 @@ class PlannedConfig(StagesConfig):
 
 
 def agents_first(blocks: Sequence[int], of: int, numbers: Sequence[int]) -> list[Any]:
-    """A plan with agent attention in the first blocks of the first stages, and softmax in the rest of `of`."""
+    """Return a plan of `of` blocks: agent attention in the first `blocks` of the first stages, then softmax."""
     agents = [
         ("agent", {"num_agents": n, "agent_bias": "all"})
         for n, count in zip(numbers, blocks, strict=False)
@@ -146,10 +146,10 @@ class PlannedBlock(nn.Module):
     """Attention and a feed-forward network, pre-norm: tokens (B, N, width) on a grid -> a Result of tokens.
 
     Args:
-        config: of the backbone.
-        number: of the stage.
-        attention: takes tokens and a context with their grid.
-        drop_path: of both branches.
+        config: the backbone's config.
+        number: index of the stage.
+        attention: a layer called with tokens and a context with their grid.
+        drop_path: stochastic depth probability of both branches.
     """
 
     def __init__(self, config: PlannedConfig, number: int, attention: nn.Module, drop_path: float) -> None:
@@ -161,12 +161,12 @@ class PlannedBlock(nn.Module):
         self.dropout, self.drop_path = nn.Dropout(config.branch_dropout), DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Result:
-        """Tokens as the output, with the losses of the layer."""
+        """Return the new tokens, with the losses of the attention layer."""
         mixed = self.attend(self.norm1(x), grid)
         x = x + self.drop_path(self.dropout(mixed.output))
         return Result(add_feed_forward(x, self.norm2, self.mlp, self.dropout, self.drop_path), None, mixed.losses)
 
     def attend(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Result:
-        """The attention branch on normed tokens, without the residual."""
+        """Apply the attention branch to normed tokens, without the residual."""
         mixed: Result = self.attention(x, context=Context(grid=grid))
         return mixed

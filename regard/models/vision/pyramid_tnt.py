@@ -1,14 +1,15 @@
 """PyramidTNT: Transformer in Transformer as a pyramid, with four stages, a convolutional stem and no class token.
 
-Han et al., arXiv 2201.00978. Blocks are those of :mod:`regard.models.vision.tnt`, with 16 words a sentence in every stage, but
+Han et al., arXiv 2201.00978. Blocks are those of :mod:`regard.models.vision.tnt`, with 16 words per sentence in every
+stage, except that
 
-- only the first block of a stage has words (the first two of a stage of more than six blocks), and the norms of the words are
-  over all that a sentence has, m c numbers;
-- sentences attend to fewer keys, which are averages of r x r sentences through a linear map and a norm, and each pair of a
-  sentence and a key has a learned score in each head of a stage.
+- only the first block of a stage has words (the first two in a stage of more than six blocks), and the words' norms are
+  over all m c features of a sentence;
+- sentences attend to fewer keys, which are averages of r x r sentences through a linear layer and a norm, and each head
+  of a stage has a learned bias for each pair of sentence and key.
 
-Between stages 2 x 2 sentences become one by a convolution, and so do their words, which are laid out as one square before it.
-One size of images is taken, that of the tables of positions; its sides are multiples of 8.
+Between stages a convolution merges 2 x 2 sentences into one, and likewise their words, which are first laid out as one
+square. Only one image size is accepted, that of the position tables; its sides are multiples of 8.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ SIDE = 4
 """Rows and columns of a sentence's words."""
 
 STRIDE = 8
-"""Pixels from one sentence to the next after the stem."""
+"""Stride of the sentences after the stem in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +60,14 @@ class PyramidTNTConfig(BackboneConfig):
     """The configuration of a :class:`PyramidTNT`. Tuples have an entry for each stage.
 
     Attributes:
-        widths, heads: of sentences.
-        inner_widths, inner_heads: of words.
-        depths: blocks.
-        reductions: r, so that keys are averages of r x r sentences.
+        widths, heads: width and heads of sentences.
+        inner_widths, inner_heads: width and heads of words.
+        depths: number of blocks.
+        reductions: r; keys are averages of r x r sentences.
         expansion, excitation, branch_dropout, attention_dropout: as in :class:`regard.models.vision.tnt.TNTConfig`.
-        mixer, mixer_options: mechanism of the outer attention; it is called with the grid where nothing is reduced, and
-            with the averages as its memory elsewhere.
-        pair_scores: whether each pair has a learned score, which a mechanism that cannot add one refuses.
+        mixer, mixer_options: mechanism of the outer attention; it is called with the grid in stages without a
+            reduction, else with the averages as its memory.
+        pair_scores: whether each pair of sentence and key has a learned bias, which the mechanism must support.
     """
 
     widths: tuple[int, ...] = (128, 256, 512, 512)
@@ -120,7 +121,7 @@ def _size(width: int, inner: int, heads: int, inner_heads: int, depths: tuple[in
 
 
 class PyramidTNT(Backbone):
-    """See the module; sizes ``pyramid_tnt_ti``, ``_s``, ``_m``, ``_b``. Features are (B, N, C)."""
+    """PyramidTNT, see the module; sizes ``pyramid_tnt_ti``, ``_s``, ``_m``, ``_b``. Features are (B, N, C)."""
 
     Config = PyramidTNTConfig
     scales: ClassVar = {"widths": "heads", "inner_widths": "inner_heads"}
@@ -180,8 +181,10 @@ class PyramidTNT(Backbone):
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: PyramidTNTConfig) -> dict[str, Tensor]:
-        """From `tnt_pytorch/pyramid_tnt.py` of huawei-noah/Efficient-AI-Backbones; tables of other sizes are
-        interpolated."""
+        """Translate weights of huawei-noah/Efficient-AI-Backbones (`tnt_pytorch/pyramid_tnt.py`).
+
+        Tables of other sizes are interpolated.
+        """
         stages = range(1, len(config.widths))
         found = renamed(
             state,
@@ -210,10 +213,10 @@ class PyramidTNT(Backbone):
 
 
 class Stem(nn.Module):
-    """Images to words (B n, 16, c) and sentences (B, n, D), one every 8 pixels.
+    """The stem: images -> words (B n, 16, c) and sentences (B, n, D), one every 8 pixels.
 
     Args:
-        channels: of the images.
+        channels: channels of the images.
         inner_width, width: c and D.
     """
 
@@ -227,7 +230,7 @@ class Stem(nn.Module):
         )
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "bn m i"], Float[Tensor, "b n d"]]:
-        x = self.common(images).contiguous(memory_format=torch.channels_last)  # which one channel alone leaves open
+        x = self.common(images).contiguous(memory_format=torch.channels_last)  # ambiguous with one channel
         return tokens_of(cut(self.words(x), SIDE)), tokens_of(self.sentences(x))
 
 
@@ -236,12 +239,14 @@ def _convolution(channels: int, width: int, stride: int) -> tuple[nn.Module, ...
 
 
 class Merge(nn.Module):
-    """Halves the grid: norms, and convolutions of stride 2, one over the sentences and one inside the square that the words
-    of 2 x 2 sentences make. Where a side is odd, zeros complete the last words.
+    """Halves the grid by norms and convolutions of stride 2.
+
+    One convolution is over the sentences, one inside the square that the words of 2 x 2 sentences form. Where a side is
+    odd, the words are padded with zeros.
 
     Args:
-        grid: before.
-        widths, inner_widths: before and after.
+        grid: rows and columns before.
+        widths, inner_widths: widths before and after.
     """
 
     def __init__(self, grid: tuple[int, int], widths: tuple[int, int], inner_widths: tuple[int, int]) -> None:
@@ -265,12 +270,12 @@ class Merge(nn.Module):
 
 
 class Stage(nn.Module):
-    """A merge, but in the first stage, and blocks: words and sentences in, words and sentences out.
+    """A merge (except in the first stage) and blocks: (words, sentences) -> (words, sentences).
 
     Args:
-        config: of the backbone.
-        number: which stage.
-        drop_path: of each block.
+        config: the backbone's config.
+        number: index of the stage.
+        drop_path: stochastic depth probability of each block.
     """
 
     def __init__(self, config: PyramidTNTConfig, number: int, drop_path: list[float]) -> None:
@@ -318,12 +323,13 @@ class Stage(nn.Module):
 
 
 class ReducedAttention(nn.Module):
-    """A layer over the tokens of a grid whose keys are averages of r x r of them, through a linear map and a norm.
+    """A layer over the tokens of a grid whose keys are averages of r x r tokens, through a linear layer and a norm.
 
     Args:
-        name, width, heads: of the layer, in ``noncausal-self`` where r is 1, else in ``noncausal-cross``.
+        name, width, heads: mechanism, width and heads of the layer; its pattern is ``noncausal-self`` if r is 1, else
+            ``noncausal-cross``.
         reduction: r.
-        options: of the layer.
+        options: options of the layer.
     """
 
     def __init__(self, name: str, width: int, heads: int, reduction: int, options: Mapping[str, Any]) -> None:
@@ -367,7 +373,7 @@ def _initialise_convolutions(module: nn.Module) -> None:
 
 
 def _resize_pairs(table: Float[Tensor, "1 h n m"], grid: tuple[int, int], keys: tuple[int, int]) -> Tensor:
-    """Scores of pairs for another grid of queries, and of keys."""
+    """Resize the pair biases to other grids of queries and keys."""
     heads, n = table.shape[1], table.shape[2]
     by_key = resize_positions(table.permute(0, 3, 1, 2).flatten(2), keys)
     by_query = by_key.unflatten(2, (heads, n)).permute(0, 3, 2, 1).flatten(2)

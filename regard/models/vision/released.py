@@ -1,4 +1,4 @@
-"""Checkpoints as their authors saved them: the weights inside, under plain names, and what does not fit a network."""
+"""Loading of checkpoints as their authors saved them: finding the weights, cleaning their names, checking the fit."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from regard.contract import Unsupported, an_instance
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What `DistributedDataParallel`, `torch.compile` and Lightning put before every name."""
+"""Prefixes that `DistributedDataParallel`, `torch.compile` and Lightning add to every name."""
 
 
 def load_released(network: Any, checkpoint: Any) -> None:
-    """Load a checkpoint into a network that has a `config` and whose class can `translate` names, all of it and nothing else.
+    """Load a checkpoint into a network that has a `config` and can `translate` names; names must match exactly.
 
     Raises:
-        Unsupported: where names or shapes do not fit; nothing is changed then.
+        Unsupported: if names or shapes do not fit; the network is then left unchanged.
     """
     weights = weights_of(checkpoint)
     try:
@@ -27,7 +27,7 @@ def load_released(network: Any, checkpoint: Any) -> None:
         KeyError,
         RuntimeError,
         ValueError,
-    ) as error:  # the same names mean something else there, as parts of another shape
+    ) as error:  # the same names mean something else in the checkpoint, such as tensors of another shape
         name = type(network).__name__
         raise Unsupported(
             f"weights of another network than a {name} ({error})", supported=f"weights of a {name}"
@@ -37,10 +37,10 @@ def load_released(network: Any, checkpoint: Any) -> None:
 
 
 def weights_of(checkpoint: Any) -> dict[str, Tensor]:
-    """The weights of a checkpoint: of a state dict itself, or of the only state dict among its entries.
+    """Return the weights of a checkpoint: a state dict itself, or the only state dict among its entries.
 
     Raises:
-        Unsupported: for anything else, and for a checkpoint of several, such as weights beside their moving average.
+        Unsupported: for anything else, and for a checkpoint with several, such as weights and their moving average.
     """
     if not isinstance(checkpoint, Mapping):
         nearest = "its state_dict()" if isinstance(checkpoint, nn.Module) else "torch.load(path, weights_only=True)"
@@ -64,8 +64,10 @@ def weights_of(checkpoint: Any) -> dict[str, Tensor]:
 
 
 def check_fit(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Raise Unsupported for weights of other names or shapes than the network's; nearest is another number of classes where
-    only that differs."""
+    """Raise Unsupported for weights whose names or shapes differ from the network's.
+
+    If only the number of classes differs, the error suggests it.
+    """
     own = network.state_dict()
     missing, unknown = own.keys() - weights.keys(), weights.keys() - own.keys()
     other = {name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape}
@@ -77,7 +79,7 @@ def check_fit(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
         *_some("with ", unknown),
         *_some("", shapes.values()),
     ]
-    classes = getattr(network, "num_classes", None)  # backbones have one, with a head that can be another
+    classes = getattr(network, "num_classes", None)  # backbones have it, with a replaceable head
     heads = all(name.startswith(("head.", "distillation_head.")) for name in missing | unknown | other)
     head = weights.get("head.weight")
     theirs = len(head) if head is not None and head.ndim else 0
@@ -95,7 +97,7 @@ def _is_state(entry: Any) -> bool:
 
 
 def _some(word: str, names: Iterable[str]) -> list[str]:
-    """The first of the names, and how many others there are."""
+    """Return the first of the names and the number of others, as a phrase."""
     first, *others = sorted(names) or [""]
     more = f" and {len(others)} other{'s' if len(others) > 1 else ''}" if others else ""
     return [f"{word}{first}{more}"] if first else []

@@ -1,4 +1,4 @@
-"""Networks of other widths than the published ones, for comparisons of models of equal size or cost."""
+"""Scaling of published networks to other widths, for comparisons of models of equal size or cost."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     from regard.models.vision.segmentation import Segmenter
 
 STEP = 1.01
-"""From one factor that is tried to the next."""
+"""Ratio of successive scale factors."""
 REACH = 140
-"""Steps up, and down: factors from a quarter to four."""
+"""Number of steps up and down: factors from a quarter to four."""
 
 
 def scaled_widths(backbone: type[Backbone | Segmenter], config: Any) -> list[dict[str, Any]]:
-    """Options of a backbone or segmenter from a quarter of its widths to four times them, in rising order, its own as they are.
+    """Return options of a backbone or segmenter with widths scaled from 1/4 to 4, ascending; factor 1 keeps its own.
 
-    Depths, and numbers of heads, stay; a width stays a multiple of what the backbone says (`Backbone.scales`).
+    Depths and numbers of heads stay the same; a width stays a multiple of the number given in `Backbone.scales`.
 
     Raises:
         Unsupported: for a backbone whose widths are fixed.
@@ -45,7 +45,7 @@ def scaled_widths(backbone: type[Backbone | Segmenter], config: Any) -> list[dic
 
 
 def _multiples(said: str | int, config: Any) -> int | tuple[int, ...]:
-    """What a width is a multiple of: a number, or twice what another option says, so that a head's width is even."""
+    """Return what a width is a multiple of: a number, or twice the number of heads, so that a head's width is even."""
     if isinstance(said, int):
         return said
     heads = getattr(config, said)

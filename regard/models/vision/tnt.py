@@ -1,15 +1,15 @@
-"""Transformer in Transformer: a vision transformer whose patches, the sentences, are made of patches of their own, the words.
+"""Transformer in Transformer: a vision transformer whose patches ("sentences") consist of smaller patches ("words").
 
-Han et al., arXiv 2103.00112. The words Y_j (m, c) of each patch j see each other; the sentences Z (1 + n, D), first of them
-the class token, see each other and read their words:
+Han et al., arXiv 2103.00112. The words Y_j (m, c) of each patch j attend to each other; the sentences Z (1 + n, D), the
+class token first, attend to each other and read their words:
 
     Y_j <- Y_j + DropPath(MHSA(LN(Y_j))),   Y_j <- Y_j + DropPath(MLP(LN(Y_j)))
     Z_j <- Z_j + LN(W LN(vec(Y_j)))
     Z <- Z + DropPath(MHSA(LN(Z))),   Z <- Z + DropPath(MLP(LN(Z)))
 
-Words come from a convolution that sees one patch at a time, with zeros around it, and their positions are the same in all
-patches: nothing that is left of an image but its own pixels reaches the words of a patch. All patches are one batch of the
-inner attention. One size of images is taken, that of the table of positions.
+Words come from a convolution over one zero-padded patch at a time, and their position embeddings are the same in all
+patches, so the words of a patch depend on nothing but its own pixels. The inner attention processes all patches as one
+batch. Only one image size is accepted, that of the position table.
 """
 
 from __future__ import annotations
@@ -51,20 +51,21 @@ class TNTConfig(BackboneConfig):
 
     Attributes:
         patch: side of a patch in pixels; divides both sides of the image.
-        stride: pixels from one word to the next; divides `patch`.
-        width, heads: of sentences.
-        inner_width, inner_heads: of words.
-        depth: blocks.
-        vanilla: indices of blocks without words, which are those of a vision transformer.
-        expansion: hidden width of the feed-forward networks over their width.
-        excitation: whether sentences are scaled by what their mean says after each outer feed-forward network.
-        positions: what learned positions are added to: ``inner`` to words, ``outer`` to sentences, ``both`` or ``none``.
-        pool: ``class`` reads the class token; ``mean`` has none and averages the sentences.
-        mixer, mixer_options: mechanism of the outer attention; without a class token it is given the grid.
-        legacy: as in timm's `tnt_s_legacy_patch16_224`: the convolution sees the whole image, and what words add to their
-            sentence is normalised before the projection alone, each word by itself.
-        branch_dropout: after position tables, inside the feed-forward networks and at the end of each branch.
-        attention_dropout: of both attentions' weights.
+        stride: stride of the words in pixels; divides `patch`.
+        width, heads: width and heads of sentences.
+        inner_width, inner_heads: width and heads of words.
+        depth: number of blocks.
+        vanilla: indices of blocks without words, as in a plain vision transformer.
+        expansion: hidden width of the feed-forward networks, as a multiple of their width.
+        excitation: whether a :class:`SqueezeExcitation` follows each outer feed-forward network.
+        positions: where learned positions are added: ``inner`` to words, ``outer`` to sentences, ``both`` or ``none``.
+        pool: ``class`` reads the class token; ``mean`` has no class token and averages the sentences.
+        mixer, mixer_options: mechanism of the outer attention; without a class token it receives the grid.
+        legacy: as in timm's `tnt_s_legacy_patch16_224`: the convolution is over the whole image, and the words are only
+            normed before the projection to their sentence, each word by itself.
+        branch_dropout: dropout probability after position tables, inside the feed-forward networks and at the end of
+            each branch.
+        attention_dropout: dropout probability of the weights of both attentions.
     """
 
     patch: int = 16
@@ -110,12 +111,15 @@ class TNTConfig(BackboneConfig):
 
     @property
     def words(self) -> int:
-        """Words of a patch."""
+        """Number of words in a patch."""
         return (self.patch // self.stride) ** 2
 
 
 class TNT(Backbone):
-    """See the module; sizes ``tnt_ti``, ``tnt_s``, ``tnt_b``. Every block is a level; features are (B, 1 + n, C)."""
+    """TNT, see the module; sizes ``tnt_ti``, ``tnt_s``, ``tnt_b``.
+
+    Every block is a level; features are (B, 1 + n, C).
+    """
 
     Config = TNTConfig
     scales: ClassVar = {"width": "heads", "inner_width": "inner_heads"}
@@ -187,7 +191,7 @@ class TNT(Backbone):
         return self.norm(sentences), maps
 
     def embed(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "bn m i"], Float[Tensor, "b n c"]]:
-        """Words of all patches, and sentences behind the class token, with their positions."""
+        """Return the words of all patches and the sentences, after the class token, with their positions added."""
         if self.config.legacy:
             words = cut(self.words(images), self.config.patch // self.config.stride)
         else:
@@ -213,10 +217,12 @@ class TNT(Backbone):
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: TNTConfig) -> dict[str, Tensor]:
-        """From `tnt_pytorch/tnt.py` of huawei-noah/Efficient-AI-Backbones, or from timm; positions of other sizes are
-        interpolated."""
+        """Translate weights of huawei-noah/Efficient-AI-Backbones (`tnt_pytorch/tnt.py`) or of timm.
+
+        Positions of other sizes are interpolated.
+        """
         found = renamed(
-            {name: value for name, value in state.items() if name != "outer_tokens"},  # which nothing reads
+            {name: value for name, value in state.items() if name != "outer_tokens"},  # unused
             (
                 (r"^(patch|pixel)_embed\.proj\.", r"words."),
                 (r"^(proj_norm1|norm1_proj)\.", r"embedding.norm1."),
@@ -249,12 +255,12 @@ class TNT(Backbone):
 
 
 class Block(nn.Module):
-    """Words (B n, m, c) and sentences (B, prefix + n, D), one step further.
+    """A block: words (B n, m, c) and sentences (B, prefix + n, D) -> the same.
 
     Args:
-        inner, fusion: of the words, and from them to the sentences; both None in a block without words.
-        outer: of the sentences.
-        prefix: tokens before the sentences, which words add nothing to.
+        inner, fusion: modules for the words, and from words to sentences; both None in a block without words.
+        outer: module for the sentences.
+        prefix: number of tokens before the sentences, which have no words.
     """
 
     def __init__(self, inner: nn.Module | None, fusion: nn.Module | None, outer: nn.Module, prefix: int = 0) -> None:
@@ -272,12 +278,12 @@ class Block(nn.Module):
 
 
 class Fusion(nn.Module):
-    """LN(W LN(vec(Y))) of each sentence's words, word after word: (B n, m, c) -> (B, n, D).
+    """LN(W LN(vec(Y))) of each sentence's concatenated words: (B n, m, c) -> (B, n, D).
 
     Args:
         words: m.
         inner_width, width: c and D.
-        bias: whether the projection adds a learned vector.
+        bias: whether the projection has a bias.
         legacy: W vec(LN(Y)) instead, with one norm over c.
     """
 
@@ -289,7 +295,7 @@ class Fusion(nn.Module):
         self.norm2 = nn.Identity() if legacy else LayerNorm(width)
 
     def forward(self, words: Float[Tensor, "bn m i"], shape: tuple[int, int]) -> Float[Tensor, "b n c"]:
-        """Vectors of `shape` (batch, sentences)."""
+        """Return vectors in `shape` (batch, sentences)."""
         normed = self.norm1(words).flatten(1) if self.legacy else self.norm1(words.flatten(1))
         return self.norm2(self.projection(normed)).unflatten(0, shape)
 
@@ -300,11 +306,11 @@ class TransformerBlock(nn.Module):
     Args:
         width: C.
         attention: a layer, called with the context.
-        expansion: hidden width of the feed-forward network over C.
-        dropout: inside it, and at the end of both branches.
-        drop_path: of both branches.
+        expansion: hidden width of the feed-forward network as a multiple of C.
+        dropout: dropout probability inside the feed-forward network and at the end of both branches.
+        drop_path: stochastic depth probability of both branches.
         excitation: whether a :class:`SqueezeExcitation` follows the feed-forward network.
-        norm: makes the norms of a width.
+        norm: creates a norm, given its width.
     """
 
     def __init__(
@@ -337,7 +343,7 @@ class SqueezeExcitation(nn.Module):
     """T + a * T with a = tanh(W_2 relu(W_1 LN(mean of the tokens T))), (B, N, C) -> (B, N, C).
 
     Args:
-        width: C; a quarter of it is between the projections.
+        width: C; the hidden width is a quarter of it.
     """
 
     def __init__(self, width: int) -> None:
@@ -364,12 +370,11 @@ BLOCK_NAMES: Sequence[tuple[str, str]] = (
     (r"\.se_layer\.fc\.1\.", r".outer.excitation.down."),
     (r"\.se_layer\.fc\.3\.", r".outer.excitation.up."),
 )
-"""Names of a block in the official code, and here."""
+"""Renamings within a block, from the official code."""
 
 
 def renamed(state: Mapping[str, Tensor], names: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
-    """A state under other names: patterns and what replaces them, one after the other; projections of two kinds of heads
-    (``qk``, ``kv``) become two."""
+    """Rename a state dict by patterns and replacements, in order; joint projections (``qk``, ``kv``) are split."""
     found = {}
     for name, value in state.items():
         pair = re.search(r"\.(?:\w+_attn|attn_\w+)\.(qk|kv)\.", name)
@@ -387,15 +392,15 @@ def renamed(state: Mapping[str, Tensor], names: Sequence[tuple[str, str]]) -> di
 def make_attention(
     name: str, width: int, heads: int, options: Mapping[str, Any], pattern: str = "noncausal-self"
 ) -> Layer:
-    """A layer by name; the output projection of attention has a bias, the others none.
+    """Create a layer by name; the output projection of attention has a bias, the other projections have none.
 
     Raises:
-        Unsupported: for mechanisms that are no layer of a model, or insert tokens, and what `create_layer` refuses.
+        Unsupported: for mechanisms that are not layers of a model or insert tokens, and where `create_layer` raises it.
     """
     check_plan(read_plan([(name, options)], None), Pattern(pattern), "an image backbone")
     given = dict(options)
     if not given.get("dropout"):
-        given.pop("dropout", None)  # not every layer has the option
+        given.pop("dropout", None)  # not every layer has this option
     layer = create_layer(name, width, **{"num_heads": heads, "pattern": pattern, **given})
     if isinstance(layer, AttentionLayer) and isinstance(layer.output, nn.Linear):
         layer.output = make_linear(layer.output.in_features, width, bias=True)
@@ -405,7 +410,7 @@ def make_attention(
 
 
 def learned(rows: int, width: int, wanted: bool = True) -> nn.Parameter | None:
-    """A table (1, rows, width) from a truncated normal of 0.02, where one is wanted."""
+    """Create a table (1, rows, width) from a truncated normal with std 0.02; None unless `wanted`."""
     if not wanted:
         return None
     table = nn.Parameter(torch.empty(1, rows, width))
@@ -414,7 +419,7 @@ def learned(rows: int, width: int, wanted: bool = True) -> nn.Parameter | None:
 
 
 def initialise(module: nn.Module) -> None:
-    """Weights of linear maps from a truncated normal of 0.02, biases 0; layers of mechanisms inside keep their own."""
+    """Initialise linear weights from a truncated normal with std 0.02 and biases to 0, except in mechanism layers."""
     for child in module.children():
         if isinstance(child, nn.Linear):
             nn.init.trunc_normal_(child.weight, std=0.02)
@@ -425,14 +430,14 @@ def initialise(module: nn.Module) -> None:
 
 
 def cut(maps: Float[Tensor, "b c h w"], side: int) -> Float[Tensor, "bn c p p"]:
-    """The squares of a map, row by row, as one batch, channels-last."""
+    """Cut maps into squares, row by row, as one channels-last batch."""
     batch, channels, height, width = maps.shape
     squares = maps.reshape(batch, channels, height // side, side, width // side, side)
     return squares.permute(0, 2, 4, 3, 5, 1).flatten(0, 2).permute(0, 3, 1, 2)
 
 
 def check_table_size(config: BackboneConfig, height: int, width: int) -> None:
-    """Raise Unsupported for images of another size than the table of positions has."""
+    """Raise Unsupported for images of another size than that of the position table."""
     if (height, width) != config.size:
         raise Unsupported(
             f"images of {height} x {width}",
@@ -442,10 +447,10 @@ def check_table_size(config: BackboneConfig, height: int, width: int) -> None:
 
 
 def resize_positions(table: Float[Tensor, "1 n c"], grid: tuple[int, int]) -> Float[Tensor, "1 m c"]:
-    """A table of positions on a square grid, bicubically on another grid; as it is where the number of places is the same.
+    """Interpolate a square position table to another grid (bicubic); kept as it is if the number of positions is equal.
 
     Raises:
-        Unsupported: for a table of another number of places that is not square.
+        Unsupported: for a table of another number of positions that is not square.
     """
     places = table.shape[1]
     if places == math.prod(grid):

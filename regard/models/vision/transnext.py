@@ -1,26 +1,28 @@
 r"""TransNeXt, and MoH-ViT, which is TransNeXt with routed heads.
 
-Shi, arXiv 2311.17132; Jin et al. (MoH), arXiv 2410.11842. Four stages of maps, each with half the rows and columns of the one
-before. A stage is a convolution whose windows overlap (7 x 7 with stride 4, then 3 x 3 with stride 2) with a norm, blocks
+Shi, arXiv 2311.17132; Jin et al. (MoH), arXiv 2410.11842. Four stages, each at half the resolution of the one before. A
+stage is an overlapping convolution (7 x 7 with stride 4, then 3 x 3 with stride 2) with a norm, blocks
 
     x <- x + DropPath(attend(LN(x))),   x <- x + DropPath(W_2 (gelu(DW3x3(W_g LN(x))) * W_v LN(x)))
 
-and a norm. The head reads the mean of the last map. Heads compare directions of queries and keys, of unit length: with E and
-tau learned, L the number of keys that query i sees, and B from a small network of how far apart two places are along each side,
+and a norm. The head reads the mean of the last map. Attention is cosine attention: with E and tau learned, L_i the
+number of keys that query i attends to, and B computed by a small network from the distance of two positions along each
+axis,
 
     s_ij = softplus(tau) log(L_i) (q_i / |q_i| + E) . k_j / |k_j| + B_ij,   o_i = sum_j softmax(s_i)_j v_j
 
 | stage | keys of a query |
 |---|---|
 | without a reduction (the last one) | all |
-| with a reduction r | the `window` x `window` places around it, and the map pooled r x r to one, under one softmax |
+| with a reduction r | the `window` x `window` positions around it and the map pooled by r x r, under one softmax |
 
-Aggregated attention, that with a reduction, has a learned number for each head and place of the window in the place of B, and
-adds to the weights of the window (q_i / |q_i|) . t_p + b_p with learned t and b. Pooled places are those of
+Aggregated attention, the kind with a reduction, replaces B within the window by a learned bias for each head and window
+position, and adds (q_i / |q_i|) . t_p + b_p, with learned t and b, to the weights of the window. The pooled map is
 LN(mean over r x r of gelu(W x)).
 
-MoH-ViT multiplies the outputs of the heads by the gates of the catalogue's ``mixture_of_heads``, by stage with other numbers of
-shared and active heads; :meth:`TransNeXt.forward_with_losses` gives its balance loss, which training adds with a weight of 0.01.
+MoH-ViT multiplies the outputs of the heads by the gates of the catalogue's ``mixture_of_heads``, with numbers of shared
+and active heads that vary by stage; :meth:`TransNeXt.forward_with_losses` returns its balance loss, which training adds
+with a weight of 0.01.
 """
 
 from __future__ import annotations
@@ -58,15 +60,16 @@ class TransNeXtConfig(StagesConfig):
     """The configuration of a :class:`TransNeXt`.
 
     Attributes:
-        widths, depths, heads, expansions: channels, blocks, heads, and the feed-forward networks' width over the channels (of
-            which their gate leaves two thirds), of each stage.
-        patch: stride of the first convolution, whose windows are 2 patch - 1 pixels wide.
-        reductions: r of each stage; 1 for attention to all places.
+        widths, depths, heads, expansions: channels, blocks, heads, and expansion factor of the feed-forward networks
+            (whose hidden width is two thirds of it, since they are gated) of each stage.
+        patch: stride of the first convolution, whose kernel is 2 patch - 1 pixels wide.
+        reductions: r of each stage; 1 for attention to all positions.
         window: side of the window of aggregated attention, odd.
-        shared_heads, active_heads: of each stage, as of ``mixture_of_heads``, both or neither; None for heads without gates.
-        trained_size: height and width, or one number for both, of the images that the small networks of places learned from;
-            `image_size` when None.
-        branch_dropout: in the feed-forward networks, and at the end of each branch.
+        shared_heads, active_heads: for each stage, as for ``mixture_of_heads``, both or neither; None for heads without
+            gates.
+        trained_size: height and width, or one number for both, of the images that the position networks were trained
+            on; `image_size` when None.
+        branch_dropout: dropout probability in the feed-forward networks and at the end of each branch.
     """
 
     by_stage: ClassVar = ("depths", "heads", "expansions", "reductions")
@@ -95,13 +98,13 @@ class TransNeXtConfig(StagesConfig):
 
     @property
     def trained(self) -> tuple[int, int]:
-        """Height and width of the images that places were learned from."""
+        """Height and width of the images that the position networks were trained on."""
         if self.trained_size is None:
             return self.size
         return BackboneConfig(image_size=self.trained_size).size
 
     def routing(self, number: int) -> HeadConfig | None:
-        """Options of the routers of a stage."""
+        """Return the options of a stage's routers; None without routing."""
         if self.shared_heads is None or self.active_heads is None:
             return None
         return HeadConfig(shared_heads=self.shared_heads[number], active_heads=self.active_heads[number])
@@ -128,12 +131,15 @@ NANO: dict[str, Any] = {
     "patch": 2,
     "reductions": (4, 2, 1),
 }
-"""Of images of about 32 pixels."""
+"""Preset for images of about 32 pixels."""
 
 
 class TransNeXt(PyramidWithLosses):
-    """See the module; sizes ``transnext_micro`` and ``transnext_t`` to ``transnext_b``, and MoH-ViT as ``moh_transnext_s_80``,
-    ``moh_transnext_s_75``, ``moh_transnext_b_75`` and ``moh_transnext_b_50``, which say how many of 100 heads are active."""
+    """TransNeXt and MoH-ViT, see the module.
+
+    Sizes: ``transnext_micro`` and ``transnext_t`` to ``transnext_b``; for MoH-ViT ``moh_transnext_s_80``,
+    ``moh_transnext_s_75``, ``moh_transnext_b_75`` and ``moh_transnext_b_50``, named by the percentage of active heads.
+    """
 
     Config = TransNeXtConfig
     scales: ClassVar = {"widths": "heads"}
@@ -182,7 +188,7 @@ class TransNeXt(PyramidWithLosses):
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: TransNeXtConfig) -> dict[str, Tensor]:
-        """From `transnext.py` of DaiShiResearch/TransNeXt, and of SkyworkAI/MoH."""
+        """Translate weights of `transnext.py` of DaiShiResearch/TransNeXt or SkyworkAI/MoH."""
         names = (
             (r"^patch_embed(\d+)\.proj\.", lambda m: f"stages.{int(m[1]) - 1}.embedding.conv."),
             (r"^patch_embed(\d+)\.norm\.", lambda m: f"stages.{int(m[1]) - 1}.embedding.norm."),
@@ -213,7 +219,7 @@ class TransNeXt(PyramidWithLosses):
             for pattern, replacement in names:
                 name = re.sub(pattern, replacement, name)
             if name.endswith(".reduction.weight"):
-                value = value.flatten(1)  # of a 1 x 1 convolution
+                value = value.flatten(1)  # from a 1 x 1 convolution
             parts = next((word for word in joined if word in name), None)
             if parts is None:
                 found[name] = value
@@ -227,9 +233,9 @@ class Block(nn.Module):
     """Attention and a gated convolutional feed-forward network.
 
     Args:
-        config: of the backbone.
-        number: of the stage.
-        drop_path: of both branches.
+        config: the backbone's config.
+        number: index of the stage.
+        drop_path: stochastic depth probability of both branches.
     """
 
     def __init__(self, config: TransNeXtConfig, number: int, drop_path: float) -> None:
@@ -242,7 +248,7 @@ class Block(nn.Module):
         self.dropout, self.drop_path = nn.Dropout(config.branch_dropout), DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Result:
-        """Tokens as the output, with the losses of the routers."""
+        """Return the new tokens, with the losses of the routers."""
         mixed = self.attention(self.norm1(x), grid)
         x = x + self.drop_path(self.dropout(mixed.output))
         return Result(x + self.drop_path(self.mlp(self.norm2(x), grid)), None, mixed.losses)
@@ -252,8 +258,8 @@ class GatedConvolution(nn.Module):
     """W_2 (gelu(DW3x3(W_g x)) * W_v x) of tokens on a grid.
 
     Args:
-        width, hidden: of the tokens, and of the gate.
-        dropout: after the gate and at the end.
+        width, hidden: width of the tokens and of the gate.
+        dropout: dropout probability after the gate and at the end.
     """
 
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
@@ -269,11 +275,11 @@ class GatedConvolution(nn.Module):
 
 
 class CosineAttention(nn.Module):
-    """Attention of all places to all by directions, (B, N, C) on a grid -> a Result of (B, N, C).
+    """Cosine attention among all positions, (B, N, C) on a grid -> a Result of (B, N, C).
 
     Args:
-        config: of the backbone.
-        number: of the stage.
+        config: the backbone's config.
+        number: index of the stage.
     """
 
     def __init__(self, config: TransNeXtConfig, number: int) -> None:
@@ -308,7 +314,7 @@ class CosineAttention(nn.Module):
         return F.normalize(self._split(x), dim=-1).to(x.dtype)
 
     def _finish(self, o: Float[Tensor, "b h n d"], x: Float[Tensor, "b n c"]) -> Result:
-        """Gates of the heads where there are routers, and the last projection."""
+        """Apply the routers' head gates, if there are any, and the output projection."""
         result = Result(o)
         if self.router is not None:
             o = self.router(o, {}, LayerCall(x, x, Context()), result)
@@ -317,11 +323,11 @@ class CosineAttention(nn.Module):
 
 
 class AggregatedAttention(CosineAttention):
-    """Attention of each place to a window around it and to the pooled map, under one softmax.
+    """Attention of each position to a window around it and to the pooled map, under one softmax.
 
     Args:
-        config: of the backbone.
-        number: of the stage.
+        config: the backbone's config.
+        number: index of the stage.
     """
 
     def __init__(self, config: TransNeXtConfig, number: int) -> None:
@@ -355,18 +361,19 @@ class AggregatedAttention(CosineAttention):
     def _pooled(self, x: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tensor, "b m c"]:
         factor = self.factor
         places = F.gelu(self.reduction(x)).unflatten(1, (grid[0] // factor, factor, grid[1] // factor, factor))
-        # one side after the other takes torch a tenth of the time of both at once
+        # averaging one axis after the other takes a tenth of the time of averaging both at once
         return self.reduction_norm(places.mean(2).mean(3).flatten(1, 2))
 
 
 class PlaceBias(nn.Module):
-    """Numbers of each head for where a key lies from a query, of a small network that reads how far along each side.
+    """A relative position bias for each head, computed by a small network from the distances along each axis.
 
-    Distances are counted in places, of a map whose last place is 8 from the first, and read as sign(x) log_8(|x| + 1).
+    Distances are scaled so that the first and last position of a map are 8 apart; the network reads
+    sign(x) log_8(|x| + 1).
 
     Args:
-        heads: how many.
-        hidden: width of the network.
+        heads: number of heads.
+        hidden: hidden width of the network.
     """
 
     def __init__(self, heads: int, hidden: int = 512) -> None:
@@ -374,31 +381,32 @@ class PlaceBias(nn.Module):
         self.up, self.down = make_linear(2, hidden, bias=True), make_linear(hidden, heads, bias=True)
 
     def forward(self, grid: tuple[int, int], factor: int, trained: tuple[int, int]) -> Float[Tensor, "h down across"]:
-        """For queries at all places of a map, and keys at those of the map pooled `factor` x `factor` to one: a table as of
-        :class:`regard.engines.aggregated_attention.Problem`.
+        """Return a table for queries on a map and keys on the map pooled by `factor` x `factor`.
+
+        See :class:`regard.engines.aggregated_attention.Problem`.
 
         Args:
-            trained: rows and columns of the map that distances are relative to.
+            trained: rows and columns of the map that scales the distances.
         """
         like = next(self.parameters())
         down, across = (_distances(*sides, factor, like) for sides in zip(grid, trained, strict=True))
-        # the first layer is a sum of what it makes of either side: no product for each pair of them
+        # the first layer is a sum over the two axes, so it need not be computed for each pair of distances
         rows, columns = self.up(F.pad(down[:, None], (0, 1))), self.up(F.pad(across[:, None], (1, 0)))
         hidden = rows[:, None] + (columns - self.up(like.new_zeros(2)))
         return self.down(hidden.relu_()).permute(2, 0, 1)
 
 
 def _distances(side: int, whole: int, factor: int, like: Tensor) -> Float[Tensor, " distances"]:
-    """How far places are from the centres of keys, each of `factor` places."""
+    """Scaled distances of positions from the centres of pooled keys, each of `factor` positions."""
     apart = torch.arange(factor - side, side, device=like.device, dtype=wide_dtype(like)) - (factor - 1) / 2
     scaled = 8 / max(whole - 1, 1) * apart
     return (scaled.sign() * (scaled.abs() + 1).log2() / 3).to(like.dtype)
 
 
 def _initialise(module: nn.Module) -> None:
-    """As the official code."""
+    """Initialise as the official code does."""
     initialise_linear(module)
     initialise_convolution(module)
-    if isinstance(module, AggregatedAttention):  # a convolution there
+    if isinstance(module, AggregatedAttention):  # a convolution in the official code
         weight: Any = module.reduction.weight
         nn.init.normal_(weight, std=math.sqrt(2 / len(weight)))

@@ -1,12 +1,12 @@
 """The Visual Attention Network: a convolutional pyramid whose token mixer is large kernel attention.
 
-Guo et al., arXiv 2202.09741. Block, with Attn the layer of the mechanism ``large_kernel``:
+Guo et al., arXiv 2202.09741. A block, where Attn is the layer of the mechanism ``large_kernel``:
 
     X <- X + DropPath(gamma_1 * Attn(BN(X))),   X <- X + DropPath(gamma_2 * FF(BN(X)))
     FF(X) = W_2 gelu(DW3x3(W_1 X))
 
-Attn adds its input once more inside, so that gamma_1 BN(X) comes through even where Attn gives nothing. Stages begin with an
-overlapping patch embedding (stride 4, then 2) and end with a LayerNorm. Any height and width are taken.
+Attn has a residual connection of its own, so gamma_1 BN(X) passes even if its attention is zero. Stages begin with an
+overlapping patch embedding (stride 4, then 2) and end with a LayerNorm. Any height and width are accepted.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class VANConfig(BackboneConfig):
     """The configuration of a :class:`VAN`.
 
     Attributes:
-        widths, depths, expansions: channels, blocks, and the feed-forward network's width over the channels, of each stage.
-        strides: by which each stage makes the map smaller.
+        widths, depths, expansions: channels, blocks, and expansion factor of the feed-forward networks of each stage.
+        strides: downsampling factor of each stage.
         attention: options of the mechanism ``large_kernel``.
-        scale: of both branches of a block at the start (LayerScale).
-        branch_dropout: inside the feed-forward networks.
+        scale: initial LayerScale of both branches of a block.
+        branch_dropout: dropout probability inside the feed-forward networks.
     """
 
     widths: tuple[int, ...] = (64, 128, 320, 512)
@@ -59,7 +59,7 @@ class VANConfig(BackboneConfig):
 
 
 class VAN(Pyramid):
-    """See the module. ``van_b0`` to ``van_b6`` are the paper's; ``van_nano`` is for images of about 32 pixels."""
+    """VAN, see the module. ``van_b0`` to ``van_b6`` are the paper's; ``van_nano`` is for images of about 32 pixels."""
 
     Config = VANConfig
     scales: ClassVar = {"widths": 4}
@@ -103,7 +103,7 @@ class VAN(Pyramid):
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: VANConfig) -> dict[str, Tensor]:
-        """From `models/van.py` of Visual-Attention-Network/VAN-Classification."""
+        """Translate weights of Visual-Attention-Network/VAN-Classification (`models/van.py`)."""
         names = (
             (r"^patch_embed(\d+)\.proj", lambda m: f"stages.{int(m[1]) - 1}.embedding"),
             (r"^patch_embed(\d+)\.norm", lambda m: f"stages.{int(m[1]) - 1}.embedding_norm"),
@@ -137,9 +137,9 @@ class Stage(nn.Module):
     """An overlapping patch embedding, blocks, and a norm over the channels: (B, C, H, W) -> (B, width, H / s, W / s).
 
     Args:
-        embedding: its convolution.
-        blocks: of `width` channels.
-        width: its channels.
+        embedding: the convolution of the patch embedding.
+        blocks: blocks of `width` channels.
+        width: number of channels.
     """
 
     def __init__(self, embedding: nn.Conv2d, blocks: Iterable[nn.Module], width: int) -> None:
@@ -159,10 +159,10 @@ class Block(nn.Module):
     """Large kernel attention and a convolutional feed-forward network, (B, C, H, W) -> (B, C, H, W).
 
     Args:
-        width: channels.
-        hidden: of the feed-forward network.
-        config: of the backbone.
-        drop_path: of both branches.
+        width: number of channels.
+        hidden: hidden width of the feed-forward network.
+        config: the backbone's config.
+        drop_path: stochastic depth probability of both branches.
     """
 
     def __init__(self, width: int, hidden: int, config: VANConfig, drop_path: float) -> None:
@@ -184,8 +184,8 @@ class ConvolutionalMLP(nn.Module):
     """W_2 gelu(DW3x3(W_1 x)) of tokens on a grid.
 
     Args:
-        width, hidden: of the tokens, and between the projections.
-        dropout: after the activation and at the end.
+        width, hidden: width of the tokens and hidden width.
+        dropout: dropout probability after the activation and at the end.
     """
 
     def __init__(self, width: int, hidden: int, dropout: float) -> None:

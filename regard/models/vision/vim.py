@@ -1,14 +1,14 @@
 """Vision Mamba (Vim): patches as one sequence, read forwards and backwards by selective scans in every block.
 
-Zhu et al., arXiv 2401.09417. Patches of 16 pixels and, in their middle, a class token; learned positions; blocks, with BiMamba
-the layer of the mechanism ``bidirectional_mamba`` (version 2):
+Zhu et al., arXiv 2401.09417. Patches of 16 pixels with a class token in the middle of the sequence, learned positions,
+and blocks, where BiMamba is the layer of the mechanism ``bidirectional_mamba`` (version 2):
 
     X <- X + DropPath(BiMamba(RMSNorm(X)))
 
 Logits come from the class token after a last norm. X is kept in at least float32. There is no feed-forward network.
-Deviations: dt starts alike in both directions, where the code sets the backward bias to 0 (`mixer` with
-``symmetric_dt_init=False``); weights for another size have the positions of their patches interpolated around the class token,
-where the code takes the first position for it.
+Deviations: dt is initialised alike in both directions, while the code sets the backward bias to 0 (`mixer` with
+``symmetric_dt_init=False``); when weights for another size are loaded, the patches' positions are interpolated around
+the class token's, while the code takes the first position for the class token's.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 CLASS_TOKENS = ("middle", "first", "last", "none")
 
 FIRST_VERSION: dict[str, Any] = {"convolution": "once", "combine": "sum", "shared": ("conv", "x_proj", "dt", "D")}
-"""`mixer` of the code's ``bimamba_type="v1"``, whose directions have only A of their own."""
+"""`mixer` for the code's ``bimamba_type="v1"``, whose directions share everything except A."""
 
 BOTH_DIRECTIONS = {"A_log": ("A_log", "A_b_log"), "D": ("D", "D_b"), "dt_bias": ("dt_proj.bias", "dt_proj_b.bias")}
-"""Parameters here and those of the code for each direction."""
+"""Parameter names here -> the code's names for each direction."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +49,10 @@ class VimConfig(BackboneConfig):
     """The configuration of a :class:`Vim`.
 
     Attributes:
-        width, depth: of the tokens, and number of blocks.
-        patch, stride: side of a patch in pixels, and pixels from one to the next (8 in the code's fine-tuning).
-        class_token: its place among the patches, ``middle``, ``first`` or ``last``; ``none`` for the mean of all tokens.
+        width, depth: width of the tokens and number of blocks.
+        patch, stride: side and stride of the patches in pixels (the code fine-tunes with a stride of 8).
+        class_token: position of the class token: ``middle``, ``first`` or ``last``; ``none`` for the mean of all
+            tokens.
         mixer: options of the mechanism ``bidirectional_mamba``.
     """
 
@@ -69,7 +70,7 @@ class VimConfig(BackboneConfig):
 
 
 class Vim(Backbone):
-    """See the module; sizes ``vim_t``, ``vim_s``, ``vim_b``. Images of its config's size alone are taken."""
+    """Vision Mamba, see the module; sizes ``vim_t``, ``vim_s``, ``vim_b``. Images must have the config's size."""
 
     Config = VimConfig
     scales: ClassVar = {"width": 4}
@@ -100,7 +101,7 @@ class Vim(Backbone):
     def _initialise(self) -> None:
         projection = self.embedding.projection
         if isinstance(projection, nn.Linear):
-            size = projection.in_features**-0.5 / 0.8796  # the standard deviation of what is left within two of them
+            size = projection.in_features**-0.5 / 0.8796  # corrects for the truncation at two sigma
             nn.init.trunc_normal_(projection.weight, std=size, a=-2 * size, b=2 * size)
             nn.init.zeros_(projection.bias)
         for tokens in (self.class_token, self.positions):
@@ -147,7 +148,7 @@ class Vim(Backbone):
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: VimConfig) -> dict[str, Tensor]:
-        """From `vim/models_mamba.py` of hustvl/Vim; positions of a square grid are interpolated to the config's."""
+        """Translate weights of hustvl/Vim (`vim/models_mamba.py`); square position tables are interpolated."""
         names = (
             (r"^cls_token$", "class_token"),
             (r"^pos_embed$", "positions"),
@@ -182,7 +183,7 @@ def _place(class_token: str, patches: int) -> int | None:
 
 
 def _fit(positions: Float[Tensor, "1 n c"], config: VimConfig) -> Float[Tensor, "1 m c"]:
-    """Positions for the grid of the config, from those of a square grid; others are left to be refused."""
+    """Interpolate positions of a square grid to the config's grid; others are returned as they are, to be refused."""
     grid = tuple((side - config.patch) // config.stride + 1 for side in config.size)
     patches = positions.shape[1] - (config.class_token != "none")
     side = math.isqrt(max(patches, 0))
@@ -202,9 +203,9 @@ class Block(nn.Module):
     """X + DropPath(BiMamba(RMSNorm(X))), (B, N, C) -> (B, N, C) in the dtype of X.
 
     Args:
-        width: channels.
-        options: of the mechanism.
-        drop_path: of its branch.
+        width: number of channels.
+        options: options of the mechanism.
+        drop_path: stochastic depth probability of the branch.
     """
 
     def __init__(self, width: int, options: Mapping[str, Any], drop_path: float) -> None:

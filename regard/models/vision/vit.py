@@ -1,23 +1,23 @@
 """The Vision Transformer (ViT, DeiT) with any mechanism of the catalogue in any layer, and Agent-DeiT.
 
-Dosovitskiy et al., arXiv 2010.11929; Touvron et al. (DeiT), arXiv 2012.12877. Patches become tokens, a class token comes
-before them, tables of positions are added, and pre-norm blocks follow:
+Dosovitskiy et al., arXiv 2010.11929; Touvron et al. (DeiT), arXiv 2012.12877. Patches become tokens, a class token is
+prepended, learned positions are added, and pre-norm blocks follow:
 
     x <- x + DropPath(mix(LN(x))),   x <- x + DropPath(W_2 gelu(W_1 LN(x)))
 
-``mix`` is a layer of the `plan`, softmax attention by default. The head reads the class token after a last norm, or the mean
-of the patches where there is no class token. Layers that honour roles are told which token is the class token and where the
-patches lie on their grid; other layers see a row of tokens, which is a grid where there is no class token.
+``mix`` is a layer of the `plan`, softmax attention by default. The head reads the class token after a last norm, or the
+mean of the patches if there is no class token. Layers that honour roles receive the class token's role and the patches'
+grid; other layers see a plain sequence of tokens, with the grid only if there is no class token.
 
-Agent-DeiT (Han et al., arXiv 2312.08874) has agent attention with all its biases: in all layers of T and S with 49 agents, in
-the first 4 of B with 81.
+Agent-DeiT (Han et al., arXiv 2312.08874) has agent attention with all its biases: with 49 agents in all layers of T and
+S, and with 81 agents in the first 4 layers of B.
 
-``moh_deit_s`` and ``moh_deit_b`` are DeiT with mixture-of-head attention (Jin et al., arXiv 2410.11842). They are not published
-models: the paper's MoH-ViT is a TransNeXt, a pyramid with cosine attention and positions of its own
-(:mod:`regard.models.vision.transnext`). Its routers, gates and
-balance loss are those of the catalogue's ``mixture_of_heads``; of 12 heads 3 are shared and 6 of the other 9 active, as in the
-stage of 12 heads of its S model, and of 6 heads 2 are shared and 2 of the other 4 active.
-:meth:`VisionTransformer.forward_with_losses` gives the balance loss, which training adds with a weight of 0.01.
+``moh_deit_s`` and ``moh_deit_b`` are DeiT with mixture-of-head attention (Jin et al., arXiv 2410.11842). They are not
+published models: the paper's MoH-ViT is a TransNeXt, a pyramid with cosine attention and positions of its own
+(:mod:`regard.models.vision.transnext`). The routers, gates and balance loss are those of the catalogue's
+``mixture_of_heads``; with 12 heads, 3 are shared and 6 of the other 9 active, as in the 12-head stage of the paper's S
+model; with 6 heads, 2 are shared and 2 of the other 4 active. :meth:`VisionTransformer.forward_with_losses` returns the
+balance loss, which training adds with a weight of 0.01.
 """
 
 from __future__ import annotations
@@ -59,21 +59,23 @@ class VisionTransformerConfig(BackboneConfig):
     """The configuration of a :class:`VisionTransformer`.
 
     Attributes:
-        dim, num_layers, num_heads: width, blocks, and heads of each.
-        patch: side of a patch in pixels; it divides those of the images.
+        dim, num_layers, num_heads: width, number of blocks, and heads per block.
+        patch: side of a patch in pixels; it divides the sides of the images.
         plan: as in :class:`regard.models.LanguageModelConfig`: a mechanism for all layers, or one (with options) for each.
-            Its `bias_grid`, where agent attention needs one, is the grid of patches unless it names another.
-        expansion: hidden width of the feed-forward networks over `dim`, where the plan names none.
-        positions: ``learned``, a table of one image size with a row for every token; ``sinusoidal``, fixed, of the row in
-            one half of the features and of the column in the other, for patches alone; ``none``; or a scheme of the layers,
-            such as ``rotary``, over the row of tokens; ``auto`` as in :class:`regard.models.LanguageModelConfig`. Layers may
-            have a scheme of their own beside them (`positions` in the plan's options).
-        pool: ``class``, a class token, or ``mean``, that of the patches, without a class token.
-        distillation_token: a second class token, with a head of its own; the logits are the mean of both heads'.
-        bias: of the projections of attention layers, where the plan does not say. Those of an attention layer inside a wrapper
-            have what the plan's `mechanism_options` say.
-        layer_scale: factors of both branches at the start; None for none.
-        branch_dropout: of the tokens at the start, and at the end of each branch.
+            The default `bias_grid` of agent attention is the grid of patches.
+        expansion: hidden width of the feed-forward networks as a multiple of `dim`, unless set in the plan.
+        positions: ``learned``, a table for one image size with a row for every token; ``sinusoidal``, fixed, with half
+            of the features for the row and half for the column, for patches only; ``none``; or a scheme inside the
+            layers, such as ``rotary``, over the sequence of tokens; ``auto`` as in
+            :class:`regard.models.LanguageModelConfig`. Layers may also have a scheme of their own (`positions` in the
+            plan's options).
+        pool: ``class`` reads a class token; ``mean`` averages the patches, without a class token.
+        distillation_token: whether there is a second class token with its own head; the logits are then the mean of
+            both heads.
+        bias: whether the projections of attention layers have biases, unless set in the plan. For an attention layer
+            inside a wrapper, the plan's `mechanism_options` decide.
+        layer_scale: initial LayerScale of both branches; None for none.
+        branch_dropout: dropout probability of the input tokens and at the end of each branch.
     """
 
     dim: int = 192
@@ -108,7 +110,7 @@ class VisionTransformerConfig(BackboneConfig):
 
     @property
     def class_tokens(self) -> int:
-        """Tokens before the patches."""
+        """Number of tokens before the patches."""
         return (self.pool == "class") + self.distillation_token
 
 
@@ -125,8 +127,11 @@ def _routed(shared: int, active: int) -> list[Any]:
 
 
 class VisionTransformer(Backbone):
-    """See the module; sizes ``vit_t`` to ``vit_h``, ``deit_t`` to ``deit_b``, ``agent_deit_t`` to ``agent_deit_b``, and
-    ``moh_deit_s`` and ``moh_deit_b``."""
+    """ViT, DeiT and Agent-DeiT, see the module.
+
+    Sizes: ``vit_t`` to ``vit_h``, ``deit_t`` to ``deit_b``, ``agent_deit_t`` to ``agent_deit_b``, ``moh_deit_s`` and
+    ``moh_deit_b``.
+    """
 
     Config = VisionTransformerConfig
     scales: ClassVar = {"dim": "num_heads"}
@@ -199,7 +204,7 @@ class VisionTransformer(Backbone):
     def _run(
         self, images: Float[Tensor, "b c h w"], keep: Collection[int] = ()
     ) -> tuple[Float[Tensor, "b n c"], dict[int, Float[Tensor, "b c h w"]], dict[str, Loss]]:
-        """Normed tokens, class tokens first, the maps of the levels in `keep`, and the losses of the layers."""
+        """Return the normed tokens (class tokens first), the maps of the levels in `keep`, and the layers' losses."""
         grid, before = self.embedding.grid(*images.shape[2:]), self.config.class_tokens
         x = self.embed(images)
         context = context_of(grid, before, x)
@@ -217,7 +222,7 @@ class VisionTransformer(Backbone):
         return self.norm(x), maps, losses
 
     def embed(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
-        """Patches with class tokens before them and with positions, as the first block reads them."""
+        """Return the first block's input: class tokens and patches with their positions."""
         x, grid = self.embedding(images), self.embedding.grid(*images.shape[2:])
         if self.sinusoids is not None:
             rows, columns = (place.flatten()[None] for place in _places(grid, x.device))
@@ -234,7 +239,7 @@ class VisionTransformer(Backbone):
         return features[:, :before].mean(1) if before else features.mean(1)
 
     def forward_head(self, features: Float[Tensor, "b n c"], pre_logits: bool = False) -> Float[Tensor, "b k"]:
-        """Logits of features, with a distillation token the mean of both heads'; the pooled vectors with `pre_logits`."""
+        """Return logits of features (the mean of both heads, if there are two), or pooled vectors with `pre_logits`."""
         if self.distillation_head is None or pre_logits:
             return super().forward_head(features, pre_logits)
         return sum(self._two_heads(features)) / 2  # type: ignore[return-value]
@@ -245,8 +250,9 @@ class VisionTransformer(Backbone):
         return self.head(one), self.distillation_head(other)
 
     def forward_distilled(self, images: Float[Tensor, "b c h w"]) -> tuple[Result, Float[Tensor, "b k"]]:
-        """Logits of the class token with the losses of the layers, and logits of the distillation token, which a teacher's
-        classes train.
+        """Return the class token's logits, with the layers' losses, and the distillation token's logits.
+
+        The latter are trained on a teacher's classes.
 
         Raises:
             Unsupported: without a distillation token.
@@ -287,9 +293,9 @@ class VisionTransformer(Backbone):
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: VisionTransformerConfig) -> dict[str, Tensor]:
-        """From timm's `vision_transformer.py` and `deit.py`, facebookresearch/deit, and `agent_deit.py` of Agent-Attention.
+        """Translate weights of timm (`vision_transformer.py`, `deit.py`), facebookresearch/deit or Agent-Attention.
 
-        Tables of positions and of agent biases are interpolated where the images had another size.
+        Tables of positions and of agent biases are interpolated if the images had another size.
         """
         names = (
             (r"^patch_embed\.proj\.", "embedding.projection."),
@@ -329,13 +335,13 @@ class VisionTransformer(Backbone):
 
 
 class VisionBlock(Block):
-    """A block of tokens that lie on a grid, perhaps behind class tokens, with stochastic depth of both branches.
+    """A block for tokens on a grid, possibly after class tokens, with stochastic depth of both branches.
 
     Args:
         entry: mechanism and options.
-        config: what :class:`regard.models.blocks.Block` asks of a model's.
-        before: class tokens.
-        drop_path: of both branches.
+        config: a config with the fields that :class:`regard.models.blocks.Block` reads.
+        before: number of class tokens.
+        drop_path: stochastic depth probability of both branches.
     """
 
     def __init__(self, entry: tuple[str, Mapping[str, Any]], config: Any, before: int, drop_path: float) -> None:
@@ -351,7 +357,7 @@ class VisionBlock(Block):
         context: Context,
         state: Any = None,
     ) -> Result:
-        """Tokens as the output, with the losses of the layer; a layer that cannot make use of the grid sees a row."""
+        """Return the new tokens, with the layer's losses; a layer that cannot use the grid sees a sequence."""
         seen = context if self.sees_grid else context.replace(grid=None, roles=None)
         mixed = self.add_mixed(x, memory, self.drop_path, context=seen, state=state)
         x = mixed.output
@@ -361,7 +367,7 @@ class VisionBlock(Block):
 
 
 def fused_blocks(blocks: Blocks, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"] | None:
-    """What all blocks make of tokens, each branch in one native call; None where some have none for it."""
+    """Run all blocks with one native call for each branch; None if some branch has no native form."""
     branches: list[Branch] = []
     for block in blocks:
         if type(block) is not VisionBlock or not is_called_plainly(block) or (block.training and block.dropout):
@@ -374,7 +380,7 @@ def fused_blocks(blocks: Blocks, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b 
 
 
 class _BlockShape:
-    """What :class:`regard.models.blocks.Block` asks of a model's config."""
+    """The part of a model's config that :class:`regard.models.blocks.Block` reads."""
 
     head_dim = num_kv_heads = None
     norm = "layer:1e-6"
@@ -387,7 +393,7 @@ class _BlockShape:
 
 
 def _entry(entry: tuple[str, Mapping[str, Any]], config: VisionTransformerConfig) -> tuple[str, dict[str, Any]]:
-    """A plan's entry with what a vision transformer's layers have where it says nothing."""
+    """Return a plan's entry with the defaults of a vision transformer's layers."""
     options = options_on(entry, config.grid, bias=config.bias)
     if options.get("feed_forward") != 0 and "feed_forward_kind" not in options:
         options |= {"feed_forward_kind": "gelu"}
@@ -396,13 +402,13 @@ def _entry(entry: tuple[str, Mapping[str, Any]], config: VisionTransformerConfig
 
 
 def _places(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row and column of each patch."""
+    """Return the row and column of each patch."""
     rows, columns = (torch.arange(side, device=device) for side in grid)
     return torch.meshgrid(rows, columns, indexing="ij")  # type: ignore[return-value]
 
 
 def _initialise(module: nn.Module) -> None:
-    """As DeiT: normal weights and no biases in what all its layers have. What else a mechanism learns starts its own way."""
+    """Initialise as DeiT does: truncated normal weights, zero biases; other parameters as their mechanisms do."""
     linears: tuple[nn.Module | None, ...] = ()
     if isinstance(module, AttentionLayer):
         linears = (module.query, module.key, module.value, module.output)

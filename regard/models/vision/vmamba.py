@@ -1,17 +1,17 @@
 """VMamba: a pyramid whose token mixer scans the map along its rows and columns, forward and reversed (SS2D).
 
-Liu et al., arXiv 2401.10166. Block, with SS2D the layer of the mechanism ``bidirectional_mamba``:
+Liu et al., arXiv 2401.10166. A block, where SS2D is the layer of the mechanism ``bidirectional_mamba``:
 
     X <- X + DropPath(SS2D(LN(X))),   X <- X + DropPath(W_2 gelu(W_1 LN(X)))
 
-The code has versions of SS2D, and of what is around it:
+The code has several versions of SS2D and of the network around it:
 
 | `version` | SS2D | patches | between stages |
 |---|---|---|---|
-| ``v05_noz`` | one state a channel, no gate, its convolution without bias | two 3 x 3 convolutions of stride 2 | 3 x 3, stride 2 |
-| ``v0`` | 16 states, gated by silu(z) | 4 x 4 | four neighbours to one (patch merging) |
+| ``v05_noz`` | one state per channel, no gate, convolution without bias | two 3 x 3 of stride 2 | 3 x 3 of stride 2 |
+| ``v0`` | 16 states, gated by silu(z) | 4 x 4 | patch merging (2 x 2 to one) |
 
-Maps of any size are taken, in multiples of 4 by ``v0``; patch merging fills up odd sides with zeros.
+Images of any size are accepted, by ``v0`` in multiples of 4; patch merging pads odd sides with zeros.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 VERSIONS: dict[str, dict[str, Any]] = {"v05_noz": {"gate": False, "d_state": 1, "conv_bias": False}, "v0": {}}
-"""Options of the mechanism, over those of its alias ``ss2d``."""
+"""Options of the mechanism in each version, on top of those of its alias ``ss2d``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,8 @@ class VMambaConfig(BackboneConfig):
     Attributes:
         widths, depths: channels and blocks of each stage.
         version: see the table.
-        expand: width of SS2D's inside over the channels.
-        mlp_ratio: the same of the feed-forward networks; 0 for none.
+        expand: inner width of SS2D as a multiple of the channels.
+        mlp_ratio: hidden width of the feed-forward networks as a multiple of the channels; 0 for none.
         mixer: further options of the mechanism ``bidirectional_mamba``.
     """
 
@@ -70,7 +70,7 @@ class VMambaConfig(BackboneConfig):
 
 
 class VMamba(Pyramid):
-    """See the module; sizes ``vmamba_t`` (the code's s1l8), ``vmamba_s``, ``vmamba_b`` (s2l15) and ``vmamba_t_v0``."""
+    """VMamba, see the module; sizes ``vmamba_t`` (code: s1l8), ``vmamba_s``, ``vmamba_b`` (s2l15), ``vmamba_t_v0``."""
 
     Config = VMambaConfig
     scales: ClassVar = {"widths": 4}
@@ -113,7 +113,7 @@ class VMamba(Pyramid):
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: VMambaConfig) -> dict[str, Tensor]:
-        """From `classification/models/vmamba.py` of MzeroMiko/VMamba, the older names of its weights too."""
+        """Translate weights of MzeroMiko/VMamba (`classification/models/vmamba.py`), under old or new names."""
         stem = "" if config.version == "v0" else ".0"
         names = (
             (r"^patch_embed\.(0|proj)\.", rf"stages.0.embedding{stem}.conv."),
@@ -135,7 +135,7 @@ class VMamba(Pyramid):
 
 
 def translate_block(name: str, value: Tensor) -> dict[str, Tensor]:
-    """A tensor of a block of the official code by its names here, after ``blocks.N.``; others as they are."""
+    """Rename a tensor of a block of the official code (after ``blocks.N.``); other tensors are kept as they are."""
     for pattern, replacement in (
         (r"(\.blocks\.\d+)\.(norm|ln_1)\.", r"\1.norm1."),
         (r"(\.blocks\.\d+)\.(op|self_attention)\.", r"\1.mixer."),
@@ -149,19 +149,19 @@ def translate_block(name: str, value: Tensor) -> dict[str, Tensor]:
     for each, own in (("x_proj_weight", "x_proj"), ("dt_projs_weight", "dt_proj")):
         if name.endswith(each):
             return {f"{name.removesuffix(each)}{own}.{p}.weight": matrix for p, matrix in enumerate(value)}
-    if name.endswith((".A_logs", ".Ds")):  # the channels of the four paths are one axis there
+    if name.endswith((".A_logs", ".Ds")):  # the official code joins the channels of the four paths
         return {name[:-1]: value.unflatten(0, (4, -1))}
     if value.ndim == 4 and ".blocks." in name:
-        value = value.flatten(1)  # filters, and projections that were 1 x 1 convolutions
+        value = value.flatten(1)  # depthwise filters, and projections that were 1 x 1 convolutions
     return {name: value}
 
 
 class Stage(nn.Module):
-    """Fewer places with more channels, then blocks: (B, C, H, W) -> (B, width, H / s, W / s).
+    """A downsampling, then blocks: (B, C, H, W) -> (B, width, H / s, W / s).
 
     Args:
-        embedding: what reduces the places.
-        blocks: of `width` channels.
+        embedding: the downsampling.
+        blocks: blocks of `width` channels.
     """
 
     def __init__(self, embedding: nn.Module, blocks: Sequence[nn.Module]) -> None:
@@ -176,13 +176,13 @@ class Stage(nn.Module):
 
 
 class Block(nn.Module):
-    """SS2D and, where it has a hidden width, a feed-forward network; (B, C, H, W) -> (B, C, H, W).
+    """SS2D and, if `hidden` > 0, a feed-forward network; (B, C, H, W) -> (B, C, H, W).
 
     Args:
-        width: channels.
-        hidden: of the feed-forward network; 0 for none.
-        options: of the mechanism, over those of its alias ``ss2d``, which they may contradict.
-        drop_path: of both branches.
+        width: number of channels.
+        hidden: hidden width of the feed-forward network; 0 for none.
+        options: options of the mechanism, which override those of its alias ``ss2d``.
+        drop_path: stochastic depth probability of both branches.
     """
 
     def __init__(self, width: int, hidden: int, options: Mapping[str, Any], drop_path: float) -> None:
@@ -207,9 +207,9 @@ class ConvNorm(nn.Module):
     """A convolution and a norm over the channels, (B, C, H, W) -> (B, width, H / stride, W / stride).
 
     Args:
-        channels, width: before and after.
-        side, stride: of its filters.
-        border: zeros around the map; one for filters of 3, and none for others, when None.
+        channels, width: channels before and after.
+        side, stride: kernel size and stride.
+        border: zero padding; when None, 1 for a kernel size of 3 and 0 otherwise.
     """
 
     def __init__(self, channels: int, width: int, side: int, stride: int, border: int | None = None) -> None:
@@ -224,10 +224,10 @@ class ConvNorm(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Four neighbours to one, (B, C, H, W) -> (B, width, H / 2, W / 2); odd sides are filled up with zeros.
+    """Merges 2 x 2 neighbours into one, (B, C, H, W) -> (B, width, H / 2, W / 2); odd sides are padded with zeros.
 
     Args:
-        channels, width: before and after.
+        channels, width: channels before and after.
     """
 
     def __init__(self, channels: int, width: int) -> None:
@@ -250,7 +250,7 @@ def _reduction(version: str, first: bool, channels: int, width: int) -> nn.Modul
 
 
 def initialise(module: nn.Module) -> None:
-    """Projections from a truncated normal distribution; those inside of the scans stay as Mamba has them."""
+    """Initialise projections from a truncated normal distribution; those inside the scans keep Mamba's own."""
     outer: list[nn.Module] = []
     if isinstance(module, Block):
         outer = [module.mixer.in_proj, module.mixer.out_proj]

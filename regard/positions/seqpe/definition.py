@@ -1,4 +1,4 @@
-"""Digits of a position, the encoder E(p) that reads them, and the two losses that keep order among positions."""
+"""The digits of a position, the encoder E(p) that reads them, and the two losses that keep order among positions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DIRECTIONS = ("causal", "both")
 def to_digits(
     positions: Int[Tensor, "..."], count: int, base: int = 10, pad: int = 0
 ) -> tuple[Int[Tensor, "... count"], Bool[Tensor, "... count"]]:
-    """Digits of positions, the most significant first, and which of them are written: the others are left padding.
+    """Return the digits of positions, most significant first, and which of them are written, not left padding.
 
     Zero is written with one digit.
     """
@@ -32,7 +32,7 @@ def to_digits(
 
 
 def digit_count(bound: int, base: int = 10) -> int:
-    """Digits of the largest position below `bound`."""
+    """Return the number of digits of the largest position below `bound`."""
     count = 1
     while base**count < bound:
         count += 1
@@ -40,22 +40,22 @@ def digit_count(bound: int, base: int = 10) -> int:
 
 
 class DigitEncoder(nn.Module):
-    """E: positions of n axes to vectors.
+    """The encoder E, from positions on n axes to vectors.
 
     Args:
-        bound: positions below it, on every axis.
-        width: of the vectors.
+        bound: exclusive upper bound of positions on every axis.
+        width: width of the vectors.
         axes: n.
-        dim: width inside, D_e.
-        layers: blocks.
-        heads: of the attention over digits; dim / 64, at least 1, when None.
-        base: of the digits.
+        dim: hidden width D_e.
+        layers: number of blocks.
+        heads: number of heads of the attention over digits; dim / 64, at least 1, when None.
+        base: base of the digits.
         direction: ``causal`` attention over the digits, or ``both``.
-        mask_padding: whether zeros on the left are hidden.
-        pad: digit that stands for them.
+        mask_padding: whether zeros on the left are masked.
+        pad: digit used for padding on the left.
         final_norm: whether there is a norm before the output projection.
-        temperature: divides the vectors.
-        dropout: after the attention's projection and the feed-forward, while training.
+        temperature: divisor of the vectors.
+        dropout: dropout probability after the attention's projection and the feed-forward network.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class DigitEncoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """N(0, 0.02); biases 0, norms 1."""
+        """Initialise weights from N(0, 0.02) and biases to 0."""
         for parameter in (self.token, self.place, self.last, self.axis):
             if parameter is not None:
                 nn.init.normal_(parameter, std=0.02)
@@ -133,7 +133,7 @@ class DigitEncoder(nn.Module):
             assert isinstance(block, nn.ModuleDict)
             y = block["qkv"](block["attention_norm"](x)).unflatten(-1, (3, self.heads, -1))
             q, k, v = y.permute(2, 0, 3, 1, 4)
-            if i + 1 == len(self.blocks):  # of the last block, the last token alone is read
+            if i + 1 == len(self.blocks):  # of the last block, only the last token is read
                 q, x, visible = q[..., -1:, :], x[:, -1:], visible[..., -1:, :]
             scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~visible, -math.inf)
             mixed = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
@@ -144,7 +144,7 @@ class DigitEncoder(nn.Module):
         return self.output(y if self.norm is None else self.norm(y)) / self.temperature
 
     def _visible(self, written: Bool[Tensor, "p digits"]) -> Bool[Tensor, "#p 1 tokens tokens"]:
-        """Which tokens see which. Hidden ones see themselves alone, so that their softmax is defined; nobody reads it."""
+        """Return the attention mask. Hidden tokens see only themselves, so that their (unused) softmax is defined."""
         tokens = written.shape[1] + 1
         visible = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=written.device)
         visible = visible.tril() if self.causal else visible
@@ -166,11 +166,11 @@ def closest_loss(
     distances: Int[Tensor, "p c"],
     hidden: Bool[Tensor, "p c"],
 ) -> Loss:
-    """Cross entropy of the closest candidate over products of vectors: its sum over pivots, and their number.
+    """Cross entropy of the closest candidate, with products of vectors as logits: sum over pivots, and their number.
 
     Args:
-        distances: of the candidates' positions.
-        hidden: candidates that do not count; a pivot without others does not count either.
+        distances: distances of the candidates' positions from the pivot.
+        hidden: candidates that are masked; a pivot whose candidates are all masked does not count.
     """
     logits = (candidates @ pivots[..., None])[..., 0]
     label = distances.masked_fill(hidden, torch.iinfo(distances.dtype).max).argmin(1)
@@ -182,10 +182,10 @@ def closest_loss(
 def transfer_loss(
     teacher: Float[Tensor, "m width"], student: Float[Tensor, "m width"], *, heads: int, beta: float
 ) -> Float[Tensor, ""]:
-    """Divergence of the similarities among the student's vectors from those among the teacher's, for each head's part.
+    """Divergence of the similarities among the student's vectors from those among the teacher's, head by head.
 
     Args:
-        beta: weight of what the student learns; the teacher learns with the weight 1 - beta.
+        beta: weight of the student's gradient; the teacher's has the weight 1 - beta.
     """
     known, found = (_similarities(e, heads) for e in (teacher, student))
     loss = beta * _divergence(known.detach(), found)
@@ -193,11 +193,11 @@ def transfer_loss(
 
 
 def _similarities(e: Float[Tensor, "m width"], heads: int) -> Float[Tensor, "h m m"]:
-    """log softmax of the products of vectors, for each head's part."""
+    """Return the log softmax of the products of vectors, head by head."""
     parts = e.unflatten(-1, (heads, -1)).transpose(0, 1)
     return (parts @ parts.mT).log_softmax(-1)
 
 
 def _divergence(teacher: Tensor, student: Tensor) -> Float[Tensor, ""]:
-    """KL both ways, over all elements: P (log P - log P') + P' (log P' - log P)."""
+    """The symmetric KL divergence, averaged over all elements: P (log P - log P') + P' (log P' - log P)."""
     return ((teacher.exp() - student.exp()) * (teacher - student)).mean()

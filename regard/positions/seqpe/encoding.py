@@ -1,4 +1,4 @@
-"""An encoder with what surrounds it: where tokens are, what is encoded, and its regularizers while training."""
+"""The base of the schemes: locating tokens, encoding their positions, and the regularizers in training."""
 
 from __future__ import annotations
 
@@ -24,25 +24,27 @@ PARTS = ("whole", "encoder", "layer")
 
 
 MIXES = {1: (0.4, 0.0, 0.25), 2: (0.3, 0.5, 0.2)}
-"""Candidates of pivots with one axis, and with more: the share of pivots with hard negatives, of those that are
-uniform throughout, and the part of hard negatives; the rest is drawn from windows. (The paper's runs of text and images.)"""
+"""How candidates are drawn, for one axis and for more (the paper's runs on text and images): the share of pivots with
+hard negatives, the share of pivots with only uniform candidates, and the share of hard negatives among the former's
+candidates. The remaining pivots have candidates from a window."""
 
 
 class SequentialEncoding(Positions):
-    """The base of these schemes: the encoder and its losses.
+    """The base class of sequential position encodings: the encoder and its losses.
 
     Args:
-        width: of the vectors.
-        heads: parts of them whose similarities are transferred on their own.
-        max_length: P_max; 10,000 when None. On n axes each has the n-th root of it, rounded down.
-        axes: n; with more than one, positions are places on the `grid` of the call.
-        encoder_dim, encoder_layers, encoder_heads: of the encoder; see :class:`DigitEncoder`.
-        base, direction, mask_padding, pad, final_norm, temperature, dropout: likewise.
-        interpolation: positions are divided by it, and vectors of the places between are interpolated; 1 for none.
-        pivots, candidates: of ``position_contrast`` in a training call; no pivots for none of it.
-        offsets: of ``position_transfer``, m; 0 for none of it.
-        window: least length of a window of candidates (its root on each of two axes).
-        beta: share of the teacher's gradient that is stopped, 0 to 1: with 1 the block of the call learns nothing.
+        width: width of the vectors.
+        heads: number of parts of the vectors whose similarities are transferred separately.
+        max_length: P_max; 10,000 when None. On n axes, each axis has the n-th root of it, rounded down.
+        axes: n; with more than one axis, positions are places on the `grid` of the call.
+        encoder_dim, encoder_layers, encoder_heads: sizes of the encoder; see :class:`DigitEncoder`.
+        base, direction, mask_padding, pad, final_norm, temperature, dropout: as for :class:`DigitEncoder`.
+        interpolation: divisor of positions, where the vectors of fractional positions are interpolated; 1 for none.
+        pivots, candidates: numbers of pivots and of candidates in ``position_contrast``; no pivots disable this loss.
+        offsets: number m of offsets in ``position_transfer``; 0 disables this loss.
+        window: minimum length of a window of candidates (its root on each of two axes).
+        beta: weight of the student's gradient in ``position_transfer``, 0 to 1: with 1 the block of the call learns
+            nothing.
         shift: share of the training calls whose block is moved to a random start.
     """
 
@@ -118,10 +120,10 @@ class SequentialEncoding(Positions):
     def locate(
         self, positions: Int[Tensor, "#b n"], grid: tuple[int, ...] | None
     ) -> Int[Tensor, "#b n"] | Int[Tensor, "#b n axes"]:
-        """Positions on a sequence as they are, and the coordinates of places on a grid that is numbered row by row.
+        """Return positions on a sequence as they are, or the coordinates of positions on a grid numbered row by row.
 
         Raises:
-            Unsupported: for a grid of another number of axes.
+            Unsupported: for a grid with another number of axes.
         """
         if self.axes == 1:
             return positions
@@ -140,10 +142,10 @@ class SequentialEncoding(Positions):
     def vectors(
         self, positions: Int[Tensor, "*b"] | Int[Tensor, "*b axes"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "*b width"]:
-        """E(p), of positions (...) with one axis, or (..., axes).
+        """Return E(p) for positions (...) with one axis, or (..., axes) with several.
 
         Raises:
-            Unsupported: for positions outside 0 ... P_max - 1 on an axis (not looked for while compiling).
+            Unsupported: for positions outside 0 ... P_max - 1 on an axis (not checked while compiling).
         """
         located = positions[..., None] if self.axes == 1 else positions
         if not torch.compiler.is_compiling() and located.numel():
@@ -164,7 +166,7 @@ class SequentialEncoding(Positions):
         return found.view(*located.shape[:-1], found.shape[-1])
 
     def _between(self, places: Float[Tensor, "p axes"], generator: torch.Generator | None) -> Float[Tensor, "p width"]:
-        """Vectors of places between positions: those of the corners around, weighted by nearness."""
+        """Interpolate the vectors of fractional positions from those of the surrounding integer positions."""
         low = places.floor()
         total: Tensor | float = 0.0
         for corner in torch.cartesian_prod(*[torch.arange(2)] * self.axes).view(-1, self.axes).to(places.device):
@@ -177,7 +179,7 @@ class SequentialEncoding(Positions):
     def encode(
         self, positions: Int[Tensor, "*b"] | Int[Tensor, "*b axes"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "*b width"]:
-        """The tensor that `embed` takes in the place of positions: :meth:`vectors`."""
+        """Return the tensor that `embed` takes instead of positions: :meth:`vectors`."""
         return self.vectors(positions, generator)
 
     def prepare(
@@ -188,10 +190,10 @@ class SequentialEncoding(Positions):
         *,
         movable: bool = True,
     ) -> tuple[Float[Tensor, "#b n width"], dict[str, Loss]]:
-        """:meth:`encode` of the positions of a call, and while training both losses.
+        """:meth:`encode` the positions of a call, and in training compute both losses.
 
         Args:
-            movable: whether the block may be moved in training, as positions that are told or go on from a state may not.
+            movable: whether the block may be moved in training; False for explicit positions or a continued state.
         """
         self._check_encoder()
         located = self.locate(positions, grid)
@@ -221,7 +223,7 @@ class SequentialEncoding(Positions):
     def moved(
         self, sides: Sequence[int], generator: torch.Generator | None
     ) -> tuple[Int[Tensor, " axes"], Bool[Tensor, ""]]:
-        """How far the block of a training call is moved, and whether it is."""
+        """Draw how far the block of a training call is moved, and whether it is moved at all."""
         device = self.encoder.token.device
         draw = torch.rand(1 + self.axes, generator=generator, device=device, dtype=torch.float64)
         room = torch.tensor([max(self.bound - side, 0) for side in sides], device=device)
@@ -231,11 +233,11 @@ class SequentialEncoding(Positions):
     def regularize(
         self, sides: Sequence[int], generator: torch.Generator | None = None, moved: Bool[Tensor, ""] | None = None
     ) -> dict[str, Loss]:
-        """Both losses, each (sum, count).
+        """Compute both losses, each (sum, count).
 
         Args:
-            sides: of the block of the call: (N,), or those of its grid.
-            moved: whether the call's block was moved; nothing is transferred then.
+            sides: sides of the call's block: (N,), or those of its grid.
+            moved: whether the call's block was moved; the transfer loss is then 0.
         """
         losses: dict[str, Loss] = {}
         if self.pivots:
@@ -261,7 +263,7 @@ class SequentialEncoding(Positions):
         candidates: Int[Tensor, "p c axes"],
         generator: torch.Generator | None = None,
     ) -> Loss:
-        """Cross entropy of the closest candidate, summed over pivots, and their number."""
+        """Return the cross entropy of the closest candidate, summed over pivots, and the number of pivots."""
         distances = (candidates - pivots[:, None]).square().sum(-1)
         same = (candidates[:, :, None] == candidates[:, None]).all(-1)
         repeated = same.tril(-1).any(-1)
@@ -274,7 +276,7 @@ class SequentialEncoding(Positions):
     def draw_candidates(
         self, generator: torch.Generator | None
     ) -> tuple[Int[Tensor, "p axes"], Int[Tensor, "p c axes"]]:
-        """Pivots, one in each of as many equal parts of the range, and candidates of the three kinds."""
+        """Draw pivots, one in each of as many equal parts of the range, and candidates of the three kinds."""
         device, bound, axes, count = self.encoder.token.device, self.bound, self.axes, self.candidates
 
         def draw(*shape: int) -> Tensor:
@@ -299,9 +301,9 @@ class SequentialEncoding(Positions):
     def edit_digits(
         self, positions: Int[Tensor, "... axes"], generator: torch.Generator | None
     ) -> Int[Tensor, "... axes"]:
-        """One to three edits of each position's digits: a digit added, deleted, substituted, or two exchanged.
+        """Make one to three edits of each position's digits: a digit added, deleted or substituted, or two exchanged.
 
-        The digits of all axes are one string, which is cut at random afterwards. Results may leave the range.
+        The digits of all axes form one string, which is split at random afterwards. Results may be out of range.
         """
         base, count, shape = self.encoder.base, self.encoder.count, positions.shape[:-1]
         device = positions.device
@@ -332,7 +334,7 @@ class SequentialEncoding(Positions):
             deleted = number // (here * base) * here + low
             substituted = number + (digit - at) * here
             exchanged = number + (beside - at) * (here - there)
-            added = torch.where(digits < count * self.axes, added, substituted)  # a string as long as it may be
+            added = torch.where(digits < count * self.axes, added, substituted)  # the string has its maximum length
             choices = torch.stack([added, deleted, substituted, exchanged], -1)
             edited = choices.gather(-1, kind[..., None])[..., 0]
             number = torch.where(i <= times, edited, number)
@@ -346,7 +348,7 @@ class SequentialEncoding(Positions):
     def transfer(
         self, block: Int[Tensor, "m axes"], elsewhere: Int[Tensor, "m axes"], generator: torch.Generator | None = None
     ) -> Float[Tensor, ""]:
-        """The divergence of similarities among positions elsewhere from those among the same offsets in the block."""
+        """Return the divergence of similarities of offsets elsewhere from those of the same offsets in the block."""
         e = self.encoder(torch.cat([block, elsewhere]), generator)
         return transfer_loss(*e.chunk(2), heads=self.heads, beta=self.beta)
 
@@ -355,6 +357,6 @@ class SequentialEncoding(Positions):
 
 
 def _root(number: int, axes: int) -> int:
-    """The largest integer whose power does not exceed the number."""
+    """Return the largest integer whose `axes`-th power does not exceed the number."""
     found = round(number ** (1 / axes))
     return found if found**axes <= number else found - 1

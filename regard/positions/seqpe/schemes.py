@@ -1,4 +1,4 @@
-"""The places where encoded positions go: the input, the queries and keys, or the scores."""
+"""Schemes for the places where encoded positions are used: the input, the queries and keys, or the scores."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class Seqpe(SequentialEncoding):
-    """Adds the vectors of positions to the model's input.
+    """Adds the position vectors to the model's input.
 
     Args:
         dim: width C of the embedding, here the width of the vectors.
-        heads: of the model.
-        options: those of :class:`SequentialEncoding`.
+        heads: number of heads of the model.
+        options: options of :class:`SequentialEncoding`.
     """
 
     name = "seqpe"
@@ -31,7 +31,7 @@ class Seqpe(SequentialEncoding):
         super().__init__(dim, heads if dim % heads == 0 else 1, **options)
 
     def embed(self, x: Float[Tensor, "b n c"], positions: Tensor) -> Float[Tensor, "b n c"]:
-        """`x` with the vectors of its positions added, or those that :meth:`encode` made of them."""
+        """Add to `x` the vectors of its positions; `positions` may also be vectors made by :meth:`encode`."""
         e = self._encoded(positions, x.shape[0], x.shape[1])
         if x.shape[-1] != e.shape[-1]:
             raise Unsupported(f"{self.name} positions on a width of {x.shape[-1]}", supported=f"dim={e.shape[-1]}")
@@ -39,14 +39,16 @@ class Seqpe(SequentialEncoding):
 
 
 class SeqpeInside(SequentialEncoding):
-    """Base of the schemes that act on queries and keys; see the module's table.
+    """The base class of schemes that act on queries and keys; see the package's table.
 
     Args:
-        heads, head_dim, kv_heads: of the layers. The vectors have heads * head_dim features, or head_dim.
-        per_head: whether each head has a part of the vectors of its own, or all share them.
-        projection: the matrix W: ``single`` for all layers, one for each of the ``layers``, or ``none`` (e^q = e^k).
-        part: ``whole``, for a layer alone; in a model the ``encoder`` is there once, and each ``layer`` has the rest.
-        options: those of :class:`SequentialEncoding`.
+        heads, head_dim, kv_heads: sizes of the layers.
+        per_head: whether each head has its own part of the vectors, of heads * head_dim features; otherwise all heads
+            share vectors of head_dim features.
+        projection: the matrix W: ``single`` for one shared by all layers, ``layers`` for one in each layer, or ``none``
+            (e^q = e^k).
+        part: ``whole`` for a stand-alone layer; a model has one ``encoder``, and the rest is in each ``layer``.
+        options: options of :class:`SequentialEncoding`.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class SeqpeInside(SequentialEncoding):
                 nn.init.zeros_(module.bias)
 
     def encode(self, positions: Tensor, generator: torch.Generator | None = None) -> Float[Tensor, "*b width"]:
-        """The tensor that `rotate` and `rotate_keys` take in the place of positions: e^q and e^k side by side, or E(p)."""
+        """Return the tensor that `rotate` and `rotate_keys` take instead of positions: [e^q, e^k], or E(p)."""
         self._check_encoder()
         e = self.vectors(positions, generator)
         if self.query_projection is None or self.key_projection is None:
@@ -97,7 +99,7 @@ class SeqpeInside(SequentialEncoding):
         return torch.cat([self.query_projection(e), self.key_projection(e)], -1)
 
     def rotate(self, x: Float[Tensor, "b h n d"], positions: Tensor) -> Float[Tensor, "b h n d"]:
-        """Queries with their positions (or what `encode` made of them) in them, in the dtype of `x`."""
+        """Encode positions (or the result of `encode`) into queries, in the dtype of `x`."""
         e = self._encoded(positions, x.shape[0], x.shape[2])
         if self.joined:
             e = e[..., : self.query_width]
@@ -106,7 +108,7 @@ class SeqpeInside(SequentialEncoding):
         return self.place_queries(x, self._by_head(e, x))
 
     def rotate_keys(self, x: Float[Tensor, "b g m d"], positions: Tensor) -> Float[Tensor, "b g m d"]:
-        """As :meth:`rotate`, for keys."""
+        """Like :meth:`rotate`, for keys."""
         e = self._encoded(positions, x.shape[0], x.shape[2])
         if self.joined:
             e = e[..., self.query_width :]
@@ -115,11 +117,11 @@ class SeqpeInside(SequentialEncoding):
         return self.place_keys(x, self._by_head(e, x))
 
     def place_queries(self, q: Tensor, e: Tensor) -> Tensor:
-        """q with e^q, both (B, H, N, D), or one row, or one head, for all."""
+        """Combine q with e^q, both (B, H, N, D); e^q may have a single row or head for all."""
         raise NotImplementedError
 
     def place_keys(self, k: Tensor, e: Tensor) -> Tensor:
-        """k with e^k, placed as queries are unless a scheme says otherwise."""
+        """Combine k with e^k, by default in the same way as queries."""
         return self.place_queries(k, e)
 
     def _by_head(self, e: Float[Tensor, "#b n width"], x: Float[Tensor, "b h n d"]) -> Float[Tensor, "#b #h n d"]:
@@ -133,7 +135,7 @@ class SeqpeInside(SequentialEncoding):
 
 
 class SeqpeMul(SeqpeInside):
-    """Multiplies queries and keys by vectors of their positions."""
+    """Multiplies queries and keys by their position vectors."""
 
     name = "seqpe_mul"
 
@@ -142,7 +144,7 @@ class SeqpeMul(SeqpeInside):
 
 
 class SeqpeAdd(SeqpeInside):
-    """Adds vectors of their positions to queries and keys."""
+    """Adds their position vectors to queries and keys."""
 
     name = "seqpe_add"
 
@@ -151,11 +153,11 @@ class SeqpeAdd(SeqpeInside):
 
 
 class SeqpeScalar(SeqpeInside):
-    """Adds products of vectors of positions to the scores, by queries and keys of twice the width.
+    """Adds products of position vectors to the scores, by queries and keys of twice the width.
 
     Args:
         scale: s > 0, the weight of these products.
-        options: those of :class:`SeqpeInside`.
+        options: options of :class:`SeqpeInside`.
     """
 
     name = "seqpe_scalar"
@@ -167,7 +169,7 @@ class SeqpeScalar(SeqpeInside):
         self.scale = scale
 
     def place_queries(self, q: Tensor, e: Tensor) -> Tensor:
-        return math.sqrt(2) * self.place_keys(q, e)  # the width, and with it the usual scale, changes
+        return math.sqrt(2) * self.place_keys(q, e)  # twice the width changes the usual scale
 
     def place_keys(self, k: Tensor, e: Tensor) -> Tensor:
         return torch.cat([k, (math.sqrt(self.scale) * e).expand(*k.shape[:3], -1)], -1)

@@ -1,7 +1,7 @@
-r"""Networks that give every pixel or voxel its class: a residual U-Net and U-Mamba, VM-UNet, SegFormer and SegMamba.
+r"""Segmentation networks for images and volumes: a residual U-Net and U-Mamba, VM-UNet, SegFormer and SegMamba.
 
-Images (B, C, \*spatial) become logits (B, classes, \*spatial) of the same size; there is no pooled head. Each file beside this
-one is one network with its sizes.
+Images (B, C, \*spatial) become logits (B, classes, \*spatial) of the same size; there is no pooled head. Each module in
+this package is one network with its sizes.
 """
 
 from __future__ import annotations
@@ -43,17 +43,18 @@ SEGMENTERS: dict[str, type[Segmenter]] = {
 
 
 def list_segmenters() -> list[str]:
-    """Names of all sizes."""
+    """Return the names of all sizes."""
     return sorted(SEGMENTERS)
 
 
 def read_segmenter(name: str, *, fit: Sequence[int] | None = None, **options: Any) -> tuple[type[Segmenter], Any]:
-    """Class and config of a named size, with other options if wanted; lists are taken as tuples.
+    """Return the class and config of a named size, with `options` replacing its own; lists are converted to tuples.
 
     Args:
         name: one of :func:`list_segmenters`.
-        fit: sides of images, for which what depends on the size and is not given is chosen (:meth:`Segmenter.fitted`).
-        options: fields of the config that shall differ.
+        fit: sides of images to which options that depend on the size are fitted, unless given
+            (:meth:`Segmenter.fitted`).
+        options: config fields to override.
 
     Raises:
         Unsupported: for an unknown name or option.
@@ -69,6 +70,6 @@ def read_segmenter(name: str, *, fit: Sequence[int] | None = None, **options: An
 
 
 def create_segmenter(name: str, **options: Any) -> Segmenter:
-    """A network, untrained; arguments as of :func:`read_segmenter`."""
+    """Create an untrained network; arguments as for :func:`read_segmenter`."""
     segmenter, config = read_segmenter(name, **options)
     return segmenter(config)

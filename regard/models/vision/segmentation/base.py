@@ -1,4 +1,4 @@
-"""What all networks that give every pixel or voxel its class share."""
+"""The base of all segmentation networks."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmenterConfig:
-    """What every network here is told.
+    """The options that every segmentation network has.
 
     Attributes:
-        channels: of the images.
-        num_classes: >= 1; one class is a logit of foreground against background.
+        channels: channels of the images.
+        num_classes: number of classes, >= 1; with one class, the logit is of foreground against background.
     """
 
     channels: int = 1
@@ -35,13 +35,13 @@ class SegmenterConfig:
 
 
 class Segmenter(nn.Module):
-    """The base: :meth:`forward` gives logits of the size of the images.
+    """The base class of segmentation networks: :meth:`forward` returns logits of the size of the images.
 
     Attributes:
-        Config: class of its config.
+        Config: the config class.
         sizes: options of each named size.
-        scales: as of :class:`regard.models.vision.Backbone`.
-        config: its own.
+        scales: as for :class:`regard.models.vision.Backbone`.
+        config: the config.
     """
 
     Config: ClassVar[type[SegmenterConfig]]
@@ -54,25 +54,25 @@ class Segmenter(nn.Module):
 
     @classmethod
     def multiples(cls, config: Any) -> tuple[int, ...]:
-        """Numbers whose multiples the sides of images must be, one for each axis."""
+        """Return the numbers that must divide the sides of images, one for each axis."""
         raise NotImplementedError
 
     @classmethod
     def fitted(cls, options: Mapping[str, Any], size: Sequence[int]) -> dict[str, Any]:
-        """Options of a config, as they are chosen for images of this size where nobody says them."""
+        """Return `options` with defaults fitted to images of this size."""
         return dict(options)
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
-        """Weights of the official repository under the names here; those here stay as they are."""
+        """Rename weights of the official repository to the names here; names used here are kept."""
         return dict(state)
 
     def load_released(self, checkpoint: Mapping[str, Any]) -> None:
-        """As :meth:`regard.models.vision.Backbone.load_released`."""
+        """Load released weights, like :meth:`regard.models.vision.Backbone.load_released`."""
         load_released(self, checkpoint)
 
     def check_images(self, images: Float[Tensor, "b c *spatial"]) -> None:
-        """Raise Unsupported for another shape than it takes."""
+        """Raise Unsupported for images of an unsupported shape."""
         config, shape = self.config, tuple(images.shape)
         axes = len(self.multiples(config))
         if len(shape) != axes + 2 or not images.is_floating_point():

@@ -1,4 +1,4 @@
-"""Losses of segmentation."""
+"""Segmentation losses."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ if TYPE_CHECKING:
 
 
 def dice_loss(logits: Float[Tensor, "b k *spatial"], labels: Int[Tensor, "b *spatial"]) -> Float[Tensor, ""]:
-    """1 - the soft Dice coefficient, as VM-UNet's code has it; 0 where the prediction is right and sure.
+    """1 - the soft Dice coefficient, as in VM-UNet's code; 0 for a correct and certain prediction.
 
-    Of one class, with a sigmoid: ``(2 sum p t + 1) / (sum p + sum t + 1)`` of each image. Of several, with a softmax: ``(2 sum
-    p t + s) / (sum p^2 + sum t^2 + s)`` of each class over the batch, s = 1e-5. Both are finite where a class is absent.
+    For one class, with a sigmoid, the coefficient is ``(2 sum p t + 1) / (sum p + sum t + 1)`` for each image. For
+    several classes, with a softmax, it is ``(2 sum p t + s) / (sum p^2 + sum t^2 + s)`` for each class over the batch,
+    with s = 1e-5. Both are finite if a class is absent.
 
     Args:
         logits: (B, classes, *spatial).
-        labels: (B, *spatial), 0 or 1 for one class, otherwise the number of the class.
+        labels: (B, *spatial), 0 or 1 for one class, otherwise class indices.
     """
     classes = logits.shape[1]
     if labels.shape != (logits.shape[0], *logits.shape[2:]) or labels.is_floating_point():
@@ -38,7 +39,7 @@ def dice_loss(logits: Float[Tensor, "b k *spatial"], labels: Int[Tensor, "b *spa
 
 
 def segmentation_loss(logits: Float[Tensor, "b k *spatial"], labels: Int[Tensor, "b *spatial"]) -> Float[Tensor, ""]:
-    """Cross-entropy (binary of one class) and :func:`dice_loss`, with equal weights; arguments as there."""
+    """Cross entropy (binary for one class) plus :func:`dice_loss`, with equal weights; same arguments."""
     dice = dice_loss(logits, labels)
     if logits.shape[1] == 1:
         return F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype)) + dice

@@ -1,8 +1,8 @@
-"""SegFormer: a mix transformer, and a decoder that reads all of its maps at once.
+"""SegFormer: a mix transformer, and a decoder that fuses all of its maps at once.
 
-Xie et al., arXiv 2105.15203. Each map is projected to the decoder's width and interpolated (bilinearly) to the size of the finest; side by side, the coarsest
-first, they become one map of that width by ``relu(BN(conv1(X)))``, of which a 1 x 1 convolution makes the classes. The logits,
-of every fourth pixel, are interpolated to the size of the image.
+Xie et al., arXiv 2105.15203. Each map is projected to the decoder's width and interpolated (bilinearly) to the size of
+the finest. The maps are concatenated, coarsest first, and fused into one map of that width by ``relu(BN(conv1(X)))``,
+followed by a 1 x 1 convolution to the classes. The logits, at a stride of 4, are interpolated to the size of the image.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class SegFormerConfig(SegmenterConfig):
     """The configuration of a :class:`SegFormer`.
 
     Attributes:
-        image_size: as in :class:`regard.models.vision.BackboneConfig`; of any other size are taken too where no layer of the
-            plan has tables of places.
+        image_size: as in :class:`regard.models.vision.BackboneConfig`; images of other sizes are accepted too if no
+            layer of the plan has tables of positions.
         widths, depths, heads, expansions, patch, plan, reductions, drop_path: as in :class:`regard.models.vision.mit.MiTConfig`.
-        decoder_width: of the decoder's maps.
-        dropout: of whole channels of the last map.
+        decoder_width: width of the decoder's maps.
+        dropout: dropout probability of whole channels of the last map.
     """
 
     channels: int = 3
@@ -58,14 +58,14 @@ class SegFormerConfig(SegmenterConfig):
         self.encoder()
 
     def encoder(self) -> mit.MiTConfig:
-        """The config of the encoder; raises Unsupported for what does not go together."""
+        """Return the encoder's config; raises Unsupported for options that do not go together."""
         shared = {f.name for f in fields(mit.MiTConfig)} - {"num_classes", "dropout"}
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name in shared}
         return mit.MiTConfig(**given, num_classes=0)
 
 
 class SegFormer(Segmenter):
-    """See the module; sizes ``segformer_b0`` to ``segformer_b2`` and ``segformer_nano``."""
+    """SegFormer, see the module; sizes ``segformer_b0`` to ``segformer_b2`` and ``segformer_nano``."""
 
     Config = SegFormerConfig
     scales: ClassVar = {"widths": "heads", "decoder_width": 4}
@@ -92,11 +92,11 @@ class SegFormer(Segmenter):
         return (math.lcm(*(r * s for r, s in zip(config.reductions, config.encoder().strides, strict=True))),) * 2
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k h w"]:
-        """Logits (B, num_classes, H, W)."""
+        """Return logits (B, num_classes, H, W)."""
         return F.interpolate(self.forward_coarse(images), images.shape[2:], mode="bilinear", align_corners=False)
 
     def forward_coarse(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k h2 w2"]:
-        """Logits of every fourth pixel, where the encoder's first stride is 4."""
+        """Return logits at the encoder's first stride, by default every fourth pixel."""
         self.check_images(images)
         maps = self.encoder.forward_intermediates(images, intermediates_only=True)
         size, parts = maps[0].shape[2:], []
@@ -107,7 +107,7 @@ class SegFormer(Segmenter):
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: SegFormerConfig) -> dict[str, Tensor]:
-        """From NVlabs/SegFormer, and from transformers."""
+        """Translate weights of NVlabs/SegFormer or transformers."""
         names = (
             (r"^decode_head\.linear_(?:c|projections)\.(\d+)\.proj\.", r"projections.\1."),
             (r"^decode_head\.linear_c(\d+)\.proj\.", lambda m: f"projections.{int(m[1]) - 1}."),

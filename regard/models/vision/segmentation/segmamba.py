@@ -1,16 +1,17 @@
-"""SegMamba, a U-Net of volumes whose encoder is Mamba in three orientations.
+"""SegMamba, a U-Net for volumes whose encoder is Mamba in three orientations.
 
-Xing et al., arXiv 2401.13560. A stage of the encoder makes of X, with IN the norm of each channel of an item over its places,
+Xing et al., arXiv 2401.13560. A stage of the encoder computes, with IN the instance norm:
 
     G = X + relu(IN(conv1(relu(IN(conv3(relu(IN(conv3(X)))))) + relu(IN(conv1(X))))))     (gated spatial convolution)
     X <- X + ToM(LN(X))                                                                     (as often as `depths` says)
 
-ToM is the layer of the mechanism ``bidirectional_mamba`` whose three paths go row by row, that reversed, and across the slices
-of the first axis; their outputs are added. The code has its number of slices fixed for crops of 128 voxels; here it is the
-map's own. What a stage hands to the decoder is IN(X) after two 1 x 1 convolutions with a GELU between.
+ToM is the layer of the mechanism ``bidirectional_mamba`` with three paths: row by row, the reverse, and across the
+slices of the first axis; their outputs are added. The official code fixes the number of slices for crops of 128 voxels;
+here it is that of the map. A stage's skip connection to the decoder is IN(X) followed by two 1 x 1 convolutions with a
+GELU in between.
 
-The decoder is that of UNETR: blocks of two convolutions of 3 with what came in added, on what the stages hand over and on the
-volume itself, and transposed convolutions of stride 2 between them. Its norms have no weights.
+The decoder is that of UNETR: residual blocks of two 3 x 3 x 3 convolutions on the skip connections and on the volume
+itself, with transposed convolutions of stride 2 between them. Its norms have no weights.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class SegMambaConfig(SegmenterConfig):
     """The configuration of a :class:`SegMamba`.
 
     Attributes:
-        widths, depths: channels and layers of Mamba of each stage of the encoder, from the finest, at half of the volume's sides.
+        widths, depths: channels and Mamba layers of each encoder stage, from the finest, which has half the volume's
+            sides.
         bottom: channels of the decoder at the coarsest stage.
         mixer: options of the mechanism ``bidirectional_mamba``.
     """
@@ -57,7 +59,7 @@ class SegMambaConfig(SegmenterConfig):
 
 
 class SegMamba(Segmenter):
-    """See the module; sizes ``segmamba`` and ``segmamba_nano``."""
+    """SegMamba, see the module; sizes ``segmamba`` and ``segmamba_nano``."""
 
     Config = SegMambaConfig
     scales: ClassVar = {"widths": 4, "bottom": 4}
@@ -88,7 +90,7 @@ class SegMamba(Segmenter):
         self.head = nn.Conv3d(widths[0], config.num_classes, 1)
 
     def forward(self, images: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b k x y z"]:
-        """Logits (B, num_classes, X, Y, Z)."""
+        """Return logits (B, num_classes, X, Y, Z)."""
         self.check_images(images)
         x, levels = images, [self.blocks[0](images)]
         for s, (reduction, stage) in enumerate(zip(self.reductions, self.stages, strict=True)):
@@ -115,7 +117,7 @@ class SegMamba(Segmenter):
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: SegMambaConfig) -> dict[str, Tensor]:
-        """From `model_segmamba/segmamba.py` of ge-xing/SegMamba."""
+        """Translate weights of ge-xing/SegMamba (`model_segmamba/segmamba.py`)."""
         found, rest = dict[str, Tensor](), dict(state)
         for place in [name.removesuffix("A_log") for name in state if name.endswith(".mamba.A_log")]:
             for own, parts in ORIENTATIONS.items():
@@ -133,7 +135,7 @@ ORIENTATIONS = {
     "D": ("D", "D_b", "D_s"),
     "dt_bias": ("dt_proj.bias", "dt_proj_b.bias", "dt_proj_s.bias"),
 }
-"""Tensors of the layer, and those of the official one, path by path."""
+"""Names of the layer's tensors -> names in the official code, path by path."""
 
 
 def _renamed(name: str, config: SegMambaConfig) -> str:
@@ -163,7 +165,7 @@ def _of_path(found: re.Match[str]) -> str:
 
 
 class GatedSpatialConvolution(nn.Module):
-    """See the module; (B, C, X, Y, Z) -> (B, C, X, Y, Z)."""
+    """The gated spatial convolution, see the module; (B, C, X, Y, Z) -> (B, C, X, Y, Z)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -179,7 +181,7 @@ class GatedSpatialConvolution(nn.Module):
 
 
 class TriMamba(nn.Module):
-    """Mamba in three orientations over the places of a map, with a norm before it and what came in added."""
+    """A pre-norm residual layer of Mamba in three orientations over the positions of a map."""
 
     def __init__(self, width: int, options: Mapping[str, Any]) -> None:
         super().__init__()
@@ -192,7 +194,7 @@ class TriMamba(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions with norms and what came in, through a 1 x 1 convolution where the channels become others."""
+    """A residual block of two convolutions with norms; a 1 x 1 convolution adapts the input if the channels change."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -206,7 +208,7 @@ class ResidualBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Twice the sides by a transposed convolution, beside the encoder's features of that size: (B, C, ...) -> (B, width, 2 ...)."""
+    """Upsamples by a transposed convolution and fuses the encoder's features: (B, C, ...) -> (B, width, 2 ...)."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()

@@ -1,17 +1,19 @@
 r"""The residual U-Net of nnU-Net, and U-Mamba.
 
-Ma et al., arXiv 2401.04722: U-Mamba is the U-Net with Mamba in its encoder, of images of two and three axes. Block: ``X <- leaky_relu(IN(conv3(leaky_relu(IN(conv3(X))))) + X)``, with a 1 x 1 convolution for X where the channels or the
-places become others. What Mamba gives takes the place of the features, without a residual:
+Ma et al., arXiv 2401.04722: U-Mamba is the U-Net with Mamba in its encoder, for images of two or three axes. Its block
+is ``X <- leaky_relu(IN(conv3(leaky_relu(IN(conv3(X))))) + X)``, with a 1 x 1 convolution for X if the channels or the
+resolution change. Mamba's output replaces the features, without a residual:
 
 | `mamba` | where |
 |---|---|
 | ``none`` | nowhere: the plain residual U-Net, the control |
 | ``bottleneck`` | after the deepest stage (U-Mamba_Bot) |
-| ``encoder`` | after every stage (U-Mamba_Enc); with two axes after every second, the deepest among them, as the code has it |
+| ``encoder`` | after every stage (U-Mamba_Enc); with two axes every second one, with the deepest, as in the code |
 
-Tokens are places, row by row; in ``encoder``, where a stage has no more places than channels, they are the channels, each as
-wide as there are places. The decoder repeats each place as often as the encoder's stride, takes a 1 x 1 convolution, and
-joins the features of the encoder at that size; with two axes those of the finest are left out, as in the code.
+Tokens are positions, row by row; in ``encoder``, in stages with no more positions than channels, tokens are the
+channels, with the positions as features. The decoder upsamples by the encoder's stride (nearest neighbour), applies a
+1 x 1 convolution, and concatenates the encoder's features of that size; with two axes those of the finest stage are
+left out, as in the code.
 """
 
 from __future__ import annotations
@@ -42,19 +44,19 @@ NORMS: dict[int, Any] = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 
 @dataclass(frozen=True, kw_only=True)
 class UMambaConfig(SegmenterConfig):
-    """The configuration of a :class:`UMamba`; the defaults are those of nnU-Net in two axes.
+    """The configuration of a :class:`UMamba`; the defaults are those of nnU-Net in 2D.
 
     Attributes:
-        axes: of the images, 2 or 3.
+        axes: number of axes of the images, 2 or 3.
         widths: channels of each stage, from the finest.
-        strides: of each stage, one number or one for each axis; 1, then 2, when None.
-        blocks, decoder_blocks: of a stage of the encoder and of the decoder; the deeper half of the encoder and the finer
-            half of the decoder have one, as in the code.
+        strides: stride of each stage, one number or one for each axis; 1, then 2, when None.
+        blocks, decoder_blocks: number of blocks in a stage of the encoder and of the decoder; stages in the deeper half
+            of the encoder and the finer half of the decoder have one block, as in the code.
         mamba: see the table.
         mixer: options of the mechanism ``mamba``.
-        deep_supervision: whether models of tasks add in training the losses of the decoder's coarser stages, see
+        deep_supervision: whether task models add the losses of the decoder's coarser stages in training, see
             :mod:`regard.models.levels`.
-        image_size: needed with ``mamba="encoder"``, whose channels may be tokens as wide as the image has places.
+        image_size: required with ``mamba="encoder"``, since it determines whether tokens are positions or channels.
     """
 
     axes: int = 2
@@ -90,14 +92,17 @@ class UMambaConfig(SegmenterConfig):
 
     @property
     def all_strides(self) -> tuple[tuple[int, ...], ...]:
-        """Strides of each stage along each axis."""
+        """The stride of each stage along each axis."""
         given = (1, *[2] * (len(self.widths) - 1)) if self.strides is None else self.strides
         return tuple((each,) * self.axes if isinstance(each, int) else tuple(each) for each in given)
 
 
 class UMamba(Segmenter):
-    """See the module; sizes ``unet_2d``, ``umamba_bot_2d``, ``umamba_enc_2d``, the same in 3-D (``unet_3d``), and small ones of
-    both (``unet_nano``, ``unet_nano_3d``)."""
+    """The residual U-Net and U-Mamba, see the module.
+
+    Sizes: ``unet_2d``, ``umamba_bot_2d``, ``umamba_enc_2d``, the same in 3-D (``unet_3d``, ...), and small ones of both
+    (``unet_nano``, ``unet_nano_3d``, ...).
+    """
 
     Config = UMambaConfig
     scales: ClassVar = {"widths": 4}
@@ -146,19 +151,19 @@ class UMamba(Segmenter):
         self.apply(_initialise)
 
     def _is_left_out(self, s: int) -> bool:
-        """Whether the decoder's stage has no features of the encoder beside those from below."""
+        """Return whether a decoder stage has no skip connection from the encoder."""
         return self.config.axes == 2 and s == len(self.config.widths) - 2
 
     def forward_levels(self, images: Float[Tensor, "b c *spatial"]) -> list[Float[Tensor, "b k *coarser"]]:
-        """Logits at the size of each stage of the decoder, from the finest, for deep supervision."""
+        """Return logits at the size of each decoder stage, finest first, for deep supervision."""
         return [head(x) for head, x in zip(self.heads, self._decoded(images), strict=True)][::-1]
 
     def forward(self, images: Float[Tensor, "b c *spatial"]) -> Float[Tensor, "b k *spatial"]:
-        """Logits (B, num_classes, *spatial)."""
+        """Return logits (B, num_classes, *spatial)."""
         return self.heads[-1](self._decoded(images)[-1])
 
     def _decoded(self, images: Float[Tensor, "b c *spatial"]) -> list[Float[Tensor, "b c2 *coarser"]]:
-        """Features of the stages of the decoder, from the coarsest."""
+        """Return the features of the decoder stages, coarsest first."""
         self.check_images(images)
         config = self.config
         if config.mamba == "encoder" and tuple(images.shape[2:]) != tuple(config.image_size):
@@ -185,7 +190,7 @@ class UMamba(Segmenter):
 
     @classmethod
     def fitted(cls, options: Mapping[str, Any], size: Sequence[int]) -> dict[str, Any]:
-        """As many of the stages as nnU-Net plans: sides are halved while they are even and no less than 4 remains."""
+        """Keep as many stages as nnU-Net plans: sides are halved while they are even and at least 4 remains."""
         stages, sides = 1, tuple(size)
         while all(side % 2 == 0 and side >= 8 for side in sides):
             stages, sides = stages + 1, tuple(side // 2 for side in sides)
@@ -203,7 +208,7 @@ class UMamba(Segmenter):
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: UMambaConfig) -> dict[str, Tensor]:
-        """From `umamba/nnunetv2/nets` of bowang-lab/U-Mamba."""
+        """Translate weights of bowang-lab/U-Mamba (`umamba/nnunetv2/nets`)."""
         names = (
             (r"^encoder\.stem\.", "stem."),
             (r"^encoder\.stages\.", "encoder."),
@@ -221,7 +226,7 @@ class UMamba(Segmenter):
         found = {}
         for name, value in state.items():
             if ".all_modules." in name or name.startswith("decoder.encoder."):
-                continue  # the same tensors by another name
+                continue  # the same tensors under another name
             for pattern, replacement in names:
                 name = re.sub(pattern, replacement, name)
             found[name] = value.flatten(1) if name.endswith(".mamba.conv.weight") else value
@@ -241,12 +246,13 @@ def _stage(axes: int, channels: int, width: int, stride: tuple[int, ...], blocks
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions with instance norms and what came in, (B, C, *spatial) -> (B, width, *spatial / stride).
+    """A residual block of two convolutions with instance norms, (B, C, *spatial) -> (B, width, *spatial / stride).
 
     Args:
         axes: 2 or 3.
-        channels, width: before and after.
-        stride: of the first convolution; with one, X comes through a 1 x 1 convolution. None for a block of equal sizes.
+        channels, width: channels before and after.
+        stride: stride of the first convolution; X then passes a 1 x 1 convolution. None for a block that keeps all
+            sizes.
     """
 
     def __init__(self, axes: int, channels: int, width: int, stride: tuple[int, ...] | None = None) -> None:
@@ -263,12 +269,13 @@ class ResidualBlock(nn.Module):
 
 
 class MambaLayer(nn.Module):
-    """Mamba over the places of a map, or over its channels, without a residual; never in autocast.
+    """Mamba over the positions of a map, or over its channels, without a residual; never in autocast.
 
     Args:
-        width: channels.
-        places: of the map, where channels are the tokens if there are no more places than channels; None for places.
-        options: of the mechanism ``mamba``.
+        width: number of channels.
+        places: number of positions; if it is at most `width`, the channels are the tokens. With None, positions always
+            are.
+        options: options of the mechanism ``mamba``.
     """
 
     def __init__(self, width: int, places: int | None, options: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """VM-UNet, a U-Net of VMamba's blocks.
 
-Ruan & Xiang, arXiv 2402.02491. The blocks are those of VMamba's first version, and there are no others. Each stage of the encoder but the first begins with patch merging, each of the decoder but the first with its opposite, before
-which what entered the encoder's stage is added. The last step makes 4 x 4 pixels of each place.
+Ruan & Xiang, arXiv 2402.02491. All blocks are those of VMamba's first version. Each encoder stage except the first
+begins with patch merging. Each decoder stage except the first adds the input of the encoder blocks of the same size,
+then begins with patch expanding, the reverse of merging. The last step expands each position to 4 x 4 pixels.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ class VMUNetConfig(SegmenterConfig):
     """The configuration of a :class:`VMUNet`.
 
     Attributes:
-        widths: channels of the encoder's stages, each twice those before; the decoder has them in the opposite order.
-        depths, decoder_depths: blocks of the encoder's and the decoder's stages, in the order in which they are passed.
-        drop_path: stochastic depth of the deepest blocks; it rises evenly to them from 0 at both ends.
+        widths: channels of the encoder's stages, each twice the one before; the decoder has them in the reverse order.
+        depths, decoder_depths: blocks of the encoder's and the decoder's stages, in order of execution.
+        drop_path: stochastic depth probability of the deepest blocks, to which it rises linearly from 0 at both ends.
         mixer: options of the mechanism ``bidirectional_mamba``.
     """
 
@@ -52,7 +53,10 @@ class VMUNetConfig(SegmenterConfig):
 
 
 class VMUNet(Segmenter):
-    """See the module; sizes ``vm_unet`` and ``vm_unet_nano``. Grey images are repeated where it has three channels, as in the code."""
+    """VM-UNet, see the module; sizes ``vm_unet`` and ``vm_unet_nano``.
+
+    Grey images are repeated if the config has three channels, as in the code.
+    """
 
     Config = VMUNetConfig
     scales: ClassVar = {"widths": 4}
@@ -86,7 +90,7 @@ class VMUNet(Segmenter):
                 nn.init.trunc_normal_(module.expand.weight, std=0.02)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k h w"]:
-        """Logits (B, num_classes, H, W), without a sigmoid or a softmax."""
+        """Return logits (B, num_classes, H, W), without a sigmoid or softmax."""
         if images.ndim == 4 and images.shape[1] == 1 and self.config.channels == 3:
             images = images.expand(-1, 3, -1, -1)
         self.check_images(images)
@@ -107,7 +111,7 @@ class VMUNet(Segmenter):
 
     @classmethod
     def translate(cls, state: Mapping[str, Tensor], config: VMUNetConfig) -> dict[str, Tensor]:
-        """From `models/vmunet` of JCruan519/VM-UNet."""
+        """Translate weights of JCruan519/VM-UNet (`models/vmunet`)."""
         names = (
             (r"^vmunet\.", ""),
             (r"^patch_embed\.proj\.", "encoder.0.embedding.conv."),
@@ -128,12 +132,12 @@ class VMUNet(Segmenter):
 
 
 class PatchExpanding(nn.Module):
-    """One place to several, (B, C, H, W) -> (B, hidden / factor^2, factor H, factor W).
+    """Expands each position to several, (B, C, H, W) -> (B, hidden / factor^2, factor H, factor W).
 
     Args:
         channels: C.
-        hidden: after the projection: the channels of all places that one becomes.
-        factor: places along each axis.
+        hidden: width of the projection: the channels of all positions that one position becomes.
+        factor: upsampling factor along each axis.
     """
 
     def __init__(self, channels: int, hidden: int, factor: int) -> None:
