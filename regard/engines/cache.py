@@ -290,10 +290,11 @@ def last_slots(
     if lengths is not None:
         x = x if cached else F.pad(x, (0, 0, width, 0))
         return take(x, lengths[:, None] + torch.arange(width, device=x.device))
-    if x.shape[2] < width:
+    if not cached and x.shape[2] < width:
         return F.pad(x, (0, 0, width - x.shape[2], 0))
     kept = newest(x, 2, width)
-    return kept if x.shape[2] <= 2 * width + 1 else kept.clone()  # a view would keep a long sequence in memory
+    # A view would keep a long sequence in memory. A program must not depend on the length.
+    return kept.clone() if torch.compiler.is_compiling() or x.shape[2] > 2 * width + 1 else kept
 
 
 def take(x: Float[Tensor, "b g m d"], slots: Int[Tensor, "b width"]) -> Float[Tensor, "b g width d"]:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from regard.engines.cache import append, append_rows, newest
+from regard.engines.cache import append, append_rows, last_slots, newest
 
 
 def sequence(*shape):
@@ -109,3 +109,15 @@ def test_rows_that_hold_unequal_numbers_are_continued_each_from_its_end():
         expected = torch.cat([past[row, :, : counts[row]], new[row, :, : more[row]]], 1)
         assert torch.equal(found[row, :, : expected.shape[1]], expected)
     assert append_rows(past[:, :, :0], counts * 0, new, more * 0).shape == (3, 2, 0, 5)
+
+
+def test_a_program_keeps_the_last_slots_of_sequences_of_any_length():
+    class Kept(torch.nn.Module):
+        def forward(self, x):
+            return last_slots(x, None, 4, cached=True)
+
+    length = torch.export.Dim("length", min=5, max=1000)
+    program = torch.export.export(Kept(), (torch.randn(2, 1, 6, 3),), dynamic_shapes=({2: length},)).module()
+    for n in (5, 9, 40):
+        x = torch.randn(2, 1, n, 3)
+        assert torch.equal(program(x), x[:, :, -4:])

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from support import calls, close
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from regard.contract import Context, LayerCall, Pattern
 from regard.create import create_layer
@@ -123,3 +124,13 @@ def test_layer_has_the_gates_of_its_equations(forget_gate):
     o = run({"q": heads(layer.query(x)), "k": heads(layer.key(x)), "v": heads(layer.value(x)), **found}).output
     expected = F.layer_norm(o, (8,)).transpose(1, 2).flatten(2) * torch.sigmoid(layer.gate(x))
     close(layer(x).output, layer.output(expected))
+
+
+def test_gates_have_the_strides_that_a_compiled_program_expects():
+    """torch's logsigmoid gives contiguous memory whatever it is given; its fake version keeps the strides."""
+    gates = create_layer("mlstm", 12, num_heads=3).projection
+    x = torch.randn(2, 5, 12)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        expected = gates.inputs({}, LayerCall(mode.from_tensor(x), mode.from_tensor(x), Context()))
+    found = gates.inputs({}, LayerCall(x, x, Context()))
+    assert {name: t.stride() for name, t in found.items()} == {name: t.stride() for name, t in expected.items()}
