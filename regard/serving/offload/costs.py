@@ -285,7 +285,7 @@ def offloaded(sizes: Sizes, model: Device, attention: Device, network: Network, 
 
 
 def plans(devices: Sequence[Device], network: Network, sizes: Sizes, context: int) -> tuple[list[Plan], list[Plan]]:
-    """Return all plans with one kind of device, and all with a pair of kinds, each list with the cheapest tokens first."""
+    """Return all plans with one kind of device, and all with a pair of kinds; both sorted, cheapest tokens first."""
     alone = [homogeneous(sizes, device.times(n), context) for device in devices for n in _counts(device)]
     pairs = [
         offloaded(sizes, model.times(n), attention.times(count), network, context)
@@ -299,7 +299,7 @@ def plans(devices: Sequence[Device], network: Network, sizes: Sizes, context: in
 
 
 def crossing(gains: Mapping[int, float | None]) -> int | None:
-    """Return the shortest context such that it and all longer ones gain from a split (gain >= 1); None if there is none."""
+    """Return the shortest context that gains from a split (gain >= 1) with all longer ones; None if there is none."""
     found = None
     for context in sorted(gains, reverse=True):
         gain = gains[context]

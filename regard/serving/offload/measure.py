@@ -71,7 +71,7 @@ class Spent:
     attention: list[float] = field(default_factory=list)
 
     def stages(self, layers: int, micro_batches: int) -> Stages:
-        """Return median stage times of one micro-batch in one layer, for steps whose micro-batches did not alternate."""
+        """Return median stage times of one micro-batch in one layer; the steps' micro-batches must not alternate."""
         model, waiting, attention = (median(some[1:]) for some in (self.model, self.waiting, self.attention))
         latency = max(waiting - attention, 0.0) / 2  # two messages, out and back
         each = micro_batches * layers
