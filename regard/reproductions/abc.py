@@ -1,5 +1,4 @@
-"""ABC (Peng et al., arXiv 2110.02488) in the version of the Comprehensive Attention Benchmark (arXiv 2210.07661): slots
-instead of tokens.
+"""ABC (Peng et al., arXiv 2110.02488), as in the Comprehensive Attention Benchmark (2210.07661): slots, not tokens.
 
 The paper (abstract): learned control of a bounded memory is more efficient than earlier attention with hardly any loss
 of accuracy. The benchmark (its leaderboard, language modelling on PG-19): perplexity 29.13 against 19.73 for local

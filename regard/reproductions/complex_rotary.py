@@ -1,5 +1,4 @@
-"""ComplexFormer (arXiv 2505.10222, marked as withdrawn): an angle from the content for each head, in addition to the
-rotation by position.
+"""ComplexFormer (arXiv 2505.10222, marked as withdrawn): an angle from the content added to the rotation by position.
 
 The paper (abstract): significantly lower perplexity than rotary attention in language modelling, better long-context
 coherence, and better text, code and mathematics. The abstract gives no numbers, and the repository has no table.

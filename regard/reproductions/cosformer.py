@@ -1,5 +1,4 @@
-"""cosFormer (Qin et al., arXiv 2202.08791) as used in architecture search (arXiv 2207.13955): cheaper, and a little
-worse.
+"""cosFormer (Qin et al., arXiv 2202.08791) as in architecture search (arXiv 2207.13955): cheaper, and a little worse.
 
 The paper (abstract): comparable to or better than softmax in causal and cross attention, at linear cost, thanks to
 non-negative weights and the cosine. The search paper (abstract): the best network of cosFormer layers alone computes
@@ -14,8 +13,8 @@ cosines are 1), softmax, and one layer of each. "Comparable" means within 5 poin
 softmax's loss. Growth of causal forward time on one core. The search itself is `regard study architecture-search`.
 
 In an earlier protocol positions on digits started with a deviation of 0.02, from which softmax did not learn to
-classify them (0.51). In the pilot of the present protocol (two seeds), softmax had 0.95 with both, cosFormer 0.96 and
-0.96, and without its cosine 0.96 and 0.96, so more seeds would hardly show what the cosine does there.
+classify them (0.51). In the pilot of the present protocol (two seeds), softmax had 0.95 twice, cosFormer 0.96 and 0.96,
+and without its cosine 0.96 and 0.96, so more seeds would hardly show what the cosine does there.
 """
 
 from functools import partial

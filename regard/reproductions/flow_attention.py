@@ -11,10 +11,10 @@ linear attention with the same sigmoid kernel), with itself without competition 
 default number of features (44); softmax is the control. The entropy of the implied attention weights in the first layer
 after training measures their sharpness.
 
-In a pilot with two seeds, softmax had 0.79 and 0.81, and linear attention 0.08 less with both, so sharpness matters
-here; a first protocol, whole digits next to distractors, learned hardly anything (0.3). Flow attention and linear
-attention differed by less than 0.006, which no affordable number of seeds could tell from zero; four are enough for the
-rest. Four seeds left open whether Performer is better (by 0.05), so ten are run for that.
+In a pilot with two seeds, softmax had 0.79 and 0.81, and linear attention 0.08 less with either seed, so sharpness
+matters here; a first protocol, whole digits next to distractors, learned hardly anything (0.3). Flow attention and
+linear attention differed by less than 0.006, which no affordable number of seeds could tell from zero; four are enough
+for the rest. Four seeds left open whether Performer is better (by 0.05), so ten are run for that.
 """
 
 from typing import Any, cast

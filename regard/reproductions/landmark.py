@@ -1,5 +1,4 @@
-"""Landmark attention (Mohtashami and Jaggi, arXiv 2305.16300): a context far beyond the training length, block by
-block.
+"""Landmark attention (Mohtashami and Jaggi, arXiv 2305.16300): contexts far beyond the training length, by blocks.
 
 The paper (abstract): LLaMA-7B, fine-tuned, uses contexts of up to 32k tokens, far beyond those it was trained on; on
 long documents it has the perplexity of Transformer-XL with far fewer retrieved tokens per step.

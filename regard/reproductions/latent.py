@@ -1,5 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): the quality of all key/value heads with the cache of
-very few.
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): the quality of all heads with the cache of very few.
 
 The paper (section 2.1, tables 8 and 9): attention with all key/value heads is better than with few, and latent
 attention is better still (BBH 50.7 against 46.6) with 4 % of its cache, or 14 % in a smaller model; DeepSeek-V2

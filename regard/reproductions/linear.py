@@ -1,5 +1,5 @@
-"""Linear attention (Katharopoulos et al., arXiv 2006.16236): linear time, constant cost per token, and nearly the
-quality of softmax.
+"""Linear attention (Katharopoulos et al., arXiv 2006.16236): linear time, constant cost per token, nearly softmax's
+quality.
 
 The paper: quality similar to softmax (images: 0.64 against 0.62 bits per dimension on MNIST), time and memory linear in
 the length, and autoregressive prediction up to 4000 times faster on very long sequences (abstract).

@@ -1,5 +1,4 @@
-"""Linformer (Wang et al., arXiv 2006.04768): a few mixtures of the keys are enough, and sharing their matrices costs
-nothing.
+"""Linformer (Wang et al., arXiv 2006.04768): a few mixtures of keys are enough, and sharing their matrices is free.
 
 The paper (abstract, section 5): on par with the standard Transformer in pretraining and after fine-tuning, at linear
 time and memory; perplexity hardly depends on which matrices are shared; with a fixed projected dimension it stays the

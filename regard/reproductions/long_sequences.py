@@ -1,5 +1,5 @@
-"""A unified view of long-sequence models (He and Kabic, arXiv 2302.06218): context helps some mechanisms, and exact
-attention scales far when it is tiled and distributed over devices.
+"""A unified view of long-sequence models (He and Kabic, arXiv 2302.06218): longer context helps some mechanisms; exact
+attention scales when tiled and distributed.
 
 The paper (abstract): longer context helps, depending on the application, and is poorly exploited; distributed
 multi-head attention is almost 40 times as fast as the vanilla one on four GPUs. Parallelism alone could give 4 times at

@@ -1,5 +1,4 @@
-"""Long-Short Transformer (Zhu et al., arXiv 2107.02192): a window and a few projections of the other tokens in one
-softmax.
+"""Long-Short Transformer (Zhu et al., arXiv 2107.02192): a window and a few projections of other tokens in one softmax.
 
 The paper (abstract): 0.97 bits per byte on enwik8 with half the parameters of the previous method, faster, on sequences
 three times as long; linear complexity; two norms, since tokens and projections differ in scale. In the leaderboard of

@@ -10,8 +10,8 @@ self-attention (SAN, 8 heads, arXiv 1703.03130), LAMA with 8 heads and a learned
 followed by a mean. LAMA's weights are bounded: none is more than e^2 times another.
 
 A first protocol with 64 tokens left every pool except the maximum at chance. In a pilot of two seeds with 1000 steps,
-SAN had 1.0 with both, the mean 0.3, and LAMA 0.99 and 0.71; a single head and a Transformer layer, with one seed, had
-1.0. So the pools differ in how soon they find the keywords, and LAMA is only expected to match a single head. Four
+SAN had 1.0 with both seeds, the mean 0.3, and LAMA 0.99 and 0.71; a single head and a Transformer layer, with one seed,
+had 1.0. So the pools differ in how soon they find the keywords, and LAMA is only expected to match a single head. Four
 seeds left open whether LAMA is within 2 points of the others (it was 4 below), so ten are run; with 2,000 steps even
 the mean solves the task.
 """

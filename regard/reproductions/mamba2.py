@@ -1,5 +1,5 @@
-"""Mamba-2 (Dao and Gu, arXiv 2405.21060): the dual form is 2 to 8 times as fast as Mamba's scan, with the quality of
-Transformers.
+"""Mamba-2 (Dao and Gu, arXiv 2405.21060): the dual form is 2 to 8 times as fast as Mamba's scan, at Transformer
+quality.
 
 The paper (abstract): the core layer of Mamba-2 is 2 to 8 times as fast as Mamba's selective state space, and the model is
 competitive with Transformers at language modelling.

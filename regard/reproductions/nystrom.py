@@ -1,5 +1,4 @@
-"""Nystromformer (Xiong et al., arXiv 2102.03902): the softmax matrix reconstructed from a few landmarks is nearly as
-good.
+"""Nystromformer (Xiong et al., arXiv 2102.03902): softmax reconstructed from a few landmarks is nearly as good.
 
 The paper (abstract, section 5): with 64 landmarks, comparable to or in a few cases slightly better than BERT-base on
 GLUE and IMDB; favourable on the Long Range Arena at linear cost; 6 iterations are enough for the pseudoinverse.

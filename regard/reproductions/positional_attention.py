@@ -1,5 +1,5 @@
-"""Positional attention (Back de Luca et al., arXiv 2410.01686): attention weights that depend on positions alone
-generalise to larger values.
+"""Positional attention (Back de Luca et al., arXiv 2410.01686): weights from positions alone generalise to larger
+values.
 
 The paper: with weights that depend on positions only, transformers learn parallel algorithms as well as standard ones
 and, if the algorithm's data flow depends on positions alone, do far better on values outside the training range.
@@ -50,8 +50,8 @@ def network(
 
     Args:
         numbers: n; shorter inputs use the first rows of the encodings.
-        positional: whether attention is positional; otherwise softmax attention, with one-hot positions concatenated to the
-            input.
+        positional: whether attention is positional; otherwise softmax attention, with one-hot positions concatenated to
+            the input.
         bias: whether projections and MLPs have biases; without any the positional network is positively homogeneous.
     """
     nodes = numbers + 1

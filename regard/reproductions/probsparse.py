@@ -1,5 +1,4 @@
-"""Informer's ProbSparse attention (Zhou et al., arXiv 2012.07436): only a few queries attend, with a small loss of
-accuracy.
+"""Informer's ProbSparse attention (Zhou et al., arXiv 2012.07436): only a few queries attend, at a small loss.
 
 The paper (abstract): attention in O(L log L), with performance comparable to that of full attention on long sequence
 forecasting. The Comprehensive Attention Benchmark (arXiv 2210.07661, leaderboard, noncausal self): index -0.66, second

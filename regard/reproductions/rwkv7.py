@@ -1,5 +1,4 @@
-"""RWKV-7 (Peng et al., arXiv 2503.14456): a memory that replaces its contents recalls more than one that decays and
-adds.
+"""RWKV-7 (Peng et al., arXiv 2503.14456): a memory that replaces recalls more than one that decays and adds.
 
 The paper (abstract): RWKV-7 generalises the delta rule with vector-valued gates and in-context learning rates, tracks
 states and recognises all regular languages; language models of up to 2.9B parameters are as good as others of their

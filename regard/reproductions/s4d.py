@@ -12,7 +12,7 @@ which is not judged. For the rates: scikit-learn's digits as sequences of 64 pix
 In an earlier protocol, on bytes in windows of 256 with a local window of 15, softmax was 0.13 nats worse than local
 attention after 400 steps (S4D 0.33): distant tokens do not help there yet. In a pilot on digits read pixel by pixel
 (two seeds), where softmax was 0.05 below a window of 7, S4D had the window's loss within 0.04. In the pilot of the
-present protocol (two seeds), S4D had 0.07 and 0.06 nats, the window 1.97 and 1.93, softmax 0.00 with both.
+present protocol (two seeds), S4D had 0.07 and 0.06 nats, the window 1.97 and 1.93, softmax 0.00 with both seeds.
 """
 
 import torch

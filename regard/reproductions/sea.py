@@ -1,5 +1,4 @@
-"""SEA (Lee et al., arXiv 2310.01777): distilled attention over a few keys from an estimated map is as good as full
-attention.
+"""SEA (Lee et al., arXiv 2310.01777): distilled attention over a few estimated keys is as good as full attention.
 
 The paper (abstract): OPT-1.3B on WikiText-2, distilled to SEA, has a better perplexity than the quadratic model with
 about half the memory, whereas earlier linear and sparse methods have about twice the perplexity. The number of keys can

@@ -1,5 +1,4 @@
-"""Selective self-attention (Zhang et al., arXiv 2411.12892): a temperature for each token, from its content and its
-position.
+"""Selective self-attention (Zhang et al., arXiv 2411.12892): a temperature for each token, from content and position.
 
 The paper (abstract): adaptive temperatures of queries and values improve language models (Pythia, Llama, GPT-2) with
 less than 0.5 % more parameters when weights are shared. Its theory: query temperatures allow sparse attention without

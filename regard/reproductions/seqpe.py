@@ -1,5 +1,4 @@
-"""Sequential position encoding (Li et al., arXiv 2506.13277): positions read as digits extend beyond the training
-length.
+"""Sequential position encoding (Li et al., arXiv 2506.13277): positions read as digits exceed the training length.
 
 The paper (abstract): in language modelling, question answering and image classification it surpasses strong
 position-encoding baselines, "particularly under context length extrapolation".

@@ -1,5 +1,4 @@
-"""FlashAttention (Dao et al., arXiv 2205.14135): exact, with memory linear in the length, and faster; longer contexts
-help.
+"""FlashAttention (Dao et al., arXiv 2205.14135): exact, in linear memory, and faster; longer contexts help.
 
 The paper (abstract): exact attention with fewer accesses to slow memory; GPT-2 at length 1K trains 3 times as fast as
 existing baselines; a longer context gives 0.7 better perplexity. (Path-X and Path-256 are out of reach here.)

@@ -1,5 +1,5 @@
-"""The Sparse Frontier (Nawrot et al., arXiv 2504.17768): at equal cost, is larger and sparse better than smaller and
-dense?
+"""The Sparse Frontier (Nawrot et al., arXiv 2504.17768): at equal cost, is larger and sparse or smaller and dense
+better?
 
 The paper (abstract): for very long sequences, larger and highly sparse models are better than smaller and dense ones at
 the same cost; no method is best for all tasks, and even moderate sparsity hurts in at least one.

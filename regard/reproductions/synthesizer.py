@@ -10,7 +10,7 @@ expectation of a survey (arXiv 2103.14636).
 
 In an earlier protocol positions started with a deviation of 0.02, and softmax had 0.49 to 0.57 on whole images: it had
 not learned. In a pilot of two seeds, softmax has 0.79 and 0.81, dense the same, random 0.71 and 0.77, as does fixed,
-and dense with dot products 0.77 with both. Ten seeds left three of the differences open, so thirty are run for these.
+and dense with dot products 0.77 twice. Ten seeds left three of the differences open, so thirty are run for these.
 """
 
 from typing import Any

@@ -75,7 +75,7 @@ def grown(model: TokenFormer, vocab_size: int, tau_mode: str) -> TokenFormer:
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
-    """Measure the loss of a model that was grown, trained from scratch or continued, and how far growth moved its loss."""
+    """Measure the loss of a model grown, trained from scratch or continued, and how far growth alone moved its loss."""
     task = cached_task("text", length=128, evaluation_items=setting["items"])
     vocab, how, before, after = task.vocab_size or 0, setting["how"], setting["before"], setting["after"]
     if how.startswith(("scratch", "small")):

@@ -54,7 +54,7 @@ MANY_BLOBS = 6
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Measure accuracy without and with reduction, also with more distracting blobs; with ``seconds``, times of a batch."""
+    """Measure accuracy with and without reduction, also with more distractors; with ``seconds``, times of a batch."""
     if "seconds" in setting:
         return times(setting, seed)
     items = setting["items"]
@@ -96,7 +96,7 @@ def times(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def table(cells: Mapping[tuple[str, int], Measurements]) -> list[dict[str, Any]]:
-    """Return a row for each method and share with accuracy, images/s and speedup over all tokens: means over the seeds of
+    """Return a row for each method and share with accuracy, images/s and speedup over all tokens: means over seeds of
     `cells`, given by (setting, seed). None for missing measurements."""
 
     def mean(setting: str, name: str) -> float | None:

@@ -1,5 +1,4 @@
-"""Transformer-XL (Dai et al., arXiv 1901.02860): a memory of the previous segment lets a model use context beyond a
-segment.
+"""Transformer-XL (Dai et al., arXiv 1901.02860): a memory of the last segment extends context beyond a segment.
 
 The paper (abstract): dependencies 450 % longer than those of a vanilla Transformer, better results on short and on long
 sequences, and up to 1,800 times faster evaluation; section 3.3: relative scores generalise to memories longer than in

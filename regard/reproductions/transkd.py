@@ -1,5 +1,4 @@
-"""TransKD (Liu et al., arXiv 2202.13393): a small SegFormer learns by distillation what pre-training taught a large
-one.
+"""TransKD (Liu et al., arXiv 2202.13393): distillation replaces pre-training for a small SegFormer.
 
 The paper: SegFormer-B0 without pre-training has 55.9 % mean IoU on Cityscapes; distilled from the feature maps and
 patch embeddings of a SegFormer-B2 with 76.5 %, it has 68.6 %, with the GL-Mixer 68.9 % and with the embedding assistant

@@ -42,8 +42,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "short U-Net": {"network": "unet_nano", "options": {"widths": [16, 64]}},
     "short bottleneck": {"network": "umamba_bot_nano", "options": {"widths": [16, 48]}},
 }
-"""Networks by name. With one channel and three classes they have 266,385, 268,077, 274,413, 272,608 and 272,608 parameters;
-those of two stages have 75,283 and 76,003."""
+"""Networks by name. With one channel and three classes they have 266,385, 268,077, 274,413, 272,608 and 272,608
+parameters; those of two stages have 75,283 and 76,003."""
 PAIRED = ("short U-Net", "short bottleneck", "U-Net", "bottleneck")
 PAPER = Paper("U-Mamba: Enhancing Long-range Dependency for Biomedical Image Segmentation", "2401.04722", 2024, 52)
 

@@ -1,5 +1,4 @@
-"""U-Mamba on a real head (Ma, Li & Wang, arXiv 2401.04722), to complement the reproduction ``umamba`` on synthetic
-scenes.
+"""U-Mamba on a real head (Ma, Li & Wang, arXiv 2401.04722), complementing ``umamba`` on synthetic scenes.
 
 The paper: U-Mamba is better than convolutional networks, including the U-Net that it is based on, on medical images
 (abstract).

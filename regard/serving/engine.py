@@ -153,7 +153,7 @@ class Row:
 
     @property
     def writing(self) -> bool:
-        """Whether the row is decoding: only its newest token is left to be read."""
+        """True if the row is decoding: only its newest token is left to be read."""
         return self.unread == 1 and self.length > 0
 
 
@@ -233,7 +233,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether any request runs or waits."""
+        """True if any request runs or waits."""
         return bool(self.active or len(self.waiting))
 
     def submit(self, request: Request) -> None:

@@ -103,7 +103,7 @@ class Service:
 
     @property
     def healthy(self) -> bool:
-        """Whether requests are accepted: the scheduler has not failed and is not closing."""
+        """True if requests are accepted: the scheduler has not failed and is not closing."""
         return self.failed is None and not self._closing
 
     def submit(self, requests: Sequence[Request]) -> Stream:

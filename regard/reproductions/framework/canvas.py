@@ -131,7 +131,7 @@ TUNING = 1 << 20
 
 
 def trained_transformer(setting: Mapping[str, Any], seed: int) -> VisionTransformer:
-    """Return a copy of a vision transformer trained on canvases with the setting's `TRAINED` options, in evaluation mode."""
+    """Return a copy of a vision transformer trained with the setting's `TRAINED` options, in evaluation mode."""
     model = _transformer(setting)
     model.load_state_dict(_trained(_part(setting, TRAINED), seed))
     return model.eval()

@@ -136,7 +136,7 @@ def start_large(model: nn.Module) -> None:
 
 
 def transformer_score(task: Task, setting: Mapping[str, Any], seed: int) -> dict[str, float]:
-    """Return the :func:`trained_score` of a :func:`backbone` that :func:`start_large` initialised, and its multiply-adds."""
+    """Return the :func:`trained_score` and multiply-adds of a :func:`backbone` that :func:`start_large` initialised."""
     model = backbone(task, setting)
     start_large(model)
     return {"multiply-adds": multiply_adds(model, task), **trained_score(model, task, setting, seed)}

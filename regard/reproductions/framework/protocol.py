@@ -121,5 +121,5 @@ class Cell:
 
     @property
     def timed(self) -> bool:
-        """Whether the cell's measurements are times."""
+        """True if the cell's measurements are times."""
         return self.setting in self.reproduction.timings

@@ -231,7 +231,7 @@ class Nursery:
 
     @property
     def alive(self) -> bool:
-        """Whether the process still runs."""
+        """True while the process runs."""
         return self._process.poll() is None
 
     def close(self) -> None:

@@ -71,7 +71,7 @@ class AttentionWorker:
 
     @torch.no_grad()
     def answer(self, message: Message) -> Message | None:
-        """Answer a message, with the total seconds of work as ``busy``; errors become ``failed``. None for ``early``."""
+        """Answer a message, with total seconds of work as ``busy``; errors become ``failed``. None for ``early``."""
         started = time.perf_counter()
         try:
             answer = self._ops[message.op](message)
