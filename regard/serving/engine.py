@@ -206,7 +206,11 @@ class Reader(Protocol):
 
 
 class Engine:
-    """See :mod:`regard.serving.engine`.
+    """The scheduler; see :mod:`regard.serving.engine`.
+
+    Args:
+        reader: the model.
+        limits: see :class:`Limits`.
 
     Attributes:
         prompt_tokens: tokens of prompts that were read.

@@ -38,7 +38,7 @@ def timed_slopes(actions: Mapping[str, Mapping[float, Action]], *, seconds: floa
 
 
 def growth_and_speedup(actions: Mapping[str, Mapping[float, Action]], *, seconds: float) -> dict[str, dict[str, float]]:
-    """Return :func:`timed_slopes` of two names, and ``speedup``: the second's time over the first's at the largest size."""
+    """Return :func:`timed_slopes` of two names, and ``speedup``, second time over first at the largest size."""
     first, second = actions.values()
     largest = max(first)
     ratio = timed_ratio(second[largest], first[largest], seconds=seconds)
