@@ -1,4 +1,4 @@
-"""Reproductions: what papers claim, tried at a size that a laptop can run. One module a claim, found by a folder scan."""
+"""Reproductions: papers' claims, tested at a size that a laptop can run. One module per claim, found by scanning."""
 
 from __future__ import annotations
 

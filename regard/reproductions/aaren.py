@@ -3,10 +3,10 @@
 The paper (abstract): comparable to Transformers on 38 datasets of reinforcement learning, event forecasting, and
 time-series classification and forecasting, and more efficient in time and memory, which stays constant.
 
-Here: time-series classification: scikit-learn's digits read row by row as 8 steps of 8 numbers, causal, classified after
-the last step, half of the images held out, 2 layers of width 64, 10 epochs; comparable means within 3 points. Bytes of
-state and growth of the time of a step. The price: associative recall, which a query that does not depend on the token
-cannot do (this is expected of the definition, the paper does not say it).
+Here: time-series classification: scikit-learn's digits read row by row as 8 steps of 8 numbers, causal, classified
+after the last step, with half of the images held out, 2 layers of width 64 and 10 epochs; "comparable" means within 3
+points. Also measured: bytes of state, and how the time of a step grows. The price is associative recall, which a query
+that does not depend on the token cannot do (this follows from the definition; the paper does not say it).
 """
 
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ RECALL = {"task": "recall", "steps": 1000, "batch_size": 32, "learning_rate": 3e
 
 
 class Rows(Task):
-    """Images read row by row: 8 steps of 8 numbers, and a class at the end."""
+    """Images read row by row: 8 steps of 8 numbers, with the class as the target at the end."""
 
     def __init__(self, images: Task) -> None:
         self.images = images
@@ -62,7 +62,7 @@ class Rows(Task):
 
 
 class Stream(nn.Module):
-    """Causal blocks over measured steps; the class is read at the last one."""
+    """Causal blocks over steps of measured values; the class is read off at the last step."""
 
     def __init__(self, mixer: str, task: Task) -> None:
         super().__init__()
@@ -80,8 +80,8 @@ class Stream(nn.Module):
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Recall, or digits row by row with the bytes of a state after 256 and 2048 tokens; with ``lengths`` the growth of
-    a step's time."""
+    """Measure recall, or digits row by row and bytes of state after 256 and 2048 tokens; with ``lengths``, how the time
+    of a step grows."""
     if "lengths" in setting:
         return time_steps(setting)
     mixer = setting["mixer"]
@@ -95,18 +95,18 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def state_after(layer: nn.Module, n: int) -> Any:
-    """The state of a layer after `n` random tokens."""
+    """Return the state of a layer after `n` random tokens."""
     return layer(torch.randn(1, n, 64), context=Context(want=frozenset({"state"}))).state
 
 
 def bytes_at(mixer: str, n: int) -> float:
-    """Bytes of the state of a new layer after `n` tokens."""
+    """Return the bytes of a new layer's state after `n` tokens."""
     return float(state_bytes(state_after(create_layer(mixer, 64, 4), n)))
 
 
 @torch.no_grad()
 def time_steps(setting: Setting) -> dict[str, Any]:
-    """Growth of a step's time with the tokens before it, of both layers."""
+    """Measure how the time of a step grows with the tokens before it, for both layers."""
     layers: dict[str, Any] = {mixer: create_layer(mixer, 64, 4) for mixer in ("aaren", "softmax")}
     x = torch.randn(1, 64)
     actions = {
@@ -117,7 +117,7 @@ def time_steps(setting: Setting) -> dict[str, Any]:
 
 
 def steps(layer: Any, x: Tensor, state: Any, count: int) -> None:
-    """So many steps from the same state: one alone is too short for a clock."""
+    """Take several steps from the same state: a single step is too short to time."""
     for _ in range(count):
         layer.step(x, state)
 

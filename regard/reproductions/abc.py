@@ -1,13 +1,14 @@
-"""ABC (Peng et al., arXiv 2110.02488) as the Comprehensive Attention Benchmark (arXiv 2210.07661) has it: slots instead of tokens.
+"""ABC (Peng et al., arXiv 2110.02488), as in the Comprehensive Attention Benchmark (2210.07661): slots, not tokens.
 
-The paper (abstract): a learned control of a bounded memory is more efficient than earlier attention at hardly any loss of
-accuracy. The benchmark (its leaderboard, language modelling on PG-19): perplexity 29.13 against 19.73 of local attention
-with 16 tokens, measured with code that does not accumulate over the past; noncausal index -0.69 against -0.02 of softmax.
+The paper (abstract): learned control of a bounded memory is more efficient than earlier attention with hardly any loss
+of accuracy. The benchmark (its leaderboard, language modelling on PG-19): perplexity 29.13 against 19.73 for local
+attention with 16 tokens, measured with code that does not accumulate over the past; noncausal index -0.69 against -0.02
+for softmax.
 
-Here: scikit-learn's digits as 64 pixel tokens in 16 slots, noncausal, within 5 points of softmax; characters of text, 128
-at a time, 500 steps, with the running softmax: 16 slots against local attention of 16 tokens, softmax, and 2 slots. Two
-layers of width 64. Whether slots help was open after three seeds, and is tried on ten. Growth of forward time on one core,
-causal, from 1024 to 8192 tokens.
+Here: scikit-learn's digits as 64 pixel tokens in 16 slots, noncausal, within 5 points of softmax; and characters of
+text, 128 at a time, 500 steps, with the running softmax: 16 slots against local attention of 16 tokens, softmax, and 2
+slots. Two layers of width 64. Three seeds left open whether slots help, so ten are run. Growth of forward time on one
+core, causal, from 1024 to 8192 tokens.
 """
 
 from functools import partial
@@ -33,7 +34,7 @@ TEXT = {"task": "text", "steps": 500, "batch_size": 16, "learning_rate": 3e-3, "
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Loss on text or accuracy on digits; with ``lengths`` times of a forward call."""
+    """Measure the loss on text or accuracy on digits; with ``lengths``, times of a forward call."""
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
@@ -46,7 +47,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def time_forward(setting: Setting) -> dict[str, Any]:
-    """Growth with the length of both mechanisms' times, causal, and the speedup at the longest."""
+    """Measure how both mechanisms' causal times grow with the length, and the speedup at the longest."""
     inputs = {n: torch.randn(3, 1, 4, n, 64) for n in setting["lengths"]}
     controls = torch.randn(2, 64, 16) / 8
     actions = {

@@ -1,14 +1,15 @@
-"""Adaptive span (Sukhbaatar et al., arXiv 1905.07799): heads need not look far, and learn how far they do.
+"""Adaptive span (Sukhbaatar et al., arXiv 1905.07799): heads need not look far, and learn how far to look.
 
-The paper (abstract): each head learns its optimal context, so that the longest can be extended to 8192 characters at little
-memory and computing time, with the best results of its time on text8 and enwik8. Most heads come to spans far below the
-longest.
+The paper (abstract): each head learns its optimal context, so that the maximum can be extended to 8192 characters at
+little cost in memory and time, with state-of-the-art results on text8 and enwik8. Most heads learn spans far below the
+maximum.
 
-Here: scikit-learn's digits written pixel by pixel, where the pixel above is eight tokens back, 2 layers of width 64 with spans
-from 0 to 64 and a ramp of 8, beside softmax and beside windows of 4 tokens; 600 steps. The loss of spans has the weight that the
-authors' has at this length, 2e-6 for each token of the longest span, and spans begin at a quarter of it: those that begin at 0,
-as the authors' do, do not grow in so few steps (a pilot of one seed: 0 to 2.6 tokens), nor did they with the models' own weight of
-0.01, which was the first protocol. In a pilot of one seed the present one has a mean span of 13 tokens.
+Here: scikit-learn's digits generated pixel by pixel, where the pixel above is eight tokens back; 2 layers of width 64
+with spans from 0 to 64 and a ramp of 8, compared with softmax and with windows of 4 tokens; 600 steps. The span loss
+has the weight that the authors' loss has at this length, 2e-6 per token of the maximum span, and spans start at a
+quarter of the maximum. Spans that start at 0, as the authors' do, do not grow in so few steps (0 to 2.6 tokens in a
+pilot with one seed), nor did they with the models' default weight of 0.01, which was the first protocol. In a pilot
+with one seed, the present protocol has a mean span of 13 tokens.
 """
 
 from typing import Any
@@ -27,7 +28,7 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
-    """Score on digits pixel by pixel, and of learned spans the mean and the longest."""
+    """Measure the score on digits pixel by pixel, and the mean and maximum of learned spans."""
     task = digit_levels(setting["items"])
     weights = {"span": setting["weight"]} if "weight" in setting else {}
     model = language_model(task, [MIXERS[setting["mixer"]]] * 2, dim=64, num_heads=4, loss_weights=weights)
@@ -37,7 +38,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, float]:
 
 
 def learned_spans(model: Any) -> list[float]:
-    """Spans of each head of each layer that has some, in tokens."""
+    """Return the spans, in tokens, of each head of each layer that learns spans."""
     found: list[float] = []
     for block in model.blocks:
         if block.mixer.card.name == "adaptive_span":

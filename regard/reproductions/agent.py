@@ -3,21 +3,22 @@
 The paper (table in the authors' repository, ImageNet-1K top-1): DeiT-T 72.2 to 74.9 %, PVT-T 75.1 to 78.4 %, Swin-T 81.2 to
 82.6 % when softmax is replaced by agents with their bias and convolution.
 
-Here: scikit-learn's digits, half of the images held out, read through windows of 6 x 6 pixels at random places in training, so
-that a digit is known by how its pixels lie to each other; 2 layers of width 32 with 2 heads, learned positions. As in the paper,
-9 agents with bias and depthwise convolution against softmax without either. Since a convolution helps any attention on a grid,
-softmax and linear attention (elu + 1) are also given the same one, beside agents without the bias, so that they
-differ in the attention alone. Beside it, scenes of 8 x 8 cells with two marked glyphs among fourteen of twelve kinds: are they
-alike? (a harder version of the task of `bilevel_routing`), where a few cells have to be found among many: softmax, linear
-attention, and 16 agents without the bias, all with the convolution. In a pilot of one seed softmax has 0.89, linear attention
-0.48, agents 0.96; with five glyphs of four kinds all have 1.00, and with places as large as contents at the start (the first
-protocol) softmax stayed at 0.5. Growth of forward time over grids of 1024 to 4096 tokens on one core.
+Here: scikit-learn's digits, half of the images held out, read through windows of 6 x 6 pixels at random places in
+training, so that a digit is recognised by the relative positions of its pixels; 2 layers of width 32 with 2 heads,
+learned positions. As in the paper, 9 agents with bias and depthwise convolution against softmax without either. Since a
+convolution helps any attention on a grid, softmax, linear attention (elu + 1) and agents without the bias are also run
+with the same convolution, so that only the attention differs. A second task has scenes of 8 x 8 cells with two marked
+glyphs among fourteen of twelve kinds: are the two alike? (This is a harder version of the task of `bilevel_routing`.) A
+few cells have to be found among many: softmax, linear attention, and 16 agents without the bias, all with the
+convolution. In a pilot with one seed, softmax has 0.89, linear attention 0.48 and agents 0.96; with five glyphs of four
+kinds, all have 1.00; and with positions as large as contents at the start (the first protocol), softmax stayed at 0.5.
+Growth of forward time over grids of 1024 to 4096 tokens on one core.
 
-A first protocol compared agents with a convolution to softmax without one, by rotary positions along the rows, and so
-mostly measured the convolution: in a pilot of one seed softmax has 0.79, agents without both 0.79, and softmax, linear attention
-and agents with the convolution 0.88 to 0.89. Digits hardly tell agents and linear attention apart, hence the scenes. Fashion-MNIST
-in 64 patches does not either: a pilot of one seed had 0.786 by agents with bias and convolution, 0.793 by softmax, 0.800 by
-softmax and 0.802 by linear attention with a convolution.
+A first protocol compared agents with a convolution with softmax without one, with rotary positions along the rows, and
+so mostly measured the convolution: in a pilot with one seed, softmax has 0.79, agents without bias and convolution
+0.79, and softmax, linear attention and agents with the convolution 0.88 to 0.89. Digits hardly separate agents from
+linear attention, hence the scenes. Nor does Fashion-MNIST in 64 patches: in a pilot with one seed, agents with bias and
+convolution had 0.786, softmax 0.793, and with a convolution softmax had 0.800 and linear attention 0.802.
 """
 
 import dataclasses
@@ -43,7 +44,7 @@ GLYPHS = {"steps": 1200, "batch_size": 32, "learning_rate": 3e-3, "items": 512, 
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Accuracy on marked glyphs or windows of digits; with ``lengths`` times of a forward call."""
+    """Measure the accuracy on marked glyphs or windows of digits; with ``lengths``, times of a forward call."""
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
@@ -61,7 +62,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def time_forward(setting: Setting) -> dict[str, Any]:
-    """Growth of both times with the pixels of a square grid, and the speedup at the most."""
+    """Measure how both times grow with the pixels of a square grid, and the speedup at the largest."""
     inputs = {n: torch.randn(3, 1, 4, n, 64) for n in setting["lengths"]}
     agents = {
         n: partial(agent_attention, *x, pattern="noncausal-self", num_agents=16, grid=(math.isqrt(n), math.isqrt(n)))

@@ -1,15 +1,15 @@
 """Attention offloading (Chen et al., arXiv 2405.01814): keys, values and attention on cheaper devices than the model.
 
-The paper (abstract, first version): 1.48 to 12.1 times the estimated throughput per dollar of homogeneous devices, with a
-bandwidth between them that common networks have.
+The paper (abstract, first version): 1.48 to 12.1 times the estimated throughput per dollar of homogeneous devices, with
+a bandwidth that common networks provide.
 
-Here: its question by the counted operations and bytes of :mod:`regard.serving.offload.costs`, for up to eight H100 with the
-model and up to 32 RTX 3090 with the attention (data sheets; 200 Gb/s and 20 microseconds between them), a model of 13 and one of
-70 billion parameters of two bytes, and contexts of 1k to 64k. Prices are nobody's: the small device costs a fourth, an eighth or
-a sixteenth of the large one. Against H100 alone, and against the better of both kinds alone, whose devices share all work at no
-cost in this count, which favours many small ones. And by
-the clock, with a model of 4 layers of width 256 on one core and its keys and values on another: two micro-batches in turn
-against one batch, where attention takes much less than the model, about as much, and much more.
+Here: the estimate, from the counted operations and bytes of :mod:`regard.serving.offload.costs`, for up to eight H100
+with the model and up to 32 RTX 3090 with the attention (data sheets; 200 Gb/s and 20 microseconds between them), models
+of 13 and 70 billion parameters of two bytes, and contexts of 1k to 64k. Prices are assumptions: the small device costs
+a fourth, an eighth or a sixteenth of the large one. The comparison is with H100 alone, and with the better of the two
+kinds alone, whose devices share all work at no cost in this count, which favours many small ones. And a measurement,
+with a model of 4 layers of width 256 on one core and its keys and values on another: two alternating micro-batches
+against one batch, where attention takes much less time than the model, about as much, and much more.
 """
 
 import os
@@ -32,15 +32,15 @@ DATA_SHEET = "data sheet of the maker: dense operations of two-byte numbers"
 LARGE = Device("H100 SXM", 989e12, 3.35e12, 80e9, 16.0, DATA_SHEET)
 NETWORK = Network(2.5e10, 2e-5)
 FAST_NETWORK = 5e10
-"""Bytes a second of 400 Gb/s."""
+"""Bytes per second of a 400 Gb/s network."""
 MODELS = {"13b": Sizes(40, 40, 40, 128, 13e9), "70b": Sizes(80, 64, 8, 128, 70e9)}
 SHORT, EVEN, LONG = "short", "even", "long"
 TIMES = {SHORT: 128, EVEN: 2048, LONG: 16_384}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """What the plans of devices say of a published model, or the measured gain of two micro-batches with a worker on a
-    core of its own, its stages and how far the simulation was off."""
+    """Return the planned economics of a published model, or the measured gain of two micro-batches with a worker on its
+    own core, with the stage times and the error of the simulation."""
     if "share" in setting:
         return economics(MODELS[setting["model"]], setting["share"], CONTEXTS[: setting["contexts"]])
     torch.manual_seed(seed)
@@ -63,8 +63,8 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def economics(sizes: Sizes, share: float, contexts: tuple[int, ...]) -> dict[str, float]:
-    """Tokens for the money with the model on large and attention on small devices, over those of large devices alone, and over
-    those of the best single kind; and bytes a second between them."""
+    """Return tokens per price with the model on large and attention on small devices, over large devices alone and over
+    the best single kind; and the bytes per second between them."""
     small = Device("RTX 3090", 71e12, 9.36e11, 24e9, LARGE.price_per_hour * share, DATA_SHEET, available=32)
     gains, best, needed = {}, [], []
     for context in contexts:
@@ -86,7 +86,7 @@ def economics(sizes: Sizes, share: float, contexts: tuple[int, ...]) -> dict[str
 
 @contextmanager
 def on_core(core: int) -> Iterator[None]:
-    """This process, on one core meanwhile."""
+    """Pin this process to one core inside the ``with`` block."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})
     try:
@@ -96,7 +96,7 @@ def on_core(core: int) -> Iterator[None]:
 
 
 def best_gain(seed: Seed) -> Measurements:
-    """The gain at that of the three contexts where it is greatest."""
+    """Return the largest gain over the three contexts."""
     found: list[Measurements] = [seed[name]["gain"] for name in TIMES]
     return max(found, key=lambda gain: gain["median"])
 

@@ -1,16 +1,16 @@
-"""AxFormer (Nagarajan et al., arXiv 2010.03688): a fine-tuned transformer gets better by losing parts.
+"""AxFormer (Nagarajan et al., arXiv 2010.03688): a fine-tuned transformer improves when parts are removed.
 
-The paper: of a BERT that is fine-tuned on few data some blocks, heads and neurons hurt; taking those away that a held-out split
-shows, and reading the largest weights of attention alone in some layers, gives up to 4.5 points of accuracy on GLUE and SQuAD,
-up to 2.5 times faster and up to 3.2 times smaller models (abstract).
+The paper (abstract): some blocks, heads and neurons of a BERT fine-tuned on little data are harmful. Removing those
+that a held-out split identifies, and keeping only the largest attention weights in some layers, gains up to 4.5 points
+of accuracy on GLUE and SQuAD, with models up to 2.5 times as fast and 3.2 times as small.
 
-Here: an encoder of six layers of width 128 and four heads, trained on 2,000 sequences of two marked tokens, 9 in all, among
-distractors of 30 kinds; the class is which mark is in the majority, and one label in ten is wrong. 1,000 further items choose, by
-the same rules and order as in the paper, and 2,000 are tested. Beside it as many parameters are taken away by chance, and by the
-size of weights: heads and twelfths of the neurons of a layer, wherever they are.
+Here: an encoder of six layers of width 128 and four heads, trained on 2,000 sequences with 9 marks of two kinds among
+distractors of 30 kinds; the class is the mark in the majority, and one label in ten is wrong. Parts are selected on
+1,000 further items, by the same rules and in the same order as in the paper, and tested on 2,000. As controls, as many
+parameters are removed at random and by weight magnitude, as heads and twelfths of the neurons of any layer.
 
-Before this was fixed only a run of two steps was looked at: whether the encoder overfits, without which nothing can be told, is a
-need.
+Only a run of two steps was seen before this protocol was fixed. That the encoder overfits is a need, since otherwise
+nothing can be concluded.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ TRAINING = {
 
 
 class Majority(Task):
-    """Tokens 0 and 1 are the marks, the others distractors. A few items that are seen again and again."""
+    """Sequences with marks (tokens 0 and 1) among distractors (all others); training uses a small fixed set."""
 
     name, pattern, objective = "majority", Pattern.NONCAUSAL_SELF, "classification"
     vocab_size, num_classes, chance = 2 + KINDS, 2, 0.5
@@ -82,13 +82,13 @@ class Majority(Task):
 
 
 def in_batches(items: Batch, size: int) -> Iterator[Batch]:
-    """All items, `size` at a time."""
+    """Yield all items, `size` at a time."""
     return (items.items(start, min(start + size, items.size)) for start in range(0, items.size, size))
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Accuracy and loss of a small classifier before and after AxFormer took parts away, and after as many parameters
-    went by chance and by magnitude."""
+    """Measure accuracy and loss of a small classifier before and after AxFormer removes parts, and after as many
+    parameters are removed at random and by magnitude."""
     task = Majority(setting, seed)
     torch.manual_seed(seed)
     model = classifier(task, "softmax", num_layers=setting["layers"], dim=setting["dim"], num_heads=4)
@@ -130,7 +130,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def as_many(host: Host, numbers: int, groups: int, by: str, seed: int) -> list[Cut]:
-    """Cuts of heads and groups of neurons that take `numbers` parameters away, or as little more as can be."""
+    """Return cuts of heads and groups of neurons that remove `numbers` parameters, or as few more as possible."""
     parts: list[tuple[float, int, str, tuple[int, ...], int]] = []
     for i, layer in enumerate(host.layers):
         assert layer.output is not None and layer.down is not None

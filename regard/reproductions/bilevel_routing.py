@@ -1,15 +1,16 @@
-"""Bi-level routing attention (Zhu et al., arXiv 2303.08810): a few chosen regions do the work of all.
+"""Bi-level routing attention (Zhu et al., arXiv 2303.08810): a few chosen regions are enough.
 
-The paper (ImageNet-1K top-1): 82.7 % in the layout of Swin-T, whose local windows have 81.3 %.
+The paper (ImageNet-1K top-1): 82.7 % in the layout of Swin-T, which has 81.3 % with local windows.
 
-Here: which of two glyphs that lie anywhere in an image is the same? Scenes of 8 x 8 cells hold two marked glyphs of 2 x 2 cells
-and three others without a mark; the class is whether the marked two are alike. Of 16 regions each reads itself alone (local
-windows), the 2 or 4 that it chooses, or all (softmax). Two layers of width 32, learned positions, no local enhancement.
-Places begin small beside contents (0.1): where they began as large (1, 800 steps), softmax stayed at 0.5 with four seeds of four,
-which was the first protocol. A pilot of one seed has 0.48 with its own region and 1.00 with 2 or 4 chosen ones and with all.
+Here: are two glyphs somewhere in an image alike? Scenes of 8 x 8 cells hold two marked glyphs of 2 x 2 cells and three
+others without a mark; the class is whether the marked two are alike. Each of 16 regions reads itself alone (local
+windows), the 2 or 4 regions that it chooses, or all (softmax). Two layers of width 32, learned positions, no local
+enhancement. Positions start small compared with contents (0.1): when they started as large (1, 800 steps; the first
+protocol), softmax stayed at 0.5 for all four seeds. A pilot with one seed has 0.48 with the own region alone, and 1.00
+with 2 or 4 chosen regions and with all.
 
-Fashion-MNIST cannot tell: in 64 patches with two layers of width 64, 300 steps, a pilot of one seed had 0.796 with its own region,
-0.794 with 4 chosen ones and 0.793 with all.
+Fashion-MNIST shows no difference: in 64 patches with two layers of width 64 and 300 steps, a pilot with one seed had
+0.796 with the own region, 0.794 with 4 chosen ones and 0.793 with all.
 """
 
 from typing import Any
@@ -30,7 +31,7 @@ REGIONS = {"windows": 4, "lce": 0}
 
 
 class MarkedGlyphs(Task):
-    """Are the two marked glyphs of a scene alike? Cells have a one-hot kind, a mark, and a number of noise."""
+    """Classify whether the two marked glyphs of a scene are alike. A cell has a one-hot kind, a mark, and noise."""
 
     name, pattern, objective = "marked glyphs", Pattern.NONCAUSAL_SELF, "classification"
     length, grid, num_classes = SIDE * SIDE, (SIDE, SIDE), 2
@@ -73,7 +74,7 @@ class MarkedGlyphs(Task):
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Accuracy on marked glyphs."""
+    """Measure the accuracy on marked glyphs."""
     task = MarkedGlyphs(setting["items"])
     model = placed_classifier(
         task, [(setting["mixer"], setting["options"])] * 2, position_options={"std": setting["std"]}

@@ -1,19 +1,20 @@
-"""Block-sparse FlashAttention (Dao et al., arXiv 2205.14135, section 3.3): time in proportion to the visible blocks.
+"""Block-sparse FlashAttention (Dao et al., arXiv 2205.14135, section 3.3): time proportional to the visible blocks.
 
-The paper: accesses to slow memory, and so time, are those of the dense form times the share of visible blocks; the butterfly
-layout keeps quality (with it, 63.1 % on Path-256 at 64K tokens, where all before were at chance).
+The paper: accesses to slow memory, and so time, are those of the dense form times the share of visible blocks; the
+butterfly layout keeps the quality (63.1 % on Path-256 at 64K tokens, where all earlier models were at chance).
 
-Here: on one core, forward at N = 4096 with blocks of 64 and random layouts of density 1/16 to 1/2: the exponent p of time ~
-density^p, and the dense time over that at 1/8. Exactness against float64. Where no native kernel runs, hidden blocks are
-computed too, and the claim cannot hold. Quality: 40 bytes of Python's standard library and the same again, blocks of 8, 2
-layers of width 64. What repeats is 39 tokens back: five blocks for most tokens, which is no power of two, so that the
-butterfly (here without global blocks) has to hand it on from layer to layer; neighbours reach 34 tokens at most. Keeping
-quality means within 0.25 nats, about a ninth of what reading it is worth.
+Here: on one core, forward at N = 4096 with blocks of 64 and random layouts of density 1/16 to 1/2: the exponent p of
+time ~ density^p, and the dense time over the time at density 1/8. Exactness is checked against float64. Without a
+native kernel hidden blocks are computed too, and the claim cannot hold. Quality: 40 bytes of Python's standard library
+said twice, blocks of 8, 2 layers of width 64. The repeated text is 39 tokens back: for most tokens that is five blocks,
+not a power of two, so the butterfly (here without global blocks) has to pass it on from layer to layer; neighbours
+reach 34 tokens at most. "Keeps the quality" means within 0.25 nats, about a ninth of what reading the repetition is
+worth.
 
-In a pilot dense attention was below 0.4 nats after 150 of 250 steps on both seeds. With 400 steps, on one, neighbours stayed
-at 2.17 and the butterfly came to 1.05: it learns to hand on more slowly than dense attention learns to read. Three seeds of 250
-steps were judged first (dense 0.03, butterfly 1.63, neighbours 2.32); since the butterfly was still learning at their end, the
-steps were made 1,000 for all.
+In a pilot, dense attention was below 0.4 nats after 150 of 250 steps with both seeds. With 400 steps and one seed,
+neighbours stayed at 2.17 and the butterfly reached 1.05: it learns to pass text on more slowly than dense attention
+learns to read it. Three seeds of 250 steps were judged first (dense 0.03, butterfly 1.63, neighbours 2.32); since the
+butterfly was still learning at the end, all now have 1,000 steps.
 """
 
 from functools import partial
@@ -36,7 +37,7 @@ BLOCK = 64
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Score on text said twice, the float32 error against the definition, or times by density."""
+    """Measure the score on text said twice, the float32 error against the definition, or times by density."""
     if "mixer" in setting:
         return said_twice_score(setting, seed, positions="rotary")
     with torch.no_grad():
@@ -44,14 +45,14 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def layout(n: int, density: float) -> Tensor:
-    """A random layout (blocks, blocks) of just this density, every block with its own."""
+    """Return a random layout (blocks, blocks) of exactly this density, in which every block sees itself."""
     blocks = n // BLOCK
     order = (torch.rand(blocks, blocks) + torch.eye(blocks)).flatten().argsort(descending=True)
     return torch.zeros(blocks**2).index_fill(0, order[: round(density * blocks**2)], 1.0).bool().view(blocks, blocks)
 
 
 def attend(visible: Tensor, x: Tensor, **options: Any) -> Tensor:
-    """Noncausal attention within `visible` blocks, of q, k and v stacked in `x`."""
+    """Return noncausal attention within `visible` blocks, for q, k and v stacked in `x`."""
     card = get_mechanism("block_sparse")
     config = card.options(layout="user", visible=visible, block_size=BLOCK)
     call = partial(apply, card, dict(zip("qkv", x, strict=True)), config=config, pattern="noncausal-self", **options)
@@ -59,14 +60,14 @@ def attend(visible: Tensor, x: Tensor, **options: Any) -> Tensor:
 
 
 def error(n: int) -> dict[str, float]:
-    """Largest error in float32, relative to the largest output in float64."""
+    """Return the largest error in float32, relative to the largest output in float64."""
     x, visible = torch.randn(3, 1, 4, n, 64), layout(n, 0.25)
     expected = attend(visible, x.double(), form="reference")
     return {"error": float((attend(visible, x) - expected).abs().max() / expected.abs().max())}
 
 
 def time_densities(setting: Setting) -> dict[str, Any]:
-    """Growth of the time with the share of visible blocks, and the speedup over dense attention at an eighth."""
+    """Measure how time grows with the share of visible blocks, and the speedup over dense attention at an eighth."""
     n = setting["length"]
     x = torch.randn(3, 1, 4, n, 64)
     card = get_mechanism("block_sparse")

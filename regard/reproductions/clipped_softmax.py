@@ -1,14 +1,15 @@
-"""Quantizable transformers (Bondarenko et al., arXiv 2306.12929): heads that can do nothing at finite scores.
+"""Quantizable transformers (Bondarenko et al., arXiv 2306.12929): heads that can do nothing with finite scores.
 
-The paper (abstract): outliers come from heads that try to leave the residual as it is; to get exact zeros out of a softmax
-they push its input ever further. With clipped softmax or gated attention models learn significantly smaller outliers at the
-same or a better floating-point score, and can be quantized to INT8 activations without further effort.
+The paper (abstract): outliers come from heads that try to leave the residual unchanged; to get exact zeros from a
+softmax, they push its input further and further. With clipped softmax or gated attention, models learn significantly
+smaller outliers with the same or better floating-point performance, and their activations can be quantized to INT8
+without further effort.
 
-Here: the mechanism alone, as a regression. 32 tokens hold a payload of 16 normals, a type and one of four groups. Readers
-add the mean payload of their group to themselves, no-op tokens stay as they are; separators hold no payload and no group. One
-attention layer with one head of 32 features, y = x + layer(x), 4,000 steps of Adam. With separators softmax has
-a place to put a no-op's weights, at the price of ever larger scores; without them it has none. Outliers themselves need
-long training and are not tried; nor is quantization.
+Here: the mechanism alone, as a regression. 32 tokens hold a payload of 16 normals, a type and one of four groups.
+Readers add the mean payload of their group to themselves, no-op tokens stay unchanged; separators hold no payload and
+no group. One attention layer with one head of 32 features, y = x + layer(x), 4,000 steps of Adam. With separators,
+softmax has a place for a no-op's weights, at the price of ever larger scores; without them it has none. Outliers
+themselves need long training and are not tested, nor is quantization.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ FIRST_RATE, LAST_RATE = 3e-3, 1e-4
 
 
 def draw(generator: torch.Generator, batch: int, separators: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (B, N, DIM), what they should become, and their types (B, N)."""
+    """Draw tokens (B, N, DIM), their targets, and their types (B, N)."""
     kind = torch.randint(3 if separators else 2, (batch, TOKENS), generator=generator)
     group = F.one_hot(torch.randint(GROUPS, (batch, TOKENS), generator=generator), GROUPS).float()
     holds = (kind != SEPARATOR)[..., None]
@@ -43,7 +44,7 @@ def draw(generator: torch.Generator, batch: int, separators: bool) -> tuple[Tens
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Range of scores and errors of one head that must leave separators as they are, early and late in training."""
+    """Measure score range and errors of one head that must leave no-op tokens unchanged, early and late in training."""
     torch.manual_seed(seed)
     layer: Any = create_layer(setting["mixer"], DIM, 1, pattern="noncausal-self", **setting["options"])
     optimizer = torch.optim.Adam(layer.parameters())
@@ -79,7 +80,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def growth(setting: str, first: str, second: str) -> Any:
-    """By what factor the mean range of no-op tokens' scores grows from one time to another."""
+    """Return the factor by which the mean score range of no-op tokens grows from one time to another."""
 
     def value(seed: Seed) -> float:
         return number(seed, setting, second) / number(seed, setting, first)

@@ -1,16 +1,16 @@
 """Combiner (Ren et al., arXiv 2107.05768): full attention in every head at the cost of a sparse pattern.
 
-The paper (abstract): every position reaches all others, directly or through summaries of groups, at O(N log N) or O(N sqrt
-N); better than sparse transformers of the same pattern on images (2.77 bits on CIFAR-10) and text.
+The paper (abstract): every position reaches all others, directly or through summaries of groups, at O(N log N) or O(N
+sqrt N); better than sparse transformers with the same pattern on images (2.77 bits on CIFAR-10) and text.
 
-Here: scikit-learn's digits as text of 64 pixels, each predicted from those before it, 2 layers of width 64, 600 steps.
-Local attention within the rows of the image, which is `fixed` without its groups; `fixed`; `logn`; softmax. Forward time on
-one core at N = 4096 with rows of 64, softmax against `fixed`, and the exponent p of `fixed`'s time ~ N^p with rows of
-sqrt(N) tokens, where O(N sqrt N) says 1.5.
+Here: scikit-learn's digits as text of 64 pixels, each predicted from the pixels before it, 2 layers of width 64, 600
+steps, with local attention within the rows of the image (`fixed` without its groups), `fixed`, `logn` and softmax.
+Forward time on one core at N = 4096 with rows of 64, softmax against `fixed`, and the exponent p of `fixed`'s time ~
+N^p with rows of sqrt(N) tokens, where O(N sqrt N) predicts 1.5.
 
-Before, on bytes in windows of 256 with rows of 16, softmax was no better than the rows alone (0.05 nats worse, 350 steps):
-what is far does not help there yet. In the pilot (two seeds) the rows alone had 1.62 nats a pixel, `fixed` 1.44 and 1.45,
-`logn` 1.48 and 1.49, softmax 1.37 and 1.42; four seeds are run.
+In an earlier protocol, on bytes in windows of 256 with rows of 16, softmax was no better than the rows alone (0.05 nats
+worse, 350 steps): distant tokens do not help there yet. In the pilot (two seeds), the rows alone had 1.62 nats per
+pixel, `fixed` 1.44 and 1.45, `logn` 1.48 and 1.49, softmax 1.37 and 1.42; four seeds are run.
 """
 
 from functools import partial
@@ -36,7 +36,7 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Score on digits pixel by pixel; with ``seconds`` the growth of a forward call's time."""
+    """Measure the score on digits pixel by pixel; with ``seconds``, the growth of a forward call's time."""
     if "seconds" in setting:
         with torch.no_grad():
             return time_fixed(setting)
@@ -46,7 +46,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def time_fixed(setting: Setting) -> dict[str, Any]:
-    """Growth of the fixed factorization with segments of sqrt(N), and the speedup over softmax at the longest."""
+    """Measure how `fixed` grows with N at segments of sqrt(N), and the speedup over softmax at the longest."""
     card = get_mechanism("combiner")
     x = {n: torch.randn(3, 1, 4, n, 64) for n in setting["lengths"]}
 

@@ -1,11 +1,11 @@
-"""ComplexFormer (arXiv 2505.10222, marked as withdrawn): an angle of content for each head beside the rotation by position.
+"""ComplexFormer (arXiv 2505.10222, marked as withdrawn): an angle from the content added to the rotation by position.
 
 The paper (abstract): significantly lower perplexity than rotary attention in language modelling, better long-context
-coherence, and better text, code and mathematics. It gives no figure there, and its repository has no table.
+coherence, and better text, code and mathematics. The abstract gives no numbers, and the repository has no table.
 
-Here: bytes of Python's standard library, windows of 128, 2 layers of width 96 with 4 heads, 500 steps. Rotary attention and
-attention without positions, against the authors' start (delta near 0, no D^-0.5) and a start at rotary attention, where
-delta can only be learned away from 1.
+Here: bytes of Python's standard library, windows of 128, 2 layers of width 96 with 4 heads, 500 steps. Rotary attention
+and attention without positions are compared with the authors' initialisation (delta near 0, no D^-0.5) and with one
+that equals rotary attention (delta = 1).
 """
 
 from regard.reproductions.framework.judging import Check, minus
@@ -16,7 +16,7 @@ TRAINING = {"steps": 500, "batch_size": 24, "learning_rate": 1e-3, "items": 64}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
-    """Loss on text."""
+    """Measure the loss on text."""
     task = cached_task("text", length=128, evaluation_items=setting["items"])
     model = language_model(task, [(setting["mixer"], setting["options"])] * 2, dim=96, num_heads=4)
     return trained_score(model, task, setting, seed)

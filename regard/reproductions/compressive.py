@@ -1,15 +1,16 @@
-"""Compressive Transformer (Rae et al., arXiv 1911.05507): a compressed memory beats a plain one of Transformer-XL.
+"""Compressive Transformer (Rae et al., arXiv 1911.05507): a compressed memory beats the plain memory of Transformer-XL.
 
-The paper (abstract): 17.1 perplexity on WikiText-103 and 0.97 bits per character on Enwik8, the best of their time; section
-5.1: a learned convolution with the attention-reconstruction loss is the best of the compressions tried.
+The paper (abstract): 17.1 perplexity on WikiText-103 and 0.97 bits per character on Enwik8, state of the art at the
+time; section 5.1: a learned convolution with the attention-reconstruction loss is the best of the compressions tested.
 
-Here: 80 bytes of Python's standard library and the same again, 2 layers of width 64 with segments of 8, 1,000 steps. All
-models see as many slots: Transformer-XL a memory of 28, with which two layers reach 72 tokens back, the compressive ones a
-memory of 8 and 20 slots of 4 tokens each, which reach 96; what repeats is 79 tokens back. The compression of the convolution
-learns by reconstruction; mean and maximum learn nothing. Softmax, which sees all, is the upper end.
+Here: 80 bytes of Python's standard library said twice, 2 layers of width 64 with segments of 8, 1,000 steps. All models
+see the same number of slots: Transformer-XL has a memory of 28, with which two layers reach 72 tokens back; the
+compressive models have a memory of 8 and 20 slots of 4 tokens each, which reach 96. The repeated text is 79 tokens
+back. The convolution is trained by reconstruction; mean and maximum pooling have nothing to train. Softmax over all
+tokens is the upper reference.
 
-Before, on text in windows of 512, what is far helped too little: the convolution's loss was 0.011 +- 0.010 nats below that
-of Transformer-XL on three seeds of 450 steps.
+In an earlier protocol, on text in windows of 512, distant tokens helped too little: the convolution's loss was 0.011 +-
+0.010 nats below that of Transformer-XL with three seeds of 450 steps.
 """
 
 from regard.reproductions.framework.judging import Check, measured, minus
@@ -21,7 +22,7 @@ COMPRESSED = {"segment": 8, "memory": 8, "compressed": 20, "ratio": 4}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
-    """Score on text said twice, farther apart than segment and memory reach."""
+    """Measure the score on text said twice, with the repetition beyond segment and memory."""
     task = said_twice(setting["length"], setting["items"])
     layers = [(setting["mixer"], setting.get("options", {}))] * 2
     model = language_model(task, layers, dim=64, num_heads=4, loss_weights={"reconstruction": 1.0})
@@ -29,7 +30,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, float]:
 
 
 def compressed(by: str) -> Setting:
-    """A setting of compressive layers with `by` as their compression."""
+    """Return a setting of compressive layers with `by` as their compression."""
     return TRAINING | {"mixer": "compressive", "options": COMPRESSED | {"compression": by}}
 
 

@@ -1,20 +1,20 @@
-"""cosFormer (Qin et al., arXiv 2202.08791) as architecture search meets it (arXiv 2207.13955): cheaper, and a little worse.
+"""cosFormer (Qin et al., arXiv 2202.08791) as in architecture search (arXiv 2207.13955): cheaper, and a little worse.
 
 The paper (abstract): comparable to or better than softmax in causal and cross attention, at linear cost, thanks to
-non-negative weights and the cosine. The search paper (abstract): the best network of cosFormer layers alone computes less
-and is less accurate than that of softmax layers; mixed, accuracy is comparable at less computation. The Comprehensive
-Attention Benchmark (arXiv 2210.07661, leaderboard): noncausal self 0.47 against -0.02 of softmax, noncausal cross -0.82
-against 0.60.
+non-negative weights and the cosine. The search paper (abstract): the best network of cosFormer layers alone computes
+less and is less accurate than the best of softmax layers; a mix of both has comparable accuracy with less computation.
+The Comprehensive Attention Benchmark (arXiv 2210.07661, leaderboard): noncausal self 0.47 against -0.02 for softmax,
+noncausal cross -0.82 against 0.60.
 
-Here: scikit-learn's digits as 64 pixel tokens, noncausal, 600 steps; characters of text, 128 at a time, causal, 500 steps;
-2 layers of width 64 with learned positions, on digits as large at the start as what they are added to. cosFormer with a
-reach of the sequence's length, the same without its cosine (a reach so far that all cosines are 1), softmax, and one layer
-of each. Comparable means within 5 points, and mixed within 2 % of softmax's loss. Growth of causal forward time on one
-core. The search itself is `regard study architecture-search`.
+Here: scikit-learn's digits as 64 pixel tokens, noncausal, 600 steps; characters of text, 128 at a time, causal, 500
+steps; 2 layers of width 64 with learned positions, which on digits start as large as the embeddings they are added to.
+The settings are cosFormer with the sequence length as its reach, the same without the cosine (a reach so long that all
+cosines are 1), softmax, and one layer of each. "Comparable" means within 5 points, and for the mix within 2 % of
+softmax's loss. Growth of causal forward time on one core. The search itself is `regard study architecture-search`.
 
-Positions on digits began with a deviation of 0.02 before, from which softmax did not learn to classify them (0.51). In the
-pilot of this (two seeds) softmax had 0.95 on both, cosFormer 0.96 and 0.96, and without its cosine 0.96 and 0.96, so that
-more seeds would hardly tell what the cosine does there.
+In an earlier protocol positions on digits started with a deviation of 0.02, from which softmax did not learn to
+classify them (0.51). In the pilot of the present protocol (two seeds), softmax had 0.95 twice, cosFormer 0.96 and 0.96,
+and without its cosine 0.96 and 0.96, so more seeds would hardly show what the cosine does there.
 """
 
 from functools import partial
@@ -41,7 +41,7 @@ SOFTMAX: tuple[str, dict[str, int]] = ("softmax", {})
 
 
 def cosformer(length: int) -> tuple[str, dict[str, int]]:
-    """A layer of a plan, for at most `length` tokens."""
+    """Return a cosFormer layer of a plan, for at most `length` tokens."""
     return "cosformer", {"length": length}
 
 
@@ -49,7 +49,7 @@ FLAT = cosformer(1 << 20)
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Loss on text or accuracy on digits; with ``lengths`` times of a forward call."""
+    """Measure the loss on text or accuracy on digits; with ``lengths``, times of a forward call."""
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
@@ -65,7 +65,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def time_forward(setting: Setting) -> dict[str, Any]:
-    """Growth of both times with the length, and the speedup at the longest."""
+    """Measure how both times grow with the length, and the speedup at the longest."""
     inputs = {n: torch.randn(3, 1, 4, n, 64) for n in setting["lengths"]}
     actions = {
         "cosformer": {n: partial(cosformer_attention, *x, length=n) for n, x in inputs.items()},

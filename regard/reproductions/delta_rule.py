@@ -1,19 +1,20 @@
-"""DeltaNet (Yang et al., arXiv 2406.06484): a state that erases before it writes recalls more than one that only adds.
+"""DeltaNet (Yang et al., arXiv 2406.06484): a state that erases before writing recalls more than one that only adds.
 
 The paper (abstract): the delta rule is more effective at associative recall than additive linear attention, and at 1.3B
-parameters and 100B tokens the model is better than Mamba and GLA at perplexity, zero-shot tasks and recall-heavy tasks.
+parameters and 100B tokens the model is better than Mamba and GLA in perplexity, zero-shot tasks and recall-heavy tasks.
 
-Here: multi-query associative recall in which every key is written twice and the last value counts: 16 writes under 8 keys,
-then 24 queries in 56 tokens, 2 layers of width 64 with one head of 8 key features, so that the state is the bottleneck. All
-layers have a short convolution, a norm of the output head and no gate on it. The additive control has the same normalised
-keys and the same state. Softmax, with a head of 64 features, shows that the task can be learned.
+Here: multi-query associative recall in which every key is written twice and the last value counts: 16 writes under 8
+keys, then 24 queries in 56 tokens, 2 layers of width 64 with one head of 8 key features, so that the state is the
+bottleneck. All layers have a short convolution and a norm on the output of the head, without an output gate. The
+additive control has the same normalised keys and the same state size. Softmax, with a head of 64 features, shows that
+the task can be learned.
 
-Before, with 16 keys of 31 in 128 tokens and a smaller learning rate, softmax did not learn the task and the others did on
-some seeds only. A pilot of this task, 400 steps on one seed and 500 on another, had 0.92 and 0.94 with the delta rule, 0.83
-and 0.88 with gates, 0.75 and 0.76 with neither; with 23 keys instead of 15, softmax had 1.00 on two. Four seeds of 400
-steps were judged first: on one of them gated linear attention had 0.21, on the others 0.81 and more, so that it was no
-control. All are trained for 700 now. A pilot of that (two seeds) had 0.97 and 0.98 with the delta rule, 0.89 on both with
-gates, 0.79 and 0.88 with neither.
+In an earlier protocol, with 16 keys of 31 in 128 tokens and a smaller learning rate, softmax did not learn the task and
+the others only did with some seeds. A pilot of the present task, with one seed of 400 steps and one of 500, had 0.92
+and 0.94 with the delta rule, 0.83 and 0.88 with gates, 0.75 and 0.76 with neither; with 23 keys instead of 15, softmax
+had 1.00 with two seeds. Four seeds of 400 steps were judged first: gated linear attention had 0.21 with one of them and
+0.81 or more with the others, so it was not a usable control. All are trained for 700 steps now. A pilot of that (two
+seeds) had 0.97 and 0.98 with the delta rule, 0.89 with both seeds with gates, 0.79 and 0.88 with neither.
 """
 
 from regard.reproductions.framework.judging import Check, measured, minus
@@ -29,7 +30,7 @@ UPPER_END = {"mixer": "softmax", "options": FRAME | {"head_dim": 64}}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
-    """Accuracy of recall."""
+    """Measure the accuracy of recall."""
     task = cached_task("recall", evaluation_items=setting["items"], **setting["task"])
     model = language_model(task, [(setting["mixer"], setting["options"])] * 2, dim=64, num_heads=1)
     return trained_score(model, task, setting, seed)

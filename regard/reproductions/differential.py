@@ -1,20 +1,21 @@
-"""Differential Transformer (Ye et al., arXiv 2410.05258): the second map cancels what attention spends on everything.
+"""Differential Transformer (Ye et al., arXiv 2410.05258): a second map cancels the attention that goes to everything.
 
-The paper (abstract, figure 3): the loss of a softmax model with about 65 % of its parameters or tokens, more so in key
-information retrieval and long contexts, since less attention goes to what is irrelevant. Its ablations: a constant
-lambda_init, 0.8 or 0.5, is nearly as good as one that grows with depth.
+The paper (abstract, figure 3): it reaches the loss of a softmax model with about 65 % of the parameters or tokens, with
+larger gains in key information retrieval and long contexts, since less attention goes to irrelevant tokens. Ablations:
+a constant lambda_init, 0.8 or 0.5, is nearly as good as one that grows with depth.
 
-Here, with as many heads and so as many parameters, but for some dozens: bytes of Python's standard library, 3 layers of
-width 64, windows of 128, 500 steps, lambda_init by depth and a constant 0.8. In three layers the one by depth is 0.2 to 0.47,
-far from the constant, where most layers of the paper's models have nearly 0.8. Where losses fall with size as in language
-models (by a power of about -0.07), 65 % of the parameters are worth 0.06 nats. The pilot of two seeds: softmax had 1.93
-nats, and the difference to it a spread of 0.018, so that six seeds tell 0.03 from nothing; that between the two
-lambda_init had 0.064, three times its margin, which ten seeds would not settle if the two were alike.
+Here: the same number of heads, and so the same number of parameters up to a few dozen; bytes of Python's standard
+library, 3 layers of width 64, windows of 128, 500 steps, lambda_init by depth and a constant 0.8. With three layers
+lambda_init by depth is 0.2 to 0.47, far from the constant, whereas most layers of the paper's models have nearly 0.8.
+If losses fall with size as in language models (with a power of about -0.07), 65 % of the parameters are worth 0.06
+nats. In the pilot of two seeds, softmax had 1.93 nats, and the difference from it a spread of 0.018, so six seeds can
+tell 0.03 from zero. The difference between the two lambda_init had a spread of 0.064, three times its margin, which ten
+seeds would not settle if the two were alike.
 
-Retrieval is not judged, since it is too easy at lengths that can be trained here: looking up 4 facts among filler (the task of
-`landmark`, without positions), both were right in all cases at 64 tokens, and one pilot run of each, asked at 2048 tokens,
-32 times as many as it was trained on, had 0.99 with softmax and 0.89 with the difference. The claim is not
-about lengths beyond those of training.
+Retrieval is not judged, since it is too easy at lengths that can be trained here. When looking up 4 facts among filler
+(the task of `landmark`, without positions), both were always right at 64 tokens; at 2048 tokens, 32 times the training
+length, one pilot run of each had 0.99 with softmax and 0.89 with differential attention. The claim is not about lengths
+beyond those of training.
 """
 
 from typing import Any
@@ -29,7 +30,7 @@ LAYERS = 3
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
-    """Loss on text."""
+    """Measure the loss on text."""
     task = cached_task("text", length=128, evaluation_items=setting["items"])
     plan: Any = ["softmax"] * LAYERS
     if setting["mixer"] == "differential":

@@ -1,19 +1,20 @@
 """Flow attention (Wu et al., arXiv 2202.06258): competition and allocation sharpen linear attention.
 
-The paper (table in the authors' repository): on the Long Range Arena 56.48 % on average against 51.41 % of Performer and
-50.67 % of Reformer; on ImageNet-1K 80.6 % against 78.7 % of softmax; on WikiText-103 a perplexity of 30.8 against 33.0.
+The paper (table in the authors' repository): on the Long Range Arena 56.48 % on average against 51.41 % for Performer
+and 50.67 % for Reformer; on ImageNet-1K 80.6 % against 78.7 % for softmax; on WikiText-103 a perplexity of 30.8 against
+33.0.
 
-Here: scikit-learn's digits, half of them held out, read through windows of 6 x 6 pixels at random places in training, each
-pixel a token, so that a digit is known by how its pixels lie to each other; learned positions, noncausal, 2 layers of width
-32. Flow attention against itself without competition and allocation, which is normalised linear attention with the same
-sigmoid kernel, without competition alone, and against a Performer with its own number of features (44); softmax is the
-control. The entropy of the weights that a query's output implies, in the first layer after training, says how sharp they
-are.
+Here: scikit-learn's digits, half of them held out, read through windows of 6 x 6 pixels at random places in training,
+with each pixel as a token, so that a digit is recognised by the relative positions of its pixels; learned positions,
+noncausal, 2 layers of width 32. Flow attention is compared with itself without competition and allocation (normalised
+linear attention with the same sigmoid kernel), with itself without competition alone, and with a Performer with its
+default number of features (44); softmax is the control. The entropy of the implied attention weights in the first layer
+after training measures their sharpness.
 
-On two seeds of a pilot softmax had 0.79 and 0.81, and linear attention 0.08 less on both, so that sharpness counts here; a
-first protocol, whole digits beside distractors, had learned hardly anything (0.3). Flow attention and linear attention
-differed by less than 0.006, which no affordable number of seeds would tell from nothing; four are enough for the rest.
-Those left open whether Performer is better (by 0.05), which is tried on ten.
+In a pilot with two seeds, softmax had 0.79 and 0.81, and linear attention 0.08 less with either seed, so sharpness
+matters here; a first protocol, whole digits next to distractors, learned hardly anything (0.3). Flow attention and
+linear attention differed by less than 0.006, which no affordable number of seeds could tell from zero; four are enough
+for the rest. Four seeds left open whether Performer is better (by 0.05), so ten are run for that.
 """
 
 from typing import Any, cast
@@ -32,7 +33,7 @@ TRAINING = {"steps": 400, "batch_size": 32, "learning_rate": 5e-3, "items": 1000
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
-    """Accuracy on windows of digits; of flow attention also the entropy of the weights that its sums imply."""
+    """Measure the accuracy on windows of digits; for flow attention also the entropy of its implied weights."""
     task = digit_windows(setting["items"], setting["window"])
     model = placed_classifier(task, [(setting["mixer"], setting["options"])] * 2)
     found = trained_score(model, task, setting, seed)
@@ -44,7 +45,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, float]:
 
 @torch.no_grad()
 def implied_entropy(model: Encoder, inputs: Tensor, options: dict[str, Any]) -> float:
-    """Mean entropy, in nats, of the weights with which the first layer's queries read the values, normalised by row."""
+    """Return the mean entropy, in nats, of the first layer's implied attention weights, normalised by row."""
     assert model.positions is not None and model.positions.embed is not None
     block = cast(Block, model.blocks[0])
     mixer: Any = block.mixer

@@ -3,10 +3,10 @@
 The paper (abstract): 92 to 97 % of the accuracy of BERT on GLUE, trained 80 % faster on GPUs at 512 tokens; on the Long Range
 Arena as accurate as the most accurate efficient Transformers.
 
-Here: scikit-learn's digits as 64 pixel tokens, 2 layers of width 64, 600 steps: softmax, and FNet with orthonormal transforms,
-since the blocks have their norm before; the paper's transform in the same blocks is recorded and not judged. A training
-step (forward and backward) of an encoder of 4 layers of width 256 on 4 sequences of 512 tokens is timed on one core. No
-pretraining.
+Here: scikit-learn's digits as 64 pixel tokens, 2 layers of width 64, 600 steps: softmax, and FNet with orthonormal
+transforms, since the blocks are pre-norm; the paper's transform in the same blocks is recorded but not judged. A
+training step (forward and backward) of an encoder of 4 layers of width 256 on 4 sequences of 512 tokens is timed on one
+core. No pretraining.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ TRAINING = {"steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 1000
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Accuracy on digits; with ``length`` the speedup of a training step over softmax."""
+    """Measure the accuracy on digits; with ``length``, the speedup of a training step over softmax."""
     if "length" in setting:
         softmax, fnet = (training_step(mixer, setting["length"]) for mixer in ("softmax", "fnet"))
         return {"speedup": timed_ratio(softmax, fnet, seconds=setting["seconds"])}
@@ -34,7 +34,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def training_step(mixer: str, length: int) -> Callable[[], None]:
-    """Forward and backward of an encoder on random tokens."""
+    """Return an action: forward and backward of an encoder on random tokens."""
     model = Encoder(EncoderConfig(num_classes=2, vocab_size=256, plan=[mixer] * 4, dim=256, num_heads=4))
     tokens = torch.randint(0, 256, (4, length))
 
@@ -46,7 +46,7 @@ def training_step(mixer: str, length: int) -> Callable[[], None]:
 
 
 def share(seed: Seed) -> float:
-    """FNet's accuracy as a part of softmax's."""
+    """Return FNet's accuracy divided by softmax's."""
     return float(seed["fnet"]["score"]) / float(seed["softmax"]["score"])
 
 

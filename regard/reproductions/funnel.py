@@ -1,11 +1,11 @@
-"""Funnel-Transformer (Dai et al., arXiv 2006.03236): layers on a shorter and shorter sequence are as good, and cheaper.
+"""Funnel-Transformer (Dai et al., arXiv 2006.03236): layers on shorter and shorter sequences are as good, and cheaper.
 
-The paper (abstract): with comparable or fewer operations it outperforms the standard Transformer on many tasks that predict
-for a whole sequence. In its ablations pooling only the queries is better than pooling all.
+The paper (abstract): with comparable or fewer operations it outperforms the standard Transformer on many sequence-level
+prediction tasks. In its ablations, pooling only the queries is better than pooling keys and values too.
 
-Here: scikit-learn's digits as 64 pixel tokens, width 48, 600 steps: one softmax layer, then three layers of a funnel on 33, 17 and 9
-tokens, against four softmax layers and the mean; and the funnel with pooled keys. As good means within 2 points. The forward
-time of both on 1024 tokens is compared on one core. No pretraining.
+Here: scikit-learn's digits as 64 pixel tokens, width 48, 600 steps: one softmax layer, then three layers of a funnel on
+33, 17 and 9 tokens, against four softmax layers followed by the mean; and the funnel with pooled keys. "As good" means
+within 2 points. The forward time of both on 1024 tokens is compared on one core. No pretraining.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ STANDARD: dict[str, Any] = {"num_layers": 4, "pool": "mean"}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Accuracy on digits of pixels; with ``length`` the speedup of a forward pass."""
+    """Measure the accuracy on digits of pixels; with ``length``, the speedup of a forward pass."""
     if "length" in setting:
         with torch.no_grad():
             return {"speedup": time_forward(setting)}
@@ -34,7 +34,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def time_forward(setting: Setting) -> dict[str, float]:
-    """How many times as long the standard encoder takes as the funnel."""
+    """Measure how many times as long the standard encoder takes as the funnel."""
     shared: dict[str, Any] = {"num_classes": 2, "vocab_size": 256, "dim": 48, "num_heads": 4}
     standard, funnel = (Encoder(EncoderConfig(**shared, **options)).eval() for options in (STANDARD, FUNNEL))
     tokens = torch.randint(0, 256, (1, setting["length"]))

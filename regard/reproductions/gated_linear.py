@@ -1,15 +1,15 @@
-"""Gated linear attention (Yang et al., arXiv 2312.06635): gates that depend on the data beat fixed decay and none.
+"""Gated linear attention (Yang et al., arXiv 2312.06635): data-dependent gates beat fixed decay and no decay.
 
 The paper (abstract): competitive with a LLaMA-architecture Transformer and with Mamba at 340M and 1.3B parameters,
-data-dependent gates better than a global decay or none, and trained on 2K tokens it is usable beyond 20K without large loss
-of perplexity.
+data-dependent gates are better than a global decay or none, and a model trained on 2K tokens is usable beyond 20K
+without a large loss of perplexity.
 
-Here: one layer, three gates (one for each key feature; a fixed one a head, as in retention; none), on bytes of Python's
-standard library in windows of 128, and on selective copying, where most tokens are noise to be forgotten. The length
-that the model generalises to is 1024, eight times that of training: the same held-out bytes are read in whole windows and
-in eight pieces. Two layers of width 64, 400 and 2000 steps. A first protocol had 700 steps of copying rather than the 2000
-planned; with gates the accuracy was 0.61 and 0.52, far from learned. Three seeds of copying left gates against fixed decay
-undecided; by their spread six decide.
+Here: the same layer with three kinds of gate (one for each key feature; a fixed one per head, as in retention; none),
+on bytes of Python's standard library in windows of 128, and on selective copying, where most tokens are noise to be
+forgotten. Generalisation is measured at 1024 tokens, eight times the training length: the same held-out bytes are read
+in whole windows and in eight pieces. Two layers of width 64, 400 and 2000 steps. A first protocol had 700 steps of
+copying instead of the planned 2000; with gates the accuracy was 0.61 and 0.52, far from learned. Three seeds of copying
+left gates against fixed decay undecided; by their spread six are enough.
 """
 
 from regard.reproductions.framework.judging import Check, minus, within
@@ -21,7 +21,7 @@ COPYING = {"task": "copying", "steps": 2000, "batch_size": 32, "learning_rate": 
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
-    """Score on text or copying; of text also the loss on long windows whole and in eight pieces."""
+    """Measure the score on text or copying; for text also the loss on long windows, read whole and in eight pieces."""
     reads = setting["task"] == "text"
     task = (
         cached_task("text", length=128, evaluation_items=setting["items"])

@@ -1,18 +1,19 @@
-"""IA-RED² (Pan et al., arXiv 2106.12620): policies that leave out what says nothing, image by image.
+"""IA-RED² (Pan et al., arXiv 2106.12620): policies that drop uninformative patches, image by image.
 
-The paper (abstract): up to 1.4 times as fast as DeiT and TimeSformer at an accuracy less than 0.7 % lower, and maps of what is
-kept that explain a class better than raw attention and other methods.
+The paper (abstract): up to 1.4 times as fast as DeiT and TimeSformer at an accuracy less than 0.7 % lower, and maps of
+the kept patches that explain a class better than raw attention and other methods.
 
-Here: scikit-learn's digits of 8 x 8 pixels, half of them held out, on four patches somewhere on canvases of 32 x 32 with noise
-and three blobs as bright as they are. A vision transformer of 6 blocks of width 64 and patches of 4 x 4 is trained on them; then a policy before
-each of three groups of two blocks learns by reward and the blocks from there on by their classes, group by group. Each patch
-that a policy leaves out is compared with one drawn at random: as many of each image, at the same places in the depth, in the
-same weights. Maps are the second group's scores, as in the authors' tool, and the class token's weights in the last block of
-the transformer before; AUC is that of patches with ink against others, averaged over images. Times are those of batches of 16
-on one core, with patches really left out.
+Here: scikit-learn's digits of 8 x 8 pixels, half of them held out, each on four patches somewhere on a canvas of 32 x
+32 with noise and three blobs of the same brightness. A vision transformer of 6 blocks of width 64 with patches of 4 x 4
+is trained on them. Then, group by group for three groups of two blocks, a policy before the group learns from a reward,
+and the blocks from there on from the class labels. The policies' choices are compared with random ones: as many patches
+of each image, dropped at the same depths, with the same weights. The maps are the second group's scores, as in the
+authors' tool, and the class token's attention weights in the last block of the original transformer; AUC is that of
+patches with ink against the others, averaged over images. Times are for batches of 16 on one core, with the dropped
+patches really skipped.
 
-In a first look digits lay at any pixel, and after 1500 steps at a rate of 2e-3 the transformer had learned nothing: since then
-they lie on whole patches.
+In a first trial digits were placed at any pixel, and after 1500 steps with a learning rate of 2e-3 the transformer had
+learned nothing; since then they are aligned with patches.
 """
 
 from collections.abc import Mapping
@@ -55,7 +56,7 @@ BATCH = 16
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Accuracy without policies and with them (see :func:`choices`); with ``seconds`` the speedup of a batch."""
+    """Measure accuracy without and with policies (see :func:`choices`); with ``seconds``, the speedup of a batch."""
     plain = trained_transformer(setting, seed)
     model = interpreted_transformer(setting, seed)
     if "seconds" in setting:
@@ -69,7 +70,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 def choices(
     model: InterpretedTransformer, plain: VisionTransformer, setting: Mapping[str, Any], seed: int
 ) -> dict[str, float]:
-    """Accuracy of the policies' choices and of drawn ones, what is left of tokens and work, and how the maps meet the ink."""
+    """Measure accuracy of the policies' and of random choices, the share of tokens and work left, and the maps' AUC."""
     draws, items = torch.Generator().manual_seed(seed), setting["items"]
     sums = dict.fromkeys(("score", "random", "kept", "usage", "auc", "attention auc"), 0.0)
     for scene in canvas(items).evaluation_scenes(AT_ONCE):
@@ -91,13 +92,13 @@ def choices(
 
 
 def first_in(order: Tensor, counts: Tensor) -> Tensor:
-    """So many tokens of each row (B,) as come first by an order (B, N), the class token before all."""
+    """Return a mask of the first `counts` (B,) tokens of each row by an order (B, N), with the class token first."""
     order = torch.cat([torch.full_like(order[:, :1], -1.0), order[:, 1:]], 1)
     return order.argsort(1).argsort(1) < counts[:, None]
 
 
 def area(scores: Tensor, truth: Tensor) -> Tensor:
-    """The area under the ROC curve of scores (B, N) for a truth (B, N), of each row."""
+    """Return the area under the ROC curve of scores (B, N) against a truth (B, N), for each row."""
     apart = scores[:, :, None] - scores[:, None]
     pairs = truth[:, :, None] & ~truth[:, None]
     won = (apart > 0).float() + 0.5 * (apart == 0).float()
@@ -105,7 +106,7 @@ def area(scores: Tensor, truth: Tensor) -> Tensor:
 
 
 def class_attention(model: VisionTransformer, images: Tensor) -> Tensor:
-    """Weights of the class token in the last block (B, N), the mean over the heads."""
+    """Return the class token's attention weights in the last block (B, N), averaged over heads."""
     x = model.embed(images)
     *blocks, last = model.blocks
     for block in blocks:

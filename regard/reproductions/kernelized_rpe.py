@@ -1,14 +1,14 @@
 """Kernelized attention with relative positions (Luo et al., arXiv 2106.12566): a bias for each offset in n log n.
 
-The paper (abstract): relative positions in kernelized attention cost n log n by FFT instead of n^2, normalised queries
-and keys train from scratch without the trouble of plain ones, and the model beats other efficient attention on
-pre-training, language modelling, translation and image classification.
+The paper (abstract): relative positions in kernelized attention cost n log n by FFT instead of n^2, models with
+normalised queries and keys train from scratch without the instability of plain ones, and they beat other efficient
+attention on pre-training, language modelling, translation and image classification.
 
 Here: bytes of Python's standard library, windows of 128, 2 layers of width 64 with 4 heads of 32 random features, no
-other positions, 400 steps: with and without norms (N) and relative positions (RPE), and softmax with T5's. "Close" is
-within 0.05 nats. Plain kernelized attention is not expected to diverge at this size, so its largest gradient norm over
-the first 50 steps is recorded but not judged. Growth of time over lengths from 1024 to 8192 with a bias for each offset,
-by FFT and by pairs, one head of 16 features.
+other positions, 400 steps: with and without norms (N) and relative positions (RPE), and softmax with T5's relative
+positions. "Close" means within 0.05 nats. Plain kernelized attention is not expected to diverge at this size, so its
+largest gradient norm over the first 50 steps is recorded but not judged. Growth of time over lengths from 1024 to 8192
+with a bias for each offset, by FFT and by pairs, for one head of 16 features.
 """
 
 from functools import partial
@@ -31,8 +31,8 @@ LENGTH = 128
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Loss on text, and the largest gradient of its first steps without warm-up; with ``lengths`` the growth of both
-    methods."""
+    """Measure the loss on text, and the largest gradient norm in the first steps; with ``lengths``, how times of both
+    methods grow."""
     if "lengths" in setting:
         return time_methods(setting)
     task = cached_task("text", length=LENGTH, evaluation_items=setting["items"])
@@ -47,7 +47,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def largest_gradient(model: LanguageModel, task: Task, setting: Setting, seed: int) -> float:
-    """Largest norm of the gradient in the first steps, at the same rate without warm-up."""
+    """Return the largest gradient norm in the first steps, with the same learning rate and no warm-up."""
     optimizer, largest = torch.optim.AdamW(model.parameters(), lr=setting["learning_rate"]), 0.0
     for step in range(setting["probe"]):
         batch = task.training_batch(step, seed, setting["batch_size"])
@@ -63,7 +63,7 @@ def largest_gradient(model: LanguageModel, task: Task, setting: Setting, seed: i
 
 @torch.no_grad()
 def time_methods(setting: Setting) -> dict[str, Any]:
-    """Growth of the times by FFT and by blocks with the length, with a bias for every offset."""
+    """Measure how times by FFT and by blocks grow with the length, with a bias for every offset."""
     features = draw_features(16, 16)
     actions: dict[str, dict[float, Any]] = {"fft": {}, "blocks": {}}
     for n in setting["lengths"]:

@@ -1,21 +1,23 @@
-"""Landmark attention (Mohtashami and Jaggi, arXiv 2305.16300): a context far beyond that of training, block by block.
+"""Landmark attention (Mohtashami and Jaggi, arXiv 2305.16300): contexts far beyond the training length, by blocks.
 
-The paper (abstract): LLaMA-7B, fine-tuned, uses contexts of up to 32k tokens, far beyond those it was trained on; on long
-documents the perplexity is that of Transformer-XL with far fewer retrieved tokens a step.
+The paper (abstract): LLaMA-7B, fine-tuned, uses contexts of up to 32k tokens, far beyond those it was trained on; on
+long documents it has the perplexity of Transformer-XL with far fewer retrieved tokens per step.
 
-Here: facts (a key, then its value) among random filler, and questions (a key) in the last 16 tokens; 4 facts, each asked
-twice. A first layer of local attention with a short convolution, which is the same in both models and can tell a value its
-key and a landmark its block, and a second one of landmark or softmax attention, width 64. Trained at 64 tokens with blocks
-of 7, 1,100 steps; then read in chunks of 32 tokens at up to 512 tokens, each token retrieving 2 blocks. Softmax is trained
-alike and given the last 64 tokens: 10 % of the facts are there at 512 tokens, and it can reach 0.21 by knowing these and
-guessing the others. Its accuracy on the whole input is told beside it and not judged.
+Here: facts (a key, then its value) among random filler, and questions (a key) in the last 16 tokens; 4 facts, each
+asked twice. The first layer is local attention with a short convolution; it is the same in both models and can pass a
+key to its value and a block to its landmark. The second layer is landmark or softmax attention; the width is 64. Models
+are trained at 64 tokens with blocks of 7 for 1,100 steps, then read up to 512 tokens in chunks of 32, with each token
+retrieving 2 blocks. Softmax is trained the same way and given the last 64 tokens: at 512 tokens these contain 10 % of
+the facts, and it can reach 0.21 by knowing these and guessing the others. Its accuracy on the whole input is reported
+but not judged.
 
-Three protocols came before. The first wrote a fact as one token, which the first of two landmark layers could look up, and
-there all landmarks have the same key but for its position, so that blocks had equal shares. In the second, with two tokens
-and two layers of each kind at 128 tokens, softmax did not learn the lookup (0.42 at most, three seeds, and no more with
-twice the questions), so that it was no control, and landmark failed to train on one seed of three. In the third, this one
-with 700 steps, softmax had not learned on one of the three judged seeds (0.46). In the pilot of this one (four seeds of
-softmax, two of landmark) both answered 1.00 at 64 tokens, and at 512 landmark 1.00 and softmax 0.20 to 0.23.
+There were three earlier protocols. The first wrote a fact as one token, which the first of two landmark layers could
+look up; in that layer all landmarks have the same key except for its position, so blocks had equal shares. In the
+second, with two tokens per fact and two layers of each kind at 128 tokens, softmax did not learn the lookup (0.42 at
+most with three seeds, and no more with twice the questions), so it was not a usable control, and landmark failed to
+train with one seed of three. In the third, the present one with 700 steps, softmax had not learned with one of the
+three judged seeds (0.46). In the pilot of the present protocol (four seeds of softmax, two of landmark), both had 1.00
+at 64 tokens; at 512, landmark had 1.00 and softmax 0.20 to 0.23.
 """
 
 import math
@@ -43,7 +45,7 @@ TRAINING = {"steps": 1100, "batch_size": 16, "learning_rate": 3e-3, "items": 128
 
 
 class Lookup(GeneratedTask):
-    """Tokens: values, then keys, then filler. The tokens of a fact have an even place and the one after it."""
+    """Facts among filler, then questions. Token ids are values, keys, filler; a fact starts at an even position."""
 
     name, pattern, objective = "lookup", Pattern.CAUSAL_SELF, "next-token"
     vocab_size = VALUES + KEYS + FILLER
@@ -72,8 +74,8 @@ class Lookup(GeneratedTask):
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
-    """Accuracy of looking something up as trained, and at longer lengths with retrieval, or of softmax with a window
-    and whole."""
+    """Measure lookup accuracy as trained, and at longer lengths: with retrieval, or for softmax on a last window and on
+    the whole input."""
     landmark = setting["mixer"] == "landmark"
     task = Lookup(WINDOW, setting["items"])
     model = build(task, landmark, None)
@@ -93,18 +95,18 @@ def run_cell(setting: Setting, seed: int) -> dict[str, float]:
 
 
 def build(task: Lookup, landmark: bool, top_k: int | None) -> LanguageModel:
-    """A model of landmark attention that retrieves `top_k` blocks (all when None), or of softmax."""
+    """Return a model with landmark attention that retrieves `top_k` blocks (all when None), or with softmax."""
     return lookup_model(task, ("landmark", {"block": BLOCK, "top_k": top_k}) if landmark else ("softmax", {}))
 
 
 def lookup_model(task: Lookup, layer: tuple[str, dict[str, Any]]) -> LanguageModel:
-    """The layer that is tried after one that is the same for all: it can tell a value its key, or a landmark its block."""
+    """Return a model of the given layer after one that is the same for all and mixes neighbours (see the module)."""
     return language_model(task, [FIRST, layer], dim=64, num_heads=4)
 
 
 @torch.no_grad()
 def accuracy(model: LanguageModel, task: Lookup, *, chunked: bool, window: int = WINDOW) -> float:
-    """Share of right answers, reading all in chunks with retrieval, or a last window at once."""
+    """Return the share of right answers, reading all tokens in chunks with retrieval, or only a last window."""
     right, asked = 0.0, 0.0
     for batch in task.evaluation_batches(32):
         if chunked:

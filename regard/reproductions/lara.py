@@ -1,16 +1,17 @@
-"""LARA (Zheng et al., arXiv 2204.04667): proposals near the tokens beat random features drawn in one place.
+"""LARA (Zheng et al., arXiv 2204.04667): proposals near the tokens beat random features from one distribution.
 
-The paper (abstract): randomised attention with several proposals significantly improves on earlier linear attention, at linear
-cost. The Comprehensive Attention Benchmark (arXiv 2210.07661, leaderboard, noncausal self): index -0.03, level with softmax (-0.02),
-against -0.29 of Performer, both with 16 landmarks or features.
+The paper (abstract): randomized attention with several proposals significantly improves on earlier linear attention, at
+linear cost. The Comprehensive Attention Benchmark (arXiv 2210.07661, leaderboard, noncausal self): index -0.03, level
+with softmax (-0.02), against -0.29 of Performer, both with 16 landmarks or features.
 
-Here: scikit-learn's digits as 64 pixel tokens, 2 layers of width 64, 600 steps: softmax, LARA with 16 landmarks, with and without
-its noise in training, and a Performer as its own paper has it, with orthogonal features that stay, as many as LARA has
-proposals. Beside them, and in no check, the Performer of the benchmark: 16 features drawn anew at each training step and
-fixed in evaluation, which hardly learn this task. Level means within 5 points. Growth of forward time on one core.
+Here: scikit-learn's digits as 64 pixel tokens, 2 layers of width 64, 600 steps: softmax, LARA with 16 landmarks, with
+and without its noise in training, and a Performer as in its own paper, with fixed orthogonal features, as many as LARA
+has proposals. Also run, but in no check: the Performer of the benchmark, with 16 features redrawn at each training step
+and fixed in evaluation, which hardly learns this task. "Level" means within 5 points. Growth of forward time on one
+core.
 
-The first protocol compared with the benchmark's Performer alone, which had 0.25 to 0.31 on three seeds; in a pilot of one seed
-the one with features that stay had 0.94.
+The first protocol compared with the benchmark's Performer alone, which had 0.25 to 0.31 with three seeds; in a pilot
+with one seed, the Performer with fixed features had 0.94.
 """
 
 from typing import Any
@@ -26,7 +27,7 @@ BENCHMARK = {"num_features": 16, "fresh": True, "least_denominator": 0.1}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Accuracy on digits; with ``lengths`` the growth of a forward call."""
+    """Measure the accuracy on digits; with ``lengths``, the growth of a forward call."""
     if "lengths" in setting:
         return forward_growth(setting, {"lara": lara_attention, "softmax": softmax_attention})
     return digits_score(setting, seed)

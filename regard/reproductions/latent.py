@@ -1,19 +1,20 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): the quality of all heads at the cache of very few.
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): the quality of all heads with the cache of very few.
 
-The paper (section 2.1, tables 8 and 9): attention with all key/value heads is better than with few, and latent attention
-better than that (BBH 50.7 against 46.6) with 4 % of its cache, or 14 % in a smaller model; DeepSeek-V2 generates 5.76 times
-as fast as DeepSeek 67B.
+The paper (section 2.1, tables 8 and 9): attention with all key/value heads is better than with few, and latent
+attention is better still (BBH 50.7 against 46.6) with 4 % of its cache, or 14 % in a smaller model; DeepSeek-V2
+generates 5.76 times as fast as DeepSeek 67B.
 
 Here: bytes of Python's standard library, 2 layers of width 64 with 8 heads, windows of 128, 500 steps. Softmax with 8
-key/value heads (128 numbers a token) and with one (16), and latent attention with a latent of 4 head widths, as in the paper,
-and a rotated key as wide as softmax's heads, twice the paper's proportion, for as many frequencies (40 numbers). One decoding
-step after 4,096 tokens, 8 heads of 64, a latent of 256 and a rotated key of 32, against softmax's with 8 key/value heads.
+key/value heads (128 numbers per token) and with one (16), and latent attention with a latent of 4 head widths, as in
+the paper, and a rotated key as wide as softmax's heads, twice the paper's proportion, to have as many frequencies (40
+numbers). The timing is of one decoding step after 4,096 tokens with 8 heads of 64, a latent of 256 and a rotated key of
+32, against softmax with 8 key/value heads.
 
-A first design had 4 heads and gave latent attention the cache of one key/value head, a latent of 1.5 head widths, which is
-less than the paper's proportions. Two pilot seeds showed all heads only 0.009 nats better than one, and latent attention 0.19
-worse than one, so the proportions were made the paper's before anything was judged. In the pilot of this design (two seeds)
-all heads were 0.060 better than one, and no difference between settings had a spread above 0.009, so that four seeds
-were to do; these four had four times that spread, and were made ten.
+A first design had 4 heads and gave latent attention the cache of one key/value head, a latent of 1.5 head widths, which
+is less than the paper's proportions. With two pilot seeds, all heads were only 0.009 nats better than one, and latent
+attention was 0.19 worse than one, so the paper's proportions were adopted before anything was judged. In the pilot of
+the present design (two seeds), all heads were 0.060 better than one, and no difference between settings had a spread
+above 0.009, so four seeds seemed enough; those four had four times that spread, so ten are run.
 """
 
 from typing import Any
@@ -32,7 +33,7 @@ WANTS_STATE = Context(want=frozenset({"state"}))
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Loss on text and bytes of a token's cache; with ``length`` the speedup of a step."""
+    """Measure the loss on text and the cache bytes per token; with ``length``, the speedup of a step."""
     if "length" in setting:
         return time_steps(setting)
     task = cached_task("text", length=128, evaluation_items=setting["items"])
@@ -45,7 +46,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def time_steps(setting: Setting) -> dict[str, Any]:
-    """How many times as long a step of softmax attention takes after so many tokens."""
+    """Measure how many times as long a step of softmax attention takes at the setting's ``length``."""
     x = torch.randn(1, setting["length"], 512)
     steps = {}
     for name in ("softmax", "latent"):

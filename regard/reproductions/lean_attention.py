@@ -1,12 +1,13 @@
-"""LeanAttention (Sanovar et al., arXiv 2405.10480): decoding whose work is cut into equal spans is never slower.
+"""LeanAttention (Sanovar et al., arXiv 2405.10480): decoding with work cut into equal spans is never slower.
 
-The paper (abstract): 2.6 times as fast as FlashAttention-2 on average in decoding, up to 8.33 times at 512k tokens; in its
-second version 1.73 times as fast as FlashDecoding, up to 2.18 times at 256k.
+The paper (abstract): 2.6 times as fast as FlashAttention-2 on average in decoding, up to 8.33 times at 512k tokens; in
+the second version of the paper 1.73 times as fast as FlashDecoding, up to 2.18 times at 256k.
 
-Here: its model, tiles of the busiest of 108 processors (an A100), over contexts of 1k to 512k, 1 to 8 requests and 12 to 56
-heads, where times would be proportional to tiles; and the times of two workers, each a thread with the native kernel for
-decoding (or PyTorch where there is none), which all schemes share. (a) 3 heads on 2 workers: 4/3 by the model. (b) 8
-requests of one head, the last of them 16 times as long: 38/23 by the model. (c) Even work, where nothing can be won.
+Here: the paper's cost model (tiles of the busiest of 108 processors of an A100, with time proportional to tiles) over
+contexts of 1k to 512k, 1 to 8 requests and 12 to 56 heads; and the times of two workers, each a thread with the native
+kernel for decoding (or PyTorch where there is none), which all schemes share. (a) 3 heads on 2 workers: 4/3 by the
+model. (b) 8 requests of one head, the last of them 16 times as long: 38/23 by the model. (c) Even work, where nothing
+can be gained.
 """
 
 import time
@@ -28,7 +29,7 @@ CONTEXTS = tuple(2**power for power in range(10, 20))
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """How many times as much work or time other schemes need: by the model on the contexts, or measured on rows."""
+    """Measure how many times as much work or time other schemes need: by the model over contexts, or on workers."""
     if "lengths" not in setting:
         return model(setting["contexts"])
     torch.manual_seed(seed)
@@ -37,7 +38,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def model(contexts: int) -> dict[str, float]:
-    """How many times as many tiles the busiest processor has by the other schemes: the mean, and the most."""
+    """Return how many times as many tiles the busiest processor has with the other schemes: mean and maximum."""
     found = [
         makespans([n] * batch, kv_heads=heads, workers=PROCESSORS)
         for n, batch, heads in product(CONTEXTS[:contexts], (1, 2, 4, 8), (12, 32, 56))
@@ -49,7 +50,7 @@ def model(contexts: int) -> dict[str, float]:
 
 @torch.no_grad()
 def times(lengths: list[int], kv_heads: int, seconds: float) -> dict[str, Any]:
-    """How many times as long the other schemes take on two workers, measured and by the model."""
+    """Measure how many times as long the other schemes take on two workers, measured and by the model."""
     tile, longest = 256, -(-max(lengths) // 256) * 256
     q = torch.randn(len(lengths), kv_heads, 1, 64)
     k, v = torch.randn(2, len(lengths), kv_heads, longest, 64)

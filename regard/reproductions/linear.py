@@ -1,11 +1,12 @@
-"""Linear attention (Katharopoulos et al., arXiv 2006.16236): linear time, a constant cost a token, and nearly the quality.
+"""Linear attention (Katharopoulos et al., arXiv 2006.16236): linear time, constant cost per token, nearly softmax's
+quality.
 
-The paper: quality similar to softmax (images: 0.64 against 0.62 bits a dimension on MNIST), time and memory linear in the
-length, and autoregressive prediction up to 4000 times faster on very long sequences (abstract).
+The paper: quality similar to softmax (images: 0.64 against 0.62 bits per dimension on MNIST), time and memory linear in
+the length, and autoregressive prediction up to 4000 times faster on very long sequences (abstract).
 
-Here: scikit-learn's digits as 64 pixel tokens, 2 layers of width 64, 600 steps: accuracy within 5 points of softmax (the
-bound was set beforehand). On one core, growth of forward time over lengths from 512
-to 4096, and of the time of a decoding step over contexts from 512 to 8192. Images are classified, not generated.
+Here: scikit-learn's digits as 64 pixel tokens, 2 layers of width 64, 600 steps: accuracy within 5 points of softmax
+(the bound was set beforehand). On one core: growth of forward time over lengths from 512 to 4096, and of the time of a
+decoding step over contexts from 512 to 8192. Images are classified, not generated.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,7 @@ TRAINING = {"steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 1000
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Accuracy on digits, or times of forward calls or of steps."""
+    """Measure the accuracy on digits, or times of forward calls or of steps."""
     if "mixer" in setting:
         task = digit_pixels(setting["items"])
         return {**trained_score(classifier(task, [setting["mixer"]] * 2, dim=64, num_heads=4), task, setting, seed)}
@@ -34,7 +35,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def time_forward(setting: Setting) -> dict[str, Any]:
-    """Growth of both times with the length, and the speedup at the longest."""
+    """Measure how both times grow with the length, and the speedup at the longest."""
     inputs = {n: torch.randn(3, 1, 4, n, 64) for n in setting["lengths"]}
     functions: dict[str, Callable[..., Any]] = {"linear": linear_attention, "softmax": softmax_attention}
     actions = {name: {n: partial(f, *x) for n, x in inputs.items()} for name, f in functions.items()}
@@ -45,7 +46,7 @@ def time_forward(setting: Setting) -> dict[str, Any]:
 
 
 def time_steps(setting: Setting) -> dict[str, Any]:
-    """Growth of a step's time with the tokens before it."""
+    """Measure how the time of a step grows with the tokens before it."""
     layer: Any = create_layer("linear", 256, 4)
     want = Context(want=frozenset({"state"}))
     x = torch.randn(1, 256)

@@ -1,11 +1,12 @@
-"""Linformer (Wang et al., arXiv 2006.04768): a few mixtures of the keys do, and sharing their matrices costs nothing.
+"""Linformer (Wang et al., arXiv 2006.04768): a few mixtures of keys are enough, and sharing their matrices is free.
 
-The paper (abstract, section 5): on par with the standard Transformer in pretraining and after fine-tuning, at linear time
-and memory; perplexity hardly depends on what is shared; with a fixed projected dimension it stays the same as inputs grow.
+The paper (abstract, section 5): on par with the standard Transformer in pretraining and after fine-tuning, at linear
+time and memory; perplexity hardly depends on which matrices are shared; with a fixed projected dimension it stays the
+same as inputs grow.
 
-Here: scikit-learn's digits as 64 pixel tokens, 2 layers of width 64, 600 steps: softmax, Linformer with 16 mixtures of 64 keys,
-with one matrix for keys and values, and with a matrix for each head. On par means within 5 points, and hardly means within 3
-points. Growth of forward time on one core with 256 mixtures, over lengths from 1024 to 8192. No pretraining.
+Here: scikit-learn's digits as 64 pixel tokens, 2 layers of width 64, 600 steps: softmax, Linformer with 16 mixtures of
+64 keys, with one matrix for keys and values, and with a matrix for each head. "On par" means within 5 points, "hardly"
+within 3 points. Growth of forward time on one core with 256 mixtures, over lengths from 1024 to 8192. No pretraining.
 """
 
 from functools import partial
@@ -24,7 +25,7 @@ FEW = {"length": 64, "projected": 16}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Accuracy on digits; with ``lengths`` times of a forward call."""
+    """Measure the accuracy on digits; with ``lengths``, times of a forward call."""
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
@@ -32,7 +33,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def time_forward(setting: Setting) -> dict[str, Any]:
-    """Growth of both times with the length, and the speedup at the longest."""
+    """Measure how both times grow with the length, and the speedup at the longest."""
     lengths = setting["lengths"]
     inputs = {n: torch.randn(3, 1, 4, n, 64) for n in lengths}
     mixing = {n: torch.rand(2, 1, n, 256) / 8 - 1 / 16 for n in lengths}

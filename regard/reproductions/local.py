@@ -1,13 +1,14 @@
-"""MASFormer (Zhang et al., arXiv 2310.12442): attention over the whole input is needed in a few layers only.
+"""MASFormer (Zhang et al., arXiv 2310.12442): only a few layers need attention over the whole input.
 
-The paper (abstract): at 1.3B parameters, full attention in few layers and local attention in the others is competitive with
-full attention everywhere at up to 75 % less computation, and better at long dependencies than local attention everywhere.
+The paper (abstract): at 1.3B parameters, full attention in a few layers and local attention in the others is
+competitive with full attention everywhere, with up to 75 % less computation, and better at long dependencies than local
+attention everywhere.
 
-Here: key-value pairs in the first 16 of 128 tokens and the questions among the last 32, 4 layers of width 64 with blocks
-of 8 that see one block before them, so that local layers alone reach 51 tokens (short convolution included), less than the
-80 between pairs and questions. Full attention in all layers, none, the two at the bottom, the two at the top; 1400 steps.
-The paper puts full layers at the bottom; which place is better is reported, not judged. Forward time on one core at
-N = 4096, all layers full against two.
+Here: key-value pairs in the first 16 of 128 tokens and questions among the last 32, 4 layers of width 64 with blocks of
+8 that see one block before them, so that local layers alone reach 51 tokens (including the short convolution), less
+than the 80 between pairs and questions. Full attention in all layers, in none, in the lower two, or in the upper two;
+1400 steps. The paper puts full layers at the bottom; which position is better is reported, not judged. Forward time on
+one core at N = 4096, with all layers full against two.
 """
 
 from functools import partial
@@ -55,7 +56,7 @@ def _with_gap(x: "Int[np.ndarray, 'b 48']", value: int) -> "Int[np.ndarray, 'b 1
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Accuracy of recall from afar; with ``seconds`` the speedup of the plan whose upper layers are local."""
+    """Measure the accuracy of distant recall; with ``seconds``, the speedup with local upper layers."""
     recall = DistantRecall(setting.get("items", 8))
     if "seconds" in setting:
         return {"speedup": time_models(recall, setting)}
@@ -65,7 +66,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def time_models(recall: RecallTask, setting: Setting) -> dict[str, float]:
-    """How many times as long the plan of full layers takes."""
+    """Measure how many times as long the plan with only full layers takes."""
     ids = torch.randint(recall.vocab_size, (1, setting["length"]))
     full, mixed = (language_model(recall, PLANS[plan], dim=64, num_heads=4) for plan in ("full", "bottom"))
     return timed_ratio(partial(full, ids), partial(mixed, ids), seconds=setting["seconds"])

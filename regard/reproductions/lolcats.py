@@ -1,12 +1,12 @@
-"""LoLCATs (Zhang et al., arXiv 2410.10254): linear attention copies softmax better with a softmax window beside it.
+"""LoLCATs (Zhang et al., arXiv 2410.10254): linear attention copies softmax better with a softmax window added.
 
-The paper: feature maps are trained to give the outputs of a model's softmax attention (attention transfer); with a sliding
-window of softmax beside the linear part the error of that is several times smaller, and perplexity after training is lower
-(section 4.2, table 2).
+The paper: feature maps are trained to reproduce the outputs of a model's softmax attention (attention transfer); with a
+sliding softmax window in addition to the linear part, the error is several times smaller, and perplexity after training
+is lower (section 4.2, table 2).
 
-Here: four heads of 16 whose queries, keys and values are linear maps of tokens that resemble their neighbours, with scores of a
-standard deviation of 2, so that weights are far from even. Maps are trained for 150 steps on fresh sequences of 96 tokens; what
-is measured is the squared error on others, as a share of the square of softmax's output.
+Here: four heads of width 16 whose queries, keys and values are linear maps of tokens that resemble their neighbours;
+scores have a standard deviation of 2, so weights are far from uniform. Maps are trained for 150 steps on fresh
+sequences of 96 tokens; the squared error on other sequences is measured relative to the square of softmax's output.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ TRAINING = {"steps": 150, "batch_size": 8, "learning_rate": 0.02, "items": 32}
 
 
 def heads_of(count: int, maps: Tensor, generator: torch.Generator) -> list[Tensor]:
-    """Queries, keys and values (count, H, N, D) of tokens of which each is half the one before it."""
+    """Draw queries, keys and values (count, H, N, D) for tokens of an autoregression with coefficient 0.5."""
     noise = torch.randn(count, TOKENS, HEADS * WIDTH, generator=generator)
     x = [noise[:, 0]]
     for t in range(1, TOKENS):
@@ -36,7 +36,7 @@ def heads_of(count: int, maps: Tensor, generator: torch.Generator) -> list[Tenso
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Share of softmax's output that the copy misses, after its maps were learned or as they are."""
+    """Measure the share of softmax's output that the copy misses, with trained or untrained maps."""
     generator = torch.Generator().manual_seed(seed)
     maps = torch.randn(3, HEADS * WIDTH, HEADS * WIDTH, generator=generator) * (HEADS * WIDTH) ** -0.5
     maps[:2] *= SHARPNESS**0.5

@@ -1,15 +1,16 @@
-"""A unified view of long-sequence models (He and Kabic, arXiv 2302.06218): context helps some mechanisms, and exact attention
-reaches far once it is cut into tiles and spread over devices.
+"""A unified view of long-sequence models (He and Kabic, arXiv 2302.06218): longer context helps some mechanisms; exact
+attention scales when tiled and distributed.
 
-The paper (abstract): longer context helps, depending on the application, and is poorly exploited; distributed multi-head
-attention is almost 40 times as fast as the vanilla one on four GPUs. By parallelism alone it would be 4 times at most: the
-rest is what a computation in tiles saves. Both factors are told apart here.
+The paper (abstract): longer context helps, depending on the application, and is poorly exploited; distributed
+multi-head attention is almost 40 times as fast as the vanilla one on four GPUs. Parallelism alone could give 4 times at
+most; the rest comes from computing in tiles. The two factors are separated here.
 
-Here: next bytes of text in windows of 64 and of 256, the same number of tokens in every run, with two bare layers of width 64:
-softmax, linear attention and S4D, whose reach is the window, and local attention over 16 tokens, whose reach is 31 in any
-window. Times of causal attention with 4 heads of 32, forward: with all weights in memory against tiles, on one core, at 2k and
-8k; and a ring of two processes with a core each against one of them, forward and backward, at 16k. A million keys in files,
-attended to by 64 queries: against float64 on some of the queries, with the memory of the process watched meanwhile.
+Here: next-byte prediction in windows of 64 and 256, with the same number of tokens in every run and two bare layers of
+width 64: softmax, linear attention and S4D, which reach over the window, and local attention over 16 tokens, which
+reaches 31 tokens in any window. Forward times of causal attention with 4 heads of width 32: all weights in memory
+against tiles, on one core, at 2k and 8k; and, forward and backward at 16k, a ring of two processes with one core each
+against a single process. A million keys in files, attended to by 64 queries: the error against float64 for some of the
+queries, and the memory of the process.
 """
 
 import math
@@ -35,15 +36,15 @@ from regard.reproductions.framework.timing import timed_ratio
 from regard.reproductions.framework.training import BIGRAMS, cached_task, fit, language_model, loss_in_pieces
 
 TOKENS = 4096
-"""Of a step."""
+"""Tokens per training step."""
 TRAINING = {"steps": 800, "learning_rate": 3e-3, "items": 128}
 LAYERS: dict[str, dict[str, Any]] = {"softmax": {}, "linear": {}, "s4d": {}, "local": {"window": 16}}
 CONTEXTS = (64, 256)
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """One of: what a longer context is worth, an exact answer over a million keys, speedup on several ranks, speedup of
-    tiles."""
+    """Measure one of: the score at a context length, exact attention over a million keys, speedup on several ranks,
+    speedup of tiles."""
     torch.manual_seed(seed)
     if "mixer" in setting:
         return context_score(setting, seed)
@@ -61,7 +62,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def context_score(setting: Setting, seed: int) -> dict[str, Any]:
-    """Bits per byte of a model that is trained and tested in windows of one length, on the same bytes for every length."""
+    """Return the bits per byte of a model trained and tested at one window length, on the same test bytes for all."""
     length = setting["length"]
     task = cached_task("text", length=length)
     layers = [(setting["mixer"], LAYERS[setting["mixer"]])] * 2
@@ -82,7 +83,7 @@ def vanilla(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @torch.no_grad()
 def million(keys: int, queries: int) -> dict[str, float]:
-    """The error of some of the queries, and the most memory that was taken meanwhile over what keys and values take."""
+    """Return the error for some of the queries, and the call's peak memory relative to the size of keys and values."""
     q = torch.randn(1, 1, queries, 64)
     with tempfile.TemporaryDirectory() as folder:
         files = []
@@ -106,7 +107,7 @@ def million(keys: int, queries: int) -> dict[str, float]:
 
 @contextmanager
 def watched_memory() -> Iterator[list[int]]:
-    """Bytes of the process that are in no file, above those at the beginning, every few milliseconds meanwhile."""
+    """Record the process's growth in anonymous memory, in bytes, every few milliseconds inside the ``with`` block."""
     found, over = [0], threading.Event()
     before = own_bytes()
 
@@ -124,7 +125,7 @@ def watched_memory() -> Iterator[list[int]]:
 
 
 def own_bytes() -> int:
-    """Anonymous memory of this process in RAM; 0 where the system does not tell."""
+    """Return the anonymous memory of this process in RAM; 0 if the system does not report it."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)

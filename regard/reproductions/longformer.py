@@ -2,13 +2,13 @@
 tokens are nearly as good as full attention on long inputs, in linear time.
 
 The papers (abstracts): attention that scales linearly is a drop-in replacement for full attention and beats RoBERTa on
-long documents; BigBird handles sequences 8 times longer on the same hardware. BigBird's table 1: windows alone and random
-blocks alone fall short, windows with both and global tokens do not.
+long documents; BigBird handles sequences 8 times longer on the same hardware. BigBird's table 1: windows alone and
+random blocks alone fall short; windows with random blocks and global tokens do not.
 
-Here: scikit-learn's digits as 64 pixel tokens, read off at the first token after 2 layers of width 64, 450 steps. Windows of 8
-pixels, a row, do not reach it alone; one global token, or one global block, does. Accuracy within 5 points of softmax, and
-windows alone at least 20 points below. Forward time on one core, N = 4096, windows of 256 and blocks of 64, and its growth
-from 1024 to 8192.
+Here: scikit-learn's digits as 64 pixel tokens, read off at the first token after 2 layers of width 64, 450 steps.
+Windows of 8 pixels (a row) alone do not reach that token; one global token or one global block does. Expected are an
+accuracy within 5 points of softmax, and at least 20 points less with windows alone. Forward time on one core, N = 4096,
+windows of 256 and blocks of 64, and its growth from 1024 to 8192.
 """
 
 from functools import partial
@@ -28,7 +28,7 @@ TIMED: dict[str, dict[str, Any]] = {"longformer": {"window": 256}, "bigbird": {}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Accuracy on digits from the first token; with ``lengths`` times of a forward call."""
+    """Measure the accuracy on digits from the first token; with ``lengths``, times of a forward call."""
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
@@ -38,7 +38,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def time_forward(setting: Setting) -> dict[str, Any]:
-    """Growth of all times with the length, and the speedup of both over softmax at the last length but one."""
+    """Measure how all times grow with the length, and both speedups over softmax at the second longest."""
     actions: dict[str, dict[float, Any]] = {name: {} for name in TIMED}
     for n in setting["lengths"]:
         inputs = dict(zip("qkv", torch.randn(3, 1, 4, n, 64), strict=True))

@@ -1,18 +1,19 @@
-"""LAMA (Mehta et al., arXiv 1912.00835): many heads of pooling for almost no parameters.
+"""LAMA (Mehta et al., arXiv 1912.00835): many pooling heads with almost no parameters.
 
 The paper (abstract): matches or beats strong baselines on sentiment, ratings and topics, with fewer parameters than
 multi-head self-attention, and is more effective than a single head.
 
-Here: keyword aspects, a synthetic task: among 16 tokens of 32 kinds of noise stand one keyword of each of two groups of
-four, and the class is the sum of their numbers modulo 4, so that both must be found. A bidirectional GRU with 32 units a
-direction, then a pool and a linear classifier. Pools: mean, one head of additive attention, structured self-attention (SAN,
-8 heads, arXiv 1703.03130), LAMA with 8 heads and a learned context, and a Transformer layer with a mean. Weights of LAMA
-are bounded: none is more than e^2 times another.
+Here: keyword aspects, a synthetic task: 16 tokens, of 32 kinds of noise, contain one keyword from each of two groups of
+four; the class is the sum of the keywords' numbers modulo 4, so both must be found. The model is a bidirectional GRU
+with 32 units per direction, a pool and a linear classifier. Pools: mean, one head of additive attention, structured
+self-attention (SAN, 8 heads, arXiv 1703.03130), LAMA with 8 heads and a learned context, and a Transformer layer
+followed by a mean. LAMA's weights are bounded: none is more than e^2 times another.
 
-A first protocol, 64 tokens, had left every pool but the maximum at chance. In a pilot of two seeds with 1000 steps SAN had
-1.0 on both, the mean 0.3 and LAMA 0.99 and 0.71; a single head and a Transformer layer, on one seed, 1.0. So the pools
-differ in how soon they find the keywords, and a single head is only asked to be matched. Four seeds left open whether LAMA
-is within 2 points of the others (it was 4 below), which is tried on ten; with 2,000 steps even the mean solves the task.
+A first protocol with 64 tokens left every pool except the maximum at chance. In a pilot of two seeds with 1000 steps,
+SAN had 1.0 with both seeds, the mean 0.3, and LAMA 0.99 and 0.71; a single head and a Transformer layer, with one seed,
+had 1.0. So the pools differ in how soon they find the keywords, and LAMA is only expected to match a single head. Four
+seeds left open whether LAMA is within 2 points of the others (it was 4 below), so ten are run; with 2,000 steps even
+the mean solves the task.
 """
 
 from typing import TYPE_CHECKING
@@ -38,7 +39,7 @@ CLASSES, NOISE, LENGTH, WIDTH, SLOTS = 4, 32, 16, 64, 8
 
 
 class Keywords(GeneratedTask):
-    """Tokens 0 to 3 and 4 to 7 are the two groups of keywords; the others are noise."""
+    """The task of keyword aspects. Tokens 0 to 3 and 4 to 7 are the two groups of keywords; the others are noise."""
 
     name, pattern, objective = "keywords", Pattern.NONCAUSAL_SELF, "classification"
     length, vocab_size, num_classes = LENGTH, 2 * CLASSES + NOISE, CLASSES
@@ -67,7 +68,7 @@ class TransformerMean(nn.Module):
 
 
 def make_pool(name: str) -> nn.Module:
-    """(B, N, WIDTH) to a result of (B, slots, WIDTH)."""
+    """Create a pool from (B, N, WIDTH) to a result of (B, slots, WIDTH)."""
     if name == "Transformer layer":
         return TransformerMean()
     if name == "LAMA":
@@ -97,7 +98,7 @@ class Classifier(nn.Module):
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
-    """Accuracy of a classifier of keywords with the setting's pool, and the pool's parameters."""
+    """Measure the accuracy of a classifier of keywords with the setting's pool, and the pool's parameters."""
     task = Keywords(seed=0, evaluation_items=setting["items"])
     model = Classifier(task, setting["pool"])
     found = trained_score(model, task, setting, seed)

@@ -1,11 +1,13 @@
-"""Mamba-2 (Dao and Gu, arXiv 2405.21060): the dual form is 2 to 8 times as fast as Mamba's scan, at Transformer quality.
+"""Mamba-2 (Dao and Gu, arXiv 2405.21060): the dual form is 2 to 8 times as fast as Mamba's scan, at Transformer
+quality.
 
 The paper (abstract): the core layer of Mamba-2 is 2 to 8 times as fast as Mamba's selective state space, and the model is
 competitive with Transformers at language modelling.
 
-Here: forward and backward of the two recurrences on one core at N = 1024, 256 channels and 16 states a channel (4 heads of 64
-in Mamba-2), so that both states have as many numbers. Language: bytes of Python's standard library in windows of 128,
-2 layers of width 64, 300 steps, all models with as many parameters as the softmax one; competitive means within 0.05 nats.
+Here: forward and backward of the two recurrences on one core at N = 1024, with 256 channels and 16 states per channel
+(4 heads of 64 in Mamba-2), so that both states have the same size. Language: bytes of Python's standard library in
+windows of 128, 2 layers of width 64, 300 steps, all models with as many parameters as the softmax model; "competitive"
+means within 0.05 nats.
 """
 
 from collections.abc import Callable
@@ -28,7 +30,7 @@ HEADS, WIDTH, STATES = 4, 64, 16
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Loss on text at softmax's number of parameters; with ``seconds`` the speedup over Mamba's recurrence."""
+    """Measure the loss on text at equal parameters; with ``seconds``, the speedup over Mamba's recurrence."""
     if "seconds" in setting:
         return {"speedup": time_recurrences(setting)}
     task = cached_task("text", length=128, evaluation_items=setting["items"])
@@ -39,8 +41,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def time_recurrences(setting: Setting) -> dict[str, float]:
-    """How many times as long Mamba's scan takes forward and backward as Mamba-2's recurrence, both of the same
-    widths."""
+    """Measure how many times as long Mamba's scan takes as Mamba-2's recurrence, forward and backward, equally wide."""
     n, inner = setting["length"], HEADS * WIDTH
     x, dt = torch.randn(1, n, inner), F.softplus(torch.randn(1, n, inner) - 4)
     a = -torch.arange(1.0, STATES + 1).expand(inner, -1).contiguous()
@@ -54,7 +55,7 @@ def time_recurrences(setting: Setting) -> dict[str, float]:
 
 
 def forward_backward(function: Callable[..., Tensor], *tensors: Tensor) -> None:
-    """One call and the gradients of all its tensors."""
+    """Run one call and compute the gradients of all its tensors."""
     inputs = [tensor.detach().requires_grad_() for tensor in tensors]
     torch.autograd.grad(function(*inputs).square().sum(), inputs)
 

@@ -1,17 +1,17 @@
-"""Mixture of heads (Jin et al., arXiv 2410.11842): 50 to 90 % of the heads do better than all of them.
+"""Mixture of heads (Jin et al., arXiv 2410.11842): 50 to 90 % of the heads are better than all of them.
 
 The paper (abstract): better than multi-head attention in ViT, DiT and language models with 50 to 90 % of the heads active;
 LLaMA3-8B continue-tuned to 75 % of its heads gains 2.4 points on 14 benchmarks.
 
-Here: from scratch on bytes of Python's standard library, windows of 128, 2 layers of width 64 with 8 heads of 8, 400 steps:
-all heads, 75 % (2 shared, 4 of 6 routed) and 50 % (2 shared, 2 of 6), and 6 heads of the same width as the control of equal
-active heads. "Better" is judged as not more than 0.02 nats worse (a tie is what to expect at this size). That heads are
-worth something here is a need: 6 of them lose against 8.
+Here: from scratch on bytes of Python's standard library, windows of 128, 2 layers of width 64 with 8 heads of 8, 400
+steps: all heads, 75 % (2 shared, 4 of 6 routed) and 50 % (2 shared, 2 of 6), and, as the control with equal active
+heads, 6 heads of the same width. "Better" is judged as not more than 0.02 nats worse (a tie is expected at this size).
+It is a need that heads matter here: 6 heads lose against 8.
 
-Continued tuning: the dense model after 400 steps is given the routers without parameters of the paper's LLaMA, 4 shared
-heads and 2 of 4 routed, and trained for 40 steps more; beside it the dense model, and its first 6 heads alone, the same for
-every token. The pilot (one seed) has 2.03 nats at once and 1.98 after tuning, 1.97 with all heads and 2.00
-with the first 6, so seven tenths of the jump were won back. These runs have batches of 16.
+Continued tuning: after 400 steps the dense model gets the parameter-free routers of the paper's LLaMA, with 4 shared
+heads and 2 of 4 routed, and is trained for 40 more steps; so are the dense model itself, and its first 6 heads alone
+for every token. In the pilot (one seed), mixing has 2.03 nats before and 1.98 after tuning, all heads have 1.97 and the
+first 6 have 2.00, so seven tenths of the jump were recovered. These runs have batches of 16.
 """
 
 import math
@@ -32,8 +32,8 @@ TRAINING = {"steps": 400, "batch_size": 32, "learning_rate": 3e-3, "items": 64}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
-    """Loss on text and entropy of the routing; with ``tuning`` the losses of a trained model whose heads are mixed or
-    left out."""
+    """Measure the loss on text and the entropy of routing; with ``tuning``, losses of a trained model with mixed or
+    left-out heads."""
     task = cached_task("text", length=128, evaluation_items=setting["items"])
     if "tuning" in setting:
         return tune(task, setting, seed)
@@ -46,13 +46,13 @@ def run_cell(setting: Setting, seed: int) -> dict[str, float]:
 
 
 def tune(task: Task, setting: Setting, seed: int) -> dict[str, float]:
-    """Losses of a trained model as it is, with fewer heads before and after tuning, and of all tuned alike."""
+    """Return losses with mixed or left-out heads of a trained model, before and after tuning, and of it tuned dense."""
     dense = language_model(task, ["softmax"] * 2, dim=64, num_heads=8, head_dim=8)
     sound = fit(dense, task, setting, seed)
     models = {"mixed": mix_heads(dense, shared_heads=4, active_heads=2), "fixed": first_heads(dense, task, 6)}
     found = {f"{name}, before": score(model, task)["loss"] for name, model in models.items()}
     for name, model in {**models, "dense": dense}.items():
-        # other batches than those of the training
+        # batches other than those of the training
         tuned = fit(model, task, {**setting, "learning_rate": 1e-3}, seed + 5000, steps=setting["tuning"])
         sound = sound and tuned
         found[name] = score(model, task)["loss"]
@@ -60,7 +60,7 @@ def tune(task: Task, setting: Setting, seed: int) -> dict[str, float]:
 
 
 def first_heads(model: LanguageModel, task: Task, heads: int) -> LanguageModel:
-    """The model without its other heads."""
+    """Return a copy of the model with only its first `heads` heads."""
     fewer = language_model(task, ["softmax"] * 2, dim=64, num_heads=heads, head_dim=8)
     known = model.state_dict()
     with torch.no_grad():
@@ -71,18 +71,18 @@ def first_heads(model: LanguageModel, task: Task, heads: int) -> LanguageModel:
 
 
 def tuned(first: str, second: str) -> Callable[[Seed], float]:
-    """Difference of two measurements of the setting ``tuned``."""
+    """Return a check value: the difference of two measurements of the setting ``tuned``."""
     return within("tuned", first, second)
 
 
 def recovered(seed: Seed) -> float:
-    """The share of what leaving out heads costs at once that tuning wins back."""
+    """Return the share of the loss increase from leaving out heads that tuning recovers."""
     return 1 - tuned("mixed", "dense")(seed) / tuned("mixed, before", "dense")(seed)
 
 
 @torch.no_grad()
 def routing_entropy(model: LanguageModel, task: Task, shared: int) -> float:
-    """How evenly tokens spread over the routed heads, mean of the layers: 1 is even."""
+    """Return how evenly tokens are routed over heads, averaged over layers: 1 is uniform."""
     batch = next(iter(task.evaluation_batches(32)))
     gates = model(batch.inputs, context=Context(want=frozenset({"gates"}))).extras["gates"]
     return sum(float(usage_entropy(head_usage(g)[shared:])) for g in gates) / len(gates)

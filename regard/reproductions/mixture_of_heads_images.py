@@ -1,17 +1,18 @@
-"""Mixture of heads on images (Jin et al., arXiv 2410.11842): 50 to 90 % of the heads do better than all of them.
+"""Mixture of heads on images (Jin et al., arXiv 2410.11842): 50 to 90 % of the heads are better than all of them.
 
-The paper (abstract): better than multi-head attention in vision transformers and in diffusion transformers, which make images,
-with 50 to 90 % of the heads active.
+The paper (abstract): better than multi-head attention in vision transformers and in diffusion transformers, which
+generate images, with 50 to 90 % of the heads active.
 
-Here: images made pixel by pixel, which tells small differences: scikit-learn's digits of 8 x 8 pixels in 17 levels, half of the
-images held out, each pixel predicted from those before it, in nats. 2 layers of width 64 with 8 heads of 4: all of them, 75 % (2
-shared, 4 of 6 routed), 50 % (2 shared, 2 of 6), and 4 heads of the same width for every token, as many as 50 % has active.
-"Better" is judged as not more than 0.02 nats worse, as in `mixture_of_heads`, whose data are text.
-A pilot of one seed had 1.472 nats with all heads, 1.496 with 4, and 1.572 with 50 %. Four seeds left three comparisons open,
-and by their spread 5, 19 and 49 would decide: 19 and 49 are run.
+Here: images generated pixel by pixel, which shows small differences: scikit-learn's digits of 8 x 8 pixels in 17
+levels, half of the images held out, each pixel predicted from the pixels before it, in nats. 2 layers of width 64 with
+8 heads of 4: all of them, 75 % (2 shared, 4 of 6 routed), 50 % (2 shared, 2 of 6), and 4 heads of the same width for
+every token, as many as are active with 50 %. "Better" is judged as not more than 0.02 nats worse, as in
+`mixture_of_heads`, which has text as data. A pilot with one seed had 1.472 nats with all heads, 1.496 with 4, and 1.572
+with 50 %. Four seeds left three comparisons open; by their spread 5, 19 and 49 seeds would decide, and 19 and 49 are
+run.
 
-Classification could not tell: in windows of 6 x 6 pixels into digits a pilot of one seed had 0.840 with 8 heads of 4 and
-0.843 with 2.
+Classification shows no difference: on windows of 6 x 6 pixels into digits, a pilot with one seed had 0.840 with 8 heads
+of 4 and 0.843 with 2.
 """
 
 from typing import Any
@@ -26,13 +27,13 @@ from regard.reproductions.framework.training import digit_levels, language_model
 
 TRAINING = {"steps": 400, "batch_size": 32, "learning_rate": 3e-3, "items": 400}
 PLACES = 1.65
-"""Loss in nats of each pixel's frequencies of levels in the scored images: what knows no more than where it is."""
+"""Loss in nats of each pixel's level frequencies in the scored images: a model that only knows the position."""
 DENSE = TRAINING | {"mixer": "softmax", "options": {}}
 MIXED = TRAINING | {"mixer": "mixture_of_heads", "heads": 8}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Score on digits pixel by pixel, and entropy of the routing."""
+    """Measure the score on digits pixel by pixel, and the entropy of the routing."""
     task = digit_levels(setting["items"])
     plan = [(setting["mixer"], setting["options"])] * 2
     model = language_model(task, plan, dim=64, num_heads=setting["heads"], head_dim=4)

@@ -1,15 +1,15 @@
 """xLSTM (Beck et al., arXiv 2405.04517): a matrix memory with exponential gating recalls more pairs than one without.
 
-The paper (section 4): at recalling up to 256 pairs in 2048 tokens xLSTM is the best of the models that are not
-Transformers, and both the matrix memory and the exponential gates improve language models.
+The paper (section 4): when recalling up to 256 pairs in 2048 tokens, xLSTM is the best of the models that are not
+Transformers; both the matrix memory and the exponential gates improve language models.
 
-Here: recall of overwritten keys, the task of the delta rule's reproduction (16 writes under 8 keys, the last value counts,
-then 24 queries in 56 tokens), with its layers: 2 of width 64 with one head of 8 key features, so that the state is the
-bottleneck, a short convolution and a norm of the output head. The control is gated linear attention with one gate a head:
-the same memory and forget gate without input gate and normaliser.
+Here: recall of overwritten keys, the task of the delta rule's reproduction (16 writes under 8 keys, the last value
+counts, then 24 queries in 56 tokens), and its layers: 2 of width 64 with one head of 8 key features, so that the state
+is the bottleneck, a short convolution and a norm on the output of the head. The control is gated linear attention with
+one gate per head: the same memory and forget gate, without input gate and normaliser.
 
-Before, with 15 pairs that are each written once, the control had 0.96, so that the state was no bottleneck, and mLSTM 0.80
-(three seeds of 500 steps); with more pairs mLSTM learned on no seed of the pilots.
+In an earlier protocol, with 15 pairs that are each written once, the control had 0.96, so the state was not a
+bottleneck, and mLSTM 0.80 (three seeds of 500 steps); with more pairs, mLSTM did not learn with any seed of the pilots.
 """
 
 from regard.reproductions.delta_rule import OVERWRITTEN, SHAPE, UPPER_END, run_cell

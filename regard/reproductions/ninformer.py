@@ -1,11 +1,13 @@
 """NiNformer (arXiv 2403.02411): a Mixer block as the gate of a projection is better than the Mixer alone.
 
-The paper claims better accuracy than MLP-Mixer, ViT and a local ViT on MNIST, CIFAR-10 and CIFAR-100; no table was readable.
+The paper claims better accuracy than MLP-Mixer, ViT and a local ViT on MNIST, CIFAR-10 and CIFAR-100; none of its
+tables could be read.
 
-Here: Fashion-MNIST on 32 x 32 pixels, a fifth of an epoch, in 64 patches of 4 x 4 pixels, 4 blocks of width 48. A NiNformer
-holds a Mixer block, a projection and the host's feed-forward network, so a wider Mixer with as many parameters stands beside one
-of equal width, and softmax attention beside both. Mixers know the places of their tokens; softmax has them added to its input.
-Six seeds left both comparisons with Mixers open, and by their spread 14 and 43 would decide, which are run.
+Here: Fashion-MNIST on 32 x 32 pixels, a fifth of an epoch, in 64 patches of 4 x 4 pixels, 4 blocks of width 48. A
+NiNformer holds a Mixer block, a projection and the host's feed-forward network, so it is compared with a Mixer of equal
+width, with a wider Mixer of equal parameters, and with softmax attention. Mixers know the positions of their tokens;
+softmax has them added to its input. Six seeds left both comparisons with Mixers open; by their spread 14 and 43 would
+decide, and are run.
 """
 
 from typing import Any
@@ -20,7 +22,7 @@ TRAINING = PICTURES | {"steps": 400, "patch": 4, "hidden": 96}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Accuracy on images and parameters."""
+    """Measure the accuracy on images, and the number of parameters."""
     task = canvas(setting["data"], setting["items"], setting["patch"])
     options = {"length": task.length, **setting["options"]} if setting["mixer"] != "softmax" else {}
     model = classifier(

@@ -1,20 +1,22 @@
-"""TransNormer (Qin et al., arXiv 2210.10340): linear attention with a norm and local first layers models language better.
+"""TransNormer (Qin et al., arXiv 2210.10340): linear attention with a norm, after local layers, models language better.
 
-The paper (abstract): a linear model whose attention is normalised instead of divided, and local in its first layers, beats
-the Transformer and other linear models at text classification, language modelling and Long-Range Arena, in less time and
-memory. The causes that it names: unbounded gradients under the denominator, and attention that is spread over the whole sequence.
+The paper (abstract): a linear model whose attention is normalised instead of divided, and local in its first layers,
+beats the Transformer and other linear models in text classification, language modelling and Long-Range Arena, with less
+time and memory. The causes that it names are unbounded gradients from the denominator, and attention that is spread
+over the whole sequence.
 
 Here: bytes of Python's standard library in windows of 256, 4 layers of width 64, 400 steps: linear attention with its
-denominator, NormAttention in all layers, the variants T1 and T2 (2 layers of blocks of 32, then 2 of NormAttention), and
-softmax. The paper's comparison is with a loss; a tie with softmax means within 0.02 nats. Forward time of whole models
-on one core at N = 4096.
+denominator, NormAttention in all layers, the variants T1 and T2 (2 layers of blocks of 32, then 2 of NormAttention),
+and softmax. The paper compares losses; "a tie" with softmax means within 0.02 nats. Forward time of whole models on one
+core at N = 4096.
 
-Unbounded gradients are said to harm convergence, so it is judged how steady gradients are in training: the relative standard
-deviation of the norm over all query and key projections, through which they pass from the scores, over the last three quarters
-of 400 steps of 16 windows of 128, without clipping, in 2 layers without positions. The pilot (one seed): 0.45 with the
-denominator and 0.37 with the norm; 0.57 and 0.59 with 8 windows of 64, so that batches make much of it. That there is a bound
-with the norm and none with the denominator is algebra and no truer here than there: both divide by what vanishes when all
-scores of a query do, and both are bounded by their epsilon alone (`tests/mechanisms/test_norm_linear.py` measures it).
+Since unbounded gradients are said to harm convergence, the check is how steady gradients are in training: the relative
+standard deviation of their norm over all query and key projections, through which gradients pass from the scores, over
+the last three quarters of 400 steps of 16 windows of 128, without clipping, in 2 layers without positions. In the pilot
+(one seed) it was 0.45 with the denominator and 0.37 with the norm, but 0.57 and 0.59 with 8 windows of 64, so the batch
+matters a lot. The bounds themselves are not tested, since they do not differ: with the norm as with the denominator,
+the divisor vanishes when all scores of a query do, and only the epsilon bounds the gradient
+(`tests/mechanisms/test_norm_linear.py` measures it).
 """
 
 from functools import partial
@@ -42,7 +44,7 @@ PLANS: dict[str, list[Any]] = {
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Loss on text of a plan, the spread of gradients over training, or the speedup of a plan over softmax."""
+    """Measure a plan's loss on text, its spread of gradient norms over training, or its speedup over softmax."""
     if "mixer" in setting:
         task = cached_task("text", length=128, evaluation_items=1)
         model = language_model(task, [(setting["mixer"], {"positions": "none"})] * 2, dim=64, num_heads=4)
@@ -58,7 +60,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def gradient_spread(model: LanguageModel, task: Task, setting: Setting, seed: int) -> float:
-    """Relative standard deviation over training steps of the norm of the gradient of all query and key projections."""
+    """Return the relative standard deviation over training steps of query and key projections' gradient norm."""
     norms: list[float] = []
     layers: list[Any] = [block.mixer for block in model.blocks]
     weights = [projection.weight for layer in layers for projection in (layer.query, layer.key)]

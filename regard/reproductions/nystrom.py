@@ -1,15 +1,16 @@
-"""Nystromformer (Xiong et al., arXiv 2102.03902): the softmax matrix rebuilt from a few landmarks, nearly as good.
+"""Nystromformer (Xiong et al., arXiv 2102.03902): softmax reconstructed from a few landmarks is nearly as good.
 
-The paper (abstract, section 5): with 64 landmarks comparable to BERT-base, in a few cases slightly better, on GLUE and IMDB;
-favourable on the Long Range Arena at linear cost; 6 iterations are enough for the pseudoinverse.
+The paper (abstract, section 5): with 64 landmarks, comparable to or in a few cases slightly better than BERT-base on
+GLUE and IMDB; favourable on the Long Range Arena at linear cost; 6 iterations are enough for the pseudoinverse.
 
-Here: scikit-learn's digits, half of them held out, read through windows of 6 x 6 pixels at random places in training, 2 layers
-of width 32 with learned positions: softmax; 4 landmarks for the 36 pixels (the paper has 64 for 512 tokens), with a
-convolution of width 5 and without; and that softmax, whose weights 4 landmarks take over and train for half as many steps
-more. Comparable means within 5 points. Growth of forward time on one core with 64 landmarks. No pretraining.
+Here: scikit-learn's digits, half of them held out, read through windows of 6 x 6 pixels at random places in training, 2
+layers of width 32 with learned positions: softmax; 4 landmarks for the 36 pixels (the paper has 64 for 512 tokens),
+with and without a convolution of width 5; and 4 landmarks that take over the trained softmax weights and are trained
+for half as many more steps. "Comparable" means within 5 points. Growth of forward time on one core with 64 landmarks.
+No pretraining.
 
-In a pilot of one seed softmax had 0.79, 4 landmarks 0.81, and 0.82 with the convolution; softmax moved onto landmarks had 0.76
-before fine-tuning and 0.84 after it, so that little was left to mend.
+In a pilot with one seed, softmax had 0.79, 4 landmarks 0.81, and 0.82 with the convolution; softmax converted to
+landmarks had 0.76 before fine-tuning and 0.84 after it, so there was little to repair.
 """
 
 from functools import partial
@@ -28,8 +29,8 @@ LANDMARKS = {"landmarks": 4, "convolution": 0}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Accuracy on windows of digits, also of a softmax model whose layers are replaced, before and after more steps;
-    with ``lengths`` times of a forward call."""
+    """Measure the accuracy on windows of digits, also of a softmax model with replaced layers, before and after more
+    steps; with ``lengths``, times of a forward call."""
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
@@ -46,7 +47,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def time_forward(setting: Setting) -> dict[str, Any]:
-    """Growth of both times with the length, and the speedup at the longest."""
+    """Measure how both times grow with the length, and the speedup at the longest."""
     inputs = {n: torch.randn(3, 1, 4, n, 64) for n in setting["lengths"]}
     softmax = {n: partial(softmax_attention, *x, pattern="noncausal-self") for n, x in inputs.items()}
     nystrom = {n: partial(nystrom_attention, *x, pattern="noncausal-self", landmarks=64) for n, x in inputs.items()}

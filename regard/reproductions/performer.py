@@ -1,17 +1,18 @@
-"""Performer (Choromanski et al., arXiv 2009.14794): random features stand in for softmax, without bias and at a linear cost.
+"""Performer (Choromanski et al., arXiv 2009.14794): random features estimate softmax without bias, at linear cost.
 
-The paper (abstract, theorem 2, sections 4.2 and 4.3): positive orthogonal features estimate softmax attention without bias and
-with less variance than independent ones; the error falls with their number; weights trained with softmax can be moved into
-a Performer, which a little fine-tuning brings back to nearly their accuracy; quality competitive with softmax.
+The paper (abstract, theorem 2, sections 4.2 and 4.3): positive orthogonal features estimate softmax attention without
+bias and with less variance than independent features; the error falls with their number; weights trained with softmax
+can be moved into a Performer, which recovers nearly their accuracy with a little fine-tuning; the quality is
+competitive with softmax.
 
-Here: mean squared error of the output for 64 Gaussian tokens in heads of 16 features (queries and keys halved: the variance
-grows with exp |q + k|^2), over 200 draws; scikit-learn's digits as 64 pixel tokens, 2 layers of width 64, trained with softmax,
-and with a Performer of the paper's floor(16 ln 16) = 44 features. Weights that are moved are of 2 layers of width 32 that softmax
-trained on windows of 6 x 6 pixels at random places of the digits; a Performer of 128 features takes them over and trains for half
-as many steps more. Nearly and competitive mean within 5 points. Growth of forward time on one core with 64 features in heads
-of 64.
+Here: mean squared error of the output for 64 Gaussian tokens in heads of 16 features (queries and keys halved, since
+the variance grows with exp |q + k|^2), over 200 draws; scikit-learn's digits as 64 pixel tokens, 2 layers of width 64,
+trained with softmax, and with a Performer of the paper's floor(16 ln 16) = 44 features. The moved weights are those of
+2 layers of width 32, trained with softmax on windows of 6 x 6 pixels at random places of the digits; a Performer of 128
+features takes them over and is trained for half as many more steps. "Nearly" and "competitive" mean within 5 points.
+Growth of forward time on one core with 64 features in heads of 64.
 
-In a pilot of one seed the softmax that is moved had 0.79, a Performer with its weights 0.64, and 0.84 after fine-tuning.
+In a pilot with one seed, the softmax model had 0.79, and a Performer with its weights 0.64, and 0.84 after fine-tuning.
 """
 
 from functools import partial
@@ -48,8 +49,8 @@ MOVED = {
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """One of: errors of an estimate, times of a forward call, a softmax model that is moved over, accuracy on
-    digits."""
+    """Measure one of: errors of the estimate, times of a forward call, a softmax model moved into a Performer, accuracy
+    on digits."""
     if "draws" in setting:
         return estimate(setting, seed)
     if "lengths" in setting:
@@ -63,7 +64,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def move(setting: Setting, seed: int) -> dict[str, float]:
-    """Accuracy of softmax, of a Performer with its weights, and of that one after fine-tuning."""
+    """Return the accuracy of softmax, and of a Performer with its weights before and after fine-tuning."""
     task = digit_windows(setting["items"], setting["window"])
     softmax = placed_classifier(task, ["softmax"] * 2)
     found = trained_score(softmax, task, setting, seed)
@@ -76,7 +77,7 @@ def move(setting: Setting, seed: int) -> dict[str, float]:
 
 @torch.no_grad()
 def estimate(setting: Setting, seed: int) -> dict[str, float]:
-    """Mean squared error against softmax, of orthogonal and of independent features, by their number."""
+    """Return the mean squared error against softmax, for orthogonal and independent features, by their number."""
     generator = torch.Generator().manual_seed(seed)
     q, k, v = torch.randn(3, 1, 1, 64, 16, generator=generator, dtype=torch.float64)
     q, k = q / 2, k / 2
@@ -94,7 +95,7 @@ def estimate(setting: Setting, seed: int) -> dict[str, float]:
 
 
 def time_forward(setting: Setting) -> dict[str, Any]:
-    """Growth of both times with the length, and the speedup at the longest."""
+    """Measure how both times grow with the length, and the speedup at the longest."""
     inputs = {n: torch.randn(3, 1, 4, n, 64) for n in setting["lengths"]}
     w = draw_features(64, 64)
     actions = {

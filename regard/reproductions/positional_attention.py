@@ -1,18 +1,22 @@
-"""Positional attention (Back de Luca et al., arXiv 2410.01686): routes by position alone carry over to larger values.
+"""Positional attention (Back de Luca et al., arXiv 2410.01686): weights from positions alone generalise to larger
+values.
 
-The paper: with weights that depend on positions only, transformers learn parallel algorithms as well as others and, where
-the algorithm's routes are positional, do far better on values outside of the training range. The medians of the authors'
-result files, 10 runs of 60,000 steps each, at 10 times the training range: running minimum 0.043 against 19.7 of a standard
-transformer, running sum 0.059 against 87.6, sorting 0.146 against 54.5 (mean squared errors).
+The paper: with weights that depend on positions only, transformers learn parallel algorithms as well as standard ones
+and, if the algorithm's data flow depends on positions alone, do far better on values outside the training range.
+Medians from the authors' result files, 10 runs of 60,000 steps each, at 10 times the training range: running minimum
+0.043 against 19.7 for a standard transformer, running sum 0.059 against 87.6, sorting 0.146 against 54.5 (mean squared
+errors).
 
 Here: 1500 steps of 256 on the same data: 8 numbers, uniform between two bounds that are uniform in [-2, 2], and up to
-[-20, 20] in tests, where bounds that both lie in the training range are drawn again. The authors' networks: width 64, 2
-heads, 4 layers, in which an MLP of (x, attention of x) takes the place of residuals and norms, and a further node; the
-standard one has positions beside its input. The expectation for sorting, which learns slowly, was set lower.
+[-20, 20] in tests, where bounds that are both in the training range are drawn again. The authors' networks have width
+64, 2 heads, 4 layers in which an MLP of (x, attention of x) replaces residuals and norms, and one extra node; the
+standard network has positions concatenated to its input. The expectation for sorting, which is learned slowly, was set
+lower.
 
-Ratios of errors are far from normal over seeds (0.1 to 280 for sums in the first three), so the mean of their logarithms
-is judged, the ratio's geometric mean. It was the ratio itself until three seeds had been seen. These decide sorting; six
-are judged for minima, and no number that is affordable decides sums, one of three of which does not carry over at all.
+Ratios of errors are far from normal over seeds (0.1 to 280 for sums in the first three), so the mean of their
+logarithms is judged (the geometric mean of the ratios). Until three seeds had been seen, the ratio itself was judged.
+Three seeds decide sorting; six are run for minima; and no affordable number decides sums, since one of three runs does
+not generalise at all.
 """
 
 from __future__ import annotations
@@ -42,11 +46,12 @@ TRAINING = {"steps": 1500, "batch_size": 256, "learning_rate": 1e-3, "items": 10
 def network(
     numbers: int, *, positional: bool, dim: int = 64, heads: int = 2, layers: int = 4, bias: bool = True
 ) -> AlgorithmicNetwork:
-    """The authors' network for n numbers, at most, after a further node, whose input is 0.
+    """Return the authors' network for up to n numbers after an extra node, whose input is 0.
 
     Args:
-        numbers: n; fewer take the first rows of the encodings.
-        positional: whether attention is positional; otherwise softmax attention with one-hot positions beside the input.
+        numbers: n; shorter inputs use the first rows of the encodings.
+        positional: whether attention is positional; otherwise softmax attention, with one-hot positions concatenated to
+            the input.
         bias: whether projections and MLPs have biases; without any the positional network is positively homogeneous.
     """
     nodes = numbers + 1
@@ -71,12 +76,12 @@ def network(
 
 
 def answers(model: nn.Module, numbers: Tensor) -> Tensor:
-    """(B, n) of (B, n) numbers."""
+    """Return the answers (B, n) to numbers (B, n)."""
     return model(F.pad(numbers, (1, 0))[..., None]).output[:, 1:, 0]
 
 
 def draw(items: int, numbers: int, factor: float, rng: torch.Generator) -> Tensor:
-    """Rows of numbers within bounds that are uniform in [-factor, factor], not both in the training range if it is less."""
+    """Draw rows of numbers within bounds uniform in [-factor, factor], not both in a smaller training range."""
     bounds = torch.empty(0, 2)
     while len(bounds) < items:
         drawn = (2 * torch.rand(items, 2, generator=rng) - 1) * factor
@@ -88,7 +93,7 @@ def draw(items: int, numbers: int, factor: float, rng: torch.Generator) -> Tenso
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
-    """Mean squared errors on numbers up to 2 (as in training), 6, 10 and 20."""
+    """Measure the mean squared errors on numbers up to 2 (as in training), 6, 10 and 20."""
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(1000 + seed)
     target, numbers, steps = TASKS[setting["task"]], setting["numbers"], setting["steps"]
@@ -112,13 +117,13 @@ def run_cell(setting: Setting, seed: int) -> dict[str, float]:
 
 
 def advantage(task: str) -> Callable[[Seed], float]:
-    """Logarithm of how many times the positional network's error the standard one has far out of the training range."""
+    """Return the log ratio of the standard network's error to the positional one's, far outside the training range."""
     ratio = over(f"{task}, standard", f"{task}, positional", "c = 20")
     return lambda seed: math.log(ratio(seed))
 
 
 def largest_known_error(seed: Seed) -> float:
-    """The largest error within the training range, over tasks and networks."""
+    """Return the largest error within the training range, over tasks and networks."""
     return max(number(seed, setting, "c = 2") for setting in REPRODUCTION.settings)
 
 

@@ -1,11 +1,12 @@
-"""Informer's ProbSparse attention (Zhou et al., arXiv 2012.07436): a few queries attend, at a small loss.
+"""Informer's ProbSparse attention (Zhou et al., arXiv 2012.07436): only a few queries attend, at a small loss.
 
-The paper (abstract): attention in L log L, with a performance comparable to that of all queries on long sequence forecasting. The
-Comprehensive Attention Benchmark (arXiv 2210.07661, leaderboard, noncausal self): index -0.66, last but one, against -0.02 of softmax.
+The paper (abstract): attention in O(L log L), with performance comparable to that of full attention on long sequence
+forecasting. The Comprehensive Attention Benchmark (arXiv 2210.07661, leaderboard, noncausal self): index -0.66, second
+to last, against -0.02 for softmax.
 
-Here: scikit-learn's digits as 64 pixel tokens, 2 layers of width 64, 600 steps: softmax, ProbSparse with the paper's factor 5 (25
-keys sampled and 25 of 64 queries chosen) and with factor 1 (5 of 64). Comparable means within 5 points. Growth of forward time on
-one core. Forecasting is not tried.
+Here: scikit-learn's digits as 64 pixel tokens, 2 layers of width 64, 600 steps: softmax, ProbSparse with the paper's
+factor 5 (25 keys sampled and 25 of 64 queries chosen) and with factor 1 (5 of 64). "Comparable" means within 5 points.
+Growth of forward time on one core. Forecasting is not tested.
 """
 
 from typing import Any
@@ -20,7 +21,7 @@ TRAINING = {"steps": 600, "batch_size": 32, "learning_rate": 3e-3, "items": 1000
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Accuracy on digits; with ``lengths`` the growth of a forward call."""
+    """Measure the accuracy on digits; with ``lengths``, the growth of a forward call."""
     if "lengths" in setting:
         return forward_growth(setting, {"probsparse": probsparse_attention, "softmax": softmax_attention})
     return digits_score(setting, seed)

@@ -1,7 +1,7 @@
 """Random feature attention (Peng et al., arXiv 2103.02143): as good as softmax, and better with a gate.
 
-The paper (abstract): similar or better than strong transformer baselines in language modelling and machine translation, in
-which it decodes twice as fast; the gate is for recency bias, which language modelling profits from.
+The paper (abstract): similar to or better than strong transformer baselines in language modelling and machine
+translation, where it decodes twice as fast; the gate gives a recency bias, which helps language modelling.
 
 Here: bytes of Python's standard library in windows of 128, 2 layers of width 64, 400 steps. Bounds were set before any run.
 """
@@ -19,7 +19,7 @@ MIXERS = {
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
-    """Loss on text."""
+    """Measure the loss on text."""
     task = cached_task("text", length=128, evaluation_items=setting["items"])
     model = language_model(task, [MIXERS[setting["mixer"]]] * 2, dim=64, num_heads=4)
     return trained_score(model, task, setting, seed)

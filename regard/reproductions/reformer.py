@@ -1,13 +1,13 @@
-"""Reformer (Kitaev et al., arXiv 2001.04451): attention within the buckets of random hashes does what full attention does.
+"""Reformer (Kitaev et al., arXiv 2001.04451): attention within hash buckets is as good as full attention.
 
-The paper (abstract): performance on par with Transformers at O(L log L) instead of L^2. Section 5: sharing queries and keys
-costs nothing, eight rounds match full attention on text and images, and a model that is evaluated with fewer rounds than it
-was trained with is less accurate (table 2, on duplicating sequences).
+The paper (abstract): performance on par with Transformers in O(L log L) instead of O(L^2). Section 5: sharing queries
+and keys costs nothing, eight hashing rounds match full attention on text and images, and a model evaluated with fewer
+rounds than in training is less accurate (table 2, on duplicating sequences).
 
-Here: scikit-learn's digits as 64 pixel tokens, read off as their mean after 2 layers of width 64, 450 steps; 4 rounds of 16
-buckets in chunks of 8, so that a round shows a quarter of the tokens. Accuracy within 5 points of softmax; evaluated with one
-round it is lower than with four. Forward time on one core at N = 8192, one round, chunks of 64 in 256 buckets, and its growth
-from 1024 with N / 32 buckets.
+Here: scikit-learn's digits as 64 pixel tokens, classified from their mean after 2 layers of width 64, 450 steps; 4
+rounds of 16 buckets in chunks of 8, so that a query sees a quarter of the tokens in each round. Expected are an
+accuracy within 5 points of softmax, and a lower one when evaluated with one round instead of four. Forward time on one
+core at N = 8192, one round, chunks of 64 in 256 buckets, and its growth from 1024 with N / 32 buckets.
 """
 
 from functools import partial
@@ -27,7 +27,7 @@ TRAINING = {"steps": 450, "batch_size": 32, "learning_rate": 3e-3, "items": 1000
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Accuracy on digits, and what is lost with one round of hashing; with ``lengths`` times of a forward call."""
+    """Measure accuracy on digits, and its drop with one hashing round; with ``lengths``, times of a forward call."""
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
@@ -43,7 +43,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def time_forward(setting: Setting) -> dict[str, Any]:
-    """Growth of both times with the length, and the speedup at the longest."""
+    """Measure how both times grow with the length, and the speedup at the longest."""
     actions: dict[str, dict[float, Any]] = {"reformer": {}, "softmax": {}}
     for n in setting["lengths"]:
         q, k, v = torch.randn(3, 1, 4, n, 64)

@@ -1,14 +1,14 @@
-"""Routing Transformer (Roy et al., arXiv 2003.05997): attention within learned clusters, which beats fixed patterns.
+"""Routing Transformer (Roy et al., arXiv 2003.05997): attention within learned clusters beats fixed patterns.
 
-The paper (abstract): O(n^1.5 d) by an online k-means, better than comparable sparse models on WikiText-103 (15.8 against
-18.3 perplexity) and ImageNet-64. Table 1, on CIFAR-10: all heads local is worse than half of the heads routing, and routing
-by random assignment is worse than by k-means.
+The paper (abstract): O(n^1.5 d) with an online k-means, better than comparable sparse models on WikiText-103 (15.8
+against 18.3 perplexity) and ImageNet-64. Table 1, on CIFAR-10: all heads local is worse than half of the heads routing,
+and random assignment is worse than k-means.
 
-Here: multi-query associative recall, 8 pairs in 64 tokens, 2 layers of width 64 with short convolutions; windows of 16 tokens,
-a quarter of the row. Local attention does not reach the pairs; routing heads do, and reach softmax within 10 points. Routing
-with centroids that stay at their random places is the control, not judged. The commitment loss has the weight 0.01, with
-which the published cells were run; models' own is 1e-4 now. Forward time on one core, windows of 64 and N / 64
-clusters, and its growth from 1024 to 8192.
+Here: multi-query associative recall, 8 pairs in 64 tokens, 2 layers of width 64 with short convolutions; windows of 16
+tokens, a quarter of the sequence. Local attention does not reach the pairs; routing heads do, and are expected within
+10 points of softmax. Routing with fixed random centroids is a control and is not judged. The commitment loss has weight
+0.01, with which the published cells were run; the models' default is 1e-4 now. Forward time on one core, windows of 64
+and N / 64 clusters, and its growth from 1024 to 8192.
 """
 
 from functools import partial
@@ -29,7 +29,7 @@ ROUTING = {"window": 16, "clusters": 4, "decay": 0.99, "short_convolution": 4}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Accuracy of recall; with ``lengths`` times of a forward call."""
+    """Measure the accuracy of recall; with ``lengths``, times of a forward call."""
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
@@ -40,7 +40,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def time_forward(setting: Setting) -> dict[str, Any]:
-    """Growth of both times with the length, and the speedup at the longest."""
+    """Measure how both times grow with the length, and the speedup at the longest."""
     actions: dict[str, dict[float, Any]] = {"routing": {}, "softmax": {}}
     for n in setting["lengths"]:
         inputs = dict(zip("qkv", torch.randn(3, 1, 4, n, 64), strict=True))

@@ -1,15 +1,15 @@
-"""RWKV-7 (Peng et al., arXiv 2503.14456): a memory that replaces what it holds recalls more than one that fades and adds.
+"""RWKV-7 (Peng et al., arXiv 2503.14456): a memory that replaces recalls more than one that decays and adds.
 
-The paper (abstract): RWKV-7 generalises the delta rule with gates and in-context learning rates that are vectors, tracks
-states and recognises all regular languages; language models of up to 2.9B parameters are as good as others of their size
-with fewer tokens. Its predecessors, as gated linear attention, add to a memory that decays.
+The paper (abstract): RWKV-7 generalises the delta rule with vector-valued gates and in-context learning rates, tracks
+states and recognises all regular languages; language models of up to 2.9B parameters are as good as others of their
+size with fewer training tokens. Its predecessors, like gated linear attention, add to a memory that decays.
 
-Here: the task of the delta rule's reproduction, recall in which every key is written twice and the last value counts: 16
-writes under 8 keys, then 24 queries in 56 tokens, 2 layers of width 64 with one head of 8 key features, so that the
+Here: the task of the delta rule's reproduction, recall in which every key is written twice and the last value counts:
+16 writes under 8 keys, then 24 queries in 56 tokens, 2 layers of width 64 with one head of 8 key features, so that the
 state is the bottleneck. Gated linear attention, one decay for each key feature, has the same state and a short
-convolution of four tokens; RWKV-7 has its paper's layer, which mixes two. With the 400 steps of the delta rule's reproduction one
-of four seeds of gated linear attention did not learn the task; here there are 700. It was judged without a pilot.
-Three seeds left it open, with a mean at the bound; sixteen are run.
+convolution of four tokens; RWKV-7 has its paper's layer, which mixes two tokens. With the first 400 steps of the delta
+rule's reproduction, gated linear attention did not learn the task with one of four seeds; here there are 700. There was
+no pilot. Three seeds left the claim open, with a mean at the bound; sixteen are run.
 """
 
 from regard.reproductions.delta_rule import OVERWRITTEN, SHAPE, UPPER_END, run_cell

@@ -1,19 +1,21 @@
-"""SEA (Lee et al., arXiv 2310.01777): a few keys of an estimated map, distilled, do as well as the whole of attention.
+"""SEA (Lee et al., arXiv 2310.01777): distilled attention over a few estimated keys is as good as full attention.
 
-The paper (abstract): OPT-1.3B on WikiText-2, distilled to SEA, has a better perplexity than the quadratic model at about half
-its memory, where earlier linear and sparse methods have about twice the perplexity. The number of keys may change afterwards.
+The paper (abstract): OPT-1.3B on WikiText-2, distilled to SEA, has a better perplexity than the quadratic model with
+about half the memory, whereas earlier linear and sparse methods have about twice the perplexity. The number of keys can
+be changed after training.
 
-Here: a teacher of 2 layers of width 64 with 4 heads, trained for 400 steps on bytes of Python's standard library in windows of
-256. Students begin as the teacher and are distilled for the same 150 steps with the same loss (hidden states, logits, task;
-those that can, also the attention weights): SEA with 16 keys a query out of a map of 64 pixels, the new parameters at ten times
-the rate; a Performer with 44 features of the softmax kernel, and of the relu kernel, which SEA's own estimate uses in causal
-models; linear attention (elu features) and a window of 16. SEA is then read with 64 keys, without training. "Near" is judged
-as at most 0.03 nats.
+Here: a teacher of 2 layers of width 64 with 4 heads, trained for 400 steps on bytes of Python's standard library in
+windows of 256. Students start from the teacher's weights and are distilled for the same 150 steps with the same loss
+(hidden states, logits, task, and the attention weights if they have them): SEA with 16 keys per query from a map of 64
+pixels, with ten times the learning rate for new parameters; Performers with 44 features of the softmax kernel, and of
+the relu kernel, which SEA's own estimate uses in causal models; linear attention (elu features); and a window of 16.
+SEA is then evaluated with 64 keys without further training. "Near" means within 0.03 nats.
 
-On this text a window of 16 is as good as the teacher (three seeds), so that it cannot tell what the choice of keys is worth,
-nor more keys. So all is done again with associative recall, 8 pairs and 24 questions in 48 tokens, with short convolutions, 4
-keys a query out of a map of 32 pixels, or 16, a window of 4, a teacher of 500 steps and 200 steps of distillation; near is 5
-points. The pilot (one seed): the teacher has 1.00, SEA 0.43 with 4 keys and, untrained, 0.91 with 16.
+On this text a window of 16 is as good as the teacher (three seeds), so it cannot show the value of choosing keys or of
+more keys. Everything is therefore repeated on associative recall, 8 pairs and 24 questions in 48 tokens, with short
+convolutions, 4 keys per query from a map of 32 pixels (then 16 keys), a window of 4, a teacher of 500 steps and 200
+steps of distillation; "near" means 5 points. In the pilot (one seed), the teacher has 1.00, and SEA 0.43 with 4 keys
+and, without further training, 0.91 with 16.
 """
 
 import functools
@@ -48,8 +50,8 @@ STUDENTS: dict[str, dict[str, Any]] = {
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
-    """Score of a student that is distilled from softmax, also with four times as many keys, and the keys that it reads;
-    of softmax the teacher's score."""
+    """Measure the score of a student distilled from softmax, also with four times as many keys, and how many keys it
+    reads; for softmax, the teacher's score."""
     task = _task("recall" in setting, setting["items"])
     teacher = _teacher(
         "recall" in setting,
@@ -98,7 +100,7 @@ def _model(task: Task, mixer: str, options: dict[str, Any]) -> LanguageModel:
 
 @functools.cache
 def _teacher(recall: bool, steps: int, batch_size: int, learning_rate: float, items: int, seed: int) -> LanguageModel:
-    """The same for all students of a seed."""
+    """Return the trained teacher, the same for all students of a seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         task = _task(recall, items)
@@ -109,7 +111,7 @@ def _teacher(recall: bool, steps: int, batch_size: int, learning_rate: float, it
 
 @torch.no_grad()
 def _keys_read(model: LanguageModel, task: Task) -> float:
-    """Keys that the last query of a window reads, mean over heads, layers and windows."""
+    """Return the number of keys that a window's last query reads, averaged over heads, layers and windows."""
     batch = next(iter(task.evaluation_batches(16)))
     maps = model(batch.inputs, context=Context(want=frozenset({"weights"}))).extras["weights"]
     return sum(float((w[:, :, -1] > 0).double().sum(-1).mean()) for w in maps) / len(maps)

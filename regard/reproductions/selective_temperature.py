@@ -1,19 +1,20 @@
-"""Selective self-attention (Zhang et al., arXiv 2411.12892): a temperature for each token, by its content and its place.
+"""Selective self-attention (Zhang et al., arXiv 2411.12892): a temperature for each token, from content and position.
 
-The paper (abstract): adaptive temperatures of queries and values improve language models (Pythia, Llama, GPT-2) at less than
-0.5 % more parameters when weights are shared. Its theory: query temperatures let attention be sparse without large weights,
-a term log n keeps it from flattening in long contexts, and value temperatures turn noise down.
+The paper (abstract): adaptive temperatures of queries and values improve language models (Pythia, Llama, GPT-2) with
+less than 0.5 % more parameters when weights are shared. Its theory: query temperatures allow sparse attention without
+large weights, a log n term keeps attention from flattening in long contexts, and value temperatures suppress noise.
 
-Here, one experiment for each of the three. *Graph*: 16 nodes with 1 to 8 successors each; queries, keys of one head are linear
-in fixed random embeddings of 8 features, and its weights over the nodes are to be the transition matrix (all of it at once, so
-that nothing is sampled). *Denoising*: sequences of 32 tokens, half from 64 signal vectors, half from 64 noise vectors of 32
-features, unmarked; one layer is to give the mean of the signal. *Length*: recall of 8 pairs of 63 keys in 64 tokens, asked for
-60 pairs in 512, with the position's term on queries alone; 2 layers of width 64, no positions, a short convolution, a norm of
-the output head, and one head of 6 key features, so that scores cannot grow at will.
+Here: one experiment for each of the three. *Graph*: 16 nodes with 1 to 8 successors each; queries and keys of one head
+are linear in fixed random embeddings of 8 features, and its attention weights over the nodes should be the transition
+matrix (fitted as a whole, without sampling). *Denoising*: sequences of 32 tokens, half of them from 64 signal vectors
+and half from 64 noise vectors of 32 features, unmarked; one layer should output the mean of the signal. *Length*:
+trained on recall of 8 pairs with 63 keys in 64 tokens and tested on 60 pairs in 512, with the position term on queries
+alone; 2 layers of width 64, no positions, a short convolution, a norm on the output of the head, and one head of 6 key
+features, so that scores cannot grow arbitrarily.
 
-The length had first been 8 pairs of 15 keys at both lengths, the rest of the longer one filler: all had 1.00. A pilot of
-this one on two seeds had 0.99 and 0.98 at the trained length with softmax and 0.90 and 0.89 at the longer, 1.00 and 0.98 to
-0.99 with the position's term: four seeds decide.
+The length experiment first had 8 pairs with 15 keys at both lengths, with filler in the rest of the longer one: all
+settings had 1.00. In a pilot of the present one with two seeds, softmax had 0.99 and 0.98 at the trained length and
+0.90 and 0.89 at the longer; with the position term it was 1.00 and 0.98 to 0.99: four seeds decide.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ WEIGHTS = Context(want=frozenset({"weights"}))
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Measurements of the experiment that the setting names."""
+    """Run the experiment that the setting names."""
     experiments = {"graph": graph, "denoising": denoising, "length": length}
     return experiments[setting["experiment"]](setting, seed)
 
 
 def graph(setting: Setting, seed: int) -> dict[str, Any]:
-    """How closely one head with the setting's temperatures learns a graph: excess of the cross entropy over the
-    entropy, and L1 distance of the rows."""
+    """Measure how closely one head with the setting's temperatures learns a graph: cross entropy minus entropy, and L1
+    distance of the rows."""
     generator = torch.Generator().manual_seed(1 << 40 | seed)
     nodes = F.normalize(torch.randn(NODES, NODE_WIDTH, generator=generator), dim=-1)
     degrees = torch.tensor([1, 2, 4, 8])[torch.arange(NODES) % 4]
@@ -66,7 +67,7 @@ def graph(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def denoising(setting: Setting, seed: int) -> dict[str, Any]:
-    """Error of the mean of signal tokens among noise, and its share of the error of the mean of all."""
+    """Measure the error of predicting the signal tokens' mean, and its ratio to the error of the mean of all tokens."""
     vectors = torch.randn(2, TYPES, WIDTH, generator=torch.Generator().manual_seed(1 << 40 | seed))  # signal, noise
     vectors = F.normalize(vectors, dim=-1) * math.sqrt(WIDTH)
 
@@ -87,12 +88,12 @@ def denoising(setting: Setting, seed: int) -> dict[str, Any]:
     with torch.no_grad():
         x, target = draw(torch.Generator().manual_seed(1 << 41), 512)
         error = F.mse_loss(layer(x).output, target[:, None].expand_as(x))
-        plain = F.mse_loss(x.mean(1), target)  # the mean of all tokens: half the signal's, and noise
+        plain = F.mse_loss(x.mean(1), target)  # the mean of all tokens, half of which are noise
         return {"error": float(error), "share": float(error / plain)}
 
 
 def length(setting: Setting, seed: int) -> dict[str, Any]:
-    """Accuracy of recall at the length of training and eight times that, and the difference."""
+    """Measure recall accuracy at the training length and at eight times that, and the difference."""
 
     def task(tokens: int, pairs: int, queries: int) -> Any:
         return cached_task(
@@ -114,7 +115,7 @@ def length(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def descend(module: nn.Module, loss: Callable[[int], Tensor], steps: int) -> None:
-    """Adam, from 1e-2 to 1e-4 along half a cosine."""
+    """Minimise a loss by Adam, with a learning rate from 1e-2 to 1e-4 along half a cosine."""
     optimizer = torch.optim.Adam(module.parameters())
     for step in range(steps):
         for parameters in optimizer.param_groups:
@@ -125,7 +126,7 @@ def descend(module: nn.Module, loss: Callable[[int], Tensor], steps: int) -> Non
 
 
 def selective(**temperatures: str) -> dict[str, Any]:
-    """A layer with the temperatures named; queries and values have none otherwise."""
+    """Return a setting with the given temperatures; queries and values have none otherwise."""
     named = {f"{name}_temperature": "none" for name in "qv"} | {f"{n}_temperature": t for n, t in temperatures.items()}
     return {"mixer": "selective_temperature", "options": named}
 
@@ -145,7 +146,7 @@ SHAPE = {"short_convolution": 4, "output_norm": "rms", "head_dim": 6, "value_dim
 
 
 def shaped(mixer: dict[str, Any]) -> dict[str, Any]:
-    """The same layer with the options that all layers of the experiment share."""
+    """Return the setting with the options that all layers of the length experiment share."""
     return mixer | {"options": mixer["options"] | SHAPE}
 
 

@@ -1,20 +1,22 @@
-"""Sequential position encoding (Li et al., arXiv 2506.13277): positions read as digits reach beyond the training length.
+"""Sequential position encoding (Li et al., arXiv 2506.13277): positions read as digits exceed the training length.
 
-The paper (abstract): in language modelling, question answering and image classification it surpasses strong baselines of
-position encoding, "particularly under context length extrapolation".
+The paper (abstract): in language modelling, question answering and image classification it surpasses strong
+position-encoding baselines, "particularly under context length extrapolation".
 
-Here: bytes of source code, 2 layers of softmax attention of width 64, trained on windows of 64 bytes, 1200 steps; the loss
-of the same last 32 bytes is then read with 64, 128, 256 and 512 bytes of context. Positions: sequential ones in the scores
-(P_max 1000, an encoder of width 32, 16 pivots of 16 candidates, 16 offsets), these without both losses, a learned table of
-512 rows (those beyond 64 are never trained), sinusoids added to the input, and rotary. Beside it, what contrast alone does
-with positions below 1000 in 1000 steps: the rank correlation of the products of vectors with nearness, in windows of 50.
+Here: bytes of source code, 2 layers of softmax attention of width 64, trained on windows of 64 bytes, 1200 steps; the
+loss of the same last 32 bytes is then measured with 64, 128, 256 and 512 bytes of context. The position schemes are
+sequential positions in the scores (P_max 1000, an encoder of width 32, 16 pivots of 16 candidates, 16 offsets), the
+same without both losses, a learned table of 512 rows (those beyond 64 are never trained), sinusoids added to the input,
+and rotary. Also measured is the effect of the contrastive loss alone on positions below 1000 in 1000 steps: the rank
+correlation of dot products with nearness, in windows of 50.
 
 On grids: scikit-learn's digits, half of them held out, an encoder of 3 layers of width 64, trained on windows of 6 x 6
-pixels at random places of the images, 600 steps; then it classifies the middle 6 x 6 pixels and the whole 8 x 8. The same
-encoder of positions has two axes here, multiplies queries and keys (the paper's choice for images) and has a projection
-for each layer. The others have one axis and number the pixels of a window by 8 row + column, so that neighbours are as far
-apart in the window as in the whole image: the table is one of places, whose last two rows and columns are never trained.
-The authors also compare rotary positions of two axes, which we do not have. Softmax without positions is beside them.
+pixels at random places of the images for 600 steps; it then classifies the middle 6 x 6 pixels and the whole 8 x 8. The
+same position encoder has two axes here, multiplies queries and keys (the paper's choice for images) and has a
+projection for each layer. The other schemes have one axis and number the pixels of a window by 8 row + column, so that
+neighbours are as far apart in the window as in the whole image; the learned table is one of places, whose last two rows
+and columns are never trained. The authors also compare with two-axis rotary positions, which we do not have. Softmax
+without positions is also run.
 """
 
 import math
@@ -71,7 +73,7 @@ GRID_POSITIONS: dict[str, dict[str, Any]] = {
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
-    """Loss on text at each length that is read and its growth, the grid's measurements, or how positions are
+    """Measure the loss on text at each context length and its growth, scores on the grid, or how well positions are
     ordered."""
     torch.manual_seed(seed)
     if "window" in setting:
@@ -88,7 +90,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, float]:
 
 @torch.no_grad()
 def read(model: nn.Module, context: int, items: int) -> float:
-    """Mean loss of the last bytes of held-out windows, with so many bytes of each."""
+    """Return the mean loss of the last bytes of held-out windows, with `context` bytes of each."""
     task = cached_task("text", length=max(READ), evaluation_items=items)
     losses = []
     for batch in task.evaluation_batches(16):
@@ -112,7 +114,7 @@ class NumberedByPlace(nn.Module):
 
 
 def run_grid(setting: Setting, seed: int) -> dict[str, float]:
-    """Scores on the windows of training and on whole digits."""
+    """Measure scores on windows as in training and on whole digits."""
     images = digit_pixels(setting["items"])
     windows = Windows(images, setting["window"])
     options = GRID_POSITIONS[setting["positions"]]
@@ -128,7 +130,7 @@ def run_grid(setting: Setting, seed: int) -> dict[str, float]:
 
 
 def order_of_positions(setting: Setting, seed: int) -> float:
-    """Mean over windows of 50 positions: Spearman's correlation of E(i) . E(j) and -|i - j|, after contrast alone."""
+    """Return Spearman's correlation of E(i) . E(j) and -|i - j| in windows of 50, trained by contrast alone."""
     options: dict[str, Any] = {
         "encoder_dim": 32,
         "pivots": 32,
@@ -159,23 +161,23 @@ def order_of_positions(setting: Setting, seed: int) -> float:
 
 
 def ranks(x: Tensor) -> Tensor:
-    """Ranks, equal numbers at their mean."""
+    """Return ranks; equal numbers get the mean of theirs."""
     _, group, count = x.unique(return_inverse=True, return_counts=True)
     return (count.cumsum(0).double() - (count - 1) / 2)[group]
 
 
 def less_growth(of: str, than: str) -> Any:
-    """How much less the loss of one grows with the context than that of another."""
+    """Return a check value: how much less one setting's loss grows with the context than another's."""
     return minus(than, of, "growth")
 
 
 def more_right(than: str, at: int) -> Any:
-    """Accuracy of sequential positions minus that of another setting, on so many pixels each way."""
+    """Return a check value: accuracy of sequential positions minus another setting's, on `at` x `at` pixels."""
     return minus("grid seqpe", than, f"score at {at} x {at}")
 
 
 def cost_at_the_training_length(seed: Seed) -> float:
-    """Loss over that of rotary positions."""
+    """Return the loss divided by that of rotary positions."""
     name = f"loss at {TRAINED}"
     return number(seed, "seqpe", name) / number(seed, "rotary", name)
 

@@ -1,12 +1,14 @@
-"""Sigmoid attention (Ramapuram et al., arXiv 2409.04431): as good as softmax, if the bias holds early norms down.
+"""Sigmoid attention (Ramapuram et al., arXiv 2409.04431): as good as softmax if the bias keeps early norms small.
 
-The paper (abstract): with proper normalisation sigmoid attention matches softmax in language, vision and speech; its
-kernel is 17 % faster than FlashAttention2 at inference on an H100. Without a bias the output is about n/2 times too
+The paper (abstract): with proper normalisation, sigmoid attention matches softmax in language, vision and speech; its
+kernel is 17 % faster than FlashAttention2 for inference on an H100. Without a bias the output is about n/2 times too
 large at the start, and training suffers.
 
-Here: bytes of Python's standard library, 2 layers of width 96, windows of 192, 400 steps at a rate of 1e-3. Softmax
-against sigmoid with b = 0, b = -ln n and b_i = -ln(i + 1), and softmax and b = -ln n with query-key norm. The first layer's output norm is taken before training. The kernel is timed forward against this
-project's own softmax kernel, N = 2048. "Matches" is a loss within 0.05 nats. LayerScale (vision) and the hybrid norm (larger models) are not tried.
+Here: bytes of Python's standard library, 2 layers of width 96, windows of 192, 400 steps with a learning rate of 1e-3.
+Softmax is compared with sigmoid with b = 0, b = -ln n and b_i = -ln(i + 1); with query-key norm, softmax is compared
+with b = -ln n. The first layer's output norm is measured before training. The forward time is compared with this
+project's own softmax kernel at N = 2048. "Matches" means a loss within 0.05 nats. LayerScale (vision) and the hybrid
+norm (larger models) are not tested.
 """
 
 from typing import Any, cast
@@ -27,8 +29,8 @@ NORM = {"query_key_norm": "layer"}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Loss on text and the norm of the first attention branch before training; with ``length`` the speedup over
-    softmax."""
+    """Measure the loss on text and the norm of the first attention branch before training; with ``length``, the speedup
+    over softmax."""
     if "length" in setting:
         return time_kernels(setting)
     task = cached_task("text", length=LENGTH, evaluation_items=setting["items"])
@@ -39,13 +41,13 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def first_norm(model: LanguageModel, ids: torch.Tensor) -> float:
-    """Mean norm of what the first layer's attention adds to a token."""
+    """Return the mean norm of the first layer's attention output."""
     block = cast(Block, model.blocks[0])
     return float(block.mixer(block.mixer_norm(model.embedding(ids))).output.norm(dim=-1).mean())
 
 
 def time_kernels(setting: Setting) -> dict[str, Any]:
-    """How many times as long softmax takes."""
+    """Measure how many times as long softmax takes as sigmoid."""
     n = setting["length"]
     q, k, v = torch.randn(3, 1, 4, n, 64)
     with torch.no_grad():

@@ -1,15 +1,16 @@
-"""Sparse Sinkhorn attention (Tay et al., arXiv 2002.11296): a block besides one's own, found by sorting, beats local attention.
+"""Sparse Sinkhorn attention (Tay et al., arXiv 2002.11296): a second block, found by sorting, beats local attention.
 
-The paper (abstract): with sparse memory of O(b^2 + N_B^2) it outperforms the efficient models of its day (Sparse Transformer)
-and is near the full one. Table 1, on sorting sequences: exact match far above local attention of the same block size. Table 2, on
-LM1B: 43 to 41 perplexity against 47 of local attention and 42 of the Transformer.
+The paper (abstract): with memory of O(b^2 + N_B^2) it outperforms efficient models of its time (Sparse Transformer) and
+is close to full attention. Table 1, on sorting sequences: exact match far above local attention with the same block
+size. Table 2, on LM1B: 43 to 41 perplexity against 47 for local attention and 42 for the Transformer.
 
-Here: 40 bytes of Python's standard library and the same again, 2 layers of width 64, 1,000 steps, blocks of 8: what repeats
-is five blocks back, where blocks alone never look and a mixed block may. A loss 1 nat below that of blocks alone, and within
-0.25 nats of softmax. Forward time on one core, blocks of 64, and its growth from 1024 to 8192.
+Here: 40 bytes of Python's standard library said twice, 2 layers of width 64, 1,000 steps, blocks of 8: the repeated
+text is five blocks back, which the own block never includes but the sorted mixture may. Expected is a loss 1 nat below
+that of blocks alone, and within 0.25 nats of softmax. Forward time on one core, blocks of 64, and its growth from 1024
+to 8192.
 
-Before, on digits as 64 pixels (three seeds of 450 steps), the mixed block was 40 points above blocks alone and 0.12 +- 0.03
-below softmax, where 0.1 was asked; in a pilot of 900 steps 0.14 below.
+In an earlier protocol, on digits as 64 pixels (three seeds of 450 steps), the mixed block was 40 points above blocks
+alone and 0.12 +- 0.03 below softmax, where 0.1 was allowed; in a pilot of 900 steps it was 0.14 below.
 """
 
 from functools import partial
@@ -26,7 +27,7 @@ from regard.reproductions.framework.training import SAID_TWICE, said_twice_score
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Score on text said twice; with ``lengths`` times of a forward call."""
+    """Measure the score on text said twice; with ``lengths``, times of a forward call."""
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
@@ -34,7 +35,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def time_forward(setting: Setting) -> dict[str, Any]:
-    """Growth of both times with the length, and the speedup at the longest."""
+    """Measure how both times grow with the length, and the speedup at the longest."""
     actions: dict[str, dict[float, Any]] = {"sinkhorn": {}, "softmax": {}}
     for n in setting["lengths"]:
         inputs = dict(zip("qkv", torch.randn(3, 1, 4, n, 64), strict=True))

@@ -1,16 +1,17 @@
-"""FlashAttention (Dao et al., arXiv 2205.14135): exact, memory linear in the length, faster; and longer contexts help.
+"""FlashAttention (Dao et al., arXiv 2205.14135): exact, in linear memory, and faster; longer contexts help.
 
 The paper (abstract): exact attention with fewer accesses to slow memory; GPT-2 at length 1K trains 3 times as fast as
 existing baselines; a longer context gives 0.7 better perplexity. (Path-X and Path-256 are out of reach here.)
 
-Here: this project's softmax on one core against attention with the whole matrix S and P = softmax(S) in memory, forward
-and backward in float32. Exactness against float64; the growth of peak memory (tensors and kernels' workspaces) over lengths
-from 512 to 2048; the time at N = 2048. Quality: bytes of Python's standard library, 2 layers of width 64 with short
-convolutions, 1200 steps of 2048 bytes each in windows of 64 and of 256; both are scored on the same held-out bytes.
+Here: this project's softmax on one core against attention with the whole matrices S and P = softmax(S) in memory,
+forward and backward in float32. Measured are the error against float64, the growth of peak memory (tensors and kernel
+workspaces) over lengths from 512 to 2048, and the time at N = 2048. Quality: bytes of Python's standard library, 2
+layers of width 64 with short convolutions, 1200 steps of 2048 bytes each in windows of 64 and of 256; both are scored
+on the same held-out bytes.
 
-A first protocol had 400 steps of 4096 bytes without convolutions, and nothing showed whether the model of 256 had learned to
-use what lies beyond 64. The pilot (one seed): read in pieces of 64 that model loses 0.07 nats, so it has; and it is 0.06 nats
-above the model of 64, whose batches hold four times as many windows.
+A first protocol had 400 steps of 4096 bytes without convolutions, and nothing showed whether the model with windows of
+256 had learned to use tokens beyond 64. In the pilot (one seed), that model loses 0.07 nats when read in pieces of 64,
+so it has; and it is 0.06 nats above the model with windows of 64, whose batches hold four times as many windows.
 """
 
 import math
@@ -41,7 +42,7 @@ SHORT, LONGEST = 64, 256
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Loss at a context, the speedup over whole matrices, or errors and memory."""
+    """Measure the loss at a context, the speedup over whole matrices, or errors and memory."""
     if "context" in setting:
         return {**train(setting, seed)}
     if "seconds" in setting:
@@ -52,7 +53,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def inputs(n: int) -> tuple[Tensor, ...]:
-    """q, k and v of four heads of 64, with gradients."""
+    """Draw q, k and v of four heads of 64 that require gradients."""
     return tuple(torch.randn(1, 4, n, 64, requires_grad=True) for _ in range(3))
 
 
@@ -64,13 +65,13 @@ def whole_matrix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def forward_backward(function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """The output of a call and the gradients of q, k and v."""
+    """Return the output of a call and the gradients of q, k and v."""
     output = function(q, k, v)
     return [output.detach(), *torch.autograd.grad(output.square().sum(), (q, k, v))]
 
 
 def errors(n: int) -> dict[str, float]:
-    """Largest error of outputs and gradients, as a fraction of the largest value."""
+    """Return the largest error of outputs and gradients, relative to the largest value."""
     q, k, v = inputs(n)
     found = forward_backward(softmax_attention, q, k, v)
     expected = forward_backward(whole_matrix, *(x.detach().double().requires_grad_() for x in (q, k, v)))
@@ -78,7 +79,7 @@ def errors(n: int) -> dict[str, float]:
 
 
 def memory(lengths: list[int]) -> dict[str, float]:
-    """Growth p of the peak memory ~ length^p."""
+    """Measure the growth p of the peak memory ~ length^p."""
     growth = {}
     for name, function in (("flash", softmax_attention), ("naive", whole_matrix)):
         peaks = []
@@ -93,7 +94,7 @@ def memory(lengths: list[int]) -> dict[str, float]:
 
 
 def train(setting: Setting, seed: int) -> dict[str, float]:
-    """Loss on long windows of a model trained on a context, read in pieces as long as that context, and in short
+    """Train a model with a context; return its loss on long windows, read in pieces of that length and in short
     pieces."""
     context = setting["context"]
     task = cached_task("text", length=context, evaluation_items=1)

@@ -1,11 +1,12 @@
-"""The Sparse Frontier (Nawrot et al., arXiv 2504.17768): at equal cost, larger and sparse or smaller and dense?
+"""The Sparse Frontier (Nawrot et al., arXiv 2504.17768): at equal cost, is larger and sparse or smaller and dense
+better?
 
-The paper (abstract): for very long sequences larger and highly sparse models are better than smaller and dense ones at the
-same cost; no method is best for all tasks, and even moderate sparsity hurts at least one.
+The paper (abstract): for very long sequences, larger and highly sparse models are better than smaller and dense ones at
+the same cost; no method is best for all tasks, and even moderate sparsity hurts in at least one.
 
-Here: one attention layer that is made by hand (:mod:`regard.compression.sparse.constructed`) finds a value by its key among 1024
-and 4096, dense or as Quest, at widths of 16 to 64, in pages that have a topic in common and in pages that have nothing in
-common. The cost is counted: at 256 keys no wider sparse layer is as cheap as a dense one, by arithmetic.
+Here: a hand-constructed attention layer (:mod:`regard.compression.sparse.constructed`) finds a value by its key among
+1024 and 4096 keys, dense or with Quest, at widths of 16 to 64, with pages that share a topic and with pages of
+unrelated keys. The cost is counted: at 256 keys, no wider sparse layer would be as cheap as a dense one.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from regard.reproductions.framework.protocol import Reproduction, Setting
 
 TRIALS = 150
 POINTS = ((16, 1), (32, 1), (32, 4), (64, 1), (64, 16))
-"""Widths and compressions."""
+"""Pairs of a width and a compression ratio."""
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Share of found keys, and cost, of each width at each compression."""
+    """Measure the share of found keys, and the cost, of each width and compression ratio."""
     n, trials = setting["keys"], setting["trials"]
     found = {}
     for width, ratio in setting["points"]:
@@ -34,7 +35,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def _gain(setting: str, larger: str, smaller: str) -> Any:
-    """By how much a larger sparse layer is above a smaller dense one; nan where it costs more."""
+    """Return a check value: a larger sparse layer's score minus a smaller dense one's; nan if the larger costs more."""
 
     def value(seed: Seed) -> float:
         if number(seed, setting, f"cost of {larger}") > number(seed, setting, f"cost of {smaller}"):

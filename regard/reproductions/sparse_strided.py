@@ -1,19 +1,20 @@
-"""Sparse Transformer (Child et al., arXiv 1904.10509): two sparse patterns model as well as dense attention, faster.
+"""Sparse Transformer (Child et al., arXiv 1904.10509): two sparse patterns are as good as dense attention, and faster.
 
-The paper: 0.99 bits a byte on Enwik8 with the fixed pattern and 2.80 a dimension on CIFAR-10 with the strided one, as good
-as or better than dense attention at a fraction of its time. On text, which has no period, the strided pattern falls behind
-(its experiments). Time O(N sqrt N) (abstract).
+The paper: 0.99 bits per byte on Enwik8 with the fixed pattern and 2.80 bits per dimension on CIFAR-10 with the strided
+one, as good as or better than dense attention in a fraction of the time. On text, which has no periodic structure, the
+strided pattern falls behind (its experiments). Time O(N sqrt N) (abstract).
 
-Here: 40 bytes of Python's standard library and the same again with s = 8, c = 2, 2 layers of width 64: fixed and strided
-patterns, what is near alone (`first`, which reaches 20 tokens at most), and dense attention. As good means within 0.25
-nats. What repeats is 39 tokens back. Each head of the fixed pattern sees a quarter of the tokens there; the strided one
-sees it in no head (8 does not divide 39), but in two steps, 32 and 7, which is how the paper connects all tokens.
+Here: 40 bytes of Python's standard library said twice, with s = 8, c = 2, 2 layers of width 64: fixed and strided
+patterns, nearby tokens alone (`first`, which reaches 20 tokens at most), and dense attention. "As good" means within
+0.25 nats. The repeated text is 39 tokens back. Each head of the fixed pattern sees a quarter of the tokens there; the
+strided pattern sees that token in no head (8 does not divide 39), but in two steps of 32 and 7, which is how the paper
+connects all tokens.
 
-In a pilot dense attention was below 0.4 nats after 150 of 250 steps on both seeds. On one, with batches of 24, the fixed
-pattern came to 1.10 and the strided one to 2.13 (and, with batches of 16, to 1.49 in 600 steps: two steps are learned
-slowly). Three seeds of 300 steps were judged first (dense 0.04, fixed 1.47, strided 2.23, near 2.25); since the sparse
-patterns were still learning at their end, the steps were made 1,000 for all. Which of the two is lower was open after three
-seeds of that, and after eight and thirteen; it is tried on twenty-six.
+In a pilot, dense attention was below 0.4 nats after 150 of 250 steps with both seeds. With one seed and batches of 24,
+the fixed pattern reached 1.10 and the strided one 2.13 (with batches of 16, 1.49 in 600 steps: reading in two steps is
+learned slowly). Three seeds of 300 steps were judged first (dense 0.04, fixed 1.47, strided 2.23, near 2.25); since the
+sparse patterns were still learning at the end, all now have 1,000 steps. Which of the two is lower was still open after
+three, eight and thirteen seeds of that; twenty-six are run.
 
 Forward time on one core at N = 4096 with s = 64, and growth from 1024 to 16384 with s = sqrt(N). No images are generated.
 """
@@ -36,7 +37,7 @@ STRIDE: dict[str, Any] = {"stride": 8, **CONVOLUTION}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Score on text said twice; with ``lengths`` times of a forward call."""
+    """Measure the score on text said twice; with ``lengths``, times of a forward call."""
     if "lengths" in setting:
         with torch.no_grad():
             return time_forward(setting)
@@ -44,7 +45,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def time_forward(setting: Setting) -> dict[str, Any]:
-    """Growth with the length at strides of sqrt(N), and the speedup over softmax at the second length."""
+    """Measure how time grows with the length at strides of sqrt(N), and the speedup over softmax at the second."""
     sparse, dense = get_mechanism("sparse_strided"), get_mechanism("softmax")
     actions: dict[float, Any] = {}
     other = None

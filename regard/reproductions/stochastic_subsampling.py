@@ -1,19 +1,21 @@
 """SSA (Hussain et al., arXiv 2306.01705): training on random parts of the keys costs less and generalises better.
 
-The paper (abstract): attention costs 4 to 8 times less in training, with better generalisation than dense training; after a
-short dense fine-tuning all pathways agree; ensembles of sub-models can be better than their dense counterpart.
+The paper (abstract): attention costs 4 to 8 times less in training, with better generalisation than dense training;
+after short dense fine-tuning all pathways agree; ensembles of sub-models can be better than their dense counterpart.
 
-Here: bytes of Python's standard library in windows of 128, of which only 64 are trained on again and again, so that the dense
-model over-fits. 3 layers of width 64 with 4 heads, 400 steps of 4 windows without dropout or weight decay, of which the last
-5 % have a tenth of the rate, 1e-4 after 1e-3. Dense; unbiased SSA with a quarter of the keys; locally biased SSA with windows
-of 32 and as much noise. The last 5 % of SSA are dense; what they do is judged against as many steps at the same rate
-on the same windows that stay subsampled, both read densely. On held-out text: the loss at the end, and of the dense model
-also at the best of every 20 steps, as if it had been stopped in time; of the SSA runs also before the last steps, dense, with
-one subsampled pass and with the mean probabilities of 8.
+Here: bytes of Python's standard library in windows of 128; training repeats only 64 windows, so that the dense model
+overfits. 3 layers of width 64 with 4 heads, 400 steps of 4 windows without dropout or weight decay; the last 5 % have a
+tenth of the learning rate (1e-4 after 1e-3). The settings are dense training, unbiased SSA with a quarter of the keys,
+and locally biased SSA with windows of 32 and as much noise. The last 5 % of SSA training are dense; their effect is
+judged against as many subsampled steps with the same learning rate and windows, both evaluated densely. Measured on
+held-out text: the loss at the end; for the dense model also the best loss of every 20 steps, as with early stopping;
+for the SSA runs also the loss before the last steps: dense, with one subsampled pass, and with the mean probabilities
+of 8 passes.
 
-A first protocol had one rate and compared the loss before and after the dense steps: with three seeds that was smaller than
-what a step of that rate does by chance. The pilot (one seed): dense 2.79 at the end and 2.61 at its best, local 2.53 and unbiased
-2.57; the dense steps gain 0.009 and 0.008 on the subsampled ones. A cell is a fifth of what it was, and four seeds are run.
+A first protocol had a single learning rate and compared the loss before and after the dense steps: with three seeds the
+difference was smaller than the noise of one step at that rate. In the pilot (one seed), dense training has 2.79 at the
+end and 2.61 at its best, local 2.53 and unbiased 2.57; the dense steps gain 0.009 and 0.008 over the subsampled ones. A
+cell now takes a fifth of the time, and four seeds are run.
 """
 
 import copy
@@ -38,8 +40,8 @@ LOCAL = {"mode": "local", "window": 32, "sigma": 32.0}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
-    """Held-out losses before and after dense tuning, of one draw and of eight, and with draws kept on; of dense
-    training the last and the best."""
+    """Measure held-out losses before and after dense tuning, with one and eight subsampled passes, and without dense
+    tuning; for dense training, the last and the best loss."""
     task = cached_task("text", length=setting["length"], evaluation_items=setting["items"])
     steps, subsampled = setting["steps"], bool(setting["options"])
     options = {"steps": steps, "finetune": FINETUNE, **setting["options"]} if subsampled else {"ratio": 1.0}
@@ -50,7 +52,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, float]:
     first = math.ceil((1 - FINETUNE) * steps)
 
     def fit(model: LanguageModel, some: range, rate: float, *, progress: float | None = None) -> float:
-        """The best held-out loss on the way, where it is dense; `progress` is where the schedule stands still."""
+        """Train; return the best held-out loss (dense models only). `progress` freezes the subsampling schedule."""
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
         best = math.inf
         for step in some:
@@ -83,7 +85,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, float]:
 
 @torch.no_grad()
 def _ensemble_loss(model: LanguageModel, task: Task, passes: int) -> float:
-    """Held-out loss in nats of the mean probabilities of some subsampled passes."""
+    """Return the held-out loss, in nats, of the mean probabilities of several subsampled passes."""
     generator, losses = torch.Generator().manual_seed(passes), []
     for batch in task.evaluation_batches(8):
         mean = ensemble_predict(model, batch.inputs, passes=passes, context=Context(generator=generator))

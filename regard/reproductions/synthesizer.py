@@ -1,17 +1,16 @@
 """Synthesizer (Tay et al., arXiv 2005.00743): scores need not come from pairs of tokens.
 
 The paper (abstract): random alignment matrices perform surprisingly competitively, and dot products may not be that
-important; synthesised scores beside dot products are better than either alone.
+important; synthesised scores combined with dot products are better than either alone.
 
 Here: scikit-learn's digits, half of them held out, read through windows of 6 x 6 pixels at random places in training, 2
 layers of width 32 with learned positions: softmax, and scores that are dense, random and trained, random and fixed, or
-dense mixed with dot products. Competitive means within 5 points. That fixed random scores come last is what a survey
-expects of them (arXiv 2103.14636).
+dense mixed with dot products. "Competitive" means within 5 points. That fixed random scores come last is the
+expectation of a survey (arXiv 2103.14636).
 
-Before, positions began with a deviation of 0.02, and softmax had 0.49 to 0.57 on whole images: it had not learned. In a
-pilot of two seeds softmax has 0.79 and 0.81, dense the same, random 0.71 and 0.77, as fixed, and dense with dot products
-0.77 on both. Ten seeds left three of the differences open, which
-are tried on thirty.
+In an earlier protocol positions started with a deviation of 0.02, and softmax had 0.49 to 0.57 on whole images: it had
+not learned. In a pilot of two seeds, softmax has 0.79 and 0.81, dense the same, random 0.71 and 0.77, as does fixed,
+and dense with dot products 0.77 twice. Ten seeds left three of the differences open, so thirty are run for these.
 """
 
 from typing import Any
@@ -24,7 +23,7 @@ TRAINING = {"steps": 400, "batch_size": 32, "learning_rate": 5e-3, "items": 1000
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Accuracy on windows of digits."""
+    """Measure the accuracy on windows of digits."""
     task = digit_windows(setting["items"], setting["window"])
     options = {**setting["options"], **({"length": task.length} if setting["mixer"] == "synthesizer" else {})}
     model = placed_classifier(task, [(setting["mixer"], options)] * 2)
@@ -32,7 +31,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def synthesizer(*kinds: str, **options: Any) -> dict[str, Any]:
-    """A setting of layers of these kinds of scores."""
+    """Return a setting of layers with these kinds of scores."""
     return TRAINING | {"mixer": "synthesizer", "options": {"kinds": kinds, **options}}
 
 

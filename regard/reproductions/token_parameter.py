@@ -1,14 +1,16 @@
-"""TokenFormer (Wang et al., arXiv 2410.23168): a model that grows by parameter tokens goes on where it stood.
+"""TokenFormer (Wang et al., arXiv 2410.23168): a model that grows by parameter tokens continues from where it was.
 
-The paper (table of the authors' repository, OpenWebText2): grown from 354M to 757M and trained 60k more iterations, a
-perplexity of 10.9; a Transformer of that size from scratch 12.0 after 60k and 10.5 after 600k iterations.
+The paper (table of the authors' repository, OpenWebText2): a model grown from 354M to 757M parameters and trained for
+60k more iterations has a perplexity of 10.9; a Transformer of that size trained from scratch has 12.0 after 60k and
+10.5 after 600k iterations.
 
-Here: bytes of Python's standard library in windows of 128, 2 layers of width 64 with 4 heads; q, k, v and output with 32
-parameter tokens and the feed-forward with 128, trained 400 steps, then twice as many tokens and 150 steps more. Beside it
-the large model from scratch for 150 and for 550 steps, the small one for 150 more, and the small one for 550 steps of one
-schedule, which shows whether the larger size is worth anything here at all. New keys are zero and tau is kept,
-so that growing changes nothing; with tau = sqrt(n), as in the authors' code, it does. All weights train after growth, the
-schedule starts again, the optimizer's state is not carried over. Norms have no weights; positions are rotary.
+Here: bytes of Python's standard library in windows of 128, 2 layers of width 64 with 4 heads; the q, k, v and output
+projections have 32 parameter tokens and the feed-forward 128; they are trained for 400 steps, then with twice as many
+tokens for 150 steps more. The comparisons are the large model from scratch for 150 and for 550 steps, the small one for
+150 more, and the small one for 550 steps of a single schedule, which shows whether the larger size helps here at all.
+New keys are zero and tau is kept, so that growth alone does not change the outputs; with tau = sqrt(n), as in the
+authors' code, it does. After growth all weights are trained, the schedule restarts, and the optimizer's state is not
+carried over. Norms have no weights; positions are rotary.
 """
 
 import math
@@ -35,7 +37,7 @@ class TokenFormer(nn.Module):
 
     Args:
         tokens: parameter tokens of each attention projection; the feed-forward has four times as many.
-        tau_mode: of the parameter attention.
+        tau_mode: `tau_mode` of the parameter attention.
     """
 
     def __init__(self, vocab_size: int, tokens: int, tau_mode: str) -> None:
@@ -61,19 +63,19 @@ class TokenFormer(nn.Module):
 
 @torch.no_grad()
 def grown(model: TokenFormer, vocab_size: int, tau_mode: str) -> TokenFormer:
-    """Twice as many parameter tokens: the old ones, then new ones with zero keys and drawn values."""
+    """Return the model with twice as many parameter tokens; new ones have zero keys and random values."""
     larger = TokenFormer(vocab_size, 2 * SMALL, tau_mode)
     for (name, new), old in zip(larger.named_parameters(), model.parameters(), strict=True):
         if name.endswith("key_tokens"):
             new.zero_()
         new[: len(old)] = old
     for tau, old_tau in zip(larger.buffers(), model.buffers(), strict=True):
-        tau.copy_(old_tau)  # tau of the first day
+        tau.copy_(old_tau)  # tau as before growth
     return larger
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
-    """Loss of a model that was grown, trained from scratch or went on, and how far growing alone moved its loss."""
+    """Measure the loss of a model grown, trained from scratch or continued, and how far growth alone moved its loss."""
     task = cached_task("text", length=128, evaluation_items=setting["items"])
     vocab, how, before, after = task.vocab_size or 0, setting["how"], setting["before"], setting["after"]
     if how.startswith(("scratch", "small")):
@@ -92,7 +94,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, float]:
 
 
 def finish(model: TokenFormer, task: Task, setting: Setting, seed: int, steps: int) -> dict[str, float]:
-    """Loss after more training; nan where it diverged."""
+    """Train a model further; return its loss, nan if it diverged."""
     return {"loss": score(model, task)["loss"] if fit(model, task, setting, seed, steps=steps) else math.nan}
 
 

@@ -1,16 +1,17 @@
-"""Token reduction (Kong et al., arXiv 2505.18227): fewer tokens, and for more than speed.
+"""Token reduction (Kong et al., arXiv 2505.18227): fewer tokens, for more than speed.
 
-The paper is a position paper without figures: dropping and merging tokens should be designed for more than efficiency, among
-others for robustness to what is irrelevant. The figures tried are those of the methods it stands on, from their repositories:
-Token Merging takes ViT-B/16 from 309 to 511 images/s at 84.57 to 82.60 % without training, and EViT and DynamicViT are
-trained.
+The paper is a position paper without results: dropping and merging tokens should serve more than efficiency, for
+example robustness to irrelevant content. The numbers tested are those of the methods it builds on, from their
+repositories: Token Merging takes ViT-B/16 from 309 to 511 images/s and from 84.57 to 82.60 % without training; EViT and
+DynamicViT are trained.
 
-Here: the canvases and the transformer of the reproduction `interpreters` (a digit of 8 x 8 on 32 x 32 pixels with noise and
-three blobs, 6 blocks of width 64, 64 patches). Without training, patches go at blocks 1, 3 and 4 of 0 to 5, of which 0.9, 0.7 or
-0.5 stay each time: Token Merging with and without proportional attention, with strided and drawn sources, EViT, attention
-pruning (EViT without its fused token), and patches drawn, strided and pooled. Trained: DynamicViT with 1, 0.7 and 0.5 left
-(the first one keeps all and shows what its steps are worth by themselves), and IA-RED² at the middle penalty. Distractors: the
-same digits with six blobs instead of three. Images/s are those of batches of 16 on one core, all timed in turn.
+Here: the canvases and the transformer of the reproduction `interpreters` (a digit of 8 x 8 on 32 x 32 pixels with noise
+and three blobs, 6 blocks of width 64, 64 patches). Without training, patches are removed at blocks 1, 3 and 4 of 0 to
+5, and a share of 0.9, 0.7 or 0.5 is kept each time: Token Merging with and without proportional attention, with strided
+and random sources, EViT, attention pruning (EViT without its fused token), and random, strided and pooled patches.
+Trained methods are DynamicViT with 1, 0.7 and 0.5 kept (the first keeps all patches and shows the effect of its
+training steps alone), and IA-RED² with the middle penalty. Distractors: the same digits with six blobs instead of
+three. Images/s are for batches of 16 on one core, all timed in turn.
 """
 
 import time
@@ -53,7 +54,7 @@ MANY_BLOBS = 6
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Accuracy without and with reduction, also among distracting blobs; with ``seconds`` times of a batch."""
+    """Measure accuracy with and without reduction, also with more distractors; with ``seconds``, times of a batch."""
     if "seconds" in setting:
         return times(setting, seed)
     items = setting["items"]
@@ -74,11 +75,11 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def times(setting: Setting, seed: int) -> dict[str, Any]:
-    """Images/s of everything, and how many times as many as with all tokens, in the rounds of one comparison."""
+    """Measure images/s of every method and the speedup over all tokens, in the rounds of one comparison."""
     images = next(canvas(setting["items"]).evaluation_scenes(BATCH)).images
     models: dict[str, torch.nn.Module] = {"all": trained_transformer(setting, seed)}
     models["IA-RED²"] = interpreted_transformer(setting, seed)
-    for share in KEPT:  # its time does not depend on what the predictors have learned
+    for share in KEPT:  # untrained: the time does not depend on the predictors' weights
         models[f"DynamicViT {share}"] = DynamicTransformer(trained_transformer(setting, seed), share).eval()
     for name, (method, options) in METHODS.items():
         for share in setting["shares"]:
@@ -95,8 +96,8 @@ def times(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def table(cells: Mapping[tuple[str, int], Measurements]) -> list[dict[str, Any]]:
-    """A row for each method and share: accuracy, images/s, and how many times as many as with all tokens; means over seeds of
-    `cells`, given by (setting, seed). None where nothing was measured."""
+    """Return a row for each method and share with accuracy, images/s and speedup over all tokens: means over seeds of
+    `cells`, given by (setting, seed). None for missing measurements."""
 
     def mean(setting: str, name: str) -> float | None:
         values = [found.get(name) for (own, _), found in cells.items() if own == setting]

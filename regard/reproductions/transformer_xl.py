@@ -1,12 +1,14 @@
-"""Transformer-XL (Dai et al., arXiv 1901.02860): a memory of the segment before lets a model depend on more than a segment.
+"""Transformer-XL (Dai et al., arXiv 1901.02860): a memory of the last segment extends context beyond a segment.
 
-The paper (abstract): dependencies 450 % longer than those of a vanilla Transformer, better at short and at long sequences,
-and up to 1,800 times faster at evaluation; section 3.3: relative scores hold for memories longer than the one trained with.
+The paper (abstract): dependencies 450 % longer than those of a vanilla Transformer, better results on short and on long
+sequences, and up to 1,800 times faster evaluation; section 3.3: relative scores generalise to memories longer than in
+training.
 
 Here: recall of 8 pairs within 96 tokens, 4 layers of width 64 with segments of 24, 1400 steps. With a memory of 24 they
-reach 96 tokens (and the short convolution's), without one no more than their segment. Softmax over all tokens is the upper
-end and is not judged. The model with a memory of 24 is scored again with one of 72, untrained. Evaluation on one core: the
-vanilla way reads 128 tokens again for each prediction, the memory's way takes a step from a state of 128 and more.
+reach 96 tokens (plus the short convolution), without a memory no more than their segment. Softmax over all tokens is
+the upper reference and is not judged. The model with a memory of 24 is scored again with a memory of 72, without
+further training. Evaluation on one core: the vanilla way reads 128 tokens again for each prediction, the memory's way
+takes one step from a state of 128 tokens or more.
 """
 
 from functools import partial
@@ -27,18 +29,18 @@ SEGMENT = 24
 
 
 def plan(memory: int) -> list[tuple[str, dict[str, Any]]]:
-    """Four layers with a memory of this length."""
+    """Return the plan of four layers with a memory of this length."""
     return [("transformer_xl", {"segment": SEGMENT, "memory": memory, "short_convolution": 4})] * 4
 
 
 def make(task: Task, setting: Setting) -> LanguageModel:
-    """A model of these layers, or of softmax where the setting names no memory."""
+    """Return a model of these layers, or of softmax if the setting has no memory."""
     layers = [("softmax", {"short_convolution": 4})] * 4 if "memory" not in setting else plan(setting["memory"])
     return language_model(task, layers, dim=64, num_heads=4)
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Accuracy of recall, also with a memory three times as long; with ``seconds`` the speedup in evaluation."""
+    """Measure recall accuracy, also with a memory three times as long; with ``seconds``, the speedup in evaluation."""
     if "seconds" in setting:
         return {"speedup": time_evaluation(setting)}
     task = cached_task("recall", length=96, pairs=8, queries=16, vocab_size=64, evaluation_items=setting["items"])
@@ -53,7 +55,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def time_evaluation(setting: Setting) -> dict[str, float]:
-    """How many times as long a window read anew takes as one token after a state."""
+    """Measure how many times as long reading a whole window takes as one step from a state."""
     task, window = cached_task("recall", evaluation_items=1), setting["window"]
     options = {"segment": window, "memory": window}
     model = language_model(task, [("transformer_xl", options)] * 4, dim=64, num_heads=4).eval()

@@ -1,18 +1,19 @@
-"""TransKD (Liu et al., arXiv 2202.13393): a small SegFormer learns from a large one what images have taught that one.
+"""TransKD (Liu et al., arXiv 2202.13393): distillation replaces pre-training for a small SegFormer.
 
-The paper: SegFormer-B0 without pre-training has 55.9 % mean IoU on Cityscapes, 68.6 with the maps and patch embeddings of a
-SegFormer-B2 of 76.5 to learn from, 68.9 with the GL-Mixer and 69.0 with the embedding assistant (official README). The network
-that is used afterwards is the same.
+The paper: SegFormer-B0 without pre-training has 55.9 % mean IoU on Cityscapes; distilled from the feature maps and
+patch embeddings of a SegFormer-B2 with 76.5 %, it has 68.6 %, with the GL-Mixer 68.9 % and with the embedding assistant
+69.0 % (official README). The network used for inference is the same.
 
-Here: the drawn scenes of 64 x 64 pixels with four kinds of shapes, new ones in each batch, so that a student lacks steps and size
-and not data. The teacher has widths of 32 to 128 and two blocks in each of four stages, the students widths of 8 to 32 and one
-block. One teacher, of a seed of its own, teaches the students of all seeds; all students have the same steps, batches and initial
-weights. The loss of the task is cross entropy and Dice of all pixels instead of weighted cross entropy of every fourth; what is
-added to it has the paper's weights. The score is the mean IoU over held-out scenes, without the background.
+Here: synthetic scenes of 64 x 64 pixels with four kinds of shapes, drawn anew for each batch, so that a student is
+limited by steps and size, not by data. The teacher has widths of 32 to 128 and two blocks in each of four stages, the
+students widths of 8 to 32 and one block. One teacher with its own seed teaches the students of all seeds; within a
+seed, all students have the same steps, batches and initial weights. The task loss is cross entropy and Dice over all
+pixels instead of weighted cross entropy over every fourth; the distillation losses have the paper's weights. The score
+is the mean IoU over held-out scenes, without the background.
 
-Pilots of one student alone had 0.09 after 600 steps at a rate of 0.002, and 0.18 after 1200 at 0.005, which is what is taken.
-Expectations and margins were fixed before any student with a teacher, and the teacher itself, were trained for more than a few
-steps.
+In pilots, a student without a teacher had 0.09 after 600 steps with a learning rate of 0.002, and 0.18 after 1200 steps
+with 0.005, which is used here. Expectations and margins were fixed before the teacher or any student with a teacher was
+trained for more than a few steps.
 """
 
 from __future__ import annotations
@@ -60,19 +61,19 @@ PAPER = Paper("TransKD: Transformer Knowledge Distillation for Efficient Semanti
 
 
 def scenes(size: int, items: int) -> Task:
-    """Shapes to segment, scored by mean IoU."""
+    """Return the task: shapes to segment, scored by mean IoU."""
     return cached_task("segmentation", data="shapes", size=size, metric="iou", evaluation_items=items)
 
 
 def network(options: dict[str, Any], task: Task, seed: int) -> nn.Module:
-    """A SegFormer drawn from the seed."""
+    """Return a SegFormer initialised from the seed."""
     torch.manual_seed(seed)
     return build_model(SegmentationModelConfig.for_task(task, "segformer_nano", options))
 
 
 @functools.cache
 def trained_teacher(steps: int, learning_rate: float, batch_size: int, size: int, items: int) -> nn.Module:
-    """The teacher of all cells of a process; its scenes are of a seed that no student has."""
+    """Return the teacher, shared by all cells of a process; its seed for scenes differs from every student's."""
     task = scenes(size, items)
     setting = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
     teacher = network(LARGE, task, TEACHER_SEED)
@@ -82,14 +83,14 @@ def trained_teacher(steps: int, learning_rate: float, batch_size: int, size: int
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Mean IoU, loss and parameters of the teacher, or of a student with the setting's method or none."""
+    """Measure the mean IoU, loss and parameters of the teacher, or of a student with the setting's method or none."""
     task = scenes(setting["size"], setting["items"])
     taught = [setting[name] for name in ("teacher_steps", "teacher_rate", "batch_size", "size", "items")]
     method = setting["method"]
     teacher = None if method is None else trained_teacher(*taught)
     if teacher is not None and method == "teacher":
         return found_of(teacher, task)
-    # after the teacher, which is made in the first cell alone: what is beside the student is drawn of the student's seed
+    # after the teacher, which is only made in the first cell: the student and its helpers then draw from its own seed
     model = trainee = network(SMALL, task, seed)
     if teacher is not None:
         trainee = Taught(model, teacher, read_method(method), task)
@@ -99,7 +100,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def found_of(model: nn.Module, task: Task) -> dict[str, float]:
-    """Score, loss and number of parameters."""
+    """Return score, loss and number of parameters."""
     return {**score(model, task), "parameters": float(sum(p.numel() for p in model.parameters()))}
 
 

@@ -1,21 +1,23 @@
-"""U-Mamba (Ma, Li & Wang, arXiv 2401.04722; medical survey, arXiv 2406.03430): Mamba inside of a U-Net sees far.
+"""U-Mamba (Ma, Li & Wang, arXiv 2401.04722; medical survey, arXiv 2406.03430): Mamba inside a U-Net sees far.
 
-The paper: U-Mamba is better than networks of convolutions, the U-Net that it is made from among them, and than transformers, on
-organs in CT and MR, instruments and cells (abstract).
+The paper: U-Mamba is better than convolutional networks, including the U-Net that it is based on, and than
+transformers, on organs in CT and MR, instruments and cells (abstract).
 
-Here: scenes of 64 x 64 pixels with one to three ellipses in noise, drawn anew for each batch. With the far cue all ellipses look
-alike, and their class is told by a small square in one of the corners; without it, by their own brightness. Ellipses keep 16
-pixels away from the border. Networks of two stages, whose convolutions see 15 pixels far, and of four, which see the whole
-scene; of each a U-Net and U-Mamba at equal parameters (to 3 %), the U-Net wider in its last stage by what Mamba has. VM-UNet
-scans along one path or along four, at equal parameters. Trained alike, without deep supervision and augmentation. The score is
-the mean Dice coefficient over 200 scenes; shapes without classes would have about 0.5.
+Here: scenes of 64 x 64 pixels with one to three ellipses in noise, drawn anew for each batch. With the far cue all
+ellipses look alike, and a small square in one of the corners gives their class; without it, their own brightness does.
+Ellipses are at least 16 pixels away from the border. There are networks with two stages, whose convolutions see 15
+pixels far, and with four, which see the whole scene; for each, a U-Net and a U-Mamba with equal parameters (within 3
+%): the U-Net's last stage is wider to make up for Mamba. VM-UNet scans along one path or along four, with equal
+parameters. All are trained alike, without deep supervision or augmentation. The score is the mean Dice coefficient over
+200 scenes; segmenting the shapes without their classes gives about 0.5.
 
-Norms over a whole map carry a number for each channel from everywhere to everywhere, in every network here: a way for one far cue
-that the paper does not speak of. So there are scenes with a mark in each corner for the ellipse of its quarter alone.
+In every network here, norms over a whole map carry one number per channel from everywhere to everywhere: a path for a
+single far cue that the paper does not mention. Therefore some scenes have a mark in each corner, which only concerns
+the ellipse in its quarter.
 
-Pilots of one seed and 300 steps had, with one far cue, 0.97 by the U-Net and by Mamba in its bottleneck with four stages, and
-0.97 by the U-Net and 0.94 by Mamba with two: norms are enough there. With a mark for each quarter neither network of two stages
-knew the classes after 160 steps (0.47 and 0.49): whether Mamba learns them in 800 is what is tried.
+In pilots with one seed and 300 steps and one far cue, the U-Net and Mamba in its bottleneck had 0.97 with four stages;
+with two, the U-Net had 0.97 and Mamba 0.94: norms are enough there. With a mark for each quarter, neither network with
+two stages knew the classes after 160 steps (0.47 and 0.49): the test is whether Mamba learns them in 800.
 """
 
 from typing import Any
@@ -40,13 +42,14 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "short U-Net": {"network": "unet_nano", "options": {"widths": [16, 64]}},
     "short bottleneck": {"network": "umamba_bot_nano", "options": {"widths": [16, 48]}},
 }
-"""With one channel and three classes 266,385, 268,077, 274,413, 272,608 and 272,608 parameters; of two stages 75,283 and 76,003."""
+"""Networks by name. With one channel and three classes they have 266,385, 268,077, 274,413, 272,608 and 272,608
+parameters; those of two stages have 75,283 and 76,003."""
 PAIRED = ("short U-Net", "short bottleneck", "U-Net", "bottleneck")
 PAPER = Paper("U-Mamba: Enhancing Long-range Dependency for Biomedical Image Segmentation", "2401.04722", 2024, 52)
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Score of the setting's network on its images."""
+    """Measure the score of the setting's network on the setting's images."""
     task = cached_task("segmentation", data=setting["data"], size=setting["size"], evaluation_items=setting["items"])
     config = SegmentationModelConfig.for_task(task, setting["network"], setting["options"])
     return {**trained_score(build_model(config), task, setting, seed)}

@@ -1,12 +1,12 @@
-"""U-Mamba on a real head (Ma, Li & Wang, arXiv 2401.04722), beside the reproduction ``umamba`` on drawn scenes.
+"""U-Mamba on a real head (Ma, Li & Wang, arXiv 2401.04722), complementing ``umamba`` on synthetic scenes.
 
-The paper: U-Mamba is better than networks of convolutions, the U-Net that it is made from among them, on medical images
+The paper: U-Mamba is better than convolutional networks, including the U-Net that it is based on, on medical images
 (abstract).
 
-Here: grey and white matter in axial slices of the MNI152 head, reduced to 64 x 64 pixels: 108 slices to train on, 24 others, of
-slabs that no training slice touches, to score. One head alone, an average of many: what is told is whether a network learns
-its shapes from some slices for others, and nothing about patients. Networks as in ``umamba``, equal to 3 % of 270,000
-parameters; five seeds, since slices are few.
+Here: grey and white matter in axial slices of the MNI152 head, reduced to 64 x 64 pixels: 108 slices for training and
+24 for scoring, from slabs that no training slice touches. It is a single head, the average of many: the result shows
+whether a network learns its shapes from some slices for others, and says nothing about patients. The networks are those
+of ``umamba``, within 3 % of 270,000 parameters; five seeds, since there are few slices.
 """
 
 from regard.reproductions.framework.judging import Check, measured, minus

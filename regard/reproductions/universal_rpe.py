@@ -1,15 +1,16 @@
-"""URPE (Luo et al., arXiv 2205.13401): relative positions inside the softmax cannot tell a token its position.
+"""URPE (Luo et al., arXiv 2205.13401): relative positions inside the softmax cannot identify a token's position.
 
-The paper: transformers with relative positions as biases are no universal approximators, at any depth or width, and with
-a learned Toeplitz factor after the softmax they are; on synthetic tasks the biases fail and the factors succeed (abstract).
+The paper: transformers with relative positions as biases are not universal approximators at any depth or width; with a
+learned Toeplitz factor after the softmax they are. On synthetic tasks the biases fail and the factors succeed
+(abstract).
 
-Here: position identification, the class of token i is i, with 16 random tokens of 100, in an encoder of 3 layers of width
-64 with a norm after each residual, as in the paper's experiments (there 128 tokens, width 768 and 40,000 steps). Models
-with B alone, with B and C (a table for each layer), with neither, and with neither but a learned position added to each
-token, which shows that task and training are within reach of such an encoder. Chance is 1/16.
+Here: position identification (the class of token i is i) with 16 random tokens of a vocabulary of 100, in an encoder of
+3 layers of width 64 with a norm after each residual, as in the paper's experiments (there 128 tokens, width 768 and
+40,000 steps). The models have B alone, B and C (a table for each layer), neither, or neither but a learned position
+added to each token, which shows that such an encoder can learn the task. Chance is 1/16.
 
-With 32 tokens and 700 steps two of three seeds of the model with factors were still learning (0.63 and 0.66). The pilot at 16
-tokens: 1.00 on both seeds with factors and with added positions, so three seeds do.
+With 32 tokens and 700 steps, two of three seeds of the model with factors were still learning (0.63 and 0.66). In the
+pilot with 16 tokens, both seeds had 1.00 with factors and with added positions, so three seeds are enough.
 """
 
 import torch
@@ -24,7 +25,7 @@ TRAINING = {"steps": 500, "batch_size": 32, "learning_rate": 2e-3, "length": 16,
 
 
 class PostNormEncoder(nn.Module):
-    """Blocks x = norm(x + attention(x)), x = norm(x + feed_forward(x)) over token embeddings, and a class for each token."""
+    """Encoder of blocks x = norm(x + attention(x)), x = norm(x + feed_forward(x)), with a class for each token."""
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class PostNormEncoder(nn.Module):
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, float]:
-    """Share of tokens that tell their own position, and the last loss."""
+    """Measure the share of tokens whose position is identified, and the last loss."""
     torch.manual_seed(seed)
     length, vocabulary = setting["length"], setting["vocabulary"]
     model = PostNormEncoder(vocabulary, length, setting["options"], setting["absolute"])

@@ -1,16 +1,16 @@
-"""Wide attention (Brown et al., arXiv 2210.00640): one wide layer does as well as a deep model of as many heads.
+"""Wide attention (Brown et al., arXiv 2210.00640): one wide layer is as good as a deep model with as many heads.
 
-The paper (abstract): over four tasks and ten types of attention, one layer with all the heads is 0.3 % more accurate than the
-deep model, 1.4 times as small and, on a CPU, 3.1 times as fast; on byte-level text it is as accurate, half the size and 3.1
-times as fast.
+The paper (abstract): over four tasks and ten types of attention, one layer with all the heads is 0.3 % more accurate
+than the deep model, 1.4 times smaller and, on a CPU, 3.1 times as fast; on byte-level text it is as accurate, half the
+size and 3.1 times as fast.
 
-Here: 12 heads of width 16 in all, which keep their width, as 6 layers of 2 heads, 3 of 4, 2 of 6 and 1 of 12; width 64, feed-forward
-128; on expressions (ListOps, 128 tokens), classes of text as 256 bytes and as 64 word pieces, and pairs of passages that may match
-(256 bytes of both), the same steps and learning rate for all.
-Every type is tried at both ends, three of them between. Since a shallow model has fewer feed-forward weights, softmax is tried
-with as many as the deep model has, too. Latency of a batch of 1 on one core. Sign and size of the paper's differences are not
-to be expected of models this small: as good means within 2 points. In 600 steps no division gets
-far beyond the majority class (50 % of texts and pairs, 12 % of the expressions), so that they differ little may say little.
+Here: 12 heads of width 16 in total, as 6 layers of 2 heads, 3 of 4, 2 of 6 and 1 of 12; width 64, feed-forward 128; on
+expressions (ListOps, 128 tokens), text classification with 256 bytes and with 64 word pieces, and pairs of passages
+that may match (256 bytes together), with the same steps and learning rate for all. Every type of attention is run at
+both extremes, and three types in between. Since a shallow model has fewer feed-forward weights, softmax is also run
+with as many as the deep model has. Latency is that of a batch of 1 on one core. The sign and size of the paper's
+differences cannot be expected from models this small, so "as good" means within 2 points. In 600 steps no division gets
+far beyond the majority class (50 % of texts and pairs, 12 % of the expressions), so small differences may say little.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "matching": ("matching", {"length": 256}),
 }
 MAJORITY = {"documents": 0.5, "listops": 0.12}
-"""Share of the most frequent class, of the tasks that are judged."""
+"""Share of the most frequent class in the tasks that are judged."""
 LATER = ("word pieces", "matching")
-"""Tasks of which only the ends are tried, and which are not judged."""
+"""Tasks that are only run at the extremes, and not judged."""
 TYPES: dict[str, dict[str, Any]] = {
     "softmax": {},
     "local": {"form": "block", "block": 16},
@@ -59,7 +59,7 @@ TRAINING = {"steps": 600, "batch_size": 16, "learning_rate": 2e-3, "items": 400}
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Accuracy at a depth, without embeddings among the parameters; with ``seconds`` the speedup of the wide model."""
+    """Measure accuracy and parameters (without embeddings) at a depth; with ``seconds``, the wide model's speedup."""
     name, options = TASKS[setting["task"]]
     task = cached_task(name, **options, evaluation_items=setting["items"])
     if "seconds" in setting:
@@ -82,7 +82,7 @@ def _model(task: Any, name: str, layers: int, feed_forward: int = FEED_FORWARD) 
 
 
 def shape(layers: int, heads: int) -> str:
-    """How a division of the heads is called: 6x2 is six layers of two."""
+    """Return the name of a division of heads: 6x2 is six layers of two."""
     return f"{layers}x{heads}"
 
 
@@ -106,12 +106,12 @@ SETTINGS = _settings()
 
 
 def _mean(value: Callable[[Seed, str], float]) -> Callable[[Seed], float]:
-    """The mean over all types of attention."""
+    """Return a check value: the mean over all types of attention."""
     return lambda seed: sum(value(seed, name) for name in TYPES) / len(TYPES)
 
 
 def _gain(task: str, name: str = "score") -> Callable[[Seed, str], float]:
-    """The wide model's surplus over the deep one."""
+    """Return a measurement of the wide model minus that of the deep one, for a type of attention."""
 
     def value(seed: Seed, kind: str) -> float:
         deep, wide = (number(seed, f"{task}: {kind} {shape(*ratio)}", name) for ratio in (DEEP, WIDE))
@@ -131,10 +131,10 @@ def _faster(seed: Seed, kind: str) -> float:
 
 
 def table(cells: Mapping[tuple[str, int], Measurements]) -> list[dict[str, Any]]:
-    """A row for each task and type of attention: the score by division of heads, and how many times as small and as fast
-    (on texts) the widest model is as the deepest; means over seeds of `cells`, given by (setting, seed).
+    """Return a row for each task and type of attention: the score by division of heads, and how many times smaller and
+    faster (on texts) the widest model is than the deepest; means over the seeds of `cells`, given by (setting, seed).
 
-    None where nothing was measured.
+    None for missing measurements.
     """
 
     def mean(setting: str, name: str) -> float | None:

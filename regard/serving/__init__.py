@@ -1,11 +1,13 @@
-"""One machine as a server: a scheduler that batches continuously, and an HTTP server as OpenAI's API has it.
+"""Serving on one machine: a scheduler with continuous batching, and an HTTP server with OpenAI's API.
 
-- :mod:`regard.serving.engine`: the scheduler, plain Python: continuous batching, prompts in chunks beside it, pages, fairness;
-- :mod:`regard.serving.language`, :mod:`regard.serving.transformers`: models as it reads them;
-- :mod:`regard.serving.prefixes`: what is kept of prompts for others that begin alike;
-- :mod:`regard.serving.service`: the scheduler in a thread, its answers as asynchronous streams;
-- :mod:`regard.serving.protocol`, :mod:`regard.serving.app`: OpenAI's requests and answers, and HTTP (the extra ``serve``);
-- :mod:`regard.serving.bench`: load, and what it does to times.
+- :mod:`regard.serving.engine`: the scheduler, in plain Python: continuous batching, chunked prefill, a paged cache,
+  fairness;
+- :mod:`regard.serving.language`, :mod:`regard.serving.transformers`: models wrapped for the scheduler;
+- :mod:`regard.serving.prefixes`: the prefix cache, for prompts that begin alike;
+- :mod:`regard.serving.service`: the scheduler in a thread, with answers as asynchronous streams;
+- :mod:`regard.serving.protocol`, :mod:`regard.serving.app`: OpenAI's requests and answers, and the HTTP server (the
+  extra ``serve``);
+- :mod:`regard.serving.bench`: a load test: latencies and throughput of a server.
 """
 
 from __future__ import annotations

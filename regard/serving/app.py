@@ -35,19 +35,19 @@ from regard.serving.service import Closing, Service, Stream
 from regard.serving.text import Text
 
 RETRY_SECONDS = 1
-"""When a client that was turned away may come again."""
+"""Seconds after which a client that was turned away may retry (the header ``Retry-After``)."""
 LONG_BODY = 1 << 15
-"""Bytes of a request whose text is turned into tokens beside the answers in work: a megabyte may take more than a second."""
+"""Bytes from which a request is tokenized in a thread, off the event loop: a megabyte may take over a second."""
 
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """What a server takes from a client.
+    """Limits on the requests of a client.
 
     Attributes:
-        body: most bytes of a request.
-        body_seconds: most time for it to arrive.
-        seconds: most time for an answer, waiting included.
+        body: maximum bytes of a request.
+        body_seconds: maximum seconds for a request to arrive.
+        seconds: maximum seconds for an answer, including the time in the queue.
     """
 
     body: int = 4 << 20
@@ -61,14 +61,14 @@ class ServerLimits:
 
 
 class Server:
-    """A model at OpenAI's addresses.
+    """A model behind OpenAI's HTTP API.
 
     Args:
-        service: the scheduler, started; the application closes it when it ends.
+        service: the started scheduler; the application closes it on shutdown.
         text: the tokenizer.
-        name: of the model.
+        name: name of the model.
         limits: see :class:`ServerLimits`.
-        key: what clients must show; None for none.
+        key: API key that clients must send; None if no key is needed.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Server:
         self.created = int(time.time())
 
     def app(self) -> ASGIApp:
-        """The application, for uvicorn and for tests."""
+        """Return the ASGI application, for uvicorn and for tests."""
         routes = [
             Route("/v1/completions", self._reading(read_completion), methods=["POST"]),
             Route("/v1/chat/completions", self._reading(read_chat), methods=["POST"]),
@@ -99,7 +99,7 @@ class Server:
         await asyncio.to_thread(self.service.close)
 
     async def health(self, _: Request) -> Response:
-        """Whether the server answers, and how many requests run and wait; status 503 when it closes or has failed."""
+        """Report the server's state and how many requests run and wait; status 503 while closing or after a failure."""
         service = self.service
         if service.failed is not None:
             return JSONResponse({"status": "failed"}, 503)
@@ -109,7 +109,7 @@ class Server:
         )
 
     async def models(self, request: Request) -> Response:
-        """The list of its one model, or that model; 404 for another name."""
+        """Return the list with the one model, or the model of the given name; 404 for any other name."""
         wanted = request.path_params.get("name")
         own = {"id": self.name, "object": "model", "created": self.created, "owned_by": "regard"}
         own |= {"max_model_len": self.service.engine.context, "vocab_size": self.service.engine.reader.vocab_size}
@@ -120,7 +120,7 @@ class Server:
         return JSONResponse(own)
 
     async def tell_metrics(self, _: Request) -> Response:
-        """The metrics as Prometheus reads them."""
+        """Return the metrics in Prometheus' format."""
         body, kind = self.metrics.text()
         return Response(body, media_type=kind)
 
@@ -133,7 +133,7 @@ class Server:
             if len(body) < LONG_BODY:
                 asked = asked_in(body)
             else:
-                async with self._reading_long:  # one at a time, so that they leave room for others
+                async with self._reading_long:  # one at a time, so that long bodies leave CPU time for others
                     asked = await asyncio.to_thread(asked_in, body)
             return await self._answer(request, asked)
 
@@ -172,12 +172,12 @@ class Server:
         if not asked.stream:
             await self._until_gone(request, _exhaust(pieces))
             return JSONResponse(answer.whole())
-        # what goes wrong before the first token still has a status of its own
+        # errors before the first token still get an HTTP status of their own
         first = await self._until_gone(request, anext(pieces))
         return StreamingResponse(_events(first, pieces, answer), media_type="text/event-stream", headers=_NO_BUFFER)
 
     async def _pieces(self, answer: Answer, stream: Stream, began: float) -> AsyncIterator[dict[str, Any]]:
-        """What is told of each token, until all answers are whole; whatever ends it early cancels the rest."""
+        """Yield an event for each token until all answers are complete; an early exit cancels what is left."""
         before: dict[str, float] = {}
         try:
             async for event in stream.events(self.limits.seconds):
@@ -203,7 +203,7 @@ class Server:
 
     @staticmethod
     async def _until_gone(request: Request, work: Any) -> Any:
-        """The result of `work`, which is cancelled when the client goes away."""
+        """Return the result of `work`, which is cancelled when the client disconnects."""
         task = asyncio.ensure_future(work)
         gone = asyncio.ensure_future(_disconnected(request))
         try:
@@ -232,7 +232,7 @@ async def _exhaust(pieces: AsyncIterator[Any]) -> None:
 
 
 async def _events(first: dict[str, Any], pieces: AsyncIterator[dict[str, Any]], answer: Answer) -> AsyncIterator[str]:
-    """Server-sent events. An error after the first token is an event, since the status is out."""
+    """Yield server-sent events. An error after the first token is an event, since the status has already been sent."""
     try:
         for piece in (*answer.first(), first):
             yield _event(piece)
@@ -286,7 +286,7 @@ def _unexpected(_: Request, error: Exception) -> Response:
 
 
 class _Guard:
-    """Asks for the key, counts answers, and turns away bodies that say that they are too large."""
+    """ASGI middleware that checks the API key, counts answers, and rejects bodies with too large a declared length."""
 
     def __init__(self, app: ASGIApp, server: Server) -> None:
         self.app, self.server = app, server

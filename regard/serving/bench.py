@@ -1,8 +1,8 @@
-"""Load on a server, and what it does to times: for any server that speaks OpenAI's API.
+"""A load test for any server with OpenAI's API: throughput and latencies for a growing number of clients.
 
-Each of so many clients sends its requests one after another and reads the answers as they come. Prompts are random tokens,
-so that none has anything in common but what is asked for; answers are greedy and go on past the model's stop tokens, so
-that all have the same length.
+Each client sends its requests one after another and reads the answers as a stream. Prompts are random tokens, which
+have no more than the requested prefix in common; answers are greedy and go on past the model's stop tokens, so that all
+have the same length.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from regard.workbench.reports.scales import Axis
 PAGE, FIGURES = "load.html", "load.json"
 TIMES = ("first_p50", "first_p99", "between_p50", "between_p99")
 FOREIGN_TOKENS = range(100, 20_000)
-"""What prompts for servers of others are drawn from, whose vocabularies are not told: ordinary tokens in most."""
+"""Token ids for prompts to servers that do not report their vocabulary size: ordinary tokens in most vocabularies."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a measurement does.
+    """The load of a measurement.
 
     Attributes:
-        clients: at one time, in turns.
-        requests: of each client.
-        prompt_tokens, new_tokens: of a request.
-        shared_tokens: that all prompts begin with.
-        seed: of the prompts.
+        clients: numbers of concurrent clients, measured one after another.
+        requests: requests per client.
+        prompt_tokens, new_tokens: tokens of a prompt and of its answer.
+        shared_tokens: length of the prefix that all prompts share.
+        seed: seed of the random prompts.
     """
 
     clients: tuple[int, ...] = (1, 4, 16)
@@ -64,13 +64,13 @@ class Load:
             raise Unsupported(f"shared_tokens={self.shared_tokens}", supported=f"0 to {self.prompt_tokens}")
 
     def as_record(self) -> dict[str, Any]:
-        """The load as plain data."""
+        """Return the load as plain data."""
         return asdict(self)
 
 
 @dataclass
 class _Seen:
-    """What clients have seen: seconds to the first tokens, seconds between tokens, and errors."""
+    """Measurements of all clients: seconds to the first tokens, seconds between tokens, and errors."""
 
     first: list[float] = field(default_factory=list)
     between: list[float] = field(default_factory=list)
@@ -83,25 +83,25 @@ class _Seen:
 def measure(
     url: str, load: Load, *, vocab_size: int | None = None, model: str | None = None, key: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """One row for each number of clients, as it is measured.
+    """Measure a server, and yield one row for each number of clients.
 
     Args:
-        url: of the server, without ``/v1``.
-        vocab_size: of the model, where it is known.
-        model: name, for servers that ask for it; the server's first when None.
-        key: that the server asks for.
+        url: address of the server, without ``/v1``.
+        vocab_size: the model's vocabulary size, if known.
+        model: name of the model, for servers that require it; the server's first model when None.
+        key: the server's API key.
 
     Returns:
-        clients, seconds, tokens_per_second (written, by the clock of the whole load), answers, errors, and the 50th and
-        99th percentiles in seconds: first_p50, first_p99, between_p50, between_p99.
+        Rows with clients, seconds, tokens_per_second (generated tokens over the time of the whole load), answers,
+        errors, and the 50th and 99th percentiles in seconds: first_p50, first_p99, between_p50, between_p99.
 
     Raises:
-        Unsupported: for a server that is not there, or that answered nothing but errors.
+        Unsupported: for a server that cannot be reached, or that answered only with errors.
     """
     if model is None:
         model, known = _first_model(url, key)
         vocab_size = known if vocab_size is None else vocab_size
-    ask(url, _body(load, model, _prompt(load, random.Random(-1), vocab_size)), key, _Seen())  # what is made once
+    ask(url, _body(load, model, _prompt(load, random.Random(-1), vocab_size)), key, _Seen())  # warm-up
     for clients in load.clients:
         seen, random_ = _Seen(), random.Random(f"{load.seed} {clients}")
         prompts = [[_prompt(load, random_, vocab_size) for _ in range(load.requests)] for _ in range(clients)]
@@ -131,7 +131,7 @@ def measure(
 
 
 def ask(url: str, body: dict[str, Any], key: str | None, seen: _Seen) -> None:
-    """Send one request and read its answer as it comes."""
+    """Send one request, read its streamed answer and add its times, or its error, to `seen`."""
     began = time.perf_counter()
     try:
         with_key = {} if key is None else {"Authorization": f"Bearer {key}"}
@@ -157,7 +157,7 @@ def ask(url: str, body: dict[str, Any], key: str | None, seen: _Seen) -> None:
 
 
 def _read_events(response: http.client.HTTPResponse) -> tuple[list[float], int | None]:
-    """When each piece of an answer came, and how many tokens it had where the server says so."""
+    """Return when each piece of an answer arrived, and its number of tokens if the server reports it."""
     times: list[float] = []
     told = None
     for line in iter(response.readline, b""):
@@ -191,7 +191,7 @@ def _prompt(load: Load, draws: random.Random, vocab_size: int | None) -> list[in
 
 
 def _first_model(url: str, key: str | None) -> tuple[str, int | None]:
-    """A server's first model, and how many tokens it knows where the server says so, as regard's does."""
+    """Return a server's first model, and its vocabulary size if the server reports it, as regard's does."""
     try:
         connection, path = _connection(url)
         try:
@@ -237,13 +237,13 @@ def _percentiles(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def _drawn(row: dict[str, Any], column: str) -> float | None:
-    """A figure as the pictures show it: times, which are kept in seconds, are drawn in milliseconds."""
+    """Return a row's value as the charts show it: times, which are stored in seconds, are drawn in milliseconds."""
     value: float | None = row[column]
     return 1e3 * value if column in TIMES and value is not None else value
 
 
 def save(rows: Sequence[dict[str, Any]], load: Load, folder: Path, model: str = "the model") -> Path:
-    """Write the figures as JSON and as a page with pictures; the page's place."""
+    """Write the figures as JSON and as a page with charts; return the path of the page."""
     clients = Axis("clients at one time →", units.count, log=True, base=2)
     time_axis = Axis("less is better ↓", units.milliseconds, log=True)
     wanted = [

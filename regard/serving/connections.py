@@ -1,5 +1,5 @@
-"""Connections that end: a client that does not send its request, or does not read its answer, in time is cut off, and one that
-has gone is forgotten."""
+"""Connections with timeouts: a client that is too slow to send its request or to read its answer is cut off, and the
+requests of a client that has disconnected are cancelled."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from regard.serving.app import ServerLimits
 
 GRACE = 5.0
-"""Seconds to tell a client that its time is over before its connection is cut."""
+"""Seconds between the end of a client's time, in which it can be sent an error, and the cut of its connection."""
 ASK_AGAIN = 1.0
-"""Seconds between two questions whether a client that sends nothing more is still there."""
+"""Seconds between two checks of whether a client that has closed its sending side is still connected."""
 
 
 def connection(limits: ServerLimits) -> type[H11Protocol]:
-    """The protocol that uvicorn speaks on each connection."""
+    """Return the protocol class that uvicorn uses for each connection."""
 
     class Connection(H11Protocol):
-        """HTTP/1.1 with a clock for whatever the client has to do next.
+        """HTTP/1.1 with a timeout for each phase of a request.
 
-        Each head of a request and each body has `body_seconds`, the answer `seconds`, and as long again what of it lies in
-        buffers when it is complete. After that the connection is cut, whatever is still to be written: for the application
-        the client has gone, and its answers are forgotten.
+        Head and body of a request have `body_seconds` each to arrive. The answer has `seconds` to be completed, and
+        what is still buffered then has as long again to be read. After that the connection is cut, even with data left
+        to write: the application sees a disconnected client and cancels its requests.
 
-        The end of what a client sends may be that of its request alone, or it has gone: the two look the same until something
-        is written to it, which then fails, though not the first time. So it is told "100 Continue", which says nothing and
-        which every client of HTTP/1.1 has to take, again and again until its answer begins.
+        A client that closes its sending side may still wait for its answer, or it may be gone. The two look the same
+        until something is written to the client, and only a second write fails if it is gone. So it is sent "100
+        Continue", which means nothing and which every HTTP/1.1 client must accept, again and again until its answer
+        begins.
         """
 
         _clock: asyncio.TimerHandle | None = None
@@ -71,7 +72,7 @@ def connection(limits: ServerLimits) -> type[H11Protocol]:
             super().connection_lost(exc)
 
         def _look(self) -> None:
-            """Set the clock anew where something else is next."""
+            """Restart the timer when the connection enters another phase."""
             cycle = self.cycle
             following = (cycle, cycle is not None and (cycle.more_body, cycle.response_complete))
             if following == self._next:

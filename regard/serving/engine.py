@@ -1,9 +1,10 @@
-"""The scheduler: requests join and leave a batch between its steps.
+"""The scheduler, with continuous batching: requests join and leave the batch between steps.
 
-A step reads one more token of every sequence that is writing, then one chunk of a prompt, so that long prompts do not hold
-up what others are writing. Sequences have pages for the tokens that they have; where pages run out, the sequence that
-came last gives its own back and is read again later. What comes out does not depend on what else is in the batch: each
-request has draws of its own, and a model answers a row of a batch as it answers the row alone, up to rounding.
+A step adds one token to every sequence that is decoding, then reads one chunk of a prompt, so that long prompts do not
+hold up the other sequences. Each sequence owns pages for the tokens it has so far; when pages run out, the newest
+sequence gives back its own and is read again later. The output for a request does not depend on the rest of the batch:
+each request has its own random generator, and a model computes the same for a row alone as for the row in a batch, up
+to rounding.
 
 Plain Python without threads or HTTP::
 
@@ -32,23 +33,23 @@ from regard.serving.pages import Pages
 from regard.serving.prefixes import Block, Prefixes
 
 STOP, LENGTH, FAILED = "stop", "length", "error"
-"""Why a sequence has ended: at a stop token, at its limit, or for a reason that the event tells."""
+"""Why a sequence has ended: at a stop token, at its maximum length, or with the error that the event holds."""
 
 
 class Busy(Exception):
-    """More requests wait than may; try again later."""
+    """The queue is full; try again later."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine takes on.
+    """Limits of an engine.
 
     Attributes:
-        rows: sequences at one time.
-        waiting: requests that may wait for a place.
-        chunk: tokens of prompts that a step reads at most.
-        context: most tokens of a prompt and its answer; the reader's when None.
-        prefix_cache: whether beginnings that were read are kept for other requests.
+        rows: maximum sequences in the batch.
+        waiting: maximum requests in the queue.
+        chunk: maximum prompt tokens that a step reads.
+        context: maximum tokens of a prompt and its answer; the reader's when None.
+        prefix_cache: whether prefixes that were read are kept for other requests.
     """
 
     rows: int = 16
@@ -66,23 +67,23 @@ class Limits:
 
     @property
     def places(self) -> int:
-        """Requests in work and waiting."""
+        """Maximum number of requests, running and waiting."""
         return self.rows + self.waiting
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, and how to go on from it.
+    """A prompt, and how to continue it.
 
     Attributes:
-        key: names the request in its events.
+        key: name of the request in its events.
         prompt: tokens, at least one.
-        max_tokens: most new ones.
+        max_tokens: maximum number of new tokens.
         temperature, top_k, top_p: as in :meth:`regard.models.LanguageModel.generate_stream`.
-        seed: of the draws; of the system when None.
-        stop_tokens: ends after one of them.
-        logprobs: how many of the likeliest tokens to tell beside each; None to tell no log-probabilities at all.
-        client: whose service it counts as.
+        seed: seed for sampling; drawn by the system when None.
+        stop_tokens: tokens that end the answer.
+        logprobs: number of likeliest tokens to report with each token; None to report no log-probabilities at all.
+        client: name of the client that its tokens are charged to.
     """
 
     key: str
@@ -106,12 +107,12 @@ class Event:
     """One new token of a request.
 
     Attributes:
-        key: the request's.
-        token: None where `finish` is ``error``.
-        logprob: its log-probability in the model's own distribution, at temperature 1; None where not asked for.
-        top: the likeliest tokens with theirs.
-        finish: why the request ends with it: ``stop``, ``length``, ``error``; None while it goes on.
-        error: what went wrong, in words.
+        key: the request's key.
+        token: the token; None if `finish` is ``error``.
+        logprob: the token's log-probability under the model, at temperature 1; None if not requested.
+        top: the likeliest tokens and their log-probabilities.
+        finish: why the request ends with this token: ``stop``, ``length`` or ``error``; None while it goes on.
+        error: error message.
     """
 
     key: str
@@ -124,15 +125,15 @@ class Event:
 
 @dataclass(eq=False)
 class Row:
-    """A request in work.
+    """A request that is queued or running, with its state.
 
     Attributes:
-        number: by when it was first admitted; readers know the row by it.
-        tokens: the prompt and what was written.
-        length: how many of them were read.
-        pages: where their keys and values are.
-        block: where it is in the tree of beginnings, and `blocks` how deep; None where its own way left the tree.
-        stops: lengths at which its states are kept for others.
+        number: number in order of submission, by which readers identify the row.
+        tokens: the prompt and the generated tokens.
+        length: how many of the tokens the model has read.
+        pages: the pages with their keys and values.
+        block: the row's last block in the prefix tree, at depth `blocks`; None once that block was evicted.
+        stops: lengths at which a snapshot of the row's states is kept for other requests.
     """
 
     request: Request
@@ -147,27 +148,28 @@ class Row:
 
     @property
     def unread(self) -> int:
-        """How many tokens have not been read yet."""
+        """Number of tokens that have not been read yet."""
         return len(self.tokens) - self.length
 
     @property
     def writing(self) -> bool:
-        """Whether nothing but the newest token is left to be read."""
+        """True if the row is decoding: only its newest token is left to be read."""
         return self.unread == 1 and self.length > 0
 
 
 class Reader(Protocol):
-    """A model, as the scheduler needs it.
+    """The interface of a model to the scheduler.
 
     Attributes:
-        vocab_size: tokens that it knows.
-        context: most tokens of a sequence.
-        pages: pages of its pool; 0 where it has none.
-        page_size, page_bytes: tokens of a page, and of a block of shared beginnings; and its bytes.
-        held_bytes: of states beside the pages.
-        holds: whether it holds states beside the pages, which are saved and restored as a whole.
-        whole: whether it reads a sequence anew at each token.
-        device: where logits are, and draws are made.
+        vocab_size: number of tokens in the vocabulary.
+        context: maximum tokens of a sequence.
+        pages: number of pages in its pool; 0 if it has none.
+        page_size: tokens of a page, and of a block of the prefix tree.
+        page_bytes: bytes of a page.
+        held_bytes: bytes of the states outside the pages.
+        holds: whether it has states outside the pages, which are saved and restored as a whole.
+        whole: whether it runs on the whole sequence again for each new token.
+        device: device of the logits and of sampling.
     """
 
     vocab_size: int
@@ -183,31 +185,38 @@ class Reader(Protocol):
     def held_bytes(self) -> int: ...
 
     def read(self, rows: Sequence[Row], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Read more tokens of each row; logits (B, vocab) of what follows the last.
+        """Read more tokens of each row; return the logits (B, vocab) for the token after the last.
 
-        Rows that have read nothing yet come without others. Each row has pages for what it reads.
+        A call never mixes rows that have read nothing yet with other rows. Each row already owns pages for its new
+        tokens.
         """
         ...
 
     def save(self, row: Row) -> tuple[Any, int]:
-        """The states of a row that are not in pages, and their bytes."""
+        """Return the states of a row that are not in pages, and their size in bytes."""
         ...
 
     def restore(self, row: Row, saved: Any) -> None:
-        """Let a row that has read nothing go on from saved states."""
+        """Let a row that has read nothing yet continue from saved states."""
         ...
 
     def forget(self, row: Row) -> None:
-        """The row is not read any more, or will be read from its start."""
+        """Drop the states of a row that has ended or will be read from its start again."""
         ...
 
 
 class Engine:
-    """See :mod:`regard.serving.engine`.
+    """The scheduler; see :mod:`regard.serving.engine`.
+
+    Args:
+        reader: the model.
+        limits: see :class:`Limits`.
 
     Attributes:
-        prompt_tokens, shared_tokens, new_tokens: read of prompts, taken from earlier ones instead, and written.
-        preempted: how often a sequence gave back its pages to be read again.
+        prompt_tokens: tokens of prompts that were read.
+        shared_tokens: tokens of prompts that were found in the prefix cache instead.
+        new_tokens: generated tokens.
+        preempted: how often a sequence was preempted: it gave back its pages and was queued to be read again.
     """
 
     def __init__(self, reader: Reader, limits: Limits | None = None) -> None:
@@ -228,14 +237,14 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether any request runs or waits."""
+        """True if any request runs or waits."""
         return bool(self.active or len(self.waiting))
 
     def submit(self, request: Request) -> None:
-        """Let a request wait for its turn.
+        """Put a request into the queue.
 
         Raises:
-            Busy: when as many wait as may.
+            Busy: if the queue is full.
             Unsupported: for a prompt that is empty, has unknown tokens, or is too long.
         """
         self.check(request)
@@ -248,7 +257,7 @@ class Engine:
         self.waiting.push(request.client, Row(request, next(self._numbers), list(request.prompt), generator))
 
     def check(self, request: Request) -> None:
-        """Raise Unsupported for a request that could never be answered."""
+        """Raise Unsupported for a request that can never be answered."""
         n = len(request.prompt)
         if not n:
             raise Unsupported("a prompt without tokens", supported="one token or more")
@@ -262,7 +271,7 @@ class Engine:
             raise Unsupported("tokens that the model does not know", supported=f"0 to {self.reader.vocab_size - 1}")
 
     def cancel(self, key: str) -> bool:
-        """Forget a request; whether there was one."""
+        """Drop a request; return whether it was found."""
         for row in [*self.active, *self.waiting]:
             if row.request.key == key:
                 if row in self.active:
@@ -273,7 +282,7 @@ class Engine:
         return False
 
     def step(self) -> list[Event]:
-        """Admit, let every writing sequence write, read a chunk of a prompt; what came of it."""
+        """Admit requests, add a token to every decoding sequence, read a chunk of a prompt; return the new events."""
         self._admit()
         events = []
         writing = self._with_room([row for row in self.active if row.writing])
@@ -296,7 +305,7 @@ class Engine:
             self.waiting.forget({active.request.client for active in self.active})
 
     def _start(self, row: Row) -> bool:
-        """Give a row pages for its tokens, and what others have read of its beginning; whether there was room."""
+        """Give a row pages for its tokens, reusing the cached part of its prefix; return whether there was room."""
         path = [] if self.prefixes is None else self.prefixes.path(row.tokens)
         usable = path
         if self.reader.holds:
@@ -304,7 +313,7 @@ class Engine:
             usable = path[: kept[-1]] if kept else []
         if self.pages is not None:
             shared = [block.page for block in usable if block.page is not None]
-            self.pages.share(shared)  # first, so that they are not evicted
+            self.pages.share(shared)  # before `take`, which could evict them
             more = self.pages.take(self.pages.needed(len(row.tokens)) - len(shared))
             if more is None:
                 self.pages.give_back(shared)
@@ -323,7 +332,7 @@ class Engine:
         return True
 
     def _with_room(self, rows: list[Row]) -> list[Row]:
-        """The rows with pages for one more token each, without those that gave theirs to older ones."""
+        """Give each row a page for its next token if needed; return the rows that were not preempted for older ones."""
         if self.pages is None:
             return rows
         for row in sorted(rows, key=lambda row: row.number):
@@ -342,10 +351,10 @@ class Engine:
         self.waiting.push(row.request.client, row, first=True)
 
     def _chunk(self) -> tuple[list[Row], list[int]]:
-        """Rows whose prompts are read next, and how much of each.
+        """Return the rows whose prompts are read next, and the number of tokens to read of each.
 
-        In turns the row that came first, so that none waits for ever, and the one that has read least, so that short
-        prompts do not wait for a long one. Short ones that nothing was read of yet are read together.
+        The choice alternates between the oldest row, so that no row starves, and the row that has read least, so that
+        short prompts do not wait for a long one. Short prompts that have not been started are read together.
         """
         rows = [row for row in self.active if not row.writing]
         if not rows:
@@ -367,7 +376,7 @@ class Engine:
         return together, counts
 
     def _look_again(self, row: Row) -> None:
-        """Let a row that has read nothing yet go on from what others have read since it was admitted."""
+        """Let a row that has read nothing yet continue from a prefix that others have read since it was admitted."""
         if self.prefixes is None or row.length or not self.prefixes.path(row.tokens):
             return
         if self.pages is not None:
@@ -376,14 +385,14 @@ class Engine:
             raise AssertionError("pages that were just given back are there")
 
     def _until_stop(self, row: Row, count: int) -> int:
-        """At most so many tokens, up to the next length at which states are to be kept."""
+        """Return `count`, or fewer tokens if the row's next snapshot is due earlier."""
         return min([count, *(stop - row.length for stop in row.stops if stop > row.length)])
 
     def _read(self, rows: list[Row], counts: list[int]) -> list[Event]:
         given = [row.tokens[row.length : row.length + count] for row, count in zip(rows, counts, strict=True)]
         try:
             logits = self.reader.read(rows, given)
-        except (Unsupported, RuntimeError, MemoryError) as error:  # a request must not take the others with it
+        except (Unsupported, RuntimeError, MemoryError) as error:  # a failing read ends its own rows, not the engine
             for row in rows:
                 self._end(row)
             return [Event(row.request.key, None, finish=FAILED, error=str(error)) for row in rows]
@@ -395,7 +404,7 @@ class Engine:
         return self._write([rows[i] for i in done], logits[done]) if done else []
 
     def _record(self, row: Row) -> None:
-        """Put what a row has read into the tree of beginnings."""
+        """Add the blocks that a row has read to the prefix tree."""
         if self.prefixes is None or row.block is None:
             return
         size = self.reader.page_size
@@ -411,8 +420,8 @@ class Engine:
             self.prefixes.keep(row.block, *self.reader.save(row))
 
     def _write(self, rows: list[Row], logits: Tensor) -> list[Event]:
-        """The next token of each row."""
-        good = torch.isfinite(logits.amax(-1)).tolist()  # -inf alone forbids a token; NaN and inf spoil all
+        """Choose the next token of each row; return the events."""
+        good = torch.isfinite(logits.amax(-1)).tolist()  # -inf may mask single tokens; NaN or inf makes the row useless
         likeliest = logits.argmax(-1).tolist()
         events = []
         for i, row in enumerate(rows):
@@ -452,7 +461,7 @@ class Engine:
 
 
 def _told(logits: Tensor, token: int, count: int | None) -> tuple[float | None, tuple[tuple[int, float], ...]]:
-    """The log-probability of a token, and of so many of the likeliest."""
+    """Return the log-probability of a token, and the `count` likeliest tokens with theirs."""
     if count is None:
         return None, ()
     nats = wide(logits).log_softmax(-1)

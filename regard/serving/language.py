@@ -1,5 +1,5 @@
-"""Language models of regard for the scheduler: keys and values of softmax layers in pages, the states of all other layers
-as they are."""
+"""regard's language models for the scheduler: keys and values of softmax layers in pages, the states of all other
+layers as they are."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ class LanguageReader:
     """A :class:`regard.models.LanguageModel` as :class:`regard.serving.engine.Reader`.
 
     Args:
-        model: in evaluation mode.
-        rows: sequences at one time.
-        context: most tokens of a sequence; the config's `max_length`, as far as all layers reach, when None.
-        cache_tokens, page_size: of :class:`regard.serving.pools.Pools`.
+        model: the model, in evaluation mode.
+        rows: maximum sequences in the batch.
+        context: maximum tokens of a sequence; when None, the config's `max_length`, or less if a layer's positions end
+            earlier.
+        cache_tokens, page_size: as for :class:`regard.serving.pools.Pools`.
 
     Raises:
-        Unsupported: for a context beyond the positions that a layer has, and a pool that does not fit the memory.
+        Unsupported: for a context beyond a layer's positions, and a pool that does not fit in memory.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class LanguageReader:
         self.whole = not all(block.continues for block in model.blocks)
         self._read = model.reader(not self.whole)
         self._held = Held()
-        self._texts: dict[int, list[int]] = {}  # of a model that reads its sequences anew
+        self._texts: dict[int, list[int]] = {}  # tokens read so far, for models that run on whole sequences
         self._pools: Pools | None = None
         self.holds, self.pages, self.page_bytes = False, 0, 0
         if self.whole:
@@ -57,7 +58,7 @@ class LanguageReader:
         with torch.no_grad():
             ids = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
             _, state = self._read(ids, ids[0], None, None)
-        # a softmax layer beside one that inserts tokens sees more of them than there are
+        # where tokens are inserted, a softmax layer sees more tokens than the row has
         inserts = model.insertion.prepare is not None
         paged = {} if inserts else {i: s.mechanism for i, s in enumerate(state.layers) if _is_plain_cache(s)}
         self.holds = any(name.rpartition(".")[2] != "length" for name in without(state, paged).tensors())
@@ -95,11 +96,11 @@ class LanguageReader:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of states that are not in pages."""
+        """Bytes of the states that are not in pages."""
         return self._held.nbytes
 
     def _state(self, rows: Sequence[Row]) -> ModelState | None:
-        """The state of rows that have all read something, or all nothing."""
+        """Return the joint state of rows that have all read something or all nothing; None to start without a state."""
         fresh = rows[0].length == 0
         if fresh and self._pools is None:
             return None
@@ -116,12 +117,12 @@ class LanguageReader:
 
 
 def _is_plain_cache(state: Any) -> bool:
-    """Whether a layer keeps every key and value, and nothing else of its mechanism's."""
+    """Return whether a layer's mechanism keeps every key and value and nothing else."""
     return isinstance(state, LayerState) and type(state.mechanism) is KeyValueState
 
 
 def without(state: ModelState, layers: Iterable[int]) -> ModelState:
-    """The state without the caches of these layers."""
+    """Return the state without the caches of these layers."""
     kept = list(state.layers)
     for i in layers:
         kept[i] = dataclasses.replace(kept[i], mechanism=None)
@@ -129,10 +130,10 @@ def without(state: ModelState, layers: Iterable[int]) -> ModelState:
 
 
 def context_of(model: LanguageModel, asked: int | None) -> int:
-    """Most tokens of a sequence: as many as are asked for, or what the config says, as far as all layers reach.
+    """Return the maximum tokens of a sequence: the given number, or the config's as far as all layers have positions.
 
     Raises:
-        Unsupported: for more than that.
+        Unsupported: if more tokens are asked for than the layers have positions.
     """
     reach = min(_reaches(model), default=None)
     if asked is not None and reach is not None and asked > reach:
@@ -141,7 +142,7 @@ def context_of(model: LanguageModel, asked: int | None) -> int:
 
 
 def _reaches(model: LanguageModel) -> Iterable[int]:
-    """Tokens that parts of a model can place."""
+    """Yield the maximum length of each module that has one."""
     for module in model.modules():
         if isinstance(module, Learned):
             yield module.max_length

@@ -1,4 +1,4 @@
-"""What a server tells Prometheus."""
+"""Metrics of a server for Prometheus."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 
 
 class Metrics:
-    """Counts of one server.
+    """Metrics of one server.
 
     Attributes:
-        answers: by path and status.
-        first_token, between_tokens: seconds from a request to its first token, and from each token to the next.
+        answers: number of HTTP answers, by path and status.
+        first_token: histogram of the seconds from a request to its first token.
+        between_tokens: histogram of the seconds from each token to the next.
     """
 
     def __init__(self, service: Service) -> None:
@@ -40,12 +41,12 @@ class Metrics:
         self._registry.register(_EngineCounts(service))
 
     def text(self) -> tuple[bytes, str]:
-        """All counts in Prometheus' format, and its media type."""
+        """Return all metrics in Prometheus' format, and its media type."""
         return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
 
 
 class _EngineCounts(Collector):
-    """The scheduler's own counts, looked up when they are asked for."""
+    """The scheduler's own counts, read at each scrape."""
 
     def __init__(self, service: Service) -> None:
         self._service = service

@@ -1,4 +1,4 @@
-"""From a folder or a file to a model that can be served, and its text."""
+"""Opens a folder or file as a model that can be served, with its tokenizer."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ class Opened:
     """A model to serve.
 
     Attributes:
-        name: of the folder or file.
-        described: the model in words.
-        close: ends what was started for it.
+        name: name of the folder or file.
+        described: one-line description of the model.
+        reader: the model, for the scheduler.
+        text: its tokenizer.
+        close: function that ends the processes started for the model.
     """
 
     name: str
@@ -48,17 +50,19 @@ def open_model(
     offload: int = 0,
     **sizes: Any,
 ) -> Opened:
-    """The model in a folder or file.
+    """Open the model in a folder or file.
 
     Args:
-        template: layout of chats, instead of the model's.
-        dtype: of the weights.
-        offload: processes that keep the keys and values of a language model of regard and attend to them (see
-            :mod:`regard.serving.offload`); 0 for none.
+        place: the folder or file.
+        device: device of the model.
+        template: chat template, instead of the model's own.
+        dtype: dtype of the weights.
+        offload: number of processes that hold the keys and values of one of regard's language models and compute its
+            attention (see :mod:`regard.serving.offload`); 0 for none.
         sizes: `rows`, `context`, `cache_tokens` and `page_size` of a reader.
 
     Raises:
-        Unsupported: for a folder of another kind, with what would do.
+        Unsupported: for a folder of another kind; the error says what can be served.
     """
     sizes["offload"] = offload
     _refuse_fewer_tokens(place)
@@ -130,7 +134,7 @@ def _of_language_model(name: str, described: str, model: LanguageModel, text: Te
 
 
 def _recipe(place: Path) -> str:
-    """How a model was compressed, in words; none where it was not."""
+    """Describe how a model was compressed; empty if it was not."""
     from regard.compression.folders import is_compressed, read_record
 
     return f"compressed by {read_record(place)['report']['recipe']}" if is_compressed(place) else ""
@@ -149,7 +153,7 @@ def _refuse_fewer_tokens(place: Path) -> None:
 
 
 def _model_type(place: Path) -> str | None:
-    """What ``config.json`` of transformers says; None where there is none."""
+    """Return the model type in the ``config.json`` of transformers; None if there is none."""
     try:
         found = json.loads((place / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

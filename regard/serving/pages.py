@@ -1,4 +1,4 @@
-"""Pages of a cache that sequences own and share: who has which, and which are free."""
+"""Ownership of cache pages, which sequences can share: the owners of each page, and the free pages."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from regard.contract import at_least
 
 
 class Pages:
-    """Counts the owners of each page of a pool.
+    """Reference counts of the pages of a pool.
 
     Args:
-        count: pages.
-        size: tokens a page.
-        evict: called with how many more pages are wanted; gives some back if it can.
+        count: number of pages.
+        size: tokens per page.
+        evict: called with the number of missing pages; gives pages back if it can.
     """
 
     def __init__(self, count: int, size: int, evict: Callable[[int], None] = lambda missing: None) -> None:
@@ -25,15 +25,15 @@ class Pages:
 
     @property
     def free(self) -> int:
-        """Pages without an owner."""
+        """Number of pages without an owner."""
         return len(self._free)
 
     def needed(self, tokens: int) -> int:
-        """Pages for so many tokens."""
+        """Return the number of pages that `tokens` tokens need."""
         return -(-tokens // self.size)
 
     def take(self, count: int) -> list[int] | None:
-        """So many pages for a new owner; None, and none is taken, where there are not as many."""
+        """Take `count` pages for a new owner; take none and return None if there are fewer."""
         if count > len(self._free):
             self.evict(count - len(self._free))
         if count > len(self._free):
@@ -44,12 +44,12 @@ class Pages:
         return taken
 
     def share(self, pages: Iterable[int]) -> None:
-        """One owner more for each."""
+        """Add an owner to each page."""
         for page in pages:
             self.owners[page] += 1
 
     def give_back(self, pages: Iterable[int]) -> None:
-        """One owner less for each; a page without one is free."""
+        """Remove an owner from each page; pages without owners become free."""
         for page in pages:
             self.owners[page] -= 1
             if not self.owners[page]:

@@ -13,27 +13,27 @@ from regard.engines.paged_cache import PagedState, Rows
 from regard.serving.engine import Row
 
 PAGE_SIZE = 32
-"""Tokens of a page: beginnings are shared by whole pages."""
+"""Tokens of a page. Prefixes are shared in whole pages."""
 SHARE = 0.25
-"""Of the machine's memory that a pool may take where nobody says how much."""
+"""Share of the machine's memory that the pools may take by default."""
 
 
 class Pools:
-    """A pool of keys and one of values for each layer that has some.
+    """A pool of keys and a pool of values for each layer with a paged cache.
 
     Args:
         samples: keys and values of one token, (1, G, 1, D), by layer.
-        rows, context: sequences at one time, and tokens of each.
-        cache_tokens: tokens of all sequences together; rows times context, within a quarter of the machine's memory, when
-            None.
+        rows, context: maximum number of sequences in the batch, and maximum tokens of each.
+        cache_tokens: tokens of all sequences together; when None, rows times context, within a quarter of the machine's
+            memory.
         page_size: tokens of a page.
 
     Attributes:
-        pages: of each pool.
-        token_bytes: of a token in all of them.
+        pages: number of pages in each pool.
+        token_bytes: bytes of one token in all pools together.
 
     Raises:
-        Unsupported: where not even a page for each row fits.
+        Unsupported: if `cache_tokens` is less than a page, or the pools do not fit in memory.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Pools:
         self.pages = -(-cache_tokens // page_size)
         try:
             self.layers = {layer: (self._pool(k), self._pool(v)) for layer, (k, v) in samples.items()}
-        except RuntimeError as error:  # torch's allocator has no other
+        except RuntimeError as error:  # torch's allocator raises no more specific error
             raise Unsupported(
                 f"a cache of {cache_tokens} tokens, {self.token_bytes * cache_tokens / 2**30:.1f} GiB ({error})",
                 supported="what fits the memory",
@@ -65,22 +65,22 @@ class Pools:
         return sample.new_zeros((self.pages, sample.shape[1], self.page_size, sample.shape[3]))
 
     def states(self, rows: Sequence[Row]) -> dict[int, PagedState]:
-        """What each layer has of these rows."""
+        """Return the paged state of these rows in each layer."""
         longest = max(len(row.pages) for row in rows)
         table = torch.tensor([row.pages + [-1] * (longest - len(row.pages)) for row in rows], device="cpu")
         counts = torch.tensor([row.length for row in rows], device="cpu")
-        shared = Rows(table, counts)  # of all layers, so that they look up together where new tokens go
+        shared = Rows(table, counts)  # one object for all layers, so that the slots of new tokens are looked up once
         return {layer: PagedState.of(k, v, shared) for layer, (k, v) in self.layers.items()}
 
 
 def default_tokens(rows: int, context: int, token_bytes: int) -> int:
-    """What all rows may need, within a quarter of the machine's memory."""
+    """Return the tokens that all rows may need, within a quarter of the machine's memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(rows * context, int(SHARE * memory) // token_bytes)
 
 
 def padded(tokens: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(B, longest) tokens right-padded with 0, and how many each row has."""
+    """Return the tokens right-padded with 0, (B, longest), and the number of tokens of each row."""
     lengths = [len(row) for row in tokens]
     ids = torch.zeros((len(tokens), max(lengths)), dtype=torch.int64, device="cpu")
     for i, row in enumerate(tokens):

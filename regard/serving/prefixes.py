@@ -1,9 +1,10 @@
-"""What is kept of sequences that were read, so that another one with the same beginning goes on from there.
+"""The prefix cache: parts of sequences that were read, from which a sequence with the same prefix continues.
 
-A tree of blocks of tokens, each as long as a page. A block has the page with its keys and values, and it may have a
-snapshot: the states of recurrent layers behind it, which cannot be shared block by block. Where a model has such layers,
-only blocks with a snapshot can be gone on from; the others still say that a beginning was seen before, so that the next
-sequence that has it stops there for a snapshot (the branching points of Marconi, arXiv 2411.19379).
+The cache is a tree of blocks of tokens, each as long as a page. A block has the page with its keys and values, and it
+may have a snapshot: the states of recurrent layers after the block, which cannot be shared block by block. In a model
+with such layers, a sequence can only continue from a block with a snapshot. The other blocks still record that a prefix
+was seen before, so that the next sequence with that prefix stops there for a snapshot (the branching points of Marconi,
+arXiv 2411.19379).
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from typing import Any
 from regard.serving.pages import Pages
 
 SEARCHES = 64
-"""How often a full tree is searched at most until all of it is replaced."""
+"""Maximum number of searches in which a full tree is replaced: each eviction removes at least one block in 64."""
 
 
 @dataclass(eq=False)
 class Block:
-    """Tokens behind those of `parent`.
+    """A block of tokens that follows the tokens of `parent`.
 
     Attributes:
-        page: where their keys and values are; None in models without pages, and in the root.
-        snapshot: states behind the block.
-        used: when it was last gone through.
+        page: the page with their keys and values; None in models without pages, and in the root.
+        snapshot: states after the block's last token; None if none are kept.
+        used: time of the last use, by a counter.
     """
 
     tokens: tuple[int, ...] = ()
@@ -38,24 +39,24 @@ class Block:
 
 
 class Prefixes:
-    """The tree.
+    """The tree of blocks.
 
     Args:
         size: tokens of a block.
-        pages: what pages are taken from; None for models without.
-        blocks: most blocks of a model without pages; the pool limits the others.
-        snapshot_bytes: most bytes of all snapshots.
+        pages: the pages of the model's cache; None for models without pages.
+        blocks: maximum number of blocks for a model without pages; for other models the pool is the limit.
+        snapshot_bytes: maximum bytes of all snapshots together.
     """
 
     def __init__(self, size: int, pages: Pages | None, *, blocks: int = 1 << 14, snapshot_bytes: int = 1 << 28) -> None:
         self.size, self.pages, self.most, self.snapshot_bytes = size, pages, blocks, snapshot_bytes
         self.root = Block()
         self.count = 0
-        self._kept: dict[Block, int] = {}  # bytes of snapshots, the longest unused first
+        self._kept: dict[Block, int] = {}  # bytes of each snapshot, least recently used first
         self._clock = itertools.count(1)
 
     def path(self, tokens: Sequence[int]) -> list[Block]:
-        """The blocks that a sequence begins with, without its last token: that one has to be read for what follows it."""
+        """Return the blocks that a sequence begins with, except its last token, which must be read for new logits."""
         found, block = [], self.root
         for start in range(0, (len(tokens) - 1) // self.size * self.size, self.size):
             child = block.children.get(tuple(tokens[start : start + self.size]))
@@ -67,7 +68,7 @@ class Prefixes:
         return found
 
     def add(self, parent: Block, tokens: tuple[int, ...], page: int | None) -> Block:
-        """The block of these tokens behind another, which becomes an owner of `page` where it is new."""
+        """Return the child of `parent` with these tokens; a new child becomes an owner of `page`."""
         child = parent.children.get(tokens)
         if child is None:
             child = parent.children[tokens] = Block(tokens, parent, page)
@@ -80,7 +81,7 @@ class Prefixes:
         return child
 
     def keep(self, block: Block, snapshot: Any, nbytes: int) -> None:
-        """Put a snapshot behind a block; those that were used least recently go where there is no room."""
+        """Store the snapshot of a block; the least recently used ones are dropped if there is no room."""
         if nbytes > self.snapshot_bytes or not self.alive(block):
             return
         block.snapshot = snapshot
@@ -90,13 +91,13 @@ class Prefixes:
             self._drop(next(iter(self._kept)))
 
     def alive(self, block: Block) -> bool:
-        """Whether it is in the tree still."""
+        """Return whether a block is still in the tree."""
         return block is self.root or (block.parent is not None and block.parent.children.get(block.tokens) is block)
 
     def evict(self, count: int) -> None:
-        """Take out so many blocks that nobody else owns, if there are as many: ends first, by when they were used.
+        """Remove up to `count` blocks whose pages have no other owner: leaves first, least recently used first.
 
-        Of a large tree a few more go, so that it is not searched anew for the next page.
+        A few more are removed from a large tree, so that it is not searched again for the next page.
         """
         count = max(count, self.count // SEARCHES)
         while count > 0:
@@ -108,7 +109,7 @@ class Prefixes:
             count -= len(ends)
 
     def clear(self) -> None:
-        """Forget everything that nobody is using."""
+        """Remove every block that no sequence is using."""
         self.evict(self.count)
 
     def _loose(self, block: Block) -> bool:

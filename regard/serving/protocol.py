@@ -1,6 +1,6 @@
-"""Requests and answers as OpenAI's API has them: completions and chat completions, whole or in a stream of events.
+"""Requests and answers of OpenAI's API: completions and chat completions, whole or as a stream of events.
 
-What this server cannot do is refused by name; nothing that was asked for is left out silently.
+A field that this server does not support is refused by name; nothing in a request is silently ignored.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ MOST_STOPS, MOST_LIKELIEST, LONGEST_STOP, LONGEST_USER, LONGEST_NAME = 16, 20, 1
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error that is sent as the answer.
 
     Args:
-        status: of HTTP.
+        status: HTTP status.
         message: one sentence.
-        param: the field that is wrong, if one is.
-        code: for programs.
+        param: the offending field of the request, if any.
+        code: machine-readable error code.
     """
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
@@ -34,7 +34,7 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
 
     def body(self) -> dict[str, Any]:
-        """The answer, as clients of the API expect it."""
+        """Return the error in the API's format."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
@@ -45,14 +45,15 @@ class Asked:
     """A request for one or several answers.
 
     Attributes:
-        prompts: tokens of each.
-        chat: whether messages were given.
-        n: answers to each prompt.
-        stream, with_usage: whether tokens are told as they come, and in the end how many.
-        logprobs: likeliest tokens to tell beside each; None for no log-probabilities.
+        prompts: tokens of each prompt.
+        chat: whether the request is a chat completion.
+        n: number of answers to each prompt.
+        stream: whether tokens are sent as they are generated.
+        with_usage: whether a stream ends with the numbers of tokens.
+        logprobs: number of likeliest tokens to report with each token; None for no log-probabilities.
         stop: strings that end an answer.
-        max_tokens: of an answer; as many as fit when None.
-        ignore_stop: whether the model's own stop tokens are text like others.
+        max_tokens: maximum tokens of an answer; as many as fit when None.
+        ignore_stop: whether the model's own stop tokens do not end an answer.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -71,7 +72,7 @@ class Asked:
     ignore_stop: bool
 
     def requests(self, text: Text, context: int, client: str) -> list[Request]:
-        """One for each answer, in order. Several answers to a prompt draw with seeds that count up."""
+        """Return one request for each answer, in order. The answers to a prompt use consecutive seeds."""
         made = []
         for prompt in self.prompts:
             room = max(1, context - len(prompt))
@@ -113,7 +114,7 @@ def _only(*values: Any) -> Callable[[Any], str | None]:
 
 
 def _user(value: Any) -> str | None:
-    fits = isinstance(value, str) and len(value) <= LONGEST_USER  # users are remembered for some time
+    fits = isinstance(value, str) and len(value) <= LONGEST_USER  # names are kept in memory for some time
     return None if fits else f"a string of up to {LONGEST_USER} characters"
 
 
@@ -122,7 +123,7 @@ def _stops(value: Any) -> str | None:
     fits = isinstance(given, list) and len(given) <= MOST_STOPS
     fits = fits and all(
         isinstance(x, str) and 1 <= len(x) <= LONGEST_STOP for x in given
-    )  # each is looked for at each token
+    )  # all of them are searched for at each token
     return None if fits else f"a string of 1 to {LONGEST_STOP} characters, or up to {MOST_STOPS} of them"
 
 
@@ -169,11 +170,11 @@ CHAT = COMMON | {
     "tool_choice": _only("none"),
     "parallel_tool_calls": _only(True, False),
 }
-"""Fields of requests, and what says which values they do not have; null is as if a field were not there."""
+"""Fields of requests with their checks, which return None or what the value must be. A null field counts as absent."""
 
 
 def read_completion(body: Mapping[str, Any], text: Text, model: str, most: int) -> Asked:
-    """The body of a request to ``/v1/completions`` for up to `most` answers; raises ApiError."""
+    """Parse the body of a request to ``/v1/completions`` for up to `most` answers; raises ApiError."""
     given = _checked(body, COMPLETION, model)
     if "prompt" not in given:
         raise ApiError(400, "prompt is missing", "prompt")
@@ -185,7 +186,7 @@ def read_completion(body: Mapping[str, Any], text: Text, model: str, most: int) 
 
 
 def read_chat(body: Mapping[str, Any], text: Text, model: str, most: int) -> Asked:
-    """The body of a request to ``/v1/chat/completions`` for up to `most` answers; raises ApiError."""
+    """Parse the body of a request to ``/v1/chat/completions`` for up to `most` answers; raises ApiError."""
     given = _checked(body, CHAT, model)
     _check_count(given.get("n", 1), most)
     messages = [_message(message) for message in given.get("messages", ())]
@@ -205,7 +206,7 @@ def read_chat(body: Mapping[str, Any], text: Text, model: str, most: int) -> Ask
 
 
 def _check_count(count: int, most: int) -> None:
-    """Before any of them is made."""
+    """Raise ApiError for too many answers, before any prompt is tokenized."""
     if count > most:
         raise ApiError(400, f"{count} answers at once; this server takes up to {most}")
 
@@ -219,7 +220,7 @@ def _asked(
     max_tokens: int | None,
 ) -> Asked:
     temperature, top_p, stop = float(given.get("temperature", 1)), given.get("top_p"), given.get("stop", [])
-    greedy = temperature == 0  # takes the likeliest token, which is among the likeliest of any number or probability
+    greedy = temperature == 0  # the likeliest token passes any top_k and top_p
     options = given.get("stream_options")
     if options is not None and not given.get("stream"):
         raise ApiError(400, "stream_options without stream: true", "stream_options")
@@ -261,7 +262,7 @@ def _checked(body: Any, fields: Mapping[str, Callable[[Any], str | None]], model
 
 
 def _message(message: Any) -> dict[str, str]:
-    """A message with its content as one string."""
+    """Return a checked message, its content joined to one string."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ApiError(400, "a message is an object with a role and a content", "messages")
     message = {field: value for field, value in message.items() if value is not None}
@@ -283,7 +284,7 @@ def _message(message: Any) -> dict[str, str]:
 
 
 def _tokens(prompt: Any, text: Text) -> tuple[int, ...]:
-    """Tokens of a text, or tokens."""
+    """Return the tokens of a prompt that is a string or already a list of tokens."""
     if isinstance(prompt, str):
         return tuple(text.encode(prompt))
     if isinstance(prompt, list) and all(isinstance(x, int) and not isinstance(x, bool) for x in prompt):
@@ -293,11 +294,15 @@ def _tokens(prompt: Any, text: Text) -> tuple[int, ...]:
 
 @dataclass
 class Choice:
-    """An answer as it is written.
+    """An answer while it is generated.
 
     Attributes:
-        tokens: how many.
-        finish: why it ended, in the API's words; None while it goes on.
+        index: its number among the answers to the request.
+        writer: decoder of its tokens.
+        tokens: number of tokens so far.
+        text: text so far.
+        finish: the API's finish reason; None while the answer goes on.
+        told: log-probabilities of its tokens, if requested.
     """
 
     index: int
@@ -312,10 +317,10 @@ class Answer:
     """The answers to one HTTP request, and their JSON.
 
     Args:
-        asked: what for.
-        requests: of each answer.
+        asked: the parsed HTTP request.
+        requests: the scheduler's request for each answer.
         text: the tokenizer.
-        model: its name.
+        model: name of the model.
     """
 
     def __init__(self, asked: Asked, requests: Sequence[Request], text: Text, model: str) -> None:
@@ -326,10 +331,11 @@ class Answer:
         self.stop_tokens = {r.key: r.stop_tokens for r in requests}
 
     def push(self, event: Event) -> tuple[Choice, str, list[dict[str, Any]]]:
-        """A choice, what is new of its text, and what is told of the token; the choice may have finished.
+        """Add a token; return its choice, which may have finished, the choice's new text and the token's
+        log-probabilities.
 
         Raises:
-            ApiError: where the model failed.
+            ApiError: if the model failed.
         """
         choice = self.choices[event.key]
         if event.finish == FAILED or event.token is None:
@@ -352,12 +358,12 @@ class Answer:
 
     @property
     def usage(self) -> dict[str, int]:
-        """Numbers of tokens read and written so far."""
+        """Numbers of prompt tokens and of generated tokens so far."""
         prompt, written = sum(map(len, self.asked.prompts)), sum(c.tokens for c in self.choices.values())
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
     def whole(self) -> dict[str, Any]:
-        """All of it."""
+        """Return the complete answer to a request without streaming."""
         choices = []
         for choice in self.choices.values():
             content: dict[str, Any] = {"text": choice.text}
@@ -369,19 +375,19 @@ class Answer:
         }
 
     def first(self) -> list[dict[str, Any]]:
-        """What a stream of a chat begins with."""
+        """Return the first events of a stream: for chats, the role of each answer."""
         if not self.asked.chat:
             return []
         begun: dict[str, Any] = {"delta": {"role": "assistant", "content": ""}}
         return [self._piece([self._choice(choice, begun, [], None)]) for choice in self.choices.values()]
 
     def piece(self, choice: Choice, new: str, told: list[dict[str, Any]]) -> dict[str, Any]:
-        """An event of a stream."""
+        """Return an event of a stream, with new text of one choice."""
         content: dict[str, Any] = {"delta": {"content": new}} if self.asked.chat else {"text": new}
         return self._piece([self._choice(choice, content, told, choice.finish)])
 
     def last(self) -> list[dict[str, Any]]:
-        """What a stream ends with."""
+        """Return the last events of a stream: the usage, if requested."""
         return [self._piece([]) | {"usage": self.usage}] if self.asked.with_usage else []
 
     def _piece(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -419,7 +425,7 @@ class Answer:
 
 
 def _by_name(top: list[dict[str, Any]]) -> dict[str, float]:
-    """The likeliest tokens, the first of those whose text is the same, as parts of characters have it."""
+    """Return log-probabilities by text; of tokens with the same text (parts of characters), the likeliest counts."""
     found = dict[str, float]()
     for one in top:
         found.setdefault(one["token"], one["logprob"])

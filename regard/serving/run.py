@@ -1,4 +1,4 @@
-"""Running a server with uvicorn: until a signal, or for the length of a block."""
+"""Runs a server with uvicorn: until a signal, or inside a ``with`` block."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from regard.serving.connections import GRACE, connection
 
 
 class _Uvicorn(uvicorn.Server):
-    """Serves; once it is to end, answers have `drain` seconds, then those who wait are told, and then all are cut off."""
+    """A uvicorn server that on shutdown gives answers `drain` seconds, then sends errors, then cuts all connections."""
 
     def __init__(self, server: Server, drain: int, level: str) -> None:
         super().__init__(
@@ -46,12 +46,12 @@ class _Uvicorn(uvicorn.Server):
 
 
 def run(server: Server, listening: socket.socket, drain: int) -> None:
-    """Serve until SIGTERM or SIGINT; then take nothing more, and finish the answers within `drain` seconds.
+    """Serve until SIGTERM or SIGINT; then take no more requests, and finish the answers within `drain` seconds.
 
-    The signal is not passed on: who was told to end and has ended well goes on to its own end, with status 0.
+    The signal is not raised again: after a clean shutdown, the process goes on to exit with status 0.
     """
     made = _Uvicorn(server, drain, "warning")
-    # when uvicorn is done it raises the signals that it met again: into its own handler, which then ends nothing
+    # uvicorn raises its captured signals again at the end; its own handler catches them, so that they kill nothing
     before = {number: signal.signal(number, made.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
     server.service.start()
     try:
@@ -63,7 +63,7 @@ def run(server: Server, listening: socket.socket, drain: int) -> None:
 
 
 class Running:
-    """Serves in a thread of its own inside a ``with`` block."""
+    """A server that runs in its own thread inside a ``with`` block."""
 
     def __init__(self, server: Server, listening: socket.socket, drain: int = 5) -> None:
         self._server, self._uvicorn = server, _Uvicorn(server, drain, "error")

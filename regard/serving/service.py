@@ -1,4 +1,4 @@
-"""The scheduler in a thread of its own, and its answers as asynchronous streams."""
+"""The scheduler in its own thread, with answers as asynchronous streams."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOG = logging.getLogger("regard.serving")
 
 
 class Closing(Exception):
-    """The service takes no requests any more."""
+    """The service no longer accepts requests."""
 
     def __init__(self, why: str = "the server is shutting down") -> None:
         super().__init__(why)
@@ -24,10 +24,13 @@ class Closing(Exception):
 
 @dataclass(eq=False)
 class Stream:
-    """Events of some requests, in the order in which they come.
+    """The events of one or more requests, in order of arrival.
 
     Attributes:
-        live: keys of those that are not done.
+        service: the service that answers the requests.
+        live: keys of the requests that are not done.
+        loop: the event loop of the caller.
+        queue: events that have not been read; None ends the stream.
     """
 
     service: Service
@@ -36,10 +39,10 @@ class Stream:
     queue: asyncio.Queue[Event | None] = field(default_factory=asyncio.Queue)
 
     async def events(self, seconds: float) -> AsyncIterator[Event]:
-        """Until all requests are done; raises TimeoutError when that takes longer, Closing when they are given up."""
+        """Yield events until all requests are done; raises TimeoutError after `seconds`, Closing if given up."""
         end = self.loop.time() + seconds
         while self.live:
-            # not `asyncio.timeout`, since the tasks that ask for events may change
+            # not `asyncio.timeout`, since different tasks may ask for the events
             event = await asyncio.wait_for(self.queue.get(), end - self.loop.time())
             if event is None:
                 raise Closing
@@ -49,32 +52,32 @@ class Stream:
                 yield event
 
     def cancel(self, key: str | None = None) -> None:
-        """Stop one of the requests, or all that are left."""
+        """Cancel one of the requests, or all that are left."""
         keys = set(self.live) if key is None else {key} & self.live
         self.live -= keys
         self.service.cancel(keys)
 
     def put(self, event: Event | None) -> None:
-        """From any thread; None gives all up."""
+        """Add an event, from any thread; None ends the stream with Closing."""
         try:
             self.loop.call_soon_threadsafe(self.queue.put_nowait, event)
-        except RuntimeError:  # the loop has ended, and nobody waits
+        except RuntimeError:  # the loop has ended, so nobody waits for the event
             LOG.debug("%s came too late", event)
 
 
 class Service:
-    """Runs an engine while there is work.
+    """Runs an engine in a thread while there is work.
 
     Attributes:
-        waiting: requests that wait for a place.
-        failed: what ended the scheduler, if something did.
+        waiting: number of requests in the queue.
+        failed: the exception that ended the scheduler; None while it works.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.waiting = 0
         self.failed: BaseException | None = None
-        self._streams: dict[str, Stream] = {}  # of all requests that are in work or wait
+        self._streams: dict[str, Stream] = {}  # by request, running or waiting
         self._inbox: deque[Request | str] = deque()
         self._wake = threading.Condition()
         self._closing = False
@@ -84,7 +87,7 @@ class Service:
         self._thread.start()
 
     def close(self) -> None:
-        """Take no more requests, and end when those that are there are answered or cancelled."""
+        """Accept no more requests, and end once the present ones are answered or cancelled."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -92,7 +95,7 @@ class Service:
             self._thread.join()
 
     def give_up(self) -> None:
-        """Let everybody who waits for an answer know that it will not be finished."""
+        """End all streams with Closing: their answers will not be finished."""
         with self._wake:
             streams = set(self._streams.values())
         for stream in streams:
@@ -100,16 +103,16 @@ class Service:
 
     @property
     def healthy(self) -> bool:
-        """Whether requests are taken: it has not failed and does not close."""
+        """True if requests are accepted: the scheduler has not failed and is not closing."""
         return self.failed is None and not self._closing
 
     def submit(self, requests: Sequence[Request]) -> Stream:
-        """Start on requests that belong together; from an event loop.
+        """Start requests that belong together. Must be called from an event loop.
 
         Raises:
-            Busy: when too many wait.
-            Closing: when no more are taken.
-            Unsupported: for a request that could never be answered.
+            Busy: if too many requests wait.
+            Closing: if no more requests are accepted.
+            Unsupported: for a request that can never be answered.
         """
         for request in requests:
             self.engine.check(request)
@@ -129,7 +132,7 @@ class Service:
         return stream
 
     def cancel(self, keys: set[str]) -> None:
-        """Stop requests by key; those that are done, or unknown, are left alone."""
+        """Cancel requests by key; keys that are done or unknown are ignored."""
         with self._wake:
             for key in keys:
                 if self._streams.pop(key, None) is not None:
@@ -153,7 +156,7 @@ class Service:
                 self._tell(Event(key, None, finish=FAILED, error="the scheduler has failed"))
 
     def _take(self) -> bool:
-        """Wait for work and take what was handed in; False to end."""
+        """Wait for work, and pass new requests and cancellations to the engine; False to end."""
         with self._wake:
             while not (self._inbox or self.engine.busy or self._closing):
                 self._wake.wait()

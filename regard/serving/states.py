@@ -1,5 +1,5 @@
-"""States of many sequences that come and go: kept together as they were last read, and put together anew when they are
-read with others."""
+"""States of sequences that join and leave the batch: kept batched as they were last read, and regrouped when the batch
+changes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from regard.contract import State
 
 
 def join(states: Sequence[Any], fill: float = 0.0, newest_last: bool = False) -> Any:
-    """One state with the rows of all, in order.
+    """Concatenate states along the batch axis, in order.
 
-    What grows with a sequence is as long as the longest needs; the slots that others lack are as in rows that were read
-    together: see :func:`regard.contract.state_field`.
+    Tensors that grow with the sequence are padded to the longest; the padding has the values that it has in rows that
+    were read together: see :func:`regard.contract.state_field`.
     """
     first = states[0]
     if len(states) == 1:
@@ -65,7 +65,7 @@ class Held:
         return key in self._where
 
     def get(self, keys: Sequence[int]) -> State:
-        """A state with a row for each key."""
+        """Return a state with one row for each key."""
         group = self._where[keys[0]][0]
         if group.keys == tuple(keys):
             return group.state
@@ -79,7 +79,7 @@ class Held:
         return join([self._rows(group, rows) for group, rows in runs])
 
     def put(self, keys: Sequence[int], state: State) -> None:
-        """Keep the state of these sequences, in place of what was kept of them."""
+        """Store the state of these sequences, instead of their earlier states."""
         group = _Group(tuple(keys), state)
         for row, key in enumerate(keys):
             self._where[key] = group, row

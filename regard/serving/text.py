@@ -1,4 +1,4 @@
-"""Text around a model's tokens: encoded, decoded piece by piece as tokens come, stopped at strings, laid out from chats."""
+"""Text in and out of a model: tokenizers, chat templates, incremental decoding and stop strings."""
 
 from __future__ import annotations
 
@@ -9,44 +9,45 @@ from regard.contract import Unsupported
 from regard.tasks.tokenizer import Tokenizer
 
 UNFINISHED = "\ufffd"
-"""What stands for bytes that are no character, or not yet one."""
+"""The replacement character, for bytes that are not, or not yet, a character."""
 
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
-"""The layout of a chat for models that have none of their own."""
+"""The chat template for models without one of their own."""
 
 OF_TEMPLATES = (ArithmeticError, LookupError, TypeError, ValueError)
-"""What an expression in a template may raise, beside jinja2's own errors."""
+"""Errors that an expression in a template may raise, in addition to jinja2's own."""
 
 Messages = Sequence[Mapping[str, Any]]
 
 
 class Text(Protocol):
-    """What a server needs of a tokenizer.
+    """The interface of a tokenizer to the server.
 
     Attributes:
-        stop_tokens: end an answer.
+        stop_tokens: tokens that end an answer.
     """
 
     stop_tokens: frozenset[int]
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a prompt."""
+        """Return the tokens of a prompt."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of tokens; bytes that are no character become replacement characters."""
+        """Return the text of tokens; bytes that are not a character become replacement characters."""
         ...
 
     def chat(self, messages: Messages) -> list[int]:
-        """Tokens of a chat, up to where the answer begins."""
+        """Return the tokens of a chat, up to the start of the answer."""
         ...
 
 
 class PlainText:
-    """A tokenizer of regard, which has no special tokens.
+    """One of regard's own tokenizers, which have no special tokens.
 
     Args:
-        template: jinja2 layout of a chat.
+        tokenizer: the tokenizer.
+        template: jinja2 chat template; :data:`CHAT` when None.
     """
 
     stop_tokens: frozenset[int] = frozenset()
@@ -66,11 +67,12 @@ class PlainText:
 
 
 class TransformersText:
-    """A tokenizer of transformers, with its own layout of chats where it has one.
+    """A tokenizer of transformers, with its own chat template if it has one.
 
     Args:
-        stop_tokens: of the model's settings; the tokenizer's end of a sequence is added.
-        template: jinja2 layout instead of the tokenizer's.
+        tokenizer: the tokenizer.
+        stop_tokens: stop tokens from the model's settings; the tokenizer's end-of-sequence token is added.
+        template: jinja2 chat template, instead of the tokenizer's.
     """
 
     def __init__(self, tokenizer: Any, stop_tokens: Sequence[int] = (), template: str | None = None) -> None:
@@ -100,10 +102,11 @@ class TransformersText:
 
 
 def compiled(template: str) -> Callable[[Messages], str]:
-    """A layout of chats from jinja2, in which nothing but text can be made.
+    """Compile a jinja2 chat template in a sandbox; return the function that renders a chat.
 
     Raises:
-        Unsupported: for a template that is not jinja2; the function, for one that fails on a chat.
+        Unsupported: for a template that is not valid jinja2. The returned function raises it for a chat that the
+            template fails on.
     """
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -125,28 +128,32 @@ def compiled(template: str) -> Callable[[Messages], str]:
 
 
 class Writer:
-    """Text of tokens as they come, without half characters, up to the first of some strings.
+    """Decodes tokens one at a time, without partial characters, up to the first stop string.
 
-    What it has shown in all is the text of all tokens decoded at once, cut where the first stop string begins.
+    All pieces together are the text of all tokens decoded at once, cut before the first stop string.
+
+    Args:
+        decode: function from tokens to text.
+        stop: strings that end the text.
 
     Attributes:
-        stopped: whether one of the strings was met.
+        stopped: whether a stop string was found.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
         self._decode, self._stop = decode, [text for text in stop if text]
         self._tokens: list[int] = []
-        self._from = self._done = 0  # the last tokens whose text is settled, and the first whose text is not
-        self._taken = 0  # characters of the unsettled text that are taken already
+        self._from = self._done = 0  # the last settled tokens, and the first whose text may change
+        self._taken = 0  # characters of the unsettled text that are in `_text` already
         self._text, self._shown = "", 0
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """What there is to show after one more token."""
+        """Add a token; return the text that can be shown now."""
         self._tokens.append(token)
         new = self._unsettled()
         whole = new.rstrip(UNFINISHED) if new.endswith(UNFINISHED) else new
-        certain = new[: max(len(whole), len(new) - 3)]  # a character has at most three bytes before its last
+        certain = new[: max(len(whole), len(new) - 3)]  # an unfinished character has at most three bytes
         self._text += certain[self._taken :]
         self._taken = max(self._taken, len(certain))
         if not new.endswith(UNFINISHED):
@@ -154,7 +161,7 @@ class Writer:
         return self._show(hold=True)
 
     def finish(self) -> str:
-        """What is left to show when no token comes any more."""
+        """Return the rest of the text after the last token."""
         if not self.stopped:
             self._text += self._unsettled()[self._taken :]
             self._from = self._done = len(self._tokens)
@@ -162,7 +169,7 @@ class Writer:
         return self._show(hold=False)
 
     def _unsettled(self) -> str:
-        """Text of the tokens from `_done` on; decoded behind those before, on which the space before a word may depend."""
+        """Return the text of the tokens from `_done` on, decoded with those before, which can affect a first space."""
         before = self._decode(self._tokens[self._from : self._done]) if self._done > self._from else ""
         return self._decode(self._tokens[self._from :])[len(before) :]
 
@@ -183,5 +190,5 @@ class Writer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The longest end of a text that a stop string may go on from."""
+    """Return the length of the longest suffix of the text that an incomplete stop string begins with."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

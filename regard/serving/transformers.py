@@ -1,8 +1,8 @@
-"""Causal language models of Hugging Face transformers for the scheduler, as they are or with mechanisms that
-:func:`regard.swap` has put into them.
+"""Causal language models of Hugging Face transformers for the scheduler, either unchanged or with other mechanisms put
+in by :func:`regard.swap`.
 
-Their attention is softmax on pages. A model with mechanisms that were put in reads each sequence alone, with a cache of its
-own for that sequence; one with a mechanism that keeps no state is read anew at each token.
+An unchanged model runs softmax attention on pages. A model with swapped mechanisms reads each sequence alone, with a
+cache for that sequence; if a mechanism keeps no state, it runs on the whole sequence again for each token.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from regard.serving.engine import Row
 from regard.serving.pools import PAGE_SIZE, Pools, padded
 
 SERVED = "regard:served"
-"""The attention of a model that is served. It has no mask function, so that transformers makes no masks."""
+"""Name of the attention implementation for serving. It has no mask function, so transformers builds no masks."""
 _CALL = threading.local()
 
 
@@ -36,14 +36,14 @@ class TransformersReader:
     """A causal language model of transformers as :class:`regard.serving.engine.Reader`.
 
     Args:
-        model: in evaluation mode. Its attention and its linear layers are replaced by faster ones, in place.
-        rows: sequences at one time.
-        context: most tokens of a sequence; the config's `max_position_embeddings` when None.
-        cache_tokens, page_size: of :class:`regard.serving.pools.Pools`, where there are pages.
+        model: the model, in evaluation mode. Its attention and its linear layers are replaced by faster ones, in place.
+        rows: maximum sequences in the batch.
+        context: maximum tokens of a sequence; the config's `max_position_embeddings` when None.
+        cache_tokens, page_size: as for :class:`regard.serving.pools.Pools`, if the model has pages.
 
     Raises:
-        Unsupported: for models whose layers keep something else than keys and values, or share them; and for a context
-            beyond the model's positions.
+        Unsupported: for models whose layers cache anything but keys and values, or share them between layers; and for a
+            context beyond the model's positions.
     """
 
     holds, held_bytes = False, 0
@@ -65,8 +65,8 @@ class TransformersReader:
         self.vocab_size, self.context = config.vocab_size, context or reach or 2048
         self.device = model.device
         self._weights = FrozenWeights()
-        self._caches: dict[int, GrowingCache] = {}  # of a model that reads sequences alone
-        self._texts: dict[int, list[int]] = {}  # of one that reads them anew
+        self._caches: dict[int, GrowingCache] = {}  # by row, for models that read sequences alone
+        self._texts: dict[int, list[int]] = {}  # tokens by row, for models that run on whole sequences
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         accelerate(model)
         self.alone, self.pages = any(map(is_swapped, model.modules())), 0
@@ -96,7 +96,7 @@ class TransformersReader:
             return self._forward(ids, places, cache, lengths - 1)
 
     def _read_alone(self, row: Row, new: Sequence[int]) -> Tensor:
-        """Logits (1, vocab) behind the new tokens of a sequence."""
+        """Return the logits (1, vocab) after the new tokens of a sequence."""
         options: dict[str, Any] = {"logits_to_keep": 1} if self._keeps else {}
         if self.whole:
             text = self._texts.setdefault(row.number, [])
@@ -109,7 +109,7 @@ class TransformersReader:
         return self.model(torch.tensor([text], device=self.device), **options).logits[:, -1]
 
     def _forward(self, ids: Tensor, before: Tensor | int, cache: _Batch | _Seen, last: Tensor | None = None) -> Tensor:
-        """Logits (B, vocab) at place `last` of each row, behind so many tokens."""
+        """Return the logits (B, vocab) at index `last` of each row, whose `ids` follow `before` earlier tokens."""
         positions = torch.arange(ids.shape[1], device=ids.device) + before
         last = torch.zeros(ids.shape[0], dtype=torch.int64, device=ids.device) if last is None else last
         kept, at = last.unique(return_inverse=True) if self._keeps else (last, last)
@@ -139,11 +139,11 @@ class TransformersReader:
 
 
 class _Batch(Cache):
-    """The pages of a call's rows; attention itself puts keys and values into them.
+    """The pages of the rows of a call; :func:`attend` itself writes keys and values into them.
 
     Attributes:
-        states: by layer.
-        lengths: valid new tokens of each row; None when all are.
+        states: paged state of the rows, by layer.
+        lengths: number of valid new tokens of each row; None if no row is padded.
     """
 
     def __init__(self, pools: Pools, rows: Sequence[Row], lengths: Tensor | None) -> None:
@@ -157,7 +157,7 @@ class _Batch(Cache):
         return int(next(iter(self.states.values())).rows.counts.max())
 
     def places(self, layers: Sequence[int], rows: int, tokens: int) -> Places | None:
-        """Where all layers have these rows; None where not every new token is valid."""
+        """Return where the layers' caches have these rows; None if rows are padded or caches not float32 on the CPU."""
         caches = [self._pools.layers[i] for i in layers]
         if self.lengths is not None or any(x.dtype != torch.float32 or not x.is_cpu for x in caches[0]):
             return None
@@ -166,7 +166,7 @@ class _Batch(Cache):
 
 
 class _Seen(Cache):
-    """Remembers the keys and values of one token in each layer."""
+    """A cache that records the keys and values of one token in each layer, as samples for the pools."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -205,7 +205,7 @@ def attend(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: (B, H, N, D) and keys and values of the new tokens -> (B, N, H, V)."""
+    """Attention for transformers: queries (B, H, N, D), and keys and values of the new tokens -> (B, N, H, V)."""
     cache, layer = _CALL.cache, getattr(module, "layer_idx", None)
     window = None if sliding_window is None else sliding_window - 1
     visibility = Visibility(causal=True, left=window)

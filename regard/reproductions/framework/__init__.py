@@ -1,1 +1,1 @@
-"""The framework of the reproductions: how they are written, found, run and judged."""
+"""The framework of the reproductions: their definition, discovery, execution and verdicts."""

@@ -1,4 +1,4 @@
-"""A digit somewhere on a canvas of noise and blobs: a task in which most patches of an image say nothing."""
+"""A digit somewhere on a canvas with noise and blobs: a task in which most patches of an image are uninformative."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 SIDE, PATCH, NOISE, INK = 32, 4, 0.1, 0.25
-"""Pixels of a side and of a patch's, deviation of the noise, and the grey from which on a pixel is one of the digit."""
+"""Sides of canvas and patch in pixels, standard deviation of the noise, and grey level above which a pixel is ink."""
 AT_ONCE = 100
-"""Canvases that are scored at once."""
+"""Canvases per batch in evaluation."""
 SCENES = 9
-"""The stream of the canvases' draws."""
+"""Number of the random stream for canvases."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Canvases.
+    """A batch of canvases.
 
     Attributes:
-        images: (B, 1, H, W), about 0 (dark) to 1.
-        labels: which digits.
-        ink: patches with a pixel of the digit (B, rows, columns).
+        images: (B, 1, H, W), from about 0 (dark) to 1.
+        labels: classes of the digits.
+        ink: whether each patch has a pixel of the digit (B, rows, columns).
     """
 
     images: Float[Tensor, "b 1 h w"]
@@ -47,12 +47,12 @@ class Scene:
 class Canvas(Task):
     """Scikit-learn's digits of 8 x 8 pixels, half of them held out, on canvases of 32 x 32 in patches of 4 x 4.
 
-    The digit lies on four patches, anywhere, between round blobs as bright as it is, under weak noise; where it meets a blob, the
-    brighter one is seen. Held-out canvases are the same in every call.
+    The digit covers four patches at a random place, among round blobs of the same brightness, with weak noise. Where
+    digit and blob overlap, the brighter pixel counts. Held-out canvases are the same in every call.
 
     Args:
-        items: canvases that are scored.
-        blobs: on each.
+        items: number of held-out canvases.
+        blobs: number of blobs on each canvas.
     """
 
     name, pattern, objective = "canvas", Pattern.NONCAUSAL_SELF, "classification"
@@ -73,12 +73,12 @@ class Canvas(Task):
             yield self._batch(scene)
 
     def training_scene(self, step: int, seed: int, batch_size: int) -> Scene:
-        """The canvases of :meth:`training_batch`."""
+        """Return the canvases of :meth:`training_batch`."""
         draws = counter_generator(seed, step, stream=SCENES)
         return self._scene(self.digits.training_batch(step, seed, batch_size), draws)
 
     def evaluation_scenes(self, batch_size: int) -> Iterator[Scene]:
-        """The canvases of :meth:`evaluation_batches`."""
+        """Yield the canvases of :meth:`evaluation_batches`."""
         for number, batch in enumerate(self.digits.evaluation_batches(batch_size)):
             yield self._scene(batch, counter_generator(0, number, stream=SCENES + 1))
 
@@ -107,12 +107,12 @@ class Canvas(Task):
 
 @functools.lru_cache(maxsize=2)
 def canvas(items: int, blobs: int = 3) -> Canvas:
-    """A :class:`Canvas`, made once a process."""
+    """Return a :class:`Canvas`, made once per process."""
     return Canvas(items, blobs)
 
 
 TRAINED = ("dim", "layers", "heads", "items", "steps", "batch_size", "learning_rate")
-"""What a trained transformer depends on, besides its seed."""
+"""Options of a setting that a trained transformer depends on, in addition to its seed."""
 CURRICULUM = ("policy_steps", "block_steps", "policy_rate", "block_rate", "error_penalty")
 DYNAMIC = ("keep", "dynamic_steps", "predictor_rate", "block_rate")
 SMOKE: Mapping[str, Any] = {
@@ -125,20 +125,20 @@ SMOKE: Mapping[str, Any] = {
     "block_steps": 1,
     "seconds": 0.01,
 }
-"""Sizes with which a reproduction on canvases is tried in a test."""
+"""Small sizes for tests of reproductions on canvases."""
 TUNING = 1 << 20
-"""Batches from this number on are those of what is trained after the transformer."""
+"""First batch number for training that follows the transformer's own."""
 
 
 def trained_transformer(setting: Mapping[str, Any], seed: int) -> VisionTransformer:
-    """A vision transformer trained on canvases, in evaluation mode; the caller may change it. The setting has `TRAINED`."""
+    """Return a copy of a vision transformer trained with the setting's `TRAINED` options, in evaluation mode."""
     model = _transformer(setting)
     model.load_state_dict(_trained(_part(setting, TRAINED), seed))
     return model.eval()
 
 
 def interpreted_transformer(setting: Mapping[str, Any], seed: int) -> InterpretedTransformer:
-    """IA-RED² with three groups around :func:`trained_transformer`, by the curriculum of `CURRICULUM`."""
+    """Return IA-RED² with three groups around :func:`trained_transformer`, trained with the `CURRICULUM` options."""
     torch.manual_seed(seed)
     model = InterpretedTransformer(_transformer(setting), 3)
     model.load_state_dict(_curriculum(_part(setting, (*TRAINED, *CURRICULUM)), seed))
@@ -146,7 +146,7 @@ def interpreted_transformer(setting: Mapping[str, Any], seed: int) -> Interprete
 
 
 def dynamic_transformer(setting: Mapping[str, Any], seed: int) -> DynamicTransformer:
-    """DynamicViT around :func:`trained_transformer`, trained as `DYNAMIC` says."""
+    """Return DynamicViT around :func:`trained_transformer`, trained with the `DYNAMIC` options."""
     torch.manual_seed(seed)
     model = DynamicTransformer(trained_transformer(setting, seed), setting["keep"])
     train_dynamic(
@@ -161,7 +161,7 @@ def dynamic_transformer(setting: Mapping[str, Any], seed: int) -> DynamicTransfo
 
 
 def accuracy(model: nn.Module, items: int, blobs: int = 3) -> float:
-    """Accuracy of a model of images on the held-out canvases."""
+    """Return an image model's accuracy on the held-out canvases."""
     right = 0
     with torch.inference_mode():
         for scene in canvas(items, blobs).evaluation_scenes(AT_ONCE):
@@ -170,7 +170,7 @@ def accuracy(model: nn.Module, items: int, blobs: int = 3) -> float:
 
 
 def tuning_batches(setting: Mapping[str, Any], seed: int) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """Canvases for what is trained after the transformer."""
+    """Return the batches of canvases for training that follows the transformer's own."""
     task = canvas(setting["items"])
 
     def batches(step: int) -> tuple[Tensor, Tensor]:
@@ -189,7 +189,7 @@ def _trained(part: tuple[tuple[str, Any], ...], seed: int) -> dict[str, Tensor]:
     setting = dict(part)
     torch.manual_seed(seed)
     model = ImageModel(ImageModelConfig("vit_nano", 10, (SIDE // PATCH,) * 2, PATCH, 1, _options(setting)))
-    fit(model, canvas(setting["items"]), setting, seed)  # of a run that diverges the score says enough
+    fit(model, canvas(setting["items"]), setting, seed)  # a diverged run shows in the score
     return model.backbone.state_dict()
 
 

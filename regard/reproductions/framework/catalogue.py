@@ -1,4 +1,4 @@
-"""Finds the reproductions: the modules of the folder above."""
+"""Finds the reproductions: the modules in the parent folder."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FOLDER = Path(__file__).parents[1]
 
 @functools.cache
 def list_reproductions() -> tuple[str, ...]:
-    """Names of all reproductions, sorted."""
+    """Return the names of all reproductions, sorted."""
     return tuple(sorted(entry.name for entry in pkgutil.iter_modules([str(FOLDER)]) if not entry.ispkg))
 
 
 def get_reproduction(name: str) -> Reproduction:
-    """A reproduction by its name, or by the name or alias of a mechanism that it is about.
+    """Return a reproduction by its name, or by the name or alias of a mechanism that it is about.
 
     Raises:
         Unsupported: for an unknown name.

@@ -1,12 +1,12 @@
-"""From the measurements of several seeds to a verdict, by one rule for all.
+"""Judges the measurements of several seeds by one rule for all claims.
 
-A check compares a number with a bound. The number is computed for each seed (a difference is so taken between runs on
-the same seed), and its 95 % interval over the seeds is mean +- t SE, by Student's t. The check *held* when the whole
-interval is on the expected side of the bound, *did not hold* when the whole interval is on the other side, and is
-undecided when the bound lies inside. A timing brings a spread of its own: its interval spans the middle halves of all
-seeds. A claim held when all of its checks did, and did not hold when one did not. Both are told only where the
-experiment can tell: its needs (a control that learns, an upper end) are judged by the same rule, and where one of them
-did not hold the claim is undecided.
+A check compares a number with a bound. The number is computed for each seed (so a difference is taken between runs with
+the same seed), and its 95 % interval over the seeds is mean +- t SE, by Student's t. The check *held* if the whole
+interval is on the expected side of the bound, *did not hold* if the whole interval is on the other side, and is
+undecided if the bound is inside. A timing has a spread of its own: its interval spans the interquartile ranges of all
+seeds. A claim held if all of its checks held, and did not hold if one did not. Either verdict requires that the
+experiment can decide: its needs (a control that learns, an upper end) are judged by the same rule, and unless all of
+them held, the claim is undecided.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ LEAST_SEEDS = 2
 MOST_SEEDS_TOLD = 1000
 
 Measurements = Mapping[str, Any]
-"""Measurements of a cell: numbers by name, timings (see :func:`spread`) or lists of numbers; None for what did not come out
-finite."""
+"""Measurements of a cell by name: numbers, timings (see :func:`spread`) or lists of numbers; None for a value that was
+not finite."""
 
 Seed = Mapping[str, Measurements]
-"""The cells of one seed, by setting."""
+"""Measurements of the cells of one seed, by setting."""
 
 
 class Outcome(enum.StrEnum):
-    """Outcomes of a check or a claim."""
+    """Outcome of a check or a claim."""
 
     HELD = "held"
     DID_NOT_HOLD = "did not hold"
@@ -46,11 +46,12 @@ class Outcome(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Check:
-    """One expectation: a number of each seed, and the bound that it should be above or below.
+    """One expectation: a number computed for each seed, and the bound that it should be above or below.
 
     Attributes:
-        says: what is expected, in words.
-        value: the number of a seed; a KeyError says that a cell is missing, nan that a cell measured nothing finite.
+        says: the expectation in words.
+        value: function from a seed's cells to the number; raises KeyError if a cell is missing, and returns nan if a
+            measurement was not finite.
         above, below: the bound; exactly one of the two.
     """
 
@@ -64,7 +65,7 @@ class Check:
             raise Unsupported(f"a check with above={self.above} and below={self.below}", supported="one of the two")
 
     def judge(self, seeds: Sequence[Seed]) -> Finding:
-        """The finding on the seeds that have all the cells it needs."""
+        """Return the finding over the seeds that have all the cells needed."""
         found: list[float | Mapping[str, float]] = []
         for seed in seeds:
             try:
@@ -88,7 +89,7 @@ class Check:
         return dataclasses.replace(finding, seeds_to_decide=self.seeds_to_decide(finding))
 
     def reads(self, seed: Seed) -> frozenset[str]:
-        """The settings that the number is made of; none where the seed lacks one of them."""
+        """Return the settings that the number is computed from; none if the seed lacks one of them."""
         watched = _Watched(seed)
         try:
             self.value(watched)
@@ -97,7 +98,7 @@ class Check:
         return frozenset(watched.read)
 
     def seeds_to_decide(self, found: Finding) -> int | None:
-        """How many seeds would decide, were the finding's mean and spread to stay; None when unknown or above 1000."""
+        """Return how many seeds would decide if mean and spread stayed the same; None if unknown or above 1000."""
         bound = self.above if self.above is not None else self.below
         assert bound is not None
         spread, distance = found.standard_error * math.sqrt(found.seeds), abs(found.mean - bound)
@@ -117,16 +118,16 @@ class Check:
 
 @dataclass(frozen=True)
 class Finding:
-    """The findings of a check.
+    """The result of a check.
 
     Attributes:
-        says: what was expected.
-        mean, standard_error: of the number over seeds; nan where there are too few.
+        says: the expectation in words.
+        mean, standard_error: mean and standard error of the number over seeds; nan if there are too few seeds.
         low, high: the interval that decides.
-        seeds: how many had all cells.
-        outcome: of the check.
-        seeds_to_decide: how many would do if mean and spread stayed as they are; None for what is not undecided, for
-            a spread that is unknown, and above 1000.
+        seeds: number of seeds that had all cells.
+        outcome: outcome of the check.
+        seeds_to_decide: how many seeds would decide if mean and spread stayed the same; None if the check is decided,
+            if the spread is unknown, or above 1000.
     """
 
     says: str
@@ -140,7 +141,7 @@ class Finding:
 
 
 class _Watched(dict[str, Measurements]):
-    """The cells of a seed, which remember who asked for them."""
+    """The cells of a seed, with a record of the settings that were read."""
 
     def __init__(self, seed: Seed) -> None:
         super().__init__(seed)
@@ -156,9 +157,9 @@ class Verdict:
     """The verdict on a claim, and its reasons.
 
     Attributes:
-        outcome: of the claim.
-        findings: of its checks.
-        needs: what was found of that without which the experiment cannot tell.
+        outcome: outcome of the claim.
+        findings: results of its checks.
+        needs: results of the conditions under which the experiment can decide at all.
     """
 
     outcome: Outcome
@@ -169,7 +170,7 @@ class Verdict:
 def judge(
     checks: Sequence[Check], cells: Mapping[tuple[str, int], Measurements], needs: Sequence[Check] = ()
 ) -> Verdict:
-    """The verdict on cells, given by (setting, seed). A function of its arguments alone."""
+    """Return the verdict on measurements by (setting, seed). A pure function of its arguments."""
     seeds = sorted({seed for _, seed in cells})
     by_seed = [{name: measured for (name, own), measured in cells.items() if own == seed} for seed in seeds]
     findings, needed = (tuple(check.judge(by_seed) for check in some) for some in (checks, needs))
@@ -188,13 +189,13 @@ def _outcome(findings: Sequence[Finding], needed: Sequence[Finding]) -> Outcome:
 
 
 def number(seed: Seed, setting: str, name: str) -> float:
-    """A measured number; nan where it did not come out finite."""
+    """Return a measured number; nan if it was not finite."""
     value = seed[setting][name]
     return math.nan if value is None else float(value)
 
 
 def measured(setting: str, name: str) -> Callable[[Seed], Any]:
-    """A measurement of a setting, as it is."""
+    """Return a check value: a measurement of a setting, unchanged."""
 
     def value(seed: Seed) -> Any:
         found = seed[setting][name]
@@ -204,21 +205,21 @@ def measured(setting: str, name: str) -> Callable[[Seed], Any]:
 
 
 def minus(first: str, second: str, name: str = "score") -> Callable[[Seed], float]:
-    """A measurement of the first setting minus that of the second."""
+    """Return a check value: a measurement of the first setting minus that of the second."""
     return lambda seed: number(seed, first, name) - number(seed, second, name)
 
 
 def within(setting: str, first: str, second: str) -> Callable[[Seed], float]:
-    """One measurement of a setting minus another."""
+    """Return a check value: one measurement of a setting minus another."""
     return lambda seed: number(seed, setting, first) - number(seed, setting, second)
 
 
 def over(first: str, second: str, name: str) -> Callable[[Seed], float]:
-    """A measurement of the first setting over that of the second."""
+    """Return a check value: a measurement of the first setting divided by that of the second."""
     return lambda seed: number(seed, first, name) / number(seed, second, name)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and middle half of repeats, as a measurement of a cell."""
+    """Return median and interquartile range of repeats, as a measurement of a cell."""
     timing = Timing.of(values)
     return {"median": timing.median, "low": timing.low, "high": timing.high}

@@ -1,4 +1,4 @@
-"""Parts that reproductions on images have in common: pictures on a canvas, and backbones trained on them."""
+"""Shared parts of reproductions on images: pictures on a canvas, and backbones trained on them."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from regard.tasks import Batch, Task, counter_generator
 from regard.tasks.protocol import in_batches
 
 CANVAS = 32
-"""Side in pixels: a power of two has patches and regions of every size."""
+"""Side in pixels: a power of two, so that patches and regions of many sizes fit."""
 PICTURES = {"data": "fashion-mnist", "steps": 300, "batch_size": 32, "learning_rate": 3e-3, "items": 2000}
-"""Fashion-MNIST, a sixth of an epoch of it, and how many of its test images are scored."""
+"""Fashion-MNIST: training for a sixth of an epoch, and the number of test images that are scored."""
 SMALL_PICTURES = {"data": "digits", "steps": 2, "batch_size": 2, "items": 8}
-"""What shrinks :data:`PICTURES` to seconds, with data that comes with scikit-learn."""
+"""Options that shrink :data:`PICTURES` to seconds, with data that comes with scikit-learn."""
 
 
 class GridTask(Task):
-    """Classification of grey pixels on a canvas; a subclass draws images (B, side, side) and classes.
+    """Classification of grey images on a canvas; a subclass draws images (B, side, side) and classes.
 
     Args:
-        items: images that are scored.
-        side: of the canvas in pixels.
-        patch: side in pixels of the squares that are the tokens.
+        items: number of held-out images.
+        side: side of the canvas in pixels.
+        patch: side in pixels of the square patches that are the tokens.
     """
 
     pattern, objective = Pattern.NONCAUSAL_SELF, "classification"
@@ -45,7 +45,7 @@ class GridTask(Task):
         self.length, self.features = self.grid[0] * self.grid[1], patch**2
 
     def draw(self, draws: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Images (count, side, side), float, and classes (count,)."""
+        """Draw images (count, side, side), float, and classes (count,)."""
         raise NotImplementedError
 
     def training_batch(self, step: int, seed: int, batch_size: int) -> Batch:
@@ -56,20 +56,20 @@ class GridTask(Task):
             yield self.batch(*self.draw(counter_generator(2**40, int(rows.start)), rows.stop - rows.start))
 
     def batch(self, images: np.ndarray, classes: np.ndarray) -> Batch:
-        """Images as patches, row by row."""
+        """Return images as a batch of patches, row by row."""
         return Batch(
             cut(torch.from_numpy(images.astype(np.float32)), self.patch), torch.from_numpy(classes), grid=self.grid
         )
 
 
 class Canvas(Task):
-    """Images of the task ``images`` on a square canvas, enlarged by the largest whole number that fits, black around.
+    """Images of the task ``images`` on a square black canvas, enlarged by the largest whole factor that fits.
 
     Args:
-        data: a name that the task knows, of square grey images.
-        items: images that are scored.
-        side: of the canvas in pixels.
-        patch: side in pixels of the squares that are the tokens.
+        data: one of the task's data sets, of square grey images.
+        items: number of held-out images.
+        side: side of the canvas in pixels.
+        patch: side in pixels of the square patches that are the tokens.
     """
 
     name, pattern, objective = "pictures", Pattern.NONCAUSAL_SELF, "classification"
@@ -93,7 +93,7 @@ class Canvas(Task):
             yield self.place(batch)
 
     def place(self, batch: Batch) -> Batch:
-        """The images in the middle of the canvas."""
+        """Place the images in the middle of the canvas."""
         images = batch.inputs.unflatten(1, self.images.grid).squeeze(-1)
         times = self.side // images.shape[1]
         images = images.repeat_interleave(times, 1).repeat_interleave(times, 2)
@@ -105,25 +105,27 @@ class Canvas(Task):
 
 @functools.cache
 def canvas(data: str, items: int, patch: int = 1) -> Canvas:
-    """:class:`Canvas`, made once a process."""
+    """Return a :class:`Canvas`, made once per process."""
     return Canvas(data, items, patch=patch)
 
 
 def cut(images: Tensor, patch: int) -> Tensor:
-    """Patches (B, n, p p) of images (B, side, side), row by row."""
+    """Cut images (B, side, side) into patches (B, n, p p), row by row."""
     rows = images.shape[1] // patch
     return images.unflatten(2, (rows, patch)).unflatten(1, (rows, patch)).transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 def backbone(task: Task, setting: Mapping[str, Any]) -> ImageModel:
-    """The setting's ``backbone`` with its ``options``, for the task's images."""
+    """Return the setting's ``backbone`` with its ``options``, for the task's images."""
     return ImageModel(ImageModelConfig.for_task(task, setting["backbone"], setting.get("options", {})))
 
 
 def start_large(model: nn.Module) -> None:
-    """Start for a run of a few hundred steps: linear maps but the head as torch draws them, positions of deviation 1.
+    """Initialise for a run of a few hundred steps: linear layers except the head as torch does, positions with
+    deviation 1.
 
-    The published 0.02 for both is not left in so few steps: patches then remain a bag without places.
+    So few steps do not lead away from the published deviation of 0.02 for both: the patches would stay a bag without
+    order.
     """
     for name, parameter in model.named_parameters():
         if name.endswith("positions"):
@@ -134,7 +136,7 @@ def start_large(model: nn.Module) -> None:
 
 
 def transformer_score(task: Task, setting: Mapping[str, Any], seed: int) -> dict[str, float]:
-    """:func:`trained_score` of :func:`backbone` that starts by :func:`start_large`, and the :func:`multiply_adds` of an image."""
+    """Return the :func:`trained_score` and multiply-adds of a :func:`backbone` that :func:`start_large` initialised."""
     model = backbone(task, setting)
     start_large(model)
     return {"multiply-adds": multiply_adds(model, task), **trained_score(model, task, setting, seed)}
@@ -142,9 +144,9 @@ def transformer_score(task: Task, setting: Mapping[str, Any], seed: int) -> dict
 
 @torch.no_grad()
 def multiply_adds(model: nn.Module, task: Task) -> float:
-    """Multiply-adds of the matrix products and convolutions for one image, attention's among them."""
+    """Return the multiply-adds of the matrix products and convolutions for one image, including attention."""
     batch = next(iter(task.evaluation_batches(1)))
-    # attention written out in matrix products: the counter does not know torch's kernel of attention on a CPU
+    # the math backend, since the counter does not count torch's CPU kernel for attention
     with backends.only("torch"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.eval()(batch.inputs, context=Context(grid=batch.grid))
     model.train()

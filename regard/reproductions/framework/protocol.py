@@ -1,4 +1,4 @@
-"""How a reproduction is written."""
+"""The definition of a reproduction, and its cells."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from regard.contract import Paper
 from regard.reproductions.framework.judging import Check, Measurements, Verdict, judge
 
 Setting = Mapping[str, Any]
-"""Everything that a cell depends on beside its seed, as JSON could say it."""
+"""All options of a cell apart from its seed, as JSON values."""
 
 PILOT = 1000
 """The first seed of a pilot."""
@@ -20,30 +20,30 @@ PILOT = 1000
 
 @dataclass(frozen=True, eq=False)
 class Reproduction:
-    """A claim of a paper, and the small experiment that tries it.
+    """A claim of a paper, and the small experiment that tests it.
 
     Attributes:
-        name: that of its module.
-        mechanisms: those of the catalogue that it is about; the first one's card names the paper, unless `source` does.
-        claim: what the paper claims, in our own words, with its figure where there is one.
-        instead: what is done here instead, and what differs.
-        settings: by name, everything that is run.
-        run_cell: measurements of a setting with a seed: a pure function of both, except that timings are timings.
-        checks: what would count as held. They are fixed before anything is judged.
-        needs: what shows that the experiment can tell at all: the control learns, the upper end solves the task, the
-            cells are not all alike. The claim is undecided where one of them does not hold.
-        left_out: claims of the paper that are not tried here, each with the reason.
+        name: name of its module.
+        mechanisms: the mechanisms that the claim is about; the first one's card names the paper, unless `source` does.
+        claim: the paper's claim in our own words, with its number if it has one.
+        instead: the experiment here, and how it differs from the paper's.
+        settings: all settings that are run, by name.
+        run_cell: function from a setting and a seed to measurements; deterministic except for timings.
+        checks: the conditions under which the claim holds. They are fixed before any result is judged.
+        needs: conditions under which the experiment can decide at all: the control learns, the upper end solves the
+            task, the cells are not all alike. If one of them does not hold, the claim is undecided.
+        left_out: claims of the paper that are not tested here, each with the reason.
         timings: names of the settings whose measurements are times.
         smoke: options that shrink every setting to seconds, for tests.
-        seeds: how many by default. A pilot says how many are enough (:meth:`pilot`).
-        more_seeds: the settings that get another number of seeds, since what they are compared in varies more.
-        seconds: roughly what a cell takes on one core, until some have been run.
-        more_seconds: the settings that take another time.
-        source: the paper, where it is none of a mechanism.
-        table: rows of what the cells measured, given by (setting, seed), for a claim that is about many mechanisms at once:
-            ``regard study`` shows it.
-        picture: columns of the table that the pages draw: names, across and up; more is better in both.
-        protocol: raised when `run_cell` changes what it does, so that older rows no longer count.
+        seeds: default number of seeds. A pilot shows how many are enough (:meth:`pilot`).
+        more_seeds: number of seeds for settings that need another number, since their measurements vary more.
+        seconds: rough seconds of a cell on one core, an estimate for cells that have not been run.
+        more_seconds: seconds for settings that take another time.
+        source: the paper, if it is not the paper of a mechanism.
+        table: function from measurements by (setting, seed) to the rows of a table, for a claim about many mechanisms
+            at once; ``regard study`` shows it.
+        picture: columns of the table that the pages plot: names, x and y; more is better in both.
+        protocol: version number, raised when `run_cell` changes its behaviour, so that older rows no longer count.
     """
 
     name: str
@@ -68,15 +68,15 @@ class Reproduction:
 
     @property
     def paper(self) -> Paper:
-        """The paper that the claim is of."""
+        """The paper that makes the claim."""
         return get_mechanism(self.mechanisms[0]).paper if self.source is None else self.source
 
     def cells(self, seeds: int | None = None, *, timings: bool | None = None) -> list[Cell]:
-        """All cells, seed by seed, so that an interrupted run leaves whole seeds behind.
+        """Return all cells, seed by seed, so that an interrupted run leaves complete seeds behind.
 
         Args:
-            seeds: how many; the reproduction's own number when None.
-            timings: only the settings that are times (True) or only the others (False); all when None.
+            seeds: number of seeds; the reproduction's own number when None.
+            timings: True for only the timing settings, False for only the others; all when None.
         """
         wanted = {
             name: self.more_seeds.get(name, self.seeds) if seeds is None else seeds
@@ -91,18 +91,18 @@ class Reproduction:
         ]
 
     def pilot(self, seeds: int) -> list[Cell]:
-        """Cells that are run before the number of seeds is fixed, and are never judged."""
+        """Return cells that are run before the number of seeds is fixed, and never judged."""
         return [dataclasses.replace(cell, seed=PILOT + cell.seed) for cell in self.cells(seeds, timings=False)]
 
     def smoke_settings(self) -> dict[str, Setting]:
-        """The settings, shrunk."""
+        """Return the settings, shrunk for tests."""
         return {
             name: {option: self.smoke.get(option, value) for option, value in setting.items()}
             for name, setting in self.settings.items()
         }
 
     def judge(self, cells: Mapping[tuple[str, int], Measurements]) -> Verdict:
-        """The verdict on cells, given by (setting, seed)."""
+        """Return the verdict on measurements by (setting, seed)."""
         return judge(self.checks, cells, self.needs)
 
 
@@ -116,10 +116,10 @@ class Cell:
 
     @property
     def seconds(self) -> float:
-        """Roughly what it takes on one core."""
+        """Rough seconds of the cell on one core."""
         return self.reproduction.more_seconds.get(self.setting, self.reproduction.seconds)
 
     @property
     def timed(self) -> bool:
-        """Whether its measurements are times."""
+        """True if the cell's measurements are times."""
         return self.setting in self.reproduction.timings

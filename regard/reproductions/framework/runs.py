@@ -1,4 +1,4 @@
-"""Running cells into a store, and collecting what it holds. Every cell is a row, written the moment it is done."""
+"""Runs cells into a store, and collects results from it. Every cell is a row, written as soon as the cell is done."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from regard.reproductions.framework.protocol import PILOT, Cell, Reproduction, S
 
 KIND = "reproduction"
 MOST_SEEDS = 10
-"""The seeds that an experiment may have: one that needs more is to be made larger."""
+"""Maximum seeds of an experiment: one that needs more should be made larger instead."""
 
 _OF_A_CELL = ("setting", "seed", "machine", "seconds")
-"""Facts that `collect` gives of a cell besides its measurements."""
+"""Fields of a cell in `collect`'s records, in addition to its measurements."""
 
 
 def plan(
@@ -35,8 +35,8 @@ def plan(
     timings: bool | None = None,
     pilot: int | None = None,
 ) -> list[Cell]:
-    """The cells of reproductions, by name or themselves; see :meth:`Reproduction.cells` and, where `pilot` says how many
-    seeds, its pilot."""
+    """Return the cells of reproductions, given as names or objects: those of :meth:`Reproduction.cells`, or of a pilot
+    with `pilot` seeds."""
     if pilot is not None:
         if pilot < 1:
             raise Unsupported(f"pilot={pilot}", supported="1 or more; 2 or more give a spread", nearest="pilot=2")
@@ -51,7 +51,7 @@ def _resolved(one: str | Reproduction) -> Reproduction:
 
 
 def key(cell: Cell) -> dict[str, Any]:
-    """The row of a cell: its setting is part of it, so that rows of another protocol do not count."""
+    """Return the store key of a cell. It contains protocol and options, so that rows of other versions do not count."""
     return {
         "reproduction": cell.reproduction.name,
         "protocol": cell.reproduction.protocol,
@@ -62,7 +62,7 @@ def key(cell: Cell) -> dict[str, Any]:
 
 
 def run_cell(reproduction: Reproduction, setting: Setting, seed: int) -> dict[str, Any]:
-    """The measurements of one run, on one thread, leaving torch's random state as it was."""
+    """Return the measurements of one run, on one thread; torch's random state is left unchanged."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -96,19 +96,19 @@ def run(
     """Run the cells that the store lacks.
 
     Args:
-        cells: what to run, in this order.
-        store: rows of earlier runs are not made again; each new one is committed at once.
-        on_cell: called before each cell with it, the number of cells still to run, and the seconds that they will take
-            by the pace of the cells before (by the reproductions' own estimates at the start); of a cell of a sweep, when
-            it has come back.
-        within: seconds; the first cell that would not end in them by that pace is not begun, nor are those behind it.
-        sweep: runs the cells that are no timings; these follow here, one after the other.
+        cells: cells to run, in this order.
+        store: cells with a row in the store are not run again; each new row is committed at once.
+        on_cell: called before each cell with the cell, the number of cells left, and the seconds that they will take at
+            the pace so far (at first, by the reproductions' own estimates); for a cell of a sweep, called when it is
+            done.
+        within: seconds for all cells; running ends before the first cell that would exceed them at the pace so far.
+        sweep: runs all cells except timings; the timings follow here, one after the other.
 
     Returns:
-        Measurements of the cells that were run now.
+        Measurements of the cells that were run in this call.
 
     Raises:
-        Unsupported: for `within` beside `sweep`.
+        Unsupported: for `within` together with `sweep`.
     """
     waiting = [cell for cell in cells if store.get(KIND, key(cell)) is None]
     done: dict[Cell, Measurements] = {}
@@ -136,14 +136,14 @@ def run(
 def _swept(
     cells: Sequence[Cell], store: Store, sweep: Sweep, on_cell: Callable[[Cell, int, float], None] | None
 ) -> dict[Cell, Measurements]:
-    """Run cells somewhere else."""
+    """Run cells in the workers of a sweep."""
     began, sent = time.perf_counter(), {(cell.reproduction.name, cell.setting, cell.seed): cell for cell in cells}
 
     def on_done(name: tuple[str, str, int], left: int) -> None:
         if on_cell is not None:
             on_cell(sent[name], left, (time.perf_counter() - began) / (len(sent) - left) * left)
 
-    # judging is done here: workers need what makes the measurements alone
+    # workers only measure; checks and tables stay here
     bare = {
         cell.reproduction.name: dataclasses.replace(cell.reproduction, checks=(), needs=(), table=None, picture=None)
         for cell in cells
@@ -159,12 +159,12 @@ def _make_cell(shared: Mapping[str, Reproduction], cell: tuple[str, str, int], s
 
 
 def collect(names: Sequence[str | Reproduction], store: Store | None, seeds: int | None = None) -> list[dict[str, Any]]:
-    """The reproductions in a store, with verdicts, as JSON could hold them; nothing is run.
+    """Return the results of reproductions in a store, with verdicts, as JSON values; nothing is run.
 
-    Of each: name, mechanisms, paper, claim, instead, what is left out, outcome, findings, what was found of its needs,
-    what deciding would cost, cells (done, planned, missing), its protocol and settings, the measurements, machine and
-    seconds of each of its cells, and the rows of its table, where it has one. Seeds beyond the plan count too where the
-    store has them; those of a pilot do not.
+    Each record has: name, mechanisms, paper, claim, instead, claims left out, outcome, findings, results of its needs,
+    the cost of deciding, cells (done, planned, missing), protocol and settings, the measurements, machine and seconds
+    of each cell, and the rows of its table, if it has one. Seeds in the store beyond the plan count too; those of a
+    pilot do not.
     """
     rows = [] if store is None else store.rows(KIND)
     found = []
@@ -191,16 +191,18 @@ def restore(
     store: Store,
     find: Callable[[Mapping[str, Any]], Reproduction] = lambda record: get_reproduction(record["name"]),
 ) -> int:
-    """Put the cells of what `collect` told back into a store, with the machine that each was measured on.
+    """Put the cells of records from `collect` back into a store, with the machine that each was measured on.
 
-    Cells of another protocol or with other options, and settings or reproductions that are no more, are left out; cells
-    that the store has stay as they are.
+    Cells with another protocol or other options, or of settings or reproductions that no longer exist, are left out.
+    Cells that are already in the store are not changed.
 
     Args:
-        find: the reproduction that a record is of; Unsupported where there is none any more.
+        records: records from :func:`collect`.
+        store: the store to write to.
+        find: function from a record to its reproduction; raises Unsupported if it no longer exists.
 
     Returns:
-        How many cells were put.
+        The number of cells added.
     """
     put = 0
     for record in records:
@@ -224,16 +226,16 @@ def restore(
 
 
 def _plain(setting: Setting) -> Any:
-    """A setting as it is read back from JSON."""
+    """Return a setting as it would be read back from JSON."""
     return json.loads(json.dumps(dict(setting)))
 
 
 def pilot(name: str, store: Store | None) -> dict[str, Any]:
-    """The results of a pilot's cells; they are no verdict.
+    """Return the results of a pilot's cells, which are not a verdict.
 
-    Of each need and check: what it `says`, the `mean` over the `seeds` of the pilot, their `spread` (standard
-    deviation), the `half_width` of the interval that ten seeds would have, and `seeds_to_decide`, were mean and spread to
-    stay.
+    Each need and check has: the expectation (`says`), the `mean` over the `seeds` of the pilot, their `spread`
+    (standard deviation), the `half_width` of the interval that ten seeds would have, and `seeds_to_decide` if mean and
+    spread stayed the same.
     """
     reproduction = get_reproduction(name)
     seeds: dict[int, dict[str, Measurements]] = {}
@@ -262,7 +264,7 @@ def _hours_to_decide(
     measured: Mapping[tuple[str, int], Measurements],
     told: Mapping[tuple[str, int], Mapping[str, Any]],
 ) -> float | None:
-    """The cost of more seeds on one core, were means and spreads to stay; None where seeds alone do not decide."""
+    """Return the hours on one core for enough seeds if means and spreads stay the same; None if seeds cannot decide."""
     open_ = [
         (check, finding)
         for check, finding in zip(

@@ -1,4 +1,4 @@
-"""A reproduction's record in words, alike in the terminal and on the pages."""
+"""Describes a reproduction's record in words, the same for the terminal and the pages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from regard.reproductions.framework.judging import Outcome
 
 
 def measured_words(finding: Mapping[str, Any]) -> str:
-    """Mean, standard error and the interval that decides."""
+    """Return mean, standard error and the interval that decides, as text."""
     if finding["mean"] is None:
         return "not measured"
     error = "" if finding["standard_error"] is None else f" ± {_number(finding['standard_error'], 2)}"
@@ -22,7 +22,7 @@ def _number(value: float, digits: int = 3) -> str:
 
 
 def remarks(record: Mapping[str, Any]) -> list[str]:
-    """Remarks beside a verdict: what it does not cover, and what would decide it."""
+    """Return remarks on a verdict: what it does not cover, and what would decide it."""
     told = [f"left out: {claim}" for claim in record["left_out"]]
     if record["outcome"] == Outcome.UNDECIDED and not record["missing"]:
         told.append(f"to decide it: {cost_of_deciding(record)}")
@@ -30,7 +30,7 @@ def remarks(record: Mapping[str, Any]) -> list[str]:
 
 
 def cost_of_deciding(record: Mapping[str, Any]) -> str:
-    """The cost of deciding an undecided claim, in words."""
+    """Describe the cost of deciding an undecided claim."""
     lacking = [finding["says"] for finding in record["needs"] if finding["outcome"] != Outcome.HELD]
     if lacking:
         return f"an experiment in which this holds: {'; '.join(lacking)}"

@@ -1,4 +1,4 @@
-"""Parts that cells which time have in common: every comparison is made within rounds, on one thread, by its own clock."""
+"""Shared parts of timing cells: comparisons are made within rounds, on one thread, in that thread's CPU time."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ Action = Callable[[], Any]
 
 
 def timed_ratio(slow: Action, fast: Action, *, seconds: float) -> dict[str, float]:
-    """How many times as long `slow` takes: the median and the middle half of the rounds."""
+    """Return how many times as long `slow` takes: the median and interquartile range over rounds."""
     found = rounds({"slow": slow, "fast": fast}, seconds=seconds, least=5, most=200, clock=time.thread_time)
     return spread([a / b for a, b in zip(found["slow"], found["fast"], strict=True)])
 
 
 def timed_slopes(actions: Mapping[str, Mapping[float, Action]], *, seconds: float) -> dict[str, dict[str, float]]:
-    """Growth of each name's time with a size: the exponent p of time ~ size^p, fitted within each round.
+    """Return how each name's time grows with a size: the exponent p of time ~ size^p, fitted within each round.
 
     Args:
-        actions: by name and size; all of them are run in turn.
+        actions: actions by name and size; each round runs all of them.
+        seconds: time to measure for.
     """
     flat = {f"{name} {size}": action for name, by_size in actions.items() for size, action in by_size.items()}
     found = rounds(flat, seconds=seconds, least=5, most=200, clock=time.thread_time)
@@ -37,7 +38,7 @@ def timed_slopes(actions: Mapping[str, Mapping[float, Action]], *, seconds: floa
 
 
 def growth_and_speedup(actions: Mapping[str, Mapping[float, Action]], *, seconds: float) -> dict[str, dict[str, float]]:
-    """:func:`timed_slopes` of two, and as ``speedup`` how many times as long the second takes at the largest size."""
+    """Return :func:`timed_slopes` of two names, and ``speedup``, second time over first at the largest size."""
     first, second = actions.values()
     largest = max(first)
     ratio = timed_ratio(second[largest], first[largest], seconds=seconds)
@@ -46,7 +47,7 @@ def growth_and_speedup(actions: Mapping[str, Mapping[float, Action]], *, seconds
 
 @torch.no_grad()
 def forward_growth(setting: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
-    """:func:`growth_and_speedup` of two functions of q, k and v, noncausal, of the setting's ``lengths`` and ``seconds``."""
+    """Return :func:`growth_and_speedup` of two noncausal functions of q, k and v over the setting's ``lengths``."""
     inputs = {n: torch.randn(3, 1, 4, n, 64) for n in setting["lengths"]}
     actions = {
         name: {n: partial(f, *x, pattern="noncausal-self") for n, x in inputs.items()} for name, f in functions.items()

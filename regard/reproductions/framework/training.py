@@ -1,4 +1,4 @@
-"""Parts that cells which train have in common."""
+"""Shared parts of training cells: tasks, models, training and scores."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from regard.tasks.protocol import IGNORED
 from regard.training import TrainConfig, runner_of
 
 BIGRAMS = 2.49
-"""Loss in nats of the bigrams of the text task's training documents on its held-out windows (3.19 of single bytes, 1.91 of
-trigrams): what a model has to be below to have learned more than which byte follows which."""
+"""Held-out loss, in nats, of a bigram model of the text task's training documents (unigrams: 3.19, trigrams: 1.91). A
+model below it has learned more than which byte follows which."""
 DIGIT_SIDE = 8
 
 
 @functools.cache
 def cached_task(name: str, **options: Any) -> Task:
-    """A task by name, read once a process."""
+    """Return a task by name, read once per process."""
     return create_task(name, **options)
 
 
 def digit_pixels(items: int) -> Task:
-    """Scikit-learn's digits as 64 pixel tokens, half of them held out, of which `items` are scored."""
+    """Return the task of scikit-learn's digits as 64 pixel tokens; half are held out, of which `items` are scored."""
     return cached_task("images", data="digits", patch=1, held_out=0.5, evaluation_items=items)
 
 
 class Windows(Task):
-    """Images through square windows: at random places in training, in the middle where they are scored."""
+    """Images seen through square windows: at random places in training, in the middle in evaluation."""
 
     name, pattern, objective = "windows", Pattern.NONCAUSAL_SELF, "classification"
 
@@ -57,23 +57,23 @@ class Windows(Task):
             yield self.cut(batch, torch.full((batch.size, 2), (DIGIT_SIDE - self.side) // 2))
 
     def cut(self, batch: Batch, corners: Tensor) -> Batch:
-        """The windows with these upper left corners (B, 2)."""
+        """Cut out the windows with these upper left corners (B, 2)."""
         rows, columns = (corners[:, axis, None] + torch.arange(self.side) for axis in (0, 1))  # (B, side)
         chosen = (rows[:, :, None] * DIGIT_SIDE + columns[:, None]).flatten(1)
         return Batch(batch.inputs.take_along_dim(chosen[..., None], 1), batch.targets, grid=self.grid)
 
 
 def digit_windows(items: int, side: int) -> Windows:
-    """Windows into :func:`digit_pixels`: a digit is known there by how its pixels lie to each other, not by where they are."""
+    """Return windows into :func:`digit_pixels`: only the relative positions of a digit's pixels tell its class."""
     return Windows(digit_pixels(items), side)
 
 
 class SaidTwice(Task):
-    """Windows of text whose second half repeats the first. The second half alone has targets, so that each is half a window
-    back, and never near.
+    """Windows of text whose second half repeats the first. Only the second half has targets, so that the answer is
+    always half a window back, never near.
 
-    The distance is always the same, so that positions alone tell where to read: what is tried is whether a pattern carries
-    what lies so far back, not whether a model finds it.
+    The distance is constant, so positions alone tell where to read: the task tests whether a pattern carries
+    information over that distance, not whether a model finds it.
     """
 
     name = "text said twice"
@@ -97,7 +97,7 @@ class SaidTwice(Task):
         return self.text.score(logits, batch)
 
     def repeat(self, batch: Batch) -> Batch:
-        """The first half of each window, twice. What follows the end is the beginning once more."""
+        """Repeat the first half of each window; the last target is the first token again."""
         inputs = batch.inputs[:, : self.distance].repeat(1, 2)
         targets = inputs.roll(-1, dims=1)
         targets[:, : self.distance - 1] = IGNORED
@@ -105,25 +105,25 @@ class SaidTwice(Task):
 
 
 def said_twice(length: int, items: int) -> SaidTwice:
-    """:class:`SaidTwice` in windows of the text task, of which `items` are scored."""
+    """Return :class:`SaidTwice` on windows of the text task, of which `items` are scored."""
     return SaidTwice(cached_task("text", length=length, evaluation_items=items))
 
 
 SAID_TWICE = {"steps": 1000, "batch_size": 16, "learning_rate": 1e-2, "items": 64}
-"""How :func:`said_twice_score` trains, unless a reproduction says otherwise."""
+"""Default training options for :func:`said_twice_score`."""
 
 
 def said_twice_score(setting: Mapping[str, Any], seed: int, **options: Any) -> dict[str, Any]:
-    """:func:`trained_score` of two layers of the setting's mixer, of width 64, on 40 bytes of text and the same again."""
+    """Return the :func:`trained_score` of two layers of the setting's mixer, width 64, on 40 bytes said twice."""
     task = said_twice(80, setting["items"])
     layers = [(setting["mixer"], setting.get("options", {}))] * 2
     return {**trained_score(language_model(task, layers, dim=64, num_heads=4, **options), task, setting, seed)}
 
 
 class PixelLevels(Task):
-    """Grey images as text: each pixel is predicted from those before it, row by row, after a start token.
+    """Grey images as text: each pixel is predicted from the pixels before it, row by row, after a start token.
 
-    What is far helps here at a size where it hardly does in text: the pixel above is a row back.
+    Even at a small size, distant tokens help more than in text: the pixel above is a row back.
     """
 
     name, pattern, objective = "pixel levels", Pattern.CAUSAL_SELF, "next-token"
@@ -144,24 +144,24 @@ class PixelLevels(Task):
             yield self.read(batch)
 
     def read(self, batch: Batch) -> Batch:
-        """The levels of all pixels (B, N) as targets, and as inputs one place later."""
+        """Return the levels of all pixels (B, N) as targets, and shifted by one as inputs."""
         targets = torch.bucketize(batch.inputs[..., 0], self.levels).clamp(max=len(self.levels) - 1)
         return Batch(F.pad(targets[:, :-1], (1, 0), value=len(self.levels)), targets)
 
 
 @functools.cache
 def digit_levels(items: int) -> PixelLevels:
-    """:class:`PixelLevels` of :func:`digit_pixels`: 64 tokens in rows of eight."""
+    """Return :class:`PixelLevels` of :func:`digit_pixels`: 64 tokens in rows of eight."""
     return PixelLevels(digit_pixels(items))
 
 
 def language_model(task: Task, plan: Any, **options: Any) -> LanguageModel:
-    """A model of the task's vocabulary; `plan` is a list with a name or (name, options) for each layer."""
+    """Return a language model for the task; `plan` lists a name or (name, options) for each layer."""
     return LanguageModel(LanguageModelConfig(vocab_size=task.vocab_size or 0, plan=plan, **options))
 
 
 def classifier(task: Task, plan: Any, **options: Any) -> Encoder:
-    """An encoder for the task's classes."""
+    """Return an encoder that classifies the task's items."""
     config = EncoderConfig(
         num_classes=task.num_classes or 0, vocab_size=task.vocab_size, features=task.features, plan=plan, **options
     )
@@ -169,13 +169,13 @@ def classifier(task: Task, plan: Any, **options: Any) -> Encoder:
 
 
 def placed_classifier(task: Task, plan: Any, **options: Any) -> Encoder:
-    """A classifier, of width 32 unless told otherwise, with a learned vector for each place, as large as what it is added to."""
+    """Return a classifier (default width 32) with learned positions that start as large as the embeddings."""
     places = {"positions": "learned", "max_length": task.length, "position_options": {"std": 1.0}}
     return classifier(task, plan, **({"dim": 32, "num_heads": 2} | places | options))
 
 
 def fit(model: nn.Module, task: Task, setting: Mapping[str, Any], seed: int, *, steps: int | None = None) -> bool:
-    """Train in place by the setting's ``steps``, ``batch_size`` and ``learning_rate``; False when the run diverged."""
+    """Train in place with the setting's ``steps``, ``batch_size``, ``learning_rate``; return False if it diverged."""
     config = TrainConfig(
         steps=setting["steps"] if steps is None else steps,
         batch_size=setting["batch_size"],
@@ -187,36 +187,35 @@ def fit(model: nn.Module, task: Task, setting: Mapping[str, Any], seed: int, *, 
 
 
 def score(model: nn.Module, task: Task) -> dict[str, float]:
-    """``score`` and ``loss`` on the held-out items."""
+    """Return ``score`` and ``loss`` on the held-out items."""
     found = runner_of(task).evaluate(model, task, 32)
     return {"score": found.score, "loss": found.loss}
 
 
 def trained_score(model: nn.Module, task: Task, setting: Mapping[str, Any], seed: int) -> dict[str, float]:
-    """:func:`fit`, then :func:`score`; nan when the run diverged. Also the number of ``parameters``."""
+    """Train by :func:`fit`; return :func:`score` (nan if the run diverged) and the number of ``parameters``."""
     parameters = float(sum(p.numel() for p in model.parameters()))
     scores = score(model, task) if fit(model, task, setting, seed) else {"score": math.nan, "loss": math.nan}
     return {**scores, "parameters": parameters}
 
 
 def digits_score(setting: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """:func:`trained_score` on :func:`digit_pixels`, classified by two layers of the setting's ``mixer`` with its
-    ``options``."""
+    """Return :func:`trained_score` on :func:`digit_pixels` of two layers of the setting's ``mixer``."""
     task = digit_pixels(setting["items"])
     model = classifier(task, [(setting["mixer"], setting["options"])] * 2, dim=64, num_heads=4)
     return {**trained_score(model, task, setting, seed)}
 
 
 def state_bytes(state: Any) -> int:
-    """Bytes of all tensors of a state."""
+    """Return the bytes of all tensors of a state."""
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
 
 
 @torch.no_grad()
 def loss_in_pieces(model: nn.Module, task: Task, pieces: int) -> float:
-    """Mean loss of a language model on held-out windows, each read in so many pieces that know nothing of each other.
+    """Return the mean loss of a language model on held-out windows, each read as `pieces` independent pieces.
 
-    So contexts of different lengths are compared on the same predictions.
+    This compares contexts of different lengths on the same predictions.
     """
     losses = []
     for batch in task.evaluation_batches(1):

@@ -1,18 +1,20 @@
 """Attention offloading (Lamina, arXiv 2405.01814): a language model without a cache, and attention workers without weights.
 
-In decoding, linear layers read their weights once for a whole batch, attention reads the keys and values of each sequence for
-it alone. So the two may be worth different devices; between them go queries, new keys and values, and outputs.
+In decoding, linear layers read their weights once for a whole batch, while attention reads separate keys and values for
+each sequence. So different devices may suit the two; queries, new keys and values, and outputs travel between them.
 
-- :mod:`regard.serving.offload.reader`: the model worker, which the scheduler reads as any model; micro-batches in turn;
-- :mod:`regard.serving.offload.pool`: its attention workers together; traffic; what was lost;
-- :mod:`regard.serving.offload.splits`: which worker has which keys and values;
+- :mod:`regard.serving.offload.reader`: the model worker, a model like any other to the scheduler; alternating
+  micro-batches;
+- :mod:`regard.serving.offload.pool`: the pool of attention workers; traffic; lost workers;
+- :mod:`regard.serving.offload.splits`: how keys and values are split over workers;
 - :mod:`regard.serving.offload.worker`: an attention worker;
-- :mod:`regard.serving.offload.backends`, :mod:`regard.serving.offload.messages`: where workers are, and how to reach them;
-- :mod:`regard.serving.offload.costs`, :mod:`regard.serving.offload.simulator`: what it costs on devices that are not here;
-- :mod:`regard.serving.offload.measure`: what it takes on this machine.
+- :mod:`regard.serving.offload.backends`, :mod:`regard.serving.offload.messages`: workers in the same process, in others
+  or behind TCP, and the messages to them;
+- :mod:`regard.serving.offload.costs`, :mod:`regard.serving.offload.simulator`: estimated cost on other devices;
+- :mod:`regard.serving.offload.measure`: measurements on this machine.
 
-Deviations from the paper: workers answer with normalised outputs and one log-sum-exp a head where a sequence is split, instead
-of three numbers; the new token is merged by the worker that keeps it.
+Deviations from the paper: if a sequence is split, workers answer with normalised outputs and one log-sum-exp per head
+instead of three numbers; the new token is merged by the worker that stores it.
 """
 
 from __future__ import annotations

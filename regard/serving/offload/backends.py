@@ -1,7 +1,7 @@
-"""Where attention workers are: in the same process, in other processes with memory that both see, or behind TCP.
+"""Backends for attention workers: in the same process, in other processes with shared memory, or over TCP.
 
-A backend starts workers; a worker is a :class:`Link`, to which messages are sent and from which answers come in the same
-order. What the messages say is the same everywhere.
+A backend starts workers and returns a :class:`Link` to each, through which messages are sent and answers come back in
+the same order. The messages are the same for all backends.
 """
 
 from __future__ import annotations
@@ -32,35 +32,35 @@ from regard.serving.offload.worker import LOOPBACK, PROCESS, AttentionWorker
 
 Answer = TypeVar("Answer")
 SECRET_BYTES = 32
-"""That a worker shows when it connects."""
+"""Length of the secret that a worker sends when it connects."""
 PATIENCE = 60.0
-"""Seconds without an answer after which a worker is given up."""
+"""Seconds without an answer after which a worker counts as lost."""
 GREETING = 5.0
-"""Seconds in which who connects must show the secret."""
+"""Seconds within which a new connection must send the secret, and an ended worker must exit."""
 SHARED_BYTES = 16 << 20
-"""Of memory for the messages to a worker and from it, together."""
+"""Bytes of shared memory for the messages to and from a worker, together."""
 
 
 class Lost(Exception):
-    """A worker is gone, or does not answer."""
+    """A worker has ended or does not answer."""
 
 
 class Link(Protocol):
-    """A worker, as the model worker sees it.
+    """The model worker's connection to an attention worker.
 
     Attributes:
-        framing: bytes of messages beside their tensors, both ways; 0 in the same process.
+        framing: bytes of messages apart from their tensors, both ways; 0 in the same process.
     """
 
     @property
     def framing(self) -> int: ...
 
     def send(self, message: Message) -> None:
-        """Raises Lost."""
+        """Send a message; raises Lost."""
         ...
 
     def receive(self) -> Message:
-        """The next answer; raises Lost."""
+        """Return the next answer; raises Lost."""
         ...
 
     def close(self) -> None:
@@ -69,10 +69,10 @@ class Link(Protocol):
 
 
 class Backend(Protocol):
-    """What starts attention workers."""
+    """Starts attention workers."""
 
     def start(self, count: int) -> Sequence[Link]:
-        """So many more workers; raises Unsupported where they do not start."""
+        """Start `count` more workers; raises Unsupported if one does not start."""
         ...
 
 
@@ -102,17 +102,17 @@ class LocalLink:
 
 
 class LocalBackend:
-    """Workers in the same process, which compute when they are sent something: for tests, and to see the split alone."""
+    """Workers in the same process, which compute as soon as they are sent a message: for tests of the split alone."""
 
     def start(self, count: int) -> Sequence[Link]:
         return [LocalLink() for _ in range(count)]
 
 
 class ProcessLink:
-    """A worker in a process of its own.
+    """A worker in its own process.
 
     Attributes:
-        process: its number.
+        process: its process ID.
     """
 
     def __init__(self, process: int, connection: socket.socket, memory: mmap.mmap | None = None) -> None:
@@ -123,11 +123,11 @@ class ProcessLink:
             rings = Ring(memory, 0, half), Ring(memory, half, half)
         connection.settimeout(PATIENCE)
         self._channel = Channel(connection, *rings)
-        self._lost = False  # and then what it still sends may begin in the middle of a message
+        self._lost = False  # if so, later data may start in the middle of a message
 
     @property
     def framing(self) -> int:
-        """Bytes of messages beside their tensors, as the channel counts them."""
+        """Bytes of messages apart from their tensors, as the channel counts them."""
         return self._channel.framing
 
     def send(self, message: Message) -> None:
@@ -154,12 +154,12 @@ class ProcessLink:
 
 
 class ProcessBackend:
-    """Workers in other processes: messages over a pair of sockets, their tensors in memory that both see.
+    """Workers in other processes: messages go over a socket pair, their tensors through shared memory.
 
     Args:
-        threads: of each worker.
-        cores: processor cores, one for each worker in turn; any when None.
-        shared_bytes: of memory for a worker's messages; what does not fit goes over the socket.
+        threads: threads of each worker.
+        cores: processor cores, assigned to the workers in turn; None to leave workers unpinned.
+        shared_bytes: bytes of shared memory for a worker's messages; tensors that do not fit go over the socket.
     """
 
     def __init__(
@@ -181,10 +181,10 @@ class ProcessBackend:
 
 
 class TcpBackend:
-    """Workers in other processes of this machine, over TCP on 127.0.0.1. They show a secret that only they were told.
+    """Workers in other processes of this machine, over TCP on 127.0.0.1. A worker identifies itself with a secret.
 
     Args:
-        threads, cores: as of :class:`ProcessBackend`.
+        threads, cores: as for :class:`ProcessBackend`.
     """
 
     def __init__(self, threads: int = 1, cores: Sequence[int] | None = None) -> None:
@@ -202,13 +202,13 @@ class TcpBackend:
 
 
 class Nursery:
-    """A process that has loaded torch, and starts workers by forks of itself; it ends with this one."""
+    """A process that has imported torch and forks itself to start workers; it ends with this process."""
 
     def __init__(self) -> None:
         if not hasattr(os, "fork"):
             raise Unsupported("attention workers as processes on this system", supported="Linux and macOS")
         self._orders, theirs = socket.socketpair()
-        # what is imported here may have been found in a place that is not on the other's path
+        # regard may have been imported from a folder that is not on the new process's path
         path = [str(Path(regard.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         words = [sys.executable, "-c", "from regard.serving.offload.worker import main; main()", str(theirs.fileno())]
         with theirs:
@@ -218,7 +218,7 @@ class Nursery:
         self._lock = threading.Lock()
 
     def fork(self, order: Mapping[str, Any], inherited: Sequence[int] = ()) -> int:
-        """The number of a new process that works as it is ordered; see :func:`regard.serving.offload.worker.start`."""
+        """Fork a worker with an order (see :func:`regard.serving.offload.worker.start`); return its process ID."""
         with self._lock:
             try:
                 socket.send_fds(self._orders, [json.dumps(order).encode()], inherited)
@@ -231,7 +231,7 @@ class Nursery:
 
     @property
     def alive(self) -> bool:
-        """Whether the process still runs."""
+        """True while the process runs."""
         return self._process.poll() is None
 
     def close(self) -> None:
@@ -244,7 +244,7 @@ _LOCK = threading.Lock()
 
 
 def nursery() -> Nursery:
-    """The nursery of this process; another if it has ended."""
+    """Return the nursery of this process; a new one if the last has ended."""
     with _LOCK:
         if not _NURSERIES or not _NURSERIES[-1].alive:
             _NURSERIES.append(Nursery())
@@ -256,10 +256,10 @@ BACKENDS = {"local": LocalBackend, "process": ProcessBackend, "tcp": TcpBackend}
 
 
 def create_backend(name: str, threads: int = 1, cores: Sequence[int] | None = None) -> Backend:
-    """A backend by name: ``local``, ``process`` or ``tcp``.
+    """Create a backend by name: ``local``, ``process`` or ``tcp``.
 
     Raises:
-        Unsupported: for another name, and threads or cores that this machine does not have.
+        Unsupported: for another name, fewer than one thread, or cores that this machine does not have.
     """
     one_of("backend", name, BACKENDS)
     if name == "local":
@@ -268,7 +268,7 @@ def create_backend(name: str, threads: int = 1, cores: Sequence[int] | None = No
 
 
 def _orders(threads: int, cores: Sequence[int] | None) -> Iterator[dict[str, Any]]:
-    """What each worker is told of threads and its core."""
+    """Return an endless iterator over the workers' orders: the number of threads, and the core of each worker."""
     at_least("threads", threads, 1)
     if cores is not None:
         if not hasattr(os, "sched_getaffinity"):
@@ -280,7 +280,7 @@ def _orders(threads: int, cores: Sequence[int] | None) -> Iterator[dict[str, Any
 
 
 def _all(count: int, start: Callable[[], Link]) -> list[Link]:
-    """So many links, or none where one does not start."""
+    """Start `count` links; if one does not start, close all."""
     links: list[Link] = []
     try:
         while len(links) < count:
@@ -293,11 +293,11 @@ def _all(count: int, start: Callable[[], Link]) -> list[Link]:
 
 
 SHARED_FOLDERS = (Path("/dev/shm"), Path(tempfile.gettempdir()))
-"""Where the system has files in memory, and where there may be room if not there: containers often have little."""
+"""Folders for shared memory: the in-memory file system, or the temporary folder if it is full (as in containers)."""
 
 
 def _memory_file(size: int) -> IO[bytes]:
-    """A file without a name, all of which is taken: who wrote where the system has no room left would be ended by it."""
+    """Create an unnamed file with all its space allocated: a write without room left would kill the process."""
     take = getattr(os, "posix_fallocate", None) or (lambda file, start, size: os.truncate(file, size))
     said = ""
     for folder in filter(Path.is_dir, SHARED_FOLDERS):
@@ -315,7 +315,7 @@ def _memory_file(size: int) -> IO[bytes]:
 
 
 def _accepted(listening: socket.socket, secret: bytes) -> socket.socket:
-    """The connection that shows the secret; others are closed."""
+    """Accept the connection that sends the secret; others are closed."""
     listening.settimeout(PATIENCE)
     while True:
         try:
@@ -334,7 +334,7 @@ def _accepted(listening: socket.socket, secret: bytes) -> socket.socket:
 
 
 def _end(process: int) -> None:
-    """Its channel is closed, which ends it; or it is ended."""
+    """Wait for a process whose channel was closed to exit; kill it if it does not."""
     end = time.monotonic() + GREETING
     try:
         while time.monotonic() < end:

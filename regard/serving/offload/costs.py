@@ -1,15 +1,16 @@
-"""What a step of decoding costs when attention is elsewhere, by counting operations and bytes; and which devices to rent.
+"""Estimates the cost of a decoding step with offloaded attention, from operations and bytes, and chooses devices to
+rent.
 
-With L layers of H query heads and G heads of keys and values of width d, P parameters of e bytes, a batch of B sequences with S
-tokens together, and a device of F operations and W bytes a second:
+With L layers of H query heads and G key/value heads of width d, P parameters of e bytes, a batch of B sequences with S
+tokens in total, and a device with F operations and W bytes per second:
 
     model       t_m(B) = max(2 P B / F, e P / W)
     attention   t_a(S) = max(4 L H d S / F, 2 e L G d S / W)
-    wire        e L B d (2 H + 2 G) bytes: queries, keys and values there, outputs back; and 2 L times the latency
-    memory      e P where the model is, 2 e L G d S where keys and values are
+    wire        e L B d (2 H + 2 G) bytes: queries, keys and values out, outputs back; plus 2 L times the latency
+    memory      e P on the model's device, 2 e L G d S on the device of keys and values
 
-One batch at a time takes the sum. R micro-batches in turn keep everybody busy: a layer of all of them takes
-max(R max(stages), sum of stages), with the stages of one micro-batch of B / R sequences, which reads all weights.
+A single batch takes the sum of the stages. R alternating micro-batches keep all devices busy: one layer of all of them
+takes max(R max(stages), sum of stages), with the stages of one micro-batch of B / R sequences, which reads all weights.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ from regard.models import LanguageModel, count_parameters
 from regard.serving.offload.layers import offloadable
 
 ALPHA = 0.2
-"""Share of a step's time that its transfers may take, by default."""
+"""Default maximum time for transfers, relative to the rest of the step."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device that can be rented, or several of them as one.
+    """A device that can be rented, or a group of them as one device.
 
     Attributes:
         name: its name.
-        flops: operations a second that it reaches.
-        bandwidth: bytes a second between its memory and itself.
-        memory: bytes.
-        price_per_hour: in any currency.
-        source: where the figures are from.
-        available: most that may be taken.
+        flops: achievable operations per second.
+        bandwidth: memory bandwidth in bytes per second.
+        memory: bytes of memory.
+        price_per_hour: price per hour, in any currency.
+        source: source of these figures.
+        available: maximum number of devices.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Device:
             raise Unsupported(f"figures of {self.name} without a source", supported="source: where they are from")
 
     def times(self, count: int) -> Device:
-        """So many, which share the work."""
+        """Return a group of `count` devices as one device."""
         return dataclasses.replace(
             self,
             name=f"{count} x {self.name}",
@@ -69,7 +70,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Network:
-    """Between the devices: bytes a second in each direction, and seconds of a message of no size."""
+    """The network between devices: bytes per second in each direction, and the seconds of an empty message."""
 
     bandwidth: float
     latency: float = 0.0
@@ -84,11 +85,11 @@ class Sizes:
     """Sizes of a language model.
 
     Attributes:
-        layers: of softmax attention.
-        heads, kv_heads: of queries, and of keys and values.
-        head_dim: of each.
-        parameters: of the whole model.
-        element_bytes: of a number, in weights, cache and messages.
+        layers: number of softmax layers.
+        heads, kv_heads: heads of queries, and of keys and values.
+        head_dim: width of a head.
+        parameters: parameters of the whole model.
+        element_bytes: bytes of a number in weights, cache and messages.
     """
 
     layers: int
@@ -105,7 +106,7 @@ class Sizes:
 
     @classmethod
     def of(cls, model: LanguageModel) -> Sizes:
-        """The sizes of a model whose softmax layers are alike."""
+        """Return the sizes of a model whose softmax layers are alike."""
         shapes = set()
         layers = offloadable(model)[0]
         for i in layers:
@@ -129,16 +130,16 @@ class Sizes:
 
     @property
     def attention_intensity(self) -> float:
-        """Operations for each byte of keys and values."""
+        """Operations per byte of keys and values."""
         return 2 * self.heads / self.kv_heads / self.element_bytes
 
 
 def traffic_bytes(sizes: Sizes, batch: float, *, owners: int = 1, state_bytes: int = 4) -> tuple[float, float]:
-    """Bytes of tensors that a step sends to attention workers, and that come back.
+    """Return the bytes of tensors that a step sends to attention workers, and the bytes that it receives from them.
 
     Args:
-        owners: among how many workers the tokens of a sequence are split: each is sent its queries, and answers with a
-            log-sum-exp of `state_bytes` a head beside its output. 1 for whole sequences and for a split of heads.
+        owners: number of workers over which the tokens of a sequence are split: each receives the queries, and returns
+            a log-sum-exp of `state_bytes` per head with its output. 1 for whole sequences and for a split by heads.
     """
     each = sizes.layers * batch
     vector = sizes.element_bytes * sizes.heads * sizes.head_dim
@@ -148,18 +149,18 @@ def traffic_bytes(sizes: Sizes, batch: float, *, owners: int = 1, state_bytes: i
 
 
 def model_seconds(sizes: Sizes, device: Device, batch: float) -> float:
-    """t_m of all layers."""
+    """Return t_m, the seconds of everything but attention, for a batch."""
     return max(2 * sizes.parameters * batch / device.flops, sizes.weight_bytes / device.bandwidth)
 
 
 def attention_seconds(sizes: Sizes, device: Device, tokens: float) -> float:
-    """t_a of all layers, of sequences with so many tokens together."""
+    """Return t_a, the seconds of attention in all layers, for sequences with `tokens` tokens in total."""
     operations = 4 * sizes.layers * sizes.heads * sizes.head_dim * tokens
     return max(operations / device.flops, sizes.token_bytes * tokens / device.bandwidth)
 
 
 def required_bandwidth(sizes: Sizes, batch: float, seconds: float, alpha: float = ALPHA) -> float:
-    """Bytes a second with which transfers take no more than a share of a step's other `seconds`."""
+    """Return the bytes per second at which transfers take a share `alpha` of the step's other `seconds`."""
     return sum(traffic_bytes(sizes, batch)) / (alpha * seconds)
 
 
@@ -168,9 +169,9 @@ class Stages:
     """Seconds of one micro-batch in one layer.
 
     Attributes:
-        model, attention: computing.
-        send, receive: on the wire, which others cannot use meanwhile.
-        latency: of each message, which others do not feel.
+        model, attention: compute time.
+        send, receive: transfer time, in which the other micro-batches cannot use the wire.
+        latency: latency of each message, which does not block other micro-batches.
     """
 
     model: float
@@ -183,7 +184,7 @@ class Stages:
     def of(
         cls, sizes: Sizes, model: Device, attention: Device, network: Network, batch: float, context: float
     ) -> Stages:
-        """The stages of a model on one device whose attention another one computes, for a batch at a context."""
+        """Return the stages for a batch at a context, with the model on one device and its attention on another."""
         sent, received = (count / sizes.layers / network.bandwidth for count in traffic_bytes(sizes, batch))
         return cls(
             model_seconds(sizes, model, batch) / sizes.layers,
@@ -195,16 +196,17 @@ class Stages:
 
     @property
     def busy(self) -> dict[str, float]:
-        """Seconds of each that can do one thing at a time."""
+        """Seconds of each resource that serves one micro-batch at a time."""
         return {"model": self.model, "send": self.send, "attention": self.attention, "receive": self.receive}
 
     def period(self, micro_batches: int = 1) -> float:
-        """Seconds of a layer of all micro-batches, one step after another without a break."""
+        """Return the seconds of one layer of all micro-batches, with steps that follow each other without a break."""
         return max(micro_batches * max(self.busy.values()), sum(self.busy.values()) + 2 * self.latency)
 
     def step(self, layers: int, micro_batches: int = 1) -> float:
-        """Seconds of one step of at most two micro-batches that begin together, when none begins the next before all are
-        done; the model works before the first layer's attention and after the last one's. Without time on the wire.
+        """Return the seconds of one step of one or two micro-batches that start together and wait for each other at the
+        end. The model computes before the first layer's attention and after the last one's. Transfer times are not
+        counted.
         """
         model, attention, away = self.model, self.attention, self.attention + 2 * self.latency
         alone = layers * (model + away) + model
@@ -219,15 +221,15 @@ class Stages:
 
 @dataclass(frozen=True)
 class Plan:
-    """A choice of devices, and what comes of it.
+    """A choice of devices, and its speed and price.
 
     Attributes:
-        model, attention: devices; no attention devices where one kind does all.
-        batch: sequences at one time: as many as the memory holds.
-        micro_batches: 2 where that is faster than 1.
-        seconds: of a step, which gives every sequence a token.
-        price_per_hour: of all devices.
-        busiest: what decides the time.
+        model, attention: names of the devices; `attention` is None if the model's devices do everything.
+        batch: number of sequences: as many as fit in memory.
+        micro_batches: 2 if that is faster than 1.
+        seconds: seconds of a step, which adds a token to every sequence.
+        price_per_hour: price of all devices.
+        busiest: the stage that limits the speed.
     """
 
     model: str
@@ -240,22 +242,22 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens a second of the whole batch."""
+        """Tokens per second of the whole batch."""
         return self.batch / self.seconds
 
     @property
     def tokens_per_unit(self) -> float:
-        """Tokens for one unit of the currency."""
+        """Tokens per unit of the currency."""
         return 3600 * self.tokens_per_second / self.price_per_hour
 
     def as_record(self) -> dict[str, Any]:
-        """The plan as plain data, with what follows from it."""
+        """Return the plan as plain data, with the tokens per second and per unit of currency."""
         record = dataclasses.asdict(self)
         return record | {"tokens_per_second": self.tokens_per_second, "tokens_per_unit": self.tokens_per_unit}
 
 
 def homogeneous(sizes: Sizes, device: Device, context: int) -> Plan | None:
-    """Everything on one kind of device; None where not one sequence fits."""
+    """Plan for everything on one kind of device; None if not even one sequence fits."""
     batch = _fitting(device.memory - sizes.weight_bytes, sizes, context)
     if batch < 1:
         return None
@@ -268,7 +270,7 @@ def homogeneous(sizes: Sizes, device: Device, context: int) -> Plan | None:
 
 
 def offloaded(sizes: Sizes, model: Device, attention: Device, network: Network, context: int) -> Plan | None:
-    """The model on one kind of device, keys, values and attention on another; None where they do not fit."""
+    """Plan for the model on one kind of device, and keys, values and attention on another; None if they do not fit."""
     batch = _fitting(attention.memory, sizes, context)
     if batch < 1 or model.memory < sizes.weight_bytes:
         return None
@@ -283,7 +285,7 @@ def offloaded(sizes: Sizes, model: Device, attention: Device, network: Network, 
 
 
 def plans(devices: Sequence[Device], network: Network, sizes: Sizes, context: int) -> tuple[list[Plan], list[Plan]]:
-    """All that one kind of device can do, and all pairs of kinds; of each those with the most tokens for the money first."""
+    """Return all plans with one kind of device, and all with a pair of kinds; both sorted, cheapest tokens first."""
     alone = [homogeneous(sizes, device.times(n), context) for device in devices for n in _counts(device)]
     pairs = [
         offloaded(sizes, model.times(n), attention.times(count), network, context)
@@ -297,7 +299,7 @@ def plans(devices: Sequence[Device], network: Network, sizes: Sizes, context: in
 
 
 def crossing(gains: Mapping[int, float | None]) -> int | None:
-    """The shortest context from which on a split is worth its money, in all longer ones that were tried; None for none."""
+    """Return the shortest context that gains from a split (gain >= 1) with all longer ones; None if there is none."""
     found = None
     for context in sorted(gains, reverse=True):
         gain = gains[context]
@@ -332,7 +334,7 @@ EXAMPLE = "devices: a list of name, flops, bandwidth, memory, price_per_hour and
 
 @dataclass(frozen=True)
 class Table:
-    """What a file says of devices, of the network between them, and perhaps of a model."""
+    """The contents of a file: devices, the network between them, and optionally the sizes of a model."""
 
     devices: tuple[Device, ...]
     network: Network
@@ -340,10 +342,10 @@ class Table:
 
 
 def read_table(path: Path) -> Table:
-    """A table of devices from JSON, TOML or YAML.
+    """Read a table of devices from JSON, TOML or YAML.
 
     Raises:
-        Unsupported: for a file that cannot be read, with what is wrong in it.
+        Unsupported: for a file that cannot be read; the error says what is wrong in it.
     """
     found = read_data(path, f"the table {path}")
     known = ("devices", "network", "model")
@@ -372,7 +374,7 @@ def _made(kind: type[Any], values: Any, path: Path) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """What 9.9e14 means, which YAML takes for text since its exponent has no sign; anything else as it is."""
+    """Convert text to a number if possible: YAML reads 9.9e14 as text, since its exponent has no sign."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

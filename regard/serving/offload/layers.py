@@ -1,4 +1,4 @@
-"""Softmax layers in parts, for attention that is done elsewhere: what comes before it, and which layers have nothing else."""
+"""Parts of softmax layers for offloaded attention: queries, keys and values, and the check for supported layers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SUPPORTED = "softmax layers without a window, a learned sink or a bias of positi
 
 @dataclass(frozen=True)
 class Inputs:
-    """What comes into a layer: more tokens of some rows.
+    """The input of a layer: new tokens of some rows.
 
     Attributes:
-        x: normed.
-        positions: their places.
-        lengths: how many of each row there are; None where all are.
-        caches: of the layer's short convolutions, which are those after these tokens once all parts have been made.
+        x: normalised hidden states.
+        positions: positions of the tokens.
+        lengths: number of valid tokens of each row; None if no row is padded.
+        caches: caches of the layer's short convolutions. Computing queries, keys and values updates them in place.
     """
 
     x: Float[Tensor, "b n c"]
@@ -36,7 +36,7 @@ class Inputs:
     caches: list[Tensor | None]
 
     def heads(self, layer: AttentionLayer, part: int, project: nn.Module, heads: int) -> Float[Tensor, "b h n d"]:
-        """Heads of part 0 (queries), 1 (keys) or 2 (values)."""
+        """Return the heads of part 0 (queries), 1 (keys) or 2 (values)."""
         y = project(self.x)
         if self.caches:
             y, self.caches[part] = layer.convolutions[part](y, self.lengths, self.caches[part])
@@ -44,7 +44,7 @@ class Inputs:
 
 
 def queries(layer: AttentionLayer, given: Inputs) -> Float[Tensor, "b h n d"]:
-    """In their places."""
+    """Return the queries, with their positions applied."""
     assert layer.query is not None
     q = given.heads(layer, 0, layer.query, layer.num_heads)
     q = q if layer.query_norm is None else layer.query_norm(q)
@@ -53,7 +53,7 @@ def queries(layer: AttentionLayer, given: Inputs) -> Float[Tensor, "b h n d"]:
 
 
 def keys_values(layer: AttentionLayer, given: Inputs) -> tuple[Float[Tensor, "b g n d"], Float[Tensor, "b g n v"]]:
-    """Likewise, as a cache has them."""
+    """Return the keys, with their positions applied, and the values, as a cache stores them."""
     assert layer.key is not None and layer.value is not None
     k, v = (given.heads(layer, part, module, layer.kv_heads) for part, module in ((1, layer.key), (2, layer.value)))
     k = k if layer.key_norm is None else layer.key_norm(k)
@@ -63,7 +63,7 @@ def keys_values(layer: AttentionLayer, given: Inputs) -> tuple[Float[Tensor, "b 
 
 
 def sizes_of(layer: AttentionLayer) -> dict[str, Any]:
-    """What an attention worker has to know of a layer."""
+    """Return the sizes and options of a layer that an attention worker needs."""
     return {
         "heads": layer.num_heads,
         "kv_heads": layer.kv_heads,
@@ -76,11 +76,11 @@ def sizes_of(layer: AttentionLayer) -> dict[str, Any]:
 
 @torch.no_grad()
 def offloadable(model: LanguageModel) -> tuple[list[int], bool]:
-    """Layers whose attention can be done elsewhere, and whether something of constant size stays: states of other layers, or
-    the last tokens of short convolutions.
+    """Return the layers whose attention can be offloaded, and whether states of constant size stay with the model:
+    states of other layers, or the last tokens of short convolutions.
 
     Raises:
-        Unsupported: where there is none, and for a layer that keeps something of every token in another way.
+        Unsupported: if there is no such layer, and for any other layer whose state grows with the tokens.
     """
     stack = model.config.stack
     if model.insertion.prepare is not None or stack.reversible or stack.exit_rule is not None:
@@ -106,7 +106,7 @@ def offloadable(model: LanguageModel) -> tuple[list[int], bool]:
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether a layer is nothing but softmax attention to all tokens before."""
+    """Return whether a layer is plain softmax attention to all earlier tokens."""
     if type(layer) is not AttentionLayer or layer.card.name != "softmax":
         return False
     positions, config = layer.positions, layer.config

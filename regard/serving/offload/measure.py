@@ -1,5 +1,5 @@
-"""What offloaded attention takes on this machine: one batch at a time against two micro-batches in turn, and against the
-simulator, which is given the stages of micro-batches that were read one after the other."""
+"""Measures offloaded attention on this machine: a single batch against two alternating micro-batches, and against the
+simulator, which gets the stage times of micro-batches that were read one after the other."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from regard.serving.offload.reader import CHUNK, OffloadedReader
 from regard.serving.offload.simulator import simulate, step_stages
 
 STEPS = 400
-"""Most tokens that are added to each sequence while times are taken."""
+"""Maximum number of tokens that are added to each sequence during the measurement."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is measured.
+    """The load of a measurement.
 
     Attributes:
-        batch: sequences, at least 2.
-        context: tokens of each to begin with.
-        seconds: to measure for, about.
+        batch: number of sequences, at least 2.
+        context: initial tokens of each sequence.
+        seconds: approximate duration of the measurement.
     """
 
     batch: int = 8
@@ -45,7 +45,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to read a step: so many micro-batches, in turn or one after the other, with queries sent early or not."""
+    """A way to run a step: the number of micro-batches, whether they alternate, and whether queries are sent early."""
 
     micro_batches: int = 1
     in_turn: bool = True
@@ -59,32 +59,32 @@ WAYS = {
     "pipelined_early": Way(micro_batches=2, overlap=True),
     "halves": Way(micro_batches=2, in_turn=False),
 }
-"""``early`` sends queries before keys and values are there; ``halves`` reads two micro-batches one after the other."""
+"""``early`` sends queries before keys and values are computed; ``halves`` reads micro-batches one after the other."""
 
 
 @dataclass
 class Spent:
-    """Seconds of each step: of the model worker, waiting, and of the busiest attention worker."""
+    """Seconds of each step: of the model worker's own work, of its waiting, and of the busiest attention worker."""
 
     model: list[float] = field(default_factory=list)
     waiting: list[float] = field(default_factory=list)
     attention: list[float] = field(default_factory=list)
 
     def stages(self, layers: int, micro_batches: int) -> Stages:
-        """The stages of a micro-batch in a layer, by the steps in the middle, when these were read one after the
-        other."""
+        """Return median stage times of one micro-batch in one layer; the steps' micro-batches must not alternate."""
         model, waiting, attention = (median(some[1:]) for some in (self.model, self.waiting, self.attention))
-        latency = max(waiting - attention, 0.0) / 2  # there and back
+        latency = max(waiting - attention, 0.0) / 2  # two messages, out and back
         each = micro_batches * layers
         return Stages(model / (each + micro_batches), attention / each, latency=latency / each)
 
 
 def measure(model: LanguageModel, workers: int, backend: Backend, load: Load, *, split: str = "auto") -> dict[str, Any]:
-    """Times of a step in each way, interleaved; what the simulator says of two micro-batches; traffic.
+    """Measure steps in each way, interleaved; simulate two micro-batches; count the traffic.
 
     Returns:
-        ``seconds_of`` each of :data:`WAYS`, each a :class:`regard.measurement.timing.Timing`; ``gain``, serial over
-        pipelined; ``simulated_seconds`` and ``simulated_gain``; ``stages`` of a micro-batch in a layer; bytes of a step.
+        A record with ``seconds_of``, a :class:`regard.measurement.timing.Timing` as a dict for each of :data:`WAYS`;
+        ``gain``, serial over pipelined; ``simulated_seconds`` and ``simulated_gain``; ``stages`` of a micro-batch in a
+        layer; and the bytes that a step sends and receives.
 
     Raises:
         Unsupported: as :class:`regard.serving.offload.reader.OffloadedReader` does.
@@ -123,7 +123,7 @@ def measure(model: LanguageModel, workers: int, backend: Backend, load: Load, *,
 
 
 def _begun(reader: OffloadedReader, load: Load) -> list[Row]:
-    """Sequences of random tokens that were read."""
+    """Read prompts of random tokens; return their rows."""
     draws = torch.Generator().manual_seed(0)
     rows = []
     for i in range(load.batch):

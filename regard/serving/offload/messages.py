@@ -1,7 +1,7 @@
-"""Messages between a model worker and attention workers: a header of JSON that names tensors, then their bytes.
+"""Messages between a model worker and attention workers: a JSON header that describes the tensors, then their bytes.
 
-Nothing is unpickled. On a socket a message is a prefix (mark, bytes of the header, bytes of tensors that follow), the
-header, and the tensors, which lie in memory that both processes share instead, where there is some.
+Nothing is unpickled. On a socket, a message is a prefix (mark, bytes of the header, bytes of the tensors that follow),
+the header, and the tensors. If the processes share memory, the tensors are put there instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 PREFIX = struct.Struct("<4sIQ")
 MARK = b"RGO1"
 LONGEST_HEADER, LARGEST = 1 << 24, 1 << 33
-"""Bytes beyond which a message is taken for garbage."""
+"""Bytes of the header and of the tensors beyond which a message is refused as garbled."""
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 }
@@ -29,17 +29,17 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Garbled(ValueError):
-    """Bytes that are no message."""
+    """Received bytes that are not a message."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """What is asked or answered.
+    """A request to an attention worker, or its answer.
 
     Attributes:
-        op: what it is about.
-        fields: numbers, words and lists of them.
-        tensors: on the CPU, floating-point.
+        op: name of the operation or answer.
+        fields: numbers, strings, and lists of them.
+        tensors: floating-point tensors on the CPU.
     """
 
     op: str
@@ -53,15 +53,15 @@ class Message:
 
 
 class Ring:
-    """One direction of shared memory: one process writes, the other copies out in the same order.
+    """A ring buffer in shared memory for one direction: one process writes, the other copies out in the same order.
 
     Args:
-        memory: seen by both.
-        offset, size: the part that belongs to this direction.
+        memory: the shared memory.
+        offset, size: the part of the memory that belongs to this direction.
 
     Attributes:
-        taken: how far it was read, counted from the beginning and not from the start of the memory.
-        free_from: how far the other process has read, as it last said.
+        taken: position up to which this process has read; positions count all bytes ever written.
+        free_from: position up to which the other process has read, as last reported.
     """
 
     def __init__(self, memory: mmap.mmap, offset: int, size: int) -> None:
@@ -69,9 +69,9 @@ class Ring:
         self._written = self.taken = self.free_from = 0
 
     def put(self, data: Sequence[memoryview], count: int) -> int | None:
-        """Where so many bytes were written; None where there is no room until the other process has read more."""
+        """Write `count` bytes; return their position, or None without room until the other process reads more."""
         start = self._written
-        if start % self._size + count > self._size:  # not across the end
+        if start % self._size + count > self._size:  # no wrapping inside a message
             start += self._size - start % self._size
         if start + count - self.free_from > self._size:
             return None
@@ -83,10 +83,10 @@ class Ring:
         return start
 
     def get(self, start: int, count: int) -> bytearray:
-        """The bytes that the other process wrote at `start`, whose place is free again.
+        """Copy out the bytes that the other process wrote at position `start`, and free their space.
 
         Raises:
-            Garbled: for bytes that the ring cannot hold there, or that were taken before.
+            Garbled: for bytes that the ring cannot hold there, or that were read before.
         """
         at = self._offset + start % self._size
         if not (self.taken <= start and count >= 0 and start % self._size + count <= self._size):
@@ -100,11 +100,11 @@ class Channel:
     """Messages in both directions over a connected socket.
 
     Args:
-        connection: a stream.
-        outgoing, incoming: shared memory for the tensors; they follow in the stream where it is None or full.
+        connection: a stream socket.
+        outgoing, incoming: shared memory for tensors; if it is None or full, they go through the socket.
 
     Attributes:
-        framing: bytes sent and received that are not of tensors.
+        framing: bytes of prefixes and headers sent and received, without tensors.
     """
 
     def __init__(self, connection: socket.socket, outgoing: Ring | None = None, incoming: Ring | None = None) -> None:
@@ -112,7 +112,7 @@ class Channel:
         self.framing = 0
 
     def send(self, message: Message) -> None:
-        """Raises OSError where the other end is gone."""
+        """Send a message; raises OSError if the other end has closed."""
         parts = [_bytes_of(x) for x in message.tensors]
         count = sum(len(part) for part in parts)
         header: dict[str, Any] = {
@@ -130,7 +130,7 @@ class Channel:
         self._connection.sendall(b"".join((PREFIX.pack(MARK, len(text), count if inline else 0), text, *inline)))
 
     def receive(self) -> Message:
-        """Raises OSError or EOFError where the other end is gone, Garbled where it sends something else."""
+        """Receive a message; raises OSError or EOFError if the other end has closed, Garbled for other bytes."""
         mark, length, inline = PREFIX.unpack(self._exactly(PREFIX.size))
         if mark != MARK or length > LONGEST_HEADER or inline > LARGEST:
             raise Garbled("no message")

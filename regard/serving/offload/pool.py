@@ -1,4 +1,4 @@
-"""The attention workers of a model, together: what goes to whom, what comes back, and what was lost."""
+"""The pool of a model's attention workers: messages to them, their answers, and their replacement when lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class WorkerLost(RuntimeError):
-    """An attention worker is gone.
+    """An attention worker was lost.
 
     Attributes:
         worker: its number.
@@ -35,8 +35,9 @@ class Traffic:
     """Bytes of tensors between a model worker and its attention workers.
 
     Attributes:
-        sent, received: of steps: queries, keys and values; outputs and log-sum-exps.
-        prefilled: keys and values of tokens that the model worker attended to itself.
+        sent: queries, keys and values of decoding steps.
+        received: outputs and log-sum-exps of decoding steps.
+        prefilled: keys and values of prompts, whose attention the model worker computed itself.
     """
 
     sent: int = 0
@@ -45,17 +46,19 @@ class Traffic:
 
 
 class AttentionPool:
-    """Attention workers that have the keys and values of some layers.
+    """Attention workers that hold the keys and values of some layers.
 
     Args:
-        layers: sizes of each, as :class:`regard.serving.offload.worker.AttentionWorker` is told.
-        dtype: of keys and values.
-        pages, page_size: of each worker's cache.
+        backend: starts the workers.
+        split: assigns keys and values to workers.
+        layers: sizes of each layer, from :func:`regard.serving.offload.layers.sizes_of`.
+        dtype: dtype of keys and values.
+        pages, page_size: number of pages in each worker's cache, and tokens of a page.
 
     Attributes:
-        traffic: so far.
-        replaced: workers that were lost.
-        busy: seconds of work of each worker so far.
+        traffic: traffic so far.
+        replaced: number of workers that were replaced.
+        busy: seconds that each worker has worked so far.
     """
 
     def __init__(
@@ -81,12 +84,12 @@ class AttentionPool:
             raise
 
     def place(self, keys: Sequence[int], tokens: Sequence[int]) -> None:
-        """New rows, with as many tokens as each will have; the longest find their place first."""
+        """Assign new rows to workers, by the number of tokens that each will have; the longest rows come first."""
         for key, count in sorted(zip(keys, tokens, strict=True), key=lambda row: -row[1]):
             self.split.place(key, count)
 
     def append(self, layer: int, rows: Rows, k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n v"]) -> None:
-        """Give the workers keys and values that nobody asks about yet; see :meth:`settle`."""
+        """Send keys and values without queries, and without waiting; see :meth:`settle`."""
         k, v = k.cpu(), v.cpu()
         for a, share in self.split.shares(rows).items():
             if not any(share.counts):
@@ -96,17 +99,17 @@ class AttentionPool:
             self.traffic.prefilled += message.nbytes
 
     def settle(self) -> None:
-        """Wait until everything that was sent is done."""
+        """Wait until the workers have answered everything that was sent."""
         for a in range(len(self.links)):
             while self._open[a]:
                 self.receive(a)
 
     def exchange(self, layer: int, rows: Rows, shares: dict[int, Share]) -> Exchange:
-        """Attention of some rows in a layer; `shares` are those of the split."""
+        """Return the exchange for attention of some rows in a layer; `shares` come from the split."""
         return Exchange(self, layer, rows, shares, self._layers[layer]["kv_heads"])
 
     def free(self, keys: Iterable[int]) -> None:
-        """Forget rows. A worker that is lost is found out when it is next needed."""
+        """Drop rows. A lost worker is ignored here; it is noticed when it is next needed."""
         message = Message("free", {"rows": list(keys)})
         for a in range(len(self.links)):
             try:
@@ -118,14 +121,14 @@ class AttentionPool:
             self.split.remove(key)
 
     def replace(self, worker: int) -> None:
-        """Start a worker in the place of one that is lost; it has nothing."""
+        """Replace a lost worker by a new one with an empty cache."""
         self.links[worker].close()
         self._open[worker], self.replaced = 0, self.replaced + 1
         (self.links[worker],) = self._backend.start(1)
         self._begin(worker)
 
     def drain(self) -> None:
-        """Take what workers still answer to a step that was given up."""
+        """Receive and discard outstanding answers to a step that was given up."""
         for a in range(len(self.links)):
             while self._open[a]:
                 try:
@@ -136,7 +139,7 @@ class AttentionPool:
                     continue
 
     def stats(self) -> list[Mapping[str, Any]]:
-        """Each worker's figures: bytes of its cache, rows that it knows, bytes of parameters in its process."""
+        """Return each worker's statistics: bytes of cache, number of rows, bytes of parameters in its process."""
         found = []
         for a in range(len(self.links)):
             self.send(a, Message("stats"))
@@ -145,7 +148,7 @@ class AttentionPool:
 
     @property
     def framing(self) -> int:
-        """Bytes of messages beside their tensors, both ways."""
+        """Bytes of messages apart from their tensors, both ways."""
         return sum(link.framing for link in self.links)
 
     def close(self) -> None:
@@ -161,7 +164,7 @@ class AttentionPool:
         return [{**layer, "kv_heads": len(range(layer["kv_heads"])[own])} for layer in self._layers]
 
     def send(self, worker: int, message: Message) -> None:
-        """Raises WorkerLost."""
+        """Send a message to a worker; raises WorkerLost."""
         try:
             self.links[worker].send(message)
         except Lost as why:
@@ -169,7 +172,7 @@ class AttentionPool:
         self._open[worker] += message.op != "early"
 
     def receive(self, worker: int) -> Message:
-        """Raises WorkerLost, and RuntimeError for what a worker could not do."""
+        """Receive a worker's answer; raises WorkerLost, and RuntimeError if the worker reports an error."""
         try:
             answer = self.links[worker].receive()
         except Lost as why:
@@ -182,17 +185,17 @@ class AttentionPool:
 
 
 class Exchange:
-    """Queries with their new keys and values to the workers of some rows, and the output from them.
+    """One exchange with the workers of some rows: sends queries, new keys and new values, and receives the outputs.
 
-    ``tell(k, v, q)`` sends all at once. With ``ask(q)`` before ``tell(k, v)`` workers attend to earlier tokens while the
-    keys are computed.
+    ``tell(k, v, q)`` sends all at once. With ``ask(q)`` before ``tell(k, v)``, workers attend to the earlier tokens
+    while the new keys are computed.
     """
 
     def __init__(self, pool: AttentionPool, layer: int, rows: Rows, shares: dict[int, Share], kv_heads: int) -> None:
         self._pool, self._layer, self._rows, self._shares, self._kv_heads = pool, layer, rows, shares, kv_heads
 
     def ask(self, q: Float[Tensor, "b h 1 d"]) -> None:
-        """Send queries of one token each before its keys and values are there."""
+        """Send the queries of one token per row before its keys and values are computed."""
         q = q.cpu()
         for a, share in self._shares.items():
             self._send(
@@ -202,7 +205,7 @@ class Exchange:
     def tell(
         self, k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n v"], q: Float[Tensor, "b h n d"] | None = None
     ) -> None:
-        """Send keys and values, with the queries where these were not sent before."""
+        """Send keys and values, with the queries if they were not sent before."""
         k, v = k.cpu(), v.cpu()
         for a, share in self._shares.items():
             new = (share.fresh(k), share.fresh(v)) if any(share.counts) else ()
@@ -213,7 +216,7 @@ class Exchange:
                 self._send(a, "attend", named, *new)
 
     def receive(self) -> Float[Tensor, "b h n v"]:
-        """On the CPU."""
+        """Receive the output of all rows, on the CPU."""
         answers = {a: self._pool.receive(a) for a in self._shares}
         self._pool.traffic.received += sum(answer.nbytes for answer in answers.values())
         tensors = {a: answer.tensors for a, answer in answers.items()}

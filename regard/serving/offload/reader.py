@@ -1,7 +1,8 @@
-"""A model worker: a language model of regard without its cache, whose softmax layers are attended to by attention workers.
+"""The model worker: one of regard's language models without its KV cache, whose attention is computed by attention
+workers.
 
-Each layer of a step sends queries, keys and values to the workers and goes on when the outputs are back. Rows are read in
-micro-batches in turn: while the workers attend for one, the model computes for another.
+Each layer of a step sends queries, keys and values to the workers and continues when the outputs are back. Rows are
+read in alternating micro-batches: while the workers compute attention for one, the model computes another.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 CHUNK = 256
-"""Tokens of a sequence that are read at one time when it is read again."""
+"""Tokens per chunk when a sequence is read again."""
 MOST_LOSSES = 5
-"""Workers that may be lost in one step."""
+"""Maximum number of workers lost in one step before it is given up."""
 
 
 @dataclass
 class Clock:
-    """Seconds of the model worker: its own work, and the time in which it waits for attention."""
+    """Seconds of the model worker: of its own work, and of waiting for attention."""
 
     model: float = 0.0
     waiting: float = 0.0
@@ -53,8 +54,8 @@ class Text:
     """A sequence that is being read.
 
     Attributes:
-        expected: how long it will be at most.
-        tokens: read so far.
+        expected: its maximum length.
+        tokens: tokens read so far.
     """
 
     expected: int
@@ -62,29 +63,30 @@ class Text:
 
 
 Pass = Generator[None, None, Tensor]
-"""One micro-batch through the model: pauses where it waits for attention; returns logits."""
+"""One micro-batch's forward pass: yields where it waits for attention; returns logits."""
 
 
 class OffloadedReader:
-    """A :class:`regard.models.LanguageModel` as :class:`regard.serving.engine.Reader`, its keys and values with attention
-    workers. Prompts are attended to by the model, and their keys and values shipped.
+    """A :class:`regard.models.LanguageModel` as :class:`regard.serving.engine.Reader`, with its keys and values on
+    attention workers. The model computes the attention of prompts itself and then ships their keys and values.
 
-    A worker that is lost is replaced, and the sequences of which it had something are read again.
+    A lost worker is replaced, and the sequences that had keys and values on it are read again.
 
     Args:
-        model: in evaluation mode. Layers with a state of constant size stay with it.
-        workers: how many attention workers.
-        backend: what starts them; :class:`regard.serving.offload.backends.LocalBackend` when None.
-        split, long: of :func:`regard.serving.offload.splits.create_split`.
-        micro_batches: parts of a step's rows that are read in turn; 1 for none.
-        overlap: send queries before keys and values are computed.
-        rows, context, cache_tokens: as of :class:`regard.serving.language.LanguageReader`; `cache_tokens` of each worker.
+        model: the model, in evaluation mode. Layers with a state of constant size stay with it.
+        workers: number of attention workers.
+        backend: starts the workers; :class:`regard.serving.offload.backends.LocalBackend` when None.
+        split, long: as for :func:`regard.serving.offload.splits.create_split`.
+        micro_batches: number of alternating parts of a step's rows; 1 for a single batch.
+        overlap: whether queries are sent before keys and values are computed.
+        rows, context, cache_tokens: as for :class:`regard.serving.language.LanguageReader`; `cache_tokens` is per
+            worker.
 
     Attributes:
-        clock: of steps that follow a prompt.
-        in_turn: False reads one micro-batch after the other, without overlap between them: to measure what it gains.
+        clock: times of the steps after the prompts.
+        in_turn: whether micro-batches alternate. False reads them one after the other, to measure the gain.
         pool: the workers.
-        offloaded: layers whose attention they do.
+        offloaded: layers whose attention the workers compute.
 
     Raises:
         Unsupported: for layers that keep keys and values in another way than plain softmax attention.
@@ -115,8 +117,8 @@ class OffloadedReader:
         self.offloaded, self._holds = offloadable(model)
         self._held = Held()
         self._texts: dict[int, Text] = {}
-        self._dead: set[int] = set()  # workers that are lost, and
-        self._stale: set[int] = set()  # rows of which they had something
+        self._dead: set[int] = set()  # lost workers
+        self._stale: set[int] = set()  # rows that had keys and values on them
         layers = [sizes_of(model.blocks[i].mixer) for i in self.offloaded]  # type: ignore[arg-type]
         dtype = model.embedding.weight.dtype
         token = sum(x["kv_heads"] * (x["key_width"] + x["value_width"]) for x in layers) * dtype.itemsize
@@ -127,7 +129,7 @@ class OffloadedReader:
             create_split(split, workers, [layer["kv_heads"] for layer in layers], long),
             layers,
             dtype=dtype,
-            pages=-(-tokens // PAGE_SIZE) + rows,  # a page of a row may be full in part
+            pages=-(-tokens // PAGE_SIZE) + rows,  # each row's last page may be partly empty
             page_size=PAGE_SIZE,
         )
 
@@ -157,7 +159,7 @@ class OffloadedReader:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of states of layers that stay with the model."""
+        """Bytes of the states of layers that stay with the model."""
         return self._held.nbytes
 
     def close(self) -> None:
@@ -165,7 +167,7 @@ class OffloadedReader:
         self.pool.close()
 
     def _surely(self, rows: Rows, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Read, with workers that are replaced when they are lost."""
+        """Read tokens, and replace workers that are lost on the way."""
         for losses in itertools.count(1):
             try:
                 self._repair(rows)
@@ -183,13 +185,13 @@ class OffloadedReader:
         raise AssertionError("unreachable")
 
     def _repair(self, rows: Rows) -> None:
-        """New workers for those that are lost, and what they had."""
+        """Replace lost workers, and read their rows again."""
         if self._dead:
             for worker in sorted(self._dead):
                 self.pool.replace(worker)
                 self._dead.discard(worker)
             self.pool.drain()
-            again = sorted(self._stale | set(rows.keys))  # of these, too, workers may have some layers and not others
+            again = sorted(self._stale | set(rows.keys))  # the workers may hold only some layers of `rows`
             self.pool.free(again)
             self.pool.place(again, [self._texts[key].expected for key in again])
         for key in sorted(self._stale):
@@ -214,7 +216,7 @@ class OffloadedReader:
         return torch.cat(logits)[order.argsort()]
 
     def _micro_batches(self, rows: Rows) -> list[list[int]]:
-        """Rows dealt out by their lengths, so that the workers have as much to do for each."""
+        """Divide rows into micro-batches by length, so that the workers have about as much work for each."""
         longest_first = sorted(range(len(rows.keys)), key=lambda i: -rows.starts[i])
         groups: list[list[int]] = [[] for _ in range(min(self.micro_batches, len(rows.keys)))]
         for turn, i in enumerate(longest_first):
@@ -223,7 +225,7 @@ class OffloadedReader:
         return [sorted(group) for group in groups]
 
     def _run(self, passes: Sequence[Pass]) -> list[Tensor]:
-        """Let each go on in turn, from one pause to the next."""
+        """Run all passes, switching to the next at each pause if `in_turn`; return their logits."""
         found: dict[int, Tensor] = {}
         turns = deque(enumerate(passes))
         while turns:
@@ -237,7 +239,7 @@ class OffloadedReader:
         return [found[i] for i in range(len(passes))]
 
     def _prefill(self, rows: Rows, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Beginnings, read by the model as it does alone; keys and values go to the workers."""
+        """Read the start of prompts with the model's own attention; send keys and values to the workers."""
         ids, lengths = padded(tokens, self.device)
         mask = None if min(rows.counts) == ids.shape[1] else Mask(lengths=lengths)
         result = self.model.features(ids, context=Context(mask=mask, want=frozenset({"state"})))
@@ -250,7 +252,7 @@ class OffloadedReader:
         return self._logits(result.output, lengths)
 
     def _pass(self, rows: Rows, tokens: Sequence[Sequence[int]]) -> Pass:
-        """More tokens of rows that were begun."""
+        """Read more tokens of rows that were begun, with attention on the workers."""
         model = self.model
         ids, lengths = padded(tokens, self.device)
         mask = None if min(rows.counts) == ids.shape[1] else Mask(lengths=lengths)
@@ -276,7 +278,7 @@ class OffloadedReader:
         return self._logits(model.norm(x), lengths)
 
     def _attended(self, block: Block, x: Tensor, given: Inputs, context: Context, exchange: Exchange) -> Pass:
-        """A block whose attention is elsewhere."""
+        """Compute a block whose attention is offloaded."""
         layer = cast(AttentionLayer, block.mixer)
         q = queries(layer, given)
         early = self.overlap and x.shape[1] == 1

@@ -1,4 +1,4 @@
-"""A virtual clock: micro-batches that go through stages in turn, each stage one at a time."""
+"""Discrete-event simulation of micro-batches that go through stages; a stage serves one micro-batch at a time."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from regard.serving.offload.costs import Stages
 
 
 class Stage(NamedTuple):
-    """Some work.
+    """A stage of work.
 
     Attributes:
-        place: where it is done, by one micro-batch at a time in the order in which they come; None where it is only waited.
-        seconds: how long it takes.
+        place: resource that does the work, for one micro-batch at a time in order of arrival; None for mere waiting.
+        seconds: duration.
     """
 
     place: str | None
@@ -26,10 +26,10 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class Simulated:
-    """What came of it.
+    """The result of a simulation.
 
     Attributes:
-        steps: when each step had been done by all.
+        steps: time at which all micro-batches had finished each step.
         busy: seconds that each place worked.
     """
 
@@ -38,16 +38,18 @@ class Simulated:
 
     @property
     def seconds(self) -> float:
-        """Seconds until all have done the last step."""
+        """Seconds until all micro-batches have finished the last step."""
         return self.steps[-1]
 
 
 def simulate(work: Sequence[Sequence[Stage]], steps: int = 1, *, together: bool = False) -> Simulated:
-    """Let micro-batches do so many steps.
+    """Simulate `steps` steps of micro-batches.
 
     Args:
-        work: the stages of a step of each micro-batch.
-        together: none begins a step before all have done the one before, as where a scheduler chooses the next batch.
+        work: the stages of a step, for each micro-batch.
+        steps: number of steps.
+        together: whether a step only starts when all micro-batches have finished the one before, as with a scheduler
+            that chooses each batch.
     """
     at_least("steps", steps, 1)
     if not work or not all(work):
@@ -56,7 +58,7 @@ def simulate(work: Sequence[Sequence[Stage]], steps: int = 1, *, together: bool 
     busy: dict[str, float] = defaultdict(float)
     done = [0] * len(work)
     ends = [0.0] * steps
-    events = [(0.0, turn, turn, 0) for turn in range(len(work))]  # when, order of arrival, micro-batch, stage
+    events = [(0.0, turn, turn, 0) for turn in range(len(work))]  # time, order of arrival, micro-batch, stage
     arrivals = len(work)
     while events:
         now, _, i, at = heapq.heappop(events)
@@ -81,10 +83,12 @@ def simulate(work: Sequence[Sequence[Stage]], steps: int = 1, *, together: bool 
 
 
 def step_stages(stages: Stages, layers: int, *, last: bool = False) -> list[Stage]:
-    """A step of one micro-batch through all layers.
+    """Return the stages of one micro-batch in a step through all layers.
 
     Args:
-        last: the model works once more after the attention of the last layer.
+        stages: times of one layer.
+        layers: number of layers.
+        last: whether the model computes once more after the attention of the last layer.
     """
     layer = [
         Stage("model", stages.model),

@@ -1,7 +1,7 @@
-"""Which worker has which keys and values: some heads of all sequences, whole sequences, or some tokens of each.
+"""Splits of keys and values over workers: by heads, by whole sequences, or by the tokens of a sequence.
 
-All are exact. Parts of the heads and whole sequences are put together as they are; parts of a sequence are merged by their
-log-sum-exps (:func:`regard.engines.merging.merge`).
+All splits are exact. Outputs of different heads or sequences are concatenated; those of parts of a sequence are merged
+by their log-sum-exps (:func:`regard.engines.merging.merge`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 BLOCK = 32
-"""Neighbouring tokens of a sequence on the same worker, where sequences are split: they stay even while they grow."""
+"""Consecutive tokens on one worker when a sequence is split: the workers' parts stay balanced while it grows."""
 LONG = 4096
-"""Tokens from which on ``auto`` splits a sequence."""
+"""Length from which on ``auto`` splits a sequence."""
 
 ALL = slice(None)
 
@@ -33,9 +33,9 @@ class Rows:
     """Rows of a model that are read together.
 
     Attributes:
-        keys: names of the rows.
-        starts: tokens that were read of each.
-        counts: how many more are read now.
+        keys: keys that identify the rows.
+        starts: number of tokens of each row that were read before.
+        counts: number of new tokens of each row.
     """
 
     keys: Sequence[int]
@@ -45,16 +45,17 @@ class Rows:
 
 @dataclass(frozen=True)
 class Share:
-    """What a worker has to do with some rows.
+    """A worker's share of the attention of some rows.
 
     Attributes:
-        rows: places of its rows among all.
-        ranks: (len(rows), n) of each query, among the keys that this worker has of the row; -1 sees none of them.
-        counts: new keys of each of its rows.
-        new: row and token of each of these keys among all, packed.
-        parts: places of those among its rows of which other workers have parts.
-        heads: of keys and values that it has.
-        every: whether it has the one new token of every row.
+        rows: indices of the worker's rows in the batch.
+        ranks: (len(rows), n), for each query, the index of the last key it sees among the worker's keys of the row; -1
+            if it sees none.
+        counts: number of new keys of each of its rows.
+        new: row and token indices in the batch of these keys, packed.
+        parts: indices, among its rows, of the rows that are split over several workers.
+        heads: key/value heads that the worker has.
+        every: whether each row of the batch has exactly one new token and the worker gets all of them.
     """
 
     rows: list[int]
@@ -66,49 +67,49 @@ class Share:
     every: bool
 
     def queries(self, q: Float[Tensor, "b h n d"], kv_heads: int) -> Float[Tensor, "rows heads n d"]:
-        """Queries of the worker's rows, for its key/value heads."""
+        """Select the queries of the worker's rows, for its key/value heads."""
         if len(self.rows) < q.shape[0]:
             q = q[self.rows]
         return q if self.heads == ALL else q.unflatten(1, (kv_heads, -1))[:, self.heads].flatten(1, 2)
 
     def fresh(self, x: Float[Tensor, "b g n d"]) -> Float[Tensor, "new heads d"]:
-        """New keys or values for this worker."""
+        """Select the new keys or values for this worker."""
         x = x[:, self.heads]
         return x[:, :, 0] if self.every else x.transpose(1, 2)[self.new]
 
 
 class Split(Protocol):
-    """A rule for who has what.
+    """A rule that assigns keys and values to workers.
 
     Attributes:
-        workers: how many there are.
+        workers: number of workers.
     """
 
     workers: int
 
     def heads(self, worker: int) -> slice:
-        """Heads of keys and values that a worker has."""
+        """Return the key/value heads that a worker has."""
         ...
 
     def place(self, key: int, tokens: int) -> None:
-        """A new row, of so many tokens in the end."""
+        """Assign a new row that will have up to `tokens` tokens."""
         ...
 
     def remove(self, key: int) -> None:
-        """Forget a row; unknown keys are ignored."""
+        """Remove a row; unknown keys are ignored."""
         ...
 
     def owners(self, key: int) -> Sequence[int]:
-        """Workers that may have something of a row."""
+        """Return the workers that may have keys and values of a row."""
         ...
 
     def shares(self, rows: Rows) -> dict[int, Share]:
-        """What each worker has to do; workers without any of the rows are left out."""
+        """Return each worker's share of the rows; workers without any of them are left out."""
         ...
 
 
 class HeadSplit:
-    """Worker a has heads a, a + workers, ... of keys and values, of all sequences, with the queries that read them."""
+    """Split by heads: worker a has the key/value heads a, a + workers, ... of all sequences, and gets their queries."""
 
     def __init__(self, workers: int, kv_heads: int) -> None:
         if workers > kv_heads:
@@ -140,10 +141,12 @@ class HeadSplit:
 
 
 class TokenSplit:
-    """Whole sequences, each on the worker with the least to do; those from `long` tokens on in blocks over all workers.
+    """Puts each sequence on the least loaded worker, but splits those of at least `long` tokens in blocks over all
+    workers.
 
     Args:
-        long: 0 splits every sequence, None none.
+        workers: number of workers.
+        long: 0 splits every sequence, None splits none.
     """
 
     def __init__(self, workers: int, long: int | None) -> None:
@@ -201,7 +204,7 @@ class TokenSplit:
 
 
 def visible(tokens: int, place: int, owners: int) -> int:
-    """How many of the first tokens of a sequence are with one of its owners."""
+    """Return how many of the first `tokens` tokens of a sequence are on the owner number `place`."""
     if owners == 1:
         return tokens
     rounds, rest = divmod(tokens, BLOCK * owners)
@@ -209,7 +212,7 @@ def visible(tokens: int, place: int, owners: int) -> int:
 
 
 def _whole(rows: Rows) -> tuple[bool, list[list[int]], tuple[Tensor, Tensor]]:
-    """For a worker that has all tokens of all rows: whether that is one new token each, ranks of queries, new tokens."""
+    """Return `every`, `ranks` and `new` of the :class:`Share` of a worker that has all tokens of all rows."""
     n = max(rows.counts)
     every = all(count == 1 for count in rows.counts)
     ranks = [
@@ -231,15 +234,18 @@ SPLITS = ("auto", "head", "request", "sequence")
 
 
 def create_split(name: str, workers: int, kv_heads: Sequence[int], long: int = LONG) -> Split:
-    """A split by name.
+    """Create a split by name.
 
     Args:
-        name: ``head``; ``request`` for whole sequences; ``sequence`` for all in parts; ``auto`` for heads where they go
-            into the workers evenly, else whole sequences, and parts of those that have `long` tokens.
-        kv_heads: of each layer.
+        name: ``head`` to split by heads; ``request`` for whole sequences; ``sequence`` to split every sequence;
+            ``auto`` for heads if the workers divide them evenly, else whole sequences, of which those of `long` tokens
+            are split.
+        workers: number of workers.
+        kv_heads: number of key/value heads in each layer.
+        long: length from which on ``auto`` splits a sequence.
 
     Raises:
-        Unsupported: for another name, and more workers than heads in ``head``.
+        Unsupported: for another name, and for ``head`` with more workers than heads.
     """
     one_of("split", name, SPLITS)
     at_least("workers", workers, 1)
@@ -251,7 +257,7 @@ def create_split(name: str, workers: int, kv_heads: Sequence[int], long: int = L
 def put_together(
     shares: dict[int, Share], answers: dict[int, tuple[Tensor, ...]], batch: int, kv_heads: int
 ) -> Float[Tensor, "b h n v"]:
-    """The output of all rows from the answers of the workers."""
+    """Combine the answers of the workers into the output of all rows."""
     (first_share, *_), (first, *_) = shares.values(), answers.values()
     if len(shares) == 1 and len(first_share.rows) == batch and first_share.heads == ALL:
         return first[0]
@@ -269,7 +275,7 @@ def put_together(
         if whole:
             output[[share.rows[place] for place in whole]] = answers[a][0][whole]
         if share.parts:
-            split = [share.rows[place] for place in share.parts]  # the same of every worker
+            split = [share.rows[place] for place in share.parts]  # the same for every worker
             outputs.append(wide(answers[a][0][share.parts]))
             lses.append(answers[a][1])
     if split:

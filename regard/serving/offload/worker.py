@@ -1,17 +1,18 @@
-"""An attention worker: keys and values of sequences in pages, and softmax attention to them. It has no weights.
+"""An attention worker: it stores keys and values of sequences in pages and computes softmax attention. It has no
+weights.
 
-It answers messages, whoever brings them:
+It answers messages over any transport:
 
-- ``begin``: sizes of the layers and of the cache; forgets all;
+- ``begin``: sizes of the layers and of the cache; clears all rows;
 - ``append``: new keys and values of rows, packed (T, G, D);
-- ``attend``: queries (B, H, n, D), with new keys and values where some are for this worker; answered with outputs
-  (B, H, n, V), and log-sum-exps (P, H, n) of the rows that other workers have parts of;
-- ``early``: queries of one token each whose keys and values are still being computed. Attention to the tokens before starts
-  at once; the ``attend`` that follows brings keys and values alone, and they are merged with it;
-- ``free``: rows that are gone;
-- ``stats``: bytes and seconds.
+- ``attend``: queries (B, H, n, D), with new keys and values if this worker stores any; answered with outputs (B, H, n,
+  V), and log-sum-exps (P, H, n) of the rows that are split over several workers;
+- ``early``: queries of one token per row whose keys and values are still being computed. Attention to the earlier
+  tokens starts at once; the ``attend`` that follows brings only keys and values, whose contribution is merged in;
+- ``free``: drops rows;
+- ``stats``: bytes of the cache and of parameters, and the number of rows.
 
-As the function of a process, :func:`main` starts workers for :mod:`regard.serving.offload.backends`.
+:func:`main` is the entry point of the process that starts workers for :mod:`regard.serving.offload.backends`.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ FAILED = "failed"
 LOOPBACK = "127.0.0.1"
 LONGEST_ORDER = 1 << 12
 PROCESS = struct.Struct("<q")
-"""A process's number, as the answer to an order."""
+"""Format of a process ID, the answer to an order."""
 CAUSAL = Visibility(causal=True)
 
 
 class AttentionWorker:
-    """Caches of all layers, and attention to them. One message at a time."""
+    """The caches of all layers and attention to them. It handles one message at a time."""
 
     def __init__(self) -> None:
         self._ops: dict[str, Callable[[Message], Message | None]] = {
@@ -63,14 +64,14 @@ class AttentionWorker:
         self._layers: list[dict[str, Any]] = []
         self._pools: list[tuple[Tensor, Tensor]] = []
         self._owned: dict[int, list[int]] = {}
-        self._lengths: dict[int, list[int]] = {}  # of each row in each layer
+        self._lengths: dict[int, list[int]] = {}  # of each row, in each layer
         self._tables: dict[tuple[int, ...], Tensor] = {}
         self._early: tuple[Message, Message] | None = None
         self._busy = 0.0
 
     @torch.no_grad()
     def answer(self, message: Message) -> Message | None:
-        """What comes back, with the seconds of all work so far as ``busy``; errors in words; None for ``early``."""
+        """Answer a message, with total seconds of work as ``busy``; errors become ``failed``. None for ``early``."""
         started = time.perf_counter()
         try:
             answer = self._ops[message.op](message)
@@ -83,7 +84,7 @@ class AttentionWorker:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the pages that rows have."""
+        """Bytes of the pages in use."""
         used = self._pages.count - self._pages.free
         return used * sum(x[0].numel() * x.element_size() for pools in self._pools for x in pools)
 
@@ -120,8 +121,8 @@ class AttentionWorker:
         self._early = message, Message("state", {}, self._read(message, message.tensors[0]))
 
     def _merged(self, asked: Message, state: Message, new: Message) -> tuple[Tensor, Tensor]:
-        """Attention to the tokens before, and to each row's own new token, of which softmax alone is 1 and the log-sum-exp its
-        score: the outputs weigh as their exponentials do."""
+        """Merge attention to the earlier tokens with each row's new token. Alone, the new token has weight 1 and its
+        score as log-sum-exp, so the two outputs are weighted by the exponentials of their log-sum-exps."""
         output, lse = state.tensors
         (q,), (k, v) = asked.tensors, new.tensors
         layer = self._layers[asked.fields["layer"]]
@@ -149,7 +150,7 @@ class AttentionWorker:
             self._pages.give_back(self._owned.pop(row, ()))
             self._lengths.pop(row, None)
         self._tables.clear()
-        self._early = None  # of a step that was given up
+        self._early = None  # left over from a step that was given up
         return Message("freed")
 
     def _stats(self, message: Message) -> Message:
@@ -164,7 +165,7 @@ class AttentionWorker:
         )
 
     def _write(self, message: Message, k: Tensor, v: Tensor) -> None:
-        """Put tokens, packed (T, G, D), behind those that their rows have in a layer."""
+        """Append packed tokens (T, G, D) to their rows in a layer."""
         layer, size = message.fields["layer"], self._pages.size
         pages: list[int] = []
         slots: list[int] = []
@@ -189,7 +190,7 @@ class AttentionWorker:
             pool[where[0], :, where[1]] = x.to(pool.dtype)
 
     def _read(self, message: Message, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp of queries on what is there; `ranks` are those among the keys of this worker."""
+        """Return output and log-sum-exp of queries over the stored keys; `ranks` count this worker's keys alone."""
         rows, at = message.fields["rows"], message.fields["layer"]
         layer, pools = self._layers[at], self._pools[at]
         none = [0] * len(self._layers)
@@ -217,9 +218,9 @@ class AttentionWorker:
 
 
 def work(channel: Channel) -> None:
-    """Answer messages until the other end is gone.
+    """Answer messages until the other end closes.
 
-    They are read by a thread of their own, so that who sends one never waits for an answer that it does not read yet.
+    A separate thread reads them, so that the sender of a message never blocks because its last answer is still unread.
     """
     coming: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
 
@@ -242,11 +243,12 @@ def work(channel: Channel) -> None:
 
 
 def start(order: Mapping[str, Any], inherited: Sequence[int]) -> None:
-    """Be a worker as it was ordered: on a socket and memory that are inherited, or connected to a port of this machine.
+    """Run a worker, on an inherited socket and shared memory, or on a connection to a port of this machine.
 
     Args:
-        order: ``threads``; ``core`` to run on, or None; ``bytes`` of the memory, or ``port`` and the ``secret`` to show there.
-        inherited: descriptors of the socket and of the memory, of which each direction has half.
+        order: ``threads``; ``core`` to run on, or None; ``bytes`` of the memory, or ``port`` and the ``secret`` to send
+            there.
+        inherited: file descriptors of the socket and of the memory, of which each direction has half.
     """
     torch.set_num_threads(order["threads"])
     if order["core"] is not None:
@@ -264,11 +266,11 @@ def start(order: Mapping[str, Any], inherited: Sequence[int]) -> None:
 
 
 def main() -> None:
-    """Wait for orders on a socket, whose descriptor is the argument, and start a worker for each by a fork: torch is
-    loaded once, and a worker is there at once."""
+    """Wait for orders on the socket whose descriptor is the argument, and fork a worker for each: torch is imported
+    only once, and workers start at once."""
     orders = socket.socket(fileno=int(sys.argv[1]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who gives the orders decides when to end
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for workers that have ended
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to end
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # reap ended workers automatically
     while True:
         text, inherited, _, _ = socket.recv_fds(orders, LONGEST_ORDER, 2)
         if not text:
@@ -280,7 +282,7 @@ def main() -> None:
                 start(json.loads(text), inherited)
             except BaseException:
                 traceback.print_exc()
-            os._exit(0)  # there is nothing to tidy up, and torch takes long to
+            os._exit(0)  # nothing needs cleaning up, and torch's own cleanup is slow
         for descriptor in inherited:
             os.close(descriptor)
         orders.sendall(PROCESS.pack(process))
