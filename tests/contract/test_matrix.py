@@ -131,6 +131,13 @@ def test_card_is_complete(name):
     assert set(card.tolerances) >= {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
+def test_programs_of_a_variant_that_only_layers_have_need_no_function():
+    card, program = get_mechanism("bidirectional_mamba"), next(p for p in OF_PROGRAMS if p.name == "layer_recompile")
+    assert card.layer_variants
+    for variant in card.layer_variants:  # whose tokens lie on a grid, for which there is no such program
+        assert check(Place(card, Pattern.NONCAUSAL_SELF, program, torch.float64, "torch", variant)) is None
+
+
 def test_one_word_is_one_name_and_nothing_to_verify_is_refused():
     places = list(plan("linear", patterns="causal-self", properties="step", variants="relu"))
     assert places and {(p.card.name, p.pattern, p.prop.name, p.variant) for p in places} == {
