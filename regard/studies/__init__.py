@@ -1,5 +1,4 @@
-"""Studies: a question put to many mechanisms at once. Each question is one module or folder, found by scanning this
-folder."""
+"""Studies: a question put to many mechanisms at once. Each is one module or folder, found by scanning this folder."""
 
 from __future__ import annotations
 
