@@ -39,8 +39,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Index:
-    """An index into a tensor: the coordinate of a rank (``m``), the next one (``m+1``), the ``first`` (0) or the
-    ``last`` (M)."""
+    """An index into a tensor: a rank's coordinate (``m``), the next (``m+1``), ``first`` (0) or ``last`` (M)."""
 
     rank: str
     at: str = "here"

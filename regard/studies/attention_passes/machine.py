@@ -281,8 +281,7 @@ def _reads(walk: Walk, name: str) -> int:
 
 
 def _carried(cascade: Cascade) -> list[str]:
-    """The tensors held for a block of queries during a walk: inputs without keys, running values and unfinished
-    reductions."""
+    """Tensors held for a block of queries during a walk: inputs without keys, running values, unfinished reductions."""
     fiber, ranks, iterates = cascade.fiber, cascade.tensors(), cascade.iterates()
     reduced = {
         one.target

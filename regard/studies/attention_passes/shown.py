@@ -22,7 +22,7 @@ def sections(chosen: Chosen, cells: Cells) -> Sequence[Section]:
     """The report's sections."""
     known: dict[str, Measurements] = {}
     for (setting, _), measured in sorted(cells.items(), key=lambda cell: -cell[0][1]):
-        known[setting] = measured  # the last write is the first seed
+        known[setting] = measured  # seeds descend, so the first one stays
     parts = [
         _of_files(known), *_of_classes(chosen, known), _of_designs(known), _of_buffers(known), _of_tiles(known),
         _of_processor(known),

@@ -1,5 +1,4 @@
-"""The mechanisms of the catalogue as cascades, each compared with the mechanism's definition, or the reason why one has
-none.
+"""The mechanisms of the catalogue as cascades, each compared with its definition, or the reason why there is none.
 
 Inputs are named as in the mechanism; batch and head axes are not written. Queries have the rank p, keys m, and
 `scale[]` is the factor of the scores. If a mechanism ends in a softmax, its cascade is the one-pass form, the best
@@ -90,8 +89,7 @@ ELU_SUMS = (
 
 
 def over_slots(slot: str, *, keys: str = "keys", values: str = "values") -> str:
-    """Softmax over a few slots, without tiles: statements from queries, keys [slot, e] and values [slot, f] to an
-    output."""
+    """Softmax over a few slots, without tiles: statements from queries, keys [slot, e], values [slot, f] to out."""
     s = slot
     return f"""{SCALED}T[p, {s}] = qs[p, e] * {keys}[{s}, e]
 high[p] = T[p, {s}] :: reduce({s}: max)

@@ -321,8 +321,7 @@ def missing(name: str) -> str:
 
 
 def run_bench(setting: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Train a setting's backbone, with the mechanism in the setting's pattern, and measure it; nan if the run
-    diverged."""
+    """Train a setting's backbone, with the mechanism in the setting's pattern, and measure it; nan if it diverged."""
     bench, sizes = NAMED[setting["bench"]], setting
     task = bench.data(sizes)
     longest = max(2 * task.length, task.memory_length or 0)

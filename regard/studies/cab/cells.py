@@ -233,8 +233,7 @@ IN_LANGUAGE = (("long_short", "local"), ("s4d", "local"), ("local", "abc"))
 
 
 def unasked(chosen: Chosen) -> Iterator[str]:
-    """The parts of the claim that are not judged, because their mechanism did not enter or another preset has their
-    task."""
+    """The parts of the claim that are not judged: the mechanism did not enter, or the task is in another preset."""
     names = entered(chosen)
     absent = dict.fromkeys(name for pair in IN_LANGUAGE for name in pair if name not in names)
     if absent:

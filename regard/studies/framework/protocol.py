@@ -1,5 +1,4 @@
-"""How a study is written: a reproduction for the requested mechanisms and size, and the sections that show its
-results."""
+"""How a study is written: a reproduction for the requested mechanisms and size, and the report's sections."""
 
 from __future__ import annotations
 

@@ -94,8 +94,7 @@ def functions_of(preset: str) -> dict[str, dict[str, Any]]:
 
 
 def settings(chosen: Chosen) -> dict[str, dict[str, Any]]:
-    """All settings: each function's references and models, the control's variants, and the pretrained model if
-    installed."""
+    """All settings: references and models of each function, variants of the control, the pretrained model if any."""
     size, found = SIZES[chosen.preset], dict[str, dict[str, Any]]()
     sizes = {name: value for name, value in size.items() if name not in OF_MODELS}
     for name, function in functions_of(chosen.preset).items():
@@ -142,16 +141,14 @@ def _less(first: str, second: str, name: str = "end") -> Callable[[Seed], float]
 
 
 def _short_of_best(seed: Seed) -> float:
-    """How far the control ends below the best guess on conjunctions, or below elimination where there are too many
-    functions to weigh (28 bits)."""
+    """The control's final gap to the best guess on conjunctions, or to elimination if the best guess is too costly."""
     known = seed[references("conjunction")]
     best = f"{BEST} end" if f"{BEST} end" in known else "elimination end"
     return number(seed, references("conjunction"), best) - number(seed, trained("conjunction", CONTROL), "end")
 
 
 def of_fixed_state(chosen: Chosen) -> tuple[str, ...]:
-    """Entered mechanisms with a state of fixed size, which are tested against the paper's claims about attention-free
-    models."""
+    """Entered mechanisms with a state of fixed size, on which claims about attention-free models are tested."""
     return tuple(name for name in entered(chosen) if all(card.recurrent for card in read_variant(name).cards))
 
 

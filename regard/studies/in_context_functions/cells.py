@@ -34,8 +34,7 @@ BEST = "best guess"
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Measurements of a setting. Accuracies are over all held-out contexts; lists have one for each example of a
-    context."""
+    """Measurements of a setting. Accuracies are over all held-out contexts; lists have one for each example."""
     if setting["kind"] == "trained":
         return trained(setting, seed)
     if setting["kind"] == "references":

@@ -82,8 +82,7 @@ class Prompt:
 def ask(
     model: Any, tokenizer: Any, x: Int[np.ndarray, "b m n"], y: Int[np.ndarray, "b m"]
 ) -> Float[torch.Tensor, "b m"]:
-    """Log odds of label 1 against 0 for each example, given the examples before, by a language model of
-    transformers."""
+    """Log odds of label 1 against 0 by a model of transformers, for each example given the examples before it."""
     words, found = Prompt(tokenizer), []
     for each in zip(x, y, strict=True):
         ids, asked = words.read(*each)

@@ -156,8 +156,7 @@ def _heads(cells: Cells) -> Section:
 
 
 def _pretrained(cells: Cells) -> list[Section]:
-    """A section for each function on which the pretrained model was measured, with the references on the same
-    contexts."""
+    """A section for each function on which the pretrained model was measured, with the references."""
     found = []
     for setting in dict.fromkeys(own for (own, _), measured in cells.items() if f"reference {NOTHING} end" in measured):
         names = [name.removeprefix("reference ") for name in learners_of(cells, setting) if name]

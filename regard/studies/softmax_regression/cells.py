@@ -93,8 +93,7 @@ def derivatives(setting: Setting, generator: torch.Generator) -> dict[str, Any]:
 def problem_of(
     draws: int, n: int, d: int, generator: torch.Generator, *, queries: bool = False, **options: Any
 ) -> tuple[Regression, Tensor]:
-    """Random regressions (draws, n, d) whose targets are probabilities, and weights; with `queries`, three queries at
-    once."""
+    """Random regressions (draws, n, d) on probabilities, and weights; with `queries`, three queries at once."""
     shape = (draws, 3) if queries else (draws,)
     a, b = (torch.randn(*shape, *more, generator=generator, dtype=torch.float64) for more in ((n, d), (n,)))
     x = torch.randn(draws, d, generator=generator, dtype=torch.float64)
@@ -253,8 +252,7 @@ def beside(seed: int, items: int, n: int, d: int, own_queries: bool, descents: t
 
 
 def learner(setting: Setting, generator: torch.Generator) -> dict[str, Any]:
-    """Train a layer to learn in context, and compare it with one step of gradient descent at moments of its
-    training."""
+    """Train a layer to learn in context, and compare it with one step of gradient descent during its training."""
     n, d, options = setting["n"], setting["d"], {"own_queries": setting["own_queries"]}
     others = beside(generator.initial_seed(), setting["items"], n, d, descents=tuple(setting["descents"]), **options)
     generator.set_state(others.state)

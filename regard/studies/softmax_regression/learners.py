@@ -62,8 +62,7 @@ class Tasks:
         own_queries: bool = True,
         dtype: torch.dtype = torch.float32,
     ) -> Tasks:
-        """Draw new tasks; without `own_queries` the queries are the context's keys, whose targets are in the
-        context."""
+        """Draw new tasks; without `own_queries` the queries are the keys, whose targets are in the context."""
         a, queries = (torch.randn(count, n, d, generator=generator, dtype=dtype) / d**0.5 for _ in range(2))
         queries = queries if own_queries else a
         x = torch.randn(count, d, 1, generator=generator, dtype=dtype)

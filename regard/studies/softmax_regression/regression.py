@@ -144,8 +144,7 @@ class Regression:
         return found.sum(-2) if self.queries else found
 
     def _links(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """f, h and r = u' / u. Normalised links are first scaled by the largest score, so that no exponential
-        overflows."""
+        """f, h and r = u' / u. Normalised links are scaled by the largest score, so that no exponential overflows."""
         s = self.scores(x)
         one = torch.ones_like(s)
         if self.link == "exp":

@@ -35,8 +35,7 @@ def shift_of_weight(problem: Regression, x0: Float[Tensor, "*b d"], x1: Float[Te
 
 
 def shift_of_data(before: Regression, after: Regression, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b n"]:
-    """The shifted target b' for keys that move from one problem's to another's, as an attention layer moves its
-    tokens."""
+    """The shifted target b' for keys that move from one problem's to another's, as attention moves its tokens."""
     return before.b - (after.predict(x) - before.predict(x))
 
 

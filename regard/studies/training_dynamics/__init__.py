@@ -1,5 +1,4 @@
-"""Scan and snap (Tian et al., arXiv 2305.16380): what one layer of attention looks at while it learns, and when it
-freezes.
+"""Scan and snap (Tian et al., arXiv 2305.16380): what a layer of attention looks at as it learns, and when it freezes.
 
 The paper (abstract): one softmax layer and a linear decoder, trained on next tokens without positions, begin with uniform attention
 and scan: attention leaves tokens that occur with many next tokens for those that occur with one, among which the more
@@ -174,8 +173,7 @@ def _sweep(last: int, rate: float) -> str:
 
 
 def _digest(files: tuple[str, ...]) -> str:
-    """A digest of the user's documents. Creates the text task once, so that documents it refuses raise Unsupported
-    early."""
+    """A digest of the user's documents. Creates the text task once, so that it refuses bad documents early."""
     if not files:
         return ""
     create_task("text", data=list(files), length=LENGTH)

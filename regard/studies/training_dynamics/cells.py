@@ -159,8 +159,7 @@ def following(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def sweep(setting: Setting, seed: int) -> dict[str, Any]:
-    """The final attention entropy and the step at which attention freezes, by the ratio of learning rates, from uniform
-    weights."""
+    """Final attention entropy and the step of freezing, by the ratio of learning rates, from uniform weights."""
     facts, model = Facts.make(setting["num_last"], setting["num_next"]), Model()
     start = model.start(facts.size, "uniform", torch.Generator().manual_seed(seed))
     how = Descent(steps=setting["steps"], rate=setting["rate"], ratio=setting["ratios"])

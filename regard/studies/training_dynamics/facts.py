@@ -1,5 +1,4 @@
-"""Sequences whose next token depends on the last one and on the context before it, after the generator of arXiv
-2305.16380.
+"""Sequences whose next token depends on the last one and the context before it, as generated in arXiv 2305.16380.
 
 A fact is a last token m, a next token n, and the probability P(l | m, n) of each token of the context, whose tokens are
 drawn independently. Without positions only the count of each token in a context matters, so contexts are drawn as
@@ -60,8 +59,7 @@ class Facts:
         least: float = 0.1,
         most: float = 1.0,
     ) -> Facts:
-        """Facts as in the paper's code. Tokens are numbered in this order: common, common of a last token, distinct,
-        last, next.
+        """Facts as in the paper's code. Order of tokens: common, common of a last token, distinct, last, next.
 
         Args:
             num_last: number of last tokens.

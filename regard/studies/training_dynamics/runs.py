@@ -1,5 +1,4 @@
-"""Monitored runs: stochastic gradient descent on finite contexts, and the differential equation of infinitely long
-ones."""
+"""Monitored runs: SGD on finite contexts, and the differential equation of infinitely long ones."""
 
 from __future__ import annotations
 

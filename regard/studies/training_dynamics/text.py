@@ -1,5 +1,4 @@
-"""One layer with one head on real text, trained as the paper does on WikiText: SGD with a higher rate for the
-feed-forward network.
+"""One layer with one head on real text, trained like the paper's on WikiText: SGD, feed-forward at a higher rate.
 
 The model has no positions; :class:`AttentionMonitor` records its attention during training.
 """
@@ -22,8 +21,7 @@ FREQUENT = 10
 
 
 def on_text(setting: Setting, seed: int) -> dict[str, Any]:
-    """Attention entropy, lift of the most frequent and of the other recorded tokens, and change per step, over a
-    run."""
+    """Attention entropy, lift of the most frequent and of the other recorded tokens, and change per step."""
     task = cached_task(
         "text",
         data=tuple(setting["data"]) or None,
