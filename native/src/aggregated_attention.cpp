@@ -157,7 +157,7 @@ struct Worker {
   float *grad_far_keys, *grad_far_values;
   float *grad, *grad_lines, *query_lines, *moved_lines;  // grad: of the output; lines are (BLOCK, line)
   float *slopes, *grad_moved;
-  float* sums;                         // (line + 1 + 2 places, LANES): gradients of moved, slope, near biases and weights
+  float* sums;                         // (line + 1 + 2 places, LANES): gradients of moved, slope, biases, weights
 
   template <class Take>
   void lay_out(const Problem& p, bool backward, Take&& take) {

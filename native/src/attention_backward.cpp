@@ -159,7 +159,7 @@ REGARD_INLINE Vec square_root(Vec x) {
 }
 
 struct Scratch {
-  float* weights;  // (QUERIES, KEYS); softmax weights are exp(s - lse), not clipped yet, and negative if clipping changes them
+  float* weights;  // (QUERIES, KEYS); of softmax exp(s - lse), before clipping, and negative if that changes them
   float* scores;   // (QUERIES, KEYS): gradient of the scores
   float* slopes;   // (QUERIES, KEYS): derivative of the softcap; nullptr without one
 };
