@@ -251,7 +251,7 @@ REGARD_INLINE Vec log(Vec x) {
   return fma(__builtin_convertvector(e, Vec), broadcast(LN_2), fma(series * z, s, s + s));
 }
 
-// Accumulates the tile's scores for a vector of queries, and replaces them by weights that are not normalised.
+// Accumulates the tile's scores for a vector of queries; without a target, replaces them by unnormalised weights.
 template <bool TARGET>
 void fold(const Worker& worker, int g, int64_t j0, int count) {
   const IntVec left = load_seen(worker, g) - static_cast<int32_t>(j0);
@@ -345,8 +345,7 @@ void shrink(const Problem& p, const Worker& worker, int g, const float* tops) {
 
 // --- forward
 
-// r of the keys of each pixel, from worker.lengths visible keys each; returns the log-sum-exp: log r is the score minus
-// it.
+// r of the keys of each pixel, which has worker.lengths visible keys; returns lse with log r = score - lse.
 float find_shares(const Problem& p, const Worker& worker, const float* estimate) {
   const int64_t pixels = p.args->pixels;
   const auto score = [&](int64_t c) {
