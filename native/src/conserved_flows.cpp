@@ -53,7 +53,7 @@ struct Columns {
   }
 };
 
-// f(tile, first column) for tiles of several whole vectors and then of one vector or a part of it.
+// Calls f(tile, first column) for tiles of several full vectors, then for tiles of one vector or part of it.
 template <class F>
 REGARD_INLINE void for_columns(int width, float eps, F&& f) {
   int column = 0;

@@ -44,7 +44,7 @@ REGARD_INLINE Double select(Long mask, Double yes, Double no) {
 // e^x for x <= 0 to nearly full precision; almost 0 below -700 and for NaN.
 REGARD_INLINE Double exp_down(Double x) {
   x = select(reinterpret_cast<Long>(x >= -700.0), x, Double{} - 700.0);
-  const Half n = __builtin_convertvector(x * 1.4426950408889634 - 0.5, Half);  // truncation, which rounds to the nearest here
+  const Half n = __builtin_convertvector(x * 1.4426950408889634 - 0.5, Half);  // truncates to the nearest
   const Double whole = __builtin_convertvector(n, Double);
   const Double r = (x - whole * 0.693147180369123816490) - whole * 1.90821492927058770002e-10;
   // 1 / k!, to an error of 4e-18
@@ -508,8 +508,8 @@ float dot(const float* x, const float* y, int64_t width) {
 struct Sums {
   float* keys;    // (m, line)
   float* values;  // (m, value_line)
-  float* means;   // (lines, value_line): gradients of the means of its heads; or of running means, line i from queries that
-                  // see i new values, for each of these
+  float* means;   // (lines, value_line): gradients of its heads' means; or of running means, line i from queries with i
+                  // visible new values, for each of these values
 };
 
 // Gradients from block `block` of the queries of a head: those of the queries, and additions to those of keys and

@@ -18,11 +18,11 @@ using regard::Workspace;
 using Args = regard_quantized_linear_args;
 
 constexpr int64_t BLOCK = 32;           // rows of W whose codes stay in cache for all rows of x
-constexpr int64_t TASKS = 4;            // tasks per thread, each of at least a block, whose codes are one stream from memory
+constexpr int64_t TASKS = 4;            // tasks per thread, each at least a block and one stream from memory
 constexpr int64_t LEAST_WORK = 1 << 17;  // codes that are worth a thread
 constexpr int64_t AHEAD = 1024;         // distance of prefetching, in bytes
 constexpr int64_t FAR = 8192;           // the same for the second-level cache
-constexpr int64_t NEAR = 512;           // the same for reads of small parts of a cache line, where more prefetches would cost too much
+constexpr int64_t NEAR = 512;           // the same for reads of parts of a cache line, where prefetching is limited
 
 // LANES bytes as integers, with intrinsics since compilers would convert them one by one.
 REGARD_INLINE IntVec signed_bytes(const int8_t* p) {

@@ -24,7 +24,7 @@ constexpr int TILE = REGISTERS >= 32 ? 12 : 6;       // most rows whose sums for
 constexpr int64_t BLOCK = 96;                        // most rows in a block
 constexpr int64_t PIECE = 192;                       // inputs of a panel packed at once
 constexpr int64_t FEW = 2 * BLOCK;                   // rows per thread up to which they count as few
-constexpr int64_t SPACE = 16;                        // numbers between rows, so that they fall into different cache sets
+constexpr int64_t SPACE = 16;                        // numbers between rows, so that they are in different cache sets
 
 int64_t row_of(int64_t width) { return round_up(width, PANEL) + SPACE; }
 size_t numbers(int64_t rows, int64_t width) { return static_cast<size_t>(rows * width); }
@@ -261,7 +261,7 @@ int residual_feed_forward(const regard_residual_feed_forward_args* args) {
   if (gated && wrong(a.gate, hidden, width)) return REGARD_BAD_ARGUMENT;
   if (a.m == 0) return REGARD_OK;
   const bool few = are_few(a.m, a.threads);
-  const int64_t slices = ceil_div(hidden, PANEL);  // slices of the hidden numbers, divided among threads if rows are few
+  const int64_t slices = ceil_div(hidden, PANEL);  // of the hidden numbers, divided among threads if rows are few
   const int threads = static_cast<int>(least(a.threads, few ? slices : ceil_div(a.m, TILE)));
   const int64_t narrow = row_of(width), wide = row_of(hidden), outputs = round_up(width, PANEL);
   const size_t parts = static_cast<size_t>(threads), layers = gated ? 2 : 1;
