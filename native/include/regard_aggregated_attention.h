@@ -30,8 +30,8 @@ typedef struct {
   const float *near_bias;    /* (H, P) */
   const float *near_tokens;  /* (H, width, P) */
   const float *near_weights; /* (H, P) */
-  /* (H, 2 rows - factor, 2 columns - factor): of a place at y, x and a pooled one at a, b that of y - factor a + rows -
-   * factor, x - factor b + columns - factor */
+  /* (H, 2 rows - factor, 2 columns - factor): the bias of position y, x and pooled position a, b is at index
+   * y - factor a + rows - factor, x - factor b + columns - factor */
   const float *table;
 } regard_aggregated_attention_args;
 REGARD_API int regard_aggregated_attention(const regard_aggregated_attention_args *args);

@@ -41,7 +41,7 @@ typedef struct {
 } regard_score_biases;
 
 /* Softmax, clipped or not, has a log-sum-exp: of s (natural logarithm) over visible keys, without the sink; -inf where
-   nothing is seen. */
+   no key is visible. */
 typedef struct {
   int64_t size;
   int64_t threads;

@@ -63,7 +63,7 @@ REGARD_API int regard_decoder_outputs(const regard_decoder_outputs_args *args);
  * unnormalised terms of a softmax over the window with the query's own token: weights exp(w + score - the largest
  * score), with w from `log_window_weights`. */
 typedef struct {
-  regard_weight gates[2];  /* n 0: none; without both, softplus is 1. z: 1 or head_width numbers for each of the G heads */
+  regard_weight gates[2];  /* n 0: none; without both, softplus is 1. z: 1 or head_width numbers for each of G heads */
   const float *gate_bias;  /* as many numbers as z has; NULL: none */
   const float *log_rates;  /* (G,); NULL: no decay */
   float sign, least;
@@ -72,8 +72,8 @@ typedef struct {
   float most_beta;
   float eps[2];            /* queries, keys: phi becomes y / sqrt(sum(y^2) + eps) in each head; negative: unchanged */
   int64_t feature_map;     /* phi: a regard_feature_map */
-  const float *maps[2];    /* W of queries and of keys: phi(x) = [softmax(x W), softmax(-x W)] in each query head; (query heads,
-                              head_width, features) contiguous; excludes gates, rates and feature_map; NULL: none */
+  const float *maps[2];    /* W of queries, keys: phi(x) = [softmax(x W), softmax(-x W)]; (query heads, head_width,
+                              features) contiguous; excludes gates, rates and feature_map; NULL: none */
   int64_t features;
   float scale;
   int64_t normalized;

@@ -32,8 +32,8 @@ typedef struct {
   float scale;
   float *kl, *squares; /* (B, H, n) contiguous */
   float *mass;         /* (B, H, n, pixels) contiguous, or NULL: sum of p over the keys of each pixel */
-  float *rows;         /* (B, H, n, 3) contiguous, or NULL: of a query with a target the log-sum-exp of its scores, the sum of
-                        * p, and the sum of w (w - p) */
+  float *rows;         /* (B, H, n, 3) contiguous, or NULL; with a target, for each query log-sum-exp of its scores,
+                        * sum of p, sum of w (w - p) */
 } regard_map_distance_args;
 REGARD_API int regard_map_distance(const regard_map_distance_args *args);
 

@@ -29,16 +29,16 @@ typedef struct {
   const uint32_t *chosen; /* in the same layout, or NULL: pixels to keep, regardless of estimate, top_k and together */
   const int64_t *totals; /* (rows, n): number of keys that a query sees; negative means none */
   const int64_t *slots;  /* (rows, m): slot of the key of each rank; NULL: the rank itself */
-  const double *jitter;  /* (rows, m), or NULL: what is added to the rank of the key in each slot before its pixel is found,
-                          * less than 1 */
+  const double *jitter;  /* (rows, m), or NULL: by slot, less than 1, added to the rank of the key before its pixel is
+                          * found */
   int64_t totals_stride, slots_stride, jitter_stride; /* between rows; 0: rows share them */
   double top_k, oversample; /* with oversample > 1 only a regular subset of the keys of kept pixels is read */
   float scale;
   int32_t together; /* whether a query's heads share one budget of pixels; otherwise each keeps its own number */
   const float *row_logit, *mix_logit; /* (B, H, n) contiguous, or NULL */
   const float *first; /* (B, first_heads, value_width) contiguous: with `before` a sum of values, otherwise the mean */
-  const int64_t *before; /* (B,): values in that sum. The mean of n_t keys is that of `first` and the n_t - before values
-                          * that begin at slot m - count */
+  const int64_t *before; /* (B,): number of values in that sum. A query that sees n_t keys has the mean of these values
+                          * and of the n_t - before values that begin at slot m - count */
   int64_t first_heads, count; /* first_heads is heads or kv_heads, with `before` the latter */
 } regard_pixel_attention_args;
 REGARD_API int regard_pixel_attention(const regard_pixel_attention_args *args);

@@ -16,7 +16,7 @@ typedef struct {
   int64_t threads;
   int64_t bits;            /* 8 or 4; 32 for a weight in float32 */
   int64_t m, n, k;         /* rows of x, rows of W, columns of x */
-  int64_t columns;         /* columns of W, >= k, a multiple of the group; those beyond k meet zeros. 8 and 32 bits: k */
+  int64_t columns;         /* of W, >= k, a multiple of the group; those beyond k meet zeros. 8 and 32 bits: k */
   int64_t group;           /* columns that share a scale. 8 bits: all; 4 bits: a multiple of 32; 32 bits: not read */
   const float *x;          /* (M, K) */
   int64_t x_stride;

@@ -40,8 +40,8 @@ typedef struct {
   const float *state;   /* S_0 (B, H, K, V) contiguous; NULL for zero */
   regard_sequence o;    /* out; absent when q is */
   float *final_state;   /* out, (B, H, K, V) contiguous */
-  float *checkpoints;   /* out, (B, H, C, K, V) contiguous: S after every checkpoint_every tokens, C of them, not the
-                           last; NULL for none */
+  float *checkpoints;   /* out, (B, H, C, K, V) contiguous: S after every checkpoint_every tokens, without the
+                           last one; NULL for none */
 } regard_gated_recurrence_args;
 REGARD_API int regard_gated_recurrence(const regard_gated_recurrence_args *args);
 

@@ -39,8 +39,8 @@ typedef struct {
   int64_t block, top_k, blocks, picks; /* picks is at most top_k; without `chosen` it is min(top_k, blocks) */
   const float *turns; /* (positions, rotated) contiguous: cosines, then sines, of planes of features i and i + rotated / 2 */
   int64_t positions, rotated;
-  int64_t own; /* n is 1, and the last slot is the query's own token: q has not been turned yet, and the query attends to the
-                  tokens after the last landmark before it and to itself, each beside the chosen landmarks */
+  int64_t own; /* n is 1, and the last slot is the query's own token: q is not rotated yet; the query also attends to
+                  itself and the tokens after the last landmark before it, each next to the chosen landmarks */
   int64_t *found; /* (B, 2) with `own`: the tokens after the last landmark before it, and whether it is a landmark itself */
   float scale;
 } regard_retrieved_attention_args;

@@ -36,8 +36,8 @@ typedef struct {
   int64_t z_strides[2];
   const float *state;       /* (B, C, K) contiguous, to continue from; NULL for zeros */
   const int64_t *lengths;   /* (B,), in [0, N]; NULL: all N */
-  const int64_t *order;     /* (N,): the tokens in the order in which they are visited, each once, in all rows; NULL: as they
-                               lie, and with lengths */
+  const int64_t *order;     /* (N,): the tokens in visiting order, each once, for all rows; NULL: first to last. Not
+                               with lengths */
   void *y;                  /* (B, N, C) contiguous, 0 past a row's length; NULL without c */
   float *last;              /* (B, C, K): the state after the last token */
   float *kept;              /* (B, ceil(N / EVERY), C, K): the states before every EVERY tokens of a row, where it has

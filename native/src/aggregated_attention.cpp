@@ -386,7 +386,7 @@ void compute_scores(const Problem& p, const Worker& worker, int64_t h, const Blo
     }
 }
 
-// Where the numbers of a block's lanes lie in (B, H, N), row by row.
+// Calls f(lane, index in (B, H, N), whether it is on the map) for the lanes of a block, row by row.
 template <class F>
 REGARD_INLINE void each_lane(const Problem& p, int64_t b, int64_t h, const Block& block, F&& f) {
   for (int r = 0; r < block.rows; ++r) {

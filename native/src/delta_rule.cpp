@@ -68,7 +68,7 @@ REGARD_INLINE IntVec lane_numbers() {
   return lanes;
 }
 
-// f(offset, count) over the vectors of a row.
+// Calls f(offset, count) for the vectors of a row.
 template <class F>
 REGARD_INLINE void for_vectors(int64_t width, F&& f) {
   int64_t at = 0;

@@ -63,7 +63,7 @@ inline const float* load_tokens(const Rows& from, int64_t first, int rows, int w
   return to;
 }
 
-// The first token alone.
+// Loads the first token only.
 inline void load_token(const Rows& from, int width, float* to) {
   if (from.dtype == REGARD_BFLOAT16)
     load_rows(static_cast<const bfloat16*>(from.data), 0, 1, width, to, 0);
