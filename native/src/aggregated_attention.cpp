@@ -451,7 +451,7 @@ int run(const regard_aggregated_attention_args& a) {
   }
   parallel(static_cast<int>(parts), [&](int part) {
     const Worker& worker = workers[part];
-    int64_t loaded = -1;  // the head whose pooled places are there
+    int64_t loaded = -1;  // the head whose pooled keys and values are loaded
     for (;;) {
       const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (task >= tasks) return;

@@ -28,7 +28,7 @@ struct Pairs {
     return round_up(static_cast<int64_t>((static_cast<size_t>(n + m) + 2 * steps) * 4 + steps), 64);
   }
 
-  // Prepares a row. `space` holds bytes(n, m).
+  // Prepares a row in `space`, which has bytes(n, m) bytes.
   static Pairs of_row(const regard_visibility* rule, int64_t row, int64_t n, int64_t m, void* space) {
     const int64_t steps = ceil_div(m, STEP);
     int32_t* queries = static_cast<int32_t*>(space);

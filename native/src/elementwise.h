@@ -42,7 +42,7 @@ REGARD_INLINE void put(T* p, Vec v, int count) {
     store(p, v, count);
 }
 
-// f(first, count, full) for vectors that cover [0, width); `full` is a compile-time constant.
+// Calls f(first, count, full) for vectors that cover [0, width); `full` is a compile-time constant.
 struct Full {
   static constexpr bool value = true;
 };

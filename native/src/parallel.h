@@ -12,7 +12,7 @@ void run_parts(int count, void (*body)(void*, int), void* data);
 namespace REGARD_ISA {
 namespace {
 
-// parallel(parts, f): f(part) for part in [0, parts).
+// parallel(parts, f): calls f(part) for each part in [0, parts).
 template <class F>
 inline void parallel(int parts, F&& f) {
   if (parts <= 1) {

@@ -19,7 +19,7 @@ using Args = regard_quantized_linear_args;
 
 constexpr int64_t BLOCK = 32;           // rows of W whose codes stay in cache for all rows of x
 constexpr int64_t TASKS = 4;            // tasks per thread, each at least a block and one stream from memory
-constexpr int64_t LEAST_WORK = 1 << 17;  // codes that are worth a thread
+constexpr int64_t LEAST_WORK = 1 << 17;  // fewest codes that are worth a thread
 constexpr int64_t AHEAD = 1024;         // distance of prefetching, in bytes
 constexpr int64_t FAR = 8192;           // the same for the second-level cache
 constexpr int64_t NEAR = 512;           // the same for reads of parts of a cache line, where prefetching is limited
@@ -307,7 +307,7 @@ void rows_of(const Args& a, const Inputs& x, int64_t first, int64_t last, int64_
     return;
   }
 #endif
-  constexpr int ROWS = 4 / TOKENS;  // so that sums stay in registers
+  constexpr int ROWS = 4 / TOKENS;  // few enough for sums to stay in registers
   for (; row + ROWS <= last; row += ROWS) product_4bit<ROWS, TOKENS>(a, x, row, token);
   for (; row < last; ++row) product_4bit<1, TOKENS>(a, x, row, token);
 }

@@ -27,7 +27,7 @@ using regard::Workspace;
 using Args = regard_quest_attention_args;
 
 constexpr int64_t SCORED = 64;             // pages in a task
-constexpr int64_t LEAST_SCORED = 1 << 17;  // numbers of bounds that are worth several threads
+constexpr int64_t LEAST_SCORED = 1 << 17;  // fewest numbers in bounds that are worth several threads
 
 // A line is one or all query heads of a (row, kv head): those that read the same pages. Lines are numbered by (row, kv
 // head).

@@ -39,7 +39,7 @@ REGARD_INLINE int64_t bounded(int64_t x) { return most(least(x, int64_t{1} << 40
 struct Row {
   const int64_t* closed;
   const uint8_t* landmark;
-  int64_t offset;  // from a rank to its slot
+  int64_t offset;  // slot of a key minus its rank
   int64_t lowest;  // first slot that holds a token
   int64_t count;   // number of blocks that exist: the last ones
   int64_t open;    // with `own`, tokens after the last landmark before the last slot

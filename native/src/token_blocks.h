@@ -177,8 +177,8 @@ struct Constant {
   static constexpr int value = N;
 };
 
-// f(Constant<R>, Constant<V>, row, vector) for tiles of R rows and V vectors that cover a matrix; rows are a multiple
-// of 4. R x V sums stay in registers.
+// Calls f(Constant<R>, Constant<V>, row, vector) for tiles of R rows and V vectors that cover a matrix; rows are a
+// multiple of 4. R x V sums stay in registers.
 template <class F>
 REGARD_INLINE void tiles(int rows, int vectors, F&& f) {
   constexpr int WIDE = REGISTERS >= 32 ? 4 : 2, TALL = REGISTERS >= 32 ? 16 : 8;
