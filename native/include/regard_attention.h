@@ -16,32 +16,32 @@ enum regard_attention_rule {
   REGARD_CLIPPED = 4       /* min(1, max(0, (high - low) softmax(s) + low)), no sink */
 };
 
-/* Which key a query may see is a rule on ranks (regard/core/visibility.py); a key of negative rank does not exist. All limits
- * hold at once. */
+/* Which keys a query may see is a rule on ranks (regard/core/visibility.py); a key of negative rank does not exist. All
+ * limits apply together. */
 typedef struct {
   const int64_t *query_ranks; /* (rows, n) */
   const int64_t *key_ranks;   /* (rows, m) */
-  int64_t query_ranks_stride, key_ranks_stride; /* from row to row of the batch; 0 where all rows share them */
+  int64_t query_ranks_stride, key_ranks_stride; /* between rows of the batch; 0 if all rows share them */
   int64_t causal;                               /* keys at or before the query */
-  int64_t left, right;                          /* most ranks before and after the query; -1 for no limit */
-  int64_t block, lookback, lookahead;           /* keys whose block of `block` ranks is near; block 0 for no limit */
+  int64_t left, right;                          /* maximum distance before and after the query; -1 for no limit */
+  int64_t block, lookback, lookahead;           /* limits in blocks of `block` ranks; block 0 for no limit */
   const uint8_t *blocks;                        /* block mask (B|1, H|1, query blocks, key blocks); NULL for none */
   int64_t blocks_strides[3];                    /* batch, head, query block; key blocks are contiguous */
   int64_t blocks_rows, blocks_columns, block_size;
 } regard_visibility;
 
-/* What is added to the scores. */
+/* Biases added to the scores. */
 typedef struct {
   const float *bias;       /* (B|1, H|1, n|1, m|1) by slot, -inf hides; NULL for none */
   int64_t bias_strides[4]; /* 0 on axes of size 1 */
   const float *distance;   /* (H|1, distances) added by key rank - query rank + distance_zero; NULL for none */
-  int64_t distance_stride; /* from head to head; 0 where heads share it */
-  int64_t distance_zero;   /* index of distance 0; every visible pair's index lies inside the table */
+  int64_t distance_stride; /* between heads; 0 if heads share it */
+  int64_t distance_zero;   /* index of distance 0; every visible pair's index is in the table */
   int64_t distances;
 } regard_score_biases;
 
 /* Softmax, clipped or not, has a log-sum-exp: of s (natural logarithm) over visible keys, without the sink; -inf where
-   nothing is seen. */
+   no key is visible. */
 typedef struct {
   int64_t size;
   int64_t threads;
@@ -56,14 +56,14 @@ typedef struct {
   float softcap; /* c > 0: s becomes c tanh(s / c) before biases; 0 for none */
   int32_t rule;
   float low, high; /* of REGARD_CLIPPED: low <= 0, high >= 1 */
-  const float *sink; /* (H,) one more logit a head in the softmax's denominator; NULL for none */
+  const float *sink; /* (H,) one more logit per head in the softmax's denominator; NULL for none */
   regard_visibility visibility;
   regard_score_biases biases;
 } regard_attention_args;
 REGARD_API int regard_attention(const regard_attention_args *args);
 
-/* Gradients. `forward` is the forward call's struct with `out` and `lse` filled (lse needed for softmax). Every gradient
- * has the strides given here and is written, not added to. */
+/* Gradients. `forward` is the forward call's struct with `out` and `lse` filled (lse is needed for softmax only). Every
+ * gradient has the strides given here and is overwritten, not accumulated. */
 typedef struct {
   int64_t size;
   const regard_attention_args *forward;
@@ -79,17 +79,17 @@ typedef struct {
 } regard_attention_backward_args;
 REGARD_API int regard_attention_backward(const regard_attention_backward_args *args);
 
-/* Few queries against a long cache: the keys of all (row, kv head) pairs are cut into equal spans over the threads, and
- * the partial results merged by their log-sum-exps (LeanAttention, arXiv 2405.10480). Softmax only. `pages` NULL: k and v
- * as in attention. Otherwise token t of row b lies in page pages[b * pages_stride + t / page_size], slot t % page_size,
- * k_strides and v_strides are (page, head, slot), and entries before a row's first visible key and after its last key
- * are not read. No block mask. */
+/* Few queries against a long cache: the keys of all (row, kv head) pairs are divided into equal spans over the threads,
+ * and the partial results are merged by their log-sum-exps (LeanAttention, arXiv 2405.10480). Softmax only. With
+ * `pages` NULL k and v are as in attention. Otherwise token t of row b is in page pages[b * pages_stride + t /
+ * page_size], slot t % page_size, k_strides and v_strides are (page, head, slot), and entries of `pages` before a row's
+ * first visible key and after its last key are not read. No block mask. */
 typedef struct {
   int64_t size;
   const regard_attention_args *forward;
   const int64_t *pages;
   int64_t pages_stride, page_size;
-  const int64_t *lengths; /* (batch,) keys of each row, whose ranks are 0, 1, ...; NULL: key_ranks tell */
+  const int64_t *lengths; /* (batch,) keys of each row, with ranks 0, 1, ...; NULL: key_ranks are used */
 } regard_attention_decode_args;
 REGARD_API int regard_attention_decode(const regard_attention_decode_args *args);
 

@@ -21,15 +21,15 @@ typedef struct {
   int64_t batch, heads, n, width;
   const float *sinks, *sources; /* (B, H, N, D) */
   int64_t sinks_strides[3], sources_strides[3];
-  const int64_t *lengths; /* (B,) tokens seen before */
-  const int64_t *valid;   /* (B,) tokens of each row that exist; later ones do not compete. NULL: all do */
+  const int64_t *lengths; /* (B,) tokens seen before this call */
+  const int64_t *valid;   /* (B,) valid tokens of each row; later ones do not compete. NULL: all are valid */
   int64_t compete;        /* 0: competition is 1 everywhere */
   int64_t allocate;       /* 0: acceptance is 1 / incoming */
   float eps, low, high, temperature;
-  const float *totals;           /* (4, B, H, D) contiguous, to continue from: Y, X, Y', X' */
+  const float *totals;           /* (4, B, H, D) contiguous, the state to continue from: Y, X, Y', X' */
   const float *maximum, *normalizer; /* (B, H): largest l so far and sum of exp(l - maximum) */
   float *competition, *acceptance;   /* (B, H, N) */
-  float *flows;                      /* (4, B, H, N) in the order above; backward reads them */
+  float *flows;                      /* (4, B, H, N) in the order above, for the backward pass */
   float *totals_out, *maximum_out, *normalizer_out;
 } regard_conserved_flows_args;
 REGARD_API int regard_conserved_flows(const regard_conserved_flows_args *args);

@@ -1,5 +1,5 @@
-/* Layers of a Llama-like decoder, for few tokens: the two parts of one, what comes before attention and what comes after it,
- * between which the caller puts keys and values into a cache and attends; and whole layers with their caches or states. */
+/* Layers of a Llama-like decoder, for few tokens: the parts of a layer before and after attention, between which the
+ * caller writes keys and values to a cache and attends; and whole layers with their caches or states. */
 #ifndef REGARD_DECODER_H
 #define REGARD_DECODER_H
 
@@ -9,8 +9,8 @@
 extern "C" {
 #endif
 
-/* A weight as regard_quantized_linear takes it. Column j of its input is multiplied with input_scale_j first, unless that is
- * NULL; then, if asked for, each row of it is rounded to multiples of its largest number / 127. */
+/* A weight as regard_quantized_linear takes it. Column j of the input is first multiplied by input_scale_j, unless that
+ * is NULL; then, if `rounded`, each row of the input is rounded to multiples of its largest magnitude / 127. */
 typedef struct {
   int64_t bits, n, k, columns, group, rounded;
   const void *codes;
@@ -19,12 +19,13 @@ typedef struct {
   const float *input_scale; /* (K,) */
 } regard_weight;
 
-/* outputs_i = projections_i(norm(x)), norm(x) = x / sqrt(mean(x^2) + eps) * norm, which is written too if asked for; heads of the
- * first two are turned: feature i < width / 2 to u_i cosine_i - u_(i + width / 2) sine_i, the other half likewise with a plus. */
+/* outputs_i = projections_i(norm(x)), norm(x) = x / sqrt(mean(x^2) + eps) * norm, which is also written to `normed` if
+ * not NULL. Heads of the first two outputs are rotated: feature i < width / 2 to u_i cosine_i - u_(i + width / 2)
+ * sine_i, the other half likewise with a plus. */
 typedef struct {
   int64_t size;
   int64_t threads;
-  int64_t m, width;               /* tokens, and features of each */
+  int64_t m, width;               /* tokens and features */
   int64_t head_width;             /* even; divides n of the first two projections */
   float eps;
   const float *x;                 /* (M, width) contiguous */
@@ -50,38 +51,40 @@ typedef struct {
 } regard_decoder_outputs_args;
 REGARD_API int regard_decoder_outputs(const regard_decoder_outputs_args *args);
 
-/* In the place of softmax attention: the recurrence of regard_gated_recurrence_step, of values, gates and rates of G heads that
- * each serve as many query heads, from the layer's normed input u:
+/* In place of softmax attention: the recurrence of regard_gated_recurrence_step. Values, gates and rates have G heads,
+ * each shared by equally many query heads, and are computed from the layer's normed input u:
  *
  *     z = gates_1(gates_0(u)) + gate_bias,     g = max(least, -exp(log_rates) softplus(sign z)),
  *     beta = most_beta sigmoid(beta(u)).
  *
- * It is of phi(k) and of phi(q) times `scale`. Normalized, values have a one behind them, so that a query reads the sum of its
- * weights too, and what it reads of values is divided by that sum plus `divisor` (0 where that is 0). With a window the key and
- * the value that are written are those that leave it, and to what is read and to its sum comes what a softmax over the window,
- * the query's own token included, has before it is divided: exp(w + score - the largest score), w of `log_window_weights`. */
+ * Keys are phi(k), queries phi(q) times `scale`. If `normalized`, a one is appended to values, so that a query also
+ * reads the sum of its weights, and the output is divided by that sum plus `divisor` (0 where that is 0). With a window
+ * the recurrence takes up the keys and values that leave the window, and the output and the sum of weights get the
+ * unnormalised terms of a softmax over the window with the query's own token: weights exp(w + score - the largest
+ * score), with w from `log_window_weights`. */
 typedef struct {
-  regard_weight gates[2];  /* n 0: none; without both, softplus is 1. z: one number or head_width of them for each of the G */
-  const float *gate_bias;  /* as many numbers as the gates make; NULL: none */
+  regard_weight gates[2];  /* n 0: none; without both, softplus is 1. z: 1 or head_width numbers for each of G heads */
+  const float *gate_bias;  /* as many numbers as z has; NULL: none */
   const float *log_rates;  /* (G,); NULL: no decay */
   float sign, least;
-  int64_t steps;           /* whether values are multiplied with softplus(sign z), one number a head */
-  regard_weight beta;      /* to one number for each of the G; n 0: none */
+  int64_t steps;           /* whether values are multiplied by softplus(sign z), one number per head */
+  regard_weight beta;      /* gives one number for each of the G heads; n 0: none */
   float most_beta;
-  float eps[2];            /* phi of queries, and of keys, becomes y / sqrt(sum(y^2) + eps) for each head; negative: it stays */
+  float eps[2];            /* queries, keys: phi becomes y / sqrt(sum(y^2) + eps) in each head; negative: unchanged */
   int64_t feature_map;     /* phi: a regard_feature_map */
-  const float *maps[2];    /* phi(x) = [softmax(x W), softmax(-x W)] with W of queries, and of keys, of each query head: (query
-                              heads, head_width, features) contiguous, without gates, rates and another phi; NULL: none */
+  const float *maps[2];    /* W of queries, keys: phi(x) = [softmax(x W), softmax(-x W)]; (query heads, head_width,
+                              features) contiguous; excludes gates, rates and feature_map; NULL: none */
   int64_t features;
   float scale;
   int64_t normalized;
   float divisor;
-  int64_t window;          /* tokens; 0: none. With maps and normalized only */
+  int64_t window;          /* tokens; 0: none. Only with maps and normalized */
   const float *log_window_weights; /* (query heads,); NULL: 0 */
 } regard_decoder_recurrence;
 
 /* A whole layer: weights of queries, keys, values, output, gate, up and down, and its part of the cache. Query i of a row sees
- * the row's keys up to its own, at most `left` before it (-1: all). Scores, a window's too, are multiplied with `scale`. */
+ * the row's keys up to its own, at most `left` before it (-1: all). Scores, also in a window, are multiplied by
+ * `scale`. */
 typedef struct {
   float eps[2];
   const float *norms[2];
@@ -90,38 +93,39 @@ typedef struct {
   int64_t left;
   float *keys, *values;
   int64_t keys_strides[3], values_strides[3]; /* row or page, head, token or slot; features are contiguous */
-  const regard_decoder_recurrence *recurrence; /* NULL: softmax; otherwise `left`, keys and values are not used */
+  const regard_decoder_recurrence *recurrence; /* NULL: softmax; otherwise `left`, keys and values are unused */
 } regard_decoder_layer;
 
-/* (batch, query heads, head_width or 2 features, head_width or one more where normalized) contiguous, each in memory of its
- * own. Of a recurrence with a window, also the window's tokens before these, right-aligned, and room for these behind them. */
+/* (batch, query heads, head_width or 2 features, head_width or one more if normalized) contiguous; states do not
+ * overlap. For a recurrence with a window, also the previous tokens in the window, right-aligned, followed by room for
+ * the new ones. */
 typedef struct {
   const float *before;
   float *after;
   float *keys, *values;  /* (batch, query heads, window + n, head_width), features contiguous */
   int64_t keys_strides[3], values_strides[3]; /* row, head, token */
-  const int64_t *lengths; /* (batch,) tokens before of each row; slots of the window before its first are not read */
+  const int64_t *lengths; /* (batch,) previous tokens; slots of the window before a row's first token are not read */
 } regard_decoder_state;
 
-/* Layers one after the other, and a norm of the last one's answer if asked for; token i of row b is number lengths_b + i of its
- * row. Without pages all rows have room for as many tokens as the longest, and the first `padding_b` of a row may be none, which
- * nobody sees; with pages, token t of row b has its place as in regard_attention_decode. Nothing is written when an argument is
- * bad. */
+/* Layers in sequence, and optionally a norm of the last one's output; token i of row b has the number lengths_b + i in
+ * its row. Without pages all rows have room for as many tokens as the longest, and the first `padding_b` tokens of a
+ * row may be padding, which is never visible; with pages, token t of row b is stored as in regard_attention_decode.
+ * Nothing is written if an argument is bad. */
 typedef struct {
   int64_t size;
   int64_t threads;
   int64_t batch, n, width, head_width;
   int64_t count;
   const regard_decoder_layer *layers;
-  const regard_decoder_state *states; /* one for each layer with a recurrence, in their order */
-  const int64_t *lengths;         /* (batch,) tokens before, padding among them */
+  const regard_decoder_state *states; /* one for each layer with a recurrence, in order */
+  const int64_t *lengths;         /* (batch,) previous tokens, including padding */
   const int64_t *padding;         /* (batch,); NULL for none. Not with pages */
   const int64_t *pages;           /* (batch, pages_stride); NULL for none */
   int64_t pages_stride, page_size;
   const float *cosine, *sine;     /* (batch, n, head_width) contiguous */
   float eps;
   const float *norm;              /* (width,); NULL for none */
-  float *x;                       /* (batch, n, width) contiguous; in its place comes the answer */
+  float *x;                       /* (batch, n, width) contiguous; overwritten by the output */
 } regard_decoder_layers_args;
 REGARD_API int regard_decoder_layers(const regard_decoder_layers_args *args);
 

@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-/* Tokens between two states that the forward call keeps for the backward call. */
+/* Number of tokens between states that the forward call keeps for the backward call. */
 #define REGARD_DELTA_RULE_SEGMENT 256
 
 typedef struct {
@@ -28,7 +28,7 @@ typedef struct {
   float *kept;        /* (B, H, (n - 1) / REGARD_DELTA_RULE_SEGMENT, width, value_width) contiguous: the states before
                          tokens SEGMENT, 2 SEGMENT, ...; NULL when there will be no backward call */
   int64_t batch, heads, n, width, value_width;
-  int64_t decay_width; /* 0: no decay, 1: one a head, width: one a key feature */
+  int64_t decay_width; /* 0: no decay, 1: one per head, width: one per key feature */
   int64_t inclusive;   /* whether o_t sees k_t; otherwise it reads exp(g_t) S_{t-1} */
   int64_t q_strides[3], k_strides[3], v_strides[3], out_strides[3]; /* batch, head, token; features are contiguous */
   int64_t log_decay_strides[3];
@@ -38,7 +38,7 @@ typedef struct {
 REGARD_API int regard_delta_rule(const regard_delta_rule_args *args);
 
 /* Gradients. `forward` is the forward call's struct with `kept` filled; its out and final_state are not read. Gradients
- * are contiguous and written, not added to; those that are NULL are not wanted. A gate of -inf has gradient 0. */
+ * are contiguous and overwritten, not accumulated; NULL if not wanted. A gate of -inf has gradient 0. */
 typedef struct {
   int64_t size;
   const regard_delta_rule_args *forward;

@@ -1,5 +1,6 @@
-/* What surrounds the products of a layer, one pass over memory each: a short depthwise convolution with its SiLU, RMSNorm
- * with its gate, rotary positions, and the product with a gate. Gradients that are NULL are not computed. */
+/* The operations around a layer's matrix products, each in one pass over memory: a short depthwise convolution with
+ * SiLU, RMSNorm with its gate, rotary positions, and the product with a gate. Gradients that are NULL are not computed.
+ * */
 #ifndef REGARD_LAYERS_H
 #define REGARD_LAYERS_H
 
@@ -11,15 +12,15 @@ extern "C" {
 
 #define REGARD_SHORT_CONVOLUTION_WIDEST 16
 
-/* y_t = act(bias + sum_j weight_j x_{t - (width - 1 - after) + j}) for each channel, over the valid tokens of a row. Before
- * the first token come those of the cache; all other tokens outside are zeros. */
+/* y_t = act(bias + sum_j weight_j x_{t - (width - 1 - after) + j}) for each channel, over the valid tokens of a row.
+ * The tokens before the first are those of the cache; all other tokens outside the row are zeros. */
 typedef struct {
   int64_t size;
   int64_t threads;
   int64_t dtype;              /* of x, cache, y, last and their gradients */
   int64_t batch, n, channels;
-  int64_t width, after;       /* taps, and how many of them lie after the token: 0 in causal form */
-  int64_t silu;               /* whether act is SiLU, or nothing */
+  int64_t width, after;       /* number of taps, and of taps after the token: 0 in causal form */
+  int64_t silu;               /* whether act is SiLU; otherwise the identity */
   const void *x;              /* (B, N, C) */
   int64_t x_strides[2];       /* batch, token */
   const float *weight;        /* (C, width) contiguous */
@@ -45,8 +46,8 @@ REGARD_API int regard_short_convolution_backward(const regard_short_convolution_
 
 enum regard_gate_place { REGARD_NO_GATE = 0, REGARD_GATE_BEFORE = 1, REGARD_GATE_AFTER = 2 };
 
-/* Each group of a row alone: norm(u) = u / sqrt(mean(u^2) + eps) * weight; y = norm(x), norm(x silu(z)) or
- * norm(x) silu(z). Rows are numbered by three axes. */
+/* Each group of a row by itself: norm(u) = u / sqrt(mean(u^2) + eps) * weight; y = norm(x), norm(x silu(z)) or
+ * norm(x) silu(z). Rows are indexed by three axes. */
 typedef struct {
   int64_t size;
   int64_t threads;
@@ -74,8 +75,8 @@ typedef struct {
 } regard_rms_norm_backward_args;
 REGARD_API int regard_rms_norm_backward(const regard_rms_norm_backward_args *args);
 
-/* Features i and i + rotated / 2 of a head turn by position * frequency_i turns, backwards with `reverse`; those from
- * `rotated` on are copied. */
+/* Features i and i + rotated / 2 of a head are rotated by position * frequency_i turns, backwards with `reverse`;
+ * features from `rotated` on are copied. */
 typedef struct {
   int64_t size;
   int64_t threads;
@@ -94,7 +95,7 @@ REGARD_API int regard_rotary(const regard_rotary_args *args);
 
 enum regard_gate_function { REGARD_GATE_BY_SILU = 0, REGARD_GATE_BY_SIGMOID = 1 };
 
-/* y = x f(gate). With grad_y: grad_x and grad_gate instead of y. Everything written is contiguous. */
+/* y = x f(gate). With grad_y, grad_x and grad_gate are written instead of y. All outputs are contiguous. */
 typedef struct {
   int64_t size;
   int64_t threads;

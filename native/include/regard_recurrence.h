@@ -3,7 +3,7 @@
  *     S_t = exp(g_t) S_{t-1} + k_t v_t^T,     o_t = S_t^T q_t   or, exclusive,   o_t = (exp(g_t) S_{t-1})^T q_t
  *
  * with states of K x V float32 numbers for each of B x H heads. Several heads may share queries or keys: with G of them
- * for H heads, head h has the one numbered h / (H / G).
+ * for H heads, head h uses number h / (H / G).
  */
 #ifndef REGARD_RECURRENCE_H
 #define REGARD_RECURRENCE_H
@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-/* (B, heads, N, width), the last axis contiguous; any strides otherwise, 0 too. data NULL: there is none. */
+/* (B, heads, N, width), the last axis contiguous; the other strides are arbitrary and may be 0. data NULL: absent. */
 typedef struct {
   void *data;
   int64_t dtype;
@@ -35,13 +35,13 @@ typedef struct {
   int64_t decay;
   int64_t inclusive;
   int64_t checkpoint_every; /* tokens between checkpoints, a multiple of 16 */
-  regard_sequence q;        /* none: the final state only */
+  regard_sequence q;        /* absent: the final state only */
   regard_sequence k, v, g;
   const float *state;   /* S_0 (B, H, K, V) contiguous; NULL for zero */
-  regard_sequence o;    /* out; none when q is */
+  regard_sequence o;    /* out; absent when q is */
   float *final_state;   /* out, (B, H, K, V) contiguous */
-  float *checkpoints;   /* out, (B, H, C, K, V) contiguous: S after every checkpoint_every tokens, C of them, not the
-                           last; NULL for none */
+  float *checkpoints;   /* out, (B, H, C, K, V) contiguous: S after every checkpoint_every tokens, without the
+                           last one; NULL for none */
 } regard_gated_recurrence_args;
 REGARD_API int regard_gated_recurrence(const regard_gated_recurrence_args *args);
 
@@ -54,10 +54,10 @@ typedef struct {
   int64_t checkpoint_every;
   regard_sequence q, k, v, g;
   const float *state;
-  const float *checkpoints;       /* as the forward pass left them */
-  regard_sequence grad_o;         /* none: zero */
+  const float *checkpoints;       /* from the forward pass */
+  regard_sequence grad_o;         /* absent: zero */
   const float *grad_final_state;  /* NULL: zero */
-  regard_sequence grad_q, grad_k; /* out, with the heads of q and k; none: not wanted. So for the others. */
+  regard_sequence grad_q, grad_k; /* out, with the heads of q and k; absent: not wanted, also below. */
   regard_sequence grad_v, grad_g;
   float *grad_state;
 } regard_gated_recurrence_backward_args;
@@ -77,11 +77,11 @@ typedef struct {
 } regard_gated_recurrence_step_args;
 REGARD_API int regard_gated_recurrence_step(const regard_gated_recurrence_step_args *args);
 
-/* Linear attention: a gated recurrence without decay, inclusive, of phi(scale q_t) and phi(k_t), and with a normaliser
+/* Linear attention: an inclusive gated recurrence without decay, of phi(scale q_t) and phi(k_t), optionally normalised:
  *
  *     z_t = z_{t-1} + phi(k_t),     o_t = S_t^T phi(scale q_t) / (z_t . phi(scale q_t) + eps).
  *
- * States are K x (V + 1) then, with z in the last column, checkpoints and gradients of states too. */
+ * If normalised, states, checkpoints and gradients of states are K x (V + 1), with z in the last column. */
 enum regard_feature_map {
   REGARD_FEATURES_AS_THEY_ARE = 0, /* scale and shift are not used */
   REGARD_FEATURES_IDENTITY = 1,
@@ -97,8 +97,8 @@ typedef struct {
   int64_t feature_map;
   int64_t normalize;
   float scale, eps, shift; /* the shift is added to phi */
-  const int64_t *valid; /* (B) keys that exist, the first ones; NULL: all */
-  float *inverse;       /* (B, H, N) 1 / (z . phi(scale q) + eps), which forward leaves for backward; NULL: not wanted */
+  const int64_t *valid; /* (B) number of valid keys, the first ones; NULL: all */
+  float *inverse;       /* (B, H, N) 1 / (z . phi(scale q) + eps), written by forward for backward; NULL: not wanted */
 } regard_linear_attention_options;
 
 typedef struct {

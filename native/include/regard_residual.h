@@ -1,5 +1,4 @@
-/* Branches of a pre-norm transformer block that end in an addition to their input, in float32: a feed-forward network, and
- * softmax attention of a sequence to itself. */
+/* Residual branches of a pre-norm transformer block, in float32: a feed-forward network, and softmax self-attention. */
 #ifndef REGARD_RESIDUAL_H
 #define REGARD_RESIDUAL_H
 
@@ -11,30 +10,30 @@ extern "C" {
 
 /* y = x W^T + bias. */
 typedef struct {
-  int64_t n, k;         /* of W, (n, k) contiguous; n = 0: there is none */
+  int64_t n, k;         /* shape of W, (n, k) contiguous; n = 0: absent */
   const float *weight;
   const float *bias;    /* (n,); NULL for none */
 } regard_dense;
 
-/* What a branch reads of x, (m, width): each row by itself, less its mean where `centred`, over the root of its mean square
- * + eps, times weight, plus bias. */
+/* The norm of x, (m, width), at the start of a branch: each row, minus its mean if `centred`, divided by the root of
+ * its mean square + eps, times weight, plus bias. */
 typedef struct {
   int64_t centred;
   float eps;
   const float *weight, *bias; /* (width,); NULL for ones and zeros */
 } regard_row_norm;
 
-/* y = x + scale * (the branch of the norm of x). */
+/* y = x + scale * branch(norm(x)). */
 typedef struct {
   int64_t width;
   const float *x;       /* rows `x_stride` apart */
   int64_t x_stride;
-  float *y;             /* (m, width) contiguous, no part of x */
+  float *y;             /* (m, width) contiguous, not overlapping x */
   regard_row_norm norm;
   const float *scale;   /* (width,); NULL for ones */
 } regard_residual;
 
-/* down(gelu(up z)) with the exact erf, or down(silu(gate z) * up z) where there is a gate. */
+/* down(gelu(up z)) with the exact erf, or down(silu(gate z) * up z) if there is a gate. */
 typedef struct {
   int64_t size;
   int64_t threads;
@@ -44,7 +43,7 @@ typedef struct {
 } regard_residual_feed_forward_args;
 REGARD_API int regard_residual_feed_forward(const regard_residual_feed_forward_args *args);
 
-/* output(heads of softmax(scale_of_scores q k^T) v) of each of `batch` sequences of `n` rows, whose rows follow each other. */
+/* output(heads of softmax(scale_of_scores q k^T) v) for each of `batch` sequences of `n` consecutive rows. */
 typedef struct {
   int64_t size;
   int64_t threads;

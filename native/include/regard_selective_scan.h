@@ -2,8 +2,8 @@
  * without dt_bias),
  *     h_t[e,k] = exp(s_t[e] a[e,k]) h_{t-1}[e,k] + s_t[e] x_t[e] b_t[k],
  *     y_t[e] = (sum_k h_t[e,k] c_t[k] + skip[e] x_t[e]) silu(z_t[e]).
- * Group g of b and c serves channels [g C / G, (g + 1) C / G). Tokens past a row's length neither decay nor write. With an
- * order, tokens and outputs stay where they lie and are visited in it. */
+ * Group g of b and c serves channels [g C / G, (g + 1) C / G). Tokens past a row's length neither decay nor write. With
+ * `order`, tokens are visited in that order; inputs and outputs keep their positions. */
 #ifndef REGARD_SELECTIVE_SCAN_H
 #define REGARD_SELECTIVE_SCAN_H
 
@@ -31,13 +31,13 @@ typedef struct {
   const void *c;            /* (B, N, G, K); NULL: the state only */
   int64_t c_strides[3];
   const float *skip;        /* (C,); NULL for none */
-  const float *dt_bias;     /* (C,); NULL: dt are the steps */
+  const float *dt_bias;     /* (C,); NULL: dt holds the steps themselves */
   const void *z;            /* (B, N, C); NULL for no gate */
   int64_t z_strides[2];
   const float *state;       /* (B, C, K) contiguous, to continue from; NULL for zeros */
   const int64_t *lengths;   /* (B,), in [0, N]; NULL: all N */
-  const int64_t *order;     /* (N,): the tokens in the order in which they are visited, each once, in all rows; NULL: as they
-                               lie, and with lengths */
+  const int64_t *order;     /* (N,): the tokens in visiting order, each once, for all rows; NULL: first to last. Not
+                               with lengths */
   void *y;                  /* (B, N, C) contiguous, 0 past a row's length; NULL without c */
   float *last;              /* (B, C, K): the state after the last token */
   float *kept;              /* (B, ceil(N / EVERY), C, K): the states before every EVERY tokens of a row, where it has
@@ -46,7 +46,7 @@ typedef struct {
 REGARD_API int regard_selective_scan(const regard_selective_scan_args *args);
 
 /* Gradients, all contiguous, 0 past a row's length. `forward` is the forward call's struct with `kept` filled; y and last
- * are not read. What is NULL is not computed. */
+ * are not read. Gradients that are NULL are not computed. */
 typedef struct {
   int64_t size;
   const regard_selective_scan_args *forward;

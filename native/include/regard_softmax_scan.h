@@ -9,7 +9,7 @@
 extern "C" {
 #endif
 
-/* Carries are contiguous: m and u (B, H, Q), w (B, H, Q, V). An empty one is -inf, 0, 0. */
+/* Carries are contiguous: m and u (B, H, Q), w (B, H, Q, V). An empty carry is -inf, 0, 0. */
 typedef struct {
   int64_t size;
   int64_t threads;
@@ -19,9 +19,9 @@ typedef struct {
   int64_t s_strides[4];    /* batch, head, token, query */
   const void *v;           /* (B, H, N, V) */
   int64_t v_strides[3];    /* batch, head, token */
-  const float *log_decay;  /* (B|1, H|1, N) <= 0: factor's logarithm on all earlier weights at a token; NULL for none */
+  const float *log_decay;  /* (B|1, H|1, N) <= 0: log of a token's factor on all earlier weights; NULL for none */
   int64_t log_decay_strides[3]; /* 0 on shared axes */
-  const float *mix;        /* (B, H, N, Q): the output is the sum over queries weighted by it; NULL: each query's own */
+  const float *mix;        /* (B, H, N, Q): weights of a sum over queries; NULL: an output for each query */
   int64_t mix_strides[4];
   const float *m, *u, *w;  /* carry to continue from */
   void *out;               /* (B, H, Q, N, V), with mix (B, H, N, V); contiguous */
@@ -29,15 +29,15 @@ typedef struct {
 } regard_softmax_scan_args;
 REGARD_API int regard_softmax_scan(const regard_softmax_scan_args *args);
 
-/* Gradients. `forward` is the forward call's struct, its `out` filled (it is read without mix only); its carry out is
- * not read. Maxima are held constant. What is NULL is not computed. The gradient of log_decay at token t is
- * grad_carry_m + the sum of grad_s over tokens before t. */
+/* Gradients. `forward` is the forward call's struct with `out` filled, which is only read without mix; its outgoing
+ * carry is not read. Maxima are held constant. Gradients that are NULL are not computed. The gradient of log_decay at
+ * token t is grad_carry_m + the sum of grad_s over tokens before t. */
 typedef struct {
   int64_t size;
   const regard_softmax_scan_args *forward;
   const void *grad_out;         /* of the dtype */
   int64_t grad_out_strides[4];  /* batch, head, query (unused with mix), token */
-  const float *grad_u, *grad_w; /* of the carry out */
+  const float *grad_u, *grad_w; /* of the outgoing carry */
   float *grad_s;                /* (B, H, N, Q) */
   int64_t grad_s_strides[4];
   void *grad_v;                 /* (B, H, N, V) contiguous, of the dtype */

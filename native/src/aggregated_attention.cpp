@@ -1,12 +1,12 @@
-// Softmax over a window of each place and the pooled map, forward and backward.
+// Softmax over a window around each position and the pooled map, forward and backward.
 //
-// Places lie in the lanes of vectors and features one after another, so that a window is read by loads that are shifted, the
-// bias of a pooled key is a stretch of the table, and no sum of softmax is across lanes. A block is about 64 places: a stretch
-// of a row of the map, or some whole rows. Scores are kept for one block, keys and values of the map for a band of rows, or
-// backward for the whole map of one head.
+// Positions are in the lanes of vectors and features are separate lines, so that a window is read by shifted loads, the
+// biases of a pooled key are contiguous in the table, and softmax needs no sums across lanes. A block has about 64
+// positions: part of a row of the map, or some whole rows. Scores are kept for one block, keys and values of the map
+// for a band of rows, or in backward for the whole map of one head.
 //
-// Backward has the log-sum-exp. With dW = dO V^T of all keys and delta = sum_j P_j dW_j, scores have the gradient
-// P (dW - delta), and the learned weights of the window dW.
+// Backward uses the log-sum-exp. With dW = dO V^T over all keys and delta = sum_j P_j dW_j, the gradient of scores is
+// P (dW - delta), that of the learned window weights dW.
 
 #include "regard_aggregated_attention.h"
 
@@ -24,7 +24,7 @@ using regard::Workspace;
 
 constexpr int BLOCK = 64;     // lanes of a block
 constexpr int BAND = 8;       // rows of a task
-constexpr float SMALLEST = 1e-12f;  // norm that directions are divided by
+constexpr float SMALLEST = 1e-12f;  // least norm by which directions are divided
 
 REGARD_INLINE float infinity() { return __builtin_inff(); }
 
@@ -37,12 +37,12 @@ REGARD_INLINE Vec reciprocal_root(Vec squares) {
 
 struct Problem {
   const regard_aggregated_attention_args* args;
-  int64_t rows, columns, width, line;  // line: features of a place with zeros up to whole vectors
-  int64_t m, far_columns;              // pooled places, and those of a row
-  int places, border;                  // of a window
-  int64_t padded, pitch;               // columns up to whole vectors, and with the border on both sides
+  int64_t rows, columns, width, line;  // line: features of a position, padded to full vectors
+  int64_t m, far_columns;              // pooled positions in total, and in a row
+  int places, border;                  // positions of a window, and how far it extends to each side
+  int64_t padded, pitch;               // columns padded to full vectors, and with the border on both sides
   int64_t table_rows, table_columns;
-  int wide, high;                      // a block: lanes of a row, and rows
+  int wide, high;                      // of a block: lanes in a row, and rows
 
   explicit Problem(const regard_aggregated_attention_args& a)
       : args(&a),
@@ -69,7 +69,7 @@ struct Problem {
   }
   const float* table(int64_t h) const { return args->table + h * table_rows * table_columns; }
   const float* table_end() const { return args->table + args->heads * table_rows * table_columns; }
-  // Where the table has the bias of place y, x and pooled place j.
+  // Index into the table for the bias of position y, x and pooled position j.
   int64_t place_in_table(int64_t y, int64_t x, int64_t j) const {
     const int64_t factor = args->factor, a = j / far_columns, b = j % far_columns;
     return (y - factor * a + rows - factor) * table_columns + x - factor * b + columns - factor;
@@ -77,10 +77,10 @@ struct Problem {
   int64_t blocks_of_row() const { return ceil_div(columns, BLOCK); }
 };
 
-// Rows of the map with features one after another, (row, line, pitch): zeros left and right of the map.
+// Transposed rows of the map, (row, line, pitch): a line for each feature, with zeros left and right of the map.
 struct Turned {
   float* data;
-  int64_t first;  // the row that it begins with
+  int64_t first;  // first row of the map in `data`
 
   float* row(const Problem& p, int64_t y) const { return data + (y - first) * p.row_floats(); }
 };
@@ -93,7 +93,7 @@ void clear_borders(const Problem& p, const Turned& turned, int64_t rows) {
   }
 }
 
-// `count` places as lines of features, zeros after them up to `padded` lines, and turned.
+// Loads `count` positions as lines of features, pads them with zeros to `padded` lines, and transposes them.
 template <class T>
 void load_turned(const Problem& p, const T* from, int64_t stride, int64_t count, int64_t padded, float* lines, float* to,
                  int64_t ldt) {
@@ -109,7 +109,7 @@ void store_turned(const Problem& p, T* to, int64_t stride, int64_t count, int64_
   store_rows(to, stride, static_cast<int>(count), static_cast<int>(p.width), lines, p.line);
 }
 
-// To unit length; `inverse` gets what lanes were multiplied by.
+// Normalises lanes to unit length; `inverse` gets the factors.
 void turn_to_directions(int64_t width, int64_t lanes, float* x, int64_t ld, float* inverse) {
   for (int64_t i = 0; i < lanes; i += LANES) {
     Vec squares = zero();
@@ -120,11 +120,11 @@ void turn_to_directions(int64_t width, int64_t lanes, float* x, int64_t ld, floa
   }
 }
 
-// A part of the map at work.
+// The part of the map that is being processed.
 struct Block {
   int64_t y, x;
-  int rows, wide, lanes;  // rows of the map, lanes of each, and of all
-  int columns;            // of the map in a row
+  int rows, wide, lanes;  // rows of the map, lanes in each, lanes in all
+  int columns;            // columns of the map in a row
 
   Block(const Problem& p, int64_t first, int64_t end, int64_t column)
       : y(first),
@@ -141,23 +141,23 @@ void each_block(const Problem& p, int64_t begin, int64_t end, F&& f) {
     for (int64_t x = 0; x < p.columns; x += BLOCK) f(Block(p, y, end, x));
 }
 
-// One thread's memory; (features or keys, BLOCK) unless it says otherwise.
+// One thread's memory; (features or keys, BLOCK) unless stated otherwise.
 struct Worker {
-  float *keys, *values;          // turned rows of the map; keys are directions
+  float *keys, *values;          // transposed rows of the map; keys are directions
   float* lines;                  // (padded or BLOCK, line)
   float *far_keys, *far_values;  // (m, line); keys are directions
-  float *query, *moved, *inverse, *logs;  // directions, what scores are products with; 1 / norm and log L of lanes
-  float* scores;                 // of pooled keys and after them of the window, then weights
-  float* learned;                // weights of the window
+  float *query, *moved, *inverse, *logs;  // directions, scaled queries for the scores; 1 / norm and log L by lane
+  float* scores;                 // scores, later weights, of pooled keys, then of the window
+  float* learned;                // learned weights of the window
   float* output;
-  float* count_logs;             // (places + 1,) of numbers of keys
-  // of backward
+  float* count_logs;             // (places + 1,) log L by the number of visible window keys
+  // backward only
   float *key_inverse, *far_inverse;    // (rows, padded), (m,)
-  float *grad_keys, *grad_values;      // turned, as the map
+  float *grad_keys, *grad_values;      // transposed, like the map
   float *grad_far_keys, *grad_far_values;
-  float *grad, *grad_lines, *query_lines, *moved_lines;  // of the output; lines are (BLOCK, line)
+  float *grad, *grad_lines, *query_lines, *moved_lines;  // grad: of the output; lines are (BLOCK, line)
   float *slopes, *grad_moved;
-  float* sums;                         // (line + 1 + 2 places, LANES): of the moved, the slope, the biases and weights
+  float* sums;                         // (line + 1 + 2 places, LANES): gradients of moved, slope, biases, weights
 
   template <class Take>
   void lay_out(const Problem& p, bool backward, Take&& take) {
@@ -218,7 +218,8 @@ void load_far(const Problem& p, const Worker& worker, int64_t b, int64_t h) {
   }
 }
 
-// Keys and values of rows [begin, end) of the map; `inverse` (rows, padded) begins with row `begin` if it is kept for all.
+// Loads keys and values of rows [begin, end) of the map; `inverse` (rows, padded) begins with row `begin` if kept for
+// all.
 template <class T>
 void load_map(const Problem& p, const Worker& worker, int64_t b, int64_t h, int64_t begin, int64_t end, bool keep) {
   const regard_aggregated_attention_args& a = *p.args;
@@ -259,7 +260,8 @@ void load_queries(const Problem& p, const Worker& worker, int64_t b, int64_t h, 
   }
 }
 
-// Calls f(place, row of the block, row of the map, columns to the right) for each row of each place of the window.
+// Calls f(place, row of the block, row of the map, columns to the right) for each position of the window and row of the
+// block.
 template <class F>
 REGARD_INLINE void each_place(const Problem& p, const Block& block, F&& f) {
   for (int place = 0; place < p.places; ++place) {
@@ -268,7 +270,7 @@ REGARD_INLINE void each_place(const Problem& p, const Block& block, F&& f) {
   }
 }
 
-// to (ROWS, vector) = sums over features of x (width, BLOCK) times what lies ROWS places side by side on the map.
+// to (ROWS, vector) = dot products of x (width, BLOCK) with the map at ROWS adjacent offsets.
 template <int ROWS>
 REGARD_INLINE void products_of_places(int64_t width, const float* x, const float* map, int64_t pitch, float* to) {
   Vec sums[ROWS];
@@ -293,7 +295,7 @@ void multiply_window(const Problem& p, const Block& block, const float* x, const
       for (int i = 0; i < block.wide; i += LANES) {
         const int lane = r * block.wide + i;
         float* found = to + down * side * BLOCK + lane;
-        const float* row = there ? map.row(p, y) + block.x + i : nullptr;  // the place most to the left of its window
+        const float* row = there ? map.row(p, y) + block.x + i : nullptr;  // left edge of the window
         int across = 0;
         for (; there && across + 3 <= side; across += 3)
           products_of_places<3>(p.width, x + lane, row + across, p.pitch, found + across * BLOCK);
@@ -331,7 +333,8 @@ void gather_window(const Problem& p, const Block& block, const float* weights, c
     }
 }
 
-// map += weights (places, BLOCK) times x (width, BLOCK). A place at a time, so that no load waits for the store before it.
+// map += weights (places, BLOCK) times x (width, BLOCK), one position at a time, so that no load waits for a recent
+// store.
 void scatter_window(const Problem& p, const Block& block, const float* weights, const float* x, const Turned& map) {
   each_place(p, block, [&](int place, int r, int64_t y, int64_t right) {
     if (y < 0 || y >= p.rows) return;
@@ -383,7 +386,7 @@ void compute_scores(const Problem& p, const Worker& worker, int64_t h, const Blo
     }
 }
 
-// Where the numbers of a block's lanes lie in (B, H, N), row by row.
+// Calls f(lane, index in (B, H, N), whether it is on the map) for the lanes of a block, row by row.
 template <class F>
 REGARD_INLINE void each_lane(const Problem& p, int64_t b, int64_t h, const Block& block, F&& f) {
   for (int r = 0; r < block.rows; ++r) {
@@ -448,7 +451,7 @@ int run(const regard_aggregated_attention_args& a) {
   }
   parallel(static_cast<int>(parts), [&](int part) {
     const Worker& worker = workers[part];
-    int64_t loaded = -1;  // the head whose pooled places are there
+    int64_t loaded = -1;  // the head whose pooled keys and values are loaded
     for (;;) {
       const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (task >= tasks) return;
@@ -467,7 +470,7 @@ int run(const regard_aggregated_attention_args& a) {
 
 // --- backward
 
-// Gradients of what is learned, of one (row, head).
+// Gradients of the learned parameters, for one (row, head).
 struct Learned {
   float *moved, *slope, *near_bias, *near_tokens, *near_weights, *table;  // tokens: (places, line)
 
@@ -479,11 +482,11 @@ struct Learned {
     near_bias = slope + 1;
     near_weights = near_bias + p.places;
     near_tokens = near_weights + p.places;
-    table = near_tokens + p.places * p.line;  // with room for a vector after it
+    table = near_tokens + p.places * p.line;  // with room for one more vector at the end
   }
 };
 
-// Of x = u / |u| from the gradient of x; both at once for lanes. `inverse` is 1 / |u|, or of shorter u what replaces it.
+// The gradient of u from that of x = u / |u|, for all lanes. `inverse` is 1 / |u|, limited for short u.
 void turn_back(int64_t width, int64_t lanes, const float* x, int64_t ldx, const float* inverse, float* grad, int64_t ldg) {
   for (int64_t i = 0; i < lanes; i += LANES) {
     Vec along = zero();
@@ -514,7 +517,7 @@ void attend_backward(const Problem& p, const Worker& worker, const regard_aggreg
   transpose_padded(line, lanes, worker.query, BLOCK, worker.query_lines, p.line);
   transpose_padded(line, lanes, worker.moved, BLOCK, worker.moved_lines, p.line);
 
-  // learned weights of the window have the slopes of their values
+  // gradients of the learned window weights are the products of output gradients and values
   product<Into::SUM>(p.places, line, lanes, near_slopes, BLOCK, 1, worker.query_lines, p.line, learned.near_tokens, p.line);
   product<Into::ZERO>(width, lanes, p.places, a.near_tokens + h * p.width * p.places, p.places, 1, near_slopes, BLOCK,
                       worker.output, BLOCK);
@@ -538,7 +541,7 @@ void attend_backward(const Problem& p, const Worker& worker, const regard_aggreg
       delta = fma(weight, load(worker.slopes + j * BLOCK + i), delta);
       total += weight;
     }
-    // the log-sum-exp is rounded: gradients of scores must have the sum 0 nevertheless
+    // although the log-sum-exp is rounded, gradients of scores must sum to 0
     const Vec inverse = select(reinterpret_cast<IntVec>(base < infinity()), 1.f / total, zero());
     delta *= inverse;
     for (int64_t j = 0; j < p.keys(); ++j) {
@@ -559,7 +562,7 @@ void attend_backward(const Problem& p, const Worker& worker, const regard_aggreg
   scatter_window(p, block, near, worker.grad, grad_values);
   scatter_window(p, block, near_slopes, worker.moved, grad_keys);
 
-  // biases: pooled places of a column are apart in the table, so that no load waits for the store before it
+  // biases: pooled positions of a column are far apart in the table, so that no load waits for a recent store
   for (int64_t column = 0; column < p.far_columns; ++column)
     for (int64_t j = column; j < p.m; j += p.far_columns)
       for (int r = 0; r < block.rows; ++r) {
@@ -618,7 +621,7 @@ void clear(float* data, int64_t count) {
   for (int64_t i = 0; i < count; ++i) data[i] = 0.f;
 }
 
-// All blocks of one (row, head), whose gradients nobody else writes.
+// All blocks of one (row, head), whose gradients no other task writes.
 template <class T>
 void run_pair(const Problem& p, const Worker& worker, const regard_aggregated_attention_backward_args& args, int64_t b, int64_t h,
               float* of_learned) {
@@ -655,7 +658,7 @@ void run_pair(const Problem& p, const Worker& worker, const regard_aggregated_at
   store_far<T>(p, args.grad_far_v, args.grad_far_v_strides, b, h, worker.grad_far_values);
 }
 
-// The sums over the rows of the batch of what is learned in one head.
+// Sums the gradients of one head's learned parameters over the rows of the batch.
 void put_learned(const Problem& p, const regard_aggregated_attention_backward_args& args, int64_t h, float* all) {
   const regard_aggregated_attention_args& a = *p.args;
   const int64_t floats = Learned::floats(p), places = p.places;

@@ -1,15 +1,15 @@
 // Blocked attention, forward.
 //
-// A block of up to 48 queries is taken through the keys in steps of 64. Scores are computed transposed, a few keys by
-// all queries of the block, with queries in the lanes of vectors: what belongs to a query (its reference, its sum, the
-// ranks that it sees) is then a lane, softmax needs no sums across lanes, keys are read where they lie, and the weights
-// come out as the second product wants them. Softmax is computed against a reference score for each query, which moves
-// only when a score exceeds it by a lot (`HEADROOM`), since any reference cancels. Clipped softmax takes a block through
-// the keys twice: for the sums of its queries, and with their references and sums at rest for the weights.
+// A block of up to 48 queries visits the keys in steps of 64. Scores are computed transposed, a few keys by all queries
+// of the block, with queries in the lanes of vectors. Then a query's data (its reference, its sum, the ranks that it
+// sees) is in one lane, softmax needs no sums across lanes, keys are read in place, and the weights have the layout
+// that the second product needs. Softmax is computed relative to a reference score for each query, which moves only
+// when a score exceeds it by more than `HEADROOM`, since any reference cancels. Clipped softmax visits the keys twice:
+// for the sums of its queries, and then, with fixed references and sums, for the weights.
 //
-// With instructions for bfloat16 (`PAIRED`), which multiply two pairs of neighbours and add both products to a float32
-// sum, both products run through them: scores on pairs of features, as the numbers lie in memory, and values on pairs of
-// keys, values having been interleaved once and weights rounded to bfloat16. Everything between the products is float32.
+// With bfloat16 instructions (`PAIRED`), which multiply two adjacent pairs and add both products to a float32 sum, both
+// products use them: scores on pairs of features, as they are in memory, and values on pairs of keys, after values have
+// been interleaved once and weights rounded to bfloat16. Everything between the products is float32.
 
 #include "regard_attention.h"
 
@@ -29,7 +29,7 @@ int attention(const regard_attention_args*);
 namespace REGARD_ISA {
 namespace {
 
-// What products multiply, and how many of them an accumulator takes at once.
+// The type that products multiply, and how many of them go into an accumulator at once.
 #if defined(__AVX512BF16__)
 typedef bfloat16 Number;
 constexpr int PAIR = 2;
@@ -39,10 +39,10 @@ constexpr int PAIR = 1;
 #endif
 constexpr bool PAIRED = PAIR == 2;
 
-constexpr int QUERIES = 48;  // of a block; a multiple of LANES, VECTORS * LANES and TILE_ROWS for every instruction set
+constexpr int QUERIES = 48;  // in a block; a multiple of LANES, VECTORS * LANES and TILE_ROWS for every instruction set
 constexpr int STEP = Pairs::STEP;
 
-// Keys and vectors of queries whose scores are in registers at once.
+// Numbers of keys and of vectors of queries whose scores are in registers at once.
 #if defined(__AVX512F__)
 constexpr int KEYS = 8, VECTORS = 3;
 #elif defined(__AVX__)
@@ -52,21 +52,22 @@ constexpr int KEYS = REGISTERS >= 32 ? 8 : 4, VECTORS = REGISTERS >= 32 ? 3 : 2;
 #endif
 static_assert(QUERIES % (LANES * VECTORS) == 0 && QUERIES % TILE_ROWS == 0 && STEP % KEYS == 0, "blocks fit");
 
-// How far a score may exceed the reference before the reference moves: sums of 2^24 weights of e^20 times values up to
-// 2^70 stay finite.
+// How far a score may exceed the reference before the reference moves: sums of 2^24 weights of e^20, multiplied by
+// values up to 2^70, stay finite.
 constexpr float HEADROOM = 20.f;
 constexpr int TABLE_PADDING = 3 * STEP;  // zeros before and after a table of distances
-// Rounding the weights of so few keys would show among outputs of this size: they are then rounded to the sum of two
-// bfloat16, as are the weights of rules other than softmax, whose sum does not take the mean of the rounding out.
+// With fewer keys the rounding of weights would be visible in the output, so weights are rounded to the sum of two
+// bfloat16 numbers. So are the weights of rules other than softmax, where no division by a sum cancels the mean
+// rounding error.
 constexpr int FEW_KEYS = 128;
-constexpr int BLOCKED = 32;  // visibility in blocks of at least so many ranks decides where blocks of queries begin
+constexpr int BLOCKED = 32;  // visibility blocks of at least so many ranks determine where blocks of queries begin
 
 REGARD_INLINE float infinity() { return __builtin_inff(); }
 
-// 2^x as in exp2, for weights: any x, and relative to the whole range of x as exact.
+// 2^x for weights, for any x; as accurate as exp2 over the whole range of x.
 REGARD_INLINE Vec power(Vec x) {
 #if defined(__AVX512DQ__)
-  // 2^(x - floor x), the least relative error (8e-8) of this degree on [0, 1); infinite x has remainder 0
+  // 2^(x - floor x), with the least relative error (8e-8) of this degree on [0, 1); infinite x has remainder 0
   const Vec r = reinterpret_cast<Vec>(_mm512_reduce_ps(reinterpret_cast<__m512>(x), 9));
   Vec p = broadcast(0.001877575065009296f);
   p = fma(p, r, broadcast(0.008989344350993633f));
@@ -102,7 +103,7 @@ REGARD_INLINE IntVec load(const int32_t* p) {
 }
 REGARD_INLINE IntVec broadcast_int(int32_t x) { return IntVec{} + x; }
 
-// Numbers at p for every lane: one, or a pair.
+// Broadcasts the number at p, or the pair, to every lane.
 REGARD_INLINE Vec broadcast_numbers(const Number* p) {
   float bits;
   __builtin_memcpy(&bits, p, sizeof bits);
@@ -123,7 +124,7 @@ REGARD_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
 #endif
 }
 
-// One of two halves of the lanes of a and b taken in turns: a0 b0 a1 b1 ...
+// Interleaves a and b to a0 b0 a1 b1 ..., and returns both halves.
 REGARD_INLINE void interleave(Vec a, Vec b, Vec* low, Vec* high) {
 #if defined(__AVX512F__)
   const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -147,8 +148,8 @@ REGARD_INLINE void interleave(Vec a, Vec b, Vec* low, Vec* high) {
 #endif
 }
 
-// to (columns x QUERIES) = lines (rows x columns) transposed; rows beyond `rows` are zeros. line(i, j, count) are `count`
-// numbers of 32 bits from column j of row i on.
+// to (columns x QUERIES) = lines (rows x columns) transposed; rows beyond `rows` are zeros. line(i, j, count) returns
+// `count` 32-bit numbers of row i from column j on.
 template <class Line>
 REGARD_INLINE void transpose_lines(int rows, int columns, Line line, float* to) {
   for (int i = 0; i < QUERIES; i += LANES) {
@@ -190,7 +191,7 @@ inline void transpose_scaled(int rows, int columns, const T* from, int64_t ldf, 
 }
 
 #if defined(__AVX512BF16__)
-// to (pairs of columns x QUERIES) = pairs of from (rows x columns) transposed, with their signs turned where `negative`.
+// to (pairs of columns x QUERIES) = pairs of from (rows x columns) transposed, negated if `negative`.
 inline void transpose_pairs(int rows, int columns, const bfloat16* from, int64_t ldf, bool negative, float* to) {
   const __m512i signs = _mm512_set1_epi16(static_cast<short>(negative ? 0x8000 : 0));
   const auto line = [=](int i, int j, int) {
@@ -201,7 +202,7 @@ inline void transpose_pairs(int rows, int columns, const bfloat16* from, int64_t
   transpose_lines(rows, (columns + 1) / 2, line, to);
 }
 
-// a and b rounded, a in the first places of pairs.
+// a and b rounded to pairs of bfloat16, with a first.
 REGARD_INLINE Vec round_pairs(Vec a, Vec b) {
   alignas(64) static constexpr uint16_t ORDER[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
@@ -211,49 +212,49 @@ REGARD_INLINE Vec round_pairs(Vec a, Vec b) {
 }
 #endif
 
-// Numbers of the queries of a block, one a lane.
+// Numbers for the queries of a block, one per lane.
 struct Lanes {
-  float limit[QUERIES];      // of a score minus the reference; -inf before anything was seen
-  float start[QUERIES];      // what is added to scores: the bias by query, and minus the reference, or the shift
-  float bias[QUERIES];       // by query
-  float sums[QUERIES];       // of weights
-  float step_sums[QUERIES];  // of this step's weights
-  float rounded[QUERIES];    // sums of weights as they were rounded for products
-  float stretch[QUERIES];    // of clipped softmax: of the range of weights, over the sum; 0 where nothing is seen
-  int32_t low[QUERIES], high[QUERIES];  // ranks seen
+  float limit[QUERIES];      // limit of a score minus the reference; -inf before the first visible key
+  float start[QUERIES];      // added to scores: the bias by query minus the reference, or plus the shift
+  float bias[QUERIES];       // bias by query
+  float sums[QUERIES];       // sums of weights
+  float step_sums[QUERIES];  // sums of this step's weights
+  float rounded[QUERIES];    // sums of weights as rounded for products
+  float stretch[QUERIES];    // clipped softmax: (high - low) / sum; 0 if no key is visible
+  int32_t low[QUERIES], high[QUERIES];  // range of visible ranks
   int32_t block[QUERIES];               // row of the block mask
-  int32_t column[QUERIES];              // whether the block in the column looked at is visible
+  int32_t column[QUERIES];              // whether the mask's block in the current column is visible
 };
 
-// Everything about one row of the batch.
+// The data of one row of the batch.
 struct Row {
   Pairs pairs;
-  int32_t* before;  // (steps,) the highest rank up to a step
-  int32_t* after;   // (steps,) the lowest rank from a step on
-  int32_t* starts;  // (blocks + 1,) first queries
+  int32_t* before;  // (steps,) highest rank up to a step
+  int32_t* after;   // (steps,) lowest rank from a step on
+  int32_t* starts;  // (blocks + 1,) first query of each block
   int64_t blocks;
-  bool counting;  // query ranks count up by one
+  bool counting;  // whether query ranks are consecutive
 };
 
-// What a call is, prepared once.
+// A call, prepared once.
 struct Problem {
   const regard_attention_args* args;
   Row* rows;
-  bool one_row;  // all rows of the batch share their ranks
+  bool one_row;  // whether all rows of the batch share their ranks
   int64_t most_blocks;
-  float factor;                // of products of queries and keys; where not PAIRED, in the queries
-  bool negative;               // PAIRED queries have their signs turned, and `factor` is positive
-  int64_t key_line;            // numbers of a packed key
-  int64_t value_line;          // of a packed value
-  const float* distances;      // (H|1, distance_line) from the last distance to the first, with zeros around
+  float factor;                // factor of products of queries and keys; included in the queries unless PAIRED
+  bool negative;               // whether PAIRED queries are negated, so that `factor` is positive
+  int64_t key_line;            // numbers in a packed key
+  int64_t value_line;          // numbers in a packed value
+  const float* distances;      // (H|1, distance_line) from the last distance to the first, between zeros
   int64_t distance_line;
-  float unit;  // of scores: -log2(e) for sigmoid. 1 for softmax: rounding large scores to another unit would show
+  float unit;  // of scores: -log2(e) for sigmoid; 1 for softmax, where rounding large scores to another unit would show
   bool softcap, pair_bias;
 
   const Row& row(int64_t b) const { return rows[one_row ? 0 : b]; }
 };
 
-// One block of queries at work. All memory belongs to one thread.
+// The block of queries that a thread is processing, and the thread's memory.
 struct Block {
   const Problem* problem;
   const Row* row;
@@ -263,25 +264,25 @@ struct Block {
   Lanes* lanes;
   float* queries;  // (width, QUERIES) scaled, or pairs (width / 2, QUERIES)
   float* weights;  // (STEP, QUERIES)
-  float* pairs_of_weights;  // (2, STEP / 2, QUERIES) rounded, and what the rounding left
-  bool exact;               // whether products take both
+  float* pairs_of_weights;  // (2, STEP / 2, QUERIES) rounded weights, and the rounding residuals
+  bool exact;               // whether products use both
   float* output;   // (QUERIES, output_line)
   int64_t output_line;
   float* added;  // (STEP, QUERIES) biases by pair
-  Number* tail;  // (KEYS, key_line) the last keys
-  bool summing;  // only sums of softmax weights are wanted
+  Number* tail;  // (KEYS, key_line) the last keys, padded
+  bool summing;  // whether only sums of softmax weights are wanted
   int step_begin;  // first row of weights that this step wrote
   // extremes of `low` and `high`, also for each vector
   int32_t least_low, most_low, least_high, most_high;
   int32_t vector_low[QUERIES / LANES], vector_high[QUERIES / LANES];
 };
 
-// Whether weights are those of softmax against a reference that may move.
+// Whether weights are those of a softmax whose reference may move.
 inline bool running(const Block& block) { return block.summing || block.problem->args->rule == REGARD_SOFTMAX; }
 
 enum class Finish { RAW, SOFTMAX, SIGMOID, CLIPPED };
 
-// Biases of pairs of one step: those of its key i and the block's queries begin at first + i * line.
+// Pairwise biases of one step: those of its key i and the block's queries begin at first + i * line.
 struct Added {
   const float* first;
   int64_t line;
@@ -289,10 +290,10 @@ struct Added {
 
 void move_reference(Block& block, float* weights, int c, int vectors);
 
-// The score of a product of a query and a key, plus a number.
+// The score from the product of a query and a key, plus a number.
 REGARD_INLINE Vec score(Vec x, Vec factor, Vec added) { return PAIRED ? fma(x, factor, added) : x + added; }
 
-// A clipped weight of a score less the reference.
+// The clipped weight of a score minus the reference.
 REGARD_INLINE Vec clipped(Vec x, Vec stretch, Vec low) {
   return minimum(broadcast(1.f), maximum(zero(), fma(power(x * LOG2_E), stretch, low)));
 }
@@ -303,7 +304,7 @@ REGARD_INLINE Vec biased_score(Vec x, Vec added, Vec unit, Vec start, Vec hidden
   return select(reinterpret_cast<IntVec>(added == -infinity()), hidden, x);
 }
 
-// Products of KEYS keys with VECS vectors of queries from vector c on; then weights, unless RAW.
+// Scores of KEYS keys with VECS vectors of queries from vector c on; then their weights, unless RAW.
 template <int VECS, Finish FINISH, bool BIASED>
 __attribute__((noinline)) void scores(Block& block, const Number* k, int64_t ldk, int c, Added added,
                                       float* weights) {
@@ -405,8 +406,8 @@ inline void scores_from(Block& block, const Number* k, int64_t ldk, int c, int e
   for (; c < end; ++c) scores<1, FINISH, BIASED>(block, k, ldk, c, added, weights);
 }
 
-// Softmax weights from scores in `weights` (KEYS rows, `vectors` vectors from c on), where the reference may move: what
-// was computed against the old one is brought to the new.
+// Softmax weights from scores in `weights` (KEYS rows, `vectors` vectors from c on) when the reference may move:
+// results relative to the old reference are rescaled to the new one.
 __attribute__((noinline)) void move_reference(Block& block, float* weights, int c, int vectors) {
   Lanes& lanes = *block.lanes;
   for (; vectors > 0; --vectors, ++c) {
@@ -471,7 +472,7 @@ Added add_biases(Block& block, int64_t first, int from, int to, bool counting) {
   if (biases.distance != nullptr)
     table = problem.distances + (biases.distance_stride == 0 ? 0 : block.h) * problem.distance_line +
             TABLE_PADDING;
-  // distances fall by one from lane to lane, and so does the place in a table that begins with the last of them
+  // distances decrease by one from lane to lane, while the table begins with the last distance: its indices increase
   const auto place = [&](int j) {
     const int64_t distance = static_cast<int64_t>(block.pairs.keys[first + j]) - block.pairs.queries[block.begin];
     return last - (distance + biases.distance_zero);
@@ -497,7 +498,7 @@ Added add_biases(Block& block, int64_t first, int from, int to, bool counting) {
   } else {
     if (block.row->counting && counting) {
       const int64_t at = place(0);
-      // the padding of the table holds what hidden pairs at the edges of tiles read
+      // hidden pairs at the edges of tiles read the table's padding
       if (at - to >= -TABLE_PADDING && at - from + QUERIES <= last + TABLE_PADDING) return Added{table + at, -1};
     }
     for (int j = from; j < to; ++j)
@@ -507,7 +508,7 @@ Added add_biases(Block& block, int64_t first, int from, int to, bool counting) {
     float* line = block.added + j * QUERIES;
     const int64_t at = place(j);
     if (block.row->counting) {
-      // a query that sees the key has its distance inside the table
+      // the distance of a visible pair is in the table
       const float* here = table + least(most(at, static_cast<int64_t>(-QUERIES)), last + 1);
       for (int c = 0; c < lanes; c += LANES) store(line + c, load(line + c) + load(here + c));
     } else {
@@ -520,7 +521,7 @@ Added add_biases(Block& block, int64_t first, int from, int to, bool counting) {
   return staged;
 }
 
-// Softcap, biases and hidden pairs of KEYS rows of scores, of which `rows` are keys, and their weights.
+// Applies softcap, biases and visibility to KEYS rows of scores, of which `rows` are keys, and computes their weights.
 __attribute__((noinline)) void finish_scores(Block& block, float* weights, int64_t key, int rows, int c, int end,
                                              bool masked, bool biased, Added biases) {
   const Problem& problem = *block.problem;
@@ -585,12 +586,13 @@ __attribute__((noinline)) void finish_scores(Block& block, float* weights, int64
 }
 
 #if defined(__AVX512BF16__)
-// Weights of keys [from, to) rounded for the product with values, and their sums. Rows up to a multiple of KEYS exist.
+// Rounds the weights of keys [from, to) for the product with values, and sums them. Rows up to a multiple of KEYS
+// exist.
 __attribute__((noinline)) void round_weights(Block& block, int from, int to) {
   Lanes& lanes = *block.lanes;
   const auto left = [](Vec x, IntVec rounded) {
     const Vec rest = x - reinterpret_cast<Vec>(rounded);
-    return select(reinterpret_cast<IntVec>(rest == rest), rest, zero());  // infinity and NaN leave nothing
+    return select(reinterpret_cast<IntVec>(rest == rest), rest, zero());  // infinity and NaN have no residual
   };
   const Vec ones = reinterpret_cast<Vec>(broadcast_int(0x3f803f80));
   for (int c = 0; c < block.vectors * LANES; c += LANES) {
@@ -652,7 +654,7 @@ inline void add_values(Block& block, const int (*ranges)[2], const Number* v, in
     const int64_t line = block.output_line;
     const bool whole = rest > 4 || rest >= TILE_ROWS;
 #if defined(__AVX512BF16__)
-    static_cast<void>(tail);  // packed values are whole vectors
+    static_cast<void>(tail);  // packed values are full vectors
     const int first = from / 2, pairs = (from + keys + 1) / 2 - first;
     const Number* values = v + first * ldv + 2 * column;
     for (int part = 0; part <= static_cast<int>(block.exact); ++part) {
@@ -686,15 +688,15 @@ __attribute__((noinline)) void add_values(Block& block, const int (*ranges)[2], 
   for (; j < width; j += LANES) add_values<1>(block, ranges, v, ldv, j, least(LANES, width - j));
 }
 
-// Keys and values of one kv head, packed or where they are. PAIRED values are packed, line j / 2 holding those of keys j
-// and j + 1 in turns.
+// Keys and values of one kv head, packed or in place. PAIRED values are packed: line j / 2 interleaves those of keys j
+// and j + 1.
 struct Memory {
   const Number *k, *v;
   int64_t k_line, v_line;
-  int v_width;  // numbers of a value that may be read as whole vectors
+  int v_width;  // numbers of a value that may be read as full vectors
 };
 
-// Queries of a block against the keys of one step.
+// Attention of a block's queries to the keys of one step.
 void attend_step(Block& block, const Memory& memory, int64_t step) {
   const Problem& problem = *block.problem;
   const regard_attention_args& args = *problem.args;
@@ -704,7 +706,7 @@ void attend_step(Block& block, const Memory& memory, int64_t step) {
   const int32_t low = pairs.lowest[step], high = pairs.highest[step];
   if (high < block.least_low || low > block.most_high) return;
   const bool counting = !pairs.gaps[step];
-  bool all = true;  // blocks of the mask visible
+  bool all = true;  // whether all of the mask's blocks are visible
   int from = 0, to = count;
   if (counting) {
     from = most(from, block.least_low - low);
@@ -817,7 +819,7 @@ void attend_step(Block& block, const Memory& memory, int64_t step) {
   add_values(block, ranges, memory.v + first / PAIR * memory.v_line, memory.v_line, memory.v_width);
 }
 
-// Ranks that a query of this rank sees, as far as intervals tell.
+// The interval of ranks that a query of this rank may see.
 void reach(const regard_visibility& rule, int64_t rank, int32_t* low, int32_t* high) {
   int64_t first = 0, last = INT32_MAX;
   if (rule.causal) last = least(last, rank);
@@ -894,12 +896,12 @@ void begin_block(Block& block) {
   for (int64_t p = 0; p < block.vectors * LANES * block.output_line; p += LANES) store(block.output + p, zero());
 }
 
-// Whether query i of the block has seen nothing.
+// Whether query i of the block has seen no key.
 inline bool empty(const Lanes& lanes, int i) {
   return lanes.limit[i] == -infinity() && !(lanes.sums[i] != lanes.sums[i]);
 }
 
-// The log-sum-exps of the block.
+// Stores the log-sum-exps of the block.
 void store_sums(const Block& block) {
   const regard_attention_args& args = *block.problem->args;
   const Lanes& lanes = *block.lanes;
@@ -924,7 +926,7 @@ void end_block(const Block& block) {
       float total = lanes.sums[i];
       if (args.sink != nullptr && seen) total += exp(args.sink[block.h] - (lanes.bias[i] - lanes.start[i]));
       factor = seen ? 1.f / total : 0.f;
-      // as if the rounded weights had the sum of those before rounding: an only key is not rounded
+      // rescale so that rounded weights keep their sum: then a single key's value is exact
       if (PAIRED && seen) factor *= lanes.sums[i] / lanes.rounded[i];
     } else if (args.rule == REGARD_CLIPPED && empty(lanes, i)) {
       factor = 0;
@@ -941,7 +943,7 @@ template <class T>
 void attend(Block& block, const Memory& memory) {
   begin_block<T>(block);
   const int64_t steps = ceil_div(block.problem->args->m, static_cast<int64_t>(STEP));
-  // first step with ranks from the lowest seen on, and the end of those with ranks up to the highest
+  // from the first step that reaches the lowest visible rank to the last that begins below the highest
   int64_t first = 0, end = steps;
   for (int64_t size = steps; size > 0;) {
     const int64_t half = size / 2;
@@ -1014,7 +1016,7 @@ Row prepare_row(const regard_attention_args& args, int64_t b, void* space, int32
   return row;
 }
 
-// Rows of one (batch, head) as numbers, `line` apart and with zeros after `width`.
+// Packs the rows of one (batch, head) as numbers, `line` apart and padded with zeros after `width`.
 template <class T>
 void pack(const T* from, int64_t stride, int64_t rows, int64_t width, int64_t line, float* to) {
   for (int64_t i = 0; i < rows; ++i, from += stride, to += line) {
@@ -1035,7 +1037,7 @@ void pack(const bfloat16* from, int64_t stride, int64_t rows, int64_t width, int
   }
 }
 
-// Pairs of rows as lines with their numbers in turns, `line` pairs each; zeros stand for what is not there.
+// Interleaves each pair of rows to a line of `line` pairs, padded with zeros.
 void pack_pairs(const bfloat16* from, int64_t stride, int64_t rows, int64_t width, int64_t line, bfloat16* to) {
   for (int64_t i = 0; i < rows; i += 2, from += 2 * stride, to += 2 * line)
     for (int64_t p = 0; p < line; p += LANES) {
@@ -1071,7 +1073,8 @@ int run(const regard_attention_args& args) {
   const int64_t rows = problem.one_row ? 1 : batch;
   problem.most_blocks = block_count(args);
 
-  // Keys and values of another type, or far apart in memory, or whose last lanes are slow to mask, are packed.
+  // Keys and values are packed if they have another type, are far apart in memory, or have last lanes that are slow to
+  // mask.
   const bool foreign = sizeof(T) != sizeof(Number);
   const bool pack_keys = foreign || args.width % PAIR != 0 || args.k_strides[2] > 2 * args.width;
   const bool pack_values = foreign || PAIRED || args.v_strides[2] > 2 * args.value_width ||
@@ -1089,7 +1092,7 @@ int run(const regard_attention_args& args) {
   const size_t query_floats = static_cast<size_t>(problem.key_line / PAIR * QUERIES);
   const size_t output_floats = static_cast<size_t>(problem.value_line * QUERIES);
   const bool biased = problem.pair_bias || tables > 0;
-  // `added` is padded because whole vectors of keys are turned at once
+  // `added` is padded because full vectors of keys are transposed at once
   const size_t added_floats = biased ? static_cast<size_t>((STEP + LANES) * QUERIES) : 0;
   const size_t pair_floats = PAIRED ? static_cast<size_t>((STEP + KEYS) * QUERIES) : 0;
   const size_t part_bytes = sizeof(Block) + 64 + Workspace::bytes_of<Lanes>(1) +
@@ -1171,8 +1174,8 @@ int run(const regard_attention_args& args) {
     for (;;) {
       const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (task >= tasks) return;
-      // a head after the other, while its keys are in cache; the last queries first: in causal attention they have the
-      // most keys, and the shortest tasks should end the work
+      // one head after the other, while its keys are in cache; the last queries first: in causal attention they have
+      // the most keys, and the shortest tasks should come last
       const int64_t index = most_blocks - 1 - task % most_blocks, head = task / most_blocks;
       block.b = head / heads;
       block.h = head % heads;

@@ -1,10 +1,10 @@
-// Blocked softmax attention in bfloat16 on tiles (AMX), forward. What it lacks runs on vectors, in attention.cpp.
+// Blocked softmax attention in bfloat16 on tiles (AMX), forward. Cases that it does not support run in attention.cpp.
 //
-// A block of 32 queries meets groups of 32 keys. Scores are computed transposed, keys by queries: a tile multiplies keys
-// as they lie with pairs of features of queries, and the weights, rounded and paired, are what values (turned once) are
-// multiplied with. What belongs to a query is a lane throughout, and the output is kept transposed, too. The scores of a
-// group are computed before the softmax of the group before, so that tiles and vectors work at the same time. Softmax is
-// taken against a reference, as in attention.cpp.
+// A block of 32 queries visits groups of 32 keys. Scores are computed transposed, keys by queries: a tile multiplies
+// keys in their own layout with pairs of features of queries; then values, transposed once, are multiplied with the
+// rounded and paired weights. A query's data is in one lane throughout, and the output is kept transposed, too. The
+// scores of a group are computed before the softmax of the previous group, so that tiles and vectors work at the same
+// time. Softmax is relative to a reference, as in attention.cpp.
 
 #include "regard_attention.h"
 
@@ -21,12 +21,12 @@ int attention(const regard_attention_args*);
 namespace REGARD_ISA {
 namespace {
 
-constexpr int QUERIES = 32, GROUP = 32;   // a block's queries; a group's keys
-constexpr int BATCH = 8;                  // groups whose weights meet their values at once
-constexpr int TILE = 512, FLOATS = 256;   // bfloat16 and float32 numbers of a tile: 16 rows of 64 bytes
-constexpr int FEATURES = 32;              // of queries and keys in a tile
-constexpr float MOST_WEIGHT = 4.85e8f;    // a group's sum of weights, e^20, above which the reference moves
-constexpr int FEW_KEYS = 128;             // weights of fewer are rounded to the sum of two bfloat16
+constexpr int QUERIES = 32, GROUP = 32;   // queries in a block; keys in a group
+constexpr int BATCH = 8;                  // groups whose weights are multiplied by values at once
+constexpr int TILE = 512, FLOATS = 256;   // bfloat16 and float32 numbers in a tile: 16 rows of 64 bytes
+constexpr int FEATURES = 32;              // features of queries and keys in a tile
+constexpr float MOST_WEIGHT = 4.85e8f;    // e^20: the reference moves if a group's sum of weights exceeds it
+constexpr int FEW_KEYS = 128;             // with fewer, weights are rounded to the sum of two bfloat16 numbers
 static_assert(Pairs::STEP % GROUP == 0, "a group lies in one step");
 
 REGARD_INLINE float infinity() { return __builtin_inff(); }
@@ -35,11 +35,11 @@ REGARD_INLINE Vec vec(__m512 x) { return reinterpret_cast<Vec>(x); }
 REGARD_INLINE __m512i load_bits(const void* p) { return _mm512_loadu_si512(p); }
 REGARD_INLINE IntVec load_ints(const int32_t* p) { return reinterpret_cast<IntVec>(load_bits(p)); }
 
-// Tile instructions do not tell the compiler which memory they read: what was written before must be in memory.
+// Tile instructions do not tell the compiler which memory they read: earlier writes must have reached memory.
 REGARD_INLINE void settle() { __asm__ volatile("" ::: "memory"); }
 
-// Eight tiles of 16 rows of 64 bytes, for this thread and as long as this lives. Others (oneDNN) remember what they have
-// configured, so it is put back.
+// Configures eight tiles of 16 rows of 64 bytes for this thread and the lifetime of this object. The previous
+// configuration is restored, since other libraries (oneDNN) rely on theirs.
 class Tiles {
  public:
   Tiles() {
@@ -64,7 +64,7 @@ class Tiles {
   alignas(64) uint8_t before_[64];
 };
 
-// 2^x for weights: relative error 3e-6, below that of a sum of two bfloat16.
+// 2^x for weights: relative error 3e-6, below that of a sum of two bfloat16 numbers.
 REGARD_INLINE Vec power(Vec x) {
   const Vec r = vec(_mm512_reduce_ps(m512(x), 9));  // x - floor x; 0 for infinite x
   Vec p = broadcast(0.013534167781472206f);
@@ -75,7 +75,7 @@ REGARD_INLINE Vec power(Vec x) {
   return vec(_mm512_scalef_ps(m512(p), m512(x)));
 }
 
-// A matrix of 16 x 16 numbers of 32 bits, transposed in place.
+// Transposes a matrix of 16 x 16 32-bit numbers in place.
 REGARD_INLINE void transpose(__m512i (&rows)[16]) {
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
@@ -93,7 +93,7 @@ REGARD_INLINE void transpose(__m512i (&rows)[16]) {
   }
 }
 
-// Two vectors of weights as pairs of bfloat16, a in the first places: half of a last place is added, and the rest cut off.
+// Two vectors of weights as pairs of bfloat16, with a first: adds half a unit in the last place and truncates.
 REGARD_INLINE __m512i round_pairs(Vec a, Vec b) {
   const __m512i half = _mm512_set1_epi32(0x8000);
   const __m512i upper = _mm512_set4_epi32(0x80800f0e, 0x80800b0a, 0x80800706, 0x80800302);
@@ -102,13 +102,13 @@ REGARD_INLINE __m512i round_pairs(Vec a, Vec b) {
   return _mm512_mask_blend_epi16(0xaaaaaaaa, first, second);
 }
 
-// What rounding left of x; nothing of infinity and NaN.
+// The rounding residual of x; 0 for infinity and NaN.
 REGARD_INLINE Vec remainder(Vec x, __m512i rounded) {
   const Vec rest = x - reinterpret_cast<Vec>(rounded);
   return select(reinterpret_cast<IntVec>(rest == rest), rest, zero());
 }
 
-// Up to 32 numbers at p, zeros in the other places.
+// Up to 32 numbers at p, padded with zeros.
 REGARD_INLINE __m512i load_row(const bfloat16* p, int64_t count) {
   const int here = static_cast<int>(least(most(count, int64_t{0}), int64_t{32}));
   return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << here) - 1), p);
@@ -122,7 +122,7 @@ void pack_keys(const bfloat16* from, int64_t stride, int64_t keys, int64_t width
 }
 
 // Tiles of the values of a group of keys, [16 features]: rows of a tile are features. A feature of ones follows the last:
-// its outputs are the sums of weights as they were rounded.
+// its outputs are the sums of the rounded weights.
 void pack_values(const bfloat16* from, int64_t stride, int64_t keys, int64_t width, bfloat16* to) {
   for (int64_t p = 0; p <= width; p += 16, to += TILE) {
     const int64_t count = least(width - p, int64_t{16});
@@ -161,30 +161,30 @@ void pack_queries(const bfloat16* from, int64_t stride, int count, int64_t width
 // One row of the batch.
 struct Row {
   Pairs pairs;
-  int32_t* before;  // (steps,) the highest rank up to a step
-  int32_t* after;   // (steps,) the lowest rank from a step on
+  int32_t* before;  // (steps,) highest rank up to a step
+  int32_t* after;   // (steps,) lowest rank from a step on
 };
 
 struct Problem {
   const regard_attention_args* args;
-  float factor;                             // of products, which makes scores in units of ln 2
+  float factor;                             // turns products into scores in units of ln 2
   Row* rows;
-  bool one_row;                             // all rows of the batch share their ranks
-  int64_t groups, key_blocks, value_tiles;  // of keys; of 32 features; of 16 features
+  bool one_row;                             // whether all rows of the batch share their ranks
+  int64_t groups, key_blocks, value_tiles;  // groups of keys; tiles of 32 key features; of 16 value features
   bfloat16 *keys, *values;                  // (pairs of row and kv head, groups) packed
 };
 
-// A block of queries at work. All memory belongs to one thread.
+// The block of queries that a thread is processing, and the thread's memory.
 struct alignas(64) Block {
-  float scores[2][4 * FLOATS];               // of a group and the next: [16 keys][16 queries]
-  bfloat16 weights[2][BATCH][2 * TILE];      // rounded, and what rounding left: [16 queries]
-  int64_t groups[BATCH];                     // of the batch at work
-  bool all[BATCH];                           // whether every query sees every key of a group
-  int batch;                                 // groups in it
-  float limit[QUERIES];                      // of a group's sum of weights; -inf before anything was seen
-  float start[QUERIES];                      // minus the reference, of scores in units of ln 2
-  float sums[QUERIES];                       // of weights
-  int32_t low[QUERIES], high[QUERIES];       // ranks seen
+  float scores[2][4 * FLOATS];               // scores of a group and the next: [16 keys][16 queries]
+  bfloat16 weights[2][BATCH][2 * TILE];      // rounded weights, and the rounding residuals: [16 queries]
+  int64_t groups[BATCH];                     // groups in the current batch
+  bool all[BATCH];                           // whether every query sees every key of the group
+  int batch;                                 // number of groups in the batch
+  float limit[QUERIES];                      // limit of a group's sum of weights; -inf before the first visible key
+  float start[QUERIES];                      // minus the reference, in units of ln 2
+  float sums[QUERIES];                       // sums of weights
+  int32_t low[QUERIES], high[QUERIES];       // range of visible ranks
   int32_t line[QUERIES];                     // row of the block mask
   const Problem* problem;
   Pairs pairs;
@@ -194,13 +194,13 @@ struct alignas(64) Block {
   float* output;                             // [16 features][16 queries]
   int64_t b, h, begin;
   int count;
-  bool exact;                                // whether what rounding left is multiplied, too
+  bool exact;                                // whether residuals are multiplied, too
   int32_t least_low, most_low, least_high, most_high;
 };
 
 enum class Seen { NONE, SOME, ALL };
 
-// What the block's queries see of a group of keys.
+// Visibility of a group of keys for the block's queries.
 Seen visible(const Block& block, int64_t group) {
   const Pairs& pairs = block.pairs;
   const int64_t first = group * GROUP, step = first / Pairs::STEP, keys = block.problem->args->m - first;
@@ -227,7 +227,7 @@ Seen visible(const Block& block, int64_t group) {
   return all ? Seen::ALL : Seen::SOME;
 }
 
-// Products of the keys of a batch's group and the block's queries.
+// Products of the keys of a group in the batch and the block's queries.
 void multiply_keys(Block& block, int place) {
   const int64_t blocks = block.problem->key_blocks;
   const bfloat16* k = block.keys + block.groups[place] * blocks * 2 * TILE;
@@ -254,7 +254,7 @@ void multiply_keys(Block& block, int place) {
   _tile_stored(3, scores + 3 * FLOATS, 64);
 }
 
-// Adds weights times values of the groups of a batch from place to end.
+// Adds weights times values of the batch's groups from `place` to the end.
 __attribute__((noinline)) void add_values(const Block& block, int place, int end) {
   if (place == end) return;
   const int64_t tiles = block.problem->value_tiles;
@@ -292,12 +292,12 @@ __attribute__((noinline)) void add_values(const Block& block, int place, int end
   }
 }
 
-// Which of 16 queries from c on see keys, one key after the other.
+// For one key after the other, which of 16 queries from c on see it.
 struct Sight {
   const Block& block;
   const IntVec low, high;
   const int c;
-  int32_t column = -1;  // of the block mask, whose bits are `bits`
+  int32_t column = -1;  // column of the block mask, whose bits are `bits`
   __mmask16 bits = 0xffff;
   __mmask16 some = 0;  // queries that have seen a key
 
@@ -322,8 +322,8 @@ struct Sight {
   }
 };
 
-// Moves the references of 16 queries from c on to their highest scores of a group, where these are higher: what was
-// summed against the old ones is brought to the new.
+// Moves the references of 16 queries from c on to their highest scores in a group, where these are higher, and rescales
+// the sums to the new references.
 __attribute__((noinline)) void move_reference(Block& block, int place, int c) {
   const float* scores = block.scores[place % 2] + c / 16 * FLOATS;
   const Vec factor = broadcast(block.problem->factor);
@@ -346,7 +346,8 @@ __attribute__((noinline)) void move_reference(Block& block, int place, int c) {
     for (int r = 0; r < FLOATS; r += 16) store(output + r, load(output + r) * shrink);
 }
 
-// Weights of a group from its scores, for 16 queries from c on; adds to their sum. Which queries exceed their limit.
+// Weights of a group from its scores, for 16 queries from c on, added to their sums. Returns which queries exceed their
+// limit.
 template <bool MASKED, bool EXACT>
 REGARD_INLINE __mmask16 weigh(Block& block, int place, int c, Vec& sum) {
   const Vec factor = broadcast(block.problem->factor), start = load(block.start + c);
@@ -376,7 +377,7 @@ REGARD_INLINE __mmask16 weigh(Block& block, int place, int c, Vec& sum) {
   return MASKED ? over & sight.some : over;
 }
 
-// Weights of a group of a batch, whose groups from `added` on wait for their values.
+// Weights of a group in a batch, of which the groups from `added` on have not been multiplied by values yet.
 template <bool MASKED, bool EXACT>
 __attribute__((noinline)) void weigh(Block& block, int place, int& added) {
   Vec sums[2];
@@ -394,7 +395,7 @@ __attribute__((noinline)) void weigh(Block& block, int place, int& added) {
   store(block.sums + 16, sums[1]);
 }
 
-// The block's queries against a batch of groups.
+// Attention of the block's queries to a batch of groups.
 void attend_batch(Block& block) {
   if (block.batch == 0) return;
   multiply_keys(block, 0);
@@ -410,7 +411,7 @@ void attend_batch(Block& block) {
   block.batch = 0;
 }
 
-// The first place in [begin, end) where `holds`, which holds from there on, is true.
+// The first position in [begin, end) at which `holds` is true, by bisection.
 template <class Holds>
 int64_t first_place(int64_t begin, int64_t end, Holds holds) {
   while (begin < end) {
@@ -423,7 +424,7 @@ int64_t first_place(int64_t begin, int64_t end, Holds holds) {
   return begin;
 }
 
-// Ranks that a query of this rank sees, as far as intervals tell.
+// The interval of ranks that a query of this rank may see.
 void reach(const regard_visibility& rule, int64_t rank, int32_t* low, int32_t* high) {
   int64_t first = 0, last = INT32_MAX;
   if (rule.causal) last = least(last, rank);
@@ -475,7 +476,7 @@ void end_block(Block& block) {
   bfloat16* out = static_cast<bfloat16*>(args.out) + block.b * args.out_strides[0] + block.h * args.out_strides[1] +
                   block.begin * args.out_strides[2];
   const int64_t width = args.value_width;
-  const float* rounded = block.output + width / 16 * 2 * FLOATS + width % 16 * 16;  // sums of weights as rounded
+  const float* rounded = block.output + width / 16 * 2 * FLOATS + width % 16 * 16;  // sums of rounded weights
   alignas(64) float factors[QUERIES] = {};
   for (int i = 0; i < block.count; ++i) {
     const float reference = -block.start[i];
@@ -486,7 +487,7 @@ void end_block(Block& block) {
           empty ? -infinity() : reference * LN_2 + __builtin_logf(total);
     if (empty) continue;
     if (args.sink != nullptr) total += exp2(args.sink[block.h] * LOG2_E - reference);
-    // as if the rounded weights had the sum of those before rounding: an only key is not rounded
+    // rescale so that rounded weights keep their sum: then a single key's value is exact
     factors[i] = block.sums[i] / total / rounded[i / 16 * FLOATS + i % 16];
   }
   for (int c = 0; c < block.count; c += 16) {
@@ -600,8 +601,8 @@ int run(const regard_attention_args& args) {
     for (;;) {
       const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (task >= tasks) return;
-      // a head after the other, while its keys are in cache; the last queries first: in causal attention they have the
-      // most keys, and the shortest tasks should end the work
+      // one head after the other, while its keys are in cache; the last queries first: in causal attention they have
+      // the most keys, and the shortest tasks should come last
       const int64_t head = task / query_blocks;
       block.b = head / heads;
       block.h = head % heads;

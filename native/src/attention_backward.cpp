@@ -1,18 +1,19 @@
 // Gradients of blocked attention.
 //
-// A task is one key/value head of one row of the batch with all query heads that share it; with fewer heads than
-// threads, a share of its key blocks. For each query head it walks over key blocks and, inside, over query blocks. The
+// A task is one key/value head of one row of the batch with all query heads that share it or, with fewer heads than
+// threads, a share of its key blocks. For each query head it loops over key blocks and, inside, over query blocks. The
 // gradients of a key block stay in cache; those of the queries are summed in a buffer of the head, and the shares'
-// buffers are added in a fixed order at the end. Scores are computed again from the log-sum-exp, five products a tile:
+// buffers are added in a fixed order at the end. Weights are recomputed from the log-sum-exp, with five products per
+// tile:
 //   S = Q K^T,  W = weight(S),  dV += W^T dO,  dW = dO V^T,  dS = weight'(S) dW,  dK += dS^T Q,  dQ += dS K.
 //
 // For softmax with a sink, whose share of the denominator leaves the fraction f_i to the keys of query i, the weights
 // are f_i R_ij with R = exp(s - lse). With dO scaled by f_i beforehand, dV = R^T dO and
-// dS = R (dW - f_i delta_i + grad_lse_i), delta_i = grad_out_i . out_i, hold whatever the sink is, and f_i may vanish.
+// dS = R (dW - f_i delta_i + grad_lse_i), delta_i = grad_out_i . out_i, hold for any sink, and f_i may vanish.
 //
 // For clipped softmax, W = clip(c R + low) with c = high - low, dS = R (c a dW - delta_i + grad_lse_i) where a is 1 for
-// weights that are not clipped, bounds included, and 0 for others, and delta_i = sum over j of c a R dW. The output does
-// not tell that sum: tasks first go over their tiles for it, and count as clipped what they count so again later.
+// weights that are not clipped, bounds included, and 0 for others, and delta_i = sum over j of c a R dW. That sum
+// cannot be computed from the output, so tasks first go over their tiles for it; both passes clip the same weights.
 
 #include "regard_attention.h"
 
@@ -29,13 +30,12 @@
 namespace REGARD_ISA {
 namespace {
 
-constexpr int QUERIES = 64;  // in a tile
+constexpr int QUERIES = 64;  // of a tile
 constexpr int KEYS = Pairs::STEP;
-constexpr int PARTS = 4;  // of the queries of a tile that is partly hidden
+constexpr int PARTS = 4;  // into which the queries of a partly visible tile are divided
 
-// Rows of features as float32 in panels of columns: rows of a panel follow each other without a gap, so that a tile of
-// them does not fall into few sets of the cache whatever the strides of the tensors are. Columns are padded with zeros
-// to whole vectors.
+// Rows of features as float32 in panels of columns. The rows of a panel are contiguous, so that a tile does not occupy
+// only a few sets of the cache, whatever the strides of the tensors. Columns are padded with zeros to full vectors.
 struct Panels {
   int features, width, count;
 
@@ -49,7 +49,7 @@ struct Panels {
   size_t floats(int64_t rows) const { return static_cast<size_t>(rows * width * count); }
 };
 
-// to = scale_i from_i; `scales` nullptr for ones.
+// to = scale_i from_i by rows; `scales` nullptr for ones.
 template <class T>
 void pack(const Panels& panels, int64_t rows, const T* from, int64_t stride, const float* scales, float* to) {
   for (int panel = 0; panel < panels.count; ++panel)
@@ -64,7 +64,7 @@ void pack(const Panels& panels, int64_t rows, const T* from, int64_t stride, con
     }
 }
 
-// to = scale from, the first `rows` of `from_rows`.
+// to = scale from, for the first `rows` of `from_rows` rows.
 template <class T>
 void unpack(const Panels& panels, int64_t rows, int64_t from_rows, const float* from, float scale, T* to,
             int64_t stride) {
@@ -79,7 +79,7 @@ void unpack(const Panels& panels, int64_t rows, int64_t from_rows, const float* 
     }
 }
 
-// Transposes LANES vectors. In stage `step` elements whose row and column differ in that bit change places.
+// Transposes LANES vectors. Stage `step` exchanges elements whose row and column differ in that bit.
 #if defined(__AVX512F__)
 template <int STEP>
 REGARD_INLINE void transpose_stage(Vec (&block)[LANES]) {
@@ -115,7 +115,7 @@ REGARD_INLINE void transpose_lanes(Vec (&block)[LANES]) {
 }
 #endif
 
-// Of a key block in panels, the transpose of each panel: (width, KEYS) with zeros for keys that the block lacks.
+// Transposes each panel of a key block to (width, KEYS), with zeros for missing keys.
 void transpose_block(const Panels& panels, int keys, const float* from, float* to) {
   for (int panel = 0; panel < panels.count; ++panel) {
     const float* source = from + static_cast<int64_t>(panel) * keys * panels.width;
@@ -133,7 +133,7 @@ void transpose_block(const Panels& panels, int keys, const float* from, float* t
   }
 }
 
-// tanh to about 1e-7 of itself: a polynomial where 1 - 2 / (e^2x + 1) would cancel.
+// tanh with a relative error of about 1e-7: a polynomial where 1 - 2 / (e^2x + 1) would cancel.
 REGARD_INLINE Vec tanh(Vec x) {
   const Vec z = x * x;
   Vec p = broadcast(-0.005895155481994152f);
@@ -159,22 +159,22 @@ REGARD_INLINE Vec square_root(Vec x) {
 }
 
 struct Scratch {
-  float* weights;  // (QUERIES, KEYS), of softmax relative to the log-sum-exp; before a clip, and negative if it changes them
-  float* scores;   // (QUERIES, KEYS): their gradient
+  float* weights;  // (QUERIES, KEYS); of softmax exp(s - lse), before clipping, and negative if that changes them
+  float* scores;   // (QUERIES, KEYS): gradient of the scores
   float* slopes;   // (QUERIES, KEYS): derivative of the softcap; nullptr without one
 };
 
-// What the scores of a tile depend on besides q and k.
+// Everything except q and k on which the weights of a tile depend.
 struct Scores {
   const regard_attention_args* call;
   Pairs pairs;
-  const float* bias;      // this row's and head's, or nullptr
-  const float* distance;  // this head's, or nullptr
-  const float* lse;       // (n,) of softmax
-  int64_t columns[KEYS];  // of the block mask for the keys of this block, -1 outside it
-  int32_t ranks[KEYS];    // of the keys of this block, -1 where there is none
-  int64_t first, keys;    // slots of this block
-  bool consecutive;       // whether the ranks of its slots count up by one
+  const float* bias;      // bias of this row and head, or nullptr
+  const float* distance;  // distance table of this head, or nullptr
+  const float* lse;       // (n,) log-sum-exp of softmax
+  int64_t columns[KEYS];  // columns of the block mask for the keys of this block, -1 outside it
+  int32_t ranks[KEYS];    // ranks of the keys of this block, -1 for missing keys
+  int64_t first, keys;    // first slot and number of slots of this block
+  bool consecutive;       // whether the ranks of its slots are consecutive
 
   void begin_block(int64_t step) {
     const regard_visibility* rule = pairs.rule;
@@ -189,7 +189,7 @@ struct Scores {
     }
   }
 
-  // All visibility rules but the block mask leave an interval of key ranks to a query.
+  // The interval of key ranks that all visibility rules but the block mask allow a query to see.
   void interval(int64_t i, int32_t* low, int32_t* high) const {
     const regard_visibility* rule = pairs.rule;
     const int64_t rank = pairs.queries[i];
@@ -206,7 +206,7 @@ struct Scores {
     *high = static_cast<int32_t>(most<int64_t>(to, -1));
   }
 
-  // Keys of this block up to the last one that any of these queries may see.
+  // Number of keys of this block up to the last one that any of these queries may see.
   int reach(int64_t i, int64_t i_end) const {
     if (!consecutive) return static_cast<int>(keys);
     int64_t last = -1;
@@ -218,7 +218,7 @@ struct Scores {
     return static_cast<int>(most<int64_t>(0, least<int64_t>(keys, last - ranks[0] + 1)));
   }
 
-  // -1 for keys of this block that query i sees, 0 for others.
+  // Mask of the keys of this block that query i sees: -1, or 0 for hidden keys.
   void visible(int64_t i, int32_t* mask) const {
     int32_t low, high;
     interval(i, &low, &high);
@@ -239,7 +239,7 @@ struct Scores {
       if (!inside || columns[j] < 0 || blocks[columns[j]] == 0) mask[j] = 0;
   }
 
-  // What is added to the scores of query i; a pair to which -inf (or NaN, as in torch) is added is hidden.
+  // The biases added to the scores of query i; a bias of -inf (or NaN, as in torch) hides the pair.
   void add_biases(int64_t i, int32_t* mask, float* added) const {
     for (int j = 0; j < KEYS; ++j) added[j] = 0;
     if (bias != nullptr) {
@@ -250,7 +250,7 @@ struct Scores {
     if (distance != nullptr) {
       const int64_t zero_at = call->biases.distance_zero - pairs.queries[i];
       if (consecutive) {
-        // only hidden pairs' places may lie outside the table
+        // only hidden pairs may be outside the table
         const int64_t at = zero_at + ranks[0];
         const int64_t from = most<int64_t>(0, -at), to = least(keys, call->biases.distances - at);
         for (int64_t j = from; j < to; ++j) added[j] += distance[at + j];
@@ -263,16 +263,16 @@ struct Scores {
   }
 };
 
-// A weight from a score minus the log-sum-exp: no more than 1, though of large numbers the difference may be rounded up.
+// A weight from a score minus the log-sum-exp: at most 1, even if the difference of large numbers is rounded up.
 REGARD_INLINE Vec share(Vec x) { return exp(minimum(zero(), x)); }
 
-// W from S = Q K^T in place, softmax without anything added.
+// W from S = Q K^T in place, for softmax without softcap and biases.
 template <bool MASKED>
 void plain_weights(const Scores& scores, int64_t i0, int queries, int padded, float* weights) {
   const Vec scale = broadcast(scores.call->scale);
   alignas(64) int32_t mask[KEYS];
   for (int i = 0; i < queries; ++i) {
-    // subtracted before it is turned to base 2: large numbers that are exact stay so
+    // subtracted before the change to base 2, so that exact large numbers stay exact
     const Vec lse = broadcast(-scores.lse[i0 + i]);
     float* row = weights + i * KEYS;
     if (MASKED) scores.visible(i0 + i, mask);
@@ -293,7 +293,7 @@ inline bool normalised(const regard_attention_args& call) {
   return call.rule == REGARD_SOFTMAX || call.rule == REGARD_CLIPPED;
 }
 
-// The same for any rule, with softcap and biases.
+// W from S = Q K^T in place, for any rule, with softcap and biases.
 void any_weights(const Scores& scores, int64_t i0, int queries, int padded, bool masked, const Scratch& tile) {
   const regard_attention_args& call = *scores.call;
   const bool biased = scores.bias != nullptr || scores.distance != nullptr;
@@ -337,8 +337,8 @@ void any_weights(const Scores& scores, int64_t i0, int queries, int padded, bool
   }
 }
 
-// dS from dW in place, softmax without softcap; `offsets` (n,) as in the head of this file. With `hide`, what has no
-// weight has no gradient even where dW is not finite.
+// dS from dW in place, for softmax without softcap; `offsets` (n,) are the terms added to dW at the head of this file.
+// With HIDE, pairs of weight 0 have gradient 0 even if dW is not finite.
 template <bool HIDE>
 void plain_gradients(const float* offsets, int64_t i0, int queries, int padded, const Scratch& tile) {
   for (int i = 0; i < queries; ++i) {
@@ -370,7 +370,7 @@ void any_gradients(int32_t rule, const float* offsets, int64_t i0, int queries, 
   }
 }
 
-// dS from dW in place for clipped softmax, and the clipped weights.
+// dS from dW in place for clipped softmax; also clips the weights.
 void clipped_gradients(const regard_attention_args& call, const float* offsets, int64_t i0, int queries, int padded,
                        const Scratch& tile) {
   const Vec range = broadcast(call.high - call.low), low = broadcast(call.low);
@@ -386,7 +386,7 @@ void clipped_gradients(const regard_attention_args& call, const float* offsets, 
   }
 }
 
-// Adds to `sums` (n,) those of clipped softmax over the keys of a tile.
+// Adds the keys of a tile to the sums delta_i of clipped softmax, `sums` (n,).
 void add_clipped_sums(const regard_attention_args& call, int64_t i0, int queries, int padded, const Scratch& tile,
                       float* sums) {
   for (int i = 0; i < queries; ++i) {
@@ -399,28 +399,28 @@ void add_clipped_sums(const regard_attention_args& call, int64_t i0, int queries
   }
 }
 
-// Where a task adds the gradients of a head's biases, each nullptr when not wanted. A bias that all keys share has the
-// task's sums over keys in `sums`.
+// Where a task adds the gradients of a head's biases; nullptr if not wanted. For a bias that all keys share, `sums`
+// holds the task's sums over keys.
 struct BiasGradients {
   float* pairs;     // (n|1, m)
   double* sums;     // (n|1,)
   float* distance;  // (distances,)
-  bool by_query;    // whether queries have biases of their own
+  bool by_query;    // whether each query has its own biases
 
   bool wanted() const { return pairs != nullptr || sums != nullptr || distance != nullptr; }
 };
 
-// A call with what all tasks share.
+// A call, with the data that all tasks share.
 struct Backward {
   const regard_attention_backward_args* args;
   const regard_attention_args* call;
   Panels width, value_width;
-  int64_t group, splits, blocks;  // query heads a key head; shares of its key blocks; key blocks
+  int64_t group, splits, blocks;  // query heads per key head; shares of its key blocks; key blocks
   float* shares;                  // (splits, batch, heads) gradients of the queries; nullptr with one share
   float* sinks;                   // (batch, heads)
   float* distances;               // (batch * splits, heads, distances)
-  double* bias_sums;              // (batch * splits, heads, n|1) of a bias that all keys share
-  float* clipped_sums;            // (splits, batch, heads, n) of clipped softmax
+  double* bias_sums;              // (batch * splits, heads, n|1) for a bias that all keys share
+  float* clipped_sums;            // (splits, batch, heads, n) delta_i of clipped softmax
 
   static int64_t offset(const int64_t* strides, int64_t row, int64_t head, int64_t token = 0) {
     return row * strides[0] + head * strides[1] + token * strides[2];
@@ -432,11 +432,11 @@ struct Buffers {
   float *q, *grad_out, *grad_q;           // of a head, in panels
   float *offsets, *fractions;             // of a head, (n,)
   float *k, *k_turned, *v, *v_turned;     // of a key block
-  float *grad_k, *grad_v;                 // of a key block, or with grouped heads of all of the task
+  float *grad_k, *grad_v;                 // of a key block, or with grouped heads of all the task's blocks
   Scratch tile;
   void* pairs;
 
-  // Lays the buffers out in `space`, or with nullptr only counts.
+  // Lays the buffers out in `space`, or with nullptr only counts bytes.
   size_t lay_out(const Backward& b, char* space) {
     size_t used = 0;
     const auto take = [&](auto** place, size_t count) {
@@ -467,7 +467,7 @@ struct Buffers {
   }
 };
 
-// What depends on one query alone: the keys' fraction of softmax's denominator, and what is added to dW.
+// Prepares what depends on a single query: the keys' fraction of softmax's denominator, and the offset added to dW.
 // Returns the gradient of the head's sink.
 template <class T>
 float prepare_queries(const Backward& b, int64_t row, int64_t head, const Buffers& to) {
@@ -480,7 +480,7 @@ float prepare_queries(const Backward& b, int64_t row, int64_t head, const Buffer
   if (softmax) {
     const T* out = static_cast<const T*>(call.out) + Backward::offset(call.out_strides, row, head);
     const int64_t at = (row * call.heads + head) * call.n;
-    // as large as it may be while the log-sum-exp is still finite, as in the torch backend
+    // limited so that the log-sum-exp stays finite, as in the torch backend
     const float sink = call.sink == nullptr ? 0.f : least(FLT_MAX / 2, most(-FLT_MAX / 2, call.sink[head]));
     for (int64_t i = 0; i < call.n; ++i) {
       const T* x = out + i * call.out_strides[2];
@@ -493,7 +493,7 @@ float prepare_queries(const Backward& b, int64_t row, int64_t head, const Buffer
       const float delta = sum(sums), lse = call.lse[at + i];
       float fraction = 1;
       if (call.sink != nullptr) {
-        // both are 1 / (1 + e^x); the head's sink has the score `sink` and the value 0
+        // both shares are 1 / (1 + e^x); the head's sink has the score `sink` and the value 0
         fraction = 1.f / (1.f + expf(sink - lse));
         if (lse != -INFINITY) sink_total -= 1.f / (1.f + expf(lse - sink)) * static_cast<double>(delta);
       }
@@ -534,7 +534,7 @@ void add_bias_gradients(const Scores& scores, int64_t i0, int queries, int keys,
       to.sums[to.by_query ? i0 + i : 0] += static_cast<double>(sum(total));
     }
     if (to.distance != nullptr) {
-      // gradients of hidden pairs are 0, and their places may lie outside the table
+      // gradients of hidden pairs are 0, and their distances may be outside the table
       const int64_t zero_at = call.biases.distance_zero - scores.pairs.queries[i0 + i];
       if (scores.consecutive) {
         const int64_t at = zero_at + scores.ranks[0];
@@ -557,7 +557,7 @@ void add_product(const Panels& panels, int rows, int inner, const float* a, int6
                        panels.width, to + panel * to_rows * panels.width, panels.width);
 }
 
-// to (queries x padded) = rows of `x` times the turned key block `y`.
+// to (queries x padded) = rows of `x` times the transposed key block `y`.
 void tile_product(const Panels& panels, int queries, int padded, const float* x, int64_t x_rows, const float* y,
                   float* to) {
   product<Into::ZERO>(queries, padded, panels.used(0), x, panels.width, 1, y, KEYS, to, KEYS);
@@ -566,7 +566,7 @@ void tile_product(const Panels& panels, int queries, int padded, const float* x,
                        y + static_cast<int64_t>(panel) * panels.width * KEYS, KEYS, to, KEYS);
 }
 
-// One tile: `queries` from slot i0 on against the first `keys` of the key block in `of`, of which they see no others.
+// One tile: `queries` from slot i0 on with the first `keys` of the key block in `of`, the only ones that they may see.
 void run_tile(const Backward& b, const Scores& scores, bool plain, bool masked, int64_t i0, int queries, int keys,
               const Buffers& of, float* grad_q, float* grad_k, float* grad_v, const BiasGradients& biases) {
   const regard_attention_args& call = *b.call;
@@ -602,8 +602,8 @@ void run_tile(const Backward& b, const Scores& scores, bool plain, bool masked, 
   add_product(b.width, queries, keys, tile.scores, KEYS, 1, of.k, kept, grad_q + i0 * b.width.width, call.n);
 }
 
-// visit(i0, queries, keys, masked) for all tiles of a key block that are not empty: `queries` from slot i0 on see none of
-// its keys but the first `keys`. The block is in `to` by then.
+// Calls visit(i0, queries, keys, masked) for all non-empty tiles of a key block: `queries` from slot i0 on may only see
+// the first `keys` of its keys. The block has been loaded to `to` by then.
 template <class T, class F>
 void visit_tiles(const Backward& b, const Scores& scores, int64_t block, const T* k, const T* v, const Buffers& to,
                  F&& visit) {
@@ -622,7 +622,7 @@ void visit_tiles(const Backward& b, const Scores& scores, int64_t block, const T
       transpose_block(b.width, keys, to.k, to.k_turned);
       transpose_block(b.value_width, keys, to.v, to.v_turned);
     }
-    // a tile across the diagonal goes in parts, the first of which need fewer keys
+    // a tile across the diagonal is divided into parts, the first of which need fewer keys
     const int part = masked ? QUERIES / PARTS : QUERIES;
     for (int64_t i = i0; i < i0 + queries; i += part) {
       const int rows = static_cast<int>(least<int64_t>(part, i0 + queries - i));
@@ -631,7 +631,7 @@ void visit_tiles(const Backward& b, const Scores& scores, int64_t block, const T
   }
 }
 
-// The scores of a head of a row; a key block is still to begin.
+// The `Scores` of a head of a row, before begin_block.
 Scores scores_of(const regard_attention_args& call, const Pairs& pairs, int64_t row, int64_t head) {
   Scores scores;
   scores.call = &call;
@@ -644,7 +644,7 @@ Scores scores_of(const regard_attention_args& call, const Pairs& pairs, int64_t 
   return scores;
 }
 
-// The sums of clipped softmax over a task's keys.
+// The sums delta_i of clipped softmax over a task's keys.
 template <class T>
 void sum_task(const Backward& b, int64_t row, int64_t kv_head, int64_t split, const Buffers& to) {
   const regard_attention_args& call = *b.call;
@@ -729,7 +729,7 @@ void run_task(const Backward& b, int64_t row, int64_t kv_head, int64_t split, Bu
   }
 }
 
-// Adds the shares of some queries' gradients in order.
+// Adds up the shares of some queries' gradients in order.
 template <class T>
 void add_shares(const Backward& b, int64_t place, int64_t i0, int64_t rows) {
   const regard_attention_args& call = *b.call;
@@ -748,7 +748,7 @@ void add_shares(const Backward& b, int64_t place, int64_t i0, int64_t rows) {
   unpack(panels, rows, call.n, first + i0 * panels.width, call.scale, grad, b.args->grad_q_strides[2]);
 }
 
-// Shares that keep all threads busy: the fewest that leave few of them idle at the end, or else the best.
+// Number of shares that keeps threads busy: the smallest that leaves few of them idle at the end, otherwise the best.
 int64_t shares_of(int64_t tasks, int64_t blocks, int64_t threads) {
   int64_t best = 1;
   double most_busy = 0;

@@ -1,10 +1,11 @@
-// Decoding: few queries against a long cache, where reading the cache once is what takes the time.
+// Decoding: few queries against a long cache, where most of the time is spent on reading the cache once.
 //
-// The steps of 64 keys that a row's queries see, for all rows and kv heads in one list, are cut into equal spans, one a
-// thread (stream-K: LeanAttention, arXiv 2405.10480). All query heads that share a kv head are answered together, so
-// that its keys and values come from memory once. A span is taken a chunk of steps at a time: scores of its keys, their
-// weights against the largest score so far, then its values. What spans know of a (row, kv head) that was cut, the
-// largest score, the sum of weights and the sum of weighted values, is merged in the order of spans.
+// The steps of 64 keys that a row's queries see, for all rows and kv heads in one list, are divided into equal spans,
+// one per thread (stream-K: LeanAttention, arXiv 2405.10480). All query heads that share a kv head are processed
+// together, so that its keys and values are read from memory once. A span is processed in chunks of steps: scores of
+// the keys, weights relative to the largest score so far, then values. If a (row, kv head) is divided, the partial
+// results of its spans (the largest score, the sum of weights and the sum of weighted values) are merged in the order
+// of spans.
 
 #include "regard_attention.h"
 
@@ -22,20 +23,20 @@ namespace {
 using regard::Workspace;
 
 constexpr int STEP = Pairs::STEP;
-constexpr int CHUNK = 8;                           // steps
+constexpr int CHUNK = 8;                           // steps in a chunk
 constexpr int SCORES_LINE = CHUNK * STEP + LANES;  // a tile's last vector may reach beyond the last key
-constexpr int LEAST_STEPS = 4;                     // of a span: less is not worth a thread
-constexpr int SCANNED = 64;                        // steps whose ranks are one task
-constexpr int LEAST_SCANNED = 1 << 15;             // keys whose ranks are worth several threads
-constexpr int DOTS = LANES / 2;   // rows of queries up to which sums across lanes beat lanes that stay empty
-constexpr int TOGETHER = 4;       // queries whose scores share what is loaded of keys
-constexpr int64_t AHEAD = 4096;   // bytes between what is computed and what is asked for from memory
-constexpr int64_t PAGES_AHEAD = 4;  // the same in pages, where they are no larger than that
+constexpr int LEAST_STEPS = 4;                     // fewest steps of a span that are worth a thread
+constexpr int SCANNED = 64;                        // steps whose ranks a task reads
+constexpr int LEAST_SCANNED = 1 << 15;             // fewest keys whose ranks are worth several threads
+constexpr int DOTS = LANES / 2;   // rows of queries up to which sums across lanes beat partly empty vectors
+constexpr int TOGETHER = 4;       // queries whose scores share loads of keys
+constexpr int64_t AHEAD = 4096;   // distance of prefetching, in bytes
+constexpr int64_t PAGES_AHEAD = 4;  // the same in pages, for pages of at most AHEAD bytes
 
 REGARD_INLINE float infinity() { return __builtin_inff(); }
 
-// Asks for rows to come into the second cache: the processor's own prediction alone does not keep up when several queries
-// are computed with each key.
+// Prefetches rows to the second-level cache: the hardware prefetcher alone does not keep up when several queries are
+// computed with each key.
 template <class T>
 REGARD_INLINE void fetch(const T* p, int64_t ldp, int64_t rows, int64_t width) {
   constexpr int64_t SIZE = sizeof(T);
@@ -43,7 +44,7 @@ REGARD_INLINE void fetch(const T* p, int64_t ldp, int64_t rows, int64_t width) {
     for (int64_t c = 0; c < width; c += 64 / SIZE) __builtin_prefetch(p + c, 0, 2);
 }
 
-// The same some way after p, which may lie outside everything.
+// Prefetches rows at a distance after p, possibly beyond the end of the tensor.
 template <class T>
 REGARD_INLINE void fetch_ahead(const T* p, int64_t ldp, int rows, int64_t width) {
   fetch(p + most(AHEAD / (width * int64_t{sizeof(T)}), int64_t{1}) * ldp, ldp, rows, width);
@@ -65,15 +66,15 @@ REGARD_INLINE Vec tanh_of(Vec x) {
   return less_one / (less_one + 2.f);
 }
 
-// What a row's queries see of its keys.
+// Visibility of a row's keys for its queries.
 struct Row {
   Pairs pairs;
-  int32_t* steps;   // (count,) with a visible key, in their order
+  int32_t* steps;   // (count,) steps with a visible key, in order
   int64_t count;
-  uint8_t* begin;   // (all steps,) the first visible key of a step, and the end of the last
-  uint8_t* end;     // 0 where nothing is seen
+  uint8_t* begin;   // (all steps,) first visible key of a step
+  uint8_t* end;     // end of its visible keys; 0 if none is visible
   uint8_t* whole;   // whether every query sees every key of the step
-  uint64_t* bits;   // (all steps, n) keys of a step that a query sees, where they are not all
+  uint64_t* bits;   // (all steps, n) keys of a step that a query sees; only for steps that are not whole
 };
 
 struct Problem {
@@ -84,15 +85,15 @@ struct Problem {
   int64_t queries;  // rows of queries that share a kv head
   int64_t query_line, value_line;
   float query_scale;
-  bool ahead;  // whether what follows keys and values in memory is read next: not where small pages lie anywhere
+  bool ahead;  // whether reads continue at the next addresses, which is not so in small pages
 
   const Row& row(int64_t b) const { return rows[one_row ? 0 : b]; }
 };
 
-// What some keys of a (row, kv head) contribute, for each of its queries.
+// The partial result of some keys of a (row, kv head), for each of its queries.
 struct Partial {
-  float* reference;  // the largest score; -inf when nothing was seen
-  float* sums;       // of weights
+  float* reference;  // largest score; -inf if no key was visible
+  float* sums;       // sums of weights
   float* output;     // (queries, value_line)
 
   static size_t bytes(const Problem& problem) {
@@ -112,18 +113,18 @@ struct Partial {
 
 // One thread's memory.
 struct Worker {
-  float* queries;  // (queries, query_line) scaled; beyond DOTS of them turned, (width, queries_line)
+  float* queries;  // (queries, query_line) scaled; with more than DOTS of them transposed, (width, queries_line)
   float* scores;   // (queries, SCORES_LINE)
   float* turned;   // (STEP, queries_line) scores of a step
   float* keys;     // (STEP, width) as float32
-  Partial partial;       // of a (row, kv head) that is wholly this thread's
-  Partial first, last;   // of one that another thread began, and of one that another goes on with
+  Partial partial;       // of a (row, kv head) that only this thread processes
+  Partial first, last;   // of one that another thread began, and of one that another thread continues
   int64_t first_unit, last_unit;  // -1 for none
 };
 
-// --- what is seen
+// --- visibility
 
-// Ranks of the keys of one step.
+// Reads the ranks of the keys of one step, and their visibility.
 void scan_step(const Problem& problem, int64_t b, Row& row, int64_t step) {
   const regard_attention_args& args = *problem.args;
   const int64_t begin = step * STEP, count = least(static_cast<int64_t>(STEP), args.m - begin);
@@ -202,8 +203,8 @@ Row row_in(Workspace& space, const regard_attention_args& args, int64_t b) {
 
 // --- one step of keys
 
-// The visible keys of a step, or values, as runs that are equally far apart: f(first, columns before it, count). Where they
-// are in small pages, a later one of `width` columns is asked for before a page is computed with.
+// Calls f(first, columns before it, count) for the visible keys (or values) of a step, as runs of constant stride. With
+// small pages, a later page, of rows of `width`, is prefetched first.
 template <class T, class F>
 REGARD_INLINE void for_runs(const Problem& problem, const Row& row, int64_t b, int64_t g, int64_t step, const T* base,
                             const int64_t (&strides)[3], int64_t width, F&& f) {
@@ -224,7 +225,7 @@ REGARD_INLINE void for_runs(const Problem& problem, const Row& row, int64_t b, i
   }
 }
 
-// Scores of a few keys with TOGETHER queries, which share what is loaded. As above.
+// Scores of a few keys with TOGETHER queries, which share loads of keys. Otherwise as above.
 template <bool TAIL, class T>
 REGARD_INLINE void dots_together(const T* k, int64_t ldk, int count, const float* q, int64_t ldq, int64_t width,
                                  float* scores) {
@@ -278,7 +279,7 @@ void score_run(const Problem& problem, const Worker& worker, const T* k, int64_t
   }
 }
 
-// The same where many queries share the keys: queries in the lanes, then turned.
+// The same if many queries share the keys: computed with queries in the lanes, then transposed.
 void score_run_turned(const Problem& problem, const Worker& worker, const float* k, int64_t ldk, int column,
                       int count) {
   const int64_t line = round_up(problem.queries, static_cast<int64_t>(LANES));
@@ -309,7 +310,7 @@ void score_run_turned(const Problem& problem, const Worker& worker, const bfloat
   score_run_turned(problem, worker, worker.keys, width, column, count);
 }
 
-// Softcap, biases and hidden pairs of one query's scores of one step, and -inf up to a whole vector.
+// Applies softcap, biases and visibility to one query's scores of one step, and pads them with -inf to a full vector.
 void finish_scores(const Problem& problem, const Row& row, int64_t b, int64_t h, int64_t i, int64_t step,
                    float* scores) {
   const regard_attention_args& args = *problem.args;
@@ -344,7 +345,7 @@ void finish_scores(const Problem& problem, const Row& row, int64_t b, int64_t h,
     }
     if (table != nullptr) {
       Vec added = zero();
-      if (whole) {  // ranks count up by one
+      if (whole) {  // ranks are consecutive
         added = load(table + row.pairs.keys[first + j] + zero_at, here);
       } else {
         for (int l = 0; l < here; ++l) {
@@ -360,7 +361,7 @@ void finish_scores(const Problem& problem, const Row& row, int64_t b, int64_t h,
   }
 }
 
-// Adds weights times values to ROWS queries' sums of VECTORS vectors. With FETCH values to come are asked for.
+// Adds weights times values to ROWS queries' sums of VECTORS vectors. With FETCH later values are prefetched.
 template <int ROWS, int VECTORS, bool FETCH, class T>
 REGARD_INLINE void value_tile(int keys, const float* weights, const T* v, int64_t ldv, float* to, int64_t ldt,
                               int tail) {
@@ -452,11 +453,11 @@ void load_queries(const Problem& problem, const Worker& worker, int64_t b, int64
   }
 }
 
-// Weights of one query's scores against its largest so far, to which its sums are brought.
+// Weights of one query's scores relative to the largest so far; rescales its sums if that has grown.
 void weigh(const Problem& problem, const Partial& partial, int64_t r, int steps, const int* counts, float* scores) {
   Vec top = broadcast(-infinity());
   for (int s = 0; s < steps; ++s)
-    for (int j = 0; j < counts[s]; j += LANES) top = maximum(load(scores + s * STEP + j), top);  // passes over NaN
+    for (int j = 0; j < counts[s]; j += LANES) top = maximum(load(scores + s * STEP + j), top);  // ignores NaN
   const float before = partial.reference[r], reference = most(before, largest(top));
   const float base = reference == -infinity() ? 0.f : reference;
   if (reference != before) {
@@ -476,7 +477,7 @@ void weigh(const Problem& problem, const Partial& partial, int64_t r, int steps,
   partial.sums[r] += sum(total);
 }
 
-// Steps [from, to) of those that the row's queries see.
+// Attention to the steps [from, to) in the list of those that the row's queries see.
 template <class T>
 void attend(const Problem& problem, const Worker& worker, const Partial& partial, int64_t b, int64_t g, int64_t from,
             int64_t to) {
@@ -519,7 +520,7 @@ void attend(const Problem& problem, const Worker& worker, const Partial& partial
   }
 }
 
-// Adds what another span found.
+// Merges the partial result of another span.
 void merge(const Problem& problem, const Partial& into, const Partial& other) {
   for (int64_t r = 0; r < problem.queries; ++r) {
     const float a = into.reference[r], b = other.reference[r], reference = most(a, b);
@@ -556,7 +557,7 @@ void write_output(const Problem& problem, const Partial& partial, int64_t b, int
   }
 }
 
-// --- the whole
+// --- the kernel
 
 template <class T>
 int run(const regard_attention_decode_args& decode) {
@@ -575,7 +576,7 @@ int run(const regard_attention_decode_args& decode) {
   problem.value_line = round_up(args.value_width, static_cast<int64_t>(LANES));
   problem.ahead = decode.pages == nullptr || decode.lengths == nullptr ||
                   decode.page_size * args.width * static_cast<int64_t>(sizeof(T)) > AHEAD;
-  // softcapped scores come as 2 log2(e) s / c
+  // with a softcap c, scores are computed as 2 log2(e) s / c
   problem.query_scale = args.softcap > 0 ? args.scale * 2.f * LOG2_E / args.softcap : args.scale;
 
   const size_t rows = static_cast<size_t>(problem.one_row ? 1 : args.batch);
@@ -630,7 +631,7 @@ int run(const regard_attention_decode_args& decode) {
   parallel(parts, [&](int part) {
     Worker& worker = workers[part];
     const int64_t begin = work * part / parts, end = work * (part + 1) / parts;
-    int64_t at = 0;  // steps before this (row, kv head)
+    int64_t at = 0;  // number of steps before this (row, kv head)
     for (int64_t b = 0; b < args.batch; ++b) {
       const int64_t count = problem.row(b).count;
       if (count == 0 && part == 0)

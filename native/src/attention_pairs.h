@@ -1,4 +1,4 @@
-// Which pairs of queries and keys of one row of the batch see each other, decided for whole tiles where possible.
+// Visibility of query-key pairs in one row of the batch, decided for whole tiles where possible.
 #pragma once
 
 #include "regard_attention.h"
@@ -9,7 +9,7 @@ namespace {
 
 enum class Tile { EMPTY, FULL, PARTIAL };
 
-// Ranks of a row as 32-bit numbers, and their extremes in each block of STEP keys.
+// Ranks of a row as 32-bit integers, and their extremes in each block of STEP keys.
 struct Pairs {
   static constexpr int STEP = 64;
   static constexpr int32_t ABSENT = -1;
@@ -17,18 +17,18 @@ struct Pairs {
   const regard_visibility* rule;
   const int32_t* queries;  // (n,)
   const int32_t* keys;     // (m,)
-  const int32_t* lowest;   // (blocks of STEP keys,) of the keys that exist
-  const int32_t* highest;  // -1 where none exists
-  const uint8_t* gaps;     // whether some key of the block does not exist, or ranks do not count up by one
-  const uint8_t* blocks;   // this row's and head's block mask, or nullptr
+  const int32_t* lowest;   // (blocks of STEP keys,) lowest rank of the keys that exist
+  const int32_t* highest;  // highest rank; -1 where no key exists
+  const uint8_t* gaps;     // whether a key of the block is missing or ranks are not consecutive
+  const uint8_t* blocks;   // block mask of this row and head, or nullptr
 
-  // Space for one row, in bytes.
+  // Bytes of memory for one row.
   static size_t bytes(int64_t n, int64_t m) {
     const size_t steps = static_cast<size_t>(ceil_div(m, STEP));
     return round_up(static_cast<int64_t>((static_cast<size_t>(n + m) + 2 * steps) * 4 + steps), 64);
   }
 
-  // Prepares a row. `space` holds bytes(n, m).
+  // Prepares a row in `space`, which has bytes(n, m) bytes.
   static Pairs of_row(const regard_visibility* rule, int64_t row, int64_t n, int64_t m, void* space) {
     const int64_t steps = ceil_div(m, STEP);
     int32_t* queries = static_cast<int32_t*>(space);
@@ -59,7 +59,7 @@ struct Pairs {
     return Pairs{rule, queries, keys, lowest, highest, gaps, nullptr};
   }
 
-  // The same row for one head, with its block mask.
+  // This row for one head, with the head's block mask.
   Pairs of_head(int64_t row, int64_t head) const {
     Pairs mine = *this;
     if (rule->blocks != nullptr)
@@ -69,7 +69,7 @@ struct Pairs {
 
   static int32_t floor_div(int32_t a, int32_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
-  // Queries [i, i_end) against keys [step * STEP, ...) of one step.
+  // Visibility of queries [i, i_end) and the keys [step * STEP, ...) of one step.
   Tile classify(int64_t i, int64_t i_end, int64_t step) const {
     if (highest[step] == ABSENT) return Tile::EMPTY;
     int32_t first = queries[i], last = first;
@@ -120,7 +120,7 @@ struct Pairs {
            blocks[row * rule->blocks_strides[2] + column] != 0;
   }
 
-  // Whether one pair of slots sees each other.
+  // Whether the query in one slot sees the key in another.
   bool visible(int64_t i, int64_t j) const {
     const int32_t a = queries[i], b = keys[j];
     if (b < 0) return false;

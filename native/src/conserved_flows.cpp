@@ -1,7 +1,8 @@
-// Conserved flows. Both pairs of flows are the same scan with other weights: running sums of two sequences, and the product
-// of each sequence's vector with the other's sum. The second pair's weights come from the first pair, so blocks of tokens
-// go through both while they lie in cache. Backward is two such scans from the last token to the first, which gather what
-// later tokens want from each vector, and two from the first on, which find the sums again; nothing is stored between.
+// Conserved flows. Both pairs of flows are the same scan with different weights: running sums of two sequences, and the
+// dot product of each sequence's vector with the other's sum. The second pair's weights come from the first pair, so
+// both are computed block by block while the tokens are in cache. Backward has two such scans from the last token to
+// the first, which sum the gradients from later tokens, and two forward scans, which recompute the sums; nothing is
+// stored in between.
 
 #include "regard_conserved_flows.h"
 
@@ -19,13 +20,13 @@ using regard::Workspace;
 constexpr int BLOCK = 32;
 constexpr int VECTORS = 4;
 
-// Two sequences of vectors, of which a kernel sees some columns.
+// Some columns of two sequences of vectors.
 struct Pair {
   const float *x, *y;
   int64_t x_token, y_token;
 };
 
-// Where a tile of columns lies in memory; lanes beyond the last column are zero, in eps too.
+// A tile of columns in memory; lanes beyond the last column are zero, also in eps.
 template <int COUNT>
 struct Columns {
   int tail;
@@ -52,7 +53,7 @@ struct Columns {
   }
 };
 
-// f(tile, first column) for tiles of several whole vectors and then of one vector or a part of it.
+// Calls f(tile, first column) for tiles of several full vectors, then for tiles of one vector or part of it.
 template <class F>
 REGARD_INLINE void for_columns(int width, float eps, F&& f) {
   int column = 0;
@@ -179,7 +180,7 @@ struct Head {
   void weights(int64_t begin, int count, const float* flow, float* to) const {
     for (int t = 0; t < count; ++t) to[t] = count_at(begin + t) / flow[t];
   }
-  // What competes: l_t, and -inf at tokens that do not exist.
+  // The competing logits l_t; -inf at tokens that do not exist.
   void logits(int64_t begin, int count, const float* flow, float* to) const {
     for (int t = 0; t < count; ++t) {
       const float each = flow[t] / count_at(begin + t);
@@ -237,7 +238,7 @@ void forward_head(const Head& head) {
   x.normalizer_out[head.at] = u;
 }
 
-// What flows 0, 2 and 3 are to get from competition and acceptance, for all tokens; the second flow has no use of its own.
+// Gradients of flows 0, 2 and 3 from competition and acceptance, for all tokens; flow 1 is not used directly.
 struct Scalars {
   float *of_incoming, *of_sinks, *of_sources;
 };
@@ -273,7 +274,7 @@ bool backward_scalars(const regard_conserved_flows_backward_args& g, const Head&
   head.logits(0, n, sources, logits);
   weigh(Scores{logits, 1, nullptr, 0}, 0, n, &m, &u, factors, weights, inverse, nullptr, nullptr);
   invert(n, inverse);
-  // of u_t: its own use, and those of later tokens through the factors between them
+  // gradient of u_t: from its own use, and from later tokens through the factors between them
   factors[n] = 1.f;
   for (int t = 0; t < n; ++t) {
     const float given = of_competition[t] * head.count_at(t) * inverse[t];
@@ -297,7 +298,7 @@ bool backward_head(const regard_conserved_flows_backward_args& g, const Head& he
   const int width = static_cast<int>(x.width);
   Workspace memory(4 * Workspace::bytes_of<float>(x.n) + 4 * Workspace::bytes_of<float>(width));
   if (!memory) return false;
-  // gradients of incoming and outgoing flows with all that depends on them
+  // total gradients of incoming and outgoing flows
   float *grad_in = memory.take<float>(x.n), *grad_out = memory.take<float>(x.n);
   float *of_sinks = memory.take<float>(x.n), *of_sources = memory.take<float>(x.n);
   if (!backward_scalars(g, head, Scalars{grad_in, of_sinks, of_sources})) return false;
@@ -317,7 +318,7 @@ bool backward_head(const regard_conserved_flows_backward_args& g, const Head& he
     head.weights(begin, count, incoming + begin, a);
     head.weights(begin, count, outgoing + begin, b);
     for (int t = 0; t < count; ++t) x_dots[t] = y_dots[t] = 0.f;
-    // X gathers what sources' weighted sum got, so it is the gradient of CONSERVED_KEYS, and so on crosswise
+    // X sums the gradient of the sources' weighted sum, so it is the gradient of CONSERVED_KEYS, and so on crosswise
     for_columns(width, x.eps, [&](const auto& columns, int column) {
       gather_tile<true>(columns, count, head.from(begin, column), of_sinks + begin, of_sources + begin,
                         head.total(g.grad_totals, CONSERVED_KEYS) + column,

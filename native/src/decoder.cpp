@@ -1,5 +1,5 @@
-// Layers of a decoder for few tokens, each in two calls or all in one: at that size the way from one operation to the next takes
-// longer than most operations.
+// Layers of a decoder for few tokens, each in two calls or all in one: at that size the overhead between operations
+// exceeds the time of most operations.
 
 #include "regard_attention.h"
 #include "regard_decoder.h"
@@ -33,7 +33,7 @@ struct Product {
   float* y;
 };
 
-// Products of one input. `scaled` has room for it, once for each.
+// Several products of one input. `scaled` has room for a copy of the input for each.
 template <int COUNT>
 int apply(int64_t threads, int64_t m, const float* x, float* scaled, const Product (&products)[COUNT]) {
   regard_quantized_linear_args all[COUNT] = {};
@@ -114,7 +114,7 @@ void add(int64_t count, const float* x, float* y) {
   });
 }
 
-// Rows of new keys or values, (batch, n, heads, width), to their places in the cache.
+// Writes new keys or values, (batch, n, heads, width), to the cache.
 void put_tokens(const regard_decoder_layers_args& a, const float* from, int64_t heads, float* to, const int64_t (&strides)[3]) {
   for (int64_t b = 0; b < a.batch; ++b)
     for (int64_t t = a.lengths[b]; t < a.lengths[b] + a.n; ++t) {
@@ -126,7 +126,7 @@ void put_tokens(const regard_decoder_layers_args& a, const float* from, int64_t 
     }
 }
 
-// Heads multiplied with `scale` and, unless eps is negative, divided by their lengths.
+// Multiplies heads by `scale` and, unless eps is negative, divides them by their norms.
 void scale_heads(int64_t count, int64_t width, float eps, float scale, float* x) {
   for (int64_t h = 0; h < count; ++h, x += width) {
     float factor = scale;
@@ -148,7 +148,7 @@ void scale_heads(int64_t count, int64_t width, float eps, float scale, float* x)
 
 int64_t gates_of(const regard_decoder_recurrence& r) { return r.gates[1].n != 0 ? r.gates[1].n : r.gates[0].n; }
 
-// From z, `each` numbers a head, the logarithms of decays in its place, and values times their steps.
+// Turns z, `each` numbers per head, into the logarithms of decays, in place, and multiplies values by their steps.
 void decay(const regard_decoder_recurrence& r, int64_t m, int64_t heads, int64_t each, int64_t width, float* z, float* v) {
   const bool gated = gates_of(r) != 0;
   for (int64_t t = 0; r.gate_bias != nullptr && t < m; ++t) add(heads * each, r.gate_bias, z + t * heads * each);
@@ -174,7 +174,7 @@ void map_numbers(int64_t map, int64_t count, float* x) {
   });
 }
 
-// exp(sign x - the largest sign x) in `to`, which may be x; their sum comes back.
+// to = exp(sign x - max(sign x)), where `to` may be x; returns the sum.
 float weigh(int64_t count, float sign, const float* x, float* to) {
   Vec top = broadcast(-__builtin_inff()), total = zero();
   over_vectors(count, [&](int64_t i, int lanes, auto full) __attribute__((always_inline)) {
@@ -204,7 +204,7 @@ void map_head(const float* x, int64_t width, const float* w, int64_t features, f
   scale_heads(1, features, -1.f, 1.f / weigh(features, 1.f, to, to), to);
 }
 
-// What a query reads of `count` tokens with weights factor exp(score - the largest), and behind it the sum of the weights.
+// A query's sum of `count` values with weights factor exp(score - the largest), followed by the sum of the weights.
 void attend_window(const float* q, int64_t width, float scale, float factor, int64_t count, const float* keys,
                    int64_t key_stride, const float* values, int64_t value_stride, float* scores, float* to) {
   for (int64_t j = 0; j < count; ++j) {
@@ -225,7 +225,7 @@ void attend_window(const float* q, int64_t width, float scale, float factor, int
   });
 }
 
-// New keys or values, (batch, n, own heads, width), to their slots behind a window, for each query head.
+// Writes new keys or values, (batch, n, own heads, width), to their slots after the window, for each query head.
 void put_behind(const regard_decoder_layers_args& a, int64_t window, const float* from, int64_t heads, int64_t own, float* to,
                 const int64_t (&strides)[3]) {
   for (int64_t b = 0; b < a.batch; ++b)
@@ -236,15 +236,15 @@ void put_behind(const regard_decoder_layers_args& a, int64_t window, const float
                          static_cast<size_t>(a.head_width) * sizeof(float));
 }
 
-// Queries, keys and values of new tokens, and room for what maps, normaliser and window make of them: of each token and each of
-// `writers` heads, `features` of queries and keys and `columns` of values and of what is read of the window.
+// Queries, keys and values of new tokens, and room for the results of maps, normaliser and window: for each token and
+// each of `writers` heads, `features` of queries and keys, and `columns` of values and of the window's output.
 struct Prepared {
   const float *q, *k, *v;
   int64_t own, writers, features, columns;
   float *queries, *keys, *values, *near, *scores;
 };
 
-// Of token i / writers and head i % writers: what is written, and what its query becomes and reads of the window.
+// Prepares token i / writers, head i % writers: the key and value to write, the mapped query, and the window's output.
 void prepare(const regard_decoder_layers_args& a, const regard_decoder_layer& layer, const regard_decoder_state& state,
              const Prepared& p, int64_t i) {
   const FlushDenormals flush;
@@ -282,7 +282,7 @@ void prepare(const regard_decoder_layers_args& a, const regard_decoder_layer& la
   __builtin_memset(columns, 0, static_cast<size_t>(p.columns) * sizeof(float));
 }
 
-// What the heads of a layer read from its state, which steps on; q, k and v are changed.
+// Updates a layer's state by the new tokens, and computes what its heads read from it; q, k and v are changed.
 int recur(const regard_decoder_layers_args& a, const regard_decoder_layer& layer, const regard_decoder_state& state,
           const float* normed, float* q, float* k, float* v, float* read) {
   const regard_decoder_recurrence& r = *layer.recurrence;
@@ -329,7 +329,7 @@ int recur(const regard_decoder_layers_args& a, const regard_decoder_layer& layer
   }
   const Prepared prepared{q, k, v, own, writers, features, columns, parts[QUERIES], parts[KEYS], parts[VALUES],
                           near, parts[SCORES]};
-  if (mapped || normalized)  // without maps it is no more than a copy
+  if (mapped || normalized)  // otherwise it would only be a copy
     parallel_tasks(mapped ? static_cast<int>(a.threads) : 1, static_cast<long>(tokens * writers),
                    [&](long i) { prepare(a, layer, state, prepared, i); });
   if (mapped) q = parts[QUERIES], k = parts[KEYS];

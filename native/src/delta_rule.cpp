@@ -5,9 +5,9 @@
 //   O = (f Q) S + P U,              P_ij = q_i . D_ij k_j for j <= i (exclusive: j < i)
 //   S <- F S + (h K)^T U
 //
-// Chunks follow each other; heads are independent, and so are the value columns of U, O and S. Exponents are sums over
-// the segment itself, never differences, and every exponential is of a number <= 0. Backward keeps the state of every
-// SEGMENT tokens and computes what is between again:
+// Chunks are sequential; heads are independent, and so are the value columns of U, O and S. Exponents are sums over
+// the segment itself, never differences, and every exponential is of a number <= 0. Backward reads the states before
+// every SEGMENT tokens and recomputes everything in between:
 //
 //   dU = P^T dO + (h K) dS,  (I + A^T B) W = dU,  dV = G = B W,  dbeta = rowsum(W Y) with U = B Y
 //   dA = -G U^T,  dP = dO U^T,  d(f Q) = dO S^T,  d(f K) = -G S^T,  d(h K) = U dS^T
@@ -26,7 +26,7 @@ namespace {
 
 constexpr int SEGMENT = REGARD_DELTA_RULE_SEGMENT;
 
-// Hands out a workspace, or one thread's part of it.
+// Allocates from a workspace, or from one thread's part of it.
 struct Memory {
   char* at;
 
@@ -42,14 +42,14 @@ struct Memory {
 
 enum class Gate { NONE, SCALAR, VECTOR };
 
-// Tokens of a chunk: longer ones have more pairs, shorter ones pass more often over the state. Chunks, features and
-// value columns are padded to multiples of C (with zeros where it matters), so that nothing inside has tails.
+// Tokens in a chunk: longer chunks have more pairs, shorter ones access the state more often. Chunks, features and
+// value columns are padded to multiples of C (with zeros where it matters), so that inner loops have no tails.
 constexpr int C = 16;
 
 inline int64_t padded(int64_t width) { return round_up(width, C); }
 
-// Products of decays pass through the denormal numbers on their way to zero, where some processors are a hundred times
-// slower. They are zero here.
+// Flushes denormal numbers to zero. Products of decays become denormal on their way to zero, and some processors are a
+// hundred times slower on denormals.
 struct FlushDenormals {
 #if defined(__SSE2__)
   FlushDenormals() : before(_mm_getcsr()) { _mm_setcsr(before | 0x8040); }
@@ -68,7 +68,7 @@ REGARD_INLINE IntVec lane_numbers() {
   return lanes;
 }
 
-// f(offset, count) over the vectors of a row.
+// Calls f(offset, count) for the vectors of a row.
 template <class F>
 REGARD_INLINE void for_vectors(int64_t width, F&& f) {
   int64_t at = 0;
@@ -100,8 +100,8 @@ inline void fill_rows(int64_t rows, int64_t width, float* to, int64_t ldt) {
   for (int64_t i = 0; i < rows; ++i) memset(to + i * ldt, 0, static_cast<size_t>(width) * sizeof(float));
 }
 
-// Rows that will be needed soon, towards the second level cache. Streams that jump from head to head and from tensor to
-// tensor are too short for the processor's own guesses.
+// Prefetches rows to the second-level cache. Streams that jump between heads and tensors are too short for the hardware
+// prefetcher.
 template <class T>
 REGARD_INLINE void prefetch_rows(int rows, int64_t width, const T* from, int64_t ldf) {
   for (int i = 0; i < rows; ++i)
@@ -109,7 +109,7 @@ REGARD_INLINE void prefetch_rows(int rows, int64_t width, const T* from, int64_t
       __builtin_prefetch(from + i * ldf + at, 0, 2);
 }
 
-// A square of LANES x LANES is transposed by exchanging its off-diagonal quarters, then theirs, and so on.
+// A LANES x LANES square is transposed by exchanging its off-diagonal quarters, then those of the quarters, and so on.
 template <int S>
 REGARD_INLINE void exchange_all(Vec (&x)[LANES]) {
 #pragma GCC unroll 16
@@ -134,7 +134,7 @@ inline void transpose_rows(int64_t rows, int64_t columns, const float* from, int
     for (int64_t j = 0; j < columns; j += LANES) transpose_square(from + i * ldf + j, ldf, to + j * ldt + i, ldt);
 }
 
-// C rows as float32, padded: where they lie when they are so already, otherwise copied with zeros around them.
+// C rows as padded float32: in place if they already are, otherwise copied and padded with zeros.
 template <class T>
 inline const float* as_float(int count, int64_t width, const T* from, int64_t ldf, float* own, int64_t* ld) {
   if constexpr (sizeof(T) == sizeof(float))
@@ -152,8 +152,8 @@ inline const float* as_float(int count, int64_t width, const T* from, int64_t ld
 }
 
 // Sums of products, tile by tile in registers. A term is A B with A (rows x depth), element (i, p) at
-// a[i * ai + p * ap], so either of its axes may be the contiguous one; rows of B are ldb apart. LOWER and UPPER are
-// squares of tokens with zeros on the other side of the diagonal.
+// a[i * ai + p * ap], so either of its axes may be contiguous; rows of B are ldb apart. LOWER and UPPER are triangular
+// squares of tokens.
 enum class Part { ALL, LOWER, UPPER };
 
 template <Part PART, bool NEGATIVE = false>
@@ -182,7 +182,7 @@ struct Term {
   }
 };
 
-// What a sum starts from: nothing, rows, or rows of the state decayed over a chunk.
+// Initial value of a sum: zero, rows, or rows of the state decayed over a chunk.
 struct Nothing {
   template <int R, int V>
   REGARD_INLINE void begin(Vec (&sums)[R][V], int64_t, int64_t) const {
@@ -235,7 +235,7 @@ REGARD_INLINE void combine_columns(int64_t rows, int64_t column, To* to, int64_t
   }
 }
 
-// to = start + terms; rows and columns are multiples of C. `to` may be what it starts from.
+// to = start + terms; rows and columns are multiples of C. `to` may be the initial value itself.
 template <class To, class Start, class... Terms>
 __attribute__((noinline)) void combine(int64_t rows, int64_t columns, To* to, int64_t ldt, const Start& start,
                                        const Terms&... terms) {
@@ -250,7 +250,7 @@ __attribute__((noinline)) void combine(int64_t rows, int64_t columns, To* to, in
   }
 }
 
-// Half a chunk of y = start + terms - A u, u = beta y, with A strictly triangular and the other half's u known or not
+// Half a chunk of y = start + terms - A u, u = beta y, with A strictly triangular and u of the other half known or not
 // needed yet.
 template <int V, bool REVERSE, class Start, class... Terms>
 REGARD_INLINE void substitute(int64_t row, int64_t column, const float* a, const float* beta, float* y, float* u,
@@ -294,7 +294,7 @@ REGARD_INLINE void solve_columns(int64_t column, const float* a, const float* be
 }
 
 // Solves y = start + terms - A u with u = beta y for a chunk, A (C x C) strictly lower triangular, or its transpose,
-// from the last row up (REVERSE). y is stored where it is not null.
+// from the last row up (REVERSE). y is stored if not null.
 template <bool REVERSE, class Start, class... Terms>
 __attribute__((noinline)) void solve(int64_t columns, const float* a, const float* beta, float* y, float* u, int64_t ld,
                                      const Start& start, const Terms&... terms) {
@@ -341,17 +341,17 @@ Head<T> head_of(const regard_delta_rule_args* args, int64_t pair, int64_t first_
   return head;
 }
 
-// What the tokens of a chunk are to each other and to the state, without values.
+// The value-independent part of a chunk: products between its tokens, and decays to and from its borders.
 template <class T, Gate GATE>
 struct Chunk {
   int count;
   const float *q, *k, *q_in, *k_in, *k_out;  // q, k; f q, f k, h k
-  int64_t ldq, ldk, ld_in, ldq_in;           // ld_in of k_in and k_out
+  int64_t ldq, ldk, ld_in, ldq_in;           // ld_in is that of k_in and k_out
   float *pairs, *reads;                      // A and P, C apart
   float *between;                            // D (scalar gates)
-  float *from_start, *to_end, *each, *total; // f, h, exp(g), F: one number a token or a row of ld
+  float *from_start, *to_end, *each, *total; // f, h, exp(g), F: one number per token or a row of ld
   float *beta;
-  int64_t ld;  // of the rows of features made here
+  int64_t ld;  // of feature rows computed here
 
   float *own_q, *own_k, *own_q_in, *own_k_in, *own_k_out, *k_transposed;
 
@@ -377,7 +377,7 @@ struct Chunk {
     beta = memory.take(ld);
   }
 
-  // The chunk of tokens [start, start + count); P and f q only where `read`.
+  // Prepares the chunk of tokens [start, start + count); P and f q only if `read`.
   void prepare(const Head<T>& head, int64_t start, int tokens, bool read) {
     count = tokens;
     for (int i = 0; i < C; ++i) beta[i] = i < count ? head.beta[(start + i) * head.ld_beta] : 0.f;
@@ -416,7 +416,7 @@ struct Chunk {
     if (read) mask(reads, head.inclusive);
   }
 
-  // Zeros above the diagonal, and on it when not inclusive.
+  // Zeros the part above the diagonal, and the diagonal unless inclusive.
   void mask(float* square, bool inclusive) {
     const IntVec lanes = lane_numbers();
     for (int i = 0; i < C; ++i)
@@ -432,7 +432,7 @@ struct Chunk {
         store(square + i * C + j, load(square + i * C + j) * load(between + i * C + j));
   }
 
-  // Row i of `to`: `from` times factor i, which is a number or a row.
+  // Row i of `to` is row i of `from` times factor i, a number or a row.
   void scale(const float* factors, const float* from, int64_t ldf, float* to) {
     for (int i = 0; i < C; ++i)
       for (int64_t at = 0; at < ld; at += LANES) {
@@ -485,7 +485,7 @@ struct Chunk {
     });
   }
 
-  // A and P feature by feature: a vector of keys, one a lane, decays while the queries pass.
+  // A and P feature by feature: a vector of keys, one per lane, decays from query to query.
   void vector_pairs(int width, bool inclusive, bool read) {
     memset(pairs, 0, C * C * sizeof(float));
     memset(reads, 0, C * C * sizeof(float));
@@ -521,7 +521,7 @@ struct Chunk {
   }
 };
 
-// Y = V - (f K) S - A U and U = B Y of a chunk. y may be null.
+// Computes Y = V - (f K) S - A U and U = B Y of a chunk. y may be null.
 template <class T, Gate GATE>
 void write_values(const Head<T>& head, const Chunk<T, GATE>& chunk, int64_t start, const float* state, int64_t lds,
                   float* own_v, float* y, float* u) {
@@ -531,7 +531,7 @@ void write_values(const Head<T>& head, const Chunk<T, GATE>& chunk, int64_t star
                Term<Part::ALL, true>{head.width, chunk.k_in, chunk.ld_in, 1, state, lds});
 }
 
-// S after a chunk: F S + (h K)^T U.
+// Computes S after a chunk: F S + (h K)^T U.
 template <class T, Gate GATE>
 void write_state(const Head<T>& head, const Chunk<T, GATE>& chunk, const float* u, const float* before, float* after,
                  int64_t lds) {
@@ -539,10 +539,10 @@ void write_state(const Head<T>& head, const Chunk<T, GATE>& chunk, const float* 
           Term<Part::ALL>{C, chunk.k_out, 1, chunk.ld_in, u, lds});
 }
 
-// How the value columns of a head are shared out when there are fewer heads than threads.
+// How the value columns of a head are divided if there are fewer heads than threads.
 struct Split {
   int64_t pairs;
-  int parts, columns;  // of each part; the last one may have fewer
+  int parts, columns;  // columns of each part; the last may have fewer
 };
 
 Split split_columns(const regard_delta_rule_args* args) {
@@ -625,7 +625,7 @@ struct Backward {
   const Head<T> head;
   Chunk<T, GATE> chunk;
   int64_t ldk, lds;                // rows of key features and of values
-  float *states, *ys, *us;         // before each chunk of the segment; Y and U of all its tokens
+  float *states, *ys, *us;         // states before each chunk of the segment; Y and U of all its tokens
   float *grad_state;               // dS
   float *transposed, *grad_transposed;  // S^T and dS^T
   float *own_v, *own_grad_o, *w, *g, *grad_pairs, *grad_reads;
@@ -666,7 +666,7 @@ struct Backward {
 
   float* state_before(int index) { return states + index * ldk * lds; }
 
-  // From the state in state_before(0): the states, Y and U of tokens [start, start + count).
+  // Computes the states, Y and U of tokens [start, start + count) from the state in state_before(0).
   void recompute(int64_t start, int count) {
     for (int at = 0; at < count; at += C) {
       const int index = at / C;
@@ -679,7 +679,8 @@ struct Backward {
     }
   }
 
-  // Gradients of the chunk that begins `at` tokens into the segment, and dS before it. grad_out may be null.
+  // Computes the gradients of the chunk that begins `at` tokens into the segment, and dS before it. grad_out may be
+  // null.
   void chunk_gradients(int64_t start, int at, int count, const T* grad_out, int64_t ld_out) {
     const bool read = grad_out != nullptr;
     const float *u = us + at * lds, *y = ys + at * lds, *state = state_before(at / C);
@@ -743,7 +744,7 @@ struct Backward {
             Term<Part::ALL, true>{C, chunk.k_in, 1, chunk.ld_in, g, lds});
   }
 
-  // dF F, to the gates of all tokens: the start of grad_gate's last row, from which sums run.
+  // dF F, which contributes to the gates of all tokens, in the first row of grad_gate.
   void total_gradient(const float* state) {
     if constexpr (GATE == Gate::NONE) return;
     float all = 0;
@@ -760,7 +761,8 @@ struct Backward {
     if (GATE == Gate::SCALAR) grad_gate[0] = chunk.total[0] * all;
   }
 
-  // dq = f d(f q), dk = f d(f k) + h d(h k), and what f, h and F give to the gates. Row 0 of grad_gate holds dF F.
+  // dq = f d(f q), dk = f d(f k) + h d(h k), and the gates' gradients through f, h and F. Row 0 of grad_gate holds dF
+  // F.
   void gather_boundary() {
     float starts[C], ends[C];
     for (int i = 0; i < C; ++i) {
@@ -784,7 +786,7 @@ struct Backward {
       starts[i] = sum(all_start);
       ends[i] = sum(all_end);
     }
-    // gate r: of f, tokens from r on; of h, tokens before r
+    // gate r is in f of the tokens from r on, and in h of the tokens before r
     if constexpr (GATE == Gate::SCALAR) {
       const float total = grad_gate[0];
       float before = 0, after = 0;
@@ -812,7 +814,7 @@ struct Backward {
   // The gate of token r is in the exponents of pairs j < r <= i. Leaves D dA and D dP for the gradients of q and k.
   void scalar_gate_gradients(bool read) {
     const IntVec lanes = lane_numbers();
-    Vec rows[C];  // of the sum over j < r
+    Vec rows[C];  // sums over j < r
     for (int i = 0; i < C; ++i) rows[i] = zero();
     for (int j = 0; j < C; j += LANES) {
       Vec below = zero();  // sum over i >= r
@@ -836,7 +838,7 @@ struct Backward {
   void vector_pair_gradients(bool read) {
     const int count = chunk.count;
     for_vectors(head.width, [&](int64_t d, int some) {
-      float rows[C * LANES];  // key j as it is left at each later token
+      float rows[C * LANES];  // key j decayed to each later token
       for (int j = 0; j < count; ++j) {
         const Vec key = load_some(chunk.k + j * chunk.ldk + d, some);
         Vec decayed = key;
@@ -848,7 +850,7 @@ struct Backward {
           float* to_q = grad_q + i * ldk + d;
           if (read) store(to_q, fma(broadcast(grad_reads[i * C + j]), decayed, load(to_q)));
         }
-        Vec later = zero();  // what the later tokens give to key j, seen from token i
+        Vec later = zero();  // gradient of key j from later tokens, at token i
         for (int i = count - 1; i > j; --i) {
           later -= grad_pairs[i * C + j] * load_some(chunk.k + i * chunk.ldk + d, some);
           if (read) later += grad_reads[i * C + j] * load_some(chunk.q + i * chunk.ldq + d, some);
@@ -868,8 +870,8 @@ struct Backward {
   }
 };
 
-// Where the gradients of keys, queries, gates and rates of a segment go when value columns are split: every part has
-// its own sums, added up in order afterwards.
+// Gradients of keys, queries, gates and rates of a segment when value columns are split: every part has its own sums,
+// which are added up in order afterwards.
 struct Partial {
   float *q, *k, *gate, *beta;
   int64_t gate_width;
@@ -967,7 +969,7 @@ void end_gradients(const regard_delta_rule_backward_args* args, Backward<T, GATE
               values);
 }
 
-// The sum over parts, each `distance` floats after the last, of `count` numbers.
+// Sums `count` numbers over parts that are `distance` floats apart.
 template <class To>
 void add_parts(int parts, int64_t distance, int64_t count, const float* from, To* to) {
   if (to == nullptr) return;
@@ -1007,7 +1009,7 @@ int backward(const regard_delta_rule_backward_args* args) {
     return status;
   }
 
-  // One region of threads a segment, so that the parts' sums take little memory; dS stays in each part's workspace.
+  // One parallel region per segment, so that the parts' sums take little memory; dS stays in each part's workspace.
   const int64_t tasks = split.pairs * split.parts;
   const size_t each = bytes + Partial::bytes(width, gate_width);
   Workspace workspace(static_cast<size_t>(tasks) * each);
@@ -1015,7 +1017,7 @@ int backward(const regard_delta_rule_backward_args* args) {
   const auto work_of = [&](int64_t task, auto&& f) {
     Memory part(workspace, static_cast<size_t>(task) * each);
     const int64_t pair = task / split.parts, first = task % split.parts * split.columns;
-    Partial partial(part, width, gate_width);  // first: it lies at the same place in every part
+    Partial partial(part, width, gate_width);  // taken first, so that its offset is the same in every part
     Work work(head_of<T>(forward, pair, first, static_cast<int>(least<int64_t>(split.columns, values - first))), part);
     f(work, partial, pair, first);
   };

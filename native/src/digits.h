@@ -1,6 +1,6 @@
-// Numbers as three digits of 8 bits, for exact products with codes by integer dot products (VNNI): x is about
-// step (d0 + 256 d1 + 65536 d2), whose largest error is max |x| / 2^24, what float32 itself has for the largest. Sums of codes
-// times digits are whole numbers without any error.
+// Numbers as three 8-bit digits, for exact products with codes by integer dot products (VNNI): x is approximated by
+// step (d0 + 256 d1 + 65536 d2) with an error of at most max |x| / 2^24, the rounding error of float32 for the largest
+// x. Sums of codes times digits are integers without any error.
 #pragma once
 
 #include "vector.h"
@@ -11,17 +11,17 @@ namespace REGARD_ISA {
 namespace {
 
 constexpr int DIGITS = 3;
-constexpr int64_t STEP = 64;           // bytes of codes that are multiplied at once
-constexpr int64_t MOST_COLUMNS = 1 << 16;  // whose sums of products of bytes are below 2^31
-constexpr float LARGEST = 8355000.f;   // whose highest digit is still one of 8 bits
+constexpr int64_t STEP = 64;           // bytes of codes multiplied at once
+constexpr int64_t MOST_COLUMNS = 1 << 16;  // most columns whose sums of byte products are below 2^31
+constexpr float LARGEST = 8355000.f;   // largest number whose highest digit fits in 8 bits
 
-// Digits of 128 columns of a row of x, for `STEP` bytes of codes of 4 bits. Codes count from 0 in the product; `start` takes
-// off what that adds, in each lane.
+// Digits of 128 columns of a row of x, for `STEP` bytes of 4-bit codes. Codes count from 0 in the product; `start`
+// corrects for this offset in each lane.
 struct Digits {
   __m512i even[DIGITS], odd[DIGITS], start;
 };
 
-// The largest |x|; infinity or NaN where there is one.
+// The largest |x|; infinity or NaN if x has one.
 inline float largest(const float* x, int64_t count) {
   __m512 found = _mm512_setzero_ps();
   for (int64_t j = 0; j < count; j += LANES) {
@@ -32,7 +32,7 @@ inline float largest(const float* x, int64_t count) {
   return _mm512_reduce_max_ps(found);
 }
 
-// 64 whole numbers as bytes of each digit.
+// 64 integers as bytes of each digit.
 REGARD_INLINE void take_digits(const __m512i q[4], __m512i digits[DIGITS]) {
   __m512i left[4];
   for (int i = 0; i < 4; ++i) left[i] = q[i];
@@ -43,7 +43,7 @@ REGARD_INLINE void take_digits(const __m512i q[4], __m512i digits[DIGITS]) {
     packed = _mm512_inserti32x4(packed, _mm512_cvtepi32_epi8(left[2]), 2);
     packed = _mm512_inserti32x4(packed, _mm512_cvtepi32_epi8(left[3]), 3);
     digits[d] = packed;
-    // What a signed byte left: it stood for -128 to 127.
+    // subtract the signed byte, which stands for -128 to 127
     for (int i = 0; i < 4; ++i) left[i] = _mm512_srai_epi32(_mm512_add_epi32(left[i], half), 8);
   }
 }
@@ -57,7 +57,7 @@ REGARD_INLINE __m512i combine(const __m512i sums[DIGITS]) {
   return _mm512_add_epi32(sums[0], _mm512_add_epi32(_mm512_slli_epi32(sums[1], 8), _mm512_slli_epi32(sums[2], 16)));
 }
 
-// The product of codes with 128 columns: whole numbers below 2^31, 8 columns a lane.
+// The product of codes with 128 columns: integers below 2^31, 8 columns per lane.
 REGARD_INLINE __m512i product(__m512i start, __m512i low, __m512i high, const Digits& x) {
   __m512i sums[DIGITS] = {start, _mm512_setzero_si512(), _mm512_setzero_si512()};
 #pragma GCC unroll 3

@@ -1,4 +1,4 @@
-// Which instruction set runs, and the exported kernels, each forwarding to its version for that set.
+// Chooses the instruction set, and exports the kernels, each forwarding to its version for that set.
 
 #include "regard.h"
 
@@ -21,13 +21,13 @@ constexpr const char* NAMES[] = {"baseline", "avx2", "avx512", "avx512_bf16", "a
 #if defined(REGARD_AMX)
 constexpr int SETS = 5;
 
-// Whether the processor has tiles with bfloat16 products and the system lets this process use them.
+// Whether the processor has bfloat16 tiles (AMX) and the system permits this process to use them.
 bool grant_tiles() {
   unsigned a, b, c, d, low, high;
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return false;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  if ((low >> 17 & 3) != 3) return false;  // the system keeps their state
+  if ((low >> 17 & 3) != 3) return false;  // whether the system saves the tiles' state
   constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
   return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
@@ -104,8 +104,8 @@ extern "C" int regard_set_instruction_set(const char* name) {
   return REGARD_BAD_ARGUMENT;
 }
 
-// REGARD_KERNEL(name, Args): regard_name(const Args*) runs name of the chosen set. Sources that gain nothing from
-// bfloat16 instructions, or dot products of bytes, are not compiled for them and run their AVX-512 version there.
+// REGARD_KERNEL(name, Args): regard_name(const Args*) runs `name` of the chosen set. Sources that gain nothing from
+// bfloat16 instructions or byte dot products are not compiled for them; their AVX-512 version runs instead.
 #if defined(REGARD_X86)
 #if defined(REGARD_WITHOUT_AVX2)
 #define isa_avx2 isa_avx512  // never chosen

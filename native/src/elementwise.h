@@ -1,4 +1,4 @@
-// Going over the features of a row, in whole vectors but for the last.
+// Loops over the features of a row, in full vectors except the last.
 #pragma once
 
 #include "vector.h"
@@ -12,7 +12,7 @@ REGARD_INLINE Vec sigmoid(Vec x) {
 
 REGARD_INLINE Vec magnitude(Vec x) { return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(x) & 0x7fffffff); }
 
-// softplus, and its derivative.
+// softplus and its derivative.
 struct Softplus {
   Vec value, slope;
 };
@@ -42,7 +42,7 @@ REGARD_INLINE void put(T* p, Vec v, int count) {
     store(p, v, count);
 }
 
-// f(first, count, full) for vectors that cover [0, width); `full` is a compile-time constant.
+// Calls f(first, count, full) for vectors that cover [0, width); `full` is a compile-time constant.
 struct Full {
   static constexpr bool value = true;
 };

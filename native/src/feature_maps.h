@@ -51,8 +51,8 @@ REGARD_INLINE void with_feature_map(int64_t map, F&& f) {
   }
 }
 
-// phi(scale x) + shift of the first `count` tokens of a block, ld apart, in `to`, which may be where they lie; zero after them
-// and beyond the width. As they are: the rows themselves.
+// phi(scale x) + shift of the first `count` tokens of a block, ld apart, in `to`, which may be `x` itself; zeros after
+// the tokens and beyond the width. REGARD_FEATURES_AS_THEY_ARE returns the rows themselves.
 inline const float* map_features(int64_t map, float scale, float shift, const float* rows, int count, int width, float* to,
                                  int64_t ld) {
   if (map == REGARD_FEATURES_AS_THEY_ARE) return rows;
@@ -68,7 +68,8 @@ inline const float* map_features(int64_t map, float scale, float shift, const fl
   return to;
 }
 
-// grad, of phi(scale x), becomes that of x for the first `count` tokens of a block, and zero after them.
+// Turns `grad` from the gradient of phi(scale x) into that of x for the first `count` tokens of a block; zeros after
+// them.
 inline void differentiate_features(int64_t map, float scale, const float* rows, int count, float* grad, int64_t ld) {
   with_feature_map(map, [&](auto phi) __attribute__((always_inline)) {
     for (int64_t j = 0; j < count * ld; j += LANES)

@@ -1,15 +1,15 @@
-// Softmax in two levels over groups of keys, forward and backward.
+// Softmax on two levels over groups of keys, forward and backward.
 //
-// A block of 64 queries is taken through chunks of keys: as many whole groups as fit in 64 slots, or one longer group.
-// Scores of a chunk are kept transposed, a key by all queries of the block, with queries in the lanes of vectors: then
-// neither softmax needs sums across lanes. Since groups are whole, the lower level is finished in place: its weights
-// are multiplied by the gate of the group and enter the upper level, a running softmax, in one product with the values.
-// Memory is that of one chunk for each thread, so of the longest group at most. On the edge of causal visibility a
-// block is taken in parts of 16 queries, each up to the last key that it may see.
+// A block of 64 queries visits chunks of keys: as many whole groups as fit in 64 slots, or one longer group. Scores of
+// a chunk are kept transposed, a key by all queries of the block, with queries in the lanes of vectors, so that neither
+// softmax needs sums across lanes. Since groups are whole, the lower level is finished in place: its weights are
+// multiplied by the group's gate and enter the upper level, a running softmax, in one product with the values. Each
+// thread needs memory for one chunk, at most the longest group. At the edge of causal visibility a block is divided
+// into parts of 16 queries, each up to the last key that it may see.
 //
-// Backward has the log-sum-exp of the upper level and finds that of the groups again. With dW = dO V^T,
+// Backward uses the log-sum-exp of the upper level and recomputes that of the groups. With dW = dO V^T,
 // delta = dO . out, and D_c the sum of u_ij dW_ij over a group:
-//   dS = W (dW - delta) for tokens of the own group, W (dW - D_c) for others, t_c (D_c - delta) for landmarks.
+//   dS = W (dW - delta) for tokens of the query's own group, W (dW - D_c) for others, t_c (D_c - delta) for landmarks.
 
 #include "regard_grouped_attention.h"
 
@@ -24,9 +24,9 @@
 namespace REGARD_ISA {
 namespace {
 
-constexpr int QUERIES = 64;  // of a block; a multiple of LANES for every instruction set
-constexpr int PART = 16;     // of queries that share the last key of a chunk that they may see
-constexpr int STEP = 64;     // keys that are loaded at once
+constexpr int QUERIES = 64;  // in a block; a multiple of LANES for every instruction set
+constexpr int PART = 16;     // queries in a part of a block
+constexpr int STEP = 64;     // keys loaded at once
 constexpr int32_t ABSENT = -1;
 
 // How far a score may exceed the reference of the running softmax before the reference moves.
@@ -37,11 +37,11 @@ REGARD_INLINE float infinity() { return __builtin_inff(); }
 REGARD_INLINE IntVec equal(IntVec a, int32_t b) { return a == b - IntVec{}; }
 REGARD_INLINE IntVec finite_below(Vec x) { return reinterpret_cast<IntVec>(x > -infinity()); }
 
-// e^x for weights: any x, and relative to the whole range of x as exact.
+// e^x for weights, for any x; equally accurate over the whole range of x.
 REGARD_INLINE Vec weight(Vec x) {
   x *= LOG2_E;
 #if defined(__AVX512DQ__)
-  // 2^(x - floor x), the least relative error (8e-8) of this degree on [0, 1); infinite x has remainder 0
+  // 2^(x - floor x), with the least relative error (8e-8) of this degree on [0, 1); infinite x has remainder 0
   const Vec r = reinterpret_cast<Vec>(_mm512_reduce_ps(reinterpret_cast<__m512>(x), 9));
   Vec p = broadcast(0.001877575065009296f);
   p = fma(p, r, broadcast(0.008989344350993633f));
@@ -57,18 +57,18 @@ REGARD_INLINE Vec weight(Vec x) {
 
 struct Chunk {
   int64_t begin, end;  // slots
-  int32_t group;       // the first one
-  int32_t low, high;   // ranks of its keys that exist; high is ABSENT where none does
-  bool gaps;           // whether some key does not exist
+  int32_t group;       // its first group
+  int32_t low, high;   // range of ranks of its keys; high is ABSENT if no key exists
+  bool gaps;           // whether a key is missing
 };
 
-// What is known about one row of the batch before any score.
+// The score-independent data of one row of the batch.
 struct Row {
   int32_t *queries, *keys;  // ranks
   int32_t* own;             // groups of queries
-  int64_t* starts;          // (groups + 1,) first slots
+  int64_t* starts;          // (groups + 1,) first slot of each group
   Chunk* chunks;
-  int64_t groups, count, longest;  // groups, chunks, and slots of the longest chunk
+  int64_t groups, count, longest;  // number of groups, of chunks, of slots in the longest chunk
 
   static size_t bytes(int64_t n, int64_t m) {
     using regard::Workspace;
@@ -114,15 +114,16 @@ struct Row {
   }
 };
 
-// Numbers of the queries of a block, one a lane.
+// Numbers for the queries of a block, one per lane.
 struct Lanes {
   int32_t ranks[QUERIES], own[QUERIES];
-  float reference[QUERIES];  // of the upper level: forward's running one, backward's log-sum-exp
-  float sums[QUERIES];       // of weights of the upper level
+  float reference[QUERIES];  // of the upper level: running in forward, the log-sum-exp in backward
+  float sums[QUERIES];       // sums of weights of the upper level
   float delta[QUERIES];
 };
 
-// One block of queries at work. All memory belongs to one thread; lines are padded with zeros to whole vectors.
+// The block of queries that a thread is processing, and the thread's memory; lines are padded with zeros to full
+// vectors.
 struct Block {
   const regard_grouped_attention_args* args;
   const Row* row;
@@ -131,17 +132,17 @@ struct Block {
   int count;              // queries
   int32_t first;          // lowest of their ranks
   int32_t last[QUERIES / PART];  // highest of their ranks in each part
-  int rows[QUERIES / PART];      // slots of the chunk at work that each part may see: up to the last visible one
-  bool even;                     // whether these are the same for all queries
+  int rows[QUERIES / PART];      // slots of the current chunk up to the last one that each part may see
+  bool even;                     // whether `rows` is the same for all parts
   int64_t line, value_line;  // floats of a key and of a value
   Lanes* lanes;
   float *queries, *turned;  // (QUERIES, line) scaled, and its transpose (line, QUERIES)
   float *keys, *values;     // (STEP, line), (STEP, value_line)
   float* output;            // (QUERIES, value_line)
   float* scores;            // (chunk, QUERIES), then weights
-  // of backward
-  float *grad, *grad_turned;  // (QUERIES, value_line), (value_line, QUERIES): of the output
-  float* slopes;              // (chunk, QUERIES): of weights, then of scores
+  // backward only
+  float *grad, *grad_turned;  // (QUERIES, value_line), (value_line, QUERIES): gradient of the output
+  float* slopes;              // (chunk, QUERIES): gradients of weights, then of scores
   float* grad_q;              // (QUERIES, line)
 
   static size_t floats(int64_t line, int64_t value_line, int64_t longest, bool backward) {
@@ -194,7 +195,7 @@ struct Block {
 
   int parts() const { return static_cast<int>(ceil_div(count, PART)); }
 
-  // Finds `rows` and `even` for a chunk; whether any query may see any of it.
+  // Sets `rows` and `even` for a chunk; returns whether any query may see any of its keys.
   bool reach(const Chunk& chunk) {
     int most_rows = 0;
     even = true;
@@ -223,7 +224,7 @@ T* head_of(void* data, const int64_t* strides, int64_t b, int64_t h) {
   return static_cast<T*>(data) + b * strides[0] + h * strides[1];
 }
 
-// Rows of a block of queries, zeros after them.
+// Loads the rows of a block of queries, padded with zeros.
 template <class T>
 void load_block(const Block& block, const T* from, int64_t stride, int64_t width, float* to, int64_t line) {
   load_rows(from + block.begin * stride, stride, block.count, static_cast<int>(width), to, line);
@@ -240,14 +241,15 @@ void load_queries(Block& block) {
   transpose_padded(QUERIES, static_cast<int>(block.line), block.queries, block.line, block.turned, QUERIES);
 }
 
-// A step of keys or values as float32 in lines without gaps: where they lie, if they lie so, otherwise copied. Rows far
-// apart would all fall into few sets of the cache.
+// A step of keys or values as contiguous float32 lines: in place if they already are, otherwise copied. Rows that are
+// far apart would occupy only a few sets of the cache.
 struct Lines {
   const float* data;
   int64_t line;
 };
 
-// f(first query, queries, slots) for the queries of a block, all at once if they may see the same slots of the chunk.
+// Calls f(first query, queries, slots) for the parts of a block, or once for all queries if they may see the same
+// slots.
 template <class F>
 REGARD_INLINE void each_piece(const Block& block, F&& f) {
   const int parts = block.even ? 1 : block.parts();
@@ -276,7 +278,7 @@ Lines load_values(const Block& block, int64_t first, int rows, bool anyhow) {
                       block.value_line, anyhow);
 }
 
-// (slots, QUERIES) = lines (slots, width) turned (width, QUERIES) for a step of a chunk from slot r on.
+// to (slots, QUERIES) = lines (slots, width) turned (width, QUERIES) for a step of a chunk from slot r on.
 REGARD_INLINE void multiply(const Block& block, const Lines& lines, int r, int64_t width, const float* turned,
                             float* to) {
   each_piece(block, [&](int first, int queries, int rows) {
@@ -304,7 +306,7 @@ REGARD_INLINE void scatter(const Block& block, const float* weights, const float
   });
 }
 
-// Calls f(first slot, slots) for the steps of a chunk that some query may see.
+// Calls f(first slot, slots) for the steps of a chunk that any query may see.
 template <class F>
 REGARD_INLINE void each_step(const Block& block, F&& f) {
   int rows = 0;
@@ -312,11 +314,11 @@ REGARD_INLINE void each_step(const Block& block, F&& f) {
   for (int r = 0; r < rows; r += STEP) f(r, least(STEP, rows - r));
 }
 
-// Scores of a chunk where some query of the part may see it; -inf for hidden pairs.
+// Scores of a chunk, for the slots that each part may see; -inf for hidden pairs.
 template <class T>
 void compute_scores(const Block& block, const Chunk& chunk) {
   each_step(block, [&](int r, int here) {
-    const Lines keys = load_keys<T>(block, chunk.begin + r, here, true);  // each is read once
+    const Lines keys = load_keys<T>(block, chunk.begin + r, here, true);  // in place: each key is read once
     multiply(block, keys, r, block.args->width, block.turned, block.scores);
   });
   if (block.whole(chunk)) return;
@@ -360,14 +362,14 @@ REGARD_INLINE Vec peak_of(const float* scores, const Members& members) {
   return peak;
 }
 
-// The landmark's score, where the gate may open: not the own group's, nor of a group without a visible token.
+// The landmark's score; -inf for the query's own group and for groups without a visible token, whose gate is 0.
 REGARD_INLINE Vec gate_of(const float* scores, const Members& members, Vec peak, IntVec mine) {
   const Vec shut = broadcast(-infinity());
   if (!members.closed) return shut;
   return select(finite_below(peak) & ~mine, load(scores + members.end * QUERIES), shut);
 }
 
-// Weights of the lanes of vector c from scores in place.
+// Turns scores into weights in place, for the lanes of vector c.
 __attribute__((noinline)) void weigh(const Block& block, const Chunk& chunk, int rows, int c) {
   float* scores = block.scores + c * LANES;
   Lanes& lanes = *block.lanes;
@@ -384,7 +386,7 @@ __attribute__((noinline)) void weigh(const Block& block, const Chunk& chunk, int
   Vec reference = load(lanes.reference + c * LANES), sums = load(lanes.sums + c * LANES);
   const IntVec over = reinterpret_cast<IntVec>(top > reference + HEADROOM);
   if (any(over)) {
-    // nothing was seen against a reference of -inf: factor 0
+    // with a reference of -inf no key was visible before: the factor is 0
     const Vec factor = select(over, exp(reference - top), broadcast(1.f));
     reference = select(over, top, reference);
     store(lanes.reference + c * LANES, reference);
@@ -411,7 +413,7 @@ __attribute__((noinline)) void weigh(const Block& block, const Chunk& chunk, int
     }
     sums += select(mine, total, gate);
     if (any(~mine)) {
-      // 0 / 0 is meant to be 0, and a NaN to spread
+      // 0 / 0 should be 0, and NaN propagate
       const Vec share = select(reinterpret_cast<IntVec>(total > 0.f), gate / total, gate * total);
       const Vec factor = select(mine, broadcast(1.f), share);
       for (int r = members.begin; r < members.end; ++r)
@@ -455,7 +457,7 @@ void attend(Block& block) {
              block.value_line);
 }
 
-// Weights of the lanes of vector c from scores, and gradients of scores from those of weights, in place.
+// Turns scores into weights, and gradients of weights into gradients of scores, in place, for the lanes of vector c.
 __attribute__((noinline)) void differentiate(const Block& block, const Chunk& chunk, int rows, int c) {
   float *scores = block.scores + c * LANES, *slopes = block.slopes + c * LANES;
   const Lanes& lanes = *block.lanes;
@@ -465,7 +467,7 @@ __attribute__((noinline)) void differentiate(const Block& block, const Chunk& ch
   each_group(block, chunk, rows, [&](const Members& members, int32_t group) {
     const IntVec mine = equal(own, group);
     const Vec peak = peak_of(scores, members);
-    // no weight is above 1, though of large numbers the differences may be rounded up
+    // no weight exceeds 1, even if differences of large numbers are rounded up
     const Vec gate = exp(minimum(zero(), gate_of(scores, members, peak, mine) - base));
     const Vec from = select(mine, base, select(finite_below(peak), peak, zero()));
     Vec total = zero(), dot = zero();
@@ -537,7 +539,7 @@ void attend_backward(Block& block, const regard_grouped_attention_backward_args&
   store_rows(to, args.grad_q_strides[2], block.count, width, block.grad_q, line);
 }
 
-// Rows of all batches, prepared. False when out of memory.
+// All rows of the batch, prepared. `space` is false when out of memory.
 struct Prepared {
   regard::Workspace space;
   Row* rows;
@@ -576,7 +578,7 @@ int run(const regard_grouped_attention_args& args) {
     for (;;) {
       const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (task >= tasks) return;
-      // the last queries have the most keys, and the shortest tasks should end the work
+      // the last queries have the most keys, and the shortest tasks should come last
       const int64_t head = task / blocks;
       block.place(head / args.heads, head % args.heads, blocks - 1 - task % blocks, prepared.rows);
       attend<T>(block);
@@ -585,8 +587,8 @@ int run(const regard_grouped_attention_args& args) {
   return REGARD_OK;
 }
 
-// A task has the gradients of one key/value head to itself; with fewer of these than threads, a share of its queries,
-// and the shares are added at the end.
+// A task computes the gradients of one key/value head or, if there are fewer heads than threads, of a share of its
+// queries; the shares are added at the end.
 template <class T>
 int run_backward(const regard_grouped_attention_backward_args& args) {
   const regard_grouped_attention_args& forward = *args.forward;

@@ -1,4 +1,4 @@
-// Sums across the lanes of vectors: many at once, by turning them.
+// Sums across the lanes of many vectors at once, by transposing them.
 #pragma once
 
 #include "vector.h"
@@ -6,7 +6,7 @@
 namespace REGARD_ISA {
 namespace {
 
-// Lanes of a and b in turns, a0 b0 a1 b1 ...: the first halves of both, then the second.
+// Interleaved lanes of a and b, a0 b0 a1 b1 ...: of their first halves, then of their second.
 REGARD_INLINE void in_turns(Vec a, Vec b, Vec* low, Vec* high) {
 #if defined(__AVX512F__)
   const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -30,7 +30,7 @@ REGARD_INLINE void in_turns(Vec a, Vec b, Vec* low, Vec* high) {
 #endif
 }
 
-// A square block of LANES lines turned: each of log2(LANES) rounds moves one bit of the line's number into the lane's.
+// Transposes a square of LANES lines: each of log2(LANES) rounds moves one bit of the line's number into the lane's.
 template <int ROUNDS = LANES>
 REGARD_INLINE void turn(Vec (&lines)[LANES]) {
   if constexpr (ROUNDS > 1) {
@@ -60,8 +60,8 @@ REGARD_INLINE Vec sums_of(const Vec (&v)[COUNT]) {
   }
 }
 
-// Products of LANES rows, keys or others, with one query; with TAIL of the first `count`, and the other lanes are anything.
-// Numbers of the query beyond the width, up to a whole vector, are zeros.
+// Dot products of LANES rows with one query; with TAIL of the first `count` rows, and the other lanes are undefined.
+// The query is padded with zeros to a full vector.
 template <bool TAIL, class T>
 REGARD_INLINE Vec dots(const T* k, int64_t ldk, int count, const float* q, int64_t width) {
   Vec sums[LANES];

@@ -1,4 +1,4 @@
-// Questions to all lanes of a vector, and vectors of integers in memory.
+// Tests over all lanes of a vector, and loads and stores of integer vectors.
 #pragma once
 
 #include "vector.h"

@@ -1,4 +1,5 @@
-// What surrounds the products of a layer. All of it is bound by memory or by exponentials: one pass, nothing stored between.
+// The operations around a layer's matrix products. All are bound by memory or exponentials: one pass, no intermediate
+// tensors.
 
 #include "regard_layers.h"
 
@@ -17,7 +18,7 @@ namespace {
 
 using regard::Workspace;
 
-constexpr int64_t FLUSH = 128;  // terms that are added before their sum joins the total: sums of many stay accurate
+constexpr int64_t FLUSH = 128;  // terms in a partial sum, so that sums of many terms stay accurate
 
 // The derivative of x sigmoid(x), given s = sigmoid(x).
 REGARD_INLINE Vec silu_slope(Vec x, Vec s) { return fma(x * s, 1.f - s, s); }
@@ -41,11 +42,11 @@ void flush(float* from, float* to, int64_t count) {
 using Convolution = regard_short_convolution_args;
 using ConvolutionBackward = regard_short_convolution_backward_args;
 
-constexpr int TILE = 4;  // tokens at a time: they share most of their inputs, which are loaded once
+constexpr int TILE = 4;  // tokens at a time, which share the loads of most inputs
 constexpr int WIDEST = REGARD_SHORT_CONVOLUTION_WIDEST;
-constexpr int64_t CHANNELS = 512, TOKENS = 64;  // of a task, at most
+constexpr int64_t CHANNELS = 512, TOKENS = 64;  // largest task
 
-// A row of the batch: where its tokens are, those before the first and after the last included.
+// A row of the batch: where its tokens are, including those before the first and after the last.
 template <class T>
 struct Row {
   const T *x, *cache, *zeros;
@@ -72,7 +73,7 @@ void transpose_weight(const Convolution& a, float* to) {
     for (int64_t j = 0; j < a.width; ++j) to[j * a.channels + c] = a.weight[c * a.width + j];
 }
 
-// TOKENS_ consecutive outputs of all channels; WIDTH = 0 for any width.
+// Computes TOKENS_ consecutive outputs of all channels; WIDTH = 0 for any width.
 template <int TOKENS_, int WIDTH, class T>
 void convolve(const Convolution& a, const float* weight, const T* const* x, T* y) {
   const int width = WIDTH ? WIDTH : static_cast<int>(a.width);
@@ -139,14 +140,15 @@ int run_convolution(const Convolution& a) {
   return REGARD_OK;
 }
 
-// What backward keeps of a channel block between tiles: the gradients of the last width - 1 sums before the activation, and
-// sums over tokens for weights and bias.
+// Carried from tile to tile in backward, for a block of channels: the gradients of the last width - 1 sums before the
+// activation, and sums over tokens for weights and bias.
 struct Carried {
   float *before, *sums, *totals;
 };
 
-// One tile of `count` channels from `first` on: the gradients of TILE sums at tokens t, and of the inputs `kept - after`
-// tokens before. `x` are the inputs of the sums, grad_y their outputs' gradients; `more` are added to the inputs' gradients.
+// One tile of `count` channels from `first` on: the gradients of the sums at TILE tokens, and of the inputs `kept -
+// after` tokens earlier. `x` are the inputs of the sums, grad_y the outputs' gradients; `more` is added to the inputs'
+// gradients.
 template <int WIDTH, class T>
 void convolve_back(const Convolution& a, const float* weight, int64_t first, int64_t count, const Carried& carried,
                    const T* const* x, const T* const* grad_y, const T* const* more, T* const* grad_x) {
@@ -155,7 +157,7 @@ void convolve_back(const Convolution& a, const float* weight, int64_t first, int
     constexpr bool FULL = decltype(full)::value;
     constexpr int MOST = WIDTH ? WIDTH : WIDEST;
     const int64_t c = first + i;
-    Vec w[MOST] = {}, v[TILE + MOST - 1] = {}, d[TILE + MOST - 1] = {};  // d: gradients of sums, the kept ones first
+    Vec w[MOST] = {}, v[TILE + MOST - 1] = {}, d[TILE + MOST - 1] = {};  // d: gradients of sums, the carried ones first
 #pragma GCC unroll 16
     for (int j = 0; j < width; ++j) w[j] = take<FULL>(weight + j * a.channels + c, lanes);
 #pragma GCC unroll 20
@@ -202,7 +204,7 @@ template <class T>
 int run_convolution_backward(const ConvolutionBackward& back) {
   const Convolution& a = *back.forward;
   const int64_t C = a.channels, kept = a.width - 1, left = kept - a.after;
-  // no more than there are caches for, no fewer than threads have work; whole lines of memory
+  // few enough channels for the cache and for all threads to have work; whole cache lines
   const int64_t each = most<int64_t>(32, least(CHANNELS, round_up(ceil_div(C, 2 * a.threads), 32)));
   const int64_t blocks = ceil_div(C, each), numbers = each * (kept + 2 * (a.width + 1));
   const int64_t parts = least(a.threads, blocks);
@@ -232,7 +234,7 @@ int run_convolution_backward(const ConvolutionBackward& back) {
         T* const grad_cache = back.grad_cache == nullptr ? nullptr : static_cast<T*>(back.grad_cache) + b * kept * C;
         clear(carried.before, kept * count);
         int64_t flushed = 0;
-        // inputs lie up to `left` tokens before the sums that see them first
+        // inputs are up to `left` tokens before the first sums that read them
         for (int64_t t = 0; t < row.length + left; t += TILE) {
           const T *x[TILE + WIDEST - 1], *grads[TILE], *more[TILE];
           T* to[TILE];
@@ -326,7 +328,7 @@ void norm_row(const Norm& a, const T* x, const T* z, const float* weight, T* y, 
   });
 }
 
-// With n = u r, r = 1 / sqrt(mean(u^2) + eps): du = r (dn - n mean(dn n)). `kept` holds u, dn and the gate's sigmoid.
+// With n = u r, r = 1 / sqrt(mean(u^2) + eps): du = r (dn - n mean(dn n)). `kept` is memory for a row's values.
 template <int GATE, class T>
 void norm_row_back(const Norm& a, const T* x, const T* z, const float* weight, const T* grad_y, T* grad_x, T* grad_z,
                    float* grad_weight, float* kept) {
@@ -398,7 +400,7 @@ int run_norm_backward(const NormBackward& back) {
   const Norm& a = *back.forward;
   const int64_t rows = a.rows[0] * a.rows[1] * a.rows[2], features = a.groups * a.width;
   const int64_t parts = least(a.threads, most<int64_t>(1, rows * features / 4096));
-  const int64_t numbers = 2 * a.width + 2 * features;  // a row's values; sums for the weight, and their totals
+  const int64_t numbers = 2 * a.width + 2 * features;  // a row's values; partial sums for the weight; totals
   Workspace workspace(static_cast<size_t>(parts) * Workspace::bytes_of<float>(static_cast<size_t>(numbers)));
   if (!workspace) return REGARD_OUT_OF_MEMORY;
   float* memory[64];
@@ -447,11 +449,12 @@ typedef double DoubleVec __attribute__((vector_size(PAIR * 8)));
 typedef float HalfVec __attribute__((vector_size(PAIR * 4)));
 
 REGARD_INLINE DoubleVec nearest(DoubleVec x) {
-  constexpr double ROUNDER = 6755399441055744.0;  // doubles of this size are whole
+  constexpr double ROUNDER = 6755399441055744.0;  // doubles of this size are integers
   return (x + ROUNDER) - ROUNDER;
 }
 
-// cos and sin of LANES angles, position * frequency turns: within an eighth of a turn by Taylor's series, then quarters.
+// cos and sin of LANES angles of position * frequency turns, by Taylor series within an eighth of a turn and whole
+// quarters.
 REGARD_INLINE void cosine_sine(double position, const double* frequencies, float* cosine, float* sine) {
   float rest[LANES], quarter[LANES];
 #pragma GCC unroll 2

@@ -1,4 +1,4 @@
-// The roofline of the machine: fused multiply-adds in registers, and memory read or rewritten.
+// The machine's roofline: speed of fused multiply-adds in registers, and of reading or rewriting memory.
 
 #include "regard_machine.h"
 
@@ -17,7 +17,7 @@ double now() {
   return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
 }
 
-// Enough independent sums to hide the latency of a multiply-add at two a cycle.
+// Enough independent sums to hide the latency of multiply-adds at two per cycle.
 constexpr int SUMS = REGISTERS >= 32 ? 16 : 12;
 constexpr int ROUNDS = 20000;
 

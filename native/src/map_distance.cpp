@@ -1,9 +1,10 @@
-// How far an estimated map is from exact attention, forward and backward.
+// Distance of an estimated map from exact attention, forward and backward.
 //
-// A task is a block of queries of a row, head by head. Scores are computed a tile at a time and never stored: keys down,
-// queries along the lanes, so that maxima, exponentials and sums of many queries are taken at once. Then the tile is turned
-// and the weights of a pixel, whose keys are neighbours, are added run by run: the lists of runs serve all heads. Without a
-// target only the estimate learns, and what it learns from is the sum of each pixel: backward computes no score again.
+// A task is a block of queries of a row, head by head. Scores are computed tile by tile and never stored: keys in rows,
+// queries in the lanes, so that maxima, exponentials and sums of many queries are computed at once. Then the tile is
+// transposed and the weights of a pixel, whose keys are adjacent, are added run by run; the lists of runs are shared by
+// all heads. Without a target only the estimate has a gradient, which depends on the sum of each pixel: backward
+// computes no scores.
 
 #include "regard_map_distance.h"
 
@@ -20,14 +21,14 @@ namespace {
 
 using regard::Workspace;
 
-constexpr int QUERIES = 64, KEYS = 64;  // of a tile
-constexpr float LOWEST = -200.f;        // e^x is 0 from here down, and x e^x too
+constexpr int QUERIES = 64, KEYS = 64;  // in a tile
+constexpr float LOWEST = -200.f;        // below this, e^x and x e^x are 0
 
 REGARD_INLINE float infinity() { return __builtin_inff(); }
 
 struct Problem {
   const regard_map_distance_args* args;
-  int64_t line, pixel_line, runs;  // the most runs of a query: keys that are moved begin two more at each border
+  int64_t line, pixel_line, runs;  // most runs of a query: moved keys begin two more at each border
 
   explicit Problem(const regard_map_distance_args& a)
       : args(&a),
@@ -40,7 +41,7 @@ struct Problem {
   const int64_t* slots(int64_t b) const { return args->slots == nullptr ? nullptr : args->slots + b * args->slots_stride; }
   int64_t place(int64_t b, int64_t h, int64_t t) const { return (b * args->heads + h) * args->n + t; }
   int64_t kv_head(int64_t h) const { return h / (args->heads / args->kv_heads); }
-  // nullptr where no key is moved, too.
+  // Also nullptr if no key is moved.
   const double* jitter(int64_t b) const {
     const double* found = args->jitter == nullptr ? nullptr : args->jitter + b * args->jitter_stride;
     for (int64_t j = 0; found != nullptr && j < args->m; ++j)
@@ -49,26 +50,26 @@ struct Problem {
   }
 };
 
-// Neighbouring keys of one pixel: up to rank `end`, after those of the run before.
+// Adjacent keys of one pixel: from the end of the previous run up to rank `end`.
 struct Run {
   int32_t end, pixel;
 };
 
-// What is summed for each query.
+// Numbers accumulated for each query.
 enum Number {
-  TOP,     // the largest score
-  SUM,     // of e = exp(score - top)
-  SQUARE,  // of e^2
-  SLOPE,   // of e (score - top); with a target, of e p
-  P,       // of the target p
+  TOP,     // largest score
+  SUM,     // sum of e = exp(score - top)
+  SQUARE,  // sum of e^2
+  SLOPE,   // sum of e (score - top); with a target, of e p
+  P,       // sum of the target p
   P_SQUARE,
-  P_LOG,    // of p log p
-  P_SCORE,  // of p times the score
+  P_LOG,    // sum of p log p
+  P_SCORE,  // sum of p times the score
   NUMBERS
 };
 
 struct Room {
-  char* memory;  // nullptr: only what is needed is counted
+  char* memory;  // nullptr: only counts the bytes needed
   size_t used = 0;
 
   template <class T>
@@ -82,18 +83,18 @@ struct Room {
 // One thread's memory.
 struct Worker {
   Run* runs;       // (QUERIES, p.runs)
-  int32_t* seen;   // (QUERIES,) keys
-  int32_t* at;     // (QUERIES,) the run that comes next
+  int32_t* seen;   // (QUERIES,) number of visible keys
+  int32_t* at;     // (QUERIES,) next run
   float* queries;  // (QUERIES, line) scaled
-  float* turned;   // (line, QUERIES) the same
+  float* turned;   // (line, QUERIES) transposed queries
   float* keys;     // (KEYS, line)
   float* scores;   // (KEYS, QUERIES)
   float* rows;     // (LANES, KEYS): weights or targets of a vector of queries
-  float* targets;  // (KEYS, LANES) turned
+  float* targets;  // (KEYS, LANES) transposed
   float* numbers;  // (NUMBERS, QUERIES)
   float* mass;     // (QUERIES, pixel_line)
-  float* lengths;  // (pixel_line,) keys of each pixel
-  float* shares;   // (pixel_line,) r, of each key of a pixel
+  float* lengths;  // (pixel_line,) number of keys in each pixel
+  float* shares;   // (pixel_line,) r of each key in a pixel
   float* grad_q;   // (QUERIES, line)
   float* grad_k;   // (KEYS, line)
 
@@ -122,9 +123,9 @@ struct Worker {
   float* number(Number which) const { return numbers + which * QUERIES; }
 };
 
-// --- which keys, and which pixels
+// --- keys and pixels
 
-// How many keys the queries of a block see, and up to which rank some do.
+// How many keys each query of a block sees, and the end of the ranks that any of them sees.
 int64_t see(const Problem& p, const Worker& worker, int64_t b, int64_t begin) {
   int64_t reach = 0;
   for (int64_t i = 0; i < QUERIES; ++i) {
@@ -136,7 +137,7 @@ int64_t see(const Problem& p, const Worker& worker, int64_t b, int64_t begin) {
   return reach;
 }
 
-// The runs of the keys that query i sees of `total`.
+// The runs of the keys that query i sees, out of `total`.
 void find_runs(const Problem& p, const Worker& worker, int64_t b, int64_t i, int64_t total, const double* jitter) {
   const int64_t seen = worker.seen[i], pixels = p.args->pixels;
   Run* to = worker.runs + i * p.runs;
@@ -188,7 +189,7 @@ void load_queries(const Problem& p, const Worker& worker, int64_t b, int64_t h, 
   transpose_padded(QUERIES, static_cast<int>(p.line), worker.queries, p.line, worker.turned, QUERIES);
 }
 
-// Scores of the queries with `count` keys from rank j0 on, a row for each key.
+// Scores of the queries with the `count` keys from rank j0 on, a row for each key.
 template <class T>
 void find_scores(const Problem& p, const Worker& worker, int64_t b, int64_t h, int64_t j0, int count) {
   const regard_map_distance_args& a = *p.args;
@@ -209,7 +210,7 @@ REGARD_INLINE IntVec load_seen(const Worker& worker, int g) {
   return seen;
 }
 
-// Of the queries of a vector, the one that sees most keys and the one that sees fewest.
+// The most and the fewest keys that a query of a vector sees.
 struct Reach {
   int32_t low, high;
 
@@ -218,7 +219,7 @@ struct Reach {
   }
 };
 
-// Targets of a vector of queries for keys from rank j0 on, by query and turned; 0 for keys that are not seen.
+// Targets of a vector of queries for keys from rank j0 on, by query and transposed; 0 for hidden keys.
 void load_targets(const Problem& p, const Worker& worker, int64_t b, int64_t h, int64_t begin, int g, int64_t j0) {
   const regard_map_distance_args& a = *p.args;
   const int64_t* slots = p.slots(b);
@@ -236,9 +237,9 @@ void load_targets(const Problem& p, const Worker& worker, int64_t b, int64_t h, 
   for (int j = 0; j < KEYS; j += LANES) transpose_square(worker.rows + j, KEYS, worker.targets + j * LANES, LANES);
 }
 
-// The natural logarithm of normal positive numbers: of a number m near 1 times 2^e, with 2 atanh((m - 1) / (m + 1)).
+// The natural logarithm of normal positive numbers m 2^e with m near 1, by log m = 2 atanh((m - 1) / (m + 1)).
 REGARD_INLINE Vec log(Vec x) {
-  constexpr int32_t ROOT = 0x3f3504f3;  // of 1/2
+  constexpr int32_t ROOT = 0x3f3504f3;  // square root of 1/2
   const IntVec bits = reinterpret_cast<IntVec>(x);
   const IntVec e = (bits - ROOT) >> 23;
   const Vec m = reinterpret_cast<Vec>(bits - (e << 23));
@@ -250,7 +251,7 @@ REGARD_INLINE Vec log(Vec x) {
   return fma(__builtin_convertvector(e, Vec), broadcast(LN_2), fma(series * z, s, s + s));
 }
 
-// Adds what the tile says of a vector of queries; leaves their weights, times their sum, in its place.
+// Accumulates the tile's scores for a vector of queries; without a target, replaces them by unnormalised weights.
 template <bool TARGET>
 void fold(const Worker& worker, int g, int64_t j0, int count) {
   const IntVec left = load_seen(worker, g) - static_cast<int32_t>(j0);
@@ -330,7 +331,7 @@ void add_runs(const Problem& p, const Worker& worker, int g, int64_t j0, int cou
   }
 }
 
-// Where the largest scores have grown, sums of weights that were relative to smaller ones shrink.
+// Rescales sums of weights where the largest score has grown.
 void shrink(const Problem& p, const Worker& worker, int g, const float* tops) {
   float factors[LANES];
   const Vec top = load(worker.number(TOP) + g);
@@ -344,7 +345,7 @@ void shrink(const Problem& p, const Worker& worker, int g, const float* tops) {
 
 // --- forward
 
-// r of the keys of each pixel, of which worker.lengths counts those that are seen; log r is the score minus what is returned.
+// r of the keys of each pixel, which has worker.lengths visible keys; returns lse with log r = score - lse.
 float find_shares(const Problem& p, const Worker& worker, const float* estimate) {
   const int64_t pixels = p.args->pixels;
   const auto score = [&](int64_t c) {
@@ -437,7 +438,7 @@ void compare(const Problem& p, const Worker& worker, int64_t b, int64_t block) {
   }
 }
 
-// A worker for each thread, which takes one task after another.
+// Runs tasks on all threads, each with its own worker.
 template <class F>
 int run_tasks(const Problem& p, int64_t tasks, F&& f) {
   const int64_t parts = most<int64_t>(1, least(p.args->threads, tasks));
@@ -466,7 +467,7 @@ int run(const Problem& p) {
 
 // --- backward
 
-// With P the sum of p, n_c and m_c the number of keys of a pixel and the sum of their p, and a_c = 2 (n_c r_c - m_c):
+// With P the sum of p, n_c the number of keys of pixel c, m_c the sum of their p, and a_c = 2 (n_c r_c - m_c):
 // d kl / d e_c = P n_c r_c - m_c and d squares / d e_c = r_c (a_c - n_c sum of a r).
 void learn_estimate(const Problem& p, const Worker& worker, const regard_map_distance_backward_args& args, int64_t b,
                     int64_t block) {
@@ -500,8 +501,8 @@ void learn_estimate(const Problem& p, const Worker& worker, const regard_map_dis
     }
 }
 
-// With a target, d kl / d s_j = P w_j - p_j and d squares / d s_j = 2 w_j (w_j - p_j - sum of w (w - p)), of a block of the
-// queries of a head; gradients of the keys are added to `grad_k` (m, line).
+// Gradients with a target, for a block of the queries of a head: d kl / d s_j = P w_j - p_j and
+// d squares / d s_j = 2 w_j (w_j - p_j - sum of w (w - p)). Gradients of the keys are added to `grad_k` (m, line).
 template <class T>
 void learn_scores(const Problem& p, const Worker& worker, const regard_map_distance_backward_args& args, int64_t b,
                   int64_t h, int64_t block, float* grad_k) {
@@ -510,7 +511,7 @@ void learn_scores(const Problem& p, const Worker& worker, const regard_map_dista
   const int64_t* slots = p.slots(b);
   const int line = static_cast<int>(p.line);
   load_queries<T>(p, worker, b, h, begin);
-  // of a query, in the places of what is not summed here: the gradients of both results, and its numbers
+  // by query, in slots of `numbers` that are unused here: the gradients of both results, and the query's numbers
   float *kl = worker.number(SUM), *squares = worker.number(SQUARE), *lse = worker.number(TOP), *all = worker.number(P),
         *apart = worker.number(SLOPE);
   for (int64_t i = 0; i < QUERIES; ++i) {
@@ -558,8 +559,8 @@ void learn_scores(const Problem& p, const Worker& worker, const regard_map_dista
              worker.grad_q, p.line);
 }
 
-// A task has the gradients of one (row, kv head) to itself; with fewer of these than threads, a share of its queries, and
-// the shares are added at the end.
+// A task computes the gradients of one (row, kv head) or, if there are fewer of these than threads, of a share of its
+// queries; the shares are added at the end.
 template <class T>
 int learn_all_scores(const Problem& p, const regard_map_distance_backward_args& args) {
   const regard_map_distance_args& a = *p.args;

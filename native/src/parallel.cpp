@@ -1,11 +1,12 @@
-// Threads: PyTorch's OpenMP runtime where there is one, otherwise a few of our own.
+// Threads: PyTorch's OpenMP runtime if there is one, otherwise the library's own.
 //
-// A second pool would compete with the first: OpenMP threads go on spinning for a while after their work, so kernels on
-// threads of their own would find the cores busy. The runtime is found by the caller and given as two functions.
+// A second pool would compete with the first: OpenMP threads keep spinning for a while after their work, so kernels on
+// other threads would find the cores busy. The caller finds the runtime and passes it as two functions.
 //
-// A caller finishes alone what nobody has begun. An OpenMP region ends for its caller when all its threads have come,
-// though, and beside another busy process one may come a scheduler's slice later, milliseconds after work of microseconds.
-// So the time that a caller waited is told to `Attendance`, which leaves threads out for a while when they come late.
+// A caller runs all parts that no other thread has begun. But an OpenMP region only ends once all its threads have
+// arrived, and next to another busy process a thread may arrive a scheduler's time slice late: milliseconds after
+// microseconds of work. So `Attendance` records how long callers wait, and leaves threads out for a while when they
+// arrive late.
 
 #include "regard.h"
 
@@ -29,11 +30,11 @@ struct Region {
   void (*body)(void*, int);
   void* data;
   int count;
-  std::atomic<int64_t> ended{0};  // when the last part that ended did, in nanoseconds; only where there are more threads
+  std::atomic<int64_t> ended{0};  // when the last part ended, in nanoseconds; only with several threads
   std::atomic<unsigned char> taken[MOST_PARTS];
 
-  // Thread `first` takes its own part, which is likely still in its caches, and then what nobody has begun. False where
-  // nothing was left.
+  // Thread `first` takes its own part, whose data are likely still in its caches, then parts that no thread has begun.
+  // Returns false if none was left.
   bool work(int first) {
     bool worked = false;
     for (int i = 0; i < count; ++i) {
@@ -46,8 +47,8 @@ struct Region {
   }
 };
 
-// How many threads to leave out, by how long callers waited for those that had nothing left to do. Shared by all callers;
-// a lost update only makes it learn later.
+// How many threads to leave out, learned from how long callers waited for threads without work. Shared by all callers;
+// a lost update only delays learning.
 class Attendance {
  public:
   int threads(int count) const {
@@ -55,7 +56,8 @@ class Attendance {
     return out < count ? count - out : 1;
   }
 
-  // A region of `count` parts: how long there was work, and how long the caller waited after it, in nanoseconds.
+  // Records a region of `count` parts: how long the work took, and how long the caller waited afterwards, in
+  // nanoseconds.
   void tell(int count, int64_t worked, int64_t waited) {
     const int out = out_.load(std::memory_order_relaxed);
     if (waited > LATE && waited > worked) {
@@ -92,7 +94,7 @@ regard_thread thread_number = nullptr;
 
 class Pool {
  public:
-  // The kernels are not re-entered: a second caller (another thread of the program) works alone.
+  // Kernels share one pool: a second concurrent caller (another thread of the program) works alone.
   void run(Region& region) {
     std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);
     if (!busy.owns_lock()) {
@@ -112,7 +114,7 @@ class Pool {
     start_.notify_all();
     region.work(0);
     std::unique_lock<std::mutex> lock(mutex_);
-    region_ = nullptr;  // who has not begun need not come any more
+    region_ = nullptr;  // threads that have not begun need not start
     done_.wait(lock, [this] { return running_ == 0; });
   }
 

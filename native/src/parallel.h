@@ -1,9 +1,9 @@
-// Running the parts of a kernel on several threads.
+// Runs the parts of a kernel on several threads.
 #pragma once
 
 namespace regard {
 
-// Calls body(data, index) once for each index below `count`, the calling thread included; returns when all are done.
+// Calls body(data, index) once for each index below `count`, some on the calling thread; returns when all are done.
 // Bodies must not wait for each other: with a busy pool one thread may run several.
 void run_parts(int count, void (*body)(void*, int), void* data);
 
@@ -12,7 +12,7 @@ void run_parts(int count, void (*body)(void*, int), void* data);
 namespace REGARD_ISA {
 namespace {
 
-// parallel(parts, f): f(part) for part in [0, parts).
+// parallel(parts, f): calls f(part) for each part in [0, parts).
 template <class F>
 inline void parallel(int parts, F&& f) {
   if (parts <= 1) {
@@ -25,8 +25,8 @@ inline void parallel(int parts, F&& f) {
       const_cast<void*>(static_cast<const void*>(&f)));
 }
 
-// parallel_tasks(threads, tasks, f): f(task) for every task, each thread taking the next one when it is done with its
-// last. Only for tasks whose results do not depend on who runs them.
+// parallel_tasks(threads, tasks, f): f(task) for every task; each thread takes the next task when it has finished one.
+// Only for tasks whose results do not depend on the thread that runs them.
 template <class F>
 inline void parallel_tasks(int threads, long tasks, F&& f) {
   const int parts = tasks < threads ? static_cast<int>(tasks) : threads;

@@ -1,9 +1,9 @@
 // Softmax over the keys of chosen pixels, forward and backward.
 //
-// A task is a block of queries of a row. Their pixels are chosen first: log-probabilities in double, so that every form of
-// the engine keeps the same ones, and the smallest that is kept by bisection, which counts whole vectors and takes as long
-// for few pixels as for many. Then, head by head, the keys of a query's pixels are listed and read where they lie: those of
-// a pixel are neighbours, so lines come from memory in runs. Nothing is as long as the keys but one list for each thread.
+// A task is a block of queries of a row. Their pixels are chosen first, by log-probabilities in double, so that every
+// form of the engine keeps the same ones. The threshold is found by bisection, which counts full vectors and takes as
+// long for few pixels as for many. Then, head by head, the keys of a query's pixels are listed and read in place: those
+// of a pixel are adjacent, so memory is read in runs. Only one list per thread is as long as the keys.
 
 #include "regard_pixel_attention.h"
 
@@ -20,9 +20,9 @@ namespace {
 
 using regard::Workspace;
 
-constexpr int QUERIES = 32;   // of a block
-constexpr int STRETCH = 128;  // values between two running sums that are kept
-constexpr int WIDE = 8;       // vectors of a line that are summed at once
+constexpr int QUERIES = 32;   // in a block
+constexpr int STRETCH = 128;  // values between stored running sums
+constexpr int WIDE = 8;       // vectors of a line summed at once
 
 REGARD_INLINE float infinity() { return __builtin_inff(); }
 
@@ -41,10 +41,10 @@ REGARD_INLINE Double select(Long mask, Double yes, Double no) {
   return reinterpret_cast<Double>((reinterpret_cast<Long>(yes) & mask) | (reinterpret_cast<Long>(no) & ~mask));
 }
 
-// e^x for x <= 0 to the last bits; next to nothing below -700 and for NaN.
+// e^x for x <= 0 to nearly full precision; almost 0 below -700 and for NaN.
 REGARD_INLINE Double exp_down(Double x) {
   x = select(reinterpret_cast<Long>(x >= -700.0), x, Double{} - 700.0);
-  const Half n = __builtin_convertvector(x * 1.4426950408889634 - 0.5, Half);  // towards zero: the nearest
+  const Half n = __builtin_convertvector(x * 1.4426950408889634 - 0.5, Half);  // truncates to the nearest
   const Double whole = __builtin_convertvector(n, Double);
   const Double r = (x - whole * 0.693147180369123816490) - whole * 1.90821492927058770002e-10;
   // 1 / k!, to an error of 4e-18
@@ -59,7 +59,7 @@ REGARD_INLINE Double exp_down(Double x) {
 struct Problem {
   const regard_pixel_attention_args* args;
   int64_t line, value_line, words, pixel_line;
-  float* running;  // (B, kv_heads, stretches, value_line): sums of the values before each stretch; nullptr without
+  float* running;  // (B, kv_heads, stretches, value_line): sums of the values before each stretch; or nullptr
 
   explicit Problem(const regard_pixel_attention_args& a)
       : args(&a),
@@ -89,7 +89,7 @@ struct Problem {
 struct Worker {
   double* logs;      // (heads, pixel_line) log-probabilities of a query's pixels
   uint32_t* kept;    // (QUERIES, heads, words)
-  int32_t* slots;    // (m + LANES,) of the keys that a query reads
+  int32_t* slots;    // (m + LANES,) slots of the keys that a query reads
   float *scores, *slopes;  // (m + LANES,)
   float* query;      // (line,) scaled
   float* row;        // (value_line,)
@@ -118,13 +118,13 @@ struct Worker {
   }
 };
 
-// --- which pixels, and which keys
+// --- pixels and keys
 
 struct Bounds {
-  double low, high;  // of the numbers above -inf; (1, -inf) of none
+  double low, high;  // of the numbers above -inf; (1, -inf) if there are none
 };
 
-// Of whole vectors of numbers that are below 1.
+// Bounds of numbers below 1, in full vectors.
 Bounds bounds(const double* x, int64_t size) {
   Double low = Double{} + 1, high = Double{} - __builtin_inf();
   for (int64_t i = 0; i < size; i += DOUBLES) {
@@ -137,7 +137,7 @@ Bounds bounds(const double* x, int64_t size) {
   return found;
 }
 
-// Logarithms of the softmax of a query's map in one head; -inf beyond its pixels.
+// Log-softmax of a query's map in one head; -inf beyond its pixels.
 void log_probabilities(const float* estimate, int64_t pixels, int64_t line, double* to) {
   for (int64_t c = 0; c < pixels; ++c) to[c] = estimate[c];
   for (int64_t c = pixels; c < line; ++c) to[c] = -__builtin_inf();
@@ -162,11 +162,11 @@ int64_t count_from(const double* x, int64_t size, double least_one) {
   return count;
 }
 
-// Marks the `wanted` largest numbers of heads x pixels, of equal ones the first.
+// Marks the `wanted` largest numbers of heads x pixels; ties go to the first.
 void mark_largest(const double* x, int64_t heads, int64_t pixels, int64_t line, int64_t wanted, uint32_t* kept,
                   int64_t words) {
   auto [low, high] = bounds(x, heads * line);
-  // those from `high` on are fewer than wanted, or all that are not -inf; those from `low` on are enough
+  // invariant: fewer numbers than wanted (or all above -inf) are >= high; at least as many as wanted are >= low
   int64_t above = 0, enough = count_from(x, heads * line, low);
   if (enough < wanted) {
     above = enough;
@@ -176,7 +176,7 @@ void mark_largest(const double* x, int64_t heads, int64_t pixels, int64_t line, 
     high += 1;
     while (enough != wanted) {
       const double middle = low + (high - low) / 2;
-      if (!(middle > low && middle < high)) break;  // equal numbers on the border
+      if (!(middle > low && middle < high)) break;  // equal numbers at the threshold
       const int64_t count = count_from(x, heads * line, middle);
       if (count >= wanted) {
         low = middle;
@@ -229,8 +229,8 @@ bool reads(const regard_pixel_attention_args& a, int64_t key, int64_t total) {
   return __builtin_fabs(scaled - __builtin_rint(scaled)) <= 0.5 / step + 1e-4;
 }
 
-// Lists the slots of the keys of kept pixels; how many there are. Keys that are moved by less than one rank may cross the
-// border of their pixel only where they are its first or last.
+// Lists the slots of the keys of kept pixels, and returns their number. Keys that are moved by less than one rank can
+// cross the border of their pixel only if they are its first or last.
 int64_t collect(const Problem& p, int64_t b, int64_t total, const uint32_t* kept, int32_t* found) {
   const regard_pixel_attention_args& a = *p.args;
   const int64_t* slots = p.slots(b);
@@ -251,9 +251,9 @@ int64_t collect(const Problem& p, int64_t b, int64_t total, const uint32_t* kept
   return count;
 }
 
-// --- products with listed lines
+// --- products with lists of rows
 
-// to_j = line j . x, for x with zeros up to a whole vector; whole vectors of `to` are written.
+// to_j = line j . x, for x padded with zeros to a full vector; full vectors of `to` are written.
 template <class T>
 void dots(const T* lines, int64_t stride, const int32_t* slots, int64_t count, const float* x, int64_t width, float* to) {
   const int64_t whole = width / LANES * LANES;
@@ -292,7 +292,7 @@ REGARD_INLINE void sum_columns(const T* lines, int64_t stride, const int32_t* sl
   for (int c = 0; c < VECTORS; ++c) store(to + c * LANES, sums[c]);
 }
 
-// to (whole vectors) = sum of weight_j times line j.
+// to (full vectors) = sum of weight_j times line j.
 template <class T>
 void weighted_sum(const T* lines, int64_t stride, const int32_t* slots, int64_t count, const float* weights,
                   int64_t width, float* to) {
@@ -305,7 +305,7 @@ void weighted_sum(const T* lines, int64_t stride, const int32_t* slots, int64_t 
     sum_columns<1>(lines + c, stride, slots, count, weights, static_cast<int>(least<int64_t>(LANES, width - c)), to + c);
 }
 
-// line j += weight_j x, for lines of whole vectors.
+// line j += weight_j x, for lines of full vectors.
 void add_outer(float* lines, int64_t line, const int32_t* slots, int64_t count, const float* weights, const float* x) {
   for (int64_t j = 0; j < count; ++j) {
     float* to = lines + slots[j] * line;
@@ -324,7 +324,8 @@ void load_query(const Problem& p, const Worker& worker, int64_t b, int64_t h, in
 
 // --- forward
 
-// Weights, times their sum, of the scores that a worker has; the sum. `lse` is theirs, where it is wanted.
+// Turns the worker's scores into unnormalised weights, and returns their sum. Writes the log-sum-exp to `lse` unless
+// nullptr.
 float weigh(const Worker& worker, int64_t count, float* lse) {
   for (int64_t j = count; j < round_up(count, LANES); ++j) worker.scores[j] = -infinity();
   Vec tops = broadcast(-infinity());
@@ -343,7 +344,7 @@ float weigh(const Worker& worker, int64_t count, float* lse) {
 
 REGARD_INLINE float logistic(float x) { return 1.f / (1.f + exp(-x)); }
 
-// What the logits of a query make of its attention, row mix P V, and of its mean, rest times it.
+// The factors from a query's logits: its output is row mix P V + rest mean.
 struct Gates {
   float row = 1.f, mix = 1.f, rest = 0.f;
 
@@ -360,7 +361,7 @@ const T* new_values(const Problem& p, int64_t b, int64_t h) {
   return p.values<T>(b, h) + (p.args->m - p.args->count) * p.args->v_strides[2];
 }
 
-// What the queries of a head get beside attention; a running sum is kept as far as it has come.
+// The means of a head's queries; the latest running sum is kept for the next query.
 template <class T>
 struct Means {
   const Problem& p;
@@ -368,11 +369,11 @@ struct Means {
   float* sums;  // (value_line,)
   int64_t at = -1;
 
-  // New values that a query sees.
+  // Number of new values that a query sees.
   static int64_t seen(const regard_pixel_attention_args& a, int64_t b, int64_t total) {
     return most<int64_t>(0, least(total - a.before[b], a.count));
   }
-  // A query's mean is that of() it times this.
+  // A query's mean is of(total) times factor(total).
   float factor(int64_t total) const { return p.running == nullptr ? 1.f : 1.f / static_cast<float>(total); }
   const float* of(int64_t total) {
     const regard_pixel_attention_args& a = *p.args;
@@ -394,7 +395,7 @@ struct Means {
   }
 };
 
-// Sums of the values before each stretch of a (row, kv head), on top of the first.
+// Sums of the values before each stretch of a (row, kv head), added to `first`.
 template <class T>
 void run_sums(const Problem& p, int64_t b, int64_t g) {
   const regard_pixel_attention_args& a = *p.args;
@@ -455,7 +456,7 @@ void attend(const Problem& p, const Worker& worker, int64_t b, int64_t block) {
   }
 }
 
-// Room for the running sums of all values, where queries have means of what they see and `wanted`.
+// Floats for the running sums of all values, if `wanted` and queries have running means.
 size_t running_floats(const Problem& p, bool wanted) {
   const regard_pixel_attention_args& a = *p.args;
   const bool runs = wanted && a.mix_logit != nullptr && a.before != nullptr;
@@ -503,16 +504,16 @@ float dot(const float* x, const float* y, int64_t width) {
   return sum(sums);
 }
 
-// Gradients of a (row, kv head) as they are summed; nullptr for those that are not wanted.
+// Sums of the gradients of a (row, kv head); nullptr if not wanted.
 struct Sums {
   float* keys;    // (m, line)
   float* values;  // (m, value_line)
-  float* means;   // (lines, value_line): of the means of its heads; or, of running ones, line i what the queries that see
-                  // i new values send to all of these
+  float* means;   // (lines, value_line): gradients of its heads' means; or of running means, line i from queries with i
+                  // visible new values, for each of these values
 };
 
-// What block `block` of the queries of a head adds to the gradients of its keys and values, and those of the queries. With
-// weights p, slopes d_j = dO . v_j and both gates: ds = row mix p (d - sum of p d).
+// Gradients from block `block` of the queries of a head: those of the queries, and additions to those of keys and
+// values. With weights p, d_j = dO . v_j and both gates: ds = row mix p (d - sum of p d).
 template <class T>
 void attend_backward(const Problem& p, const Worker& worker, const regard_pixel_attention_backward_args& args, int64_t b,
                      int64_t h, int64_t block, Means<T>& means, const Sums& to) {
@@ -573,7 +574,7 @@ void attend_backward(const Problem& p, const Worker& worker, const regard_pixel_
   }
 }
 
-// Of running means, each new value is in those of the queries that see as many or more.
+// Gradients of new values through running means: each value is in the means of all queries that see it.
 void spread_means(const Problem& p, const Sums& sums) {
   const regard_pixel_attention_args& a = *p.args;
   for (int64_t i = a.count; i > 0; --i) {
@@ -587,8 +588,8 @@ void spread_means(const Problem& p, const Sums& sums) {
   }
 }
 
-// A task has the gradients of one (row, kv head) to itself; with fewer of these than threads, a share of its queries, and
-// the shares are added at the end.
+// A task computes the gradients of one (row, kv head) or, if there are fewer of these than threads, of a share of its
+// queries; the shares are added at the end.
 template <class T>
 int run_backward(const regard_pixel_attention_backward_args& args) {
   const regard_pixel_attention_args& a = *args.forward;

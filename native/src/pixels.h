@@ -1,4 +1,4 @@
-// Which keys the pixels of a map stand for (see regard_pixel_attention.h).
+// The keys that belong to each pixel of a map (see regard_pixel_attention.h).
 #pragma once
 
 #include "vector.h"
@@ -6,7 +6,7 @@
 namespace REGARD_ISA {
 namespace {
 
-// The first key of a pixel among `total`; of the pixel after the last one, their number.
+// The first key of a pixel among `total` keys; `total` for the pixel after the last.
 inline int64_t first_of_pixel(int64_t pixel, int64_t total, int64_t pixels) {
   if (pixel == 0) return 0;
   if (pixel == pixels) return total;
@@ -14,7 +14,7 @@ inline int64_t first_of_pixel(int64_t pixel, int64_t total, int64_t pixels) {
   return above <= 0 ? 0 : least(ceil_div(above, below), total);
 }
 
-// The pixel of a key whose rank is moved by `shift`.
+// The pixel of a key, with `shift` added to its rank.
 inline int64_t pixel_of_moved(int64_t key, double shift, int64_t total, int64_t pixels) {
   const double all = static_cast<double>(total), count = static_cast<double>(pixels);
   const double place = (static_cast<double>(key) + shift + 0.5) / all * count - 1e-4;

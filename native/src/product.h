@@ -1,4 +1,4 @@
-// Small matrix products in registers: what blocked kernels are made of once their blocks lie in cache.
+// Small matrix products in registers, for blocked kernels whose blocks are in cache.
 #pragma once
 
 #include "vector.h"
@@ -7,8 +7,8 @@ namespace REGARD_ISA {
 namespace {
 
 // C (m x n) = [C +] sign A (m x k) B (k x n). A is read one number at a time, element (i, p) at a[i * ai + p * ap], so
-// either of its axes may be the contiguous one; rows of B and C are contiguous along n, ldb and ldc apart. Any sizes:
-// the last columns are masked, and nothing outside the matrices is touched.
+// either of its axes may be contiguous; rows of B and C are contiguous along n, ldb and ldc apart. Sizes are arbitrary:
+// the last columns are masked, and nothing outside the matrices is accessed.
 enum class Into { ZERO, SUM, DIFFERENCE };
 
 template <int ROWS, int VECTORS, Into INTO>
@@ -50,7 +50,8 @@ REGARD_INLINE void product_tile(int k, const float* a, int64_t ai, int64_t ap, c
     }
 }
 
-// Columns at once that, with ROWS accumulators each, one row of B and one number of A, fit the register file.
+// Vectors of columns at once, so that their accumulators for all rows, a row of B and a number of A fit in the
+// registers.
 constexpr int TILE_VECTORS = REGISTERS >= 32 ? 4 : 2;
 constexpr int TILE_ROWS = REGISTERS >= 32 ? 6 : 4;
 

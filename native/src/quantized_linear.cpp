@@ -1,6 +1,6 @@
-// Few rows times a weight of 8 or 4 bits: codes are read once, so that the time is that of reading them. They are turned into
-// floats in registers and multiplied there. Where bytes have dot products (VNNI), codes meet inputs as digits of 8 bits, of
-// which inputs that are rounded to 8 bits have one. Weights in float32 are read as they are.
+// Few rows times a weight of 8 or 4 bits: codes are read once, so that the time is that of reading them. They are
+// converted to floats in registers and multiplied there. With byte dot products (VNNI), inputs are represented by 8-bit
+// digits instead: three, or one for inputs that are rounded to 8 bits. Weights in float32 are read as they are.
 
 #include "regard_quantized_linear.h"
 
@@ -17,14 +17,14 @@ namespace {
 using regard::Workspace;
 using Args = regard_quantized_linear_args;
 
-constexpr int64_t BLOCK = 32;           // rows of W whose codes stay in the cache for all rows of x
-constexpr int64_t TASKS = 4;            // of a thread, of at least a block: their codes are one stream from memory
-constexpr int64_t LEAST_WORK = 1 << 17;  // codes that are worth a thread
-constexpr int64_t AHEAD = 1024;         // bytes between what is read and what is asked for next
-constexpr int64_t FAR = 8192;           // the same for the second cache
-constexpr int64_t NEAR = 512;           // of what comes in small parts of a line, for which more is too much work
+constexpr int64_t BLOCK = 32;           // rows of W whose codes stay in cache for all rows of x
+constexpr int64_t TASKS = 4;            // tasks per thread, each at least a block and one stream from memory
+constexpr int64_t LEAST_WORK = 1 << 17;  // fewest codes that are worth a thread
+constexpr int64_t AHEAD = 1024;         // distance of prefetching, in bytes
+constexpr int64_t FAR = 8192;           // the same for the second-level cache
+constexpr int64_t NEAR = 512;           // the same for reads of parts of a cache line, where prefetching is limited
 
-// LANES bytes as integers. Compilers turn them one by one where they are not told how.
+// LANES bytes as integers, with intrinsics since compilers would convert them one by one.
 REGARD_INLINE IntVec signed_bytes(const int8_t* p) {
 #if defined(__AVX512F__)
   return reinterpret_cast<IntVec>(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -58,11 +58,11 @@ REGARD_INLINE UIntVec unsigned_bytes(const uint8_t* p) {
 #endif
 }
 
-// Two codes for each lane: those of even columns and those of odd ones.
+// Two 4-bit codes for each lane: of an even column and of an odd one.
 REGARD_INLINE void half_codes(const uint8_t* p, Vec& even, Vec& odd) {
   const UIntVec both = unsigned_bytes(p);
 #if defined(__AVX512F__)
-  // a lookup reads the four low bits alone
+  // the lookup only uses the four low bits
   const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
   even = reinterpret_cast<Vec>(_mm512_permutexvar_ps(reinterpret_cast<__m512i>(both), table));
   odd = reinterpret_cast<Vec>(_mm512_permutexvar_ps(reinterpret_cast<__m512i>(both >> 4), table));
@@ -72,7 +72,7 @@ REGARD_INLINE void half_codes(const uint8_t* p, Vec& even, Vec& odd) {
 #endif
 }
 
-// Asks for what comes after the bytes at `p`, as far as it is the task's own, which ends at `end`.
+// Prefetches after the bytes at `p`, but not beyond the task's own codes, which end at `end`.
 REGARD_INLINE void fetch(const void* p, const void* end) {
   const char* const last = static_cast<const char*>(end) - 1;
   const char* const from = static_cast<const char*>(p);
@@ -80,23 +80,23 @@ REGARD_INLINE void fetch(const void* p, const void* end) {
   __builtin_prefetch(from + FAR < last ? from + FAR : last, 0, 2);
 }
 
-// The rows of x, as the products read them.
+// The rows of x in the form that the products read.
 struct Inputs {
-  const float* even;  // (M, stride): the rows, or for 4 bits their even columns
-  const float* odd;   // (M, stride): the odd ones
-  const float* sums;  // (M, groups): of each group, where there are offsets
+  const float* even;  // (M, stride): the rows, or with 4 bits their even columns
+  const float* odd;   // (M, stride): their odd columns
+  const float* sums;  // (M, groups): sums over each group, if there are offsets
   int64_t stride;
 #if defined(__AVX512VNNI__)
-  const Digits* digits;  // (M, steps), in place of floats
-  const int8_t* bytes;   // (steps, M, count, STEP), in place of both: each digit of the inputs, zeros behind the last
-  const int32_t* start;  // (M, count, LANES): what takes off that codes count from 0 in products of bytes
-  int count;             // of digits
-  const float* step;     // (M,): what 1 stands for; nullptr without digits or bytes
+  const Digits* digits;  // (M, steps), instead of floats
+  const int8_t* bytes;   // (steps, M, count, STEP), instead of both: each digit of the inputs, padded with zeros
+  const int32_t* start;  // (M, count, LANES): corrects for the offset of codes, which count from 0 in products of bytes
+  int count;             // number of digits
+  const float* step;     // (M,): the value of a digit's unit; nullptr without digits or bytes
   int64_t steps;
 #endif
 };
 
-// What the offsets of a row of W add.
+// The contribution of the offsets of a row of W.
 REGARD_INLINE float of_offsets(const Args& a, const Inputs& x, int64_t row, int64_t token, int64_t groups) {
   if (a.offset == nullptr) return 0.f;
   const bfloat16* const offset = a.offset + row * groups;
@@ -111,7 +111,7 @@ REGARD_INLINE float of_offsets(const Args& a, const Inputs& x, int64_t row, int6
 }
 
 #if defined(__AVX512VNNI__)
-// Sums of rows and, in each, of tokens to where they belong: scaled(row, token, sum) and the bias.
+// Writes results from sums ordered by row, then token: scaled(row, token, sum) plus the bias.
 template <int TOKENS, class Scaled>
 REGARD_INLINE void put_results(const Args& a, int64_t row, int rows, int64_t token, Vec sums, Scaled&& scaled) {
   float by[LANES];
@@ -123,19 +123,19 @@ REGARD_INLINE void put_results(const Args& a, int64_t row, int rows, int64_t tok
   }
 }
 
-// As many rows, `rows` of which there are, as fill a vector with their results.
+// As many rows as fill a vector with their results, of which `rows` exist.
 template <int TOKENS>
 void product_of_digits(const Args& a, const Inputs& x, int64_t row, int rows, int64_t token) {
   constexpr int ROWS = LANES / TOKENS;
   const int64_t width = a.columns / 2, groups = a.columns / a.group;
-  const int64_t of_step = 2 * STEP / a.group;  // groups of a step: 4, 2 or 1; fewer in the last one
+  const int64_t of_step = 2 * STEP / a.group;  // groups in a step: 4, 2 or 1; fewer in the last step
   const int64_t full = width / STEP, left = width - full * STEP;
   const __m512i low_half = _mm512_set1_epi8(15);
-  // A scale goes to the upper half of each lane of its group, where it is a float32.
+  // A scale is placed in the upper half of each lane of its group, which makes it a float32.
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i place = _mm512_slli_epi32(_mm512_srli_epi32(lane, of_step == 4 ? 2 : of_step == 2 ? 3 : 4), 16);
   Vec found[LANES];
-  // what fetches ahead follows one instruction
+  // not unrolled: the hardware prefetcher tracks a single load instruction
 #pragma GCC unroll 1
   for (int r = 0; r < ROWS; ++r) {
     const int64_t at = row + least(r, rows - 1);
@@ -170,11 +170,11 @@ void product_of_digits(const Args& a, const Inputs& x, int64_t row, int rows, in
 REGARD_INLINE Vec numbers(const int8_t* p) { return __builtin_convertvector(signed_bytes(p), Vec); }
 REGARD_INLINE Vec numbers(const float* p) { return load(p); }
 
-// Rows of one scale, or none: one after the other, as they lie in memory, since what fetches ahead follows one stream better
-// than several.
+// Rows with one scale or none: one after the other, in memory order, since the hardware prefetcher follows one stream
+// better than several.
 template <int TOKENS, class T>
 void product_of_rows(const Args& a, const Inputs& x, int64_t row, int64_t token, int64_t end) {
-  constexpr int CHAINS = 4 / TOKENS;  // sums that do not wait for each other
+  constexpr int CHAINS = 4 / TOKENS;  // independent sums
   const T* const codes = static_cast<const T*>(a.codes) + row * a.columns;
   Vec total[CHAINS][TOKENS];
 #pragma GCC unroll 4
@@ -209,14 +209,14 @@ void product_of_rows(const Args& a, const Inputs& x, int64_t row, int64_t token,
 }
 
 #if defined(__AVX512VNNI__)
-// As many rows, `rows` of which there are, as fill a vector with their results.
+// As many rows as fill a vector with their results, of which `rows` exist.
 template <int COUNT, int TOKENS>
 void product_of_bytes(const Args& a, const Inputs& x, int64_t row, int rows, int64_t token, int64_t end) {
   constexpr int SUMS = COUNT * TOKENS, ROWS = LANES / TOKENS;
   const int64_t line = a.m * COUNT * STEP, full = a.k / STEP, left = a.k - full * STEP;
   const __m512i middle = _mm512_set1_epi8(-128);
   Vec found[LANES];
-  // what fetches ahead follows one instruction
+  // not unrolled: the hardware prefetcher tracks a single load instruction
 #pragma GCC unroll 1
   for (int r = 0; r < ROWS; ++r) {
     const int8_t* const codes = static_cast<const int8_t*>(a.codes) + (row + least(r, rows - 1)) * a.k;
@@ -307,13 +307,13 @@ void rows_of(const Args& a, const Inputs& x, int64_t first, int64_t last, int64_
     return;
   }
 #endif
-  constexpr int ROWS = 4 / TOKENS;  // so that sums stay in registers
+  constexpr int ROWS = 4 / TOKENS;  // few enough for sums to stay in registers
   for (; row + ROWS <= last; row += ROWS) product_4bit<ROWS, TOKENS>(a, x, row, token);
   for (; row < last; ++row) product_4bit<1, TOKENS>(a, x, row, token);
 }
 
 #if defined(__AVX512VNNI__)
-// As many tokens at once as there are sums in registers.
+// Processes TOKENS tokens at a time, as many as have sums in registers; returns the first token that is left.
 template <int COUNT, int TOKENS>
 int64_t rows_of_bytes(const Args& a, const Inputs& x, int64_t first, int64_t last, int64_t token, int64_t end) {
   constexpr int ROWS = LANES / TOKENS;
@@ -324,7 +324,7 @@ int64_t rows_of_bytes(const Args& a, const Inputs& x, int64_t first, int64_t las
 }
 #endif
 
-// `end`: of the task's rows.
+// Rows [first, last) of W for all rows of x; `end` is the end of the task's rows.
 void block(const Args& a, const Inputs& x, int64_t first, int64_t last, int64_t end) {
   int64_t token = 0;
 #if defined(__AVX512VNNI__)
@@ -349,7 +349,7 @@ void block(const Args& a, const Inputs& x, int64_t first, int64_t last, int64_t 
   if (token < a.m) rows_of<1>(a, x, first, last, token, end);
 }
 
-// Even and odd columns apart, zeros behind the last.
+// Splits x into even and odd columns, padded with zeros.
 void take_apart(const Args& a, float* even, float* odd) {
   const int64_t half = a.columns / 2;
   for (int64_t t = 0; t < a.m; ++t) {
@@ -371,7 +371,7 @@ void sum_groups(const Args& a, float* sums) {
     }
 }
 
-// Weights that read the same input. The first tells what they share.
+// Weights with the same input; their common options are those of the first.
 struct Weights {
   const Args* first;
   int count;
@@ -399,7 +399,7 @@ void multiply(const Weights& all, const Inputs& x) {
   });
 }
 
-// What 1 stands for in a row of such numbers that is rounded to 8 bits.
+// The rounding step of a row with this largest magnitude when rounded to 8 bits.
 float step_of(float largest) { return (largest > 1e-30f ? largest : 1e-30f) / 127.f; }
 
 void round_rows(const Args& a, float* rounded) {
@@ -416,7 +416,7 @@ void round_rows(const Args& a, float* rounded) {
 }
 
 #if defined(__AVX512VNNI__)
-// Whether digits tell what the rows hold: no infinities, NaN or numbers near the smallest.
+// Whether digits can represent the rows: no infinities, NaN or extreme magnitudes. Sets `step`.
 bool has_steps(const Args& a, float* step) {
   for (int64_t t = 0; t < a.m; ++t) {
     const float found = largest(a.x + t * a.x_stride, a.k);
@@ -426,7 +426,7 @@ bool has_steps(const Args& a, float* step) {
   return true;
 }
 
-// By digits in place of floats; false where that cannot be.
+// Multiplies 4-bit codes by digits; returns false if that is not possible.
 bool multiplied_by_digits(const Weights& all) {
   const Args& a = *all;
   const int64_t steps = ceil_div(a.columns / 2, STEP);
@@ -450,7 +450,7 @@ bool multiplied_by_digits(const Weights& all) {
   return true;
 }
 
-// Codes of 8 bits by digits as well, or by the one of inputs that are rounded.
+// Multiplies 8-bit codes by digits, or by the single digit of rounded inputs; returns false if that is not possible.
 bool multiplied_by_bytes(const Weights& all) {
   const Args& a = *all;
   if (a.k > MOST_COLUMNS) return false;
@@ -553,7 +553,7 @@ bool share_inputs(const Args& a, const Args& b) {
 
 }  // namespace
 
-// Several products; those one after the other that read the same input in the same way are computed together.
+// Several products; consecutive ones with the same input and format are computed together.
 int quantized_linears(const regard_quantized_linear_args* args, int count) {
   for (int i = 0; i < count; ++i)
     if (wrong(args[i])) return REGARD_BAD_ARGUMENT;

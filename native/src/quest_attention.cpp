@@ -1,12 +1,12 @@
-// A token that reads a part of its cache: the pages that may hold its largest scores (Quest, arXiv 2406.10774).
+// Attention of a token to part of its cache: the pages that may hold its largest scores (Quest, arXiv 2406.10774).
 //
-// The smallest and the largest entries of a page's keys bound its scores,
+// The elementwise minimum and maximum of a page's keys bound its scores,
 //
 //     q . k <= sum_d max(q_d low_d, q_d high_d) = max(q, 0) . high + min(q, 0) . low
 //
-// so that a page costs two products: with the positive and the negative part of a head's query or, where heads read the same
-// pages, with the sums of their parts. The pages that are chosen become a table, with which the kernel for decoding reads
-// keys and values where they lie.
+// so that a page costs two products: with the positive and the negative part of a head's query or, if heads read the
+// same pages, with the sums of these parts. The chosen pages form a table, with which the decoding kernel reads keys
+// and values in place.
 
 #include "regard_attention.h"
 #include "regard_quest_attention.h"
@@ -26,23 +26,24 @@ namespace {
 using regard::Workspace;
 using Args = regard_quest_attention_args;
 
-constexpr int64_t SCORED = 64;             // pages that are one task
-constexpr int64_t LEAST_SCORED = 1 << 17;  // numbers of bounds that are worth several threads
+constexpr int64_t SCORED = 64;             // pages in a task
+constexpr int64_t LEAST_SCORED = 1 << 17;  // fewest numbers in bounds that are worth several threads
 
-// Query heads that read together are a line: its number counts those of a (row, kv head), then the (row, kv head)s.
+// A line is one or all query heads of a (row, kv head): those that read the same pages. Lines are numbered by (row, kv
+// head).
 struct Problem {
   const Args* args;
-  int64_t units, lines_each, heads_each;  // (row, kv head)s, lines of each, heads of a line
-  int64_t held, columns;                  // pages of a (row, kv head) and of a line's table
+  int64_t units, lines_each, heads_each;  // number of (row, kv head)s, of lines in each, of heads in a line
+  int64_t held, columns;                  // pages of a (row, kv head), and in a line's table
   int64_t query_line, score_line;
   float* positive;  // (lines, query_line), zeros beyond the width
   float* negative;
   float* scores;   // (lines, score_line)
-  uint32_t* order;  // the same
+  uint32_t* order;  // (lines, score_line)
   int64_t* table;   // (lines, columns)
   int64_t* lengths;  // (lines,)
 
-  // Whole pages before that of the newest key.
+  // Number of complete pages before that of the newest key.
   int64_t past(int64_t unit) const { return most(args->counts[unit] - 1, int64_t{0}) / args->page_size; }
 };
 
@@ -63,7 +64,7 @@ void take_parts(const Problem& problem, int64_t line) {
   }
 }
 
-// Bounds of pages [from, to) of a (row, kv head), for each of its lines.
+// Score bounds of pages [from, to) of a (row, kv head), for each of its lines.
 template <class T>
 void score(const Problem& problem, int64_t unit, int64_t from, int64_t to) {
   const int64_t width = problem.args->width;
@@ -84,7 +85,7 @@ void score(const Problem& problem, int64_t unit, int64_t from, int64_t to) {
   }
 }
 
-// A number that is larger for a larger float, and largest for NaN.
+// Maps floats to integers in the same order, with NaN as the largest.
 REGARD_INLINE uint32_t ordered(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, sizeof bits);
@@ -92,11 +93,11 @@ REGARD_INLINE uint32_t ordered(float x) {
   return x != x ? UINT32_MAX : found;
 }
 
-// Pages of the `chosen` largest scores, in their order; of equal ones the first.
+// Lists the pages of the `chosen` largest scores in ascending order; ties go to the first.
 void choose(const float* scores, uint32_t* order, int64_t count, int64_t chosen, int64_t first, int64_t* pages) {
   for (int64_t i = 0; i < count; ++i) order[i] = ordered(scores[i]);
-  uint32_t limit = 0;  // the largest number that so many reach, found from its highest bit on
-  int64_t above = 0;   // how many are beyond it
+  uint32_t limit = 0;  // the largest number that `chosen` scores reach, found bit by bit
+  int64_t above = 0;   // how many exceed it
   for (int bit = 31; bit >= 0; --bit) {
     const uint32_t higher = limit | uint32_t{1} << bit;
     int32_t reached = 0;
@@ -111,7 +112,7 @@ void choose(const float* scores, uint32_t* order, int64_t count, int64_t chosen,
     if (order[i] > limit || (order[i] == limit && equal-- > 0)) *pages++ = first + i;
 }
 
-// The table of a line: pages as the pool of all (row, kv head)s counts them.
+// Writes the table of a line: pages numbered over all (row, kv head)s.
 void list_pages(const Problem& problem, int64_t line) {
   const Args& a = *problem.args;
   const int64_t unit = line / problem.lines_each, past = problem.past(unit), chosen = least(a.chosen, past);
@@ -152,7 +153,7 @@ int run(const Args& a) {
   problem.table = space.take<int64_t>(places);
   problem.lengths = space.take<int64_t>(static_cast<size_t>(lines));
 
-  int64_t scored = 0;  // of the unit that has most
+  int64_t scored = 0;  // most pages that any unit scores
   for (int64_t unit = 0; unit < problem.units; ++unit)
     if (problem.past(unit) > a.chosen) scored = most(scored, problem.past(unit));
   const bool many = 2 * problem.units * scored * a.width >= LEAST_SCORED;
@@ -167,7 +168,7 @@ int run(const Args& a) {
   }
   parallel_tasks(threads, static_cast<long>(lines), [&](long line) { list_pages(problem, line); });
 
-  const int64_t rank = 0;  // of every query: each sees all that its line reads
+  const int64_t rank = 0;  // rank of every query: each sees all keys of its pages
   regard_attention_args read{};
   read.size = sizeof read;
   read.threads = a.threads;

@@ -1,16 +1,17 @@
-// The gated recurrence, 16 tokens at a time: what they read of the state before them, what they read of each other, and
-// what they leave in the state.
+// The gated recurrence, in blocks of 16 tokens: reads from the state before the block, reads between its tokens, and
+// writes to the state.
 //
 // Decays between tokens of a block are products of at most 16 factors exp(g) in [0, 1], taken one or four at a time, so
 // no exponent is ever positive and nothing is subtracted. A block's decay of the state is the exponential of a sum,
-// applied as S + S (exp(G) - 1) where it is near 1: rounding it to a float at every block would add up over a long past.
+// applied as S + S (exp(G) - 1) where it is near 1: rounding it to a float in every block would accumulate over a long
+// past.
 //
-// Linear attention is the same without decay, on blocks of queries and keys mapped as they are loaded. Its normaliser z is
-// one more value feature that is 1 at every token, kept as a vector beside S rather than as a column of it.
+// Linear attention is the same without decay, with queries and keys mapped by phi as they are loaded. Its normaliser z
+// is one more value feature that is 1 at every token, kept as a vector next to S instead of as a column.
 //
-// The backward pass walks the blocks in reverse with R = dL/dS. States at the starts of blocks come from checkpoints of
-// the forward pass, recomputed a segment at a time. S and R are kept transposed there (V x K), so that what belongs to a
-// token comes out along its key features.
+// The backward pass visits the blocks in reverse with R = dL/dS. States at the starts of blocks are recomputed from
+// checkpoints of the forward pass, a segment at a time. S and R are kept transposed there (V x K), so that gradients of
+// a token are computed along its key features.
 
 #include "regard_recurrence.h"
 
@@ -26,10 +27,10 @@ namespace {
 
 using regard::Workspace;
 
-// A sixteen by sixteen matrix between the tokens of a block, row j for the writer, column i for the reader.
+// A 16 x 16 matrix between the tokens of a block, with row j for the writer and column i for the reader.
 constexpr int SQUARE = TOKENS * TOKENS;
 
-// exp(x) - 1 for -1/3 < x <= 0, to full precision relative to x.
+// exp(x) - 1 for -1/3 < x <= 0, to full relative precision.
 REGARD_INLINE Vec exp_minus_1(Vec x) {
   const Vec r = x * LOG2_E;
   Vec p = broadcast(EXP2_5);
@@ -40,18 +41,18 @@ REGARD_INLINE Vec exp_minus_1(Vec x) {
   return p * r;
 }
 
-// The decay exp(G) as two numbers, S becomes S whole + S rest: (1, exp(G) - 1) or (0, exp(G)).
+// The decay exp(G) as two numbers, applied as S whole + S rest: (1, exp(G) - 1) or (0, exp(G)).
 REGARD_INLINE void split_decay(Vec total, float* whole, float* rest) {
   const IntVec near = reinterpret_cast<IntVec>(total > -0.33f);
   store(whole, select(near, broadcast(1.f), zero()));
   store(rest, select(near, exp_minus_1(total), exp(total)));
 }
 
-// Lanes of token vector t that read token j: j <= i.
+// Mask of the lanes i of token vector t that read token j: j <= i.
 REGARD_INLINE IntVec after(int j, int t) { return reinterpret_cast<IntVec>(lane_numbers() + t * LANES >= j); }
 
-// Decays of a block. For one decay a token: those from the start through each token, from each token to the end, and
-// between tokens (j, i]. For one a feature: exp(g), row by row.
+// Decays of a block. SCALAR: from the start through each token, from after each token to the end, and between tokens
+// (j, i]. VECTOR: exp(g), row by row.
 struct Decays {
   int64_t kind;
   float* each;      // (16 x K) for VECTOR
@@ -98,14 +99,14 @@ void take_decays(Decays& decays, const Rows& g, int64_t first, int rows, int wid
   for (int64_t d = 0; d < ld; d += LANES) split_decay(broadcast(total), decays.whole + d, decays.rest + d);
 }
 
-// Rows times one number each, in `to`.
+// Rows multiplied by one number each, in `to`.
 const float* scaled(const float* by, const float* rows, float* to, int64_t ld) {
   for (int i = 0; i < TOKENS; ++i)
     for (int64_t d = 0; d < ld; d += LANES) store(to + i * ld + d, by[i] * load(rows + i * ld + d));
   return to;
 }
 
-// rows_j times the decay from after token j to the block's end: in `to`, or with no decay the rows themselves.
+// rows_j times the decay from after token j to the block's end, in `to`; without decay the rows themselves.
 const float* decay_to_end(const Decays& decays, const float* rows, float* to, int64_t ld) {
   if (decays.kind == REGARD_DECAY_NONE) return rows;
   if (decays.kind == REGARD_DECAY_SCALAR) return scaled(decays.to_end, rows, to, ld);
@@ -119,7 +120,7 @@ const float* decay_to_end(const Decays& decays, const float* rows, float* to, in
   return to;
 }
 
-// Sums over the lanes of 16 rows of one vector each.
+// Sums the lanes of 16 rows of one vector each.
 REGARD_INLINE void add_lanes(const float* rows, float* sums) {
   for (int t = 0; t < TOKENS; t += LANES) {
     Vec x[LANES];
@@ -129,13 +130,13 @@ REGARD_INLINE void add_lanes(const float* rows, float* sums) {
   }
 }
 
-// Tokens of a block read each other by quads of 4 readers and 4 writers (token_pairs.h), decays or not. A read of an
-// earlier quad is a product of the query decayed from its own quad's start and the key decayed up to there, so that only
-// pairs inside a quad multiply decays one by one.
+// Tokens of a block read each other in quads of 4 readers and 4 writers (token_pairs.h), with or without decay. A read
+// of an earlier quad is the product of the query decayed from its own quad's start and the key decayed up to there, so
+// that only pairs inside a quad multiply decays one by one.
 constexpr int QUADS = TOKENS / QUAD, WRITERS = QUAD_ROWS;
 static_assert(TOKENS == PAIR_TOKENS);
 
-// reads_ij = sum over d of q_id k_jd, 0 for what is not seen.
+// reads_ij = sum over d of q_id k_jd, 0 for hidden pairs.
 void read_each_other(const float* q, const float* k, int64_t ld, bool inclusive, float* reads) {
   pair_products<Triangle::UPPER>(ld, k, ld, q, ld, reads);
   for (int j = 0; j < TOKENS; ++j)
@@ -145,7 +146,7 @@ void read_each_other(const float* q, const float* k, int64_t ld, bool inclusive,
     }
 }
 
-// What lies between: decays over each quad (4 x K), and queries decayed from their quad's start (16 x K).
+// Decays over each quad (4 x K), and queries decayed from their quad's start (16 x K).
 struct QuadRows {
   float *decays, *queries;
 };
@@ -163,7 +164,7 @@ void decay_inside_quads(const float* q, const float* each, int64_t ld, const Qua
     }
 }
 
-// Queries decayed from the block's start in `to`, which may be where they lie.
+// Queries decayed from the block's start, in `to`, which may be quads.queries.
 const float* decay_over_quads(const QuadRows& quads, float* to, int64_t ld) {
   for (int64_t d = 0; d < ld; d += LANES) {
     Vec before = broadcast(1.f);
@@ -176,7 +177,7 @@ const float* decay_over_quads(const QuadRows& quads, float* to, int64_t ld) {
   return to;
 }
 
-// Writers [FIRST, FIRST + WRITERS) of a quad and its own readers; keys decayed to the quad's end go to to_end.
+// Reads of writers [FIRST, FIRST + WRITERS) of a quad in the same quad; keys decayed to the quad's end go to `to_end`.
 template <int FIRST>
 REGARD_INLINE void read_own_quad(int quad, const float* q, const float* k, const float* each, int64_t ld, bool inclusive,
                                  float* to_end, float* reads) {
@@ -205,8 +206,8 @@ REGARD_INLINE void read_own_quad(int quad, const float* q, const float* k, const
     read_own_quad<FIRST + WRITERS>(quad, q, k, each, ld, inclusive, to_end, reads);
 }
 
-// reads_ij = sum over d of q_id k_jd decay_d(j, i], 0 for what is not seen. Keys decayed to the block's end go to to_end,
-// which may be where the keys are.
+// reads_ij = sum over d of q_id k_jd decay_d(j, i], 0 for hidden pairs. Keys decayed to the block's end go to `to_end`,
+// which may be `k`.
 void read_each_other_decayed(const float* q, const float* k, const float* each, int64_t ld, bool inclusive,
                              const QuadRows& quads, float* to_end, float* reads) {
   for (int i = 0; i < SQUARE; i += LANES) store(reads + i, zero());
@@ -247,8 +248,8 @@ void multiply(int rows, int vectors, int depth, const float* a, int64_t ai, int6
   });
 }
 
-// Reads between the tokens of a block, decayed and masked. On return q are queries decayed from the block's start, in
-// `queries` or where they were, and k keys decayed to its end, likewise.
+// Reads between the tokens of a block, decayed and masked. On return q points to queries decayed from the block's
+// start, in `queries` or in place, and k to keys decayed to its end, in `keys` or in place.
 void read_inside(const Decays& decays, int64_t ld, bool inclusive, const QuadRows& quads, const float*& q, float* queries,
                  const float*& k, float* keys, float* reads) {
   if (decays.kind == REGARD_DECAY_VECTOR) {
@@ -265,8 +266,8 @@ void read_inside(const Decays& decays, int64_t ld, bool inclusive, const QuadRow
   k = scaled(decays.to_end, k, keys, ld);
 }
 
-// S (K x V), rows over the key features: S = decay S + keys^T values. The block's writes are summed first: rounding S at
-// every token would lose digits over a long past.
+// Updates S (K x V): S = decay S + keys^T values. The block's writes are summed first, since rounding S at every token
+// would lose digits over a long past.
 template <bool DECAYING>
 void write_state(const Decays& decays, int rows, int vectors, const float* keys, int64_t ldk, const float* values,
                  float* state, int64_t ld) {
@@ -295,7 +296,7 @@ void write_state(const Decays& decays, int rows, int vectors, const float* keys,
                                                                              state, ld);
 }
 
-// S or R transposed (V x K), columns over the key features: to = decay S + values^T keys, rows of values `ldv` apart.
+// Updates S or R transposed (V x K): to = decay S + values^T keys, with rows of values `ldv` apart.
 template <bool DECAYING>
 void write_transposed(const Decays& decays, int rows, int vectors, const float* values, int64_t ldv, const float* keys,
                       const float* state, float* to, int64_t ld) {
@@ -370,7 +371,7 @@ REGARD_INLINE void scale_rows(Vec (&sums)[R][V], const float* by) {
     for (int j = 0; j < V; ++j) sums[i][j] *= by[i];
 }
 
-// Work split over heads and, where they are too few for the threads, over ranges of value features.
+// Division of the work over heads and, if there are too few for the threads, over ranges of value features.
 struct Split {
   int64_t parts, width;
 };
@@ -382,7 +383,7 @@ Split split_values(int64_t heads, int64_t threads, int64_t value_width) {
   return {value_width == 0 ? 1 : ceil_div(value_width, width), width};
 }
 
-// What both passes share.
+// Sizes and options shared by both passes.
 struct Problem {
   Problem(int64_t threads, int64_t batch, int64_t heads, int64_t tokens, int64_t keys, int64_t values,
           const regard_linear_attention_options& options)
@@ -401,7 +402,7 @@ struct Problem {
     return static_cast<int>(most<int64_t>(0, least<int64_t>(count, options.valid[batch] - first)));
   }
 
-  // z between a state of the caller's, NULL for zero, and its place in the workspace.
+  // Copies z between the caller's state, NULL for zero, and the workspace.
   void take_normalizer(const float* state, float* z) const {
     for (int d = 0; d < padded_keys; ++d) z[d] = d < keys && state != nullptr ? state[d * columns + values] : 0.f;
   }
@@ -412,7 +413,7 @@ struct Problem {
   const regard_linear_attention_options options;
   int64_t heads, tokens;
   int keys, values;
-  int64_t columns;  // of a state
+  int64_t columns;  // columns of a state
   int padded_keys;
   Split split;
   int padded_values;  // of one part
@@ -548,7 +549,7 @@ int run_forward(const regard_gated_recurrence_args* args, const regard_linear_at
   return failed ? REGARD_OUT_OF_MEMORY : REGARD_OK;
 }
 
-// sum over the value features of (decay S) R, for each key feature; both transposed.
+// Sum over value features of (decay S) R, for each key feature; S and R transposed.
 void carried_products(const Decays& decays, int values, const float* state, const float* later, int64_t ld,
                       float* carried) {
   auto columns = [&](auto v, int64_t d) __attribute__((always_inline)) {
@@ -572,25 +573,25 @@ void carried_products(const Decays& decays, int values, const float* state, cons
   for (; d < ld; d += LANES) columns(Constant<1>{}, d);
 }
 
-// What the backward pass has in hand of a block. Rows of 16 tokens unless said.
+// A block in the backward pass. Rows of 16 tokens unless stated otherwise.
 struct Block {
   const float *q, *k, *v, *grad_o;
   const float* queries;    // q decayed from the start
-  float *grad_q, *grad_k;  // from the states, not yet decayed; then whole
+  float *grad_q, *grad_k;  // first the part from the states, not yet decayed; then complete
   float* grad_g;
   float* carried;          // (K)
-  float *reads, *weights;  // (16 x 16), row j for the writer: q k decayed; do v masked
+  float *reads, *weights;  // (16 x 16), row j for the writer: decayed q k; masked do v
 };
 
-// VECTOR. With b_ij = do_i . v_j, 0 for what is not seen, reads inside the block give
+// VECTOR. With b_ij = do_i . v_j, 0 for hidden pairs, reads inside the block have the gradients
 //     q_i: sum over j < i of b_ij k_j decay(j, i],     k_j: sum over i > j of b_ij q_i decay(j, i],
-// by quads as the reads themselves. A gate stands between writers before it and readers from it on. Those in other blocks
-// are sums; those inside are a reverse sum of q dq - k dk over pairs of different tokens, which cancels where it should to
-// rounding.
+// by quads like the reads themselves. A gate decays what earlier tokens write and tokens from it on read. Pairs with a
+// token in another block contribute sums; pairs inside contribute a reverse sum of q dq - k dk over pairs of different
+// tokens, whose cancellation is exact up to rounding.
 void finish_vector(const Decays& decays, const Block& x, const QuadRows& quads, int64_t ld) {
   for (int64_t d = 0; d < ld; d += LANES) {
-    Vec across[TOKENS];  // of q, from the quads before its own, at its quad's start
-    Vec inside[TOKENS], readers[TOKENS], writers[TOKENS];  // what the gates sum
+    Vec across[TOKENS];  // gradient of q from earlier quads, at its quad's start
+    Vec inside[TOKENS], readers[TOKENS], writers[TOKENS];  // terms of the gates' gradients
     for (int i = 0; i < TOKENS; ++i) across[i] = zero();
     Vec before = broadcast(1.f), writers_before = load(x.carried + d);
     for (int quad = 0; quad < TOKENS; quad += QUAD) {
@@ -616,7 +617,7 @@ void finish_vector(const Decays& decays, const Block& x, const QuadRows& quads, 
 #pragma GCC unroll 4
         for (int r = QUAD - 1; r > w; --r) near_k[w] = fma(broadcast(b[r]), q[r], near_k[w]) * each[r];
       }
-      Vec between = broadcast(1.f), later[QUAD];  // of keys, at their quad's end
+      Vec between = broadcast(1.f), later[QUAD];  // later: gradients of keys, at their quad's end
 #pragma GCC unroll 4
       for (int w = 0; w < QUAD; ++w) later[w] = zero();
       for (int i = quad + QUAD; i < TOKENS; i += QUAD) {
@@ -708,7 +709,7 @@ void finish_scalar(const Decays& decays, const Block& x, int64_t ld) {
     put(sums, x.grad_k + i * ld + j * LANES, ld);
   });
   if (!decaying) return;
-  // Pairs of tokens on both sides of gate t: writers before it, summed up to there for each reader, readers from it on.
+  // Gate t is between writers before it and readers from it on: sums over writers for each reader, then over readers.
   float writers_before = 0;
   for (int64_t d = 0; d < ld; ++d) writers_before += x.carried[d];
   alignas(64) float rows[TOKENS * LANES], found[TOKENS];
@@ -728,7 +729,7 @@ void finish_scalar(const Decays& decays, const Block& x, int64_t ld) {
   }
 }
 
-// The rows of a block times one number each, in `to`; zero after the last token.
+// The rows of a block multiplied by one number each, in `to`; zeros after the last token.
 const float* divide_rows(const float* inverse, const float* rows, int count, float* to, int64_t ld) {
   for (int i = 0; i < TOKENS; ++i)
     for (int64_t d = 0; d < ld; d += LANES)
@@ -736,8 +737,8 @@ const float* divide_rows(const float* inverse, const float* rows, int count, flo
   return to;
 }
 
-// What the denominators of the first `count` tokens add: with x.grad_o divided by them and with what that gave, the
-// gradient of token i's denominator is minus its inverse times (its gradient . its output), which is
+// Adds gradients through the denominators of the first `count` tokens, after x.grad_o has been divided by them and
+// propagated. The gradient of token i's denominator is minus its inverse times (its gradient . its output), which is
 // q_i . grad_q_i + sum of reads_ij weights_ij. The normaliser is one more value feature, 1 at every token.
 void differentiate_normalizer(const Block& x, const float* inverse, int count, const float* z, float* later, int64_t ld) {
   for (int j = 0; j < TOKENS; ++j)
@@ -768,10 +769,10 @@ void differentiate_normalizer(const Block& x, const float* inverse, int count, c
   }
 }
 
-// Where the gradients of a task go: into the tensors themselves, or each into a part of its own that is summed later.
+// Destination of a task's gradients: the tensors themselves, or parts that are summed later.
 struct Gradients {
   Rows q, k, v, g;
-  float* normalizer;  // (K) of the z before the first token; NULL: not wanted
+  float* normalizer;  // (K) gradient of z before the first token; NULL: not wanted
 };
 
 struct BackwardMemory {
@@ -815,7 +816,7 @@ struct BackwardMemory {
   float *grad_q, *grad_k, *grad_g;
   QuadRows quads;
   Block block;
-  Decays* decays;  // of each block
+  Decays* decays;  // decays of each block
 };
 
 void backward(const regard_gated_recurrence_backward_args& args, const Problem& problem, int64_t number,
@@ -834,7 +835,7 @@ void backward(const regard_gated_recurrence_backward_args& args, const Problem& 
   BackwardMemory memory(workspace, problem, blocks, args.decay);
   Block& x = memory.block;
 
-  // (K x V) of the caller's to (V x K)
+  // transposes the caller's (K x V) to (V x K)
   auto take_matrix = [&](const float* from, float* transposed) {
     for (int64_t i = 0; i < size; i += LANES) store(memory.matrix + i, zero());
     if (from != nullptr)
@@ -843,7 +844,7 @@ void backward(const regard_gated_recurrence_backward_args& args, const Problem& 
   };
   const float* grad_final = args.grad_final_state == nullptr ? nullptr : args.grad_final_state + index * matrix;
   take_matrix(grad_final, memory.later);
-  // parts of the value features add up, so that one of them alone begins with it
+  // parts of the value features are summed, so only one of them begins with it
   if (normalize) problem.take_normalizer(task.part == 0 ? grad_final : nullptr, memory.later_normalizer);
   auto take_keys = [&](int64_t first, int count) {
     return map_features(options.feature_map, 1.f, options.shift,
@@ -956,7 +957,7 @@ void backward(const regard_gated_recurrence_backward_args& args, const Problem& 
   }
 }
 
-// Gradients in parts, one for every task, (tasks, N, width).
+// Partial gradients, one part for every task, (tasks, N, width).
 struct Parts {
   Parts(const regard_sequence& to, int64_t heads, int64_t parts, int64_t tokens, int64_t width)
       : each(to.data == nullptr ? 1 : heads / to.heads * parts), tokens(tokens), width(width) {}
@@ -972,7 +973,7 @@ struct Parts {
     return Rows(own, 0, 0, 1);
   }
 
-  // The sum of the parts of one head over a range of tokens, in the order of the tasks.
+  // Sums the parts of one head for a range of tokens, in the order of the tasks.
   void merge(const regard_sequence& to, int64_t batch, int64_t head, int64_t first, int64_t last) const {
     const Rows out(to, batch, head, to.heads);
     const float* from = memory + (batch * to.heads + head) * each * tokens * width;
@@ -1073,7 +1074,7 @@ int linear_attention_backward(const regard_linear_attention_backward_args* args)
 
 namespace {
 
-// One state, read once and written once; `streaming` past the caches.
+// Updates one state, read once and written once; if STREAMING, written past the caches.
 template <bool STREAMING>
 void step_state(const Rows& q, const Rows& k, const Rows& v, const Rows& g, int64_t decay, bool correcting, float beta,
                 int keys, int values, int64_t vp, const float* state, const Rows& o, float* to, float* memory) {
@@ -1158,7 +1159,7 @@ int gated_recurrence_step(const regard_gated_recurrence_step_args* args) {
   const int keys = static_cast<int>(args->key_width), values = static_cast<int>(args->value_width);
   const int64_t heads = args->heads, states = args->batch * heads, matrix = static_cast<int64_t>(keys) * values;
   const int64_t kp = round_up(keys, LANES), vp = round_up(values, LANES);
-  // Written past the caches once old and new states do not fit in them anyway; such stores need whole aligned vectors.
+  // Writes bypass the caches if old and new states do not fit in them; such stores need full, aligned vectors.
   const bool streaming = 2 * 4 * states * matrix > (int64_t{32} << 20) && values % LANES == 0 &&
                          reinterpret_cast<uintptr_t>(args->new_state) % (LANES * 4) == 0;
   const int64_t run = most<int64_t>(1, least<int64_t>(ceil_div(states, args->threads), (1 << 16) / most<int64_t>(1, matrix)));

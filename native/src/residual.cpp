@@ -1,8 +1,9 @@
-// Branches of a pre-norm block in one call. Between the products of such a branch lie passes over memory, copies and threads
-// that come and go, which take as long as the products where rows are few and narrow.
+// Residual branches of a pre-norm block in one call. As separate operations, a branch has passes over memory, copies
+// and parallel regions between its products, which take as long as the products if rows are few and narrow.
 //
 // Weights are packed first, in panels of two vectors of outputs, which takes a fiftieth of the time of a product with a
-// hundred rows. Then every thread takes blocks of rows from the norm to the sum, so that what lies between stays in its cache.
+// hundred rows. Then every thread takes blocks of rows from the norm to the sum, so that intermediate values stay in
+// its cache.
 
 #include "regard_attention.h"
 #include "regard_residual.h"
@@ -18,17 +19,17 @@ namespace {
 
 using regard::Workspace;
 
-constexpr int PANEL = 2 * LANES;                     // outputs of a panel
-constexpr int TILE = REGISTERS >= 32 ? 12 : 6;       // most rows whose sums of a panel are in registers at once
-constexpr int64_t BLOCK = 96;                        // most rows of a block
-constexpr int64_t PIECE = 192;                       // inputs of a panel that are packed at once
-constexpr int64_t FEW = 2 * BLOCK;                   // rows for each thread that are few
-constexpr int64_t SPACE = 16;                        // numbers between rows, whose places in a cache differ then
+constexpr int PANEL = 2 * LANES;                     // outputs in a panel
+constexpr int TILE = REGISTERS >= 32 ? 12 : 6;       // most rows whose sums for a panel fit in registers
+constexpr int64_t BLOCK = 96;                        // most rows in a block
+constexpr int64_t PIECE = 192;                       // inputs of a panel packed at once
+constexpr int64_t FEW = 2 * BLOCK;                   // rows per thread up to which they count as few
+constexpr int64_t SPACE = 16;                        // numbers between rows, so that they are in different cache sets
 
 int64_t row_of(int64_t width) { return round_up(width, PANEL) + SPACE; }
 size_t numbers(int64_t rows, int64_t width) { return static_cast<size_t>(rows * width); }
 
-// A weight in panels, [outputs / PANEL][inputs][PANEL], zeros behind its last output; and its bias likewise.
+// A weight in panels, [outputs / PANEL][inputs][PANEL], and its bias, both padded with zeros.
 struct Packed {
   int64_t n = 0, k = 0;
   float *panels = nullptr, *bias = nullptr;
@@ -45,7 +46,7 @@ struct Packed {
   float* panel(int64_t number) const { return panels + number * PANEL * k; }
 };
 
-// Inputs from `begin` to `end` of the panel of outputs from `first` on.
+// Packs inputs from `begin` to `end` of the panel of outputs from `first` on.
 void pack_panel(const regard_dense& w, int64_t first, int64_t begin, int64_t end, float* to) {
   for (int half = 0; half < 2; ++half, first += LANES, to += LANES) {
     const int outputs = static_cast<int>(most<int64_t>(0, least<int64_t>(LANES, w.n - first)));
@@ -57,13 +58,13 @@ void pack_panel(const regard_dense& w, int64_t first, int64_t begin, int64_t end
   }
 }
 
-// Sums of `ROWS` rows and a panel, from its bias on.
+// Products of ROWS rows with a panel, added to its bias.
 template <int ROWS>
 void tile(int64_t k, const float* x, int64_t ldx, const float* panel, const float* bias, float* y, int64_t ldy) {
   Vec sums[ROWS][2];
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) sums[i][0] = load(bias), sums[i][1] = load(bias + LANES);
-  // three rows a pointer, which is as far as an address reaches with one register more
+  // one pointer for three rows, as many as addressing modes reach with one more register
   constexpr int POINTERS = (ROWS + 2) / 3;
   const float* at[POINTERS];
 #pragma GCC unroll 16
@@ -95,7 +96,7 @@ REGARD_INLINE void tile_of(int rows, int64_t k, const float* x, int64_t ldx, con
   if constexpr (ROWS > 1) tile_of<ROWS - 1>(rows, k, x, ldx, panel, bias, y, ldy);
 }
 
-// Some panels of a weight, with biases.
+// Some panels of a weight, with their biases.
 struct Panels {
   int64_t k, count;
   const float *numbers, *bias;
@@ -104,7 +105,8 @@ struct Panels {
 Panels all(const Packed& w) { return {w.k, w.count(), w.panels, w.bias}; }
 Panels some(const Packed& w, int64_t begin, int64_t end) { return {w.k, end - begin, w.panel(begin), w.bias + begin * PANEL}; }
 
-// y = x W^T + bias of some rows, tiles of which are all about as large; after(first row, rows, first output) follows each tile.
+// y = x W^T + bias for some rows, in tiles of about equal size; calls after(first row, rows, first output) for each
+// tile.
 template <class F>
 void product(int64_t rows, const float* x, int64_t ldx, const Panels& w, float* y, int64_t ldy, F&& after) {
   const int64_t tiles = ceil_div(rows, TILE);
@@ -120,7 +122,8 @@ void product(int64_t rows, const float* x, int64_t ldx, const Panels& w, float* 
   product(rows, x, ldx, w, y, ldy, [](int64_t, int, int64_t) {});
 }
 
-// x Phi(x), with erf(z) = z P(z^2) / Q(z^2), relatively within 2e-8 before rounding, up to where it is 1 in float32.
+// x Phi(x), with erf(z) = z P(z^2) / Q(z^2) to a relative error of 2e-8 before rounding, up to where it is 1 in
+// float32.
 REGARD_INLINE Vec gelu(Vec x) {
   constexpr float END = 3.92f;
   const Vec given = x * 0.70710678118654752f;
@@ -171,7 +174,7 @@ void normalise(const regard_residual& a, int64_t row, int64_t rows, float* y, in
   }
 }
 
-// y = x + scale * the sum of `count` parts of the branch, of columns from `begin` to `end` of rows from `row` on.
+// y = x + scale * the sum of the branch's `count` parts, for columns from `begin` to `end` of rows from `row` on.
 struct Sum {
   const float* parts;
   int64_t ld, count, between;
@@ -190,8 +193,8 @@ void add(const regard_residual& a, int64_t row, int64_t rows, int64_t begin, int
   }
 }
 
-// f(first row, rows, part) of blocks of rows that together are all: smaller ones towards the end, so that threads end together
-// where their cores are not as fast.
+// Calls f(first row, rows, part) for blocks that cover all rows: smaller ones towards the end, so that threads finish
+// together even on cores of different speed.
 template <class F>
 void over_blocks(int threads, int64_t m, F&& f) {
   int64_t next = 0;
@@ -207,7 +210,7 @@ void over_blocks(int threads, int64_t m, F&& f) {
   });
 }
 
-// f(first row, rows) of blocks of rows, one after the other.
+// Calls f(first row, rows) for blocks of rows, one after the other.
 template <class F>
 REGARD_INLINE void in_blocks(int64_t m, F&& f) {
   for (int64_t row = 0; row < m; row += BLOCK) f(row, least(BLOCK, m - row));
@@ -227,11 +230,11 @@ void pack(int threads, const regard_dense* const (&weights)[COUNT], const Packed
   });
 }
 
-// Whether threads share the outputs of few rows, not the rows: then each packs what it alone reads, and a weight does not pass
-// from the cache of one core to another's, which takes as long as packing it.
+// Whether rows are so few that threads divide the outputs instead of the rows: then each packs the panels that only it
+// reads, and no weight moves between the caches of cores, which takes as long as packing it.
 bool are_few(int64_t m, int64_t threads) { return threads > 1 && m <= FEW * threads; }
 
-// Between hidden numbers: what the activation makes of them, in their place.
+// Applies the activation to hidden numbers in place.
 void activate(int64_t row, int rows, int64_t column, float* hidden, const float* gates, int64_t ld) {
   for (int t = 0; t < rows; ++t)
     for (int i = 0; i < PANEL; i += LANES) {
@@ -258,7 +261,7 @@ int residual_feed_forward(const regard_residual_feed_forward_args* args) {
   if (gated && wrong(a.gate, hidden, width)) return REGARD_BAD_ARGUMENT;
   if (a.m == 0) return REGARD_OK;
   const bool few = are_few(a.m, a.threads);
-  const int64_t slices = ceil_div(hidden, PANEL);  // of hidden numbers, which threads share where rows are few
+  const int64_t slices = ceil_div(hidden, PANEL);  // of the hidden numbers, divided among threads if rows are few
   const int threads = static_cast<int>(least(a.threads, few ? slices : ceil_div(a.m, TILE)));
   const int64_t narrow = row_of(width), wide = row_of(hidden), outputs = round_up(width, PANEL);
   const size_t parts = static_cast<size_t>(threads), layers = gated ? 2 : 1;
@@ -276,7 +279,7 @@ int residual_feed_forward(const regard_residual_feed_forward_args* args) {
   float* const zeros = workspace.take<float>(static_cast<size_t>(outputs));
   for (int64_t i = 0; i < outputs; ++i) zeros[i] = 0.f;
 
-  // `down` of what `gate` and `up` make of rows, from the panels that are given
+  // the branch for some rows, with the given panels of `gate`, `up` and `down`
   const auto branch = [&](int64_t row, int64_t rows, int part, const Panels& gate, const Panels& up, const Panels& down,
                           float* to) {
     float* const normed = normed_rooms + static_cast<size_t>(part) * sizes[0];
@@ -338,7 +341,7 @@ int residual_attention(const regard_residual_attention_args* args) {
   if (m == 0) return REGARD_OK;
   const regard_dense* const weights[] = {&a.query, &a.key, &a.value, &a.output};
   const bool few = are_few(m, a.threads), alone = !few && a.batch >= 2 * a.threads;
-  // sequences together: all, or few enough to stay in the cache of the thread that has them to itself
+  // sequences processed together: all, or few enough for the cache of the one thread that processes them
   const int64_t together = alone ? most<int64_t>(1, BLOCK / a.n) : a.batch, most_rows = together * a.n;
   const int threads = static_cast<int>(a.threads), teams = alone ? threads : 1, members = alone ? 1 : threads;
   const int64_t lds[] = {row_of(a.query.n), row_of(a.key.n), row_of(a.value.n), row_of(a.output.k)}, narrow = row_of(width);
@@ -364,7 +367,7 @@ int residual_attention(const regard_residual_attention_args* args) {
       tensors[i] = tensors[i - 1] + Workspace::bytes_of<float>(numbers(most_rows, lds[i - 1])) / sizeof(float);
     const int64_t start = sequence * a.n, rows_here = sequences * a.n;
     const auto room_of = [&](int part) { return rooms + static_cast<size_t>(team + part) * room; };
-    // panels of queries, keys, values and outputs that a thread has to itself where rows are few
+    // a thread's own panels of queries, keys, values and outputs, if rows are few
     const auto share = [&](int part, int i) {
       const int64_t before = i == 1 ? packed[0].count() : i == 2 ? packed[0].count() + packed[1].count() : 0;
       const int64_t total = i == 3 ? packed[3].count() : packed[0].count() + packed[1].count() + packed[2].count();

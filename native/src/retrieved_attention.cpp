@@ -1,10 +1,11 @@
 // Attention to the blocks of a cache that queries retrieve by their landmarks.
 //
-// The queries of the heads that share a kv head are columns. Columns choose in the lanes of vectors: each lane keeps its
-// best landmarks in order, and a score that enters no lane costs one comparison. What was chosen, a pair of a column and a
-// block each, is then sorted by block, so that the keys of a block are loaded once for all columns that want them, and
-// turned once for those that want them in the same slot. What a pair finds lies in a place of its own until the pairs of a
-// column are merged: no result depends on which thread ran first. Memory is that of the pairs, not of the cache.
+// The queries of all heads that share a kv head are called columns. Columns choose blocks in the lanes of vectors: each
+// lane keeps its best landmarks in order, and a score that enters no lane costs one comparison. The chosen pairs of a
+// column and a block are then sorted by block, so that the keys of a block are loaded once for all columns that chose
+// it, and rotated once for those that read it in the same slot. The result of each pair is stored separately until the
+// pairs of a column are merged: no result depends on the order of threads. Memory grows with the number of pairs, not
+// with the cache.
 
 #include "regard_retrieved_attention.h"
 
@@ -22,25 +23,25 @@ namespace {
 using regard::Workspace;
 using Args = regard_retrieved_attention_args;
 
-constexpr int COLUMNS = 64;  // that choose, or attend to a block, together
-constexpr int MARKS = 64;    // landmarks whose keys are turned at once
+constexpr int COLUMNS = 64;  // columns that choose, or attend to a block, together
+constexpr int MARKS = 64;    // landmarks scored at once
 constexpr int FEW = 4;       // columns up to which sums across lanes beat a transposed block
-constexpr int SPAN = 8;      // blocks of a task
-constexpr int64_t WORTH_THREADS = 1 << 15;  // keys that all columns together read
+constexpr int SPAN = 8;      // blocks in a task
+constexpr int64_t WORTH_THREADS = 1 << 15;  // keys read by all columns that are worth several threads
 constexpr int32_t NONE = -1;
 
 REGARD_INLINE float infinity() { return __builtin_inff(); }
 
-// Ranks are any numbers that a caller had: sums of these are numbers too.
+// Limits ranks, which may be any integers, so that sums do not overflow.
 REGARD_INLINE int64_t bounded(int64_t x) { return most(least(x, int64_t{1} << 40), -(int64_t{1} << 40)); }
 
-// What is known of a row of the batch before any score.
+// The score-independent data of a row of the batch.
 struct Row {
   const int64_t* closed;
   const uint8_t* landmark;
-  int64_t offset;  // from a rank to its slot
+  int64_t offset;  // slot of a key minus its rank
   int64_t lowest;  // first slot that holds a token
-  int64_t count;   // blocks that there are: the last ones
+  int64_t count;   // number of blocks that exist: the last ones
   int64_t open;    // with `own`, tokens after the last landmark before the last slot
 
   Row(const Args& args, int64_t b)
@@ -61,7 +62,7 @@ struct Row {
     while (first > lowest && end - first < args.block && landmark[first - 1] == 0) --first;
     return first;
   }
-  // Where a block is turned to: to be scored, and as pick j of a column.
+  // The slot to which a block is rotated: for scoring, and as pick j of a column.
   int64_t scored_at(const Args& args, int64_t block) const {
     return most(block - args.blocks + least(count, args.top_k + 1), int64_t{0});
   }
@@ -90,9 +91,9 @@ REGARD_INLINE void store_lanes(float* p, Vec v, int64_t count) {
 
 // One thread's memory.
 struct Worker {
-  float* keys;     // (most of MARKS and a block, line)
-  float* turned;   // (line, most of COLUMNS and score_line)
-  float* scores;   // (most of MARKS x COLUMNS and COLUMNS x score_line)
+  float* keys;     // (max of MARKS and a block, line)
+  float* turned;   // (line, max of COLUMNS and score_line)
+  float* scores;   // (max of MARKS x COLUMNS and COLUMNS x score_line)
   float* queries;  // (COLUMNS, line)
   float* values;   // (block, value_line)
   float* found;    // (COLUMNS, value_line)
@@ -103,20 +104,20 @@ struct Worker {
 struct Retrieval {
   const Args* args;
   const Row* rows;
-  int64_t columns;  // of a kv head
-  int64_t parts;    // places of a column: its picks, and what is its own
+  int64_t columns;  // columns of a kv head
+  int64_t parts;    // parts of a column: its picks and, with `own`, the tokens after the last landmark
   int64_t line, value_line, score_line;
-  float* queries;   // (units, columns, line) scaled, and turned; a unit is a kv head of a row
-  int32_t* chosen;  // (units, columns, picks) in order of time, NONE before them
+  float* queries;   // (units, columns, line) scaled and rotated; a unit is a kv head of a row
+  int32_t* chosen;  // (units, columns, picks) oldest first, preceded by NONE
   int32_t* order;   // (units, columns x picks) pairs by block
   int32_t* starts;  // (units, blocks + 1)
-  float* gates;     // (units, columns, parts): log of the weight beside the others; -inf where there is nothing
+  float* gates;     // (units, columns, parts): logit of each part; -inf if empty
   float* partial;   // (units, columns, parts, value_line)
 
   const float* query(int64_t unit, int64_t column) const { return queries + (unit * columns + column) * line; }
   int64_t place(int64_t unit, int64_t column, int64_t part) const { return (unit * columns + column) * parts + part; }
 
-  // A row of numbers as float32 with zeros up to a whole line, turned to a position.
+  // Loads a row as float32, padded with zeros to a full line and rotated to a position.
   template <class T>
   void load_row(const T* from, int64_t position, float* to) const {
     const int64_t width = args->width, rotated = args->turns == nullptr ? 0 : args->rotated, pairs = rotated / 2;
@@ -154,7 +155,8 @@ void load_queries(const Retrieval& all, int64_t unit) {
 
 // --- choosing
 
-// A landmark's scores in the lanes into their best ones; of equal scores the first stays. A NaN is the largest, and shows.
+// Inserts a landmark's scores into the best ones of each lane; ties keep the earlier one. NaN counts as largest, so it
+// shows.
 REGARD_INLINE void enter(Vec score, int32_t number, int64_t count, float* best, int32_t* index) {
   score = select(reinterpret_cast<IntVec>(score == score), score, broadcast(infinity()));
   if (!any(reinterpret_cast<IntVec>(score > load(best + (count - 1) * COLUMNS)))) return;
@@ -223,7 +225,7 @@ void take_chosen(const Retrieval& all, int64_t unit) {
   }
 }
 
-// Pairs by block, in their order within a block.
+// Sorts pairs by block, keeping their order within a block.
 void sort_pairs(const Retrieval& all, int64_t unit) {
   const int64_t blocks = all.args->blocks, picks = all.args->picks, pairs = all.columns * picks;
   const int32_t* chosen = all.chosen + unit * pairs;
@@ -238,7 +240,7 @@ void sort_pairs(const Retrieval& all, int64_t unit) {
   int32_t total = 0;
   for (int64_t c = 0; c <= blocks; ++c) {
     total += starts[c];
-    starts[c] = total;  // the end; filling from the last pair on makes it the start
+    starts[c] = total;  // the end; filling from the last pair turns it into the start
   }
   for (int64_t p = pairs - 1; p >= 0; --p)
     if (chosen[p] != NONE) order[--starts[chosen[p]]] = static_cast<int32_t>(p);
@@ -246,7 +248,7 @@ void sort_pairs(const Retrieval& all, int64_t unit) {
 
 // --- attending
 
-// Products of keys (rows, line) with a column.
+// Dot products of keys (rows, line) with a column.
 REGARD_INLINE void dots(const float* keys, int rows, const float* query, int64_t line, float* scores) {
   for (int r = 0; r < rows; ++r) {
     Vec total = zero();
@@ -255,7 +257,8 @@ REGARD_INLINE void dots(const float* keys, int rows, const float* query, int64_t
   }
 }
 
-// Scores of tokens made weights in place, zeros after them up to a whole vector; their sum, and what was subtracted.
+// Turns scores of tokens into weights in place, padded with zeros to a full vector; holds their sum and the subtracted
+// base.
 struct Weights {
   float total, base;
 
@@ -279,7 +282,7 @@ struct Values {
   const float* data;
   int64_t line;
 
-  // Where they lie, or as float32.
+  // In place, or converted to float32.
   Values(const Retrieval& all, const T* from, int64_t stride, int64_t tokens, float* room) : data(room), line(stride) {
     if constexpr (sizeof(T) == sizeof(float)) {
       data = from;
@@ -290,7 +293,7 @@ struct Values {
   }
 };
 
-// The mean of values by the weights of a few columns, each into the place of its pair.
+// The weighted means of values for a few columns, each stored for its pair.
 template <class T>
 void read_values(const Retrieval& all, const Worker& worker, const Values<T>& values, int tokens, int count,
                  const float* factors, const int64_t* places) {
@@ -301,7 +304,7 @@ void read_values(const Retrieval& all, const Worker& worker, const Values<T>& va
       store(all.partial + places[i] * all.value_line + p, load(worker.found + i * all.value_line + p) * factors[i]);
 }
 
-// What the pairs of one block find in it.
+// Attention of pairs to one block.
 template <class T>
 struct BlockOfKeys {
   const Retrieval& all;
@@ -310,8 +313,8 @@ struct BlockOfKeys {
   int tokens;
   const T* keys;
   Values<T> values;
-  int64_t slot = -1;        // that its keys are turned to
-  bool transposed = false;  // whether they are so too
+  int64_t slot = -1;        // slot to which its keys are rotated
+  bool transposed = false;  // whether they are also transposed
 
   BlockOfKeys(const Retrieval& r, const Worker& w, int64_t u, int64_t c, const Row& row)
       : all(r),
@@ -338,7 +341,7 @@ struct BlockOfKeys {
     transposed = false;
   }
 
-  // `pairs` that want it in the same slot.
+  // Attention of `pairs` that read the block in the same slot.
   void attend(const int32_t* pairs, int count) {
     const int64_t picks = all.args->picks, line = all.line, score_line = all.score_line;
     const int rows = tokens + 1;
@@ -397,7 +400,7 @@ void attend_block(const Retrieval& all, const Worker& worker, int64_t unit, int6
   }
 }
 
-// The tokens after the last landmark, and the query's own.
+// Attention to the tokens after the last landmark, including the query's own.
 template <class T>
 void attend_own(const Retrieval& all, const Worker& worker, int64_t unit) {
   const Args& args = *all.args;
@@ -449,7 +452,7 @@ void merge(const Retrieval& all, int64_t unit) {
   }
 }
 
-// --- the whole
+// --- the kernel
 
 template <class T>
 int run(const Args& args) {
@@ -476,7 +479,7 @@ int run(const Args& args) {
                            args.picks * COLUMNS};
   size_t each = 0;
   for (const int64_t size : sizes) each += floats(size);
-  // whole vectors of columns are read
+  // full vectors of columns are read
   const int64_t query_floats = (units * all.columns + LANES) * all.line, starts = units * (args.blocks + 1);
   Workspace space(Workspace::bytes_of<Row>(static_cast<size_t>(args.batch)) + floats(query_floats) + 2 * floats(pairs) +
                   floats(starts) + floats(places) + floats(places * all.value_line) +

@@ -16,7 +16,7 @@ struct Scores {
   int64_t decay_token;
 };
 
-// v moved up by K lanes, the first K from `fill`.
+// v shifted up by K lanes, with the first K from `fill`.
 template <int K>
 REGARD_INLINE Vec shifted(Vec v, Vec fill) {
 #define REGARD_LANE(i) ((i) >= K ? (i)-K : LANES + (i))
@@ -34,7 +34,7 @@ REGARD_INLINE Vec shifted(Vec v, Vec fill) {
 #undef REGARD_LANE
 }
 
-// Inclusive prefixes over the lanes, in a few steps: of max(m + g, s), of sums, and of u = a u + e.
+// Inclusive scans over the lanes in log2(LANES) steps: of max(m + g, s), of sums, and of u = a u + e.
 template <int K = 1>
 REGARD_INLINE void scan_maximum(Vec& m, Vec& g) {
   if constexpr (K < LANES) {
@@ -70,9 +70,10 @@ REGARD_INLINE Vec finite_base(Vec m) {
   return select(reinterpret_cast<IntVec>(m == -INFINITE), zero(), m);
 }
 
-// For `count` tokens from `begin` (arrays have room for whole vectors): factors a on what came before, own weights e and
-// sums u; m and u go on from token to token. `rescaled` is set at tokens whose factor is not 1. A maximum shifted by decay
-// is rounded; the factor makes up for what was rounded off. A NaN score passes the maximum by and is in u for good.
+// For `count` tokens from `begin` (arrays have room for full vectors): factors a on all earlier weights, own weights e
+// and sums u; m and u are carried from token to token. `rescaled` is set at tokens whose factor is not 1. A maximum
+// shifted by decay is rounded; the factor compensates for the rounding. A NaN score does not change the maximum, but
+// stays in u.
 void weigh(const Scores& row, int64_t begin, int count, float* m, float* u, float* a, float* e, float* sums,
            uint8_t* rescaled, float* maxima) {
   const Vec nothing = broadcast(-INFINITE);
@@ -117,7 +118,8 @@ void invert(int64_t count, float* u) {
   for (int64_t i = 0; i < count; ++i) u[i] = u[i] > 0.f ? 1.f / u[i] : 0.f;
 }
 
-// d = a d + b from the last token to the first, `rows` rows at once so that their chains overlap. b becomes d.
+// d = a d + b from the last token to the first, for ROWS rows at once so that their dependency chains overlap. b
+// becomes d.
 template <int ROWS>
 REGARD_INLINE void recur_back(int count, const float* a, float* b, int64_t row, int64_t b_row, float* d) {
   float now[ROWS];

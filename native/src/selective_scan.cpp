@@ -1,14 +1,14 @@
-// Selective scan. Lanes are channels: a vector of them goes through time with several states of each in registers, a
-// block of tokens at a time, so that what all states share (steps, inputs, outputs) stays in the first cache. The exponential
-// of every (token, channel, state) is most of the work.
+// Selective scan. Lanes are channels: a vector of them visits the tokens with several states of each in registers, in
+// blocks of tokens, so that what all states share (steps, inputs, outputs) stays in the first-level cache. The
+// exponential of every (token, channel, state) is most of the work.
 //
-// Backward keeps nothing but the states before every block of tokens. It runs a block forward again, storing each decay
-// e_t and what it leaves of the state, p_t = e_t h_{t-1}, then goes back with the gradient q_t of p_t and g_t of h_t:
+// Backward only has the states before every block of tokens. It recomputes a block forward, storing each decay e_t and
+// the decayed state p_t = e_t h_{t-1}, then goes back with the gradients r_t of p_t and g_t of h_t:
 //
 //     h_t = p_t + w_t b_t,    r_t = dy_t c_t + D_t,    D_{t-1} = e_t r_t,    dc_t = sum_channels dy_t h_t,
 //     d(w_t) = g_t . b_t,     d(s_t) = (r_t p_t) . a + x_t d(w_t),    da = sum_t s_t r_t p_t,    db_t = sum_channels g_t w_t
 //
-// with w_t = s_t x_t, s_t the step, g_t = r_t where outputs read after the write and D_t where they read before it.
+// with w_t = s_t x_t, s_t the step, g_t = r_t if outputs read after the write and D_t if they read before it.
 
 #include "regard_selective_scan.h"
 
@@ -30,18 +30,18 @@ using Args = regard_selective_scan_args;
 using BackwardArgs = regard_selective_scan_backward_args;
 
 constexpr int EVERY = REGARD_SELECTIVE_SCAN_EVERY;
-constexpr int QUAD = 4;  // states are padded to whole quads
+constexpr int QUAD = 4;  // states are padded to multiples of this
 constexpr int MANY = REGISTERS >= 32 ? 8 : 4;  // states in registers
 constexpr int64_t PART_VECTORS = 8;
 constexpr float LARGE = 1e18f;  // limits steps and rates in exponents: their product stays finite
 
-// 2^x for x of any size but infinite: nothing needs to be limited before the rounding.
+// 2^x for any finite x: nothing needs to be limited before rounding.
 REGARD_INLINE Vec power(Vec x) {
 #if defined(__AVX512F__)
   const __m512 whole = _mm512_roundscale_ps(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const Vec r = x - reinterpret_cast<Vec>(whole);
 #else
-  // in the lowest bits of a float of this size there are whole numbers; with -127 the exponent bits of the result are 0
+  // the lowest bits of a float of this size are an integer; with -127 the exponent bits of the result are 0
   constexpr float ROUNDER = 12582912.f;
   const Vec limited = minimum(broadcast(127.f), maximum(broadcast(-127.f), x));
   const Vec shifted = limited + ROUNDER;
@@ -82,14 +82,14 @@ REGARD_INLINE void put(T* p, Vec v, int count) {
 #define REGARD_QUADS(x, y, p, q, r, s) __builtin_shufflevector(x, y, p, q, r, s)
 #endif
 
-// In every four lanes, the sums of the four lanes of each of four vectors.
+// Lane 4 j + i of the result is the sum of lanes 4 j to 4 j + 3 of the i-th vector.
 REGARD_INLINE Vec sums_of_quads(Vec a, Vec b, Vec c, Vec d) {
   const Vec ab = REGARD_QUADS(a, b, 0, LANES, 1, LANES + 1) + REGARD_QUADS(a, b, 2, LANES + 2, 3, LANES + 3);
   const Vec cd = REGARD_QUADS(c, d, 0, LANES, 1, LANES + 1) + REGARD_QUADS(c, d, 2, LANES + 2, 3, LANES + 3);
   return REGARD_QUADS(ab, cd, 0, 1, LANES, LANES + 1) + REGARD_QUADS(ab, cd, 2, 3, LANES + 2, LANES + 3);
 }
 
-// What sums_of_quads left apart.
+// Adds up the partial sums that sums_of_quads leaves.
 void add_lanes(int count, const float* from, float* to) {
   for (int i = 0; i < count; i += QUAD, from += LANES)
     for (int k = 0; k < QUAD; ++k) {
@@ -98,7 +98,7 @@ void add_lanes(int count, const float* from, float* to) {
     }
 }
 
-// (count channels, K) <-> vectors of channels for each of the padded states.
+// Conversion between (count channels, K) and vectors of channels for each of the padded states.
 void load_states(const float* from, int count, int states, int padded, float* to) {
   for (int k = 0; k < padded; ++k) store(to + k * LANES, zero());
   for (int i = 0; i < count; ++i)
@@ -124,7 +124,7 @@ struct Division {
   explicit Division(const Args& x) {
     group_channels = x.channels / x.groups;
     const int64_t vectors = ceil_div(group_channels, LANES);
-    // a few parts a thread, so that the last to finish does not keep the others waiting, and none larger than the caches
+    // a few parts per thread, so that threads finish together, and none larger than the caches
     const int64_t wanted = least(vectors, ceil_div(4 * x.threads, x.batch * x.groups));
     part_channels = least(ceil_div(vectors, wanted), PART_VECTORS) * LANES;
     parts = ceil_div(group_channels, part_channels);
@@ -143,12 +143,12 @@ Part part_of(const Args& x, const Division& division, int64_t number) {
   return part;
 }
 
-// What the states of a vector of channels share at one token.
+// The values that all states of a vector of channels share at one token.
 struct Token {
   float step[LANES], write[LANES], y[LANES];  // y: outputs before the gate
 };
 struct BackwardToken : Token {
-  float input[LANES], slope[LANES];  // slope: of the step by dt
+  float input[LANES], slope[LANES];  // slope: derivative of the step by dt
   float grad_y[LANES], grad_write[LANES], grad_step[LANES];
 };
 
@@ -158,8 +158,8 @@ struct Keys {
   const float *b, *c;
 };
 
-// Memory that is wanted soon, one line of each tensor while a token is computed: rows are too far apart in (B, N, C) for
-// the processor to see them coming. Not for tokens in another order than they lie in.
+// Prefetches one line of each tensor while a token is computed: rows in (B, N, C) are too far apart for the hardware
+// prefetcher. Not used with `order`.
 struct Ahead {
   static constexpr int MOST = 8;
   bool wanted;
@@ -183,8 +183,8 @@ struct Ahead {
 
 enum class Read { NOTHING, BEFORE, AFTER };
 
-// Goes through `count` tokens with states [first, first + STATES); `decayed`, when it is to be stored, is
-// [token][state][2] vectors: the decay and what it leaves of the state.
+// Scans `count` tokens with states [first, first + STATES). With STORE, `decayed` gets [token][state][2] vectors: the
+// decay and the decayed state.
 template <int STATES, Read READ, bool STORE, class Tokens>
 void scan(int count, Tokens* tokens, const Keys& keys, int first, const float* rates, float* h, float* decayed,
           const Ahead& ahead, int64_t offset) {
@@ -226,8 +226,8 @@ void scan_all(int count, Token* tokens, const Keys& keys, const float* rates, fl
     scan<QUAD, READ, false>(count, tokens, keys, k, rates, h, nullptr, ahead, offset);
 }
 
-// From the last token to the first. grad_step gets its part through the decays over rates in powers of 2; grad_b and
-// grad_c get, for each quad of states, their sums over every fourth lane.
+// Scans back from the last token to the first. grad_step gets its part through the decays, with rates in powers of 2;
+// grad_b and grad_c get the partial sums of sums_of_quads for each quad of states.
 template <int STATES, bool INCLUSIVE, bool KEYS>
 void go_back(int count, BackwardToken* tokens, const Keys& keys, int first, const float* rates, const float* decayed,
              float* grad_h, float* grad_a, float* grad_b, float* grad_c) {
@@ -279,7 +279,7 @@ void go_back(int count, BackwardToken* tokens, const Keys& keys, int first, cons
   }
 }
 
-// Whether outputs are needed again, whether they read after the write, and whether b or c want gradients.
+// Whether outputs are recomputed, whether they read after the write, and whether gradients of b or c are wanted.
 struct Option {
   bool read, inclusive, keys;
 };
@@ -297,7 +297,7 @@ void again_and_back(const Option& option, int count, BackwardToken* tokens, cons
   back(count, tokens, keys, first, rates, decayed, grad_h, grad_a, grad_b, grad_c);
 }
 
-// Rates of decay in powers of 2, and the states to start from, of all vectors of a part.
+// Loads rates of decay, as exponents of 2, for all vectors of a part.
 void load_rates(const Args& x, const Part& part, int padded, float* rates) {
   const int states = static_cast<int>(x.states);
   for (int j = 0; j < part.vectors; ++j) {
@@ -310,7 +310,7 @@ void load_rates(const Args& x, const Part& part, int padded, float* rates) {
   }
 }
 
-// A (B, C, K) tensor's vectors of a part.
+// Loads and stores a part's vectors of a (B, C, K) tensor.
 void load_all_states(const Args& x, const Part& part, const float* from, int padded, float* to) {
   const int states = static_cast<int>(x.states);
   for (int j = 0; j < part.vectors; ++j) {
@@ -326,10 +326,10 @@ void store_all_states(const Args& x, const Part& part, const float* from, int pa
     store_states(from + j * padded * LANES, part.lanes(j), states, to + (part.first + j * LANES) * states);
 }
 
-// Where the token lies that is visited as the t-th.
+// Position of the t-th token in visiting order.
 REGARD_INLINE int64_t place(const Args& x, int64_t t) { return x.order == nullptr ? t : x.order[t]; }
 
-// b or c of some tokens, in float32 and padded to whole quads of states.
+// Loads b or c of some tokens, as float32 padded to full quads of states.
 template <class T>
 void load_keys(const Args& x, const void* keys, const int64_t* strides, const Part& part, int64_t begin, int count,
                int padded, float* to) {
@@ -343,7 +343,7 @@ void load_keys(const Args& x, const void* keys, const int64_t* strides, const Pa
     for (; k < padded; ++k) to[k] = 0.f;
   }
 }
-// A part's channels at the t-th token of a (B, N, C) tensor; nullptr of none.
+// A part's channels at the t-th token of a (B, N, C) tensor; nullptr for no tensor.
 template <class T>
 const T* channels_of(const Args& x, const void* tensor, const int64_t* strides, const Part& part, int64_t t) {
   if (tensor == nullptr) return nullptr;
@@ -355,7 +355,7 @@ T* result_of(const Args& x, void* tensor, const Part& part, int64_t t) {
   return static_cast<T*>(tensor) + (part.row * x.n + place(x, t)) * x.channels + part.first;
 }
 
-// skip or dt_bias of a part, as whole vectors; zeros for none.
+// Loads skip or dt_bias of a part in full vectors; zeros if absent.
 void load_parameters(const float* all, const Part& part, float* to) {
   for (int j = 0; j < part.vectors; ++j)
     store(to + j * LANES, all == nullptr ? zero() : take(all + part.first + j * LANES, part.lanes(j)));
@@ -447,8 +447,8 @@ int forward(const Args& x) {
   return failed ? REGARD_OUT_OF_MEMORY : REGARD_OK;
 }
 
-// A part's shares of gradients that are sums: over rows for a (B, C, K), skip and dt_bias (B, C), over a group's parts for
-// b and c, by token and padded state.
+// A part's contributions to gradients that are summed later: over rows for a (B, C, K), skip and dt_bias (B, C); over a
+// group's parts for b and c, by token and padded state.
 struct Shares {
   float *a, *skip, *bias;
   float *b, *c;

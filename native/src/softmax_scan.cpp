@@ -1,12 +1,12 @@
-// Softmax scan. Scores become three numbers for each token and query: the factor on all that came before (1 unless the
+// Softmax scan. Scores become three numbers for each token and query: the factor on all earlier weights (1 unless the
 // maximum grew or there is decay), the token's own weight, and 1 / u. What remains is one pass over the values with w in
-// registers. Backward finds those numbers again from the scores, which are small beside the values, and runs the same
-// kind of pass from the last token to the first:
+// registers. Backward recomputes these numbers from the scores, which are small compared with the values, and makes the
+// same kind of pass from the last token to the first:
 //
 //     D_t = dO_t / u_t + a_{t+1} D_{t+1},    d_t = -(dO_t . o_t) / u_t + a_{t+1} d_{t+1},
 //     dv_t = e_t D_t,    ds_t = e_t (D_t . v_t + d_t),    with e_t = exp(s_t - m_t) and a_t the factor at token t.
 //
-// No w_t is stored: without mix dO_t . o_t comes from the outputs, with mix from w scanned once more.
+// No w_t is stored: dO_t . o_t is computed from the outputs, or with mix from a second scan of w.
 
 #include "regard_softmax_scan.h"
 
@@ -69,8 +69,8 @@ void prefixes(int count, int columns, const float* a, const float* e, const floa
 }
 
 // state_q = a_q state_q + x_q in, then sums += y_q state_q and dots_q += state_q . other, for tokens first, first + step...
-// Coefficients and dots are [query][token], `row` apart; `rescaled` is [group of queries][token], as far apart. The rows of
-// `sums` are padded to whole vectors.
+// Coefficients and dots are [query][token], rows `row` apart; so is `rescaled`, [group of queries][token]. The rows of
+// `sums` are padded to full vectors.
 template <class T>
 struct Sweep {
   int count, first, step;
@@ -135,7 +135,7 @@ void sweep_tile(const Sweep<T>& s, int query, int column, int tail) {
     for (int j = 0; j < VECTORS; ++j) put<FULL>(states + q * s.state_query + j * LANES, state[q][j], tail);
 }
 
-// For queries [begin, end).
+// Sweeps over queries [begin, end).
 template <bool SUM, bool DOT, class T>
 void sweep(const Sweep<T>& s, int begin, int end) {
   int column = 0;
@@ -178,13 +178,14 @@ void copy(int64_t count, const float* from, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = from[i];
 }
 
-// Tokens whose coefficients are found together, whole vectors of them: they and the block's values stay in the first caches.
+// Tokens in a block, in full vectors: few enough for their coefficients and values to stay in the caches.
 int block_of(int64_t n, int64_t queries) {
   const int64_t wanted = least<int64_t>(128, 1536 / most<int64_t>(queries, 1));
   return static_cast<int>(round_up(most<int64_t>(1, least(wanted, n)), 16));
 }
 
-// One task: a (row, head) and some of its value columns. Columns are split where there are fewer heads than threads.
+// Division into tasks: a (row, head) and some of its value columns. Columns are split if there are fewer heads than
+// threads.
 struct Division {
   int64_t parts, columns;
 
@@ -283,7 +284,7 @@ bool forward_task(const regard_softmax_scan_args& x, const Task& task) {
   return true;
 }
 
-// Where a task's share of the gradients that sum over columns goes.
+// Destination of a task's share of the gradients that are sums over columns.
 struct Shares {
   float* s;
   int64_t s_token, s_query;
@@ -302,7 +303,7 @@ bool backward_task(const regard_softmax_scan_backward_args& g, const Task& task,
                    Workspace::bytes_of<float>(block * padded) + Workspace::bytes_of<uint8_t>(all));
   if (!memory) return false;
   float *m = memory.take<float>(queries), *u = memory.take<float>(queries), *d = memory.take<float>(queries);
-  // of all tokens, [query][token]: factors, weights, (mix) / u, and the dot products that a block needs
+  // for all tokens, [query][token]: factors, weights, (mix) / u, and dot products
   float *a = memory.take<float>(all), *e = memory.take<float>(all), *scale = memory.take<float>(all);
   float *dots = memory.take<float>(all), *change = memory.take<float>(each);
   float *state = memory.take<float>(state_size), *sums = memory.take<float>(block * padded);
@@ -369,7 +370,7 @@ bool backward_task(const regard_softmax_scan_backward_args& g, const Task& task,
         change[q * block + t] = -scale[at] * dots[at];
         dots[at] = 0.f;
       }
-    // the factor of token t + 1 lies between the states of t + 1 and t
+    // the factor of token t + 1 is between the states at t and t + 1
     const float* factors = a + begin + 1;
     int first = 0;
     for (; first + 4 <= queries; first += 4)
@@ -433,7 +434,7 @@ int backward(const regard_softmax_scan_backward_args& g) {
   const Division division(x);
   const int threads = static_cast<int>(x.threads);
   const int64_t pairs = x.batch * x.heads, all = x.n * x.queries;
-  // the first part's shares are written in place, the others' beside and then added
+  // the first part's shares are written in place, those of the other parts separately and then added
   const int64_t share = (g.grad_s == nullptr ? 0 : all) + (g.grad_mix == nullptr ? 0 : all) + 2 * x.queries;
   Workspace memory(Workspace::bytes_of<float>((division.parts - 1) * pairs * share));
   if (!memory) return REGARD_OUT_OF_MEMORY;

@@ -1,5 +1,5 @@
-// Blocks of 16 tokens in cache: what chunked recurrences are made of. Rows are padded to whole vectors with zeros, so
-// that nothing inside needs masks; only loading and storing know the true widths, dtypes and strides.
+// Blocks of 16 tokens in cache, the units of chunked recurrences. Rows are padded with zeros to full vectors, so that
+// computations need no masks; only loads and stores know the true widths, dtypes and strides.
 #pragma once
 
 #include "regard_recurrence.h"
@@ -12,8 +12,8 @@ namespace {
 constexpr int TOKENS = 16;
 constexpr int TOKEN_VECTORS = TOKENS / LANES;
 
-// Products of decays pass through the denormal numbers on their way to zero, where some processors are a hundred times
-// slower. They are zero here.
+// Flushes denormal numbers to zero. Products of decays become denormal on their way to zero, and some processors are a
+// hundred times slower on denormals.
 struct FlushDenormals {
 #if defined(__SSE2__)
   FlushDenormals() : before(_mm_getcsr()) { _mm_setcsr(before | 0x8040); }
@@ -24,7 +24,7 @@ struct FlushDenormals {
 #endif
 };
 
-// One head of a sequence, from one of its features on.
+// One head of a sequence, starting at one of its features.
 struct Rows {
   void* data;
   int64_t dtype, stride;
@@ -47,8 +47,8 @@ inline void load_rows(const X* from, int64_t stride, int rows, int width, float*
   }
 }
 
-// The tokens from `first` on: where they lie, if a block can be read there, otherwise in `to`, with zeros after the last
-// of them and beyond the width up to ld, whole vectors.
+// The tokens from `first` on: in place if a full block can be read there, otherwise copied to `to`, with zeros after
+// the last token and from the width up to ld, in full vectors.
 inline const float* load_tokens(const Rows& from, int64_t first, int rows, int width, float* to, int64_t ld) {
   if (from.dtype == REGARD_BFLOAT16) {
     load_rows(static_cast<const bfloat16*>(from.data) + first * from.stride, from.stride, rows, width, to, ld);
@@ -63,7 +63,7 @@ inline const float* load_tokens(const Rows& from, int64_t first, int rows, int w
   return to;
 }
 
-// The first token alone.
+// Loads the first token only.
 inline void load_token(const Rows& from, int width, float* to) {
   if (from.dtype == REGARD_BFLOAT16)
     load_rows(static_cast<const bfloat16*>(from.data), 0, 1, width, to, 0);
@@ -85,7 +85,7 @@ inline void store_rows(X* to, int64_t stride, int rows, int width, const float* 
   }
 }
 
-// Where a block of results may be written at once: in their own place if a whole block fits there, otherwise in `buffer`.
+// Where to write a block of results: directly to the output if a full block fits there, otherwise to `buffer`.
 inline float* room_for_tokens(const Rows& to, int64_t first, int rows, int width, float* buffer, int64_t ld) {
   if (to.dtype == REGARD_BFLOAT16 || rows != TOKENS || width != ld || to.stride != ld) return buffer;
   return static_cast<float*>(to.data) + first * to.stride;
@@ -98,7 +98,7 @@ inline void store_tokens(const Rows& to, int64_t first, int rows, int width, con
     store_rows(static_cast<float*>(to.data) + first * to.stride, to.stride, rows, width, from, ld);
 }
 
-// A LANES x LANES block transposed.
+// Transposes a LANES x LANES block.
 REGARD_INLINE void transpose_square(const float* from, int64_t ldf, float* to, int64_t ldt) {
 #if defined(__AVX512F__)
   __m512 a[16], b[16];
@@ -118,7 +118,7 @@ REGARD_INLINE void transpose_square(const float* from, int64_t ldf, float* to, i
       a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
     }
   }
-  // a[4 r + c]: of rows 4 r to 4 r + 3, column c of each quarter; left to place the 4 x 4 blocks
+  // a[4 r + c]: column c of each quarter of rows 4 r to 4 r + 3; the 4 x 4 blocks are still to be placed
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
     const __m512 even_low = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88), odd_low = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);
@@ -166,7 +166,7 @@ REGARD_INLINE void transpose_square(const float* from, int64_t ldf, float* to, i
 #endif
 }
 
-// to (columns x rows) = from (rows x columns) transposed, both padded to whole vectors in both directions.
+// to (columns x rows) = from (rows x columns) transposed, both padded to full vectors in both directions.
 inline void transpose_padded(int rows, int columns, const float* from, int64_t ldf, float* to, int64_t ldt) {
   for (int i = 0; i < rows; i += LANES)
     for (int j = 0; j < columns; j += LANES) transpose_square(from + i * ldf + j, ldf, to + j * ldt + i, ldt);
@@ -177,8 +177,8 @@ struct Constant {
   static constexpr int value = N;
 };
 
-// f(Constant<R>, Constant<V>, row, vector) for tiles of R rows and V vectors that cover a matrix; rows are a multiple
-// of 4. R x V sums stay in registers.
+// Calls f(Constant<R>, Constant<V>, row, vector) for tiles of R rows and V vectors that cover a matrix; rows are a
+// multiple of 4. R x V sums stay in registers.
 template <class F>
 REGARD_INLINE void tiles(int rows, int vectors, F&& f) {
   constexpr int WIDE = REGISTERS >= 32 ? 4 : 2, TALL = REGISTERS >= 32 ? 16 : 8;

@@ -1,4 +1,4 @@
-// Products between the tokens of a block of 16, with features along the lanes: nothing is transposed.
+// Products between the tokens of a block of 16, with features along the lanes, so that nothing is transposed.
 #pragma once
 
 #include "vector.h"
@@ -6,7 +6,7 @@
 namespace REGARD_ISA {
 namespace {
 
-// Lane l of the result: the sum over the lanes of vector l.
+// Lane l of the result is the sum of the lanes of vector l.
 template <int S = 1>
 REGARD_INLINE Vec sums_of_lanes(Vec (&x)[LANES]) {
   if constexpr (S == LANES) {
@@ -21,11 +21,11 @@ REGARD_INLINE Vec sums_of_lanes(Vec (&x)[LANES]) {
   }
 }
 
-// Pairs are found by quads of 4 x 4 tokens, whose sums over the lanes are taken all at once; on narrower vectors a few
+// Pairs are computed in quads of 4 x 4 tokens, whose lane sums are taken all at once, or on narrower vectors for a few
 // rows of a quad at a time.
 constexpr int PAIR_TOKENS = 16, QUAD = 4, QUAD_ROWS = LANES / QUAD;
 
-// Products of tokens `row` on and a quad of `column` on, number 4 i + j, summed over the lanes: to pairs.
+// Dot products of the tokens from `row` on with the quad from `column` on, numbered 4 i + j, written to `pairs`.
 REGARD_INLINE void put_quad(Vec (&sums)[LANES], int row, int column, float* pairs) {
   alignas(64) float found[LANES];
   store(found, sums_of_lanes(sums));
@@ -35,7 +35,7 @@ REGARD_INLINE void put_quad(Vec (&sums)[LANES], int row, int column, float* pair
 
 enum class Triangle { LOWER, UPPER };
 
-// pairs_ij = x_i . y_j in all quads that the triangle touches, and nothing elsewhere. Any width.
+// pairs_ij = x_i . y_j in all quads that intersect the triangle; other pairs are not written. Any width.
 template <Triangle TRIANGLE>
 void pair_products(int64_t width, const float* x, int64_t ldx, const float* y, int64_t ldy, float* pairs) {
   for (int row = 0; row < PAIR_TOKENS; row += QUAD_ROWS) {

@@ -1,6 +1,6 @@
-// Vectors of float32 for whatever instruction set this file is compiled for. Every kernel source is compiled once for
-// each set, inside the namespace REGARD_ISA. Everything here has internal linkage and nothing comes from the standard
-// library's templates: the linker would merge a function compiled for AVX-512 with its namesake on the baseline.
+// Vectors of float32 for the instruction set that this file is compiled for. Every kernel source is compiled once for
+// each set, inside the namespace REGARD_ISA. Everything here has internal linkage and no standard library templates are
+// used: the linker would merge a function compiled for AVX-512 with the baseline's function of the same name.
 #pragma once
 
 #include <float.h>
@@ -69,7 +69,7 @@ REGARD_INLINE Vec load(const float* p) {
 }
 REGARD_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
 
-// The first `count` lanes (0 <= count <= LANES), zeros in the others; nothing beyond is touched.
+// The first `count` lanes (0 <= count <= LANES), zeros in the others; memory beyond them is not accessed.
 REGARD_INLINE Vec load(const float* p, int count) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Vec>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p));
@@ -87,7 +87,7 @@ REGARD_INLINE void store(float* p, Vec v, int count) {
 #endif
 }
 
-// bfloat16 is the upper half of a float32; stores round to nearest even, and NaN stays NaN.
+// bfloat16 is the upper half of a float32. Stores round to nearest even, and NaN stays NaN.
 typedef uint16_t bfloat16;
 
 REGARD_INLINE float to_float(float x) { return x; }
@@ -130,14 +130,14 @@ REGARD_INLINE void store(bfloat16* p, Vec v, int count) {
   for (int i = 0; i < count; ++i) p[i] = to_bfloat16(v[i]);
 }
 
-// a b + c in one rounding where the processor has it (-ffp-contract=fast).
+// a b + c with a single rounding where the processor has FMA (-ffp-contract=fast).
 REGARD_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 
 REGARD_INLINE Vec select(IntVec mask, Vec yes, Vec no) {
   return reinterpret_cast<Vec>((reinterpret_cast<IntVec>(yes) & mask) | (reinterpret_cast<IntVec>(no) & ~mask));
 }
 
-// The larger of two; when either is NaN, b.
+// The larger of a and b; b if either is NaN.
 REGARD_INLINE Vec maximum(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Vec>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
@@ -172,7 +172,7 @@ REGARD_INLINE float sum(Vec v) {
   return total;
 #endif
 }
-// The largest lane; NaN lanes may be passed over.
+// The largest lane; NaN lanes may be ignored.
 REGARD_INLINE float largest(Vec v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
@@ -183,21 +183,22 @@ REGARD_INLINE float largest(Vec v) {
 #endif
 }
 
-// Coefficients of 2^r = 1 + r (c1 + r (c2 + ...)) for |r| <= 1/2, the least relative error (9e-8) that keeps 2^0 = 1.
+// Coefficients of 2^r = 1 + r (c1 + r (c2 + ...)) for |r| <= 1/2, with the least relative error (9e-8) for which 2^0 =
+// 1.
 constexpr float EXP2_1 = 0.6931469775997527f, EXP2_2 = 0.24022242085357753f, EXP2_3 = 0.05550733742307457f,
                 EXP2_4 = 0.009671512641764374f, EXP2_5 = 0.0013264727490419788f;
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
-// 2^x: 0 below -150 (so for -inf), inf from 128 on, NaN for NaN. The rounding is a conversion, since adding and
-// subtracting a large number is what -ffast-math of a careless build would remove.
+// 2^x: 0 below -150 (also for -inf), inf from 128 on, NaN for NaN. It rounds by conversion to integers, since
+// -ffast-math would remove the addition and subtraction of a large number.
 REGARD_INLINE Vec exp2(Vec x) {
 #if defined(__AVX512DQ__)
-  // what reducing leaves of an infinity is 0, and scaling by 2^whole saturates: nothing is out of range
+  // infinity reduces to 0, and scaling by 2^whole saturates: nothing is out of range
   const Vec r = reinterpret_cast<Vec>(
       _mm512_reduce_ps(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   const Vec whole = x - r;
 #else
-  // maximum and minimum give their second argument for NaN
+  // maximum and minimum return their second argument for NaN
   const Vec limited = minimum(broadcast(160.f), maximum(broadcast(-160.f), x));
   const IntVec n = __builtin_convertvector(
       limited + select(reinterpret_cast<IntVec>(limited < 0.f), broadcast(-0.5f), broadcast(0.5f)), IntVec);
@@ -212,7 +213,7 @@ REGARD_INLINE Vec exp2(Vec x) {
 #if defined(__AVX512DQ__)
   return reinterpret_cast<Vec>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(whole)));
 #else
-  // in two factors, since 2^n alone may be out of range where the product is not; NaN times anything stays NaN
+  // two factors, since 2^n alone may be out of range where the product is not; NaN stays NaN
   const IntVec half = n >> 1, rest = n - half;
   const Vec first = reinterpret_cast<Vec>((half + 127) << 23), second = reinterpret_cast<Vec>((rest + 127) << 23);
   return p * first * second;
@@ -226,23 +227,23 @@ REGARD_INLINE float exp(float x) { return exp(broadcast(x))[0]; }
 REGARD_INLINE Vec reciprocal(Vec x) {
 #if defined(__AVX512F__)
   const Vec y = reinterpret_cast<Vec>(_mm512_rcp14_ps(reinterpret_cast<__m512>(x)));
-  return fma(y, fma(-x, y, broadcast(1.f)), y);  // one step of Newton: 14 bits become 28
+  return fma(y, fma(-x, y, broadcast(1.f)), y);  // one Newton step: from 14 to 28 bits
 #else
   return 1.f / x;
 #endif
 }
 
-// The same, and 0 for infinity.
+// 1 / x to full precision for normal x, and 0 for infinity.
 REGARD_INLINE Vec reciprocal_or_zero(Vec x) {
 #if defined(__AVX512F__)
   const Vec y = reinterpret_cast<Vec>(_mm512_rcp14_ps(reinterpret_cast<__m512>(x)));
-  return fma(y, minimum(fma(-x, y, broadcast(1.f)), broadcast(1.f)), y);  // the minimum of infinity times 0 is 1
+  return fma(y, minimum(fma(-x, y, broadcast(1.f)), broadcast(1.f)), y);  // infinity times 0 is NaN: minimum gives 1
 #else
   return 1.f / x;
 #endif
 }
 
-// Of two vectors: a gets the lanes without bit S of both, b those with it, the first vector's in their place or S below.
+// Exchanges lanes of two vectors: a gets the lanes of both whose number lacks bit S, b the lanes whose number has it.
 template <int S>
 REGARD_INLINE void exchange(Vec& a, Vec& b) {
 #define REGARD_FIRST(l) (((l) & S) == 0 ? (l) : LANES + (l)-S)

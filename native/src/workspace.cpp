@@ -13,7 +13,7 @@
 namespace regard {
 namespace {
 
-// A fresh large block costs a page fault for every 4 KiB, which short kernels would feel; so some are kept.
+// A fresh large block costs a page fault for every 4 KiB, which would slow short kernels down; so some blocks are kept.
 constexpr size_t MOST_KEPT = size_t{64} << 20;
 constexpr size_t HEADER = 64;
 
@@ -21,7 +21,7 @@ struct Kept {
   std::mutex mutex;
   std::vector<void*> blocks;
   size_t bytes = 0;
-  size_t used = 0, peak = 0;  // asked for by kernels: a kept block may be larger, after what else ran
+  size_t used = 0, peak = 0;  // requested by kernels; a kept block may be larger, left by another kernel
 };
 
 Kept& kept() {

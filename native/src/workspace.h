@@ -1,11 +1,11 @@
-// Memory that a kernel needs for one call.
+// Temporary memory of a kernel call.
 #pragma once
 
 #include <stddef.h>
 
 namespace regard {
 
-// Aligned to 64 bytes, kept for the next call up to a limit; poisoned on request. nullptr when there is none.
+// Aligned to 64 bytes, kept for the next call up to a limit, filled with NaN on request. nullptr when out of memory.
 void* take_memory(size_t bytes);
 void give_memory(void* memory);
 

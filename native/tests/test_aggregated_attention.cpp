@@ -1,5 +1,5 @@
-// Aggregated attention against plain loops in double, and its gradients along a random direction against differences of the
-// same loops.
+// Aggregated attention against plain loops in double, and its gradients along a random direction against finite
+// differences of the same loops.
 
 #include "regard_aggregated_attention.h"
 #include "testing.h"

@@ -88,8 +88,9 @@ void run(const Case& c) {
   }
   must("taken", regard_attention(&a));
 
-  // Rounding the output takes half of a last place. Of many keys weights are rounded to bfloat16, too, where processors
-  // multiply it: that is measured apart, and is up to 3e-3 of the largest output (docs/kernels.md).
+  // Rounding the output costs half a unit in the last place. With many keys weights are also rounded to bfloat16, on
+  // processors that multiply it: that error is measured separately, and is up to 3e-3 of the largest output
+  // (docs/kernels.md).
   const bool rounded = c.half && c.rule == REGARD_SOFTMAX && c.m >= 128;
   Doubles scores(m), expected(out.size()), expected_lse(lse.size(), -INFINITY), found(out.size());
   for (size_t b = 0; b < B; ++b)

@@ -38,7 +38,7 @@ double weight_slope(int32_t rule, double x) {
 void run(const Case& c) {
   now("%s", c.name);
   const int64_t B = c.batch, H = c.heads, G = c.kv_heads, N = c.n, M = c.m, D = c.width, E = c.value_width;
-  // no more distances than visible pairs may have: the ranks of queries end where those of keys do
+  // just enough distances for visible pairs: the ranks of queries end where those of keys do
   const int64_t zero = c.left >= 0 ? c.left : M, right = c.causal ? 0 : c.right >= 0 ? c.right : N;
   const int64_t distances = zero + right + 1;
   auto q = numbers(B * H * N * D), k = numbers(B * G * M * D), v = numbers(B * G * M * E);
@@ -197,7 +197,7 @@ void run(const Case& c) {
   if (c.sink) compare("gradient of the sink", grad_sink, want_sink, most, least);
   if (c.bias) compare("gradient of the bias", grad_bias, want_bias, most, least);
   if (c.distance) compare("gradient of distances", grad_distance, want_distance, most, least);
-  for (int axes = 0; c.bias && axes < 3; ++axes) {  // of a bias that queries, keys or both share
+  for (int axes = 0; c.bias && axes < 3; ++axes) {  // gradients of a bias that queries, keys or both share
     const int64_t rows = axes == 1 ? N : 1, columns = axes == 0 ? M : 1;
     Floats found = unwritten(B * H * rows * columns);
     Doubles wanted(found.size());
@@ -210,7 +210,7 @@ void run(const Case& c) {
     must("shared bias", regard_attention_backward(&shared));
     compare("gradient of a shared bias", found, wanted, most, least);
   }
-  const Floats before = grad_q;  // the same on a second run, whoever ran what
+  const Floats before = grad_q;  // a second run gives the same, whichever thread runs what
   must("taken again", regard_attention_backward(&a));
   if (before != grad_q) fail("not repeated");
 }

@@ -1,5 +1,5 @@
-// Decoding attention against a loop in double, in one tensor and in pages. Buffers are as large as they must be and no
-// larger, so that a sanitizer sees reads and writes beyond them.
+// Decoding attention against a loop in double, in one tensor and in pages. Buffers have exactly the necessary size, so
+// that a sanitizer detects accesses beyond them.
 
 #include "regard_attention.h"
 #include "testing.h"
@@ -29,7 +29,7 @@ void run(const Case& c) {
     lengths[b] = length;
     for (int64_t i = 0; i < c.n; ++i) query_ranks[b * c.n + i] = length - c.n + i;
     for (int64_t j = 0; j < c.m; ++j) key_ranks[b * c.m + j] = j < length ? j : -1;
-    for (int64_t p = 0; p < per_row; ++p)  // backwards, and nonsense where the row has no key
+    for (int64_t p = 0; p < per_row; ++p)  // in reverse order, and invalid where the row has no key
       pages[b * per_row + p] = p * c.page < length ? (b + 1) * per_row - 1 - p : int64_t{1} << 40;
   }
   Floats sink = numbers(heads), bias = numbers(heads * c.m), distance = numbers(c.m + 1);

@@ -1,4 +1,4 @@
-// Conserved flows against plain loops in double, and their gradients against differences of those loops.
+// Conserved flows against plain loops in double, and their gradients against finite differences of those loops.
 
 #include "regard_conserved_flows.h"
 #include "testing.h"
@@ -14,7 +14,7 @@ Doubles head(int64_t n, int64_t d, int64_t valid, const Doubles& in, double cons
   const double *x = in.data(), *y = x + n * d;
   Doubles totals(in.end() - 4 * d - 1, in.end() - 1), found(2 * n);
   double *Y = totals.data(), *X = Y + d, *kept_y = X + d, *kept_x = kept_y + d;
-  double normalizer = in.back();  // of exp(l - MAXIMUM), whatever comes
+  double normalizer = in.back();  // sum of exp(l - MAXIMUM)
   double largest = MAXIMUM;
   const auto flow = [&](const double* a, const double* b) {
     double total = 0;

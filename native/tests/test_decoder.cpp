@@ -1,5 +1,5 @@
-// The two parts of a decoder's layer, and whole layers with their caches or states, against plain loops in double, with weights
-// of each kind, in buffers of exactly their size.
+// The two parts of a decoder layer, and whole layers with their caches or states, against plain loops in double, with
+// weights of each kind, in buffers of exactly their size.
 
 #include "regard_decoder.h"
 #include "regard_recurrence.h"
@@ -11,7 +11,7 @@
 
 namespace {
 
-// A weight and what it stands for.
+// A weight and the values it stands for.
 struct Weight {
   Weight(int64_t bits, int64_t n, int64_t k, bool offsets)
       : n(n), k(k), values(n * k), bias(numbers(n)), floats(numbers(n * k, -.2f, .2f)), input_scale(numbers(k, .5f, 2)) {
@@ -161,8 +161,8 @@ void check(int64_t bits, int64_t m, int64_t threads) {
   must("keys that are no heads", regard_decoder_inputs(&a), REGARD_BAD_ARGUMENT);
 }
 
-// Layers of 4 heads that share 2 of keys, after rows of different lengths, the second layer with a window; without pages and in
-// few bits the first row begins with padding.
+// Layers of 4 query heads and 2 key heads, after rows of different lengths, the second layer with a window; without
+// pages and with few bits the first row begins with padding.
 void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads) {
   const int64_t batch = 2, width = 70, head = 10, hidden = 90, heads = 4, kv = 2, tokens = batch * n, page_size = 3, most = 3;
   const int64_t lengths[] = {5, 2}, lefts[] = {-1, 3}, pages[] = {4, 0, 3, 1, 2, 5};
@@ -285,7 +285,8 @@ void check_layers(int64_t bits, int64_t n, bool paged, int64_t threads) {
 
 enum Kind { OF_FEATURES, OF_HEADS, STEPS, FIXED, RATES, NORMALIZED, MAPPED, WINDOWED, KINDS };
 
-// Layers of 4 heads, with recurrences of 2, of one kind and the next; windows of two rows, one of which is not full yet.
+// Layers of 4 query heads, with recurrences of 2 heads, of one kind and the next; windows of two rows, one of them not
+// full yet.
 void check_recurrences(int64_t bits, int64_t n, int kind, int64_t threads) {
   const int64_t batch = 2, width = 70, head = 10, hidden = 90, heads = 4, own = 2, tokens = batch * n, rank = 33;
   const int64_t lengths[] = {5, 1}, window = 3, slots = window + n + 1, mapped_to = 19;
@@ -423,7 +424,7 @@ void check_recurrences(int64_t bits, int64_t n, int kind, int64_t threads) {
           if (windowed) values.assign(written[i][1].begin() + slot, written[i][1].begin() + slot + head);
           for (double& value : values) value *= here == STEPS ? strength(of) : 1;
           if (normalized) values.push_back(1);
-          if (windowed && lengths[row] + t - row * n < window) {  // nothing leaves
+          if (windowed && lengths[row] + t - row * n < window) {  // nothing leaves the window
             std::fill(key.begin(), key.end(), 0);
             std::fill(values.begin(), values.end(), 0);
           }
@@ -504,7 +505,7 @@ void check_recurrences(int64_t bits, int64_t n, int kind, int64_t threads) {
     for (int j = 0; j < 2; ++j) {
       Doubles found(windows[i][j].begin(), windows[i][j].end());
       for (size_t at = 0; at < found.size(); ++at)
-        if (std::isnan(found[at]) && std::isnan(written[i][j][at])) found[at] = written[i][j][at] = 0;  // nobody's
+        if (std::isnan(found[at]) && std::isnan(written[i][j][at])) found[at] = written[i][j][at] = 0;  // unused slots
       compare("a window", found, written[i][j], 1e-5, 1);
     }
   }

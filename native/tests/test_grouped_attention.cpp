@@ -1,4 +1,4 @@
-// Softmax in two levels against plain loops in double, and its gradients against those of the same loops.
+// Softmax on two levels against plain loops in double, and its gradients against those of the same loops.
 
 #include "regard_grouped_attention.h"
 #include "testing.h"
@@ -8,10 +8,10 @@ namespace {
 struct Case {
   const char* name;
   size_t heads, kv_heads, n, m, width, value_width;
-  size_t block;  // tokens before a landmark; 0: landmarks at random
+  size_t block;  // tokens before a landmark; 0: random landmarks
   bool causal, own, gaps, half;
   int64_t threads;
-  float sharpness = 2;  // of queries
+  float sharpness = 2;  // scale of queries
 };
 
 void check(const Case& c) {
@@ -41,7 +41,7 @@ void check(const Case& c) {
     for (size_t h = 0; h < H; ++h)
       for (size_t i = 0; i < n; ++i) {
         const size_t query = (b * H + h) * n + i, keys = (b * G + h / (H / G)) * m;
-        // logits whose softmax are the weights: a token's score, and of other groups its gate minus their log-sum-exp
+        // logits of the weights: a token's score; in other groups plus their gate minus their log-sum-exp
         Doubles s(m), weights(m), share(m), slopes(m), ds(m), gates(m);
         double total = 0;
         for (size_t j = 0; j < m; ++j)

@@ -21,7 +21,7 @@ struct Shape {
   int threads;
 };
 
-// y, and behind it the last inputs in causal form.
+// y, followed by the last inputs in causal form.
 Doubles convolution(const Shape& s, const std::vector<int64_t>& lengths, const Doubles& x, const Doubles& w,
                     const Doubles& bias, const Doubles& cache) {
   const int64_t kept = s.width - 1;

@@ -1,5 +1,5 @@
-// The distance of an estimated map from exact attention against plain loops in double, and its gradients against differences
-// of the same loops.
+// The distance of an estimated map from exact attention against plain loops in double, and its gradients against finite
+// differences of the same loops.
 
 #include <functional>
 
@@ -76,7 +76,7 @@ void check(const Case& c) {
   std::vector<Doubles> weights(kl.size());
   for (size_t at = 0; at < kl.size(); ++at)
     weights[at] = results(x, nullptr, at / (H * n), at / n % H, at % n, &kl[at], &squares[at]);
-  // the weighted sum of all results of the queries that an input reaches; without a target exact weights stay as they are
+  // the weighted sum of all results that depend on an input; without a target exact weights are constant
   const auto slope = [&](double& moved, const std::function<bool(size_t)>& reached) {
     const double before = moved;
     double sums[2] = {0, 0};
@@ -98,7 +98,7 @@ void check(const Case& c) {
   for (size_t i = 0; c.target && i < k.size(); ++i)
     grad_k[i] = slope(x.k[i], [&](size_t at) { return at / (H / G * n) == i / (m * D); });
 
-  // what is right takes most of the time, and is the same for all
+  // the reference takes most of the time, and is the same for all
   each_instruction_set([&] {
     Floats found_kl = unwritten(kl.size()), found_squares = unwritten(kl.size()), mass(e.size()), rows(3 * kl.size()),
            grad_kl(kl.size()), grad_squares(kl.size()), found_e = unwritten(e.size()), found_q(q.size()), found_k(k.size());

@@ -14,8 +14,8 @@ struct Case {
   bool causal, together, moved, half;
   int64_t threads;
   int mix = 0;        // 0: none, 1: a mean for each head, 2: running means after some tokens
-  bool ties = false;    // of the estimate
-  bool jitter = false;  // of the ranks
+  bool ties = false;    // whether the estimate has ties
+  bool jitter = false;  // whether ranks are moved
 };
 
 void check(const Case& c) {
@@ -25,7 +25,7 @@ void check(const Case& c) {
       grad(numbers(B * H * n * V), c.half);
   Floats e = numbers(B * H * n * K), row_logit = numbers(B * H * n), mix_logit = numbers(B * H * n),
          first = numbers(B * (c.mix == 1 ? H : G) * V);
-  // of a head alone: the last bits of two logarithms would tell those of two heads apart
+  // ties within a head only: between heads the last bits of two logarithms would break them
   for (size_t i = 0; i < e.size(); ++i)
     e[i] = c.ties ? floorf(2 * e[i]) * (1 + 0.125f * static_cast<float>(i / (n * K) % H)) : 4 * e[i];
   std::vector<int64_t> totals(B * n), slots(B * m), before(B);

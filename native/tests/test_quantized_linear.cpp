@@ -7,7 +7,7 @@ namespace {
 
 void check(int64_t bits, int64_t m, int64_t n, int64_t k, int64_t group, bool offsets, int64_t threads,
            float reach = 1, bool rounded = false) {
-  const bool whole = bits != 4;  // rows have one scale, or none
+  const bool whole = bits != 4;  // whether rows have one scale, or none
   const int64_t columns = whole ? k : (k + group - 1) / group * group, own = whole ? k : group;
   const int64_t groups = whole ? 1 : columns / group;
   now("%d bits, %d x %d x %d, groups of %d", int(bits), int(m), int(n), int(k), int(own));
@@ -59,7 +59,7 @@ void check(int64_t bits, int64_t m, int64_t n, int64_t k, int64_t group, bool of
   compare("errors of the terms", errors, Doubles(errors.size()), 1e-6, 1);
 }
 
-// What is no number stays none, in its row alone.
+// NaN stays NaN, in its row only.
 void check_special() {
   for (float special : {NAN, INFINITY}) {
     now("an input of %g", special);

@@ -1,5 +1,5 @@
-// Attention to chosen pages against loops in double. Buffers are as large as they must be and no larger, so that a sanitizer
-// sees reads and writes beyond them; bounds of pages that are not whole are NaN.
+// Attention to chosen pages against loops in double. Buffers have exactly the necessary size, so that a sanitizer
+// detects accesses beyond them; bounds of incomplete pages are NaN.
 
 #include "regard_quest_attention.h"
 #include "testing.h"

@@ -1,4 +1,4 @@
-// Branches of a block against plain loops in double, in buffers of exactly their size.
+// Residual branches of a block against plain loops in double, in buffers of exactly their size.
 
 #include "regard_residual.h"
 #include "testing.h"
@@ -23,7 +23,7 @@ struct Layer {
   Floats weight, bias;
 };
 
-// What both branches have around them.
+// The norm, scale and residual addition of both branches.
 struct Around {
   Around(int64_t m, int64_t width, bool centred, bool learned)
       : m(m), width(width), stride(width + 3), centred(centred), x(normal(m > 0 ? (m - 1) * stride + width : 0)),
@@ -105,7 +105,7 @@ void every_size() {
       feed_forward(1, 1, 1, threads, gated, false);
       feed_forward(29, 37, 70, threads, gated, true);
       feed_forward(130, 16, 100, threads, gated, false);
-      feed_forward(600, 7, 5, threads, gated, true);  // as many as share the rows among threads
+      feed_forward(600, 7, 5, threads, gated, true);  // enough rows for threads to divide them
     }
   feed_forward(14, 210, 33, 2, false, true);
   for (const int64_t threads : {1, 2, 3}) {
@@ -114,12 +114,12 @@ void every_size() {
     attention(1, 1, 1, 1, 1, threads, false);
     attention(2, 33, 37, 2, 2, threads, true);
     attention(1, 600, 4, 2, 1, threads, true);
-    attention(200, 4, 6, 4, 2, threads, false);  // several sequences together, each thread its own
+    attention(200, 4, 6, 4, 2, threads, false);  // several sequences at once, different ones in each thread
     attention(7, 101, 3, 1, 1, threads, true);
   }
 }
 
-// What is not finite, and numbers whose erf is 1 or next to it.
+// Non-finite numbers, and numbers whose erf is 1 or close to it.
 void far_numbers() {
   now("far numbers");
   const float x[] = {-1e30f, -9, -5.54f, -5.55f, -0.f, 1e-20f, 5.54f, 5.55f, 30, 1e30f};
@@ -127,7 +127,7 @@ void far_numbers() {
   for (const float each : x) {
     float y = NAN;
     const float unit[] = {each};
-    // of one number the norm is its bias
+    // the norm of a single number is the bias
     regard_residual around{1, &one, 1, &y, {1, 1e-3f, nullptr, unit}, nullptr};
     regard_residual_feed_forward_args a{sizeof a, 1, 1, around, {}, {1, 1, &one, nullptr}, {1, 1, &one, nullptr}};
     must("taken", regard_residual_feed_forward(&a));

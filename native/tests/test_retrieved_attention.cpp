@@ -1,4 +1,5 @@
-// Attention to retrieved blocks against plain loops in double: given blocks and the best ones, turned or not, and the step.
+// Attention to retrieved blocks against plain loops in double: given blocks and the best ones, rotated or not, and the
+// step.
 
 #include "regard_retrieved_attention.h"
 #include "testing.h"

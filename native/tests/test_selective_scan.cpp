@@ -29,7 +29,7 @@ void run(const Case& c) {
   for (size_t row = 0; row < B; ++row) lengths[row] = c.ragged ? static_cast<int64_t>(row * N / 2) : c.n;
 
   const bool ordered = !c.ragged && c.n % 2 == 1;
-  std::vector<int64_t> order(N);  // backwards, from the middle
+  std::vector<int64_t> order(N);  // in reverse order, from the middle
   for (size_t t = 0; t < N; ++t) order[t] = ordered ? static_cast<int64_t>((N / 2 + N - t) % N) : static_cast<int64_t>(t);
 
   const int64_t every = REGARD_SELECTIVE_SCAN_EVERY;

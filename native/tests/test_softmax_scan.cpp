@@ -11,7 +11,7 @@ struct Sizes {
   int threads;
 };
 
-// exp(s_j + decays after j up to t) for j <= t, and for what came before; all relative to 1.
+// exp(s_j + decays after j up to t) for j <= t, and for the carry; all relative to 1.
 void check(const Sizes& z) {
   now("n %d, queries %d, width %d, decay %d, mix %d", int(z.n), int(z.queries), int(z.width), z.decay, z.mix);
   const int64_t B = z.batch, H = z.heads, N = z.n, Q = z.queries, V = z.width, pairs = B * H;
@@ -63,7 +63,7 @@ void check(const Sizes& z) {
       };
       // token -1 stands for the carry
       for (int64_t t = 0; t <= N; ++t) {
-        const int64_t end = t < N ? t : N - 1;  // t == N: the carry out
+        const int64_t end = t < N ? t : N - 1;  // t == N: the outgoing carry
         Doubles weights(end + 2);
         double total = 0;
         Doubles sum(V);

@@ -1,5 +1,5 @@
-// What the kernels' tests share: random numbers in buffers of exactly their size, so that a sanitizer sees what is touched
-// beyond them, in either type; comparison with plain loops in double; every instruction set in turn.
+// Shared by the kernels' tests: random numbers of either type in buffers of exactly their size, so that a sanitizer
+// detects accesses beyond them; comparison with plain loops in double; a loop over instruction sets.
 #ifndef REGARD_TESTING_H
 #define REGARD_TESTING_H
 
@@ -58,7 +58,7 @@ inline Floats normal(size_t count, float scale = 1) {
 
 inline Floats unwritten(size_t count) { return Floats(count, NAN); }
 
-// Numbers of float32 or bfloat16; NaN until they are written.
+// Numbers in float32 or bfloat16; NaN until they are written.
 struct Tensor {
   Tensor(size_t count, bool half) : half(half), bytes(count * (half ? 2 : 4), '\xff') {}
   Tensor(const Floats& x, bool half) : Tensor(x.size(), half) {
@@ -88,7 +88,7 @@ inline void strides(int64_t* to, int64_t heads, int64_t tokens, int64_t features
   to[0] = heads * tokens * features, to[1] = tokens * features, to[2] = features;
 }
 
-// Errors are relative to the largest number expected, or to `least` where all are smaller. NaN equals nothing.
+// Errors are relative to the largest expected number, or to `least` if all are smaller. NaN equals nothing.
 template <class Found>
 void compare(const char* what, const Found& found, const Doubles& expected, double tolerance, double least = 1e-30) {
   double largest = least, error = found.size() == expected.size() ? 0 : INFINITY;
@@ -115,7 +115,7 @@ Doubles slope(const Loss& loss, Doubles x, double step = 1e-5) {
   return found;
 }
 
-// Runs on each instruction set that works here, with unwritten workspaces full of NaN.
+// Runs on each instruction set that works on this machine, with uninitialised workspaces full of NaN.
 template <class Run>
 void each_instruction_set(const Run& run) {
   regard_set_poison(1);
@@ -126,7 +126,7 @@ void each_instruction_set(const Run& run) {
   }
 }
 
-// What main returns.
+// The exit status of main.
 inline int told() {
   printf(failures ? "%d failed\n" : "all passed\n", failures);
   return failures != 0;

@@ -1,4 +1,4 @@
-"""Studies: a question put to many mechanisms at once. One module or folder a question, found by a folder scan."""
+"""Studies: a question put to many mechanisms at once. Each is one module or folder, found by scanning this folder."""
 
 from __future__ import annotations
 

@@ -1,13 +1,15 @@
 """Architecture search on efficient transformers (Liu et al., arXiv 2207.13955): is a network of mixed layers, found by a
 search, as good as softmax at less computation?
 
-The paper (abstract): the best network of cosFormer layers alone computes less than that of softmax layers and is less accurate;
-a search over both finds networks whose accuracy is comparable to that of the Transformer at notably less computation (WMT'14
-En-De, CIFAR-10). RankNAS (arXiv 2109.07383), by which it searches: the order of networks can be learned from few of them.
+The paper (abstract): the best network of cosFormer layers alone computes less than the best of softmax layers and is
+less accurate; a search over both finds networks about as accurate as the Transformer at notably less computation
+(WMT'14 En-De, CIFAR-10). It searches with RankNAS (arXiv 2109.07383): the order of networks can be learned from few of
+them.
 
-Here: decoders of two to four layers on a task that needs precise mixing (associative recall) and cheap mixing (the majority of a
-long noise), within a share of the FLOPs, or of the measured time, of the largest softmax network. Each cell is a whole search:
-supernet, ranker, evolution, and the winners of the mixed space and of each mechanism alone trained from scratch with one seed.
+Here: decoders of two to four layers on a task that needs both precise mixing (associative recall) and cheap mixing (the
+majority symbol of long noise), within a share of the FLOPs, or of the measured time, of the largest softmax network.
+Each cell is a whole search: supernet, ranker, evolution, and the winners of the mixed space and of each single
+mechanism trained from scratch with one seed.
 """
 
 from __future__ import annotations
@@ -54,13 +56,13 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 CELL_SECONDS = {"tiny": {"FLOPs": 7.0, "time": 8.0}, "small": {"FLOPs": 1350.0, "time": 750.0}}
-"""The second takes the supernet of the first."""
+"""Seconds for a cell; the second search reuses the supernet of the first."""
 COSTS = {"FLOPs": "flops", "time": "ms"}
 METHODS = ("evolution, ranker", "random, ranker", "evolution, regression", "best of those tried")
 
 
 class Scratch:
-    """A folder that is gone with the object, or with the process."""
+    """A temporary folder, deleted with the object or at the end of the process."""
 
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix="regard-search-"))
@@ -69,16 +71,17 @@ class Scratch:
 
 @functools.lru_cache(maxsize=1)
 def scratch(shared: str) -> Scratch:
-    """Where the searches of one setting and seed leave what does not depend on their budgets: the supernet, the losses of
-    networks with its weights, networks trained from scratch."""
+    """The folder in which the searches of one setting and seed share what does not depend on the budget: the supernet,
+    the losses of networks with its weights, networks trained from scratch."""
     return Scratch()
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """A whole search. Of what was found, of each mechanism alone and of the reference: ``NAME loss``, ``NAME score``,
-    ``NAME flops``, ``NAME attention`` (FLOPs outside linear layers), ``NAME ms``, ``NAME layers``, and ``NAME first``, how many
-    of those have the first mechanism; tau and pair accuracy of ranker and regression; of each method the loss with the
-    supernet's weights of its best network."""
+    """Run a whole search. Measures the network found, the best of each mechanism alone and the reference: ``NAME
+    loss``, ``NAME score``, ``NAME flops``, ``NAME attention`` (FLOPs outside linear layers), ``NAME ms``, ``NAME
+    parameters``, ``NAME layers``, and ``NAME first``, the number of layers with the first mechanism. Adds tau and pair
+    accuracy of ranker and regression, and for each search method the loss of its best network with the supernet's
+    weights."""
     task = RecallAndMajority(
         length=setting["length"],
         pairs=setting["pairs"],
@@ -120,7 +123,7 @@ def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def attention_flops(model: nn.Module, task: Task) -> float:
-    """FLOPs of reading one item outside the linear layers."""
+    """FLOPs of the forward pass of one item outside the linear layers."""
     linear = []
     hooks = [
         module.register_forward_hook(lambda m, x, _: linear.append(2 * x[0].numel() * m.out_features))
@@ -135,7 +138,7 @@ def attention_flops(model: nn.Module, task: Task) -> float:
 
 
 def share(name: str, other: str, what: str, setting: str) -> Callable[[Seed], float]:
-    """A measurement of one network of a cell over that of another."""
+    """The ratio of a measurement between two networks of a cell."""
 
     def value(seed: Seed) -> float:
         cell = seed[setting]
@@ -146,7 +149,7 @@ def share(name: str, other: str, what: str, setting: str) -> Callable[[Seed], fl
 
 
 def make(chosen: Chosen) -> Reproduction:
-    """One search a cell, within FLOPs and within measured time, and what its networks must reach."""
+    """The reproduction for a choice: one search within a FLOP budget, one within a time budget, and their checks."""
     mechanisms = list(chosen.mechanisms)
     common = {**SIZES[chosen.preset], "mechanisms": mechanisms, "frame": "convolution"}
     checks = [
@@ -224,7 +227,7 @@ def make(chosen: Chosen) -> Reproduction:
 
 
 def sections(chosen: Chosen, cells: Cells) -> list[Section]:
-    """For each budget what was found beside one mechanism alone, and then rankers and searchers."""
+    """For each budget the network found compared with single mechanisms, then rankers and search methods."""
     found = []
     for setting, unit in COSTS.items():
         runs = {seed: cell for (name, seed), cell in cells.items() if name == setting}
@@ -282,7 +285,7 @@ def _row(name: str, seed: int, cell: Measurements) -> Mapping[str, Any]:
 
 
 def refuses(name: str) -> str | None:
-    """The mechanisms that can enter, where this one cannot."""
+    """Which mechanisms can enter, if this one cannot; otherwise None."""
     card = get_mechanism(name)
     if card.kind not in (Kind.ATTENTION, Kind.MIXER, Kind.WRAPPER) or Pattern.CAUSAL_SELF not in card.patterns:
         return "attention, mixers and wrappers that have causal-self"

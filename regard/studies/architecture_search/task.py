@@ -1,4 +1,4 @@
-"""A task that needs both precise and cheap mixing: pairs to recall, and a long noisy text to say the majority of."""
+"""A task that needs both precise and cheap mixing: recall of pairs, and the majority symbol of a long noisy text."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 SYMBOLS, KEYS, VALUES = 4, 16, 16
 ASK = 0
-"""The token whose answer is the majority; after it come symbols, keys and values."""
+"""The token that asks for the majority; symbols, keys and values are numbered after it."""
 SHARE = 0.4
-"""Chance of the majority's symbol at each place of the noise; the others have equal shares of the rest."""
+"""Probability of the favoured symbol at each position of the noise; the other symbols share the rest equally."""
 
 
 class RecallAndMajority(GeneratedTask):
@@ -26,10 +26,10 @@ class RecallAndMajority(GeneratedTask):
 
     Args:
         length: tokens of an item.
-        pairs: keys with a value, from 1 to 16.
-        questions: two or more; the noise has what the pairs and they leave of the length, eight tokens or more.
-        evaluation_items: held-out items.
-        seed: of the held-out items.
+        pairs: number of key-value pairs, from 1 to 16.
+        questions: two or more; pairs and questions must leave at least eight tokens of the length for the noise.
+        evaluation_items: number of held-out items.
+        seed: seed of the held-out items.
     """
 
     name = "recall and majority"
@@ -54,7 +54,7 @@ class RecallAndMajority(GeneratedTask):
         more = (SHARE - 1 / SYMBOLS) / (1 - 1 / SYMBOLS)
         noise = np.where(rng.random((count, self.noise)) < more, favoured, noise)
         counts = (noise[:, :, None] == np.arange(SYMBOLS)).sum(1)
-        majority = counts.argmax(1)  # of ties the first symbol
+        majority = counts.argmax(1)  # ties go to the first symbol
         keys = rng.permuted(np.tile(np.arange(KEYS), (count, 1)), axis=1)[:, : self.pairs]
         values = rng.integers(0, VALUES, (count, self.pairs))
         asked = rng.integers(0, self.pairs, (count, self.questions))

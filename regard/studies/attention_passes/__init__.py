@@ -1,9 +1,10 @@
 """How many times an attention algorithm has to walk over its keys, and what that costs (FuseMax, arXiv 2406.10491).
 
-An algorithm is written as a cascade of Einsums, a text (:func:`parse`). :func:`passes` counts the traversals of the keys that no
-mapping can go below, :func:`run_cascade` runs it in tiles and counts what is read, written and held, and :func:`cost` says what
-it takes on a machine with two arrays. The study does all three for the mechanisms of the catalogue, compares the paper's five
-designs, and sets a prediction for this processor beside what the native kernels take.
+An algorithm is written as a text, a cascade of Einsums (:func:`parse`). :func:`passes` counts the fewest traversals of
+the keys that any mapping needs, :func:`run_cascade` runs the cascade in tiles and counts the numbers read, written and
+held, and :func:`cost` estimates its cost on a machine with two arrays. The study does all three for the mechanisms of
+the catalogue, compares the paper's five designs, and compares a prediction for this processor with the times of the
+native kernels.
 
     >>> from regard.studies.attention_passes import parse, passes
     >>> passes(parse(\"\"\"

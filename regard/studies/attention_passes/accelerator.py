@@ -1,11 +1,11 @@
-"""The machines and mappings that FuseMax compares, as closed forms of cycles (arXiv 2406.10491), for four models.
+"""The machines and mappings that FuseMax (arXiv 2406.10491) compares, as closed forms of cycles, for four models.
 
-The designs, each with what it adds to the one before: ``unfused`` (three kernels that write scores and weights to memory),
-``flat`` (three passes, fused), ``cascade`` (one pass on the same machine), ``architecture`` (cells that also add, compare and
-exponentiate), ``binding`` (the steps of neighbouring tiles interleaved).
+The designs, each with its change to the one before: ``unfused`` (three kernels that write scores and weights to
+memory), ``flat`` (three passes, fused), ``cascade`` (one pass on the same machine), ``architecture`` (cells that also
+add, compare and exponentiate), ``binding`` (the steps of neighbouring tiles interleaved).
 
-How much `unfused` and `flat` move depends on mappings that a search of the paper's authors found; those bytes, and all energies,
-are loaded from their recorded tables (:func:`recorded`). Everything else is computed here.
+The traffic of `unfused` and `flat` depends on mappings that the authors found by search; those bytes, and all energies,
+are loaded from the authors' tables (:func:`recorded`). Everything else is computed here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from regard.studies.attention_passes.machine import Cost, Machine, cost, read_ma
 
 DESIGNS = ("unfused", "flat", "cascade", "architecture", "binding")
 SIDES = (16, 32, 64, 128, 256, 512)
-"""Of arrays that the paper compares, at 262,144 tokens."""
+"""Sides of the 2D arrays that the paper compares, at 262,144 tokens."""
 
 LENGTHS = tuple(2**power for power in range(10, 21, 2))
 FOLDER = Path(__file__).parent
@@ -31,7 +31,7 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Workload:
-    """A model: sequences, heads, widths of queries and keys, of values, of the model, and of its feed-forward network."""
+    """A model: sequences and heads; widths of queries and keys, of values, of the model, of its feed-forward layer."""
 
     name: str
     batch: int
@@ -55,7 +55,7 @@ WORKLOADS = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """Attention of one layer: seconds, bytes moved, and the share of the time in which each array is busy."""
+    """Estimate for one layer's attention: seconds, bytes moved, and the busy share of each array."""
 
     seconds: float
     bytes: float
@@ -65,7 +65,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A row of the authors' tables; energy in picojoules, shares None where they give none."""
+    """A row of the authors' tables; energy in picojoules, utilisations None where not given."""
 
     bytes: float
     seconds: float
@@ -76,8 +76,8 @@ class Recorded:
 
 @functools.cache
 def recorded() -> Mapping[tuple[str, str, int], Recorded]:
-    """The authors' tables, by design, model and length; ``projections flat`` and ``projections fusemax`` are what a layer has
-    beside its attention."""
+    """The authors' tables, by design, model and length; ``projections flat`` and ``projections fusemax`` are the rest
+    of a layer, without its attention."""
     with (FOLDER / "recorded.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
     found = {}
@@ -90,18 +90,18 @@ def recorded() -> Mapping[tuple[str, str, int], Recorded]:
 
 @functools.cache
 def shipped(name: str) -> Cascade:
-    """A cascade of the folder `cascades` by its name."""
+    """Read a cascade from the folder `cascades` by name."""
     return parse((FOLDER / "cascades" / f"{name}.txt").read_text(encoding="utf-8"), name)
 
 
 def estimate(design: str, workload: Workload, length: int, side: int = 256) -> Estimate:
-    """A design's time, bytes and utilisation for as many queries as keys, a multiple of `side`.
+    """A design's time, bytes and utilisation for `length` queries and keys, a multiple of `side`.
 
     Args:
-        side: of the 2D array, and lanes of the 1D array; 256 for `unfused` and `flat`.
+        side: side of the 2D array and number of lanes of the 1D array; 256 for `unfused` and `flat`.
 
     Raises:
-        Unsupported: for an unknown design, and for `unfused` and `flat` of what is not in the recorded tables.
+        Unsupported: for an unknown design, and for `unfused` and `flat` outside the recorded tables.
     """
     one_of("design", design, DESIGNS)
     if design in ("unfused", "flat"):
@@ -122,7 +122,7 @@ def estimate(design: str, workload: Workload, length: int, side: int = 256) -> E
     cycles = {"cascade": _busiest, "architecture": _stalled, "binding": interleaved_cycles}[design](found, machine)
     held = (
         2 * machine.tile if design == "cascade" else 0
-    )  # scores and weights of a tile wait for the lanes in the buffer
+    )  # a tile's scores and weights wait in the buffer for the lanes
     moved = one_pass_bytes(workload, length, 16 * 2**20, machine, held)
     seconds = max(cycles / machine.clock_hz, moved / machine.bytes_per_second)
     return Estimate(seconds, moved, cells / machine.clock_hz / seconds, lanes / machine.clock_hz / seconds)
@@ -140,14 +140,14 @@ def _stalled(found: Cost, machine: Machine) -> float:
 
 
 def interleaved_cycles(found: Cost, _: Machine | None = None) -> float:
-    """The cycles of the one-pass cascade when the steps of neighbouring tiles run beside each other."""
+    """The cycles of the one-pass cascade when the steps of neighbouring tiles are interleaved."""
     c = found.cycles
     begin = max(c["QK"] + c["LM"], c["RD"] + c["RNV"] + c["AV"]) + c["RM"]
     return begin + max(c["SLN"] + c["SLD"], c["PRM"] + c["SPD"]) + max(c["SLNV"], c["SPNV"])
 
 
 def _three_passes(design: str, workload: Workload, length: int) -> Estimate:
-    """Softmax on the 1D array, one cycle a number and step since its units are pipelined, beside two products."""
+    """Softmax on the 1D array, one cycle per number and step since its units are pipelined; products on the 2D."""
     machine = read_machine("flat")
     scores = workload.batch * workload.heads * length * length
     softmax = 4 * scores / machine.lanes / machine.clock_hz
@@ -171,8 +171,8 @@ def one_pass_bytes(workload: Workload, length: int, buffer: int, machine: Machin
     """Bytes of the one-pass cascade: queries and outputs once, keys and values once for each block of queries that fits.
 
     Args:
-        buffer: bytes on the chip.
-        held: numbers of a query that are held beside its own, its two running sums and its running values.
+        buffer: bytes of the on-chip buffer.
+        held: numbers held for a query in addition to the query itself, its two running sums and its running values.
     """
     side, width = machine.tile, workload.dim + workload.dim_value
     room = (buffer - machine.word_bytes * side * width) // (machine.word_bytes * (width + 2 + held) * side)

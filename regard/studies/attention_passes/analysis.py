@@ -1,13 +1,13 @@
-"""How often a cascade has to walk over its keys, and what that costs in memory traffic (FuseMax, arXiv 2406.10491).
+"""How often a cascade has to traverse its keys, and what that costs in memory traffic (FuseMax, arXiv 2406.10491).
 
-A tensor is *full* while it carries every coordinate of the keys, *complete* once they are reduced (or once it is derived from
-such), *partial* where tiles are left of them or where it is a running value. A statement that reads a full tensor belongs to a
-traversal of the keys: not before those of the full tensors that it reads, and after those of the complete ones, since a
-reduction is known when its traversal has ended. The number of traversals is the largest of these numbers: what no mapping can
-go below without computing something twice or writing the algorithm otherwise.
+A tensor is *full* if it has every coordinate of the keys, *complete* once the keys are reduced (or if it is derived
+from a complete tensor), and *partial* if it has a value for each tile or is a running value. A statement that reads a
+full tensor belongs to a traversal of the keys: not before the traversals of the full tensors that it reads, and after
+those of the complete ones, since a reduction is only known at the end of its traversal. The number of traversals is the
+largest of these numbers: no mapping needs fewer without computing something twice or rewriting the algorithm.
 
-Deviation: a value for each tile that is derived from a complete one (a correction by the largest score of all) may be read in
-the traversal after it only, which the paper's wording leaves open.
+Deviation: a value for each tile that is derived from a complete tensor (a correction by the overall largest score) can
+only be read in the next traversal, which the paper's wording leaves open.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ FULL, PARTIAL, COMPLETE, FREE = "full", "partial", "complete", "free"
 
 @dataclass(frozen=True)
 class Passes:
-    """What :func:`passes` found.
+    """Result of :func:`passes`.
 
     Attributes:
-        rank: whose traversals were counted.
-        count: the traversals that are needed.
-        of: the traversal that each tensor belongs to; inputs have none.
-        status: of each tensor: full, partial, complete, or free of the rank.
+        rank: the rank whose traversals were counted.
+        count: number of traversals needed.
+        of: the traversal to which each tensor belongs; inputs have none.
+        status: status of each tensor: full, partial, complete, or free of the rank.
     """
 
     rank: str
@@ -41,14 +41,14 @@ class Passes:
 
 
 def passes(cascade: Cascade, rank: str | None = None) -> Passes:
-    """The traversals of a rank that a cascade needs.
+    """Count the traversals of a rank that a cascade needs.
 
     Args:
-        cascade: as :func:`regard.studies.attention_passes.parse` reads it.
-        rank: that of the keys when None.
+        cascade: a cascade from :func:`regard.studies.attention_passes.parse`.
+        rank: the rank to count; that of the keys when None.
 
     Raises:
-        Unsupported: for a rank that the cascade lacks.
+        Unsupported: for a rank that the cascade does not have.
     """
     fiber = cascade.fiber
     if rank is not None and rank not in fiber.parts:
@@ -94,12 +94,11 @@ def _status(one: Statement, kinds: set[str], iterates: Mapping[str, str], fiber:
 
 @dataclass(frozen=True)
 class MinimalTraffic:
-    """The least traffic of a head with p traversals, in numbers.
+    """The least traffic of score fibers for one head, in numbers.
 
     Attributes:
-        kept: with the fibers of all queries of a tile in the buffer: what is read and written once, None where not even the
-            fiber of one query fits.
-        reread: with a buffer of a tile: each traversal reads its fiber again.
+        kept: traffic if fibers stay in the buffer, which is 0; None where not even the fiber of one query fits.
+        reread: traffic with a buffer of one tile: fibers are written once and read again in each later traversal.
     """
 
     kept: int | None
@@ -112,18 +111,18 @@ class MinimalTraffic:
 
 
 def min_traffic(count: int, keys: int, queries: int, buffer: int) -> MinimalTraffic:
-    """How much of fibers of scores has to move for one head whose keys are walked over `count` times.
+    """The least traffic of score fibers for one head whose keys are traversed `count` times.
 
-    The scores (or weights) of a query are a fiber of `keys` numbers. One traversal makes and uses them on the way; more either
-    keep the fiber of a query in the buffer, or write it and read it once in each later traversal.
+    The scores (or weights) of a query are a fiber of `keys` numbers. A single traversal uses them as it makes them;
+    several traversals either keep a query's fiber in the buffer, or write it and read it once in each later traversal.
 
     Args:
-        count: traversals, >= 1.
-        keys, queries: of the head, >= 1.
-        buffer: numbers that fit, >= 1.
+        count: number of traversals, >= 1.
+        keys, queries: numbers of keys and queries of the head, >= 1.
+        buffer: how many numbers fit in the buffer, >= 1.
 
     Returns:
-        Numbers beside queries, keys, values and outputs, which are moved in any case: 0 where nothing of a fiber has to leave.
+        Numbers moved in addition to queries, keys, values and outputs; 0 where no fiber has to leave the buffer.
     """
     for name, value in (("count", count), ("keys", keys), ("queries", queries), ("buffer", buffer)):
         at_least(name, value, 1)
@@ -132,5 +131,5 @@ def min_traffic(count: int, keys: int, queries: int, buffer: int) -> MinimalTraf
 
 
 def tiles(size: int, tile: int) -> int:
-    """How many tiles there are, the last one shorter where they do not divide."""
+    """The number of tiles, counting a shorter last one."""
     return math.ceil(size / tile)

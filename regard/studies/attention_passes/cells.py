@@ -1,4 +1,4 @@
-"""What is measured: of cascades, of designs, and of this processor."""
+"""Measurements of cascades, of designs, and of this processor."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ SHIPPED = ("three_pass", "two_pass_deferred", "two_pass", "one_pass", "naive")
 KERNELS = ("softmax", "sigmoid", "linear")
 HEADS, DIM = 8, 64
 TOKENS = 4096
-"""Queries and keys at which the table tells bytes and times, with the heads and sequences of BERT's workload."""
+"""Number of queries and of keys for the table's bytes and times, with the heads and sequences of BERT's workload."""
 
 ELSE = {"c": 16, "a": 16, "s": 16, "b": 1}
-"""Sizes of ranks with few coordinates (slots, agents, states) in the table; all others have 64."""
+"""Sizes of small ranks (slots, agents, states) in the table; all other ranks have 64."""
 
 SWEPT = 2**18
-"""Tokens at which arrays of different sizes are compared."""
+"""Number of tokens for the comparison of array sizes."""
 
 TILE = 16
 TILES = (1, 2, 4, 8, 16, 32, 64)
@@ -63,8 +63,8 @@ def _file(setting: Setting, seed: int) -> Measurements:
 
 
 def described(cascade: Cascade, seed: int = 0) -> dict[str, Any]:
-    """What the table tells of a cascade: the traversals that it needs and that a run took, how its buffer grows when its keys
-    double, and bytes and seconds on both machines."""
+    """A cascade's row in the table: the traversals that it needs and that a run took, the growth of its buffer when its
+    keys double, and bytes and seconds on both machines."""
     sizes = {
         rank: ELSE.get(rank, 64) for rank in cascade.ranks if rank not in cascade.fiber.parts + tuple(cascade.sizes)
     }
@@ -85,7 +85,7 @@ def described(cascade: Cascade, seed: int = 0) -> dict[str, Any]:
 
 
 def _run(cascade: Cascade, sizes: Mapping[str, int], seed: int, keep: bool = True) -> Run:
-    """A run on random inputs."""
+    """Run a cascade on random inputs."""
     generator = torch.Generator().manual_seed(seed)
     known = complete_sizes(cascade, {**sizes, **{r: n for r, n in cascade.sizes.items() if isinstance(n, int)}})
     inputs = {
@@ -173,7 +173,7 @@ def _predicted(kernel: str, machine: Machine, length: int) -> float:
 
 
 def _measured(kernel: str, length: int, seed: int, seconds: float) -> float:
-    """Seconds of a call on one thread, the median of its repeats."""
+    """Median seconds of a call on one thread."""
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(1, HEADS, length, DIM, generator=generator) for _ in range(3))
     call = getattr(functional, f"{kernel}_attention")

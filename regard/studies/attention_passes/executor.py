@@ -1,4 +1,4 @@
-"""The executable twin: a cascade run in tiles of its keys, with what it reads, writes and holds counted on the way."""
+"""Executor: runs a cascade in tiles of its keys, and counts the numbers that it reads, writes and holds."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ _JOIN: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """A cascade that was run.
+    """Result of running a cascade.
 
     Attributes:
-        output: the tensor that the cascade is for, its axes in the order of its ranks behind the leading ones.
-        values: of it and of all tensors that no longer have keys.
-        traversals: walks over the keys in which a tensor with every key was read.
-        reads, writes: numbers that came from memory and went there, by tensor.
-        high_water: the most numbers that were held at once.
+        output: the cascade's output: leading axes, then its ranks in their order.
+        values: values of all tensors without keys, by name.
+        traversals: number of walks over the keys in which a full tensor was read.
+        reads, writes: how many numbers were read from and written to memory, by tensor.
+        high_water: the most numbers held at once.
     """
 
     output: Tensor
@@ -56,7 +56,7 @@ class Run:
 
     @property
     def traffic(self) -> int:
-        """Numbers read and written."""
+        """How many numbers were read and written."""
         return sum(self.reads.values()) + sum(self.writes.values())
 
 
@@ -71,22 +71,22 @@ def run_cascade(
     """Evaluate a cascade, walking over its keys in tiles.
 
     Args:
-        cascade: what to run.
-        tensors: its inputs by name, of one floating dtype; the last axes are the ranks in their order, what stands before them
-            (batch, heads) is the same for all tensors that have it.
-        tile: keys of a tile, the last of which may be shorter; all keys when None.
-        keep: whether intermediate fibers that a later traversal reads stay in the buffer. If not they are written to memory and
-            read again, so that a buffer of a tile is enough.
-        sizes: of ranks that no input has.
+        cascade: the cascade to run.
+        tensors: its inputs by name, of one floating dtype. The last axes are the ranks in their order; leading axes
+            (batch, heads) are the same for all tensors that have them.
+        tile: keys in a tile, the last of which may be shorter; all keys when None.
+        keep: whether intermediate fibers that a later traversal reads stay in the buffer. Otherwise they are written to
+            memory and read again, so that a buffer of one tile is enough.
+        sizes: sizes of ranks that no input has.
 
     Raises:
-        Unsupported: for missing inputs, wrong shapes, and ranks whose size nobody says.
+        Unsupported: for missing inputs, wrong shapes, and ranks of unknown size.
     """
     return _Machine(cascade, tensors, tile, keep, sizes or {}).run()
 
 
 class _Machine:
-    """Values, and the buffer they live in."""
+    """The state of a run: values of tensors, and the contents of the buffer."""
 
     def __init__(
         self, cascade: Cascade, tensors: Mapping[str, Tensor], tile: int | None, keep: bool, sizes: Mapping[str, int]
@@ -100,9 +100,9 @@ class _Machine:
         self.like = next(iter(self.inputs.values()))
         self.plan = walks(cascade)
         self.begins = {one.target: one for one in cascade.statements if one.first}
-        self.values: dict[str, Tensor] = {}  # without keys: complete, or the last of what was iterated
-        self.stored: dict[str, list[Tensor]] = {}  # a value for each tile, for later walks
-        self.steps: dict[str, int] = {}  # keys of a tile of those
+        self.values: dict[str, Tensor] = {}  # tensors without keys: complete, or the last value of an iterated one
+        self.stored: dict[str, list[Tensor]] = {}  # values by tile, for later walks
+        self.steps: dict[str, int] = {}  # keys in each tile of `stored`
         self.live: dict[str, int] = {}
         self.high_water = 0
         self.reads: Counter[str] = Counter()
@@ -154,7 +154,7 @@ class _Machine:
                 self.live.pop(f"{name} of a tile", None)
 
     def _settle(self, here: _Tile, one: Statement, value: Tensor, later: set[str], step: int) -> None:
-        """Put a value of a tile where it belongs."""
+        """Store or accumulate a value computed in a tile."""
         name = one.target
         needed = name in later or name == self.cascade.output
         if one.iterates is not None:
@@ -173,7 +173,7 @@ class _Machine:
             self._hold(name, value)
 
     def _history(self, name: str) -> bool:
-        """Whether all values of an iterated tensor are read, and not its last alone."""
+        """Return whether all values of an iterated tensor are read, not only its last."""
         inside = {
             one.target for walk in self.plan if name in {s.target for s in walk.statements} for one in walk.statements
         }
@@ -201,7 +201,7 @@ class _Machine:
         return name in self.inputs or (not self.keep and self.fiber.rank in self.ranks[name])
 
     def _hold_inputs(self, one: Statement) -> None:
-        """Inputs without keys are read once, and held while they are needed."""
+        """Read inputs without keys, once; they are held while they are needed."""
         for read in one.reads:
             name = read.tensor
             if name in self.inputs and self.fiber.rank not in self.ranks[name] and not self.reads[name]:
@@ -225,7 +225,7 @@ class _Machine:
 
 
 class _Tile:
-    """What is known while one tile is worked on. In it tensors have no axis of tiles, and their keys are those of the tile."""
+    """The values in one tile: tensors have no tile axis, and their keys are those of the tile."""
 
     def __init__(self, machine: _Machine, number: int, start: int, stop: int) -> None:
         self.machine, self.fiber = machine, machine.fiber
@@ -240,7 +240,7 @@ class _Tile:
         self.machine.mark()
 
     def fetch(self, name: str, order: Mapping[str, int]) -> None:
-        """Bring the keys of a tile from memory or from an earlier walk."""
+        """Fetch a tensor's values for this tile from memory or from an earlier walk."""
         machine = self.machine
         if name in self.own or name in order or name in machine.iterates:
             return
@@ -262,10 +262,10 @@ class _Tile:
         return whole.narrow(axis, self.start, self.stop - self.start)
 
     def evaluate(self, one: Statement) -> Tensor:
-        """The value of a statement in this tile, its axes in the order of its ranks."""
+        """The value of a statement in this tile, with axes in the order of its ranks."""
         axes = tuple(dict.fromkeys(name for rank in one.space if (name := self._axis(rank)) is not None))
         own = tuple(rank for rank in axes if rank in one.ranks)
-        own = tuple(rank for rank in own if rank != one.iterates)  # of which there is one coordinate here
+        own = tuple(rank for rank in own if rank != one.iterates)  # has one coordinate here
         product = factors(one.expression)
         if product is not None and one.reduction == "add" and len(axes) > len(own):
             return self._einsum(product, own, axes)
@@ -276,7 +276,7 @@ class _Tile:
         return _REDUCE[one.reduction](value, dim=away) if away else value.contiguous()
 
     def _axis(self, rank: str) -> str | None:
-        """The axis of a rank in a tile: none for the rank of tiles."""
+        """The axis of a rank in a tile; None for the rank that counts tiles."""
         return None if rank == self.fiber.outer else self.fiber.rank if rank == self.fiber.inner else rank
 
     def _size(self, rank: str) -> int:
@@ -291,7 +291,7 @@ class _Tile:
         )
 
     def _points(self, expression: Expression, axes: tuple[str, ...]) -> Tensor:
-        """The values of an expression at all points, broadcast."""
+        """The values of an expression at all points, broadcastable."""
         like = self.machine.like
         if isinstance(expression, Number):
             return like.new_tensor(expression.value).view((1,) * len(axes))
@@ -329,7 +329,7 @@ class _Tile:
         return numbers.view(shape)
 
     def _read(self, read: Read) -> tuple[Tensor, tuple[str, ...]]:
-        """A tensor and the axes that it has here."""
+        """The tensor of a read, and its axes in this tile."""
         machine, name = self.machine, read.tensor
         iterated = machine.iterates.get(name)
         ranks = tuple(rank for rank in machine.ranks[name] if rank not in (self.fiber.outer, iterated))
@@ -349,10 +349,10 @@ class _Tile:
 
 
 def rank_sizes(cascade: Cascade, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, int]:
-    """The size of each rank, by the inputs, by `sizes` and by what the cascade says.
+    """The size of each rank, from the inputs, from `sizes` and from the cascade.
 
     Raises:
-        Unsupported: where two of them differ, an input has too few axes, or nobody says a size.
+        Unsupported: if two of them differ, an input has too few axes, or a size is unknown.
     """
     known = {**{rank: size for rank, size in cascade.sizes.items() if isinstance(size, int)}, **sizes}
     said = dict.fromkeys(known, "sizes")
@@ -382,10 +382,10 @@ def rank_sizes(cascade: Cascade, tensors: Mapping[str, Tensor], sizes: Mapping[s
 
 
 def complete_sizes(cascade: Cascade, sizes: Mapping[str, int]) -> dict[str, int]:
-    """The size of each rank: those given, and what the cascade says of others.
+    """The given sizes, completed by those in the cascade.
 
     Raises:
-        Unsupported: where nobody says a size.
+        Unsupported: if a size is unknown.
     """
     known = dict(sizes)
     for rank, said in cascade.sizes.items():

@@ -1,4 +1,4 @@
-"""The right side of a statement: words, their tree, and where each stood, so that an error can name it."""
+"""The right-hand side of a statement: tokens, the expression tree, and source lines for error messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FUNCTIONS = {
     "exp": 1, "log": 1, "sqrt": 1, "abs": 1, "sigmoid": 1, "tanh": 1, "relu": 1, "erf": 1, "cos": 1, "sin": 1,
     "floor": 1, "max": 2, "min": 2, "where": 3,
 }  # fmt: skip
-"""Arguments of each function."""
+"""Number of arguments of each function."""
 
 CONSTANTS = {"inf": math.inf, "pi": math.pi}
 
@@ -22,7 +22,7 @@ _WORD = re.compile(
     r"\s*(?:(?P<number>\d+(?:\.\d*)?(?:e[+-]?\d+)?)|(?P<name>[A-Za-z_]\w*)|(?P<sign>::|<=|>=|==|[-+*/(),\[\]<>=:]))"
 )
 _LEVELS = (("<", "<=", ">", ">=", "=="), ("+", "-"), ("*", "/"))
-"""Infix operators, those that bind least first."""
+"""Infix operators in ascending order of precedence."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Index:
-    """A coordinate of a tensor: of a rank (``m``), the one after it (``m+1``), the ``first`` (0) or the ``last`` (M)."""
+    """An index into a tensor: a rank's coordinate (``m``), the next (``m+1``), ``first`` (0) or ``last`` (M)."""
 
     rank: str
     at: str = "here"
@@ -54,14 +54,14 @@ class Number:
 
 @dataclass(frozen=True)
 class Coordinate:
-    """The coordinate itself, as a number from 0."""
+    """A rank's coordinate as a number, from 0."""
 
     rank: str
 
 
 @dataclass(frozen=True)
 class Size:
-    """How many coordinates a rank has."""
+    """The number of coordinates of a rank."""
 
     rank: str
 
@@ -76,7 +76,7 @@ class Read:
 
 @dataclass(frozen=True)
 class Apply:
-    """An operator or a function; ``neg`` is a minus before something."""
+    """An operator or a function with its arguments; ``neg`` is unary minus."""
 
     op: str
     arguments: tuple[Expression, ...]
@@ -86,7 +86,7 @@ Expression = Number | Coordinate | Size | Read | Apply
 
 
 def reads(expression: Expression) -> Iterator[Read]:
-    """All reads, from left to right."""
+    """All reads in an expression, from left to right."""
     if isinstance(expression, Read):
         yield expression
     elif isinstance(expression, Apply):
@@ -95,7 +95,7 @@ def reads(expression: Expression) -> Iterator[Read]:
 
 
 def operators(expression: Expression) -> Iterator[str]:
-    """The operators and functions, each as often as it stands there, but for those of coordinates alone, which are known before."""
+    """The operators and functions, each as often as it occurs, except those on coordinates only, which cost nothing."""
     if isinstance(expression, Apply) and any(True for _ in reads(expression)):
         yield expression.op
         for argument in expression.arguments:
@@ -112,7 +112,7 @@ def coordinates(expression: Expression) -> Iterator[str]:
 
 
 def factors(expression: Expression) -> list[Read] | None:
-    """The tensors of a plain product; None for everything else."""
+    """The factors of a plain product of tensors; None for any other expression."""
     if isinstance(expression, Read):
         return [expression]
     if isinstance(expression, Apply) and expression.op == "*":
@@ -122,10 +122,10 @@ def factors(expression: Expression) -> list[Read] | None:
 
 
 class Words:
-    """The words of a line, read from left to right.
+    """The tokens of a line, read from left to right.
 
     Args:
-        ranks: names that are ranks; their sizes are the same names in capitals.
+        ranks: names of ranks; the same names in capitals are their sizes.
     """
 
     def __init__(self, text: str, place: Place, ranks: frozenset[str]) -> None:
@@ -141,11 +141,11 @@ class Words:
         self.at = 0
 
     def peek(self) -> str | None:
-        """The next word, which stays the next one; None at the end of the line."""
+        """The next token without consuming it; None at the end of the line."""
         return self.words[self.at][1] if self.at < len(self.words) else None
 
     def take(self, *signs: str) -> str | None:
-        """The next word where it is one of these signs."""
+        """Consume the next token if it is one of these signs; otherwise return None."""
         word = self.peek()
         if word not in signs:
             return None
@@ -153,42 +153,42 @@ class Words:
         return word
 
     def expect(self, sign: str, after: str) -> None:
-        """Take `sign`, or refuse the line."""
+        """Consume `sign`, or refuse the line."""
         if not self.take(sign):
             self.place.refuse(f"{self._next()} after {after}", supported=f"{sign!r} there")
 
     def name(self, what: str) -> str:
-        """Take a name, or refuse the line."""
+        """Consume a name, or refuse the line."""
         if self.at == len(self.words) or self.words[self.at][0] != "name":
             self.place.refuse(self._next(), supported=f"the name of {what} there")
         self.at += 1
         return self.words[self.at - 1][1]
 
     def end(self) -> None:
-        """Refuse the line where something is left of it."""
+        """Refuse the line if tokens are left."""
         if self.peek() is not None:
             self.place.refuse(self._next(), supported="an operator, or the end of the line there")
 
     def rank(self) -> str:
-        """The name of a rank that is known."""
+        """Consume the name of a known rank."""
         name = self.name("a rank")
         if name not in self.ranks:
             self.unknown_rank(name)
         return name
 
     def unknown_rank(self, name: str) -> NoReturn:
-        """Refuse the line for a rank that was not declared."""
+        """Refuse the line for an undeclared rank."""
         known = sorted(self.ranks)
         self.place.refuse(f"unknown rank {name!r}", supported=", ".join(known), nearest=closest(name, known))
 
     def tensor(self) -> Read:
-        """A tensor with its indices."""
+        """Parse a tensor with its indices."""
         name = self.name("a tensor")
         self.expect("[", name)
         return Read(name, self._indices(name))
 
     def expression(self, level: int = 0) -> Expression:
-        """Parse operators of a level, and of those that bind tighter, from left to right."""
+        """Parse operators of this or higher precedence, from left to right."""
         if level == len(_LEVELS):
             return self._atom()
         found = self.expression(level + 1)

@@ -1,6 +1,6 @@
-"""Cascades of extended Einsums: text in, a checked graph out.
+"""Cascades of extended Einsums: parses text into a checked graph.
 
-A cascade is a text, one statement a line; what follows ``#`` is a comment::
+A cascade is a text with one statement on each line; ``#`` starts a comment::
 
     keys: m = m1 * m0                     # the rank whose traversals are counted, and its tiles
     inputs: Q[e, p], K[e, m], V[f, m]
@@ -11,10 +11,10 @@ A cascade is a text, one statement a line; what follows ``#`` is a comment::
     ...
     AV[f, p] = RNV[f, M1, p] / RD[M1, p]  # ... to the last, the size of the rank in capitals
 
-Names of ranks in an expression are coordinates (``where(m <= p, QK[m, p], -inf)`` is a causal mask), in capitals their sizes.
-Beside the statements there may be ``name:``, ``output:`` (the last statement when not given), ``sizes: c = 16, p = m``, and
-``keys:`` (``m`` when not given). Statements may stand in any order. Tensors have as many leading axes as one likes beside
-their ranks: batch and heads are not written.
+The name of a rank in an expression is its coordinate (``where(m <= p, QK[m, p], -inf)`` is a causal mask), in capitals
+its size. Optional headers are ``name:``, ``output:`` (default: the last statement), ``sizes: c = 16, p = m``, and
+``keys:`` (default: ``m``). Statements may be in any order. Tensors may have any leading axes before their ranks: batch
+and heads are not written.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ EXAMPLE = "AV[f, p] = A[m, p] * V[f, m]"
 
 @dataclass(frozen=True)
 class Fiber:
-    """The rank that is walked over in tiles.
+    """The rank that is traversed in tiles.
 
     Attributes:
         rank: its name.
-        outer, inner: the ranks of tiles and of the places in a tile, or None where the cascade names no tiles.
+        outer, inner: the ranks of tiles and of positions in a tile, or None if the cascade names no tiles.
     """
 
     rank: str
@@ -54,7 +54,7 @@ class Fiber:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """All names that the rank has."""
+        """All names of the rank."""
         return tuple(name for name in (self.rank, self.outer, self.inner) if name is not None)
 
 
@@ -63,14 +63,14 @@ class Statement:
     """One Einsum.
 
     Attributes:
-        target: the tensor that it defines.
-        ranks: of the target; the two ranks of a tile are told as the one that they are part of.
-        expression: what is computed at each point.
+        target: the tensor that the statement defines.
+        ranks: ranks of the target; outer and inner rank together are given as the whole rank.
+        expression: the value at each point.
         reduced: ranks that are reduced over.
-        reduction: how: add, max, min or mul.
-        iterates: the rank along which the target is defined by its value at the coordinate before; None for most.
-        first: whether it only defines the first coordinate of such a tensor.
-        place: where it stands.
+        reduction: the reduction: add, max, min or mul.
+        iterates: the rank along which each value is defined by the one before; None for most statements.
+        first: whether the statement only defines the first value of an iterated tensor.
+        place: the statement's line.
     """
 
     target: str
@@ -89,7 +89,7 @@ class Statement:
 
     @property
     def space(self) -> tuple[str, ...]:
-        """All ranks of its points."""
+        """The ranks of the iteration space: those of the target and those reduced over."""
         return self.ranks + self.reduced
 
 
@@ -98,13 +98,13 @@ class Cascade:
     """A graph of Einsums.
 
     Attributes:
-        name: of the cascade.
-        fiber: the keys.
-        inputs: ranks by tensor.
-        statements: each behind what it reads.
-        output: the tensor that is asked for.
-        sizes: of ranks, where the text says them: numbers, or other ranks that are as long.
-        text: as it was given.
+        name: name of the cascade.
+        fiber: the rank of the keys.
+        inputs: ranks of each input.
+        statements: in topological order: each after those that define what it reads.
+        output: name of the output tensor.
+        sizes: sizes of ranks given in the text: numbers, or other ranks of the same size.
+        text: the source text.
     """
 
     name: str
@@ -117,13 +117,13 @@ class Cascade:
 
     @property
     def ranks(self) -> tuple[str, ...]:
-        """All ranks, those of inputs first."""
+        """All ranks, those of the inputs first."""
         named = [rank for ranks in self.inputs.values() for rank in ranks]
         named += [rank for statement in self.statements for rank in statement.space]
         return tuple(dict.fromkeys(named))
 
     def tensors(self) -> dict[str, tuple[str, ...]]:
-        """Ranks of all tensors, the inputs first."""
+        """The ranks of each tensor, inputs first."""
         return {**self.inputs, **{one.target: one.ranks for one in self.statements}}
 
     def iterates(self) -> dict[str, str]:
@@ -132,15 +132,15 @@ class Cascade:
 
 
 def parse(text: str, name: str = "cascade") -> Cascade:
-    """Read a cascade.
+    """Parse a cascade.
 
     Args:
-        text: as the module describes it.
-        name: of the cascade, where the text has no ``name:``.
+        text: a text in the language that the module describes.
+        name: name of the cascade if the text has no ``name:``.
 
     Raises:
-        Unsupported: naming the line and the word, for what is not such a text: an unknown rank, a tensor that is never
-            defined or defined twice, other ranks than a tensor has, a cycle, a reduction of what is not on the right.
+        Unsupported: for invalid text, with the line and the word: an unknown rank, a tensor that is never defined or
+            defined twice, wrong ranks of a tensor, a cycle, a reduction over a rank that is not on the right-hand side.
     """
     headers, lines = _split(text)
     fiber = _fiber(headers.get("keys"))
@@ -166,7 +166,7 @@ def parse(text: str, name: str = "cascade") -> Cascade:
 
 
 def _split(text: str) -> tuple[dict[str, Place], list[Place]]:
-    """The headers by name, and the lines that are statements."""
+    """Split a text into headers by name and lines with statements."""
     headers: dict[str, Place] = {}
     lines = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -222,7 +222,7 @@ def _inputs(place: Place | None, fiber: Fiber) -> Iterator[tuple[str, tuple[str,
 
 
 def _folded(ranks: list[str], fiber: Fiber, place: Place) -> tuple[str, ...]:
-    """Ranks with those of a tile told as the one that they are part of."""
+    """The ranks, with outer and inner rank folded into the whole rank."""
     found = list(ranks)
     if fiber.inner in found:
         if fiber.outer not in found:
@@ -281,7 +281,7 @@ def _reductions(words: Words) -> dict[str, str]:
 def _reduced(
     place: Place, own: tuple[str, ...], seen: list[str], asked: Mapping[str, str], fiber: Fiber
 ) -> tuple[tuple[str, ...], str]:
-    """The ranks that a statement reduces over, and how."""
+    """The ranks that a statement reduces over, and the reduction."""
     whole = {fiber.rank, fiber.inner} & set(seen)
     there = [fiber.rank if whole and rank in fiber.parts else rank for rank in dict.fromkeys(seen)]
     reduced = []
@@ -311,7 +311,7 @@ def _reduced(
 
 
 def _ordered(statements: list[Statement], inputs: Mapping[str, tuple[str, ...]], fiber: Fiber) -> tuple[Statement, ...]:
-    """The statements, each behind what it reads, once all reads are what was defined."""
+    """The statements in topological order, after checking that every read matches a definition."""
     main: dict[str, Statement] = {}
     begun: dict[str, Statement] = {}
     for one in statements:

@@ -1,4 +1,4 @@
-"""Machines with a 2D array of cells, a 1D array of lanes, a buffer and a memory, and what a cascade costs on one."""
+"""Machines with a 2D array of cells, a 1D array of lanes, a buffer and a memory, and the cost of a cascade on them."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ _COSTS = {
     "+": ("add",), "-": ("add",), "neg": ("add",), "*": ("mul",), "/": ("div",), "sigmoid": ("exp", "add", "div"),
     "tanh": ("exp", "add", "div"), **dict.fromkeys(("exp", "log", "sqrt", "erf", "cos", "sin"), ("exp",)),
 }  # fmt: skip
-"""What an operator counts as; comparisons, maxima and selections count as ``max``."""
+"""The operations that an operator counts as; comparisons, maxima and selections count as ``max``."""
 
 OPERATIONS = ("mac", "mul", "add", "max", "exp", "div")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine, as a small YAML file says it.
+    """A machine, as described by a small YAML file.
 
     Attributes:
-        name: of the machine.
-        clock_hz: cycles a second.
-        cells, lanes: units of the 2D and of the 1D array; what they do in a cycle may be a fraction for a measured machine.
-        tile: keys of a tile.
-        buffer_bytes: of the memory on the chip.
-        bytes_per_second: of the memory behind it.
-        word_bytes: of a number.
+        name: name of the machine.
+        clock_hz: cycles per second.
+        cells, lanes: units of the 2D and the 1D array; may be fractions for a measured machine.
+        tile: keys in a tile.
+        buffer_bytes: size of the on-chip buffer.
+        bytes_per_second: bandwidth of the memory.
+        word_bytes: bytes of a number.
         cell_costs, lane_costs: cycles of each operation (mac, mul, add, max, exp, div); cells may lack some.
-        overlap: whether cells, lanes and memory work at the same time; if not the times of cells and lanes add up.
+        overlap: whether cells, lanes and memory work at the same time; otherwise the times of cells and lanes add up.
     """
 
     name: str
@@ -63,15 +63,15 @@ class Machine:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a cascade costs on a machine.
+    """The cost of a cascade on a machine.
 
     Attributes:
-        cycles: of each statement.
+        cycles: cycles of each statement.
         on_cells: the statements that the 2D array computes.
-        bytes: moved to and from memory.
-        kept: whether the fibers that a later traversal reads stay in the buffer; True where there are none.
-        cells_seconds, lanes_seconds, memory_seconds: what each is busy for.
-        seconds: of the whole.
+        bytes: bytes moved to and from memory.
+        kept: whether fibers that a later traversal reads stay in the buffer; True if there are none.
+        cells_seconds, lanes_seconds, memory_seconds: busy times of cells, lanes and memory.
+        seconds: total time.
     """
 
     cycles: Mapping[str, float]
@@ -85,10 +85,10 @@ class Cost:
 
 
 def read_machine(given: str | Path) -> Machine:
-    """A machine by its name (fusemax, flat, edge) or from a YAML file.
+    """Read a machine by its name (fusemax, flat, edge) or from a YAML file.
 
     Raises:
-        Unsupported: for a file that cannot be read, that lacks something, or has something of another kind.
+        Unsupported: for a file that cannot be read, or with missing, unknown or ill-typed fields.
     """
     if str(given) in SHIPPED:
         return _shipped(str(given))
@@ -106,10 +106,10 @@ def _shipped(name: str) -> Machine:
 
 
 def machine_of(found: Any, name: str = "machine") -> Machine:
-    """A machine from its fields.
+    """Make a machine from its fields.
 
     Raises:
-        Unsupported: for fields that it lacks, has too many of, or that are of another kind.
+        Unsupported: for missing, unknown or ill-typed fields.
     """
     fields = [field.name for field in dataclasses.fields(Machine)]
     if not isinstance(found, Mapping):
@@ -143,7 +143,7 @@ def _costs(given: Any, what: str, all_of_them: bool) -> dict[str, float]:
 
 def _positive(value: Any, what: str) -> float:
     try:
-        number = float(value)  # YAML reads 940e6 as a word
+        number = float(value)  # YAML reads 940e6 as a string
     except (TypeError, ValueError):
         number = math.nan
     if not 0 < number < math.inf:
@@ -152,10 +152,11 @@ def _positive(value: Any, what: str) -> float:
 
 
 def this_processor(speeds: Speeds) -> Machine:
-    """One core, by what it does in a second; its buffer is its second cache.
+    """One core as a machine, by its measured speeds; its buffer is the L2 cache.
 
-    A fused kernel works in registers, where an addition takes what a multiplication that is accumulated does; so cells and lanes
-    are the same, as many as it multiplies in a nanosecond. One core does one after the other, so nothing overlaps but memory.
+    A fused kernel works in registers, where an addition takes as long as a multiply-accumulate; so cells and lanes are
+    the same units, as many as there are multiplications in a nanosecond. They run in turn on one core, so only memory
+    overlaps.
     """
     costs = dict.fromkeys(OPERATIONS, 1.0)
     costs |= {"exp": speeds.products / speeds.exponentials, "div": speeds.products / speeds.divisions}
@@ -164,7 +165,7 @@ def this_processor(speeds: Speeds) -> Machine:
 
 
 def points(statement: Statement, cascade: Cascade, sizes: Mapping[str, int], tile: int) -> int:
-    """Points of a statement for one head."""
+    """The number of points in a statement's iteration space, for one head."""
     fiber = cascade.fiber
     known = {**sizes, str(fiber.outer): tiles(sizes[fiber.rank], tile)}
     space = set(statement.space)
@@ -174,7 +175,7 @@ def points(statement: Statement, cascade: Cascade, sizes: Mapping[str, int], til
 
 
 def operations(statement: Statement) -> Counter[str]:
-    """Operations at each point: of a contraction, products that are accumulated, and else what is written."""
+    """The operations at each point: multiply-accumulates for a contraction, otherwise the operators as written."""
     names = list(operators(statement.expression))
     if statement.reduced and statement.reduction == "add" and set(names) == {"*"}:
         return Counter({"mac": len(names)})
@@ -185,15 +186,15 @@ def operations(statement: Statement) -> Counter[str]:
 
 
 def cost(cascade: Cascade, machine: Machine, sizes: Mapping[str, int], batch: int = 1, tile: int | None = None) -> Cost:
-    """What a cascade costs on a machine.
+    """The cost of a cascade on a machine.
 
-    Products of matrices, and whatever else cells can do of tensors that have every key, go to the 2D array, the rest to the 1D
-    array.
+    Matrix products, and other statements on full tensors if the cells support their operations, go to the 2D array, the
+    rest to the 1D array.
 
     Args:
-        sizes: of each rank, for one head.
-        batch: heads, over all sequences.
-        tile: keys of a tile; the machine's when None.
+        sizes: size of each rank, for one head.
+        batch: number of heads over all sequences.
+        tile: keys in a tile; the machine's when None.
     """
     step = machine.tile if tile is None else tile
     sizes = complete_sizes(cascade, sizes)
@@ -226,16 +227,16 @@ def _whole(one: Statement, cascade: Cascade) -> bool:
 
 
 def traffic(cascade: Cascade, sizes: Mapping[str, int], buffer: int, tile: int) -> tuple[int, bool]:
-    """Numbers that one head moves, at the least of two ways, and whether its fibers stay in the buffer.
+    """The numbers that one head moves, by the cheaper of two ways, and whether its fibers stay in the buffer.
 
-    Queries are taken in blocks, as many as fit beside a tile of what has keys: each block walks over the keys once in every
-    traversal. Intermediate fibers that a later traversal reads either stay in the buffer, which makes blocks smaller, or are
-    written and read again.
+    Queries are processed in blocks, as large as fit in the buffer with a tile of the inputs that have keys: each block
+    walks over the keys once in every traversal. Intermediate fibers that a later traversal reads either stay in the
+    buffer, which makes blocks smaller, or are written and read again.
 
     Args:
-        sizes: of each rank.
-        buffer: numbers that fit.
-        tile: keys of a tile.
+        sizes: size of each rank.
+        buffer: how many numbers fit in the buffer.
+        tile: keys in a tile.
     """
     fiber, ranks, iterates = cascade.fiber, cascade.tensors(), cascade.iterates()
     plan = walks(cascade)
@@ -280,7 +281,7 @@ def _reads(walk: Walk, name: str) -> int:
 
 
 def _carried(cascade: Cascade) -> list[str]:
-    """What a block of queries holds while it walks: its inputs, running values and reductions that are not whole yet."""
+    """Tensors held for a block of queries during a walk: inputs without keys, running values, unfinished reductions."""
     fiber, ranks, iterates = cascade.fiber, cascade.tensors(), cascade.iterates()
     reduced = {
         one.target

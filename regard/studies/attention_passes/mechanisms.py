@@ -1,4 +1,4 @@
-"""Cascades of mechanisms: found by name, and compared with the definitions."""
+"""Cascades of mechanisms: look-up by name, and comparison with the definitions."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from regard.workbench.verification.properties.base import relative_error
 from regard.workbench.verification.subjects import Subject
 
 SCALE = 0.3
-"""Of the scores, when a cascade is compared with a definition."""
+"""Scale of the scores when a cascade is compared with a definition."""
 UNWRITTEN = "nobody wrote one: put it into the mechanism's file as CASCADE, or give it as a file"
 UNDEFINED = "a module without a card has no definition to compare one with: give it as a file"
 
 
 @dataclass(frozen=True)
 class Found:
-    """What there is of a mechanism: its cascade with what it is written for, or why there is none."""
+    """A mechanism's cascade and what it was written for, or the reason why it has none."""
 
     name: str
     written: Written | None
@@ -33,7 +33,7 @@ class Found:
 
 
 def cascade_of(name: str) -> Found:
-    """The cascade of a mechanism of the catalogue or of a plugin."""
+    """Find the cascade of a mechanism of the catalogue or of a plugin."""
     card = get_mechanism(name)
     written = WRITTEN.get(card.name)
     if written is None:
@@ -48,8 +48,8 @@ def cascade_of(name: str) -> Found:
 
 
 def difference(found: Found, tokens: int = 11, tile: int = 4, seed: int = 0) -> float:
-    """The largest difference of a cascade, run in tiles, from the mechanism's definition on random inputs in float64, relative to
-    the largest output.
+    """The largest difference between a cascade, run in tiles, and the mechanism's definition, on random inputs in
+    float64, relative to the largest output.
 
     Raises:
         Unsupported: for a mechanism without a cascade.
@@ -69,7 +69,7 @@ def difference(found: Found, tokens: int = 11, tile: int = 4, seed: int = 0) -> 
 
 
 def tensors_of(found: Found, inputs: Tensors, scale: float = SCALE) -> dict[str, Tensor]:
-    """Inputs of a mechanism as those of its cascade."""
+    """The inputs of a mechanism's cascade, from those of the mechanism."""
     assert found.cascade is not None and found.written is not None
     card = get_mechanism(found.name)
     sizes = {axis: size for name, x in inputs.items() for axis, size in zip(card.axes[name], x.shape, strict=True)}
@@ -85,7 +85,7 @@ def tensors_of(found: Found, inputs: Tensors, scale: float = SCALE) -> dict[str,
 
 
 def _with_lead(x: Tensor, axes: str, lead: list[int], own: int) -> Tensor:
-    """A tensor with all leading axes, or with none."""
+    """Expand a tensor to all leading axes, unless it has no axes but its own."""
     if x.dim() == own:
         return x
     if x.dim() == len(axes) and axes[:2] in ("bg", "bo"):

@@ -1,4 +1,4 @@
-"""Tiles of a cascade on two arrays: a list scheduler that shows what interleaving neighbouring tiles is worth."""
+"""Tiles of a cascade on two arrays: a list scheduler that shows the benefit of interleaving neighbouring tiles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from regard.studies.attention_passes.traversals import Walk, walks
 
 @dataclass(frozen=True)
 class Slot:
-    """A statement of a tile on an array, from a cycle to a cycle."""
+    """A statement of a tile on an array, with its first and last cycle."""
 
     target: str
     tile: int
@@ -25,12 +25,12 @@ class Slot:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What ran when.
+    """When each statement of each tile ran.
 
     Attributes:
-        slots: in the order of tiles and statements.
-        cycles: until the last has ended.
-        util_2d, util_1d: shares of them in which each array is busy.
+        slots: by walk, tile and statement.
+        cycles: cycles until the last slot has ended.
+        util_2d, util_1d: share of the cycles in which each array is busy.
     """
 
     slots: tuple[Slot, ...]
@@ -40,11 +40,11 @@ class Schedule:
 
 
 def schedule(cascade: Cascade, machine: Machine, sizes: Mapping[str, int], *, ahead: int = 1) -> Schedule:
-    """Run the tiles of one head: each array takes its statements in order, each as soon as what it reads is there.
+    """Schedule the tiles of one head: each array runs its statements in order, each as soon as its inputs are ready.
 
     Args:
-        sizes: of each rank; the keys should be whole tiles of the machine.
-        ahead: how many tiles may be begun while one is not finished; 0 runs tile by tile.
+        sizes: size of each rank; the keys should be whole tiles of the machine.
+        ahead: how many further tiles may begin before a tile is finished; 0 runs tile by tile.
     """
     at_least("ahead", ahead, 0)
     found = cost(cascade, machine, {**sizes, cascade.fiber.rank: machine.tile})
@@ -69,7 +69,7 @@ def schedule(cascade: Cascade, machine: Machine, sizes: Mapping[str, int], *, ah
 
 
 def _needs(cascade: Cascade, walk: Walk) -> list[tuple[str, list[tuple[str, int]]]]:
-    """For each statement of a walk the others that it reads, in the same tile (0) or the one before (-1)."""
+    """Each statement of a walk with the statements it depends on, in the same tile (0) or the one before (-1)."""
     own, iterates = {one.target for one in walk.statements}, cascade.iterates()
     return [
         (

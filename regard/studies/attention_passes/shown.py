@@ -1,4 +1,4 @@
-"""What the study shows of its cells."""
+"""Report sections of the study."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from regard.workbench.reports.sections import Curves, Section
 
 
 def sections(chosen: Chosen, cells: Cells) -> Sequence[Section]:
-    """What the cells show."""
+    """The report's sections."""
     known: dict[str, Measurements] = {}
     for (setting, _), measured in sorted(cells.items(), key=lambda cell: -cell[0][1]):
-        known[setting] = measured  # the first seed of each
+        known[setting] = measured  # seeds descend, so the first one stays
     parts = [
         _of_files(known), *_of_classes(chosen, known), _of_designs(known), _of_buffers(known), _of_tiles(known),
         _of_processor(known),

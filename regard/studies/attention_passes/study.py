@@ -1,4 +1,4 @@
-"""The study: its cells, and what would count as held."""
+"""The study: its cells and its checks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LENGTHS_BY_PRESET = {"tiny": (64, 128, 256, 512, 1024), "small": (256, 512, 1024
 
 
 def make(chosen: Chosen) -> Reproduction:
-    """The cells of what was chosen."""
+    """The reproduction for a choice."""
     lengths = list(LENGTHS_BY_PRESET[chosen.preset])
     settings: dict[str, Setting] = {}
     for given in chosen.data:
@@ -80,7 +80,7 @@ def make(chosen: Chosen) -> Reproduction:
 
 
 def _given(path: Path) -> tuple[str, Setting]:
-    """The cell of a user's file: a cascade, or a machine."""
+    """Name and setting of the cell for a user's file, which is a cascade or a machine."""
     if path.suffix in (".yaml", ".yml"):
         return f"machine {path.name}", {"part": "machine", "machine": dataclasses.asdict(read_machine(path))}
     try:
@@ -94,7 +94,7 @@ def _given(path: Path) -> tuple[str, Setting]:
 
 
 def _ratio(over: str, under: str, what: str = "seconds", whole: bool = False) -> Any:
-    """The mean, over models and lengths, of one design's number by another's; of a whole layer with its projections."""
+    """The mean ratio of two designs, over models and lengths; with `whole`, for a layer with its projections."""
 
     def value(seed: Seed) -> float:
         ratios = []

@@ -1,4 +1,4 @@
-"""Which statements of a cascade run in which walk over the keys, found by trying: the schedule of the executable twin."""
+"""Which statements of a cascade run in which walk over the keys, found greedily: the plan of the executor."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Walk:
     """Statements that run together.
 
     Attributes:
-        statements: in their order; of one that is ``once``, no tile is needed.
-        once: whether they run without a walk over tiles.
-        counted: whether a tensor with every key is read: a traversal of the keys.
-        step: 1 where the keys have to be walked over one by one; None for tiles.
+        statements: the statements in order.
+        once: whether they run a single time, without a walk over tiles.
+        counted: whether the walk reads a full tensor and so counts as a traversal of the keys.
+        step: 1 if the keys have to be walked over one by one; None for tiles.
     """
 
     statements: tuple[Statement, ...]
@@ -26,7 +26,7 @@ class Walk:
 
 
 def walks(cascade: Cascade) -> list[Walk]:
-    """The walks of a cascade: each as early as its inputs are there, and with all statements that it can take along."""
+    """The walks of a cascade: each as early as its inputs allow, with as many statements as possible."""
     schedule = _Schedule(cascade)
     found = []
     while schedule.waiting:
@@ -47,11 +47,11 @@ class _Schedule:
         self.done = set(cascade.inputs)
 
     def along(self, tensor: str) -> bool:
-        """Whether a tensor has a value for each key or tile."""
+        """Return whether a tensor has a value for each key or tile."""
         return tensor in self.iterates or bool({self.fiber.rank, self.fiber.outer} & set(self.ranks[tensor]))
 
     def whole(self, one: Statement) -> bool:
-        """Whether a statement reads a tensor with every key."""
+        """Return whether a statement reads a full tensor."""
         return any(
             self.fiber.rank in self.ranks[read.tensor] and read.tensor not in self.iterates for read in one.reads
         )

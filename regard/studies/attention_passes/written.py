@@ -1,7 +1,7 @@
-"""The mechanisms of the catalogue as cascades, each compared with the mechanism's own definition, or why one has none.
+"""The mechanisms of the catalogue as cascades, each compared with its definition, or the reason why there is none.
 
-Names of inputs are those of the mechanism; its axes of batch and heads are not written. Queries have the rank p, keys m, and
-`scale[]` is the factor of scores. Where softmax is a mechanism's last step its cascade is the one-pass form, the best that is
+Inputs are named as in the mechanism; batch and head axes are not written. Queries have the rank p, keys m, and
+`scale[]` is the factor of the scores. If a mechanism ends in a softmax, its cascade is the one-pass form, the best
 known. A plugin brings its cascade as a string ``CASCADE`` in its file.
 """
 
@@ -27,15 +27,15 @@ class Written:
     """A mechanism's cascade.
 
     Attributes:
-        text: of the cascade.
-        pattern: that it is written for.
-        options: of the mechanism, where they are not the default ones.
-        widths: of axes, where inputs are sampled otherwise than by default.
+        text: the cascade.
+        pattern: the pattern that the cascade is written for.
+        options: the mechanism's options that differ from the defaults.
+        widths: widths of axes that differ from the default samples.
         without: inputs that the mechanism is not given.
-        more: inputs that it is given instead, made of the others.
-        prepare: what happens to the inputs before they are the cascade's.
-        finish: what happens to the cascade's output before it is the mechanism's.
-        remark: what is not as the table would let one think.
+        more: makes further inputs of the mechanism from the others.
+        prepare: turns the mechanism's inputs into the cascade's.
+        finish: turns the cascade's output into the mechanism's.
+        remark: a caveat about the cascade's row in the table.
     """
 
     text: str
@@ -55,7 +55,7 @@ def online(
     """Softmax over keys in one pass: statements from scores [query, m1, m0] and values [m1, m0, width] to an output.
 
     Args:
-        factor: of a weight, behind the softmax: a tensor with the ranks of scores.
+        factor: name of a tensor with the ranks of scores that multiplies the weights after the softmax.
     """
     q, w, x = query, width, out
     times = f" * {factor}[{q}, m1, m0]" if factor else ""
@@ -89,8 +89,7 @@ ELU_SUMS = (
 
 
 def over_slots(slot: str, *, keys: str = "keys", values: str = "values") -> str:
-    """Softmax over a few slots, whose largest score is known at once: statements from queries, keys [slot, e] and values
-    [slot, f] to an output."""
+    """Softmax over a few slots, without tiles: statements from queries, keys [slot, e], values [slot, f] to out."""
     s = slot
     return f"""{SCALED}T[p, {s}] = qs[p, e] * {keys}[{s}, e]
 high[p] = T[p, {s}] :: reduce({s}: max)
@@ -102,13 +101,13 @@ o[p, f] = part[p, f] / sum[p]
 
 
 def _masked(condition: str) -> str:
-    """Softmax over the keys where a condition of coordinates holds."""
+    """Softmax over the keys for which a condition on coordinates holds."""
     seen = f"{SCALED}D[p, m] = qs[p, e] * k[m, e]\nS[p, m] = where({condition}, D[p, m], -inf)"
     return f"{TILES}{QKV}\n{seen}{online()}"
 
 
 def _laid_out(name: str, pattern: Pattern, without: tuple[str, ...] = (), **options: Any) -> Written:
-    """Softmax over the keys that a layout shows, which is an input: where the mechanism's weights are not 0."""
+    """Softmax over the keys visible in a layout, an input that is 1 where the mechanism's weights are not 0."""
 
     def seen(inputs: Tensors) -> Tensors:
         keys = inputs["k"].shape[2]
@@ -138,14 +137,14 @@ def _polar(inputs: Tensors) -> Tensors:
 
 
 def _apart(inputs: Tensors) -> Tensors:
-    """The vector of the distance of each pair."""
+    """The relative-position vector of each (query, key) pair."""
     places = torch.arange(inputs["q"].shape[2])
     rows = relative_rows(places[:, None] - places, inputs["relative"], None)
     return {**inputs, "apart": rows.expand(inputs["q"].shape[0], *rows.shape)}
 
 
 def _paired(inputs: Tensors) -> Tensors:
-    """Heads of a differential pair beside each other: q, k (a, n, e), and both heads' values as one."""
+    """Both heads of a differential pair stacked in one rank: q and k [a, n, e], and their values concatenated."""
     q, k = (torch.stack(inputs[name].chunk(2, 1), 2) for name in "qk")
     return {
         "q": q,

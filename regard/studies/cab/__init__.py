@@ -1,11 +1,11 @@
 """The Comprehensive Attention Benchmark (Zhang et al., arXiv 2210.07661) for any mechanism.
 
-Seven tasks of real data, each with a backbone in which the attention of one of four patterns is replaced at a time; scores
-on one scale, the compositional index, with ranks beside it; from which length on a mechanism is cheaper than softmax
-attention; whether patterns agree about mechanisms; what a backbone is without attention; and what text of other lengths
-than those of training costs in perplexity.
+Seven tasks on real data, each with a backbone whose attention is replaced in one of four patterns at a time. The study
+reports scores on one scale (the compositional index) and ranks; the length from which a mechanism is cheaper than
+softmax attention; whether patterns agree about mechanisms; how good a backbone is without attention; and the perplexity
+at other text lengths than that of training.
 
-The backbones, steps and data are small: signs and places may be asked of them, not the paper's figures.
+Backbones, training and data are small: compare signs and ranks with the paper, not figures.
 """
 
 from __future__ import annotations

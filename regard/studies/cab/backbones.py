@@ -1,4 +1,4 @@
-"""The backbones: small models of the benchmark's tasks, in which the attention of one pattern is replaced at a time."""
+"""Backbones: small models for the benchmark's tasks, in which the attention of one pattern is replaced at a time."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 NOTHING = "nothing"
-"""In the place of a mechanism: an attention whose output is zero."""
+"""Name used in place of a mechanism for an attention whose output is zero."""
 NS, CS, NC, CC = Pattern
 
 
 class Plans:
-    """The layers of a backbone: those of one pattern are the mechanism's, the others softmax attention.
+    """Layer plans of a backbone: the mechanism for one pattern, softmax attention for the others.
 
     Args:
-        mechanism: by name, or `NOTHING`.
-        pattern: that is replaced.
-        longest: tokens of the longest call, for mechanisms with a greatest length.
+        mechanism: its name, or `NOTHING`.
+        pattern: the pattern whose attention is replaced.
+        longest: tokens of the longest call, for mechanisms with a maximum length.
     """
 
     def __init__(self, mechanism: str, pattern: Pattern, longest: int) -> None:
@@ -51,11 +51,11 @@ class Plans:
         variant = read_variant(self.mechanism)
         own: dict[str, Any] = {"length": self.longest} if variant.card.length == "max" else {}
         if "sinusoidal" not in variant.card.accepts_positions and layer_accepts(variant.card, "positions"):
-            own["positions"] = "none"  # said, since encoder-decoders add positions to their input otherwise
+            own["positions"] = "none"  # explicit, since encoder-decoders otherwise add positions to their input
         return [(name, {**own, **options}) for name, options in variant.plan(layers)]
 
     def silence(self, pattern: Pattern, blocks: Iterable[Any]) -> None:
-        """Leave attention out of the blocks of a pattern, where nothing is in its place."""
+        """Replace the attention of a pattern's blocks by zeros if the mechanism is `NOTHING`."""
         if self.mechanism == NOTHING and pattern is self.pattern:
             for block in blocks:
                 block.mixer = _Nothing()
@@ -77,7 +77,7 @@ def language_model(task: Task, sizes: Mapping[str, Any], plans: Plans) -> nn.Mod
 
 
 def masked_model(task: Task, sizes: Mapping[str, Any], plans: Plans) -> nn.Module:
-    """An encoder with a token at each place."""
+    """An encoder that predicts a token at each position."""
     size = task.vocab_size or 0
     config = EncoderConfig(
         size, size, plan=plans(NS, sizes["layers"]), dim=sizes["dim"], num_heads=sizes["heads"], pool="none"
@@ -88,7 +88,7 @@ def masked_model(task: Task, sizes: Mapping[str, Any], plans: Plans) -> nn.Modul
 
 
 def forecaster(task: Task, sizes: Mapping[str, Any], plans: Plans) -> nn.Module:
-    """Informer-mini: the past is encoded, each point of the horizon reads it, all at once."""
+    """Informer-mini: encodes the past, which all points of the horizon read in parallel."""
     config = ForecasterConfig(
         task.features or 0,
         task.memory_features or 0,
@@ -120,7 +120,7 @@ def summarizer(task: Task, sizes: Mapping[str, Any], plans: Plans) -> nn.Module:
 
 
 class Upscaler(nn.Module):
-    """SR3-mini in one step: a convolution, blocks of attention over all pixels, a convolution of what is to be added."""
+    """SR3-mini in one step: a convolution, attention blocks over all pixels, a convolution that gives the residual."""
 
     def __init__(self, task: Task, sizes: Mapping[str, Any], plans: Plans) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Upscaler(nn.Module):
         self.head = nn.Conv2d(dim, task.num_targets or 0, 3, padding=1)
         with torch.no_grad():
             for parameter in self.head.parameters():
-                parameter.zero_()  # it begins with the enlarged picture
+                parameter.zero_()  # the initial output is the enlarged picture
 
     def forward(self, inputs: Float[Tensor, "b n f"], *, context: Context | None = None) -> Result:
         picture = self.stem(inputs.mT.unflatten(-1, self.grid) - 0.5)
@@ -146,8 +146,8 @@ class Upscaler(nn.Module):
 
 
 class Completer(nn.Module):
-    """PoinTr-mini: half of the points are those that are given; the others, places on a sphere moved by a coarse guess, read
-    what was encoded of the given ones and of what is around each."""
+    """PoinTr-mini: half of the output are given points; the other half begin as places on a sphere, get a coarse guess,
+    and are refined by cross-attention to the encoded given points and their neighbourhoods."""
 
     def __init__(self, task: Task, sizes: Mapping[str, Any], plans: Plans) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ NEIGHBOURS = 8
 
 
 def _neighbourhoods(points: Float[Tensor, "b m 3"]) -> Float[Tensor, "b m k 6"]:
-    """Each point, and where its nearest ones lie from it."""
+    """Each point with the offsets to its nearest neighbours."""
     near = torch.cdist(points, points).topk(min(NEIGHBOURS, points.shape[1]), dim=2, largest=False).indices
     others = points[torch.arange(len(points))[:, None, None], near]
     own = points[:, :, None].expand_as(others)
@@ -192,7 +192,7 @@ def _neighbourhoods(points: Float[Tensor, "b m 3"]) -> Float[Tensor, "b m k 6"]:
 
 
 class _Speaker(nn.Module):
-    """What both speech models begin with: the text, encoded."""
+    """Text encoder shared by both speech models."""
 
     def __init__(self, task: Task, sizes: Mapping[str, Any], plans: Plans) -> None:
         super().__init__()
@@ -215,7 +215,7 @@ class _Speaker(nn.Module):
 
 
 class FastSpeech(_Speaker):
-    """FastSpeech2-mini: each character lasts as long as the others, and all frames are made at once."""
+    """FastSpeech2-mini: all characters last equally long, and all frames are generated at once."""
 
     def __init__(self, task: Task, sizes: Mapping[str, Any], plans: Plans) -> None:
         super().__init__(task, sizes, plans)
@@ -243,9 +243,9 @@ class FastSpeech(_Speaker):
 
 
 class TransformerSpeech(_Speaker):
-    """Transformer-TTS-mini: groups of frames, one after the other, from the text and the groups before.
+    """Transformer-TTS-mini: generates groups of frames one by one from the text and the previous groups.
 
-    In training it reads the groups that were said (:class:`regard.studies.cab.benches.Groups`), otherwise those that it made.
+    It reads the true previous groups in training (:class:`regard.studies.cab.benches.Groups`), and its own otherwise.
     """
 
     def __init__(self, task: Task, sizes: Mapping[str, Any], plans: Plans) -> None:
@@ -270,7 +270,7 @@ class TransformerSpeech(_Speaker):
         return Result(self.decode(groups, encoded, None, memory_mask))
 
     def decode(self, groups: Tensor, encoded: Tensor, mask: Mask | None, memory_mask: Mask | None) -> Tensor:
-        """The next group of frames after each of `groups`, which see one another causally."""
+        """The next group of frames after each of `groups`, with causal attention between groups."""
         y = self.placed(self.before(groups))
         for block in self.blocks:
             y = block(
@@ -282,7 +282,7 @@ class TransformerSpeech(_Speaker):
 
 
 def _right_padded(context: Context | None) -> tuple[Mask | None, Mask | None]:
-    """The masks of a task whose padding is on the right, as blocks read them."""
+    """Masks as lengths, for a task whose padding is on the right."""
 
     def lengths(mask: Mask | None) -> Mask | None:
         return None if mask is None or mask.valid is None else Mask(lengths=mask.valid.sum(1))
@@ -291,5 +291,5 @@ def _right_padded(context: Context | None) -> tuple[Mask | None, Mask | None]:
 
 
 def _block_config(sizes: Mapping[str, Any]) -> Any:
-    """What :class:`regard.models.blocks.Block` reads of a model's config."""
+    """A config with the fields that :class:`regard.models.blocks.Block` reads."""
     return EncoderConfig(1, features=1, dim=sizes["dim"], num_heads=sizes["heads"], num_layers=1, positions="none")

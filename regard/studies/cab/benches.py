@@ -1,4 +1,4 @@
-"""The seven tasks with their backbones and metrics, and what a cell of the study measures."""
+"""The seven tasks with their backbones and metrics, and the measurement of a cell."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ class Bench:
     """A task with its backbone.
 
     Attributes:
-        name: in settings and tables.
-        task: of the seven that it belongs to.
-        patterns: of its backbone's attention, which are replaced one at a time.
-        metrics: by name, and whether more is better.
-        data: the task, from sizes.
-        model: the backbone.
-        measure: the metrics of a trained model.
-        without: whether it is tried without attention, too.
-        padded: whether its sequences have padding.
+        name: shown in settings and tables.
+        task: which of the seven tasks the bench belongs to.
+        patterns: attention patterns of the backbone, replaced one at a time.
+        metrics: for each metric's name whether higher is better.
+        data: builds the task from sizes.
+        model: builds the backbone.
+        measure: returns the metrics of a trained model.
+        without: whether the backbone is also tried without attention.
+        padded: whether sequences are padded.
     """
 
     name: str
@@ -58,12 +58,12 @@ class Bench:
 
     @property
     def listed(self) -> tuple[Metric, ...]:
-        """Its metrics, under names that no other bench has."""
+        """The metrics, under names that are unique across benches."""
         return tuple(Metric(f"{self.name} {name}", self.task, higher) for name, higher in self.metrics.items())
 
 
 class Pieces(Task):
-    """Windows of text cut into shorter ones, so that models are scored on the same text in pieces of any length."""
+    """Windows of text cut into shorter pieces, so that models are scored on the same text at any length."""
 
     name, pattern, objective = "text in pieces", CS, "next-token"
 
@@ -90,7 +90,7 @@ class Pieces(Task):
 
 
 class Groups(Task):
-    """Speech in groups of frames: each from those before it, which are the inputs, one group later."""
+    """Speech in groups of frames: the targets are groups, the inputs are the same groups shifted by one."""
 
     name, pattern, objective = "speech in groups", CC, "regression"
 
@@ -102,7 +102,7 @@ class Groups(Task):
 
     @property
     def baseline(self) -> Any:  # type: ignore[override]
-        """The baseline of speech frame by frame."""
+        """The baseline of the ungrouped speech task."""
         return self.speech.baseline
 
     def describe(self) -> str:
@@ -150,7 +150,7 @@ def _text(sizes: Sizes) -> Task:
 
 
 def _text_scores(model: nn.Module, task: Task, sizes: Sizes) -> dict[str, Any]:
-    """Perplexity at the length of training, and of the same text in pieces of 1/32 to 2 times of it."""
+    """Perplexity at the training length, and of the same text in pieces of 1/32 to 2 times that length."""
     assert isinstance(task, Pieces)
     lengths = [length for power in range(-5, 2) if (length := int(sizes["length"] * 2**power)) >= 4]
     found = [_perplexity(_evaluated(model, Pieces(task.text, length), sizes).loss) for length in lengths]
@@ -169,7 +169,7 @@ def _forecast_scores(model: nn.Module, task: Task, sizes: Sizes) -> dict[str, An
 
 
 def _figured(score: str) -> Callable[[nn.Module, Task, Sizes], dict[str, Any]]:
-    """The score under a name, and the task's further figures under theirs."""
+    """A measurement that stores the score under the given name, and the task's further figures under theirs."""
 
     def measure(model: nn.Module, task: Task, sizes: Sizes) -> dict[str, Any]:
         found = _evaluated(model, task, sizes)
@@ -183,7 +183,7 @@ def _figured(score: str) -> Callable[[nn.Module, Task, Sizes], dict[str, Any]]:
 
 @torch.no_grad()
 def _summary_scores(model: nn.Module, task: Task, sizes: Sizes) -> dict[str, Any]:
-    """ROUGE of what is generated, once for all three."""
+    """All three ROUGE scores, from one generation pass."""
     judges: dict[str, Callable[[str, str], float]] = {
         "R-1": lambda one, other: rouge_n(one, other, 1),
         "R-2": lambda one, other: rouge_n(one, other, 2),
@@ -310,18 +310,18 @@ NEEDED: dict[str, tuple[tuple[str, ...], str]] = {
     "FastSpeech": (("espeakng_loader",), _VOICES),
     "Transformer-TTS": (("espeakng_loader",), _VOICES),
 }
-"""Packages that hold the data of benches, and what installs them."""
+"""Packages that hold the data of benches, and the command that installs them."""
 
 
 def missing(name: str) -> str:
-    """Why the data of a bench cannot be had here; empty where they can. Nothing of them is read."""
+    """Why the data of a bench are unavailable, or "" if they are available. Checks packages only; reads no data."""
     packages, command = NEEDED.get(name, ((), ""))
     lacking = [package for package in packages if find_spec(package) is None]
     return f"{name}: its data need {' and '.join(lacking)} ({command})" if lacking else ""
 
 
 def run_bench(setting: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Train the backbone of a setting with its mechanism in its pattern, and measure it; nan where the run diverged."""
+    """Train a setting's backbone, with the mechanism in the setting's pattern, and measure it; nan if it diverged."""
     bench, sizes = NAMED[setting["bench"]], setting
     task = bench.data(sizes)
     longest = max(2 * task.length, task.memory_length or 0)

@@ -1,4 +1,4 @@
-"""The cells of the study: sizes of each preset, what enters, what is checked."""
+"""The cells of the study: the sizes of each preset, the mechanisms that enter, and the checks."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from regard.workbench.advice.layer_work import MIXING, LayerSettings, LayerWork
 NS, CS, NC, CC = Pattern
 SOFTMAX = "softmax"
 MOST_ADDED = 0.1
-"""Share of the backbone's parameters that a mechanism may add by the benchmark's rule."""
+"""Largest share of the backbone's parameters that a mechanism may add under the benchmark's rules."""
 LEADERBOARD: dict[Pattern, tuple[str, ...]] = {
     NS: ("TTS", "Sum", "SR", "MLM"),
     CS: ("TTS", "Sum", "LM"),
     NC: ("PCC", "LSTF"),
     CC: ("TTS", "Sum"),
 }
-"""Tasks whose index counts in each pattern; other cells are told, and not averaged."""
+"""Tasks whose index counts in each pattern; other cells are reported but not averaged."""
 
 _TINY = {"dim": 32, "heads": 2, "layers": 2, "batch_size": 8, "learning_rate": 3e-3, "steps": 100, "items": 16}
 _SMALL = {"dim": 64, "heads": 4, "layers": 2, "batch_size": 8, "learning_rate": 2e-3, "steps": 800, "items": 64}
@@ -83,11 +83,11 @@ SECONDS: dict[str, dict[str, float]] = {
     },
     "paper": dict.fromkeys(PRESETS["paper"], 500_000.0) | {"cost": 600.0},
 }  # fmt: skip
-"""Of a cell of each bench, and of costs."""
+"""Seconds for a cell of each bench, and for a cell of costs."""
 
 
 def card_of(mechanism: str) -> Mechanism:
-    """The card of a mechanism, with options where its name has some."""
+    """The card of a mechanism, with the options in its name if any."""
     return get_mechanism(known_name(mechanism))
 
 
@@ -108,12 +108,12 @@ def refuses(mechanism: str) -> str | None:
 
 
 def enters(bench: Bench, mechanism: str) -> bool:
-    """Whether a mechanism takes what a bench gives it: somebody's module may know no padding."""
+    """Return whether a mechanism can run in a bench: a user's module may not support padding."""
     return not bench.padded or getattr(card_of(mechanism).module, "takes_padding", True)
 
 
 def task_setting(bench: Bench, mechanism: str, pattern: Pattern) -> str:
-    """The name of a cell's setting. Softmax attention in one pattern is the same model as in another."""
+    """The name of a cell's setting. Softmax gets one setting for all patterns, since the model is the same in each."""
     return f"{bench.name}: {SOFTMAX}" if mechanism == SOFTMAX else f"{bench.name} {pattern.value}: {mechanism}"
 
 
@@ -123,25 +123,25 @@ def cost_setting(mechanism: str) -> str:
 
 
 def entered(chosen: Chosen) -> list[str]:
-    """The mechanisms of the study: softmax attention, with which the others are compared, is among them."""
+    """The mechanisms of the study, beginning with softmax attention, the baseline."""
     return list(dict.fromkeys([SOFTMAX, *chosen.mechanisms]))
 
 
 def benches_of(preset: str) -> list[Bench]:
-    """The benches of a preset whose data can be had."""
+    """The benches of a preset whose data are available."""
     return [bench for bench in BENCHES if bench.name in PRESETS[preset] and not missing(bench.name)]
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Scores of a backbone with one pattern's attention replaced, or costs of a layer at all lengths."""
+    """The scores of a backbone with one pattern's attention replaced, or the costs of a layer at all lengths."""
     return run_costs(setting) if "bench" not in setting else run_bench(setting, seed)
 
 
 def run_costs(setting: Setting) -> dict[str, Any]:
     """Seconds and bytes of a forward call of the mechanism's layer and of softmax's, timed in turn, at each length.
 
-    Seconds are the mean of the middle half. Bytes of softmax attention are those of one that holds its weights; the fused
-    one, which is timed, holds none.
+    Seconds are the interquartile mean. Softmax is timed in its fused form, but its bytes are those of the form that
+    holds the weights; "fused bytes" are those of the fused form.
     """
     pattern = Pattern(setting["pattern"])
     layer = LayerSettings(pattern, setting["dim"], setting["heads"], batch=setting["batch"])
@@ -176,7 +176,7 @@ def _with_weights(work: LayerWork, n: int) -> Any:
 
 
 def settings(chosen: Chosen) -> dict[str, Setting]:
-    """All cells of what was chosen, by name."""
+    """The settings of all cells for a choice, by name."""
     made: dict[str, Setting] = {}
     for bench in benches_of(chosen.preset):
         sizes = PRESETS[chosen.preset][bench.name] | {"bench": bench.name}
@@ -198,7 +198,7 @@ def settings(chosen: Chosen) -> dict[str, Setting]:
 
 
 def scores(cells: Mapping[str, Mapping[str, Any]], chosen: Chosen, pattern: Pattern) -> dict[str, dict[str, float]]:
-    """Metrics of each mechanism in a pattern, from the cells of a seed (or their means), by setting."""
+    """The metrics of each mechanism in a pattern, from one seed's cells (or means over seeds) by setting."""
     found: dict[str, dict[str, float]] = {}
     for mechanism in entered(chosen):
         if pattern not in patterns_of(mechanism):
@@ -218,22 +218,22 @@ def scores(cells: Mapping[str, Mapping[str, Any]], chosen: Chosen, pattern: Patt
 
 
 def pattern_indices(cells: Mapping[str, Mapping[str, Any]], chosen: Chosen, pattern: Pattern) -> ScoresOf:
-    """The index of each mechanism in a pattern, standardised over those that entered."""
+    """The index of each mechanism in a pattern, standardised over the mechanisms that entered."""
     metrics = [metric for bench in benches_of(chosen.preset) for metric in bench.listed]
     return indices(scores(cells, chosen, pattern), metrics)
 
 
 def checks(chosen: Chosen) -> tuple[Check, ...]:
-    """The paper's claims, of what entered."""
+    """The paper's claims about the mechanisms that entered."""
     return tuple(_checks(chosen))
 
 
 IN_LANGUAGE = (("long_short", "local"), ("s4d", "local"), ("local", "abc"))
-"""Which the paper finds better than which in language modelling."""
+"""(better, worse) pairs in language modelling according to the paper."""
 
 
 def unasked(chosen: Chosen) -> Iterator[str]:
-    """Parts of the claim that are not judged, since what they are about did not enter or is of another preset."""
+    """The parts of the claim that are not judged: the mechanism did not enter, or the task is in another preset."""
     names = entered(chosen)
     absent = dict.fromkeys(name for pair in IN_LANGUAGE for name in pair if name not in names)
     if absent:
@@ -298,7 +298,7 @@ def _checks(chosen: Chosen) -> Iterator[Check]:
 
 
 def _read(chosen: Chosen, pattern: Pattern) -> Iterator[str]:
-    """Settings that the indices of a pattern are made of."""
+    """The settings from which the indices of a pattern are computed."""
     for bench in benches_of(chosen.preset):
         if pattern in bench.patterns and bench.task in LEADERBOARD[pattern]:
             for mechanism in entered(chosen):
@@ -332,7 +332,7 @@ def _memory_first(name: str) -> Callable[[Seed], float]:
 
 
 def efficiency(cell: Mapping[str, Any]) -> dict[str, Any]:
-    """The efficiency lengths of a cost cell, of times and of bytes."""
+    """The efficiency lengths of a cost cell: for times, for bytes, and for bytes against fused softmax."""
     return {
         kind: efficiency_length(cell["lengths"], cell[f"{SOFTMAX} {kind}"], cell[kind], skip=int(kind == "times"))
         for kind in ("times", "bytes")
@@ -340,7 +340,7 @@ def efficiency(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def needs(chosen: Chosen) -> tuple[Check, ...]:
-    """What shows that the backbones learn: with softmax attention they are better than a rule without training."""
+    """Checks that the language model learns: with softmax attention it beats the frequencies of single bytes."""
     found = []
     for bench in benches_of(chosen.preset):
         setting = task_setting(bench, SOFTMAX, bench.patterns[0])
@@ -356,8 +356,8 @@ def needs(chosen: Chosen) -> tuple[Check, ...]:
 
 
 def make(chosen: Chosen) -> Reproduction:
-    """The benches of a preset with each of the chosen mechanisms, and their costs; other people's scores are only
-    read."""
+    """The reproduction for a choice: the preset's benches with each mechanism, and the mechanisms' costs. The user's
+    score files are read once, so that a bad one fails early."""
     for path in chosen.data:
         read_scores(path)
     absent = [why for bench in BENCHES if bench.name in PRESETS[chosen.preset] and (why := missing(bench.name))]

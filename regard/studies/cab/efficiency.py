@@ -1,8 +1,7 @@
-"""Efficiency length: from how many tokens on a mechanism is cheaper than softmax attention.
+"""Efficiency length: the number of tokens from which a mechanism is cheaper than softmax attention.
 
 The cost of softmax attention is fitted by a n^2 + b n + c, that of the mechanism by d n + e; the efficiency length is the
-larger root of their difference. A fit is told with the share of the variance that it explains, and a length beyond what was
-measured with a word.
+larger root of their difference. Each fit comes with its R^2, and a length outside the measured range with a note.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 SMALLEST_SHARE = 1e-6
-"""Of the largest cost, that grows with the square of the length in what is told from a line."""
+"""Smallest share of the largest cost that the quadratic term must have for softmax's cost to count as a parabola."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Efficiency:
     Attributes:
         length: in tokens; 0 where the mechanism is cheaper at every length, inf where it never is.
         fit, softmax_fit: R^2 of the line and of the parabola.
-        note: where the length is not among those measured, or a fit has the wrong shape.
+        note: says that the length is outside the measured range, or that a fit has the wrong shape; otherwise empty.
     """
 
     length: float
@@ -39,9 +38,9 @@ def efficiency_length(
     """The length at which two measured costs cross.
 
     Args:
-        lengths: tokens, rising, three or more.
-        softmax, other: costs at them.
-        skip: so many of the shortest lengths are left out of the line: what a call costs in any case hides them in times.
+        lengths: tokens, ascending, three or more.
+        softmax, other: costs at these lengths.
+        skip: how many of the shortest lengths the line ignores: their times are dominated by the fixed cost of a call.
     """
     n = np.asarray(lengths, dtype=np.float64)
     vanilla, cost = np.asarray(softmax, dtype=np.float64), np.asarray(other, dtype=np.float64)

@@ -1,8 +1,8 @@
-"""The compositional index: scores of different kinds on one scale, so that they may be averaged.
+"""The compositional index: different metrics on one scale, so that they can be averaged.
 
-A metric is standardised over the models that compete, z = s (x - mean) / deviation, with s = -1 where less is better and
-the deviation of a sample; metrics are averaged within a task, tasks within a pattern. One model that is far off stretches
-the scale for all, so that ranks are told beside it.
+A metric is standardised over the competing models, z = s (x - mean) / deviation, with s = -1 where lower is better and
+the sample standard deviation; metrics are averaged within a task, tasks within a pattern. One outlier stretches the
+scale for all models, so ranks are reported as well.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 
 Scores = Mapping[str, float]
-"""Of one model, by metric."""
+"""Scores of one model, by metric."""
 ScoresOf = dict[str, dict[str, float]]
-"""Of some models, by task and ``"average"``."""
+"""Scores of models by name, then by task and ``"average"``."""
 AVERAGE = "average"
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric, the task that it belongs to, and whether more is better."""
+    """A metric, its task, and whether higher is better."""
 
     name: str
     task: str
@@ -30,19 +30,19 @@ class Metric:
 
 @dataclass(frozen=True)
 class Standard:
-    """Mean and deviation of a metric over the models that compete."""
+    """Mean and standard deviation of a metric over the competing models."""
 
     mean: float
     deviation: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Standard:
-        """Mean and deviation (over n - 1) of at least one value; a single one deviates by 0."""
+        """Mean and standard deviation (over n - 1) of at least one value; the deviation of a single value is 0."""
         return cls(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
 
 
 def standards(models: Mapping[str, Scores], metrics: Sequence[Metric]) -> dict[str, Standard]:
-    """Standards of the metrics that a model has, over the models that have them."""
+    """Standards of the metrics that at least one model has, each over the models that have it."""
     found = {one.name: [scores[one.name] for scores in models.values() if one.name in scores] for one in metrics}
     return {name: Standard.of(values) for name, values in found.items() if values}
 
@@ -50,12 +50,12 @@ def standards(models: Mapping[str, Scores], metrics: Sequence[Metric]) -> dict[s
 def indices(
     models: Mapping[str, Scores], metrics: Sequence[Metric], constants: Mapping[str, Standard] | None = None
 ) -> ScoresOf:
-    """The index of each model in each task, and their average for models that have all tasks that any has.
+    """The index of each model in each task, and the average for models that have every task that occurs.
 
     Args:
-        models: scores by name.
-        metrics: what they are.
-        constants: of the metrics; those of these models when None. Where all score alike the index is 0.
+        models: scores of each model.
+        metrics: the metrics to use.
+        constants: standards of the metrics; computed from `models` when None. The index is 0 where the deviation is 0.
     """
     known = standards(models, metrics) if constants is None else constants
 
@@ -74,7 +74,7 @@ def indices(
 
 
 def ranks(models: Mapping[str, Scores], metrics: Sequence[Metric]) -> ScoresOf:
-    """As :func:`indices`: the place of each model, 1 for the best, half places where two are alike."""
+    """The rank of each model, as :func:`indices` gives the index: 1 for the best, shared ranks averaged."""
 
     def place(value: float, one: Metric) -> float:
         others = [scores[one.name] for scores in models.values() if one.name in scores]
@@ -105,8 +105,8 @@ def _by_task(values: Mapping[str, Mapping[Metric, float]]) -> ScoresOf:
 
 
 def correlation(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[float | None, int]:
-    """Pearson's correlation over the models that both have, and how many those are; None for fewer than three, or where one
-    does not vary."""
+    """Pearson's correlation over the models that both have, and their number. The correlation is None for fewer than
+    three models or where one side is constant."""
     common = [name for name in first if name in second]
     if len(common) < 3:
         return None, len(common)

@@ -1,7 +1,7 @@
-"""What the benchmark published: the constants of its index, its leaderboards, its efficiency lengths.
+"""The benchmark's published results: the constants of its index, its leaderboards, its efficiency lengths.
 
-From its repository (Shark-NLP/CAB at 0e49696: scripts/compositional_index, README). The data are not those of the other
-presets, so that only differences between models compare, and their signs.
+Source: its repository (Shark-NLP/CAB at 0e49696: scripts/compositional_index, README). Its data are not those of this
+study's presets, so compare only differences between models, and their signs.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ LEADERBOARD: dict[Pattern, dict[str, dict[str, float]]] = {
         "performer": {"TTS": -0.935, "Sum": -1.094},
     },
 }
-"""Index of each task."""
+"""Published index by pattern, mechanism and task."""
 
 EFFICIENCY: dict[str, tuple[int, int]] = {
     "performer": (2361, 37),
@@ -108,14 +108,14 @@ EFFICIENCY: dict[str, tuple[int, int]] = {
     "s4d": (6011, 949),
     "local": (4195, 1169),
 }
-"""Lengths from which time and memory are below softmax's, on the authors' GPU."""
+"""Efficiency lengths of time and of memory, on the authors' GPU."""
 
 
 def read_scores(path: str | Path) -> dict[Pattern, Scores]:
-    """Scores of one model in the benchmark's own form: a line for each pattern, numbers in the order of its metrics.
+    """Read one model's scores in the benchmark's format: a line for each pattern, numbers in the order of its metrics.
 
     Raises:
-        Unsupported: for a file that cannot be read, or has another form.
+        Unsupported: for a file that cannot be read or has another format.
     """
     try:
         lines = [line.split() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
@@ -139,7 +139,7 @@ def read_scores(path: str | Path) -> dict[Pattern, Scores]:
 
 
 def published_index(scores: dict[Pattern, Scores]) -> ScoresOf:
-    """The index of each task and their mean, in each pattern, by the published constants."""
+    """The index of each task and the average, in each pattern, by the published constants."""
     return {
         pattern.value: indices({"it": scores[pattern]}, METRICS[pattern], STANDARDS[pattern])["it"]
         for pattern in scores

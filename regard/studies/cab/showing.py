@@ -1,4 +1,4 @@
-"""What the study shows: leaderboards, scores, efficiency lengths, agreement of patterns, what attention is worth."""
+"""Report sections: leaderboards, scores, efficiency lengths, agreement of patterns, the benefit of attention."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ WORDS = {
 
 
 def sections(chosen: Chosen, cells: Cells) -> list[Section]:
-    """Everything that the cells show; parts of which nothing was measured are left out."""
+    """All sections of the report; sections without measurements are left out."""
     means, seeds = _means(cells), _by_seed(cells)
     found = {pattern: pattern_indices(means, chosen, pattern) for pattern in Pattern}
     parts = [
@@ -70,7 +70,7 @@ def sections(chosen: Chosen, cells: Cells) -> list[Section]:
 
 
 def _means(cells: Cells) -> dict[str, dict[str, Any]]:
-    """Means over seeds of numbers, and of numbers of lists, by setting; None where nothing finite was measured."""
+    """Means over seeds of numbers, and elementwise of lists, by setting; None where no value is finite."""
     gathered: dict[str, dict[str, list[Any]]] = {}
     for (setting, _), measured in cells.items():
         for name, value in measured.items():
@@ -291,7 +291,7 @@ def _benefit(
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean; None of fewer than two."""
+    """Standard error of the mean; None for fewer than two values."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 

@@ -1,4 +1,4 @@
-"""Finds the studies: the modules and folders of the folder above, and the reproductions that have a table."""
+"""Find studies: the modules and folders in the parent folder, and the reproductions that have a table."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _found() -> dict[str, Study]:
 
 
 def _of(reproduction: Reproduction) -> Study:
-    """The study that a reproduction with a table is: of one size, about its own mechanisms."""
+    """Wrap a reproduction that has a table as a study, with one preset and the reproduction's own mechanisms."""
 
     def sections(_: object, cells: object) -> list[Section]:
         assert reproduction.table is not None

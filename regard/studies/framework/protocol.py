@@ -1,4 +1,4 @@
-"""How a study is written: a reproduction made for the mechanisms and the size that somebody asks for, and what it shows."""
+"""How a study is written: a reproduction for the requested mechanisms and size, and the report's sections."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Cells = Mapping[tuple[str, int], Measurements]
 
 @dataclass(frozen=True)
 class Chosen:
-    """What somebody asked a study for.
+    """What the user asked of a study.
 
     Attributes:
         preset: a name of :attr:`Study.presets`.
-        mechanisms: by name, with options where they have some (``local:window=32``); empty where a study takes none.
+        mechanisms: names, with options if any (``local:window=32``); empty where a study takes none.
         data: the user's files; empty where none were given.
     """
 
@@ -35,20 +35,20 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Study:
-    """A question to many mechanisms at once.
+    """A question put to many mechanisms at once.
 
     Attributes:
         name: as `regard study` takes it, with hyphens.
-        question: what it answers, in a sentence with a question mark.
-        make: the cells and the rules of their verdict, for what was chosen. Its reproduction is named like the study;
-            everything that a cell depends on is in its setting, so that rows of one preset do not count for another.
-        sections: what the cells show, in the order of a reader's interest; cells may be missing.
-        presets: sizes, the smallest first: that one ends within minutes.
-        mechanisms: those that enter when none are named; empty where the study takes none.
-        refuses: why a mechanism cannot enter, or None where it can.
+        question: what the study answers, as one sentence with a question mark.
+        make: builds the cells and the checks that judge them. The reproduction has the study's name. A cell's setting
+            holds everything the cell depends on, so that results of one preset never count for another.
+        sections: builds the report's sections from the cells, the most interesting first; cells may be missing.
+        presets: sizes, the smallest first; the smallest ends within minutes.
+        mechanisms: the default mechanisms; empty where the study takes none.
+        refuses: returns why a mechanism cannot enter, or None where it can.
         takes_data: what the user's files may be; "" where the study takes none.
-        instead: a command that a mechanism may be given to, where the study takes none; "" where there is no such command.
-        folder: of the results, when no other is named.
+        instead: the command to use for a mechanism where the study takes none; "" where there is no such command.
+        folder: default folder of the results.
     """
 
     name: str
@@ -69,16 +69,17 @@ class Study:
         data: Sequence[str] = (),
         entered: Sequence[str] = (),
     ) -> Chosen:
-        """What is asked for, checked.
+        """Check the user's choices.
 
         Args:
             preset: the first one when None.
-            mechanisms: as `regard compare` takes them, or ``all``; the study's own and those of `entered` when None.
+            mechanisms: as `regard compare` takes them, or ``all``; the study's defaults and `entered` when None.
             data: the user's files.
             entered: names of the user's own mechanisms.
 
         Raises:
-            Unsupported: for an unknown preset or mechanism, a mechanism that cannot enter, and what the study does not take.
+            Unsupported: for an unknown preset or mechanism, a mechanism that cannot enter, and files or mechanisms
+                given to a study that takes none.
         """
         wanted = self.presets[0] if preset is None else preset
         if wanted not in self.presets:
@@ -106,13 +107,13 @@ class Study:
         return Chosen(wanted, tuple(dict.fromkeys((*own, *names))), tuple(data))
 
     def seconds(self, preset: str) -> float:
-        """Roughly what a preset takes on one core, with the study's own mechanisms."""
+        """Rough duration of a preset on one core, with the study's default mechanisms."""
         return sum(cell.seconds for cell in self.make(self.choose(preset)).cells())
 
 
 def opened(study: Study, chosen: Chosen, store: Store | None, seeds: int | None = None) -> dict[str, Any]:
-    """What a store holds of a study, as JSON could hold it: the record of its reproduction, and of the study itself its
-    `study`, `question`, `preset` and `sections`."""
+    """The stored results of a study as a JSON-compatible record: its reproduction's record, and `study`, `question`,
+    `preset`, `sections`, `entered` and `data`."""
     (record,) = collect([study.make(chosen)], store, seeds)
     cells = {
         (cell["setting"], cell["seed"]): {
@@ -126,5 +127,5 @@ def opened(study: Study, chosen: Chosen, store: Store | None, seeds: int | None 
 
 
 def of_record(record: Mapping[str, Any], study: Study) -> Reproduction:
-    """The reproduction of a study that a record of :func:`opened` is of."""
+    """The study's reproduction from which :func:`opened` made a record."""
     return study.make(Chosen(record["preset"], tuple(record["entered"]), tuple(record["data"])))

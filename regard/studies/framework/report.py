@@ -1,4 +1,4 @@
-"""The page of a study: one HTML file that needs nothing else."""
+"""The report page of a study: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from regard.workbench.reports.sections import section
 
 
 def write_study_report(record: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Write the report of what :func:`opened` told, replacing the file in one step.
+    """Write the report of a record from :func:`opened`, replacing the file atomically.
 
     Raises:
-        Unsupported: where it cannot be written.
+        Unsupported: if the file cannot be written.
     """
     place = Path(path)
     page = render_study(record)
@@ -29,7 +29,7 @@ def write_study_report(record: Mapping[str, Any], path: str | os.PathLike[str]) 
 
 
 def render_study(record: Mapping[str, Any]) -> str:
-    """The page of a record as text."""
+    """The report page of a record as HTML text."""
     environment = pages(Path(__file__).parent / "templates")
     judged = [(one["says"], measured_words(one), one["outcome"]) for one in [*record["needs"], *record["findings"]]]
     return environment.get_template("study.html.j2").render(

@@ -1,15 +1,16 @@
 """In-context learning of Boolean functions (Bhattamishra et al., arXiv 2310.03016): which mechanisms learn a new function from
-the examples in their context, and how near do they come to what is best?
+the examples in their context, and how near do they come to the optimum?
 
 The paper: Transformers come near the optimal learner for simple classes (conjunctions, disjunctions), less so for DNF and CNF,
-and stay at chance on parities; some attention-free models do almost the same. With a teaching sequence, examples that leave one
-function, far fewer examples do, and one model holds both algorithms and takes the one that the examples allow. Pretrained
-language models compete with nearest neighbours.
+and stay at chance on parities; some attention-free models do almost as well. With a teaching sequence (examples that
+leave only one possible function) far fewer examples are enough, and one model holds both algorithms and uses the better
+one that the examples allow. Pretrained language models compete with nearest neighbours.
 
-Here: contexts of 24 examples of 8 bits, where most of the paper's are 40 of 28; models of three layers of width 64 instead of 12 of
-256, trained for 1,000 steps of 32 contexts with this project's optimiser. A clause reads 0.6 of the 8 bits (of the paper's 28 bits 0.3), so
-that few clauses are empty. Beside the models are the best guess (every function of the class weighed by how it is drawn), the exact
-learners, nearest neighbours, a network trained on each context, and always -1, on the same held-out contexts.
+Here: contexts of 24 examples of 8 bits, where most of the paper's have 40 of 28; models of 3 layers of width 64 instead
+of 12 of 256, trained for 1,000 steps of 32 contexts with this project's optimiser. A clause reads 0.6 of the 8 bits
+(0.3 of the paper's 28 bits), so that few clauses are empty. The models are compared, on the same held-out contexts,
+with the best guess (every function of the class weighted by its probability), the exact learners, nearest neighbours, a
+network trained on each context, and always -1.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from regard.tasks.in_context_functions.functions import CLASSES
 
 CONTROL = "softmax"
 RETENTION = "gated_linear:gate=fixed,positions=rotary"
-"""As `--mechanisms retention` is read: the paper's own attention-free model."""
+"""What `--mechanisms retention` stands for: the paper's attention-free model."""
 TAUGHT, MIXED = "taught conjunction", "taught in half of the contexts"
 FUNCTIONS: dict[str, dict[str, Any]] = {
     "conjunction": {"function": "conjunction"},
@@ -44,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a pool of functions": {"function": "conjunction", "pool": 256},
     "frozen layers": {"function": "conjunction", "frozen": True},
 }
-"""What else the control is trained on."""
+"""Further ways to train the control."""
 PRETRAINED: dict[str, dict[str, Any]] = {
     name: {"kind": "pretrained", "function": function, "dimensions": 5, "literals": 0.5, "length": 80, "items": 20}
     for name, function in {
@@ -72,7 +73,7 @@ SIZES: dict[str, dict[str, Any]] = {
     | {"steps": 15_000, "batch_size": 64, "learning_rate": 1e-4, "items": 1280},
 }
 SECONDS = {"tiny": 2.5, "small": 50.0, "paper": 40_000.0}
-"""Of a model; mamba2 takes twice as long as the mean."""
+"""Seconds for a model; mamba2 takes twice as long as the mean."""
 OTHER_SECONDS: dict[str, dict[str, float]] = {
     "tiny": {"references": 1.0},
     "small": {"references": 15.0, "pretrained": 130.0},
@@ -82,18 +83,18 @@ OF_MODELS = ("layers", "dim", "num_heads", "steps", "batch_size", "learning_rate
 
 
 def functions_of(preset: str) -> dict[str, dict[str, Any]]:
-    """The functions of a preset: three, those that the claims are about, or all classes."""
+    """The functions of a preset: tiny has three, small those of the paper's claims, paper all classes."""
     if preset == "tiny":
         return {name: FUNCTIONS[name] for name in ("conjunction", TAUGHT, "parity")}
     if preset == "small":
         return FUNCTIONS
     named = {one["function"] for one in FUNCTIONS.values()}
     others = {name.replace("_", " "): {"function": name} for name in CLASSES if name not in named}
-    return FUNCTIONS | others | {"parity": {"function": "parity", "dimensions": 10}}  # of 28 bits it is hopeless
+    return FUNCTIONS | others | {"parity": {"function": "parity", "dimensions": 10}}  # parities of 28 bits are hopeless
 
 
 def settings(chosen: Chosen) -> dict[str, dict[str, Any]]:
-    """All settings: references and models of each function, further ones of the control, and a pretrained model if installed."""
+    """All settings: references and models of each function, variants of the control, the pretrained model if any."""
     size, found = SIZES[chosen.preset], dict[str, dict[str, Any]]()
     sizes = {name: value for name, value in size.items() if name not in OF_MODELS}
     for name, function in functions_of(chosen.preset).items():
@@ -140,19 +141,19 @@ def _less(first: str, second: str, name: str = "end") -> Callable[[Seed], float]
 
 
 def _short_of_best(seed: Seed) -> float:
-    """What the control lacks at the end on conjunctions; of 28 bits against elimination, since nobody weighs all functions."""
+    """The control's final gap to the best guess on conjunctions, or to elimination if the best guess is too costly."""
     known = seed[references("conjunction")]
     best = f"{BEST} end" if f"{BEST} end" in known else "elimination end"
     return number(seed, references("conjunction"), best) - number(seed, trained("conjunction", CONTROL), "end")
 
 
 def of_fixed_state(chosen: Chosen) -> tuple[str, ...]:
-    """Those that entered and whose state does not grow: what the paper says of models without attention is asked of them."""
+    """Entered mechanisms with a state of fixed size, on which claims about attention-free models are tested."""
     return tuple(name for name in entered(chosen) if all(card.recurrent for card in read_variant(name).cards))
 
 
 def _nearest_of_fixed_state(others: tuple[str, ...]) -> Callable[[Seed], float]:
-    """By how much the best of these mechanisms is above the control on conjunctions."""
+    """How far the best of these mechanisms ends above the control on conjunctions."""
     return lambda seed: max(
         number(seed, trained("conjunction", one), "end") - number(seed, trained("conjunction", CONTROL), "end")
         for one in others
@@ -160,7 +161,7 @@ def _nearest_of_fixed_state(others: tuple[str, ...]) -> Callable[[Seed], float]:
 
 
 def checks(chosen: Chosen) -> tuple[Check, ...]:
-    """The paper's claims, as far as the preset has the functions that they are about."""
+    """The paper's claims about the functions that the preset has."""
     conjunction, taught = trained("conjunction", CONTROL), trained(TAUGHT, CONTROL)
     found = [
         Check("conjunctions: softmax within 5 points of the best guess at the end", _short_of_best, below=0.05),
@@ -233,7 +234,7 @@ NEEDS = (
 
 
 def make(chosen: Chosen) -> Reproduction:
-    """The study of a preset and its mechanisms."""
+    """The reproduction for a preset and its mechanisms."""
     installed, cells = pretrained_file() is not None, settings(chosen)
     words = "SmolLM2-135M is measured beside the nearest neighbour in the preset small, and not judged"
     return Reproduction(
@@ -284,7 +285,7 @@ def make(chosen: Chosen) -> Reproduction:
 
 
 def shown(chosen: Chosen, cells: Mapping[tuple[str, int], Any]) -> Any:
-    """What the cells show."""
+    """The report's sections."""
     return sections(cells, tuple(functions_of(chosen.preset)), entered(chosen), settings(chosen))
 
 

@@ -25,16 +25,16 @@ from regard.tasks.protocol import EVALUATION, counter_generator
 
 TASK_OPTIONS = tuple(inspect.signature(InContextFunctionsTask).parameters)
 LONGER = 2
-"""How many times as many examples as in training a model is tried on."""
+"""Length of the longer test contexts, in multiples of the training length."""
 SHIFTED = 0.7
-"""The chance that a bit is +1 where models are tried on other inputs than in training."""
+"""Probability that a bit is +1 in the test contexts with shifted inputs."""
 NOTHING = "always -1"
 NEAREST = "nearest neighbour"
 BEST = "best guess"
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Measurements of a setting; accuracies over all held-out contexts, for each example of a context where lists."""
+    """Measurements of a setting. Accuracies are over all held-out contexts; lists have one for each example."""
     if setting["kind"] == "trained":
         return trained(setting, seed)
     if setting["kind"] == "references":
@@ -49,9 +49,9 @@ def task_of(setting: Setting, seed: int, **other: Any) -> InContextFunctionsTask
 
 
 def build_model(setting: Setting, features: int) -> Encoder:
-    """A causal model whose layers are of the setting's mechanism, with one number for each token.
+    """A causal model with the setting's mechanism and one output number for each token.
 
-    A mechanism with a greatest length gets that of the longest contexts that the model is tried on.
+    A mechanism with a maximum length gets that of the longest test contexts.
     """
     longest = LONGER * setting["length"]
     plan = []
@@ -66,8 +66,9 @@ def build_model(setting: Setting, features: int) -> Encoder:
 
 
 def trained(setting: Setting, seed: int) -> dict[str, Any]:
-    """A model trained on the setting's functions: how right it is on new ones, on more examples than in training, on other
-    inputs, and, where they differ, on the functions it was trained on and with and without teaching sequences."""
+    """Train a model on the setting's functions and measure its accuracy on new functions, on longer contexts and on
+    shifted inputs, and, where the setting has them, on the pool of training functions and with and without teaching
+    sequences."""
     task = task_of(setting, seed)
     model = build_model(setting, task.dimensions)
     if setting.get("frozen"):
@@ -96,19 +97,19 @@ def trained(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def references(setting: Setting, seed: int) -> dict[str, Any]:
-    """The learners that need no training on functions, on the contexts that models of this seed are scored on."""
+    """Accuracies of the learners that need no training, on the contexts on which models of this seed are scored."""
     task = task_of(setting, seed)
     x, y = (torch.from_numpy(each).float() for each in (task.held_out.x, task.held_out.y))
     found: dict[str, Any] = {}
     for name, learner in reference_learners(task).items():
-        # in parts, since some make a number of each pair of examples for each unit or function
+        # in parts, since some learners need memory for each pair of examples times units or functions
         numbers = torch.cat([learner(*part) for part in zip(x.split(32), y.split(32), strict=True)])
         found.update(told(accuracy(numbers, task.held_out), task.held_out.first, f"{name} "))
     return found
 
 
 def reference_learners(task: InContextFunctionsTask) -> dict[str, learners.Learner]:
-    """Learners by name; the exact one and the best guess where there are some."""
+    """Learners by name, with the exact learner and the best guess where they exist."""
     found: dict[str, learners.Learner] = {
         NOTHING: learners.null,
         NEAREST: learners.neighbours(1),
@@ -119,13 +120,13 @@ def reference_learners(task: InContextFunctionsTask) -> dict[str, learners.Learn
     exact = exact_learner(task.kind)
     if exact is not None:
         found[exact[0]] = exact[1]
-    with contextlib.suppress(Unsupported):  # too many functions to weigh each, or of several clauses
+    with contextlib.suppress(Unsupported):  # too many functions to weigh, or functions of several clauses
         found[BEST] = learners.best_guess(task.kind, task.dimensions, literals=task.literals, taught=task.taught)
     return found
 
 
 def exact_learner(kind: FunctionClass) -> tuple[str, learners.Learner] | None:
-    """The learner that is right as soon as the examples leave one function; None where no fast one is known."""
+    """The learner that is right as soon as the examples determine the function; None where no fast one is known."""
     monotone = not kind.signed
     if kind.rule == "nearest":
         return "nearest cosine", learners.nearest_cosine
@@ -137,7 +138,7 @@ def exact_learner(kind: FunctionClass) -> tuple[str, learners.Learner] | None:
 
 
 def asked(setting: Setting, seed: int) -> dict[str, Any]:
-    """SmolLM2-135M, asked in words, beside the reference learners on the same contexts."""
+    """Accuracies of SmolLM2-135M, prompted with text, and of the reference learners on the same contexts."""
     task = task_of(setting, seed)
     found = {f"reference {name}": value for name, value in references(setting, seed).items()}
     answers = ask(*pretrained(), task.held_out.x, task.held_out.y)
@@ -146,22 +147,22 @@ def asked(setting: Setting, seed: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def says(model: nn.Module, contexts: Contexts) -> Tensor:
-    """What a model says of each example (b, m)."""
+    """A model's output for each example, (b, m)."""
     inputs = as_batch(contexts.x, contexts.y).inputs
     with evaluation_mode(model):
         return torch.cat([model(part).output[:, ::2, 0] for part in inputs.split(64)])
 
 
 def accuracy(numbers: Tensor, contexts: Contexts) -> list[float]:
-    """The share of contexts in which the sign is right, by example; nan before the first that counts."""
+    """Share of contexts in which the sign is right, by example; nan before the first example that counts."""
     right = (numbers.sign() == torch.from_numpy(contexts.y)).double().mean(0)
     right[: contexts.first] = math.nan
     return right.tolist()
 
 
 def told(curve: Sequence[float], first: int, name: str = "") -> Mapping[str, Any]:
-    """A curve, its mean (``score``), and those of the second quarter (``early``) and the last quarter (``end``) of the
-    examples that count."""
+    """A curve with its means over the examples that count (``score``), their second quarter (``early``) and their last
+    quarter (``end``)."""
     counted = torch.tensor(curve[first:], dtype=torch.float64)
     quarter = max(1, len(counted) // 4)
     return {

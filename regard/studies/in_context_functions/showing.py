@@ -1,4 +1,4 @@
-"""What the cells of the study show."""
+"""Report sections of the study."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from regard.workbench.reports.sections import Curves, Row, Section
 
 Cells = Mapping[tuple[str, int], Measurements]
 DRAWN = (BEST, "elimination", "Gaussian elimination", NEAREST, NOTHING)
-"""References that are drawn beside the models; the others are in the tables."""
+"""References drawn in the pictures with the models; the others are in the tables only."""
 PRETRAINED = "SmolLM2-135M"
 
 
 def sections(
     cells: Cells, functions: Sequence[str], mechanisms: Sequence[str], settings: Mapping[str, Setting]
 ) -> list[Section]:
-    """Accuracies of each function by learner, then what models do beyond their training, heads, and a pretrained model."""
+    """Accuracies by function and learner, then generalisation beyond training, heads, and the pretrained model."""
     found = [_function(cells, function, mechanisms) for function in functions]
     return [
         one
@@ -37,7 +37,7 @@ def sections(
 
 
 def mean(cells: Cells, setting: str, name: str) -> float | None:
-    """A measured number, over seeds; None where there is none."""
+    """The mean of a measured number over seeds; None where it was not measured."""
     values = _values(cells, setting, name)
     return sum(values) / len(values) if values else None
 
@@ -54,7 +54,7 @@ def _values(cells: Cells, setting: str, name: str) -> list[float]:
 
 
 def curve(cells: Cells, setting: str, name: str) -> list[tuple[float, float | None]]:
-    """The mean over seeds of a measured curve, the first example numbered 1."""
+    """The mean over seeds of a measured curve, with examples numbered from 1."""
     curves = [found[name] for (own, _), found in cells.items() if own == setting and name in found]
     told = []
     for at, values in enumerate(zip(*curves, strict=True)):
@@ -119,7 +119,7 @@ def _beyond(cells: Cells, functions: Sequence[str], mechanisms: Sequence[str]) -
 
 
 def _variants(cells: Cells, settings: Mapping[str, Setting]) -> Section:
-    """The models that were trained in another way, and the same model trained as usual."""
+    """The models that were trained in other ways."""
     rows = []
     for name, setting in settings.items():
         usual = not any(setting.get(option) for option in ("taught", "noise", "pool", "frozen"))
@@ -156,7 +156,7 @@ def _heads(cells: Cells) -> Section:
 
 
 def _pretrained(cells: Cells) -> list[Section]:
-    """A section of each function that a pretrained model was asked for, with the references on the same contexts."""
+    """A section for each function on which the pretrained model was measured, with the references."""
     found = []
     for setting in dict.fromkeys(own for (own, _), measured in cells.items() if f"reference {NOTHING} end" in measured):
         names = [name.removeprefix("reference ") for name in learners_of(cells, setting) if name]
@@ -177,7 +177,7 @@ def _pretrained(cells: Cells) -> list[Section]:
 
 
 def learners_of(cells: Cells, setting: str) -> list[str]:
-    """Whatever has a curve in the cells of a setting; the model's own is ""."""
+    """Names of the learners with a curve in the cells of a setting; the model's own name is ""."""
     names = [name for (own, _), measured in cells.items() if own == setting for name in measured]
     return list(dict.fromkeys(name[: -len("curve")].strip() for name in names if name.endswith("curve")))
 

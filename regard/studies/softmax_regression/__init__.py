@@ -1,13 +1,14 @@
 """Softmax regression in context (Li et al., arXiv 2304.13276): do an attention layer and a gradient step do nearly the same?
 
-The paper (abstract): one self-attention layer changes its data, and a step of gradient descent on a softmax regression its weight;
-both move the regression's target by a bounded amount, and models that learn by either are much alike. There is no code of it.
+The paper (abstract): a self-attention layer changes the data of a softmax regression, a step of gradient descent its
+weight; both move the regression's target by a bounded amount, and models that learn by either are much alike. No code
+was published.
 
 Here: the regression with its exact derivatives (:mod:`regression`), Newton and gradient descent (:mod:`solvers`), both shifts of
-the target and two bounds on each (:mod:`shifts`): the paper's, which is so large that nothing could break it, and one that is
-reached. Then layers of mechanisms that are trained on the contexts of tasks, beside one step of gradient descent at its best rate
-(:mod:`learners`). The tasks' queries are not the context's keys, unless the setting says so: a layer that sees a target at the
-very key that it is asked for could copy it.
+the target with two bounds on each (:mod:`shifts`): the paper's, which is too large to be violated, and a tight one.
+Then layers of mechanisms trained on in-context tasks are compared with one step of gradient descent at its best rate
+(:mod:`learners`). The tasks' queries differ from the context's keys, unless the setting says so: a layer could copy the
+target of a key that it is asked for.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 SECONDS = {"tiny": 1.0, "small": 11.0}
-"""Of a learner; delta_rule takes twice as long as the mean, linear attention half."""
+"""Seconds for a learner; delta_rule takes twice as long as the mean, linear attention half."""
 
 
 def make(chosen: Chosen) -> Reproduction:
-    """Derivatives, bounds of both shifts and solvers, and a learner of each mechanism beside gradient descent."""
+    """Cells for derivatives, bounds of both shifts and solvers, and for a learner of each mechanism."""
     sizes = PRESETS[chosen.preset]
     training = {
         "cell": "learner",
@@ -136,7 +137,7 @@ def _ratio(first: str, second: str) -> Callable[[Seed], float]:
 
 
 def _rise(seed: Seed) -> float:
-    """The largest rise of the difference between two looks, as a share of the first."""
+    """The largest rise of the difference between two moments, as a share of the first difference."""
     found = seed["learner softmax"]["differences"]
     return max(two - one for one, two in itertools.pairwise(found)) / found[0]
 

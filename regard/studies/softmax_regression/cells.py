@@ -1,4 +1,4 @@
-"""What the cells of the study measure."""
+"""Measurements of the study's cells."""
 
 from __future__ import annotations
 
@@ -48,20 +48,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sinh, not normalised": {"link": "sinh", "normalised": False},
 }
 LARGEST_CURVATURE = 4.0
-"""Above the spectral norm of B for probabilities f and b."""
+"""Upper bound on the spectral norm of B for probability vectors f and b."""
 LOOKS = 12
-"""Moments of a learner's training at which it is compared."""
+"""Number of moments in training at which a learner is compared."""
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Measurements of the kind of cell that the setting names."""
+    """Measurements of a setting, by its kind of cell."""
     generator = torch.Generator().manual_seed(seed)
     return CELLS[setting["cell"]](setting, generator)
 
 
 def derivatives(setting: Setting, generator: torch.Generator) -> dict[str, Any]:
-    """The largest error of gradient, Hessian and its product beside automatic differentiation, by variant, relative to the
-    largest entry; and of the identities of both shifts."""
+    """The largest error of gradient, Hessian and Hessian product against automatic differentiation, by variant,
+    relative to the largest entry; and the largest error in the identities of both shifts."""
     n, d, draws = setting["n"], setting["d"], setting["draws"]
     found: dict[str, Any] = {}
     for name, options in VARIANTS.items():
@@ -93,7 +93,7 @@ def derivatives(setting: Setting, generator: torch.Generator) -> dict[str, Any]:
 def problem_of(
     draws: int, n: int, d: int, generator: torch.Generator, *, queries: bool = False, **options: Any
 ) -> tuple[Regression, Tensor]:
-    """Random regressions with targets that are probabilities, (draws, n, d), and weights; three `queries` at once or none."""
+    """Random regressions (draws, n, d) on probabilities, and weights; with `queries`, three queries at once."""
     shape = (draws, 3) if queries else (draws,)
     a, b = (torch.randn(*shape, *more, generator=generator, dtype=torch.float64) for more in ((n, d), (n,)))
     x = torch.randn(draws, d, generator=generator, dtype=torch.float64)
@@ -105,10 +105,10 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 
 def bounds(setting: Setting, generator: torch.Generator) -> dict[str, Any]:
-    """How far random shifts move the target, beside both bounds.
+    """How far random shifts move the target, compared with both bounds.
 
-    Of both shifts the sorted ratios to the tight bound, and log10 of that to the loose one; keys and weights have norms up to
-    the radius, and shifts lengths from a hundredth of it to all of it.
+    For each shift: quantiles of the ratio to the tight bound, and of log10 of the ratio to the loose bound. Keys and
+    weights have norms up to the radius, and shifts have lengths from a hundredth of the radius to the radius.
     """
     n, d, draws, radius = (setting[name] for name in ("n", "d", "draws", "radius"))
 
@@ -116,7 +116,7 @@ def bounds(setting: Setting, generator: torch.Generator) -> dict[str, Any]:
         return torch.randn(draws, *shape, generator=generator, dtype=torch.float64)
 
     def upto(low: float) -> Tensor:
-        """Log-uniform lengths."""
+        """Log-uniform lengths from `low` times the radius to the radius."""
         return radius * low ** torch.rand(draws, generator=generator, dtype=torch.float64)
 
     def keys(lengths: Tensor) -> Tensor:
@@ -164,12 +164,12 @@ def bounds(setting: Setting, generator: torch.Generator) -> dict[str, Any]:
 
 
 def _thinned(values: Tensor, count: int = 51) -> list[float]:
-    """Quantiles from the least to the largest."""
+    """Evenly spaced quantiles, from minimum to maximum."""
     return torch.quantile(values, torch.linspace(0, 1, count, dtype=values.dtype)).tolist()
 
 
 def at_extreme(setting: Setting, generator: torch.Generator) -> dict[str, Any]:
-    """Ratios to the tight bounds where they are constructed to be reached, by the size of the shift."""
+    """Ratios to the tight bounds on problems constructed to reach them, by the size of the shift."""
     n, d = setting["n"], setting["d"]
     weight, data = [], []
     for distance in setting["distances"]:
@@ -183,9 +183,10 @@ def at_extreme(setting: Setting, generator: torch.Generator) -> dict[str, Any]:
 
 
 def solvers(setting: Setting, generator: torch.Generator) -> dict[str, Any]:
-    """Newton's method and gradient descent on regularised problems: the loss above the least one, step by step.
+    """Newton's method and gradient descent on regularised problems: the excess loss over the minimum, step by step.
 
-    The `order` of Newton's method is that of its last steps above rounding: log of a gradient over log of the one before.
+    The `order` of Newton's method is estimated from its last steps above rounding: log of a gradient norm over log of
+    the one before.
     """
     n, d, draws = setting["n"], setting["d"], setting["draws"]
     problem, _ = problem_of(draws, n, d, generator, weight=setting["weight"])
@@ -216,13 +217,13 @@ def solvers(setting: Setting, generator: torch.Generator) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Beside:
-    """What layers of all mechanisms are compared with on the tasks of a seed.
+    """Baselines for the layers of all mechanisms on the tasks of a seed.
 
     Attributes:
-        test: the tasks.
-        rate: of one step of gradient descent, the best one on tasks of their own.
-        losses: on the test, of that step and of the others.
-        state: of the generator after these draws.
+        test: the test tasks.
+        rate: rate of one step of gradient descent, tuned on separate validation tasks.
+        losses: test loss of each baseline.
+        state: state of the random generator after these draws.
     """
 
     test: Tasks
@@ -231,10 +232,10 @@ class Beside:
     state: Tensor
 
 
-@functools.lru_cache(maxsize=2)  # with queries of their own and without, for all mechanisms that come after one another
+@functools.lru_cache(maxsize=2)  # with own queries and without, shared by consecutive mechanisms
 def beside(seed: int, items: int, n: int, d: int, own_queries: bool, descents: tuple[int, ...]) -> Beside:
-    """The losses of one step of gradient descent at its best rate, of more steps, each number at its own best rate, of the
-    minimum of the contexts' cross-entropy (which is convex), and of the answer 1/n."""
+    """Baselines: one step of gradient descent at its best rate and at rate 1, more steps (each number of steps at its
+    own best rate), the minimum of the contexts' cross-entropy (which is convex), and the answer 1/n."""
     generator = torch.Generator().manual_seed(seed)
     validation, test = (Tasks.draw(items, n, d, generator, own_queries=own_queries) for _ in range(2))
     rate = tuned_rate(validation)
@@ -251,7 +252,7 @@ def beside(seed: int, items: int, n: int, d: int, own_queries: bool, descents: t
 
 
 def learner(setting: Setting, generator: torch.Generator) -> dict[str, Any]:
-    """A layer that learns to learn, beside one step of gradient descent at its best rate, at moments of its training."""
+    """Train a layer to learn in context, and compare it with one step of gradient descent during its training."""
     n, d, options = setting["n"], setting["d"], {"own_queries": setting["own_queries"]}
     others = beside(generator.initial_seed(), setting["items"], n, d, descents=tuple(setting["descents"]), **options)
     generator.set_state(others.state)
@@ -292,7 +293,7 @@ def learner(setting: Setting, generator: torch.Generator) -> dict[str, Any]:
 
 
 def _solved(tasks: Tasks) -> Tensor:
-    """The minimum of the contexts' cross-entropy, as an answer."""
+    """The answers at the minimum of the contexts' cross-entropy."""
     own = regression(tasks)
     convex = Regression(own.a.double(), own.b.double(), loss="cross_entropy")
     x = newton(convex, torch.zeros_like(convex.a[:, 0]), 30).x.to(tasks.a.dtype)
@@ -300,7 +301,7 @@ def _solved(tasks: Tasks) -> Tensor:
 
 
 def construction(setting: Setting, generator: torch.Generator) -> dict[str, Any]:
-    """The error of linear attention with written weights beside a step of gradient descent, in float64."""
+    """The error of linear attention with constructed weights against a step of gradient descent, in float64."""
     n, d, rate = setting["n"], setting["d"], setting["rate"]
     tasks = Tasks.draw(setting["items"], n, d, generator, dtype=torch.float64)
     with torch.no_grad():

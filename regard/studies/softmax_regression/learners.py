@@ -1,14 +1,14 @@
-r"""Those that learn a softmax regression from its examples in a context: an attention layer, and gradient descent.
+r"""Learners of a softmax regression from examples in the context: an attention layer, and gradient descent.
 
-A task has n keys with their targets, and queries of its own, whose row of targets is asked for (protocol of arXiv 2208.01066 and
-2212.07677, for the rows of a softmax):
+A task has n keys with their targets, and separate queries whose targets are to be predicted (the protocol of arXiv
+2208.01066 and 2212.07677, for the rows of a softmax):
 
-    a_i ~ N(0, 1) / sqrt(d),  x* ~ N(0, 1),   b = softmax(A x*),   asked for: softmax(A' x*) of the queries A'
+    a_i ~ N(0, 1) / sqrt(d),  x* ~ N(0, 1),   b = softmax(A x*),   to predict: softmax(A' x*) of the queries A'
     tokens: (a_i, n b_i - 1) of the context, (a'_j, 0) of the queries
 
-The layer reads all tokens at once; the last coordinate of the queries' outputs are scores, and their softmax is its answer. One
-step of gradient descent from 0 answers softmax(A' x_1) with x_1 = -eta g(0) = eta / n sum_i (b_i - 1/n) a_i, which is what linear
-attention computes exactly: :func:`constructed`.
+The layer reads all tokens at once; the last coordinates of the queries' outputs are scores, and their softmax is its
+answer. One step of gradient descent from 0 answers softmax(A' x_1) with x_1 = -eta g(0) = eta / n sum_i (b_i - 1/n)
+a_i, which is what linear attention computes exactly: :func:`constructed`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 Answer = Callable[["Tasks"], Tensor]
-"""From tasks to rows of the queries, (B, m)."""
+"""Function from tasks to the predicted targets of their queries, (B, m)."""
 KEYS, WIDTH = 10, 5
-"""Of the study's tasks: keys of a context, as many queries, and how wide they are."""
+"""Number of keys (and of queries) in the study's tasks, and their width."""
 ENTER = (Kind.ATTENTION, Kind.MIXER, Kind.WRAPPER)
 
 
@@ -43,7 +43,7 @@ class Tasks:
 
     Attributes:
         a, b: keys of the context (B, n, d) and their targets (B, n).
-        queries, targets: (B, m, d) and (B, m).
+        queries, targets: queries (B, m, d) and their targets (B, m).
     """
 
     a: Float[Tensor, "b n d"]
@@ -62,7 +62,7 @@ class Tasks:
         own_queries: bool = True,
         dtype: torch.dtype = torch.float32,
     ) -> Tasks:
-        """New tasks; without queries of their own they are asked for the context's keys, whose targets are there to be seen."""
+        """Draw new tasks; without `own_queries` the queries are the keys, whose targets are in the context."""
         a, queries = (torch.randn(count, n, d, generator=generator, dtype=dtype) / d**0.5 for _ in range(2))
         queries = queries if own_queries else a
         x = torch.randn(count, d, 1, generator=generator, dtype=dtype)
@@ -70,23 +70,23 @@ class Tasks:
         return cls(a, b, queries, targets)
 
     def tokens(self) -> Float[Tensor, "b t c"]:
-        """Context and queries, of width d + 1."""
+        """Tokens of context and queries, of width d + 1."""
         n = self.a.shape[1]
         context = torch.cat([self.a, (n * self.b - 1)[..., None]], -1)
         asked = torch.cat([self.queries, torch.zeros_like(self.queries[..., :1])], -1)
         return torch.cat([context, asked], 1)
 
     def asking(self, queries: Tensor) -> Tasks:
-        """The same with other queries."""
+        """The same tasks with other queries."""
         return Tasks(self.a, self.b, queries, self.targets)
 
 
 class Learner(nn.Module):
-    """One layer of a mechanism with a residual connection; see the module.
+    """One layer of a mechanism with a residual connection, as the module describes it.
 
     Args:
-        mechanism: as `regard compare` writes it, with options or without.
-        dim: of its tokens.
+        mechanism: as `regard compare` takes it, with or without options.
+        dim: width of the tokens.
     """
 
     def __init__(self, mechanism: str, dim: int) -> None:
@@ -99,7 +99,7 @@ class Learner(nn.Module):
 
 
 def refuses(mechanism: str) -> str | None:
-    """Why a mechanism cannot be such a layer, or None where it can."""
+    """Why a mechanism cannot be a learner's layer, or None where it can."""
     try:
         kind = get_mechanism(known_name(mechanism)).kind
         if kind not in ENTER:
@@ -119,7 +119,7 @@ def regression(tasks: Tasks) -> Regression:
 
 
 def descent(rate: float, steps: int = 1) -> Answer:
-    """Gradient descent from 0, whose answers can be differentiated by the queries."""
+    """Gradient descent from 0, with answers that are differentiable with respect to the queries."""
 
     def answer(tasks: Tasks) -> Tensor:
         start = torch.zeros_like(tasks.a[:, 0])
@@ -130,11 +130,12 @@ def descent(rate: float, steps: int = 1) -> Answer:
 
 
 def constructed(d: int, factor: float, dtype: torch.dtype = torch.float64) -> Learner:
-    """Linear attention whose weights are written down: one step of gradient descent from 0 (arXiv 2212.07677, proposition 1).
+    """Linear attention with constructed weights: one step of gradient descent from 0 (arXiv 2212.07677, proposition 1).
 
-    q and k read the keys, v the last coordinate y, and the output writes `factor` sum_i y_i <a_i, a'_j> there; queries add
-    nothing, since their last coordinate is 0. With y = n b - 1 and a factor of rate / n^2 these are the scores of a step of
-    softmax regression, with targets y and rate / n the answers of a step of linear regression on |A x - y|^2 / (2 n).
+    q and k read the keys, v reads the last coordinate y, to which the output adds `factor` sum_i y_i <a_i, a'_j>;
+    queries add nothing, since their last coordinate is 0. With y = n b - 1 and a factor of rate / n^2 these are the
+    scores after a step of softmax regression; with targets y and rate / n the answers of a step of linear regression on
+    |A x - y|^2 / (2 n).
     """
     learner = Learner("linear:feature_map=identity,normalize=false", d + 1).to(dtype)
     keys, last = torch.eye(d + 1, dtype=dtype), torch.zeros(d + 1, d + 1, dtype=dtype)
@@ -152,7 +153,7 @@ def loss_of(answer: Answer, tasks: Tasks) -> Tensor:
 
 @torch.no_grad()
 def tuned_rate(tasks: Tasks, steps: int = 1) -> float:
-    """The rate of gradient descent with the least loss on these tasks: a search of nested grids of powers."""
+    """The rate of gradient descent with the least loss on these tasks, by a search over nested logarithmic grids."""
     low, high, best = -1.0, 5.0, 0.0
     for _ in range(6):
         grid = torch.linspace(low, high, 13).tolist()
@@ -164,7 +165,7 @@ def tuned_rate(tasks: Tasks, steps: int = 1) -> float:
 
 
 def sensitivity(answer: Answer, tasks: Tasks) -> Float[Tensor, "b d"]:
-    """The derivative of each first query's answer by its own key."""
+    """Gradient of the answer for each task's first query with respect to that query."""
     queries = tasks.queries.detach().clone().requires_grad_()
     own = answer(tasks.asking(queries))[:, 0].sum()
     return torch.autograd.grad(own, queries)[0][:, 0]
@@ -172,12 +173,12 @@ def sensitivity(answer: Answer, tasks: Tasks) -> Float[Tensor, "b d"]:
 
 @dataclass(frozen=True)
 class Likeness:
-    """How like two learners are on tasks: means over them.
+    """Similarity of two learners: means over tasks.
 
     Attributes:
         difference: |y - y'| of the answers.
-        cosine: of their sensitivities.
-        slope: norm of the difference of their sensitivities.
+        cosine: cosine between their sensitivities.
+        slope: norm of the difference between their sensitivities.
     """
 
     difference: float

@@ -46,20 +46,20 @@ class Curvature:
 
 @dataclass(frozen=True, eq=False)
 class Regression:
-    """One or a batch of softmax regressions.
+    """One softmax regression, or a batch of them.
 
     Attributes:
         a: keys, (..., n, d).
-        b: targets, (..., n); the rows of a probability, or any vector.
-        link: u: ``exp``, ``cosh`` or ``sinh``, whose sum may vanish.
-        loss: ``squared``, or ``cross_entropy``, which needs a link that is positive, normalised.
+        b: targets, (..., n): probabilities or any vectors.
+        link: the function u: ``exp``, ``cosh``, or ``sinh``, whose sum may vanish.
+        loss: ``squared``, or ``cross_entropy``, which needs a positive, normalised link.
         normalised: whether u is divided by its sum.
-        temperature: of the scores.
+        temperature: divides the scores.
         weight: w of the regulariser |diag(w) A x|^2 / 2, a number or (..., n).
-        queries: several queries at once: the axis before n counts them, they share one x, and their losses are added.
+        queries: whether the axis before n counts queries, which share one x and whose losses are added.
 
     Raises:
-        Unsupported: for what does not go together.
+        Unsupported: for options that do not go together.
     """
 
     a: Float[Tensor, "*b n d"]
@@ -86,11 +86,11 @@ class Regression:
             )
 
     def scores(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b n"]:
-        """A x over the temperature."""
+        """Scores A x / temperature."""
         return self._product(x) / self.temperature
 
     def predict(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b n"]:
-        """f."""
+        """The prediction f."""
         return self._links(x)[0]
 
     def value(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b"]:
@@ -118,7 +118,7 @@ class Regression:
         return self._back(of_scores / self.temperature + self.weight**2 * self._product(x))
 
     def hessian(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d d"]:
-        """The Hessian of :meth:`value`, in n d^2."""
+        """The Hessian of :meth:`value`, in O(n d^2)."""
         curve = self._curvature(x)
         scaled = curve.diagonal / self.temperature**2 + self.weight**2
         p, q = ((self.a.mT @ v[..., None]) / self.temperature for v in (curve.p, curve.q))  # (..., d, 1)
@@ -126,7 +126,7 @@ class Regression:
         return found.sum(-3) if self.queries else found
 
     def hessian_product(self, x: Float[Tensor, "*b d"], v: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        """The Hessian times `v`, in n d."""
+        """The Hessian times `v`, in O(n d)."""
         curve, along = self._curvature(x), self._product(v)
         p, q = (
             part * (other * along).sum(-1, keepdim=True) for part, other in ((curve.p, curve.q), (curve.q, curve.p))
@@ -144,7 +144,7 @@ class Regression:
         return found.sum(-2) if self.queries else found
 
     def _links(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """f, h and r = u' / u. What is normalised is scaled by the largest score first, so that no exponential overflows."""
+        """f, h and r = u' / u. Normalised links are scaled by the largest score, so that no exponential overflows."""
         s = self.scores(x)
         one = torch.ones_like(s)
         if self.link == "exp":

@@ -1,4 +1,4 @@
-"""What the cells of the study show."""
+"""Report sections of the study."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OTHERS = ("one step", "descent 2", "descent 5", "descent 20", "newton", "uniform
 
 
 def sections(chosen: Chosen, cells: Cells) -> list[Section]:
-    """Learners first, then bounds, extremes, solvers and derivatives, as far as there are cells."""
+    """Learners first, then bounds, extremes, solvers and derivatives; only those that have cells."""
     return [
         part
         for part in (_learning(cells), _bounds(cells), _extreme(cells), _solvers(cells), _derivatives(cells))
@@ -147,13 +147,13 @@ def _derivatives(cells: Cells) -> Section:
 
 
 def mean(cells: Cells, setting: str, name: str) -> float | None:
-    """Over the seeds."""
+    """Mean of a measured number over the seeds."""
     values = [found[name] for (own, _), found in cells.items() if own == setting and found.get(name) is not None]
     return sum(values) / len(values) if values else None
 
 
 def means(cells: Cells, setting: str, name: str) -> list[Any]:
-    """Means of lists over the seeds, place by place."""
+    """Elementwise means of lists over the seeds."""
     lists: Sequence[Sequence[float | None]] = [found[name] for (own, _), found in cells.items() if own == setting]
     columns = zip(*lists, strict=True)
     return [None if None in column else sum(column) / len(column) for column in columns]

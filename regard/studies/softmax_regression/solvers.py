@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 SUFFICIENT = 1e-4
-"""Share of the decrease by the gradient that a Newton step has to reach (Armijo)."""
+"""Share of the linearly predicted decrease that a Newton step has to reach (Armijo)."""
 HALVINGS = 40
 
 
@@ -25,9 +25,9 @@ class Path:
     """A run of a solver.
 
     Attributes:
-        x: where it ended, (..., d).
-        losses: before each step and at the end, (steps + 1, ...).
-        gradients: norms, likewise.
+        x: the final weight, (..., d).
+        losses: the loss before each step and at the end, (steps + 1, ...).
+        gradients: gradient norms at the same points.
     """
 
     x: Float[Tensor, "*b d"]
@@ -39,8 +39,8 @@ class Path:
 def newton(problem: Regression, x: Float[Tensor, "*b d"], steps: int, *, least: float = 1e-9) -> Path:
     """Newton's method: x - t (H + lambda I)^-1 g.
 
-    Lambda is 0 where H is positive definite, and otherwise the least number that lifts its lowest eigenvalue to `least`; the
-    step's length t is halved until the loss falls enough, so that no step makes it larger.
+    Lambda is the least number >= 0 that lifts the lowest eigenvalue of H to `least`; the step length t is halved until
+    the loss falls enough, and is 0 if it never does, so that no step increases the loss.
     """
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
 
@@ -65,14 +65,14 @@ def newton(problem: Regression, x: Float[Tensor, "*b d"], steps: int, *, least: 
 
 @torch.no_grad()
 def descend(problem: Regression, x: Float[Tensor, "*b d"], steps: int, rate: float | Tensor) -> Path:
-    """Gradient descent with a rate, or one for each problem; the loss falls in every step for rates up to 1 / |H|."""
+    """Gradient descent with one rate or one for each problem; the loss falls in every step for rates up to 1 / |H|."""
     eta = _rates(x, rate)
     return _path(problem, x, steps, lambda x, _, gradient: x - eta * gradient)
 
 
 @torch.no_grad()
 def descended(problem: Regression, x: Float[Tensor, "*b d"], steps: int, rate: float | Tensor) -> Float[Tensor, "*b d"]:
-    """Where :func:`descend` ends, without the losses on the way."""
+    """The weight at which :func:`descend` ends, without computing losses on the way."""
     at_least("steps", steps, 0)
     eta = _rates(x, rate)
     for _ in range(steps):
@@ -88,7 +88,7 @@ def _rates(x: Tensor, rate: float | Tensor) -> Tensor:
 
 
 def _path(problem: Regression, x: Tensor, steps: int, step: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Path:
-    """The path of steps, each made of x with its loss and gradient."""
+    """The path of a solver whose step computes the next x from x, its loss and its gradient."""
     at_least("steps", steps, 0)
     losses, gradients = [problem.value(x)], [problem.gradient(x)]
     for _ in range(steps):

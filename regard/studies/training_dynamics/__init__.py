@@ -1,12 +1,13 @@
-"""Scan and snap (Tian et al., arXiv 2305.16380): what one layer of attention looks at while it learns, and when it stops moving.
+"""Scan and snap (Tian et al., arXiv 2305.16380): what a layer of attention looks at as it learns, and when it freezes.
 
 The paper (abstract): one softmax layer and a linear decoder, trained on next tokens without positions, begin with uniform attention
-and scan: attention leaves tokens that occur with many next tokens and goes to those that occur with one, of these the rarer
-lose to the more frequent; before the winner takes all, attention freezes (snaps), the earlier the faster the decoder learns.
+and scan: attention leaves tokens that occur with many next tokens for those that occur with one, among which the more
+frequent win over the rarer; before the winner takes all, attention freezes (snaps), the earlier the faster the decoder
+learns.
 
-Here: the generator of its code (:mod:`facts`), the layer with exact gradients (:mod:`layer`), descent on finite contexts and the
-equation of infinitely long ones (:mod:`runs`), and real text (:mod:`text`), watched as `regard train --monitor attention` watches
-any run. All in float64 but the text.
+Here: the generator of the paper's code (:mod:`facts`), the layer with exact gradients (:mod:`layer`), descent on finite
+contexts and the differential equation of infinitely long ones (:mod:`runs`), and real text (:mod:`text`), monitored as
+`regard train --monitor attention` monitors any run. All in float64 except the text.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from regard.tasks import create_task
 from regard.tasks.documents import read_documents
 
 LENGTH = 35
-"""Tokens of a window of text, as the paper's code reads WikiText."""
+"""Tokens in a window of text, as in the paper's code for WikiText."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"lasts": (1, 3), "rates": (1.0,), "ratios": [1, 2, 5, 10], "batches": [8, 64, 512], "seeds": 3},
@@ -43,12 +44,12 @@ TEXTS: dict[str, dict[str, Any]] = {
 }
 
 SECONDS = {"tiny": {"following": 1.0, "text": 3.0}, "small": {"following": 6.0, "text": 50.0}}
-"""Of the cells that take longer than those of the sweep."""
+"""Seconds for the cells that take longer than those of the sweep."""
 
 
 def make(chosen: Chosen) -> Reproduction:
-    """The paper's layer and its limit, the sweep of rates, and text: the user's files, or sources of Python's
-    library."""
+    """The reproduction: the paper's layer and its limit, the sweep of learning rates, and text from the user's files or
+    Python's standard library."""
     sizes = PRESETS[chosen.preset]
     sweeps = {
         _sweep(last, rate): {
@@ -172,8 +173,7 @@ def _sweep(last: int, rate: float) -> str:
 
 
 def _digest(files: tuple[str, ...]) -> str:
-    """A digest of the user's documents; raises Unsupported for what the text task would refuse when its turn has
-    come."""
+    """A digest of the user's documents. Creates the text task once, so that it refuses bad documents early."""
     if not files:
         return ""
     create_task("text", data=list(files), length=LENGTH)

@@ -1,4 +1,4 @@
-"""What the cells of the study measure."""
+"""Measurements of the study's cells."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ OPTIMISERS: dict[str, dict[str, Any]] = {
 
 
 def run_cell(setting: Setting, seed: int) -> dict[str, Any]:
-    """Measurements of the kind of cell that the setting names."""
+    """Measurements of a setting, by its kind of cell."""
     return CELLS[setting["cell"]](setting, seed)
 
 
 def exactness(setting: Setting, seed: int) -> dict[str, Any]:
-    """Errors of the gradients beside automatic differentiation, by form, and what of the conserved sums each way of training
-    changes."""
+    """Errors of the gradients against automatic differentiation, by form of the model, and how much each way of
+    training changes the conserved sums."""
     found: dict[str, Any] = {}
     generator, draws = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     facts = Facts.make(3, 2, common_of_last=2)
@@ -66,7 +66,7 @@ def exactness(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def figure(setting: Setting, seed: int) -> dict[str, Any]:
-    """A run from zeros on few facts, with all that is watched; the attention at the end is that of the first fact."""
+    """A fully monitored run from zeros on few facts; the final attention is that of the first fact."""
     facts, model = Facts.make(setting["num_last"], setting["num_next"]), Model()
     how = Descent(steps=setting["steps"], rate=setting["rate"], ratio=setting["ratio"])
     found = watch(model, facts, descend(model, facts, model.start(facts.size), how, np.random.default_rng(seed)))
@@ -91,7 +91,7 @@ def figure(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def _still(found: Watched) -> float:
-    """The change in the last tenth of a run over the fastest."""
+    """The mean change per step in the last tenth of a run, over the largest of the run."""
     last = found.change[-max(1, len(found.change) // 10) :]
     return sum(last) / len(last) / max(found.change)
 
@@ -101,8 +101,9 @@ def _or_nan(value: float | None) -> float:
 
 
 def biases(setting: Setting, seed: int) -> dict[str, Any]:
-    """The two biases along the infinitely long limit, from zeros, where nothing is drawn: shares of (moment, fact, token) with
-    the expected sign, and the correlation of the growth of distinct tokens with f^2."""
+    """The paper's two biases in the limit of infinitely long contexts, from zeros and thus without randomness: shares
+    of (moment, fact, token) with the expected sign, and the correlation between the growth of distinct tokens and
+    f^2."""
     names = ("num_last", "num_next", "rate", "ratio", "steps", "parts")
     return dict(_biases(*(setting[name] for name in names)))
 
@@ -119,7 +120,7 @@ def _biases(num_last: int, num_next: int, rate: float, ratio: float, steps: int,
         for fact, last in enumerate(facts.last):
             growth, own = gradients["z"][last], facts.distinct & (facts.probabilities[fact] > 0)
             if not bool(growth.any()):
-                continue  # before the first step, from zeros
+                continue  # at the start from zeros
             falling.append(float((growth[facts.common] < 0).double().mean()))
             rising.append(float((growth[own] > 0).double().mean()))
             alike.append(float(torch.corrcoef(torch.stack([growth[own], share[fact][own]]))[0, 1]))
@@ -131,8 +132,8 @@ def _biases(num_last: int, num_next: int, rate: float, ratio: float, steps: int,
 
 
 def following(setting: Setting, seed: int) -> dict[str, Any]:
-    """How far gradient descent on finite contexts is from the limit's equation, by batch size: |z - z'| over how far z' went,
-    at the end, and over the course of the run for the smallest and the largest batch."""
+    """How far gradient descent on finite contexts is from the limit's equation, by batch size: |z - z'| over the
+    distance that z' has moved, at the end, and during the run for the smallest and the largest batch."""
     facts, model = Facts.make(setting["num_last"], setting["num_next"]), Model()
     start = model.start(facts.size, "uniform", torch.Generator().manual_seed(seed))
     rates = {"rate": setting["rate"], "ratio": setting["ratio"]}
@@ -158,7 +159,7 @@ def following(setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def sweep(setting: Setting, seed: int) -> dict[str, Any]:
-    """Entropy of attention and the moment of freezing by the ratio of the learning rates, from uniform weights."""
+    """Final attention entropy and the step of freezing, by the ratio of learning rates, from uniform weights."""
     facts, model = Facts.make(setting["num_last"], setting["num_next"]), Model()
     start = model.start(facts.size, "uniform", torch.Generator().manual_seed(seed))
     how = Descent(steps=setting["steps"], rate=setting["rate"], ratio=setting["ratios"])

@@ -1,7 +1,8 @@
-"""Sequences whose next token depends on the last one and on what occurs before it, after the generator of arXiv 2305.16380.
+"""Sequences whose next token depends on the last one and the context before it, as generated in arXiv 2305.16380.
 
-A fact is a last token m, a next token n, and the chance P(l | m, n) of each token of the context, whose tokens are drawn
-independently of each other. Without positions a context is how often each token is in it, so contexts are drawn as counts.
+A fact is a last token m, a next token n, and the probability P(l | m, n) of each token of the context, whose tokens are
+drawn independently. Without positions only the count of each token in a context matters, so contexts are drawn as
+counts.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Contexts:
-    """A batch.
+    """A batch of contexts.
 
     Attributes:
         counts: (B, M), how often each token is in the context.
-        last, following: (B,).
+        last, following: last and next tokens, (B,).
     """
 
     counts: Float[Tensor, "b m"]
@@ -35,11 +36,11 @@ class Contexts:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is to be learned.
+    """The facts to be learned.
 
     Attributes:
         probabilities: P(l | m, n), (F, M), a row for each fact, in float64.
-        last, following: of each fact, (F,).
+        last, following: last and next token of each fact, (F,).
     """
 
     probabilities: Float[Tensor, "f m"]
@@ -58,14 +59,15 @@ class Facts:
         least: float = 0.1,
         most: float = 1.0,
     ) -> Facts:
-        """The generator of the paper's code. Tokens are numbered: common, common of a last token, distinct, last, next.
+        """Facts as in the paper's code. Order of tokens: common, common of a last token, distinct, last, next.
 
         Args:
-            num_last: last tokens.
-            num_next: next tokens of each.
-            common: tokens that occur in every fact, each with weight 1.
-            common_of_last: more of them for each last token, which occur in its facts alone.
-            distinct: tokens of each fact that occur in no other; their weights rise evenly from `least` to `most`.
+            num_last: number of last tokens.
+            num_next: number of next tokens for each last token.
+            common: number of tokens that occur in every fact, each with weight 1.
+            common_of_last: number of further common tokens for each last token, which occur in its facts only.
+            distinct: number of tokens in each fact that occur in no other; their weights rise evenly from `least` to
+                `most`.
         """
         for name, value, low in (("num_last", num_last, 1), ("num_next", num_next, 1), ("distinct", distinct, 0)):
             at_least(name, value, low)
@@ -103,11 +105,11 @@ class Facts:
         return (self.probabilities > 0).sum(0) == 1
 
     def limit(self) -> Contexts:
-        """Every fact once, with a context that is infinitely long: its counts are the chances."""
+        """Every fact once, with an infinitely long context: its counts are the probabilities."""
         return Contexts(self.probabilities, self.last, self.following)
 
     def draw(self, batch: int, length: int, generator: np.random.Generator) -> Contexts:
-        """Contexts of `length` tokens, of facts that are drawn alike."""
+        """Draw contexts of `length` tokens, from facts drawn uniformly."""
         at_least("batch", batch, 1)
         at_least("length", length, 1)
         fact = torch.from_numpy(generator.integers(0, len(self.last), batch))
@@ -118,13 +120,13 @@ class Facts:
         return Contexts(counts, self.last[fact], self.following[fact])
 
     def relabelled(self, order: Int[Tensor, " m"]) -> Facts:
-        """The same with token l called order[l]."""
+        """The same facts with token l renamed to order[l]."""
         probabilities = torch.empty_like(self.probabilities)
         probabilities[:, order] = self.probabilities
         return Facts(probabilities, order[self.last], order[self.following])
 
 
 def counted(tokens: Int[Tensor, "b t"], size: int) -> Float[Tensor, "b m"]:
-    """How often each of `size` tokens is in each row."""
+    """Count how often each of `size` tokens occurs in each row."""
     counts = torch.zeros(len(tokens), size, dtype=torch.float64)
     return counts.scatter_add_(1, tokens, torch.ones(tokens.shape, dtype=torch.float64))

@@ -1,4 +1,4 @@
-r"""The one-layer model of arXiv 2305.16380 with its exact gradients, on finite contexts and on infinitely long ones alike.
+r"""The one-layer model of arXiv 2305.16380 with exact gradients, for finite and for infinitely long contexts.
 
 For a last token m and a context in which token l is k_l times:
 
@@ -9,10 +9,10 @@ For a last token m and a context in which token l is k_l times:
     g       = (I - f f^T) Y (e_n - alpha) / |u|   (or Y (e_n - alpha))
     dJ/dz_m = b o (g - <b, g>)
 
-What the paper writes as a sum over the tokens t of a sequence is a sum over l of its counts; with chances in the place of counts
-it is the limit of long contexts. The last line is that of every softmax: it adds up to 0 over l, so that gradient descent
-never changes sum_l z_ml, with momentum or without, from any start, for any length, normalised or not. With z_ml = q_m . k_l of
-rank r it is sum_l k_l that stays. Weight decay and Adam change both.
+The paper's sums over the tokens t of a sequence are sums over l of its counts here; with probabilities in place of
+counts they give the limit of long contexts. The last line is the gradient of every softmax: it sums to 0 over l, so
+gradient descent never changes sum_l z_ml, with or without momentum, from any start, for any length, normalised or not.
+With z_ml = q_m . k_l of rank r it conserves sum_l k_l instead. Weight decay and Adam change both sums.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ STARTS = ("zero", "uniform")
 
 @dataclass(frozen=True)
 class Model:
-    """What of the model is chosen; its weights are a mapping by name: ``y`` and ``z``, or ``y``, ``q`` and ``k``. Those of several
-    runs may be stacked, with an axis of runs before the others: all runs then read the same contexts.
+    """Options of the model. Its weights are a mapping by name: ``y`` and ``z``, or ``y``, ``q`` and ``k``. The weights
+    of several runs may be stacked along a leading axis; all runs then read the same contexts.
 
     Attributes:
         normalise: whether f is u over its norm.
         residual: whether the last token is added to u.
-        last_as_key: whether the last token is one of those that it attends to.
-        rank: of z = q k^T; None for a matrix of its own.
+        last_as_key: whether the last token attends to itself, too.
+        rank: rank of z = q k^T; None where z is a full matrix.
     """
 
     normalise: bool = True
@@ -51,7 +51,7 @@ class Model:
     rank: int | None = None
 
     def start(self, size: int, how: str = "zero", generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Weights of `size` tokens: ``zero``, or ``uniform`` within size^-1/2 as linear layers begin.
+        """Initial weights for `size` tokens: ``zero``, or ``uniform`` within size^-1/2 as in linear layers.
 
         Raises:
             Unsupported: for zeros of a factored z, whose gradients are 0 forever.
@@ -69,15 +69,15 @@ class Model:
         return found
 
     def conserved(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """What gradient descent does not change: the sums of z over keys (M,), or the sum of the keys (r,)."""
+        """The sums that gradient descent conserves: those of z over keys (M,), or the sum of the keys (r,)."""
         return weights["z"].sum(-1) if self.rank is None else weights["k"].sum(-2)
 
     def scores(self, weights: Mapping[str, Tensor]) -> Float[Tensor, "m m"]:
-        """z, a row for each last token."""
+        """The scores z, a row for each last token."""
         return weights["z"] if self.rank is None else weights["q"] @ weights["k"].mT
 
     def gradients(self, weights: Mapping[str, Tensor], contexts: Contexts) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean of J over the contexts, and its gradient by weight: what is climbed."""
+        """The mean of J over the contexts and its gradients by weight, for gradient ascent."""
         y, last, rows = weights["y"], contexts.last, torch.arange(len(contexts.last))
         attended, u = self._attend(weights, contexts)
         length = u.norm(dim=-1, keepdim=True) if self.normalise else torch.ones_like(u[..., :1])
@@ -100,24 +100,24 @@ class Model:
         return value, found
 
     def value(self, weights: Mapping[str, Tensor], contexts: Contexts) -> Tensor:
-        """The mean of J alone, which can be differentiated."""
+        """The mean of J over the contexts, differentiable by autograd."""
         _, u = self._attend(weights, contexts)
         f = u / u.norm(dim=1, keepdim=True) if self.normalise else u
         return (f @ weights["y"]).log_softmax(1).gather(1, contexts.following[:, None]).mean()
 
     def _attend(self, weights: Mapping[str, Tensor], contexts: Contexts) -> tuple[Tensor, Tensor]:
-        """b and u."""
+        """The attention b, and u."""
         own = torch.zeros_like(contexts.counts).scatter_(1, contexts.last[:, None], 1)
         counts = contexts.counts + own if self.last_as_key else contexts.counts
         scores = self.scores(weights)[..., contexts.last, :]
-        attended = (scores + counts.log()).softmax(-1)  # log 0 leaves a token out
+        attended = (scores + counts.log()).softmax(-1)  # a count of 0 gives -inf and leaves the token out
         return attended, attended + own if self.residual else attended
 
     def attention(self, weights: Mapping[str, Tensor], contexts: Contexts) -> Float[Tensor, "b m"]:
-        """b: with the limit's contexts the table c_{l|m,n}, without the noise of sequences."""
+        """The attention b; for the contexts of :meth:`Facts.limit` the paper's noise-free table c_{l|m,n}."""
         return self._attend(weights, contexts)[0]
 
 
 def entropy(rows: Float[Tensor, "... m"]) -> Float[Tensor, "..."]:
-    """In nats."""
+    """Entropy of each row in nats."""
     return torch.special.entr(rows).sum(-1)

@@ -1,4 +1,4 @@
-"""Stochastic gradient descent on finite contexts, and the differential equation of infinitely long ones, with what is watched."""
+"""Monitored runs: SGD on finite contexts, and the differential equation of infinitely long ones."""
 
 from __future__ import annotations
 
@@ -27,12 +27,15 @@ class Descent:
     """How the model is trained.
 
     Attributes:
-        steps, batch, length: of the run, of a step, and of a context without its last token.
-        rate: of z.
-        ratio: the rate of y over that of z; several for as many runs on the same contexts, whose weights are stacked.
-        momentum: of ``sgd``.
+        steps: number of steps.
+        batch: contexts in a step.
+        length: tokens of a context, without its last token.
+        rate: learning rate of z.
+        ratio: learning rate of y over that of z; a sequence trains one run for each ratio on the same contexts, with
+            stacked weights.
+        momentum: momentum of ``sgd``.
         method: ``sgd`` or ``adam``.
-        weight_decay: added to the gradients.
+        weight_decay: L2 penalty, added to the gradients.
     """
 
     steps: int = 100
@@ -50,7 +53,7 @@ class Descent:
             at_least(name, getattr(self, name), 1)
 
     def optimizer(self, runs: Sequence[tuple[float, Weights]]) -> torch.optim.Optimizer:
-        """The optimizer of runs with their ratios: y with its rate, all else with that of z."""
+        """The optimizer for (ratio, weights) of runs: y has its own rate, all other weights have that of z."""
         groups = [
             {"params": [tensor], "lr": self.rate * (ratio if name == "y" else 1)}
             for ratio, weights in runs
@@ -65,10 +68,10 @@ class Descent:
 def descend(
     model: Model, facts: Facts, start: Weights, how: Descent, generator: np.random.Generator
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Weights before each step and at the end, and the loss of the step that brought them there (nan at first); of several
-    runs both have an axis of runs first.
+    """Yield the weights before each step and at the end, with the loss of the step that led to them (nan at first).
+    With several runs both have a leading axis of runs.
 
-    The tensors are the run's own: copy what is kept.
+    The tensors are changed in place by later steps: copy those to be kept.
     """
     several = isinstance(how.ratio, Sequence)
     ratios = how.ratio if isinstance(how.ratio, Sequence) else [how.ratio]
@@ -91,9 +94,10 @@ def descend(
 def flow(
     model: Model, facts: Facts, start: Weights, rate: float, ratio: float, steps: int, parts: int = 1
 ) -> Iterator[dict[str, Tensor]]:
-    """The equation d y / dt = rate ratio dJ/dy, d z / dt = rate dJ/dz with infinitely long contexts, by Euler.
+    """Solve d y / dt = rate ratio dJ/dy, d z / dt = rate dJ/dz for infinitely long contexts by Euler's method.
 
-    Yields the weights at the times 0, 1, ..., `steps`: a step of gradient descent takes a time of 1, and has `parts` here.
+    Yields the weights at the times 0, 1, ..., `steps`. One step of gradient descent is a time of 1, divided into
+    `parts`.
     """
     weights = {name: tensor.clone() for name, tensor in start.items()}
     limit = facts.limit()
@@ -108,14 +112,14 @@ def flow(
 
 @dataclass
 class Watched:
-    """The course of a run, a value for each moment.
+    """The course of a run: a value for each moment, and the final attention.
 
     Attributes:
-        losses: of the steps; nan at first.
-        common: mass of c on common tokens, the mean over facts.
-        entropy: of c, the same.
-        change: norm of what the step added to z.
-        conservation: the largest change of what gradient descent conserves, since the start.
+        losses: losses of the steps; nan at first.
+        common: attention mass c on common tokens, mean over facts.
+        entropy: entropy of c, mean over facts.
+        change: norm of the step's update of z.
+        conservation: largest change since the start in the sums that gradient descent conserves.
         attention: c at the end, (F, M).
     """
 
@@ -137,7 +141,7 @@ def watch(model: Model, facts: Facts, run: Iterator[tuple[Weights, Tensor]]) -> 
 
 
 def watch_each(model: Model, facts: Facts, runs: Iterator[tuple[Weights, Tensor]]) -> list[Watched]:
-    """The same of several, which are stacked."""
+    """Follow several stacked runs to their end."""
     limit, common = facts.limit(), facts.common
     course: list[Tensor] = []
     first = before = None
@@ -156,7 +160,7 @@ def watch_each(model: Model, facts: Facts, runs: Iterator[tuple[Weights, Tensor]
         )
         course.append(torch.stack(found))
         before = scores
-    told = torch.stack(course).reshape(len(course), len(COURSE), -1)  # the last axis is that of runs
+    told = torch.stack(course).reshape(len(course), len(COURSE), -1)  # (moment, quantity, run)
     each = attention.reshape(-1, *attention.shape[-2:])
     return [
         Watched(**dict(zip(COURSE, columns.T.tolist(), strict=True)), attention=one)
@@ -165,8 +169,8 @@ def watch_each(model: Model, facts: Facts, runs: Iterator[tuple[Weights, Tensor]
 
 
 def in_order(attention: Float[Tensor, "f m"], facts: Facts) -> float:
-    """Share of pairs of distinct tokens of a fact, of different chances, of which the likelier one has grown more: whose z is
-    larger, as the ratio of c to P tells."""
+    """Share of pairs of a fact's distinct tokens with different probabilities in which the likelier token has the
+    larger z, which is log(c / P) up to a constant."""
     right, pairs = 0, 0
     for row, chances in zip(attention, facts.probabilities, strict=True):
         own = facts.distinct & (chances > 0)

@@ -1,4 +1,4 @@
-"""What the cells of the study show."""
+"""Report sections of the study."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Curve = list[tuple[float, float | None]]
 
 
 def sections(chosen: Chosen, cells: Cells) -> list[Section]:
-    """A run, the sweep, SGD beside its limit, text and exactness, as far as there are cells."""
+    """A run, the sweep, SGD against its limit, text and exactness; only those that have cells."""
     parts = (_run(cells), _sweep(cells), _following(cells), _text(cells), _exactness(cells))
     return [part for part in parts if part is not None]
 
@@ -180,12 +180,12 @@ def _by_step(values: list[Any]) -> Curve:
 
 
 def mean(cells: Cells, setting: str, name: str) -> float | None:
-    """Over the seeds."""
+    """Mean of a measured number over the seeds."""
     values = [found[name] for (own, _), found in cells.items() if own == setting and found.get(name) is not None]
     return sum(values) / len(values) if values else None
 
 
 def means(cells: Cells, setting: str, name: str) -> list[Any]:
-    """Means of lists over the seeds, place by place."""
+    """Elementwise means of lists over the seeds."""
     lists = [found[name] for (own, _), found in cells.items() if own == setting]
     return [None if None in column else sum(column) / len(column) for column in zip(*lists, strict=True)]

@@ -1,6 +1,6 @@
-"""One layer of one head on real text, trained as the paper trains one on WikiText: SGD, and the feed-forward network twice as fast.
+"""One layer with one head on real text, trained like the paper's on WikiText: SGD, feed-forward at a higher rate.
 
-Without positions, with the attention of each moment watched by :class:`AttentionMonitor`.
+The model has no positions; :class:`AttentionMonitor` records its attention during training.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from regard.tasks.protocol import mean_loss
 from regard.workbench.trained.attention_monitor import AttentionMonitor, snapped
 
 FREQUENT = 10
-"""Most frequent tokens, which stand for common ones: on real text no token occurs with one next token alone."""
+"""How many of the most frequent tokens count as common: on real text no token occurs with a single next token only."""
 
 
 def on_text(setting: Setting, seed: int) -> dict[str, Any]:
-    """Entropy, lift of the most frequent tokens and of the others that are told, and change per step, over a run."""
+    """Attention entropy, lift of the most frequent and of the other recorded tokens, and change per step."""
     task = cached_task(
         "text",
         data=tuple(setting["data"]) or None,
