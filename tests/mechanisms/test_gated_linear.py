@@ -1,4 +1,4 @@
-"""What is peculiar to gated linear attention: its special cases, strong gates, its layer, and recorded official outputs."""
+"""Tests specific to gated linear attention: its special cases, strong gates, its layer, and recorded official outputs."""
 
 from __future__ import annotations
 

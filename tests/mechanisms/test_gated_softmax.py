@@ -1,4 +1,4 @@
-"""What is peculiar to gated softmax attention: open and closed gates, its predictors and their starts, and parity."""
+"""Tests specific to gated softmax attention: open and closed gates, its predictors and their starts, and parity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is peculiar to hard attention: the mass that is kept, and what is read where there are few keys."""
+"""Tests specific to hard attention: the mass that is kept, and what is read where there are few keys."""
 
 from __future__ import annotations
 

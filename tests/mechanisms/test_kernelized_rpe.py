@@ -1,4 +1,4 @@
-"""What is peculiar to kernelized attention with relative positions: the Toeplitz product by every method, its closed forms,
+"""Tests specific to kernelized attention with relative positions: the Toeplitz product by every method, its closed forms,
 random features, the constant state, grids, the layer's tables, and parity."""
 
 from __future__ import annotations

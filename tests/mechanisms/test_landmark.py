@@ -1,4 +1,4 @@
-"""What is peculiar to landmark attention: the grouped softmax, inserted tokens, the retrieval cache, and parity."""
+"""Tests specific to landmark attention: the grouped softmax, inserted tokens, the retrieval cache, and parity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is peculiar to randomised attention: its proposals, their noise, rows with few tokens, and recorded outputs."""
+"""Tests specific to randomised attention: its proposals, their noise, rows with few tokens, and recorded outputs."""
 
 from __future__ import annotations
 

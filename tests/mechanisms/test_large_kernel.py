@@ -1,4 +1,4 @@
-"""What is peculiar to large kernel attention: its field, its grid, its causal form, and parity with the official code."""
+"""Tests specific to large kernel attention: its field, its grid, its causal form, and parity with the official code."""
 
 from __future__ import annotations
 

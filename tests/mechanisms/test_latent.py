@@ -1,4 +1,4 @@
-"""What is peculiar to latent attention: its two forms, its cache, what is rotated, and parity."""
+"""Tests specific to latent attention: its two forms, its cache, what is rotated, and parity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is peculiar to linear attention: its sum over pairs, its recurrence, its state's precision, and recorded outputs."""
+"""Tests specific to linear attention: its sum over pairs, its recurrence, its state's precision, and recorded outputs."""
 
 from __future__ import annotations
 

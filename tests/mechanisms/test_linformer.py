@@ -1,4 +1,4 @@
-"""What is peculiar to Linformer: its matrices' rows belong to ranks, what is shared, its greatest length, recorded outputs."""
+"""Tests specific to Linformer: its matrices' rows belong to ranks, what is shared, its greatest length, recorded outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is peculiar to local attention: its two forms, its reach, its state of fixed size, and parity."""
+"""Tests specific to local attention: its two forms, its reach, its state of fixed size, and parity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is peculiar to long-short attention: what is near, landmarks of all or of segments, both norms, and parity."""
+"""Tests specific to long-short attention: what is near, landmarks of all or of segments, both norms, and parity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is peculiar to Longformer: windows, dilation, global tokens that count once, its state, and parity."""
+"""Tests specific to Longformer: windows, dilation, global tokens that count once, its state, and parity."""
 
 from __future__ import annotations
 

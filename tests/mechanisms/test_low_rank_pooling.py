@@ -1,4 +1,4 @@
-"""What is peculiar to low-rank pooling: its scores, reductions, streams, and parity with a known implementation."""
+"""Tests specific to low-rank pooling: its scores, reductions, streams, and parity with a known implementation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is peculiar to Mamba: its definition, its kinship with Mamba-2, and its block."""
+"""Tests specific to Mamba: its definition, its kinship with Mamba-2, and its block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is peculiar to Mamba-2: its definition and reductions, its block, and parity with the official recurrence."""
+"""Tests specific to Mamba-2: its definition and reductions, its block, and parity with the official recurrence."""
 
 from __future__ import annotations
 

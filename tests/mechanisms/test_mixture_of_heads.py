@@ -1,4 +1,4 @@
-"""What is peculiar to mixture of heads: gates, the load-balance loss, the wrapped layer, and parity with official code."""
+"""Tests specific to mixture of heads: gates, the load-balance loss, the wrapped layer, and parity with official code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is peculiar to MLP-Mixer: one static network for all channels, and a fixed number of places."""
+"""Tests specific to MLP-Mixer: one static network for all channels, and a fixed number of places."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is peculiar to mLSTM: gates of any size, the normaliser, its state, its layer, and another implementation."""
+"""Tests specific to mLSTM: gates of any size, the normaliser, its state, its layer, and another implementation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is peculiar to mixture of block attention: what is chosen and read, and parity."""
+"""Tests specific to mixture of block attention: what is chosen and read, and parity."""
 
 from __future__ import annotations
 

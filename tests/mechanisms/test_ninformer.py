@@ -1,4 +1,4 @@
-"""What is peculiar to NiNformer: a gate that is a Mixer, and products that depend on what tokens hold."""
+"""Tests specific to NiNformer: a gate that is a Mixer, and products that depend on what tokens hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is peculiar to NormAttention: its sums, its norm over all heads, rotation after the map, bounded gradients."""
+"""Tests specific to NormAttention: its sums, its norm over all heads, rotation after the map, bounded gradients."""
 
 from __future__ import annotations
 

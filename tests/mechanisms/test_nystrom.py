@@ -1,4 +1,4 @@
-"""What is peculiar to Nystrom attention: segments, the pseudoinverse, rows too short for landmarks, recorded outputs."""
+"""Tests specific to Nystrom attention: segments, the pseudoinverse, rows too short for landmarks, recorded outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is peculiar to FAVOR+: its features, what their offset must not carry, its redraws, and recorded outputs."""
+"""Tests specific to FAVOR+: its features, what their offset must not carry, its redraws, and recorded outputs."""
 
 from __future__ import annotations
 

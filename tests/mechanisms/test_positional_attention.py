@@ -1,4 +1,4 @@
-"""What is peculiar to positional attention: weights that no content reaches, closed forms, tables and encodings, hybrid heads,
+"""Tests specific to positional attention: weights that no content reaches, closed forms, tables and encodings, hybrid heads,
 the paper's network, and parity with the authors' layer and networks."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is peculiar to ProbSparse attention: who is chosen, what the others get, its random sample, recorded outputs."""
+"""Tests specific to ProbSparse attention: who is chosen, what the others get, its random sample, recorded outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is peculiar to random feature attention: what it estimates, how it forgets, and what a layer learns."""
+"""Tests specific to random feature attention: what it estimates, how it forgets, and what a layer learns."""
 
 from __future__ import annotations
 

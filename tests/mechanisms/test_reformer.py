@@ -1,4 +1,4 @@
-"""What is peculiar to Reformer: what rounds see, exact merging, few keys in a step, and parity."""
+"""Tests specific to Reformer: what rounds see, exact merging, few keys in a step, and parity."""
 
 from __future__ import annotations
 

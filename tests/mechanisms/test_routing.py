@@ -1,4 +1,4 @@
-"""What is peculiar to routing attention: who is in a cluster, its centroids, the loss that draws tokens to them, parity."""
+"""Tests specific to routing attention: who is in a cluster, its centroids, the loss that draws tokens to them, parity."""
 
 from __future__ import annotations
 

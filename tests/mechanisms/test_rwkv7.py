@@ -1,4 +1,4 @@
-"""What is peculiar to RWKV-7: its transitions, which erase elsewhere than they read, and the official time mixing."""
+"""Tests specific to RWKV-7: its transitions, which erase elsewhere than they read, and the official time mixing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is peculiar to S4D: kernels and their recurrence, both directions, its rates at the start, and parity."""
+"""Tests specific to S4D: kernels and their recurrence, both directions, its rates at the start, and parity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is peculiar to SEA: budgets, pixels, the gathered form, the mean, the loss, and the estimator of a layer."""
+"""Tests specific to SEA: budgets, pixels, the gathered form, the mean, the loss, and the estimator of a layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is peculiar to selective temperature: places from the start, terms, sharing, what sharpness does, and parity."""
+"""Tests specific to selective temperature: places from the start, terms, sharing, what sharpness does, and parity."""
 
 from __future__ import annotations
 

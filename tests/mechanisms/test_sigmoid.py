@@ -1,4 +1,4 @@
-"""What is peculiar to sigmoid attention: closed forms, independent keys, its biases and norms, and parity."""
+"""Tests specific to sigmoid attention: closed forms, independent keys, its biases and norms, and parity."""
 
 from __future__ import annotations
 

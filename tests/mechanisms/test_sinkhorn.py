@@ -1,4 +1,4 @@
-"""What is peculiar to Sinkhorn attention: the definition in words, the soft permutation, the mixed block kept, parity."""
+"""Tests specific to Sinkhorn attention: the definition in words, the soft permutation, the mixed block kept, parity."""
 
 from __future__ import annotations
 

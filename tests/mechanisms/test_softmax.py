@@ -1,4 +1,4 @@
-"""What is peculiar to softmax attention: its log-sum-exp, softcap, sink and windows, block masks, memory, and parity."""
+"""Tests specific to softmax attention: its log-sum-exp, softcap, sink and windows, block masks, memory, and parity."""
 
 from __future__ import annotations
 

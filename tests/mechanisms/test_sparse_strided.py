@@ -1,4 +1,4 @@
-"""What is peculiar to the Sparse Transformer's patterns: both layouts, their combinations, and the step that reads few.
+"""Tests specific to the Sparse Transformer's patterns: both layouts, their combinations, and the step that reads few.
 
 No parity: the paper's kernels run on GPUs alone.
 """

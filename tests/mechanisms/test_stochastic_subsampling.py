@@ -1,4 +1,4 @@
-"""What is peculiar to stochastic subsampling: draws, windows, the own key, the schedule, the ensemble, and recorded outputs."""
+"""Tests specific to stochastic subsampling: draws, windows, the own key, the schedule, the ensemble, and recorded outputs."""
 
 from __future__ import annotations
 

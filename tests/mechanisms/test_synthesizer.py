@@ -1,4 +1,4 @@
-"""What is peculiar to Synthesizer: scores of places in every form and pattern, the kinds of a layer, its greatest length."""
+"""Tests specific to Synthesizer: scores of places in every form and pattern, the kinds of a layer, its greatest length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is peculiar to token-parameter attention: Theta, tau, masks, growth, and parity with the official code."""
+"""Tests specific to token-parameter attention: Theta, tau, masks, growth, and parity with the official code."""
 
 from __future__ import annotations
 

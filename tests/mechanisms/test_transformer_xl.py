@@ -1,4 +1,4 @@
-"""What is peculiar to Transformer-XL: its segments, distances, where gradients stop, its state, and parity."""
+"""Tests specific to Transformer-XL: its segments, distances, where gradients stop, its state, and parity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is peculiar to universal relative positions: what a matrix after the softmax can tell that a bias cannot, its tables,
+"""Tests specific to universal relative positions: what a matrix after the softmax can tell that a bias cannot, its tables,
 that nothing is normalised after it, and recorded outputs."""
 
 from __future__ import annotations
