@@ -1,11 +1,11 @@
 """Measures how good the advice of `regard advise` is on this machine, which should be idle.
 
-    python benchmarks/advise.py                # both parts; the same command goes on where it stopped
+    python benchmarks/advise.py                # both parts; the same command continues where it stopped
     python benchmarks/advise.py errors         # predictions against `regard profile --layer` at five other lengths
     python benchmarks/advise.py questions      # the 60 questions of benchmarks/advise_questions.json
-    python benchmarks/advise.py --busy         # beside a process that keeps one core busy
-    python benchmarks/advise.py --fresh        # nothing that was measured before counts
-    python benchmarks/advise.py generate       # write the questions again from their seed
+    python benchmarks/advise.py --busy         # while another process keeps one core busy
+    python benchmarks/advise.py --fresh        # ignores all earlier measurements
+    python benchmarks/advise.py generate       # writes the questions again from their seed
 
 `regard profile --layer` at the lengths asked for determines the best mechanism, among all that qualify and take at most
 three times as long as the fastest in a single call. A question counts as answered well when the recommended mechanism

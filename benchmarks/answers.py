@@ -1,8 +1,8 @@
 """Tests whether `make compare` gives the same answer again: the default comparison, repeated with other seeds.
 
-    python benchmarks/answers.py               # ten runs of 8 minutes; the same command goes on where it stopped
+    python benchmarks/answers.py               # ten runs of 8 minutes; the same command continues where it stopped
     python benchmarks/answers.py --runs 3 --budget 4m
-    python benchmarks/answers.py -- --task text --mechanisms softmax,delta_rule   # of another comparison
+    python benchmarks/answers.py -- --task text --mechanisms softmax,delta_rule   # another comparison
 
 Each run has its own seeds (`--seed-offset`), so runs share no draws of weights, batches or orders, only the held-out items.
 The goal: nine of ten runs recommend the same mechanism. Each run is kept as one JSON file in the folder of runs.

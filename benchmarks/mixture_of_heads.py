@@ -1,7 +1,7 @@
 """Time of a mixture of heads that computes only the chosen heads, against one that computes all and masks.
 
 python benchmarks/mixture_of_heads.py                 # 16 heads of 32, 2 shared and 4 of 14 routed; one thread
-python benchmarks/mixture_of_heads.py --model         # in SmolLM2-135M: prompts and tokens, of 9 heads 7 and 5
+python benchmarks/mixture_of_heads.py --model         # in SmolLM2-135M: prompts and tokens, with 7 and 5 of 9 heads
 
 CPU time of one thread, medians over alternating layers, for forward and forward with backward; with --model, for a prompt and
 a token after it, compared with the original model. Outputs are compared before anything is timed. Routers have their initial

@@ -1,11 +1,11 @@
 """Mutation testing: changes the package in one place at a time with cosmic-ray, and counts how often a test notices.
 
     make mutants                                                          # or, with cosmic-ray and coverage installed:
-    python benchmarks/mutants.py --count 400 --output runs/mutants.jsonl  # goes on where it stopped
-    python benchmarks/mutants.py --share 1/2 --output runs/1.jsonl        # beside a second process with --share 2/2
-    python benchmarks/mutants.py --groups apply,ragged --count 72         # of these groups alone
-    python benchmarks/mutants.py --again --output runs/mutants.jsonl      # those that survived, after tests were added
-    python benchmarks/mutants.py --table runs/*.jsonl                     # what was found, and what survived
+    python benchmarks/mutants.py --count 400 --output runs/mutants.jsonl  # continues where it stopped
+    python benchmarks/mutants.py --share 1/2 --output runs/1.jsonl        # with --share 2/2 in a second process
+    python benchmarks/mutants.py --groups apply,ragged --count 72         # only these groups
+    python benchmarks/mutants.py --again --output runs/mutants.jsonl      # the survivors, after tests were added
+    python benchmarks/mutants.py --table runs/*.jsonl                     # the results, and the survivors
 
 Mutants are drawn evenly from the groups of `GROUPS`, with a seed, among all that change what is computed: annotations and
 code that only a type checker reads are left out. The tests of a group first run without any change, to record the lines

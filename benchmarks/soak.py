@@ -1,7 +1,7 @@
 """Soak test of `regard serve`: random load from clients of every kind, with every answer known beforehand.
 
-    python benchmarks/soak.py                             # 30 minutes, a small hybrid model of this moment
-    python benchmarks/soak.py smollm2_int8 --minutes 10   # a folder that regard serve takes; --json for programs
+    python benchmarks/soak.py                             # 30 minutes, with a new small hybrid model
+    python benchmarks/soak.py smollm2_int8 --minutes 10   # any folder that regard serve accepts; --json for programs
 
 Clients ask for completions and chats, whole and streamed, alone and several at once, with shared prefixes and with as many
 tokens as fit; some disconnect, read or write slowly, stop reading, send invalid requests, or come all at once. Answers must

@@ -29,7 +29,7 @@ TURNS = 8
 
 @dataclass(frozen=True)
 class Answer:
-    """What one choice of a response must contain.
+    """The expected content of one choice of a response.
 
     Attributes:
         tokens: number of generated tokens; None if a stop string ended the answer.

@@ -1,9 +1,9 @@
 """Image backbones at 224 pixels against timm's or the official code, and the image size from which linear cost pays.
 
     pip install 'regard[vision]'
-    python benchmarks/vision.py                          # each backbone, and timm's where timm has it
+    python benchmarks/vision.py                          # each backbone, and timm's version if there is one
     python benchmarks/vision.py --beside official.py     # a file with MODELS = {"van_b0": a function that makes the model}
-    python benchmarks/vision.py --large                  # at which side which of them is faster than DeiT with softmax
+    python benchmarks/vision.py --large                  # image sides at which each is faster than DeiT with softmax
     python benchmarks/vision.py --names van_b0 deit_t --json
 
 Inference without gradients; contestants alternate in one process; times are medians. ``torch`` is the same backbone without

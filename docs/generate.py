@@ -1116,7 +1116,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """mkdocs hook: Markdown knows neither roles, which become links where the reference has what they name, nor ``::``."""
+    """mkdocs hook: replace roles by links, if the reference has their target, and ``::``, neither of which Markdown has."""
 
     def link(found: re.Match[str]) -> str:
         path, short = found[2], found[1]

@@ -1,16 +1,16 @@
 """Measures what the documentation's tables show, into docs/data: `make matrix`, `make reproductions`, `make scaling`.
 
 python docs/measure.py                # parity, matrix, variants, random and integrations
-python docs/measure.py matrix         # regard verify                    -> verify.json, cells; goes on where it stopped
-python docs/measure.py variants       # the same with other options      -> verify.json, variants; goes on where it stopped
-python docs/measure.py random         # regard verify --random           -> verify.json, random; goes on where it stopped
+python docs/measure.py matrix         # regard verify                    -> verify.json, cells; continues where it stopped
+python docs/measure.py variants       # the same with other options      -> verify.json, variants; continues where it stopped
+python docs/measure.py random         # regard verify --random           -> verify.json, random; continues where it stopped
 python docs/measure.py parity         # the parity tests                 -> parity.json
 python docs/measure.py restore        # published and kept cells         -> runs, so that they are not run again
 python docs/measure.py reproductions  # what runs/reproduce holds        -> reproductions.json
 python docs/measure.py studies        # what runs/studies holds          -> studies.json
-python docs/measure.py scaling        # regard profile of each mechanism -> scaling.json; goes on where it stopped
+python docs/measure.py scaling        # regard profile of each mechanism -> scaling.json; continues where it stopped
 python docs/measure.py keep           # unfinished ranking in runs/all   -> ranking-cells.db.gz, to continue elsewhere
-python docs/measure.py integrations   # each mechanism in models of other libraries -> integrations.json; goes on where it stopped
+python docs/measure.py integrations   # each mechanism in models of other libraries -> integrations.json; continues where it stopped
 python docs/measure.py ranking        # the comparison in runs/all       -> ranking.json
 """
 

@@ -29,7 +29,7 @@ CASES = [
 
 
 def pairs(subject: Subject, n: int) -> torch.Tensor:
-    """Which pairs of n tokens have a nonzero weight, (H, N, N), found with unit vectors as values."""
+    """A mask (H, N, N) of the pairs of n tokens with a nonzero weight, found with unit vectors as values."""
     inputs = subject.inputs(n, batch=1)
     for name in inputs:
         if name in ("v", "v_global"):

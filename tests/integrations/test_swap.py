@@ -324,7 +324,7 @@ def test_a_swapped_encoder_compiles_whole():
 
 
 class TestVision:
-    """timm's ViT."""
+    """Swaps in timm's Vision Transformer."""
 
     def model(self, **options):
         sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 3}

@@ -31,7 +31,7 @@ def numbers(grid, sizes):
 
 
 def chosen_regions(q, k, of, top):
-    """Whether the first region reads the second, (B, regions, regions)."""
+    """A mask (B, regions, regions): whether the first region reads the second."""
     inside = torch.nn.functional.one_hot(of).double()
     means = [inside.T @ x.transpose(1, 2).flatten(2) for x in (q, k)]
     best = (means[0] @ means[1].mT).topk(top).indices

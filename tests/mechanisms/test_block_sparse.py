@@ -57,7 +57,7 @@ softmax = calls(get_mechanism("softmax"))
 
 
 def layout_in_words(config: Config, beta: int, gamma: int, causal: bool) -> Tensor:
-    """Whether query block beta may see key block gamma, for each head, by the table in the mechanism's docstring."""
+    """A mask over heads: whether query block beta may see key block gamma, by the table in the mechanism's docstring."""
     if config.layout == "user":
         return torch.tensor([head[beta][gamma] for head in config.visible]).expand(HEADS)
     if min(beta, gamma) < config.global_blocks or (beta == gamma):

@@ -72,7 +72,7 @@ def test_blocks_of_logn_are_the_binary_digits_of_the_rank():
         assert sorted(len(group.members) for group in groups) == [1 << b for b in range(6) if i >> b & 1]
 
 
-# Where it is softmax
+# Cases that are softmax attention
 
 
 @pytest.mark.parametrize("form", ["reference", "parallel", "chunked"])

@@ -44,7 +44,7 @@ def differ(outputs: list[Tensor]) -> bool:
     return all((one - other).abs().max() > 1e-3 for one, other in itertools.combinations(outputs, 2))
 
 
-# Where it is softmax
+# Cases that are softmax attention
 
 IN_WINDOW = [Config(4, 17), Config(5, 40)]
 ONE_BY_ONE = [Config(1, 0), Config(1, 1), Config(1, 6), Config(1, 3, share_gqa=True)]

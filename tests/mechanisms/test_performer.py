@@ -73,7 +73,7 @@ def error_to_softmax(features: int, orthogonal: bool, repeats: int = 30) -> floa
 
 def test_the_error_falls_as_the_root_of_the_features_and_orthogonal_ones_err_less():
     few, many = error_to_softmax(64, False), error_to_softmax(1024, False)
-    assert 0.15 < many / few < 0.4  # 1/4 for 16 times as many
+    assert 0.15 < many / few < 0.4  # expected: 1/4
     for features in (16, 64):
         assert error_to_softmax(features, True) < error_to_softmax(features, False)
 

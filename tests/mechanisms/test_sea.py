@@ -427,7 +427,7 @@ def recorded_layer(a, kind, oversample):
 
 
 def untied(estimate, config, kind):
-    """Whether a query's last kept pixel and first dropped one have different probabilities."""
+    """A mask of queries whose last kept pixel and first dropped one have different probabilities."""
     p = estimate.double().softmax(-1).transpose(1, 2).flatten(2).sort(descending=True).values
     seen = torch.arange(1, 30) if kind == "causal" else torch.full((29,), 29)
     kept = (2 * config.top_k * config.oversample * 32 / seen).round().long().clamp(max=64)

@@ -1,4 +1,4 @@
-"""What a retrofitted language model is recommended for, and figures that justify no recommendation."""
+"""Recommendations for a retrofitted language model, and figures that do not justify any."""
 
 from __future__ import annotations
 

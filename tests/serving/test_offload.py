@@ -108,7 +108,7 @@ def test_answers_equal_generate_alone(plan, workers, split, ways, monkeypatch):
 
 
 class Watched(LocalBackend):
-    """Local workers that are lost at given messages, (op, its how-manieth occurrence); `ops` records all messages."""
+    """Local workers that are lost at given messages: (op, n) is the n-th message of that kind; `ops` records all messages."""
 
     def __init__(self, losses=()):
         self.losses, self.ops = losses, []

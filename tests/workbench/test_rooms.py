@@ -46,7 +46,7 @@ def ordering_loss(output, batch):
 
 
 class Climber:
-    """Hill climbing: a random change of the weights is kept if the batch's loss does not rise."""
+    """Hill climbing: a random change of the weights is kept unless the batch's loss rises."""
 
     evaluate = staticmethod(evaluate)
 

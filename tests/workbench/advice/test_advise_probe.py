@@ -233,7 +233,7 @@ class Disturbed(Fake):
     [(("forward", 256, "linear"), 0.0), (("training", 64, "linear"), 0.0), (("forward", 256, "linear"), 0.5)],
 )
 def test_a_measurement_that_is_impossible_beside_others_or_spreads_is_made_again(at, spread):
-    """Impossible is a forward call slower than a training step, or a short input slower than a long one."""
+    """A forward call slower than a training step, or a short input slower than a long one, is impossible."""
     fake = Disturbed([at], spread)
     found = measured(fake, (16, 64, 256), ("forward", "training"))
     what, length, name = at

@@ -1,4 +1,4 @@
-"""Which needs a mechanism meets, by cards and measurements rather than opinions."""
+"""The needs that a mechanism meets, by cards and measurements rather than opinions."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Costs at any length, from a few measurements."""
+"""Predictions of costs at any length from a few measurements."""
 
 import math
 

@@ -151,7 +151,7 @@ def alike(names=("slow", "fast"), beside=None, means=None, published=None, **cos
 
 
 def elsewhere(**solved):
-    """For mechanisms that solved recall, whether they also solve it in another frame."""
+    """Results of mechanisms that solved recall: whether they also solve it in another frame."""
     told = {"frame": "own", "first_solved": True}
     return {"recall": [{"mechanism": name, "solved": won, **told} for name, won in solved.items()]}
 
